@@ -1,0 +1,55 @@
+# make demo | test | lint | bench | clean. Each makes .venv on first use, with the versions in constraints.txt.
+# PYTHON=/path/to/python picks the interpreter that .venv is made with.
+
+VENV := .venv
+PY   := $(VENV)/bin/python
+# Worker processes of `make test`; each computes on one thread.
+WORKERS ?= 2
+
+# The first Python that is new enough and can make virtual environments; 3.11 comes first, as CI runs it.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo    generate volumes from the example masks with the shipped weights, into out/demo/"
+	@echo "make test    the tests"
+	@echo "make lint    ruff (lint and format) and pyright; make format applies what ruff can fix"
+	@echo "make bench   seconds a volume, into out/bench/generation.json"
+	@echo "make clean   remove .venv and out/"
+
+demo: $(VENV)/installed
+	$(PY) demo.py
+
+test: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
+
+lint: $(VENV)/installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+
+format: $(VENV)/installed-dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(VENV)/installed
+	$(PY) -m benchmarks.generation --output out/bench/generation.json
+
+clean:
+	rm -rf $(VENV) out
+
+$(PY):
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with venv found: install one, or say make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is older than the files that it depends on when they changed, and pip then brings .venv up to date.
+$(VENV)/installed: pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install --quiet --editable . --constraint constraints.txt
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install --quiet --editable '.[dev,trackers]' --constraint constraints.txt
+	@touch $@ $(VENV)/installed

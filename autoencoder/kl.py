@@ -1,0 +1,137 @@
+"""AutoencoderKL3D: a small convolutional KL autoencoder whose receptive field is finite. Axes: (B, C, X, Y, Z).
+
+Space-to-depth by `patch_size` first (lossless), so no convolution ever runs at full resolution; then one level per entry of `strides`.
+Most of the capacity sits in the decoder at the coarsest level, where a channel costs an eighth of what it costs one level up.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from .layers import ChannelRMSNorm, Downsample, ResidualBlock, Stride, Upsample, as_stride, depth_to_space, space_to_depth
+from .posterior import DiagonalGaussian3D
+
+
+def _blocks(channels: int, count: int) -> list[nn.Module]:
+    return [ResidualBlock(channels) for _ in range(count)]
+
+
+class Encoder(nn.Sequential):
+    """(B, in_channels * patch, X/p, Y/p, Z/p) -> raw moments (B, 2 * latent_channels, h, w, d)."""
+
+    def __init__(self, in_channels: int, latent_channels: int, channels: Sequence[int], strides: Sequence[Stride], blocks: Sequence[int]):
+        layers: list[nn.Module] = [nn.Conv3d(in_channels, channels[0], 3, padding=1), *_blocks(channels[0], blocks[0])]
+        for (fine, coarse), stride, count in zip(pairwise(channels), strides, blocks[1:], strict=True):
+            layers += [Downsample(fine, coarse, stride), *_blocks(coarse, count)]
+        layers += [ChannelRMSNorm(channels[-1]), nn.SiLU(), nn.Conv3d(channels[-1], 2 * latent_channels, 3, padding=1)]
+        super().__init__(*layers)
+
+
+class Decoder(nn.Sequential):
+    """Raw latents (B, latent_channels, h, w, d) -> (B, out_channels * patch, X/p, Y/p, Z/p)."""
+
+    def __init__(self, latent_channels: int, out_channels: int, channels: Sequence[int], strides: Sequence[Stride], blocks: Sequence[int]):
+        layers: list[nn.Module] = [nn.Conv3d(latent_channels, channels[-1], 3, padding=1), *_blocks(channels[-1], blocks[-1])]
+        for (coarse, fine), stride, count in zip(pairwise(channels[::-1]), strides[::-1], blocks[-2::-1], strict=True):
+            layers += [Upsample(coarse, fine, stride), *_blocks(fine, count)]
+        layers += [ChannelRMSNorm(channels[0]), nn.SiLU(), nn.Conv3d(channels[0], out_channels, 3, padding=1)]
+        super().__init__(*layers)
+
+
+class AutoencoderKL3D(ModelMixin, AutoencoderMixin, ConfigMixin):
+    """KL autoencoder (Rombach et al. 2022) for volumes, without GroupNorm or attention.
+
+    Args:
+        in_channels, out_channels: channels of the volume.
+        latent_channels: channels of the latents.
+        patch_size: space-to-depth before the first convolution, one integer or one per axis.
+        channels: width of each level, finest first.
+        strides: of each level but the first, one integer or one per axis; (2,) after patch_size 2 gives 4 per axis.
+        encoder_blocks, decoder_blocks: residual blocks per level, finest first.
+        latents_mean, latents_std: statistics of the raw latents over the training set, set by `set_latent_statistics`.
+    """
+
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        latent_channels: int = 4,
+        patch_size: int | Sequence[int] = 2,
+        channels: Sequence[int] = (48, 128),
+        strides: Sequence[int | Sequence[int]] = (2,),
+        encoder_blocks: Sequence[int] = (1, 1),
+        decoder_blocks: Sequence[int] = (1, 3),
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        if not len(channels) == len(strides) + 1 == len(encoder_blocks) == len(decoder_blocks):
+            raise ValueError(
+                f"channels {channels}, encoder_blocks {encoder_blocks} and decoder_blocks {decoder_blocks} need one entry a level, "
+                f"strides {strides} one fewer"
+            )
+        self.patch_size = as_stride(patch_size)
+        level_strides = [as_stride(s) for s in strides]
+        self.stride: Stride = tuple(math.prod(axis) for axis in zip(self.patch_size, *level_strides, strict=True))
+        patch = math.prod(self.patch_size)
+        self.encoder = Encoder(in_channels * patch, latent_channels, channels, level_strides, encoder_blocks)
+        self.decoder = Decoder(latent_channels, out_channels * patch, channels, level_strides, decoder_blocks)
+        self.to(memory_format=torch.channels_last_3d)
+
+    def set_latent_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Store the training set's statistics of the raw latents (see `latent_statistics`) in the config, where saving keeps them.
+
+        Raises: ValueError on another number of channels or a std that is not positive.
+        """
+        if not len(mean) == len(std) == self.config.latent_channels or min(std) <= 0:
+            raise ValueError(f"need {self.config.latent_channels} means and positive stds, got {list(mean)} and {list(std)}")
+        self.register_to_config(latents_mean=[float(v) for v in mean], latents_std=[float(v) for v in std])
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std of the raw latents as (C,) tensors; 0 and 1 before they were measured."""
+        n = self.config.latent_channels
+        mean, std = self.config.latents_mean or [0.0] * n, self.config.latents_std or [1.0] * n
+        return like.new_tensor(mean), like.new_tensor(std)
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian3D]:
+        """Volumes (B, C, X, Y, Z) in [-1, 1] -> posterior over standardised latents (B, latent_channels, h, w, d).
+
+        Raises: ValueError if a side is not a multiple of the stride (pad first: `volumes.pad_to_multiple`).
+        """
+        if any(n % s for n, s in zip(x.shape[2:], self.stride, strict=True)):
+            raise ValueError(f"volume of {tuple(x.shape[2:])} voxels: every side must be a multiple of {self.stride}; pad it first")
+        moments = self.encoder(space_to_depth(x, self.patch_size))
+        posterior = DiagonalGaussian3D(moments, *self._statistics(moments))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)  # pyright: ignore[reportArgumentType]
+
+    @apply_forward_hook
+    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Standardised latents (B, latent_channels, h, w, d) -> volumes (B, C, X, Y, Z), not clamped."""
+        mean, std = (v.view(1, -1, 1, 1, 1) for v in self._statistics(z))
+        sample = depth_to_space(self.decoder(z * std + mean), self.patch_size)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> DecoderOutput | tuple[Tensor, DiagonalGaussian3D]:
+        """Reconstruction of `sample` (B, C, X, Y, Z). With `return_dict=False` also the posterior, for the losses."""
+        posterior: DiagonalGaussian3D = self.encode(sample, return_dict=False)[0]
+        latents = posterior.sample(generator) if sample_posterior else posterior.mode()
+        reconstruction: Tensor = self.decode(latents, return_dict=False)[0]
+        return DecoderOutput(sample=reconstruction) if return_dict else (reconstruction, posterior)

@@ -1,0 +1,92 @@
+"""The few layers that the autoencoder is made of. Axes: (B, C, X, Y, Z), stored channels_last_3d.
+
+Every layer has a finite receptive field: no statistics over space (no GroupNorm), no global attention.
+So a volume coded in pieces, with enough context, equals the volume coded whole.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Stride = tuple[int, int, int]
+
+
+def as_stride(value: int | Sequence[int]) -> Stride:
+    """One stride per axis: `2` means (2, 2, 2), `(4, 4, 1)` stays. Raises ValueError for anything but positive integers."""
+    axes = (value,) * 3 if isinstance(value, int) else tuple(int(v) for v in value)
+    if len(axes) != 3 or min(axes) < 1:
+        raise ValueError(f"a stride is one positive integer or three, got {value!r}")
+    return axes  # pyright: ignore[reportReturnType]
+
+
+def space_to_depth(x: Tensor, stride: Stride) -> Tensor:
+    """(B, C, X, Y, Z) -> (B, C * sx * sy * sz, X / sx, Y / sy, Z / sz); no voxel is lost. Shapes must be multiples of the stride."""
+    b, c, *_ = x.shape
+    (sx, sy, sz), (nx, ny, nz) = stride, (n // s for n, s in zip(x.shape[2:], stride, strict=True))
+    x = x.reshape(b, c, nx, sx, ny, sy, nz, sz).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    return x.reshape(b, nx, ny, nz, c * sx * sy * sz).permute(0, 4, 1, 2, 3)
+
+
+def depth_to_space(x: Tensor, stride: Stride) -> Tensor:
+    """The inverse of `space_to_depth`."""
+    b, folded, nx, ny, nz = x.shape
+    sx, sy, sz = stride
+    c = folded // (sx * sy * sz)
+    x = x.permute(0, 2, 3, 4, 1).reshape(b, nx, ny, nz, c, sx, sy, sz).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return x.reshape(b, c, nx * sx, ny * sy, nz * sz)
+
+
+class ChannelRMSNorm(nn.Module):
+    """RMSNorm over the channels of each voxel (Zhang & Sennrich 2019, Eq. 4): nothing mixes across space."""
+
+    def __init__(self, channels: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 4, 1)  # a view without a copy in channels_last_3d
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps).permute(0, 4, 1, 2, 3)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), 3x3x3 convolutions; the last one starts at zero, so the block starts as the identity."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm1 = ChannelRMSNorm(channels)
+        self.conv1 = nn.Conv3d(channels, channels, 3, padding=1)
+        self.norm2 = ChannelRMSNorm(channels)
+        self.conv2 = nn.Conv3d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(hidden)))
+
+
+class Downsample(nn.Module):
+    """Space-to-depth by the stride, then a learned 1x1x1 mixture (a convolution with kernel = stride)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: Stride):
+        super().__init__()
+        self.stride = stride
+        self.mix = nn.Conv3d(in_channels * stride[0] * stride[1] * stride[2], out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(space_to_depth(x, self.stride))
+
+
+class Upsample(nn.Module):
+    """A learned 1x1x1 mixture, then depth-to-space by the stride (sub-pixel convolution, Shi et al. 2016)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: Stride):
+        super().__init__()
+        self.stride = stride
+        self.mix = nn.Conv3d(in_channels, out_channels * stride[0] * stride[1] * stride[2], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depth_to_space(self.mix(x), self.stride)

@@ -1,0 +1,49 @@
+"""Reconstruction losses, each averaged over the voxels inside the field of view only. Axes: (B, C, X, Y, Z).
+
+`fov` is boolean, (B, 1, X, Y, Z): False where a volume was padded. Padding has no truth, so it must not pull on the model.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .posterior import DiagonalGaussian3D
+
+
+def masked_mean(values: Tensor, fov: Tensor) -> Tensor:
+    """Mean of `values` (B, C, X, Y, Z) over the True voxels of `fov` (B, 1, X, Y, Z); zero if there are none."""
+    weight = fov.to(values.dtype).expand_as(values)
+    return (values * weight).sum() / weight.sum().clamp_min(1.0)
+
+
+def l1_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor:
+    """Mean absolute error inside the field of view."""
+    return masked_mean((reconstruction - target).abs(), fov)
+
+
+def mse_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor:
+    """Mean squared error inside the field of view."""
+    return masked_mean((reconstruction - target) ** 2, fov)
+
+
+def gradient_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor:
+    """Mean absolute error of the forward differences along each axis, where both voxels are inside (Mathieu et al. 2016, Eq. 6, alpha = 1).
+
+    It asks for the right edges, where an absolute error alone is content with a blur.
+    """
+    error, losses = reconstruction - target, []
+    for axis in (2, 3, 4):
+        n = error.shape[axis] - 1
+        both = fov.narrow(axis, 0, n) & fov.narrow(axis, 1, n)
+        losses.append(masked_mean((error.narrow(axis, 1, n) - error.narrow(axis, 0, n)).abs(), both))
+    return sum(losses) / 3  # pyright: ignore[reportReturnType]
+
+
+def cells_inside(fov: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(B, 1, X, Y, Z) boolean -> (B, 1, h, w, d) boolean: the latent cells that hold at least one voxel of the field of view."""
+    return F.adaptive_max_pool3d(fov.float(), shape) > 0
+
+
+def kl_loss(posterior: DiagonalGaussian3D, fov: Tensor) -> Tensor:
+    """Mean KL per latent element in nats, over the latent cells inside the field of view."""
+    values = posterior.kl_map()
+    return masked_mean(values, cells_inside(fov, values.shape[2:]))

@@ -1,0 +1,42 @@
+"""The encoder's diagonal Gaussian over latents."""
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+
+class DiagonalGaussian3D:
+    """q(z|x) for latents (B, C, h, w, d), standardised by the training set's statistics.
+
+    `mean`, `std`, `sample()` and `mode()` are in standardised units: unit variance per channel over the training set, which is what the
+    diffusion model sees. `kl()` is of the raw posterior against N(0, 1), which is what the encoder is trained with.
+    (diffusers' own class sums its KL over three axes only, which is silently wrong for volumes.)
+
+    Args:
+        moments: (B, 2C, h, w, d), raw mean and raw log-variance.
+        latents_mean, latents_std: (C,) statistics of the raw mean; they are the only place where latents are standardised.
+    """
+
+    def __init__(self, moments: Tensor, latents_mean: Tensor, latents_std: Tensor):
+        self.raw_mean, raw_logvar = moments.chunk(2, dim=1)
+        self.raw_logvar = raw_logvar.clamp(-30.0, 20.0)
+        shift, scale = (v.to(moments).view(1, -1, 1, 1, 1) for v in (latents_mean, latents_std))
+        self.mean = (self.raw_mean - shift) / scale
+        self.std = torch.exp(0.5 * self.raw_logvar) / scale
+
+    def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+        """One draw, (B, C, h, w, d), standardised."""
+        noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        return self.mean + self.std * noise
+
+    def mode(self) -> Tensor:
+        """The mean, (B, C, h, w, d), standardised."""
+        return self.mean
+
+    def kl_map(self) -> Tensor:
+        """KL(q || N(0, 1)) of the raw posterior in nats for every element, (B, C, h, w, d) (Kingma & Welling 2014, appendix B)."""
+        return 0.5 * (self.raw_mean**2 + self.raw_logvar.exp() - 1.0 - self.raw_logvar)
+
+    def kl(self) -> Tensor:
+        """KL of the raw posterior in nats, summed over channels and space: (B,)."""
+        return self.kl_map().sum(dim=(1, 2, 3, 4))

@@ -1,0 +1,1 @@
+"""Timings, each a script: `python -m benchmarks.generation`."""

@@ -1,0 +1,26 @@
+"""Diffusion in latents: the U-Net, the mask's folding, objectives and schedulers, the one denoising loop, the latent cache."""
+
+from diffusers.models.modeling_utils import ModelMixin  # the name diffusers looks up when a pipeline folder is loaded
+
+from .denoise import denoise
+from .folding import fold_mask, unfold_mask
+from .latent_cache import LatentAugmentation, LatentDataset, build_latent_cache, collate_latents
+from .loss import training_loss
+from .objectives import OBJECTIVES, fit_scheduler, make_scheduler
+from .unet import LatentUNet3D
+
+__all__ = [
+    "OBJECTIVES",
+    "LatentAugmentation",
+    "LatentDataset",
+    "LatentUNet3D",
+    "ModelMixin",
+    "build_latent_cache",
+    "collate_latents",
+    "denoise",
+    "fit_scheduler",
+    "fold_mask",
+    "make_scheduler",
+    "training_loss",
+    "unfold_mask",
+]

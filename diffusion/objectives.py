@@ -1,0 +1,114 @@
+"""What the denoiser is trained to predict, and the schedulers that speak the same language. Latents: (B, C, h, w, d), unit variance.
+
+Timesteps are in the scheduler's units, 0 (clean) to 1000 (noise), for every objective.
+"""
+
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+TRAIN_STEPS = 1000
+RECTIFIED_FLOW, V_PREDICTION, EPSILON = "rectified_flow", "v_prediction", "epsilon"
+OBJECTIVES = (RECTIFIED_FLOW, V_PREDICTION, EPSILON)
+
+
+def check_objective(objective: str) -> None:
+    """Raises: ValueError naming the known objectives."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
+
+
+def make_scheduler(objective: str) -> SchedulerMixin:
+    """The default scheduler for sampling: Euler for rectified flow, DDIM on a cosine schedule (Nichol & Dhariwal 2021) for v and eps."""
+    check_objective(objective)
+    if objective == RECTIFIED_FLOW:
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_STEPS)
+    return DDIMScheduler(
+        num_train_timesteps=TRAIN_STEPS,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type=objective,
+        clip_sample=False,
+        timestep_spacing="trailing",  # starts at pure noise (Lin et al. 2024, section 3.3)
+        rescale_betas_zero_snr=objective == V_PREDICTION,  # eps says nothing about the image at zero SNR
+    )
+
+
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether a diffusers scheduler integrates a flow (velocity) rather than a diffusion (eps, v)."""
+    config = scheduler.config  # pyright: ignore[reportAttributeAccessIssue]
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == "flow_prediction"
+
+
+def fit_scheduler(scheduler: SchedulerMixin, objective: str) -> SchedulerMixin:
+    """The scheduler, made to speak the model's objective: unchanged if it does, converted if it can, refused if not.
+
+    `DPMSolverMultistepScheduler.from_config(flow_match.config)` gives an eps scheduler without a word, and samples of noise; this is the guard.
+    Multistep solvers with `use_flow_sigmas` (DPM-Solver++, UniPC, DEIS, SA) are converted to flows; schedulers of v and eps take on the
+    noise schedule and the prediction type that the model was trained with.
+    Raises: ValueError naming scheduler, objective and a remedy.
+    """
+    check_objective(objective)
+    config = dict(scheduler.config)  # pyright: ignore[reportAttributeAccessIssue]
+    name = type(scheduler).__name__
+    remedy = f"use diffusion.make_scheduler({objective!r}), or DPMSolverMultistepScheduler, which speaks all objectives"
+    if config.get("num_train_timesteps", TRAIN_STEPS) != TRAIN_STEPS:
+        raise ValueError(f"{name} counts {config['num_train_timesteps']} training steps, the model was trained with {TRAIN_STEPS}; {remedy}")
+    if objective == RECTIFIED_FLOW:
+        if name.startswith("FlowMatch"):
+            return scheduler
+        if "use_flow_sigmas" not in config:
+            raise ValueError(f"{name} cannot sample a rectified-flow model; {remedy}")
+        wanted = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
+    else:
+        if name.startswith("FlowMatch"):
+            raise ValueError(f"{name} cannot sample a model that predicts {objective}; {remedy}")
+        trained = dict(make_scheduler(objective).config)  # pyright: ignore[reportAttributeAccessIssue]
+        wanted = {k: trained[k] for k in ("beta_schedule", "prediction_type", "rescale_betas_zero_snr", "timestep_spacing") if k in config}
+        missing = {"prediction_type", "beta_schedule"} - set(wanted)
+        if missing or (trained["rescale_betas_zero_snr"] and "rescale_betas_zero_snr" not in config):
+            raise ValueError(f"{name} cannot sample a model that predicts {objective} on a cosine schedule; {remedy}")
+        wanted |= {"use_flow_sigmas": False} if "use_flow_sigmas" in config else {}
+        wanted |= {"trained_betas": None} if "trained_betas" in config else {}
+    wanted |= {"clip_sample": False} if "clip_sample" in config else {}  # latents are not confined to [-1, 1]
+    wanted |= {"thresholding": False} if "thresholding" in config else {}
+    if all(config.get(k) == v for k, v in wanted.items()):
+        return scheduler
+    return type(scheduler).from_config(config, **wanted)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _broadcast(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like).view(-1, *[1] * (like.ndim - 1))
+
+
+def sample_timesteps(objective: str, batch: int, generator: torch.Generator) -> Tensor:
+    """Random timesteps (B,) for training, drawn on the generator's device.
+
+    Rectified flow: sigma = sigmoid(n), n ~ N(0, 1), the logit-normal of Esser et al. 2024 (Eq. 19 with m = 0, s = 1). Else uniform integers.
+    """
+    if objective == RECTIFIED_FLOW:
+        return TRAIN_STEPS * torch.sigmoid(torch.randn(batch, generator=generator, device=generator.device))
+    return torch.randint(0, TRAIN_STEPS, (batch,), generator=generator, device=generator.device)
+
+
+def noisy_and_target(objective: str, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """Noisy latents at `timesteps` (B,) and what the model should predict from them.
+
+    Rectified flow (Liu et al. 2023, Eq. 1): x_t = (1 - sigma) x + sigma n, target n - x, sigma = t / 1000.
+    eps (Ho et al. 2020, Eq. 4 and 14): x_t = sqrt(a) x + sqrt(1 - a) n, target n.
+    v (Salimans & Ho 2022, section 4): target sqrt(a) n - sqrt(1 - a) x.
+    """
+    if objective == RECTIFIED_FLOW:
+        sigma = _broadcast(timesteps / TRAIN_STEPS, latents)
+        return (1 - sigma) * latents + sigma * noise, noise - latents
+    scheduler = _training_schedule(objective)
+    noisy = scheduler.add_noise(latents, noise, timesteps)  # pyright: ignore[reportArgumentType]
+    if objective == EPSILON:
+        return noisy, noise
+    return noisy, scheduler.get_velocity(latents, noise, timesteps)  # pyright: ignore[reportArgumentType]
+
+
+def _training_schedule(objective: str) -> DDPMScheduler:
+    return DDPMScheduler.from_config(make_scheduler(objective).config)  # pyright: ignore[reportAttributeAccessIssue]

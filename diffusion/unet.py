@@ -1,0 +1,168 @@
+"""LatentUNet3D: the denoiser. Axes: latents (B, C, h, w, d); any size of three cells or more, odd ones included."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from autoencoder.layers import ChannelRMSNorm, Downsample, Stride, Upsample, as_stride
+
+from .attention import SelfAttention
+from .folding import FoldedMaskEmbedding
+from .objectives import check_objective
+
+
+@dataclass
+class LatentUNet3DOutput(BaseOutput):
+    """`sample` (B, out_channels, h, w, d): what the objective predicts (velocity, noise, or v)."""
+
+    sample: Tensor
+
+
+class TimeResidualBlock(nn.Module):
+    """Two 3x3x3 convolutions around a residual, scaled and shifted by the time embedding (FiLM; Dhariwal & Nichol 2021, Eq. 2), then attention."""
+
+    def __init__(self, in_channels: int, channels: int, time_width: int, head_dim: int | None):
+        super().__init__()
+        self.norm1 = ChannelRMSNorm(in_channels)
+        self.conv1 = nn.Conv3d(in_channels, channels, 3, padding=1)
+        self.time = nn.Linear(time_width, 2 * channels)
+        self.norm2 = ChannelRMSNorm(channels)
+        self.conv2 = nn.Conv3d(channels, channels, 3, padding=1)
+        self.skip = nn.Identity() if in_channels == channels else nn.Conv3d(in_channels, channels, 1)
+        self.attention = nn.Identity() if head_dim is None else SelfAttention(channels, head_dim)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.time(time)[:, :, None, None, None].chunk(2, dim=1)
+        hidden = self.conv2(F.silu(self.norm2(hidden) * (1 + scale) + shift))
+        return self.attention(self.skip(x) + hidden)
+
+
+def pad_at_end(x: Tensor, stride: Stride) -> Tensor:
+    """Zero-pad the far sides of (B, C, h, w, d) to multiples of the stride."""
+    missing = [-n % s for n, s in zip(x.shape[2:], stride, strict=True)]
+    return F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0])) if any(missing) else x
+
+
+class LatentUNet3D(ModelMixin, AttentionMixin, ConfigMixin):
+    """3-D U-Net (Ronneberger et al. 2015; Ho et al. 2020) over latents, conditioned on a mask folded to the latent grid.
+
+    Odd sizes are padded on the way down and cropped to the skip's size on the way up.
+
+    Args:
+        in_channels, out_channels: channels of the latents.
+        channels: width of each level, finest first.
+        strides: between levels, one integer or one per axis each.
+        blocks: residual blocks on each level, on the way down and again on the way up.
+        attention: whether each level's blocks end in self-attention over the whole grid.
+        head_dim: width of an attention head.
+        num_labels: labels of the conditioning mask, background included; 0 means no mask.
+        mask_stride: voxels per latent cell and axis (the autoencoder's stride).
+        mask_width: channels of the embedded mask.
+        objective: what the output means, see `diffusion.objectives`; stored here because a scheduler must fit it.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["TimeResidualBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        channels: Sequence[int] = (64, 192),
+        strides: Sequence[int | Sequence[int]] = (2,),
+        blocks: Sequence[int] = (1, 2),
+        attention: Sequence[bool] = (False, True),
+        head_dim: int = 32,
+        num_labels: int = 0,
+        mask_stride: int | Sequence[int] = 4,
+        mask_width: int = 32,
+        objective: str = "rectified_flow",
+    ):
+        super().__init__()
+        if not len(channels) == len(strides) + 1 == len(blocks) == len(attention):
+            raise ValueError(f"channels {channels}, blocks {blocks} and attention {attention} need one entry a level, strides {strides} one fewer")
+        check_objective(objective)
+        self.gradient_checkpointing = False
+        level_strides = [as_stride(s) for s in strides]
+        self.mask_stride = as_stride(mask_stride)
+        time_width = 4 * channels[0]
+        heads = [head_dim if on else None for on in attention]
+
+        self.time_features = Timesteps(channels[0], flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(channels[0], time_width)
+        self.mask_embedding = FoldedMaskEmbedding(num_labels, math.prod(self.mask_stride), mask_width) if num_labels else None
+        self.conv_in = nn.Conv3d(in_channels + (mask_width if num_labels else 0), channels[0], 3, padding=1)
+
+        def level(first: int, i: int) -> nn.ModuleList:
+            widths = [first] + [channels[i]] * (blocks[i] - 1)
+            return nn.ModuleList(TimeResidualBlock(w, channels[i], time_width, heads[i]) for w in widths)
+
+        last = len(channels) - 1
+        self.down_blocks = nn.ModuleList(level(channels[i], i) for i in range(len(channels)))
+        self.downsamplers = nn.ModuleList(Downsample(channels[i], channels[i + 1], level_strides[i]) for i in range(last))
+        self.upsamplers = nn.ModuleList(Upsample(channels[i + 1], channels[i], level_strides[i]) for i in range(last))
+        self.up_blocks = nn.ModuleList(level(2 * channels[i], i) for i in range(last))
+        self.norm_out = ChannelRMSNorm(channels[0])
+        self.conv_out = nn.Conv3d(channels[0], out_channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)  # pyright: ignore[reportArgumentType]
+        self.to(memory_format=torch.channels_last_3d)
+
+    def _run(self, blocks: nn.ModuleList, x: Tensor, time: Tensor) -> Tensor:
+        for block in blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, time)
+            else:
+                x = block(x, time)
+        return x
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float | int, mask: Tensor | None = None, return_dict: bool = True
+    ) -> LatentUNet3DOutput | tuple[Tensor]:
+        """Predict the objective's target.
+
+        Args:
+            sample: noisy latents (B, in_channels, h, w, d).
+            timestep: (B,) or a scalar, in the scheduler's units, 0 to 1000.
+            mask: folded ids (B, h, w, d, r) from `fold_mask`; needed if and only if the model was built with labels.
+        Raises: ValueError if the mask is missing, not wanted, or on another grid than the latents.
+        """
+        if (mask is None) == (self.mask_embedding is not None):
+            raise ValueError("this model is conditioned on a mask: pass one" if mask is None else "this model knows no mask: pass none")
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+        time = F.silu(self.time_embedding(self.time_features(timestep).to(sample.dtype)))
+
+        x = sample
+        if mask is not None and self.mask_embedding is not None:
+            if mask.shape[:4] != (sample.shape[0], *sample.shape[2:]):
+                raise ValueError(f"the mask is folded to {tuple(mask.shape[:4])}, the latents are (B, h, w, d) = {(len(sample), *sample.shape[2:])}")
+            x = torch.cat([x, self.mask_embedding(mask).to(x.dtype)], dim=1)
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last_3d))
+
+        skips: list[Tensor] = []
+        for i, blocks in enumerate(self.down_blocks):
+            x = self._run(blocks, x, time)  # pyright: ignore[reportArgumentType]
+            if i < len(self.downsamplers):
+                skips.append(x)
+                down: Downsample = self.downsamplers[i]  # pyright: ignore[reportAssignmentType]
+                x = down(pad_at_end(x, down.stride))
+        for i in reversed(range(len(self.up_blocks))):
+            skip = skips.pop()
+            h, w, d = skip.shape[2:]
+            x = torch.cat([self.upsamplers[i](x)[:, :, :h, :w, :d], skip], dim=1)
+            x = self._run(self.up_blocks[i], x, time)  # pyright: ignore[reportArgumentType]
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return LatentUNet3DOutput(sample=x) if return_dict else (x,)

@@ -1,0 +1,55 @@
+"""Metrics as pure functions, and the tests of usefulness that are made of them."""
+
+from .dice import dice_per_volume
+from .fidelity import psnr
+from .reconstruction import evaluate_reconstruction, reconstruct
+from .report import machine, provenance, write_report
+from .segmentation_data import (
+    LoadedPairs,
+    Pair,
+    generated_pairs,
+    label_values,
+    learning_cases,
+    load_pairs,
+    test_cases,
+    unit_range,
+)
+from .segmenter import ITERATIONS, make_segmenter, segmenter_dice, train_segmenter
+from .spectrum import BAND_EDGES, CROP, band_names, band_power, centre_crop, hann_window, mean_band_power, ratio_db
+from .utility import SHAPE, SOURCES, iterations_of, protocol, ratios, score_training
+
+__all__ = [
+    "BAND_EDGES",
+    "CROP",
+    "ITERATIONS",
+    "SHAPE",
+    "SOURCES",
+    "LoadedPairs",
+    "Pair",
+    "band_names",
+    "band_power",
+    "centre_crop",
+    "dice_per_volume",
+    "evaluate_reconstruction",
+    "generated_pairs",
+    "hann_window",
+    "iterations_of",
+    "label_values",
+    "learning_cases",
+    "load_pairs",
+    "machine",
+    "make_segmenter",
+    "mean_band_power",
+    "protocol",
+    "provenance",
+    "psnr",
+    "ratio_db",
+    "ratios",
+    "reconstruct",
+    "score_training",
+    "segmenter_dice",
+    "test_cases",
+    "train_segmenter",
+    "unit_range",
+    "write_report",
+]

@@ -1,0 +1,25 @@
+"""How close a reconstruction is to its volume: PSNR inside the field of view.
+
+Arrays are (..., X, Y, Z); intensities are in [0, 1], so the peak is 1.
+"""
+
+import math
+
+import numpy as np
+
+
+def psnr(reconstruction: np.ndarray, target: np.ndarray, field_of_view: np.ndarray | None = None) -> float:
+    """Peak signal-to-noise ratio in dB, `-10 log10(mean squared error)`, for intensities in [0, 1].
+
+    `field_of_view` is boolean and broadcasts to the arrays: voxels where it is False (padding) count for nothing.
+    Identical arrays give infinity. Raises ValueError for arrays of different shapes and for an empty field of view.
+    """
+    if reconstruction.shape != target.shape:
+        raise ValueError(f"reconstruction is {reconstruction.shape}, its target {target.shape}: they must agree")
+    squared = (reconstruction.astype(np.float64) - target.astype(np.float64)) ** 2
+    if field_of_view is not None:
+        squared = squared[np.broadcast_to(field_of_view, squared.shape)]
+    if squared.size == 0:
+        raise ValueError("the field of view is empty: there is no voxel to compare")
+    error = float(squared.mean())
+    return math.inf if error == 0 else -10 * math.log10(error)

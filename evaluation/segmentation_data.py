@@ -1,0 +1,170 @@
+"""What the segmenter learns from and is judged on: pairs of volume and mask, real or generated, at one size.
+
+Volumes generated from a mask are found by its file name, as generate.py writes them: `<mask>_000.nii.gz`, or `<mask>.nii.gz`, on the
+mask's grid.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from volumes import (
+    PHANTOM_LABELS,
+    Case,
+    DataConfig,
+    Volume,
+    VolumeError,
+    describe_grid,
+    label_indices,
+    make_phantom,
+    pad_or_crop,
+    read_mask,
+    read_volume,
+    resample,
+    same_grid,
+)
+
+PERCENTILES = (0.5, 99.5)
+SUFFIXES = (".nii.gz", ".nii")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One volume to learn from or be judged on: the case whose mask it has, and its files if they are not the case's own."""
+
+    case: Case
+    generated: Path | None = None
+
+
+def learning_cases(cases: Sequence[Case]) -> list[Case]:
+    """Cases that a model may have learned from: all but the test split, sorted by name. Raises ValueError if there is none."""
+    return _with_masks([case for case in cases if case.split != "test"], "train")
+
+
+def test_cases(cases: Sequence[Case]) -> list[Case]:
+    """Cases that judge, sorted by name. Raises ValueError if there is none."""
+    return _with_masks([case for case in cases if case.split == "test"], "test")
+
+
+def generated_pairs(cases: Sequence[Case], folder: Path) -> list[Pair]:
+    """The volumes in `folder` that were generated from the masks of `learning_cases(cases)`, in the order of the cases.
+
+    A volume made from a mask of the test split, or from an unknown mask, is left out: learning from it would be cheating.
+    Raises ValueError for a missing folder and for one without a volume to learn from.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; make it with generate.py from the masks of the training split")
+    files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
+    masks = {_stem(case.mask): case for case in cases if case.mask is not None}
+    made: dict[str, list[Path]] = {}
+    for path in files:
+        owner = _mask_of(_stem(path), masks)
+        if owner is not None:
+            made.setdefault(owner.name, []).append(path)
+    pairs = [Pair(case, path) for case in learning_cases(cases) for path in made.get(case.name, [])]
+    if not pairs:
+        raise ValueError(
+            f"{folder}: none of its {len(files)} volumes is named after a mask of the training split (<mask>_000.nii.gz)"
+        )
+    return pairs
+
+
+@dataclass(frozen=True)
+class LoadedPairs:
+    """Images (N, C, X, Y, Z) float32 in [0, 1], label indices (N, X, Y, Z) uint8, and the refused files: (name of the case, reason)."""
+
+    images: Tensor
+    labels: Tensor
+    skipped: list[tuple[str, str]]
+
+
+def load_pairs(pairs: Sequence[Pair], config: DataConfig, shape: tuple[int, int, int]) -> LoadedPairs:
+    """Read the pairs and bring them to `shape`.
+
+    Each channel of each volume is scaled by its own percentiles 0.5 and 99.5, whatever scaling the config names for the models, and
+    each volume is centre-cropped or zero-padded. A volume that cannot be read or is not on its mask's grid raises VolumeError, which
+    names the file, or with `on_error: skip` is left out and listed; nothing left to use raises ValueError.
+    """
+    images, labels, skipped = [], [], []
+    for pair in pairs:
+        try:
+            image, mask = _read(pair, config)
+        except VolumeError as error:
+            if config.on_error == "raise":
+                raise
+            skipped.append((pair.case.name, str(error)))
+            continue
+        placement = pad_or_crop(image.shape, shape)
+        images.append(placement.apply(np.stack([unit_range(channel) for channel in image.array]), 0))
+        labels.append(placement.apply(mask.array[0], 0).astype(np.uint8))
+    if not images:
+        raise ValueError(f"all {len(pairs)} volumes were refused, the first because {skipped[0][1]}")
+    return LoadedPairs(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)), skipped)
+
+
+def label_values(config: DataConfig) -> list[int]:
+    """Label values of the data in the order of their indices; the first is the background. Raises ValueError unless there are two."""
+    values = sorted(config.label_names or (PHANTOM_LABELS if config.phantom else {}))
+    if len(values) < 2:
+        raise ValueError(f"data: label_names has {len(values)} labels; a segmenter needs the background and one more")
+    return values
+
+
+def unit_range(array: np.ndarray) -> np.ndarray:
+    """Float32 array of any shape with its percentiles 0.5 and 99.5 at 0 and 1, clipped there."""
+    low, high = np.percentile(array, PERCENTILES).astype(np.float32)
+    return np.clip((array - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
+
+
+def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
+    """Image in the units of its file, and label indices, both at the config's spacing."""
+    case = pair.case
+    if case.phantom is not None:
+        assert config.phantom is not None
+        image, mask, _ = make_phantom(case.phantom, config.phantom.shape)
+        name = case.name
+    else:
+        assert case.mask is not None
+        files = (
+            [pair.generated] if pair.generated is not None else [case.images[channel] for channel in config.channels]
+        )
+        name, mask, parts = str(files[0]), read_mask(case.mask), [read_volume(path) for path in files]
+        for path, part in zip(files, parts, strict=True):
+            if not same_grid(part, mask):
+                raise VolumeError(
+                    f"{path}: is not on the grid of {case.mask} ({describe_grid(part)} against {describe_grid(mask)})"
+                )
+        image = parts[0].replace(np.concatenate([part.array for part in parts]))
+    if len(image.array) != len(config.channels):
+        raise VolumeError(f"{name}: holds {len(image.array)} channels, the data has {config.channels}")
+    mask = mask.replace(label_indices(mask.array, label_values(config), config.label_map, name=str(case.mask or name)))
+    if config.spacing is not None:
+        image, mask = resample(image, config.spacing), resample(mask, config.spacing, nearest=True)
+    return image, mask
+
+
+def _with_masks(cases: list[Case], split: str) -> list[Case]:
+    if not cases:
+        raise ValueError(f"the data has no case in split {split!r}; see `split` and `test_fraction` in its config")
+    for case in cases:
+        if case.mask is None and case.phantom is None:
+            raise ValueError(f"{case.name}: has no mask, and a segmenter needs one; give `masks` in the data's config")
+    return sorted(cases, key=lambda case: case.name)
+
+
+def _mask_of(stem: str, masks: dict[str, Case]) -> Case | None:
+    """The case with the longest mask name that `stem` is or continues with an underscore."""
+    while stem not in masks and "_" in stem:
+        stem = stem.rpartition("_")[0]
+    return masks.get(stem)
+
+
+def _stem(path: Path | None) -> str:
+    """File name without .nii or .nii.gz."""
+    name = "" if path is None else path.name
+    suffix = next((s for s in SUFFIXES if name.endswith(s)), "")
+    return name.removesuffix(suffix)

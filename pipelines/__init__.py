@@ -1,0 +1,26 @@
+"""Mask in, volume out: the pipeline for people, and what goes in and comes out of it."""
+
+from .loading import check_folder, register_packages
+from .masks import MaskLike, describe_mask
+from .output import MedVolumePipelineOutput
+from .pipeline import MedVolumePipeline
+from .provenance import read_sidecar, sidecar_path, write_synthetic
+from .sampling import equal_batches
+from .volume_processor import Canvas, VolumeProcessor
+
+register_packages()
+
+__all__ = [
+    "Canvas",
+    "MaskLike",
+    "MedVolumePipeline",
+    "MedVolumePipelineOutput",
+    "VolumeProcessor",
+    "check_folder",
+    "describe_mask",
+    "equal_batches",
+    "read_sidecar",
+    "register_packages",
+    "sidecar_path",
+    "write_synthetic",
+]

@@ -1,0 +1,145 @@
+"""Whatever people hand over as a mask, read and checked. Label values are those of files, label indices the model's."""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nibabel.nifti1 import Nifti1Pair
+
+from volumes import PADDING, Volume, VolumeError, read_mask
+from volumes.labels import label_indices
+
+MaskLike = str | os.PathLike | Nifti1Pair | Volume | np.ndarray | torch.Tensor
+LabelMap = Mapping[int, int | str]
+
+BACKGROUND = 0  # the label value whose being alone in a mask is worth a warning
+
+
+def as_list(mask: MaskLike | Sequence[MaskLike]) -> list[MaskLike]:
+    """One mask or several (a list, a tuple, or an array or tensor (B, 1, X, Y, Z)) as a list.
+
+    Raises: ValueError on an empty list.
+    """
+    several = isinstance(mask, (list, tuple)) or (isinstance(mask, (np.ndarray, torch.Tensor)) and mask.ndim == 5)
+    masks: list[Any] = list(mask) if several else [mask]  # pyright: ignore[reportArgumentType]
+    if not masks:
+        raise ValueError("the list of masks is empty; give at least one")
+    return masks
+
+
+def load_mask(mask: MaskLike, affine: np.ndarray) -> tuple[Volume, str]:
+    """Read one mask: (1, X, Y, Z) int16 label values in RAS+ order, and its name for messages.
+
+    An array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: it is taken to lie on `affine`, the model's
+    template.
+
+    Raises: ValueError for what is empty, no label map, or not a mask at all.
+    """
+    if isinstance(mask, (str, os.PathLike)):
+        return read_mask(mask), str(mask)
+    if isinstance(mask, Nifti1Pair):
+        return read_mask(mask), mask.get_filename() or "the mask"
+    if isinstance(mask, Volume):
+        name, array, source = "the mask (a Volume)", mask.array, mask.source
+        affine = mask.affine
+    elif isinstance(mask, (np.ndarray, torch.Tensor)):
+        array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else mask
+        name, source = f"the mask (an array of shape {array.shape})", None
+    else:
+        raise ValueError(
+            f"a mask is a path, a nibabel image, a Volume, an array or a tensor; got {type(mask).__name__}"
+        )
+    if array.ndim == 3:
+        array = array[None]
+    if array.ndim != 4 or array.shape[0] != 1:
+        raise ValueError(f"{name}: expected (X, Y, Z) or (1, X, Y, Z); give several masks as a list")
+    if array.size == 0:
+        raise ValueError(f"{name}: is empty, it has no voxels")
+    return Volume(_whole_numbers(array, name), affine, source), name
+
+
+def index_labels(
+    values: np.ndarray, labels: Mapping[str, str], label_map: LabelMap | None = None, name: str = "the mask"
+) -> np.ndarray:
+    """Label values, as files hold them, to the model's label indices (int16, same shape); PADDING stays PADDING.
+
+    Args:
+        values: integers of any shape.
+        labels: the model's label values (as text) and names; the index is the rank of the value.
+        label_map: what to read as which known label, by value or by name, e.g. `{3: 1}` or `{3: "anterior"}`.
+
+    Raises: ValueError naming the unknown values and the known ones; or on a mask that is PADDING everywhere.
+    Warns: when the mask is background alone.
+    """
+    known = sorted(int(value) for value in labels)
+    translation = _translation(labels, label_map or {})
+    outside = (values == PADDING) & (PADDING not in translation)
+    if outside.all():
+        raise ValueError(f"{name}: is empty, all its voxels are marked as missing ({PADDING})")
+    try:
+        indices = label_indices(np.where(outside, known[0], values), known, translation, name=name)
+    except VolumeError as error:
+        listing = ", ".join(f"{value} = {labels[str(value)]}" for value in known)
+        raise ValueError(
+            f"{error}. This model was trained on {listing}; read a value as one of them with label_map={{value: label}} "
+            "(generate.py: --label_map value=label)"
+        ) from error
+    if BACKGROUND in known and (indices[~outside] == known.index(BACKGROUND)).all():
+        warnings.warn(f"{name}: is background everywhere; the volume will show no labelled structure", stacklevel=2)
+    return np.where(outside, np.int16(PADDING), indices)
+
+
+def describe_mask(mask: MaskLike) -> dict[str, Any]:
+    """Which mask a volume was made from, for its sidecar: file name (None without a file) and sha256.
+
+    The hash is of the file's bytes (both files of a .hdr/.img pair); without a file, of the voxels as they were given.
+    """
+    if isinstance(mask, (str, os.PathLike)):
+        digest = hashlib.sha256()
+        for path in mask_files(Path(mask)):
+            digest.update(path.read_bytes())
+        return {"file": Path(mask).name, "sha256": digest.hexdigest()}
+    if isinstance(mask, Nifti1Pair):
+        array = np.asanyarray(mask.dataobj)
+    elif isinstance(mask, Volume):
+        array = mask.array
+    else:
+        array = np.asarray(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask)
+    return {"file": _file_name(mask), "sha256": hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()}
+
+
+def mask_files(path: Path) -> list[Path]:
+    """The files that make up one mask: itself, or header and voxels of a .hdr/.img pair."""
+    if path.suffix in (".hdr", ".img"):
+        return [path.with_suffix(".hdr"), path.with_suffix(".img")]
+    return [path]
+
+
+def _file_name(mask: Any) -> str | None:
+    """Name of the file that a mask came from, without its folder; None where there is none."""
+    source = mask.get_filename() if isinstance(mask, Nifti1Pair) else mask
+    return Path(source).name if isinstance(source, (str, os.PathLike)) else None
+
+
+def _translation(labels: Mapping[str, str], label_map: LabelMap) -> dict[int, int]:
+    """`label_map` with names replaced by values. Raises: ValueError on a target that the model does not know."""
+    values = {name: int(value) for value, name in labels.items()} | {int(value): int(value) for value in labels}
+    unknown = [target for target in label_map.values() if target not in values]
+    if unknown:
+        listing = ", ".join(f"{value} ({name})" for value, name in labels.items())
+        raise ValueError(f"label_map leads to {unknown}, which the model does not know; it knows {listing}")
+    return {int(value): values[target] for value, target in label_map.items()}
+
+
+def _whole_numbers(array: np.ndarray, name: str) -> np.ndarray:
+    """The array as int16. Raises: ValueError if that would change a value."""
+    with np.errstate(invalid="ignore"):
+        whole = array.astype(np.int16)
+    if not np.array_equal(whole, array):
+        raise ValueError(f"{name}: holds values that are no int16 labels (fractions, NaN, or beyond +-32767)")
+    return whole

@@ -1,0 +1,41 @@
+"""What every test runs under, and the real data that some tests read where it is there."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may reach for a hub
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Each test starts from the same global seed, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+def shared_folder(name: str) -> Path:
+    """`../shared/<name>` beside the clone; the test that asks for it is skipped, by name, where it is absent."""
+    folder = SHARED / name
+    if not folder.exists():
+        pytest.skip(f"needs ../shared/{name}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hippocampus() -> Path:
+    """The real hippocampus MR set: images/, labels/, subjects.csv."""
+    return shared_folder("data/hippocampus")
+
+
+@pytest.fixture(scope="session")
+def awkward() -> Path:
+    """Real files that are awkward or broken to read, with MANIFEST.csv."""
+    return shared_folder("data/awkward")

@@ -1,0 +1,153 @@
+"""The autoencoder: folding of space, finite receptive field, the posterior, losses inside the field of view, latent statistics, files."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributions import Normal, kl_divergence
+
+from autoencoder import AutoencoderKL3D, DiagonalGaussian3D, gradient_loss, kl_loss, l1_loss, latent_statistics, mse_loss
+from autoencoder.layers import as_stride, depth_to_space, space_to_depth
+
+SMALL = {"channels": (8, 16), "encoder_blocks": (1, 1), "decoder_blocks": (1, 1)}
+
+
+def small_vae(**arguments) -> AutoencoderKL3D:
+    """A small autoencoder whose residual branches are not zero, as after training."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL3D(**{**SMALL, **arguments})
+    for parameter in vae.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return vae.eval()
+
+
+@pytest.mark.parametrize("stride", [(2, 2, 2), (4, 2, 1)])
+def test_space_to_depth_is_inverted_and_keeps_neighbours_together(stride):
+    x = torch.arange(2 * 3 * 8 * 4 * 6.0).reshape(2, 3, 8, 4, 6)
+    folded = space_to_depth(x, stride)
+    assert torch.equal(depth_to_space(folded, stride), x)
+    cell = folded[0, :, 1, 1, 1].reshape(3, *stride)
+    sx, sy, sz = stride
+    assert torch.equal(cell, x[0, :, sx : 2 * sx, sy : 2 * sy, sz : 2 * sz])
+
+
+def test_strides_per_axis_multiply():
+    vae = AutoencoderKL3D(**SMALL, patch_size=(2, 2, 1), strides=[(2, 2, 1)])
+    assert vae.stride == (4, 4, 1)
+    assert vae.encode(torch.zeros(1, 1, 8, 12, 5)).latent_dist.mean.shape == (1, 4, 2, 3, 5)
+    with pytest.raises(ValueError, match="stride"):
+        as_stride((2, 2))
+
+
+def test_sides_that_do_not_fit_the_stride_are_refused():
+    with pytest.raises(ValueError, match=r"\(8, 9, 8\).*multiple of \(4, 4, 4\)"):
+        small_vae().encode(torch.zeros(1, 1, 8, 9, 8))
+
+
+def test_levels_that_do_not_match_are_refused():
+    with pytest.raises(ValueError, match="one entry a level"):
+        AutoencoderKL3D(channels=(8, 16, 32), strides=(2,), encoder_blocks=(1, 1), decoder_blocks=(1, 1))
+
+
+def test_far_voxels_do_not_matter():
+    """A finite receptive field: a change at one end leaves the other end bit for bit as it was; with GroupNorm it would not."""
+    vae, x = small_vae(), torch.randn(1, 1, 96, 8, 8)
+    changed = x.clone()
+    changed[:, :, 64:] += 1.0
+    with torch.no_grad():
+        before, after = vae(x).sample, vae(changed).sample
+    assert torch.equal(before[:, :, :16], after[:, :, :16])
+    assert not torch.allclose(before[:, :, 60:], after[:, :, 60:])
+
+
+def test_kl_is_that_of_torch_distributions_in_five_dimensions():
+    moments = torch.randn(2, 6, 3, 4, 5, dtype=torch.float64)
+    mean, logvar = moments.chunk(2, 1)
+    posterior = DiagonalGaussian3D(moments, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 0.5, 4.0]))
+    expected = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(torch.zeros_like(mean), torch.ones_like(mean)))
+    torch.testing.assert_close(posterior.kl(), expected.sum(dim=(1, 2, 3, 4)))  # of the raw posterior, whatever the statistics
+    torch.testing.assert_close(kl_loss(posterior, torch.ones(2, 1, 3, 4, 5, dtype=torch.bool)), expected.mean())
+
+
+def test_samples_have_the_posteriors_moments_and_follow_the_generator():
+    moments = torch.cat([torch.full((1, 1, 20, 20, 20), 3.0), torch.full((1, 1, 20, 20, 20), 2 * math.log(0.5))], 1)
+    posterior = DiagonalGaussian3D(moments, torch.tensor([1.0]), torch.tensor([2.0]))
+    draw = posterior.sample(torch.Generator().manual_seed(1))
+    assert draw.mean().item() == pytest.approx((3 - 1) / 2, abs=0.01)
+    assert draw.std().item() == pytest.approx(0.5 / 2, abs=0.01)
+    assert torch.equal(draw, posterior.sample(torch.Generator().manual_seed(1)))
+    assert torch.equal(posterior.mode(), posterior.mean)
+
+
+def test_losses_ignore_padding():
+    """Whatever is in the padding, the losses of the volume inside are the same."""
+    torch.manual_seed(0)
+    inside, target = torch.randn(1, 1, 6, 6, 6), torch.randn(1, 1, 6, 6, 6)
+    fov = torch.zeros(1, 1, 8, 8, 8, dtype=torch.bool)
+    fov[..., 1:7, 1:7, 1:7] = True
+    padded, padded_target = torch.full((1, 1, 8, 8, 8), 7.0), torch.full((1, 1, 8, 8, 8), -5.0)
+    padded[..., 1:7, 1:7, 1:7], padded_target[..., 1:7, 1:7, 1:7] = inside, target
+    everywhere = torch.ones(1, 1, 6, 6, 6, dtype=torch.bool)
+    for loss in (l1_loss, mse_loss, gradient_loss):
+        torch.testing.assert_close(loss(padded, padded_target, fov), loss(inside, target, everywhere))
+    torch.testing.assert_close(l1_loss(inside, target, everywhere), (inside - target).abs().mean())
+
+
+def test_gradient_loss_sees_edges_but_not_offsets():
+    x, everywhere = torch.randn(1, 1, 6, 6, 6), torch.ones(1, 1, 6, 6, 6, dtype=torch.bool)
+    assert gradient_loss(x + 1.0, x, everywhere).item() == pytest.approx(0, abs=1e-6)
+    ramp = torch.arange(6.0).view(1, 1, 6, 1, 1).expand_as(x)
+    assert gradient_loss(x + 3 * ramp, x, everywhere).item() == pytest.approx(1.0, abs=1e-5)  # 3 along one axis of three
+
+
+def test_measured_statistics_standardise_latents_and_decode_undoes_it():
+    vae = small_vae()
+    volumes = [torch.rand(1, 1, 16, 8, 12) * 2 - 1, torch.rand(1, 1, 8, 8, 8) * 2 - 1]
+    batches = [{"image": v, "fov": torch.ones_like(v, dtype=torch.bool)} for v in volumes]
+    with torch.no_grad():
+        before = [vae(v).sample for v in volumes]
+        vae.set_latent_statistics(*latent_statistics(vae, batches))
+        cells = torch.cat([vae.encode(v).latent_dist.mode().movedim(1, -1).flatten(0, 3) for v in volumes])
+        after = [vae(v).sample for v in volumes]
+    torch.testing.assert_close(cells.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(cells.std(0, unbiased=False), torch.ones(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+
+
+def test_statistics_leave_padding_out():
+    vae, x = small_vae(), torch.rand(1, 1, 8, 8, 8) * 2 - 1
+    wide = torch.cat([x, torch.full((1, 1, 64, 8, 8), -1.0)], 2)
+    fov = torch.zeros_like(wide, dtype=torch.bool)
+    fov[:, :, :8] = True
+    raw = vae.encode(wide).latent_dist.raw_mean[:, :, :2].movedim(1, -1).flatten(0, 3)
+    mean, _ = latent_statistics(vae, [{"image": wide, "fov": fov}])
+    torch.testing.assert_close(torch.tensor(mean), raw.mean(0), atol=1e-5, rtol=1e-4)
+
+
+def test_wrong_statistics_are_refused():
+    with pytest.raises(ValueError, match="4 means"):
+        small_vae().set_latent_statistics([0.0], [1.0])
+    with pytest.raises(ValueError, match="positive"):
+        small_vae().set_latent_statistics([0.0] * 4, [1.0, 1.0, 0.0, 1.0])
+    with pytest.raises(ValueError, match="at least one volume"):
+        latent_statistics(small_vae(), [])
+
+
+def test_saved_and_loaded_is_the_same(tmp_path):
+    vae, x = small_vae(), torch.rand(1, 1, 8, 8, 8)
+    vae.set_latent_statistics([0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0])
+    vae.save_pretrained(tmp_path)
+    loaded = AutoencoderKL3D.from_pretrained(tmp_path, use_safetensors=True)
+    assert load_file(tmp_path / "diffusion_pytorch_model.safetensors").keys() == vae.state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(loaded(x).sample, vae(x).sample)
+        assert torch.equal(loaded.encode(x).latent_dist.std, vae.encode(x).latent_dist.std)
+
+
+def test_bfloat16_is_close_to_float32():
+    vae, x = small_vae(), torch.rand(1, 1, 8, 8, 8)
+    with torch.no_grad():
+        exact, half = vae(x).sample, vae.to(torch.bfloat16)(x.bfloat16()).sample
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - exact).abs().max() < 0.05 * exact.abs().max()

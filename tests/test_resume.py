@@ -1,0 +1,175 @@
+"""A run that was interrupted and resumed equals the run that was not, bit for bit; and what a resume refuses or reports."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+import train_ldm
+import train_vae
+from autoencoder import AutoencoderKL3D
+
+STEPS = 9
+COMMON = [
+    "--data.phantom={count: 6, shape: [12, 12, 12]}",
+    "--data.validation_fraction=0.2",
+    f"--loop.max_steps={STEPS}",
+    "--loop.batch_size=2",
+    "--loop.mixed_precision=no",
+    "--loop.validate_every=4",
+    "--loop.preview_every=0",
+    "--loop.previews=1",
+    "--loop.checkpoint_every=3",
+    "--loop.keep_checkpoints=10",
+    "--loop.log_every=2",
+    "--loop.trackers=[]",
+    "--optimizer.warmup_steps=2",
+    "--optimizer.gradient_accumulation=2",
+]
+VAE = [
+    "--model={class: autoencoder.AutoencoderKL3D, channels: [4, 8], encoder_blocks: [1, 1], decoder_blocks: [1, 1]}",
+    "--crops.shape=[8, 8, 8]",
+    "--crops.flip_axes=[0]",
+]
+LDM = ["--model={class: diffusion.LatentUNet3D, channels: [8, 8], blocks: [1, 1], head_dim: 8, mask_width: 4}"]
+LDM += ["--cache.versions=2", "--cache.shift=true", "--inference_steps=2"]
+
+
+def run(script, output: Path, *args: str):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = VAE if script is train_vae else LDM
+    return script.main([f"--output={output}", *COMMON, *model, *args])
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    vae = AutoencoderKL3D(channels=(4, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1))
+    vae.set_latent_statistics([0.1] * 4, [0.5] * 4)
+    vae.save_pretrained(folder)
+    return folder
+
+
+def everything(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: weights, moving average, optimiser."""
+    tensors = {f"{f.name}:{k}": t for f in checkpoint.glob("*.safetensors") for k, t in load_file(f).items()}
+    optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
+    for index, moments in optimizer["state"].items():
+        tensors |= {f"optimizer:{index}:{k}": t for k, t in moments.items()}
+    return tensors
+
+
+class Interrupted(Exception):
+    """Stands for the process being killed: nothing is saved on its way."""
+
+
+@pytest.mark.parametrize("name", ["vae", "ldm"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_equals_uninterrupted(name, workers, tmp_path, vae_folder, monkeypatch):
+    script, step_class = (train_vae, train_vae.AutoencoderStep) if name == "vae" else (train_ldm, train_ldm.DiffusionStep)
+    args = [f"--loop.workers={workers}", *([] if name == "vae" else [f"--vae={vae_folder}"])]
+    metrics = run(script, tmp_path / "whole", *args)
+
+    original, calls = step_class.__call__, []
+
+    def interrupted_call(self, batch, generator):
+        calls.append(1)
+        if len(calls) == 2 * 4 + 2:  # the second half of step 5; 5 training volumes, so in the middle of an epoch
+            raise Interrupted
+        return original(self, batch, generator)
+
+    monkeypatch.setattr(step_class, "__call__", interrupted_call)
+    with pytest.raises(Interrupted):
+        run(script, tmp_path / "parts", *args)
+    monkeypatch.setattr(step_class, "__call__", original)
+    checkpoints = tmp_path / "parts/checkpoints"
+    assert [p.name for p in checkpoints.iterdir()] == ["step_000003"]
+    torch.manual_seed(99)  # a new process starts from another random state
+    resumed = run(script, tmp_path / "parts", *args, "--resume=latest")
+
+    last = f"step_{STEPS:06d}"
+    expected, got = everything(tmp_path / "whole/checkpoints" / last), everything(checkpoints / last)
+    assert expected.keys() == got.keys() and len(got) > 50
+    assert [k for k in expected if not torch.equal(expected[k], got[k])] == []
+    states = [json.loads((tmp_path / p / "checkpoints" / last / "state.json").read_text()) for p in ("whole", "parts")]
+    assert states[0] == states[1] and states[0]["samples"] == STEPS * 2 * 2
+    assert resumed == metrics
+    final = "vae/diffusion_pytorch_model.safetensors" if name == "vae" else "pipeline/unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "whole" / final).read_bytes() == (tmp_path / "parts" / final).read_bytes()
+
+
+@pytest.fixture
+def finished(tmp_path) -> Path:
+    """A run of three steps."""
+    run(train_vae, tmp_path / "run", "--loop.max_steps=3")
+    return tmp_path / "run"
+
+
+def test_another_run_is_not_overwritten(finished):
+    with pytest.raises(ValueError, match="already holds a run; go on with --resume latest"):
+        run(train_vae, finished)
+
+
+def test_resume_reports_what_changed_in_the_config(finished, caplog):
+    with caplog.at_level("WARNING", logger="training"):
+        run(train_vae, finished, "--loop.max_steps=4", "--optimizer.learning_rate=0.5", "--resume=latest")
+    changes = [r.message for r in caplog.records if "config changed" in r.message]
+    assert [c.split(": ", 1)[1] for c in changes] == ["optimizer.learning_rate: 0.001 -> 0.5", "loop.max_steps: 3 -> 4"]
+
+
+def test_resume_with_nothing_there_starts_anew(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="training"):
+        run(train_vae, tmp_path / "new", "--loop.max_steps=1", "--resume=latest")
+    assert "nothing to resume" in caplog.text
+
+
+def test_checkpoints_of_other_runs_are_refused(finished, tmp_path):
+    with pytest.raises(ValueError, match="only those of this run are read.*--init_from"):
+        run(train_vae, tmp_path / "other", f"--resume={finished / 'checkpoints/step_000003'}")
+    with pytest.raises(ValueError, match="no checkpoint there; this run has \\['step_000003'\\]"):
+        run(train_vae, finished, "--resume=step_000007")
+
+
+def test_a_half_written_checkpoint_is_not_seen(finished):
+    partial = finished / "checkpoints/.partial_step_000004"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
+    run(train_vae, finished, "--loop.max_steps=4", "--resume=latest")
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step_000003", "step_000004"]
+
+
+def test_a_random_state_that_was_not_restored_is_noticed(finished):
+    (finished / "checkpoints/step_000003/random_states_0.pkl").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="random state could not be restored"):
+        run(train_vae, finished, "--loop.max_steps=4", "--resume=latest")
+
+
+def test_fine_tuning_on_another_number_of_labels(tmp_path, vae_folder, caplog):
+    run(train_ldm, tmp_path / "first", f"--vae={vae_folder}", "--loop.max_steps=2")
+    unet = tmp_path / "first/pipeline/unet"
+    labels = "--data.label_names={0: background, 1: body, 2: organ, 3: lesion, 4: implant}"
+    with caplog.at_level("INFO", logger="training"):
+        run(train_ldm, tmp_path / "second", f"--vae={vae_folder}", "--loop.max_steps=1", labels, f"--init_from={unet}")
+    assert "layers left fresh: ['mask_embedding.table']" in caplog.text
+
+
+def test_bf16(tmp_path):
+    metrics = run(train_vae, tmp_path / "bf16", "--loop.max_steps=3", "--loop.mixed_precision=bf16")
+    assert metrics["psnr"] > 0
+    weights = load_file(tmp_path / "bf16/vae/diffusion_pytorch_model.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.float32}
+
+
+def test_the_model_section_must_agree_with_the_autoencoder(tmp_path, vae_folder):
+    with pytest.raises(ValueError, match="model.in_channels is 8, but autoencoder and data make it 4"):
+        run(train_ldm, tmp_path / "run", f"--vae={vae_folder}", "--model.in_channels=8")
+
+
+def test_an_autoencoder_without_statistics_is_refused(tmp_path):
+    AutoencoderKL3D(channels=(4, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1)).save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="no latents_mean and latents_std"):
+        run(train_ldm, tmp_path / "run", f"--vae={tmp_path / 'vae'}")

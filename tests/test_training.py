@@ -1,0 +1,283 @@
+"""Parts of the training loop whose answers are known."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.utils.data import Dataset
+
+from training import (
+    Learner,
+    Loop,
+    MovingAverage,
+    OptimizerConfig,
+    SampleStream,
+    TrainVaeConfig,
+    build_model,
+    config_changes,
+    derive_seed,
+    initialise_from,
+    learning_rate,
+    list_checkpoints,
+    make_accelerator,
+    parse_config,
+    resolve_precision,
+    save_model,
+)
+from training.data import training_batches
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps one state per process; every test makes its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# Data order
+
+
+def take(stream, count):
+    return list(itertools.islice(iter(stream), count))
+
+
+def test_every_epoch_sees_every_sample_once():
+    keys = sum(take(SampleStream(7, 3, seed=1), 14), [])  # 42 samples: six epochs of 7
+    for epoch in range(6):
+        assert sorted(index for e, index in keys if e == epoch) == list(range(7))
+    orders = {tuple(index for e, index in keys if e == epoch) for epoch in range(6)}
+    assert len(orders) == 6
+
+
+def test_a_stream_goes_on_where_it_stopped():
+    assert take(SampleStream(7, 3, seed=1), 9)[4:] == take(SampleStream(7, 3, seed=1, start=12), 5)
+
+
+def test_processes_share_the_stream_of_one():
+    one = take(SampleStream(7, 4, seed=1), 5)
+    two = [take(SampleStream(7, 2, seed=1, process=p, processes=2), 5) for p in range(2)]
+    assert one == [a + b for a, b in zip(*two, strict=True)]
+
+
+def test_a_data_set_smaller_than_a_batch():
+    assert [len(batch) for batch in take(SampleStream(2, 5, seed=0), 3)] == [5, 5, 5]
+
+
+def test_an_empty_data_set_is_named():
+    with pytest.raises(ValueError, match="training split is empty"):
+        SampleStream(0, 4, seed=0)
+
+
+class EpochData(Dataset):
+    """Samples that tell their epoch, as random crops do."""
+
+    epoch = -1
+
+    def __len__(self):
+        return 5
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __getitem__(self, index):
+        return torch.tensor([self.epoch, index])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_know_the_epoch(workers):
+    stream = SampleStream(5, 2, seed=3, start=4)
+    batches = training_batches(EpochData(), stream, workers=workers, collate=torch.stack, pin_memory=False)
+    got = [[tuple(key) for key in batch.tolist()] for batch in itertools.islice(batches, 6)]
+    assert got == take(stream, 6)
+
+
+def test_seeds_differ_by_position():
+    assert len({derive_seed(0, a, b) for a in range(10) for b in range(10)}) == 100
+    assert derive_seed(1, 2) == derive_seed(1, 2) != derive_seed(2, 1)
+
+
+# Optimisation
+
+
+def test_learning_rate():
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, final_lr_ratio=0.1)
+    rates = [learning_rate(step, 24, config) for step in range(25)]
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert rates[14] == pytest.approx(2.0 * (0.1 + 0.9 / 2))  # half way down the cosine
+    assert rates[24] == pytest.approx(0.2)
+
+
+def test_moving_average():
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1, affine=False))
+    nn.init.zeros_(model[0].weight)
+    average = MovingAverage(model, decay=0.5)
+    nn.init.ones_(model[0].weight)
+    model[1].running_mean.fill_(7.0)
+    average.update(model, updates=1)  # decay (1 + 1) / (10 + 1)
+    assert average.module[0].weight.item() == pytest.approx(1 - 2 / 11)
+    assert average.module[1].running_mean.item() == 7.0  # buffers are copied
+    average.update(model, updates=1000)
+    assert average.module[0].weight.item() == pytest.approx(1 - 2 / 11 * 0.5)
+
+
+class LineData(Dataset):
+    """Points of y = 3 x."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        x = torch.tensor([index / 8])
+        return {"x": x, "y": 3 * x}
+
+
+class LineStep:
+    """Least squares; `poison` lists the calls whose loss is NaN."""
+
+    def __init__(self, learner, poison=()):
+        self.line, self.learners, self.poison, self.calls = learner, (learner,), set(poison), 0
+        self.weights = []
+
+    def __call__(self, batch, generator):
+        noise = torch.randn(batch["x"].shape, generator=generator) * 0.01
+        loss = ((self.line.model(batch["x"] + noise) - batch["y"]) ** 2).mean()
+        if self.calls in self.poison:
+            loss = loss * float("nan")
+        self.calls += 1
+        self.line.backward(loss)
+        self.weights.append(self.line.network.weight.detach().clone())
+        return {"loss": loss.detach()}
+
+    def validate(self, item, generator):
+        return {"error": (self.line.average(item["x"]) - item["y"]).abs().item()}
+
+    def preview(self, items):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(1, 1))
+        figure.subplots().plot([i["x"].item() for i in items], [i["y"].item() for i in items])
+        return figure
+
+
+def line_config(tmp_path, *args):
+    """A run's config; the data and the model sections are not used."""
+    base = ["--output", str(tmp_path / "run"), "--data.phantom.count=8", "--model={class: torch.nn.Linear}"]
+    base += ["--loop.batch_size=3", "--loop.max_steps=60", "--loop.mixed_precision=no", "--loop.log_every=5"]
+    base += ["--optimizer.learning_rate=0.1", "--optimizer.warmup_steps=2", "--loop.ema_decay=0.8"]
+    return parse_config(TrainVaeConfig, [*base, *args])
+
+
+def line_loop(config, **options):
+    from pathlib import Path
+
+    accelerator = make_accelerator(Path(config.output), config.loop)
+    torch.manual_seed(0)
+    learner = Learner(
+        "line", nn.Linear(1, 1, bias=False), config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps
+    )
+    step = LineStep(learner, **options)
+    return Loop(accelerator, config, step, LineData(), [LineData()[i] for i in range(3)]), step
+
+
+def test_the_loop_learns_and_leaves_its_files(tmp_path):
+    loop, _ = line_loop(line_config(tmp_path, "--loop.checkpoint_every=20", "--loop.keep_checkpoints=2", "--loop.preview_every=30"))
+    metrics = loop.run()
+    assert metrics["error"] < 0.1
+    run = tmp_path / "run"
+    assert [p.name for p in list_checkpoints(run / "checkpoints")] == ["step_000040", "step_000060"]
+    assert [p.name for p in sorted((run / "previews").iterdir())] == ["preview_000030.png", "preview_000060.png"]
+    assert json.loads((run / "metrics.json").read_text())["error"] == metrics["error"]
+    assert list((run / "logs").glob("events*"))
+    assert parse_config(TrainVaeConfig, ["--config", str(run / "config.yaml")]) == loop.config
+
+
+def test_gradient_accumulation_equals_a_larger_batch(tmp_path):
+    ends = []
+    for batch, parts in ((4, 1), (2, 2)):
+        args = [f"--output={tmp_path / str(parts)}", f"--loop.batch_size={batch}", f"--optimizer.gradient_accumulation={parts}"]
+        loop, step = line_loop(line_config(tmp_path, *args, "--loop.max_steps=10"))
+        step_noise = loop._generator
+        loop._generator = lambda step, part, f=step_noise: torch.Generator().manual_seed(0)  # the same noise for both
+        noiseless = torch.randn
+        try:
+            torch.randn = lambda shape, generator: torch.zeros(shape)
+            loop.run()
+        finally:
+            torch.randn = noiseless
+        ends.append(step.line.network.weight.item())
+    assert ends[0] == pytest.approx(ends[1], rel=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
+    loop, step = line_loop(line_config(tmp_path, "--loop.max_steps=10"), poison=(4, 7))
+    loop.run()
+    assert step.weights[5] == step.weights[4] and step.weights[8] == step.weights[7]
+    assert step.weights[6] != step.weights[5]
+    assert loop.state.skipped == 2 and loop.state.skipped_in_a_row == 0 and step.line.updates == 8
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["skipped"] == 2
+
+
+def test_a_run_of_them_stops(tmp_path):
+    loop, _ = line_loop(line_config(tmp_path, "--loop.max_skipped=3"), poison=range(5, 60))
+    with pytest.raises(RuntimeError, match="step 8: gradients were not finite for 3 steps in a row.*learning_rate"):
+        loop.run()
+
+
+# Configs and models
+
+
+def test_config_names_what_is_wrong(tmp_path, capsys):
+    for argument, name in (("--loop.max_stepz=3", "max_stepz"), ("--loop.batch_size=many", "batch_size")):
+        with pytest.raises(SystemExit):
+            line_config(tmp_path, argument)
+        assert name in capsys.readouterr().err
+
+
+def test_config_changes():
+    old = {"loop": {"seed": 1, "workers": 0}, "resume": None, "gone": 1}
+    new = {"loop": {"seed": 2, "workers": 0}, "resume": "latest"}
+    assert config_changes(old, new) == ["loop.seed: 1 -> 2", "gone: 1 -> (absent)"]
+
+
+def test_precision():
+    assert resolve_precision("fp16") == "fp16"
+    assert resolve_precision("auto") in ("bf16", "no")
+
+
+VAE = {"class": "autoencoder.AutoencoderKL3D", "channels": [4, 8], "encoder_blocks": [1, 1], "decoder_blocks": [1, 1]}
+
+
+def test_model_section():
+    assert build_model(VAE).config.channels == [4, 8]
+    with pytest.raises(ValueError, match="chanels"):
+        build_model(VAE | {"chanels": [4, 8]})
+    with pytest.raises(ValueError, match="latent_channels"):
+        build_model(VAE | {"latent_channels": "four"})
+    with pytest.raises(ValueError, match="autoencoder.Missing"):
+        build_model({"class": "autoencoder.Missing"})
+    with pytest.raises(ValueError, match="needs `class"):
+        build_model({"channels": [4, 8]})
+
+
+def test_init_from_keeps_all_but_the_changed_layers(tmp_path):
+    trained = build_model(VAE)
+    save_model(trained, tmp_path / "vae")
+    model = build_model(VAE | {"in_channels": 2})
+    before = model.encoder[0].bias.clone()
+    assert initialise_from(model, tmp_path / "vae") == ["encoder.0"]
+    assert torch.equal(model.encoder[0].bias, before)  # of a changed layer nothing is kept
+    for key, tensor in model.state_dict().items():
+        if not key.startswith("encoder.0."):
+            assert torch.equal(tensor, trained.state_dict()[key]), key
+
+
+def test_init_from_names_what_does_not_fit(tmp_path):
+    save_model(build_model(VAE), tmp_path / "vae")
+    with pytest.raises(ValueError, match="another architecture"):
+        initialise_from(build_model(VAE | {"decoder_blocks": [1, 2]}), tmp_path / "vae")
+    with pytest.raises(ValueError, match="no .safetensors file there"):
+        initialise_from(build_model(VAE), tmp_path)

@@ -1,0 +1,100 @@
+"""Resampling: functions of the place in the patient are reproduced at that place, on any grid."""
+
+import numpy as np
+import pytest
+
+from volumes import Volume, resample, resample_to
+
+
+def affine_of(spacing, angle=0.0, origin=(5.0, -7.0, 11.0)):
+    cos, sin = np.cos(angle), np.sin(angle)
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) * spacing
+    affine[:3, 3] = origin
+    return affine
+
+
+def positions(shape, affine):
+    """(X, Y, Z, 3) places of the voxels in mm."""
+    index = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), axis=-1)
+    return index @ affine[:3, :3].T + affine[:3, 3]
+
+
+def ramp(shape, affine):
+    """A volume whose value is linear in the place: linear interpolation knows it exactly."""
+    return Volume((positions(shape, affine) @ [1.0, -2.0, 3.0] + 10).astype(np.float32)[None], affine)
+
+
+@pytest.mark.parametrize("spacing", [(0.7, 0.9, 1.1), (2.0, 2.0, 2.0), (1.0, 5.0, 3.0), (3.1, 0.5, 2.9)])
+def test_a_linear_function_is_reproduced(spacing):
+    volume = ramp((24, 30, 26), affine_of((1.0, 1.5, 2.0), angle=0.3))
+    result = resample(volume, spacing)
+    np.testing.assert_allclose(result.spacing, spacing)
+    expected = positions(result.shape, result.affine) @ [1.0, -2.0, 3.0] + 10
+    # away from the border, where the edge is repeated and the blur of coarser grids reaches beyond it
+    edge = tuple(slice(2, -2) if n > 6 else slice(1, -1) for n in result.shape)
+    np.testing.assert_allclose(result.array[0][edge], expected[edge], rtol=0, atol=0.05)
+
+
+def test_extent_and_centre_are_kept():
+    volume = ramp((24, 30, 26), affine_of((1.0, 1.5, 2.0), angle=0.3))
+    result = resample(volume, (2.0, 3.0, 1.0))
+    assert result.shape == (12, 15, 52)
+    centre = [*(np.array(volume.shape) - 1) / 2, 1], [*(np.array(result.shape) - 1) / 2, 1]
+    np.testing.assert_allclose(volume.affine @ centre[0], result.affine @ centre[1], atol=1e-9)
+
+
+def test_the_same_spacing_changes_nothing():
+    volume = ramp((6, 7, 8), affine_of((1.0, 1.5, 2.0)))
+    assert resample(volume, volume.spacing) is volume
+    again = resample_to(volume, volume.shape, volume.affine)
+    np.testing.assert_allclose(again.array, volume.array, atol=1e-4)
+
+
+def test_a_rotated_grid_finds_the_same_places():
+    volume = ramp((30, 30, 20), affine_of((1.0, 1.0, 1.0), origin=(0, 0, 0)))
+    affine = affine_of((0.8, 0.8, 0.8), angle=0.4, origin=(12, 8, 3))
+    result = resample_to(volume, (10, 12, 14), affine)
+    np.testing.assert_allclose(result.array[0], positions((10, 12, 14), affine) @ [1.0, -2.0, 3.0] + 10, atol=2e-3)
+
+
+def test_outside_the_field_of_view_is_filled():
+    volume = Volume(np.full((1, 4, 4, 4), 7, np.float32), np.eye(4))
+    wider = np.eye(4)
+    wider[:3, 3] = -2
+    result = resample_to(volume, (8, 8, 8), wider, fill=-3)
+    expected = np.full((8, 8, 8), -3.0)
+    expected[2:6, 2:6, 2:6] = 7
+    np.testing.assert_array_equal(result.array[0], expected)
+    labels = Volume(np.full((1, 4, 4, 4), 2, np.int16), np.eye(4))
+    np.testing.assert_array_equal(resample_to(labels, (8, 8, 8), wider, nearest=True).array[0] == 2, expected == 7)
+
+
+def test_labels_stay_labels_and_keep_their_size():
+    place = positions((40, 40, 40), affine_of((1.0, 1.0, 1.0), origin=(-19.5, -19.5, -19.5)))
+    ball = (np.linalg.norm(place, axis=-1) < 12).astype(np.int16) * 5
+    mask = Volume(ball[None], affine_of((1.0, 1.0, 1.0), origin=(-19.5, -19.5, -19.5)))
+    result = resample(mask, (1.5, 0.8, 2.0), nearest=True)
+    assert result.array.dtype == np.int16
+    assert set(np.unique(result.array)) == {0, 5}
+    volume_mm3 = (result.array == 5).sum() * np.prod(result.spacing)
+    assert volume_mm3 == pytest.approx(4 / 3 * np.pi * 12**3, rel=0.02)
+
+
+def test_nothing_aliases_on_a_coarser_grid():
+    """Stripes of one voxel average out on a grid three times coarser; picked voxels would keep their full swing."""
+    stripes = np.broadcast_to(np.arange(60)[:, None, None] % 2, (60, 6, 6)).astype(np.float32)
+    result = resample(Volume(stripes[None], np.eye(4)), (3.0, 1.0, 1.0))
+    assert np.abs(result.array[0, 2:-2] - 0.5).max() < 0.05
+
+
+def test_large_volumes_go_through_in_slabs(monkeypatch):
+    volume = ramp((9, 8, 7), np.eye(4))
+    whole = resample(volume, (0.6, 0.7, 0.8))
+    monkeypatch.setattr("volumes.resampling.SLAB_VOXELS", 1)
+    np.testing.assert_array_equal(resample(volume, (0.6, 0.7, 0.8)).array, whole.array)
+
+
+def test_impossible_spacings_are_refused():
+    with pytest.raises(ValueError, match="three positive lengths"):
+        resample(ramp((4, 4, 4), np.eye(4)), (1.0, 0.0, 1.0))

@@ -1,0 +1,162 @@
+"""Train a latent diffusion model:  accelerate launch train_ldm.py --config configs/hippocampus/ldm.yaml [--vae RUN/vae ...]
+
+The run folder ends with `pipeline/`: autoencoder, U-Net (averaged weights), scheduler and what they were trained on, for
+`MedVolumePipeline.from_pretrained`.
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from autoencoder import AutoencoderKL3D
+from diffusion import (
+    LatentAugmentation,
+    LatentDataset,
+    LatentUNet3D,
+    build_latent_cache,
+    collate_latents,
+    denoise,
+    fold_mask,
+    make_scheduler,
+    training_loss,
+)
+from pipelines import MedVolumePipeline
+from pipelines.loading import check_weights
+from training import Learner, Loop, TrainLdmConfig, build_model, initialise_from, make_accelerator, parse_config, save_model
+from training.splits import PaddedVolumes, load_split
+from volumes import VolumeDataset, describe, slices_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger("training")
+VALIDATION_DRAWS = 8  # timesteps and noises per held-out volume; the same at every validation
+
+
+class DiffusionStep:
+    """The U-Net's training step: latents drawn from their posterior, timesteps and noise, the objective's loss."""
+
+    def __init__(self, learner: Learner[LatentUNet3D], vae: AutoencoderKL3D, inference_steps: int):
+        self.unet, self.learners, self.vae, self.inference_steps = learner, (learner,), vae, inference_steps
+        self.objective: str = learner.network.config["objective"]
+
+    def __call__(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        """One batch of `collate_latents`."""
+        noise = randn_tensor(batch["mean"].shape, generator=generator, device=batch["mean"].device)
+        latents = batch["mean"] + batch["std"] * noise
+        loss = training_loss(self.unet.model, self.objective, latents, batch["mask"], batch["weight"], generator)
+        self.unet.backward(loss)
+        return {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def validate(self, item: dict[str, Any], generator: torch.Generator) -> dict[str, float]:
+        """The loss on a held-out volume's latents."""
+
+        def repeat(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.expand(VALIDATION_DRAWS, *values.shape[1:])
+
+        latents, mask = repeat(item["latents"]), repeat(item["mask_ids"])
+        assert latents is not None
+        with self.unet.accelerator.autocast():
+            loss = training_loss(self.unet.average, self.objective, latents, mask, torch.ones_like(latents[:, :1]), generator)
+        return {"loss": loss.item()}
+
+    @torch.no_grad()
+    def preview(self, items: list[dict[str, Any]]) -> "Figure":
+        """Mask, real volume and the volume generated from that mask, a column per case, always from the same noise."""
+        columns = []
+        for index, item in enumerate(items):
+            shape, device = item["latents"].shape, item["latents"].device
+            noise = randn_tensor(shape, generator=torch.Generator().manual_seed(index), device=device)
+            conditions = {} if item["mask_ids"] is None else {"mask": item["mask_ids"]}
+            with self.unet.accelerator.autocast():
+                scheduler = make_scheduler(self.objective)
+                latents = denoise(self.unet.average, noise, scheduler, conditions, num_inference_steps=self.inference_steps)
+                generated = self.vae.decode(latents, return_dict=False)[0][0].float().clamp(-1, 1)
+            images = {"real": item["image"][0], "generated": generated[0]}  # the first channel
+            columns.append({"title": item["name"], "images": images, "mask": item.get("mask"), "spacing": item["spacing"]})
+        return slices_figure(columns)
+
+
+def load_autoencoder(folder: str) -> AutoencoderKL3D:
+    """The trained autoencoder, frozen. Raises: ValueError if its weights do not fit its config or its latents were never measured."""
+    check_weights(Path(folder), AutoencoderKL3D)
+    vae: AutoencoderKL3D = AutoencoderKL3D.from_pretrained(folder, use_safetensors=True)
+    if vae.config["latents_std"] is None:
+        raise ValueError(f"{folder}: no latents_mean and latents_std in its config; train_vae.py measures them when it ends")
+    return vae.to(memory_format=torch.channels_last_3d).eval().requires_grad_(False)  # pyright: ignore[reportCallIssue]
+
+
+def complete_model(section: dict[str, Any], vae: AutoencoderKL3D, num_labels: int) -> dict[str, Any]:
+    """The model section with what autoencoder and data decide; `num_labels: 0` asks for a model without a mask.
+
+    Raises: ValueError if the section says something else.
+    """
+    channels = vae.config["latent_channels"]
+    decided = {"in_channels": channels, "out_channels": channels, "mask_stride": list(vae.stride), "num_labels": num_labels}
+    for name, value in decided.items():
+        given = section.get(name, value)
+        if given != value and not (name == "num_labels" and given == 0):
+            raise ValueError(f"model.{name} is {given}, but autoencoder and data make it {value}; leave it out")
+    return {**decided, **section}
+
+
+@torch.no_grad()
+def encode_held_out(volumes: PaddedVolumes, vae: AutoencoderKL3D, num_labels: int) -> list[dict[str, Any]]:
+    """Held-out volumes with their latents (1, C, h, w, d) and folded mask."""
+    items = []
+    for item in volumes:
+        latents = vae.encode(item["image"][None].to(vae.device)).latent_dist.mode().cpu()
+        ids = fold_mask(item["mask"][None], vae.stride, num_labels) if num_labels else None
+        items.append({**item, "latents": latents, "mask_ids": ids})
+    return items
+
+
+def encode_training(dataset: VolumeDataset, vae: AutoencoderKL3D, config: TrainLdmConfig, accelerator: Accelerator) -> LatentDataset:
+    """The latent cache of the training volumes, each process encoding its share."""
+    cache = config.cache
+    folder = cache.folder or Path(config.output) / "latents"
+    augmentation = LatentAugmentation(cache.versions, cache.flip_axes, cache.shift, config.loop.seed)
+    shard = (accelerator.process_index, accelerator.num_processes)
+    latents = build_latent_cache(dataset, vae, folder, augmentation, shard=shard, progress=accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    return latents
+
+
+def main(args: list[str] | None = None) -> dict[str, float]:
+    """Train as the config says. Returns the final validation's metrics."""
+    config = parse_config(TrainLdmConfig, args)
+    output = Path(config.output)
+    accelerator = make_accelerator(output, config.loop)
+    vae = load_autoencoder(config.vae).to(accelerator.device)
+    train, held_out = load_split(config.data)
+    config.model = complete_model(config.model, vae, train.num_labels)
+    set_seed(config.loop.seed)
+    unet: LatentUNet3D = build_model(config.model)
+    if config.init_from:
+        logger.info("started from %s; layers left fresh: %s", config.init_from, initialise_from(unet, config.init_from) or "none")
+
+    num_labels = config.model["num_labels"]
+    latents = encode_training(train, vae, config, accelerator)
+    validation = encode_held_out(PaddedVolumes(held_out, vae.stride), vae, num_labels) if held_out else []
+
+    learner = Learner("unet", unet, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
+    step = DiffusionStep(learner, vae, config.inference_steps)
+    metrics = Loop(accelerator, config, step, latents, validation, lambda items: collate_latents(items, vae.stride, num_labels)).run()
+
+    if accelerator.is_main_process:
+        pipeline = MedVolumePipeline(vae, learner.average, make_scheduler(step.objective), data=describe(train))
+        save_model(pipeline, output / "pipeline")
+        logger.info("saved %s", output / "pipeline")
+    accelerator.wait_for_everyone()
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

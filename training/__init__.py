@@ -1,0 +1,52 @@
+"""The training loop and what belongs to it: configs, learners, checkpoints. It knows Accelerate and no model."""
+
+from .build import build_model, initialise_from
+from .checkpoints import Checkpointer, TrainState, find_checkpoint, list_checkpoints
+from .config import (
+    AutoencoderLosses,
+    CropConfig,
+    LatentCacheConfig,
+    LoopConfig,
+    OptimizerConfig,
+    TrainLdmConfig,
+    TrainVaeConfig,
+    config_changes,
+    parse_config,
+    save_config,
+)
+from .data import SampleStream, derive_seed
+from .ema import MovingAverage
+from .learner import Learner, learning_rate
+from .loop import Loop, TrainingStep, make_accelerator
+from .output import save_model
+from .precision import native_bf16, resolve_precision
+
+__all__ = [
+    "AutoencoderLosses",
+    "Checkpointer",
+    "CropConfig",
+    "LatentCacheConfig",
+    "Learner",
+    "Loop",
+    "LoopConfig",
+    "MovingAverage",
+    "OptimizerConfig",
+    "SampleStream",
+    "TrainLdmConfig",
+    "TrainState",
+    "TrainVaeConfig",
+    "TrainingStep",
+    "build_model",
+    "config_changes",
+    "derive_seed",
+    "find_checkpoint",
+    "initialise_from",
+    "learning_rate",
+    "list_checkpoints",
+    "make_accelerator",
+    "native_bf16",
+    "parse_config",
+    "resolve_precision",
+    "save_config",
+    "save_model",
+]

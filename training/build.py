@@ -1,0 +1,64 @@
+"""Models from a config section, and fine-tuning from a trained one."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from safetensors.torch import load_file
+from torch import nn
+
+
+def build_model(section: dict[str, Any]) -> Any:
+    """The model of a config section `class: package.Name` plus that class's constructor arguments.
+
+    Raises: ValueError for a class that cannot be imported, an unknown argument or one of the wrong type, naming it.
+    """
+    arguments = dict(section)
+    path = arguments.pop("class", None)
+    if not isinstance(path, str) or "." not in path:
+        raise ValueError(f"the model section needs `class: package.Name`, for example autoencoder.AutoencoderKL3D; got {path!r}")
+    module_name, _, name = path.rpartition(".")
+    try:
+        model_class: Callable[..., Any] = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model class {path}: {error}") from error
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(model_class, as_group=False)  # pyright: ignore[reportArgumentType]
+    try:
+        checked = parser.parse_object(arguments)
+    except Exception as error:  # jsonargparse raises several kinds, each with the argument's name in its message
+        raise ValueError(f"model section does not fit {path}: {error}") from error
+    return model_class(**{k: checked[k] for k in arguments})
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a saved model's folder (one safetensors file or several). Raises: ValueError if there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"--init_from {folder}: no .safetensors file there; give the folder of one model, such as RUN/vae or PIPELINE/unet")
+    return {key: tensor for file in files for key, tensor in load_file(file).items()}
+
+
+def initialise_from(model: nn.Module, folder: str | Path) -> list[str]:
+    """Load a trained model's weights into `model`, for fine-tuning. Layers whose shapes differ stay as initialised.
+
+    A layer is the module that directly holds a parameter: if a convolution's weight has another shape, its bias stays fresh as well.
+    Returns: names of the layers that stay fresh, such as "encoder.0", sorted.
+    Raises: ValueError if keys are missing or unexpected, or nothing fits.
+    """
+    weights, own = read_weights(Path(folder)), model.state_dict()
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"--init_from {folder}: weights of another architecture (missing {missing[:5]}, unexpected {unexpected[:5]}, "
+            f"{len(missing) + len(unexpected)} in all); only the number of labels or channels may differ"
+        )
+    fresh = {key.rpartition(".")[0] for key in own if own[key].shape != weights[key].shape}
+    kept = {key: tensor for key, tensor in weights.items() if key.rpartition(".")[0] not in fresh}
+    if not kept:
+        raise ValueError(f"--init_from {folder}: no layer has the shape of this model's; compare the two configs")
+    model.load_state_dict(kept, strict=False)
+    return sorted(fresh)

@@ -1,0 +1,222 @@
+"""What a training run can be told, as typed dataclasses, and how YAML and the command line become one of them (jsonargparse)."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from volumes import DataConfig
+
+Config = TypeVar("Config")
+
+
+@dataclass
+class OptimizerConfig:
+    """Muon or AdamW, with linear warm-up and cosine decay.
+
+    Args:
+        algorithm: muon updates the kernels of hidden convolutions by Muon and the rest by AdamW (see training/muon.py); adamw is AdamW alone.
+        learning_rate: highest learning rate, reached after the warm-up.
+        betas: AdamW's decay rates of the first and second moment; the first is Muon's momentum too.
+        eps: AdamW's epsilon.
+        weight_decay: decoupled weight decay of weights (never of biases and norm scales).
+        warmup_steps: steps of linear warm-up.
+        final_lr_ratio: learning rate at the last step, as a part of `learning_rate`.
+        max_grad_norm: gradients are scaled down to this global norm.
+        gradient_accumulation: batches whose gradients are averaged for one step.
+    """
+
+    algorithm: Literal["muon", "adamw"] = "muon"
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    final_lr_ratio: float = 0.01
+    max_grad_norm: float = 1.0
+    gradient_accumulation: int = 1
+
+
+@dataclass
+class LoopConfig:
+    """Length, precision and rhythm of a run.
+
+    Args:
+        max_steps: optimiser steps of the whole run; the learning rate ends there.
+        batch_size: samples per batch and process.
+        seed: of weights, data order, crops and noise.
+        mixed_precision: auto is bf16 where the hardware computes in it natively, else no.
+        workers: processes that load data, per training process; 0 loads in the training process.
+        ema_decay: of the moving average of the weights, which is what is validated and saved.
+        log_every: steps between lines of losses; between them nothing is fetched from the device but one flag.
+        validate_every: steps between validations on held-out subjects; 0 validates at the end only.
+        preview_every: steps between previews; 0 draws one at the end only.
+        previews: volumes per preview.
+        checkpoint_every: steps between checkpoints; 0 writes one at the end only.
+        keep_checkpoints: the newest so many are kept.
+        max_skipped: so many steps in a row with non-finite gradients stop the run.
+        trackers: Accelerate trackers by name, such as tensorboard or wandb.
+    """
+
+    max_steps: int = 10_000
+    batch_size: int = 4
+    seed: int = 0
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    workers: int = 0
+    ema_decay: float = 0.999
+    log_every: int = 20
+    validate_every: int = 500
+    preview_every: int = 500
+    previews: int = 4
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    max_skipped: int = 20
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+
+@dataclass
+class CropConfig:
+    """Random crops of the training volumes.
+
+    Args:
+        shape: voxels (X, Y, Z); a multiple of the autoencoder's stride. Smaller volumes are padded, and the padding is left out of the losses.
+        flip_axes: axes (0, 1, 2) that are mirrored at random.
+    """
+
+    shape: tuple[int, int, int] = (32, 32, 32)
+    flip_axes: tuple[int, ...] = ()
+
+
+@dataclass
+class AutoencoderLosses:
+    """Weights of the autoencoder's losses, each averaged inside the field of view; see autoencoder/losses.py."""
+
+    l1: float = 1.0
+    mse: float = 0.0
+    gradient: float = 1.0
+    kl: float = 1e-4
+
+
+@dataclass
+class LatentCacheConfig:
+    """Latents of the training volumes, computed once.
+
+    Args:
+        folder: where they are kept; default: latents/ in the output folder.
+        versions: entries per volume; the first is the volume as it is, the others are augmented.
+        flip_axes: axes (0, 1, 2) along which the other versions are mirrored at random.
+        shift: whether the other versions are shifted by less than the autoencoder's stride at random.
+    """
+
+    folder: str | None = None
+    versions: int = 1
+    flip_axes: tuple[int, ...] = ()
+    shift: bool = False
+
+
+@dataclass
+class TrainVaeConfig:
+    """Train an autoencoder on volumes.
+
+    Args:
+        output: folder of the run: config.yaml, checkpoints/, logs/, previews/, and at the end vae/ and metrics.json.
+        data: which volumes.
+        model: `class:` and that class's constructor arguments.
+        crops: what a training sample is.
+        losses: weights of the losses.
+        optimizer: how weights move.
+        loop: how long and in which rhythm.
+        resume: "latest", or a checkpoint folder of this run, to go on from exactly there.
+        init_from: folder of a trained autoencoder to start from (fine-tuning).
+    """
+
+    output: str
+    data: DataConfig
+    model: dict[str, Any]
+    crops: CropConfig = field(default_factory=CropConfig)
+    losses: AutoencoderLosses = field(default_factory=AutoencoderLosses)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    resume: str | None = None
+    init_from: str | None = None
+
+
+@dataclass
+class TrainLdmConfig:
+    """Train a latent diffusion model on the latents of a trained autoencoder.
+
+    Args:
+        output: folder of the run: config.yaml, checkpoints/, logs/, previews/, and at the end pipeline/ and metrics.json.
+        vae: folder of the trained autoencoder (`vae/` of its run).
+        data: which volumes.
+        model: `class:` and that class's constructor arguments; what the autoencoder and the labels decide may be left out.
+        cache: latents of the training volumes.
+        inference_steps: denoising steps of the previews.
+        optimizer: how weights move.
+        loop: how long and in which rhythm.
+        resume: "latest", or a checkpoint folder of this run, to go on from exactly there.
+        init_from: folder of a trained U-Net to start from (fine-tuning).
+    """
+
+    output: str
+    vae: str
+    data: DataConfig
+    model: dict[str, Any]
+    cache: LatentCacheConfig = field(default_factory=LatentCacheConfig)
+    inference_steps: int = 20
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    resume: str | None = None
+    init_from: str | None = None
+
+
+def parse_config(config_class: type[Config], args: list[str] | None = None) -> Config:
+    """The run's config from `--config FILE.yaml` and overrides such as `--loop.max_steps 100` (default: the command line).
+
+    Unknown keys and wrong types end the program with a message that names them; `--print_config` shows the final config.
+    """
+    parser = ArgumentParser(description=config_class.__doc__, exit_on_error=True)
+    parser.add_argument("--config", action="config", help="YAML file with the arguments below")
+    parser.add_class_arguments(config_class, as_group=False)
+    values: Namespace = parser.instantiate(parser.parse_args(args))
+    return config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})  # pyright: ignore[reportArgumentType]
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as nested plain dicts and lists, ready for YAML."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(config)
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write `config` as YAML that `--config` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value})
+    return flat
+
+
+def config_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two plain configs, a line each: "optimizer.learning_rate: 0.001 -> 0.0003". `resume` is left out."""
+    before, after, absent = flatten(old), flatten(new), "(absent)"
+    names = [n for n in {**before, **after} if n != "resume" and before.get(n, absent) != after.get(n, absent)]
+    return [f"{n}: {before.get(n, absent)} -> {after.get(n, absent)}" for n in names]

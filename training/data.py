@@ -1,0 +1,78 @@
+"""The order in which training sees its samples, as a pure function of (seed, position): that is what makes a resume exact.
+
+Nothing here is advanced and saved: sample number `s` of a run is position `s % n` of the permutation of epoch `s // n`. A resumed run asks for
+the next number and gets what the uninterrupted run would have got, with any number of workers, persistent or not.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+def derive_seed(*numbers: int) -> int:
+    """One 63-bit seed from several non-negative integers such as (seed, step, process), well mixed (numpy's SeedSequence)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class SampleStream(Sampler[list[tuple[int, int]]]):
+    """Endless batches of (epoch, index) keys for one process.
+
+    Epochs follow each other without a gap: a batch may hold the end of one and the beginning of the next, so every batch is full and no sample is
+    ever dropped, however small the data set.
+
+    Args:
+        length: number of samples in the data set.
+        batch_size: samples per batch and process.
+        start: number of samples that all processes together have already seen.
+        process, processes: this process and how many there are; each takes its own slice of every global batch.
+    Raises: ValueError for an empty data set.
+    """
+
+    def __init__(self, length: int, batch_size: int, *, seed: int, start: int = 0, process: int = 0, processes: int = 1):
+        if length < 1:
+            raise ValueError("there is nothing to train on: the training split is empty (see `data:` in the config)")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.start, self.process, self.processes = start, process, processes
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        first, epoch, order = self.start + self.process * self.batch_size, -1, torch.empty(0)
+        while True:
+            keys = []
+            for sample in range(first, first + self.batch_size):
+                if sample // self.length != epoch:
+                    epoch = sample // self.length
+                    order = torch.randperm(self.length, generator=torch.Generator().manual_seed(derive_seed(self.seed, epoch)))
+                keys.append((epoch, int(order[sample % self.length])))
+            yield keys
+            first += self.batch_size * self.processes
+
+
+class Keyed(Dataset):
+    """A data set asked by (epoch, index): tells the data set its epoch first, in whichever worker process it lives."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        set_epoch = getattr(self.dataset, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
+        return self.dataset[index]
+
+
+def training_batches(dataset: Dataset, stream: SampleStream, *, workers: int, collate: Any, pin_memory: bool) -> Iterator[Any]:
+    """Endless collated batches in the order of `stream`, loaded by `workers` processes (0: in this one)."""
+    return iter(
+        DataLoader(
+            Keyed(dataset),
+            batch_sampler=stream,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=collate,
+            pin_memory=pin_memory,
+        )
+    )

@@ -1,0 +1,88 @@
+"""One network that is being trained: its optimiser, learning rate, gradient clipping and moving average.
+
+A training step owns one learner, or several (a generator and a discriminator, each with its own optimiser).
+"""
+
+import math
+from typing import Any, Generic, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from .config import OptimizerConfig
+from .ema import MovingAverage
+from .muon import Muon, is_kernel
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
+    """Learning rate of step `step` (counted from 0): linear warm-up, then half a cosine down to `final_lr_ratio` at `max_steps`."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return config.learning_rate * (config.final_lr_ratio + (1.0 - config.final_lr_ratio) * cosine)
+
+
+class Learner(Generic[Model]):
+    """A network with all that trains it.
+
+    `model` is what a step calls to compute losses: Accelerate's wrapper, so gradients are averaged over processes. `average` is the network that
+    is validated and saved.
+    """
+
+    def __init__(self, name: str, model: Model, config: OptimizerConfig, *, ema_decay: float, max_steps: int):
+        self.name, self.config, self.max_steps = name, config, max_steps
+        self.network = model
+        self.model: Any = model
+        self.ema = MovingAverage(model, ema_decay)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        kernels = {id(p) for p in parameters if config.algorithm == "muon" and is_kernel(p)}
+        groups = [
+            {"params": [p for p in parameters if id(p) in kernels], "weight_decay": config.weight_decay, "muon": True},
+            {"params": [p for p in parameters if p.ndim > 1 and id(p) not in kernels], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},  # biases and norm scales
+        ]
+        # `lr` as set here is never used: update() sets that of the step, so the schedule has no state of its own.
+        self.optimizer: Any = Muon(
+            [g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
+        )
+        self.updates = 0
+
+    @property
+    def average(self) -> Model:
+        """The bare network with averaged weights, in evaluation mode."""
+        return self.ema.module  # pyright: ignore[reportReturnType]
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Move to the accelerator's device and wrap for mixed precision and several processes."""
+        self.accelerator = accelerator
+        self.ema.module.to(accelerator.device)
+        self.model, self.optimizer = accelerator.prepare(self.model, self.optimizer)
+        self.model.train()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, divided by the number of accumulated batches."""
+        self.accelerator.backward(loss / self.config.gradient_accumulation)
+
+    def update(self, step: int) -> tuple[bool, Tensor]:
+        """Clip and take one optimiser step and one of the average.
+
+        Returns: whether the step was taken, and the gradient's norm before clipping. A gradient that is not finite changes nothing but fp16's
+        loss scale.
+        """
+        self.accelerator.unscale_gradients(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
+        finite = bool(torch.isfinite(norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.max_steps, self.config)
+        if finite or self.accelerator.scaler is not None:  # the fp16 scaler skips by itself, and must see the overflow to lower its scale
+            self.optimizer.step()
+            finite = finite and not self.optimizer.step_was_skipped
+        self.optimizer.zero_grad(set_to_none=True)
+        if finite:
+            self.updates += 1
+            self.ema.update(self.network, self.updates)
+        return finite, norm

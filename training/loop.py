@@ -1,0 +1,233 @@
+"""The training loop: data, state, trackers and checkpoints. It knows Accelerate and no model; losses and optimisers are the step's."""
+
+import contextlib
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object, send_to_device
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from .checkpoints import Checkpointer, TrainState, find_checkpoint, list_checkpoints
+from .config import LoopConfig, config_changes, save_config, to_plain
+from .data import SampleStream, derive_seed, training_batches
+from .learner import Learner
+from .precision import resolve_precision
+from .tracking import Progress, log_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger("training")
+_VALIDATION = 1 << 32  # keeps seeds of validation noise apart from those of training noise
+
+
+class TrainingStep(Protocol):
+    """What a script gives to the loop."""
+
+    learners: Sequence[Learner]
+
+    def __call__(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        """Compute losses of one batch and call `learner.backward` on them. All randomness is drawn from `generator`.
+
+        Returns: detached scalars to log.
+        """
+        ...
+
+    def validate(self, item: Any, generator: torch.Generator) -> dict[str, float]:
+        """Metrics of one held-out item, with the averaged weights."""
+        ...
+
+    def preview(self, items: list[Any]) -> "Figure":
+        """A figure of a few held-out items, with the averaged weights."""
+        ...
+
+
+def make_accelerator(output: Path, config: LoopConfig) -> Accelerator:
+    """Accelerate as the loop needs it. Raises: ValueError for sharded training (FSDP, DeepSpeed), which the moving average does not support."""
+    accelerator = Accelerator(
+        mixed_precision=resolve_precision(config.mixed_precision), log_with=list(config.trackers), project_dir=str(output)
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(f"{accelerator.distributed_type} is not supported; launch with plain data parallelism (--multi_gpu)")
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
+    return accelerator
+
+
+class Loop:
+    """One run.
+
+    Args:
+        config: the whole run's config: its `loop`, `optimizer`, `output` and `resume` are read; all of it is saved.
+        step: losses and learners; its learners are prepared here.
+        data: training samples; `collate` makes batches of them.
+        validation: held-out items, whole, one at a time; may be empty.
+    Raises: ValueError if the output folder holds another run's checkpoints and nothing says to resume it.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, config: Any, step: TrainingStep, data: Dataset, validation: Sequence[Any], collate: Any = default_collate
+    ):
+        self.accelerator, self.config, self.step = accelerator, config, step
+        self.data, self.validation, self.collate = data, validation, collate
+        self.options: LoopConfig = config.loop
+        self.output = Path(config.output)
+        for learner in step.learners:
+            learner.prepare(accelerator)
+        self.checkpoints = Checkpointer(accelerator, step.learners, self.output / "checkpoints", self.options.keep_checkpoints)
+        self.state = self._begin_or_resume()
+
+    def _begin_or_resume(self) -> TrainState:
+        folder, saved = self.output / "checkpoints", self.output / "config.yaml"
+        state = TrainState()
+        if self.config.resume is None and list_checkpoints(folder):
+            raise ValueError(f"{self.output} already holds a run; go on with --resume latest, or choose another --output")
+        path = find_checkpoint(self.config.resume, folder) if self.config.resume else None
+        if path is not None:
+            state = self.checkpoints.load(path)
+            logger.info("resumed from %s at step %d", path, state.step)
+            old = yaml.safe_load(saved.read_text()) if saved.is_file() else {}
+            for change in config_changes(old, to_plain(self.config)):
+                logger.warning("config changed since the run began: %s", change)
+        elif self.config.resume:
+            logger.info("nothing to resume in %s yet: starting at step 0", folder)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            save_config(self.config, saved)
+        return state
+
+    def run(self) -> dict[str, float]:
+        """Train to `max_steps`, then validate. Returns the last validation's metrics, which are also in metrics.json.
+
+        Raises: RuntimeError after `max_skipped` steps in a row with non-finite gradients.
+        """
+        accelerator, options, state = self.accelerator, self.options, self.state
+        accelerator.init_trackers("logs")
+        for tracker in accelerator.trackers:
+            if tracker.name != "tensorboard":  # which would add a folder per start; the config is beside the run as YAML
+                tracker.store_init_configuration(to_plain(self.config))
+        accumulation = self.config.optimizer.gradient_accumulation
+        stream = SampleStream(
+            len(self.data),  # pyright: ignore[reportArgumentType]
+            options.batch_size,
+            seed=options.seed,
+            start=state.samples,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+        )
+        batches = training_batches(
+            self.data, stream, workers=options.workers, collate=self.collate, pin_memory=accelerator.device.type == "cuda"
+        )
+        progress = Progress(options.max_steps, state.step, enabled=accelerator.is_main_process)
+        totals: dict[str, Tensor] = {}
+        counted = 0
+        while state.step < options.max_steps:
+            losses: dict[str, Tensor] = {}
+            for part in range(accumulation):
+                batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+                with self._gradients_stay_local(part < accumulation - 1):
+                    for name, value in self.step(batch, self._generator(state.step, part)).items():
+                        losses[name] = losses.get(name, 0.0) + value / accumulation  # pyright: ignore[reportArgumentType]
+            finite = True
+            for learner in self.step.learners:
+                taken, norm = learner.update(state.step)
+                finite, losses[f"grad_norm/{learner.name}"] = finite and taken, norm
+            state.step += 1
+            state.samples += accumulation * options.batch_size * accelerator.num_processes
+            self._count_skipped(finite)
+            if finite:
+                totals, counted = {k: totals.get(k, 0.0) + v for k, v in losses.items()}, counted + 1
+            progress.update()
+            if state.step % options.log_every == 0 and counted:
+                self._report(progress, totals, counted)
+                totals, counted = {}, 0
+            last = state.step == options.max_steps
+            if not last and _due(state.step, options.validate_every):
+                self.validate()
+            if not last and _due(state.step, options.preview_every):
+                self.preview()
+            if last or _due(state.step, options.checkpoint_every):
+                self.checkpoints.save(state)
+        progress.close()
+        metrics = self.validate()
+        self.preview()
+        if accelerator.is_main_process:
+            (self.output / "metrics.json").write_text(json.dumps({"step": state.step, "skipped": state.skipped, **metrics}, indent=1))
+        accelerator.end_training()
+        return metrics
+
+    def _generator(self, *position: int) -> torch.Generator:
+        """Noise of one batch, from (seed, step, accumulation part, process)."""
+        generator = torch.Generator(self.accelerator.device)
+        return generator.manual_seed(derive_seed(self.options.seed, *position, self.accelerator.process_index))
+
+    @contextlib.contextmanager
+    def _gradients_stay_local(self, yes: bool):
+        """Between accumulated batches, gradients are not exchanged between processes."""
+        with contextlib.ExitStack() as stack:
+            if yes:
+                for learner in self.step.learners:
+                    stack.enter_context(self.accelerator.no_sync(learner.model))
+            yield
+
+    def _count_skipped(self, finite: bool) -> None:
+        state, limit = self.state, self.options.max_skipped
+        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+        state.skipped += not finite
+        if state.skipped_in_a_row >= limit:
+            raise RuntimeError(
+                f"step {state.step}: gradients were not finite for {limit} steps in a row (optimiser steps were skipped). "
+                "Lower optimizer.learning_rate, or train with loop.mixed_precision: no; then --resume latest"
+            )
+
+    def _report(self, progress: Progress, totals: dict[str, Tensor], counted: int) -> None:
+        """Means over the steps since the last report and over processes, to the bar and the trackers."""
+        names = list(totals)
+        means = self.accelerator.reduce(torch.stack([totals[n].float() for n in names]) / counted, reduction="mean")
+        assert isinstance(means, Tensor)
+        values = dict(zip(names, means.tolist(), strict=True))
+        values["learning_rate"] = self.step.learners[0].optimizer.param_groups[0]["lr"]
+        values["skipped_steps"] = self.state.skipped
+        self.accelerator.log({f"train/{k}": v for k, v in values.items()}, step=self.state.step)
+        progress.report(self.state.step, values)
+
+    def validate(self) -> dict[str, float]:
+        """Mean of every metric over the held-out items, which the processes share among them; empty without such items."""
+        accelerator, items = self.accelerator, self.validation
+        if not len(items):
+            return {}
+        sums: dict[str, float] = {}
+        for index in range(accelerator.process_index, len(items), accelerator.num_processes):
+            generator = torch.Generator(accelerator.device).manual_seed(derive_seed(self.options.seed, _VALIDATION, index))
+            for name, value in self.step.validate(send_to_device(items[index], accelerator.device), generator).items():
+                sums[name] = sums.get(name, 0.0) + value
+        metrics: dict[str, float] = {}
+        for part in gather_object([sums]):
+            for name, value in part.items():
+                metrics[name] = metrics.get(name, 0.0) + value / len(items)
+        accelerator.log({f"validation/{k}": v for k, v in metrics.items()}, step=self.state.step)
+        text = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+        logger.info("step %d  validation (%d items): %s", self.state.step, len(items), text)
+        if not all(math.isfinite(v) for v in metrics.values()):
+            logger.warning("step %d: a validation metric is not finite", self.state.step)
+        return metrics
+
+    def preview(self) -> None:
+        """Draw the first few held-out items, on the main process."""
+        count = min(self.options.previews, len(self.validation))
+        if count and self.accelerator.is_main_process:
+            items = [send_to_device(self.validation[i], self.accelerator.device) for i in range(count)]
+            log_figure(self.accelerator, self.step.preview(items), "preview", self.state.step, self.output / "previews")
+        self.accelerator.wait_for_everyone()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

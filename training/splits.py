@@ -1,0 +1,43 @@
+"""Training and validation volumes of a run."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from volumes import DataConfig, VolumeDataset, load_cases, pad_sample
+
+
+def load_split(config: DataConfig) -> tuple[VolumeDataset, VolumeDataset | None]:
+    """The training volumes, and those of the held-out training subjects (None if there are none). The test split is not touched.
+
+    Raises: ValueError if there is nothing to train on.
+    """
+    cases = load_cases(config)
+    train = [c for c in cases if c.split == "train"]
+    held_out = [c for c in cases if c.split == "validation"]
+    if not train:
+        raise ValueError("there is nothing to train on: no case of `data:` is in the training split")
+    return VolumeDataset(train, config), VolumeDataset(held_out, config) if held_out else None
+
+
+class PaddedVolumes:
+    """Whole volumes, padded to a multiple of the autoencoder's stride.
+
+    Item i is {"image": float32 (C, X, Y, Z), "fov": bool (1, X, Y, Z), "name", "spacing": (x, y, z) in mm}, and "mask" int16 (X, Y, Z) if there
+    are masks.
+    """
+
+    def __init__(self, dataset: VolumeDataset, stride: tuple[int, int, int]):
+        self.dataset, self.stride = dataset, stride
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = pad_sample(self.dataset[index], self.stride)
+        spacing = tuple(np.linalg.norm(item["affine"].numpy()[:3, :3], axis=0).tolist())
+        return {"spacing": spacing, **{k: item[k] for k in ("image", "fov", "mask", "name") if k in item}}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))

@@ -1,0 +1,47 @@
+"""Files, geometry, intensity, datasets: everything about volumes before a model sees them, and after."""
+
+from .cases import Case, load_cases
+from .config import DataConfig, PhantomConfig
+from .crops import CropDataset
+from .dataset import VolumeDataset, describe, pad_sample
+from .figures import slices_figure
+from .intensity import IntensityScaling, LinearScale
+from .labels import label_indices
+from .nifti import read_mask, read_volume, to_nibabel, write_volume
+from .phantom import PHANTOM_CLASSES, PHANTOM_LABELS, make_phantom
+from .placement import Placement, pad_or_crop, pad_to_multiple
+from .resampling import resample, resample_to
+from .volume import PADDING, SourceGrid, Volume, VolumeError, describe_grid, same_grid
+
+__all__ = [
+    "PADDING",
+    "PHANTOM_CLASSES",
+    "PHANTOM_LABELS",
+    "Case",
+    "CropDataset",
+    "DataConfig",
+    "IntensityScaling",
+    "LinearScale",
+    "PhantomConfig",
+    "Placement",
+    "SourceGrid",
+    "Volume",
+    "VolumeDataset",
+    "VolumeError",
+    "describe",
+    "describe_grid",
+    "label_indices",
+    "load_cases",
+    "make_phantom",
+    "pad_or_crop",
+    "pad_sample",
+    "pad_to_multiple",
+    "read_mask",
+    "read_volume",
+    "resample",
+    "resample_to",
+    "same_grid",
+    "slices_figure",
+    "to_nibabel",
+    "write_volume",
+]

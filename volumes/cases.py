@@ -1,0 +1,195 @@
+"""From a data config to a list of cases: files that belong together, whose they are, and which split they are in.
+
+A subject is never in two splits.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .config import DataConfig, PhantomConfig
+from .patterns import case_name, fill_pattern, find_files, placeholders
+from .phantom import PHANTOM_CLASSES, make_phantom
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One volume of the data set: its files by channel, its mask, its subject and split, and the table's other columns.
+
+    A phantom has no files but the number of its drawing.
+    """
+
+    name: str
+    subject: str
+    split: str = "train"
+    images: dict[str, Path] = field(default_factory=dict)
+    mask: Path | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    phantom: int | None = None
+
+
+def load_cases(config: DataConfig) -> list[Case]:
+    """All cases of the data set, sorted by name, each in split "train", "validation" or "test".
+
+    The same config and files give the same splits on every machine. Raises ValueError for missing files, names used
+    twice, unknown splits, and subjects that a table puts into two splits. Whether files can be read shows when they
+    are (`VolumeDataset`).
+    """
+    if config.phantom is not None:
+        cases = _phantoms(config.phantom)
+    else:
+        cases = _from_table(config) if config.table else _from_patterns(config)
+        cases = [replace(case, subject=_subject(case, config)) for case in cases]
+    _check_names(cases)
+    cases.sort(key=lambda case: case.name)
+    if config.split:
+        cases = [replace(case, split=_named_split(case, config)) for case in cases]
+    elif config.test_fraction:
+        cases = _hold_out(cases, "test", config.test_fraction, config.split_seed)
+    if config.validation_fraction and not any(case.split == "validation" for case in cases):
+        cases = _hold_out(cases, "validation", config.validation_fraction, config.split_seed)
+    _check_subjects(cases)
+    return cases
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV file with a header, or of a JSON list of objects."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such table")
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        if path.suffix == ".json":
+            rows = json.load(file)
+        else:
+            rows = list(csv.DictReader(file))
+            for number, row in enumerate(rows, start=1):
+                if None in row or None in row.values():
+                    raise ValueError(f"{path}: row {number} has not as many values as the header has columns")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: expected rows: a CSV file with a header, or a JSON list of objects")
+    return rows
+
+
+def _phantoms(config: PhantomConfig) -> list[Case]:
+    cases = []
+    for number in range(config.seed, config.seed + config.count):
+        kind = PHANTOM_CLASSES[make_phantom(number, config.shape)[2]]
+        cases.append(Case(f"phantom_{number:04d}", subject=f"P{number:04d}", metadata={"class": kind}, phantom=number))
+    return cases
+
+
+def _from_table(config: DataConfig) -> list[Case]:
+    root = Path(config.root)
+    cases = []
+    for row in read_table(root / str(config.table)):
+        images = {}
+        for channel, patterns in config.patterns.items():
+            if len(patterns) != 1:
+                raise ValueError("data: with a table, images is one pattern, or one a channel; a list has no meaning")
+            images[channel] = root / fill_pattern(patterns[0], row)
+        mask = root / fill_pattern(config.masks, row) if config.masks else None
+        for path in [*images.values(), *([mask] if mask else [])]:
+            if not path.is_file():
+                raise ValueError(f"{path}: no such file, though {config.table} has a row for it: {row}")
+        first, pattern = next(iter(images.items()))[1], config.patterns[config.channels[0]][0]
+        name = case_name([str(row[column]) for column in placeholders(pattern)], first)
+        cases.append(Case(name, subject=name, images=images, mask=mask, metadata=dict(row)))
+    return cases
+
+
+def _from_patterns(config: DataConfig) -> list[Case]:
+    root = Path(config.root)
+    found = {}  # channel, or None for the mask -> {pieces of the path: file}
+    for channel, patterns in [*config.patterns.items(), *([(None, [config.masks])] if config.masks else [])]:
+        found[channel] = {}
+        for pattern in patterns:
+            for path, pieces in find_files(root, str(pattern)).items():
+                key = tuple(sorted(pieces.items()))
+                if found[channel].setdefault(key, path) != path:
+                    raise ValueError(
+                        f"{path} and {found[channel][key]} match as one case; put what differs into {{braces}}"
+                    )
+        if not found[channel]:
+            raise ValueError(f"no file matches {' or '.join(map(str, patterns))} in {root.resolve()}")
+    channels = config.channels
+    keys = set(found[channels[0]])
+    for channel, files in found.items():
+        for key in sorted(keys ^ set(files)):
+            there, missing = (files[key], channels[0]) if key in files else (found[channels[0]][key], channel or "mask")
+            raise ValueError(
+                f"{there}: has no {missing} file; images and masks belong together when their {{names}} and * agree"
+            )
+    cases = []
+    for key in keys:
+        images = {channel: found[channel][key] for channel in channels}
+        name = case_name([value for _, value in key], images[channels[0]])
+        mask = found[None][key] if config.masks else None
+        metadata = {piece: value for piece, value in key if not piece.isdigit()}
+        cases.append(Case(name, subject=name, images=images, mask=mask, metadata=metadata))
+    return cases
+
+
+def _subject(case: Case, config: DataConfig) -> str:
+    if config.subject:
+        value = case.metadata.get(config.subject)
+        if value in (None, ""):
+            raise ValueError(
+                f"{case.name}: no value for the subject column {config.subject!r}; it has {sorted(case.metadata)}"
+            )
+        return str(value)
+    if config.group_by:
+        match = re.search(config.group_by, case.name)
+        if not match:
+            raise ValueError(f"{case.name}: group_by {config.group_by!r} matches nothing in this name")
+        return match[1] if match.re.groups else match[0]
+    return case.name
+
+
+def _named_split(case: Case, config: DataConfig) -> str:
+    value = case.metadata.get(str(config.split))
+    if value not in SPLITS:
+        raise ValueError(f"{case.name}: column {config.split!r} says {value!r}; a split is one of {', '.join(SPLITS)}")
+    return str(value)
+
+
+def _hold_out(cases: list[Case], split: str, fraction: float, seed: int) -> list[Case]:
+    """Move a fraction of the training subjects (at least one, never all) to `split`.
+
+    Subjects are drawn in the order of a hash of their name, so a new subject hardly changes the fate of the others.
+    """
+
+    def draw(subject: str) -> str:
+        return hashlib.sha256(f"{seed}:{split}:{subject}".encode()).hexdigest()
+
+    subjects = sorted({case.subject for case in cases if case.split == "train"}, key=draw)
+    if len(subjects) < 2:
+        raise ValueError(f"{len(subjects)} training subject(s): none can be held out; set data.{split}_fraction to 0")
+    chosen = set(subjects[: min(max(1, round(fraction * len(subjects))), len(subjects) - 1)])
+    return [replace(case, split=split) if case.subject in chosen and case.split == "train" else case for case in cases]
+
+
+def _check_names(cases: list[Case]) -> None:
+    seen: dict[str, Case] = {}
+    for case in cases:
+        if case.name in seen:
+            files = [next(iter(c.images.values())) for c in (seen[case.name], case)]
+            raise ValueError(f"two volumes are called {case.name!r}: {files[0]} and {files[1]}")
+        seen[case.name] = case
+
+
+def _check_subjects(cases: list[Case]) -> None:
+    splits: dict[str, Case] = {}
+    for case in cases:
+        other = splits.setdefault(case.subject, case)
+        if other.split != case.split:
+            raise ValueError(
+                f"subject {case.subject} is in two splits, {other.split!r} ({other.name}) and {case.split!r} ({case.name}); "
+                "put all volumes of a subject into one"
+            )

@@ -1,0 +1,106 @@
+"""The `data:` section of a training config: the files of a data set, and how they are brought into a model's terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .intensity import IntensityScaling
+
+
+@dataclass
+class PhantomConfig:
+    """Drawn volumes in the place of files.
+
+    Args:
+        count: how many volumes, each its own subject.
+        shape: voxels along X, Y and Z.
+        seed: number of the first phantom.
+    """
+
+    count: int = 32
+    shape: tuple[int, int, int] = (32, 32, 32)
+    seed: int = 0
+
+
+@dataclass
+class DataConfig:
+    """Files, subjects, splits, labels and preprocessing of one data set.
+
+    Paths are patterns relative to `root`. `{column}` stands for a value of the table, or without a table for any
+    piece of a file name, which then has a name; `*`, `?` and `**` match as usual. Images and masks belong together
+    when the pieces agree.
+
+    Args:
+        root: folder that the patterns and the table are relative to.
+        table: CSV file with a header, or JSON list of objects; one row a volume. Its columns ride along as metadata.
+        images: pattern of the image files; a list of patterns adds them up; {channel: pattern} makes several channels.
+        masks: pattern of the label maps.
+        subject: column (or named piece of the file name) that says whose volume it is.
+        group_by: regular expression searched in the case's name; what it (its first group) matches is the subject.
+            With neither `subject` nor `group_by`, every volume is its own subject.
+        split: column that holds "train", "validation" or "test".
+        test_fraction: without `split`, the fraction of all subjects that is held out as the test split.
+        validation_fraction: fraction of the training subjects held out for validation, unless `split` names some.
+        split_seed: another number draws other subjects.
+        label_map: label values of the files to label values of the model, before anything else, e.g. {3: 1}.
+        label_names: every label value and its name, e.g. {0: background, 1: tumour}.
+        spacing: voxel size in mm to which everything is resampled; null keeps each volume's own.
+        intensity: scaling of intensities, one for all channels or a mapping {channel: scaling}.
+        on_error: "raise" stops at the first file that is refused; "skip" goes on without it and lists it.
+        phantom: draw volumes instead of reading files.
+    """
+
+    root: str = "."
+    table: str | None = None
+    images: str | list[str] | dict[str, str] = field(default_factory=list)
+    masks: str | None = None
+    subject: str | None = None
+    group_by: str | None = None
+    split: str | None = None
+    test_fraction: float = 0.0
+    validation_fraction: float = 0.1
+    split_seed: int = 0
+    label_map: dict[int, int] = field(default_factory=dict)
+    label_names: dict[int, str] = field(default_factory=dict)
+    spacing: tuple[float, float, float] | None = None
+    intensity: IntensityScaling | dict[str, IntensityScaling] = field(default_factory=IntensityScaling)
+    on_error: Literal["raise", "skip"] = "raise"
+    phantom: PhantomConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.phantom is not None:
+            given = [
+                name for name in ("images", "masks", "table", "split", "subject", "group_by") if getattr(self, name)
+            ]
+            if given:
+                raise ValueError(f"data: phantom takes the place of files; remove {', '.join(given)}")
+        elif not self.images:
+            raise ValueError("data: images is missing; give a pattern such as images/*.nii.gz, or a phantom section")
+        if self.split and self.test_fraction:
+            raise ValueError("data: test_fraction has no effect when split names a column; remove one of them")
+        if self.subject and self.group_by:
+            raise ValueError("data: subject and group_by say the same thing twice; remove one of them")
+        for name in ("test_fraction", "validation_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"data: {name} lies in [0, 1), got {getattr(self, name)}")
+        if isinstance(self.intensity, dict) and set(self.intensity) != set(self.channels):
+            raise ValueError(
+                f"data: intensity names the channels {sorted(self.intensity)}, images has {sorted(self.channels)}"
+            )
+
+    @property
+    def channels(self) -> list[str]:
+        """Names of the channels, in the order of the model's input."""
+        return list(self.images) if isinstance(self.images, dict) else ["image"]
+
+    @property
+    def patterns(self) -> dict[str, list[str]]:
+        """File patterns by channel."""
+        if isinstance(self.images, dict):
+            return {channel: [pattern] for channel, pattern in self.images.items()}
+        return {"image": [self.images] if isinstance(self.images, str) else list(self.images)}
+
+    def scaling(self, channel: str) -> IntensityScaling:
+        """How this channel is scaled."""
+        return self.intensity[channel] if isinstance(self.intensity, dict) else self.intensity

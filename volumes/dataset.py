@@ -1,0 +1,231 @@
+"""Cases as tensors: read, checked, resampled and scaled once, then kept in memory.
+
+Axes: images (C, X, Y, Z) float32 in [-1, 1]; masks (X, Y, Z) int16 of label *indices* 0..num_labels-1, in the order
+of the sorted label values; `PADDING` (-1) outside the field of view.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from .cases import Case
+from .config import DataConfig
+from .intensity import LinearScale
+from .labels import label_indices
+from .nifti import read_mask, read_volume
+from .phantom import PHANTOM_LABELS, make_phantom
+from .placement import pad_to_multiple
+from .resampling import resample
+from .volume import PADDING, Volume, VolumeError, describe_grid, same_grid
+
+logger = logging.getLogger(__name__)
+READERS = 4  # threads: decompression runs outside the interpreter's lock
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """A case in the model's terms: image in [-1, 1], label indices (1, X, Y, Z) if it has a mask, each channel's scale."""
+
+    image: Volume
+    mask: Volume | None
+    scales: tuple[LinearScale, ...]
+
+
+class VolumeDataset(Dataset):
+    """The given cases, prepared as the config says.
+
+    Item i is {"image": float32 (C, X, Y, Z), "mask": int16 (X, Y, Z) of label indices (absent without masks), "name",
+    "subject", "index", "affine": float64 (4, 4) in mm, "scale": float64 (C, 2) of low and high in file units,
+    "metadata": dict}.
+
+    A case that is refused raises VolumeError, or with `on_error: skip` is left out and listed in `skipped` as (name,
+    reason).
+    """
+
+    def __init__(self, cases: Sequence[Case], config: DataConfig) -> None:
+        self.config = config
+        self.labels = _labels(config)
+        self.cases: list[Case] = []
+        self.skipped: list[tuple[str, str]] = []
+        self.prepared: list[PreparedCase] = []
+        with ThreadPoolExecutor(READERS) as readers:
+            jobs = [readers.submit(prepare, case, config) for case in cases]
+            progress = tqdm(jobs, desc="reading volumes", unit="volume", delay=2, leave=False, disable=None)
+            for case, job in zip(cases, progress, strict=True):
+                try:
+                    prepared = job.result()
+                except VolumeError as error:
+                    if config.on_error == "raise":
+                        readers.shutdown(cancel_futures=True)
+                        raise
+                    self.skipped.append((case.name, str(error)))
+                    continue
+                self.cases.append(case)
+                self.prepared.append(prepared)
+        if self.skipped:
+            lines = "\n".join(f"  {name}: {reason}" for name, reason in self.skipped)
+            logger.warning("%d of %d cases were skipped:\n%s", len(self.skipped), len(cases), lines)
+        if not self.cases:
+            raise ValueError(
+                "the data set is empty: " + (f"all {len(cases)} cases were skipped" if cases else "no cases were given")
+            )
+
+    @property
+    def channels(self) -> list[str]:
+        """Names of the image channels."""
+        return self.config.channels
+
+    @property
+    def num_labels(self) -> int:
+        """How many labels masks may hold; 0 when there are no masks."""
+        return len(self.labels)
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """(X, Y, Z) of every volume."""
+        return [prepared.image.shape for prepared in self.prepared]
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        case, prepared = self.cases[index], self.prepared[index]
+        item = {
+            "image": torch.from_numpy(prepared.image.array),
+            "name": case.name,
+            "subject": case.subject,
+            "index": index,
+            "affine": torch.from_numpy(prepared.image.affine),
+            "scale": torch.tensor([[scale.low, scale.high] for scale in prepared.scales], dtype=torch.float64),
+            "metadata": case.metadata,
+        }
+        if prepared.mask is not None:
+            item["mask"] = torch.from_numpy(prepared.mask.array[0])
+        return item
+
+
+def prepare(case: Case, config: DataConfig) -> PreparedCase:
+    """Read one case and bring it into the model's terms. Raises VolumeError, which names the file."""
+    image, mask = _phantom(case, config) if case.phantom is not None else _files(case, config)
+    if config.spacing is not None:
+        image = resample(image, config.spacing)
+        mask = resample(mask, config.spacing, nearest=True) if mask is not None else None
+    scales = []
+    scaled = np.empty_like(image.array)
+    for index, channel in enumerate(config.channels):
+        try:
+            scale = config.scaling(channel).fit(image.array[index])
+        except VolumeError as error:
+            raise VolumeError(f"{case.images.get(channel, case.name)}: {error}") from error
+        scaled[index] = scale.apply(image.array[index])
+        scales.append(scale)
+    if mask is not None:
+        mask = mask.replace(
+            label_indices(mask.array, _labels(config), config.label_map, name=str(case.mask or case.name))
+        )
+    return PreparedCase(image.replace(scaled), mask, tuple(scales))
+
+
+def pad_sample(item: dict[str, Any], stride: int | Sequence[int]) -> dict[str, Any]:
+    """A whole volume of a `VolumeDataset`, padded on both sides to a multiple of `stride` (one, or one for each axis).
+
+    Adds "fov" bool (1, X, Y, Z), True inside the volume, and "placement", which undoes the padding; image is -1 and
+    mask PADDING in the padding; "affine" is that of the padded grid.
+    """
+    placement = pad_to_multiple(tuple(item["image"].shape[1:]), stride if isinstance(stride, int) else tuple(stride))
+    padded = {
+        **item,
+        "image": placement.apply(item["image"], -1.0),
+        "fov": torch.from_numpy(placement.field_of_view)[None],
+        "affine": torch.from_numpy(placement.shift(item["affine"].numpy())),
+        "placement": placement,
+    }
+    if "mask" in item:
+        padded["mask"] = placement.apply(item["mask"], PADDING)
+    return padded
+
+
+def describe(dataset: VolumeDataset, description: str = "") -> dict[str, Any]:
+    """What a pipeline must know of its training data, as plain JSON.
+
+    {"channels": [name], "labels": {str(value in files): name}, "spacing": [mm] or None (each volume has its own),
+    "intensity": [{"kind", "low", "high"}] a channel (medians over the volumes; the LinearScale back to file units),
+    "shape_range": [[smallest x, y, z], [largest x, y, z]] in voxels, "affine": 4 x 4 of the case of median size,
+    "description"}
+    """
+    shapes = np.array(dataset.shapes)
+    median_case = int(np.argsort(shapes.prod(axis=1), kind="stable")[len(shapes) // 2])
+    intensity = []
+    for index, channel in enumerate(dataset.channels):
+        limits = np.median([[p.scales[index].low, p.scales[index].high] for p in dataset.prepared], axis=0)
+        intensity.append(
+            {"kind": dataset.config.scaling(channel).kind, "low": float(limits[0]), "high": float(limits[1])}
+        )
+    return {
+        "channels": list(dataset.channels),
+        "labels": {str(value): name for value, name in sorted(dataset.labels.items())},
+        "spacing": _common_spacing(dataset),
+        "intensity": intensity,
+        "shape_range": [shapes.min(axis=0).tolist(), shapes.max(axis=0).tolist()],
+        "affine": dataset.prepared[median_case].image.affine.tolist(),
+        "description": description,
+    }
+
+
+def _common_spacing(dataset: VolumeDataset) -> list[float] | None:
+    """Voxel size in mm if all volumes agree on it within 1 %, else None."""
+    spacings = np.array([prepared.image.spacing for prepared in dataset.prepared])
+    middle = np.median(spacings, axis=0)
+    return middle.round(6).tolist() if np.allclose(spacings, middle, rtol=0.01, atol=0) else None
+
+
+def _labels(config: DataConfig) -> dict[int, str]:
+    """Label values and names, {} when there are no masks."""
+    if config.phantom is not None:
+        return config.label_names or PHANTOM_LABELS
+    if config.masks and not config.label_names:
+        raise ValueError(
+            "data: masks are given but label_names is not; name every label, e.g. {0: background, 1: tumour}"
+        )
+    return config.label_names if config.masks else {}
+
+
+def _files(case: Case, config: DataConfig) -> tuple[Volume, Volume | None]:
+    """Image with all channels, and mask, from a case's files; they must lie on one grid."""
+    volumes: dict[str, Volume] = {}
+    for channel in config.channels:
+        volumes[channel] = read_volume(case.images[channel])
+        if len(volumes[channel].array) != 1:
+            count = len(volumes[channel].array)
+            raise VolumeError(f"{case.images[channel]}: holds {count} volumes, expected one for channel {channel!r}")
+    mask = read_mask(case.mask) if case.mask is not None else None
+    first = volumes[config.channels[0]]
+    for channel, volume in volumes.items():
+        _check_grid(case, case.images[channel], volume, first, config)
+    if mask is not None:
+        _check_grid(case, case.mask, mask, first, config)
+    return first.replace(np.concatenate([volume.array for volume in volumes.values()])), mask
+
+
+def _check_grid(case: Case, path: Path | None, volume: Volume, first: Volume, config: DataConfig) -> None:
+    if not same_grid(first, volume):
+        raise VolumeError(
+            f"{path}: is not on the grid of {case.images[config.channels[0]]} "
+            f"({describe_grid(volume)}, against {describe_grid(first)}); resample one onto the other first"
+        )
+
+
+def _phantom(case: Case, config: DataConfig) -> tuple[Volume, Volume]:
+    assert config.phantom is not None and case.phantom is not None
+    image, mask, _ = make_phantom(case.phantom, config.phantom.shape)
+    return image, mask

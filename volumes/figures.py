@@ -1,0 +1,104 @@
+"""Orthogonal slices of volumes side by side, for previews during training and for the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))
+LABEL_COLOURS = ("#000000", "#e8743b", "#3b8ee8", "#6fbf4a", "#c94fb5", "#e8c53b", "#4fc9c0", "#9b7ae0", "#d9d9d9")
+PANEL_INCHES = 1.6
+
+
+def slices_figure(columns: Sequence[dict[str, Any]]) -> Figure:
+    """Three orthogonal slices of every image of every column.
+
+    A column is {"title": str, "images": {row name: (X, Y, Z) array or tensor}, "mask": (X, Y, Z) of labels
+    (optional), "spacing": (x, y, z) in mm (optional, 1 mm)}. Slices go through the centre of what the mask marks
+    (label > 0), or of the volume. The mask has its own rows, first, and its outline is drawn on the images. All
+    images of a column share one grey scale, that of the first. Arrays are in RAS+ order: the patient's right is on
+    the right, anterior or superior is up.
+    """
+    if not columns:
+        raise ValueError("slices_figure needs at least one column")
+    names = list(dict.fromkeys(name for column in columns for name in column["images"]))
+    rows = (["mask"] if any(column.get("mask") is not None for column in columns) else []) + names
+    figure = Figure(
+        figsize=(PANEL_INCHES * len(columns) + 0.4, PANEL_INCHES * len(PLANES) * len(rows) + 0.3), layout="constrained"
+    )
+    axes = figure.subplots(len(rows) * len(PLANES), len(columns), squeeze=False)
+    for x, column in enumerate(columns):
+        _draw_column(axes[:, x], column, rows)
+        axes[0, x].set_title(column.get("title", ""), fontsize=8)
+    for y, name in enumerate(rows):
+        for plane, (label, _) in enumerate(PLANES):
+            axes[y * len(PLANES) + plane, 0].set_ylabel(f"{name}\n{label}", fontsize=7)
+    return figure
+
+
+def _draw_column(axes: np.ndarray, column: dict[str, Any], rows: list[str]) -> None:
+    images = {name: _array(image) for name, image in column["images"].items()}
+    mask = _array(column["mask"]) if column.get("mask") is not None else None
+    shape = next(array.shape for array in [*images.values(), mask] if array is not None)
+    spacing = column.get("spacing") or (1.0, 1.0, 1.0)
+    centre = _centre(mask, shape)
+    window = np.percentile(next(iter(images.values())), [0.5, 99.5]) if images else (0, 1)
+    for y, name in enumerate(rows):
+        for plane, (_, axis) in enumerate(PLANES):
+            panel = axes[y * len(PLANES) + plane]
+            panel.set_xticks([])
+            panel.set_yticks([])
+            picture = mask if name == "mask" else images.get(name)
+            if picture is None:
+                panel.axis("off")
+                continue
+            across, up = (a for a in range(3) if a != axis)
+            aspect = spacing[up] / spacing[across]
+            drawn = picture.take(centre[axis], axis=axis).T
+            if name == "mask":
+                colours = ListedColormap(LABEL_COLOURS)
+                # labels beyond the palette start again after the background's black
+                wrapped = np.where(drawn > 0, (drawn - 1) % (len(LABEL_COLOURS) - 1) + 1, 0)
+                panel.imshow(
+                    wrapped,
+                    colours,
+                    vmin=0,
+                    vmax=len(LABEL_COLOURS) - 1,
+                    origin="lower",
+                    aspect=aspect,
+                    interpolation="nearest",
+                )
+                continue
+            panel.imshow(
+                drawn, "gray", vmin=window[0], vmax=max(window[1], window[0] + 1e-6), origin="lower", aspect=aspect
+            )
+            if mask is not None:
+                _outline(panel, mask.take(centre[axis], axis=axis).T)
+
+
+def _outline(panel: Any, labels: np.ndarray) -> None:
+    for label in np.unique(labels[labels > 0]):
+        inside = np.pad(labels == label, 1).astype(float)
+        lines = np.arange(-1, inside.shape[1] - 1), np.arange(-1, inside.shape[0] - 1)
+        colour = LABEL_COLOURS[(int(label) - 1) % (len(LABEL_COLOURS) - 1) + 1]
+        panel.contour(*lines, inside, levels=[0.5], colors=[colour], linewidths=0.6)
+
+
+def _centre(mask: np.ndarray | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if mask is None or not (mask > 0).any():
+        return tuple(n // 2 for n in shape)
+    return tuple(int(round(float(indices.mean()))) for indices in np.nonzero(mask > 0))
+
+
+def _array(values: Any) -> np.ndarray:
+    """(X, Y, Z) numpy array from an array or tensor, leading axes of length 1 dropped."""
+    array = np.asarray(values.detach().cpu().float() if hasattr(values, "detach") else values)
+    while array.ndim > 3 and len(array) == 1:
+        array = array[0]
+    if array.ndim != 3:
+        raise ValueError(f"slices_figure shows (X, Y, Z) volumes, got shape {array.shape}")
+    return array

@@ -1,0 +1,60 @@
+"""File patterns with named pieces: `sub-{subject}/*_T1w.nii.gz` finds files and says what `{subject}` and `*` stood for."""
+
+from __future__ import annotations
+
+import glob
+import re
+from pathlib import Path
+
+PIECE = re.compile(r"\{(\w+)\}|(\*\*/)|(\*)|(\?)")
+SUFFIXES = (".nii.gz", ".hdr.gz", ".img.gz", ".nii", ".hdr", ".img")
+
+
+def fill_pattern(pattern: str, values: dict[str, object]) -> str:
+    """Put a table row's values in the place of `{column}`. Raises ValueError for a column that the row lacks."""
+    missing = sorted(set(placeholders(pattern)) - set(values))
+    if missing:
+        raise ValueError(f"the pattern {pattern!r} names the columns {missing}; the table has {sorted(values)}")
+    return PIECE.sub(lambda piece: str(values[piece[1]]) if piece[1] else piece[0], pattern)
+
+
+def placeholders(pattern: str) -> list[str]:
+    """The names in braces, in order, each once."""
+    return list(dict.fromkeys(piece[1] for piece in PIECE.finditer(pattern) if piece[1]))
+
+
+def find_files(root: Path, pattern: str) -> dict[Path, dict[str, str]]:
+    """Files under `root` that match, sorted, each with what its pieces stood for (wildcards are called "1", "2", ...)."""
+    expression, glob_pattern, last = "", "", 0
+    names: list[str] = []
+    for piece in PIECE.finditer(pattern):
+        literal = pattern[last : piece.start()]
+        expression += re.escape(literal)
+        glob_pattern += glob.escape(literal)
+        last = piece.end()
+        name, folders, star, _ = piece.groups()
+        if name in names:
+            expression += f"(?P={name})"
+        else:
+            key = name or f"_{sum(not n.isidentifier() for n in names) + 1}"
+            inner = "[^/]+" if name else "(?:[^/]+/)*" if folders else "[^/]*" if star else "[^/]"
+            expression += f"(?P<{key}>{inner})"
+            names.append(name or key[1:])
+        glob_pattern += "**/" if folders else "?" if piece[0] == "?" else "*"
+    expression += re.escape(pattern[last:])
+    glob_pattern += glob.escape(pattern[last:])
+    matcher = re.compile(expression)
+    found = {}
+    for path in sorted(glob.glob(glob_pattern, root_dir=root, recursive=True)):
+        match = matcher.fullmatch(path)
+        if match and (root / path).is_file():
+            found[root / path] = {key.removeprefix("_"): value for key, value in match.groupdict().items()}
+    return found
+
+
+def case_name(pieces: list[str], path: Path) -> str:
+    """A case's name from the pieces of its first image's path, or from the file itself when the pattern has none."""
+    text = "_".join(piece.strip("/") for piece in pieces if piece.strip("/")) or path.name
+    for suffix in SUFFIXES:
+        text = text.removesuffix(suffix)
+    return text.replace("/", "_")

@@ -1,0 +1,95 @@
+"""Padding and cropping that remember what they did: a `Placement` is applied, undone, asked for its field of view.
+
+Spatial axes are the last three, whatever precedes them; numpy arrays and torch tensors are both fine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import EllipsisType
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+Window = tuple[EllipsisType | slice, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A grid of `shape` voxels seen through a window of `target` voxels; window voxel t shows grid voxel t + start.
+
+    A negative start, or a window that reaches beyond the grid, is padding; what the window does not show is cropped.
+    """
+
+    shape: tuple[int, int, int]
+    target: tuple[int, int, int]
+    start: tuple[int, int, int]
+
+    def _slices(self) -> tuple[Window, Window]:
+        """Where the common voxels lie in the grid and in the window."""
+        grid, window = [], []
+        for size, width, start in zip(self.shape, self.target, self.start, strict=True):
+            low = max(start, 0)
+            high = max(min(start + width, size), low)
+            grid.append(slice(low, high))
+            window.append(slice(low - start, high - start))
+        return (..., *grid), (..., *window)
+
+    def apply(self, array: Array, fill: float) -> Array:
+        """(..., *shape) -> (..., *target), `fill` where the window shows no voxel."""
+        grid, window = self._slices()
+        return _moved(array, self.shape, grid, self.target, window, fill)
+
+    def undo(self, array: Array, fill: float = 0) -> Array:
+        """(..., *target) -> (..., *shape), `fill` where voxels were cropped away. Exact after padding alone."""
+        grid, window = self._slices()
+        return _moved(array, self.target, window, self.shape, grid, fill)
+
+    @property
+    def field_of_view(self) -> np.ndarray:
+        """bool (*target): True where the window shows a voxel of the grid, False in the padding."""
+        seen = np.zeros(self.target, dtype=bool)
+        seen[self._slices()[1]] = True
+        return seen
+
+    def shift(self, affine: np.ndarray) -> np.ndarray:
+        """The affine of the window, from the affine (4, 4) of the grid."""
+        moved = np.array(affine, dtype=np.float64)
+        moved[:3, 3] += moved[:3, :3] @ np.array(self.start, dtype=np.float64)
+        return moved
+
+
+def pad_to_multiple(shape: tuple[int, ...], stride: int | tuple[int, ...] | list[int]) -> Placement:
+    """Pad each axis on both sides (the odd voxel goes to the end) to the next multiple of `stride`."""
+    strides = (stride,) * 3 if isinstance(stride, int) else tuple(stride)
+    return pad_or_crop(shape, tuple(-(-size // step) * step for size, step in zip(shape, strides, strict=True)))
+
+
+def pad_or_crop(shape: tuple[int, ...], target: tuple[int, ...], *, offset: tuple[int, ...] | None = None) -> Placement:
+    """Bring a grid of `shape` to `target` voxels: centred, or starting at grid voxel `offset` (negative: padding)."""
+    if offset is None:
+        offset = tuple(-((t - s) // 2) if t >= s else (s - t) // 2 for s, t in zip(shape, target, strict=True))
+    return Placement(_triple(shape), _triple(target), _triple(offset))
+
+
+def _triple(values: tuple[int, ...]) -> tuple[int, int, int]:
+    x, y, z = values
+    return int(x), int(y), int(z)
+
+
+def _moved(
+    array: Array, shape: tuple[int, int, int], source: Window, target: tuple[int, int, int], to: Window, fill: float
+) -> Array:
+    """A new array of `target` voxels: `array[source]` at `to`, `fill` elsewhere."""
+    if tuple(array.shape[-3:]) != shape:
+        raise ValueError(f"this placement takes arrays of {shape} voxels here, got {tuple(array.shape)}")
+    size = (*array.shape[:-3], *target)
+    if isinstance(array, torch.Tensor):
+        result = array.new_full(size, fill)
+        result[to] = array[source]
+        return result
+    moved = np.full(size, fill, dtype=array.dtype)
+    moved[to] = array[source]
+    return moved
