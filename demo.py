@@ -36,11 +36,11 @@ def main(pipeline: Path = PIPELINE, output: Path = OUTPUT, num_inference_steps: 
         volume, mask = read_volume(path), read_mask(mask_path)
         title = path.name.removesuffix(".nii.gz")
         columns.append(
-            {"title": title, "images": {"generated": volume.array}, "mask": mask.array, "spacing": volume.spacing}
+            {"title": title, "images": {"generated": volume.array[0]}, "mask": mask.array, "spacing": volume.spacing}
         )
     slices_figure(columns).savefig(output / "preview.png", dpi=130)
 
-    shapes = np.array([column["images"]["generated"].shape[1:] for column in columns])
+    shapes = np.array([column["images"]["generated"].shape for column in columns])
     low, high = ("x".join(map(str, limit)) for limit in (shapes.min(axis=0), shapes.max(axis=0)))
     print(f"{seconds:.2f} s a volume ({low} to {high} voxels, {num_inference_steps} steps).")
     print(

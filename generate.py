@@ -154,7 +154,12 @@ def volume_seed(seed: int, stem: str, k: int) -> int:
 
 
 def plan(pipe: MedVolumePipeline, masks: Sequence[Path], options: argparse.Namespace) -> list[Task]:
-    """Read every mask once, so that a bad one is found before hours of work. Raises: ValueError naming all bad ones."""
+    """Read every mask once, so that a bad one is found before hours of work.
+
+    Raises: ValueError naming all bad ones, or if the model takes no masks.
+    """
+    if pipe.unet.config["num_labels"] == 0:
+        raise ValueError("no mask conditions this model: call the pipeline itself, with shape=(X, Y, Z)")
     tasks, refused = [], []
     for mask in masks:
         try:

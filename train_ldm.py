@@ -1,10 +1,11 @@
-"""Train a latent diffusion model:  accelerate launch train_ldm.py --config configs/hippocampus/ldm.yaml [--vae RUN/vae ...]
+"""Train a latent diffusion model:  accelerate launch train_ldm.py --config configs/hippocampus/ldm.yaml [--vae DIR ...]
 
-The run folder ends with `pipeline/`: autoencoder, U-Net (averaged weights), scheduler and what they were trained on, for
-`MedVolumePipeline.from_pretrained`.
+The run folder ends with `pipeline/`: autoencoder, U-Net (averaged weights), scheduler and what they were trained on,
+for `MedVolumePipeline.from_pretrained`.
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,16 @@ from diffusion import (
 )
 from pipelines import MedVolumePipeline
 from pipelines.loading import check_weights
-from training import Learner, Loop, TrainLdmConfig, build_model, initialise_from, make_accelerator, parse_config, save_model
+from training import (
+    Learner,
+    Loop,
+    TrainLdmConfig,
+    build_model,
+    initialise_from,
+    make_accelerator,
+    parse_config,
+    save_model,
+)
 from training.splits import PaddedVolumes, load_split
 from volumes import VolumeDataset, describe, slices_figure
 
@@ -63,8 +73,9 @@ class DiffusionStep:
 
         latents, mask = repeat(item["latents"]), repeat(item["mask_ids"])
         assert latents is not None
+        weight = torch.ones_like(latents[:, :1])  # padding is thinner than a cell, so every cell has a voxel inside
         with self.unet.accelerator.autocast():
-            loss = training_loss(self.unet.average, self.objective, latents, mask, torch.ones_like(latents[:, :1]), generator)
+            loss = training_loss(self.unet.average, self.objective, latents, mask, weight, generator)
         return {"loss": loss.item()}
 
     @torch.no_grad()
@@ -75,21 +86,26 @@ class DiffusionStep:
             shape, device = item["latents"].shape, item["latents"].device
             noise = randn_tensor(shape, generator=torch.Generator().manual_seed(index), device=device)
             conditions = {} if item["mask_ids"] is None else {"mask": item["mask_ids"]}
+            scheduler, steps = make_scheduler(self.objective), self.inference_steps
             with self.unet.accelerator.autocast():
-                scheduler = make_scheduler(self.objective)
-                latents = denoise(self.unet.average, noise, scheduler, conditions, num_inference_steps=self.inference_steps)
+                latents = denoise(self.unet.average, noise, scheduler, conditions, num_inference_steps=steps)
                 generated = self.vae.decode(latents, return_dict=False)[0][0].float().clamp(-1, 1)
             images = {"real": item["image"][0], "generated": generated[0]}  # the first channel
-            columns.append({"title": item["name"], "images": images, "mask": item.get("mask"), "spacing": item["spacing"]})
+            columns.append({k: item.get(k) for k in ("mask", "spacing")} | {"title": item["name"], "images": images})
         return slices_figure(columns)
 
 
 def load_autoencoder(folder: str) -> AutoencoderKL3D:
-    """The trained autoencoder, frozen. Raises: ValueError if its weights do not fit its config or its latents were never measured."""
+    """The trained autoencoder, frozen.
+
+    Raises: ValueError if its weights do not fit its config or its latents were never measured.
+    """
     check_weights(Path(folder), AutoencoderKL3D)
     vae: AutoencoderKL3D = AutoencoderKL3D.from_pretrained(folder, use_safetensors=True)
     if vae.config["latents_std"] is None:
-        raise ValueError(f"{folder}: no latents_mean and latents_std in its config; train_vae.py measures them when it ends")
+        raise ValueError(
+            f"{folder}: no latents_mean and latents_std in its config; train_vae.py measures them when it ends"
+        )
     return vae.to(memory_format=torch.channels_last_3d).eval().requires_grad_(False)  # pyright: ignore[reportCallIssue]
 
 
@@ -99,7 +115,12 @@ def complete_model(section: dict[str, Any], vae: AutoencoderKL3D, num_labels: in
     Raises: ValueError if the section says something else.
     """
     channels = vae.config["latent_channels"]
-    decided = {"in_channels": channels, "out_channels": channels, "mask_stride": list(vae.stride), "num_labels": num_labels}
+    decided = {
+        "in_channels": channels,
+        "out_channels": channels,
+        "mask_stride": list(vae.stride),
+        "num_labels": num_labels,
+    }
     for name, value in decided.items():
         given = section.get(name, value)
         if given != value and not (name == "num_labels" and given == 0):
@@ -118,7 +139,9 @@ def encode_held_out(volumes: PaddedVolumes, vae: AutoencoderKL3D, num_labels: in
     return items
 
 
-def encode_training(dataset: VolumeDataset, vae: AutoencoderKL3D, config: TrainLdmConfig, accelerator: Accelerator) -> LatentDataset:
+def encode_training(
+    dataset: VolumeDataset, vae: AutoencoderKL3D, config: TrainLdmConfig, accelerator: Accelerator
+) -> LatentDataset:
     """The latent cache of the training volumes, each process encoding its share."""
     cache = config.cache
     folder = cache.folder or Path(config.output) / "latents"
@@ -133,14 +156,15 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     """Train as the config says. Returns the final validation's metrics."""
     config = parse_config(TrainLdmConfig, args)
     output = Path(config.output)
-    accelerator = make_accelerator(output, config.loop)
+    accelerator = make_accelerator(config)
     vae = load_autoencoder(config.vae).to(accelerator.device)
     train, held_out = load_split(config.data)
     config.model = complete_model(config.model, vae, train.num_labels)
     set_seed(config.loop.seed)
     unet: LatentUNet3D = build_model(config.model)
     if config.init_from:
-        logger.info("started from %s; layers left fresh: %s", config.init_from, initialise_from(unet, config.init_from) or "none")
+        fresh = initialise_from(unet, config.init_from)
+        logger.info("started from %s; layers left fresh: %s", config.init_from, fresh or "none")
 
     num_labels = config.model["num_labels"]
     latents = encode_training(train, vae, config, accelerator)
@@ -148,7 +172,8 @@ def main(args: list[str] | None = None) -> dict[str, float]:
 
     learner = Learner("unet", unet, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
     step = DiffusionStep(learner, vae, config.inference_steps)
-    metrics = Loop(accelerator, config, step, latents, validation, lambda items: collate_latents(items, vae.stride, num_labels)).run()
+    collate = partial(collate_latents, stride=vae.stride, num_labels=num_labels)
+    metrics = Loop(accelerator, config, step, latents, validation, collate).run()
 
     if accelerator.is_main_process:
         pipeline = MedVolumePipeline(vae, learner.average, make_scheduler(step.objective), data=describe(train))

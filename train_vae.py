@@ -1,6 +1,7 @@
-"""Train an autoencoder:  accelerate launch train_vae.py --config configs/hippocampus/vae.yaml [--loop.max_steps 100 ...]
+"""Train an autoencoder:  accelerate launch train_vae.py --config configs/hippocampus/vae.yaml [--loop.seed 1 ...]
 
-The run folder ends with `vae/`: the averaged weights, with the latents' mean and standard deviation over the training set in its config.
+The run folder ends with `vae/`: the averaged weights, with the latents' mean and standard deviation over the training
+set in its config.
 """
 
 import logging
@@ -13,7 +14,17 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from autoencoder import AutoencoderKL3D, gradient_loss, kl_loss, l1_loss, latent_statistics, mse_loss
-from training import AutoencoderLosses, Learner, Loop, TrainVaeConfig, build_model, initialise_from, make_accelerator, parse_config, save_model
+from training import (
+    AutoencoderLosses,
+    Learner,
+    Loop,
+    TrainVaeConfig,
+    build_model,
+    initialise_from,
+    make_accelerator,
+    parse_config,
+    save_model,
+)
 from training.splits import PaddedVolumes, load_split
 from volumes import CropDataset, slices_figure
 
@@ -69,15 +80,16 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     """Train as the config says. Returns the final validation's metrics."""
     config = parse_config(TrainVaeConfig, args)
     output = Path(config.output)
-    accelerator = make_accelerator(output, config.loop)
+    accelerator = make_accelerator(config)
     set_seed(config.loop.seed)
     vae: AutoencoderKL3D = build_model(config.model)
     if config.init_from:
-        logger.info("started from %s; layers left fresh: %s", config.init_from, initialise_from(vae, config.init_from) or "none")
+        fresh = initialise_from(vae, config.init_from)
+        logger.info("started from %s; layers left fresh: %s", config.init_from, fresh or "none")
 
     train, held_out = load_split(config.data)
     if any(n % s for n, s in zip(config.crops.shape, vae.stride, strict=True)):
-        raise ValueError(f"crops.shape {config.crops.shape} must be a multiple of the autoencoder's stride {vae.stride}")
+        raise ValueError(f"crops.shape {config.crops.shape}: no multiple of the autoencoder's stride {vae.stride}")
     crops = CropDataset(train, config.crops.shape, seed=config.loop.seed, flip_axes=config.crops.flip_axes)
 
     learner = Learner("vae", vae, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
@@ -86,9 +98,11 @@ def main(args: list[str] | None = None) -> dict[str, float]:
 
     if accelerator.is_main_process:
         final = learner.average
-        final.set_latent_statistics(*latent_statistics(final, ({k: item[k][None] for k in ("image", "fov")} for item in PaddedVolumes(train, vae.stride))))
+        volumes = ({key: item[key][None] for key in ("image", "fov")} for item in PaddedVolumes(train, vae.stride))
+        mean, std = latent_statistics(final, volumes)
+        final.set_latent_statistics(mean, std)
         save_model(final, output / "vae")
-        logger.info("saved %s (latents: mean %s, std %s)", output / "vae", final.config.latents_mean, final.config.latents_std)
+        logger.info("saved %s (latents: mean %s, std %s)", output / "vae", mean, std)
     accelerator.wait_for_everyone()
     return metrics
 

@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from .layers import ChannelRMSNorm, Downsample, ResidualBlock, Stride, Upsample, as_stride, depth_to_space, space_to_depth
+from .layers import ChannelRMSNorm, Conv3d, Downsample, ResidualBlock, Stride, Upsample, as_stride, depth_to_space, space_to_depth
 from .posterior import DiagonalGaussian3D
 
 
@@ -28,10 +28,10 @@ class Encoder(nn.Sequential):
     """(B, in_channels * patch, X/p, Y/p, Z/p) -> raw moments (B, 2 * latent_channels, h, w, d)."""
 
     def __init__(self, in_channels: int, latent_channels: int, channels: Sequence[int], strides: Sequence[Stride], blocks: Sequence[int]):
-        layers: list[nn.Module] = [nn.Conv3d(in_channels, channels[0], 3, padding=1), *_blocks(channels[0], blocks[0])]
+        layers: list[nn.Module] = [Conv3d(in_channels, channels[0], 3, padding=1), *_blocks(channels[0], blocks[0])]
         for (fine, coarse), stride, count in zip(pairwise(channels), strides, blocks[1:], strict=True):
             layers += [Downsample(fine, coarse, stride), *_blocks(coarse, count)]
-        layers += [ChannelRMSNorm(channels[-1]), nn.SiLU(), nn.Conv3d(channels[-1], 2 * latent_channels, 3, padding=1)]
+        layers += [ChannelRMSNorm(channels[-1]), nn.SiLU(), Conv3d(channels[-1], 2 * latent_channels, 3, padding=1)]
         super().__init__(*layers)
 
 
@@ -39,10 +39,10 @@ class Decoder(nn.Sequential):
     """Raw latents (B, latent_channels, h, w, d) -> (B, out_channels * patch, X/p, Y/p, Z/p)."""
 
     def __init__(self, latent_channels: int, out_channels: int, channels: Sequence[int], strides: Sequence[Stride], blocks: Sequence[int]):
-        layers: list[nn.Module] = [nn.Conv3d(latent_channels, channels[-1], 3, padding=1), *_blocks(channels[-1], blocks[-1])]
+        layers: list[nn.Module] = [Conv3d(latent_channels, channels[-1], 3, padding=1), *_blocks(channels[-1], blocks[-1])]
         for (coarse, fine), stride, count in zip(pairwise(channels[::-1]), strides[::-1], blocks[-2::-1], strict=True):
             layers += [Upsample(coarse, fine, stride), *_blocks(fine, count)]
-        layers += [ChannelRMSNorm(channels[0]), nn.SiLU(), nn.Conv3d(channels[0], out_channels, 3, padding=1)]
+        layers += [ChannelRMSNorm(channels[0]), nn.SiLU(), Conv3d(channels[0], out_channels, 3, padding=1)]
         super().__init__(*layers)
 
 
@@ -68,7 +68,7 @@ class AutoencoderKL3D(ModelMixin, AutoencoderMixin, ConfigMixin):
         out_channels: int = 1,
         latent_channels: int = 4,
         patch_size: int | Sequence[int] = 2,
-        channels: Sequence[int] = (48, 128),
+        channels: Sequence[int] = (32, 128),
         strides: Sequence[int | Sequence[int]] = (2,),
         encoder_blocks: Sequence[int] = (1, 1),
         decoder_blocks: Sequence[int] = (1, 3),

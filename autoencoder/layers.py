@@ -38,6 +38,26 @@ def depth_to_space(x: Tensor, stride: Stride) -> Tensor:
     return x.reshape(b, c, nx * sx, ny * sy, nz * sz)
 
 
+class Conv3d(nn.Conv3d):
+    """nn.Conv3d that does not fall into PyTorch's slow CPU kernel for a single small volume.
+
+    PyTorch (seen in 2.13) calls oneDNN only if batch > 1 or batch * C * X * Y > 20480, and an im2col kernel otherwise: on latents of one volume that
+    is 2.5 to 6 times slower (benchmarks/single_volume_conv.py). The same convolution in oneDNN is called here by name, in inference.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (
+            x.device.type == "cpu"
+            and x.dtype == torch.float32 == self.weight.dtype
+            and len(x) == 1
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and torch.backends.mkldnn.is_available()
+        ):
+            return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups)
+        return super().forward(x)
+
+
 class ChannelRMSNorm(nn.Module):
     """RMSNorm over the channels of each voxel (Zhang & Sennrich 2019, Eq. 4): nothing mixes across space."""
 
@@ -57,9 +77,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm1 = ChannelRMSNorm(channels)
-        self.conv1 = nn.Conv3d(channels, channels, 3, padding=1)
+        self.conv1 = Conv3d(channels, channels, 3, padding=1)
         self.norm2 = ChannelRMSNorm(channels)
-        self.conv2 = nn.Conv3d(channels, channels, 3, padding=1)
+        self.conv2 = Conv3d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)  # pyright: ignore[reportArgumentType]
 
@@ -74,7 +94,7 @@ class Downsample(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: Stride):
         super().__init__()
         self.stride = stride
-        self.mix = nn.Conv3d(in_channels * stride[0] * stride[1] * stride[2], out_channels, 1)
+        self.mix = Conv3d(in_channels * stride[0] * stride[1] * stride[2], out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mix(space_to_depth(x, self.stride))
@@ -86,7 +106,7 @@ class Upsample(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: Stride):
         super().__init__()
         self.stride = stride
-        self.mix = nn.Conv3d(in_channels, out_channels * stride[0] * stride[1] * stride[2], 1)
+        self.mix = Conv3d(in_channels, out_channels * stride[0] * stride[1] * stride[2], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return depth_to_space(self.mix(x), self.stride)

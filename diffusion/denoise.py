@@ -9,27 +9,27 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .objectives import is_flow
-
 StepCallback = Callable[[int, Tensor, Tensor], Tensor | None]
 
 
 def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, sigmas: Sequence[float] | None, device: torch.device) -> Tensor:
     """Prepare the scheduler and return its timesteps.
 
-    A FlowMatch scheduler without `sigmas` gets 1, 1 - 1/N, ..., 1/N: its own default ends at 0.001 and so spends a step on nothing.
+    A FlowMatch scheduler that takes sigmas and is given none gets 1, 1 - 1/N, ..., 1/N: its own default ends at 0.001 and so spends a step on nothing.
     Raises: ValueError if the scheduler takes no sigmas, or the number of steps is not positive.
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-    if sigmas is None and type(scheduler).__name__.startswith("FlowMatch"):
+    name = type(scheduler).__name__
+    takes_sigmas = name.startswith("FlowMatch") and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters  # pyright: ignore[reportAttributeAccessIssue]
+    if sigmas is None and takes_sigmas:
         sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
     if sigmas is None:
         scheduler.set_timesteps(num_inference_steps, device=device)  # pyright: ignore[reportAttributeAccessIssue]
-    elif is_flow(scheduler) and type(scheduler).__name__.startswith("FlowMatch"):
+    elif takes_sigmas:
         scheduler.set_timesteps(sigmas=list(sigmas), device=device)  # pyright: ignore[reportAttributeAccessIssue]
     else:
-        raise ValueError(f"{type(scheduler).__name__} takes no sigmas: leave them out, or use FlowMatchEulerDiscreteScheduler")
+        raise ValueError(f"{name} takes no sigmas: leave them out, or use FlowMatchEulerDiscreteScheduler")
     return scheduler.timesteps  # pyright: ignore[reportAttributeAccessIssue]
 
 

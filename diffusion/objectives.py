@@ -36,12 +36,6 @@ def make_scheduler(objective: str) -> SchedulerMixin:
     )
 
 
-def is_flow(scheduler: SchedulerMixin) -> bool:
-    """Whether a diffusers scheduler integrates a flow (velocity) rather than a diffusion (eps, v)."""
-    config = scheduler.config  # pyright: ignore[reportAttributeAccessIssue]
-    return type(scheduler).__name__.startswith("FlowMatch") or bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == "flow_prediction"
-
-
 def fit_scheduler(scheduler: SchedulerMixin, objective: str) -> SchedulerMixin:
     """The scheduler, made to speak the model's objective: unchanged if it does, converted if it can, refused if not.
 

@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from autoencoder.layers import ChannelRMSNorm, Downsample, Stride, Upsample, as_stride
+from autoencoder.layers import ChannelRMSNorm, Conv3d, Downsample, Stride, Upsample, as_stride
 
 from .attention import SelfAttention
 from .folding import FoldedMaskEmbedding
@@ -33,11 +33,11 @@ class TimeResidualBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, time_width: int, head_dim: int | None):
         super().__init__()
         self.norm1 = ChannelRMSNorm(in_channels)
-        self.conv1 = nn.Conv3d(in_channels, channels, 3, padding=1)
+        self.conv1 = Conv3d(in_channels, channels, 3, padding=1)
         self.time = nn.Linear(time_width, 2 * channels)
         self.norm2 = ChannelRMSNorm(channels)
-        self.conv2 = nn.Conv3d(channels, channels, 3, padding=1)
-        self.skip = nn.Identity() if in_channels == channels else nn.Conv3d(in_channels, channels, 1)
+        self.conv2 = Conv3d(channels, channels, 3, padding=1)
+        self.skip = nn.Identity() if in_channels == channels else Conv3d(in_channels, channels, 1)
         self.attention = nn.Identity() if head_dim is None else SelfAttention(channels, head_dim)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)  # pyright: ignore[reportArgumentType]
@@ -81,7 +81,7 @@ class LatentUNet3D(ModelMixin, AttentionMixin, ConfigMixin):
         self,
         in_channels: int = 4,
         out_channels: int = 4,
-        channels: Sequence[int] = (64, 192),
+        channels: Sequence[int] = (64, 160),
         strides: Sequence[int | Sequence[int]] = (2,),
         blocks: Sequence[int] = (1, 2),
         attention: Sequence[bool] = (False, True),
@@ -104,7 +104,7 @@ class LatentUNet3D(ModelMixin, AttentionMixin, ConfigMixin):
         self.time_features = Timesteps(channels[0], flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(channels[0], time_width)
         self.mask_embedding = FoldedMaskEmbedding(num_labels, math.prod(self.mask_stride), mask_width) if num_labels else None
-        self.conv_in = nn.Conv3d(in_channels + (mask_width if num_labels else 0), channels[0], 3, padding=1)
+        self.conv_in = Conv3d(in_channels + (mask_width if num_labels else 0), channels[0], 3, padding=1)
 
         def level(first: int, i: int) -> nn.ModuleList:
             widths = [first] + [channels[i]] * (blocks[i] - 1)
@@ -116,10 +116,16 @@ class LatentUNet3D(ModelMixin, AttentionMixin, ConfigMixin):
         self.upsamplers = nn.ModuleList(Upsample(channels[i + 1], channels[i], level_strides[i]) for i in range(last))
         self.up_blocks = nn.ModuleList(level(2 * channels[i], i) for i in range(last))
         self.norm_out = ChannelRMSNorm(channels[0])
-        self.conv_out = nn.Conv3d(channels[0], out_channels, 3, padding=1)
+        self.conv_out = Conv3d(channels[0], out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # pyright: ignore[reportArgumentType]
         self.to(memory_format=torch.channels_last_3d)
+
+    def embed_mask(self, ids: Tensor) -> Tensor:
+        """Folded ids (B, h, w, d, r) -> the mask's channels (B, mask_width, h, w, d). Raises: ValueError if the model knows no mask."""
+        if self.mask_embedding is None:
+            raise ValueError("this model knows no mask: pass none")
+        return self.mask_embedding(ids)
 
     def _run(self, blocks: nn.ModuleList, x: Tensor, time: Tensor) -> Tensor:
         for block in blocks:
@@ -137,7 +143,8 @@ class LatentUNet3D(ModelMixin, AttentionMixin, ConfigMixin):
         Args:
             sample: noisy latents (B, in_channels, h, w, d).
             timestep: (B,) or a scalar, in the scheduler's units, 0 to 1000.
-            mask: folded ids (B, h, w, d, r) from `fold_mask`; needed if and only if the model was built with labels.
+            mask: folded ids (B, h, w, d, r) from `fold_mask`, or what `embed_mask` made of them, (B, mask_width, h, w, d), so that a sampler
+                embeds once and not at every step; needed if and only if the model was built with labels.
         Raises: ValueError if the mask is missing, not wanted, or on another grid than the latents.
         """
         if (mask is None) == (self.mask_embedding is not None):
@@ -146,10 +153,11 @@ class LatentUNet3D(ModelMixin, AttentionMixin, ConfigMixin):
         time = F.silu(self.time_embedding(self.time_features(timestep).to(sample.dtype)))
 
         x = sample
-        if mask is not None and self.mask_embedding is not None:
-            if mask.shape[:4] != (sample.shape[0], *sample.shape[2:]):
-                raise ValueError(f"the mask is folded to {tuple(mask.shape[:4])}, the latents are (B, h, w, d) = {(len(sample), *sample.shape[2:])}")
-            x = torch.cat([x, self.mask_embedding(mask).to(x.dtype)], dim=1)
+        if mask is not None:
+            embedded = mask if mask.is_floating_point() else self.embed_mask(mask)
+            if embedded.shape[2:] != sample.shape[2:]:
+                raise ValueError(f"the mask is folded to {tuple(embedded.shape[2:])} cells, the latents are {tuple(sample.shape[2:])}")
+            x = torch.cat([x, embedded.to(x.dtype)], dim=1)
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last_3d))
 
         skips: list[Tensor] = []

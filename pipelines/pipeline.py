@@ -22,13 +22,13 @@ from .sampling import equal_batches, initial_latents, sample_generators, sample_
 from .volume_processor import OUTPUT_TYPES, Canvas, VolumeProcessor
 
 COMPONENTS = ("vae", "unet")
-EndOfStep = Callable[["MedVolumePipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+EndOfStep = Callable[["MedVolumePipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
 
 class MedVolumePipeline(DiffusionPipeline):
     """Generates volumes from masks (or, for a model without masks, of a given shape), each on its mask's own grid.
 
-    Runs in float32, bfloat16 or float16 (`from_pretrained(..., torch_dtype=torch.bfloat16)` or
+    Runs in float32, bfloat16 or float16 (`from_pretrained(..., dtype=torch.bfloat16)` or
     `pipe.to(torch.bfloat16)`): noise is drawn in float32 whatever the type, results are float32. bfloat16 works on
     CPUs too, and is slow on those without AVX512-BF16 or AMX. A result that is not finite raises.
 
@@ -40,7 +40,6 @@ class MedVolumePipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet->vae"
-    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self, vae: AutoencoderKL3D, unet: LatentUNet3D, scheduler: SchedulerMixin, data: dict[str, Any] | None = None
@@ -97,7 +96,7 @@ class MedVolumePipeline(DiffusionPipeline):
         Of a loaded component the stored tensors count, so that half precision and offloading change nothing. Kept
         until a component is replaced; training a component in place afterwards is not noticed.
         """
-        parts = tuple(getattr(self, name) for name in COMPONENTS)
+        parts = tuple(getattr(part, "_orig_mod", part) for part in (self.vae, self.unet))  # beneath torch.compile
         if self._hashed is None or any(a is not b for a, b in zip(self._hashed[0], parts, strict=True)):
             contents: dict[str, Any] = {"data": (self.data, ())}
             for name, part in zip(COMPONENTS, parts, strict=True):
@@ -189,35 +188,25 @@ class MedVolumePipeline(DiffusionPipeline):
         if latents is not None and len(latents) != len(owner):
             raise ValueError(f"{len(latents)} latents for {len(owner)} volumes; give one a volume")
         generators = sample_generators(generator, len(owner))
-        settings: dict[str, Any] = {
-            "num_inference_steps": num_inference_steps,
-            "sigmas": sigmas,
-            "label_map": label_map,
-        }
+        seeds = [sample_seed(own) if latents is None else None for own in generators]
         records = [
-            self.provenance(masks[i], seed=sample_seed(own) if latents is None else None, **settings)
-            for i, own in zip(owner, generators, strict=True)
+            self.provenance(
+                masks[i], seed=seed, num_inference_steps=num_inference_steps, sigmas=sigmas, label_map=label_map
+            )
+            for i, seed in zip(owner, seeds, strict=True)
         ]
 
         volumes: list[Any] = [None] * len(owner)
         for batch in equal_batches([canvases[i].shape for i in owner], batch_size):
             own = [generators[i] for i in batch]
-            first = canvases[owner[batch[0]]]
-            noise = initial_latents(
-                own,
-                None if latents is None else [latents[i] for i in batch],
-                (
-                    self.vae.config["latent_channels"],
-                    *(n // s for n, s in zip(first.shape, self.vae.stride, strict=True)),
-                ),
-                self._execution_device,
-                self.unet.dtype,
-            )
+            drawn_on = [canvases[owner[i]] for i in batch]
+            given = None if latents is None else [latents[i] for i in batch]
+            grid = self._latent_shape(drawn_on[0])
             denoised = denoise(
                 self.unet,
-                noise,
+                initial_latents(own, given, grid, self._execution_device, self.unet.dtype),
                 scheduler,
-                self._conditions([canvases[owner[i]] for i in batch]),
+                self._conditions(drawn_on),
                 num_inference_steps=num_inference_steps,
                 sigmas=sigmas,
                 generator=own,
@@ -245,24 +234,28 @@ class MedVolumePipeline(DiffusionPipeline):
         canvases = [self.volume_processor.preprocess(one, label_map) for one in masks]
         return canvases, [describe_mask(one) for one in masks]
 
+    def _latent_shape(self, canvas: Canvas) -> tuple[int, int, int, int]:
+        """(C, h, w, d) of the latents of a canvas."""
+        h, w, d = (n // s for n, s in zip(canvas.shape, self.vae.stride, strict=True))
+        return self.vae.config["latent_channels"], h, w, d
+
     def _conditions(self, canvases: Sequence[Canvas]) -> dict[str, torch.Tensor]:
         """The U-Net's keyword arguments for one batch of equal grids."""
         labels = [torch.from_numpy(canvas.labels) for canvas in canvases if canvas.labels is not None]
         if not labels:
             return {}
-        return {
-            "mask": fold_mask(
-                torch.stack(labels).to(self._execution_device), self.vae.stride, self.unet.config["num_labels"]
-            )
-        }
+        stacked = torch.stack(labels).to(self._execution_device)
+        return {"mask": fold_mask(stacked, self.vae.stride, self.unet.config["num_labels"])}
 
     def _step_callback(self, callback: EndOfStep | None) -> Callable[[int, torch.Tensor, torch.Tensor], Any] | None:
         """diffusers' callback as the one that `denoise` takes."""
         if callback is None:
             return None
-        return lambda step, timestep, latents: (callback(self, step, timestep, {"latents": latents}) or {}).get(
-            "latents"
-        )
+
+        def call(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor | None:
+            return (callback(self, step, timestep, {"latents": latents}) or {}).get("latents")
+
+        return call
 
     def _finish(self, latent: torch.Tensor, canvas: Canvas, output_type: str, record: Mapping[str, Any]) -> Any:
         """Decode one volume, alone: memory does not grow with the batch. Raises: ValueError if it is not finite."""

@@ -19,7 +19,9 @@ def build_model(section: dict[str, Any]) -> Any:
     arguments = dict(section)
     path = arguments.pop("class", None)
     if not isinstance(path, str) or "." not in path:
-        raise ValueError(f"the model section needs `class: package.Name`, for example autoencoder.AutoencoderKL3D; got {path!r}")
+        raise ValueError(
+            f"the model section needs `class: package.Name`, for example autoencoder.AutoencoderKL3D; got {path!r}"
+        )
     module_name, _, name = path.rpartition(".")
     try:
         model_class: Callable[..., Any] = getattr(importlib.import_module(module_name), name)
@@ -38,14 +40,17 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a saved model's folder (one safetensors file or several). Raises: ValueError if there are none."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"--init_from {folder}: no .safetensors file there; give the folder of one model, such as RUN/vae or PIPELINE/unet")
+        raise ValueError(
+            f"--init_from {folder}: no .safetensors file there; give a model's folder, like RUN/vae or PIPELINE/unet"
+        )
     return {key: tensor for file in files for key, tensor in load_file(file).items()}
 
 
 def initialise_from(model: nn.Module, folder: str | Path) -> list[str]:
     """Load a trained model's weights into `model`, for fine-tuning. Layers whose shapes differ stay as initialised.
 
-    A layer is the module that directly holds a parameter: if a convolution's weight has another shape, its bias stays fresh as well.
+    A layer is the module that directly holds a parameter: if a convolution's weight has another shape, its bias stays
+    fresh as well.
     Returns: names of the layers that stay fresh, such as "encoder.0", sorted.
     Raises: ValueError if keys are missing or unexpected, or nothing fits.
     """
@@ -53,8 +58,8 @@ def initialise_from(model: nn.Module, folder: str | Path) -> list[str]:
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or unexpected:
         raise ValueError(
-            f"--init_from {folder}: weights of another architecture (missing {missing[:5]}, unexpected {unexpected[:5]}, "
-            f"{len(missing) + len(unexpected)} in all); only the number of labels or channels may differ"
+            f"--init_from {folder}: weights of another architecture (missing {missing[:5]}, unexpected "
+            f"{unexpected[:5]}, {len(missing) + len(unexpected)} in all); only numbers of labels or channels may differ"
         )
     fresh = {key.rpartition(".")[0] for key in own if own[key].shape != weights[key].shape}
     kept = {key: tensor for key, tensor in weights.items() if key.rpartition(".")[0] not in fresh}

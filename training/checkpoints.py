@@ -4,10 +4,10 @@
         model.safetensors, optimizer.bin, random_states_0.pkl, ...    Accelerate's
         <learner>_ema.safetensors                                     moving averages
         state.json                                                    step, data position, counters
-        rng_0.txt                                                     digest of the random state, because Accelerate only logs a failed restore
+        rng_0.txt                                                     digest of the random state (see `load`)
 
-Data order, crops and noise need no entry: they are functions of (seed, position). Accelerate's .bin and .pkl files are pickles, so only checkpoints
-inside the run's own folder are ever read.
+Data order, crops and noise need no entry: they are functions of (seed, position). Accelerate's .bin and .pkl files are
+pickles, so only checkpoints inside the run's own folder are ever read.
 """
 
 import hashlib
@@ -56,7 +56,9 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
         return next(reversed(list_checkpoints(folder)), None)
     path = Path(resume)
     if not (path / "state.json").is_file():
-        raise ValueError(f"--resume {resume}: no checkpoint there; this run has {[p.name for p in list_checkpoints(folder)]}")
+        raise ValueError(
+            f"--resume {resume}: no checkpoint there; this run has {[p.name for p in list_checkpoints(folder)]}"
+        )
     if path.resolve().parent != folder.resolve():
         raise ValueError(
             f"--resume {resume}: checkpoints hold pickles, so only those of this run are read ({folder}); "
@@ -80,7 +82,7 @@ class Checkpointer:
                 shutil.rmtree(leftover)
 
     def save(self, state: TrainState) -> Path:
-        """Write checkpoints/step_XXXXXX: into a temporary folder first, renamed when complete. Called by every process."""
+        """Write checkpoints/step_XXXXXX: a temporary folder, renamed when complete. Called by every process."""
         accelerator, name = self.accelerator, f"step_{state.step:06d}"
         partial, final = self.folder / f".partial_{name}", self.folder / name
         accelerator.save_state(str(partial), safe_serialization=True)
@@ -102,7 +104,11 @@ class Checkpointer:
         return final
 
     def load(self, path: Path) -> TrainState:
-        """Restore everything from `path`. Raises: ValueError if weights do not fit the model or the random state was not restored."""
+        """Restore everything from `path`.
+
+        Raises: ValueError if the random state was not restored, which Accelerate merely logs; RuntimeError if weights
+        do not fit the model.
+        """
         state = TrainState(**json.loads((path / "state.json").read_text()))
         self.accelerator.load_state(str(path))
         for learner in self.learners:

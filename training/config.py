@@ -1,4 +1,4 @@
-"""What a training run can be told, as typed dataclasses, and how YAML and the command line become one of them (jsonargparse)."""
+"""What a training run can be told, as typed dataclasses; jsonargparse makes one of YAML and the command line."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -13,12 +13,19 @@ from volumes import DataConfig
 Config = TypeVar("Config")
 
 
+def _require_at_least(config: Any, lowest: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < lowest:
+            raise ValueError(f"{name} must be {lowest} or more, got {getattr(config, name)}")
+
+
 @dataclass
 class OptimizerConfig:
     """Muon or AdamW, with linear warm-up and cosine decay.
 
     Args:
-        algorithm: muon updates the kernels of hidden convolutions by Muon and the rest by AdamW (see training/muon.py); adamw is AdamW alone.
+        algorithm: muon updates the kernels of hidden convolutions by Muon and the rest by AdamW (see
+            training/muon.py); adamw is AdamW alone.
         learning_rate: highest learning rate, reached after the warm-up.
         betas: AdamW's decay rates of the first and second moment; the first is Muon's momentum too.
         eps: AdamW's epsilon.
@@ -39,6 +46,10 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     gradient_accumulation: int = 1
 
+    def __post_init__(self) -> None:
+        _require_at_least(self, 1, "gradient_accumulation")
+        _require_at_least(self, 0, "warmup_steps", "learning_rate", "weight_decay")
+
 
 @dataclass
 class LoopConfig:
@@ -56,7 +67,7 @@ class LoopConfig:
         preview_every: steps between previews; 0 draws one at the end only.
         previews: volumes per preview.
         checkpoint_every: steps between checkpoints; 0 writes one at the end only.
-        keep_checkpoints: the newest so many are kept.
+        keep_checkpoints: the newest so many are kept; 0 keeps all.
         max_skipped: so many steps in a row with non-finite gradients stop the run.
         trackers: Accelerate trackers by name, such as tensorboard or wandb.
     """
@@ -76,13 +87,19 @@ class LoopConfig:
     max_skipped: int = 20
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
+    def __post_init__(self) -> None:
+        _require_at_least(self, 1, "max_steps", "batch_size", "log_every", "max_skipped")
+        _require_at_least(self, 0, "seed", "workers", "validate_every", "preview_every", "previews")
+        _require_at_least(self, 0, "checkpoint_every", "keep_checkpoints")
+
 
 @dataclass
 class CropConfig:
     """Random crops of the training volumes.
 
     Args:
-        shape: voxels (X, Y, Z); a multiple of the autoencoder's stride. Smaller volumes are padded, and the padding is left out of the losses.
+        shape: voxels (X, Y, Z); a multiple of the autoencoder's stride. Smaller volumes are padded, and the padding
+            is left out of the losses.
         flip_axes: axes (0, 1, 2) that are mirrored at random.
     """
 
@@ -149,10 +166,12 @@ class TrainLdmConfig:
     """Train a latent diffusion model on the latents of a trained autoencoder.
 
     Args:
-        output: folder of the run: config.yaml, checkpoints/, logs/, previews/, and at the end pipeline/ and metrics.json.
+        output: folder of the run: config.yaml, checkpoints/, logs/, previews/, and at the end pipeline/ and
+            metrics.json.
         vae: folder of the trained autoencoder (`vae/` of its run).
         data: which volumes.
-        model: `class:` and that class's constructor arguments; what the autoencoder and the labels decide may be left out.
+        model: `class:` and that class's constructor arguments; what the autoencoder and the labels decide may be
+            left out.
         cache: latents of the training volumes.
         inference_steps: denoising steps of the previews.
         optimizer: how weights move.
@@ -174,15 +193,19 @@ class TrainLdmConfig:
 
 
 def parse_config(config_class: type[Config], args: list[str] | None = None) -> Config:
-    """The run's config from `--config FILE.yaml` and overrides such as `--loop.max_steps 100` (default: the command line).
+    """The run's config from `--config FILE.yaml` and overrides such as `--loop.max_steps 100`.
 
-    Unknown keys and wrong types end the program with a message that names them; `--print_config` shows the final config.
+    Unknown keys and wrong types end the program with a message that names them; `--print_config` shows the result.
+
+    Args:
+        args: default: the command line.
     """
     parser = ArgumentParser(description=config_class.__doc__, exit_on_error=True)
     parser.add_argument("--config", action="config", help="YAML file with the arguments below")
     parser.add_class_arguments(config_class, as_group=False)
     values: Namespace = parser.instantiate(parser.parse_args(args))
-    return config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})  # pyright: ignore[reportArgumentType]
+    names = [f.name for f in dataclasses.fields(config_class)]  # pyright: ignore[reportArgumentType]
+    return config_class(**{name: values[name] for name in names})
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -216,7 +239,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two plain configs, a line each: "optimizer.learning_rate: 0.001 -> 0.0003". `resume` is left out."""
+    """What differs between two plain configs, but for `resume`: ["optimizer.learning_rate: 0.001 -> 0.0003", ...]."""
     before, after, absent = flatten(old), flatten(new), "(absent)"
     names = [n for n in {**before, **after} if n != "resume" and before.get(n, absent) != after.get(n, absent)]
     return [f"{n}: {before.get(n, absent)} -> {after.get(n, absent)}" for n in names]

@@ -1,7 +1,8 @@
-"""The order in which training sees its samples, as a pure function of (seed, position): that is what makes a resume exact.
+"""The order in which training sees its samples, as a pure function of (seed, position), so that a resume is exact.
 
-Nothing here is advanced and saved: sample number `s` of a run is position `s % n` of the permutation of epoch `s // n`. A resumed run asks for
-the next number and gets what the uninterrupted run would have got, with any number of workers, persistent or not.
+Nothing here is advanced and saved: sample number `s` of a run is position `s % n` of the permutation of epoch `s // n`.
+A resumed run asks for the next number and gets what the uninterrupted run would have got, with any number of workers,
+persistent or not.
 """
 
 from collections.abc import Iterator
@@ -13,15 +14,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 def derive_seed(*numbers: int) -> int:
-    """One 63-bit seed from several non-negative integers such as (seed, step, process), well mixed (numpy's SeedSequence)."""
+    """One 63-bit seed from non-negative integers such as (seed, step, process), mixed by numpy's SeedSequence."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class SampleStream(Sampler[list[tuple[int, int]]]):
     """Endless batches of (epoch, index) keys for one process.
 
-    Epochs follow each other without a gap: a batch may hold the end of one and the beginning of the next, so every batch is full and no sample is
-    ever dropped, however small the data set.
+    Epochs follow each other without a gap: a batch may hold the end of one and the beginning of the next, so every
+    batch is full and no sample is ever dropped, however small the data set.
 
     Args:
         length: number of samples in the data set.
@@ -31,7 +32,9 @@ class SampleStream(Sampler[list[tuple[int, int]]]):
     Raises: ValueError for an empty data set.
     """
 
-    def __init__(self, length: int, batch_size: int, *, seed: int, start: int = 0, process: int = 0, processes: int = 1):
+    def __init__(
+        self, length: int, batch_size: int, *, seed: int, start: int = 0, process: int = 0, processes: int = 1
+    ):
         if length < 1:
             raise ValueError("there is nothing to train on: the training split is empty (see `data:` in the config)")
         self.length, self.batch_size, self.seed = length, batch_size, seed
@@ -44,7 +47,8 @@ class SampleStream(Sampler[list[tuple[int, int]]]):
             for sample in range(first, first + self.batch_size):
                 if sample // self.length != epoch:
                     epoch = sample // self.length
-                    order = torch.randperm(self.length, generator=torch.Generator().manual_seed(derive_seed(self.seed, epoch)))
+                    generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+                    order = torch.randperm(self.length, generator=generator)
                 keys.append((epoch, int(order[sample % self.length])))
             yield keys
             first += self.batch_size * self.processes
@@ -64,7 +68,9 @@ class Keyed(Dataset):
         return self.dataset[index]
 
 
-def training_batches(dataset: Dataset, stream: SampleStream, *, workers: int, collate: Any, pin_memory: bool) -> Iterator[Any]:
+def training_batches(
+    dataset: Dataset, stream: SampleStream, *, workers: int, collate: Any, pin_memory: bool
+) -> Iterator[Any]:
     """Endless collated batches in the order of `stream`, loaded by `workers` processes (0: in this one)."""
     return iter(
         DataLoader(

@@ -7,9 +7,10 @@ from torch import nn
 
 
 class MovingAverage:
-    """A copy of `model` whose parameters follow it slowly; buffers are copied as they are (a codebook is already an average).
+    """A copy of `model` whose parameters follow it slowly; buffers are copied (a codebook is already an average).
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)) with the number of updates n, so that the random start is forgotten within a short run.
+    The decay warms up as min(decay, (1 + n) / (10 + n)) with the number of updates n, so that the random start is
+    forgotten within a short run.
     It is a function of n alone: the weights are the only state.
 
     Args:

@@ -18,7 +18,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
-    """Learning rate of step `step` (counted from 0): linear warm-up, then half a cosine down to `final_lr_ratio` at `max_steps`."""
+    """Learning rate of step `step`, from 0: linear warm-up, then half a cosine to `final_lr_ratio` at `max_steps`."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
@@ -29,8 +29,8 @@ def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
 class Learner(Generic[Model]):
     """A network with all that trains it.
 
-    `model` is what a step calls to compute losses: Accelerate's wrapper, so gradients are averaged over processes. `average` is the network that
-    is validated and saved.
+    `model` is what a step calls to compute losses: Accelerate's wrapper, so gradients are averaged over processes.
+    `average` is the network that is validated and saved.
     """
 
     def __init__(self, name: str, model: Model, config: OptimizerConfig, *, ema_decay: float, max_steps: int):
@@ -40,9 +40,10 @@ class Learner(Generic[Model]):
         self.ema = MovingAverage(model, ema_decay)
         parameters = [p for p in model.parameters() if p.requires_grad]
         kernels = {id(p) for p in parameters if config.algorithm == "muon" and is_kernel(p)}
+        decay = config.weight_decay
         groups = [
-            {"params": [p for p in parameters if id(p) in kernels], "weight_decay": config.weight_decay, "muon": True},
-            {"params": [p for p in parameters if p.ndim > 1 and id(p) not in kernels], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if id(p) in kernels], "weight_decay": decay, "muon": True},
+            {"params": [p for p in parameters if p.ndim > 1 and id(p) not in kernels], "weight_decay": decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},  # biases and norm scales
         ]
         # `lr` as set here is never used: update() sets that of the step, so the schedule has no state of its own.
@@ -70,19 +71,19 @@ class Learner(Generic[Model]):
     def update(self, step: int) -> tuple[bool, Tensor]:
         """Clip and take one optimiser step and one of the average.
 
-        Returns: whether the step was taken, and the gradient's norm before clipping. A gradient that is not finite changes nothing but fp16's
-        loss scale.
+        Returns: whether the step was taken, and the gradient's norm before clipping. A gradient that is not finite
+        changes nothing but fp16's loss scale.
         """
         self.accelerator.unscale_gradients(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
         finite = bool(torch.isfinite(norm))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.max_steps, self.config)
-        if finite or self.accelerator.scaler is not None:  # the fp16 scaler skips by itself, and must see the overflow to lower its scale
-            self.optimizer.step()
-            finite = finite and not self.optimizer.step_was_skipped
-        self.optimizer.zero_grad(set_to_none=True)
         if finite:
+            self.optimizer.step()
             self.updates += 1
             self.ema.update(self.network, self.updates)
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # lowers fp16's loss scale after the overflow
+        self.optimizer.zero_grad(set_to_none=True)
         return finite, norm

@@ -1,4 +1,7 @@
-"""The training loop: data, state, trackers and checkpoints. It knows Accelerate and no model; losses and optimisers are the step's."""
+"""The training loop: data, state, trackers and checkpoints.
+
+It knows Accelerate and no model; losses and optimisers are the step's.
+"""
 
 import contextlib
 import json
@@ -50,13 +53,25 @@ class TrainingStep(Protocol):
         ...
 
 
-def make_accelerator(output: Path, config: LoopConfig) -> Accelerator:
-    """Accelerate as the loop needs it. Raises: ValueError for sharded training (FSDP, DeepSpeed), which the moving average does not support."""
-    accelerator = Accelerator(
-        mixed_precision=resolve_precision(config.mixed_precision), log_with=list(config.trackers), project_dir=str(output)
-    )
+def make_accelerator(config: Any) -> Accelerator:
+    """Accelerate as the loop needs it, for the run that `config` describes (`loop`, `output` and `resume` are read).
+
+    Raises: ValueError if the output folder holds another run and nothing says to resume it; for sharded training (FSDP,
+    DeepSpeed), which the moving average does not support; for a tracker that is unknown or not installed.
+    """
+    options: LoopConfig = config.loop
+    if config.resume is None and list_checkpoints(Path(config.output) / "checkpoints"):
+        raise ValueError(f"{config.output} already holds a run; go on with --resume latest, or choose another --output")
+    precision = resolve_precision(options.mixed_precision)
+    accelerator = Accelerator(mixed_precision=precision, log_with=options.trackers or None, project_dir=config.output)
+    if absent := set(options.trackers) - {str(tracker) for tracker in accelerator.log_with}:
+        raise ValueError(
+            f"loop.trackers: {sorted(absent)} not installed; install it, or leave it out (--loop.trackers [] for none)"
+        )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(f"{accelerator.distributed_type} is not supported; launch with plain data parallelism (--multi_gpu)")
+        raise ValueError(
+            f"{accelerator.distributed_type} is not supported; launch with plain data parallelism (--multi_gpu)"
+        )
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
     return accelerator
@@ -70,11 +85,17 @@ class Loop:
         step: losses and learners; its learners are prepared here.
         data: training samples; `collate` makes batches of them.
         validation: held-out items, whole, one at a time; may be empty.
-    Raises: ValueError if the output folder holds another run's checkpoints and nothing says to resume it.
+    Raises: ValueError if the checkpoint to resume from is not one of this run, or is damaged.
     """
 
     def __init__(
-        self, accelerator: Accelerator, config: Any, step: TrainingStep, data: Dataset, validation: Sequence[Any], collate: Any = default_collate
+        self,
+        accelerator: Accelerator,
+        config: Any,
+        step: TrainingStep,
+        data: Dataset,
+        validation: Sequence[Any],
+        collate: Any = default_collate,
     ):
         self.accelerator, self.config, self.step = accelerator, config, step
         self.data, self.validation, self.collate = data, validation, collate
@@ -82,14 +103,14 @@ class Loop:
         self.output = Path(config.output)
         for learner in step.learners:
             learner.prepare(accelerator)
-        self.checkpoints = Checkpointer(accelerator, step.learners, self.output / "checkpoints", self.options.keep_checkpoints)
+        self.checkpoints = Checkpointer(
+            accelerator, step.learners, self.output / "checkpoints", self.options.keep_checkpoints
+        )
         self.state = self._begin_or_resume()
 
     def _begin_or_resume(self) -> TrainState:
         folder, saved = self.output / "checkpoints", self.output / "config.yaml"
         state = TrainState()
-        if self.config.resume is None and list_checkpoints(folder):
-            raise ValueError(f"{self.output} already holds a run; go on with --resume latest, or choose another --output")
         path = find_checkpoint(self.config.resume, folder) if self.config.resume else None
         if path is not None:
             state = self.checkpoints.load(path)
@@ -112,7 +133,7 @@ class Loop:
         accelerator, options, state = self.accelerator, self.options, self.state
         accelerator.init_trackers("logs")
         for tracker in accelerator.trackers:
-            if tracker.name != "tensorboard":  # which would add a folder per start; the config is beside the run as YAML
+            if tracker.name != "tensorboard":  # it would add a folder per start; config.yaml is beside the run
                 tracker.store_init_configuration(to_plain(self.config))
         accumulation = self.config.optimizer.gradient_accumulation
         stream = SampleStream(
@@ -124,7 +145,11 @@ class Loop:
             processes=accelerator.num_processes,
         )
         batches = training_batches(
-            self.data, stream, workers=options.workers, collate=self.collate, pin_memory=accelerator.device.type == "cuda"
+            self.data,
+            stream,
+            workers=options.workers,
+            collate=self.collate,
+            pin_memory=accelerator.device.type == "cuda",
         )
         progress = Progress(options.max_steps, state.step, enabled=accelerator.is_main_process)
         totals: dict[str, Tensor] = {}
@@ -135,7 +160,7 @@ class Loop:
                 batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
                 with self._gradients_stay_local(part < accumulation - 1):
                     for name, value in self.step(batch, self._generator(state.step, part)).items():
-                        losses[name] = losses.get(name, 0.0) + value / accumulation  # pyright: ignore[reportArgumentType]
+                        losses[name] = value / accumulation + losses.get(name, 0.0)
             finite = True
             for learner in self.step.learners:
                 taken, norm = learner.update(state.step)
@@ -144,7 +169,7 @@ class Loop:
             state.samples += accumulation * options.batch_size * accelerator.num_processes
             self._count_skipped(finite)
             if finite:
-                totals, counted = {k: totals.get(k, 0.0) + v for k, v in losses.items()}, counted + 1
+                totals, counted = {k: v + totals.get(k, 0.0) for k, v in losses.items()}, counted + 1
             progress.update()
             if state.step % options.log_every == 0 and counted:
                 self._report(progress, totals, counted)
@@ -160,14 +185,18 @@ class Loop:
         metrics = self.validate()
         self.preview()
         if accelerator.is_main_process:
-            (self.output / "metrics.json").write_text(json.dumps({"step": state.step, "skipped": state.skipped, **metrics}, indent=1))
+            (self.output / "metrics.json").write_text(
+                json.dumps({"step": state.step, "skipped": state.skipped, **metrics}, indent=1)
+            )
         accelerator.end_training()
         return metrics
 
     def _generator(self, *position: int) -> torch.Generator:
         """Noise of one batch, from (seed, step, accumulation part, process)."""
-        generator = torch.Generator(self.accelerator.device)
-        return generator.manual_seed(derive_seed(self.options.seed, *position, self.accelerator.process_index))
+        return self._seeded(self.options.seed, *position, self.accelerator.process_index)
+
+    def _seeded(self, *numbers: int) -> torch.Generator:
+        return torch.Generator(self.accelerator.device).manual_seed(derive_seed(*numbers))
 
     @contextlib.contextmanager
     def _gradients_stay_local(self, yes: bool):
@@ -184,7 +213,7 @@ class Loop:
         state.skipped += not finite
         if state.skipped_in_a_row >= limit:
             raise RuntimeError(
-                f"step {state.step}: gradients were not finite for {limit} steps in a row (optimiser steps were skipped). "
+                f"step {state.step}: gradients were not finite for {limit} steps in a row, so none of them was taken. "
                 "Lower optimizer.learning_rate, or train with loop.mixed_precision: no; then --resume latest"
             )
 
@@ -200,13 +229,13 @@ class Loop:
         progress.report(self.state.step, values)
 
     def validate(self) -> dict[str, float]:
-        """Mean of every metric over the held-out items, which the processes share among them; empty without such items."""
+        """Mean of every metric over the held-out items, shared among the processes; empty without such items."""
         accelerator, items = self.accelerator, self.validation
         if not len(items):
             return {}
         sums: dict[str, float] = {}
         for index in range(accelerator.process_index, len(items), accelerator.num_processes):
-            generator = torch.Generator(accelerator.device).manual_seed(derive_seed(self.options.seed, _VALIDATION, index))
+            generator = self._seeded(self.options.seed, _VALIDATION, index)
             for name, value in self.step.validate(send_to_device(items[index], accelerator.device), generator).items():
                 sums[name] = sums.get(name, 0.0) + value
         metrics: dict[str, float] = {}

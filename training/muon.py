@@ -1,9 +1,12 @@
 """Muon for convolution kernels, AdamW for everything else, as one optimiser.
 
-Muon (Jordan et al. 2024) replaces the momentum of a weight matrix by the nearest semi-orthogonal matrix, so that every direction of the matrix
-learns at the same rate. On this project's autoencoder it reached in 200 steps a validation PSNR that AdamW did not reach in 240 (20.0 against 18.7 dB,
-hippocampus, same crops and learning-rate schedule; 0.06 s a step of extra work on two CPU cores).
+Muon (Jordan et al. 2024) replaces the momentum of a weight matrix by the nearest semi-orthogonal matrix, so that every
+direction of the matrix learns at the same rate. On this project's autoencoder it reached in 200 steps a validation PSNR
+that AdamW did not reach in 240 (20.0 against 18.7 dB, hippocampus, same crops and learning-rate schedule; 0.06 s a step
+of extra work on two CPU cores).
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +15,10 @@ from torch import Tensor, nn
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """The semi-orthogonal matrix near `matrix` (rows, columns): its singular values are brought near 1.
 
-    A quintic Newton-Schulz iteration whose coefficients make small singular values grow fast and leave all of them within about 0.7 to 1.2
-    (Jordan et al. 2024); that is enough for an update's direction and needs matrix products only. Every iterate is a polynomial of the Gram
-    matrix times `matrix`, so the iteration runs on the small Gram matrix and touches the long side twice instead of ten times. In float32.
+    A quintic Newton-Schulz iteration whose coefficients make small singular values grow fast and leave all of them
+    within about 0.7 to 1.2 (Jordan et al. 2024); that is enough for an update's direction and needs matrix products
+    only. Every iterate is a polynomial of the Gram matrix times `matrix`, so the iteration runs on the small Gram
+    matrix and touches the long side twice instead of ten times. In float32.
     """
     wide = matrix.float() if matrix.shape[0] <= matrix.shape[1] else matrix.float().T
     wide = wide / wide.norm().clamp_min(1e-7)
@@ -28,15 +32,16 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 def is_kernel(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is the kernel (out, in, ...) of a hidden convolution; the first and the last convolution have few channels on a side."""
+    """Whether a parameter is the kernel of a hidden convolution; the first and the last have few channels on a side."""
     return parameter.ndim > 2 and parameter[0, 0].numel() > 1 and min(parameter.shape[:2]) > 8
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, except for the parameter groups with `"muon": True`, whose parameters are updated by Muon with Nesterov momentum `betas[0]`.
+    """AdamW, except for the parameter groups with `"muon": True`, whose parameters are updated by Muon with Nesterov
+    momentum `betas[0]`.
 
-    Muon's update is scaled by 0.4 * sqrt(max(rows, columns)), about the size of AdamW's (Liu et al. 2025, section 2.2, use 0.2), so that both
-    groups share one learning rate and one schedule.
+    Muon's update is scaled by 0.4 * sqrt(max(rows, columns)), about the size of AdamW's (Liu et al. 2025, section 2.2,
+    use 0.2), so that both groups share one learning rate and one schedule.
     """
 
     @torch.no_grad()

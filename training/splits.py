@@ -9,7 +9,7 @@ from volumes import DataConfig, VolumeDataset, load_cases, pad_sample
 
 
 def load_split(config: DataConfig) -> tuple[VolumeDataset, VolumeDataset | None]:
-    """The training volumes, and those of the held-out training subjects (None if there are none). The test split is not touched.
+    """The training volumes, and those of the held-out training subjects or None. The test split is not touched.
 
     Raises: ValueError if there is nothing to train on.
     """
@@ -24,8 +24,8 @@ def load_split(config: DataConfig) -> tuple[VolumeDataset, VolumeDataset | None]
 class PaddedVolumes:
     """Whole volumes, padded to a multiple of the autoencoder's stride.
 
-    Item i is {"image": float32 (C, X, Y, Z), "fov": bool (1, X, Y, Z), "name", "spacing": (x, y, z) in mm}, and "mask" int16 (X, Y, Z) if there
-    are masks.
+    Item i is {"image": float32 (C, X, Y, Z), "fov": bool (1, X, Y, Z), "name", "spacing": (x, y, z) in mm}, and "mask"
+    int16 (X, Y, Z) if there are masks.
     """
 
     def __init__(self, dataset: VolumeDataset, stride: tuple[int, int, int]):

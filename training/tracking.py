@@ -22,7 +22,9 @@ class Progress:
     def __init__(self, total: int, start: int, enabled: bool):
         self.total, self.start, self.enabled = total, start, enabled
         self.began = time.monotonic()
-        self.bar = tqdm(total=total, initial=start, unit="step", disable=not (enabled and sys.stderr.isatty()), dynamic_ncols=True)
+        self.bar = tqdm(
+            total=total, initial=start, unit="step", disable=not (enabled and sys.stderr.isatty()), dynamic_ncols=True
+        )
 
     def update(self) -> None:
         """One step was made."""

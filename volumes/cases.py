@@ -106,12 +106,14 @@ def _from_table(config: DataConfig) -> list[Case]:
 
 def _from_patterns(config: DataConfig) -> list[Case]:
     root = Path(config.root)
-    found = {}  # channel, or None for the mask -> {pieces of the path: file}
+    found: dict[str | None, dict[tuple, Path]] = {}  # channel, or None for the mask -> {pieces of the path: file}
+    names: dict[tuple, str] = {}
     for channel, patterns in [*config.patterns.items(), *([(None, [config.masks])] if config.masks else [])]:
         found[channel] = {}
         for pattern in patterns:
             for path, pieces in find_files(root, str(pattern)).items():
                 key = tuple(sorted(pieces.items()))
+                names.setdefault(key, case_name(list(pieces.values()), path))  # the first channel names the case
                 if found[channel].setdefault(key, path) != path:
                     raise ValueError(
                         f"{path} and {found[channel][key]} match as one case; put what differs into {{braces}}"
@@ -129,10 +131,9 @@ def _from_patterns(config: DataConfig) -> list[Case]:
     cases = []
     for key in keys:
         images = {channel: found[channel][key] for channel in channels}
-        name = case_name([value for _, value in key], images[channels[0]])
         mask = found[None][key] if config.masks else None
         metadata = {piece: value for piece, value in key if not piece.isdigit()}
-        cases.append(Case(name, subject=name, images=images, mask=mask, metadata=metadata))
+        cases.append(Case(names[key], subject=names[key], images=images, mask=mask, metadata=metadata))
     return cases
 
 

@@ -44,7 +44,7 @@ def _draw_column(axes: np.ndarray, column: dict[str, Any], rows: list[str]) -> N
     images = {name: _array(image) for name, image in column["images"].items()}
     mask = _array(column["mask"]) if column.get("mask") is not None else None
     shape = next(array.shape for array in [*images.values(), mask] if array is not None)
-    spacing = column.get("spacing") or (1.0, 1.0, 1.0)
+    spacing = [float(length) for length in column["spacing"]] if column.get("spacing") is not None else [1.0] * 3
     centre = _centre(mask, shape)
     window = np.percentile(next(iter(images.values())), [0.5, 99.5]) if images else (0, 1)
     for y, name in enumerate(rows):

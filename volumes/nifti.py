@@ -175,7 +175,7 @@ def _values(name: str, image: Nifti1Pair) -> np.ndarray:
         raise VolumeError(f"{name}: holds complex numbers; save its magnitude")
     try:
         values = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, zlib.error, ValueError, MemoryError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, OverflowError, MemoryError) as error:
         raise VolumeError(f"{name}: its voxels cannot be read: {' '.join(str(error).split())}") from error
     if values.size == 0:
         raise VolumeError(f"{name}: holds no voxels (shape {values.shape})")

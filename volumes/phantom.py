@@ -27,13 +27,13 @@ def make_phantom(
     axes = [(np.arange(n) + 0.5) / n * 2 - 1 for n in shape]
     position = np.stack(np.meshgrid(*axes, indexing="ij"))  # (3, X, Y, Z), each in -1..1
     body_centre = random.uniform(-0.08, 0.08, 3)
-    organ_centre = body_centre + random.uniform(-0.12, 0.12, 3)
-    lesion_centre = organ_centre + random.uniform(-0.15, 0.15, 3)
+    organ_centre = body_centre + random.uniform(-0.06, 0.06, 3)
+    lesion_centre = organ_centre + random.uniform(-0.06, 0.06, 3)
     lesion_class = int(random.integers(len(PHANTOM_CLASSES)))
     mask = np.zeros(shape, dtype=np.int16)
     mask[_ellipsoid(position, body_centre, random.uniform(0.75, 0.88, 3))] = 1
     mask[_ellipsoid(position, organ_centre, random.uniform(0.42, 0.56, 3))] = 2
-    mask[_ellipsoid(position, lesion_centre, random.uniform(0.16, 0.26, 3))] = 3
+    mask[_ellipsoid(position, lesion_centre, random.uniform(0.14, 0.24, 3))] = 3
     image = np.array([*INTENSITY.values(), LESION_INTENSITY[lesion_class]])[mask]
     tilt = random.uniform(-0.1, 0.1, 3)
     image = image * (1 + np.tensordot(tilt, position, axes=1)) + random.normal(0, 20, shape)

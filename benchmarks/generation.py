@@ -1,0 +1,127 @@
+"""Seconds per generated volume:  python -m benchmarks.generation --output out/bench/generation.json
+
+Times the pipeline as people call it, from a mask file to a NIfTI image in memory, one mask at a time and all together; then the denoising
+loop and the decoder by themselves. Each time is taken after one untimed run over all masks, which prepares kernels for their grids.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from evaluation import provenance, write_report
+from pipelines import MedVolumePipeline
+from training import resolve_precision
+from volumes import read_mask
+
+PIPELINE = Path(__file__).resolve().parents[1] / "weights" / "hippocampus"
+
+
+def main(args: Sequence[str] | None = None) -> dict[str, Any]:
+    """Time the pipeline, write the report and return it."""
+    options = parse(args)
+    masks = find_masks(options.pipeline, options.masks)
+    dtype = torch.bfloat16 if resolve_precision(options.precision) == "bf16" else torch.float32
+    pipe = MedVolumePipeline.from_pretrained(options.pipeline, dtype=dtype)
+    pipe.to(options.device)
+    pipe.set_progress_bar_config(disable=True)
+    report = {
+        "benchmark": "generation",
+        "pipeline": options.pipeline.name,
+        "device": str(pipe.device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "steps": options.steps,
+        "repeats": options.repeats,
+        "parameters": {name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("unet", "vae")},
+        "masks": {path.name: list(read_mask(path).shape) for path in masks},
+        "seconds_per_volume": time_generation(pipe, masks, steps=options.steps, repeats=options.repeats),
+        **provenance(),
+    }
+    write_report(options.output, report)
+    for name, seconds in report["seconds_per_volume"].items():
+        print(
+            f"{name:12} {seconds['median']:.3f} s a volume (mean {seconds['mean']:.3f}, {seconds['min']:.3f} to {seconds['max']:.3f})"
+        )
+    print(f"report: {options.output}")
+    return report
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="pipeline folder (weights/hippocampus)")
+    parser.add_argument("--masks", type=Path, help="folder of mask files; default: masks/ in the pipeline folder")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps (20)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs over all masks (3)")
+    parser.add_argument(
+        "--precision", choices=["auto", "bf16", "no"], default="auto", help="auto is bf16 where the hardware has it"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as cpu or cuda")
+    parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
+    return parser.parse_args(args)
+
+
+def find_masks(pipeline: Path, masks: Path | None) -> list[Path]:
+    """Mask files of `masks`, or of the pipeline folder's own masks/. Raises ValueError where there are none."""
+    folder = masks or pipeline / "masks"
+    found = sorted(path for path in folder.glob("*") if path.name.endswith((".nii", ".nii.gz")))
+    if not found:
+        raise ValueError(f"{folder}: no masks (.nii, .nii.gz) there; give a folder with --masks")
+    return found
+
+
+def time_generation(
+    pipe: MedVolumePipeline, masks: list[Path], *, steps: int, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Statistics of seconds per volume: "whole" (mask file to NIfTI image, one at a time), "batched" (the same, all masks in one call),
+    "denoising" (to latents, one at a time) and "decoding" (latents to voxels)."""
+
+    def generate(mask: Path | list[Path], output_type: str) -> list[Any]:
+        generator = torch.Generator().manual_seed(0)
+        return pipe(mask=mask, num_inference_steps=steps, generator=generator, output_type=output_type).volumes
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return pipe.vae.decode(latents[None].to(pipe.vae.dtype)).sample  # pyright: ignore[reportAttributeAccessIssue]
+
+    for mask in masks:  # untimed
+        generate(mask, "nifti")
+    generate(masks, "nifti")
+    times: dict[str, list[float]] = {"whole": [], "batched": [], "denoising": [], "decoding": []}
+    for _ in range(repeats):
+        for mask in tqdm(masks, unit="volume", desc=f"{steps} steps", disable=None):
+            times["whole"].append(seconds_of(pipe.device, lambda mask=mask: generate(mask, "nifti"))[0])
+            seconds, latents = seconds_of(pipe.device, lambda mask=mask: generate(mask, "latent"))
+            times["denoising"].append(seconds)
+            times["decoding"].append(seconds_of(pipe.device, lambda latents=latents: decode(latents[0]))[0])
+        times["batched"].append(seconds_of(pipe.device, lambda: generate(masks, "nifti"))[0] / len(masks))
+    return {name: summary(values) for name, values in times.items()}
+
+
+def seconds_of(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
+    """How long `work` takes until its device is done, and what it returns."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    result = work()
+    wait()
+    return time.perf_counter() - start, result
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, mean, smallest and largest, to tenths of milliseconds."""
+    figures = {
+        "median": statistics.median(seconds),
+        "mean": statistics.fmean(seconds),
+        "min": min(seconds),
+        "max": max(seconds),
+    }
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The one denoising loop, against denoisers whose answer is known."""
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from diffusion import denoise, fit_scheduler, make_scheduler
+
+SHAPE = (2, 4, 3, 4, 5)
+
+
+def clean() -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+class KnowsTheAnswer(torch.nn.Module):
+    """Predicts exactly what leads from any noisy latents to `x`."""
+
+    def __init__(self, x: torch.Tensor, objective: str):
+        super().__init__()
+        self.x, self.objective = x, objective
+        self.alphas = None if objective == "rectified_flow" else make_scheduler(objective).alphas_cumprod
+
+    def forward(self, sample, timestep, return_dict=True):
+        if self.objective == "rectified_flow":
+            return ((sample - self.x) / (timestep / 1000),)
+        a = self.alphas[timestep.long()].to(sample)
+        noise = (sample - a.sqrt() * self.x) / (1 - a).sqrt()
+        return (noise if self.objective == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * self.x,)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 20])
+@pytest.mark.parametrize("solver", [FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_a_perfect_flow_is_integrated_exactly(solver, steps):
+    if solver is not FlowMatchEulerDiscreteScheduler and steps == 1:
+        pytest.skip("multistep solvers need two steps")
+    scheduler = fit_scheduler(solver(), "rectified_flow")
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    out = denoise(KnowsTheAnswer(clean(), "rectified_flow"), noise, scheduler, {}, num_inference_steps=steps)
+    torch.testing.assert_close(out, clean(), atol=5e-3 if steps > 1 else 1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("objective", ["v_prediction", "epsilon"])
+@pytest.mark.parametrize("solver", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_a_perfect_denoiser_recovers_x0(solver, objective):
+    scheduler = make_scheduler(objective) if solver is DDIMScheduler else fit_scheduler(solver(), objective)
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    out = denoise(KnowsTheAnswer(clean(), objective), noise, scheduler, {}, num_inference_steps=20)
+    torch.testing.assert_close(out, clean(), atol=2e-2, rtol=0)
+
+
+def test_euler_follows_a_known_ordinary_differential_equation():
+    """dx/dsigma = x from sigma 1 to 0 multiplies by (1 - 1/N) a step, and tends to 1/e."""
+
+    class Growth(torch.nn.Module):
+        def forward(self, sample, timestep, return_dict=True):
+            return (sample,)
+
+    noise = torch.ones(1, 1, 2, 2, 2)
+    for steps in (5, 50):
+        out = denoise(Growth(), noise, make_scheduler("rectified_flow"), {}, num_inference_steps=steps)
+        torch.testing.assert_close(out, noise * (1 - 1 / steps) ** steps)
+
+
+def test_sigmas_are_visited_as_given():
+    visited = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, sample, timestep, return_dict=True):
+            visited.append(round(float(timestep)))
+            return (torch.zeros_like(sample),)
+
+    denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("rectified_flow"), {}, sigmas=[1.0, 0.7, 0.2])
+    denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("rectified_flow"), {}, num_inference_steps=4)
+    assert visited == [1000, 700, 200, 1000, 750, 500, 250]
+    with pytest.raises(ValueError, match="DDIMScheduler takes no sigmas"):
+        denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("epsilon"), {}, sigmas=[1.0, 0.5])
+    with pytest.raises(ValueError, match="at least 1"):
+        denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("epsilon"), {}, num_inference_steps=0)
+
+
+def test_each_sample_has_its_own_generator():
+    """A stochastic scheduler draws each row's noise from that row's generator: a batch of two is two batches of one."""
+    model, noise = KnowsTheAnswer(clean()[:1].float(), "epsilon"), torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+
+    def run(rows, seeds):
+        scheduler = fit_scheduler(DDPMScheduler(timestep_spacing="trailing"), "epsilon")
+        stop_early = []
+
+        def callback(step, timestep, latents):
+            stop_early.append(latents)
+
+        denoise(model, rows, scheduler, {}, num_inference_steps=6, generator=[torch.Generator().manual_seed(s) for s in seeds], callback=callback)
+        return stop_early[2]  # half way, where the noise still shows
+
+    together = run(noise, [5, 6])
+    torch.testing.assert_close(together, torch.cat([run(noise[:1], [5]), run(noise[1:], [6])]))
+    assert not torch.allclose(together[:1], run(noise[:1], [7]))
+
+
+def test_the_callback_can_replace_latents():
+    class Still(torch.nn.Module):
+        def forward(self, sample, timestep, return_dict=True):
+            return (torch.zeros_like(sample),)
+
+    seen = []
+
+    def callback(step, timestep, latents):
+        seen.append(step)
+        return latents + 1
+
+    out = denoise(Still(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("rectified_flow"), {}, num_inference_steps=3, callback=callback)
+    assert seen == [0, 1, 2] and torch.equal(out, torch.full_like(out, 3.0))
+
+
+def test_heun_runs_with_its_own_step_count():
+    noise = torch.randn(1, 4, 3, 3, 3, dtype=torch.float64)
+    out = denoise(KnowsTheAnswer(torch.zeros(1, 4, 3, 3, 3, dtype=torch.float64), "rectified_flow"), noise, FlowMatchHeunDiscreteScheduler(), {}, num_inference_steps=10)
+    assert out.abs().max() < 0.02 * noise.abs().max()

@@ -1,0 +1,187 @@
+"""generate.py and demo.py: the same volumes whatever the batch, the order, the processes and the interruptions."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from tiny import mask_image, tiny_pipeline
+
+import demo
+import generate
+from pipelines import MedVolumePipeline, describe_mask
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = {"a": (8, 8, 8), "b": (7, 8, 5), "c": (12, 8, 8)}
+NAMES = [f"{stem}_{k:03d}" for stem in SHAPES for k in range(2)]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A pipeline folder with example masks, as weights/hippocampus."""
+    folder = tmp_path_factory.mktemp("inputs") / "pipeline"
+    tiny_pipeline().save_pretrained(folder)
+    (folder / "masks").mkdir()
+    for seed, (stem, shape) in enumerate(SHAPES.items()):
+        nib.save(mask_image(shape, np.diag([-1.0, 1, 1, 1]), seed), folder / "masks" / f"{stem}.nii.gz")
+    return folder
+
+
+def arguments(inputs, output, *more):
+    masks = str(inputs / "masks" / "*.nii.gz")
+    settings = ["--count", "2", "--steps", "2", "--seed", "7", "--pipeline", str(inputs)]
+    return [*settings, "--masks", masks, "--output", str(output), *more]
+
+
+@pytest.fixture(scope="module")
+def generated(inputs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("generated")
+    generate.main(arguments(inputs, output))
+    return output
+
+
+def voxels(folder):
+    return {path.name: np.asarray(nib.load(path).dataobj) for path in sorted(folder.glob("*.nii.gz"))}
+
+
+def assert_same(folder, other):
+    ours, theirs = voxels(folder), voxels(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], atol=0.01, err_msg=name)  # of a range of 200
+
+
+def test_volumes_sidecars_and_manifest(inputs, generated):
+    assert sorted(path.name for path in generated.iterdir()) == sorted(
+        ["manifest.csv", *(f"{name}{suffix}" for name in NAMES for suffix in (".json", ".nii.gz"))]
+    )
+    for name in NAMES:
+        mask, volume = nib.load(inputs / "masks" / f"{name[0]}.nii.gz"), nib.load(generated / f"{name}.nii.gz")
+        assert volume.shape == mask.shape
+        np.testing.assert_allclose(volume.affine, mask.affine)
+    with open(generated / "manifest.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [f"{name}.nii.gz" for name in NAMES]
+    assert len({row["seed"] for row in rows}) == len(NAMES)
+    record = json.loads((generated / "b_001.json").read_text())
+    assert record["mask"] == describe_mask(inputs / "masks" / "b.nii.gz")
+    assert rows[3]["mask"] == "b.nii.gz" and rows[3]["seed"] == str(record["seed"])
+    assert rows[3]["model"] == record["model"] == MedVolumePipeline.from_pretrained(inputs).model_hash
+
+
+def test_seeds_are_stable():
+    """Written down once: a change would silently change every volume that was ever announced by its seed."""
+    assert generate.volume_seed(0, "hippocampus_001", 0) == 7695260888439008048
+    assert len({generate.volume_seed(s, stem, k) for s in (0, 1) for stem in ("a", "b") for k in (0, 1)}) == 8
+
+
+def test_a_sidecar_reproduces_its_volume(inputs, generated):
+    record = json.loads((generated / "c_001.json").read_text())
+    pipe = MedVolumePipeline.from_pretrained(inputs)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(record["seed"])
+    steps = record["num_inference_steps"]
+    again = pipe(inputs / "masks" / "c.nii.gz", num_inference_steps=steps, generator=[generator]).volumes[0]
+    np.testing.assert_allclose(np.asarray(again.dataobj), voxels(generated)["c_001.nii.gz"], atol=0.01)
+
+
+def test_batch_size_changes_nothing(inputs, generated, tmp_path):
+    generate.main(arguments(inputs, tmp_path, "--batch_size", "1"))
+    assert_same(tmp_path, generated)
+
+
+def test_an_interrupted_run_goes_on(inputs, generated, tmp_path, monkeypatch):
+    """Stopped after two volumes, the second's file lost: the next run makes the rest, and touches what is finished no more."""
+    write, written = generate.write_synthetic, []
+
+    def stop(image, record, path):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(image, record, path)
+
+    monkeypatch.setattr(generate, "write_synthetic", stop)
+    with pytest.raises(KeyboardInterrupt):
+        generate.main(arguments(inputs, tmp_path))
+    assert not (tmp_path / "manifest.csv").exists()
+    written[1].unlink()
+    finished = written[0].stat().st_mtime_ns
+    monkeypatch.setattr(generate, "write_synthetic", write)
+    generate.main(arguments(inputs, tmp_path))
+    assert written[0].stat().st_mtime_ns == finished
+    assert_same(tmp_path, generated)
+    assert (tmp_path / "manifest.csv").read_text() == (generated / "manifest.csv").read_text()
+
+
+def test_other_settings_are_refused(inputs, generated, tmp_path):
+    with pytest.raises(ValueError, match="a_000.nii.gz: was made with another num_inference_steps") as error:
+        generate.main(arguments(inputs, generated, "--steps", "3"))
+    assert "choose another --output" in str(error.value)
+    nib.save(mask_image((8, 8, 8)), tmp_path / "a_000.nii.gz")
+    with pytest.raises(ValueError, match="a_000.nii.gz: has no sidecar"):
+        generate.main(arguments(inputs, tmp_path))
+
+
+def test_masks_are_found_or_named(inputs, tmp_path):
+    masks = inputs / "masks"
+    found = generate.find_masks([str(masks)], tmp_path)
+    assert [generate.mask_stem(path) for path in found] == ["a", "b", "c"]
+    assert generate.find_masks([str(masks / "*.nii.gz"), str(masks / "a.nii.gz")], tmp_path) == found
+    with pytest.raises(ValueError, match="no masks found in .*nowhere"):
+        generate.find_masks([str(tmp_path / "nowhere")], tmp_path)
+    with pytest.raises(ValueError, match="another folder than the masks'"):
+        generate.find_masks([str(masks)], masks)
+    nib.save(mask_image((8, 8, 8)), tmp_path / "a.nii")
+    with pytest.raises(ValueError, match="have the same stem"):
+        generate.find_masks([str(masks), str(tmp_path)], tmp_path / "out")
+
+
+def test_every_bad_mask_is_named_before_anything_is_made(inputs, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for stem, label in {"good": 2, "bad": 7, "worse": 8}.items():
+        array = np.zeros((8, 8, 8), dtype=np.int16)
+        array[2:4] = label
+        nib.save(nib.Nifti1Image(array, np.eye(4)), masks / f"{stem}.nii.gz")
+    base = ["--pipeline", str(inputs), "--masks", str(masks), "--output", str(tmp_path / "out"), "--steps", "1"]
+    with pytest.raises(ValueError, match=r"(?s)bad.nii.gz.*\[7\].*worse.nii.gz.*\[8\]"):
+        generate.main(base)
+    assert not (tmp_path / "out").exists()
+    generate.main([*base, "--label_map", "7=2", "8=posterior"])
+    assert json.loads((tmp_path / "out" / "worse_000.json").read_text())["label_map"] == {"7": 2, "8": "posterior"}
+
+
+def test_two_processes_make_what_one_makes(inputs, generated, tmp_path):
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    options = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "generate.py"]
+    command = [*launch, *options, *arguments(inputs, tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("6 volumes in") == 1
+    assert_same(tmp_path, generated)
+    assert (tmp_path / "manifest.csv").read_text() == (generated / "manifest.csv").read_text()
+
+
+def test_demo(inputs, tmp_path, capsys):
+    demo.main(inputs, tmp_path / "demo", num_inference_steps=1)
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == sorted(
+        ["preview.png", *(f"{stem}{suffix}" for stem in SHAPES for suffix in (".json", ".nii.gz"))]
+    )
+    assert nib.load(tmp_path / "demo" / "b.nii.gz").shape == SHAPES["b"]
+    assert str(tmp_path / "demo" / "preview.png") in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no example masks"):
+        demo.main(tmp_path, tmp_path / "demo")

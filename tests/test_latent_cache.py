@@ -1,0 +1,131 @@
+"""The latent cache: rebuilt when what it depends on changes, never silently stale; batches of different shapes."""
+
+import pytest
+import torch
+
+from autoencoder import AutoencoderKL3D
+from diffusion import LatentAugmentation, build_latent_cache, collate_latents, fold_mask
+from diffusion.latent_cache import cache_key, weights_hash
+from volumes import PADDING, DataConfig, IntensityScaling, PhantomConfig, VolumeDataset, load_cases
+
+
+@pytest.fixture
+def vae() -> AutoencoderKL3D:
+    torch.manual_seed(0)
+    vae = AutoencoderKL3D(channels=(8, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1)).eval()
+    vae.set_latent_statistics([0.1, 0.2, 0.3, 0.4], [1.0, 0.5, 2.0, 0.1])
+    return vae
+
+
+@pytest.fixture
+def dataset() -> VolumeDataset:
+    config = DataConfig(phantom=PhantomConfig(count=4, shape=(17, 14, 15)))
+    return VolumeDataset(load_cases(config), config)
+
+
+def test_entries_are_the_posteriors_of_padded_volumes(tmp_path, vae, dataset):
+    latents = build_latent_cache(dataset, vae, tmp_path, progress=False)
+    entry, item = latents[1], dataset[1]
+    assert len(latents) == len(dataset) and entry["mean"].shape == (4, 5, 4, 4)
+    padded = torch.full((1, 1, 20, 16, 16), -1.0)
+    padded[0, 0, 1:18, 1:15, :15] = item["image"][0]  # two, two and one voxels are missing: the lower half of them in front
+    with torch.no_grad():
+        posterior = vae.encode(padded).latent_dist
+    torch.testing.assert_close(entry["mean"], posterior.mean[0])
+    torch.testing.assert_close(entry["std"], posterior.std[0])
+    assert torch.equal(entry["mask"][1:18, 1:15, :15], item["mask"])
+    assert (entry["mask"][0] == PADDING).all() and (entry["mask"][:, :, 15] == PADDING).all()
+    assert entry["inside"].all()
+
+
+def test_a_finished_cache_is_read_and_an_interrupted_one_goes_on(tmp_path, vae, dataset):
+    files = build_latent_cache(dataset, vae, tmp_path, progress=False).files
+    times = [f.stat().st_mtime_ns for f in files]
+    files[2].unlink()
+    build_latent_cache(dataset, vae, tmp_path, progress=False)
+    again = [f.stat().st_mtime_ns for f in files]
+    assert [a == b for a, b in zip(times, again, strict=True)] == [i != 2 for i in range(len(files))]
+
+
+def test_another_autoencoder_preprocessing_or_augmentation_is_another_cache(tmp_path, vae, dataset):
+    first = build_latent_cache(dataset, vae, tmp_path, progress=False)
+    key = cache_key(dataset, vae, LatentAugmentation())
+    assert key == cache_key(dataset, vae, LatentAugmentation())
+    assert key != cache_key(dataset, vae, LatentAugmentation(versions=2))
+    scaling = IntensityScaling(kind="percentile", low=0.5, high=90.0)
+    other_scale = DataConfig(phantom=PhantomConfig(count=4, shape=(17, 14, 15)), intensity=scaling)
+    assert key != cache_key(VolumeDataset(load_cases(other_scale), other_scale), vae, LatentAugmentation())
+    vae.set_latent_statistics([0.0] * 4, [1.0] * 4)
+    assert key != cache_key(dataset, vae, LatentAugmentation())  # the same weights, standardised otherwise
+    with torch.no_grad():
+        vae.encoder[0].bias[0] += 1.0  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+    second = build_latent_cache(dataset, vae, tmp_path, progress=False)
+    assert first.files[0].parent != second.files[0].parent
+    assert not torch.allclose(first[0]["mean"], second[0]["mean"])
+
+
+def test_weights_hash_sees_values_and_names():
+    a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    b.load_state_dict(a.state_dict())
+    assert weights_hash(a) == weights_hash(b)
+    with torch.no_grad():
+        b.bias[1] += 1e-6
+    assert weights_hash(a) != weights_hash(b)
+
+
+def test_a_shard_encodes_its_share_only(tmp_path, vae, dataset):
+    files = build_latent_cache(dataset, vae, tmp_path, shard=(1, 2), progress=False).files
+    assert [f.exists() for f in files] == [False, True, False, True]
+
+
+def test_augmented_versions_are_flipped_and_shifted_volumes(tmp_path, vae, dataset):
+    """Whatever the flip and the shift, the labels are the same ones, as many of each, and version 0 is the volume itself."""
+    augmentation = LatentAugmentation(versions=6, flip_axes=(0,), shift=True, seed=3)
+    latents = build_latent_cache(dataset, vae, tmp_path, augmentation, progress=False)
+    plain = build_latent_cache(dataset, vae, tmp_path, progress=False)
+    assert torch.equal(latents[0]["mask"], plain[0]["mask"]) and torch.equal(latents[0]["mean"], plain[0]["mean"])
+    mask, seen = dataset[0]["mask"], set()
+    for version in range(6):
+        placed = latents[version]["mask"]
+        at = tuple(int(c.min()) for c in torch.nonzero(placed != PADDING, as_tuple=True))
+        inner = placed[tuple(slice(a, a + n) for a, n in zip(at, mask.shape, strict=True))]
+        assert torch.equal(inner, mask) or torch.equal(inner, mask.flip(0))
+        assert (placed != PADDING).sum() == mask.numel()
+        seen.add((at, torch.equal(inner, mask)))
+    assert len(seen) > 3 and {flipped for _, flipped in seen} == {True, False}
+
+
+def entry(name: str, shape: tuple[int, int, int]) -> dict:
+    """A cache entry whose latents tell their cell: 1, 2, 3, ..."""
+    cells = torch.arange(1.0, 1 + shape[0] * shape[1] * shape[2]).view(1, *shape)
+    mask = torch.ones(*(4 * s for s in shape), dtype=torch.int16)
+    return {"mean": cells.expand(4, -1, -1, -1), "std": cells[:1].expand(4, -1, -1, -1) / 10, "inside": torch.ones(1, *shape, dtype=torch.bool), "mask": mask, "name": name}
+
+
+def test_a_batch_takes_the_first_shape_and_padding_has_no_weight():
+    items = [entry("a", (3, 4, 3)), entry("b", (5, 4, 2))]
+    batch = collate_latents(items, (4, 4, 4), 2)
+    assert batch["mean"].shape == (2, 4, 3, 4, 3) and batch["mask"].shape == (2, 3, 4, 3, 64)
+    assert torch.equal(batch["mean"][0], items[0]["mean"])
+    inside = batch["weight"][1, 0] > 0
+    assert inside.sum() == 3 * 4 * 2  # cropped along x, padded along z
+    assert not batch["mean"][1][:, ~inside].any() and not batch["mask"][1][~inside].any()
+    values = batch["mean"][1, 0][inside].view(3, 4, 2)
+    start = int(values[0, 0, 0] - 1) // 8
+    assert torch.equal(values, items[1]["mean"][0, start : start + 3])
+    assert torch.equal(batch["std"][1, 0][inside].view(3, 4, 2), values / 10)
+    assert torch.equal(batch["mask"][1][inside].view(3, 4, 2, 64), fold_mask(items[1]["mask"][None], (4, 4, 4), 2)[0, :3])
+
+
+def test_a_batch_is_a_function_of_its_names_and_places_vary():
+    placed = [collate_latents([entry("a", (3, 3, 3)), entry(f"b{i}", (6, 6, 6))], (4, 4, 4), 2)["mean"][1, 0, 0, 0, 0].item() for i in range(8)]
+    again = [collate_latents([entry("a", (3, 3, 3)), entry(f"b{i}", (6, 6, 6))], (4, 4, 4), 2)["mean"][1, 0, 0, 0, 0].item() for i in range(8)]
+    assert placed == again and len(set(placed)) > 3
+
+
+def test_without_labels_there_is_no_mask_and_with_labels_one_must_be_there():
+    item = entry("a", (3, 3, 3))
+    assert collate_latents([item], (4, 4, 4), 0)["mask"] is None
+    del item["mask"]
+    with pytest.raises(ValueError, match="a: no mask"):
+        collate_latents([item], (4, 4, 4), 2)

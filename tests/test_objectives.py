@@ -1,0 +1,116 @@
+"""Objectives: what is predicted inverts to what was noised; schedulers that fit, are converted, or are refused."""
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+
+from diffusion import OBJECTIVES, fit_scheduler, make_scheduler, training_loss
+from diffusion.objectives import noisy_and_target, sample_timesteps
+
+FLOW, V, EPS = OBJECTIVES
+
+
+def test_rectified_flow_is_a_straight_line():
+    x, noise = torch.randn(3, 4, 2, 2, 2), torch.randn(3, 4, 2, 2, 2)
+    t = torch.tensor([0.0, 250.0, 1000.0])
+    noisy, target = noisy_and_target(FLOW, x, noise, t)
+    assert torch.equal(noisy[0], x[0]) and torch.allclose(noisy[2], noise[2])
+    sigma = (t / 1000).view(-1, 1, 1, 1, 1)
+    torch.testing.assert_close(noisy - sigma * target, x)
+    torch.testing.assert_close(noisy + (1 - sigma) * target, noise)
+
+
+@pytest.mark.parametrize("objective", [V, EPS])
+def test_v_and_eps_invert_to_the_clean_latents(objective):
+    x, noise, t = torch.randn(2, 4, 2, 2, 2, dtype=torch.float64), torch.randn(2, 4, 2, 2, 2, dtype=torch.float64), torch.tensor([3, 700])
+    noisy, target = noisy_and_target(objective, x, noise, t)
+    a = make_scheduler(objective).alphas_cumprod[t].double().view(-1, 1, 1, 1, 1)
+    clean = a.sqrt() * noisy - (1 - a).sqrt() * target if objective == V else (noisy - (1 - a).sqrt() * target) / a.sqrt()
+    torch.testing.assert_close(clean, x, atol=1e-5, rtol=1e-4)
+
+
+def test_timesteps_are_logit_normal_for_flow_and_uniform_for_diffusion():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.logit(sample_timesteps(FLOW, 20_000, generator).double() / 1000)
+    assert logits.mean().item() == pytest.approx(0, abs=0.03) and logits.std().item() == pytest.approx(1, abs=0.03)
+    steps = sample_timesteps(EPS, 20_000, generator)
+    assert steps.min() == 0 and steps.max() == 999 and steps.float().mean().item() == pytest.approx(499.5, abs=10)
+
+
+def test_schedulers_that_speak_the_objective_stay_as_they_are():
+    for scheduler in (FlowMatchEulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler(shift=3.0), FlowMatchHeunDiscreteScheduler()):
+        assert fit_scheduler(scheduler, FLOW) is scheduler
+    for objective in OBJECTIVES:
+        scheduler = make_scheduler(objective)
+        assert fit_scheduler(scheduler, objective) is scheduler
+
+
+def test_the_silent_conversion_to_eps_is_undone():
+    """`from_config` of a flow-matching config yields an eps solver without a word: the trap that `fit_scheduler` is for."""
+    for solver in (DPMSolverMultistepScheduler, UniPCMultistepScheduler):
+        trapped = solver.from_config(FlowMatchEulerDiscreteScheduler().config)
+        assert trapped.config.prediction_type == "epsilon"
+        fitted = fit_scheduler(trapped, FLOW)
+        assert isinstance(fitted, solver) and fitted.config.prediction_type == "flow_prediction" and fitted.config.use_flow_sigmas
+
+
+def test_diffusion_schedulers_take_on_the_models_schedule():
+    for objective in (V, EPS):
+        fitted = fit_scheduler(DDIMScheduler(beta_schedule="linear", prediction_type="sample", clip_sample=True), objective)
+        trained = make_scheduler(objective)
+        assert fitted.config.prediction_type == objective and fitted.config.clip_sample is False
+        torch.testing.assert_close(fitted.alphas_cumprod, trained.alphas_cumprod)
+    assert fit_scheduler(DDPMScheduler(), EPS).config.beta_schedule == "squaredcos_cap_v2"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "objective"),
+    [
+        (DDIMScheduler(), FLOW),
+        (FlowMatchEulerDiscreteScheduler(), V),
+        (PNDMScheduler(), V),  # cannot rescale to zero terminal SNR
+        (DDIMScheduler(num_train_timesteps=250), EPS),
+    ],
+)
+def test_schedulers_that_cannot_speak_it_are_refused_with_a_remedy(scheduler, objective):
+    with pytest.raises(ValueError, match=f"{type(scheduler).__name__}.*make_scheduler"):
+        fit_scheduler(scheduler, objective)
+
+
+def test_euler_discrete_is_fit_for_eps():
+    assert fit_scheduler(EulerDiscreteScheduler(), EPS).config.beta_schedule == "squaredcos_cap_v2"
+
+
+class Perfect(torch.nn.Module):
+    """A denoiser that knows the answer for zero latents: the velocity from 0 to the noise is noisy / sigma."""
+
+    def forward(self, sample, timestep, mask=None, return_dict=True):
+        return (sample / (timestep / 1000).view(-1, 1, 1, 1, 1),)
+
+
+def test_the_loss_of_a_perfect_denoiser_is_zero_and_padding_has_no_part_in_it():
+    weight = torch.ones(4, 1, 3, 3, 3)
+    weight[:, :, 2] = 0
+    latents = torch.zeros(4, 2, 3, 3, 3)
+    latents[:, :, 2] = 100.0  # whatever lies in the padding
+    loss = training_loss(Perfect(), FLOW, latents, None, weight, torch.Generator().manual_seed(0))
+    assert loss.item() == pytest.approx(0, abs=1e-8)
+
+
+def test_the_loss_of_predicting_nothing_is_the_targets_variance():
+    class Zero(torch.nn.Module):
+        def forward(self, sample, timestep, mask=None, return_dict=True):
+            return (torch.zeros_like(sample),)
+
+    latents = torch.randn(8, 4, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    loss = training_loss(Zero(), FLOW, latents, None, torch.ones(8, 1, 8, 8, 8), torch.Generator().manual_seed(0))
+    assert loss.item() == pytest.approx(2.0, rel=0.03)  # variance of noise plus variance of latents

@@ -1,0 +1,63 @@
+"""The phantom: drawn from its seed alone, nested, with a class that can be seen."""
+
+import numpy as np
+import pytest
+
+from volumes import PHANTOM_LABELS, DataConfig, PhantomConfig, VolumeDataset, load_cases, make_phantom
+
+
+def test_the_seed_alone_decides():
+    first, again, other = make_phantom(3), make_phantom(3), make_phantom(4)
+    np.testing.assert_array_equal(first[0].array, again[0].array)
+    np.testing.assert_array_equal(first[1].array, again[1].array)
+    assert first[2] == again[2]
+    assert not np.array_equal(first[1].array, other[1].array)
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 32), (17, 24, 21)])
+def test_ellipsoids_are_nested(shape):
+    for seed in range(10):
+        image, mask, _ = make_phantom(seed, shape)
+        labels = mask.array[0]
+        assert image.shape == mask.shape == shape
+        assert set(np.unique(labels)) == set(PHANTOM_LABELS)
+        for inner in (1, 2, 3):
+            ring = np.zeros(shape, bool)
+            for axis in range(3):
+                for step in (-1, 1):
+                    ring |= np.roll(labels == inner, step, axis)
+            assert labels[ring].min() >= inner - 1
+
+
+def test_the_class_is_the_lesions_brightness():
+    classes = set()
+    for seed in range(20):
+        image, mask, lesion_class = make_phantom(seed)
+        organ, lesion = (image.array[mask.array == label].mean() for label in (2, 3))
+        assert (lesion > organ) == (lesion_class == 1)
+        classes.add(lesion_class)
+    assert classes == {0, 1}
+
+
+def test_the_origin_is_the_centre():
+    image, _, _ = make_phantom(0, (10, 12, 14), spacing=(1, 2, 3))
+    assert image.spacing == (1, 2, 3)
+    np.testing.assert_allclose(image.affine @ [4.5, 5.5, 6.5, 1], [0, 0, 0, 1])
+
+
+def test_a_data_set_without_files():
+    config = DataConfig(phantom=PhantomConfig(count=8, shape=(12, 12, 16), seed=100), validation_fraction=0.25)
+    cases = load_cases(config)
+    assert [case.split for case in cases].count("validation") == 2
+    dataset = VolumeDataset(cases, config)
+    assert dataset.num_labels == 4
+    item = dataset[2]
+    assert item["name"] == "phantom_0102"
+    _, mask, lesion_class = make_phantom(102, (12, 12, 16))
+    np.testing.assert_array_equal(item["mask"], mask.array[0])
+    assert item["metadata"]["class"] == ("dark lesion", "bright lesion")[lesion_class]
+
+
+def test_too_small():
+    with pytest.raises(ValueError, match="8 voxels or more"):
+        make_phantom(0, (4, 32, 32))

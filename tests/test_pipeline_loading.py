@@ -1,0 +1,148 @@
+"""Saving and loading pipelines: equality, strictness, and what diffusers' private parts must keep doing."""
+
+import json
+import pkgutil
+
+import diffusers.pipelines
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.pipelines import pipeline_loading_utils
+from safetensors.torch import load_file, save_file
+from tiny import mask_image, seeded, tiny_pipeline
+
+import autoencoder
+import diffusion
+import pipelines
+from pipelines import MedVolumePipeline
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def change_weights(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_loaded_equals_saved(folder):
+    saved, loaded = tiny_pipeline(), MedVolumePipeline.from_pretrained(folder)
+    assert loaded.data == saved.data
+    for name in ("vae", "unet"):
+        theirs = getattr(loaded, name).state_dict()
+        for key, tensor in getattr(saved, name).state_dict().items():
+            assert torch.equal(tensor, theirs[key]), key
+    loaded.set_progress_bar_config(disable=True)
+    mask = mask_image((7, 8, 6))
+    volumes = [
+        pipe(mask, num_inference_steps=2, generator=seeded(0), output_type="np").volumes[0] for pipe in (saved, loaded)
+    ]
+    np.testing.assert_array_equal(*volumes)
+
+
+def test_the_index_names_packages_and_holds_no_paths(folder, tmp_path):
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["vae"] == ["autoencoder", "AutoencoderKL3D"] and index["unet"] == ["diffusion", "LatentUNet3D"]
+    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    assert index["data"]["labels"] == {"0": "background", "2": "anterior", "5": "posterior"}
+    MedVolumePipeline.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    for path in sorted(folder.rglob("*.*")):
+        assert (tmp_path / "again" / path.relative_to(folder)).read_bytes() == path.read_bytes(), path.name
+    assert "_name_or_path" not in "".join(path.read_text() for path in (tmp_path / "again").rglob("*.json"))
+
+
+def test_private_parts_of_diffusers_that_we_rely_on():
+    for package in ("autoencoder", "diffusion"):
+        assert pipeline_loading_utils.LOADABLE_CLASSES[package] == {
+            "ModelMixin": ["save_pretrained", "from_pretrained"]
+        }
+    assert issubclass(autoencoder.AutoencoderKL3D, autoencoder.ModelMixin)
+    assert issubclass(diffusion.LatentUNet3D, diffusion.ModelMixin)
+    assert pipeline_loading_utils._fetch_class_library_tuple(tiny_pipeline().unet) == ("diffusion", "LatentUNet3D")
+
+
+def test_no_module_is_named_like_a_folder_of_diffusers_pipelines():
+    """diffusers would look for our classes in its own folder: saving works, loading fails."""
+    taken = {module.name for module in pkgutil.iter_modules(diffusers.pipelines.__path__) if module.ispkg}
+    for package in (autoencoder, diffusion, pipelines):
+        ours = {package.__name__, *(module.name for module in pkgutil.iter_modules(package.__path__) if module.ispkg)}
+        assert not ours & taken
+
+
+def test_diffusers_own_loader_finds_the_parts(folder):
+    """What the Hub does: the index alone, our packages imported."""
+    parts = DiffusionPipeline.load_config(folder)
+    for name in ("vae", "unet"):
+        found = pipeline_loading_utils.simple_get_class_obj(*parts[name])
+        assert found.__name__ == parts[name][1]
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("unet", lambda t: t.pop("conv_in.bias"), "1 missing \\(conv_in.bias\\)"),
+        ("vae", lambda t: t.update(extra=torch.zeros(1)), "1 unknown \\(extra\\)"),
+        ("unet", lambda t: t.update({"conv_in.bias": torch.zeros(3)}), "1 of another shape \\(conv_in.bias\\)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(folder, part, change, message):
+    change_weights(folder / part / WEIGHTS, change)
+    with pytest.raises(ValueError, match=message) as error:
+        MedVolumePipeline.from_pretrained(folder)
+    assert str(folder / part) in str(error.value)
+
+
+def test_a_pickle_is_refused(folder):
+    tensors = load_file(folder / "unet" / WEIGHTS)
+    (folder / "unet" / WEIGHTS).unlink()
+    torch.save(tensors, folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.bin is a pickle.*only safetensors"):
+        MedVolumePipeline.from_pretrained(folder)
+    with pytest.raises(ValueError, match="use_safetensors=False is refused"):
+        MedVolumePipeline.from_pretrained(folder, use_safetensors=False)
+    with pytest.raises(ValueError, match="safe_serialization=False is refused"):
+        tiny_pipeline().save_pretrained(folder, safe_serialization=False)
+
+
+def test_folders_that_are_no_pipeline_are_named(folder):
+    with pytest.raises(ValueError, match="no model_index.json"):
+        MedVolumePipeline.from_pretrained(folder / "vae")
+    (folder / "vae" / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match="vae: no weights"):
+        MedVolumePipeline.from_pretrained(folder)
+
+
+def test_the_hash_names_the_content(folder, tmp_path):
+    """The same in memory, on disk and in half precision; another when a weight, a config or the data's meaning changes."""
+    saved = tiny_pipeline()
+    expected = saved.model_hash
+    assert MedVolumePipeline.from_pretrained(folder).model_hash == expected
+    assert MedVolumePipeline.from_pretrained(folder, dtype=torch.bfloat16).model_hash == expected
+    assert tiny_pipeline(labels={"0": "background", "2": "left", "5": "right"}).model_hash != expected
+    loaded = MedVolumePipeline.from_pretrained(folder)
+    assert loaded.model_hash == expected
+    loaded.vae = tiny_pipeline(seed=1).vae
+    assert loaded.model_hash != expected
+    change_weights(folder / "vae" / WEIGHTS, lambda tensors: tensors["decoder.0.bias"].add_(1e-6))
+    assert MedVolumePipeline.from_pretrained(folder).model_hash != expected
+
+
+def test_loading_keeps_the_memory_layout(folder):
+    """diffusers' loader drops channels_last_3d, and with it the speed on CPUs."""
+    loaded = MedVolumePipeline.from_pretrained(folder)
+    for model in (loaded.vae, loaded.unet):
+        kernels = [p for p in model.parameters() if p.ndim == 5 and min(p.shape) > 1]
+        assert kernels and all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in kernels)
+
+
+def test_data_is_needed():
+    pipe = tiny_pipeline()
+    with pytest.raises(ValueError, match="needs `data`"):
+        MedVolumePipeline(pipe.vae, pipe.unet, pipe.scheduler)

@@ -1,0 +1,142 @@
+"""Masks going in: what is refused, translated, resampled or warned of. No model runs here."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from tiny import labels_of, mask_image, tiny_data
+
+from pipelines import VolumeProcessor
+from volumes import PADDING, Volume
+
+STRIDE = (4, 4, 4)
+
+
+@pytest.fixture
+def processor():
+    return VolumeProcessor(tiny_data(), STRIDE)
+
+
+def test_values_become_indices_and_the_rest_is_padding(processor):
+    """Files hold 0, 2 and 5; the model sees 0, 1 and 2, and -1 around the 7 x 6 x 5 voxels of the mask."""
+    labels = labels_of((7, 6, 5))
+    canvas = processor.preprocess(nib.Nifti1Image(labels, np.eye(4)))
+    assert canvas.shape == canvas.labels.shape == (8, 8, 8)
+    expected = np.full((8, 8, 8), PADDING)
+    expected[0:7, 1:7, 1:6] = np.select([labels == 2, labels == 5], [1, 2], 0)
+    np.testing.assert_array_equal(canvas.labels, expected)
+
+
+def test_unknown_labels_are_named_with_the_known_ones_and_the_remedy(processor, tmp_path):
+    labels = labels_of((8, 8, 8))
+    labels[0, 0, 0], labels[1, 0, 0] = 1, 9
+    nib.save(nib.Nifti1Image(labels, np.eye(4)), tmp_path / "case.nii.gz")
+    with pytest.raises(ValueError) as error:
+        processor.preprocess(tmp_path / "case.nii.gz")
+    for part in ("case.nii.gz", "[1, 9]", "0 = background, 2 = anterior, 5 = posterior", "label_map", "--label_map"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("label_map", [{1: 2, 9: 5}, {1: "anterior", 9: "posterior"}])
+def test_a_label_map_translates_by_value_and_by_name(processor, label_map):
+    labels = labels_of((8, 8, 8))
+    other = np.select([labels == 2, labels == 5], [1, 9], 0).astype(np.int16)
+    canvas = processor.preprocess(nib.Nifti1Image(other, np.eye(4)), label_map)
+    np.testing.assert_array_equal(canvas.labels, processor.preprocess(nib.Nifti1Image(labels, np.eye(4))).labels)
+
+
+def test_a_label_map_is_applied_once(processor):
+    """2 -> 5 and 5 -> 2 swap the two; neither is translated twice."""
+    labels = labels_of((8, 8, 8))
+    swapped = processor.preprocess(mask_image((8, 8, 8)), {2: 5, 5: 2}).labels
+    np.testing.assert_array_equal(swapped, np.select([labels == 2, labels == 5], [2, 1], 0))
+
+
+def test_a_label_map_to_nowhere_is_refused(processor):
+    with pytest.raises(ValueError, match=r"label_map leads to \['tumour'\].*0 \(background\), 2 \(anterior\)"):
+        processor.preprocess(mask_image((8, 8, 8)), {3: "tumour"})
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.zeros((0, 8, 8), dtype=np.int16), "is empty, it has no voxels"),
+        (np.full((8, 8, 8), PADDING), "is empty, all its voxels are marked as missing"),
+        (np.full((8, 8, 8), 0.5), "no int16 labels"),
+        (np.full((8, 8, 8), np.nan), "no int16 labels"),
+        (np.full((8, 8, 8), 40000), "no int16 labels"),
+        (torch.zeros(2, 8, 8, 8), "give several masks as a list"),
+        (np.zeros((8, 8)), "expected"),
+        ({"mask": 1}, "got dict"),
+        ("nowhere.nii.gz", "nowhere.nii.gz: no such file"),
+    ],
+)
+def test_what_is_no_mask_is_refused(processor, mask, message):
+    with pytest.raises(ValueError, match=message):
+        processor.preprocess(mask)
+
+
+def test_background_everywhere_warns(processor):
+    with pytest.warns(UserWarning, match="is background everywhere"):
+        processor.preprocess(np.zeros((8, 8, 8), dtype=np.int16))
+
+
+def test_a_size_outside_of_training_warns(processor, recwarn):
+    processor.preprocess(mask_image((16, 5, 6)))
+    processor.preprocess(mask_image((13, 13, 13)))  # padded to 16, as the largest in training
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="grid of 20 x 8 x 8 voxels .* 8 x 8 x 8 to 16 x 16 x 16"):
+        processor.preprocess(mask_image((17, 8, 8)))
+
+
+def test_missing_voxels_get_the_lowest_value(processor):
+    labels = labels_of((8, 8, 8))
+    labels[:3] = PADDING
+    canvas = processor.preprocess(nib.Nifti1Image(labels, np.eye(4)))
+    assert (canvas.labels[:3] == PADDING).all() and (canvas.labels[3:] >= 0).all()
+    volume = processor.postprocess(torch.zeros(1, 8, 8, 8), canvas, "np")
+    assert (volume[0, :3] == 100).all() and (volume[0, 3:] == 200).all()
+
+
+@pytest.mark.parametrize("spacing", [2.0, 0.6, (0.7, 1.0, 1.9)])
+def test_another_spacing_is_resampled_and_the_result_resampled_back(processor, spacing):
+    """The canvas has the model's 1 mm; the result has the mask's grid, and a constant stays constant up to its edges."""
+    affine = np.diag([*np.broadcast_to(spacing, 3), 1.0])
+    affine[:3, 3] = -30, 12, 5
+    mask = nib.Nifti1Image(labels_of((13, 11, 7)), affine)
+    with pytest.warns(UserWarning, match="the model was trained at 1 x 1 x 1 mm; the mask is resampled"):
+        canvas = processor.preprocess(mask)
+    np.testing.assert_allclose(canvas.grid.spacing, 1)
+    np.testing.assert_allclose(canvas.grid.shape, np.array(mask.shape) * spacing, atol=0.51)
+    image = processor.postprocess(torch.full((1, *canvas.shape), 0.5), canvas)
+    assert image.shape == mask.shape
+    np.testing.assert_allclose(image.affine, affine)
+    np.testing.assert_allclose(np.asarray(image.dataobj), 250, rtol=1e-5)
+
+
+def test_resampling_there_and_back_keeps_anatomy_in_place(processor):
+    """A ramp in millimetres painted on the 1 mm canvas comes back as the same millimetres on the mask's 2 mm grid."""
+    affine = np.diag([-2.0, 2, 2, 1])  # stored right to left
+    affine[:3, 3] = 20, -6, 4
+    with pytest.warns(UserWarning, match="resampled"):
+        canvas = processor.preprocess(nib.Nifti1Image(labels_of((7, 6, 6)), affine))
+    i = np.arange(canvas.grid.shape[0])
+    ramp = (canvas.grid.affine[0, 0] * i + canvas.grid.affine[0, 3]) / 100  # world x / 100
+    painted = np.broadcast_to(ramp[:, None, None], canvas.grid.shape).astype(np.float32)
+    image = processor.postprocess(torch.from_numpy(canvas.placement.apply(painted, 0)[None]), canvas)
+    world = affine[0, 0] * np.arange(7) + affine[0, 3]
+    inner = slice(1, -1)  # the smoothing before going coarser reaches the edge
+    np.testing.assert_allclose(np.asarray(image.dataobj)[inner, 3, 3], 200 + world[inner], atol=0.05)
+
+
+def test_a_model_of_native_spacing_takes_any(recwarn):
+    processor = VolumeProcessor(tiny_data(spacing=None), STRIDE)
+    canvas = processor.preprocess(nib.Nifti1Image(labels_of((8, 8, 8)), np.diag([3.0, 3, 3, 1])))
+    assert canvas.grid is canvas.target and not recwarn.list
+
+
+def test_an_array_lies_on_the_template(processor):
+    canvas = processor.preprocess(labels_of((8, 8, 8)))
+    np.testing.assert_array_equal(canvas.target.affine, tiny_data()["affine"])
+    volume = Volume(labels_of((8, 8, 8))[None], np.diag([1.0, 1, 1, 1]))
+    np.testing.assert_array_equal(processor.preprocess(volume).target.affine, np.eye(4))

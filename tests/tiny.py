@@ -1,0 +1,69 @@
+"""A pipeline small enough for a test: random weights everywhere, so that masks, noise and every layer matter."""
+
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from autoencoder import AutoencoderKL3D
+from diffusion import LatentUNet3D, make_scheduler
+from pipelines import MedVolumePipeline
+
+LABELS = {"0": "background", "2": "anterior", "5": "posterior"}
+
+
+def tiny_data(**changes: Any) -> dict[str, Any]:
+    """What `volumes.describe` writes, for a model of one MR channel."""
+    data = {
+        "channels": ["MR"],
+        "labels": LABELS,
+        "spacing": [1.0, 1.0, 1.0],
+        "intensity": [{"kind": "percentile", "low": 100.0, "high": 300.0}],
+        "shape_range": [[5, 5, 5], [16, 16, 16]],
+        "affine": [[1.0, 0.0, 0.0, -7.0], [0.0, 1.0, 0.0, 3.0], [0.0, 0.0, 1.0, 11.0], [0.0, 0.0, 0.0, 1.0]],
+        "description": "tiny",
+    }
+    return data | changes
+
+
+def tiny_pipeline(seed: int = 0, *, num_labels: int = 3, objective: str = "rectified_flow", **changes: Any):
+    """A MedVolumePipeline without progress bars; keyword arguments change its `data`."""
+    torch.manual_seed(seed)
+    data = tiny_data(**changes)
+    channels = len(data["intensity"])
+    vae = AutoencoderKL3D(
+        in_channels=channels, out_channels=channels, channels=(8, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1)
+    )
+    vae.set_latent_statistics([0.1, 0.0, -0.1, 0.2], [1.0, 0.5, 2.0, 1.5])
+    unet = LatentUNet3D(
+        channels=(16, 16),
+        blocks=(1, 1),
+        attention=(False, True),
+        head_dim=8,
+        num_labels=num_labels,
+        mask_width=8,
+        objective=objective,
+    )
+    with torch.no_grad():  # the last layer of a new U-Net is zero: nothing would depend on anything
+        for parameter in (unet.conv_out.weight, *(block.conv2.weight for level in unet.down_blocks for block in level)):
+            parameter.normal_(std=0.1)
+    pipe = MedVolumePipeline(vae.eval(), unet.eval(), make_scheduler(objective), data)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def labels_of(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
+    """A label map (X, Y, Z) int16 of all three labels, without any symmetry."""
+    values = np.array([0, 0, 2, 5], dtype=np.int16)
+    return values[np.random.default_rng(seed).integers(0, 4, shape)]
+
+
+def mask_image(shape: tuple[int, int, int], affine: np.ndarray | None = None, seed: int = 0) -> nib.Nifti1Image:
+    """`labels_of` as a NIfTI image, by default with 1 mm voxels away from the origin."""
+    return nib.Nifti1Image(labels_of(shape, seed), np.diag([1.0, 1, 1, 1]) if affine is None else affine)
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    """A list of generators, one a seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
