@@ -51,5 +51,5 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(PY)
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(PY)
-	$(PY) -m pip install --quiet --editable '.[dev,trackers]' --constraint constraints.txt
+	$(PY) -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
 	@touch $@ $(VENV)/installed

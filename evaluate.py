@@ -143,7 +143,9 @@ def judge_reconstruction(options: Namespace, device: torch.device, dtype: torch.
     cases = [case for case in load_cases(options.data) if case.split == options.split]
     dataset = VolumeDataset(cases, options.data)
     start = time.perf_counter()
-    with tqdm(total=len(dataset), unit="volume", disable=None, desc=f"reconstructing split {options.split}") as progress:
+    with tqdm(
+        total=len(dataset), unit="volume", disable=None, desc=f"reconstructing split {options.split}"
+    ) as progress:
 
         def on_volume(name: str, decibels: float) -> None:
             progress.set_postfix_str(f"{name} {decibels:.1f} dB")

@@ -14,6 +14,7 @@ import glob
 import hashlib
 import itertools
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,8 +26,9 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from pipelines import MedVolumePipeline, describe_mask, equal_batches, read_sidecar, write_synthetic
+from volumes.patterns import SUFFIXES
 
-MASK_SUFFIXES = (".nii.gz", ".nii", ".hdr", ".img")
+FOLDER_SUFFIXES = tuple(suffix for suffix in SUFFIXES if not suffix.startswith(".img"))  # of a pair, the .hdr
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LONGEST_RUN = timedelta(days=30)  # processes wait this long for each other at the end
 MANIFEST = "manifest.csv"
@@ -53,6 +55,7 @@ def main(args: Sequence[str] | None = None) -> None:
     masks = find_masks(options.masks, options.output)
     tasks = plan(pipe, masks[state.process_index :: state.num_processes], options)
     todo = unfinished(tasks)
+    check_writable(options.output)
     with tqdm(
         total=len(tasks), initial=len(tasks) - len(todo), desc="volumes", disable=not state.is_main_process
     ) as bar:
@@ -126,7 +129,7 @@ def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
     for pattern in patterns:
         paths = [path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file()]
         if Path(pattern).is_dir():
-            paths = [path for path in Path(pattern).iterdir() if path.name.endswith((".nii.gz", ".nii", ".hdr"))]
+            paths = [path for path in Path(pattern).iterdir() if path.name.endswith(FOLDER_SUFFIXES)]
         found |= {path for path in paths if not path.name.startswith(".")}
     if not found:
         raise ValueError(
@@ -143,8 +146,8 @@ def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
 
 
 def mask_stem(path: Path) -> str:
-    """The file's name without .nii.gz, .nii, .hdr or .img."""
-    suffix = next((s for s in MASK_SUFFIXES if path.name.endswith(s)), path.suffix)
+    """The file's name without .nii.gz, .nii, .hdr or .img (.gz)."""
+    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), path.suffix)
     return path.name.removesuffix(suffix)
 
 
@@ -201,12 +204,28 @@ def unfinished(tasks: Sequence[Task]) -> list[Task]:
     return todo
 
 
+def check_writable(output: Path) -> None:
+    """Make the output folder, and try it before hours of work.
+
+    Raises: ValueError if nothing can be written there.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output {output}: cannot be written to: {error.strerror}") from error
+
+
 def write_manifest(output: Path) -> int:
     """manifest.csv: a row for every generated volume in the folder, from its sidecar. Returns their number."""
     columns = ("file", "mask", "mask_sha256", "seed", "num_inference_steps", "scheduler", "dtype", "model", "software")
     rows = []
     for path in sorted(output.glob("*.nii.gz")):
-        record = read_sidecar(path)
+        try:
+            record = read_sidecar(path)
+        except ValueError:  # somebody else's volume with a JSON of its own
+            continue
         if record is not None:
             mask, scheduler = record["mask"], record["scheduler"]["class"]
             flat = {"file": path.name, "mask": mask["file"], "mask_sha256": mask["sha256"], "scheduler": scheduler}

@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from autoencoder import AutoencoderKL3D
+from autoencoder import AutoencoderKL3D, DiagonalGaussian3D
 from diffusion import (
     LatentAugmentation,
     LatentDataset,
@@ -28,7 +28,6 @@ from diffusion import (
     training_loss,
 )
 from pipelines import MedVolumePipeline
-from pipelines.loading import check_weights
 from training import (
     Learner,
     Loop,
@@ -100,13 +99,12 @@ def load_autoencoder(folder: str) -> AutoencoderKL3D:
 
     Raises: ValueError if its weights do not fit its config or its latents were never measured.
     """
-    check_weights(Path(folder), AutoencoderKL3D)
-    vae: AutoencoderKL3D = AutoencoderKL3D.from_pretrained(folder, use_safetensors=True)
+    vae = AutoencoderKL3D.from_pretrained(folder)
     if vae.config["latents_std"] is None:
         raise ValueError(
             f"{folder}: no latents_mean and latents_std in its config; train_vae.py measures them when it ends"
         )
-    return vae.to(memory_format=torch.channels_last_3d).eval().requires_grad_(False)  # pyright: ignore[reportCallIssue]
+    return vae.eval().requires_grad_(False)
 
 
 def complete_model(section: dict[str, Any], vae: AutoencoderKL3D, num_labels: int) -> dict[str, Any]:
@@ -133,9 +131,9 @@ def encode_held_out(volumes: PaddedVolumes, vae: AutoencoderKL3D, num_labels: in
     """Held-out volumes with their latents (1, C, h, w, d) and folded mask."""
     items = []
     for item in volumes:
-        latents = vae.encode(item["image"][None].to(vae.device)).latent_dist.mode().cpu()
+        posterior: DiagonalGaussian3D = vae.encode(item["image"][None].to(vae.device), return_dict=False)[0]
         ids = fold_mask(item["mask"][None], vae.stride, num_labels) if num_labels else None
-        items.append({**item, "latents": latents, "mask_ids": ids})
+        items.append({**item, "latents": posterior.mode().cpu(), "mask_ids": ids})
     return items
 
 

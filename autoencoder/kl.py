@@ -1,7 +1,8 @@
 """AutoencoderKL3D: a small convolutional KL autoencoder whose receptive field is finite. Axes: (B, C, X, Y, Z).
 
-Space-to-depth by `patch_size` first (lossless), so no convolution ever runs at full resolution; then one level per entry of `strides`.
-Most of the capacity sits in the decoder at the coarsest level, where a channel costs an eighth of what it costs one level up.
+Space-to-depth by `patch_size` first (lossless), so no convolution ever runs at full resolution; then one level per
+entry of `strides`. Most of the capacity sits in the decoder at the coarsest level, where a channel costs an eighth of
+what it costs one level up.
 """
 
 import math
@@ -9,14 +10,24 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from .layers import ChannelRMSNorm, Conv3d, Downsample, ResidualBlock, Stride, Upsample, as_stride, depth_to_space, space_to_depth
+from .layers import (
+    ChannelRMSNorm,
+    Conv3d,
+    Downsample,
+    ResidualBlock,
+    Stride,
+    Upsample,
+    as_stride,
+    depth_to_space,
+    space_to_depth,
+)
+from .model import VolumeModel
 from .posterior import DiagonalGaussian3D
 
 
@@ -27,7 +38,14 @@ def _blocks(channels: int, count: int) -> list[nn.Module]:
 class Encoder(nn.Sequential):
     """(B, in_channels * patch, X/p, Y/p, Z/p) -> raw moments (B, 2 * latent_channels, h, w, d)."""
 
-    def __init__(self, in_channels: int, latent_channels: int, channels: Sequence[int], strides: Sequence[Stride], blocks: Sequence[int]):
+    def __init__(
+        self,
+        in_channels: int,
+        latent_channels: int,
+        channels: Sequence[int],
+        strides: Sequence[Stride],
+        blocks: Sequence[int],
+    ):
         layers: list[nn.Module] = [Conv3d(in_channels, channels[0], 3, padding=1), *_blocks(channels[0], blocks[0])]
         for (fine, coarse), stride, count in zip(pairwise(channels), strides, blocks[1:], strict=True):
             layers += [Downsample(fine, coarse, stride), *_blocks(coarse, count)]
@@ -38,15 +56,25 @@ class Encoder(nn.Sequential):
 class Decoder(nn.Sequential):
     """Raw latents (B, latent_channels, h, w, d) -> (B, out_channels * patch, X/p, Y/p, Z/p)."""
 
-    def __init__(self, latent_channels: int, out_channels: int, channels: Sequence[int], strides: Sequence[Stride], blocks: Sequence[int]):
-        layers: list[nn.Module] = [Conv3d(latent_channels, channels[-1], 3, padding=1), *_blocks(channels[-1], blocks[-1])]
+    def __init__(
+        self,
+        latent_channels: int,
+        out_channels: int,
+        channels: Sequence[int],
+        strides: Sequence[Stride],
+        blocks: Sequence[int],
+    ):
+        layers: list[nn.Module] = [
+            Conv3d(latent_channels, channels[-1], 3, padding=1),
+            *_blocks(channels[-1], blocks[-1]),
+        ]
         for (coarse, fine), stride, count in zip(pairwise(channels[::-1]), strides[::-1], blocks[-2::-1], strict=True):
             layers += [Upsample(coarse, fine, stride), *_blocks(fine, count)]
         layers += [ChannelRMSNorm(channels[0]), nn.SiLU(), Conv3d(channels[0], out_channels, 3, padding=1)]
         super().__init__(*layers)
 
 
-class AutoencoderKL3D(ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderKL3D(VolumeModel, AutoencoderMixin):
     """KL autoencoder (Rombach et al. 2022) for volumes, without GroupNorm or attention.
 
     Args:
@@ -83,25 +111,28 @@ class AutoencoderKL3D(ModelMixin, AutoencoderMixin, ConfigMixin):
             )
         self.patch_size = as_stride(patch_size)
         level_strides = [as_stride(s) for s in strides]
-        self.stride: Stride = tuple(math.prod(axis) for axis in zip(self.patch_size, *level_strides, strict=True))
+        self.stride = as_stride([math.prod(axis) for axis in zip(self.patch_size, *level_strides, strict=True)])
         patch = math.prod(self.patch_size)
         self.encoder = Encoder(in_channels * patch, latent_channels, channels, level_strides, encoder_blocks)
         self.decoder = Decoder(latent_channels, out_channels * patch, channels, level_strides, decoder_blocks)
-        self.to(memory_format=torch.channels_last_3d)
+        self.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
 
     def set_latent_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Store the training set's statistics of the raw latents (see `latent_statistics`) in the config, where saving keeps them.
+        """Store the training set's statistics of the raw latents (see `latent_statistics`) in the config, where
+        saving keeps them.
 
         Raises: ValueError on another number of channels or a std that is not positive.
         """
-        if not len(mean) == len(std) == self.config.latent_channels or min(std) <= 0:
-            raise ValueError(f"need {self.config.latent_channels} means and positive stds, got {list(mean)} and {list(std)}")
+        if not len(mean) == len(std) == self.config["latent_channels"] or min(std) <= 0:
+            raise ValueError(
+                f"need {self.config['latent_channels']} means and positive stds, got {list(mean)} and {list(std)}"
+            )
         self.register_to_config(latents_mean=[float(v) for v in mean], latents_std=[float(v) for v in std])
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std of the raw latents as (C,) tensors; 0 and 1 before they were measured."""
-        n = self.config.latent_channels
-        mean, std = self.config.latents_mean or [0.0] * n, self.config.latents_std or [1.0] * n
+        n = self.config["latent_channels"]
+        mean, std = self.config["latents_mean"] or [0.0] * n, self.config["latents_std"] or [1.0] * n
         return like.new_tensor(mean), like.new_tensor(std)
 
     @apply_forward_hook
@@ -111,7 +142,9 @@ class AutoencoderKL3D(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises: ValueError if a side is not a multiple of the stride (pad first: `volumes.pad_to_multiple`).
         """
         if any(n % s for n, s in zip(x.shape[2:], self.stride, strict=True)):
-            raise ValueError(f"volume of {tuple(x.shape[2:])} voxels: every side must be a multiple of {self.stride}; pad it first")
+            raise ValueError(
+                f"volume of {tuple(x.shape[2:])} voxels: every side must be a multiple of {self.stride}; pad it first"
+            )
         moments = self.encoder(space_to_depth(x, self.patch_size))
         posterior = DiagonalGaussian3D(moments, *self._statistics(moments))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)  # pyright: ignore[reportArgumentType]

@@ -14,7 +14,8 @@ Stride = tuple[int, int, int]
 
 
 def as_stride(value: int | Sequence[int]) -> Stride:
-    """One stride per axis: `2` means (2, 2, 2), `(4, 4, 1)` stays. Raises ValueError for anything but positive integers."""
+    """One stride per axis: `2` means (2, 2, 2), `(4, 4, 1)` stays. Raises ValueError for anything but positive
+    integers."""
     axes = (value,) * 3 if isinstance(value, int) else tuple(int(v) for v in value)
     if len(axes) != 3 or min(axes) < 1:
         raise ValueError(f"a stride is one positive integer or three, got {value!r}")
@@ -22,7 +23,8 @@ def as_stride(value: int | Sequence[int]) -> Stride:
 
 
 def space_to_depth(x: Tensor, stride: Stride) -> Tensor:
-    """(B, C, X, Y, Z) -> (B, C * sx * sy * sz, X / sx, Y / sy, Z / sz); no voxel is lost. Shapes must be multiples of the stride."""
+    """(B, C, X, Y, Z) -> (B, C * sx * sy * sz, X / sx, Y / sy, Z / sz); no voxel is lost. Shapes must be multiples of
+    the stride."""
     b, c, *_ = x.shape
     (sx, sy, sz), (nx, ny, nz) = stride, (n // s for n, s in zip(x.shape[2:], stride, strict=True))
     x = x.reshape(b, c, nx, sx, ny, sy, nz, sz).permute(0, 2, 4, 6, 1, 3, 5, 7)
@@ -41,8 +43,9 @@ def depth_to_space(x: Tensor, stride: Stride) -> Tensor:
 class Conv3d(nn.Conv3d):
     """nn.Conv3d that does not fall into PyTorch's slow CPU kernel for a single small volume.
 
-    PyTorch (seen in 2.13) calls oneDNN only if batch > 1 or batch * C * X * Y > 20480, and an im2col kernel otherwise: on latents of one volume that
-    is 2.5 to 6 times slower (benchmarks/single_volume_conv.py). The same convolution in oneDNN is called here by name, in inference.
+    PyTorch (seen in 2.13) calls oneDNN only if batch > 1 or batch * C * X * Y > 20480, and an im2col kernel
+    otherwise, which on the latents of one volume is two to six times slower (python -m benchmarks.single_volume).
+    oneDNN is called here by name, in inference.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,7 +57,10 @@ class Conv3d(nn.Conv3d):
             and not torch.is_autocast_enabled("cpu")
             and torch.backends.mkldnn.is_available()
         ):
-            return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups)
+            assert not isinstance(self.padding, str)
+            return torch.mkldnn_convolution(
+                x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups
+            )
         return super().forward(x)
 
 
@@ -72,7 +78,8 @@ class ChannelRMSNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), 3x3x3 convolutions; the last one starts at zero, so the block starts as the identity."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), 3x3x3 convolutions; the last one starts at zero, so the block starts
+    as the identity."""
 
     def __init__(self, channels: int):
         super().__init__()

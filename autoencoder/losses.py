@@ -1,6 +1,7 @@
 """Reconstruction losses, each averaged over the voxels inside the field of view only. Axes: (B, C, X, Y, Z).
 
-`fov` is boolean, (B, 1, X, Y, Z): False where a volume was padded. Padding has no truth, so it must not pull on the model.
+`fov` is boolean, (B, 1, X, Y, Z): False where a volume was padded. Padding has no truth, so it must not pull on the
+model.
 """
 
 import torch.nn.functional as F
@@ -26,7 +27,8 @@ def mse_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor:
 
 
 def gradient_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor:
-    """Mean absolute error of the forward differences along each axis, where both voxels are inside (Mathieu et al. 2016, Eq. 6, alpha = 1).
+    """Mean absolute error of the forward differences along each axis, where both voxels are inside (Mathieu et al.
+    2016, Eq. 6, alpha = 1).
 
     It asks for the right edges, where an absolute error alone is content with a blur.
     """
@@ -39,7 +41,8 @@ def gradient_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor
 
 
 def cells_inside(fov: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(B, 1, X, Y, Z) boolean -> (B, 1, h, w, d) boolean: the latent cells that hold at least one voxel of the field of view."""
+    """(B, 1, X, Y, Z) boolean -> (B, 1, h, w, d) boolean: the latent cells that hold at least one voxel of the field
+    of view."""
     return F.adaptive_max_pool3d(fov.float(), shape) > 0
 
 

@@ -8,13 +8,14 @@ from torch import Tensor
 class DiagonalGaussian3D:
     """q(z|x) for latents (B, C, h, w, d), standardised by the training set's statistics.
 
-    `mean`, `std`, `sample()` and `mode()` are in standardised units: unit variance per channel over the training set, which is what the
-    diffusion model sees. `kl()` is of the raw posterior against N(0, 1), which is what the encoder is trained with.
-    (diffusers' own class sums its KL over three axes only, which is silently wrong for volumes.)
+    `mean`, `std`, `sample()` and `mode()` are in standardised units: unit variance per channel over the training set,
+    which is what the diffusion model sees. `kl()` is of the raw posterior against N(0, 1), which is what the encoder
+    is trained with. (diffusers' own class sums its KL over three axes only, which is silently wrong for volumes.)
 
     Args:
         moments: (B, 2C, h, w, d), raw mean and raw log-variance.
-        latents_mean, latents_std: (C,) statistics of the raw mean; they are the only place where latents are standardised.
+        latents_mean, latents_std: (C,) statistics of the raw mean; they are the only place where latents are
+        standardised.
     """
 
     def __init__(self, moments: Tensor, latents_mean: Tensor, latents_std: Tensor):
@@ -34,7 +35,8 @@ class DiagonalGaussian3D:
         return self.mean
 
     def kl_map(self) -> Tensor:
-        """KL(q || N(0, 1)) of the raw posterior in nats for every element, (B, C, h, w, d) (Kingma & Welling 2014, appendix B)."""
+        """KL(q || N(0, 1)) of the raw posterior in nats for every element, (B, C, h, w, d) (Kingma & Welling 2014,
+        appendix B)."""
         return 0.5 * (self.raw_mean**2 + self.raw_logvar.exp() - 1.0 - self.raw_logvar)
 
     def kl(self) -> Tensor:

@@ -14,16 +14,18 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def latent_statistics(vae: "AutoencoderKL3D", batches: Iterable[dict[str, Tensor]]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel of the raw posterior mean, over every latent cell inside the field of view.
+    """Mean and standard deviation per channel of the raw posterior mean, over every latent cell inside the field of
+    view.
 
     Args:
-        batches: of {"image": (B, C, X, Y, Z) in [-1, 1], "fov": (B, 1, X, Y, Z) boolean}; shapes may differ between batches.
+        batches: of {"image": (B, C, X, Y, Z) in [-1, 1], "fov": (B, 1, X, Y, Z) boolean}; shapes may differ between
+        batches.
     Returns: two lists of `latent_channels` floats, for `vae.set_latent_statistics`.
     Raises: ValueError if there is nothing to measure or a channel never varies.
     """
-    count, total, squares = 0, torch.zeros(vae.config.latent_channels, dtype=torch.float64), 0.0
+    count, total, squares = 0, torch.zeros(vae.config["latent_channels"], dtype=torch.float64), 0.0
     for batch in batches:
-        raw = vae.encode(batch["image"].to(vae.device, vae.dtype)).latent_dist.raw_mean
+        raw = vae.encode(batch["image"].to(vae.device, vae.dtype), return_dict=False)[0].raw_mean
         inside = cells_inside(batch["fov"].to(raw.device), raw.shape[2:])[:, 0]
         cells = raw.movedim(1, -1)[inside].double().cpu()
         count += len(cells)
@@ -33,5 +35,7 @@ def latent_statistics(vae: "AutoencoderKL3D", batches: Iterable[dict[str, Tensor
     mean = total / count
     variance = squares / count - mean**2
     if not bool((variance > 0).all()):
-        raise ValueError(f"a latent channel never varies over the training set (variances {variance.tolist()}): train the autoencoder longer")
+        raise ValueError(
+            f"a latent channel never varies over the training set (variances {variance.tolist()}): train the autoencoder longer"
+        )
     return mean.tolist(), variance.sqrt().tolist()

@@ -1,4 +1,5 @@
-"""Diffusion in latents: the U-Net, the mask's folding, objectives and schedulers, the one denoising loop, the latent cache."""
+"""Diffusion in latents: the U-Net, the mask's folding, objectives and schedulers, the one denoising loop, the latent
+cache."""
 
 from diffusers.models.modeling_utils import ModelMixin  # the name diffusers looks up when a pipeline folder is loaded
 

@@ -1,4 +1,5 @@
-"""Self-attention over all cells of a level, through diffusers' dispatcher (native SDPA, flash, xformers, sage are one switch)."""
+"""Self-attention over all cells of a level, through diffusers' dispatcher (native SDPA, flash, xformers, sage are one
+switch)."""
 
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -15,14 +16,21 @@ class SelfAttentionProcessor:
 
     def __call__(self, attention: "SelfAttention", tokens: Tensor) -> Tensor:
         if self._attention_backend == AttentionBackendName.XFORMERS and tokens.device.type == "cpu":
-            raise ValueError("the xformers attention backend needs a CUDA device: move the model to one, or set_attention_backend('native')")
-        query, key, value = attention.qkv(tokens).unflatten(-1, (3, attention.heads, -1)).unbind(2)  # each (B, tokens, heads, head_dim)
+            raise ValueError(
+                "the xformers attention backend needs a CUDA device: move the model to one, or set_attention_backend('native')"
+            )
+        query, key, value = (
+            attention.qkv(tokens).unflatten(-1, (3, attention.heads, -1)).unbind(2)
+        )  # each (B, tokens, heads, head_dim)
         query, key = attention.norm_query(query).to(value.dtype), attention.norm_key(key).to(value.dtype)
-        return dispatch_attention_fn(query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config).flatten(2)
+        return dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        ).flatten(2)
 
 
 class SelfAttention(nn.Module, AttentionModuleMixin):
-    """x + attention(norm(x)) over the h * w * d cells of (B, C, h, w, d); queries and keys are RMS-normalised (Henry et al. 2020)."""
+    """x + attention(norm(x)) over the h * w * d cells of (B, C, h, w, d); queries and keys are RMS-normalised (Henry
+    et al. 2020)."""
 
     _default_processor_cls = SelfAttentionProcessor
     _available_processors = [SelfAttentionProcessor]
@@ -39,9 +47,9 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         self.out = nn.Linear(channels, channels)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        self.set_processor(SelfAttentionProcessor())
+        self.set_processor(SelfAttentionProcessor())  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).permute(0, 2, 3, 4, 1).flatten(1, 3)  # (B, cells, C)
-        mixed = self.out(self.processor(self, tokens))  # pyright: ignore[reportCallIssue]
+        mixed = self.out(self.processor(self, tokens))  # pyright: ignore[reportCallIssue, reportArgumentType]
         return x + mixed.unflatten(1, x.shape[2:]).permute(0, 4, 1, 2, 3)

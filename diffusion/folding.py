@@ -1,8 +1,10 @@
-"""A label map folded to the latent grid, losslessly, and its embedding. Axes: labels (B, X, Y, Z), ids (B, h, w, d, r) with r = sx * sy * sz.
+"""A label map folded to the latent grid, losslessly, and its embedding. Axes: labels (B, X, Y, Z), ids (B, h, w, d,
+r) with r = sx * sy * sz.
 
-Space-to-depth of the one-hot mask followed by a 1x1x1 convolution is a linear map of a vector with one 1 per voxel. The same map is the sum
-of one embedding per voxel, indexed by (label, place in the cell): an `EmbeddingBag` on integers, and the one-hot is never built. Med-DDPM's
-channel concatenation (Dorjsembe et al. 2024), lifted into latent space.
+Space-to-depth of the one-hot mask followed by a 1x1x1 convolution is a linear map of a vector with one 1 per voxel.
+The same map is the sum of one embedding per voxel, indexed by (label, place in the cell): an `EmbeddingBag` on
+integers, and the one-hot is never built. Med-DDPM's channel concatenation (Dorjsembe et al. 2024), lifted into latent
+space.
 """
 
 import torch
@@ -15,14 +17,19 @@ from volumes import PADDING
 def fold_mask(labels: Tensor, stride: Stride, num_labels: int) -> Tensor:
     """Label indices (B, X, Y, Z), `PADDING` outside the field of view -> ids (B, X/sx, Y/sy, Z/sz, r), int32.
 
-    id 0 is padding (its embedding is zero, like an all-zero one-hot); `label * r + place + 1` is a label at one place of its cell.
+    id 0 is padding (its embedding is zero, like an all-zero one-hot); `label * r + place + 1` is a label at one place
+    of its cell.
     Raises: ValueError for labels outside 0..num_labels-1 and for sides that are no multiples of the stride.
     """
     if any(n % s for n, s in zip(labels.shape[1:], stride, strict=True)):
-        raise ValueError(f"mask of {tuple(labels.shape[1:])} voxels: every side must be a multiple of the stride {stride}; pad it first")
+        raise ValueError(
+            f"mask of {tuple(labels.shape[1:])} voxels: every side must be a multiple of the stride {stride}; pad it first"
+        )
     if labels.numel() and (int(labels.min()) < PADDING or int(labels.max()) >= num_labels):
         wrong = sorted(set(labels.unique().tolist()) - set(range(PADDING, num_labels)))
-        raise ValueError(f"the mask holds label indices {wrong}, the model knows 0 to {num_labels - 1} (and {PADDING} for padding)")
+        raise ValueError(
+            f"the mask holds label indices {wrong}, the model knows 0 to {num_labels - 1} (and {PADDING} for padding)"
+        )
     (sx, sy, sz), (nx, ny, nz) = stride, (n // s for n, s in zip(labels.shape[1:], stride, strict=True))
     cells = labels.to(torch.int32).reshape(-1, nx, sx, ny, sy, nz, sz).permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
     places = cells.shape[-1]

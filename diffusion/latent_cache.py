@@ -1,7 +1,9 @@
-"""Latents of a whole data set on disk: mean and standard deviation of each volume's posterior, so that training draws z anew each time.
+"""Latents of a whole data set on disk: mean and standard deviation of each volume's posterior, so that training draws
+z anew each time.
 
-One safetensors file an entry, in a folder named by a hash of the autoencoder, the data and the augmentation: a stale cache is never read,
-another one is built beside it. Latents (C, h, w, d); masks (X, Y, Z) int16 label indices, padded to the stride with `PADDING`.
+One safetensors file an entry, in a folder named by a hash of the autoencoder, the data and the augmentation: a stale
+cache is never read, another one is built beside it. Latents (C, h, w, d); masks (X, Y, Z) int16 label indices, padded
+to the stride with `PADDING`.
 """
 
 import hashlib
@@ -28,7 +30,8 @@ FORMAT = 1  # part of the key: raise it when entries are made differently
 
 @dataclass(frozen=True)
 class LatentAugmentation:
-    """Extra versions of each volume, made before encoding because an autoencoder does not commute with flips and shifts.
+    """Extra versions of each volume, made before encoding because an autoencoder does not commute with flips and
+    shifts.
 
     Args:
         versions: entries per volume; version 0 is always the volume as it is.
@@ -60,15 +63,19 @@ def _file_stamp(path: Path | None) -> list[object]:
 
 
 def cache_key(dataset: VolumeDataset, vae: AutoencoderKL3D, augmentation: LatentAugmentation) -> str:
-    """What the latents depend on, hashed: format, autoencoder, preprocessing, files (name, size, time), augmentation."""
+    """What the latents depend on, hashed: format, autoencoder, preprocessing, files (name, size, time),
+    augmentation."""
     config = {k: v for k, v in dict(vae.config).items() if not k.startswith("_")}
     cases = [[c.name, *(_file_stamp(p) for p in c.images.values()), _file_stamp(c.mask)] for c in dataset.cases]
     parts = [FORMAT, weights_hash(vae), config, asdict(dataset.config), cases, asdict(augmentation)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _version(item: dict, stride: Sequence[int], augmentation: LatentAugmentation, index: int, version: int) -> dict[str, Tensor]:
-    """One version of a volume, padded to multiples of the stride: image (1, C, X, Y, Z), fov (1, 1, X, Y, Z), mask (X, Y, Z) if there is one."""
+def _version(
+    item: dict, stride: Sequence[int], augmentation: LatentAugmentation, index: int, version: int
+) -> dict[str, Tensor]:
+    """One version of a volume, padded to multiples of the stride: image (1, C, X, Y, Z), fov (1, 1, X, Y, Z), mask
+    (X, Y, Z) if there is one."""
     image, mask = item["image"], item.get("mask")
     shape = image.shape[1:]
     low = [(-n % s) // 2 for n, s in zip(shape, stride, strict=True)]
@@ -81,7 +88,10 @@ def _version(item: dict, stride: Sequence[int], augmentation: LatentAugmentation
             low = [int(torch.randint(0, s, (), generator=generator)) for s in stride]
     sides = [-(-(n + a) // s) * s for n, a, s in zip(shape, low, stride, strict=True)]
     window = tuple(slice(a, a + n) for a, n in zip(low, shape, strict=True))
-    padded = {"image": image.new_full((1, len(image), *sides), -1.0), "fov": torch.zeros((1, 1, *sides), dtype=torch.bool)}
+    padded = {
+        "image": image.new_full((1, len(image), *sides), -1.0),
+        "fov": torch.zeros((1, 1, *sides), dtype=torch.bool),
+    }
     padded["image"][(0, slice(None), *window)] = image
     padded["fov"][(0, 0, *window)] = True
     if mask is not None:
@@ -108,15 +118,23 @@ def build_latent_cache(
     """
     target = Path(folder) / cache_key(dataset, vae, augmentation)
     target.mkdir(parents=True, exist_ok=True)
-    files = [[target / f"{i:05d}_{v:02d}.safetensors" for v in range(augmentation.versions)] for i in range(len(dataset))]
+    files = [
+        [target / f"{i:05d}_{v:02d}.safetensors" for v in range(augmentation.versions)] for i in range(len(dataset))
+    ]
     missing = [i for i in range(len(dataset))[shard[0] :: shard[1]] if not all(f.exists() for f in files[i])]
     for index in tqdm(missing, desc="encode latents", disable=not progress or not missing):
         item = dataset[index]
         for version, file in enumerate(files[index]):
             padded = _version(item, vae.stride, augmentation, index, version)
-            posterior = vae.encode(padded["image"].to(vae.device, vae.dtype)).latent_dist
-            entry = {"mean": posterior.mean[0], "std": posterior.std[0], "inside": cells_inside(padded["fov"], posterior.mean.shape[2:])[0]}
-            entry = {k: v.cpu().contiguous() for k, v in entry.items()} | ({"mask": padded["mask"]} if "mask" in padded else {})
+            posterior = vae.encode(padded["image"].to(vae.device, vae.dtype), return_dict=False)[0]
+            entry = {
+                "mean": posterior.mean[0],
+                "std": posterior.std[0],
+                "inside": cells_inside(padded["fov"], posterior.mean.shape[2:])[0],
+            }
+            entry = {k: v.cpu().contiguous() for k, v in entry.items()} | (
+                {"mask": padded["mask"]} if "mask" in padded else {}
+            )
             partial = file.with_suffix(f".partial{shard[0]}")
             save_file(entry, partial)
             partial.replace(file)
@@ -124,7 +142,8 @@ def build_latent_cache(
 
 
 class LatentDataset(Dataset):
-    """Entries of a latent cache: [i] -> {"mean", "std" (C, h, w, d), "inside" (1, h, w, d) boolean, "mask" (X, Y, Z) int16 if any, "name"}."""
+    """Entries of a latent cache: [i] -> {"mean", "std" (C, h, w, d), "inside" (1, h, w, d) boolean, "mask" (X, Y, Z)
+    int16 if any, "name"}."""
 
     def __init__(self, files: Sequence[Path]):
         self.files = list(files)
@@ -137,9 +156,13 @@ class LatentDataset(Dataset):
 
 
 def _place(values: Tensor, shape: Sequence[int], at: Sequence[int], fill: float = 0) -> Tensor:
-    """Crop or pad the three axes before the last one's features of (h, w, d, F) to `shape`, shifted by `at` (negative crops)."""
+    """Crop or pad the three axes before the last one's features of (h, w, d, F) to `shape`, shifted by `at` (negative
+    crops)."""
     out = values.new_full((*shape, values.shape[-1]), fill)
-    inner = [(max(a, 0), max(-a, 0), min(n + min(a, 0), s - max(a, 0))) for a, n, s in zip(at, values.shape, shape, strict=False)]
+    inner = [
+        (max(a, 0), max(-a, 0), min(n + min(a, 0), s - max(a, 0)))
+        for a, n, s in zip(at, values.shape, shape, strict=False)
+    ]
     target = tuple(slice(to, to + length) for to, _, length in inner)
     source = tuple(slice(start, start + length) for _, start, length in inner)
     out[target] = values[source]
@@ -149,10 +172,12 @@ def _place(values: Tensor, shape: Sequence[int], at: Sequence[int], fill: float 
 def collate_latents(items: Sequence[dict], stride: Sequence[int], num_labels: int) -> dict[str, Tensor | None]:
     """A batch of entries of any shapes, each cropped or padded to the shape of the first, at a random place.
 
-    Volumes have their own shapes; a batch needs one. It is another one each time, so the model sees whole volumes, parts and borders. The place
-    is drawn from a hash of the batch's names, so a resumed run sees the same batches. Padding has zero latents, no labels and no weight.
+    Volumes have their own shapes; a batch needs one. It is another one each time, so the model sees whole volumes,
+    parts and borders. The place is drawn from a hash of the batch's names, so a resumed run sees the same batches.
+    Padding has zero latents, no labels and no weight.
 
-    Returns: "mean", "std" (B, C, h, w, d), "mask" folded ids (B, h, w, d, r) or None if `num_labels` is 0, "weight" (B, 1, h, w, d).
+    Returns: "mean", "std" (B, C, h, w, d), "mask" folded ids (B, h, w, d, r) or None if `num_labels` is 0, "weight"
+    (B, 1, h, w, d).
     Raises: ValueError if labels are wanted and an entry has no mask.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(" ".join(item["name"] for item in items).encode()))

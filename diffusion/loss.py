@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from .objectives import noisy_and_target, sample_timesteps
 
 
-def training_loss(unet: nn.Module, objective: str, latents: Tensor, mask: Tensor | None, weight: Tensor, generator: torch.Generator) -> Tensor:
+def training_loss(
+    unet: nn.Module, objective: str, latents: Tensor, mask: Tensor | None, weight: Tensor, generator: torch.Generator
+) -> Tensor:
     """Mean squared error of the prediction over the latent cells inside the field of view.
 
     Args:
@@ -15,7 +17,8 @@ def training_loss(unet: nn.Module, objective: str, latents: Tensor, mask: Tensor
         objective: the U-Net's `config.objective`.
         latents: clean, standardised latents (B, C, h, w, d).
         mask: folded ids (B, h, w, d, r), or None for a model without mask.
-        weight: (B, 1, h, w, d), zero where a cell is padding. Padding is no data: its latents and its noise are zero, as outside the grid.
+        weight: (B, 1, h, w, d), zero where a cell is padding. Padding is no data: its latents and its noise are zero,
+        as outside the grid.
         generator: source of timesteps and noise, on the CPU or on the latents' device.
     """
     timesteps = sample_timesteps(objective, len(latents), generator).to(latents.device)

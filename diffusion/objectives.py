@@ -1,15 +1,18 @@
-"""What the denoiser is trained to predict, and the schedulers that speak the same language. Latents: (B, C, h, w, d), unit variance.
+"""What the denoiser is trained to predict, and the schedulers that speak the same language. Latents: (B, C, h, w, d),
+unit variance.
 
 Timesteps are in the scheduler's units, 0 (clean) to 1000 (noise), for every objective.
 """
+
+from typing import Any, TypeAlias
 
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+Scheduler: TypeAlias = Any  # any of diffusers' schedulers; their common base class declares none of what they share
 TRAIN_STEPS = 1000
 RECTIFIED_FLOW, V_PREDICTION, EPSILON = "rectified_flow", "v_prediction", "epsilon"
 OBJECTIVES = (RECTIFIED_FLOW, V_PREDICTION, EPSILON)
@@ -21,35 +24,39 @@ def check_objective(objective: str) -> None:
         raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
 
 
-def make_scheduler(objective: str) -> SchedulerMixin:
-    """The default scheduler for sampling: Euler for rectified flow, DDIM on a cosine schedule (Nichol & Dhariwal 2021) for v and eps."""
+def make_scheduler(objective: str) -> Scheduler:
+    """The default scheduler for sampling: Euler for rectified flow, DDIM on a cosine schedule (Nichol & Dhariwal
+    2021) for v and eps."""
     check_objective(objective)
     if objective == RECTIFIED_FLOW:
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_STEPS)
     return DDIMScheduler(
         num_train_timesteps=TRAIN_STEPS,
         beta_schedule="squaredcos_cap_v2",
-        prediction_type=objective,
+        prediction_type=objective,  # pyright: ignore[reportArgumentType]
         clip_sample=False,
         timestep_spacing="trailing",  # starts at pure noise (Lin et al. 2024, section 3.3)
         rescale_betas_zero_snr=objective == V_PREDICTION,  # eps says nothing about the image at zero SNR
     )
 
 
-def fit_scheduler(scheduler: SchedulerMixin, objective: str) -> SchedulerMixin:
+def fit_scheduler(scheduler: Scheduler, objective: str) -> Scheduler:
     """The scheduler, made to speak the model's objective: unchanged if it does, converted if it can, refused if not.
 
-    `DPMSolverMultistepScheduler.from_config(flow_match.config)` gives an eps scheduler without a word, and samples of noise; this is the guard.
-    Multistep solvers with `use_flow_sigmas` (DPM-Solver++, UniPC, DEIS, SA) are converted to flows; schedulers of v and eps take on the
-    noise schedule and the prediction type that the model was trained with.
+    `DPMSolverMultistepScheduler.from_config(flow_match.config)` gives an eps scheduler without a word, and samples of
+    noise; this is the guard. Multistep solvers with `use_flow_sigmas` (DPM-Solver++, UniPC, DEIS, SA) are converted
+    to flows; schedulers of v and eps take on the noise schedule and the prediction type that the model was trained
+    with.
     Raises: ValueError naming scheduler, objective and a remedy.
     """
     check_objective(objective)
-    config = dict(scheduler.config)  # pyright: ignore[reportAttributeAccessIssue]
+    config = dict(scheduler.config)
     name = type(scheduler).__name__
     remedy = f"use diffusion.make_scheduler({objective!r}), or DPMSolverMultistepScheduler, which speaks all objectives"
     if config.get("num_train_timesteps", TRAIN_STEPS) != TRAIN_STEPS:
-        raise ValueError(f"{name} counts {config['num_train_timesteps']} training steps, the model was trained with {TRAIN_STEPS}; {remedy}")
+        raise ValueError(
+            f"{name} counts {config['num_train_timesteps']} training steps, the model was trained with {TRAIN_STEPS}; {remedy}"
+        )
     if objective == RECTIFIED_FLOW:
         if name.startswith("FlowMatch"):
             return scheduler
@@ -59,8 +66,12 @@ def fit_scheduler(scheduler: SchedulerMixin, objective: str) -> SchedulerMixin:
     else:
         if name.startswith("FlowMatch"):
             raise ValueError(f"{name} cannot sample a model that predicts {objective}; {remedy}")
-        trained = dict(make_scheduler(objective).config)  # pyright: ignore[reportAttributeAccessIssue]
-        wanted = {k: trained[k] for k in ("beta_schedule", "prediction_type", "rescale_betas_zero_snr", "timestep_spacing") if k in config}
+        trained = dict(make_scheduler(objective).config)
+        wanted = {
+            k: trained[k]
+            for k in ("beta_schedule", "prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
+            if k in config
+        }
         missing = {"prediction_type", "beta_schedule"} - set(wanted)
         if missing or (trained["rescale_betas_zero_snr"] and "rescale_betas_zero_snr" not in config):
             raise ValueError(f"{name} cannot sample a model that predicts {objective} on a cosine schedule; {remedy}")
@@ -70,7 +81,7 @@ def fit_scheduler(scheduler: SchedulerMixin, objective: str) -> SchedulerMixin:
     wanted |= {"thresholding": False} if "thresholding" in config else {}
     if all(config.get(k) == v for k, v in wanted.items()):
         return scheduler
-    return type(scheduler).from_config(config, **wanted)  # pyright: ignore[reportAttributeAccessIssue]
+    return type(scheduler).from_config(config, **wanted)
 
 
 def _broadcast(values: Tensor, like: Tensor) -> Tensor:
@@ -80,7 +91,8 @@ def _broadcast(values: Tensor, like: Tensor) -> Tensor:
 def sample_timesteps(objective: str, batch: int, generator: torch.Generator) -> Tensor:
     """Random timesteps (B,) for training, drawn on the generator's device.
 
-    Rectified flow: sigma = sigmoid(n), n ~ N(0, 1), the logit-normal of Esser et al. 2024 (Eq. 19 with m = 0, s = 1). Else uniform integers.
+    Rectified flow: sigma = sigmoid(n), n ~ N(0, 1), the logit-normal of Esser et al. 2024 (Eq. 19 with m = 0, s = 1).
+    Else uniform integers.
     """
     if objective == RECTIFIED_FLOW:
         return TRAIN_STEPS * torch.sigmoid(torch.randn(batch, generator=generator, device=generator.device))
@@ -98,11 +110,11 @@ def noisy_and_target(objective: str, latents: Tensor, noise: Tensor, timesteps: 
         sigma = _broadcast(timesteps / TRAIN_STEPS, latents)
         return (1 - sigma) * latents + sigma * noise, noise - latents
     scheduler = _training_schedule(objective)
-    noisy = scheduler.add_noise(latents, noise, timesteps)  # pyright: ignore[reportArgumentType]
+    noisy = scheduler.add_noise(latents, noise, timesteps)
     if objective == EPSILON:
         return noisy, noise
-    return noisy, scheduler.get_velocity(latents, noise, timesteps)  # pyright: ignore[reportArgumentType]
+    return noisy, scheduler.get_velocity(latents, noise, timesteps)
 
 
-def _training_schedule(objective: str) -> DDPMScheduler:
-    return DDPMScheduler.from_config(make_scheduler(objective).config)  # pyright: ignore[reportAttributeAccessIssue]
+def _training_schedule(objective: str) -> Scheduler:
+    return DDPMScheduler.from_config(make_scheduler(objective).config)

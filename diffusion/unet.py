@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from autoencoder.layers import ChannelRMSNorm, Conv3d, Downsample, Stride, Upsample, as_stride
+from autoencoder.model import VolumeModel
 
 from .attention import SelfAttention
 from .folding import FoldedMaskEmbedding
@@ -28,7 +29,8 @@ class LatentUNet3DOutput(BaseOutput):
 
 
 class TimeResidualBlock(nn.Module):
-    """Two 3x3x3 convolutions around a residual, scaled and shifted by the time embedding (FiLM; Dhariwal & Nichol 2021, Eq. 2), then attention."""
+    """Two 3x3x3 convolutions around a residual, scaled and shifted by the time embedding (FiLM; Dhariwal & Nichol
+    2021, Eq. 2), then attention."""
 
     def __init__(self, in_channels: int, channels: int, time_width: int, head_dim: int | None):
         super().__init__()
@@ -55,8 +57,9 @@ def pad_at_end(x: Tensor, stride: Stride) -> Tensor:
     return F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0])) if any(missing) else x
 
 
-class LatentUNet3D(ModelMixin, AttentionMixin, ConfigMixin):
-    """3-D U-Net (Ronneberger et al. 2015; Ho et al. 2020) over latents, conditioned on a mask folded to the latent grid.
+class LatentUNet3D(VolumeModel, AttentionMixin):
+    """3-D U-Net (Ronneberger et al. 2015; Ho et al. 2020) over latents, conditioned on a mask folded to the latent
+    grid.
 
     Odd sizes are padded on the way down and cropped to the skip's size on the way up.
 
@@ -93,7 +96,9 @@ class LatentUNet3D(ModelMixin, AttentionMixin, ConfigMixin):
     ):
         super().__init__()
         if not len(channels) == len(strides) + 1 == len(blocks) == len(attention):
-            raise ValueError(f"channels {channels}, blocks {blocks} and attention {attention} need one entry a level, strides {strides} one fewer")
+            raise ValueError(
+                f"channels {channels}, blocks {blocks} and attention {attention} need one entry a level, strides {strides} one fewer"
+            )
         check_objective(objective)
         self.gradient_checkpointing = False
         level_strides = [as_stride(s) for s in strides]
@@ -103,7 +108,9 @@ class LatentUNet3D(ModelMixin, AttentionMixin, ConfigMixin):
 
         self.time_features = Timesteps(channels[0], flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(channels[0], time_width)
-        self.mask_embedding = FoldedMaskEmbedding(num_labels, math.prod(self.mask_stride), mask_width) if num_labels else None
+        self.mask_embedding = (
+            FoldedMaskEmbedding(num_labels, math.prod(self.mask_stride), mask_width) if num_labels else None
+        )
         self.conv_in = Conv3d(in_channels + (mask_width if num_labels else 0), channels[0], 3, padding=1)
 
         def level(first: int, i: int) -> nn.ModuleList:
@@ -112,17 +119,21 @@ class LatentUNet3D(ModelMixin, AttentionMixin, ConfigMixin):
 
         last = len(channels) - 1
         self.down_blocks = nn.ModuleList(level(channels[i], i) for i in range(len(channels)))
-        self.downsamplers = nn.ModuleList(Downsample(channels[i], channels[i + 1], level_strides[i]) for i in range(last))
+        self.downsamplers = nn.ModuleList(
+            Downsample(channels[i], channels[i + 1], level_strides[i]) for i in range(last)
+        )
         self.upsamplers = nn.ModuleList(Upsample(channels[i + 1], channels[i], level_strides[i]) for i in range(last))
         self.up_blocks = nn.ModuleList(level(2 * channels[i], i) for i in range(last))
         self.norm_out = ChannelRMSNorm(channels[0])
         self.conv_out = Conv3d(channels[0], out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # pyright: ignore[reportArgumentType]
-        self.to(memory_format=torch.channels_last_3d)
+        self.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
 
+    @apply_forward_hook
     def embed_mask(self, ids: Tensor) -> Tensor:
-        """Folded ids (B, h, w, d, r) -> the mask's channels (B, mask_width, h, w, d). Raises: ValueError if the model knows no mask."""
+        """Folded ids (B, h, w, d, r) -> the mask's channels (B, mask_width, h, w, d). Raises: ValueError if the model
+        knows no mask."""
         if self.mask_embedding is None:
             raise ValueError("this model knows no mask: pass none")
         return self.mask_embedding(ids)
@@ -130,7 +141,7 @@ class LatentUNet3D(ModelMixin, AttentionMixin, ConfigMixin):
     def _run(self, blocks: nn.ModuleList, x: Tensor, time: Tensor) -> Tensor:
         for block in blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, time)
+                x = self._gradient_checkpointing_func(block, x, time)  # pyright: ignore[reportOptionalCall]
             else:
                 x = block(x, time)
         return x
@@ -143,12 +154,17 @@ class LatentUNet3D(ModelMixin, AttentionMixin, ConfigMixin):
         Args:
             sample: noisy latents (B, in_channels, h, w, d).
             timestep: (B,) or a scalar, in the scheduler's units, 0 to 1000.
-            mask: folded ids (B, h, w, d, r) from `fold_mask`, or what `embed_mask` made of them, (B, mask_width, h, w, d), so that a sampler
+            mask: folded ids (B, h, w, d, r) from `fold_mask`, or what `embed_mask` made of them, (B, mask_width, h,
+            w, d), so that a sampler
                 embeds once and not at every step; needed if and only if the model was built with labels.
         Raises: ValueError if the mask is missing, not wanted, or on another grid than the latents.
         """
         if (mask is None) == (self.mask_embedding is not None):
-            raise ValueError("this model is conditioned on a mask: pass one" if mask is None else "this model knows no mask: pass none")
+            raise ValueError(
+                "this model is conditioned on a mask: pass one"
+                if mask is None
+                else "this model knows no mask: pass none"
+            )
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         time = F.silu(self.time_embedding(self.time_features(timestep).to(sample.dtype)))
 
@@ -156,7 +172,9 @@ class LatentUNet3D(ModelMixin, AttentionMixin, ConfigMixin):
         if mask is not None:
             embedded = mask if mask.is_floating_point() else self.embed_mask(mask)
             if embedded.shape[2:] != sample.shape[2:]:
-                raise ValueError(f"the mask is folded to {tuple(embedded.shape[2:])} cells, the latents are {tuple(sample.shape[2:])}")
+                raise ValueError(
+                    f"the mask is folded to {tuple(embedded.shape[2:])} cells, the latents are {tuple(sample.shape[2:])}"
+                )
             x = torch.cat([x, embedded.to(x.dtype)], dim=1)
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last_3d))
 

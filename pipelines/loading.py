@@ -2,14 +2,16 @@
 
 import importlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from diffusers.pipelines import pipeline_loading_utils
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 # Top-level packages that hold components of a pipeline.
 PACKAGES = ("autoencoder", "diffusion")
+WEIGHTS = "diffusion_pytorch_model"  # diffusers' name for the files of a model
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -25,29 +27,32 @@ def register_packages() -> None:
         pipeline_loading_utils.LOADABLE_CLASSES[package] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
 
 
-def check_folder(folder: str | Path) -> None:
+def check_folder(folder: str | Path, variant: str | None = None) -> None:
     """Check, before anything is loaded, that a pipeline folder holds exactly the weights that its configs ask for.
 
     Only headers are read. diffusers itself merely warns of a missing key and leaves the parameter unset.
 
-    Raises: ValueError naming the folder and the keys that are missing, unknown or of another shape; or the pickle that
-    stands where safetensors should.
+    Raises: ValueError naming the folder and the keys that are missing, unknown or of another shape; the file that is
+    damaged; or the pickle that stands where safetensors should.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder}: no model_index.json, so this is not a pipeline folder (train_ldm.py writes one)")
-    index = json.loads((folder / "model_index.json").read_text())
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder}: model_index.json is no JSON: {error}") from error
     for name, entry in index.items():
         if isinstance(entry, list) and entry[0] in PACKAGES:
             model_class = getattr(importlib.import_module(entry[0]), entry[1], None)
             if model_class is None:
                 raise ValueError(f"{folder}: model_index.json asks for {entry[1]}, which {entry[0]} does not have")
-            check_weights(folder / name, model_class)
+            check_weights(folder / name, model_class, variant)
 
 
-def check_weights(folder: Path, model_class: type) -> None:
+def check_weights(folder: Path, model_class: type, variant: str | None = None) -> None:
     """Check that the safetensors in `folder` hold exactly the tensors of the model that its config.json describes."""
-    stored = stored_shapes(folder)
+    stored = stored_shapes(weight_files(folder, variant))
     config = model_class.load_config(folder)
     with torch.device("meta"):
         expected = {key: tuple(value.shape) for key, value in model_class.from_config(config).state_dict().items()}
@@ -64,29 +69,42 @@ def check_weights(folder: Path, model_class: type) -> None:
         )
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of one component's folder.
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files that diffusers loads from one component's folder; what else lies there does not count.
+
+    They are the shards that an index names, or else the one file; of `variant` (such as "fp16") if the folder has it.
 
     Raises: ValueError if there is none, naming the pickle that is there in its place.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLES]
-        if pickles:
-            raise ValueError(
-                f"{folder}: {_shorten(pickles)} is a pickle, which can run any code when it is read; only "
-                "safetensors are loaded. If you trust it, convert it: model.save_pretrained(folder)"
-            )
-        raise ValueError(f"{folder}: no weights (*.safetensors) there")
-    return files
+    for middle in ([f".{variant}"] if variant else []) + [""]:
+        index, single = folder / f"{WEIGHTS}.safetensors.index{middle}.json", folder / f"{WEIGHTS}{middle}.safetensors"
+        if index.is_file():
+            return sorted({folder / shard for shard in json.loads(index.read_text())["weight_map"].values()})
+        if single.is_file():
+            return [single]
+    pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLES]
+    if pickles:
+        raise ValueError(
+            f"{folder}: {_shorten(pickles)} is a pickle, which can run any code when it is read; only "
+            "safetensors are loaded. If you trust it, convert it: model.save_pretrained(folder)"
+        )
+    raise ValueError(f"{folder}: no weights ({WEIGHTS}.safetensors) there")
 
 
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a component's folder, read from the headers alone."""
+def stored_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in safetensors files, read from the headers alone.
+
+    Raises: ValueError naming a file that is damaged or missing.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path}: is no whole safetensors file ({error}); was it downloaded to the end (`git lfs pull`)?"
+            ) from error
     return shapes
 
 

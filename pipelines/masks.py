@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from nibabel.nifti1 import Nifti1Pair
+from nibabel.orientations import aff2axcodes
 
 from volumes import PADDING, Volume, VolumeError, read_mask
 from volumes.labels import label_indices
@@ -47,8 +49,11 @@ def load_mask(mask: MaskLike, affine: np.ndarray) -> tuple[Volume, str]:
     if isinstance(mask, Volume):
         name, array, source = "the mask (a Volume)", mask.array, mask.source
         affine = mask.affine
+        codes = "".join(map(str, aff2axcodes(affine)))
+        if source is None and codes != "RAS":  # what was read from a file is RAS+ already
+            raise ValueError(f"{name}: its axes run {codes}, a Volume's run RAS; give it as a nibabel image instead")
     elif isinstance(mask, (np.ndarray, torch.Tensor)):
-        array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else mask
+        array = _array(mask)
         name, source = f"the mask (an array of shape {array.shape})", None
     else:
         raise ValueError(
@@ -66,7 +71,9 @@ def load_mask(mask: MaskLike, affine: np.ndarray) -> tuple[Volume, str]:
 def index_labels(
     values: np.ndarray, labels: Mapping[str, str], label_map: LabelMap | None = None, name: str = "the mask"
 ) -> np.ndarray:
-    """Label values, as files hold them, to the model's label indices (int16, same shape); PADDING stays PADDING.
+    """Label values, as files hold them, to the model's label indices (int16, same shape).
+
+    PADDING stays PADDING, unless it is a label of this model or is mapped to one.
 
     Args:
         values: integers of any shape.
@@ -78,7 +85,7 @@ def index_labels(
     """
     known = sorted(int(value) for value in labels)
     translation = _translation(labels, label_map or {})
-    outside = (values == PADDING) & (PADDING not in translation)
+    outside = (values == PADDING) & (PADDING not in translation) & (PADDING not in known)
     if outside.all():
         raise ValueError(f"{name}: is empty, all its voxels are marked as missing ({PADDING})")
     try:
@@ -109,15 +116,23 @@ def describe_mask(mask: MaskLike) -> dict[str, Any]:
     elif isinstance(mask, Volume):
         array = mask.array
     else:
-        array = np.asarray(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask)
+        array = _array(mask)
     return {"file": _file_name(mask), "sha256": hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()}
 
 
 def mask_files(path: Path) -> list[Path]:
-    """The files that make up one mask: itself, or header and voxels of a .hdr/.img pair."""
-    if path.suffix in (".hdr", ".img"):
-        return [path.with_suffix(".hdr"), path.with_suffix(".img")]
-    return [path]
+    """The files that make up one mask: itself, or header and voxels of a pair (.hdr and .img, both possibly .gz)."""
+    half = re.fullmatch(r"(.*)\.(?:hdr|img)(\.gz)?", path.name)
+    if half is None:
+        return [path]
+    return [path.with_name(f"{half[1]}.{part}{half[2] or ''}") for part in ("hdr", "img")]
+
+
+def _array(mask: Any) -> np.ndarray:
+    """An array or tensor as an array; bfloat16, which numpy lacks, as float32."""
+    if not isinstance(mask, torch.Tensor):
+        return np.asarray(mask)
+    return (mask.float() if mask.dtype == torch.bfloat16 else mask).detach().cpu().numpy()
 
 
 def _file_name(mask: Any) -> str | None:

@@ -1,5 +1,6 @@
 """MedVolumePipeline: masks to volumes by autoencoder, latent U-Net and scheduler. Axes: (B, C, X, Y, Z)."""
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
@@ -10,11 +11,12 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from huggingface_hub.errors import HFValidationError
 
 from autoencoder import AutoencoderKL3D
 from diffusion import LatentUNet3D, denoise, fit_scheduler, fold_mask
 
-from .loading import check_folder
+from .loading import check_folder, weight_files
 from .masks import LabelMap, MaskLike, as_list, describe_mask
 from .output import MedVolumePipelineOutput
 from .provenance import content_hash, header_description, memory_tensors, software, stored_tensors
@@ -51,26 +53,29 @@ class MedVolumePipeline(DiffusionPipeline):
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
         self.register_to_config(data=json.loads(json.dumps(data)))
         self.volume_processor = VolumeProcessor(data, vae.stride)
-        self._folders: dict[str, tuple[object, Path]] = {}  # component: the module that was loaded, and from where
+        self._files: dict[str, tuple[object, list[Path]]] = {}  # component: the module that was loaded, and from what
         self._hashed: tuple[tuple[object, ...], str] | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> Self:
         """Load a pipeline folder or a Hub repository as `DiffusionPipeline.from_pretrained` does, safetensors only.
 
-        Raises: ValueError on a missing, extra or misshapen tensor, on a pickle in place of safetensors, on a folder
-        that is no pipeline.
+        Raises: ValueError on a missing, extra or misshapen tensor, on a damaged file or a pickle in place of
+        safetensors, on a folder that is no pipeline, on a name that is neither a folder nor on the Hub.
         """
         if kwargs.pop("use_safetensors", True) is not True:
             raise ValueError("use_safetensors=False is refused: a pickle can run any code when it is read")
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            folder = Path(cls.download(str(pretrained_model_name_or_path), use_safetensors=True, **kwargs))
-        check_folder(folder)
+            try:
+                folder = Path(cls.download(str(pretrained_model_name_or_path), use_safetensors=True, **kwargs))
+            except (OSError, HFValidationError) as error:
+                raise ValueError(f"{folder}: no such folder here, nor is it found on the Hub: {error}") from error
+        variant = kwargs.get("variant")
+        check_folder(folder, variant)
         pipe = super().from_pretrained(folder, use_safetensors=True, **kwargs)
-        for name in COMPONENTS:  # loading drops the layout that the constructors choose, and with it the speed on CPUs
-            getattr(pipe, name).to(memory_format=torch.channels_last_3d)
-        pipe._folders = {name: (getattr(pipe, name), folder / name) for name in COMPONENTS if name not in kwargs}
+        loaded = [name for name in COMPONENTS if name not in kwargs]
+        pipe._files = {name: (getattr(pipe, name), weight_files(folder / name, variant)) for name in loaded}
         return pipe
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
@@ -100,8 +105,8 @@ class MedVolumePipeline(DiffusionPipeline):
         if self._hashed is None or any(a is not b for a, b in zip(self._hashed[0], parts, strict=True)):
             contents: dict[str, Any] = {"data": (self.data, ())}
             for name, part in zip(COMPONENTS, parts, strict=True):
-                loaded, folder = self._folders.get(name, (None, None))
-                tensors = stored_tensors(folder) if folder is not None and loaded is part else memory_tensors(part)
+                loaded, files = self._files.get(name, (None, []))
+                tensors = stored_tensors(files) if loaded is part else memory_tensors(part)
                 contents[name] = (part.config, tensors)
             self._hashed = parts, content_hash(contents)
         return self._hashed[1]
@@ -160,7 +165,8 @@ class MedVolumePipeline(DiffusionPipeline):
                 grid; an array lies on the model's template.
             shape: (X, Y, Z) in voxels, in place of a mask, for a model that no mask conditions.
             num_inference_steps: steps of the scheduler.
-            sigmas: noise levels to visit instead, descending from 1 (FlowMatch schedulers).
+            sigmas: noise levels to visit instead, in (0, 1] and falling (FlowMatch schedulers); from 1, unless the
+                `latents` are less noisy.
             num_volumes_per_mask: how many of each mask.
             generator: one a volume (mask by mask), or a single one from which a seed a volume is drawn: see
                 `sampling.sample_generators`. A volume depends on its own generator alone, not on what is generated
@@ -173,8 +179,8 @@ class MedVolumePipeline(DiffusionPipeline):
             label_map: how to read label values that the model does not know: {value: known value or name}.
             batch_size: most volumes denoised together; only volumes with equal padded grids share a batch.
 
-        Raises: ValueError naming what cannot be used and the remedy: the mask, its labels, the generators, the output
-        type, the scheduler.
+        Raises: ValueError naming what cannot be used and the remedy: the mask, its labels, the generators, the sigmas,
+        the output type, the scheduler.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
@@ -182,6 +188,8 @@ class MedVolumePipeline(DiffusionPipeline):
             raise ValueError(
                 f"num_volumes_per_mask ({num_volumes_per_mask}) and batch_size ({batch_size}) must be 1 or more"
             )
+        if sigmas is not None and not all(1 >= a > b for a, b in itertools.pairwise([*(sigmas or [0]), 0])):
+            raise ValueError(f"sigmas are noise levels in (0, 1] that fall, such as 1, 0.75, 0.5, 0.25; got {sigmas}")
         scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"])
         canvases, masks = self._canvases(mask, shape, label_map)
         owner = [i for i in range(len(canvases)) for _ in range(num_volumes_per_mask)]  # volume -> its canvas
@@ -245,7 +253,8 @@ class MedVolumePipeline(DiffusionPipeline):
         if not labels:
             return {}
         stacked = torch.stack(labels).to(self._execution_device)
-        return {"mask": fold_mask(stacked, self.vae.stride, self.unet.config["num_labels"])}
+        ids = fold_mask(stacked, self.vae.stride, self.unet.config["num_labels"])
+        return {"mask": self.unet.embed_mask(ids)}  # once, not at every step
 
     def _step_callback(self, callback: EndOfStep | None) -> Callable[[int, torch.Tensor, torch.Tensor], Any] | None:
         """diffusers' callback as the one that `denoise` takes."""
@@ -278,6 +287,8 @@ def _check_fit(vae: AutoencoderKL3D, unet: LatentUNet3D, data: Mapping[str, Any]
         raise ValueError(
             f"the U-Net takes {unet.config['in_channels']} channels, the autoencoder gives {vae.config['latent_channels']}"
         )
+    if vae.config["latents_std"] is None:
+        raise ValueError("the autoencoder has no latent statistics; train_vae.py measures them when it ends")
     if len(data["intensity"]) != vae.config["out_channels"]:
         raise ValueError(
             f"data describes {len(data['intensity'])} channels, the autoencoder makes {vae.config['out_channels']}"

@@ -13,8 +13,6 @@ import nibabel as nib
 import torch
 from safetensors import safe_open
 
-from .loading import weight_files
-
 Tensors = Iterable[tuple[str, torch.Tensor]]
 
 
@@ -41,10 +39,10 @@ def content_hash(components: Mapping[str, tuple[Mapping[str, Any], Tensors]]) ->
     return digest.hexdigest()
 
 
-def stored_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in a component's folder, by name, one at a time."""
+def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in safetensors files, by name, one at a time."""
     places: dict[str, Path] = {}
-    for path in weight_files(folder):
+    for path in files:
         with safe_open(path, framework="pt") as file:
             places |= dict.fromkeys(file.keys(), path)
     for key in sorted(places):

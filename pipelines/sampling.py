@@ -15,11 +15,16 @@ def sample_generators(generator: Generators, count: int) -> list[torch.Generator
     order, by `torch.randint(2**63 - 1, (1,))`, and each volume gets a fresh CPU generator with its seed: volume i is
     the same however many follow it.
 
-    Raises: ValueError if a list has another length.
+    Raises: ValueError if a list has another length, or one generator twice: the second volume's noise would depend on
+    the order of the batches, and no seed would reproduce it.
     """
     if generator is not None and not isinstance(generator, torch.Generator):
+        if not isinstance(generator, Sequence) or not all(isinstance(one, torch.Generator) for one in generator):
+            raise ValueError(f"generator is a torch.Generator or a list of them, got {generator!r}")
         if len(generator) != count:
             raise ValueError(f"{len(generator)} generators for {count} volumes; give one a volume, or a single one")
+        if len({id(one) for one in generator}) < count:
+            raise ValueError("the list holds one generator twice; give each volume its own, or a single one for all")
         return list(generator)
     device = "cpu" if generator is None else generator.device
     seeds = [int(torch.randint(2**63 - 1, (1,), generator=generator, device=device)) for _ in range(count)]

@@ -4,10 +4,18 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributions import Normal, kl_divergence
 
-from autoencoder import AutoencoderKL3D, DiagonalGaussian3D, gradient_loss, kl_loss, l1_loss, latent_statistics, mse_loss
+from autoencoder import (
+    AutoencoderKL3D,
+    DiagonalGaussian3D,
+    gradient_loss,
+    kl_loss,
+    l1_loss,
+    latent_statistics,
+    mse_loss,
+)
 from autoencoder.layers import as_stride, depth_to_space, space_to_depth
 
 SMALL = {"channels": (8, 16), "encoder_blocks": (1, 1), "decoder_blocks": (1, 1)}
@@ -66,7 +74,9 @@ def test_kl_is_that_of_torch_distributions_in_five_dimensions():
     mean, logvar = moments.chunk(2, 1)
     posterior = DiagonalGaussian3D(moments, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 0.5, 4.0]))
     expected = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(torch.zeros_like(mean), torch.ones_like(mean)))
-    torch.testing.assert_close(posterior.kl(), expected.sum(dim=(1, 2, 3, 4)))  # of the raw posterior, whatever the statistics
+    torch.testing.assert_close(
+        posterior.kl(), expected.sum(dim=(1, 2, 3, 4))
+    )  # of the raw posterior, whatever the statistics
     torch.testing.assert_close(kl_loss(posterior, torch.ones(2, 1, 3, 4, 5, dtype=torch.bool)), expected.mean())
 
 
@@ -98,7 +108,9 @@ def test_gradient_loss_sees_edges_but_not_offsets():
     x, everywhere = torch.randn(1, 1, 6, 6, 6), torch.ones(1, 1, 6, 6, 6, dtype=torch.bool)
     assert gradient_loss(x + 1.0, x, everywhere).item() == pytest.approx(0, abs=1e-6)
     ramp = torch.arange(6.0).view(1, 1, 6, 1, 1).expand_as(x)
-    assert gradient_loss(x + 3 * ramp, x, everywhere).item() == pytest.approx(1.0, abs=1e-5)  # 3 along one axis of three
+    assert gradient_loss(x + 3 * ramp, x, everywhere).item() == pytest.approx(
+        1.0, abs=1e-5
+    )  # 3 along one axis of three
 
 
 def test_measured_statistics_standardise_latents_and_decode_undoes_it():
@@ -143,6 +155,22 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(x).sample, vae(x).sample)
         assert torch.equal(loaded.encode(x).latent_dist.std, vae.encode(x).latent_dist.std)
+
+
+def test_a_missing_or_extra_key_raises(tmp_path):
+    vae = small_vae()
+    vae.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    bias = weights.pop("encoder.0.bias")
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=r"missing_keys.*encoder\.0\.bias"):
+        AutoencoderKL3D.from_pretrained(tmp_path)
+    save_file(weights | {"encoder.0.bias": bias, "stray": bias.clone()}, file)
+    with pytest.raises(ValueError, match="unexpected_keys.*stray"):
+        AutoencoderKL3D.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="pickle"):
+        AutoencoderKL3D.from_pretrained(tmp_path, use_safetensors=False)
 
 
 def test_bfloat16_is_close_to_float32():

@@ -37,7 +37,9 @@ class KnowsTheAnswer(torch.nn.Module):
 
 
 @pytest.mark.parametrize("steps", [1, 4, 20])
-@pytest.mark.parametrize("solver", [FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize(
+    "solver", [FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler]
+)
 def test_a_perfect_flow_is_integrated_exactly(solver, steps):
     if solver is not FlowMatchEulerDiscreteScheduler and steps == 1:
         pytest.skip("multistep solvers need two steps")
@@ -88,7 +90,10 @@ def test_sigmas_are_visited_as_given():
 
 def test_each_sample_has_its_own_generator():
     """A stochastic scheduler draws each row's noise from that row's generator: a batch of two is two batches of one."""
-    model, noise = KnowsTheAnswer(clean()[:1].float(), "epsilon"), torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    model, noise = (
+        KnowsTheAnswer(clean()[:1].float(), "epsilon"),
+        torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)),
+    )
 
     def run(rows, seeds):
         scheduler = fit_scheduler(DDPMScheduler(timestep_spacing="trailing"), "epsilon")
@@ -97,7 +102,15 @@ def test_each_sample_has_its_own_generator():
         def callback(step, timestep, latents):
             stop_early.append(latents)
 
-        denoise(model, rows, scheduler, {}, num_inference_steps=6, generator=[torch.Generator().manual_seed(s) for s in seeds], callback=callback)
+        denoise(
+            model,
+            rows,
+            scheduler,
+            {},
+            num_inference_steps=6,
+            generator=[torch.Generator().manual_seed(s) for s in seeds],
+            callback=callback,
+        )
         return stop_early[2]  # half way, where the noise still shows
 
     together = run(noise, [5, 6])
@@ -116,11 +129,24 @@ def test_the_callback_can_replace_latents():
         seen.append(step)
         return latents + 1
 
-    out = denoise(Still(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("rectified_flow"), {}, num_inference_steps=3, callback=callback)
+    out = denoise(
+        Still(),
+        torch.zeros(1, 1, 2, 2, 2),
+        make_scheduler("rectified_flow"),
+        {},
+        num_inference_steps=3,
+        callback=callback,
+    )
     assert seen == [0, 1, 2] and torch.equal(out, torch.full_like(out, 3.0))
 
 
 def test_heun_runs_with_its_own_step_count():
     noise = torch.randn(1, 4, 3, 3, 3, dtype=torch.float64)
-    out = denoise(KnowsTheAnswer(torch.zeros(1, 4, 3, 3, 3, dtype=torch.float64), "rectified_flow"), noise, FlowMatchHeunDiscreteScheduler(), {}, num_inference_steps=10)
+    out = denoise(
+        KnowsTheAnswer(torch.zeros(1, 4, 3, 3, 3, dtype=torch.float64), "rectified_flow"),
+        noise,
+        FlowMatchHeunDiscreteScheduler(),
+        {},
+        num_inference_steps=10,
+    )
     assert out.abs().max() < 0.02 * noise.abs().max()

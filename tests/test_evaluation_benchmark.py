@@ -28,6 +28,7 @@ def pipeline(tmp_path):
         num_labels=dataset.num_labels,
         mask_width=4,
     )
+    vae.set_latent_statistics([0.0] * vae.config["latent_channels"], [1.0] * vae.config["latent_channels"])
     pipe = MedVolumePipeline(vae=vae, unet=unet, scheduler=make_scheduler("rectified_flow"), data=describe(dataset))
     pipe.save_pretrained(tmp_path / "pipeline")
     for seed, shape in enumerate([(16, 16, 16), (16, 14, 18)]):

@@ -193,9 +193,8 @@ def test_agrees_with_the_reference_protocol(hippocampus, monkeypatch):
     for name in chosen:
         assert torch.equal(ours[name].images, theirs[name][0]) and torch.equal(ours[name].labels, theirs[name][1])
 
-    small = [slice(None), slice(None), slice(8, 32), slice(16, 40), slice(8, 32)]  # the middle, to be quick
-    x, y = theirs["learn"][0][small], theirs["learn"][1][[slice(None), *small[2:]]]
-    judged_x, judged_y = theirs["judge"][0][small], theirs["judge"][1][[slice(None), *small[2:]]]
+    middle = (..., slice(8, 32), slice(16, 40), slice(8, 32))  # to be quick
+    (x, y), (judged_x, judged_y) = [(images[middle], labels[middle]) for images, labels in theirs.values()]
     segmenter = train_segmenter(x, y, 3, seed=1, iterations=20)
     scores = segmenter_dice(segmenter, judged_x, judged_y, 3)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())

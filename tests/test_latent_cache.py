@@ -28,7 +28,9 @@ def test_entries_are_the_posteriors_of_padded_volumes(tmp_path, vae, dataset):
     entry, item = latents[1], dataset[1]
     assert len(latents) == len(dataset) and entry["mean"].shape == (4, 5, 4, 4)
     padded = torch.full((1, 1, 20, 16, 16), -1.0)
-    padded[0, 0, 1:18, 1:15, :15] = item["image"][0]  # two, two and one voxels are missing: the lower half of them in front
+    padded[0, 0, 1:18, 1:15, :15] = item["image"][
+        0
+    ]  # two, two and one voxels are missing: the lower half of them in front
     with torch.no_grad():
         posterior = vae.encode(padded).latent_dist
     torch.testing.assert_close(entry["mean"], posterior.mean[0])
@@ -99,7 +101,13 @@ def entry(name: str, shape: tuple[int, int, int]) -> dict:
     """A cache entry whose latents tell their cell: 1, 2, 3, ..."""
     cells = torch.arange(1.0, 1 + shape[0] * shape[1] * shape[2]).view(1, *shape)
     mask = torch.ones(*(4 * s for s in shape), dtype=torch.int16)
-    return {"mean": cells.expand(4, -1, -1, -1), "std": cells[:1].expand(4, -1, -1, -1) / 10, "inside": torch.ones(1, *shape, dtype=torch.bool), "mask": mask, "name": name}
+    return {
+        "mean": cells.expand(4, -1, -1, -1),
+        "std": cells[:1].expand(4, -1, -1, -1) / 10,
+        "inside": torch.ones(1, *shape, dtype=torch.bool),
+        "mask": mask,
+        "name": name,
+    }
 
 
 def test_a_batch_takes_the_first_shape_and_padding_has_no_weight():
@@ -114,12 +122,20 @@ def test_a_batch_takes_the_first_shape_and_padding_has_no_weight():
     start = int(values[0, 0, 0] - 1) // 8
     assert torch.equal(values, items[1]["mean"][0, start : start + 3])
     assert torch.equal(batch["std"][1, 0][inside].view(3, 4, 2), values / 10)
-    assert torch.equal(batch["mask"][1][inside].view(3, 4, 2, 64), fold_mask(items[1]["mask"][None], (4, 4, 4), 2)[0, :3])
+    assert torch.equal(
+        batch["mask"][1][inside].view(3, 4, 2, 64), fold_mask(items[1]["mask"][None], (4, 4, 4), 2)[0, :3]
+    )
 
 
 def test_a_batch_is_a_function_of_its_names_and_places_vary():
-    placed = [collate_latents([entry("a", (3, 3, 3)), entry(f"b{i}", (6, 6, 6))], (4, 4, 4), 2)["mean"][1, 0, 0, 0, 0].item() for i in range(8)]
-    again = [collate_latents([entry("a", (3, 3, 3)), entry(f"b{i}", (6, 6, 6))], (4, 4, 4), 2)["mean"][1, 0, 0, 0, 0].item() for i in range(8)]
+    placed = [
+        collate_latents([entry("a", (3, 3, 3)), entry(f"b{i}", (6, 6, 6))], (4, 4, 4), 2)["mean"][1, 0, 0, 0, 0].item()
+        for i in range(8)
+    ]
+    again = [
+        collate_latents([entry("a", (3, 3, 3)), entry(f"b{i}", (6, 6, 6))], (4, 4, 4), 2)["mean"][1, 0, 0, 0, 0].item()
+        for i in range(8)
+    ]
     assert placed == again and len(set(placed)) > 3
 
 

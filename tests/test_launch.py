@@ -1,7 +1,6 @@
-"""Both scripts as users start them, on the phantom: thirty steps lower the loss, and the pipeline folder that they
-leave loads.
-"""
+"""Both scripts as users start them, on the phantom: thirty steps lower the loss, and the pipeline folder loads."""
 
+import os
 import re
 import subprocess
 import sys
@@ -13,20 +12,18 @@ import torch
 from pipelines import MedVolumePipeline
 
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"]
-SMALL = [
-    "--data.phantom={count: 10, shape: [16, 16, 16]}",
-    "--data.validation_fraction=0.2",
-    "--loop.max_steps=30",
-    "--loop.log_every=5",
-]
-SMALL += ["--loop.mixed_precision=no", "--loop.previews=1", "--optimizer.warmup_steps=5"]
+ONE_PROCESS = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1"]
+ONE_PROCESS += ["--mixed_precision=no", "--dynamo_backend=no"]
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]  # what accelerate starts on GPUs
+SMALL = ["--data.phantom={count: 10, shape: [16, 16, 16]}", "--data.validation_fraction=0.2", "--loop.max_steps=30"]
+SMALL += ["--loop.mixed_precision=no", "--loop.log_every=5", "--loop.previews=1", "--optimizer.warmup_steps=5"]
 
 
-def launch(script: str, *args: str, processes: int = 1) -> list[float]:
-    """Run a script; returns the losses that it reported."""
-    command = [*LAUNCH, "--num_processes", str(processes), str(ROOT / script), *SMALL, *args]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+def launch(launcher: list[str], script: str, config: str, *args: str) -> list[float]:
+    """Run a script on its phantom config, made small; returns the losses that it reported."""
+    command = [sys.executable, *launcher, str(ROOT / script), f"--config=configs/phantom/{config}", *SMALL, *args]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     losses = [float(loss) for loss in re.findall(r"step \d+/30  loss ([\d.e-]+)", done.stderr)]
     assert len(losses) == 6, done.stderr[-4000:]
@@ -36,10 +33,7 @@ def launch(script: str, *args: str, processes: int = 1) -> list[float]:
 @pytest.fixture(scope="module")
 def vae_run(tmp_path_factory) -> tuple[Path, list[float]]:
     output = tmp_path_factory.mktemp("vae")
-    losses = launch(
-        "train_vae.py", "--config=configs/phantom/vae.yaml", f"--output={output}", "--crops.shape=[16, 16, 16]"
-    )
-    return output, losses
+    return output, launch(ONE_PROCESS, "train_vae.py", "vae.yaml", f"--output={output}", "--crops.shape=[16, 16, 16]")
 
 
 def test_train_vae(vae_run):
@@ -56,13 +50,8 @@ def test_train_vae(vae_run):
 
 
 def test_train_ldm_leaves_a_pipeline(vae_run, tmp_path):
-    args = [
-        "--config=configs/phantom/ldm.yaml",
-        f"--vae={vae_run[0] / 'vae'}",
-        f"--output={tmp_path}",
-        "--cache.versions=1",
-    ]
-    losses = launch("train_ldm.py", *args, "--inference_steps=2")
+    args = [f"--vae={vae_run[0] / 'vae'}", f"--output={tmp_path}", "--cache.versions=1", "--inference_steps=2"]
+    losses = launch(ONE_PROCESS, "train_ldm.py", "ldm.yaml", *args)
     assert losses[-1] < 0.9 * losses[0]
     pipe = MedVolumePipeline.from_pretrained(tmp_path / "pipeline")
     pipe.set_progress_bar_config(disable=True)
@@ -73,16 +62,9 @@ def test_train_ldm_leaves_a_pipeline(vae_run, tmp_path):
 
 
 def test_two_processes(tmp_path):
-    """Data parallel on two processes: the gradients are shared, so both see the same loss go down, and one set of files
-    is written.
-    """
-    args = [
-        "--config=configs/phantom/vae.yaml",
-        f"--output={tmp_path}",
-        "--crops.shape=[16, 16, 16]",
-        "--loop.batch_size=2",
-    ]
-    losses = launch("train_vae.py", *args, processes=2)
+    """Each process takes its half of every batch; one set of files is written."""
+    args = [f"--output={tmp_path}", "--crops.shape=[16, 16, 16]", "--loop.batch_size=2"]
+    losses = launch(TWO_PROCESSES, "train_vae.py", "vae.yaml", *args)
     assert losses[-1] < 0.8 * losses[0]
     names = {p.name for p in (tmp_path / "checkpoints/step_000030").iterdir()}
     assert {"rng_0.txt", "rng_1.txt", "random_states_0.pkl", "random_states_1.pkl", "state.json"} <= names

@@ -31,10 +31,16 @@ def test_rectified_flow_is_a_straight_line():
 
 @pytest.mark.parametrize("objective", [V, EPS])
 def test_v_and_eps_invert_to_the_clean_latents(objective):
-    x, noise, t = torch.randn(2, 4, 2, 2, 2, dtype=torch.float64), torch.randn(2, 4, 2, 2, 2, dtype=torch.float64), torch.tensor([3, 700])
+    x, noise, t = (
+        torch.randn(2, 4, 2, 2, 2, dtype=torch.float64),
+        torch.randn(2, 4, 2, 2, 2, dtype=torch.float64),
+        torch.tensor([3, 700]),
+    )
     noisy, target = noisy_and_target(objective, x, noise, t)
     a = make_scheduler(objective).alphas_cumprod[t].double().view(-1, 1, 1, 1, 1)
-    clean = a.sqrt() * noisy - (1 - a).sqrt() * target if objective == V else (noisy - (1 - a).sqrt() * target) / a.sqrt()
+    clean = (
+        a.sqrt() * noisy - (1 - a).sqrt() * target if objective == V else (noisy - (1 - a).sqrt() * target) / a.sqrt()
+    )
     torch.testing.assert_close(clean, x, atol=1e-5, rtol=1e-4)
 
 
@@ -47,7 +53,11 @@ def test_timesteps_are_logit_normal_for_flow_and_uniform_for_diffusion():
 
 
 def test_schedulers_that_speak_the_objective_stay_as_they_are():
-    for scheduler in (FlowMatchEulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler(shift=3.0), FlowMatchHeunDiscreteScheduler()):
+    for scheduler in (
+        FlowMatchEulerDiscreteScheduler(),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        FlowMatchHeunDiscreteScheduler(),
+    ):
         assert fit_scheduler(scheduler, FLOW) is scheduler
     for objective in OBJECTIVES:
         scheduler = make_scheduler(objective)
@@ -60,12 +70,18 @@ def test_the_silent_conversion_to_eps_is_undone():
         trapped = solver.from_config(FlowMatchEulerDiscreteScheduler().config)
         assert trapped.config.prediction_type == "epsilon"
         fitted = fit_scheduler(trapped, FLOW)
-        assert isinstance(fitted, solver) and fitted.config.prediction_type == "flow_prediction" and fitted.config.use_flow_sigmas
+        assert (
+            isinstance(fitted, solver)
+            and fitted.config.prediction_type == "flow_prediction"
+            and fitted.config.use_flow_sigmas
+        )
 
 
 def test_diffusion_schedulers_take_on_the_models_schedule():
     for objective in (V, EPS):
-        fitted = fit_scheduler(DDIMScheduler(beta_schedule="linear", prediction_type="sample", clip_sample=True), objective)
+        fitted = fit_scheduler(
+            DDIMScheduler(beta_schedule="linear", prediction_type="sample", clip_sample=True), objective
+        )
         trained = make_scheduler(objective)
         assert fitted.config.prediction_type == objective and fitted.config.clip_sample is False
         torch.testing.assert_close(fitted.alphas_cumprod, trained.alphas_cumprod)

@@ -23,7 +23,11 @@ def small_unet(**arguments) -> LatentUNet3D:
 
 
 def folded(shape=(1, 12, 12, 12), labels=3, value=None) -> torch.Tensor:
-    values = torch.randint(0, labels, shape, generator=torch.Generator().manual_seed(1)) if value is None else torch.full(shape, value)
+    values = (
+        torch.randint(0, labels, shape, generator=torch.Generator().manual_seed(1))
+        if value is None
+        else torch.full(shape, value)
+    )
     return fold_mask(values, (4, 4, 4), labels)
 
 
@@ -39,7 +43,9 @@ def test_a_batch_changes_nothing():
     unet, x, mask = small_unet(num_labels=3), torch.randn(2, 4, 5, 6, 7), folded((2, 20, 24, 28))
     with torch.no_grad():
         together = unet(x, torch.tensor([100.0, 700.0]), mask).sample
-        alone = torch.cat([unet(x[i : i + 1], torch.tensor([t]), mask[i : i + 1]).sample for i, t in enumerate((100.0, 700.0))])
+        alone = torch.cat(
+            [unet(x[i : i + 1], torch.tensor([t]), mask[i : i + 1]).sample for i, t in enumerate((100.0, 700.0))]
+        )
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
@@ -47,7 +53,11 @@ def test_time_and_mask_matter():
     unet, x = small_unet(num_labels=3), torch.randn(1, 4, 3, 3, 3)
     with torch.no_grad():
         base = unet(x, 500, folded(value=1)).sample
-        for other in (unet(x, 100, folded(value=1)), unet(x, 500, folded(value=2)), unet(x, 500, folded(value=PADDING))):
+        for other in (
+            unet(x, 100, folded(value=1)),
+            unet(x, 500, folded(value=2)),
+            unet(x, 500, folded(value=PADDING)),
+        ):
             assert (other.sample - base).abs().mean() > 1e-3
 
 
@@ -96,7 +106,7 @@ def test_attention_goes_through_the_dispatcher():
         native = unet(x, 1).sample
         with attention_backend("_native_math"):
             torch.testing.assert_close(unet(x, 1).sample, native, atol=1e-5, rtol=1e-4)
-    processors = [p for p in unet.attn_processors.values()]
+    processors = list(unet.attn_processors.values())
     assert len(processors) == 1
     for processor in processors:
         processor._attention_backend = AttentionBackendName.XFORMERS

@@ -195,7 +195,8 @@ class TrainLdmConfig:
 def parse_config(config_class: type[Config], args: list[str] | None = None) -> Config:
     """The run's config from `--config FILE.yaml` and overrides such as `--loop.max_steps 100`.
 
-    Unknown keys and wrong types end the program with a message that names them; `--print_config` shows the result.
+    What comes later on the command line wins, so `--config` comes first. Unknown keys and wrong types end the program
+    with a message that names them; `--print_config` shows the result.
 
     Args:
         args: default: the command line.

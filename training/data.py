@@ -57,7 +57,7 @@ class SampleStream(Sampler[list[tuple[int, int]]]):
 class Keyed(Dataset):
     """A data set asked by (epoch, index): tells the data set its epoch first, in whichever worker process it lives."""
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Any):
         self.dataset = dataset
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
@@ -69,7 +69,7 @@ class Keyed(Dataset):
 
 
 def training_batches(
-    dataset: Dataset, stream: SampleStream, *, workers: int, collate: Any, pin_memory: bool
+    dataset: Any, stream: SampleStream, *, workers: int, collate: Any, pin_memory: bool
 ) -> Iterator[Any]:
     """Endless collated batches in the order of `stream`, loaded by `workers` processes (0: in this one)."""
     return iter(

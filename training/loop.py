@@ -16,7 +16,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, send_to_device
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 from .checkpoints import Checkpointer, TrainState, find_checkpoint, list_checkpoints
 from .config import LoopConfig, config_changes, save_config, to_plain
@@ -32,10 +32,21 @@ logger = logging.getLogger("training")
 _VALIDATION = 1 << 32  # keeps seeds of validation noise apart from those of training noise
 
 
+class Items(Protocol):
+    """Numbered samples: a map-style data set, or a list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 class TrainingStep(Protocol):
     """What a script gives to the loop."""
 
-    learners: Sequence[Learner]
+    @property
+    def learners(self) -> Sequence[Learner]:
+        """The networks that are trained."""
+        ...
 
     def __call__(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
         """Compute losses of one batch and call `learner.backward` on them. All randomness is drawn from `generator`.
@@ -63,7 +74,8 @@ def make_accelerator(config: Any) -> Accelerator:
     if config.resume is None and list_checkpoints(Path(config.output) / "checkpoints"):
         raise ValueError(f"{config.output} already holds a run; go on with --resume latest, or choose another --output")
     precision = resolve_precision(options.mixed_precision)
-    accelerator = Accelerator(mixed_precision=precision, log_with=options.trackers or None, project_dir=config.output)
+    trackers: list[Any] | None = list(options.trackers) or None
+    accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=config.output)
     if absent := set(options.trackers) - {str(tracker) for tracker in accelerator.log_with}:
         raise ValueError(
             f"loop.trackers: {sorted(absent)} not installed; install it, or leave it out (--loop.trackers [] for none)"
@@ -93,8 +105,8 @@ class Loop:
         accelerator: Accelerator,
         config: Any,
         step: TrainingStep,
-        data: Dataset,
-        validation: Sequence[Any],
+        data: Items,
+        validation: Items,
         collate: Any = default_collate,
     ):
         self.accelerator, self.config, self.step = accelerator, config, step
@@ -137,7 +149,7 @@ class Loop:
                 tracker.store_init_configuration(to_plain(self.config))
         accumulation = self.config.optimizer.gradient_accumulation
         stream = SampleStream(
-            len(self.data),  # pyright: ignore[reportArgumentType]
+            len(self.data),
             options.batch_size,
             seed=options.seed,
             start=state.samples,

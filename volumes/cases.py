@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import re
 from dataclasses import dataclass, field, replace
@@ -39,9 +40,9 @@ class Case:
 def load_cases(config: DataConfig) -> list[Case]:
     """All cases of the data set, sorted by name, each in split "train", "validation" or "test".
 
-    The same config and files give the same splits on every machine. Raises ValueError for missing files, names used
-    twice, unknown splits, and subjects that a table puts into two splits. Whether files can be read shows when they
-    are (`VolumeDataset`).
+    The same config and files give the same splits on every machine. Raises ValueError for missing files (but not
+    those of a table with `on_error: skip`), names used twice, unknown splits, and subjects that a table puts into two
+    splits. Whether files can be read shows when they are (`VolumeDataset`).
     """
     if config.phantom is not None:
         cases = _phantoms(config.phantom)
@@ -64,16 +65,27 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     """Rows of a CSV file with a header, or of a JSON list of objects."""
     if not path.is_file():
         raise ValueError(f"{path}: no such table")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        if path.suffix == ".json":
-            rows = json.load(file)
-        else:
-            rows = list(csv.DictReader(file))
-            for number, row in enumerate(rows, start=1):
-                if None in row or None in row.values():
-                    raise ValueError(f"{path}: row {number} has not as many values as the header has columns")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = json.loads(text) if path.suffix == ".json" else _csv_rows(text)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be read as a {path.suffix[1:] or 'CSV'} table in UTF-8: {error}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected rows: a CSV file with a header, or a JSON list of objects")
+    return rows
+
+
+def _csv_rows(text: str) -> list[dict[str, str]]:
+    """Rows by column, without the space around names and values: "A" and "A " are one subject."""
+    header, *lines = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
+    columns = [name.strip() for name in header]
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"two columns have one name: {columns}")
+    rows = []
+    for number, values in enumerate(filter(None, lines), start=1):
+        if len(values) != len(columns):
+            raise ValueError(f"row {number} has {len(values)} values, the header has {len(columns)} columns")
+        rows.append(dict(zip(columns, (value.strip() for value in values), strict=True)))
     return rows
 
 
@@ -96,7 +108,7 @@ def _from_table(config: DataConfig) -> list[Case]:
             images[channel] = root / fill_pattern(patterns[0], row)
         mask = root / fill_pattern(config.masks, row) if config.masks else None
         for path in [*images.values(), *([mask] if mask else [])]:
-            if not path.is_file():
+            if config.on_error == "raise" and not path.is_file():  # else refused, and listed, when it is read
                 raise ValueError(f"{path}: no such file, though {config.table} has a row for it: {row}")
         first, pattern = next(iter(images.items()))[1], config.patterns[config.channels[0]][0]
         name = case_name([str(row[column]) for column in placeholders(pattern)], first)
@@ -149,7 +161,10 @@ def _subject(case: Case, config: DataConfig) -> str:
         match = re.search(config.group_by, case.name)
         if not match:
             raise ValueError(f"{case.name}: group_by {config.group_by!r} matches nothing in this name")
-        return match[1] if match.re.groups else match[0]
+        subject = match[1] if match.re.groups else match[0]
+        if not subject:
+            raise ValueError(f"{case.name}: group_by {config.group_by!r} matches no character of this name")
+        return subject
     return case.name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,6 +37,8 @@ class DataConfig:
         table: CSV file with a header, or JSON list of objects; one row a volume. Its columns ride along as metadata.
         images: pattern of the image files; a list of patterns adds them up; {channel: pattern} makes several channels.
         masks: pattern of the label maps.
+        time_point: which volume of 4-D image files is taken, counted from 0: one number, or {channel: number}, with
+            which one 4-D file can fill several channels.
         subject: column (or named piece of the file name) that says whose volume it is.
         group_by: regular expression searched in the case's name; what it (its first group) matches is the subject.
             With neither `subject` nor `group_by`, every volume is its own subject.
@@ -55,6 +58,7 @@ class DataConfig:
     table: str | None = None
     images: str | list[str] | dict[str, str] = field(default_factory=list)
     masks: str | None = None
+    time_point: int | dict[str, int] | None = None
     subject: str | None = None
     group_by: str | None = None
     split: str | None = None
@@ -81,12 +85,24 @@ class DataConfig:
             raise ValueError("data: test_fraction has no effect when split names a column; remove one of them")
         if self.subject and self.group_by:
             raise ValueError("data: subject and group_by say the same thing twice; remove one of them")
+        if self.group_by:
+            try:
+                re.compile(self.group_by)
+            except re.error as error:
+                raise ValueError(f"data: group_by {self.group_by!r} is no regular expression: {error}") from error
+        lost = sorted(set(self.label_map.values()) - set(self.label_names)) if self.label_names else []
+        if lost:
+            raise ValueError(f"data: label_map leads to {lost}, which label_names does not name: {self.label_names}")
         for name in ("test_fraction", "validation_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"data: {name} lies in [0, 1), got {getattr(self, name)}")
         if isinstance(self.intensity, dict) and set(self.intensity) != set(self.channels):
             raise ValueError(
                 f"data: intensity names the channels {sorted(self.intensity)}, images has {sorted(self.channels)}"
+            )
+        if isinstance(self.time_point, dict) and not set(self.time_point) <= set(self.channels):
+            raise ValueError(
+                f"data: time_point names the channels {sorted(self.time_point)}, images has {sorted(self.channels)}"
             )
 
     @property
@@ -100,6 +116,10 @@ class DataConfig:
         if isinstance(self.images, dict):
             return {channel: [pattern] for channel, pattern in self.images.items()}
         return {"image": [self.images] if isinstance(self.images, str) else list(self.images)}
+
+    def volume_number(self, channel: str) -> int | None:
+        """Which volume of this channel's 4-D files is taken; None where they are 3-D."""
+        return self.time_point.get(channel) if isinstance(self.time_point, dict) else self.time_point
 
     def scaling(self, channel: str) -> IntensityScaling:
         """How this channel is scaled."""

@@ -204,10 +204,13 @@ def _files(case: Case, config: DataConfig) -> tuple[Volume, Volume | None]:
     """Image with all channels, and mask, from a case's files; they must lie on one grid."""
     volumes: dict[str, Volume] = {}
     for channel in config.channels:
-        volumes[channel] = read_volume(case.images[channel])
+        volumes[channel] = read_volume(case.images[channel], time_point=config.volume_number(channel))
         if len(volumes[channel].array) != 1:
             count = len(volumes[channel].array)
-            raise VolumeError(f"{case.images[channel]}: holds {count} volumes, expected one for channel {channel!r}")
+            raise VolumeError(
+                f"{case.images[channel]}: holds {count} volumes, expected one for channel {channel!r}; choose it with "
+                "time_point, one number or {channel: number}"
+            )
     mask = read_mask(case.mask) if case.mask is not None else None
     first = volumes[config.channels[0]]
     for channel, volume in volumes.items():

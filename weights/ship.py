@@ -1,0 +1,83 @@
+"""Make a shippable pipeline folder out of a trained one: half-precision weights, example masks, results, model card.
+
+python weights/ship.py output/hippocampus/ldm/pipeline weights/hippocampus --masks ../shared/data/hippocampus/labels \
+    --cases hippocampus_010 hippocampus_011 --results out/results --card configs/hippocampus/card.md
+
+Every `{name}` in the card is filled from the results: `{reconstruction.psnr.mean:.2f}` is results/reconstruction.json
+["psnr"]["mean"]; `{files}` is the total size. A figure that no result file holds is an error, so a card cannot claim
+what was not measured.
+"""
+
+import argparse
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines import MedVolumePipeline
+
+LIMIT = 40_000_000  # bytes a shipped pipeline may weigh
+
+
+def main(args: list[str] | None = None) -> None:
+    """Write the folder. Raises: ValueError for a mask or result that is missing, or a folder over the limit."""
+    options = parse(args)
+    target: Path = options.target
+    pipe = MedVolumePipeline.from_pretrained(options.pipeline)
+    pipe.to(torch.float16)
+    pipe.save_pretrained(target)
+
+    (target / "masks").mkdir(exist_ok=True)
+    for name in options.cases:
+        source = options.masks / f"{name}.nii.gz"
+        if not source.is_file():
+            raise ValueError(f"{source}: no such mask")
+        shutil.copyfile(source, target / "masks" / source.name)
+
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(options.results.glob("*.json"))}
+    (target / "results").mkdir(exist_ok=True)
+    for path in options.results.glob("*.json"):
+        shutil.copyfile(path, target / "results" / path.name)
+
+    size = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
+    if size > LIMIT:
+        raise ValueError(f"{target}: weights of {size / 1e6:.1f} MB, the limit is {LIMIT / 1e6:.0f} MB")
+    (target / "README.md").write_text(fill(options.card.read_text(), {**results, "megabytes": size / 1e6}))
+    print(f"{target}: {size / 1e6:.1f} MB of weights, {len(options.cases)} masks, {len(results)} result files")
+
+
+def fill(card: str, values: dict[str, Any]) -> str:
+    """`{a.b.c:format}` -> values["a"]["b"]["c"], formatted. Raises: ValueError naming a figure that is not there."""
+
+    def figure(match: re.Match[str]) -> str:
+        value: Any = values
+        for key in match["path"].split("."):
+            try:
+                value = value[int(key)] if isinstance(value, list) else value[key]
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                raise ValueError(f"the model card asks for {match['path']}, but no result holds it") from error
+        return format(value, match["format"] or "")
+
+    return re.sub(r"\{(?P<path>[\w.%-]+)(?::(?P<format>[^}]*))?\}", figure, card)
+
+
+def parse(args: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipeline", type=Path, help="trained pipeline folder (RUN/pipeline)")
+    parser.add_argument("target", type=Path, help="folder to write")
+    parser.add_argument(
+        "--masks", type=Path, required=True, help="folder of label maps that the examples are taken from"
+    )
+    parser.add_argument("--cases", nargs="+", required=True, help="names of the example masks, without .nii.gz")
+    parser.add_argument(
+        "--results", type=Path, required=True, help="folder of JSON reports of evaluate.py and benchmarks"
+    )
+    parser.add_argument("--card", type=Path, required=True, help="template of the model card")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":
+    main()
