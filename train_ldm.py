@@ -178,6 +178,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         save_model(pipeline, output / "pipeline")
         logger.info("saved %s", output / "pipeline")
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return metrics
 
 

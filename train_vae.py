@@ -104,6 +104,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         save_model(final, output / "vae")
         logger.info("saved %s (latents: mean %s, std %s)", output / "vae", mean, std)
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return metrics
 
 

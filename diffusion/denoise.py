@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,10 +21,12 @@ def set_timesteps(
 
     A FlowMatch scheduler that takes sigmas and is given none gets 1, 1 - 1/N, ..., 1/N: its own default ends at 0.001
     and so spends a step on nothing.
-    Raises: ValueError if the scheduler takes no sigmas, or the number of steps is not positive.
+    Raises: ValueError if the scheduler takes no sigmas, they do not fall, or the number of steps is not positive.
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+    if sigmas is not None and not (len(sigmas) and all(1 >= a > b for a, b in pairwise([*sigmas, 0]))):
+        raise ValueError(f"sigmas are noise levels in (0, 1] that fall, such as 1, 0.75, 0.5, 0.25; got {sigmas}")
     name = type(scheduler).__name__
     takes_sigmas = name.startswith("FlowMatch") and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
     if sigmas is None and takes_sigmas:

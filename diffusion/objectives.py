@@ -17,6 +17,21 @@ TRAIN_STEPS = 1000
 RECTIFIED_FLOW, V_PREDICTION, EPSILON = "rectified_flow", "v_prediction", "epsilon"
 OBJECTIVES = (RECTIFIED_FLOW, V_PREDICTION, EPSILON)
 
+FLOW_SCHEDULERS = (
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+)
+DIFFUSION_SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+)
+TRAINED_WITH = ("beta_schedule", "prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
+
 
 def check_objective(objective: str) -> None:
     """Raises: ValueError naming the known objectives."""
@@ -44,42 +59,37 @@ def fit_scheduler(scheduler: Scheduler, objective: str) -> Scheduler:
     """The scheduler, made to speak the model's objective: unchanged if it does, converted if it can, refused if not.
 
     `DPMSolverMultistepScheduler.from_config(flow_match.config)` gives an eps scheduler without a word, and samples of
-    noise; this is the guard. Multistep solvers with `use_flow_sigmas` (DPM-Solver++, UniPC, DEIS, SA) are converted
-    to flows; schedulers of v and eps take on the noise schedule and the prediction type that the model was trained
-    with.
-    Raises: ValueError naming scheduler, objective and a remedy.
+    noise; this is the guard. DPM-Solver++ and UniPC are converted to flows by `use_flow_sigmas`; schedulers of v and
+    eps take on the noise schedule and the prediction type that the model was trained with. Only the classes in
+    `FLOW_SCHEDULERS` and `DIFFUSION_SCHEDULERS` are let through: tests/test_denoise.py shows that each recovers x0
+    from a perfect denoiser, and others do not (DEIS and SA stop short of a flow's end, PNDM by default diverges,
+    inverse schedulers run the other way).
+
+    Raises: ValueError naming scheduler, objective and the ones that fit.
     """
     check_objective(objective)
-    config = dict(scheduler.config)
-    name = type(scheduler).__name__
-    remedy = f"use diffusion.make_scheduler({objective!r}), or DPMSolverMultistepScheduler, which speaks all objectives"
-    if config.get("num_train_timesteps", TRAIN_STEPS) != TRAIN_STEPS:
+    name, config = type(scheduler).__name__, dict(scheduler.config)
+    known = FLOW_SCHEDULERS if objective == RECTIFIED_FLOW else DIFFUSION_SCHEDULERS
+    remedy = f"use one of {', '.join(known)}, or make_scheduler({objective!r})"
+    if name not in known:
+        raise ValueError(f"{name} cannot sample a model that predicts {objective}; {remedy}")
+    if config["num_train_timesteps"] != TRAIN_STEPS:
         raise ValueError(
-            f"{name} counts {config['num_train_timesteps']} training steps, the model was trained with {TRAIN_STEPS}; {remedy}"
+            f"{name} counts {config['num_train_timesteps']} training steps, the model was trained with {TRAIN_STEPS}; "
+            f"{remedy}"
         )
+    if name.startswith("FlowMatch"):
+        if config.get("invert_sigmas"):
+            raise ValueError(f"{name} with invert_sigmas runs from data to noise; {remedy}")
+        return scheduler
     if objective == RECTIFIED_FLOW:
-        if name.startswith("FlowMatch"):
-            return scheduler
-        if "use_flow_sigmas" not in config:
-            raise ValueError(f"{name} cannot sample a rectified-flow model; {remedy}")
         wanted = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
     else:
-        if name.startswith("FlowMatch"):
-            raise ValueError(f"{name} cannot sample a model that predicts {objective}; {remedy}")
         trained = dict(make_scheduler(objective).config)
-        wanted = {
-            k: trained[k]
-            for k in ("beta_schedule", "prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
-            if k in config
-        }
-        missing = {"prediction_type", "beta_schedule"} - set(wanted)
-        if missing or (trained["rescale_betas_zero_snr"] and "rescale_betas_zero_snr" not in config):
-            raise ValueError(f"{name} cannot sample a model that predicts {objective} on a cosine schedule; {remedy}")
-        wanted |= {"use_flow_sigmas": False} if "use_flow_sigmas" in config else {}
-        wanted |= {"trained_betas": None} if "trained_betas" in config else {}
-    wanted |= {"clip_sample": False} if "clip_sample" in config else {}  # latents are not confined to [-1, 1]
-    wanted |= {"thresholding": False} if "thresholding" in config else {}
-    if all(config.get(k) == v for k, v in wanted.items()):
+        wanted = {key: trained[key] for key in TRAINED_WITH if key in config} | {"use_flow_sigmas": False}
+    wanted |= {"trained_betas": None, "clip_sample": False, "thresholding": False}  # latents are not within [-1, 1]
+    wanted = {key: value for key, value in wanted.items() if key in config}
+    if all(config[key] == value for key, value in wanted.items()):
         return scheduler
     return type(scheduler).from_config(config, **wanted)
 

@@ -1,6 +1,5 @@
 """MedVolumePipeline: masks to volumes by autoencoder, latent U-Net and scheduler. Axes: (B, C, X, Y, Z)."""
 
-import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
@@ -188,8 +187,6 @@ class MedVolumePipeline(DiffusionPipeline):
             raise ValueError(
                 f"num_volumes_per_mask ({num_volumes_per_mask}) and batch_size ({batch_size}) must be 1 or more"
             )
-        if sigmas is not None and not all(1 >= a > b for a, b in itertools.pairwise([*(sigmas or [0]), 0])):
-            raise ValueError(f"sigmas are noise levels in (0, 1] that fall, such as 1, 0.75, 0.5, 0.25; got {sigmas}")
         scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"])
         canvases, masks = self._canvases(mask, shape, label_map)
         owner = [i for i in range(len(canvases)) for _ in range(num_volumes_per_mask)]  # volume -> its canvas

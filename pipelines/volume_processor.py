@@ -122,9 +122,10 @@ class VolumeProcessor:
         volume = Volume(self.to_original_units(array), canvas.grid.affine, canvas.grid.source)
         if canvas.grid is not canvas.target:
             volume = _resample_back(volume, canvas.target)
-        if output_type == "nifti" and self.in_whole_units:
-            volume = volume.replace(np.rint(volume.array).astype(np.int16))
         image = to_nibabel(volume, description=description)
+        if output_type == "nifti" and self.in_whole_units:  # rounded last: whole numbers would not be interpolated
+            image.header.set_data_dtype(np.int16)
+            return nib.Nifti1Image(np.rint(image.get_fdata()).astype(np.int16), image.affine, image.header)
         if output_type == "nifti":
             return image
         stored = np.asarray(image.dataobj, dtype=np.float32)

@@ -131,6 +131,30 @@ def test_a_common_spacing(folder):
     np.testing.assert_allclose(np.linalg.norm(item["affine"][:3, :3], axis=0), 1)
 
 
+def test_one_4d_file_fills_several_channels(folder):
+    for name, shape in SHAPES.items():
+        values = np.stack([np.full(shape, value, np.int16) for value in (100, 250, 700)], axis=-1)
+        save(values, folder / "images" / f"{name}.nii")
+    images = {"T2": "images/*.nii", "T1": "images/*.nii"}
+    item = dataset_of(folder, images=images, time_point={"T1": 0, "T2": 2})[0]
+    np.testing.assert_allclose(item["image"][:, 0, 0, 0], [0.4, -0.8], atol=1e-6)  # 700 and 100 of 0..1000
+    np.testing.assert_allclose(dataset_of(folder, time_point=1)[0]["image"], -0.5, atol=1e-6)
+    with pytest.raises(VolumeError, match="a.nii: holds 3 volumes, .*choose it with time_point"):
+        dataset_of(folder)
+    with pytest.raises(VolumeError, match="a.nii: has no time point 3"):
+        dataset_of(folder, time_point=3)
+
+
+def test_a_row_whose_file_is_missing_is_skipped_and_listed(folder):
+    (folder / "table.csv").write_text("case\na\nb\nnowhere\n")
+    table = {"table": "table.csv", "images": "images/{case}.nii", "masks": "labels/{case}.nii"}
+    with pytest.raises(ValueError, match="nowhere.nii: no such file"):
+        dataset_of(folder, **table)
+    dataset = dataset_of(folder, **table, on_error="skip")
+    assert [case.name for case in dataset.cases] == ["a", "b"]
+    assert dataset.skipped == [("nowhere", f"{folder / 'images/nowhere.nii'}: no such file")]
+
+
 def test_refused_files_stop_or_are_skipped_and_listed(folder, caplog):
     (folder / "images" / "b.nii").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     save(np.full(SHAPES["c"], 3.0, np.float32), folder / "images" / "c.nii")
@@ -291,6 +315,7 @@ data:
   label_map: {{9: 5}}
   label_names: {{0: background, 5: organ}}
   spacing: [1, 1, 2.5]
+  time_point: {{PET: 3}}
   intensity: {{CT: {{kind: window, low: -1000, high: 400}}, PET: {{kind: percentile, low: 0, high: 99.9}}}}
 """
     (folder / "config.yaml").write_text(yaml)
@@ -298,6 +323,7 @@ data:
     assert data.channels == ["CT", "PET"] and data.on_error == "skip"
     assert data.label_map == {9: 5} and data.label_names == {0: "background", 5: "organ"}
     assert data.spacing == (1.0, 1.0, 2.5)
+    assert (data.volume_number("CT"), data.volume_number("PET")) == (None, 3)
     assert data.scaling("CT") == IntensityScaling("window", -1000, 400)
     phantom = parser.instantiate(parser.parse_args(["--data.phantom={count: 3, shape: [8, 9, 10]}"])).data
     assert phantom.phantom == PhantomConfig(count=3, shape=(8, 9, 10))

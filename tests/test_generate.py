@@ -127,6 +127,21 @@ def test_other_settings_are_refused(inputs, generated, tmp_path):
         generate.main(arguments(inputs, tmp_path))
 
 
+def test_an_output_that_cannot_be_written_is_named_before_any_work(inputs, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(MedVolumePipeline, "__call__", None)
+    with pytest.raises(ValueError, match=r"--output .*file: cannot be written to: File exists"):
+        generate.main(arguments(inputs, tmp_path / "file"))
+
+
+def test_the_manifest_lists_our_volumes_alone(generated, tmp_path):
+    for path in generated.glob("a_*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    nib.save(mask_image((8, 8, 8)), tmp_path / "theirs.nii.gz")
+    (tmp_path / "theirs.json").write_text('{"Modality": "MR"}')
+    assert generate.write_manifest(tmp_path) == 2
+
+
 def test_masks_are_found_or_named(inputs, tmp_path):
     masks = inputs / "masks"
     found = generate.find_masks([str(masks)], tmp_path)
@@ -137,6 +152,9 @@ def test_masks_are_found_or_named(inputs, tmp_path):
     with pytest.raises(ValueError, match="another folder than the masks'"):
         generate.find_masks([str(masks)], masks)
     nib.save(mask_image((8, 8, 8)), tmp_path / "a.nii")
+    for half in ("hdr", "img"):
+        (tmp_path / f"pair.{half}.gz").touch()
+    assert generate.mask_stem(*(p for p in generate.find_masks([str(tmp_path)], masks) if "pair" in p.name)) == "pair"
     with pytest.raises(ValueError, match="have the same stem"):
         generate.find_masks([str(masks), str(tmp_path)], tmp_path / "out")
 

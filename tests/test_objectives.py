@@ -3,8 +3,10 @@
 import pytest
 import torch
 from diffusers import (
+    DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -93,7 +95,10 @@ def test_diffusion_schedulers_take_on_the_models_schedule():
     [
         (DDIMScheduler(), FLOW),
         (FlowMatchEulerDiscreteScheduler(), V),
-        (PNDMScheduler(), V),  # cannot rescale to zero terminal SNR
+        (PNDMScheduler(), EPS),  # diverges with its defaults
+        (DDIMInverseScheduler(), EPS),  # from data to noise
+        (DEISMultistepScheduler(), FLOW),  # stops short of the end
+        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), FLOW),
         (DDIMScheduler(num_train_timesteps=250), EPS),
     ],
 )

@@ -7,8 +7,8 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from tiny import labels_of, mask_image, seeded, tiny_pipeline
 
-from pipelines import read_sidecar, sidecar_path, write_synthetic
-from volumes import Volume
+from pipelines import MedVolumePipeline, read_sidecar, sidecar_path, write_synthetic
+from volumes import Volume, read_mask, resample
 
 OBLIQUE = np.array([[0.8, 0.6, 0, -20], [-0.6, 0.8, 0, 7], [0, 0, 1, 30], [0, 0, 0, 1]], dtype=float)
 STEPS = 2
@@ -75,6 +75,19 @@ def test_channels_and_ct_windows(monkeypatch):
     array = pipe(mask_image((8, 8, 5)), num_inference_steps=1, output_type="np").volumes[0]
     assert array.shape == (2, 8, 8, 5)
     np.testing.assert_allclose(array[0], 0.4, atol=1e-3)
+
+
+def test_ct_is_interpolated_before_it_is_rounded(tmp_path):
+    """A mask that was resampled since it was read: the volume goes back to its file's grid smoothly, as "np" does."""
+    pipe = tiny_pipeline(intensity=[{"kind": "window", "low": 0, "high": 256}])
+    nib.save(mask_image((16, 16, 8), np.diag([0.5, 0.5, 1, 1])), tmp_path / "fine.nii")
+    mask = resample(read_mask(tmp_path / "fine.nii"), (1.0, 1.0, 1.0), nearest=True)
+    image, array = (
+        pipe(mask, num_inference_steps=1, generator=seeded(5), output_type=kind).volumes[0] for kind in ("nifti", "np")
+    )
+    assert image.get_data_dtype() == np.int16 and image.header["descrip"].item().startswith(b"synthetic")
+    np.testing.assert_allclose(image.affine, np.diag([0.5, 0.5, 1, 1]))
+    np.testing.assert_allclose(voxels(image), array[0], atol=0.501)
 
 
 def test_a_narrow_window_is_not_rounded(monkeypatch):
@@ -243,6 +256,13 @@ def test_what_cannot_be_is_named(pipe):
         pipe()
     with pytest.raises(ValueError, match="3 generators for 2 volumes"):
         pipe([mask, mask], generator=seeded(1, 2, 3))
+    with pytest.raises(ValueError, match="holds one generator twice"):
+        pipe([mask, mask], generator=seeded(1) * 2)
+    with pytest.raises(ValueError, match="a torch.Generator or a list of them, got 3"):
+        pipe(mask, generator=3)
+    for sigmas in ([], [0.2, 0.6, 1.0], [1.0, 1.0, 0.5], [1.0, 0.0], [1.5, 0.5]):
+        with pytest.raises(ValueError, match="sigmas are noise levels"):
+            pipe(mask, sigmas=sigmas)
     with pytest.raises(ValueError, match="2 latents for 1 volumes"):
         pipe(mask, latents=torch.zeros(2, 4, 2, 2, 2))
     with pytest.raises(ValueError, match="must be 1 or more"):
@@ -252,6 +272,10 @@ def test_what_cannot_be_is_named(pipe):
 def test_parts_that_do_not_belong_together_are_refused():
     with pytest.raises(ValueError, match="the U-Net knows 4 labels, data names 3"):
         tiny_pipeline(num_labels=4)
+    parts = tiny_pipeline()
+    parts.vae.register_to_config(latents_mean=None, latents_std=None)
+    with pytest.raises(ValueError, match="no latent statistics"):
+        MedVolumePipeline(parts.vae, parts.unet, parts.scheduler, parts.data)
 
 
 def test_a_volume_says_that_it_is_synthetic(pipe, tmp_path):

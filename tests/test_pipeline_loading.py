@@ -119,6 +119,50 @@ def test_folders_that_are_no_pipeline_are_named(folder):
         MedVolumePipeline.from_pretrained(folder)
 
 
+def test_names_that_are_nowhere(folder):
+    for name in (folder / "gone", "weights/no_such_folder/pipeline"):
+        with pytest.raises(ValueError, match=f"{name}: no such folder here, nor is it found on the Hub"):
+            MedVolumePipeline.from_pretrained(name)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", None])
+def test_damaged_files_are_named(folder, content):
+    path = folder / "unet" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:5000] if content is None else content)
+    with pytest.raises(ValueError, match="unet/diffusion_pytorch_model.safetensors: is no whole safetensors file"):
+        MedVolumePipeline.from_pretrained(folder)
+    (folder / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match="model_index.json is no JSON"):
+        MedVolumePipeline.from_pretrained(folder)
+
+
+def test_weights_that_are_not_loaded_do_not_count(folder):
+    """Neither a backup beside the file, for keys or hash, nor a single file beside the shards that diffusers prefers."""
+    expected = MedVolumePipeline.from_pretrained(folder).model_hash
+    other = {key: tensor + 1 for key, tensor in load_file(folder / "unet" / WEIGHTS).items()}
+    save_file(other, folder / "unet" / "old.safetensors")
+    assert MedVolumePipeline.from_pretrained(folder).model_hash == expected
+    tiny_pipeline().save_pretrained(folder, max_shard_size="50KB")
+    save_file(other, folder / "unet" / WEIGHTS)
+    assert (folder / "unet" / f"{WEIGHTS}.index.json").is_file()
+    assert MedVolumePipeline.from_pretrained(folder).model_hash == expected
+    (folder / "vae" / WEIGHTS).unlink()
+    for path in (folder / "vae").glob("*-of-*.safetensors"):
+        path.unlink()
+        with pytest.raises(ValueError, match="is no whole safetensors file"):
+            MedVolumePipeline.from_pretrained(folder)
+
+
+def test_a_variant_is_checked_and_hashed_by_its_own_files(folder):
+    other = tiny_pipeline(seed=1)
+    other.save_pretrained(folder, variant="fp16")
+    assert MedVolumePipeline.from_pretrained(folder).model_hash == tiny_pipeline().model_hash
+    assert MedVolumePipeline.from_pretrained(folder, variant="fp16").model_hash == other.model_hash
+    change_weights(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors", lambda t: t.pop("conv_in.bias"))
+    with pytest.raises(ValueError, match="1 missing"):
+        MedVolumePipeline.from_pretrained(folder, variant="fp16")
+
+
 def test_the_hash_names_the_content(folder, tmp_path):
     """The same in memory, on disk and in half precision; another when a weight, a config or the data's meaning changes."""
     saved = tiny_pipeline()

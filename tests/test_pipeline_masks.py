@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import labels_of, mask_image, tiny_data
 
-from pipelines import VolumeProcessor
+from pipelines import VolumeProcessor, describe_mask
 from volumes import PADDING, Volume
 
 STRIDE = (4, 4, 4)
@@ -68,12 +68,30 @@ def test_a_label_map_to_nowhere_is_refused(processor):
         (torch.zeros(2, 8, 8, 8), "give several masks as a list"),
         (np.zeros((8, 8)), "expected"),
         ({"mask": 1}, "got dict"),
+        (Volume(labels_of((4, 5, 6))[None], np.diag([-1.0, -1, 1, 1])), "its axes run LPS, a Volume's run RAS"),
         ("nowhere.nii.gz", "nowhere.nii.gz: no such file"),
     ],
 )
 def test_what_is_no_mask_is_refused(processor, mask, message):
     with pytest.raises(ValueError, match=message):
         processor.preprocess(mask)
+
+
+def test_minus_one_is_a_label_where_the_model_has_it():
+    mask = np.zeros((4, 4, 4), dtype=np.int16)
+    mask[2:] = -1
+    canvas = VolumeProcessor(tiny_data(labels={"-1": "air", "0": "body"}), STRIDE).preprocess(mask)
+    np.testing.assert_array_equal(canvas.labels, mask + 1)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_the_hash_of_a_pair_is_of_both_files(tmp_path, suffix):
+    """Masks of one shape share their header: by it alone, an interrupted run would take another mask's volume for done."""
+    header, hashes = tmp_path / f"mask.hdr{suffix}", []
+    for seed in (0, 1):
+        nib.save(nib.Nifti1Pair(labels_of((4, 5, 6), seed), np.eye(4)), tmp_path / f"mask.img{suffix}")
+        hashes.append((describe_mask(header)["sha256"], describe_mask(tmp_path / f"mask.img{suffix}")["sha256"]))
+    assert hashes[0][0] == hashes[0][1] != hashes[1][0] == hashes[1][1]
 
 
 def test_background_everywhere_warns(processor):

@@ -149,12 +149,37 @@ def found(root, images):
         ({"subject": "who"}, "a1: no value for the subject column 'who'"),
         ({"split": "age"}, "a1: column 'age' says '50'; a split is one of train, validation, test"),
         ({"group_by": "^x"}, "a1: group_by '\\^x' matches nothing"),
+        ({"group_by": "^(x)?"}, "a1: group_by .* matches no character"),
         ({"table": None, "images": "pictures/*.nii"}, "no file matches pictures"),
     ],
 )
 def test_mistakes_are_named(tabled, change, reason):
     with pytest.raises(ValueError, match=reason):
         load_cases(DataConfig(**{**tabled, "masks": None, **change}))
+
+
+def test_space_around_a_value_makes_no_other_subject(tabled, tmp_path):
+    (tmp_path / "table.csv").write_text("scan, patient, fold\na1, A, train\na2,A ,test\nb1,B,train\n")
+    with pytest.raises(ValueError, match="subject A is in two splits"):
+        load_cases(DataConfig(**tabled, subject="patient", split="fold", validation_fraction=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("t.csv", "scan\né".encode("latin-1"), "in UTF-8: .*can't decode"),
+        ("t.csv", b"scan,patient,patient\na1,A,B\n", "two columns have one name"),
+        ("t.csv", b"scan,patient\na1,A\na2\n", "row 2 has 1 values, the header has 2 columns"),
+        ("t.csv", b"scan,patient\n", "expected rows"),
+        ("t.csv", b"", "expected rows"),
+        ("t.json", b'[{"scan": "a1",]', "cannot be read as a json table"),
+        ("t.json", b'{"scan": "a1"}', "expected rows"),
+    ],
+)
+def test_odd_tables_are_named(tabled, tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: .*{reason}"):
+        load_cases(DataConfig(**{**tabled, "table": name}))
 
 
 def test_two_volumes_of_one_name(tabled, tmp_path):
@@ -172,6 +197,9 @@ def test_two_volumes_of_one_name(tabled, tmp_path):
         ({"images": "*.nii", "subject": "s", "group_by": "x"}, "say the same thing twice"),
         ({"images": "*.nii", "validation_fraction": 1.0}, r"lies in \[0, 1\)"),
         ({"images": {"CT": "*.nii"}, "intensity": {"MR": None}}, "intensity names the channels"),
+        ({"images": {"CT": "*.nii"}, "time_point": {"MR": 0}}, "time_point names the channels"),
+        ({"images": "*.nii", "group_by": "(a"}, r"group_by '\(a' is no regular expression: missing \)"),
+        ({"images": "*.nii", "label_map": {5: 7}, "label_names": {0: "air"}}, r"label_map leads to \[7\]"),
     ],
 )
 def test_contradictions_in_the_config_are_named(arguments, reason):

@@ -140,6 +140,8 @@ class Loop:
     def run(self) -> dict[str, float]:
         """Train to `max_steps`, then validate. Returns the last validation's metrics, which are also in metrics.json.
 
+        The caller ends with `accelerator.end_training()`, which closes the trackers and the process group.
+
         Raises: RuntimeError after `max_skipped` steps in a row with non-finite gradients.
         """
         accelerator, options, state = self.accelerator, self.options, self.state
@@ -200,7 +202,6 @@ class Loop:
             (self.output / "metrics.json").write_text(
                 json.dumps({"step": state.step, "skipped": state.skipped, **metrics}, indent=1)
             )
-        accelerator.end_training()
         return metrics
 
     def _generator(self, *position: int) -> torch.Generator:
