@@ -141,6 +141,10 @@ def judge_reconstruction(options: Namespace, device: torch.device, dtype: torch.
     """`evaluate.py reconstruction`."""
     vae = load_autoencoder(Path(options.vae)).to(device)  # pyright: ignore[reportArgumentType]
     cases = [case for case in load_cases(options.data) if case.split == options.split]
+    if not cases:
+        raise ValueError(
+            f"no case is in split {options.split!r}; choose another --split, or see `data` in {options.config}"
+        )
     dataset = VolumeDataset(cases, options.data)
     start = time.perf_counter()
     with tqdm(

@@ -76,6 +76,17 @@ class AutoencoderStep:
             return self.vae.average(image, return_dict=False)[0].float()
 
 
+def freeze_encoder(vae: AutoencoderKL3D, source: str | None) -> None:
+    """Leave the encoder and the latents' statistics as they are in `source`. Raises: ValueError if they are not there."""
+    statistics = AutoencoderKL3D.load_config(source) if source else {}
+    if not isinstance(statistics, dict) or not statistics.get("latents_std"):
+        raise ValueError(
+            f"freeze_encoder needs --init_from, an autoencoder with latents_mean and latents_std; got {source}"
+        )
+    vae.encoder.requires_grad_(False)
+    vae.set_latent_statistics(statistics["latents_mean"], statistics["latents_std"])
+
+
 def main(args: list[str] | None = None) -> dict[str, float]:
     """Train as the config says. Returns the final validation's metrics."""
     config = parse_config(TrainVaeConfig, args)
@@ -86,6 +97,9 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     if config.init_from:
         fresh = initialise_from(vae, config.init_from)
         logger.info("started from %s; layers left fresh: %s", config.init_from, fresh or "none")
+
+    if config.freeze_encoder:
+        freeze_encoder(vae, config.init_from)
 
     train, held_out = load_split(config.data)
     if any(n % s for n, s in zip(config.crops.shape, vae.stride, strict=True)):
@@ -98,11 +112,12 @@ def main(args: list[str] | None = None) -> dict[str, float]:
 
     if accelerator.is_main_process:
         final = learner.average
-        volumes = ({key: item[key][None] for key in ("image", "fov")} for item in PaddedVolumes(train, vae.stride))
-        mean, std = latent_statistics(final, volumes)
-        final.set_latent_statistics(mean, std)
+        if not config.freeze_encoder:
+            volumes = ({key: item[key][None] for key in ("image", "fov")} for item in PaddedVolumes(train, vae.stride))
+            final.set_latent_statistics(*latent_statistics(final, volumes))
         save_model(final, output / "vae")
-        logger.info("saved %s (latents: mean %s, std %s)", output / "vae", mean, std)
+        statistics = (final.config["latents_mean"], final.config["latents_std"])
+        logger.info("saved %s (latents: mean %s, std %s)", output / "vae", *statistics)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return metrics

@@ -139,8 +139,13 @@ class AutoencoderKL3D(VolumeModel, AutoencoderMixin):
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian3D]:
         """Volumes (B, C, X, Y, Z) in [-1, 1] -> posterior over standardised latents (B, latent_channels, h, w, d).
 
-        Raises: ValueError if a side is not a multiple of the stride (pad first: `volumes.pad_to_multiple`).
+        Raises: ValueError for another number of channels, and if a side is not a multiple of the stride (pad first:
+        `volumes.pad_to_multiple`).
         """
+        if x.shape[1] != self.config["in_channels"]:
+            raise ValueError(
+                f"volume of {x.shape[1]} channels: this autoencoder takes {self.config['in_channels']} (its in_channels)"
+            )
         if any(n % s for n, s in zip(x.shape[2:], self.stride, strict=True)):
             raise ValueError(
                 f"volume of {tuple(x.shape[2:])} voxels: every side must be a multiple of {self.stride}; pad it first"

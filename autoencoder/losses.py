@@ -16,14 +16,24 @@ def masked_mean(values: Tensor, fov: Tensor) -> Tensor:
     return (values * weight).sum() / weight.sum().clamp_min(1.0)
 
 
+def difference(reconstruction: Tensor, target: Tensor) -> Tensor:
+    """reconstruction - target. Raises: ValueError for other shapes, which would broadcast: one channel against all."""
+    if reconstruction.shape != target.shape:
+        raise ValueError(
+            f"reconstruction is {tuple(reconstruction.shape)}, its target {tuple(target.shape)}: do the autoencoder's "
+            "in_channels and out_channels agree with the data?"
+        )
+    return reconstruction - target
+
+
 def l1_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor:
     """Mean absolute error inside the field of view."""
-    return masked_mean((reconstruction - target).abs(), fov)
+    return masked_mean(difference(reconstruction, target).abs(), fov)
 
 
 def mse_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor:
     """Mean squared error inside the field of view."""
-    return masked_mean((reconstruction - target) ** 2, fov)
+    return masked_mean(difference(reconstruction, target) ** 2, fov)
 
 
 def gradient_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor:
@@ -32,7 +42,7 @@ def gradient_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor
 
     It asks for the right edges, where an absolute error alone is content with a blur.
     """
-    error, losses = reconstruction - target, []
+    error, losses = difference(reconstruction, target), []
     for axis in (2, 3, 4):
         n = error.shape[axis] - 1
         both = fov.narrow(axis, 0, n) & fov.narrow(axis, 1, n)

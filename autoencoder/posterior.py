@@ -37,7 +37,8 @@ class DiagonalGaussian3D:
     def kl_map(self) -> Tensor:
         """KL(q || N(0, 1)) of the raw posterior in nats for every element, (B, C, h, w, d) (Kingma & Welling 2014,
         appendix B)."""
-        return 0.5 * (self.raw_mean**2 + self.raw_logvar.exp() - 1.0 - self.raw_logvar)
+        mean, logvar = self.raw_mean.float(), self.raw_logvar.float()  # autocast may have left them in bfloat16
+        return 0.5 * (mean**2 + logvar.exp() - 1.0 - logvar)
 
     def kl(self) -> Tensor:
         """KL of the raw posterior in nats, summed over channels and space: (B,)."""

@@ -1,4 +1,6 @@
-"""What PyTorch's choice of kernel costs a single small volume on a CPU:  python -m benchmarks.single_volume --output out/bench/single_volume.json
+"""What PyTorch's choice of kernel costs a single small volume on a CPU:
+
+python -m benchmarks.single_volume --output out/bench/single_volume.json
 
 Times one 3x3x3 convolution of the sizes that the shipped models run, by nn.Conv3d and by autoencoder.layers.Conv3d.
 """

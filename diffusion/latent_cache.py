@@ -8,6 +8,7 @@ to the stride with `PADDING`.
 
 import hashlib
 import json
+import uuid
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -38,12 +39,21 @@ class LatentAugmentation:
         flip_axes: axes along which the other versions are mirrored with probability 1/2 (0 is left-right).
         shift: whether the other versions are placed at a random offset below one stride, so that cells fall elsewhere.
         seed: of both.
+    Raises: ValueError without a version, and for other axes than 0, 1 and 2.
     """
 
     versions: int = 1
     flip_axes: tuple[int, ...] = ()
     shift: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.versions < 1:
+            raise ValueError(
+                f"the latent cache needs at least one version of each volume, got versions {self.versions}"
+            )
+        if not set(self.flip_axes) <= {0, 1, 2}:
+            raise ValueError(f"flip_axes of the latent cache are among 0, 1 and 2, got {tuple(self.flip_axes)}")
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -63,11 +73,11 @@ def _file_stamp(path: Path | None) -> list[object]:
 
 
 def cache_key(dataset: VolumeDataset, vae: AutoencoderKL3D, augmentation: LatentAugmentation) -> str:
-    """What the latents depend on, hashed: format, autoencoder, preprocessing, files (name, size, time),
-    augmentation."""
+    """What the latents depend on, hashed: format, encoder and its config, preprocessing, files (name, size, time),
+    augmentation. Another decoder makes no other latents."""
     config = {k: v for k, v in dict(vae.config).items() if not k.startswith("_")}
     cases = [[c.name, *(_file_stamp(p) for p in c.images.values()), _file_stamp(c.mask)] for c in dataset.cases]
-    parts = [FORMAT, weights_hash(vae), config, asdict(dataset.config), cases, asdict(augmentation)]
+    parts = [FORMAT, weights_hash(vae.encoder), config, asdict(dataset.config), cases, asdict(augmentation)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -135,7 +145,7 @@ def build_latent_cache(
             entry = {k: v.cpu().contiguous() for k, v in entry.items()} | (
                 {"mask": padded["mask"]} if "mask" in padded else {}
             )
-            partial = file.with_suffix(f".partial{shard[0]}")
+            partial = file.with_suffix(f".partial_{uuid.uuid4().hex}")  # another run may be filling the same cache
             save_file(entry, partial)
             partial.replace(file)
     return LatentDataset([f for versions in files for f in versions])

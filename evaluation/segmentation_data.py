@@ -129,10 +129,13 @@ def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
         name = case.name
     else:
         assert case.mask is not None
-        files = (
-            [pair.generated] if pair.generated is not None else [case.images[channel] for channel in config.channels]
-        )
-        name, mask, parts = str(files[0]), read_mask(case.mask), [read_volume(path) for path in files]
+        if pair.generated is not None:  # one file with all channels
+            files, numbers = [pair.generated], [None]
+        else:
+            files = [case.images[channel] for channel in config.channels]
+            numbers = [config.volume_number(channel) for channel in config.channels]
+        name, mask = str(files[0]), read_mask(case.mask)
+        parts = [read_volume(path, time_point=number) for path, number in zip(files, numbers, strict=True)]
         for path, part in zip(files, parts, strict=True):
             if not same_grid(part, mask):
                 raise VolumeError(

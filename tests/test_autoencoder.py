@@ -53,6 +53,23 @@ def test_sides_that_do_not_fit_the_stride_are_refused():
         small_vae().encode(torch.zeros(1, 1, 8, 9, 8))
 
 
+def test_channels_that_do_not_agree_are_refused():
+    """One reconstructed channel would broadcast against two real ones, and train, without a word."""
+    with pytest.raises(ValueError, match="2 channels: this autoencoder takes 1"):
+        small_vae().encode(torch.zeros(1, 2, 8, 8, 8))
+    fov = torch.ones(1, 1, 4, 4, 4, dtype=torch.bool)
+    for loss in (l1_loss, mse_loss, gradient_loss):
+        with pytest.raises(ValueError, match=r"\(1, 1, 4, 4, 4\).*\(1, 2, 4, 4, 4\).*out_channels"):
+            loss(torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 2, 4, 4, 4), fov)
+
+
+def test_kl_of_half_precision_moments_does_not_overflow():
+    """Mean 300, variance 1: 45,000 nats an element, whose square and whose sum float16 cannot hold."""
+    moments = torch.cat([torch.full((1, 1, 4, 4, 4), 300.0), torch.zeros(1, 1, 4, 4, 4)], 1).half()
+    posterior = DiagonalGaussian3D(moments, torch.zeros(1), torch.ones(1))
+    assert kl_loss(posterior, torch.ones(1, 1, 4, 4, 4, dtype=torch.bool)).item() == pytest.approx(45_000)
+
+
 def test_levels_that_do_not_match_are_refused():
     with pytest.raises(ValueError, match="one entry a level"):
         AutoencoderKL3D(channels=(8, 16, 32), strides=(2,), encoder_blocks=(1, 1), decoder_blocks=(1, 1))
@@ -70,7 +87,7 @@ def test_far_voxels_do_not_matter():
 
 
 def test_kl_is_that_of_torch_distributions_in_five_dimensions():
-    moments = torch.randn(2, 6, 3, 4, 5, dtype=torch.float64)
+    moments = torch.randn(2, 6, 3, 4, 5)
     mean, logvar = moments.chunk(2, 1)
     posterior = DiagonalGaussian3D(moments, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 0.5, 4.0]))
     expected = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(torch.zeros_like(mean), torch.ones_like(mean)))

@@ -23,7 +23,17 @@ from evaluation import (
     test_cases,
     train_segmenter,
 )
-from volumes import DataConfig, IntensityScaling, Volume, VolumeError, load_cases, make_phantom, read_mask, write_volume
+from volumes import (
+    DataConfig,
+    IntensityScaling,
+    Volume,
+    VolumeError,
+    load_cases,
+    make_phantom,
+    read_mask,
+    read_volume,
+    write_volume,
+)
 
 test_cases.__test__ = False  # a function of ours, not a test
 SHAPE = (16, 16, 16)
@@ -104,6 +114,16 @@ def test_a_volume_on_another_grid_is_refused_or_skipped(data):
     config.on_error = "skip"
     loaded = load_pairs(pairs, config, SHAPE)
     assert len(loaded.images) == 3 and loaded.skipped[0][0] == "case_9"
+
+
+def test_the_configs_time_point_of_real_files_is_read(data):
+    folder, config = data
+    case = learning_cases(load_cases(config))[0]
+    volume = read_volume(case.images["image"])
+    expected = load_pairs([Pair(case)], config, SHAPE).images
+    write_volume(volume.replace(np.concatenate([np.flip(volume.array, 1), volume.array])), case.images["image"])
+    config.time_point = 1
+    assert torch.equal(load_pairs([Pair(case)], config, SHAPE).images, expected)
 
 
 def test_a_segmenter_learns_what_is_plain(data):

@@ -67,6 +67,8 @@ def test_the_command_reads_config_and_weights(tmp_path, capsys):
     assert report["volumes"] == 2 and report["data"]["validation_fraction"] == 0.5
     assert 0 < report["psnr_db"]["mean"] < 30  # untrained
     assert "report.json" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no case is in split 'test'.*vae.yaml"):
+        evaluate.main([*args, "--vae", str(tmp_path / "run"), "--split", "test"])
     with pytest.raises(ValueError, match="nowhere: no autoencoder there"):
         evaluate.main([*args, "--vae", str(tmp_path / "nowhere")])
 

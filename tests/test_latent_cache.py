@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from autoencoder import AutoencoderKL3D
-from diffusion import LatentAugmentation, build_latent_cache, collate_latents, fold_mask
+from diffusion import LatentAugmentation, build_latent_cache, collate_latents, fold_mask, latent_cache
 from diffusion.latent_cache import cache_key, weights_hash
 from volumes import PADDING, DataConfig, IntensityScaling, PhantomConfig, VolumeDataset, load_cases
 
@@ -52,7 +53,9 @@ def test_a_finished_cache_is_read_and_an_interrupted_one_goes_on(tmp_path, vae, 
 def test_another_autoencoder_preprocessing_or_augmentation_is_another_cache(tmp_path, vae, dataset):
     first = build_latent_cache(dataset, vae, tmp_path, progress=False)
     key = cache_key(dataset, vae, LatentAugmentation())
-    assert key == cache_key(dataset, vae, LatentAugmentation())
+    with torch.no_grad():
+        vae.decoder[0].bias[0] += 1.0  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+    assert key == cache_key(dataset, vae, LatentAugmentation())  # latents do not depend on the decoder
     assert key != cache_key(dataset, vae, LatentAugmentation(versions=2))
     scaling = IntensityScaling(kind="percentile", low=0.5, high=90.0)
     other_scale = DataConfig(phantom=PhantomConfig(count=4, shape=(17, 14, 15)), intensity=scaling)
@@ -78,6 +81,23 @@ def test_weights_hash_sees_values_and_names():
 def test_a_shard_encodes_its_share_only(tmp_path, vae, dataset):
     files = build_latent_cache(dataset, vae, tmp_path, shard=(1, 2), progress=False).files
     assert [f.exists() for f in files] == [False, True, False, True]
+
+
+def test_two_runs_that_fill_one_cache_do_not_write_one_file(tmp_path, vae, dataset, monkeypatch):
+    """Each entry is written under a name of its own, so another process cannot cut it short before it is renamed."""
+    written = []
+    monkeypatch.setattr(latent_cache, "save_file", lambda entry, path: (written.append(path), save_file(entry, path)))
+    for file in build_latent_cache(dataset, vae, tmp_path, progress=False).files:
+        file.unlink()
+    files = build_latent_cache(dataset, vae, tmp_path, progress=False).files
+    assert len(set(written)) == 2 * len(files) and set(files[0].parent.iterdir()) == set(files)
+
+
+def test_augmentation_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="at least one version.*got versions 0"):
+        LatentAugmentation(versions=0)
+    with pytest.raises(ValueError, match=r"among 0, 1 and 2, got \(3,\)"):
+        LatentAugmentation(flip_axes=(3,))
 
 
 def test_augmented_versions_are_flipped_and_shifted_volumes(tmp_path, vae, dataset):

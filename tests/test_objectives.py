@@ -15,7 +15,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from diffusion import OBJECTIVES, fit_scheduler, make_scheduler, training_loss
+from diffusion import OBJECTIVES, denoise, fit_scheduler, make_scheduler, training_loss
 from diffusion.objectives import noisy_and_target, sample_timesteps
 
 FLOW, V, EPS = OBJECTIVES
@@ -109,6 +109,28 @@ def test_schedulers_that_cannot_speak_it_are_refused_with_a_remedy(scheduler, ob
 
 def test_euler_discrete_is_fit_for_eps():
     assert fit_scheduler(EulerDiscreteScheduler(), EPS).config.beta_schedule == "squaredcos_cap_v2"
+
+
+class AlmostRight(torch.nn.Module):
+    """The best prediction for latents of N(0, 1), eps = sqrt(1 - a) x_t, v = 0, but for an error of 0.01."""
+
+    def __init__(self, objective):
+        super().__init__()
+        self.objective, self.alphas = objective, make_scheduler(objective).alphas_cumprod
+        self.generator = torch.Generator().manual_seed(2)
+
+    def forward(self, sample, timestep, return_dict=True):
+        best = (1 - self.alphas[timestep.long()]).sqrt() * sample if self.objective == EPS else 0.0 * sample
+        return (best + 0.01 * torch.randn(sample.shape, generator=self.generator),)
+
+
+@pytest.mark.parametrize("objective", [V, EPS])
+@pytest.mark.parametrize("solver", [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_an_error_of_the_model_does_not_grow_while_sampling(solver, objective):
+    """Latents of unit variance come back; from pure noise, eps would give them a standard deviation of 8 to 15."""
+    noise = torch.randn(1, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    out = denoise(AlmostRight(objective), noise, fit_scheduler(solver(), objective), {}, num_inference_steps=20)
+    assert out.std().item() == pytest.approx(1, abs=0.06)
 
 
 class Perfect(torch.nn.Module):

@@ -217,7 +217,7 @@ def test_schedulers_are_converted_or_refused():
     euler = tiny_pipeline()(mask, num_inference_steps=50, generator=seeded(0)).volumes[0]
     assert np.abs(voxels(out.volumes[0]) - voxels(euler)).mean() < 4  # the same ODE, of a range of 200
     pipe.scheduler = DDIMScheduler()
-    with pytest.raises(ValueError, match="DDIMScheduler cannot sample a rectified-flow model"):
+    with pytest.raises(ValueError, match="DDIMScheduler cannot sample a model that predicts rectified_flow"):
         pipe(mask)
 
 

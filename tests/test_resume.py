@@ -180,3 +180,20 @@ def test_an_autoencoder_without_statistics_is_refused(tmp_path):
     AutoencoderKL3D(channels=(4, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1)).save_pretrained(tmp_path / "vae")
     with pytest.raises(ValueError, match="no latents_mean and latents_std"):
         run(train_ldm, tmp_path / "run", f"--vae={tmp_path / 'vae'}")
+
+
+def test_a_frozen_encoder_keeps_its_latents(tmp_path, vae_folder):
+    model = (
+        "--model={class: autoencoder.AutoencoderKL3D, channels: [4, 8], encoder_blocks: [1, 1], decoder_blocks: [1, 1]}"
+    )
+    run(train_vae, tmp_path, model, f"--init_from={vae_folder}", "--freeze_encoder=true", "--loop.max_steps=3")
+    before, after = (AutoencoderKL3D.from_pretrained(folder) for folder in (vae_folder, tmp_path / "vae"))
+    changed = {
+        key.split(".")[0]
+        for key, value in before.state_dict().items()
+        if not torch.equal(value, after.state_dict()[key])
+    }
+    assert changed == {"decoder"}
+    assert after.config["latents_mean"] == [0.1] * 4 and after.config["latents_std"] == [0.5] * 4
+    with pytest.raises(ValueError, match="freeze_encoder needs --init_from"):
+        run(train_vae, tmp_path / "other", model, "--freeze_encoder=true")

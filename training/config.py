@@ -148,6 +148,7 @@ class TrainVaeConfig:
         loop: how long and in which rhythm.
         resume: "latest", or a checkpoint folder of this run, to go on from exactly there.
         init_from: folder of a trained autoencoder to start from (fine-tuning).
+        freeze_encoder: train the decoder alone, so that the latents of `init_from`, and a diffusion model of them, stay.
     """
 
     output: str
@@ -159,6 +160,7 @@ class TrainVaeConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     resume: str | None = None
     init_from: str | None = None
+    freeze_encoder: bool = False
 
 
 @dataclass

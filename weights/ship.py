@@ -3,9 +3,9 @@
 python weights/ship.py output/hippocampus/ldm/pipeline weights/hippocampus --masks ../shared/data/hippocampus/labels \
     --cases hippocampus_010 hippocampus_011 --results out/results --card configs/hippocampus/card.md
 
-Every `{name}` in the card is filled from the results: `{reconstruction.psnr.mean:.2f}` is results/reconstruction.json
-["psnr"]["mean"]; `{files}` is the total size. A figure that no result file holds is an error, so a card cannot claim
-what was not measured.
+Every `{name}` in the card is filled from the results: `{reconstruction.psnr_db.mean:.2f}` is results/reconstruction.json
+["psnr_db"]["mean"]; `{megabytes}`, `{bands}` and `{scores.SOURCE}` are made here. A figure that no result file holds is an
+error, so a card cannot claim what was not measured.
 """
 
 import argparse
@@ -45,8 +45,20 @@ def main(args: list[str] | None = None) -> None:
     size = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
     if size > LIMIT:
         raise ValueError(f"{target}: weights of {size / 1e6:.1f} MB, the limit is {LIMIT / 1e6:.0f} MB")
-    (target / "README.md").write_text(fill(options.card.read_text(), {**results, "megabytes": size / 1e6}))
+    figures = {**results, **summaries(results), "megabytes": size / 1e6}
+    (target / "README.md").write_text(fill(options.card.read_text(), figures))
     print(f"{target}: {size / 1e6:.1f} MB of weights, {len(options.cases)} masks, {len(results)} result files")
+
+
+def summaries(results: dict[str, Any]) -> dict[str, Any]:
+    """Lists as the card prints them: power ratios by band from 0.2 cycles a voxel, Dice with each seed's beside."""
+    ratios = results["reconstruction"]["spectrum"]["ratio_db"]
+    bands = [f"{band}: {value:+.1f}" for band, value in ratios.items() if float(band.split("-")[0]) >= 0.2]
+    scores = {}
+    for source, runs in results["dice"]["scores"].items():
+        values = [run["dice"] for run in runs]
+        scores[source] = f"{sum(values) / len(values):.4f} ({', '.join(f'{value:.4f}' for value in values)})"
+    return {"bands": ", ".join(bands), "scores": scores}
 
 
 def fill(card: str, values: dict[str, Any]) -> str:
@@ -61,7 +73,7 @@ def fill(card: str, values: dict[str, Any]) -> str:
                 raise ValueError(f"the model card asks for {match['path']}, but no result holds it") from error
         return format(value, match["format"] or "")
 
-    return re.sub(r"\{(?P<path>[\w.%-]+)(?::(?P<format>[^}]*))?\}", figure, card)
+    return re.sub(r"\{(?P<path>[\w./%-]+)(?::(?P<format>[^}]*))?\}", figure, card)
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
