@@ -20,7 +20,6 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
-import autoencoder
 from evaluation import (
     CROP,
     ITERATIONS,
@@ -40,7 +39,7 @@ from evaluation import (
     test_cases,
     write_report,
 )
-from pipelines.loading import check_weights
+from pipelines.loading import load_autoencoder
 from training import resolve_precision
 from volumes import DataConfig, VolumeDataset, load_cases
 
@@ -139,7 +138,7 @@ def read_data_section(path: Path) -> dict[str, Any]:
 
 def judge_reconstruction(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     """`evaluate.py reconstruction`."""
-    vae = load_autoencoder(Path(options.vae)).to(device)  # pyright: ignore[reportArgumentType]
+    vae = load_autoencoder(options.vae).to(device)  # pyright: ignore[reportArgumentType]
     cases = [case for case in load_cases(options.data) if case.split == options.split]
     if not cases:
         raise ValueError(
@@ -176,17 +175,6 @@ def judge_reconstruction(options: Namespace, device: torch.device, dtype: torch.
     print("  ".join(f"{band}: {value:+.1f}" for band, value in result["spectrum"]["ratio_db"].items()))
     print(f"report: {options.output}")
     return report
-
-
-def load_autoencoder(folder: Path) -> autoencoder.AutoencoderKL3D:
-    """The autoencoder in `folder` or in its subfolder vae/, every key accounted for. Raises ValueError where there is none."""
-    found = next((path for path in (folder, folder / "vae") if (path / "config.json").is_file()), None)
-    if found is None:
-        raise ValueError(
-            f"{folder}: no autoencoder there (config.json, or vae/config.json); give a folder that train_vae.py wrote"
-        )
-    check_weights(found, autoencoder.AutoencoderKL3D)
-    return autoencoder.AutoencoderKL3D.from_pretrained(found, use_safetensors=True).eval()
 
 
 def judge_dice(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from diffusion import (
     training_loss,
 )
 from pipelines import MedVolumePipeline
+from pipelines.loading import load_autoencoder
 from training import (
     Learner,
     Loop,
@@ -94,19 +95,6 @@ class DiffusionStep:
         return slices_figure(columns)
 
 
-def load_autoencoder(folder: str) -> AutoencoderKL3D:
-    """The trained autoencoder, frozen.
-
-    Raises: ValueError if its weights do not fit its config or its latents were never measured.
-    """
-    vae = AutoencoderKL3D.from_pretrained(folder)
-    if vae.config["latents_std"] is None:
-        raise ValueError(
-            f"{folder}: no latents_mean and latents_std in its config; train_vae.py measures them when it ends"
-        )
-    return vae.eval().requires_grad_(False)
-
-
 def complete_model(section: dict[str, Any], vae: AutoencoderKL3D, num_labels: int) -> dict[str, Any]:
     """The model section with what autoencoder and data decide; `num_labels: 0` asks for a model without a mask.
 
@@ -160,6 +148,8 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     config.model = complete_model(config.model, vae, train.num_labels)
     set_seed(config.loop.seed)
     unet: LatentUNet3D = build_model(config.model)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     if config.init_from:
         fresh = initialise_from(unet, config.init_from)
         logger.info("started from %s; layers left fresh: %s", config.init_from, fresh or "none")

@@ -94,11 +94,14 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     accelerator = make_accelerator(config)
     set_seed(config.loop.seed)
     vae: AutoencoderKL3D = build_model(config.model)
+    fresh = initialise_from(vae, config.init_from) if config.init_from else []
     if config.init_from:
-        fresh = initialise_from(vae, config.init_from)
         logger.info("started from %s; layers left fresh: %s", config.init_from, fresh or "none")
-
     if config.freeze_encoder:
+        if untrained := [name for name in fresh if name.startswith("encoder")]:
+            raise ValueError(
+                f"freeze_encoder: {config.init_from} has no weights that fit {untrained}; train them first"
+            )
         freeze_encoder(vae, config.init_from)
 
     train, held_out = load_split(config.data)

@@ -9,6 +9,8 @@ import torch
 from diffusers.pipelines import pipeline_loading_utils
 from safetensors import SafetensorError, safe_open
 
+from autoencoder import AutoencoderKL3D
+
 # Top-level packages that hold components of a pipeline.
 PACKAGES = ("autoencoder", "diffusion")
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name for the files of a model
@@ -48,6 +50,25 @@ def check_folder(folder: str | Path, variant: str | None = None) -> None:
             if model_class is None:
                 raise ValueError(f"{folder}: model_index.json asks for {entry[1]}, which {entry[0]} does not have")
             check_weights(folder / name, model_class, variant)
+
+
+def load_autoencoder(folder: str | Path) -> AutoencoderKL3D:
+    """The trained autoencoder in `folder`, or in its subfolder vae/ (a run or a pipeline), for inference.
+
+    Raises: ValueError where there is none, where its weights do not fit, or where its latents were never measured.
+    """
+    folder = Path(folder)
+    found = next((path for path in (folder, folder / "vae") if (path / "config.json").is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"{folder}: no autoencoder there (config.json, or vae/config.json); give a folder that train_vae.py wrote"
+        )
+    vae = AutoencoderKL3D.from_pretrained(found)
+    if vae.config["latents_std"] is None:
+        raise ValueError(
+            f"{found}: no latents_mean and latents_std in its config; train_vae.py measures them when it ends"
+        )
+    return vae.eval().requires_grad_(False)
 
 
 def check_weights(folder: Path, model_class: type, variant: str | None = None) -> None:

@@ -44,7 +44,7 @@ class TrainState:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if p.is_dir())
+    return sorted((p for p in folder.glob("step_*") if p.is_dir()), key=lambda p: int(p.name.removeprefix("step_")))
 
 
 def find_checkpoint(resume: str, folder: Path) -> Path | None:

@@ -175,6 +175,7 @@ class TrainLdmConfig:
         model: `class:` and that class's constructor arguments; what the autoencoder and the labels decide may be
             left out.
         cache: latents of the training volumes.
+        gradient_checkpointing: compute the U-Net's activations again in the backward pass instead of keeping them.
         inference_steps: denoising steps of the previews.
         optimizer: how weights move.
         loop: how long and in which rhythm.
@@ -187,6 +188,7 @@ class TrainLdmConfig:
     data: DataConfig
     model: dict[str, Any]
     cache: LatentCacheConfig = field(default_factory=LatentCacheConfig)
+    gradient_checkpointing: bool = False
     inference_steps: int = 20
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)

@@ -8,13 +8,14 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, send_to_device
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object, send_to_device
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -75,7 +76,11 @@ def make_accelerator(config: Any) -> Accelerator:
         raise ValueError(f"{config.output} already holds a run; go on with --resume latest, or choose another --output")
     precision = resolve_precision(options.mixed_precision)
     trackers: list[Any] | None = list(options.trackers) or None
-    accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=config.output)
+    # others wait while the main process reads, measures or draws; the default of ten minutes is short for large data
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    accelerator = Accelerator(
+        mixed_precision=precision, log_with=trackers, project_dir=config.output, kwargs_handlers=[patience]
+    )
     if absent := set(options.trackers) - {str(tracker) for tracker in accelerator.log_with}:
         raise ValueError(
             f"loop.trackers: {sorted(absent)} not installed; install it, or leave it out (--loop.trackers [] for none)"

@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ class Progress:
         self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
         if self.bar.disable and self.enabled:
             seconds = (time.monotonic() - self.began) / max(1, step - self.start)
-            left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.total - step)))
+            left = timedelta(seconds=round(seconds * (self.total - step)))
             text = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
             logger.info("step %d/%d  %s  %.3f s/step  %s left", step, self.total, text, seconds, left)
 

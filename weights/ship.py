@@ -26,25 +26,25 @@ def main(args: list[str] | None = None) -> None:
     """Write the folder. Raises: ValueError for a mask or result that is missing, or a folder over the limit."""
     options = parse(args)
     target: Path = options.target
+    masks = [options.masks / f"{name}.nii.gz" for name in options.cases]
+    for path in (*masks, options.card):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+    reports = sorted(options.results.glob("*.json"))
+    results = {path.stem: json.loads(path.read_text()) for path in reports}
+
     pipe = MedVolumePipeline.from_pretrained(options.pipeline)
     pipe.to(torch.float16)
     pipe.save_pretrained(target)
-
-    (target / "masks").mkdir(exist_ok=True)
-    for name in options.cases:
-        source = options.masks / f"{name}.nii.gz"
-        if not source.is_file():
-            raise ValueError(f"{source}: no such mask")
-        shutil.copyfile(source, target / "masks" / source.name)
-
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(options.results.glob("*.json"))}
-    (target / "results").mkdir(exist_ok=True)
-    for path in options.results.glob("*.json"):
-        shutil.copyfile(path, target / "results" / path.name)
-
     size = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
     if size > LIMIT:
         raise ValueError(f"{target}: weights of {size / 1e6:.1f} MB, the limit is {LIMIT / 1e6:.0f} MB")
+    for folder, files in (("masks", masks), ("results", reports)):
+        shutil.rmtree(target / folder, ignore_errors=True)
+        (target / folder).mkdir()
+        for path in files:
+            shutil.copyfile(path, target / folder / path.name)
+
     figures = {**results, **summaries(results), "megabytes": size / 1e6}
     (target / "README.md").write_text(fill(options.card.read_text(), figures))
     print(f"{target}: {size / 1e6:.1f} MB of weights, {len(options.cases)} masks, {len(results)} result files")
