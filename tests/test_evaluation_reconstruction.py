@@ -58,6 +58,7 @@ def test_reconstructions_are_clamped():
 
 def test_the_command_reads_config_and_weights(tmp_path, capsys):
     vae = AutoencoderKL3D(channels=(4, 8), latent_channels=2, encoder_blocks=(0, 0), decoder_blocks=(0, 0))
+    vae.set_latent_statistics([0.0, 0.0], [1.0, 1.0])
     vae.save_pretrained(tmp_path / "run" / "vae")
     (tmp_path / "vae.yaml").write_text(yaml.safe_dump({"data": {"phantom": {"count": 4, "shape": [30, 30, 30]}}}))
     args = ["reconstruction", "--config", str(tmp_path / "vae.yaml"), "--output", str(tmp_path / "out" / "report.json")]
