@@ -101,7 +101,7 @@ def parse(args: list[str] | None) -> Namespace:
         help="voxels that volumes are cropped or padded to; multiples of 8",
     )
     usefulness.add_argument(
-        "--real_report", type=str, help="earlier report whose scores of real are taken instead of training again"
+        "--earlier", nargs="+", default=[], help="earlier reports whose scores are taken instead of training again"
     )
     commands.add_subcommand("dice", usefulness)
     parsed = parser.instantiate(parser.parse_args(args))
@@ -197,8 +197,8 @@ def judge_dice(options: Namespace, device: torch.device, dtype: torch.dtype | No
         "data": dataclasses.asdict(config),
         **provenance(),
     }
-    if options.real_report:
-        report["scores"]["real"] = real_scores(Path(options.real_report), report)
+    for path in options.earlier:
+        report["scores"].update(earlier_scores(Path(path), report))
     num_labels = len(label_values(config))
     judged = load_pairs([Pair(case) for case in judge], config, shape)
     report["skipped"] = dict(judged.skipped)
@@ -225,6 +225,8 @@ def judge_dice(options: Namespace, device: torch.device, dtype: torch.dtype | No
             report["ratios"] = ratios(report["scores"])
             write_report(options.output, report)
             print(f"{source}, seed {seed}: Dice {result['dice']:.4f}, {result['seconds']:.0f} s", flush=True)
+    report["ratios"] = ratios(report["scores"])
+    write_report(options.output, report)
     for source, results in report["scores"].items():
         print(
             f"{source}: {sum(r['dice'] for r in results) / len(results):.4f}  {[round(r['dice'], 4) for r in results]}"
@@ -235,18 +237,20 @@ def judge_dice(options: Namespace, device: torch.device, dtype: torch.dtype | No
     return report
 
 
-def real_scores(path: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Scores of real from an earlier report. Raises ValueError unless it was measured on the same data by the same protocol."""
+def earlier_scores(path: Path, report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Scores by source of an earlier report. Raises ValueError unless it was measured on the same data by the same protocol."""
     earlier = json.loads(path.read_text())
     for key in ("protocol", "data"):
         if json.loads(json.dumps(report[key])) != earlier.get(key):
-            raise ValueError(f"{path}: was measured with another {key} ({earlier.get(key)}); train on real again")
-    for source in ("real", "judge"):
-        if earlier["volumes"][source] != report["volumes"][source]:
+            raise ValueError(f"{path}: was measured with another {key} ({earlier.get(key)}); train again")
+    if set(earlier["scores"]) != {"real"} and earlier["synthetic"] != report["synthetic"]:
+        raise ValueError(f"{path}: learned from the volumes in {earlier['synthetic']}, not in {report['synthetic']}")
+    for source in ("judge", *earlier["scores"]):
+        if earlier["volumes"][source] != report["volumes"].get(source):
             raise ValueError(
-                f"{path}: has {earlier['volumes'][source]} volumes ({source}), not {report['volumes'][source]}"
+                f"{path}: has {earlier['volumes'][source]} volumes ({source}), not {report['volumes'].get(source)}"
             )
-    return earlier["scores"]["real"]
+    return earlier["scores"]
 
 
 class StepClock:

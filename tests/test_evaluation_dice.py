@@ -153,7 +153,7 @@ def test_the_report_and_its_ratios(data, capsys):
     ]
     args += ["--device", "cpu", "--precision", "no"]
     evaluate.main([*args, "--train_on", "real", "--output", str(folder / "real.json")])
-    args += ["--synthetic", str(folder / "made"), "--real_report", str(folder / "real.json")]
+    args += ["--synthetic", str(folder / "made"), "--earlier", str(folder / "real.json")]
     evaluate.main([*args, "--train_on", "synthetic", "both", "--output", str(folder / "dice.json")])
     report = json.loads((folder / "dice.json").read_text())
     assert report["volumes"] == {"judge": 2, "real": 4, "synthetic": 4, "both": 8}
@@ -165,6 +165,12 @@ def test_the_report_and_its_ratios(data, capsys):
     )
     assert len(scores["both"]) == 2 and report["machine"]["cores"] >= 1
     assert report["scores"]["real"] == json.loads((folder / "real.json").read_text())["scores"]["real"]
+    merged = ["--train_on", "real", "synthetic", "--earlier", str(folder / "real.json"), str(folder / "dice.json")]
+    again = evaluate.main([*args[:-2], *merged, "--output", str(folder / "merged.json")])  # nothing is left to train
+    assert again["scores"] == report["scores"] and again["ratios"] == report["ratios"]
+    with pytest.raises(ValueError, match="learned from the volumes in"):
+        elsewhere = ["--synthetic", str(folder / "made" / ".."), "--output", str(folder / "other.json")]
+        evaluate.main([*args, *elsewhere, "--earlier", str(folder / "dice.json")])
     with pytest.raises(ValueError, match="another protocol"):
         evaluate.main([*args, "--train_on", "synthetic", "--iterations", "6", "--output", str(folder / "other.json")])
 
