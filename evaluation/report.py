@@ -17,12 +17,18 @@ ROOT = Path(__file__).resolve().parents[1]
 def provenance() -> dict[str, Any]:
     """The command, when, the machine, and the versions: what it takes to run a measurement again."""
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", program(), *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git_commit(),
         "machine": machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
+
+
+def program() -> str:
+    """The script that runs, relative to the clone where it lies in it (a report names no folder of one machine)."""
+    path = Path(sys.argv[0]).resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def machine() -> dict[str, Any]:
