@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -169,7 +170,8 @@ def test_the_report_and_its_ratios(data, capsys):
     again = evaluate.main([*args[:-2], *merged, "--output", str(folder / "merged.json")])  # nothing is left to train
     assert again["scores"] == report["scores"] and again["ratios"] == report["ratios"]
     with pytest.raises(ValueError, match="learned from the volumes in"):
-        elsewhere = ["--synthetic", str(folder / "made" / ".."), "--output", str(folder / "other.json")]
+        copied = shutil.copytree(folder / "made", folder / "made_elsewhere")
+        elsewhere = ["--synthetic", str(copied), "--output", str(folder / "other.json")]
         evaluate.main([*args, *elsewhere, "--earlier", str(folder / "dice.json")])
     with pytest.raises(ValueError, match="another protocol"):
         evaluate.main([*args, "--train_on", "synthetic", "--iterations", "6", "--output", str(folder / "other.json")])
