@@ -44,7 +44,7 @@ class Conv3d(nn.Conv3d):
     """nn.Conv3d that does not fall into PyTorch's slow CPU kernel for a single small volume.
 
     PyTorch (seen in 2.13) calls oneDNN only if batch > 1 or batch * C * X * Y > 20480, and an im2col kernel
-    otherwise, which on the latents of one volume is two to six times slower (python -m benchmarks.single_volume).
+    otherwise, which on the latents of one volume is two to four times slower (python -m benchmarks.single_volume).
     oneDNN is called here by name, in inference.
     """
 
