@@ -6,7 +6,7 @@ what it costs one level up.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -29,13 +29,34 @@ from .layers import (
 )
 from .model import VolumeModel
 from .posterior import DiagonalGaussian3D
+from .streaming import stream_slabs, streaming, whole_cells
+
+SLAB_BYTES = 1 << 28  # of a slab's activations; thicker slabs are not faster
+WHOLE_BYTES = 1 << 29  # of a volume's activations, up to which it is coded in one piece unless tiling is asked for
+LIVE_ACTIVATIONS = 4  # a residual block in inference: its input, and norm, activation and convolution one after another
 
 
 def _blocks(channels: int, count: int) -> list[nn.Module]:
     return [ResidualBlock(channels) for _ in range(count)]
 
 
-class Encoder(nn.Sequential):
+class Trunk(nn.Sequential):
+    """Layers one after another; with gradient checkpointing the residual blocks keep only their inputs (Chen et al.
+    2016)."""
+
+    gradient_checkpointing = False  # set by diffusers' enable_gradient_checkpointing, with the function
+
+    def forward(self, x: Tensor) -> Tensor:
+        checkpointing = self.gradient_checkpointing and torch.is_grad_enabled() and not streaming()
+        for layer in self:
+            if checkpointing and isinstance(layer, ResidualBlock):
+                x = self._gradient_checkpointing_func(layer, x)  # pyright: ignore[reportCallIssue]
+            else:
+                x = layer(x)
+        return x
+
+
+class Encoder(Trunk):
     """(B, in_channels * patch, X/p, Y/p, Z/p) -> raw moments (B, 2 * latent_channels, h, w, d)."""
 
     def __init__(
@@ -53,7 +74,7 @@ class Encoder(nn.Sequential):
         super().__init__(*layers)
 
 
-class Decoder(nn.Sequential):
+class Decoder(Trunk):
     """Raw latents (B, latent_channels, h, w, d) -> (B, out_channels * patch, X/p, Y/p, Z/p)."""
 
     def __init__(
@@ -87,7 +108,8 @@ class AutoencoderKL3D(VolumeModel, AutoencoderMixin):
         latents_mean, latents_std: statistics of the raw latents over the training set, set by `set_latent_statistics`.
     """
 
-    _supports_gradient_checkpointing = False
+    _supports_gradient_checkpointing = True
+    _group_offload_block_modules = ["encoder", "decoder"]  # diffusers would slice them, and cannot rebuild a slice
 
     @register_to_config
     def __init__(
@@ -115,7 +137,43 @@ class AutoencoderKL3D(VolumeModel, AutoencoderMixin):
         patch = math.prod(self.patch_size)
         self.encoder = Encoder(in_channels * patch, latent_channels, channels, level_strides, encoder_blocks)
         self.decoder = Decoder(latent_channels, out_channels * patch, channels, level_strides, decoder_blocks)
+        self.use_tiling: bool | None = None  # by size, until enable_tiling or disable_tiling is called
+        self.slab_bytes = SLAB_BYTES
         self.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+
+    def enable_tiling(self, slab_bytes: int = SLAB_BYTES) -> None:
+        """Encode and decode in slabs along the third axis, with the same result as in one piece to rounding: see
+        `autoencoder.streaming`. Memory then does not grow with the third axis, but for the result itself.
+
+        Without this call, and without `disable_tiling`, volumes whose `activation_bytes` exceed 512 MiB are coded so
+        in inference.
+
+        Args:
+            slab_bytes: what the activations of one slab may take. At least one plane of latents is coded at a time; the
+                first and the last slab also hold the few planes by which layers wait for each other.
+        """
+        super().enable_tiling()
+        self.slab_bytes = slab_bytes
+
+    def activation_bytes(self, shape: Sequence[int], batch: int = 1) -> int:
+        """About how much memory encoding or decoding `shape` (X, Y, Z) voxels in one piece takes, in bytes, besides
+        weights, volume and latents: the largest level's channels, for the tensors that live at once."""
+        strides, widths = [self.patch_size, *map(as_stride, self.config["strides"])], self.config["channels"]
+        elements, voxels = 0, math.prod(shape) * batch
+        for width, stride in zip(widths, strides, strict=True):
+            voxels = voxels / math.prod(stride)
+            elements = max(elements, round(width * voxels))
+        return LIVE_ACTIVATIONS * elements * self.dtype.itemsize
+
+    def slab_planes(self, shape: Sequence[int], batch: int = 1) -> int:
+        """How many planes of latents a slab of a volume of `shape` (X, Y, Z) voxels holds, by `slab_bytes`."""
+        plane = self.activation_bytes((*shape[:2], self.stride[2]), batch)
+        return max(self.slab_bytes // plane, 1)
+
+    def _tiled(self, shape: Sequence[int], batch: int) -> bool:
+        if self.use_tiling is None:
+            return not torch.is_grad_enabled() and self.activation_bytes(shape, batch) > WHOLE_BYTES
+        return self.use_tiling
 
     def set_latent_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Store the training set's statistics of the raw latents (see `latent_statistics`) in the config, where
@@ -150,16 +208,47 @@ class AutoencoderKL3D(VolumeModel, AutoencoderMixin):
             raise ValueError(
                 f"volume of {tuple(x.shape[2:])} voxels: every side must be a multiple of {self.stride}; pad it first"
             )
-        moments = self.encoder(space_to_depth(x, self.patch_size))
+        if self._tiled(x.shape[2:], len(x)):
+            slabs = x.split(self.stride[2] * self.slab_planes(x.shape[2:], len(x)), dim=4)
+            cells = [n // s for n, s in zip(x.shape[2:], self.stride, strict=True)]
+            moments = _assemble(stream_slabs(self._encode, slabs), cells)
+        else:
+            moments = self._encode(x)
         posterior = DiagonalGaussian3D(moments, *self._statistics(moments))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)  # pyright: ignore[reportArgumentType]
 
     @apply_forward_hook
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Standardised latents (B, latent_channels, h, w, d) -> volumes (B, C, X, Y, Z), not clamped."""
-        mean, std = (v.view(1, -1, 1, 1, 1) for v in self._statistics(z))
-        sample = depth_to_space(self.decoder(z * std + mean), self.patch_size)
+        voxels = [n * s for n, s in zip(z.shape[2:], self.stride, strict=True)]
+        if self._tiled(voxels, len(z)):
+            sample = _assemble(self.decode_slabs(z), voxels)
+        else:
+            sample = self._decode(z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def encode_slabs(self, slabs: Iterable[Tensor]) -> Iterator[DiagonalGaussian3D]:
+        """Encode a volume that is read piece by piece: consecutive slabs (B, C, X, Y, z) along the third axis, of any
+        thickness -> posteriors (B, latent_channels, h, w, d), which together are the volume's.
+
+        Raises: ValueError if there are no slabs, or together they are no multiple of the stride.
+        """
+        for moments in stream_slabs(self._encode, slabs):
+            yield DiagonalGaussian3D(moments, *self._statistics(moments))
+
+    def decode_slabs(self, z: Tensor) -> Iterator[Tensor]:
+        """Decode into consecutive slabs (B, C, X, Y, z) along the third axis, for results that go to disk."""
+        voxels = [n * s for n, s in zip(z.shape[2:], self.stride, strict=True)]
+        return stream_slabs(self._decode, z.split(self.slab_planes(voxels, len(z)), dim=4))
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """Volumes -> raw moments."""
+        return self.encoder(space_to_depth(whole_cells(self, x, self.patch_size[2]), self.patch_size))
+
+    def _decode(self, z: Tensor) -> Tensor:
+        """Standardised latents -> volumes."""
+        mean, std = (v.view(1, -1, 1, 1, 1) for v in self._statistics(z))
+        return depth_to_space(self.decoder(z * std + mean), self.patch_size)
 
     def forward(
         self,
@@ -173,3 +262,14 @@ class AutoencoderKL3D(VolumeModel, AutoencoderMixin):
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
         reconstruction: Tensor = self.decode(latents, return_dict=False)[0]
         return DecoderOutput(sample=reconstruction) if return_dict else (reconstruction, posterior)
+
+
+def _assemble(slabs: Iterator[Tensor], sides: Sequence[int]) -> Tensor:
+    """Slabs (B, C, X, Y, z) along the third axis into one tensor of `sides` (X, Y, Z), without holding both."""
+    whole, done = torch.empty(0), 0
+    for slab in slabs:
+        if not done:
+            whole = slab.new_empty((*slab.shape[:2], *sides))
+        whole[..., done : done + slab.shape[4]] = slab
+        done += slab.shape[4]
+    return whole

@@ -1,0 +1,124 @@
+"""Exact streaming: a network with a finite receptive field, run over consecutive slabs of the third axis.
+
+A slab goes through the whole network before the next one is read. What a layer will need again, it keeps: a
+convolution its last planes, a sum the planes of its faster branch, a fold the planes of an unfinished cell. So every
+plane of every layer is computed once, from the same neighbours as in the whole volume: no halo, no blending, no seam,
+and memory that does not grow with the third axis.
+
+Only layers that look along the third axis know of it, by one call each: `window` (convolutions), `delayed` (sums and
+concatenations of branches), `whole_cells` (folds). Outside a stream the three hand back what they are given. A layer
+made of such layers and of anything that works plane by plane (norms over channels, activations) streams as it is.
+
+Axes: (B, C, X, Y, Z).
+"""
+
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+
+class _Current(threading.local):
+    stream: "Stream | None" = None
+
+
+_current = _Current()  # a thread's own: two volumes may be coded at once
+
+
+class Stream:
+    """One pass of `network` over the slabs of one tensor; a new pass needs a new `Stream`.
+
+    Call it with slab after slab, `last=True` at the final one. The results, put one after the other along the third
+    axis, are `network` of the slabs put one after the other. The first results may have no planes at all: a
+    convolution cannot finish a plane before it has seen the next.
+    """
+
+    def __init__(self, network: Callable[[Tensor], Tensor]):
+        self.network = network
+        self.last = False
+        self._kept: dict[Hashable, Tensor] = {}
+
+    def __call__(self, slab: Tensor, *, last: bool = False) -> Tensor:
+        if self.last:
+            raise ValueError("this stream has ended: start a new one")
+        self.last = last
+        outer, _current.stream = _current.stream, self  # only while the network runs, not between slabs
+        try:
+            with torch.compiler.set_stance("force_eager"):  # compiled code was traced outside a stream
+                return self.network(slab)
+        finally:
+            _current.stream = outer
+
+    def take(self, key: Hashable, new: Tensor) -> tuple[Tensor, bool]:
+        """What `key` kept before the planes of `new`, and whether these are its first."""
+        kept = self._kept.pop(key, None)
+        return (new, True) if kept is None else (torch.cat([kept, new], dim=4) if kept.shape[4] else new, False)
+
+    def keep(self, key: Hashable, planes: Tensor) -> None:
+        self._kept[key] = planes.clone()  # a view would keep the whole slab alive
+
+
+def stream_slabs(network: Callable[[Tensor], Tensor], slabs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The planes of `network` of the whole tensor, as they are finished, from consecutive slabs of any thickness.
+
+    Raises: ValueError if there are no slabs.
+    """
+    stream, waiting = Stream(network), None
+    for slab in slabs:  # one ahead, to know which is the last
+        if waiting is not None and (made := stream(waiting)).shape[4]:
+            yield made
+        waiting = slab
+    if waiting is None:
+        raise ValueError("there are no slabs to stream")
+    yield stream(waiting, last=True)
+
+
+def streaming() -> bool:
+    """Whether the current call is part of a stream."""
+    return _current.stream is not None
+
+
+def window(key: Hashable, x: Tensor, kernel: int, stride: int = 1, padding: int = 0) -> Tensor:
+    """The planes that a convolution along the third axis can use now, zeros added where the volume begins and ends:
+    convolve them without padding. May be fewer than `kernel`, which makes no plane.
+
+    Args:
+        key: the layer; kernel, stride, padding: its own along the third axis (`kernel` with dilation counted).
+    """
+    stream = _current.stream
+    assert stream is not None
+    planes, first = stream.take(key, x)
+    margin = x.new_zeros((*x.shape[:4], padding)) if padding else None
+    if margin is not None and (first or stream.last):
+        planes = torch.cat([*([margin] if first else []), planes, *([margin] if stream.last else [])], dim=4)
+    made = max((planes.shape[4] - kernel) // stride + 1, 0)
+    stream.keep(key, planes[..., made * stride :])
+    return planes[..., : (made - 1) * stride + kernel] if made else planes[..., :0]
+
+
+def delayed(key: Hashable, x: Tensor, like: Tensor) -> Tensor:
+    """The planes of `x` that lie where those of `like` lie, which a slower branch has made."""
+    stream = _current.stream
+    if stream is None:
+        return x
+    planes, _ = stream.take(key, x)
+    ready = like.shape[4]
+    stream.keep(key, planes[..., ready:])
+    return planes[..., :ready]
+
+
+def whole_cells(key: Hashable, x: Tensor, size: int) -> Tensor:
+    """The planes of `x` that fill cells of `size` planes; the rest waits for the next slab.
+
+    Raises: ValueError if the stream ends inside a cell.
+    """
+    stream = _current.stream
+    if stream is None or size == 1:
+        return x
+    planes, _ = stream.take(key, x)
+    ready = planes.shape[4] - planes.shape[4] % size
+    if stream.last and ready < planes.shape[4]:
+        raise ValueError(f"the slabs end {planes.shape[4] - ready} planes into a cell of {size}: pad the volume first")
+    stream.keep(key, planes[..., ready:])
+    return planes[..., :ready]
