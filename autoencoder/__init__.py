@@ -2,15 +2,25 @@
 
 from diffusers.models.modeling_utils import ModelMixin  # the name diffusers looks up when a pipeline folder is loaded
 
+from .base import VolumeAutoencoder
+from .codebook import Codebook, code_statistics
 from .kl import AutoencoderKL3D
-from .losses import gradient_loss, kl_loss, l1_loss, mse_loss
-from .posterior import DiagonalGaussian3D
+from .losses import commitment_loss, gradient_loss, kl_loss, l1_loss, mse_loss
+from .posterior import DiagonalGaussian3D, LatentDistribution
 from .statistics import latent_statistics
+from .vq import VQGAN3D, QuantisedLatents
 
 __all__ = [
     "AutoencoderKL3D",
+    "Codebook",
     "DiagonalGaussian3D",
+    "LatentDistribution",
     "ModelMixin",
+    "QuantisedLatents",
+    "VQGAN3D",
+    "VolumeAutoencoder",
+    "code_statistics",
+    "commitment_loss",
     "gradient_loss",
     "kl_loss",
     "l1_loss",

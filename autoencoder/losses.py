@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .posterior import DiagonalGaussian3D
+from .vq import QuantisedLatents
 
 
 def masked_mean(values: Tensor, fov: Tensor) -> Tensor:
@@ -59,4 +60,11 @@ def cells_inside(fov: Tensor, shape: tuple[int, ...]) -> Tensor:
 def kl_loss(posterior: DiagonalGaussian3D, fov: Tensor) -> Tensor:
     """Mean KL per latent element in nats, over the latent cells inside the field of view."""
     values = posterior.kl_map()
+    return masked_mean(values, cells_inside(fov, values.shape[2:]))
+
+
+def commitment_loss(latents: QuantisedLatents, fov: Tensor) -> Tensor:
+    """Mean squared distance between latents and their codes over the cells inside the field of view (van den Oord et
+    al. 2017, Eq. 3, last term): the encoder stays near the codes, which follow by moving averages."""
+    values = latents.distance_map()
     return masked_mean(values, cells_inside(fov, values.shape[2:]))

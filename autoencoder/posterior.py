@@ -1,29 +1,28 @@
-"""The encoder's diagonal Gaussian over latents."""
+"""What an encoder says of the latents: a distribution, in standardised units."""
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 
-class DiagonalGaussian3D:
-    """q(z|x) for latents (B, C, h, w, d), standardised by the training set's statistics.
+class LatentDistribution:
+    """Latents (B, C, h, w, d) as their encoder gives them, standardised by the training set's statistics.
 
     `mean`, `std`, `sample()` and `mode()` are in standardised units: unit variance per channel over the training set,
-    which is what the diffusion model sees. `kl()` is of the raw posterior against N(0, 1), which is what the encoder
-    is trained with. (diffusers' own class sums its KL over three axes only, which is silently wrong for volumes.)
+    which is what the diffusion model sees. `raw_mean` is in the encoder's own.
 
     Args:
-        moments: (B, 2C, h, w, d), raw mean and raw log-variance.
+        raw_mean: (B, C, h, w, d).
+        raw_std: the same shape; zeros where the encoder is certain.
         latents_mean, latents_std: (C,) statistics of the raw mean; they are the only place where latents are
-        standardised.
+            standardised.
     """
 
-    def __init__(self, moments: Tensor, latents_mean: Tensor, latents_std: Tensor):
-        self.raw_mean, raw_logvar = moments.chunk(2, dim=1)
-        self.raw_logvar = raw_logvar.clamp(-30.0, 20.0)
-        shift, scale = (v.to(moments).view(1, -1, 1, 1, 1) for v in (latents_mean, latents_std))
-        self.mean = (self.raw_mean - shift) / scale
-        self.std = torch.exp(0.5 * self.raw_logvar) / scale
+    def __init__(self, raw_mean: Tensor, raw_std: Tensor, latents_mean: Tensor, latents_std: Tensor):
+        self.raw_mean = raw_mean
+        shift, scale = (v.to(raw_mean).view(1, -1, 1, 1, 1) for v in (latents_mean, latents_std))
+        self.mean = (raw_mean - shift) / scale
+        self.std = raw_std / scale
 
     def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
         """One draw, (B, C, h, w, d), standardised."""
@@ -33,6 +32,22 @@ class DiagonalGaussian3D:
     def mode(self) -> Tensor:
         """The mean, (B, C, h, w, d), standardised."""
         return self.mean
+
+
+class DiagonalGaussian3D(LatentDistribution):
+    """q(z|x), a Gaussian of its own for every latent.
+
+    `kl()` is of the raw posterior against N(0, 1), which is what the encoder is trained with. (diffusers' own class
+    sums its KL over three axes only, which is silently wrong for volumes.)
+
+    Args:
+        moments: (B, 2C, h, w, d), raw mean and raw log-variance.
+    """
+
+    def __init__(self, moments: Tensor, latents_mean: Tensor, latents_std: Tensor):
+        raw_mean, raw_logvar = moments.chunk(2, dim=1)
+        self.raw_logvar = raw_logvar.clamp(-30.0, 20.0)
+        super().__init__(raw_mean, torch.exp(0.5 * self.raw_logvar), latents_mean, latents_std)
 
     def kl_map(self) -> Tensor:
         """KL(q || N(0, 1)) of the raw posterior in nats for every element, (B, C, h, w, d) (Kingma & Welling 2014,

@@ -9,11 +9,13 @@ from torch import Tensor
 from .losses import cells_inside
 
 if TYPE_CHECKING:
-    from .kl import AutoencoderKL3D
+    from .base import VolumeAutoencoder
 
 
 @torch.no_grad()
-def latent_statistics(vae: "AutoencoderKL3D", batches: Iterable[dict[str, Tensor]]) -> tuple[list[float], list[float]]:
+def latent_statistics(
+    vae: "VolumeAutoencoder", batches: Iterable[dict[str, Tensor]]
+) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel of the raw posterior mean, over every latent cell inside the field of
     view.
 

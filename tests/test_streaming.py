@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from autoencoder import AutoencoderKL3D
+from autoencoder import AutoencoderKL3D, VQGAN3D
 from autoencoder.layers import Conv3d, Downsample, ResidualBlock, Upsample
 from autoencoder.streaming import Stream, delayed, stream_slabs
 
@@ -26,11 +26,16 @@ def joined(network, x: Tensor, thicknesses: list[int]) -> Tensor:
     return torch.cat(list(stream_slabs(network, slabs_of(x, thicknesses))), dim=4)
 
 
-def autoencoder(seed: int = 0, **changes) -> AutoencoderKL3D:
+def autoencoder(model_class=AutoencoderKL3D, **changes):
     """Small, with no layer at zero, so that every plane depends on all its neighbours."""
-    torch.manual_seed(seed)
-    arguments = {"channels": (8, 16), "encoder_blocks": (1, 2), "decoder_blocks": (2, 2)} | changes
-    vae = AutoencoderKL3D(**arguments).eval()
+    torch.manual_seed(0)
+    arguments = {
+        "channels": (8, 16),
+        "encoder_blocks": (1, 2),
+        "decoder_blocks": (2, 2),
+        "latent_channels": 4,
+    } | changes
+    vae = model_class(**arguments).eval()
     with torch.no_grad():
         for parameter in vae.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -53,10 +58,11 @@ class Branches(nn.Module):
         return delayed((self, "sum"), x, out) + out
 
 
+@pytest.mark.parametrize("model_class", [AutoencoderKL3D, VQGAN3D])
 @pytest.mark.parametrize("thicknesses", [[1], [2], [3], [1, 4, 2], [7], [24]])
 @torch.no_grad()
-def test_streamed_equals_whole(thicknesses):
-    vae = autoencoder()
+def test_streamed_equals_whole(thicknesses, model_class):
+    vae = autoencoder(model_class)
     latents = torch.randn(2, 4, 3, 5, 12)
     whole = vae._decode(latents)
     assert (joined(vae._decode, latents, thicknesses) - whole).abs().max() < 1e-5
@@ -245,7 +251,7 @@ def test_large_volumes_stream_by_themselves(monkeypatch):
     assert calls == [12]
     limit = vae.activation_bytes(volume.shape[2:])
     for size, expected in ((limit, [12]), (limit - 1, [2, 10])):
-        monkeypatch.setattr("autoencoder.kl.WHOLE_BYTES", size)
+        monkeypatch.setattr("autoencoder.base.WHOLE_BYTES", size)
         vae.slab_bytes = vae.activation_bytes((12, 12, 20))  # five planes of latents, so two slabs
         calls.clear()
         assert (vae(volume).sample - whole).abs().max() < 1e-5

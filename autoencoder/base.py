@@ -1,0 +1,209 @@
+"""What every autoencoder here shares: coding in one piece or in slabs, and latents in standardised units.
+
+Axes: volumes (B, C, X, Y, Z) in [-1, 1], latents (B, C, h, w, d).
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor
+
+from .layers import as_stride, depth_to_space, space_to_depth
+from .model import VolumeModel
+from .networks import Decoder, Encoder
+from .posterior import LatentDistribution
+from .streaming import stream_slabs, whole_cells
+
+SLAB_BYTES = 1 << 28  # of a slab's activations; thicker slabs are not faster
+WHOLE_BYTES = 1 << 29  # of a volume's activations, up to which it is coded in one piece unless tiling is asked for
+LIVE_ACTIVATIONS = 4  # a residual block in inference: its input, and norm, activation and convolution one after another
+
+Distribution = TypeVar("Distribution", bound=LatentDistribution)
+
+
+class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
+    """An encoder, a decoder and the statistics of what lies between them.
+
+    A subclass calls `_build` in its constructor, says in `_distribution` what the encoder's output means, and may say
+    in `_decodable` what becomes of latents before they are decoded.
+    """
+
+    _supports_gradient_checkpointing = True
+    _group_offload_block_modules = ["encoder", "decoder"]  # diffusers would slice them, and cannot rebuild a slice
+
+    def _build(
+        self,
+        encoded_channels: int,
+        in_channels: int,
+        out_channels: int,
+        latent_channels: int,
+        patch_size: int | Sequence[int],
+        channels: Sequence[int],
+        strides: Sequence[int | Sequence[int]],
+        encoder_blocks: Sequence[int],
+        decoder_blocks: Sequence[int],
+    ) -> None:
+        """Make encoder and decoder. `encoded_channels`: of what the encoder gives.
+
+        Raises: ValueError if the levels do not agree in number.
+        """
+        if not len(channels) == len(strides) + 1 == len(encoder_blocks) == len(decoder_blocks):
+            raise ValueError(
+                f"channels {channels}, encoder_blocks {encoder_blocks} and decoder_blocks {decoder_blocks} need one entry a level, "
+                f"strides {strides} one fewer"
+            )
+        self.patch_size = as_stride(patch_size)
+        level_strides = [as_stride(s) for s in strides]
+        self.stride = as_stride([math.prod(axis) for axis in zip(self.patch_size, *level_strides, strict=True)])
+        patch = math.prod(self.patch_size)
+        self.encoder = Encoder(in_channels * patch, encoded_channels, channels, level_strides, encoder_blocks)
+        self.decoder = Decoder(latent_channels, out_channels * patch, channels, level_strides, decoder_blocks)
+        self.use_tiling: bool | None = None  # by size, until enable_tiling or disable_tiling is called
+        self.slab_bytes = SLAB_BYTES
+        self.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+
+    def _distribution(self, encoded: Tensor) -> Distribution:
+        """What the encoder gave, as a distribution of standardised latents."""
+        raise NotImplementedError
+
+    def _decodable(self, raw: Tensor) -> Tensor:
+        """Raw latents to what the decoder takes: themselves, unless a codebook lies between."""
+        return raw
+
+    def enable_tiling(self, slab_bytes: int = SLAB_BYTES) -> None:
+        """Encode and decode in slabs along the third axis, with the same result as in one piece to rounding: see
+        `autoencoder.streaming`. Memory then does not grow with the third axis, but for the result itself.
+
+        Without this call, and without `disable_tiling`, volumes whose `activation_bytes` exceed 512 MiB are coded so
+        in inference.
+
+        Args:
+            slab_bytes: what the activations of one slab may take. At least one plane of latents is coded at a time; the
+                first and the last slab also hold the few planes by which layers wait for each other.
+        """
+        super().enable_tiling()
+        self.slab_bytes = slab_bytes
+
+    def activation_bytes(self, shape: Sequence[int], batch: int = 1) -> int:
+        """About how much memory encoding or decoding `shape` (X, Y, Z) voxels in one piece takes, in bytes, besides
+        weights, volume and latents: the largest level's channels, for the tensors that live at once."""
+        strides, widths = [self.patch_size, *map(as_stride, self.config["strides"])], self.config["channels"]
+        elements, voxels = 0, math.prod(shape) * batch
+        for width, stride in zip(widths, strides, strict=True):
+            voxels = voxels / math.prod(stride)
+            elements = max(elements, round(width * voxels))
+        return LIVE_ACTIVATIONS * elements * self.dtype.itemsize
+
+    def slab_planes(self, shape: Sequence[int], batch: int = 1) -> int:
+        """How many planes of latents a slab of a volume of `shape` (X, Y, Z) voxels holds, by `slab_bytes`."""
+        plane = self.activation_bytes((*shape[:2], self.stride[2]), batch)
+        return max(self.slab_bytes // plane, 1)
+
+    def _tiled(self, shape: Sequence[int], batch: int) -> bool:
+        if self.use_tiling is None:
+            return not torch.is_grad_enabled() and self.activation_bytes(shape, batch) > WHOLE_BYTES
+        return self.use_tiling
+
+    def set_latent_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Store the training set's statistics of the raw latents (see `latent_statistics`) in the config, where
+        saving keeps them.
+
+        Raises: ValueError on another number of channels or a std that is not positive.
+        """
+        if not len(mean) == len(std) == self.config["latent_channels"] or min(std) <= 0:
+            raise ValueError(
+                f"need {self.config['latent_channels']} means and positive stds, got {list(mean)} and {list(std)}"
+            )
+        self.register_to_config(latents_mean=[float(v) for v in mean], latents_std=[float(v) for v in std])
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std of the raw latents as (C,) tensors; 0 and 1 before they were measured."""
+        n = self.config["latent_channels"]
+        mean, std = self.config["latents_mean"] or [0.0] * n, self.config["latents_std"] or [1.0] * n
+        return like.new_tensor(mean), like.new_tensor(std)
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[Distribution]:
+        """Volumes (B, C, X, Y, Z) in [-1, 1] -> posterior over standardised latents (B, latent_channels, h, w, d).
+
+        Raises: ValueError for another number of channels, and if a side is not a multiple of the stride (pad first:
+        `volumes.pad_to_multiple`).
+        """
+        if x.shape[1] != self.config["in_channels"]:
+            raise ValueError(
+                f"volume of {x.shape[1]} channels: this autoencoder takes {self.config['in_channels']} (its in_channels)"
+            )
+        if any(n % s for n, s in zip(x.shape[2:], self.stride, strict=True)):
+            raise ValueError(
+                f"volume of {tuple(x.shape[2:])} voxels: every side must be a multiple of {self.stride}; pad it first"
+            )
+        if self._tiled(x.shape[2:], len(x)):
+            slabs = x.split(self.stride[2] * self.slab_planes(x.shape[2:], len(x)), dim=4)
+            cells = [n // s for n, s in zip(x.shape[2:], self.stride, strict=True)]
+            encoded = _assemble(stream_slabs(self._encode, slabs), cells)
+        else:
+            encoded = self._encode(x)
+        posterior = self._distribution(encoded)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)  # pyright: ignore[reportArgumentType]
+
+    @apply_forward_hook
+    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Standardised latents (B, latent_channels, h, w, d) -> volumes (B, C, X, Y, Z), not clamped."""
+        voxels = [n * s for n, s in zip(z.shape[2:], self.stride, strict=True)]
+        if self._tiled(voxels, len(z)):
+            sample = _assemble(self.decode_slabs(z), voxels)
+        else:
+            sample = self._decode(z)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def encode_slabs(self, slabs: Iterable[Tensor]) -> Iterator[Distribution]:
+        """Encode a volume that is read piece by piece: consecutive slabs (B, C, X, Y, z) along the third axis, of any
+        thickness -> posteriors (B, latent_channels, h, w, d), which together are the volume's.
+
+        Raises: ValueError if there are no slabs, or together they are no multiple of the stride.
+        """
+        for encoded in stream_slabs(self._encode, slabs):
+            yield self._distribution(encoded)
+
+    def decode_slabs(self, z: Tensor) -> Iterator[Tensor]:
+        """Decode into consecutive slabs (B, C, X, Y, z) along the third axis, for results that go to disk."""
+        voxels = [n * s for n, s in zip(z.shape[2:], self.stride, strict=True)]
+        return stream_slabs(self._decode, z.split(self.slab_planes(voxels, len(z)), dim=4))
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """Volumes -> what the encoder gives."""
+        return self.encoder(space_to_depth(whole_cells(self, x, self.patch_size[2]), self.patch_size))
+
+    def _decode(self, z: Tensor) -> Tensor:
+        """Standardised latents -> volumes."""
+        mean, std = (v.view(1, -1, 1, 1, 1) for v in self._statistics(z))
+        return depth_to_space(self.decoder(self._decodable(z * std + mean)), self.patch_size)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> DecoderOutput | tuple[Tensor, Distribution]:
+        """Reconstruction of `sample` (B, C, X, Y, Z). With `return_dict=False` also the posterior, for the losses."""
+        posterior: Distribution = self.encode(sample, return_dict=False)[0]
+        latents = posterior.sample(generator) if sample_posterior else posterior.mode()
+        reconstruction: Tensor = self.decode(latents, return_dict=False)[0]
+        return DecoderOutput(sample=reconstruction) if return_dict else (reconstruction, posterior)
+
+
+def _assemble(slabs: Iterator[Tensor], sides: Sequence[int]) -> Tensor:
+    """Slabs (B, C, X, Y, z) along the third axis into one tensor of `sides` (X, Y, Z), without holding both."""
+    whole, done = torch.empty(0), 0
+    for slab in slabs:
+        if not done:
+            whole = slab.new_empty((*slab.shape[:2], *sides))
+        whole[..., done : done + slab.shape[4]] = slab
+        done += slab.shape[4]
+    return whole

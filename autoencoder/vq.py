@@ -1,0 +1,87 @@
+"""VQGAN3D: the autoencoder whose decoder sees codes of a learned codebook only (Esser et al. 2021; Medical Diffusion,
+Khader et al. 2023)."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from .base import VolumeAutoencoder
+from .codebook import Codebook
+from .posterior import LatentDistribution
+
+
+class QuantisedLatents(LatentDistribution):
+    """Latents before quantisation, certain; `indices` (B, h, w, d) are their nearest codes."""
+
+    def __init__(self, raw: Tensor, codebook: Codebook, latents_mean: Tensor, latents_std: Tensor):
+        super().__init__(raw, torch.zeros_like(raw), latents_mean, latents_std)
+        self.codebook = codebook
+
+    @cached_property
+    def indices(self) -> Tensor:
+        return self.codebook(self.raw_mean)[1]
+
+    def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+        """The latents themselves: nothing is random."""
+        return self.mean
+
+    def distance_map(self) -> Tensor:
+        """Squared distance of each cell to its code, averaged over channels, (B, 1, h, w, d). The code is taken as given (van den Oord et
+        al. 2017, Eq. 3, last term)."""
+        codes = self.codebook.codes[self.indices].movedim(-1, 1)
+        return ((self.raw_mean.float() - codes.detach()) ** 2).mean(1, keepdim=True)
+
+
+class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
+    """Vector-quantised autoencoder for volumes, without GroupNorm or attention.
+
+    `encode` gives the latents before quantisation, as the diffusion model of Medical Diffusion learns them; `decode`
+    quantises, then decodes. So all that works on latents works on these.
+
+    Args:
+        in_channels, out_channels: channels of the volume.
+        latent_channels: numbers in a code.
+        num_codes, codebook_decay: size of the codebook, and weight of the past in its moving averages.
+        patch_size, channels, strides, encoder_blocks, decoder_blocks, latents_mean, latents_std: as `AutoencoderKL3D`.
+    """
+
+    _keep_in_fp32_modules = ["codebook"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        latent_channels: int = 8,
+        num_codes: int = 2048,
+        codebook_decay: float = 0.99,
+        patch_size: int | Sequence[int] = 2,
+        channels: Sequence[int] = (32, 128),
+        strides: Sequence[int | Sequence[int]] = (2,),
+        encoder_blocks: Sequence[int] = (1, 1),
+        decoder_blocks: Sequence[int] = (1, 3),
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        self._build(
+            latent_channels,
+            in_channels,
+            out_channels,
+            latent_channels,
+            patch_size,
+            channels,
+            strides,
+            encoder_blocks,
+            decoder_blocks,
+        )
+        self.codebook = Codebook(num_codes, latent_channels, codebook_decay)
+
+    def _distribution(self, encoded: Tensor) -> QuantisedLatents:
+        return QuantisedLatents(encoded, self.codebook, *self._statistics(encoded))
+
+    def _decodable(self, raw: Tensor) -> Tensor:
+        return self.codebook(raw)[0]
