@@ -1,0 +1,101 @@
+"""Adversarial training: discriminators of slices and of volumes, and their losses. Axes: (B, C, X, Y, Z).
+
+Medical Diffusion (Khader et al. 2023) and VQGAN (Esser et al. 2021) sharpen an autoencoder so: a discriminator of 2-D
+slices sees fine texture, one of 3-D patches sees that slices belong together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from monai.networks.nets.patchgan_discriminator import PatchDiscriminator
+from torch import Tensor, nn
+
+Features = list[Tensor]  # of one discriminator, layer by layer; the last are its logits, one a patch
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Which planes a discriminator of slices looks at: `positions` (B, n) along `axis` 0, 1 or 2. The same for real and
+    reconstructed volumes, so that their features can be compared."""
+
+    axis: int
+    positions: Tensor
+
+    def of(self, volumes: Tensor) -> Tensor:
+        """(B, C, X, Y, Z) -> (B * n, C, ., .)."""
+        planes = volumes.movedim(self.axis + 2, 1)  # (B, side, C, ., .)
+        rows = torch.arange(len(planes), device=planes.device)[:, None]
+        return planes[rows, self.positions].flatten(0, 1)
+
+
+def draw_slices(fov: Tensor, count: int, generator: torch.Generator) -> Slices:
+    """`count` planes of each volume along one axis, drawn at random, the axis too, from planes that the field of view
+    (B, 1, X, Y, Z) touches."""
+    axis = int(torch.randint(3, (), generator=generator, device=generator.device))
+    touched = fov.movedim(axis + 2, 1).flatten(2).any(2).float()
+    touched = touched + ~touched.any(1, keepdim=True)  # a volume without any: all its planes
+    return Slices(axis, torch.multinomial(touched, count, replacement=True, generator=generator))
+
+
+class VolumeDiscriminator(nn.Module):
+    """A PatchGAN of slices and one of volumes (Isola et al. 2017), with instance norm: no volume's verdict depends on
+    the batch.
+
+    Args:
+        in_channels: channels of the volume.
+        channels: width of the first layer; doubled by each next one.
+        layers: layers after the first; each but the last halves the sides.
+        slices, volume: whether to look at slices, and at whole crops.
+    Raises: ValueError if it is to look at neither.
+    """
+
+    def __init__(
+        self, in_channels: int = 1, channels: int = 32, layers: int = 2, slices: bool = True, volume: bool = True
+    ):
+        super().__init__()
+        if not slices and not volume:
+            raise ValueError("a discriminator looks at slices, at volumes, or both; got neither")
+
+        def patchgan(dims: int) -> PatchDiscriminator:
+            return PatchDiscriminator(dims, channels, in_channels, num_layers_d=layers, norm="INSTANCE")
+
+        self.slices = patchgan(2) if slices else None
+        self.volume = patchgan(3) if volume else None
+
+    def forward(self, volumes: Tensor, slices: Slices) -> list[Features]:
+        """Features and logits of each of the discriminators."""
+        found = [] if self.slices is None else [self.slices(slices.of(volumes))]
+        return found + ([] if self.volume is None else [self.volume(volumes)])
+
+
+def discriminator_loss(real: Sequence[Features], fake: Sequence[Features]) -> Tensor:
+    """Hinge loss (Lim & Ye 2017), averaged over discriminators: 0 when real logits exceed 1 and fake ones are below
+    -1."""
+    losses = [0.5 * (F.relu(1 - r[-1]).mean() + F.relu(1 + f[-1]).mean()) for r, f in zip(real, fake, strict=True)]
+    return torch.stack(losses).mean()
+
+
+def generator_loss(fake: Sequence[Features]) -> Tensor:
+    """What the autoencoder gains by being taken for real: minus the mean logit, averaged over discriminators."""
+    return torch.stack([-f[-1].mean() for f in fake]).mean()
+
+
+def feature_matching_loss(real: Sequence[Features], fake: Sequence[Features]) -> Tensor:
+    """Mean absolute difference of hidden features of real and reconstructed (Wang et al. 2018, Eq. 3), averaged over
+    layers and discriminators. The real ones are taken as given."""
+    pairs = [(r, f) for a, b in zip(real, fake, strict=True) for r, f in zip(a[:-1], b[:-1], strict=True)]
+    return torch.stack([(r.detach() - f).abs().mean() for r, f in pairs]).mean()
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_weight: Tensor, most: float = 1e4) -> Tensor:
+    """How much of `adversarial` pulls as hard on the decoder's last layer as `reconstruction` does (Esser et al. 2021,
+    Eq. 7).
+
+    Both are losses whose graphs are kept. Zero if the reconstruction loss has no gradient there.
+    """
+    pulls = [
+        torch.autograd.grad(loss, last_weight, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
+    ]
+    return (pulls[0] / (pulls[1] + 1e-6)).clamp(0, most).detach()
