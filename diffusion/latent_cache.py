@@ -8,6 +8,7 @@ to the stride with `PADDING`.
 
 import hashlib
 import json
+import re
 import uuid
 import zlib
 from collections.abc import Sequence
@@ -21,8 +22,9 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from autoencoder import AutoencoderKL3D
+from autoencoder.layers import as_stride
 from autoencoder.losses import cells_inside
-from volumes import PADDING, VolumeDataset
+from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple
 
 from .folding import fold_mask
 
@@ -66,10 +68,12 @@ def weights_hash(model: torch.nn.Module) -> str:
 
 
 def _file_stamp(path: Path | None) -> list[object]:
+    """Name, size and time of a file; of both halves of a .hdr/.img pair."""
     if path is None or not path.exists():
         return [str(path)]
-    stat = path.stat()
-    return [path.name, stat.st_size, stat.st_mtime_ns]
+    halves = [re.sub(r"\.(hdr|img)(?=(\.gz)?$)", half, path.name) for half in (".hdr", ".img")]
+    stats = [path.with_name(name).stat() for name in dict.fromkeys(halves)]
+    return [path.name, *(value for stat in stats for value in (stat.st_size, stat.st_mtime_ns))]
 
 
 def cache_key(dataset: VolumeDataset, vae: AutoencoderKL3D, augmentation: LatentAugmentation) -> str:
@@ -87,8 +91,8 @@ def _version(
     """One version of a volume, padded to multiples of the stride: image (1, C, X, Y, Z), fov (1, 1, X, Y, Z), mask
     (X, Y, Z) if there is one."""
     image, mask = item["image"], item.get("mask")
-    shape = image.shape[1:]
-    low = [(-n % s) // 2 for n, s in zip(shape, stride, strict=True)]
+    shape = tuple(image.shape[1:])
+    placement = pad_to_multiple(shape, tuple(stride))
     if version:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{augmentation.seed} {index} {version}".encode()))
         for axis in augmentation.flip_axes:
@@ -96,17 +100,14 @@ def _version(
                 image, mask = image.flip(axis + 1), mask.flip(axis) if mask is not None else None
         if augmentation.shift:
             low = [int(torch.randint(0, s, (), generator=generator)) for s in stride]
-    sides = [-(-(n + a) // s) * s for n, a, s in zip(shape, low, stride, strict=True)]
-    window = tuple(slice(a, a + n) for a, n in zip(low, shape, strict=True))
+            sides = tuple(-(-(n + a) // s) * s for n, a, s in zip(shape, low, stride, strict=True))
+            placement = pad_or_crop(shape, sides, offset=tuple(-a for a in low))
     padded = {
-        "image": image.new_full((1, len(image), *sides), -1.0),
-        "fov": torch.zeros((1, 1, *sides), dtype=torch.bool),
+        "image": placement.apply(image, -1.0)[None],
+        "fov": torch.from_numpy(placement.field_of_view)[None, None],
     }
-    padded["image"][(0, slice(None), *window)] = image
-    padded["fov"][(0, 0, *window)] = True
     if mask is not None:
-        padded["mask"] = torch.full(sides, PADDING, dtype=torch.int16)
-        padded["mask"][window] = mask.to(torch.int16)
+        padded["mask"] = placement.apply(mask.to(torch.int16), PADDING)
     return padded
 
 
@@ -153,7 +154,11 @@ def build_latent_cache(
 
 class LatentDataset(Dataset):
     """Entries of a latent cache: [i] -> {"mean", "std" (C, h, w, d), "inside" (1, h, w, d) boolean, "mask" (X, Y, Z)
-    int16 if any, "name"}."""
+    int16 if any, "name"}.
+
+    The tensors are views of the file in memory (safetensors maps it): only what is read is loaded, the system may drop
+    it again, and a cache may be larger than memory.
+    """
 
     def __init__(self, files: Sequence[Path]):
         self.files = list(files)
@@ -163,20 +168,6 @@ class LatentDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         return {**load_file(self.files[index]), "name": self.files[index].stem}
-
-
-def _place(values: Tensor, shape: Sequence[int], at: Sequence[int], fill: float = 0) -> Tensor:
-    """Crop or pad the three axes before the last one's features of (h, w, d, F) to `shape`, shifted by `at` (negative
-    crops)."""
-    out = values.new_full((*shape, values.shape[-1]), fill)
-    inner = [
-        (max(a, 0), max(-a, 0), min(n + min(a, 0), s - max(a, 0)))
-        for a, n, s in zip(at, values.shape, shape, strict=False)
-    ]
-    target = tuple(slice(to, to + length) for to, _, length in inner)
-    source = tuple(slice(start, start + length) for _, start, length in inner)
-    out[target] = values[source]
-    return out
 
 
 def collate_latents(items: Sequence[dict], stride: Sequence[int], num_labels: int) -> dict[str, Tensor | None]:
@@ -191,16 +182,20 @@ def collate_latents(items: Sequence[dict], stride: Sequence[int], num_labels: in
     Raises: ValueError if labels are wanted and an entry has no mask.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(" ".join(item["name"] for item in items).encode()))
-    shape = items[0]["mean"].shape[1:]
-    rows: dict[str, list[Tensor]] = {"mean": [], "std": [], "mask": [], "weight": []}
+    shape = tuple(items[0]["mean"].shape[1:])
+    rows: dict[str, list[Tensor]] = {"mean": [], "std": [], "weight": [], "mask": []}
     for item in items:
-        spans = [s - n for n, s in zip(item["mean"].shape[1:], shape, strict=True)]
-        at = [int(torch.randint(min(span, 0), max(span, 0) + 1, (), generator=generator)) for span in spans]
+        size = tuple(item["mean"].shape[1:])
+        room = [s - n for n, s in zip(size, shape, strict=True)]
+        start = tuple(-int(torch.randint(min(r, 0), max(r, 0) + 1, (), generator=generator)) for r in room)
+        cells = pad_or_crop(size, shape, offset=start)
         for key, values in (("mean", item["mean"]), ("std", item["std"]), ("weight", item["inside"].float())):
-            rows[key].append(_place(values.movedim(0, -1), shape, at).movedim(-1, 0))
+            rows[key].append(cells.apply(values, 0))
         if num_labels:
             if "mask" not in item:
                 raise ValueError(f"latent cache entry {item['name']}: no mask, but the model is conditioned on one")
-            ids = fold_mask(item["mask"][None], tuple(stride), num_labels)[0]  # pyright: ignore[reportArgumentType]
-            rows["mask"].append(_place(ids, shape, at))
-    return {key: torch.stack(values) if values else None for key, values in rows.items()}
+            in_voxels = (tuple(n * s for n, s in zip(axes, stride, strict=True)) for axes in (size, shape, start))
+            rows["mask"].append(Placement(*in_voxels).apply(item["mask"], PADDING))  # pyright: ignore[reportArgumentType]
+    batch: dict[str, Tensor | None] = {key: torch.stack(rows[key]) for key in ("mean", "std", "weight")}
+    batch["mask"] = fold_mask(torch.stack(rows["mask"]), as_stride(stride), num_labels) if num_labels else None
+    return batch

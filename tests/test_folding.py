@@ -52,3 +52,19 @@ def test_labels_that_the_model_does_not_know_are_named():
         fold_mask(labels, STRIDE, LABELS)
     with pytest.raises(ValueError, match="multiple of the stride"):
         fold_mask(torch.zeros(1, 7, 6, 4, dtype=torch.long), STRIDE, LABELS)
+
+
+def test_few_and_many_labels_are_embedded_alike(monkeypatch):
+    """One product for few labels, a bag of embeddings for many: the same values, the same gradients, none for padding."""
+    embedding = FoldedMaskEmbedding(3, 8, 4)
+    labels = torch.randint(PADDING, 3, (2, 4, 6, 4), generator=torch.Generator().manual_seed(0))
+    ids, weights, found = fold_mask(labels, (2, 2, 2), 3), torch.randn(2, 4, 2, 3, 2), []
+    for limit in (1 << 24, 0):
+        monkeypatch.setattr("diffusion.folding.DENSE_ELEMENTS", limit)
+        embedding.zero_grad()
+        embedded = embedding(ids)
+        (embedded * weights).sum().backward()
+        found.append((embedded.detach(), embedding.table.weight.grad.clone()))
+    (dense, dense_gradient), (bag, bag_gradient) = found
+    assert torch.allclose(dense, bag, atol=1e-6) and torch.allclose(dense_gradient, bag_gradient, atol=1e-5)
+    assert not dense_gradient[0].any() and dense_gradient[1:].any()

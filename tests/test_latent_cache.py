@@ -1,13 +1,15 @@
 """The latent cache: rebuilt when what it depends on changes, never silently stale; batches of different shapes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from autoencoder import AutoencoderKL3D
-from diffusion import LatentAugmentation, build_latent_cache, collate_latents, fold_mask, latent_cache
+from diffusion import LatentAugmentation, LatentDataset, build_latent_cache, collate_latents, fold_mask, latent_cache
 from diffusion.latent_cache import cache_key, weights_hash
-from volumes import PADDING, DataConfig, IntensityScaling, PhantomConfig, VolumeDataset, load_cases
+from volumes import PADDING, Case, DataConfig, IntensityScaling, PhantomConfig, VolumeDataset, load_cases
 
 
 @pytest.fixture
@@ -67,6 +69,44 @@ def test_another_autoencoder_preprocessing_or_augmentation_is_another_cache(tmp_
     second = build_latent_cache(dataset, vae, tmp_path, progress=False)
     assert first.files[0].parent != second.files[0].parent
     assert not torch.allclose(first[0]["mean"], second[0]["mean"])
+
+
+@pytest.mark.parametrize("gz", ["", ".gz"])
+def test_both_halves_of_a_pair_count(tmp_path, vae, dataset, gz):
+    for half in ("hdr", "img"):
+        (tmp_path / f"a.{half}{gz}").write_bytes(b"1")
+    (tmp_path / "a.nii").write_bytes(b"1")
+
+    def key(name: str) -> str:
+        dataset.cases = [Case("a", subject="a", images={"MR": tmp_path / name})]
+        return cache_key(dataset, vae, LatentAugmentation())
+
+    names = [f"a.hdr{gz}", f"a.img{gz}", "a.nii"]
+    before = [key(name) for name in names]
+    (tmp_path / f"a.img{gz}").write_bytes(b"22")  # new voxels under the old header
+    assert [key(name) == old for name, old in zip(names, before, strict=True)] == [False, False, True]
+
+
+def resident(kind: str) -> float:
+    """MiB of this process's memory, `RssAnon` (its own) or `RssFile` (pages of files, which can be dropped)."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("needs /proc")
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(kind)) / 1024
+
+
+def test_entries_are_read_by_memory_map(tmp_path):
+    """32 entries of 4 MiB are held at once: none is copied into the process, and what is not touched is not loaded."""
+    for i in range(32):
+        save_file({"mean": torch.full((4, 64, 64, 64), float(i))}, tmp_path / f"{i}.safetensors")
+    latents = LatentDataset([tmp_path / f"{i}.safetensors" for i in range(32)])
+    own, of_files = resident("RssAnon"), resident("RssFile")
+    entries = [latents[i] for i in range(len(latents))]
+    assert [entry["mean"][0, 0, 0, 0].item() for entry in entries] == list(range(32))
+    assert resident("RssFile") - of_files < 32  # of 128; the system reads a little ahead
+    assert entries[3]["mean"].sum() == 3 * 4 * 64**3
+    assert resident("RssFile") - of_files > 4
+    assert resident("RssAnon") - own < 4
 
 
 def test_weights_hash_sees_values_and_names():

@@ -24,6 +24,11 @@ def test_a_zero_gradient_moves_nothing():
     assert not orthogonalise(torch.zeros(12, 30)).any()
 
 
+def test_matrices_together_equal_each_alone():
+    matrices = torch.randn(3, 12, 30)
+    torch.testing.assert_close(orthogonalise(matrices), torch.stack([orthogonalise(m) for m in matrices]))
+
+
 def test_only_hidden_kernels_are_muons():
     model = nn.Sequential(
         nn.Conv3d(8, 32, 3), nn.Conv3d(32, 32, 3), nn.Conv3d(32, 32, 1), nn.Conv3d(32, 8, 3), nn.Linear(32, 32)

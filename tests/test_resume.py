@@ -1,6 +1,7 @@
 """An interrupted and resumed run equals the uninterrupted one, bit for bit; what a resume refuses or reports."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,45 @@ def test_fine_tuning_on_another_number_of_labels(tmp_path, vae_folder, caplog):
     with caplog.at_level("INFO", logger="training"):
         run(train_ldm, tmp_path / "second", f"--vae={vae_folder}", "--loop.max_steps=1", labels, f"--init_from={unet}")
     assert "layers left fresh: ['mask_embedding.table']" in caplog.text
+
+
+@pytest.fixture
+def traced(monkeypatch) -> list[type]:
+    """torch.compile without code generation, which takes a minute; the classes that were compiled."""
+    compiled, original = [], torch.nn.Module.compile
+
+    def compile_in_place(module, **options):
+        compiled.append(type(module))
+        original(module, **options, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_in_place)
+    monkeypatch.setattr("training.loop.check_compiler", lambda device: None)
+    yield compiled
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["vae", "ldm"])
+def test_compiled_equals_eager_and_leaves_the_same_names(name, tmp_path, vae_folder, traced):
+    """A run that is compiled for its first half only, on crops, checkpointed and not, ends as one that never was."""
+    script = train_vae if name == "vae" else train_ldm
+    args = ["--loop.max_steps=4", "--loop.checkpoint_every=2", "--optimizer.gradient_accumulation=1"]
+    args += [] if name == "vae" else [f"--vae={vae_folder}", "--gradient_checkpointing=true", "--cache.shift=false"]
+    run(script, tmp_path / "eager", *args)
+    assert not traced
+    run(script, tmp_path / "compiled", *args, "--loop.compile=true")
+    assert [c.__name__ for c in traced] == ["AutoencoderKL3D" if name == "vae" else "LatentUNet3D"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    shutil.rmtree(tmp_path / "compiled/checkpoints/step_000004")
+    run(script, tmp_path / "compiled", *args, "--resume=latest")
+    expected, got = (everything(tmp_path / kind / "checkpoints/step_000004") for kind in ("eager", "compiled"))
+    assert expected.keys() == got.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(got[key], tensor, rtol=1e-3, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+    final = "vae" if name == "vae" else "pipeline/unet"
+    weights = [
+        load_file(tmp_path / kind / final / "diffusion_pytorch_model.safetensors") for kind in ("eager", "compiled")
+    ]
+    assert weights[0].keys() == weights[1].keys()
 
 
 def test_bf16(tmp_path):

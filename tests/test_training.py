@@ -2,10 +2,14 @@
 
 import itertools
 import json
+import time
 
 import pytest
 import torch
+import torch._dynamo
+import torch._inductor.config
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -98,6 +102,7 @@ def test_workers_know_the_epoch(workers):
 def test_seeds_differ_by_position():
     assert len({derive_seed(0, a, b) for a in range(10) for b in range(10)}) == 100
     assert derive_seed(1, 2) == derive_seed(1, 2) != derive_seed(2, 1)
+    assert len({derive_seed(*(1, 0, 0, 0)[:count]) for count in (1, 2, 3, 4)}) == 4
 
 
 # Optimisation
@@ -226,6 +231,48 @@ def test_a_run_of_them_stops(tmp_path):
     loop, _ = line_loop(line_config(tmp_path, "--loop.max_skipped=3"), poison=range(5, 60))
     with pytest.raises(RuntimeError, match="step 8: gradients were not finite for 3 steps in a row.*learning_rate"):
         loop.run()
+
+
+def test_compiled_code_is_run(tmp_path):
+    """With generated code, not only traced: the same line is found, and nothing in the checkpoint is called otherwise."""
+    ends, keys = [], []
+    for compiled in ("false", "true"):
+        args = [f"--output={tmp_path / compiled}", f"--loop.compile={compiled}", "--loop.max_steps=5"]
+        loop, step = line_loop(line_config(tmp_path, *args))
+        loop.run()
+        ends.append(step.line.network.weight.item())
+        keys.append(load_file(tmp_path / compiled / "checkpoints/step_000005/model.safetensors").keys())
+    assert ends[1] == pytest.approx(ends[0], rel=1e-5) and keys[0] == keys[1] == {"weight"}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.reset()
+
+
+def test_without_a_compiler_the_run_does_not_begin(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # nothing compiled earlier is found
+    with pytest.raises(
+        ValueError, match="torch.compile does not work here.*install a C.. compiler.*loop.compile: false"
+    ):
+        make_accelerator(line_config(tmp_path, "--loop.compile=true"))
+    torch._dynamo.reset()
+
+
+class SlowData(LineData):
+    """Takes 20 ms a sample."""
+
+    def __getitem__(self, index):
+        time.sleep(0.02)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(("data", "low", "high"), [(LineData, 0, 0.7), (SlowData, 0.8, 1)])
+def test_waiting_for_data_is_measured(tmp_path, monkeypatch, data, low, high):
+    loop, _ = line_loop(line_config(tmp_path, "--loop.max_steps=10"))
+    loop.data, logged = data(), []
+    monkeypatch.setattr(loop.accelerator, "log", lambda values, step: logged.append(values))
+    loop.run()
+    waits = [values["train/data_wait"] for values in logged if "train/data_wait" in values]
+    assert len(waits) == 2 and low < waits[1] < high
 
 
 # Configs and models

@@ -14,8 +14,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 def derive_seed(*numbers: int) -> int:
-    """One 63-bit seed from non-negative integers such as (seed, step, process), mixed by numpy's SeedSequence."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """One 63-bit seed from non-negative integers such as (seed, step, process), mixed by numpy's SeedSequence.
+
+    SeedSequence takes (1,) and (1, 0) for one; how many there are, at the end, keeps them apart.
+    """
+    return int(np.random.SeedSequence((*numbers, len(numbers))).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class SampleStream(Sampler[list[tuple[int, int]]]):

@@ -57,10 +57,18 @@ class Learner(Generic[Model]):
         """The bare network with averaged weights, in evaluation mode."""
         return self.ema.module  # pyright: ignore[reportReturnType]
 
-    def prepare(self, accelerator: Accelerator) -> None:
-        """Move to the accelerator's device and wrap for mixed precision and several processes."""
+    def prepare(self, accelerator: Accelerator, *, compile: bool = False) -> None:
+        """Move to the accelerator's device and wrap for mixed precision and several processes.
+
+        Args:
+            compile: torch.compile the network, in place: no wrapper, so no name in a checkpoint changes. The average
+            stays as it is: validation and previews code whole volumes of any shape. With `dynamic` shapes inductor
+            (torch 2.13, CPU) fails on the U-Net and specialises on them anyway.
+        """
         self.accelerator = accelerator
         self.ema.module.to(accelerator.device)
+        if compile:
+            self.network.compile(dynamic=False)
         self.model, self.optimizer = accelerator.prepare(self.model, self.optimizer)
         self.model.train()
 

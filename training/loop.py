@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import math
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -69,7 +70,8 @@ def make_accelerator(config: Any) -> Accelerator:
     """Accelerate as the loop needs it, for the run that `config` describes (`loop`, `output` and `resume` are read).
 
     Raises: ValueError if the output folder holds another run and nothing says to resume it; for sharded training (FSDP,
-    DeepSpeed), which the moving average does not support; for a tracker that is unknown or not installed.
+    DeepSpeed), which the moving average does not support; for a tracker that is unknown or not installed; for
+    `loop.compile` on a machine that cannot.
     """
     options: LoopConfig = config.loop
     if config.resume is None and list_checkpoints(Path(config.output) / "checkpoints"):
@@ -89,9 +91,22 @@ def make_accelerator(config: Any) -> Accelerator:
         raise ValueError(
             f"{accelerator.distributed_type} is not supported; launch with plain data parallelism (--multi_gpu)"
         )
+    if options.compile:
+        check_compiler(accelerator.device)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
     return accelerator
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile a line of code, before data are read. Raises: ValueError where torch.compile does not work."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except Exception as error:  # of many kinds: no compiler, one that fails, no Triton
+        raise ValueError(
+            f"loop.compile: torch.compile does not work here ({str(error).strip().splitlines()[0]}); install a C++ "
+            "compiler such as g++, or set loop.compile: false"
+        ) from error
 
 
 class Loop:
@@ -119,7 +134,7 @@ class Loop:
         self.options: LoopConfig = config.loop
         self.output = Path(config.output)
         for learner in step.learners:
-            learner.prepare(accelerator)
+            learner.prepare(accelerator, compile=self.options.compile)
         self.checkpoints = Checkpointer(
             accelerator, step.learners, self.output / "checkpoints", self.options.keep_checkpoints
         )
@@ -163,20 +178,26 @@ class Loop:
             process=accelerator.process_index,
             processes=accelerator.num_processes,
         )
+        on_cpu = accelerator.device.type == "cpu"  # where loading takes the cores of the training itself
+        workers = options.workers if options.workers is not None else 0 if on_cpu else 2
         batches = training_batches(
             self.data,
             stream,
-            workers=options.workers,
+            workers=workers,
             collate=self.collate,
             pin_memory=accelerator.device.type == "cuda",
         )
         progress = Progress(options.max_steps, state.step, enabled=accelerator.is_main_process)
         totals: dict[str, Tensor] = {}
         counted = 0
+        waited, since = 0.0, time.perf_counter()
         while state.step < options.max_steps:
             losses: dict[str, Tensor] = {}
             for part in range(accumulation):
-                batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - asked
+                batch = send_to_device(batch, accelerator.device, non_blocking=True)
                 with self._gradients_stay_local(part < accumulation - 1):
                     for name, value in self.step(batch, self._generator(state.step, part)).items():
                         losses[name] = value / accumulation + losses.get(name, 0.0)
@@ -191,8 +212,9 @@ class Loop:
                 totals, counted = {k: v + totals.get(k, 0.0) for k, v in losses.items()}, counted + 1
             progress.update()
             if state.step % options.log_every == 0 and counted:
-                self._report(progress, totals, counted)
+                self._report(progress, totals, counted, waited / (time.perf_counter() - since))
                 totals, counted = {}, 0
+                waited, since = 0.0, time.perf_counter()
             last = state.step == options.max_steps
             if not last and _due(state.step, options.validate_every):
                 self.validate()
@@ -235,12 +257,17 @@ class Loop:
                 "Lower optimizer.learning_rate, or train with loop.mixed_precision: no; then --resume latest"
             )
 
-    def _report(self, progress: Progress, totals: dict[str, Tensor], counted: int) -> None:
-        """Means over the steps since the last report and over processes, to the bar and the trackers."""
-        names = list(totals)
-        means = self.accelerator.reduce(torch.stack([totals[n].float() for n in names]) / counted, reduction="mean")
-        assert isinstance(means, Tensor)
-        values = dict(zip(names, means.tolist(), strict=True))
+    def _report(self, progress: Progress, totals: dict[str, Tensor], counted: int, data_wait: float) -> None:
+        """Means over the steps since the last report and over processes, to the bar and the trackers.
+
+        Args:
+            data_wait: part of the time, validation included, in which this process waited for its next batch.
+        """
+        means = {name: total.float() / counted for name, total in totals.items()}
+        means["data_wait"] = torch.tensor(data_wait, device=self.accelerator.device)
+        reduced = self.accelerator.reduce(torch.stack(list(means.values())), reduction="mean")
+        assert isinstance(reduced, Tensor)
+        values = dict(zip(means, reduced.tolist(), strict=True))
         values["learning_rate"] = self.step.learners[0].optimizer.param_groups[0]["lr"]
         values["skipped_steps"] = self.state.skipped
         self.accelerator.log({f"train/{k}": v for k, v in values.items()}, step=self.state.step)

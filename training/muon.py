@@ -4,29 +4,34 @@ Muon (Jordan et al. 2024) replaces the momentum of a weight matrix by the neares
 direction of the matrix learns at the same rate. Compare with `--optimizer.algorithm adamw`.
 """
 
+from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The semi-orthogonal matrix near `matrix` (rows, columns): its singular values are brought near 1.
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The semi-orthogonal matrices near `matrices` (..., rows, columns): their singular values are brought near 1.
 
     A quintic Newton-Schulz iteration whose coefficients make small singular values grow fast and leave all of them
     within about 0.7 to 1.2 (Jordan et al. 2024); that is enough for an update's direction and needs matrix products
-    only. Every iterate is a polynomial of the Gram matrix times `matrix`, so the iteration runs on the small Gram
+    only. Every iterate is a polynomial of the Gram matrix times the matrix, so the iteration runs on the small Gram
     matrix and touches the long side twice instead of ten times. In float32.
     """
-    wide = matrix.float() if matrix.shape[0] <= matrix.shape[1] else matrix.float().T
-    wide = wide / wide.norm().clamp_min(1e-7)
-    gram = wide @ wide.T
-    product = identity = torch.eye(len(gram), device=gram.device)
-    for _ in range(steps):
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    wide = matrices.float().mT if tall else matrices.float()
+    gram = wide @ wide.mT
+    square = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(1e-14)  # of the Frobenius norm
+    gram = gram / square
+    product = identity = torch.eye(gram.shape[-1], device=gram.device)
+    for step in range(steps):
         factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
-        product, gram = factor @ product, factor @ gram @ factor
-    result = product @ wide
-    return result if matrix.shape[0] <= matrix.shape[1] else result.T
+        product = factor @ product if step else factor
+        if step < steps - 1:
+            gram = factor @ gram @ factor
+    result = (product * square.rsqrt()) @ wide
+    return result.mT if tall else result
 
 
 def is_kernel(parameter: nn.Parameter) -> bool:
@@ -55,18 +60,29 @@ class Muon(torch.optim.AdamW):
         finally:
             self.param_groups = groups
         for group in groups:
-            if not group.get("muon"):
-                continue
-            momentum = group["betas"][0]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].mul_(momentum).add_(parameter.grad)
-                direction = (parameter.grad + momentum * state["momentum"]).flatten(1)
-                update = orthogonalise(direction).to(parameter.dtype).view(parameter.shape)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-0.4 * group["lr"] * max(direction.shape) ** 0.5)
+            if group.get("muon"):
+                self._update_kernels(group)
         return loss
+
+    def _update_kernels(self, group: dict[str, Any]) -> None:
+        """Muon's step; kernels of one shape are orthogonalised together."""
+        same_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        for kernel in group["params"]:
+            if kernel.grad is not None:
+                same_shape[kernel.shape].append(kernel)
+        rate, decay, momentum = group["lr"], group["weight_decay"], group["betas"][0]
+        for kernels in same_shape.values():
+            gradients: list[Any] = [kernel.grad for kernel in kernels]
+            for kernel in kernels:
+                if "momentum" not in self.state[kernel]:
+                    self.state[kernel]["momentum"] = torch.zeros_like(kernel)
+            momenta = [self.state[kernel]["momentum"] for kernel in kernels]
+            torch._foreach_mul_(momenta, momentum)
+            torch._foreach_add_(momenta, gradients)
+            directions = torch._foreach_add(gradients, momenta, alpha=momentum)
+            # columns in the order (x, y, z, channel), in which channels_last_3d stores them: any order gives one result
+            stacked = torch.stack([direction.movedim(1, -1) for direction in directions])
+            updates = orthogonalise(stacked.flatten(2)).view(stacked.shape).movedim(-1, 2)
+            scale = 0.4 * max(len(kernels[0]), kernels[0][0].numel()) ** 0.5
+            torch._foreach_mul_(kernels, 1 - rate * decay)
+            torch._foreach_add_(kernels, list(updates.to(kernels[0].dtype).unbind()), alpha=-rate * scale)
