@@ -6,20 +6,43 @@ set in its config.
 
 import logging
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from autoencoder import AutoencoderKL3D, gradient_loss, kl_loss, l1_loss, latent_statistics, mse_loss
+from autoencoder import (
+    QuantisedLatents,
+    VolumeAutoencoder,
+    code_statistics,
+    gradient_loss,
+    l1_loss,
+    latent_loss,
+    latent_statistics,
+    mse_loss,
+)
+from autoencoder.adversarial import (
+    Slices,
+    VolumeDiscriminator,
+    adaptive_weight,
+    discriminator_loss,
+    draw_slices,
+    feature_matching_loss,
+    generator_loss,
+)
+from autoencoder.losses import cells_inside
 from training import (
+    AdversarialConfig,
     AutoencoderLosses,
     Learner,
     Loop,
     TrainVaeConfig,
     build_model,
+    derive_seed,
     initialise_from,
     make_accelerator,
     parse_config,
@@ -34,24 +57,94 @@ if TYPE_CHECKING:
 logger = logging.getLogger("training")
 
 
-class AutoencoderStep:
-    """The autoencoder's training step: reconstruction and KL inside the field of view."""
+class Adversary:
+    """A discriminator and what the autoencoder loses and gains by it."""
 
-    def __init__(self, learner: Learner[AutoencoderKL3D], weights: AutoencoderLosses):
-        self.vae, self.learners, self.weights = learner, (learner,), weights
+    def __init__(self, learner: Learner[VolumeDiscriminator], config: AdversarialConfig):
+        self.learner, self.config = learner, config
+
+    def strength(self, step: int) -> float | None:
+        """Rises from 0 to 1 during the warm-up; None before the start."""
+        since = step - self.config.start_step
+        return None if since < 0 else min(1.0, (since + 1) / (self.config.warmup_steps + 1))
+
+    def deceive(
+        self, image: Tensor, reconstruction: Tensor, slices: Slices, reconstruction_loss: Tensor, last_weight: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The autoencoder's part: to be taken for real. No gradient reaches the discriminator."""
+        network = self.learner.network.requires_grad_(False)
+        with self.learner.accelerator.autocast():
+            fake = network(reconstruction, slices)
+            with torch.no_grad():
+                real = network(image, slices)
+        network.requires_grad_(True)
+        generator, features = generator_loss(fake), feature_matching_loss(real, fake)
+        scale = torch.ones_like(generator)
+        if self.config.adaptive:
+            scale = adaptive_weight(reconstruction_loss, generator, last_weight)
+        loss = self.config.weight * scale * generator + self.config.feature_matching * features
+        return loss, {"generator": generator, "feature_matching": features, "adaptive_weight": scale}
+
+    def discern(self, image: Tensor, reconstruction: Tensor, slices: Slices) -> dict[str, Tensor]:
+        """The discriminator's part: to tell them apart. No gradient reaches the autoencoder."""
+        both = Slices(slices.axis, slices.positions.repeat(2, 1))
+        found = self.learner.model(torch.cat([image, reconstruction.detach()]), both)  # one pass: DDP wants no more
+        halves = [[layer.chunk(2) for layer in features] for features in found]
+        real, fake = ([[layer[i] for layer in features] for features in halves] for i in range(2))
+        loss = discriminator_loss(real, fake)
+        self.learner.backward(loss)
+        return {"discriminator": loss}
+
+
+class AutoencoderStep:
+    """The autoencoder's training step: reconstruction and latents inside the field of view, and its adversary if it
+    has one."""
+
+    def __init__(self, learner: Learner[VolumeAutoencoder], weights: AutoencoderLosses, adversary: Adversary | None):
+        self.vae, self.weights, self.adversary = learner, weights, adversary
+        self.learners = (learner,) if adversary is None else (learner, adversary.learner)
+        self._cells: list[Tensor] = []  # latents inside the field of view since the last update, for the codebook
 
     def __call__(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """One batch of {"image": (B, C, X, Y, Z) in [-1, 1], "fov": (B, 1, X, Y, Z) boolean}."""
         image, fov, weights = batch["image"], batch["fov"], self.weights
-        reconstruction, posterior = self.vae.model(image, sample_posterior=True, return_dict=False, generator=generator)
-        losses = {"l1": l1_loss(reconstruction, image, fov), "kl": kl_loss(posterior, fov)}
-        loss = weights.l1 * losses["l1"] + weights.kl * losses["kl"]
+        reconstruction, latents = self.vae.model(image, sample_posterior=True, return_dict=False, generator=generator)
+        losses = {"l1": l1_loss(reconstruction, image, fov)}
+        loss = weights.l1 * losses["l1"]
         for name, weight, function in (("mse", weights.mse, mse_loss), ("gradient", weights.gradient, gradient_loss)):
             if weight:
                 losses[name] = function(reconstruction, image, fov)
                 loss = loss + weight * losses[name]
-        self.vae.backward(loss)
+        strength = None if self.adversary is None else self.adversary.strength(self.vae.updates)
+        seen = torch.where(fov, reconstruction.float(), image)  # padding has no truth to be told from
+        slices = None
+        if self.adversary is not None and strength is not None:
+            slices = draw_slices(fov, max(self.adversary.config.slices, 1), generator)
+            last: Any = self.vae.network.decoder[-1].weight
+            deceit, parts = self.adversary.deceive(image, seen, slices, loss, last)
+            losses |= parts
+            loss = loss + strength * deceit
+        name, value = latent_loss(latents, fov)
+        losses[name] = value
+        self.vae.backward(loss + getattr(weights, name) * value)
+        if self.adversary is not None and slices is not None:
+            losses |= self.adversary.discern(image, seen, slices)
+        if isinstance(latents, QuantisedLatents):
+            losses |= self._note_codes(latents, fov)
         return {"loss": loss.detach(), **{name: value.detach() for name, value in losses.items()}}
+
+    def _note_codes(self, latents: QuantisedLatents, fov: Tensor) -> dict[str, Tensor]:
+        inside = cells_inside(fov, latents.indices.shape[1:])[:, 0]
+        self._cells.append(latents.raw_mean.detach().movedim(1, -1)[inside])
+        return code_statistics(latents.indices[inside], len(latents.codebook.codes))
+
+    def after_update(self, taken: bool) -> None:
+        """Move the codebook, once a step that was taken, by what all batches and processes saw."""
+        cells, self._cells = self._cells, []
+        if cells and taken:
+            accelerator, network = self.vae.accelerator, self.vae.network
+            generator = torch.Generator().manual_seed(derive_seed(self.vae.updates))
+            network.codebook.update(torch.cat(cells), generator, partial(gather_cells, accelerator))
 
     @torch.no_grad()
     def validate(self, item: dict[str, Any], generator: torch.Generator) -> dict[str, float]:
@@ -76,9 +169,18 @@ class AutoencoderStep:
             return self.vae.average(image, return_dict=False)[0].float()
 
 
-def freeze_encoder(vae: AutoencoderKL3D, source: str | None) -> None:
+def gather_cells(accelerator: Accelerator, own: Tensor) -> Tensor:
+    """Rows of all processes (N, C), in the same order everywhere; each may have another number of them."""
+    if accelerator.num_processes == 1:
+        return own
+    counts = accelerator.gather(torch.tensor([len(own)], device=own.device))
+    parts = accelerator.gather(accelerator.pad_across_processes(own, dim=0)).view(len(counts), -1, own.shape[1])  # pyright: ignore
+    return torch.cat([part[:n] for part, n in zip(parts, counts.tolist(), strict=True)])  # pyright: ignore
+
+
+def freeze_encoder(vae: VolumeAutoencoder, source: str | None) -> None:
     """Leave the encoder and the latents' statistics as they are in `source`. Raises: ValueError if they are not there."""
-    statistics = AutoencoderKL3D.load_config(source) if source else {}
+    statistics = type(vae).load_config(source) if source else {}
     if not isinstance(statistics, dict) or not statistics.get("latents_std"):
         raise ValueError(
             f"freeze_encoder needs --init_from, an autoencoder with latents_mean and latents_std; got {source}"
@@ -87,13 +189,28 @@ def freeze_encoder(vae: AutoencoderKL3D, source: str | None) -> None:
     vae.set_latent_statistics(statistics["latents_mean"], statistics["latents_std"])
 
 
+def make_adversary(config: TrainVaeConfig, vae: VolumeAutoencoder) -> Adversary | None:
+    """The discriminator that the config asks for, if it does."""
+    options = config.adversarial
+    if options is None:
+        return None
+    channels, layers = options.channels, options.layers
+    network = VolumeDiscriminator(
+        vae.config["out_channels"], channels, layers, slices=options.slices > 0, volume=options.volume
+    )
+    learner = Learner("discriminator", network, options.optimizer, ema_decay=0.0, max_steps=config.loop.max_steps)
+    return Adversary(learner, options)
+
+
 def main(args: list[str] | None = None) -> dict[str, float]:
     """Train as the config says. Returns the final validation's metrics."""
     config = parse_config(TrainVaeConfig, args)
     output = Path(config.output)
     accelerator = make_accelerator(config)
     set_seed(config.loop.seed)
-    vae: AutoencoderKL3D = build_model(config.model)
+    vae: VolumeAutoencoder = build_model(config.model)
+    if config.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
     fresh = initialise_from(vae, config.init_from) if config.init_from else []
     if config.init_from:
         logger.info("started from %s; layers left fresh: %s", config.init_from, fresh or "none")
@@ -110,8 +227,9 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     crops = CropDataset(train, config.crops.shape, seed=config.loop.seed, flip_axes=config.crops.flip_axes)
 
     learner = Learner("vae", vae, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
+    step = AutoencoderStep(learner, config.losses, make_adversary(config, vae))
     validation = PaddedVolumes(held_out, vae.stride) if held_out else []
-    metrics = Loop(accelerator, config, AutoencoderStep(learner, config.losses), crops, validation).run()
+    metrics = Loop(accelerator, config, step, crops, validation).run()
 
     if accelerator.is_main_process:
         final = learner.average

@@ -104,7 +104,8 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         plane = self.activation_bytes((*shape[:2], self.stride[2]), batch)
         return max(self.slab_bytes // plane, 1)
 
-    def _tiled(self, shape: Sequence[int], batch: int) -> bool:
+    def tiles(self, shape: Sequence[int], batch: int = 1) -> bool:
+        """Whether `encode` and `decode` of `shape` (X, Y, Z) voxels go slab by slab, by `use_tiling` and by size."""
         if self.use_tiling is None:
             return not torch.is_grad_enabled() and self.activation_bytes(shape, batch) > WHOLE_BYTES
         return self.use_tiling
@@ -142,7 +143,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
             raise ValueError(
                 f"volume of {tuple(x.shape[2:])} voxels: every side must be a multiple of {self.stride}; pad it first"
             )
-        if self._tiled(x.shape[2:], len(x)):
+        if self.tiles(x.shape[2:], len(x)):
             slabs = x.split(self.stride[2] * self.slab_planes(x.shape[2:], len(x)), dim=4)
             cells = [n // s for n, s in zip(x.shape[2:], self.stride, strict=True)]
             encoded = _assemble(stream_slabs(self._encode, slabs), cells)
@@ -155,12 +156,13 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Standardised latents (B, latent_channels, h, w, d) -> volumes (B, C, X, Y, Z), not clamped."""
         voxels = [n * s for n, s in zip(z.shape[2:], self.stride, strict=True)]
-        if self._tiled(voxels, len(z)):
+        if self.tiles(voxels, len(z)):
             sample = _assemble(self.decode_slabs(z), voxels)
         else:
             sample = self._decode(z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
+    @apply_forward_hook
     def encode_slabs(self, slabs: Iterable[Tensor]) -> Iterator[Distribution]:
         """Encode a volume that is read piece by piece: consecutive slabs (B, C, X, Y, z) along the third axis, of any
         thickness -> posteriors (B, latent_channels, h, w, d), which together are the volume's.
@@ -170,6 +172,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         for encoded in stream_slabs(self._encode, slabs):
             yield self._distribution(encoded)
 
+    @apply_forward_hook
     def decode_slabs(self, z: Tensor) -> Iterator[Tensor]:
         """Decode into consecutive slabs (B, C, X, Y, z) along the third axis, for results that go to disk."""
         voxels = [n * s for n, s in zip(z.shape[2:], self.stride, strict=True)]

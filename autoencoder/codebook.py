@@ -105,14 +105,10 @@ class Codebook(nn.Module):
         return drawn + apart
 
 
-def code_statistics(indices: Tensor, num_codes: int) -> dict[str, float]:
-    """How codes are used: "perplexity" (effective number of codes), "usage" (part that occurs at all) and "bits_per_cell" (entropy,
-    what an ideal coder without context would need)."""
-    p = torch.bincount(indices.flatten(), minlength=num_codes).double()
+def code_statistics(indices: Tensor, num_codes: int) -> dict[str, Tensor]:
+    """How codes are used, as scalars: "perplexity" (effective number of codes), "usage" (part that occurs at all) and
+    "bits_per_cell" (entropy: what an ideal coder without context would need)."""
+    p = torch.bincount(indices.flatten(), minlength=num_codes).float()
     p = p / p.sum().clamp_min(1)
-    entropy = float(-(p * p.clamp_min(1e-300).log()).sum())
-    return {
-        "perplexity": math.exp(entropy),
-        "usage": float((p > 0).double().mean()),
-        "bits_per_cell": entropy / math.log(2),
-    }
+    entropy = -torch.xlogy(p, p).sum()
+    return {"perplexity": entropy.exp(), "usage": (p > 0).float().mean(), "bits_per_cell": entropy / math.log(2)}

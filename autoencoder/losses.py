@@ -7,7 +7,7 @@ model.
 import torch.nn.functional as F
 from torch import Tensor
 
-from .posterior import DiagonalGaussian3D
+from .posterior import DiagonalGaussian3D, LatentDistribution
 from .vq import QuantisedLatents
 
 
@@ -68,3 +68,11 @@ def commitment_loss(latents: QuantisedLatents, fov: Tensor) -> Tensor:
     al. 2017, Eq. 3, last term): the encoder stays near the codes, which follow by moving averages."""
     values = latents.distance_map()
     return masked_mean(values, cells_inside(fov, values.shape[2:]))
+
+
+def latent_loss(latents: LatentDistribution, fov: Tensor) -> tuple[str, Tensor]:
+    """What keeps the latents in order, and its name: the KL of a Gaussian posterior, the commitment to a codebook."""
+    if isinstance(latents, QuantisedLatents):
+        return "commitment", commitment_loss(latents, fov)
+    assert isinstance(latents, DiagonalGaussian3D)
+    return "kl", kl_loss(latents, fov)

@@ -1,10 +1,14 @@
 """What the project's models share: strict loading, safetensors only, and the memory format that they are fast in."""
 
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
+
+from .weights import check_weights
 
 
 class VolumeModel(ModelMixin, ConfigMixin):
@@ -19,6 +23,9 @@ class VolumeModel(ModelMixin, ConfigMixin):
         """
         if kwargs.pop("use_safetensors", True) is not True:
             raise ValueError("use_safetensors=False is refused: a pickle can run any code when it is read")
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if folder.is_dir():  # of a Hub repository, what was downloaded is checked below
+            check_weights(folder, cls, kwargs.get("variant"))
         with_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, use_safetensors=True, output_loading_info=True, **kwargs
@@ -32,3 +39,53 @@ class VolumeModel(ModelMixin, ConfigMixin):
             )
         model.to(memory_format=torch.channels_last_3d)
         return (model, info) if with_info else model
+
+    def save_pretrained(  # diffusers' pipelines pass what they find in the signature
+        self,
+        save_directory: str | PathLike,
+        is_main_process: bool = True,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As diffusers' own: safetensors only, and not the path that the model came from.
+
+        Raises: ValueError on `safe_serialization=False`, and while a LoRA is attached, which would be mixed into the
+        weights.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False is refused: weights are saved as safetensors only")
+        if getattr(self, "peft_config", None):
+            raise ValueError(
+                "a LoRA is attached: save it by itself (save_lora_weights), or unload it first (unload_lora_weights); "
+                "fuse_lora before that keeps it in the weights"
+            )
+        self._internal_dict = FrozenDict({k: v for k, v in self.config.items() if k != "_name_or_path"})
+        super().save_pretrained(
+            str(save_directory),
+            is_main_process=is_main_process,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            push_to_hub=push_to_hub,
+            **kwargs,
+        )
+
+    def enable_group_offload(self, onload_device: torch.device, **kwargs: Any) -> None:
+        """As diffusers' own. On disk (`offload_to_disk_path`) each model has a folder of its own in that one, and its
+        weights lose the memory format, which safetensors cannot hold: a little slower on CPUs.
+
+        Raises: ValueError if that folder holds files already: diffusers would load those in place of these weights.
+        """
+        path = kwargs.get("offload_to_disk_path")
+        if path is not None:
+            folder = Path(path) / type(self).__name__
+            if folder.is_dir() and any(folder.iterdir()):
+                raise ValueError(
+                    f"offload_to_disk_path: {folder} holds offloaded weights already; give an empty folder"
+                )
+            kwargs["offload_to_disk_path"] = str(folder)
+            self.offloaded_to_disk = folder
+            self.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+        super().enable_group_offload(onload_device, **kwargs)

@@ -35,13 +35,17 @@ VAE = [  # 12 channels are enough for both of the optimiser's algorithms to be u
     "--crops.shape=[8, 8, 8]",
     "--crops.flip_axes=[0]",
 ]
+VQGAN = [
+    "--model={class: autoencoder.VQGAN3D, channels: [4, 12], encoder_blocks: [1, 1], decoder_blocks: [1, 1], num_codes: 16}",
+    "--adversarial={start_step: 2, warmup_steps: 3, channels: 4, layers: 1}",
+]
 LDM = ["--model={class: diffusion.LatentUNet3D, channels: [8, 16], blocks: [1, 1], head_dim: 8, mask_width: 4}"]
 LDM += ["--cache.versions=2", "--cache.shift=true", "--inference_steps=2"]
 
 
 def run(script, output: Path, *args: str):
     AcceleratorState._reset_state(reset_partial_state=True)
-    model = VAE if script is train_vae else LDM
+    model = VAE if script is train_vae else LDM  # what `args` say of the model wins
     return script.main([f"--output={output}", *COMMON, *model, *args])
 
 
@@ -58,10 +62,11 @@ def vae_folder(tmp_path_factory) -> Path:
 def everything(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint: weights, moving average, optimiser."""
     tensors = {f"{f.name}:{k}": t for f in checkpoint.glob("*.safetensors") for k, t in load_file(f).items()}
-    optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
-    assert {"momentum", "exp_avg"} <= {name for moments in optimizer["state"].values() for name in moments}
-    for index, moments in optimizer["state"].items():
-        tensors |= {f"optimizer:{index}:{k}": t for k, t in moments.items()}
+    for file in sorted(checkpoint.glob("optimizer*.bin")):
+        optimizer = torch.load(file, weights_only=True)
+        for index, moments in optimizer["state"].items():
+            tensors |= {f"{file.stem}:{index}:{k}": t for k, t in moments.items()}
+    assert {"momentum", "exp_avg"} <= {key.rpartition(":")[2] for key in tensors}
     return tensors
 
 
@@ -69,13 +74,12 @@ class Interrupted(Exception):
     """Stands for the process being killed: nothing is saved on its way."""
 
 
-@pytest.mark.parametrize("name", ["vae", "ldm"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name,workers", [("vae", 0), ("vae", 2), ("vqgan", 0), ("ldm", 0), ("ldm", 2)])
 def test_resumed_equals_uninterrupted(name, workers, tmp_path, vae_folder, monkeypatch):
     script, step_class = (
-        (train_vae, train_vae.AutoencoderStep) if name == "vae" else (train_ldm, train_ldm.DiffusionStep)
+        (train_ldm, train_ldm.DiffusionStep) if name == "ldm" else (train_vae, train_vae.AutoencoderStep)
     )
-    args = [f"--loop.workers={workers}", *([] if name == "vae" else [f"--vae={vae_folder}"])]
+    args = [f"--loop.workers={workers}", *{"vae": [], "vqgan": VQGAN, "ldm": [f"--vae={vae_folder}"]}[name]]
     metrics = run(script, tmp_path / "whole", *args)
 
     original, calls = step_class.__call__, []
@@ -100,12 +104,14 @@ def test_resumed_equals_uninterrupted(name, workers, tmp_path, vae_folder, monke
     assert expected.keys() == got.keys() and len(got) > 50
     assert [k for k in expected if not torch.equal(expected[k], got[k])] == []
     states = [json.loads((tmp_path / p / "checkpoints" / last / "state.json").read_text()) for p in ("whole", "parts")]
+    if name == "vqgan":
+        assert {"optimizer_1:0:exp_avg"} <= got.keys() and any("codebook.counts" in key for key in got)
     assert states[0] == states[1] and states[0]["samples"] == STEPS * 2 * 2
     assert resumed == metrics
     final = (
-        "vae/diffusion_pytorch_model.safetensors"
-        if name == "vae"
-        else "pipeline/unet/diffusion_pytorch_model.safetensors"
+        "pipeline/unet/diffusion_pytorch_model.safetensors"
+        if name == "ldm"
+        else "vae/diffusion_pytorch_model.safetensors"
     )
     assert (tmp_path / "whole" / final).read_bytes() == (tmp_path / "parts" / final).read_bytes()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from autoencoder import AutoencoderKL3D, VQGAN3D
+from autoencoder import VQGAN3D, AutoencoderKL3D
 from autoencoder.layers import Conv3d, Downsample, ResidualBlock, Upsample
 from autoencoder.streaming import Stream, delayed, stream_slabs
 

@@ -157,6 +157,9 @@ class LineStep:
         self.weights.append(self.line.network.weight.detach().clone())
         return {"loss": loss.detach()}
 
+    def after_update(self, taken):
+        self.taken = [*getattr(self, "taken", []), taken]
+
     def validate(self, item, generator):
         return {"error": (self.line.average(item["x"]) - item["y"]).abs().item()}
 

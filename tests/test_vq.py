@@ -127,10 +127,9 @@ def test_the_search_stays_within_two_gibibytes():
 
 def test_statistics_of_known_histograms():
     even = code_statistics(torch.arange(8).repeat(3), 16)
-    assert even == pytest.approx({"perplexity": 8, "usage": 0.5, "bits_per_cell": 3})
-    assert code_statistics(torch.zeros(5, dtype=torch.long), 4) == pytest.approx(
-        {"perplexity": 1, "usage": 0.25, "bits_per_cell": 0}
-    )
+    assert {k: v.item() for k, v in even.items()} == pytest.approx({"perplexity": 8, "usage": 0.5, "bits_per_cell": 3})
+    one = code_statistics(torch.zeros(5, dtype=torch.long), 4)
+    assert {k: v.item() for k, v in one.items()} == pytest.approx({"perplexity": 1, "usage": 0.25, "bits_per_cell": 0})
 
 
 @torch.no_grad()

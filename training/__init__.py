@@ -3,6 +3,7 @@
 from .build import build_model, initialise_from
 from .checkpoints import Checkpointer, TrainState, find_checkpoint, list_checkpoints
 from .config import (
+    AdversarialConfig,
     AutoencoderLosses,
     CropConfig,
     LatentCacheConfig,
@@ -22,6 +23,7 @@ from .output import save_model
 from .precision import native_bf16, resolve_precision
 
 __all__ = [
+    "AdversarialConfig",
     "AutoencoderLosses",
     "Checkpointer",
     "CropConfig",

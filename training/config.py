@@ -60,7 +60,11 @@ class LoopConfig:
         batch_size: samples per batch and process.
         seed: of weights, data order, crops and noise.
         mixed_precision: auto is bf16 where the hardware computes in it natively, else no.
-        workers: processes that load data, per training process; 0 loads in the training process.
+        compile: torch.compile the networks, which needs a C++ compiler. Each shape of batch is compiled by itself and
+            takes a minute on a CPU; from the ninth shape on, steps run as without it. So it is for long runs on crops,
+            or on volumes of one grid.
+        workers: processes that load data, per training process; 0 loads in the training process. Default: 0 on a CPU,
+            2 on other devices. `data_wait` in the log is the part of the time spent waiting for data.
         ema_decay: of the moving average of the weights, which is what is validated and saved.
         log_every: steps between lines of losses; between them nothing is fetched from the device but one flag.
         validate_every: steps between validations on held-out subjects; 0 validates at the end only.
@@ -76,7 +80,8 @@ class LoopConfig:
     batch_size: int = 4
     seed: int = 0
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    workers: int = 0
+    compile: bool = False
+    workers: int | None = None
     ema_decay: float = 0.999
     log_every: int = 20
     validate_every: int = 500
@@ -89,8 +94,10 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "max_steps", "batch_size", "log_every", "max_skipped")
-        _require_at_least(self, 0, "seed", "workers", "validate_every", "preview_every", "previews")
-        _require_at_least(self, 0, "checkpoint_every", "keep_checkpoints")
+        _require_at_least(self, 0, "seed", "validate_every", "preview_every", "previews")
+        _require_at_least(
+            self, 0, "checkpoint_every", "keep_checkpoints", *([] if self.workers is None else ["workers"])
+        )
 
 
 @dataclass
@@ -115,6 +122,41 @@ class AutoencoderLosses:
     mse: float = 0.0
     gradient: float = 1.0
     kl: float = 1e-4
+    commitment: float = 0.25
+
+
+@dataclass
+class AdversarialConfig:
+    """A discriminator of slices and volumes that the autoencoder is to deceive; see autoencoder/adversarial.py.
+
+    Args:
+        weight: of the adversarial loss.
+        adaptive: scale it so that it pulls on the decoder's last layer as hard as the reconstruction losses do.
+        feature_matching: weight of the difference between the discriminator's features of real and reconstructed.
+        start_step: optimiser steps before which there is no discriminator.
+        warmup_steps: after the start, steps over which both weights rise from 0, while the discriminator learns.
+        slices: planes that are looked at of each volume and step; 0 for none.
+        volume: whether whole crops are looked at.
+        channels, layers: of the discriminators, see `autoencoder.adversarial.VolumeDiscriminator`.
+        optimizer: of the discriminator.
+    """
+
+    weight: float = 0.5
+    adaptive: bool = True
+    feature_matching: float = 1.0
+    start_step: int = 0
+    warmup_steps: int = 200
+    slices: int = 4
+    volume: bool = True
+    channels: int = 32
+    layers: int = 2
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(algorithm="adamw", learning_rate=2e-4, betas=(0.5, 0.9))
+    )
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 0, "weight", "feature_matching", "start_step", "warmup_steps", "slices")
+        _require_at_least(self, 1, "channels", "layers")
 
 
 @dataclass
@@ -135,6 +177,27 @@ class LatentCacheConfig:
 
 
 @dataclass
+class LoraConfig:
+    """A LoRA (Hu et al. 2022) in place of all weights.
+
+    Args:
+        rank: of each layer's update.
+        alpha: the update is scaled by alpha / rank.
+        target_modules: which layers get one, by their last names: qkv and out (attention), time, conv1 and conv2, ...
+        dropout: of the update's input, in training.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    target_modules: list[str] = field(default_factory=lambda: ["qkv", "out", "time", "conv1", "conv2"])
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 1, "rank")
+        _require_at_least(self, 0, "alpha", "dropout")
+
+
+@dataclass
 class TrainVaeConfig:
     """Train an autoencoder on volumes.
 
@@ -144,6 +207,8 @@ class TrainVaeConfig:
         model: `class:` and that class's constructor arguments.
         crops: what a training sample is.
         losses: weights of the losses.
+        adversarial: a discriminator that sharpens; none if absent.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         optimizer: how weights move.
         loop: how long and in which rhythm.
         resume: "latest", or a checkpoint folder of this run, to go on from exactly there.
@@ -156,6 +221,8 @@ class TrainVaeConfig:
     model: dict[str, Any]
     crops: CropConfig = field(default_factory=CropConfig)
     losses: AutoencoderLosses = field(default_factory=AutoencoderLosses)
+    adversarial: AdversarialConfig | None = None
+    gradient_checkpointing: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     resume: str | None = None
@@ -168,8 +235,8 @@ class TrainLdmConfig:
     """Train a latent diffusion model on the latents of a trained autoencoder.
 
     Args:
-        output: folder of the run: config.yaml, checkpoints/, logs/, previews/, and at the end pipeline/ and
-            metrics.json.
+        output: folder of the run: config.yaml, checkpoints/, logs/, previews/, and at the end metrics.json and
+            pipeline/ (of a LoRA: lora/ instead).
         vae: folder of the trained autoencoder (`vae/` of its run).
         data: which volumes.
         model: `class:` and that class's constructor arguments; what the autoencoder and the labels decide may be
@@ -181,6 +248,7 @@ class TrainLdmConfig:
         loop: how long and in which rhythm.
         resume: "latest", or a checkpoint folder of this run, to go on from exactly there.
         init_from: folder of a trained U-Net to start from (fine-tuning).
+        lora: train a LoRA of the U-Net `init_from` instead of its weights.
     """
 
     output: str
@@ -194,6 +262,7 @@ class TrainLdmConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     resume: str | None = None
     init_from: str | None = None
+    lora: LoraConfig | None = None
 
 
 def parse_config(config_class: type[Config], args: list[str] | None = None) -> Config:

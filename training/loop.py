@@ -57,6 +57,10 @@ class TrainingStep(Protocol):
         """
         ...
 
+    def after_update(self, taken: bool) -> None:
+        """Called after each optimiser step, with whether it was taken: for state that does not move by gradients."""
+        ...
+
     def validate(self, item: Any, generator: torch.Generator) -> dict[str, float]:
         """Metrics of one held-out item, with the averaged weights."""
         ...
@@ -132,6 +136,8 @@ class Loop:
         self.accelerator, self.config, self.step = accelerator, config, step
         self.data, self.validation, self.collate = data, validation, collate
         self.options: LoopConfig = config.loop
+        if accelerator.mixed_precision == "fp16" and len(step.learners) > 1:  # Accelerate has one loss scale for all
+            raise ValueError("fp16 with a discriminator is not supported: use loop.mixed_precision bf16 or no")
         self.output = Path(config.output)
         for learner in step.learners:
             learner.prepare(accelerator, compile=self.options.compile)
@@ -205,6 +211,7 @@ class Loop:
             for learner in self.step.learners:
                 taken, norm = learner.update(state.step)
                 finite, losses[f"grad_norm/{learner.name}"] = finite and taken, norm
+            self.step.after_update(finite)
             state.step += 1
             state.samples += accumulation * options.batch_size * accelerator.num_processes
             self._count_skipped(finite)

@@ -1,0 +1,138 @@
+"""The autoencoder's training step: who gets which gradient, when the adversary acts, when the codebook moves."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from autoencoder import VQGAN3D, AutoencoderKL3D
+from autoencoder.adversarial import VolumeDiscriminator
+from train_vae import Adversary, AutoencoderStep, gather_cells
+from training import AdversarialConfig, AutoencoderLosses, Learner, OptimizerConfig
+
+
+def make_step(model_class=AutoencoderKL3D, adversarial: AdversarialConfig | None = None, **changes) -> AutoencoderStep:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.manual_seed(0)
+    vae = model_class(channels=(4, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1), **changes)
+    learner = Learner("vae", vae, OptimizerConfig(warmup_steps=0), ema_decay=0.0, max_steps=100)
+    adversary = None
+    if adversarial is not None:
+        network = VolumeDiscriminator(channels=4, layers=1)
+        critic = Learner("discriminator", network, adversarial.optimizer, ema_decay=0.0, max_steps=100)
+        adversary = Adversary(critic, adversarial)
+    step = AutoencoderStep(learner, AutoencoderLosses(), adversary)
+    for each in step.learners:
+        each.prepare(Accelerator(cpu=True))
+    return step
+
+
+def batch(seed: int = 0) -> dict[str, torch.Tensor]:
+    image = torch.rand(2, 1, 8, 8, 8, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    fov = torch.ones(2, 1, 8, 8, 8, dtype=torch.bool)
+    fov[..., 6:] = False
+    return {"image": torch.where(fov, image, -1.0), "fov": fov}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gradients(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [p.grad for p in module.parameters() if p.grad is not None]
+
+
+def test_before_the_start_there_is_no_adversary():
+    plain, step = make_step(), make_step(adversarial=AdversarialConfig(start_step=5))
+    expected, found = plain(batch(), generator()), step(batch(), generator())
+    assert found.keys() == expected.keys() and found["loss"] == expected["loss"]
+    assert not gradients(step.adversary.learner.network)
+
+
+def test_strength_rises_during_the_warm_up():
+    adversary = Adversary(None, AdversarialConfig(start_step=10, warmup_steps=3))  # pyright: ignore
+    assert [adversary.strength(s) for s in (9, 10, 11, 12, 13, 99)] == [None, 0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_each_gets_its_own_gradient_only():
+    """The autoencoder's gradient is that of its loss alone, the discriminator's that of its own."""
+    config = AdversarialConfig(warmup_steps=0, feature_matching=1.0)
+    step = make_step(adversarial=config)
+    adversary, vae = step.adversary, step.vae.network
+    seen = {}
+    discern = adversary.discern
+
+    def watched(*arguments):
+        assert not gradients(adversary.learner.network)  # deceiving left no gradient there
+        seen["before"] = [g.clone() for g in gradients(vae)]
+        losses = discern(*arguments)
+        seen["after"] = gradients(vae)
+        return losses
+
+    adversary.discern = watched
+    losses = step(batch(), generator())
+    assert seen["before"] and all(torch.equal(a, b) for a, b in zip(seen["before"], seen["after"], strict=True))
+    assert len(gradients(adversary.learner.network)) == len(list(adversary.learner.network.parameters()))
+    assert all(p.requires_grad for p in adversary.learner.network.parameters())
+    assert {"generator", "discriminator", "feature_matching", "adaptive_weight"} <= losses.keys()
+
+
+def test_the_adversary_changes_the_autoencoders_gradient():
+    found = []
+    for weight, features in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)):
+        step = make_step(adversarial=AdversarialConfig(weight=weight, feature_matching=features, warmup_steps=0))
+        with torch.no_grad():
+            step.vae.network.decoder[-1].weight.add_(0.1)
+        step(batch(), generator())
+        found.append(step.vae.network.decoder[-1].weight.grad)
+    assert not torch.allclose(found[0], found[1]) and not torch.allclose(found[0], found[2])
+
+
+def test_padding_looks_the_same_to_the_discriminator():
+    step, inputs = make_step(adversarial=AdversarialConfig(warmup_steps=0)), batch()
+    seen = []
+    step.adversary.learner.network.register_forward_hook(lambda module, given, output: seen.append(given[0]))
+    step(inputs, generator())
+    outside = ~inputs["fov"]
+    assert len(seen) == 3  # the reconstruction, the image, and both together
+    for volumes in (seen[0], seen[1], *seen[2].chunk(2)):
+        assert (volumes[outside] == -1).all()
+
+
+def test_the_codebook_moves_once_a_taken_step_by_all_batches():
+    step = make_step(VQGAN3D, num_codes=8, latent_channels=4)
+    book, calls = step.vae.network.codebook, []
+    update = book.update
+    book.update = lambda cells, *rest: (calls.append(len(cells)), update(cells, *rest))
+    before = {k: v.clone() for k, v in book.state_dict().items()}
+    for seed in range(2):  # two accumulated batches; 2 x 2 x 2 x 2 cells each, all inside or at the edge
+        losses = step(batch(seed), generator(seed))
+    assert all(torch.equal(v, before[k]) for k, v in book.state_dict().items())
+    assert {"commitment", "perplexity", "usage", "bits_per_cell"} <= losses.keys() and "kl" not in losses
+    step.after_update(True)
+    assert calls == [32] and book.initialised
+    step(batch(2), generator(2))
+    moved = book.codes.clone()
+    step.after_update(False)  # gradients were not finite: what the step saw is forgotten
+    step.after_update(True)
+    assert torch.equal(book.codes, moved) and calls == [32]
+
+
+def test_cells_of_padding_do_not_reach_the_codebook():
+    step, inputs = make_step(VQGAN3D, num_codes=8, latent_channels=4), batch()
+    inputs["fov"] = torch.zeros_like(inputs["fov"])
+    inputs["fov"][0, ..., :4] = True
+    step(inputs, generator())
+    assert [len(cells) for cells in step._cells] == [4]
+
+
+def test_gathering_of_one_process_is_the_identity():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    cells = torch.randn(5, 3)
+    assert gather_cells(Accelerator(cpu=True), cells) is cells
+
+
+@pytest.mark.parametrize("name", ["weight", "start_step", "slices"])
+def test_negative_settings_are_named(name):
+    with pytest.raises(ValueError, match=name):
+        AdversarialConfig(**{name: -1})
