@@ -25,7 +25,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from pipelines import MedVolumePipeline, describe_mask, equal_batches, read_sidecar, write_synthetic
+from pipelines import MedVolumePipeline, describe_mask, equal_batches, read_sidecar
 from volumes.patterns import SUFFIXES
 
 FOLDER_SUFFIXES = tuple(suffix for suffix in SUFFIXES if not suffix.startswith(".img"))  # of a pair, the .hdr
@@ -61,15 +61,14 @@ def main(args: Sequence[str] | None = None) -> None:
     ) as bar:
         for indices in equal_batches([task.shape for task in todo], options.batch_size):
             batch = [todo[i] for i in indices]
-            out = pipe(
+            pipe(
                 mask=[task.mask for task in batch],
                 num_inference_steps=options.steps,
                 generator=[torch.Generator().manual_seed(task.seed) for task in batch],
                 label_map=options.label_map,
                 batch_size=options.batch_size,
+                paths=[task.path for task in batch],
             )
-            for task, image, record in zip(batch, out.volumes, out.provenance, strict=True):
-                write_synthetic(image, record, task.path)
             bar.update(len(batch))
 
     state.wait_for_everyone()

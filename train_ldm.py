@@ -1,9 +1,12 @@
 """Train a latent diffusion model:  accelerate launch train_ldm.py --config configs/hippocampus/ldm.yaml [--vae DIR ...]
 
 The run folder ends with `pipeline/`: autoencoder, U-Net (averaged weights), scheduler and what they were trained on,
-for `MedVolumePipeline.from_pretrained`.
+for `MedVolumePipeline.from_pretrained`. With a `lora:` section it ends with `lora/` instead, for
+`pipe.load_lora_weights`: --config configs/hippocampus/lora.yaml --init_from PIPELINE/unet --vae PIPELINE/vae
 """
 
+import dataclasses
+import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -29,6 +32,8 @@ from diffusion import (
 )
 from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
+from pipelines.lora import add_lora, save_lora
+from pipelines.provenance import content_hash, memory_tensors
 from training import (
     Learner,
     Loop,
@@ -60,9 +65,13 @@ class DiffusionStep:
         """One batch of `collate_latents`."""
         noise = randn_tensor(batch["mean"].shape, generator=generator, device=batch["mean"].device)
         latents = batch["mean"] + batch["std"] * noise
+        torch.manual_seed(generator.initial_seed())  # dropout knows the global state alone, and a resume must find it
         loss = training_loss(self.unet.model, self.objective, latents, batch["mask"], batch["weight"], generator)
         self.unet.backward(loss)
         return {"loss": loss.detach()}
+
+    def after_update(self, taken: bool) -> None:
+        """All state moves by gradients."""
 
     @torch.no_grad()
     def validate(self, item: dict[str, Any], generator: torch.Generator) -> dict[str, float]:
@@ -114,6 +123,28 @@ def complete_model(section: dict[str, Any], vae: AutoencoderKL3D, num_labels: in
     return {**decided, **section}
 
 
+def attach_lora(unet: LatentUNet3D, config: TrainLdmConfig) -> str:
+    """Attach the config's LoRA to the U-Net that it started from. Returns the hash of that U-Net.
+
+    Raises: ValueError if there is none, or if the model section does not describe it.
+    """
+    assert config.lora is not None
+    described = Path(config.init_from or "") / "config.json"
+    if config.init_from is None or not described.is_file():
+        raise ValueError(
+            f"lora needs --init_from, the folder of a trained U-Net (PIPELINE/unet); got {config.init_from}"
+        )
+    base, own = json.loads(described.read_text()), json.loads(unet.to_json_string())
+    wrong = [f"{key} is {own[key]}, not {base.get(key)}" for key in own if key[0] != "_" and own[key] != base.get(key)]
+    if wrong:
+        raise ValueError(
+            f"a LoRA belongs to one U-Net, but the model differs from {config.init_from}: {'; '.join(wrong)}"
+        )
+    identity = content_hash({"unet": (unet.config, memory_tensors(unet))})
+    add_lora(unet, **dataclasses.asdict(config.lora))
+    return identity
+
+
 @torch.no_grad()
 def encode_held_out(volumes: PaddedVolumes, vae: AutoencoderKL3D, num_labels: int) -> list[dict[str, Any]]:
     """Held-out volumes with their latents (1, C, h, w, d) and folded mask."""
@@ -153,6 +184,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     if config.init_from:
         fresh = initialise_from(unet, config.init_from)
         logger.info("started from %s; layers left fresh: %s", config.init_from, fresh or "none")
+    base = attach_lora(unet, config) if config.lora else None
 
     num_labels = config.model["num_labels"]
     latents = encode_training(train, vae, config, accelerator)
@@ -163,7 +195,9 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     collate = partial(collate_latents, stride=vae.stride, num_labels=num_labels)
     metrics = Loop(accelerator, config, step, latents, validation, collate).run()
 
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and base:
+        logger.info("saved %s", save_lora(learner.average, output / "lora", base))
+    elif accelerator.is_main_process:
         pipeline = MedVolumePipeline(vae, learner.average, make_scheduler(step.objective), data=describe(train))
         save_model(pipeline, output / "pipeline")
         logger.info("saved %s", output / "pipeline")

@@ -64,14 +64,15 @@ def stream_slabs(network: Callable[[Tensor], Tensor], slabs: Iterable[Tensor]) -
 
     Raises: ValueError if there are no slabs.
     """
-    stream, waiting = Stream(network), None
+    stream, waiting, several = Stream(network), None, False
     for slab in slabs:  # one ahead, to know which is the last
+        several = waiting is not None
         if waiting is not None and (made := stream(waiting)).shape[4]:
             yield made
         waiting = slab
     if waiting is None:
         raise ValueError("there are no slabs to stream")
-    yield stream(waiting, last=True)
+    yield stream(waiting, last=True) if several else network(waiting)
 
 
 def streaming() -> bool:
@@ -114,11 +115,12 @@ def whole_cells(key: Hashable, x: Tensor, size: int) -> Tensor:
     Raises: ValueError if the stream ends inside a cell.
     """
     stream = _current.stream
-    if stream is None or size == 1:
+    if size == 1:
         return x
-    planes, _ = stream.take(key, x)
+    planes, last = (x, True) if stream is None else (stream.take(key, x)[0], stream.last)
     ready = planes.shape[4] - planes.shape[4] % size
-    if stream.last and ready < planes.shape[4]:
+    if last and ready < planes.shape[4]:
         raise ValueError(f"the slabs end {planes.shape[4] - ready} planes into a cell of {size}: pad the volume first")
-    stream.keep(key, planes[..., ready:])
+    if stream is not None:
+        stream.keep(key, planes[..., ready:])
     return planes[..., :ready]

@@ -1,11 +1,27 @@
 """Self-attention over all cells of a level, through diffusers' dispatcher (native SDPA, flash, xformers, sage are one
 switch)."""
 
+import torch
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from torch import Tensor, nn
 
 from autoencoder.layers import ChannelRMSNorm
+
+CPU_BACKENDS = ("native", "_native_flash", "_native_math", "flex")  # of diffusers' names; the others are CUDA kernels
+
+
+def check_attention_backend(model: nn.Module, device: torch.device) -> None:
+    """Raises: ValueError if the attention backend of `model`, or that of the process, has no kernel for `device`."""
+    if device.type != "cpu":
+        return
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.processor.check(device)
 
 
 class SelfAttentionProcessor:
@@ -14,11 +30,17 @@ class SelfAttentionProcessor:
     _attention_backend: AttentionBackendName | None = None
     _parallel_config = None
 
-    def __call__(self, attention: "SelfAttention", tokens: Tensor) -> Tensor:
-        if self._attention_backend == AttentionBackendName.XFORMERS and tokens.device.type == "cpu":
+    def check(self, device: torch.device) -> None:
+        """Raises: ValueError if the backend, the module's own or that of the process, has no kernel for `device`."""
+        name = AttentionBackendName(self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]).value
+        if device.type == "cpu" and name not in CPU_BACKENDS:
             raise ValueError(
-                "the xformers attention backend needs a CUDA device: move the model to one, or set_attention_backend('native')"
+                f"the {name} attention backend needs a CUDA device: move the model to one, or "
+                "set_attention_backend('native')"
             )
+
+    def __call__(self, attention: "SelfAttention", tokens: Tensor) -> Tensor:
+        self.check(tokens.device)
         query, key, value = (
             attention.qkv(tokens).unflatten(-1, (3, attention.heads, -1)).unbind(2)
         )  # each (B, tokens, heads, head_dim)
@@ -35,6 +57,7 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
     _default_processor_cls = SelfAttentionProcessor
     _available_processors = [SelfAttentionProcessor]
     _supports_qkv_fusion = False
+    processor: SelfAttentionProcessor
 
     def __init__(self, channels: int, head_dim: int):
         super().__init__()

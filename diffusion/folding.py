@@ -33,10 +33,11 @@ def fold_mask(labels: Tensor, stride: Stride, num_labels: int) -> Tensor:
             f"the mask holds label indices {wrong}, the model knows 0 to {num_labels - 1} (and {PADDING} for padding)"
         )
     (sx, sy, sz), (nx, ny, nz) = stride, (n // s for n, s in zip(labels.shape[1:], stride, strict=True))
-    cells = labels.to(torch.int32).reshape(-1, nx, sx, ny, sy, nz, sz).permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
+    cells = labels.reshape(-1, nx, sx, ny, sy, nz, sz).permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
     places = cells.shape[-1]
-    ids = cells * places + torch.arange(1, places + 1, dtype=torch.int32, device=labels.device)
-    return torch.where(cells == PADDING, 0, ids)
+    ids = cells.to(torch.int32, copy=True).mul_(places)  # in place: a mask may have billions of voxels
+    ids += torch.arange(1, places + 1, dtype=torch.int32, device=labels.device)
+    return ids.masked_fill_(cells == PADDING, 0)
 
 
 def unfold_mask(ids: Tensor, stride: Stride) -> Tensor:
@@ -52,22 +53,28 @@ def cells_inside(ids: Tensor) -> Tensor:
     return (ids != 0).any(-1).unsqueeze(1)
 
 
+class _Bag(nn.EmbeddingBag):
+    """nn.EmbeddingBag in sum mode; ids (N, r), of which 0 is padding and any other occurs at most once a row."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if len(ids) * len(self.weight) > DENSE_ELEMENTS:
+            return super().forward(ids)
+        # few labels: one product is several times faster than the bag, on a CPU, there and back
+        present = self.weight.new_zeros((len(ids), len(self.weight))).scatter_(1, ids.long(), 1)
+        present[:, 0] = 0
+        return present @ self.weight
+
+
 class FoldedMaskEmbedding(nn.Module):
     """ids (B, h, w, d, r) -> (B, width, h, w, d): the sum over a cell of one learned vector per (label, place)."""
 
     def __init__(self, num_labels: int, places: int, width: int):
         super().__init__()
-        self.table = nn.EmbeddingBag(num_labels * places + 1, width, mode="sum", padding_idx=0)
+        self.table = _Bag(num_labels * places + 1, width, mode="sum", padding_idx=0)
         with torch.no_grad():  # unit variance after the sum over a cell; the padding row stays zero
             self.table.weight[1:].normal_(std=places**-0.5)
             self.table.weight[0].zero_()
 
     def forward(self, ids: Tensor) -> Tensor:
-        cells, table = ids.flatten(0, 3), self.table.weight
-        if cells.shape[0] * table.shape[0] > DENSE_ELEMENTS:
-            embedded = self.table(cells)
-        else:  # few labels: one product is several times faster than the bag, on a CPU, there and back
-            present = table.new_zeros((len(cells), len(table))).scatter_(1, cells.long(), 1)
-            present[:, 0] = 0  # padding
-            embedded = present @ table
+        embedded = self.table(ids.flatten(0, 3))
         return embedded.unflatten(0, ids.shape[:4]).permute(0, 4, 1, 2, 3)

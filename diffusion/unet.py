@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -57,7 +59,7 @@ def pad_at_end(x: Tensor, stride: Stride) -> Tensor:
     return F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0])) if any(missing) else x
 
 
-class LatentUNet3D(VolumeModel, AttentionMixin):
+class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
     """3-D U-Net (Ronneberger et al. 2015; Ho et al. 2020) over latents, conditioned on a mask folded to the latent
     grid.
 
@@ -78,6 +80,10 @@ class LatentUNet3D(VolumeModel, AttentionMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TimeResidualBlock"]
+    # diffusers hooks only modules that are called; these are lists of lists, and what `embed_mask` calls by itself
+    _group_offload_block_modules = ["down_blocks", "up_blocks", "mask_embedding"]
+    # in float8 these two cost half of the whole error, and hold a twentieth of the weights (norms are never cast)
+    _skip_layerwise_casting_patterns = ["conv_in", "conv_out"]
 
     @register_to_config
     def __init__(
@@ -129,6 +135,20 @@ class LatentUNet3D(VolumeModel, AttentionMixin):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # pyright: ignore[reportArgumentType]
         self.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+
+    def set_attention_backend(self, backend: str) -> None:
+        """As diffusers' own, for this model alone; diffusers also makes it the default of the whole process.
+
+        Raises: ValueError for a backend that is unknown or not installed. One that has no kernel for the device is
+        named when the model is called: it may be moved until then.
+        """
+        default = _AttentionBackendRegistry.get_active_backend()[0]
+        try:
+            super().set_attention_backend(backend)
+        except RuntimeError as error:
+            raise ValueError(f"attention backend {backend!r}: {error} Or use 'native'") from error
+        finally:
+            _AttentionBackendRegistry.set_active_backend(default)
 
     @apply_forward_hook
     def embed_mask(self, ids: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ class MedVolumePipelineOutput(BaseOutput):
             "np"      float32 arrays (C, X, Y, Z) with the same voxels in the same axis order;
             "pt"      the same as float32 tensors on the CPU;
             "latent"  standardised latents (latent_channels, h, w, d) of the padded mask, on the model's device.
+            With `paths`: the files that were written, as `Path`.
         provenance: one JSON-ready dict a volume: model hash, seed, steps, scheduler, mask; the sidecar's content.
     """
 

@@ -1,11 +1,13 @@
 """MedVolumePipeline: masks to volumes by autoencoder, latent U-Net and scheduler. Axes: (B, C, X, Y, Z)."""
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -13,20 +15,25 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub.errors import HFValidationError
 
 from autoencoder import AutoencoderKL3D
+from autoencoder.weights import weight_files
 from diffusion import LatentUNet3D, denoise, fit_scheduler, fold_mask
+from diffusion.attention import check_attention_backend
+from volumes import nifti_path
 
-from .loading import check_folder, weight_files
+from .loading import check_folder
+from .lora import LoraMixin, lora_digest
 from .masks import LabelMap, MaskLike, as_list, describe_mask
 from .output import MedVolumePipelineOutput
-from .provenance import content_hash, header_description, memory_tensors, software, stored_tensors
+from .provenance import content_hash, header_description, memory_tensors, software, stored_tensors, synthetic_file
 from .sampling import equal_batches, initial_latents, sample_generators, sample_seed
 from .volume_processor import OUTPUT_TYPES, Canvas, VolumeProcessor
 
 COMPONENTS = ("vae", "unet")
+CELL_PLANES = 16  # of the latent grid, whose mask is folded and embedded at once
 EndOfStep = Callable[["MedVolumePipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
 
-class MedVolumePipeline(DiffusionPipeline):
+class MedVolumePipeline(DiffusionPipeline, LoraMixin):
     """Generates volumes from masks (or, for a model without masks, of a given shape), each on its mask's own grid.
 
     Runs in float32, bfloat16 or float16 (`from_pretrained(..., dtype=torch.bfloat16)` or
@@ -53,7 +60,7 @@ class MedVolumePipeline(DiffusionPipeline):
         self.register_to_config(data=json.loads(json.dumps(data)))
         self.volume_processor = VolumeProcessor(data, vae.stride)
         self._files: dict[str, tuple[object, list[Path]]] = {}  # component: the module that was loaded, and from what
-        self._hashed: tuple[tuple[object, ...], str] | None = None
+        self._hashed: dict[tuple[str, ...], tuple[list[object], str]] = {}  # components: of these modules, their hash
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> Self:
@@ -84,9 +91,19 @@ class MedVolumePipeline(DiffusionPipeline):
         """
         if kwargs.pop("safe_serialization", True) is not True:
             raise ValueError("safe_serialization=False is refused: weights are saved as safetensors only")
-        for part in (self, self.vae, self.unet, self.scheduler):
+        for part in (self, self.scheduler):  # the models do it themselves
             part._internal_dict = FrozenDict({k: v for k, v in part.config.items() if k != "_name_or_path"})
-        super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
+        super().save_pretrained(str(save_directory), safe_serialization=True, **kwargs)
+
+    def enable_group_offload(self, onload_device: torch.device, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' own; `model_hash` is computed first, while the weights are at hand."""
+        _ = self.model_hash
+        super().enable_group_offload(onload_device, *args, **kwargs)
+
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' own; `model_hash` is computed first, while the weights are at hand."""
+        _ = self.model_hash
+        super().enable_sequential_cpu_offload(*args, **kwargs)
 
     @property
     def data(self) -> dict[str, Any]:
@@ -98,17 +115,29 @@ class MedVolumePipeline(DiffusionPipeline):
         """sha256 over configs and weights of autoencoder and U-Net and over `data`: the model's name in every sidecar.
 
         Of a loaded component the stored tensors count, so that half precision and offloading change nothing. Kept
-        until a component is replaced; training a component in place afterwards is not noticed.
+        until a component is replaced; training a component in place afterwards is not noticed. LoRAs that act, and
+        their scales, count as well.
         """
-        parts = tuple(getattr(part, "_orig_mod", part) for part in (self.vae, self.unet))  # beneath torch.compile
-        if self._hashed is None or any(a is not b for a, b in zip(self._hashed[0], parts, strict=True)):
-            contents: dict[str, Any] = {"data": (self.data, ())}
-            for name, part in zip(COMPONENTS, parts, strict=True):
+        weights = self._hash_of(COMPONENTS)
+        loras = lora_digest(self.unet)
+        return weights if loras is None else hashlib.sha256(f"{weights} {loras}".encode()).hexdigest()
+
+    @property
+    def unet_hash(self) -> str:
+        """sha256 over the U-Net's config and weights, without LoRAs: what a LoRA's file names as its base."""
+        return self._hash_of(("unet",))
+
+    def _hash_of(self, names: tuple[str, ...]) -> str:
+        parts = [getattr(getattr(self, name), "_orig_mod", getattr(self, name)) for name in names]  # beneath compile
+        kept, value = self._hashed.get(names, ([], ""))
+        if len(kept) != len(parts) or any(a is not b for a, b in zip(kept, parts, strict=True)):
+            contents: dict[str, Any] = {"data": (self.data, ())} if names == COMPONENTS else {}
+            for name, part in zip(names, parts, strict=True):
                 loaded, files = self._files.get(name, (None, []))
-                tensors = stored_tensors(files) if loaded is part else memory_tensors(part)
-                contents[name] = (part.config, tensors)
-            self._hashed = parts, content_hash(contents)
-        return self._hashed[1]
+                contents[name] = (part.config, stored_tensors(files) if loaded is part else memory_tensors(part))
+            value = content_hash(contents)
+            self._hashed[names] = parts, value
+        return value
 
     def provenance(
         self,
@@ -155,6 +184,7 @@ class MedVolumePipeline(DiffusionPipeline):
         callback_on_step_end: EndOfStep | None = None,
         label_map: LabelMap | None = None,
         batch_size: int = 8,
+        paths: str | PathLike | Sequence[str | PathLike] | None = None,
     ) -> MedVolumePipelineOutput:
         """Generate volumes.
 
@@ -177,6 +207,10 @@ class MedVolumePipeline(DiffusionPipeline):
                 batch; "latents" in the dict that it returns replace the batch's.
             label_map: how to read label values that the model does not know: {value: known value or name}.
             batch_size: most volumes denoised together; only volumes with equal padded grids share a batch.
+            paths: a .nii.gz or .nii file for each volume, e.g. `pipe(mask="ct.nii.gz", paths="out/ct_000.nii.gz")`.
+                Each is written as soon as it is decoded, slab by slab, with its sidecar beside it (as
+                `write_synthetic` does), so that no volume is ever held whole; `volumes` are the paths then. The files
+                hold what is returned without `paths`. Volumes that must be resampled to their mask's spacing are held.
 
         Raises: ValueError naming what cannot be used and the remedy: the mask, its labels, the generators, the sigmas,
         the output type, the scheduler.
@@ -187,11 +221,13 @@ class MedVolumePipeline(DiffusionPipeline):
             raise ValueError(
                 f"num_volumes_per_mask ({num_volumes_per_mask}) and batch_size ({batch_size}) must be 1 or more"
             )
+        check_attention_backend(self.unet, self._execution_device)
         scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"])
         canvases, masks = self._canvases(mask, shape, label_map)
         owner = [i for i in range(len(canvases)) for _ in range(num_volumes_per_mask)]  # volume -> its canvas
         if latents is not None and len(latents) != len(owner):
             raise ValueError(f"{len(latents)} latents for {len(owner)} volumes; give one a volume")
+        files = _check_paths(paths, len(owner), output_type)
         generators = sample_generators(generator, len(owner))
         seeds = [sample_seed(own) if latents is None else None for own in generators]
         records = [
@@ -219,7 +255,7 @@ class MedVolumePipeline(DiffusionPipeline):
                 progress=not getattr(self, "_progress_bar_config", {}).get("disable", False),
             )
             for i, latent in zip(batch, denoised, strict=True):
-                volumes[i] = self._finish(latent, canvases[owner[i]], output_type, records[i])
+                volumes[i] = self._finish(latent, canvases[owner[i]], output_type, records[i], files[i])
         self.maybe_free_model_hooks()
         if not return_dict:
             return (volumes,)  # pyright: ignore[reportReturnType]
@@ -246,12 +282,15 @@ class MedVolumePipeline(DiffusionPipeline):
 
     def _conditions(self, canvases: Sequence[Canvas]) -> dict[str, torch.Tensor]:
         """The U-Net's keyword arguments for one batch of equal grids."""
-        labels = [torch.from_numpy(canvas.labels) for canvas in canvases if canvas.labels is not None]
+        labels = [canvas.labels for canvas in canvases if canvas.labels is not None]
         if not labels:
             return {}
-        stacked = torch.stack(labels).to(self._execution_device)
-        ids = fold_mask(stacked, self.vae.stride, self.unet.config["num_labels"])
-        return {"mask": self.unet.embed_mask(ids)}  # once, not at every step
+        planes, embedded = CELL_PLANES * self.vae.stride[2], []
+        for start in range(0, labels[0].shape[2], planes):  # folded ids are far larger than labels and embedding
+            part = torch.from_numpy(np.stack([one[..., start : start + planes] for one in labels]))
+            ids = fold_mask(part.to(self._execution_device), self.vae.stride, self.unet.config["num_labels"])
+            embedded.append(self.unet.embed_mask(ids))
+        return {"mask": torch.cat(embedded, dim=4)}  # once, not at every step
 
     def _step_callback(self, callback: EndOfStep | None) -> Callable[[int, torch.Tensor, torch.Tensor], Any] | None:
         """diffusers' callback as the one that `denoise` takes."""
@@ -263,19 +302,49 @@ class MedVolumePipeline(DiffusionPipeline):
 
         return call
 
-    def _finish(self, latent: torch.Tensor, canvas: Canvas, output_type: str, record: Mapping[str, Any]) -> Any:
+    def _finish(
+        self, latent: torch.Tensor, canvas: Canvas, output_type: str, record: Mapping[str, Any], path: Path | None
+    ) -> Any:
         """Decode one volume, alone: memory does not grow with the batch. Raises: ValueError if it is not finite."""
         if output_type == "latent":
-            decoded = latent
+            return next(_finite([latent], record))
+        slabs, description = _finite(self._decoded(latent), record), header_description(record)
+        if path is None:
+            return self.volume_processor.postprocess(slabs, canvas, output_type, description)
+        with synthetic_file(record, path) as unfinished:
+            self.volume_processor.write(slabs, canvas, unfinished, description)
+        return path
+
+    def _decoded(self, latent: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The slabs (C, X, Y, z) of one volume: as the autoencoder streams them, or a single one where it does not."""
+        latents = latent[None].to(self.vae.dtype)
+        if self.vae.tiles([n * s for n, s in zip(latent.shape[1:], self.vae.stride, strict=True)]):
+            for slab in self.vae.decode_slabs(latents):
+                yield slab[0]
         else:
-            decoded = self.vae.decode(latent[None].to(self.vae.dtype), return_dict=False)[0][0]
-        if not torch.isfinite(decoded).all():
+            yield self.vae.decode(latents, return_dict=False)[0][0]
+
+
+def _finite(slabs: Iterable[torch.Tensor], record: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """The same. Raises: ValueError naming the volume's seed if a value is not finite."""
+    for slab in slabs:
+        if not torch.isfinite(slab).all():
             raise ValueError(
                 f"the volume of seed {record['seed']} is not finite in {record['dtype']}; use bfloat16 or float32"
             )
-        if output_type == "latent":
-            return decoded
-        return self.volume_processor.postprocess(decoded, canvas, output_type, header_description(record))
+        yield slab
+
+
+def _check_paths(paths: str | PathLike | Sequence[str | PathLike] | None, count: int, output_type: str) -> list[Any]:
+    """One path a volume; None for each without `paths`. Raises: ValueError for what cannot be written there."""
+    if paths is None:
+        return [None] * count
+    files = [nifti_path(path) for path in ([paths] if isinstance(paths, (str, PathLike)) else paths)]
+    if output_type != "nifti":
+        raise ValueError(f"paths are of NIfTI files: leave output_type at 'nifti', not {output_type!r}")
+    if len(files) != count or len(set(files)) < count:
+        raise ValueError(f"{len(set(files))} different paths for {count} volumes; give one a volume")
+    return files
 
 
 def _check_fit(vae: AutoencoderKL3D, unet: LatentUNet3D, data: Mapping[str, Any]) -> None:

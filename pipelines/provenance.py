@@ -3,8 +3,8 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import nibabel as nib
 import torch
 from safetensors import safe_open
+
+from volumes import in_one_step, nifti_path
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -34,9 +36,14 @@ def content_hash(components: Mapping[str, tuple[Mapping[str, Any], Tensors]]) ->
         public = {key: value for key, value in config.items() if not key.startswith("_")}
         digest.update(f"{name}{json.dumps(public, sort_keys=True)}".encode())
         for key, tensor in tensors:
-            digest.update(f"{key}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            tensor_digest(digest, key, tensor)
     return digest.hexdigest()
+
+
+def tensor_digest(digest: Any, key: str, tensor: torch.Tensor) -> None:
+    """Add a tensor's name, type, shape and bytes to a hash."""
+    digest.update(f"{key}{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -51,8 +58,17 @@ def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def memory_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a module's state, by name."""
-    yield from sorted(module.state_dict().items())
+    """Every tensor of a module's own state, by name; a LoRA that peft attached is left out.
+
+    Raises: ValueError if they are offloaded out of reach.
+    """
+    state = {k.replace(".base_layer.", "."): v for k, v in module.state_dict().items() if ".lora_" not in k}
+    if hasattr(module, "offloaded_to_disk") or any(tensor.is_meta for tensor in state.values()):
+        raise ValueError(
+            "the weights are offloaded, so the model's hash cannot be computed: offload by the pipeline's own method, or "
+            "save the pipeline and load it from its folder"
+        )
+    yield from sorted(state.items())
 
 
 def header_description(record: Mapping[str, Any]) -> str:
@@ -84,20 +100,21 @@ def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:
     return record
 
 
-def write_synthetic(image: nib.Nifti1Image, record: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Write a generated volume (.nii or .nii.gz) and its sidecar.
+@contextmanager
+def synthetic_file(record: Mapping[str, Any], path: str | os.PathLike) -> Iterator[Path]:
+    """The file to write a generated volume (.nii or .nii.gz) to: when the block ends, it takes its place at `path`, with
+    `record` beside it.
 
     Each appears whole or not at all, the sidecar first: a volume on disk always has its record, and a volume with a
     matching record is finished.
     """
-    path = Path(path)
-    suffix = next((s for s in (".nii.gz", ".nii") if path.name.endswith(s)), None)
-    if suffix is None:
-        raise ValueError(f"{path}: name it .nii.gz or .nii")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
-        unfinished = Path(folder)
-        (unfinished / "sidecar.json").write_text(json.dumps(record, indent=2) + "\n")
-        nib.save(image, unfinished / f"volume{suffix}")
-        os.replace(unfinished / "sidecar.json", sidecar_path(path))
-        os.replace(unfinished / f"volume{suffix}", path)
+    path = nifti_path(path)
+    with in_one_step(sidecar_path(path), path) as (sidecar, volume):
+        sidecar.write_text(json.dumps(record, indent=2) + "\n")
+        yield volume
+
+
+def write_synthetic(image: nib.Nifti1Image, record: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Write a generated volume (.nii or .nii.gz) and its sidecar, see `synthetic_file`."""
+    with synthetic_file(record, path) as unfinished:
+        nib.save(image, unfinished)

@@ -3,8 +3,10 @@
 Axes: (C, X, Y, Z) in RAS+ order. Intensities are in [-1, 1] inside the model and in the training files' units outside.
 """
 
+import math
+import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +14,27 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from volumes import PADDING, LinearScale, Placement, Volume, pad_to_multiple, resample, resample_to, to_nibabel
+from volumes import (
+    PADDING,
+    LinearScale,
+    Placement,
+    Volume,
+    on_stored_grid,
+    pad_to_multiple,
+    resample,
+    resample_to,
+    stored_grid,
+    to_nibabel,
+    write_slabs,
+)
 
 from .masks import LabelMap, MaskLike, index_labels, load_mask
 
 OUTPUT_TYPES = ("nifti", "np", "pt", "latent")
 SPACING_TOLERANCE = 0.01  # relative; a mask within it is taken as it is
 WHOLE_UNITS = 256  # a window at least this wide, with whole limits, loses nothing by rounding: int16
+PLANES = 16  # restored at a time
+LARGE_BYTES = 1 << 28  # of float32 voxels, above which it is worth a warning that they are all in memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +59,11 @@ class Canvas:
     def shape(self) -> tuple[int, int, int]:
         """Sides of the padded grid; volumes whose canvases agree in it can share a batch."""
         return self.placement.target
+
+    @property
+    def needs_resampling(self) -> bool:
+        """Whether the result must be resampled to lie on the grid of the mask's file."""
+        return self.grid is not self.target or not on_stored_grid(self.target)
 
 
 class VolumeProcessor:
@@ -104,44 +125,86 @@ class VolumeProcessor:
             )
 
     def postprocess(
-        self, sample: torch.Tensor, canvas: Canvas, output_type: str = "nifti", description: str = ""
+        self,
+        sample: torch.Tensor | Iterable[torch.Tensor],
+        canvas: Canvas,
+        output_type: str = "nifti",
+        description: str = "",
     ) -> nib.Nifti1Image | np.ndarray | torch.Tensor:
-        """A decoded volume (C, *canvas.shape) to what the user asked for: on the mask's own grid, in original units.
+        """A decoded volume (C, *canvas.shape), or its slabs along the third axis one after the other, to what the user
+        asked for: on the mask's own grid, in original units.
 
         Values are clipped to [-1, 1], the range that the training volumes were clipped to; voxels that the mask marks
         as PADDING get the lowest. A NIfTI is int16 where every channel has a window with whole limits at least 256
         wide (CT, in HU) and float32 otherwise; "np" and "pt" are float32.
         """
-        if len(sample) != len(self.intensity):
-            raise ValueError(
-                f"the autoencoder gave {len(sample)} channels, the model's data describes {len(self.intensity)}"
-            )
-        array = canvas.placement.undo(sample.float().clamp(-1, 1).cpu().numpy())
-        if canvas.labels is not None:
-            array = np.where(canvas.grid.array == PADDING, np.float32(-1), array)
-        volume = Volume(self.to_original_units(array), canvas.grid.affine, canvas.grid.source)
+        dtype = self.file_dtype if output_type == "nifti" else np.float32
+        # rounded last: whole numbers would not be interpolated
+        array = np.empty((len(self.intensity), *canvas.grid.shape), np.float32 if canvas.needs_resampling else dtype)
+        done = 0
+        for slab in self._restored([sample] if isinstance(sample, torch.Tensor) else sample, canvas):
+            planes = array[..., done : done + slab.shape[3]]
+            planes[:] = np.rint(slab) if array.dtype.kind == "i" else slab
+            done += slab.shape[3]
+        volume = Volume(array, canvas.grid.affine, canvas.grid.source)
         if canvas.grid is not canvas.target:
             volume = _resample_back(volume, canvas.target)
-        image = to_nibabel(volume, description=description)
-        if output_type == "nifti" and self.in_whole_units:  # rounded last: whole numbers would not be interpolated
-            image.header.set_data_dtype(np.int16)
-            return nib.Nifti1Image(np.rint(image.get_fdata()).astype(np.int16), image.affine, image.header)
+        image = to_nibabel(volume, dtype=dtype, description=description)
         if output_type == "nifti":
             return image
-        stored = np.asarray(image.dataobj, dtype=np.float32)
+        stored = np.asarray(image.dataobj)
         stored = np.ascontiguousarray(np.moveaxis(stored, -1, 0) if stored.ndim == 4 else stored[None])
         return torch.from_numpy(stored) if output_type == "pt" else stored
+
+    def write(
+        self, slabs: Iterable[torch.Tensor], canvas: Canvas, path: str | os.PathLike, description: str = ""
+    ) -> None:
+        """Write the NIfTI that `postprocess` makes, the same bytes, slab by slab, without holding the volume.
+
+        One that must be resampled to the mask's grid is held, with a warning if it is large.
+        """
+        if not canvas.needs_resampling:
+            restored = self._restored(slabs, canvas)
+            write_slabs(path, restored, stored_grid(canvas.target), self.file_dtype, description=description)
+            return
+        size = 4 * len(self.intensity) * math.prod(canvas.target.shape)
+        if size > LARGE_BYTES:
+            warnings.warn(
+                f"a volume of {_by(canvas.target.shape)} voxels ({size / 2**30:.1f} GiB) is resampled to its mask's grid, "
+                "and held in memory for that; a mask of the model's spacing is written slab by slab",
+                stacklevel=2,
+            )
+        image: Any = self.postprocess(slabs, canvas, "nifti", description)
+        nib.save(image, path)
+
+    def _restored(self, slabs: Iterable[torch.Tensor], canvas: Canvas) -> Iterator[np.ndarray]:
+        """Decoded slabs (C, X, Y, z) of the padded grid to slabs float32 of `canvas.grid`, in original units."""
+        start = done = 0
+        for slab in slabs:
+            if len(slab) != len(self.intensity):
+                raise ValueError(
+                    f"the autoencoder gave {len(slab)} channels, the model's data describes {len(self.intensity)}"
+                )
+            for planes in slab.split(PLANES, dim=3):
+                placement = canvas.placement.planes(start, start + planes.shape[3])
+                array = placement.undo(planes.float().clamp(-1, 1).cpu().numpy())
+                start += planes.shape[3]
+                here = slice(done, done + array.shape[3])
+                if canvas.labels is not None:
+                    array[:, canvas.grid.array[0, ..., here] == PADDING] = -1
+                yield self.to_original_units(array)
+                done = here.stop
 
     def to_original_units(self, array: np.ndarray) -> np.ndarray:
         """(C, X, Y, Z) in [-1, 1] to the training files' units (HU, SUV, the median MR scale), channel by channel."""
         channels = [scale.invert(channel) for channel, (_, scale) in zip(array, self.intensity, strict=True)]
-        return np.stack(channels).astype(np.float32)
+        return np.stack(channels).astype(np.float32, copy=False)
 
     @property
-    def in_whole_units(self) -> bool:
-        """True where rounding to int16 loses nothing: windows of at least 256 units with whole limits."""
+    def file_dtype(self) -> type[np.number]:
+        """int16 where rounding loses nothing (windows of at least 256 units with whole limits), float32 otherwise."""
         limits = np.iinfo(np.int16)
-        return all(
+        whole = all(
             kind == "window"
             and float(scale.low).is_integer()
             and float(scale.high).is_integer()
@@ -149,6 +212,7 @@ class VolumeProcessor:
             and scale.high <= limits.max
             for kind, scale in self.intensity
         )
+        return np.int16 if whole else np.float32
 
 
 def _resample_back(volume: Volume, target: Volume) -> Volume:

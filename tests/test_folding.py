@@ -19,8 +19,14 @@ def random_labels(batch=2) -> torch.Tensor:
 
 
 def test_unfolding_inverts_folding():
-    labels = random_labels()
-    assert torch.equal(unfold_mask(fold_mask(labels, STRIDE, LABELS), STRIDE), labels.int())
+    for dtype in (torch.int64, torch.int32, torch.int16):
+        labels = random_labels().to(dtype)
+        ids = fold_mask(labels, STRIDE, LABELS)
+        assert ids.dtype == torch.int32 and torch.equal(labels, random_labels().to(dtype))  # not in its own place
+        assert torch.equal(unfold_mask(ids, STRIDE), labels.int())
+    flat = random_labels().int()
+    fold_mask(flat, (1, 1, 1), LABELS)  # where folding is a view
+    assert torch.equal(flat, random_labels().int())
 
 
 def test_embedding_is_the_convolution_of_the_folded_one_hot():

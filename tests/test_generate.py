@@ -14,7 +14,7 @@ from tiny import mask_image, tiny_pipeline
 
 import demo
 import generate
-from pipelines import MedVolumePipeline, describe_mask
+from pipelines import MedVolumePipeline, VolumeProcessor, describe_mask, sidecar_path
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"a": (8, 8, 8), "b": (7, 8, 5), "c": (12, 8, 8)}
@@ -97,21 +97,22 @@ def test_batch_size_changes_nothing(inputs, generated, tmp_path):
 
 def test_an_interrupted_run_goes_on(inputs, generated, tmp_path, monkeypatch):
     """Stopped after two volumes, the second's file lost: the next run makes the rest, and touches what is finished no more."""
-    write, written = generate.write_synthetic, []
+    write, written = VolumeProcessor.write, []
 
-    def stop(image, record, path):
+    def stop(self, slabs, canvas, path, description):
         if len(written) == 2:
+            path.write_bytes(b"half a volume")
             raise KeyboardInterrupt
-        written.append(path)
-        write(image, record, path)
+        written.append(tmp_path / path.name)
+        write(self, slabs, canvas, path, description)
 
-    monkeypatch.setattr(generate, "write_synthetic", stop)
+    monkeypatch.setattr(VolumeProcessor, "write", stop)
     with pytest.raises(KeyboardInterrupt):
         generate.main(arguments(inputs, tmp_path))
-    assert not (tmp_path / "manifest.csv").exists()
+    assert set(tmp_path.iterdir()) == {*written, *map(sidecar_path, written)}
     written[1].unlink()
     finished = written[0].stat().st_mtime_ns
-    monkeypatch.setattr(generate, "write_synthetic", write)
+    monkeypatch.setattr(VolumeProcessor, "write", write)
     generate.main(arguments(inputs, tmp_path))
     assert written[0].stat().st_mtime_ns == finished
     assert_same(tmp_path, generated)

@@ -187,6 +187,8 @@ def test_a_failure_leaves_no_stream_behind():
 def test_misuse_is_named():
     vae = autoencoder()
     with pytest.raises(ValueError, match="2 planes into a cell of 4|1 planes into a cell of 2"):
+        list(vae.encode_slabs(torch.zeros(1, 1, 8, 8, 6).split(4, dim=4)))
+    with pytest.raises(ValueError, match="1 planes into a cell of 2"):
         list(vae.encode_slabs([torch.zeros(1, 1, 8, 8, 6)]))
     with pytest.raises(ValueError, match="no slabs"):
         list(vae.encode_slabs([]))

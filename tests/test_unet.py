@@ -1,8 +1,7 @@
-"""The latent U-Net: any size, conditions that count, attention through the dispatcher, checkpointing that recomputes, files."""
+"""The latent U-Net: any size, conditions that count, checkpointing that recomputes, files."""
 
 import pytest
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
 from autoencoder.layers import Conv3d
 from diffusion import LatentUNet3D, fold_mask
@@ -98,20 +97,6 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient():
     calls_again, again = gradients()
     assert calls_again == 2 * plain_calls  # every block ran once more in the backward pass
     torch.testing.assert_close(again, plain)
-
-
-def test_attention_goes_through_the_dispatcher():
-    unet, x = small_unet(), torch.randn(1, 4, 4, 4, 4)
-    with torch.no_grad():
-        native = unet(x, 1).sample
-        with attention_backend("_native_math"):
-            torch.testing.assert_close(unet(x, 1).sample, native, atol=1e-5, rtol=1e-4)
-    processors = list(unet.attn_processors.values())
-    assert len(processors) == 1
-    for processor in processors:
-        processor._attention_backend = AttentionBackendName.XFORMERS
-    with pytest.raises(ValueError, match="needs a CUDA device"):
-        unet(x, 1)
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):

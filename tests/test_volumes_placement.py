@@ -1,5 +1,7 @@
 """Padding and cropping: they record themselves, are undone, and padding is not background."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,20 @@ def test_padding_goes_to_both_sides_the_odd_voxel_to_the_end():
     padded = placement.apply(np.arange(5 * 8 * 9).reshape(5, 8, 9), -7)
     assert (padded[0] == -7).all() and (padded[6:] == -7).all()
     np.testing.assert_array_equal(padded[1:6, :, 1:10], np.arange(5 * 8 * 9).reshape(5, 8, 9))
+
+
+@pytest.mark.parametrize(
+    ("shape", "target", "offset"), [((5, 6, 9), (8, 8, 12), None), ((5, 6, 9), (4, 8, 5), (1, 0, 2))]
+)
+def test_planes_one_after_the_other_are_the_whole(shape, target, offset):
+    """Undone slab by slab: padding disappears wherever the slabs are cut; what was cropped away stays away."""
+    placement = pad_or_crop(shape, target, offset=offset)
+    window = np.random.default_rng(0).normal(size=(2, *target))
+    bounds = [0, 1, 2, 4, target[2]]
+    parts = [placement.planes(a, b).undo(window[..., a:b], 7) for a, b in itertools.pairwise(bounds)]
+    first = max(placement.start[2], 0)
+    expected = placement.undo(window, 7)[..., first : first + target[2]]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=3), expected)
 
 
 def test_strides_may_differ_by_axis():

@@ -7,10 +7,20 @@ from .dataset import VolumeDataset, describe, pad_sample
 from .figures import slices_figure
 from .intensity import IntensityScaling, LinearScale
 from .labels import label_indices
-from .nifti import read_mask, read_volume, to_nibabel, write_volume
+from .nifti import (
+    in_one_step,
+    nifti_path,
+    on_stored_grid,
+    read_mask,
+    read_volume,
+    stored_grid,
+    to_nibabel,
+    write_volume,
+)
 from .phantom import PHANTOM_CLASSES, PHANTOM_LABELS, make_phantom
 from .placement import Placement, pad_or_crop, pad_to_multiple
 from .resampling import resample, resample_to
+from .slabs import read_slabs, write_slabs
 from .volume import PADDING, SourceGrid, Volume, VolumeError, describe_grid, same_grid
 
 __all__ = [
@@ -30,18 +40,24 @@ __all__ = [
     "VolumeError",
     "describe",
     "describe_grid",
+    "in_one_step",
     "label_indices",
     "load_cases",
     "make_phantom",
+    "nifti_path",
+    "on_stored_grid",
     "pad_or_crop",
     "pad_sample",
     "pad_to_multiple",
     "read_mask",
+    "read_slabs",
     "read_volume",
     "resample",
     "resample_to",
     "same_grid",
     "slices_figure",
+    "stored_grid",
     "to_nibabel",
+    "write_slabs",
     "write_volume",
 ]

@@ -11,7 +11,10 @@ import gzip
 import os
 import tempfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -32,6 +35,7 @@ MILLIMETRES = {
 }  # by the low three bits of xyzt_units: metre, mm, micron; anything else is taken as mm
 DESCRIPTION_BYTES = 79  # the header's `descrip` field is 80 bytes, the last one NUL
 WHOLE_NUMBER_TOLERANCE = 1e-4
+COPY_BYTES = 1 << 22  # at a time, through a gzip file
 
 
 def read_volume(source: Readable, *, time_point: int | None = None) -> Volume:
@@ -40,7 +44,7 @@ def read_volume(source: Readable, *, time_point: int | None = None) -> Volume:
     A 3-D file has one channel; the fourth axis of a 4-D file becomes the channels, or `time_point` picks one of them.
     Raises VolumeError for files that are broken, truncated, in colour, complex, or hold values that are not finite.
     """
-    name, image = _open(source)
+    name, image = open_nifti(source)
     values = _channels_last(_values(name, image), name)
     if time_point is not None:
         if not 0 <= time_point < values.shape[3]:
@@ -56,14 +60,14 @@ def read_volume(source: Readable, *, time_point: int | None = None) -> Volume:
 
 def read_mask(source: Readable) -> Volume:
     """Read a label map as int16 (1, X, Y, Z), in RAS+ order. Float files are fine if they hold whole numbers."""
-    name, image = _open(source)
+    name, image = open_nifti(source)
     values = _channels_last(_values(name, image), name)
     if values.shape[3] != 1:
         raise VolumeError(f"{name}: a mask is one label map, this file holds {values.shape[3]}; merge them into one")
     if not np.isfinite(values).all():
         raise VolumeError(f"{name}: the mask holds values that are not finite")
-    labels = np.rint(values)
-    if np.abs(values - labels).max() > WHOLE_NUMBER_TOLERANCE:
+    labels = values if values.dtype.kind in "biu" else np.rint(values)
+    if labels is not values and np.abs(values - labels).max() > WHOLE_NUMBER_TOLERANCE:
         worst = float(values.flat[np.abs(values - labels).argmax()])
         raise VolumeError(
             f"{name}: the mask holds {worst:.6g}, which is no whole number; is it an image or a probability map?"
@@ -76,27 +80,59 @@ def read_mask(source: Readable) -> Volume:
     return _canonical(labels.astype(np.int16), image, name)
 
 
-def to_nibabel(volume: Volume, *, description: str = "") -> nib.Nifti1Image:
+def stored_grid(volume: Volume) -> SourceGrid:
+    """The grid on which a volume is written: that of the file that it came from, or its own."""
+    return volume.source or SourceGrid(volume.shape, volume.affine, volume.affine, qform_code=1, sform_code=1)
+
+
+def on_stored_grid(volume: Volume) -> bool:
+    """Whether its voxels are those of `stored_grid`, up to the order of the axes: not so once it was resampled."""
+    shape, affine = canonical_grid(stored_grid(volume))
+    return same_grid(volume, Volume(np.broadcast_to(False, (1, *shape)), affine))
+
+
+def to_nibabel(
+    volume: Volume, *, dtype: type[np.number] | np.dtype | None = None, description: str = ""
+) -> nib.Nifti1Image:
     """The volume as a NIfTI image on the grid of the file that it came from: shape, orientation, affine, form codes.
 
     A volume that was resampled meanwhile is resampled back: linearly, or to the nearest voxel when it holds integers.
-    A volume without a source is written as it is. Channels become the fourth axis. `description` goes to the header
-    (at most 79 bytes).
+    A volume without a source is written as it is. Channels become the fourth axis. `dtype` is that of the voxels
+    (rounded, where it is one of integers); by default float32, or the smallest that holds the integers. `description`
+    goes to the header (at most 79 bytes).
     """
+    source = stored_grid(volume)
+    if not on_stored_grid(volume):
+        volume = resample_to(volume, *canonical_grid(source), nearest=volume.array.dtype.kind in "biu")
+    array = stored_order(volume.array, source)
+    if array.shape[3] == 1:
+        array = array[..., 0]
+    array = _storable(array) if dtype is None else array if array.dtype == dtype else rounded(array, dtype)
+    return image_on_grid(array, source, description)
+
+
+def stored_order(array: np.ndarray, grid: SourceGrid) -> np.ndarray:
+    """(C, X, Y, Z) in RAS+ order as a view (I, J, K, C) in the order of a stored grid."""
+    orientation = ornt_transform(io_orientation(np.eye(4)), io_orientation(grid.affine))
+    return apply_orientation(np.moveaxis(array, 0, -1), orientation)
+
+
+def rounded(array: np.ndarray, dtype: type[np.number] | np.dtype) -> np.ndarray:
+    """The array as `dtype`, rounded where it is one of integers; plane by plane, in the order of a NIfTI file."""
+    result = np.empty(array.shape, dtype, order="F")
+    whole = result.dtype.kind in "iu" and array.dtype.kind == "f"
+    for index in np.ndindex(array.shape[2:]):
+        result[:, :, *index] = np.rint(array[:, :, *index]) if whole else array[:, :, *index]
+    return result
+
+
+def image_on_grid(array: np.ndarray, source: SourceGrid, description: str = "") -> nib.Nifti1Image:
+    """Voxels (I, J, K) or (I, J, K, C) in stored order as an image with the header of their grid."""
     if len(description.encode()) > DESCRIPTION_BYTES:
         raise ValueError(
             f"a NIfTI description has at most {DESCRIPTION_BYTES} bytes, not {len(description.encode())}: {description!r}"
         )
-    source = volume.source or SourceGrid(volume.shape, volume.affine, volume.affine, qform_code=1, sform_code=1)
-    orientation = ornt_transform(io_orientation(np.eye(4)), io_orientation(source.affine))
-    canonical_shape, canonical_affine = _canonical_grid(source)
-    grid = Volume(np.broadcast_to(False, (1, *canonical_shape)), canonical_affine)
-    if not same_grid(volume, grid):
-        volume = resample_to(volume, canonical_shape, canonical_affine, nearest=volume.array.dtype.kind in "biu")
-    array = apply_orientation(np.moveaxis(volume.array, 0, -1), orientation)
-    if array.shape[3] == 1:
-        array = array[..., 0]
-    image = nib.Nifti1Image(_storable(array), source.affine)
+    image = nib.Nifti1Image(array, source.affine)
     image.set_sform(source.affine, source.sform_code)
     image.set_qform(source.qform if source.qform is not None else source.affine, source.qform_code)
     image.header.set_xyzt_units("mm")
@@ -106,20 +142,38 @@ def to_nibabel(volume: Volume, *, description: str = "") -> nib.Nifti1Image:
 
 def write_volume(volume: Volume, path: str | os.PathLike, *, description: str = "") -> None:
     """Write `to_nibabel(volume)` to a .nii or .nii.gz file, in one step: nobody ever finds it half written."""
-    path = Path(path)
-    suffix = next((s for s in (".nii.gz", ".nii") if path.name.endswith(s)), None)
-    if suffix is None:
-        raise ValueError(f"{path}: name it .nii.gz or .nii")
+    path = nifti_path(path)
     image = to_nibabel(volume, description=description)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
-        unfinished = Path(folder) / f"volume{suffix}"
+    with in_one_step(path) as (unfinished,):
         nib.save(image, unfinished)
-        os.replace(unfinished, path)
 
 
-def _open(source: Readable) -> tuple[str, Nifti1Pair]:
-    """Name (for messages) and header of a NIfTI file or image; voxels are not read yet."""
+def nifti_path(path: str | os.PathLike) -> Path:
+    """The path of a file to write. Raises: ValueError unless it ends in .nii.gz or .nii."""
+    path = Path(path)
+    if not path.name.endswith((".nii.gz", ".nii")):
+        raise ValueError(f"{path}: name it .nii.gz or .nii")
+    return path
+
+
+@contextmanager
+def in_one_step(*paths: Path) -> Iterator[list[Path]]:
+    """Files to write instead of `paths` (all in one folder, which is made), that take their places, in this order, when
+    the block ends. Where it ends in an error, nothing of them is left."""
+    folder = paths[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as hidden:
+        unfinished = [Path(hidden) / path.name for path in paths]
+        yield unfinished
+        for made, path in zip(unfinished, paths, strict=True):
+            os.replace(made, path)
+
+
+def open_nifti(source: Readable, *, check_gzip: bool = True) -> tuple[str, Nifti1Pair]:
+    """Name (for messages) and header of a NIfTI file or image; voxels are not read yet, only checked if they are gzip.
+
+    Raises: VolumeError for what is no NIfTI file, or a damaged one.
+    """
     if isinstance(source, Nifti1Pair):
         return str(source.get_filename() or "nibabel image"), source
     if not isinstance(source, str | os.PathLike):
@@ -130,7 +184,8 @@ def _open(source: Readable) -> tuple[str, Nifti1Pair]:
     if path.is_dir():
         raise VolumeError(f"{path}: is a folder; give a NIfTI file")
     _refuse_pointer(path)
-    _check_gzip(path)
+    if check_gzip:
+        gunzip(path)
     try:
         image = nib.load(path)
     except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
@@ -138,7 +193,8 @@ def _open(source: Readable) -> tuple[str, Nifti1Pair]:
     if not isinstance(image, Nifti1Pair):
         raise VolumeError(f"{path}: is {type(image).__name__}, not NIfTI; convert it to .nii.gz")
     for part in {Path(str(holder.filename)) for holder in image.file_map.values()} - {path}:
-        _check_gzip(part)  # the other half of a pair
+        if check_gzip:
+            gunzip(part)  # the other half of a pair
     return str(path), image
 
 
@@ -154,64 +210,84 @@ def _refuse_pointer(path: Path) -> None:
         raise VolumeError(f"{path}: is a Git LFS pointer, not the volume itself; fetch it with `git lfs pull`")
 
 
-def _check_gzip(path: Path) -> None:
-    """Decompress to the end, which finds a wrong checksum or trailing data: nibabel stops at the last voxel."""
-    if path.suffix != ".gz":
-        return
+def gunzip(path: Path, to: BinaryIO | None = None) -> None:
+    """Decompress a .gz file to the end, into `to` or only to find a wrong checksum or trailing data: nibabel stops at
+    the last voxel."""
+    if path.suffix == ".gz":
+        for piece in _gunzipped(path):
+            if to is not None:
+                to.write(piece)
+
+
+def _gunzipped(path: Path) -> Iterator[bytes]:
     try:
         with gzip.open(path) as file:
-            while file.read(1 << 22):
-                pass
+            while piece := file.read(COPY_BYTES):
+                yield piece
     except (OSError, EOFError, zlib.error) as error:
         raise VolumeError(f"{path}: damaged gzip file: {error}") from error
 
 
-def _values(name: str, image: Nifti1Pair) -> np.ndarray:
-    """All voxels as stored on disk, slope and intercept applied."""
+def check_scalar(name: str, image: Nifti1Pair) -> None:
+    """Raises: VolumeError unless the voxels are real numbers."""
     dtype = np.dtype(image.get_data_dtype())
     if dtype.names is not None:
         raise VolumeError(f"{name}: is a colour image ({''.join(dtype.names)}); only scalar images are supported")
     if dtype.kind == "c":
         raise VolumeError(f"{name}: holds complex numbers; save its magnitude")
+
+
+def _values(name: str, image: Nifti1Pair) -> np.ndarray:
+    """All voxels as stored on disk, slope and intercept applied."""
+    check_scalar(name, image)
     try:
         values = np.asanyarray(image.dataobj)
     except (OSError, EOFError, zlib.error, ValueError, OverflowError, MemoryError) as error:
         raise VolumeError(f"{name}: its voxels cannot be read: {' '.join(str(error).split())}") from error
-    if values.size == 0:
-        raise VolumeError(f"{name}: holds no voxels (shape {values.shape})")
     return values
 
 
 def _channels_last(values: np.ndarray, name: str) -> np.ndarray:
-    """(X, Y, Z), (X, Y, Z, C) or (X, Y, Z, 1, C), possibly with trailing axes of length 1, to (X, Y, Z, C)."""
-    if values.ndim < 3:
-        raise VolumeError(f"{name}: has shape {values.shape}; a volume has three spatial axes")
-    extra = [n for n in values.shape[3:] if n != 1]
+    return values.reshape(shape_with_channels(values.shape, name))
+
+
+def shape_with_channels(shape: tuple[int, ...], name: str) -> tuple[int, int, int, int]:
+    """(X, Y, Z), (X, Y, Z, C) or (X, Y, Z, 1, C), possibly with trailing axes of length 1, as (X, Y, Z, C)."""
+    if 0 in shape:
+        raise VolumeError(f"{name}: holds no voxels (shape {shape})")
+    if len(shape) < 3:
+        raise VolumeError(f"{name}: has shape {shape}; a volume has three spatial axes")
+    extra = [n for n in shape[3:] if n != 1]
     if len(extra) > 1:
-        raise VolumeError(f"{name}: has shape {values.shape}; at most one axis may follow X, Y and Z")
-    return values.reshape(*values.shape[:3], extra[0] if extra else 1)
+        raise VolumeError(f"{name}: has shape {shape}; at most one axis may follow X, Y and Z")
+    return shape[0], shape[1], shape[2], extra[0] if extra else 1
 
 
 def _canonical(values: np.ndarray, image: Nifti1Pair, name: str) -> Volume:
     """Voxels (I, J, K, C) in the order of the file to a Volume in RAS+."""
+    source = grid_of(image, values.shape[:3], name)
+    array = apply_orientation(values, io_orientation(source.affine))
+    return Volume(np.ascontiguousarray(np.moveaxis(array, -1, 0)), canonical_grid(source)[1], source)
+
+
+def grid_of(image: Nifti1Pair, shape: tuple[int, int, int], name: str) -> SourceGrid:
+    """The grid on which a file stores its voxels. Raises: VolumeError if its geometry is broken."""
     try:
         affine = _millimetres(image, image.affine)
         check_affine(affine)
         qform, qform_code = image.get_qform(coded=True)
     except (HeaderDataError, ValueError) as error:
         raise VolumeError(f"{name}: its geometry is broken: {error}") from error
-    source = SourceGrid(
-        shape=values.shape[:3],
+    return SourceGrid(
+        shape=shape,
         affine=affine,
         qform=None if qform is None else _millimetres(image, qform),
         qform_code=int(qform_code),
         sform_code=int(image.header["sform_code"]),
     )
-    array = apply_orientation(values, io_orientation(source.affine))
-    return Volume(np.ascontiguousarray(np.moveaxis(array, -1, 0)), _canonical_grid(source)[1], source)
 
 
-def _canonical_grid(source: SourceGrid) -> tuple[tuple[int, int, int], np.ndarray]:
+def canonical_grid(source: SourceGrid) -> tuple[tuple[int, int, int], np.ndarray]:
     """Shape and affine of a stored grid after its axes are permuted and flipped to RAS+."""
     orientation = io_orientation(source.affine)
     shape = [0, 0, 0]

@@ -54,6 +54,16 @@ class Placement:
         seen[self._slices()[1]] = True
         return seen
 
+    def planes(self, start: int, stop: int) -> Placement:
+        """Of planes start..stop of the window's third axis alone, and the grid's planes that they show."""
+        low = max(start + self.start[2], 0)
+        high = max(min(stop + self.start[2], self.shape[2]), low)
+        return Placement(
+            (*self.shape[:2], high - low),
+            (*self.target[:2], stop - start),
+            (*self.start[:2], start + self.start[2] - low),
+        )
+
     def shift(self, affine: np.ndarray) -> np.ndarray:
         """The affine of the window, from the affine (4, 4) of the grid."""
         moved = np.array(affine, dtype=np.float64)

@@ -1,0 +1,71 @@
+"""Plots of bench.json: growth with the volume, and along the third axis."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from .measure import OK
+
+STYLES = {  # model, streamed: label, colour, marker
+    ("ours", False): ("ours, whole", "tab:blue", "o"),
+    ("ours", True): ("ours, streamed", "tab:cyan", "s"),
+    ("monai", False): ("MONAI AutoencoderKL", "tab:orange", "^"),
+    ("maisi", False): ("MAISI", "tab:red", "v"),
+    ("maisi 4 splits", False): ("MAISI, 4 splits", "tab:pink", "<"),
+}
+
+
+def draw(records: list[dict[str, Any]], folder: Path) -> list[str]:
+    """Draw what the records hold; returns the names of the PNG files, without their ending."""
+    good = [r for r in records if r["status"] == OK]
+    drawn = []
+    if any(r["part"] == "coding" for r in good):
+        _growth(
+            [r for r in good if r["job"] == "decoding" and r["part"] == "coding"], folder / "performance_growth.png"
+        )
+        drawn.append("performance_growth")
+    if any(r["part"] == "long_axis" for r in good):
+        _long_axis([r for r in good if r["part"] == "long_axis"], folder / "performance_long_axis.png")
+        drawn.append("performance_long_axis")
+    return drawn
+
+
+def _growth(records: list[dict[str, Any]], path: Path) -> None:
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    for (model, streamed), (label, colour, marker) in STYLES.items():
+        for precision, line in (("float32", "-"), ("bf16", "--")):
+            found = [r for r in records if (r["model"], r["streamed"], r["precision"]) == (model, streamed, precision)]
+            if not found:
+                continue
+            found.sort(key=lambda r: math.prod(r["shape"]))
+            sides = [round(math.prod(r["shape"]) ** (1 / 3)) for r in found]
+            look = {"label": f"{label}, {precision}", "color": colour, "marker": marker, "linestyle": line}
+            time.plot(sides, [r["seconds"]["median"] for r in found], **look)
+            memory.plot(sides, [r["memory"]["above"] / 1e9 for r in found], **look)
+    for axes, title in ((time, "decoding, seconds"), (memory, "decoding, peak GB")):
+        ticks = sorted({round(math.prod(r["shape"]) ** (1 / 3)) for r in records})
+        axes.set(xscale="log", yscale="log", title=title, xlabel="voxels")
+        axes.set_xticks(ticks, [f"{n}³" for n in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    time.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def _long_axis(records: list[dict[str, Any]], path: Path) -> None:
+    records = sorted(records, key=lambda r: r["shape"][2])
+    depths = [r["shape"][2] for r in records]
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    time.plot(depths, [r["seconds"]["median"] for r in records], marker="o")
+    memory.plot(depths, [r["memory"]["peak"] / 2**30 for r in records], marker="o", label="resident")
+    memory.plot(depths, [r["memory"]["above"] / 2**30 for r in records], marker="s", label="above baseline")
+    x, y = records[0]["shape"][:2]
+    for axes, title in ((time, "seconds"), (memory, "GiB")):
+        axes.set(title=f"ours to disk: {title}", xlabel=f"planes of {x} x {y}", ylim=(0, None), xlim=(0, None))
+        axes.grid(alpha=0.3)
+    memory.legend(fontsize=8)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,180 @@
+"""The benchmarks' harness on planted measurements, and a tiny run of it from end to end."""
+
+import json
+import math
+import subprocess
+import sys
+
+import planted
+import pytest
+import torch
+
+from benchmarks import models, report, targets
+from benchmarks.bench import Bench, Job
+from benchmarks.equal_time import schedule
+from benchmarks.fits import deviation_from_proportional, power_law, predict, rise
+from benchmarks.jobs import facts
+from benchmarks.measure import measure
+
+
+def test_planted_seconds_are_measured():
+    result = measure(planted.sleep, {"seconds": 0.1}, repeats=3, seconds=5)
+    times = result["seconds"]
+    assert result["status"] == "ok" and result["facts"] == {"planned": 0.1}
+    assert len(times["all"]) == 3 and times["warm"] and times["min"] <= times["median"] <= times["max"]
+    assert 0.1 <= times["median"] < 0.2
+
+
+def test_a_run_longer_than_the_budget_counts_as_it_is():
+    result = measure(planted.sleep, {"seconds": 0.2}, repeats=3, seconds=0.1)
+    assert len(result["seconds"]["all"]) == 1 and not result["seconds"]["warm"]
+
+
+def test_planted_memory_is_measured_and_belongs_to_its_process():
+    large, small = (measure(planted.allocate, {"megabytes": n}, repeats=1)["memory"]["above"] for n in (300, 20))
+    assert large == pytest.approx(300e6, abs=10e6) and small == pytest.approx(20e6, abs=10e6)
+
+
+def test_what_takes_too_long_is_stopped_and_said():
+    result = measure(planted.sleep, {"seconds": 60}, timeout=0.5)
+    assert result == {"status": "too long", "detail": "stopped after 0 s"} or "seconds" not in result
+    assert result["status"] == "too long"
+
+
+def test_what_takes_too_much_memory_is_said():
+    result = measure(planted.allocate, {"megabytes": 3000}, memory=1_000_000_000)
+    assert result["status"] == "out of memory" and "3000000000 bytes" in result["detail"]
+    assert measure(planted.allocate, {"megabytes": 300}, memory=1_000_000_000, repeats=1)["status"] == "ok"
+
+
+def test_a_process_that_is_killed_is_taken_for_out_of_memory():
+    assert measure(planted.die, {})["status"] == "out of memory"
+
+
+def test_a_failure_is_said_with_its_message():
+    assert measure(planted.crash, {}) == {"status": "failed", "detail": "ValueError: a planted mistake"}
+
+
+def test_what_would_not_fit_is_foreseen_from_its_growth(tmp_path, capsys):
+    bench = Bench(tmp_path, "cpu", memory=400_000_000)
+    plan = {"seconds_per_voxel": 1e-9, "bytes_per_voxel": 1000}
+    todo = [Job(planted.cube, {"shape": (n, n, n), **plan}, repeats=1) for n in (32, 48, 80)]
+    bench.compare("planted", todo)
+    assert [r["status"] for r in bench.records] == ["ok", "ok", "not run"]
+    refused = bench.records[-1]
+    assert (
+        refused["forecast"]["bytes"] == pytest.approx(1000 * 80**3, rel=0.2)
+        and "needs about 0.51 GB" in refused["detail"]
+    )
+    assert "needs about 0.51 GB" in capsys.readouterr().out
+
+
+def test_rounds_are_joined_and_written(tmp_path):
+    bench = Bench(tmp_path, "cpu", memory=1_000_000_000)
+    todo = [Job(planted.sleep, {"seconds": s}, repeats=2) for s in (0.01, 0.02)]
+    bench.compare("planted", todo, rounds=2)
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert [len(r["seconds"]["all"]) for r in written["measurements"]] == [4, 4]
+    assert written["environment"]["precisions"]["float32"] == "measured"
+
+
+def test_growth_of_a_planted_power_law():
+    sizes = [10, 20, 40, 80]
+    factor, exponent = power_law(sizes, [3 * n**1.5 for n in sizes])
+    assert factor == pytest.approx(3) and exponent == pytest.approx(1.5)
+    assert predict([10, 20], [100, 400], 40) == pytest.approx(1600)
+    assert deviation_from_proportional([1, 2, 4], [2, 4, 8]) == pytest.approx(0)
+    assert deviation_from_proportional([1, 1], [0.9, 1.1]) == pytest.approx(0.1, abs=0.015)
+    assert rise([2.0, 7.0, 3.0]) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="two points"):
+        power_law([1], [1])
+
+
+@pytest.mark.parametrize("table", ["AUTOENCODERS", "UNETS"])
+def test_peers_have_as_many_parameters(table):
+    with torch.device("meta"):
+        counts = {
+            name: models.parameters(build()) for name, build in getattr(models, table).items() if "maisi" not in name
+        }
+    assert len(counts) > 1
+    assert all(abs(count - counts["ours"]) <= 0.05 * counts["ours"] for count in counts.values()), counts
+
+
+def test_no_peer_of_equal_parameters_is_an_error():
+    with pytest.raises(ValueError, match="no peer within 5 % of 1000 parameters"):
+        models.closest(lambda width: torch.nn.Linear(width, width, bias=False), [1, 2, 100], 1000)
+
+
+def test_peers_code_on_the_same_latents():
+    volume = torch.randn(1, 1, 16, 8, 8)
+    for name in ("ours", "monai"):
+        net = models.AUTOENCODERS[name]().eval()
+        with torch.inference_mode():
+            latents = models.encode(net, volume)
+            assert latents.shape[1:] == models.latent_shape((16, 8, 8)) == (4, 4, 2, 2)
+            assert models.decode(net, latents).shape == volume.shape
+            if name == "monai":  # its own pair, as one Gaussian in raw units
+                mean, std = net.encode(volume)
+                ours = models.posterior(net, volume)
+                torch.testing.assert_close((ours.mean, ours.std), (mean, std), rtol=1e-4, atol=1e-5)
+
+
+def test_flops_are_those_of_a_convolution():
+    def build():
+        return torch.nn.Conv3d(3, 5, 3, padding=1)
+
+    known = facts(build(), lambda meta: meta(torch.empty(2, 3, 4, 4, 4, device="meta")), build)
+    assert known == {"parameters": 3 * 5 * 27 + 5, "flops": 2 * 27 * 3 * 5 * 2 * 4**3}
+
+
+def test_the_learning_rate_follows_the_clock():
+    assert schedule(0.015) == pytest.approx(0.5) and schedule(0.03) == pytest.approx(1.0)
+    assert schedule(0.515) == pytest.approx(0.505) and schedule(1.0) == pytest.approx(0.01)
+
+
+def coded(model: str, side: int, seconds: float, memory: float) -> dict:
+    return {
+        "part": "coding",
+        "job": "decoding",
+        "model": model,
+        "shape": [side] * 3,
+        "streamed": False,
+        "precision": "float32",
+        "status": "ok",
+        "seconds": {"median": seconds, "min": seconds, "max": seconds, "all": [seconds], "warm": True},
+        "memory": {"baseline": 0, "peak": memory, "above": memory},
+    }
+
+
+def test_targets_compare_the_peer_of_the_same_run():
+    refused = {
+        **coded("maisi", 256, 0, 0),
+        "status": "not run",
+        "detail": "",
+        "forecast": {"bytes": 8e9, "seconds": 90.0},
+    }
+    records = [coded("ours", 128, 1.0, 1e9), coded("maisi", 128, 20.0, 4e9), coded("ours", 256, 10.0, 1e9), refused]
+    rows = {asked: (measured, met) for asked, measured, met in targets.check(records)}
+    assert rows["decode 128^3, float32: 10 times faster than MAISI"] == ("20", "yes")
+    assert rows["decode 128^3, float32: an eighth of MAISI's peak memory"] == ("4", "no")
+    assert rows["decode 256^3, float32: 10 times faster than MAISI"][0].startswith("9 (MAISI from its growth")
+    assert rows["decode 256^3, float32: 10 times faster than MAISI"][1] == "no"
+    assert rows["512 x 512 x 768 within 6 GiB resident"] == ("-", "not measured")
+    assert "| 128^3 | MAISI | float32 | 20.0 s (one run) | 4.00 GB | 20.0 x |" in report.coding(records)
+
+
+def test_quick_run_makes_json_plots_and_table(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--parts", "coding,long_axis,seam"]
+    subprocess.run([*command, "--output", str(tmp_path)], check=True)
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert {r["status"] for r in found["measurements"]} == {"ok"}, found["measurements"]
+    assert {r["part"] for r in found["measurements"]} == {"coding", "long_axis", "seam"}
+    assert all(math.isfinite(r["seconds"]["median"]) for r in found["measurements"])
+    ours, peer = (
+        next(r for r in found["measurements"] if r["job"] == "seam" and r["model"] == m) for m in ("ours", "monai")
+    )
+    assert ours["values"]["max"] < 1e-4 < peer["values"]["max"]
+    text = (tmp_path / "performance.md").read_text()
+    assert "## What was asked for" in text and "## Seams" in text and "## A training step" not in text
+    assert {p.name for p in tmp_path.glob("*.png")} == {"performance_growth.png", "performance_long_axis.png"}
+    assert all(f"({p.name})" in text for p in tmp_path.glob("*.png"))
