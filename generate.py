@@ -1,11 +1,14 @@
-"""Volumes from masks, to disk, in one process or many:
+"""Volumes from masks, or from a table of conditions, to disk, in one process or many:
 
 python generate.py --pipeline weights/hippocampus --masks 'masks/*.nii.gz' --output out/generated --count 2 --steps 20
-accelerate launch generate.py ...       # divides the masks over the processes
+python generate.py --pipeline DIR --conditions table.csv --output out/generated     # a model with classes or numbers
+accelerate launch generate.py ...       # divides the masks, or the rows, over the processes
 
-Writes <mask stem>_<k:03d>.nii.gz on the mask's grid, a JSON sidecar that says how it was made, and at the end manifest.csv.
-Each volume's seed comes from --seed, the mask's stem and k alone, so batch size, order, processes and interruptions
-change nothing. The same command again goes on where it stopped.
+Writes <name>_<k:03d>.nii.gz on the mask's grid, a JSON sidecar that says how it was made, and at the end manifest.csv.
+The name is the mask's stem. The columns of a table are: mask (a path, relative to the table's folder; without it, give
+--shape), the model's classes and numbers (an empty cell leaves one out), and name, if the mask's stem is not to be it.
+Each volume's seed comes from --seed, its name and k alone, so batch size, order, processes and interruptions change
+nothing. The same command again goes on where it stopped.
 """
 
 import argparse
@@ -15,8 +18,9 @@ import hashlib
 import itertools
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,8 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from pipelines import MedVolumePipeline, describe_mask, equal_batches, read_sidecar
+from pipelines import MedVolumePipeline, check_conditions, describe_mask, equal_batches, read_sidecar
+from volumes.cases import read_table
 from volumes.patterns import SUFFIXES
 
 FOLDER_SUFFIXES = tuple(suffix for suffix in SUFFIXES if not suffix.startswith(".img"))  # of a pair, the .hdr
@@ -35,10 +40,20 @@ MANIFEST = "manifest.csv"
 
 
 @dataclass(frozen=True)
-class Task:
-    """One volume to be: its mask, where it goes, the shape of its padded grid, its seed and its future sidecar."""
+class Request:
+    """What to make volumes of: a name, a mask (None where there is none), and the labels and numbers asked for."""
 
-    mask: Path
+    name: str
+    mask: Path | None
+    labels: dict[str, str] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One volume to be: of what, where it goes, the shape of its padded grid, its seed and its future sidecar."""
+
+    request: Request
     path: Path
     shape: tuple[int, int, int]
     seed: int
@@ -52,8 +67,11 @@ def main(args: Sequence[str] | None = None) -> None:
     pipe = MedVolumePipeline.from_pretrained(options.pipeline, dtype=DTYPES[options.precision]).to(state.device)
     pipe.set_progress_bar_config(disable=True)
 
-    masks = find_masks(options.masks, options.output)
-    tasks = plan(pipe, masks[state.process_index :: state.num_processes], options)
+    if options.conditions:
+        requests = read_requests(options.conditions, pipe, options.output)
+    else:
+        requests = [Request(mask_stem(mask), mask) for mask in find_masks(options.masks, options.output)]
+    tasks = plan(pipe, requests[state.process_index :: state.num_processes], options)
     todo = unfinished(tasks)
     check_writable(options.output)
     with tqdm(
@@ -61,9 +79,14 @@ def main(args: Sequence[str] | None = None) -> None:
     ) as bar:
         for indices in equal_batches([task.shape for task in todo], options.batch_size):
             batch = [todo[i] for i in indices]
+            masks = [task.request.mask for task in batch if task.request.mask]
             pipe(
-                mask=[task.mask for task in batch],
+                mask=masks or None,
+                shape=None if masks else options.shape,
+                labels=[task.request.labels for task in batch],
+                numbers=[task.request.numbers for task in batch],
                 num_inference_steps=options.steps,
+                guidance_scale=options.guidance_scale,
                 generator=[torch.Generator().manual_seed(task.seed) for task in batch],
                 label_map=options.label_map,
                 batch_size=options.batch_size,
@@ -82,10 +105,19 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Exits with a message on what cannot be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", required=True, help="pipeline folder or Hub repository")
-    parser.add_argument("--masks", required=True, nargs="+", metavar="DIR_OR_GLOB", help="NIfTI label maps")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--masks", nargs="+", metavar="DIR_OR_GLOB", help="NIfTI label maps")
+    source.add_argument("--conditions", type=Path, metavar="TABLE", help="CSV (or JSON): a row a volume, see above")
+    parser.add_argument("--shape", nargs=3, type=positive, metavar=("X", "Y", "Z"), help="voxels, without masks")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--count", type=positive, default=1, help="volumes a mask (1)")
+    parser.add_argument("--count", type=positive, default=1, help="volumes a mask or row (1)")
     parser.add_argument("--steps", type=positive, default=20, help="denoising steps (20)")
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        default=1.0,
+        help="how closely conditions are followed, for models trained for it (1)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     parser.add_argument("--batch_size", type=positive, default=8, help="volumes denoised together (8)")
     parser.add_argument(
@@ -138,10 +170,15 @@ def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
     for first, second in itertools.pairwise(masks):
         if mask_stem(first) == mask_stem(second):
             raise ValueError(f"{first} and {second} have the same stem, so their volumes would too; rename one")
+    refuse_masks_in(output, masks)
+    return masks
+
+
+def refuse_masks_in(output: Path, masks: Sequence[Path]) -> None:
+    """Raises: ValueError for a mask in the output folder."""
     for mask in masks:
         if mask.parent.resolve() == output.resolve():
             raise ValueError(f"{mask}: lies in --output {output}; write volumes to another folder than the masks'")
-    return masks
 
 
 def mask_stem(path: Path) -> str:
@@ -155,29 +192,68 @@ def volume_seed(seed: int, stem: str, k: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{stem}/{k}".encode()).digest()[:8], "big") >> 1
 
 
-def plan(pipe: MedVolumePipeline, masks: Sequence[Path], options: argparse.Namespace) -> list[Task]:
-    """Read every mask once, so that a bad one is found before hours of work.
+def read_requests(table: Path, pipe: MedVolumePipeline, output: Path) -> list[Request]:
+    """The rows of a table of conditions, in order.
 
-    Raises: ValueError naming all bad ones, or if the model takes no masks.
+    Raises: ValueError for columns that the model does not know, for names used twice or unfit for a file, for masks in
+    the output folder, and if some rows have a mask and others none.
     """
-    if pipe.unet.config["num_labels"] == 0:
-        raise ValueError("no mask conditions this model: call the pipeline itself, with shape=(X, Y, Z)")
+    names, rows = pipe.unet.condition_names, read_table(table)
+    known = ["mask", "name", *names.classes, *names.numbers]
+    if unknown := sorted({column for row in rows for column in row} - set(known)):
+        raise ValueError(f"{table}: unknown columns {unknown}; for this model a table has {', '.join(known)}")
+    requests = []
+    for number, row in enumerate(rows, start=1):
+        given = {column: value for column, value in row.items() if value not in (None, "")}
+        mask = table.parent / given["mask"] if "mask" in given else None
+        name = str(given.get("name", mask_stem(mask) if mask else f"row_{number:04d}"))
+        if Path(name).name != name:
+            raise ValueError(f"{table}: row {number} is called {name!r}, which is no file's name")
+        chosen = [
+            {column: given[column] for column in kind if column in given} for kind in (names.classes, names.numbers)
+        ]
+        requests.append(Request(name, mask, *chosen))
+    if twice := sorted(name for name, count in Counter(request.name for request in requests).items() if count > 1):
+        raise ValueError(f"{table}: several rows are called {', '.join(twice)}; tell them apart in a column `name`")
+    masks = [request.mask for request in requests if request.mask]
+    if masks and len(masks) < len(requests):
+        raise ValueError(f"{table}: {len(masks)} of {len(requests)} rows have a mask; split it into two tables")
+    refuse_masks_in(output, masks)
+    return requests
+
+
+def plan(pipe: MedVolumePipeline, requests: Sequence[Request], options: argparse.Namespace) -> list[Task]:
+    """Read every mask once, and check all conditions, so that what is wrong is found before hours of work.
+
+    Raises: ValueError naming all bad masks and rows, or a shape that is missing or has no use.
+    """
+    if options.shape and any(request.mask for request in requests):
+        raise ValueError("--shape has no use beside masks, which have their own; leave it out")
     tasks, refused = [], []
-    for mask in masks:
+    for request in requests:
+        mask = request.mask
         try:
-            shape = pipe.volume_processor.preprocess(mask, options.label_map).shape
+            labels, numbers = check_conditions(pipe.unet, pipe.data, request.labels, request.numbers)
+            shape = pipe.canvas(mask, options.shape, options.label_map).shape
         except ValueError as error:
-            refused.append(str(error))
+            refused.append(f"{request.name}: {error}")
             continue
-        stem, description = mask_stem(mask), describe_mask(mask)
+        description = describe_mask(mask) if mask else None
         for k in range(options.count):
-            seed = volume_seed(options.seed, stem, k)
+            seed = volume_seed(options.seed, request.name, k)
             record = pipe.provenance(
-                description, seed=seed, num_inference_steps=options.steps, label_map=options.label_map
+                description,
+                shape=None if mask else options.shape,
+                seed=seed,
+                num_inference_steps=options.steps,
+                guidance_scale=options.guidance_scale,
+                label_map=options.label_map,
+                labels=labels,
+                numbers=numbers,
             )
-            tasks.append(Task(mask, options.output / f"{stem}_{k:03d}.nii.gz", shape, seed, record))
+            tasks.append(Task(request, options.output / f"{request.name}_{k:03d}.nii.gz", shape, seed, record))
     if refused:
-        raise ValueError("masks that cannot be used:\n" + "\n".join(refused))
+        raise ValueError("masks or conditions that cannot be used:\n" + "\n".join(refused))
     return tasks
 
 
@@ -217,21 +293,25 @@ def check_writable(output: Path) -> None:
 
 
 def write_manifest(output: Path) -> int:
-    """manifest.csv: a row for every generated volume in the folder, from its sidecar. Returns their number."""
+    """manifest.csv: a row for every generated volume in the folder, from its sidecar, with a column for each class and
+    number. Returns their number."""
     columns = ("file", "mask", "mask_sha256", "seed", "num_inference_steps", "scheduler", "dtype", "model", "software")
-    rows = []
+    rows: list[dict[str, Any]] = []
+    names: dict[str, None] = {}  # in order
     for path in sorted(output.glob("*.nii.gz")):
         try:
             record = read_sidecar(path)
         except ValueError:  # somebody else's volume with a JSON of its own
             continue
         if record is not None:
-            mask, scheduler = record["mask"], record["scheduler"]["class"]
+            mask, scheduler = record["mask"] or {"file": None, "sha256": None}, record["scheduler"]["class"]
             flat = {"file": path.name, "mask": mask["file"], "mask_sha256": mask["sha256"], "scheduler": scheduler}
-            rows.append({column: flat.get(column, record.get(column)) for column in columns})
+            given = {**(record.get("labels") or {}), **(record.get("numbers") or {})}
+            names |= dict.fromkeys(given)
+            rows.append(given | {column: flat.get(column, record.get(column)) for column in columns})
     unfinished_manifest = output / f".{MANIFEST}"
     with open(unfinished_manifest, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, [*columns, *(name for name in names if name not in columns)])
         writer.writeheader()
         writer.writerows(rows)
     os.replace(unfinished_manifest, output / MANIFEST)

@@ -18,7 +18,8 @@ from accelerate.utils import set_seed
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from autoencoder import AutoencoderKL3D, DiagonalGaussian3D
+from autoencoder import LatentDistribution, VolumeAutoencoder
+from autoencoder.weights import weight_files
 from diffusion import (
     LatentAugmentation,
     LatentDataset,
@@ -26,6 +27,7 @@ from diffusion import (
     build_latent_cache,
     collate_latents,
     denoise,
+    drop_conditions,
     fold_mask,
     make_scheduler,
     training_loss,
@@ -33,7 +35,7 @@ from diffusion import (
 from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
 from pipelines.lora import add_lora, save_lora
-from pipelines.provenance import content_hash, memory_tensors
+from pipelines.provenance import content_hash, stored_tensors
 from training import (
     Learner,
     Loop,
@@ -57,16 +59,19 @@ VALIDATION_DRAWS = 8  # timesteps and noises per held-out volume; the same at ev
 class DiffusionStep:
     """The U-Net's training step: latents drawn from their posterior, timesteps and noise, the objective's loss."""
 
-    def __init__(self, learner: Learner[LatentUNet3D], vae: AutoencoderKL3D, inference_steps: int):
+    def __init__(self, learner: Learner[LatentUNet3D], vae: VolumeAutoencoder, inference_steps: int):
         self.unet, self.learners, self.vae, self.inference_steps = learner, (learner,), vae, inference_steps
         self.objective: str = learner.network.config["objective"]
+        self.names = learner.network.condition_names
+        self.dropout: dict[str, float] = learner.network.config["condition_dropout"] or {}
 
     def __call__(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         """One batch of `collate_latents`."""
         noise = randn_tensor(batch["mean"].shape, generator=generator, device=batch["mean"].device)
         latents = batch["mean"] + batch["std"] * noise
         torch.manual_seed(generator.initial_seed())  # dropout knows the global state alone, and a resume must find it
-        loss = training_loss(self.unet.model, self.objective, latents, batch["mask"], batch["weight"], generator)
+        conditions = drop_conditions(batch["conditions"], self.names, self.dropout, generator)
+        loss = training_loss(self.unet.model, self.objective, latents, conditions, batch["weight"], generator)
         self.unet.backward(loss)
         return {"loss": loss.detach()}
 
@@ -77,36 +82,38 @@ class DiffusionStep:
     def validate(self, item: dict[str, Any], generator: torch.Generator) -> dict[str, float]:
         """The loss on a held-out volume's latents."""
 
-        def repeat(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.expand(VALIDATION_DRAWS, *values.shape[1:])
+        def repeat(values: Tensor) -> Tensor:
+            return values.expand(VALIDATION_DRAWS, *values.shape[1:])
 
-        latents, mask = repeat(item["latents"]), repeat(item["mask_ids"])
-        assert latents is not None
+        latents, conditions = repeat(item["latents"]), {key: repeat(one) for key, one in item["conditions"].items()}
         weight = torch.ones_like(latents[:, :1])  # padding is thinner than a cell, so every cell has a voxel inside
         with self.unet.accelerator.autocast():
-            loss = training_loss(self.unet.average, self.objective, latents, mask, weight, generator)
+            loss = training_loss(self.unet.average, self.objective, latents, conditions, weight, generator)
         return {"loss": loss.item()}
 
     @torch.no_grad()
     def preview(self, items: list[dict[str, Any]]) -> "Figure":
-        """Mask, real volume and the volume generated from that mask, a column per case, always from the same noise."""
+        """Mask, real volume and the volume generated from its conditions, a column per case, always from the same
+        noise."""
         columns = []
         for index, item in enumerate(items):
             shape, device = item["latents"].shape, item["latents"].device
             noise = randn_tensor(shape, generator=torch.Generator().manual_seed(index), device=device)
-            conditions = {} if item["mask_ids"] is None else {"mask": item["mask_ids"]}
             scheduler, steps = make_scheduler(self.objective), self.inference_steps
             with self.unet.accelerator.autocast():
-                latents = denoise(self.unet.average, noise, scheduler, conditions, num_inference_steps=steps)
+                latents = denoise(self.unet.average, noise, scheduler, item["conditions"], num_inference_steps=steps)
                 generated = self.vae.decode(latents, return_dict=False)[0][0].float().clamp(-1, 1)
             images = {"real": item["image"][0], "generated": generated[0]}  # the first channel
             columns.append({k: item.get(k) for k in ("mask", "spacing")} | {"title": item["name"], "images": images})
         return slices_figure(columns)
 
 
-def complete_model(section: dict[str, Any], vae: AutoencoderKL3D, num_labels: int) -> dict[str, Any]:
-    """The model section with what autoencoder and data decide; `num_labels: 0` asks for a model without a mask.
+def complete_model(section: dict[str, Any], vae: VolumeAutoencoder, data: dict[str, Any]) -> dict[str, Any]:
+    """The model section with what autoencoder and data decide; `num_labels: 0` asks for a model without a mask, and
+    `numbers` may keep the mean and std of the model that is fine-tuned.
 
+    Args:
+        data: `volumes.describe` of the training volumes.
     Raises: ValueError if the section says something else.
     """
     channels = vae.config["latent_channels"]
@@ -114,11 +121,14 @@ def complete_model(section: dict[str, Any], vae: AutoencoderKL3D, num_labels: in
         "in_channels": channels,
         "out_channels": channels,
         "mask_stride": list(vae.stride),
-        "num_labels": num_labels,
+        "num_labels": len(data["labels"]),
+        "classes": data["classes"] or None,
+        "numbers": {name: {key: of[key] for key in ("mean", "std")} for name, of in data["numbers"].items()} or None,
     }
     for name, value in decided.items():
         given = section.get(name, value)
-        if given != value and not (name == "num_labels" and given == 0):
+        known_numbers = name == "numbers" and given and value and set(given) == set(value)
+        if given != value and not (name == "num_labels" and given == 0) and not known_numbers:
             raise ValueError(f"model.{name} is {given}, but autoencoder and data make it {value}; leave it out")
     return {**decided, **section}
 
@@ -140,24 +150,26 @@ def attach_lora(unet: LatentUNet3D, config: TrainLdmConfig) -> str:
         raise ValueError(
             f"a LoRA belongs to one U-Net, but the model differs from {config.init_from}: {'; '.join(wrong)}"
         )
-    identity = content_hash({"unet": (unet.config, memory_tensors(unet))})
+    stored = stored_tensors(weight_files(Path(config.init_from)))  # as the pipeline hashes them, in whatever precision
     add_lora(unet, **dataclasses.asdict(config.lora))
-    return identity
+    return content_hash({"unet": (unet.config, stored)})
 
 
 @torch.no_grad()
-def encode_held_out(volumes: PaddedVolumes, vae: AutoencoderKL3D, num_labels: int) -> list[dict[str, Any]]:
-    """Held-out volumes with their latents (1, C, h, w, d) and folded mask."""
+def encode_held_out(volumes: PaddedVolumes, vae: VolumeAutoencoder, num_labels: int) -> list[dict[str, Any]]:
+    """Held-out volumes with their latents (1, C, h, w, d) and "conditions", the U-Net's keyword arguments (1, ...)."""
     items = []
     for item in volumes:
-        posterior: DiagonalGaussian3D = vae.encode(item["image"][None].to(vae.device), return_dict=False)[0]
-        ids = fold_mask(item["mask"][None], vae.stride, num_labels) if num_labels else None
-        items.append({**item, "latents": posterior.mode().cpu(), "mask_ids": ids})
+        posterior: LatentDistribution = vae.encode(item["image"][None].to(vae.device), return_dict=False)[0]
+        conditions = {key: item[key][None] for key in ("classes", "numbers") if key in item}
+        if num_labels:
+            conditions["mask"] = fold_mask(item["mask"][None], vae.stride, num_labels)
+        items.append({**item, "latents": posterior.mode().cpu(), "conditions": conditions})
     return items
 
 
 def encode_training(
-    dataset: VolumeDataset, vae: AutoencoderKL3D, config: TrainLdmConfig, accelerator: Accelerator
+    dataset: VolumeDataset, vae: VolumeAutoencoder, config: TrainLdmConfig, accelerator: Accelerator
 ) -> LatentDataset:
     """The latent cache of the training volumes, each process encoding its share."""
     cache = config.cache
@@ -176,13 +188,14 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     accelerator = make_accelerator(config)
     vae = load_autoencoder(config.vae).to(accelerator.device)
     train, held_out = load_split(config.data)
-    config.model = complete_model(config.model, vae, train.num_labels)
+    data = describe(train)
+    config.model = complete_model(config.model, vae, data)
     set_seed(config.loop.seed)
     unet: LatentUNet3D = build_model(config.model)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.init_from:
-        fresh = initialise_from(unet, config.init_from)
+        fresh = initialise_from(unet, config.init_from, new="condition_embedding")
         logger.info("started from %s; layers left fresh: %s", config.init_from, fresh or "none")
     base = attach_lora(unet, config) if config.lora else None
 
@@ -198,7 +211,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     if accelerator.is_main_process and base:
         logger.info("saved %s", save_lora(learner.average, output / "lora", base))
     elif accelerator.is_main_process:
-        pipeline = MedVolumePipeline(vae, learner.average, make_scheduler(step.objective), data=describe(train))
+        pipeline = MedVolumePipeline(vae, learner.average, make_scheduler(step.objective), data=data)
         save_model(pipeline, output / "pipeline")
         logger.info("saved %s", output / "pipeline")
     accelerator.wait_for_everyone()

@@ -6,6 +6,7 @@ set in its config.
 
 import logging
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,7 +127,8 @@ class AutoencoderStep:
             loss = loss + strength * deceit
         name, value = latent_loss(latents, fov)
         losses[name] = value
-        self.vae.backward(loss + getattr(weights, name) * value)
+        loss = loss + getattr(weights, name) * value
+        self.vae.backward(loss)
         if self.adversary is not None and slices is not None:
             losses |= self.adversary.discern(image, seen, slices)
         if isinstance(latents, QuantisedLatents):
@@ -145,6 +147,7 @@ class AutoencoderStep:
             accelerator, network = self.vae.accelerator, self.vae.network
             generator = torch.Generator().manual_seed(derive_seed(self.vae.updates))
             network.codebook.update(torch.cat(cells), generator, partial(gather_cells, accelerator))
+            self.vae.average.codebook.load_state_dict(network.codebook.state_dict())  # it was copied before this update
 
     @torch.no_grad()
     def validate(self, item: dict[str, Any], generator: torch.Generator) -> dict[str, float]:
@@ -190,15 +193,21 @@ def freeze_encoder(vae: VolumeAutoencoder, source: str | None) -> None:
 
 
 def make_adversary(config: TrainVaeConfig, vae: VolumeAutoencoder) -> Adversary | None:
-    """The discriminator that the config asks for, if it does."""
+    """The discriminator that the config asks for, if it does. Raises: ValueError if the crops are too small for it."""
     options = config.adversarial
     if options is None:
         return None
+    if min(config.crops.shape) < (side := 3 * 2**options.layers):
+        raise ValueError(
+            f"crops.shape {config.crops.shape}: a discriminator of {options.layers} layers needs {side} voxels a side; "
+            "enlarge the crops, or lower adversarial.layers"
+        )
     channels, layers = options.channels, options.layers
     network = VolumeDiscriminator(
         vae.config["out_channels"], channels, layers, slices=options.slices > 0, volume=options.volume
     )
-    learner = Learner("discriminator", network, options.optimizer, ema_decay=0.0, max_steps=config.loop.max_steps)
+    optimizer = replace(options.optimizer, gradient_accumulation=config.optimizer.gradient_accumulation)
+    learner = Learner("discriminator", network, optimizer, ema_decay=0.0, max_steps=config.loop.max_steps)
     return Adversary(learner, options)
 
 

@@ -135,14 +135,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         Raises: ValueError for another number of channels, and if a side is not a multiple of the stride (pad first:
         `volumes.pad_to_multiple`).
         """
-        if x.shape[1] != self.config["in_channels"]:
-            raise ValueError(
-                f"volume of {x.shape[1]} channels: this autoencoder takes {self.config['in_channels']} (its in_channels)"
-            )
-        if any(n % s for n, s in zip(x.shape[2:], self.stride, strict=True)):
-            raise ValueError(
-                f"volume of {tuple(x.shape[2:])} voxels: every side must be a multiple of {self.stride}; pad it first"
-            )
+        self._checked(x, sides=3)
         if self.tiles(x.shape[2:], len(x)):
             slabs = x.split(self.stride[2] * self.slab_planes(x.shape[2:], len(x)), dim=4)
             cells = [n // s for n, s in zip(x.shape[2:], self.stride, strict=True)]
@@ -167,9 +160,10 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         """Encode a volume that is read piece by piece: consecutive slabs (B, C, X, Y, z) along the third axis, of any
         thickness -> posteriors (B, latent_channels, h, w, d), which together are the volume's.
 
-        Raises: ValueError if there are no slabs, or together they are no multiple of the stride.
+        Raises: ValueError if there are no slabs, for another number of channels, and if together they are no multiple of
+        the stride.
         """
-        for encoded in stream_slabs(self._encode, slabs):
+        for encoded in stream_slabs(self._encode, (self._checked(slab, sides=2) for slab in slabs)):
             yield self._distribution(encoded)
 
     @apply_forward_hook
@@ -177,6 +171,18 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         """Decode into consecutive slabs (B, C, X, Y, z) along the third axis, for results that go to disk."""
         voxels = [n * s for n, s in zip(z.shape[2:], self.stride, strict=True)]
         return stream_slabs(self._decode, z.split(self.slab_planes(voxels, len(z)), dim=4))
+
+    def _checked(self, x: Tensor, sides: int) -> Tensor:
+        """`x` itself, if its channels and the first so many of its sides can be encoded."""
+        if x.shape[1] != self.config["in_channels"]:
+            raise ValueError(
+                f"volume of {x.shape[1]} channels: this autoencoder takes {self.config['in_channels']} (its in_channels)"
+            )
+        if any(n % s for n, s in zip(x.shape[2 : 2 + sides], self.stride, strict=False)):
+            raise ValueError(
+                f"volume of {tuple(x.shape[2:])} voxels: every side must be a multiple of {self.stride}; pad it first"
+            )
+        return x
 
     def _encode(self, x: Tensor) -> Tensor:
         """Volumes -> what the encoder gives."""
@@ -209,4 +215,5 @@ def _assemble(slabs: Iterator[Tensor], sides: Sequence[int]) -> Tensor:
             whole = slab.new_empty((*slab.shape[:2], *sides))
         whole[..., done : done + slab.shape[4]] = slab
         done += slab.shape[4]
+    assert done == sides[2]
     return whole

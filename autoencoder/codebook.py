@@ -1,7 +1,8 @@
 """A codebook learned by moving averages (van den Oord et al. 2017, appendix A.1; Razavi et al. 2019).
 
-It is float32 whatever the network's type and autocast. `forward` changes nothing: the training step calls `update`
-once an optimiser step that was taken, with what all its batches and processes saw.
+It is float32 under autocast, and in a model that is loaded in another type (`torch_dtype`); `.to(dtype)` casts it too, of
+which diffusers warns. `forward` changes nothing: the training step calls `update` once an optimiser step that was taken,
+with what all its batches and processes saw.
 """
 
 import math
@@ -48,7 +49,7 @@ class Codebook(nn.Module):
         cells = latents.movedim(1, -1)
         indices = self.nearest(cells.reshape(-1, cells.shape[-1])).view(cells.shape[:-1])
         quantised = self.codes[indices].movedim(-1, 1).to(latents.dtype)
-        return latents + (quantised - latents).detach(), indices
+        return quantised + (latents - latents.detach()), indices  # exactly the codes, in any precision
 
     @torch.no_grad()
     def nearest(self, cells: Tensor) -> Tensor:

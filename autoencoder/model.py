@@ -57,11 +57,7 @@ class VolumeModel(ModelMixin, ConfigMixin):
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False is refused: weights are saved as safetensors only")
-        if getattr(self, "peft_config", None):
-            raise ValueError(
-                "a LoRA is attached: save it by itself (save_lora_weights), or unload it first (unload_lora_weights); "
-                "fuse_lora before that keeps it in the weights"
-            )
+        self.check_no_lora()
         self._internal_dict = FrozenDict({k: v for k, v in self.config.items() if k != "_name_or_path"})
         super().save_pretrained(
             str(save_directory),
@@ -71,6 +67,14 @@ class VolumeModel(ModelMixin, ConfigMixin):
             push_to_hub=push_to_hub,
             **kwargs,
         )
+
+    def check_no_lora(self) -> None:
+        """Raises: ValueError while a layer is wrapped for LoRAs, whose weights would be saved under other names."""
+        if any(hasattr(module, "base_layer") for module in self.modules()):
+            raise ValueError(
+                "a LoRA is attached: save it by itself (save_lora_weights), or unload it first (unload_lora_weights); "
+                "fuse_lora before that keeps it in the weights"
+            )
 
     def enable_group_offload(self, onload_device: torch.device, **kwargs: Any) -> None:
         """As diffusers' own. On disk (`offload_to_disk_path`) each model has a folder of its own in that one, and its

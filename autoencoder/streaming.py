@@ -26,6 +26,29 @@ class _Current(threading.local):
 _current = _Current()  # a thread's own: two volumes may be coded at once
 
 
+class _Eager:
+    """While it is entered no compiled code runs: that was traced outside a stream. torch has one switch for all
+    threads, so the first stream to begin turns it and the last to end turns it back."""
+
+    def __init__(self):
+        self.lock, self.running = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.running:
+                self.stance = torch.compiler.set_stance("force_eager")
+            self.running += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.running -= 1
+            if not self.running:
+                self.stance.__exit__(None, None, None)
+
+
+_eager = _Eager()
+
+
 class Stream:
     """One pass of `network` over the slabs of one tensor; a new pass needs a new `Stream`.
 
@@ -37,18 +60,22 @@ class Stream:
     def __init__(self, network: Callable[[Tensor], Tensor]):
         self.network = network
         self.last = False
+        self._ended = False
         self._kept: dict[Hashable, Tensor] = {}
 
+    @torch.compiler.disable()  # called from compiled code, it is not traced
     def __call__(self, slab: Tensor, *, last: bool = False) -> Tensor:
-        if self.last:
-            raise ValueError("this stream has ended: start a new one")
-        self.last = last
+        if self._ended:
+            raise ValueError("this stream has ended, or failed: start a new one")
+        self.last, self._ended = last, True  # after a failure some layers have seen the slab, others not
         outer, _current.stream = _current.stream, self  # only while the network runs, not between slabs
         try:
-            with torch.compiler.set_stance("force_eager"):  # compiled code was traced outside a stream
-                return self.network(slab)
+            with _eager:
+                made = self.network(slab)
         finally:
             _current.stream = outer
+        self._ended = last
+        return made
 
     def take(self, key: Hashable, new: Tensor) -> tuple[Tensor, bool]:
         """What `key` kept before the planes of `new`, and whether these are its first."""
@@ -94,6 +121,8 @@ def window(key: Hashable, x: Tensor, kernel: int, stride: int = 1, padding: int 
     if margin is not None and (first or stream.last):
         planes = torch.cat([*([margin] if first else []), planes, *([margin] if stream.last else [])], dim=4)
     made = max((planes.shape[4] - kernel) // stride + 1, 0)
+    if not stream.last:  # a kernel thinner than its stride waits for the planes that it skips
+        made = min(made, planes.shape[4] // stride)
     stream.keep(key, planes[..., made * stride :])
     return planes[..., : (made - 1) * stride + kernel] if made else planes[..., :0]
 

@@ -1,6 +1,7 @@
 """A run of the benchmarks: measures jobs in turns, foresees which would not fit, and keeps every record in
 bench.json."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,21 @@ class Bench:
         """Write down a part that cannot be measured here."""
         self.records.append({"part": part, "job": part, "status": NOT_RUN, "detail": reason})
         print(line(self.records[-1]), flush=True)
+
+    def keep(self, again: Sequence[str]) -> None:
+        """Go on from the output folder's bench.json, without the records of the parts that are measured again.
+
+        Raises: ValueError if it is of another device or processor: its figures are not to be compared with these.
+        """
+        path = self.output / "bench.json"
+        if not path.is_file():
+            return
+        before = json.loads(path.read_text())
+        old, new = ((e["device"], e["machine"]["processor"]) for e in (before["environment"], self.environment))
+        if old != new:
+            raise ValueError(f"{path}: was measured on {old}, this is {new}; choose another --output")
+        self.records = [r for r in before["measurements"] if r["part"] not in again]
+        self.environment["minutes"] = before["environment"].get("minutes", 0)
 
     def write(self) -> Path:
         return write_report(self.output / "bench.json", {"environment": self.environment, "measurements": self.records})

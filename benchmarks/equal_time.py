@@ -82,7 +82,12 @@ def training(model: str, minutes: float, device: str, precision: str, folder: st
         }
 
     data = "phantoms" if phantoms else CONFIG
-    known = {"data": data, "training_volumes": len(train), "held_out_volumes": len(held_out)}
+    known = {
+        "data": data,
+        "training_volumes": len(train),
+        "held_out_volumes": len(held_out),
+        "threads": torch.get_num_threads(),
+    }
     return Work(run, {"parameters": parameters(first), "crops": list(crops.shape), "batch": batch_size, **known})
 
 

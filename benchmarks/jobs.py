@@ -5,6 +5,7 @@ Every job takes `device` and `precision`: float32 (TF32 off), tf32 (CUDA only) o
 as the pipeline loads them; peers and training run under autocast, as their own scripts do.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from autoencoder import AutoencoderKL3D, kl_loss, l1_loss
 from diffusion import denoise, make_scheduler
 from volumes import make_phantom
 
-from . import generation, single_volume
+from . import choices, generation
 from .measure import Work, timed
 from .models import AUTOENCODERS, UNETS, decode, encode, latent_shape, parameters, posterior, predict
 
@@ -219,9 +220,36 @@ def forward(shape: Shape, batch: int, device: str, precision: str) -> Work:
         with torch.inference_mode():
             decode(net, encode(net, volume))
 
-    return Work(
-        run, facts(net, lambda meta: decode(meta, encode(meta, _meta((1, *shape), batch))), AUTOENCODERS["ours"])
-    )
+    def there_and_back(meta: nn.Module) -> None:
+        decode(meta, encode(meta, _meta((1, *shape), batch)))
+
+    known = facts(net, there_and_back, AUTOENCODERS["ours"])
+    return Work(run, known | {"flops": convolution_flops(AUTOENCODERS["ours"], there_and_back)})
+
+
+def convolution_flops(build: Callable[[], nn.Module], run: Callable[[nn.Module], None]) -> int:
+    """FLOPs of the 3-D convolutions that `run` calls, without the taps that fall on padding: kernels skip those, and
+    on small grids they are a large part of what FlopCounterMode counts."""
+    with torch.device("meta"):
+        net = build()
+    total = 0
+
+    def count(conv: Any, given: tuple[Tensor, ...], made: Tensor) -> None:
+        nonlocal total
+        taps = [
+            sum(min(o * s - p + k, n) - max(o * s - p, 0) for o in range(m))
+            for n, m, k, s, p in zip(
+                given[0].shape[2:], made.shape[2:], conv.kernel_size, conv.stride, conv.padding, strict=True
+            )
+        ]
+        total += 2 * len(made) * conv.in_channels // conv.groups * conv.out_channels * math.prod(taps)
+
+    for module in net.modules():
+        if isinstance(module, nn.Conv3d):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        run(net)
+    return total
 
 
 def forward_profile(shape: Shape, batch: int, device: str, precision: str) -> Work:
@@ -245,7 +273,7 @@ def profile(run: Callable[[], Any], device: str, most: int = 12) -> dict[str, fl
 
 def convolution_peak(device: str, precision: str, *, largest: float = 5e10) -> Work:
     """The fastest 3x3x3 convolution that this machine runs in channels_last_3d, over channels, grids and batches of
-    up to `largest` FLOPs each."""
+    up to `largest` FLOPs each, taps on padding not counted."""
     set_precision(precision)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     cases = [(c, n, b) for c in (32, 64, 128, 256, 512) for n in (8, 16, 32, 64) for b in (1, 2, 8)]
@@ -272,7 +300,7 @@ def _convolution_rate(case: tuple[int, int, int], device: str, dtype: torch.dtyp
     weight = torch.randn(channels, channels, 3, 3, 3, **form).contiguous(memory_format=torch.channels_last_3d)
     with torch.inference_mode():
         best = min(timed(lambda: F.conv3d(x, weight, padding=1), device)[0] for _ in range(4))
-    return 54 * channels**2 * batch * grid**3 / best
+    return 2 * channels**2 * batch * (3 * grid - 2) ** 3 / best
 
 
 def matrix_peak(side: int, device: str, precision: str) -> Work:
@@ -321,10 +349,10 @@ def generating(device: str, *, steps: int, repeats: int, folder: str) -> Work:
     return Work(lambda: _without_provenance(generation.main(arguments)))
 
 
-def single_convolutions(*, repeats: int, folder: str) -> Work:
-    """PyTorch's two kernels for small single volumes: benchmarks/single_volume.py."""
-    arguments = ["--repeats", str(repeats), "--output", str(Path(folder) / "single_volume.json")]
-    return Work(lambda: _without_provenance(single_volume.main(arguments)))
+def timing_choices(*, repeats: int, folder: str) -> Work:
+    """What each choice for speed gives: benchmarks/choices.py."""
+    arguments = ["--repeats", str(repeats), "--output", str(Path(folder) / "choices.json")]
+    return Work(lambda: _without_provenance(choices.main(arguments)))
 
 
 def _without_provenance(report: dict[str, Any]) -> dict[str, Any]:

@@ -246,13 +246,20 @@ def attention(bench: Bench, sizes: Sizes) -> None:
 
 
 def generation(bench: Bench, sizes: Sizes) -> None:
-    """Seconds a volume with the shipped weights, and the convolutions of small volumes."""
+    """Seconds a volume with the shipped weights."""
     folder = str(bench.output)
     arguments = {"device": bench.device, "steps": sizes.generation_steps, "repeats": sizes.repeats, "folder": folder}
     todo = [Job(jobs.generating, arguments, repeats=0)]
-    if bench.device == "cpu":
-        todo.append(Job(jobs.single_convolutions, {"repeats": 7 * sizes.repeats, "folder": folder}, repeats=0))
     bench.compare("generation", todo)
+
+
+def choices(bench: Bench, sizes: Sizes) -> None:
+    """What each choice for speed gives on a CPU, and what was tried and dropped."""
+    if bench.device != "cpu":
+        bench.skip("choices", "these are choices for CPUs")
+        return
+    arguments = {"repeats": 5 * sizes.repeats, "folder": str(bench.output)}
+    bench.compare("choices", [Job(jobs.timing_choices, arguments, repeats=0)])
 
 
 PARTS: dict[str, Callable[[Bench, Sizes], None]] = {
@@ -266,5 +273,6 @@ PARTS: dict[str, Callable[[Bench, Sizes], None]] = {
     "equal_time": equal_time_training,
     "seam": seam,
     "generation": generation,
+    "choices": choices,
 }
 ON_REQUEST = ("compile", "attention")  # by default on a GPU only; `--parts` runs them anywhere

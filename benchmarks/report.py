@@ -198,7 +198,8 @@ def equal_time(records: list[Record]) -> str:
         f = good[0]["facts"]
         text += (
             f"\nPSNR inside the field of view of {f['held_out_volumes']} held-out volumes; {f['training_volumes']} "
-            f"training volumes ({f['data']}), crops {shape_text(f['crops'])}, batch {f['batch']}, AdamW, the same losses. "
+            f"training volumes ({f['data']}), crops {shape_text(f['crops'])}, batch {f['batch']}, AdamW, the same losses, "
+            f"{f['threads']} CPU threads. "
             "Where two learning rates were tried, a quarter of the time decided.\n"
         )
     return text
@@ -280,18 +281,18 @@ def generation(records: list[Record]) -> str:
     for r in find(records, "generation", "generating"):
         parts = r["values"]["seconds_per_volume"]
         rows += [[name, f"{t['median']:.3f} s ({t['min']:.3f} to {t['max']:.3f})"] for name, t in parts.items()]
-    text = table(["a volume", "time"], rows)
+    return table(["a volume", "time"], rows)
+
+
+def choices(records: list[Record]) -> str:
+    """What each choice gives, and what was dropped."""
     rows = []
-    for r in find(records, "generation", "single_convolutions"):
-        rows += [
-            [
-                f"{c['channels']} channels, {shape_text(c['grid'])}",
-                f"{c['nn.Conv3d_ms']:.2f} ms",
-                f"{c['ours_ms']:.2f} ms",
-            ]
-            for c in r["values"]["convolutions"]
-        ]
-    return text + ("\n" + table(["convolution", "nn.Conv3d", "ours"], rows) if rows else "")
+    for r in find(records, "choices", "timing_choices"):
+        for c in r["values"]["choices"]:
+            times = [f"{c[k]:.2f} ms" for k in ("without_ms", "with_ms")]
+            gain = f"{c['without_ms'] / c['with_ms']:.2f} x"
+            rows.append([c["choice"], c["case"], *times, gain, "kept" if c["kept"] else "dropped"])
+    return table(["choice", "case", "without", "with", "gain", ""], rows)
 
 
 SECTIONS: tuple[tuple[str, str, Callable[[list[Record]], str]], ...] = (
@@ -305,6 +306,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[list[Record]], str]], ...] = (
     ("compile", "torch.compile", compile),
     ("attention", "Attention backends", attention),
     ("generation", "The shipped pipeline", generation),
+    ("choices", "What each choice gives", choices),
 )
 
 

@@ -26,6 +26,8 @@ def main(args: Sequence[str] | None = None) -> Path:
     if options.equal_time_minutes is not None:
         sizes = replace(sizes, equal_time_minutes=options.equal_time_minutes)
     bench = Bench(options.output, options.device, memory=int(0.85 * available_memory(options.device)))
+    if options.keep:
+        bench.keep(options.parts)
     start = time.monotonic()
     for part in options.parts:
         try:
@@ -35,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> Path:
                 {"part": part, "job": part, "status": FAILED, "detail": f"{type(error).__name__}: {error}"}
             )
             print(line(bench.records[-1]), flush=True)
-    bench.environment["minutes"] = round((time.monotonic() - start) / 60, 1)
+    bench.environment["minutes"] = round(bench.environment.get("minutes", 0) + (time.monotonic() - start) / 60, 1)
     path = bench.write()
     report.main([str(path), "--output", str(options.output / "performance.md")])
     return path
@@ -46,6 +48,9 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for bench.json, plots and performance.md")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--parts", type=lambda text: text.split(","), help=f"comma-separated, of {','.join(PARTS)}")
+    parser.add_argument(
+        "--keep", action="store_true", help="measure --parts again, and keep the others of the folder's bench.json"
+    )
     parser.add_argument("--equal_time_minutes", type=float, help="training of each autoencoder (5)")
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes: shows that everything runs, says nothing of speed"

@@ -5,6 +5,7 @@ from diffusers.models.modeling_utils import ModelMixin  # the name diffusers loo
 
 from .denoise import denoise
 from .folding import fold_mask, unfold_mask
+from .guidance import ConditionNames, check_guidance, drop_conditions
 from .latent_cache import LatentAugmentation, LatentDataset, build_latent_cache, collate_latents
 from .loss import training_loss
 from .objectives import OBJECTIVES, fit_scheduler, make_scheduler
@@ -12,13 +13,16 @@ from .unet import LatentUNet3D
 
 __all__ = [
     "OBJECTIVES",
+    "ConditionNames",
     "LatentAugmentation",
     "LatentDataset",
     "LatentUNet3D",
     "ModelMixin",
     "build_latent_cache",
+    "check_guidance",
     "collate_latents",
     "denoise",
+    "drop_conditions",
     "fit_scheduler",
     "fold_mask",
     "make_scheduler",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .guidance import UNNAMED, ConditionNames, Conditions, guidance_terms, guided
 from .objectives import Scheduler
 
 StepCallback = Callable[[int, Tensor, Tensor], Tensor | None]
@@ -47,6 +48,8 @@ def denoise(
     scheduler: Scheduler,
     conditions: Mapping[str, Tensor],
     *,
+    guidance_scale: float | Mapping[str, float] = 1.0,
+    names: ConditionNames = UNNAMED,
     num_inference_steps: int = 20,
     sigmas: Sequence[float] | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
@@ -59,6 +62,8 @@ def denoise(
         latents: standard normal noise (B, C, h, w, d); scaled here to what the scheduler starts from.
         scheduler: one that fits the U-Net's objective (`fit_scheduler`).
         conditions: keyword arguments of the U-Net, e.g. {"mask": ids (B, h, w, d, r)}.
+        guidance_scale: classifier-free guidance, one scale or one per condition (`guidance_terms`); 1 is none. `names`
+        are those of the conditions.
         sigmas: noise levels to visit, descending from 1, instead of `num_inference_steps` even ones (FlowMatch
         schedulers only).
         callback: called after each step with (step, timestep, latents); what it returns, if anything, replaces the
@@ -69,10 +74,14 @@ def denoise(
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
     draws_noise = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if draws_noise else {}
+
+    def predict(noisy: Tensor, timestep: Tensor, given: Conditions) -> Tensor:
+        return unet(noisy, timestep, **given, return_dict=False)[0]
+
+    prediction_of = guided(predict, guidance_terms(conditions, names, guidance_scale))
     for step, timestep in enumerate(tqdm(timesteps, desc="denoise", disable=not progress, leave=False)):
         scaled = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
-        prediction = unet(scaled, timestep, **conditions, return_dict=False)[0]
-        latents = scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
+        latents = scheduler.step(prediction_of(scaled, timestep), timestep, latents, return_dict=False, **extra)[0]
         if callback is not None:
             replaced = callback(step, timestep, latents)
             latents = latents if replaced is None else replaced

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from autoencoder import AutoencoderKL3D
+from autoencoder import VolumeAutoencoder
 from autoencoder.layers import as_stride
 from autoencoder.losses import cells_inside
 from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple
@@ -76,12 +77,13 @@ def _file_stamp(path: Path | None) -> list[object]:
     return [path.name, *(value for stat in stats for value in (stat.st_size, stat.st_mtime_ns))]
 
 
-def cache_key(dataset: VolumeDataset, vae: AutoencoderKL3D, augmentation: LatentAugmentation) -> str:
+def cache_key(dataset: VolumeDataset, vae: VolumeAutoencoder, augmentation: LatentAugmentation) -> str:
     """What the latents depend on, hashed: format, encoder and its config, preprocessing, files (name, size, time),
     augmentation. Another decoder makes no other latents."""
     config = {k: v for k, v in dict(vae.config).items() if not k.startswith("_")}
     cases = [[c.name, *(_file_stamp(p) for p in c.images.values()), _file_stamp(c.mask)] for c in dataset.cases]
-    parts = [FORMAT, weights_hash(vae.encoder), config, asdict(dataset.config), cases, asdict(augmentation)]
+    data = {k: v for k, v in asdict(dataset.config).items() if k not in ("classes", "numbers")}  # are not in the cache
+    parts = [FORMAT, weights_hash(vae.encoder), config, data, cases, asdict(augmentation)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -114,7 +116,7 @@ def _version(
 @torch.no_grad()
 def build_latent_cache(
     dataset: VolumeDataset,
-    vae: AutoencoderKL3D,
+    vae: VolumeAutoencoder,
     folder: str | Path,
     augmentation: LatentAugmentation = LatentAugmentation(),
     *,
@@ -149,36 +151,38 @@ def build_latent_cache(
             partial = file.with_suffix(f".partial_{uuid.uuid4().hex}")  # another run may be filling the same cache
             save_file(entry, partial)
             partial.replace(file)
-    return LatentDataset([f for versions in files for f in versions])
+    conditions = [dataset.conditions(i) for i, versions in enumerate(files) for _ in versions]
+    return LatentDataset([f for versions in files for f in versions], conditions)
 
 
 class LatentDataset(Dataset):
     """Entries of a latent cache: [i] -> {"mean", "std" (C, h, w, d), "inside" (1, h, w, d) boolean, "mask" (X, Y, Z)
-    int16 if any, "name"}.
+    int16 if any, "name", and the "classes" and "numbers" of its case if any}.
 
     The tensors are views of the file in memory (safetensors maps it): only what is read is loaded, the system may drop
     it again, and a cache may be larger than memory.
     """
 
-    def __init__(self, files: Sequence[Path]):
+    def __init__(self, files: Sequence[Path], conditions: Sequence[dict[str, Tensor]] | None = None):
         self.files = list(files)
+        self.conditions = [{}] * len(self.files) if conditions is None else list(conditions)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
-        return {**load_file(self.files[index]), "name": self.files[index].stem}
+        return {**load_file(self.files[index]), "name": self.files[index].stem, **self.conditions[index]}
 
 
-def collate_latents(items: Sequence[dict], stride: Sequence[int], num_labels: int) -> dict[str, Tensor | None]:
+def collate_latents(items: Sequence[dict], stride: Sequence[int], num_labels: int) -> dict[str, Any]:
     """A batch of entries of any shapes, each cropped or padded to the shape of the first, at a random place.
 
     Volumes have their own shapes; a batch needs one. It is another one each time, so the model sees whole volumes,
     parts and borders. The place is drawn from a hash of the batch's names, so a resumed run sees the same batches.
     Padding has zero latents, no labels and no weight.
 
-    Returns: "mean", "std" (B, C, h, w, d), "mask" folded ids (B, h, w, d, r) or None if `num_labels` is 0, "weight"
-    (B, 1, h, w, d).
+    Returns: "mean", "std" (B, C, h, w, d), "weight" (B, 1, h, w, d), and "conditions", the U-Net's keyword arguments:
+    "mask" folded ids (B, h, w, d, r) unless `num_labels` is 0, "classes" (B, n) and "numbers" (B, m) if entries have them.
     Raises: ValueError if labels are wanted and an entry has no mask.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(" ".join(item["name"] for item in items).encode()))
@@ -196,6 +200,7 @@ def collate_latents(items: Sequence[dict], stride: Sequence[int], num_labels: in
                 raise ValueError(f"latent cache entry {item['name']}: no mask, but the model is conditioned on one")
             in_voxels = (tuple(n * s for n, s in zip(axes, stride, strict=True)) for axes in (size, shape, start))
             rows["mask"].append(Placement(*in_voxels).apply(item["mask"], PADDING))  # pyright: ignore[reportArgumentType]
-    batch: dict[str, Tensor | None] = {key: torch.stack(rows[key]) for key in ("mean", "std", "weight")}
-    batch["mask"] = fold_mask(torch.stack(rows["mask"]), as_stride(stride), num_labels) if num_labels else None
-    return batch
+    conditions = {key: torch.stack([item[key] for item in items]) for key in ("classes", "numbers") if key in items[0]}
+    if num_labels:
+        conditions["mask"] = fold_mask(torch.stack(rows["mask"]), as_stride(stride), num_labels)
+    return {key: torch.stack(rows[key]) for key in ("mean", "std", "weight")} | {"conditions": conditions}

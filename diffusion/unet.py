@@ -19,7 +19,9 @@ from autoencoder.layers import ChannelRMSNorm, Conv3d, Downsample, Stride, Upsam
 from autoencoder.model import VolumeModel
 
 from .attention import SelfAttention
+from .conditions import ConditionEmbedding
 from .folding import FoldedMaskEmbedding
+from .guidance import ConditionNames, check_dropout
 from .objectives import check_objective
 
 
@@ -61,7 +63,7 @@ def pad_at_end(x: Tensor, stride: Stride) -> Tensor:
 
 class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
     """3-D U-Net (Ronneberger et al. 2015; Ho et al. 2020) over latents, conditioned on a mask folded to the latent
-    grid.
+    grid, on classes and on numbers, or on some of these.
 
     Odd sizes are padded on the way down and cropped to the skip's size on the way up.
 
@@ -76,6 +78,10 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         mask_stride: voxels per latent cell and axis (the autoencoder's stride).
         mask_width: channels of the embedded mask.
         objective: what the output means, see `diffusion.objectives`; stored here because a scheduler must fit it.
+        classes: values of each class that conditions the model, e.g. {"sex": ["F", "M"]}.
+        numbers: mean and std of each number that conditions the model, e.g. {"age": {"mean": 50.0, "std": 18.0}}.
+        condition_dropout: how often training leaves out each condition, such as {"mask": 0.1, "sex": 0.2}; those that it
+            never left out cannot be guided (Ho & Salimans 2022).
     """
 
     _supports_gradient_checkpointing = True
@@ -99,6 +105,9 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         mask_stride: int | Sequence[int] = 4,
         mask_width: int = 32,
         objective: str = "rectified_flow",
+        condition_dropout: dict[str, float] | None = None,
+        classes: dict[str, list[str]] | None = None,
+        numbers: dict[str, dict[str, float]] | None = None,
     ):
         super().__init__()
         if not len(channels) == len(strides) + 1 == len(blocks) == len(attention):
@@ -106,6 +115,8 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
                 f"channels {channels}, blocks {blocks} and attention {attention} need one entry a level, strides {strides} one fewer"
             )
         check_objective(objective)
+        classes, numbers, dropout = classes or {}, numbers or {}, condition_dropout or {}
+        check_dropout(dropout, [*(["mask"] if num_labels else []), *classes, *numbers])
         self.gradient_checkpointing = False
         level_strides = [as_stride(s) for s in strides]
         self.mask_stride = as_stride(mask_stride)
@@ -114,6 +125,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
 
         self.time_features = Timesteps(channels[0], flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(channels[0], time_width)
+        self.condition_embedding = ConditionEmbedding(classes, numbers, time_width) if classes or numbers else None
         self.mask_embedding = (
             FoldedMaskEmbedding(num_labels, math.prod(self.mask_stride), mask_width) if num_labels else None
         )
@@ -150,6 +162,11 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         finally:
             _AttentionBackendRegistry.set_active_backend(default)
 
+    @property
+    def condition_names(self) -> ConditionNames:
+        """The columns of classes and numbers."""
+        return ConditionNames(tuple(sorted(self.config["classes"] or {})), tuple(sorted(self.config["numbers"] or {})))
+
     @apply_forward_hook
     def embed_mask(self, ids: Tensor) -> Tensor:
         """Folded ids (B, h, w, d, r) -> the mask's channels (B, mask_width, h, w, d). Raises: ValueError if the model
@@ -167,7 +184,13 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         return x
 
     def forward(
-        self, sample: Tensor, timestep: Tensor | float | int, mask: Tensor | None = None, return_dict: bool = True
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        mask: Tensor | None = None,
+        classes: Tensor | None = None,
+        numbers: Tensor | None = None,
+        return_dict: bool = True,
     ) -> LatentUNet3DOutput | tuple[Tensor]:
         """Predict the objective's target.
 
@@ -176,19 +199,28 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
             timestep: (B,) or a scalar, in the scheduler's units, 0 to 1000.
             mask: folded ids (B, h, w, d, r) from `fold_mask`, or what `embed_mask` made of them, (B, mask_width, h,
             w, d), so that a sampler
-                embeds once and not at every step; needed if and only if the model was built with labels.
-        Raises: ValueError if the mask is missing, not wanted, or on another grid than the latents.
+                embeds once and not at every step; for a model that was built with labels, which can do without only if
+                training left the mask out at times.
+            classes: int64 (B, n), the index of each class's value, -1 where absent; columns as in `condition_names`.
+            numbers: (B, m) in the units of `mean` and `std`, NaN where absent; columns as in `condition_names`.
+        Raises: ValueError if the mask is missing, not wanted, or on another grid than the latents; if classes or numbers
+        are missing, not wanted, or of other columns.
         """
-        if (mask is None) == (self.mask_embedding is not None):
-            raise ValueError(
-                "this model is conditioned on a mask: pass one"
-                if mask is None
-                else "this model knows no mask: pass none"
-            )
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
-        time = F.silu(self.time_embedding(self.time_features(timestep).to(sample.dtype)))
+        time = self.time_embedding(self.time_features(timestep).to(sample.dtype))
+        if self.condition_embedding is not None:
+            time = time + self.condition_embedding(classes, numbers, time.dtype)
+        elif classes is not None or numbers is not None:
+            raise ValueError("this model knows no classes and no numbers: pass none")
+        time = F.silu(time)
 
         x = sample
+        if self.mask_embedding is not None and mask is None:
+            if not (self.config["condition_dropout"] or {}).get("mask"):
+                raise ValueError("this model is conditioned on a mask: pass one")
+            mask = sample.new_zeros(len(sample), self.config["mask_width"], *sample.shape[2:])  # of padding alone
+        elif self.mask_embedding is None and mask is not None:
+            raise ValueError("this model knows no mask: pass none")
         if mask is not None:
             embedded = mask if mask.is_floating_point() else self.embed_mask(mask)
             if embedded.shape[2:] != sample.shape[2:]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from autoencoder import AutoencoderKL3D
+from autoencoder import VolumeAutoencoder
 from volumes import pad_sample
 
 from .fidelity import psnr
@@ -15,7 +15,7 @@ from .spectrum import BAND_EDGES, CROP, band_names, mean_band_power, ratio_db
 
 
 @torch.inference_mode()
-def reconstruct(vae: AutoencoderKL3D, image: torch.Tensor) -> torch.Tensor:
+def reconstruct(vae: VolumeAutoencoder, image: torch.Tensor) -> torch.Tensor:
     """One volume (C, X, Y, Z) in [-1, 1], sides multiples of the stride, through the posterior's mean and back, clamped to [-1, 1]."""
     posterior = vae.encode(image[None].to(vae.device, vae.dtype)).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
     decoded = vae.decode(posterior.mode()).sample  # pyright: ignore[reportAttributeAccessIssue]
@@ -23,7 +23,7 @@ def reconstruct(vae: AutoencoderKL3D, image: torch.Tensor) -> torch.Tensor:
 
 
 def evaluate_reconstruction(
-    vae: AutoencoderKL3D,
+    vae: VolumeAutoencoder,
     dataset: Dataset,
     *,
     crop: tuple[int, int, int] = CROP,

@@ -1,5 +1,6 @@
 """Mask in, volume out: the pipeline for people, and what goes in and comes out of it."""
 
+from .conditions import check_conditions
 from .loading import check_folder, register_packages
 from .masks import MaskLike, describe_mask
 from .output import MedVolumePipelineOutput
@@ -16,6 +17,7 @@ __all__ = [
     "MedVolumePipeline",
     "MedVolumePipelineOutput",
     "VolumeProcessor",
+    "check_conditions",
     "check_folder",
     "describe_mask",
     "equal_batches",

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from diffusers.pipelines import pipeline_loading_utils
 
-from autoencoder import AutoencoderKL3D
-from autoencoder.weights import check_weights
+import autoencoder
+from autoencoder import VolumeAutoencoder
 
 # Top-level packages that hold components of a pipeline.
 PACKAGES = ("autoencoder", "diffusion")
@@ -25,13 +25,10 @@ def register_packages() -> None:
         pipeline_loading_utils.LOADABLE_CLASSES[package] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
 
 
-def check_folder(folder: str | Path, variant: str | None = None) -> None:
-    """Check, before anything is loaded, that a pipeline folder holds exactly the weights that its configs ask for.
+def check_folder(folder: str | Path) -> None:
+    """Check that a folder is a pipeline's, of classes that are here; each model checks its own weights when it is loaded.
 
-    Only headers are read. diffusers itself merely warns of a missing key and leaves the parameter unset.
-
-    Raises: ValueError naming the folder and the keys that are missing, unknown or of another shape; the file that is
-    damaged; or the pickle that stands where safetensors should.
+    Raises: ValueError naming the folder and what is wrong with its model_index.json.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
@@ -40,16 +37,15 @@ def check_folder(folder: str | Path, variant: str | None = None) -> None:
         index = json.loads((folder / "model_index.json").read_text())
     except ValueError as error:
         raise ValueError(f"{folder}: model_index.json is no JSON: {error}") from error
-    for name, entry in index.items():
+    for entry in index.values():
         if isinstance(entry, list) and entry[0] in PACKAGES:
-            model_class = getattr(importlib.import_module(entry[0]), entry[1], None)
-            if model_class is None:
+            if not hasattr(importlib.import_module(entry[0]), entry[1]):
                 raise ValueError(f"{folder}: model_index.json asks for {entry[1]}, which {entry[0]} does not have")
-            check_weights(folder / name, model_class, variant)
 
 
-def load_autoencoder(folder: str | Path) -> AutoencoderKL3D:
-    """The trained autoencoder in `folder`, or in its subfolder vae/ (a run or a pipeline), for inference.
+def load_autoencoder(folder: str | Path) -> VolumeAutoencoder:
+    """The trained autoencoder in `folder`, or in its subfolder vae/ (a run or a pipeline), for inference: of the class
+    that its config names.
 
     Raises: ValueError where there is none, where its weights do not fit, or where its latents were never measured.
     """
@@ -59,7 +55,14 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL3D:
         raise ValueError(
             f"{folder}: no autoencoder there (config.json, or vae/config.json); give a folder that train_vae.py wrote"
         )
-    vae = AutoencoderKL3D.from_pretrained(found)
+    try:
+        name = json.loads((found / "config.json").read_text()).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{found}: config.json is no model's config: {error}") from error
+    model_class = getattr(autoencoder, str(name), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, VolumeAutoencoder)):
+        raise ValueError(f"{found}: config.json is of {name}, which is no autoencoder")
+    vae = model_class.from_pretrained(found)
     if vae.config["latents_std"] is None:
         raise ValueError(
             f"{found}: no latents_mean and latents_std in its config; train_vae.py measures them when it ends"

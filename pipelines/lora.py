@@ -155,7 +155,7 @@ def lora_digest(unet: nn.Module) -> str | None:
 
 
 class LoraMixin(LoraBaseMixin):
-    """LoRAs of a pipeline's U-Net; `set_adapters`, `disable_lora`, `delete_adapters` ... are diffusers' own."""
+    """LoRAs of a pipeline's U-Net; `get_active_adapters` and the like are diffusers' own."""
 
     _lora_loadable_modules = ["unet"]
     unet: LatentUNet3D
@@ -197,7 +197,8 @@ class LoraMixin(LoraBaseMixin):
         _ = self.model_hash  # keeps that of the weights as they are, before anything is fused into them
         if base != self.unet_hash:
             logger.warning("%s: was trained on another U-Net of this architecture (%s)", path, base)
-        acting = [] if not hasattr(self.unet, "peft_config") else self.get_active_adapters()
+        disabled = any(hasattr(layer, "lora_A") and layer.disable_adapters for layer in self.unet.modules())
+        acting = [] if disabled or not hasattr(self.unet, "peft_config") else self.get_active_adapters()
         before = set(getattr(self.unet, "peft_config", {}))
         self.unet.load_lora_adapter(
             tensors,
@@ -207,6 +208,7 @@ class LoraMixin(LoraBaseMixin):
             _pipeline=self,
         )
         self.unet.set_adapter([*acting, *(set(self.unet.peft_config) - before)])
+        self.unet.enable_lora()
         self.unet.requires_grad_(False)
 
     def save_lora_weights(self, folder: str | PathLike, adapter_name: str | None = None) -> Path:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -240,6 +242,23 @@ class LoraMixin(LoraBaseMixin):
         self._check_not_fused("set_adapters")
         super().set_adapters(adapter_names, adapter_weights)
 
+    def disable_lora(self) -> None:
+        """No LoRA acts until `enable_lora`. Raises: ValueError while one is fused."""
+        self._check_not_fused("disable_lora")
+        super().disable_lora()
+
+    def enable_lora(self) -> None:
+        """Undo `disable_lora`."""
+        self._check_not_compiled("enable_lora")
+        super().enable_lora()
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """Detach some LoRAs. Raises: ValueError while one is fused."""
+        self._check_not_fused("delete_adapters")
+        super().delete_adapters(adapter_names)
+        if not getattr(self.unet, "peft_config", None):
+            self.unet.unload_lora()  # diffusers leaves the layers wrapped
+
     def unload_lora_weights(self) -> None:
         """Detach all LoRAs. What was fused stays in the weights, and makes a new model of them."""
         self._check_changeable("unload_lora_weights")
@@ -250,14 +269,19 @@ class LoraMixin(LoraBaseMixin):
             self._files.pop("unet", None)
             self._hashed.clear()
 
+    def _check_not_compiled(self, what: str) -> None:
+        """Raises: ValueError where diffusers would do nothing."""
+        if not isinstance(self.unet, LatentUNet3D):
+            raise ValueError(f"{what} before torch.compile, or with pipe.unet set to the U-Net that was compiled")
+
     def _check_not_fused(self, what: str) -> None:
+        self._check_not_compiled(what)
         if self.num_fused_loras:
             raise ValueError(f"{what}: {sorted(self.fused_loras)} are fused into the weights; unfuse_lora() first")
 
     def _check_changeable(self, what: str) -> None:
         """Raises: ValueError where diffusers would do nothing, or leave the weights in pieces."""
-        if not isinstance(self.unet, LatentUNet3D):
-            raise ValueError(f"{what} before torch.compile, or with pipe.unet set to the U-Net that was compiled")
+        self._check_not_compiled(what)
         if hasattr(self.unet, "offloaded_to_disk"):
             raise ValueError(f"{what} before offloading to disk: the files there are not written again")
         if any(parameter.dtype.itemsize == 1 for parameter in self.unet.parameters()):

@@ -1,9 +1,16 @@
-"""What the pipeline returns."""
+"""What the pipeline returns, and where it writes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from diffusers.utils import BaseOutput
+
+from volumes import nifti_path
+
+from .provenance import sidecar_path
 
 
 @dataclass
@@ -22,3 +29,22 @@ class MedVolumePipelineOutput(BaseOutput):
 
     volumes: list[Any]
     provenance: list[dict[str, Any]]
+
+
+def check_paths(
+    paths: str | PathLike | Sequence[str | PathLike] | None, count: int, output_type: str, masks: Sequence[Any]
+) -> list[Any]:
+    """One path a volume; None for each without `paths`. Raises: ValueError for what cannot be written there, and for the
+    file of one of the masks."""
+    if paths is None:
+        return [None] * count
+    files = [nifti_path(path) for path in ([paths] if isinstance(paths, (str, PathLike)) else paths)]
+    if output_type != "nifti":
+        raise ValueError(f"paths are of NIfTI files: leave output_type at 'nifti', not {output_type!r}")
+    different = len({sidecar_path(path).resolve() for path in files})  # a.nii and a.nii.gz have one sidecar
+    if len(files) != count or different < count:
+        raise ValueError(f"{different} different paths for {count} volumes; give one a volume")
+    read = {Path(mask).resolve() for mask in masks if isinstance(mask, (str, PathLike))}
+    if lost := [str(path) for path in files if path.resolve() in read]:
+        raise ValueError(f"{lost[0]} is the mask itself; write the volume to another file")
+    return files

@@ -7,34 +7,33 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub.errors import HFValidationError
 
-from autoencoder import AutoencoderKL3D
+from autoencoder import VolumeAutoencoder
 from autoencoder.weights import weight_files
-from diffusion import LatentUNet3D, denoise, fit_scheduler, fold_mask
+from diffusion import LatentUNet3D, check_guidance, denoise, fit_scheduler
 from diffusion.attention import check_attention_backend
-from volumes import nifti_path
 
+from .conditions import Labels, Numbers, check_conditions, check_described, condition_tensors, rows_of
 from .loading import check_folder
 from .lora import LoraMixin, lora_digest
 from .masks import LabelMap, MaskLike, as_list, describe_mask
-from .output import MedVolumePipelineOutput
+from .output import MedVolumePipelineOutput, check_paths
 from .provenance import content_hash, header_description, memory_tensors, software, stored_tensors, synthetic_file
 from .sampling import equal_batches, initial_latents, sample_generators, sample_seed
 from .volume_processor import OUTPUT_TYPES, Canvas, VolumeProcessor
 
 COMPONENTS = ("vae", "unet")
-CELL_PLANES = 16  # of the latent grid, whose mask is folded and embedded at once
 EndOfStep = Callable[["MedVolumePipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
 
 class MedVolumePipeline(DiffusionPipeline, LoraMixin):
-    """Generates volumes from masks (or, for a model without masks, of a given shape), each on its mask's own grid.
+    """Generates volumes from masks (or, for a model that needs none, of a given shape), each on its mask's own grid, and
+    of given classes and numbers if the model knows any.
 
     Runs in float32, bfloat16 or float16 (`from_pretrained(..., dtype=torch.bfloat16)` or
     `pipe.to(torch.bfloat16)`): noise is drawn in float32 whatever the type, results are float32. bfloat16 works on
@@ -50,7 +49,7 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
     model_cpu_offload_seq = "unet->vae"
 
     def __init__(
-        self, vae: AutoencoderKL3D, unet: LatentUNet3D, scheduler: SchedulerMixin, data: dict[str, Any] | None = None
+        self, vae: VolumeAutoencoder, unet: LatentUNet3D, scheduler: SchedulerMixin, data: dict[str, Any] | None = None
     ):
         super().__init__()
         if data is None:  # diffusers takes an argument without a default for a module
@@ -77,20 +76,21 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
                 folder = Path(cls.download(str(pretrained_model_name_or_path), use_safetensors=True, **kwargs))
             except (OSError, HFValidationError) as error:
                 raise ValueError(f"{folder}: no such folder here, nor is it found on the Hub: {error}") from error
-        variant = kwargs.get("variant")
-        check_folder(folder, variant)
+        check_folder(folder)
         pipe = super().from_pretrained(folder, use_safetensors=True, **kwargs)
-        loaded = [name for name in COMPONENTS if name not in kwargs]
-        pipe._files = {name: (getattr(pipe, name), weight_files(folder / name, variant)) for name in loaded}
+        for name in COMPONENTS:
+            if name not in kwargs:
+                pipe._files[name] = getattr(pipe, name), weight_files(folder / name, kwargs.get("variant"))
         return pipe
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
         """Save as `DiffusionPipeline.save_pretrained` does: safetensors only, and not the path it came from.
 
-        Raises: ValueError on `safe_serialization=False`.
+        Raises: ValueError on `safe_serialization=False` and while a LoRA is attached, before anything is written.
         """
         if kwargs.pop("safe_serialization", True) is not True:
             raise ValueError("safe_serialization=False is refused: weights are saved as safetensors only")
+        self.unet.check_no_lora()
         for part in (self, self.scheduler):  # the models do it themselves
             part._internal_dict = FrozenDict({k: v for k, v in part.config.items() if k != "_name_or_path"})
         super().save_pretrained(str(save_directory), safe_serialization=True, **kwargs)
@@ -139,19 +139,30 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
             self._hashed[names] = parts, value
         return value
 
+    def _dtypes(self) -> str:
+        """Every type that weights are computed or stored in: more than one if only a part was cast."""
+        models: list[Any] = [getattr(self, name) for name in COMPONENTS]
+        types = {model.dtype for model in models} | {p.dtype for model in models for p in model.parameters()}
+        return " ".join(sorted(str(one).removeprefix("torch.") for one in types))
+
     def provenance(
         self,
         mask: Mapping[str, Any] | None,
         *,
+        shape: Sequence[int] | None = None,
         seed: int | None,
         num_inference_steps: int = 20,
         sigmas: Sequence[float] | None = None,
+        guidance_scale: float | Mapping[str, float] = 1.0,
         label_map: LabelMap | None = None,
+        labels: Mapping[str, str] | None = None,
+        numbers: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
         """The record of one volume, ready for JSON; everything but `software` decides the voxels.
 
         Args:
-            mask: what `describe_mask` says of it; None for a model without masks.
+            mask: what `describe_mask` says of it; None without a mask, where `shape` takes its place.
+            labels, numbers: as `pipelines.check_conditions` gives them back.
             seed: of the volume's own generator; None if its noise came from elsewhere (latents, or a generator
                 already drawn from).
         """
@@ -163,10 +174,14 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
             "seed": seed,
             "num_inference_steps": num_inference_steps if sigmas is None else len(sigmas),
             "sigmas": None if sigmas is None else [float(sigma) for sigma in sigmas],
+            "guidance_scale": _recorded(guidance_scale),
             "scheduler": {"class": scheduler["_class_name"]} | {k: v for k, v in scheduler.items() if k[0] != "_"},
-            "dtype": str(self.unet.dtype).removeprefix("torch."),
+            "dtype": self._dtypes(),
             "mask": None if mask is None else dict(mask),
+            "shape": None if shape is None else list(shape),
             "label_map": None if not label_map else {str(value): target for value, target in label_map.items()},
+            "labels": dict(labels) if labels else None,
+            "numbers": dict(numbers) if numbers else None,
         }
 
     @torch.no_grad()
@@ -174,8 +189,11 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
         self,
         mask: MaskLike | Sequence[MaskLike] | None = None,
         shape: Sequence[int] | None = None,
+        labels: Labels | Sequence[Labels] | None = None,
+        numbers: Numbers | Sequence[Numbers] | None = None,
         num_inference_steps: int = 20,
         sigmas: Sequence[float] | None = None,
+        guidance_scale: float | Mapping[str, float] = 1.0,
         num_volumes_per_mask: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
@@ -192,11 +210,18 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
             mask: path, nibabel image, `Volume`, array or tensor (X, Y, Z) of label values as in the training files;
                 or a list of them, of any shapes. -1 marks voxels outside the field of view. A path or image keeps its
                 grid; an array lies on the model's template.
-            shape: (X, Y, Z) in voxels, in place of a mask, for a model that no mask conditions.
+            shape: (X, Y, Z) in voxels, in place of a mask, for a model that no mask conditions, or that was trained to do
+                without at times.
+            labels: the value of each class, such as {"sex": "F"}: one dict for all masks, or a list of one a mask; with
+                `shape`, of one a volume. A class may be left out if training left it out at times.
+            numbers: the same of numbers, such as {"age": 63}.
             num_inference_steps: steps of the scheduler.
             sigmas: noise levels to visit instead, in (0, 1] and falling (FlowMatch schedulers); from 1, unless the
                 `latents` are less noisy.
-            num_volumes_per_mask: how many of each mask.
+            guidance_scale: classifier-free guidance: above 1, volumes follow their conditions more closely and differ
+                less from each other. One number, or one per condition such as {"sex": 3.0}. For conditions that the
+                model was trained without at times (`condition_dropout`).
+            num_volumes_per_mask: how many of each mask (with `shape`, of each dict).
             generator: one a volume (mask by mask), or a single one from which a seed a volume is drawn: see
                 `sampling.sample_generators`. A volume depends on its own generator alone, not on what is generated
                 beside it, to rounding.
@@ -212,8 +237,9 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
                 `write_synthetic` does), so that no volume is ever held whole; `volumes` are the paths then. The files
                 hold what is returned without `paths`. Volumes that must be resampled to their mask's spacing are held.
 
-        Raises: ValueError naming what cannot be used and the remedy: the mask, its labels, the generators, the sigmas,
-        the output type, the scheduler.
+        Raises: ValueError naming what cannot be used and the remedy: the mask, its labels, classes, numbers, the
+        guidance, the generators, the sigmas, the output type, the scheduler.
+        Warns: of numbers far outside the training range.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
@@ -223,16 +249,34 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
             )
         check_attention_backend(self.unet, self._execution_device)
         scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"])
-        canvases, masks = self._canvases(mask, shape, label_map)
+        masks = [None] if mask is None else as_list(mask)
+        keys = [str(one) if isinstance(one, (str, PathLike)) else id(one) for one in masks]
+        read = {key: self.canvas(one, shape, label_map) for key, one in dict(zip(keys, masks, strict=True)).items()}
+        canvases = [read[key] for key in keys]  # a mask that is given twice is held once
+        asked = rows_of(labels, numbers, None if mask is None else len(masks))
+        rows = [check_conditions(self.unet, self.data, *one) for one in asked]
+        if mask is None:
+            canvases, masks = canvases * len(rows), masks * len(rows)
+        described = [None if one is None else describe_mask(one) for one in masks]
+        names = {name for row in rows for part in row for name in part} | ({"mask"} if mask is not None else set())
+        check_guidance(guidance_scale, self.unet.config["condition_dropout"] or {}, names)
         owner = [i for i in range(len(canvases)) for _ in range(num_volumes_per_mask)]  # volume -> its canvas
         if latents is not None and len(latents) != len(owner):
             raise ValueError(f"{len(latents)} latents for {len(owner)} volumes; give one a volume")
-        files = _check_paths(paths, len(owner), output_type)
+        files = check_paths(paths, len(owner), output_type, masks)
         generators = sample_generators(generator, len(owner))
         seeds = [sample_seed(own) if latents is None else None for own in generators]
         records = [
             self.provenance(
-                masks[i], seed=seed, num_inference_steps=num_inference_steps, sigmas=sigmas, label_map=label_map
+                described[i],
+                shape=shape,
+                seed=seed,
+                num_inference_steps=num_inference_steps,
+                sigmas=sigmas,
+                guidance_scale=guidance_scale,
+                label_map=label_map,
+                labels=rows[i][0],
+                numbers=rows[i][1],
             )
             for i, seed in zip(owner, seeds, strict=True)
         ]
@@ -247,7 +291,9 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
                 self.unet,
                 initial_latents(own, given, grid, self._execution_device, self.unet.dtype),
                 scheduler,
-                self._conditions(drawn_on),
+                condition_tensors(self.unet, drawn_on, [rows[owner[i]] for i in batch], self._execution_device),
+                guidance_scale=guidance_scale,
+                names=self.unet.condition_names,
                 num_inference_steps=num_inference_steps,
                 sigmas=sigmas,
                 generator=own,
@@ -261,36 +307,28 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
             return (volumes,)  # pyright: ignore[reportReturnType]
         return MedVolumePipelineOutput(volumes=volumes, provenance=records)
 
-    def _canvases(
-        self, mask: MaskLike | Sequence[MaskLike] | None, shape: Sequence[int] | None, label_map: LabelMap | None
-    ) -> tuple[list[Canvas], list[dict[str, Any] | None]]:
-        """What to draw on, and what each sidecar says of the mask."""
+    def canvas(self, mask: MaskLike | None, shape: Sequence[int] | None, label_map: LabelMap | None = None) -> Canvas:
+        """What one volume is drawn on: its mask's grid, or `shape` where the model does without a mask.
+
+        Raises: ValueError if the model needs the one that is not given, or for a mask that cannot be used.
+        """
         if self.unet.config["num_labels"] == 0:
             if mask is not None or shape is None:
                 raise ValueError("no mask conditions this model: give shape=(X, Y, Z), and no mask")
-            return [self.volume_processor.preprocess_shape(shape)], [None]
-        if mask is None or shape is not None:
-            raise ValueError("this model is conditioned on a mask: give mask=..., which also sets the shape")
-        masks = as_list(mask)
-        canvases = [self.volume_processor.preprocess(one, label_map) for one in masks]
-        return canvases, [describe_mask(one) for one in masks]
+        elif not (self.unet.config["condition_dropout"] or {}).get("mask"):
+            if mask is None or shape is not None:
+                raise ValueError("this model is conditioned on a mask: give mask=..., which also sets the shape")
+        elif (mask is None) == (shape is None):
+            raise ValueError("give a mask, which also sets the shape, or shape=(X, Y, Z) to do without")
+        if mask is not None:
+            return self.volume_processor.preprocess(mask, label_map)
+        assert shape is not None
+        return self.volume_processor.preprocess_shape(shape)
 
     def _latent_shape(self, canvas: Canvas) -> tuple[int, int, int, int]:
         """(C, h, w, d) of the latents of a canvas."""
         h, w, d = (n // s for n, s in zip(canvas.shape, self.vae.stride, strict=True))
         return self.vae.config["latent_channels"], h, w, d
-
-    def _conditions(self, canvases: Sequence[Canvas]) -> dict[str, torch.Tensor]:
-        """The U-Net's keyword arguments for one batch of equal grids."""
-        labels = [canvas.labels for canvas in canvases if canvas.labels is not None]
-        if not labels:
-            return {}
-        planes, embedded = CELL_PLANES * self.vae.stride[2], []
-        for start in range(0, labels[0].shape[2], planes):  # folded ids are far larger than labels and embedding
-            part = torch.from_numpy(np.stack([one[..., start : start + planes] for one in labels]))
-            ids = fold_mask(part.to(self._execution_device), self.vae.stride, self.unet.config["num_labels"])
-            embedded.append(self.unet.embed_mask(ids))
-        return {"mask": torch.cat(embedded, dim=4)}  # once, not at every step
 
     def _step_callback(self, callback: EndOfStep | None) -> Callable[[int, torch.Tensor, torch.Tensor], Any] | None:
         """diffusers' callback as the one that `denoise` takes."""
@@ -335,19 +373,7 @@ def _finite(slabs: Iterable[torch.Tensor], record: Mapping[str, Any]) -> Iterato
         yield slab
 
 
-def _check_paths(paths: str | PathLike | Sequence[str | PathLike] | None, count: int, output_type: str) -> list[Any]:
-    """One path a volume; None for each without `paths`. Raises: ValueError for what cannot be written there."""
-    if paths is None:
-        return [None] * count
-    files = [nifti_path(path) for path in ([paths] if isinstance(paths, (str, PathLike)) else paths)]
-    if output_type != "nifti":
-        raise ValueError(f"paths are of NIfTI files: leave output_type at 'nifti', not {output_type!r}")
-    if len(files) != count or len(set(files)) < count:
-        raise ValueError(f"{len(set(files))} different paths for {count} volumes; give one a volume")
-    return files
-
-
-def _check_fit(vae: AutoencoderKL3D, unet: LatentUNet3D, data: Mapping[str, Any]) -> None:
+def _check_fit(vae: VolumeAutoencoder, unet: LatentUNet3D, data: Mapping[str, Any]) -> None:
     """Raises: ValueError if autoencoder, U-Net and data do not belong together."""
     if unet.config["in_channels"] != vae.config["latent_channels"]:
         raise ValueError(
@@ -359,6 +385,7 @@ def _check_fit(vae: AutoencoderKL3D, unet: LatentUNet3D, data: Mapping[str, Any]
         raise ValueError(
             f"data describes {len(data['intensity'])} channels, the autoencoder makes {vae.config['out_channels']}"
         )
+    check_described(unet, data)
     if unet.config["num_labels"] == 0:
         return
     if unet.config["num_labels"] != len(data["labels"]):
@@ -369,3 +396,10 @@ def _check_fit(vae: AutoencoderKL3D, unet: LatentUNet3D, data: Mapping[str, Any]
         raise ValueError(
             f"the U-Net folds masks by {unet.mask_stride}, the autoencoder's stride is {vae.stride}; they must agree"
         )
+
+
+def _recorded(scale: float | Mapping[str, float]) -> float | dict[str, float] | None:
+    """The guidance as a sidecar has it; None for none, as sidecars from before there was any."""
+    if isinstance(scale, Mapping):
+        return {name: float(value) for name, value in scale.items() if value != 1} or None
+    return None if scale == 1 else float(scale)

@@ -178,7 +178,11 @@ class VolumeProcessor:
         nib.save(image, path)
 
     def _restored(self, slabs: Iterable[torch.Tensor], canvas: Canvas) -> Iterator[np.ndarray]:
-        """Decoded slabs (C, X, Y, z) of the padded grid to slabs float32 of `canvas.grid`, in original units."""
+        """Decoded slabs (C, X, Y, z) of the padded grid to slabs float32 of `canvas.grid`, in original units.
+
+        Raises: ValueError if the slabs have other channels than the data, or together another number of planes than the
+        grid.
+        """
         start = done = 0
         for slab in slabs:
             if len(slab) != len(self.intensity):
@@ -194,6 +198,8 @@ class VolumeProcessor:
                     array[:, canvas.grid.array[0, ..., here] == PADDING] = -1
                 yield self.to_original_units(array)
                 done = here.stop
+        if start != canvas.shape[2]:
+            raise ValueError(f"the autoencoder gave {start} planes for a grid of {_by(canvas.shape)} voxels")
 
     def to_original_units(self, array: np.ndarray) -> np.ndarray:
         """(C, X, Y, Z) in [-1, 1] to the training files' units (HU, SUV, the median MR scale), channel by channel."""

@@ -9,7 +9,7 @@ import planted
 import pytest
 import torch
 
-from benchmarks import models, report, targets
+from benchmarks import headline, jobs, models, report, targets
 from benchmarks.bench import Bench, Job
 from benchmarks.equal_time import schedule
 from benchmarks.fits import deviation_from_proportional, power_law, predict, rise
@@ -178,3 +178,51 @@ def test_quick_run_makes_json_plots_and_table(tmp_path):
     assert "## What was asked for" in text and "## Seams" in text and "## A training step" not in text
     assert {p.name for p in tmp_path.glob("*.png")} == {"performance_growth.png", "performance_long_axis.png"}
     assert all(f"({p.name})" in text for p in tmp_path.glob("*.png"))
+
+
+def test_taps_on_padding_are_not_counted():
+    def net() -> torch.nn.Module:
+        return torch.nn.Conv3d(2, 3, 3, padding=1)
+
+    for n in (1, 2, 5):
+        expected = 2 * 2 * 3 * (3 * n - 2) ** 3  # along an axis: three taps a cell, but for one at either end
+        found = jobs.convolution_flops(net, lambda conv, n=n: conv(torch.empty(1, 2, n, n, n, device="meta")))
+        assert found == expected
+
+
+def test_parts_measured_again_replace_themselves_only(tmp_path):
+    bench = Bench(tmp_path, "cpu", memory=1_000_000_000)
+    for part in ("first", "second"):
+        bench.compare(part, [Job(planted.sleep, {"seconds": 0.01}, repeats=1)])
+    again = Bench(tmp_path, "cpu", memory=1_000_000_000)
+    again.keep(["second"])
+    assert [r["part"] for r in again.records] == ["first"]
+    again.environment["machine"] = again.environment["machine"] | {"processor": "another"}
+    with pytest.raises(ValueError, match="choose another --output"):
+        again.keep([])
+
+
+def test_the_readme_is_given_what_was_measured(tmp_path):
+    shape = [128, 128, 128]
+    common = {
+        "part": "coding",
+        "job": "decoding",
+        "shape": shape,
+        "streamed": False,
+        "precision": "float32",
+        "status": "ok",
+    }
+    records = [
+        {**common, "model": name, "seconds": {"median": seconds}, "memory": {"above": bytes_}}
+        for name, seconds, bytes_ in (("ours", 2.0, 1e8), ("maisi", 50.0, 4e9))
+    ]
+    (tmp_path / "bench.json").write_text(json.dumps({"measurements": records}))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{headline.BEGIN}\nold\n{headline.END}\nafter\n")
+    headline.main([str(tmp_path / "bench.json"), "--readme", str(readme)])
+    text = readme.read_text()
+    assert "| decode 128³, against MAISI | 2.00 s, 0.100 GB | 50.0 s, 4.00 GB | 25.0 x |" in text
+    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
+    readme.write_text("no place")
+    with pytest.raises(ValueError, match="between which the table goes"):
+        headline.main([str(tmp_path / "bench.json"), "--readme", str(readme)])

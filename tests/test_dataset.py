@@ -290,6 +290,8 @@ def test_describe(folder):
         "intensity": [{"kind": "window", "low": 0.0, "high": 1000.0}],
         "shape_range": [[6, 7, 7], [9, 12, 11]],
         "affine": median_affine.tolist(),
+        "classes": {},
+        "numbers": {},
         "description": "numbers",
     }
 

@@ -184,6 +184,18 @@ def test_layerwise_casting_stores_float8_and_computes_in_float32():
     assert torch.equal(generate(pipe), first) and pipe.vae.decoder[0].weight.dtype == torch.float8_e4m3fn
 
 
+def test_the_record_tells_what_was_cast(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    for change, expected in (
+        (lambda pipe: None, "float32"),
+        (lambda pipe: pipe.vae.to(torch.bfloat16), "bfloat16 float32"),
+        (lambda pipe: pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32), "float32 float8_e4m3fn"),
+    ):
+        pipe = MedVolumePipeline.from_pretrained(tmp_path)
+        change(pipe)
+        assert pipe.provenance(None, seed=0)["dtype"] == expected
+
+
 # Offloading. On a CPU the weights have nowhere else to go but the disk, where a hook that does not fire leaves garbage.
 
 

@@ -62,8 +62,10 @@ def test_train_ldm_leaves_a_pipeline(vae_run, tmp_path):
 
 
 def test_two_processes(tmp_path):
-    """Each process takes its half of every batch; one set of files is written."""
+    """Each process takes its half of every batch, and of the codebook's cells; one set of files is written."""
     args = [f"--output={tmp_path}", "--crops.shape=[16, 16, 16]", "--loop.batch_size=2"]
+    args += ["--model={class: autoencoder.VQGAN3D, channels: [8, 16], num_codes: 64}"]
+    args += ["--adversarial={start_step: 10, channels: 4, layers: 1}"]
     losses = launch(TWO_PROCESSES, "train_vae.py", "vae.yaml", *args)
     assert losses[-1] < 0.8 * losses[0]
     names = {p.name for p in (tmp_path / "checkpoints/step_000030").iterdir()}

@@ -17,7 +17,9 @@ from tiny import tiny_pipeline
 import train_ldm
 from pipelines import MedVolumePipeline
 from pipelines.lora import add_lora, save_lora
-from training import TrainLdmConfig, parse_config
+from training import TrainLdmConfig, initialise_from, parse_config
+from training.config import LoraConfig
+from volumes.config import DataConfig, PhantomConfig
 
 peft = pytest.importorskip("peft")
 FILE = "pytorch_lora_weights.safetensors"
@@ -179,6 +181,47 @@ def test_a_sidecar_never_claims_the_base(saved, tmp_path):
         assert pipe.model_hash not in (base, active)
 
 
+def test_a_fused_lora_is_neither_disabled_nor_deleted(saved):
+    """peft would take it out of the weights at the next call, or leave it in them without a trace: the hash would lie."""
+    folder, _, expected = saved
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(folder)
+    active = pipe.model_hash
+    pipe.fuse_lora()
+    for forbidden in (pipe.disable_lora, lambda: pipe.delete_adapters("default_0")):
+        with pytest.raises(ValueError, match="are fused into the weights; unfuse_lora"):
+            forbidden()
+    close(generate(pipe), expected)
+    assert pipe.model_hash == active
+
+
+def test_a_lora_acts_at_once_after_others_were_disabled(saved, tmp_path):
+    trained_lora(tmp_path, seed=1)
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(tmp_path)
+    pipe.disable_lora()
+    pipe.load_lora_weights(saved[0])
+    assert pipe.get_active_adapters() == ["default_1"]
+    close(generate(pipe), saved[2])
+
+
+def test_the_last_lora_leaves_plain_layers(saved, tmp_path):
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(saved[0])
+    pipe.delete_adapters("default_0")
+    pipe.save_pretrained(tmp_path)
+    assert MedVolumePipeline.from_pretrained(tmp_path).model_hash == tiny_pipeline().model_hash
+
+
+def test_a_pipeline_that_cannot_be_saved_leaves_the_folder_alone(saved, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    other = tiny_pipeline(seed=1)
+    other.load_lora_weights(saved[0])
+    with pytest.raises(ValueError, match="a LoRA is attached"):
+        other.save_pretrained(tmp_path)
+    assert MedVolumePipeline.from_pretrained(tmp_path).model_hash == tiny_pipeline().model_hash
+
+
 def test_the_file_is_diffusers_format(saved, tmp_path):
     folder, _, expected = saved
     with safe_open(folder / FILE, framework="pt") as file:
@@ -298,9 +341,11 @@ def test_with_casting_and_offloading(saved, tmp_path):
     with pytest.raises(ValueError, match="before offloading to disk"):
         pipe.load_lora_weights(folder)
     pipe = tiny_pipeline()
-    plain, pipe.unet = pipe.unet, torch.compile(pipe.unet, backend="eager")  # which diffusers would pass over in silence
-    with pytest.raises(ValueError, match="before torch.compile"):
-        pipe.load_lora_weights(folder)
+    plain = pipe.unet
+    pipe.unet = torch.compile(plain, backend="eager")  # which diffusers would pass over in silence
+    for silent in (lambda: pipe.load_lora_weights(folder), pipe.disable_lora, lambda: pipe.set_adapters("default_0")):
+        with pytest.raises(ValueError, match="before torch.compile"):
+            silent()
     pipe.unet = plain
     pipe.load_lora_weights(folder)
     assert torch.equal(generate(pipe), expected)
@@ -379,6 +424,17 @@ def test_a_resumed_lora_equals_an_uninterrupted_one(algorithm, tmp_path, base, m
         assert expected.keys() == got.keys()
         assert [key for key in expected if not torch.equal(expected[key], got[key])] == []
     assert contents(tmp_path / "whole/lora" / FILE) == contents(tmp_path / "parts/lora" / FILE)
+
+
+def test_a_base_that_is_stored_in_half_precision_is_known_again(tmp_path, base):
+    """Training computes in float32 what weights/hippocampus stores in float16; the LoRA's file must name the latter."""
+    MedVolumePipeline.from_pretrained(base, dtype=torch.float16).save_pretrained(tmp_path)
+    pipe = MedVolumePipeline.from_pretrained(tmp_path)
+    unet = type(pipe.unet).from_config(pipe.unet.config)
+    initialise_from(unet, tmp_path / "unet")
+    data = DataConfig(phantom=PhantomConfig())
+    config = TrainLdmConfig("", "", data, model={}, init_from=str(tmp_path / "unet"), lora=LoraConfig())
+    assert train_ldm.attach_lora(unet, config) == pipe.unet_hash
 
 
 def test_what_a_lora_cannot_start_from(tmp_path, base):

@@ -145,7 +145,7 @@ def test_the_loss_of_a_perfect_denoiser_is_zero_and_padding_has_no_part_in_it():
     weight[:, :, 2] = 0
     latents = torch.zeros(4, 2, 3, 3, 3)
     latents[:, :, 2] = 100.0  # whatever lies in the padding
-    loss = training_loss(Perfect(), FLOW, latents, None, weight, torch.Generator().manual_seed(0))
+    loss = training_loss(Perfect(), FLOW, latents, {}, weight, torch.Generator().manual_seed(0))
     assert loss.item() == pytest.approx(0, abs=1e-8)
 
 
@@ -155,5 +155,5 @@ def test_the_loss_of_predicting_nothing_is_the_targets_variance():
             return (torch.zeros_like(sample),)
 
     latents = torch.randn(8, 4, 8, 8, 8, generator=torch.Generator().manual_seed(1))
-    loss = training_loss(Zero(), FLOW, latents, None, torch.ones(8, 1, 8, 8, 8), torch.Generator().manual_seed(0))
+    loss = training_loss(Zero(), FLOW, latents, {}, torch.ones(8, 1, 8, 8, 8), torch.Generator().manual_seed(0))
     assert loss.item() == pytest.approx(2.0, rel=0.03)  # variance of noise plus variance of latents

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import labels_of, mask_image, seeded, tiny_pipeline
 
-from pipelines import pipeline, read_sidecar, write_synthetic
+from pipelines import conditions, read_sidecar, write_synthetic
 from pipelines import volume_processor as module
 from volumes import PADDING, read_mask, resample
 
@@ -76,9 +76,9 @@ def test_a_large_mask_is_embedded_in_parts(monkeypatch):
     pipe = tiny_pipeline()
     canvases = [pipe.volume_processor.preprocess(mask_image((8, 8, 16), seed=seed)) for seed in (1, 2)]
     with torch.no_grad():
-        whole = pipe._conditions(canvases)["mask"]
-        monkeypatch.setattr(pipeline, "CELL_PLANES", 3)
-        parts = pipe._conditions(canvases)["mask"]
+        whole = conditions.condition_tensors(pipe.unet, canvases, [({}, {})] * 2, pipe.device)["mask"]
+        monkeypatch.setattr(conditions, "CELL_PLANES", 3)
+        parts = conditions.condition_tensors(pipe.unet, canvases, [({}, {})] * 2, pipe.device)["mask"]
     assert whole.shape == (2, 8, 2, 2, 4) and whole.std() > 0.1
     torch.testing.assert_close(parts, whole)
 
@@ -95,6 +95,22 @@ def test_several_masks_each_have_their_file(tmp_path):
     without_masks = tiny_pipeline(num_labels=0, labels={})
     without_masks(shape=(7, 6, 9), num_inference_steps=1, paths=str(tmp_path / "shape.nii"))
     assert nib.load(tmp_path / "shape.nii").shape == (7, 6, 9)
+
+
+def test_a_mask_that_is_given_twice_is_read_once(monkeypatch, tmp_path):
+    """As generate.py gives it for --count; a large mask takes four bytes a voxel until the call ends."""
+    pipe, read = tiny_pipeline(), []
+    original = pipe.volume_processor.preprocess
+    monkeypatch.setattr(pipe.volume_processor, "preprocess", lambda *a: read.append(a[0]) or original(*a))
+    first, second = mask_image((8, 8, 8), seed=1), mask_image((8, 8, 8), seed=2)
+    nib.save(first, tmp_path / "a.nii")
+    masks = [tmp_path / "a.nii", second, str(tmp_path / "a.nii"), second]
+    made = pipe(masks, num_inference_steps=1, generator=seeded(1, 2, 3, 4), output_type="np").volumes
+    assert read == [str(tmp_path / "a.nii"), second]
+    each = [(first, 1), (second, 2), (first, 3), (second, 4)]
+    for volume, (mask, seed) in zip(made, each, strict=True):
+        alone = pipe(mask, num_inference_steps=1, generator=seeded(seed), output_type="np").volumes[0]
+        np.testing.assert_allclose(volume, alone, atol=2e-3)
 
 
 @pytest.mark.parametrize("slab_bytes", [None, 1])
@@ -119,6 +135,18 @@ def test_a_volume_that_is_not_finite_leaves_no_file(slab_bytes, monkeypatch, tmp
                 paths=tmp_path / "bad.nii",
             )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good.json", "good.nii"]
+
+
+@pytest.mark.parametrize("planes", [[4], [8, 4]])
+def test_planes_that_do_not_fill_the_grid_are_refused(planes, tmp_path):
+    processor = tiny_pipeline().volume_processor
+    canvas = processor.preprocess(mask_image((7, 8, 6)))  # padded to 8 planes
+    slabs = [torch.zeros(1, 8, 8, count) for count in planes]
+    with pytest.raises(ValueError, match=f"gave {sum(planes)} planes for a grid of 8 x 8 x 8 voxels"):
+        processor.postprocess(iter(slabs), canvas, "np")
+    with pytest.raises(ValueError, match="planes"):
+        processor.write(slabs, canvas, tmp_path / "a.nii")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_volume_that_must_be_resampled_is_held_with_a_warning_where_it_is_large(monkeypatch, tmp_path, recwarn):
@@ -146,5 +174,11 @@ def test_paths_that_cannot_be_are_named_before_any_work(monkeypatch, tmp_path):
         pipe(mask, paths=["a.nii", "b.nii"])
     with pytest.raises(ValueError, match="1 different paths for 2 volumes"):
         pipe([mask, mask], paths=["a.nii", "a.nii"])
+    with pytest.raises(ValueError, match="1 different paths for 2 volumes"):
+        pipe([mask, mask], paths=["a.nii", "a.nii.gz"])  # both would have a.json
     with pytest.raises(ValueError, match="leave output_type at 'nifti', not 'np'"):
         pipe(mask, paths="a.nii", output_type="np")
+    nib.save(mask, tmp_path / "mask.nii")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ValueError, match="mask.nii is the mask itself; write the volume to another file"):
+        pipe(tmp_path / "mask.nii", paths=tmp_path / "b" / ".." / "mask.nii")

@@ -2,6 +2,7 @@
 
 import json
 import pkgutil
+from pathlib import Path
 
 import diffusers.pipelines
 import numpy as np
@@ -16,6 +17,7 @@ import autoencoder
 import diffusion
 import pipelines
 from pipelines import MedVolumePipeline
+from pipelines.provenance import content_hash, stored_tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -176,6 +178,24 @@ def test_the_hash_names_the_content(folder, tmp_path):
     assert loaded.model_hash != expected
     change_weights(folder / "vae" / WEIGHTS, lambda tensors: tensors["decoder.0.bias"].add_(1e-6))
     assert MedVolumePipeline.from_pretrained(folder).model_hash != expected
+
+
+def test_an_argument_that_is_new_and_unused_renames_no_model():
+    """What ships has the hash of its files: arguments that models got since are None."""
+    folder = Path(__file__).resolve().parents[1] / "weights" / "hippocampus"
+    contents = {"data": (json.loads((folder / "model_index.json").read_text())["data"], ())}
+    for name in ("vae", "unet"):
+        config = json.loads((folder / name / "config.json").read_text())
+        contents[name] = config, stored_tensors([folder / name / WEIGHTS])
+    assert MedVolumePipeline.from_pretrained(folder).model_hash == content_hash(contents)
+    assert content_hash({"a": ({"x": 1, "new": None}, ())}) == content_hash({"a": ({"x": 1}, ())})
+
+
+def test_a_component_that_is_given_needs_no_files(folder):
+    given = tiny_pipeline(seed=1)
+    (folder / "unet" / WEIGHTS).unlink()
+    loaded = MedVolumePipeline.from_pretrained(folder, unet=given.unet)
+    assert loaded.unet is given.unet and loaded.unet_hash == given.unet_hash
 
 
 def test_loading_keeps_the_memory_layout(folder):

@@ -135,6 +135,11 @@ def test_resume_reports_what_changed_in_the_config(finished, caplog):
     assert [c.split(": ", 1)[1] for c in changes] == ["optimizer.learning_rate: 0.001 -> 0.5", "loop.max_steps: 3 -> 4"]
 
 
+def test_an_adversary_cannot_join_a_run(finished):
+    with pytest.raises(ValueError, match="holds no discriminator.*resume as the run began"):
+        run(train_vae, finished, VQGAN[1], "--loop.max_steps=4", "--resume=latest")
+
+
 def test_resume_with_nothing_there_starts_anew(tmp_path, caplog):
     with caplog.at_level("INFO", logger="training"):
         run(train_vae, tmp_path / "new", "--loop.max_steps=1", "--resume=latest")

@@ -1,14 +1,17 @@
 """The autoencoder's training step: who gets which gradient, when the adversary acts, when the codebook moves."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from autoencoder import VQGAN3D, AutoencoderKL3D
-from autoencoder.adversarial import VolumeDiscriminator
-from train_vae import Adversary, AutoencoderStep, gather_cells
-from training import AdversarialConfig, AutoencoderLosses, Learner, OptimizerConfig
+from autoencoder.adversarial import Slices, VolumeDiscriminator, discriminator_loss
+from train_vae import Adversary, AutoencoderStep, gather_cells, make_adversary
+from training import AdversarialConfig, AutoencoderLosses, CropConfig, Learner, LoopConfig, OptimizerConfig
 
 
 def make_step(model_class=AutoencoderKL3D, adversarial: AdversarialConfig | None = None, **changes) -> AutoencoderStep:
@@ -111,6 +114,8 @@ def test_the_codebook_moves_once_a_taken_step_by_all_batches():
     assert {"commitment", "perplexity", "usage", "bits_per_cell"} <= losses.keys() and "kl" not in losses
     step.after_update(True)
     assert calls == [32] and book.initialised
+    average = step.vae.average.codebook.state_dict()
+    assert all(torch.equal(v, average[k]) for k, v in book.state_dict().items())  # what is validated and saved
     step(batch(2), generator(2))
     moved = book.codes.clone()
     step.after_update(False)  # gradients were not finite: what the step saw is forgotten
@@ -124,6 +129,48 @@ def test_cells_of_padding_do_not_reach_the_codebook():
     inputs["fov"][0, ..., :4] = True
     step(inputs, generator())
     assert [len(cells) for cells in step._cells] == [4]
+
+
+def test_the_loss_is_what_is_minimised():
+    for model_class, name in ((AutoencoderKL3D, "kl"), (VQGAN3D, "commitment")):
+        step = make_step(model_class)
+        step.weights = AutoencoderLosses(l1=0, gradient=0, kl=1, commitment=1)
+        losses = step(batch(), generator())
+        assert losses["loss"] == losses[name] > 0
+
+
+def test_crops_that_are_too_small_for_the_discriminator_are_named():
+    """3 * 2^layers voxels a side are needed, and enough."""
+    for layers, side in ((1, 6), (2, 12)):
+        volumes, positions = torch.randn(1, 1, side, side, side), torch.zeros(1, 1, dtype=torch.long)
+        features = VolumeDiscriminator(channels=2, layers=layers)(volumes, Slices(0, positions))
+        assert [f[-1].numel() for f in features] == [1, 1]
+        config: Any = SimpleNamespace(
+            adversarial=AdversarialConfig(layers=layers), crops=CropConfig(shape=(32, side - 1, 32))
+        )
+        with pytest.raises(ValueError, match=f"needs {side} voxels a side; enlarge the crops, or lower"):
+            make_adversary(config, AutoencoderKL3D())
+
+
+def test_the_discriminator_accumulates_as_the_autoencoder_does():
+    """Its gradient over two equal batches of a step is that of one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config: Any = SimpleNamespace(
+        adversarial=AdversarialConfig(channels=2, layers=1),
+        crops=CropConfig(shape=(8, 8, 8)),
+        loop=LoopConfig(),
+        optimizer=OptimizerConfig(gradient_accumulation=2),
+    )
+    adversary = make_adversary(config, AutoencoderKL3D())
+    assert adversary is not None
+    adversary.learner.prepare(Accelerator(cpu=True))
+    network, slices = adversary.learner.network, Slices(0, torch.zeros(2, 1, dtype=torch.long))
+    real = torch.randn(2, 1, 8, 8, 8, generator=generator())
+    loss = discriminator_loss(network(real, slices), network(real.flip(2), slices))
+    expected = torch.autograd.grad(loss, list(network.parameters()))
+    for _ in range(2):
+        adversary.discern(real, real.flip(2), slices)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(expected, gradients(network), strict=True))
 
 
 def test_gathering_of_one_process_is_the_identity():

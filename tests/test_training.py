@@ -3,6 +3,7 @@
 import itertools
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -228,6 +229,27 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
     assert step.weights[6] != step.weights[5]
     assert loop.state.skipped == 2 and loop.state.skipped_in_a_row == 0 and step.line.updates == 8
     assert json.loads((tmp_path / "run/metrics.json").read_text())["skipped"] == 2
+
+
+def test_a_loss_that_begins_late_is_averaged_over_its_own_steps(tmp_path, monkeypatch):
+    loop, step = line_loop(line_config(tmp_path, "--loop.max_steps=5"))
+    logged, original = [], LineStep.__call__
+
+    def late(self, batch, generator):
+        losses = original(self, batch, generator)
+        return losses | ({"late": torch.tensor(2.0)} if self.calls > 3 else {})  # in the last two of five steps
+
+    monkeypatch.setattr(LineStep, "__call__", late)
+    monkeypatch.setattr(loop.accelerator, "log", lambda values, step: logged.append(values))
+    loop.run()
+    assert logged[0]["train/late"] == 2
+
+
+def test_the_norm_of_no_gradients_lies_where_the_others_do():
+    """A discriminator that has not begun has none; PyTorch gives their norm on the CPU."""
+    learner = Learner("idle", nn.Linear(1, 1), OptimizerConfig(), ema_decay=0.0, max_steps=1)
+    learner.accelerator = SimpleNamespace(device=torch.device("meta"), scaler=None, unscale_gradients=lambda _: None)
+    assert learner.update(0)[1].device.type == "meta"
 
 
 def test_a_run_of_them_stops(tmp_path):

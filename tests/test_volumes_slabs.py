@@ -201,6 +201,23 @@ def test_a_resampled_volume_is_rounded_after_it_went_back():
     np.testing.assert_array_equal(np.asarray(whole.dataobj), np.rint(np.asarray(exact.dataobj)))
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(300.0, np.uint8), (-1.0, np.uint8), (32767.6, np.int16), (70000, np.int16)]
+)
+def test_voxels_that_would_wrap_around_are_refused(value, dtype, tmp_path):
+    volume = on_grid_of("LPS")
+    volume.array[:] = 100
+    volume = volume.replace(volume.array.astype(type(value)))
+    volume.array[0, 1, 2, 3] = value
+    with pytest.raises(ValueError, match=f"do not fit {np.dtype(dtype)} .*write them as float32"):
+        to_nibabel(volume, dtype=dtype)
+    with pytest.raises(ValueError, match=f"do not fit {np.dtype(dtype)} "):
+        write_slabs(tmp_path / "brain.nii", thick(volume, 2), stored_grid(volume), dtype)
+    assert not list(tmp_path.iterdir())
+    volume.array[0, 1, 2, 3] = 255
+    assert np.asarray(to_nibabel(volume, dtype=dtype).dataobj).max() == 255
+
+
 def test_masks_of_integers_and_of_floats_are_the_same(tmp_path):
     labels = np.random.default_rng(0).integers(-3, 400, (4, 5, 6))
     for dtype in (np.int16, np.uint16, np.int32, np.float32, np.float64):

@@ -1,10 +1,13 @@
 """A pipeline small enough for a test: random weights everywhere, so that masks, noise and every layer matter."""
 
+from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from autoencoder import AutoencoderKL3D
 from diffusion import LatentUNet3D, make_scheduler
@@ -62,6 +65,15 @@ def labels_of(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
 def mask_image(shape: tuple[int, int, int], affine: np.ndarray | None = None, seed: int = 0) -> nib.Nifti1Image:
     """`labels_of` as a NIfTI image, by default with 1 mm voxels away from the origin."""
     return nib.Nifti1Image(labels_of(shape, seed), np.diag([1.0, 1, 1, 1]) if affine is None else affine)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Peak of live tensors while `work` runs, on the CPU, by PyTorch's own account."""
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 def seeded(*seeds: int) -> list[torch.Generator]:

@@ -46,22 +46,25 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return {key: tensor for file in files for key, tensor in load_file(file).items()}
 
 
-def initialise_from(model: nn.Module, folder: str | Path) -> list[str]:
+def initialise_from(model: nn.Module, folder: str | Path, new: str | None = None) -> list[str]:
     """Load a trained model's weights into `model`, for fine-tuning. Layers whose shapes differ stay as initialised.
 
     A layer is the module that directly holds a parameter: if a convolution's weight has another shape, its bias stays
     fresh as well.
+    Args:
+        new: a submodule that the trained model may lack, in whole or in part; what it lacks stays fresh.
     Returns: names of the layers that stay fresh, such as "encoder.0", sorted.
     Raises: ValueError if keys are missing or unexpected, or nothing fits.
     """
     weights, own = read_weights(Path(folder)), model.state_dict()
-    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    added = {key for key in own.keys() - weights.keys() if new and key.startswith(f"{new}.")}
+    missing, unexpected = sorted(own.keys() - weights.keys() - added), sorted(weights.keys() - own.keys())
     if missing or unexpected:
         raise ValueError(
             f"--init_from {folder}: weights of another architecture (missing {missing[:5]}, unexpected "
             f"{unexpected[:5]}, {len(missing) + len(unexpected)} in all); only numbers of labels or channels may differ"
         )
-    fresh = {key.rpartition(".")[0] for key in own if own[key].shape != weights[key].shape}
+    fresh = {key.rpartition(".")[0] for key in own if key in added or own[key].shape != weights[key].shape}
     kept = {key: tensor for key, tensor in weights.items() if key.rpartition(".")[0] not in fresh}
     if not kept:
         raise ValueError(f"--init_from {folder}: no layer has the shape of this model's; compare the two configs")

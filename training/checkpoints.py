@@ -106,10 +106,15 @@ class Checkpointer:
     def load(self, path: Path) -> TrainState:
         """Restore everything from `path`.
 
-        Raises: ValueError if the random state was not restored, which Accelerate merely logs; RuntimeError if weights
-        do not fit the model.
+        Raises: ValueError if the run began without one of the learners, or if the random state was not restored, which
+        Accelerate merely logs; RuntimeError if weights do not fit the model.
         """
         state = TrainState(**json.loads((path / "state.json").read_text()))
+        if absent := sorted({learner.name for learner in self.learners} - state.updates.keys()):
+            raise ValueError(
+                f"{path}: holds no {' and no '.join(absent)}, which this config trains; resume as the run began, or "
+                "start another run (--output) from its weights (--init_from)"
+            )
         self.accelerator.load_state(str(path))
         for learner in self.learners:
             learner.average.load_state_dict(load_file(path / f"{learner.name}_ema.safetensors"), strict=True)

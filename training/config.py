@@ -138,7 +138,7 @@ class AdversarialConfig:
         slices: planes that are looked at of each volume and step; 0 for none.
         volume: whether whole crops are looked at.
         channels, layers: of the discriminators, see `autoencoder.adversarial.VolumeDiscriminator`.
-        optimizer: of the discriminator.
+        optimizer: of the discriminator; batches are accumulated as for the autoencoder, whatever it says.
     """
 
     weight: float = 0.5

@@ -94,4 +94,4 @@ class Learner(Generic[Model]):
         elif self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # lowers fp16's loss scale after the overflow
         self.optimizer.zero_grad(set_to_none=True)
-        return finite, norm
+        return finite, norm.to(self.accelerator.device)  # of no gradients at all it is on the CPU

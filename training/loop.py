@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -195,7 +196,7 @@ class Loop:
         )
         progress = Progress(options.max_steps, state.step, enabled=accelerator.is_main_process)
         totals: dict[str, Tensor] = {}
-        counted = 0
+        counted: Counter[str] = Counter()
         waited, since = 0.0, time.perf_counter()
         while state.step < options.max_steps:
             losses: dict[str, Tensor] = {}
@@ -216,11 +217,12 @@ class Loop:
             state.samples += accumulation * options.batch_size * accelerator.num_processes
             self._count_skipped(finite)
             if finite:
-                totals, counted = {k: v + totals.get(k, 0.0) for k, v in losses.items()}, counted + 1
+                totals = {k: v + totals.get(k, 0.0) for k, v in losses.items()}
+                counted.update(losses.keys())
             progress.update()
             if state.step % options.log_every == 0 and counted:
                 self._report(progress, totals, counted, waited / (time.perf_counter() - since))
-                totals, counted = {}, 0
+                totals, counted = {}, Counter()
                 waited, since = 0.0, time.perf_counter()
             last = state.step == options.max_steps
             if not last and _due(state.step, options.validate_every):
@@ -264,13 +266,14 @@ class Loop:
                 "Lower optimizer.learning_rate, or train with loop.mixed_precision: no; then --resume latest"
             )
 
-    def _report(self, progress: Progress, totals: dict[str, Tensor], counted: int, data_wait: float) -> None:
+    def _report(self, progress: Progress, totals: dict[str, Tensor], counted: Counter[str], data_wait: float) -> None:
         """Means over the steps since the last report and over processes, to the bar and the trackers.
 
         Args:
+            counted: steps in which each value occurred; an adversary's begin later than the others.
             data_wait: part of the time, validation included, in which this process waited for its next batch.
         """
-        means = {name: total.float() / counted for name, total in totals.items()}
+        means = {name: total.float() / counted[name] for name, total in totals.items()}
         means["data_wait"] = torch.tensor(data_wait, device=self.accelerator.device)
         reduced = self.accelerator.reduce(torch.stack(list(means.values())), reduction="mean")
         assert isinstance(reduced, Tensor)

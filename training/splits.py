@@ -25,7 +25,7 @@ class PaddedVolumes:
     """Whole volumes, padded to a multiple of the autoencoder's stride.
 
     Item i is {"image": float32 (C, X, Y, Z), "fov": bool (1, X, Y, Z), "name", "spacing": (x, y, z) in mm}, and "mask"
-    int16 (X, Y, Z) if there are masks.
+    int16 (X, Y, Z), "classes" and "numbers" if there are such (`VolumeDataset.conditions`).
     """
 
     def __init__(self, dataset: VolumeDataset, stride: tuple[int, int, int]):
@@ -37,7 +37,8 @@ class PaddedVolumes:
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = pad_sample(self.dataset[index], self.stride)
         spacing = tuple(np.linalg.norm(item["affine"].numpy()[:3, :3], axis=0).tolist())
-        return {"spacing": spacing, **{k: item[k] for k in ("image", "fov", "mask", "name") if k in item}}
+        kept = ("image", "fov", "mask", "name", "classes", "numbers")
+        return {"spacing": spacing, **{k: item[k] for k in kept if k in item}}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))

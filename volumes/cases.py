@@ -16,7 +16,7 @@ from typing import Any
 
 from .config import DataConfig, PhantomConfig
 from .patterns import case_name, fill_pattern, find_files, placeholders
-from .phantom import PHANTOM_CLASSES, make_phantom
+from .phantom import LESION, PHANTOM_CLASSES, make_phantom
 
 SPLITS = ("train", "validation", "test")
 
@@ -41,8 +41,8 @@ def load_cases(config: DataConfig) -> list[Case]:
     """All cases of the data set, sorted by name, each in split "train", "validation" or "test".
 
     The same config and files give the same splits on every machine. Raises ValueError for missing files (but not
-    those of a table with `on_error: skip`), names used twice, unknown splits, and subjects that a table puts into two
-    splits. Whether files can be read shows when they are (`VolumeDataset`).
+    those of a table with `on_error: skip`), names used twice, columns that no case has, unknown splits, and subjects
+    that a table puts into two splits. Whether files can be read shows when they are (`VolumeDataset`).
     """
     if config.phantom is not None:
         cases = _phantoms(config.phantom)
@@ -50,6 +50,7 @@ def load_cases(config: DataConfig) -> list[Case]:
         cases = _from_table(config) if config.table else _from_patterns(config)
         cases = [replace(case, subject=_subject(case, config)) for case in cases]
     _check_names(cases)
+    _check_columns(cases, config)
     cases.sort(key=lambda case: case.name)
     if config.split:
         cases = [replace(case, split=_named_split(case, config)) for case in cases]
@@ -92,8 +93,9 @@ def _csv_rows(text: str) -> list[dict[str, str]]:
 def _phantoms(config: PhantomConfig) -> list[Case]:
     cases = []
     for number in range(config.seed, config.seed + config.count):
-        kind = PHANTOM_CLASSES[make_phantom(number, config.shape)[2]]
-        cases.append(Case(f"phantom_{number:04d}", subject=f"P{number:04d}", metadata={"class": kind}, phantom=number))
+        _, mask, kind = make_phantom(number, config.shape)
+        metadata = {"class": PHANTOM_CLASSES[kind], "lesion_volume": int((mask.array == LESION).sum())}  # 1 mm voxels
+        cases.append(Case(f"phantom_{number:04d}", subject=f"P{number:04d}", metadata=metadata, phantom=number))
     return cases
 
 
@@ -198,6 +200,12 @@ def _check_names(cases: list[Case]) -> None:
             files = [next(iter(c.images.values())) for c in (seen[case.name], case)]
             raise ValueError(f"two volumes are called {case.name!r}: {files[0]} and {files[1]}")
         seen[case.name] = case
+
+
+def _check_columns(cases: list[Case], config: DataConfig) -> None:
+    columns = {column for case in cases for column in case.metadata}
+    if missing := sorted({*config.classes, *config.numbers} - columns):
+        raise ValueError(f"data: classes and numbers name the columns {missing}; the cases have {sorted(columns)}")
 
 
 def _check_subjects(cases: list[Case]) -> None:

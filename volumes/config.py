@@ -50,6 +50,10 @@ class DataConfig:
         label_names: every label value and its name, e.g. {0: background, 1: tumour}.
         spacing: voxel size in mm to which everything is resampled; null keeps each volume's own.
         intensity: scaling of intensities, one for all channels or a mapping {channel: scaling}.
+        classes: columns that condition a model, each with the values it may have, e.g. {sex: [F, M], grade: ['1', '2']}.
+            Cells may be empty.
+            A class that a mirrored volume would belie, such as the body's side, forbids flip_axes.
+        numbers: columns of numbers that condition a model, e.g. [age, weight]. Cells may be empty.
         on_error: "raise" stops at the first file that is refused; "skip" goes on without it and lists it.
         phantom: draw volumes instead of reading files.
     """
@@ -69,6 +73,8 @@ class DataConfig:
     label_names: dict[int, str] = field(default_factory=dict)
     spacing: tuple[float, float, float] | None = None
     intensity: IntensityScaling | dict[str, IntensityScaling] = field(default_factory=IntensityScaling)
+    classes: dict[str, list[str]] = field(default_factory=dict)
+    numbers: list[str] = field(default_factory=list)
     on_error: Literal["raise", "skip"] = "raise"
     phantom: PhantomConfig | None = None
 
@@ -93,6 +99,13 @@ class DataConfig:
         lost = sorted(set(self.label_map.values()) - set(self.label_names)) if self.label_names else []
         if lost:
             raise ValueError(f"data: label_map leads to {lost}, which label_names does not name: {self.label_names}")
+        for name, values in self.classes.items():
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"data: classes.{name} lists the values it may have, each once; got {values}")
+            if odd := [value for value in values if not isinstance(value, str)]:
+                raise ValueError(f"data: classes.{name} lists {odd}, which is no text; put it in quotes")
+        if twice := sorted(set(self.classes) & set(self.numbers)):
+            raise ValueError(f"data: {twice} are both classes and numbers; remove them from one")
         for name in ("test_fraction", "validation_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"data: {name} lies in [0, 1), got {getattr(self, name)}")

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .cases import Case
+from .conditions import describe_numbers, read_classes, read_numbers
 from .config import DataConfig
 from .intensity import LinearScale
 from .labels import label_indices
@@ -34,11 +35,14 @@ READERS = 4  # threads: decompression runs outside the interpreter's lock
 
 @dataclass(frozen=True)
 class PreparedCase:
-    """A case in the model's terms: image in [-1, 1], label indices (1, X, Y, Z) if it has a mask, each channel's scale."""
+    """A case in the model's terms: image in [-1, 1], label indices (1, X, Y, Z) if it has a mask, each channel's scale,
+    its classes (-1 where unknown) and numbers (NaN where unknown)."""
 
     image: Volume
     mask: Volume | None
     scales: tuple[LinearScale, ...]
+    classes: tuple[int, ...] = ()
+    numbers: tuple[float, ...] = ()
 
 
 class VolumeDataset(Dataset):
@@ -46,7 +50,7 @@ class VolumeDataset(Dataset):
 
     Item i is {"image": float32 (C, X, Y, Z), "mask": int16 (X, Y, Z) of label indices (absent without masks), "name",
     "subject", "index", "affine": float64 (4, 4) in mm, "scale": float64 (C, 2) of low and high in file units,
-    "metadata": dict}.
+    "metadata": dict}, and what the config conditions on (see `conditions`).
 
     A case that is refused raises VolumeError, or with `on_error: skip` is left out and listed in `skipped` as (name,
     reason).
@@ -95,6 +99,16 @@ class VolumeDataset(Dataset):
         """(X, Y, Z) of every volume."""
         return [prepared.image.shape for prepared in self.prepared]
 
+    def conditions(self, index: int) -> dict[str, torch.Tensor]:
+        """{"classes": int64 (n,) of indices, -1 where unknown; "numbers": float32 (m,) in the table's units, NaN where
+        unknown}, each in alphabetical order of its columns, and absent if the config names none."""
+        prepared, given = self.prepared[index], {}
+        if prepared.classes:
+            given["classes"] = torch.tensor(prepared.classes)
+        if prepared.numbers:
+            given["numbers"] = torch.tensor(prepared.numbers, dtype=torch.float32)
+        return given
+
     def __len__(self) -> int:
         return len(self.cases)
 
@@ -108,6 +122,7 @@ class VolumeDataset(Dataset):
             "affine": torch.from_numpy(prepared.image.affine),
             "scale": torch.tensor([[scale.low, scale.high] for scale in prepared.scales], dtype=torch.float64),
             "metadata": case.metadata,
+            **self.conditions(index),
         }
         if prepared.mask is not None:
             item["mask"] = torch.from_numpy(prepared.mask.array[0])
@@ -115,7 +130,8 @@ class VolumeDataset(Dataset):
 
 
 def prepare(case: Case, config: DataConfig) -> PreparedCase:
-    """Read one case and bring it into the model's terms. Raises VolumeError, which names the file."""
+    """Read one case and bring it into the model's terms. Raises VolumeError, which names the file (or case and column)."""
+    classes, numbers = read_classes(case, config.classes), read_numbers(case, config.numbers)
     image, mask = _phantom(case, config) if case.phantom is not None else _files(case, config)
     if config.spacing is not None:
         image = resample(image, config.spacing)
@@ -133,7 +149,7 @@ def prepare(case: Case, config: DataConfig) -> PreparedCase:
         mask = mask.replace(
             label_indices(mask.array, _labels(config), config.label_map, name=str(case.mask or case.name))
         )
-    return PreparedCase(image.replace(scaled), mask, tuple(scales))
+    return PreparedCase(image.replace(scaled), mask, tuple(scales), tuple(classes), tuple(numbers))
 
 
 def pad_sample(item: dict[str, Any], stride: int | Sequence[int]) -> dict[str, Any]:
@@ -161,7 +177,7 @@ def describe(dataset: VolumeDataset, description: str = "") -> dict[str, Any]:
     {"channels": [name], "labels": {str(value in files): name}, "spacing": [mm] or None (each volume has its own),
     "intensity": [{"kind", "low", "high"}] a channel (medians over the volumes; the LinearScale back to file units),
     "shape_range": [[smallest x, y, z], [largest x, y, z]] in voxels, "affine": 4 x 4 of the case of median size,
-    "description"}
+    "classes": {name: [values]}, "numbers": {name: {"mean", "std", "low", "high"}} over the known ones, "description"}
     """
     shapes = np.array(dataset.shapes)
     median_case = int(np.argsort(shapes.prod(axis=1), kind="stable")[len(shapes) // 2])
@@ -178,6 +194,8 @@ def describe(dataset: VolumeDataset, description: str = "") -> dict[str, Any]:
         "intensity": intensity,
         "shape_range": [shapes.min(axis=0).tolist(), shapes.max(axis=0).tolist()],
         "affine": dataset.prepared[median_case].image.affine.tolist(),
+        "classes": {name: list(values) for name, values in sorted(dataset.config.classes.items())},
+        "numbers": describe_numbers(dataset.config.numbers, [prepared.numbers for prepared in dataset.prepared]),
         "description": description,
     }
 

@@ -118,11 +118,23 @@ def stored_order(array: np.ndarray, grid: SourceGrid) -> np.ndarray:
 
 
 def rounded(array: np.ndarray, dtype: type[np.number] | np.dtype) -> np.ndarray:
-    """The array as `dtype`, rounded where it is one of integers; plane by plane, in the order of a NIfTI file."""
+    """The array as `dtype`, rounded where it is one of integers; plane by plane, in the order of a NIfTI file.
+
+    Raises: ValueError for values that integers of `dtype` cannot hold: they would wrap around.
+    """
     result = np.empty(array.shape, dtype, order="F")
-    whole = result.dtype.kind in "iu" and array.dtype.kind == "f"
+    limits = np.iinfo(result.dtype) if result.dtype.kind in "iu" else None
     for index in np.ndindex(array.shape[2:]):
-        result[:, :, *index] = np.rint(array[:, :, *index]) if whole else array[:, :, *index]
+        plane = array[:, :, *index]
+        if limits is not None and plane.size:
+            plane = np.rint(plane) if plane.dtype.kind == "f" else plane
+            low, high = plane.min().item(), plane.max().item()
+            if not limits.min <= low <= high <= limits.max:
+                raise ValueError(
+                    f"voxels from {low:g} to {high:g} do not fit {result.dtype} ({limits.min} to {limits.max}); "
+                    "write them as float32, or scale them first"
+                )
+        result[:, :, *index] = plane
     return result
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from .volume import Volume
 
 PHANTOM_LABELS = {0: "background", 1: "body", 2: "organ", 3: "lesion"}
+LESION = 3
 PHANTOM_CLASSES = ("dark lesion", "bright lesion")
 INTENSITY = {"background": 0.0, "body": 400.0, "organ": 700.0}
 LESION_INTENSITY = (150.0, 1000.0)  # by class
@@ -33,7 +34,7 @@ def make_phantom(
     mask = np.zeros(shape, dtype=np.int16)
     mask[_ellipsoid(position, body_centre, random.uniform(0.75, 0.88, 3))] = 1
     mask[_ellipsoid(position, organ_centre, random.uniform(0.42, 0.56, 3))] = 2
-    mask[_ellipsoid(position, lesion_centre, random.uniform(0.14, 0.24, 3))] = 3
+    mask[_ellipsoid(position, lesion_centre, random.uniform(0.14, 0.24, 3))] = LESION
     image = np.array([*INTENSITY.values(), LESION_INTENSITY[lesion_class]])[mask]
     tilt = random.uniform(-0.1, 0.1, 3)
     image = image * (1 + np.tensordot(tilt, position, axes=1)) + random.normal(0, 20, shape)

@@ -1,0 +1,81 @@
+"""Classes and numbers as a vector beside the time embedding. Axes: classes (B, n) and numbers (B, m), a column each in
+alphabetical order of their names (saved configs are sorted)."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+PERIODS = (16.0, 8.0, 4.0, 2.0)  # of the features, in standard deviations: the first two tell apart all that is usual
+
+TAKEN = ("mask", "image")  # names of conditions on the latents' grid
+
+
+def fourier_features(numbers: Tensor, mean: float, std: float) -> Tensor:
+    """Numbers (B,) to (B, 2 * len(PERIODS) + 1): sines and cosines (Tancik et al. 2020) of (number - mean) / std, and a 1
+    where the number is NaN and all the others are 0."""
+    absent = numbers.isnan()
+    standardised = (numbers.float().nan_to_num(mean) - mean) / std
+    angles = torch.stack([standardised * (2 * math.pi / period) for period in PERIODS], dim=1)
+    features = torch.cat([angles.sin(), angles.cos()], dim=1).masked_fill(absent[:, None], 0)
+    return torch.cat([features, absent[:, None].float()], dim=1)
+
+
+class ConditionEmbedding(nn.Module):
+    """classes (B, n) and numbers (B, m) -> (B, width): the sum of a vector for each, all zero in a new model, so that one
+    that is fine-tuned begins as it was.
+
+    Args:
+        classes: the values of each class; index i has row i + 1 of its table, and -1 (absent) has row 0.
+        numbers: {"mean", "std"} of each number, which standardise it; NaN (absent) has a vector of its own.
+        width: of the result.
+    Raises: ValueError for a name used twice, a class without values and a number that no std standardises.
+    """
+
+    def __init__(
+        self, classes: Mapping[str, Sequence[str]], numbers: Mapping[str, Mapping[str, float]], width: int
+    ) -> None:
+        super().__init__()
+        names = [*classes, *numbers, *TAKEN]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"{twice} name two conditions; each class and number needs a name of its own, none of {TAKEN}"
+            )
+        if empty := sorted(name for name, values in classes.items() if not values):
+            raise ValueError(f"classes {empty} have no values; list them, such as sex: [F, M]")
+        for name, standard in numbers.items():
+            if not (math.isfinite(standard.get("mean", math.nan)) and standard.get("std", 0) > 0):
+                raise ValueError(f"number {name!r} needs a finite mean and a std above 0, got {dict(standard)}")
+        self.standards = [(numbers[name]["mean"], numbers[name]["std"]) for name in sorted(numbers)]
+        self.classes = nn.ModuleList(nn.Embedding(len(classes[name]) + 1, width) for name in sorted(classes))
+        self.numbers = nn.ModuleList(nn.Linear(2 * len(PERIODS) + 1, width) for _ in self.standards)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, classes: Tensor | None, numbers: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """None where the model has no classes, or no numbers. The result is of `dtype`.
+
+        Raises: ValueError for what the model does not know, lacks, or has another number of columns of.
+        """
+        vectors = []
+        for table, column in zip(self.classes, _columns("classes", classes, len(self.classes)), strict=True):
+            vectors.append(table(column + 1).to(dtype))
+        columns = _columns("numbers", numbers, len(self.numbers))
+        for layer, column, standard in zip(self.numbers, columns, self.standards, strict=True):
+            vectors.append(layer(fourier_features(column, *standard).to(dtype)))
+        return torch.stack(vectors).sum(0)
+
+
+def _columns(name: str, given: Tensor | None, count: int) -> Sequence[Tensor]:
+    """The columns of `given`. Raises: ValueError if they are not `count`."""
+    if given is None and not count:
+        return ()
+    if given is None or given.ndim != 2 or given.shape[1] != count:
+        got = "none" if given is None else f"a tensor {tuple(given.shape)}"
+        raise ValueError(
+            f"this model is conditioned on {count} {name}: pass {name} (B, {count}), -1 or NaN where absent; got {got}"
+            if count
+            else f"this model knows no {name}: pass none"
+        )
+    return given.unbind(1)

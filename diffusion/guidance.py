@@ -1,0 +1,120 @@
+"""Classifier-free guidance (Ho & Salimans 2022), for one scale or one per condition, in one call of the U-Net a step.
+
+Conditions are the U-Net's keyword arguments: "mask" and "image" (B, ..., h, w, d), "classes" (B, n) indices and
+"numbers" (B, m), a column for each named class or number. A condition that is left out has its `ABSENT` value.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ABSENT = {"mask": 0, "image": 0, "classes": -1, "numbers": float("nan")}
+Conditions = Mapping[str, Tensor]
+Predict = Callable[[Tensor, Tensor, Conditions], Tensor]
+
+
+def check_dropout(rates: Mapping[str, float], names: Collection[str]) -> None:
+    """Raises: ValueError for names that the model has no condition of, and for rates outside [0, 1)."""
+    if unknown := sorted(set(rates) - set(names)):
+        raise ValueError(f"condition_dropout names {unknown}; the model's conditions are {sorted(names)}")
+    if wrong := {name: rate for name, rate in rates.items() if not 0 <= rate < 1}:
+        raise ValueError(f"condition_dropout is a probability of at least 0 and below 1, got {wrong}")
+
+
+def check_guidance(scale: float | Mapping[str, float], rates: Mapping[str, float], given: Collection[str]) -> None:
+    """Raises: ValueError if `scale` names a condition that is not given, or guides by one that training never left out:
+    the model does not know what is left without it."""
+    scales = scale if isinstance(scale, Mapping) else dict.fromkeys(given, scale)
+    if unknown := sorted(set(scales) - set(given)):
+        raise ValueError(f"guidance_scale names {unknown}; the conditions given are {sorted(given)}")
+    never = sorted(name for name, value in scales.items() if value != 1 and not rates.get(name))
+    if never:
+        raise ValueError(
+            f"guidance_scale {scale}: this model was never trained without {', '.join(never)}, so it cannot be guided by it; "
+            "train it with model.condition_dropout, or leave guidance_scale at 1"
+        )
+
+
+@dataclass(frozen=True)
+class ConditionNames:
+    """The names by which people know a model's conditions: "mask", "image", and a column each of classes and numbers."""
+
+    classes: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+
+    def of(self, conditions: Conditions) -> list[str]:
+        """The names of what is given."""
+        columns = {"classes": self.classes, "numbers": self.numbers}
+        return [name for key in conditions for name in columns.get(key, (key,))]
+
+    def without(self, conditions: Conditions, names: Collection[str]) -> dict[str, Tensor]:
+        """The conditions, those of `names` absent."""
+        left: dict[str, Tensor] = {}
+        for key, value in conditions.items():
+            columns = {"classes": self.classes, "numbers": self.numbers}.get(key)
+            if columns is None:
+                left[key] = torch.full_like(value, ABSENT[key]) if key in names else value
+                continue
+            absent = torch.tensor([name in names for name in columns], device=value.device)
+            left[key] = torch.where(absent, torch.full_like(value, ABSENT[key]), value)
+        return left
+
+
+UNNAMED = ConditionNames()  # of a model without classes and numbers
+
+
+def guidance_terms(
+    conditions: Conditions, names: ConditionNames, scale: float | Mapping[str, float]
+) -> list[tuple[float, dict[str, Tensor]]]:
+    """Predictions to add up, as (weight, conditions): the weights sum to 1.
+
+    One scale s (Ho & Salimans 2022, Eq. 6, with s = 1 + w): s e(all) + (1 - s) e(none).
+    A scale per condition: e(all) + sum_i (s_i - 1) (e(all) - e(all but i)), so 1 leaves a condition as it is, and a
+    condition that is not named has 1 (after Liu et al. 2022, who combine conditions as a sum of such differences).
+
+    Raises: ValueError for a name that is no condition of this call.
+    """
+    given = names.of(conditions)
+    if isinstance(scale, Mapping):
+        if unknown := sorted(set(scale) - set(given)):
+            raise ValueError(f"guidance_scale names {unknown}; the conditions given are {given}")
+        parts = {name: float(value) for name, value in scale.items() if value != 1}
+        terms = [(1 - value, names.without(conditions, {name})) for name, value in parts.items()]
+        return [(1 + sum(value - 1 for value in parts.values()), dict(conditions)), *terms]
+    if scale == 1 or not given:
+        return [(1.0, dict(conditions))]
+    return [(float(scale), dict(conditions)), (1 - float(scale), names.without(conditions, given))]
+
+
+def guided(predict: Predict, terms: Sequence[tuple[float, Conditions]]) -> Callable[[Tensor, Tensor], Tensor]:
+    """(noisy latents, timestep) -> the weighted sum of the predictions of all terms, from one call of `predict`."""
+    weights = [weight for weight, _ in terms]
+    if len(terms) == 1:
+        return lambda latents, timestep: predict(latents, timestep, terms[0][1])
+    stacked = {key: torch.cat([conditions[key] for _, conditions in terms]) for key in terms[0][1]}
+
+    def call(latents: Tensor, timestep: Tensor) -> Tensor:
+        together = predict(latents.repeat(len(weights), *[1] * (latents.ndim - 1)), timestep, stacked)
+        return sum(w * part for w, part in zip(weights, together.chunk(len(weights)), strict=True))  # pyright: ignore
+
+    return call
+
+
+def drop_conditions(
+    conditions: Conditions, names: ConditionNames, rates: Mapping[str, float], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Training: leave out each condition of each sample with its own probability, all independently. Names that `rates`
+    lacks are never left out."""
+    dropped: dict[str, Tensor] = dict(conditions)
+    for name in names.of(conditions):
+        rate = rates.get(name, 0.0)
+        if not rate:
+            continue
+        batch = len(next(iter(conditions.values())))
+        gone = torch.rand(batch, generator=generator, device=generator.device) < rate
+        for key, value in names.without(dropped, {name}).items():
+            rows = gone.to(value.device).view(-1, *[1] * (value.ndim - 1))
+            dropped[key] = torch.where(rows, value, dropped[key])
+    return dropped

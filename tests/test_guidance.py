@@ -1,0 +1,119 @@
+"""Guidance adds up predictions as its papers say, in one call, and a condition left out is absent and nothing else."""
+
+import pytest
+import torch
+from tiny import labels_of, tiny_pipeline
+
+from diffusion import LatentUNet3D
+from diffusion.guidance import ConditionNames, drop_conditions, guidance_terms, guided
+
+NAMES = ConditionNames(classes=("sex", "scanner"), numbers=("age",))
+
+
+def conditions(batch: int = 2) -> dict[str, torch.Tensor]:
+    return {
+        "mask": torch.ones(batch, 1, 2, 2, 2),
+        "classes": torch.tensor([[1, 2]] * batch),
+        "numbers": torch.tensor([[0.5]] * batch),
+    }
+
+
+def linear(latents, timestep, given):
+    """A model whose prediction is 1 (always) + 10 (mask) + 100 (sex) + 1000 (scanner) + 10000 (age), where present."""
+    present = [
+        (given["mask"].flatten(1) != 0).any(1),
+        *(given["classes"] >= 0).unbind(1),
+        ~given["numbers"][:, 0].isnan(),
+    ]
+    value = 1 + sum(10.0 ** (i + 1) * p.float() for i, p in enumerate(present))
+    return value.view(-1, 1).expand(len(latents), 3)
+
+
+def predict(scale) -> torch.Tensor:
+    terms = guidance_terms(conditions(), NAMES, scale)
+    return guided(linear, terms)(torch.zeros(2, 3), torch.tensor(0.0))
+
+
+def test_one_scale_is_the_formula_of_the_paper():
+    everything, nothing = 11111.0, 1.0
+    for scale in (0.0, 1.0, 2.5):
+        assert predict(scale).unique().tolist() == pytest.approx([nothing + scale * (everything - nothing)])
+
+
+def test_a_scale_per_condition_scales_that_condition_alone():
+    assert predict({"sex": 3.0}).unique().tolist() == [11111 + 2 * 100]
+    assert predict({"sex": 3.0, "mask": 0.0, "age": 1.0}).unique().tolist() == [11111 + 2 * 100 - 10]
+    assert predict({}).unique().tolist() == [11111]
+
+
+def test_one_call_a_step_and_none_more_without_guidance():
+    calls = []
+
+    def counted(latents, timestep, given):
+        calls.append(len(latents))
+        return linear(latents, timestep, given)
+
+    for scale, batch in ((1.0, 2), (2.0, 4), ({"sex": 2.0, "age": 2.0}, 6), ({"sex": 1.0}, 2)):
+        guided(counted, guidance_terms(conditions(), NAMES, scale))(torch.zeros(2, 3), torch.tensor(0.0))
+        assert calls.pop() == batch and not calls
+
+
+def test_names_that_are_no_condition_are_refused():
+    with pytest.raises(ValueError, match=r"\['sx'\].*'mask', 'sex', 'scanner', 'age'"):
+        guidance_terms(conditions(), NAMES, {"sx": 2.0})
+
+
+def test_without_conditions_a_scale_does_nothing():
+    assert guidance_terms({}, NAMES, 5.0) == [(1.0, {})]
+
+
+def test_conditions_are_left_out_at_their_own_rate_and_independently():
+    batch = 20_000
+    rates = {"mask": 0.1, "sex": 0.5}
+    left = drop_conditions(conditions(batch), NAMES, rates, torch.Generator().manual_seed(0))
+    mask, sex = (left["mask"].flatten(1) == 0).all(1), left["classes"][:, 0] == -1
+    assert mask.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert sex.float().mean().item() == pytest.approx(0.5, abs=0.015)
+    assert (mask & sex).float().mean().item() == pytest.approx(0.05, abs=0.006)
+    assert (left["classes"][:, 1] == 2).all() and not left["numbers"].isnan().any()
+    assert ((left["mask"] == 1).flatten(1).all(1) | mask).all()
+
+
+def test_a_guided_volume_follows_the_formula(tmp_path):
+    """One step of the pipeline: the guided latents are the weighted sum of those with and without the mask."""
+    pipe, labels = tiny_pipeline(), labels_of((8, 8, 8))
+    pipe.unet.register_to_config(condition_dropout={"mask": 0.1})
+
+    def latents(scale, **given) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipe(
+            labels, num_inference_steps=1, guidance_scale=scale, generator=generator, output_type="latent", **given
+        ).volumes[0]
+
+    conditioned, free, guided_twice = latents(1.0), latents(0.0), latents(2.0)
+    assert (conditioned - free).abs().max() > 1e-3
+    assert torch.allclose(guided_twice, 2 * conditioned - free, atol=1e-4)
+    assert torch.allclose(latents({"mask": 2.0}), guided_twice, atol=1e-4)
+    record = pipe(labels, num_inference_steps=1, guidance_scale={"mask": 2.0}, output_type="latent").provenance[0]
+    assert record["guidance_scale"] == {"mask": 2.0}
+    unguided = pipe(labels, num_inference_steps=1, guidance_scale={"mask": 1.0}, output_type="latent").provenance[0]
+    assert unguided["guidance_scale"] is None
+
+
+def test_a_model_that_always_saw_its_mask_is_not_guided():
+    with pytest.raises(ValueError, match="never trained without mask.*condition_dropout"):
+        tiny_pipeline()(labels_of((8, 8, 8)), guidance_scale=2.0)
+
+
+def test_impossible_dropout_is_refused():
+    with pytest.raises(ValueError, match=r"names \['age'\]; the model's conditions are \['mask'\]"):
+        LatentUNet3D(channels=(8, 8), head_dim=8, num_labels=2, condition_dropout={"age": 0.1})
+    with pytest.raises(ValueError, match="below 1"):
+        LatentUNet3D(channels=(8, 8), head_dim=8, num_labels=2, condition_dropout={"mask": 1.0})
+
+
+def test_a_mask_left_out_is_a_mask_of_padding():
+    unet = LatentUNet3D(channels=(8, 8), head_dim=8, num_labels=2, mask_stride=2)
+    ids = torch.zeros(1, 4, 4, 4, 8, dtype=torch.int32)
+    left_out = ConditionNames().without({"mask": torch.ones_like(ids)}, {"mask"})["mask"]
+    assert torch.equal(left_out, ids) and not unet.embed_mask(ids).any()
