@@ -38,6 +38,8 @@ class Bench:
         if device.startswith("cuda"):
             self.precisions["tf32"] = "measured"
         self.environment = environment(device) | {"precisions": self.precisions, "memory_limit": memory}
+        own = {name: self.environment.pop(name) for name in ("command", "date", "commit")}
+        self.environment["runs"] = [own]  # more than one with `keep`
 
     def measured_precisions(self) -> list[str]:
         return [name for name, state in self.precisions.items() if state == "measured"]
@@ -112,7 +114,7 @@ class Bench:
         if old != new:
             raise ValueError(f"{path}: was measured on {old}, this is {new}; choose another --output")
         self.records = [r for r in before["measurements"] if r["part"] not in again]
-        self.environment["minutes"] = before["environment"].get("minutes", 0)
+        self.environment["runs"] = before["environment"]["runs"] + self.environment["runs"]
 
     def write(self) -> Path:
         return write_report(self.output / "bench.json", {"environment": self.environment, "measurements": self.records})

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from .measure import OK
 
 STYLES = {  # model, streamed: label, colour, marker
-    ("ours", False): ("ours, whole", "tab:blue", "o"),
+    ("ours", False): ("ours", "tab:blue", "o"),
     ("ours", True): ("ours, streamed", "tab:cyan", "s"),
     ("monai", False): ("MONAI AutoencoderKL", "tab:orange", "^"),
     ("maisi", False): ("MAISI", "tab:red", "v"),

@@ -68,6 +68,7 @@ def coding(records: list[Record]) -> str:
             growth.append([_coder(found[0]), precision, f"{len(found)}", f"{time:.2f}", f"{memory:.2f}"])
     return (
         text
+        + "Ours streams by itself where a volume's activations exceed 512 MiB, so the two rows of 256^3 are the same work.\n\n"
         + "Growth of decoding as voxels ** exponent:\n\n"
         + table(["", "precision", "sizes", "time", "memory"], growth)
     )
@@ -310,6 +311,15 @@ SECTIONS: tuple[tuple[str, str, Callable[[list[Record]], str]], ...] = (
 )
 
 
+def runs(found: list[dict[str, Any]]) -> str:
+    """What measured: commands, dates, commits; minutes of those that went to their end."""
+    texts = []
+    for run in found:
+        minutes = f", {run['minutes']} minutes" if "minutes" in run else ", stopped before its last parts"
+        texts.append(f"`{run['command']}` ({run['date'][:16]}, commit {run['commit']}{minutes})")
+    return "; ".join(texts)
+
+
 def markdown(bench: dict[str, Any]) -> str:
     """The whole document."""
     where, records = bench["environment"], bench["measurements"]
@@ -317,8 +327,8 @@ def markdown(bench: dict[str, Any]) -> str:
     device = machine.get("accelerator", "no GPU") if where["device"].startswith("cuda") else "CPU only"
     text = (
         "# Performance\n\n"
-        f"Written by `python -m benchmarks.report` from one run of `{where['command']}` ({where['date']}, commit {where['commit']}, "
-        f"{where.get('minutes', '?')} minutes). {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"Written by `python -m benchmarks.report` from what these measured: {runs(where['runs'])}.\n\n"
+        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"{', '.join(machine['instructions'])}; {device}. "
         + ", ".join(f"{k} {v}" for k, v in versions.items())
         + ".\n\n"

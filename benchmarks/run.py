@@ -37,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> Path:
                 {"part": part, "job": part, "status": FAILED, "detail": f"{type(error).__name__}: {error}"}
             )
             print(line(bench.records[-1]), flush=True)
-    bench.environment["minutes"] = round(bench.environment.get("minutes", 0) + (time.monotonic() - start) / 60, 1)
+    bench.environment["runs"][-1]["minutes"] = round((time.monotonic() - start) / 60, 1)
     path = bench.write()
     report.main([str(path), "--output", str(options.output / "performance.md")])
     return path
