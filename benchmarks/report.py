@@ -128,9 +128,24 @@ def training(records: list[Record]) -> str:
         what = f"{r['batch']} x {shape_text(r['shape'])}"
         work = f"{gigaflops(r)}{utilisation(records, r)}"
         rows.append([network, what, name, r["precision"], millions(r), work, seconds(r), gigabytes(r), faster])
-    return table(
-        ["", "batch", "", "precision", "parameters", "work (utilisation)", "time", "peak memory", "time / ours"], rows
-    )
+    header = ["", "batch", "", "precision", "parameters", "work (utilisation)", "time", "peak memory", "time / ours"]
+    return table(header, rows) + "\n" + _arithmetic(records)
+
+
+def _arithmetic(records: list[Record]) -> str:
+    """How much of a peer's longer time is more work, and how much is slower work."""
+    text = ""
+    for job, name in (("training_autoencoder", "autoencoder"), ("training_unet", "U-Net")):
+        for ours in find(records, "training", job, model="ours", checkpointing=False):
+            same = {k: ours[k] for k in ("shape", "batch", "precision")}
+            peer = find(records, "training", job, model="monai", **same)
+            if not peer:
+                continue
+            work = peer[0]["facts"]["flops"] / ours["facts"]["flops"]
+            time = peer[0]["seconds"]["median"] / ours["seconds"]["median"]
+            case = f"{ours['batch']} x {shape_text(ours['shape'])}, {ours['precision']}"
+            text += f"- {name}, {case}: MONAI's does {work:.2f} times the work of ours, each at {time / work:.2f} times the time.\n"
+    return text
 
 
 def millions(record: Record) -> str:
