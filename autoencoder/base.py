@@ -36,33 +36,25 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
     _supports_gradient_checkpointing = True
     _group_offload_block_modules = ["encoder", "decoder"]  # diffusers would slice them, and cannot rebuild a slice
 
-    def _build(
-        self,
-        encoded_channels: int,
-        in_channels: int,
-        out_channels: int,
-        latent_channels: int,
-        patch_size: int | Sequence[int],
-        channels: Sequence[int],
-        strides: Sequence[int | Sequence[int]],
-        encoder_blocks: Sequence[int],
-        decoder_blocks: Sequence[int],
-    ) -> None:
-        """Make encoder and decoder. `encoded_channels`: of what the encoder gives.
+    def _build(self, encoded_channels: int) -> None:
+        """Make encoder and decoder as the config says. `encoded_channels`: of what the encoder gives.
 
         Raises: ValueError if the levels do not agree in number.
         """
+        config = self.config
+        channels, strides, latent_channels = config["channels"], config["strides"], config["latent_channels"]
+        encoder_blocks, decoder_blocks = config["encoder_blocks"], config["decoder_blocks"]
         if not len(channels) == len(strides) + 1 == len(encoder_blocks) == len(decoder_blocks):
             raise ValueError(
                 f"channels {channels}, encoder_blocks {encoder_blocks} and decoder_blocks {decoder_blocks} need one entry a level, "
                 f"strides {strides} one fewer"
             )
-        self.patch_size = as_stride(patch_size)
+        self.patch_size = as_stride(config["patch_size"])
         level_strides = [as_stride(s) for s in strides]
         self.stride = as_stride([math.prod(axis) for axis in zip(self.patch_size, *level_strides, strict=True)])
         patch = math.prod(self.patch_size)
-        self.encoder = Encoder(in_channels * patch, encoded_channels, channels, level_strides, encoder_blocks)
-        self.decoder = Decoder(latent_channels, out_channels * patch, channels, level_strides, decoder_blocks)
+        self.encoder = Encoder(config["in_channels"] * patch, encoded_channels, channels, level_strides, encoder_blocks)
+        self.decoder = Decoder(latent_channels, config["out_channels"] * patch, channels, level_strides, decoder_blocks)
         self.use_tiling: bool | None = None  # by size, until enable_tiling or disable_tiling is called
         self.slab_bytes = SLAB_BYTES
         self.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]

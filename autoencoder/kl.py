@@ -37,17 +37,7 @@ class AutoencoderKL3D(VolumeAutoencoder[DiagonalGaussian3D]):
         latents_std: Sequence[float] | None = None,
     ):
         super().__init__()
-        self._build(
-            2 * latent_channels,
-            in_channels,
-            out_channels,
-            latent_channels,
-            patch_size,
-            channels,
-            strides,
-            encoder_blocks,
-            decoder_blocks,
-        )
+        self._build(encoded_channels=2 * latent_channels)
 
     def _distribution(self, encoded: Tensor) -> DiagonalGaussian3D:
         return DiagonalGaussian3D(encoded, *self._statistics(encoded))

@@ -67,17 +67,7 @@ class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
         latents_std: Sequence[float] | None = None,
     ):
         super().__init__()
-        self._build(
-            latent_channels,
-            in_channels,
-            out_channels,
-            latent_channels,
-            patch_size,
-            channels,
-            strides,
-            encoder_blocks,
-            decoder_blocks,
-        )
+        self._build(encoded_channels=latent_channels)
         self.codebook = Codebook(num_codes, latent_channels, codebook_decay)
 
     def _distribution(self, encoded: Tensor) -> QuantisedLatents:

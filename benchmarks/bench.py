@@ -16,6 +16,8 @@ from .fits import predict
 from .measure import NOT_RUN, OK, Work, available_memory, measure, summary
 from .records import find, line
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 @dataclass(frozen=True)
 class Job:
@@ -66,7 +68,8 @@ class Bench:
                 if turn:
                     records[index].update(joined(records[index], result))
                 else:
-                    records[index] = {"part": part, "job": job.setup.__name__, **job.arguments, **result}
+                    arguments = {k: _within_clone(v) for k, v in job.arguments.items()}
+                    records[index] = {"part": part, "job": job.setup.__name__, **arguments, **result}
                     self.records.append(records[index])
                 print(line(records[index]), flush=True)
                 self.write()
@@ -118,6 +121,11 @@ class Bench:
 
     def write(self) -> Path:
         return write_report(self.output / "bench.json", {"environment": self.environment, "measurements": self.records})
+
+
+def _within_clone(value: Any) -> Any:
+    """Paths in the clone relative to it: a report says nothing of the machine's folders."""
+    return value.removeprefix(f"{ROOT}/") if isinstance(value, str) else value
 
 
 def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

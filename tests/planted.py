@@ -8,7 +8,7 @@ import torch
 from benchmarks.measure import Work
 
 
-def sleep(seconds: float) -> Work:
+def sleep(seconds: float, note: str = "") -> Work:
     return Work(lambda: time.sleep(seconds), {"planned": seconds})
 
 

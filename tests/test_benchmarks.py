@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import headline, jobs, models, report, targets
-from benchmarks.bench import Bench, Job
+from benchmarks.bench import ROOT, Bench, Job
 from benchmarks.equal_time import schedule
 from benchmarks.fits import deviation_from_proportional, power_law, predict, rise
 from benchmarks.jobs import facts
@@ -178,6 +178,12 @@ def test_quick_run_makes_json_plots_and_table(tmp_path):
     assert "## What was asked for" in text and "## Seams" in text and "## A training step" not in text
     assert {p.name for p in tmp_path.glob("*.png")} == {"performance_growth.png", "performance_long_axis.png"}
     assert all(f"({p.name})" in text for p in tmp_path.glob("*.png"))
+
+
+def test_a_report_names_no_folder_of_the_machine(tmp_path):
+    bench = Bench(tmp_path, "cpu", memory=1_000_000_000)
+    bench.compare("planted", [Job(planted.sleep, {"seconds": 0.01, "note": f"{ROOT}/weights/x"}, repeats=1)])
+    assert bench.records[0]["note"] == "weights/x"
 
 
 def test_taps_on_padding_are_not_counted():
