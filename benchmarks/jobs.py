@@ -5,7 +5,6 @@ Every job takes `device` and `precision`: float32 (TF32 off), tf32 (CUDA only) o
 as the pipeline loads them; peers and training run under autocast, as their own scripts do.
 """
 
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from diffusion import denoise, make_scheduler
 from volumes import make_phantom
 
 from . import choices, generation
-from .measure import Work, timed
+from .measure import Work
 from .models import AUTOENCODERS, UNETS, decode, encode, latent_shape, parameters, posterior, predict
 
 Shape = tuple[int, int, int]
@@ -44,7 +43,7 @@ def decoding(
         with torch.inference_mode(), autocast(device, precision):
             decode(net, latents)
 
-    return Work(run, facts(net, lambda meta: decode(meta, _meta(latent_shape(shape))), AUTOENCODERS[model]))
+    return Work(run, facts(net, lambda meta: decode(meta, meta_input(latent_shape(shape))), AUTOENCODERS[model]))
 
 
 def encoding(
@@ -58,7 +57,7 @@ def encoding(
         with torch.inference_mode(), autocast(device, precision):
             encode(net, volume)
 
-    return Work(run, facts(net, lambda meta: encode(meta, _meta((1, *shape))), AUTOENCODERS[model]))
+    return Work(run, facts(net, lambda meta: encode(meta, meta_input((1, *shape))), AUTOENCODERS[model]))
 
 
 def sliding_window_decoding(model: str, shape: Shape, window: int, device: str, precision: str) -> Work:
@@ -139,7 +138,9 @@ def training_autoencoder(
         net.enable_gradient_checkpointing()
     volume = noise((1, *shape), device, batch)
     step = optimiser_step(net, lambda m, x: autoencoder_loss(m, x), volume, device, precision)
-    known = facts(net, lambda meta: autoencoder_loss(meta, _meta((1, *shape), batch)).backward(), AUTOENCODERS[model])
+    known = facts(
+        net, lambda meta: autoencoder_loss(meta, meta_input((1, *shape), batch)).backward(), AUTOENCODERS[model]
+    )
     return Work(step, known)
 
 
@@ -161,7 +162,7 @@ def training_unet(
         net.compile()
     latents = noise((4, *shape), device, batch)
     step = optimiser_step(net, unet_loss, latents, device, precision)
-    known = facts(net, lambda meta: unet_loss(meta, _meta((4, *shape), batch)).backward(), UNETS[model])
+    known = facts(net, lambda meta: unet_loss(meta, meta_input((4, *shape), batch)).backward(), UNETS[model])
     return Work(step, known)
 
 
@@ -196,7 +197,7 @@ def sampling(
                 _sample_peer(net, start, scheduler, steps, steps_run or steps)
 
     def one_step(meta: nn.Module) -> None:
-        predict(meta, _meta(tuple(start.shape[1:])), torch.zeros(1, device="meta"))
+        predict(meta, meta_input(tuple(start.shape[1:])), torch.zeros(1, device="meta"))
 
     known = facts(net, one_step, UNETS[model])
     return Work(
@@ -209,111 +210,6 @@ def _sample_peer(net: nn.Module, noisy: Tensor, scheduler: Any, steps: int, step
     for timestep in scheduler.timesteps[:steps_run]:
         prediction = predict(net, noisy, timestep.expand(len(noisy)).to(noisy.device))
         noisy = scheduler.step(prediction, timestep, noisy, return_dict=False)[0]
-
-
-def forward(shape: Shape, batch: int, device: str, precision: str) -> Work:
-    """Our autoencoder, encoder and decoder."""
-    net = build_autoencoder("ours", device, precision)
-    volume = noise((1, *shape), device, batch).to(next(net.parameters()).dtype)
-
-    def run() -> None:
-        with torch.inference_mode():
-            decode(net, encode(net, volume))
-
-    def there_and_back(meta: nn.Module) -> None:
-        decode(meta, encode(meta, _meta((1, *shape), batch)))
-
-    known = facts(net, there_and_back, AUTOENCODERS["ours"])
-    return Work(run, known | {"flops": convolution_flops(AUTOENCODERS["ours"], there_and_back)})
-
-
-def convolution_flops(build: Callable[[], nn.Module], run: Callable[[nn.Module], None]) -> int:
-    """FLOPs of the 3-D convolutions that `run` calls, without the taps that fall on padding: kernels skip those, and
-    on small grids they are a large part of what FlopCounterMode counts."""
-    with torch.device("meta"):
-        net = build()
-    total = 0
-
-    def count(conv: Any, given: tuple[Tensor, ...], made: Tensor) -> None:
-        nonlocal total
-        taps = [
-            sum(min(o * s - p + k, n) - max(o * s - p, 0) for o in range(m))
-            for n, m, k, s, p in zip(
-                given[0].shape[2:], made.shape[2:], conv.kernel_size, conv.stride, conv.padding, strict=True
-            )
-        ]
-        total += 2 * len(made) * conv.in_channels // conv.groups * conv.out_channels * math.prod(taps)
-
-    for module in net.modules():
-        if isinstance(module, nn.Conv3d):
-            module.register_forward_hook(count)
-    with torch.no_grad():
-        run(net)
-    return total
-
-
-def forward_profile(shape: Shape, batch: int, device: str, precision: str) -> Work:
-    """As `forward`, and which operators the time goes to: {"operator": share of the time}."""
-    work = forward(shape, batch, device, precision)
-    return Work(lambda: profile(work.run, device))
-
-
-def profile(run: Callable[[], Any], device: str, most: int = 12) -> dict[str, float]:
-    """The operators that take most of the time, with their share of it."""
-    run()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if cuda := device.startswith("cuda"):
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as recorded:
-        run()
-    times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in recorded.key_averages()}
-    total = sum(times.values())
-    return {name: round(t / total, 4) for name, t in sorted(times.items(), key=lambda item: -item[1])[:most]}
-
-
-def convolution_peak(device: str, precision: str, *, largest: float = 5e10) -> Work:
-    """The fastest 3x3x3 convolution that this machine runs in channels_last_3d, over channels, grids and batches of
-    up to `largest` FLOPs each, taps on padding not counted."""
-    set_precision(precision)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    cases = [(c, n, b) for c in (32, 64, 128, 256, 512) for n in (8, 16, 32, 64) for b in (1, 2, 8)]
-    cases = [(c, n, b) for c, n, b in cases if 1e8 <= 54 * c * c * b * n**3 <= largest]
-
-    def run() -> dict[str, Any]:
-        rates = {case: _convolution_rate(case, device, dtype) for case in cases}
-        best = max(rates, key=lambda case: rates[case])
-        return {
-            "flops_per_second": rates[best],
-            "channels": best[0],
-            "grid": best[1],
-            "batch": best[2],
-            "tried": len(cases),
-        }
-
-    return Work(run)
-
-
-def _convolution_rate(case: tuple[int, int, int], device: str, dtype: torch.dtype) -> float:
-    channels, grid, batch = case
-    form: Any = {"device": device, "dtype": dtype}
-    x = torch.randn(batch, channels, grid, grid, grid, **form).contiguous(memory_format=torch.channels_last_3d)
-    weight = torch.randn(channels, channels, 3, 3, 3, **form).contiguous(memory_format=torch.channels_last_3d)
-    with torch.inference_mode():
-        best = min(timed(lambda: F.conv3d(x, weight, padding=1), device)[0] for _ in range(4))
-    return 2 * channels**2 * batch * (3 * grid - 2) ** 3 / best
-
-
-def matrix_peak(side: int, device: str, precision: str) -> Work:
-    """FLOP/s of the product of two square matrices, what model FLOP utilisation is a part of."""
-    set_precision(precision)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-
-    def run() -> dict[str, Any]:
-        with torch.inference_mode():
-            return {"flops_per_second": 2 * side**3 / min(timed(lambda: a @ b, device)[0] for _ in range(5))}
-
-    return Work(run, {"side": side})
 
 
 def attention_backend(backend: str, shape: Shape, device: str, precision: str) -> Work:
@@ -454,5 +350,5 @@ def facts(net: nn.Module, call: Callable[[nn.Module], Any], build: Callable[[], 
     return {"parameters": parameters(net), "flops": counter.get_total_flops()}
 
 
-def _meta(shape: Sequence[int], batch: int = 1) -> Tensor:
+def meta_input(shape: Sequence[int], batch: int = 1) -> Tensor:
     return torch.empty(batch, *shape, device="meta")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import equal_time, jobs
+from . import peak as machine
 from .bench import Bench, Job
 from .models import STRIDE
 
@@ -61,10 +62,10 @@ def peak(bench: Bench, sizes: Sizes) -> None:
     for precision in bench.measured_precisions():
         where = {"device": bench.device, "precision": precision}
         todo += [
-            Job(jobs.convolution_peak, {"largest": sizes.peak_flops, **where}, repeats=0),
-            Job(jobs.matrix_peak, {"side": sizes.matrix * (4 if bench.device != "cpu" else 1), **where}, repeats=0),
-            Job(jobs.forward, {"shape": shape, "batch": 1, **where}, sizes.repeats),
-            Job(jobs.forward_profile, {"shape": shape, "batch": 1, **where}, repeats=0),
+            Job(machine.convolution_peak, {"largest": sizes.peak_flops, **where}, repeats=0),
+            Job(machine.matrix_peak, {"side": sizes.matrix * (4 if bench.device != "cpu" else 1), **where}, repeats=0),
+            Job(machine.forward, {"shape": shape, "batch": 1, **where}, sizes.repeats),
+            Job(machine.forward_profile, {"shape": shape, "batch": 1, **where}, repeats=0),
         ]
     bench.compare("peak", todo, sizes.rounds)
 

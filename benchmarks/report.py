@@ -327,11 +327,12 @@ SECTIONS: tuple[tuple[str, str, Callable[[list[Record]], str]], ...] = (
 
 
 def runs(found: list[dict[str, Any]]) -> str:
-    """What measured: commands, dates, commits; minutes of those that went to their end."""
+    """What measured: commands, dates, commits, and minutes or what else is to be said of a run."""
     texts = []
     for run in found:
-        minutes = f", {run['minutes']} minutes" if "minutes" in run else ", stopped before its last parts"
-        texts.append(f"`{run['command']}` ({run['date'][:16]}, commit {run['commit']}{minutes})")
+        more = [f"{run['minutes']} minutes"] if "minutes" in run else []
+        more += [run["note"]] if "note" in run else []
+        texts.append(f"`{run['command']}` ({', '.join([run['date'][:16], 'commit ' + run['commit'], *more])})")
     return "; ".join(texts)
 
 

@@ -9,7 +9,7 @@ import planted
 import pytest
 import torch
 
-from benchmarks import headline, jobs, models, report, targets
+from benchmarks import headline, models, peak, report, targets
 from benchmarks.bench import ROOT, Bench, Job
 from benchmarks.equal_time import schedule
 from benchmarks.fits import deviation_from_proportional, power_law, predict, rise
@@ -192,7 +192,7 @@ def test_taps_on_padding_are_not_counted():
 
     for n in (1, 2, 5):
         expected = 2 * 2 * 3 * (3 * n - 2) ** 3  # along an axis: three taps a cell, but for one at either end
-        found = jobs.convolution_flops(net, lambda conv, n=n: conv(torch.empty(1, 2, n, n, n, device="meta")))
+        found = peak.convolution_flops(net, lambda conv, n=n: conv(torch.empty(1, 2, n, n, n, device="meta")))
         assert found == expected
 
 
