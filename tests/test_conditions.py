@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_resume import run, vae_folder  # noqa: F401
+from test_volumes_conditions import PHANTOM, phantoms
 from tiny import labels_of, mask_image, seeded, tiny_data, tiny_pipeline
 
 import generate
@@ -28,7 +29,6 @@ from diffusion.conditions import ConditionEmbedding, fourier_features
 from diffusion.latent_cache import LatentAugmentation, cache_key
 from pipelines import MedVolumePipeline, read_sidecar
 from training import initialise_from
-from volumes import DataConfig, IntensityScaling, PhantomConfig, VolumeDataset, VolumeError, describe, load_cases
 
 CLASSES = {"sex": ["F", "M"], "diagnosis": ["none", "benign", "malignant"]}  # not in the order of the alphabet
 NUMBERS = {"weight": {"mean": 70.0, "std": 10.0}, "age": {"mean": 50.0, "std": 20.0}}
@@ -162,101 +162,7 @@ def test_a_mask_that_training_dropped_may_be_left_out():
         assert (unet(x, 5).sample - unet(x, 5, padding + 1).sample).abs().max() > 1e-3
 
 
-# the data
-
-
-@pytest.fixture
-def table(tmp_path):
-    """A data set of three volumes; sex, age and weight in a table."""
-    rows = ["name,sex,age,weight", "a,F,20,50.5", "b,,60,", "c,M,,70"]
-    (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
-    for name in "abc":
-        image = np.arange(512, dtype=np.float32).reshape(8, 8, 8)
-        nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / f"{name}.nii")
-    return tmp_path
-
-
-def dataset_of(folder, **changes) -> VolumeDataset:
-    arguments = {
-        "root": str(folder),
-        "table": "table.csv",
-        "images": "{name}.nii",
-        "intensity": IntensityScaling("window", 0, 512),
-        "validation_fraction": 0,
-        "classes": {"sex": ["F", "M"]},
-        "numbers": ["weight", "age"],
-    }
-    config = DataConfig(**{**arguments, **changes})
-    return VolumeDataset(load_cases(config), config)
-
-
-def test_cells_become_indices_and_numbers(table):
-    dataset = dataset_of(table)
-    assert [item["classes"].tolist() for item in dataset] == [[0], [-1], [1]]
-    assert dataset[0]["classes"].dtype == torch.int64 and dataset[0]["numbers"].dtype == torch.float32
-    numbers = torch.stack([item["numbers"] for item in dataset])  # age, weight
-    expected = torch.tensor([[20, 50.5], [60, NAN], [NAN, 70]])
-    torch.testing.assert_close(numbers, expected, equal_nan=True)
-    assert not {"classes", "numbers"} & dataset_of(table, classes={}, numbers=[])[0].keys()
-    assert dataset_of(table, classes={"age": ["60", "20"]}, numbers=[])[0]["classes"].tolist() == [
-        1
-    ]  # numbers name classes
-
-
-def test_described_over_what_is_known(table):
-    described = describe(dataset_of(table, classes={"sex": ["F", "M"], "age": ["20", "60"]}, numbers=["weight"]))
-    assert described["classes"] == {"age": ["20", "60"], "sex": ["F", "M"]}
-    assert described["numbers"] == {"weight": {"mean": 60.25, "std": 9.75, "low": 50.5, "high": 70.0}}
-
-
-@pytest.mark.parametrize(
-    ("cell", "message"),
-    [
-        ("a,X,20,50", "a: sex is 'X', which is none of F, M"),
-        ("a,F,old,50", "a: age is 'old', which is no finite number"),
-        ("a,F,nan,50", "a: age is 'nan', which is no finite number"),
-        ("a,F,20,-inf", "a: weight is '-inf', which is no finite number"),
-    ],
-)
-def test_values_that_cannot_be_are_refused_or_skipped(table, cell, message):
-    text = (table / "table.csv").read_text().replace("a,F,20,50.5", cell)
-    (table / "table.csv").write_text(text)
-    with pytest.raises(VolumeError, match=message):
-        dataset_of(table)
-    dataset = dataset_of(table, on_error="skip")
-    assert [case.name for case in dataset.cases] == ["b", "c"] and message in dataset.skipped[0][1]
-
-
-def test_columns_and_values_that_say_nothing_are_refused(table):
-    with pytest.raises(
-        ValueError, match=r"name the columns \['size'\]; the cases have \['age', 'name', 'sex', 'weight'\]"
-    ):
-        dataset_of(table, numbers=["size"])
-    with pytest.raises(ValueError, match="classes.sex lists the values.*each once"):
-        dataset_of(table, classes={"sex": ["F", "F"]})
-    with pytest.raises(ValueError, match=r"classes.contrast lists \[True, False\].*put it in quotes"):
-        dataset_of(table, classes={"contrast": [True, False]})  # yes and no in YAML
-    with pytest.raises(ValueError, match=r"\['sex'\] are both classes and numbers"):
-        dataset_of(table, numbers=["sex"])
-    (table / "table.csv").write_text("name,sex,age\na,F,20\nb,F,20\nc,F,\n")
-    with pytest.raises(ValueError, match="'age' is 20 for all training volumes"):
-        describe(dataset_of(table, numbers=["age"]))
-
-
-PHANTOM = {"classes": {"class": ["bright lesion", "dark lesion"]}, "numbers": ["lesion_volume"]}
-
-
-def phantoms(**changes) -> VolumeDataset:
-    config = DataConfig(phantom=PhantomConfig(count=5, shape=(12, 12, 12)), **changes)
-    return VolumeDataset(load_cases(config), config)
-
-
-def test_phantoms_have_both():
-    for item in phantoms(**PHANTOM):
-        lesion, organ = item["mask"] == 3, item["mask"] == 2
-        brighter = item["image"][0][lesion].mean() > item["image"][0][organ].mean()
-        assert item["classes"].tolist() == [0 if brighter else 1]
-        assert item["numbers"].tolist() == [lesion.sum()]
+# the data's conditions in latents and model
 
 
 def test_latents_carry_their_cases_conditions_outside_the_cache(tmp_path):

@@ -21,7 +21,7 @@ from .phantom import PHANTOM_CLASSES, PHANTOM_LABELS, make_phantom
 from .placement import Placement, pad_or_crop, pad_to_multiple
 from .resampling import resample, resample_to
 from .slabs import read_slabs, write_slabs
-from .volume import PADDING, SourceGrid, Volume, VolumeError, describe_grid, same_grid
+from .volume import PADDING, SourceGrid, Volume, VolumeError, describe_grid, grid_numbers, same_grid
 
 __all__ = [
     "PADDING",
@@ -40,6 +40,7 @@ __all__ = [
     "VolumeError",
     "describe",
     "describe_grid",
+    "grid_numbers",
     "in_one_step",
     "label_indices",
     "load_cases",

@@ -17,6 +17,7 @@ from typing import Any
 from .config import DataConfig, PhantomConfig
 from .patterns import case_name, fill_pattern, find_files, placeholders
 from .phantom import LESION, PHANTOM_CLASSES, make_phantom
+from .volume import GRID_NUMBERS
 
 SPLITS = ("train", "validation", "test")
 
@@ -204,7 +205,7 @@ def _check_names(cases: list[Case]) -> None:
 
 def _check_columns(cases: list[Case], config: DataConfig) -> None:
     columns = {column for case in cases for column in case.metadata}
-    if missing := sorted({*config.classes, *config.numbers} - columns):
+    if missing := sorted({*config.classes, *(n for n in config.numbers if n not in GRID_NUMBERS)} - columns):
         raise ValueError(f"data: classes and numbers name the columns {missing}; the cases have {sorted(columns)}")
 
 

@@ -1,6 +1,7 @@
 """Classes and numbers of cases: what the table's cells say, and what a model is told of the training volumes.
 
-Columns are in alphabetical order everywhere: saved configs are sorted.
+Columns are in alphabetical order everywhere: saved configs are sorted. Numbers that are called as in `GRID_NUMBERS` need
+no column: they are those of the volume's own grid.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .cases import Case
-from .volume import VolumeError
+from .volume import Volume, VolumeError, grid_numbers
 
 NO_CLASS = -1  # an empty cell; of a number it is NaN
 REMEDY = "leave the cell empty where it is not known"
@@ -28,11 +29,14 @@ def read_classes(case: Case, classes: Mapping[str, Sequence[str]]) -> list[int]:
     return indices
 
 
-def read_numbers(case: Case, numbers: Sequence[str]) -> list[float]:
-    """The case's numbers, NaN for an empty cell. Raises: VolumeError for what is no finite number."""
-    values = []
+def read_numbers(case: Case, numbers: Sequence[str], grid: Volume) -> list[float]:
+    """The case's numbers, NaN for an empty cell; those of `GRID_NUMBERS` that the case has no column of are the grid's.
+
+    Raises: VolumeError for what is no finite number.
+    """
+    values, cells = [], {**grid_numbers(grid), **case.metadata}
     for column in sorted(numbers):
-        cell = case.metadata.get(column)
+        cell = cells.get(column)
         try:
             value = math.nan if cell in (None, "") else float(cell)
         except (TypeError, ValueError):

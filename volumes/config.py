@@ -53,7 +53,8 @@ class DataConfig:
         classes: columns that condition a model, each with the values it may have, e.g. {sex: [F, M], grade: ['1', '2']}.
             Cells may be empty.
             A class that a mirrored volume would belie, such as the body's side, forbids flip_axes.
-        numbers: columns of numbers that condition a model, e.g. [age, weight]. Cells may be empty.
+        numbers: columns of numbers that condition a model, e.g. [age, weight]. Cells may be empty. spacing_x, spacing_y,
+            spacing_z, size_x, size_y and size_z need no column: mm between voxels, and from end to end, of the volume.
         on_error: "raise" stops at the first file that is refused; "skip" goes on without it and lists it.
         phantom: draw volumes instead of reading files.
     """

@@ -131,11 +131,12 @@ class VolumeDataset(Dataset):
 
 def prepare(case: Case, config: DataConfig) -> PreparedCase:
     """Read one case and bring it into the model's terms. Raises VolumeError, which names the file (or case and column)."""
-    classes, numbers = read_classes(case, config.classes), read_numbers(case, config.numbers)
+    classes = read_classes(case, config.classes)
     image, mask = _phantom(case, config) if case.phantom is not None else _files(case, config)
     if config.spacing is not None:
         image = resample(image, config.spacing)
         mask = resample(mask, config.spacing, nearest=True) if mask is not None else None
+    numbers = read_numbers(case, config.numbers, image)
     scales = []
     scaled = np.empty_like(image.array)
     for index, channel in enumerate(config.channels):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+GRID_NUMBERS = tuple(f"{what}_{axis}" for what in ("spacing", "size") for axis in "xyz")
 PADDING = -1
 """Label of the voxels outside the field of view: padding is not background, which is a label like any other."""
 
@@ -105,3 +106,9 @@ def describe_grid(volume: Volume) -> str:
     spacing = " x ".join(f"{s:.4g}" for s in volume.spacing)
     origin = ", ".join(f"{o:.5g}" for o in volume.affine[:3, 3])
     return f"{shape} voxels of {spacing} mm, first voxel at ({origin}) mm"
+
+
+def grid_numbers(grid: Volume) -> dict[str, float]:
+    """{"spacing_x": mm between voxels, ..., "size_x": mm from end to end, ...} of a volume's grid, in RAS order."""
+    sizes = [n * mm for n, mm in zip(grid.shape, grid.spacing, strict=True)]
+    return {name: float(value) for name, value in zip(GRID_NUMBERS, [*grid.spacing, *sizes], strict=True)}
