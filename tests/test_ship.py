@@ -1,8 +1,14 @@
 """The model card holds what the results hold, or nothing is shipped."""
 
-import pytest
+import json
 
-from weights.ship import fill, summaries
+import nibabel as nib
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import mask_image, tiny_pipeline
+
+from weights.ship import fill, main, summaries, with_decoder
 
 
 def test_figures_are_taken_from_the_results_and_formatted():
@@ -19,4 +25,40 @@ def test_lists_are_summarised():
     ratio = {"0.15-0.20": -0.1, "0.20-0.25": -0.44, "0.25-0.30": 0.96}
     runs = [{"dice": 0.8}, {"dice": 0.9}]
     made = summaries({"reconstruction": {"spectrum": {"ratio_db": ratio}}, "dice": {"scores": {"real": runs}}})
-    assert made == {"bands": "0.20-0.25: -0.4, 0.25-0.30: +1.0", "scores": {"real": "0.8500 (0.8000, 0.9000)"}}
+    bands = {"reconstruction": "0.20-0.25: -0.4, 0.25-0.30: +1.0"}
+    assert made == {"bands": bands, "scores": {"real": "0.8500 (0.8000, 0.9000)"}}
+    assert summaries({"conditions": {"accuracy": 0.8}}) == {"bands": {}, "scores": {}}
+
+
+def test_a_decoder_that_was_trained_on_replaces_the_pipelines_own(tmp_path):
+    pipe, other = tiny_pipeline(), tiny_pipeline().vae
+    with torch.no_grad():
+        other.decoder[-1].weight.mul_(2)
+    assert with_decoder(pipe, other).vae is other
+    shifted = tiny_pipeline().vae
+    shifted.set_latent_statistics([0.5] * 4, [1.0] * 4)
+    for wrong in (tiny_pipeline(seed=1).vae, shifted):
+        with pytest.raises(ValueError, match="another encoder, or other latent statistics"):
+            with_decoder(pipe, wrong)
+
+
+def test_a_shipped_folder_has_half_precision_weights_masks_results_and_card(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "run")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "dice.json").write_text(json.dumps({"scores": {}, "n": 3}))
+    (tmp_path / "card.md").write_text("{dice.n} of {megabytes:.0f} MB")
+    nib.save(mask_image((8, 8, 8)), tmp_path / "a.nii.gz")
+    command = [str(tmp_path / "run"), str(tmp_path / "out"), f"--results={tmp_path / 'results'}"]
+    main([*command, f"--card={tmp_path / 'card.md'}", "--examples", str(tmp_path / "a.nii.gz")])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == [
+        "masks",
+        "results",
+        "scheduler",
+        "unet",
+        "vae",
+    ]
+    assert (tmp_path / "out" / "README.md").read_text() == "3 of 0 MB"
+    stored = load_file(tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    main([*command, f"--card={tmp_path / 'card.md'}"])  # a model without masks
+    assert not (tmp_path / "out" / "masks").exists()

@@ -1,8 +1,10 @@
 """Make a shippable pipeline folder out of a trained one: half-precision weights, example masks, results, model card.
 
-python weights/ship.py output/hippocampus/ldm/pipeline weights/hippocampus --masks ../shared/data/hippocampus/labels \
-    --cases hippocampus_010 hippocampus_011 --results out/results --card configs/hippocampus/card.md
+python weights/ship.py output/hippocampus/ldm/pipeline weights/hippocampus --vae output/hippocampus/sharpen/vae \
+    --examples ../shared/data/hippocampus/labels/hippocampus_015.nii.gz --results out/results --card configs/hippocampus/card.md
 
+`--examples` are label maps of the demo, copied to masks/. A model that needs none has its conditions in the card. `--vae`
+takes the place of the pipeline's autoencoder: one with the same encoder, whose decoder was trained on.
 Every `{name}` in the card is filled from the results: `{reconstruction.psnr_db.mean:.2f}` is results/reconstruction.json
 ["psnr_db"]["mean"]; `{megabytes}`, `{bands}` and `{scores.SOURCE}` are made here. A figure that no result file holds is an
 error, so a card cannot claim what was not measured.
@@ -17,48 +19,68 @@ from typing import Any
 
 import torch
 
+from autoencoder import VolumeAutoencoder
+from diffusion.latent_cache import weights_hash
 from pipelines import MedVolumePipeline
+from pipelines.loading import load_autoencoder
 
 LIMIT = 40_000_000  # bytes a shipped pipeline may weigh
+HERE = {"_name_or_path": None}  # in the config of a loaded model
 
 
 def main(args: list[str] | None = None) -> None:
     """Write the folder. Raises: ValueError for a mask or result that is missing, or a folder over the limit."""
     options = parse(args)
-    target: Path = options.target
-    masks = [options.masks / f"{name}.nii.gz" for name in options.cases]
-    for path in (*masks, options.card):
+    target, examples = options.target, options.examples
+    for path in (*examples, options.card):
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
     reports = sorted(options.results.glob("*.json"))
     results = {path.stem: json.loads(path.read_text()) for path in reports}
 
     pipe = MedVolumePipeline.from_pretrained(options.pipeline)
+    if options.vae:
+        pipe = with_decoder(pipe, load_autoencoder(options.vae))
     pipe.to(torch.float16)
     pipe.save_pretrained(target)
     size = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
     if size > LIMIT:
         raise ValueError(f"{target}: weights of {size / 1e6:.1f} MB, the limit is {LIMIT / 1e6:.0f} MB")
-    for folder, files in (("masks", masks), ("results", reports)):
+    for folder, files in (("masks", examples), ("results", reports)):
         shutil.rmtree(target / folder, ignore_errors=True)
-        (target / folder).mkdir()
+        if files:
+            (target / folder).mkdir()
         for path in files:
             shutil.copyfile(path, target / folder / path.name)
 
     figures = {**results, **summaries(results), "megabytes": size / 1e6}
     (target / "README.md").write_text(fill(options.card.read_text(), figures))
-    print(f"{target}: {size / 1e6:.1f} MB of weights, {len(options.cases)} masks, {len(results)} result files")
+    print(f"{target}: {size / 1e6:.1f} MB of weights, {len(examples)} masks, {len(results)} result files")
+
+
+def with_decoder(pipe: MedVolumePipeline, vae: VolumeAutoencoder) -> MedVolumePipeline:
+    """The pipeline with another autoencoder. Raises: ValueError if that gives other latents than the pipeline's own."""
+    own: VolumeAutoencoder = pipe.vae
+    if weights_hash(own.encoder) != weights_hash(vae.encoder) or dict(own.config) | HERE != dict(vae.config) | HERE:
+        raise ValueError(
+            "--vae has another encoder, or other latent statistics, than the pipeline's U-Net was trained on"
+        )
+    return MedVolumePipeline(vae, pipe.unet, pipe.scheduler, data=pipe.data)
 
 
 def summaries(results: dict[str, Any]) -> dict[str, Any]:
-    """Lists as the card prints them: power ratios by band from 0.2 cycles a voxel, Dice with each seed's beside."""
-    ratios = results["reconstruction"]["spectrum"]["ratio_db"]
-    bands = [f"{band}: {value:+.1f}" for band, value in ratios.items() if float(band.split("-")[0]) >= 0.2]
-    scores = {}
-    for source, runs in results["dice"]["scores"].items():
+    """Lists as cards print them: power ratios by band from 0.2 cycles a voxel of every report that has them, Dice with
+    each seed's beside."""
+    made: dict[str, Any] = {"bands": {}, "scores": {}}
+    for name, report in results.items():
+        if "spectrum" in report:
+            ratios = report["spectrum"]["ratio_db"]
+            bands = [f"{band}: {value:+.1f}" for band, value in ratios.items() if float(band.split("-")[0]) >= 0.2]
+            made["bands"][name] = ", ".join(bands)
+    for source, runs in results.get("dice", {"scores": {}})["scores"].items():
         values = [run["dice"] for run in runs]
-        scores[source] = f"{sum(values) / len(values):.4f} ({', '.join(f'{value:.4f}' for value in values)})"
-    return {"bands": ", ".join(bands), "scores": scores}
+        made["scores"][source] = f"{sum(values) / len(values):.4f} ({', '.join(f'{value:.4f}' for value in values)})"
+    return made
 
 
 def fill(card: str, values: dict[str, Any]) -> str:
@@ -80,10 +102,8 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", type=Path, help="trained pipeline folder (RUN/pipeline)")
     parser.add_argument("target", type=Path, help="folder to write")
-    parser.add_argument(
-        "--masks", type=Path, required=True, help="folder of label maps that the examples are taken from"
-    )
-    parser.add_argument("--cases", nargs="+", required=True, help="names of the example masks, without .nii.gz")
+    parser.add_argument("--vae", help="autoencoder in place of the pipeline's, of the same encoder")
+    parser.add_argument("--examples", type=Path, nargs="*", default=[], help="label maps for the demo")
     parser.add_argument(
         "--results", type=Path, required=True, help="folder of JSON reports of evaluate.py and benchmarks"
     )
