@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from volumes import slices_figure
+from volumes import shapes_figure, slices_figure
 
 
 def test_planes_through_the_mask_in_proportion():
@@ -35,7 +35,27 @@ def test_one_grey_scale_for_a_column():
     assert next(iter(limits)) == pytest.approx((-0.99, 0.99), abs=1e-5)
 
 
+def test_an_image_may_have_its_own_window():
+    image = np.linspace(-1, 1, 512, dtype=np.float32).reshape(8, 8, 8)
+    column = {"images": {"ct": image, "pet": image}, "windows": {"pet": (0, 5)}}
+    limits = [panel.images[0].get_clim() for panel in slices_figure([column]).axes]
+    assert limits[:3] == [pytest.approx((-0.99, 0.99), abs=1e-5)] * 3 and limits[3:] == [(0, 5)] * 3
+
+
+def test_shapes_are_seen_from_the_front_and_lit_from_above():
+    ball = sum((np.arange(24).reshape(shape) - 11.5) ** 2 for shape in ((-1, 1, 1), (1, -1, 1), (1, 1, -1))) < 64
+    hollow = ball.copy()
+    hollow[:, :12] = False  # its back half is gone: from the front nothing changes but the rim
+    figure = shapes_figure({"balls": [ball, torch.from_numpy(hollow)[None]], "one": [ball]})
+    seen, without_back = (panel.images[0].get_array().T for panel in figure.axes[:2])
+    assert (seen > 0).sum() == ball.any(axis=1).sum() and not figure.axes[3].images
+    assert seen[11, 17] > seen[11, 6] + 0.2 and seen[6, 14] > seen[17, 14]  # above and left are bright
+    np.testing.assert_array_equal(seen[8:16, 8:16], without_back[8:16, 8:16])
+
+
 def test_nothing_to_show():
+    with pytest.raises(ValueError, match="at least one shape"):
+        shapes_figure({"empty": []})
     with pytest.raises(ValueError, match="at least one column"):
         slices_figure([])
     with pytest.raises(ValueError, match=r"got shape \(2, 4, 4, 4\)"):

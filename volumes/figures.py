@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))
 LABEL_COLOURS = ("#000000", "#e8743b", "#3b8ee8", "#6fbf4a", "#c94fb5", "#e8c53b", "#4fc9c0", "#9b7ae0", "#d9d9d9")
 PANEL_INCHES = 1.6
+LIGHT = (-0.3, 0.8, 0.6)  # towards it, in RAS: from the viewer, above and to the left
 
 
 def slices_figure(columns: Sequence[dict[str, Any]]) -> Figure:
     """Three orthogonal slices of every image of every column.
 
-    A column is {"title": str, "images": {row name: (X, Y, Z) array or tensor}, "mask": (X, Y, Z) of labels
-    (optional), "spacing": (x, y, z) in mm (optional, 1 mm)}. Slices go through the centre of what the mask marks
-    (label > 0), or of the volume. The mask has its own rows, first, and its outline is drawn on the images. All
-    images of a column share one grey scale, that of the first. Arrays are in RAS+ order: the patient's right is on
-    the right, anterior or superior is up.
+    A column is {"title": str, "images": {row name: (X, Y, Z) array or tensor}, "mask": (X, Y, Z) of labels (optional),
+    "spacing": (x, y, z) in mm (optional, 1 mm), "windows": {row name: (black, white)} (optional)}. Slices go through the
+    centre of what the mask marks (label > 0), or of the volume. The mask has its own rows, first, and its outline is
+    drawn on the images. Images without a window share the grey scale of the column's first. Arrays are in RAS+ order:
+    the patient's right is on the right, anterior or superior is up.
     """
     if not columns:
         raise ValueError("slices_figure needs at least one column")
@@ -38,6 +42,38 @@ def slices_figure(columns: Sequence[dict[str, Any]]) -> Figure:
         for plane, (label, _) in enumerate(PLANES):
             axes[y * len(PLANES) + plane, 0].set_ylabel(f"{name}\n{label}", fontsize=7)
     return figure
+
+
+def shapes_figure(rows: Mapping[str, Sequence[Any]]) -> Figure:
+    """Shapes (X, Y, Z), label > 0, as lit surfaces seen from the front: a row a name, all of one number of shapes."""
+    names, count = list(rows), max(map(len, rows.values()), default=0)
+    if not count:
+        raise ValueError("shapes_figure needs at least one shape")
+    figure = Figure(figsize=(PANEL_INCHES * count + 0.4, PANEL_INCHES * len(names) + 0.1), layout="constrained")
+    axes = figure.subplots(len(names), count, squeeze=False)
+    for panels, name in zip(axes, names, strict=True):
+        panels[0].set_ylabel(name, fontsize=8)
+        for panel, shape in itertools.zip_longest(panels, rows[name]):
+            panel.set(xticks=[], yticks=[], facecolor="black")
+            if shape is not None:
+                panel.imshow(_lit(_array(shape)).T, "gray", vmin=0, vmax=1, origin="lower")
+    return figure
+
+
+def _lit(shape: np.ndarray) -> np.ndarray:
+    """(X, Z) brightness in [0, 1] of a shape's surface as seen from the front (anterior, +Y), lit from above: Lambert's
+    law on the normals of the smoothed shape. Background is 0."""
+    inside = shape > 0
+    smooth = torch.from_numpy(inside.astype(np.float32))[None]
+    for _ in range(3):
+        smooth = F.avg_pool3d(smooth, 3, stride=1, padding=1)
+    slopes = np.stack([np.gradient(smooth[0].numpy(), axis=axis) for axis in range(3)])  # point inwards
+    normals = -slopes / np.maximum(np.linalg.norm(slopes, axis=0), 1e-6)
+    light = np.array(LIGHT) / np.linalg.norm(LIGHT)
+    bright = 0.25 + 0.75 * np.clip(np.tensordot(light, normals, axes=1), 0, 1)
+    from_front, seen = bright[:, ::-1], inside[:, ::-1]
+    first = seen.argmax(axis=1)[:, None]
+    return np.where(seen.any(axis=1), np.take_along_axis(from_front, first, axis=1)[:, 0], 0)
 
 
 def _draw_column(axes: np.ndarray, column: dict[str, Any], rows: list[str]) -> None:
@@ -73,9 +109,8 @@ def _draw_column(axes: np.ndarray, column: dict[str, Any], rows: list[str]) -> N
                     interpolation="nearest",
                 )
                 continue
-            panel.imshow(
-                drawn, "gray", vmin=window[0], vmax=max(window[1], window[0] + 1e-6), origin="lower", aspect=aspect
-            )
+            low, high = column.get("windows", {}).get(name, window)
+            panel.imshow(drawn, "gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower", aspect=aspect)
             if mask is not None:
                 _outline(panel, mask.take(centre[axis], axis=axis).T)
 
