@@ -1,12 +1,14 @@
 """Volumes from masks, or from a table of conditions, to disk, in one process or many:
 
 python generate.py --pipeline weights/hippocampus --masks 'masks/*.nii.gz' --output out/generated --count 2 --steps 20
-python generate.py --pipeline DIR --conditions table.csv --output out/generated     # a model with classes or numbers
+python generate.py --pipeline DIR --conditions table.csv --output out/generated     # a model with classes, numbers, images
 accelerate launch generate.py ...       # divides the masks, or the rows, over the processes
 
 Writes <name>_<k:03d>.nii.gz on the mask's grid, a JSON sidecar that says how it was made, and at the end manifest.csv.
-The name is the mask's stem. The columns of a table are: mask (a path, relative to the table's folder; without it, give
---shape), the model's classes and numbers (an empty cell leaves one out), and name, if the mask's stem is not to be it.
+Of a model of several channels it writes <name>_<k:03d>_<channel>.nii.gz for each that is generated, and one sidecar.
+The name is the mask's stem. The columns of a table are: mask (a path, relative to the table's folder; without it and
+without an image, give --shape), the model's classes and numbers (an empty cell leaves one out), the channels that it can
+be given (paths too; the others are generated to match), and name, if the mask's stem is not to be it.
 Each volume's seed comes from --seed, its name and k alone, so batch size, order, processes and interruptions change
 nothing. The same command again goes on where it stopped.
 """
@@ -29,7 +31,15 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from pipelines import MedVolumePipeline, check_conditions, describe_mask, equal_batches, read_sidecar
+from pipelines import (
+    MedVolumePipeline,
+    check_conditions,
+    describe_images,
+    describe_mask,
+    equal_batches,
+    read_sidecar,
+    volume_files,
+)
 from volumes.cases import read_table
 from volumes.patterns import SUFFIXES
 
@@ -41,12 +51,19 @@ MANIFEST = "manifest.csv"
 
 @dataclass(frozen=True)
 class Request:
-    """What to make volumes of: a name, a mask (None where there is none), and the labels and numbers asked for."""
+    """What to make volumes of: a name, a mask (None where there is none), the labels and numbers asked for, and the images
+    given."""
 
     name: str
     mask: Path | None
     labels: dict[str, str] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that are read."""
+        return [*([self.mask] if self.mask else []), *self.images.values()]
 
 
 @dataclass(frozen=True)
@@ -82,9 +99,10 @@ def main(args: Sequence[str] | None = None) -> None:
             masks = [task.request.mask for task in batch if task.request.mask]
             pipe(
                 mask=masks or None,
-                shape=None if masks else options.shape,
+                shape=None if batch[0].request.files else options.shape,
                 labels=[task.request.labels for task in batch],
                 numbers=[task.request.numbers for task in batch],
+                image=[task.request.images for task in batch],
                 num_inference_steps=options.steps,
                 guidance_scale=options.guidance_scale,
                 generator=[torch.Generator().manual_seed(task.seed) for task in batch],
@@ -175,10 +193,10 @@ def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
 
 
 def refuse_masks_in(output: Path, masks: Sequence[Path]) -> None:
-    """Raises: ValueError for a mask in the output folder."""
+    """Raises: ValueError for a mask, or an image, in the output folder."""
     for mask in masks:
         if mask.parent.resolve() == output.resolve():
-            raise ValueError(f"{mask}: lies in --output {output}; write volumes to another folder than the masks'")
+            raise ValueError(f"{mask}: lies in --output {output}; write volumes to another folder")
 
 
 def mask_stem(path: Path) -> str:
@@ -195,11 +213,12 @@ def volume_seed(seed: int, stem: str, k: int) -> int:
 def read_requests(table: Path, pipe: MedVolumePipeline, output: Path) -> list[Request]:
     """The rows of a table of conditions, in order.
 
-    Raises: ValueError for columns that the model does not know, for names used twice or unfit for a file, for masks in
-    the output folder, and if some rows have a mask and others none.
+    Raises: ValueError for columns that the model does not know, for names used twice or unfit for a file, for masks and
+    images in the output folder, and if some rows have a mask (or, without any, an image) and others none.
     """
     names, rows = pipe.unet.condition_names, read_table(table)
-    known = ["mask", "name", *names.classes, *names.numbers]
+    channels = [name for name, _ in names.images]
+    known = ["mask", "name", *names.classes, *names.numbers, *channels]
     if unknown := sorted({column for row in rows for column in row} - set(known)):
         raise ValueError(f"{table}: unknown columns {unknown}; for this model a table has {', '.join(known)}")
     requests = []
@@ -209,16 +228,18 @@ def read_requests(table: Path, pipe: MedVolumePipeline, output: Path) -> list[Re
         name = str(given.get("name", mask_stem(mask) if mask else f"row_{number:04d}"))
         if Path(name).name != name:
             raise ValueError(f"{table}: row {number} is called {name!r}, which is no file's name")
-        chosen = [
+        labels, numbers = (
             {column: given[column] for column in kind if column in given} for kind in (names.classes, names.numbers)
-        ]
-        requests.append(Request(name, mask, *chosen))
+        )
+        images = {column: table.parent / given[column] for column in channels if column in given}
+        requests.append(Request(name, mask, labels, numbers, images))
     if twice := sorted(name for name, count in Counter(request.name for request in requests).items() if count > 1):
         raise ValueError(f"{table}: several rows are called {', '.join(twice)}; tell them apart in a column `name`")
-    masks = [request.mask for request in requests if request.mask]
-    if masks and len(masks) < len(requests):
-        raise ValueError(f"{table}: {len(masks)} of {len(requests)} rows have a mask; split it into two tables")
-    refuse_masks_in(output, masks)
+    masks, files = sum(bool(request.mask) for request in requests), sum(bool(request.files) for request in requests)
+    if (masks or files) not in (0, len(requests)):
+        what = "a mask" if masks else "an image"
+        raise ValueError(f"{table}: {masks or files} of {len(requests)} rows have {what}; split it into two tables")
+    refuse_masks_in(output, [path for request in requests for path in request.files])
     return requests
 
 
@@ -227,45 +248,48 @@ def plan(pipe: MedVolumePipeline, requests: Sequence[Request], options: argparse
 
     Raises: ValueError naming all bad masks and rows, or a shape that is missing or has no use.
     """
-    if options.shape and any(request.mask for request in requests):
-        raise ValueError("--shape has no use beside masks, which have their own; leave it out")
+    if options.shape and any(request.files for request in requests):
+        raise ValueError("--shape has no use beside masks and images, which have their own; leave it out")
     tasks, refused = [], []
     for request in requests:
         mask = request.mask
         try:
-            labels, numbers = check_conditions(pipe.unet, pipe.data, request.labels, request.numbers)
-            shape = pipe.canvas(mask, options.shape, options.label_map).shape
+            canvas = pipe.canvas(mask, options.shape, options.label_map, request.images)
+            labels, numbers = check_conditions(pipe.unet, pipe.data, request.labels, request.numbers, canvas.grid)
         except ValueError as error:
             refused.append(f"{request.name}: {error}")
             continue
-        description = describe_mask(mask) if mask else None
+        description, images = describe_mask(mask) if mask else None, describe_images(request.images)
         for k in range(options.count):
             seed = volume_seed(options.seed, request.name, k)
             record = pipe.provenance(
                 description,
-                shape=None if mask else options.shape,
+                shape=options.shape,
                 seed=seed,
                 num_inference_steps=options.steps,
                 guidance_scale=options.guidance_scale,
                 label_map=options.label_map,
                 labels=labels,
                 numbers=numbers,
+                images=images,
             )
-            tasks.append(Task(request, options.output / f"{request.name}_{k:03d}.nii.gz", shape, seed, record))
+            tasks.append(Task(request, options.output / f"{request.name}_{k:03d}.nii.gz", canvas.shape, seed, record))
     if refused:
         raise ValueError("masks or conditions that cannot be used:\n" + "\n".join(refused))
     return tasks
 
 
 def unfinished(tasks: Sequence[Task]) -> list[Task]:
-    """The tasks whose volume is not on disk yet.
+    """The tasks whose volume is not on disk yet, or not all of its files.
 
     Raises: ValueError if a volume is there that other settings made, or that this script did not make at all.
     """
     todo, refused = [], []
     for task in tasks:
-        if not task.path.exists():
+        there = [path.exists() for path in volume_files(task.path, task.record)]
+        if not all(there):
             todo.append(task)
+        if not any(there):
             continue
         record = read_sidecar(task.path)
         if record is None:
@@ -293,20 +317,24 @@ def check_writable(output: Path) -> None:
 
 
 def write_manifest(output: Path) -> int:
-    """manifest.csv: a row for every generated volume in the folder, from its sidecar, with a column for each class and
-    number. Returns their number."""
+    """manifest.csv: a row for every generated volume in the folder, from its sidecar, with a column for each class, number
+    and given image. Files of several channels stand in one cell, with semicolons between. Returns their number."""
     columns = ("file", "mask", "mask_sha256", "seed", "num_inference_steps", "scheduler", "dtype", "model", "software")
     rows: list[dict[str, Any]] = []
     names: dict[str, None] = {}  # in order
-    for path in sorted(output.glob("*.nii.gz")):
+    for sidecar in sorted(output.glob("*.json")):
+        path = sidecar.with_suffix(".nii.gz")
         try:
             record = read_sidecar(path)
-        except ValueError:  # somebody else's volume with a JSON of its own
+        except ValueError:  # somebody else's JSON
             continue
-        if record is not None:
+        files = [] if record is None else volume_files(path, record)
+        if record is not None and all(file.exists() for file in files):
             mask, scheduler = record["mask"] or {"file": None, "sha256": None}, record["scheduler"]["class"]
-            flat = {"file": path.name, "mask": mask["file"], "mask_sha256": mask["sha256"], "scheduler": scheduler}
-            given = {**(record.get("labels") or {}), **(record.get("numbers") or {})}
+            flat = {"mask": mask["file"], "mask_sha256": mask["sha256"], "scheduler": scheduler}
+            flat["file"] = ";".join(file.name for file in files)
+            images = {name: image["file"] for name, image in (record.get("images") or {}).items()}
+            given = {**(record.get("labels") or {}), **(record.get("numbers") or {}), **images}
             names |= dict.fromkeys(given)
             rows.append(given | {column: flat.get(column, record.get(column)) for column in columns})
     unfinished_manifest = output / f".{MANIFEST}"

@@ -8,6 +8,7 @@ for `MedVolumePipeline.from_pretrained`. With a `lora:` section it ends with `lo
 import dataclasses
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from diffusion import (
     denoise,
     drop_conditions,
     fold_mask,
+    image_condition,
     make_scheduler,
     training_loss,
 )
@@ -59,8 +61,11 @@ VALIDATION_DRAWS = 8  # timesteps and noises per held-out volume; the same at ev
 class DiffusionStep:
     """The U-Net's training step: latents drawn from their posterior, timesteps and noise, the objective's loss."""
 
-    def __init__(self, learner: Learner[LatentUNet3D], vae: VolumeAutoencoder, inference_steps: int):
+    def __init__(
+        self, learner: Learner[LatentUNet3D], vae: VolumeAutoencoder, inference_steps: int, channels: Sequence[str]
+    ):
         self.unet, self.learners, self.vae, self.inference_steps = learner, (learner,), vae, inference_steps
+        self.channels = channels
         self.objective: str = learner.network.config["objective"]
         self.names = learner.network.condition_names
         self.dropout: dict[str, float] = learner.network.config["condition_dropout"] or {}
@@ -80,12 +85,13 @@ class DiffusionStep:
 
     @torch.no_grad()
     def validate(self, item: dict[str, Any], generator: torch.Generator) -> dict[str, float]:
-        """The loss on a held-out volume's latents."""
+        """The loss on a held-out volume's latents, conditions left out as often as in training."""
 
         def repeat(values: Tensor) -> Tensor:
             return values.expand(VALIDATION_DRAWS, *values.shape[1:])
 
         latents, conditions = repeat(item["latents"]), {key: repeat(one) for key, one in item["conditions"].items()}
+        conditions = drop_conditions(conditions, self.names, self.dropout, generator)
         weight = torch.ones_like(latents[:, :1])  # padding is thinner than a cell, so every cell has a voxel inside
         with self.unet.accelerator.autocast():
             loss = training_loss(self.unet.average, self.objective, latents, conditions, weight, generator)
@@ -94,26 +100,33 @@ class DiffusionStep:
     @torch.no_grad()
     def preview(self, items: list[dict[str, Any]]) -> "Figure":
         """Mask, real volume and the volume generated from its conditions, a column per case, always from the same
-        noise."""
-        columns = []
+        noise; without the images that can be left out."""
+        columns, images = [], [name for name, _ in self.names.images if self.dropout.get(name)]
         for index, item in enumerate(items):
             shape, device = item["latents"].shape, item["latents"].device
             noise = randn_tensor(shape, generator=torch.Generator().manual_seed(index), device=device)
             scheduler, steps = make_scheduler(self.objective), self.inference_steps
+            conditions = self.names.without(item["conditions"], images)
             with self.unet.accelerator.autocast():
-                latents = denoise(self.unet.average, noise, scheduler, item["conditions"], num_inference_steps=steps)
+                latents = denoise(self.unet.average, noise, scheduler, conditions, num_inference_steps=steps)
                 generated = self.vae.decode(latents, return_dict=False)[0][0].float().clamp(-1, 1)
-            images = {"real": item["image"][0], "generated": generated[0]}  # the first channel
-            columns.append({k: item.get(k) for k in ("mask", "spacing")} | {"title": item["name"], "images": images})
+            rows = {}
+            for name, *pair in zip(self.channels, item["image"], generated, strict=True):
+                of = f" {name}" if len(self.channels) > 1 else ""
+                rows |= dict(zip((f"real{of}", f"generated{of}"), pair, strict=True))
+            columns.append({k: item.get(k) for k in ("mask", "spacing")} | {"title": item["name"], "images": rows})
         return slices_figure(columns)
 
 
-def complete_model(section: dict[str, Any], vae: VolumeAutoencoder, data: dict[str, Any]) -> dict[str, Any]:
+def complete_model(
+    section: dict[str, Any], vae: VolumeAutoencoder, data: dict[str, Any], images: Mapping[str, slice] | None = None
+) -> dict[str, Any]:
     """The model section with what autoencoder and data decide; `num_labels: 0` asks for a model without a mask, and
     `numbers` may keep the mean and std of the model that is fine-tuned.
 
     Args:
         data: `volumes.describe` of the training volumes.
+        images: channels of the latents of each image that the model may be given.
     Raises: ValueError if the section says something else.
     """
     channels = vae.config["latent_channels"]
@@ -124,6 +137,7 @@ def complete_model(section: dict[str, Any], vae: VolumeAutoencoder, data: dict[s
         "num_labels": len(data["labels"]),
         "classes": data["classes"] or None,
         "numbers": {name: {key: of[key] for key in ("mean", "std")} for name, of in data["numbers"].items()} or None,
+        "images": {name: own.stop - own.start for name, own in (images or {}).items()} or None,
     }
     for name, value in decided.items():
         given = section.get(name, value)
@@ -156,7 +170,9 @@ def attach_lora(unet: LatentUNet3D, config: TrainLdmConfig) -> str:
 
 
 @torch.no_grad()
-def encode_held_out(volumes: PaddedVolumes, vae: VolumeAutoencoder, num_labels: int) -> list[dict[str, Any]]:
+def encode_held_out(
+    volumes: PaddedVolumes, vae: VolumeAutoencoder, num_labels: int, images: Mapping[str, slice]
+) -> list[dict[str, Any]]:
     """Held-out volumes with their latents (1, C, h, w, d) and "conditions", the U-Net's keyword arguments (1, ...)."""
     items = []
     for item in volumes:
@@ -164,7 +180,10 @@ def encode_held_out(volumes: PaddedVolumes, vae: VolumeAutoencoder, num_labels: 
         conditions = {key: item[key][None] for key in ("classes", "numbers") if key in item}
         if num_labels:
             conditions["mask"] = fold_mask(item["mask"][None], vae.stride, num_labels)
-        items.append({**item, "latents": posterior.mode().cpu(), "conditions": conditions})
+        latents = posterior.mode().cpu()
+        if images:
+            conditions["image"] = image_condition(latents, images)
+        items.append({**item, "latents": latents, "conditions": conditions})
     return items
 
 
@@ -189,7 +208,9 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     vae = load_autoencoder(config.vae).to(accelerator.device)
     train, held_out = load_split(config.data)
     data = describe(train)
-    config.model = complete_model(config.model, vae, data)
+    channels = config.data.channels
+    images = {name: vae.latents_of(channels.index(name)) for name in config.data.given}
+    config.model = complete_model(config.model, vae, data, images)
     set_seed(config.loop.seed)
     unet: LatentUNet3D = build_model(config.model)
     if config.gradient_checkpointing:
@@ -201,11 +222,11 @@ def main(args: list[str] | None = None) -> dict[str, float]:
 
     num_labels = config.model["num_labels"]
     latents = encode_training(train, vae, config, accelerator)
-    validation = encode_held_out(PaddedVolumes(held_out, vae.stride), vae, num_labels) if held_out else []
+    validation = encode_held_out(PaddedVolumes(held_out, vae.stride), vae, num_labels, images) if held_out else []
 
     learner = Learner("unet", unet, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
-    step = DiffusionStep(learner, vae, config.inference_steps)
-    collate = partial(collate_latents, stride=vae.stride, num_labels=num_labels)
+    step = DiffusionStep(learner, vae, config.inference_steps, channels)
+    collate = partial(collate_latents, stride=vae.stride, num_labels=num_labels, images=images)
     metrics = Loop(accelerator, config, step, latents, validation, collate).run()
 
     if accelerator.is_main_process and base:

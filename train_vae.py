@@ -25,6 +25,7 @@ from autoencoder import (
     latent_loss,
     latent_statistics,
     mse_loss,
+    spectrum_loss,
 )
 from autoencoder.adversarial import (
     Slices,
@@ -36,11 +37,14 @@ from autoencoder.adversarial import (
     generator_loss,
 )
 from autoencoder.losses import cells_inside
+from autoencoder.perceptual import EncoderFeatures, VGG16Features, perceptual_loss
+from pipelines.loading import load_autoencoder
 from training import (
     AdversarialConfig,
     AutoencoderLosses,
     Learner,
     Loop,
+    PerceptualConfig,
     TrainVaeConfig,
     build_model,
     derive_seed,
@@ -97,12 +101,32 @@ class Adversary:
         return {"discriminator": loss}
 
 
-class AutoencoderStep:
-    """The autoencoder's training step: reconstruction and latents inside the field of view, and its adversary if it
-    has one."""
+class Perception:
+    """A frozen network, and how it is asked."""
 
-    def __init__(self, learner: Learner[VolumeAutoencoder], weights: AutoencoderLosses, adversary: Adversary | None):
-        self.vae, self.weights, self.adversary = learner, weights, adversary
+    def __init__(self, network: EncoderFeatures | VGG16Features, config: PerceptualConfig):
+        self.network, self.config = network, config
+
+    def __call__(self, image: Tensor, reconstruction: Tensor, fov: Tensor, generator: torch.Generator) -> Tensor:
+        """The perceptual loss of whole volumes, or of planes of them, drawn at random, if the network is of slices."""
+        if self.network.dims == 2:
+            planes = draw_slices(fov, self.config.slices, generator)
+            image, reconstruction, fov = planes.of(image), planes.of(reconstruction), planes.of(fov)
+        return perceptual_loss(self.network, reconstruction, image, fov)
+
+
+class AutoencoderStep:
+    """The autoencoder's training step: reconstruction and latents inside the field of view, and its adversary and its
+    perception if it has them."""
+
+    def __init__(
+        self,
+        learner: Learner[VolumeAutoencoder],
+        weights: AutoencoderLosses,
+        adversary: Adversary | None = None,
+        perception: Perception | None = None,
+    ):
+        self.vae, self.weights, self.adversary, self.perception = learner, weights, adversary, perception
         self.learners = (learner,) if adversary is None else (learner, adversary.learner)
         self._cells: list[Tensor] = []  # latents inside the field of view since the last update, for the codebook
 
@@ -112,12 +136,16 @@ class AutoencoderStep:
         reconstruction, latents = self.vae.model(image, sample_posterior=True, return_dict=False, generator=generator)
         losses = {"l1": l1_loss(reconstruction, image, fov)}
         loss = weights.l1 * losses["l1"]
-        for name, weight, function in (("mse", weights.mse, mse_loss), ("gradient", weights.gradient, gradient_loss)):
-            if weight:
+        for name, function in (("mse", mse_loss), ("gradient", gradient_loss), ("spectrum", spectrum_loss)):
+            if weight := getattr(weights, name):
                 losses[name] = function(reconstruction, image, fov)
                 loss = loss + weight * losses[name]
-        strength = None if self.adversary is None else self.adversary.strength(self.vae.updates)
         seen = torch.where(fov, reconstruction.float(), image)  # padding has no truth to be told from
+        if self.perception is not None:
+            with self.vae.accelerator.autocast():
+                losses["perceptual"] = self.perception(image, seen, fov, generator)
+            loss = loss + self.perception.config.weight * losses["perceptual"]
+        strength = None if self.adversary is None else self.adversary.strength(self.vae.updates)
         slices = None
         if self.adversary is not None and strength is not None:
             slices = draw_slices(fov, max(self.adversary.config.slices, 1), generator)
@@ -211,6 +239,27 @@ def make_adversary(config: TrainVaeConfig, vae: VolumeAutoencoder) -> Adversary 
     return Adversary(learner, options)
 
 
+def make_perception(config: TrainVaeConfig, vae: VolumeAutoencoder) -> Perception | None:
+    """The frozen network that the config asks for, if it does. Raises: ValueError if it does not fit crops or channels."""
+    options = config.perceptual
+    if options is None:
+        return None
+    path, side, channels = Path(options.network), config.crops.shape, vae.config["out_channels"]
+    network = EncoderFeatures(load_autoencoder(path)) if path.is_dir() else VGG16Features(path)
+    if network.in_channels not in (1, channels):
+        raise ValueError(
+            f"perceptual.network {path}: takes {network.in_channels} channels at once, and the volumes have {channels}; give "
+            "an autoencoder of as many channels, or of one"
+        )
+    if isinstance(network, VGG16Features) and min(side) < network.smallest:
+        raise ValueError(f"crops.shape {side}: VGG-16 needs {network.smallest} voxels a side; enlarge the crops")
+    if isinstance(network, EncoderFeatures) and any(n % s for n, s in zip(side, network.stride, strict=True)):
+        raise ValueError(
+            f"crops.shape {side}: no multiple of {network.stride}, the stride of perceptual.network {path}"
+        )
+    return Perception(network, options)
+
+
 def main(args: list[str] | None = None) -> dict[str, float]:
     """Train as the config says. Returns the final validation's metrics."""
     config = parse_config(TrainVaeConfig, args)
@@ -236,7 +285,10 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     crops = CropDataset(train, config.crops.shape, seed=config.loop.seed, flip_axes=config.crops.flip_axes)
 
     learner = Learner("vae", vae, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
-    step = AutoencoderStep(learner, config.losses, make_adversary(config, vae))
+    perception = make_perception(config, vae)
+    if perception is not None:
+        perception.network.to(accelerator.device)
+    step = AutoencoderStep(learner, config.losses, make_adversary(config, vae), perception)
     validation = PaddedVolumes(held_out, vae.stride) if held_out else []
     metrics = Loop(accelerator, config, step, crops, validation).run()
 

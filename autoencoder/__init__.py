@@ -5,7 +5,7 @@ from diffusers.models.modeling_utils import ModelMixin  # the name diffusers loo
 from .base import VolumeAutoencoder
 from .codebook import Codebook, code_statistics
 from .kl import AutoencoderKL3D
-from .losses import commitment_loss, gradient_loss, kl_loss, l1_loss, latent_loss, mse_loss
+from .losses import commitment_loss, gradient_loss, kl_loss, l1_loss, latent_loss, mse_loss, spectrum_loss
 from .posterior import DiagonalGaussian3D, LatentDistribution
 from .statistics import latent_statistics
 from .vq import VQGAN3D, QuantisedLatents
@@ -27,4 +27,5 @@ __all__ = [
     "latent_loss",
     "latent_statistics",
     "mse_loss",
+    "spectrum_loss",
 ]

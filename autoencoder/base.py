@@ -53,11 +53,37 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         level_strides = [as_stride(s) for s in strides]
         self.stride = as_stride([math.prod(axis) for axis in zip(self.patch_size, *level_strides, strict=True)])
         patch = math.prod(self.patch_size)
-        self.encoder = Encoder(config["in_channels"] * patch, encoded_channels, channels, level_strides, encoder_blocks)
-        self.decoder = Decoder(latent_channels, config["out_channels"] * patch, channels, level_strides, decoder_blocks)
+        apart = self.channels_apart
+        self.encoder = Encoder(
+            config["in_channels"] // apart * patch, encoded_channels // apart, channels, level_strides, encoder_blocks
+        )
+        self.decoder = Decoder(
+            latent_channels // apart, config["out_channels"] // apart * patch, channels, level_strides, decoder_blocks
+        )
         self.use_tiling: bool | None = None  # by size, until enable_tiling or disable_tiling is called
         self.slab_bytes = SLAB_BYTES
         self.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+
+    @property
+    def channels_apart(self) -> int:
+        """Into how many parts, each coded by itself with the same weights, a volume's channels fall: 1 unless
+        `per_channel`."""
+        return self.config["in_channels"] if self.config.get("per_channel") else 1
+
+    def latents_of(self, channel: int) -> slice:
+        """Where the latents of image channel number `channel` are among the latents' channels.
+
+        Raises: ValueError if channels share their latents, and for a channel that there is not.
+        """
+        channels, apart = self.config["in_channels"], self.channels_apart
+        if apart != channels:
+            raise ValueError(
+                "this autoencoder mixes the channels of a volume in its latents; train one with per_channel: true"
+            )
+        if not 0 <= channel < channels:
+            raise ValueError(f"channel {channel}: this autoencoder's channels are numbered 0 to {channels - 1}")
+        width = self.config["latent_channels"] // channels
+        return slice(channel * width, (channel + 1) * width)
 
     def _distribution(self, encoded: Tensor) -> Distribution:
         """What the encoder gave, as a distribution of standardised latents."""
@@ -85,7 +111,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         """About how much memory encoding or decoding `shape` (X, Y, Z) voxels in one piece takes, in bytes, besides
         weights, volume and latents: the largest level's channels, for the tensors that live at once."""
         strides, widths = [self.patch_size, *map(as_stride, self.config["strides"])], self.config["channels"]
-        elements, voxels = 0, math.prod(shape) * batch
+        elements, voxels = 0, math.prod(shape) * batch * self.channels_apart
         for width, stride in zip(widths, strides, strict=True):
             voxels = voxels / math.prod(stride)
             elements = max(elements, round(width * voxels))
@@ -178,12 +204,14 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
 
     def _encode(self, x: Tensor) -> Tensor:
         """Volumes -> what the encoder gives."""
-        return self.encoder(space_to_depth(whole_cells(self, x, self.patch_size[2]), self.patch_size))
+        parts = _apart(whole_cells(self, x, self.patch_size[2]), self.channels_apart)
+        return _together(self.encoder(space_to_depth(parts, self.patch_size)), self.channels_apart)
 
     def _decode(self, z: Tensor) -> Tensor:
         """Standardised latents -> volumes."""
         mean, std = (v.view(1, -1, 1, 1, 1) for v in self._statistics(z))
-        return depth_to_space(self.decoder(self._decodable(z * std + mean)), self.patch_size)
+        parts = self.decoder(_apart(self._decodable(z * std + mean), self.channels_apart))
+        return _together(depth_to_space(parts, self.patch_size), self.channels_apart)
 
     def forward(
         self,
@@ -197,6 +225,16 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
         reconstruction: Tensor = self.decode(latents, return_dict=False)[0]
         return DecoderOutput(sample=reconstruction) if return_dict else (reconstruction, posterior)
+
+
+def _apart(x: Tensor, parts: int) -> Tensor:
+    """(B, parts * C, ...) -> (B * parts, C, ...)."""
+    return x if parts == 1 else x.unflatten(1, (parts, x.shape[1] // parts)).flatten(0, 1)
+
+
+def _together(x: Tensor, parts: int) -> Tensor:
+    """The inverse of `_apart`."""
+    return x if parts == 1 else x.unflatten(0, (len(x) // parts, parts)).flatten(1, 2)
 
 
 def _assemble(slabs: Iterator[Tensor], sides: Sequence[int]) -> Tensor:

@@ -14,11 +14,13 @@ class AutoencoderKL3D(VolumeAutoencoder[DiagonalGaussian3D]):
 
     Args:
         in_channels, out_channels: channels of the volume.
-        latent_channels: channels of the latents.
+        latent_channels: channels of the latents, of all image channels together.
         patch_size: space-to-depth before the first convolution, one integer or one per axis.
         channels: width of each level, finest first.
         strides: of each level but the first, one integer or one per axis; (2,) after patch_size 2 gives 4 per axis.
         encoder_blocks, decoder_blocks: residual blocks per level, finest first.
+        per_channel: code each image channel by itself, all with the same weights: those of an autoencoder of one channel
+            with latent_channels / in_channels. So a channel that is missing leaves the latents of the others alone.
         latents_mean, latents_std: statistics of the raw latents over the training set, set by `set_latent_statistics`.
     """
 
@@ -35,9 +37,17 @@ class AutoencoderKL3D(VolumeAutoencoder[DiagonalGaussian3D]):
         decoder_blocks: Sequence[int] = (1, 3),
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
+        per_channel: bool | None = None,
     ):
         super().__init__()
+        if per_channel and (in_channels != out_channels or latent_channels % in_channels):
+            raise ValueError(
+                f"per_channel codes each of in_channels ({in_channels}) by itself: out_channels ({out_channels}) must be as "
+                f"many, and latent_channels ({latent_channels}) a multiple of them"
+            )
         self._build(encoded_channels=2 * latent_channels)
 
     def _distribution(self, encoded: Tensor) -> DiagonalGaussian3D:
+        if self.channels_apart > 1:  # mean and log-variance of one channel after another: all the means go first
+            encoded = encoded.unflatten(1, (self.channels_apart, 2, -1)).transpose(1, 2).flatten(1, 3)
         return DiagonalGaussian3D(encoded, *self._statistics(encoded))

@@ -6,6 +6,7 @@ from diffusers.models.modeling_utils import ModelMixin  # the name diffusers loo
 from .denoise import denoise
 from .folding import fold_mask, unfold_mask
 from .guidance import ConditionNames, check_guidance, drop_conditions
+from .images import fold_images, image_condition
 from .latent_cache import LatentAugmentation, LatentDataset, build_latent_cache, collate_latents
 from .loss import training_loss
 from .objectives import OBJECTIVES, fit_scheduler, make_scheduler
@@ -24,7 +25,9 @@ __all__ = [
     "denoise",
     "drop_conditions",
     "fit_scheduler",
+    "fold_images",
     "fold_mask",
+    "image_condition",
     "make_scheduler",
     "training_loss",
     "unfold_mask",

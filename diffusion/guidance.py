@@ -1,7 +1,8 @@
 """Classifier-free guidance (Ho & Salimans 2022), for one scale or one per condition, in one call of the U-Net a step.
 
-Conditions are the U-Net's keyword arguments: "mask" and "image" (B, ..., h, w, d), "classes" (B, n) indices and
-"numbers" (B, m), a column for each named class or number. A condition that is left out has its `ABSENT` value.
+Conditions are the U-Net's keyword arguments: "mask" (B, ..., h, w, d), "image" (B, k, h, w, d), "classes" (B, n) indices
+and "numbers" (B, m), with columns for each named image, class or number. A condition that is left out has its `ABSENT`
+value.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .images import image_columns
 
 ABSENT = {"mask": 0, "image": 0, "classes": -1, "numbers": float("nan")}
 Conditions = Mapping[str, Tensor]
@@ -39,30 +42,47 @@ def check_guidance(scale: float | Mapping[str, float], rates: Mapping[str, float
 
 @dataclass(frozen=True)
 class ConditionNames:
-    """The names by which people know a model's conditions: "mask", "image", and a column each of classes and numbers."""
+    """The names by which people know a model's conditions: "mask", a column each of classes and numbers, and the images
+    (name, latent channels) in alphabetical order.
+
+    images_are_all: whether the images are all channels that the model generates, so that not all can be given at once.
+    """
 
     classes: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
+    images: tuple[tuple[str, int], ...] = ()
+    images_are_all: bool = False
+
+    @property
+    def columns(self) -> dict[str, Sequence[str]]:
+        """Whose each column of a tensor is, for the conditions that have columns."""
+        return {"classes": self.classes, "numbers": self.numbers, "image": image_columns(dict(self.images))}
 
     def of(self, conditions: Conditions) -> list[str]:
         """The names of what is given."""
-        columns = {"classes": self.classes, "numbers": self.numbers}
-        return [name for key in conditions for name in columns.get(key, (key,))]
+        return list(dict.fromkeys(name for key in conditions for name in self.columns.get(key, (key,))))
 
     def without(self, conditions: Conditions, names: Collection[str]) -> dict[str, Tensor]:
         """The conditions, those of `names` absent."""
         left: dict[str, Tensor] = {}
         for key, value in conditions.items():
-            columns = {"classes": self.classes, "numbers": self.numbers}.get(key)
+            columns = self.columns.get(key)
             if columns is None:
                 left[key] = torch.full_like(value, ABSENT[key]) if key in names else value
                 continue
             absent = torch.tensor([name in names for name in columns], device=value.device)
+            absent = absent.view(-1, *[1] * (value.ndim - 2))
             left[key] = torch.where(absent, torch.full_like(value, ABSENT[key]), value)
         return left
 
+    def nothing_left(self, conditions: Conditions) -> Tensor:
+        """Boolean (B,): the samples whose images are all given, though they are all that is generated."""
+        columns = self.columns["image"]
+        flags = [i for i, name in enumerate(columns) if i + 1 == len(columns) or columns[i + 1] != name]
+        return (conditions["image"][:, flags].flatten(2) != 0).any(2).all(1)
 
-UNNAMED = ConditionNames()  # of a model without classes and numbers
+
+UNNAMED = ConditionNames()  # of a model without classes, numbers and images
 
 
 def guidance_terms(
@@ -106,7 +126,8 @@ def drop_conditions(
     conditions: Conditions, names: ConditionNames, rates: Mapping[str, float], generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Training: leave out each condition of each sample with its own probability, all independently. Names that `rates`
-    lacks are never left out."""
+    lacks are never left out. A sample that would be given all that it is to generate is given no image: it would teach
+    nothing."""
     dropped: dict[str, Tensor] = dict(conditions)
     for name in names.of(conditions):
         rate = rates.get(name, 0.0)
@@ -114,7 +135,16 @@ def drop_conditions(
             continue
         batch = len(next(iter(conditions.values())))
         gone = torch.rand(batch, generator=generator, device=generator.device) < rate
-        for key, value in names.without(dropped, {name}).items():
-            rows = gone.to(value.device).view(-1, *[1] * (value.ndim - 1))
-            dropped[key] = torch.where(rows, value, dropped[key])
+        dropped = _where(gone, names.without(dropped, {name}), dropped)
+    if names.images_are_all and "image" in dropped:
+        without = names.without(dropped, [name for name, _ in names.images])
+        dropped = _where(names.nothing_left(dropped), without, dropped)
     return dropped
+
+
+def _where(rows: Tensor, chosen: Conditions, others: Conditions) -> dict[str, Tensor]:
+    """The samples of `chosen` where `rows` (B,) says so, those of `others` elsewhere."""
+    return {
+        key: torch.where(rows.to(value.device).view(-1, *[1] * (value.ndim - 1)), chosen[key], value)
+        for key, value in others.items()
+    }

@@ -11,7 +11,7 @@ import json
 import re
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from autoencoder.losses import cells_inside
 from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple
 
 from .folding import fold_mask
+from .images import image_condition
 
+NOT_CACHED = ("classes", "numbers", "given")  # entries of the data section that latents do not depend on
 FORMAT = 1  # part of the key: raise it when entries are made differently
 
 
@@ -80,9 +82,9 @@ def _file_stamp(path: Path | None) -> list[object]:
 def cache_key(dataset: VolumeDataset, vae: VolumeAutoencoder, augmentation: LatentAugmentation) -> str:
     """What the latents depend on, hashed: format, encoder and its config, preprocessing, files (name, size, time),
     augmentation. Another decoder makes no other latents."""
-    config = {k: v for k, v in dict(vae.config).items() if not k.startswith("_")}
+    config = {k: v for k, v in dict(vae.config).items() if not k.startswith("_") and v is not None}
     cases = [[c.name, *(_file_stamp(p) for p in c.images.values()), _file_stamp(c.mask)] for c in dataset.cases]
-    data = {k: v for k, v in asdict(dataset.config).items() if k not in ("classes", "numbers")}  # are not in the cache
+    data = {k: v for k, v in asdict(dataset.config).items() if k not in NOT_CACHED}
     parts = [FORMAT, weights_hash(vae.encoder), config, data, cases, asdict(augmentation)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -174,15 +176,20 @@ class LatentDataset(Dataset):
         return {**load_file(self.files[index]), "name": self.files[index].stem, **self.conditions[index]}
 
 
-def collate_latents(items: Sequence[dict], stride: Sequence[int], num_labels: int) -> dict[str, Any]:
+def collate_latents(
+    items: Sequence[dict], stride: Sequence[int], num_labels: int, images: Mapping[str, slice] | None = None
+) -> dict[str, Any]:
     """A batch of entries of any shapes, each cropped or padded to the shape of the first, at a random place.
 
     Volumes have their own shapes; a batch needs one. It is another one each time, so the model sees whole volumes,
     parts and borders. The place is drawn from a hash of the batch's names, so a resumed run sees the same batches.
     Padding has zero latents, no labels and no weight.
 
+    Args:
+        images: channels of the latents of each image that the model may be given.
     Returns: "mean", "std" (B, C, h, w, d), "weight" (B, 1, h, w, d), and "conditions", the U-Net's keyword arguments:
-    "mask" folded ids (B, h, w, d, r) unless `num_labels` is 0, "classes" (B, n) and "numbers" (B, m) if entries have them.
+    "mask" folded ids (B, h, w, d, r) unless `num_labels` is 0, "classes" (B, n) and "numbers" (B, m) if entries have them,
+    "image" (B, k, h, w, d), all given, if there are `images`.
     Raises: ValueError if labels are wanted and an entry has no mask.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(" ".join(item["name"] for item in items).encode()))
@@ -203,4 +210,7 @@ def collate_latents(items: Sequence[dict], stride: Sequence[int], num_labels: in
     conditions = {key: torch.stack([item[key] for item in items]) for key in ("classes", "numbers") if key in items[0]}
     if num_labels:
         conditions["mask"] = fold_mask(torch.stack(rows["mask"]), as_stride(stride), num_labels)
-    return {key: torch.stack(rows[key]) for key in ("mean", "std", "weight")} | {"conditions": conditions}
+    batch = {key: torch.stack(rows[key]) for key in ("mean", "std", "weight")}
+    if images:
+        conditions["image"] = image_condition(batch["mean"], images, batch["weight"])
+    return batch | {"conditions": conditions}

@@ -22,6 +22,7 @@ from .attention import SelfAttention
 from .conditions import ConditionEmbedding
 from .folding import FoldedMaskEmbedding
 from .guidance import ConditionNames, check_dropout
+from .images import check_images, image_columns
 from .objectives import check_objective
 
 
@@ -63,7 +64,7 @@ def pad_at_end(x: Tensor, stride: Stride) -> Tensor:
 
 class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
     """3-D U-Net (Ronneberger et al. 2015; Ho et al. 2020) over latents, conditioned on a mask folded to the latent
-    grid, on classes and on numbers, or on some of these.
+    grid, on classes, on numbers and on images (channels that are given), or on some of these.
 
     Odd sizes are padded on the way down and cropped to the skip's size on the way up.
 
@@ -80,6 +81,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         objective: what the output means, see `diffusion.objectives`; stored here because a scheduler must fit it.
         classes: values of each class that conditions the model, e.g. {"sex": ["F", "M"]}.
         numbers: mean and std of each number that conditions the model, e.g. {"age": {"mean": 50.0, "std": 18.0}}.
+        images: latent channels of each image that conditions the model, e.g. {"ct": 6, "pet": 6}; see `diffusion.images`.
         condition_dropout: how often training leaves out each condition, such as {"mask": 0.1, "sex": 0.2}; those that it
             never left out cannot be guided (Ho & Salimans 2022).
     """
@@ -108,6 +110,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         condition_dropout: dict[str, float] | None = None,
         classes: dict[str, list[str]] | None = None,
         numbers: dict[str, dict[str, float]] | None = None,
+        images: dict[str, int] | None = None,
     ):
         super().__init__()
         if not len(channels) == len(strides) + 1 == len(blocks) == len(attention):
@@ -115,8 +118,9 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
                 f"channels {channels}, blocks {blocks} and attention {attention} need one entry a level, strides {strides} one fewer"
             )
         check_objective(objective)
-        classes, numbers, dropout = classes or {}, numbers or {}, condition_dropout or {}
-        check_dropout(dropout, [*(["mask"] if num_labels else []), *classes, *numbers])
+        classes, numbers, images, dropout = classes or {}, numbers or {}, images or {}, condition_dropout or {}
+        check_dropout(dropout, [*(["mask"] if num_labels else []), *classes, *numbers, *images])
+        check_images(images, in_channels, dropout, [*classes, *numbers])
         self.gradient_checkpointing = False
         level_strides = [as_stride(s) for s in strides]
         self.mask_stride = as_stride(mask_stride)
@@ -129,7 +133,8 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         self.mask_embedding = (
             FoldedMaskEmbedding(num_labels, math.prod(self.mask_stride), mask_width) if num_labels else None
         )
-        self.conv_in = Conv3d(in_channels + (mask_width if num_labels else 0), channels[0], 3, padding=1)
+        given = (mask_width if num_labels else 0) + len(image_columns(images))
+        self.conv_in = Conv3d(in_channels + given, channels[0], 3, padding=1)
 
         def level(first: int, i: int) -> nn.ModuleList:
             widths = [first] + [channels[i]] * (blocks[i] - 1)
@@ -164,8 +169,14 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
 
     @property
     def condition_names(self) -> ConditionNames:
-        """The columns of classes and numbers."""
-        return ConditionNames(tuple(sorted(self.config["classes"] or {})), tuple(sorted(self.config["numbers"] or {})))
+        """The columns of classes, numbers and images."""
+        classes, numbers, images = (self.config[key] or {} for key in ("classes", "numbers", "images"))
+        return ConditionNames(
+            tuple(sorted(classes)),
+            tuple(sorted(numbers)),
+            tuple(sorted(images.items())),
+            images_are_all=sum(images.values()) == self.config["in_channels"],
+        )
 
     @apply_forward_hook
     def embed_mask(self, ids: Tensor) -> Tensor:
@@ -174,6 +185,20 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         if self.mask_embedding is None:
             raise ValueError("this model knows no mask: pass none")
         return self.mask_embedding(ids)
+
+    def _image(self, image: Tensor | None, sample: Tensor) -> Tensor:
+        """The condition, or zeros where it may be absent."""
+        images, rates = self.config["images"] or {}, self.config["condition_dropout"] or {}
+        if not images:
+            raise ValueError("this model knows no images: pass none")
+        expected = (len(sample), len(image_columns(images)), *sample.shape[2:])
+        if image is None:
+            if always := sorted(name for name in images if not rates.get(name)):
+                raise ValueError(f"this model was never trained without {', '.join(always)}: pass image (fold_images)")
+            return sample.new_zeros(expected)
+        if tuple(image.shape) != expected:
+            raise ValueError(f"image is {tuple(image.shape)}, expected {expected} from fold_images")
+        return image
 
     def _run(self, blocks: nn.ModuleList, x: Tensor, time: Tensor) -> Tensor:
         for block in blocks:
@@ -190,6 +215,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         mask: Tensor | None = None,
         classes: Tensor | None = None,
         numbers: Tensor | None = None,
+        image: Tensor | None = None,
         return_dict: bool = True,
     ) -> LatentUNet3DOutput | tuple[Tensor]:
         """Predict the objective's target.
@@ -203,8 +229,10 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
                 training left the mask out at times.
             classes: int64 (B, n), the index of each class's value, -1 where absent; columns as in `condition_names`.
             numbers: (B, m) in the units of `mean` and `std`, NaN where absent; columns as in `condition_names`.
-        Raises: ValueError if the mask is missing, not wanted, or on another grid than the latents; if classes or numbers
-        are missing, not wanted, or of other columns.
+            image: the images that are given, from `fold_images`; a model can do without if training left each out at
+            times.
+        Raises: ValueError if the mask is missing, not wanted, or on another grid than the latents; the same of images; if
+        classes or numbers are missing, not wanted, or of other columns.
         """
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         time = self.time_embedding(self.time_features(timestep).to(sample.dtype))
@@ -228,6 +256,8 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
                     f"the mask is folded to {tuple(embedded.shape[2:])} cells, the latents are {tuple(sample.shape[2:])}"
                 )
             x = torch.cat([x, embedded.to(x.dtype)], dim=1)
+        if self.config["images"] or image is not None:
+            x = torch.cat([x, self._image(image, sample).to(x.dtype)], dim=1)
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last_3d))
 
         skips: list[Tensor] = []

@@ -1,8 +1,8 @@
 """Metrics as pure functions, and the tests of usefulness that are made of them."""
 
 from .dice import dice_per_volume
-from .fidelity import psnr
-from .reconstruction import evaluate_reconstruction, reconstruct
+from .fidelity import mean_gradient, psnr
+from .reconstruction import codebook_report, evaluate_reconstruction, reconstruct
 from .report import machine, provenance, write_report
 from .segmentation_data import (
     LoadedPairs,
@@ -29,6 +29,7 @@ __all__ = [
     "band_names",
     "band_power",
     "centre_crop",
+    "codebook_report",
     "dice_per_volume",
     "evaluate_reconstruction",
     "generated_pairs",
@@ -40,6 +41,7 @@ __all__ = [
     "machine",
     "make_segmenter",
     "mean_band_power",
+    "mean_gradient",
     "protocol",
     "provenance",
     "psnr",

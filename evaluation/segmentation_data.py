@@ -1,7 +1,7 @@
 """What the segmenter learns from and is judged on: pairs of volume and mask, real or generated, at one size.
 
 Volumes generated from a mask are found by its file name, as generate.py writes them: `<mask>_000.nii.gz`, or `<mask>.nii.gz`, on the
-mask's grid.
+mask's grid; of several channels `<mask>_000_<channel>.nii.gz` each.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines import describe_mask, read_sidecar
 from volumes import (
     PHANTOM_LABELS,
     Case,
@@ -34,10 +35,11 @@ SUFFIXES = (".nii.gz", ".nii")
 
 @dataclass(frozen=True)
 class Pair:
-    """One volume to learn from or be judged on: the case whose mask it has, and its files if they are not the case's own."""
+    """One volume to learn from or be judged on: the case whose mask it has, and its files, one a channel, if they are not the
+    case's own."""
 
     case: Case
-    generated: Path | None = None
+    generated: tuple[Path, ...] | None = None
 
 
 def learning_cases(cases: Sequence[Case]) -> list[Case]:
@@ -54,18 +56,24 @@ def generated_pairs(cases: Sequence[Case], folder: Path) -> list[Pair]:
     """The volumes in `folder` that were generated from the masks of `learning_cases(cases)`, in the order of the cases.
 
     A volume made from a mask of the test split, or from an unknown mask, is left out: learning from it would be cheating.
-    Raises ValueError for a missing folder and for one without a volume to learn from.
+    A channel that was given, and not generated, is the case's own file, if the sidecar says that it was given that one.
+    Raises ValueError for a missing folder, for one without a volume to learn from, and for a volume that lacks a channel.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; make it with generate.py from the masks of the training split")
     files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
     masks = {_stem(case.mask): case for case in cases if case.mask is not None}
-    made: dict[str, list[Path]] = {}
-    for path in files:
-        owner = _mask_of(_stem(path), masks)
+    channels = next((list(case.images) for case in cases if case.images), ["image"])
+    made: dict[str, list[tuple[str, dict[str, Path]]]] = {}
+    for volume, parts in _volumes(files, channels):
+        owner = _mask_of(volume, masks)
         if owner is not None:
-            made.setdefault(owner.name, []).append(path)
-    pairs = [Pair(case, path) for case in learning_cases(cases) for path in made.get(case.name, [])]
+            made.setdefault(owner.name, []).append((volume, parts))
+    pairs = []
+    for case in learning_cases(cases):
+        for volume, parts in made.get(case.name, []):
+            path = folder / f"{volume}.nii.gz"
+            pairs.append(Pair(case, tuple(parts.get(channel) or _given(path, channel, case) for channel in channels)))
     if not pairs:
         raise ValueError(
             f"{folder}: none of its {len(files)} volumes is named after a mask of the training split (<mask>_000.nii.gz)"
@@ -129,11 +137,11 @@ def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
         name = case.name
     else:
         assert case.mask is not None
-        if pair.generated is not None:  # one file with all channels
-            files, numbers = [pair.generated], [None]
+        if pair.generated is not None:
+            files, numbers = list(pair.generated), [None] * len(pair.generated)
         else:
-            files = [case.images[channel] for channel in config.channels]
-            numbers = [config.volume_number(channel) for channel in config.channels]
+            files = [case.images[channel] for channel in config.patterns]
+            numbers = [config.volume_number(channel) for channel in config.patterns]
         name, mask = str(files[0]), read_mask(case.mask)
         parts = [read_volume(path, time_point=number) for path, number in zip(files, numbers, strict=True)]
         for path, part in zip(files, parts, strict=True):
@@ -142,8 +150,8 @@ def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
                     f"{path}: is not on the grid of {case.mask} ({describe_grid(part)} against {describe_grid(mask)})"
                 )
         image = parts[0].replace(np.concatenate([part.array for part in parts]))
-    if len(image.array) != len(config.channels):
-        raise VolumeError(f"{name}: holds {len(image.array)} channels, the data has {config.channels}")
+    if len(image.array) != len(config.patterns):
+        raise VolumeError(f"{name}: holds {len(image.array)} channels, the data has {list(config.patterns)}")
     mask = mask.replace(label_indices(mask.array, label_values(config), config.label_map, name=str(case.mask or name)))
     if config.spacing is not None:
         image, mask = resample(image, config.spacing), resample(mask, config.spacing, nearest=True)
@@ -164,6 +172,30 @@ def _mask_of(stem: str, masks: dict[str, Case]) -> Case | None:
     while stem not in masks and "_" in stem:
         stem = stem.rpartition("_")[0]
     return masks.get(stem)
+
+
+def _volumes(files: Sequence[Path], channels: Sequence[str]) -> list[tuple[str, dict[str, Path]]]:
+    """The names of the volumes that the files hold, each with its files by channel: one, or `<name>_<channel>` each."""
+    if len(channels) == 1:
+        return [(_stem(path), {channels[0]: path}) for path in files]
+    found: dict[str, dict[str, Path]] = {}
+    for path in files:
+        channel = max((name for name in channels if _stem(path).endswith(f"_{name}")), key=len, default="")
+        if channel:
+            found.setdefault(_stem(path).removesuffix(f"_{channel}"), {})[channel] = path
+    return list(found.items())
+
+
+def _given(path: Path, channel: str, case: Case) -> Path:
+    """The case's own file of a channel that the volume at `path` was given. Raises: ValueError if its sidecar does not say so."""
+    record = read_sidecar(path) or {}
+    given = (record.get("images") or {}).get(channel)
+    if given is None or given["sha256"] != describe_mask(case.images[channel])["sha256"]:
+        raise ValueError(
+            f"{path}: has no file of channel {channel!r}, nor was it given that of {case.name}; "
+            "generate all channels, or give the case's own"
+        )
+    return case.images[channel]
 
 
 def _stem(path: Path | None) -> str:

@@ -1,11 +1,12 @@
 """Mask in, volume out: the pipeline for people, and what goes in and comes out of it."""
 
 from .conditions import check_conditions
+from .images import check_images, describe_images
 from .loading import check_folder, register_packages
 from .masks import MaskLike, describe_mask
 from .output import MedVolumePipelineOutput
 from .pipeline import MedVolumePipeline
-from .provenance import read_sidecar, sidecar_path, write_synthetic
+from .provenance import read_sidecar, sidecar_path, volume_files, write_synthetic
 from .sampling import equal_batches
 from .volume_processor import Canvas, VolumeProcessor
 
@@ -19,10 +20,13 @@ __all__ = [
     "VolumeProcessor",
     "check_conditions",
     "check_folder",
+    "check_images",
+    "describe_images",
     "describe_mask",
     "equal_batches",
     "read_sidecar",
     "register_packages",
     "sidecar_path",
+    "volume_files",
     "write_synthetic",
 ]

@@ -1,4 +1,5 @@
-"""Conditions: classes and numbers as people name them, checked against what a model knows; all as the U-Net's tensors."""
+"""Conditions: classes and numbers as people name them, checked against what a model knows; these, masks and images as the
+U-Net's tensors."""
 
 import math
 import warnings
@@ -8,9 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusion import LatentUNet3D, fold_mask
+from autoencoder import VolumeAutoencoder
+from diffusion import LatentUNet3D, fold_images, fold_mask
+from volumes import Volume, grid_numbers
 
-from .volume_processor import Canvas
+from .images import Images
+from .volume_processor import Canvas, VolumeProcessor
 
 Labels = Mapping[str, str | int]  # {class: value}
 Numbers = Mapping[str, float]  # {number: value}
@@ -20,39 +24,56 @@ CELL_PLANES = 16  # of the latent grid, whose mask is folded and embedded at onc
 FAR = 0.1  # of the training range, beyond which a number is worth a warning
 
 
-def check_described(unet: LatentUNet3D, data: Mapping[str, Any]) -> None:
-    """Raises: ValueError if `data` describes other classes or numbers than the U-Net knows."""
+def check_described(vae: VolumeAutoencoder, unet: LatentUNet3D, data: Mapping[str, Any]) -> None:
+    """Raises: ValueError if `data` describes other classes, numbers or channels than the U-Net knows, and if the
+    autoencoder cannot code the images that the U-Net can be given."""
     for kind in ("classes", "numbers"):
         known, described = unet.config[kind] or {}, data.get(kind, {})
         if set(known) != set(described) or (kind == "classes" and known != described):
             raise ValueError(f"the U-Net knows the {kind} {known or 'none'}, data describes {described or 'none'}")
+    for name, channels in (unet.config["images"] or {}).items():
+        if name not in data["channels"]:
+            raise ValueError(f"the U-Net can be given {name!r}, data describes the channels {data['channels']}")
+        own = vae.latents_of(data["channels"].index(name))
+        if own.stop - own.start != channels:
+            raise ValueError(
+                f"the U-Net takes {channels} latent channels of {name}, the autoencoder gives {own.stop - own.start}"
+            )
 
 
 def rows_of(
-    labels: Labels | Sequence[Labels] | None, numbers: Numbers | Sequence[Numbers] | None, masks: int | None
-) -> list[tuple[Labels, Numbers]]:
-    """(labels, numbers) of each mask; without masks (None) as many as there are dicts in a list, or one.
+    labels: Labels | Sequence[Labels] | None,
+    numbers: Numbers | Sequence[Numbers] | None,
+    images: Images | Sequence[Images] | None,
+    masks: int | None,
+) -> list[tuple[Labels, Numbers, Images]]:
+    """(labels, numbers, images) of each mask; without masks (None) as many as there are dicts in a list, or one.
 
     Raises: ValueError for lists of another length than there are masks, and for what is no dict.
     """
-    lists = [given for given in (labels, numbers) if isinstance(given, Sequence)]
-    for given in (labels, numbers):
-        if not all(isinstance(one, Mapping) for one in (given if isinstance(given, Sequence) else [given or {}])):
+    asked = [{} if given is None else given for given in (labels, numbers, images)]
+    lists = [given for given in asked if isinstance(given, Sequence)]
+    for given in asked:
+        if not all(isinstance(one, Mapping) for one in (given if isinstance(given, Sequence) else [given])):
             raise ValueError(
-                f'labels and numbers are dicts such as {{"sex": "F"}} and {{"age": 63}}, or lists of one dict a mask; got {given!r}'
+                'labels, numbers and image are dicts such as {"sex": "F"}, {"age": 63} and {"ct": "ct.nii.gz"}, or lists of '
+                f"one dict a mask; got {given!r:.200}"
             )
     count = masks if masks is not None else len(lists[0]) if lists else 1
     if not count or any(len(one) != count for one in lists):
         wanted = f"{count} masks" if masks is not None else "as many volumes"
         raise ValueError(
-            f"labels and numbers: lists of {[len(one) for one in lists]} dicts for {wanted}; give one a mask"
+            f"labels, numbers and image: lists of {[len(one) for one in lists]} dicts for {wanted}; give one a mask"
         )
-    columns = [given if isinstance(given, Sequence) else [given or {}] * count for given in (labels, numbers)]
+    columns = [given if isinstance(given, Sequence) else [given] * count for given in asked]
     return list(zip(*columns, strict=True))  # pyright: ignore[reportReturnType]
 
 
-def check_conditions(unet: LatentUNet3D, data: Mapping[str, Any], labels: Labels, numbers: Numbers) -> Row:
-    """Labels and numbers of one volume, as its sidecar records them.
+def check_conditions(
+    unet: LatentUNet3D, data: Mapping[str, Any], labels: Labels, numbers: Numbers, grid: Volume
+) -> Row:
+    """Labels and numbers of one volume, as its sidecar records them. Numbers that say what the grid is, if the model learned
+    any (spacing_x, size_z, ...), are those of `grid`, unless they are given.
 
     Raises: ValueError for names and values that the model does not know, for numbers that are not finite, and for what
     is not given though training never left it out.
@@ -60,6 +81,7 @@ def check_conditions(unet: LatentUNet3D, data: Mapping[str, Any], labels: Labels
     """
     classes: dict[str, list[str]] = unet.config["classes"] or {}
     ranges: dict[str, dict[str, float]] = data["numbers"] if unet.config["numbers"] else {}
+    numbers = {name: grid_numbers(grid)[name] for name in data.get("grid_numbers", [])} | dict(numbers)
     knows = f"this model knows {_listing(classes, ranges)}"
     for kind, given, known in (("labels", labels, classes), ("numbers", numbers, ranges)):
         if unknown := [name for name in given if name not in known]:
@@ -101,6 +123,19 @@ def condition_tensors(
             embedded.append(unet.embed_mask(fold_mask(part.to(device), unet.mask_stride, unet.config["num_labels"])))
         tensors["mask"] = torch.cat(embedded, dim=4)  # once, not at every step
     return tensors
+
+
+def image_condition(
+    vae: VolumeAutoencoder, unet: LatentUNet3D, processor: VolumeProcessor, canvas: Canvas, device: torch.device
+) -> torch.Tensor:
+    """The U-Net's "image" (1, sum of C + 1, h, w, d) of one canvas: what is given there, encoded (the posterior's mode)."""
+    latents: dict[str, torch.Tensor] = {}
+    if canvas.images:
+        voxels = torch.from_numpy(processor.standardised_images(canvas))[None]
+        encoded = vae.encode(voxels.to(device, vae.dtype), return_dict=False)[0].mode()
+        latents = {name: encoded[:, vae.latents_of(processor.channels.index(name))] for name in canvas.images}
+    cells = [n // s for n, s in zip(canvas.shape, vae.stride, strict=True)]
+    return fold_images(latents, unet.config["images"], cells).to(device, unet.dtype)
 
 
 def _finite(name: str, value: Any) -> float:

@@ -2,12 +2,17 @@
 
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from diffusers.pipelines import pipeline_loading_utils
 
 import autoencoder
 from autoencoder import VolumeAutoencoder
+from diffusion import LatentUNet3D
+
+from .conditions import check_described
 
 # Top-level packages that hold components of a pipeline.
 PACKAGES = ("autoencoder", "diffusion")
@@ -68,3 +73,28 @@ def load_autoencoder(folder: str | Path) -> VolumeAutoencoder:
             f"{found}: no latents_mean and latents_std in its config; train_vae.py measures them when it ends"
         )
     return vae.eval().requires_grad_(False)
+
+
+def check_fit(vae: VolumeAutoencoder, unet: LatentUNet3D, data: Mapping[str, Any]) -> None:
+    """Raises: ValueError if autoencoder, U-Net and data do not belong together."""
+    if unet.config["in_channels"] != vae.config["latent_channels"]:
+        raise ValueError(
+            f"the U-Net takes {unet.config['in_channels']} channels, the autoencoder gives {vae.config['latent_channels']}"
+        )
+    if vae.config["latents_std"] is None:
+        raise ValueError("the autoencoder has no latent statistics; train_vae.py measures them when it ends")
+    if len(data["intensity"]) != vae.config["out_channels"]:
+        raise ValueError(
+            f"data describes {len(data['intensity'])} channels, the autoencoder makes {vae.config['out_channels']}"
+        )
+    check_described(vae, unet, data)
+    if unet.config["num_labels"] == 0:
+        return
+    if unet.config["num_labels"] != len(data["labels"]):
+        raise ValueError(
+            f"the U-Net knows {unet.config['num_labels']} labels, data names {len(data['labels'])}: {data['labels']}"
+        )
+    if tuple(unet.mask_stride) != tuple(vae.stride):
+        raise ValueError(
+            f"the U-Net folds masks by {unet.mask_stride}, the autoencoder's stride is {vae.stride}; they must agree"
+        )

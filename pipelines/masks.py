@@ -49,11 +49,9 @@ def load_mask(mask: MaskLike, affine: np.ndarray) -> tuple[Volume, str]:
     if isinstance(mask, Volume):
         name, array, source = "the mask (a Volume)", mask.array, mask.source
         affine = mask.affine
-        codes = "".join(map(str, aff2axcodes(affine)))
-        if source is None and codes != "RAS":  # what was read from a file is RAS+ already
-            raise ValueError(f"{name}: its axes run {codes}, a Volume's run RAS; give it as a nibabel image instead")
+        check_axes(mask, name)
     elif isinstance(mask, (np.ndarray, torch.Tensor)):
-        array = _array(mask)
+        array = as_array(mask)
         name, source = f"the mask (an array of shape {array.shape})", None
     else:
         raise ValueError(
@@ -116,8 +114,13 @@ def describe_mask(mask: MaskLike) -> dict[str, Any]:
     elif isinstance(mask, Volume):
         array = mask.array
     else:
-        array = _array(mask)
+        array = as_array(mask)
     return {"file": _file_name(mask), "sha256": hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()}
+
+
+def identity(given: Any) -> str | int:
+    """By which one tells whether a mask or an image is given twice: its path, or the object itself."""
+    return str(given) if isinstance(given, (str, os.PathLike)) else id(given)
 
 
 def mask_files(path: Path) -> list[Path]:
@@ -128,7 +131,14 @@ def mask_files(path: Path) -> list[Path]:
     return [path.with_name(f"{half[1]}.{part}{half[2] or ''}") for part in ("hdr", "img")]
 
 
-def _array(mask: Any) -> np.ndarray:
+def check_axes(volume: Volume, name: str) -> None:
+    """Raises: ValueError for a Volume whose axes are not in RAS+ order; what was read from a file is."""
+    codes = "".join(map(str, aff2axcodes(volume.affine)))
+    if volume.source is None and codes != "RAS":
+        raise ValueError(f"{name}: its axes run {codes}, a Volume's run RAS; give it as a nibabel image instead")
+
+
+def as_array(mask: Any) -> np.ndarray:
     """An array or tensor as an array; bfloat16, which numpy lacks, as float32."""
     if not isinstance(mask, torch.Tensor):
         return np.asarray(mask)

@@ -1,6 +1,6 @@
 """What the pipeline returns, and where it writes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -10,7 +10,7 @@ from diffusers.utils import BaseOutput
 
 from volumes import nifti_path
 
-from .provenance import sidecar_path
+from .provenance import sidecar_path, volume_files
 
 
 @dataclass
@@ -19,11 +19,13 @@ class MedVolumePipelineOutput(BaseOutput):
 
     Attributes:
         volumes: one entry a volume, whatever the shapes. By `output_type`:
-            "nifti"   nibabel images on their mask's own grid (shape, affine, orientation), in original units;
-            "np"      float32 arrays (C, X, Y, Z) with the same voxels in the same axis order;
+            "nifti"   nibabel images on their mask's own grid (shape, affine, orientation), in original units; of a
+                      model of several channels {channel: image} of those that were generated;
+            "np"      float32 arrays (C, X, Y, Z) with the same voxels in the same axis order; channels that were given
+                      hold the voxels of their file;
             "pt"      the same as float32 tensors on the CPU;
             "latent"  standardised latents (latent_channels, h, w, d) of the padded mask, on the model's device.
-            With `paths`: the files that were written, as `Path`.
+            With `paths`: the files that were written, as `Path`, or {channel: path}.
         provenance: one JSON-ready dict a volume: model hash, seed, steps, scheduler, mask; the sidecar's content.
     """
 
@@ -32,10 +34,14 @@ class MedVolumePipelineOutput(BaseOutput):
 
 
 def check_paths(
-    paths: str | PathLike | Sequence[str | PathLike] | None, count: int, output_type: str, masks: Sequence[Any]
+    paths: str | PathLike | Sequence[str | PathLike] | None,
+    records: Sequence[Mapping[str, Any]],
+    output_type: str,
+    inputs: Sequence[Any],
 ) -> list[Any]:
     """One path a volume; None for each without `paths`. Raises: ValueError for what cannot be written there, and for the
-    file of one of the masks."""
+    file of a mask or an image among the inputs."""
+    count = len(records)
     if paths is None:
         return [None] * count
     files = [nifti_path(path) for path in ([paths] if isinstance(paths, (str, PathLike)) else paths)]
@@ -44,7 +50,10 @@ def check_paths(
     different = len({sidecar_path(path).resolve() for path in files})  # a.nii and a.nii.gz have one sidecar
     if len(files) != count or different < count:
         raise ValueError(f"{different} different paths for {count} volumes; give one a volume")
-    read = {Path(mask).resolve() for mask in masks if isinstance(mask, (str, PathLike))}
-    if lost := [str(path) for path in files if path.resolve() in read]:
-        raise ValueError(f"{lost[0]} is the mask itself; write the volume to another file")
+    written = [file for pair in zip(files, records, strict=True) for file in volume_files(*pair)]
+    if len(set(written)) < len(written):
+        raise ValueError(f"two volumes would write {max(written, key=written.count)}; choose other paths")
+    read = {Path(one).resolve() for one in inputs if isinstance(one, (str, PathLike))}
+    if lost := [str(path) for path in written if path.resolve() in read]:
+        raise ValueError(f"{lost[0]} is a mask or an image of this call; write the volume to another file")
     return files

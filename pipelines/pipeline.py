@@ -18,12 +18,22 @@ from autoencoder.weights import weight_files
 from diffusion import LatentUNet3D, check_guidance, denoise, fit_scheduler
 from diffusion.attention import check_attention_backend
 
-from .conditions import Labels, Numbers, check_conditions, check_described, condition_tensors, rows_of
-from .loading import check_folder
+from .conditions import Labels, Numbers, check_conditions, condition_tensors, image_condition, rows_of
+from .images import Images, check_images, describe_images
+from .loading import check_fit, check_folder
 from .lora import LoraMixin, lora_digest
-from .masks import LabelMap, MaskLike, as_list, describe_mask
+from .masks import LabelMap, MaskLike, as_list, describe_mask, identity
 from .output import MedVolumePipelineOutput, check_paths
-from .provenance import content_hash, header_description, memory_tensors, software, stored_tensors, synthetic_file
+from .provenance import (
+    content_hash,
+    header_description,
+    memory_tensors,
+    recorded_guidance,
+    software,
+    stored_tensors,
+    synthetic_files,
+    volume_files,
+)
 from .sampling import equal_batches, initial_latents, sample_generators, sample_seed
 from .volume_processor import OUTPUT_TYPES, Canvas, VolumeProcessor
 
@@ -33,7 +43,7 @@ EndOfStep = Callable[["MedVolumePipeline", int, torch.Tensor, dict[str, torch.Te
 
 class MedVolumePipeline(DiffusionPipeline, LoraMixin):
     """Generates volumes from masks (or, for a model that needs none, of a given shape), each on its mask's own grid, and
-    of given classes and numbers if the model knows any.
+    of given classes, numbers and images (some channels, from which it makes the others) if the model knows any.
 
     Runs in float32, bfloat16 or float16 (`from_pretrained(..., dtype=torch.bfloat16)` or
     `pipe.to(torch.bfloat16)`): noise is drawn in float32 whatever the type, results are float32. bfloat16 works on
@@ -54,7 +64,7 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
         super().__init__()
         if data is None:  # diffusers takes an argument without a default for a module
             raise ValueError("MedVolumePipeline needs `data`, the description of the training set (volumes.describe)")
-        _check_fit(vae, unet, data)
+        check_fit(vae, unet, data)
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
         self.register_to_config(data=json.loads(json.dumps(data)))
         self.volume_processor = VolumeProcessor(data, vae.stride)
@@ -157,12 +167,14 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
         label_map: LabelMap | None = None,
         labels: Mapping[str, str] | None = None,
         numbers: Mapping[str, float] | None = None,
+        images: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> dict[str, Any]:
         """The record of one volume, ready for JSON; everything but `software` decides the voxels.
 
         Args:
             mask: what `describe_mask` says of it; None without a mask, where `shape` takes its place.
             labels, numbers: as `pipelines.check_conditions` gives them back.
+            images: what `pipelines.describe_images` says of those that are given.
             seed: of the volume's own generator; None if its noise came from elsewhere (latents, or a generator
                 already drawn from).
         """
@@ -174,7 +186,7 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
             "seed": seed,
             "num_inference_steps": num_inference_steps if sigmas is None else len(sigmas),
             "sigmas": None if sigmas is None else [float(sigma) for sigma in sigmas],
-            "guidance_scale": _recorded(guidance_scale),
+            "guidance_scale": recorded_guidance(guidance_scale),
             "scheduler": {"class": scheduler["_class_name"]} | {k: v for k, v in scheduler.items() if k[0] != "_"},
             "dtype": self._dtypes(),
             "mask": None if mask is None else dict(mask),
@@ -182,6 +194,8 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
             "label_map": None if not label_map else {str(value): target for value, target in label_map.items()},
             "labels": dict(labels) if labels else None,
             "numbers": dict(numbers) if numbers else None,
+            "images": {name: dict(one) for name, one in images.items()} if images else None,
+            "channels": self.volume_processor.generated(images or {}) or None,  # those that have a file each
         }
 
     @torch.no_grad()
@@ -191,6 +205,7 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
         shape: Sequence[int] | None = None,
         labels: Labels | Sequence[Labels] | None = None,
         numbers: Numbers | Sequence[Numbers] | None = None,
+        image: Images | Sequence[Images] | None = None,
         num_inference_steps: int = 20,
         sigmas: Sequence[float] | None = None,
         guidance_scale: float | Mapping[str, float] = 1.0,
@@ -214,7 +229,10 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
                 without at times.
             labels: the value of each class, such as {"sex": "F"}: one dict for all masks, or a list of one a mask; with
                 `shape`, of one a volume. A class may be left out if training left it out at times.
-            numbers: the same of numbers, such as {"age": 63}.
+            numbers: the same of numbers, such as {"age": 63}. Those of the grid (spacing_x, size_x, ...) need not be given.
+            image: the channels that are given, such as {"ct": "ct.nii.gz"}, in the units of the training files: one dict
+                for all masks, or a list of one a mask. As a mask may be, and on the mask's grid (an array: its voxels in
+                the order of the mask's file); without mask and shape its grid is the volume's.
             num_inference_steps: steps of the scheduler.
             sigmas: noise levels to visit instead, in (0, 1] and falling (FlowMatch schedulers); from 1, unless the
                 `latents` are less noisy.
@@ -232,12 +250,13 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
                 batch; "latents" in the dict that it returns replace the batch's.
             label_map: how to read label values that the model does not know: {value: known value or name}.
             batch_size: most volumes denoised together; only volumes with equal padded grids share a batch.
-            paths: a .nii.gz or .nii file for each volume, e.g. `pipe(mask="ct.nii.gz", paths="out/ct_000.nii.gz")`.
+            paths: a .nii.gz or .nii file for each volume, e.g. `pipe(mask="ct.nii.gz", paths="out/ct_000.nii.gz")`; of
+                several channels a file each, out/a.nii.gz becoming out/a_ct.nii.gz and out/a_pet.nii.gz.
                 Each is written as soon as it is decoded, slab by slab, with its sidecar beside it (as
                 `write_synthetic` does), so that no volume is ever held whole; `volumes` are the paths then. The files
                 hold what is returned without `paths`. Volumes that must be resampled to their mask's spacing are held.
 
-        Raises: ValueError naming what cannot be used and the remedy: the mask, its labels, classes, numbers, the
+        Raises: ValueError naming what cannot be used and the remedy: the mask, its labels, classes, numbers, images, the
         guidance, the generators, the sigmas, the output type, the scheduler.
         Warns: of numbers far outside the training range.
         """
@@ -249,21 +268,28 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
             )
         check_attention_backend(self.unet, self._execution_device)
         scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"])
-        masks = [None] if mask is None else as_list(mask)
-        keys = [str(one) if isinstance(one, (str, PathLike)) else id(one) for one in masks]
-        read = {key: self.canvas(one, shape, label_map) for key, one in dict(zip(keys, masks, strict=True)).items()}
-        canvases = [read[key] for key in keys]  # a mask that is given twice is held once
-        asked = rows_of(labels, numbers, None if mask is None else len(masks))
-        rows = [check_conditions(self.unet, self.data, *one) for one in asked]
-        if mask is None:
-            canvases, masks = canvases * len(rows), masks * len(rows)
+        masks = None if mask is None else as_list(mask)
+        asked = rows_of(labels, numbers, image, None if masks is None else len(masks))
+        masks, images = masks or [None] * len(asked), [given for *_, given in asked]
+        keys = [
+            (identity(one), *sorted((name, identity(of)) for name, of in given.items()))
+            for one, given in zip(masks, images, strict=True)
+        ]
+        distinct = dict(zip(keys, zip(masks, images, strict=True), strict=True))
+        read = {key: self.canvas(one, shape, label_map, given) for key, (one, given) in distinct.items()}
+        canvases = [read[key] for key in keys]  # what is given twice is held once
+        rows = [
+            check_conditions(self.unet, self.data, *one[:2], canvas.grid)
+            for one, canvas in zip(asked, canvases, strict=True)
+        ]
         described = [None if one is None else describe_mask(one) for one in masks]
-        names = {name for row in rows for part in row for name in part} | ({"mask"} if mask is not None else set())
+        image_records = [describe_images(given) for given in images]
+        names = {name for row in [*rows, images] for part in row for name in part}
+        names |= {"mask"} if mask is not None else set()
         check_guidance(guidance_scale, self.unet.config["condition_dropout"] or {}, names)
         owner = [i for i in range(len(canvases)) for _ in range(num_volumes_per_mask)]  # volume -> its canvas
         if latents is not None and len(latents) != len(owner):
             raise ValueError(f"{len(latents)} latents for {len(owner)} volumes; give one a volume")
-        files = check_paths(paths, len(owner), output_type, masks)
         generators = sample_generators(generator, len(owner))
         seeds = [sample_seed(own) if latents is None else None for own in generators]
         records = [
@@ -277,9 +303,15 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
                 label_map=label_map,
                 labels=rows[i][0],
                 numbers=rows[i][1],
+                images=image_records[i],
             )
             for i, seed in zip(owner, seeds, strict=True)
         ]
+        files = check_paths(paths, records, output_type, [*masks, *(one for given in images for one in given.values())])
+        encoded = {}
+        if self.unet.config["images"]:
+            parts = self.vae, self.unet, self.volume_processor
+            encoded = {key: image_condition(*parts, one, self._execution_device) for key, one in read.items()}
 
         volumes: list[Any] = [None] * len(owner)
         for batch in equal_batches([canvases[i].shape for i in owner], batch_size):
@@ -287,11 +319,14 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
             drawn_on = [canvases[owner[i]] for i in batch]
             given = None if latents is None else [latents[i] for i in batch]
             grid = self._latent_shape(drawn_on[0])
+            conditions = condition_tensors(self.unet, drawn_on, [rows[owner[i]] for i in batch], self._execution_device)
+            if encoded:
+                conditions["image"] = torch.cat([encoded[keys[owner[i]]] for i in batch])
             denoised = denoise(
                 self.unet,
                 initial_latents(own, given, grid, self._execution_device, self.unet.dtype),
                 scheduler,
-                condition_tensors(self.unet, drawn_on, [rows[owner[i]] for i in batch], self._execution_device),
+                conditions,
                 guidance_scale=guidance_scale,
                 names=self.unet.condition_names,
                 num_inference_steps=num_inference_steps,
@@ -307,23 +342,40 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
             return (volumes,)  # pyright: ignore[reportReturnType]
         return MedVolumePipelineOutput(volumes=volumes, provenance=records)
 
-    def canvas(self, mask: MaskLike | None, shape: Sequence[int] | None, label_map: LabelMap | None = None) -> Canvas:
-        """What one volume is drawn on: its mask's grid, or `shape` where the model does without a mask.
+    def canvas(
+        self,
+        mask: MaskLike | None,
+        shape: Sequence[int] | None,
+        label_map: LabelMap | None = None,
+        images: Images | None = None,
+    ) -> Canvas:
+        """What one volume is drawn on: the grid of its mask, or where the model does without a mask that of its images, or
+        `shape`; with the images {channel: image} that are given.
 
-        Raises: ValueError if the model needs the one that is not given, or for a mask that cannot be used.
+        Raises: ValueError if the model needs the one that is not given, and for a mask or an image that cannot be used.
         """
+        images = images or {}
+        check_images(self.unet, self.data, images)
+        ways = (mask is not None) + (shape is not None) + (mask is None and bool(images))  # to set the shape
         if self.unet.config["num_labels"] == 0:
-            if mask is not None or shape is None:
-                raise ValueError("no mask conditions this model: give shape=(X, Y, Z), and no mask")
+            if mask is not None or ways != 1:
+                raise ValueError(
+                    "no mask conditions this model: give shape=(X, Y, Z), or an image in its place, and no mask"
+                )
         elif not (self.unet.config["condition_dropout"] or {}).get("mask"):
             if mask is None or shape is not None:
                 raise ValueError("this model is conditioned on a mask: give mask=..., which also sets the shape")
-        elif (mask is None) == (shape is None):
-            raise ValueError("give a mask, which also sets the shape, or shape=(X, Y, Z) to do without")
+        elif ways != 1:
+            raise ValueError("give a mask, which also sets the shape, or shape=(X, Y, Z) or an image to do without")
+        canvas = None
         if mask is not None:
-            return self.volume_processor.preprocess(mask, label_map)
-        assert shape is not None
-        return self.volume_processor.preprocess_shape(shape)
+            canvas = self.volume_processor.preprocess(mask, label_map)
+        elif shape is not None:
+            canvas = self.volume_processor.preprocess_shape(shape)
+        if images:
+            canvas = self.volume_processor.preprocess_images(images, canvas)
+        assert canvas is not None
+        return canvas
 
     def _latent_shape(self, canvas: Canvas) -> tuple[int, int, int, int]:
         """(C, h, w, d) of the latents of a canvas."""
@@ -349,9 +401,10 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
         slabs, description = _finite(self._decoded(latent), record), header_description(record)
         if path is None:
             return self.volume_processor.postprocess(slabs, canvas, output_type, description)
-        with synthetic_file(record, path) as unfinished:
+        with synthetic_files(record, path) as unfinished:
             self.volume_processor.write(slabs, canvas, unfinished, description)
-        return path
+        written = volume_files(path, record)
+        return dict(zip(record["channels"], written, strict=True)) if record["channels"] else path
 
     def _decoded(self, latent: torch.Tensor) -> Iterator[torch.Tensor]:
         """The slabs (C, X, Y, z) of one volume: as the autoencoder streams them, or a single one where it does not."""
@@ -371,35 +424,3 @@ def _finite(slabs: Iterable[torch.Tensor], record: Mapping[str, Any]) -> Iterato
                 f"the volume of seed {record['seed']} is not finite in {record['dtype']}; use bfloat16 or float32"
             )
         yield slab
-
-
-def _check_fit(vae: VolumeAutoencoder, unet: LatentUNet3D, data: Mapping[str, Any]) -> None:
-    """Raises: ValueError if autoencoder, U-Net and data do not belong together."""
-    if unet.config["in_channels"] != vae.config["latent_channels"]:
-        raise ValueError(
-            f"the U-Net takes {unet.config['in_channels']} channels, the autoencoder gives {vae.config['latent_channels']}"
-        )
-    if vae.config["latents_std"] is None:
-        raise ValueError("the autoencoder has no latent statistics; train_vae.py measures them when it ends")
-    if len(data["intensity"]) != vae.config["out_channels"]:
-        raise ValueError(
-            f"data describes {len(data['intensity'])} channels, the autoencoder makes {vae.config['out_channels']}"
-        )
-    check_described(unet, data)
-    if unet.config["num_labels"] == 0:
-        return
-    if unet.config["num_labels"] != len(data["labels"]):
-        raise ValueError(
-            f"the U-Net knows {unet.config['num_labels']} labels, data names {len(data['labels'])}: {data['labels']}"
-        )
-    if tuple(unet.mask_stride) != tuple(vae.stride):
-        raise ValueError(
-            f"the U-Net folds masks by {unet.mask_stride}, the autoencoder's stride is {vae.stride}; they must agree"
-        )
-
-
-def _recorded(scale: float | Mapping[str, float]) -> float | dict[str, float] | None:
-    """The guidance as a sidecar has it; None for none, as sidecars from before there was any."""
-    if isinstance(scale, Mapping):
-        return {name: float(value) for name, value in scale.items() if value != 1} or None
-    return None if scale == 1 else float(scale)

@@ -72,6 +72,13 @@ def memory_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
     yield from sorted(state.items())
 
 
+def recorded_guidance(scale: float | Mapping[str, float]) -> float | dict[str, float] | None:
+    """The guidance as a sidecar has it; None for none, as sidecars from before there was any."""
+    if isinstance(scale, Mapping):
+        return {name: float(value) for name, value in scale.items() if value != 1} or None
+    return None if scale == 1 else float(scale)
+
+
 def header_description(record: Mapping[str, Any]) -> str:
     """The NIfTI `descrip` field, 79 bytes at most: that it is synthetic, by which model, from which seed."""
     seed = "" if record["seed"] is None else f" seed {record['seed']}"
@@ -101,21 +108,36 @@ def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:
     return record
 
 
+def volume_files(path: str | os.PathLike, record: Mapping[str, Any]) -> list[Path]:
+    """The files of the volume at `path`: that one, or one for each of the record's channels: case_000.nii.gz ->
+    case_000_ct.nii.gz, case_000_pet.nii.gz. Raises: ValueError unless it ends in .nii.gz or .nii."""
+    path, stem = nifti_path(path), sidecar_path(path).stem
+    channels = record.get("channels")
+    return [path.with_name(f"{stem}_{one}{path.name.removeprefix(stem)}") for one in channels] if channels else [path]
+
+
 @contextmanager
-def synthetic_file(record: Mapping[str, Any], path: str | os.PathLike) -> Iterator[Path]:
-    """The file to write a generated volume (.nii or .nii.gz) to: when the block ends, it takes its place at `path`, with
-    `record` beside it.
+def synthetic_files(record: Mapping[str, Any], path: str | os.PathLike) -> Iterator[list[Path]]:
+    """The files to write a generated volume (.nii or .nii.gz) to: when the block ends, they take their places (see
+    `volume_files`), with `record` beside them.
 
-    Each appears whole or not at all, the sidecar first: a volume on disk always has its record, and a volume with a
-    matching record is finished.
+    Each appears whole or not at all, the sidecar first and after older files of the volume were removed: a volume on disk
+    always has its record, and one with a matching record, all of whose files are there, is finished.
     """
-    path = nifti_path(path)
-    with in_one_step(sidecar_path(path), path) as (sidecar, volume):
+    files = volume_files(path, record)
+    with in_one_step(sidecar_path(path), *files) as (sidecar, *unfinished):
         sidecar.write_text(json.dumps(record, indent=2) + "\n")
-        yield volume
+        yield unfinished
+        for older in files:
+            older.unlink(missing_ok=True)
 
 
-def write_synthetic(image: nib.Nifti1Image, record: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Write a generated volume (.nii or .nii.gz) and its sidecar, see `synthetic_file`."""
-    with synthetic_file(record, path) as unfinished:
-        nib.save(image, unfinished)
+def write_synthetic(
+    image: nib.Nifti1Image | Mapping[str, nib.Nifti1Image], record: Mapping[str, Any], path: str | os.PathLike
+) -> None:
+    """Write a generated volume (.nii or .nii.gz), or a file for each of its channels, and its sidecar, see
+    `synthetic_files`."""
+    images = list(image.values()) if isinstance(image, Mapping) else [image]
+    with synthetic_files(record, path) as unfinished:
+        for one, file in zip(images, unfinished, strict=True):
+            nib.save(one, file)

@@ -5,9 +5,11 @@ Axes: (C, X, Y, Z) in RAS+ order. Intensities are in [-1, 1] inside the model an
 
 import math
 import os
+import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -16,18 +18,24 @@ import torch
 
 from volumes import (
     PADDING,
+    IntensityScaling,
     LinearScale,
     Placement,
     Volume,
+    VolumeError,
+    merge_channels,
     on_stored_grid,
     pad_to_multiple,
+    read_slabs,
     resample,
     resample_to,
     stored_grid,
     to_nibabel,
+    to_stored_grid,
     write_slabs,
 )
 
+from .images import GivenImage, Images, load_images
 from .masks import LabelMap, MaskLike, index_labels, load_mask
 
 OUTPUT_TYPES = ("nifti", "np", "pt", "latent")
@@ -44,16 +52,18 @@ class Canvas:
     Attributes:
         grid: shape (X, Y, Z) and affine in the model's spacing, before padding; its array is the label indices or
             zeros.
-        target: the grid that the result is handed back on: the mask's own.
+        target: the grid that the result is handed back on: the mask's own, or that of the images.
         placement: pads `grid` to a multiple of the autoencoder's stride, and takes the padding off again.
         labels: label indices (X, Y, Z) int16 of the padded grid, PADDING outside the field of view; None without a
             mask.
+        images: the channels that are given.
     """
 
     grid: Volume
     target: Volume
     placement: Placement
     labels: np.ndarray | None
+    images: Mapping[str, GivenImage] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -70,15 +80,19 @@ class VolumeProcessor:
     """Prepares masks for a model and brings its output back to the mask's grid and to original units.
 
     Args:
-        data: what the model was trained on, as `volumes.describe` writes it: labels, spacing, intensity, shape_range,
-            affine.
+        data: what the model was trained on, as `volumes.describe` writes it: channels, labels, spacing, intensity,
+            shape_range, affine; image_labels, if what it makes are label maps.
         stride: total stride of the autoencoder per axis.
     """
 
     def __init__(self, data: Mapping[str, Any], stride: Sequence[int]):
         self.labels: dict[str, str] = dict(data["labels"])
         self.spacing: list[float] | None = data["spacing"]
+        self.channels: list[str] = list(data["channels"])
+        self.apart = len(self.channels) > 1 and not data.get("image_labels")  # each channel has its own file
+        self.percentiles = [entry.get("percentiles") for entry in data["intensity"]]
         self.intensity = [(entry["kind"], LinearScale(entry["low"], entry["high"])) for entry in data["intensity"]]
+        self.image_labels = sorted(map(int, data.get("image_labels") or {}))
         self.shape_range: list[list[int]] = data["shape_range"]
         self.affine = np.array(data["affine"], dtype=np.float64)
         self.stride = tuple(stride)
@@ -91,15 +105,69 @@ class VolumeProcessor:
         """
         volume, name = load_mask(mask, self.affine)
         target = volume.replace(index_labels(volume.array, self.labels, label_map, name))
-        grid = target
+        grid = self._resampled(target, name, "mask")
+        return self._canvas(grid, target, name, grid.array[0])
+
+    def preprocess_images(self, images: Images, canvas: Canvas | None) -> Canvas:
+        """The canvas with images {channel: image} that are given, which lie on its grid; without a canvas, on theirs.
+
+        Raises: ValueError naming the channel and the file for what cannot be used, see `load_images`.
+        Warns: without a canvas as `preprocess` does.
+        """
+        volumes = load_images(images, None if canvas is None else canvas.target, self.affine)
+        if canvas is None:
+            channel, first = next(iter(volumes.items()))
+            target = first.replace(np.zeros((1, *first.shape), dtype=np.int16))
+            name = f"the image {channel!r}"
+            canvas = self._canvas(self._resampled(target, name, "image"), target, name, None)
+        given = {}
+        for channel, volume in volumes.items():
+            try:
+                scale = self._scaling(channel).fit(self._on_grid(volume, canvas).array)
+            except VolumeError as error:
+                raise ValueError(f"the image {channel!r}: {error}") from error
+            given[channel] = GivenImage(volume, scale)
+        return replace(canvas, images=given)
+
+    def standardised_images(self, canvas: Canvas) -> np.ndarray:
+        """What is given on the padded grid, float32 (C, *canvas.shape) in [-1, 1], scaled as in training: -1 in the
+        padding, outside the mask's field of view, and in the channels that are not given."""
+        voxels = np.full((len(self.channels), *canvas.shape), -1, np.float32)
+        for channel, image in canvas.images.items():
+            scaled = image.scale.apply(self._on_grid(image.volume, canvas).array[0])
+            if canvas.labels is not None:
+                scaled[canvas.grid.array[0] == PADDING] = -1
+            voxels[self.channels.index(channel)] = canvas.placement.apply(scaled, -1)
+        return voxels
+
+    def generated(self, given: Collection[str]) -> list[str]:
+        """The channels that have a file each, where `given` are given; none where one file holds all that there is."""
+        return [channel for channel in self.channels if channel not in given] if self.apart else []
+
+    def _scaling(self, channel: str) -> IntensityScaling:
+        """How this channel was scaled in training."""
+        number = self.channels.index(channel)
+        kind, scale = self.intensity[number]
+        low, high = self.percentiles[number] if kind == "percentile" else (scale.low, scale.high)
+        return IntensityScaling(kind, low, high)
+
+    def _on_grid(self, volume: Volume, canvas: Canvas) -> Volume:
+        """A volume on the canvas's target, on its grid."""
+        if canvas.grid is canvas.target:
+            return volume
+        assert self.spacing is not None
+        return resample(volume, self.spacing)
+
+    def _resampled(self, target: Volume, name: str, what: str) -> Volume:
+        """Label indices at the model's spacing: themselves, where they have it. Warns: where they have not."""
         if self.spacing is not None and not np.allclose(target.spacing, self.spacing, rtol=SPACING_TOLERANCE, atol=0):
             warnings.warn(
                 f"{name}: has a spacing of {_by(target.spacing)} mm, the model was trained at {_by(self.spacing)} mm; "
-                "the mask is resampled, and the volume resampled back to the mask's grid",
+                f"the {what} is resampled, and the volume resampled back to the {what}'s grid",
                 stacklevel=2,
             )
-            grid = resample(target, self.spacing, nearest=True)
-        return self._canvas(grid, target, name, grid.array[0])
+            return resample(target, self.spacing, nearest=True)
+        return target
 
     def preprocess_shape(self, shape: Sequence[int]) -> Canvas:
         """A canvas of `shape` (X, Y, Z) voxels on the template's affine, for a model that no mask conditions."""
@@ -130,42 +198,64 @@ class VolumeProcessor:
         canvas: Canvas,
         output_type: str = "nifti",
         description: str = "",
-    ) -> nib.Nifti1Image | np.ndarray | torch.Tensor:
+    ) -> nib.Nifti1Image | dict[str, nib.Nifti1Image] | np.ndarray | torch.Tensor:
         """A decoded volume (C, *canvas.shape), or its slabs along the third axis one after the other, to what the user
         asked for: on the mask's own grid, in original units.
 
         Values are clipped to [-1, 1], the range that the training volumes were clipped to; voxels that the mask marks
         as PADDING get the lowest. A NIfTI is int16 where every channel has a window with whole limits at least 256
-        wide (CT, in HU) and float32 otherwise; "np" and "pt" are float32.
+        wide (CT, in HU) and float32 otherwise; "np" and "pt" are float32. Of several channels, "nifti" is a dict of the
+        images of those that were generated; "np" and "pt" hold all of them, those that were given as they were given.
+
+        Where the images are label maps, all three are the label map (one channel, uint8 or int16) that the channels
+        mean, see `merge_channels`, after they were resampled.
         """
-        dtype = self.file_dtype if output_type == "nifti" else np.float32
+        files = self._files(canvas)
+        if output_type != "nifti":  # one array of all channels
+            files = [(slice(None), self.file_dtype if self.image_labels else np.float32)]
+        channels = range(1 if self._merges_slabs(canvas) else len(self.intensity))
+        count = sum(len(channels[part]) for part, _ in files)
         # rounded last: whole numbers would not be interpolated
-        array = np.empty((len(self.intensity), *canvas.grid.shape), np.float32 if canvas.needs_resampling else dtype)
-        done = 0
+        held = np.float32 if canvas.needs_resampling or len(files) > 1 else files[0][1]
+        array, done = np.empty((count, *canvas.grid.shape), held), 0
         for slab in self._restored([sample] if isinstance(sample, torch.Tensor) else sample, canvas):
+            slab = np.concatenate([slab[part] for part, _ in files])
             planes = array[..., done : done + slab.shape[3]]
             planes[:] = np.rint(slab) if array.dtype.kind == "i" else slab
             done += slab.shape[3]
         volume = Volume(array, canvas.grid.affine, canvas.grid.source)
         if canvas.grid is not canvas.target:
             volume = _resample_back(volume, canvas.target)
-        image = to_nibabel(volume, dtype=dtype, description=description)
+        if self.image_labels and canvas.needs_resampling:
+            volume = to_stored_grid(volume)
+            volume = volume.replace(self._merged(volume.array))
+        images = [
+            to_nibabel(volume.replace(part), dtype=dtype, description=description)
+            for part, (_, dtype) in zip(np.split(volume.array, len(files)), files, strict=True)
+        ]
         if output_type == "nifti":
-            return image
-        stored = np.asarray(image.dataobj)
+            return dict(zip(self.generated(canvas.images), images, strict=True)) if self.apart else images[0]
+        stored = np.asarray(images[0].dataobj)
         stored = np.ascontiguousarray(np.moveaxis(stored, -1, 0) if stored.ndim == 4 else stored[None])
+        for channel, given in canvas.images.items():
+            stored[self.channels.index(channel)] = to_nibabel(given.volume, dtype=np.float32).dataobj
         return torch.from_numpy(stored) if output_type == "pt" else stored
 
     def write(
-        self, slabs: Iterable[torch.Tensor], canvas: Canvas, path: str | os.PathLike, description: str = ""
+        self,
+        slabs: Iterable[torch.Tensor],
+        canvas: Canvas,
+        path: str | os.PathLike | Sequence[str | os.PathLike],
+        description: str = "",
     ) -> None:
-        """Write the NIfTI that `postprocess` makes, the same bytes, slab by slab, without holding the volume.
+        """Write the NIfTI that `postprocess` makes, the same bytes, slab by slab, without holding the volume. Where it
+        makes several, `path` lists as many, and all pass through one temporary file beside the first.
 
         One that must be resampled to the mask's grid is held, with a warning if it is large.
         """
+        paths = [Path(path)] if isinstance(path, (str, os.PathLike)) else [Path(one) for one in path]
         if not canvas.needs_resampling:
-            restored = self._restored(slabs, canvas)
-            write_slabs(path, restored, stored_grid(canvas.target), self.file_dtype, description=description)
+            self._write_files(self._restored(slabs, canvas), canvas, paths, description)
             return
         size = 4 * len(self.intensity) * math.prod(canvas.target.shape)
         if size > LARGE_BYTES:
@@ -174,11 +264,37 @@ class VolumeProcessor:
                 "and held in memory for that; a mask of the model's spacing is written slab by slab",
                 stacklevel=2,
             )
-        image: Any = self.postprocess(slabs, canvas, "nifti", description)
-        nib.save(image, path)
+        made: Any = self.postprocess(slabs, canvas, "nifti", description)
+        for image, one in zip(made.values() if self.apart else [made], paths, strict=True):
+            nib.save(image, one)
+
+    def _write_files(
+        self, restored: Iterable[np.ndarray], canvas: Canvas, paths: Sequence[Path], description: str
+    ) -> None:
+        """Slabs of all channels in original units to the files in which they belong."""
+        files, grid = self._files(canvas), stored_grid(canvas.target)
+        if len(files) == 1:
+            [(part, dtype)], [path] = files, paths
+            write_slabs(path, (slab[part] for slab in restored), grid, dtype, description=description)
+            return
+        plain = Volume(np.broadcast_to(np.float32(0), (1, *canvas.grid.shape)), canvas.grid.affine)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=paths[0].parent) as hidden:
+            together = Path(hidden) / "channels.nii"  # decoded once, read once a file
+            write_slabs(together, restored, stored_grid(plain), np.float32)
+            for (part, dtype), path in zip(files, paths, strict=True):
+                slabs = (slab[part] for slab in read_slabs(together, PLANES))
+                write_slabs(path, slabs, grid, dtype, description=description)
+
+    def _files(self, canvas: Canvas) -> list[tuple[slice, type[np.number]]]:
+        """Which channels each file holds, and the type of its voxels."""
+        if not self.apart:
+            return [(slice(None), self.file_dtype)]
+        numbers = [self.channels.index(channel) for channel in self.generated(canvas.images)]
+        return [(slice(n, n + 1), _whole_or_float(self.intensity[n : n + 1])) for n in numbers]
 
     def _restored(self, slabs: Iterable[torch.Tensor], canvas: Canvas) -> Iterator[np.ndarray]:
-        """Decoded slabs (C, X, Y, z) of the padded grid to slabs float32 of `canvas.grid`, in original units.
+        """Decoded slabs (C, X, Y, z) of the padded grid to slabs float32 of `canvas.grid`, in original units; to slabs of
+        a label map if that is what they mean, unless they must be resampled first.
 
         Raises: ValueError if the slabs have other channels than the data, or together another number of planes than the
         grid.
@@ -196,7 +312,8 @@ class VolumeProcessor:
                 here = slice(done, done + array.shape[3])
                 if canvas.labels is not None:
                     array[:, canvas.grid.array[0, ..., here] == PADDING] = -1
-                yield self.to_original_units(array)
+                array = self.to_original_units(array)
+                yield self._merged(array) if self._merges_slabs(canvas) else array
                 done = here.stop
         if start != canvas.shape[2]:
             raise ValueError(f"the autoencoder gave {start} planes for a grid of {_by(canvas.shape)} voxels")
@@ -206,19 +323,20 @@ class VolumeProcessor:
         channels = [scale.invert(channel) for channel, (_, scale) in zip(array, self.intensity, strict=True)]
         return np.stack(channels).astype(np.float32, copy=False)
 
+    def _merges_slabs(self, canvas: Canvas) -> bool:
+        return bool(self.image_labels) and not canvas.needs_resampling
+
+    def _merged(self, array: np.ndarray) -> np.ndarray:
+        """Channels (C, X, Y, Z) of labels, 0 outside and 1 inside, to the label map (1, X, Y, Z)."""
+        return merge_channels(array, self.image_labels, threshold=0.5)
+
     @property
     def file_dtype(self) -> type[np.number]:
-        """int16 where rounding loses nothing (windows of at least 256 units with whole limits), float32 otherwise."""
-        limits = np.iinfo(np.int16)
-        whole = all(
-            kind == "window"
-            and float(scale.low).is_integer()
-            and float(scale.high).is_integer()
-            and limits.min <= scale.low <= scale.high - WHOLE_UNITS
-            and scale.high <= limits.max
-            for kind, scale in self.intensity
-        )
-        return np.int16 if whole else np.float32
+        """int16 where rounding loses nothing (windows of at least 256 units with whole limits), float32 otherwise; of
+        label maps uint8 if that holds them, else int16."""
+        if self.image_labels:
+            return np.uint8 if self.image_labels[0] >= 0 and self.image_labels[-1] <= 255 else np.int16
+        return _whole_or_float(self.intensity)
 
 
 def _resample_back(volume: Volume, target: Volume) -> Volume:
@@ -227,6 +345,20 @@ def _resample_back(volume: Volume, target: Volume) -> Volume:
     affine = volume.affine.copy()
     affine[:3, 3] -= affine[:3, :3].sum(axis=1)
     return target.replace(resample_to(Volume(around, affine), target.shape, target.affine).array)
+
+
+def _whole_or_float(intensity: Sequence[tuple[str, LinearScale]]) -> type[np.number]:
+    """int16 where rounding loses nothing, float32 otherwise."""
+    limits = np.iinfo(np.int16)
+    whole = all(
+        kind == "window"
+        and float(scale.low).is_integer()
+        and float(scale.high).is_integer()
+        and limits.min <= scale.low <= scale.high - WHOLE_UNITS
+        and scale.high <= limits.max
+        for kind, scale in intensity
+    )
+    return np.int16 if whole else np.float32
 
 
 def _by(values: Sequence[float]) -> str:

@@ -1,7 +1,10 @@
 """Discriminators look where they should, and their losses are those of the papers."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
 from autoencoder.adversarial import (
     Slices,
@@ -12,6 +15,9 @@ from autoencoder.adversarial import (
     feature_matching_loss,
     generator_loss,
 )
+from training import TrainVaeConfig, parse_config
+
+RECIPES = Path(__file__).resolve().parents[1] / "configs/hippocampus"
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -92,3 +98,11 @@ def test_a_verdict_does_not_depend_on_the_batch():
 def test_a_discriminator_of_nothing_is_refused():
     with pytest.raises(ValueError, match="neither"):
         VolumeDiscriminator(slices=False, volume=False)
+
+
+def test_the_recipe_that_sharpens_is_of_the_autoencoder_it_starts_from():
+    config = parse_config(TrainVaeConfig, ["--config", str(RECIPES / "sharpen.yaml")])
+    assert config.freeze_encoder and config.adversarial is not None
+    own, first = (yaml.safe_load((RECIPES / name).read_text()) for name in ("sharpen.yaml", "vae.yaml"))
+    assert own["init_from"] == first["output"] + "/vae" and own["output"] != first["output"]
+    assert all(own[section] == first[section] for section in ("data", "model", "losses"))

@@ -15,6 +15,7 @@ from autoencoder import (
     l1_loss,
     latent_statistics,
     mse_loss,
+    spectrum_loss,
 )
 from autoencoder.layers import as_stride, depth_to_space, space_to_depth
 
@@ -53,6 +54,37 @@ def test_sides_that_do_not_fit_the_stride_are_refused():
         small_vae().encode(torch.zeros(1, 1, 8, 9, 8))
 
 
+def test_channels_coded_apart_are_those_of_the_autoencoder_of_one_channel():
+    two, one = (
+        small_vae(in_channels=2, out_channels=2, latent_channels=6, per_channel=True),
+        small_vae(latent_channels=3),
+    )
+    one.load_state_dict(two.state_dict())
+    two.set_latent_statistics([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    x, z = torch.randn(2, 2, 8, 12, 16), torch.randn(2, 6, 2, 3, 4)
+    with torch.no_grad():
+        posterior, decoded = two.encode(x).latent_dist, two.decode(z).sample
+        for i, (mean, std) in enumerate([([0.1, 0.2, 0.3], [1.0, 2.0, 3.0]), ([0.4, 0.5, 0.6], [4.0, 5.0, 6.0])]):
+            one.set_latent_statistics(mean, std)
+            alone, own = one.encode(x[:, i : i + 1]).latent_dist, two.latents_of(i)
+            torch.testing.assert_close(posterior.mean[:, own], alone.mean)
+            torch.testing.assert_close(posterior.std[:, own], alone.std)
+            torch.testing.assert_close(decoded[:, i : i + 1], one.decode(z[:, own]).sample)
+        moved = two.encode(torch.stack([x[:, 0], torch.full_like(x[:, 0], -1.0)], 1)).latent_dist.mean
+    assert torch.equal(moved[:, two.latents_of(0)], posterior.mean[:, two.latents_of(0)])
+    assert not torch.allclose(moved[:, two.latents_of(1)], posterior.mean[:, two.latents_of(1)])
+    assert two.activation_bytes((8, 12, 16)) == 2 * one.activation_bytes((8, 12, 16))
+
+
+def test_channels_that_cannot_be_coded_apart_are_refused():
+    with pytest.raises(ValueError, match=r"latent_channels \(5\) a multiple"):
+        AutoencoderKL3D(in_channels=2, out_channels=2, latent_channels=5, per_channel=True)
+    with pytest.raises(ValueError, match="train one with per_channel: true"):
+        small_vae(in_channels=2, out_channels=2).latents_of(0)
+    with pytest.raises(ValueError, match="channel 1: .*0 to 0"):
+        small_vae().latents_of(1)
+
+
 def test_channels_that_do_not_agree_are_refused():
     """One reconstructed channel would broadcast against two real ones, and train, without a word."""
     with pytest.raises(ValueError, match="2 channels: this autoencoder takes 1"):
@@ -61,6 +93,22 @@ def test_channels_that_do_not_agree_are_refused():
     for loss in (l1_loss, mse_loss, gradient_loss):
         with pytest.raises(ValueError, match=r"\(1, 1, 4, 4, 4\).*\(1, 2, 4, 4, 4\).*out_channels"):
             loss(torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 2, 4, 4, 4), fov)
+
+
+def test_the_spectrum_loss_counts_power_whatever_its_place():
+    torch.manual_seed(0)
+    image, fov = torch.randn(2, 1, 16, 20, 18), torch.ones(2, 1, 16, 20, 18, dtype=torch.bool)
+    assert spectrum_loss(image, image, fov) == 0
+    halved = spectrum_loss(image * 0.5**0.5, image, fov)  # half the power in every band
+    assert halved.item() == pytest.approx(math.log(2) ** 2, rel=1e-4)
+    assert spectrum_loss(torch.randn_like(image), image, fov) < 0.1 * halved  # other noise of the same power
+    blurred = torch.nn.functional.avg_pool3d(image, 3, stride=1, padding=1)
+    assert spectrum_loss(blurred, image, fov) > 10 * halved
+    fov[:, :, :8] = False
+    assert spectrum_loss(torch.where(fov, image, torch.zeros_like(image)), image, fov) == 0  # padding has no truth
+    soft = (image * 0.9).requires_grad_()
+    spectrum_loss(soft, image, fov | True).backward()
+    assert (soft.grad * soft).sum() < 0  # more power costs less
 
 
 def test_kl_of_half_precision_moments_does_not_overflow():

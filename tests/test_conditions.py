@@ -370,6 +370,23 @@ def test_numbers_near_training_are_not():
     assert not [w for w in caught if "training" in str(w.message)]
 
 
+def test_numbers_of_the_grid_are_taken_from_it():
+    names = {"spacing_z": {"mean": 2.0, "std": 1.0}, "size_x": {"mean": 10.0, "std": 4.0}}
+    base, unet = tiny_pipeline(), unet_of(num_labels=3, classes=None, numbers=names)
+    ranges = {name: of | {"low": 0.5, "high": 20.0} for name, of in names.items()}
+    data = tiny_data(spacing=None, numbers=ranges, grid_numbers=sorted(names))
+    pipe = MedVolumePipeline(base.vae, unet, base.scheduler, data)
+    pipe.set_progress_bar_config(disable=True)
+    thick = mask_image((8, 8, 8), np.diag([1.5, 1, 3, 1]))
+    own, other = (
+        pipe(mask=thick, numbers=numbers, num_inference_steps=2, generator=seeded(0), output_type="np")
+        for numbers in (None, {"spacing_z": 1.0})
+    )
+    assert own.provenance[0]["numbers"] == {"size_x": 12.0, "spacing_z": 3.0}
+    assert other.provenance[0]["numbers"] == {"size_x": 12.0, "spacing_z": 1.0}
+    assert np.abs(other.volumes[0] - own.volumes[0]).max() > 1e-3
+
+
 def test_saved_loaded_and_recorded(tmp_path):
     pipe = pipeline_of()
     pipe.save_pretrained(tmp_path)

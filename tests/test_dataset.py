@@ -286,6 +286,7 @@ def test_describe(folder):
     assert describe(dataset, "numbers") == {
         "channels": ["MR"],
         "labels": {"0": "background", "5": "anterior", "9": "posterior"},
+        "image_labels": {},
         "spacing": [1.0, 1.0, 1.0],
         "intensity": [{"kind": "window", "low": 0.0, "high": 1000.0}],
         "shape_range": [[6, 7, 7], [9, 12, 11]],
@@ -302,7 +303,8 @@ def test_described_percentiles_are_medians_and_unlike_spacings_none(folder):
     save(numbers, folder / "images" / "b.nii", np.diag([2.0, 1, 1, 1]))
     described = describe(dataset_of(folder, intensity=IntensityScaling("percentile", 0, 100)))
     assert described["spacing"] is None
-    assert described["intensity"] == [{"kind": "percentile", "low": 0.0, "high": 575.0}]  # of 342, 575 and 989
+    medians = {"kind": "percentile", "low": 0.0, "high": 575.0}  # of 342, 575 and 989
+    assert described["intensity"] == [medians | {"percentiles": [0, 100]}]
 
 
 def test_the_config_in_yaml(folder):

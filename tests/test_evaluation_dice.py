@@ -80,7 +80,7 @@ def test_generated_volumes_are_found_by_mask_and_those_of_test_masks_left_out(da
     image, _, _ = make_phantom(0, SHAPE)
     write_volume(image, folder / "made" / "case_10_001.nii.gz")
     write_volume(image, folder / "made" / "case_1_000.nii.gz")  # made from a mask that is not there
-    found = [pair.generated.name for pair in generated_pairs(cases, folder / "made")]
+    found = [pair.generated[0].name for pair in generated_pairs(cases, folder / "made")]
     assert found == [f"case_{name}.nii.gz" for name in ("10_000", "10_001", "11_000", "12_000", "9_000")]
     with pytest.raises(ValueError, match="made from|named after a mask"):
         generated_pairs(cases, folder / "images" / "..")

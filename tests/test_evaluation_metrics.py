@@ -13,6 +13,7 @@ from evaluation import (
     dice_per_volume,
     hann_window,
     mean_band_power,
+    mean_gradient,
     psnr,
     ratio_db,
 )
@@ -35,6 +36,25 @@ def test_psnr_leaves_the_padding_out():
         psnr(reconstruction, target, ~seen & seen)
     with pytest.raises(ValueError, match=r"\(2, 4, 4, 8\).*\(2, 4, 4, 4\)"):
         psnr(reconstruction, target[..., :4])
+
+
+def test_the_gradient_of_a_ramp():
+    x, y, z = np.meshgrid(np.arange(5.0), np.arange(6.0), np.arange(7.0), indexing="ij")
+    ramp = 2 * x + 3 * y - 6 * z  # |(2, 3, -6)| = 7
+    assert mean_gradient(ramp) == pytest.approx(7)
+    assert mean_gradient(-0.5 * ramp[None] + 9) == pytest.approx(3.5)
+    noise = np.random.default_rng(0).random((8, 8, 8))
+    assert mean_gradient((noise + np.roll(noise, 1, 0)) / 2) < 0.9 * mean_gradient(noise)
+
+
+def test_gradients_leave_the_padding_and_its_edge_out():
+    seen = np.zeros((1, 4, 4, 4), bool)
+    seen[:, :3, :3, :3] = True
+    volume = np.where(seen, np.arange(4.0), 100)  # rises along Z by 1
+    assert mean_gradient(volume, seen) == pytest.approx(1)
+    seen[:, 1:] = False  # one plane: no neighbour along X
+    with pytest.raises(ValueError, match="no voxel with its neighbours"):
+        mean_gradient(volume, seen)
 
 
 def test_white_noise_has_its_variance_in_every_band_whatever_the_crop():

@@ -99,12 +99,12 @@ def test_an_interrupted_run_goes_on(inputs, generated, tmp_path, monkeypatch):
     """Stopped after two volumes, the second's file lost: the next run makes the rest, and touches what is finished no more."""
     write, written = VolumeProcessor.write, []
 
-    def stop(self, slabs, canvas, path, description):
+    def stop(self, slabs, canvas, paths, description):
         if len(written) == 2:
-            path.write_bytes(b"half a volume")
+            paths[0].write_bytes(b"half a volume")
             raise KeyboardInterrupt
-        written.append(tmp_path / path.name)
-        write(self, slabs, canvas, path, description)
+        written.append(tmp_path / paths[0].name)
+        write(self, slabs, canvas, paths, description)
 
     monkeypatch.setattr(VolumeProcessor, "write", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -150,7 +150,7 @@ def test_masks_are_found_or_named(inputs, tmp_path):
     assert generate.find_masks([str(masks / "*.nii.gz"), str(masks / "a.nii.gz")], tmp_path) == found
     with pytest.raises(ValueError, match="no masks found in .*nowhere"):
         generate.find_masks([str(tmp_path / "nowhere")], tmp_path)
-    with pytest.raises(ValueError, match="another folder than the masks'"):
+    with pytest.raises(ValueError, match="write volumes to another folder"):
         generate.find_masks([str(masks)], masks)
     nib.save(mask_image((8, 8, 8)), tmp_path / "a.nii")
     for half in ("hdr", "img"):
@@ -196,11 +196,13 @@ def test_two_processes_make_what_one_makes(inputs, generated, tmp_path):
 
 
 def test_demo(inputs, tmp_path, capsys):
-    demo.main(inputs, tmp_path / "demo", num_inference_steps=1)
-    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == sorted(
-        ["preview.png", *(f"{stem}{suffix}" for stem in SHAPES for suffix in (".json", ".nii.gz"))]
-    )
-    assert nib.load(tmp_path / "demo" / "b.nii.gz").shape == SHAPES["b"]
-    assert str(tmp_path / "demo" / "preview.png") in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no example masks"):
+    (inputs / "examples.csv").write_text("mask\nmasks/a.nii.gz\nmasks/b.nii.gz\n")
+    for _ in range(2):  # a second demo replaces the first
+        demo.main(inputs.parent, tmp_path / "demo", num_inference_steps=1)
+    folder = tmp_path / "demo" / inputs.name
+    expected = [f"{stem}_000{suffix}" for stem in "ab" for suffix in (".json", ".nii.gz")]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["manifest.csv", "preview.png", *expected])
+    assert nib.load(folder / "b_000.nii.gz").shape == SHAPES["b"]
+    assert str(folder / "preview.png") in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no pipeline with an examples.csv"):
         demo.main(tmp_path, tmp_path / "demo")

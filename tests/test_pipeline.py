@@ -65,13 +65,14 @@ def test_values_beyond_the_scale_are_clipped(pipe, monkeypatch):
 
 
 def test_channels_and_ct_windows(monkeypatch):
-    """Two channels in HU: the fourth axis of an int16 file, each with its own window."""
+    """Two channels in HU: an int16 image of each, each with its own window."""
     windows = [{"kind": "window", "low": -1000, "high": 1000}, {"kind": "window", "low": 0, "high": 400}]
     pipe = tiny_pipeline(channels=["lung", "bone"], intensity=windows)
     paint(pipe, monkeypatch, lambda x, y, z: [0 * x + 0.0004, 0 * x + 0.5])
-    image = pipe(mask_image((8, 8, 5)), num_inference_steps=1).volumes[0]
-    assert image.shape == (8, 8, 5, 2) and image.get_data_dtype() == np.int16
-    assert (voxels(image) == [0, 300]).all()
+    images = pipe(mask_image((8, 8, 5)), num_inference_steps=1).volumes[0]
+    assert list(images) == ["lung", "bone"]
+    for image, value in zip(images.values(), (0, 300), strict=True):
+        assert image.shape == (8, 8, 5) and image.get_data_dtype() == np.int16 and (voxels(image) == value).all()
     array = pipe(mask_image((8, 8, 5)), num_inference_steps=1, output_type="np").volumes[0]
     assert array.shape == (2, 8, 8, 5)
     np.testing.assert_allclose(array[0], 0.4, atol=1e-3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import labels_of, mask_image, seeded, tiny_pipeline
 
-from pipelines import conditions, read_sidecar, write_synthetic
+from pipelines import conditions, read_sidecar, volume_files, write_synthetic
 from pipelines import volume_processor as module
 from volumes import PADDING, read_mask, resample
 
@@ -39,15 +39,19 @@ def test_the_file_is_what_is_returned(codes, changes, suffix, slab_bytes, tmp_pa
     write_synthetic(whole.volumes[0], whole.provenance[0], tmp_path / f"whole{suffix}")
     path = tmp_path / "new" / f"case_000{suffix}"
     out = pipe(mask, num_inference_steps=1, generator=seeded(3), paths=path)
-    assert out.volumes == [path] and read_sidecar(path) == out.provenance[0] == whole.provenance[0]
-    assert path.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
-    assert sorted(made.name for made in path.parent.iterdir()) == ["case_000.json", path.name]
-    image = nib.load(path)
-    assert image.get_data_dtype() == (np.int16 if changes else np.float32) and image.shape[:3] == mask.shape
-    lowest = np.array([entry["low"] for entry in pipe.data["intensity"]])
+    record, intensity = out.provenance[0], pipe.data["intensity"]
+    assert read_sidecar(path) == record == whole.provenance[0]
+    files = volume_files(path, record)
+    assert out.volumes == [dict(zip("ab", files, strict=True)) if len(intensity) > 1 else path]
+    assert len(files) == len(intensity)
+    assert sorted(made.name for made in path.parent.iterdir()) == ["case_000.json", *(file.name for file in files)]
     missing = np.asarray(mask.dataobj) == PADDING
-    assert (np.asarray(image.dataobj).reshape(*mask.shape, -1)[missing] == lowest).all()
-    assert (np.asarray(image.dataobj).reshape(*mask.shape, -1)[~missing] != lowest).any()
+    for file, entry, other in zip(files, intensity, volume_files(tmp_path / f"whole{suffix}", record), strict=True):
+        assert file.read_bytes() == other.read_bytes()
+        image = nib.load(file)
+        assert image.get_data_dtype() == (np.int16 if changes else np.float32) and image.shape == mask.shape
+        assert (np.asarray(image.dataobj)[missing] == entry["low"]).all()
+        assert (np.asarray(image.dataobj)[~missing] != entry["low"]).any()
 
 
 def test_each_slab_is_handed_on_before_the_next_is_decoded(monkeypatch, tmp_path):
@@ -180,5 +184,7 @@ def test_paths_that_cannot_be_are_named_before_any_work(monkeypatch, tmp_path):
         pipe(mask, paths="a.nii", output_type="np")
     nib.save(mask, tmp_path / "mask.nii")
     (tmp_path / "b").mkdir()
-    with pytest.raises(ValueError, match="mask.nii is the mask itself; write the volume to another file"):
+    with pytest.raises(
+        ValueError, match="mask.nii is a mask or an image of this call; write the volume to another file"
+    ):
         pipe(tmp_path / "mask.nii", paths=tmp_path / "b" / ".." / "mask.nii")

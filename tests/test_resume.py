@@ -74,12 +74,16 @@ class Interrupted(Exception):
     """Stands for the process being killed: nothing is saved on its way."""
 
 
-@pytest.mark.parametrize("name,workers", [("vae", 0), ("vae", 2), ("vqgan", 0), ("ldm", 0), ("ldm", 2)])
+@pytest.mark.parametrize(
+    "name,workers", [("vae", 0), ("vae", 2), ("vqgan", 0), ("perceptual", 0), ("ldm", 0), ("ldm", 2)]
+)
 def test_resumed_equals_uninterrupted(name, workers, tmp_path, vae_folder, monkeypatch):
     script, step_class = (
         (train_ldm, train_ldm.DiffusionStep) if name == "ldm" else (train_vae, train_vae.AutoencoderStep)
     )
-    args = [f"--loop.workers={workers}", *{"vae": [], "vqgan": VQGAN, "ldm": [f"--vae={vae_folder}"]}[name]]
+    perceptual = [f"--perceptual={{network: {vae_folder}}}"]
+    own = {"vae": [], "vqgan": VQGAN, "perceptual": perceptual, "ldm": [f"--vae={vae_folder}"]}[name]
+    args = [f"--loop.workers={workers}", *own]
     metrics = run(script, tmp_path / "whole", *args)
 
     original, calls = step_class.__call__, []

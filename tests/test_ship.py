@@ -47,9 +47,13 @@ def test_a_shipped_folder_has_half_precision_weights_masks_results_and_card(tmp_
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "dice.json").write_text(json.dumps({"scores": {}, "n": 3}))
     (tmp_path / "card.md").write_text("{dice.n} of {megabytes:.0f} MB")
-    nib.save(mask_image((8, 8, 8)), tmp_path / "a.nii.gz")
+    (tmp_path / "masks_here").mkdir()
+    nib.save(mask_image((8, 8, 8)), tmp_path / "masks_here" / "a.nii.gz")
+    (tmp_path / "examples.csv").write_text("mask,name\nmasks_here/a.nii.gz,one\n")
     command = [str(tmp_path / "run"), str(tmp_path / "out"), f"--results={tmp_path / 'results'}"]
-    main([*command, f"--card={tmp_path / 'card.md'}", "--examples", str(tmp_path / "a.nii.gz")])
+    command += [f"--card={tmp_path / 'card.md'}", f"--examples={tmp_path / 'examples.csv'}"]
+    main(command)
+    assert (tmp_path / "out" / "examples.csv").read_text().split() == ["mask,name", "masks/a.nii.gz,one"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == [
         "masks",
         "results",
@@ -60,5 +64,6 @@ def test_a_shipped_folder_has_half_precision_weights_masks_results_and_card(tmp_
     assert (tmp_path / "out" / "README.md").read_text() == "3 of 0 MB"
     stored = load_file(tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
-    main([*command, f"--card={tmp_path / 'card.md'}"])  # a model without masks
+    (tmp_path / "examples.csv").write_text("name,sex\none,F\n")  # a model without masks
+    main(command)
     assert not (tmp_path / "out" / "masks").exists()

@@ -84,6 +84,7 @@ def test_streamed_equals_whole(thicknesses, model_class):
         },  # x8
         {"patch_size": 4, "strides": (), "channels": (16,), "encoder_blocks": (1,), "decoder_blocks": (2,)},
         {"in_channels": 2, "out_channels": 2},
+        {"in_channels": 2, "out_channels": 2, "per_channel": True},
     ],
 )
 @torch.no_grad()

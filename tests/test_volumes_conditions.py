@@ -112,10 +112,12 @@ def test_a_grid_has_its_own_numbers_unless_the_table_says_otherwise(table):
     nib.save(nib.Nifti1Image(np.random.default_rng(0).random((4, 6, 8), np.float32), affine), table / "b.nii")
     names = ["size_x", "size_z", "spacing_x", "spacing_y", "spacing_z"]
     assert dataset_of(table, numbers=names)[1]["numbers"].tolist() == [12, 2, 2, 3, 0.5]
+    assert describe(dataset_of(table, numbers=["age", *names]))["grid_numbers"] == names
     resampled = dataset_of(table, numbers=["size_y", "spacing_y"], spacing=(1, 1, 1))[1]["numbers"]
     assert resampled.tolist() == [24, 1]  # what the model sees
     (table / "table.csv").write_text("name,spacing_x\na,5\nb,\nc,6\n")
     given = torch.stack([item["numbers"] for item in dataset_of(table, classes={}, numbers=["spacing_x"])])
     torch.testing.assert_close(given, torch.tensor([[5.0], [NAN], [6.0]]), equal_nan=True)
+    assert describe(dataset_of(table, classes={}, numbers=["spacing_x"]))["grid_numbers"] == []
     with pytest.raises(ValueError, match=r"name the columns \['size_x'\]"):
         dataset_of(table, classes={"size_x": ["1"]}, numbers=[])

@@ -30,16 +30,34 @@ def tiny_data(**changes: Any) -> dict[str, Any]:
     return data | changes
 
 
-def tiny_pipeline(seed: int = 0, *, num_labels: int = 3, objective: str = "rectified_flow", **changes: Any):
-    """A MedVolumePipeline without progress bars; keyword arguments change its `data`."""
+def tiny_pipeline(
+    seed: int = 0,
+    *,
+    num_labels: int = 3,
+    objective: str = "rectified_flow",
+    images: dict[str, int] | None = None,
+    condition_dropout: dict[str, float] | None = None,
+    **changes: Any,
+):
+    """A MedVolumePipeline without progress bars; further keyword arguments change its `data`. With `images` its
+    autoencoder codes every channel by itself, in 4 latent channels."""
     torch.manual_seed(seed)
     data = tiny_data(**changes)
     channels = len(data["intensity"])
+    codes = channels if images else 1
     vae = AutoencoderKL3D(
-        in_channels=channels, out_channels=channels, channels=(8, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1)
+        in_channels=channels,
+        out_channels=channels,
+        latent_channels=4 * codes,
+        channels=(8, 8),
+        encoder_blocks=(1, 1),
+        decoder_blocks=(1, 1),
+        per_channel=True if images else None,
     )
-    vae.set_latent_statistics([0.1, 0.0, -0.1, 0.2], [1.0, 0.5, 2.0, 1.5])
+    vae.set_latent_statistics([0.1, 0.0, -0.1, 0.2] * codes, [1.0, 0.5, 2.0, 1.5] * codes)
     unet = LatentUNet3D(
+        in_channels=4 * codes,
+        out_channels=4 * codes,
         channels=(16, 16),
         blocks=(1, 1),
         attention=(False, True),
@@ -47,6 +65,8 @@ def tiny_pipeline(seed: int = 0, *, num_labels: int = 3, objective: str = "recti
         num_labels=num_labels,
         mask_width=8,
         objective=objective,
+        images=images,
+        condition_dropout=condition_dropout,
     )
     with torch.no_grad():  # the last layer of a new U-Net is zero: nothing would depend on anything
         for parameter in (unet.conv_out.weight, *(block.conv2.weight for level in unet.down_blocks for block in level)):

@@ -121,6 +121,7 @@ class AutoencoderLosses:
     l1: float = 1.0
     mse: float = 0.0
     gradient: float = 1.0
+    spectrum: float = 0.0
     kl: float = 1e-4
     commitment: float = 0.25
 
@@ -157,6 +158,28 @@ class AdversarialConfig:
     def __post_init__(self) -> None:
         _require_at_least(self, 0, "weight", "feature_matching", "start_step", "warmup_steps", "slices")
         _require_at_least(self, 1, "channels", "layers")
+
+
+@dataclass
+class PerceptualConfig:
+    """A frozen network whose features of image and reconstruction are to agree; see autoencoder/perceptual.py.
+
+    Args:
+        network: a local path. A folder that train_vae.py wrote (the features are those of its encoder, in three
+            dimensions), or a safetensors file of VGG-16 under torchvision's names (features of slices, each channel as a
+            grey picture in ImageNet's colours).
+        weight: of the squared distances of the features, each of length 1, summed over the network's levels (Zhang et
+            al. 2018, Eq. 1).
+        slices: planes that VGG-16 looks at of each volume and step.
+    """
+
+    network: str
+    weight: float = 0.1
+    slices: int = 4
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 0, "weight")
+        _require_at_least(self, 1, "slices")
 
 
 @dataclass
@@ -207,6 +230,7 @@ class TrainVaeConfig:
         model: `class:` and that class's constructor arguments.
         crops: what a training sample is.
         losses: weights of the losses.
+        perceptual: a frozen network whose features are to agree; none if absent.
         adversarial: a discriminator that sharpens; none if absent.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         optimizer: how weights move.
@@ -221,6 +245,7 @@ class TrainVaeConfig:
     model: dict[str, Any]
     crops: CropConfig = field(default_factory=CropConfig)
     losses: AutoencoderLosses = field(default_factory=AutoencoderLosses)
+    perceptual: PerceptualConfig | None = None
     adversarial: AdversarialConfig | None = None
     gradient_checkpointing: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -4,9 +4,9 @@ from .cases import Case, load_cases
 from .config import DataConfig, PhantomConfig
 from .crops import CropDataset
 from .dataset import VolumeDataset, describe, pad_sample
-from .figures import slices_figure
+from .figures import shapes_figure, slices_figure
 from .intensity import IntensityScaling, LinearScale
-from .labels import label_indices
+from .labels import label_channels, label_indices, merge_channels
 from .nifti import (
     in_one_step,
     nifti_path,
@@ -15,6 +15,7 @@ from .nifti import (
     read_volume,
     stored_grid,
     to_nibabel,
+    to_stored_grid,
     write_volume,
 )
 from .phantom import PHANTOM_CLASSES, PHANTOM_LABELS, make_phantom
@@ -42,9 +43,11 @@ __all__ = [
     "describe_grid",
     "grid_numbers",
     "in_one_step",
+    "label_channels",
     "label_indices",
     "load_cases",
     "make_phantom",
+    "merge_channels",
     "nifti_path",
     "on_stored_grid",
     "pad_or_crop",
@@ -56,9 +59,11 @@ __all__ = [
     "resample",
     "resample_to",
     "same_grid",
+    "shapes_figure",
     "slices_figure",
     "stored_grid",
     "to_nibabel",
+    "to_stored_grid",
     "write_slabs",
     "write_volume",
 ]

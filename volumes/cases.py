@@ -113,7 +113,7 @@ def _from_table(config: DataConfig) -> list[Case]:
         for path in [*images.values(), *([mask] if mask else [])]:
             if config.on_error == "raise" and not path.is_file():  # else refused, and listed, when it is read
                 raise ValueError(f"{path}: no such file, though {config.table} has a row for it: {row}")
-        first, pattern = next(iter(images.items()))[1], config.patterns[config.channels[0]][0]
+        first, pattern = next(iter(images.items()))[1], next(iter(config.patterns.values()))[0]
         name = case_name([str(row[column]) for column in placeholders(pattern)], first)
         cases.append(Case(name, subject=name, images=images, mask=mask, metadata=dict(row)))
     return cases
@@ -135,7 +135,7 @@ def _from_patterns(config: DataConfig) -> list[Case]:
                     )
         if not found[channel]:
             raise ValueError(f"no file matches {' or '.join(map(str, patterns))} in {root.resolve()}")
-    channels = config.channels
+    channels = list(config.patterns)
     keys = set(found[channels[0]])
     for channel, files in found.items():
         for key in sorted(keys ^ set(files)):

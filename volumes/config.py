@@ -48,6 +48,8 @@ class DataConfig:
         split_seed: another number draws other subjects.
         label_map: label values of the files to label values of the model, before anything else, e.g. {3: 1}.
         label_names: every label value and its name, e.g. {0: background, 1: tumour}.
+        image_labels: says that the image files are label maps: every value and its name, the lowest being the
+            background. A model sees a channel for each other label, called by its name: 1 inside, -1 outside.
         spacing: voxel size in mm to which everything is resampled; null keeps each volume's own.
         intensity: scaling of intensities, one for all channels or a mapping {channel: scaling}.
         classes: columns that condition a model, each with the values it may have, e.g. {sex: [F, M], grade: ['1', '2']}.
@@ -55,6 +57,7 @@ class DataConfig:
             A class that a mirrored volume would belie, such as the body's side, forbids flip_axes.
         numbers: columns of numbers that condition a model, e.g. [age, weight]. Cells may be empty. spacing_x, spacing_y,
             spacing_z, size_x, size_y and size_z need no column: mm between voxels, and from end to end, of the volume.
+        given: image channels that a model may be given, to generate the others from them, e.g. [ct, pet].
         on_error: "raise" stops at the first file that is refused; "skip" goes on without it and lists it.
         phantom: draw volumes instead of reading files.
     """
@@ -72,17 +75,21 @@ class DataConfig:
     split_seed: int = 0
     label_map: dict[int, int] = field(default_factory=dict)
     label_names: dict[int, str] = field(default_factory=dict)
+    image_labels: dict[int, str] = field(default_factory=dict)
     spacing: tuple[float, float, float] | None = None
     intensity: IntensityScaling | dict[str, IntensityScaling] = field(default_factory=IntensityScaling)
     classes: dict[str, list[str]] = field(default_factory=dict)
     numbers: list[str] = field(default_factory=list)
+    given: list[str] = field(default_factory=list)
     on_error: Literal["raise", "skip"] = "raise"
     phantom: PhantomConfig | None = None
 
     def __post_init__(self) -> None:
         if self.phantom is not None:
             given = [
-                name for name in ("images", "masks", "table", "split", "subject", "group_by") if getattr(self, name)
+                name
+                for name in ("images", "image_labels", "masks", "table", "split", "subject", "group_by")
+                if getattr(self, name)
             ]
             if given:
                 raise ValueError(f"data: phantom takes the place of files; remove {', '.join(given)}")
@@ -97,9 +104,11 @@ class DataConfig:
                 re.compile(self.group_by)
             except re.error as error:
                 raise ValueError(f"data: group_by {self.group_by!r} is no regular expression: {error}") from error
-        lost = sorted(set(self.label_map.values()) - set(self.label_names)) if self.label_names else []
+        named = {**self.label_names, **self.image_labels}
+        lost = sorted(set(self.label_map.values()) - set(named)) if named else []
         if lost:
-            raise ValueError(f"data: label_map leads to {lost}, which label_names does not name: {self.label_names}")
+            raise ValueError(f"data: label_map leads to {lost}, which is not among the labels' names: {named}")
+        self._check_image_labels()
         for name, values in self.classes.items():
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"data: classes.{name} lists the values it may have, each once; got {values}")
@@ -107,6 +116,7 @@ class DataConfig:
                 raise ValueError(f"data: classes.{name} lists {odd}, which is no text; put it in quotes")
         if twice := sorted(set(self.classes) & set(self.numbers)):
             raise ValueError(f"data: {twice} are both classes and numbers; remove them from one")
+        self._check_given()
         for name in ("test_fraction", "validation_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"data: {name} lies in [0, 1), got {getattr(self, name)}")
@@ -114,19 +124,42 @@ class DataConfig:
             raise ValueError(
                 f"data: intensity names the channels {sorted(self.intensity)}, images has {sorted(self.channels)}"
             )
-        if isinstance(self.time_point, dict) and not set(self.time_point) <= set(self.channels):
+        if isinstance(self.time_point, dict) and not set(self.time_point) <= set(self.patterns):
             raise ValueError(
-                f"data: time_point names the channels {sorted(self.time_point)}, images has {sorted(self.channels)}"
+                f"data: time_point names the channels {sorted(self.time_point)}, images has {sorted(self.patterns)}"
+            )
+
+    def _check_image_labels(self) -> None:
+        names = list(self.image_labels.values())
+        if names and (len(names) < 2 or len(set(names)) < len(names)):
+            raise ValueError(f"data: image_labels names the background and one label or more, each once; got {names}")
+        if names and isinstance(self.images, dict):
+            raise ValueError(
+                "data: image_labels are of one file a volume; give images as one pattern, without channels"
+            )
+        if names and self.intensity != IntensityScaling():
+            raise ValueError("data: intensity has no effect on label maps; remove it, or image_labels")
+
+    def _check_given(self) -> None:
+        if unknown := sorted(set(self.given) - set(self.channels)):
+            raise ValueError(f"data: given names {unknown}, the image channels are {self.channels}")
+        if len(set(self.given)) < len(self.given):
+            raise ValueError(f"data: given names a channel twice: {self.given}")
+        if self.given and (len(self.channels) < 2 or self.image_labels):
+            raise ValueError(
+                "data: given needs images of several channels, {channel: pattern}, of which some are generated"
             )
 
     @property
     def channels(self) -> list[str]:
         """Names of the channels, in the order of the model's input."""
+        if self.image_labels:
+            return [self.image_labels[value] for value in sorted(self.image_labels)[1:]]
         return list(self.images) if isinstance(self.images, dict) else ["image"]
 
     @property
     def patterns(self) -> dict[str, list[str]]:
-        """File patterns by channel."""
+        """File patterns by channel; those of label maps are of `image`, which holds all channels."""
         if isinstance(self.images, dict):
             return {channel: [pattern] for channel, pattern in self.images.items()}
         return {"image": [self.images] if isinstance(self.images, str) else list(self.images)}
@@ -137,4 +170,6 @@ class DataConfig:
 
     def scaling(self, channel: str) -> IntensityScaling:
         """How this channel is scaled."""
+        if self.image_labels:
+            return IntensityScaling("window", 0, 1)
         return self.intensity[channel] if isinstance(self.intensity, dict) else self.intensity

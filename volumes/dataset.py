@@ -22,7 +22,7 @@ from .cases import Case
 from .conditions import describe_numbers, read_classes, read_numbers
 from .config import DataConfig
 from .intensity import LinearScale
-from .labels import label_indices
+from .labels import label_channels, label_indices
 from .nifti import read_mask, read_volume
 from .phantom import PHANTOM_LABELS, make_phantom
 from .placement import pad_to_multiple
@@ -175,28 +175,34 @@ def pad_sample(item: dict[str, Any], stride: int | Sequence[int]) -> dict[str, A
 def describe(dataset: VolumeDataset, description: str = "") -> dict[str, Any]:
     """What a pipeline must know of its training data, as plain JSON.
 
-    {"channels": [name], "labels": {str(value in files): name}, "spacing": [mm] or None (each volume has its own),
-    "intensity": [{"kind", "low", "high"}] a channel (medians over the volumes; the LinearScale back to file units),
+    {"channels": [name], "labels": {str(value in files): name}, "image_labels": the same of images that are label maps
+    (background, then a channel each), {} otherwise, "spacing": [mm] or None (each volume has its own),
+    "intensity": [{"kind", "low", "high"}] a channel (medians over the volumes; the LinearScale back to file units; of
+    kind percentile also "percentiles": [low, high], which are fitted anew to each volume),
     "shape_range": [[smallest x, y, z], [largest x, y, z]] in voxels, "affine": 4 x 4 of the case of median size,
-    "classes": {name: [values]}, "numbers": {name: {"mean", "std", "low", "high"}} over the known ones, "description"}
+    "classes": {name: [values]}, "numbers": {name: {"mean", "std", "low", "high"}} over the known ones,
+    "grid_numbers": [those of them that were taken from the volumes' grids], "description"}
     """
     shapes = np.array(dataset.shapes)
     median_case = int(np.argsort(shapes.prod(axis=1), kind="stable")[len(shapes) // 2])
     intensity = []
     for index, channel in enumerate(dataset.channels):
         limits = np.median([[p.scales[index].low, p.scales[index].high] for p in dataset.prepared], axis=0)
-        intensity.append(
-            {"kind": dataset.config.scaling(channel).kind, "low": float(limits[0]), "high": float(limits[1])}
-        )
+        scaling = dataset.config.scaling(channel)
+        intensity.append({"kind": scaling.kind, "low": float(limits[0]), "high": float(limits[1])})
+        if scaling.kind == "percentile":
+            intensity[-1]["percentiles"] = [scaling.low, scaling.high]
     return {
         "channels": list(dataset.channels),
         "labels": {str(value): name for value, name in sorted(dataset.labels.items())},
+        "image_labels": {str(value): name for value, name in sorted(dataset.config.image_labels.items())},
         "spacing": _common_spacing(dataset),
         "intensity": intensity,
         "shape_range": [shapes.min(axis=0).tolist(), shapes.max(axis=0).tolist()],
         "affine": dataset.prepared[median_case].image.affine.tolist(),
         "classes": {name: list(values) for name, values in sorted(dataset.config.classes.items())},
         "numbers": describe_numbers(dataset.config.numbers, [prepared.numbers for prepared in dataset.prepared]),
+        "grid_numbers": [n for n in sorted(dataset.config.numbers) if not any(n in c.metadata for c in dataset.cases)],
         "description": description,
     }
 
@@ -222,7 +228,10 @@ def _labels(config: DataConfig) -> dict[int, str]:
 def _files(case: Case, config: DataConfig) -> tuple[Volume, Volume | None]:
     """Image with all channels, and mask, from a case's files; they must lie on one grid."""
     volumes: dict[str, Volume] = {}
-    for channel in config.channels:
+    for channel in config.patterns:
+        if config.image_labels:
+            volumes[channel] = _label_map(case.images[channel], config)
+            continue
         volumes[channel] = read_volume(case.images[channel], time_point=config.volume_number(channel))
         if len(volumes[channel].array) != 1:
             count = len(volumes[channel].array)
@@ -231,7 +240,7 @@ def _files(case: Case, config: DataConfig) -> tuple[Volume, Volume | None]:
                 "time_point, one number or {channel: number}"
             )
     mask = read_mask(case.mask) if case.mask is not None else None
-    first = volumes[config.channels[0]]
+    first = next(iter(volumes.values()))
     for channel, volume in volumes.items():
         _check_grid(case, case.images[channel], volume, first, config)
     if mask is not None:
@@ -239,10 +248,17 @@ def _files(case: Case, config: DataConfig) -> tuple[Volume, Volume | None]:
     return first.replace(np.concatenate([volume.array for volume in volumes.values()])), mask
 
 
+def _label_map(path: Path, config: DataConfig) -> Volume:
+    """An image file that is a label map, as channels of 0 and 1."""
+    image = read_mask(path)
+    indices = label_indices(image.array[0], config.image_labels, config.label_map, name=str(path))
+    return image.replace(label_channels(indices, len(config.image_labels)))
+
+
 def _check_grid(case: Case, path: Path | None, volume: Volume, first: Volume, config: DataConfig) -> None:
     if not same_grid(first, volume):
         raise VolumeError(
-            f"{path}: is not on the grid of {case.images[config.channels[0]]} "
+            f"{path}: is not on the grid of {next(iter(case.images.values()))} "
             f"({describe_grid(volume)}, against {describe_grid(first)}); resample one onto the other first"
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -35,3 +35,20 @@ def label_indices(
             f"{name}: mask holds labels {sorted(unknown)} that are not known (known are {order}); name or map them"
         )
     return table[labels]
+
+
+def label_channels(indices: np.ndarray, num_labels: int) -> np.ndarray:
+    """Label indices (X, Y, Z) to float32 (num_labels - 1, X, Y, Z): 1 where each label but the background (0) is, else 0."""
+    foreground = np.arange(1, num_labels, dtype=indices.dtype).reshape(-1, 1, 1, 1)
+    return (indices[None] == foreground).astype(np.float32)
+
+
+def merge_channels(channels: np.ndarray, values: Sequence[int], threshold: float = 0.0) -> np.ndarray:
+    """A channel for each label but the background, (C, X, Y, Z), to the label map (1, X, Y, Z) int16 that they mean: the
+    background where none exceeds `threshold`, else the label of the largest.
+
+    Args:
+        values: label values of background and channels, C + 1 of them.
+    """
+    indices = np.where(channels.max(axis=0) > threshold, channels.argmax(axis=0) + 1, 0)
+    return np.asarray(values, dtype=np.int16)[indices][None]

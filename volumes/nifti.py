@@ -91,20 +91,25 @@ def on_stored_grid(volume: Volume) -> bool:
     return same_grid(volume, Volume(np.broadcast_to(False, (1, *shape)), affine))
 
 
+def to_stored_grid(volume: Volume) -> Volume:
+    """The volume resampled to `stored_grid` (linearly, or to the nearest voxel when it holds integers) if it is not on it."""
+    if on_stored_grid(volume):
+        return volume
+    return resample_to(volume, *canonical_grid(stored_grid(volume)), nearest=volume.array.dtype.kind in "biu")
+
+
 def to_nibabel(
     volume: Volume, *, dtype: type[np.number] | np.dtype | None = None, description: str = ""
 ) -> nib.Nifti1Image:
     """The volume as a NIfTI image on the grid of the file that it came from: shape, orientation, affine, form codes.
 
-    A volume that was resampled meanwhile is resampled back: linearly, or to the nearest voxel when it holds integers.
-    A volume without a source is written as it is. Channels become the fourth axis. `dtype` is that of the voxels
+    A volume that was resampled meanwhile is resampled back (`to_stored_grid`). A volume without a source is written as it
+    is. Channels become the fourth axis. `dtype` is that of the voxels
     (rounded, where it is one of integers); by default float32, or the smallest that holds the integers. `description`
     goes to the header (at most 79 bytes).
     """
     source = stored_grid(volume)
-    if not on_stored_grid(volume):
-        volume = resample_to(volume, *canonical_grid(source), nearest=volume.array.dtype.kind in "biu")
-    array = stored_order(volume.array, source)
+    array = stored_order(to_stored_grid(volume).array, source)
     if array.shape[3] == 1:
         array = array[..., 0]
     array = _storable(array) if dtype is None else array if array.dtype == dtype else rounded(array, dtype)

@@ -1,9 +1,9 @@
 """Make a shippable pipeline folder out of a trained one: half-precision weights, example masks, results, model card.
 
 python weights/ship.py output/hippocampus/ldm/pipeline weights/hippocampus --vae output/hippocampus/sharpen/vae \
-    --examples ../shared/data/hippocampus/labels/hippocampus_015.nii.gz --results out/results --card configs/hippocampus/card.md
+    --examples configs/hippocampus/examples.csv --results out/results --card configs/hippocampus/card.md
 
-`--examples` are label maps of the demo, copied to masks/. A model that needs none has its conditions in the card. `--vae`
+`--examples` is a table as generate.py reads it, of what demo.py is to draw; masks that it names are copied to masks/. `--vae`
 takes the place of the pipeline's autoencoder: one with the same encoder, whose decoder was trained on.
 Every `{name}` in the card is filled from the results: `{reconstruction.psnr_db.mean:.2f}` is results/reconstruction.json
 ["psnr_db"]["mean"]; `{megabytes}`, `{bands}` and `{scores.SOURCE}` are made here. A figure that no result file holds is an
@@ -11,6 +11,7 @@ error, so a card cannot claim what was not measured.
 """
 
 import argparse
+import csv
 import json
 import re
 import shutil
@@ -23,6 +24,7 @@ from autoencoder import VolumeAutoencoder
 from diffusion.latent_cache import weights_hash
 from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
+from volumes.cases import read_table
 
 LIMIT = 40_000_000  # bytes a shipped pipeline may weigh
 HERE = {"_name_or_path": None}  # in the config of a loaded model
@@ -31,8 +33,10 @@ HERE = {"_name_or_path": None}  # in the config of a loaded model
 def main(args: list[str] | None = None) -> None:
     """Write the folder. Raises: ValueError for a mask or result that is missing, or a folder over the limit."""
     options = parse(args)
-    target, examples = options.target, options.examples
-    for path in (*examples, options.card):
+    target = options.target
+    rows = read_table(options.examples)
+    masks = [options.examples.parent / row["mask"] for row in rows if row.get("mask")]
+    for path in (*masks, options.card):
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
     reports = sorted(options.results.glob("*.json"))
@@ -46,16 +50,21 @@ def main(args: list[str] | None = None) -> None:
     size = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
     if size > LIMIT:
         raise ValueError(f"{target}: weights of {size / 1e6:.1f} MB, the limit is {LIMIT / 1e6:.0f} MB")
-    for folder, files in (("masks", examples), ("results", reports)):
+    for folder, files in (("masks", masks), ("results", reports)):
         shutil.rmtree(target / folder, ignore_errors=True)
         if files:
             (target / folder).mkdir()
         for path in files:
             shutil.copyfile(path, target / folder / path.name)
 
+    with open(target / "examples.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(row | ({"mask": f"masks/{Path(row['mask']).name}"} if row.get("mask") else {}) for row in rows)
+
     figures = {**results, **summaries(results), "megabytes": size / 1e6}
     (target / "README.md").write_text(fill(options.card.read_text(), figures))
-    print(f"{target}: {size / 1e6:.1f} MB of weights, {len(examples)} masks, {len(results)} result files")
+    print(f"{target}: {size / 1e6:.1f} MB of weights, {len(rows)} examples, {len(results)} result files")
 
 
 def with_decoder(pipe: MedVolumePipeline, vae: VolumeAutoencoder) -> MedVolumePipeline:
@@ -103,7 +112,7 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("pipeline", type=Path, help="trained pipeline folder (RUN/pipeline)")
     parser.add_argument("target", type=Path, help="folder to write")
     parser.add_argument("--vae", help="autoencoder in place of the pipeline's, of the same encoder")
-    parser.add_argument("--examples", type=Path, nargs="*", default=[], help="label maps for the demo")
+    parser.add_argument("--examples", type=Path, required=True, help="table of what demo.py draws")
     parser.add_argument(
         "--results", type=Path, required=True, help="folder of JSON reports of evaluate.py and benchmarks"
     )

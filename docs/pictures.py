@@ -1,0 +1,112 @@
+"""The pictures of docs/conditions, from trained pipelines:  python docs/pictures.py mask|classes|numbers|images [--pipeline DIR]
+
+Each prints what it measured on the volumes that it drew.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from pipelines import MedVolumePipeline
+from volumes import read_mask, shapes_figure, slices_figure
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "docs" / "conditions"
+HIPPOCAMPUS = ROOT / "weights" / "hippocampus"
+SEED = 0
+
+
+def seeds(count: int) -> list[torch.Generator]:
+    """Generators of consecutive seeds."""
+    return [torch.Generator().manual_seed(SEED + i) for i in range(count)]
+
+
+def mask(pipe: MedVolumePipeline) -> Figure:
+    """One unseen mask with three seeds, and edited: shifted, thickened, its posterior part removed."""
+    own = read_mask(HIPPOCAMPUS / "masks" / "hippocampus_015.nii.gz")
+    labels = own.array[0]
+    thick = torch.nn.functional.max_pool3d(torch.from_numpy(labels).float()[None], 3, 1, 1)[0].numpy().astype(np.int16)
+    edits = {
+        "shifted by 6 mm": np.roll(labels, 6, axis=1),
+        "thicker by 1 mm": thick,
+        "anterior alone": labels * (labels == 1),
+    }
+    asked = {f"as it is, seed {seed}": labels for seed in range(3)} | edits
+    masks = [own.replace(one[None]) for one in asked.values()]
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1, 2, 0, 0, 0)]
+    out = pipe(mask=masks, generator=generators, output_type="np")
+    columns = []
+    for title, one, volume in zip(asked, asked.values(), out.volumes, strict=True):
+        inside, around = volume[0][one > 0].mean(), volume[0][(one == 0)].mean()
+        print(f"{title}: mean inside the mask {inside:.0f}, outside {around:.0f}")
+        columns.append({"title": title, "images": {"generated": volume[0]}, "mask": one, "spacing": own.spacing})
+    return slices_figure(columns)
+
+
+def classes(pipe: MedVolumePipeline) -> Figure:
+    """The same six noises for each diagnosis, without one, and with guidance."""
+    count, rows = 6, {}
+    kinds = [(f"{value}", {"diagnosis": value}, 1.0) for value in pipe.data["classes"]["diagnosis"]]
+    kinds += [("none given", {}, 1.0), ("hyperplasia, guided by 3", {"diagnosis": "hyperplasia"}, 3.0)]
+    for name, labels, scale in kinds:
+        out = pipe(
+            shape=(64, 64, 64), labels=[labels] * count, generator=seeds(count), guidance_scale=scale, output_type="np"
+        )
+        rows[name.replace(", ", ",\n")] = [volume[0] for volume in out.volumes]
+        print(f"{name}: {np.mean([(volume > 0).sum() for volume in out.volumes]):.0f} voxels on average")
+    return shapes_figure(rows)
+
+
+def numbers(pipe: MedVolumePipeline) -> Figure:
+    """One noise, dark and bright lesions of growing volume; the volume that came out is measured by a threshold."""
+    columns = []
+    organ = 700.0  # the phantoms' intensity around the lesion, see volumes/phantom.py
+    for kind, threshold in (("dark lesion", 425.0), ("bright lesion", 850.0)):
+        for asked in (80, 160, 320):
+            measured = []
+            for generator in seeds(8):
+                out = pipe(
+                    shape=(32, 32, 32),
+                    labels={"class": kind},
+                    numbers={"lesion_volume": asked},
+                    generator=generator,
+                    output_type="np",
+                )
+                volume = out.volumes[0][0]
+                middle = volume[9:23, 9:23, 9:23]  # the lesion lies here, and the dark border of the body does not
+                measured.append(int(((middle - threshold) * (threshold - organ) > 0).sum()))
+                if generator.initial_seed() == SEED:
+                    columns.append({"title": f"{kind},\n{asked} voxels", "images": {"generated": volume}})
+            print(
+                f"{kind}, {asked} voxels asked: {np.mean(measured):.0f} ({min(measured)} to {max(measured)}) over 8 seeds"
+            )
+    return slices_figure(columns)
+
+
+PICTURES: dict[str, tuple[Callable[[MedVolumePipeline], Figure], Path]] = {
+    "mask": (mask, HIPPOCAMPUS),
+    "classes": (classes, ROOT / "weights" / "adrenal-shapes"),
+    "numbers": (numbers, ROOT / "output" / "phantom" / "conditions" / "pipeline"),
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Draw one picture into docs/conditions."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", choices=PICTURES)
+    parser.add_argument("--pipeline", type=Path, help="in place of the usual one")
+    options = parser.parse_args(args)
+    draw, folder = PICTURES[options.picture]
+    pipe = MedVolumePipeline.from_pretrained(options.pipeline or folder)
+    pipe.set_progress_bar_config(disable=True)
+    figure = draw(pipe)
+    figure.savefig(FOLDER / f"{options.picture}.png", dpi=110)
+    print(FOLDER / f"{options.picture}.png")
+
+
+if __name__ == "__main__":
+    main()
