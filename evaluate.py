@@ -231,6 +231,7 @@ def judge_dice(options: Namespace, device: torch.device, dtype: torch.dtype | No
     }
     for path in options.earlier:
         report["scores"].update(earlier_scores(Path(path), report))
+        report.setdefault("earlier", {})[Path(path).name] = json.loads(Path(path).read_text()).get("commit")
     num_labels = len(label_values(config))
     judged = load_pairs([Pair(case) for case in judge], config, shape)
     report["skipped"] = dict(judged.skipped)
@@ -332,7 +333,10 @@ def earlier_scores(path: Path, report: dict[str, Any]) -> dict[str, list[dict[st
     """Scores by source of an earlier report. Raises ValueError unless it was measured on the same data by the same protocol."""
     earlier = json.loads(path.read_text())
     for key in ("protocol", "data"):
-        if json.loads(json.dumps(report[key])) != earlier.get(key):
+        wanted = json.loads(json.dumps(report[key]))
+        if key == "data":  # settings that the data section got since were at their defaults
+            earlier[key] = {**{new: value for new, value in wanted.items() if not value}, **earlier.get(key, {})}
+        if wanted != earlier.get(key):
             raise ValueError(f"{path}: was measured with another {key} ({earlier.get(key)}); train again")
     if set(earlier["scores"]) != {"real"} and earlier["synthetic"] != report["synthetic"]:
         raise ValueError(f"{path}: learned from the volumes in {earlier['synthetic']}, not in {report['synthetic']}")

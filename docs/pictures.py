@@ -12,7 +12,8 @@ import torch
 from matplotlib.figure import Figure
 
 from pipelines import MedVolumePipeline
-from volumes import read_mask, shapes_figure, slices_figure
+from training import TrainLdmConfig, parse_config
+from volumes import Case, load_cases, read_mask, read_volume, shapes_figure, slices_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "conditions"
@@ -87,9 +88,65 @@ def numbers(pipe: MedVolumePipeline) -> Figure:
     return slices_figure(columns)
 
 
+def images(pipe: MedVolumePipeline) -> Figure:
+    """Held-out patients: the real CT and PET, PET from that CT, and both from the tumour's mask and the sex alone."""
+    config = parse_config(TrainLdmConfig, ["--config", str(ROOT / "configs" / "sarcoma" / "ldm.yaml")]).data
+    cases = [case for case in load_cases(config) if case.split == "test"]
+    windows = {
+        name: (of["low"], of["high"]) for name, of in zip(pipe.data["channels"], pipe.data["intensity"], strict=True)
+    }
+    columns, errors = [], {"PET from CT": [], "PET from mask and sex": [], "the training PETs' mean": []}
+    train_mean = np.mean([_masked_means(case) for case in load_cases(config) if case.split == "train"], axis=0)
+    for number, case in enumerate(cases):
+        assert case.mask is not None
+        real = {name: read_volume(path).array[0] for name, path in case.images.items()}
+        tumour, labels = read_mask(case.mask), {"sex": case.metadata["sex"]}
+        given, alone = (
+            pipe(
+                mask=case.mask,
+                labels=labels,
+                image=image,
+                generator=torch.Generator().manual_seed(SEED + number),
+                output_type="np",
+            ).volumes[0]
+            for image in ({"ct": case.images["ct"]}, None)
+        )
+        inside = tumour.array[0] > 0
+        expected = np.where(inside, *train_mean)
+        guesses = {"PET from CT": given[1], "PET from mask and sex": alone[1], "the training PETs' mean": expected}
+        truth = real["pet"].clip(*windows["pet"])
+        for name, guess in guesses.items():
+            errors[name].append([abs(guess - truth).mean(), guess[inside].mean() - truth[inside].mean()])
+        if number < 4:
+            shown = {
+                "real CT": real["ct"],
+                "real PET": real["pet"],
+                "PET from CT": given[1],
+                "CT from mask": alone[0],
+                "its PET": alone[1],
+            }
+            column = {"title": f"{case.name}, {labels['sex']}", "images": shown, "spacing": tumour.spacing}
+            column["windows"] = {name: windows["pet" if "PET" in name else "ct"] for name in shown}
+            columns.append(column | {"mask": tumour.array})
+    for name, values in errors.items():
+        whole, bias = np.array(values).T
+        print(
+            f"{name}: mean absolute error {whole.mean():.3f} SUV, of the tumour's mean SUV {abs(bias).mean():.2f}, {len(cases)} patients"
+        )
+    return slices_figure(columns)
+
+
+def _masked_means(case: Case) -> tuple[float, float]:
+    """Mean SUV, cut at 10, in the tumour and around it."""
+    assert case.mask is not None
+    pet, inside = read_volume(case.images["pet"]).array[0].clip(0, 10), read_mask(case.mask).array[0] > 0
+    return float(pet[inside].mean()), float(pet[~inside].mean())
+
+
 PICTURES: dict[str, tuple[Callable[[MedVolumePipeline], Figure], Path]] = {
     "mask": (mask, HIPPOCAMPUS),
     "classes": (classes, ROOT / "weights" / "adrenal-shapes"),
+    "images": (images, ROOT / "output" / "sarcoma" / "ldm" / "pipeline"),
     "numbers": (numbers, ROOT / "output" / "phantom" / "conditions" / "pipeline"),
 }
 

@@ -154,6 +154,9 @@ def test_the_report_and_its_ratios(data, capsys):
     ]
     args += ["--device", "cpu", "--precision", "no"]
     evaluate.main([*args, "--train_on", "real", "--output", str(folder / "real.json")])
+    older = json.loads((folder / "real.json").read_text())
+    del older["data"]["image_labels"]  # as from before the data section had it
+    (folder / "real.json").write_text(json.dumps(older))
     args += ["--synthetic", str(folder / "made"), "--earlier", str(folder / "real.json")]
     evaluate.main([*args, "--train_on", "synthetic", "both", "--output", str(folder / "dice.json")])
     report = json.loads((folder / "dice.json").read_text())
@@ -164,6 +167,7 @@ def test_the_report_and_its_ratios(data, capsys):
     assert report["ratios"]["synthetic/real"]["per_seed"]["1"] == pytest.approx(
         scores["synthetic"][1] / scores["real"][1]
     )
+    assert report["earlier"] == {"real.json": older["commit"]}
     assert len(scores["both"]) == 2 and report["machine"]["cores"] >= 1
     assert report["scores"]["real"] == json.loads((folder / "real.json").read_text())["scores"]["real"]
     merged = ["--train_on", "real", "synthetic", "--earlier", str(folder / "real.json"), str(folder / "dice.json")]
