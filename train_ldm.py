@@ -127,8 +127,9 @@ def complete_model(
     Args:
         data: `volumes.describe` of the training volumes.
         images: channels of the latents of each image that the model may be given.
-    Raises: ValueError if the section says something else.
+    Raises: ValueError if the section says something else, and if the autoencoder learned other channels than the data has.
     """
+    vae.check_channels(data["channels"])
     channels = vae.config["latent_channels"]
     decided = {
         "in_channels": channels,

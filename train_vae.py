@@ -297,6 +297,8 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         if not config.freeze_encoder:
             volumes = ({key: item[key][None] for key in ("image", "fov")} for item in PaddedVolumes(train, vae.stride))
             final.set_latent_statistics(*latent_statistics(final, volumes))
+        if len(train.channels) > 1:
+            final.register_to_config(channel_names=train.channels)
         save_model(final, output / "vae")
         statistics = (final.config["latents_mean"], final.config["latents_std"])
         logger.info("saved %s (latents: mean %s, std %s)", output / "vae", *statistics)

@@ -140,6 +140,13 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
             )
         self.register_to_config(latents_mean=[float(v) for v in mean], latents_std=[float(v) for v in std])
 
+    def check_channels(self, names: Sequence[str]) -> None:
+        """Raises: ValueError if the image channels `names` are not those that this autoencoder learned, in their order."""
+        if (own := self.config.get("channel_names")) and list(own) != list(names):
+            raise ValueError(
+                f"the data's channels are {list(names)}, the autoencoder learned {list(own)}; give them in that order"
+            )
+
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std of the raw latents as (C,) tensors; 0 and 1 before they were measured."""
         n = self.config["latent_channels"]

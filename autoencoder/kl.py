@@ -22,6 +22,7 @@ class AutoencoderKL3D(VolumeAutoencoder[DiagonalGaussian3D]):
         per_channel: code each image channel by itself, all with the same weights: those of an autoencoder of one channel
             with latent_channels / in_channels. So a channel that is missing leaves the latents of the others alone.
         latents_mean, latents_std: statistics of the raw latents over the training set, set by `set_latent_statistics`.
+        channel_names: of several image channels, in their order; train_vae.py sets them.
     """
 
     @register_to_config
@@ -38,6 +39,7 @@ class AutoencoderKL3D(VolumeAutoencoder[DiagonalGaussian3D]):
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
         per_channel: bool | None = None,
+        channel_names: Sequence[str] | None = None,
     ):
         super().__init__()
         if per_channel and (in_channels != out_channels or latent_channels % in_channels):

@@ -45,7 +45,8 @@ class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
         in_channels, out_channels: channels of the volume.
         latent_channels: numbers in a code.
         num_codes, codebook_decay: size of the codebook, and weight of the past in its moving averages.
-        patch_size, channels, strides, encoder_blocks, decoder_blocks, latents_mean, latents_std: as `AutoencoderKL3D`.
+        patch_size, channels, strides, encoder_blocks, decoder_blocks, latents_mean, latents_std, channel_names: as
+            `AutoencoderKL3D`.
     """
 
     _keep_in_fp32_modules = ["codebook"]
@@ -65,6 +66,7 @@ class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
         decoder_blocks: Sequence[int] = (1, 3),
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
+        channel_names: Sequence[str] | None = None,
     ):
         super().__init__()
         self._build(encoded_channels=latent_channels)

@@ -87,6 +87,7 @@ def check_fit(vae: VolumeAutoencoder, unet: LatentUNet3D, data: Mapping[str, Any
         raise ValueError(
             f"data describes {len(data['intensity'])} channels, the autoencoder makes {vae.config['out_channels']}"
         )
+    vae.check_channels(data["channels"])
     check_described(vae, unet, data)
     if unet.config["num_labels"] == 0:
         return

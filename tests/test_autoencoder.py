@@ -90,7 +90,7 @@ def test_channels_that_do_not_agree_are_refused():
     with pytest.raises(ValueError, match="2 channels: this autoencoder takes 1"):
         small_vae().encode(torch.zeros(1, 2, 8, 8, 8))
     fov = torch.ones(1, 1, 4, 4, 4, dtype=torch.bool)
-    for loss in (l1_loss, mse_loss, gradient_loss):
+    for loss in (l1_loss, mse_loss, gradient_loss, spectrum_loss):
         with pytest.raises(ValueError, match=r"\(1, 1, 4, 4, 4\).*\(1, 2, 4, 4, 4\).*out_channels"):
             loss(torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 2, 4, 4, 4), fov)
 
@@ -109,6 +109,15 @@ def test_the_spectrum_loss_counts_power_whatever_its_place():
     soft = (image * 0.9).requires_grad_()
     spectrum_loss(soft, image, fov | True).backward()
     assert (soft.grad * soft).sum() < 0  # more power costs less
+
+
+def test_the_spectrum_of_what_is_flat_has_a_bounded_price():
+    """Noise of 0.01 against air has 10 times the power of 8 bits: (log 11)^2 = 5.7, and it must not drown tissue."""
+    torch.manual_seed(0)
+    air, fov = torch.full((2, 1, 16, 16, 16), -1.0), torch.ones(2, 1, 16, 16, 16, dtype=torch.bool)
+    noisy = spectrum_loss(air + 0.01 * torch.randn_like(air), air, fov)
+    assert noisy.item() == pytest.approx(math.log(11) ** 2, rel=0.2)  # few waves in the lowest bands
+    assert spectrum_loss(air + 0.001 * torch.randn_like(air), air, fov) < 0.02
 
 
 def test_kl_of_half_precision_moments_does_not_overflow():

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train_ldm
+import train_vae
 from autoencoder import AutoencoderKL3D
 from diffusion import (
     ConditionNames,
@@ -215,6 +216,7 @@ def folder(tmp_path_factory) -> Path:
     arguments = {"channels": (4, 8), "encoder_blocks": (1, 1), "decoder_blocks": (1, 1), "latent_channels": 6}
     vae = AutoencoderKL3D(in_channels=2, out_channels=2, per_channel=True, **arguments)
     vae.set_latent_statistics([0.1] * 6, [0.5] * 6)
+    vae.register_to_config(channel_names=["ct", "pet"])
     vae.save_pretrained(folder / "vae")
     AutoencoderKL3D(
         in_channels=2, out_channels=2, **arguments, latents_std=[1.0] * 6, latents_mean=[0.0] * 6
@@ -275,6 +277,28 @@ def test_a_run_learns_all_channels_from_those_given(folder, tmp_path, monkeypatc
 def test_an_autoencoder_that_mixes_channels_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="per_channel: true"):
         train(folder, tmp_path, f"--vae={folder / 'mixed'}")
+
+
+def test_an_autoencoder_knows_its_channels_names(folder, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_vae.main(
+        [
+            f"--output={tmp_path}",
+            f"--data.root={folder}",
+            "--data.images={ct: '{name}_ct.nii.gz', pet: '{name}_pet.nii.gz'}",
+            "--data.validation_fraction=0",
+            "--model={class: autoencoder.AutoencoderKL3D, in_channels: 2, out_channels: 2, channels: [4, 8], per_channel: true}",
+            "--crops.shape=[8, 8, 8]",
+            *("--loop.max_steps=1", "--loop.previews=0", "--loop.mixed_precision=no", "--loop.trackers=[]"),
+        ]
+    )
+    assert AutoencoderKL3D.from_pretrained(tmp_path / "vae").config["channel_names"] == ["ct", "pet"]
+
+
+def test_channels_in_another_order_than_the_autoencoders_are_refused(folder, tmp_path):
+    swapped = "--data.images={pet: '{name}_pet.nii.gz', ct: '{name}_ct.nii.gz'}"
+    with pytest.raises(ValueError, match=r"channels are \['pet', 'ct'\], the autoencoder learned \['ct', 'pet'\]"):
+        train(folder, tmp_path, swapped)
 
 
 def test_an_image_that_is_never_left_out_is_in_previews_too(folder, tmp_path, monkeypatch):

@@ -92,6 +92,15 @@ def test_features_are_those_of_each_level_and_of_each_channel_alone(vgg_file):
             assert torch.allclose(together[1:], alone, atol=1e-4)
 
 
+def test_each_channel_has_the_field_of_view_of_its_own_volume():
+    network, image = EncoderFeatures(small_autoencoder()), torch.randn(2, 2, 8, 8, 8, generator=generator())
+    fov = torch.tensor([True, False]).view(2, 1, 1, 1, 1).expand(2, 1, 8, 8, 8)
+    for volume, counts in enumerate((True, False)):
+        changed = image.clone()
+        changed[volume] *= -1
+        assert bool(perceptual_loss(network, changed, image, fov) > 0) is counts
+
+
 def test_grey_becomes_imagenets_colours(vgg_file):
     vgg, seen = VGG16Features(vgg_file), []
     vgg.features[0].register_forward_hook(lambda module, given, output: seen.append(given[0]))

@@ -45,6 +45,14 @@ def gradients(module: torch.nn.Module) -> list[torch.Tensor]:
     return [p.grad for p in module.parameters() if p.grad is not None]
 
 
+@pytest.mark.parametrize("name", ["l1", "mse", "gradient", "spectrum", "kl"])
+def test_each_loss_counts_by_its_weight(name):
+    step = make_step()
+    step.weights = AutoencoderLosses(**{"l1": 0.0, "gradient": 0.0, "kl": 0.0, name: 3.0})
+    losses = step(batch(), generator())
+    assert losses[name] > 0 and losses["loss"].item() == pytest.approx(3 * losses[name].item(), rel=1e-5)
+
+
 def test_before_the_start_there_is_no_adversary():
     plain, step = make_step(), make_step(adversarial=AdversarialConfig(start_step=5))
     expected, found = plain(batch(), generator()), step(batch(), generator())

@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from nibabel.eulerangles import euler2mat
 
 from volumes import DataConfig, IntensityScaling, PhantomConfig, VolumeDataset, VolumeError, describe, load_cases
 
@@ -88,6 +89,14 @@ def test_columns_and_values_that_say_nothing_are_refused(table):
     (table / "table.csv").write_text("name,sex,age\na,F,20\nb,F,20\nc,F,\n")
     with pytest.raises(ValueError, match="'age' is 20 for all training volumes"):
         describe(dataset_of(table, numbers=["age"]))
+    for angle, name in enumerate("abc"):  # a spacing of 1.1 to rounding, which must not be divided by its spread
+        affine = np.eye(4)
+        affine[:3, :3] = euler2mat(0.1 * angle) * 1.1
+        nib.save(nib.Nifti1Image(np.ones((8, 8, 8), np.float32), affine), table / f"{name}.nii")
+    oblique = dataset_of(table, numbers=["spacing_x"])
+    assert len({prepared.numbers for prepared in oblique.prepared}) > 1
+    with pytest.raises(ValueError, match="'spacing_x' is 1.1 for all training volumes"):
+        describe(oblique)
 
 
 PHANTOM = {"classes": {"class": ["bright lesion", "dark lesion"]}, "numbers": ["lesion_volume"]}

@@ -15,6 +15,7 @@ from .cases import Case
 from .volume import Volume, VolumeError, grid_numbers
 
 NO_CLASS = -1  # an empty cell; of a number it is NaN
+ROUNDING = 1e-6  # relative: oblique grids of one spacing differ by as much
 REMEDY = "leave the cell empty where it is not known"
 
 
@@ -55,7 +56,7 @@ def describe_numbers(names: Sequence[str], values: Sequence[Sequence[float]]) ->
     described = {}
     for name, column in zip(sorted(names), np.array(values, dtype=np.float64).T, strict=True):
         known = column[~np.isnan(column)]
-        if not len(known) or known.min() == known.max():
+        if not len(known) or np.ptp(known) <= ROUNDING * abs(known).max():
             found = f"is {known[0]:g} for all" if len(known) else "is empty for all"
             raise ValueError(f"data: the number {name!r} {found} training volumes; take it out of data.numbers")
         described[name] = {

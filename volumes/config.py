@@ -139,6 +139,8 @@ class DataConfig:
             )
         if names and self.intensity != IntensityScaling():
             raise ValueError("data: intensity has no effect on label maps; remove it, or image_labels")
+        if names and self.time_point is not None:
+            raise ValueError(f"data: time_point {self.time_point} is of 4-D images, label maps are 3-D; remove it")
 
     def _check_given(self) -> None:
         if unknown := sorted(set(self.given) - set(self.channels)):

@@ -45,7 +45,8 @@ def slices_figure(columns: Sequence[dict[str, Any]]) -> Figure:
 
 
 def shapes_figure(rows: Mapping[str, Sequence[Any]]) -> Figure:
-    """Shapes (X, Y, Z), label > 0, as lit surfaces seen from the front: a row a name, all of one number of shapes."""
+    """Shapes (X, Y, Z), label > 0, as lit surfaces: a row a name. Anterior faces the viewer, superior is up, and the
+    patient's right is on the right, as in `slices_figure`: what is seen is the mirror image of a view from the front."""
     names, count = list(rows), max(map(len, rows.values()), default=0)
     if not count:
         raise ValueError("shapes_figure needs at least one shape")
