@@ -29,7 +29,7 @@ def main(weights: Path = WEIGHTS, output: Path = OUTPUT, num_inference_steps: in
         print(f"{table.parent.name}: {len(rows)} volumes for {table} ...")
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier demo, perhaps of other weights
         data = MedVolumePipeline.from_pretrained(table.parent).data
-        shape = [] if "mask" in rows[0] else ["--shape", *map(str, data["shape_range"][1])]
+        shape = [] if {"mask", *data["channels"]} & set(rows[0]) else ["--shape", *map(str, data["shape_range"][1])]
         start = time.perf_counter()
         generate.main(
             [

@@ -67,6 +67,8 @@ def load_classes(cases: Sequence[Case], config: DataConfig, column: str, shape: 
     alone = dataclasses.replace(
         config, masks=None, label_names={}, classes={column: config.classes[column]}, numbers=[]
     )
+    if all(case.split == "generated" for case in known):  # files in the model's own terms, one volume each
+        alone = dataclasses.replace(alone, label_map={}, time_point=None)
     known = [dataclasses.replace(case, mask=None) for case in known]
     dataset = VolumeDataset(known, alone)
     images = torch.empty(len(dataset), len(dataset.channels), *shape)

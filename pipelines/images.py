@@ -106,7 +106,9 @@ def _load(channel: str, image: ImageLike, target: Volume | None, affine: np.ndar
         return Volume(array[None], affine), name
     grid = stored_grid(target)
     if array.shape != tuple(grid.shape):
-        raise ValueError(f"{name}: is an array of {array.shape} voxels, the mask's grid has {tuple(grid.shape)}")
+        raise ValueError(
+            f"{name}: is an array of {array.shape} voxels, the grid of the mask or first image has {tuple(grid.shape)}"
+        )
     return read_volume(nib.Nifti1Image(array, grid.affine)), name
 
 

@@ -22,7 +22,7 @@ class MedVolumePipelineOutput(BaseOutput):
             "nifti"   nibabel images on their mask's own grid (shape, affine, orientation), in original units; of a
                       model of several channels {channel: image} of those that were generated;
             "np"      float32 arrays (C, X, Y, Z) with the same voxels in the same axis order; channels that were given
-                      hold the voxels of their file;
+                      hold the voxels of their file; of label maps uint8 or int16 (1, X, Y, Z);
             "pt"      the same as float32 tensors on the CPU;
             "latent"  standardised latents (latent_channels, h, w, d) of the padded mask, on the model's device.
             With `paths`: the files that were written, as `Path`, or {channel: path}.

@@ -123,21 +123,28 @@ def synthetic_files(record: Mapping[str, Any], path: str | os.PathLike) -> Itera
 
     Each appears whole or not at all, the sidecar first and after older files of the volume were removed: a volume on disk
     always has its record, and one with a matching record, all of whose files are there, is finished.
+
+    Raises: ValueError if a JSON that is no sidecar is in the way, see `read_sidecar`.
     """
-    files = volume_files(path, record)
+    files, older = volume_files(path, record), read_sidecar(path)
+    outdated = {*files, *(volume_files(path, older) if older else [])}  # it may have had files of other channels
     with in_one_step(sidecar_path(path), *files) as (sidecar, *unfinished):
         sidecar.write_text(json.dumps(record, indent=2) + "\n")
         yield unfinished
-        for older in files:
-            older.unlink(missing_ok=True)
+        for file in outdated:
+            file.unlink(missing_ok=True)
 
 
 def write_synthetic(
     image: nib.Nifti1Image | Mapping[str, nib.Nifti1Image], record: Mapping[str, Any], path: str | os.PathLike
 ) -> None:
     """Write a generated volume (.nii or .nii.gz), or a file for each of its channels, and its sidecar, see
-    `synthetic_files`."""
-    images = list(image.values()) if isinstance(image, Mapping) else [image]
+    `synthetic_files`. Raises: ValueError if `image` has other channels than the record."""
+    channels = list(record.get("channels") or [])
+    if (set(image) if isinstance(image, Mapping) else set()) != set(channels):
+        given = list(image) if isinstance(image, Mapping) else "a single image"
+        raise ValueError(f"{path}: got {given}, its record has the channels {channels}; give both of one volume")
+    images = [image[channel] for channel in channels] if isinstance(image, Mapping) else [image]
     with synthetic_files(record, path) as unfinished:
         for one, file in zip(images, unfinished, strict=True):
             nib.save(one, file)

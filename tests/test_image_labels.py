@@ -76,6 +76,7 @@ def test_values_are_translated_and_unknown_ones_named(tmp_path):
         ({"image_labels": {0: "outside", 1: "gland", 2: "gland"}}, "each once"),
         ({"images": {"CT": "ct/*.nii"}}, "give images as one pattern"),
         ({"intensity": IntensityScaling("window", 0, 9)}, "intensity has no effect on label maps"),
+        ({"time_point": 1}, "time_point 1 is of 4-D images"),
         ({"images": [], "phantom": PhantomConfig()}, "phantom takes the place of files; remove image_labels"),
     ],
 )

@@ -9,7 +9,7 @@ import yaml
 
 import evaluate
 from evaluation.classifier import classify, train_classifier
-from evaluation.obedience import compare, describe_sizes, load_classes, rates
+from evaluation.obedience import compare, describe_sizes, generated_cases, load_classes, rates
 from pipelines.provenance import sidecar_path
 from volumes import Case, DataConfig, Volume, write_volume
 
@@ -143,3 +143,19 @@ def test_sizes_are_in_millilitres(tmp_path):
     sizes = describe_sizes(load_classes(cases, config, "kind", (8, 8, 8)), kinds, config.channels)
     assert sizes["large"]["gland"] == pytest.approx({"p5": 4.8, "median": 4.8, "p95": 4.8})
     assert sizes["small"]["gland"] == pytest.approx({"p5": 1.26, "median": 1.8, "p95": 2.34})
+
+
+def test_generated_volumes_are_read_as_the_model_writes_them(tmp_path):
+    """Files hold label 2 where the model has 1, and are 4-D with the volume at time point 1: generated ones are neither."""
+    labels = np.zeros((1, 8, 8, 8), np.uint8)
+    labels[0, :4] = 1
+    labels[0, 4:6] = 2
+    write_volume(Volume(labels, np.eye(4)), tmp_path / "a.nii.gz")
+    (tmp_path / "a.json").write_text(json.dumps({"synthetic": True, "labels": {"kind": "x"}}))
+    names = {0: "background", 1: "cortex", 2: "medulla"}
+    config = DataConfig(images="*.nii.gz", image_labels=names, label_map={2: 1, 3: 2}, classes={"kind": ["x"]})
+    sizes = load_classes(generated_cases(tmp_path, config), config, "kind", (8, 8, 8)).sizes
+    assert sizes is not None
+    torch.testing.assert_close(sizes, torch.tensor([[0.256, 0.128]]))
+    series = DataConfig(images="*.nii.gz", time_point=1, classes={"kind": ["x"]})
+    assert load_classes(generated_cases(tmp_path, series), series, "kind", (8, 8, 8)).images.max() == 1

@@ -13,7 +13,7 @@ from tiny import labels_of, mask_image, seeded, tiny_pipeline
 import generate
 from diffusion import fold_images
 from evaluation import generated_pairs
-from pipelines import conditions, describe_mask, read_sidecar
+from pipelines import conditions, describe_mask, read_sidecar, write_synthetic
 from volumes import PADDING, Case, IntensityScaling, Volume
 
 CT = {"kind": "window", "low": -1000.0, "high": 1000.0}
@@ -188,7 +188,7 @@ def test_what_cannot_be_given_is_named(pipe, tmp_path):
         ({"ct": tmp_path / "none.nii"}, "none.nii: no such file"),
         (
             {"ct": np.zeros((3, 3, 3))},
-            r"the image 'ct': is an array of \(3, 3, 3\) voxels, the mask's grid has \(7, 6, 9\)",
+            r"the image 'ct': is an array of \(3, 3, 3\) voxels, the grid of the mask or first image has \(7, 6, 9\)",
         ),
         ({"ct": None}, "the image 'ct': give a path, .* no NoneType"),
         ({"pet": np.ones(SHAPE)}, "the image 'pet': percentiles 5 and 95 are both 1: the volume is constant"),
@@ -261,6 +261,27 @@ def test_no_file_of_two_volumes_or_of_an_image_is_written_over(pipe, tmp_path):
     odd = tiny_pipeline(channels=["ct", "low_ct"], intensity=[CT, CT])
     with pytest.raises(ValueError, match="two volumes would write a_low_ct.nii"):
         odd([mask_of()] * 2, paths=["a.nii", "a_low.nii"])
+
+
+def test_a_channel_of_an_older_volume_does_not_stay_beside_the_new_one(pipe, tmp_path):
+    path = tmp_path / "a.nii"
+    pipe(mask_of(), num_inference_steps=1, paths=path)
+    pipe(mask_of(), image={"ct": image_of()}, num_inference_steps=1, paths=path)
+    assert sorted(left.name for left in tmp_path.iterdir()) == ["a.json", "a_pet.nii"]
+    path.with_name("b.json").write_text('{"Modality": "MR"}')
+    with pytest.raises(ValueError, match="b.json: is not the sidecar of a generated volume"):
+        pipe(mask_of(), num_inference_steps=1, paths=tmp_path / "b.nii")
+
+
+def test_channels_are_written_by_name_in_whatever_order_they_come(pipe, tmp_path):
+    made = pipe(mask_of(), num_inference_steps=1)
+    volume, record = made.volumes[0], made.provenance[0]
+    write_synthetic(dict(reversed(volume.items())), record, tmp_path / "a.nii")
+    for channel in ("ct", "pet"):
+        stored = np.asarray(nib.load(tmp_path / f"a_{channel}.nii").dataobj)
+        assert np.array_equal(stored, np.asarray(volume[channel].dataobj))
+    with pytest.raises(ValueError, match=r"a.nii: got \['ct'\], its record has the channels \['pet', 'ct'\]"):
+        write_synthetic({"ct": volume["ct"]}, record, tmp_path / "a.nii")
 
 
 def test_an_older_volume_is_gone_before_the_new_sidecar_is_there(pipe, tmp_path, monkeypatch):

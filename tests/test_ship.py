@@ -35,6 +35,8 @@ def test_a_decoder_that_was_trained_on_replaces_the_pipelines_own(tmp_path):
     with torch.no_grad():
         other.decoder[-1].weight.mul_(2)
     assert with_decoder(pipe, other).vae is other
+    other.register_to_config(_diffusers_version="0.1", _name_or_path="elsewhere")
+    assert with_decoder(pipe, other).vae is other  # saved elsewhere, by another version
     shifted = tiny_pipeline().vae
     shifted.set_latent_statistics([0.5] * 4, [1.0] * 4)
     for wrong in (tiny_pipeline(seed=1).vae, shifted):
@@ -64,6 +66,9 @@ def test_a_shipped_folder_has_half_precision_weights_masks_results_and_card(tmp_
     assert (tmp_path / "out" / "README.md").read_text() == "3 of 0 MB"
     stored = load_file(tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    (tmp_path / "examples.csv").write_text("mask,name\nmasks_here/a.nii.gz,one\nothers/a.nii.gz,two\n")
+    with pytest.raises(ValueError, match="two masks have one file name"):
+        main(command)
     (tmp_path / "examples.csv").write_text("name,sex\none,F\n")  # a model without masks
     main(command)
     assert not (tmp_path / "out" / "masks").exists()

@@ -15,6 +15,7 @@ import csv
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from pipelines.loading import load_autoencoder
 from volumes.cases import read_table
 
 LIMIT = 40_000_000  # bytes a shipped pipeline may weigh
-HERE = {"_name_or_path": None}  # in the config of a loaded model
 
 
 def main(args: list[str] | None = None) -> None:
@@ -36,6 +36,8 @@ def main(args: list[str] | None = None) -> None:
     target = options.target
     rows = read_table(options.examples)
     masks = [options.examples.parent / row["mask"] for row in rows if row.get("mask")]
+    if len({path.name for path in masks}) < len({path.resolve() for path in masks}):
+        raise ValueError(f"{options.examples}: two masks have one file name, so one would replace the other; rename it")
     for path in (*masks, options.card):
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
@@ -70,11 +72,18 @@ def main(args: list[str] | None = None) -> None:
 def with_decoder(pipe: MedVolumePipeline, vae: VolumeAutoencoder) -> MedVolumePipeline:
     """The pipeline with another autoencoder. Raises: ValueError if that gives other latents than the pipeline's own."""
     own: VolumeAutoencoder = pipe.vae
-    if weights_hash(own.encoder) != weights_hash(vae.encoder) or dict(own.config) | HERE != dict(vae.config) | HERE:
+    if weights_hash(own.encoder) != weights_hash(vae.encoder) or public(own.config) != public(vae.config):
         raise ValueError(
             "--vae has another encoder, or other latent statistics, than the pipeline's U-Net was trained on"
         )
     return MedVolumePipeline(vae, pipe.unet, pipe.scheduler, data=pipe.data)
+
+
+def public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says of its model: not which versions and folder it came from, nor what is left at None."""
+    return {
+        key: value for key, value in config.items() if value is not None and (key == "_class_name" or key[0] != "_")
+    }
 
 
 def summaries(results: dict[str, Any]) -> dict[str, Any]:
