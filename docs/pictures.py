@@ -1,6 +1,6 @@
 """The pictures of docs/conditions, from trained pipelines:  python docs/pictures.py mask|classes|numbers|images [--pipeline DIR]
 
-Each prints what it measured on the volumes that it drew.
+Each prints what it measured on the volumes that it drew, and writes it beside the picture as JSON.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from evaluation.report import provenance, write_report
 from pipelines import MedVolumePipeline
 from training import TrainLdmConfig, parse_config
 from volumes import Case, load_cases, read_mask, read_volume, shapes_figure, slices_figure
@@ -20,13 +21,15 @@ FOLDER = ROOT / "docs" / "conditions"
 HIPPOCAMPUS = ROOT / "weights" / "hippocampus"
 SEED = 0
 
+Measured = dict[str, dict[str, float]]  # what was drawn: what was measured of it
+
 
 def seeds(count: int) -> list[torch.Generator]:
     """Generators of consecutive seeds."""
     return [torch.Generator().manual_seed(SEED + i) for i in range(count)]
 
 
-def mask(pipe: MedVolumePipeline) -> Figure:
+def mask(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
     """One unseen mask with three seeds, and edited: shifted, thickened, its posterior part removed."""
     own = read_mask(HIPPOCAMPUS / "masks" / "hippocampus_015.nii.gz")
     labels = own.array[0]
@@ -40,17 +43,17 @@ def mask(pipe: MedVolumePipeline) -> Figure:
     masks = [own.replace(one[None]) for one in asked.values()]
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1, 2, 0, 0, 0)]
     out = pipe(mask=masks, generator=generators, output_type="np")
-    columns = []
+    columns, measured = [], {}
     for title, one, volume in zip(asked, asked.values(), out.volumes, strict=True):
         inside, around = volume[0][one > 0].mean(), volume[0][(one == 0)].mean()
-        print(f"{title}: mean inside the mask {inside:.0f}, outside {around:.0f}")
+        measured[title] = {"mean inside the mask": float(inside), "mean outside": float(around)}
         columns.append({"title": title, "images": {"generated": volume[0]}, "mask": one, "spacing": own.spacing})
-    return slices_figure(columns)
+    return slices_figure(columns), measured
 
 
-def classes(pipe: MedVolumePipeline) -> Figure:
+def classes(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
     """The same six noises for each diagnosis, without one, and with guidance."""
-    count, rows = 6, {}
+    count, rows, measured = 6, {}, {}
     kinds = [(f"{value}", {"diagnosis": value}, 1.0) for value in pipe.data["classes"]["diagnosis"]]
     kinds += [("none given", {}, 1.0), ("hyperplasia, guided by 3", {"diagnosis": "hyperplasia"}, 3.0)]
     for name, labels, scale in kinds:
@@ -58,16 +61,16 @@ def classes(pipe: MedVolumePipeline) -> Figure:
             shape=(64, 64, 64), labels=[labels] * count, generator=seeds(count), guidance_scale=scale, output_type="np"
         )
         rows[name.replace(", ", ",\n")] = [volume[0] for volume in out.volumes]
-        print(f"{name}: {np.mean([(volume > 0).sum() for volume in out.volumes]):.0f} voxels on average")
-    return shapes_figure(rows)
+        measured[name] = {"mean volume in ml": float(np.mean([(volume > 0).sum() for volume in out.volumes]) / 1000)}
+    return shapes_figure(rows), measured
 
 
-def numbers(pipe: MedVolumePipeline) -> Figure:
+def numbers(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
     """One noise, dark and bright lesions of growing volume; the volume that came out is measured by a threshold."""
-    columns = []
+    columns, found = [], {}
     organ = 700.0  # the phantoms' intensity around the lesion, see volumes/phantom.py
-    for kind, threshold in (("dark lesion", 425.0), ("bright lesion", 850.0)):
-        for asked in (80, 160, 320):
+    for kind, threshold in (("dark lesion", 300.0), ("bright lesion", 850.0)):
+        for asked in (70, 120, 180):
             measured = []
             for generator in seeds(8):
                 out = pipe(
@@ -78,17 +81,21 @@ def numbers(pipe: MedVolumePipeline) -> Figure:
                     output_type="np",
                 )
                 volume = out.volumes[0][0]
-                middle = volume[9:23, 9:23, 9:23]  # the lesion lies here, and the dark border of the body does not
+                middle = volume[
+                    9:23, 9:23, 9:23
+                ]  # the lesion lies here, and nothing outside the body (400, the organ 700)
                 measured.append(int(((middle - threshold) * (threshold - organ) > 0).sum()))
                 if generator.initial_seed() == SEED:
                     columns.append({"title": f"{kind},\n{asked} voxels", "images": {"generated": volume}})
-            print(
-                f"{kind}, {asked} voxels asked: {np.mean(measured):.0f} ({min(measured)} to {max(measured)}) over 8 seeds"
-            )
-    return slices_figure(columns)
+            found[f"{kind}, {asked} voxels asked"] = {
+                "mean": float(np.mean(measured)),
+                "lowest": float(min(measured)),
+                "highest": float(max(measured)),
+            }
+    return slices_figure(columns), found
 
 
-def images(pipe: MedVolumePipeline) -> Figure:
+def images(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
     """Held-out patients: the real CT and PET, PET from that CT, and both from the tumour's mask and the sex alone."""
     config = parse_config(TrainLdmConfig, ["--config", str(ROOT / "configs" / "sarcoma" / "ldm.yaml")]).data
     cases = [case for case in load_cases(config) if case.split == "test"]
@@ -128,12 +135,15 @@ def images(pipe: MedVolumePipeline) -> Figure:
             column = {"title": f"{case.name}, {labels['sex']}", "images": shown, "spacing": tumour.spacing}
             column["windows"] = {name: windows["pet" if "PET" in name else "ct"] for name in shown}
             columns.append(column | {"mask": tumour.array})
+    measured = {}
     for name, values in errors.items():
         whole, bias = np.array(values).T
-        print(
-            f"{name}: mean absolute error {whole.mean():.3f} SUV, of the tumour's mean SUV {abs(bias).mean():.2f}, {len(cases)} patients"
-        )
-    return slices_figure(columns)
+        measured[name] = {
+            "mean absolute error in SUV": float(whole.mean()),
+            "mean absolute error of the tumour's mean SUV": float(abs(bias).mean()),
+            "patients": len(cases),
+        }
+    return slices_figure(columns), measured
 
 
 def _masked_means(case: Case) -> tuple[float, float]:
@@ -143,7 +153,7 @@ def _masked_means(case: Case) -> tuple[float, float]:
     return float(pet[inside].mean()), float(pet[~inside].mean())
 
 
-PICTURES: dict[str, tuple[Callable[[MedVolumePipeline], Figure], Path]] = {
+PICTURES: dict[str, tuple[Callable[[MedVolumePipeline], tuple[Figure, Measured]], Path]] = {
     "mask": (mask, HIPPOCAMPUS),
     "classes": (classes, ROOT / "weights" / "adrenal-shapes"),
     "images": (images, ROOT / "output" / "sarcoma" / "ldm" / "pipeline"),
@@ -160,8 +170,12 @@ def main(args: list[str] | None = None) -> None:
     draw, folder = PICTURES[options.picture]
     pipe = MedVolumePipeline.from_pretrained(options.pipeline or folder)
     pipe.set_progress_bar_config(disable=True)
-    figure = draw(pipe)
+    figure, measured = draw(pipe)
     figure.savefig(FOLDER / f"{options.picture}.png", dpi=110)
+    report = {"measured": measured, "model": pipe.model_hash, "seed": SEED, **provenance()}
+    write_report(FOLDER / f"{options.picture}.json", report)
+    for name, values in measured.items():
+        print(f"{name}: " + ", ".join(f"{what} {value:.4g}" for what, value in values.items()))
     print(FOLDER / f"{options.picture}.png")
 
 
