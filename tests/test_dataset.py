@@ -287,6 +287,7 @@ def test_describe(folder):
         "channels": ["MR"],
         "labels": {"0": "background", "5": "anterior", "9": "posterior"},
         "image_labels": {},
+        "grid_numbers": [],
         "spacing": [1.0, 1.0, 1.0],
         "intensity": [{"kind": "window", "low": 0.0, "high": 1000.0}],
         "shape_range": [[6, 7, 7], [9, 12, 11]],
