@@ -1,0 +1,280 @@
+"""What is odd in a data set: counts, geometry, intensities, labels, conditions. From examined cases to findings."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from volumes import Case, DataConfig
+from volumes.volume import GRID_NUMBERS
+
+from .doctor_cases import Examined, Finding, fail, names, ok, warn
+
+SPLITS = ("train", "validation", "test")
+MADS = 6.0  # scaled median absolute deviations (a normal distribution's standard deviations) that make an outlier
+SMALL_SET = 50  # subjects
+THICK = 3.0  # voxels so many times longer than wide
+RARE = 10  # volumes of a class
+
+
+def outliers(values: Sequence[float] | np.ndarray, factor: float) -> list[int]:
+    """Indices of positive `values` that lie both `MADS` scaled median absolute deviations, on a logarithmic scale, and a
+    `factor` away from the median (Leys et al. 2013)."""
+    logs = np.log(np.maximum(np.asarray(values, np.float64), 1e-12))
+    if not len(logs):
+        return []
+    away = np.abs(logs - np.median(logs))
+    return np.flatnonzero(away > max(MADS * 1.4826 * float(np.median(away)), math.log(factor))).tolist()
+
+
+def check_found(
+    cases: Sequence[Case], examined: Sequence[Examined], refused: Sequence[tuple[Case, str]], config: DataConfig
+) -> list[Finding]:
+    """Cases, subjects and splits; the files that are refused, each by itself."""
+    findings = []
+    parts = []
+    for split in SPLITS:
+        own = [case for case in cases if case.split == split]
+        parts.append(f"{split} {len(own)} of {len({case.subject for case in own})}")
+    subjects = len({case.subject for case in cases})
+    findings.append(ok("files", f"{len(cases)} volumes of {subjects} subjects found: {', '.join(parts)}"))
+    for case, reason in refused:
+        file = str(next(iter(case.images.values()), case.name))
+        if config.on_error == "raise":
+            findings.append(fail("files", reason, "repair or remove it, or set data.on_error: skip", [file]))
+        else:
+            findings.append(warn("files", reason, "repair or remove it; it is skipped (data.on_error: skip)", [file]))
+    if not refused:
+        findings.append(ok("files", "every file can be read"))
+    of_split = Counter(one.case.split for one in examined)
+    if not of_split["train"]:
+        findings.append(fail("splits", "no volume can be trained on", "see data.split, and the refused files"))
+    if not of_split["test"]:
+        remedy = "set data.test_fraction: 0.2, or give a column by data.split"
+        findings.append(warn("splits", "no volume is held out for testing: nothing can be shown", remedy))
+    if not of_split["validation"]:
+        findings.append(warn("splits", "no volume watches the training", "set data.validation_fraction: 0.1"))
+    if not (config.subject or config.group_by or config.phantom):
+        remedy = "if subjects have several volumes, set data.subject or data.group_by, or they leak between splits"
+        findings.append(warn("splits", "every volume counts as its own subject", remedy))
+    return findings
+
+
+def check_size(cases: Sequence[Case]) -> list[Finding]:
+    """Advice for small sets, by subjects to train on."""
+    count = len({case.subject for case in cases if case.split == "train"})
+    if not count or count >= SMALL_SET:
+        return [ok("size", f"{count} subjects to train on")] if count else []
+    remedy = (
+        "start from shipped weights of a similar organ (--init_from weights/hippocampus/vae); with fewer than about 20, train a LoRA "
+        "(lora:) rather than all weights; use cache: {versions: 8, flip_axes: [0], shift: true} where anatomy may be "
+        "mirrored; keep 20 % of the subjects for testing. What such a set cannot show: that volumes are as varied as patients (it has "
+        f"seen {count}), that rare findings are right, or that nobody is copied: run the privacy audit"
+    )
+    return [warn("size", f"{count} subjects to train on: fewer than {SMALL_SET}", remedy)]
+
+
+def check_geometry(examined: Sequence[Examined], config: DataConfig) -> list[Finding]:
+    """Spacing, shape, orientation and units: the spread, and who stands out."""
+    findings = []
+    spacings, shapes = (np.array([getattr(one, name) for one in examined]) for name in ("spacing", "shape"))
+    middle = np.median(spacings, axis=0)
+    odd = sorted({i for axis in range(3) for i in outliers(spacings[:, axis], 1.25)})
+    text = f"voxels {_range(spacings, '.3g')} mm, median {' x '.join(f'{mm:.3g}' for mm in middle)}"
+    if odd:
+        remedy = (
+            "check their headers; data.spacing resamples all to one, data.numbers: [spacing_x, ...] conditions on it"
+        )
+        who = [f"{examined[i].file} ({' x '.join(f'{mm:.3g}' for mm in examined[i].spacing)})" for i in odd]
+        findings.append(warn("spacing", f"{text}; unlike the others: {names(who)}", remedy, _files(examined, odd)))
+    elif np.allclose(spacings, middle, rtol=0.01, atol=0) or config.spacing or set(config.numbers) & set(GRID_NUMBERS):
+        findings.append(ok("spacing", text))
+    else:
+        remedy = f"set data.spacing: {[round(float(mm), 3) for mm in middle]}, or data.numbers: [spacing_x, spacing_y, spacing_z]"
+        findings.append(warn("spacing", f"{text}: no single voxel size", remedy))
+    used = np.asarray(config.spacing or middle, np.float64)
+    if used.max() > THICK * used.min():
+        remedy = "give strides by axis, such as patch_size: [2, 2, 1], so that latent cells are about cubes in mm"
+        findings.append(warn("spacing", f"voxels are {used.max() / used.min():.1f} times longer than wide", remedy))
+    odd = sorted({i for axis in range(3) for i in outliers(shapes[:, axis], 1.5)})
+    text = f"volumes {_range(shapes, 'g')} voxels, median {' x '.join(f'{n:g}' for n in np.median(shapes, axis=0))}"
+    if odd:
+        who = [f"{examined[i].file} ({' x '.join(map(str, examined[i].shape))})" for i in odd]
+        remedy = "crop or pad them like the others, or leave them out"
+        findings.append(warn("shape", f"{text}; unlike the others: {names(who)}", remedy, _files(examined, odd)))
+    else:
+        findings.append(ok("shape", text))
+    return findings + _check_headers(examined)
+
+
+def _check_headers(examined: Sequence[Examined]) -> list[Finding]:
+    stored = [one for one in examined if one.orientation]
+    if not stored:
+        return []
+    counts = Counter(one.orientation for one in stored)
+    told = ", ".join(f"{code} {n}" for code, n in counts.most_common())
+    findings = [ok("orientation", f"stored as {told}; read as RAS")]
+    questions = (
+        ("orientation", "no qform and no sform, so left and right are unknown", lambda one: not one.located,
+         "write them with the scanner's orientation, or never trust sides"),
+        ("orientation", "axes more than 30 degrees from the patient's", lambda one: one.oblique > 30,
+         "resample them to a straight grid"),
+        ("units", "the header's unit is not mm", lambda one: one.unit in ("metre", "micron"),
+         "make sure that the voxel sizes above are right; they were converted to mm"),
+        ("units", "the header names no unit: taken as mm", lambda one: one.unit == "unknown", "set xyzt_units to mm"),
+        ("units", "voxels below 0.02 mm or above 20 mm", lambda one: min(one.spacing) < 0.02 or max(one.spacing) > 20,
+         "the unit is likely wrong; correct the header"),
+    )  # fmt: skip
+    for check, what, asked, remedy in questions:
+        files = [one.file for one in stored if asked(one)]
+        if files and what.endswith("taken as mm") and len(files) == len(stored):
+            findings.append(ok(check, f"no header names a unit of length: taken as mm ({len(files)} files)"))
+        elif files:
+            findings.append(warn(check, f"{what}: {names(files)}", remedy, files))
+    return findings
+
+
+def check_intensity(examined: Sequence[Examined], config: DataConfig) -> list[Finding]:
+    """Constant volumes, volumes outside the window, and scales that differ between volumes, by channel."""
+    findings = []
+    if config.image_labels:
+        return findings
+    for index, channel in enumerate(config.channels):
+        scaling = config.scaling(channel)
+        constant = [one.file for one in examined if one.constant[index]]
+        if constant:
+            window = f"nothing of it lies in {scaling.low:g} to {scaling.high:g}"
+            remedy = "remove it, or widen data.intensity"
+            findings.append(fail("intensity", f"{channel}: constant, {window}: {names(constant)}", remedy, constant))
+        if scaling.kind == "window":
+            clipped = float(np.median([one.clipped[index] for one in examined]))
+            covered = [one.covered[index] for one in examined]
+            text = f"{channel}: median {clipped:.0%} of voxels outside {scaling.low:g} to {scaling.high:g}"
+            flat = [one.file for one, share in zip(examined, covered, strict=True) if share < 0.05]
+            flat = [file for file in flat if file not in constant]
+            if flat:
+                remedy = "check their units (HU, SUV), or narrow the window"
+                findings.append(warn("intensity", f"{text}; span less than 5 % of it: {names(flat)}", remedy, flat))
+            else:
+                findings.append(ok("intensity", text))
+            continue
+        widths = [one.high[index] - one.low[index] for one in examined]
+        text = f"{channel}: percentiles {scaling.low:g} to {scaling.high:g} span {min(widths):.4g} to {max(widths):.4g}"
+        odd = outliers(widths, 10)
+        if odd:
+            remedy = "each volume is scaled by itself, so this may be harmless; see whether they are of another kind"
+            who = _files(examined, odd)
+            findings.append(warn("intensity", f"{text}; unlike the others: {names(who)}", remedy, who))
+        else:
+            findings.append(ok("intensity", text))
+    return findings
+
+
+def check_labels(examined: Sequence[Examined]) -> list[Finding]:
+    """Volume of each label in ml; labels that training never sees, cases that lack one, and odd sizes."""
+    findings = []
+    train = [one for one in examined if one.case.split == "train"]
+    for label in sorted({label for one in examined for label in one.labels}):
+        volumes = [one.labels[label] for one in train]
+        if not any(volumes):
+            remedy = "take it out of data.label_names, or correct data.label_map"
+            findings.append(fail("labels", f"{label}: in no training volume, so a model cannot learn it", remedy))
+            continue
+        having = [one for one in examined if one.labels[label] > 0]
+        lacking = [one.case.name for one in examined if one.labels[label] == 0]
+        sizes = [one.labels[label] for one in having]
+        text = f"{label}: mean {np.mean(sizes):.3g} ml, {min(sizes):.3g} to {max(sizes):.3g}, in {len(having)} of {len(examined)}"
+        odd = outliers(sizes, 3)
+        if lacking:
+            remedy = "right where anatomy lacks it; else the mask is unfinished"
+            findings.append(warn("labels", f"{text}; lacking in {names(lacking)}", remedy, lacking))
+        if odd:
+            remedy = "look at these masks"
+            who = _files(having, odd)
+            findings.append(warn("labels", f"{text}; odd sizes: {names(who)}", remedy, who))
+        if not lacking and not odd:
+            findings.append(ok("labels", text))
+    return findings
+
+
+def check_conditions(examined: Sequence[Examined], config: DataConfig, dropout: dict[str, float]) -> list[Finding]:
+    """Counts of each value of a class and range of each number in training, and empty cells."""
+    findings = []
+    train = [one for one in examined if one.case.split == "train"]
+    if not train:
+        return findings
+    columns: dict[str, list[bool]] = {}
+    for index, column in enumerate(sorted(config.classes)):
+        values = config.classes[column]
+        counts = Counter(one.classes[index] for one in train)
+        columns[column] = [one.classes[index] < 0 for one in train]
+        text = f"{column}: " + ", ".join(f"{value} {counts[i]}" for i, value in enumerate(values))
+        rare = [value for i, value in enumerate(values) if counts[i] < min(RARE, len(train) / (2 * len(values)))]
+        remedy = f"take {', '.join(rare)} out of data.classes, or expect volumes that hardly follow it"
+        findings.append(warn("classes", f"{text}; rare: {', '.join(rare)}", remedy) if rare else ok("classes", text))
+    for index, column in enumerate(sorted(config.numbers)):
+        values = np.array([one.numbers[index] for one in train])
+        columns[column] = np.isnan(values).tolist()
+        known = values[~np.isnan(values)]
+        if not len(known) or known.min() == known.max():
+            remedy = "take it out of data.numbers: training refuses it"
+            findings.append(fail("numbers", f"{column}: says nothing, for all volumes are alike or empty", remedy))
+            continue
+        text = f"{column}: mean {known.mean():.4g}, {known.min():.4g} to {known.max():.4g}"
+        findings.append(ok("numbers", text))
+    for column, empty in columns.items():
+        if any(empty):
+            who = [one.case.name for one, is_empty in zip(train, empty, strict=True) if is_empty]
+            remedy = "fill them in where they are known"
+            if not dropout.get(column):
+                remedy += f"; to generate without it at will, set model.condition_dropout: {{{column}: 0.1}}"
+            findings.append(warn("conditions", f"{column}: {len(who)} empty cells, {names(who)}", remedy, who))
+    return findings
+
+
+def check_crops(examined: Sequence[Examined], crop: Sequence[int], stride: Sequence[int]) -> list[Finding]:
+    """An autoencoder's crops against stride and volumes. Crops that show little of a volume cost quality: on hippocampus
+    MR an autoencoder reached 22.2 dB with 32 voxels a side and 23.9 with crops nearly as large as the volumes."""
+    shapes = np.array([one.model_shape for one in examined if one.case.split == "train"])
+    if not len(shapes):
+        return []
+    if any(n % s for n, s in zip(crop, stride, strict=True)):
+        near = [max(round(n / s), 1) * s for n, s in zip(crop, stride, strict=True)]
+        return [fail("crops", f"crops.shape {list(crop)} is no multiple of the stride {list(stride)}", f"use {near}")]
+    median = np.median(shapes, axis=0)
+    wanted = [int(max(n // s, 1) * s) for n, s in zip(median, stride, strict=True)]
+    seen = float(np.prod(np.minimum(shapes, crop) / shapes, axis=1).mean())
+    padded = float(1 - (np.prod(np.minimum(shapes, crop), axis=1) / np.prod(crop)).mean())
+    text = f"crops of {list(crop)} show {seen:.0%} of a volume, {padded:.0%} of a crop is padding"
+    if padded > 0.4:
+        return [warn("crops", text, f"smaller ones, such as {wanted}, cost less and learn the same")]
+    if seen < 0.3:
+        remedy = f"enlarge them as far as memory allows, at best near {wanted}; lower loop.batch_size for it"
+        return [warn("crops", text, remedy)]
+    return [ok("crops", text)]
+
+
+def check_padding(examined: Sequence[Examined], stride: Sequence[int]) -> list[Finding]:
+    """Padding of whole volumes to the stride, and the fewest latent cells along an axis."""
+    shapes = np.array([one.model_shape for one in examined])
+    cells = -(-shapes // np.array(stride))
+    padding = float(1 - (shapes.prod(axis=1) / (cells * stride).prod(axis=1)).mean())
+    fewest = int(cells.min())
+    text = f"{padding:.0%} padding to the stride {list(stride)}, {_range(cells, 'g')} latent cells"
+    if fewest < 3:
+        i = int(cells.min(axis=1).argmin())
+        remedy = "use a smaller stride along that axis: levels of 3 cells or more (bf16 gradients go wrong at 2)"
+        return [warn("padding", f"{text}: {examined[i].file} has {fewest} along one axis", remedy)]
+    if padding > 0.35:
+        return [warn("padding", text, "crop the volumes to multiples of the stride, or use a smaller stride")]
+    return [ok("padding", text)]
+
+
+def _range(rows: np.ndarray, form: str) -> str:
+    low, high = (" x ".join(format(float(v), form) for v in end) for end in (rows.min(axis=0), rows.max(axis=0)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _files(examined: Sequence[Examined], chosen: Sequence[int]) -> list[str]:
+    return [examined[i].file for i in chosen]
