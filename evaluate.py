@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
@@ -44,6 +43,7 @@ from evaluation import (
 from evaluation.classifier import BATCH_SIZE, LEARNING_RATE
 from evaluation.classifier import ITERATIONS as CLASSIFIER_ITERATIONS
 from evaluation.obedience import describe_sizes, generated_cases, judge_obedience, load_classes
+from evaluation.report import read_config
 from pipelines.loading import load_autoencoder
 from training import resolve_precision
 from volumes import DataConfig, VolumeDataset, load_cases
@@ -65,7 +65,7 @@ def parse(args: list[str] | None) -> Namespace:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     config = first.parse_known_args(args)[0].config
-    data = read_data_section(config) if config else None
+    data = read_config(config)["data"] if config else None
 
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subcommands()
@@ -145,16 +145,6 @@ def add_common_arguments(parser: ArgumentParser, data: dict[str, Any] | None) ->
         help="auto is bf16 where the hardware has it, else float32",
     )
     parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
-
-
-def read_data_section(path: Path) -> dict[str, Any]:
-    """The section `data` of a YAML config. Raises ValueError where there is none."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such config")
-    content = yaml.safe_load(path.read_text())
-    if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
-        raise ValueError(f"{path}: has no section `data`; give a training config")
-    return content["data"]
 
 
 def judge_reconstruction(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
@@ -54,7 +53,7 @@ from .doctor_memory import (
     unet_step,
 )
 from .doctor_model import check_latents, check_limits, compare_limits, latent_summary
-from .report import provenance, write_report
+from .report import provenance, read_config, write_report
 
 BATCH_SIZE, CROP = 4, (32, 32, 32)  # defaults of a training config's `loop` and `crops`
 GENERATION_BATCH = 8  # of the pipeline
@@ -111,16 +110,6 @@ def parse(args: list[str] | None) -> Namespace:
     parsed = parser.instantiate(parser.parse_args(args))
     assert isinstance(parsed, Namespace)
     return parsed
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """All sections of a training config. Raises: ValueError where there is no section `data`."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such config")
-    content = yaml.safe_load(path.read_text())
-    if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
-        raise ValueError(f"{path}: has no section `data`; give a training config")
-    return content
 
 
 def before_training(config: DataConfig, sections: dict[str, Any]) -> tuple[list[Finding], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Reports: what a figure was measured on, written beside the figure."""
+"""Reports: what a figure was measured on, written beside the figure; and the configs that say on which data."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,3 +72,13 @@ def write_report(path: str | Path, report: dict[str, Any]) -> Path:
     temporary.write_text(json.dumps(report, indent=2) + "\n")
     temporary.replace(path)
     return path
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """All sections of a training config. Raises: ValueError where there is no section `data`."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such config")
+    content = yaml.safe_load(path.read_text())
+    if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
+        raise ValueError(f"{path}: has no section `data`; give a training config")
+    return content

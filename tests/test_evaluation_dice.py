@@ -209,7 +209,7 @@ def test_agrees_with_the_reference_protocol(hippocampus, monkeypatch):
     spec = importlib.util.spec_from_file_location("segmenter_test", path)
     reference = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reference)
-    recipe = evaluate.read_data_section(ROOT / "configs/hippocampus/ldm.yaml")
+    recipe = evaluate.read_config(ROOT / "configs/hippocampus/ldm.yaml")["data"]
     config = DataConfig(**{**recipe, "root": str(hippocampus), "intensity": IntensityScaling()})
     cases = load_cases(config)
     learn, judge = learning_cases(cases), test_cases(cases)
