@@ -23,8 +23,10 @@ def fourier_features(numbers: Tensor, mean: float, std: float) -> Tensor:
 
 
 class ConditionEmbedding(nn.Module):
-    """classes (B, n) and numbers (B, m) -> (B, width): the sum of a vector for each, all zero in a new model, so that one
-    that is fine-tuned begins as it was.
+    """classes (B, n) and numbers (B, m) -> (B, width): the sum of a vector for each.
+
+    Vectors of classes start at random, as in ADM (Dhariwal & Nichol 2021): from zero they grow so slowly that short runs
+    ignore them. Where they are added to a trained model, `training.initialise_from` zeroes them, so that it begins as it was.
 
     Args:
         classes: the values of each class; index i has row i + 1 of its table, and -1 (absent) has row 0.
@@ -50,8 +52,8 @@ class ConditionEmbedding(nn.Module):
         self.standards = [(numbers[name]["mean"], numbers[name]["std"]) for name in sorted(numbers)]
         self.classes = nn.ModuleList(nn.Embedding(len(classes[name]) + 1, width) for name in sorted(classes))
         self.numbers = nn.ModuleList(nn.Linear(2 * len(PERIODS) + 1, width) for _ in self.standards)
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
+        for layer in self.numbers:
+            nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, classes: Tensor | None, numbers: Tensor | None, dtype: torch.dtype) -> Tensor:
         """None where the model has no classes, or no numbers. The result is of `dtype`.

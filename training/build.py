@@ -52,7 +52,7 @@ def initialise_from(model: nn.Module, folder: str | Path, new: str | None = None
     A layer is the module that directly holds a parameter: if a convolution's weight has another shape, its bias stays
     fresh as well.
     Args:
-        new: a submodule that the trained model may lack, in whole or in part; what it lacks stays fresh.
+        new: a submodule that the trained model may lack, in whole or in part; what it lacks starts at zero.
     Returns: names of the layers that stay fresh, such as "encoder.0", sorted.
     Raises: ValueError if keys are missing or unexpected, or nothing fits.
     """
@@ -68,5 +68,5 @@ def initialise_from(model: nn.Module, folder: str | Path, new: str | None = None
     kept = {key: tensor for key, tensor in weights.items() if key.rpartition(".")[0] not in fresh}
     if not kept:
         raise ValueError(f"--init_from {folder}: no layer has the shape of this model's; compare the two configs")
-    model.load_state_dict(kept, strict=False)
+    model.load_state_dict(kept | {key: torch.zeros_like(own[key]) for key in added}, strict=False)
     return sorted(fresh)
