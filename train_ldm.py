@@ -194,7 +194,9 @@ def encode_training(
     """The latent cache of the training volumes, each process encoding its share."""
     cache = config.cache
     folder = cache.folder or Path(config.output) / "latents"
-    augmentation = LatentAugmentation(cache.versions, cache.flip_axes, cache.shift, config.loop.seed)
+    augmentation = LatentAugmentation(
+        cache.versions, cache.flip_axes, cache.shift, cache.rotate, cache.scale, cache.deform, config.loop.seed
+    )
     shard = (accelerator.process_index, accelerator.num_processes)
     latents = build_latent_cache(dataset, vae, folder, augmentation, shard=shard, progress=accelerator.is_main_process)
     accelerator.wait_for_everyone()

@@ -8,6 +8,7 @@ to the stride with `PADDING`.
 
 import hashlib
 import json
+import math
 import re
 import uuid
 import zlib
@@ -16,8 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -31,6 +35,7 @@ from .folding import fold_mask
 from .images import image_condition
 
 NOT_CACHED = ("classes", "numbers", "given")  # entries of the data section that latents do not depend on
+SMOOTHNESS = 6.0  # voxels: standard deviation of the Gaussian that smooths random displacements
 FORMAT = 1  # part of the key: raise it when entries are made differently
 
 
@@ -43,13 +48,19 @@ class LatentAugmentation:
         versions: entries per volume; version 0 is always the volume as it is.
         flip_axes: axes along which the other versions are mirrored with probability 1/2 (0 is left-right).
         shift: whether the other versions are placed at a random offset below one stride, so that cells fall elsewhere.
-        seed: of both.
-    Raises: ValueError without a version, and for other axes than 0, 1 and 2.
+        rotate: most degrees about each axis that the other versions are rotated by.
+        scale: most that each side of the other versions grows or shrinks by, as a share.
+        deform: standard deviation in voxels of a smooth random displacement of the other versions (about `SMOOTHNESS` voxels).
+        seed: of all.
+    Raises: ValueError without a version, for other axes than 0, 1 and 2, and for angles, shares and lengths below 0.
     """
 
     versions: int = 1
     flip_axes: tuple[int, ...] = ()
     shift: bool = False
+    rotate: float = 0.0
+    scale: float = 0.0
+    deform: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,6 +70,11 @@ class LatentAugmentation:
             )
         if not set(self.flip_axes) <= {0, 1, 2}:
             raise ValueError(f"flip_axes of the latent cache are among 0, 1 and 2, got {tuple(self.flip_axes)}")
+        if min(self.rotate, self.scale, self.deform) < 0 or self.scale >= 1:
+            raise ValueError(
+                "rotate, scale and deform of the latent cache are at least 0, and scale below 1, "
+                f"got {self.rotate}, {self.scale} and {self.deform}"
+            )
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -89,6 +105,34 @@ def cache_key(dataset: VolumeDataset, vae: VolumeAutoencoder, augmentation: Late
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def deformed(
+    image: Tensor, mask: Tensor | None, augmentation: LatentAugmentation, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Rotate, scale and bend a volume about its centre, at random: image (C, X, Y, Z) by cubic splines, mask (X, Y, Z)
+    by the nearest voxel, and fov (X, Y, Z), False where the result shows what lay outside of the volume.
+
+    Image and mask are -1 and `PADDING` there. The displacement is white noise smoothed by a Gaussian (Simard et al. 2003).
+    """
+    random = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
+    shape = np.array(image.shape[1:])[:, None, None, None]
+    angles = random.uniform(-augmentation.rotate, augmentation.rotate, 3)
+    scales = 1 + random.uniform(-augmentation.scale, augmentation.scale, 3)
+    matrix = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() * scales
+    places = np.einsum("ij,jxyz->ixyz", matrix, np.indices(image.shape[1:]) - (shape - 1) / 2) + (shape - 1) / 2
+    if augmentation.deform:
+        smoothed = (2 * math.pi**0.5 * SMOOTHNESS) ** -1.5  # standard deviation of smoothed white noise
+        noise = random.standard_normal(places.shape)
+        bent = [ndimage.gaussian_filter(axis, SMOOTHNESS, mode="wrap", truncate=3) for axis in noise]
+        places += augmentation.deform / smoothed * np.stack(bent)
+    fov = torch.from_numpy(((places > -0.5) & (places < shape - 0.5)).all(0))
+    moved = [ndimage.map_coordinates(channel, places, order=3, mode="nearest") for channel in image.numpy()]
+    seen = torch.where(fov, torch.from_numpy(np.stack(moved)).clamp(image.min(), image.max()), -1.0)
+    if mask is None:
+        return seen, None, fov
+    labels = ndimage.map_coordinates(mask.to(torch.int16).numpy(), places, order=0, mode="nearest")
+    return seen, torch.where(fov, torch.from_numpy(labels), PADDING), fov
+
+
 def _version(
     item: dict, stride: Sequence[int], augmentation: LatentAugmentation, index: int, version: int
 ) -> dict[str, Tensor]:
@@ -96,19 +140,22 @@ def _version(
     (X, Y, Z) if there is one."""
     image, mask = item["image"], item.get("mask")
     shape = tuple(image.shape[1:])
+    fov = torch.ones(shape, dtype=torch.bool)
     placement = pad_to_multiple(shape, tuple(stride))
     if version:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{augmentation.seed} {index} {version}".encode()))
         for axis in augmentation.flip_axes:
             if torch.rand((), generator=generator) < 0.5:
                 image, mask = image.flip(axis + 1), mask.flip(axis) if mask is not None else None
+        if augmentation.rotate or augmentation.scale or augmentation.deform:
+            image, mask, fov = deformed(image, mask, augmentation, generator)
         if augmentation.shift:
             low = [int(torch.randint(0, s, (), generator=generator)) for s in stride]
             sides = tuple(-(-(n + a) // s) * s for n, a, s in zip(shape, low, stride, strict=True))
             placement = pad_or_crop(shape, sides, offset=tuple(-a for a in low))
     padded = {
         "image": placement.apply(image, -1.0)[None],
-        "fov": torch.from_numpy(placement.field_of_view)[None, None],
+        "fov": placement.apply(fov, False)[None, None],
     }
     if mask is not None:
         padded["mask"] = placement.apply(mask.to(torch.int16), PADDING)

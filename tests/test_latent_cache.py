@@ -138,6 +138,9 @@ def test_augmentation_that_cannot_be_is_refused():
         LatentAugmentation(versions=0)
     with pytest.raises(ValueError, match=r"among 0, 1 and 2, got \(3,\)"):
         LatentAugmentation(flip_axes=(3,))
+    for wrong in ({"rotate": -1.0}, {"scale": 1.0}, {"deform": -2.0}):
+        with pytest.raises(ValueError, match="at least 0"):
+            LatentAugmentation(**wrong)
 
 
 def test_augmented_versions_are_flipped_and_shifted_volumes(tmp_path, vae, dataset):
@@ -155,6 +158,38 @@ def test_augmented_versions_are_flipped_and_shifted_volumes(tmp_path, vae, datas
         assert (placed != PADDING).sum() == mask.numel()
         seen.add((at, torch.equal(inner, mask)))
     assert len(seen) > 3 and {flipped for _, flipped in seen} == {True, False}
+
+
+def test_deformed_versions_keep_image_and_mask_together(tmp_path, vae, dataset):
+    """What the field of view shows of the deformed image is bright where the deformed mask is; the outside is padding."""
+    mask = torch.zeros(24, 24, 24, dtype=torch.int16)
+    mask[6:18, 8:16, 7:17] = 1
+    image = 2.0 * mask[None].float() - 1
+    how = LatentAugmentation(versions=2, rotate=15, scale=0.1, deform=1.5)
+    moved, labels, fov = latent_cache.deformed(image, mask, how, torch.Generator().manual_seed(0))
+    again = latent_cache.deformed(image, mask, how, torch.Generator().manual_seed(0))
+    assert torch.equal(moved, again[0]) and torch.equal(labels, again[1])
+    assert (labels == 1).sum() > 0.6 * mask.sum() and (labels != mask).float().mean() > 0.02
+    assert ((moved[0] > 0) == (labels == 1)).float().mean() > 0.98
+    assert (labels[~fov] == PADDING).all() and (moved[0][~fov] == -1).all() and (labels[fov] != PADDING).all()
+    assert 0.5 < fov.float().mean() < 1
+
+    shifted = [latent_cache.deformed(image, mask, how, torch.Generator().manual_seed(i))[1] for i in (1, 2)]
+    assert not torch.equal(*shifted)
+    latents = build_latent_cache(dataset, vae, tmp_path, how, progress=False)
+    assert not latents[1]["inside"].all() or not torch.equal(latents[1]["mask"], latents[0]["mask"])
+    assert (latents[1]["mask"] == PADDING).any() and latents[1]["mean"].isfinite().all()
+
+
+def test_the_displacement_is_as_large_as_asked():
+    """A ramp that is bent shows its displacement: its standard deviation is that of `deform`, inside."""
+    ramp = torch.arange(32.0).view(1, 32, 1, 1).expand(1, 32, 24, 24).contiguous()
+    moves = []
+    for seed in range(24):
+        how = LatentAugmentation(versions=2, deform=2.0)
+        moved, _, _ = latent_cache.deformed(ramp, None, how, torch.Generator().manual_seed(seed))
+        moves.append((moved - ramp)[0, 10:22:5, 6:18:5, 6:18:5])
+    assert torch.cat(moves).square().mean().sqrt().item() == pytest.approx(2.0, rel=0.15)
 
 
 def entry(name: str, shape: tuple[int, int, int]) -> dict:

@@ -191,12 +191,18 @@ class LatentCacheConfig:
         versions: entries per volume; the first is the volume as it is, the others are augmented.
         flip_axes: axes (0, 1, 2) along which the other versions are mirrored at random.
         shift: whether the other versions are shifted by less than the autoencoder's stride at random.
+        rotate: most degrees about each axis by which the other versions are rotated.
+        scale: most by which each side of the other versions grows or shrinks, as a share.
+        deform: standard deviation in voxels of a smooth random displacement of the other versions.
     """
 
     folder: str | None = None
     versions: int = 1
     flip_axes: tuple[int, ...] = ()
     shift: bool = False
+    rotate: float = 0.0
+    scale: float = 0.0
+    deform: float = 0.0
 
 
 @dataclass
