@@ -11,6 +11,9 @@ without an image, give --shape), the model's classes and numbers (an empty cell 
 be given (paths too; the others are generated to match), and name, if the mask's stem is not to be it.
 Each volume's seed comes from --seed, its name and k alone, so batch size, order, processes and interruptions change
 nothing. The same command again goes on where it stopped.
+
+With --reject_copies (a file that `python -m evaluation.copies` makes) a volume that is too similar to one that the model
+learned from is not written, but made again from a next seed; sidecars and manifest say which were.
 """
 
 import argparse
@@ -22,7 +25,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,12 +36,16 @@ from tqdm import tqdm
 
 from pipelines import (
     MedVolumePipeline,
+    Rejection,
+    as_planned,
     check_conditions,
     describe_images,
     describe_mask,
     equal_batches,
     read_sidecar,
+    rejection_columns,
     volume_files,
+    write_synthetic,
 )
 from volumes.cases import read_table
 from volumes.patterns import SUFFIXES
@@ -68,9 +75,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Task:
-    """One volume to be: of what, where it goes, the shape of its padded grid, its seed and its future sidecar."""
+    """Volume k of a request: where it goes, the shape of its padded grid, its seed and its future sidecar."""
 
     request: Request
+    k: int
     path: Path
     shape: tuple[int, int, int]
     seed: int
@@ -88,28 +96,19 @@ def main(args: Sequence[str] | None = None) -> None:
         requests = read_requests(options.conditions, pipe, options.output)
     else:
         requests = [Request(mask_stem(mask), mask) for mask in find_masks(options.masks, options.output)]
-    tasks = plan(pipe, requests[state.process_index :: state.num_processes], options)
-    todo = unfinished(tasks)
+    rejection = load_rejection(pipe, requests, options)
+    tasks = plan(pipe, requests[state.process_index :: state.num_processes], options, rejection)
+    todo, lost = unfinished(tasks), []
     check_writable(options.output)
     with tqdm(
         total=len(tasks), initial=len(tasks) - len(todo), desc="volumes", disable=not state.is_main_process
     ) as bar:
         for indices in equal_batches([task.shape for task in todo], options.batch_size):
             batch = [todo[i] for i in indices]
-            masks = [task.request.mask for task in batch if task.request.mask]
-            pipe(
-                mask=masks or None,
-                shape=None if batch[0].request.files else options.shape,
-                labels=[task.request.labels for task in batch],
-                numbers=[task.request.numbers for task in batch],
-                image=[task.request.images for task in batch],
-                num_inference_steps=options.steps,
-                guidance_scale=options.guidance_scale,
-                generator=[torch.Generator().manual_seed(task.seed) for task in batch],
-                label_map=options.label_map,
-                batch_size=options.batch_size,
-                paths=[task.path for task in batch],
-            )
+            if rejection is None:
+                run(pipe, batch, options, [task.path for task in batch])
+            else:
+                lost += write_accepted(pipe, batch, options, rejection)
             bar.update(len(batch))
 
     state.wait_for_everyone()
@@ -117,6 +116,62 @@ def main(args: Sequence[str] | None = None) -> None:
         count = write_manifest(options.output)
         print(f"{count} volumes in {options.output}, listed in {options.output / MANIFEST}")
     state.destroy_process_group()
+    if lost:
+        raise ValueError("given up, with nothing written of them; all others are finished:\n" + "\n".join(lost))
+
+
+def run(pipe: MedVolumePipeline, batch: Sequence[Task], options: argparse.Namespace, paths: Any = None) -> Any:
+    """The pipeline's output for tasks of one shape, written to `paths` if they are given."""
+    return pipe(
+        mask=[task.request.mask for task in batch if task.request.mask] or None,
+        shape=None if batch[0].request.files else options.shape,
+        labels=[task.request.labels for task in batch],
+        numbers=[task.request.numbers for task in batch],
+        image=[task.request.images for task in batch],
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        generator=[torch.Generator().manual_seed(task.seed) for task in batch],
+        label_map=options.label_map,
+        batch_size=options.batch_size,
+        paths=paths,
+    )
+
+
+def load_rejection(
+    pipe: MedVolumePipeline, requests: Sequence[Request], options: argparse.Namespace
+) -> Rejection | None:
+    """What --reject_copies asks for. Raises: ValueError for fingerprints that do not fit, and for given images."""
+    if options.reject_copies is None:
+        return None
+    from evaluation.copies import load_judge  # here, for it imports what only evaluation needs
+
+    if any(request.images for request in requests):
+        raise ValueError("--reject_copies is for volumes whose channels are all generated: leave it out")
+    judge, settings = load_judge(options.reject_copies, pipe.data)
+    return Rejection(judge, settings, options.most_rejections)
+
+
+def write_accepted(
+    pipe: MedVolumePipeline, batch: Sequence[Task], options: argparse.Namespace, rejection: Rejection
+) -> list[str]:
+    """Make the tasks' volumes, those that are copies anew, and write what is none. Returns what is to be said of those
+    that were given up."""
+
+    def make(numbers: Sequence[int], seeds: Sequence[int]) -> tuple[Sequence[Any], Sequence[dict[str, Any]]]:
+        again = [replace(batch[number], seed=seed) for number, seed in zip(numbers, seeds, strict=True)]
+        made = run(pipe, again, options)
+        return made.volumes, made.provenance
+
+    def seed_of(number: int, rejections: int) -> int:
+        return volume_seed(options.seed, batch[number].request.name, batch[number].k, rejections)
+
+    lost = []
+    for number, image, record in rejection.accepted(make, seed_of, len(batch)):
+        if image is None:
+            lost.append(rejection.given_up(batch[number].path.name, record))
+        else:
+            write_synthetic(image, record, batch[number].path)
+    return lost
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -145,6 +200,15 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         metavar="VALUE=LABEL",
         help="read a label value as one that the model knows, by value or name: 3=1 4=tumour",
+    )
+    parser.add_argument(
+        "--reject_copies",
+        type=Path,
+        metavar="FINGERPRINTS",
+        help="make volumes again that are copies of training volumes, by this file of `python -m evaluation.copies`",
+    )
+    parser.add_argument(
+        "--most_rejections", type=positive, default=10, help="copies in a row after which a volume is given up (10)"
     )
     parser.add_argument("--precision", choices=DTYPES, default="no", help="no is float32 (no)")
     options = parser.parse_args(args)
@@ -205,9 +269,11 @@ def mask_stem(path: Path) -> str:
     return path.name.removesuffix(suffix)
 
 
-def volume_seed(seed: int, stem: str, k: int) -> int:
-    """63 bits of a hash of (seed, stem, k): the same everywhere and always, different for every volume."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{stem}/{k}".encode()).digest()[:8], "big") >> 1
+def volume_seed(seed: int, stem: str, k: int, rejections: int = 0) -> int:
+    """63 bits of a hash of (seed, stem, k): the same everywhere and always, different for every volume, and for every
+    attempt at it."""
+    text = f"{seed}/{stem}/{k}" + (f"/{rejections}" if rejections else "")
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def read_requests(table: Path, pipe: MedVolumePipeline, output: Path) -> list[Request]:
@@ -243,7 +309,9 @@ def read_requests(table: Path, pipe: MedVolumePipeline, output: Path) -> list[Re
     return requests
 
 
-def plan(pipe: MedVolumePipeline, requests: Sequence[Request], options: argparse.Namespace) -> list[Task]:
+def plan(
+    pipe: MedVolumePipeline, requests: Sequence[Request], options: argparse.Namespace, rejection: Rejection | None
+) -> list[Task]:
     """Read every mask once, and check all conditions, so that what is wrong is found before hours of work.
 
     Raises: ValueError naming all bad masks and rows, or a shape that is missing or has no use.
@@ -273,7 +341,10 @@ def plan(pipe: MedVolumePipeline, requests: Sequence[Request], options: argparse
                 numbers=numbers,
                 images=images,
             )
-            tasks.append(Task(request, options.output / f"{request.name}_{k:03d}.nii.gz", canvas.shape, seed, record))
+            if rejection is not None:
+                record["copy_check"] = dict(rejection.settings)
+            path = options.output / f"{request.name}_{k:03d}.nii.gz"
+            tasks.append(Task(request, k, path, canvas.shape, seed, record))
     if refused:
         raise ValueError("masks or conditions that cannot be used:\n" + "\n".join(refused))
     return tasks
@@ -295,7 +366,8 @@ def unfinished(tasks: Sequence[Task]) -> list[Task]:
         if record is None:
             refused.append(f"{task.path}: has no sidecar, so it was not generated by this script")
             continue
-        different = sorted(key for key in task.record if key != "software" and record.get(key) != task.record[key])
+        made, keys = as_planned(record), {*task.record, "copy_check"} - {"software"}
+        different = sorted(key for key in keys if made.get(key) != task.record.get(key))
         if different:
             refused.append(f"{task.path}: was made with another {', another '.join(different)}")
     if refused:
@@ -318,7 +390,8 @@ def check_writable(output: Path) -> None:
 
 def write_manifest(output: Path) -> int:
     """manifest.csv: a row for every generated volume in the folder, from its sidecar, with a column for each class, number
-    and given image. Files of several channels stand in one cell, with semicolons between. Returns their number."""
+    and given image, and of checked ones `rejection_columns`. Files of several channels stand in one cell, with semicolons
+    between. Returns the number of rows."""
     columns = ("file", "mask", "mask_sha256", "seed", "num_inference_steps", "scheduler", "dtype", "model", "software")
     rows: list[dict[str, Any]] = []
     names: dict[str, None] = {}  # in order
@@ -335,6 +408,7 @@ def write_manifest(output: Path) -> int:
             flat["file"] = ";".join(file.name for file in files)
             images = {name: image["file"] for name, image in (record.get("images") or {}).items()}
             given = {**(record.get("labels") or {}), **(record.get("numbers") or {}), **images}
+            given |= rejection_columns(record)
             names |= dict.fromkeys(given)
             rows.append(given | {column: flat.get(column, record.get(column)) for column in columns})
     unfinished_manifest = output / f".{MANIFEST}"

@@ -16,7 +16,7 @@ from .segmentation_data import (
 )
 from .segmenter import ITERATIONS, make_segmenter, segmenter_dice, train_segmenter
 from .spectrum import BAND_EDGES, CROP, band_names, band_power, centre_crop, hann_window, mean_band_power, ratio_db
-from .utility import SHAPE, SOURCES, iterations_of, protocol, ratios, score_training
+from .utility import SHAPE, SOURCES, iterations_of, mask_obedience, protocol, ratios, score_training
 
 __all__ = [
     "BAND_EDGES",
@@ -40,6 +40,7 @@ __all__ = [
     "load_pairs",
     "machine",
     "make_segmenter",
+    "mask_obedience",
     "mean_band_power",
     "mean_gradient",
     "protocol",

@@ -1,4 +1,7 @@
-"""Is this volume a copy of one that the model learned from? Asked while generating, without the training scans at hand.
+"""Is this volume a copy of one that the model learned from? Asked while generating, without the training scans at hand:
+
+python -m evaluation.copies --config configs/hippocampus/ldm.yaml --flips 0 --output out/fingerprints.safetensors
+python generate.py ... --reject_copies out/fingerprints.safetensors
 
 A `CopyCheck` holds a fingerprint of each training volume: the means of blocks of `block` voxels in a crop about the centre.
 
@@ -7,12 +10,16 @@ patient's scan can tell whether it was in the training set (that is what the che
 matched. They leave out fine texture and everything outside the crop, and nothing more. So they are personal data wherever the scans are:
 publish them only with scans that are public. With blocks of 1 voxel they are the scans, and are not written to files.
 
-What they cannot tell apart: volumes that agree in all but fine detail. Set the threshold by `calibrated`, on unseen real volumes.
+What they cannot tell apart: volumes that agree in all but fine detail. Set the threshold by `calibrated`, on unseen real volumes, as the
+command does. A fraction `--alpha` of volumes that copy nobody are refused then, too, and are made again.
 """
 
+import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,16 +27,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from jsonargparse import ArgumentParser, Namespace
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
-from volumes import pad_or_crop
+from volumes import DataConfig, VolumeDataset, load_cases, pad_or_crop
 
-from .neighbours import Sides, Space, Volumes, crop_of, standardised
-from .privacy import Units, conformal_threshold
+from .model_units import in_model_units
+from .neighbours import Sides, Space, Volumes, common_crop, crop_of, standardised
+from .privacy import Units, conformal_threshold, wilson
+from .report import read_config
 
 FORMAT = "medvolume copy check 1"
+SPLITS = {"training": ("train",), "unseen": ("validation", "test")}
 
 
 class CopyFound(NamedTuple):
@@ -124,14 +136,20 @@ class CopyCheck:
     @classmethod
     def load(cls, path: str | Path) -> "CopyCheck":
         """Read what `save` wrote. Raises: ValueError for another file."""
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path}: holds no fingerprints of training volumes ({FORMAT!r}); make it with CopyCheck.save"
-                )
-            settings = json.loads(metadata["settings"])
-            fingerprints = file.get_tensor("fingerprints").float()
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file; make it with python -m evaluation.copies")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(
+                        f"{path}: holds no fingerprints of training volumes ({FORMAT!r}); make it with "
+                        "python -m evaluation.copies"
+                    )
+                settings = json.loads(metadata["settings"])
+                fingerprints = file.get_tensor("fingerprints").float()
+        except SafetensorError as error:
+            raise ValueError(f"{path}: is no safetensors file ({error})") from error
         settings |= {"crop": tuple(settings["crop"]), "flips": tuple(settings["flips"])}
         return cls(fingerprints, **settings)
 
@@ -139,3 +157,103 @@ class CopyCheck:
 def _blocks(volume: Tensor, block: int) -> Tensor:
     """(C, X, Y, Z) -> means of its blocks."""
     return F.avg_pool3d(volume[None], block)[0]
+
+
+def load_judge(path: str | Path, data: Mapping[str, Any]) -> tuple[Callable[[Any], CopyFound], dict[str, Any]]:
+    """What `generate.py --reject_copies` asks of each image that a pipeline with this `data` makes, and what it records:
+    {"fingerprints": sha256 of the file, "threshold"}.
+
+    Raises: ValueError for another file, and for fingerprints of another number of channels than the model makes.
+    """
+    check = CopyCheck.load(path)
+    if (found := check.fingerprints.shape[1]) != len(data["channels"]):
+        raise ValueError(
+            f"{path}: holds fingerprints of {found} channels, the model makes {len(data['channels'])} "
+            f"({', '.join(data['channels'])}); make them from the model's own training set"
+        )
+    settings = {"fingerprints": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "threshold": check.threshold}
+    return lambda image: check.check(in_model_units(image, data)), settings
+
+
+def main(args: Sequence[str] | None = None) -> CopyCheck:
+    """Make the fingerprints of the training split, and the threshold from real volumes that are not in it."""
+    options = parse(args)
+    cases = load_cases(options.data)
+    split = {name: [case for case in cases if case.split in part] for name, part in SPLITS.items()}
+    for name, of_split in split.items():
+        if not of_split:
+            raise ValueError(
+                f"the data has no {name} volumes (split {' or '.join(SPLITS[name])}); see data.test_fraction"
+            )
+    training, unseen = (VolumeDataset(split[name], options.data) for name in SPLITS)
+    subjects, seen = [case.subject for case in unseen.cases], {case.subject for case in training.cases}
+    if shared := sorted(seen & set(subjects)):
+        raise ValueError(f"subjects {shared[:5]} are unseen and in training: split by subject")
+    conformal_threshold(np.zeros(len(subjects)), subjects, options.alpha)  # too few subjects are named before the work
+    # [-1, 1] here and [0, 1] in generate.py are one to a correlation
+    known, others = ([prepared.image.array for prepared in dataset.prepared] for dataset in (training, unseen))
+    crop = tuple(options.crop) if options.crop else default_crop(known, options.block, options.shift)
+    check = CopyCheck.of(known, crop, block=options.block, flips=tuple(sorted(set(options.flips))), shift=options.shift)
+    with tqdm(others, unit="volume", disable=None, desc="comparing unseen volumes") as progress:
+        scores = np.array([check.check(volume).similarity for volume in progress])
+    check = dataclasses.replace(check, threshold=conformal_threshold(scores, subjects, options.alpha))
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    check.save(options.output)
+    count = len(set(subjects))
+    low, high = wilson(options.alpha, count)
+    print(
+        f"{len(known)} fingerprints of {len(seen)} subjects, {check.crop} voxels in blocks of {check.block}: {options.output}\n"
+        f"threshold {check.threshold:.4f}, which {options.alpha:g} of unseen subjects exceed ({low:.3f} to {high:.3f}, from "
+        f"{len(others)} volumes of {count} subjects); their median similarity to the nearest is {np.median(scores):.4f}"
+    )
+    return check
+
+
+def parse(args: Sequence[str] | None) -> Namespace:
+    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    path = first.parse_known_args(args)[0].config
+    parser = ArgumentParser(
+        prog="python -m evaluation.copies",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", type=str, required=True, help="training config whose section `data` says which volumes"
+    )
+    parser.add_class_arguments(DataConfig, "data", help="overrides of the config's section `data`")
+    if path is not None:
+        parser.set_defaults({f"data.{key}": value for key, value in read_config(path)["data"].items()})
+    parser.add_argument("--output", type=str, required=True, help="fingerprints to write, a .safetensors file")
+    parser.add_argument("--block", type=int, default=4, help="voxels a side of the blocks that are averaged, 2 or more")
+    parser.add_argument(
+        "--crop",
+        type=int,
+        nargs=3,
+        help="voxels about the centre that are compared, multiples of the block; default: what all training volumes hold",
+    )
+    parser.add_argument("--shift", type=int, default=2, help="voxels by which a copy may be moved along each axis")
+    parser.add_argument("--flips", type=int, nargs="*", default=[], help="axes, 0 to 2, along which it may be mirrored")
+    parser.add_argument(
+        "--alpha", type=float, default=0.05, help="fraction of unseen real subjects that may be refused"
+    )
+    parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
+    assert isinstance(parsed, Namespace)
+    return parsed
+
+
+def default_crop(volumes: Volumes, block: int, shift: int) -> Sides:
+    """What all volumes hold wherever a copy was moved, in whole blocks. Raises: ValueError where that is less than two."""
+    sides = common_crop(volumes)
+    x, y, z = ((side - 2 * shift) // block * block for side in sides)
+    if min(x, y, z) < 2 * block:
+        raise ValueError(
+            f"the smallest sides of the training volumes are {sides}: too few for two blocks of {block} voxels and shifts of {shift}; "
+            "give a smaller --block or --shift, or a --crop (what a volume lacks of it is filled)"
+        )
+    return x, y, z
+
+
+if __name__ == "__main__":
+    main()

@@ -114,7 +114,7 @@ def similarity_matrix(
     space: Space,
     *,
     chunk_bytes: int = CHUNK_BYTES,
-    on_pairs: Callable[[int], None] | None = None,
+    on_pairs: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """The similarity of each query and each reference, (Q, R) float32 in [-1, 1].
 

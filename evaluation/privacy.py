@@ -6,14 +6,14 @@ subject is the unit throughout: every unit weighs the same however many volumes 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from volumes import slices_figure
 
-from .neighbours import Match, Space, Volumes, aligned, best_match, similarity_matrix
+from .neighbours import Match, Space, aligned, best_match, similarity_matrix
+from .volume_sets import VolumeSet
 
 Units = Sequence[Any] | np.ndarray
 RESAMPLES = 2000
@@ -23,29 +23,6 @@ RATIO = (
     1 / 3
 )  # of the distances to the nearest and the second nearest, below which a volume counts as memorised (Yoon et al. 2023)
 FALSE_POSITIVES = (0.01, 0.1)  # rates at which an attack's true positives are given (Carlini et al. 2022)
-
-
-@dataclass(frozen=True)
-class VolumeSet:
-    """Volumes (C, X, Y, Z), their names, and the subject of each; `masks` of generated ones: the name of the real volume whose mask
-    each was made from, or None."""
-
-    volumes: Volumes
-    names: Sequence[str]
-    units: Sequence[str]
-    masks: Sequence[str | None] | None = None
-
-    def __post_init__(self):
-        counts = {
-            len(self.volumes),
-            len(self.names),
-            len(self.units),
-            len(self.volumes if self.masks is None else self.masks),
-        }
-        if len(counts) > 1 or not len(self.names):
-            raise ValueError(
-                f"{len(self.volumes)} volumes, {len(self.names)} names, {len(self.units)} units: one of each"
-            )
 
 
 def wilson(rate: float, count: int) -> list[float]:
@@ -276,28 +253,34 @@ def privacy_report(
     spaces: Mapping[str, Space],
     *,
     anonymised: VolumeSet | None = None,
+    stand_ins: bool = False,
     losses: tuple[np.ndarray, np.ndarray] | None = None,
     alpha: float = 0.05,
     pairs: int = 8,
     seed: int = 0,
-    on_pairs: Callable[[int], None] | None = None,
+    on_pairs: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
     """Everything above, ready for a report: {"counts", "spaces": {name: {"memorised": {"similarity", "ratio", "other_masks"}, "yoon_2023",
     "membership", "own_mask", "reidentification", "closest"}}, "loss_membership"}.
 
-    `anonymised` volumes have the source patient as their unit; the gallery is training and unseen volumes together. `losses` are those of
+    `anonymised` volumes have the source patient as their subject; the gallery is training and unseen volumes together. With `stand_ins`
+    generated volumes are taken for the anonymised volumes of the patients whose masks they were made from. `losses` are those of
     training and of unseen volumes, in their order. "other_masks" judges each volume without the training subject whose mask it
-    was made from. Raises: ValueError for subjects that are both in training and unseen: nothing could be concluded.
+    was made from. Raises: ValueError for subjects that are both in training and unseen (nothing could be concluded), and for
+    two real volumes of one name.
     """
-    if shared := sorted(set(training.units) & set(unseen.units)):
+    if shared := sorted(set(training.subjects) & set(unseen.subjects)):
         raise ValueError(f"subjects {shared[:5]} are in training and unseen: split by subject")
+    if twice := sorted(set(training.names) & set(unseen.names)):
+        raise ValueError(f"volumes {twice[:5]} are in training and unseen: give every volume a name of its own")
     report: dict[str, Any] = {
         "counts": {
-            name: {"volumes": len(part.names), "units": len(set(part.units))}
+            name: {"volumes": len(part.names), "units": len(set(part.subjects))}
             for name, part in (("training", training), ("unseen", unseen), ("generated", generated))
         },
         "spaces": {},
     }
+    patients = dict(zip([*training.names, *unseen.names], [*training.subjects, *unseen.subjects], strict=True))
     for name, space in spaces.items():
         to_training, baseline, to_unseen = (
             similarity_matrix(a.volumes, b.volumes, space, on_pairs=on_pairs)
@@ -306,15 +289,20 @@ def privacy_report(
         found = _judge(to_training, baseline, to_unseen, training, unseen, generated, alpha=alpha, seed=seed)
         found["closest"] = closest_pairs(to_training, generated, training, space, pairs)
         report["spaces"][name] = found
+        gallery, sources = [to_training, to_unseen], []
         if anonymised is not None:
             gallery = [
-                similarity_matrix(anonymised.volumes, real.volumes, space, on_pairs=on_pairs)
-                for real in (training, unseen)
+                similarity_matrix(anonymised.volumes, r.volumes, space, on_pairs=on_pairs) for r in (training, unseen)
             ]
-            units = [*training.units, *unseen.units]
-            found["reidentification"] = reidentification(np.concatenate(gallery, 1), anonymised.units, units)
+            sources = list(anonymised.subjects)
+        elif stand_ins:
+            rows = [row for row, mask in enumerate(generated.masks or ()) if mask in patients]
+            gallery = [matrix[rows] for matrix in gallery]
+            sources = [patients[str((generated.masks or ())[row])] for row in rows]
+        if sources:
+            found["reidentification"] = reidentification(np.concatenate(gallery, 1), sources, list(patients.values()))
     if losses is not None:
-        report["loss_membership"] = loss_attack(*losses, training.units, unseen.units, seed=seed)
+        report["loss_membership"] = loss_attack(*losses, training.subjects, unseen.subjects, seed=seed)
     return report
 
 
@@ -330,21 +318,21 @@ def _judge(
     seed: int,
 ) -> dict[str, Any]:
     """What one space says: similarities of generated to training (G, T), unseen to training (U, T), generated to unseen (G, U)."""
-    settings = {"alpha": alpha, "generated_units": generated.units, "seed": seed}
-    ratios = distance_ratio(to_training, training.units), distance_ratio(baseline, training.units)
+    settings = {"alpha": alpha, "generated_units": generated.subjects, "seed": seed}
+    ratios = distance_ratio(to_training, training.subjects), distance_ratio(baseline, training.subjects)
     memory = {
-        "similarity": memorised(to_training.max(1), baseline.max(1), unseen.units, **settings),
-        "ratio": memorised(-ratios[0], -ratios[1], unseen.units, **settings),
+        "similarity": memorised(to_training.max(1), baseline.max(1), unseen.subjects, **settings),
+        "ratio": memorised(-ratios[0], -ratios[1], unseen.subjects, **settings),
     }
-    yoon = unit_mean(ratios[0] < RATIO, generated.units)
+    yoon = unit_mean(ratios[0] < RATIO, generated.subjects)
     found: dict[str, Any] = {
         "memorised": memory,
         "yoon_2023": {
             "fraction": yoon,
-            "interval": wilson(yoon, len(set(generated.units))),
-            "unseen": unit_mean(ratios[1] < RATIO, unseen.units),
+            "interval": wilson(yoon, len(set(generated.subjects))),
+            "unseen": unit_mean(ratios[1] < RATIO, unseen.subjects),
         },
-        "membership": attack(to_training.max(0), to_unseen.max(0), training.units, unseen.units, seed=seed),
+        "membership": attack(to_training.max(0), to_unseen.max(0), training.subjects, unseen.subjects, seed=seed),
     }
     if generated.masks is not None:
         without, own = to_training.copy(), {}
@@ -352,11 +340,11 @@ def _judge(
             places = {volume: place for place, volume in enumerate(real.names)}
             rows = [row for row, mask in enumerate(generated.masks) if mask in places]
             columns = [places[str(generated.masks[row])] for row in rows]
-            own[name] = matrix[rows, columns], [real.units[column] for column in columns]
+            own[name] = matrix[rows, columns], [real.subjects[column] for column in columns]
             if name == "training":
                 for row, unit in zip(rows, own[name][1], strict=True):
-                    without[row, np.asarray(real.units) == unit] = -1
-        memory["other_masks"] = memorised(without.max(1), baseline.max(1), unseen.units, **settings)
+                    without[row, np.asarray(real.subjects) == unit] = -1
+        memory["other_masks"] = memorised(without.max(1), baseline.max(1), unseen.subjects, **settings)
         if len(own["training"][0]) and len(own["unseen"][0]):
             found["own_mask"] = own_mask(*own["training"], *own["unseen"], seed=seed)
     return found

@@ -5,7 +5,6 @@ Three sets: real volumes that the generator learned from ("training"), real ones
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,19 +25,11 @@ from .distances import (
 from .features import Extractor, extract
 from .similarity import PAIRS, compare_diversity, pair_similarity, random_pairs, scales_of, weights_of
 from .spectrum import band_names, centre_crop
+from .volume_sets import VolumeSet
 
 PARTS = ("features", "diversity", "consistency", "intensity")
 LEAST_SPREAD = 0.1  # of features, see standardise: cubic kernels are drowned by rare features without it
 TOLERANCE = 1e-3  # by which intensities may leave [0, 1]
-
-
-@dataclass(frozen=True)
-class VolumeSet:
-    """Volumes (C, X, Y, Z) in [0, 1], each on its own grid and without padding, and whose each is, if subjects have
-    several: of generated ones, for instance the mask's."""
-
-    volumes: Sequence[np.ndarray]
-    subjects: Sequence[str] | None = None
 
 
 def judge_realism(
@@ -56,7 +47,7 @@ def judge_realism(
     """All that is known of how real volumes look, as a plain dict for a report. Intervals are of 95 %.
 
     Args:
-        sets: "training", "test" and "generated". Intensities must be scaled alike, as for a model, and spacings equal.
+        sets: "training", "test" and "generated". Intensities must be in [0, 1], scaled alike as for a model, and spacings equal.
         extractors: by name, for the part "features"; on `device`.
         channels: names of the volumes' channels.
         parts: which of `PARTS`.

@@ -7,6 +7,7 @@ mask's grid; of several channels `<mask>_000_<channel>.nii.gz` each.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from volumes import (
 
 PERCENTILES = (0.5, 99.5)
 SUFFIXES = (".nii.gz", ".nii")
+NAMES = {"train": "training", "test": "test"}  # of the splits, in messages
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,18 @@ def test_cases(cases: Sequence[Case]) -> list[Case]:
     return _with_masks([case for case in cases if case.split == "test"], "test")
 
 
-def generated_pairs(cases: Sequence[Case], folder: Path) -> list[Pair]:
-    """The volumes in `folder` that were generated from the masks of `learning_cases(cases)`, in the order of the cases.
+def generated_pairs(cases: Sequence[Case], folder: Path, split: Literal["train", "test"] = "train") -> list[Pair]:
+    """The volumes in `folder` that were generated from the masks of `learning_cases(cases)`, in the order of the cases; with
+    `split="test"` those from the masks of `test_cases(cases)`, to be judged and never to be learned from.
 
-    A volume made from a mask of the test split, or from an unknown mask, is left out: learning from it would be cheating.
+    A volume made from a mask of the other split, or from an unknown mask, is left out: learning from it would be cheating.
     A channel that was given, and not generated, is the case's own file, if the sidecar says that it was given that one.
     Raises ValueError for a missing folder, for one without a volume to learn from, and for a volume that lacks a channel.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; make it with generate.py from the masks of the training split")
+        raise ValueError(
+            f"{folder}: no such folder; make it with generate.py from the masks of the {NAMES[split]} split"
+        )
     files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
     masks = {_stem(case.mask): case for case in cases if case.mask is not None}
     channels = next((list(case.images) for case in cases if case.images), ["image"])
@@ -70,24 +75,36 @@ def generated_pairs(cases: Sequence[Case], folder: Path) -> list[Pair]:
         if owner is not None:
             made.setdefault(owner.name, []).append((volume, parts))
     pairs = []
-    for case in learning_cases(cases):
+    for case in (test_cases if split == "test" else learning_cases)(cases):
         for volume, parts in made.get(case.name, []):
             path = folder / f"{volume}.nii.gz"
             pairs.append(Pair(case, tuple(parts.get(channel) or _given(path, channel, case) for channel in channels)))
     if not pairs:
         raise ValueError(
-            f"{folder}: none of its {len(files)} volumes is named after a mask of the training split (<mask>_000.nii.gz)"
+            f"{folder}: none of its {len(files)} volumes is named after a mask of the {NAMES[split]} split (<mask>_000.nii.gz)"
         )
     return pairs
 
 
 @dataclass(frozen=True)
 class LoadedPairs:
-    """Images (N, C, X, Y, Z) float32 in [0, 1], label indices (N, X, Y, Z) uint8, and the refused files: (name of the case, reason)."""
+    """Images (N, C, X, Y, Z) float32 in [0, 1], label indices (N, X, Y, Z) uint8, the case of each, and the refused files: (name of
+    the case, reason)."""
 
     images: Tensor
     labels: Tensor
+    cases: list[Case]
     skipped: list[tuple[str, str]]
+
+    def take(self, rows: Sequence[int]) -> "LoadedPairs":
+        """These rows, in this order; a row may be taken more than once."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        return LoadedPairs(self.images[index], self.labels[index], [self.cases[i] for i in rows], self.skipped)
+
+    def join(self, other: "LoadedPairs") -> "LoadedPairs":
+        """These rows and then those of `other`."""
+        images, labels = torch.cat([self.images, other.images]), torch.cat([self.labels, other.labels])
+        return LoadedPairs(images, labels, self.cases + other.cases, self.skipped + other.skipped)
 
 
 def load_pairs(pairs: Sequence[Pair], config: DataConfig, shape: tuple[int, int, int]) -> LoadedPairs:
@@ -97,7 +114,7 @@ def load_pairs(pairs: Sequence[Pair], config: DataConfig, shape: tuple[int, int,
     each volume is centre-cropped or zero-padded. A volume that cannot be read or is not on its mask's grid raises VolumeError, which
     names the file, or with `on_error: skip` is left out and listed; nothing left to use raises ValueError.
     """
-    images, labels, skipped = [], [], []
+    images, labels, used, skipped = [], [], [], []
     for pair in pairs:
         try:
             image, mask = _read(pair, config)
@@ -109,9 +126,10 @@ def load_pairs(pairs: Sequence[Pair], config: DataConfig, shape: tuple[int, int,
         placement = pad_or_crop(image.shape, shape)
         images.append(placement.apply(np.stack([unit_range(channel) for channel in image.array]), 0))
         labels.append(placement.apply(mask.array[0], 0).astype(np.uint8))
+        used.append(pair.case)
     if not images:
         raise ValueError(f"all {len(pairs)} volumes were refused, the first because {skipped[0][1]}")
-    return LoadedPairs(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)), skipped)
+    return LoadedPairs(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)), used, skipped)
 
 
 def label_values(config: DataConfig) -> list[int]:

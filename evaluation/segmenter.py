@@ -5,7 +5,7 @@ tumours so). Everything but the volumes is fixed: network, schedule, augmentatio
 volumes differ in nothing else. Images are (N, C, X, Y, Z) float32 in [0, 1], labels (N, X, Y, Z) label indices, all of one shape.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from monai.losses.dice import DiceCELoss
@@ -42,18 +42,23 @@ def train_segmenter(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Train a segmenter from scratch with AdamW under a one-cycle schedule; returns it in evaluation mode.
 
     Every batch is drawn, brightened (gain 0.9 to 1.1, shift -0.05 to 0.05) and given noise (0.02) by generators on the CPU that
     `seed` starts, so the draws are the same on every device. A step with a non-finite gradient is skipped. `dtype` is what forward
     passes autocast to; None computes in float32.
-    `on_step(step, loss)` is called after each step, counted from 1.
+    `on_step(step, loss)` is called after each step, counted from 1. `start` holds parameters by name that take the place of the
+    random ones (`pretraining.body`); no draw changes by it.
     """
     device = torch.device(device)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    segmenter = make_segmenter(images.shape[1], num_labels).to(device)
+    segmenter = make_segmenter(images.shape[1], num_labels)
+    if start is not None:
+        segmenter.load_state_dict({**segmenter.state_dict(), **start})
+    segmenter.to(device)
     optimizer = torch.optim.AdamW(segmenter.parameters(), LEARNING_RATE, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=iterations)
     loss_of = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
@@ -77,6 +82,26 @@ def train_segmenter(
 
 
 @torch.inference_mode()
+def volume_dice(
+    segmenter: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    num_labels: int,
+    *,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 8,
+) -> list[Tensor]:
+    """Dice of each label but the background (index 0), in the order of the labels: (N,) float32 each, in [0, 1]."""
+    device = next(segmenter.parameters()).device
+    rows: dict[int, list[Tensor]] = {label: [] for label in range(1, num_labels)}
+    for start in range(0, len(images), batch_size):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            predicted = segmenter(images[start : start + batch_size].to(device)).argmax(1).cpu()
+        for label, scores in rows.items():
+            scores.append(dice_per_volume(predicted, labels[start : start + batch_size], label))
+    return [torch.cat(scores) for scores in rows.values()]
+
+
 def segmenter_dice(
     segmenter: nn.Module,
     images: Tensor,
@@ -86,12 +111,6 @@ def segmenter_dice(
     dtype: torch.dtype | None = None,
     batch_size: int = 8,
 ) -> list[float]:
-    """Mean Dice over volumes of each label but the background (index 0), in the order of the labels."""
-    device = next(segmenter.parameters()).device
-    rows: dict[int, list[Tensor]] = {label: [] for label in range(1, num_labels)}
-    for start in range(0, len(images), batch_size):
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            predicted = segmenter(images[start : start + batch_size].to(device)).argmax(1).cpu()
-        for label, scores in rows.items():
-            scores.append(dice_per_volume(predicted, labels[start : start + batch_size], label))
-    return [torch.cat(scores).mean().item() for scores in rows.values()]
+    """Mean of `volume_dice` over the volumes, of each label but the background."""
+    rows = volume_dice(segmenter, images, labels, num_labels, dtype=dtype, batch_size=batch_size)
+    return [row.mean().item() for row in rows]

@@ -1,14 +1,18 @@
 """Usefulness of volumes for a task: Dice on real subjects of segmenters trained on one source of volumes or another."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
+from volumes import Case
+
+from .intervals import compare_paired
 from .segmentation_data import LoadedPairs
-from .segmenter import BATCH_SIZE, ITERATIONS, LEARNING_RATE, segmenter_dice, train_segmenter
+from .segmenter import BATCH_SIZE, ITERATIONS, LEARNING_RATE, train_segmenter, volume_dice
 
 SHAPE = (40, 56, 40)
 REAL, SYNTHETIC, BOTH = SOURCES = ("real", "synthetic", "both")
@@ -45,12 +49,16 @@ def score_training(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    start: Mapping[str, Tensor] | None = None,
+    synthetic: LoadedPairs | None = None,
 ) -> dict[str, Any]:
-    """Train one segmenter on `learn` and score it on `judge`: {"seed", "dice", "per_label", "seconds"}.
+    """Train one segmenter on `learn` and score it on `judge`: {"seed", "dice", "per_label", "per_volume", "seconds"}.
 
-    `dice` is the mean over the labels but the background of the mean over the judging volumes.
+    `dice` is the mean over the labels but the background of the mean over the judging volumes; `per_volume` are the means over
+    the labels of each of those. `start` is `train_segmenter`'s. With `synthetic`, the same segmenter judges generated volumes
+    against the masks that they were made from: "on_synthetic" has its scores (Med-LSDM's test; `mask_obedience`).
     """
-    start = time.perf_counter()
+    began = time.perf_counter()
     segmenter = train_segmenter(
         learn.images,
         learn.labels,
@@ -60,10 +68,12 @@ def score_training(
         device=device,
         dtype=dtype,
         on_step=on_step,
+        start=start,
     )
-    per_label = segmenter_dice(segmenter, judge.images, judge.labels, num_labels, dtype=dtype)
-    seconds = time.perf_counter() - start
-    return {"seed": seed, "dice": float(np.mean(per_label)), "per_label": per_label, "seconds": round(seconds, 2)}
+    result = {"seed": seed, **_score(segmenter, judge, num_labels, dtype)}
+    if synthetic is not None:
+        result["on_synthetic"] = _score(segmenter, synthetic, num_labels, dtype)
+    return {**result, "seconds": round(time.perf_counter() - began, 2)}
 
 
 def ratios(scores: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -79,3 +89,46 @@ def ratios(scores: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
         of_means = float(np.mean([r["dice"] for r in results]) / np.mean(list(real.values())))
         found[f"{source}/real"] = {"of_means": of_means, "per_seed": per_seed}
     return found
+
+
+def mask_obedience(results: Sequence[Mapping[str, Any]], real: Sequence[Case], made: Sequence[Case]) -> dict[str, Any]:
+    """Do generated volumes obey their masks? Dice on them less Dice on the real volumes of the same masks (Med-LSDM's test).
+
+    The segmenters must have seen neither volumes nor masks: they learned from the training split, these are of the test split.
+    A mask counts once, however many volumes were made from it, and one without a generated volume is left out.
+
+    Args:
+        results: of `score_training` with `synthetic`, one a seed.
+        real: the case of each volume in "per_volume".
+        made: the case of each generated volume in "on_synthetic".
+    Returns: {"masks": how many, "subjects": of how many, "real" and "synthetic": mean Dice on each, "synthetic-real":
+        `compare_paired` of the two}.
+    """
+    of_mask = {case.name: [i for i, other in enumerate(made) if other.name == case.name] for case in real}
+    shared = [i for i, case in enumerate(real) if of_mask[case.name]]
+    subjects = [real[i].subject for i in shared]
+    on_real = np.array([[result["per_volume"][i] for i in shared] for result in results])
+    on_made = np.array(
+        [
+            [np.mean([result["on_synthetic"]["per_volume"][j] for j in of_mask[real[i].name]]) for i in shared]
+            for result in results
+        ]
+    )
+    return {
+        "masks": len(shared),
+        "subjects": len(set(subjects)),
+        "real": float(on_real.mean()),
+        "synthetic": float(on_made.mean()),
+        "synthetic-real": compare_paired(on_made, on_real, subjects, "difference"),
+    }
+
+
+def _score(segmenter: nn.Module, judge: LoadedPairs, num_labels: int, dtype: torch.dtype | None) -> dict[str, Any]:
+    """{"dice", "per_label", "per_volume"} of a trained segmenter."""
+    rows = volume_dice(segmenter, judge.images, judge.labels, num_labels, dtype=dtype)
+    per_label = [row.mean().item() for row in rows]
+    return {
+        "dice": float(np.mean(per_label)),
+        "per_label": per_label,
+        "per_volume": torch.stack(rows).mean(0).tolist(),
+    }

@@ -7,6 +7,7 @@ from .masks import MaskLike, describe_mask
 from .output import MedVolumePipelineOutput
 from .pipeline import MedVolumePipeline
 from .provenance import read_sidecar, sidecar_path, volume_files, write_synthetic
+from .rejection import Rejection, as_planned, rejection_columns
 from .sampling import equal_batches
 from .volume_processor import Canvas, VolumeProcessor
 
@@ -17,7 +18,9 @@ __all__ = [
     "MaskLike",
     "MedVolumePipeline",
     "MedVolumePipelineOutput",
+    "Rejection",
     "VolumeProcessor",
+    "as_planned",
     "check_conditions",
     "check_folder",
     "check_images",
@@ -26,6 +29,7 @@ __all__ = [
     "equal_batches",
     "read_sidecar",
     "register_packages",
+    "rejection_columns",
     "sidecar_path",
     "volume_files",
     "write_synthetic",

@@ -24,6 +24,7 @@ from evaluation import (
     test_cases,
     train_segmenter,
 )
+from evaluation.report import read_config
 from volumes import (
     DataConfig,
     IntensityScaling,
@@ -209,7 +210,7 @@ def test_agrees_with_the_reference_protocol(hippocampus, monkeypatch):
     spec = importlib.util.spec_from_file_location("segmenter_test", path)
     reference = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reference)
-    recipe = evaluate.read_config(ROOT / "configs/hippocampus/ldm.yaml")["data"]
+    recipe = read_config(ROOT / "configs/hippocampus/ldm.yaml")["data"]
     config = DataConfig(**{**recipe, "root": str(hippocampus), "intensity": IntensityScaling()})
     cases = load_cases(config)
     learn, judge = learning_cases(cases), test_cases(cases)

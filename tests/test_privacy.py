@@ -262,7 +262,7 @@ def test_members_of_a_generator_that_copies_are_known(real):
     training, unseen = real
     names = units_of(24, "made")
     copies = VolumeSet([disguised(volume, i) for i, volume in enumerate(training.volumes)], names, names)
-    anonymised = VolumeSet(copies.volumes[:6], names[:6], training.units[:6])
+    anonymised = VolumeSet(copies.volumes[:6], names[:6], training.subjects[:6])
     report = privacy_report(training, unseen, copies, {"voxels": SPACE}, alpha=0.1, pairs=1, anonymised=anonymised)
     found = report["spaces"]["voxels"]
     assert found["membership"]["auc"] > 0.9 and found["memorised"]["similarity"]["fraction"] == 1

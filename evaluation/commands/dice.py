@@ -1,0 +1,170 @@
+"""`evaluate.py dice`: how useful generated volumes are to a segmenter."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from tqdm import tqdm
+
+from volumes import load_cases
+
+from .. import (
+    ITERATIONS,
+    SHAPE,
+    SOURCES,
+    Pair,
+    generated_pairs,
+    iterations_of,
+    label_values,
+    learning_cases,
+    load_pairs,
+    mask_obedience,
+    protocol,
+    provenance,
+    ratios,
+    score_training,
+    test_cases,
+    write_report,
+)
+from .progress import StepClock
+
+NAME = "dice"
+HELP = "Dice on the test split of a small segmenter trained on real, generated, or both volumes."
+READS_DATA = True
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the command's own arguments."""
+    parser.add_argument(
+        "--synthetic", type=str, help="folder of volumes generated from the training split's masks by generate.py"
+    )
+    parser.add_argument(
+        "--judge_synthetic",
+        type=str,
+        help="folder of volumes generated from the test split's masks: segmenters trained on real judge them too, against "
+        "their masks (do the volumes obey their masks?)",
+    )
+    parser.add_argument("--train_on", nargs="+", choices=SOURCES, default=list(SOURCES), help="what to learn from")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings per source, with seeds 0, 1, ...")
+    parser.add_argument(
+        "--iterations", type=int, default=ITERATIONS, help="training steps; both sources together get twice as many"
+    )
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=3,
+        default=list(SHAPE),
+        help="voxels that volumes are cropped or padded to; multiples of 8",
+    )
+    parser.add_argument(
+        "--earlier", nargs="+", default=[], help="earlier reports whose scores are taken instead of training again"
+    )
+
+
+def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Train and judge. The report is written anew after every training, so a run that is stopped leaves what it has."""
+    config, shape = options.data, tuple(options.shape)
+    cases = load_cases(config)
+    learn, judge = learning_cases(cases), test_cases(cases)
+    pairs = {"real": [Pair(case) for case in learn]}
+    if options.synthetic:
+        pairs["synthetic"] = generated_pairs(cases, Path(options.synthetic))
+        pairs["both"] = pairs["real"] + pairs["synthetic"]
+    elif set(options.train_on) != {"real"}:
+        raise ValueError("--synthetic is missing: give a folder of generated volumes, or --train_on real")
+    report: dict[str, Any] = {
+        "evaluation": "dice",
+        "protocol": protocol(shape, options.iterations, dtype),
+        "volumes": {"judge": len(judge), **{source: len(listed) for source, listed in pairs.items()}},
+        "scores": {},
+        "synthetic": options.synthetic,
+        "judge_synthetic": options.judge_synthetic,
+        "data": dataclasses.asdict(config),
+        **provenance(),
+    }
+    judged_too = None
+    if options.judge_synthetic:
+        if "real" not in options.train_on:
+            raise ValueError("--judge_synthetic is for segmenters trained on real: add real to --train_on")
+        judged_too = load_pairs(generated_pairs(cases, Path(options.judge_synthetic), "test"), config, shape)
+        report["volumes"]["judge_synthetic"] = len(judged_too.cases)
+    for path in options.earlier:
+        report["scores"].update(earlier_scores(Path(path), report))
+        report.setdefault("earlier", {})[Path(path).name] = json.loads(Path(path).read_text()).get("commit")
+    num_labels = len(label_values(config))
+    judged = load_pairs([Pair(case) for case in judge], config, shape)
+    report["skipped"] = dict(judged.skipped + (judged_too.skipped if judged_too else []))
+
+    def summarise() -> None:
+        report["ratios"] = ratios(report["scores"])
+        if judged_too is not None and "real" in report["scores"]:
+            report["obedience"] = mask_obedience(report["scores"]["real"], judged.cases, judged_too.cases)
+
+    sources = [source for source in options.train_on if source not in report["scores"]]
+    clock = StepClock(sum(options.seeds * iterations_of(source, options.iterations) for source in sources))
+    for source in sources:
+        learned = load_pairs(pairs[source], config, shape)
+        report["skipped"].update(learned.skipped)
+        report["scores"][source] = []
+        for seed in range(options.seeds):
+            steps = iterations_of(source, options.iterations)
+            with tqdm(total=steps, unit="step", disable=None, desc=f"learning from {source}, seed {seed}") as progress:
+                result = score_training(
+                    learned,
+                    judged,
+                    num_labels,
+                    seed=seed,
+                    iterations=steps,
+                    device=device,
+                    dtype=dtype,
+                    on_step=clock.watch(progress),
+                    synthetic=judged_too if source == "real" else None,
+                )
+            report["scores"][source].append(result)
+            summarise()
+            write_report(options.output, report)
+            print(f"{source}, seed {seed}: Dice {result['dice']:.4f}, {result['seconds']:.0f} s", flush=True)
+    summarise()
+    write_report(options.output, report)
+    for source, results in report["scores"].items():
+        print(
+            f"{source}: {sum(r['dice'] for r in results) / len(results):.4f}  {[round(r['dice'], 4) for r in results]}"
+        )
+    for name, ratio in report["ratios"].items():
+        print(f"{name}: {ratio['of_means']:.4f}  {[round(r, 4) for r in ratio['per_seed'].values()]}")
+    if obedience := report.get("obedience"):
+        gap = obedience["synthetic-real"]
+        low, high = gap["interval_subjects"]
+        print(
+            f"trained on real: Dice {obedience['synthetic']:.4f} on volumes generated from {obedience['masks']} test masks, "
+            f"{obedience['real']:.4f} on the real ones; difference {gap['of_means']:+.4f} ({low:+.4f} to {high:+.4f}, over subjects)"
+        )
+    print(f"report: {options.output}")
+    return report
+
+
+def earlier_scores(path: Path, report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Scores by source of an earlier report. Raises ValueError unless it was measured on the same data by the same protocol."""
+    earlier = json.loads(path.read_text())
+    for key in ("protocol", "data"):
+        wanted = json.loads(json.dumps(report[key]))
+        if key == "data":  # settings that the data section got since were at their defaults
+            earlier[key] = {**{new: value for new, value in wanted.items() if not value}, **earlier.get(key, {})}
+        if wanted != earlier.get(key):
+            raise ValueError(f"{path}: was measured with another {key} ({earlier.get(key)}); train again")
+    if set(earlier["scores"]) != {"real"} and earlier["synthetic"] != report["synthetic"]:
+        raise ValueError(f"{path}: learned from the volumes in {earlier['synthetic']}, not in {report['synthetic']}")
+    sources, wanted = ["judge", *earlier["scores"]], report["judge_synthetic"]
+    if wanted and "real" in earlier["scores"]:
+        if earlier.get("judge_synthetic") != wanted:
+            raise ValueError(f"{path}: did not judge the volumes in {wanted}; train on real again")
+        sources.append("judge_synthetic")
+    for source in sources:
+        if earlier["volumes"][source] != report["volumes"].get(source):
+            raise ValueError(
+                f"{path}: has {earlier['volumes'][source]} volumes ({source}), not {report['volumes'].get(source)}"
+            )
+    return earlier["scores"]

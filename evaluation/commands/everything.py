@@ -1,0 +1,133 @@
+"""`evaluate.py all`: the chosen commands one after the other, and the page."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from tqdm import tqdm
+
+from volumes import load_cases
+
+from ..page import write_page
+from ..report import write_report
+from . import conditions, dice, few_labels, pretrain, privacy, realism, reconstruction
+from .common import Command, make_parser
+
+NAME = "all"
+HELP = (
+    "Several commands one after the other, a JSON report each, and the page of `report`. A report that is there already, of the "
+    "same arguments and files, is not measured again; delete it to do so."
+)
+READS_DATA = True
+MODULES: tuple[Command, ...] = (reconstruction, realism, privacy, dice, few_labels, pretrain, conditions)
+PARTS: dict[str, Command] = {module.NAME: module for module in MODULES}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the command's own arguments."""
+    parser.add_argument(
+        "--parts", nargs="+", choices=list(PARTS), default=["realism", "privacy", "dice"], help="what to run"
+    )
+    parser.add_argument(
+        "--synthetic",
+        nargs="+",
+        type=str,
+        required=True,
+        help="folders of generated volumes; dice and the like take one",
+    )
+    parser.add_argument("--vae", type=str, help="autoencoder (or pipeline, or run), where a part takes one")
+    parser.add_argument("--pipeline", type=str, help="the generator, where a part takes one")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="PART.OPTION=VALUE",
+        help="an option of one part, such as dice.seeds=5, privacy.alpha=0.1 or 'dice.train_on=real synthetic'",
+    )
+    parser.add_argument(
+        "--title", type=str, default="Are the generated volumes good, useful and private?", help="heading"
+    )
+
+
+def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Run the parts that are not done, and write the page of all that were asked for; `--output` is a folder."""
+    folder = Path(options.output)
+    jobs = {name: part_options(name, options, folder) for name in options.parts}  # what is wrong shows before any work
+    if unused := sorted({_split(entry)[0] for entry in options.set} - set(jobs)):
+        raise ValueError(f"--set names {unused}, which is not among --parts {list(jobs)}")
+    with tqdm(total=len(jobs), unit="part", disable=None, desc="parts") as progress:
+        for name, (part, inputs) in jobs.items():
+            progress.set_postfix_str(name)
+            path = Path(part.output)
+            if path.is_file() and json.loads(path.read_text()).get("inputs") == inputs:
+                progress.write(f"{name}: {path} is there, of the same inputs; not measured again")
+            else:
+                PARTS[name].run(part, device, dtype)
+                write_report(path, {**json.loads(path.read_text()), "inputs": inputs})  # the mark of a part that ended
+            progress.update()
+    paths = [Path(part.output) for part, _ in jobs.values()]
+    page = write_page(paths, folder, options.title)
+    print(f"page: {folder / 'report.html'}")
+    return page
+
+
+def part_options(name: str, options: Namespace, folder: Path) -> tuple[Namespace, str]:
+    """The options of one part, as its own command line would give them, and a hash of them and of the files that they name.
+
+    Raises: ValueError for several folders of generated volumes where the part takes one, and for an unknown option in `--set`.
+    """
+    parser = make_parser(PARTS[name], None)
+    known = parser.get_defaults()
+    args = ["--config", options.config, "--output", str(folder / f"{name}.json"), "--precision", options.precision]
+    args += ["--device", options.device] if options.device else []
+    if "synthetic" in known:
+        several = name in (realism.NAME, privacy.NAME)
+        if not several and len(options.synthetic) > 1:
+            raise ValueError(
+                f"{name} takes one folder of --synthetic, not {len(options.synthetic)}; leave it out of --parts"
+            )
+        args += ["--synthetic", *options.synthetic]
+    for key in ("vae", "pipeline"):
+        if key in known and options[key]:
+            args += [f"--{key}", options[key]]
+    for entry in options.set:
+        part, option, value = _split(entry)
+        if part == name:
+            if option not in known or option in ("config", "output", "data"):
+                raise ValueError(f"--set {entry}: {name} has no option {option} that can be set")
+            args += [f"--{option}", *value.split()]
+    try:
+        parsed = make_parser(PARTS[name], None, exit_on_error=False).parse_args(args)
+    except ArgumentError as error:
+        raise ValueError(f"{name}: {error}") from error
+    parsed.data = options.data
+    words = [word for part, _, value in map(_split, options.set) if part == name for word in value.split()]
+    named = [Path(one) for one in (*options.synthetic, options.vae, options.pipeline, *words) if one]
+    files = [file for path in named if path.is_dir() for file in sorted(path.rglob("*"))]
+    for case in load_cases(options.data):
+        files += [*case.images.values(), *([case.mask] if case.mask else [])]
+    content = {
+        "arguments": args[4:],
+        "data": dataclasses.asdict(options.data),
+        "files": [stamp(file) for file in files if file.is_file()],
+    }
+    return parsed, hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def stamp(file: Path) -> list[Any]:
+    """Name, size and time of a file."""
+    found = file.stat()
+    return [file.name, found.st_size, found.st_mtime_ns]
+
+
+def _split(entry: str) -> tuple[str, str, str]:
+    """ "dice.seeds=5" -> ("dice", "seeds", "5"). Raises: ValueError for anything else."""
+    left, equals, value = entry.partition("=")
+    part, dot, option = left.partition(".")
+    if not (equals and dot and option and value):
+        raise ValueError(f"--set {entry}: give PART.OPTION=VALUE, such as dice.seeds=5")
+    return part, option, value

@@ -1,0 +1,127 @@
+"""`evaluate.py few_labels`: what synthetic volumes add where few real ones have labels (Med-DDPM's test, at several budgets)."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from tqdm import tqdm
+
+from volumes import DataConfig, load_cases
+
+from ..few_labels import ANY, ARMS, RATIOS, steps_of, summarise, training_set
+from ..labels import budget, draw_labelled
+from ..report import provenance
+from ..segmentation_data import LoadedPairs, Pair, generated_pairs, label_values, learning_cases, load_pairs, test_cases
+from ..segmenter import ITERATIONS
+from ..utility import SHAPE, SYNTHETIC, protocol, score_training
+from .ledger import Ledger, tell
+from .progress import StepClock
+
+NAME = "few_labels"
+HELP = (
+    "Dice on the test split of the small segmenter trained on k labelled real volumes, on synthetic ones, and on both. "
+    "The same command again goes on where it stopped."
+)
+READS_DATA = True
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the command's own arguments."""
+    parser.add_argument(
+        "--synthetic", type=str, required=True, help="folder of volumes generated from the training split's masks"
+    )
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        default=["8", "16", "32", "all"],
+        help="how many real volumes have labels; numbers or all",
+    )
+    parser.add_argument(
+        "--train_on",
+        nargs="+",
+        choices=ARMS,
+        default=list(ARMS),
+        help="what to learn from; real_longer is real for as many steps as both",
+    )
+    parser.add_argument(
+        "--synthetic_masks",
+        choices=["all", "own"],
+        default="all",
+        help="use all synthetic volumes, or only those made from the masks of the k labelled volumes",
+    )
+    parser.add_argument(
+        "--mix",
+        choices=["balanced", "plain"],
+        default="balanced",
+        help="of both: real volumes repeated to be about as many as the synthetic ones, or each volume once",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="draws of the k volumes and trainings, with seeds 0, 1, ..."
+    )
+    parser.add_argument(
+        "--iterations", type=int, default=ITERATIONS, help="training steps; both and real_longer get twice as many"
+    )
+    parser.add_argument(
+        "--shape", type=int, nargs=3, default=list(SHAPE), help="voxels of the cropped volumes; multiples of 8"
+    )
+
+
+def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Train, judge, and write the report anew after every training."""
+    config, shape = options.data, tuple(options.shape)
+    rules = protocol(shape, options.iterations, dtype)
+    num_labels = len(label_values(config))
+    real, made, judge = load_sources(config, Path(options.synthetic), shape)
+    budgets = {labels: budget(labels, len(real.cases)) for labels in options.labels}
+    subjects = [case.subject for case in judge.cases]
+    volumes = {"real": len(real.cases), "synthetic": len(made.cases), "judge": len(judge.cases)}
+    report = {
+        "evaluation": NAME,
+        "protocol": {**rules, "synthetic_masks": options.synthetic_masks, "mix": options.mix, "volumes": volumes},
+        "synthetic": options.synthetic,
+        "skipped": dict(real.skipped + made.skipped + judge.skipped),
+        "data": dataclasses.asdict(config),
+        **provenance(),
+    }
+    ledger = Ledger(Path(options.output), report, lambda rows: summarise(rows, subjects, RATIOS, "ratio"))
+    everywhere = {SYNTHETIC} if options.synthetic_masks == "all" else set()  # the arms that no budget changes
+    jobs = [
+        (arm, labels, seed)
+        for seed in range(options.seeds)
+        for arm in options.train_on
+        for labels in ([ANY] if arm in everywhere else budgets)
+    ]
+    jobs = ledger.missing(jobs)
+    clock = StepClock(sum(steps_of(arm, options.iterations) for arm, _, _ in jobs))
+    for arm, labels, seed in jobs:
+        drawn = draw_labelled(real.cases, budgets.get(labels, len(real.cases)), seed)
+        learn = training_set(arm, real, made, drawn, masks=options.synthetic_masks, balanced=options.mix == "balanced")
+        steps = steps_of(arm, options.iterations)
+        with tqdm(total=steps, unit="step", disable=None, desc=f"{arm}, labels {labels}, seed {seed}") as progress:
+            result = score_training(
+                learn,
+                judge,
+                num_labels,
+                seed=seed,
+                iterations=steps,
+                device=device,
+                dtype=dtype,
+                on_step=clock.watch(progress),
+            )
+        ledger.add({"arm": arm, "labels": labels, "drawn_from": len(learn.images), **result})
+    report = ledger.write()
+    tell(report, "ratios")
+    print(f"report: {options.output}")
+    return report
+
+
+def load_sources(
+    config: DataConfig, synthetic: Path, shape: tuple[int, int, int]
+) -> tuple[LoadedPairs, LoadedPairs, LoadedPairs]:
+    """Real volumes to learn from, synthetic ones of their masks in a folder, and the real ones that judge."""
+    cases = load_cases(config)
+    real, judge = ([Pair(case) for case in chosen(cases)] for chosen in (learning_cases, test_cases))
+    made = generated_pairs(cases, synthetic)
+    return load_pairs(real, config, shape), load_pairs(made, config, shape), load_pairs(judge, config, shape)

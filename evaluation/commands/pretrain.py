@@ -1,0 +1,112 @@
+"""`evaluate.py pretrain`: what pre-training on synthetic volumes, without labels, saves of labels (Medical Diffusion's test)."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import pretraining
+from ..few_labels import summarise
+from ..labels import budget, draw_labelled
+from ..pretraining import DIFFERENCES, STARTS, pretrain
+from ..report import provenance
+from ..segmentation_data import label_values
+from ..segmenter import ITERATIONS
+from ..utility import SHAPE, protocol, score_training
+from .few_labels import load_sources
+from .ledger import Ledger, tell
+from .progress import StepClock
+
+NAME = "pretrain"
+HELP = (
+    "Dice on the test split of the small segmenter fine-tuned on k labelled real volumes: from scratch, after pre-training "
+    "without labels on synthetic volumes, and on the real ones. The same command again goes on where it stopped."
+)
+READS_DATA = True
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the command's own arguments."""
+    parser.add_argument(
+        "--synthetic", type=str, required=True, help="folder of volumes generated from the training split's masks"
+    )
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        default=["4", "8", "16", "32", "all"],
+        help="how many real volumes have labels; numbers or all",
+    )
+    parser.add_argument(
+        "--starts", nargs="+", choices=STARTS, default=list(STARTS), help="what comes before the fine-tuning"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="draws of the k volumes and trainings, with seeds 0, 1, ..."
+    )
+    parser.add_argument("--iterations", type=int, default=ITERATIONS, help="steps of each fine-tuning")
+    parser.add_argument(
+        "--pretrain_iterations", type=int, default=pretraining.ITERATIONS, help="steps of each pre-training"
+    )
+    parser.add_argument(
+        "--shape", type=int, nargs=3, default=list(SHAPE), help="voxels of the cropped volumes; multiples of 8"
+    )
+
+
+def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Pre-train, fine-tune, judge, and write the report anew after every fine-tuning."""
+    config, shape = options.data, tuple(options.shape)
+    rules = protocol(shape, options.iterations, dtype)
+    num_labels = len(label_values(config))
+    real, made, judge = load_sources(config, Path(options.synthetic), shape)
+    unlabelled = {"synthetic": made.images, "real": real.images}
+    budgets = {labels: budget(labels, len(real.cases)) for labels in options.labels}
+    subjects = [case.subject for case in judge.cases]
+    volumes = {"real": len(real.cases), "synthetic": len(made.cases), "judge": len(judge.cases)}
+    report = {
+        "evaluation": NAME,
+        "protocol": {**rules, "pretrain_iterations": options.pretrain_iterations, "volumes": volumes},
+        "synthetic": options.synthetic,
+        "skipped": dict(real.skipped + made.skipped + judge.skipped),
+        "data": dataclasses.asdict(config),
+        **provenance(),
+    }
+    ledger = Ledger(Path(options.output), report, lambda rows: summarise(rows, subjects, DIFFERENCES, "difference"))
+    jobs = [(start, labels, seed) for seed in range(options.seeds) for start in options.starts for labels in budgets]
+    jobs = ledger.missing(jobs)
+    beginnings = {(start, seed) for start, _, seed in jobs if start in unlabelled}
+    clock = StepClock(len(beginnings) * options.pretrain_iterations + len(jobs) * options.iterations)
+    bodies: dict[tuple[str, int], dict[str, Tensor]] = {}  # of the latest pre-training; the jobs come in its order
+    for start, labels, seed in jobs:
+        if start in unlabelled and (start, seed) not in bodies:
+            steps = options.pretrain_iterations
+            with tqdm(total=steps, unit="step", disable=None, desc=f"pre-training, {start}, seed {seed}") as progress:
+                learned = pretrain(
+                    unlabelled[start],
+                    seed=seed,
+                    iterations=steps,
+                    device=device,
+                    dtype=dtype,
+                    on_step=clock.watch(progress),
+                )
+            bodies = {(start, seed): learned}
+        steps = options.iterations
+        with tqdm(total=steps, unit="step", disable=None, desc=f"{start}, labels {labels}, seed {seed}") as progress:
+            result = score_training(
+                real.take(draw_labelled(real.cases, budgets[labels], seed)),
+                judge,
+                num_labels,
+                seed=seed,
+                iterations=steps,
+                device=device,
+                dtype=dtype,
+                on_step=clock.watch(progress),
+                start=bodies.get((start, seed)),
+            )
+        ledger.add({"arm": start, "labels": labels, **result})
+    report = ledger.write()
+    tell(report, "differences")
+    print(f"report: {options.output}")
+    return report

@@ -1,0 +1,147 @@
+"""`evaluate.py privacy`: whether generated volumes give away whom the generator learned from."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from tqdm import tqdm
+
+from pipelines import MedVolumePipeline
+from pipelines.loading import load_autoencoder
+from volumes import VolumeDataset, load_cases
+
+from ..losses import DRAWS, TIMES, denoising_losses
+from ..neighbours import Space, common_crop, feature_space, latent_space
+from ..privacy import pairs_figure, privacy_report
+from ..report import provenance, write_report
+from ..volume_sets import VolumeSet
+from .sets import add_set_arguments, describe_sets, load_extractors, load_sets
+
+NAME = "privacy"
+HELP = (
+    "Memorised volumes, membership and re-identification: the similarity of generated to training volumes, against that of "
+    "unseen real ones to training volumes, among voxels, latents and features."
+)
+READS_DATA = True
+SPACES = ("image", "latent", "features")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the command's own arguments."""
+    add_set_arguments(parser)
+    parser.add_argument(
+        "--spaces", nargs="+", choices=SPACES, default=list(SPACES), help="latent needs --vae or --pipeline"
+    )
+    parser.add_argument("--pipeline", type=str, help="the generator: adds membership by its losses on real volumes")
+    parser.add_argument(
+        "--crop", type=int, nargs=3, help="largest crop that is compared; default: the smallest volume's sides"
+    )
+    parser.add_argument("--flips", type=int, nargs="*", default=[0], help="axes along which a copy may be mirrored")
+    parser.add_argument("--shift", type=int, default=2, help="voxels by which a copy may be moved along each axis")
+    parser.add_argument("--alpha", type=float, default=0.05, help="share of unseen volumes that may count as memorised")
+    parser.add_argument("--pairs", type=int, default=8, help="closest pairs that are shown, of each space")
+    parser.add_argument("--seed", type=int, default=0, help="of bootstraps, and of the noise for losses")
+
+
+def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Compare the sets in each space, in float32; writes the closest pairs as PNG beside the report."""
+    start = time.perf_counter()
+    options.vae = options.vae or options.pipeline
+    if "latent" in options.spaces and not options.vae:
+        options.spaces = [name for name in options.spaces if name != "latent"]
+        print("note: without --vae or --pipeline there are no latents to compare")
+    sets, skipped = load_sets(options)
+    losses, losses_protocol = _losses(options, sets, device) if options.pipeline else (None, None)
+    spaces = make_spaces(options, sets, device)
+    training, unseen, generated = (sets[name] for name in ("training", "test", "generated"))
+    compared = len(generated) * len(training) + len(unseen) * len(training) + len(generated) * len(unseen)
+    with tqdm(total=compared * len(spaces), unit="pair", disable=None, desc="comparing") as progress:
+        found = privacy_report(
+            training,
+            unseen,
+            generated,
+            spaces,
+            stand_ins=True,
+            losses=losses,
+            alpha=options.alpha,
+            pairs=options.pairs,
+            seed=options.seed,
+            on_pairs=progress.update,
+        )
+    output = Path(options.output)
+    pictures = {}
+    for name, space in spaces.items():
+        path = output.with_name(f"{output.stem}_{name.replace(' ', '_')}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pairs_figure(found["spaces"][name]["closest"], generated, training, space).savefig(path, dpi=110)
+        pictures[name] = path.name
+    report = {
+        "evaluation": NAME,
+        **found,
+        "volumes": describe_sets(sets, options.unseen),
+        "pictures": pictures,
+        "protocol": {
+            "crop": list(next(iter(spaces.values())).crop),
+            "flips": options.flips,
+            "shift": {name: space.shift for name, space in spaces.items()},
+            "losses": losses_protocol,
+        },
+        "skipped": skipped,
+        "synthetic": options.synthetic,
+        "vae": options.vae,
+        "pipeline": options.pipeline,
+        "precision": "float32",
+        "seconds": round(time.perf_counter() - start, 2),
+        "data": dataclasses.asdict(options.data),
+        **provenance(),
+    }
+    write_report(output, report)
+    for name, of_space in report["spaces"].items():
+        memory = of_space["memorised"]["similarity"]
+        low, high = memory["interval_drawn"]
+        print(
+            f"{name}: {memory['fraction']:.1%} of generated volumes are memorised ({low:.1%} to {high:.1%}), "
+            f"{memory['false_positives']['fraction']:.1%} of unseen real ones would be; membership AUC "
+            f"{of_space['membership']['auc']:.3f}"
+        )
+    if "loss_membership" in report:
+        print(f"membership by the generator's losses: AUC {report['loss_membership']['auc']:.3f}")
+    print(f"report: {options.output}")
+    return report
+
+
+def make_spaces(options: Namespace, sets: dict[str, VolumeSet], device: torch.device) -> dict[str, Space]:
+    """The spaces of `--spaces`, on one crop; features by every 3-D extractor there is, as "features NAME"."""
+    every = [volume for part in sets.values() for volume in part.volumes]
+    crop = common_crop(every, tuple(options.crop) if options.crop else None)
+    flips = tuple(options.flips)
+    spaces: dict[str, Space] = {}
+    if "image" in options.spaces:
+        spaces["image"] = Space(crop, flips, options.shift, device=device)
+    if "latent" in options.spaces:
+        spaces["latent"] = latent_space(load_autoencoder(options.vae).to(device), crop, flips=flips)  # pyright: ignore
+    if "features" in options.spaces:
+        for name, extractor in load_extractors(options, device).items():
+            references = sets["training"].volumes
+            spaces[f"features {name}"] = feature_space(extractor, references, crop, flips=flips, device=device)
+    return spaces
+
+
+def _losses(
+    options: Namespace, sets: dict[str, VolumeSet], device: torch.device
+) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, Any]]:
+    """Losses of the generator on training and on unseen volumes, in the order of the sets, and how they were taken."""
+    pipe = MedVolumePipeline.from_pretrained(options.pipeline).to(device)
+    cases = {case.name: case for case in load_cases(options.data)}
+    found = []
+    for name in ("training", "test"):
+        dataset = VolumeDataset([cases[one] for one in sets[name].names], options.data)
+        if dataset.skipped:
+            raise ValueError(f"{dataset.skipped[0]}: has an image but no usable mask, which the losses need; repair it")
+        with tqdm(total=len(dataset), unit="volume", disable=None, desc=f"losses on {name} volumes") as progress:
+            found.append(denoising_losses(pipe, dataset, seed=options.seed, on_volume=progress.update))
+    return (found[0], found[1]), {"times": list(TIMES), "draws": DRAWS}

@@ -1,0 +1,30 @@
+"""Progress of commands that train."""
+
+import time
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+
+class StepClock:
+    """Says after the first steps how long all of them will take."""
+
+    def __init__(self, steps: int):
+        self.steps, self.start, self.told = steps, 0.0, False
+
+    def watch(self, progress: tqdm) -> Callable[[int, float], None]:
+        """A callback for each training step: (step counted from 1, loss)."""
+
+        def on_step(step: int, loss: float) -> None:
+            progress.update()
+            progress.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            if step == 1:  # the first step prepares kernels, so the clock starts after it
+                self.start = time.perf_counter()
+            elif step == 4 and not self.told:
+                seconds = (time.perf_counter() - self.start) / 3
+                progress.write(
+                    f"a training step takes {seconds:.2f} s: about {seconds * self.steps / 60:.0f} minutes for {self.steps} steps"
+                )
+                self.told = True
+
+        return on_step

@@ -1,0 +1,65 @@
+"""The model's own loss on real volumes: an attacker's view of who was in its training set."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from autoencoder.losses import cells_inside
+from diffusion import fold_mask, image_condition
+from diffusion.objectives import noisy_and_target
+from pipelines import MedVolumePipeline
+from volumes import VolumeDataset, pad_sample
+
+TIMES = (100.0, 300.0, 500.0, 700.0)  # of 1000; at the ends, losses say little of the volume
+DRAWS = 2  # of noise at each time
+
+
+@torch.inference_mode()
+def denoising_losses(
+    pipe: MedVolumePipeline,
+    dataset: VolumeDataset,
+    *,
+    times: Sequence[float] = TIMES,
+    draws: int = DRAWS,
+    seed: int = 0,
+    on_volume: Callable[[], object] | None = None,
+) -> np.ndarray:
+    """(N,) mean squared error of the model's prediction for each volume's latents, under the volume's own conditions.
+
+    The mean over `times` (in the scheduler's units) and over `draws` of noise, the same for every volume of a shape, inside the
+    field of view and without augmentation (Matsumoto et al. 2023, section 3).
+
+    Raises: ValueError for a pipeline with masks and a data set without.
+    """
+    vae, unet = pipe.vae, pipe.unet
+    config, names = unet.config, unet.condition_names
+    losses = []
+    for index in range(len(dataset)):
+        item = pad_sample(dataset[index], vae.stride)
+        latents = vae.encode(item["image"][None].to(vae.device, vae.dtype), return_dict=False)[0].mode().to(unet.dtype)
+        weight = cells_inside(item["fov"][None].to(latents.device), tuple(latents.shape[2:])).to(latents)
+        conditions = {key: item[key][None].to(latents.device) for key in ("classes", "numbers") if key in item}
+        if config["num_labels"]:
+            if "mask" not in item:
+                raise ValueError("the model is conditioned on masks, and the data has none; give `masks` in its config")
+            conditions["mask"] = fold_mask(item["mask"][None], vae.stride, config["num_labels"]).to(latents.device)
+        if names.images:
+            images = {name: vae.latents_of(dataset.channels.index(name)) for name, _ in names.images}
+            conditions["image"] = image_condition(latents, images)
+        generator = torch.Generator().manual_seed(seed)
+        errors = []
+        for time in times:
+            for _ in range(draws):
+                noise = torch.randn(latents.shape, generator=generator).to(latents)
+                at = torch.full(
+                    (1,), time if config["objective"] == "rectified_flow" else int(time), device=latents.device
+                )
+                noisy, target = noisy_and_target(config["objective"], latents, noise, at)
+                prediction = unet(noisy * weight, at, **conditions, return_dict=False)[0]
+                error = (prediction.float() - target.float()) ** 2 * weight
+                errors.append(float(error.sum() / (weight.sum() * latents.shape[1])))
+        losses.append(np.mean(errors))
+        if on_volume is not None:
+            on_volume()
+    return np.array(losses)

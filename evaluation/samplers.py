@@ -1,0 +1,272 @@
+"""Quality against steps and guidance, scheduler by scheduler:
+
+python -m evaluation.samplers --pipeline weights/hippocampus --config configs/hippocampus/ldm.yaml --masks 24 \
+    --schedulers euler heun dpmsolver++ unipc --steps 5 10 20 40 --output out/samplers.json
+
+Every combination makes a volume from each of the same test masks and seeds, and so does the pipeline as it comes ("own").
+They are compared with real test volumes, beside what real training volumes are to these; a segmenter that learned from real
+volumes says whether they obey their masks. The report, and a table beside it (.md), are written anew after every combination;
+the same command again goes on with those that are missing. Guidance takes a model that was trained for it (condition_dropout).
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+from diffusion.guidance import check_guidance
+from pipelines import MedVolumePipeline
+from volumes import Case, DataConfig, VolumeDataset, load_cases
+
+from .features import EncoderStatistics, RandomStatistics
+from .report import provenance, read_config, write_report
+from .sampler_figures import (
+    DEFAULT_STEPS,
+    OF_DIFFUSION,
+    OF_FLOWS,
+    OWN,
+    Combination,
+    Judge,
+    asked_of,
+    make_named,
+    sample,
+)
+from .segmentation_data import Pair, label_values, learning_cases, load_pairs, test_cases
+from .segmenter import ITERATIONS, make_segmenter, train_segmenter
+from .utility import SHAPE, protocol
+
+NAMES = list(dict.fromkeys([*OF_FLOWS, *OF_DIFFUSION]))
+COLUMNS = (
+    "sampler", "steps", "guidance", "evaluations", "s a volume", "kernel, random", "kernel, encoder", "spectrum, dB",
+    "Dice less real", "intensity bias",
+)  # fmt: skip
+
+
+def main(args: Sequence[str] | None = None) -> dict[str, Any]:
+    """Judge what is missing from the report, and write it."""
+    options = parse(args)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe: Any = MedVolumePipeline.from_pretrained(options.pipeline)
+    pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    wanted = combinations(pipe, options)
+    cases, config = load_cases(options.data), options.data
+    test = VolumeDataset(test_cases(cases), config)
+    chosen = [test.cases[i] for i in spread(len(test), options.masks)]
+    settings = {
+        "model": pipe.model_hash,
+        "masks": [case.name for case in chosen],
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+        "segmenter": segmenter_settings(options),
+    }
+    report = earlier(Path(options.output), settings)
+    report["data"] = asdict(config)
+    done = [Combination(*(one[key] for key in ("scheduler", "steps", "guidance"))) for one in report["combinations"]]
+    missing = [one for one in wanted if one not in done]
+    print(f"{len(wanted) - len(missing)} of {len(wanted)} combinations are in {options.output}; {len(missing)} to go")
+    if missing:
+        judge = prepare(pipe, cases, test, chosen, options)
+        for one in tqdm(missing, unit="combination", disable=None):
+            made, cost = sample(pipe, judge.asked, one, seed=options.seed, batch_size=options.batch_size)
+            figures = {**asdict(one), "volumes": len(made), **cost, **judge(made), "measured": provenance()}
+            report["combinations"].append(figures)
+            write_report(options.output, report)
+            Path(options.output).with_suffix(".md").write_text(markdown(report))
+    print(markdown(report))
+    return report
+
+
+def prepare(
+    pipe: MedVolumePipeline, cases: Sequence[Case], test: VolumeDataset, chosen: Sequence[Case], options: Namespace
+) -> Judge:
+    """The judge of volumes made from the masks of the `chosen` test cases."""
+    config, device = options.data, pipe.device
+    training, of_masks = (
+        VolumeDataset(part, config) for part in ([case for case in cases if case.split == "train"], chosen)
+    )
+    first, second = ((_unit(one), [case.subject for case in one.cases]) for one in (training, test))
+    segmenter = real_segmenter(cases, options, device)
+    judged = load_pairs([Pair(case) for case in of_masks.cases], config, options.shape)
+    extractors = {"random": RandomStatistics().to(device), "encoder": EncoderStatistics(pipe.vae)}
+    count = len(extractors) * (len(training) + len(test))
+    with tqdm(total=count, unit="volume", disable=None, desc="features of real volumes") as progress:
+
+        def on_volume() -> None:
+            progress.update()
+
+        return Judge(
+            asked_of(of_masks, pipe.unet),
+            first,
+            second,
+            _unit(of_masks),
+            extractors,
+            segmenter,
+            judged,
+            len(label_values(config)),
+            device,
+            on_volume,
+        )
+
+
+def parse(args: Sequence[str] | None) -> Namespace:
+    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    path = first.parse_known_args(args)[0].config
+    parser = ArgumentParser(
+        prog="python -m evaluation.samplers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--pipeline", type=str, required=True, help="pipeline folder or Hub repository")
+    parser.add_argument(
+        "--config", type=str, required=True, help="training config whose section `data` says which volumes"
+    )
+    parser.add_class_arguments(DataConfig, "data", help="overrides of the config's section `data`")
+    if path is not None:
+        parser.set_defaults({f"data.{key}": value for key, value in read_config(path)["data"].items()})
+    parser.add_argument("--output", type=str, required=True, help="report to write, a JSON file")
+    parser.add_argument("--masks", type=int, default=24, help="test masks, spread evenly over all (24)")
+    parser.add_argument(
+        "--schedulers",
+        nargs="*",
+        choices=NAMES,
+        default=["euler", "heun", "dpmsolver++", "unipc"],
+        help="beside its own",
+    )
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 40], help="of each scheduler")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="scales; 1 is none (1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first volume (0)")
+    parser.add_argument("--batch_size", type=int, default=8, help="volumes denoised together (8)")
+    parser.add_argument(
+        "--segmenter", type=str, help="file of the segmenter, trained if it is not there; default: beside the report"
+    )
+    parser.add_argument("--segmenter_steps", type=int, default=ITERATIONS, help="its training steps")
+    parser.add_argument("--shape", type=int, nargs=3, default=list(SHAPE), help="voxels it takes; multiples of 8")
+    parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
+    parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
+    assert isinstance(parsed, Namespace)
+    parsed.shape = tuple(parsed.shape)
+    return parsed
+
+
+def combinations(pipe: MedVolumePipeline, options: Namespace) -> list[Combination]:
+    """The pipeline's own sampler with its own default of steps, and all that is asked for.
+
+    Raises: ValueError for schedulers, steps and guidance that the model cannot take, before any work.
+    """
+    if min([*options.steps, options.masks, options.batch_size]) < 1:
+        raise ValueError("--steps, --masks and --batch_size must be 1 or more")
+    for scale in options.guidance:
+        given = pipe.unet.condition_names
+        check_guidance(scale, pipe.unet.config["condition_dropout"] or {}, {"mask", *given.classes, *given.numbers})
+    for name in options.schedulers:
+        make_named(name, pipe)
+    every = [Combination(n, s, g) for n in options.schedulers for s in options.steps for g in options.guidance]
+    return list(dict.fromkeys([Combination(OWN, DEFAULT_STEPS, 1.0), *every]))
+
+
+def earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The report to go on with. Raises: ValueError for one that was measured otherwise."""
+    if not path.exists():
+        return {"evaluation": "samplers", "settings": settings, "combinations": []}
+    report = json.loads(path.read_text())
+    if report.get("evaluation") != "samplers":
+        raise ValueError(f"{path}: is no report of evaluation.samplers; choose another --output")
+    if different := sorted(key for key, value in settings.items() if report["settings"].get(key) != value):
+        raise ValueError(f"{path}: was measured with another {', another '.join(different)}; choose another --output")
+    return report
+
+
+def segmenter_settings(options: Namespace) -> dict[str, Any]:
+    """What a segmenter depends on, beside the volumes."""
+    return {**protocol(options.shape, options.segmenter_steps, None), "seed": 0, "labels": label_values(options.data)}
+
+
+def real_segmenter(cases: Sequence[Case], options: Namespace, device: torch.device) -> nn.Module:
+    """The segmenter of `--segmenter`, or one that learns now from all real volumes but the test split, and is kept there.
+
+    Raises: ValueError for a file of another segmenter.
+    """
+    output, settings = Path(options.output), json.dumps(segmenter_settings(options))
+    path = Path(options.segmenter or output.with_name(f"{output.stem}_segmenter.safetensors"))
+    config, num_labels = options.data, len(label_values(options.data))
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            stored = (file.metadata() or {}).get("segmenter")
+        if stored != settings:
+            raise ValueError(f"{path}: holds a segmenter of {stored}, not of {settings}; choose another --segmenter")
+        segmenter = make_segmenter(len(config.channels), num_labels)
+        segmenter.load_state_dict(load_file(path))
+        return segmenter.to(device).eval()
+    learned = load_pairs([Pair(case) for case in learning_cases(cases)], config, options.shape)
+    with tqdm(total=options.segmenter_steps, unit="step", disable=None, desc="training the segmenter") as progress:
+
+        def on_step(step: int, loss: float) -> None:
+            progress.update()
+
+        segmenter = train_segmenter(
+            learned.images,
+            learned.labels,
+            num_labels,
+            seed=0,
+            iterations=options.segmenter_steps,
+            device=device,
+            on_step=on_step,
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.cpu().contiguous() for k, v in segmenter.state_dict().items()}, path, {"segmenter": settings})
+    return segmenter
+
+
+def spread(items: int, count: int) -> list[int]:
+    """`count` of the numbers from 0 to items - 1 (all, where there are fewer), evenly spread."""
+    return np.unique(np.linspace(0, items - 1, min(count, items)).round().astype(int)).tolist()
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a table, with the real-against-real floor as its last row and 95 % intervals in brackets."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
+    found = report["combinations"]
+    for one in found:
+        name = f"{one['scheduler']} ({one['scheduler_class']})" if one["scheduler"] == OWN else one["scheduler"]
+        cells = [name, str(one["steps"]), f"{one['guidance']:g}", f"{one['evaluations_per_volume']:g}"]
+        cells.append(f"{one['seconds_per_volume']['median']:.2f}")
+        cells += [_cell(one["kernel"][name]["generated_to_test"]) for name in ("random", "encoder")]
+        cells.append(_cell(one["spectrum"]["difference_db"]["generated_to_test"], "{:.2f}"))
+        for paired in (one["dice"]["difference"], one["intensity_bias"]):
+            cells.append(_cell({"mean": paired["of_means"], "interval": paired["interval_subjects"]}, "{:+.4f}"))
+        lines.append(f"| {' | '.join(cells)} |")
+    if found:
+        floor = found[0]
+        cells = ["real training volumes", "", "", "", ""]
+        cells += [_cell(floor["kernel"][name]["training_to_test"]) for name in ("random", "encoder")]
+        cells += [_cell(floor["spectrum"]["difference_db"]["training_to_test"], "{:.2f}")]
+        cells += [f"Dice of real {floor['dice']['real']:.4f}", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: dict[str, Any], form: str = "{:.4f}") -> str:
+    low, high = value["interval"]
+    return f"{form.format(value['mean'])} ({form.format(low)} to {form.format(high)})"
+
+
+def _unit(dataset: VolumeDataset) -> list[np.ndarray]:
+    """(C, X, Y, Z) each, in [0, 1] as for the model."""
+    return [(prepared.image.array + 1) / 2 for prepared in dataset.prepared]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""evaluate.py realism and privacy on phantoms: real volumes, and generated ones that are real, copied or blurred."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from generated_sets import SHAPE, write_sets
+from tiny import tiny_pipeline
+
+import evaluate
+from evaluation.losses import denoising_losses
+from evaluation.volume_sets import VolumeSet, generated_set, real_set
+from volumes import DataConfig, VolumeDataset, load_cases
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_sets(tmp_path_factory.mktemp("sets"))
+
+
+def config_of(folder) -> DataConfig:
+    return DataConfig(**yaml.safe_load((folder / "ldm.yaml").read_text())["data"])
+
+
+def judge(command: str, folder, made: str, *more: str) -> dict:
+    args = [command, "--config", str(folder / "ldm.yaml"), "--synthetic", str(folder / made), "--device", "cpu"]
+    args += ["--output", str(folder / "reports" / f"{command}_{made}.json"), *more]
+    report = evaluate.main(args)
+    assert json.loads((folder / "reports" / f"{command}_{made}.json").read_text()) == json.loads(json.dumps(report))
+    return report
+
+
+def test_generated_volumes_are_scaled_and_owned_as_real_ones(folder):
+    """The copies are brighter than the real files, and their sidecars name another mask file: both must not matter."""
+    config = config_of(folder)
+    cases = load_cases(config)
+    real, _ = real_set(cases, config, ["train"])
+    copies, skipped = generated_set([folder / "copies"], cases, config)
+    assert not skipped and len(real) == 10 and len(copies) == 18
+    place = {name: number for number, name in enumerate(copies.names)}
+    for number, name in enumerate(real.names):
+        copy = place[f"{name}_000"]
+        np.testing.assert_allclose(copies.volumes[copy], real.volumes[number], atol=1e-4)
+        assert (copies.masks[copy], copies.subjects[copy]) == (name, real.subjects[number])
+    assert min(v.min() for v in real.volumes) == 0 and max(v.max() for v in real.volumes) == 1
+    assert real.volumes[0].shape == (1, *SHAPE)
+
+
+def test_volumes_of_two_folders_keep_apart_and_unknown_masks_have_no_owner(folder, tmp_path):
+    config = config_of(folder)
+    cases = load_cases(config)
+    other = shutil.copytree(folder / "fresh", tmp_path / "other")
+    sidecar = other / "case_0_000.json"
+    sidecar.write_text(json.dumps({"synthetic": True, "mask": {"file": "case_0.nii.gz", "sha256": "of another file"}}))
+    found, _ = generated_set([folder / "fresh", other], cases, config)
+    assert len(found) == 36 and len(set(found.names)) == 36
+    owner = dict(zip(found.names, zip(found.masks, found.subjects, strict=True), strict=True))
+    assert owner["fresh/case_0_000"] == ("case_0", "S0")
+    assert owner["other/case_0_000"] == (None, "generated other/case_0_000")
+    with pytest.raises(ValueError, match="nowhere: no such folder.*generate.py"):
+        generated_set([folder / "nowhere"], cases, config)
+    with pytest.raises(ValueError, match="no case is in split validation"):
+        real_set(cases, config, ["validation"])
+
+
+def test_a_set_names_its_volumes_and_counts_must_agree():
+    volumes = [np.zeros((1, 4, 4, 4))] * 2
+    plain = VolumeSet(volumes)
+    assert list(plain.names) == list(plain.subjects) == ["0000", "0001"]
+    assert list(VolumeSet(volumes, ["a", "b"]).subjects) == ["a", "b"]
+    with pytest.raises(ValueError, match="2 volumes, 2 names, 1 subjects"):
+        VolumeSet(volumes, ["a", "b"], ["s"])
+    with pytest.raises(ValueError, match="0 volumes"):
+        VolumeSet([])
+
+
+def test_realism_puts_new_draws_at_the_floor_and_blur_above(folder, capsys):
+    args = ["--pairs", "20", "--parts"]
+    fresh = judge("realism", folder, "fresh", *args, "features", "consistency", "intensity", "diversity")
+    kernel = fresh["features"]["random"]["kernel"]["excess"]["interval"]
+    assert kernel[0] < 0 < kernel[1]
+    assert fresh["diversity"]["generated_minus_test"]["interval"][0] < 0
+    assert fresh["volumes"]["generated"]["of_training_masks"] == 10
+    assert fresh["volumes"]["test"] == {"volumes": 8, "subjects": 4, "splits": ["test"]}
+    said = capsys.readouterr().out
+    assert "kernel distance, random:" in said and "do not determine the covariance" in said
+    blurred = judge("realism", folder, "blurred", *args, "consistency", "intensity")
+    assert "features" not in blurred and "diversity" not in blurred
+    for name in ("consistency", "intensity"):
+        assert set(blurred[name]) == {"image"}
+    worst = [statistics["wasserstein"]["excess"]["mean"] for statistics in blurred["consistency"]["image"].values()]
+    best = [statistics["wasserstein"]["excess"]["mean"] for statistics in fresh["consistency"]["image"].values()]
+    assert max(worst) > 2 > max(best)
+    assert min(blurred["intensity"]["image"]["spectrum_db"]["generated_over_test"]["mean"]) < -6
+
+
+def test_privacy_finds_the_copies_and_their_patients(folder, capsys):
+    args = ["--alpha", "0.34", "--shift", "1", "--pairs", "1", "--spaces", "image"]
+    fresh, copies = judge("privacy", folder, "fresh", *args), judge("privacy", folder, "copies", *args, "features")
+    for space in ("image", "features random"):
+        memory = copies["spaces"][space]["memorised"]["similarity"]
+        assert memory["fraction"] == 1 and memory["nearer"]["auc"] == 1
+        closest = copies["spaces"][space]["closest"][0]
+        assert closest["similarity"] == pytest.approx(1, abs=1e-3) and closest["query"].endswith("_000")
+        # Of training masks every volume is its patient's own scan; of test masks it is another patient's.
+        found = copies["spaces"][space]["reidentification"]
+        assert found["patients"] == 9 and found["top_1"]["rate"] == pytest.approx(5 / 9)
+        assert copies["spaces"][space]["own_mask"]["difference"] > 0.3
+    image = fresh["spaces"]["image"]["memorised"]["similarity"]
+    assert image["interval_drawn"][0] < 0.5 and fresh["spaces"]["image"]["own_mask"]["interval"][0] < 0.1
+    picture = folder / "reports" / copies["pictures"]["features random"]
+    assert picture.name == "privacy_copies_features_random.png" and picture.read_bytes()[1:4] == b"PNG"
+    assert copies["protocol"]["shift"] == {"image": 1, "features random": 0}
+    assert "image: 100.0% of generated volumes are memorised" in capsys.readouterr().out
+
+
+def test_latents_and_losses_come_from_the_pipeline(folder, tmp_path):
+    """Losses do not depend on what is beside a volume, and a volume that the model cannot predict has the largest."""
+    pipe = tiny_pipeline(num_labels=2, labels={"0": "background", "1": "organ"}, channels=["image"])
+    pipe.save_pretrained(tmp_path)
+    config = config_of(folder)
+    cases = [case for case in load_cases(config) if case.split == "test"]
+    losses = denoising_losses(pipe, VolumeDataset(cases, config), times=(500.0,), draws=1)
+    assert losses.shape == (8,) and np.isfinite(losses).all() and (losses > 0).all()
+    alone = denoising_losses(pipe, VolumeDataset(cases[3:4], config), times=(500.0,), draws=1)
+    assert alone[0] == pytest.approx(losses[3], rel=1e-5)
+    with torch.no_grad():  # as if one latent channel were far larger than the model has ever seen
+        pipe.vae.set_latent_statistics([0.0] * 4, [0.01, 1.0, 1.0, 1.0])
+    assert (denoising_losses(pipe, VolumeDataset(cases, config), times=(500.0,), draws=1) > losses).all()
+    args = ["--alpha", "0.34", "--spaces", "latent", "--pipeline", str(tmp_path), "--flips"]
+    report = judge("privacy", folder, "fresh", *args)
+    assert list(report["spaces"]) == ["latent"] and 0 <= report["loss_membership"]["auc"] <= 1
+    assert report["protocol"]["losses"] == {"times": [100.0, 300.0, 500.0, 700.0], "draws": 2}
+
+
+def test_extractors_are_named_once_and_latents_need_a_model(folder, capsys):
+    with pytest.raises(ValueError, match="--extractor random=here: give NAME=PATH"):
+        judge("realism", folder, "fresh", "--parts", "features", "--extractor", "random=here")
+    report = judge("privacy", folder, "fresh", "--alpha", "0.34", "--spaces", "latent", "image", "--flips")
+    assert list(report["spaces"]) == ["image"] and "no latents to compare" in capsys.readouterr().out

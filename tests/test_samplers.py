@@ -1,0 +1,139 @@
+"""Quality against steps and guidance: evaluations are counted, figures are those of planted volumes, a stopped run goes on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from smooth import smooth_volumes
+from tiny import labels_of, tiny_pipeline
+
+from evaluation import Pair, label_values, load_pairs, samplers
+from evaluation.features import RandomStatistics
+from evaluation.sampler_figures import Combination, Judge, asked_of, make_named, sample
+from volumes import DataConfig, Volume, VolumeDataset, load_cases, write_volume
+
+SHAPE = (16, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Ten volumes with masks as files, five of them for testing; and a pipeline that can be guided."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = ["volume,subject,split"]
+    for number, array in enumerate(smooth_volumes(10, 0, SHAPE)):
+        labels = labels_of((4, 4, 4), number).repeat(4, 0).repeat(4, 1).repeat(4, 2)
+        write_volume(Volume((1000 * array).astype(np.float32), np.eye(4)), folder / "images" / f"v{number}.nii.gz")
+        write_volume(Volume(labels[None], np.eye(4)), folder / "labels" / f"v{number}.nii.gz")
+        rows.append(f"v{number},s{number},{'test' if number > 4 else 'train'}")
+    (folder / "table.csv").write_text("\n".join(rows) + "\n")
+    section = {
+        "root": str(folder),
+        "table": "table.csv",
+        "images": "images/{volume}.nii.gz",
+        "masks": "labels/{volume}.nii.gz",
+        "subject": "subject",
+        "split": "split",
+        "validation_fraction": 0.0,
+        "label_names": {0: "background", 2: "anterior", 5: "posterior"},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": section}))
+    tiny_pipeline(condition_dropout={"mask": 0.1}).save_pretrained(folder / "pipeline")
+    return folder, DataConfig(**section)
+
+
+def datasets(config):
+    cases = load_cases(config)
+    return [VolumeDataset([case for case in cases if case.split == split], config) for split in ("train", "test")]
+
+
+def test_evaluations_are_counted_and_seeds_are_the_same_for_all(data):
+    _, test = datasets(data[1])
+    pipe = tiny_pipeline(condition_dropout={"mask": 0.1})
+    asked, scheduler = asked_of(test, pipe.unet), pipe.scheduler
+    for name, guidance, expected in (("euler", 1.0, 3), ("heun", 1.0, 5), ("unipc", 1.0, 3), ("euler", 2.0, 6)):
+        made, cost = sample(pipe, asked, Combination(name, 3, guidance), batch_size=2)
+        assert cost["evaluations_per_volume"] == expected, name
+        assert len(made) == 5 and all(volume.shape == (1, *SHAPE) for volume in made)
+        assert 0 < cost["seconds_per_volume"]["lowest"] <= cost["seconds_per_volume"]["median"]
+    assert pipe.scheduler is scheduler and not pipe.unet._forward_pre_hooks
+    first, _ = sample(pipe, asked, Combination("own", 3, 1.0), batch_size=5)
+    second, cost = sample(pipe, asked, Combination("euler", 3, 1.0), batch_size=1)
+    assert cost["scheduler_class"] == "FlowMatchEulerDiscreteScheduler"
+    np.testing.assert_allclose(first, second, atol=1e-4)
+    generator = torch.Generator().manual_seed(4)
+    again = pipe(asked.masks[4], num_inference_steps=3, generator=[generator], output_type="np").volumes[0]
+    np.testing.assert_allclose(first[4], (again - 100) / 200, atol=1e-4)
+
+
+class Threshold(torch.nn.Module):
+    """A segmenter that finds the labels in the intensities: bright is posterior, dark is background."""
+
+    def __init__(self):
+        super().__init__()
+        self.levels = torch.nn.Parameter(torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1, 1))
+
+    def forward(self, images):
+        return -((images - self.levels) ** 2)
+
+
+def test_figures_of_planted_volumes(data):
+    train, test = datasets(data[1])
+    labels = [prepared.mask.array for prepared in test.prepared]
+    same = [(indices / 2).astype(np.float32) for indices in labels]  # volumes that obey their masks
+    asked, sets = (
+        asked_of(test, tiny_pipeline().unet),
+        ([(one.image.array + 1) / 2 for one in train.prepared], list("abcde")),
+    )
+    assert [mask.array.max() for mask in asked.masks] == [5] * 5
+    pairs = load_pairs([Pair(case) for case in test.cases], data[1], SHAPE)
+    pairs.images[:] = torch.from_numpy(np.stack(same))
+    extractors = {"random": RandomStatistics()}
+    judge = Judge(asked, sets, (same, asked.subjects), same, extractors, Threshold(), pairs, len(label_values(data[1])))
+    found = judge(same)
+    assert found["dice"]["generated"] == found["dice"]["real"] == pytest.approx(1)
+    assert found["intensity_bias"]["of_means"] == 0 and found["dice"]["difference"]["of_means"] == 0
+    assert found["spectrum"]["ratio_db"]["interval"] and found["kernel"]["random"]["whole"] < 0  # copies: below 0
+    worse = judge([np.clip(0.9 * volume[:, ::-1] + 0.05, 0, 1) for volume in same])
+    assert worse["dice"]["generated"] < 0.6 and worse["dice"]["difference"]["interval_subjects"][1] < 0
+    bias = np.mean([0.05 - 0.1 * volume.mean() for volume in same])
+    assert worse["intensity_bias"]["of_means"] == pytest.approx(bias, abs=1e-5)
+    quieter = judge([0.5 + 0.1 * volume for volume in same])
+    assert quieter["spectrum"]["difference_db"]["whole"] == pytest.approx(20, abs=0.1)  # a tenth of the amplitude
+    assert quieter["kernel"]["random"]["whole"] > found["kernel"]["random"]["whole"]
+    with pytest.raises(ValueError, match=r"v5: the real volume is .*set data.spacing"):
+        judge([volume[:, :8] for volume in same])
+
+
+def test_the_command_goes_on_and_refuses_what_was_measured_otherwise(data, tmp_path):
+    output = tmp_path / "out" / "samplers.json"
+    options = ["--pipeline", str(data[0] / "pipeline"), "--config", str(data[0] / "config.yaml"), "--masks", "4"]
+    own = [*options, "--output", str(output), "--segmenter_steps", "2", "--shape", "16", "16", "16", "--steps", "1"]
+    report = samplers.main([*own, "--schedulers"])
+    assert [(one["scheduler"], one["steps"]) for one in report["combinations"]] == [("own", 20)]
+    segmenter = output.with_name("samplers_segmenter.safetensors")
+    written = segmenter.stat().st_mtime_ns
+    after = samplers.main([*own, "--schedulers", "euler", "--guidance", "1", "2"])
+    assert after["combinations"][:1] == report["combinations"] and len(after["combinations"]) == 3
+    stored = json.loads(output.read_text())["combinations"]
+    assert stored == after["combinations"] and segmenter.stat().st_mtime_ns == written
+    table = Path(output.with_suffix(".md")).read_text().splitlines()
+    assert len(table) == 2 + 3 + 1 and len({line.count("|") for line in table}) == 1
+    assert table[2].startswith("| own (FlowMatchEulerDiscreteScheduler) | 20 | 1 | 20 |")
+    with pytest.raises(ValueError, match="was measured with another seed; choose another --output"):
+        samplers.main([*own, "--seed", "1"])
+    with pytest.raises(ValueError, match=r"holds a segmenter of .*choose another --segmenter"):
+        samplers.main([*options, "--output", str(tmp_path / "b.json"), "--segmenter", str(segmenter)])
+    with pytest.raises(ValueError, match="--schedulers ddim: a model that predicts rectified_flow has euler, heun"):
+        make_named("ddim", tiny_pipeline())
+    assert type(make_named("ddim", tiny_pipeline(objective="epsilon"))).__name__ == "DDIMScheduler"
+
+
+def test_guidance_that_the_model_cannot_take_is_named_before_any_work(data, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "unguided")
+    options = ["--pipeline", str(tmp_path / "unguided"), "--config", str(data[0] / "config.yaml")]
+    with pytest.raises(ValueError, match="never trained without mask"):
+        samplers.main([*options, "--output", str(tmp_path / "a.json"), "--guidance", "1", "2"])
+    assert not (tmp_path / "a.json").exists()
