@@ -20,6 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from autoencoder import LatentDistribution, VolumeAutoencoder
+from autoencoder.noise import measure_noise
 from autoencoder.weights import weight_files
 from diffusion import (
     LatentAugmentation,
@@ -214,6 +215,8 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     channels = config.data.channels
     images = {name: vae.latents_of(channels.index(name)) for name in config.data.given}
     config.model = complete_model(config.model, vae, data, images)
+    if config.noise and config.data.image_labels:
+        raise ValueError("noise: label maps have none; leave it out of the config")
     set_seed(config.loop.seed)
     unet: LatentUNet3D = build_model(config.model)
     if config.gradient_checkpointing:
@@ -235,6 +238,8 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     if accelerator.is_main_process and base:
         logger.info("saved %s", save_lora(learner.average, output / "lora", base))
     elif accelerator.is_main_process:
+        if config.noise:
+            data["noise"] = measure_noise(train, vae)
         pipeline = MedVolumePipeline(vae, learner.average, make_scheduler(step.objective), data=data)
         save_model(pipeline, output / "pipeline")
         logger.info("saved %s", output / "pipeline")

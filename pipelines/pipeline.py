@@ -14,6 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub.errors import HFValidationError
 
 from autoencoder import VolumeAutoencoder
+from autoencoder.noise import NoiseModel
 from autoencoder.weights import weight_files
 from diffusion import LatentUNet3D, check_guidance, denoise, fit_scheduler
 from diffusion.attention import check_attention_backend
@@ -68,6 +69,7 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
         self.register_to_config(data=json.loads(json.dumps(data)))
         self.volume_processor = VolumeProcessor(data, vae.stride)
+        self.noise_model = NoiseModel(data["noise"]) if data.get("noise") else None
         self._files: dict[str, tuple[object, list[Path]]] = {}  # component: the module that was loaded, and from what
         self._hashed: dict[tuple[str, ...], tuple[list[object], str]] = {}  # components: of these modules, their hash
 
@@ -168,6 +170,7 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
         labels: Mapping[str, str] | None = None,
         numbers: Mapping[str, float] | None = None,
         images: Mapping[str, Mapping[str, Any]] | None = None,
+        noise: bool = True,
     ) -> dict[str, Any]:
         """The record of one volume, ready for JSON; everything but `software` decides the voxels.
 
@@ -175,6 +178,7 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
             mask: what `describe_mask` says of it; None without a mask, where `shape` takes its place.
             labels, numbers: as `pipelines.check_conditions` gives them back.
             images: what `pipelines.describe_images` says of those that are given.
+            noise: whether the model's noise is added; recorded if the model has any.
             seed: of the volume's own generator; None if its noise came from elsewhere (latents, or a generator
                 already drawn from).
         """
@@ -196,6 +200,7 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
             "numbers": dict(numbers) if numbers else None,
             "images": {name: dict(one) for name, one in images.items()} if images else None,
             "channels": self.volume_processor.generated(images or {}) or None,  # those that have a file each
+            **({} if self.noise_model is None else {"noise": noise}),
         }
 
     @torch.no_grad()
@@ -218,6 +223,7 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
         label_map: LabelMap | None = None,
         batch_size: int = 8,
         paths: str | PathLike | Sequence[str | PathLike] | None = None,
+        noise: bool = True,
     ) -> MedVolumePipelineOutput:
         """Generate volumes.
 
@@ -255,6 +261,8 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
                 Each is written as soon as it is decoded, slab by slab, with its sidecar beside it (as
                 `write_synthetic` does), so that no volume is ever held whole; `volumes` are the paths then. The files
                 hold what is returned without `paths`. Volumes that must be resampled to their mask's spacing are held.
+            noise: add what the autoencoder leaves out of real volumes, for a model that measured it (`noise: true` in the
+                config of train_ldm.py): see `autoencoder.noise`.
 
         Raises: ValueError naming what cannot be used and the remedy: the mask, its labels, classes, numbers, images, the
         guidance, the generators, the sigmas, the output type, the scheduler.
@@ -304,6 +312,7 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
                 labels=rows[i][0],
                 numbers=rows[i][1],
                 images=image_records[i],
+                noise=noise,
             )
             for i, seed in zip(owner, seeds, strict=True)
         ]
@@ -336,7 +345,9 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
                 progress=not getattr(self, "_progress_bar_config", {}).get("disable", False),
             )
             for i, latent in zip(batch, denoised, strict=True):
-                volumes[i] = self._finish(latent, canvases[owner[i]], output_type, records[i], files[i])
+                volumes[i] = self._finish(
+                    latent, canvases[owner[i]], output_type, records[i], files[i], generators[i] if noise else None
+                )
         self.maybe_free_model_hooks()
         if not return_dict:
             return (volumes,)  # pyright: ignore[reportReturnType]
@@ -393,12 +404,21 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
         return call
 
     def _finish(
-        self, latent: torch.Tensor, canvas: Canvas, output_type: str, record: Mapping[str, Any], path: Path | None
+        self,
+        latent: torch.Tensor,
+        canvas: Canvas,
+        output_type: str,
+        record: Mapping[str, Any],
+        path: Path | None,
+        noise_from: torch.Generator | None,
     ) -> Any:
         """Decode one volume, alone: memory does not grow with the batch. Raises: ValueError if it is not finite."""
         if output_type == "latent":
             return next(_finite([latent], record))
         slabs, description = _finite(self._decoded(latent), record), header_description(record)
+        if self.noise_model is not None and noise_from is not None:
+            seed = torch.randint(2**63 - 1, (1,), generator=noise_from, device=noise_from.device)
+            slabs = self.noise_model.add(slabs, int(seed))
         if path is None:
             return self.volume_processor.postprocess(slabs, canvas, output_type, description)
         with synthetic_files(record, path) as unfinished:

@@ -273,6 +273,7 @@ class TrainLdmConfig:
         model: `class:` and that class's constructor arguments; what the autoencoder and the labels decide may be
             left out.
         cache: latents of the training volumes.
+        noise: measure what the autoencoder leaves out of the training volumes, for the pipeline to add it as noise.
         gradient_checkpointing: compute the U-Net's activations again in the backward pass instead of keeping them.
         inference_steps: denoising steps of the previews.
         optimizer: how weights move.
@@ -287,6 +288,7 @@ class TrainLdmConfig:
     data: DataConfig
     model: dict[str, Any]
     cache: LatentCacheConfig = field(default_factory=LatentCacheConfig)
+    noise: bool = False
     gradient_checkpointing: bool = False
     inference_steps: int = 20
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -4,7 +4,8 @@ python weights/ship.py output/hippocampus/ldm/pipeline weights/hippocampus --vae
     --examples configs/hippocampus/examples.csv --results out/results --card configs/hippocampus/card.md
 
 `--examples` is a table as generate.py reads it, of what demo.py is to draw; masks that it names are copied to masks/. `--vae`
-takes the place of the pipeline's autoencoder: one with the same encoder, whose decoder was trained on.
+takes the place of the pipeline's autoencoder: one with the same encoder, whose decoder was trained on; `--noise CONFIG` measures
+its noise on the training volumes of a config.
 Every `{name}` in the card is filled from the results: `{reconstruction.psnr_db.mean:.2f}` is results/reconstruction.json
 ["psnr_db"]["mean"]; `{megabytes}`, `{bands}` and `{scores.SOURCE}` are made here. A figure that no result file holds is an
 error, so a card cannot claim what was not measured.
@@ -22,9 +23,12 @@ from typing import Any
 import torch
 
 from autoencoder import VolumeAutoencoder
+from autoencoder.noise import measure_noise
 from diffusion.latent_cache import weights_hash
 from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
+from training import TrainLdmConfig, parse_config
+from training.splits import load_split
 from volumes.cases import read_table
 
 LIMIT = 40_000_000  # bytes a shipped pipeline may weigh
@@ -47,6 +51,11 @@ def main(args: list[str] | None = None) -> None:
     pipe = MedVolumePipeline.from_pretrained(options.pipeline)
     if options.vae:
         pipe = with_decoder(pipe, load_autoencoder(options.vae))
+    if options.noise:
+        train = load_split(parse_config(TrainLdmConfig, ["--config", str(options.noise)]).data)[0]
+        pipe = MedVolumePipeline(
+            pipe.vae, pipe.unet, pipe.scheduler, data={**pipe.data, "noise": measure_noise(train, pipe.vae)}
+        )
     pipe.to(torch.float16)
     pipe.save_pretrained(target)
     size = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
@@ -70,13 +79,16 @@ def main(args: list[str] | None = None) -> None:
 
 
 def with_decoder(pipe: MedVolumePipeline, vae: VolumeAutoencoder) -> MedVolumePipeline:
-    """The pipeline with another autoencoder. Raises: ValueError if that gives other latents than the pipeline's own."""
+    """The pipeline with another autoencoder, without the noise that belongs to its own.
+
+    Raises: ValueError if that gives other latents than the pipeline's own.
+    """
     own: VolumeAutoencoder = pipe.vae
     if weights_hash(own.encoder) != weights_hash(vae.encoder) or public(own.config) != public(vae.config):
         raise ValueError(
             "--vae has another encoder, or other latent statistics, than the pipeline's U-Net was trained on"
         )
-    return MedVolumePipeline(vae, pipe.unet, pipe.scheduler, data=pipe.data)
+    return MedVolumePipeline(vae, pipe.unet, pipe.scheduler, data={k: v for k, v in pipe.data.items() if k != "noise"})
 
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,6 +133,11 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("pipeline", type=Path, help="trained pipeline folder (RUN/pipeline)")
     parser.add_argument("target", type=Path, help="folder to write")
     parser.add_argument("--vae", help="autoencoder in place of the pipeline's, of the same encoder")
+    parser.add_argument(
+        "--noise",
+        type=Path,
+        help="config of train_ldm.py; measure on its training volumes what the autoencoder leaves out",
+    )
     parser.add_argument("--examples", type=Path, required=True, help="table of what demo.py draws")
     parser.add_argument(
         "--results", type=Path, required=True, help="folder of JSON reports of evaluate.py and benchmarks"
