@@ -75,7 +75,7 @@ class CopyCheck:
         """Of training volumes (C, X, Y, Z). Raises: ValueError for a crop that is no multiple of the block."""
         if any(side % block for side in crop):
             raise ValueError(f"crop {crop}: each side must be a multiple of the block, {block} voxels")
-        prints = [_blocks(torch.from_numpy(crop_of(volume, crop)), block) for volume in volumes]
+        prints = [_blocks(_with_edges(volume, crop), block) for volume in volumes]
         maps = torch.stack([torch.from_numpy(standardised(one.numpy())) for one in prints])
         return cls(maps, crop, block, flips, shift)
 
@@ -100,14 +100,8 @@ class CopyCheck:
 
     def _placements(self, volume: Any) -> Tensor:
         """Standardised blocks (P, C, h, w, d) of the volume in every placement."""
-        array = np.asarray(volume.detach().cpu() if isinstance(volume, Tensor) else volume)
-        array = array[None] if array.ndim == 3 else array
-        held = tuple(min(n, side + 2 * self.shift) for n, side in zip(array.shape[1:], self.crop, strict=True))
-        wide = tuple(side + 2 * self.shift for side in self.crop)
-        within = crop_of(array, held)  # type: ignore[arg-type]
-        start = pad_or_crop(held, wide).start
-        edges = [(-low, target - side + low) for low, side, target in zip(start, held, wide, strict=True)]
-        within = torch.from_numpy(np.pad(within, [(0, 0), *edges], mode="edge"))
+        x, y, z = (side + 2 * self.shift for side in self.crop)
+        within = _with_edges(volume, (x, y, z))
         pieces = []
         for axes in Space(self.crop, self.flips).flip_sets:
             means = F.avg_pool3d(within.flip([axis + 1 for axis in axes])[None], self.block, stride=1)[0]
@@ -152,6 +146,16 @@ class CopyCheck:
             raise ValueError(f"{path}: is no safetensors file ({error})") from error
         settings |= {"crop": tuple(settings["crop"]), "flips": tuple(settings["flips"])}
         return cls(fingerprints, **settings)
+
+
+def _with_edges(volume: Any, sides: Sides) -> Tensor:
+    """(C, *sides) about the centre of a volume, its edges repeated where it is smaller."""
+    array = np.asarray(volume.detach().cpu() if isinstance(volume, Tensor) else volume)
+    array = array[None] if array.ndim == 3 else array
+    held = tuple(min(n, side) for n, side in zip(array.shape[1:], sides, strict=True))
+    start = pad_or_crop(held, sides).start
+    edges = [(-low, target - side + low) for low, side, target in zip(start, held, sides, strict=True)]
+    return torch.from_numpy(np.pad(crop_of(array, held), [(0, 0), *edges], mode="edge"))  # type: ignore[arg-type]
 
 
 def _blocks(volume: Tensor, block: int) -> Tensor:
@@ -250,7 +254,7 @@ def default_crop(volumes: Volumes, block: int, shift: int) -> Sides:
     if min(x, y, z) < 2 * block:
         raise ValueError(
             f"the smallest sides of the training volumes are {sides}: too few for two blocks of {block} voxels and shifts of {shift}; "
-            "give a smaller --block or --shift, or a --crop (what a volume lacks of it is filled)"
+            "give a smaller --block or --shift, or a --crop (the edges of what lacks some of it are repeated)"
         )
     return x, y, z
 

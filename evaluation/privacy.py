@@ -47,13 +47,21 @@ def conformal_threshold(scores: np.ndarray, units: Units, alpha: float) -> float
     """
     weights = _weights(units)
     count = round(weights.sum())
-    if not 0 < alpha < 1 or (count + 1) * alpha < 1 - 1e-9:
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha {alpha:g} is a fraction of unseen subjects: take one between 0 and 1, such as 0.05")
+    if (count + 1) * alpha < 1 - 1e-9:
         raise ValueError(
             f"{count} subjects cannot tell what 1 in {1 / alpha:g} exceeds: take alpha >= {1 / (count + 1):.3g}"
         )
     order = np.argsort(scores, kind="stable")
     reached = np.cumsum(weights[order]) >= (count + 1) * (1 - alpha) - 1e-9
     return float(scores[order][reached.argmax()])
+
+
+def check_unseen(units: Units, alpha: float) -> None:
+    """Raises: ValueError where `memorised` will, for too few unseen units for alpha; ask before the work of comparing."""
+    others = sorted(set(units))[1:]  # each unit is judged by the threshold of the others
+    conformal_threshold(np.zeros(len(others)), others, alpha)
 
 
 def memorised(
@@ -324,13 +332,14 @@ def _judge(
         "similarity": memorised(to_training.max(1), baseline.max(1), unseen.subjects, **settings),
         "ratio": memorised(-ratios[0], -ratios[1], unseen.subjects, **settings),
     }
-    yoon = unit_mean(ratios[0] < RATIO, generated.subjects)
+    yoon, floor = unit_mean(ratios[0] < RATIO, generated.subjects), unit_mean(ratios[1] < RATIO, unseen.subjects)
     found: dict[str, Any] = {
         "memorised": memory,
         "yoon_2023": {
             "fraction": yoon,
             "interval": wilson(yoon, len(set(generated.subjects))),
-            "unseen": unit_mean(ratios[1] < RATIO, unseen.subjects),
+            "unseen": floor,
+            "unseen_interval": wilson(floor, len(set(unseen.subjects))),
         },
         "membership": attack(to_training.max(0), to_unseen.max(0), training.subjects, unseen.subjects, seed=seed),
     }

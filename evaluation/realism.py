@@ -107,7 +107,8 @@ def steps_of(
 ) -> dict[str, int]:
     """How often `judge_realism` calls `on_step` with each part: for progress bars."""
     volumes = sum(len(sets[name].volumes) for name in SETS)
-    of_pairs = sum(len(random_pairs(len(sets[s].volumes), pairs, 0, sets[s].subjects)) for s in SETS)
+    paired = SETS if "diversity" in parts else ()  # volumes of one subject make no pair, and need none elsewhere
+    of_pairs = sum(len(random_pairs(len(sets[s].volumes), pairs, 0, sets[s].subjects)) for s in paired)
     every = dict(zip(PARTS, (volumes * extractors, of_pairs, volumes * channels, volumes * channels), strict=True))
     return {part: count for part, count in every.items() if part in parts}
 

@@ -69,9 +69,9 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         "seed": options.seed,
         "batch_size": options.batch_size,
         "segmenter": segmenter_settings(options),
+        "data": described(config),
     }
     report = earlier(Path(options.output), settings)
-    report["data"] = asdict(config)
     done = [Combination(*(one[key] for key in ("scheduler", "steps", "guidance"))) for one in report["combinations"]]
     missing = [one for one in wanted if one not in done]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} combinations are in {options.output}; {len(missing)} to go")
@@ -189,8 +189,13 @@ def earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
+def described(config: DataConfig) -> dict[str, Any]:
+    """The section `data` as a report holds it."""
+    return json.loads(json.dumps(asdict(config)))
+
+
 def segmenter_settings(options: Namespace) -> dict[str, Any]:
-    """What a segmenter depends on, beside the volumes."""
+    """What a segmenter depends on, beside the section `data`."""
     return {**protocol(options.shape, options.segmenter_steps, None), "seed": 0, "labels": label_values(options.data)}
 
 
@@ -199,7 +204,8 @@ def real_segmenter(cases: Sequence[Case], options: Namespace, device: torch.devi
 
     Raises: ValueError for a file of another segmenter.
     """
-    output, settings = Path(options.output), json.dumps(segmenter_settings(options))
+    output = Path(options.output)
+    settings = json.dumps({**segmenter_settings(options), "data": described(options.data)})
     path = Path(options.segmenter or output.with_name(f"{output.stem}_segmenter.safetensors"))
     config, num_labels = options.data, len(label_values(options.data))
     if path.exists():

@@ -104,7 +104,9 @@ def test_a_model_without_conditions_is_what_it_was_and_a_new_one_begins_as_it(tm
     assert plain.condition_embedding is None and not any("condition" in key for key in plain.state_dict())
     plain.save_pretrained(tmp_path)
     fresh = LatentUNet3D(**SMALL, classes=CLASSES, numbers=NUMBERS).eval()
-    assert all(layer.weight.std() > 0.1 for layer in fresh.condition_embedding.classes)  # from zero they grow too slowly
+    assert all(
+        layer.weight.std() > 0.1 for layer in fresh.condition_embedding.classes
+    )  # from zero they grow too slowly
     with pytest.raises(ValueError, match="another architecture"):
         initialise_from(fresh, tmp_path)
     assert initialise_from(fresh, tmp_path, new="condition_embedding") == [
@@ -117,6 +119,24 @@ def test_a_model_without_conditions_is_what_it_was_and_a_new_one_begins_as_it(tm
     out.square().mean().backward()
     for layer in (*fresh.condition_embedding.classes, *fresh.condition_embedding.numbers):
         assert layer.weight.grad.abs().max() > 0
+
+
+def test_what_is_added_to_a_trained_model_moves_no_name(tmp_path):
+    """Layers are counted in the order of names: "age" comes before "weight", "diagnosis" before "sex"."""
+    sex, weight = {"sex": CLASSES["sex"]}, {"weight": NUMBERS["weight"]}
+    trained = LatentUNet3D(**SMALL, classes=sex, numbers=weight)
+    trained.save_pretrained(tmp_path)
+    more = LatentUNet3D(**SMALL, classes=CLASSES, numbers=NUMBERS)
+    fresh = train_ldm.start_from(more, tmp_path)
+    assert fresh == ["condition_embedding.classes.0", "condition_embedding.numbers.0"]
+    for kind in ("classes", "numbers"):
+        [was], (added, kept) = (getattr(unet.condition_embedding, kind) for unet in (trained, more))
+        assert torch.equal(kept.weight, was.weight) and not added.weight.any()
+    wider = LatentUNet3D(**SMALL, classes={"sex": [*CLASSES["sex"], "other"]}, numbers=weight)
+    assert train_ldm.start_from(wider, tmp_path) == ["condition_embedding.classes.0"]
+    assert not wider.condition_embedding.classes[0].weight.any()
+    with pytest.raises(ValueError, match=r"trained model is conditioned on numbers \['weight'\]"):
+        train_ldm.start_from(LatentUNet3D(**SMALL, classes=sex), tmp_path)
 
 
 def test_every_condition_counts_and_keeps_its_column_when_saved(tmp_path):

@@ -3,13 +3,16 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from generated_sets import write_sets
 
 import evaluate
+from evaluation.commands.everything import part_options
 from evaluation.page import build_page
 from evaluation.page.model import Row, distance_row, not_above, not_below, overlap, written
-from evaluation.page.privacy import private_claim
+from evaluation.page.privacy import _rows, private_claim
+from evaluation.page.usefulness import budget_lines
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +46,8 @@ def dice_report(synthetic: list[float]) -> dict:
 
 
 def test_a_figure_is_within_if_its_interval_reaches_the_floor():
-    assert not_above(5, (3, 7), 4) and not not_above(5, (4.5, 7), 4) and not not_above(5, None, 4)
-    assert not_below(5, (3, 7), 6) and not not_below(5, (3, 5.5), 6) and not_below(5, None, 5)
+    assert not_above((3, 7), 4) and not_above((4.5, 7), 4) is False and not_above(None, 4) is None
+    assert not_below((3, 7), 6) and not_below((3, 5.5), 6) is False and not_below(None, 5) is None
     assert overlap((0, 1), (1, 2)) and not overlap((0, 1), (1.1, 2))
     assert distance_row("a", compared(3, 2, (-0.1, 2))).verdict == "within"
     row = distance_row("a", compared(3, 2, (0.1, 2)))
@@ -64,6 +67,34 @@ def test_usefulness_is_judged_by_its_interval_over_seeds(tmp_path, synthetic, ve
     useful = page["claims"][2].row
     assert useful.verdict == verdict and useful.value == pytest.approx(sum(synthetic) / 2.4)
     assert page["claims"][0].row is None and "evaluate.py realism" in page["claims"][0].sentence
+
+
+def test_one_training_has_no_interval_and_no_verdict(tmp_path):
+    """0.795 against 0.8 of one seed each is nobody's evidence."""
+    report = dice_report([0.795])
+    report["scores"]["real"] = report["scores"]["real"][:1]
+    path = tmp_path / "dice.json"
+    path.write_text(json.dumps(report))
+    page = build_page([path])
+    rows = [row for table in page["sections"][0].tables for row in table.rows]
+    assert len(rows) == 3 and [row.verdict for row in rows] == [""] * 3 and page["claims"][2].row == rows[2]
+
+
+def test_a_floor_that_is_measured_has_an_interval_too():
+    """None of 30 unseen patients and 3 of 100 generated volumes: chance alone would do so."""
+
+    def verdict(fraction: float, low: float) -> str:
+        memory = {
+            "fraction": 0.0,
+            "interval_drawn": [0, 0],
+            "false_positives": {"fraction": 0.0, "interval": [0, 0.11]},
+        }
+        yoon = {"fraction": fraction, "interval": [low, 1.0], "unseen": 0.0, "unseen_interval": [0.0, 0.11]}
+        attack = {"auc": 0.5, "interval": [0.4, 0.6]}
+        rows = _rows({"memorised": {"similarity": memory}, "yoon_2023": yoon, "membership": attack})
+        return next(row for row in rows if "Yoon" in row.name).verdict
+
+    assert verdict(0.03, 0.01) == "within" and verdict(0.4, 0.3) == "outside"
 
 
 def test_a_memorised_fraction_is_judged_beside_the_chance_in_false_positives():
@@ -95,6 +126,28 @@ def test_budgets_are_drawn_and_judged(tmp_path):
     ]
     assert page["sections"][0].pictures[0].source.startswith("data:image/svg+xml;base64,")
     assert page["claims"][2].row == rows[0]
+
+
+def test_budgets_that_were_not_measured_are_not_drawn_and_the_fair_control_leads(tmp_path):
+    def cell(mean: float) -> dict:
+        return {"mean": mean, "interval_seeds": None}
+
+    dice = {"real": {"all": cell(0.8), "16": cell(0.7), "8": cell(0.6)}, "both": {"8": cell(0.65)}}
+    ticks, lines = budget_lines(dice | {"synthetic": {"any": cell(0.5)}})
+    assert ticks == ["8", "16", "all"]
+    values = {name: [value for value, _ in points] for name, points in lines.items()}
+    assert values["real"] == [0.6, 0.7, 0.8] and values["synthetic"] == [0.5] * 3
+    assert values["both"][0] == 0.65 and np.isnan(values["both"][1:]).all()
+
+    def of(value: float) -> dict:
+        return {"of_means": value, "interval_seeds": [value, value], "interval_subjects": [value, value]}
+
+    ratios = {"both/real": {"16": of(1.2), "8": of(1.1)}, "both/real_longer": {"16": of(1.0), "8": of(0.9)}}
+    path = tmp_path / "few.json"
+    path.write_text(json.dumps({"evaluation": "few_labels", "dice": dice, "ratios": ratios}))
+    claim = build_page([path])["claims"][2]
+    assert claim.row is not None and (claim.row.name, claim.row.value) == ("8 labelled volumes", 0.9)
+    assert "both/real_longer" in claim.sentence
 
 
 def test_all_runs_what_is_not_there_and_writes_one_page(folder, capsys):
@@ -152,6 +205,9 @@ def test_what_cannot_be_shown_or_set_is_refused(folder, tmp_path):
         build_page([tmp_path / "nowhere.json"])
     with pytest.raises(ValueError, match="dice.sides=3: dice has no option sides"):
         everything(folder, "--parts", "dice", "--set", "dice.sides=3")
+    for option in ("data.root=elsewhere", "precision=bf16", "device=cuda:1"):  # of `all`, for every part
+        with pytest.raises(ValueError, match=f"dice.{option}: dice has no option .* that can be set"):
+            everything(folder, "--parts", "dice", "--set", f"dice.{option}")
     with pytest.raises(ValueError, match=r"--set names \['privacy'\], which is not among --parts"):
         everything(folder, "--parts", "dice", "--set", "privacy.alpha=0.1")
     with pytest.raises(ValueError, match="dice: .*seeds"):
@@ -167,3 +223,27 @@ def test_the_report_command_takes_reports_of_several_runs(tmp_path, capsys):
     page = evaluate.main(["report", str(path), "--output", str(tmp_path / "page"), "--title", "One"])
     assert page["title"] == "One" and "Obeys, and useful: outside" in capsys.readouterr().out
     assert (tmp_path / "page/report.html").read_text().count('class="claim ') == 4
+
+
+def test_what_a_table_says_and_files_in_options_are_inputs_too(tmp_path):
+    """Another split, subject or file at the same path is another measurement."""
+    folder = write_sets(tmp_path)
+    weights = folder / "vgg.safetensors"
+    weights.write_text("some")
+
+    args = ["all", "--config", str(folder / "ldm.yaml"), "--synthetic", str(folder / "fresh"), "--output", "out"]
+    options = evaluate.parse([*args, "--set", f"realism.extractor=vgg={weights}"])["all"]
+
+    def inputs() -> str:
+        return part_options("realism", options, folder / "out")[1]
+
+    table = folder / "subjects.csv"
+    seen, text = [inputs(), inputs()], table.read_text()
+    table.write_text(text.replace("case_8,S4,train", "case_8,S4,test").replace("case_9,S4,train", "case_9,S4,test"))
+    seen.append(inputs())
+    table.write_text(text.replace("case_9,S4", "case_9,S99"))
+    seen.append(inputs())
+    table.write_text(text)
+    weights.write_text("other")
+    seen.append(inputs())
+    assert seen[0] == seen[1] and len(set(seen)) == 4

@@ -20,6 +20,13 @@ def sets(generated: np.ndarray) -> dict[str, VolumeSet]:
     return {name: VolumeSet(list(volumes)) for name, volumes in every.items()}
 
 
+def test_only_diversity_needs_pairs_of_different_subjects():
+    of = sets(FRESH) | {"generated": VolumeSet(list(FRESH), subjects=["one mask"] * len(FRESH))}
+    assert steps_of(of, 1, 1, ["consistency"]) == {"consistency": 60}
+    with pytest.raises(ValueError, match="no pair of different subjects"):
+        steps_of(of, 1, 1, ["diversity"])
+
+
 def features(generated: np.ndarray) -> dict:
     with pytest.warns(UserWarning, match="8 volumes do not determine the covariance of 112 features"):
         report = judge_realism(sets(generated), {"random": RandomStatistics()}, parts=["features"])

@@ -11,6 +11,7 @@ from generated_sets import SHAPE, write_sets
 from tiny import tiny_pipeline
 
 import evaluate
+from evaluation.commands import privacy as privacy_command
 from evaluation.losses import denoising_losses
 from evaluation.volume_sets import VolumeSet, generated_set, real_set
 from volumes import DataConfig, VolumeDataset, load_cases
@@ -139,5 +140,18 @@ def test_latents_and_losses_come_from_the_pipeline(folder, tmp_path):
 def test_extractors_are_named_once_and_latents_need_a_model(folder, capsys):
     with pytest.raises(ValueError, match="--extractor random=here: give NAME=PATH"):
         judge("realism", folder, "fresh", "--parts", "features", "--extractor", "random=here")
-    report = judge("privacy", folder, "fresh", "--alpha", "0.34", "--spaces", "latent", "image", "--flips")
+    args = ["--alpha", "0.34", "--spaces", "latent", "image", "--pairs", "0", "--flips"]
+    report = judge("privacy", folder, "fresh", *args)
+    assert report["pictures"] == {}
     assert list(report["spaces"]) == ["image"] and "no latents to compare" in capsys.readouterr().out
+
+
+def test_what_privacy_cannot_tell_is_said_before_the_work(folder, monkeypatch):
+    def work(*_, **__):
+        raise AssertionError("volumes were compared first")
+
+    monkeypatch.setattr(privacy_command, "privacy_report", work)
+    with pytest.raises(ValueError, match="3 subjects cannot tell what 1 in 20 exceeds: take alpha >= 0.25"):
+        judge("privacy", folder, "fresh")  # 4 unseen subjects
+    with pytest.raises(ValueError, match="--spaces latent: .* without --vae or --pipeline"):
+        judge("privacy", folder, "fresh", "--spaces", "latent")

@@ -181,6 +181,37 @@ def test_deformed_versions_keep_image_and_mask_together(tmp_path, vae, dataset):
     assert (latents[1]["mask"] == PADDING).any() and latents[1]["mean"].isfinite().all()
 
 
+def test_volumes_are_rotated_in_mm():
+    """Distances from the centre stay what they are, in voxels of 1 x 1 x 3 mm."""
+    places = torch.stack(torch.meshgrid(*(torch.arange(n) - (n - 1) / 2 for n in (33, 33, 11)), indexing="ij"))
+    distance = (places * torch.tensor([1.0, 1.0, 3.0]).view(3, 1, 1, 1)).norm(dim=0)
+    how = LatentAugmentation(versions=2, rotate=40)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        moved, _, fov = latent_cache.deformed(distance[None], None, how, generator, (1.0, 1.0, 3.0))
+        assert (moved[0] - distance)[fov & (distance < 12)].abs().mean() < 0.1
+
+
+def test_label_maps_stay_label_maps_and_spacing_is_the_volumes_own(tmp_path, vae, dataset, monkeypatch):
+    asked = []
+
+    def deformed(image, mask, augmentation, generator, spacing, order):
+        asked.append((spacing, order))
+        moved = original(image, mask, augmentation, generator, spacing, order)
+        assert order or set(moved[0].unique().tolist()) <= {-1.0, 1.0}
+        return moved
+
+    original = latent_cache.deformed
+    monkeypatch.setattr(latent_cache, "deformed", deformed)
+    how = LatentAugmentation(versions=2, rotate=10)
+    for one in dataset.prepared:
+        one.image.affine[2, 2], one.image.array[:] = 3.0, 2.0 * (one.image.array > 0) - 1
+    for labels, order in (({}, 3), ({0: "background", 1: "organ"}, 0)):
+        dataset.config.image_labels = labels
+        build_latent_cache(dataset, vae, tmp_path / str(order), how, progress=False)
+        assert asked[-1] == ([1.0, 1.0, 3.0], order)
+
+
 def test_the_displacement_is_as_large_as_asked():
     """A ramp that is bent shows its displacement: its standard deviation is that of `deform`, inside."""
     ramp = torch.arange(32.0).view(1, 32, 1, 1).expand(1, 32, 24, 24).contiguous()

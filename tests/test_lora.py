@@ -444,6 +444,8 @@ def test_what_a_lora_cannot_start_from(tmp_path, base):
         train(tmp_path / "b", base, "--model.objective=v_prediction")
     with pytest.raises(ValueError, match="target_modules"):
         train(tmp_path / "c", base, "--lora.target_modules=[query]")
+    with pytest.raises(ValueError, match="noise: a LoRA has that of its pipeline"):
+        train(tmp_path / "d", base, "--noise=true")
 
 
 def test_the_recipe_fits_the_weights_that_ship():

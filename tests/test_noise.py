@@ -66,6 +66,24 @@ def test_neighbours_are_correlated_as_they_were(fitted):
         assert correlation(made, step) == pytest.approx(correlation(real, step), abs=0.1)
 
 
+def test_strength_is_that_of_the_body_however_much_air_is_around_it():
+    """Spectra are those of a crop inside the body, residuals by intensity those of whole volumes, which are mostly air."""
+    random, body = np.random.default_rng(0), np.zeros((1, 72, 72, 72), bool)
+    body[:, 14:58, 14:58, 14:58] = True
+    smooth = np.where(body, 0.5, -1.0)
+    pairs = [(smooth + 0.1 * random.standard_normal(body.shape) * body, smooth) for _ in range(3)]
+    fitted = fit_noise(pairs, (72, 72, 72))[0]
+    assert np.mean([noise_of(fitted, seed).std() for seed in range(4)]) == pytest.approx(0.1, rel=0.1)
+
+
+def test_what_a_decoder_exceeds_the_range_by_is_no_noise():
+    """The pipeline clips it, so air stays air."""
+    random, pairs = np.random.default_rng(0), volumes(6)
+    exceeding = [(real, np.where(made == -1, -1 - 0.3 * random.random(made.shape), made)) for real, made in pairs]
+    fitted = fit_noise(exceeding, SIDES)[0]
+    assert noise_of(fitted, 0, -1.0).std() < 0.05 * noise_of(fitted, 0, -0.5).std()
+
+
 def test_slabs_of_any_thickness_make_the_same_volume(fitted):
     volume = torch.from_numpy(volumes(1)[0][1]).float()
     model = NoiseModel([fitted])

@@ -138,6 +138,8 @@ def test_intervals_and_thresholds_of_known_answers():
     assert conformal_threshold(twice, units_of(38, "s", 2), 0.1) == 17  # two volumes a subject are one unit
     with pytest.raises(ValueError, match="18 subjects.*alpha >= 0.0526"):
         conformal_threshold(scores[:18], range(18), 0.05)
+    with pytest.raises(ValueError, match="alpha 0 is a fraction"):
+        conformal_threshold(scores, range(19), 0.0)
 
 
 def test_the_false_positive_rate_is_what_was_asked_for():
@@ -227,6 +229,7 @@ def test_a_generator_that_copies_one_in_ten_is_found_at_that_rate(real):
     found = report["spaces"]["voxels"]
     ratio = found["memorised"]["ratio"]
     assert found["yoon_2023"]["fraction"] == 0.1 and found["yoon_2023"]["unseen"] == 0
+    assert found["yoon_2023"]["unseen_interval"] == wilson(0.0, report["counts"]["unseen"]["units"])
     expected = 0.1 + 0.9 * 0.1  # the copies, and alpha of the others
     assert ratio["fraction"] >= 0.1 and ratio["interval"][0] <= expected <= ratio["interval"][1]
     similarity = found["memorised"]["similarity"]

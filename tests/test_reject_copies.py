@@ -147,6 +147,15 @@ def test_rejections_of_one_volume_change_no_other():
     assert as_planned(found[3][1]) == {"seed": 30, "copy_check": planned}
 
 
+def test_a_copy_of_a_volume_smaller_than_the_crop_is_found():
+    """Its edges are repeated in the fingerprint as they are when a volume is compared."""
+    volumes = [*blobs(2, 0), blobs(1, 1, (12, 16, 16))[0], blobs(1, 2, (16, 13, 10))[0]]
+    check = CopyCheck.of(volumes, SHAPE, block=2, shift=1)
+    for number, volume in enumerate(volumes):
+        found = check.check(volume)
+        assert found.index == number and found.similarity > 0.95
+
+
 def test_what_does_not_fit_is_named(inputs, fingerprints, tmp_path):
     two = tmp_path / "two.safetensors"
     CopyCheck.of(np.concatenate([blobs(3, 0), blobs(3, 1)], 1), (8, 8, 8), block=2).save(two)

@@ -124,6 +124,11 @@ def test_the_command_goes_on_and_refuses_what_was_measured_otherwise(data, tmp_p
     assert table[2].startswith("| own (FlowMatchEulerDiscreteScheduler) | 20 | 1 | 20 |")
     with pytest.raises(ValueError, match="was measured with another seed; choose another --output"):
         samplers.main([*own, "--seed", "1"])
+    with pytest.raises(ValueError, match="was measured with another data; choose another --output"):
+        samplers.main([*own, "--data.spacing", "[2, 2, 2]"])
+    with pytest.raises(ValueError, match=r"holds a segmenter of .*spacing.*choose another --segmenter"):
+        new = str(tmp_path / "c.json")
+        samplers.main([*own, "--output", new, "--segmenter", str(segmenter), "--data.label_map", "{9: 2}"])
     with pytest.raises(ValueError, match=r"holds a segmenter of .*choose another --segmenter"):
         samplers.main([*options, "--output", str(tmp_path / "b.json"), "--segmenter", str(segmenter)])
     with pytest.raises(ValueError, match="--schedulers ddim: a model that predicts rectified_flow has euler, heun"):

@@ -44,6 +44,20 @@ def test_a_decoder_that_was_trained_on_replaces_the_pipelines_own(tmp_path):
             with_decoder(pipe, wrong)
 
 
+def test_noise_is_measured_on_the_pipelines_own_data(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "run")
+    config = tmp_path / "other.yaml"
+    config.write_text("{output: x, vae: x, model: {}, data: {phantom: {count: 4, shape: [16, 16, 16]}}}")
+    (tmp_path / "card.md").write_text("")
+    (tmp_path / "examples.csv").write_text("name\none\n")
+    command = [str(tmp_path / "run"), str(tmp_path / "out"), f"--results={tmp_path}", f"--card={tmp_path / 'card.md'}"]
+    with pytest.raises(
+        ValueError, match="other.yaml: its volumes have other channels, shape_range than the pipeline's"
+    ):
+        main([*command, f"--examples={tmp_path / 'examples.csv'}", f"--noise={config}"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_shipped_folder_has_half_precision_weights_masks_results_and_card(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "run")
     (tmp_path / "results").mkdir()

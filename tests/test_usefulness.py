@@ -12,6 +12,7 @@ import evaluate
 from evaluation import generated_pairs, learning_cases, load_pairs, make_segmenter, mask_obedience, train_segmenter
 from evaluation.commands import few_labels as few_labels_command
 from evaluation.commands import pretrain as pretrain_command
+from evaluation.commands.ledger import Ledger, content_of
 from evaluation.few_labels import RATIOS, summarise, training_set
 from evaluation.intervals import compare_paired, over_seeds, student_t
 from evaluation.labels import budget, draw_labelled
@@ -233,6 +234,26 @@ def test_few_labels_is_taken_up_where_it_stopped(data, monkeypatch):
         evaluate.main([*args, "--labels", "2", "--mix", "plain"])
     with pytest.raises(ValueError, match="--labels 7: .*1 to 6"):
         evaluate.main([*args, "--labels", "7"])
+    image, _, _ = make_phantom(50, SHAPE)  # the generator was trained anew: the folder is the same, its volumes are not
+    write_volume(image, folder / "made/case_0_000.nii.gz")
+    with pytest.raises(ValueError, match="few.json: holds figures of another content; .*delete it"):
+        evaluate.main([*args, "--labels", "2"])
+
+
+def test_a_ledger_is_of_the_same_volumes_names_and_subjects(tmp_path, capsys):
+    real = loaded(["a0", "b0"], 0.25)
+    assert content_of(real) == content_of(loaded(["a0", "b0"], 0.25))
+    others = loaded(["a0", "b0"], 0.5), loaded(["a0", "c0"], 0.25), real.take([0]), real.take([1, 0])
+    assert len({content_of(real), *map(content_of, others)}) == 5
+    report = {"evaluation": "few_labels", "protocol": {}, "data": {}, "synthetic": "made"}
+    path = tmp_path / "few.json"
+    path.write_text(json.dumps({**report, "rows": [{"arm": "real", "labels": "8", "seed": 0}]}))  # an earlier version's
+    ledger = Ledger(path, {**report, "content": content_of(real)}, lambda rows: {})
+    assert ledger.missing([("real", "8", 0), ("real", "8", 1)]) == [("real", "8", 1)]
+    assert "does not say of which volumes" in capsys.readouterr().out
+    ledger.write()
+    with pytest.raises(ValueError, match="another content"):
+        Ledger(path, {**report, "content": content_of(others[0])}, lambda rows: {})
 
 
 # Does a volume obey its mask

@@ -25,6 +25,7 @@ HELP = (
 READS_DATA = True
 MODULES: tuple[Command, ...] = (reconstruction, realism, privacy, dice, few_labels, pretrain, conditions)
 PARTS: dict[str, Command] = {module.NAME: module for module in MODULES}
+FOR_ALL = ("config", "data", "output", "precision", "device")  # are given once, and hold for every part
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -97,7 +98,7 @@ def part_options(name: str, options: Namespace, folder: Path) -> tuple[Namespace
     for entry in options.set:
         part, option, value = _split(entry)
         if part == name:
-            if option not in known or option in ("config", "output", "data"):
+            if option not in known or option.partition(".")[0] in FOR_ALL:
                 raise ValueError(f"--set {entry}: {name} has no option {option} that can be set")
             args += [f"--{option}", *value.split()]
     try:
@@ -106,13 +107,16 @@ def part_options(name: str, options: Namespace, folder: Path) -> tuple[Namespace
         raise ValueError(f"{name}: {error}") from error
     parsed.data = options.data
     words = [word for part, _, value in map(_split, options.set) if part == name for word in value.split()]
+    words += [word.partition("=")[2] for word in words]  # NAME=PATH
     named = [Path(one) for one in (*options.synthetic, options.vae, options.pipeline, *words) if one]
-    files = [file for path in named if path.is_dir() for file in sorted(path.rglob("*"))]
-    for case in load_cases(options.data):
+    files = [file for path in named for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    cases = load_cases(options.data)
+    for case in cases:
         files += [*case.images.values(), *([case.mask] if case.mask else [])]
     content = {
         "arguments": args[4:],
         "data": dataclasses.asdict(options.data),
+        "cases": [(case.name, case.subject, case.split, case.metadata) for case in cases],  # what a table says
         "files": [stamp(file) for file in files if file.is_file()],
     }
     return parsed, hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -16,7 +16,7 @@ from ..report import provenance
 from ..segmentation_data import LoadedPairs, Pair, generated_pairs, label_values, learning_cases, load_pairs, test_cases
 from ..segmenter import ITERATIONS
 from ..utility import SHAPE, SYNTHETIC, protocol, score_training
-from .ledger import Ledger, tell
+from .ledger import Ledger, content_of, tell
 from .progress import StepClock
 
 NAME = "few_labels"
@@ -81,6 +81,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         "evaluation": NAME,
         "protocol": {**rules, "synthetic_masks": options.synthetic_masks, "mix": options.mix, "volumes": volumes},
         "synthetic": options.synthetic,
+        "content": content_of(real, made, judge),
         "skipped": dict(real.skipped + made.skipped + judge.skipped),
         "data": dataclasses.asdict(config),
         **provenance(),

@@ -1,13 +1,15 @@
 """Reports of many trainings: written anew after each, and taken up where they stopped."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..report import write_report
+from ..segmentation_data import LoadedPairs
 
-SAME = ("evaluation", "protocol", "data", "synthetic")  # what must not change between two runs of one report
+SAME = ("evaluation", "protocol", "data", "synthetic", "content")  # of two runs of one report
 
 
 class Ledger:
@@ -15,7 +17,7 @@ class Ledger:
 
     Args:
         path: the report's. If it is there, its rows are kept and need no training.
-        report: all but the rows; of what must not change, see `SAME`.
+        report: all but the rows; `SAME` must not change; its "content" is `content_of` the volumes.
         summarise: from the rows to what the report says of them; added to it with every row.
     Raises: ValueError for a file at `path` that holds other figures than these.
     """
@@ -25,8 +27,13 @@ class Ledger:
         self.rows: list[dict[str, Any]] = []
         if path.is_file():
             earlier, wanted = json.loads(path.read_text()), json.loads(json.dumps(report))
+            if "content" not in earlier:  # as of reports from before it was recorded
+                print(f"note: {path} does not say of which volumes it is: taken to be of these")
+                earlier["content"] = wanted["content"]
             if changed := [key for key in SAME if earlier.get(key) != wanted[key]]:
-                raise ValueError(f"{path}: holds figures of another {', '.join(changed)}; choose another --output")
+                raise ValueError(
+                    f"{path}: holds figures of another {', '.join(changed)}; choose another --output, or delete it"
+                )
             self.rows = earlier["rows"]
             print(f"{path}: has {len(self.rows)} trainings, which are not done again")
 
@@ -49,6 +56,17 @@ class Ledger:
         report = {**self.report, **self.summarise(self.rows), "rows": self.rows}
         write_report(self.path, report)
         return report
+
+
+def content_of(*sources: LoadedPairs) -> str:
+    """sha256 of volumes, labels, names and subjects: volumes made anew in the same folder are other volumes."""
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(json.dumps([(case.name, case.subject) for case in source.cases]).encode())
+        for tensor in (source.images, source.labels):
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def tell(report: dict[str, Any], how: str) -> None:

@@ -18,7 +18,7 @@ from ..segmentation_data import label_values
 from ..segmenter import ITERATIONS
 from ..utility import SHAPE, protocol, score_training
 from .few_labels import load_sources
-from .ledger import Ledger, tell
+from .ledger import Ledger, content_of, tell
 from .progress import StepClock
 
 NAME = "pretrain"
@@ -69,6 +69,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         "evaluation": NAME,
         "protocol": {**rules, "pretrain_iterations": options.pretrain_iterations, "volumes": volumes},
         "synthetic": options.synthetic,
+        "content": content_of(real, made, judge),
         "skipped": dict(real.skipped + made.skipped + judge.skipped),
         "data": dataclasses.asdict(config),
         **provenance(),

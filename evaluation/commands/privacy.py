@@ -16,7 +16,7 @@ from volumes import VolumeDataset, load_cases
 
 from ..losses import DRAWS, TIMES, denoising_losses
 from ..neighbours import Space, common_crop, feature_space, latent_space
-from ..privacy import pairs_figure, privacy_report
+from ..privacy import check_unseen, pairs_figure, privacy_report
 from ..report import provenance, write_report
 from ..volume_sets import VolumeSet
 from .sets import add_set_arguments, describe_sets, load_extractors, load_sets
@@ -43,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--flips", type=int, nargs="*", default=[0], help="axes along which a copy may be mirrored")
     parser.add_argument("--shift", type=int, default=2, help="voxels by which a copy may be moved along each axis")
     parser.add_argument("--alpha", type=float, default=0.05, help="share of unseen volumes that may count as memorised")
-    parser.add_argument("--pairs", type=int, default=8, help="closest pairs that are shown, of each space")
+    parser.add_argument("--pairs", type=int, default=8, help="closest pairs that are shown, of each space; 0 for none")
     parser.add_argument("--seed", type=int, default=0, help="of bootstraps, and of the noise for losses")
 
 
@@ -53,8 +53,11 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     options.vae = options.vae or options.pipeline
     if "latent" in options.spaces and not options.vae:
         options.spaces = [name for name in options.spaces if name != "latent"]
+        if not options.spaces:
+            raise ValueError("--spaces latent: there are no latents to compare without --vae or --pipeline; give one")
         print("note: without --vae or --pipeline there are no latents to compare")
     sets, skipped = load_sets(options)
+    check_unseen(sets["test"].subjects, options.alpha)
     losses, losses_protocol = _losses(options, sets, device) if options.pipeline else (None, None)
     spaces = make_spaces(options, sets, device)
     training, unseen, generated = (sets[name] for name in ("training", "test", "generated"))
@@ -74,7 +77,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         )
     output = Path(options.output)
     pictures = {}
-    for name, space in spaces.items():
+    for name, space in spaces.items() if options.pairs else ():
         path = output.with_name(f"{output.stem}_{name.replace(' ', '_')}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         pairs_figure(found["spaces"][name]["closest"], generated, training, space).savefig(path, dpi=110)

@@ -8,7 +8,7 @@ Style = Literal["number", "percent", "signed"]
 RULE = (
     "Each figure stands beside its floor, what real volumes give in the place of generated ones. It is outside if it is worse beyond "
     "chance: if the 95 % interval of their difference, or of the two, or of the figure against a fixed floor, leaves no overlap. Else "
-    "it is within; with few volumes that says little."
+    "it is within; with few volumes that says little. Without an interval there is no verdict."
 )
 
 
@@ -17,7 +17,7 @@ class Row:
     """A figure of generated volumes beside its floor, what real volumes give in their place.
 
     Args:
-        within: whether it is within the floor by `RULE`; None for what has no floor, or is only described.
+        within: whether it is within the floor by `RULE`; None for what has no floor or no interval, or is only described.
         floor_name: what the floor is, in a word or two.
     """
 
@@ -111,14 +111,14 @@ def pair(values: Sequence[float] | None) -> tuple[float, float] | None:
     return None if values is None else (float(values[0]), float(values[1]))
 
 
-def not_above(value: float, interval: Sequence[float] | None, floor: float) -> bool:
-    """`RULE` for figures of which less is better."""
-    return (value if interval is None else interval[0]) <= floor
+def not_above(interval: Sequence[float] | None, floor: float) -> bool | None:
+    """`RULE` for figures of which less is better; None without an interval, for then nobody knows what chance does."""
+    return None if interval is None else interval[0] <= floor
 
 
-def not_below(value: float, interval: Sequence[float] | None, floor: float) -> bool:
-    """`RULE` for figures of which more is better."""
-    return (value if interval is None else interval[1]) >= floor
+def not_below(interval: Sequence[float] | None, floor: float) -> bool | None:
+    """`RULE` for figures of which more is better; None without an interval."""
+    return None if interval is None else interval[1] >= floor
 
 
 def overlap(first: Sequence[float], second: Sequence[float]) -> bool:
@@ -135,11 +135,11 @@ def distance_row(name: str, compared: Mapping[str, Any]) -> Row:
         pair(made["interval"]),
         floor["mean"],
         pair(floor["interval"]),
-        not_above(compared["excess"]["mean"], compared["excess"]["interval"], 0.0),
+        not_above(compared["excess"]["interval"], 0.0),
     )
 
 
 def auc_row(name: str, attack: Mapping[str, Any]) -> Row:
     """The row of an attack's {"auc", "interval"}, beside chance."""
-    within = not_above(attack["auc"], attack["interval"], 0.5)
+    within = not_above(attack["interval"], 0.5)
     return Row(name, attack["auc"], pair(attack["interval"]), 0.5, None, within, floor_name="chance")

@@ -7,6 +7,8 @@ from typing import Any
 from .model import Claim, Picture, Row, Section, Table, auc_row, not_above, pair
 from .plots import png
 
+REAL_PATIENTS = "The lower row shows real patients: whoever gets this page gets their scans."
+
 
 def privacy_section(report: Mapping[str, Any], folder: Path) -> Section:
     """What `evaluate.py privacy` found; pictures lie beside the report in `folder`."""
@@ -17,12 +19,15 @@ def privacy_section(report: Mapping[str, Any], folder: Path) -> Section:
             Table("Whoever holds the model", "Losses on training volumes against losses on unseen ones.", rows)
         )
     pictures = [
-        Picture(png(folder / path), f"Closest pairs as {space}: a generated volume above its nearest training volume")
+        Picture(
+            png(folder / path),
+            f"Closest pairs as {space}: a generated volume above its nearest training volume. {REAL_PATIENTS}",
+        )
         for space, path in report.get("pictures", {}).items()
     ]
     lead = (
         "Whether generated volumes are nearer to the training volumes than unseen patients' are. The threshold of similarity is "
-        f"set so that {report['spaces'][next(iter(report['spaces']))]['memorised']['similarity']['alpha']:.0%} of unseen patients "
+        f"set so that {report['spaces'][next(iter(report['spaces']))]['memorised']['similarity']['alpha'] * 100:.3g} % of unseen patients "
         "would be called memorised."
     )
     return Section("Private", lead, tables, pictures)
@@ -48,7 +53,7 @@ def _memorised(name: str, found: Mapping[str, Any]) -> Row:
         "ratio": "memorised, by the ratio of distances",
         "other_masks": "memorised, without the patient of its mask",
     }
-    within = not_above(memory["fraction"], memory["interval_drawn"], wrong["interval"][1])
+    within = not_above(memory["interval_drawn"], wrong["interval"][1])
     return Row(
         titles[name],
         memory["fraction"],
@@ -64,27 +69,28 @@ def _memorised(name: str, found: Mapping[str, Any]) -> Row:
 def _rows(found: Mapping[str, Any]) -> list[Row]:
     rows = [_memorised(name, found) for name in ("similarity", "ratio", "other_masks") if name in found["memorised"]]
     yoon = found["yoon_2023"]
+    floor = yoon.get("unseen_interval")  # earlier reports have none, and get no verdict
     rows.append(
         Row(
             "memorised as Yoon et al. 2023 count",
             yoon["fraction"],
             pair(yoon["interval"]),
             yoon["unseen"],
-            None,
-            not_above(yoon["fraction"], yoon["interval"], yoon["unseen"]),
+            pair(floor),
+            None if floor is None else not_above(yoon["interval"], floor[1]),
             "percent",
             "unseen real",
         )
     )
     rows.append(auc_row("membership of a training volume (AUC)", found["membership"]))
     if own := found.get("own_mask"):
-        within = not_above(own["difference"], own["interval"], 0.0)
+        within = not_above(own["interval"], 0.0)
         title = "similarity to the volume of its mask, training less unseen masks"
         rows.append(Row(title, own["difference"], pair(own["interval"]), 0.0, None, within, "signed", "no memory"))
     for top in ("top_1", "top_5"):
         if again := found.get("reidentification"):
             rate = again[top]
-            within = not_above(rate["rate"], rate["interval"], rate["chance"])
+            within = not_above(rate["interval"], rate["chance"])
             title = f"patient of the mask among the nearest {top[4:]} of {again['patients']}"
             rows.append(
                 Row(title, rate["rate"], pair(rate["interval"]), rate["chance"], None, within, "percent", "chance")

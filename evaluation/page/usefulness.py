@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ..few_labels import ANY, BOTH, REAL_LONGER
 from ..intervals import over_seeds
 from .model import Claim, Row, Section, Table, between, not_below, pair
 from .plots import line_plot
@@ -14,22 +15,21 @@ ARMS = {
     "both": "both",
     "scratch": "from scratch",
 }
+FAIR = f"{BOTH}/{REAL_LONGER}"  # of few labels: arms that take equally many steps
+NOTE = "Intervals over seeds, of a single seed over subjects; outside: the gain is a loss."
 
 
 def dice_section(report: Mapping[str, Any]) -> Section:
     """`evaluate.py dice`: one segmenter trained on each source, and whether volumes obey their masks."""
     spread = [result["dice"] for result in report["scores"].get("real", [])]
-    floor = (sum(spread) / len(spread), pair(over_seeds(spread))) if spread else (None, None)
+    floor, floor_interval = (sum(spread) / len(spread), pair(over_seeds(spread))) if spread else (None, None)
     rows = []
     for source, results in report["scores"].items():
         values = [result["dice"] for result in results]
         mean, interval = sum(values) / len(values), over_seeds(values)
-        within = (
-            None
-            if source == "real" or floor[0] is None
-            else not_below(mean, interval, floor[1][0] if floor[1] else floor[0])
-        )
-        rows.append(Row(f"trained on {source}", mean, pair(interval), *floor, within, floor_name="trained on real"))
+        within = None if source == "real" or floor_interval is None else not_below(interval, floor_interval[0])
+        title = f"trained on {source}"
+        rows.append(Row(title, mean, pair(interval), floor, floor_interval, within, floor_name="trained on real"))
     volumes = ", ".join(f"{count} {name}" for name, count in report["volumes"].items())
     tables = [Table("Dice on unseen real volumes", f"Intervals over seeds. Volumes: {volumes}.", rows)]
     if ratios := [_ratio(name, found) for name, found in report.get("ratios", {}).items()]:
@@ -48,11 +48,11 @@ def budgets_section(report: Mapping[str, Any]) -> Section:
     tables = []
     for name, by_budget in report.get(key, {}).items():
         rows = []
-        for labels, found in by_budget.items():
+        for labels, found in sorted(by_budget.items(), key=_size):
             interval = found["interval_seeds"] or found["interval_subjects"]
             floor = 1.0 if few else 0.0
             title = f"{labels} labelled volumes"
-            within = not_below(found["of_means"], interval, floor)
+            within = not_below(interval, floor)
             rows.append(
                 Row(
                     title,
@@ -65,17 +65,9 @@ def budgets_section(report: Mapping[str, Any]) -> Section:
                     "no gain",
                 )
             )
-        tables.append(Table(f"{name}: {how}", "Intervals over seeds; outside: the gain is a loss.", rows))
+        tables.append(Table(f"{name}: {how}", NOTE, rows))
     dice = report.get("dice", {})
-    ticks = list(
-        dict.fromkeys(
-            labels for by_budget in dice.values() for labels in by_budget if labels.isdigit() or labels == "all"
-        )
-    )
-    lines: dict[str, list[Any]] = {}
-    for arm, by_budget in dice.items():  # an arm that no budget changes has the same figure at each
-        cells = [by_budget.get(tick) or next(iter(by_budget.values())) for tick in ticks]
-        lines[ARMS.get(arm) or str(arm)] = [(cell["mean"], pair(cell["interval_seeds"])) for cell in cells]
+    ticks, lines = budget_lines(dice)
     pictures = [line_plot(lines, ticks, "Dice on unseen real volumes", "labelled real volumes")] if ticks else []
     title = "Few labels" if few else "Pre-training without labels"
     lead = (
@@ -84,6 +76,19 @@ def budgets_section(report: Mapping[str, Any]) -> Section:
         else "The segmenter is pre-trained without labels, then fine-tuned on k labelled real volumes."
     )
     return Section(title, lead, tables, pictures)
+
+
+def budget_lines(dice: Mapping[str, Any]) -> tuple[list[str], dict[str, list[Any]]]:
+    """The budgets, smallest first, and by arm (Dice, interval) at each: NaN where it was not measured, and of an arm that no
+    budget changes the same at all."""
+    found = {labels: None for by_budget in dice.values() for labels in by_budget if labels != ANY}
+    ticks = [labels for labels, _ in sorted(found.items(), key=_size)]
+    lines: dict[str, list[Any]] = {}
+    for arm, by_budget in dice.items():
+        cells = [by_budget.get(tick) or by_budget.get(ANY) for tick in ticks]
+        points = [(cell["mean"], pair(cell["interval_seeds"])) if cell else (float("nan"), None) for cell in cells]
+        lines[ARMS.get(arm) or str(arm)] = points
+    return ticks, lines
 
 
 def conditions_section(report: Mapping[str, Any]) -> Section:
@@ -95,7 +100,7 @@ def conditions_section(report: Mapping[str, Any]) -> Section:
         pair(made["interval"]),
         real["right"],
         pair(real["interval"]),
-        not_below(made["right"], made["interval"], real["interval"][0]),
+        not_below(made["interval"], real["interval"][0]),
         "percent",
         "unseen real",
     )
@@ -136,7 +141,7 @@ def useful_claim(reports: Mapping[str, Mapping[str, Any]]) -> Claim:
         return Claim(title, question, _obedience(dice["obedience"]), sentence)
     for name in ("few_labels", "pretrain"):
         tables = budgets_section(reports[name]).tables if name in reports else []
-        if tables and tables[0].rows:
+        if tables := sorted(tables, key=lambda table: not table.heading.startswith(FAIR)):  # else the first
             return Claim(title, question, tables[0].rows[0], f"{tables[0].heading}, at {tables[0].rows[0].name}.")
     if "conditions" in reports:
         section = conditions_section(reports["conditions"])
@@ -144,14 +149,19 @@ def useful_claim(reports: Mapping[str, Mapping[str, Any]]) -> Claim:
     return Claim(title, question, None, "Not measured: run evaluate.py dice.")
 
 
+def _size(item: tuple[str, Any]) -> float:
+    """Of (budget, figures), to sort by: "all" comes last."""
+    return float(item[0]) if item[0].isdecimal() else float("inf")
+
+
 def _ratio(name: str, found: Mapping[str, Any]) -> Row:
     interval = over_seeds(list(found["per_seed"].values()))
-    within = not_below(found["of_means"], interval, 1.0)
+    within = not_below(interval, 1.0)
     return Row(f"Dice, {name}", found["of_means"], pair(interval), 1.0, None, within, floor_name="as good as real")
 
 
 def _obedience(found: Mapping[str, Any]) -> Row:
     gap = found["synthetic-real"]
-    within = not_below(gap["of_means"], gap["interval_subjects"], 0.0)
+    within = not_below(gap["interval_subjects"], 0.0)
     name = f"Dice on generated less on real volumes, {found['masks']} masks"
     return Row(name, gap["of_means"], pair(gap["interval_subjects"]), 0.0, None, within, "signed", "as real")
