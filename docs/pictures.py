@@ -186,7 +186,7 @@ def _masked_means(case: Case) -> tuple[float, float]:
 
 PICTURES: dict[str, tuple[Callable[[MedVolumePipeline], tuple[Figure, Measured]], Path]] = {
     "mask": (mask, HIPPOCAMPUS),
-    "classes": (classes, ROOT / "output" / "adrenal_shapes" / "ldm" / "pipeline"),
+    "classes": (classes, ROOT / "weights" / "adrenal-shapes"),
     "images": (images, ROOT / "output" / "sarcoma" / "ldm" / "pipeline"),
     "numbers": (numbers, ROOT / "output" / "phantom" / "conditions" / "pipeline"),
 }
