@@ -33,6 +33,7 @@ from diffusion import (
     fold_mask,
     image_condition,
     make_scheduler,
+    moved_embeddings,
     training_loss,
 )
 from pipelines import MedVolumePipeline
@@ -149,6 +150,13 @@ def complete_model(
     return {**decided, **section}
 
 
+def start_from(unet: LatentUNet3D, folder: str | Path) -> list[str]:
+    """`initialise_from` of a trained U-Net; of its classes and numbers by name, those that it lacks starting at zero."""
+    described = Path(folder) / "config.json"
+    moved = moved_embeddings(json.loads(described.read_text()), unet.config) if described.is_file() else None
+    return initialise_from(unet, folder, new="condition_embedding", moved=moved)
+
+
 def attach_lora(unet: LatentUNet3D, config: TrainLdmConfig) -> str:
     """Attach the config's LoRA to the U-Net that it started from. Returns the hash of that U-Net.
 
@@ -217,12 +225,14 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     config.model = complete_model(config.model, vae, data, images)
     if config.noise and config.data.image_labels:
         raise ValueError("noise: label maps have none; leave it out of the config")
+    if config.noise and config.lora:
+        raise ValueError("noise: a LoRA has that of its pipeline; leave it out of the config")
     set_seed(config.loop.seed)
     unet: LatentUNet3D = build_model(config.model)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.init_from:
-        fresh = initialise_from(unet, config.init_from, new="condition_embedding")
+        fresh = start_from(unet, config.init_from)
         logger.info("started from %s; layers left fresh: %s", config.init_from, fresh or "none")
     base = attach_lora(unet, config) if config.lora else None
 

@@ -27,7 +27,12 @@ LEVELS = 65  # quantiles of the noise level, from the lowest to the highest
 
 
 def measure_noise(dataset: VolumeDataset, vae: VolumeAutoencoder, *, progress: bool = True) -> list[dict[str, Any]]:
-    """`fit_noise` of a data set and its reconstructions from the posterior's mean, on the autoencoder's device."""
+    """`fit_noise` of a data set and its reconstructions from the posterior's mean, on the autoencoder's device.
+
+    Raises: ValueError for label maps, and as `fit_noise` does.
+    """
+    if dataset.config.image_labels:
+        raise ValueError("noise: label maps have none; leave it out")
     sides = [min(one) for one in zip(*dataset.shapes, strict=True)]
     return fit_noise(_reconstructions(dataset, vae, progress), sides)
 
@@ -62,37 +67,57 @@ def fit_noise(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: Sequence[in
     sides = tuple(min(int(n), LARGEST) for n in shape)
     if min(sides) < 2 * RADIUS + 1:
         raise ValueError(f"volumes of {tuple(shape)} voxels are too small for a noise model: {2 * RADIUS + 1} a side")
-    missing, errors, squares, counts = [], [], 0.0, 0.0
+    missing, errors, squares, counts, weights = [], [], 0.0, 0.0, 0.0
+    window = _window(sides).ravel() ** 2
     for real, made in pairs:
+        made = made.clip(-1, 1)  # as the pipeline does: what exceeds the range is no lack of noise
         missing.append(_power(real, sides) - _power(made, sides))
-        bins = np.minimum((made.clip(-1, 1) + 1) / 2 * BINS, BINS - 1).astype(int)
+        bins = np.minimum((made + 1) / 2 * BINS, BINS - 1).astype(int)
         residual = (np.asarray(real, np.float64) - made) ** 2
         errors.append(residual.mean((1, 2, 3)))
         channels = range(len(real))
         squares += np.stack([np.bincount(bins[c].ravel(), residual[c].ravel(), BINS) for c in channels])
         counts += np.stack([np.bincount(bins[c].ravel(), minlength=BINS) for c in channels])
+        seen = _centre(bins, sides)
+        weights += np.stack([np.bincount(seen[c].ravel(), window, BINS) for c in channels])
     if not missing:
         raise ValueError("no volumes to fit a noise model on")
     return [
-        _channel(np.mean([one[c] for one in missing], 0), np.array([one[c] for one in errors]), squares[c], counts[c])  # type: ignore[index]
+        _channel(
+            np.mean([one[c] for one in missing], 0),
+            np.array([one[c] for one in errors]),
+            squares[c],  # type: ignore[index]
+            counts[c],  # type: ignore[index]
+            weights[c],  # type: ignore[index]
+        )
         for c in range(len(missing[0]))
     ]
 
 
-def _power(volume: np.ndarray, sides: Sequence[int]) -> np.ndarray:
-    """Power spectra (C, *sides) of windowed centre crops; their mean is the variance of what varies."""
+def _window(sides: Sequence[int]) -> np.ndarray:
+    """Hann's, (*sides)."""
+    return np.einsum("x,y,z->xyz", *(np.hanning(side + 2)[1:-1] for side in sides))
+
+
+def _centre(volume: np.ndarray, sides: Sequence[int]) -> np.ndarray:
+    """(C, *sides) about the centre."""
     low = [(n - side) // 2 for n, side in zip(volume.shape[1:], sides, strict=True)]
     x, y, z = (slice(start, start + side) for start, side in zip(low, sides, strict=True))
-    crop = np.asarray(volume[:, x, y, z], np.float64)
-    windows = [np.hanning(side + 2)[1:-1] for side in sides]
-    window = np.einsum("x,y,z->xyz", *windows)
+    return volume[:, x, y, z]
+
+
+def _power(volume: np.ndarray, sides: Sequence[int]) -> np.ndarray:
+    """Power spectra (C, *sides) of windowed centre crops; their mean is the variance of what varies."""
+    crop, window = np.asarray(_centre(volume, sides), np.float64), _window(sides)
     crop = (crop - (crop * window).sum((1, 2, 3), keepdims=True) / window.sum()) * window
     return np.abs(np.fft.fftn(crop, axes=(1, 2, 3))) ** 2 / (window**2).sum()
 
 
-def _channel(missing: np.ndarray, errors: np.ndarray, squares: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
-    """The noise of one channel: mean missing power (*sides), mean squared error (N,) of each volume, and squared residuals and
-    voxels by bin of intensity."""
+def _channel(
+    missing: np.ndarray, errors: np.ndarray, squares: np.ndarray, counts: np.ndarray, weights: np.ndarray
+) -> dict[str, Any]:
+    """The noise of one channel: mean missing power (*sides), mean squared error (N,) of each volume, and by bin of intensity
+    squared residuals and voxels of whole volumes, and the weight of those from which the power comes."""
     mean = missing.clip(0)
     if not mean.any():
         kernel = np.zeros((2 * RADIUS + 1,) * 3)
@@ -105,7 +130,7 @@ def _channel(missing: np.ndarray, errors: np.ndarray, squares: np.ndarray, count
     filled = counts > 0
     places = np.arange(BINS)
     spread = np.interp(places, places[filled], squares[filled] / counts[filled])
-    curve = np.sqrt(spread / (squares.sum() / counts.sum()))
+    curve = np.sqrt(spread / np.average(spread, weights=weights))  # where the power was measured, its mean square is 1
     return {
         "kernel": (kernel / np.sqrt((kernel**2).sum())).tolist(),
         "std": float(np.sqrt(mean.mean())),

@@ -3,6 +3,7 @@ cache."""
 
 from diffusers.models.modeling_utils import ModelMixin  # the name diffusers looks up when a pipeline folder is loaded
 
+from .conditions import moved_embeddings
 from .denoise import denoise
 from .folding import fold_mask, unfold_mask
 from .guidance import ConditionNames, check_guidance, drop_conditions
@@ -29,6 +30,7 @@ __all__ = [
     "fold_mask",
     "image_condition",
     "make_scheduler",
+    "moved_embeddings",
     "training_loss",
     "unfold_mask",
 ]

@@ -3,6 +3,7 @@ alphabetical order of their names (saved configs are sorted)."""
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ class ConditionEmbedding(nn.Module):
     """classes (B, n) and numbers (B, m) -> (B, width): the sum of a vector for each.
 
     Vectors of classes start at random, as in ADM (Dhariwal & Nichol 2021): from zero they grow so slowly that short runs
-    ignore them. Where they are added to a trained model, `training.initialise_from` zeroes them, so that it begins as it was.
+    ignore them. Where they are added to a trained model, `training.initialise_from` zeroes them, so that it begins as it was;
+    see also `moved_embeddings`.
 
     Args:
         classes: the values of each class; index i has row i + 1 of its table, and -1 (absent) has row 0.
@@ -67,6 +69,27 @@ class ConditionEmbedding(nn.Module):
         for layer, column, standard in zip(self.numbers, columns, self.standards, strict=True):
             vectors.append(layer(fourier_features(column, *standard).to(dtype)))
         return torch.stack(vectors).sum(0)
+
+
+def moved_embeddings(trained: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, str | None]:
+    """Where the layers of a trained U-Net's `condition_embedding` belong in another one's: they are counted in alphabetical
+    order of names, so that a name that is added moves others. None for a class whose values are others.
+
+    Args:
+        trained, own: the configs of both, with "classes" and "numbers".
+    Raises: ValueError for conditions of the trained one that the other lacks.
+    """
+    moved: dict[str, str | None] = {}
+    for kind in ("classes", "numbers"):
+        before, now = (dict(config.get(kind) or {}) for config in (trained, own))
+        if lost := sorted(before.keys() - now.keys()):
+            raise ValueError(f"the trained model is conditioned on {kind} {lost}; name them in the data's config, too")
+        places = sorted(now)
+        for index, name in enumerate(sorted(before)):
+            same = kind == "numbers" or list(before[name]) == list(now[name])
+            target = f"condition_embedding.{kind}.{places.index(name)}"
+            moved[f"condition_embedding.{kind}.{index}"] = target if same else None
+    return moved
 
 
 def _columns(name: str, given: Tensor | None, count: int) -> Sequence[Tensor]:

@@ -106,18 +106,25 @@ def cache_key(dataset: VolumeDataset, vae: VolumeAutoencoder, augmentation: Late
 
 
 def deformed(
-    image: Tensor, mask: Tensor | None, augmentation: LatentAugmentation, generator: torch.Generator
+    image: Tensor,
+    mask: Tensor | None,
+    augmentation: LatentAugmentation,
+    generator: torch.Generator,
+    spacing: Sequence[float] = (1, 1, 1),
+    order: int = 3,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Rotate, scale and bend a volume about its centre, at random: image (C, X, Y, Z) by cubic splines, mask (X, Y, Z)
+    """Rotate, scale and bend a volume about its centre, at random: image (C, X, Y, Z) by splines of `order`, mask (X, Y, Z)
     by the nearest voxel, and fov (X, Y, Z), False where the result shows what lay outside of the volume.
 
+    Rotations are of mm, voxels being `spacing` apart.
     Image and mask are -1 and `PADDING` there. The displacement is white noise smoothed by a Gaussian (Simard et al. 2003).
     """
     random = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
     shape = np.array(image.shape[1:])[:, None, None, None]
     angles = random.uniform(-augmentation.rotate, augmentation.rotate, 3)
     scales = 1 + random.uniform(-augmentation.scale, augmentation.scale, 3)
-    matrix = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() * scales
+    rotation = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+    matrix = rotation * np.asarray(spacing) / np.asarray(spacing)[:, None] * scales
     places = np.einsum("ij,jxyz->ixyz", matrix, np.indices(image.shape[1:]) - (shape - 1) / 2) + (shape - 1) / 2
     if augmentation.deform:
         smoothed = (2 * math.pi**0.5 * SMOOTHNESS) ** -1.5  # standard deviation of smoothed white noise
@@ -125,7 +132,7 @@ def deformed(
         bent = [ndimage.gaussian_filter(axis, SMOOTHNESS, mode="wrap", truncate=3) for axis in noise]
         places += augmentation.deform / smoothed * np.stack(bent)
     fov = torch.from_numpy(((places > -0.5) & (places < shape - 0.5)).all(0))
-    moved = [ndimage.map_coordinates(channel, places, order=3, mode="nearest") for channel in image.numpy()]
+    moved = [ndimage.map_coordinates(channel, places, order=order, mode="nearest") for channel in image.numpy()]
     seen = torch.where(fov, torch.from_numpy(np.stack(moved)).clamp(image.min(), image.max()), -1.0)
     if mask is None:
         return seen, None, fov
@@ -134,10 +141,10 @@ def deformed(
 
 
 def _version(
-    item: dict, stride: Sequence[int], augmentation: LatentAugmentation, index: int, version: int
+    item: dict, stride: Sequence[int], augmentation: LatentAugmentation, index: int, version: int, order: int
 ) -> dict[str, Tensor]:
     """One version of a volume, padded to multiples of the stride: image (1, C, X, Y, Z), fov (1, 1, X, Y, Z), mask
-    (X, Y, Z) if there is one."""
+    (X, Y, Z) if there is one. `order` is that of the splines by which images are deformed."""
     image, mask = item["image"], item.get("mask")
     shape = tuple(image.shape[1:])
     fov = torch.ones(shape, dtype=torch.bool)
@@ -148,7 +155,8 @@ def _version(
             if torch.rand((), generator=generator) < 0.5:
                 image, mask = image.flip(axis + 1), mask.flip(axis) if mask is not None else None
         if augmentation.rotate or augmentation.scale or augmentation.deform:
-            image, mask, fov = deformed(image, mask, augmentation, generator)
+            spacing = item["affine"][:3, :3].norm(dim=0).tolist()
+            image, mask, fov = deformed(image, mask, augmentation, generator, spacing, order)
         if augmentation.shift:
             low = [int(torch.randint(0, s, (), generator=generator)) for s in stride]
             sides = tuple(-(-(n + a) // s) * s for n, a, s in zip(shape, low, stride, strict=True))
@@ -183,11 +191,12 @@ def build_latent_cache(
     files = [
         [target / f"{i:05d}_{v:02d}.safetensors" for v in range(augmentation.versions)] for i in range(len(dataset))
     ]
+    order = 0 if dataset.config.image_labels else 3  # a label is there or not
     missing = [i for i in range(len(dataset))[shard[0] :: shard[1]] if not all(f.exists() for f in files[i])]
     for index in tqdm(missing, desc="encode latents", disable=not progress or not missing):
         item = dataset[index]
         for version, file in enumerate(files[index]):
-            padded = _version(item, vae.stride, augmentation, index, version)
+            padded = _version(item, vae.stride, augmentation, index, version, order)
             posterior = vae.encode(padded["image"].to(vae.device, vae.dtype), return_dict=False)[0]
             entry = {
                 "mean": posterior.mean[0],

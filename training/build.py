@@ -1,7 +1,7 @@
 """Models from a config section, and fine-tuning from a trained one."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +46,24 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return {key: tensor for file in files for key, tensor in load_file(file).items()}
 
 
-def initialise_from(model: nn.Module, folder: str | Path, new: str | None = None) -> list[str]:
+def initialise_from(
+    model: nn.Module, folder: str | Path, new: str | None = None, moved: Mapping[str, str | None] | None = None
+) -> list[str]:
     """Load a trained model's weights into `model`, for fine-tuning. Layers whose shapes differ stay as initialised.
 
     A layer is the module that directly holds a parameter: if a convolution's weight has another shape, its bias stays
     fresh as well.
     Args:
         new: a submodule that the trained model may lack, in whole or in part; what it lacks starts at zero.
+        moved: layers of the trained model that have another name in this one, or (None) do not belong in it.
     Returns: names of the layers that stay fresh, such as "encoder.0", sorted.
     Raises: ValueError if keys are missing or unexpected, or nothing fits.
     """
-    weights, own = read_weights(Path(folder)), model.state_dict()
+    weights, own = {}, model.state_dict()
+    for key, tensor in read_weights(Path(folder)).items():
+        layer, _, name = key.rpartition(".")
+        if (target := (moved or {}).get(layer, layer)) is not None:
+            weights[f"{target}.{name}" if target else name] = tensor
     added = {key for key in own.keys() - weights.keys() if new and key.startswith(f"{new}.")}
     missing, unexpected = sorted(own.keys() - weights.keys() - added), sorted(weights.keys() - own.keys())
     if missing or unexpected:

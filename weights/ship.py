@@ -29,9 +29,16 @@ from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
 from training import TrainLdmConfig, parse_config
 from training.splits import load_split
+from volumes import describe
 from volumes.cases import read_table
 
 LIMIT = 40_000_000  # bytes a shipped pipeline may weigh
+MEASURED_ON = (
+    "channels",
+    "image_labels",
+    "spacing",
+    "shape_range",
+)  # of `volumes.describe`: what tells data sets apart
 
 
 def main(args: list[str] | None = None) -> None:
@@ -53,6 +60,9 @@ def main(args: list[str] | None = None) -> None:
         pipe = with_decoder(pipe, load_autoencoder(options.vae))
     if options.noise:
         train = load_split(parse_config(TrainLdmConfig, ["--config", str(options.noise)]).data)[0]
+        found = describe(train)
+        if other := [key for key in MEASURED_ON if pipe.data.get(key, found[key]) != found[key]]:
+            raise ValueError(f"--noise {options.noise}: its volumes have other {', '.join(other)} than the pipeline's")
         pipe = MedVolumePipeline(
             pipe.vae, pipe.unet, pipe.scheduler, data={**pipe.data, "noise": measure_noise(train, pipe.vae)}
         )
