@@ -36,10 +36,13 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         "device": str(pipe.device),
         "dtype": str(dtype).removeprefix("torch."),
         "steps": options.steps,
+        "guidance_scale": options.guidance_scale,
         "repeats": options.repeats,
         "parameters": {name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("unet", "vae")},
         "masks": {path.name: list(read_mask(path).shape) for path in masks},
-        "seconds_per_volume": time_generation(pipe, masks, steps=options.steps, repeats=options.repeats),
+        "seconds_per_volume": time_generation(
+            pipe, masks, steps=options.steps, repeats=options.repeats, guidance_scale=options.guidance_scale
+        ),
         **provenance(),
     }
     write_report(options.output, report)
@@ -56,6 +59,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="pipeline folder (weights/hippocampus)")
     parser.add_argument("--masks", type=Path, help="folder of mask files; default: masks/ in the pipeline folder")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (20)")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="of all conditions; 1 is none (1)")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs over all masks (3)")
     parser.add_argument(
         "--precision", choices=["auto", "bf16", "no"], default="auto", help="auto is bf16 where the hardware has it"
@@ -75,14 +79,20 @@ def find_masks(pipeline: Path, masks: Path | None) -> list[Path]:
 
 
 def time_generation(
-    pipe: MedVolumePipeline, masks: list[Path], *, steps: int, repeats: int
+    pipe: MedVolumePipeline, masks: list[Path], *, steps: int, repeats: int, guidance_scale: float = 1.0
 ) -> dict[str, dict[str, float]]:
     """Statistics of seconds per volume: "whole" (mask file to NIfTI image, one at a time), "batched" (the same, all masks in one call),
     "denoising" (to latents, one at a time) and "decoding" (latents to voxels)."""
 
     def generate(mask: Path | list[Path], output_type: str) -> list[Any]:
         generator = torch.Generator().manual_seed(0)
-        return pipe(mask=mask, num_inference_steps=steps, generator=generator, output_type=output_type).volumes
+        return pipe(
+            mask=mask,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            output_type=output_type,
+        ).volumes
 
     def decode(latents: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
