@@ -27,7 +27,10 @@ def main(args: list[str] | None = None) -> None:
     options = parser.parse_args(args)
     found = {path.stem: json.loads(path.read_text()) for path in sorted(options.reports.glob("*.json"))}
     with tempfile.TemporaryDirectory() as folder:
-        write_page([options.reports / f"{name}.json" for name in ORDER if name in found], Path(folder), "Evidence")
+        paths = [Path(folder, f"{name}.json") for name in ORDER if name in found]
+        for path in paths:  # without the pictures of pairs, which show scans and are not beside them
+            path.write_text(json.dumps({k: v for k, v in found[path.stem].items() if k != "pictures"}))
+        write_page(paths, Path(folder), "Evidence")
         tables = Path(folder, "report.md").read_text()
     tables = tables[tables.index("\n## ") :]  # the title and the claims are written by hand
     text = fill((ROOT / "docs/evidence.in.md").read_text(), {**found, **summaries(found)} | {

@@ -249,7 +249,7 @@ def pairs_figure(pairs: Sequence[dict[str, Any]], queries: VolumeSet, references
         still = Match(1.0, (), (0, 0, 0))
         images = {"query": aligned(query, match, space.crop)[0], "reference": aligned(reference, still, space.crop)[0]}
         windows = {name: tuple(np.percentile(image, (0.5, 99.5))) for name, image in images.items()}
-        title = f"{pair['query']}\n{pair['reference']}\n{pair['similarity']:.3f}"
+        title = f"{pair['query'].rpartition('/')[2]}\n{pair['reference']}\n{pair['similarity']:.3f}"
         columns.append({"title": title, "images": images, "windows": windows})
     return slices_figure(columns)
 
