@@ -149,20 +149,27 @@ def compare_columns(sets: Mapping[str, np.ndarray], names: Sequence[str], **opti
     return report
 
 
-def closer_than_test(sets: Mapping[str, np.ndarray], *, seed: int = 0) -> dict[str, Any]:
+def closer_than_test(
+    sets: Mapping[str, np.ndarray], *, subjects: Mapping[str, Sequence[Any]] | None = None, seed: int = 0
+) -> dict[str, Any]:
     """How often a generated volume is nearer to its nearest training volume than an unseen real one is to its own.
 
     The area under the ROC curve of the Euclidean distance to the nearest row of "training": 0.5 for volumes drawn as real
     ones are, 1 for copies, 0 for volumes far from all real ones. It sees what Frechet and kernel distances cannot, which
     are best for copies.
 
-    Returns: {"auc", "interval"}, of 95 %, by drawing both sets' volumes anew with replacement (Efron 1979).
+    Args:
+        subjects: for some of the sets, whose each volume is.
+    Returns: {"auc", "interval"}, of 95 %, by drawing both sets' subjects anew with replacement (Efron 1979).
     """
     made, unseen = (nearest(sets[name], sets["training"]) for name in ("generated", "test"))
     wins = (made[:, None] < unseen) + 0.5 * (made[:, None] == unseen)
     random = np.random.default_rng(seed)
-    weights = [random.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n for n in wins.shape]
-    drawn = ((weights[0] @ wins) * weights[1]).sum(1)
+    weights = [
+        drawn_counts(len(sets[name]), (subjects or {}).get(name), RESAMPLES, random) for name in ("generated", "test")
+    ]
+    shares = [one / one.sum(1, keepdims=True) for one in weights]
+    drawn = ((shares[0] @ wins) * shares[1]).sum(1)
     return {"auc": float(wins.mean()), "interval": np.percentile(drawn, INTERVAL).tolist()}
 
 
@@ -192,6 +199,14 @@ def _column(compared: Any, column: int) -> Any:
 
 def _plain(value: Any) -> Any:
     return np.asarray(value).tolist()
+
+
+def drawn_counts(count: int, subjects: Sequence[Any] | None, resamples: int, random: np.random.Generator) -> np.ndarray:
+    """(resamples, count): how often each volume is there when as many subjects as there are get drawn with replacement,
+    each with all its volumes; volumes are their own subjects where these are not given."""
+    groups = _groups(count, subjects)
+    number = groups.max() + 1
+    return random.multinomial(number, np.full(number, 1 / number), resamples)[:, groups]
 
 
 def _groups(count: int, subjects: Sequence[Any] | None) -> np.ndarray:

@@ -92,7 +92,7 @@ def judge_realism(
         counts = {s: len(volumes[s]) for s in SETS}
         scales = scales_of(shape)
         scale_report = {"scales": scales, "weights": weights_of(scales)}
-        report["diversity"] = compare_diversity(values, chosen, counts, seed) | scale_report
+        report["diversity"] = compare_diversity(values, chosen, counts, seed, subjects) | scale_report
     for part, judge in (("consistency", _judge_slices), ("intensity", _judge_intensity)):
         if part in parts:
             report[part] = {}
@@ -127,7 +127,8 @@ def compare_features(sets: Mapping[str, np.ndarray], *, standardised: bool = Tru
     if caveat := frechet_caveat(count // 2, features):
         warnings.warn(caveat, stacklevel=2)
         report["frechet"]["caveat"] = caveat
-    return report | {"closer_to_training": closer_than_test(sets, seed=options.get("seed", 0))}
+    closer = closer_than_test(sets, subjects=options.get("subjects"), seed=options.get("seed", 0))
+    return report | {"closer_to_training": closer}
 
 
 def common_shape(volumes: Sequence[np.ndarray]) -> tuple[int, int, int]:

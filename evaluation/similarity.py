@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .distances import spread
+from .distances import drawn_counts, spread
 from .obedience import RESAMPLES
 
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of scales, finest first (Wang et al. 2003, section 3.2)
@@ -94,22 +94,26 @@ def pair_similarity(
 
 
 def compare_diversity(
-    values: Mapping[str, np.ndarray], pairs: Mapping[str, np.ndarray], counts: Mapping[str, int], seed: int = 0
+    values: Mapping[str, np.ndarray],
+    pairs: Mapping[str, np.ndarray],
+    counts: Mapping[str, int],
+    seed: int = 0,
+    subjects: Mapping[str, Sequence[Any] | None] | None = None,
 ) -> dict[str, Any]:
     """How alike generated volumes are to each other, against real ones.
 
     Args:
         values: by set ("training", "test", "generated") what `pair_similarity` found of `pairs` (P, 2).
         counts: by set how many volumes it has.
+        subjects: by set whose each volume is, if subjects have several.
     Returns: by set {"mean", "interval", "std" over pairs, "pairs"}; "generated_minus_test", positive when generated
         volumes are more alike than real ones, and its floor "training_minus_test", each {"mean", "interval"}. Intervals
-        are of 95 %, by drawing volumes, not pairs, anew with replacement (Efron 1979).
+        are of 95 %, by drawing subjects, not pairs, anew with replacement (Efron 1979).
     """
     random = np.random.default_rng(seed)
     report, drawn = {}, {}
     for name, found in values.items():
-        count = counts[name]
-        often = random.multinomial(count, np.full(count, 1 / count), RESAMPLES)
+        often = drawn_counts(counts[name], (subjects or {}).get(name), RESAMPLES, random)
         weight = often[:, pairs[name][:, 0]] * often[:, pairs[name][:, 1]]
         kept = weight.sum(1) > 0  # of very few pairs, a draw may hold none
         drawn[name] = (weight @ found)[kept] / weight.sum(1)[kept]

@@ -158,6 +158,24 @@ def test_copies_are_closer_to_training_than_unseen_volumes():
     assert 0.6 < half["auc"] < 0.9 and half["interval"][0] > 0.5
 
 
+def test_volumes_of_one_subject_count_as_one_in_the_interval_of_closeness():
+    """Three times the same volumes of the same subjects tell no more than once."""
+    random = np.random.default_rng(0)
+    training, test, fresh = (random.standard_normal((n, 6)) for n in (50, 20, 20))
+    once = {"training": training, "test": test, "generated": fresh}
+    thrice = {**once, "test": np.tile(test, (3, 1)), "generated": np.tile(fresh, (3, 1))}
+    subjects = dict.fromkeys(("test", "generated"), list(range(20)) * 3)
+
+    def width(found: dict) -> float:
+        return found["interval"][1] - found["interval"][0]
+
+    of_once, of_thrice = closer_than_test(once), closer_than_test(thrice, subjects=subjects)
+    assert of_thrice["auc"] == pytest.approx(of_once["auc"]) and width(of_thrice) == pytest.approx(
+        width(of_once), rel=0.1
+    )
+    assert width(closer_than_test(thrice)) < 0.7 * width(of_once)
+
+
 def test_the_nearest_is_found_across_chunks():
     random = np.random.default_rng(0)
     queries, reference = random.standard_normal((7, 3)), random.standard_normal((5, 3))

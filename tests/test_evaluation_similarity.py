@@ -101,3 +101,15 @@ def test_the_interval_is_over_volumes_and_a_constant_has_none():
     unlike = {**values, "generated": (pairs == 0).any(1).astype(float)}
     low, high = compare_diversity(unlike, dict.fromkeys(SETS, pairs), dict.fromkeys(SETS, 6))["generated"]["interval"]
     assert low == 0 and high > 0.6 and unlike["generated"].mean() == pytest.approx(1 / 3)
+
+
+def test_volumes_of_one_subject_are_drawn_together():
+    """Pairs of subject a are alike, of others not: with subjects, a draw holds both of its volumes or none."""
+    pairs = random_pairs(4, 6, 0, ["a", "a", "b", "c"])
+    values = {name: np.linspace(0, 1, len(pairs)) for name in SETS}
+    counts, whose = dict.fromkeys(SETS, 4), dict.fromkeys(SETS, ["a", "a", "b", "c"])
+    apart = compare_diversity(values, dict.fromkeys(SETS, pairs), counts)["test"]["interval"]
+    together = compare_diversity(values, dict.fromkeys(SETS, pairs), counts, 0, whose)["test"]["interval"]
+    assert together != apart
+    with pytest.raises(ValueError, match="3 subjects for 4 volumes"):
+        compare_diversity(values, dict.fromkeys(SETS, pairs), counts, 0, dict.fromkeys(SETS, ["a", "b", "c"]))
