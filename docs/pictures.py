@@ -88,7 +88,7 @@ def numbers(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
                 if of_class == index
             ]
         )
-        slope, offset = np.polyfit(*kept.T, 1)
+        slope, offset = np.polyfit(kept[:, 0], kept[:, 1], 1)
         for asked in (80, 115, 150):
             measured = []
             for generator in seeds(8):

@@ -14,7 +14,6 @@ What they cannot tell apart: volumes that agree in all but fine detail. Set the 
 command does. A fraction `--alpha` of volumes that copy nobody are refused then, too, and are made again.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import itertools
@@ -27,18 +26,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from volumes import DataConfig, VolumeDataset, load_cases, pad_or_crop
+from volumes import VolumeDataset, load_cases, pad_or_crop
 
 from .model_units import in_model_units
 from .neighbours import Sides, Space, Volumes, common_crop, crop_of, standardised
 from .privacy import Units, conformal_threshold, wilson
-from .report import read_config
+from .report import config_parser
 
 FORMAT = "medvolume copy check 1"
 SPLITS = {"training": ("train",), "unseen": ("validation", "test")}
@@ -215,20 +214,7 @@ def main(args: Sequence[str] | None = None) -> CopyCheck:
 
 def parse(args: Sequence[str] | None) -> Namespace:
     """The command line, with the data section of `--config` as the defaults of `--data.*`."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    path = first.parse_known_args(args)[0].config
-    parser = ArgumentParser(
-        prog="python -m evaluation.copies",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--config", type=str, required=True, help="training config whose section `data` says which volumes"
-    )
-    parser.add_class_arguments(DataConfig, "data", help="overrides of the config's section `data`")
-    if path is not None:
-        parser.set_defaults({f"data.{key}": value for key, value in read_config(path)["data"].items()})
+    parser = config_parser("evaluation.copies", __doc__, args)
     parser.add_argument("--output", type=str, required=True, help="fingerprints to write, a .safetensors file")
     parser.add_argument("--block", type=int, default=4, help="voxels a side of the blocks that are averaged, 2 or more")
     parser.add_argument(

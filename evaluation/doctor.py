@@ -8,7 +8,6 @@ the files it is about and a remedy. Ends with status 1 if a check failed. `--dat
 config's section `data`.
 """
 
-import argparse
 import importlib
 import json
 import os
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from tqdm import tqdm
 
 from autoencoder import AutoencoderKL3D, VolumeAutoencoder
@@ -53,7 +52,7 @@ from .doctor_memory import (
     unet_step,
 )
 from .doctor_model import check_latents, check_limits, compare_limits, latent_summary
-from .report import provenance, read_config, write_report
+from .report import config_parser, provenance, read_config, write_report
 
 BATCH_SIZE, CROP = 4, (32, 32, 32)  # defaults of a training config's `loop` and `crops`
 GENERATION_BATCH = 8  # of the pipeline
@@ -88,18 +87,7 @@ def main(args: list[str] | None = None) -> int:
 
 def parse(args: list[str] | None) -> Namespace:
     """The command line, with the data section of `--config` as the defaults of `--data.*`."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    path = first.parse_known_args(args)[0].config
-    parser = ArgumentParser(
-        prog="python -m evaluation.doctor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", type=str, required=True, help="training config of either kind")
-    parser.add_class_arguments(DataConfig, "data", help="overrides of the config's section `data`")
-    if path is not None:
-        parser.set_defaults({f"data.{key}": value for key, value in read_config(path)["data"].items()})
+    parser = config_parser("evaluation.doctor", __doc__, args)
     parser.add_argument(
         "--pipeline", type=str, help="after training: folder of the pipeline, or of the autoencoder alone"
     )

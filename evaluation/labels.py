@@ -7,7 +7,6 @@ Writes the table, whose rows are the k volumes and the test split's, and beside 
 read the table. `--data.root DIR` and the like override the config's section `data`. docs/usefulness.md has the whole sequence.
 """
 
-import argparse
 import csv
 import hashlib
 import os
@@ -16,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from volumes import Case, DataConfig, load_cases
 
-from .report import read_config
+from .report import config_parser
 from .segmentation_data import learning_cases, test_cases
 
 
@@ -103,18 +102,7 @@ def main(args: list[str] | None = None) -> None:
 
 def parse(args: list[str] | None) -> Namespace:
     """The command line, with the data section of `--config` as the defaults of `--data.*`."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    path = first.parse_known_args(args)[0].config
-    parser = ArgumentParser(
-        prog="python -m evaluation.labels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", type=str, required=True, help="training config of either kind")
-    parser.add_class_arguments(DataConfig, "data", help="overrides of the config's section `data`")
-    if path is not None:
-        parser.set_defaults({f"data.{key}": value for key, value in read_config(path)["data"].items()})
+    parser = config_parser("evaluation.labels", __doc__, args)
     parser.add_argument("--k", type=int, required=True, help="labelled volumes")
     parser.add_argument("--seed", type=int, default=0, help="another number draws other subjects")
     parser.add_argument("--output", type=str, required=True, help="table to write, a CSV file")

@@ -1,16 +1,21 @@
 """Reports: what a figure was measured on, written beside the figure; and the configs that say on which data."""
 
+import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from jsonargparse import ArgumentParser
+
+from volumes import DataConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,3 +87,25 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
         raise ValueError(f"{path}: has no section `data`; give a training config")
     return content
+
+
+def config_parser(program: str, description: str | None, args: Sequence[str] | None) -> ArgumentParser:
+    """A parser for `python -m PROGRAM` with `--config`, whose section `data` is the default of `--data.*`.
+
+    Args:
+        args: the command line (None: the program's own), read once for `--config` alone.
+    Raises: ValueError as `read_config` does.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    path = first.parse_known_args(args)[0].config
+    parser = ArgumentParser(
+        prog=f"python -m {program}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", type=str, required=True, help="training config whose section `data` says which volumes"
+    )
+    parser.add_class_arguments(DataConfig, "data", help="overrides of the config's section `data`")
+    if path is not None:
+        parser.set_defaults({f"data.{key}": value for key, value in read_config(path)["data"].items()})
+    return parser

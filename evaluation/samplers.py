@@ -9,7 +9,6 @@ volumes says whether they obey their masks. The report, and a table beside it (.
 the same command again goes on with those that are missing. Guidance takes a model that was trained for it (condition_dropout).
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -29,7 +28,7 @@ from pipelines import MedVolumePipeline
 from volumes import Case, DataConfig, VolumeDataset, load_cases
 
 from .features import EncoderStatistics, RandomStatistics
-from .report import provenance, read_config, write_report
+from .report import config_parser, provenance, write_report
 from .sampler_figures import (
     DEFAULT_STEPS,
     OF_DIFFUSION,
@@ -121,21 +120,8 @@ def prepare(
 
 def parse(args: Sequence[str] | None) -> Namespace:
     """The command line, with the data section of `--config` as the defaults of `--data.*`."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    path = first.parse_known_args(args)[0].config
-    parser = ArgumentParser(
-        prog="python -m evaluation.samplers",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = config_parser("evaluation.samplers", __doc__, args)
     parser.add_argument("--pipeline", type=str, required=True, help="pipeline folder or Hub repository")
-    parser.add_argument(
-        "--config", type=str, required=True, help="training config whose section `data` says which volumes"
-    )
-    parser.add_class_arguments(DataConfig, "data", help="overrides of the config's section `data`")
-    if path is not None:
-        parser.set_defaults({f"data.{key}": value for key, value in read_config(path)["data"].items()})
     parser.add_argument("--output", type=str, required=True, help="report to write, a JSON file")
     parser.add_argument("--masks", type=int, default=24, help="test masks, spread evenly over all (24)")
     parser.add_argument(

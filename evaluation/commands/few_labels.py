@@ -29,14 +29,8 @@ READS_DATA = True
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the command's own arguments."""
-    parser.add_argument(
-        "--synthetic", type=str, required=True, help="folder of volumes generated from the training split's masks"
-    )
-    parser.add_argument(
-        "--labels",
-        nargs="+",
-        default=["8", "16", "32", "all"],
-        help="how many real volumes have labels; numbers or all",
+    add_budget_arguments(
+        parser, labels=["8", "16", "32", "all"], steps="training steps; both and real_longer get twice as many"
     )
     parser.add_argument(
         "--train_on",
@@ -57,12 +51,19 @@ def add_arguments(parser: ArgumentParser) -> None:
         default="balanced",
         help="of both: real volumes repeated to be about as many as the synthetic ones, or each volume once",
     )
+
+
+def add_budget_arguments(parser: ArgumentParser, *, labels: list[str], steps: str) -> None:
+    """Add what every command that trains on k labelled volumes takes: `labels` is the default of the k, `steps` says what
+    `--iterations` counts."""
+    parser.add_argument(
+        "--synthetic", type=str, required=True, help="folder of volumes generated from the training split's masks"
+    )
+    parser.add_argument("--labels", nargs="+", default=labels, help="how many real volumes have labels; numbers or all")
     parser.add_argument(
         "--seeds", type=int, default=3, help="draws of the k volumes and trainings, with seeds 0, 1, ..."
     )
-    parser.add_argument(
-        "--iterations", type=int, default=ITERATIONS, help="training steps; both and real_longer get twice as many"
-    )
+    parser.add_argument("--iterations", type=int, default=ITERATIONS, help=steps)
     parser.add_argument(
         "--shape", type=int, nargs=3, default=list(SHAPE), help="voxels of the cropped volumes; multiples of 8"
     )

@@ -15,9 +15,8 @@ from ..labels import budget, draw_labelled
 from ..pretraining import DIFFERENCES, STARTS, pretrain
 from ..report import provenance
 from ..segmentation_data import label_values
-from ..segmenter import ITERATIONS
-from ..utility import SHAPE, protocol, score_training
-from .few_labels import load_sources
+from ..utility import protocol, score_training
+from .few_labels import add_budget_arguments, load_sources
 from .ledger import Ledger, content_of, tell
 from .progress import StepClock
 
@@ -31,27 +30,12 @@ READS_DATA = True
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the command's own arguments."""
-    parser.add_argument(
-        "--synthetic", type=str, required=True, help="folder of volumes generated from the training split's masks"
-    )
-    parser.add_argument(
-        "--labels",
-        nargs="+",
-        default=["4", "8", "16", "32", "all"],
-        help="how many real volumes have labels; numbers or all",
-    )
+    add_budget_arguments(parser, labels=["4", "8", "16", "32", "all"], steps="steps of each fine-tuning")
     parser.add_argument(
         "--starts", nargs="+", choices=STARTS, default=list(STARTS), help="what comes before the fine-tuning"
     )
     parser.add_argument(
-        "--seeds", type=int, default=3, help="draws of the k volumes and trainings, with seeds 0, 1, ..."
-    )
-    parser.add_argument("--iterations", type=int, default=ITERATIONS, help="steps of each fine-tuning")
-    parser.add_argument(
         "--pretrain_iterations", type=int, default=pretraining.ITERATIONS, help="steps of each pre-training"
-    )
-    parser.add_argument(
-        "--shape", type=int, nargs=3, default=list(SHAPE), help="voxels of the cropped volumes; multiples of 8"
     )
 
 
