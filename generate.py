@@ -1,7 +1,9 @@
-"""Volumes from masks, or from a table of conditions, to disk, in one process or many:
+"""Volumes from masks, from a table of conditions, or from nothing, to disk, in one process or many:
 
 python generate.py --pipeline weights/hippocampus --masks 'masks/*.nii.gz' --output out/generated --count 2 --steps 20
 python generate.py --pipeline DIR --conditions table.csv --output out/generated     # a model with classes, numbers, images
+python generate.py --pipeline DIR --output out/generated --count 100        # a model that needs neither masks nor conditions
+python generate.py --pipeline weights/hippocampus --masks generate:weights/hippocampus-masks --count 100 --output out/pairs
 accelerate launch generate.py ...       # divides the masks, or the rows, over the processes
 
 Writes <name>_<k:03d>.nii.gz on the mask's grid, a JSON sidecar that says how it was made, and at the end manifest.csv.
@@ -11,6 +13,11 @@ without an image, give --shape), the model's classes and numbers (an empty cell 
 be given (paths too; the others are generated to match), and name, if the mask's stem is not to be it.
 Each volume's seed comes from --seed, its name and k alone, so batch size, order, processes and interruptions change
 nothing. The same command again goes on where it stopped.
+
+With `--masks generate:PIPELINE` that pipeline draws --count label maps first, into OUTPUT/masks; each gets one volume.
+Without masks and conditions volumes are called volume_000, label maps map_000, and lie on --shape, or on grids of the sizes
+that training maps had. A label map that is broken (a label missing, in pieces, or cut off at the edge, as none of the
+training set is) is made again from a next seed; its sidecar says so.
 
 With --reject_copies (a file that `python -m evaluation.copies` makes) a volume that is too similar to one that the model
 learned from is not written, but made again from a next seed; sidecars and manifest say which were.
@@ -30,11 +37,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
 from pipelines import (
+    Check,
     MedVolumePipeline,
     Rejection,
     as_planned,
@@ -47,6 +56,7 @@ from pipelines import (
     volume_files,
     write_synthetic,
 )
+from volumes import draw_shape, map_fault
 from volumes.cases import read_table
 from volumes.patterns import SUFFIXES
 
@@ -54,6 +64,8 @@ FOLDER_SUFFIXES = tuple(suffix for suffix in SUFFIXES if not suffix.startswith("
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LONGEST_RUN = timedelta(days=30)  # processes wait this long for each other at the end
 MANIFEST = "manifest.csv"
+GENERATE = "generate:"
+CHECKS = ("copy_check", "map_check", "rejected")  # what a record has of them, if there were any
 
 
 @dataclass(frozen=True)
@@ -75,12 +87,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Task:
-    """Volume k of a request: where it goes, the shape of its padded grid, its seed and its future sidecar."""
+    """Volume k of a request: where it goes, what may share a batch with it (the shape of its padded grid), the size asked for
+    where no file has one, its seed and its future sidecar."""
 
     request: Request
     k: int
     path: Path
     shape: tuple[int, int, int]
+    size: tuple[int, int, int] | None
     seed: int
     record: dict[str, Any]
 
@@ -89,15 +103,35 @@ def main(args: Sequence[str] | None = None) -> None:
     """Generate what is not there yet."""
     options = parse(args)
     state = PartialState(timeout=LONGEST_RUN)
+    lost = []
+    if options.masks_by:
+        drawn = argparse.Namespace(**vars(options))
+        drawn.pipeline, drawn.output, drawn.masks_by = options.masks_by, options.output / "masks", None
+        drawn.guidance_scale, drawn.label_map, drawn.reject_copies = 1.0, {}, None
+        check_same_labels(options)
+        lost = generate(drawn, state)
+        names = [f"map_{k:03d}.nii.gz" for k in range(options.count)]
+        options.masks = [str(drawn.output / name) for name in names if (drawn.output / name).exists()]
+        options.count = 1
+    lost += generate(options, state)
+    state.destroy_process_group()
+    if lost:
+        raise ValueError("given up, with nothing written of them; all others are finished:\n" + "\n".join(lost))
+
+
+def generate(options: argparse.Namespace, state: PartialState) -> list[str]:
+    """Make this process's part of the volumes. Returns what is to be said of those that were given up."""
     pipe = MedVolumePipeline.from_pretrained(options.pipeline, dtype=DTYPES[options.precision]).to(state.device)
     pipe.set_progress_bar_config(disable=True)
-
+    every, ks = slice(state.process_index, None, state.num_processes), range(options.count)
     if options.conditions:
-        requests = read_requests(options.conditions, pipe, options.output)
+        requests = read_requests(options.conditions, pipe, options.output)[every]
+    elif options.masks:
+        requests = [Request(mask_stem(mask), mask) for mask in find_masks(options.masks, options.output)][every]
     else:
-        requests = [Request(mask_stem(mask), mask) for mask in find_masks(options.masks, options.output)]
+        requests, ks = [Request("map" if pipe.data.get("image_labels") else "volume", None)], ks[every]
     rejection = load_rejection(pipe, requests, options)
-    tasks = plan(pipe, requests[state.process_index :: state.num_processes], options, rejection)
+    tasks = plan(pipe, requests, ks, options, rejection)
     todo, lost = unfinished(tasks), []
     check_writable(options.output)
     with tqdm(
@@ -115,16 +149,27 @@ def main(args: Sequence[str] | None = None) -> None:
     if state.is_main_process:
         count = write_manifest(options.output)
         print(f"{count} volumes in {options.output}, listed in {options.output / MANIFEST}")
-    state.destroy_process_group()
-    if lost:
-        raise ValueError("given up, with nothing written of them; all others are finished:\n" + "\n".join(lost))
+    return lost
+
+
+def check_same_labels(options: argparse.Namespace) -> None:
+    """Raises: ValueError unless the pipeline of `--masks generate:` draws label maps, of labels that the other knows."""
+    drawn, known = (MedVolumePipeline.from_pretrained(path).data for path in (options.masks_by, options.pipeline))
+    if not drawn.get("image_labels"):
+        raise ValueError(f"--masks generate:{options.masks_by}: that pipeline makes volumes, not label maps")
+    different = {value: name for value, name in drawn["image_labels"].items() if known["labels"].get(value) != name}
+    if different and not options.label_map:
+        raise ValueError(
+            f"--masks generate:{options.masks_by}: draws {different}, and {options.pipeline} knows {known['labels']}; take one "
+            "trained on the same labels, or translate with --label_map"
+        )
 
 
 def run(pipe: MedVolumePipeline, batch: Sequence[Task], options: argparse.Namespace, paths: Any = None) -> Any:
     """The pipeline's output for tasks of one shape, written to `paths` if they are given."""
     return pipe(
         mask=[task.request.mask for task in batch if task.request.mask] or None,
-        shape=None if batch[0].request.files else options.shape,
+        shape=batch[0].size,
         labels=[task.request.labels for task in batch],
         numbers=[task.request.numbers for task in batch],
         image=[task.request.images for task in batch],
@@ -140,15 +185,30 @@ def run(pipe: MedVolumePipeline, batch: Sequence[Task], options: argparse.Namesp
 def load_rejection(
     pipe: MedVolumePipeline, requests: Sequence[Request], options: argparse.Namespace
 ) -> Rejection | None:
-    """What --reject_copies asks for. Raises: ValueError for fingerprints that do not fit, and for given images."""
-    if options.reject_copies is None:
-        return None
-    from evaluation.copies import load_judge  # here, for it imports what only evaluation needs
+    """What volumes are checked for: broken label maps, and what --reject_copies asks. Raises: ValueError for fingerprints that
+    do not fit, and for given images."""
+    checks = []
+    if "maps" in pipe.data:
+        checks.append(map_check(pipe.data))
+    if options.reject_copies is not None:
+        from evaluation.copies import copy_check  # here, for it imports what only evaluation needs
 
-    if any(request.images for request in requests):
-        raise ValueError("--reject_copies is for volumes whose channels are all generated: leave it out")
-    judge, settings = load_judge(options.reject_copies, pipe.data)
-    return Rejection(judge, settings, options.most_rejections)
+        if any(request.images for request in requests):
+            raise ValueError("--reject_copies is for volumes whose channels are all generated: leave it out")
+        checks.append(copy_check(options.reject_copies, pipe.data))
+    return Rejection(checks, options.most_rejections) if checks else None
+
+
+def map_check(data: dict[str, Any]) -> Check:
+    """Whether a generated label map is one that could be: `volumes.map_fault`."""
+    names = {int(value): name for value, name in data["image_labels"].items()}
+
+    def judge(image: Any) -> tuple[bool, dict[str, Any]]:
+        voxel = float(np.prod(image.header.get_zooms()[:3]))
+        fault = map_fault(np.asarray(image.dataobj), voxel, names, data["maps"])
+        return fault is not None, {} if fault is None else {"fault": fault}
+
+    return Check("map_check", judge, lambda found: f"is no such map as the training set's ({found['fault']})")
 
 
 def write_accepted(
@@ -178,12 +238,16 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Exits with a message on what cannot be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", required=True, help="pipeline folder or Hub repository")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--masks", nargs="+", metavar="DIR_OR_GLOB", help="NIfTI label maps")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--masks", nargs="+", metavar="DIR_OR_GLOB", help=f"NIfTI label maps, or {GENERATE}PIPELINE to draw them first"
+    )
     source.add_argument("--conditions", type=Path, metavar="TABLE", help="CSV (or JSON): a row a volume, see above")
-    parser.add_argument("--shape", nargs=3, type=positive, metavar=("X", "Y", "Z"), help="voxels, without masks")
+    parser.add_argument(
+        "--shape", nargs=3, type=positive, metavar=("X", "Y", "Z"), help="voxels, where no mask has them"
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--count", type=positive, default=1, help="volumes a mask or row (1)")
+    parser.add_argument("--count", type=positive, default=1, help="volumes a mask or row, or in all (1)")
     parser.add_argument("--steps", type=positive, default=20, help="denoising steps (20)")
     parser.add_argument(
         "--guidance_scale",
@@ -208,11 +272,16 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
         help="make volumes again that are copies of training volumes, by this file of `python -m evaluation.copies`",
     )
     parser.add_argument(
-        "--most_rejections", type=positive, default=10, help="copies in a row after which a volume is given up (10)"
+        "--most_rejections", type=positive, default=10, help="refused volumes after which one is given up (10)"
     )
     parser.add_argument("--precision", choices=DTYPES, default="no", help="no is float32 (no)")
     options = parser.parse_args(args)
     options.label_map = dict(options.label_map)
+    options.masks_by = None
+    if options.masks and any(one.startswith(GENERATE) for one in options.masks):
+        if len(options.masks) > 1:
+            parser.error(f"--masks {' '.join(options.masks)}: {GENERATE}PIPELINE stands alone")
+        options.masks_by, options.masks = options.masks[0].removeprefix(GENERATE), None
     return options
 
 
@@ -310,9 +379,14 @@ def read_requests(table: Path, pipe: MedVolumePipeline, output: Path) -> list[Re
 
 
 def plan(
-    pipe: MedVolumePipeline, requests: Sequence[Request], options: argparse.Namespace, rejection: Rejection | None
+    pipe: MedVolumePipeline,
+    requests: Sequence[Request],
+    ks: Sequence[int],
+    options: argparse.Namespace,
+    rejection: Rejection | None,
 ) -> list[Task]:
-    """Read every mask once, and check all conditions, so that what is wrong is found before hours of work.
+    """Volumes `ks` of each request. Reads every mask once, and checks all conditions, so that what is wrong is found before
+    hours of work.
 
     Raises: ValueError naming all bad masks and rows, or a shape that is missing or has no use.
     """
@@ -321,18 +395,21 @@ def plan(
     tasks, refused = [], []
     for request in requests:
         mask = request.mask
-        try:
-            canvas = pipe.canvas(mask, options.shape, options.label_map, request.images)
-            labels, numbers = check_conditions(pipe.unet, pipe.data, request.labels, request.numbers, canvas.grid)
-        except ValueError as error:
-            refused.append(f"{request.name}: {error}")
-            continue
         description, images = describe_mask(mask) if mask else None, describe_images(request.images)
-        for k in range(options.count):
+        canvas, before = None, None
+        for k in ks:
             seed = volume_seed(options.seed, request.name, k)
+            size = None if request.files else size_of(pipe, options, seed)
+            try:
+                if canvas is None or size != before:
+                    canvas, before = pipe.canvas(mask, size, options.label_map, request.images), size
+                labels, numbers = check_conditions(pipe.unet, pipe.data, request.labels, request.numbers, canvas.grid)
+            except ValueError as error:
+                refused.append(f"{request.name}: {error}")
+                break
             record = pipe.provenance(
                 description,
-                shape=options.shape,
+                shape=size,
                 seed=seed,
                 num_inference_steps=options.steps,
                 guidance_scale=options.guidance_scale,
@@ -341,13 +418,19 @@ def plan(
                 numbers=numbers,
                 images=images,
             )
-            if rejection is not None:
-                record["copy_check"] = dict(rejection.settings)
+            record |= rejection.planned if rejection is not None else {}
             path = options.output / f"{request.name}_{k:03d}.nii.gz"
-            tasks.append(Task(request, k, path, canvas.shape, seed, record))
+            tasks.append(Task(request, k, path, canvas.shape if size is None else size, size, seed, record))
     if refused:
         raise ValueError("masks or conditions that cannot be used:\n" + "\n".join(refused))
     return tasks
+
+
+def size_of(pipe: MedVolumePipeline, options: argparse.Namespace, seed: int) -> tuple[int, int, int] | None:
+    """What --shape says, or the size of a training map; None where neither is known."""
+    if options.shape:
+        return tuple(options.shape)
+    return draw_shape(pipe.data["maps"], seed) if "maps" in pipe.data else None
 
 
 def unfinished(tasks: Sequence[Task]) -> list[Task]:
@@ -366,7 +449,7 @@ def unfinished(tasks: Sequence[Task]) -> list[Task]:
         if record is None:
             refused.append(f"{task.path}: has no sidecar, so it was not generated by this script")
             continue
-        made, keys = as_planned(record), {*task.record, "copy_check"} - {"software"}
+        made, keys = as_planned(record, task.record), {*task.record, *CHECKS} - {"software"}
         different = sorted(key for key in keys if made.get(key) != task.record.get(key))
         if different:
             refused.append(f"{task.path}: was made with another {', another '.join(different)}")

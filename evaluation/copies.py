@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from pipelines import Check
 from volumes import VolumeDataset, load_cases, pad_or_crop
 
 from .model_units import in_model_units
@@ -162,20 +163,28 @@ def _blocks(volume: Tensor, block: int) -> Tensor:
     return F.avg_pool3d(volume[None], block)[0]
 
 
-def load_judge(path: str | Path, data: Mapping[str, Any]) -> tuple[Callable[[Any], CopyFound], dict[str, Any]]:
+def copy_check(path: str | Path, data: Mapping[str, Any]) -> Check:
     """What `generate.py --reject_copies` asks of each image that a pipeline with this `data` makes, and what it records:
-    {"fingerprints": sha256 of the file, "threshold"}.
+    {"fingerprints": sha256 of the file, "threshold", "similarity"}.
 
     Raises: ValueError for another file, and for fingerprints of another number of channels than the model makes.
     """
-    check = CopyCheck.load(path)
-    if (found := check.fingerprints.shape[1]) != len(data["channels"]):
+    known = CopyCheck.load(path)
+    if (found := known.fingerprints.shape[1]) != len(data["channels"]):
         raise ValueError(
             f"{path}: holds fingerprints of {found} channels, the model makes {len(data['channels'])} "
             f"({', '.join(data['channels'])}); make them from the model's own training set"
         )
-    settings = {"fingerprints": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "threshold": check.threshold}
-    return lambda image: check.check(in_model_units(image, data)), settings
+
+    def judge(image: Any) -> tuple[bool, dict[str, Any]]:
+        found = known.check(in_model_units(image, data))
+        return found.copy, {"similarity": found.similarity}
+
+    def reason(found: Mapping[str, Any]) -> str:
+        return f"is a copy of a training volume (similarity {found['similarity']:.3f}, threshold {known.threshold:.3f})"
+
+    settings = {"fingerprints": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "threshold": known.threshold}
+    return Check("copy_check", judge, reason, settings)
 
 
 def main(args: Sequence[str] | None = None) -> CopyCheck:

@@ -7,13 +7,14 @@ from .masks import MaskLike, describe_mask
 from .output import MedVolumePipelineOutput
 from .pipeline import MedVolumePipeline
 from .provenance import read_sidecar, sidecar_path, volume_files, write_synthetic
-from .rejection import Rejection, as_planned, rejection_columns
+from .rejection import Check, Rejection, as_planned, rejection_columns
 from .sampling import equal_batches
 from .volume_processor import Canvas, VolumeProcessor
 
 register_packages()
 
 __all__ = [
+    "Check",
     "Canvas",
     "MaskLike",
     "MedVolumePipeline",

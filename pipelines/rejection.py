@@ -1,25 +1,33 @@
-"""Volumes that are refused once they are made, such as copies of training volumes, are made again from a next seed; their
-records say so.
+"""Volumes that a check refuses once they are made (copies of training volumes, broken label maps) are made again from a next
+seed; their records say so.
 
-A record's `copy_check` is {"fingerprints": sha256 of the file they came from, "threshold", "similarity": of the volume
-that was kept, "rejected": [{"seed", "similarity"}] in the order in which they were made}; `seed` is that of the volume kept.
+A record has an entry a check, {"copy_check": {its settings and what it found of the volume kept}}, and "rejected":
+[{"seed", "check", what it found}] in the order in which they were made; "seed" is that of the volume kept.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 Made = tuple[Sequence[Any], Sequence[dict[str, Any]]]  # images as `output_type="nifti"` has them, and their records
+Found = tuple[bool, dict[str, Any]]  # whether it is refused, and what was found of it, for the record
 
 
-class Found(Protocol):
-    """What is said of a volume: whether it is a copy, and how similar it is to the nearest that it might be a copy of."""
+@dataclass(frozen=True)
+class Check:
+    """One reason to refuse a volume.
 
-    @property
-    def copy(self) -> bool: ...
+    Args:
+        name: its entry in the records, such as "copy_check".
+        judge: says of an image, as the pipeline returns it, whether it is refused, and what it found.
+        reason: a sentence's end about one that was refused, from what was found: "is a copy of a training volume ...".
+        settings: what decides, for the records.
+    """
 
-    @property
-    def similarity(self) -> float: ...
+    name: str
+    judge: Callable[[Any], Found]
+    reason: Callable[[Mapping[str, Any]], str]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -27,20 +35,23 @@ class Rejection:
     """Which volumes are refused, and how often.
 
     Args:
-        judge: says of an image, as the pipeline returns it, whether it is a copy.
-        settings: {"fingerprints", "threshold"}, for the records.
+        checks: a volume must pass all of them.
         most: rejections of one volume after which it is given up.
     """
 
-    judge: Callable[[Any], Found]
-    settings: Mapping[str, Any]
+    checks: Sequence[Check]
     most: int = 10
+
+    @property
+    def planned(self) -> dict[str, Any]:
+        """What a record says of the checks before its volume is made."""
+        return {check.name: dict(check.settings) for check in self.checks} | {"rejected": []}
 
     def accepted(
         self, make: Callable[[Sequence[int], Sequence[int]], Made], seed_of: Callable[[int, int], int], count: int
     ) -> Iterator[tuple[int, Any, dict[str, Any]]]:
-        """(number, image, record) of each of `count` volumes as soon as it is no copy; of one that is given up the image is
-        None, and the record {"copy_check"} alone.
+        """(number, image, record) of each of `count` volumes as soon as it passes; of one that is given up the image is
+        None, and the record {"rejected"} alone.
 
         `make(numbers, seeds)` makes those volumes from those seeds, and `seed_of(number, rejections)` is the seed of a
         volume that was rejected so often. Neither depends on what became of other volumes, so nor does any volume.
@@ -51,48 +62,67 @@ class Rejection:
             seeds = [seed_of(number, len(rejected[number])) for number in waiting]
             again = []
             for number, seed, image, record in zip(waiting, seeds, *make(waiting, seeds), strict=True):
-                found = self.judge(image)
-                if not found.copy:
-                    check = {**self.settings, "similarity": found.similarity, "rejected": rejected[number]}
-                    yield number, image, {**record, "copy_check": check}
+                entries, refusal = self._judge(image)
+                if refusal is None:
+                    yield number, image, {**record, **entries, "rejected": rejected[number]}
                     continue
-                rejected[number].append({"seed": seed, "similarity": found.similarity})
+                rejected[number].append({"seed": seed, **refusal})
                 if len(rejected[number]) < self.most:
                     again.append(number)
                 else:
-                    yield number, None, {"copy_check": {**self.settings, "rejected": rejected[number]}}
+                    yield number, None, {"rejected": rejected[number]}
             waiting = again
+
+    def _judge(self, image: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """The record's entry of each check, and what the first that refuses the image says."""
+        entries: dict[str, Any] = {}
+        for check in self.checks:
+            refused, found = check.judge(image)
+            if refused:
+                return entries, {"check": check.name, **found}
+            entries[check.name] = {**check.settings, **found}
+        return entries, None
 
     def given_up(self, name: str, record: Mapping[str, Any]) -> str:
         """What to say of a volume of which `accepted` gave no image."""
-        highest = max(one["similarity"] for one in record["copy_check"]["rejected"])
+        reasons = {check.name: check.reason for check in self.checks}
+        last = record["rejected"][-1]
         return (
-            f"{name}: each of {self.most} volumes was a copy of a training volume (similarity up to {highest:.3f}, threshold "
-            f"{self.settings['threshold']:.3f}); raise --most_rejections, or leave its mask out"
+            f"{name}: each of {self.most} volumes was refused, the last because it {reasons[last['check']](last)}; raise "
+            "--most_rejections, or leave it out"
         )
 
 
-def as_planned(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record as it was before its volume was made: with the first seed, and nothing of what was rejected."""
-    check = record.get("copy_check")
-    if check is None:
+def as_planned(record: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, Any]:
+    """The record as it was before its volume was made: with the first seed, and nothing of what was found or rejected.
+
+    Args:
+        planned: record of the same volume as it would be made now; it has the entries of its checks.
+    """
+    if "rejected" not in record:
         return dict(record)
-    first = next((one["seed"] for one in check["rejected"]), record["seed"])
-    settings = {key: check[key] for key in ("fingerprints", "threshold")}
-    return {**record, "seed": first, "copy_check": settings}
+    checks = [name for name in {*planned, *record} if name.endswith("_check")]
+    kept = {name: _settings(record[name], planned.get(name)) for name in checks if name in record}
+    first = next((one["seed"] for one in record["rejected"]), record["seed"])
+    return {**record, **kept, "seed": first, "rejected": []}
+
+
+def _settings(entry: Mapping[str, Any], planned: Mapping[str, Any] | None) -> dict[str, Any]:
+    return dict(entry) if planned is None else {key: value for key, value in entry.items() if key in planned}
 
 
 def rejection_columns(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest says of it: {"copy_threshold", "copy_similarity", "rejections", "rejected_seeds", "rejected_similarities"},
-    several in one with semicolons between; {} of a volume that was not checked."""
-    check = record.get("copy_check")
-    if check is None:
+    """What a manifest says of it: {"copy_threshold", "copy_similarity"} if it was compared with the training volumes, and of
+    every checked volume {"rejections", "rejected_seeds", "rejected_because"}, several in one with semicolons between."""
+    if "rejected" not in record:
         return {}
-    rejected = check["rejected"]
+    rejected, copy = record["rejected"], record.get("copy_check", {})
     return {
-        "copy_threshold": check["threshold"],
-        "copy_similarity": check["similarity"],
+        **{f"copy_{key}": copy[key] for key in ("threshold", "similarity") if key in copy},
         "rejections": len(rejected),
         "rejected_seeds": ";".join(str(one["seed"]) for one in rejected),
-        "rejected_similarities": ";".join(str(one["similarity"]) for one in rejected),
+        "rejected_because": ";".join(
+            f"{one['check']} " + " ".join(str(v) for k, v in one.items() if k not in ("seed", "check"))
+            for one in rejected
+        ),
     }

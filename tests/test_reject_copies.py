@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -16,9 +15,9 @@ from tiny import mask_image, tiny_data, tiny_pipeline
 
 import generate
 from evaluation import copies
-from evaluation.copies import CopyCheck, load_judge
+from evaluation.copies import CopyCheck, copy_check
 from evaluation.model_units import in_model_units
-from pipelines import MedVolumePipeline, Rejection, as_planned
+from pipelines import Check, MedVolumePipeline, Rejection, as_planned
 from volumes import Volume, resample, to_nibabel, write_volume
 
 SHAPE = (16, 16, 16)
@@ -77,10 +76,10 @@ def test_a_copy_is_made_again_and_recorded(inputs, plain, fingerprints, tmp_path
     assert_same(tmp_path / "one", tmp_path / "two")
     first, second = (generate.volume_seed(3, "a", 0, attempt) for attempt in range(2))
     record = record_of(tmp_path / "one", "a_000")
-    check = record["copy_check"]
+    check, rejected = record["copy_check"], record["rejected"]
     assert record["seed"] == second != first == record_of(plain, "a_000")["seed"]
-    assert [one["seed"] for one in check["rejected"]] == [first]
-    assert check["threshold"] == 0.99 < check["rejected"][0]["similarity"] and check["similarity"] <= 0.99
+    assert [(one["seed"], one["check"]) for one in rejected] == [(first, "copy_check")]
+    assert check["threshold"] == 0.99 < rejected[0]["similarity"] and check["similarity"] <= 0.99
     # what the sidecar says makes the volume again
     pipe = MedVolumePipeline.from_pretrained(inputs)
     again = pipe(
@@ -91,7 +90,7 @@ def test_a_copy_is_made_again_and_recorded(inputs, plain, fingerprints, tmp_path
     assert str(second) in str(written.header["descrip"])
     # the other volume is as it was
     other = record_of(tmp_path / "one", "b_000")
-    assert other.pop("copy_check")["rejected"] == [] and other == record_of(plain, "b_000")
+    assert other.pop("copy_check") and other.pop("rejected") == [] and other == record_of(plain, "b_000")
     np.testing.assert_allclose(
         nib.load(tmp_path / "one" / "b_000.nii.gz").get_fdata(), nib.load(plain / "b_000.nii.gz").get_fdata(), atol=0.01
     )
@@ -99,7 +98,9 @@ def test_a_copy_is_made_again_and_recorded(inputs, plain, fingerprints, tmp_path
         rows = list(csv.DictReader(file))
     assert [row["rejections"] for row in rows] == ["1", "0"]
     assert rows[0]["rejected_seeds"] == str(first) and float(rows[0]["copy_threshold"]) == 0.99
-    assert float(rows[0]["rejected_similarities"]) == check["rejected"][0]["similarity"]
+    assert (
+        rows[0]["rejected_because"] == f"copy_check {rejected[0]['similarity']}" and rows[1]["rejected_because"] == ""
+    )
     assert float(rows[0]["copy_similarity"]) == check["similarity"]
 
 
@@ -121,7 +122,9 @@ def test_it_goes_on_where_it_stopped_and_never_mixes_checked_volumes_with_others
 
 def test_a_volume_that_is_always_a_copy_is_given_up_and_others_stay(inputs, fingerprints, tmp_path):
     more = ["--reject_copies", str(fingerprints), "--most_rejections", "1"]
-    with pytest.raises(ValueError, match=r"(?s)given up.*a_000.nii.gz: each of 1 volumes was a copy.*threshold 0.990"):
+    with pytest.raises(
+        ValueError, match=r"(?s)given up.*a_000.nii.gz: each of 1 volumes was refused.*is a copy.*threshold 0.990"
+    ):
         generate.main(arguments(inputs, tmp_path, *more))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b_000.json", "b_000.nii.gz", "manifest.csv"]
 
@@ -134,17 +137,30 @@ def test_rejections_of_one_volume_change_no_other():
         return seeds, [{"seed": seed} for seed in seeds]
 
     def judge(image):
-        return SimpleNamespace(copy=image in copied, similarity=image / 100)
+        return image in copied, {"similarity": image / 100}
 
-    rejection = Rejection(judge, {"fingerprints": "x", "threshold": 0.5}, most=3)
+    def broken(image):
+        return image == 30, {"fault": "no liver"} if image == 30 else {}
+
+    checks = [
+        Check("copy_check", judge, lambda found: f"is {found['similarity']} alike", {"threshold": 0.5}),
+        Check("map_check", broken, lambda found: f"has {found['fault']}"),
+    ]
+    rejection = Rejection(checks, most=3)
     found = {n: (image, record) for n, image, record in rejection.accepted(make, lambda n, k: 10 * n + k, 4)}
-    assert {n: image for n, (image, _) in found.items()} == {0: 1, 1: 11, 2: None, 3: 30}
-    assert found[1][1]["copy_check"]["rejected"] == [{"seed": 10, "similarity": 0.1}]
-    assert [one["seed"] for one in found[2][1]["copy_check"]["rejected"]] == [20, 21, 22]
-    assert "c.nii.gz: each of 3 volumes" in rejection.given_up("c.nii.gz", found[2][1])
-    planned = {"fingerprints": "x", "threshold": 0.5}
-    assert as_planned(found[0][1]) == {"seed": 0, "copy_check": planned}
-    assert as_planned(found[3][1]) == {"seed": 30, "copy_check": planned}
+    assert {n: image for n, (image, _) in found.items()} == {0: 1, 1: 11, 2: None, 3: 31}
+    assert found[1][1]["rejected"] == [{"seed": 10, "check": "copy_check", "similarity": 0.1}]
+    assert found[3][1]["rejected"] == [{"seed": 30, "check": "map_check", "fault": "no liver"}]
+    assert found[3][1]["copy_check"] == {"threshold": 0.5, "similarity": 0.31} and found[3][1]["map_check"] == {}
+    assert [one["seed"] for one in found[2][1]["rejected"]] == [20, 21, 22]
+    assert "c.nii.gz: each of 3 volumes was refused, the last because it is 0.22 alike" in rejection.given_up(
+        "c.nii.gz", found[2][1]
+    )
+    planned = {"copy_check": {"threshold": 0.5}, "map_check": {}, "rejected": []}
+    assert rejection.planned == planned
+    assert as_planned(found[0][1], planned) == {"seed": 0, **planned}
+    assert as_planned(found[3][1], planned) == {"seed": 30, **planned}
+    assert as_planned({"seed": 7}, planned) == {"seed": 7}
 
 
 def test_a_copy_of_a_volume_smaller_than_the_crop_is_found():
@@ -167,7 +183,7 @@ def test_what_does_not_fit_is_named(inputs, fingerprints, tmp_path):
     (tmp_path / "text.safetensors").write_text("no tensors")
     for name, why in (("other", "no fingerprints"), ("text", "no safetensors"), ("nowhere", "no such file")):
         with pytest.raises(ValueError, match=f"{name}.safetensors: .*{why}"):
-            load_judge(tmp_path / f"{name}.safetensors", tiny_data())
+            copy_check(tmp_path / f"{name}.safetensors", tiny_data())
     assert not (tmp_path / "out").exists()
 
 

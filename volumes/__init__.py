@@ -5,14 +5,14 @@ from .config import DataConfig, PhantomConfig
 from .crops import CropDataset
 from .dataset import VolumeDataset, describe, pad_sample
 from .figures import shapes_figure, slices_figure
+from .files import read_mask, read_volume, volume_parts, volume_stem
 from .intensity import IntensityScaling, LinearScale
 from .labels import label_channels, label_indices, merge_channels
+from .map_checks import draw_shape, map_fault
 from .nifti import (
     in_one_step,
     nifti_path,
     on_stored_grid,
-    read_mask,
-    read_volume,
     stored_grid,
     to_nibabel,
     to_stored_grid,
@@ -41,12 +41,14 @@ __all__ = [
     "VolumeError",
     "describe",
     "describe_grid",
+    "draw_shape",
     "grid_numbers",
     "in_one_step",
     "label_channels",
     "label_indices",
     "load_cases",
     "make_phantom",
+    "map_fault",
     "merge_channels",
     "nifti_path",
     "on_stored_grid",
@@ -64,6 +66,8 @@ __all__ = [
     "stored_grid",
     "to_nibabel",
     "to_stored_grid",
+    "volume_parts",
+    "volume_stem",
     "write_slabs",
     "write_volume",
 ]

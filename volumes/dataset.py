@@ -21,9 +21,10 @@ from tqdm import tqdm
 from .cases import Case
 from .conditions import describe_numbers, read_classes, read_numbers
 from .config import DataConfig
+from .files import read_mask, read_volume
 from .intensity import LinearScale
-from .labels import label_channels, label_indices
-from .nifti import read_mask, read_volume
+from .labels import label_channels, label_indices, merge_channels
+from .map_checks import describe_maps
 from .phantom import PHANTOM_LABELS, make_phantom
 from .placement import pad_to_multiple
 from .resampling import resample
@@ -181,7 +182,8 @@ def describe(dataset: VolumeDataset, description: str = "") -> dict[str, Any]:
     kind percentile also "percentiles": [low, high], which are fitted anew to each volume),
     "shape_range": [[smallest x, y, z], [largest x, y, z]] in voxels, "affine": 4 x 4 of the case of median size,
     "classes": {name: [values]}, "numbers": {name: {"mean", "std", "low", "high"}} over the known ones,
-    "grid_numbers": [those of them that were taken from the volumes' grids], "description"}
+    "grid_numbers": [those of them that were taken from the volumes' grids], "maps": what `describe_maps` says of images that
+    are label maps, and only of such, "description"}
     """
     shapes = np.array(dataset.shapes)
     median_case = int(np.argsort(shapes.prod(axis=1), kind="stable")[len(shapes) // 2])
@@ -203,8 +205,16 @@ def describe(dataset: VolumeDataset, description: str = "") -> dict[str, Any]:
         "classes": {name: list(values) for name, values in sorted(dataset.config.classes.items())},
         "numbers": describe_numbers(dataset.config.numbers, [prepared.numbers for prepared in dataset.prepared]),
         "grid_numbers": [n for n in sorted(dataset.config.numbers) if not any(n in c.metadata for c in dataset.cases)],
+        **({"maps": _describe_maps(dataset)} if dataset.config.image_labels else {}),
         "description": description,
     }
+
+
+def _describe_maps(dataset: VolumeDataset) -> dict[str, Any]:
+    names = dataset.config.image_labels
+    images = [prepared.image for prepared in dataset.prepared]
+    maps = [(merge_channels(image.array, sorted(names))[0], float(np.prod(image.spacing))) for image in images]
+    return describe_maps(maps, names)
 
 
 def _common_spacing(dataset: VolumeDataset) -> list[float] | None:
