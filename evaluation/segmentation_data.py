@@ -28,6 +28,7 @@ from volumes import (
     read_volume,
     resample,
     same_grid,
+    volume_stem,
 )
 
 PERCENTILES = (0.5, 99.5)
@@ -59,6 +60,8 @@ def generated_pairs(cases: Sequence[Case], folder: Path, split: Literal["train",
     `split="test"` those from the masks of `test_cases(cases)`, to be judged and never to be learned from.
 
     A volume made from a mask of the other split, or from an unknown mask, is left out: learning from it would be cheating.
+    With `split="train"` those follow whose mask was generated too, and lies in the folder's `masks/`, as `generate.py
+    --masks generate:...` writes it; their case is a subject of its own.
     A channel that was given, and not generated, is the case's own file, if the sidecar says that it was given that one.
     Raises ValueError for a missing folder, for one without a volume to learn from, and for a volume that lacks a channel.
     """
@@ -79,10 +82,33 @@ def generated_pairs(cases: Sequence[Case], folder: Path, split: Literal["train",
         for volume, parts in made.get(case.name, []):
             path = folder / f"{volume}.nii.gz"
             pairs.append(Pair(case, tuple(parts.get(channel) or _given(path, channel, case) for channel in channels)))
+    if split == "train":
+        pairs += _of_generated_masks(folder, files, channels, masks)
     if not pairs:
         raise ValueError(
             f"{folder}: none of its {len(files)} volumes is named after a mask of the {NAMES[split]} split (<mask>_000.nii.gz)"
         )
+    return pairs
+
+
+def _of_generated_masks(
+    folder: Path, files: Sequence[Path], channels: Sequence[str], known: dict[str, Case]
+) -> list[Pair]:
+    """The volumes whose mask, by their sidecar, is in `folder`/masks. Raises: ValueError if that is not the mask that they were
+    made from."""
+    pairs = []
+    for volume, parts in _volumes(files, channels):
+        path = folder / f"{volume}.nii.gz"
+        record = (read_sidecar(path) or {}).get("mask")
+        if record is None or _mask_of(volume, known) is not None:
+            continue
+        mask = folder / "masks" / record["file"]
+        if not mask.is_file() or read_sidecar(mask) is None:  # not there, or somebody's own, of whom nothing is known
+            continue
+        if describe_mask(mask)["sha256"] != record["sha256"]:
+            raise ValueError(f"{path}: was made from another mask than {mask}; generate it again")
+        case = Case(volume, f"generated {_stem(mask)}", "train", dict(parts), mask)
+        pairs.append(Pair(case, tuple(parts[channel] for channel in channels)))
     return pairs
 
 
@@ -217,7 +243,5 @@ def _given(path: Path, channel: str, case: Case) -> Path:
 
 
 def _stem(path: Path | None) -> str:
-    """File name without .nii or .nii.gz."""
-    name = "" if path is None else path.name
-    suffix = next((s for s in SUFFIXES if name.endswith(s)), "")
-    return name.removesuffix(suffix)
+    """File name without its suffix, see `volume_stem`."""
+    return "" if path is None else volume_stem(path)

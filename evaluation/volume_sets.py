@@ -24,13 +24,15 @@ class VolumeSet:
         subjects: what was drawn independently, which bootstraps draw anew: the patient, or of generated volumes the patient
             whose mask was used. Every volume is a subject of its own if they are not given.
         masks: of generated volumes, the name of the real volume whose mask each was made from, or None.
-    Raises: ValueError for no volumes, and unless there is one name and subject (and mask) for each.
+        spacings: mm between voxels of each; 1 mm if they are not given.
+    Raises: ValueError for no volumes, and unless there is one name, subject and spacing (and mask) for each.
     """
 
     volumes: Sequence[Any] | np.ndarray
     names: Sequence[str] = ()
     subjects: Sequence[str] = ()
     masks: Sequence[str | None] | None = None
+    spacings: Sequence[tuple[float, float, float]] = ()
 
     def __post_init__(self) -> None:
         count = len(self.volumes)
@@ -38,9 +40,10 @@ class VolumeSet:
             object.__setattr__(self, "names", [f"{number:04d}" for number in range(count)])
         if not len(self.subjects):
             object.__setattr__(self, "subjects", list(self.names))
-        if not count or {len(self.names), len(self.subjects), count if self.masks is None else len(self.masks)} != {
-            count
-        }:
+        if not len(self.spacings):
+            object.__setattr__(self, "spacings", [(1.0, 1.0, 1.0)] * count)
+        of_masks = count if self.masks is None else len(self.masks)
+        if not count or {len(self.names), len(self.subjects), len(self.spacings), of_masks} != {count}:
             raise ValueError(
                 f"{count} volumes, {len(self.names)} names, {len(self.subjects)} subjects: give one of each"
             )
@@ -62,7 +65,8 @@ def real_set(cases: Sequence[Case], config: DataConfig, splits: Sequence[str]) -
         )
     dataset = _images(chosen, config)
     names = [case.name for case in dataset.cases]
-    return VolumeSet(_unit(dataset), names, [case.subject for case in dataset.cases]), dict(dataset.skipped)
+    subjects = [case.subject for case in dataset.cases]
+    return VolumeSet(_unit(dataset), names, subjects, spacings=_spacings(dataset)), dict(dataset.skipped)
 
 
 def generated_set(
@@ -96,7 +100,7 @@ def generated_set(
     dataset = _images(found, files)
     names, subjects = ([getattr(case, key) for case in dataset.cases] for key in ("name", "subject"))
     masks = [case.metadata["mask"] for case in dataset.cases]
-    return VolumeSet(_unit(dataset), names, subjects, masks), dict(dataset.skipped)
+    return VolumeSet(_unit(dataset), names, subjects, masks, _spacings(dataset)), dict(dataset.skipped)
 
 
 def mask_owners(cases: Sequence[Case]) -> dict[str, Case]:
@@ -119,3 +123,7 @@ def _images(cases: Sequence[Case], config: DataConfig) -> VolumeDataset:
 
 def _unit(dataset: VolumeDataset) -> list[np.ndarray]:
     return [(prepared.image.array + 1) / 2 for prepared in dataset.prepared]
+
+
+def _spacings(dataset: VolumeDataset) -> list[tuple[float, float, float]]:
+    return [prepared.image.spacing for prepared in dataset.prepared]

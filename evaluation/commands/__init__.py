@@ -1,6 +1,6 @@
 """The commands of evaluate.py, by name: one module each."""
 
-from . import conditions, dice, everything, few_labels, page, pretrain, privacy, realism, reconstruction
+from . import conditions, dice, everything, few_labels, page, pretrain, privacy, realism, reconstruction, shapes
 from .common import Command
 
 MODULES: tuple[Command, ...] = (
@@ -10,6 +10,7 @@ MODULES: tuple[Command, ...] = (
     pretrain,
     conditions,
     realism,
+    shapes,
     privacy,
     page,
     everything,

@@ -14,7 +14,7 @@ from volumes import load_cases
 
 from ..page import write_page
 from ..report import write_report
-from . import conditions, dice, few_labels, pretrain, privacy, realism, reconstruction
+from . import conditions, dice, few_labels, pretrain, privacy, realism, reconstruction, shapes
 from .common import Command, make_parser
 
 NAME = "all"
@@ -23,7 +23,7 @@ HELP = (
     "same arguments and files, is not measured again; delete it to do so."
 )
 READS_DATA = True
-MODULES: tuple[Command, ...] = (reconstruction, realism, privacy, dice, few_labels, pretrain, conditions)
+MODULES: tuple[Command, ...] = (reconstruction, realism, shapes, privacy, dice, few_labels, pretrain, conditions)
 PARTS: dict[str, Command] = {module.NAME: module for module in MODULES}
 FOR_ALL = ("config", "data", "output", "precision", "device")  # are given once, and hold for every part
 
@@ -86,7 +86,7 @@ def part_options(name: str, options: Namespace, folder: Path) -> tuple[Namespace
     args = ["--config", options.config, "--output", str(folder / f"{name}.json"), "--precision", options.precision]
     args += ["--device", options.device] if options.device else []
     if "synthetic" in known:
-        several = name in (realism.NAME, privacy.NAME)
+        several = name in (realism.NAME, shapes.NAME, privacy.NAME)
         if not several and len(options.synthetic) > 1:
             raise ValueError(
                 f"{name} takes one folder of --synthetic, not {len(options.synthetic)}; leave it out of --parts"

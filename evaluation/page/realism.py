@@ -50,6 +50,26 @@ def consistency_section(report: Mapping[str, Any]) -> Section:
     return Section("Consistent between slices", lead, tables)
 
 
+def shapes_section(report: Mapping[str, Any]) -> Section:
+    """Sizes, forms and neighbourhoods of labels, of `evaluate.py shapes`."""
+    found = report["shapes"]
+    rows = [distance_row(name, one["wasserstein"]) for name, one in found["figures"].items()]
+    picture = interval_plot(rows, "Grey: real against real. Green within it, red outside.", "standard deviations")
+    note = "Wasserstein-1 distance from unseen real label maps, in their standard deviations."
+    together = [
+        distance_row("kernel distance, unbiased", found["kernel"]),
+        auc_row("nearer to training than unseen real (AUC)", found["closer_to_training"]),
+    ]
+    tables = [
+        Table("All figures together", "Of each map's figures below.", together),
+        Table("Each figure", note, rows, picture),
+    ]
+    lead = (
+        "Generated label maps beside unseen real ones, and as the floor real training maps beside the same unseen ones."
+    )
+    return Section("Shaped as real ones", lead, tables)
+
+
 def realistic_claim(report: Mapping[str, Any] | None) -> Claim:
     """The kernel distance, by the trained encoder's features if there are any."""
     question = "Do they look like real volumes, all together?"

@@ -11,10 +11,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from ..report import provenance, write_report
 from .model import RULE, Claim, Section
 from .privacy import privacy_section, private_claim
-from .realism import consistency_section, consistent_claim, realism_section, realistic_claim
+from .realism import consistency_section, consistent_claim, realism_section, realistic_claim, shapes_section
 from .usefulness import budgets_section, conditions_section, dice_section, reconstruction_section, useful_claim
 
-ORDER = ("realism", "dice", "few_labels", "pretrain", "conditions", "privacy", "reconstruction")
+ORDER = ("realism", "shapes", "dice", "few_labels", "pretrain", "conditions", "privacy", "reconstruction")
 
 
 def build_page(paths: Sequence[Path]) -> dict[str, Any]:
@@ -102,7 +102,12 @@ def _sections(name: str, report: Mapping[str, Any], folder: Path) -> list[Sectio
     elif name in ("few_labels", "pretrain"):
         found = [budgets_section(report)]
     else:
-        make = {"dice": dice_section, "conditions": conditions_section, "reconstruction": reconstruction_section}[name]
+        make = {
+            "dice": dice_section,
+            "shapes": shapes_section,
+            "conditions": conditions_section,
+            "reconstruction": reconstruction_section,
+        }[name]
         found = [make(report)]
     measured_on = {
         "command": report.get("command", "unknown"),

@@ -1,0 +1,51 @@
+"""`evaluate.py shapes`: whether generated label maps are shaped as real ones."""
+
+import dataclasses
+import time
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+
+from ..report import provenance, write_report
+from ..shapes import compare_shapes
+from .sets import add_folder_arguments, describe_sets, load_sets
+
+NAME = "shapes"
+HELP = "Sizes, forms and neighbourhoods of the labels of generated label maps, beside what real ones are to each other."
+READS_DATA = True
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the command's own arguments."""
+    add_folder_arguments(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of the draws of maps")
+
+
+def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Compare the sets. Raises: ValueError for data whose images are no label maps."""
+    start = time.perf_counter()
+    if not options.data.image_labels:
+        raise ValueError("shapes are of label maps: give a config whose data has image_labels")
+    sets, skipped = load_sets(options)
+    report = {
+        "evaluation": NAME,
+        "shapes": compare_shapes(sets, options.data.channels, options.seed),
+        "volumes": describe_sets(sets, options.unseen),
+        "skipped": skipped,
+        "synthetic": options.synthetic,
+        "seconds": round(time.perf_counter() - start, 2),
+        "data": dataclasses.asdict(options.data),
+        **provenance(),
+    }
+    write_report(options.output, report)
+    found = report["shapes"]
+    for name, one in [*found["figures"].items(), ("all together, kernel distance", {"wasserstein": found["kernel"]})]:
+        made, floor = (one["wasserstein"][key] for key in ("generated_to_test", "training_to_test"))
+        excess = one["wasserstein"]["excess"]["interval"]
+        verdict = "outside" if excess[0] > 0 else "within"
+        print(f"{name}: {made['mean']:.3f}; real against real {floor['mean']:.3f}: {verdict}")
+    auc, (low, high) = (found["closer_to_training"][key] for key in ("auc", "interval"))
+    print(f"nearer to training maps than unseen real ones, AUC: {auc:.3f} ({low:.3f} to {high:.3f})")
+    print(f"report: {options.output}")
+    return report
