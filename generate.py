@@ -107,7 +107,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if options.masks_by:
         drawn = argparse.Namespace(**vars(options))
         drawn.pipeline, drawn.output, drawn.masks_by = options.masks_by, options.output / "masks", None
-        drawn.guidance_scale, drawn.label_map, drawn.reject_copies = 1.0, {}, None
+        drawn.guidance_scale, drawn.label_map, drawn.reject_copies, drawn.lora = 1.0, {}, None, None
         check_same_labels(options)
         lost = generate(drawn, state)
         names = [f"map_{k:03d}.nii.gz" for k in range(options.count)]
@@ -238,6 +238,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Exits with a message on what cannot be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", required=True, help="pipeline folder or Hub repository")
+    parser.add_argument("--lora", help="LoRA for the pipeline, a file or folder of train_ldm.py")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--masks", nargs="+", metavar="DIR_OR_GLOB", help=f"NIfTI label maps, or {GENERATE}PIPELINE to draw them first"

@@ -1,0 +1,130 @@
+"""Is it better to start from the shipped weights than from scratch, with 16 volumes of another label set?
+
+python -m benchmarks.finetuning --output out/finetuning/finetuning.json
+
+For each seed: 16 volumes of the training split are drawn, and a U-Net is trained on them, with the shipped autoencoder, in three ways
+of equally many steps: all weights from the shipped ones, a LoRA on them, and all weights from scratch. Each makes ten volumes of each
+of the 16 masks, a segmenter learns from those, and is judged on the real volumes of the test split. Another segmenter learns from the 16
+real volumes. Everything that is done already is kept (beside --output), so a run that was stopped goes on.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluation import provenance, write_report
+from evaluation.intervals import over_seeds
+
+CONFIGS = Path("configs/whole_hippocampus")
+PIPELINE = "weights/hippocampus"
+ARMS: dict[str, list[str]] = {
+    "fine-tuned": ["--config", str(CONFIGS / "finetune.yaml")],
+    "LoRA": ["--config", str(CONFIGS / "lora.yaml")],
+    "from scratch": [
+        "--config",
+        str(CONFIGS / "finetune.yaml"),
+        "--init_from",
+        "null",
+        "--optimizer.learning_rate",
+        "1e-3",
+    ],
+}
+REAL = "16 real volumes"
+MERGED = "{0: background, 1: hippocampus}"  # what the segmenter tells apart
+
+
+def main(args: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train what is not trained yet, judge, write the report and return it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
+    parser.add_argument("--seeds", type=int, default=3, help="draws of volumes, each with its trainings (3)")
+    parser.add_argument("--k", type=int, default=16, help="labelled volumes (16)")
+    parser.add_argument("--count", type=int, default=10, help="volumes generated of each mask (10)")
+    parser.add_argument("--steps", type=int, default=400, help="of each U-Net's training (400)")
+    parser.add_argument("--iterations", type=int, default=600, help="of each segmenter's training (600)")
+    options = parser.parse_args(args)
+    scores: dict[str, list[float]] = {}
+    for seed in range(options.seeds):
+        for arm in (REAL, *ARMS):
+            scores.setdefault(arm, []).append(score(arm, seed, options))
+            print(f"{arm}, seed {seed}: Dice {scores[arm][-1]:.4f}", flush=True)
+            write_report(options.output, summarise(scores, options))
+    return summarise(scores, options)
+
+
+def score(arm: str, seed: int, options: argparse.Namespace) -> float:
+    """Dice on the real test volumes of a segmenter that learned from what this arm makes, or from the 16."""
+    folder = options.output.parent / f"seed_{seed}"
+    config, table, own = ARMS["fine-tuned"][:2], folder / "table.csv", folder / arm.replace(" ", "_")
+    only = ["--data.table", os.path.relpath(table, "../shared/data/hippocampus"), "--data.split", "split"]
+    report = own / "dice.json"
+    if not table.exists():
+        run("-m", "evaluation.labels", *config, "--k", options.k, "--seed", seed, "--output", table)
+    judge = ["evaluate.py", "dice", *config, *only, "--data.label_names", MERGED, "--seeds", 1, "--output", report]
+    judge += ["--iterations", options.iterations]
+    if arm == REAL:
+        judge += ["--train_on", "real"]
+    else:
+        make_volumes(arm, seed, own, folder / "table_masks.csv", only, options)
+        judge += ["--train_on", "synthetic", "--synthetic", own / "volumes"]
+    if not report.exists():
+        run(*judge)
+    scores = json.loads(report.read_text())["scores"]
+    return next(iter(scores.values()))[0]["dice"]
+
+
+def make_volumes(
+    arm: str, seed: int, folder: Path, masks: Path, only: Sequence[Any], options: argparse.Namespace
+) -> None:
+    """Train the arm's U-Net and generate `options.count` volumes of each of the masks."""
+    steps = ["--loop.max_steps", options.steps, "--loop.seed", seed]
+    result = folder / "run" / ("lora" if arm == "LoRA" else "pipeline")
+    if not result.exists():
+        run("train_ldm.py", *ARMS[arm], *only, *steps, "--output", folder / "run")
+    source = ["--pipeline", PIPELINE, "--lora", result] if arm == "LoRA" else ["--pipeline", result]
+    run(
+        *("generate.py", *source, "--conditions", masks, "--count", options.count, "--seed", seed),
+        *("--label_map", "2=1", "--output", folder / "volumes"),
+    )
+
+
+def run(*command: Any) -> None:
+    """Run a Python script or module of this repository. Raises: CalledProcessError if it fails."""
+    subprocess.run([sys.executable, *map(str, command)], check=True)
+
+
+def summarise(scores: dict[str, list[float]], options: argparse.Namespace) -> dict[str, Any]:
+    """The report: each arm's Dice, and its difference from training from scratch, paired by the draw of volumes."""
+    scratch = scores.get("from scratch", [])
+    differences = {
+        arm: [one - other for one, other in zip(values, scratch, strict=False)]
+        for arm, values in scores.items()
+        if arm != "from scratch" and scratch
+    }
+    return {
+        "evaluation": "finetuning",
+        "k": options.k,
+        "count": options.count,
+        "steps": options.steps,
+        "iterations": options.iterations,
+        "dice": {
+            arm: {"mean": float(np.mean(values)), "per_seed": values, "interval_seeds": over_seeds(values)}
+            for arm, values in scores.items()
+        },
+        "less_from_scratch": {
+            arm: {"mean": float(np.mean(values)), "per_seed": values, "interval_seeds": over_seeds(values)}
+            for arm, values in differences.items()
+        },
+        **provenance(),
+    }
+
+
+if __name__ == "__main__":
+    main()
