@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from volumes import Case
 
-from .intervals import compare_paired
+from .intervals import compare_paired, over_seeds
 from .segmentation_data import LoadedPairs
 from .segmenter import BATCH_SIZE, ITERATIONS, LEARNING_RATE, train_segmenter, volume_dice
 
@@ -76,18 +76,32 @@ def score_training(
     return {**result, "seconds": round(time.perf_counter() - began, 2)}
 
 
-def ratios(scores: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Every source's Dice over real's: of the means, and seed by seed. `scores` holds the results of `score_training` by source."""
-    if REAL not in scores:
-        return {}
-    real = {result["seed"]: result["dice"] for result in scores[REAL]}
+def ratios(scores: Mapping[str, list[dict[str, Any]]], subjects: Sequence[str]) -> dict[str, Any]:
+    """Every source's Dice over real's.
+
+    Args:
+        scores: the results of `score_training` by source.
+        subjects: whose each judging volume is.
+    Returns: {"source/real": {"of_means", "per_seed": {seed: ratio}, "interval_seeds": of the mean of those, "interval_subjects":
+        of "of_means", over subjects drawn anew (`compare_paired`), if the results say how each volume fared}}, of the seeds that both have; {} without real.
+    """
+    real = {result["seed"]: result for result in scores.get(REAL, [])}
     found: dict[str, Any] = {}
     for source, results in scores.items():
-        if source == REAL:
+        both = [(one, real[one["seed"]]) for one in results if one["seed"] in real]
+        if source == REAL or not both:
             continue
-        per_seed = {str(r["seed"]): r["dice"] / real[r["seed"]] for r in results if r["seed"] in real}
-        of_means = float(np.mean([r["dice"] for r in results]) / np.mean(list(real.values())))
-        found[f"{source}/real"] = {"of_means": of_means, "per_seed": per_seed}
+        per_seed = {str(one["seed"]): one["dice"] / other["dice"] for one, other in both}
+        of_means = float(np.mean([one["dice"] for one, _ in both]) / np.mean([other["dice"] for _, other in both]))
+        found[f"{source}/real"] = {
+            "of_means": of_means,
+            "per_seed": per_seed,
+            "interval_seeds": over_seeds(list(per_seed.values())),
+        }
+        if all("per_volume" in one for pair in both for one in pair):  # reports from before there was that have it not
+            ours, theirs = (np.array([one["per_volume"] for one in side]) for side in zip(*both, strict=True))
+            compared = compare_paired(ours, theirs, subjects, "ratio")
+            found[f"{source}/real"]["interval_subjects"] = compared["interval_subjects"]
     return found
 
 

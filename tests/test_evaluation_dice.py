@@ -183,11 +183,26 @@ def test_the_report_and_its_ratios(data, capsys):
 
 
 def test_ratios_of_known_scores():
-    scores = {"real": [{"seed": 0, "dice": 0.8}, {"seed": 1, "dice": 0.4}], "synthetic": [{"seed": 0, "dice": 0.4}]}
-    assert ratios(scores) == {
-        "synthetic/real": {"of_means": pytest.approx(0.4 / 0.6), "per_seed": {"0": pytest.approx(0.5)}}
+    def result(seed, *per_volume):
+        return {"seed": seed, "dice": float(np.mean(per_volume)), "per_volume": list(per_volume)}
+
+    real = [result(0, 0.9, 0.7, 0.8), result(1, 0.5, 0.7, 0.6)]
+    scores = {"real": real, "synthetic": [result(0, 0.45, 0.35, 0.4)], "both": real}
+    found = ratios(scores, ["a", "a", "b"])
+    assert found["synthetic/real"] == {
+        "of_means": pytest.approx(0.5),
+        "per_seed": {"0": pytest.approx(0.5)},
+        "interval_seeds": None,
+        "interval_subjects": [pytest.approx(0.5), pytest.approx(0.5)],
     }
-    assert ratios({"synthetic": scores["synthetic"]}) == {}
+    assert found["both/real"]["per_seed"] == {"0": 1, "1": 1} and found["both/real"]["interval_seeds"] == [1, 1]
+    better = {**scores, "both": [result(0, 0.9, 0.7, 1.0), result(1, 0.5, 0.7, 0.8)]}  # for subject b alone
+    found = ratios(better, ["a", "a", "b"])["both/real"]
+    assert found["interval_subjects"] == [pytest.approx(1.0), pytest.approx(0.9 / 0.7)]
+    for one in real:
+        del one["per_volume"]  # as older reports are
+    assert "interval_subjects" not in ratios(scores, ["a", "a", "b"])["synthetic/real"]
+    assert ratios({"synthetic": scores["synthetic"]}, ["a", "a", "b"]) == {}
 
 
 def test_a_shape_that_cannot_be_halved_is_refused():

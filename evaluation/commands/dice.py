@@ -99,7 +99,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     report["skipped"] = dict(judged.skipped + (judged_too.skipped if judged_too else []))
 
     def summarise() -> None:
-        report["ratios"] = ratios(report["scores"])
+        report["ratios"] = ratios(report["scores"], [case.subject for case in judged.cases])
         if judged_too is not None and "real" in report["scores"]:
             report["obedience"] = mask_obedience(report["scores"]["real"], judged.cases, judged_too.cases)
 
@@ -134,7 +134,9 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
             f"{source}: {sum(r['dice'] for r in results) / len(results):.4f}  {[round(r['dice'], 4) for r in results]}"
         )
     for name, ratio in report["ratios"].items():
-        print(f"{name}: {ratio['of_means']:.4f}  {[round(r, 4) for r in ratio['per_seed'].values()]}")
+        low, high = ratio.get("interval_subjects") or (float("nan"), float("nan"))
+        seeds = [round(r, 4) for r in ratio["per_seed"].values()]
+        print(f"{name}: {ratio['of_means']:.4f} ({low:.4f} to {high:.4f} over subjects)  {seeds}")
     if obedience := report.get("obedience"):
         gap = obedience["synthetic-real"]
         low, high = gap["interval_subjects"]
