@@ -83,7 +83,8 @@ def ratios(scores: Mapping[str, list[dict[str, Any]]], subjects: Sequence[str]) 
         scores: the results of `score_training` by source.
         subjects: whose each judging volume is.
     Returns: {"source/real": {"of_means", "per_seed": {seed: ratio}, "interval_seeds": of the mean of those, "interval_subjects":
-        of "of_means", over subjects drawn anew (`compare_paired`), if the results say how each volume fared}}, of the seeds that both have; {} without real.
+        of "of_means", over subjects drawn anew (`compare_paired`), if the results say how each volume fared}}, of the seeds that
+        both have; {} without real.
     """
     real = {result["seed"]: result for result in scores.get(REAL, [])}
     found: dict[str, Any] = {}

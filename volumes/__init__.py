@@ -4,6 +4,7 @@ from .cases import Case, load_cases
 from .config import DataConfig, PhantomConfig
 from .crops import CropDataset
 from .dataset import VolumeDataset, describe, pad_sample
+from .dicom_out import write_dicom
 from .figures import shapes_figure, slices_figure
 from .files import read_mask, read_volume, volume_parts, volume_stem
 from .intensity import IntensityScaling, LinearScale
@@ -68,6 +69,7 @@ __all__ = [
     "to_stored_grid",
     "volume_parts",
     "volume_stem",
+    "write_dicom",
     "write_slabs",
     "write_volume",
 ]

@@ -70,7 +70,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         rows = json.loads(text) if path.suffix == ".json" else _csv_rows(text)
-    except (ValueError, csv.Error) as error:
+    except (ValueError, csv.Error, RecursionError, OSError) as error:
         raise ValueError(f"{path}: cannot be read as a {path.suffix[1:] or 'CSV'} table in UTF-8: {error}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected rows: a CSV file with a header, or a JSON list of objects")
@@ -111,7 +111,7 @@ def _from_table(config: DataConfig) -> list[Case]:
             images[channel] = root / fill_pattern(patterns[0], row)
         mask = root / fill_pattern(config.masks, row) if config.masks else None
         for path in [*images.values(), *([mask] if mask else [])]:
-            if config.on_error == "raise" and not path.is_file():  # else refused, and listed, when it is read
+            if config.on_error == "raise" and not path.exists():  # else refused, and listed, when it is read
                 raise ValueError(f"{path}: no such file, though {config.table} has a row for it: {row}")
         first, pattern = next(iter(images.items()))[1], next(iter(config.patterns.values()))[0]
         name = case_name([str(row[column]) for column in placeholders(pattern)], first)

@@ -135,8 +135,11 @@ def prepare(case: Case, config: DataConfig) -> PreparedCase:
     classes = read_classes(case, config.classes)
     image, mask = _phantom(case, config) if case.phantom is not None else _files(case, config)
     if config.spacing is not None:
-        image = resample(image, config.spacing)
-        mask = resample(mask, config.spacing, nearest=True) if mask is not None else None
+        try:
+            image = resample(image, config.spacing)
+            mask = resample(mask, config.spacing, nearest=True) if mask is not None else None
+        except VolumeError as error:
+            raise VolumeError(f"{next(iter(case.images.values()), case.name)}: {error}") from error
     numbers = read_numbers(case, config.numbers, image)
     scales = []
     scaled = np.empty_like(image.array)

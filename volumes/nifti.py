@@ -1,14 +1,17 @@
-"""NIfTI files to volumes and back.
+"""NIfTI files to voxels, and volumes to NIfTI files.
 
 That is .nii, .nii.gz and .hdr/.img pairs, NIfTI-1 and -2, either byte order, slope and intercept, qform or sform.
 
-Every file that cannot be read right is refused with a `VolumeError` that names it and says why; nothing is guessed.
+Every file that cannot be read right is refused with a `VolumeError` that names it and says why; nothing is guessed. No
+header is believed before the file was seen to hold as many bytes as it promises.
 """
 
 from __future__ import annotations
 
 import gzip
+import math
 import os
+import re
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -24,7 +27,8 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from nibabel.spatialimages import HeaderDataError
 
 from .resampling import resample_to
-from .volume import SourceGrid, Volume, VolumeError, check_affine, same_grid
+from .stored import COPY_BYTES, Stored, check_grid, check_room, refuse_pointer
+from .volume import SourceGrid, Volume, VolumeError, same_grid
 
 Readable = str | os.PathLike | Nifti1Pair
 
@@ -34,50 +38,21 @@ MILLIMETRES = {
     3: 0.001,
 }  # by the low three bits of xyzt_units: metre, mm, micron; anything else is taken as mm
 DESCRIPTION_BYTES = 79  # the header's `descrip` field is 80 bytes, the last one NUL
-WHOLE_NUMBER_TOLERANCE = 1e-4
-COPY_BYTES = 1 << 22  # at a time, through a gzip file
+NIFTI_SUFFIXES = (".nii.gz", ".hdr.gz", ".img.gz", ".nii", ".hdr", ".img")
+MOST_HEADER_BYTES = 1 << 26  # of a header with its extensions, and of what may follow the voxels in a file
 
 
-def read_volume(source: Readable, *, time_point: int | None = None) -> Volume:
-    """Read a scalar image as float32 (C, X, Y, Z), in RAS+ order, slope and intercept applied.
+def read_nifti(source: Readable) -> Stored:
+    """Voxels, slope and intercept applied, and grid of a NIfTI file (or image).
 
-    A 3-D file has one channel; the fourth axis of a 4-D file becomes the channels, or `time_point` picks one of them.
-    Raises VolumeError for files that are broken, truncated, in colour, complex, or hold values that are not finite.
+    Raises: VolumeError for a file that is broken, truncated, in colour, complex or sheared.
     """
     name, image = open_nifti(source)
+    check_scalar(name, image)
+    check_room(name, image.shape, np.dtype(image.get_data_dtype()).itemsize)
     values = _channels_last(_values(name, image), name)
-    if time_point is not None:
-        if not 0 <= time_point < values.shape[3]:
-            raise VolumeError(f"{name}: has no time point {time_point}; it holds {values.shape[3]}, counted from 0")
-        values = values[..., time_point : time_point + 1]
-    with np.errstate(over="ignore"):  # what exceeds float32 becomes infinite and is refused below
-        array = values.astype(np.float32)
-    bad = array.size - int(np.isfinite(array).sum())
-    if bad:
-        raise VolumeError(f"{name}: {bad} of {array.size} values are not finite (NaN or infinite); replace them first")
-    return _canonical(array, image, name)
-
-
-def read_mask(source: Readable) -> Volume:
-    """Read a label map as int16 (1, X, Y, Z), in RAS+ order. Float files are fine if they hold whole numbers."""
-    name, image = open_nifti(source)
-    values = _channels_last(_values(name, image), name)
-    if values.shape[3] != 1:
-        raise VolumeError(f"{name}: a mask is one label map, this file holds {values.shape[3]}; merge them into one")
-    if not np.isfinite(values).all():
-        raise VolumeError(f"{name}: the mask holds values that are not finite")
-    labels = values if values.dtype.kind in "biu" else np.rint(values)
-    if labels is not values and np.abs(values - labels).max() > WHOLE_NUMBER_TOLERANCE:
-        worst = float(values.flat[np.abs(values - labels).argmax()])
-        raise VolumeError(
-            f"{name}: the mask holds {worst:.6g}, which is no whole number; is it an image or a probability map?"
-        )
-    limits = np.iinfo(np.int16)
-    if labels.min() < limits.min or labels.max() > limits.max:
-        raise VolumeError(
-            f"{name}: labels run from {labels.min():.0f} to {labels.max():.0f}; int16 is what is supported"
-        )
-    return _canonical(labels.astype(np.int16), image, name)
+    x, y, z, _ = values.shape
+    return Stored(name, values, grid_of(image, (x, y, z), name))
 
 
 def stored_grid(volume: Volume) -> SourceGrid:
@@ -186,63 +161,72 @@ def in_one_step(*paths: Path) -> Iterator[list[Path]]:
             os.replace(made, path)
 
 
-def open_nifti(source: Readable, *, check_gzip: bool = True) -> tuple[str, Nifti1Pair]:
-    """Name (for messages) and header of a NIfTI file or image; voxels are not read yet, only checked if they are gzip.
+def open_nifti(source: Readable, *, check: bool = True) -> tuple[str, Nifti1Pair]:
+    """Name (for messages) and header of a NIfTI file or image; voxels are not read yet, but with `check` they were
+    seen to be there, and whole where they are gzip.
 
-    Raises: VolumeError for what is no NIfTI file, or a damaged one.
+    Raises: VolumeError for what is no NIfTI file, a damaged one, or one that holds less than its header says.
     """
     if isinstance(source, Nifti1Pair):
         return str(source.get_filename() or "nibabel image"), source
-    if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"expected a path or a nibabel NIfTI image, got {type(source).__name__}")
     path = Path(source)
     if not path.exists():
         raise VolumeError(f"{path}: no such file")
     if path.is_dir():
         raise VolumeError(f"{path}: is a folder; give a NIfTI file")
-    _refuse_pointer(path)
-    if check_gzip:
-        gunzip(path)
     try:
-        image = nib.load(path)
-    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
-        raise VolumeError(f"{path}: cannot be read as NIfTI: {error}") from error
-    if not isinstance(image, Nifti1Pair):
-        raise VolumeError(f"{path}: is {type(image).__name__}, not NIfTI; convert it to .nii.gz")
-    for part in {Path(str(holder.filename)) for holder in image.file_map.values()} - {path}:
-        if check_gzip:
-            gunzip(part)  # the other half of a pair
+        refuse_pointer(path)
+        image = _nifti_class(path).from_filename(path)
+        shape, dtype = image.shape, np.dtype(image.get_data_dtype())
+        start, voxels = int(image.dataobj.offset), math.prod(map(int, shape)) * dtype.itemsize
+    except VolumeError:
+        raise
+    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
+        raise VolumeError(f"{path}: cannot be read as NIfTI: {' '.join(str(error).split())}") from error
+    if min(shape, default=0) < 0 or start < 0:
+        raise VolumeError(f"{path}: cannot be read as NIfTI: its shape is {shape}, its voxels begin at byte {start}")
+    for part in {Path(str(holder.filename)) for holder in image.file_map.values()} if check else ():
+        last = start + voxels if part == Path(str(image.file_map["image"].filename)) else 0
+        zipped = part.suffix.lower() == ".gz"
+        size = gunzip(part, most=last + MOST_HEADER_BYTES) if zipped else part.stat().st_size
+        if size < last:
+            raise VolumeError(
+                f"{path}: its voxels cannot be read: Expected {voxels} bytes, got {max(size - start, 0)} bytes; it is truncated"
+            )
     return str(path), image
 
 
-def _refuse_pointer(path: Path) -> None:
-    try:
-        with open(path, "rb") as file:
-            start = file.read(64)
-    except OSError as error:
-        raise VolumeError(f"{path}: cannot be opened: {error.strerror}") from error
-    if not start:
-        raise VolumeError(f"{path}: is empty")
-    if start.startswith(b"version https://git-lfs"):
-        raise VolumeError(f"{path}: is a Git LFS pointer, not the volume itself; fetch it with `git lfs pull`")
+def _nifti_class(path: Path) -> type[Nifti1Pair]:
+    """By the magic number of the header: nibabel would also try formats that have nothing to do with ours."""
+    single = path.name.lower().removesuffix(".gz").endswith(".nii")
+    header = path if single else path.with_name(re.sub(r"\.img(\.gz)?$", r".hdr\1", path.name))
+    with gzip.open(header) if header.suffix.lower() == ".gz" else open(header, "rb") as file:
+        start = file.read(348)
+    if start[344:] in (b"n+1\0", b"ni1\0"):
+        return nib.Nifti1Image if single else Nifti1Pair
+    if start[4:8] in (b"n+2\0", b"ni2\0"):
+        return nib.Nifti2Image if single else nib.Nifti2Pair
+    raise ImageFileError("its header has no magic number of NIfTI")
 
 
-def gunzip(path: Path, to: BinaryIO | None = None) -> None:
+def gunzip(path: Path, to: BinaryIO | None = None, *, most: int | None = None) -> int:
     """Decompress a .gz file to the end, into `to` or only to find a wrong checksum or trailing data: nibabel stops at
-    the last voxel."""
-    if path.suffix == ".gz":
-        for piece in _gunzipped(path):
-            if to is not None:
-                to.write(piece)
+    the last voxel.
 
-
-def _gunzipped(path: Path) -> Iterator[bytes]:
+    Returns: how many bytes it holds. Raises: VolumeError for a damaged file, and where it holds more than `most` bytes.
+    """
+    size = 0
     try:
         with gzip.open(path) as file:
             while piece := file.read(COPY_BYTES):
-                yield piece
+                size += len(piece)
+                if most is not None and size > most:
+                    raise VolumeError(f"{path}: holds far more than the {most} bytes that its header speaks of")
+                if to is not None:
+                    to.write(piece)
     except (OSError, EOFError, zlib.error) as error:
         raise VolumeError(f"{path}: damaged gzip file: {error}") from error
+    return size
 
 
 def check_scalar(name: str, image: Nifti1Pair) -> None:
@@ -264,6 +248,18 @@ def _values(name: str, image: Nifti1Pair) -> np.ndarray:
     return values
 
 
+def exact_values(values: np.ndarray) -> np.ndarray:
+    """The same values as integers of up to 32 bits if they are integers, else as float32 or float64."""
+    if values.dtype.kind in "biu":
+        if values.dtype.kind != "b" and values.dtype.itemsize < 8:
+            return values.astype(values.dtype.newbyteorder("="))
+        limits = np.iinfo(np.int32)
+        fits = limits.min <= int(values.min()) and int(values.max()) <= limits.max
+        return values.astype(np.uint8 if values.dtype.kind == "b" else np.int32 if fits else np.float64)
+    single = values.astype(np.float32)
+    return single if (single == values).all() else values.astype(np.float64)
+
+
 def _channels_last(values: np.ndarray, name: str) -> np.ndarray:
     return values.reshape(shape_with_channels(values.shape, name))
 
@@ -280,18 +276,11 @@ def shape_with_channels(shape: tuple[int, ...], name: str) -> tuple[int, int, in
     return shape[0], shape[1], shape[2], extra[0] if extra else 1
 
 
-def _canonical(values: np.ndarray, image: Nifti1Pair, name: str) -> Volume:
-    """Voxels (I, J, K, C) in the order of the file to a Volume in RAS+."""
-    source = grid_of(image, values.shape[:3], name)
-    array = apply_orientation(values, io_orientation(source.affine))
-    return Volume(np.ascontiguousarray(np.moveaxis(array, -1, 0)), canonical_grid(source)[1], source)
-
-
 def grid_of(image: Nifti1Pair, shape: tuple[int, int, int], name: str) -> SourceGrid:
     """The grid on which a file stores its voxels. Raises: VolumeError if its geometry is broken."""
     try:
         affine = _millimetres(image, image.affine)
-        check_affine(affine)
+        check_grid(affine)
         qform, qform_code = image.get_qform(coded=True)
     except (HeaderDataError, ValueError) as error:
         raise VolumeError(f"{name}: its geometry is broken: {error}") from error

@@ -6,8 +6,9 @@ import glob
 import re
 from pathlib import Path
 
+from .files import SUFFIXES, is_volume
+
 PIECE = re.compile(r"\{(\w+)\}|(\*\*/)|(\*)|(\?)")
-SUFFIXES = (".nii.gz", ".hdr.gz", ".img.gz", ".nii", ".hdr", ".img")
 
 
 def fill_pattern(pattern: str, values: dict[str, object]) -> str:
@@ -24,7 +25,8 @@ def placeholders(pattern: str) -> list[str]:
 
 
 def find_files(root: Path, pattern: str) -> dict[Path, dict[str, str]]:
-    """Files under `root` that match, sorted, each with what its pieces stood for (wildcards are called "1", "2", ...)."""
+    """Files, and folders of DICOM files, under `root` that match, sorted, each with what its pieces stood for (wildcards
+    are called "1", "2", ...)."""
     expression, glob_pattern, last = "", "", 0
     names: list[str] = []
     for piece in PIECE.finditer(pattern):
@@ -47,7 +49,7 @@ def find_files(root: Path, pattern: str) -> dict[Path, dict[str, str]]:
     found = {}
     for path in sorted(glob.glob(glob_pattern, root_dir=root, recursive=True)):
         match = matcher.fullmatch(path)
-        if match and (root / path).is_file():
+        if match and is_volume(root / path):
             found[root / path] = {key.removeprefix("_"): value for key, value in match.groupdict().items()}
     return found
 

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .volume import Volume
+from .stored import check_room
+from .volume import Volume, VolumeError
 
 SLAB_VOXELS = 1 << 21
+MOST_OLD_VOXELS = 1000  # along an axis of a new one; a header with more is wrong
 
 
 def resample(volume: Volume, spacing: tuple[float, float, float] | list[float], *, nearest: bool = False) -> Volume:
@@ -41,14 +43,21 @@ def resample_to(
     Where the new grid is coarser, linear interpolation is preceded by a Gaussian of the width that turns one voxel's
     point spread into the other's (Cardoso et al. 2015, "Scale factor point spread function matching"), so nothing
     aliases. Voxels of the new grid whose centre lies outside the old field of view get `fill`: by default 0 for
-    `nearest` and the lowest value otherwise.
+    `nearest` and the lowest value otherwise. Raises: VolumeError for a grid that does not fit into memory.
     """
+    check_room("resampling", (len(volume.array), *shape), 4)
     to_source = np.linalg.inv(volume.affine) @ np.asarray(affine, dtype=np.float64)
     if fill is None:
         fill = 0.0 if nearest else float(volume.array.min())
     source = torch.from_numpy(np.ascontiguousarray(volume.array, dtype=np.float32))
     if not nearest:
-        source = _smooth(source, np.abs(to_source[:3, :3]).max(axis=1))
+        factors = np.abs(to_source[:3, :3]).max(axis=1)
+        if factors.max() > MOST_OLD_VOXELS:
+            raise VolumeError(
+                f"resampling: a new voxel would span {factors.max():.3g} of the old ones, which measure "
+                f"{' x '.join(f'{mm:.3g}' for mm in volume.spacing)} mm; is that spacing right?"
+            )
+        source = _smooth(source, factors)
     sizes = torch.tensor(volume.shape, dtype=torch.float64)
     result = torch.empty((len(source), *shape), dtype=torch.float32)
     matrix = torch.from_numpy(to_source)

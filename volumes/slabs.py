@@ -7,6 +7,7 @@ and written rather than memory-mapped: a full disk is then an error and no crash
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -20,7 +21,7 @@ from nibabel.orientations import io_orientation
 from nibabel.volumeutils import apply_read_scaling
 
 from .nifti import (
-    COPY_BYTES,
+    MOST_HEADER_BYTES,
     canonical_grid,
     check_scalar,
     grid_of,
@@ -33,6 +34,7 @@ from .nifti import (
     shape_with_channels,
     stored_order,
 )
+from .stored import COPY_BYTES
 from .volume import SourceGrid, VolumeError
 
 BLOCK_BYTES = 1 << 24  # of the file in memory at once
@@ -104,19 +106,21 @@ def read_slabs(path: str | os.PathLike, planes: int) -> Iterator[np.ndarray]:
     """
     if planes < 1:
         raise ValueError(f"a slab has 1 plane or more, not {planes}")
-    name, image = open_nifti(path, check_gzip=False)
+    name, image = open_nifti(path, check=False)
     check_scalar(name, image)
     *shape, channels = shape_with_channels(image.shape, name)
     grid = grid_of(image, (shape[0], shape[1], shape[2]), name)
     proxy: Any = image.dataobj
     part = Path(str(image.file_map["image"].filename))
     for other in {Path(str(holder.filename)) for holder in image.file_map.values()} - {part}:
-        gunzip(other)
+        if other.suffix.lower() == ".gz":
+            gunzip(other, most=MOST_HEADER_BYTES)
     if part.suffix.lower() not in Opener.compress_ext_map:
         file = open(part, "rb")
-    elif part.suffix == ".gz":
+    elif part.suffix.lower() == ".gz":
         file = tempfile.TemporaryFile()
-        gunzip(part, file)
+        voxel_bytes = math.prod((*shape, channels)) * proxy.dtype.itemsize
+        gunzip(part, file, most=proxy.offset + voxel_bytes + MOST_HEADER_BYTES)
     else:
         raise VolumeError(f"{name}: is compressed in a way that cannot be read in slabs; decompress it, or use .gz")
     voxels = StoredVoxels(file, proxy.offset, grid, proxy.dtype)
