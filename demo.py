@@ -1,16 +1,21 @@
-"""python demo.py: what the pipelines in weights/ generate for their examples, into out/demo/, a picture each."""
+"""python demo.py: what the pipelines in weights/ generate for their examples, into out/demo/, a picture each; pairs of mask and
+volume from nothing; and one volume with a piece of an organ taken out."""
 
+import itertools
 import logging
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 import generate
 from pipelines import MedVolumePipeline, read_sidecar, volume_files
-from volumes import read_mask, read_volume, shapes_figure, slices_figure
+from pipelines.editing import ellipsoid, insert_lesion
+from volumes import read_mask, read_volume, shapes_figure, slices_figure, write_volume
 from volumes.cases import read_table
 
 ROOT = Path(__file__).resolve().parent
@@ -24,12 +29,14 @@ def main(weights: Path = WEIGHTS, output: Path = OUTPUT, num_inference_steps: in
     tables = sorted(weights.glob(f"*/{EXAMPLES}"))
     if not tables:
         raise ValueError(f"{weights}: no pipeline with an {EXAMPLES} there; is the clone complete?")
+    described = {table.parent: MedVolumePipeline.from_pretrained(table.parent).data for table in tables}
     for table in tables:
         rows, folder = read_table(table), output / table.parent.name
         print(f"{table.parent.name}: {len(rows)} volumes for {table} ...")
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier demo, perhaps of other weights
-        data = MedVolumePipeline.from_pretrained(table.parent).data
-        shape = [] if {"mask", *data["channels"]} & set(rows[0]) else ["--shape", *map(str, data["shape_range"][1])]
+        data = described[table.parent]
+        has_size = "maps" in data or {"mask", *data["channels"]} & set(rows[0])
+        shape = [] if has_size else ["--shape", *map(str, data["shape_range"][1])]
         start = time.perf_counter()
         generate.main(
             [
@@ -38,12 +45,69 @@ def main(weights: Path = WEIGHTS, output: Path = OUTPUT, num_inference_steps: in
             ]
         )
         seconds = (time.perf_counter() - start) / len(rows)
-        preview(folder, table.parent, data).savefig(folder / "preview.png", dpi=130)
+        preview(folder, table.parent / "masks", data).savefig(folder / "preview.png", dpi=130)
         print(f"{seconds:.2f} s a volume, loading included. Look at {folder / 'preview.png'}\n")
+    for maps, volumes in itertools.product(described, described):
+        if described[maps].get("image_labels") == described[volumes]["labels"]:
+            pairs(maps, volumes, described[volumes], output / f"{volumes.name}-pairs", num_inference_steps)
+            edit(volumes, described[volumes], output, num_inference_steps)
 
 
-def preview(folder: Path, pipeline: Path, data: dict[str, Any]) -> Figure:
-    """Shapes as surfaces, a row for each combination of classes; other volumes as slices, a column each, below the mask."""
+def pairs(maps: Path, volumes: Path, data: dict[str, Any], folder: Path, steps: int, count: int = 6) -> None:
+    """Masks that no patient has, and a volume of each."""
+    print(f"{volumes.name}: {count} masks by {maps.name}, and their volumes ...")
+    shutil.rmtree(folder, ignore_errors=True)
+    generate.main(
+        [
+            *("--pipeline", str(volumes), "--masks", f"{generate.GENERATE}{maps}", "--count", str(count)),
+            *("--output", str(folder), "--steps", str(steps)),
+        ]
+    )
+    preview(folder, folder / "masks", data).savefig(folder / "preview.png", dpi=130)
+    print(f"Look at {folder / 'preview.png'}\n")
+
+
+def edit(pipeline: Path, data: dict[str, Any], output: Path, steps: int, diameter: float = 9.0) -> None:
+    """A ball of an organ taken out of the first generated volume; all else stays as it was."""
+    pipe = MedVolumePipeline.from_pretrained(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    volume = sorted((output / pipeline.name).glob("*.nii.gz"))[0]
+    record = read_sidecar(volume)
+    assert record is not None and record["mask"] is not None
+    mask = read_mask(pipeline / "masks" / record["mask"]["file"])
+    background, organ = sorted(map(int, data["labels"]))[:2]
+    x, y, z = (int(side) for side in np.argwhere(mask.array[0] == organ).mean(0).round())
+    shape = ellipsoid(diameter, mask.spacing)
+    edited, region = insert_lesion(mask, shape, (x, y, z), background)
+    folder = output / f"{pipeline.name}-edit"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_volume(edited, folder / "mask.nii.gz")
+    write_volume(region, folder / "region.nii.gz")
+    print(f"{pipeline.name}: {volume.name} with {diameter:g} mm less of its {data['labels'][str(organ)]} ...")
+    after = folder / volume.name
+    pipe(
+        mask=folder / "mask.nii.gz",
+        image=volume,
+        region=folder / "region.nii.gz",
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(0),
+        paths=after,
+    )
+    columns = [
+        {"title": title, "images": {"generated": read_volume(path).array[0]}, "mask": labels.array, "centre": (x, y, z)}
+        for title, path, labels in (("before", volume, mask), ("after", after, edited))
+    ]
+    window = np.percentile(columns[0]["images"]["generated"], [0.5, 99.5]).tolist()
+    for column in columns:
+        column |= {"spacing": mask.spacing, "windows": {"generated": window}}
+    slices_figure(columns).savefig(folder / "preview.png", dpi=130)
+    print(f"Look at {folder / 'preview.png'}")
+
+
+def preview(folder: Path, masks: Path, data: dict[str, Any]) -> Figure:
+    """What is in `folder`, made of masks in `masks`. Shapes are drawn as surfaces, a row for each combination of classes; other
+    volumes as slices, a column each, below the mask."""
     shapes: dict[str, list[Any]] = {}
     columns: dict[str, dict[str, Any]] = {}  # by sidecar: one a volume, whatever the number of its files
     for sidecar in sorted(folder.glob("*.json")):
@@ -62,7 +126,7 @@ def preview(folder: Path, pipeline: Path, data: dict[str, Any]) -> Figure:
         scales = dict(zip(data["channels"], data["intensity"], strict=True))
         column["windows"] = {name: (scales[name]["low"], scales[name]["high"]) for name in images if name in scales}
         if record["mask"]:
-            column["mask"] = read_mask(pipeline / "masks" / record["mask"]["file"]).array
+            column["mask"] = read_mask(masks / record["mask"]["file"]).array
         columns[sidecar.stem] = column
     return shapes_figure(shapes) if shapes else slices_figure(list(columns.values()))
 

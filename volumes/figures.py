@@ -22,8 +22,8 @@ def slices_figure(columns: Sequence[dict[str, Any]]) -> Figure:
     """Three orthogonal slices of every image of every column.
 
     A column is {"title": str, "images": {row name: (X, Y, Z) array or tensor}, "mask": (X, Y, Z) of labels (optional),
-    "spacing": (x, y, z) in mm (optional, 1 mm), "windows": {row name: (black, white)} (optional)}. Slices go through the
-    centre of what the mask marks (label > 0), or of the volume. The mask has its own rows, first, and its outline is
+    "spacing": (x, y, z) in mm (optional, 1 mm), "windows": {row name: (black, white)} (optional), "centre": voxel (optional)}.
+    Slices go through that voxel, or the centre of what the mask marks (label > 0), or of the volume. The mask has its own rows, first, and its outline is
     drawn on the images. Images without a window share the grey scale of the column's first. Arrays are in RAS+ order:
     the patient's right is on the right, anterior or superior is up.
     """
@@ -82,7 +82,7 @@ def _draw_column(axes: np.ndarray, column: dict[str, Any], rows: list[str]) -> N
     mask = _array(column["mask"]) if column.get("mask") is not None else None
     shape = next(array.shape for array in [*images.values(), mask] if array is not None)
     spacing = [float(length) for length in column["spacing"]] if column.get("spacing") is not None else [1.0] * 3
-    centre = _centre(mask, shape)
+    centre = column.get("centre") or _centre(mask, shape)
     window = np.percentile(next(iter(images.values())), [0.5, 99.5]) if images else (0, 1)
     for y, name in enumerate(rows):
         for plane, (_, axis) in enumerate(PLANES):
