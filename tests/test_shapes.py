@@ -2,11 +2,14 @@
 
 import csv
 import json
+import shutil
 
+import nibabel as nib
 import numpy as np
 import pytest
 from tiny import LABELS, labels_of, tiny_data, tiny_pipeline
 
+import demo
 import evaluate
 import generate
 from evaluation.segmentation_data import generated_pairs, load_pairs
@@ -135,7 +138,8 @@ def map_pipeline(folder, **maps):
 def pairs(tmp_path_factory):
     """Pairs from nothing, by the command."""
     folder = tmp_path_factory.mktemp("nothing")
-    tiny_pipeline(spacing=None).save_pretrained(folder / "volumes")
+    intensity = [{"kind": "percentile", "low": 100.0, "high": 300.0, "percentiles": [0.5, 99.5]}]
+    tiny_pipeline(spacing=None, intensity=intensity).save_pretrained(folder / "volumes")
     map_pipeline(folder)
     generate.main(arguments(folder, folder / "out"))
     return folder
@@ -260,3 +264,26 @@ def test_the_description_of_a_training_set_has_its_maps(tmp_path):
     data = describe(VolumeDataset(load_cases(config), config))
     assert data["maps"]["labels"]["right"] == {"mm3": [128, 128], "pieces": 1, "edge": 0, "always": True}
     assert "maps" not in tiny_data()
+
+
+def test_the_demo_makes_pairs_from_nothing_and_an_edit(pairs, tmp_path, capsys):
+    weights = tmp_path / "weights"
+    for name in ("volumes", "maps"):
+        shutil.copytree(pairs / name, weights / name)
+    (weights / "maps" / "examples.csv").write_text("name\nfirst\nsecond\n")
+    (weights / "volumes" / "examples.csv").write_text("mask\nmasks/a.nii.gz\n")
+    (weights / "volumes" / "masks").mkdir()
+    array = np.zeros((16, 16, 16), np.int16)
+    array[3:13, 3:13, 3:13] = 2
+    write_volume(Volume(array[None], np.eye(4)), weights / "volumes" / "masks" / "a.nii.gz")
+    demo.main(weights, tmp_path / "out", num_inference_steps=2)
+    pictures = sorted(path.parent.name for path in (tmp_path / "out").glob("*/preview.png"))
+    assert pictures == [*("maps", "volumes", "volumes-edit", "volumes-pairs")]
+    assert len(list((tmp_path / "out" / "volumes-pairs" / "masks").glob("*.nii.gz"))) == 6
+    before, after = (nib.load(tmp_path / "out" / name / "a_000.nii.gz") for name in ("volumes", "volumes-edit"))
+    region = np.asarray(nib.load(tmp_path / "out" / "volumes-edit" / "region.nii.gz").dataobj) != 0
+    same = np.asarray(before.dataobj) == np.asarray(after.dataobj)
+    assert same[~region].all() and not same[region].all() and 0 < region.mean() < 1
+    edited = read_mask(tmp_path / "out" / "volumes-edit" / "mask.nii.gz").array[0]
+    assert edited[8, 8, 8] == 0 and (edited == 2).sum() < (array == 2).sum()
+    assert "volumes-edit/preview.png" in capsys.readouterr().out
