@@ -25,14 +25,11 @@ learned from is not written, but made again from a next seed; sidecars and manif
 
 import argparse
 import csv
-import glob
 import hashlib
-import itertools
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -56,33 +53,14 @@ from pipelines import (
     volume_files,
     write_synthetic,
 )
+from pipelines.requests import Request, mask_requests, read_requests
 from volumes import draw_shape, map_fault
-from volumes.cases import read_table
-from volumes.patterns import SUFFIXES
 
-FOLDER_SUFFIXES = tuple(suffix for suffix in SUFFIXES if not suffix.startswith(".img"))  # of a pair, the .hdr
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LONGEST_RUN = timedelta(days=30)  # processes wait this long for each other at the end
 MANIFEST = "manifest.csv"
 GENERATE = "generate:"
 CHECKS = ("copy_check", "map_check", "rejected")  # what a record has of them, if there were any
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to make volumes of: a name, a mask (None where there is none), the labels and numbers asked for, and the images
-    given."""
-
-    name: str
-    mask: Path | None
-    labels: dict[str, str] = field(default_factory=dict)
-    numbers: dict[str, Any] = field(default_factory=dict)
-    images: dict[str, Path] = field(default_factory=dict)
-
-    @property
-    def files(self) -> list[Path]:
-        """Those that are read."""
-        return [*([self.mask] if self.mask else []), *self.images.values()]
 
 
 @dataclass(frozen=True)
@@ -123,11 +101,13 @@ def generate(options: argparse.Namespace, state: PartialState) -> list[str]:
     """Make this process's part of the volumes. Returns what is to be said of those that were given up."""
     pipe = MedVolumePipeline.from_pretrained(options.pipeline, dtype=DTYPES[options.precision]).to(state.device)
     pipe.set_progress_bar_config(disable=True)
+    if options.lora:
+        pipe.load_lora_weights(options.lora)
     every, ks = slice(state.process_index, None, state.num_processes), range(options.count)
     if options.conditions:
         requests = read_requests(options.conditions, pipe, options.output)[every]
     elif options.masks:
-        requests = [Request(mask_stem(mask), mask) for mask in find_masks(options.masks, options.output)][every]
+        requests = mask_requests(options.masks, options.output)[every]
     else:
         requests, ks = [Request("map" if pipe.data.get("image_labels") else "volume", None)], ks[every]
     rejection = load_rejection(pipe, requests, options)
@@ -302,81 +282,11 @@ def label_pair(text: str) -> tuple[int, int | str]:
     return int(value), int(label) if label.lstrip("-").isdigit() else label
 
 
-def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
-    """Mask files in folders, or matching patterns, sorted by stem.
-
-    Raises: ValueError if there are none, if two have the same stem (their volumes would have one name), or if masks lie
-    in the output folder (volumes would become masks in the next run).
-    """
-    found: set[Path] = set()
-    for pattern in patterns:
-        paths = [path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file()]
-        if Path(pattern).is_dir():
-            paths = [path for path in Path(pattern).iterdir() if path.name.endswith(FOLDER_SUFFIXES)]
-        found |= {path for path in paths if not path.name.startswith(".")}
-    if not found:
-        raise ValueError(
-            f"no masks found in {' '.join(patterns)}; give a folder with .nii or .nii.gz files, or a quoted glob"
-        )
-    masks = sorted(found, key=lambda path: (mask_stem(path), str(path)))
-    for first, second in itertools.pairwise(masks):
-        if mask_stem(first) == mask_stem(second):
-            raise ValueError(f"{first} and {second} have the same stem, so their volumes would too; rename one")
-    refuse_masks_in(output, masks)
-    return masks
-
-
-def refuse_masks_in(output: Path, masks: Sequence[Path]) -> None:
-    """Raises: ValueError for a mask, or an image, in the output folder."""
-    for mask in masks:
-        if mask.parent.resolve() == output.resolve():
-            raise ValueError(f"{mask}: lies in --output {output}; write volumes to another folder")
-
-
-def mask_stem(path: Path) -> str:
-    """The file's name without .nii.gz, .nii, .hdr or .img (.gz)."""
-    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), path.suffix)
-    return path.name.removesuffix(suffix)
-
-
 def volume_seed(seed: int, stem: str, k: int, rejections: int = 0) -> int:
     """63 bits of a hash of (seed, stem, k): the same everywhere and always, different for every volume, and for every
     attempt at it."""
     text = f"{seed}/{stem}/{k}" + (f"/{rejections}" if rejections else "")
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def read_requests(table: Path, pipe: MedVolumePipeline, output: Path) -> list[Request]:
-    """The rows of a table of conditions, in order.
-
-    Raises: ValueError for columns that the model does not know, for names used twice or unfit for a file, for masks and
-    images in the output folder, and if some rows have a mask (or, without any, an image) and others none.
-    """
-    names, rows = pipe.unet.condition_names, read_table(table)
-    channels = [name for name, _ in names.images]
-    known = ["mask", "name", *names.classes, *names.numbers, *channels]
-    if unknown := sorted({column for row in rows for column in row} - set(known)):
-        raise ValueError(f"{table}: unknown columns {unknown}; for this model a table has {', '.join(known)}")
-    requests = []
-    for number, row in enumerate(rows, start=1):
-        given = {column: value for column, value in row.items() if value not in (None, "")}
-        mask = table.parent / given["mask"] if "mask" in given else None
-        name = str(given.get("name", mask_stem(mask) if mask else f"row_{number:04d}"))
-        if Path(name).name != name:
-            raise ValueError(f"{table}: row {number} is called {name!r}, which is no file's name")
-        labels, numbers = (
-            {column: given[column] for column in kind if column in given} for kind in (names.classes, names.numbers)
-        )
-        images = {column: table.parent / given[column] for column in channels if column in given}
-        requests.append(Request(name, mask, labels, numbers, images))
-    if twice := sorted(name for name, count in Counter(request.name for request in requests).items() if count > 1):
-        raise ValueError(f"{table}: several rows are called {', '.join(twice)}; tell them apart in a column `name`")
-    masks, files = sum(bool(request.mask) for request in requests), sum(bool(request.files) for request in requests)
-    if (masks or files) not in (0, len(requests)):
-        what = "a mask" if masks else "an image"
-        raise ValueError(f"{table}: {masks or files} of {len(requests)} rows have {what}; split it into two tables")
-    refuse_masks_in(output, [path for request in requests for path in request.files])
-    return requests
 
 
 def plan(

@@ -15,6 +15,7 @@ from tiny import mask_image, tiny_pipeline
 import demo
 import generate
 from pipelines import MedVolumePipeline, VolumeProcessor, describe_mask, sidecar_path
+from pipelines.requests import find_masks, mask_stem
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"a": (8, 8, 8), "b": (7, 8, 5), "c": (12, 8, 8)}
@@ -145,19 +146,19 @@ def test_the_manifest_lists_our_volumes_alone(generated, tmp_path):
 
 def test_masks_are_found_or_named(inputs, tmp_path):
     masks = inputs / "masks"
-    found = generate.find_masks([str(masks)], tmp_path)
-    assert [generate.mask_stem(path) for path in found] == ["a", "b", "c"]
-    assert generate.find_masks([str(masks / "*.nii.gz"), str(masks / "a.nii.gz")], tmp_path) == found
+    found = find_masks([str(masks)], tmp_path)
+    assert [mask_stem(path) for path in found] == ["a", "b", "c"]
+    assert find_masks([str(masks / "*.nii.gz"), str(masks / "a.nii.gz")], tmp_path) == found
     with pytest.raises(ValueError, match="no masks found in .*nowhere"):
-        generate.find_masks([str(tmp_path / "nowhere")], tmp_path)
+        find_masks([str(tmp_path / "nowhere")], tmp_path)
     with pytest.raises(ValueError, match="write volumes to another folder"):
-        generate.find_masks([str(masks)], masks)
+        find_masks([str(masks)], masks)
     nib.save(mask_image((8, 8, 8)), tmp_path / "a.nii")
     for half in ("hdr", "img"):
         (tmp_path / f"pair.{half}.gz").touch()
-    assert generate.mask_stem(*(p for p in generate.find_masks([str(tmp_path)], masks) if "pair" in p.name)) == "pair"
+    assert mask_stem(*(p for p in find_masks([str(tmp_path)], masks) if "pair" in p.name)) == "pair"
     with pytest.raises(ValueError, match="have the same stem"):
-        generate.find_masks([str(masks), str(tmp_path)], tmp_path / "out")
+        find_masks([str(masks), str(tmp_path)], tmp_path / "out")
 
 
 def test_every_bad_mask_is_named_before_anything_is_made(inputs, tmp_path):

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import nibabel as nib
 import pytest
 import torch
 import yaml
@@ -12,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_diffusers_machinery import generate
 from test_resume import Interrupted, everything, run
-from tiny import tiny_pipeline
+from tiny import mask_image, tiny_pipeline
 
+import generate as command
 import train_ldm
 from pipelines import MedVolumePipeline
 from pipelines.lora import add_lora, save_lora
@@ -83,6 +85,24 @@ def test_loaded_is_what_was_trained(saved):
         pipe.load_lora_weights(source)
         assert torch.equal(generate(pipe), expected)
     assert not any(p.requires_grad for p in pipe.unet.parameters())
+
+
+def test_the_command_takes_a_lora(saved, tmp_path):
+    folder, *_ = saved
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "masks").mkdir()
+    nib.save(mask_image((16, 16, 16)), tmp_path / "masks" / "a.nii.gz")
+    records = []
+    for name, more in (("plain", []), ("lora", ["--lora", str(folder)])):
+        command.main(
+            [
+                *("--pipeline", str(tmp_path / "pipeline"), "--masks", str(tmp_path / "masks"), "--steps", "2"),
+                *("--output", str(tmp_path / name), *more),
+            ]
+        )
+        records.append(json.loads((tmp_path / name / "a_000.json").read_text()))
+    plain, lora = (nib.load(tmp_path / name / "a_000.nii.gz").get_fdata() for name in ("plain", "lora"))
+    assert abs(plain - lora).max() > 1 and records[0]["model"] != records[1]["model"]
 
 
 def test_scales_are_between_base_and_lora(saved):

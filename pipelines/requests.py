@@ -1,0 +1,108 @@
+"""What volumes are asked for: a mask each, or a row of a table with masks, classes, numbers and images."""
+
+import glob
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from volumes.cases import read_table
+from volumes.files import SUFFIXES
+
+from .pipeline import MedVolumePipeline
+
+FOLDER_SUFFIXES = tuple(suffix for suffix in SUFFIXES if not suffix.startswith(".img"))  # of a pair, the .hdr
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make volumes of: a name, a mask (None where there is none), the labels and numbers asked for, and the images
+    given."""
+
+    name: str
+    mask: Path | None
+    labels: dict[str, str] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that are read."""
+        return [*([self.mask] if self.mask else []), *self.images.values()]
+
+
+def mask_requests(patterns: Sequence[str], output: Path) -> list[Request]:
+    """One of each mask: `find_masks`."""
+    return [Request(mask_stem(mask), mask) for mask in find_masks(patterns, output)]
+
+
+def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
+    """Mask files in folders, or matching patterns, sorted by stem.
+
+    Raises: ValueError if there are none, if two have the same stem (their volumes would have one name), or if masks lie
+    in the output folder (volumes would become masks in the next run).
+    """
+    found: set[Path] = set()
+    for pattern in patterns:
+        paths = [path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file()]
+        if Path(pattern).is_dir():
+            paths = [path for path in Path(pattern).iterdir() if path.name.endswith(FOLDER_SUFFIXES)]
+        found |= {path for path in paths if not path.name.startswith(".")}
+    if not found:
+        raise ValueError(
+            f"no masks found in {' '.join(patterns)}; give a folder with .nii or .nii.gz files, or a quoted glob"
+        )
+    masks = sorted(found, key=lambda path: (mask_stem(path), str(path)))
+    for first, second in itertools.pairwise(masks):
+        if mask_stem(first) == mask_stem(second):
+            raise ValueError(f"{first} and {second} have the same stem, so their volumes would too; rename one")
+    refuse_masks_in(output, masks)
+    return masks
+
+
+def refuse_masks_in(output: Path, masks: Sequence[Path]) -> None:
+    """Raises: ValueError for a mask, or an image, in the output folder."""
+    for mask in masks:
+        if mask.parent.resolve() == output.resolve():
+            raise ValueError(f"{mask}: lies in --output {output}; write volumes to another folder")
+
+
+def mask_stem(path: Path) -> str:
+    """The file's name without .nii.gz, .nii, .hdr or .img (.gz)."""
+    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), path.suffix)
+    return path.name.removesuffix(suffix)
+
+
+def read_requests(table: Path, pipe: MedVolumePipeline, output: Path) -> list[Request]:
+    """The rows of a table of conditions, in order.
+
+    Raises: ValueError for columns that the model does not know, for names used twice or unfit for a file, for masks and
+    images in the output folder, and if some rows have a mask (or, without any, an image) and others none.
+    """
+    names, rows = pipe.unet.condition_names, read_table(table)
+    channels = [name for name, _ in names.images]
+    known = ["mask", "name", *names.classes, *names.numbers, *channels]
+    if unknown := sorted({column for row in rows for column in row} - set(known)):
+        raise ValueError(f"{table}: unknown columns {unknown}; for this model a table has {', '.join(known)}")
+    requests = []
+    for number, row in enumerate(rows, start=1):
+        given = {column: value for column, value in row.items() if value not in (None, "")}
+        mask = table.parent / given["mask"] if "mask" in given else None
+        name = str(given.get("name", mask_stem(mask) if mask else f"row_{number:04d}"))
+        if Path(name).name != name:
+            raise ValueError(f"{table}: row {number} is called {name!r}, which is no file's name")
+        labels, numbers = (
+            {column: given[column] for column in kind if column in given} for kind in (names.classes, names.numbers)
+        )
+        images = {column: table.parent / given[column] for column in channels if column in given}
+        requests.append(Request(name, mask, labels, numbers, images))
+    if twice := sorted(name for name, count in Counter(request.name for request in requests).items() if count > 1):
+        raise ValueError(f"{table}: several rows are called {', '.join(twice)}; tell them apart in a column `name`")
+    masks, files = sum(bool(request.mask) for request in requests), sum(bool(request.files) for request in requests)
+    if (masks or files) not in (0, len(requests)):
+        what = "a mask" if masks else "an image"
+        raise ValueError(f"{table}: {masks or files} of {len(requests)} rows have {what}; split it into two tables")
+    refuse_masks_in(output, [path for request in requests for path in request.files])
+    return requests
