@@ -4,9 +4,10 @@ python -m evaluation.samplers --pipeline weights/hippocampus --config configs/hi
     --schedulers euler heun dpmsolver++ unipc --steps 5 10 20 40 --output out/samplers.json
 
 Every combination makes a volume from each of the same test masks and seeds, and so does the pipeline as it comes ("own").
-They are compared with real test volumes, beside what real training volumes are to these; a segmenter that learned from real
-volumes says whether they obey their masks. The report, and a table beside it (.md), are written anew after every combination;
-the same command again goes on with those that are missing. Guidance takes a model that was trained for it (condition_dropout).
+They are compared with real volumes of those masks' split, beside what real training volumes are to these; a segmenter that learned
+from other real volumes says whether they obey their masks. `--split validation` is for choosing settings without a look at the test
+split. The report, and a table beside it (.md), are written anew after every combination; the same command again goes on with those
+that are missing. Guidance takes a model that was trained for it (condition_dropout).
 """
 
 import json
@@ -60,7 +61,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     pipe.set_progress_bar_config(disable=True)
     wanted = combinations(pipe, options)
     cases, config = load_cases(options.data), options.data
-    test = VolumeDataset(test_cases(cases), config)
+    judging, learning = splits(cases, options.split)
+    test = VolumeDataset(judging, config)
     chosen = [test.cases[i] for i in spread(len(test), options.masks)]
     settings = {
         "model": pipe.model_hash,
@@ -69,13 +71,14 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "segmenter": segmenter_settings(options),
         "data": described(config),
+        **({} if options.split == "test" else {"split": options.split}),
     }
     report = earlier(Path(options.output), settings)
     done = [Combination(*(one[key] for key in ("scheduler", "steps", "guidance"))) for one in report["combinations"]]
     missing = [one for one in wanted if one not in done]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} combinations are in {options.output}; {len(missing)} to go")
     if missing:
-        judge = prepare(pipe, cases, test, chosen, options)
+        judge = prepare(pipe, cases, learning, test, chosen, options)
         for one in tqdm(missing, unit="combination", disable=None):
             made, cost = sample(pipe, judge.asked, one, seed=options.seed, batch_size=options.batch_size)
             figures = {**asdict(one), "volumes": len(made), **cost, **judge(made), "measured": provenance()}
@@ -87,15 +90,20 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def prepare(
-    pipe: MedVolumePipeline, cases: Sequence[Case], test: VolumeDataset, chosen: Sequence[Case], options: Namespace
+    pipe: MedVolumePipeline,
+    cases: Sequence[Case],
+    learning: Sequence[Case],
+    test: VolumeDataset,
+    chosen: Sequence[Case],
+    options: Namespace,
 ) -> Judge:
-    """The judge of volumes made from the masks of the `chosen` test cases."""
+    """The judge of volumes made from the masks of the `chosen` cases, of those in `test`; its segmenter learns from `learning`."""
     config, device = options.data, pipe.device
     training, of_masks = (
         VolumeDataset(part, config) for part in ([case for case in cases if case.split == "train"], chosen)
     )
     first, second = ((_unit(one), [case.subject for case in one.cases]) for one in (training, test))
-    segmenter = real_segmenter(cases, options, device)
+    segmenter = real_segmenter(learning, options, device)
     judged = load_pairs([Pair(case) for case in of_masks.cases], config, options.shape)
     extractors = {"random": RandomStatistics().to(device), "encoder": EncoderStatistics(pipe.vae)}
     count = len(extractors) * (len(training) + len(test))
@@ -123,7 +131,13 @@ def parse(args: Sequence[str] | None) -> Namespace:
     parser = config_parser("evaluation.samplers", __doc__, args)
     parser.add_argument("--pipeline", type=str, required=True, help="pipeline folder or Hub repository")
     parser.add_argument("--output", type=str, required=True, help="report to write, a JSON file")
-    parser.add_argument("--masks", type=int, default=24, help="test masks, spread evenly over all (24)")
+    parser.add_argument("--masks", type=int, default=24, help="masks, spread evenly over all of the split (24)")
+    parser.add_argument(
+        "--split",
+        choices=["test", "validation"],
+        default="test",
+        help="whose masks; validation is for choosing settings",
+    )
     parser.add_argument(
         "--schedulers",
         nargs="*",
@@ -185,13 +199,25 @@ def segmenter_settings(options: Namespace) -> dict[str, Any]:
     return {**protocol(options.shape, options.segmenter_steps, None), "seed": 0, "labels": label_values(options.data)}
 
 
-def real_segmenter(cases: Sequence[Case], options: Namespace, device: torch.device) -> nn.Module:
-    """The segmenter of `--segmenter`, or one that learns now from all real volumes but the test split, and is kept there.
+def splits(cases: Sequence[Case], judging: str) -> tuple[list[Case], list[Case]]:
+    """Cases that judge, and those that a segmenter may learn from: neither test nor judging. With "validation" settings can be
+    chosen without a look at the test split."""
+    if judging == "test":
+        return test_cases(cases), learning_cases(cases)
+    return (
+        learning_cases([case for case in cases if case.split == judging]),
+        learning_cases([case for case in cases if case.split not in ("test", judging)]),
+    )
+
+
+def real_segmenter(learning: Sequence[Case], options: Namespace, device: torch.device) -> nn.Module:
+    """The segmenter of `--segmenter`, or one that learns now from the real volumes of `learning`, and is kept there.
 
     Raises: ValueError for a file of another segmenter.
     """
     output = Path(options.output)
-    settings = json.dumps({**segmenter_settings(options), "data": described(options.data)})
+    judging = {} if options.split == "test" else {"judges": options.split}
+    settings = json.dumps({**segmenter_settings(options), "data": described(options.data), **judging})
     path = Path(options.segmenter or output.with_name(f"{output.stem}_segmenter.safetensors"))
     config, num_labels = options.data, len(label_values(options.data))
     if path.exists():
@@ -202,7 +228,7 @@ def real_segmenter(cases: Sequence[Case], options: Namespace, device: torch.devi
         segmenter = make_segmenter(len(config.channels), num_labels)
         segmenter.load_state_dict(load_file(path))
         return segmenter.to(device).eval()
-    learned = load_pairs([Pair(case) for case in learning_cases(cases)], config, options.shape)
+    learned = load_pairs([Pair(case) for case in learning], config, options.shape)
     with tqdm(total=options.segmenter_steps, unit="step", disable=None, desc="training the segmenter") as progress:
 
         def on_step(step: int, loss: float) -> None:

@@ -13,7 +13,8 @@ from tiny import labels_of, tiny_pipeline
 from evaluation import Pair, label_values, load_pairs, samplers
 from evaluation.features import RandomStatistics
 from evaluation.sampler_figures import Combination, Judge, asked_of, make_named, sample
-from volumes import DataConfig, Volume, VolumeDataset, load_cases, write_volume
+from volumes import Case, DataConfig, Volume, VolumeDataset, load_cases, write_volume
+from volumes.cases import SPLITS
 
 SHAPE = (16, 16, 16)
 
@@ -134,6 +135,18 @@ def test_the_command_goes_on_and_refuses_what_was_measured_otherwise(data, tmp_p
     with pytest.raises(ValueError, match="--schedulers ddim: a model that predicts rectified_flow has euler, heun"):
         make_named("ddim", tiny_pipeline())
     assert type(make_named("ddim", tiny_pipeline(objective="epsilon"))).__name__ == "DDIMScheduler"
+
+
+def test_settings_can_be_chosen_without_a_look_at_the_test_split():
+    cases = [Case(f"{split}{n}", f"{split}{n}", split, mask=Path("m")) for split in SPLITS for n in range(2)]
+    judging, learning = samplers.splits(cases, "test")
+    assert [case.name for case in judging] == ["test0", "test1"]
+    assert {case.split for case in learning} == {"train", "validation"}
+    judging, learning = samplers.splits(cases, "validation")
+    assert [case.name for case in judging] == ["validation0", "validation1"]
+    assert {case.split for case in learning} == {"train"}
+    with pytest.raises(ValueError, match="split"):
+        samplers.splits(cases[:2], "validation")
 
 
 def test_guidance_that_the_model_cannot_take_is_named_before_any_work(data, tmp_path):
