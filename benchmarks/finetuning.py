@@ -63,7 +63,12 @@ def score(arm: str, seed: int, options: argparse.Namespace) -> float:
     """Dice on the real test volumes of a segmenter that learned from what this arm makes, or from the 16."""
     folder = options.output.parent / f"seed_{seed}"
     config, table, own = ARMS["fine-tuned"][:2], folder / "table.csv", folder / arm.replace(" ", "_")
-    only = ["--data.table", os.path.relpath(table, "../shared/data/hippocampus"), "--data.split", "split"]
+    only = [
+        "--data.table",
+        os.path.relpath(table.resolve(), Path("../shared/data/hippocampus").resolve()),
+        "--data.split",
+        "split",
+    ]
     report = own / "dice.json"
     if not table.exists():
         run("-m", "evaluation.labels", *config, "--k", options.k, "--seed", seed, "--output", table)
