@@ -1,6 +1,7 @@
 """The denoising loop. There is one; the pipeline, the training previews and the tests call it."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
@@ -41,6 +42,29 @@ def set_timesteps(
     return scheduler.timesteps
 
 
+def steps_of(strength: float, num_inference_steps: int) -> int:
+    """How many of the last steps an image of this strength goes through: strength * num_inference_steps, rounded down.
+
+    Raises: ValueError for a strength outside (0, 1], and for one that is less than a step.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is above 0 and at most 1 (1 leaves nothing of the image), got {strength}")
+    steps = math.floor(num_inference_steps * strength + 1e-6)  # 100 * 0.29 is 28.999999999999996
+    if steps < 1:
+        raise ValueError(
+            f"strength {strength} of {num_inference_steps} steps is less than one step; raise either, to a product of 1"
+        )
+    return steps
+
+
+def noised(scheduler: Scheduler, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """Clean latents (B, C, h, w, d) at the noise level at which the scheduler's next step begins, by its own formula."""
+    add = scheduler.scale_noise if hasattr(scheduler, "scale_noise") else scheduler.add_noise
+    return add(
+        latents, noise=noise, **{"timestep" if hasattr(scheduler, "scale_noise") else "timesteps": timestep[None]}
+    )
+
+
 @torch.no_grad()
 def denoise(
     unet: nn.Module,
@@ -55,8 +79,15 @@ def denoise(
     generator: torch.Generator | list[torch.Generator] | None = None,
     callback: StepCallback | None = None,
     progress: bool = False,
+    image: Tensor | None = None,
+    strength: float = 1.0,
+    region: Tensor | None = None,
 ) -> Tensor:
     """From noise to latents, deterministic but for schedulers that draw noise (they draw it from `generator`).
+
+    With `image`, from that image noised to `strength` of the way (SDEdit, Meng et al. 2022). With `region` too, everything
+    outside of it is put back after each step, noised to the level reached by the same noise (Lugmayr et al. 2022, Eq. 8a;
+    Avrahami et al. 2023, section 4.1).
 
     Args:
         latents: standard normal noise (B, C, h, w, d); scaled here to what the scheduler starts from.
@@ -68,10 +99,23 @@ def denoise(
         schedulers only).
         callback: called after each step with (step, timestep, latents); what it returns, if anything, replaces the
         latents.
+        image: clean latents (B, C, h, w, d).
+        strength: in (0, 1], the share of the steps that is made, the last ones; at 1 it begins from noise alone.
+        region: bool (B, 1, h, w, d), True where latents are made; elsewhere they are those of `image`.
     Returns: latents (B, C, h, w, d).
+    Raises: ValueError as `set_timesteps` and `steps_of`.
     """
     timesteps = set_timesteps(scheduler, num_inference_steps, sigmas, latents.device)
-    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+    noise, latents = latents, latents * getattr(scheduler, "init_noise_sigma", 1.0)
+    if image is not None:
+        stages = scheduler.order  # timesteps a step; the last step of a solver of order 2 has one
+        steps = -(-len(timesteps) // stages)
+        first = (steps - steps_of(strength, steps)) * stages
+        timesteps = timesteps[first:]
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        known = noised(scheduler, image, noise, timesteps[0])
+        latents = known if first else latents if region is None else torch.where(region, latents, known)
     draws_noise = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if draws_noise else {}
 
@@ -82,6 +126,10 @@ def denoise(
     for step, timestep in enumerate(tqdm(timesteps, desc="denoise", disable=not progress, leave=False)):
         scaled = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
         latents = scheduler.step(prediction_of(scaled, timestep), timestep, latents, return_dict=False, **extra)[0]
+        if image is not None and region is not None:
+            last = step + 1 == len(timesteps)
+            known = image if last else noised(scheduler, image, noise, timesteps[step + 1])
+            latents = torch.where(region, latents, known)
         if callback is not None:
             replaced = callback(step, timestep, latents)
             latents = latents if replaced is None else replaced

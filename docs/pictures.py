@@ -1,4 +1,4 @@
-"""The pictures of docs/conditions, from trained pipelines:  python docs/pictures.py mask|classes|numbers|images [--pipeline DIR]
+"""The pictures of docs/conditions, from trained pipelines:  python docs/pictures.py mask|classes|numbers|images|edits [--pipeline DIR]
 
 Each prints what it measured on the volumes that it drew, and writes it beside the picture as JSON.
 """
@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from evaluation.editing import border_jump, labelled_region
 from evaluation.report import provenance, write_report
 from pipelines import MedVolumePipeline
+from pipelines.editing import ellipsoid, insert_lesion, remove_lesion
 from training import TrainLdmConfig, parse_config
 from volumes import (
     PHANTOM_CLASSES,
@@ -177,6 +179,40 @@ def images(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
     return slices_figure(columns), measured
 
 
+def edits(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
+    """A real unseen volume changed in part, its hippocampus made anew, its posterior part removed, a cavity put in."""
+    config = parse_config(TrainLdmConfig, ["--config", str(ROOT / "configs" / "hippocampus" / "ldm.yaml")]).data
+    case = next(case for case in load_cases(config) if case.split == "test")
+    assert case.mask is not None
+    (path,), own = case.images.values(), read_mask(case.mask)
+    real, posterior = read_volume(path).array[0], np.argwhere(own.array[0] == 2)
+    middle = posterior[np.abs(posterior - posterior.mean(axis=0)).sum(axis=1).argmin()].tolist()
+    asked = {
+        "strength 0.3": (own, None, 0.3),
+        "strength 0.7": (own, None, 0.7),
+        "hippocampus anew": (own, own.replace(labelled_region(own)[None].astype(np.uint8)), 1.0),
+        "posterior removed": (*remove_lesion(own, 2, 0), 1.0),
+        "cavity of 8 mm": (*insert_lesion(own, ellipsoid(8, own.spacing), middle, 0), 1.0),
+    }
+    columns = [{"title": f"{case.name}, real", "images": {"image": real}, "mask": own.array, "spacing": own.spacing}]
+    measured = {}
+    for title, (edited, region, strength) in asked.items():
+        (generator,) = seeds(1)
+        out = pipe(
+            mask=edited, image=path, region=region, strength=strength, generator=generator, output_type="np"
+        ).volumes[0][0]
+        columns.append({"title": title, "images": {"image": out}, "mask": own.array, "spacing": own.spacing})
+        inside = np.ones(real.shape, bool) if region is None else region.array[0] > 0
+        measured[title] = {
+            "voxels in the region": float(inside.sum()),
+            "mean |change| inside": float(np.abs(out - real)[inside].mean()),
+            "voxels changed outside": float((out != real)[~inside].sum()),
+        }
+        if region is not None:
+            measured[title]["border jump"] = border_jump(out, inside)
+    return slices_figure(columns), measured
+
+
 def _masked_means(case: Case) -> tuple[float, float]:
     """Mean SUV, cut at 10, in the tumour and around it."""
     assert case.mask is not None
@@ -186,6 +222,7 @@ def _masked_means(case: Case) -> tuple[float, float]:
 
 PICTURES: dict[str, tuple[Callable[[MedVolumePipeline], tuple[Figure, Measured]], Path]] = {
     "mask": (mask, HIPPOCAMPUS),
+    "edits": (edits, HIPPOCAMPUS),
     "classes": (classes, ROOT / "weights" / "adrenal-shapes"),
     "images": (images, ROOT / "output" / "sarcoma" / "ldm" / "pipeline"),
     "numbers": (numbers, ROOT / "output" / "phantom" / "conditions" / "pipeline"),

@@ -14,6 +14,7 @@ from diffusion import LatentUNet3D, fold_images, fold_mask
 from volumes import Volume, grid_numbers
 
 from .images import Images
+from .inpainting import cells_of, encoded
 from .volume_processor import Canvas, VolumeProcessor
 
 Labels = Mapping[str, str | int]  # {class: value}
@@ -131,11 +132,21 @@ def image_condition(
     """The U-Net's "image" (1, sum of C + 1, h, w, d) of one canvas: what is given there, encoded (the posterior's mode)."""
     latents: dict[str, torch.Tensor] = {}
     if canvas.images:
-        voxels = torch.from_numpy(processor.standardised_images(canvas))[None]
-        encoded = vae.encode(voxels.to(device, vae.dtype), return_dict=False)[0].mode()
-        latents = {name: encoded[:, vae.latents_of(processor.channels.index(name))] for name in canvas.images}
+        latents_of_all = encoded(vae, processor.standardised_images(canvas, canvas.images), device)
+        latents = {name: latents_of_all[:, vae.latents_of(processor.channels.index(name))] for name in canvas.images}
     cells = [n // s for n, s in zip(canvas.shape, vae.stride, strict=True)]
     return fold_images(latents, unet.config["images"], cells).to(device, unet.dtype)
+
+
+def edited_latents(
+    vae: VolumeAutoencoder, unet: LatentUNet3D, processor: VolumeProcessor, canvas: Canvas, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Latents (1, C, h, w, d) of the image that is changed, and bool (1, 1, h, w, d) the cells that its region reaches, even
+    in part; None where everything is changed."""
+    assert canvas.edit is not None
+    latents = encoded(vae, processor.standardised_images(canvas, canvas.edit.images), device).to(unet.dtype)
+    region = processor.padded_region(canvas)
+    return latents, None if region is None else cells_of(region, vae.stride).to(device)
 
 
 def _finite(name: str, value: Any) -> float:

@@ -12,6 +12,7 @@ from nibabel.nifti1 import Nifti1Pair
 
 from diffusion import LatentUNet3D
 from volumes import LinearScale, Volume, describe_grid, read_volume, same_grid, stored_grid
+from volumes.nifti import exact_values
 
 from .masks import MaskLike, as_array, check_axes, describe_mask
 
@@ -38,7 +39,8 @@ def check_images(unet: LatentUNet3D, data: Mapping[str, Any], images: Images) ->
     known = sorted(unet.config["images"] or {})
     if images and not known:
         raise ValueError(
-            f"image names {_listing(images)}, but this model was not trained with image conditions; leave image out"
+            f"image names {_listing(images)}, but this model was not trained with image conditions; leave image out, "
+            "or give strength or region to change that image"
         )
     knows = f"this model can be given {_listing(known)}, and makes {_listing(data['channels'])}"
     if unknown := [name for name in images if name not in data["channels"]]:
@@ -59,8 +61,9 @@ def describe_images(images: Images) -> dict[str, dict[str, Any]]:
     return {channel: describe_mask(image) for channel, image in images.items()}
 
 
-def load_images(images: Images, target: Volume | None, affine: np.ndarray) -> dict[str, Volume]:
-    """Read images, all on the grid of `target`, or without one on that of the first.
+def load_images(images: Images, target: Volume | None, affine: np.ndarray, *, exact: bool = False) -> dict[str, Volume]:
+    """Read images, all on the grid of `target`, or without one on that of the first: as float32, or with `exact` in a type
+    that holds their values as they are (`read_volume`).
 
     An array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: its voxels are in the order of the target's file,
     as those of "np" results are; without a target it lies on `affine`, the model's template.
@@ -70,7 +73,7 @@ def load_images(images: Images, target: Volume | None, affine: np.ndarray) -> di
     """
     volumes: dict[str, Volume] = {}
     for channel, image in images.items():
-        volume, name = _load(channel, image, target, affine)
+        volume, name = _load(channel, image, target, affine, exact)
         if len(volume.array) != 1:
             raise ValueError(f"{name}: holds {len(volume.array)} volumes; give the one that shows {channel!r} alone")
         if target is None:
@@ -84,21 +87,21 @@ def load_images(images: Images, target: Volume | None, affine: np.ndarray) -> di
     return volumes
 
 
-def _load(channel: str, image: ImageLike, target: Volume | None, affine: np.ndarray) -> tuple[Volume, str]:
+def _load(channel: str, image: ImageLike, target: Volume | None, affine: np.ndarray, exact: bool) -> tuple[Volume, str]:
     """One image and its name for messages."""
     if isinstance(image, (str, os.PathLike)):
-        return read_volume(image), str(image)
+        return read_volume(image, exact=exact), str(image)
     name = f"the image {channel!r}"
     if isinstance(image, Nifti1Pair):
-        return read_volume(image), image.get_filename() or name
+        return read_volume(image, exact=exact), image.get_filename() or name
     if isinstance(image, Volume):
         check_axes(image, name)
-        return Volume(_finite(image.array, name), image.affine, image.source), name
+        return Volume(_finite(image.array, name, exact), image.affine, image.source), name
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         raise ValueError(
             f"{name}: give a path, a nibabel image, a Volume, an array or a tensor, no {type(image).__name__}"
         )
-    array = _finite(as_array(image), name)
+    array = _finite(as_array(image), name, exact)
     array = array[0] if array.ndim == 4 and len(array) == 1 else array
     if array.ndim != 3 or not array.size:
         raise ValueError(f"{name}: expected an array (X, Y, Z) or (1, X, Y, Z), got {array.shape}")
@@ -109,15 +112,16 @@ def _load(channel: str, image: ImageLike, target: Volume | None, affine: np.ndar
         raise ValueError(
             f"{name}: is an array of {array.shape} voxels, the grid of the mask or first image has {tuple(grid.shape)}"
         )
-    return read_volume(nib.Nifti1Image(array, grid.affine)), name
+    return read_volume(nib.Nifti1Image(array, grid.affine), exact=exact), name
 
 
-def _finite(array: np.ndarray, name: str) -> np.ndarray:
-    """As float32. Raises: ValueError for values that are not finite."""
-    array = array.astype(np.float32)
-    if bad := array.size - int(np.isfinite(array).sum()):
+def _finite(array: np.ndarray, name: str, exact: bool) -> np.ndarray:
+    """As float32, or with `exact` as `exact_values`. Raises: ValueError for values that are not finite in float32."""
+    with np.errstate(over="ignore"):
+        single = array.astype(np.float32)
+    if bad := array.size - int(np.isfinite(single).sum()):
         raise ValueError(f"{name}: {bad} of {array.size} values are not finite (NaN or infinite); replace them first")
-    return array
+    return exact_values(array) if exact else single
 
 
 def _other(volumes: Mapping[str, Volume]) -> str:

@@ -1,21 +1,30 @@
 """Saving and loading through diffusers, made strict: packages registered, safetensors only, every key accounted for."""
 
 import importlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers.pipelines import pipeline_loading_utils
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 import autoencoder
 from autoencoder import VolumeAutoencoder
 from diffusion import LatentUNet3D
+from volumes.text import read_object
 
 from .conditions import check_described
+from .description import check_data
 
 # Top-level packages that hold components of a pipeline.
 PACKAGES = ("autoencoder", "diffusion")
+# Components: the package, and the class that theirs is one of.
+COMPONENTS: dict[str, tuple[str, type]] = {
+    "vae": ("autoencoder", VolumeAutoencoder),
+    "unet": ("diffusion", LatentUNet3D),
+    "scheduler": ("diffusers", SchedulerMixin),
+}
+MOST_TIMESTEPS = 100_000  # of a scheduler, which makes tables of them; the usual number is 1,000
 
 
 def register_packages() -> None:
@@ -31,21 +40,74 @@ def register_packages() -> None:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Check that a folder is a pipeline's, of classes that are here; each model checks its own weights when it is loaded.
+    """Check that a folder is a pipeline's, of our classes and diffusers' schedulers, and that it leads nowhere else; each
+    model checks its own config and weights when it is loaded. No module is imported for a folder, and no file of it run.
 
-    Raises: ValueError naming the folder and what is wrong with its model_index.json.
+    Raises: ValueError naming the folder and what is wrong with its model_index.json, its links, or its scheduler.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder}: no model_index.json, so this is not a pipeline folder (train_ldm.py writes one)")
+    _check_inside(folder)
+    index = read_object(folder / "model_index.json")
+    if not isinstance(index.get("_class_name"), str):  # a list would name a file with code
+        raise ValueError(f"{folder}: model_index.json is of the class {index.get('_class_name')!r}; a name is expected")
+    for name, (package, kind) in COMPONENTS.items():
+        entry = index.get(name)
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == package and isinstance(entry[1], str)):
+            raise ValueError(
+                f"{folder}: model_index.json takes {name} from {entry!r}; only classes of {package} are loaded, as "
+                f'"{name}": ["{package}", "{kind.__name__}"]'
+            )
+        found = getattr(importlib.import_module(package), entry[1], None)
+        if found is None:
+            raise ValueError(f"{folder}: model_index.json asks for {entry[1]}, which {package} does not have")
+        if not (isinstance(found, type) and issubclass(found, kind)):
+            raise ValueError(f"{folder}: model_index.json asks for {entry[1]} as {name}, which is no {kind.__name__}")
+        if (folder / name / f"{package}.py").exists():  # which diffusers would take in the place of the package
+            raise ValueError(
+                f"{folder / name}: holds {package}.py; code of a pipeline's folder is never run, remove it"
+            )
+        if name == "scheduler" and (folder / name).is_dir():
+            _check_scheduler(folder / name, found)
     try:
-        index = json.loads((folder / "model_index.json").read_text())
+        check_data(index.get("data", {}))
     except ValueError as error:
-        raise ValueError(f"{folder}: model_index.json is no JSON: {error}") from error
-    for entry in index.values():
-        if isinstance(entry, list) and entry[0] in PACKAGES:
-            if not hasattr(importlib.import_module(entry[0]), entry[1]):
-                raise ValueError(f"{folder}: model_index.json asks for {entry[1]}, which {entry[0]} does not have")
+        raise ValueError(f"{folder}: model_index.json: {error}") from error
+    unknown = [name for name in index if name not in (*COMPONENTS, "data") and not name.startswith("_")]
+    if unknown:
+        raise ValueError(
+            f"{folder}: model_index.json names {unknown}; a pipeline of ours has {', '.join(COMPONENTS)}, data"
+        )
+
+
+def _check_inside(folder: Path) -> None:
+    """Raises: ValueError for a link that leads out of the folder, to a file that would be loaded. The cache of the Hub keeps
+    files in `blobs`, beside the `snapshots` that link to them."""
+    homes = [folder.resolve()]
+    if homes[0].parent.name == "snapshots":
+        homes.append(homes[0].parent.parent / "blobs")
+    parts = [folder / name for name in COMPONENTS]
+    for path in [folder / "model_index.json", *parts, *(path for part in parts for path in part.rglob("*"))]:
+        if not any(path.resolve().is_relative_to(home) for home in homes):
+            raise ValueError(
+                f"{path}: is a link to {path.resolve()}, outside of the pipeline's folder; copy the file there"
+            )
+
+
+def _check_scheduler(folder: Path, scheduler_class: type) -> None:
+    """Build it, so that an unfit config is refused by name. Raises: ValueError."""
+    path = folder / "scheduler_config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no scheduler_config.json there")
+    config = read_object(path)
+    steps = config.get("num_train_timesteps", 1)
+    if not isinstance(steps, int) or not 1 <= steps <= MOST_TIMESTEPS:
+        raise ValueError(f"{path}: num_train_timesteps is {steps!r}; 1 to {MOST_TIMESTEPS} are expected")
+    try:
+        scheduler_class.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]
+    except Exception as error:  # of many kinds: every scheduler trusts its arguments
+        raise ValueError(f"{path}: is no config of a {scheduler_class.__name__}: {error}") from error
 
 
 def load_autoencoder(folder: str | Path) -> VolumeAutoencoder:
@@ -60,10 +122,7 @@ def load_autoencoder(folder: str | Path) -> VolumeAutoencoder:
         raise ValueError(
             f"{folder}: no autoencoder there (config.json, or vae/config.json); give a folder that train_vae.py wrote"
         )
-    try:
-        name = json.loads((found / "config.json").read_text()).get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{found}: config.json is no model's config: {error}") from error
+    name = read_object(found / "config.json").get("_class_name")
     model_class = getattr(autoencoder, str(name), None)
     if not (isinstance(model_class, type) and issubclass(model_class, VolumeAutoencoder)):
         raise ValueError(f"{found}: config.json is of {name}, which is no autoencoder")
@@ -76,7 +135,8 @@ def load_autoencoder(folder: str | Path) -> VolumeAutoencoder:
 
 
 def check_fit(vae: VolumeAutoencoder, unet: LatentUNet3D, data: Mapping[str, Any]) -> None:
-    """Raises: ValueError if autoencoder, U-Net and data do not belong together."""
+    """Raises: ValueError if autoencoder, U-Net and data do not belong together, or if data is no description of a data set."""
+    check_data(data)
     if unet.config["in_channels"] != vae.config["latent_channels"]:
         raise ValueError(
             f"the U-Net takes {unet.config['in_channels']} channels, the autoencoder gives {vae.config['latent_channels']}"

@@ -103,8 +103,10 @@ def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], str 
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is no LoRA in safetensors ({error}); pickles are not read") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: is no LoRA: its settings are {type(header).__name__}")
     settings = {name: header[f"unet.{name}"] for name in SETTINGS if f"unet.{name}" in header}
     foreign = sorted(key for key in tensors if not key.startswith("unet.") or not key.endswith(FACTORS))
     if foreign or not tensors or not {"r", "lora_alpha", "target_modules"} <= settings.keys():

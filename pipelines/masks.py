@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from nibabel.nifti1 import Nifti1Pair
 from nibabel.orientations import aff2axcodes
 
-from volumes import PADDING, Volume, VolumeError, read_mask
+from volumes import PADDING, Volume, VolumeError, read_mask, volume_parts
 from volumes.labels import label_indices
 
 MaskLike = str | os.PathLike | Nifti1Pair | Volume | np.ndarray | torch.Tensor
@@ -102,11 +101,12 @@ def index_labels(
 def describe_mask(mask: MaskLike) -> dict[str, Any]:
     """Which mask a volume was made from, for its sidecar: file name (None without a file) and sha256.
 
-    The hash is of the file's bytes (both files of a .hdr/.img pair); without a file, of the voxels as they were given.
+    The hash is of the file's bytes (those of all its files: a .hdr/.img pair, the slices of a DICOM series, in the order of
+    their names); without a file, of the voxels as they were given.
     """
     if isinstance(mask, (str, os.PathLike)):
         digest = hashlib.sha256()
-        for path in mask_files(Path(mask)):
+        for path in volume_parts(mask):
             digest.update(path.read_bytes())
         return {"file": Path(mask).name, "sha256": digest.hexdigest()}
     if isinstance(mask, Nifti1Pair):
@@ -121,14 +121,6 @@ def describe_mask(mask: MaskLike) -> dict[str, Any]:
 def identity(given: Any) -> str | int:
     """By which one tells whether a mask or an image is given twice: its path, or the object itself."""
     return str(given) if isinstance(given, (str, os.PathLike)) else id(given)
-
-
-def mask_files(path: Path) -> list[Path]:
-    """The files that make up one mask: itself, or header and voxels of a pair (.hdr and .img, both possibly .gz)."""
-    half = re.fullmatch(r"(.*)\.(?:hdr|img)(\.gz)?", path.name)
-    if half is None:
-        return [path]
-    return [path.with_name(f"{half[1]}.{part}{half[2] or ''}") for part in ("hdr", "img")]
 
 
 def check_axes(volume: Volume, name: str) -> None:

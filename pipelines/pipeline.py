@@ -1,48 +1,49 @@
 """MedVolumePipeline: masks to volumes by autoencoder, latent U-Net and scheduler. Axes: (B, C, X, Y, Z)."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from diffusers.configuration_utils import FrozenDict
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from huggingface_hub.errors import HFValidationError
 
 from autoencoder import VolumeAutoencoder
 from autoencoder.noise import NoiseModel
-from autoencoder.weights import weight_files
 from diffusion import LatentUNet3D, check_guidance, denoise, fit_scheduler
 from diffusion.attention import check_attention_backend
 
-from .conditions import Labels, Numbers, check_conditions, condition_tensors, image_condition, rows_of
-from .images import Images, check_images, describe_images
-from .loading import check_fit, check_folder
-from .lora import LoraMixin, lora_digest
+from .conditions import (
+    Labels,
+    Numbers,
+    check_conditions,
+    condition_tensors,
+    edited_latents,
+    image_condition,
+    rows_of,
+)
+from .images import ImageLike, Images, check_images, describe_images
+from .inpainting import MARGIN, Editing, by_channel, editings_of, is_edit
+from .loading import check_fit
+from .lora import LoraMixin
 from .masks import LabelMap, MaskLike, as_list, describe_mask, identity
 from .output import MedVolumePipelineOutput, check_paths
 from .provenance import (
-    content_hash,
     header_description,
-    memory_tensors,
     recorded_guidance,
     software,
-    stored_tensors,
     synthetic_files,
     volume_files,
 )
 from .sampling import equal_batches, initial_latents, sample_generators, sample_seed
+from .stored import StoredPipeline
 from .volume_processor import OUTPUT_TYPES, Canvas, VolumeProcessor
 
-COMPONENTS = ("vae", "unet")
 EndOfStep = Callable[["MedVolumePipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
 
-class MedVolumePipeline(DiffusionPipeline, LoraMixin):
+class MedVolumePipeline(StoredPipeline, LoraMixin):
     """Generates volumes from masks (or, for a model that needs none, of a given shape), each on its mask's own grid, and
     of given classes, numbers and images (some channels, from which it makes the others) if the model knows any.
 
@@ -70,92 +71,7 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
         self.register_to_config(data=json.loads(json.dumps(data)))
         self.volume_processor = VolumeProcessor(data, vae.stride)
         self.noise_model = NoiseModel(data["noise"]) if data.get("noise") else None
-        self._files: dict[str, tuple[object, list[Path]]] = {}  # component: the module that was loaded, and from what
-        self._hashed: dict[tuple[str, ...], tuple[list[object], str]] = {}  # components: of these modules, their hash
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> Self:
-        """Load a pipeline folder or a Hub repository as `DiffusionPipeline.from_pretrained` does, safetensors only.
-
-        Raises: ValueError on a missing, extra or misshapen tensor, on a damaged file or a pickle in place of
-        safetensors, on a folder that is no pipeline, on a name that is neither a folder nor on the Hub.
-        """
-        if kwargs.pop("use_safetensors", True) is not True:
-            raise ValueError("use_safetensors=False is refused: a pickle can run any code when it is read")
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            try:
-                folder = Path(cls.download(str(pretrained_model_name_or_path), use_safetensors=True, **kwargs))
-            except (OSError, HFValidationError) as error:
-                raise ValueError(f"{folder}: no such folder here, nor is it found on the Hub: {error}") from error
-        check_folder(folder)
-        pipe = super().from_pretrained(folder, use_safetensors=True, **kwargs)
-        for name in COMPONENTS:
-            if name not in kwargs:
-                pipe._files[name] = getattr(pipe, name), weight_files(folder / name, kwargs.get("variant"))
-        return pipe
-
-    def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
-        """Save as `DiffusionPipeline.save_pretrained` does: safetensors only, and not the path it came from.
-
-        Raises: ValueError on `safe_serialization=False` and while a LoRA is attached, before anything is written.
-        """
-        if kwargs.pop("safe_serialization", True) is not True:
-            raise ValueError("safe_serialization=False is refused: weights are saved as safetensors only")
-        self.unet.check_no_lora()
-        for part in (self, self.scheduler):  # the models do it themselves
-            part._internal_dict = FrozenDict({k: v for k, v in part.config.items() if k != "_name_or_path"})
-        super().save_pretrained(str(save_directory), safe_serialization=True, **kwargs)
-
-    def enable_group_offload(self, onload_device: torch.device, *args: Any, **kwargs: Any) -> None:
-        """As diffusers' own; `model_hash` is computed first, while the weights are at hand."""
-        _ = self.model_hash
-        super().enable_group_offload(onload_device, *args, **kwargs)
-
-    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        """As diffusers' own; `model_hash` is computed first, while the weights are at hand."""
-        _ = self.model_hash
-        super().enable_sequential_cpu_offload(*args, **kwargs)
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """What the model was trained on: labels, spacing, intensity scales, shapes (`volumes.describe`)."""
-        return self.config["data"]
-
-    @property
-    def model_hash(self) -> str:
-        """sha256 over configs and weights of autoencoder and U-Net and over `data`: the model's name in every sidecar.
-
-        Of a loaded component the stored tensors count, so that half precision and offloading change nothing. Kept
-        until a component is replaced; training a component in place afterwards is not noticed. LoRAs that act, and
-        their scales, count as well.
-        """
-        weights = self._hash_of(COMPONENTS)
-        loras = lora_digest(self.unet)
-        return weights if loras is None else hashlib.sha256(f"{weights} {loras}".encode()).hexdigest()
-
-    @property
-    def unet_hash(self) -> str:
-        """sha256 over the U-Net's config and weights, without LoRAs: what a LoRA's file names as its base."""
-        return self._hash_of(("unet",))
-
-    def _hash_of(self, names: tuple[str, ...]) -> str:
-        parts = [getattr(getattr(self, name), "_orig_mod", getattr(self, name)) for name in names]  # beneath compile
-        kept, value = self._hashed.get(names, ([], ""))
-        if len(kept) != len(parts) or any(a is not b for a, b in zip(kept, parts, strict=True)):
-            contents: dict[str, Any] = {"data": (self.data, ())} if names == COMPONENTS else {}
-            for name, part in zip(names, parts, strict=True):
-                loaded, files = self._files.get(name, (None, []))
-                contents[name] = (part.config, stored_tensors(files) if loaded is part else memory_tensors(part))
-            value = content_hash(contents)
-            self._hashed[names] = parts, value
-        return value
-
-    def _dtypes(self) -> str:
-        """Every type that weights are computed or stored in: more than one if only a part was cast."""
-        models: list[Any] = [getattr(self, name) for name in COMPONENTS]
-        types = {model.dtype for model in models} | {p.dtype for model in models for p in model.parameters()}
-        return " ".join(sorted(str(one).removeprefix("torch.") for one in types))
+        self._files, self._hashed = {}, {}
 
     def provenance(
         self,
@@ -171,6 +87,7 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
         numbers: Mapping[str, float] | None = None,
         images: Mapping[str, Mapping[str, Any]] | None = None,
         noise: bool = True,
+        edit: Editing | None = None,
     ) -> dict[str, Any]:
         """The record of one volume, ready for JSON; everything but `software` decides the voxels.
 
@@ -179,10 +96,13 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
             labels, numbers: as `pipelines.check_conditions` gives them back.
             images: what `pipelines.describe_images` says of those that are given.
             noise: whether the model's noise is added; recorded if the model has any.
+            edit: what is changed of which image; without one the record has no such entry.
             seed: of the volume's own generator; None if its noise came from elsewhere (latents, or a generator
                 already drawn from).
         """
-        scheduler = json.loads(fit_scheduler(self.scheduler, self.unet.config["objective"]).to_json_string())  # pyright: ignore[reportAttributeAccessIssue]
+        scheduler = json.loads(
+            fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps).to_json_string()
+        )  # pyright: ignore[reportAttributeAccessIssue]
         return {
             "synthetic": True,
             "software": software(),
@@ -201,6 +121,7 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
             "images": {name: dict(one) for name, one in images.items()} if images else None,
             "channels": self.volume_processor.generated(images or {}) or None,  # those that have a file each
             **({} if self.noise_model is None else {"noise": noise}),
+            **({} if edit is None else {"edit": edit.record()}),
         }
 
     @torch.no_grad()
@@ -210,7 +131,7 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
         shape: Sequence[int] | None = None,
         labels: Labels | Sequence[Labels] | None = None,
         numbers: Numbers | Sequence[Numbers] | None = None,
-        image: Images | Sequence[Images] | None = None,
+        image: ImageLike | Images | Sequence[ImageLike | Images] | None = None,
         num_inference_steps: int = 20,
         sigmas: Sequence[float] | None = None,
         guidance_scale: float | Mapping[str, float] = 1.0,
@@ -224,8 +145,12 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
         batch_size: int = 8,
         paths: str | PathLike | Sequence[str | PathLike] | None = None,
         noise: bool = True,
+        strength: float | None = None,
+        region: MaskLike | Sequence[MaskLike] | None = None,
+        margin: float = MARGIN,
+        given: Sequence[str] = (),
     ) -> MedVolumePipelineOutput:
-        """Generate volumes.
+        """Generate volumes, or with `strength` or `region` change given ones.
 
         Args:
             mask: path, nibabel image, `Volume`, array or tensor (X, Y, Z) of label values as in the training files;
@@ -239,6 +164,8 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
             image: the channels that are given, such as {"ct": "ct.nii.gz"}, in the units of the training files: one dict
                 for all masks, or a list of one a mask. As a mask may be, and on the mask's grid (an array: its voxels in
                 the order of the mask's file); without mask and shape its grid is the volume's.
+                With `strength` or `region` it is what is changed: every channel that the model makes, of a model of one
+                channel the image alone. The result is on its grid, in its units, and in a NIfTI of its type of voxels.
             num_inference_steps: steps of the scheduler.
             sigmas: noise levels to visit instead, in (0, 1] and falling (FlowMatch schedulers); from 1, unless the
                 `latents` are less noisy.
@@ -263,9 +190,17 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
                 hold what is returned without `paths`. Volumes that must be resampled to their mask's spacing are held.
             noise: add what the autoencoder leaves out of real volumes, for a model that measured it (`noise: true` in the
                 config of train_ldm.py): see `autoencoder.noise`.
+            strength: image to image: in (0, 1], how much of the image is changed. It is noised so far, and denoised under
+                the conditions in that share of the steps; 1 (for which without a region only its grid counts) is
+                generating anew.
+            region: inpainting: a label map on the image's grid (or a list of one an image), not 0 where voxels are made
+                anew. Everywhere else they are the image's own, bit for bit. With `strength`, to that degree.
+            margin: mm inside the region's border in which what is made is brought to what surrounds it, so that there is no
+                edge; 0 leaves it as it is made.
+            given: channels of an image that is changed which are left alone, and condition the others.
 
         Raises: ValueError naming what cannot be used and the remedy: the mask, its labels, classes, numbers, images, the
-        guidance, the generators, the sigmas, the output type, the scheduler.
+        guidance, the generators, the sigmas, the output type, the scheduler, the edit.
         Warns: of numbers far outside the training range.
         """
         if output_type not in OUTPUT_TYPES:
@@ -275,16 +210,24 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
                 f"num_volumes_per_mask ({num_volumes_per_mask}) and batch_size ({batch_size}) must be 1 or more"
             )
         check_attention_backend(self.unet, self._execution_device)
-        scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"])
+        scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
         masks = None if mask is None else as_list(mask)
-        asked = rows_of(labels, numbers, image, None if masks is None else len(masks))
-        masks, images = masks or [None] * len(asked), [given for *_, given in asked]
+        editing = is_edit(strength, region, given, begins_from={"image": image, "shape": shape, "latents": latents})
+        of_channels: Any = by_channel(image, self.data) if editing else image
+        asked = rows_of(labels, numbers, of_channels, None if masks is None else len(masks))
+        masks, images = masks or [None] * len(asked), [one for *_, one in asked]
+        edits: list[Editing | None] = [None] * len(asked)
+        if editing:
+            steps = num_inference_steps if sigmas is None else len(sigmas)
+            settings = {"strength": strength, "margin": margin, "given": given, "num_inference_steps": steps}
+            edits = [*editings_of(self.data, images, region, **settings)]  # pyright: ignore[reportArgumentType]
+            images = [edit.conditions for edit in edits if edit is not None]
         keys = [
-            (identity(one), *sorted((name, identity(of)) for name, of in given.items()))
-            for one, given in zip(masks, images, strict=True)
+            (identity(one), edit and edit.identity, *sorted((name, identity(of)) for name, of in own.items()))
+            for one, own, edit in zip(masks, images, edits, strict=True)
         ]
-        distinct = dict(zip(keys, zip(masks, images, strict=True), strict=True))
-        read = {key: self.canvas(one, shape, label_map, given) for key, (one, given) in distinct.items()}
+        distinct = dict(zip(keys, zip(masks, images, edits, strict=True), strict=True))
+        read = {key: self.canvas(one, shape, label_map, own, edit) for key, (one, own, edit) in distinct.items()}
         canvases = [read[key] for key in keys]  # what is given twice is held once
         rows = [
             check_conditions(self.unet, self.data, *one[:2], canvas.grid)
@@ -313,27 +256,32 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
                 numbers=rows[i][1],
                 images=image_records[i],
                 noise=noise,
+                edit=edits[i],
             )
             for i, seed in zip(owner, seeds, strict=True)
         ]
-        files = check_paths(paths, records, output_type, [*masks, *(one for given in images for one in given.values())])
-        encoded = {}
+        inputs = [*masks, *(one for own in images for one in own.values())]
+        inputs += [one for edit in edits if edit is not None for one in edit.files]
+        files = check_paths(paths, records, output_type, inputs)
+        encoded, parts = {}, (self.vae, self.unet, self.volume_processor)
         if self.unet.config["images"]:
-            parts = self.vae, self.unet, self.volume_processor
             encoded = {key: image_condition(*parts, one, self._execution_device) for key, one in read.items()}
+        changed = {key: edited_latents(*parts, one, self._execution_device) for key, one in read.items() if one.edit}
 
         volumes: list[Any] = [None] * len(owner)
         for batch in equal_batches([canvases[i].shape for i in owner], batch_size):
             own = [generators[i] for i in batch]
             drawn_on = [canvases[owner[i]] for i in batch]
-            given = None if latents is None else [latents[i] for i in batch]
+            noises = None if latents is None else [latents[i] for i in batch]
             grid = self._latent_shape(drawn_on[0])
             conditions = condition_tensors(self.unet, drawn_on, [rows[owner[i]] for i in batch], self._execution_device)
             if encoded:
                 conditions["image"] = torch.cat([encoded[keys[owner[i]]] for i in batch])
+            known = [changed[keys[owner[i]]] for i in batch] if changed else []
+            inside = [cells for _, cells in known if cells is not None]
             denoised = denoise(
                 self.unet,
-                initial_latents(own, given, grid, self._execution_device, self.unet.dtype),
+                initial_latents(own, noises, grid, self._execution_device, self.unet.dtype),
                 scheduler,
                 conditions,
                 guidance_scale=guidance_scale,
@@ -343,6 +291,9 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
                 generator=own,
                 callback=self._step_callback(callback_on_step_end),
                 progress=not getattr(self, "_progress_bar_config", {}).get("disable", False),
+                image=torch.cat([image for image, _ in known]) if known else None,
+                strength=1.0 if strength is None else strength,
+                region=torch.cat(inside) if inside else None,
             )
             for i, latent in zip(batch, denoised, strict=True):
                 volumes[i] = self._finish(
@@ -359,15 +310,16 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
         shape: Sequence[int] | None,
         label_map: LabelMap | None = None,
         images: Images | None = None,
+        edit: Editing | None = None,
     ) -> Canvas:
         """What one volume is drawn on: the grid of its mask, or where the model does without a mask that of its images, or
-        `shape`; with the images {channel: image} that are given.
+        `shape`; with the images {channel: image} that are given. With `edit`, the grid of the image that is changed.
 
         Raises: ValueError if the model needs the one that is not given, and for a mask or an image that cannot be used.
         """
         images = images or {}
         check_images(self.unet, self.data, images)
-        ways = (mask is not None) + (shape is not None) + (mask is None and bool(images))  # to set the shape
+        ways = (mask is not None) + (shape is not None) + (mask is None and bool(images or edit))  # to set the shape
         if self.unet.config["num_labels"] == 0:
             if mask is not None or ways != 1:
                 raise ValueError(
@@ -383,7 +335,9 @@ class MedVolumePipeline(DiffusionPipeline, LoraMixin):
             canvas = self.volume_processor.preprocess(mask, label_map)
         elif shape is not None:
             canvas = self.volume_processor.preprocess_shape(shape)
-        if images:
+        if edit is not None:
+            canvas = self.volume_processor.preprocess_edit(edit, canvas)
+        elif images:
             canvas = self.volume_processor.preprocess_images(images, canvas)
         assert canvas is not None
         return canvas

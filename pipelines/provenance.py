@@ -101,7 +101,7 @@ def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(sidecar.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{sidecar}: is no JSON ({error}); it was not written by generate.py") from error
     if not isinstance(record, dict) or record.get("synthetic") is not True:
         raise ValueError(f"{sidecar}: is not the sidecar of a generated volume; write to another folder")

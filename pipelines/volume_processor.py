@@ -8,7 +8,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,60 +20,33 @@ from volumes import (
     PADDING,
     IntensityScaling,
     LinearScale,
-    Placement,
     Volume,
     VolumeError,
+    describe_grid,
     merge_channels,
     on_stored_grid,
     pad_to_multiple,
     read_slabs,
     resample,
     resample_to,
+    same_grid,
     stored_grid,
     to_nibabel,
     to_stored_grid,
     write_slabs,
 )
 
+from .canvas import Canvas
 from .images import GivenImage, Images, load_images
+from .inpainting import Edit, Editing, load_region
 from .masks import LabelMap, MaskLike, index_labels, load_mask
 
 OUTPUT_TYPES = ("nifti", "np", "pt", "latent")
 SPACING_TOLERANCE = 0.01  # relative; a mask within it is taken as it is
 WHOLE_UNITS = 256  # a window at least this wide, with whole limits, loses nothing by rounding: int16
 PLANES = 16  # restored at a time
+TOUCHED = 1e-3  # of a voxel: resampled, it belongs to a region of which it holds more than that
 LARGE_BYTES = 1 << 28  # of float32 voxels, above which it is worth a warning that they are all in memory
-
-
-@dataclass(frozen=True, eq=False)
-class Canvas:
-    """The grid that one volume is drawn on.
-
-    Attributes:
-        grid: shape (X, Y, Z) and affine in the model's spacing, before padding; its array is the label indices or
-            zeros.
-        target: the grid that the result is handed back on: the mask's own, or that of the images.
-        placement: pads `grid` to a multiple of the autoencoder's stride, and takes the padding off again.
-        labels: label indices (X, Y, Z) int16 of the padded grid, PADDING outside the field of view; None without a
-            mask.
-        images: the channels that are given.
-    """
-
-    grid: Volume
-    target: Volume
-    placement: Placement
-    labels: np.ndarray | None
-    images: Mapping[str, GivenImage] = field(default_factory=dict)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Sides of the padded grid; volumes whose canvases agree in it can share a batch."""
-        return self.placement.target
-
-    @property
-    def needs_resampling(self) -> bool:
-        """Whether the result must be resampled to lie on the grid of the mask's file."""
-        return self.grid is not self.target or not on_stored_grid(self.target)
 
 
 class VolumeProcessor:
@@ -115,11 +88,49 @@ class VolumeProcessor:
         Warns: without a canvas as `preprocess` does.
         """
         volumes = load_images(images, None if canvas is None else canvas.target, self.affine)
+        canvas = canvas or self._canvas_of_image(*next(iter(volumes.items())))
+        return replace(canvas, images=self._given(volumes, canvas))
+
+    def preprocess_edit(self, editing: Editing, canvas: Canvas | None) -> Canvas:
+        """The canvas of an edit: its target is the grid of the image's file, on which the mask's canvas must lie, if there is
+        one.
+
+        Raises: ValueError naming the image or the region for what cannot be used, see `load_images` and `load_region`.
+        Warns: without a canvas as `preprocess` does.
+        """
+        placed = {n: image for n, image in editing.images.items() if not isinstance(image, (np.ndarray, torch.Tensor))}
+        target = canvas.target if canvas is not None and not placed else None  # arrays are in the order of a file
+        exact = load_images(placed | dict(editing.images), target, self.affine, exact=True)
+        channel, first = next(iter(exact.items()))
+        if not on_stored_grid(first):
+            raise ValueError(
+                f"the image {channel!r}: was resampled from its file's grid; give the file, or a new Volume"
+            )
         if canvas is None:
-            channel, first = next(iter(volumes.items()))
-            target = first.replace(np.zeros((1, *first.shape), dtype=np.int16))
-            name = f"the image {channel!r}"
-            canvas = self._canvas(self._resampled(target, name, "image"), target, name, None)
+            canvas = self._canvas_of_image(channel, first)
+        elif same_grid(first, canvas.target):
+            target = first.replace(canvas.target.array)
+            canvas = replace(canvas, target=target, grid=target if canvas.grid is canvas.target else canvas.grid)
+        else:
+            raise ValueError(
+                f"the image {channel!r}: lies on another grid than the mask ({describe_grid(first)} against "
+                f"{describe_grid(canvas.target)}); resample one onto the other first"
+            )
+        region = None if editing.region is None else load_region(editing.region, first)
+        images = self._given({n: one.replace(one.array.astype(np.float32)) for n, one in exact.items()}, canvas)
+        originals = {name: volume.array[0] for name, volume in exact.items()}
+        return replace(
+            canvas,
+            images={name: images[name] for name in editing.given},
+            edit=None if editing.anew else Edit(images, originals, region, first.spacing, editing.margin),
+        )
+
+    def _canvas_of_image(self, channel: str, image: Volume) -> Canvas:
+        target, name = image.replace(np.zeros((1, *image.shape), dtype=np.int16)), f"the image {channel!r}"
+        return self._canvas(self._resampled(target, name, "image"), target, name, None)
+
+    def _given(self, volumes: Mapping[str, Volume], canvas: Canvas) -> dict[str, GivenImage]:
+        """Images on the canvas's target, with their scales. Raises: ValueError for one that is constant."""
         given = {}
         for channel, volume in volumes.items():
             try:
@@ -127,18 +138,25 @@ class VolumeProcessor:
             except VolumeError as error:
                 raise ValueError(f"the image {channel!r}: {error}") from error
             given[channel] = GivenImage(volume, scale)
-        return replace(canvas, images=given)
+        return given
 
-    def standardised_images(self, canvas: Canvas) -> np.ndarray:
-        """What is given on the padded grid, float32 (C, *canvas.shape) in [-1, 1], scaled as in training: -1 in the
-        padding, outside the mask's field of view, and in the channels that are not given."""
+    def standardised_images(self, canvas: Canvas, images: Mapping[str, GivenImage]) -> np.ndarray:
+        """Images of a canvas on its padded grid, float32 (C, *canvas.shape) in [-1, 1], scaled as in training: -1 in the
+        padding, outside the mask's field of view, and in channels of which there is none."""
         voxels = np.full((len(self.channels), *canvas.shape), -1, np.float32)
-        for channel, image in canvas.images.items():
+        for channel, image in images.items():
             scaled = image.scale.apply(self._on_grid(image.volume, canvas).array[0])
             if canvas.labels is not None:
                 scaled[canvas.grid.array[0] == PADDING] = -1
             voxels[self.channels.index(channel)] = canvas.placement.apply(scaled, -1)
         return voxels
+
+    def padded_region(self, canvas: Canvas) -> np.ndarray | None:
+        """The edit's region on the padded grid, bool (*canvas.shape); None where everything is changed."""
+        if canvas.edit is None or canvas.edit.region is None:
+            return None
+        region = self._on_grid(canvas.target.replace(canvas.edit.region[None].astype(np.float32)), canvas).array[0]
+        return canvas.placement.apply(region > TOUCHED, False)
 
     def generated(self, given: Collection[str]) -> list[str]:
         """The channels that have a file each, where `given` are given; none where one file holds all that there is."""
@@ -148,6 +166,11 @@ class VolumeProcessor:
         """How this channel was scaled in training."""
         number = self.channels.index(channel)
         kind, scale = self.intensity[number]
+        if kind == "percentile" and not self.percentiles[number]:
+            raise ValueError(
+                f"the image {channel!r}: this model's data does not say by which percentiles {channel} is scaled; it was "
+                "trained before that was kept: train it anew, or add them to `data` in model_index.json"
+            )
         low, high = self.percentiles[number] if kind == "percentile" else (scale.low, scale.high)
         return IntensityScaling(kind, low, high)
 
@@ -216,16 +239,19 @@ class VolumeProcessor:
         channels = range(1 if self._merges_slabs(canvas) else len(self.intensity))
         count = sum(len(channels[part]) for part, _ in files)
         # rounded last: whole numbers would not be interpolated
-        held = np.float32 if canvas.needs_resampling or len(files) > 1 else files[0][1]
+        held = self._held(canvas) if canvas.needs_resampling or len(files) > 1 else files[0][1]
         array, done = np.empty((count, *canvas.grid.shape), held), 0
-        for slab in self._restored([sample] if isinstance(sample, torch.Tensor) else sample, canvas):
+        for slab in self._finished([sample] if isinstance(sample, torch.Tensor) else sample, canvas):
             slab = np.concatenate([slab[part] for part, _ in files])
             planes = array[..., done : done + slab.shape[3]]
-            planes[:] = np.rint(slab) if array.dtype.kind == "i" else slab
+            planes[:] = np.rint(slab) if array.dtype.kind in "iu" else slab
             done += slab.shape[3]
         volume = Volume(array, canvas.grid.affine, canvas.grid.source)
         if canvas.grid is not canvas.target:
             volume = _resample_back(volume, canvas.target)
+            if canvas.edit is not None:  # on the image's own grid, where its voxels are
+                names = [name for part, _ in files for name in self.channels[part]]
+                volume = volume.replace(np.concatenate([*canvas.edit.composited([volume.array], names)], axis=3))
         if self.image_labels and canvas.needs_resampling:
             volume = to_stored_grid(volume)
             volume = volume.replace(self._merged(volume.array))
@@ -254,8 +280,8 @@ class VolumeProcessor:
         One that must be resampled to the mask's grid is held, with a warning if it is large.
         """
         paths = [Path(path)] if isinstance(path, (str, os.PathLike)) else [Path(one) for one in path]
-        if not canvas.needs_resampling:
-            self._write_files(self._restored(slabs, canvas), canvas, paths, description)
+        if not canvas.needs_resampling and (len(paths) == 1 or self._held(canvas) == np.float32):
+            self._write_files(self._finished(slabs, canvas), canvas, paths, description)
             return
         size = 4 * len(self.intensity) * math.prod(canvas.target.shape)
         if size > LARGE_BYTES:
@@ -286,11 +312,26 @@ class VolumeProcessor:
                 write_slabs(path, slabs, grid, dtype, description=description)
 
     def _files(self, canvas: Canvas) -> list[tuple[slice, type[np.number]]]:
-        """Which channels each file holds, and the type of its voxels."""
+        """Which channels each file holds, and the type of its voxels: of an edit that of the image."""
+        own = None if canvas.edit is None else canvas.edit.originals
         if not self.apart:
-            return [(slice(None), self.file_dtype)]
+            return [(slice(None), self.file_dtype if own is None else own[self.channels[0]].dtype.type)]
         numbers = [self.channels.index(channel) for channel in self.generated(canvas.images)]
-        return [(slice(n, n + 1), _whole_or_float(self.intensity[n : n + 1])) for n in numbers]
+        types = [
+            _whole_or_float(self.intensity[n : n + 1]) if own is None else own[self.channels[n]].dtype.type
+            for n in numbers
+        ]
+        return [(slice(n, n + 1), dtype) for n, dtype in zip(numbers, types, strict=True)]
+
+    def _held(self, canvas: Canvas) -> np.dtype:
+        """The floating type that holds what is written without loss."""
+        return np.dtype(np.float32) if canvas.edit is None else canvas.edit.dtype(self.channels)
+
+    def _finished(self, slabs: Iterable[torch.Tensor], canvas: Canvas) -> Iterator[np.ndarray]:
+        """`_restored`, and of an edit on the image's own grid the edited image."""
+        restored = self._restored(slabs, canvas)
+        composited = canvas.edit is not None and canvas.grid is canvas.target
+        return canvas.edit.composited(restored, self.channels) if composited else restored  # pyright: ignore
 
     def _restored(self, slabs: Iterable[torch.Tensor], canvas: Canvas) -> Iterator[np.ndarray]:
         """Decoded slabs (C, X, Y, z) of the padded grid to slabs float32 of `canvas.grid`, in original units; to slabs of
@@ -312,15 +353,18 @@ class VolumeProcessor:
                 here = slice(done, done + array.shape[3])
                 if canvas.labels is not None:
                     array[:, canvas.grid.array[0, ..., here] == PADDING] = -1
-                array = self.to_original_units(array)
+                array = self.to_original_units(array, canvas.edit)
                 yield self._merged(array) if self._merges_slabs(canvas) else array
                 done = here.stop
         if start != canvas.shape[2]:
             raise ValueError(f"the autoencoder gave {start} planes for a grid of {_by(canvas.shape)} voxels")
 
-    def to_original_units(self, array: np.ndarray) -> np.ndarray:
-        """(C, X, Y, Z) in [-1, 1] to the training files' units (HU, SUV, the median MR scale), channel by channel."""
-        channels = [scale.invert(channel) for channel, (_, scale) in zip(array, self.intensity, strict=True)]
+    def to_original_units(self, array: np.ndarray, edit: Edit | None = None) -> np.ndarray:
+        """(C, X, Y, Z) in [-1, 1] to the training files' units (HU, SUV, the median MR scale), channel by channel; of an
+        edit to those of its image."""
+        scales = [scale for _, scale in self.intensity]
+        scales = scales if edit is None else [edit.images[channel].scale for channel in self.channels]
+        channels = [scale.invert(channel) for channel, scale in zip(array, scales, strict=True)]
         return np.stack(channels).astype(np.float32, copy=False)
 
     def _merges_slabs(self, canvas: Canvas) -> bool:

@@ -1,0 +1,85 @@
+"""The denoising loop that begins from an image, and keeps some of it, with every scheduler."""
+
+import diffusers
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from tiny import seeded
+
+from diffusion import denoise, fit_scheduler, make_scheduler
+from diffusion.denoise import steps_of
+from diffusion.objectives import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
+
+
+class KnowsTheAnswer(torch.nn.Module):
+    """Predicts exactly what leads from any noisy latents to `x`."""
+
+    def __init__(self, x: torch.Tensor, objective: str):
+        super().__init__()
+        self.x, self.objective, self.seen = x, objective, []
+        self.alphas = None if objective == "rectified_flow" else make_scheduler(objective).alphas_cumprod
+
+    def forward(self, sample, timestep, return_dict=True):
+        self.seen.append((float(timestep), sample.clone()))
+        if self.objective == "rectified_flow":
+            return ((sample - self.x) / (timestep / 1000),)
+        a = self.alphas[timestep.long()].to(sample)
+        noise = (sample - a.sqrt() * self.x) / (1 - a).sqrt()
+        return (noise if self.objective == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * self.x,)
+
+
+FAMILIES = [(name, "rectified_flow") for name in FLOW_SCHEDULERS]
+FAMILIES += [(name, objective) for name in DIFFUSION_SCHEDULERS for objective in ("v_prediction", "epsilon")]
+
+
+@pytest.mark.parametrize(("solver", "objective"), FAMILIES)
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_every_scheduler_keeps_the_image_outside_and_makes_the_rest(solver, objective, strength):
+    """Of a model that knows the answer: it is reached inside, the image stays outside, and what the model sees outside is at
+    every step the image at that step's noise, from the same noise."""
+    scheduler = fit_scheduler(getattr(diffusers, solver)(), objective)
+    draw = torch.Generator().manual_seed(0)
+    answer, image, noise = (torch.randn(1, 2, 3, 4, 5, generator=draw, dtype=torch.float64) for _ in range(3))
+    region = torch.zeros(1, 1, 3, 4, 5, dtype=torch.bool)
+    region[..., :2, 1:, :3] = True
+    model = KnowsTheAnswer(answer, objective)
+    settings = {"num_inference_steps": 10, "generator": seeded(0), "image": image, "strength": strength}
+    out = denoise(model, noise, scheduler, {}, region=region, **settings)
+    inside = region.expand_as(out)
+    assert torch.equal(out[~inside], image[~inside])
+    torch.testing.assert_close(out[inside], answer[inside], atol=0.15, rtol=0)
+    for timestep, seen in model.seen:
+        if objective == "rectified_flow":
+            level = timestep / 1000
+            expected = (1 - level) * image + level * noise
+        else:
+            a = model.alphas[round(timestep)].double()
+            expected = a.sqrt() * image + (1 - a).sqrt() * noise
+        atol = (
+            0.02
+            if isinstance(scheduler, (DPMSolverMultistepScheduler, UniPCMultistepScheduler, EulerDiscreteScheduler))
+            else 1e-5
+        )
+        torch.testing.assert_close(seen[~inside], expected[~inside].to(seen), atol=atol, rtol=atol)
+    calls = len(model.seen)
+    assert calls == {True: 10, False: 5}[strength == 1] or isinstance(scheduler, FlowMatchHeunDiscreteScheduler)
+
+
+def test_the_share_of_the_steps():
+    assert [steps_of(s, 20) for s in (1.0, 0.99, 0.5, 0.35, 0.05)] == [20, 19, 10, 7, 1]
+    assert steps_of(0.29, 100) == 29  # 28.999999999999996
+    scheduler, image = make_scheduler("rectified_flow"), torch.zeros(1, 1, 2, 2, 2)
+    model = KnowsTheAnswer(torch.zeros(1), "rectified_flow")
+    denoise(model, torch.ones(1, 1, 2, 2, 2), scheduler, {}, num_inference_steps=20, image=image, strength=0.25)
+    assert [round(timestep) for timestep, _ in model.seen] == [250, 200, 150, 100, 50]
+    torch.testing.assert_close(model.seen[0][1], torch.full((1, 1, 2, 2, 2), 0.25))
+    heun = KnowsTheAnswer(torch.zeros(1), "rectified_flow")
+    denoise(heun, image + 1, FlowMatchHeunDiscreteScheduler(), {}, num_inference_steps=4, image=image, strength=0.5)
+    first, seen = heun.seen[0]
+    torch.testing.assert_close(seen, torch.full_like(seen, first / 1000))
+    assert len(heun.seen) == 3
