@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | clean. Each makes .venv on first use, with the versions in constraints.txt.
+# make demo | test | test-slow | fuzz | lint | bench | clean. Each makes .venv on first use, with the versions in constraints.txt.
 # PYTHON=/path/to/python picks the interpreter that .venv is made with.
 
 VENV := .venv
@@ -11,12 +11,14 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test test-slow fuzz lint format bench clean
 
 help:
 	@echo "make demo    generate volumes from the example masks with the shipped weights, into out/demo/"
 	@echo "make test    the tests"
+	@echo "make test-slow  the tests that take minutes: every recipe of docs/recipes.md, trained and sampled at a small size"
 	@echo "make lint    ruff (lint and format) and pyright; make format applies what ruff can fix"
+	@echo "make fuzz    10,000 damaged files for everything that reads files, each read right or refused by name"
 	@echo "make bench   every figure of docs/performance.md, peers in the same run, into out/bench/ (half an hour)"
 	@echo "make clean   remove .venv and out/"
 
@@ -26,6 +28,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
+test-slow: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m slow
+
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -34,6 +39,12 @@ lint: $(VENV)/installed-dev
 format: $(VENV)/installed-dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+# CASES damaged files for everything that reads files; another SEED makes others.
+CASES ?= 10000
+SEED  ?= 0
+fuzz: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/fuzz.py --count $(CASES) --seed $(SEED) --processes $(WORKERS) --output out/fuzz.json
 
 # The peers are MONAI's networks, which need einops: an extra of dev.
 bench: $(VENV)/installed-dev

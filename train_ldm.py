@@ -36,6 +36,7 @@ from diffusion import (
     moved_embeddings,
     training_loss,
 )
+from diffusion.latent_cache import weights_hash
 from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
 from pipelines.lora import add_lora, save_lora
@@ -50,7 +51,7 @@ from training import (
     parse_config,
     save_model,
 )
-from training.splits import PaddedVolumes, load_split
+from training.splits import PaddedVolumes, digests, load_split
 from volumes import VolumeDataset, describe, slices_figure
 
 if TYPE_CHECKING:
@@ -64,26 +65,44 @@ class DiffusionStep:
     """The U-Net's training step: latents drawn from their posterior, timesteps and noise, the objective's loss."""
 
     def __init__(
-        self, learner: Learner[LatentUNet3D], vae: VolumeAutoencoder, inference_steps: int, channels: Sequence[str]
+        self,
+        learner: Learner[LatentUNet3D],
+        vae: VolumeAutoencoder,
+        inference_steps: int,
+        channels: Sequence[str],
+        loss: str = "mse",
+        scheduler: str | None = None,
     ):
         self.unet, self.learners, self.vae, self.inference_steps = learner, (learner,), vae, inference_steps
         self.channels = channels
-        self.objective: str = learner.network.config["objective"]
+        network = learner.network
+        self.make_scheduler = partial(
+            make_scheduler, network.config["objective"], network.train_steps, name=scheduler, bound=vae.latent_bound()
+        )
+        self.make_scheduler()  # a name that does not fit is refused before the training
+        self.loss = partial(training_loss, train_steps=network.train_steps, absolute=loss == "l1")
+        self.objective: str = network.config["objective"]
         self.names = learner.network.condition_names
         self.dropout: dict[str, float] = learner.network.config["condition_dropout"] or {}
 
-    def __call__(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+    def __call__(self, batch: dict[str, Any], generators: list[torch.Generator]) -> dict[str, Tensor]:
         """One batch of `collate_latents`."""
-        noise = randn_tensor(batch["mean"].shape, generator=generator, device=batch["mean"].device)
+        noise = randn_tensor(batch["mean"].shape, generator=generators, device=batch["mean"].device)
         latents = batch["mean"] + batch["std"] * noise
-        torch.manual_seed(generator.initial_seed())  # dropout knows the global state alone, and a resume must find it
-        conditions = drop_conditions(batch["conditions"], self.names, self.dropout, generator)
-        loss = training_loss(self.unet.model, self.objective, latents, conditions, batch["weight"], generator)
+        torch.manual_seed(
+            generators[0].initial_seed()
+        )  # dropout knows the global state alone, and a resume must find it
+        conditions = drop_conditions(batch["conditions"], self.names, self.dropout, generators)
+        loss = self.loss(self.unet.model, self.objective, latents, conditions, batch["weight"], generators)
         self.unet.backward(loss)
         return {"loss": loss.detach()}
 
     def after_update(self, taken: bool) -> None:
         """All state moves by gradients."""
+
+    def review(self, values: dict[str, float]) -> list[str]:
+        """Nothing but the loss could go wrong."""
+        return []
 
     @torch.no_grad()
     def validate(self, item: dict[str, Any], generator: torch.Generator) -> dict[str, float]:
@@ -96,7 +115,7 @@ class DiffusionStep:
         conditions = drop_conditions(conditions, self.names, self.dropout, generator)
         weight = torch.ones_like(latents[:, :1])  # padding is thinner than a cell, so every cell has a voxel inside
         with self.unet.accelerator.autocast():
-            loss = training_loss(self.unet.average, self.objective, latents, conditions, weight, generator)
+            loss = self.loss(self.unet.average, self.objective, latents, conditions, weight, generator)
         return {"loss": loss.item()}
 
     @torch.no_grad()
@@ -107,7 +126,7 @@ class DiffusionStep:
         for index, item in enumerate(items):
             shape, device = item["latents"].shape, item["latents"].device
             noise = randn_tensor(shape, generator=torch.Generator().manual_seed(index), device=device)
-            scheduler, steps = make_scheduler(self.objective), self.inference_steps
+            scheduler, steps = self.make_scheduler(), self.inference_steps
             conditions = self.names.without(item["conditions"], images)
             with self.unet.accelerator.autocast():
                 latents = denoise(self.unet.average, noise, scheduler, conditions, num_inference_steps=steps)
@@ -241,16 +260,17 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     validation = encode_held_out(PaddedVolumes(held_out, vae.stride), vae, num_labels, images) if held_out else []
 
     learner = Learner("unet", unet, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
-    step = DiffusionStep(learner, vae, config.inference_steps, channels)
+    step = DiffusionStep(learner, vae, config.inference_steps, channels, config.loss, config.scheduler)
     collate = partial(collate_latents, stride=vae.stride, num_labels=num_labels, images=images)
-    metrics = Loop(accelerator, config, step, latents, validation, collate).run()
+    contents = {**digests(train), "autoencoder": weights_hash(vae.encoder)}
+    metrics = Loop(accelerator, config, step, latents, validation, collate, contents).run()
 
     if accelerator.is_main_process and base:
         logger.info("saved %s", save_lora(learner.average, output / "lora", base))
     elif accelerator.is_main_process:
         if config.noise:
             data["noise"] = measure_noise(train, vae)
-        pipeline = MedVolumePipeline(vae, learner.average, make_scheduler(step.objective), data=data)
+        pipeline = MedVolumePipeline(vae, learner.average, step.make_scheduler(), data=data)
         save_model(pipeline, output / "pipeline")
         logger.info("saved %s", output / "pipeline")
     accelerator.wait_for_everyone()

@@ -1,7 +1,7 @@
 """Train an autoencoder:  accelerate launch train_vae.py --config configs/hippocampus/vae.yaml [--loop.seed 1 ...]
 
 The run folder ends with `vae/`: the averaged weights, with the latents' mean and standard deviation over the training
-set in its config.
+set in its config. An autoencoder without parameters (autoencoder.SpaceToDepth3D) is measured and saved at once.
 """
 
 import logging
@@ -51,15 +51,17 @@ from training import (
     initialise_from,
     make_accelerator,
     parse_config,
+    save_config,
     save_model,
 )
-from training.splits import PaddedVolumes, load_split
-from volumes import CropDataset, slices_figure
+from training.splits import PaddedVolumes, digests, load_split
+from volumes import CropDataset, VolumeDataset, slices_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 logger = logging.getLogger("training")
+FEWEST_CODES = 1.5  # effective codes below which a codebook has collapsed
 
 
 class Adversary:
@@ -130,10 +132,10 @@ class AutoencoderStep:
         self.learners = (learner,) if adversary is None else (learner, adversary.learner)
         self._cells: list[Tensor] = []  # latents inside the field of view since the last update, for the codebook
 
-    def __call__(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def __call__(self, batch: dict[str, Tensor], generators: list[torch.Generator]) -> dict[str, Tensor]:
         """One batch of {"image": (B, C, X, Y, Z) in [-1, 1], "fov": (B, 1, X, Y, Z) boolean}."""
         image, fov, weights = batch["image"], batch["fov"], self.weights
-        reconstruction, latents = self.vae.model(image, sample_posterior=True, return_dict=False, generator=generator)
+        reconstruction, latents = self.vae.model(image, sample_posterior=True, return_dict=False, generator=generators)
         losses = {"l1": l1_loss(reconstruction, image, fov)}
         loss = weights.l1 * losses["l1"]
         for name, function in (("mse", mse_loss), ("gradient", gradient_loss), ("spectrum", spectrum_loss)):
@@ -143,12 +145,12 @@ class AutoencoderStep:
         seen = torch.where(fov, reconstruction.float(), image)  # padding has no truth to be told from
         if self.perception is not None:
             with self.vae.accelerator.autocast():
-                losses["perceptual"] = self.perception(image, seen, fov, generator)
+                losses["perceptual"] = self.perception(image, seen, fov, generators[0])
             loss = loss + self.perception.config.weight * losses["perceptual"]
         strength = None if self.adversary is None else self.adversary.strength(self.vae.updates)
         slices = None
         if self.adversary is not None and strength is not None:
-            slices = draw_slices(fov, max(self.adversary.config.slices, 1), generator)
+            slices = draw_slices(fov, max(self.adversary.config.slices, 1), generators[0])
             last: Any = self.vae.network.decoder[-1].weight
             deceit, parts = self.adversary.deceive(image, seen, slices, loss, last)
             losses |= parts
@@ -176,6 +178,16 @@ class AutoencoderStep:
             generator = torch.Generator().manual_seed(derive_seed(self.vae.updates))
             network.codebook.update(torch.cat(cells), generator, partial(gather_cells, accelerator))
             self.vae.average.codebook.load_state_dict(network.codebook.state_dict())  # it was copied before this update
+
+    def review(self, values: dict[str, float]) -> list[str]:
+        """Whether the codebook collapsed: nearly all cells have one and the same code."""
+        if values.get("perplexity", FEWEST_CODES) >= FEWEST_CODES:
+            return []
+        return [
+            f"the codebook has collapsed: cells share {values['perplexity']:.2f} codes (perplexity). Lower "
+            "optimizer.learning_rate or raise losses.commitment, and begin again, or from a checkpoint before it (--resume "
+            "FOLDER --accept_changes true)"
+        ]
 
     @torch.no_grad()
     def validate(self, item: dict[str, Any], generator: torch.Generator) -> dict[str, float]:
@@ -260,13 +272,33 @@ def make_perception(config: TrainVaeConfig, vae: VolumeAutoencoder) -> Perceptio
     return Perception(network, options)
 
 
+def finish(vae: VolumeAutoencoder, train: VolumeDataset, output: Path, *, measure: bool = True) -> None:
+    """Measure the latents of the training volumes, if asked to, and save the autoencoder to `output`/vae."""
+    if measure:
+        volumes = ({key: item[key][None] for key in ("image", "fov")} for item in PaddedVolumes(train, vae.stride))
+        vae.set_latent_statistics(*latent_statistics(vae, volumes))
+    if len(train.channels) > 1:
+        vae.register_to_config(channel_names=train.channels)
+    save_model(vae, output / "vae")
+    logger.info(
+        "saved %s (latents: mean %s, std %s)", output / "vae", vae.config["latents_mean"], vae.config["latents_std"]
+    )
+
+
 def main(args: list[str] | None = None) -> dict[str, float]:
-    """Train as the config says. Returns the final validation's metrics."""
+    """Train as the config says. Returns the final validation's metrics; those of a model without parameters, of which only
+    the latents are measured, are none."""
     config = parse_config(TrainVaeConfig, args)
     output = Path(config.output)
     accelerator = make_accelerator(config)
     set_seed(config.loop.seed)
     vae: VolumeAutoencoder = build_model(config.model)
+    if not list(vae.parameters()):
+        if accelerator.is_main_process:
+            save_config(config, output / "config.yaml")
+            finish(vae.to(accelerator.device), load_split(config.data)[0], output)
+        accelerator.wait_for_everyone()
+        return {}
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     fresh = initialise_from(vae, config.init_from) if config.init_from else []
@@ -290,18 +322,10 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         perception.network.to(accelerator.device)
     step = AutoencoderStep(learner, config.losses, make_adversary(config, vae), perception)
     validation = PaddedVolumes(held_out, vae.stride) if held_out else []
-    metrics = Loop(accelerator, config, step, crops, validation).run()
+    metrics = Loop(accelerator, config, step, crops, validation, contents=digests(train)).run()
 
     if accelerator.is_main_process:
-        final = learner.average
-        if not config.freeze_encoder:
-            volumes = ({key: item[key][None] for key in ("image", "fov")} for item in PaddedVolumes(train, vae.stride))
-            final.set_latent_statistics(*latent_statistics(final, volumes))
-        if len(train.channels) > 1:
-            final.register_to_config(channel_names=train.channels)
-        save_model(final, output / "vae")
-        statistics = (final.config["latents_mean"], final.config["latents_std"])
-        logger.info("saved %s (latents: mean %s, std %s)", output / "vae", *statistics)
+        finish(learner.average, train, output, measure=not config.freeze_encoder)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return metrics

@@ -7,6 +7,7 @@ from .codebook import Codebook, code_statistics
 from .kl import AutoencoderKL3D
 from .losses import commitment_loss, gradient_loss, kl_loss, l1_loss, latent_loss, mse_loss, spectrum_loss
 from .posterior import DiagonalGaussian3D, LatentDistribution
+from .space_to_depth import SpaceToDepth3D
 from .statistics import latent_statistics
 from .vq import VQGAN3D, QuantisedLatents
 
@@ -17,6 +18,7 @@ __all__ = [
     "LatentDistribution",
     "ModelMixin",
     "QuantisedLatents",
+    "SpaceToDepth3D",
     "VQGAN3D",
     "VolumeAutoencoder",
     "code_statistics",

@@ -29,12 +29,16 @@ Distribution = TypeVar("Distribution", bound=LatentDistribution)
 class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
     """An encoder, a decoder and the statistics of what lies between them.
 
-    A subclass calls `_build` in its constructor, says in `_distribution` what the encoder's output means, and may say
-    in `_decodable` what becomes of latents before they are decoded.
+    A subclass calls `_build` in its constructor (or sets `patch_size`, `stride`, `encoder` and `decoder` itself), says in
+    `_distribution` what the encoder's output means, and may say in `_decodable` what becomes of latents before they are
+    decoded.
     """
 
     _supports_gradient_checkpointing = True
     _group_offload_block_modules = ["encoder", "decoder"]  # diffusers would slice them, and cannot rebuild a slice
+
+    use_tiling: bool | None = None  # by size, until enable_tiling or disable_tiling is called
+    slab_bytes: int = SLAB_BYTES
 
     def _build(self, encoded_channels: int) -> None:
         """Make encoder and decoder as the config says. `encoded_channels`: of what the encoder gives.
@@ -60,8 +64,6 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         self.decoder = Decoder(
             latent_channels // apart, config["out_channels"] // apart * patch, channels, level_strides, decoder_blocks
         )
-        self.use_tiling: bool | None = None  # by size, until enable_tiling or disable_tiling is called
-        self.slab_bytes = SLAB_BYTES
         self.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
 
     @property
@@ -147,10 +149,19 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
                 f"the data's channels are {list(names)}, the autoencoder learned {list(own)}; give them in that order"
             )
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std of the raw latents as (C,) tensors; 0 and 1 before they were measured."""
+    def latent_bound(self) -> float | None:
+        """What no standardised latent that means something exceeds in size, by which samplers may clip (`clip_sample`);
+        None where there is no such bound."""
+        return None
+
+    def _channel_statistics(self) -> list[tuple[float, float]]:
+        """Mean and std of each channel of the raw latents; 0 and 1 before they were measured."""
         n = self.config["latent_channels"]
-        mean, std = self.config["latents_mean"] or [0.0] * n, self.config["latents_std"] or [1.0] * n
+        return list(zip(self.config["latents_mean"] or [0.0] * n, self.config["latents_std"] or [1.0] * n, strict=True))
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """`_channel_statistics` as (C,) tensors."""
+        mean, std = zip(*self._channel_statistics(), strict=True)
         return like.new_tensor(mean), like.new_tensor(std)
 
     @apply_forward_hook

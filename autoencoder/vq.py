@@ -75,5 +75,11 @@ class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
     def _distribution(self, encoded: Tensor) -> QuantisedLatents:
         return QuantisedLatents(encoded, self.codebook, *self._statistics(encoded))
 
+    def latent_bound(self) -> float:
+        """Latents are quantised when they are decoded: nothing beyond the codes means anything."""
+        codes = self.codebook.codes.float()
+        mean, std = self._statistics(codes)
+        return float(((codes - mean) / std).abs().max())
+
     def _decodable(self, raw: Tensor) -> Tensor:
         return self.codebook(raw)[0]

@@ -1,5 +1,6 @@
 """The safetensors files of a model's folder, checked by their headers before anything is loaded."""
 
+import inspect
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,16 +9,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from volumes.text import read_object
+
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name for the files of a model
+PRIVATE = ("_class_name", "_diffusers_version", "_name_or_path")  # of a config: diffusers' own entries
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def check_weights(folder: Path, model_class: Any, variant: str | None = None) -> None:
     """Check that the safetensors in `folder` hold exactly the tensors of the model that its config.json describes."""
     stored = stored_shapes(weight_files(folder, variant))
-    config = model_class.load_config(folder)
-    with torch.device("meta"):
-        expected = {key: tuple(value.shape) for key, value in model_class.from_config(config).state_dict().items()}
+    config = read_object(folder / "config.json")
+    check_config(folder, config, model_class, len(stored))
+    try:
+        with torch.device("meta"):
+            expected = {key: tuple(value.shape) for key, value in model_class.from_config(config).state_dict().items()}
+    except Exception as error:  # of any kind: a constructor that is given nonsense
+        raise ValueError(f"{folder}: config.json describes no {model_class.__name__}: {error}") from error
     problems = {
         "missing": sorted(expected.keys() - stored.keys()),
         "unknown": sorted(stored.keys() - expected.keys()),
@@ -29,6 +37,23 @@ def check_weights(folder: Path, model_class: Any, variant: str | None = None) ->
             f"{folder}: the weights do not fit {model_class.__name__} as config.json describes it: {'; '.join(found)}. "
             "Use the weights and the config of one and the same model"
         )
+
+
+def check_config(folder: Path, config: dict[str, Any], model_class: Any, tensors: int) -> None:
+    """Check that a config.json is one of `model_class`, before a model is built of it: only the class's own arguments
+    (diffusers would act on others, such as a quantisation), and no more blocks than the `tensors` that are stored."""
+    if config.get("_class_name", model_class.__name__) != model_class.__name__:
+        raise ValueError(f"{folder}: config.json is of {config['_class_name']!r}, {model_class.__name__} was expected")
+    known = {*inspect.signature(model_class.__init__).parameters, *PRIVATE}
+    if unknown := sorted(config.keys() - known):
+        raise ValueError(
+            f"{folder}: config.json names {_shorten(unknown)}, which no {model_class.__name__} has; is it of another version?"
+        )
+    for key, value in config.items():
+        if key.endswith("blocks") and (not isinstance(value, list) or not all(isinstance(n, int) for n in value)):
+            raise ValueError(f"{folder}: config.json has {key} = {value!r}; a list of numbers of blocks was expected")
+        if key.endswith("blocks") and sum(value) > tensors:
+            raise ValueError(f"{folder}: config.json asks for {sum(value)} {key}, its weights are {tensors} tensors")
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -58,10 +83,10 @@ def _shards(index: Path) -> list[Path]:
     try:
         places: dict[str, str] = json.loads(index.read_text())["weight_map"]
         names = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index}: is no index of shards ({error!r})") from error
-    if outside := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"{index}: names files outside of its folder: {_shorten(outside)}")
+    if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise ValueError(f"{index}: names files outside of its folder: {_shorten(list(map(str, outside)))}")
     for name in names:
         keys, promised = stored_shapes([index.parent / name]).keys(), {key for key in places if places[key] == name}
         if keys != promised:

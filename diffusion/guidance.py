@@ -123,18 +123,23 @@ def guided(predict: Predict, terms: Sequence[tuple[float, Conditions]]) -> Calla
 
 
 def drop_conditions(
-    conditions: Conditions, names: ConditionNames, rates: Mapping[str, float], generator: torch.Generator
+    conditions: Conditions,
+    names: ConditionNames,
+    rates: Mapping[str, float],
+    generator: torch.Generator | Sequence[torch.Generator],
 ) -> dict[str, Tensor]:
     """Training: leave out each condition of each sample with its own probability, all independently. Names that `rates`
-    lacks are never left out. A sample that would be given all that it is to generate is given no image: it would teach
-    nothing."""
+    lacks are never left out; of several generators, each draws for one sample. A sample that would be given all that it is
+    to generate is given no image: it would teach nothing."""
     dropped: dict[str, Tensor] = dict(conditions)
     for name in names.of(conditions):
         rate = rates.get(name, 0.0)
         if not rate:
             continue
         batch = len(next(iter(conditions.values())))
-        gone = torch.rand(batch, generator=generator, device=generator.device) < rate
+        one_each = [(batch, generator)] if isinstance(generator, torch.Generator) else [(1, one) for one in generator]
+        drawn = [torch.rand(count, generator=one, device=one.device) for count, one in one_each]
+        gone = torch.cat(drawn) < rate
         dropped = _where(gone, names.without(dropped, {name}), dropped)
     if names.images_are_all and "image" in dropped:
         without = names.without(dropped, [name for name, _ in names.images])

@@ -198,9 +198,10 @@ def build_latent_cache(
         for version, file in enumerate(files[index]):
             padded = _version(item, vae.stride, augmentation, index, version, order)
             posterior = vae.encode(padded["image"].to(vae.device, vae.dtype), return_dict=False)[0]
+            certain = not bool(posterior.std.any())
             entry = {
                 "mean": posterior.mean[0],
-                "std": posterior.std[0],
+                "std": posterior.std.new_zeros(1, 1, 1, 1) if certain else posterior.std[0],
                 "inside": cells_inside(padded["fov"], posterior.mean.shape[2:])[0],
             }
             entry = {k: v.cpu().contiguous() for k, v in entry.items()} | (
@@ -229,7 +230,9 @@ class LatentDataset(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
-        return {**load_file(self.files[index]), "name": self.files[index].stem, **self.conditions[index]}
+        entry = load_file(self.files[index])
+        entry["std"] = entry["std"].expand_as(entry["mean"])
+        return {**entry, "name": self.files[index].stem, **self.conditions[index]}
 
 
 def collate_latents(

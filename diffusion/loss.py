@@ -6,7 +6,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from .objectives import noisy_and_target, sample_timesteps
+from .objectives import TRAIN_STEPS, noisy_and_target, sample_timesteps
 
 
 def training_loss(
@@ -15,9 +15,13 @@ def training_loss(
     latents: Tensor,
     conditions: Mapping[str, Tensor],
     weight: Tensor,
-    generator: torch.Generator,
+    generator: torch.Generator | list[torch.Generator],
+    *,
+    train_steps: int = TRAIN_STEPS,
+    absolute: bool = False,
 ) -> Tensor:
-    """Mean squared error of the prediction over the latent cells inside the field of view.
+    """Mean squared error of the prediction over the latent cells inside the field of view (Ho et al. 2020, Eq. 14), or its
+    mean absolute error (as WaveGrad's, Chen et al. 2021).
 
     Args:
         unet: the model, wrapped by Accelerate or not.
@@ -26,11 +30,14 @@ def training_loss(
         conditions: the U-Net's keyword arguments, e.g. {"mask": folded ids (B, h, w, d, r)}.
         weight: (B, 1, h, w, d), zero where a cell is padding. Padding is no data: its latents and its noise are zero,
         as outside the grid.
-        generator: source of timesteps and noise, on the CPU or on the latents' device.
+        generator: source of timesteps and noise, on the CPU or on the latents' device; or one for each of the batch.
+        train_steps: of the schedule, the U-Net's `train_steps`.
+        absolute: whether the error is the absolute one.
     """
-    timesteps = sample_timesteps(objective, len(latents), generator).to(latents.device)
+    timesteps = sample_timesteps(objective, len(latents), generator, train_steps).to(latents.device)
     noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-    noisy, target = noisy_and_target(objective, latents, noise, timesteps)
+    noisy, target = noisy_and_target(objective, latents, noise, timesteps, train_steps)
     prediction = unet(noisy * weight, timesteps, **conditions, return_dict=False)[0]
-    error = (prediction.float() - target.float()) ** 2 * weight
+    error = prediction.float() - target.float()
+    error = (error.abs() if absolute else error**2) * weight
     return error.sum() / (weight.sum() * latents.shape[1]).clamp_min(1.0)

@@ -1,11 +1,15 @@
 """What the denoiser is trained to predict, and the schedulers that speak the same language. Latents: (B, C, h, w, d),
 unit variance.
 
-Timesteps are in the scheduler's units, 0 (clean) to 1000 (noise), for every objective.
+Timesteps are in the scheduler's units, 0 (clean) to 1000 (noise), for every objective; v and eps may be trained with
+another number of steps.
 """
 
+import inspect
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import diffusers
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -39,28 +43,55 @@ def check_objective(objective: str) -> None:
         raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
 
 
-def make_scheduler(objective: str) -> Scheduler:
+def check_train_steps(objective: str, train_steps: int | None) -> None:
+    """Raises: ValueError for a number of steps that the objective cannot have."""
+    if train_steps is not None and objective == RECTIFIED_FLOW:
+        raise ValueError(f"train_steps {train_steps}: rectified flow's time is continuous; leave it out")
+    if train_steps is not None and train_steps < 2:
+        raise ValueError(f"train_steps must be 2 or more, got {train_steps}")
+
+
+def make_scheduler(
+    objective: str, train_steps: int = TRAIN_STEPS, *, name: str | None = None, bound: float | None = None
+) -> Scheduler:
     """The default scheduler for sampling: Euler for rectified flow, DDIM on a cosine schedule (Nichol & Dhariwal
     2021) for v and eps.
 
     v starts at pure noise (Lin et al. 2024, section 3.3). eps must not: there the cosine schedule leaves 5e-5 of the
-    image, by which x0 = (x - sqrt(1 - a) eps) / sqrt(a) divides the prediction's error, and nothing clamps latents. Its
-    first step of 20 is at t = 950, where 0.08 of the image is left.
+    image, by which x0 = (x - sqrt(1 - a) eps) / sqrt(a) divides the prediction's error. DDIM's first step of 20 is at
+    t = 950, where 0.08 of the image is left. A sampler that visits all steps (DDPM) needs a `bound`.
+
+    Args:
+        train_steps: of the schedule of v and eps.
+        name: another class of diffusers', such as DDPMScheduler, whose samples are drawn by Algorithm 2 of Ho et al. 2020.
+        bound: largest size of what is sampled (`VolumeAutoencoder.latent_bound`); samplers that can clip x0 to it do.
+    Raises: ValueError for a class that does not fit the objective.
     """
     check_objective(objective)
     if objective == RECTIFIED_FLOW:
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_STEPS)
-    return DDIMScheduler(
-        num_train_timesteps=TRAIN_STEPS,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type=objective,  # pyright: ignore[reportArgumentType]
-        clip_sample=False,
-        timestep_spacing="trailing" if objective == V_PREDICTION else "leading",
-        rescale_betas_zero_snr=objective == V_PREDICTION,  # eps says nothing about the image at zero SNR
-    )
+        default = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_STEPS)
+    else:
+        default = DDIMScheduler(
+            num_train_timesteps=train_steps,
+            beta_schedule="squaredcos_cap_v2",
+            prediction_type=objective,  # pyright: ignore[reportArgumentType]
+            clip_sample=False,
+            timestep_spacing="trailing" if objective == V_PREDICTION else "leading",
+            rescale_betas_zero_snr=objective == V_PREDICTION,  # eps says nothing about the image at zero SNR
+        )
+    known = FLOW_SCHEDULERS if objective == RECTIFIED_FLOW else DIFFUSION_SCHEDULERS
+    if name is not None and name not in known:
+        raise ValueError(f"scheduler {name!r} does not fit {objective}; known: {', '.join(known)}")
+    kind = type(default) if name is None else getattr(diffusers, name)
+    clipping = {} if bound is None else {"clip_sample": True, "clip_sample_range": float(bound)}
+    if not clipping.keys() <= inspect.signature(kind).parameters.keys():
+        clipping = {}
+    if kind is type(default) and not clipping:
+        return default
+    return fit_scheduler(kind.from_config(default.config, **clipping), objective, train_steps)
 
 
-def fit_scheduler(scheduler: Scheduler, objective: str) -> Scheduler:
+def fit_scheduler(scheduler: Scheduler, objective: str, train_steps: int = TRAIN_STEPS) -> Scheduler:
     """The scheduler, made to speak the model's objective: unchanged if it does, converted if it can, refused if not.
 
     `DPMSolverMultistepScheduler.from_config(flow_match.config)` gives an eps scheduler without a word, and samples of
@@ -68,7 +99,8 @@ def fit_scheduler(scheduler: Scheduler, objective: str) -> Scheduler:
     eps take on the noise schedule and the prediction type that the model was trained with. Only the classes in
     `FLOW_SCHEDULERS` and `DIFFUSION_SCHEDULERS` are let through: tests/test_denoise.py shows that each recovers x0
     from a perfect denoiser, and others do not (DEIS and SA stop short of a flow's end, PNDM by default diverges,
-    inverse schedulers run the other way).
+    inverse schedulers run the other way). Clipping to [-1, 1] is undone, as latents exceed it; to a wider range that
+    `make_scheduler` was told of it stays.
 
     Raises: ValueError naming scheduler, objective and the ones that fit.
     """
@@ -78,9 +110,9 @@ def fit_scheduler(scheduler: Scheduler, objective: str) -> Scheduler:
     remedy = f"use one of {', '.join(known)}, or make_scheduler({objective!r})"
     if name not in known:
         raise ValueError(f"{name} cannot sample a model that predicts {objective}; {remedy}")
-    if config["num_train_timesteps"] != TRAIN_STEPS:
+    if config["num_train_timesteps"] != train_steps:
         raise ValueError(
-            f"{name} counts {config['num_train_timesteps']} training steps, the model was trained with {TRAIN_STEPS}; "
+            f"{name} counts {config['num_train_timesteps']} training steps, the model was trained with {train_steps}; "
             f"{remedy}"
         )
     if name.startswith("FlowMatch"):
@@ -90,9 +122,10 @@ def fit_scheduler(scheduler: Scheduler, objective: str) -> Scheduler:
     if objective == RECTIFIED_FLOW:
         wanted = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
     else:
-        trained = dict(make_scheduler(objective).config)
+        trained = dict(make_scheduler(objective, train_steps).config)
         wanted = {key: trained[key] for key in TRAINED_WITH if key in config} | {"use_flow_sigmas": False}
-    wanted |= {"trained_betas": None, "clip_sample": False, "thresholding": False}  # latents are not within [-1, 1]
+    clips = bool(config.get("clip_sample")) and config["clip_sample_range"] > 1  # latents of unit variance exceed 1
+    wanted |= {"trained_betas": None, "clip_sample": clips, "thresholding": False}
     wanted = {key: value for key, value in wanted.items() if key in config}
     if all(config[key] == value for key, value in wanted.items()):
         return scheduler
@@ -103,18 +136,24 @@ def _broadcast(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like).view(-1, *[1] * (like.ndim - 1))
 
 
-def sample_timesteps(objective: str, batch: int, generator: torch.Generator) -> Tensor:
-    """Random timesteps (B,) for training, drawn on the generator's device.
+def sample_timesteps(
+    objective: str, batch: int, generator: torch.Generator | Sequence[torch.Generator], train_steps: int = TRAIN_STEPS
+) -> Tensor:
+    """Random timesteps (B,) for training, drawn on the generator's device; of several generators, each draws one.
 
     Rectified flow: sigma = sigmoid(n), n ~ N(0, 1), the logit-normal of Esser et al. 2024 (Eq. 19 with m = 0, s = 1).
     Else uniform integers.
     """
+    if not isinstance(generator, torch.Generator):
+        return torch.cat([sample_timesteps(objective, 1, one, train_steps) for one in generator])
     if objective == RECTIFIED_FLOW:
         return TRAIN_STEPS * torch.sigmoid(torch.randn(batch, generator=generator, device=generator.device))
-    return torch.randint(0, TRAIN_STEPS, (batch,), generator=generator, device=generator.device)
+    return torch.randint(0, train_steps, (batch,), generator=generator, device=generator.device)
 
 
-def noisy_and_target(objective: str, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+def noisy_and_target(
+    objective: str, latents: Tensor, noise: Tensor, timesteps: Tensor, train_steps: int = TRAIN_STEPS
+) -> tuple[Tensor, Tensor]:
     """Noisy latents at `timesteps` (B,) and what the model should predict from them.
 
     Rectified flow (Liu et al. 2023, Eq. 1): x_t = (1 - sigma) x + sigma n, target n - x, sigma = t / 1000.
@@ -124,12 +163,8 @@ def noisy_and_target(objective: str, latents: Tensor, noise: Tensor, timesteps: 
     if objective == RECTIFIED_FLOW:
         sigma = _broadcast(timesteps / TRAIN_STEPS, latents)
         return (1 - sigma) * latents + sigma * noise, noise - latents
-    scheduler = _training_schedule(objective)
+    scheduler: Any = DDPMScheduler.from_config(make_scheduler(objective, train_steps).config)
     noisy = scheduler.add_noise(latents, noise, timesteps)
     if objective == EPSILON:
         return noisy, noise
     return noisy, scheduler.get_velocity(latents, noise, timesteps)
-
-
-def _training_schedule(objective: str) -> Scheduler:
-    return DDPMScheduler.from_config(make_scheduler(objective).config)

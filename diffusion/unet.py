@@ -23,7 +23,7 @@ from .conditions import ConditionEmbedding
 from .folding import FoldedMaskEmbedding
 from .guidance import ConditionNames, check_dropout
 from .images import check_images, image_columns
-from .objectives import check_objective
+from .objectives import TRAIN_STEPS, check_objective, check_train_steps
 
 
 @dataclass
@@ -82,6 +82,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         classes: values of each class that conditions the model, e.g. {"sex": ["F", "M"]}.
         numbers: mean and std of each number that conditions the model, e.g. {"age": {"mean": 50.0, "std": 18.0}}.
         images: latent channels of each image that conditions the model, e.g. {"ct": 6, "pet": 6}; see `diffusion.images`.
+        train_steps: of the schedule that v or eps is trained with; 1000 if absent. Stored here for the same reason.
         condition_dropout: how often training leaves out each condition, such as {"mask": 0.1, "sex": 0.2}; those that it
             never left out cannot be guided (Ho & Salimans 2022).
     """
@@ -111,6 +112,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         classes: dict[str, list[str]] | None = None,
         numbers: dict[str, dict[str, float]] | None = None,
         images: dict[str, int] | None = None,
+        train_steps: int | None = None,
     ):
         super().__init__()
         if not len(channels) == len(strides) + 1 == len(blocks) == len(attention):
@@ -118,6 +120,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
                 f"channels {channels}, blocks {blocks} and attention {attention} need one entry a level, strides {strides} one fewer"
             )
         check_objective(objective)
+        check_train_steps(objective, train_steps)
         classes, numbers, images, dropout = classes or {}, numbers or {}, images or {}, condition_dropout or {}
         check_dropout(dropout, [*(["mask"] if num_labels else []), *classes, *numbers, *images])
         check_images(images, in_channels, dropout, [*classes, *numbers])
@@ -166,6 +169,11 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
             raise ValueError(f"attention backend {backend!r}: {error} Or use 'native'") from error
         finally:
             _AttentionBackendRegistry.set_active_backend(default)
+
+    @property
+    def train_steps(self) -> int:
+        """Steps of the schedule that it was trained with."""
+        return self.config["train_steps"] or TRAIN_STEPS
 
     @property
     def condition_names(self) -> ConditionNames:
@@ -222,7 +230,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
 
         Args:
             sample: noisy latents (B, in_channels, h, w, d).
-            timestep: (B,) or a scalar, in the scheduler's units, 0 to 1000.
+            timestep: (B,) or a scalar, in the scheduler's units, 0 to `train_steps`.
             mask: folded ids (B, h, w, d, r) from `fold_mask`, or what `embed_mask` made of them, (B, mask_width, h,
             w, d), so that a sampler
                 embeds once and not at every step; for a model that was built with labels, which can do without only if

@@ -14,8 +14,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from volumes import PHANTOM_LABELS, Case, DataConfig, Volume, VolumeError, load_cases, make_phantom, read_volume
+from volumes import (
+    PHANTOM_LABELS,
+    Case,
+    DataConfig,
+    Volume,
+    VolumeError,
+    load_cases,
+    make_phantom,
+    read_volume,
+    stored_grid,
+)
 from volumes.dataset import PreparedCase, prepare
+from volumes.files import is_nifti
 from volumes.nifti import open_nifti
 
 THUMBNAIL = 16  # cells a side
@@ -228,12 +239,17 @@ def _label_volumes(prepared: PreparedCase, config: DataConfig) -> dict[str, floa
 def _header(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
-    _, image = open_nifti(path, check_gzip=False)  # it was read before
-    axes = np.asarray(image.affine, np.float64)[:3, :3]
+    if not is_nifti(path):  # the other kinds say where they lie in mm, or are refused
+        affine, unit, located = stored_grid(read_volume(path)).affine, "mm", True
+    else:
+        _, image = open_nifti(path, check=False)  # it was read before
+        affine, unit = image.affine, LENGTH_UNITS.get(int(image.header["xyzt_units"]) & 7, "unknown")
+        located = bool(int(image.header["qform_code"]) or int(image.header["sform_code"]))
+    axes = np.asarray(affine, np.float64)[:3, :3]
     axes = np.abs(axes / np.linalg.norm(axes, axis=0))
     return {
-        "orientation": "".join(str(axis) for axis in nib.orientations.aff2axcodes(image.affine)),
+        "orientation": "".join(str(axis) for axis in nib.orientations.aff2axcodes(affine)),
         "oblique": float(np.degrees(np.arccos(np.clip(axes.max(axis=0).min(), 0, 1)))),
-        "unit": LENGTH_UNITS.get(int(image.header["xyzt_units"]) & 7, "unknown"),
-        "located": bool(int(image.header["qform_code"]) or int(image.header["sform_code"])),
+        "unit": unit,
+        "located": located,
     }

@@ -5,9 +5,12 @@ operation's result is counted as long as it lives. What is not seen: scratch spa
 fragments, and the program itself (some 0.5 GB; on CUDA another 0.5 GB for its context).
 """
 
+import ctypes
+import gc
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autoencoder import VolumeAutoencoder
+from autoencoder.adversarial import (
+    Slices,
+    VolumeDiscriminator,
+    discriminator_loss,
+    feature_matching_loss,
+    generator_loss,
+)
 from autoencoder.losses import l1_loss, latent_loss
 from diffusion import LatentUNet3D
 from diffusion.images import image_columns
@@ -84,7 +94,7 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 
 def training_bytes(model: nn.Module, step: Callable[[], object]) -> dict[str, int]:
     """{"weights", "average" (of the weights), "optimizer", "step" (activations and gradients at their peak), "total"} in
-    bytes, in float32. bfloat16 autocast takes about 0.6 of the step; gradient checkpointing takes less as well."""
+    bytes, weights in float32. Of several networks: in one nn.ModuleList."""
     weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parts = {
@@ -96,46 +106,77 @@ def training_bytes(model: nn.Module, step: Callable[[], object]) -> dict[str, in
     return {**parts, "total": sum(parts.values())}
 
 
-def autoencoder_step(vae: VolumeAutoencoder, crop: Sequence[int], batch: int) -> Callable[[], None]:
-    """A step of training on `batch` crops: forward, L1 and latent losses, backward. Discriminator and perceptual network
-    are not in it."""
+def autoencoder_step(
+    vae: VolumeAutoencoder,
+    crop: Sequence[int],
+    batch: int,
+    *,
+    critic: VolumeDiscriminator | None = None,
+    slices: int = 1,
+    bf16: bool = False,
+) -> Callable[[], None]:
+    """A step of training on `batch` crops: forward, L1 and latent losses, backward, and the discriminator's part. A
+    perceptual network is not in it.
+
+    Args:
+        critic: the discriminator, which looks at so many `slices` of each crop.
+        bf16: whether networks run under bfloat16 autocast.
+    """
 
     def step() -> None:
-        image = torch.rand(batch, vae.config["in_channels"], *crop)
-        fov = torch.ones(batch, 1, *crop, dtype=torch.bool)
-        reconstruction, latents = vae(image, sample_posterior=True, return_dict=False)
-        (l1_loss(reconstruction, image, fov) + latent_loss(latents, fov)[1]).backward()
+        device = next(vae.parameters()).device
+        image = torch.rand(batch, vae.config["in_channels"], *crop, device=device)
+        fov = torch.ones(batch, 1, *crop, dtype=torch.bool, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            reconstruction, latents = vae(image, sample_posterior=True, return_dict=False)
+        loss = l1_loss(reconstruction, image, fov) + latent_loss(latents, fov)[1]
+        if critic is None:
+            loss.backward()
+            return
+        planes = torch.zeros(2 * batch, slices, dtype=torch.int64, device=device)
+        critic.requires_grad_(False)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            fake = critic(reconstruction, Slices(0, planes[:batch]))
+            with torch.no_grad():
+                real = critic(image, Slices(0, planes[:batch]))
+        critic.requires_grad_(True)
+        (loss + generator_loss(fake) + feature_matching_loss(real, fake)).backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            found = critic(torch.cat([image, reconstruction.detach()]), Slices(0, planes))
+        halves = [[layer.chunk(2) for layer in features] for features in found]
+        discriminator_loss(*([[layer[i] for layer in features] for features in halves] for i in range(2))).backward()
 
     return step
 
 
 def unet_inputs(unet: LatentUNet3D, cells: Sequence[int], batch: int) -> dict[str, Any]:
     """Arguments of the U-Net for `batch` latents of `cells` (h, w, d), with all its conditions."""
-    config = unet.config
+    config, device = unet.config, next(unet.parameters()).device
     given: dict[str, Any] = {
-        "sample": torch.zeros(batch, config["in_channels"], *cells),
-        "timestep": torch.zeros(batch),
+        "sample": torch.zeros(batch, config["in_channels"], *cells, device=device),
+        "timestep": torch.zeros(batch, device=device),
         "return_dict": False,
     }
     if config["num_labels"]:
         places = math.prod(unet.mask_stride)
-        given["mask"] = torch.ones(batch, *cells, places, dtype=torch.int32)
+        given["mask"] = torch.ones(batch, *cells, places, dtype=torch.int32, device=device)
     if config["classes"]:
-        given["classes"] = torch.zeros(batch, len(config["classes"]), dtype=torch.int64)
+        given["classes"] = torch.zeros(batch, len(config["classes"]), dtype=torch.int64, device=device)
     if config["numbers"]:
-        given["numbers"] = torch.zeros(batch, len(config["numbers"]))
+        given["numbers"] = torch.zeros(batch, len(config["numbers"]), device=device)
     if config["images"]:
-        given["image"] = torch.zeros(batch, len(image_columns(config["images"])), *cells)
+        given["image"] = torch.zeros(batch, len(image_columns(config["images"])), *cells, device=device)
     return given
 
 
-def unet_step(unet: LatentUNet3D, cells: Sequence[int], batch: int) -> Callable[[], None]:
-    """A step of training on `batch` latents: forward, squared error, backward."""
+def unet_step(unet: LatentUNet3D, cells: Sequence[int], batch: int, *, bf16: bool = False) -> Callable[[], None]:
+    """A step of training on `batch` latents: forward (under bfloat16 autocast or not), squared error, backward."""
 
     def step() -> None:
         inputs = unet_inputs(unet, cells, batch)
-        prediction = unet(**inputs)[0]
-        ((prediction - inputs["sample"]) ** 2).mean().backward()
+        with torch.autocast(inputs["sample"].device.type, torch.bfloat16, enabled=bf16):
+            prediction = unet(**inputs)[0]
+        ((prediction.float() - inputs["sample"]) ** 2).mean().backward()
 
     return step
 
@@ -144,7 +185,8 @@ def generation_bytes(
     vae: VolumeAutoencoder, unet: LatentUNet3D | None, shape: Sequence[int], batch: int
 ) -> dict[str, int]:
     """{"weights", "denoising" (`batch` volumes at once, one step), "decoding" (one volume), "total"} in bytes, in float32,
-    of volumes padded to `shape`. Guidance doubles the denoising."""
+    of volumes padded to `shape`. Guidance doubles the denoising. The latent cache encodes a volume in what it takes to
+    decode one."""
     latents = vae.config["latent_channels"]
     cells = [n // s for n, s in zip(shape, vae.stride, strict=True)]
     models = [vae] if unet is None else [vae, unet]
@@ -164,3 +206,33 @@ def dataset_bytes(shapes: Sequence[Sequence[int]], channels: int, masks: bool) -
 def told(parts: Mapping[str, int]) -> str:
     """The parts in words."""
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if name != "total")
+
+
+def measured_peak(work: Callable[[], object], device: torch.device) -> int:
+    """Bytes that `work` takes at its peak, beyond what is held before: of the accelerator's allocator, or on the CPU of the
+    process's resident memory.
+
+    Raises: ValueError on a CPU where Linux's /proc does not tell.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    forget = Path("/proc/self/clear_refs")
+    if not forget.exists():
+        raise ValueError("a dry run on the CPU reads its memory from /proc, which only Linux has; give --device cuda")
+    gc.collect()
+    if trim := getattr(
+        ctypes.CDLL(None), "malloc_trim", None
+    ):  # else what was freed, but not given back, is used again
+        trim(0)
+    forget.write_text("5")  # resets the peak
+    before = _resident("VmRSS")
+    work()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024

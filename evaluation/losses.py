@@ -7,7 +7,7 @@ import torch
 
 from autoencoder.losses import cells_inside
 from diffusion import fold_mask, image_condition
-from diffusion.objectives import noisy_and_target
+from diffusion.objectives import TRAIN_STEPS, noisy_and_target
 from pipelines import MedVolumePipeline
 from volumes import VolumeDataset, pad_sample
 
@@ -27,7 +27,7 @@ def denoising_losses(
 ) -> np.ndarray:
     """(N,) mean squared error of the model's prediction for each volume's latents, under the volume's own conditions.
 
-    The mean over `times` (in the scheduler's units) and over `draws` of noise, the same for every volume of a shape, inside the
+    The mean over `times` (in thousandths of the schedule) and over `draws` of noise, the same for every volume of a shape, inside the
     field of view and without augmentation (Matsumoto et al. 2023, section 3).
 
     Raises: ValueError for a pipeline with masks and a data set without.
@@ -52,10 +52,11 @@ def denoising_losses(
         for time in times:
             for _ in range(draws):
                 noise = torch.randn(latents.shape, generator=generator).to(latents)
+                step = time * unet.train_steps / TRAIN_STEPS
                 at = torch.full(
-                    (1,), time if config["objective"] == "rectified_flow" else int(time), device=latents.device
+                    (1,), step if config["objective"] == "rectified_flow" else int(step), device=latents.device
                 )
-                noisy, target = noisy_and_target(config["objective"], latents, noise, at)
+                noisy, target = noisy_and_target(config["objective"], latents, noise, at, unet.train_steps)
                 prediction = unet(noisy * weight, at, **conditions, return_dict=False)[0]
                 error = (prediction.float() - target.float()) ** 2 * weight
                 errors.append(float(error.sum() / (weight.sum() * latents.shape[1])))

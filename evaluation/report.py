@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -77,6 +78,17 @@ def write_report(path: str | Path, report: dict[str, Any]) -> Path:
     temporary.write_text(json.dumps(report, indent=2) + "\n")
     temporary.replace(path)
     return path
+
+
+def check_report(path: str | Path) -> None:
+    """Try the folder of a report before hours of work. Raises: ValueError if nothing can be written there."""
+    folder = Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output {path}: cannot be written to: {error.strerror}; choose another folder") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:

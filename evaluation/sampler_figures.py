@@ -18,7 +18,7 @@ from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHe
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import nn
 
-from diffusion.objectives import RECTIFIED_FLOW, TRAIN_STEPS, Scheduler, fit_scheduler
+from diffusion.objectives import RECTIFIED_FLOW, Scheduler, fit_scheduler
 from pipelines import MedVolumePipeline
 from volumes import Volume, VolumeDataset, pad_or_crop
 
@@ -61,13 +61,13 @@ class Asked:
 
 def make_named(name: str, pipe: MedVolumePipeline) -> Scheduler:
     """A new scheduler that speaks the model's objective. Raises: ValueError for one that has no such, naming those that do."""
-    objective = pipe.unet.config["objective"]
+    objective, train_steps = pipe.unet.config["objective"], pipe.unet.train_steps
     if name == OWN:
-        return fit_scheduler(pipe.scheduler, objective)
+        return fit_scheduler(pipe.scheduler, objective, train_steps)
     known = OF_FLOWS if objective == RECTIFIED_FLOW else OF_DIFFUSION
     if name not in known:
         raise ValueError(f"--schedulers {name}: a model that predicts {objective} has {', '.join(known)}")
-    return fit_scheduler(known[name](num_train_timesteps=TRAIN_STEPS), objective)
+    return fit_scheduler(known[name](num_train_timesteps=train_steps), objective, train_steps)
 
 
 def asked_of(dataset: VolumeDataset, unet: nn.Module) -> Asked:

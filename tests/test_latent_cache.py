@@ -98,7 +98,8 @@ def resident(kind: str) -> float:
 def test_entries_are_read_by_memory_map(tmp_path):
     """32 entries of 4 MiB are held at once: none is copied into the process, and what is not touched is not loaded."""
     for i in range(32):
-        save_file({"mean": torch.full((4, 64, 64, 64), float(i))}, tmp_path / f"{i}.safetensors")
+        entry = {"mean": torch.full((4, 64, 64, 64), float(i)), "std": torch.zeros(1, 1, 1, 1)}
+        save_file(entry, tmp_path / f"{i}.safetensors")
     latents = LatentDataset([tmp_path / f"{i}.safetensors" for i in range(32)])
     own, of_files = resident("RssAnon"), resident("RssFile")
     entries = [latents[i] for i in range(len(latents))]

@@ -1,6 +1,8 @@
 """What a training run can be told, as typed dataclasses; jsonargparse makes one of YAML and the command line."""
 
 import dataclasses
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -10,7 +12,21 @@ from jsonargparse import ArgumentParser, Namespace
 
 from volumes import DataConfig
 
+from .output import write_text
+
 Config = TypeVar("Config")
+logger = logging.getLogger("training")
+RHYTHM = (
+    "log_every",
+    "validate_every",
+    "preview_every",
+    "previews",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "trackers",
+)
+LENGTH = ("max_steps", "max_skipped", "patience", "workers")
+FREE = {"output", "inference_steps", "cache.folder", *(f"loop.{name}" for name in (*RHYTHM, *LENGTH))}  # in a resume
 
 
 def _require_at_least(config: Any, lowest: int, *names: str) -> None:
@@ -73,6 +89,8 @@ class LoopConfig:
         checkpoint_every: steps between checkpoints; 0 writes one at the end only.
         keep_checkpoints: the newest so many are kept; 0 keeps all.
         max_skipped: so many steps in a row with non-finite gradients stop the run.
+        patience: minutes that processes wait for each other; then the job ends. They wait while the main process
+            validates, draws previews and measures the training set, and no longer while a dead one does not answer.
         trackers: Accelerate trackers by name, such as tensorboard or wandb.
     """
 
@@ -90,11 +108,14 @@ class LoopConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     max_skipped: int = 20
+    patience: float = 120.0
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "max_steps", "batch_size", "log_every", "max_skipped")
         _require_at_least(self, 0, "seed", "validate_every", "preview_every", "previews")
+        if not self.patience > 0:
+            raise ValueError(f"patience must be above 0 minutes, got {self.patience}")
         _require_at_least(
             self, 0, "checkpoint_every", "keep_checkpoints", *([] if self.workers is None else ["workers"])
         )
@@ -242,6 +263,7 @@ class TrainVaeConfig:
         optimizer: how weights move.
         loop: how long and in which rhythm.
         resume: "latest", or a checkpoint folder of this run, to go on from exactly there.
+        accept_changes: resume although config or volumes are not those that the run began with.
         init_from: folder of a trained autoencoder to start from (fine-tuning).
         freeze_encoder: train the decoder alone, so that the latents of `init_from`, and a diffusion model of them, stay.
     """
@@ -257,6 +279,7 @@ class TrainVaeConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     resume: str | None = None
+    accept_changes: bool = False
     init_from: str | None = None
     freeze_encoder: bool = False
 
@@ -273,12 +296,16 @@ class TrainLdmConfig:
         model: `class:` and that class's constructor arguments; what the autoencoder and the labels decide may be
             left out.
         cache: latents of the training volumes.
+        loss: of the prediction: mse, its mean squared error, or l1, its mean absolute error.
+        scheduler: class of diffusers' that previews and the pipeline sample with, such as DDPMScheduler; default: Euler for
+            rectified flow, DDIM for the others (`diffusion.make_scheduler`).
         noise: measure what the autoencoder leaves out of the training volumes, for the pipeline to add it as noise.
         gradient_checkpointing: compute the U-Net's activations again in the backward pass instead of keeping them.
         inference_steps: denoising steps of the previews.
         optimizer: how weights move.
         loop: how long and in which rhythm.
         resume: "latest", or a checkpoint folder of this run, to go on from exactly there.
+        accept_changes: resume although config or volumes are not those that the run began with.
         init_from: folder of a trained U-Net to start from (fine-tuning).
         lora: train a LoRA of the U-Net `init_from` instead of its weights.
     """
@@ -288,12 +315,15 @@ class TrainLdmConfig:
     data: DataConfig
     model: dict[str, Any]
     cache: LatentCacheConfig = field(default_factory=LatentCacheConfig)
+    loss: Literal["mse", "l1"] = "mse"
+    scheduler: str | None = None
     noise: bool = False
     gradient_checkpointing: bool = False
     inference_steps: int = 20
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     resume: str | None = None
+    accept_changes: bool = False
     init_from: str | None = None
     lora: LoraConfig | None = None
 
@@ -318,22 +348,22 @@ def parse_config(config_class: type[Config], args: list[str] | None = None) -> C
 def to_plain(config: Any) -> dict[str, Any]:
     """A config dataclass as nested plain dicts and lists, ready for YAML."""
 
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(v) for v in value]
-        return str(value) if isinstance(value, Path) else value
+    return _plain(config)
 
-    return plain(config)
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def save_config(config: Any, path: Path) -> None:
-    """Write `config` as YAML that `--config` reads."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+    """Write `config` as YAML that `--config` reads, whole or not at all."""
+    write_text(path, yaml.safe_dump(to_plain(config), sort_keys=False))
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -345,8 +375,44 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def config_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two plain configs, but for `resume`: ["optimizer.learning_rate: 0.001 -> 0.0003", ...]."""
-    before, after, absent = flatten(old), flatten(new), "(absent)"
-    names = [n for n in {**before, **after} if n != "resume" and before.get(n, absent) != after.get(n, absent)]
-    return [f"{n}: {before.get(n, absent)} -> {after.get(n, absent)}" for n in names]
+def defaults(config: Any) -> dict[str, Any]:
+    """`to_plain` of the defaults of a config dataclass; what has none is as in `config`."""
+    found: dict[str, Any] = {}
+    for field_ in dataclasses.fields(config):
+        value = getattr(config, field_.name)
+        if field_.default is not dataclasses.MISSING:
+            value = field_.default if not dataclasses.is_dataclass(value) else defaults(value)
+        elif field_.default_factory is not dataclasses.MISSING:
+            value = field_.default_factory()
+        elif dataclasses.is_dataclass(value):
+            value = defaults(value)
+        found[field_.name] = value
+    return {key: _plain(value) for key, value in found.items()}
+
+
+def config_changes(old: dict[str, Any], config: Any) -> dict[str, str]:
+    """What differs between the plain config `old` and `config`, by name: {"optimizer.learning_rate": "0.001 -> 0.0003"}.
+
+    `resume` and `accept_changes` are left out, and settings at their defaults that there were none of when `old` was
+    written.
+    """
+    before, after, usual, absent = flatten(old), flatten(to_plain(config)), flatten(defaults(config)), "(absent)"
+    changes = {}
+    for name in {**before, **after}:
+        was, now = before.get(name, absent), after.get(name, absent)
+        new = name not in before and name in usual and now == usual[name]
+        if was != now and not new and name not in ("resume", "accept_changes"):
+            changes[name] = f"{was} -> {now}"
+    return changes
+
+
+def refuse_changes(changes: Mapping[str, str], accepted: bool) -> None:
+    """Log what may change in a run that is resumed, and what was accepted. Raises: ValueError for the rest."""
+    refused = [f"{name}: {change}" for name, change in changes.items() if name not in FREE]
+    if refused and not accepted:
+        raise ValueError(
+            "--resume: this is not how the run began:\n  " + "\n  ".join(refused) + "\nUndo that; or, if it is wanted "
+            "from here on, add --accept_changes true; or begin another run (--output)"
+        )
+    for name, change in changes.items():
+        logger.warning("changed since the run began: %s: %s", name, change)

@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 import torch
+from accelerate import PartialState
 from jsonargparse import ArgumentParser, Namespace
 
 from volumes import DataConfig
@@ -12,7 +13,8 @@ class Command(Protocol):
     """A module of this folder.
 
     NAME is that of the subcommand and HELP its description; READS_DATA says whether it takes `--config`, `--data.*` and
-    the other arguments of `add_common_arguments`, which are then added before its own.
+    the other arguments of `add_common_arguments`, which are then added before its own. One with DIVIDES = True is run by all
+    processes, which share its work; any other by the main process, while others wait.
     """
 
     @property
@@ -29,6 +31,17 @@ class Command(Protocol):
     def run(self, options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
         """Measure, write the report to `options.output` and return it; `dtype` is that of autocast, None for float32."""
         ...
+
+
+def run_command(
+    command: Command, options: Namespace, device: torch.device, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Run it in all processes or in the main one alone, as it wants. Returns the report; {} in those that only waited."""
+    state = PartialState()
+    divides = getattr(command, "DIVIDES", False)
+    report = command.run(options, device, dtype) if divides or state.is_main_process else {}
+    state.wait_for_everyone()
+    return report
 
 
 def make_parser(command: Command, data: dict[str, Any] | None, **settings: Any) -> ArgumentParser:

@@ -27,13 +27,19 @@ from .. import (
     ratios,
     score_training,
     test_cases,
-    write_report,
 )
-from .progress import StepClock
+from ..few_labels import ANY
+from ..utility import REAL, SYNTHETIC
+from .ledger import Job, Ledger, content_of
+from .progress import StepClock, silence
 
 NAME = "dice"
-HELP = "Dice on the test split of a small segmenter trained on real, generated, or both volumes."
+HELP = (
+    "Dice on the test split of a small segmenter trained on real, generated, or both volumes. The same command again goes on "
+    "where it stopped."
+)
 READS_DATA = True
+DIVIDES = True
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -91,44 +97,58 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
             raise ValueError("--judge_synthetic is for segmenters trained on real: add real to --train_on")
         judged_too = load_pairs(generated_pairs(cases, Path(options.judge_synthetic), "test"), config, shape)
         report["volumes"]["judge_synthetic"] = len(judged_too.cases)
+    earlier: dict[str, list[dict[str, Any]]] = {}
     for path in options.earlier:
-        report["scores"].update(earlier_scores(Path(path), report))
+        earlier.update(earlier_scores(Path(path), report))
         report.setdefault("earlier", {})[Path(path).name] = json.loads(Path(path).read_text()).get("commit")
     num_labels = len(label_values(config))
     judged = load_pairs([Pair(case) for case in judge], config, shape)
-    report["skipped"] = dict(judged.skipped + (judged_too.skipped if judged_too else []))
+    loaded = {source: load_pairs(pairs[source], config, shape) for source in (REAL, SYNTHETIC) if source in pairs}
+    sources = [*loaded.values(), judged, *([judged_too] if judged_too else [])]
+    report["skipped"] = dict(skipped for source in sources for skipped in source.skipped)
+    report["content"] = content_of(*sources)
 
-    def summarise() -> None:
-        report["ratios"] = ratios(report["scores"], [case.subject for case in judged.cases])
-        if judged_too is not None and "real" in report["scores"]:
-            report["obedience"] = mask_obedience(report["scores"]["real"], judged.cases, judged_too.cases)
+    def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        scores = {source: list(results) for source, results in earlier.items()}
+        for row in rows:
+            result = {key: value for key, value in row.items() if key not in ("arm", "labels")}
+            scores.setdefault(row["arm"], []).append(result)
+        found: dict[str, Any] = {"scores": scores, "ratios": ratios(scores, [case.subject for case in judged.cases])}
+        if judged_too is not None and scores.get("real"):
+            found["obedience"] = mask_obedience(scores["real"], judged.cases, judged_too.cases)
+        return found
 
-    sources = [source for source in options.train_on if source not in report["scores"]]
-    clock = StepClock(sum(options.seeds * iterations_of(source, options.iterations) for source in sources))
-    for source in sources:
-        learned = load_pairs(pairs[source], config, shape)
-        report["skipped"].update(learned.skipped)
-        report["scores"][source] = []
-        for seed in range(options.seeds):
-            steps = iterations_of(source, options.iterations)
-            with tqdm(total=steps, unit="step", disable=None, desc=f"learning from {source}, seed {seed}") as progress:
-                result = score_training(
-                    learned,
-                    judged,
-                    num_labels,
-                    seed=seed,
-                    iterations=steps,
-                    device=device,
-                    dtype=dtype,
-                    on_step=clock.watch(progress),
-                    synthetic=judged_too if source == "real" else None,
-                )
-            report["scores"][source].append(result)
-            summarise()
-            write_report(options.output, report)
-            print(f"{source}, seed {seed}: Dice {result['dice']:.4f}, {result['seconds']:.0f} s", flush=True)
-    summarise()
-    write_report(options.output, report)
+    def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+        scores = report["scores"].items()
+        return [{"arm": arm, "labels": ANY, **row} for arm, found in scores if arm not in earlier for row in found]
+
+    def cost(jobs: list[Job]) -> int:
+        return sum(iterations_of(source, options.iterations) for source, _, _ in jobs)
+
+    ledger = Ledger(Path(options.output), report, summarise, rows_of)
+    wanted = [
+        (source, ANY, seed) for source in options.train_on if source not in earlier for seed in range(options.seeds)
+    ]
+    jobs = ledger.share(ledger.missing(wanted), cost)
+    clock, quiet = StepClock(cost(jobs)), silence()
+    for source, labels, seed in jobs:
+        steps = iterations_of(source, options.iterations)
+        with tqdm(total=steps, unit="step", disable=quiet, desc=f"learning from {source}, seed {seed}") as progress:
+            result = score_training(
+                loaded[source] if source in loaded else loaded[REAL].join(loaded[SYNTHETIC]),
+                judged,
+                num_labels,
+                seed=seed,
+                iterations=steps,
+                device=device,
+                dtype=dtype,
+                on_step=clock.watch(progress),
+                synthetic=judged_too if source == REAL else None,
+            )
+        ledger.add({"arm": source, "labels": labels, **result})
+    report = ledger.write()
+    if quiet:
+        return report
     for source, results in report["scores"].items():
         print(
             f"{source}: {sum(r['dice'] for r in results) / len(results):.4f}  {[round(r['dice'], 4) for r in results]}"

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from tqdm import tqdm
 
@@ -15,7 +17,8 @@ from volumes import load_cases
 from ..page import write_page
 from ..report import write_report
 from . import conditions, dice, few_labels, pretrain, privacy, realism, reconstruction, shapes
-from .common import Command, make_parser
+from .common import Command, make_parser, run_command
+from .progress import silence
 
 NAME = "all"
 HELP = (
@@ -23,6 +26,7 @@ HELP = (
     "same arguments and files, is not measured again; delete it to do so."
 )
 READS_DATA = True
+DIVIDES = True  # as far as its parts do
 MODULES: tuple[Command, ...] = (reconstruction, realism, shapes, privacy, dice, few_labels, pretrain, conditions)
 PARTS: dict[str, Command] = {module.NAME: module for module in MODULES}
 FOR_ALL = ("config", "data", "output", "precision", "device")  # are given once, and hold for every part
@@ -37,9 +41,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--synthetic",
         nargs="+",
         type=str,
-        required=True,
-        help="folders of generated volumes; dice and the like take one",
+        default=[],
+        help="folders of generated volumes; dice and the like take one. Without it, --pipeline generates them from the masks of "
+        "the training split, into OUTPUT/generated",
     )
+    parser.add_argument("--count", type=int, default=1, help="volumes a mask, where --pipeline generates them")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="where --pipeline generates them")
     parser.add_argument("--vae", type=str, help="autoencoder (or pipeline, or run), where a part takes one")
     parser.add_argument("--pipeline", type=str, help="the generator, where a part takes one")
     parser.add_argument(
@@ -56,21 +63,28 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     """Run the parts that are not done, and write the page of all that were asked for; `--output` is a folder."""
-    folder = Path(options.output)
+    if not options.synthetic:
+        raise ValueError("--synthetic is missing: give folders of generated volumes, or --pipeline to generate them")
+    folder, state = Path(options.output), PartialState()
     jobs = {name: part_options(name, options, folder) for name in options.parts}  # what is wrong shows before any work
     if unused := sorted({_split(entry)[0] for entry in options.set} - set(jobs)):
         raise ValueError(f"--set names {unused}, which is not among --parts {list(jobs)}")
-    with tqdm(total=len(jobs), unit="part", disable=None, desc="parts") as progress:
+    with tqdm(total=len(jobs), unit="part", disable=silence(), desc="parts") as progress:
         for name, (part, inputs) in jobs.items():
             progress.set_postfix_str(name)
             path = Path(part.output)
-            if path.is_file() and json.loads(path.read_text()).get("inputs") == inputs:
+            there = path.is_file() and json.loads(path.read_text()).get("inputs") == inputs
+            if broadcast_object_list([there])[0]:  # as the main process saw it
                 progress.write(f"{name}: {path} is there, of the same inputs; not measured again")
             else:
-                PARTS[name].run(part, device, dtype)
-                write_report(path, {**json.loads(path.read_text()), "inputs": inputs})  # the mark of a part that ended
+                run_command(PARTS[name], part, device, dtype)
+                if state.is_main_process:  # the mark of a part that ended
+                    write_report(path, {**json.loads(path.read_text()), "inputs": inputs})
             progress.update()
+    state.wait_for_everyone()
     paths = [Path(part.output) for part, _ in jobs.values()]
+    if not state.is_main_process:
+        return {}
     page = write_page(paths, folder, options.title)
     print(f"page: {folder / 'report.html'}")
     return page

@@ -16,8 +16,8 @@ from ..report import provenance
 from ..segmentation_data import LoadedPairs, Pair, generated_pairs, label_values, learning_cases, load_pairs, test_cases
 from ..segmenter import ITERATIONS
 from ..utility import SHAPE, SYNTHETIC, protocol, score_training
-from .ledger import Ledger, content_of, tell
-from .progress import StepClock
+from .ledger import Job, Ledger, content_of, tell
+from .progress import StepClock, silence
 
 NAME = "few_labels"
 HELP = (
@@ -25,6 +25,7 @@ HELP = (
     "The same command again goes on where it stopped."
 )
 READS_DATA = True
+DIVIDES = True
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -87,7 +88,9 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         "data": dataclasses.asdict(config),
         **provenance(),
     }
-    ledger = Ledger(Path(options.output), report, lambda rows: summarise(rows, subjects, RATIOS, "ratio"))
+    ledger = Ledger(
+        Path(options.output), report, lambda rows: {**summarise(rows, subjects, RATIOS, "ratio"), "rows": rows}
+    )
     everywhere = {SYNTHETIC} if options.synthetic_masks == "all" else set()  # the arms that no budget changes
     jobs = [
         (arm, labels, seed)
@@ -95,13 +98,17 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         for arm in options.train_on
         for labels in ([ANY] if arm in everywhere else budgets)
     ]
-    jobs = ledger.missing(jobs)
-    clock = StepClock(sum(steps_of(arm, options.iterations) for arm, _, _ in jobs))
+
+    def cost(jobs: list[Job]) -> int:
+        return sum(steps_of(arm, options.iterations) for arm, _, _ in jobs)
+
+    jobs = ledger.share(ledger.missing(jobs), cost)
+    clock, quiet = StepClock(cost(jobs)), silence()
     for arm, labels, seed in jobs:
         drawn = draw_labelled(real.cases, budgets.get(labels, len(real.cases)), seed)
         learn = training_set(arm, real, made, drawn, masks=options.synthetic_masks, balanced=options.mix == "balanced")
         steps = steps_of(arm, options.iterations)
-        with tqdm(total=steps, unit="step", disable=None, desc=f"{arm}, labels {labels}, seed {seed}") as progress:
+        with tqdm(total=steps, unit="step", disable=quiet, desc=f"{arm}, labels {labels}, seed {seed}") as progress:
             result = score_training(
                 learn,
                 judge,
@@ -114,8 +121,9 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
             )
         ledger.add({"arm": arm, "labels": labels, "drawn_from": len(learn.images), **result})
     report = ledger.write()
-    tell(report, "ratios")
-    print(f"report: {options.output}")
+    if not quiet:
+        tell(report, "ratios")
+        print(f"report: {options.output}")
     return report
 
 

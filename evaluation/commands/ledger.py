@@ -2,60 +2,137 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..report import write_report
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from ..report import check_report, write_report
 from ..segmentation_data import LoadedPairs
 
-SAME = ("evaluation", "protocol", "data", "synthetic", "content")  # of two runs of one report
+SAME = ("evaluation", "protocol", "data", "synthetic", "judge_synthetic", "content")  # of two runs of one report
+Job = tuple[str, str, int]  # arm, labels, seed
+Row = dict[str, Any]
 
 
 class Ledger:
     """The rows of a report (`evaluation.few_labels` says what a row is), in a file.
 
+    Several processes each make their share of the rows. What another one than the main process has is in a hidden file beside
+    the report until all are done; of a run that was killed, it is found there by the next.
+
     Args:
         path: the report's. If it is there, its rows are kept and need no training.
         report: all but the rows; `SAME` must not change; its "content" is `content_of` the volumes.
-        summarise: from the rows to what the report says of them; added to it with every row.
-    Raises: ValueError for a file at `path` that holds other figures than these.
+        summarise: from the rows to what the report says of them, themselves included; added to it with every row.
+        rows_of: from a report to its rows.
+    Raises: ValueError for a file at `path` that holds other figures than these, or that cannot be written to.
     """
 
-    def __init__(self, path: Path, report: dict[str, Any], summarise: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+    def __init__(
+        self,
+        path: Path,
+        report: dict[str, Any],
+        summarise: Callable[[list[Row]], dict[str, Any]],
+        rows_of: Callable[[dict[str, Any]], list[Row]] = lambda report: report["rows"],
+    ):
+        self.state = PartialState()
         self.path, self.report, self.summarise = path, report, summarise
-        self.rows: list[dict[str, Any]] = []
-        if path.is_file():
-            earlier, wanted = json.loads(path.read_text()), json.loads(json.dumps(report))
-            if "content" not in earlier:  # as of reports from before it was recorded
-                print(f"note: {path} does not say of which volumes it is: taken to be of these")
-                earlier["content"] = wanted["content"]
-            if changed := [key for key in SAME if earlier.get(key) != wanted[key]]:
-                raise ValueError(
-                    f"{path}: holds figures of another {', '.join(changed)}; choose another --output, or delete it"
-                )
-            self.rows = earlier["rows"]
-            print(f"{path}: has {len(self.rows)} trainings, which are not done again")
+        self.rows: list[Row] = []  # this process's; of the main process also those of earlier runs
+        self.order: dict[Job, int] = {}
+        self.part = path.with_name(f".{path.name}.part{self.state.process_index}")
+        if self.state.is_main_process:
+            check_report(path)
+            if path.is_file():
+                self.rows = rows_of(self._checked(path))
+            of_others = [row for part in self._parts() for row in self._checked(part)["rows"]]
+            known = {job_of(row) for row in self.rows}
+            self.rows += [row for row in of_others if job_of(row) not in known]
+            if self.rows:
+                print(f"{path}: has {len(self.rows)} trainings, which are not done again")
+                self._settle()
+        self.state.wait_for_everyone()
 
-    def missing(self, jobs: Sequence[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
-        """Those (arm, labels, seed) that have no row yet."""
-        done = {(row["arm"], row["labels"], row["seed"]) for row in self.rows}
-        return [job for job in jobs if job not in done]
+    def _checked(self, path: Path) -> dict[str, Any]:
+        """A report that may be gone on with."""
+        earlier, wanted = json.loads(path.read_text()), json.loads(json.dumps(self.report))
+        if "content" not in earlier and "rows" in earlier:  # as of reports from before it was recorded
+            print(f"note: {path} does not say of which volumes it is: taken to be of these")
+            earlier["content"] = wanted["content"]
+        if changed := [key for key in SAME if earlier.get(key) != wanted.get(key)]:
+            raise ValueError(
+                f"{path}: holds figures of another {', '.join(changed)}; choose another --output, or delete it"
+            )
+        return earlier
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Add a training and write the report."""
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f".{self.path.name}.part*"))
+
+    def _settle(self) -> None:
+        """The report holds all rows: nothing beside it is needed any more."""
+        self._write(self.rows)
+        for part in self._parts():
+            part.unlink()
+
+    def missing(self, jobs: Sequence[Job]) -> list[Job]:
+        """Those that have no row yet; the same in all processes, which all must ask."""
+        self.order = {job: number for number, job in enumerate(jobs)}
+        done = {job_of(row) for row in self.rows}
+        (left,) = broadcast_object_list([[job for job in jobs if job not in done]])
+        return [(arm, labels, seed) for arm, labels, seed in left]
+
+    def share(
+        self,
+        jobs: Sequence[Job],
+        cost: Callable[[list[Job]], float],
+        together: Callable[[Job], Hashable] = lambda job: job,
+    ) -> list[Job]:
+        """The jobs of this process: groups of those that belong `together`, the costly ones first, each to the process that
+        has least to do yet."""
+        groups: dict[Hashable, list[Job]] = {}
+        for job in jobs:
+            groups.setdefault(together(job), []).append(job)
+        loads, own = [0.0] * self.state.num_processes, set()
+        for group in sorted(groups.values(), key=cost, reverse=True):
+            process = loads.index(min(loads))
+            loads[process] += cost(group)
+            if process == self.state.process_index:
+                own |= set(group)
+        return [job for job in jobs if job in own]
+
+    def add(self, row: Row) -> None:
+        """Add a training and write it down."""
         self.rows.append(row)
-        self.write()
+        if self.state.is_main_process:
+            self._write(self.rows + [row for part in self._parts() for row in json.loads(part.read_text())["rows"]])
+        else:
+            write_report(self.part, {**{key: self.report.get(key) for key in SAME}, "rows": self.rows})
         print(
             f"{row['arm']}, labels {row['labels']}, seed {row['seed']}: Dice {row['dice']:.4f}, {row['seconds']:.0f} s",
             flush=True,
         )
 
-    def write(self) -> dict[str, Any]:
-        """Write the report and return it."""
-        report = {**self.report, **self.summarise(self.rows), "rows": self.rows}
+    def _write(self, rows: Sequence[Row]) -> dict[str, Any]:
+        ordered = sorted(rows, key=lambda row: self.order.get(job_of(row), -1))
+        report = {**self.report, **self.summarise(ordered)}
         write_report(self.path, report)
         return report
+
+    def write(self) -> dict[str, Any]:
+        """Wait for all processes, write the report with all rows, and return it."""
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            self.rows += [row for part in self._parts() for row in json.loads(part.read_text())["rows"]]
+            self._settle()
+        self.state.wait_for_everyone()
+        return json.loads(self.path.read_text())
+
+
+def job_of(row: Row) -> Job:
+    """What a row is of."""
+    return row["arm"], row["labels"], row["seed"]
 
 
 def content_of(*sources: LoadedPairs) -> str:

@@ -17,8 +17,8 @@ from ..report import provenance
 from ..segmentation_data import label_values
 from ..utility import protocol, score_training
 from .few_labels import add_budget_arguments, load_sources
-from .ledger import Ledger, content_of, tell
-from .progress import StepClock
+from .ledger import Job, Ledger, content_of, tell
+from .progress import StepClock, silence
 
 NAME = "pretrain"
 HELP = (
@@ -26,6 +26,7 @@ HELP = (
     "without labels on synthetic volumes, and on the real ones. The same command again goes on where it stopped."
 )
 READS_DATA = True
+DIVIDES = True
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -58,16 +59,24 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         "data": dataclasses.asdict(config),
         **provenance(),
     }
-    ledger = Ledger(Path(options.output), report, lambda rows: summarise(rows, subjects, DIFFERENCES, "difference"))
+    ledger = Ledger(
+        Path(options.output),
+        report,
+        lambda rows: {**summarise(rows, subjects, DIFFERENCES, "difference"), "rows": rows},
+    )
     jobs = [(start, labels, seed) for seed in range(options.seeds) for start in options.starts for labels in budgets]
-    jobs = ledger.missing(jobs)
-    beginnings = {(start, seed) for start, _, seed in jobs if start in unlabelled}
-    clock = StepClock(len(beginnings) * options.pretrain_iterations + len(jobs) * options.iterations)
+
+    def cost(jobs: list[Job]) -> int:
+        beginnings = {(start, seed) for start, _, seed in jobs if start in unlabelled}
+        return len(beginnings) * options.pretrain_iterations + len(jobs) * options.iterations
+
+    jobs = ledger.share(ledger.missing(jobs), cost, lambda job: (job[0], job[2]))  # of one pre-training in one process
+    clock, quiet = StepClock(cost(jobs)), silence()
     bodies: dict[tuple[str, int], dict[str, Tensor]] = {}  # of the latest pre-training; the jobs come in its order
     for start, labels, seed in jobs:
         if start in unlabelled and (start, seed) not in bodies:
             steps = options.pretrain_iterations
-            with tqdm(total=steps, unit="step", disable=None, desc=f"pre-training, {start}, seed {seed}") as progress:
+            with tqdm(total=steps, unit="step", disable=quiet, desc=f"pre-training, {start}, seed {seed}") as progress:
                 learned = pretrain(
                     unlabelled[start],
                     seed=seed,
@@ -78,7 +87,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
                 )
             bodies = {(start, seed): learned}
         steps = options.iterations
-        with tqdm(total=steps, unit="step", disable=None, desc=f"{start}, labels {labels}, seed {seed}") as progress:
+        with tqdm(total=steps, unit="step", disable=quiet, desc=f"{start}, labels {labels}, seed {seed}") as progress:
             result = score_training(
                 real.take(draw_labelled(real.cases, budgets[labels], seed)),
                 judge,
@@ -92,6 +101,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
             )
         ledger.add({"arm": start, "labels": labels, **result})
     report = ledger.write()
-    tell(report, "differences")
-    print(f"report: {options.output}")
+    if not quiet:
+        tell(report, "differences")
+        print(f"report: {options.output}")
     return report

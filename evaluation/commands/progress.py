@@ -3,7 +3,13 @@
 import time
 from collections.abc import Callable
 
+from accelerate import PartialState
 from tqdm import tqdm
+
+
+def silence() -> bool | None:
+    """What a progress bar's `disable` should be: one bar on a terminal, the main process's."""
+    return None if PartialState().is_main_process else True
 
 
 class StepClock:

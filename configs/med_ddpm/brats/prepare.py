@@ -47,7 +47,9 @@ def prepare(source: Path, output: Path, box: tuple[int, int, int] = BOX) -> tupl
         affine = placement.shift(seg.affine)
         write_volume(Volume(boxed, affine), output / f"seg/{name}_seg.nii.gz")
         for modality, image in images.items():
-            write_volume(Volume(placement.apply(image.array, 0), affine), output / f"{modality}/{name}_{modality}.nii.gz")
+            write_volume(
+                Volume(placement.apply(image.array, 0), affine), output / f"{modality}/{name}_{modality}.nii.gz"
+            )
     return len(folders) - len(left_out), left_out
 
 

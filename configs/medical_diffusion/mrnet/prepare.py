@@ -46,6 +46,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="MRNet-v1.0, as it was downloaded")
     parser.add_argument("--output", type=Path, default=Path("data/mrnet"), help="folder to write to")
-    parser.add_argument("--spacing", type=float, nargs=3, default=(3.0, 0.6, 0.6), help="mm between slices, columns, rows")
+    parser.add_argument(
+        "--spacing", type=float, nargs=3, default=(3.0, 0.6, 0.6), help="mm between slices, columns, rows"
+    )
     options = parser.parse_args()
     print(f"{len(prepare(options.source, options.output, tuple(options.spacing)))} exams in {options.output}")

@@ -1,0 +1,146 @@
+"""Memory planned for a size of volumes, without any data, and compared with a dry run."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from tiny import peak_bytes
+from torch import nn
+
+from autoencoder import AutoencoderKL3D
+from autoencoder.adversarial import VolumeDiscriminator
+from diffusion import LatentUNet3D
+from evaluation.doctor import main
+from evaluation.doctor_memory import GIB, autoencoder_step, measured_peak, training_bytes, unet_step
+
+VAE = {"class": "autoencoder.AutoencoderKL3D", "channels": [8, 8], "encoder_blocks": [1, 1], "decoder_blocks": [1, 1]}
+UNET = {
+    "class": "diffusion.LatentUNet3D",
+    "channels": [8, 8],
+    "blocks": [1, 1],
+    "attention": [False, False],
+    "mask_width": 4,
+}
+DATA = {"root": "nowhere", "images": "{name}.nii.gz", "masks": "{name}_seg.nii.gz", "label_names": {0: "no", 1: "yes"}}
+
+
+def recipe(folder, **changes):
+    """A folder with vae.yaml and the ldm.yaml that follows it, of data that are not there."""
+    run = str(folder / "run")
+    vae = {"output": run, "data": DATA, "model": VAE, "crops": {"shape": [16, 16, 16]}, "loop": {"batch_size": 2}}
+    ldm = {"output": run + "-ldm", "vae": run + "/vae", "data": DATA, "model": UNET, "loop": {"batch_size": 2}}
+    for name, sections in (("vae", vae), ("ldm", ldm)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**sections, **changes.get(name, {})}))
+    return folder
+
+
+def planned(folder, name, *options):
+    assert main(["--config", str(folder / f"{name}.yaml"), "--output", str(folder / "report.json"), *options]) == 0
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_no_data_is_needed(tmp_path):
+    recipe(tmp_path)
+    vae = planned(tmp_path, "vae", "--shape", "[16, 24, 18]")
+    assert vae["memory_bytes"]["volumes"] == 16 * 24 * 18 * (4 + 2)
+    ldm = planned(tmp_path, "ldm", "--shape", "[16, 24, 18]")
+    said = " ".join(one["message"] for one in ldm["findings"])
+    assert "2 latents of [4, 6, 5] cells" in said and "a volume of [16, 24, 20]" in said
+    assert f"the autoencoder of {tmp_path / 'vae.yaml'} is taken" in said
+    wider = recipe(tmp_path, vae={"model": {**VAE, "patch_size": 1}})  # the autoencoder decides the latents' grid
+    assert "latents of [8, 12, 9] cells" in json.dumps(planned(wider, "ldm", "--shape", "[16, 24, 18]")["findings"])
+
+
+def test_it_is_planned_for_another_accelerator(tmp_path):
+    recipe(tmp_path)
+    for memory, level in (("0.001", "WARN"), ("80", "OK")):
+        report = planned(tmp_path, "vae", "--shape", "[16, 16, 16]", "--memory", memory)
+        (said,) = [one for one in report["findings"] if "training takes" in one["message"]]
+        assert said["level"] == level and f"of the {float(memory):.1f} GiB of the accelerator" in said["message"]
+
+
+def test_there_is_nothing_to_train(tmp_path):
+    recipe(tmp_path, vae={"model": {"class": "autoencoder.SpaceToDepth3D", "patch_size": 2}})
+    report = planned(tmp_path, "vae", "--shape", "[16, 16, 16]")
+    assert report["memory_bytes"]["training"] == {"total": 0}
+    assert not any("training takes" in one["message"] for one in report["findings"])
+
+
+def test_what_a_config_saves(tmp_path):
+    """Checkpointing and bfloat16 take less of the step, a discriminator more, and nothing else changes."""
+    loop = {"batch_size": 2, "mixed_precision": "bf16"}
+    steps = {}
+    for name, changes in {
+        "plain": {},
+        "checkpointing": {"gradient_checkpointing": True},
+        "bf16": {"loop": loop},
+        "critic": {"adversarial": {"channels": 8, "layers": 1}},
+    }.items():
+        report = planned(recipe(tmp_path, vae=changes), "vae", "--shape", "[16, 16, 16]")
+        steps[name] = report["memory_bytes"]["training"]["step"]
+    assert steps["checkpointing"] < 0.8 * steps["plain"] and steps["bf16"] < steps["plain"] < steps["critic"]
+    recipe(tmp_path, vae={"loop": loop})
+    report = planned(tmp_path, "vae", "--shape", "[16, 16, 16]", "--precision", "no")
+    assert report["memory_bytes"]["training"]["step"] == steps["plain"]
+
+
+def test_a_step_with_a_discriminator_is_estimated():
+    vae, critic = AutoencoderKL3D(channels=(8, 8), decoder_blocks=(1, 1)), VolumeDiscriminator(channels=8, layers=1)
+    step, both = autoencoder_step(vae, (16, 16, 16), 2, critic=critic, slices=3), nn.ModuleList([vae, critic])
+
+    def enabled():
+        with torch.enable_grad():
+            step()
+
+    enabled()
+    assert all(p.grad is not None for p in both.parameters())
+    both.zero_grad(set_to_none=True)
+    measured = peak_bytes(enabled)
+    both.zero_grad(set_to_none=True)
+    assert training_bytes(both, step)["step"] == pytest.approx(measured, rel=0.2)
+
+
+def test_a_step_with_checkpointing_is_estimated():
+    unet = LatentUNet3D(channels=(16, 16), blocks=(2, 2), head_dim=8)
+    unet.enable_gradient_checkpointing()
+    step = unet_step(unet, (8, 8, 8), 2)
+
+    def enabled():
+        with torch.enable_grad():
+            step()
+
+    enabled()
+    unet.zero_grad(set_to_none=True)
+    measured = peak_bytes(enabled)
+    assert training_bytes(unet, step)["step"] == pytest.approx(measured, rel=0.2)
+
+
+def test_a_peak_is_measured():
+    device = torch.device("cpu")
+    assert measured_peak(lambda: torch.ones(64, 2**18).sum(), device) == pytest.approx(
+        2**26, rel=0.1
+    )  # 64 MiB, freed again
+    assert measured_peak(lambda: None, device) < 2**22
+
+
+def test_a_dry_run(tmp_path):
+    recipe(tmp_path)
+    report = planned(tmp_path, "ldm", "--shape", "[16, 16, 16]", "--dry_run", "--device", "cpu")
+    assert set(report["dry_run"]) == {"training step", "denoising", "decoding"}
+    memory = report["memory_bytes"]
+    assert report["dry_run"]["training step"]["estimate"] == memory["training"]["step"]
+    assert report["dry_run"]["decoding"]["estimate"] == memory["generation"]["decoding"]
+    assert all(0 <= one["measured"] < GIB for one in report["dry_run"].values())
+    report = planned(tmp_path, "vae", "--shape", "[16, 16, 16]", "--dry_run", "--device", "cpu")
+    assert set(report["dry_run"]) == {"training step", "decoding"}
+
+
+@pytest.mark.parametrize(
+    "options", [["--dry_run"], ["--memory", "24"], ["--precision", "bf16"], ["--shape", "[8, 8, 8]", "--pipeline", "x"]]
+)
+def test_options_that_would_do_nothing_are_refused(options, tmp_path, capsys):
+    recipe(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["--config", str(tmp_path / "ldm.yaml"), *options])
+    assert "--shape" in capsys.readouterr().err
