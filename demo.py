@@ -1,5 +1,5 @@
 """python demo.py: what the pipelines in weights/ generate for their examples, into out/demo/, a picture each; pairs of mask and
-volume from nothing; and one volume with a piece of an organ taken out."""
+volume from nothing; and one volume with a part of an organ taken out."""
 
 import itertools
 import logging
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 import generate
 from pipelines import MedVolumePipeline, read_sidecar, volume_files
-from pipelines.editing import ellipsoid, insert_lesion
+from pipelines.editing import remove_lesion
 from volumes import read_mask, read_volume, shapes_figure, slices_figure, write_volume
 from volumes.cases import read_table
 
@@ -67,24 +67,24 @@ def pairs(maps: Path, volumes: Path, data: dict[str, Any], folder: Path, steps: 
     print(f"Look at {folder / 'preview.png'}\n")
 
 
-def edit(pipeline: Path, data: dict[str, Any], output: Path, steps: int, diameter: float = 9.0) -> None:
-    """A ball of an organ taken out of the first generated volume; all else stays as it was."""
+def edit(pipeline: Path, data: dict[str, Any], output: Path, steps: int) -> None:
+    """The first generated volume without what its last label marks; all else stays as it was."""
     pipe = MedVolumePipeline.from_pretrained(pipeline)
     pipe.set_progress_bar_config(disable=True)
     volume = sorted((output / pipeline.name).glob("*.nii.gz"))[0]
     record = read_sidecar(volume)
     assert record is not None and record["mask"] is not None
     mask = read_mask(pipeline / "masks" / record["mask"]["file"])
-    background, organ = sorted(map(int, data["labels"]))[:2]
+    values = sorted(map(int, data["labels"]))
+    organ = max(value for value in values if (mask.array == value).any())
+    edited, region = remove_lesion(mask, organ, values[0])
     x, y, z = (int(side) for side in np.argwhere(mask.array[0] == organ).mean(0).round())
-    shape = ellipsoid(diameter, mask.spacing)
-    edited, region = insert_lesion(mask, shape, (x, y, z), background)
     folder = output / f"{pipeline.name}-edit"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_volume(edited, folder / "mask.nii.gz")
     write_volume(region, folder / "region.nii.gz")
-    print(f"{pipeline.name}: {volume.name} with {diameter:g} mm less of its {data['labels'][str(organ)]} ...")
+    print(f"{pipeline.name}: {volume.name} without its {data['labels'][str(organ)]} ...")
     after = folder / volume.name
     pipe(
         mask=folder / "mask.nii.gz",

@@ -274,7 +274,7 @@ def test_the_demo_makes_pairs_from_nothing_and_an_edit(pairs, tmp_path, capsys):
     (weights / "volumes" / "examples.csv").write_text("mask\nmasks/a.nii.gz\n")
     (weights / "volumes" / "masks").mkdir()
     array = np.zeros((16, 16, 16), np.int16)
-    array[3:13, 3:13, 3:13] = 2
+    array[5:11, 5:11, 5:11] = 2
     write_volume(Volume(array[None], np.eye(4)), weights / "volumes" / "masks" / "a.nii.gz")
     demo.main(weights, tmp_path / "out", num_inference_steps=2)
     pictures = sorted(path.parent.name for path in (tmp_path / "out").glob("*/preview.png"))
@@ -285,5 +285,5 @@ def test_the_demo_makes_pairs_from_nothing_and_an_edit(pairs, tmp_path, capsys):
     same = np.asarray(before.dataobj) == np.asarray(after.dataobj)
     assert same[~region].all() and not same[region].all() and 0 < region.mean() < 1
     edited = read_mask(tmp_path / "out" / "volumes-edit" / "mask.nii.gz").array[0]
-    assert edited[8, 8, 8] == 0 and (edited == 2).sum() < (array == 2).sum()
+    assert not edited.any()
     assert "volumes-edit/preview.png" in capsys.readouterr().out
