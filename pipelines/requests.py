@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from volumes import volume_stem
 from volumes.cases import read_table
-from volumes.files import SUFFIXES
+from volumes.dicom import is_series
+from volumes.files import SUFFIXES, is_volume
 
 from .pipeline import MedVolumePipeline
 
@@ -35,7 +37,7 @@ class Request:
 
 def mask_requests(patterns: Sequence[str], output: Path) -> list[Request]:
     """One of each mask: `find_masks`."""
-    return [Request(mask_stem(mask), mask) for mask in find_masks(patterns, output)]
+    return [Request(volume_stem(mask), mask) for mask in find_masks(patterns, output)]
 
 
 def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
@@ -46,17 +48,21 @@ def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
     """
     found: set[Path] = set()
     for pattern in patterns:
-        paths = [path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file()]
-        if Path(pattern).is_dir():
-            paths = [path for path in Path(pattern).iterdir() if path.name.endswith(FOLDER_SUFFIXES)]
+        paths = [path for path in map(Path, glob.glob(pattern, recursive=True)) if is_volume(path)]
+        if Path(pattern).is_dir() and not paths:  # a folder of masks, not of one's slices
+            paths = [
+                path
+                for path in Path(pattern).iterdir()
+                if path.name.lower().endswith(FOLDER_SUFFIXES) or is_series(path)
+            ]
         found |= {path for path in paths if not path.name.startswith(".")}
     if not found:
         raise ValueError(
-            f"no masks found in {' '.join(patterns)}; give a folder with .nii or .nii.gz files, or a quoted glob"
+            f"no masks found in {' '.join(patterns)}; give a folder with .nii.gz files (or other volumes), or a quoted glob"
         )
-    masks = sorted(found, key=lambda path: (mask_stem(path), str(path)))
+    masks = sorted(found, key=lambda path: (volume_stem(path), str(path)))
     for first, second in itertools.pairwise(masks):
-        if mask_stem(first) == mask_stem(second):
+        if volume_stem(first) == volume_stem(second):
             raise ValueError(f"{first} and {second} have the same stem, so their volumes would too; rename one")
     refuse_masks_in(output, masks)
     return masks
@@ -67,12 +73,6 @@ def refuse_masks_in(output: Path, masks: Sequence[Path]) -> None:
     for mask in masks:
         if mask.parent.resolve() == output.resolve():
             raise ValueError(f"{mask}: lies in --output {output}; write volumes to another folder")
-
-
-def mask_stem(path: Path) -> str:
-    """The file's name without .nii.gz, .nii, .hdr or .img (.gz)."""
-    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), path.suffix)
-    return path.name.removesuffix(suffix)
 
 
 def read_requests(table: Path, pipe: MedVolumePipeline, output: Path) -> list[Request]:
@@ -90,7 +90,7 @@ def read_requests(table: Path, pipe: MedVolumePipeline, output: Path) -> list[Re
     for number, row in enumerate(rows, start=1):
         given = {column: value for column, value in row.items() if value not in (None, "")}
         mask = table.parent / given["mask"] if "mask" in given else None
-        name = str(given.get("name", mask_stem(mask) if mask else f"row_{number:04d}"))
+        name = str(given.get("name", volume_stem(mask) if mask else f"row_{number:04d}"))
         if Path(name).name != name:
             raise ValueError(f"{table}: row {number} is called {name!r}, which is no file's name")
         labels, numbers = (

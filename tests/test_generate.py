@@ -15,7 +15,8 @@ from tiny import mask_image, tiny_pipeline
 import demo
 import generate
 from pipelines import MedVolumePipeline, VolumeProcessor, describe_mask, sidecar_path
-from pipelines.requests import find_masks, mask_stem
+from pipelines.requests import find_masks
+from volumes import volume_stem
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"a": (8, 8, 8), "b": (7, 8, 5), "c": (12, 8, 8)}
@@ -147,7 +148,7 @@ def test_the_manifest_lists_our_volumes_alone(generated, tmp_path):
 def test_masks_are_found_or_named(inputs, tmp_path):
     masks = inputs / "masks"
     found = find_masks([str(masks)], tmp_path)
-    assert [mask_stem(path) for path in found] == ["a", "b", "c"]
+    assert [volume_stem(path) for path in found] == ["a", "b", "c"]
     assert find_masks([str(masks / "*.nii.gz"), str(masks / "a.nii.gz")], tmp_path) == found
     with pytest.raises(ValueError, match="no masks found in .*nowhere"):
         find_masks([str(tmp_path / "nowhere")], tmp_path)
@@ -156,7 +157,7 @@ def test_masks_are_found_or_named(inputs, tmp_path):
     nib.save(mask_image((8, 8, 8)), tmp_path / "a.nii")
     for half in ("hdr", "img"):
         (tmp_path / f"pair.{half}.gz").touch()
-    assert mask_stem(*(p for p in find_masks([str(tmp_path)], masks) if "pair" in p.name)) == "pair"
+    assert volume_stem(*(p for p in find_masks([str(tmp_path)], masks) if "pair" in p.name)) == "pair"
     with pytest.raises(ValueError, match="have the same stem"):
         find_masks([str(masks), str(tmp_path)], tmp_path / "out")
 
@@ -207,3 +208,19 @@ def test_demo(inputs, tmp_path, capsys):
     assert str(folder / "preview.png") in capsys.readouterr().out
     with pytest.raises(ValueError, match="no pipeline with an examples.csv"):
         demo.main(tmp_path, tmp_path / "demo")
+
+
+def test_masks_of_other_formats_are_found(inputs, tmp_path):
+    import SimpleITK
+
+    image = SimpleITK.ReadImage(str(inputs / "masks" / "a.nii.gz"))
+    for suffix in (".nrrd", ".mha"):
+        SimpleITK.WriteImage(image, str(tmp_path / f"other{suffix[1:]}{suffix}"))
+    found = find_masks([str(tmp_path)], inputs)
+    assert [volume_stem(path) for path in found] == ["othermha", "othernrrd"]
+    folder = tmp_path / "out"
+    generate.main(arguments(inputs, folder, "--masks", *(str(path) for path in found)))
+    first, second = (nib.load(folder / f"{stem}_000.nii.gz") for stem in ("othermha", "othernrrd"))
+    original = nib.load(inputs / "masks" / "a.nii.gz")
+    assert first.shape == second.shape == original.shape
+    np.testing.assert_allclose(first.affine, original.affine, atol=1e-4)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -37,13 +38,22 @@ def build_model(section: dict[str, Any]) -> Any:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a saved model's folder (one safetensors file or several). Raises: ValueError if there are none."""
+    """All tensors of a saved model's folder (one safetensors file or several). Raises: ValueError if there are none, or
+    if one is damaged."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(
             f"--init_from {folder}: no .safetensors file there; give a model's folder, like RUN/vae or PIPELINE/unet"
         )
-    return {key: tensor for file in files for key, tensor in load_file(file).items()}
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            weights |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"--init_from {file}: is no whole safetensors file ({error}); fetch or save it anew"
+            ) from error
+    return weights
 
 
 def initialise_from(

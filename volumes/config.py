@@ -35,7 +35,8 @@ class DataConfig:
     Args:
         root: folder that the patterns and the table are relative to.
         table: CSV file with a header, or JSON list of objects; one row a volume. Its columns ride along as metadata.
-        images: pattern of the image files; a list of patterns adds them up; {channel: pattern} makes several channels.
+        images: pattern of the image files (NIfTI, NRRD, MetaImage), or of folders that hold a DICOM series each; a list of
+            patterns adds them up; {channel: pattern} makes several channels.
         masks: pattern of the label maps.
         time_point: which volume of 4-D image files is taken, counted from 0: one number, or {channel: number}, with
             which one 4-D file can fill several channels.

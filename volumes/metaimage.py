@@ -97,8 +97,11 @@ def _affine(name: str, fields: dict[str, str]) -> np.ndarray:
     if min(spacing) <= 0:
         raise VolumeError(f"{name}: its geometry is broken: its ElementSpacing is {fields['elementspacing'][:80]!r}")
     axes = numbers(name, "TransformMatrix", fields.get("transformmatrix", "1 0 0 0 1 0 0 0 1"), 9)
+    directions = np.array(axes).reshape(3, 3).T  # axis by axis in the file
+    if np.abs(np.linalg.norm(directions, axis=0) - 1).max() > 1e-2:
+        raise VolumeError(f"{name}: its geometry is broken: the axes of its TransformMatrix are not of length 1")
     affine = np.eye(4)
-    affine[:3, :3] = np.array(axes).reshape(3, 3).T * spacing  # axis by axis in the file
+    affine[:3, :3] = directions * spacing
     affine[:3, 3] = numbers(name, "Offset", _required(name, fields, "offset"), 3)
     return LPS_TO_RAS @ affine
 

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -25,6 +25,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Pair
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
 from .resampling import resample_to
 from .stored import COPY_BYTES, Stored, check_grid, check_room, refuse_pointer
@@ -178,10 +179,20 @@ def open_nifti(source: Readable, *, check: bool = True) -> tuple[str, Nifti1Pair
         refuse_pointer(path)
         image = _nifti_class(path).from_filename(path)
         shape, dtype = image.shape, np.dtype(image.get_data_dtype())
-        start, voxels = int(image.dataobj.offset), math.prod(map(int, shape)) * dtype.itemsize
+        proxy: Any = image.dataobj
+        start, voxels = int(proxy.offset), math.prod(map(int, shape)) * dtype.itemsize
     except VolumeError:
         raise
-    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
+    except (
+        ImageFileError,
+        HeaderDataError,
+        WrapStructError,
+        OSError,
+        EOFError,
+        zlib.error,
+        ValueError,
+        OverflowError,
+    ) as error:
         raise VolumeError(f"{path}: cannot be read as NIfTI: {' '.join(str(error).split())}") from error
     if min(shape, default=0) < 0 or start < 0:
         raise VolumeError(f"{path}: cannot be read as NIfTI: its shape is {shape}, its voxels begin at byte {start}")

@@ -51,9 +51,9 @@ def read_nrrd(path: Path) -> Stored:
         if encoding not in ENCODINGS:
             raise VolumeError(f"{name}: is encoded as {encoding!r}; save it as raw or gzip")
         if dtype.itemsize > 1:
-            dtype = dtype.newbyteorder({"little": "<", "big": ">"}.get(fields.get("endian", ""), "="))
             if fields.get("endian") not in ("little", "big"):
                 raise VolumeError(f"{name}: its header does not say whether its endian is little or big")
+            dtype = dtype.newbyteorder("<" if fields["endian"] == "little" else ">")
         for skip in ("line skip", "lineskip", "byte skip", "byteskip"):
             if fields.get(skip, "0") != "0":
                 raise VolumeError(f"{name}: has a {skip} of {fields[skip]}; save it without")

@@ -20,6 +20,7 @@ from .volume import SourceGrid, VolumeError, check_affine
 
 COPY_BYTES = 1 << 22  # at a time, through a compressed file
 WORKING_BYTES = 16  # a voxel, beside the stored one: scaled in float64, as float32, and its copy in RAS+ order
+LARGEST_SPACING = 1000.0  # mm
 LARGEST_COSINE = 0.1  # between voxel axes: 5.7 degrees from a right angle; less stays in the affine, where it is right
 POINTER = b"version https://git-lfs"
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # the patient coordinates of DICOM, ITK and most NRRD files to NIfTI's
@@ -45,8 +46,11 @@ def make_grid(name: str, shape: Sequence[int], affine: np.ndarray) -> SourceGrid
 
 
 def check_grid(affine: np.ndarray) -> None:
-    """Raises: ValueError unless `affine` is that of a grid: finite, not singular, its axes at right angles."""
+    """Raises: ValueError unless `affine` is that of a grid: finite, not singular, of voxels of less than a
+    metre, its axes at right angles."""
     check_affine(affine)
+    if (largest := float(np.linalg.norm(affine[:3, :3], axis=0).max())) > LARGEST_SPACING:
+        raise ValueError(f"its voxels are {largest:.4g} mm long; are its units right?")
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     cosine = float(np.abs(np.triu(axes.T @ axes, 1)).max())
     if cosine > LARGEST_COSINE:

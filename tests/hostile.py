@@ -1,0 +1,249 @@
+"""The valid inputs that tests/fuzz.py damages, and what reads them."""
+
+import gzip
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pydicom
+from fuzz import Files, Target
+from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
+
+from volumes import Case, DataConfig, Volume, load_cases, read_slabs, read_volume, write_dicom
+from volumes.dataset import prepare
+
+ARRAY = np.random.default_rng(0).integers(0, 500, (5, 6, 7)).astype(np.int16)
+AFFINE = np.array([[-1.5, 0.1, 0, 3], [0.1, 2, 0, 4], [0, 0, 2.5, -5], [0, 0, 0, 1]])
+SUFFIXES = (".nii", ".nii.gz", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd")
+
+
+def collected(write: Callable[[Path], object]) -> Files:
+    """What a function writes into a folder."""
+    with tempfile.TemporaryDirectory() as name:
+        write(Path(name))
+        return {
+            path.relative_to(name).as_posix(): path.read_bytes()
+            for path in sorted(Path(name).rglob("*"))
+            if path.is_file()
+        }
+
+
+def read_any(home: Path) -> None:
+    """Read the volume in a folder in every way: whole, in slabs, and as a case that is resampled."""
+    path = next((p for p in sorted(home.iterdir()) if p.name.endswith(SUFFIXES)), home)
+    volume = read_volume(path)
+    assert volume.array.dtype == np.float32 and volume.array.size and np.isfinite(volume.array).all()
+    assert np.isfinite(volume.affine).all() and "".join(nib.aff2axcodes(volume.affine)) == "RAS"
+    if path.name.endswith(SUFFIXES[:3]):
+        slabs = list(read_slabs(path, 3))
+        np.testing.assert_array_equal(np.concatenate(slabs, axis=3), volume.array)
+    config = DataConfig(images="*", time_point=0, spacing=(2.0, 2.0, 2.0), validation_fraction=0)
+    prepared = prepare(Case("case", "case", images={"image": path}), config)
+    assert np.abs(prepared.image.array).max() <= 1
+
+
+def nifti_files() -> list[Files]:
+    image = nib.Nifti1Image(ARRAY, AFFINE)
+    scaled = nib.Nifti1Image(ARRAY.astype(np.float64) / 7, AFFINE)
+    scaled.set_data_dtype(np.int16)
+    four = nib.Nifti1Image(np.stack([ARRAY, ARRAY + 1], -1).astype(np.float32), AFFINE)
+    two = nib.Nifti2Image(ARRAY, AFFINE)
+    big = nib.Nifti1Image(ARRAY.astype(">i2"), AFFINE, nib.Nifti1Header(endianness=">"))
+    kinds = (image, scaled, four, two, big)
+    found: list[Files] = [{"a.nii": one.to_bytes()} for one in kinds]
+    found += [{"a.nii.gz": gzip.compress(one.to_bytes())} for one in kinds[:2]]
+    pair = collected(lambda folder: nib.save(nib.Nifti1Pair(ARRAY, AFFINE), folder / "a.hdr"))
+    return [*found, pair]
+
+
+def dicom_files() -> list[Files]:
+    volume = Volume(ARRAY[None, :, :, :4], np.diag([1.0, 2.0, 3.0, 1.0]))
+
+    def write(folder: Path, syntax: Any) -> None:
+        for path in write_dicom(volume, folder / "s", modality="CT", software="s", model="m", seed=1):
+            one = pydicom.dcmread(path)
+            if syntax == RLELossless:
+                one.compress(RLELossless)
+            elif syntax == ExplicitVRBigEndian:
+                one.PixelData = one.pixel_array.astype(">i2").tobytes()
+            one.file_meta.TransferSyntaxUID = syntax
+            if syntax is None:
+                one.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+            pydicom.dcmwrite(folder / path.name, one, enforce_file_format=True, **_encoding(syntax))
+            path.unlink()
+
+    return [
+        collected(lambda folder, syntax=syntax: write(folder, syntax))
+        for syntax in (None, RLELossless, ExplicitVRBigEndian, ImplicitVRLittleEndian)
+    ]
+
+
+def _encoding(syntax: Any) -> dict[str, bool]:
+    if syntax not in (ExplicitVRBigEndian, ImplicitVRLittleEndian):
+        return {}
+    return {"implicit_vr": syntax == ImplicitVRLittleEndian, "little_endian": syntax == ImplicitVRLittleEndian}
+
+
+def nrrd_files() -> list[Files]:
+    head = "NRRD0005\n# comment\ntype: short\ndimension: 3\nspace: left-posterior-superior\nsizes: 5 6 7\n"
+    head += "space directions: (1,0,0.1) (0,2,0) (0,0,3)\nkinds: domain domain domain\nendian: little\n"
+    head += 'space units: "mm" "mm" "mm"\nspace origin: (1,2,3)\nkey:=value\n'
+    raw = ARRAY.tobytes("F")
+    return [
+        {"a.nrrd": f"{head}encoding: raw\n\n".encode() + raw},
+        {"a.nrrd": f"{head}encoding: gzip\n\n".encode() + gzip.compress(raw)},
+        {"a.nhdr": f"{head}encoding: raw\ndata file: a.raw\n".encode(), "a.raw": raw},
+        {"a.nhdr": f"{head}encoding: gz\ndata file: a.raw.gz\n\n".encode(), "a.raw.gz": gzip.compress(raw)},
+    ]
+
+
+def metaimage_files() -> list[Files]:
+    head = "ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nCompressedData = {}\n"
+    head += "TransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 1 2 3\nCenterOfRotation = 0 0 0\nElementSpacing = 1 2 3\n"
+    head += "DimSize = 5 6 7\nElementType = MET_SHORT\nElementDataFile = {}\n"
+    raw = ARRAY.tobytes("F")
+    return [
+        {"a.mha": head.format("False", "LOCAL").encode() + raw},
+        {"a.mha": head.format("True", "LOCAL").encode() + zlib.compress(raw)},
+        {"a.mhd": head.format("False", "a.raw").encode(), "a.raw": raw},
+        {"a.mhd": head.format("True", "a.zraw").encode(), "a.zraw": zlib.compress(raw)},
+    ]
+
+
+def config_target() -> Target:
+    from training import TrainLdmConfig, TrainVaeConfig, parse_config
+
+    root = Path(__file__).resolve().parents[1] / "configs" / "hippocampus"
+    variants = [{f"{name}.yaml": (root / f"{name}.yaml").read_bytes()} for name in ("vae", "ldm")]
+
+    def read(home: Path) -> None:
+        path = next(home.iterdir())
+        parse_config(TrainVaeConfig if path.stem == "vae" else TrainLdmConfig, ["--config", str(path)])  # pyright: ignore
+
+    return Target("config", variants, read, names=False, exits=True)
+
+
+def table_target() -> Target:
+    columns = "name,subject,split,sex,age\n"
+    rows = "".join(f"v{i},s{i // 2},{'test' if i > 5 else 'train'},{'FM'[i % 2]},{40 + i}.5\n" for i in range(8))
+    objects = '[{"name": "v0", "subject": "s0", "split": "train", "sex": "F", "age": 40}]'
+    image = {f"v{i}.nii": nib.Nifti1Image(ARRAY, AFFINE).to_bytes() for i in range(8)}
+    variants = [{"t.csv": (columns + rows).encode(), **image}, {"t.json": objects.encode(), **image}]
+
+    def read(home: Path) -> None:
+        from volumes.conditions import read_classes, read_numbers
+
+        table = "t.csv" if (home / "t.csv").exists() else "t.json"
+        config = DataConfig(
+            root=str(home), table=table, images="{name}.nii", subject="subject", split="split", numbers=["age"],
+            classes={"sex": ["F", "M"]}, validation_fraction=0,
+        )  # fmt: skip
+        for case in load_cases(config):
+            assert case.images["image"].exists()
+            read_classes(case, config.classes)
+            read_numbers(case, config.numbers, Volume(ARRAY[None], AFFINE))
+
+    return Target("table", variants, read, mutable=lambda name: name.startswith("t."), names=False)
+
+
+def sidecar_target() -> Target:
+    from pipelines import read_sidecar
+    from pipelines.provenance import volume_files
+
+    text = '{"synthetic": true, "software": "medvolume 1", "model": "00", "seed": 1, "channels": ["ct", "pet"], "mask": null}'
+
+    def read(home: Path) -> None:
+        record = read_sidecar(home / "a.nii.gz")
+        assert record is not None and record["synthetic"] is True
+        volume_files(home / "a.nii.gz", record)
+
+    return Target("sidecar", [{"a.json": text.encode()}], read)
+
+
+def pipeline_target() -> Target:
+    from tiny import tiny_pipeline
+
+    from pipelines import MedVolumePipeline
+
+    scale = {"kind": "window", "low": 0.0, "high": 1.0}
+    two = tiny_pipeline(channels=["pet", "ct"], intensity=[scale, scale], images={"ct": 4})
+    variants = [collected(one.save_pretrained) for one in (tiny_pipeline(), two)]
+    return Target("pipeline", variants, lambda home: MedVolumePipeline.from_pretrained(home), names=False)
+
+
+def autoencoder_target() -> Target:
+    from tiny import tiny_pipeline
+
+    from pipelines.loading import load_autoencoder
+    from training.build import initialise_from
+
+    model = tiny_pipeline().vae
+
+    def read(home: Path) -> None:
+        initialise_from(model, home)
+        load_autoencoder(home)
+
+    return Target("autoencoder", [collected(model.save_pretrained)], read)
+
+
+def lora_target() -> Target:
+    from tiny import tiny_pipeline
+
+    from pipelines.lora import add_lora, check_lora, read_lora, save_lora
+
+    unet = tiny_pipeline().unet
+    add_lora(unet, rank=2, alpha=2, target_modules=["qkv", "out"], dropout=0.0)
+    files = collected(lambda folder: save_lora(unet, folder, base="0" * 64))
+    plain = tiny_pipeline().unet
+
+    def read(home: Path) -> None:
+        path = next(home.iterdir())
+        tensors, _, _ = read_lora(path)
+        check_lora(plain, tensors, path)
+
+    return Target("lora", [files], read)
+
+
+def checkpoint_target(folder: Path) -> Target:
+    import torch
+    from accelerate import Accelerator
+
+    from training.checkpoints import Checkpointer, TrainState
+    from training.config import OptimizerConfig
+    from training.learner import Learner
+
+    accelerator = Accelerator(cpu=True)
+    learner = Learner("net", torch.nn.Linear(3, 2), OptimizerConfig(algorithm="adamw"), ema_decay=0.9, max_steps=10)
+    learner.prepare(accelerator)
+    runs = folder / "run"
+    runs.mkdir()
+    saved = Checkpointer(accelerator, [learner], runs, keep=2).save(TrainState(step=3))
+    files = {f"step_000003/{path.name}": path.read_bytes() for path in saved.iterdir()}
+
+    def read(home: Path) -> None:
+        torch.manual_seed(1)  # another state than the one that was saved
+        Checkpointer(accelerator, [learner], home, keep=2).load(home / "step_000003")
+
+    return Target("checkpoint", [files], read)
+
+
+def make_target(name: str, folder: Path) -> Target:
+    """The target of that name; `folder` is for what it needs while it runs."""
+    if name == "checkpoint":
+        return checkpoint_target(folder)
+    volumes = {"nifti": nifti_files, "dicom": dicom_files, "nrrd": nrrd_files, "metaimage": metaimage_files}
+    if name in volumes:
+        return Target(name, volumes[name](), read_any)
+    others = {
+        "config": config_target,
+        "table": table_target,
+        "sidecar": sidecar_target,
+        "pipeline": pipeline_target,
+        "autoencoder": autoencoder_target,
+        "lora": lora_target,
+    }
+    return others[name]()
