@@ -90,8 +90,9 @@ def main(args: Sequence[str] | None = None) -> None:
         lost = generate(drawn, state)
         names = [f"map_{k:03d}.nii.gz" for k in range(options.count)]
         options.masks = [str(drawn.output / name) for name in names if (drawn.output / name).exists()]
-        options.count = 1
-    lost += generate(options, state)
+        options.count, options.shape = 1, None  # the shape was theirs
+    if options.masks or not options.masks_by:  # of masks to be drawn, one at least was accepted
+        lost += generate(options, state)
     state.destroy_process_group()
     if lost:
         raise ValueError("given up, with nothing written of them; all others are finished:\n" + "\n".join(lost))

@@ -37,6 +37,7 @@ ARMS: dict[str, list[str]] = {
     ],
 }
 REAL = "16 real volumes"
+SETTINGS = ("k", "count", "steps", "iterations")  # of all trainings beside one report
 MERGED = "{0: background, 1: hippocampus}"  # what the segmenter tells apart
 
 
@@ -50,6 +51,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=400, help="of each U-Net's training (400)")
     parser.add_argument("--iterations", type=int, default=600, help="of each segmenter's training (600)")
     options = parser.parse_args(args)
+    check_settings(options)
     scores: dict[str, list[float]] = {}
     for seed in range(options.seeds):
         for arm in (REAL, *ARMS):
@@ -57,6 +59,17 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
             print(f"{arm}, seed {seed}: Dice {scores[arm][-1]:.4f}", flush=True)
             write_report(options.output, summarise(scores, options))
     return summarise(scores, options)
+
+
+def check_settings(options: argparse.Namespace) -> None:
+    """Write them down before the first training. Raises: ValueError if what is there was made with others."""
+    if not options.output.exists():
+        write_report(options.output, summarise({}, options))
+    earlier = json.loads(options.output.read_text())
+    if changed := [key for key in SETTINGS if earlier.get(key) != getattr(options, key)]:
+        raise ValueError(
+            f"{options.output}: was begun with another {', '.join(changed)}; take another folder for --output"
+        )
 
 
 def score(arm: str, seed: int, options: argparse.Namespace) -> float:
@@ -92,7 +105,7 @@ def make_volumes(
     steps = ["--loop.max_steps", options.steps, "--loop.seed", seed]
     result = folder / "run" / ("lora" if arm == "LoRA" else "pipeline")
     if not result.exists():
-        run("train_ldm.py", *ARMS[arm], *only, *steps, "--output", folder / "run")
+        run("train_ldm.py", *ARMS[arm], *only, *steps, "--resume", "latest", "--output", folder / "run")
     source = ["--pipeline", PIPELINE, "--lora", result] if arm == "LoRA" else ["--pipeline", result]
     run(
         *("generate.py", *source, "--conditions", masks, "--count", options.count, "--seed", seed),
@@ -115,10 +128,7 @@ def summarise(scores: dict[str, list[float]], options: argparse.Namespace) -> di
     }
     return {
         "evaluation": "finetuning",
-        "k": options.k,
-        "count": options.count,
-        "steps": options.steps,
-        "iterations": options.iterations,
+        **{key: getattr(options, key) for key in SETTINGS},
         "dice": {
             arm: {"mean": float(np.mean(values)), "per_seed": values, "interval_seeds": over_seeds(values)}
             for arm, values in scores.items()

@@ -39,8 +39,12 @@ def anonymised(
         settings: further arguments of the pipeline, such as labels and num_inference_steps.
     Returns: what the pipeline returns for the volume ("nifti"), and its record, with "copy_check": {"threshold", "similarity" to
         the nearest of all, "patient_similarity" to the case}, and "rejected": the attempts that were copies.
-    Raises: ValueError if every attempt was a copy.
+    Raises: ValueError if every attempt was a copy, and for `paths`.
     """
+    if "paths" in settings:
+        raise ValueError(
+            "paths would be written before they are compared: write what is returned, by pipelines.write_synthetic"
+        )
     check = copy_check_with(known, image, pipe.data)
     rejection = Rejection([check], most)
 

@@ -135,8 +135,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, write the report and return it."""
     options = parse(args)
     cases = [case for case in load_cases(options.data) if case.split == options.split and case.mask is not None]
-    if len(options.data.images) and not cases:
-        raise ValueError(f"no case of split {options.split!r} has a mask; see `data` in {options.config}")
+    if not cases:
+        raise ValueError(f"no case of split {options.split!r} has files of image and mask; see `data` in the config")
     cases = cases[: options.count]
     pipe = MedVolumePipeline.from_pretrained(options.pipeline)
     if len(pipe.data["channels"]) > 1:

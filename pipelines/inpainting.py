@@ -167,6 +167,7 @@ class Edit:
         originals: {channel: (X, Y, Z)} their voxels as they are, see `volumes.read_volume(exact=True)`.
         region: bool (X, Y, Z), True where voxels are made anew; None: everywhere.
         spacing, margin: mm.
+        unseen: bool (X, Y, Z), True outside the field of view by the mask: nothing there is continued into the region.
     """
 
     images: Mapping[str, GivenImage]
@@ -174,6 +175,7 @@ class Edit:
     region: np.ndarray | None
     spacing: Sequence[float]
     margin: float
+    unseen: np.ndarray
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -221,7 +223,7 @@ class Edit:
         assert self.region is not None
         x, y, z = box
         planes, inside = self._original(channels, z), self.region[box]
-        missing = planes[:, x, y].astype(np.float32) - made
+        missing = np.where(self.unseen[box], 0, planes[:, x, y].astype(np.float32) - made)
         made = self._limited(made + membrane(missing, inside, self.spacing, self.margin), channels)
         planes[:, x, y][:, inside] = made[:, inside]
         return planes

@@ -48,7 +48,10 @@ def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
     """
     found: set[Path] = set()
     for pattern in patterns:
-        paths = [path for path in map(Path, glob.glob(pattern, recursive=True)) if is_volume(path)]
+        matches = (
+            [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
+        )  # a[1].nii is a file's name
+        paths = [path for path in map(Path, matches) if is_volume(path)]
         if Path(pattern).is_dir() and not paths:  # a folder of masks, not of one's slices
             paths = [
                 path

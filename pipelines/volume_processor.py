@@ -119,10 +119,11 @@ class VolumeProcessor:
         region = None if editing.region is None else load_region(editing.region, first)
         images = self._given({n: one.replace(one.array.astype(np.float32)) for n, one in exact.items()}, canvas)
         originals = {name: volume.array[0] for name, volume in exact.items()}
+        unseen = canvas.target.array[0] == PADDING
         return replace(
             canvas,
             images={name: images[name] for name in editing.given},
-            edit=None if editing.anew else Edit(images, originals, region, first.spacing, editing.margin),
+            edit=None if editing.anew else Edit(images, originals, region, first.spacing, editing.margin, unseen),
         )
 
     def _canvas_of_image(self, channel: str, image: Volume) -> Canvas:

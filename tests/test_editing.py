@@ -181,6 +181,20 @@ def test_what_the_mask_calls_missing_is_kept_too(pipe):
     np.testing.assert_allclose(made[region & (labels == PADDING)], np.percentile(voxels_of(), 5), rtol=1e-5)
 
 
+def test_what_is_missing_is_not_continued_into_the_region():
+    """Beyond a scanner's field of view files hold -2048 HU or the like: no darkness creeps in from there."""
+    ct, region = tiny_pipeline(intensity=[CT]), region_of()
+    labels = np.asarray(mask_image(SHAPE, AFFINE).dataobj).copy()
+    labels[..., 8:] = PADDING
+    made = []
+    for beyond in (-2048, -1000):
+        voxels = voxels_of(np.int16)
+        voxels[..., 8:] = beyond
+        made += edited(ct, nib.Nifti1Image(voxels, AFFINE), region, mask=nib.Nifti1Image(labels, AFFINE))
+    inside = region & (labels != PADDING)
+    np.testing.assert_allclose(made[0][0][inside], made[1][0][inside], atol=1)
+
+
 # what is made
 
 

@@ -37,6 +37,12 @@ def test_the_patient_is_refused_and_the_verdict_stands_beside_what_is_kept(known
         anonymised(pipe, mask, moved, known, seed=7, most=1, num_inference_steps=1)
 
 
+def test_nothing_is_written_before_it_is_compared(known, tmp_path):
+    with pytest.raises(ValueError, match="paths would be written before they are compared"):
+        anonymised(tiny_pipeline(), mask_image(SHAPE), mask_image(SHAPE), known, paths=tmp_path / "a.nii.gz")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_training_volume_is_refused_too(known):
     own, training = (to_nibabel(Volume(200 * volume + 100, np.eye(4))) for volume in (blobs(1, 5)[0], blobs(3, 0)[1]))
     check = copy_check_with(known, own, tiny_data())

@@ -52,6 +52,12 @@ def test_regions_lie_inside():
     assert labelled[6, 8, [3, 5]].all() and labelled[[3, 9], 8, 4].all() and not labelled[[2, 10], 8, 4].any()
 
 
+def test_data_without_files_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_text("data:\n  phantom: {count: 4, shape: [16, 16, 16]}\n")
+    with pytest.raises(ValueError, match="no case of split 'test' has files of image and mask"):
+        main(["--config", str(tmp_path / "c.yaml"), "--pipeline", "none", "--output", str(tmp_path / "r.json")])
+
+
 def test_the_command_measures_the_shipped_weights_on_a_real_volume(hippocampus, tmp_path, monkeypatch):
     from pathlib import Path
 

@@ -203,6 +203,24 @@ def test_broken_maps_are_made_again_and_given_up(pairs, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.csv"]
 
 
+def test_a_shape_is_that_of_the_masks_that_are_drawn(pairs, tmp_path):
+    """In a folder whose name a pattern would read otherwise."""
+    output = tmp_path / "run[1]"
+    generate.main(arguments(pairs, output, "--count", "1", "--shape", "8", "9", "10"))
+    assert read_mask(output / "masks" / "map_000.nii.gz").shape == (8, 9, 10)
+    assert nib.load(output / "map_000_000.nii.gz").shape == (8, 9, 10)
+
+
+def test_without_a_mask_that_was_accepted_there_is_no_volume(tmp_path):
+    """Not even of a model that could do without."""
+    map_pipeline(tmp_path, pieces=0)
+    tiny_pipeline(condition_dropout={"mask": 0.1}).save_pretrained(tmp_path / "volumes")
+    more = ["--shape", "8", "8", "8", "--most_rejections", "1"]
+    with pytest.raises(ValueError, match=r"(?s)given up.*map_000.nii.gz: .*map_002.nii.gz: "):
+        generate.main(arguments(tmp_path, tmp_path / "out", *more))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["masks"]
+
+
 def test_masks_of_other_labels_are_refused(pairs, tmp_path):
     with pytest.raises(ValueError, match="makes volumes, not label maps"):
         generate.main(
