@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz lint format bench clean
+.PHONY: help demo test test-slow fuzz lint format bench survive clean
 
 help:
 	@echo "make demo    generate volumes from the example masks with the shipped weights, into out/demo/"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint    ruff (lint and format) and pyright; make format applies what ruff can fix"
 	@echo "make fuzz    10,000 damaged files for everything that reads files, each read right or refused by name"
 	@echo "make bench   every figure of docs/performance.md, peers in the same run, into out/bench/ (half an hour)"
+	@echo "make survive kills training, generation and evaluation at random moments and compares the ends, into out/survival.json"
 	@echo "make clean   remove .venv and out/"
 
 demo: $(VENV)/installed
@@ -49,6 +50,9 @@ fuzz: $(VENV)/installed-dev
 # The peers are MONAI's networks, which need einops: an extra of dev.
 bench: $(VENV)/installed-dev
 	$(PY) -m benchmarks.run --output out/bench
+
+survive: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.survival --kills 30 --output out/survival.json
 
 clean:
 	rm -rf $(VENV) out

@@ -8,23 +8,34 @@ python evaluate.py conditions --config configs/adrenal_shapes/ldm.yaml --column 
     --output out/conditions.json
 python evaluate.py report out/realism.json out/privacy.json out/dice.json --output out/page
 python evaluate.py all --config configs/hippocampus/ldm.yaml --synthetic out/generated --parts realism privacy dice --output out/page
+python evaluate.py all --config configs/hippocampus/ldm.yaml --pipeline weights/hippocampus --output out/page   # generates first
+torchrun --nproc_per_node 2 evaluate.py dice ...    # as `accelerate launch` does on GPUs; trainings are shared out
 
 `--config` names a training config, of which only the section `data` is read; `--data.root DIR` and the like override it.
 Reports are JSON and say what they were measured on; docs/evaluation.md says what the figures mean. The commands are in
-evaluation/commands/, and `python evaluate.py COMMAND --help` lists the options of each.
+evaluation/commands/, and `python evaluate.py COMMAND --help` lists the options of each. Of several processes, those of dice,
+few_labels and pretrain share the trainings; any other command is the main process's, and the others wait.
 """
 
 import argparse
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from jsonargparse import ArgumentParser, Namespace
 
+import generate
 from evaluation.commands import COMMANDS
-from evaluation.commands.common import make_parser
+from evaluation.commands.common import make_parser, run_command
+from evaluation.labels import write_masks
 from evaluation.report import read_config
-from training import resolve_precision
+from evaluation.segmentation_data import learning_cases
+from training import join_processes, resolve_precision
+from volumes import load_cases
+
+LONGEST_WAIT = timedelta(days=2)  # of processes for each other: for the longest training, or what one does alone
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
@@ -32,9 +43,45 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     values = parse(args)
     command = COMMANDS[values.pop("subcommand")]
     options = values[command.NAME]
-    device = torch.device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = torch.bfloat16 if resolve_precision(options.get("precision", "no")) == "bf16" else None
-    return command.run(options, device, dtype)
+    state = join_processes(LONGEST_WAIT)
+    own = str(state.device) if torch.cuda.is_available() else "cpu"
+    device = torch.device(options.get("device") or own)
+    precision = resolve_precision(options.get("precision", "no"))
+    if command.NAME == "all" and options.pipeline and not options.synthetic:
+        options.synthetic = [str(generate_volumes(options, precision, state))]
+    report = run_command(command, options, device, torch.bfloat16 if precision == "bf16" else None)
+    state.destroy_process_group()
+    return report
+
+
+def generate_volumes(options: Namespace, precision: str, state: PartialState) -> Path:
+    """Volumes of the masks of the training split, in the folder `generated` of the report: those that are not there yet.
+
+    Raises: ValueError for data whose masks are no files.
+    """
+    folder, config = Path(options.output) / "generated", options.data
+    cases = learning_cases(load_cases(config))
+    if missing := [case.name for case in cases if case.mask is None]:
+        raise ValueError(f"--pipeline: {missing[0]} has no mask in a file to generate from; give --synthetic instead")
+    table = folder.with_name("generated_masks.csv")
+    if state.is_main_process:
+        write_masks(cases, config, table)
+    state.wait_for_everyone()
+    arguments = ["--pipeline", options.pipeline, "--conditions", str(table), "--output", str(folder)]
+    arguments += [
+        "--count",
+        str(options.count),
+        "--guidance_scale",
+        str(options.guidance_scale),
+        "--precision",
+        precision,
+    ]
+    if config.label_map:
+        arguments += ["--label_map", *(f"{value}={label}" for value, label in config.label_map.items())]
+    lost = generate.generate(generate.parse(arguments), state)
+    if lost:
+        raise ValueError("volumes that were given up:\n" + "\n".join(lost))
+    return folder
 
 
 def parse(args: list[str] | None) -> Namespace:

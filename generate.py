@@ -4,7 +4,7 @@ python generate.py --pipeline weights/hippocampus --masks 'masks/*.nii.gz' --out
 python generate.py --pipeline DIR --conditions table.csv --output out/generated     # a model with classes, numbers, images
 python generate.py --pipeline DIR --output out/generated --count 100        # a model that needs neither masks nor conditions
 python generate.py --pipeline weights/hippocampus --masks generate:weights/hippocampus-masks --count 100 --output out/pairs
-accelerate launch generate.py ...       # divides the masks, or the rows, over the processes
+accelerate launch generate.py ...       # divides masks, rows or volumes over the processes (on a CPU: torchrun)
 
 Writes <name>_<k:03d>.nii.gz on the mask's grid, a JSON sidecar that says how it was made, and at the end manifest.csv.
 Of a model of several channels it writes <name>_<k:03d>_<channel>.nii.gz for each that is generated, and one sidecar.
@@ -54,6 +54,7 @@ from pipelines import (
     write_synthetic,
 )
 from pipelines.requests import Request, mask_requests, read_requests
+from training import join_processes
 from volumes import draw_shape, map_fault
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -80,7 +81,7 @@ class Task:
 def main(args: Sequence[str] | None = None) -> None:
     """Generate what is not there yet."""
     options = parse(args)
-    state = PartialState(timeout=LONGEST_RUN)
+    state = join_processes(LONGEST_RUN)
     lost = []
     if options.masks_by:
         drawn = argparse.Namespace(**vars(options))

@@ -8,7 +8,7 @@ for `MedVolumePipeline.from_pretrained`. With a `lora:` section it ends with `lo
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,9 @@ from diffusion import (
     moved_embeddings,
     training_loss,
 )
+from diffusion.denoise import set_timesteps
 from diffusion.latent_cache import weights_hash
+from diffusion.objectives import Scheduler
 from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
 from pipelines.lora import add_lora, save_lora
@@ -70,16 +72,13 @@ class DiffusionStep:
         vae: VolumeAutoencoder,
         inference_steps: int,
         channels: Sequence[str],
+        sampler: Callable[[], Scheduler],
         loss: str = "mse",
-        scheduler: str | None = None,
     ):
         self.unet, self.learners, self.vae, self.inference_steps = learner, (learner,), vae, inference_steps
         self.channels = channels
         network = learner.network
-        self.make_scheduler = partial(
-            make_scheduler, network.config["objective"], network.train_steps, name=scheduler, bound=vae.latent_bound()
-        )
-        self.make_scheduler()  # a name that does not fit is refused before the training
+        self.make_scheduler = sampler
         self.loss = partial(training_loss, train_steps=network.train_steps, absolute=loss == "l1")
         self.objective: str = network.config["objective"]
         self.names = learner.network.condition_names
@@ -254,13 +253,17 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         fresh = start_from(unet, config.init_from)
         logger.info("started from %s; layers left fresh: %s", config.init_from, fresh or "none")
     base = attach_lora(unet, config) if config.lora else None
+    sampler = partial(
+        make_scheduler, unet.config["objective"], unet.train_steps, name=config.scheduler, bound=vae.latent_bound()
+    )
+    set_timesteps(sampler(), config.inference_steps, None, accelerator.device)  # refused now, not at the first preview
 
     num_labels = config.model["num_labels"]
     latents = encode_training(train, vae, config, accelerator)
     validation = encode_held_out(PaddedVolumes(held_out, vae.stride), vae, num_labels, images) if held_out else []
 
     learner = Learner("unet", unet, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
-    step = DiffusionStep(learner, vae, config.inference_steps, channels, config.loss, config.scheduler)
+    step = DiffusionStep(learner, vae, config.inference_steps, channels, sampler, config.loss)
     collate = partial(collate_latents, stride=vae.stride, num_labels=num_labels, images=images)
     contents = {**digests(train), "autoencoder": weights_hash(vae.encoder)}
     metrics = Loop(accelerator, config, step, latents, validation, collate, contents).run()
@@ -270,7 +273,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     elif accelerator.is_main_process:
         if config.noise:
             data["noise"] = measure_noise(train, vae)
-        pipeline = MedVolumePipeline(vae, learner.average, step.make_scheduler(), data=data)
+        pipeline = MedVolumePipeline(vae, learner.average, sampler(), data=data)
         save_model(pipeline, output / "pipeline")
         logger.info("saved %s", output / "pipeline")
     accelerator.wait_for_everyone()

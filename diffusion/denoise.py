@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from .guidance import UNNAMED, ConditionNames, Conditions, guidance_terms, guided
 from .objectives import Scheduler
 
+LEAST_SPAN = 0.9  # of the schedule, that the steps must cover
 StepCallback = Callable[[int, Tensor, Tensor], Tensor | None]
 
 
@@ -23,7 +24,8 @@ def set_timesteps(
 
     A FlowMatch scheduler that takes sigmas and is given none gets 1, 1 - 1/N, ..., 1/N: its own default ends at 0.001
     and so spends a step on nothing.
-    Raises: ValueError if the scheduler takes no sigmas, they do not fall, or the number of steps is not positive.
+    Raises: ValueError if the scheduler takes no sigmas, they do not fall, the number of steps is not positive, or so many
+    of them do not span the schedule (`_check_span`).
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
@@ -34,12 +36,38 @@ def set_timesteps(
     if sigmas is None and takes_sigmas:
         sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
     if sigmas is None:
+        _check_span(scheduler, num_inference_steps)
         scheduler.set_timesteps(num_inference_steps, device=device)
     elif takes_sigmas:
         scheduler.set_timesteps(sigmas=list(sigmas), device=device)
     else:
         raise ValueError(f"{name} takes no sigmas: leave them out, or use FlowMatchEulerDiscreteScheduler")
     return scheduler.timesteps
+
+
+def _check_span(scheduler: Scheduler, num_inference_steps: int) -> None:
+    """Diffusers' steps of v and eps are whole numbers of training steps, rounded down: 200 steps of a schedule of 300 are
+    one long, begin at 199, and take what is pure noise for half an image (DDIM: or step where they do not say).
+
+    Raises: ValueError where rounding leaves out more than a tenth of the schedule, naming numbers of steps that fit.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    leading = config.get("timestep_spacing") == "leading"
+    if config.get("use_flow_sigmas") or not (leading or name == "DDIMScheduler"):
+        return
+    total, more = config["num_train_timesteps"], name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+
+    def spans(steps: int) -> bool:  # those solvers divide by one more
+        return total // (steps + more) * (steps + more) >= LEAST_SPAN * total
+
+    if not spans(num_inference_steps):
+        fitting = [steps for steps in range(1, total + 1) if spans(steps)]
+        near = [max((n for n in fitting if n < num_inference_steps), default=None)]
+        near.append(min((n for n in fitting if n > num_inference_steps), default=None))
+        raise ValueError(
+            f"num_inference_steps {num_inference_steps} does not span the {total} steps of {name}'s schedule evenly; use "
+            f"{' or '.join(str(n) for n in near if n)}"
+        )
 
 
 def steps_of(strength: float, num_inference_steps: int) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
@@ -208,8 +209,15 @@ def build_latent_cache(
                 {"mask": padded["mask"]} if "mask" in padded else {}
             )
             partial = file.with_suffix(f".partial_{uuid.uuid4().hex}")  # another run may be filling the same cache
-            save_file(entry, partial)
-            partial.replace(file)
+            try:
+                save_file(entry, partial)
+                partial.replace(file)
+            except (SafetensorError, OSError) as error:
+                partial.unlink(missing_ok=True)
+                raise ValueError(
+                    f"{file}: the latent cache could not be written ({error}); make room on the disk, or set cache.folder to "
+                    "another one. The same command goes on with what is there"
+                ) from error
     conditions = [dataset.conditions(i) for i, versions in enumerate(files) for _ in versions]
     return LatentDataset([f for versions in files for f in versions], conditions)
 
@@ -230,7 +238,13 @@ class LatentDataset(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
-        entry = load_file(self.files[index])
+        try:
+            entry = load_file(self.files[index])
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{self.files[index]}: is no whole entry of the latent cache ({error}); delete it, and go on with --resume "
+                "latest, which makes it again"
+            ) from error
         entry["std"] = entry["std"].expand_as(entry["mean"])
         return {**entry, "name": self.files[index].stem, **self.conditions[index]}
 

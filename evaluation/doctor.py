@@ -29,7 +29,7 @@ from volumes import Case, DataConfig, VolumeDataset
 from volumes.conditions import describe_numbers
 
 from .doctor_cases import Examined, Finding, examine_cases, fail, find_cases, warn
-from .doctor_config import Run, build_models, estimate, plan
+from .doctor_config import Run, build_models, check_fit, estimate, plan
 from .doctor_data import (
     check_conditions,
     check_crops,
@@ -100,8 +100,12 @@ def parse(args: list[str] | None) -> Namespace:
     parsed = parser.instantiate(parser.parse_args(args))
     if parsed.shape and parsed.pipeline:
         parser.error("--shape looks at no data: leave out --pipeline")
-    if (parsed.dry_run or parsed.precision or parsed.memory) and not parsed.shape:
+    if (parsed.dry_run or parsed.precision or parsed.memory is not None) and not parsed.shape:
         parser.error("--dry_run, --memory and --precision need --shape, the size of the volumes")
+    if parsed.shape and min(parsed.shape) < 1:
+        parser.error(f"--shape {list(parsed.shape)}: a volume has at least one voxel a side")
+    if parsed.memory is not None and not parsed.memory > 0:
+        parser.error(f"--memory {parsed.memory}: give the accelerator's GiB, more than 0")
     assert isinstance(parsed, Namespace)
     return parsed
 
@@ -152,17 +156,12 @@ def check_model(
         models, findings = build_models(sections, config, numbers, folder)
     except (TypeError, ValueError, KeyError) as error:
         return [fail("model", f"cannot be built: {error}", "correct the section `model`, or `vae`")], {}
-    vae, channels, run = models.vae, len(config.channels), Run.of(sections)
-    if vae.config["in_channels"] != channels:
-        remedy = f"set in_channels and out_channels of the autoencoder to {channels}"
-        message = f"the autoencoder takes {vae.config['in_channels']} channels, the data has {config.channels}"
-        return [*findings, fail("model", message, remedy)], {}
+    vae, run = models.vae, Run.of(sections)
+    if wrong := check_fit(models, run, config):
+        return [*findings, *wrong], {}
     findings += check_padding(examined, vae.stride)
     if models.unet is None and list(vae.parameters()):
-        found = check_crops(examined, run.crop, vae.stride)
-        findings += found
-        if any(one.level == "FAIL" for one in found):
-            return findings, {}
+        findings += check_crops(examined, run.crop, vae.stride)
     found, measured = estimate(models, run, [one.model_shape for one in examined], config)
     return findings + found, measured
 

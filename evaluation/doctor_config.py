@@ -39,6 +39,10 @@ BATCH_SIZE, CROP, CRITIC = (
     (32, 32, 32),
     {"channels": 32, "layers": 2, "slices": 4, "volume": True},
 )  # configs' defaults
+REMEDIES = {
+    "training": "lower loop.batch_size or the crops, set gradient_checkpointing: true or loop.mixed_precision: bf16",
+    "generation": "lower batch_size of the call, or load in bfloat16",
+}
 GENERATION_BATCH = 8  # of the pipeline
 FULL = 0.8  # of the memory, above which an estimate is a warning
 
@@ -59,16 +63,18 @@ class Run:
     batch: int
     crop: tuple[int, ...]
     slices: int
+    layers: int  # of the discriminator
     checkpointing: bool
     bf16: bool
 
     @staticmethod
     def of(sections: Mapping[str, Any]) -> "Run":
-        loop = sections.get("loop") or {}
+        loop, critic = sections.get("loop") or {}, {**CRITIC, **(sections.get("adversarial") or {})}
         return Run(
             batch=int(loop.get("batch_size", BATCH_SIZE)),
             crop=tuple(int(n) for n in (sections.get("crops") or {}).get("shape", CROP)),
-            slices=int({**CRITIC, **(sections.get("adversarial") or {})}["slices"]),
+            slices=int(critic["slices"]),
+            layers=int(critic["layers"]),
             checkpointing=bool(sections.get("gradient_checkpointing")),
             bf16=loop.get("mixed_precision") == "bf16",
         )
@@ -107,6 +113,25 @@ def build_models(
     return Models(vae, critic=network), []
 
 
+def check_fit(models: Models, run: Run, config: DataConfig) -> list[Finding]:
+    """What would stop a training at once, whatever the volumes: channels, and crops."""
+    vae, channels, found = models.vae, len(config.channels), []
+    if vae.config["in_channels"] != channels:
+        message = f"the autoencoder takes {vae.config['in_channels']} channels, the data has {config.channels}"
+        remedy = f"set in_channels and out_channels of the autoencoder to {channels}"
+        found.append(fail("model", message, remedy))
+    if models.unet is not None or not list(vae.parameters()):
+        return found
+    if any(n % s for n, s in zip(run.crop, vae.stride, strict=True)):
+        near = [max(round(n / s), 1) * s for n, s in zip(run.crop, vae.stride, strict=True)]
+        message = f"crops.shape {list(run.crop)} is no multiple of the stride {list(vae.stride)}"
+        found.append(fail("crops", message, f"use {near}"))
+    if models.critic is not None and min(run.crop) < (side := 3 * 2**run.layers):
+        message = f"crops.shape {list(run.crop)}: a discriminator of {run.layers} layers needs {side} voxels a side"
+        found.append(fail("crops", message, "enlarge the crops, or lower adversarial.layers"))
+    return found
+
+
 def estimate(
     models: Models,
     run: Run,
@@ -139,15 +164,14 @@ def estimate(
     several = f"{batch} volumes of {list(whole)}, decoded one by one" if batch > 1 else f"a volume of {list(whole)}"
     denoised = several if unet else f"a volume of {list(whole)}"
     estimates = [
-        ("training", training, size, "lower loop.batch_size or the crops, set gradient_checkpointing: true or "
-         "loop.mixed_precision: bf16"),
-        ("generation", generation, f"{denoised}, float32", "lower batch_size of the call, or load in bfloat16"),
-    ]  # fmt: skip
+        ("training", training, size),
+        ("generation", generation, f"{denoised}, float32"),
+    ]
     findings = []
-    for what, parts, assumed, remedy in estimates if trained else estimates[1:]:
+    for what, parts, assumed in estimates if trained else estimates[1:]:
         total = parts["total"]
         text = f"{what} takes about {total / GIB:.2f} GiB of the {machine / GIB:.1f} GiB of the {kind} ({assumed}: {told(parts)} GiB)"
-        findings.append(warn("memory", text, remedy) if total > FULL * machine else ok("memory", text))
+        findings.append(warn("memory", text, REMEDIES[what]) if total > FULL * machine else ok("memory", text))
     text = f"{len(shapes)} volumes in memory: {data / GIB:.2f} GiB in each process"
     if kind == "machine" and data + training["total"] > FULL * machine:
         findings.append(warn("memory", text, "set a coarser data.spacing, or use a larger machine"))
@@ -191,6 +215,8 @@ def plan(
         built, findings = models()
     except (TypeError, ValueError, KeyError) as error:
         return [fail("model", f"cannot be built: {error}", "correct the section `model`, or `vae`")], {}
+    if wrong := check_fit(built, run, config):
+        return [*findings, *wrong], {}
     found, measured = estimate(built, run, [shape], config, batch=1, memory=memory)
     findings += found
     if not dry_run:
@@ -199,16 +225,23 @@ def plan(
     estimates = {"training step": sizes["training"].get("step")} | {
         key: sizes["generation"].get(key) for key in ("denoising", "decoding")
     }
+    room = _memory()[0] if memory is None else memory * GIB
     took: dict[str, dict[str, float]] = {}
     for stage, work in _stages(models()[0], run, shape, device).items():
-        start = time.perf_counter()
-        peak = measured_peak(work, device)
+        kind, start = "training" if stage == "training step" else "generation", time.perf_counter()
+        try:
+            peak = measured_peak(work, device)
+        except torch.OutOfMemoryError as error:
+            findings.append(fail("dry run", f"{stage}: does not fit ({str(error).splitlines()[0]})", REMEDIES[kind]))
+            continue
         took[stage] = {"estimate": estimates[stage], "measured": peak, "seconds": time.perf_counter() - start}
         text = (
             f"{stage}: {peak / GIB:.2f} GiB measured on {device}, {estimates[stage] / GIB:.2f} GiB estimated (weights not "
             f"counted); {took[stage]['seconds']:.0f} s, the first of its kind"
         )
-        findings.append(ok("dry run", text))
+        needed = peak + sum(size for part, size in sizes[kind].items() if part in ("weights", "average", "optimizer"))
+        tight = needed > FULL * room
+        findings.append(warn("dry run", text, REMEDIES[kind]) if tight else ok("dry run", text))
     return findings, {**measured, "dry_run": took}
 
 

@@ -239,9 +239,6 @@ def check_crops(examined: Sequence[Examined], crop: Sequence[int], stride: Seque
     shapes = np.array([one.model_shape for one in examined if one.case.split == "train"])
     if not len(shapes):
         return []
-    if any(n % s for n, s in zip(crop, stride, strict=True)):
-        near = [max(round(n / s), 1) * s for n, s in zip(crop, stride, strict=True)]
-        return [fail("crops", f"crops.shape {list(crop)} is no multiple of the stride {list(stride)}", f"use {near}")]
     median = np.median(shapes, axis=0)
     wanted = [int(max(n // s, 1) * s) for n, s in zip(median, stride, strict=True)]
     seen = float(np.prod(np.minimum(shapes, crop) / shapes, axis=1).mean())

@@ -18,7 +18,7 @@ from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHe
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import nn
 
-from diffusion.objectives import RECTIFIED_FLOW, Scheduler, fit_scheduler
+from diffusion.objectives import RECTIFIED_FLOW, Scheduler, fit_scheduler, make_scheduler
 from pipelines import MedVolumePipeline
 from volumes import Volume, VolumeDataset, pad_or_crop
 
@@ -67,7 +67,7 @@ def make_named(name: str, pipe: MedVolumePipeline) -> Scheduler:
     known = OF_FLOWS if objective == RECTIFIED_FLOW else OF_DIFFUSION
     if name not in known:
         raise ValueError(f"--schedulers {name}: a model that predicts {objective} has {', '.join(known)}")
-    return fit_scheduler(known[name](num_train_timesteps=train_steps), objective, train_steps)
+    return make_scheduler(objective, train_steps, name=known[name].__name__, bound=pipe.vae.latent_bound())
 
 
 def asked_of(dataset: VolumeDataset, unet: nn.Module) -> Asked:

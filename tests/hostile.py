@@ -222,7 +222,8 @@ def checkpoint_target(folder: Path) -> Target:
     runs = folder / "run"
     runs.mkdir()
     saved = Checkpointer(accelerator, [learner], runs, keep=2).save(TrainState(step=3))
-    files = {f"step_000003/{path.name}": path.read_bytes() for path in saved.iterdir()}
+    # without the digests, by which any change at all would be refused before a reader sees it
+    files = {f"step_000003/{path.name}": path.read_bytes() for path in saved.iterdir() if path.name != "digests.json"}
 
     def read(home: Path) -> None:
         torch.manual_seed(1)  # another state than the one that was saved

@@ -11,6 +11,7 @@ from torch import nn
 from autoencoder import AutoencoderKL3D
 from autoencoder.adversarial import VolumeDiscriminator
 from diffusion import LatentUNet3D
+from evaluation import doctor_config
 from evaluation.doctor import main
 from evaluation.doctor_memory import GIB, autoencoder_step, measured_peak, training_bytes, unet_step
 
@@ -134,6 +135,50 @@ def test_a_dry_run(tmp_path):
     assert all(0 <= one["measured"] < GIB for one in report["dry_run"].values())
     report = planned(tmp_path, "vae", "--shape", "[16, 16, 16]", "--dry_run", "--device", "cpu")
     assert set(report["dry_run"]) == {"training step", "decoding"}
+
+
+TWO = {**DATA, "images": {"a": "{name}_a.nii.gz", "b": "{name}_b.nii.gz"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": TWO}, "the autoencoder takes 1 channels, the data has ['a', 'b']"),
+        ({"crops": {"shape": [15, 16, 16]}}, "crops.shape [15, 16, 16] is no multiple of the stride [4, 4, 4]"),
+        ({"adversarial": {"layers": 3, "channels": 4}}, "a discriminator of 3 layers needs 24 voxels a side"),
+    ],
+)
+def test_what_would_stop_the_training_is_named(changes, message, tmp_path, capsys):
+    recipe(tmp_path, vae=changes)
+    assert main(["--config", str(tmp_path / "vae.yaml"), "--shape", "[16, 16, 16]"]) == 1
+    assert message in capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_does_not_fit(tmp_path, capsys, monkeypatch):
+    recipe(tmp_path)
+    options = ["--config", str(tmp_path / "vae.yaml"), "--shape", "[16, 16, 16]", "--dry_run", "--device", "cpu"]
+    monkeypatch.setattr(doctor_config, "measured_peak", lambda work, device: 2 * GIB)
+    for memory, level in (("2.1", "WARN"), ("3", "OK  ")):
+        assert main([*options, "--memory", memory]) == 0
+        assert f"{level} dry run: training step: 2.00 GiB measured" in capsys.readouterr().out
+
+    def full(work, device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(doctor_config, "measured_peak", full)
+    assert main(options) == 1
+    said = capsys.readouterr().out
+    assert "FAIL dry run: training step: does not fit (CUDA out" in said and "-> lower loop.batch_size" in said
+
+
+@pytest.mark.parametrize(
+    "options", [["--shape", "[0, 8, 8]"], ["--shape", "[8, 8, 8]", "--memory", "0"], ["--memory", "0"]]
+)
+def test_sizes_are_above_zero(options, tmp_path, capsys):
+    recipe(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["--config", str(tmp_path / "vae.yaml"), *options])
+    assert options[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -178,18 +178,8 @@ def test_every_bad_mask_is_named_before_anything_is_made(inputs, tmp_path):
 
 
 def test_two_processes_make_what_one_makes(inputs, generated, tmp_path):
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    options = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "generate.py"]
-    command = [*launch, *options, *arguments(inputs, tmp_path)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [*launch, "generate.py", *arguments(inputs, tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("6 volumes in") == 1

@@ -88,11 +88,11 @@ def test_resumed_equals_uninterrupted(name, workers, tmp_path, vae_folder, monke
 
     original, calls = step_class.__call__, []
 
-    def interrupted_call(self, batch, generator):
+    def interrupted_call(self, batch, generators):
         calls.append(1)
         if len(calls) == 2 * 4 + 2:  # the second half of step 5; 5 training volumes, so in the middle of an epoch
             raise Interrupted
-        return original(self, batch, generator)
+        return original(self, batch, generators)
 
     monkeypatch.setattr(step_class, "__call__", interrupted_call)
     with pytest.raises(Interrupted):
@@ -132,16 +132,19 @@ def test_another_run_is_not_overwritten(finished):
         run(train_vae, finished)
 
 
-def test_resume_reports_what_changed_in_the_config(finished, caplog):
+def test_a_config_that_changed_is_refused_with_the_difference_unless_accepted(finished, caplog):
+    changed = ["--loop.max_steps=4", "--optimizer.learning_rate=0.5", "--resume=latest"]
+    with pytest.raises(ValueError, match=r"learning_rate: 0.001 -> 0.5\nUndo that.*--accept_changes true"):
+        run(train_vae, finished, *changed)
     with caplog.at_level("WARNING", logger="training"):
-        run(train_vae, finished, "--loop.max_steps=4", "--optimizer.learning_rate=0.5", "--resume=latest")
-    changes = [r.message for r in caplog.records if "config changed" in r.message]
+        run(train_vae, finished, *changed, "--accept_changes=true")
+    changes = [r.message for r in caplog.records if "changed since" in r.message]
     assert [c.split(": ", 1)[1] for c in changes] == ["optimizer.learning_rate: 0.001 -> 0.5", "loop.max_steps: 3 -> 4"]
 
 
 def test_an_adversary_cannot_join_a_run(finished):
     with pytest.raises(ValueError, match="holds no discriminator.*resume as the run began"):
-        run(train_vae, finished, VQGAN[1], "--loop.max_steps=4", "--resume=latest")
+        run(train_vae, finished, VQGAN[1], "--loop.max_steps=4", "--resume=latest", "--accept_changes=true")
 
 
 def test_resume_with_nothing_there_starts_anew(tmp_path, caplog):
@@ -166,7 +169,12 @@ def test_a_half_written_checkpoint_is_not_seen(finished):
 
 
 def test_a_random_state_that_was_not_restored_is_noticed(finished):
-    (finished / "checkpoints/step_000003/random_states_0.pkl").write_bytes(b"damaged")
+    """Also of a checkpoint of an older version, which has no digests."""
+    checkpoint = finished / "checkpoints/step_000003"
+    (checkpoint / "random_states_0.pkl").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="random_states_0.pkl: not what was written"):
+        run(train_vae, finished, "--loop.max_steps=4", "--resume=latest")
+    (checkpoint / "digests.json").unlink()
     with pytest.raises(ValueError, match="random state could not be restored"):
         run(train_vae, finished, "--loop.max_steps=4", "--resume=latest")
 

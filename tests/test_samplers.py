@@ -134,7 +134,11 @@ def test_the_command_goes_on_and_refuses_what_was_measured_otherwise(data, tmp_p
         samplers.main([*options, "--output", str(tmp_path / "b.json"), "--segmenter", str(segmenter)])
     with pytest.raises(ValueError, match="--schedulers ddim: a model that predicts rectified_flow has euler, heun"):
         make_named("ddim", tiny_pipeline())
-    assert type(make_named("ddim", tiny_pipeline(objective="epsilon"))).__name__ == "DDIMScheduler"
+    pipe = tiny_pipeline(objective="epsilon")
+    assert type(make_named("ddim", pipe)).__name__ == "DDIMScheduler"
+    assert not make_named("ddpm", pipe).config["clip_sample"]
+    pipe.vae.latent_bound = lambda: 3.0
+    assert make_named("ddpm", pipe).config["clip_sample_range"] == 3.0  # as it is trained and sampled
 
 
 def test_settings_can_be_chosen_without_a_look_at_the_test_split():

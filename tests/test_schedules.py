@@ -7,6 +7,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from diffusion import LatentUNet3D, denoise, fit_scheduler, make_scheduler, training_loss
+from diffusion.denoise import set_timesteps
 from diffusion.objectives import noisy_and_target, sample_timesteps
 
 EPS = "epsilon"
@@ -94,6 +95,24 @@ def test_what_does_not_fit_is_refused():
         LatentUNet3D(channels=(8, 8), train_steps=250)
     with pytest.raises(ValueError, match="2 or more, got 1"):
         LatentUNet3D(channels=(8, 8), objective=EPS, train_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "asked", "remedy"),
+    [
+        ("DDPMScheduler", 300, 200, "use 150 or 270"),  # one training step each: it would begin at 199
+        (None, 250, 130, "use 125 or 225"),
+        ("DDPMScheduler", 250, 300, "use 250$"),
+        ("DPMSolverMultistepScheduler", 250, 250, "use 249$"),  # diffusers gives 0, 0, 0, ...
+    ],
+)
+def test_steps_that_leave_out_the_noise_are_refused(name, steps, asked, remedy):
+    scheduler = make_scheduler(EPS, steps, name=name)
+    with pytest.raises(ValueError, match=remedy):
+        set_timesteps(scheduler, asked, None, torch.device("cpu"))
+    for fitting in (5, 20, int(remedy.split()[1].rstrip("$"))):
+        first = set_timesteps(scheduler, fitting, None, torch.device("cpu"))[0].item()
+        assert first >= 0.9 * steps * (1 - 1 / fitting) - 1
 
 
 def test_named_flow_schedulers_speak_flow():

@@ -114,19 +114,23 @@ def test_a_run_in_voxels(tmp_path):
 
     AcceleratorState._reset_state(reset_partial_state=True)
     unet = "{class: diffusion.LatentUNet3D, channels: [8, 8], blocks: [1, 1], attention: [false, false], mask_width: 4"
-    train_ldm.main(
-        [
-            f"--output={tmp_path}/ldm",
-            f"--vae={tmp_path}/vae",
-            f"--data={DATA}",
-            f"--model={unet}, objective: epsilon, train_steps: 50}}",
-            "--loss=l1",
-            "--scheduler=DDPMScheduler",
-            "--inference_steps=2",
-            "--optimizer={warmup_steps: 0}",
-            "--loop={max_steps: 2, batch_size: 2, trackers: [], previews: 1}",
-        ]
-    )
+    asked = [
+        f"--output={tmp_path}/ldm",
+        f"--vae={tmp_path}/vae",
+        f"--data={DATA}",
+        f"--model={unet}, objective: epsilon, train_steps: 50}}",
+        "--loss=l1",
+        "--scheduler=DDPMScheduler",
+        "--inference_steps=2",
+        "--optimizer={warmup_steps: 0}",
+        "--loop={max_steps: 2, batch_size: 2, trackers: [], previews: 1}",
+    ]
+    for wrong in ("--inference_steps=60", "--scheduler=PNDMScheduler"):  # before a volume is encoded
+        with pytest.raises(ValueError, match="60 does not span the 50 steps|does not fit epsilon"):
+            train_ldm.main([*asked, wrong])
+        assert not (tmp_path / "ldm/latents").exists()
+        AcceleratorState._reset_state(reset_partial_state=True)
+    train_ldm.main(asked)
     pipe = MedVolumePipeline.from_pretrained(tmp_path / "ldm/pipeline")
     stored = json.loads((tmp_path / "ldm/pipeline/scheduler/scheduler_config.json").read_text())
     assert stored["_class_name"] == "DDPMScheduler" and stored["num_train_timesteps"] == 50

@@ -37,8 +37,8 @@ def batch(seed: int = 0) -> dict[str, torch.Tensor]:
     return {"image": torch.where(fov, image, -1.0), "fov": fov}
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def generators(seed: int = 0) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(2 * seed + i) for i in range(2)]
 
 
 def gradients(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -49,13 +49,13 @@ def gradients(module: torch.nn.Module) -> list[torch.Tensor]:
 def test_each_loss_counts_by_its_weight(name):
     step = make_step()
     step.weights = AutoencoderLosses(**{"l1": 0.0, "gradient": 0.0, "kl": 0.0, name: 3.0})
-    losses = step(batch(), generator())
+    losses = step(batch(), generators())
     assert losses[name] > 0 and losses["loss"].item() == pytest.approx(3 * losses[name].item(), rel=1e-5)
 
 
 def test_before_the_start_there_is_no_adversary():
     plain, step = make_step(), make_step(adversarial=AdversarialConfig(start_step=5))
-    expected, found = plain(batch(), generator()), step(batch(), generator())
+    expected, found = plain(batch(), generators()), step(batch(), generators())
     assert found.keys() == expected.keys() and found["loss"] == expected["loss"]
     assert not gradients(step.adversary.learner.network)
 
@@ -81,7 +81,7 @@ def test_each_gets_its_own_gradient_only():
         return losses
 
     adversary.discern = watched
-    losses = step(batch(), generator())
+    losses = step(batch(), generators())
     assert seen["before"] and all(torch.equal(a, b) for a, b in zip(seen["before"], seen["after"], strict=True))
     assert len(gradients(adversary.learner.network)) == len(list(adversary.learner.network.parameters()))
     assert all(p.requires_grad for p in adversary.learner.network.parameters())
@@ -94,7 +94,7 @@ def test_the_adversary_changes_the_autoencoders_gradient():
         step = make_step(adversarial=AdversarialConfig(weight=weight, feature_matching=features, warmup_steps=0))
         with torch.no_grad():
             step.vae.network.decoder[-1].weight.add_(0.1)
-        step(batch(), generator())
+        step(batch(), generators())
         found.append(step.vae.network.decoder[-1].weight.grad)
     assert not torch.allclose(found[0], found[1]) and not torch.allclose(found[0], found[2])
 
@@ -103,7 +103,7 @@ def test_padding_looks_the_same_to_the_discriminator():
     step, inputs = make_step(adversarial=AdversarialConfig(warmup_steps=0)), batch()
     seen = []
     step.adversary.learner.network.register_forward_hook(lambda module, given, output: seen.append(given[0]))
-    step(inputs, generator())
+    step(inputs, generators())
     outside = ~inputs["fov"]
     assert len(seen) == 3  # the reconstruction, the image, and both together
     for volumes in (seen[0], seen[1], *seen[2].chunk(2)):
@@ -117,14 +117,14 @@ def test_the_codebook_moves_once_a_taken_step_by_all_batches():
     book.update = lambda cells, *rest: (calls.append(len(cells)), update(cells, *rest))
     before = {k: v.clone() for k, v in book.state_dict().items()}
     for seed in range(2):  # two accumulated batches; 2 x 2 x 2 x 2 cells each, all inside or at the edge
-        losses = step(batch(seed), generator(seed))
+        losses = step(batch(seed), generators(seed))
     assert all(torch.equal(v, before[k]) for k, v in book.state_dict().items())
     assert {"commitment", "perplexity", "usage", "bits_per_cell"} <= losses.keys() and "kl" not in losses
     step.after_update(True)
     assert calls == [32] and book.initialised
     average = step.vae.average.codebook.state_dict()
     assert all(torch.equal(v, average[k]) for k, v in book.state_dict().items())  # what is validated and saved
-    step(batch(2), generator(2))
+    step(batch(2), generators(2))
     moved = book.codes.clone()
     step.after_update(False)  # gradients were not finite: what the step saw is forgotten
     step.after_update(True)
@@ -135,7 +135,7 @@ def test_cells_of_padding_do_not_reach_the_codebook():
     step, inputs = make_step(VQGAN3D, num_codes=8, latent_channels=4), batch()
     inputs["fov"] = torch.zeros_like(inputs["fov"])
     inputs["fov"][0, ..., :4] = True
-    step(inputs, generator())
+    step(inputs, generators())
     assert [len(cells) for cells in step._cells] == [4]
 
 
@@ -143,7 +143,7 @@ def test_the_loss_is_what_is_minimised():
     for model_class, name in ((AutoencoderKL3D, "kl"), (VQGAN3D, "commitment")):
         step = make_step(model_class)
         step.weights = AutoencoderLosses(l1=0, gradient=0, kl=1, commitment=1)
-        losses = step(batch(), generator())
+        losses = step(batch(), generators())
         assert losses["loss"] == losses[name] > 0
 
 
@@ -173,7 +173,7 @@ def test_the_discriminator_accumulates_as_the_autoencoder_does():
     assert adversary is not None
     adversary.learner.prepare(Accelerator(cpu=True))
     network, slices = adversary.learner.network, Slices(0, torch.zeros(2, 1, dtype=torch.long))
-    real = torch.randn(2, 1, 8, 8, 8, generator=generator())
+    real = torch.randn(2, 1, 8, 8, 8, generator=generators()[0])
     loss = discriminator_loss(network(real, slices), network(real.flip(2), slices))
     expected = torch.autograd.grad(loss, list(network.parameters()))
     for _ in range(2):

@@ -10,6 +10,7 @@ import torch
 import torch._dynamo
 import torch._inductor.config
 from accelerate.state import AcceleratorState
+from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
@@ -32,6 +33,7 @@ from training import (
     resolve_precision,
     save_model,
 )
+from training.config import to_plain
 from training.data import training_batches
 
 
@@ -148,8 +150,8 @@ class LineStep:
         self.line, self.learners, self.poison, self.noise, self.calls = learner, (learner,), set(poison), noise, 0
         self.weights = []
 
-    def __call__(self, batch, generator):
-        noise = torch.randn(batch["x"].shape, generator=generator) * self.noise
+    def __call__(self, batch, generators):
+        noise = randn_tensor(batch["x"].shape, generator=generators) * self.noise
         loss = ((self.line.model(batch["x"] + noise) - batch["y"]) ** 2).mean()
         if self.calls in self.poison:
             loss = loss * float("nan")
@@ -160,6 +162,9 @@ class LineStep:
 
     def after_update(self, taken):
         self.taken = [*getattr(self, "taken", []), taken]
+
+    def review(self, values):
+        return []
 
     def validate(self, item, generator):
         return {"error": (self.line.average(item["x"]) - item["y"]).abs().item()}
@@ -216,7 +221,7 @@ def test_gradient_accumulation_equals_a_larger_batch(tmp_path):
             f"--loop.batch_size={batch}",
             f"--optimizer.gradient_accumulation={parts}",
         ]
-        loop, step = line_loop(line_config(tmp_path, *args, "--loop.max_steps=10"), noise=0.0)  # it is drawn per batch
+        loop, step = line_loop(line_config(tmp_path, *args, "--loop.max_steps=10"))  # its noise is drawn per sample
         loop.run()
         ends.append(step.line.network.weight.item())
     assert ends[0] == pytest.approx(ends[1], rel=1e-5)
@@ -235,8 +240,8 @@ def test_a_loss_that_begins_late_is_averaged_over_its_own_steps(tmp_path, monkey
     loop, step = line_loop(line_config(tmp_path, "--loop.max_steps=5"))
     logged, original = [], LineStep.__call__
 
-    def late(self, batch, generator):
-        losses = original(self, batch, generator)
+    def late(self, batch, generators):
+        losses = original(self, batch, generators)
         return losses | ({"late": torch.tensor(2.0)} if self.calls > 3 else {})  # in the last two of five steps
 
     monkeypatch.setattr(LineStep, "__call__", late)
@@ -310,10 +315,15 @@ def test_config_names_what_is_wrong(tmp_path, capsys):
         assert name in capsys.readouterr().err
 
 
-def test_config_changes():
-    old = {"loop": {"seed": 1, "workers": 0}, "resume": None, "gone": 1}
-    new = {"loop": {"seed": 2, "workers": 0}, "resume": "latest"}
-    assert config_changes(old, new) == ["loop.seed: 1 -> 2", "gone: 1 -> (absent)"]
+def test_config_changes(tmp_path):
+    old, new = line_config(tmp_path, "--loop.seed=1"), line_config(tmp_path, "--loop.seed=2", "--resume=latest")
+    assert config_changes(to_plain(old), old) == {}
+    assert config_changes(to_plain(old), new) == {"loop.seed": "1 -> 2"}
+    earlier = to_plain(old)  # of a version that knew another setting, and not yet `patience`
+    del earlier["loop"]["patience"]
+    assert config_changes(earlier | {"gone": 1}, old) == {"gone": "1 -> (absent)"}
+    slower = line_config(tmp_path, "--loop.seed=1", "--loop.patience=5")
+    assert config_changes(earlier, slower) == {"loop.patience": "(absent) -> 5.0"}
 
 
 def test_precision():

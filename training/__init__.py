@@ -1,7 +1,7 @@
 """The training loop and what belongs to it: configs, learners, checkpoints. It knows Accelerate and no model."""
 
 from .build import build_model, initialise_from
-from .checkpoints import Checkpointer, TrainState, find_checkpoint, list_checkpoints
+from .checkpoints import Checkpointer, DamagedCheckpoint, TrainState, find_checkpoint, list_checkpoints
 from .config import (
     AdversarialConfig,
     AutoencoderLosses,
@@ -22,11 +22,13 @@ from .learner import Learner, learning_rate
 from .loop import Loop, TrainingStep, make_accelerator
 from .output import save_model
 from .precision import native_bf16, resolve_precision
+from .processes import join_processes
 
 __all__ = [
     "AdversarialConfig",
     "AutoencoderLosses",
     "Checkpointer",
+    "DamagedCheckpoint",
     "CropConfig",
     "LatentCacheConfig",
     "Learner",
@@ -45,6 +47,7 @@ __all__ = [
     "derive_seed",
     "find_checkpoint",
     "initialise_from",
+    "join_processes",
     "learning_rate",
     "list_checkpoints",
     "make_accelerator",

@@ -5,6 +5,7 @@
         <learner>_ema.safetensors                                     moving averages
         state.json                                                    step, data position, counters
         rng_0.txt                                                     digest of the random state (see `load`)
+        digests.json                                                  sha256 of all of these
 
 Data order, crops and noise need no entry: they are functions of (seed, position). Accelerate's .bin and .pkl files are
 pickles, so only checkpoints inside the run's own folder are ever read.
@@ -12,6 +13,8 @@ pickles, so only checkpoints inside the run's own folder are ever read.
 
 import hashlib
 import json
+import logging
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,9 +22,22 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from volumes.text import read_object
+
 from .learner import Learner
+from .output import recover_folders, replace_folder
+from .processes import is_of_another
+
+logger = logging.getLogger("training")
+DIGESTS = "digests.json"
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is not what was written: an earlier one may be whole."""
 
 
 @dataclass
@@ -31,20 +47,28 @@ class TrainState:
     Args:
         step: optimiser steps so far, skipped ones included.
         samples: training samples seen by all processes together.
+        processes: how many wrote this; 0 if that was not recorded yet.
         skipped: steps without effect because a gradient was not finite; `skipped_in_a_row` of them most recently.
         updates: steps taken, by learner.
     """
 
     step: int = 0
     samples: int = 0
+    processes: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
     updates: dict[str, int] = field(default_factory=dict)
 
 
+def step_of(checkpoint: Path) -> int:
+    """step_000500 -> 500."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted((p for p in folder.glob("step_*") if p.is_dir()), key=lambda p: int(p.name.removeprefix("step_")))
+    found = [p for p in folder.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdecimal()]
+    return sorted((p for p in found if not p.is_symlink()), key=step_of)
 
 
 def find_checkpoint(resume: str, folder: Path) -> Path | None:
@@ -67,6 +91,18 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
     return path
 
 
+def digest_files(folder: Path, *, sync: bool = False) -> dict[str, str]:
+    """sha256 of every file but `DIGESTS`, by its path in the folder. With `sync` they are on the disk, not in memory alone,
+    when this returns."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS):
+        with path.open("rb") as file:
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+            if sync:
+                os.fsync(file.fileno())
+    return found
+
+
 def rng_digest() -> str:
     """Fingerprint of torch's global random state."""
     return hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
@@ -78,13 +114,42 @@ class Checkpointer:
     def __init__(self, accelerator: Accelerator, learners: Sequence[Learner], folder: Path, keep: int):
         self.accelerator, self.learners, self.folder, self.keep = accelerator, learners, folder, keep
         if accelerator.is_main_process:
-            for leftover in folder.glob(".partial_*"):  # a run that was killed while writing
-                shutil.rmtree(leftover)
+            recover_folders(folder)  # after a run that was killed while writing
 
     def save(self, state: TrainState) -> Path:
-        """Write checkpoints/step_XXXXXX: a temporary folder, renamed when complete. Called by every process."""
-        accelerator, name = self.accelerator, f"step_{state.step:06d}"
-        partial, final = self.folder / f".partial_{name}", self.folder / name
+        """Write checkpoints/step_XXXXXX: a temporary folder, renamed when complete. Called by every process.
+
+        Raises: RuntimeError if it cannot be written (a full disk, a folder that is not there any more); then nothing is left
+        of it, and the run's other checkpoints stay.
+        """
+        partial, final = (self.folder / f"{prefix}step_{state.step:06d}" for prefix in (".partial_", ""))
+        try:
+            self._write(partial, state)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                (partial / DIGESTS).write_text(json.dumps(digest_files(partial, sync=True), indent=1))
+                replace_folder(partial, final)
+                for old in list_checkpoints(self.folder)[: -self.keep]:
+                    shutil.rmtree(old)
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors have their own for a full disk
+            if is_of_another(error):
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
+            whole = [path.name for path in list_checkpoints(self.folder)] or "none yet"
+            raise RuntimeError(
+                f"{final}: the checkpoint could not be written ({error}). Whole ones: {whole}. Make room on the disk, or lower "
+                "loop.keep_checkpoints; then go on with --resume latest"
+            ) from error
+        self.accelerator.wait_for_everyone()
+        return final
+
+    def _write(self, partial: Path, state: TrainState) -> None:
+        accelerator = self.accelerator
+        state.processes = accelerator.num_processes
         accelerator.save_state(str(partial), safe_serialization=True)
         (partial / f"rng_{accelerator.process_index}.txt").write_text(rng_digest())
         if accelerator.is_main_process:
@@ -93,23 +158,89 @@ class Checkpointer:
                 average = {k: v.contiguous() for k, v in learner.average.state_dict().items()}
                 save_file(average, partial / f"{learner.name}_ema.safetensors")
             (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
-            for old in list_checkpoints(self.folder)[: -self.keep]:
-                shutil.rmtree(old)
-        accelerator.wait_for_everyone()
-        return final
+
+    def resume(self, resume: str) -> tuple[Path, TrainState] | None:
+        """Restore what `resume` means (see `find_checkpoint`), and return where it is; None if there is nothing yet. Called by
+        every process.
+
+        Of "latest", one that is damaged for any of the processes is passed over, and the next older one taken; newer ones
+        than the one that is taken are set aside, so that they are not taken for this run's later.
+
+        Raises: ValueError if none is whole, and as `find_checkpoint` and `load` do.
+        """
+        newest = find_checkpoint(resume, self.folder)
+        if newest is None:
+            return None
+        candidates = [p for p in reversed(list_checkpoints(self.folder)) if step_of(p) <= step_of(newest)]
+        refused = []
+        for path in candidates if resume == "latest" else [newest]:
+            error = None
+            try:
+                state = self.load(path)
+            except DamagedCheckpoint as damage:
+                error = str(damage)
+            errors = [one for one in gather_object([error]) if one]
+            if not errors:
+                self._set_aside(path)
+                return path, state  # pyright: ignore[reportPossiblyUnboundVariable]
+            refused += errors[:1]
+            logger.warning("%s", errors[0])
+        raise ValueError("\n".join(["--resume: no whole checkpoint:", *refused]))
+
+    def _set_aside(self, path: Path) -> None:
+        self.accelerator.wait_for_everyone()
+        for newer in [p for p in list_checkpoints(self.folder) if step_of(p) > step_of(path)]:
+            logger.warning("%s: set aside as aside_%s, for the run goes on from %s", newer, newer.name, path.name)
+            if self.accelerator.is_main_process:
+                replace_folder(newer, newer.with_name(f"aside_{newer.name}"))
+        self.accelerator.wait_for_everyone()
 
     def load(self, path: Path) -> TrainState:
         """Restore everything from `path`.
 
-        Raises: ValueError if the run began without one of the learners, or if the random state was not restored, which
-        Accelerate merely logs; RuntimeError if weights do not fit the model.
+        Raises: DamagedCheckpoint if a file is not what was written; if weights do not fit the model; or if the random state
+        was not restored, which Accelerate merely logs. ValueError for a link to another place; if the run began without one
+        of the learners; or if it has another number of processes.
         """
-        state = TrainState(**json.loads((path / "state.json").read_text()))
+        if links := [p.name for p in path.rglob("*") if not p.resolve().is_relative_to(path.resolve())]:
+            raise ValueError(
+                f"{path}: {links} are links to another place; a checkpoint is read from the run's own folder"
+            )
+        try:
+            return self._load(path)
+        except OSError:
+            raise
+        except Exception as error:  # safetensors, torch, pickle and json each have their own
+            if isinstance(error, ValueError) and str(path) in str(error):
+                raise
+            raise DamagedCheckpoint(
+                f"{path}: cannot be resumed from ({type(error).__name__}: {error}); it is damaged, or of another model. "
+                "--resume latest takes the newest one that is whole"
+            ) from error
+
+    def _load(self, path: Path) -> TrainState:
+        if (path / DIGESTS).exists():  # older versions wrote none
+            written, found = read_object(path / DIGESTS), digest_files(path)
+            if wrong := sorted(name for name in {*written, *found} if written.get(name) != found.get(name)):
+                raise DamagedCheckpoint(
+                    f"{path}: {', '.join(wrong)}: not what was written; truncated, or changed since"
+                )
+        state = TrainState(**read_object(path / "state.json"))
+        counters = [
+            state.step,
+            state.samples,
+            state.processes,
+            state.skipped,
+            state.skipped_in_a_row,
+            *state.updates.values(),
+        ]
+        if not all(type(count) is int and count >= 0 for count in counters):
+            raise DamagedCheckpoint(f"{path}: state.json holds counters that are no counts: {counters}")
+        if state.processes not in (0, self.accelerator.num_processes):
+            raise ValueError(
+                f"{path}: was written by {state.processes} processes, this run has {self.accelerator.num_processes}; launch "
+                "as many as before"
+            )
         if absent := sorted({learner.name for learner in self.learners} - state.updates.keys()):
             raise ValueError(
                 f"{path}: holds no {' and no '.join(absent)}, which this config trains; resume as the run began, or "
@@ -121,7 +252,7 @@ class Checkpointer:
             learner.updates = state.updates[learner.name]
         saved = path / f"rng_{self.accelerator.process_index}.txt"
         if not saved.is_file():
-            raise ValueError(f"{path}: written by fewer processes than this run has; resume with as many as before")
+            raise DamagedCheckpoint(f"{path}: holds no {saved.name}; was it copied in part?")
         if saved.read_text() != rng_digest():
-            raise ValueError(f"{path}: the random state could not be restored; is random_states_*.pkl damaged?")
+            raise DamagedCheckpoint(f"{path}: the random state could not be restored; is random_states_*.pkl damaged?")
         return state

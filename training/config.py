@@ -25,7 +25,7 @@ RHYTHM = (
     "keep_checkpoints",
     "trackers",
 )
-LENGTH = ("max_steps", "max_skipped", "patience", "workers")
+LENGTH = ("max_steps", "max_skipped", "patience", "workers", "compile")
 FREE = {"output", "inference_steps", "cache.folder", *(f"loop.{name}" for name in (*RHYTHM, *LENGTH))}  # in a resume
 
 

@@ -5,12 +5,14 @@ A resumed run asks for the next number and gets what the uninterrupted run would
 persistent or not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .processes import outlive_sigterm
 
 
 def derive_seed(*numbers: int) -> int:
@@ -73,15 +75,15 @@ class Keyed(Dataset):
 
 def training_batches(
     dataset: Any, stream: SampleStream, *, workers: int, collate: Any, pin_memory: bool
-) -> Iterator[Any]:
-    """Endless collated batches in the order of `stream`, loaded by `workers` processes (0: in this one)."""
-    return iter(
-        DataLoader(
-            Keyed(dataset),
-            batch_sampler=stream,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            collate_fn=collate,
-            pin_memory=pin_memory,
-        )
+) -> Generator[Any, None, None]:
+    """Endless collated batches in the order of `stream`, loaded by `workers` processes (0: in this one), which end with
+    `close()`."""
+    yield from DataLoader(
+        Keyed(dataset),
+        batch_sampler=stream,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=outlive_sigterm,
+        collate_fn=collate,
+        pin_memory=pin_memory,
     )

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,18 +21,21 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_obj
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from .checkpoints import Checkpointer, TrainState, find_checkpoint, list_checkpoints
-from .config import LoopConfig, config_changes, save_config, to_plain
+from .checkpoints import Checkpointer, TrainState, list_checkpoints
+from .config import LoopConfig, config_changes, refuse_changes, save_config, to_plain
 from .data import SampleStream, derive_seed, training_batches
 from .learner import Learner
+from .output import check_writable, write_text
 from .precision import resolve_precision
+from .processes import TERMINATED, StopSignal, check_together, ending_with_others, on_cpu
 from .tracking import Progress, log_figure
+from .watch import SpikeWatch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 logger = logging.getLogger("training")
-_VALIDATION = 1 << 32  # keeps seeds of validation noise apart from those of training noise
+_VALIDATION, _TRAINING = 1 << 32, 1 << 33  # keep seeds of validation noise, training noise and data order apart
 
 
 class Items(Protocol):
@@ -51,8 +54,9 @@ class TrainingStep(Protocol):
         """The networks that are trained."""
         ...
 
-    def __call__(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """Compute losses of one batch and call `learner.backward` on them. All randomness is drawn from `generator`.
+    def __call__(self, batch: Any, generators: list[torch.Generator]) -> dict[str, Tensor]:
+        """Compute losses of one batch and call `learner.backward` on them. All randomness is drawn from `generators`, one a
+        sample: then it makes no difference how a global batch is divided over processes and accumulated parts.
 
         Returns: detached scalars to log.
         """
@@ -60,6 +64,10 @@ class TrainingStep(Protocol):
 
     def after_update(self, taken: bool) -> None:
         """Called after each optimiser step, with whether it was taken: for state that does not move by gradients."""
+        ...
+
+    def review(self, values: dict[str, float]) -> list[str]:
+        """What is wrong with the mean losses of the last steps, in words that name a remedy; often nothing."""
         ...
 
     def validate(self, item: Any, generator: torch.Generator) -> dict[str, float]:
@@ -74,27 +82,35 @@ class TrainingStep(Protocol):
 def make_accelerator(config: Any) -> Accelerator:
     """Accelerate as the loop needs it, for the run that `config` describes (`loop`, `output` and `resume` are read).
 
-    Raises: ValueError if the output folder holds another run and nothing says to resume it; for sharded training (FSDP,
-    DeepSpeed), which the moving average does not support; for a tracker that is unknown or not installed; for
+    Raises: ValueError if the output folder cannot be written to, or holds another run and nothing says to resume it; for
+    processes that do not know of each other; for sharded training (FSDP, DeepSpeed), which the moving average does not
+    support; for a tracker that is unknown or not installed; for
     `loop.compile` on a machine that cannot.
     """
     options: LoopConfig = config.loop
     if config.resume is None and list_checkpoints(Path(config.output) / "checkpoints"):
         raise ValueError(f"{config.output} already holds a run; go on with --resume latest, or choose another --output")
+    check_writable(Path(config.output))
     precision = resolve_precision(options.mixed_precision)
     trackers: list[Any] | None = list(options.trackers) or None
-    # others wait while the main process reads, measures or draws; the default of ten minutes is short for large data
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    patience = InitProcessGroupKwargs(timeout=timedelta(minutes=options.patience))
     accelerator = Accelerator(
-        mixed_precision=precision, log_with=trackers, project_dir=config.output, kwargs_handlers=[patience]
+        cpu=on_cpu(),
+        mixed_precision=precision,
+        log_with=trackers,
+        project_dir=config.output,
+        kwargs_handlers=[patience],
     )
+    check_together(accelerator.num_processes)
     if absent := set(options.trackers) - {str(tracker) for tracker in accelerator.log_with}:
         raise ValueError(
             f"loop.trackers: {sorted(absent)} not installed; install it, or leave it out (--loop.trackers [] for none)"
         )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"{accelerator.distributed_type} is not supported; launch with plain data parallelism (--multi_gpu)"
+            f"{accelerator.distributed_type}: sharded weights are not supported, for the moving average and the checkpoints "
+            "hold whole ones. Launch with plain data parallelism (configs/accelerate/eight_gpus.yaml); where memory is "
+            "short, use gradient_checkpointing: true, smaller crops, and optimizer.gradient_accumulation"
         )
     if options.compile:
         check_compiler(accelerator.device)
@@ -122,7 +138,9 @@ class Loop:
         step: losses and learners; its learners are prepared here.
         data: training samples; `collate` makes batches of them.
         validation: held-out items, whole, one at a time; may be empty.
-    Raises: ValueError if the checkpoint to resume from is not one of this run, or is damaged.
+        contents: what training samples are made of, by name, and a digest of each; a resumed run must have the same.
+    Raises: ValueError if the checkpoint to resume from is not one of this run, or none is whole; and if config or contents
+    are not those of the run, unless `accept_changes` says so.
     """
 
     def __init__(
@@ -133,13 +151,15 @@ class Loop:
         data: Items,
         validation: Items,
         collate: Any = default_collate,
+        contents: Mapping[str, str] | None = None,
     ):
         self.accelerator, self.config, self.step = accelerator, config, step
         self.data, self.validation, self.collate = data, validation, collate
         self.options: LoopConfig = config.loop
         if accelerator.mixed_precision == "fp16" and len(step.learners) > 1:  # Accelerate has one loss scale for all
             raise ValueError("fp16 with a discriminator is not supported: use loop.mixed_precision bf16 or no")
-        self.output = Path(config.output)
+        self.output, self.contents = Path(config.output), dict(contents or {})
+        self.spikes = SpikeWatch()
         for learner in step.learners:
             learner.prepare(accelerator, compile=self.options.compile)
         self.checkpoints = Checkpointer(
@@ -148,35 +168,43 @@ class Loop:
         self.state = self._begin_or_resume()
 
     def _begin_or_resume(self) -> TrainState:
-        folder, saved = self.output / "checkpoints", self.output / "config.yaml"
+        saved, described = self.output / "config.yaml", self.output / "volumes.json"
         state = TrainState()
-        path = find_checkpoint(self.config.resume, folder) if self.config.resume else None
-        if path is not None:
-            state = self.checkpoints.load(path)
+        if self.config.resume and list_checkpoints(self.checkpoints.folder):
+            changes = config_changes(yaml.safe_load(saved.read_text()), self.config) if saved.is_file() else {}
+            if described.is_file():
+                changes |= content_changes(json.loads(described.read_text()), self.contents)
+            refuse_changes(changes, self.config.accept_changes)
+        found = self.checkpoints.resume(self.config.resume) if self.config.resume else None
+        if found is not None:
+            path, state = found
             logger.info("resumed from %s at step %d", path, state.step)
-            old = yaml.safe_load(saved.read_text()) if saved.is_file() else {}
-            for change in config_changes(old, to_plain(self.config)):
-                logger.warning("config changed since the run began: %s", change)
         elif self.config.resume:
-            logger.info("nothing to resume in %s yet: starting at step 0", folder)
+            logger.info("nothing to resume in %s yet: starting at step 0", self.checkpoints.folder)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             save_config(self.config, saved)
+            write_text(described, json.dumps(self.contents, indent=1))
         return state
 
     def run(self) -> dict[str, float]:
         """Train to `max_steps`, then validate. Returns the last validation's metrics, which are also in metrics.json.
 
         The caller ends with `accelerator.end_training()`, which closes the trackers and the process group.
+        On SIGTERM the step is finished, a checkpoint written, and the program ends with status 143.
 
-        Raises: RuntimeError after `max_skipped` steps in a row with non-finite gradients.
+        Raises: RuntimeError after `max_skipped` steps in a row with non-finite gradients; if a checkpoint cannot be written;
+        and if another process has ended, or stands still.
         """
+        with ending_with_others(self.accelerator), StopSignal(self.accelerator) as stop:
+            return self._run(stop)
+
+    def _run(self, stop: StopSignal) -> dict[str, float]:
         accelerator, options, state = self.accelerator, self.options, self.state
         accelerator.init_trackers("logs")
         for tracker in accelerator.trackers:
             if tracker.name != "tensorboard":  # it would add a folder per start; config.yaml is beside the run
                 tracker.store_init_configuration(to_plain(self.config))
-        accumulation = self.config.optimizer.gradient_accumulation
         stream = SampleStream(
             len(self.data),
             options.batch_size,
@@ -194,6 +222,20 @@ class Loop:
             collate=self.collate,
             pin_memory=accelerator.device.type == "cuda",
         )
+        try:
+            self._train(batches, stop)
+        finally:
+            batches.close()  # ends the processes that load data
+        metrics = self.validate()
+        self.preview()
+        if accelerator.is_main_process:
+            text = json.dumps({"step": state.step, "skipped": state.skipped, **metrics}, indent=1)
+            write_text(self.output / "metrics.json", text)
+        return metrics
+
+    def _train(self, batches: Iterator[Any], stop: StopSignal) -> None:
+        accelerator, options, state = self.accelerator, self.options, self.state
+        accumulation = self.config.optimizer.gradient_accumulation
         progress = Progress(options.max_steps, state.step, enabled=accelerator.is_main_process)
         totals: dict[str, Tensor] = {}
         counted: Counter[str] = Counter()
@@ -206,7 +248,7 @@ class Loop:
                 waited += time.perf_counter() - asked
                 batch = send_to_device(batch, accelerator.device, non_blocking=True)
                 with self._gradients_stay_local(part < accumulation - 1):
-                    for name, value in self.step(batch, self._generator(state.step, part)).items():
+                    for name, value in self.step(batch, self._generators(part)).items():
                         losses[name] = value / accumulation + losses.get(name, 0.0)
             finite = True
             for learner in self.step.learners:
@@ -229,20 +271,21 @@ class Loop:
                 self.validate()
             if not last and _due(state.step, options.preview_every):
                 self.preview()
-            if last or _due(state.step, options.checkpoint_every):
-                self.checkpoints.save(state)
+            stopped = stop.anywhere()
+            if last or stopped or _due(state.step, options.checkpoint_every):
+                written = self.checkpoints.save(state)
+                if stopped and not last:
+                    logger.warning("SIGTERM: wrote %s; --resume latest goes on from there", written)
+                    accelerator.end_training()
+                    raise SystemExit(TERMINATED)
         progress.close()
-        metrics = self.validate()
-        self.preview()
-        if accelerator.is_main_process:
-            (self.output / "metrics.json").write_text(
-                json.dumps({"step": state.step, "skipped": state.skipped, **metrics}, indent=1)
-            )
-        return metrics
 
-    def _generator(self, *position: int) -> torch.Generator:
-        """Noise of one batch, from (seed, step, accumulation part, process)."""
-        return self._seeded(self.options.seed, *position, self.accelerator.process_index)
+    def _generators(self, part: int) -> list[torch.Generator]:
+        """Noise of each sample of this process's batch, from (seed, number of the sample in the run): one process with a
+        global batch draws what several with its parts draw."""
+        size, accelerator = self.options.batch_size, self.accelerator
+        first = self.state.samples + (part * accelerator.num_processes + accelerator.process_index) * size
+        return [self._seeded(self.options.seed, _TRAINING, number) for number in range(first, first + size)]
 
     def _seeded(self, *numbers: int) -> torch.Generator:
         return torch.Generator(self.accelerator.device).manual_seed(derive_seed(*numbers))
@@ -263,7 +306,7 @@ class Loop:
         if state.skipped_in_a_row >= limit:
             raise RuntimeError(
                 f"step {state.step}: gradients were not finite for {limit} steps in a row, so none of them was taken. "
-                "Lower optimizer.learning_rate, or train with loop.mixed_precision: no; then --resume latest"
+                "Lower optimizer.learning_rate, or train with loop.mixed_precision: no; then --resume latest --accept_changes true"
             )
 
     def _report(self, progress: Progress, totals: dict[str, Tensor], counted: Counter[str], data_wait: float) -> None:
@@ -278,6 +321,9 @@ class Loop:
         reduced = self.accelerator.reduce(torch.stack(list(means.values())), reduction="mean")
         assert isinstance(reduced, Tensor)
         values = dict(zip(means, reduced.tolist(), strict=True))
+        spike = self.spikes(values["loss"]) if "loss" in values else None
+        for fault in [*([spike] if spike else []), *self.step.review(values)]:
+            logger.warning("step %d: %s", self.state.step, fault)
         values["learning_rate"] = self.step.learners[0].optimizer.param_groups[0]["lr"]
         values["skipped_steps"] = self.state.skipped
         self.accelerator.log({f"train/{k}": v for k, v in values.items()}, step=self.state.step)
@@ -315,3 +361,11 @@ class Loop:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def content_changes(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
+    """How the training volumes differ from those of before, by name, in words."""
+    changes = {f"volume {name}": "is not there any more" for name in old.keys() - new.keys()}
+    changes |= {f"volume {name}": "was not there" for name in new.keys() - old.keys()}
+    changes |= {f"volume {name}": "holds other voxels" for name in old.keys() & new.keys() if old[name] != new[name]}
+    return dict(sorted(changes.items()))

@@ -1,5 +1,6 @@
 """Training and validation volumes of a run."""
 
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,19 @@ def load_split(config: DataConfig) -> tuple[VolumeDataset, VolumeDataset | None]
     if not train:
         raise ValueError("there is nothing to train on: no case of `data:` is in the training split")
     return VolumeDataset(train, config), VolumeDataset(held_out, config) if held_out else None
+
+
+def digests(dataset: VolumeDataset) -> dict[str, str]:
+    """A short digest of image, mask and conditions of each volume, by name: what a training learns from it."""
+    found = {}
+    for index, (case, prepared) in enumerate(zip(dataset.cases, dataset.prepared, strict=True)):
+        crc = zlib.crc32(np.ascontiguousarray(prepared.image.array).data)
+        if prepared.mask is not None:
+            crc = zlib.crc32(np.ascontiguousarray(prepared.mask.array).data, crc)
+        for values in dataset.conditions(index).values():
+            crc = zlib.crc32(values.numpy().data, crc)
+        found[case.name] = f"{'x'.join(map(str, prepared.image.shape))}-{crc:08x}"
+    return found
 
 
 class PaddedVolumes:

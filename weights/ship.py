@@ -135,7 +135,7 @@ def fill(card: str, values: dict[str, Any]) -> str:
                 raise ValueError(f"the model card asks for {match['path']}, but no result holds it") from error
         return format(value, match["format"] or "")
 
-    return re.sub(r"\{(?P<path>[\w./%-]+)(?::(?P<format>[^}]*))?\}", figure, card)
+    return re.sub(r"\{(?P<path>[\w./%, -]+)(?::(?P<format>[^}]*))?\}", figure, card)
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:

@@ -29,6 +29,7 @@ READS_DATA = True
 DIVIDES = True  # as far as its parts do
 MODULES: tuple[Command, ...] = (reconstruction, realism, shapes, privacy, dice, few_labels, pretrain, conditions)
 PARTS: dict[str, Command] = {module.NAME: module for module in MODULES}
+MANIFEST = "manifest.csv"  # generate.py writes it anew, from the sidecars
 FOR_ALL = ("config", "data", "output", "precision", "device")  # are given once, and hold for every part
 
 
@@ -131,7 +132,7 @@ def part_options(name: str, options: Namespace, folder: Path) -> tuple[Namespace
         "arguments": args[4:],
         "data": dataclasses.asdict(options.data),
         "cases": [(case.name, case.subject, case.split, case.metadata) for case in cases],  # what a table says
-        "files": [stamp(file) for file in files if file.is_file()],
+        "files": [stamp(file) for file in files if file.is_file() and file.name != MANIFEST],
     }
     return parsed, hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -1,0 +1,77 @@
+"""Scripts of ours in processes of their own, to be killed, stopped and counted. They are forked from a server that has
+imported all there is, so each starts at once."""
+
+import importlib
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["train_vae", "train_ldm", "generate", "evaluate"])
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # the server's, too
+
+
+def start(script: str, args: Sequence[str], log: Path, *, losses: Path | None = None, **environment: str) -> Any:
+    """Run `script`.main(args) in a process; what it says goes to `log`, what it tells its trackers to `losses`, a line a
+    step."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    process = SERVER.Process(target=_run, args=(script, list(args), str(log), losses and str(losses), environment))
+    process.start()
+    return process
+
+
+def start_two(script: str, args: Sequence[str], log: Path, *, losses: Path | None = None) -> list[Any]:
+    """The same in two processes that know of each other; their logs end in .0 and .1."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = str(one.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return [start(script, args, log.with_suffix(f".{rank['RANK']}"), losses=losses, **shared, **rank) for rank in ranks]
+
+
+def run(script: str, args: Sequence[str], log: Path, **options: Any) -> str:
+    """`start`, and wait for its end. Returns what it said. Raises: RuntimeError if it ended in an error."""
+    process = start(script, args, log, **options)
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{script} ended with {process.exitcode}:\n{log.read_text()[-3000:]}")
+    return log.read_text()
+
+
+def ended(process: Any, seconds: float = 120) -> int:
+    """The exit status of a process, which must end in that time."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"still runs after {seconds:.0f} s")
+    return process.exitcode
+
+
+def _run(script: str, args: list[str], log: str, losses: str | None, environment: dict[str, str]) -> None:
+    import torch
+    from accelerate import Accelerator
+
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os.environ.update(environment)
+    os.chdir(tempfile.gettempdir())  # nothing may depend on where one stands
+    torch.set_num_threads(1)
+    if losses:
+
+        def note(self: Accelerator, values: dict[str, Any], step: int | None = None, log_kwargs: Any = None) -> None:
+            if self.is_main_process:
+                with open(losses, "a") as file:
+                    file.write(json.dumps({"step": step, **values}) + "\n")
+
+        Accelerator.log = note
+    importlib.import_module(script).main(args)

@@ -1,0 +1,89 @@
+"""Two processes against one with the same global batch: the same losses, and how many steps a second.
+
+python -m benchmarks.processes --steps 50 --output out/processes.json
+
+On drawn phantoms: the autoencoder, then a U-Net on its latents. One thread a process, so that two processes have twice the
+arithmetic units of one, if there are as many.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from evaluation.report import provenance, write_report
+
+from . import forked
+
+ROOT = Path(__file__).resolve().parents[1]
+
+DATA = ["--data.phantom={count: 10, shape: [16, 16, 16]}", "--data.validation_fraction=0.2"]
+LOOP = ["--loop.mixed_precision=no", "--loop.log_every=1", "--loop.preview_every=0", "--loop.previews=0"]
+LOOP += ["--loop.validate_every=0", "--loop.workers=0", "--loop.trackers=[]", "--loop.checkpoint_every=0"]
+VAE = [f"--config={ROOT / 'configs/phantom/vae.yaml'}", "--crops.shape=[16, 16, 16]", "--crops.flip_axes=[0]"]
+LDM = [f"--config={ROOT / 'configs/phantom/ldm.yaml'}", "--cache.versions=1", "--cache.shift=false"]
+
+
+def losses_of(
+    script: str, args: list[str], folder: Path, processes: int, global_batch: int
+) -> tuple[list[float], float]:
+    """The losses of all steps, and seconds a step from the second step on."""
+    log, lines = folder / "log.txt", folder / "losses.jsonl"
+    args = [*args, f"--output={folder / 'run'}", f"--loop.batch_size={global_batch // processes}"]
+    folder.mkdir(parents=True)
+    started = forked.start_two if processes == 2 else lambda *a, **k: [forked.start(*a, **k)]
+    running, times = started(script, args, log, losses=lines), []
+    while any(process.is_alive() for process in running):
+        time.sleep(0.01)
+        times += [time.perf_counter()] * (lines.is_file() and len(lines.read_text().splitlines()) > len(times))
+    for process in running:
+        if forked.ended(process):
+            texts = [path.read_text()[-2000:] for path in folder.glob("log.*")]
+            raise RuntimeError(f"{script}: ended with {process.exitcode}\n" + "\n".join(texts))
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    values = [row["train/loss"] for row in rows if "train/loss" in row]
+    return values, (times[-1] - times[0]) / max(1, len(times) - 1)
+
+
+def compare(steps: int, folder: Path, scripts: tuple[str, ...] = ("train_vae", "train_ldm")) -> dict[str, Any]:
+    """{script: {"losses": {processes: [...]}, "largest_relative_difference", "seconds_a_step", "samples_a_second"}}."""
+    found, global_batch = {}, 4
+    length = [f"--loop.max_steps={steps}", "--optimizer.warmup_steps=5"]
+    for script in scripts:
+        own = VAE if script == "train_vae" else [*LDM, f"--vae={folder / 'train_vae/1/run/vae'}"]
+        losses, seconds = {}, {}
+        for processes in (1, 2):
+            place = folder / script / str(processes)
+            losses[processes], seconds[processes] = losses_of(
+                script, [*own, *DATA, *LOOP, *length], place, processes, global_batch
+            )
+        pairs = zip(losses[1], losses[2], strict=True)
+        found[script] = {
+            "losses": losses,
+            "largest_relative_difference": max(abs(a - b) / abs(a) for a, b in pairs),
+            "seconds_a_step": seconds,
+            "samples_a_second": {n: global_batch / value for n, value in seconds.items()},
+        }
+    return found
+
+
+def main() -> None:
+    """Measure, and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        found = compare(options.steps, Path(folder))
+    report = {"steps": options.steps, **found, "load_before": load, "load_after": os.getloadavg()[0], **provenance()}
+    write_report(options.output, report)
+    for script in found:
+        print(script, {key: value for key, value in found[script].items() if key != "losses"})
+
+
+if __name__ == "__main__":
+    main()

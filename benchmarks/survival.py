@@ -1,0 +1,285 @@
+"""Kill training, generation and evaluation with SIGKILL at random moments, and go on, until nothing is lost:
+
+python -m benchmarks.survival --kills 30 --output out/survival.json        (or: make survive)
+
+Every job is run once undisturbed, then again with kills, each at a moment drawn uniformly over what the job still takes. After
+each kill every file in sight must be whole, and nothing that was finished may be gone; the end must be what the undisturbed run
+has: training to the last bit, generation to the last voxel, evaluation to the last score. Phantoms, a few MB, one core.
+"""
+
+import argparse
+import csv
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import yaml
+from safetensors.numpy import load_file
+
+from evaluation.report import provenance, write_report
+from training.checkpoints import digest_files
+from volumes import make_phantom, write_volume
+
+from . import forked
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = (16, 16, 16)
+DATA = ["--data.phantom={count: 7, shape: [16, 16, 16]}", "--data.validation_fraction=0.15"]
+LOOP = ["--loop.max_steps=12", "--loop.batch_size=4", "--loop.checkpoint_every=2", "--loop.validate_every=6"]
+LOOP += ["--loop.preview_every=0", "--loop.previews=0", "--loop.trackers=[]", "--loop.mixed_precision=no"]
+LOOP += ["--loop.log_every=4", "--loop.workers=0"]
+VAE = ["--crops.shape=[16, 16, 16]", "--crops.flip_axes=[0]"]
+VAE += [
+    "--model={class: autoencoder.AutoencoderKL3D, channels: [8, 16], encoder_blocks: [1, 1], decoder_blocks: [1, 1]}"
+]
+LDM = [
+    "--cache.versions=2",
+    "--inference_steps=2",
+    "--model.channels=[16, 16]",
+    "--model.mask_width=4",
+    "--model.head_dim=8",
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is run, what of its folder is finished work ({name: what it must stay}), and what its result is."""
+
+    name: str
+    script: str
+    args: Callable[[Path], list[str]]
+    finished: Callable[[Path], dict[str, Any]]
+    result: Callable[[Path], dict[str, Any]]
+
+
+def training(name: str, script: str, own: Sequence[str]) -> Job:
+    def args(folder: Path) -> list[str]:
+        config = ROOT / f"configs/phantom/{'vae' if script == 'train_vae' else 'ldm'}.yaml"
+        return [f"--config={config}", f"--output={folder}", "--resume=latest", *DATA, *LOOP, *own]
+
+    def finished(folder: Path) -> dict[str, Any]:
+        """The furthest checkpoint: older ones are thinned out."""
+        return {"step": max([int(p.name[5:]) for p in (folder / "checkpoints").glob("step_*")], default=0)}
+
+    def result(folder: Path) -> dict[str, Any]:
+        tensors = {}
+        last = folder / "checkpoints/step_000012"
+        for file in [
+            *last.glob("*.safetensors"),
+            *folder.glob("vae/*.safetensors"),
+            *folder.glob("pipeline/*/*.safetensors"),
+        ]:
+            found = load_file(file)
+            tensors |= {f"{file.relative_to(folder)}:{key}": value.tobytes() for key, value in found.items()}
+        return tensors | {"state": (last / "state.json").read_text(), "metrics": (folder / "metrics.json").read_text()}
+
+    return Job(name, script, args, finished, result)
+
+
+def generation(pipeline: Path, masks: Path) -> Job:
+    def args(folder: Path) -> list[str]:
+        options = ["--count", "2", "--steps", "4", "--batch_size", "2"]
+        return ["--pipeline", str(pipeline), "--masks", str(masks), "--output", str(folder), *options]
+
+    def finished(folder: Path) -> dict[str, Any]:
+        return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.nii.gz")}
+
+    def result(folder: Path) -> dict[str, Any]:
+        found = {
+            path.name: np.asarray(nib.Nifti1Image.from_filename(path).dataobj).tobytes()
+            for path in folder.glob("*.nii.gz")
+        }
+        return found | {"manifest": (folder / "manifest.csv").read_text()}
+
+    return Job("generate", "generate", args, finished, result)
+
+
+def evaluation(name: str, config: Path, made: Path, own: Sequence[str]) -> Job:
+    def rows(folder: Path) -> dict[str, Any]:
+        """Every training, without the time that it took."""
+        path = folder / "report.json"
+        report = json.loads(path.read_text()) if path.is_file() else {}
+        flat = [(row["arm"], row["labels"], row) for row in report.get("rows", [])]
+        flat += [(arm, "any", row) for arm, found in report.get("scores", {}).items() for row in found]
+        return {f"{arm} {labels} {row['seed']}": row["per_volume"] for arm, labels, row in flat}
+
+    def args(folder: Path) -> list[str]:
+        common = [
+            "--config",
+            str(config),
+            "--synthetic",
+            str(made),
+            "--output",
+            str(folder / "report.json"),
+            "--seeds",
+            "2",
+        ]
+        return [
+            name,
+            *common,
+            "--device",
+            "cpu",
+            "--precision",
+            "no",
+            "--shape",
+            "16",
+            "16",
+            "16",
+            "--iterations",
+            "3",
+            *own,
+        ]
+
+    return Job(name, "evaluate", args, rows, rows)
+
+
+def broken_files(folder: Path) -> list[str]:
+    """Files in sight that cannot be read to their end. What is hidden is unfinished, and nobody reads it."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or not path.is_file():
+            continue
+        try:
+            if path.name.endswith(".nii.gz"):
+                np.asarray(nib.Nifti1Image.from_filename(path).dataobj)
+            elif path.suffix == ".safetensors":
+                load_file(path)
+            elif path.suffix == ".json":
+                json.loads(path.read_text())
+            elif path.suffix == ".yaml":
+                assert isinstance(yaml.safe_load(path.read_text()), dict)
+            elif path.suffix == ".csv":
+                list(csv.DictReader(path.open()))
+            if path.name == "digests.json":
+                assert json.loads(path.read_text()) == digest_files(path.parent)
+        except Exception as error:  # whatever a reader says of a broken file
+            found.append(f"{path.relative_to(folder)}: {type(error).__name__}: {error}")
+    return found
+
+
+def torture(job: Job, work: Path, kills: int, chance: random.Random) -> dict[str, Any]:
+    """Run a job undisturbed, then with kills. Returns what there is to tell."""
+    undisturbed, folder = work / f"{job.name}_undisturbed", work / job.name
+    began = time.perf_counter()
+    forked.run(job.script, job.args(undisturbed), work / f"{job.name}_undisturbed.log")
+    whole = undisturbed_seconds = time.perf_counter() - began
+    expected, log = job.result(undisturbed), work / f"{job.name}.log"
+    moments: list[float] = []
+    broken: list[str] = []
+    lost: list[str] = []
+    before: dict[str, Any] = {}
+    rounds = 0
+    while len(moments) < kills:
+        rounds += 1
+        place = folder.with_name(f"{folder.name}_{rounds}")
+        before = {}
+        while len(moments) < kills:
+            started, moment = time.perf_counter(), chance.uniform(0, whole)
+            process = forked.start(job.script, job.args(place), log)
+            process.join(moment)
+            if process.exitcode is not None:  # it was done before: another round, whose moments come sooner
+                whole = (whole + time.perf_counter() - started) / 2
+                break
+            process.kill()
+            process.join()
+            moments.append(round(moment, 3))
+            broken += broken_files(place) if place.is_dir() else []
+            now = job.finished(place) if place.is_dir() else {}
+            lost += [f"{key}: {before[key]} -> {now.get(key)}" for key in before if changed(key, before[key], now)]
+            before = now
+        forked.run(job.script, job.args(place), log)
+        end = job.finished(place)
+        lost += [f"{key} at the end" for key in before if changed(key, before[key], end)]
+        broken += broken_files(place)
+        got = job.result(place)
+        if different := sorted(key for key in {*expected, *got} if expected.get(key) != got.get(key)):
+            lost.append(f"other than the undisturbed run: {different[:5]}, {len(different)} in all")
+    return {
+        "kills": len(moments),
+        "rounds": rounds,
+        "seconds_undisturbed": round(undisturbed_seconds, 2),
+        "killed_after_seconds": moments,
+        "corrupt_files": broken,
+        "lost_or_different": lost,
+        "compared": len(expected),
+        "hidden_leftovers": len(list(work.glob(f"{job.name}_[0-9]*/**/.*"))),
+    }
+
+
+def changed(key: str, before: Any, now: dict[str, Any]) -> bool:
+    """Whether finished work is gone or was made again. A training's step may grow."""
+    return now.get(key, -1) < before if key == "step" else now.get(key) != before
+
+
+def prepare(work: Path) -> tuple[Path, Path]:
+    """A config, and its data: files, and volumes generated from their masks."""
+    for number in range(6):
+        image, mask, _ = make_phantom(number, SHAPE)
+        write_volume(image, work / f"data/images/case_{number}.nii.gz")
+        write_volume(mask, work / f"data/labels/case_{number}.nii.gz")
+        write_volume(image.replace(image.array * 2 + 1), work / f"data/made/case_{number}_000.nii.gz")
+    rows = [f"case_{n},S{n},{'test' if n > 3 else 'train'}" for n in range(6)]
+    (work / "data/subjects.csv").write_text("\n".join(["volume,subject,split", *rows]) + "\n")
+    section = {
+        "root": str(work / "data"),
+        "table": "subjects.csv",
+        "images": "images/{volume}.nii.gz",
+        "masks": "labels/{volume}.nii.gz",
+        "subject": "subject",
+        "split": "split",
+        "label_names": {0: "background", 1: "body", 2: "organ", 3: "lesion"},
+    }
+    (work / "config.yaml").write_text(yaml.safe_dump({"data": section}))
+    return work / "config.yaml", work / "data"
+
+
+def make_jobs(work: Path) -> list[Job]:
+    """In an order in which each finds what it needs."""
+    config, data = prepare(work)
+    vae, pipeline = work / "train_vae_undisturbed/vae", work / "train_ldm_undisturbed/pipeline"
+    args = config, data / "made"
+    return [
+        training("train_vae", "train_vae", VAE),
+        training("train_ldm", "train_ldm", [*LDM, f"--vae={vae}"]),
+        generation(pipeline, data / "labels"),
+        evaluation("dice", *args, []),
+        evaluation("few_labels", *args, ["--labels", "2", "all", "--train_on", "real", "both"]),
+        evaluation(
+            "pretrain", *args, ["--labels", "2", "--starts", "scratch", "synthetic", "--pretrain_iterations", "3"]
+        ),
+    ]
+
+
+def main() -> None:
+    """Kill, and report. Ends with status 1 if anything was lost, corrupt or different."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30, help="in all, shared among the jobs (30)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    parser.add_argument("--jobs", nargs="+", help="of these only; each needs what the trainings before it made")
+    parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
+    options = parser.parse_args()
+    found, chance = {}, random.Random(options.seed)
+    with tempfile.TemporaryDirectory(prefix="survive-") as name:
+        work = Path(name)
+        jobs = [job for job in make_jobs(work) if not options.jobs or job.name in options.jobs]
+        for number, job in enumerate(jobs):
+            share = options.kills // len(jobs) + (number < options.kills % len(jobs))
+            found[job.name] = torture(job, work, share, chance)
+            print(job.name, json.dumps(found[job.name]), flush=True)
+            report = {"seed": options.seed, "kills": sum(one["kills"] for one in found.values()), "jobs": found}
+            write_report(options.output, {**report, **provenance()})
+    if any(one["corrupt_files"] or one["lost_or_different"] for one in found.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""What befalls long runs: signals, full disks, damaged checkpoints, other data, losses that go wrong. Each ends in a message with
+a remedy, and nothing that was finished is lost."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import threading
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from test_resume import COMMON, VAE
+from test_train_vae import batch, generators, make_step
+from test_training import LineStep, line_config, line_loop
+
+import train_vae
+from autoencoder import VQGAN3D, AutoencoderKL3D
+from diffusion import build_latent_cache
+from training import LoopConfig, list_checkpoints, make_accelerator
+from training.loop import content_changes
+from training.output import recover_folders, replace_folder
+from training.splits import digests
+from training.watch import SpikeWatch
+from volumes import DataConfig, VolumeDataset, VolumeError, load_cases, make_phantom, write_volume
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def weights(run):
+    return load_file(list_checkpoints(run / "checkpoints")[-1] / "model.safetensors")["weight"].clone()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of six steps with three checkpoints; a function that goes on with it to a step."""
+    line_loop(line_config(tmp_path, "--loop.max_steps=6", "--loop.checkpoint_every=2", "--loop.keep_checkpoints=5"))[
+        0
+    ].run()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+    def go_on(*args):
+        config = line_config(tmp_path, "--loop.max_steps=6", "--loop.checkpoint_every=2", "--resume=latest", *args)
+        loop, _ = line_loop(config)
+        loop.run()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    return tmp_path / "run", go_on
+
+
+# Signals
+
+
+def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits(tmp_path, monkeypatch, caplog):
+    line_loop(line_config(tmp_path / "whole", "--loop.max_steps=9"))[0].run()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    loop, _ = line_loop(line_config(tmp_path, "--loop.max_steps=9"))
+    original = LineStep.__call__
+
+    def terminated(self, batch, generators):
+        if self.calls == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, generators)
+
+    monkeypatch.setattr(LineStep, "__call__", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end, caplog.at_level("WARNING", logger="training"):
+        loop.run()
+    assert end.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert "SIGTERM: wrote" in caplog.text and "--resume latest goes on" in caplog.text
+    assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["step_000005"]
+    monkeypatch.setattr(LineStep, "__call__", original)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    line_loop(line_config(tmp_path, "--loop.max_steps=9", "--resume=latest"))[0].run()
+    assert torch.equal(weights(tmp_path / "run"), weights(tmp_path / "whole/run"))
+
+
+def test_a_loop_in_a_thread_runs_without_signals(tmp_path):
+    loop, ended = line_loop(line_config(tmp_path, "--loop.max_steps=2", "--loop.previews=0"))[0], []
+    thread = threading.Thread(target=lambda: ended.append(loop.run()))
+    thread.start()
+    thread.join()
+    assert len(ended) == 1
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "line_ema.safetensors", "model.safetensors", "state.json"])
+def test_a_truncated_checkpoint_is_passed_over_and_named(run, name, caplog):
+    folder, go_on = run
+    expected, last = weights(folder), folder / "checkpoints/step_000006"
+    os.truncate(last / name, (last / name).stat().st_size // 2)
+    with caplog.at_level("WARNING", logger="training"):
+        go_on()
+    assert f"step_000006: {name}: not what was written" in caplog.text and "goes on from step_000004" in caplog.text
+    assert torch.equal(weights(folder), expected)
+    assert (folder / "checkpoints/aside_step_000006").is_dir()
+
+
+def test_a_flipped_bit_is_found(run, caplog):
+    folder, go_on = run
+    path = folder / "checkpoints/step_000006/optimizer.bin"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    go_on()
+    assert "optimizer.bin: not what was written" in caplog.text
+
+
+def test_no_whole_checkpoint_is_an_error_that_names_all(run):
+    folder, go_on = run
+    for path in list_checkpoints(folder / "checkpoints"):
+        os.truncate(path / "optimizer.bin", 10)
+    with pytest.raises(ValueError, match=r"(?s)no whole checkpoint.*step_000006.*step_000004.*step_000002"):
+        go_on()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="step_000004: optimizer.bin"):  # what was asked for by name is not replaced
+        go_on(f"--resume={folder / 'checkpoints/step_000004'}")
+
+
+def test_what_comes_after_the_checkpoint_that_is_asked_for_is_set_aside(run):
+    """Else `--resume latest` would take it for this run's."""
+    folder, go_on = run
+    go_on(f"--resume={folder / 'checkpoints/step_000002'}", "--loop.max_steps=3")
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step_000002", "step_000003"]
+    assert {path.name for path in (folder / "checkpoints").glob("aside_*")} == {
+        "aside_step_000004",
+        "aside_step_000006",
+    }
+
+
+def test_a_folder_is_replaced_at_every_moment_or_not_at_all(tmp_path, monkeypatch):
+    """Killed before any of the renames, there is a whole folder after `recover_folders`."""
+    from pathlib import Path
+
+    rename = Path.rename
+    for survived in range(3):
+        parent = tmp_path / str(survived)
+        for name, text in (("step", "old"), (".partial_step", "new")):
+            (parent / name).mkdir(parents=True)
+            (parent / name / "file").write_text(text)
+        left = [survived]
+
+        def killed(self, target, left=left):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", killed)
+        try:
+            replace_folder(parent / ".partial_step", parent / "step")
+        except KeyboardInterrupt:
+            pass
+        monkeypatch.setattr(Path, "rename", rename)
+        recover_folders(parent)
+        assert [path.name for path in parent.iterdir()] == ["step"]
+        assert (parent / "step/file").read_text() == ("new" if survived == 2 else "old")
+
+
+@pytest.mark.parametrize("kind", ["enospc", "limit"])
+def test_a_full_disk_ends_the_run_and_leaves_its_checkpoints(run, kind, monkeypatch):
+    folder, go_on = run
+    there = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    if kind == "enospc":
+
+        def full(*args, **options):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("training.checkpoints.save_file", full)
+        message = "No space left on device"
+    else:  # what torch writes meets the limit first: its own error, as on a full disk
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        monkeypatch.setattr("accelerate.accelerator.save_accelerator_state", lambda *a, **k: fill(a[0], limits))
+        message = "inline_container"
+    try:
+        with pytest.raises(
+            RuntimeError, match=rf"(?s)step_000008: the checkpoint could not.*{message}.*Make room.*--resume"
+        ):
+            go_on("--loop.max_steps=8")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)[1:] * 2)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == there
+
+
+def fill(folder, limits):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    torch.save({"weight": torch.zeros(10_000)}, f"{folder}/model.bin")
+
+
+def test_an_output_that_cannot_be_written_is_named_before_the_data_are_read(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(ValueError, match="run: cannot be written to: File exists; choose another folder"):
+        make_accelerator(line_config(tmp_path))
+
+
+def test_patience_must_be_some():
+    with pytest.raises(ValueError, match="patience must be above 0 minutes, got 0"):
+        LoopConfig(patience=0)
+
+
+# Data
+
+
+def files(folder, count=5):
+    for number in range(count):
+        image, mask, _ = make_phantom(number, (12, 12, 12))
+        write_volume(image, folder / f"images/case_{number}.nii.gz")
+        write_volume(mask, folder / f"labels/case_{number}.nii.gz")
+    return DataConfig(root=str(folder), images="images/{name}.nii.gz", masks="labels/{name}.nii.gz", label_names=LABELS)
+
+
+LABELS = {0: "background", 1: "body", 2: "organ", 3: "lesion"}
+
+
+def test_a_volume_that_changed_between_two_runs_is_named(tmp_path):
+    config = files(tmp_path)
+    before = digests(VolumeDataset(load_cases(config), config))
+    assert digests(VolumeDataset(load_cases(config), config)) == before and len(set(before.values())) == 5
+    image, _, _ = make_phantom(77, (12, 12, 12))
+    write_volume(image, tmp_path / "images/case_1.nii.gz")
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "case_3.nii.gz").unlink()
+    after = digests(VolumeDataset(load_cases(config), config))
+    assert content_changes(before, after) == {
+        "volume case_1": "holds other voxels",
+        "volume case_3": "is not there any more",
+    }
+    assert content_changes(after, before)["volume case_3"] == "was not there"
+
+
+def test_a_run_whose_volumes_changed_is_refused_and_one_with_a_broken_volume_names_it(tmp_path):
+    config = files(tmp_path / "data")
+    data = [f"--data.root={tmp_path / 'data'}", "--data.images=images/{name}.nii.gz", "--data.phantom=null"]
+    data += ["--data.masks=labels/{name}.nii.gz", "--data.label_names={0: background, 1: body, 2: organ, 3: lesion}"]
+
+    def train(*args):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train_vae.main([f"--output={tmp_path / 'run'}", *COMMON, *VAE, *data, "--loop.max_steps=2", *args])
+
+    train()
+    path = tmp_path / "data/images/case_1.nii.gz"
+    whole = path.read_bytes()
+    image, _, _ = make_phantom(77, (12, 12, 12))
+    write_volume(image, path)
+    with pytest.raises(ValueError, match=r"volume case_1: holds other voxels\nUndo that"):
+        train("--loop.max_steps=3", "--resume=latest")
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(VolumeError, match="case_1.nii.gz"):
+        train("--loop.max_steps=3", "--resume=latest")
+    path.write_bytes(whole)
+    train("--loop.max_steps=3", "--resume=latest")
+    assert config.root == str(tmp_path / "data")
+
+
+def test_nan_in_the_data_is_refused_by_name(tmp_path):
+    import nibabel as nib
+    import numpy as np
+
+    config = files(tmp_path, 2)
+    path = tmp_path / "images/case_1.nii.gz"
+    array = np.asarray(nib.load(path).dataobj, dtype=np.float32).copy()
+    array[3, 3, 3] = np.nan
+    nib.save(nib.Nifti1Image(array, nib.load(path).affine), path)
+    with pytest.raises(VolumeError, match=r"case_1.nii.gz.*(?i:nan|finite)"):
+        VolumeDataset(load_cases(config), config)
+
+
+def test_a_damaged_entry_of_the_latent_cache_is_named_and_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    vae = AutoencoderKL3D(channels=(4, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1))
+    vae.set_latent_statistics([0.0] * 4, [1.0] * 4)
+    config = files(tmp_path, 2)
+    dataset = VolumeDataset(load_cases(config), config)
+    cache = build_latent_cache(dataset, vae, tmp_path / "cache", progress=False)
+    os.truncate(cache.files[1], 100)
+    assert cache[0]["mean"].isfinite().all()
+    with pytest.raises(ValueError, match=r"00001_00.safetensors: is no whole entry of the latent cache.*delete it"):
+        cache[1]
+
+    def full(entry, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("diffusion.latent_cache.save_file", full)
+    with pytest.raises(ValueError, match="could not be written .*No space left on device.*cache.folder"):
+        build_latent_cache(dataset, vae, tmp_path / "other", progress=False)
+    assert not [path for path in (tmp_path / "other").rglob("*") if path.is_file()]
+
+
+# Losses
+
+
+def test_a_spike_is_told_with_a_remedy():
+    watch = SpikeWatch()
+    for loss in (5.0, 3.0, 2.0, 1.0, 1.0, 1.1, 0.9):
+        assert watch(loss) is None
+    told = watch(8.0)  # the median is 1.1
+    assert told is not None and "rose to 8, 7.3 times the median of the last 7 reports (1.1)" in told
+    assert "optimizer.learning_rate" in told and "--accept_changes true" in told
+    assert watch(4.3) is None
+    adversarial = SpikeWatch()
+    assert [adversarial(-1.0) for _ in range(6)] == [None] * 6 and adversarial(
+        9.0
+    ) is None  # no ratio of losses below 0
+
+
+def test_the_loop_tells_of_a_spike(tmp_path, monkeypatch, caplog):
+    loop, step = line_loop(line_config(tmp_path, "--loop.max_steps=40", "--optimizer.learning_rate=0"))
+    original = LineStep.__call__
+
+    def spiking(self, batch, generators):
+        losses = original(self, batch, generators)
+        return {name: value * (100 if self.calls > 35 else 1) for name, value in losses.items()}
+
+    monkeypatch.setattr(LineStep, "__call__", spiking)
+    with caplog.at_level("WARNING", logger="training"):
+        loop.run()
+    assert len([r for r in caplog.records if "step 40: the loss rose" in r.message]) == 1
+
+
+def test_a_collapsed_codebook_is_told_with_a_remedy():
+    step = make_step(VQGAN3D, num_codes=16)
+    losses = {name: value.item() for name, value in step(batch(), generators()).items()}
+    assert losses["perplexity"] > 2 and step.review(losses) == []
+    step.vae.network.codebook.codes.zero_()
+    step.vae.network.codebook.codes[0] = 100  # all cells are nearest to the zeros, of which the first is taken
+    losses = {name: value.item() for name, value in step(batch(), generators()).items()}
+    (told,) = step.review(losses)
+    assert "has collapsed: cells share 1.0" in told and "losses.commitment" in told
+    assert make_step().review({"loss": 1.0}) == []  # no codebook
+
+
+def test_state_of_the_run_is_in_its_checkpoint(run):
+    folder, _ = run
+    state = json.loads((folder / "checkpoints/step_000006/state.json").read_text())
+    assert state["processes"] == 1 and state["samples"] == 18
