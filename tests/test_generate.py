@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -14,6 +12,7 @@ from tiny import mask_image, tiny_pipeline
 
 import demo
 import generate
+from benchmarks import forked
 from pipelines import MedVolumePipeline, VolumeProcessor, describe_mask, sidecar_path
 from pipelines.requests import find_masks
 from volumes import volume_stem
@@ -178,13 +177,13 @@ def test_every_bad_mask_is_named_before_anything_is_made(inputs, tmp_path):
 
 
 def test_two_processes_make_what_one_makes(inputs, generated, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command = [*launch, "generate.py", *arguments(inputs, tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("6 volumes in") == 1
-    assert_same(tmp_path, generated)
-    assert (tmp_path / "manifest.csv").read_text() == (generated / "manifest.csv").read_text()
+    two = forked.start_two("generate", arguments(inputs, tmp_path / "out"), tmp_path / "log.txt")
+    codes = [forked.ended(process) for process in two]
+    logs = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
+    assert codes == [0, 0], logs
+    assert sum(log.count("6 volumes in") for log in logs) == 1
+    assert_same(tmp_path / "out", generated)
+    assert (tmp_path / "out" / "manifest.csv").read_text() == (generated / "manifest.csv").read_text()
 
 
 def test_demo(inputs, tmp_path, capsys):
