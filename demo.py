@@ -48,7 +48,8 @@ def main(weights: Path = WEIGHTS, output: Path = OUTPUT, num_inference_steps: in
         preview(folder, table.parent / "masks", data).savefig(folder / "preview.png", dpi=130)
         print(f"{seconds:.2f} s a volume, loading included. Look at {folder / 'preview.png'}\n")
     for maps, volumes in itertools.product(described, described):
-        if described[maps].get("image_labels") == described[volumes]["labels"]:
+        drawn = described[maps].get("image_labels")
+        if drawn and drawn == described[volumes]["labels"]:
             pairs(maps, volumes, described[volumes], output / f"{volumes.name}-pairs", num_inference_steps)
             edit(volumes, described[volumes], output, num_inference_steps)
 

@@ -294,9 +294,15 @@ def test_the_demo_makes_pairs_from_nothing_and_an_edit(pairs, tmp_path, capsys):
     array = np.zeros((16, 16, 16), np.int16)
     array[5:11, 5:11, 5:11] = 2
     write_volume(Volume(array[None], np.eye(4)), weights / "volumes" / "masks" / "a.nii.gz")
+    shutil.copytree(weights / "maps", weights / "others")  # of labels that no other pipeline knows
+    index = json.loads((weights / "others" / "model_index.json").read_text())
+    index["data"]["image_labels"] = {"0": "none", "2": "x", "5": "y"}
+    index["data"]["channels"] = ["x", "y"]
+    del index["data"]["maps"]
+    (weights / "others" / "model_index.json").write_text(json.dumps(index))
     demo.main(weights, tmp_path / "out", num_inference_steps=2)
     pictures = sorted(path.parent.name for path in (tmp_path / "out").glob("*/preview.png"))
-    assert pictures == [*("maps", "volumes", "volumes-edit", "volumes-pairs")]
+    assert pictures == [*("maps", "others", "volumes", "volumes-edit", "volumes-pairs")]
     assert len(list((tmp_path / "out" / "volumes-pairs" / "masks").glob("*.nii.gz"))) == 6
     before, after = (nib.load(tmp_path / "out" / name / "a_000.nii.gz") for name in ("volumes", "volumes-edit"))
     region = np.asarray(nib.load(tmp_path / "out" / "volumes-edit" / "region.nii.gz").dataobj) != 0

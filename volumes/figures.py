@@ -23,9 +23,9 @@ def slices_figure(columns: Sequence[dict[str, Any]]) -> Figure:
 
     A column is {"title": str, "images": {row name: (X, Y, Z) array or tensor}, "mask": (X, Y, Z) of labels (optional),
     "spacing": (x, y, z) in mm (optional, 1 mm), "windows": {row name: (black, white)} (optional), "centre": voxel (optional)}.
-    Slices go through that voxel, or the centre of what the mask marks (label > 0), or of the volume. The mask has its own rows, first, and its outline is
-    drawn on the images. Images without a window share the grey scale of the column's first. Arrays are in RAS+ order:
-    the patient's right is on the right, anterior or superior is up.
+    Slices go through that voxel, or the centre of what the mask marks (label > 0), or of the volume. The mask has its own rows,
+    first, and its outline is drawn on the images. Images without a window share the grey scale of the column's first. Arrays are
+    in RAS+ order: the patient's right is on the right, anterior or superior is up.
     """
     if not columns:
         raise ValueError("slices_figure needs at least one column")
