@@ -308,14 +308,14 @@ def plan(
     tasks, refused = [], []
     for request in requests:
         mask = request.mask
-        description, images = describe_mask(mask) if mask else None, describe_images(request.images)
-        canvas, before = None, None
+        canvas, before, description, images = None, None, None, {}
         for k in ks:
             seed = volume_seed(options.seed, request.name, k)
             size = None if request.files else size_of(pipe, options, seed)
             try:
                 if canvas is None or size != before:
                     canvas, before = pipe.canvas(mask, size, options.label_map, request.images), size
+                    description, images = describe_mask(mask) if mask else None, describe_images(request.images)
                 labels, numbers = check_conditions(pipe.unet, pipe.data, request.labels, request.numbers, canvas.grid)
             except ValueError as error:
                 refused.append(f"{request.name}: {error}")

@@ -259,7 +259,7 @@ def test_a_run_learns_all_channels_from_those_given(folder, tmp_path, monkeypatc
     seen, drawn, previewed = [], [], []
     loss, figure, denoised = train_ldm.training_loss, train_ldm.slices_figure, train_ldm.denoise
     monkeypatch.setattr(train_ldm, "denoise", lambda *a, **k: (previewed.append(a[3]["image"]), denoised(*a, **k))[1])
-    monkeypatch.setattr(train_ldm, "training_loss", lambda *a: (seen.append(a[3]["image"]), loss(*a))[1])
+    monkeypatch.setattr(train_ldm, "training_loss", lambda *a, **k: (seen.append(a[3]["image"]), loss(*a, **k))[1])
     monkeypatch.setattr(train_ldm, "slices_figure", lambda columns: (drawn.append(columns), figure(columns))[1])
     metrics = train(folder, tmp_path)
     assert 0 < metrics["loss"] < 10

@@ -44,6 +44,7 @@ def test_train_vae(vae_run):
         "config.yaml",
         "logs",
         "metrics.json",
+        "volumes.json",
         "previews",
         "vae",
     }

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from test_train_vae import batch, generator, gradients, make_step
+from test_train_vae import batch, generators, gradients, make_step
 
 from autoencoder import AutoencoderKL3D
 from autoencoder.perceptual import EncoderFeatures, VGG16Features, perceptual_loss
@@ -45,7 +45,7 @@ def network(request, vgg_file):
 
 def volumes_for(network, shape=(2, 1, 16, 16, 16)) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise in [-1, 1] of as many axes as the network takes, and a field of view of everything."""
-    image = torch.rand(shape[: network.dims + 2], generator=generator()) * 2 - 1
+    image = torch.rand(shape[: network.dims + 2], generator=generators()[0]) * 2 - 1
     return image, torch.ones_like(image[:, :1], dtype=torch.bool)
 
 
@@ -93,7 +93,7 @@ def test_features_are_those_of_each_level_and_of_each_channel_alone(vgg_file):
 
 
 def test_each_channel_has_the_field_of_view_of_its_own_volume():
-    network, image = EncoderFeatures(small_autoencoder()), torch.randn(2, 2, 8, 8, 8, generator=generator())
+    network, image = EncoderFeatures(small_autoencoder()), torch.randn(2, 2, 8, 8, 8, generator=generators()[0])
     fov = torch.tensor([True, False]).view(2, 1, 1, 1, 1).expand(2, 1, 8, 8, 8)
     for volume, counts in enumerate((True, False)):
         changed = image.clone()
@@ -114,7 +114,7 @@ def test_a_training_step_logs_it_and_moves_the_autoencoder_alone(network):
     step.perception = Perception(network, PerceptualConfig("", weight=0.5, slices=2))
     inputs = {key: F.interpolate(value.float(), 16) for key, value in batch().items()}
     inputs["fov"] = inputs["fov"].bool()
-    before, found = plain(inputs, generator()), step(inputs, generator())
+    before, found = plain(inputs, generators()), step(inputs, generators())
     assert found["perceptual"] > 0 and found["loss"] > before["loss"]
     pulls = [gradients(s.vae.network.decoder[-1])[0] for s in (plain, step)]
     assert not torch.allclose(pulls[0], pulls[1]) and not gradients(network)
@@ -127,7 +127,7 @@ def test_padding_is_not_perceived(network):
     network.register_forward_hook(lambda module, given, output: seen.append(given[0]))
     image = torch.full((2, 1, 16, 16, 16), -1.0)
     fov = torch.zeros_like(image, dtype=torch.bool)
-    step({"image": image, "fov": fov}, generator())
+    step({"image": image, "fov": fov}, generators())
     assert len(seen) == 2 and all((volumes == -1).all() for volumes in seen)
 
 
