@@ -294,6 +294,9 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     set_seed(config.loop.seed)
     vae: VolumeAutoencoder = build_model(config.model)
     if not list(vae.parameters()):
+        unread = ("init_from", "freeze_encoder", "adversarial", "perceptual", "resume")
+        if given := [name for name in unread if getattr(config, name)]:
+            raise ValueError(f"{type(vae).__name__} has nothing to train: remove {', '.join(given)}")
         if accelerator.is_main_process:
             save_config(config, output / "config.yaml")
             finish(vae.to(accelerator.device), load_split(config.data)[0], output)

@@ -107,6 +107,8 @@ def _of_generated_masks(
             continue
         if describe_mask(mask)["sha256"] != record["sha256"]:
             raise ValueError(f"{path}: was made from another mask than {mask}; generate it again")
+        if missing := [channel for channel in channels if channel not in parts]:
+            raise ValueError(f"{path}: has no file of channel {', '.join(missing)}; generate all channels")
         case = Case(volume, f"generated {_stem(mask)}", "train", dict(parts), mask)
         pairs.append(Pair(case, tuple(parts[channel] for channel in channels)))
     return pairs

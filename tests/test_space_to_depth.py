@@ -102,6 +102,8 @@ def test_zeros_are_not_cached(tmp_path):
 def test_a_run_in_voxels(tmp_path):
     """The ordinary two steps; the first has nothing to train. The statistics are the training volumes'."""
     model = "--model={class: autoencoder.SpaceToDepth3D, patch_size: 2}"
+    with pytest.raises(ValueError, match="SpaceToDepth3D has nothing to train: remove init_from, resume"):
+        train_vae.main([f"--output={tmp_path}/vae", f"--data={DATA}", model, "--init_from=x", "--resume=latest"])
     made = train_vae.main([f"--output={tmp_path}/vae", f"--data={DATA}", model])
     assert made == {} and (tmp_path / "vae/config.yaml").is_file()
     vae = load_autoencoder(tmp_path / "vae")
