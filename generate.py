@@ -27,7 +27,6 @@ import argparse
 import csv
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -54,8 +53,10 @@ from pipelines import (
     write_synthetic,
 )
 from pipelines.requests import Request, mask_requests, read_requests
-from training import join_processes
+from training import ending_with_others, join_processes
+from training.output import check_writable, naming_full_disk
 from volumes import draw_shape, map_fault
+from volumes.nifti import remove_abandoned
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LONGEST_RUN = timedelta(days=30)  # processes wait this long for each other at the end
@@ -82,6 +83,15 @@ def main(args: Sequence[str] | None = None) -> None:
     """Generate what is not there yet."""
     options = parse(args)
     state = join_processes(LONGEST_RUN)
+    with ending_with_others(state, "run the same command again: it goes on with what is there"):
+        lost = generate_all(options, state)
+    state.destroy_process_group()
+    if lost:
+        raise ValueError("given up, with nothing written of them; all others are finished:\n" + "\n".join(lost))
+
+
+def generate_all(options: argparse.Namespace, state: PartialState) -> list[str]:
+    """`generate`, after the masks if those are to be drawn."""
     lost = []
     if options.masks_by:
         drawn = argparse.Namespace(**vars(options))
@@ -94,9 +104,7 @@ def main(args: Sequence[str] | None = None) -> None:
         options.count, options.shape = 1, None  # the shape was theirs
     if options.masks or not options.masks_by:  # of masks to be drawn, one at least was accepted
         lost += generate(options, state)
-    state.destroy_process_group()
-    if lost:
-        raise ValueError("given up, with nothing written of them; all others are finished:\n" + "\n".join(lost))
+    return lost
 
 
 def generate(options: argparse.Namespace, state: PartialState) -> list[str]:
@@ -116,15 +124,19 @@ def generate(options: argparse.Namespace, state: PartialState) -> list[str]:
     tasks = plan(pipe, requests, ks, options, rejection)
     todo, lost = unfinished(tasks), []
     check_writable(options.output)
+    if state.is_main_process:
+        remove_abandoned(options.output)
+    state.wait_for_everyone()  # what one refuses ends all before hours of work
     with tqdm(
         total=len(tasks), initial=len(tasks) - len(todo), desc="volumes", disable=not state.is_main_process
     ) as bar:
         for indices in equal_batches([task.shape for task in todo], options.batch_size):
             batch = [todo[i] for i in indices]
-            if rejection is None:
-                run(pipe, batch, options, [task.path for task in batch])
-            else:
-                lost += write_accepted(pipe, batch, options, rejection)
+            with naming_full_disk(options.output):
+                if rejection is None:
+                    run(pipe, batch, options, [task.path for task in batch])
+                else:
+                    lost += write_accepted(pipe, batch, options, rejection)
             bar.update(len(batch))
 
     state.wait_for_everyone()
@@ -225,7 +237,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument(
         "--masks", nargs="+", metavar="DIR_OR_GLOB", help=f"NIfTI label maps, or {GENERATE}PIPELINE to draw them first"
     )
-    source.add_argument("--conditions", type=Path, metavar="TABLE", help="CSV (or JSON): a row a volume, see above")
+    source.add_argument("--conditions", metavar="TABLE", help="CSV (or JSON), or its URL: a row a volume, see above")
     parser.add_argument(
         "--shape", nargs=3, type=positive, metavar=("X", "Y", "Z"), help="voxels, where no mask has them"
     )
@@ -369,19 +381,6 @@ def unfinished(tasks: Sequence[Task]) -> list[Task]:
     if refused:
         raise ValueError("choose another --output, or remove these first:\n" + "\n".join(refused))
     return todo
-
-
-def check_writable(output: Path) -> None:
-    """Make the output folder, and try it before hours of work.
-
-    Raises: ValueError if nothing can be written there.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise ValueError(f"--output {output}: cannot be written to: {error.strerror}") from error
 
 
 def write_manifest(output: Path) -> int:

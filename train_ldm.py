@@ -48,6 +48,7 @@ from training import (
     Loop,
     TrainLdmConfig,
     build_model,
+    ending_with_others,
     initialise_from,
     make_accelerator,
     parse_config,
@@ -233,8 +234,14 @@ def encode_training(
 def main(args: list[str] | None = None) -> dict[str, float]:
     """Train as the config says. Returns the final validation's metrics."""
     config = parse_config(TrainLdmConfig, args)
-    output = Path(config.output)
     accelerator = make_accelerator(config)
+    with ending_with_others(accelerator):
+        return train_as(config, accelerator)
+
+
+def train_as(config: TrainLdmConfig, accelerator: Accelerator) -> dict[str, float]:
+    """`main`, of one config, in one of the processes."""
+    output = Path(config.output)
     vae = load_autoencoder(config.vae).to(accelerator.device)
     train, held_out = load_split(config.data)
     data = describe(train)

@@ -48,6 +48,7 @@ from training import (
     TrainVaeConfig,
     build_model,
     derive_seed,
+    ending_with_others,
     initialise_from,
     make_accelerator,
     parse_config,
@@ -289,8 +290,14 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     """Train as the config says. Returns the final validation's metrics; those of a model without parameters, of which only
     the latents are measured, are none."""
     config = parse_config(TrainVaeConfig, args)
-    output = Path(config.output)
     accelerator = make_accelerator(config)
+    with ending_with_others(accelerator):
+        return train_as(config, accelerator)
+
+
+def train_as(config: TrainVaeConfig, accelerator: Accelerator) -> dict[str, float]:
+    """`main`, of one config, in one of the processes."""
+    output = Path(config.output)
     set_seed(config.loop.seed)
     vae: VolumeAutoencoder = build_model(config.model)
     if not list(vae.parameters()):

@@ -144,9 +144,11 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
 
     def check_channels(self, names: Sequence[str]) -> None:
         """Raises: ValueError if the image channels `names` are not those that this autoencoder learned, in their order."""
-        if (own := self.config.get("channel_names")) and list(own) != list(names):
+        own = self.config.get("channel_names")
+        own = list(own) if isinstance(own, list | tuple) else own  # else a damaged config's
+        if own and own != list(names):
             raise ValueError(
-                f"the data's channels are {list(names)}, the autoencoder learned {list(own)}; give them in that order"
+                f"the data's channels are {list(names)}, the autoencoder learned {own}; give them in that order"
             )
 
     def latent_bound(self) -> float | None:

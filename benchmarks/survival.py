@@ -188,6 +188,8 @@ def torture(job: Job, work: Path, kills: int, chance: random.Random) -> dict[str
             process.join(moment)
             if process.exitcode is not None:  # it was done before: another round, whose moments come sooner
                 whole = (whole + time.perf_counter() - started) / 2
+                if process.exitcode:
+                    lost.append(f"ended with {process.exitcode}: {log.read_text()[-500:]}")
                 break
             process.kill()
             process.join()

@@ -31,9 +31,11 @@ from autoencoder import VolumeAutoencoder
 from autoencoder.layers import as_stride
 from autoencoder.losses import cells_inside
 from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple
+from volumes.remote import is_url, plain_path
 
 from .folding import fold_mask
 from .images import image_condition
+from .latent_store import LatentStore
 
 NOT_CACHED = ("classes", "numbers", "given")  # entries of the data section that latents do not depend on
 SMOOTHNESS = 6.0  # voxels: standard deviation of the Gaussian that smooths random displacements
@@ -184,16 +186,20 @@ def build_latent_cache(
     """Encode what is not yet in the cache and return the data set of latents.
 
     Args:
-        folder: the cache lives in `folder/<key>`; entries already there are kept, so an interrupted build goes on.
+        folder: the cache lives in `folder/<key>`; entries already there are kept, so an interrupted build goes on. At a URL
+            (`LatentStore`), entries are copied to this machine when they are read.
         shard: (rank, world): with several processes each encodes its share; wait for all of them before reading.
     """
-    target = Path(folder) / cache_key(dataset, vae, augmentation)
+    key, folder = cache_key(dataset, vae, augmentation), plain_path(str(folder))
+    store = LatentStore(f"{folder.rstrip('/')}/{key}") if is_url(folder) else None
+    target = store.copies if store else Path(folder) / key
     target.mkdir(parents=True, exist_ok=True)
     files = [
         [target / f"{i:05d}_{v:02d}.safetensors" for v in range(augmentation.versions)] for i in range(len(dataset))
     ]
     order = 0 if dataset.config.image_labels else 3  # a label is there or not
-    missing = [i for i in range(len(dataset))[shard[0] :: shard[1]] if not all(f.exists() for f in files[i])]
+    there = (lambda file: file.name in store.known) if store else Path.exists
+    missing = [i for i in range(len(dataset))[shard[0] :: shard[1]] if not all(map(there, files[i]))]
     for index in tqdm(missing, desc="encode latents", disable=not progress or not missing):
         item = dataset[index]
         for version, file in enumerate(files[index]):
@@ -211,15 +217,18 @@ def build_latent_cache(
             partial = file.with_suffix(f".partial_{uuid.uuid4().hex}")  # another run may be filling the same cache
             try:
                 save_file(entry, partial)
+                if store:
+                    store.put(partial, file.name)
                 partial.replace(file)
             except (SafetensorError, OSError) as error:
-                partial.unlink(missing_ok=True)
                 raise ValueError(
                     f"{file}: the latent cache could not be written ({error}); make room on the disk, or set cache.folder to "
                     "another one. The same command goes on with what is there"
                 ) from error
+            finally:
+                partial.unlink(missing_ok=True)
     conditions = [dataset.conditions(i) for i, versions in enumerate(files) for _ in versions]
-    return LatentDataset([f for versions in files for f in versions], conditions)
+    return LatentDataset([f for versions in files for f in versions], conditions, store)
 
 
 class LatentDataset(Dataset):
@@ -227,17 +236,24 @@ class LatentDataset(Dataset):
     int16 if any, "name", and the "classes" and "numbers" of its case if any}.
 
     The tensors are views of the file in memory (safetensors maps it): only what is read is loaded, the system may drop
-    it again, and a cache may be larger than memory.
+    it again, and a cache may be larger than memory. Files that are not there yet are copied from `store`.
     """
 
-    def __init__(self, files: Sequence[Path], conditions: Sequence[dict[str, Tensor]] | None = None):
-        self.files = list(files)
+    def __init__(
+        self,
+        files: Sequence[Path],
+        conditions: Sequence[dict[str, Tensor]] | None = None,
+        store: LatentStore | None = None,
+    ):
+        self.files, self.store = list(files), store
         self.conditions = [{}] * len(self.files) if conditions is None else list(conditions)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
+        if self.store and not self.files[index].exists():
+            self.store.fetch(self.files[index])
         try:
             entry = load_file(self.files[index])
         except (SafetensorError, OSError) as error:

@@ -129,7 +129,7 @@ class CopyCheck:
 
     @classmethod
     def load(cls, path: str | Path) -> "CopyCheck":
-        """Read what `save` wrote. Raises: ValueError for another file."""
+        """Read what `save` wrote. Raises: ValueError for another file, and a damaged one."""
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file; make it with python -m evaluation.copies")
         try:
@@ -142,10 +142,32 @@ class CopyCheck:
                     )
                 settings = json.loads(metadata["settings"])
                 fingerprints = file.get_tensor("fingerprints").float()
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: is no safetensors file ({error})") from error
-        settings |= {"crop": tuple(settings["crop"]), "flips": tuple(settings["flips"])}
-        return cls(fingerprints, **settings)
+        except (ValueError, KeyError, RecursionError) as error:
+            raise ValueError(f"{path}: is damaged, make it anew ({error})") from error
+        try:
+            settings |= {"crop": tuple(settings["crop"]), "flips": tuple(settings["flips"])}
+            check = cls(fingerprints, **settings)
+            check._check_settings()
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: its settings do not fit its fingerprints, make it anew ({error})") from error
+        return check
+
+    def _check_settings(self) -> None:
+        """Raises: ValueError or TypeError for settings by which no copy would be found, or none could be looked for."""
+        x, y, z = self.crop
+        whole = [x, y, z, self.block, self.shift, *self.flips]
+        if not all(type(n) is int for n in whole) or self.block < 2 or not 0 <= self.shift <= min(x, y, z):
+            raise ValueError(f"crop {self.crop}, block {self.block}, shift {self.shift}")
+        if not set(self.flips) <= {0, 1, 2} or len(set(self.flips)) < len(self.flips):
+            raise ValueError(f"flips {self.flips}")
+        if not -1 <= self.threshold <= 1:  # nothing is above NaN
+            raise ValueError(f"threshold {self.threshold}")
+        expected = (x // self.block, y // self.block, z // self.block)
+        shape = tuple(self.fingerprints.shape)
+        if len(shape) != 5 or shape[2:] != expected or not min(shape) or not self.fingerprints.isfinite().all():
+            raise ValueError(f"fingerprints {shape}, or some that are not finite")
 
 
 def _with_edges(volume: Any, sides: Sides) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from volumes import Case, DataConfig, load_cases
+from volumes import Case, DataConfig, in_one_step, load_cases
 
 from .report import config_parser
 from .segmentation_data import learning_cases, test_cases
@@ -114,8 +114,7 @@ def parse(args: list[str] | None) -> Namespace:
 def _write(table: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     rows = list(rows)
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    table.parent.mkdir(parents=True, exist_ok=True)
-    with table.open("w", newline="", encoding="utf-8") as file:
+    with in_one_step(table) as (unfinished,), unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

@@ -107,8 +107,9 @@ def compare_diversity(
         counts: by set how many volumes it has.
         subjects: by set whose each volume is, if subjects have several.
     Returns: by set {"mean", "interval", "std" over pairs, "pairs"}; "generated_minus_test", positive when generated
-        volumes are more alike than real ones, and its floor "training_minus_test", each {"mean", "interval"}. Intervals
-        are of 95 %, by drawing subjects, not pairs, anew with replacement (Efron 1979).
+        volumes are more alike than real ones, its floor "training_minus_test", and "generated_minus_training" (whose masks
+        generated volumes mostly have), each {"mean", "interval"}. Intervals are of 95 %, by drawing subjects, not pairs,
+        anew with replacement (Efron 1979).
     """
     random = np.random.default_rng(seed)
     report, drawn = {}, {}
@@ -124,11 +125,11 @@ def compare_diversity(
             "std": float(found.std()),
             "pairs": len(found),
         }
-    for name in ("generated", "training"):
-        least = min(len(drawn[name]), len(drawn["test"]))
-        interval = spread(drawn[name][:least] - drawn["test"][:least])["interval"]
-        mean = report[name]["mean"] - report["test"]["mean"]
-        report[f"{name}_minus_test"] = {"mean": mean, "interval": interval}
+    for one, other in (("generated", "test"), ("training", "test"), ("generated", "training")):
+        least = min(len(drawn[one]), len(drawn[other]))
+        interval = spread(drawn[one][:least] - drawn[other][:least])["interval"]
+        mean = report[one]["mean"] - report[other]["mean"]
+        report[f"{one}_minus_{other}"] = {"mean": mean, "interval": interval}
     return report
 
 

@@ -1,7 +1,7 @@
 """Saving and loading through diffusers, made strict: packages registered, safetensors only, every key accounted for."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,17 @@ def register_packages() -> None:
         pipeline_loading_utils.LOADABLE_CLASSES[package] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
 
 
-def check_folder(folder: str | Path) -> None:
+def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
     """Check that a folder is a pipeline's, of our classes and diffusers' schedulers, and that it leads nowhere else; each
     model checks its own config and weights when it is loaded. No module is imported for a folder, and no file of it run.
+    Components that are `given` to the pipeline need no folder of their own.
 
     Raises: ValueError naming the folder and what is wrong with its model_index.json, its links, or its scheduler.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder}: no model_index.json, so this is not a pipeline folder (train_ldm.py writes one)")
-    _check_inside(folder)
+    _check_inside(folder, ["model_index.json", *COMPONENTS])
     index = read_object(folder / "model_index.json")
     if not isinstance(index.get("_class_name"), str):  # a list would name a file with code
         raise ValueError(f"{folder}: model_index.json is of the class {index.get('_class_name')!r}; a name is expected")
@@ -64,6 +65,8 @@ def check_folder(folder: str | Path) -> None:
             raise ValueError(f"{folder}: model_index.json asks for {entry[1]}, which {package} does not have")
         if not (isinstance(found, type) and issubclass(found, kind)):
             raise ValueError(f"{folder}: model_index.json asks for {entry[1]} as {name}, which is no {kind.__name__}")
+        if not (folder / name).is_dir() and name not in given:  # diffusers would look for its files beside the index
+            raise ValueError(f"{folder}: has no folder {name}, which model_index.json speaks of; is it whole?")
         if (folder / name / f"{package}.py").exists():  # which diffusers would take in the place of the package
             raise ValueError(
                 f"{folder / name}: holds {package}.py; code of a pipeline's folder is never run, remove it"
@@ -81,18 +84,19 @@ def check_folder(folder: str | Path) -> None:
         )
 
 
-def _check_inside(folder: Path) -> None:
-    """Raises: ValueError for a link that leads out of the folder, to a file that would be loaded. The cache of the Hub keeps
-    files in `blobs`, beside the `snapshots` that link to them."""
+def _check_inside(folder: Path, names: Iterable[str]) -> None:
+    """Raises: ValueError for a link that leads out of the folder, among these of its files and folders. The cache of the
+    Hub keeps files in `blobs`, beside the `snapshots` that link to them."""
     homes = [folder.resolve()]
-    if homes[0].parent.name == "snapshots":
-        homes.append(homes[0].parent.parent / "blobs")
-    parts = [folder / name for name in COMPONENTS]
-    for path in [folder / "model_index.json", *parts, *(path for part in parts for path in part.rglob("*"))]:
-        if not any(path.resolve().is_relative_to(home) for home in homes):
-            raise ValueError(
-                f"{path}: is a link to {path.resolve()}, outside of the pipeline's folder; copy the file there"
-            )
+    homes += [place.parent / "blobs" for place in homes[0].parents if place.name == "snapshots"]
+    parts = [folder / name for name in names]
+    for path in [*parts, *(path for part in parts for path in part.rglob("*"))]:
+        try:
+            place = path.resolve()
+        except RuntimeError as error:  # Python's, for a circle of links
+            raise ValueError(f"{path}: is a link to itself; remove it") from error
+        if not any(place.is_relative_to(home) for home in homes):
+            raise ValueError(f"{path}: is a link to {place}, outside of the folder of the model; copy the file there")
 
 
 def _check_scheduler(folder: Path, scheduler_class: type) -> None:
@@ -122,6 +126,7 @@ def load_autoencoder(folder: str | Path) -> VolumeAutoencoder:
         raise ValueError(
             f"{folder}: no autoencoder there (config.json, or vae/config.json); give a folder that train_vae.py wrote"
         )
+    _check_inside(found, ["config.json", *(path.name for path in found.glob("*.safetensors*"))])
     name = read_object(found / "config.json").get("_class_name")
     model_class = getattr(autoencoder, str(name), None)
     if not (isinstance(model_class, type) and issubclass(model_class, VolumeAutoencoder)):

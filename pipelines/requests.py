@@ -12,6 +12,7 @@ from volumes import volume_stem
 from volumes.cases import read_table
 from volumes.dicom import is_series
 from volumes.files import SUFFIXES, is_volume
+from volumes.remote import copy_pattern, copy_table, is_url, plain_path, with_urls
 
 from .pipeline import MedVolumePipeline
 
@@ -41,13 +42,14 @@ def mask_requests(patterns: Sequence[str], output: Path) -> list[Request]:
 
 
 def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
-    """Mask files in folders, or matching patterns, sorted by stem.
+    """Mask files in folders, or matching patterns, sorted by stem; of URLs, local copies.
 
     Raises: ValueError if there are none, if two have the same stem (their volumes would have one name), or if masks lie
     in the output folder (volumes would become masks in the next run).
     """
     found: set[Path] = set()
-    for pattern in patterns:
+    for given in patterns:
+        pattern = copy_pattern(given) if is_url(given) else plain_path(given)
         matches = (
             [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
         )  # a[1].nii is a file's name
@@ -66,7 +68,8 @@ def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
     masks = sorted(found, key=lambda path: (volume_stem(path), str(path)))
     for first, second in itertools.pairwise(masks):
         if volume_stem(first) == volume_stem(second):
-            raise ValueError(f"{first} and {second} have the same stem, so their volumes would too; rename one")
+            both = with_urls(f"{first} and {second}")
+            raise ValueError(f"{both} have the same stem, so their volumes would too; rename one")
     refuse_masks_in(output, masks)
     return masks
 
@@ -78,34 +81,35 @@ def refuse_masks_in(output: Path, masks: Sequence[Path]) -> None:
             raise ValueError(f"{mask}: lies in --output {output}; write volumes to another folder")
 
 
-def read_requests(table: Path, pipe: MedVolumePipeline, output: Path) -> list[Request]:
-    """The rows of a table of conditions, in order.
+def read_requests(source: str | Path, pipe: MedVolumePipeline, output: Path) -> list[Request]:
+    """The rows of a table of conditions, in order. Of a table at a URL, local copies of the files below its folder.
 
     Raises: ValueError for columns that the model does not know, for names used twice or unfit for a file, for masks and
     images in the output folder, and if some rows have a mask (or, without any, an image) and others none.
     """
+    table = copy_table(source, read_table) if is_url(source) else Path(plain_path(str(source)))
     names, rows = pipe.unet.condition_names, read_table(table)
     channels = [name for name, _ in names.images]
     known = ["mask", "name", *names.classes, *names.numbers, *channels]
     if unknown := sorted({column for row in rows for column in row} - set(known)):
-        raise ValueError(f"{table}: unknown columns {unknown}; for this model a table has {', '.join(known)}")
+        raise ValueError(f"{source}: unknown columns {unknown}; for this model a table has {', '.join(known)}")
     requests = []
     for number, row in enumerate(rows, start=1):
         given = {column: value for column, value in row.items() if value not in (None, "")}
         mask = table.parent / given["mask"] if "mask" in given else None
         name = str(given.get("name", volume_stem(mask) if mask else f"row_{number:04d}"))
         if Path(name).name != name:
-            raise ValueError(f"{table}: row {number} is called {name!r}, which is no file's name")
+            raise ValueError(f"{source}: row {number} is called {name!r}, which is no file's name")
         labels, numbers = (
             {column: given[column] for column in kind if column in given} for kind in (names.classes, names.numbers)
         )
         images = {column: table.parent / given[column] for column in channels if column in given}
         requests.append(Request(name, mask, labels, numbers, images))
     if twice := sorted(name for name, count in Counter(request.name for request in requests).items() if count > 1):
-        raise ValueError(f"{table}: several rows are called {', '.join(twice)}; tell them apart in a column `name`")
+        raise ValueError(f"{source}: several rows are called {', '.join(twice)}; tell them apart in a column `name`")
     masks, files = sum(bool(request.mask) for request in requests), sum(bool(request.files) for request in requests)
     if (masks or files) not in (0, len(requests)):
         what = "a mask" if masks else "an image"
-        raise ValueError(f"{table}: {masks or files} of {len(requests)} rows have {what}; split it into two tables")
+        raise ValueError(f"{source}: {masks or files} of {len(requests)} rows have {what}; split it into two tables")
     refuse_masks_in(output, [path for request in requests for path in request.files])
     return requests

@@ -40,8 +40,13 @@ class StoredPipeline(DiffusionPipeline):
                 folder = Path(cls.download(str(pretrained_model_name_or_path), use_safetensors=True, **kwargs))
             except (OSError, HFValidationError) as error:
                 raise ValueError(f"{folder}: no such folder here, nor is it found on the Hub: {error}") from error
-        check_folder(folder)
-        pipe = super().from_pretrained(folder, use_safetensors=True, **kwargs)
+        check_folder(folder, kwargs)
+        try:
+            pipe = super().from_pretrained(folder, use_safetensors=True, **kwargs)
+        except ValueError as error:
+            if str(folder) in str(error):
+                raise
+            raise ValueError(f"{folder}: {error}") from error
         for name in COMPONENTS:
             if name not in kwargs:
                 pipe._files[name] = getattr(pipe, name), weight_files(folder / name, kwargs.get("variant"))

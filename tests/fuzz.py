@@ -73,6 +73,7 @@ SHARES = {  # of all cases
     "pipeline": 8,
     "autoencoder": 4,
     "lora": 2,
+    "copies": 2,
     "checkpoint": 3,
 }
 

@@ -172,7 +172,7 @@ def pipeline_target() -> Target:
     scale = {"kind": "window", "low": 0.0, "high": 1.0}
     two = tiny_pipeline(channels=["pet", "ct"], intensity=[scale, scale], images={"ct": 4})
     variants = [collected(one.save_pretrained) for one in (tiny_pipeline(), two)]
-    return Target("pipeline", variants, lambda home: MedVolumePipeline.from_pretrained(home), names=False)
+    return Target("pipeline", variants, lambda home: MedVolumePipeline.from_pretrained(home))
 
 
 def autoencoder_target() -> Target:
@@ -206,6 +206,22 @@ def lora_target() -> Target:
         check_lora(plain, tensors, path)
 
     return Target("lora", [files], read)
+
+
+def copies_target() -> Target:
+    from evaluation.copies import CopyCheck, copy_check
+
+    volumes = np.random.default_rng(0).random((3, 1, 16, 16, 16), dtype=np.float32)
+    check = CopyCheck.of(volumes, (12, 12, 12), block=4, flips=(0,), shift=1)
+    files = collected(lambda folder: check.save(folder / "copies.safetensors"))
+    data = {"channels": ["MR"], "intensity": [{"kind": "window", "low": 0.0, "high": 1.0}]}
+
+    def read(home: Path) -> None:
+        path = next(home.iterdir())
+        copy_check(path, data)
+        assert np.isfinite(CopyCheck.load(path).check(volumes[0]).similarity)
+
+    return Target("copies", [files], read)
 
 
 def checkpoint_target(folder: Path) -> Target:
@@ -246,5 +262,6 @@ def make_target(name: str, folder: Path) -> Target:
         "pipeline": pipeline_target,
         "autoencoder": autoencoder_target,
         "lora": lora_target,
+        "copies": copies_target,
     }
     return others[name]()

@@ -85,7 +85,7 @@ def diversity(generated: np.ndarray) -> dict:
 def test_mode_collapse_makes_pairs_alike_and_a_good_generator_does_not():
     fresh = smooth_volumes(12, 3)
     good, bad = diversity(fresh), diversity(collapsed(fresh))
-    for name in ("generated_minus_test", "training_minus_test"):
+    for name in ("generated_minus_test", "training_minus_test", "generated_minus_training"):
         low, high = good[name]["interval"]
         assert low < good[name]["mean"] < high and low < 0 < high
     assert bad["generated_minus_test"]["interval"][0] > 0.02
@@ -96,7 +96,8 @@ def test_the_interval_is_over_volumes_and_a_constant_has_none():
     pairs = random_pairs(6, 15, 0)
     values, same = {"test": np.full(15, 0.5), "training": np.full(15, 0.5)}, np.full(15, 0.75)
     report = compare_diversity({**values, "generated": same}, dict.fromkeys(SETS, pairs), dict.fromkeys(SETS, 6))
-    assert report["generated_minus_test"] == {"mean": 0.25, "interval": [pytest.approx(0.25)] * 2}
+    for real in ("test", "training"):
+        assert report[f"generated_minus_{real}"] == {"mean": 0.25, "interval": [pytest.approx(0.25)] * 2}
     # volume 0 alone is like the others: how often it is drawn moves the mean more than pairs drawn apart would
     unlike = {**values, "generated": (pairs == 0).any(1).astype(float)}
     low, high = compare_diversity(unlike, dict.fromkeys(SETS, pairs), dict.fromkeys(SETS, 6))["generated"]["interval"]

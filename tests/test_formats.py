@@ -171,6 +171,10 @@ def test_big_endian_and_channels(tmp_path):
         (".mha", "DimSize = 5 6 7", "DimSize = 5 6 9", "bytes of voxels, its header says"),
         (".mha", "DimSize = 5 6 7", "DimSize = 1099511627776 1 1", "GiB of memory"),
         (".mha", "MET_SHORT", "MET_STRING", "MET_STRING"),
+        (".mha", "NDims = 3", "ElementToIntensityFunctionOffset = -1024\nNDims = 3", "functionoffset = -1024"),
+        (".mha", "NDims = 3", "DistanceUnits = cm\nNDims = 3", "DistanceUnits are 'cm'; save it in mm"),
+        (".nrrd", "kinds: domain", "kinds: RGB-color", "colours or complex numbers"),
+        (".nrrd", "kinds: domain", "kinds: complex", "colours or complex numbers"),
         (".mha", "NDims = 3", "NDims = 4", "three dimensions"),
         (".mha", "BinaryData = True", "BinaryData = False", "as text"),
         (".mha", "ElementDataFile = LOCAL", "ElementDataFile = ../a.raw", "outside of its folder"),
@@ -199,6 +203,10 @@ def test_a_link_out_of_the_folder_is_no_file_of_voxels(volume, tmp_path):
     (tmp_path / "inside" / "a.raw").rename(tmp_path / "elsewhere.raw")
     (tmp_path / "inside" / "a.raw").symlink_to(tmp_path / "elsewhere.raw")
     with pytest.raises(VolumeError, match="outside of its folder"):
+        read_volume(path)
+    (tmp_path / "inside" / "a.raw").unlink()
+    (tmp_path / "inside" / "a.raw").symlink_to("a.raw")
+    with pytest.raises(VolumeError, match="a.mhd: names the file of voxels a.raw, which is"):
         read_volume(path)
 
 
@@ -241,6 +249,8 @@ def test_a_series_is_read_as_itk_reads_it(series, volume):
         (lambda s: change(s / "7.dcm", Rows=60000), "truncated"),
         (lambda s: change(s / "7.dcm", Rows=5), "pixels cannot be read|another size"),
         (lambda s: change(s / "7.dcm", SamplesPerPixel=3, PhotometricInterpretation="RGB"), "colour image \\(RGB\\)"),
+        (lambda s: change(s, PhotometricInterpretation="MONOCHROME1"), "is MONOCHROME1"),
+        (lambda s: change(s / "7.dcm", BitsStored=12), "7.dcm: its pixels do not end at the lowest bit"),
         (lambda s: compress(s / "7.dcm"), "7.dcm: is stored as Deflated Explicit VR"),
         (lambda s: change(s / "7.dcm", ImagePositionPatient=None), "no ImagePositionPatient"),
         (lambda s: (s / "7.dcm").write_bytes((s / "7.dcm").read_bytes()[:-30]), "7.dcm: .*cannot be read"),
@@ -338,6 +348,11 @@ def test_a_constant_volume_and_unfit_ones(volume, tmp_path):
         write_dicom(Volume(np.full((1, 3, 3, 3), np.nan), np.eye(4)), tmp_path / "nan", **options)
     with pytest.raises(ValueError, match="modality is a code"):
         write_dicom(flat, tmp_path / "new", modality="mr ", software="s", model="m")
+    for row, column in ((0, 1), (0, 2)):  # in the plane of the slices, and out of it: 4 degrees
+        sheared = np.eye(4)
+        sheared[row, column] = np.tan(np.radians(4))
+        with pytest.raises(ValueError, match="86.00 degrees apart instead of 90"):
+            write_dicom(Volume(flat.array, sheared), tmp_path / "new", **options)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["flat"]
 
 

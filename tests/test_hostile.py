@@ -4,6 +4,7 @@
 """
 
 import gzip
+import importlib.util
 import json
 import os
 import pickle
@@ -26,10 +27,10 @@ from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
 from training.build import initialise_from
 from training.checkpoints import find_checkpoint, list_checkpoints
-from volumes import Case, DataConfig, Volume, VolumeError, read_slabs, read_volume, resample, write_volume
+from volumes import Case, DataConfig, Volume, VolumeError, read_slabs, read_volume, resample, stored, write_volume
 from volumes.dataset import prepare
 
-EXAMPLES = {name: max(10, 2 * share) for name, share in SHARES.items()}  # some 250 together
+EXAMPLES = {name: max(6, 2 * share) for name, share in SHARES.items()}  # some 210 together
 
 
 @pytest.mark.parametrize("name", sorted(SHARES))
@@ -95,6 +96,16 @@ def test_what_does_not_fit_into_memory_is_refused_beforehand(tmp_path, monkeypat
     with pytest.raises(VolumeError, match="a.nii: says that it holds 20 x 20 x 20 voxels"):
         read_volume(tmp_path / "a.nii")
     assert sum(slab.size for slab in read_slabs(tmp_path / "a.nii", 2)) == 8000  # what slabs are for
+
+
+def test_windows_has_no_limits_of_a_process(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    spec = importlib.util.spec_from_file_location("volumes.stored_on_windows", stored.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    assert module.memory_bytes() >= stored.memory_bytes() > 0
 
 
 # Pipeline folders
@@ -198,7 +209,34 @@ def test_a_scheduler_that_would_fill_the_memory_is_refused(folder, steps):
 def test_links_out_of_the_folder_are_refused(folder, tmp_path, name):
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="is a link to .*elsewhere, outside of the pipeline's folder"):
+    with pytest.raises(ValueError, match="is a link to .*elsewhere, outside of the folder of the model"):
+        MedVolumePipeline.from_pretrained(folder)
+
+
+def test_a_component_is_looked_for_in_its_own_folder(folder, tmp_path):
+    """Without it diffusers reads what lies beside the index, which nobody checked."""
+    (folder / "scheduler").rename(tmp_path / "elsewhere")
+    (folder / "scheduler_config.json").symlink_to(tmp_path / "elsewhere" / "scheduler_config.json")
+    with pytest.raises(ValueError, match=f"{folder}: has no folder scheduler"):
+        MedVolumePipeline.from_pretrained(folder)
+    pipe = tiny_pipeline()
+    assert MedVolumePipeline.from_pretrained(folder, scheduler=pipe.scheduler).scheduler is pipe.scheduler
+
+
+def test_links_of_an_autoencoder_and_circles_are_refused(folder, tmp_path):
+    (folder / "vae" / "config.json").rename(tmp_path / "elsewhere.json")
+    (folder / "vae" / "config.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(ValueError, match="config.json: is a link to .*elsewhere.json, outside of the folder"):
+        load_autoencoder(folder / "vae")
+    (folder / "unet" / "circle").symlink_to("circle")
+    with pytest.raises(ValueError, match="is a link to"):
+        MedVolumePipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("names", [["CT"], 7])
+def test_components_that_do_not_fit_are_refused_by_the_folder(folder, names):
+    change_json(folder / "vae" / "config.json", channel_names=names)
+    with pytest.raises(ValueError, match=f"{folder}: the data's channels are"):
         MedVolumePipeline.from_pretrained(folder)
 
 

@@ -1,5 +1,6 @@
 """Planted copies are found, at their rate; independent draws are not, beyond the rate that was allowed."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -310,3 +311,7 @@ def test_fingerprints_are_kept_in_a_file_and_scans_are_not(tmp_path):
     save_file({"weights": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="no fingerprints"):
         CopyCheck.load(tmp_path / "other.safetensors")
+    for damage in ({"threshold": float("nan")}, {"fingerprints": stored.fingerprints * float("inf")}):
+        dataclasses.replace(stored, **damage).save(tmp_path / "damaged.safetensors")
+        with pytest.raises(ValueError, match="damaged.safetensors: its settings do not fit"):
+            CopyCheck.load(tmp_path / "damaged.safetensors")

@@ -162,6 +162,22 @@ def test_what_another_process_had_finished_is_not_lost_with_the_main_one(tmp_pat
         ledger()
 
 
+def test_what_one_process_refuses_ends_all_before_anything_is_generated(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "masks").mkdir()
+    for number in range(4):
+        labels = labels_of(SHAPE, number)
+        labels[3:5] = 99 if number == 1 else 0  # of the second process
+        nib.save(nib.Nifti1Image(labels, np.eye(4)), tmp_path / f"masks/case_{number}.nii.gz")
+    args = ["--pipeline", str(tmp_path / "pipeline"), "--masks", str(tmp_path / "masks"), "--steps", "1"]
+    two = forked.start_two("generate", [*args, "--output", str(tmp_path / "out")], tmp_path / "log.txt")
+    assert [forked.ended(one) for one in two] == [1, 1]
+    assert "case_1.nii.gz: mask holds labels [99]" in (tmp_path / "log.1").read_text()
+    said = (tmp_path / "log.0").read_text()
+    assert "process 0 of 2: another one has ended" in said and "it goes on with what is there" in said
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
+
+
 def test_jobs_are_shared_by_cost_and_kept_together(tmp_path):
     report = {"evaluation": "e", "content": ""}
     jobs = [(arm, labels, seed) for seed in range(2) for arm in ("a", "b") for labels in ("8", "16")]

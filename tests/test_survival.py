@@ -4,6 +4,7 @@ a remedy, and nothing that was finished is lost."""
 import errno
 import json
 import os
+import random
 import resource
 import signal
 import threading
@@ -18,10 +19,11 @@ from test_training import LineStep, line_config, line_loop
 
 import train_vae
 from autoencoder import VQGAN3D, AutoencoderKL3D
+from benchmarks import survival
 from diffusion import build_latent_cache
 from training import LoopConfig, list_checkpoints, make_accelerator
 from training.loop import content_changes
-from training.output import recover_folders, replace_folder
+from training.output import naming_full_disk, recover_folders, replace_folder, save_model
 from training.splits import digests
 from training.watch import SpikeWatch
 from volumes import DataConfig, VolumeDataset, VolumeError, load_cases, make_phantom, write_volume
@@ -115,6 +117,56 @@ def test_a_flipped_bit_is_found(run, caplog):
     assert "optimizer.bin: not what was written" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["digests.json", "line_ema.safetensors", "optimizer.bin", "state.json"])
+def test_a_checkpoint_without_whole_digests_is_passed_over_too(run, name, caplog):
+    """After a power cut, or copied in part."""
+    folder, go_on = run
+    expected, last = weights(folder), folder / "checkpoints/step_000006"
+    os.truncate(last / "digests.json", 0)
+    if name != "digests.json":
+        (last / "digests.json").unlink()
+        (last / name).unlink()
+    go_on()
+    assert f"step_000006/{name}" in caplog.text and "goes on from step_000004" in caplog.text
+    assert torch.equal(weights(folder), expected)
+
+
+def test_killed_while_an_old_checkpoint_is_removed_it_is_whole_or_hidden(run, monkeypatch):
+    folder, go_on = run
+
+    def killed(path, **options):
+        (path / "digests.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.output.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        go_on("--loop.max_steps=8", "--loop.keep_checkpoints=2")
+    monkeypatch.undo()
+    assert all((path / "digests.json").is_file() for path in list_checkpoints(folder / "checkpoints"))
+    recover_folders(folder / "checkpoints")
+    assert sorted(path.name[-1] for path in (folder / "checkpoints").iterdir()) == ["4", "6", "8"]
+
+
+@pytest.mark.parametrize("name,text", [("config.yaml", ""), ("config.yaml", "a: ["), ("volumes.json", "[1]")])
+def test_a_damaged_record_of_the_run_is_named(run, name, text):
+    folder, go_on = run
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"run/{name}: "):
+        go_on("--loop.max_steps=8")
+
+
+def test_a_model_that_cannot_be_written_leaves_the_older_one_and_a_remedy(tmp_path):
+    class Model:
+        def save_pretrained(self, folder, **_):
+            os.makedirs(folder)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "vae").mkdir()
+    with pytest.raises(RuntimeError, match=r"vae: could not be written .*No space left.*--resume latest"):
+        save_model(Model(), tmp_path / "vae")
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+
+
 def test_no_whole_checkpoint_is_an_error_that_names_all(run):
     folder, go_on = run
     for path in list_checkpoints(folder / "checkpoints"):
@@ -200,6 +252,14 @@ def test_an_output_that_cannot_be_written_is_named_before_the_data_are_read(tmp_
     (tmp_path / "run").touch()
     with pytest.raises(ValueError, match="run: cannot be written to: File exists; choose another folder"):
         make_accelerator(line_config(tmp_path))
+
+
+def test_a_full_disk_in_generation_has_a_remedy(tmp_path):
+    with pytest.raises(ValueError, match=r"out: No space left on device; make room, and run the same command again"):
+        with naming_full_disk(tmp_path / "out"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(FileNotFoundError), naming_full_disk(tmp_path):
+        open(tmp_path / "other")
 
 
 def test_patience_must_be_some():
@@ -343,3 +403,24 @@ def test_state_of_the_run_is_in_its_checkpoint(run):
     folder, _ = run
     state = json.loads((folder / "checkpoints/step_000006/state.json").read_text())
     assert state["processes"] == 1 and state["samples"] == 18
+
+
+def test_a_job_that_fails_when_it_goes_on_is_told(tmp_path, monkeypatch):
+    """Even if it works another time."""
+
+    class Process:
+        def __init__(self, exitcode):
+            self.exitcode = exitcode
+
+        def join(self, *_):
+            pass
+
+        kill = join
+
+    ends = iter([None, 3, None])
+    (tmp_path / "job.log").write_text("it fell over")
+    monkeypatch.setattr(survival.forked, "start", lambda *_: Process(next(ends)))
+    monkeypatch.setattr(survival.forked, "run", lambda *_: None)
+    job = survival.Job("job", "script", lambda folder: [], lambda folder: {}, lambda folder: {})
+    found = survival.torture(job, tmp_path, 2, random.Random(0))
+    assert found["kills"] == 2 and found["lost_or_different"] == ["ended with 3: it fell over"]

@@ -22,7 +22,7 @@ from .learner import Learner, learning_rate
 from .loop import Loop, TrainingStep, make_accelerator
 from .output import save_model
 from .precision import native_bf16, resolve_precision
-from .processes import join_processes
+from .processes import ending_with_others, join_processes
 
 __all__ = [
     "AdversarialConfig",
@@ -45,6 +45,7 @@ __all__ = [
     "build_model",
     "config_changes",
     "derive_seed",
+    "ending_with_others",
     "find_checkpoint",
     "initialise_from",
     "join_processes",

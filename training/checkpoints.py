@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from volumes.text import read_object
 
 from .learner import Learner
-from .output import recover_folders, replace_folder
+from .output import recover_folders, remove_folder, replace_folder, sync_file
 from .processes import is_of_another
 
 logger = logging.getLogger("training")
@@ -103,6 +104,14 @@ def digest_files(folder: Path, *, sync: bool = False) -> dict[str, str]:
     return found
 
 
+def read_own(path: Path) -> dict[str, Any]:
+    """An object of a checkpoint's. Raises: DamagedCheckpoint if it is none."""
+    try:
+        return read_object(path)
+    except ValueError as error:
+        raise DamagedCheckpoint(str(error)) from error
+
+
 def rng_digest() -> str:
     """Fingerprint of torch's global random state."""
     return hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
@@ -128,9 +137,10 @@ class Checkpointer:
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 (partial / DIGESTS).write_text(json.dumps(digest_files(partial, sync=True), indent=1))
+                sync_file(partial / DIGESTS)
                 replace_folder(partial, final)
                 for old in list_checkpoints(self.folder)[: -self.keep]:
-                    shutil.rmtree(old)
+                    remove_folder(old)
         except (
             OSError,
             RuntimeError,
@@ -208,6 +218,8 @@ class Checkpointer:
             )
         try:
             return self._load(path)
+        except FileNotFoundError as error:
+            raise DamagedCheckpoint(f"{path}: {error.filename or error} is missing; was it copied in part?") from error
         except OSError:
             raise
         except Exception as error:  # safetensors, torch, pickle and json each have their own
@@ -220,12 +232,12 @@ class Checkpointer:
 
     def _load(self, path: Path) -> TrainState:
         if (path / DIGESTS).exists():  # older versions wrote none
-            written, found = read_object(path / DIGESTS), digest_files(path)
+            written, found = read_own(path / DIGESTS), digest_files(path)
             if wrong := sorted(name for name in {*written, *found} if written.get(name) != found.get(name)):
                 raise DamagedCheckpoint(
                     f"{path}: {', '.join(wrong)}: not what was written; truncated, or changed since"
                 )
-        state = TrainState(**read_object(path / "state.json"))
+        state = TrainState(**read_own(path / "state.json"))
         counters = [
             state.step,
             state.samples,

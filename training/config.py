@@ -366,6 +366,17 @@ def save_config(config: Any, path: Path) -> None:
     write_text(path, yaml.safe_dump(to_plain(config), sort_keys=False))
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """What `save_config` wrote. Raises: ValueError for a file that it did not write."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: is no run's config; take it from a copy, or remove it to resume unchecked")
+    return found
+
+
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object, send_to_device
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from volumes.text import read_object
+
 from .checkpoints import Checkpointer, TrainState, list_checkpoints
-from .config import LoopConfig, config_changes, refuse_changes, save_config, to_plain
+from .config import LoopConfig, config_changes, read_config, refuse_changes, save_config, to_plain
 from .data import SampleStream, derive_seed, training_batches
 from .learner import Learner
 from .output import check_writable, write_text
@@ -171,9 +172,9 @@ class Loop:
         saved, described = self.output / "config.yaml", self.output / "volumes.json"
         state = TrainState()
         if self.config.resume and list_checkpoints(self.checkpoints.folder):
-            changes = config_changes(yaml.safe_load(saved.read_text()), self.config) if saved.is_file() else {}
+            changes = config_changes(read_config(saved), self.config) if saved.is_file() else {}
             if described.is_file():
-                changes |= content_changes(json.loads(described.read_text()), self.contents)
+                changes |= content_changes(read_object(described), self.contents)
             refuse_changes(changes, self.config.accept_changes)
         found = self.checkpoints.resume(self.config.resume) if self.config.resume else None
         if found is not None:

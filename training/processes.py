@@ -54,18 +54,25 @@ def is_of_another(error: BaseException) -> bool:
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text))
 
 
+class AnotherEnded(RuntimeError):
+    """Another process is gone, or stands still."""
+
+
 @contextlib.contextmanager
-def ending_with_others(accelerator: Accelerator) -> Iterator[None]:
-    """What PyTorch says when another process is gone or stands still, in words that help. Raises: RuntimeError."""
+def ending_with_others(
+    state: Accelerator | PartialState,
+    remedy: str = "go on with --resume latest. If it only took long, raise loop.patience",
+) -> Iterator[None]:
+    """What PyTorch says when another process is gone or stands still, in words that help. Raises: AnotherEnded."""
     try:
         yield
     except RuntimeError as error:
-        if accelerator.num_processes == 1 or not is_of_another(error):
+        if isinstance(error, AnotherEnded) or state.num_processes == 1 or not is_of_another(error):
             raise
-        raise RuntimeError(
-            f"process {accelerator.process_index} of {accelerator.num_processes}: another one has ended, or stands still "
+        raise AnotherEnded(
+            f"process {state.process_index} of {state.num_processes}: another one has ended, or stands still "
             f"({str(error).strip().splitlines()[0][:200]}). Its own message, above or in its log, says why; remedy that, and "
-            "go on with --resume latest. If it only took long, raise loop.patience"
+            f"{remedy}"
         ) from error
 
 

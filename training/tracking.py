@@ -51,7 +51,9 @@ def log_figure(accelerator: Accelerator, figure: "Figure", name: str, step: int,
 
     folder.mkdir(parents=True, exist_ok=True)
     canvas = FigureCanvasAgg(figure)
-    canvas.print_png(str(folder / f"{name}_{step:06d}.png"))
+    partial = folder / f".partial_{name}.png"
+    canvas.print_png(str(partial))
+    partial.replace(folder / f"{name}_{step:06d}.png")
     image = np.asarray(canvas.buffer_rgba())[None, :, :, :3]
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from .config import DataConfig, PhantomConfig
-from .patterns import case_name, fill_pattern, find_files, placeholders
+from .patterns import case_name, fill_pattern, find_files, first_folder, is_wanted, placeholders
 from .phantom import LESION, PHANTOM_CLASSES, make_phantom
+from .remote import copy_file, copy_here, is_url, plain_path, with_urls
 from .volume import GRID_NUMBERS
 
 SPLITS = ("train", "validation", "test")
@@ -44,7 +45,14 @@ def load_cases(config: DataConfig) -> list[Case]:
     The same config and files give the same splits on every machine. Raises ValueError for missing files (but not
     those of a table with `on_error: skip`), names used twice, columns that no case has, unknown splits, and subjects
     that a table puts into two splits. Whether files can be read shows when they are (`VolumeDataset`).
+
+    Where root or table are URLs, the cases' files are copies of what is there now, and their paths those of the copies.
     """
+    if is_url(config.root) or is_url(config.table):
+        try:
+            return load_cases(_copied(config))
+        except ValueError as error:
+            raise ValueError(with_urls(str(error))) from error
     if config.phantom is not None:
         cases = _phantoms(config.phantom)
     else:
@@ -61,6 +69,26 @@ def load_cases(config: DataConfig) -> list[Case]:
         cases = _hold_out(cases, "validation", config.validation_fraction, config.split_seed)
     _check_subjects(cases)
     return cases
+
+
+def _copied(config: DataConfig) -> DataConfig:
+    """The config with local copies of the files that its URLs name."""
+    root, table, names = config.root, config.table, set()
+    if table and (is_url(table) or not Path(plain_path(table)).is_absolute()):
+        url = table if is_url(table) else f"{root.rstrip('/')}/{table}"
+        table = str(copy_file(url) if is_url(url) else Path(plain_path(root)) / table)
+    if not is_url(root):
+        return replace(config, table=table)
+    patterns = [str(one) for channel in config.patterns.values() for one in channel]
+    patterns += [config.masks] if config.masks else []
+    if table:
+        rows = read_table(Path(plain_path(table)))
+        names = {fill_pattern(pattern, row) for pattern in patterns for row in rows}
+        wanted = [lambda path: path in names or path.rpartition("/")[0] in names]
+    else:
+        wanted = [is_wanted(pattern) for pattern in patterns]
+    folder = copy_here(root, lambda path: any(one(path) for one in wanted), map(first_folder, patterns))
+    return replace(config, root=str(folder), table=table)
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
@@ -101,9 +129,9 @@ def _phantoms(config: PhantomConfig) -> list[Case]:
 
 
 def _from_table(config: DataConfig) -> list[Case]:
-    root = Path(config.root)
+    root = Path(plain_path(config.root))
     cases = []
-    for row in read_table(root / str(config.table)):
+    for row in read_table(root / plain_path(str(config.table))):
         images = {}
         for channel, patterns in config.patterns.items():
             if len(patterns) != 1:
@@ -120,7 +148,7 @@ def _from_table(config: DataConfig) -> list[Case]:
 
 
 def _from_patterns(config: DataConfig) -> list[Case]:
-    root = Path(config.root)
+    root = Path(plain_path(config.root))
     found: dict[str | None, dict[tuple, Path]] = {}  # channel, or None for the mask -> {pieces of the path: file}
     names: dict[tuple, str] = {}
     for channel, patterns in [*config.patterns.items(), *([(None, [config.masks])] if config.masks else [])]:

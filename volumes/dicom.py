@@ -138,6 +138,16 @@ def _check_kind(path: Path, header: Any) -> None:
         raise VolumeError(
             f"{path}: is a colour image ({header.get('PhotometricInterpretation')}); only scalar images are supported"
         )
+    if header.PhotometricInterpretation == "MONOCHROME1":
+        raise VolumeError(
+            f"{path}: is MONOCHROME1 (its low values are meant to look bright), which some readers invert and others do "
+            "not; convert the series to MONOCHROME2 or NIfTI, and look which of the two it is"
+        )
+    if header.get("HighBit", header.BitsStored - 1) != header.BitsStored - 1:
+        raise VolumeError(
+            f"{path}: its pixels do not end at the lowest bit (HighBit {header.HighBit}, BitsStored {header.BitsStored}), "
+            "which is not supported; convert it first (dcm2niix)"
+        )
     if header.get("ModalityLUTSequence"):
         raise VolumeError(f"{path}: gives its units by a table (ModalityLUTSequence), which is not supported")
 

@@ -25,6 +25,7 @@ from pydicom.valuerep import format_number_as_ds
 from .stored import LPS_TO_RAS, check_grid
 from .volume import Volume, affine_spacing
 
+MOST_SHEAR = 1e-3  # cosine between axes: what files that were rounded have, and a fifth of a voxel over 200
 LEVELS = 65000  # of a volume that is no whole numbers: fewer than 16 bits hold, so that rounding never leaves them
 CLASSES = {  # of the standard, by modality, with what they ask for beside the geometry; all others are secondary captures
     "CT": (CTImageStorage, {"KVP": None, "AcquisitionNumber": None, "RescaleType": "HU"}),
@@ -70,7 +71,7 @@ def write_dicom(
         raise ValueError("the volume holds values that are not finite, which no DICOM file can; replace them first")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: is there already; give a new folder, or an empty one")
-    check_grid(volume.affine)
+    _check_right_angles(volume.affine)
     to_lps = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt("LPS"))
     array = apply_orientation(volume.array[0], to_lps)
     affine = LPS_TO_RAS @ volume.affine @ inv_ornt_aff(to_lps, volume.shape)
@@ -86,6 +87,19 @@ def write_dicom(
             one.save_as(unfinished / name, enforce_file_format=True)
         os.replace(unfinished, folder)
     return [folder / name for name in names]
+
+
+def _check_right_angles(affine: np.ndarray) -> None:
+    """Raises: ValueError for axes that no ImageOrientationPatient describes: readers disagree on what to make of them."""
+    check_grid(affine)
+    axes = affine[:3, :3] / affine_spacing(affine)
+    cosine = float(np.abs(np.triu(axes.T @ axes, 1)).max())
+    if cosine > MOST_SHEAR:
+        angle = np.degrees(np.arccos(cosine))
+        raise ValueError(
+            f"two axes of the volume are {angle:.2f} degrees apart instead of 90, which DICOM has no words for; resample it "
+            "onto a grid with right angles first"
+        )
 
 
 def _common(

@@ -26,6 +26,7 @@ TYPES = {
     "MET_FLOAT": "f4",
     "MET_DOUBLE": "f8",
 }
+PLAIN = {"headersize": 0.0, "elementtointensityfunctionslope": 1.0, "elementtointensityfunctionoffset": 0.0}
 SYNONYMS = {  # MetaIO knows several names of one thing
     "orientation": "transformmatrix",
     "rotation": "transformmatrix",
@@ -44,9 +45,11 @@ def read_metaimage(path: Path) -> Stored:
             raise VolumeError(f"{name}: is no image of three dimensions (ObjectType and NDims)")
         if not _flag(name, fields, "binarydata", "True"):
             raise VolumeError(f"{name}: holds its voxels as text; save it as binary")
-        for field, plain in (("headersize", 0.0), ("elementtointensityfunctionslope", 1.0)):
+        for field, plain in PLAIN.items():
             if numbers(name, field, fields.get(field, str(plain)), 1) != [plain]:
                 raise VolumeError(f"{name}: has {field} = {fields[field]}, which is not supported; save it without")
+        if (unit := fields.get("distanceunits", "mm").lower()) not in ("mm", "?"):
+            raise VolumeError(f"{name}: its DistanceUnits are {unit[:80]!r}; save it in mm")
         kind = _required(name, fields, "elementtype")
         if kind not in TYPES:
             raise VolumeError(f"{name}: its voxels are of type {kind!r}; known are {', '.join(TYPES)}")

@@ -8,11 +8,14 @@ header is believed before the file was seen to hold as many bytes as it promises
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import math
 import os
 import re
+import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +42,7 @@ MILLIMETRES = {
     3: 0.001,
 }  # by the low three bits of xyzt_units: metre, mm, micron; anything else is taken as mm
 DESCRIPTION_BYTES = 79  # the header's `descrip` field is 80 bytes, the last one NUL
+WRITING, ABANDONED = ".writing-", 24 * 3600  # the prefix of hidden folders, and seconds
 NIFTI_SUFFIXES = (".nii.gz", ".hdr.gz", ".img.gz", ".nii", ".hdr", ".img")
 MOST_HEADER_BYTES = 1 << 26  # of a header with its extensions, and of what may follow the voxels in a file
 
@@ -155,11 +159,20 @@ def in_one_step(*paths: Path) -> Iterator[list[Path]]:
     the block ends. Where it ends in an error, nothing of them is left."""
     folder = paths[0].parent
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as hidden:
+    with tempfile.TemporaryDirectory(prefix=WRITING, dir=folder) as hidden:
         unfinished = [Path(hidden) / path.name for path in paths]
         yield unfinished
         for made, path in zip(unfinished, paths, strict=True):
             os.replace(made, path)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the hidden folders in which processes were writing that were killed: those in which nothing moved for a day.
+    Which process they were of cannot be told where several machines share a folder."""
+    for hidden in folder.glob(f"{WRITING}*/"):
+        with contextlib.suppress(FileNotFoundError):  # its process lives, and has just finished
+            if time.time() - max(path.stat().st_mtime for path in (hidden, *hidden.rglob("*"))) > ABANDONED:
+                shutil.rmtree(hidden)
 
 
 def open_nifti(source: Readable, *, check: bool = True) -> tuple[str, Nifti1Pair]:

@@ -123,6 +123,10 @@ def _geometry(name: str, fields: dict[str, str]) -> tuple[tuple[int, ...], int |
     for column, axis in enumerate(along):
         affine[:3, column] = _vector(name, "space directions", found[axis])
     affine[:3, 3] = _vector(name, "space origin", origin[1])
+    if found := re.findall(r"\S*(?:color|complex)\b", fields.get("kinds", "")):
+        raise VolumeError(
+            f"{name}: holds colours or complex numbers (kinds: {found[0]}); only scalar images are supported"
+        )
     channels = next((axis for axis in range(dimension) if axis not in along), None)
     return shape, channels, np.diag([*SPACES[space], 1.0]) @ affine
 

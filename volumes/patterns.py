@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from .files import SUFFIXES, is_volume
@@ -27,6 +28,29 @@ def placeholders(pattern: str) -> list[str]:
 def find_files(root: Path, pattern: str) -> dict[Path, dict[str, str]]:
     """Files, and folders of DICOM files, under `root` that match, sorted, each with what its pieces stood for (wildcards
     are called "1", "2", ...)."""
+    matcher, glob_pattern = _matcher(pattern)
+    found = {}
+    for path in sorted(glob.glob(glob_pattern, root_dir=root, recursive=True)):
+        match = matcher.fullmatch(path)
+        if match and is_volume(root / path):
+            found[root / path] = {key.removeprefix("_"): value for key, value in match.groupdict().items()}
+    return found
+
+
+def is_wanted(pattern: str) -> Callable[[str], bool]:
+    """Whether `find_files` would take a file of this relative path, or may take the folder that it is in."""
+    matcher, _ = _matcher(pattern)
+    return lambda path: bool(matcher.fullmatch(path) or matcher.fullmatch(path.rpartition("/")[0]))
+
+
+def first_folder(pattern: str) -> str:
+    """The folder below which everything lies that may match."""
+    piece = PIECE.search(pattern)
+    return pattern[: piece.start() if piece else len(pattern)].rpartition("/")[0]
+
+
+def _matcher(pattern: str) -> tuple[re.Pattern[str], str]:
+    """What finds pieces in a relative path, and the `glob` pattern of all paths that may match."""
     expression, glob_pattern, last = "", "", 0
     names: list[str] = []
     for piece in PIECE.finditer(pattern):
@@ -45,13 +69,7 @@ def find_files(root: Path, pattern: str) -> dict[Path, dict[str, str]]:
         glob_pattern += "**/" if folders else "?" if piece[0] == "?" else "*"
     expression += re.escape(pattern[last:])
     glob_pattern += glob.escape(pattern[last:])
-    matcher = re.compile(expression)
-    found = {}
-    for path in sorted(glob.glob(glob_pattern, root_dir=root, recursive=True)):
-        match = matcher.fullmatch(path)
-        if match and is_volume(root / path):
-            found[root / path] = {key.removeprefix("_"): value for key, value in match.groupdict().items()}
-    return found
+    return re.compile(expression), glob_pattern
 
 
 def case_name(pieces: list[str], path: Path) -> str:

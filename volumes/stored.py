@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +14,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import psutil
 
 from .volume import SourceGrid, VolumeError, check_affine
+
+try:
+    import resource
+except ImportError:  # Windows, where a process has no such limits
+    resource = None
 
 COPY_BYTES = 1 << 22  # at a time, through a compressed file
 WORKING_BYTES = 16  # a voxel, beside the stored one: scaled in float64, as float32, and its copy in RAS+ order
@@ -78,8 +83,10 @@ def check_room(name: str, shape: Sequence[int], itemsize: int) -> int:
 
 def memory_bytes() -> int:
     """The memory that this process may have: the machine's, or the limit that is set on it (ulimit -v, ulimit -d)."""
+    machine = psutil.virtual_memory().total
+    if resource is None:
+        return machine
     limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([machine, *(limit for limit in limits if limit != resource.RLIM_INFINITY)])
 
 
@@ -126,7 +133,10 @@ def file_beside(header: Path, named: str) -> Path:
     home = header.parent.resolve()
     if not named.isprintable() or not named:
         raise VolumeError(f"{header}: names its file of voxels {named!r}, which is no file name")
-    data = (home / named).resolve()
+    try:
+        data = (home / named).resolve()
+    except RuntimeError as error:  # Python's, for a circle of links
+        raise VolumeError(f"{header}: names the file of voxels {named}, which is a link to itself") from error
     if Path(named).is_absolute() or not data.is_relative_to(home):
         raise VolumeError(f"{header}: names a file of voxels outside of its folder: {named}")
     if not data.is_file():

@@ -109,9 +109,10 @@ def _diversity(found: Mapping[str, Any]) -> Row:
 
 
 def _diversity_note(found: Mapping[str, Any]) -> str:
-    made, test = found["generated"], found["test"]
+    made, test, training = found["generated"], found["test"], found["training"]
     return (
-        f"Generated pairs {made['mean']:.3f}, unseen real pairs {test['mean']:.3f}, at {found['scales']} scales. Positive: generated "
+        f"Generated pairs {made['mean']:.3f}, real pairs {test['mean']:.3f} (unseen) and {training['mean']:.3f} (training), at "
+        f"{found['scales']} scales. Positive: generated "
         "volumes are more alike than real ones. Within if the two intervals overlap."
     )
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from volumes import in_one_step
+
 from ..report import provenance, write_report
 from .model import RULE, Claim, Section
 from .privacy import privacy_section, private_claim
@@ -70,7 +72,9 @@ def write_page(paths: Sequence[Path], output: Path, title: str) -> dict[str, Any
         lstrip_blocks=True,
     )
     for name in ("report.html", "report.md"):
-        (output / name).write_text(environment.get_template(f"{name}.jinja").render(context), encoding="utf-8")
+        text = environment.get_template(f"{name}.jinja").render(context)
+        with in_one_step(output / name) as (unfinished,):
+            unfinished.write_text(text, encoding="utf-8")
     figures = {
         "evaluation": "page",
         "title": title,

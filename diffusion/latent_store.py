@@ -1,0 +1,82 @@
+"""A latent cache at an fsspec URL, which machines share: objects that are written once and never changed.
+
+An entry's object is called by its entry, length and content, `00012_00-58824-2c26b46b68ffc68f.safetensors`. So one that is
+cut short does not count as there, one that is damaged is told from its name, and processes that make the same entry at
+the same time write the same object, or two of which either will do. There is nothing to lock and no index to tear.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+
+from volumes.remote import connect, copy_place, download, list_files
+
+OBJECT = re.compile(r"(\d+_\d+)-(\d+)-([0-9a-f]{16})\.safetensors")
+
+
+class LatentStore:
+    """The entries at a URL, and the folder on this machine, `copies`, that training reads them from.
+
+    Raises: ValueError for a URL that cannot be used (`volumes.remote.connect`).
+    """
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        self.copies = copy_place(self.url)
+        self.known: dict[str, str] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """See which entries are there: {file name: name of the object}."""
+        self.known = {}
+        for name, info in sorted(list_files(self.url).items()):
+            match = OBJECT.fullmatch(name)
+            if match and info.get("size") == int(match[2]):
+                self.known.setdefault(f"{match[1]}.safetensors", name)
+
+    def put(self, partial: Path, name: str) -> None:
+        """Upload a file as entry `name`. Raises: ValueError if that fails."""
+        content = partial.read_bytes()
+        stem = name.removesuffix(".safetensors")
+        found = f"{stem}-{len(content)}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+        system, base = connect(self.url)
+        try:
+            try:
+                system.pipe_file(f"{base}/{found}", content)
+            except FileNotFoundError:  # file systems with real folders
+                system.makedirs(base, exist_ok=True)
+                system.pipe_file(f"{base}/{found}", content)
+        except Exception as error:  # each file system has errors of its own
+            raise ValueError(
+                f"{self.url}/{found}: the latent cache could not be written ({type(error).__name__}: {error}); make room and "
+                "check its permissions, or set cache.folder to another place. The same command goes on with what is there"
+            ) from error
+        self.known[name] = found
+
+    def fetch(self, file: Path) -> None:
+        """Copy an entry to `file`, which is in `copies`. Raises: ValueError if it is not there, or damaged."""
+        if file.name not in self.known:
+            self.refresh()
+        if file.name not in self.known:
+            raise ValueError(
+                f"{self.url}: has no entry {file.stem} any more; go on with --resume latest, which makes it"
+            )
+        found = self.known[file.name]
+        _, length, digest = OBJECT.fullmatch(found).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        whole = file.with_name(found)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            same = download(self.url, found, int(length), whole).startswith(digest)
+            if same:
+                whole.replace(file)
+        except OSError as error:
+            raise ValueError(
+                f"{file}: an entry of the latent cache could not be copied here ({error}); make room, or set MEDVOLUME_CACHE "
+                "to another folder, and go on with --resume latest"
+            ) from error
+        if not same:
+            whole.unlink(missing_ok=True)
+            raise ValueError(
+                f"{self.url}/{found}: is damaged, its content is not that of its name; delete it, and go on with --resume "
+                "latest, which makes it again"
+            )

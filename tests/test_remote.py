@@ -1,0 +1,504 @@
+"""Volumes and latents at fsspec URLs: bit for bit those of local folders, with the same checks, and copied whole or not at all.
+
+`memory://` is in this process, `webhdfs://` a server on this machine (fsspec's own client, over HTTP), `folder://` files of
+this machine by another name, which processes share.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import fsspec
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from fsspec.implementations.local import LocalFileSystem
+from safetensors.torch import load_file
+from tiny import tiny_pipeline
+
+import train_ldm
+from autoencoder import AutoencoderKL3D
+from diffusion import build_latent_cache
+from pipelines.requests import find_masks, read_requests
+from volumes import DataConfig, VolumeDataset, VolumeError, load_cases, read_volume, remote, write_dicom
+from volumes.remote import list_files, refuse_url
+
+ROOT = Path(__file__).parents[1]
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # to RAS
+LABELS = {0: "background", 1: "left", 2: "right"}
+
+
+@pytest.fixture(autouse=True)
+def copies(tmp_path, monkeypatch) -> Path:
+    """An empty cache of copies, and an empty `memory://`."""
+    monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "copies"))
+    fsspec.filesystem("memory").store.clear()
+    return tmp_path / "copies"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three cases with masks, each also as a pair, and with its voxels beside the header; a table of them."""
+    folder, rng, rows = tmp_path / "data", np.random.default_rng(0), ["name,sex"]
+    for sub in ("images", "masks", "pairs", "meta"):
+        (folder / sub).mkdir(parents=True)
+    for name in ("a", "b", "c"):
+        values = rng.integers(0, 900, (9, 10, 11)).astype(np.int16)
+        nib.save(nib.Nifti1Image(values, LPS), folder / f"images/{name}.nii.gz")
+        nib.save(nib.Nifti1Image((values % 3).astype(np.uint8), LPS), folder / f"masks/{name}.nii.gz")
+        nib.save(nib.Nifti1Pair(values, LPS), folder / f"pairs/{name}.img")
+        size, kind = "DimSize = 9 10 11\nElementSpacing = 1 1 1\nOffset = 0 0 0\n", "ElementType = MET_SHORT\n"
+        head = f"ObjectType = Image\nNDims = 3\nBinaryData = True\n{size}{kind}ElementDataFile = {name}.raw\n"
+        (folder / f"meta/{name}.mhd").write_text(head)
+        (folder / f"meta/{name}.raw").write_bytes(values.tobytes(order="F"))
+        rows.append(f"{name},F")
+    (folder / "notes.txt").write_text("nothing that is read")
+    (folder / "cases.csv").write_text("\n".join(rows))
+    return folder
+
+
+def add_series(folder: Path) -> None:
+    for file in sorted((folder / "images").iterdir()):
+        target = folder / "series" / file.name.removesuffix(".nii.gz")
+        write_dicom(read_volume(file), target, modality="CT", software="a test", model="0" * 64)
+
+
+def upload(folder: Path, url: str = "memory://bucket/set") -> str:
+    fsspec.filesystem("memory").put(f"{folder}/", url.removeprefix("memory:/"), recursive=True)
+    return url
+
+
+def data(root: str | Path, **changes) -> DataConfig:
+    """Images and masks below `root`."""
+    given = {"images": "images/{name}.nii.gz", "masks": "masks/{name}.nii.gz", "label_names": LABELS} | changes
+    return DataConfig(root=str(root), validation_fraction=0.0, **given)
+
+
+def assert_same(url: str, folder: Path, **changes) -> VolumeDataset:
+    """The volumes at the URL are bit for bit those of the folder. Returns them."""
+    configs = data(url, **changes), data(folder, **changes)
+    there, here = (VolumeDataset(load_cases(config), config) for config in configs)
+    assert [case.name for case in there.cases] == [case.name for case in here.cases] and len(there) == 3
+    for one, other in zip(there, here, strict=True):
+        assert torch.equal(one["image"], other["image"]) and torch.equal(one["affine"], other["affine"])
+        assert ("mask" in one) == ("mask" in other) and ("mask" not in one or torch.equal(one["mask"], other["mask"]))
+        assert one["metadata"] == other["metadata"] and torch.equal(one["scale"], other["scale"])
+    return there
+
+
+IMAGES = ["images/{name}.nii.gz", "pairs/{name}.hdr", "meta/{name}.mhd", "series/{name}", "im*/**/{name}.nii.?z"]
+
+
+@pytest.mark.parametrize("images", IMAGES)
+def test_every_format_is_read_as_from_a_folder(folder, images):
+    if images.startswith("series"):
+        add_series(folder)
+    without = {"masks": None} if "*" in images else {}  # masks and images belong together when their stars agree
+    assert_same(upload(folder), folder, images=images, **without)
+
+
+def test_only_what_the_patterns_name_is_copied(folder, copies):
+    assert_same(upload(folder), folder)
+    (place,) = (copies / "memory/bucket/set").glob("@*")
+    names = {f"{kind}/{name}.nii.gz" for kind in ("images", "masks") for name in "abc"}
+    assert {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()} == names
+    assert len(list((copies / "files").iterdir())) == 6
+
+
+def test_file_urls_are_read_where_they_lie(folder, copies):
+    assert_same(f"file://{folder}", folder)
+    assert not copies.exists()
+
+
+@pytest.mark.parametrize("table", ["cases.csv", "memory://tables/of/cases.csv"])
+def test_a_table_and_what_its_rows_name(folder, table):
+    url = upload(folder)
+    fsspec.filesystem("memory").pipe("/tables/of/cases.csv", (folder / "cases.csv").read_bytes())
+    there = load_cases(data(url, table=table))
+    here = load_cases(data(folder, table="cases.csv"))
+    assert [(case.name, case.metadata) for case in there] == [(case.name, case.metadata) for case in here]
+    fsspec.filesystem("memory").rm("/bucket/set/masks/b.nii.gz")
+    with pytest.raises(ValueError, match=r"^memory://bucket/set/masks/b\.nii\.gz: no such file"):
+        load_cases(data(url, table=table))
+    config = data(url, table=table, on_error="skip")
+    skipped = VolumeDataset(load_cases(config), config).skipped
+    assert skipped == [("b", "memory://bucket/set/masks/b.nii.gz: no such file")]
+
+
+def test_a_damaged_file_is_refused_by_its_url_and_read_once_it_is_repaired(folder):
+    url, memory = upload(folder), fsspec.filesystem("memory")
+    whole = memory.cat("/bucket/set/images/b.nii.gz")
+    memory.pipe("/bucket/set/images/b.nii.gz", whole[:-9])
+    config = data(url)
+    with pytest.raises(VolumeError, match=r"^memory://bucket/set/images/b\.nii\.gz: "):
+        VolumeDataset(load_cases(config), config)
+    memory.pipe("/bucket/set/images/b.nii.gz", whole)
+    assert_same(url, folder)
+
+
+def test_nothing_is_fetched_twice_and_a_new_version_alone(folder, monkeypatch):
+    fetched, real = [], remote.download
+    monkeypatch.setattr(remote, "download", lambda *a: (fetched.append(a[1]), real(*a))[1])
+    url = upload(folder)
+    first = load_cases(data(url))
+    assert len(fetched) == 6
+    assert load_cases(data(url)) == first and len(fetched) == 6
+    fsspec.filesystem("memory").pipe("/bucket/set/images/b.nii.gz", (folder / "images/a.nii.gz").read_bytes())
+    second = load_cases(data(url))
+    assert fetched[6:] == ["images/b.nii.gz"]
+    old, new = first[1].images["image"], second[1].images["image"]
+    assert (
+        old.read_bytes() == (folder / "images/b.nii.gz").read_bytes() != new.read_bytes()
+    )  # who read the old one still does
+    assert old.stat().st_mtime_ns != new.stat().st_mtime_ns  # what keys are made of
+    assert first[0].images["image"].samefile(second[0].images["image"])
+
+
+def test_keys_are_the_same_on_every_machine(folder, monkeypatch, tmp_path):
+    """Names, sizes and times, of which the latents' key is made."""
+    url, stamps = upload(folder), []
+    for machine in ("one", "two"):
+        monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / machine))
+        paths = [case.images["image"] for case in load_cases(data(url))]
+        stamps.append([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
+    assert stamps[0] == stamps[1] and len(set(stamps[0])) == 3
+
+
+def test_a_file_that_changes_while_it_is_copied_is_noticed(folder, monkeypatch, copies):
+    url, memory, real = upload(folder), fsspec.filesystem("memory"), remote.download
+
+    def while_it_changes(url: str, name: str, size: int, target: Path) -> str:
+        found = real(url, name, size, target)
+        if name == "masks/c.nii.gz":
+            memory.pipe(f"/bucket/set/{name}", bytes(size))  # as long as before
+        return found
+
+    monkeypatch.setattr(remote, "download", while_it_changes)
+    with pytest.raises(ValueError, match=r"memory://bucket/set/masks/c\.nii\.gz: changed while it was copied"):
+        load_cases(data(url))
+    monkeypatch.setattr(remote, "download", real)
+    with pytest.raises(
+        VolumeError, match=r"memory://bucket/set/masks/c\.nii\.gz: "
+    ):  # what is there now, and not before
+        VolumeDataset(load_cases(data(url)), data(url))
+    assert not list(copies.rglob(".partial_*"))
+
+
+def test_no_more_is_read_than_was_listed(folder, monkeypatch, copies):
+    url = upload(folder)
+    listed = list_files(url)
+    listed["images/a.nii.gz"]["size"] = 100
+    monkeypatch.setattr(remote, "list_files", lambda *a: listed)
+    with pytest.raises(ValueError, match=r"memory://bucket/set/images/a\.nii\.gz: sends more than the 100 bytes"):
+        load_cases(data(url))
+    listed["images/a.nii.gz"]["size"] = None
+    with pytest.raises(ValueError, match=r"images/a\.nii\.gz: its server does not say how long it is"):
+        load_cases(data(url))
+    assert not list(copies.rglob(".partial_*"))
+
+
+def test_a_cache_of_copies_that_lost_bytes_is_repaired(folder, copies):
+    url = upload(folder)
+    load_cases(data(url))
+    for file in (copies / "files").iterdir():
+        os.truncate(file, 10)
+    assert_same(url, folder)
+
+
+def test_a_full_disk_is_named_before_anything_is_fetched(folder, monkeypatch, copies):
+    url = upload(folder)
+    monkeypatch.setattr(remote.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(ValueError, match="memory://bucket/set: .* GiB are to be copied .* MEDVOLUME_CACHE"):
+        load_cases(data(url))
+    assert not list((copies / "files").iterdir())
+
+
+def test_names_that_lead_out_of_the_folder_are_refused(folder, copies, monkeypatch):
+    url = upload(folder)
+    real = list_files(url)
+    hostile = {"images/../../../../x.nii.gz": real["images/a.nii.gz"]}
+    monkeypatch.setattr(remote, "list_files", lambda *a: real | hostile)
+    with pytest.raises(ValueError, match="no path below a folder"):
+        load_cases(data(url, images="**/*.nii.gz", masks=None, label_names={}))
+    assert not [path for path in copies.parent.rglob("x.nii.gz")]
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("gs://bucket/set", "pip install gcsfs"),
+        ("nowhere://bucket/set", "nowhere"),
+        ("s3://", "names no folder"),
+        ("memory://bucket/empty", "no file matches .* in memory://bucket/empty$"),
+        ("memory://bucket/../set", "no path below a folder"),
+        ("simplecache::s3://bucket/set", "fsspec's own configuration"),
+    ],
+)
+def test_urls_that_cannot_be_used_are_refused_with_a_remedy(url, says):
+    with pytest.raises(ValueError, match=says):
+        load_cases(data(url))
+
+
+@pytest.mark.parametrize("url", ["ftp://me:secret@host/set", "https://host/set?token=secret"])
+def test_secrets_in_a_url_are_refused_and_not_repeated(url):
+    with pytest.raises(ValueError, match="fsspec's own configuration") as raised:
+        load_cases(data(url))
+    assert "secret" not in str(raised.value)
+
+
+def test_masks_and_tables_to_generate_from(folder, tmp_path):
+    url, memory = upload(folder), fsspec.filesystem("memory")
+    for pattern in ("masks", "masks/*.nii.gz", "masks/a.nii.gz"):
+        here, there = find_masks([str(folder / pattern)], tmp_path), find_masks([f"{url}/{pattern}"], tmp_path)
+        assert [path.name for path in there] == [path.name for path in here]
+        assert [path.read_bytes() for path in there] == [path.read_bytes() for path in here]
+    memory.pipe("/bucket/set/asked.csv", b"name,mask\nx,masks/b.nii.gz\ny,masks/c.nii.gz\n")
+    requests = read_requests(f"{url}/asked.csv", tiny_pipeline(), tmp_path)
+    masks = [request.mask for request in requests if request.mask]
+    assert [path.read_bytes() for path in masks] == [(folder / f"masks/{n}.nii.gz").read_bytes() for n in "bc"]
+    with pytest.raises(ValueError, match=r"no masks found in memory://bucket/set/none"):
+        find_masks([f"{url}/none"], tmp_path)
+
+
+def test_outputs_are_local(tmp_path):
+    for path in ("s3://bucket/run", Path("s3://bucket/run")):
+        with pytest.raises(ValueError, match="s3:/.*is a URL"):
+            refuse_url(path, "--output")
+    refuse_url(tmp_path, "--output")
+
+
+# a server
+
+
+class Server(BaseHTTPRequestHandler):
+    """What fsspec's client of WebHDFS asks for to list and read: https://hadoop.apache.org/docs/r1.0.4/webhdfs.html"""
+
+    folder: Path
+    spoil: Callable[[str, bytes], bytes] | None
+
+    def do_GET(self) -> None:
+        asked, query = urlsplit(self.path), {k: v[0] for k, v in parse_qs(urlsplit(self.path).query).items()}
+        path = self.folder / unquote(asked.path).removeprefix("/webhdfs/v1/data").strip("/")
+        if not path.exists():
+            return self.answer(404, {"RemoteException": {"exception": "FileNotFoundException", "message": "none"}})
+        if query["op"] == "OPEN":
+            start, length = int(query["offset"]), int(query["length"])
+            content = path.read_bytes()[start : start + length]
+            return self.answer(200, self.spoil(path.name, content) if self.spoil else content)
+        if query["op"] == "GETFILESTATUS":
+            return self.answer(200, {"FileStatus": self.status(path)})
+        return self.answer(200, {"FileStatuses": {"FileStatus": [self.status(one) for one in path.iterdir()]}})
+
+    def status(self, path: Path) -> dict[str, object]:
+        found, kind = path.stat(), "DIRECTORY" if path.is_dir() else "FILE"
+        return {
+            "pathSuffix": path.name,
+            "type": kind,
+            "length": found.st_size,
+            "modificationTime": found.st_mtime_ns // 10**6,
+        }
+
+    def answer(self, code: int, content: object) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Not among a test's output."""
+
+
+class Quiet(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Not among a test's output."""
+
+
+@pytest.fixture
+def server(folder) -> Iterator[Any]:
+    handler: Any = type("Handler", (Server,), {"folder": folder, "spoil": None})
+    with Quiet(("127.0.0.1", 0), handler) as running:
+        handler.url = f"webhdfs://127.0.0.1:{running.server_port}/data"
+        thread = threading.Thread(target=running.serve_forever, args=(0.05,))
+        thread.start()
+        yield handler
+        running.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("images", ["images/{name}.nii.gz", "series/{name}"])
+def test_volumes_of_a_server_are_those_of_its_folder(server, folder, images):
+    add_series(folder)
+    assert_same(server.url, folder, images=images)
+
+
+@pytest.mark.parametrize("spoilt", ["short", "gone"])
+def test_a_server_that_sends_something_else_is_refused_by_the_files_url(server, folder, spoilt, copies):
+    def gone(content: bytes) -> bytes:
+        raise ConnectionResetError("the server dies")
+
+    change = {"short": lambda content: content[:-3], "gone": gone}[spoilt]
+    server.spoil = staticmethod(lambda name, content: change(content) if name == "b.nii.gz" else content)
+    with pytest.raises(ValueError, match=rf"{server.url}/(images|masks)/b\.nii\.gz: (sends|cannot be read)"):
+        load_cases(data(server.url))
+    assert not list(copies.rglob(".partial_*"))
+    server.spoil = None
+    assert_same(server.url, folder)
+
+
+def test_a_server_that_does_not_answer_is_named(server):
+    url = re.sub(r":\d+/", ":1/", server.url)
+    with pytest.raises(ValueError, match=f"{url}: cannot be listed: .*fsspec's own configuration"):
+        load_cases(data(url))
+
+
+# latents
+
+
+@pytest.fixture
+def vae() -> AutoencoderKL3D:
+    torch.manual_seed(0)
+    vae = AutoencoderKL3D(channels=(4, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1)).eval()
+    vae.set_latent_statistics([0.1, 0.2, 0.3, 0.4], [1.0, 0.5, 2.0, 0.1])
+    return vae
+
+
+@pytest.fixture
+def dataset(folder) -> VolumeDataset:
+    config = data(folder)
+    return VolumeDataset(load_cases(config), config)
+
+
+def assert_same_latents(one, other) -> None:
+    assert len(one) == len(other)
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine.keys() == theirs.keys() and mine["name"] == theirs["name"]
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine if key != "name")
+
+
+def test_latents_at_a_url_are_those_of_a_folder_and_made_once(vae, dataset, tmp_path, monkeypatch):
+    local = build_latent_cache(dataset, vae, tmp_path / "local", progress=False)
+    assert_same_latents(build_latent_cache(dataset, vae, "memory://latents", progress=False), local)
+    monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "another"))  # another machine
+    monkeypatch.setattr(type(vae), "encode", lambda *a, **k: pytest.fail("encodes again"))
+    assert_same_latents(build_latent_cache(dataset, vae, "memory://latents/", progress=False), local)
+
+
+def test_an_entry_that_is_cut_short_is_made_again_and_a_damaged_one_refused(vae, dataset, tmp_path, monkeypatch):
+    memory = fsspec.filesystem("memory")
+    local = build_latent_cache(dataset, vae, "memory://latents", progress=False)
+    first, second, _ = sorted(memory.find("/latents"))
+    whole = memory.cat(first), memory.cat(second)
+    memory.pipe(first, whole[0][:-5])  # a store that shows what is not whole yet
+    memory.pipe(second, whole[1][:-1] + bytes([whole[1][-1] ^ 1]))
+    monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "another"))
+    latents = build_latent_cache(dataset, vae, "memory://latents", progress=False)
+    assert memory.cat(first) == whole[0]
+    assert torch.equal(latents[0]["mean"], local[0]["mean"])
+    with pytest.raises(ValueError, match=f"memory:/{re.escape(second)}: is damaged.*delete it.*--resume latest"):
+        latents[1]
+    memory.rm(second)
+    with pytest.raises(ValueError, match=r"has no entry 00001_00 any more.*--resume latest"):
+        build_latent_cache(dataset, vae, "memory://latents", shard=(0, 2), progress=False)[1]
+    assert_same_latents(build_latent_cache(dataset, vae, "memory://latents", progress=False), local)
+    assert not [path for path in (tmp_path / "another").rglob("*") if path.name.count("-") == 2]
+
+
+def test_a_place_that_cannot_be_written_is_named(vae, dataset, monkeypatch, copies):
+    def denied(*a, **k):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "pipe_file", denied)
+    with pytest.raises(
+        ValueError, match=r"memory://latents/.*00000_00-.*could not be written.*not yours.*cache\.folder"
+    ):
+        build_latent_cache(dataset, vae, "memory://latents", progress=False)
+    assert not list(copies.rglob("*.safetensors")) and not list(copies.rglob("*partial*"))
+
+
+class Folder(LocalFileSystem):
+    protocol = "folder"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).replace("folder://", "/"))
+
+
+PROCESS = """
+import sys
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from autoencoder import AutoencoderKL3D
+from diffusion import build_latent_cache
+from volumes import DataConfig, VolumeDataset, load_cases
+
+class Folder(LocalFileSystem):
+    protocol = "folder"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).replace("folder://", "/"))
+
+fsspec.register_implementation("folder", Folder)
+url, vae, rank = sys.argv[1], AutoencoderKL3D.from_pretrained(sys.argv[2]).eval(), int(sys.argv[3])
+names = {0: "background", 1: "left", 2: "right"}
+files = {"images": "images/{name}.nii.gz", "masks": "masks/{name}.nii.gz"}
+config = DataConfig(root=url, label_names=names, validation_fraction=0.0, **files)
+cache = build_latent_cache(VolumeDataset(load_cases(config), config), vae, f"{url}/latents", shard=(rank, 2))
+print(cache.files[0].parent.name)
+"""
+
+
+def test_two_processes_fill_one_cache_and_a_third_machine_reads_it(vae, folder, tmp_path, monkeypatch):
+    """Data and latents at one URL; each process has copies of its own, as if on another machine."""
+    fsspec.register_implementation("folder", Folder, clobber=True)
+    url, config = f"folder:/{folder}", data(f"folder:/{folder}")
+    vae.save_pretrained(tmp_path / "vae")
+    (tmp_path / "process.py").write_text(PROCESS)
+    command = [sys.executable, tmp_path / "process.py", url, tmp_path / "vae", "0"]
+    elsewhere = {**os.environ, "PYTHONPATH": str(ROOT), "MEDVOLUME_CACHE": str(tmp_path / "elsewhere")}
+    other = subprocess.Popen(command, env=elsewhere, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    dataset = VolumeDataset(load_cases(config), config)
+    mine = build_latent_cache(dataset, vae, f"{url}/latents", shard=(1, 2), progress=False)
+    printed, errors = other.communicate(timeout=200)
+    assert other.returncode == 0, errors
+    assert printed.strip() == mine.files[0].parent.name  # the key
+    objects = sorted((folder / "latents" / printed.strip()).iterdir())
+    assert [one.name[:8] for one in objects] == ["00000_00", "00001_00", "00002_00"]
+
+    monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "third"))
+    monkeypatch.setattr(type(vae), "encode", lambda *a, **k: pytest.fail("encodes again"))
+    third = build_latent_cache(VolumeDataset(load_cases(config), config), vae, f"{url}/latents", progress=False)
+    assert_same_latents(third, mine)
+    assert all(torch.equal(load_file(one)["mean"], entry["mean"]) for one, entry in zip(objects, third, strict=True))
+
+
+def test_a_training_on_remote_volumes_and_latents_is_the_local_one(vae, folder, tmp_path):
+    vae.save_pretrained(tmp_path / "vae")
+    metrics = []
+    for root in (str(folder), upload(folder)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        output = tmp_path / f"run_{len(metrics)}"
+        given = [
+            *(f"--output={output}", f"--vae={tmp_path / 'vae'}", f"--data.root={root}"),
+            *("--data.images=images/{name}.nii.gz", "--data.masks=masks/{name}.nii.gz"),
+            "--data.label_names={0: background, 1: left, 2: right}",
+            *("--data.validation_fraction=0.3", f"--cache.folder={root}/latents"),
+            "--model={class: diffusion.LatentUNet3D, channels: [8, 16], blocks: [1, 1], head_dim: 8}",
+            *(f"--loop.{one}" for one in ("max_steps=2", "batch_size=1", "validate_every=2", "preview_every=9")),
+            *("--loop.mixed_precision=no", "--loop.trackers=[]", "--inference_steps=2"),
+        ]
+        metrics.append(train_ldm.main(given))
+        assert not (output / "latents").exists()
+    assert metrics[0] == metrics[1]
+    assert fsspec.filesystem("memory").glob("/bucket/set/latents/*/00000_00-*.safetensors")
