@@ -176,9 +176,12 @@ class AutoencoderStep:
         cells, self._cells = self._cells, []
         if cells and taken:
             accelerator, network = self.vae.accelerator, self.vae.network
+            average: Any = self.vae.ema.module
             generator = torch.Generator().manual_seed(derive_seed(self.vae.updates))
             network.codebook.update(torch.cat(cells), generator, partial(gather_cells, accelerator))
-            self.vae.average.codebook.load_state_dict(network.codebook.state_dict())  # it was copied before this update
+            average.codebook.load_state_dict(
+                network.codebook.state_dict()
+            )  # it was copied before this update
 
     def review(self, values: dict[str, float]) -> list[str]:
         """Whether the codebook collapsed: nearly all cells have one and the same code."""

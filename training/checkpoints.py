@@ -3,6 +3,8 @@
     checkpoints/step_000500/
         model.safetensors, optimizer.bin, random_states_0.pkl, ...    Accelerate's
         <learner>_ema.safetensors                                     moving averages
+        <learner>.safetensors, <learner>_optimizer.bin                instead of Accelerate's, of weights that are sharded:
+                                                                      put together, so they are as large as without
         state.json                                                    step, data position, counters
         rng_0.txt                                                     digest of the random state (see `load`)
         digests.json                                                  sha256 of all of these
@@ -32,6 +34,7 @@ from volumes.text import read_object
 from .learner import Learner
 from .output import recover_folders, remove_folder, replace_folder, sync_file
 from .processes import is_of_another
+from .sharding import collect, restore
 
 logger = logging.getLogger("training")
 DIGESTS = "digests.json"
@@ -120,8 +123,11 @@ def rng_digest() -> str:
 class Checkpointer:
     """Writes, thins out and reads the checkpoints of one run."""
 
-    def __init__(self, accelerator: Accelerator, learners: Sequence[Learner], folder: Path, keep: int):
+    def __init__(
+        self, accelerator: Accelerator, learners: Sequence[Learner], folder: Path, keep: int, sharded: bool = False
+    ):
         self.accelerator, self.learners, self.folder, self.keep = accelerator, learners, folder, keep
+        self.sharded = sharded
         if accelerator.is_main_process:
             recover_folders(folder)  # after a run that was killed while writing
 
@@ -162,12 +168,23 @@ class Checkpointer:
         state.processes = accelerator.num_processes
         accelerator.save_state(str(partial), safe_serialization=True)
         (partial / f"rng_{accelerator.process_index}.txt").write_text(rng_digest())
+        for learner in self.learners:
+            state.updates[learner.name] = learner.updates
+            self._write_learner(learner, partial)
         if accelerator.is_main_process:
-            for learner in self.learners:
-                state.updates[learner.name] = learner.updates
-                average = {k: v.contiguous() for k, v in learner.average.state_dict().items()}
-                save_file(average, partial / f"{learner.name}_ema.safetensors")
             (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
+
+    def _write_learner(self, learner: Learner, partial: Path) -> None:
+        if self.sharded:
+            collected = collect(learner.network, learner.ema.module, learner.optimizer)
+            average = collected["average"]
+        else:
+            average = learner.average.state_dict()
+        if self.accelerator.is_main_process:
+            save_file(_contiguous(average), partial / f"{learner.name}_ema.safetensors")
+            if self.sharded:
+                save_file(_contiguous(collected["model"]), partial / f"{learner.name}.safetensors")
+                torch.save(collected["optimizer"], partial / f"{learner.name}_optimizer.bin")
 
     def resume(self, resume: str) -> tuple[Path, TrainState] | None:
         """Restore what `resume` means (see `find_checkpoint`), and return where it is; None if there is nothing yet. Called by
@@ -260,7 +277,14 @@ class Checkpointer:
             )
         self.accelerator.load_state(str(path))
         for learner in self.learners:
-            learner.average.load_state_dict(load_file(path / f"{learner.name}_ema.safetensors"), strict=True)
+            average = load_file(path / f"{learner.name}_ema.safetensors")
+            if self.sharded:
+                weights = load_file(path / f"{learner.name}.safetensors")
+                moments = torch.load(path / f"{learner.name}_optimizer.bin", weights_only=True)
+                state_of = {"model": weights, "average": average, "optimizer": moments}
+                restore(learner.network, learner.ema.module, learner.optimizer, state_of)
+            else:
+                learner.average.load_state_dict(average, strict=True)
             learner.updates = state.updates[learner.name]
         saved = path / f"rng_{self.accelerator.process_index}.txt"
         if not saved.is_file():
@@ -268,3 +292,7 @@ class Checkpointer:
         if saved.read_text() != rng_digest():
             raise DamagedCheckpoint(f"{path}: the random state could not be restored; is random_states_*.pkl damaged?")
         return state
+
+
+def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}

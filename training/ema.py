@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from .sharding import local
+
 
 class MovingAverage:
     """A copy of `model` whose parameters follow it slowly; buffers are copied (a codebook is already an average).
@@ -26,6 +28,6 @@ class MovingAverage:
     def update(self, model: nn.Module, updates: int) -> None:
         """Move towards `model`, whose `updates`-th optimiser step (counted from 1) was just taken."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
-        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1.0 - decay)
+        torch._foreach_lerp_(local(self.module.parameters()), local(model.parameters()), 1.0 - decay)
         for average, current in zip(self.module.buffers(), model.buffers(), strict=True):
             average.copy_(current)

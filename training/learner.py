@@ -3,17 +3,22 @@
 A training step owns one learner, or several (a generator and a discriminator, each with its own optimiser).
 """
 
+import copy
+import logging
 import math
 from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
 from .config import OptimizerConfig
 from .ema import MovingAverage
 from .muon import Muon, is_kernel
+from .sharding import local, shard, whole, whole_weights
 
+logger = logging.getLogger("training")
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -38,7 +43,13 @@ class Learner(Generic[Model]):
         self.network = model
         self.model: Any = model
         self.ema = MovingAverage(model, ema_decay)
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer: Any = self._make_optimizer()
+        self._whole: nn.Module | None = None  # where the average is divided, a network to put it together in
+        self._gathered = False
+        self.updates = 0
+
+    def _make_optimizer(self) -> Muon:
+        config, parameters = self.config, [p for p in self.network.parameters() if p.requires_grad]
         kernels = {id(p) for p in parameters if config.algorithm == "muon" and is_kernel(p)}
         decay = config.weight_decay
         groups = [
@@ -47,25 +58,44 @@ class Learner(Generic[Model]):
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},  # biases and norm scales
         ]
         # `lr` as set here is never used: update() sets that of the step, so the schedule has no state of its own.
-        self.optimizer: Any = Muon(
+        return Muon(
             [g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
         )
-        self.updates = 0
 
     @property
     def average(self) -> Model:
-        """The bare network with averaged weights, in evaluation mode."""
-        return self.ema.module  # pyright: ignore[reportReturnType]
+        """The bare network with averaged weights, in evaluation mode; where it is divided, as `gather` put it together."""
+        return self.ema.module if self._whole is None else self._whole  # pyright: ignore[reportReturnType]
 
-    def prepare(self, accelerator: Accelerator, *, compile: bool = False) -> None:
+    def gather(self) -> None:
+        """Put a divided average together, until the next update. Called by every process, before it is used."""
+        if self._whole is not None and not self._gathered:
+            self._whole.load_state_dict(whole_weights(self.ema.module))
+            self._whole.to(self.accelerator.device)
+            self._gathered = True
+
+    def prepare(self, accelerator: Accelerator, *, compile: bool = False, sharded: bool = False) -> None:
         """Move to the accelerator's device and wrap for mixed precision and several processes.
 
         Args:
             compile: torch.compile the network, in place: no wrapper, so no name in a checkpoint changes. The average
             stays as it is: validation and previews code whole volumes of any shape. With `dynamic` shapes inductor
             (torch 2.13, CPU) fails on the U-Net and specialises on them anyway.
+            sharded: divide weights, gradients, optimiser state and average among the processes (training/sharding.py).
         """
         self.accelerator = accelerator
+        if sharded:
+            self._whole = copy.deepcopy(self.ema.module)
+            forward = accelerator.autocast()(self.network.forward)  # what Accelerate does without sharding
+            self.network.forward = convert_outputs_to_fp32(forward)
+            for module in (self.network, self.ema.module):
+                shard(module, accelerator)
+            self.optimizer = self._make_optimizer()  # of the divided weights
+            weights = list(self.network.parameters())
+            mine, all_of_it = sum(one.numel() for one in local(weights)), sum(one.numel() for one in weights)
+            logger.info("%s is divided: this process holds %d of %d weights", self.name, mine, all_of_it)
+            self.model.train()
+            return
         self.ema.module.to(accelerator.device)
         if compile:
             self.network.compile(dynamic=False)
@@ -83,7 +113,7 @@ class Learner(Generic[Model]):
         changes nothing but fp16's loss scale.
         """
         self.accelerator.unscale_gradients(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
+        norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm))
         finite = bool(torch.isfinite(norm))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.max_steps, self.config)
@@ -91,7 +121,14 @@ class Learner(Generic[Model]):
             self.optimizer.step()
             self.updates += 1
             self.ema.update(self.network, self.updates)
+            self._release()
         elif self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # lowers fp16's loss scale after the overflow
         self.optimizer.zero_grad(set_to_none=True)
         return finite, norm.to(self.accelerator.device)  # of no gradients at all it is on the CPU
+
+    def _release(self) -> None:
+        """The average has moved on: what `gather` put together is of no use any more."""
+        if self._whole is not None and self._gathered:
+            self._whole.to("cpu")
+            self._gathered = False

@@ -29,6 +29,7 @@ from .learner import Learner
 from .output import check_writable, write_text
 from .precision import resolve_precision
 from .processes import TERMINATED, StopSignal, check_together, ending_with_others, on_cpu
+from .sharding import check_sharding
 from .tracking import Progress, log_figure
 from .watch import SpikeWatch
 
@@ -84,8 +85,8 @@ def make_accelerator(config: Any) -> Accelerator:
     """Accelerate as the loop needs it, for the run that `config` describes (`loop`, `output` and `resume` are read).
 
     Raises: ValueError if the output folder cannot be written to, or holds another run and nothing says to resume it; for
-    processes that do not know of each other; for sharded training (FSDP, DeepSpeed), which the moving average does not
-    support; for a tracker that is unknown or not installed; for
+    processes that do not know of each other; for an Accelerate config of FSDP or DeepSpeed, and for `loop.shard` where it
+    cannot run; for a tracker that is unknown or not installed; for
     `loop.compile` on a machine that cannot.
     """
     options: LoopConfig = config.loop
@@ -109,10 +110,11 @@ def make_accelerator(config: Any) -> Accelerator:
         )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"{accelerator.distributed_type}: sharded weights are not supported, for the moving average and the checkpoints "
-            "hold whole ones. Launch with plain data parallelism (configs/accelerate/eight_gpus.yaml); where memory is "
-            "short, use gradient_checkpointing: true, smaller crops, and optimizer.gradient_accumulation"
+            f"{accelerator.distributed_type}: of Accelerate's launch config is not supported. Launch with plain data parallelism "
+            "(configs/accelerate/eight_gpus.yaml) and --loop.shard true, which divides the weights by itself"
         )
+    if options.shard:
+        check_sharding(accelerator, compile=options.compile)
     if options.compile:
         check_compiler(accelerator.device)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -159,12 +161,14 @@ class Loop:
         self.options: LoopConfig = config.loop
         if accelerator.mixed_precision == "fp16" and len(step.learners) > 1:  # Accelerate has one loss scale for all
             raise ValueError("fp16 with a discriminator is not supported: use loop.mixed_precision bf16 or no")
+        if self.options.shard and len(step.learners) > 1:  # its adaptive weight needs the gradient of one whole layer
+            raise ValueError("loop.shard: with an adversary it is not supported; set it to false")
         self.output, self.contents = Path(config.output), dict(contents or {})
         self.spikes = SpikeWatch()
         for learner in step.learners:
-            learner.prepare(accelerator, compile=self.options.compile)
+            learner.prepare(accelerator, compile=self.options.compile, sharded=self.options.shard)
         self.checkpoints = Checkpointer(
-            accelerator, step.learners, self.output / "checkpoints", self.options.keep_checkpoints
+            accelerator, step.learners, self.output / "checkpoints", self.options.keep_checkpoints, self.options.shard
         )
         self.state = self._begin_or_resume()
 
@@ -333,6 +337,7 @@ class Loop:
     def validate(self) -> dict[str, float]:
         """Mean of every metric over the held-out items, shared among the processes; empty without such items."""
         accelerator, items = self.accelerator, self.validation
+        self._gather()
         if not len(items):
             return {}
         sums: dict[str, float] = {}
@@ -351,9 +356,14 @@ class Loop:
             logger.warning("step %d: a validation metric is not finite", self.state.step)
         return metrics
 
+    def _gather(self) -> None:
+        for learner in self.step.learners:
+            learner.gather()
+
     def preview(self) -> None:
         """Draw the first few held-out items, on the main process."""
         count = min(self.options.previews, len(self.validation))
+        self._gather()
         if count and self.accelerator.is_main_process:
             items = [send_to_device(self.validation[i], self.accelerator.device) for i in range(count)]
             log_figure(self.accelerator, self.step.preview(items), "preview", self.state.step, self.output / "previews")

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharding import divided_as, whole
+
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """The semi-orthogonal matrices near `matrices` (..., rows, columns): their singular values are brought near 1.
@@ -37,7 +39,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 def is_kernel(parameter: nn.Parameter) -> bool:
     """Whether a parameter is the kernel of a hidden convolution; the first and the last have few channels on a
     side."""
-    return parameter.ndim > 2 and parameter[0, 0].numel() > 1 and min(parameter.shape[:2]) > 8
+    return parameter.ndim > 2 and parameter.shape[2:].numel() > 1 and min(parameter.shape[:2]) > 8
 
 
 class Muon(torch.optim.AdamW):
@@ -46,6 +48,9 @@ class Muon(torch.optim.AdamW):
 
     Muon's update is scaled by 0.4 * sqrt(max(rows, columns)), about the size of AdamW's (Liu et al. 2025, section 2.2,
     use 0.2), so that both groups share one learning rate and one schedule.
+
+    A kernel that is divided among processes has its momentum divided too; its direction is put together, and orthogonalised by
+    all of them.
     """
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -81,8 +86,11 @@ class Muon(torch.optim.AdamW):
             torch._foreach_add_(momenta, gradients)
             directions = torch._foreach_add(gradients, momenta, alpha=momentum)
             # columns in the order (x, y, z, channel), in which channels_last_3d stores them: any order gives one result
-            stacked = torch.stack([direction.movedim(1, -1) for direction in directions])
+            stacked = torch.stack([whole(direction).movedim(1, -1) for direction in directions])
             updates = orthogonalise(stacked.flatten(2)).view(stacked.shape).movedim(-1, 2)
             scale = 0.4 * max(len(kernels[0]), kernels[0][0].numel()) ** 0.5
             torch._foreach_mul_(kernels, 1 - rate * decay)
-            torch._foreach_add_(kernels, list(updates.to(kernels[0].dtype).unbind()), alpha=-rate * scale)
+            changes = [
+                divided_as(update, kernel) for update, kernel in zip(updates.to(kernels[0].dtype), kernels, strict=True)
+            ]
+            torch._foreach_add_(kernels, changes, alpha=-rate * scale)
