@@ -1,7 +1,8 @@
 """Reconstruction losses, each averaged over the voxels inside the field of view only. Axes: (B, C, X, Y, Z).
 
 `fov` is boolean, (B, 1, X, Y, Z): False where a volume was padded. Padding has no truth, so it must not pull on the
-model.
+model. Each volume counts the same, however much of it is padding: a batch has then the mean loss of its parts, and it makes
+no difference over how many processes, or accumulated parts, it is divided.
 """
 
 import torch
@@ -13,9 +14,10 @@ from .vq import QuantisedLatents
 
 
 def masked_mean(values: Tensor, fov: Tensor) -> Tensor:
-    """Mean of `values` (B, C, X, Y, Z) over the True voxels of `fov` (B, 1, X, Y, Z); zero if there are none."""
+    """Mean over volumes of the mean of `values` (B, C, X, Y, Z) over the True voxels of `fov` (B, 1, X, Y, Z), zero where there
+    are none."""
     weight = fov.to(values.dtype).expand_as(values)
-    return (values * weight).sum() / weight.sum().clamp_min(1.0)
+    return ((values * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1.0)).mean()
 
 
 def difference(reconstruction: Tensor, target: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Two processes against one with the same global batch: the same losses, and how many steps a second.
+"""Two processes, with whole and with divided weights, against one with the same global batch: the same losses, and how many
+steps a second.
 
 python -m benchmarks.processes --steps 50 --output out/processes.json
 
@@ -49,23 +50,24 @@ def losses_of(
 
 
 def compare(steps: int, folder: Path, scripts: tuple[str, ...] = ("train_vae", "train_ldm")) -> dict[str, Any]:
-    """{script: {"losses": {processes: [...]}, "largest_relative_difference", "seconds_a_step", "samples_a_second"}}."""
+    """{script: {figure: {run: ...}}} of the runs "one", "two" and "sharded" (two, with `loop.shard`); figures are "losses",
+    "largest_relative_difference" (to one's losses), "seconds_a_step" and "samples_a_second"."""
     found, global_batch = {}, 4
     length = [f"--loop.max_steps={steps}", "--optimizer.warmup_steps=5"]
     for script in scripts:
-        own = VAE if script == "train_vae" else [*LDM, f"--vae={folder / 'train_vae/1/run/vae'}"]
+        own = VAE if script == "train_vae" else [*LDM, f"--vae={folder / 'train_vae/one/run/vae'}"]
         losses, seconds = {}, {}
-        for processes in (1, 2):
-            place = folder / script / str(processes)
-            losses[processes], seconds[processes] = losses_of(
-                script, [*own, *DATA, *LOOP, *length], place, processes, global_batch
-            )
-        pairs = zip(losses[1], losses[2], strict=True)
+        for run, processes, sharded in (("one", 1, False), ("two", 2, False), ("sharded", 2, True)):
+            args = [*own, *DATA, *LOOP, *length, *["--loop.shard=true"] * sharded]
+            losses[run], seconds[run] = losses_of(script, args, folder / script / run, processes, global_batch)
+        pairs = {run: zip(losses["one"], values, strict=True) for run, values in losses.items()}
         found[script] = {
             "losses": losses,
-            "largest_relative_difference": max(abs(a - b) / abs(a) for a, b in pairs),
+            "largest_relative_difference": {
+                run: max(abs(a - b) / abs(a) for a, b in both) for run, both in pairs.items()
+            },
             "seconds_a_step": seconds,
-            "samples_a_second": {n: global_batch / value for n, value in seconds.items()},
+            "samples_a_second": {run: global_batch / value for run, value in seconds.items()},
         }
     return found
 

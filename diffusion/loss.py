@@ -21,7 +21,7 @@ def training_loss(
     absolute: bool = False,
 ) -> Tensor:
     """Mean squared error of the prediction over the latent cells inside the field of view (Ho et al. 2020, Eq. 14), or its
-    mean absolute error (as WaveGrad's, Chen et al. 2021).
+    mean absolute error (as WaveGrad's, Chen et al. 2021); each volume counts the same, as in autoencoder/losses.py.
 
     Args:
         unet: the model, wrapped by Accelerate or not.
@@ -40,4 +40,5 @@ def training_loss(
     prediction = unet(noisy * weight, timesteps, **conditions, return_dict=False)[0]
     error = prediction.float() - target.float()
     error = (error.abs() if absolute else error**2) * weight
-    return error.sum() / (weight.sum() * latents.shape[1]).clamp_min(1.0)
+    cells = weight.expand(len(latents), *weight.shape[1:]).flatten(1).sum(1) * latents.shape[1]
+    return (error.flatten(1).sum(1) / cells.clamp_min(1.0)).mean()

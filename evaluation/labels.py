@@ -18,6 +18,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from volumes import Case, DataConfig, in_one_step, load_cases
+from volumes.remote import is_url, plain_path
 
 from .report import config_parser
 from .segmentation_data import learning_cases, test_cases
@@ -66,8 +67,9 @@ def restrict(config: DataConfig, k: int, seed: int, table: Path) -> DataConfig:
     chosen = [replace(learn[i], split="train") for i in draw_labelled(learn, k, seed)]
     rows = [{**case.metadata, split: case.split} for case in [*chosen, *test_cases(cases)]]
     _write(table, rows)
-    root = Path(config.root).resolve()
-    found = replace(config, table=os.path.relpath(table.resolve(), root), split=split, test_fraction=0.0)
+    place = table.resolve()
+    named = str(place) if is_url(config.root) else os.path.relpath(place, Path(plain_path(config.root)).resolve())
+    found = replace(config, table=named, split=split, test_fraction=0.0)
     if {case.name for case in load_cases(found) if case.split != "test"} != {case.name for case in chosen}:
         raise ValueError(f"{table}: names other volumes than were drawn; name the pieces of the files with {{braces}}")
     return found

@@ -178,6 +178,22 @@ def test_losses_ignore_padding():
     torch.testing.assert_close(l1_loss(inside, target, everywhere), (inside - target).abs().mean())
 
 
+def test_a_batch_costs_the_mean_of_its_parts_however_much_of_each_is_padding():
+    """Else losses would depend on how many processes, or accumulated parts, share a batch."""
+    generator = torch.Generator().manual_seed(0)
+    ours, real = (torch.randn(3, 1, 8, 8, 8, generator=generator) for _ in range(2))
+    fov = torch.zeros(3, 1, 8, 8, 8, dtype=torch.bool)
+    for one, inside in zip(fov, (2, 8, 5), strict=True):
+        one[:, :inside] = True
+    moments = torch.randn(3, 4, 4, 4, 4, generator=generator)
+    posterior, *parts = (DiagonalGaussian3D(one, torch.zeros(2), torch.ones(2)) for one in (moments, *moments[:, None]))
+    for loss in (l1_loss, mse_loss, gradient_loss):
+        apart = torch.stack([loss(ours[i : i + 1], real[i : i + 1], fov[i : i + 1]) for i in range(3)])
+        torch.testing.assert_close(loss(ours, real, fov), apart.mean())
+    apart = torch.stack([kl_loss(part, fov[i : i + 1]) for i, part in enumerate(parts)])
+    torch.testing.assert_close(kl_loss(posterior, fov), apart.mean())
+
+
 def test_gradient_loss_sees_edges_but_not_offsets():
     x, everywhere = torch.randn(1, 1, 6, 6, 6), torch.ones(1, 1, 6, 6, 6, dtype=torch.bool)
     assert gradient_loss(x + 1.0, x, everywhere).item() == pytest.approx(0, abs=1e-6)

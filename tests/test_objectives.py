@@ -149,6 +149,22 @@ def test_the_loss_of_a_perfect_denoiser_is_zero_and_padding_has_no_part_in_it():
     assert loss.item() == pytest.approx(0, abs=1e-8)
 
 
+def test_each_volume_counts_the_same_however_much_of_it_is_padding():
+    class Zero(torch.nn.Module):
+        def forward(self, sample, timestep, return_dict=True):
+            return (torch.zeros_like(sample),)
+
+    weight = torch.ones(2, 1, 4, 4, 4)
+    weight[0, :, 1:] = 0
+    latents = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+
+    def loss(chosen: list[int]):
+        draws = [torch.Generator().manual_seed(i) for i in chosen]
+        return training_loss(Zero(), FLOW, latents[chosen], {}, weight[chosen], draws)
+
+    torch.testing.assert_close(loss([0, 1]), (loss([0]) + loss([1])) / 2)
+
+
 def test_the_loss_of_predicting_nothing_is_the_targets_variance():
     class Zero(torch.nn.Module):
         def forward(self, sample, timestep, mask=None, return_dict=True):

@@ -7,35 +7,25 @@ this machine by another name, which processes share.
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import fsspec
-import nibabel as nib
-import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from fsspec.implementations.local import LocalFileSystem
-from safetensors.torch import load_file
+from remote_sets import add_series, data, make_set, upload
 from tiny import tiny_pipeline
 
-import train_ldm
-from autoencoder import AutoencoderKL3D
-from diffusion import build_latent_cache
+from evaluation.labels import restrict
 from pipelines.requests import find_masks, read_requests
-from volumes import DataConfig, VolumeDataset, VolumeError, load_cases, read_volume, remote, write_dicom
+from volumes import VolumeDataset, VolumeError, load_cases, remote
 from volumes.remote import list_files, refuse_url
-
-ROOT = Path(__file__).parents[1]
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # to RAS
-LABELS = {0: "background", 1: "left", 2: "right"}
 
 
 @pytest.fixture(autouse=True)
@@ -48,40 +38,7 @@ def copies(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Three cases with masks, each also as a pair, and with its voxels beside the header; a table of them."""
-    folder, rng, rows = tmp_path / "data", np.random.default_rng(0), ["name,sex"]
-    for sub in ("images", "masks", "pairs", "meta"):
-        (folder / sub).mkdir(parents=True)
-    for name in ("a", "b", "c"):
-        values = rng.integers(0, 900, (9, 10, 11)).astype(np.int16)
-        nib.save(nib.Nifti1Image(values, LPS), folder / f"images/{name}.nii.gz")
-        nib.save(nib.Nifti1Image((values % 3).astype(np.uint8), LPS), folder / f"masks/{name}.nii.gz")
-        nib.save(nib.Nifti1Pair(values, LPS), folder / f"pairs/{name}.img")
-        size, kind = "DimSize = 9 10 11\nElementSpacing = 1 1 1\nOffset = 0 0 0\n", "ElementType = MET_SHORT\n"
-        head = f"ObjectType = Image\nNDims = 3\nBinaryData = True\n{size}{kind}ElementDataFile = {name}.raw\n"
-        (folder / f"meta/{name}.mhd").write_text(head)
-        (folder / f"meta/{name}.raw").write_bytes(values.tobytes(order="F"))
-        rows.append(f"{name},F")
-    (folder / "notes.txt").write_text("nothing that is read")
-    (folder / "cases.csv").write_text("\n".join(rows))
-    return folder
-
-
-def add_series(folder: Path) -> None:
-    for file in sorted((folder / "images").iterdir()):
-        target = folder / "series" / file.name.removesuffix(".nii.gz")
-        write_dicom(read_volume(file), target, modality="CT", software="a test", model="0" * 64)
-
-
-def upload(folder: Path, url: str = "memory://bucket/set") -> str:
-    fsspec.filesystem("memory").put(f"{folder}/", url.removeprefix("memory:/"), recursive=True)
-    return url
-
-
-def data(root: str | Path, **changes) -> DataConfig:
-    """Images and masks below `root`."""
-    given = {"images": "images/{name}.nii.gz", "masks": "masks/{name}.nii.gz", "label_names": LABELS} | changes
-    return DataConfig(root=str(root), validation_fraction=0.0, **given)
+    return make_set(tmp_path / "data")
 
 
 def assert_same(url: str, folder: Path, **changes) -> VolumeDataset:
@@ -89,7 +46,7 @@ def assert_same(url: str, folder: Path, **changes) -> VolumeDataset:
     configs = data(url, **changes), data(folder, **changes)
     there, here = (VolumeDataset(load_cases(config), config) for config in configs)
     assert [case.name for case in there.cases] == [case.name for case in here.cases] and len(there) == 3
-    for one, other in zip(there, here, strict=True):
+    for one, other in ((there[i], here[i]) for i in range(3)):
         assert torch.equal(one["image"], other["image"]) and torch.equal(one["affine"], other["affine"])
         assert ("mask" in one) == ("mask" in other) and ("mask" not in one or torch.equal(one["mask"], other["mask"]))
         assert one["metadata"] == other["metadata"] and torch.equal(one["scale"], other["scale"])
@@ -230,7 +187,45 @@ def test_names_that_lead_out_of_the_folder_are_refused(folder, copies, monkeypat
     monkeypatch.setattr(remote, "list_files", lambda *a: real | hostile)
     with pytest.raises(ValueError, match="no path below a folder"):
         load_cases(data(url, images="**/*.nii.gz", masks=None, label_names={}))
-    assert not [path for path in copies.parent.rglob("x.nii.gz")]
+    assert not list(copies.parent.rglob("x.nii.gz"))
+
+
+def test_a_server_that_makes_up_folders_without_end_is_left(folder):
+    url = upload(folder)
+    fsspec.filesystem("memory").pipe("/bucket/set/images" + "/x" * 70 + "/a.nii.gz", b"1")
+    with pytest.raises(ValueError, match=r"memory://bucket/set: cannot be listed: .* 64 folders deep"):
+        load_cases(data(url, images="**/{name}.nii.gz"))
+    assert len(load_cases(data(url, images="masks/{name}.nii.gz"))) == 3  # nothing else is looked at
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(folder, monkeypatch):
+    def ls(self, path, **kwargs):
+        if path.endswith("/images"):
+            raise PermissionError("not yours")
+        return real(self, path, **kwargs)
+
+    url, memory = upload(folder), type(fsspec.filesystem("memory"))
+    real = memory.ls
+    monkeypatch.setattr(memory, "ls", ls)
+    with pytest.raises(ValueError, match="memory://bucket/set: cannot be listed: PermissionError: not yours"):
+        load_cases(data(url, images="**/{name}.nii.gz", masks=None, label_names={}))
+
+
+def test_processes_of_a_machine_fetch_once(folder, monkeypatch):
+    fetched, real = [], remote.download
+    monkeypatch.setattr(remote, "download", lambda *a: (fetched.append(a[1]), time.sleep(0.01), real(*a))[2])
+    config = data(upload(folder))
+    with ThreadPoolExecutor(3) as others:
+        found = list(others.map(load_cases, [config] * 3))
+    assert found[0] == found[1] == found[2] and len(fetched) == len(set(fetched)) == 6
+
+
+def test_labelled_volumes_are_drawn_from_a_url(folder, tmp_path):
+    """`evaluation.labels` names volumes in a table of this machine; the files stay where they are."""
+    config = data(upload(folder), test_fraction=0.3)
+    found = restrict(config, 1, 0, tmp_path / "drawn.csv")
+    assert found.root == config.root
+    assert {case.split for case in load_cases(found)} == {"train", "test"} and len(load_cases(found)) == 2
 
 
 @pytest.mark.parametrize(
@@ -360,145 +355,3 @@ def test_a_server_that_does_not_answer_is_named(server):
     url = re.sub(r":\d+/", ":1/", server.url)
     with pytest.raises(ValueError, match=f"{url}: cannot be listed: .*fsspec's own configuration"):
         load_cases(data(url))
-
-
-# latents
-
-
-@pytest.fixture
-def vae() -> AutoencoderKL3D:
-    torch.manual_seed(0)
-    vae = AutoencoderKL3D(channels=(4, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1)).eval()
-    vae.set_latent_statistics([0.1, 0.2, 0.3, 0.4], [1.0, 0.5, 2.0, 0.1])
-    return vae
-
-
-@pytest.fixture
-def dataset(folder) -> VolumeDataset:
-    config = data(folder)
-    return VolumeDataset(load_cases(config), config)
-
-
-def assert_same_latents(one, other) -> None:
-    assert len(one) == len(other)
-    for mine, theirs in zip(one, other, strict=True):
-        assert mine.keys() == theirs.keys() and mine["name"] == theirs["name"]
-        assert all(torch.equal(mine[key], theirs[key]) for key in mine if key != "name")
-
-
-def test_latents_at_a_url_are_those_of_a_folder_and_made_once(vae, dataset, tmp_path, monkeypatch):
-    local = build_latent_cache(dataset, vae, tmp_path / "local", progress=False)
-    assert_same_latents(build_latent_cache(dataset, vae, "memory://latents", progress=False), local)
-    monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "another"))  # another machine
-    monkeypatch.setattr(type(vae), "encode", lambda *a, **k: pytest.fail("encodes again"))
-    assert_same_latents(build_latent_cache(dataset, vae, "memory://latents/", progress=False), local)
-
-
-def test_an_entry_that_is_cut_short_is_made_again_and_a_damaged_one_refused(vae, dataset, tmp_path, monkeypatch):
-    memory = fsspec.filesystem("memory")
-    local = build_latent_cache(dataset, vae, "memory://latents", progress=False)
-    first, second, _ = sorted(memory.find("/latents"))
-    whole = memory.cat(first), memory.cat(second)
-    memory.pipe(first, whole[0][:-5])  # a store that shows what is not whole yet
-    memory.pipe(second, whole[1][:-1] + bytes([whole[1][-1] ^ 1]))
-    monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "another"))
-    latents = build_latent_cache(dataset, vae, "memory://latents", progress=False)
-    assert memory.cat(first) == whole[0]
-    assert torch.equal(latents[0]["mean"], local[0]["mean"])
-    with pytest.raises(ValueError, match=f"memory:/{re.escape(second)}: is damaged.*delete it.*--resume latest"):
-        latents[1]
-    memory.rm(second)
-    with pytest.raises(ValueError, match=r"has no entry 00001_00 any more.*--resume latest"):
-        build_latent_cache(dataset, vae, "memory://latents", shard=(0, 2), progress=False)[1]
-    assert_same_latents(build_latent_cache(dataset, vae, "memory://latents", progress=False), local)
-    assert not [path for path in (tmp_path / "another").rglob("*") if path.name.count("-") == 2]
-
-
-def test_a_place_that_cannot_be_written_is_named(vae, dataset, monkeypatch, copies):
-    def denied(*a, **k):
-        raise PermissionError("not yours")
-
-    monkeypatch.setattr(type(fsspec.filesystem("memory")), "pipe_file", denied)
-    with pytest.raises(
-        ValueError, match=r"memory://latents/.*00000_00-.*could not be written.*not yours.*cache\.folder"
-    ):
-        build_latent_cache(dataset, vae, "memory://latents", progress=False)
-    assert not list(copies.rglob("*.safetensors")) and not list(copies.rglob("*partial*"))
-
-
-class Folder(LocalFileSystem):
-    protocol = "folder"
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(str(path).replace("folder://", "/"))
-
-
-PROCESS = """
-import sys
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-from autoencoder import AutoencoderKL3D
-from diffusion import build_latent_cache
-from volumes import DataConfig, VolumeDataset, load_cases
-
-class Folder(LocalFileSystem):
-    protocol = "folder"
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(str(path).replace("folder://", "/"))
-
-fsspec.register_implementation("folder", Folder)
-url, vae, rank = sys.argv[1], AutoencoderKL3D.from_pretrained(sys.argv[2]).eval(), int(sys.argv[3])
-names = {0: "background", 1: "left", 2: "right"}
-files = {"images": "images/{name}.nii.gz", "masks": "masks/{name}.nii.gz"}
-config = DataConfig(root=url, label_names=names, validation_fraction=0.0, **files)
-cache = build_latent_cache(VolumeDataset(load_cases(config), config), vae, f"{url}/latents", shard=(rank, 2))
-print(cache.files[0].parent.name)
-"""
-
-
-def test_two_processes_fill_one_cache_and_a_third_machine_reads_it(vae, folder, tmp_path, monkeypatch):
-    """Data and latents at one URL; each process has copies of its own, as if on another machine."""
-    fsspec.register_implementation("folder", Folder, clobber=True)
-    url, config = f"folder:/{folder}", data(f"folder:/{folder}")
-    vae.save_pretrained(tmp_path / "vae")
-    (tmp_path / "process.py").write_text(PROCESS)
-    command = [sys.executable, tmp_path / "process.py", url, tmp_path / "vae", "0"]
-    elsewhere = {**os.environ, "PYTHONPATH": str(ROOT), "MEDVOLUME_CACHE": str(tmp_path / "elsewhere")}
-    other = subprocess.Popen(command, env=elsewhere, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    dataset = VolumeDataset(load_cases(config), config)
-    mine = build_latent_cache(dataset, vae, f"{url}/latents", shard=(1, 2), progress=False)
-    printed, errors = other.communicate(timeout=200)
-    assert other.returncode == 0, errors
-    assert printed.strip() == mine.files[0].parent.name  # the key
-    objects = sorted((folder / "latents" / printed.strip()).iterdir())
-    assert [one.name[:8] for one in objects] == ["00000_00", "00001_00", "00002_00"]
-
-    monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "third"))
-    monkeypatch.setattr(type(vae), "encode", lambda *a, **k: pytest.fail("encodes again"))
-    third = build_latent_cache(VolumeDataset(load_cases(config), config), vae, f"{url}/latents", progress=False)
-    assert_same_latents(third, mine)
-    assert all(torch.equal(load_file(one)["mean"], entry["mean"]) for one, entry in zip(objects, third, strict=True))
-
-
-def test_a_training_on_remote_volumes_and_latents_is_the_local_one(vae, folder, tmp_path):
-    vae.save_pretrained(tmp_path / "vae")
-    metrics = []
-    for root in (str(folder), upload(folder)):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        output = tmp_path / f"run_{len(metrics)}"
-        given = [
-            *(f"--output={output}", f"--vae={tmp_path / 'vae'}", f"--data.root={root}"),
-            *("--data.images=images/{name}.nii.gz", "--data.masks=masks/{name}.nii.gz"),
-            "--data.label_names={0: background, 1: left, 2: right}",
-            *("--data.validation_fraction=0.3", f"--cache.folder={root}/latents"),
-            "--model={class: diffusion.LatentUNet3D, channels: [8, 16], blocks: [1, 1], head_dim: 8}",
-            *(f"--loop.{one}" for one in ("max_steps=2", "batch_size=1", "validate_every=2", "preview_every=9")),
-            *("--loop.mixed_precision=no", "--loop.trackers=[]", "--inference_steps=2"),
-        ]
-        metrics.append(train_ldm.main(given))
-        assert not (output / "latents").exists()
-    assert metrics[0] == metrics[1]
-    assert fsspec.filesystem("memory").glob("/bucket/set/latents/*/00000_00-*.safetensors")

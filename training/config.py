@@ -211,7 +211,7 @@ class LatentCacheConfig:
     """Latents of the training volumes, computed once.
 
     Args:
-        folder: where they are kept; default: latents/ in the output folder.
+        folder: where they are kept, a folder or its fsspec URL; default: latents/ in the output folder.
         versions: entries per volume; the first is the volume as it is, the others are augmented.
         flip_axes: axes (0, 1, 2) along which the other versions are mirrored at random.
         shift: whether the other versions are shifted by less than the autoencoder's stride at random.

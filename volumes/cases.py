@@ -12,6 +12,7 @@ import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from posixpath import normpath
 from typing import Any
 
 from .config import DataConfig, PhantomConfig
@@ -83,7 +84,7 @@ def _copied(config: DataConfig) -> DataConfig:
     patterns += [config.masks] if config.masks else []
     if table:
         rows = read_table(Path(plain_path(table)))
-        names = {fill_pattern(pattern, row) for pattern in patterns for row in rows}
+        names = {normpath(fill_pattern(pattern, row)) for pattern in patterns for row in rows}
         wanted = [lambda path: path in names or path.rpartition("/")[0] in names]
     else:
         wanted = [is_wanted(pattern) for pattern in patterns]

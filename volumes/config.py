@@ -33,8 +33,9 @@ class DataConfig:
     when the pieces agree.
 
     Args:
-        root: folder that the patterns and the table are relative to.
-        table: CSV file with a header, or JSON list of objects; one row a volume. Its columns ride along as metadata.
+        root: folder that the patterns and the table are relative to, or its fsspec URL (s3://bucket/folder): see `remote`.
+        table: CSV file with a header, or JSON list of objects; one row a volume. Its columns ride along as metadata. Also
+            a URL of its own.
         images: pattern of the image files (NIfTI, NRRD, MetaImage), or of folders that hold a DICOM series each; a list of
             patterns adds them up; {channel: pattern} makes several channels.
         masks: pattern of the label maps.

@@ -21,7 +21,8 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from posixpath import dirname, normpath
 from typing import Any, BinaryIO, TypeGuard, cast
 
 import fsspec
@@ -155,7 +156,7 @@ def copy_pattern(pattern: str) -> str:
         url, rest = head.rpartition("/")[0], pattern[head.rindex("/") + 1 :].strip("/")
     if head != pattern.rstrip("/"):
         matches = re.compile(glob_translate(rest)).match
-        return f"{copy_here(url, lambda path: bool(matches(path) or matches(_parent(path))))}/{rest}"
+        return f"{copy_here(url, lambda path: bool(matches(path) or matches(dirname(path))))}/{rest}"
 
     def chosen(path: str) -> bool:  # the file, a file of the folder, or a slice in a folder of that folder
         return not rest or path == rest or (path.startswith(f"{rest}/") and path[len(rest) + 1 :].count("/") < 2)
@@ -177,8 +178,8 @@ def copy_table(url: str, read: Callable[[Path], list[dict[str, Any]]]) -> Path:
     """
     folder, _, name = url.rpartition("/")
     table = copy_file(url)
-    cells = {str(cell) for row in read(table) for cell in row.values()}
-    return copy_here(folder, lambda path: path == name or path in cells or _parent(path) in cells) / name
+    cells = {normpath(str(cell)) for row in read(table) for cell in row.values()}
+    return copy_here(folder, lambda path: path == name or path in cells or dirname(path) in cells) / name
 
 
 def list_files(url: str, starts: Iterable[str] = ("",)) -> dict[str, dict[str, Any]]:
@@ -191,12 +192,17 @@ def list_files(url: str, starts: Iterable[str] = ("",)) -> dict[str, dict[str, A
     system.invalidate_cache()
     for start in starts:
         below: list[dict[str, Any]] = []
+        folders = [system._strip_protocol(f"{base}/{start}").rstrip("/")]
         try:
-            for folder, _, files in system.walk(f"{base}/{start}".rstrip("/"), detail=True, on_error="raise"):
+            while folders:  # fsspec's own `find` passes over folders that it fails to list
+                folder = folders.pop()
                 if folder[len(base) :].count("/") > DEEPEST:
                     raise RecursionError(f"{folder} lies more than {DEEPEST} folders deep")
-                below += cast(dict[str, Any], files).values()
-            below = [info if info.get("size") is not None else {**info, **system.info(info["name"])} for info in below]
+                for info in system.ls(folder, detail=True):
+                    if info["type"] != "directory":
+                        below.append(info if info.get("size") is not None else {**info, **system.info(info["name"])})
+                    elif info["name"].rstrip("/").startswith(f"{folder}/"):
+                        folders.append(info["name"].rstrip("/"))
         except Exception as error:
             if isinstance(error, FileNotFoundError) and not below:
                 continue
@@ -317,10 +323,6 @@ def _inside(url: str, name: str) -> str:
     if any(part in ("", ".", "..") for part in name.split("/")) or not name.isprintable() or "\\" in name:
         raise ValueError(f"{url}: names a file {name!r}, which is no path below a folder; rename it there")
     return name
-
-
-def _parent(name: str) -> str:
-    return str(PurePosixPath(name).parent)
 
 
 def _with_parts(chosen: Iterable[str], listed: Iterable[str]) -> set[str]:
