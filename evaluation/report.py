@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 
 from volumes import DataConfig
+from volumes.text import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,10 +92,10 @@ def check_report(path: str | Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """All sections of a training config. Raises: ValueError where there is no section `data`."""
+    """All sections of a training config. Raises: ValueError where there is no section `data`, and as `read_yaml`."""
     if not path.is_file():
         raise ValueError(f"{path}: no such config")
-    content = yaml.safe_load(path.read_text())
+    content = read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
         raise ValueError(f"{path}: has no section `data`; give a training config")
     return content

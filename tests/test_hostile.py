@@ -29,6 +29,7 @@ from training.build import initialise_from
 from training.checkpoints import find_checkpoint, list_checkpoints
 from volumes import Case, DataConfig, Volume, VolumeError, read_slabs, read_volume, resample, stored, write_volume
 from volumes.dataset import prepare
+from volumes.text import read_yaml
 
 EXAMPLES = {name: max(6, 2 * share) for name, share in SHARES.items()}  # some 210 together
 
@@ -321,3 +322,33 @@ def test_a_damaged_checkpoint_is_named_and_its_pickle_not_obeyed(tmp_path):
     (home / "state.json").symlink_to(tmp_path / "state.json")
     with pytest.raises(ValueError, match="links to another place"):
         target.read(home.parent)
+
+
+BOMB = "\n".join(
+    ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10))]
+)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (BOMB, "aliases repeat values more than 100000 times"),
+        ("data: &data {root: *data}\n", "nested too deeply, or holds itself"),
+        ("[" * 5000, "nested too deeply, or holds itself"),
+        ("data: {root: \x00}\n", "is no YAML"),
+    ],
+    ids=["bomb", "circle", "deep", "zero"],
+)
+def test_yaml_that_does_not_end_is_refused_at_once(tmp_path, text, reason):
+    from evaluation.report import read_config
+    from training import TrainVaeConfig, parse_config
+
+    (tmp_path / "run.yaml").write_text(text)
+    for read in (read_config, lambda path: parse_config(TrainVaeConfig, ["--config", str(path)])):
+        with pytest.raises(ValueError, match=f"run.yaml.*{reason}"):
+            read(tmp_path / "run.yaml")
+
+
+def test_aliases_that_repeat_little_are_read(tmp_path):
+    (tmp_path / "run.yaml").write_text("shape: &shape [32, 32, 32]\ncrops: {shape: *shape}\n")
+    assert read_yaml(tmp_path / "run.yaml")["crops"]["shape"] == [32, 32, 32]

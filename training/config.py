@@ -1,5 +1,6 @@
 """What a training run can be told, as typed dataclasses; jsonargparse makes one of YAML and the command line."""
 
+import argparse
 import dataclasses
 import logging
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from volumes import DataConfig
+from volumes.text import read_yaml
 
 from .output import write_text
 
@@ -339,7 +341,13 @@ def parse_config(config_class: type[Config], args: list[str] | None = None) -> C
 
     Args:
         args: default: the command line.
+    Raises: ValueError for a file that `read_yaml` refuses.
     """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path, action="append", default=[])
+    for path in first.parse_known_args(args)[0].config:
+        if path.is_file():  # else jsonargparse says so
+            read_yaml(path)
     parser = ArgumentParser(description=config_class.__doc__, exit_on_error=True)
     parser.add_argument("--config", action="config", help="YAML file with the arguments below")
     parser.add_class_arguments(config_class, as_group=False)
@@ -372,8 +380,8 @@ def save_config(config: Any, path: Path) -> None:
 def read_config(path: Path) -> dict[str, Any]:
     """What `save_config` wrote. Raises: ValueError for a file that it did not write."""
     try:
-        found = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
+        found = read_yaml(path)
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: is no run's config; take it from a copy, or remove it to resume unchecked")

@@ -192,7 +192,7 @@ def list_files(url: str, starts: Iterable[str] = ("",)) -> dict[str, dict[str, A
     system.invalidate_cache()
     for start in starts:
         below: list[dict[str, Any]] = []
-        folders = [system._strip_protocol(f"{base}/{start}").rstrip("/")]
+        folders = [f"{base}/{start}".rstrip("/")]
         try:
             while folders:  # fsspec's own `find` passes over folders that it fails to list
                 folder = folders.pop()

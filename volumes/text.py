@@ -1,10 +1,14 @@
-"""JSON files that others may have written: refused by name unless they hold what is expected."""
+"""JSON and YAML files that others may have written: refused by name unless they hold what is expected."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+MOST_VALUES = 100_000  # in a YAML file, each counted as often as aliases repeat it
 
 
 def read_json(path: Path) -> Any:
@@ -23,3 +27,28 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected an object {{name: value}}, got {type(found).__name__}")
     return found
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises: ValueError naming the file if it is none, nested too deeply, or if aliases make more than
+    `MOST_VALUES` of it ("billion laughs")."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if _count(yaml.compose(text, Loader=yaml.SafeLoader), {}) > MOST_VALUES:
+            raise ValueError(f"{path}: its aliases repeat values more than {MOST_VALUES} times; write them out")
+        return yaml.safe_load(text)
+    except RecursionError as error:
+        raise ValueError(f"{path}: is nested too deeply, or holds itself") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path}: is no YAML that can be read: {error}") from error
+
+
+def _count(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """Values below a node and with it, aliases written out. An alias to a node that holds it recurses until Python stops it."""
+    if node is None:
+        return 0
+    if id(node) not in known:
+        pairs = isinstance(node, yaml.MappingNode)
+        parts = [part for pair in node.value for part in pair] if pairs else node.value
+        known[id(node)] = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(_count(part, known) for part in parts))
+    return known[id(node)]
