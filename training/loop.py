@@ -164,6 +164,11 @@ class Loop:
         if self.options.shard and len(step.learners) > 1:  # its adaptive weight needs the gradient of one whole layer
             raise ValueError("loop.shard: with an adversary it is not supported; set it to false")
         self.output, self.contents = Path(config.output), dict(contents or {})
+        described = json.dumps(self.contents, sort_keys=True)
+        if len(set(gather_object([described]))) > 1:
+            raise ValueError(
+                "the processes read different training volumes; let nobody write to the data while they start, and start again"
+            )
         self.spikes = SpikeWatch()
         for learner in step.learners:
             learner.prepare(accelerator, compile=self.options.compile, sharded=self.options.shard)

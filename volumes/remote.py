@@ -11,7 +11,6 @@ Credentials, endpoints and options are fsspec's own (environment, ~/.config/fssp
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,12 +19,12 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from posixpath import dirname, normpath
 from typing import Any, BinaryIO, TypeGuard, cast
 
 import fsspec
+from filelock import FileLock
 from fsspec.core import url_to_fs
 from fsspec.utils import glob_translate
 from tqdm import tqdm
@@ -120,7 +119,7 @@ def copy_here(url: str, chosen: Callable[[str], bool], starts: Iterable[str] = (
     try:
         files.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(place / ".lock"):  # one process fetches, the others find it there
+        with FileLock(place / ".lock"):  # one process fetches, the others find it there
             missing = {n: i for n, i in wanted.items() if not _is_there(files / versions[n], _size(url, n, i))}
             _check_room(url, files, sum(info["size"] for info in missing.values()))
             with ThreadPoolExecutor(CONNECTIONS) as threads:
@@ -308,14 +307,6 @@ def _link(file: Path, target: Path) -> None:
     partial = target.with_name(f".partial_{uuid.uuid4().hex}")
     os.link(file, partial)
     partial.replace(target)
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """As the only process of this machine that has this lock; a process that dies gives it back."""
-    with open(lock, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _inside(url: str, name: str) -> str:
