@@ -63,7 +63,7 @@ def test_two_processes_have_the_losses_of_one_sharded_or_not(tmp_path):
     for script in ("train_vae", "train_ldm"):
         losses, differences = found[script]["losses"], found[script]["largest_relative_difference"]
         assert [len(values) for values in losses.values()] == [4, 4, 4] and len(set(losses["one"])) == 4
-        assert 0 == differences["one"] < max(differences.values()) < 1e-4, losses
+        assert max(differences.values()) < 1e-4, losses
 
 
 def test_a_dead_process_ends_the_others_with_a_message(tmp_path):
