@@ -120,7 +120,16 @@ def _common(
     one.FrameOfReferenceUID = generate_uid(None)
     one.PatientName = "SYNTHETIC^MEDVOLUME"
     one.PatientID = f"SYNTHETIC-{hashlib.sha256(one.StudyInstanceUID.encode()).hexdigest()[:12]}"
-    for empty in ("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "AccessionNumber"):
+    for empty in (
+        "PatientBirthDate",
+        "PatientSex",
+        "StudyDate",
+        "StudyTime",
+        "StudyID",
+        "AccessionNumber",
+        "Laterality",
+        "PatientOrientation",
+    ):
         setattr(one, empty, "")
     one.ReferringPhysicianName = one.PositionReferenceIndicator = one.PatientPosition = ""
     one.Manufacturer, one.SoftwareVersions = "medvolume", software[:64]
