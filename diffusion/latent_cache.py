@@ -9,7 +9,6 @@ to the stride with `PADDING`.
 import hashlib
 import json
 import math
-import re
 import uuid
 import zlib
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ from tqdm.auto import tqdm
 from autoencoder import VolumeAutoencoder
 from autoencoder.layers import as_stride
 from autoencoder.losses import cells_inside
-from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple
+from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple, volume_parts
 from volumes.remote import is_url, plain_path
 
 from .folding import fold_mask
@@ -90,11 +89,10 @@ def weights_hash(model: torch.nn.Module) -> str:
 
 
 def _file_stamp(path: Path | None) -> list[object]:
-    """Name, size and time of a file; of both halves of a .hdr/.img pair."""
+    """Name of a volume, size and time of each of its files: slices, voxels beside their header."""
     if path is None or not path.exists():
         return [str(path)]
-    halves = [re.sub(r"\.(hdr|img)(?=(\.gz)?$)", half, path.name) for half in (".hdr", ".img")]
-    stats = [path.with_name(name).stat() for name in dict.fromkeys(halves)]
+    stats = [part.stat() for part in volume_parts(path)]
     return [path.name, *(value for stat in stats for value in (stat.st_size, stat.st_mtime_ns))]
 
 

@@ -7,6 +7,7 @@ the same time write the same object, or two of which either will do. There is no
 
 import hashlib
 import re
+import uuid
 from pathlib import Path
 
 from volumes.remote import connect, copy_place, download, list_files
@@ -63,7 +64,7 @@ class LatentStore:
             )
         found = self.known[file.name]
         _, length, digest = OBJECT.fullmatch(found).groups()  # pyright: ignore[reportOptionalMemberAccess]
-        whole = file.with_name(found)
+        whole = file.with_name(f".partial_{uuid.uuid4().hex}")  # other processes may fetch it, too
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             same = download(self.url, found, int(length), whole).startswith(digest)

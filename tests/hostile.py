@@ -243,7 +243,9 @@ def checkpoint_target(folder: Path) -> Target:
 
     def read(home: Path) -> None:
         torch.manual_seed(1)  # another state than the one that was saved
-        Checkpointer(accelerator, [learner], home, keep=2).load(home / "step_000003")
+        checkpointer = Checkpointer(accelerator, [learner], home, keep=2)
+        checkpointer.check(home / "step_000003")
+        checkpointer.load(home / "step_000003")
 
     return Target("checkpoint", [files], read)
 

@@ -336,8 +336,10 @@ BOMB = "\n".join(
         ("data: &data {root: *data}\n", "nested too deeply, or holds itself"),
         ("[" * 5000, "nested too deeply, or holds itself"),
         ("data: {root: \x00}\n", "is no YAML"),
+        ("loop: {shard: !!bool maybe}\n", "is no YAML"),
+        ("output: 2001-02-30\n", "is no YAML"),
     ],
-    ids=["bomb", "circle", "deep", "zero"],
+    ids=["bomb", "circle", "deep", "zero", "tag", "date"],
 )
 def test_yaml_that_does_not_end_is_refused_at_once(tmp_path, text, reason):
     from evaluation.report import read_config

@@ -18,7 +18,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,17 +202,19 @@ class Checkpointer:
         candidates = [p for p in reversed(list_checkpoints(self.folder)) if step_of(p) <= step_of(newest)]
         refused = []
         for path in candidates if resume == "latest" else [newest]:
-            error = None
-            try:
-                state = self.load(path)
-            except DamagedCheckpoint as damage:
-                error = str(damage)
-            errors = [one for one in gather_object([error]) if one]
-            if not errors:
+            for stage in (self.check, self.load):  # processes load sharded weights together: not before all have checked
+                error = None
+                try:
+                    state = stage(path)
+                except DamagedCheckpoint as damage:
+                    error = str(damage)
+                if errors := [one for one in gather_object([error]) if one]:
+                    refused += errors[:1]
+                    logger.warning("%s", errors[0])
+                    break
+            else:
                 self._set_aside(path)
                 return path, state  # pyright: ignore[reportPossiblyUnboundVariable]
-            refused += errors[:1]
-            logger.warning("%s", errors[0])
         raise ValueError("\n".join(["--resume: no whole checkpoint:", *refused]))
 
     def _set_aside(self, path: Path) -> None:
@@ -222,32 +225,29 @@ class Checkpointer:
                 replace_folder(newer, newer.with_name(f"aside_{newer.name}"))
         self.accelerator.wait_for_everyone()
 
-    def load(self, path: Path) -> TrainState:
-        """Restore everything from `path`.
+    def check(self, path: Path) -> TrainState:
+        """Whether `path` can be restored, as far as its files tell; nothing is changed.
 
-        Raises: DamagedCheckpoint if a file is not what was written; if weights do not fit the model; or if the random state
-        was not restored, which Accelerate merely logs. ValueError for a link to another place; if the run began without one
-        of the learners; or if it has another number of processes.
+        Raises: DamagedCheckpoint if a file is not what was written. ValueError for a link to another place; if the run began
+        without one of the learners; or if it has another number of processes.
         """
         if links := [p.name for p in path.rglob("*") if not p.resolve().is_relative_to(path.resolve())]:
             raise ValueError(
                 f"{path}: {links} are links to another place; a checkpoint is read from the run's own folder"
             )
-        try:
-            return self._load(path)
-        except FileNotFoundError as error:
-            raise DamagedCheckpoint(f"{path}: {error.filename or error} is missing; was it copied in part?") from error
-        except OSError:
-            raise
-        except Exception as error:  # safetensors, torch, pickle and json each have their own
-            if isinstance(error, ValueError) and str(path) in str(error):
-                raise
-            raise DamagedCheckpoint(
-                f"{path}: cannot be resumed from ({type(error).__name__}: {error}); it is damaged, or of another model. "
-                "--resume latest takes the newest one that is whole"
-            ) from error
+        with _naming_damage(path):
+            return self._check(path)
 
-    def _load(self, path: Path) -> TrainState:
+    def load(self, path: Path) -> TrainState:
+        """Restore everything from `path`, of which every process knows that all have checked it.
+
+        Raises: DamagedCheckpoint if weights do not fit the model; or if the random state was not restored, which Accelerate
+        merely logs.
+        """
+        with _naming_damage(path):
+            return self._load(path)
+
+    def _check(self, path: Path) -> TrainState:
         if (path / DIGESTS).exists():  # older versions wrote none
             written, found = read_own(path / DIGESTS), digest_files(path)
             if wrong := sorted(name for name in {*written, *found} if written.get(name) != found.get(name)):
@@ -275,6 +275,10 @@ class Checkpointer:
                 f"{path}: holds no {' and no '.join(absent)}, which this config trains; resume as the run began, or "
                 "start another run (--output) from its weights (--init_from)"
             )
+        return state
+
+    def _load(self, path: Path) -> TrainState:
+        state = TrainState(**read_own(path / "state.json"))
         self.accelerator.load_state(str(path))
         for learner in self.learners:
             average = load_file(path / f"{learner.name}_ema.safetensors")
@@ -286,12 +290,26 @@ class Checkpointer:
             else:
                 learner.average.load_state_dict(average, strict=True)
             learner.updates = state.updates[learner.name]
-        saved = path / f"rng_{self.accelerator.process_index}.txt"
-        if not saved.is_file():
-            raise DamagedCheckpoint(f"{path}: holds no {saved.name}; was it copied in part?")
-        if saved.read_text() != rng_digest():
+        if (path / f"rng_{self.accelerator.process_index}.txt").read_text() != rng_digest():
             raise DamagedCheckpoint(f"{path}: the random state could not be restored; is random_states_*.pkl damaged?")
         return state
+
+
+@contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"{path}: {error.filename or error} is missing; was it copied in part?") from error
+    except OSError:
+        raise
+    except Exception as error:  # safetensors, torch, pickle and json each have their own
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise DamagedCheckpoint(
+            f"{path}: cannot be resumed from ({type(error).__name__}: {error}); it is damaged, or of another model. "
+            "--resume latest takes the newest one that is whole"
+        ) from error
 
 
 def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -83,7 +83,9 @@ def collect(module: nn.Module, average: nn.Module, optimizer: Optimizer) -> dict
 
 
 def restore(module: nn.Module, average: nn.Module, optimizer: Optimizer, state: dict[str, dict[str, Any]]) -> None:
-    """Divide what `collect` put together; every process has read it."""
-    set_model_state_dict(module, state["model"], options=WHOLE)
-    set_model_state_dict(average, state["average"], options=WHOLE)
+    """Divide what `collect` put together; every process has read it. Raises: ValueError if a tensor is missing."""
+    for one, held in ((module, state["model"]), (average, state["average"])):
+        if missing := sorted(one.state_dict().keys() - held.keys()):  # which PyTorch would leave as they are
+            raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
+        set_model_state_dict(one, held, options=WHOLE)
     set_optimizer_state_dict(module, optimizer, state["optimizer"], options=WHOLE)

@@ -37,6 +37,7 @@ DEEPEST = 64  # folders in each other; more is a server that makes them up
 VERSIONS = {  # what file systems call that by which a new version of a file is told
     *("etag", "md5", "md5hash", "content_md5", "crc32c", "checksum", "generation", "versionid", "version_id"),
     *("lastmodified", "last_modified", "mtime", "modified", "modificationtime", "updated", "created"),
+    *("modify", "sha", "hex", "blob_id"),  # of FTP, GitHub, git and Hugging Face
 }
 
 

@@ -34,13 +34,15 @@ def read_yaml(path: Path) -> Any:
     `MOST_VALUES` of it ("billion laughs")."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if _count(yaml.compose(text, Loader=yaml.SafeLoader), {}) > MOST_VALUES:
-            raise ValueError(f"{path}: its aliases repeat values more than {MOST_VALUES} times; write them out")
-        return yaml.safe_load(text)
+        values = _count(yaml.compose(text, Loader=yaml.SafeLoader), {})
+        found = yaml.safe_load(text) if values <= MOST_VALUES else None
     except RecursionError as error:
         raise ValueError(f"{path}: is nested too deeply, or holds itself") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path}: is no YAML that can be read: {error}") from error
+    except Exception as error:  # of many kinds: a KeyError for `!!bool maybe`, a ValueError for the date 2001-02-30
+        raise ValueError(f"{path}: is no YAML that can be read: {type(error).__name__}: {error}") from error
+    if values > MOST_VALUES:
+        raise ValueError(f"{path}: its aliases repeat values more than {MOST_VALUES} times; write them out")
+    return found
 
 
 def _count(node: yaml.Node | None, known: dict[int, int]) -> int:
