@@ -124,7 +124,7 @@ def perceptual_loss(
         distance = ((_unit(ours) - _unit(theirs)) ** 2).sum(1, keepdim=True)
         pool = F.adaptive_max_pool3d if network.dims == 3 else F.adaptive_max_pool2d
         inside = pool(fov.float(), distance.shape[2:]).repeat_interleave(len(distance) // len(fov), 0)
-        volumes = (len(fov), -1)  # whose slices belong together
+        volumes = (len(fov), -1)  # or slices, whose channels belong together
         losses.append(masked_mean(distance.unflatten(0, volumes), inside.unflatten(0, volumes)))
     return torch.stack(losses).sum()
 

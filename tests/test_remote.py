@@ -134,8 +134,8 @@ def test_keys_are_the_same_on_every_machine(folder, monkeypatch, tmp_path):
 def test_a_file_that_changes_while_it_is_copied_is_noticed(folder, monkeypatch, copies):
     url, memory, real = upload(folder), fsspec.filesystem("memory"), remote.download
 
-    def while_it_changes(url: str, name: str, size: int, target: Path) -> str:
-        found = real(url, name, size, target)
+    def while_it_changes(url: str, name: str, size: int, target: Path, time: int | None) -> str:
+        found = real(url, name, size, target, time)
         if name == "masks/c.nii.gz":
             memory.pipe(f"/bucket/set/{name}", bytes(size))  # as long as before
         return found
@@ -355,3 +355,9 @@ def test_a_server_that_does_not_answer_is_named(server):
     url = re.sub(r":\d+/", ":1/", server.url)
     with pytest.raises(ValueError, match=f"{url}: cannot be listed: .*fsspec's own configuration"):
         load_cases(data(url))
+
+
+@pytest.mark.parametrize("key", ["ETag", "LastModified", "mtime", "modify", "sha", "blob_id"])
+def test_what_file_systems_tell_versions_by_makes_another_copy(key):
+    versions = [remote._digest("s3://bucket", "a.nii", {"size": 9, key: version}) for version in ("1", "1", "2")]
+    assert versions[0] == versions[1] != versions[2]

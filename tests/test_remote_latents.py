@@ -11,12 +11,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from fsspec.implementations.local import LocalFileSystem
-from remote_sets import data, make_set, upload
+from remote_sets import add_series, data, make_set, upload
 from safetensors.torch import load_file
 
 import train_ldm
 from autoencoder import AutoencoderKL3D
-from diffusion import build_latent_cache
+from diffusion import LatentAugmentation, build_latent_cache, latent_store
+from diffusion.latent_cache import cache_key
 from volumes import VolumeDataset, load_cases
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +83,46 @@ def test_an_entry_that_is_cut_short_is_made_again_and_a_damaged_one_refused(vae,
         build_latent_cache(dataset, vae, "memory://latents", shard=(0, 2), progress=False)[1]
     assert_same_latents(build_latent_cache(dataset, vae, "memory://latents", progress=False), local)
     assert not [path for path in (tmp_path / "another").rglob("*") if path.name.count("-") == 2]
+
+
+def test_processes_of_one_machine_may_fetch_one_entry_at_the_same_time(vae, dataset, tmp_path, monkeypatch):
+    build_latent_cache(dataset, vae, "memory://latents", progress=False)
+    monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "another"))
+    latents = build_latent_cache(dataset, vae, "memory://latents", progress=False)
+    alone = latent_store.download
+
+    def with_another(*args):
+        digest = alone(*args)
+        monkeypatch.setattr(latent_store, "download", alone)
+        latents.store.fetch(latents.files[0])
+        return digest
+
+    monkeypatch.setattr(latent_store, "download", with_another)
+    assert latents[0]["name"] == "00000_00"
+    assert [path.name for path in latents.files[0].parent.iterdir()] == ["00000_00.safetensors"]
+
+
+@pytest.mark.parametrize("images", ["meta/{name}.mhd", "series/{name}"])
+def test_other_voxels_under_the_same_name_are_other_latents_and_the_same_on_every_machine(
+    vae, folder, tmp_path, monkeypatch, images
+):
+    add_series(folder)
+    url = upload(folder)
+    voxels = sorted((folder / images.format(name="a")).parent.glob("a.raw" if "meta" in images else "a/*"))[0]
+    other = voxels.read_bytes()[:-2] + b"\x01\x01"
+
+    def key(root) -> str:
+        config = data(root, images=images)
+        return cache_key(VolumeDataset(load_cases(config), config), vae, LatentAugmentation())
+
+    there, here = key(url), key(folder)
+    monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "another"))
+    assert key(url) == there
+    voxels.write_bytes(other)  # in place: neither the header nor the folder changes
+    os.utime(voxels, (1, 1))
+    fsspec.filesystem("memory").pipe(f"/bucket/set/{voxels.relative_to(folder)}", other)
+    assert key(folder) != here
+    assert key(url) != there
 
 
 def test_a_place_that_cannot_be_written_is_named(vae, dataset, monkeypatch, copies):

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from benchmarks import forked
 from benchmarks.processes import DATA, LDM, LOOP, VAE, losses_of
-from training import LoopConfig
+from training import Learner, LoopConfig, OptimizerConfig, checkpoints
 from training.loop import Loop
-from training.sharding import check_sharding
+from training.sharding import check_sharding, collect, restore
 
 STEPS = ["--loop.max_steps=4", "--loop.checkpoint_every=2", "--loop.keep_checkpoints=0", "--optimizer.warmup_steps=2"]
 
@@ -61,6 +64,29 @@ def test_divided_weights_resume_exactly_and_are_saved_whole(tmp_path):
         assert all(torch.equal(value, moments[1]["state"][name][key]) for key, value in state.items())
 
 
+VQ = "--model={class: autoencoder.VQGAN3D, channels: [4, 12], encoder_blocks: [1, 1], decoder_blocks: [1, 1], num_codes: 16}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["codebook", "lora", "bf16"])
+def test_what_else_is_trained_has_the_same_losses_when_divided(tmp_path, what):
+    args = [*VAE, *DATA, *LOOP, *STEPS]
+    if what == "codebook":
+        args += [VQ, "--losses.kl=0", "--losses.commitment=0.25"]
+    if what == "bf16":
+        args += ["--loop.mixed_precision=bf16", "--gradient_checkpointing=true"]
+    script = "train_vae"
+    if what == "lora":
+        trained("train_vae", args, tmp_path / "vae", 1)
+        args = [*LDM, *DATA, *LOOP, *STEPS, f"--vae={tmp_path / 'vae/run/vae'}"]
+        trained("train_ldm", args, tmp_path / "base", 1)
+        script = "train_ldm"
+        args += ["--lora={rank: 2}", f"--init_from={tmp_path / 'base/run/pipeline/unet'}"]
+    whole = trained(script, args, tmp_path / "two", 2)
+    divided = trained(script, [*args, "--loop.shard=true"], tmp_path / "divided", 2)
+    assert divided == pytest.approx(whole, rel=2e-3 if what == "bf16" else 1e-4)
+
+
 def test_where_it_cannot_run_it_is_refused():
     alone: Any = SimpleNamespace(num_processes=1, mixed_precision="no")
     half: Any = SimpleNamespace(num_processes=2, mixed_precision="fp16")
@@ -75,3 +101,65 @@ def test_where_it_cannot_run_it_is_refused():
     step: Any = SimpleNamespace(learners=(1, 2))
     with pytest.raises(ValueError, match="with an adversary it is not supported"):
         Loop(half, config, step, [], [])
+
+
+@pytest.fixture
+def accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def group(accelerator):
+    """A group of this process alone: its weights are divided into one part."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield accelerator
+    dist.destroy_process_group()
+
+
+def test_frozen_weights_buffers_and_momentum_come_back_and_what_is_missing_is_refused(group):
+    def learner(seed: int) -> Learner:
+        torch.manual_seed(seed)
+        layers = [torch.nn.Conv3d(1, 16, 2), torch.nn.BatchNorm3d(16), torch.nn.Conv3d(16, 16, 2)]
+        layers[0].requires_grad_(False)
+        one = Learner("net", torch.nn.Sequential(*layers), OptimizerConfig(), ema_decay=0.9, max_steps=9)
+        one.prepare(group, sharded=True)
+        return one
+
+    def held(one: Learner) -> dict[str, Any]:
+        return collect(one.network, one.ema.module, one.optimizer)
+
+    trained, fresh = learner(0), learner(1)
+    for step in range(2):
+        trained.backward(trained.model(torch.randn(2, 1, 4, 4, 4)).square().mean())
+        assert trained.update(step)[0]
+    saved = held(trained)
+    assert saved["optimizer"]["state"].keys() == {"1.weight", "1.bias", "2.weight", "2.bias"}
+    assert saved["optimizer"]["state"]["2.weight"].keys() == {"momentum"}
+    restore(fresh.network, fresh.ema.module, fresh.optimizer, saved)
+    found, expected = held(fresh), held(trained)
+    for part in ("model", "average"):
+        assert found[part].keys() == expected[part].keys() and "1.running_mean" in found[part]
+        assert all(torch.equal(value, expected[part][key]) for key, value in found[part].items())
+    for name, state in expected["optimizer"]["state"].items():
+        assert all(torch.equal(value, found["optimizer"]["state"][name][key]) for key, value in state.items())
+    for part, name in (("model", "0.weight"), ("average", "2.bias")):
+        less = {**expected, part: {key: value for key, value in expected[part].items() if key != name}}
+        with pytest.raises(ValueError, match=f"1 tensors are missing, such as {name}"):
+            restore(fresh.network, fresh.ema.module, fresh.optimizer, less)
+
+
+def test_nobody_restores_a_checkpoint_that_another_process_finds_damaged(accelerator, tmp_path, monkeypatch):
+    """Divided weights are restored together: one that begins alone would wait for the others for ever."""
+    learner = Learner("net", torch.nn.Linear(3, 2), OptimizerConfig(), ema_decay=0.9, max_steps=9)
+    learner.prepare(accelerator)
+    checkpointer = checkpoints.Checkpointer(accelerator, [learner], tmp_path, keep=2)
+    for step in (1, 2):
+        checkpointer.save(checkpoints.TrainState(step=step))
+    heard, loaded, load_state = iter([["step_000002: damaged, for process 1"]]), [], accelerator.load_state
+    monkeypatch.setattr(checkpoints, "gather_object", lambda own: [*own, *next(heard, [])])
+    monkeypatch.setattr(accelerator, "load_state", lambda path: (loaded.append(path), load_state(path)))
+    path, state = checkpointer.resume("latest")
+    assert state.step == 1 and path.name == "step_000001"
+    assert loaded == [str(path)]

@@ -202,7 +202,7 @@ class Checkpointer:
         candidates = [p for p in reversed(list_checkpoints(self.folder)) if step_of(p) <= step_of(newest)]
         refused = []
         for path in candidates if resume == "latest" else [newest]:
-            for stage in (self.check, self.load):  # processes load sharded weights together: not before all have checked
+            for stage in (self.check, self.load):  # sharded weights are loaded together: not before all have checked
                 error = None
                 try:
                     state = stage(path)

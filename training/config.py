@@ -81,8 +81,8 @@ class LoopConfig:
         compile: torch.compile the networks, which needs a C++ compiler. Each shape of batch is compiled by itself and
             takes a minute on a CPU; from the ninth shape on, steps run as without it. So it is for long runs on crops,
             or on volumes of one grid.
-        shard: divide weights, gradients, optimiser state and moving average among the processes (FSDP), for networks that
-            do not fit on one GPU.
+        shard: divide weights, gradients, optimiser state and moving average among the processes (FSDP), for networks whose
+            training does not fit on one GPU; the weights alone must, since each validates with all of them.
         workers: processes that load data, per training process; 0 loads in the training process. Default: 0 on a CPU,
             2 on other devices. `data_wait` in the log is the part of the time spent waiting for data.
         ema_decay: of the moving average of the weights, which is what is validated and saved.

@@ -214,8 +214,9 @@ def list_files(url: str, starts: Iterable[str] = ("",)) -> dict[str, dict[str, A
     return found
 
 
-def download(url: str, name: str, size: int, target: Path) -> str:
-    """Fetch a file to `target`, in one step, never more than `size` bytes. Returns the SHA-256 of its content.
+def download(url: str, name: str, size: int, target: Path, time: int | None = None) -> str:
+    """Fetch a file to `target`, in one step, never more than `size` bytes, and set its time of change (in seconds), if one is
+    given. Returns the SHA-256 of its content.
 
     Raises: ValueError if it is not there, or has another length; OSError if `target` cannot be written.
     """
@@ -234,6 +235,8 @@ def download(url: str, name: str, size: int, target: Path) -> str:
         if got != size:
             more = "more than" if got > size else f"{got} of"
             raise ValueError(f"{url}/{name}: sends {more} the {size} bytes that were listed; did it change? Try again")
+        if time is not None:
+            os.utime(partial, (time, time))
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -250,9 +253,8 @@ def _pieces(url: str, name: str, system: fsspec.AbstractFileSystem, path: str) -
 
 
 def _fetch(url: str, name: str, size: int, target: Path) -> None:
-    download(url, name, size, target)
     seconds = int(target.name[:8], 16) >> 1  # of this version, the same on every machine: keys are made of files' times
-    os.utime(target, (seconds, seconds))
+    download(url, name, size, target, seconds)
 
 
 def _failed(url: str, what: str, error: Exception) -> ValueError:
