@@ -179,9 +179,7 @@ class AutoencoderStep:
             average: Any = self.vae.ema.module
             generator = torch.Generator().manual_seed(derive_seed(self.vae.updates))
             network.codebook.update(torch.cat(cells), generator, partial(gather_cells, accelerator))
-            average.codebook.load_state_dict(
-                network.codebook.state_dict()
-            )  # it was copied before this update
+            average.codebook.load_state_dict(network.codebook.state_dict())  # it was copied before this update
 
     def review(self, values: dict[str, float]) -> list[str]:
         """Whether the codebook collapsed: nearly all cells have one and the same code."""

@@ -83,7 +83,9 @@ def _print(report: Mapping[str, Any]) -> None:
             print(f"{distance} distance, {name}: {_text(made)}; real against real {_text(floor)}")
     if "diversity" in report:
         for real in ("test", "training"):
-            print(f"MS-SSIM of generated less that of {real} pairs: {_text(report['diversity'][f'generated_minus_{real}'])}")
+            print(
+                f"MS-SSIM of generated less that of {real} pairs: {_text(report['diversity'][f'generated_minus_{real}'])}"
+            )
     for channel, statistics in report.get("consistency", {}).items():
         name, worst = max(statistics.items(), key=lambda item: item[1]["wasserstein"]["excess"]["mean"])
         made, floor = worst["wasserstein"]["generated_to_test"], worst["wasserstein"]["training_to_test"]
