@@ -87,6 +87,15 @@ def test_what_else_is_trained_has_the_same_losses_when_divided(tmp_path, what):
     assert divided == pytest.approx(whole, rel=2e-3 if what == "bf16" else 1e-4)
 
 
+def test_a_checkpoint_of_divided_weights_is_not_resumed_without(tmp_path):
+    (tmp_path / "step_000003").mkdir()
+    (tmp_path / "step_000003/state.json").write_text(json.dumps({"step": 3, "sharded": True}))
+    alone: Any = SimpleNamespace(num_processes=1, is_main_process=False)
+    with pytest.raises(ValueError, match="step_000003: was written with loop.shard True; resume as the run began"):
+        checkpoints.Checkpointer(alone, [], tmp_path, 2).check(tmp_path / "step_000003")
+    assert checkpoints.Checkpointer(alone, [], tmp_path, 2, sharded=True).check(tmp_path / "step_000003").step == 3
+
+
 def test_where_it_cannot_run_it_is_refused():
     alone: Any = SimpleNamespace(num_processes=1, mixed_precision="no")
     half: Any = SimpleNamespace(num_processes=2, mixed_precision="fp16")

@@ -53,6 +53,7 @@ class TrainState:
         step: optimiser steps so far, skipped ones included.
         samples: training samples seen by all processes together.
         processes: how many wrote this; 0 if that was not recorded yet.
+        sharded: whether they had divided weights.
         skipped: steps without effect because a gradient was not finite; `skipped_in_a_row` of them most recently.
         updates: steps taken, by learner.
     """
@@ -60,6 +61,7 @@ class TrainState:
     step: int = 0
     samples: int = 0
     processes: int = 0
+    sharded: bool = False
     skipped: int = 0
     skipped_in_a_row: int = 0
     updates: dict[str, int] = field(default_factory=dict)
@@ -166,7 +168,7 @@ class Checkpointer:
 
     def _write(self, partial: Path, state: TrainState) -> None:
         accelerator = self.accelerator
-        state.processes = accelerator.num_processes
+        state.processes, state.sharded = accelerator.num_processes, self.sharded
         accelerator.save_state(str(partial), safe_serialization=True)
         (partial / f"rng_{accelerator.process_index}.txt").write_text(rng_digest())
         for learner in self.learners:
@@ -270,6 +272,8 @@ class Checkpointer:
                 f"{path}: was written by {state.processes} processes, this run has {self.accelerator.num_processes}; launch "
                 "as many as before"
             )
+        if state.sharded is not self.sharded:
+            raise ValueError(f"{path}: was written with loop.shard {state.sharded}; resume as the run began")
         if absent := sorted({learner.name for learner in self.learners} - state.updates.keys()):
             raise ValueError(
                 f"{path}: holds no {' and no '.join(absent)}, which this config trains; resume as the run began, or "
