@@ -154,9 +154,9 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
             f"{source}: {sum(r['dice'] for r in results) / len(results):.4f}  {[round(r['dice'], 4) for r in results]}"
         )
     for name, ratio in report["ratios"].items():
-        low, high = ratio.get("interval_subjects") or (float("nan"), float("nan"))
-        seeds = [round(r, 4) for r in ratio["per_seed"].values()]
-        print(f"{name}: {ratio['of_means']:.4f} ({low:.4f} to {high:.4f} over subjects)  {seeds}")
+        interval = ratio.get("interval_subjects")  # of earlier reports that hold no scores of volumes there is none
+        over = f" ({interval[0]:.4f} to {interval[1]:.4f} over subjects)" if interval else ""
+        print(f"{name}: {ratio['of_means']:.4f}{over}  {[round(r, 4) for r in ratio['per_seed'].values()]}")
     if obedience := report.get("obedience"):
         gap = obedience["synthetic-real"]
         low, high = gap["interval_subjects"]
