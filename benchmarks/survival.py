@@ -26,12 +26,11 @@ from safetensors.numpy import load_file
 
 from evaluation.report import provenance, write_report
 from training.checkpoints import digest_files
-from volumes import make_phantom, write_volume
 
 from . import forked
+from .phantom_set import write_phantoms
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPE = (16, 16, 16)
 DATA = ["--data.phantom={count: 7, shape: [16, 16, 16]}", "--data.validation_fraction=0.15"]
 LOOP = ["--loop.max_steps=12", "--loop.batch_size=4", "--loop.checkpoint_every=2", "--loop.validate_every=6"]
 LOOP += ["--loop.preview_every=0", "--loop.previews=0", "--loop.trackers=[]", "--loop.mixed_precision=no"]
@@ -224,24 +223,8 @@ def changed(key: str, before: Any, now: dict[str, Any]) -> bool:
 
 def prepare(work: Path) -> tuple[Path, Path]:
     """A config, and its data: files, and volumes generated from their masks."""
-    for number in range(6):
-        image, mask, _ = make_phantom(number, SHAPE)
-        write_volume(image, work / f"data/images/case_{number}.nii.gz")
-        write_volume(mask, work / f"data/labels/case_{number}.nii.gz")
-        write_volume(image.replace(image.array * 2 + 1), work / f"data/made/case_{number}_000.nii.gz")
-    rows = [f"case_{n},S{n},{'test' if n > 3 else 'train'}" for n in range(6)]
-    (work / "data/subjects.csv").write_text("\n".join(["volume,subject,split", *rows]) + "\n")
-    section = {
-        "root": str(work / "data"),
-        "table": "subjects.csv",
-        "images": "images/{volume}.nii.gz",
-        "masks": "labels/{volume}.nii.gz",
-        "subject": "subject",
-        "split": "split",
-        "label_names": {0: "background", 1: "body", 2: "organ", 3: "lesion"},
-    }
-    (work / "config.yaml").write_text(yaml.safe_dump({"data": section}))
-    return work / "config.yaml", work / "data"
+    write_phantoms(work / "data", range(6), tests=2)
+    return work / "data/config.yaml", work / "data"
 
 
 def make_jobs(work: Path) -> list[Job]:

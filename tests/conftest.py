@@ -6,6 +6,7 @@ from pathlib import Path
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may reach for a hub
 
+import fsspec
 import pytest
 import torch
 
@@ -19,6 +20,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores
 def seeded():
     """Each test starts from the same global seed, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def copies(tmp_path, monkeypatch) -> Path:
+    """An empty cache of copies of remote files, and an empty `memory://`."""
+    monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "copies"))
+    fsspec.filesystem("memory").store.clear()
+    return tmp_path / "copies"
 
 
 def shared_folder(name: str) -> Path:

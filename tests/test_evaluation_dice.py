@@ -13,6 +13,7 @@ import yaml
 from conftest import shared_folder
 
 import evaluate
+from benchmarks.phantom_set import write_phantoms
 from evaluation import (
     Pair,
     generated_pairs,
@@ -45,25 +46,8 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def data(tmp_path):
     """Six phantoms as files, two of them for testing, with a volume generated from every mask."""
-    rows = ["volume,subject,split"]
-    for number in range(6):
-        image, mask, _ = make_phantom(number, SHAPE)
-        name = f"case_{number + 9}"  # case_9, case_10, ...: no name may be taken for the beginning of another
-        write_volume(image, tmp_path / "images" / f"{name}.nii.gz")
-        write_volume(mask, tmp_path / "labels" / f"{name}.nii.gz")
-        write_volume(image.replace(image.array * 2 + 1), tmp_path / "made" / f"{name}_000.nii.gz")
-        rows.append(f"{name},S{number},{'test' if number > 3 else 'train'}")
-    (tmp_path / "subjects.csv").write_text("\n".join(rows) + "\n")
-    section = {
-        "root": str(tmp_path),
-        "table": "subjects.csv",
-        "images": "images/{volume}.nii.gz",
-        "masks": "labels/{volume}.nii.gz",
-        "subject": "subject",
-        "split": "split",
-        "validation_fraction": 0.25,
-        "label_names": {0: "background", 1: "body", 2: "organ", 3: "lesion"},
-    }
+    # case_9, case_10, ...: no name may be taken for the beginning of another
+    section = write_phantoms(tmp_path, range(6), tests=2, first=9, validation_fraction=0.25)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": section, "model": {"class": "not.Read"}}))
     return tmp_path, DataConfig(**section)
 

@@ -15,11 +15,11 @@ from tiny import labels_of, tiny_pipeline
 
 import evaluate
 from benchmarks import forked
+from benchmarks.phantom_set import write_phantoms
 from benchmarks.processes import DATA, LOOP, VAE, compare
 from evaluation.commands import common
 from evaluation.commands.ledger import Ledger
 from training import join_processes, list_checkpoints
-from volumes import make_phantom, write_volume
 
 SHAPE = (16, 16, 16)
 LONG = [*VAE, *DATA, *LOOP, "--loop.batch_size=2", "--loop.max_steps=100000"]
@@ -29,24 +29,7 @@ QUICK = ["--device", "cpu", "--precision", "no", "--shape", "16", "16", "16", "-
 @pytest.fixture
 def data(tmp_path):
     """Five phantoms as files, one of them for testing, one generated from every mask."""
-    rows = ["volume,subject,split"]
-    for number in range(5):
-        image, mask, _ = make_phantom(number, SHAPE)
-        write_volume(image, tmp_path / f"images/case_{number}.nii.gz")
-        write_volume(mask, tmp_path / f"labels/case_{number}.nii.gz")
-        write_volume(image.replace(image.array * 2 + 1), tmp_path / f"made/case_{number}_000.nii.gz")
-        rows.append(f"case_{number},S{number},{'test' if number > 3 else 'train'}")
-    (tmp_path / "subjects.csv").write_text("\n".join(rows) + "\n")
-    section = {
-        "root": str(tmp_path),
-        "table": "subjects.csv",
-        "images": "images/{volume}.nii.gz",
-        "masks": "labels/{volume}.nii.gz",
-        "subject": "subject",
-        "split": "split",
-        "label_names": {0: "background", 1: "body", 2: "organ", 3: "lesion"},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": section}))
+    write_phantoms(tmp_path, range(5), tests=1)
     return tmp_path
 
 

@@ -27,13 +27,7 @@ from pipelines.requests import find_masks, read_requests
 from volumes import VolumeDataset, VolumeError, load_cases, remote
 from volumes.remote import list_files, refuse_url
 
-
-@pytest.fixture(autouse=True)
-def copies(tmp_path, monkeypatch) -> Path:
-    """An empty cache of copies, and an empty `memory://`."""
-    monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "copies"))
-    fsspec.filesystem("memory").store.clear()
-    return tmp_path / "copies"
+pytestmark = pytest.mark.usefixtures("copies")
 
 
 @pytest.fixture

@@ -23,12 +23,7 @@ from volumes import VolumeDataset, load_cases
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def copies(tmp_path, monkeypatch) -> Path:
-    """An empty cache of copies, and an empty `memory://`."""
-    monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "copies"))
-    fsspec.filesystem("memory").store.clear()
-    return tmp_path / "copies"
+pytestmark = pytest.mark.usefixtures("copies")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 import evaluate
+from benchmarks.phantom_set import write_phantoms
 from evaluation import generated_pairs, learning_cases, load_pairs, make_segmenter, mask_obedience, train_segmenter
 from evaluation.commands import few_labels as few_labels_command
 from evaluation.commands import pretrain as pretrain_command
@@ -31,25 +32,7 @@ QUICK = ["--device", "cpu", "--precision", "no", "--shape", "16", "16", "16"]
 def data(tmp_path):
     """Nine phantoms of six subjects as files, three volumes of two subjects for testing, and one generated from every mask:
     the real volume itself, twice as bright."""
-    rows = ["volume,subject,split"]
-    for number in range(9):
-        image, mask, _ = make_phantom(number, SHAPE)
-        write_volume(image, tmp_path / f"images/case_{number}.nii.gz")
-        write_volume(mask, tmp_path / f"labels/case_{number}.nii.gz")
-        write_volume(image.replace(image.array * 2 + 1), tmp_path / f"made/case_{number}_000.nii.gz")
-        rows.append(f"case_{number},S{2 * number // 3},{'test' if number > 5 else 'train'}")
-    (tmp_path / "subjects.csv").write_text("\n".join(rows) + "\n")
-    section = {
-        "root": str(tmp_path),
-        "table": "subjects.csv",
-        "images": "images/{volume}.nii.gz",
-        "masks": "labels/{volume}.nii.gz",
-        "subject": "subject",
-        "split": "split",
-        "validation_fraction": 0.25,
-        "label_names": {0: "background", 1: "body", 2: "organ", 3: "lesion"},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": section}))
+    section = write_phantoms(tmp_path, [2 * number // 3 for number in range(9)], tests=3, validation_fraction=0.25)
     return tmp_path, DataConfig(**section)
 
 

@@ -231,7 +231,8 @@ class Checkpointer:
         """Whether `path` can be restored, as far as its files tell; nothing is changed.
 
         Raises: DamagedCheckpoint if a file is not what was written. ValueError for a link to another place; if the run began
-        without one of the learners; or if it has another number of processes.
+        without one of the learners; or if it has another number of processes, or
+        another `loop.shard`.
         """
         if links := [p.name for p in path.rglob("*") if not p.resolve().is_relative_to(path.resolve())]:
             raise ValueError(
