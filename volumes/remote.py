@@ -17,10 +17,10 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from posixpath import dirname, normpath
+from posixpath import dirname
 from typing import Any, BinaryIO, TypeGuard, cast
 
 import fsspec
@@ -28,6 +28,8 @@ from filelock import FileLock
 from fsspec.core import url_to_fs
 from fsspec.utils import glob_translate
 from tqdm import tqdm
+
+from .names import nfc, tidy
 
 URL = re.compile(r"([a-z][a-z0-9+.:-]*)://(.*)", re.IGNORECASE | re.DOTALL)
 LOCAL = ("file", "local")  # protocols of this machine's own files
@@ -170,7 +172,7 @@ def copy_file(url: str) -> Path:
     return copy_here(folder, lambda path: path == name, (name,)) / name
 
 
-def copy_table(url: str, read: Callable[[Path], list[dict[str, Any]]]) -> Path:
+def copy_table(url: str, read: Callable[[Path], Sequence[Mapping[str, Any]]]) -> Path:
     """A local copy of a table at a URL, and beside it of all files below its folder that cells name.
 
     Args:
@@ -178,8 +180,8 @@ def copy_table(url: str, read: Callable[[Path], list[dict[str, Any]]]) -> Path:
     """
     folder, _, name = url.rpartition("/")
     table = copy_file(url)
-    cells = {normpath(str(cell)) for row in read(table) for cell in row.values()}
-    return copy_here(folder, lambda path: path == name or path in cells or dirname(path) in cells) / name
+    cells = {tidy(str(cell)) for row in read(table) for cell in row.values()}
+    return copy_here(folder, lambda path: path == name or nfc(path) in cells or nfc(dirname(path)) in cells) / name
 
 
 def list_files(url: str, starts: Iterable[str] = ("",)) -> dict[str, dict[str, Any]]:
