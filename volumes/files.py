@@ -16,6 +16,7 @@ from nibabel.orientations import apply_orientation, io_orientation
 from . import metaimage, nrrd
 from .carriers import carries_geometry, read_carrier
 from .dicom import is_dicom, is_series, read_dicom, series_files
+from .names import nfc
 from .nifti import NIFTI_SUFFIXES, canonical_grid, exact_values, read_nifti
 from .stored import Stored, refuse_pointer
 from .volume import SourceGrid, Volume, VolumeError
@@ -128,8 +129,8 @@ def is_volume(path: Path) -> bool:
 
 
 def volume_stem(path: str | os.PathLike) -> str:
-    """The name of a volume's file without its suffix (.nii.gz, .nrrd, ...); that of a DICOM folder."""
-    name = Path(path).name
+    """The name of a volume's file without its suffix (.nii.gz, .nrrd, ...), in NFC; that of a DICOM folder."""
+    name = nfc(Path(path).name)
     suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
     return name[: len(name) - len(suffix)]
 

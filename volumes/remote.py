@@ -17,14 +17,16 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from posixpath import dirname, normpath
+from posixpath import dirname
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard, cast
 
 if TYPE_CHECKING:  # where a URL is met, and not before: whoever reads local files has no need of them
     import fsspec
+
+from .names import nfc, tidy
 
 URL = re.compile(r"([a-z][a-z0-9+.:-]*)://(.*)", re.IGNORECASE | re.DOTALL)
 LOCAL = ("file", "local")  # protocols of this machine's own files
@@ -174,7 +176,7 @@ def copy_file(url: str) -> Path:
     return copy_here(folder, lambda path: path == name, (name,)) / name
 
 
-def copy_table(url: str, read: Callable[[Path], list[dict[str, Any]]]) -> Path:
+def copy_table(url: str, read: Callable[[Path], Sequence[Mapping[str, Any]]]) -> Path:
     """A local copy of a table at a URL, and beside it of all files below its folder that cells name.
 
     Args:
@@ -182,8 +184,8 @@ def copy_table(url: str, read: Callable[[Path], list[dict[str, Any]]]) -> Path:
     """
     folder, _, name = url.rpartition("/")
     table = copy_file(url)
-    cells = {normpath(str(cell)) for row in read(table) for cell in row.values()}
-    return copy_here(folder, lambda path: path == name or path in cells or dirname(path) in cells) / name
+    cells = {tidy(str(cell)) for row in read(table) for cell in row.values()}
+    return copy_here(folder, lambda path: path == name or nfc(path) in cells or nfc(dirname(path)) in cells) / name
 
 
 def list_files(url: str, starts: Iterable[str] = ("",)) -> dict[str, dict[str, Any]]:
