@@ -1,5 +1,6 @@
 """What the project's models share: strict loading, safetensors only, and the memory format that they are fast in."""
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,17 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
 
 from .weights import check_weights
+
+RECORDS = (
+    "data",
+    "subjects",
+)  # of a config: what is known of the training, which changes nothing that a model computes
+
+
+def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a model's config that decide what it computes: no private ones (versions, paths), none that are None (an
+    argument that a later version adds renames no model that does not use it), no `RECORDS`."""
+    return {k: v for k, v in config.items() if not k.startswith("_") and v is not None and k not in RECORDS}
 
 
 class VolumeModel(ModelMixin, ConfigMixin):

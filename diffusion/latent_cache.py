@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from autoencoder import VolumeAutoencoder
 from autoencoder.layers import as_stride
 from autoencoder.losses import cells_inside
+from autoencoder.model import deciding
 from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple, volume_parts
 from volumes.remote import is_url, plain_path
 
@@ -99,10 +100,9 @@ def _file_stamp(path: Path | None) -> list[object]:
 def cache_key(dataset: VolumeDataset, vae: VolumeAutoencoder, augmentation: LatentAugmentation) -> str:
     """What the latents depend on, hashed: format, encoder and its config, preprocessing, files (name, size, time),
     augmentation. Another decoder makes no other latents."""
-    config = {k: v for k, v in dict(vae.config).items() if not k.startswith("_") and v is not None}
     cases = [[c.name, *(_file_stamp(p) for p in c.images.values()), _file_stamp(c.mask)] for c in dataset.cases]
     data = {k: v for k, v in asdict(dataset.config).items() if k not in NOT_CACHED}
-    parts = [FORMAT, weights_hash(vae.encoder), config, data, cases, asdict(augmentation)]
+    parts = [FORMAT, weights_hash(vae.encoder), deciding(vae.config), data, cases, asdict(augmentation)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

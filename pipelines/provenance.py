@@ -13,6 +13,7 @@ import nibabel as nib
 import torch
 from safetensors import safe_open
 
+from autoencoder.model import deciding
 from volumes import in_one_step, nifti_path
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
@@ -29,13 +30,11 @@ def software() -> str:
 def content_hash(components: Mapping[str, tuple[Mapping[str, Any], Tensors]]) -> str:
     """sha256 over each component's config and tensors (name, type, shape, bytes), whatever file or memory they are in.
 
-    Private config entries (with a leading underscore: versions, paths) do not count, nor do those that are None: an
-    argument that a later version adds renames no model that does not use it.
+    Of a config what decides the result counts, see `autoencoder.model.deciding`: not the record of the training subjects.
     """
     digest = hashlib.sha256()
     for name, (config, tensors) in sorted(components.items()):
-        public = {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
-        digest.update(f"{name}{json.dumps(public, sort_keys=True)}".encode())
+        digest.update(f"{name}{json.dumps(deciding(config), sort_keys=True)}".encode())
         for key, tensor in tensors:
             tensor_digest(digest, key, tensor)
     return digest.hexdigest()

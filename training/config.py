@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from volumes import DataConfig
+from volumes.preprocessing import inherited
 from volumes.text import read_yaml
 
 from .output import write_text
@@ -28,7 +29,13 @@ RHYTHM = (
     "trackers",
 )
 LENGTH = ("max_steps", "max_skipped", "patience", "workers", "compile")
-FREE = {"output", "inference_steps", "cache.folder", *(f"loop.{name}" for name in (*RHYTHM, *LENGTH))}  # in a resume
+FREE = {
+    "output",
+    "inference_steps",
+    "accept_overlap",
+    "cache.folder",
+    *(f"loop.{name}" for name in (*RHYTHM, *LENGTH)),
+}  # in a resume
 
 
 def _require_at_least(config: Any, lowest: int, *names: str) -> None:
@@ -271,6 +278,7 @@ class TrainVaeConfig:
         accept_changes: resume although config or volumes are not those that the run began with.
         init_from: folder of a trained autoencoder to start from (fine-tuning).
         freeze_encoder: train the decoder alone, so that the latents of `init_from`, and a diffusion model of them, stay.
+        accept_overlap: train although `init_from` has seen subjects, by their names, that are held out here.
     """
 
     output: str
@@ -287,6 +295,7 @@ class TrainVaeConfig:
     accept_changes: bool = False
     init_from: str | None = None
     freeze_encoder: bool = False
+    accept_overlap: bool = False
 
 
 @dataclass
@@ -313,6 +322,7 @@ class TrainLdmConfig:
         accept_changes: resume although config or volumes are not those that the run began with.
         init_from: folder of a trained U-Net to start from (fine-tuning).
         lora: train a LoRA of the U-Net `init_from` instead of its weights.
+        accept_overlap: train although `vae` or `init_from` have seen subjects, by their names, that are held out here.
     """
 
     output: str
@@ -331,28 +341,38 @@ class TrainLdmConfig:
     accept_changes: bool = False
     init_from: str | None = None
     lora: LoraConfig | None = None
+    accept_overlap: bool = False
 
 
 def parse_config(config_class: type[Config], args: list[str] | None = None) -> Config:
     """The run's config from `--config FILE.yaml` and overrides such as `--loop.max_steps 100`.
 
-    What comes later on the command line wins, so `--config` comes first. Unknown keys and wrong types end the program
-    with a message that names them; `--print_config` shows the result.
+    What comes later on the command line wins, so `--config` comes first. What `data` leaves out of the preprocessing is as the
+    autoencoder learned it, that `vae` names or `init_from` (`volumes.preprocessing.inherited`). Unknown keys and wrong types
+    end the program with a message that names them; `--print_config` shows the result.
 
     Args:
         args: default: the command line.
     Raises: ValueError for a file that `read_yaml` refuses.
     """
+    names = [f.name for f in dataclasses.fields(config_class)]  # pyright: ignore[reportArgumentType]
+    source = "vae" if "vae" in names else "init_from"
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path, action="append", default=[])
-    for path in first.parse_known_args(args)[0].config:
-        if path.is_file():  # else jsonargparse says so
-            read_yaml(path)
+    first.add_argument(f"--{source}", dest="source")
+    given = first.parse_known_args(args)[0]
+    folder, section = given.source, {}
+    for path in given.config:
+        found = read_yaml(path) if path.is_file() else None  # else jsonargparse says so
+        if isinstance(found, dict):
+            folder = given.source or found.get(source, folder)
+            section |= found["data"] if isinstance(found.get("data"), dict) else {}
+    learned = inherited(folder, section) if isinstance(folder, str) else {}
     parser = ArgumentParser(description=config_class.__doc__, exit_on_error=True)
     parser.add_argument("--config", action="config", help="YAML file with the arguments below")
     parser.add_class_arguments(config_class, as_group=False)
+    parser.set_defaults({f"data.{key}": value for key, value in learned.items()})
     values: Namespace = parser.instantiate(parser.parse_args(args))
-    names = [f.name for f in dataclasses.fields(config_class)]  # pyright: ignore[reportArgumentType]
     return config_class(**{name: values[name] for name in names})
 
 
