@@ -49,6 +49,7 @@ from training import (
     TrainLdmConfig,
     build_model,
     ending_with_others,
+    how_to_resume,
     initialise_from,
     make_accelerator,
     parse_config,
@@ -56,6 +57,7 @@ from training import (
 )
 from training.splits import PaddedVolumes, digests, load_split
 from volumes import VolumeDataset, describe, slices_figure
+from volumes.stopping import stoppable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -235,7 +237,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     """Train as the config says. Returns the final validation's metrics."""
     config = parse_config(TrainLdmConfig, args)
     accelerator = make_accelerator(config)
-    with ending_with_others(accelerator):
+    with ending_with_others(accelerator), stoppable(how_to_resume("train_ldm.py", args)):
         return train_as(config, accelerator)
 
 

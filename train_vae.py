@@ -49,6 +49,7 @@ from training import (
     build_model,
     derive_seed,
     ending_with_others,
+    how_to_resume,
     initialise_from,
     make_accelerator,
     parse_config,
@@ -57,6 +58,8 @@ from training import (
 )
 from training.splits import PaddedVolumes, digests, load_split
 from volumes import CropDataset, VolumeDataset, slices_figure
+from volumes.live_bar import LiveBar
+from volumes.stopping import stoppable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -277,7 +280,8 @@ def make_perception(config: TrainVaeConfig, vae: VolumeAutoencoder) -> Perceptio
 def finish(vae: VolumeAutoencoder, train: VolumeDataset, output: Path, *, measure: bool = True) -> None:
     """Measure the latents of the training volumes, if asked to, and save the autoencoder to `output`/vae."""
     if measure:
-        volumes = ({key: item[key][None] for key in ("image", "fov")} for item in PaddedVolumes(train, vae.stride))
+        items = LiveBar(PaddedVolumes(train, vae.stride), desc="measure latents", unit="volume")
+        volumes = ({key: item[key][None] for key in ("image", "fov")} for item in items)
         vae.set_latent_statistics(*latent_statistics(vae, volumes))
     if len(train.channels) > 1:
         vae.register_to_config(channel_names=train.channels)
@@ -292,7 +296,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     the latents are measured, are none."""
     config = parse_config(TrainVaeConfig, args)
     accelerator = make_accelerator(config)
-    with ending_with_others(accelerator):
+    with ending_with_others(accelerator), stoppable(how_to_resume("train_vae.py", args)):
         return train_as(config, accelerator)
 
 

@@ -22,7 +22,7 @@ from .learner import Learner, learning_rate
 from .loop import Loop, TrainingStep, make_accelerator
 from .output import save_model
 from .precision import native_bf16, resolve_precision
-from .processes import ending_with_others, join_processes
+from .processes import ending_with_others, how_to_resume, join_processes
 
 __all__ = [
     "AdversarialConfig",
@@ -47,6 +47,7 @@ __all__ = [
     "derive_seed",
     "ending_with_others",
     "find_checkpoint",
+    "how_to_resume",
     "initialise_from",
     "join_processes",
     "learning_rate",
