@@ -50,6 +50,7 @@ from training import (
     TrainLdmConfig,
     build_model,
     ending_with_others,
+    how_to_resume,
     initialise_from,
     make_accelerator,
     parse_config,
@@ -58,6 +59,7 @@ from training import (
 from training.splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
 from volumes import VolumeDataset, describe, slices_figure
 from volumes.preprocessing import preprocessing, refuse_differences
+from volumes.stopping import stoppable
 from volumes.subjects import join_records
 
 if TYPE_CHECKING:
@@ -266,7 +268,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     """Train as the config says. Returns the final validation's metrics."""
     config = parse_config(TrainLdmConfig, args)
     accelerator = make_accelerator(config)
-    with ending_with_others(accelerator):
+    with ending_with_others(accelerator), stoppable(how_to_resume("train_ldm.py", args)):
         return train_as(config, accelerator)
 
 

@@ -50,6 +50,7 @@ from training import (
     build_model,
     derive_seed,
     ending_with_others,
+    how_to_resume,
     initialise_from,
     make_accelerator,
     parse_config,
@@ -58,7 +59,9 @@ from training import (
 )
 from training.splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
 from volumes import CropDataset, VolumeDataset, slices_figure
+from volumes.live_bar import LiveBar
 from volumes.preprocessing import differences, refuse_differences
+from volumes.stopping import stoppable
 from volumes.subjects import join_records
 from volumes.text import read_object
 
@@ -321,7 +324,8 @@ def finish(
     """Measure the latents of the training volumes, if asked to, and save the autoencoder to `output`/vae, with what was done to
     them, and records of whose they are: its own, and the `earlier` ones of what it started from."""
     if measure:
-        volumes = ({key: item[key][None] for key in ("image", "fov")} for item in PaddedVolumes(train, vae.stride))
+        items = LiveBar(PaddedVolumes(train, vae.stride), desc="measure latents", unit="volume")
+        volumes = ({key: item[key][None] for key in ("image", "fov")} for item in items)
         vae.set_latent_statistics(*latent_statistics(vae, volumes))
     if len(train.channels) > 1:
         vae.register_to_config(channel_names=train.channels)
@@ -337,7 +341,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     the latents are measured, are none."""
     config = parse_config(TrainVaeConfig, args)
     accelerator = make_accelerator(config)
-    with ending_with_others(accelerator):
+    with ending_with_others(accelerator), stoppable(how_to_resume("train_vae.py", args)):
         return train_as(config, accelerator)
 
 

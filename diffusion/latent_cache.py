@@ -24,13 +24,13 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from autoencoder import VolumeAutoencoder
 from autoencoder.layers import as_stride
 from autoencoder.losses import cells_inside
 from autoencoder.model import deciding
 from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple, volume_parts
+from volumes.live_bar import LiveBar
 from volumes.remote import is_url, plain_path
 
 from .folding import fold_mask
@@ -198,7 +198,8 @@ def build_latent_cache(
     order = 0 if dataset.config.image_labels else 3  # a label is there or not
     there = (lambda file: file.name in store.known) if store else Path.exists
     missing = [i for i in range(len(dataset))[shard[0] :: shard[1]] if not all(map(there, files[i]))]
-    for index in tqdm(missing, desc="encode latents", disable=not progress or not missing):
+    quiet = None if progress and missing else True
+    for index in LiveBar(missing, desc="encode latents", unit="volume", disable=quiet):
         item = dataset[index]
         for version, file in enumerate(files[index]):
             padded = _version(item, vae.stride, augmentation, index, version, order)

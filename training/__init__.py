@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .loop import Loop, TrainingStep, make_accelerator
     from .output import save_model
     from .precision import native_bf16, resolve_precision
-    from .processes import ending_with_others, join_processes
+    from .processes import ending_with_others, how_to_resume, join_processes
 
 __all__ = [
     "AdversarialConfig",
@@ -52,6 +52,7 @@ __all__ = [
     "derive_seed",
     "ending_with_others",
     "find_checkpoint",
+    "how_to_resume",
     "initialise_from",
     "join_processes",
     "learning_rate",
