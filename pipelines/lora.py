@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from autoencoder.identity import keep_record
 from diffusion import LatentUNet3D
 
 from .provenance import tensor_digest
@@ -163,8 +164,6 @@ class LoraMixin(LoraBaseMixin):
     unet: LatentUNet3D
     unet_hash: str
     model_hash: str
-    _files: dict[str, Any]
-    _hashed: dict[Any, Any]
 
     def load_lora_weights(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -238,6 +237,7 @@ class LoraMixin(LoraBaseMixin):
         """Take fused LoRAs out of the weights again, to rounding."""
         self._check_changeable("unfuse_lora")
         super().unfuse_lora(list(components), **kwargs)
+        keep_record(self.unet)
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
         """Which LoRAs act, and at which scale. As diffusers' own. Raises: ValueError while they are fused."""
@@ -268,8 +268,6 @@ class LoraMixin(LoraBaseMixin):
         super().unload_lora_weights()
         if fused:
             self._merged_adapters = set()
-            self._files.pop("unet", None)
-            self._hashed.clear()
 
     def _check_not_compiled(self, what: str) -> None:
         """Raises: ValueError where diffusers would do nothing."""
