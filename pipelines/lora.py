@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from autoencoder import VolumeAutoencoder
+from autoencoder.identity import keep_record
 from diffusion import LatentUNet3D
 from volumes.preprocessing import check_preprocessing, described_preprocessing, refuse_differences
 from volumes.subjects import check_subjects, join_records
@@ -199,8 +200,6 @@ class LoraMixin(LoraBaseMixin):
     data: dict[str, Any]
     unet_hash: str
     model_hash: str
-    _files: dict[str, Any]
-    _hashed: dict[Any, Any]
 
     def load_lora_weights(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -281,6 +280,7 @@ class LoraMixin(LoraBaseMixin):
         """Take fused LoRAs out of the weights again, to rounding."""
         self._check_changeable("unfuse_lora")
         super().unfuse_lora(list(components), **kwargs)
+        keep_record(self.unet)
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
         """Which LoRAs act, and at which scale. As diffusers' own. Raises: ValueError while they are fused."""
@@ -314,8 +314,6 @@ class LoraMixin(LoraBaseMixin):
         if fused:
             self.unet.register_to_config(subjects=join_records(self.unet.config["subjects"], *records))
             self._merged_adapters = set()
-            self._files.pop("unet", None)
-            self._hashed.clear()
 
     def _lora_subjects(self) -> dict[str, Sequence[Any] | None]:
         """Records of the training subjects of each attached LoRA; None for one that has none."""

@@ -71,7 +71,6 @@ class MedVolumePipeline(StoredPipeline, LoraMixin):
         self.register_to_config(data=json.loads(json.dumps(data)))
         self.volume_processor = VolumeProcessor(data, vae.stride)
         self.noise_model = NoiseModel(data["noise"]) if data.get("noise") else None
-        self._files, self._hashed = {}, {}
 
     def provenance(
         self,

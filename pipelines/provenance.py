@@ -13,6 +13,7 @@ import nibabel as nib
 import torch
 from safetensors import safe_open
 
+from autoencoder.identity import out_of_reach, own_tensors
 from autoencoder.model import deciding
 from volumes import in_one_step, nifti_path
 
@@ -62,13 +63,12 @@ def memory_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
 
     Raises: ValueError if they are offloaded out of reach.
     """
-    state = {k.replace(".base_layer.", "."): v for k, v in module.state_dict().items() if ".lora_" not in k}
-    if hasattr(module, "offloaded_to_disk") or any(tensor.is_meta for tensor in state.values()):
+    if out_of_reach(module):
         raise ValueError(
             "the weights are offloaded, so the model's hash cannot be computed: offload by the pipeline's own method, or "
             "save the pipeline and load it from its folder"
         )
-    yield from sorted(state.items())
+    yield from own_tensors(module)
 
 
 def recorded_guidance(scale: float | Mapping[str, float]) -> float | dict[str, float] | None:
