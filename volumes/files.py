@@ -14,8 +14,8 @@ from nibabel.nifti1 import Nifti1Pair
 from nibabel.orientations import apply_orientation, io_orientation
 
 from . import metaimage, nrrd
-from .names import nfc
 from .dicom import is_dicom, is_series, read_dicom, series_files
+from .names import nfc
 from .nifti import NIFTI_SUFFIXES, canonical_grid, exact_values, read_nifti
 from .stored import Stored, refuse_pointer
 from .volume import SourceGrid, Volume, VolumeError
