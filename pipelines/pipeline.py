@@ -13,6 +13,7 @@ from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
 from autoencoder.noise import NoiseModel
 from diffusion import LatentUNet3D, check_guidance, denoise, fit_scheduler
 from diffusion.attention import check_attention_backend
+from diffusion.guidance import Guidance
 
 from .conditions import (
     Labels,
@@ -88,7 +89,7 @@ class MedVolumePipeline(StoredPipeline, LoraMixin):
         seed: int | None,
         num_inference_steps: int = 20,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: float | Mapping[str, float] = 1.0,
+        guidance_scale: Guidance = 1.0,
         label_map: LabelMap | None = None,
         labels: Mapping[str, str] | None = None,
         numbers: Mapping[str, float] | None = None,
@@ -141,7 +142,7 @@ class MedVolumePipeline(StoredPipeline, LoraMixin):
         image: ImageLike | Images | Sequence[ImageLike | Images] | None = None,
         num_inference_steps: int = 20,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: float | Mapping[str, float] = 1.0,
+        guidance_scale: Guidance = 1.0,
         num_volumes_per_mask: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
@@ -177,8 +178,8 @@ class MedVolumePipeline(StoredPipeline, LoraMixin):
             sigmas: noise levels to visit instead, in (0, 1] and falling (FlowMatch schedulers); from 1, unless the
                 `latents` are less noisy.
             guidance_scale: classifier-free guidance: above 1, volumes follow their conditions more closely and differ
-                less from each other. One number, or one per condition such as {"sex": 3.0}. For conditions that the
-                model was trained without at times (`condition_dropout`).
+                less from each other; from 0 to 1, or None, it is none, as in diffusers. One number, or one per condition
+                such as {"sex": 3.0}. For conditions that the model was trained without at times (`condition_dropout`).
             num_volumes_per_mask: how many of each mask (with `shape`, of each dict).
             generator: one a volume (mask by mask), or a single one from which a seed a volume is drawn: see
                 `sampling.sample_generators`. A volume depends on its own generator alone, not on what is generated
@@ -401,9 +402,11 @@ def _finite(slabs: Iterable[torch.Tensor], record: Mapping[str, Any]) -> Iterato
     """The same. Raises: ValueError naming the volume's seed if a value is not finite."""
     for slab in slabs:
         if not torch.isfinite(slab).all():
-            raise ValueError(
-                f"the volume of seed {record['seed']} is not finite in {record['dtype']}; use bfloat16 or float32"
+            narrow = "float16" in record["dtype"].split()  # whose largest number is 65,504
+            remedy = (
+                "use bfloat16 or float32" if narrow else "look for NaN in the weights, the latents and the conditions"
             )
+            raise ValueError(f"the volume of seed {record['seed']} is not finite in {record['dtype']}; {remedy}")
         yield slab
 
 
