@@ -8,11 +8,21 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
 
+from volumes.settings import faults, hints_of, refuse
+
 from .weights import check_weights
 
 
 class VolumeModel(ModelMixin, ConfigMixin):
-    """A diffusers model over volumes (B, C, X, Y, Z)."""
+    """A diffusers model over volumes (B, C, X, Y, Z). Its constructor's arguments are checked against their annotations.
+
+    Raises: ValueError for an argument outside its range, or of another type.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # after `register_to_config`, so the arguments are known
+        arguments = {name: value for name, value in self.config.items() if name in hints_of(type(self))}
+        refuse(faults(type(self), arguments), f"{type(self).__name__}: ")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
