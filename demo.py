@@ -16,7 +16,7 @@ import generate
 from pipelines import MedVolumePipeline, read_sidecar, volume_files
 from pipelines.editing import remove_lesion
 from volumes import read_mask, read_volume, shapes_figure, slices_figure, write_volume
-from volumes.cases import read_table
+from volumes.tables import read_table
 
 ROOT = Path(__file__).resolve().parent
 WEIGHTS = ROOT / "weights"

@@ -26,6 +26,7 @@ learned from is not written, but made again from a next seed; sidecars and manif
 import argparse
 import csv
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -53,10 +54,12 @@ from pipelines import (
     write_synthetic,
 )
 from pipelines.requests import Request, mask_requests, read_requests
+from pipelines.trained_on import GENERATED
 from training import ending_with_others, join_processes
-from training.output import check_writable, naming_full_disk
+from training.output import check_writable, naming_full_disk, write_text
 from volumes import draw_shape, map_fault
 from volumes.nifti import remove_abandoned
+from volumes.text import read_object
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LONGEST_RUN = timedelta(days=30)  # processes wait this long for each other at the end
@@ -126,6 +129,7 @@ def generate(options: argparse.Namespace, state: PartialState) -> list[str]:
     check_writable(options.output)
     if state.is_main_process:
         remove_abandoned(options.output)
+        write_subjects(pipe, options.output)
     state.wait_for_everyone()  # what one refuses ends all before hours of work
     with tqdm(
         total=len(tasks), initial=len(tasks) - len(todo), desc="volumes", disable=not state.is_main_process
@@ -189,7 +193,7 @@ def load_rejection(
 
         if any(request.images for request in requests):
             raise ValueError("--reject_copies is for volumes whose channels are all generated: leave it out")
-        checks.append(copy_check(options.reject_copies, pipe.data))
+        checks.append(copy_check(options.reject_copies, pipe.data, pipe.training_subjects))
     return Rejection(checks, options.most_rejections) if checks else None
 
 
@@ -381,6 +385,18 @@ def unfinished(tasks: Sequence[Task]) -> list[Task]:
     if refused:
         raise ValueError("choose another --output, or remove these first:\n" + "\n".join(refused))
     return todo
+
+
+def write_subjects(pipe: MedVolumePipeline, output: Path) -> None:
+    """provenance/training_subjects.json: {hash: records of the training subjects} of each model that has made volumes in the folder, by which
+    evaluate.py refuses to judge them on such subjects. None of a model without any record."""
+    if all("salt" not in record for record in pipe.training_subjects):
+        return
+    path = output / GENERATED
+    known = read_object(path) if path.is_file() else {}
+    found = known | {pipe.model_hash: pipe.training_subjects}
+    if found != known:  # evaluate.py measures anew where a file is
+        write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 def write_manifest(output: Path) -> int:

@@ -20,6 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from autoencoder import LatentDistribution, VolumeAutoencoder
+from autoencoder.model import RECORDS
 from autoencoder.noise import measure_noise
 from autoencoder.weights import weight_files
 from diffusion import (
@@ -49,13 +50,17 @@ from training import (
     TrainLdmConfig,
     build_model,
     ending_with_others,
+    how_to_resume,
     initialise_from,
     make_accelerator,
     parse_config,
     save_model,
 )
-from training.splits import PaddedVolumes, digests, load_split
+from training.splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
 from volumes import VolumeDataset, describe, slices_figure
+from volumes.preprocessing import preprocessing, refuse_differences
+from volumes.stopping import stoppable
+from volumes.subjects import join_records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -169,6 +174,33 @@ def complete_model(
     return {**decided, **section}
 
 
+def check_prepared(config: TrainLdmConfig, vae: VolumeAutoencoder, given: dict[str, Any]) -> None:
+    """Raises: ValueError if the autoencoder learned from volumes that were prepared in another way than the facts `given` say. One
+    that does not say how (it is older) has a warning, once the spacing is known."""
+    vae.check_channels(given["channels"])
+    learned = vae.config["data"]
+    refuse_differences(learned, given, f"vae {config.vae}")
+    if learned is None and "spacing" in given:
+        logger.warning(
+            "vae %s: does not say how its volumes were prepared (it is older): whether these are was not checked",
+            config.vae,
+        )
+
+
+def check_unseen(
+    config: TrainLdmConfig, vae: VolumeAutoencoder, held_out: VolumeDataset | None
+) -> Sequence[dict[str, Any]]:
+    """The records of the U-Net that is trained on, none without one. Raises: ValueError if the autoencoder or that U-Net has seen
+    subjects that are held out here."""
+    refuse_seen(vae.config["subjects"], config.data, held_out, f"vae {config.vae}", accepted=config.accept_overlap)
+    described = Path(config.init_from or "") / "config.json"
+    if config.init_from is None:
+        return []
+    records = json.loads(described.read_text()).get("subjects") if described.is_file() else None
+    refuse_seen(records, config.data, held_out, f"init_from {config.init_from}", accepted=config.accept_overlap)
+    return join_records(records)
+
+
 def start_from(unet: LatentUNet3D, folder: str | Path) -> list[str]:
     """`initialise_from` of a trained U-Net; of its classes and numbers by name, those that it lacks starting at zero."""
     described = Path(folder) / "config.json"
@@ -188,7 +220,8 @@ def attach_lora(unet: LatentUNet3D, config: TrainLdmConfig) -> str:
             f"lora needs --init_from, the folder of a trained U-Net (PIPELINE/unet); got {config.init_from}"
         )
     base, own = json.loads(described.read_text()), json.loads(unet.to_json_string())
-    wrong = [f"{key} is {own[key]}, not {base.get(key)}" for key in own if key[0] != "_" and own[key] != base.get(key)]
+    public = [key for key in own if key[0] != "_" and key not in RECORDS]
+    wrong = [f"{key} is {own[key]}, not {base.get(key)}" for key in public if own[key] != base.get(key)]
     if wrong:
         raise ValueError(
             f"a LoRA belongs to one U-Net, but the model differs from {config.init_from}: {'; '.join(wrong)}"
@@ -235,7 +268,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     """Train as the config says. Returns the final validation's metrics."""
     config = parse_config(TrainLdmConfig, args)
     accelerator = make_accelerator(config)
-    with ending_with_others(accelerator):
+    with ending_with_others(accelerator), stoppable(how_to_resume("train_ldm.py", args)):
         return train_as(config, accelerator)
 
 
@@ -243,7 +276,10 @@ def train_as(config: TrainLdmConfig, accelerator: Accelerator) -> dict[str, floa
     """`main`, of one config, in one of the processes."""
     output = Path(config.output)
     vae = load_autoencoder(config.vae).to(accelerator.device)
+    check_prepared(config, vae, preprocessing(config.data))  # before anything is read
     train, held_out = load_split(config.data)
+    check_prepared(config, vae, train.preprocessing)
+    earlier = check_unseen(config, vae, held_out)
     data = describe(train)
     channels = config.data.channels
     images = {name: vae.latents_of(channels.index(name)) for name in config.data.given}
@@ -275,11 +311,14 @@ def train_as(config: TrainLdmConfig, accelerator: Accelerator) -> dict[str, floa
     contents = {**digests(train), "autoencoder": weights_hash(vae.encoder)}
     metrics = Loop(accelerator, config, step, latents, validation, collate, contents).run()
 
+    records = [*earlier, own_record(train, held_out)]
     if accelerator.is_main_process and base:
-        logger.info("saved %s", save_lora(learner.average, output / "lora", base))
+        trained_on = {"data": train.preprocessing, "subjects": records}
+        logger.info("saved %s", save_lora(learner.average, output / "lora", base, trained_on=trained_on))
     elif accelerator.is_main_process:
         if config.noise:
             data["noise"] = measure_noise(train, vae)
+        learner.average.register_to_config(subjects=records)
         pipeline = MedVolumePipeline(vae, learner.average, sampler(), data=data)
         save_model(pipeline, output / "pipeline")
         logger.info("saved %s", output / "pipeline")

@@ -6,6 +6,7 @@ set in its config. An autoencoder without parameters (autoencoder.SpaceToDepth3D
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,7 @@ from training import (
     build_model,
     derive_seed,
     ending_with_others,
+    how_to_resume,
     initialise_from,
     make_accelerator,
     parse_config,
@@ -56,8 +58,13 @@ from training import (
     save_model,
 )
 from training.config import crop_faults
-from training.splits import PaddedVolumes, digests, load_split
+from training.splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
 from volumes import CropDataset, VolumeDataset, slices_figure
+from volumes.live_bar import LiveBar
+from volumes.preprocessing import differences, refuse_differences
+from volumes.stopping import stoppable
+from volumes.subjects import join_records
+from volumes.text import read_object
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -270,13 +277,55 @@ def make_perception(config: TrainVaeConfig, vae: VolumeAutoencoder) -> Perceptio
     return Perception(network, options)
 
 
-def finish(vae: VolumeAutoencoder, train: VolumeDataset, output: Path, *, measure: bool = True) -> None:
-    """Measure the latents of the training volumes, if asked to, and save the autoencoder to `output`/vae."""
+def check_start(source: str, config: TrainVaeConfig, train: VolumeDataset, held_out: VolumeDataset | None) -> None:
+    """Check that the autoencoder `source`, which is trained on, has seen no subject that is held out, and volumes prepared as these.
+
+    Raises: ValueError for such subjects, and for volumes prepared in another way if the encoder is frozen; an encoder that learns
+    may learn these, with a warning.
+    """
+    described = read_object(Path(source) / "config.json") if (Path(source) / "config.json").is_file() else {}
+    refuse_seen(
+        described.get("subjects"), config.data, held_out, f"--init_from {source}", accepted=config.accept_overlap
+    )
+    learned = described.get("data")
+    if learned is None:
+        logger.warning("--init_from %s: does not say how its volumes were prepared (it is older)", source)
+    elif config.freeze_encoder:
+        refuse_differences(learned, train.preprocessing, f"--init_from {source}")
+    elif found := differences(learned, train.preprocessing):
+        logger.warning("--init_from %s: learned from volumes prepared in another way: %s", source, "; ".join(found))
+
+
+def inherited_records(config: TrainVaeConfig) -> list[Any]:
+    """Records of the training subjects of the autoencoders that this training starts from or compares features with."""
+    sources = [config.init_from] if config.init_from else []
+    if config.perceptual and Path(config.perceptual.network).is_dir():
+        sources.append(config.perceptual.network)
+    records = []
+    for source in sources:
+        path = next((p for p in (Path(source, "config.json"), Path(source, "vae", "config.json")) if p.is_file()), None)
+        records.append(read_object(path).get("subjects") if path else None)
+    return join_records(*records)
+
+
+def finish(
+    vae: VolumeAutoencoder,
+    train: VolumeDataset,
+    held_out: VolumeDataset | None,
+    output: Path,
+    *,
+    earlier: Sequence[Any] = (),
+    measure: bool = True,
+) -> None:
+    """Measure the latents of the training volumes, if asked to, and save the autoencoder to `output`/vae, with what was done to
+    them, and records of whose they are: its own, and the `earlier` ones of what it started from."""
     if measure:
-        volumes = ({key: item[key][None] for key in ("image", "fov")} for item in PaddedVolumes(train, vae.stride))
+        items = LiveBar(PaddedVolumes(train, vae.stride), desc="measure latents", unit="volume")
+        volumes = ({key: item[key][None] for key in ("image", "fov")} for item in items)
         vae.set_latent_statistics(*latent_statistics(vae, volumes))
     if len(train.channels) > 1:
         vae.register_to_config(channel_names=train.channels)
+    vae.register_to_config(data=train.preprocessing, subjects=[*earlier, own_record(train, held_out)])
     save_model(vae, output / "vae")
     logger.info(
         "saved %s (latents: mean %s, std %s)", output / "vae", vae.config["latents_mean"], vae.config["latents_std"]
@@ -288,7 +337,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     the latents are measured, are none."""
     config = parse_config(TrainVaeConfig, args)
     accelerator = make_accelerator(config)
-    with ending_with_others(accelerator):
+    with ending_with_others(accelerator), stoppable(how_to_resume("train_vae.py", args)):
         return train_as(config, accelerator)
 
 
@@ -303,7 +352,7 @@ def train_as(config: TrainVaeConfig, accelerator: Accelerator) -> dict[str, floa
             raise ValueError(f"{type(vae).__name__} has nothing to train: remove {', '.join(given)}")
         if accelerator.is_main_process:
             save_config(config, output / "config.yaml")
-            finish(vae.to(accelerator.device), load_split(config.data)[0], output)
+            finish(vae.to(accelerator.device), *load_split(config.data), output)
         accelerator.wait_for_everyone()
         return {}
     if config.gradient_checkpointing:
@@ -321,6 +370,8 @@ def train_as(config: TrainVaeConfig, accelerator: Accelerator) -> dict[str, floa
     if wrong := crop_faults(config.crops, vae.stride, config.adversarial):
         raise ValueError("; ".join(f"{message}; {remedy}" for message, remedy in wrong))
     train, held_out = load_split(config.data)
+    if config.init_from:
+        check_start(config.init_from, config, train, held_out)
     crops = CropDataset(train, config.crops.shape, seed=config.loop.seed, flip_axes=config.crops.flip_axes)
 
     learner = Learner("vae", vae, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
@@ -332,7 +383,8 @@ def train_as(config: TrainVaeConfig, accelerator: Accelerator) -> dict[str, floa
     metrics = Loop(accelerator, config, step, crops, validation, contents=digests(train)).run()
 
     if accelerator.is_main_process:
-        finish(learner.average, train, output, measure=not config.freeze_encoder)
+        earlier = inherited_records(config)
+        finish(learner.average, train, held_out, output, earlier=earlier, measure=not config.freeze_encoder)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return metrics

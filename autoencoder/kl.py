@@ -1,6 +1,7 @@
 """AutoencoderKL3D: a small convolutional KL autoencoder whose receptive field is finite."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
@@ -25,6 +26,8 @@ class AutoencoderKL3D(VolumeAutoencoder[DiagonalGaussian3D]):
             with latent_channels / in_channels. So a channel that is missing leaves the latents of the others alone.
         latents_mean, latents_std: statistics of the raw latents over the training set, set by `set_latent_statistics`.
         channel_names: of several image channels, in their order; train_vae.py sets them.
+        data: what was done to the volumes that it was trained on (`volumes.preprocessing`); train_vae.py sets it.
+        subjects: records of whose volumes those were (`volumes.subjects`); train_vae.py sets it.
     """
 
     @register_to_config
@@ -42,6 +45,8 @@ class AutoencoderKL3D(VolumeAutoencoder[DiagonalGaussian3D]):
         latents_std: Sequence[PositiveFloat] | None = None,
         per_channel: bool | None = None,
         channel_names: Sequence[str] | None = None,
+        data: dict[str, Any] | None = None,
+        subjects: Sequence[Any] | None = None,
     ):
         super().__init__()
         if per_channel and (in_channels != out_channels or latent_channels % in_channels):

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from volumes import VolumeDataset, pad_to_multiple
+from volumes.live_bar import LiveBar
 
 from .base import VolumeAutoencoder
 
@@ -41,7 +41,7 @@ def measure_noise(dataset: VolumeDataset, vae: VolumeAutoencoder, *, progress: b
 def _reconstructions(
     dataset: VolumeDataset, vae: VolumeAutoencoder, progress: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for index in tqdm(range(len(dataset)), desc="measure noise", disable=not progress):
+    for index in LiveBar(range(len(dataset)), desc="measure noise", unit="volume", disable=None if progress else True):
         image = dataset[index]["image"]
         placement = pad_to_multiple(tuple(image.shape[1:]), vae.stride)
         padded = placement.apply(image, -1.0)[None].to(vae.device, vae.dtype)

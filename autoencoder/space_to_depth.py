@@ -7,6 +7,7 @@ cells of eight times as many channels (as in Hoogeboom et al. 2023, "simple diff
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -30,7 +31,7 @@ class SpaceToDepth3D(VolumeAutoencoder[LatentDistribution]):
         out_channels, latent_channels: decided by the others (in_channels, and in_channels times the voxels of a cell); what
             is given must agree.
         patch_size: voxels of a cell along each axis, one integer or one per axis; 1 leaves the volume as it is.
-        latents_mean, latents_std, channel_names: as `AutoencoderKL3D`.
+        latents_mean, latents_std, channel_names, data, subjects: as `AutoencoderKL3D`.
     Raises: ValueError for other `out_channels` or `latent_channels`.
     """
 
@@ -46,6 +47,8 @@ class SpaceToDepth3D(VolumeAutoencoder[LatentDistribution]):
         latents_mean: Sequence[FiniteFloat] | None = None,
         latents_std: Sequence[PositiveFloat] | None = None,
         channel_names: Sequence[str] | None = None,
+        data: dict[str, Any] | None = None,
+        subjects: Sequence[Any] | None = None,
     ):
         super().__init__()
         self.patch_size = self.stride = as_stride(patch_size)

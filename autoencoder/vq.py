@@ -3,7 +3,7 @@ Khader et al. 2023)."""
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -48,8 +48,8 @@ class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
         in_channels, out_channels: channels of the volume.
         latent_channels: numbers in a code.
         num_codes, codebook_decay: size of the codebook, and weight of the past in its moving averages.
-        patch_size, channels, strides, encoder_blocks, decoder_blocks, latents_mean, latents_std, channel_names: as
-            `AutoencoderKL3D`.
+        patch_size, channels, strides, encoder_blocks, decoder_blocks, latents_mean, latents_std, channel_names, data,
+            subjects: as `AutoencoderKL3D`.
     """
 
     _keep_in_fp32_modules = ["codebook"]
@@ -70,6 +70,8 @@ class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
         latents_mean: Sequence[FiniteFloat] | None = None,
         latents_std: Sequence[PositiveFloat] | None = None,
         channel_names: Sequence[str] | None = None,
+        data: dict[str, Any] | None = None,
+        subjects: Sequence[Any] | None = None,
     ):
         super().__init__()
         self._build(encoded_channels=latent_channels)

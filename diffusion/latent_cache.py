@@ -24,12 +24,13 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from autoencoder import VolumeAutoencoder
 from autoencoder.layers import as_stride
 from autoencoder.losses import cells_inside
+from autoencoder.model import deciding
 from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple, volume_parts
+from volumes.live_bar import LiveBar
 from volumes.remote import is_url, plain_path
 from volumes.settings import Axis, NonNegativeFloat, NonNegativeInt, PositiveInt, Range, ShareBelowOne, checked
 
@@ -88,10 +89,9 @@ def _file_stamp(path: Path | None) -> list[object]:
 def cache_key(dataset: VolumeDataset, vae: VolumeAutoencoder, augmentation: LatentAugmentation) -> str:
     """What the latents depend on, hashed: format, encoder and its config, preprocessing, files (name, size, time),
     augmentation. Another decoder makes no other latents."""
-    config = {k: v for k, v in dict(vae.config).items() if not k.startswith("_") and v is not None}
     cases = [[c.name, *(_file_stamp(p) for p in c.images.values()), _file_stamp(c.mask)] for c in dataset.cases]
     data = {k: v for k, v in asdict(dataset.config).items() if k not in NOT_CACHED}
-    parts = [FORMAT, weights_hash(vae.encoder), config, data, cases, asdict(augmentation)]
+    parts = [FORMAT, weights_hash(vae.encoder), deciding(vae.config), data, cases, asdict(augmentation)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -187,7 +187,8 @@ def build_latent_cache(
     order = 0 if dataset.config.image_labels else 3  # a label is there or not
     there = (lambda file: file.name in store.known) if store else Path.exists
     missing = [i for i in range(len(dataset))[shard[0] :: shard[1]] if not all(map(there, files[i]))]
-    for index in tqdm(missing, desc="encode latents", disable=not progress or not missing):
+    quiet = None if progress and missing else True
+    for index in LiveBar(missing, desc="encode latents", unit="volume", disable=quiet):
         item = dataset[index]
         for version, file in enumerate(files[index]):
             padded = _version(item, vae.stride, augmentation, index, version, order)

@@ -5,6 +5,7 @@ Timesteps are in the scheduler's units, 0 (clean) to 1000 (noise), for every obj
 another number of steps.
 """
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -92,7 +93,8 @@ def make_scheduler(
 
 
 def fit_scheduler(scheduler: Scheduler, objective: str, train_steps: int = TRAIN_STEPS) -> Scheduler:
-    """The scheduler, made to speak the model's objective: unchanged if it does, converted if it can, refused if not.
+    """A scheduler of its own, never the one given, that speaks the model's objective: a copy if that does, converted if it
+    can, refused if not. So a call's steps and history stay out of the pipeline, and calls may run side by side.
 
     `DPMSolverMultistepScheduler.from_config(flow_match.config)` gives an eps scheduler without a word, and samples of
     noise; this is the guard. DPM-Solver++ and UniPC are converted to flows by `use_flow_sigmas`; schedulers of v and
@@ -118,7 +120,7 @@ def fit_scheduler(scheduler: Scheduler, objective: str, train_steps: int = TRAIN
     if name.startswith("FlowMatch"):
         if config.get("invert_sigmas"):
             raise ValueError(f"{name} with invert_sigmas runs from data to noise; {remedy}")
-        return scheduler
+        return copy.deepcopy(scheduler)
     if objective == RECTIFIED_FLOW:
         wanted = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
     else:
@@ -128,7 +130,7 @@ def fit_scheduler(scheduler: Scheduler, objective: str, train_steps: int = TRAIN
     wanted |= {"trained_betas": None, "clip_sample": clips, "thresholding": False}
     wanted = {key: value for key, value in wanted.items() if key in config}
     if all(config[key] == value for key, value in wanted.items()):
-        return scheduler
+        return copy.deepcopy(scheduler)
     return type(scheduler).from_config(config, **wanted)
 
 

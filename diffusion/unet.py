@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +87,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         train_steps: of the schedule that v or eps is trained with; 1000 if absent. Stored here for the same reason.
         condition_dropout: how often training leaves out each condition, such as {"mask": 0.1, "sex": 0.2}; those that it
             never left out cannot be guided (Ho & Salimans 2022).
+        subjects: records of whose volumes it was trained on (`volumes.subjects`); train_ldm.py sets it.
     """
 
     _supports_gradient_checkpointing = True
@@ -115,6 +116,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         numbers: dict[str, dict[str, FiniteFloat]] | None = None,
         images: dict[str, PositiveInt] | None = None,
         train_steps: Annotated[int, Range(2)] | None = None,
+        subjects: Sequence[Any] | None = None,
     ):
         super().__init__()
         if not len(channels) == len(strides) + 1 == len(blocks) == len(attention):

@@ -43,6 +43,7 @@ from .doctor_data import (
 from .doctor_leaks import check_leaks
 from .doctor_model import check_latents, check_limits, compare_limits, latent_summary
 from .report import config_parser, provenance, read_config, write_report
+from .seen import overlap_findings, read_judged
 
 
 def main(args: list[str] | None = None) -> int:
@@ -124,6 +125,11 @@ def before_training(config: DataConfig, sections: dict[str, Any], folder: Path) 
     dropout = (sections.get("model") or {}).get("condition_dropout") or {}
     findings += check_labels(examined) + check_conditions(examined, config, dropout)
     found, measured = check_model(examined, config, sections, folder)
+    for path in dict.fromkeys(str(sections[key]) for key in ("vae", "init_from") if sections.get(key)):
+        if Path(path).exists():  # else that it is missing is said above
+            voxels = {one.case.name: one.voxels for one in examined}
+            spacings = [one.spacing for one in examined] if config.spacing is None else None
+            found += overlap_findings(path, [one.case for one in examined], config, voxels, spacings)
     rows = [
         {
             "name": one.case.name,
@@ -178,7 +184,9 @@ def after_training(
     train = VolumeDataset(split["train"], lenient)
     with tqdm(total=len(train), unit="volume", disable=None, desc="encoding training volumes") as progress:
         summary = latent_summary(vae, train, lambda name: progress.update())
-    findings, measured = check_latents(summary), {"latents": summary}
+    voxels, spacings = read_judged(cases, config)
+    findings = overlap_findings(folder, cases, config, voxels, spacings if config.spacing is None else None)
+    findings, measured = findings + check_latents(summary), {"latents": summary}
     if not (folder / "model_index.json").is_file():
         return findings, measured
     if not split["test"]:

@@ -73,8 +73,8 @@ class Examined:
     `shape` and `spacing` (mm) are those of the file, in RAS+ order, and `model_shape` is what a model sees. By channel:
     `low`, `high` the scale in file units, `clipped` the share of voxels outside it, `covered` the share of it that
     percentiles 1 to 99 span, `constant` whether nothing is left after scaling, `step` see `quantisation_step`. `labels`
-    are volumes in ml by name (0 where the case lacks the label), `digest` of the stored voxels, `thumbnail` see
-    `thumbnail_of`. Of phantoms `orientation` is "".
+    are volumes in ml by name (0 where the case lacks the label), `digest` of the stored voxels, `voxels` see
+    `volumes.subjects`, `thumbnail` see `thumbnail_of`. Of phantoms `orientation` is "".
     """
 
     case: Case
@@ -88,6 +88,7 @@ class Examined:
     constant: tuple[bool, ...]
     step: tuple[float | None, ...]
     digest: str
+    voxels: tuple[str, ...]
     thumbnail: np.ndarray
     labels: dict[str, float] = field(default_factory=dict)
     numbers: tuple[float, ...] = ()
@@ -171,6 +172,7 @@ def examine(case: Case, config: DataConfig) -> Examined:
         covered=tuple(covered),
         constant=(False,) * count if is_map else tuple(float(np.ptp(one)) == 0 for one in prepared.image.array),
         step=(None,) * count if is_map else tuple(quantisation_step(channel) for channel in raw.array),
+        voxels=prepared.voxels,
         digest=hashlib.sha256(str(raw.array.shape).encode() + np.ascontiguousarray(raw.array).tobytes()).hexdigest(),
         thumbnail=thumbnail_of(prepared.image.array),
         labels=_label_volumes(prepared, config),

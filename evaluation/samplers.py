@@ -41,6 +41,7 @@ from .sampler_figures import (
     make_named,
     sample,
 )
+from .seen import add_overlap_argument, check_pipeline
 from .segmentation_data import Pair, label_values, learning_cases, load_pairs, test_cases
 from .segmenter import ITERATIONS, make_segmenter, train_segmenter
 from .utility import SHAPE, protocol
@@ -62,6 +63,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     wanted = combinations(pipe, options)
     cases, config = load_cases(options.data), options.data
     judging, learning = splits(cases, options.split)
+    check_pipeline(pipe, config, judging, options.pipeline, accepted=options.accept_overlap)
     test = VolumeDataset(judging, config)
     chosen = [test.cases[i] for i in spread(len(test), options.masks)]
     settings = {
@@ -131,6 +133,7 @@ def parse(args: Sequence[str] | None) -> Namespace:
     parser = config_parser("evaluation.samplers", __doc__, args)
     parser.add_argument("--pipeline", type=str, required=True, help="pipeline folder or Hub repository")
     parser.add_argument("--output", type=str, required=True, help="report to write, a JSON file")
+    add_overlap_argument(parser)
     parser.add_argument("--masks", type=int, default=24, help="masks, spread evenly over all of the split (24)")
     parser.add_argument(
         "--split",

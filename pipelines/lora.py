@@ -23,12 +23,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from autoencoder import VolumeAutoencoder
+from autoencoder.identity import keep_record
 from diffusion import LatentUNet3D
+from volumes.preprocessing import check_preprocessing, described_preprocessing, refuse_differences
+from volumes.subjects import check_subjects, join_records
 
 from .provenance import tensor_digest
 
 logger = logging.getLogger(__name__)
 BASE = "base.unet_sha256"  # beside peft's settings, which are `unet.<name>`
+TRAINED_ON = "training."  # data and subjects
 SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 
@@ -71,8 +76,21 @@ def add_lora(
     )
 
 
-def save_lora(unet: LatentUNet3D, folder: str | PathLike, base: str, adapter_name: str = "default") -> Path:
-    """Write the LoRA `adapter_name` of `unet`. `base` is `unet_hash` of the U-Net without it. Returns the file."""
+def save_lora(
+    unet: LatentUNet3D,
+    folder: str | PathLike,
+    base: str,
+    adapter_name: str = "default",
+    *,
+    trained_on: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the LoRA `adapter_name` of `unet`. Returns the file.
+
+    Args:
+        base: `unet_hash` of the U-Net without it.
+        trained_on: {"data": how its volumes were prepared (`volumes.preprocessing`), "subjects": records of whose they were
+            (`volumes.subjects`), those of the base among them}.
+    """
     from peft import get_peft_model_state_dict
 
     if adapter_name not in getattr(unet, "peft_config", {}):
@@ -80,6 +98,7 @@ def save_lora(unet: LatentUNet3D, folder: str | PathLike, base: str, adapter_nam
     config = unet.peft_config[adapter_name].to_dict()
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     settings = {f"unet.{key}": plain[key] for key in SETTINGS} | {BASE: base}
+    settings |= {f"{TRAINED_ON}{key}": value for key, value in (trained_on or {}).items()}
     tensors = get_peft_model_state_dict(unet, adapter_name=adapter_name)
     path = Path(folder) / LORA_WEIGHT_NAME_SAFE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +134,22 @@ def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], str 
             f"tensors that do not belong: {foreign[:4]})"
         )
     return {key.removeprefix("unet."): tensor for key, tensor in tensors.items()}, settings, header.get(BASE)
+
+
+def read_trained_on(path: Path) -> tuple[dict[str, Any] | None, list[Any] | None]:
+    """How a LoRA's training volumes were prepared, and records of whose they were; None where its file does not say.
+
+    Raises: ValueError for a file that is no LoRA, or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        data, subjects = header.get(f"{TRAINED_ON}data"), header.get(f"{TRAINED_ON}subjects")
+        check_preprocessing(data)
+        check_subjects(subjects)
+    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: is no LoRA in safetensors, or damaged ({error})") from error
+    return data, subjects
 
 
 def check_lora(unet: LatentUNet3D, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -160,11 +195,11 @@ class LoraMixin(LoraBaseMixin):
     """LoRAs of a pipeline's U-Net; `get_active_adapters` and the like are diffusers' own."""
 
     _lora_loadable_modules = ["unet"]
+    vae: VolumeAutoencoder
     unet: LatentUNet3D
+    data: dict[str, Any]
     unet_hash: str
     model_hash: str
-    _files: dict[str, Any]
-    _hashed: dict[Any, Any]
 
     def load_lora_weights(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -196,6 +231,9 @@ class LoraMixin(LoraBaseMixin):
                 raise ValueError(f"{source}: no LoRA here, nor is it found on the Hub: {error}") from error
         tensors, settings, base = read_lora(path)
         check_lora(self.unet, tensors, path)
+        prepared, subjects = read_trained_on(path)
+        remedy = "Load it into a pipeline of such volumes, or train it anew on this pipeline's"
+        refuse_differences(prepared, described_preprocessing(self.data), str(path), remedy)
         _ = self.model_hash  # keeps that of the weights as they are, before anything is fused into them
         if base != self.unet_hash:
             logger.warning("%s: was trained on another U-Net of this architecture (%s)", path, base)
@@ -209,7 +247,9 @@ class LoraMixin(LoraBaseMixin):
             adapter_name=adapter_name,
             _pipeline=self,
         )
-        self.unet.set_adapter([*acting, *(set(self.unet.peft_config) - before)])
+        added = set(self.unet.peft_config) - before
+        self.unet.set_adapter([*acting, *added])
+        self.unet.lora_subjects = self._lora_subjects() | dict.fromkeys(added, subjects)
         self.unet.enable_lora()
         self.unet.requires_grad_(False)
 
@@ -218,7 +258,9 @@ class LoraMixin(LoraBaseMixin):
         attached = list(getattr(self.unet, "peft_config", {}))
         if adapter_name is None and len(attached) != 1:
             raise ValueError(f"which LoRA is to be saved? adapter_name is one of {attached}")
-        return save_lora(self.unet, folder, self.unet_hash, adapter_name or attached[0])
+        name = adapter_name or attached[0]
+        trained_on = {"data": self.vae.config.get("data"), "subjects": self._lora_subjects().get(name)}
+        return save_lora(self.unet, folder, self.unet_hash, name, trained_on=trained_on)
 
     def fuse_lora(self, components: Sequence[str] = ("unet",), **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Add the acting LoRAs to the weights: the same result to rounding, without their cost. As diffusers' own.
@@ -238,6 +280,7 @@ class LoraMixin(LoraBaseMixin):
         """Take fused LoRAs out of the weights again, to rounding."""
         self._check_changeable("unfuse_lora")
         super().unfuse_lora(list(components), **kwargs)
+        keep_record(self.unet)
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
         """Which LoRAs act, and at which scale. As diffusers' own. Raises: ValueError while they are fused."""
@@ -265,11 +308,23 @@ class LoraMixin(LoraBaseMixin):
         """Detach all LoRAs. What was fused stays in the weights, and makes a new model of them."""
         self._check_changeable("unload_lora_weights")
         fused = self.num_fused_loras
+        records = [self._lora_subjects()[name] for name in self.fused_loras] if fused else []
         super().unload_lora_weights()
+        self.unet.lora_subjects = {}
         if fused:
+            self.unet.register_to_config(subjects=join_records(self.unet.config["subjects"], *records))
             self._merged_adapters = set()
-            self._files.pop("unet", None)
-            self._hashed.clear()
+
+    def _lora_subjects(self) -> dict[str, Sequence[Any] | None]:
+        """Records of the training subjects of each attached LoRA; None for one that has none."""
+        known = getattr(self.unet, "lora_subjects", {})
+        return {name: known.get(name) for name in getattr(self.unet, "peft_config", None) or {}}
+
+    @property
+    def training_subjects(self) -> list[dict[str, Any]]:
+        """Records of whose volumes autoencoder, U-Net and attached LoRAs were trained on, see `volumes.subjects`."""
+        parts = [self.vae.config.get("subjects"), self.unet.config.get("subjects")]
+        return join_records(*parts, *self._lora_subjects().values())
 
     def _check_not_compiled(self, what: str) -> None:
         """Raises: ValueError where diffusers would do nothing."""

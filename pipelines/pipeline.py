@@ -71,7 +71,6 @@ class MedVolumePipeline(StoredPipeline, LoraMixin):
         self.register_to_config(data=json.loads(json.dumps(data)))
         self.volume_processor = VolumeProcessor(data, vae.stride)
         self.noise_model = NoiseModel(data["noise"]) if data.get("noise") else None
-        self._files, self._hashed = {}, {}
 
     def provenance(
         self,
@@ -153,9 +152,9 @@ class MedVolumePipeline(StoredPipeline, LoraMixin):
         """Generate volumes, or with `strength` or `region` change given ones.
 
         Args:
-            mask: path, nibabel image, `Volume`, array or tensor (X, Y, Z) of label values as in the training files;
-                or a list of them, of any shapes. -1 marks voxels outside the field of view. A path or image keeps its
-                grid; an array lies on the model's template.
+            mask: path, image of nibabel, SimpleITK, torchio or MONAI (MetaTensor), `Volume`, array or tensor (X, Y, Z) of
+                label values as in the training files; or a list of them, of any shapes. -1 marks voxels outside the field
+                of view. A path or image keeps its grid; a plain array or tensor lies on the model's template.
             shape: (X, Y, Z) in voxels, in place of a mask, for a model that no mask conditions, or that was trained to do
                 without at times.
             labels: the value of each class, such as {"sex": "F"}: one dict for all masks, or a list of one a mask; with

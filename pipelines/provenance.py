@@ -13,6 +13,8 @@ import nibabel as nib
 import torch
 from safetensors import safe_open
 
+from autoencoder.identity import out_of_reach, own_tensors
+from autoencoder.model import deciding
 from volumes import in_one_step, nifti_path
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
@@ -29,13 +31,11 @@ def software() -> str:
 def content_hash(components: Mapping[str, tuple[Mapping[str, Any], Tensors]]) -> str:
     """sha256 over each component's config and tensors (name, type, shape, bytes), whatever file or memory they are in.
 
-    Private config entries (with a leading underscore: versions, paths) do not count, nor do those that are None: an
-    argument that a later version adds renames no model that does not use it.
+    Of a config what decides the result counts, see `autoencoder.model.deciding`: not the record of the training subjects.
     """
     digest = hashlib.sha256()
     for name, (config, tensors) in sorted(components.items()):
-        public = {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
-        digest.update(f"{name}{json.dumps(public, sort_keys=True)}".encode())
+        digest.update(f"{name}{json.dumps(deciding(config), sort_keys=True)}".encode())
         for key, tensor in tensors:
             tensor_digest(digest, key, tensor)
     return digest.hexdigest()
@@ -63,13 +63,12 @@ def memory_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
 
     Raises: ValueError if they are offloaded out of reach.
     """
-    state = {k.replace(".base_layer.", "."): v for k, v in module.state_dict().items() if ".lora_" not in k}
-    if hasattr(module, "offloaded_to_disk") or any(tensor.is_meta for tensor in state.values()):
+    if out_of_reach(module):
         raise ValueError(
             "the weights are offloaded, so the model's hash cannot be computed: offload by the pipeline's own method, or "
             "save the pipeline and load it from its folder"
         )
-    yield from sorted(state.items())
+    yield from own_tensors(module)
 
 
 def recorded_guidance(scale: float | Mapping[str, float]) -> float | dict[str, float] | None:
@@ -145,6 +144,8 @@ def write_synthetic(
         given = list(image) if isinstance(image, Mapping) else "a single image"
         raise ValueError(f"{path}: got {given}, its record has the channels {channels}; give both of one volume")
     images = [image[channel] for channel in channels] if isinstance(image, Mapping) else [image]
+    if foreign := [type(one).__name__ for one in images if not isinstance(one, nib.Nifti1Image)]:
+        raise ValueError(f"{path}: got {foreign[0]}; write what the pipeline returns as output_type='nifti'")
     with synthetic_files(record, path) as unfinished:
         for one, file in zip(images, unfinished, strict=True):
             nib.save(one, file)

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from volumes.carriers import plain_tensor
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -62,6 +64,7 @@ def initial_latents(
     if given is None:
         rows = [randn_tensor((1, *shape), generator=one, device=device, dtype=torch.float32) for one in generators]
         return torch.cat(rows).to(dtype)
+    given = [plain_tensor(row) for row in given]  # a MetaTensor's geometry is not that of latents
     for row in given:
         if tuple(row.shape) != shape:
             raise ValueError(f"latents of shape {tuple(row.shape)} for a mask that needs {shape} (C, h, w, d)")

@@ -1,6 +1,8 @@
 """Saving and loading a pipeline, safetensors only, and the hash by which every sidecar names its model."""
 
 import hashlib
+import json
+import threading
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -10,20 +12,19 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 
-from autoencoder.weights import weight_files
+from autoencoder.identity import weights_record
 
 from .loading import check_folder
 from .lora import lora_digest
 from .provenance import content_hash, memory_tensors, stored_tensors
 
 COMPONENTS = ("vae", "unet")
+_hashes: dict[str, str] = {}  # by configs and weights, of whatever pipelines
+_lock = threading.RLock()
 
 
 class StoredPipeline(DiffusionPipeline):
     """What `MedVolumePipeline` is as a folder of files."""
-
-    _files: dict[str, tuple[object, list[Path]]]  # component: the module that was loaded, and from what
-    _hashed: dict[tuple[str, ...], tuple[list[object], str]]  # components: of these modules, their hash
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> Self:
@@ -42,15 +43,11 @@ class StoredPipeline(DiffusionPipeline):
                 raise ValueError(f"{folder}: no such folder here, nor is it found on the Hub: {error}") from error
         check_folder(folder, kwargs)
         try:
-            pipe = super().from_pretrained(folder, use_safetensors=True, **kwargs)
+            return super().from_pretrained(folder, use_safetensors=True, **kwargs)
         except ValueError as error:
             if str(folder) in str(error):
                 raise
             raise ValueError(f"{folder}: {error}") from error
-        for name in COMPONENTS:
-            if name not in kwargs:
-                pipe._files[name] = getattr(pipe, name), weight_files(folder / name, kwargs.get("variant"))
-        return pipe
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
         """Save as `DiffusionPipeline.save_pretrained` does: safetensors only, and not the path it came from.
@@ -83,9 +80,9 @@ class StoredPipeline(DiffusionPipeline):
     def model_hash(self) -> str:
         """sha256 over configs and weights of autoencoder and U-Net and over `data`: the model's name in every sidecar.
 
-        Of a loaded component the stored tensors count, so that half precision and offloading change nothing. Kept
-        until a component is replaced; training a component in place afterwards is not noticed. LoRAs that act, and
-        their scales, count as well.
+        Of a loaded component the stored tensors count, so that half precision and offloading change nothing, whichever
+        pipelines it is in. Of one that was changed in place since (trained, a LoRA fused for good) those in memory do; what
+        is noticed says `autoencoder.identity`. LoRAs that act, and their scales, count as well.
         """
         weights = self._hash_of(COMPONENTS)
         loras = lora_digest(self.unet)
@@ -97,16 +94,23 @@ class StoredPipeline(DiffusionPipeline):
         return self._hash_of(("unet",))
 
     def _hash_of(self, names: tuple[str, ...]) -> str:
-        parts = [getattr(getattr(self, name), "_orig_mod", getattr(self, name)) for name in names]  # beneath compile
-        kept, value = self._hashed.get(names, ([], ""))
-        if len(kept) != len(parts) or any(a is not b for a, b in zip(kept, parts, strict=True)):
-            contents: dict[str, Any] = {"data": (self.data, ())} if names == COMPONENTS else {}
-            for name, part in zip(names, parts, strict=True):
-                loaded, files = self._files.get(name, (None, []))
-                contents[name] = (part.config, stored_tensors(files) if loaded is part else memory_tensors(part))
-            value = content_hash(contents)
-            self._hashed[names] = parts, value
-        return value
+        parts = {
+            name: getattr(getattr(self, name), "_orig_mod", getattr(self, name)) for name in names
+        }  # beneath compile
+        configs: dict[str, Any] = {"data": self.data} if names == COMPONENTS else {}
+        configs |= {name: dict(part.config) for name, part in parts.items()}
+        with _lock:  # of several calls one computes it
+            records = {name: weights_record(part) for name, part in parts.items()}
+            key = json.dumps(
+                [configs, {name: record.key for name, record in records.items()}], sort_keys=True, default=str
+            )
+            if key not in _hashes:
+                contents: dict[str, Any] = {name: (config, ()) for name, config in configs.items()}
+                for name, part in parts.items():
+                    files = records[name].intact_files
+                    contents[name] = configs[name], stored_tensors(files) if files else memory_tensors(part)
+                _hashes[key] = content_hash(contents)
+            return _hashes[key]
 
     def _dtypes(self) -> str:
         """Every type that weights are computed or stored in: more than one if only a part was cast."""

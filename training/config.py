@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from jsonargparse import ArgumentParser
 
 from volumes.config import DataConfig
 from volumes.parsing import parse_settings
+from volumes.preprocessing import inherited
 from volumes.settings import (
     Axis,
     NonNegativeFloat,
@@ -26,6 +28,7 @@ from volumes.settings import (
     ShareBelowOne,
     UserPath,
     checked,
+    hints_of,
 )
 from volumes.text import read_yaml
 
@@ -43,7 +46,13 @@ RHYTHM = (
     "trackers",
 )
 LENGTH = ("max_steps", "max_skipped", "patience", "workers", "compile")
-FREE = {"output", "inference_steps", "cache.folder", *(f"loop.{name}" for name in (*RHYTHM, *LENGTH))}  # in a resume
+FREE = {
+    "output",
+    "inference_steps",
+    "accept_overlap",
+    "cache.folder",
+    *(f"loop.{name}" for name in (*RHYTHM, *LENGTH)),
+}  # in a resume
 
 
 @dataclass
@@ -270,6 +279,7 @@ class TrainVaeConfig:
         accept_changes: resume although config or volumes are not those that the run began with.
         init_from: folder of a trained autoencoder to start from (fine-tuning).
         freeze_encoder: train the decoder alone, so that the latents of `init_from`, and a diffusion model of them, stay.
+        accept_overlap: train although `init_from` has seen subjects, by their names, that are held out here.
     """
 
     output: UserPath
@@ -286,6 +296,7 @@ class TrainVaeConfig:
     accept_changes: bool = False
     init_from: UserPath | None = None
     freeze_encoder: bool = False
+    accept_overlap: bool = False
 
     def __post_init__(self) -> None:
         reconstruction = (self.losses.l1, self.losses.mse, self.losses.gradient, self.losses.spectrum)
@@ -330,6 +341,7 @@ class TrainLdmConfig:
         accept_changes: resume although config or volumes are not those that the run began with.
         init_from: folder of a trained U-Net to start from (fine-tuning).
         lora: train a LoRA of the U-Net `init_from` instead of its weights.
+        accept_overlap: train although `vae` or `init_from` have seen subjects, by their names, that are held out here.
     """
 
     output: UserPath
@@ -348,6 +360,7 @@ class TrainLdmConfig:
     accept_changes: bool = False
     init_from: UserPath | None = None
     lora: LoraConfig | None = None
+    accept_overlap: bool = False
 
     def __post_init__(self) -> None:
         _warn_of_length(self.optimizer, self.loop)
@@ -383,7 +396,9 @@ def crop_faults(
 def parse_config(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
     """The run's config from `--config FILE.yaml` and overrides such as `--loop.max_steps 100`.
 
-    What comes later on the command line wins, so `--config` comes first. `--print_config` shows the result.
+    What comes later on the command line wins, so `--config` comes first. What `data` leaves out of the preprocessing is as the
+    autoencoder learned it, that `vae` names or `init_from` (`volumes.preprocessing.inherited`). `--print_config` shows the
+    result.
 
     Args:
         args: default: the command line.
@@ -391,14 +406,23 @@ def parse_config(config_class: type[Config], args: Sequence[str] | None = None) 
         declared to be, naming them.
     """
     args = list(sys.argv[1:] if args is None else args)
+    source = "vae" if "vae" in hints_of(config_class) else "init_from"
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path, action="append", default=[])
-    files = [path for path in first.parse_known_args(args)[0].config if path.is_file()]  # else jsonargparse says so
+    first.add_argument(f"--{source}", dest="source")
+    given = first.parse_known_args(args)[0]
+    files = [path for path in given.config if path.is_file()]  # else jsonargparse says so
+    folder, section = given.source, {}
     for path in files:
-        read_yaml(path)
+        found = read_yaml(path)
+        if isinstance(found, dict):
+            folder = given.source or found.get(source, folder)
+            section |= found["data"] if isinstance(found.get("data"), dict) else {}
+    learned = inherited(os.path.expanduser(folder), section) if isinstance(folder, str) else {}
     parser = ArgumentParser(description=config_class.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with the arguments below")
     parser.add_class_arguments(config_class, as_group=False)
+    parser.set_defaults({f"data.{key}": value for key, value in learned.items()})
     return parse_settings(parser, args, {"": config_class}, files).settings
 
 

@@ -1,12 +1,16 @@
 """Training and validation volumes of a run."""
 
+import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from volumes import DataConfig, VolumeDataset, load_cases, pad_sample
+from volumes.subjects import describe_overlap, find_overlap, is_complete, record_subjects, refuse_overlap
+
+logger = logging.getLogger("training")
 
 
 def load_split(config: DataConfig) -> tuple[VolumeDataset, VolumeDataset | None]:
@@ -33,6 +37,38 @@ def digests(dataset: VolumeDataset) -> dict[str, str]:
             crc = zlib.crc32(values.numpy().data, crc)
         found[case.name] = f"{'x'.join(map(str, prepared.image.shape))}-{crc:08x}"
     return found
+
+
+def own_record(train: VolumeDataset, held_out: VolumeDataset | None) -> dict[str, Any]:
+    """The record of a training's own subjects, see `volumes.subjects`."""
+    return record_subjects({"train": train.marks, "validation": held_out.marks if held_out else []})
+
+
+def refuse_seen(
+    records: Sequence[Mapping[str, Any]] | None,
+    config: DataConfig,
+    held_out: VolumeDataset | None,
+    model: str,
+    *,
+    accepted: bool = False,
+) -> None:
+    """Check that what `config` holds out was not learned by the model that a training starts from.
+
+    Volumes of the test split are known by their names alone, for training does not read them.
+    Raises: ValueError naming them, unless `accepted`; then, and for a model without a record, there is a warning.
+    """
+    records = records or []
+    if not is_complete(records):
+        logger.warning(
+            "%s: has no whole record of its training subjects (it is older); see for yourself that none of them is held out here",
+            model,
+        )
+    voxels = {c.name: p.voxels for c, p in zip(held_out.cases, held_out.prepared, strict=True)} if held_out else {}
+    found = find_overlap(records, load_cases(config), config, voxels)
+    equal = [one for one in found if one.kind == "voxels"]
+    refuse_overlap(equal if accepted else found, model, "add --accept_overlap true")
+    if found:
+        logger.warning("accepted: %s", describe_overlap(found, model))
 
 
 class PaddedVolumes:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from .intensity import IntensityScaling
+from .names import nfc
 from .settings import NonNegativeInt, PositiveFloat, PositiveInt, Range, ShareBelowOne, UserPath, checked
 
 Label = Annotated[int, Range(-(2**15), 2**15 - 1)]  # masks are int16
@@ -92,6 +93,7 @@ class DataConfig:
     phantom: PhantomConfig | None = None
 
     def __post_init__(self) -> None:
+        self._compose()
         if self.phantom is not None:
             given = [
                 name
@@ -132,6 +134,15 @@ class DataConfig:
             raise ValueError(
                 f"data: time_point names the channels {sorted(self.time_point)}, images has {sorted(self.patterns)}"
             )
+
+    def _compose(self) -> None:
+        """Names of columns and values in NFC, as tables are read."""
+        self.subject, self.split = (name and nfc(name) for name in (self.subject, self.split))
+        self.numbers = [nfc(name) for name in self.numbers]
+        self.classes = {
+            nfc(name): [nfc(value) if isinstance(value, str) else value for value in values]
+            for name, values in self.classes.items()
+        }
 
     def _check_image_labels(self) -> None:
         names = list(self.image_labels.values())

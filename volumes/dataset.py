@@ -27,7 +27,9 @@ from .labels import label_channels, label_indices, merge_channels
 from .map_checks import describe_maps
 from .phantom import PHANTOM_LABELS, make_phantom
 from .placement import pad_to_multiple
+from .preprocessing import common_spacing, preprocessing
 from .resampling import resample
+from .subjects import marks_of, voxel_digests
 from .volume import PADDING, Volume, VolumeError, describe_grid, same_grid
 
 logger = logging.getLogger(__name__)
@@ -38,13 +40,14 @@ READERS = 4  # threads: decompression runs outside the interpreter's lock
 @dataclass(frozen=True)
 class PreparedCase:
     """A case in the model's terms: image in [-1, 1], label indices (1, X, Y, Z) if it has a mask, each channel's scale,
-    its classes (-1 where unknown) and numbers (NaN where unknown)."""
+    its classes (-1 where unknown) and numbers (NaN where unknown), and digests of the image as it was read (`voxel_digests`)."""
 
     image: Volume
     mask: Volume | None
     scales: tuple[LinearScale, ...]
     classes: tuple[int, ...] = ()
     numbers: tuple[float, ...] = ()
+    voxels: tuple[str, ...] = ()
 
 
 class VolumeDataset(Dataset):
@@ -111,6 +114,16 @@ class VolumeDataset(Dataset):
         """(X, Y, Z) of every volume."""
         return [prepared.image.shape for prepared in self.prepared]
 
+    @property
+    def marks(self) -> list[dict[str, frozenset[str]]]:
+        """What each volume and its subject are recognised by, see `subjects.marks_of`."""
+        return [marks_of(c, self.config, p.voxels) for c, p in zip(self.cases, self.prepared, strict=True)]
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What was done to the volumes, see `volumes.preprocessing`."""
+        return preprocessing(self.config, [prepared.image.spacing for prepared in self.prepared])
+
     def conditions(self, index: int) -> dict[str, torch.Tensor]:
         """{"classes": int64 (n,) of indices, -1 where unknown; "numbers": float32 (m,) in the table's units, NaN where
         unknown}, each in alphabetical order of its columns, and absent if the config names none."""
@@ -145,6 +158,7 @@ def prepare(case: Case, config: DataConfig) -> PreparedCase:
     """Read one case and bring it into the model's terms. Raises VolumeError, which names the file (or case and column)."""
     classes = read_classes(case, config.classes)
     image, mask = _phantom(case, config) if case.phantom is not None else _files(case, config)
+    voxels = voxel_digests(image.array, apart=not config.image_labels)
     if config.spacing is not None:
         try:
             image = resample(image, config.spacing)
@@ -165,7 +179,12 @@ def prepare(case: Case, config: DataConfig) -> PreparedCase:
         mask = mask.replace(
             label_indices(mask.array, _labels(config), config.label_map, name=str(case.mask or case.name))
         )
-    return PreparedCase(image.replace(scaled), mask, tuple(scales), tuple(classes), tuple(numbers))
+    return PreparedCase(image.replace(scaled), mask, tuple(scales), tuple(classes), tuple(numbers), voxels)
+
+
+def read_image(case: Case, config: DataConfig) -> Volume:
+    """The image of a case as it is stored, in file units (of label maps, a channel of 0 and 1 a label). Raises VolumeError."""
+    return _phantom(case, config)[0] if case.phantom is not None else _image(case, config)
 
 
 def pad_sample(item: dict[str, Any], stride: int | Sequence[int]) -> dict[str, Any]:
@@ -212,7 +231,7 @@ def describe(dataset: VolumeDataset, description: str = "") -> dict[str, Any]:
         "channels": list(dataset.channels),
         "labels": {str(value): name for value, name in sorted(dataset.labels.items())},
         "image_labels": {str(value): name for value, name in sorted(dataset.config.image_labels.items())},
-        "spacing": _common_spacing(dataset),
+        "spacing": common_spacing([prepared.image.spacing for prepared in dataset.prepared]),
         "intensity": intensity,
         "shape_range": [shapes.min(axis=0).tolist(), shapes.max(axis=0).tolist()],
         "affine": dataset.prepared[median_case].image.affine.tolist(),
@@ -231,13 +250,6 @@ def _describe_maps(dataset: VolumeDataset) -> dict[str, Any]:
     return describe_maps(maps, names)
 
 
-def _common_spacing(dataset: VolumeDataset) -> list[float] | None:
-    """Voxel size in mm if all volumes agree on it within 1 %, else None."""
-    spacings = np.array([prepared.image.spacing for prepared in dataset.prepared])
-    middle = np.median(spacings, axis=0)
-    return middle.round(6).tolist() if np.allclose(spacings, middle, rtol=0.01, atol=0) else None
-
-
 def _labels(config: DataConfig) -> dict[int, str]:
     """Label values and names, {} when there are no masks."""
     if config.phantom is not None:
@@ -251,6 +263,15 @@ def _labels(config: DataConfig) -> dict[int, str]:
 
 def _files(case: Case, config: DataConfig) -> tuple[Volume, Volume | None]:
     """Image with all channels, and mask, from a case's files; they must lie on one grid."""
+    image = _image(case, config)
+    mask = read_mask(case.mask) if case.mask is not None else None
+    if mask is not None:
+        _check_grid(case, case.mask, mask, image, config)
+    return image, mask
+
+
+def _image(case: Case, config: DataConfig) -> Volume:
+    """Image with all channels, from a case's files; they must lie on one grid."""
     volumes: dict[str, Volume] = {}
     for channel in config.patterns:
         if config.image_labels:
@@ -263,13 +284,10 @@ def _files(case: Case, config: DataConfig) -> tuple[Volume, Volume | None]:
                 f"{case.images[channel]}: holds {count} volumes, expected one for channel {channel!r}; choose it with "
                 "time_point, one number or {channel: number}"
             )
-    mask = read_mask(case.mask) if case.mask is not None else None
     first = next(iter(volumes.values()))
     for channel, volume in volumes.items():
         _check_grid(case, case.images[channel], volume, first, config)
-    if mask is not None:
-        _check_grid(case, case.mask, mask, first, config)
-    return first.replace(np.concatenate([volume.array for volume in volumes.values()])), mask
+    return first.replace(np.concatenate([volume.array for volume in volumes.values()]))
 
 
 def _label_map(path: Path, config: DataConfig) -> Volume:

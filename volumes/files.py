@@ -8,18 +8,20 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from nibabel.nifti1 import Nifti1Pair
 from nibabel.orientations import apply_orientation, io_orientation
 
 from . import metaimage, nrrd
+from .carriers import carries_geometry, read_carrier
 from .dicom import is_dicom, is_series, read_dicom, series_files
+from .names import nfc
 from .nifti import NIFTI_SUFFIXES, canonical_grid, exact_values, read_nifti
 from .stored import Stored, refuse_pointer
 from .volume import SourceGrid, Volume, VolumeError
 
-Readable = str | os.PathLike | Nifti1Pair
+Readable = str | os.PathLike | Any  # an image in memory, see `carriers`
 
 READERS = {
     ".nrrd": nrrd.read_nrrd,
@@ -39,7 +41,8 @@ def read_volume(source: Readable, *, time_point: int | None = None, exact: bool 
     With `exact`, in a type that NIfTI has and that holds the same values: the file's own integers, float32, or float64.
 
     Args:
-        source: a NIfTI, NRRD or MetaImage file, the folder of a DICOM series, or a nibabel image.
+        source: a NIfTI, NRRD or MetaImage file, the folder of a DICOM series, or an image in memory that carries its geometry:
+            of nibabel, SimpleITK or torchio, or a MetaTensor of MONAI.
 
     Raises: VolumeError for files that are broken, truncated, in colour, complex, sheared, or hold values that are not
     finite, and for kinds of files that are not known.
@@ -63,7 +66,7 @@ def read_volume(source: Readable, *, time_point: int | None = None, exact: bool 
 
 
 def read_mask(source: Readable) -> Volume:
-    """Read a label map as int16 (1, X, Y, Z), in RAS+ order, from any file that `read_volume` reads. Float files are
+    """Read a label map as int16 (1, X, Y, Z), in RAS+ order, from anything that `read_volume` reads. Float files are
     fine if they hold whole numbers."""
     stored = read_stored(source)
     name, values = stored.name, stored.values
@@ -87,10 +90,13 @@ def read_mask(source: Readable) -> Volume:
 
 def read_stored(source: Readable) -> Stored:
     """The voxels of a file as it has them, and their grid. Raises: VolumeError as `read_volume`."""
-    if isinstance(source, Nifti1Pair):
-        return read_nifti(source)
+    if carries_geometry(source):
+        return read_carrier(source)
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"expected a path or a nibabel NIfTI image, got {type(source).__name__}")
+        raise VolumeError(
+            f"expected a path, or an image that carries its geometry (of nibabel, SimpleITK or torchio, or a MetaTensor); "
+            f"got {type(source).__name__}"
+        )
     path = Path(source)
     if not path.exists():
         raise VolumeError(f"{path}: no such file")
@@ -123,8 +129,8 @@ def is_volume(path: Path) -> bool:
 
 
 def volume_stem(path: str | os.PathLike) -> str:
-    """The name of a volume's file without its suffix (.nii.gz, .nrrd, ...); that of a DICOM folder."""
-    name = Path(path).name
+    """The name of a volume's file without its suffix (.nii.gz, .nrrd, ...), in NFC; that of a DICOM folder."""
+    name = nfc(Path(path).name)
     suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
     return name[: len(name) - len(suffix)]
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
-import torch
 
 from .settings import FiniteFloat, checked
 from .volume import VolumeError
 
+if TYPE_CHECKING:
+    import torch
+
 FEW_INSIDE = 0.05  # share of a volume's voxels within the window, below which that is said
-Array = TypeVar("Array", np.ndarray, torch.Tensor)
+Array = TypeVar("Array", np.ndarray, "torch.Tensor")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,15 @@ DIVIDES = True  # as far as its parts do
 MODULES: tuple[Command, ...] = (reconstruction, realism, shapes, privacy, dice, few_labels, pretrain, conditions)
 PARTS: dict[str, Command] = {module.NAME: module for module in MODULES}
 MANIFEST = "manifest.csv"  # generate.py writes it anew, from the sidecars
-FOR_ALL = ("config", "data", "output", "precision", "device")  # are given once, and hold for every part
+FOR_ALL = (
+    "config",
+    "data",
+    "output",
+    "precision",
+    "device",
+    "models",
+    "accept_overlap",
+)  # are given once, and hold for every part
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -100,6 +108,8 @@ def part_options(name: str, options: Namespace, folder: Path) -> tuple[Namespace
     known = parser.get_defaults()
     args = ["--config", options.config, "--output", str(folder / f"{name}.json"), "--precision", options.precision]
     args += ["--device", options.device] if options.device else []
+    args += ["--models", *options.models] if options.models else []
+    args += ["--accept_overlap"] if options.accept_overlap else []
     if "synthetic" in known:
         several = name in (realism.NAME, shapes.NAME, privacy.NAME)
         if not several and len(options.synthetic) > 1:
