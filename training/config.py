@@ -28,7 +28,10 @@ from volumes.settings import (
     ShareBelowOne,
     UserPath,
     checked,
+    construct,
+    faults_of,
     hints_of,
+    refuse,
 )
 from volumes.text import read_yaml
 
@@ -424,6 +427,23 @@ def parse_config(config_class: type[Config], args: Sequence[str] | None = None) 
     parser.add_class_arguments(config_class, as_group=False)
     parser.set_defaults({f"data.{key}": value for key, value in learned.items()})
     return parse_settings(parser, args, {"": config_class}, files).settings
+
+
+def read_section(owner: Any, sections: Mapping[str, Any], name: str) -> Any:
+    """One section of a plain config as its dataclass, with the defaults of what is left out; None if it may be absent and is.
+
+    Args:
+        owner: the config's class, TrainVaeConfig or TrainLdmConfig; or one of its sections' dataclasses.
+        sections: as a YAML file has them.
+    Raises: ValueError for values that are not what they are declared to be.
+    """
+    hint = hints_of(owner)[name]
+    values = sections.get(name)
+    if values is None:
+        field_ = next(one for one in dataclasses.fields(owner) if one.name == name)
+        return field_.default_factory() if field_.default_factory is not dataclasses.MISSING else field_.default
+    refuse(faults_of(hint, values, name, raw=True))
+    return construct(hint, values, name)
 
 
 def to_plain(config: Any) -> dict[str, Any]:

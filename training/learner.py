@@ -137,7 +137,7 @@ class Learner(Generic[Model]):
         found = []
         for module in (self.network, self.ema.module):
             parts = local(weight for name, weight in module.named_parameters() if name in trained)
-            bits = (part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() for part in parts)
+            bits = (part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for part in parts)
             found.append(reduce(lambda crc, part: zlib.crc32(part, crc), bits, 0))
         return found[0], found[1]
 

@@ -234,6 +234,8 @@ def construct(hint: Hint, value: Any, name: str = "") -> Any:
         return [construct(args[0], one, name) for one in value]
     if origin is dict and isinstance(value, Mapping):
         return {construct(args[0], key): construct(args[1], one, f"{name}.{key}") for key, one in value.items()}
+    if isinstance(value, str) and base in (int, float, bool):  # as a YAML file has it
+        return read_plain(base, value)
     if base is float and isinstance(value, int):
         return float(value)
     return value
