@@ -37,6 +37,7 @@ from diffusion import (
     moved_embeddings,
     training_loss,
 )
+from diffusion.completion import complete_model
 from diffusion.denoise import set_timesteps
 from diffusion.latent_cache import weights_hash
 from diffusion.objectives import Scheduler
@@ -142,36 +143,6 @@ class DiffusionStep:
                 rows |= dict(zip((f"real{of}", f"generated{of}"), pair, strict=True))
             columns.append({k: item.get(k) for k in ("mask", "spacing")} | {"title": item["name"], "images": rows})
         return slices_figure(columns)
-
-
-def complete_model(
-    section: dict[str, Any], vae: VolumeAutoencoder, data: dict[str, Any], images: Mapping[str, slice] | None = None
-) -> dict[str, Any]:
-    """The model section with what autoencoder and data decide; `num_labels: 0` asks for a model without a mask, and
-    `numbers` may keep the mean and std of the model that is fine-tuned.
-
-    Args:
-        data: `volumes.describe` of the training volumes.
-        images: channels of the latents of each image that the model may be given.
-    Raises: ValueError if the section says something else, and if the autoencoder learned other channels than the data has.
-    """
-    vae.check_channels(data["channels"])
-    channels = vae.config["latent_channels"]
-    decided = {
-        "in_channels": channels,
-        "out_channels": channels,
-        "mask_stride": list(vae.stride),
-        "num_labels": len(data["labels"]),
-        "classes": data["classes"] or None,
-        "numbers": {name: {key: of[key] for key in ("mean", "std")} for name, of in data["numbers"].items()} or None,
-        "images": {name: own.stop - own.start for name, own in (images or {}).items()} or None,
-    }
-    for name, value in decided.items():
-        given = section.get(name, value)
-        known_numbers = name == "numbers" and given and value and set(given) == set(value)
-        if given != value and not (name == "num_labels" and given == 0) and not known_numbers:
-            raise ValueError(f"model.{name} is {given}, but autoencoder and data make it {value}; leave it out")
-    return {**decided, **section}
 
 
 def check_prepared(config: TrainLdmConfig, vae: VolumeAutoencoder, given: dict[str, Any]) -> None:

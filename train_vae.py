@@ -57,6 +57,7 @@ from training import (
     save_config,
     save_model,
 )
+from training.config import crop_faults
 from training.splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
 from volumes import CropDataset, VolumeDataset, slices_figure
 from volumes.live_bar import LiveBar
@@ -242,15 +243,10 @@ def freeze_encoder(vae: VolumeAutoencoder, source: str | None) -> None:
 
 
 def make_adversary(config: TrainVaeConfig, vae: VolumeAutoencoder) -> Adversary | None:
-    """The discriminator that the config asks for, if it does. Raises: ValueError if the crops are too small for it."""
+    """The discriminator that the config asks for, if it does."""
     options = config.adversarial
     if options is None:
         return None
-    if min(config.crops.shape) < (side := 3 * 2**options.layers):
-        raise ValueError(
-            f"crops.shape {config.crops.shape}: a discriminator of {options.layers} layers needs {side} voxels a side; "
-            "enlarge the crops, or lower adversarial.layers"
-        )
     channels, layers = options.channels, options.layers
     network = VolumeDiscriminator(
         vae.config["out_channels"], channels, layers, slices=options.slices > 0, volume=options.volume
@@ -371,11 +367,11 @@ def train_as(config: TrainVaeConfig, accelerator: Accelerator) -> dict[str, floa
             )
         freeze_encoder(vae, config.init_from)
 
+    if wrong := crop_faults(config.crops, vae.stride, config.adversarial):
+        raise ValueError("; ".join(f"{message}; {remedy}" for message, remedy in wrong))
     train, held_out = load_split(config.data)
     if config.init_from:
         check_start(config.init_from, config, train, held_out)
-    if any(n % s for n, s in zip(config.crops.shape, vae.stride, strict=True)):
-        raise ValueError(f"crops.shape {config.crops.shape}: no multiple of the autoencoder's stride {vae.stride}")
     crops = CropDataset(train, config.crops.shape, seed=config.loop.seed, flip_axes=config.crops.flip_axes)
 
     learner = Learner("vae", vae, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)

@@ -14,6 +14,8 @@ from huggingface_hub.errors import HFValidationError
 
 from volumes.text import FileError
 
+from volumes.settings import faults, hints_of, refuse
+
 from .identity import RECORD, remember_files, weights_record
 from .weights import (
     HUB,
@@ -40,7 +42,15 @@ def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class VolumeModel(ModelMixin, ConfigMixin):
-    """A diffusers model over volumes (B, C, X, Y, Z)."""
+    """A diffusers model over volumes (B, C, X, Y, Z). Its constructor's arguments are checked against their annotations.
+
+    Raises: ValueError for an argument outside its range, or of another type.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # after `register_to_config`, so the arguments are known
+        arguments = {name: value for name, value in self.config.items() if name in hints_of(type(self))}
+        refuse(faults(type(self), arguments), f"{type(self).__name__}: ")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from autoencoder.model import deciding
 from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple, volume_parts
 from volumes.live_bar import LiveBar
 from volumes.remote import is_url, plain_path
+from volumes.settings import Axis, NonNegativeFloat, NonNegativeInt, PositiveInt, Range, ShareBelowOne, checked
 
 from .folding import fold_mask
 from .images import image_condition
@@ -43,6 +44,7 @@ FORMAT = 1  # part of the key: raise it when entries are made differently
 
 
 @dataclass(frozen=True)
+@checked
 class LatentAugmentation:
     """Extra versions of each volume, made before encoding because an autoencoder does not commute with flips and
     shifts.
@@ -55,29 +57,16 @@ class LatentAugmentation:
         scale: most that each side of the other versions grows or shrinks by, as a share.
         deform: standard deviation in voxels of a smooth random displacement of the other versions (about `SMOOTHNESS` voxels).
         seed: of all.
-    Raises: ValueError without a version, for other axes than 0, 1 and 2, and for angles, shares and lengths below 0.
+    Raises: ValueError for values outside the ranges below.
     """
 
-    versions: int = 1
-    flip_axes: tuple[int, ...] = ()
+    versions: PositiveInt = 1
+    flip_axes: tuple[Axis, ...] = ()
     shift: bool = False
-    rotate: float = 0.0
-    scale: float = 0.0
-    deform: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.versions < 1:
-            raise ValueError(
-                f"the latent cache needs at least one version of each volume, got versions {self.versions}"
-            )
-        if not set(self.flip_axes) <= {0, 1, 2}:
-            raise ValueError(f"flip_axes of the latent cache are among 0, 1 and 2, got {tuple(self.flip_axes)}")
-        if min(self.rotate, self.scale, self.deform) < 0 or self.scale >= 1:
-            raise ValueError(
-                "rotate, scale and deform of the latent cache are at least 0, and scale below 1, "
-                f"got {self.rotate}, {self.scale} and {self.deform}"
-            )
+    rotate: Annotated[float, Range(0, 180)] = 0.0
+    scale: ShareBelowOne = 0.0
+    deform: NonNegativeFloat = 0.0
+    seed: NonNegativeInt = 0
 
 
 def weights_hash(model: torch.nn.Module) -> str:

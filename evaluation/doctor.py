@@ -29,7 +29,7 @@ from volumes import Case, DataConfig, VolumeDataset
 from volumes.conditions import describe_numbers
 
 from .doctor_cases import Examined, Finding, examine_cases, fail, find_cases, warn
-from .doctor_config import Run, build_models, check_fit, estimate, plan
+from .doctor_config import Run, build_models, check_fit, check_settings, estimate, plan
 from .doctor_data import (
     check_conditions,
     check_crops,
@@ -42,6 +42,7 @@ from .doctor_data import (
 )
 from .doctor_leaks import check_leaks
 from .doctor_model import check_latents, check_limits, compare_limits, latent_summary
+from .doctor_start import advise_start
 from .report import config_parser, provenance, read_config, write_report
 from .seen import overlap_findings, read_judged
 
@@ -54,10 +55,11 @@ def main(args: list[str] | None = None) -> int:
     folder = Path(options.config).parent
     if options.shape:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        run = Run.of(sections)
-        run = run if options.precision is None else replace(run, bf16=options.precision == "bf16")
-        asked = {"memory": options.memory, "dry_run": options.dry_run, "device": device}
-        findings, measured = plan(config, sections, run, options.shape, folder, **asked)
+        findings, measured = check_settings(sections), {}
+        if not findings:
+            run = Run.of(sections, options.precision, accelerator=options.memory is not None)
+            asked = {"memory": options.memory, "dry_run": options.dry_run, "device": device}
+            findings, measured = plan(config, sections, run, options.shape, folder, **asked)
     else:
         findings, measured = before_training(config, sections, folder)
     if options.pipeline and not any(one.level == "FAIL" and one.check in ("files", "splits") for one in findings):
@@ -94,7 +96,7 @@ def parse(args: list[str] | None) -> Namespace:
     parser.add_argument("--dry_run", action="store_true", help="with --shape: run one step of each stage, and measure")
     parser.add_argument("--memory", type=float, help="with --shape: GiB of the accelerator that is planned for")
     parser.add_argument(
-        "--precision", type=Literal["no", "bf16"], help="with --shape: of training; default: the config's"
+        "--precision", type=Literal["no", "bf16", "fp16"], help="with --shape: of training; default: the config's"
     )
     parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
     parser.add_argument("--output", type=str, help="report to write, a JSON file")
@@ -118,7 +120,7 @@ def before_training(config: DataConfig, sections: dict[str, Any], folder: Path) 
         return findings, {}
     with tqdm(total=len(cases), unit="volume", disable=None, desc="examining") as progress:
         examined, refused = examine_cases(cases, config, lambda name: progress.update())
-    findings += check_found(cases, examined, refused, config) + check_size(cases)
+    findings += check_found(cases, examined, refused, config)
     if not examined:
         return findings, {}
     findings += check_leaks(examined) + check_geometry(examined, config) + check_intensity(examined, config)
@@ -151,11 +153,13 @@ def before_training(config: DataConfig, sections: dict[str, Any], folder: Path) 
 def check_model(
     examined: Sequence[Examined], config: DataConfig, sections: dict[str, Any], folder: Path
 ) -> tuple[list[Finding], dict[str, Any]]:
-    """The model section built and run without numbers: crops, padding, memory."""
+    """The model section built and run without numbers: crops, padding, memory; and what a small set may start from."""
+    latent = "vae" in sections
+    if wrong := check_settings(sections):
+        return [*wrong, *check_size(examined, None, latent)], {}
     if not sections.get("model"):
-        return [
-            warn("model", "the config has no section `model`: memory is not estimated", "give a training config")
-        ], {}
+        missing = "the config has no section `model`: memory is not estimated"
+        return [*check_size(examined, None, latent), warn("model", missing, "give a training config")], {}
     train = [one.numbers for one in examined if one.case.split == "train"]
     numbers = describe_numbers(config.numbers, train) if config.numbers else {}
     try:
@@ -163,11 +167,15 @@ def check_model(
     except (TypeError, ValueError, KeyError) as error:
         return [fail("model", f"cannot be built: {error}", "correct the section `model`, or `vae`")], {}
     vae, run = models.vae, Run.of(sections)
+    start = (
+        None if latent or sections.get("init_from") else advise_start(vae, config, [one.spacing for one in examined])
+    )
+    findings += check_size(examined, start, latent)
     if wrong := check_fit(models, run, config):
         return [*findings, *wrong], {}
     findings += check_padding(examined, vae.stride)
     if models.unet is None and list(vae.parameters()):
-        findings += check_crops(examined, run.crop, vae.stride)
+        findings += check_crops(examined, run.crops.shape, vae.stride)
     found, measured = estimate(models, run, [one.model_shape for one in examined], config)
     return findings + found, measured
 

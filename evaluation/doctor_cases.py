@@ -71,8 +71,8 @@ class Examined:
     """What is kept of a case.
 
     `shape` and `spacing` (mm) are those of the file, in RAS+ order, and `model_shape` is what a model sees. By channel:
-    `low`, `high` the scale in file units, `clipped` the share of voxels outside it, `covered` the share of it that
-    percentiles 1 to 99 span, `constant` whether nothing is left after scaling, `step` see `quantisation_step`. `labels`
+    `low`, `high` the scale in file units, `highest` the largest intensity, `clipped` the share of voxels outside the scale
+    and `above` that above it, `covered` the share of it that percentiles 1 to 99 span, `step` see `quantisation_step`. `labels`
     are volumes in ml by name (0 where the case lacks the label), `digest` of the stored voxels, `voxels` see
     `volumes.subjects`, `thumbnail` see `thumbnail_of`. Of phantoms `orientation` is "".
     """
@@ -83,9 +83,10 @@ class Examined:
     model_shape: tuple[int, int, int]
     low: tuple[float, ...]
     high: tuple[float, ...]
+    highest: tuple[float, ...]
     clipped: tuple[float, ...]
+    above: tuple[float, ...]
     covered: tuple[float, ...]
-    constant: tuple[bool, ...]
     step: tuple[float | None, ...]
     digest: str
     voxels: tuple[str, ...]
@@ -155,9 +156,10 @@ def examine(case: Case, config: DataConfig) -> Examined:
     prepared = prepare(case, config)
     raw = _stored(case, config, prepared)
     count = len(raw.array)
-    clipped, covered = [], []
+    clipped, above, covered = [], [], []
     for channel, scale in zip(raw.array, prepared.scales, strict=True):
-        clipped.append(float(((channel < scale.low) | (channel > scale.high)).mean()))
+        above.append(float((channel > scale.high).mean()))
+        clipped.append(above[-1] + float((channel < scale.low).mean()))
         low, high = np.clip(np.percentile(channel, (1, 99)), scale.low, scale.high)
         covered.append(float((high - low) / (scale.high - scale.low)))
     is_map = bool(config.image_labels)
@@ -168,9 +170,10 @@ def examine(case: Case, config: DataConfig) -> Examined:
         model_shape=prepared.image.shape,
         low=tuple(float(scale.low) for scale in prepared.scales),
         high=tuple(float(scale.high) for scale in prepared.scales),
+        highest=tuple(float(channel.max()) for channel in raw.array),
         clipped=tuple(clipped),
+        above=tuple(above),
         covered=tuple(covered),
-        constant=(False,) * count if is_map else tuple(float(np.ptp(one)) == 0 for one in prepared.image.array),
         step=(None,) * count if is_map else tuple(quantisation_step(channel) for channel in raw.array),
         voxels=prepared.voxels,
         digest=hashlib.sha256(str(raw.array.shape).encode() + np.ascontiguousarray(raw.array).tobytes()).hexdigest(),

@@ -12,6 +12,7 @@ from autoencoder import VQGAN3D, AutoencoderKL3D
 from autoencoder.adversarial import Slices, VolumeDiscriminator, discriminator_loss
 from train_vae import Adversary, AutoencoderStep, gather_cells, make_adversary
 from training import AdversarialConfig, AutoencoderLosses, CropConfig, Learner, LoopConfig, OptimizerConfig
+from training.config import crop_faults
 
 
 def make_step(model_class=AutoencoderKL3D, adversarial: AdversarialConfig | None = None, **changes) -> AutoencoderStep:
@@ -153,11 +154,11 @@ def test_crops_that_are_too_small_for_the_discriminator_are_named():
         volumes, positions = torch.randn(1, 1, side, side, side), torch.zeros(1, 1, dtype=torch.long)
         features = VolumeDiscriminator(channels=2, layers=layers)(volumes, Slices(0, positions))
         assert [f[-1].numel() for f in features] == [1, 1]
-        config: Any = SimpleNamespace(
-            adversarial=AdversarialConfig(layers=layers), crops=CropConfig(shape=(32, side - 1, 32))
-        )
-        with pytest.raises(ValueError, match=f"needs {side} voxels a side; enlarge the crops, or lower"):
-            make_adversary(config, AutoencoderKL3D())
+        options = AdversarialConfig(layers=layers)
+        assert crop_faults(CropConfig(shape=(32, side, 32)), (1, 1, 1), options) == []
+        ((message, remedy),) = crop_faults(CropConfig(shape=(32, side - 1, 32)), (1, 1, 1), options)
+        assert f"needs {side} voxels a side" in message
+        assert remedy == "enlarge the crops, or lower adversarial.layers"
 
 
 def test_the_discriminator_accumulates_as_the_autoencoder_does():

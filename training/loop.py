@@ -32,7 +32,7 @@ from .precision import resolve_precision
 from .processes import check_together, ending_with_others, on_cpu, stop_asked_anywhere
 from .sharding import check_sharding
 from .tracking import Progress, log_figure
-from .watch import SpikeWatch
+from .watch import SpikeWatch, StandstillWatch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -170,7 +170,7 @@ class Loop:
             raise ValueError(
                 "the processes read different training volumes; let nobody write to the data while they start, and start again"
             )
-        self.spikes = SpikeWatch()
+        self.spikes, self.standstill = SpikeWatch(), StandstillWatch()
         for learner in step.learners:
             learner.prepare(accelerator, compile=self.options.compile, sharded=self.options.shard)
         self.checkpoints = Checkpointer(
@@ -235,11 +235,13 @@ class Loop:
             collate=self.collate,
             pin_memory=accelerator.device.type == "cuda",
         )
+        taken, before = state.step - state.skipped, [learner.checksums() for learner in self.step.learners]
         try:
             with finishing("the last step"):
                 self._train(batches)
         finally:
             batches.close()  # ends the processes that load data
+        self._say_whether_it_learned(state.step - state.skipped - taken, before)
         metrics = self.validate()
         self.preview()
         if accelerator.is_main_process:
@@ -294,6 +296,15 @@ class Loop:
                     accelerator.end_training()
                     raise Stopped(128 + stopped)
 
+    def _say_whether_it_learned(self, steps: int, before: Sequence[tuple[int, int]]) -> None:
+        """Warn of a run whose weights or loss did not move. `before`: the learners' checksums at its begin."""
+        moved = {}
+        for learner, (weights, average) in zip(self.step.learners, before, strict=True):
+            now = learner.checksums()
+            moved[learner.name] = (now[0] != weights, now[1] != average)
+        for fault in self.standstill.verdict(steps, moved, adversarial=len(self.step.learners) > 1):
+            logger.warning("%s", fault)
+
     def _generators(self, part: int) -> list[torch.Generator]:
         """Noise of each sample of this process's batch, from (seed, number of the sample in the run): one process with a
         global batch draws what several with its parts draw."""
@@ -336,6 +347,8 @@ class Loop:
         assert isinstance(reduced, Tensor)
         values = dict(zip(means, reduced.tolist(), strict=True))
         spike = self.spikes(values["loss"]) if "loss" in values else None
+        if "loss" in values:
+            self.standstill.note(values["loss"])
         for fault in [*([spike] if spike else []), *self.step.review(values)]:
             logger.warning("step %d: %s", self.state.step, fault)
         values["learning_rate"] = self.step.learners[0].optimizer.param_groups[0]["lr"]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from .intensity import IntensityScaling
 from .names import nfc
+from .settings import NonNegativeInt, PositiveFloat, PositiveInt, Range, ShareBelowOne, UserPath, checked
+
+Label = Annotated[int, Range(-(2**15), 2**15 - 1)]  # masks are int16
 
 
 @dataclass
+@checked
 class PhantomConfig:
     """Drawn volumes in the place of files.
 
@@ -20,12 +24,13 @@ class PhantomConfig:
         seed: number of the first phantom.
     """
 
-    count: int = 32
-    shape: tuple[int, int, int] = (32, 32, 32)
-    seed: int = 0
+    count: PositiveInt = 32
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (32, 32, 32)
+    seed: NonNegativeInt = 0
 
 
 @dataclass
+@checked
 class DataConfig:
     """Files, subjects, splits, labels and preprocessing of one data set.
 
@@ -65,21 +70,21 @@ class DataConfig:
         phantom: draw volumes instead of reading files.
     """
 
-    root: str = "."
-    table: str | None = None
-    images: str | list[str] | dict[str, str] = field(default_factory=list)
-    masks: str | None = None
-    time_point: int | dict[str, int] | None = None
+    root: UserPath = "."
+    table: UserPath | None = None
+    images: UserPath | list[UserPath] | dict[str, UserPath] = field(default_factory=list)
+    masks: UserPath | None = None
+    time_point: NonNegativeInt | dict[str, NonNegativeInt] | None = None
     subject: str | None = None
     group_by: str | None = None
     split: str | None = None
-    test_fraction: float = 0.0
-    validation_fraction: float = 0.1
-    split_seed: int = 0
-    label_map: dict[int, int] = field(default_factory=dict)
-    label_names: dict[int, str] = field(default_factory=dict)
-    image_labels: dict[int, str] = field(default_factory=dict)
-    spacing: tuple[float, float, float] | None = None
+    test_fraction: ShareBelowOne = 0.0
+    validation_fraction: ShareBelowOne = 0.1
+    split_seed: NonNegativeInt = 0
+    label_map: dict[Label, Label] = field(default_factory=dict)
+    label_names: dict[Label, str] = field(default_factory=dict)
+    image_labels: dict[Label, str] = field(default_factory=dict)
+    spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     intensity: IntensityScaling | dict[str, IntensityScaling] = field(default_factory=IntensityScaling)
     classes: dict[str, list[str]] = field(default_factory=dict)
     numbers: list[str] = field(default_factory=list)
@@ -121,9 +126,6 @@ class DataConfig:
         if twice := sorted(set(self.classes) & set(self.numbers)):
             raise ValueError(f"data: {twice} are both classes and numbers; remove them from one")
         self._check_given()
-        for name in ("test_fraction", "validation_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"data: {name} lies in [0, 1), got {getattr(self, name)}")
         if isinstance(self.intensity, dict) and set(self.intensity) != set(self.channels):
             raise ValueError(
                 f"data: intensity names the channels {sorted(self.intensity)}, images has {sorted(self.channels)}"

@@ -22,7 +22,7 @@ from .cases import Case
 from .conditions import describe_numbers, read_classes, read_numbers
 from .config import DataConfig
 from .files import read_mask, read_volume
-from .intensity import LinearScale
+from .intensity import LinearScale, few_inside
 from .labels import label_channels, label_indices, merge_channels
 from .map_checks import describe_maps
 from .phantom import PHANTOM_LABELS, make_phantom
@@ -33,6 +33,7 @@ from .subjects import marks_of, voxel_digests
 from .volume import PADDING, Volume, VolumeError, describe_grid, same_grid
 
 logger = logging.getLogger(__name__)
+MAP_SCALE = LinearScale(0, 1)  # of label maps, where a label may be absent: such a channel is constant, and right
 READERS = 4  # threads: decompression runs outside the interpreter's lock
 
 
@@ -83,10 +84,20 @@ class VolumeDataset(Dataset):
         if self.skipped:
             lines = "\n".join(f"  {name}: {reason}" for name, reason in self.skipped)
             logger.warning("%d of %d cases were skipped:\n%s", len(self.skipped), len(cases), lines)
+        self._warn_of_windows()
         if not self.cases:
             raise ValueError(
                 "the data set is empty: " + (f"all {len(cases)} cases were skipped" if cases else "no cases were given")
             )
+
+    def _warn_of_windows(self) -> None:
+        names = [str(next(iter(case.images.values()), case.name)) for case in self.cases]
+        for index, channel in enumerate(self.channels):
+            scaling = self.config.scaling(channel)
+            if scaling.kind == "window" and not self.config.image_labels:
+                arrays = (prepared.image.array[index] for prepared in self.prepared)
+                if said := few_inside(arrays, names, (scaling.low, scaling.high)):
+                    logger.warning("channel %s: %s", channel, said)
 
     @property
     def channels(self) -> list[str]:
@@ -159,7 +170,7 @@ def prepare(case: Case, config: DataConfig) -> PreparedCase:
     scaled = np.empty_like(image.array)
     for index, channel in enumerate(config.channels):
         try:
-            scale = config.scaling(channel).fit(image.array[index])
+            scale = MAP_SCALE if config.image_labels else config.scaling(channel).fit(image.array[index])
         except VolumeError as error:
             raise VolumeError(f"{case.images.get(channel, case.name)}: {error}") from error
         scaled[index] = scale.apply(image.array[index])
