@@ -94,12 +94,16 @@ class StoredPipeline(DiffusionPipeline):
         return self._hash_of(("unet",))
 
     def _hash_of(self, names: tuple[str, ...]) -> str:
-        parts = {name: getattr(getattr(self, name), "_orig_mod", getattr(self, name)) for name in names}  # beneath compile
+        parts = {
+            name: getattr(getattr(self, name), "_orig_mod", getattr(self, name)) for name in names
+        }  # beneath compile
         configs: dict[str, Any] = {"data": self.data} if names == COMPONENTS else {}
         configs |= {name: dict(part.config) for name, part in parts.items()}
         with _lock:  # of several calls one computes it
             records = {name: weights_record(part) for name, part in parts.items()}
-            key = json.dumps([configs, {name: record.key for name, record in records.items()}], sort_keys=True, default=str)
+            key = json.dumps(
+                [configs, {name: record.key for name, record in records.items()}], sort_keys=True, default=str
+            )
             if key not in _hashes:
                 contents: dict[str, Any] = {name: (config, ()) for name, config in configs.items()}
                 for name, part in parts.items():

@@ -91,7 +91,7 @@ def read_stored(source: Readable) -> Stored:
         return read_nifti(source)
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"expected a path or a nibabel NIfTI image, got {type(source).__name__}")
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     if not path.exists():
         raise VolumeError(f"{path}: no such file")
     try:
@@ -131,7 +131,7 @@ def volume_stem(path: str | os.PathLike) -> str:
 
 def volume_parts(path: str | os.PathLike) -> list[Path]:
     """All files that make up one volume: itself, header and voxels where they are two, or the slices of a series."""
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if path.is_dir():
         return series_files(path)
     if half := re.fullmatch(r"(.*)\.(?:hdr|img)(\.gz)?", path.name):
