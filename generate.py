@@ -26,6 +26,7 @@ learned from is not written, but made again from a next seed; sidecars and manif
 import argparse
 import csv
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -246,9 +247,9 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, default=20, help="denoising steps (20)")
     parser.add_argument(
         "--guidance_scale",
-        type=float,
+        type=guidance,
         default=1.0,
-        help="how closely conditions are followed, for models trained for it (1)",
+        help="how closely conditions are followed, for models trained for it; 0 to 1 is no guidance (1)",
     )
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     parser.add_argument("--batch_size", type=positive, default=8, help="volumes denoised together (8)")
@@ -278,6 +279,17 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--masks {' '.join(options.masks)}: {GENERATE}PIPELINE stands alone")
         options.masks_by, options.masks = options.masks[0].removeprefix(GENERATE), None
     return options
+
+
+def guidance(text: str) -> float:
+    """Argument of the parser: a scale of guidance. Raises: ArgumentTypeError."""
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not 0 <= scale < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number of 0 or more is expected (0 to 1 is no guidance)")
+    return scale
 
 
 def positive(text: str) -> int:

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from diffusion.guidance import check_guidance
+from diffusion.denoise import set_timesteps
+from diffusion.guidance import check_guidance, guidance_in_effect
 from pipelines import MedVolumePipeline
 from volumes import Case, DataConfig, VolumeDataset, load_cases
 
@@ -146,7 +147,7 @@ def parse(args: Sequence[str] | None) -> Namespace:
         help="beside its own",
     )
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 40], help="of each scheduler")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="scales; 1 is none (1)")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="scales; 0 to 1 is none (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the first volume (0)")
     parser.add_argument("--batch_size", type=int, default=8, help="volumes denoised together (8)")
     parser.add_argument(
@@ -171,9 +172,11 @@ def combinations(pipe: MedVolumePipeline, options: Namespace) -> list[Combinatio
     for scale in options.guidance:
         given = pipe.unet.condition_names
         check_guidance(scale, pipe.unet.config["condition_dropout"] or {}, {"mask", *given.classes, *given.numbers})
+    scales = [guidance_in_effect(scale) for scale in options.guidance]
     for name in options.schedulers:
-        make_named(name, pipe)
-    every = [Combination(n, s, g) for n in options.schedulers for s in options.steps for g in options.guidance]
+        for steps in options.steps:
+            set_timesteps(make_named(name, pipe), steps, None, torch.device("cpu"))
+    every = [Combination(n, s, g) for n in options.schedulers for s in options.steps for g in scales]
     return list(dict.fromkeys([Combination(OWN, DEFAULT_STEPS, 1.0), *every]))
 
 

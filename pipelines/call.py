@@ -169,7 +169,7 @@ class StepCallback:
         replaced = None
         if self.callback is not None:
             before = latents.clone()
-            returned = self.callback(self.pipe, step, timestep, {name: latents for name in self.inputs})
+            returned = self.callback(self.pipe, step, timestep, dict.fromkeys(self.inputs, latents))
             after = checked_latents(returned, latents, self.inputs)
             if not torch.equal(before, after):  # in place, too
                 if torch.isfinite(before).all() and not torch.isfinite(after).all():

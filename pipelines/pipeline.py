@@ -14,6 +14,7 @@ from autoencoder.noise import NoiseModel
 from diffusion import LatentUNet3D, check_guidance, denoise, fit_scheduler
 from diffusion.attention import check_attention_backend
 from diffusion.denoise import set_timesteps
+from diffusion.guidance import Guidance, guidance_in_effect
 
 from .arguments import flag, grid_shape, names, noise_levels, plain, real_number, translation, whole_number
 from .call import CallState, PipelineCalls, StepCallback, callback_inputs, one_at_a_time
@@ -87,7 +88,7 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
         seed: int | None,
         num_inference_steps: int = 20,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: float | Mapping[str, float] = 1.0,
+        guidance_scale: Guidance = 1.0,
         label_map: LabelMap | None = None,
         labels: Mapping[str, str] | None = None,
         numbers: Mapping[str, float] | None = None,
@@ -145,7 +146,7 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
         image: ImageLike | Images | Sequence[ImageLike | Images] | None = None,
         num_inference_steps: int = 20,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: float | Mapping[str, float] = 1.0,
+        guidance_scale: Guidance = 1.0,
         num_volumes_per_mask: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
@@ -182,8 +183,8 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
             sigmas: noise levels to visit instead, in (0, 1] and falling (FlowMatch schedulers); from 1, unless the
                 `latents` are less noisy.
             guidance_scale: classifier-free guidance: above 1, volumes follow their conditions more closely and differ
-                less from each other. One number, or one per condition such as {"sex": 3.0}. For conditions that the
-                model was trained without at times (`condition_dropout`).
+                less from each other; from 0 to 1, or None, it is none, as in diffusers. One number, or one per condition
+                such as {"sex": 3.0}. For conditions that the model was trained without at times (`condition_dropout`).
             num_volumes_per_mask: how many of each mask (with `shape`, of each dict).
             generator: one a volume (mask by mask), or a single one: for a single volume as `[generator]`, for several
                 volumes a seed each is drawn from it, see `sampling.sample_generators`. A volume depends on its own generator
@@ -226,6 +227,7 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
             raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
         steps = whole_number("num_inference_steps", num_inference_steps)
         sigmas = None if sigmas is None else noise_levels(sigmas)
+        guidance_in_effect(guidance_scale)  # its names are checked where the conditions are known
         num_volumes_per_mask = whole_number("num_volumes_per_mask", num_volumes_per_mask)
         batch_size = whole_number("batch_size", batch_size)
         return_dict, noise = flag("return_dict", return_dict), flag("noise", noise)
@@ -424,7 +426,9 @@ def _finite(slabs: Iterable[torch.Tensor], record: Mapping[str, Any]) -> Iterato
     """The same. Raises: ValueError naming the volume's seed if a value is not finite."""
     for slab in slabs:
         if not torch.isfinite(slab).all():
-            raise ValueError(
-                f"the volume of seed {record['seed']} is not finite in {record['dtype']}; use bfloat16 or float32"
+            narrow = "float16" in record["dtype"].split()  # whose largest number is 65,504
+            remedy = (
+                "use bfloat16 or float32" if narrow else "look for NaN in the weights, the latents and the conditions"
             )
+            raise ValueError(f"the volume of seed {record['seed']} is not finite in {record['dtype']}; {remedy}")
         yield slab

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from autoencoder.identity import out_of_reach, own_tensors
+from diffusion.guidance import Guidance, guidance_in_effect
 from volumes import in_one_step, nifti_path
 
 from .arguments import local_path, plain
@@ -76,11 +77,11 @@ def memory_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
     yield from own_tensors(module)
 
 
-def recorded_guidance(scale: float | Mapping[str, float]) -> float | dict[str, float] | None:
-    """The guidance as a sidecar has it; None for none, as sidecars from before there was any."""
-    if isinstance(scale, Mapping):
-        return {name: float(value) for name, value in scale.items() if value != 1} or None
-    return None if scale == 1 else float(scale)
+def recorded_guidance(scale: Guidance) -> float | dict[str, float] | None:
+    """The guidance in effect, as a sidecar has it; None for none (a scale of 1 or less), as sidecars from before there was
+    any."""
+    effect = guidance_in_effect(scale)
+    return None if effect in (1.0, {}) else effect
 
 
 def header_description(record: Mapping[str, Any]) -> str:
