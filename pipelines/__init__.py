@@ -2,7 +2,7 @@
 
 from .conditions import check_conditions
 from .images import check_images, describe_images
-from .loading import check_folder, register_packages
+from .loading import check_folder, register_packages, register_pipeline
 from .masks import MaskLike, describe_mask
 from .output import MedVolumePipelineOutput
 from .pipeline import MedVolumePipeline
@@ -12,6 +12,7 @@ from .sampling import equal_batches
 from .volume_processor import Canvas, VolumeProcessor
 
 register_packages()
+register_pipeline(MedVolumePipeline)
 
 __all__ = [
     "Check",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from autoencoder import VolumeAutoencoder
+from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
 from autoencoder.noise import NoiseModel
 from diffusion import LatentUNet3D, check_guidance, denoise, fit_scheduler
 from diffusion.attention import check_attention_backend
@@ -29,7 +29,7 @@ from .conditions import (
 )
 from .images import ImageLike, Images, check_images, describe_images
 from .inpainting import MARGIN, Editing, by_channel, editings_of, is_edit
-from .loading import check_fit
+from .loading import check_components, check_fit
 from .lora import LoraMixin
 from .masks import LabelMap, MaskLike, as_list, describe_mask, identity
 from .output import MedVolumePipelineOutput, check_paths
@@ -68,11 +68,19 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
     model_cpu_offload_seq = "unet->vae"
 
     def __init__(
-        self, vae: VolumeAutoencoder, unet: LatentUNet3D, scheduler: SchedulerMixin, data: dict[str, Any] | None = None
+        self,
+        vae: AutoencoderKL3D | VQGAN3D | SpaceToDepth3D,  # by name: `DiffusionPipeline.from_pipe` compares exact types
+        unet: LatentUNet3D,
+        scheduler: SchedulerMixin,
+        data: dict[str, Any] | None = None,
     ):
         super().__init__()
+        check_components({"vae": vae, "unet": unet, "scheduler": scheduler})
         if data is None:  # diffusers takes an argument without a default for a module
-            raise ValueError("MedVolumePipeline needs `data`, the description of the training set (volumes.describe)")
+            raise ValueError(
+                "MedVolumePipeline needs `data`, the description of the training set (volumes.describe): give data=pipe.data of "
+                "the pipeline that the components are of, or use MedVolumePipeline.from_pipe(pipe)"
+            )
         check_fit(vae, unet, data)
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
         self.register_to_config(data=json.loads(json.dumps(data)))
@@ -166,9 +174,9 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
         """Generate volumes, or with `strength` or `region` change given ones.
 
         Args:
-            mask: path, nibabel image, `Volume`, array or tensor (X, Y, Z) of label values as in the training files;
-                or a list of them, of any shapes. -1 marks voxels outside the field of view. A path or image keeps its
-                grid; an array lies on the model's template.
+            mask: path, image of nibabel, SimpleITK, torchio or MONAI (MetaTensor), `Volume`, array or tensor (X, Y, Z) of
+                label values as in the training files; or a list of them, of any shapes. -1 marks voxels outside the field
+                of view. A path or image keeps its grid; a plain array or tensor lies on the model's template.
             shape: (X, Y, Z) in voxels, in place of a mask, for a model that no mask conditions, or that was trained to do
                 without at times.
             labels: the value of each class, such as {"sex": "F"}: one dict for all masks, or a list of one a mask; with

@@ -155,6 +155,8 @@ def write_synthetic(
         given = list(image) if isinstance(image, Mapping) else "a single image"
         raise ValueError(f"{path}: got {given}, its record has the channels {channels}; give both of one volume")
     images = [image[channel] for channel in channels] if isinstance(image, Mapping) else [image]
+    if foreign := [type(one).__name__ for one in images if not isinstance(one, nib.Nifti1Image)]:
+        raise ValueError(f"{path}: got {foreign[0]}; write what the pipeline returns as output_type='nifti'")
     with synthetic_files(record, path) as unfinished:
         for one, file in zip(images, unfinished, strict=True):
             nib.save(one, file)

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from volumes.carriers import plain_tensor
+
 from .arguments import listed, whole_number
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -94,7 +96,7 @@ def given_latents(latents: Any, shapes: Sequence[tuple[int, int, int, int]]) -> 
             raise ValueError(f"latents are tensors or arrays (C, h, w, d), got {type(row).__name__}")
         if isinstance(row, np.ndarray) and row.dtype.kind not in "iuf":
             raise ValueError(f"latents are real numbers, got an array of {row.dtype}")
-        tensor = torch.as_tensor(row).detach()
+        tensor = torch.as_tensor(plain_tensor(row) if isinstance(row, torch.Tensor) else row).detach()  # of MONAI, too
         if tuple(tensor.shape) != shape:
             raise ValueError(f"latents of shape {tuple(tensor.shape)} for a mask that needs {shape} (C, h, w, d)")
         if tensor.is_complex() or tensor.dtype == torch.bool or not torch.isfinite(tensor).all():

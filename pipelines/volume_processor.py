@@ -40,7 +40,7 @@ from .arguments import grid_shape, translation
 from .canvas import Canvas
 from .images import GivenImage, Images, load_images
 from .inpainting import Edit, Editing, load_region
-from .masks import LabelMap, MaskLike, index_labels, load_mask
+from .masks import LabelMap, MaskLike, index_labels, is_placed, load_mask
 
 OUTPUT_TYPES = ("nifti", "np", "pt", "latent")
 SPACING_TOLERANCE = 0.01  # relative; a mask within it is taken as it is
@@ -100,7 +100,7 @@ class VolumeProcessor:
         Raises: ValueError naming the image or the region for what cannot be used, see `load_images` and `load_region`.
         Warns: without a canvas as `preprocess` does.
         """
-        placed = {n: image for n, image in editing.images.items() if not isinstance(image, (np.ndarray, torch.Tensor))}
+        placed = {name: image for name, image in editing.images.items() if is_placed(image)}
         target = canvas.target if canvas is not None and not placed else None  # arrays are in the order of a file
         exact = load_images(placed | dict(editing.images), target, self.affine, exact=True)
         channel, first = next(iter(exact.items()))

@@ -198,7 +198,7 @@ def test_missing_files_folders_and_other_types(tmp_path):
         read_volume(tmp_path / "nowhere.nii")
     with pytest.raises(VolumeError, match="is a folder"):
         read_volume(tmp_path)
-    with pytest.raises(TypeError, match="expected a path"):
+    with pytest.raises(VolumeError, match="expected a path"):
         read_volume(np.zeros((3, 3, 3)))
 
 

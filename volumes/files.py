@@ -8,18 +8,19 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from nibabel.nifti1 import Nifti1Pair
 from nibabel.orientations import apply_orientation, io_orientation
 
 from . import metaimage, nrrd
+from .carriers import carries_geometry, read_carrier
 from .dicom import is_dicom, is_series, read_dicom, series_files
 from .nifti import NIFTI_SUFFIXES, canonical_grid, exact_values, read_nifti
 from .stored import Stored, refuse_pointer
 from .volume import SourceGrid, Volume, VolumeError
 
-Readable = str | os.PathLike | Nifti1Pair
+Readable = str | os.PathLike | Any  # an image in memory, see `carriers`
 
 READERS = {
     ".nrrd": nrrd.read_nrrd,
@@ -39,7 +40,8 @@ def read_volume(source: Readable, *, time_point: int | None = None, exact: bool 
     With `exact`, in a type that NIfTI has and that holds the same values: the file's own integers, float32, or float64.
 
     Args:
-        source: a NIfTI, NRRD or MetaImage file, the folder of a DICOM series, or a nibabel image.
+        source: a NIfTI, NRRD or MetaImage file, the folder of a DICOM series, or an image in memory that carries its geometry:
+            of nibabel, SimpleITK or torchio, or a MetaTensor of MONAI.
 
     Raises: VolumeError for files that are broken, truncated, in colour, complex, sheared, or hold values that are not
     finite, and for kinds of files that are not known.
@@ -63,7 +65,7 @@ def read_volume(source: Readable, *, time_point: int | None = None, exact: bool 
 
 
 def read_mask(source: Readable) -> Volume:
-    """Read a label map as int16 (1, X, Y, Z), in RAS+ order, from any file that `read_volume` reads. Float files are
+    """Read a label map as int16 (1, X, Y, Z), in RAS+ order, from anything that `read_volume` reads. Float files are
     fine if they hold whole numbers."""
     stored = read_stored(source)
     name, values = stored.name, stored.values
@@ -87,10 +89,13 @@ def read_mask(source: Readable) -> Volume:
 
 def read_stored(source: Readable) -> Stored:
     """The voxels of a file as it has them, and their grid. Raises: VolumeError as `read_volume`."""
-    if isinstance(source, Nifti1Pair):
-        return read_nifti(source)
+    if carries_geometry(source):
+        return read_carrier(source)
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"expected a path or a nibabel NIfTI image, got {type(source).__name__}")
+        raise VolumeError(
+            f"expected a path, or an image that carries its geometry (of nibabel, SimpleITK or torchio, or a MetaTensor); "
+            f"got {type(source).__name__}"
+        )
     path = Path(os.path.expanduser(source))
     if not path.exists():
         raise VolumeError(f"{path}: no such file")
