@@ -36,6 +36,7 @@ from volumes import (
     write_slabs,
 )
 
+from .arguments import grid_shape, translation
 from .canvas import Canvas
 from .images import GivenImage, Images, load_images
 from .inpainting import Edit, Editing, load_region
@@ -76,6 +77,7 @@ class VolumeProcessor:
         Raises: ValueError (or VolumeError) naming the mask for what cannot be used: unknown labels, no voxels, no mask.
         Warns: background alone; another spacing than the model's; a size outside the training range.
         """
+        label_map = translation(label_map)
         volume, name = load_mask(mask, self.affine)
         target = volume.replace(index_labels(volume.array, self.labels, label_map, name))
         grid = self._resampled(target, name, "mask")
@@ -195,8 +197,7 @@ class VolumeProcessor:
 
     def preprocess_shape(self, shape: Sequence[int]) -> Canvas:
         """A canvas of `shape` (X, Y, Z) voxels on the template's affine, for a model that no mask conditions."""
-        if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"shape is three positive numbers of voxels (X, Y, Z), got {tuple(shape)}")
+        shape = grid_shape(shape)
         grid = Volume(np.zeros((1, *shape), dtype=np.int16), self.affine)
         return self._canvas(grid, grid, "the shape asked for", None)
 

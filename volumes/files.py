@@ -97,7 +97,7 @@ def read_stored(source: Readable) -> Stored:
             f"expected a path, or an image that carries its geometry (of nibabel, SimpleITK or torchio, or a MetaTensor); "
             f"got {type(source).__name__}"
         )
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     if not path.exists():
         raise VolumeError(f"{path}: no such file")
     try:
@@ -137,7 +137,7 @@ def volume_stem(path: str | os.PathLike) -> str:
 
 def volume_parts(path: str | os.PathLike) -> list[Path]:
     """All files that make up one volume: itself, header and voxels where they are two, or the slices of a series."""
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if path.is_dir():
         return series_files(path)
     if half := re.fullmatch(r"(.*)\.(?:hdr|img)(\.gz)?", path.name):
