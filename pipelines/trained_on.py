@@ -12,7 +12,9 @@ from volumes.text import read_object
 from .description import check_data
 from .lora import read_trained_on
 
-GENERATED = "provenance/training_subjects.json"  # in a folder of generated volumes, beside no sidecar: {model hash: records}
+GENERATED = (
+    "provenance/training_subjects.json"  # in a folder of generated volumes, beside no sidecar: {model hash: records}
+)
 
 
 @dataclass(frozen=True)
