@@ -400,8 +400,8 @@ def unfinished(tasks: Sequence[Task]) -> list[Task]:
 
 
 def write_subjects(pipe: MedVolumePipeline, output: Path) -> None:
-    """provenance/training_subjects.json: {hash: records of the training subjects} of each model that has made volumes in the folder, by which
-    evaluate.py refuses to judge them on such subjects. None of a model without any record."""
+    """provenance/training_subjects.json: {hash: records of the training subjects} of each model that has made volumes in the
+    folder, by which evaluate.py refuses to judge them on such subjects. None of a model without any record."""
     if all("salt" not in record for record in pipe.training_subjects):
         return
     path = output / GENERATED

@@ -162,11 +162,11 @@ def unknown_volumes(records: Sequence[Mapping[str, Any]], marks: Sequence[Marks]
     missing = 0
     for record in records:
         if "salt" in record:
-            left = []
-            for kind in ("names", "voxels"):
+            left = [0]
+            for kind in [kind for kind in ("names", "voxels") if _digests(record, "train", kind)]:
                 held = {_salted(record["salt"], mark) for one in marks for mark in one.get(kind, ())}
                 left.append(len(_digests(record, "train", kind) - held))
-            missing += min(left)
+            missing += min(left[1:] or left)
     return missing
 
 
