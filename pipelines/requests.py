@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from volumes import volume_stem
-from volumes.tables import read_table
 from volumes.dicom import is_series
 from volumes.files import SUFFIXES, is_volume
 from volumes.names import Disk, cell_path, glob_names, resource_forks, same_name, windows_hint
 from volumes.remote import copy_pattern, copy_table, is_url, plain_path, with_urls
+from volumes.tables import read_table
 
 from .pipeline import MedVolumePipeline
 
