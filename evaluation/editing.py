@@ -88,8 +88,8 @@ def measure(pipe: MedVolumePipeline, cases: Sequence[Case], options: Namespace) 
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in options.regions}
     for case in tqdm(cases, unit="volume", disable=None):
         assert case.mask is not None
-        mask, (path,) = read_mask(case.mask), case.images.values()
-        image = read_volume(path, exact=True)
+        mask, (path,) = read_mask(case.mask, **options.data.reading), case.images.values()
+        image = read_volume(path, exact=True, **options.data.reading)
         for name in options.regions:
             region = REGIONS[name](mask)
             made = pipe(
