@@ -4,6 +4,12 @@ The run folder ends with `vae/`: the averaged weights, with the latents' mean an
 set in its config. An autoencoder without parameters (autoencoder.SpaceToDepth3D) is measured and saved at once.
 """
 
+from training.config import TrainVaeConfig, parse_config
+from volumes.command import run_command
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse_config(TrainVaeConfig))
+
 import logging
 import math
 from dataclasses import replace
@@ -45,13 +51,11 @@ from training import (
     Learner,
     Loop,
     PerceptualConfig,
-    TrainVaeConfig,
     build_model,
     derive_seed,
     ending_with_others,
     initialise_from,
     make_accelerator,
-    parse_config,
     save_config,
     save_model,
 )
@@ -340,7 +344,3 @@ def train_as(config: TrainVaeConfig, accelerator: Accelerator) -> dict[str, floa
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return metrics
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,5 @@
 """What a training run can be told, as typed dataclasses; jsonargparse makes one of YAML and the command line."""
 
-import argparse
 import dataclasses
 import logging
 from collections.abc import Mapping
@@ -9,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from volumes import DataConfig
+from volumes.config_parser import ConfigParser, config_files
 from volumes.text import read_yaml
 
 from .output import write_text
@@ -341,14 +341,10 @@ def parse_config(config_class: type[Config], args: list[str] | None = None) -> C
 
     Args:
         args: default: the command line.
-    Raises: ValueError for a file that `read_yaml` refuses.
+    Raises: ValueError for a file that is missing or that `read_yaml` refuses.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path, action="append", default=[])
-    for path in first.parse_known_args(args)[0].config:
-        if path.is_file():  # else jsonargparse says so
-            read_yaml(path)
-    parser = ArgumentParser(description=config_class.__doc__, exit_on_error=True)
+    config_files(args)
+    parser = ConfigParser(description=config_class.__doc__, exit_on_error=True)
     parser.add_argument("--config", action="config", help="YAML file with the arguments below")
     parser.add_class_arguments(config_class, as_group=False)
     values: Namespace = parser.instantiate(parser.parse_args(args))

@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_obj
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from volumes.command import Stopped
 from volumes.text import read_object
 
 from .checkpoints import Checkpointer, TrainState, list_checkpoints
@@ -314,7 +315,7 @@ class Loop:
         state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
         state.skipped += not finite
         if state.skipped_in_a_row >= limit:
-            raise RuntimeError(
+            raise Stopped(
                 f"step {state.step}: gradients were not finite for {limit} steps in a row, so none of them was taken. "
                 "Lower optimizer.learning_rate, or train with loop.mixed_precision: no; then --resume latest --accept_changes true"
             )

@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from torch.distributed import DistError
 
+from volumes.command import Stopped
+
 TERMINATED = 128 + signal.SIGTERM  # the exit status of a run that SIGTERM stopped, as of any program
 
 
@@ -54,7 +56,7 @@ def is_of_another(error: BaseException) -> bool:
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text))
 
 
-class AnotherEnded(RuntimeError):
+class AnotherEnded(Stopped):
     """Another process is gone, or stands still."""
 
 

@@ -1,7 +1,5 @@
 """Intensities between file units (HU, SUV, arbitrary MR units) and the [-1, 1] in which the models work, and back."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -9,7 +7,7 @@ import numpy as np
 
 from .volume import VolumeError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # jsonargparse would run this block, were annotations postponed (from __future__) in this file
     import torch
 
 Array = TypeVar("Array", np.ndarray, "torch.Tensor")
