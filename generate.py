@@ -28,13 +28,81 @@ import csv
 import hashlib
 import itertools
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from volumes.command import ArgumentParser, positive, run_command
+
+GENERATE = "generate:"
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. Exits with a message on what cannot be."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--pipeline", required=True, help="pipeline folder or Hub repository")
+    parser.add_argument("--lora", help="LoRA for the pipeline, a file or folder of train_ldm.py")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--masks", nargs="+", metavar="DIR_OR_GLOB", help=f"NIfTI label maps, or {GENERATE}PIPELINE to draw them first"
+    )
+    source.add_argument("--conditions", metavar="TABLE", help="CSV (or JSON), or its URL: a row a volume, see above")
+    parser.add_argument(
+        "--shape", nargs=3, type=positive, metavar=("X", "Y", "Z"), help="voxels, where no mask has them"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--count", type=positive, default=1, help="volumes a mask or row, or in all (1)")
+    parser.add_argument("--steps", type=positive, default=20, help="denoising steps (20)")
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        default=1.0,
+        help="how closely conditions are followed, for models trained for it (1)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(0)")
+    parser.add_argument("--batch_size", type=positive, default=8, help="volumes denoised together (8)")
+    parser.add_argument(
+        "--label_map",
+        nargs="+",
+        type=label_pair,
+        default=[],
+        metavar="VALUE=LABEL",
+        help="read a label value as one that the model knows, by value or name: 3=1 4=tumour",
+    )
+    parser.add_argument(
+        "--reject_copies",
+        type=Path,
+        metavar="FINGERPRINTS",
+        help="make volumes again that are copies of training volumes, by this file of `python -m evaluation.copies`",
+    )
+    parser.add_argument(
+        "--most_rejections", type=positive, default=10, help="refused volumes after which one is given up (10)"
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="no", help="no is float32 (no)")
+    options = parser.parse_args(args)
+    options.label_map = dict(options.label_map)
+    options.masks_by = None
+    if options.masks and any(one.startswith(GENERATE) for one in options.masks):
+        if len(options.masks) > 1:
+            parser.error(f"--masks {' '.join(options.masks)}: {GENERATE}PIPELINE stands alone")
+        options.masks_by, options.masks = options.masks[0].removeprefix(GENERATE), None
+    return options
+
+
+def label_pair(text: str) -> tuple[int, int | str]:
+    """VALUE=LABEL, the label by value or by name."""
+    value, _, label = text.partition("=")
+    if not label:
+        raise argparse.ArgumentTypeError(f"{text!r} is not VALUE=LABEL, e.g. 3=1")
+    return int(value), int(label) if label.lstrip("-").isdigit() else label
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
 
 import numpy as np
 import torch
@@ -64,10 +132,9 @@ from volumes.nifti import remove_abandoned
 from volumes.stopping import Stopped, check_stop, finishing, stoppable
 from volumes.text import read_object
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 LONGEST_RUN = timedelta(days=30)  # processes wait this long for each other at the end
 MANIFEST = "manifest.csv"
-GENERATE = "generate:"
 CHECKS = ("copy_check", "map_check", "rejected")  # what a record has of them, if there were any
 
 
@@ -244,85 +311,6 @@ def write_accepted(
     return lost
 
 
-def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    """The command line. Exits with a message on what cannot be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", required=True, help="pipeline folder or Hub repository")
-    parser.add_argument("--lora", help="LoRA for the pipeline, a file or folder of train_ldm.py")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--masks", nargs="+", metavar="DIR_OR_GLOB", help=f"NIfTI label maps, or {GENERATE}PIPELINE to draw them first"
-    )
-    source.add_argument("--conditions", metavar="TABLE", help="CSV (or JSON), or its URL: a row a volume, see above")
-    parser.add_argument(
-        "--shape", nargs=3, type=positive, metavar=("X", "Y", "Z"), help="voxels, where no mask has them"
-    )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--count", type=positive, default=1, help="volumes a mask or row, or in all (1)")
-    parser.add_argument("--steps", type=positive, default=20, help="denoising steps (20)")
-    parser.add_argument(
-        "--guidance_scale",
-        type=guidance,
-        default=1.0,
-        help="how closely conditions are followed, for models trained for it; 0 to 1 is no guidance (1)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="(0)")
-    parser.add_argument("--batch_size", type=positive, default=8, help="volumes denoised together (8)")
-    parser.add_argument(
-        "--label_map",
-        nargs="+",
-        type=label_pair,
-        default=[],
-        metavar="VALUE=LABEL",
-        help="read a label value as one that the model knows, by value or name: 3=1 4=tumour",
-    )
-    parser.add_argument(
-        "--reject_copies",
-        type=Path,
-        metavar="FINGERPRINTS",
-        help="make volumes again that are copies of training volumes, by this file of `python -m evaluation.copies`",
-    )
-    parser.add_argument(
-        "--most_rejections", type=positive, default=10, help="refused volumes after which one is given up (10)"
-    )
-    parser.add_argument("--precision", choices=DTYPES, default="no", help="no is float32 (no)")
-    options = parser.parse_args(args)
-    options.label_map = dict(options.label_map)
-    options.masks_by = None
-    if options.masks and any(one.startswith(GENERATE) for one in options.masks):
-        if len(options.masks) > 1:
-            parser.error(f"--masks {' '.join(options.masks)}: {GENERATE}PIPELINE stands alone")
-        options.masks_by, options.masks = options.masks[0].removeprefix(GENERATE), None
-    return options
-
-
-def guidance(text: str) -> float:
-    """Argument of the parser: a scale of guidance. Raises: ArgumentTypeError."""
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = math.nan
-    if not 0 <= scale < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: a number of 0 or more is expected (0 to 1 is no guidance)")
-    return scale
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be 1 or more")
-    return value
-
-
-def label_pair(text: str) -> tuple[int, int | str]:
-    """VALUE=LABEL, the label by value or by name."""
-    value, _, label = text.partition("=")
-    if not label:
-        raise argparse.ArgumentTypeError(f"{text!r} is not VALUE=LABEL, e.g. 3=1")
-    return int(value), int(label) if label.lstrip("-").isdigit() else label
-
-
 def volume_seed(seed: int, stem: str, k: int, rejections: int = 0) -> int:
     """63 bits of a hash of (seed, stem, k): the same everywhere and always, different for every volume, and for every
     attempt at it."""
@@ -452,7 +440,3 @@ def write_manifest(output: Path) -> int:
         writer.writerows(rows)
     os.replace(unfinished_manifest, output / MANIFEST)
     return len(rows)
-
-
-if __name__ == "__main__":
-    main()

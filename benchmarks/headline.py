@@ -9,6 +9,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from volumes.command import ArgumentParser, run_command
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("bench", type=Path, help="bench.json")
+    parser.add_argument("--readme", type=Path, required=True)
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 from .records import Record, find, short, whole_sample
 from .report import table
 
@@ -64,10 +78,7 @@ def _pair(what: str, ours: Record, peer: Record) -> tuple[str, str, str, str]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Rewrite README's table. Raises: ValueError if README has no place for it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", type=Path, help="bench.json")
-    parser.add_argument("--readme", type=Path, required=True)
-    options = parser.parse_args(args)
+    options = parse(args)
     text = options.readme.read_text()
     if BEGIN not in text or END not in text:
         raise ValueError(f"{options.readme}: needs the lines {BEGIN} and {END}, between which the table goes")
@@ -75,7 +86,3 @@ def main(args: Sequence[str] | None = None) -> None:
     after = rest.split(END)[1]
     made = table(["", "ours", "peer", ""], rows(json.loads(options.bench.read_text())["measurements"]))
     options.readme.write_text(f"{before}{BEGIN}\n{made}{END}{after}")
-
-
-if __name__ == "__main__":
-    main()

@@ -10,6 +10,20 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from volumes.command import ArgumentParser, run_command
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("bench", type=Path, help="bench.json")
+    parser.add_argument("--output", type=Path, required=True, help="Markdown to write; plots go beside it")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 from . import plots, targets
 from .fits import deviation_from_proportional, power_law, rise
 from .measure import OK
@@ -365,10 +379,7 @@ def markdown(bench: dict[str, Any]) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", type=Path, help="bench.json")
-    parser.add_argument("--output", type=Path, required=True, help="Markdown to write; plots go beside it")
-    options = parser.parse_args(args)
+    options = parse(args)
     bench = json.loads(options.bench.read_text())
     options.output.parent.mkdir(parents=True, exist_ok=True)
     text = markdown(bench)
@@ -376,7 +387,3 @@ def main(args: Sequence[str] | None = None) -> None:
         text += f"\n![{name}]({name}.png)\n"
     options.output.write_text(text)
     print(f"{options.output}")
-
-
-if __name__ == "__main__":
-    main()

@@ -24,10 +24,40 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jsonargparse import Namespace
+
+from volumes.command import run_command
+
+from .report import config_parser
+
+
+def parse(args: Sequence[str] | None) -> Namespace:
+    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    parser = config_parser("evaluation.copies", __doc__, args)
+    parser.add_argument("--output", type=str, required=True, help="fingerprints to write, a .safetensors file")
+    parser.add_argument("--block", type=int, default=4, help="voxels a side of the blocks that are averaged, 2 or more")
+    parser.add_argument(
+        "--crop",
+        type=int,
+        nargs=3,
+        help="voxels about the centre that are compared, multiples of the block; default: what all training volumes hold",
+    )
+    parser.add_argument("--shift", type=int, default=2, help="voxels by which a copy may be moved along each axis")
+    parser.add_argument("--flips", type=int, nargs="*", default=[], help="axes, 0 to 2, along which it may be mirrored")
+    parser.add_argument(
+        "--alpha", type=float, default=0.05, help="fraction of unseen real subjects that may be refused"
+    )
+    parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
+    assert isinstance(parsed, Namespace)
+    return parsed
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jsonargparse import Namespace
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,7 +71,6 @@ from .limits import check_command
 from .model_units import in_model_units
 from .neighbours import Sides, Space, Volumes, common_crop, crop_of, standardised
 from .privacy import Units, conformal_threshold, wilson
-from .report import config_parser
 
 logger = logging.getLogger(__name__)
 FORMAT = "medvolume copy check 1"
@@ -281,27 +310,6 @@ def main(args: Sequence[str] | None = None) -> CopyCheck:
     return check
 
 
-def parse(args: Sequence[str] | None) -> Namespace:
-    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
-    parser = config_parser("evaluation.copies", __doc__, args)
-    parser.add_argument("--output", type=str, required=True, help="fingerprints to write, a .safetensors file")
-    parser.add_argument("--block", type=int, default=4, help="voxels a side of the blocks that are averaged, 2 or more")
-    parser.add_argument(
-        "--crop",
-        type=int,
-        nargs=3,
-        help="voxels about the centre that are compared, multiples of the block; default: what all training volumes hold",
-    )
-    parser.add_argument("--shift", type=int, default=2, help="voxels by which a copy may be moved along each axis")
-    parser.add_argument("--flips", type=int, nargs="*", default=[], help="axes, 0 to 2, along which it may be mirrored")
-    parser.add_argument(
-        "--alpha", type=float, default=0.05, help="fraction of unseen real subjects that may be refused"
-    )
-    parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
-    assert isinstance(parsed, Namespace)
-    return parsed
-
-
 def default_crop(volumes: Volumes, block: int, shift: int) -> Sides:
     """What all volumes hold wherever a copy was moved, in whole blocks. Raises: ValueError where that is less than two."""
     sides = common_crop(volumes)
@@ -312,7 +320,3 @@ def default_crop(volumes: Volumes, block: int, shift: int) -> Sides:
             "give a smaller --block or --shift, or a --crop (the edges of what lacks some of it are repeated)"
         )
     return x, y, z
-
-
-if __name__ == "__main__":
-    main()

@@ -12,15 +12,54 @@ python -m evaluation.doctor --config configs/real_sizes/ct/ldm_24gb.yaml --shape
 says what training and generation need in memory for volumes of that size, without any data.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from jsonargparse import Namespace
+
+from volumes.command import run_command
+
+from .report import config_parser
+
+
+def parse(args: list[str] | None) -> Namespace:
+    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    parser = config_parser("evaluation.doctor", __doc__, args)
+    parser.add_argument(
+        "--pipeline", type=str, help="after training: folder of the pipeline, or of the autoencoder alone"
+    )
+    parser.add_argument("--volumes", type=int, default=8, help="real volumes that generated ones are compared with")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
+    parser.add_argument(
+        "--shape", type=tuple[int, int, int], help="only how much memory volumes of so many voxels take; needs no data"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="with --shape: run one step of each stage, and measure")
+    parser.add_argument("--memory", type=float, help="with --shape: GiB of the accelerator that is planned for")
+    parser.add_argument(
+        "--precision", type=Literal["no", "bf16", "fp16"], help="with --shape: of training; default: the config's"
+    )
+    parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
+    parser.add_argument("--output", type=str, help="report to write, a JSON file")
+    parsed = parser.instantiate(parser.parse_args(args))
+    if parsed.shape and parsed.pipeline:
+        parser.error("--shape looks at no data: leave out --pipeline")
+    if (parsed.dry_run or parsed.precision or parsed.memory is not None) and not parsed.shape:
+        parser.error("--dry_run, --memory and --precision need --shape, the size of the volumes")
+    if parsed.shape and min(parsed.shape) < 1:
+        parser.error(f"--shape {list(parsed.shape)}: a volume has at least one voxel a side")
+    if parsed.memory is not None and not parsed.memory > 0:
+        parser.error(f"--memory {parsed.memory}: give the accelerator's GiB, more than 0")
+    assert isinstance(parsed, Namespace)
+    return parsed
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 import numpy as np
 import torch
-from jsonargparse import Namespace
 
 from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
@@ -44,7 +83,7 @@ from .doctor_leaks import check_leaks
 from .doctor_limits import check_evaluation
 from .doctor_model import check_latents, check_limits, compare_limits, latent_summary
 from .doctor_start import advise_start
-from .report import config_parser, provenance, read_config, write_report
+from .report import provenance, read_config, write_report
 from .seen import overlap_findings, read_judged
 
 
@@ -81,37 +120,6 @@ def main(args: list[str] | None = None) -> int:
         }
         print(f"report: {write_report(options.output, report)}")
     return 1 if counts["FAIL"] else 0
-
-
-def parse(args: list[str] | None) -> Namespace:
-    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
-    parser = config_parser("evaluation.doctor", __doc__, args)
-    parser.add_argument(
-        "--pipeline", type=str, help="after training: folder of the pipeline, or of the autoencoder alone"
-    )
-    parser.add_argument("--volumes", type=int, default=8, help="real volumes that generated ones are compared with")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
-    parser.add_argument(
-        "--shape", type=tuple[int, int, int], help="only how much memory volumes of so many voxels take; needs no data"
-    )
-    parser.add_argument("--dry_run", action="store_true", help="with --shape: run one step of each stage, and measure")
-    parser.add_argument("--memory", type=float, help="with --shape: GiB of the accelerator that is planned for")
-    parser.add_argument(
-        "--precision", type=Literal["no", "bf16", "fp16"], help="with --shape: of training; default: the config's"
-    )
-    parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
-    parser.add_argument("--output", type=str, help="report to write, a JSON file")
-    parsed = parser.instantiate(parser.parse_args(args))
-    if parsed.shape and parsed.pipeline:
-        parser.error("--shape looks at no data: leave out --pipeline")
-    if (parsed.dry_run or parsed.precision or parsed.memory is not None) and not parsed.shape:
-        parser.error("--dry_run, --memory and --precision need --shape, the size of the volumes")
-    if parsed.shape and min(parsed.shape) < 1:
-        parser.error(f"--shape {list(parsed.shape)}: a volume has at least one voxel a side")
-    if parsed.memory is not None and not parsed.memory > 0:
-        parser.error(f"--memory {parsed.memory}: give the accelerator's GiB, more than 0")
-    assert isinstance(parsed, Namespace)
-    return parsed
 
 
 def before_training(config: DataConfig, sections: dict[str, Any], folder: Path) -> tuple[list[Finding], dict[str, Any]]:
@@ -221,7 +229,3 @@ def _spread(cases: Sequence[Case], count: int) -> list[Case]:
     """`count` cases, evenly spread over the list."""
     chosen = np.unique(np.linspace(0, len(cases) - 1, min(count, len(cases))).round().astype(int))
     return [cases[i] for i in chosen]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

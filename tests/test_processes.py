@@ -205,7 +205,7 @@ def test_a_report_that_cannot_be_written_is_named_before_any_training(data):
 
 def test_commands_that_cannot_be_shared_are_the_main_processs(monkeypatch):
     class Command:
-        ran = 0
+        ran, divides = 0, False
 
         @classmethod
         def run(cls, *_):
@@ -220,7 +220,7 @@ def test_commands_that_cannot_be_shared_are_the_main_processs(monkeypatch):
 
     monkeypatch.setattr(common, "PartialState", State)
     assert common.run_command(Command, None, None, None) == {} and Command.ran == 0
-    Command.DIVIDES = True
+    Command.divides = True
     assert common.run_command(Command, None, None, None) == {"figure": 1}
 
 
