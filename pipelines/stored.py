@@ -11,6 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 
 from autoencoder.weights import weight_files
+from diffusion import fit_scheduler
 
 from .loading import check_folder
 from .lora import lora_digest
@@ -47,22 +48,34 @@ class StoredPipeline(DiffusionPipeline):
             if str(folder) in str(error):
                 raise
             raise ValueError(f"{folder}: {error}") from error
+        if "scheduler" not in kwargs:
+            try:
+                fit_scheduler(pipe.scheduler, pipe.unet.config["objective"], pipe.unet.train_steps)
+            except ValueError as error:
+                raise ValueError(f"{folder / 'scheduler'}: {error}; or load it with scheduler=...") from error
         for name in COMPONENTS:
             if name not in kwargs:
                 pipe._files[name] = getattr(pipe, name), weight_files(folder / name, kwargs.get("variant"))
         return pipe
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
-        """Save as `DiffusionPipeline.save_pretrained` does: safetensors only, and not the path it came from.
+        """Save as `DiffusionPipeline.save_pretrained` does: safetensors only, and not the path it came from; the scheduler
+        with the options in effect, for a file does not tell those that somebody set from a class's defaults.
 
-        Raises: ValueError on `safe_serialization=False` and while a LoRA is attached, before anything is written.
+        Raises: ValueError on `safe_serialization=False`, while a LoRA is attached, and for a scheduler that does not fit
+        the model, before anything is written.
         """
         if kwargs.pop("safe_serialization", True) is not True:
             raise ValueError("safe_serialization=False is refused: weights are saved as safetensors only")
         self.unet.check_no_lora()
-        for part in (self, self.scheduler):  # the models do it themselves
-            part._internal_dict = FrozenDict({k: v for k, v in part.config.items() if k != "_name_or_path"})
-        super().save_pretrained(str(save_directory), safe_serialization=True, **kwargs)
+        own = self.scheduler
+        self.scheduler = fit_scheduler(own, self.unet.config["objective"], self.unet.train_steps)
+        try:
+            for part in (self, self.scheduler):  # the models do it themselves
+                part._internal_dict = FrozenDict({k: v for k, v in part.config.items() if k != "_name_or_path"})
+            super().save_pretrained(str(save_directory), safe_serialization=True, **kwargs)
+        finally:
+            self.scheduler = own
 
     def enable_group_offload(self, onload_device: torch.device, *args: Any, **kwargs: Any) -> None:
         """As diffusers' own; `model_hash` is computed first, while the weights are at hand."""
