@@ -3,18 +3,31 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .guidance import UNNAMED, ConditionNames, Conditions, Guidance, guidance_terms, guided
 from .scheduler_options import DPM, UNIPC, Scheduler, check_levels, is_flow, spacing
 
 LEAST_SPAN = 0.9  # of the schedule, that the steps must cover
-StepCallback = Callable[[int, Tensor, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class StepChange:
+    """What a callback changes for the steps that follow; None leaves it as it is. `stop` ends them."""
+
+    latents: Tensor | None = None
+    guidance_scale: float | Mapping[str, float] | None = None
+    stop: bool = False
+
+
+StepCallback = Callable[[int, Tensor, Tensor], StepChange | None]
 
 
 def set_timesteps(
@@ -120,7 +133,7 @@ def denoise(
     sigmas: Sequence[float] | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
     callback: StepCallback | None = None,
-    progress: bool = False,
+    progress: Callable[[int], Any] | None = None,
     image: Tensor | None = None,
     strength: float = 1.0,
     region: Tensor | None = None,
@@ -139,8 +152,8 @@ def denoise(
         are those of the conditions.
         sigmas: noise levels to visit, descending from 1, instead of `num_inference_steps` even ones (FlowMatch
         schedulers only).
-        callback: called after each step with (step, timestep, latents); what it returns, if anything, replaces the
-        latents.
+        progress: makes a tqdm bar, or what has its `update`, of so many timesteps; called before the first.
+        callback: called after each step with (step, timestep, latents); says what changes, if anything.
         image: clean latents (B, C, h, w, d).
         strength: in (0, 1], the share of the steps that is made, the last ones; at 1 it begins from noise alone.
         region: bool (B, 1, h, w, d), True where latents are made; elsewhere they are those of `image`.
@@ -169,14 +182,23 @@ def denoise(
         return unet(noisy, timestep, **given, return_dict=False)[0]
 
     prediction_of = guided(predict, guidance_terms(conditions, names, guidance_scale))
-    for step, timestep in enumerate(tqdm(timesteps, desc="denoise", disable=not progress, leave=False)):
-        scaled = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
-        latents = scheduler.step(prediction_of(scaled, timestep), timestep, latents, return_dict=False, **extra)[0]
-        if image is not None and region is not None:
-            last = step + 1 == len(timesteps)
-            known = image if last else noised(scheduler, image, noise, timesteps[step + 1])
-            latents = torch.where(region, latents, known)
-        if callback is not None:
-            replaced = callback(step, timestep, latents)
-            latents = latents if replaced is None else replaced
+    with nullcontext() if progress is None else progress(len(timesteps)) as bar:
+        for step, timestep in enumerate(timesteps):
+            scales = hasattr(scheduler, "scale_model_input")
+            scaled = scheduler.scale_model_input(latents, timestep) if scales else latents
+            latents = scheduler.step(prediction_of(scaled, timestep), timestep, latents, return_dict=False, **extra)[0]
+            if image is not None and region is not None:
+                last = step + 1 == len(timesteps)
+                known = image if last else noised(scheduler, image, noise, timesteps[step + 1])
+                latents = torch.where(region, latents, known)
+            if bar is not None:
+                bar.update()
+            change = None if callback is None else callback(step, timestep, latents)
+            if change is None:
+                continue
+            latents = latents if change.latents is None else change.latents
+            if change.guidance_scale is not None:
+                prediction_of = guided(predict, guidance_terms(conditions, names, change.guidance_scale))
+            if change.stop:
+                break
     return latents
