@@ -194,7 +194,7 @@ def combinations(pipe: MedVolumePipeline, options: Namespace) -> list[Combinatio
     for scale in options.guidance:
         given = pipe.unet.condition_names
         check_guidance(scale, pipe.unet.config["condition_dropout"] or {}, {"mask", *given.classes, *given.numbers})
-    scales = [guidance_in_effect(scale) for scale in options.guidance]
+    scales: Any = [guidance_in_effect(scale) for scale in options.guidance]
     for name in options.schedulers:
         for steps in options.steps:
             set_timesteps(make_named(name, pipe), steps, None, torch.device("cpu"))
