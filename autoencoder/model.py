@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from volumes.settings import faults, hints_of, refuse
 from volumes.text import FileError
 
+from .identity import RECORD, remember_files, weights_record
 from .weights import (
     HUB,
     LOADING,
@@ -22,11 +26,31 @@ from .weights import (
     find_folder,
     loading_keywords,
     not_on_the_hub,
+    weight_files,
 )
+
+RECORDS = (
+    "data",
+    "subjects",
+)  # of a config: what is known of the training, which changes nothing that a model computes
+
+
+def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a model's config that decide what it computes: no private ones (versions, paths), none that are None (an
+    argument that a later version adds renames no model that does not use it), no `RECORDS`."""
+    return {k: v for k, v in config.items() if not k.startswith("_") and v is not None and k not in RECORDS}
 
 
 class VolumeModel(ModelMixin, ConfigMixin):
-    """A diffusers model over volumes (B, C, X, Y, Z)."""
+    """A diffusers model over volumes (B, C, X, Y, Z). Its constructor's arguments are checked against their annotations.
+
+    Raises: ValueError for an argument outside its range, or of another type.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # after `register_to_config`, so the arguments are known
+        arguments = {name: value for name, value in self.config.items() if name in hints_of(type(self))}
+        refuse(faults(type(self), arguments), f"{type(self).__name__}: ")
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -72,7 +96,18 @@ class VolumeModel(ModelMixin, ConfigMixin):
                 f"{wrong or info['mismatched_keys']}"
             )
         model.to(memory_format=torch.channels_last_3d)
+        remember_files(model, _loaded_files(pretrained_model_name_or_path, kwargs))
         return (model, info) if with_info else model
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As PyTorch's own, which `.to()` calls: weights that are cast or moved are the same weights (`identity`)."""
+        recorded = RECORD in self.__dict__
+        if recorded:
+            weights_record(self)  # what was changed before is noticed before
+        result = super()._apply(fn, recurse)
+        if recorded:
+            weights_record(self)
+        return result
 
     def save_pretrained(  # diffusers' pipelines pass what they find in the signature
         self,
@@ -128,3 +163,15 @@ class VolumeModel(ModelMixin, ConfigMixin):
             self.offloaded_to_disk = folder
             self.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
         super().enable_group_offload(onload_device, **kwargs)
+
+
+def _loaded_files(source: Any, options: Mapping[str, Any]) -> list[Path]:
+    """The files from which diffusers has loaded a model: in a folder, or of a Hub repository in its cache."""
+    folder = Path(source, options.get("subfolder") or "")
+    if not folder.is_dir():
+        name = str(Path(options.get("subfolder") or "", "config.json"))
+        config = try_to_load_from_cache(str(source), name, options.get("cache_dir"), options.get("revision"))
+        if not isinstance(config, str):
+            return []
+        folder = Path(config).parent
+    return weight_files(folder, options.get("variant"))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from volumes.preprocessing import check_preprocessing
+from volumes.subjects import check_subjects
 from volumes.text import FileError, read_object
 
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name for the files of a model
@@ -112,6 +114,11 @@ def check_config(folder: Path, config: dict[str, Any], model_class: Any, tensors
         raise ValueError(
             f"{folder}: config.json names {_shorten(unknown)}, which no {model_class.__name__} has; is it of another version?"
         )
+    try:
+        check_preprocessing(config.get("data"))
+        check_subjects(config.get("subjects"))
+    except ValueError as error:
+        raise ValueError(f"{folder}: config.json: {error}") from error
     for key, value in config.items():
         if key.endswith("blocks") and (not isinstance(value, list) or not all(isinstance(n, int) for n in value)):
             raise ValueError(f"{folder}: config.json has {key} = {value!r}; a list of numbers of blocks was expected")

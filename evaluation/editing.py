@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 from jsonargparse import Namespace
-from tqdm import tqdm
 
 from pipelines import MedVolumePipeline
 from pipelines.editing import grown
 from pipelines.inpainting import MARGIN
 from volumes import Case, Volume, load_cases, read_mask, read_volume
+from volumes.live_bar import LiveBar
 
 from .intervals import INTERVAL, subject_draws
 from .report import config_parser, provenance, write_report
+from .seen import add_overlap_argument, check_pipeline
 
 AROUND = 3.0  # mm by which the region exceeds what is labelled
 DEPTHS = (-2, -1, 0, 1, 2)  # steps from the border's faces inwards
@@ -85,10 +86,10 @@ def profile(volume: np.ndarray, region: np.ndarray) -> list[float]:
 def measure(pipe: MedVolumePipeline, cases: Sequence[Case], options: Namespace) -> dict[str, Any]:
     """Each region of each case made anew: jumps, profiles, and how many voxels outside the region changed."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in options.regions}
-    for case in tqdm(cases, unit="volume", disable=None):
+    for case in LiveBar(cases, unit="volume", disable=None):
         assert case.mask is not None
-        mask, (path,) = read_mask(case.mask), case.images.values()
-        image = read_volume(path, exact=True)
+        mask, (path,) = read_mask(case.mask, **options.data.reading), case.images.values()
+        image = read_volume(path, exact=True, **options.data.reading)
         for name in options.regions:
             region = REGIONS[name](mask)
             made = pipe(
@@ -141,6 +142,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     pipe = MedVolumePipeline.from_pretrained(options.pipeline)
     if len(pipe.data["channels"]) > 1:
         raise ValueError(f"the jump is measured of one channel, the model makes {pipe.data['channels']}")
+    check_pipeline(pipe, options.data, cases, options.pipeline, accepted=options.accept_overlap)
     pipe.set_progress_bar_config(disable=True)
     result = measure(pipe.to(options.device) if options.device else pipe, cases, options)
     settings = {key: options[key] for key in ("pipeline", "split", "strength", "margin", "steps", "seed")}
@@ -163,6 +165,7 @@ def parse(args: Sequence[str] | None) -> Namespace:
     parser.add_argument("--pipeline", type=str, required=True, help="pipeline folder")
     parser.add_argument("--output", type=str, required=True, help="report to write, a JSON file")
     parser.add_argument("--split", choices=["train", "validation", "test"], default="test")
+    add_overlap_argument(parser)
     parser.add_argument("--count", type=int, help="the first so many volumes of the split; default: all")
     parser.add_argument("--regions", nargs="+", choices=list(REGIONS), default=list(REGIONS))
     parser.add_argument("--strength", type=float, default=1.0, help="of the image, see the pipeline")

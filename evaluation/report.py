@@ -16,6 +16,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from volumes import DataConfig
+from volumes.preprocessing import inherited
 from volumes.text import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,12 +93,16 @@ def check_report(path: str | Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """All sections of a training config. Raises: ValueError where there is no section `data`, and as `read_yaml`."""
+    """All sections of a training config, `data` with what it leaves out as the autoencoder of `vae` or `init_from` learned it
+    (`volumes.preprocessing.inherited`). Raises: ValueError where there is no section `data`, and as `read_yaml`."""
     if not path.is_file():
         raise ValueError(f"{path}: no such config")
     content = read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
         raise ValueError(f"{path}: has no section `data`; give a training config")
+    source = content.get("vae") or content.get("init_from")
+    if isinstance(source, str):
+        content["data"] |= inherited(source, content["data"])
     return content
 
 

@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 import autoencoder
 from autoencoder import VolumeAutoencoder
 from diffusion import LatentUNet3D
+from volumes.preprocessing import described_preprocessing, refuse_differences
 from volumes.text import FileError, read_object
 
 from .conditions import check_described
@@ -169,6 +170,8 @@ def check_fit(vae: VolumeAutoencoder, unet: LatentUNet3D, data: Mapping[str, Any
             f"data describes {len(data['intensity'])} channels, the autoencoder makes {vae.config['out_channels']}"
         )
     vae.check_channels(data["channels"])
+    remedy = "Give the pipeline the autoencoder that its U-Net was trained with, and the `data` of that training"
+    refuse_differences(vae.config["data"], described_preprocessing(data), "the autoencoder", remedy)
     check_described(vae, unet, data)
     if unet.config["num_labels"] == 0:
         return

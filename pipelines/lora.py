@@ -14,7 +14,11 @@ import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from torch import nn
 
+from autoencoder import VolumeAutoencoder
+from autoencoder.identity import keep_record
 from diffusion import LatentUNet3D
+from volumes.preprocessing import described_preprocessing, refuse_differences
+from volumes.subjects import join_records
 
 from .lora_files import FACTORS, find_lora, unet_tensors, write_lora
 from .provenance import tensor_digest
@@ -60,9 +64,22 @@ def add_lora(
     )
 
 
-def save_lora(unet: LatentUNet3D, folder: str | PathLike, base: str, adapter_name: str = "default") -> Path:
-    """Write the LoRA `adapter_name` of `unet`. `base` is `unet_hash` of the U-Net without it. Returns the file."""
-    return write_lora(*attached_lora(unet, adapter_name), base, folder)
+def save_lora(
+    unet: LatentUNet3D,
+    folder: str | PathLike,
+    base: str,
+    adapter_name: str = "default",
+    *,
+    trained_on: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the LoRA `adapter_name` of `unet`. Returns the file.
+
+    Args:
+        base: `unet_hash` of the U-Net without it.
+        trained_on: {"data": how its volumes were prepared (`volumes.preprocessing`), "subjects": records of whose they were
+            (`volumes.subjects`), those of the base among them}.
+    """
+    return write_lora(*attached_lora(unet, adapter_name), base, folder, trained_on=trained_on)
 
 
 def attached_lora(unet: LatentUNet3D, adapter_name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -145,12 +162,12 @@ class LoraMixin(LoraBaseMixin):
     """LoRAs of a pipeline's U-Net; `get_active_adapters` and the like are diffusers' own."""
 
     _lora_loadable_modules = ["unet"]
+    vae: VolumeAutoencoder
     unet_name = "unet"
     unet: LatentUNet3D
+    data: dict[str, Any]
     unet_hash: str
     model_hash: str
-    _files: dict[str, Any]
-    _hashed: dict[Any, Any]
 
     @property
     def fused_loras(self) -> set[str]:
@@ -170,9 +187,9 @@ class LoraMixin(LoraBaseMixin):
     ) -> Any:
         """The tensors of a LoRA by their names in its file ("unet.<layer>.lora_A.weight"); with `return_lora_metadata` also
         peft's settings ("unet.r", ...), None in a file without any. Arguments and errors: as `load_lora_weights`."""
-        tensors, settings, _ = find_lora(pretrained_model_name_or_path_or_dict, **source)
-        named = {f"unet.{key}": tensor for key, tensor in tensors.items()}
-        metadata = None if settings is None else {f"unet.{key}": value for key, value in settings.items()}
+        found = find_lora(pretrained_model_name_or_path_or_dict, **source)
+        named = {f"unet.{key}": tensor for key, tensor in found.tensors.items()}
+        metadata = None if found.settings is None else {f"unet.{key}": value for key, value in found.settings.items()}
         return (named, metadata) if return_lora_metadata else named
 
     def load_lora_weights(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -201,10 +218,13 @@ class LoraMixin(LoraBaseMixin):
         require_peft()
         self._check_not_fused("load_lora_weights")
         self._check_changeable("load_lora_weights")
-        tensors, settings, base = find_lora(pretrained_model_name_or_path_or_dict, **source)
+        found = find_lora(pretrained_model_name_or_path_or_dict, **source)
+        tensors, settings, base = found.tensors, found.settings, found.base
         in_memory = isinstance(pretrained_model_name_or_path_or_dict, Mapping)
         name = "the LoRA" if in_memory else str(pretrained_model_name_or_path_or_dict)
         check_lora(self.unet, tensors, name)
+        remedy = "Load it into a pipeline of such volumes, or train it on this pipeline's"
+        refuse_differences(found.data, described_preprocessing(self.data), name, remedy)
         _ = self.model_hash  # keeps that of the weights as they are, before anything is fused into them
         before = set(getattr(self.unet, "peft_config", {}))
         if hotswap:
@@ -232,6 +252,8 @@ class LoraMixin(LoraBaseMixin):
         )
         added = [adapter_name] if hotswap and adapter_name not in acting else set(self.unet.peft_config) - before
         self.unet.set_adapter([*acting, *added])  # pyright: ignore[reportArgumentType]
+        known = self._lora_subjects() | dict.fromkeys(added, found.subjects)
+        self.unet.lora_subjects = known  # pyright: ignore[reportArgumentType]
         self.unet.enable_lora()
         self.unet.requires_grad_(False)
 
@@ -275,15 +297,19 @@ class LoraMixin(LoraBaseMixin):
                 raise ValueError(
                     f"which LoRA is to be saved? adapter_name is one of {attached}, or give unet_lora_layers"
                 )
-            tensors, settings = attached_lora(self.unet, adapter_name or attached[0])
+            name = adapter_name or attached[0]
+            tensors, settings = attached_lora(self.unet, name)
             base = self.unet_hash
+            trained_on = {"data": self.vae.config.get("data"), "subjects": self._lora_subjects().get(name)}
         elif adapter_name is not None:
             raise ValueError("give unet_lora_layers, or the adapter_name of an attached LoRA, not both")
         else:
             state = unet_lora_layers.state_dict() if isinstance(unet_lora_layers, nn.Module) else unet_lora_layers
             tensors = unet_tensors({f"unet.{key}": tensor for key, tensor in state.items()}, "unet_lora_layers")
-            settings, base = unet_lora_adapter_metadata, None
-        return write_lora(tensors, settings, base, folder, weight_name) if is_main_process else folder / weight_name
+            settings, base, trained_on = unet_lora_adapter_metadata, None, None
+        if not is_main_process:
+            return folder / weight_name
+        return write_lora(tensors, settings, base, folder, weight_name, trained_on=trained_on)
 
     def fuse_lora(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -310,6 +336,7 @@ class LoraMixin(LoraBaseMixin):
         """Take fused LoRAs out of the weights again, to rounding."""
         self._check_changeable("unfuse_lora")
         super().unfuse_lora(list(components))
+        keep_record(self.unet)
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
         """Which LoRAs act, and at which scale. As diffusers' own. Raises: ValueError while they are fused."""
@@ -337,11 +364,23 @@ class LoraMixin(LoraBaseMixin):
         """Detach all LoRAs. What was fused stays in the weights, and makes a new model of them."""
         self._check_changeable("unload_lora_weights")
         fused = self.num_fused_loras
+        records = [self._lora_subjects()[name] for name in self.fused_loras] if fused else []
         super().unload_lora_weights()
+        self.unet.lora_subjects = {}  # pyright: ignore[reportArgumentType]
         if fused:
+            self.unet.register_to_config(subjects=join_records(self.unet.config["subjects"], *records))
             self._merged_adapters = set()
-            self._files.pop("unet", None)
-            self._hashed.clear()
+
+    def _lora_subjects(self) -> dict[str, Sequence[Any] | None]:
+        """Records of the training subjects of each attached LoRA; None for one that has none."""
+        known = getattr(self.unet, "lora_subjects", {})
+        return {name: known.get(name) for name in getattr(self.unet, "peft_config", None) or {}}
+
+    @property
+    def training_subjects(self) -> list[dict[str, Any]]:
+        """Records of whose volumes autoencoder, U-Net and attached LoRAs were trained on, see `volumes.subjects`."""
+        parts = [self.vae.config.get("subjects"), self.unet.config.get("subjects")]
+        return join_records(*parts, *self._lora_subjects().values())
 
     def _check_not_compiled(self, what: str) -> None:
         """Raises: ValueError where diffusers would do nothing."""

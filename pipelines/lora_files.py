@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
@@ -20,9 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from autoencoder.weights import HUB, check_keywords, find_folder, loading_keywords, not_on_the_hub
+from volumes.preprocessing import check_preprocessing
+from volumes.subjects import check_subjects
 from volumes.text import FileError
 
 BASE = "base.unet_sha256"  # beside peft's settings, which are `unet.<name>`
+TRAINED_ON = "training."  # data and subjects
 SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 
@@ -33,11 +36,14 @@ def write_lora(
     base: str | None,
     folder: str | PathLike,
     name: str = LORA_WEIGHT_NAME_SAFE,
+    *,
+    trained_on: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a LoRA's tensors by layer ("down_blocks.0.0.conv1.lora_A.weight"), peft's settings if they are known, and the hash
-    of its base. Returns the file."""
+    """Write a LoRA's tensors by layer ("down_blocks.0.0.conv1.lora_A.weight"), and what is known of it: peft's settings, the
+    hash of its base, and the "data" and "subjects" that it was `trained_on` (`LoraFile`). Returns the file."""
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in (settings or {}).items()}
     header = {f"unet.{key}": plain[key] for key in SETTINGS if key in plain} | ({BASE: base} if base else {})
+    header |= {f"{TRAINED_ON}{key}": value for key, value in (trained_on or {}).items() if value is not None}
     path = Path(folder).expanduser() / name
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial_{path.name}")
@@ -50,12 +56,20 @@ def write_lora(
     return path
 
 
-def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None, str | None]:
-    """Tensors by layer ("down_blocks.0.0.conv1.lora_A.weight"), peft's settings (None in a file without any), and the hash of
-    the base U-Net.
+class LoraFile(NamedTuple):
+    """A LoRA: its tensors by layer ("down_blocks.0.0.conv1.lora_A.weight"), and what its file says of it, None where it does
+    not: peft's settings, the hash of the base U-Net, how its training volumes were prepared (`volumes.preprocessing`), and
+    records of whose they were (`volumes.subjects`)."""
 
-    Raises: FileError if the file is no safetensors file, ValueError if it holds no LoRA of a U-Net.
-    """
+    tensors: dict[str, torch.Tensor]
+    settings: dict[str, Any] | None = None
+    base: str | None = None
+    data: dict[str, Any] | None = None
+    subjects: list[Any] | None = None
+
+
+def read_lora(path: Path) -> LoraFile:
+    """Read a LoRA's file. Raises: FileError if it is no safetensors file, ValueError if it holds no LoRA of a U-Net."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
@@ -69,7 +83,13 @@ def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | Non
         raise ValueError(
             f"{path}: is no LoRA as train_ldm.py writes it: of its settings there are only {sorted(settings)}"
         )
-    return unet_tensors(tensors, path), settings or None, header.get(BASE)
+    data, subjects = header.get(f"{TRAINED_ON}data"), header.get(f"{TRAINED_ON}subjects")
+    try:
+        check_preprocessing(data)
+        check_subjects(subjects)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return LoraFile(unet_tensors(tensors, path), settings or None, header.get(BASE), data, subjects)
 
 
 def unet_tensors(state: Mapping[str, torch.Tensor], source: object) -> dict[str, torch.Tensor]:
@@ -97,7 +117,7 @@ def find_lora(
     subfolder: str | None = None,
     use_safetensors: bool | None = None,
     **download: Any,
-) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None, str | None]:
+) -> LoraFile:
     """What `read_lora` reads, of a file, of a folder, of a Hub repository, or from a state dict in memory.
 
     Args:
@@ -110,7 +130,7 @@ def find_lora(
     if isinstance(source, Mapping):
         if weight_name or subfolder:
             raise ValueError("weight_name and subfolder are for folders and repositories; the LoRA is given as a dict")
-        return unet_tensors(source, "the dict"), None, None
+        return LoraFile(unet_tensors(source, "the dict"))
     path = Path(source).expanduser()
     if path.is_file():
         if subfolder or weight_name not in (None, path.name):

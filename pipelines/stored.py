@@ -1,7 +1,9 @@
 """Saving and loading a pipeline, safetensors only, and the hash by which every sidecar names its model."""
 
 import hashlib
+import json
 import os
+import threading
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +13,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 
+from autoencoder.identity import weights_record
 from autoencoder.weights import (
     HUB,
     LOADING,
@@ -19,7 +22,6 @@ from autoencoder.weights import (
     find_folder,
     loading_keywords,
     not_on_the_hub,
-    weight_files,
 )
 
 from .loading import COMPONENTS as PARTS
@@ -28,13 +30,12 @@ from .lora import lora_digest
 from .provenance import content_hash, memory_tensors, stored_tensors
 
 COMPONENTS = ("vae", "unet")
+_hashes: dict[str, str] = {}  # by configs and weights, of whatever pipelines
+_lock = threading.RLock()
 
 
 class StoredPipeline(DiffusionPipeline):
     """What `MedVolumePipeline` is as a folder of files."""
-
-    _files: dict[str, tuple[object, list[Path]]]  # component: the module that was loaded, and from what
-    _hashed: dict[tuple[str, ...], tuple[list[object], str]]  # components: of these modules, their hash
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> Self:
@@ -59,15 +60,11 @@ class StoredPipeline(DiffusionPipeline):
                 raise not_on_the_hub(str(pretrained_model_name_or_path), error) from error
         check_folder(folder, kwargs)
         try:
-            pipe = super().from_pretrained(folder, use_safetensors=True, **kwargs)
+            return super().from_pretrained(folder, use_safetensors=True, **kwargs)
         except ValueError as error:
             if str(folder) in str(error):
                 raise
             raise ValueError(f"{folder}: {error}") from error
-        for name in COMPONENTS:
-            if name not in kwargs:
-                pipe._files[name] = getattr(pipe, name), weight_files(folder / name, kwargs.get("variant"))
-        return pipe
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
@@ -132,9 +129,9 @@ class StoredPipeline(DiffusionPipeline):
     def model_hash(self) -> str:
         """sha256 over configs and weights of autoencoder and U-Net and over `data`: the model's name in every sidecar.
 
-        Of a loaded component the stored tensors count, so that half precision and offloading change nothing. Kept
-        until a component is replaced; training a component in place afterwards is not noticed. LoRAs that act, and
-        their scales, count as well.
+        Of a loaded component the stored tensors count, so that half precision and offloading change nothing, whichever
+        pipelines it is in. Of one that was changed in place since (trained, a LoRA fused for good) those in memory do; what
+        is noticed says `autoencoder.identity`. LoRAs that act, and their scales, count as well.
         """
         weights = self._hash_of(COMPONENTS)
         loras = lora_digest(self.unet)
@@ -146,16 +143,23 @@ class StoredPipeline(DiffusionPipeline):
         return self._hash_of(("unet",))
 
     def _hash_of(self, names: tuple[str, ...]) -> str:
-        parts = [getattr(getattr(self, name), "_orig_mod", getattr(self, name)) for name in names]  # beneath compile
-        kept, value = self._hashed.get(names, ([], ""))
-        if len(kept) != len(parts) or any(a is not b for a, b in zip(kept, parts, strict=True)):
-            contents: dict[str, Any] = {"data": (self.data, ())} if names == COMPONENTS else {}
-            for name, part in zip(names, parts, strict=True):
-                loaded, files = self._files.get(name, (None, []))
-                contents[name] = (part.config, stored_tensors(files) if loaded is part else memory_tensors(part))
-            value = content_hash(contents)
-            self._hashed[names] = parts, value
-        return value
+        parts = {
+            name: getattr(getattr(self, name), "_orig_mod", getattr(self, name)) for name in names
+        }  # beneath compile
+        configs: dict[str, Any] = {"data": self.data} if names == COMPONENTS else {}
+        configs |= {name: dict(part.config) for name, part in parts.items()}
+        with _lock:  # of several calls one computes it
+            records = {name: weights_record(part) for name, part in parts.items()}
+            key = json.dumps(
+                [configs, {name: record.key for name, record in records.items()}], sort_keys=True, default=str
+            )
+            if key not in _hashes:
+                contents: dict[str, Any] = {name: (config, ()) for name, config in configs.items()}
+                for name, part in parts.items():
+                    files = records[name].intact_files
+                    contents[name] = configs[name], stored_tensors(files) if files else memory_tensors(part)
+                _hashes[key] = content_hash(contents)
+            return _hashes[key]
 
     def _dtypes(self) -> str:
         """Every type that weights are computed or stored in: more than one if only a part was cast."""

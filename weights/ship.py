@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from autoencoder import VolumeAutoencoder
+from autoencoder.model import deciding
 from autoencoder.noise import measure_noise
 from diffusion.latent_cache import weights_hash
 from pipelines import MedVolumePipeline
@@ -30,7 +31,7 @@ from pipelines.loading import load_autoencoder
 from training import TrainLdmConfig, parse_config
 from training.splits import load_split
 from volumes import describe
-from volumes.cases import read_table
+from volumes.tables import read_table
 
 LIMIT = 40_000_000  # bytes a shipped pipeline may weigh
 MEASURED_ON = (
@@ -102,10 +103,8 @@ def with_decoder(pipe: MedVolumePipeline, vae: VolumeAutoencoder) -> MedVolumePi
 
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config says of its model: not which versions and folder it came from, nor what is left at None."""
-    return {
-        key: value for key, value in config.items() if value is not None and (key == "_class_name" or key[0] != "_")
-    }
+    """What a config says of its model: not which versions and folder it came from, nor whose volumes it was trained on."""
+    return {"_class_name": config["_class_name"], **deciding(config)}
 
 
 def summaries(results: dict[str, Any]) -> dict[str, Any]:

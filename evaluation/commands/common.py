@@ -1,5 +1,6 @@
 """What a command of evaluate.py is, and the arguments that all of them share."""
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -7,6 +8,9 @@ from accelerate import PartialState
 from jsonargparse import ArgumentParser, Namespace
 
 from volumes import DataConfig
+from volumes.stopping import finishing
+
+from ..seen import add_overlap_argument, check_models
 
 
 class Command(Protocol):
@@ -38,10 +42,17 @@ def run_command(
 ) -> dict[str, Any]:
     """Run it in all processes or in the main one alone, as it wants. Returns the report; {} in those that only waited."""
     state = PartialState()
-    divides = getattr(command, "DIVIDES", False)
-    report = command.run(options, device, dtype) if divides or state.is_main_process else {}
-    state.wait_for_everyone()
-    return report
+    if command.READS_DATA and state.is_main_process:
+        check_judged(options)
+    if getattr(command, "DIVIDES", False):  # it says itself what is finished when a signal comes
+        report = command.run(options, device, dtype)
+        state.wait_for_everyone()
+        return report
+    try:
+        with finishing(f"{command.NAME}, whose report is written at its end"):
+            return command.run(options, device, dtype) if state.is_main_process else {}
+    finally:
+        state.wait_for_everyone()
 
 
 def make_parser(command: Command, data: dict[str, Any] | None, **settings: Any) -> ArgumentParser:
@@ -69,7 +80,35 @@ def add_common_arguments(parser: ArgumentParser, data: dict[str, Any] | None) ->
         default="auto",
         help="auto is bf16 where the hardware has it, else float32",
     )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=[],
+        help="pipelines, autoencoders or LoRAs that had a part in the volumes, where neither another option nor the folder of "
+        "generated volumes names them: what they learned from must not judge",
+    )
+    add_overlap_argument(parser)
     parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
+
+
+def check_judged(options: Namespace) -> None:
+    """`check_models` of the models that a command's options name, and of those that made its generated volumes."""
+    given = dict(options.items())
+    splits = given.get("unseen") or [given.get("split") or "test"]
+    models = [given.get("vae"), given.get("pipeline"), *given["models"]]
+    others = [path for entry in given.get("extractor") or [] if Path(path := entry.partition("=")[2]).is_dir()]
+    made: list[str] = []
+    for key in ("synthetic", "judge_synthetic"):
+        value = given.get(key) or []
+        made += [value] if isinstance(value, str) else value
+    check_models(
+        options.data,
+        splits,
+        list(dict.fromkeys(path for path in models if path)),
+        others=others,
+        generated=[Path(folder) for folder in made if Path(folder).is_dir()],
+        accepted=given["accept_overlap"],
+    )
 
 
 def precision_name(dtype: torch.dtype | None) -> str:
