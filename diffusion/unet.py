@@ -89,6 +89,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         subjects: records of whose volumes it was trained on (`volumes.subjects`); train_ldm.py sets it.
     """
 
+    lora_subjects: dict[str, Any]  # records of the training subjects of each attached LoRA; set when one is loaded
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TimeResidualBlock"]
     # diffusers hooks only modules that are called; these are lists of lists, and what `embed_mask` calls by itself

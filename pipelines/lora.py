@@ -97,7 +97,7 @@ def save_lora(
     config = unet.peft_config[adapter_name].to_dict()
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     settings = {f"unet.{key}": plain[key] for key in SETTINGS} | {BASE: base}
-    settings |= {f"{TRAINED_ON}{key}": value for key, value in (trained_on or {}).items()}
+    settings |= {f"{TRAINED_ON}{key}": value for key, value in (trained_on or {}).items() if value is not None}
     tensors = get_peft_model_state_dict(unet, adapter_name=adapter_name)
     path = Path(folder) / LORA_WEIGHT_NAME_SAFE
     path.parent.mkdir(parents=True, exist_ok=True)
