@@ -6,6 +6,8 @@ from typing import Any
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from volumes.settings import FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
 from .base import VolumeAutoencoder
 from .posterior import DiagonalGaussian3D
 
@@ -31,16 +33,16 @@ class AutoencoderKL3D(VolumeAutoencoder[DiagonalGaussian3D]):
     @register_to_config
     def __init__(
         self,
-        in_channels: int = 1,
-        out_channels: int = 1,
-        latent_channels: int = 4,
-        patch_size: int | Sequence[int] = 2,
-        channels: Sequence[int] = (32, 128),
-        strides: Sequence[int | Sequence[int]] = (2,),
-        encoder_blocks: Sequence[int] = (1, 1),
-        decoder_blocks: Sequence[int] = (1, 3),
-        latents_mean: Sequence[float] | None = None,
-        latents_std: Sequence[float] | None = None,
+        in_channels: PositiveInt = 1,
+        out_channels: PositiveInt = 1,
+        latent_channels: PositiveInt = 4,
+        patch_size: PositiveInt | Sequence[PositiveInt] = 2,
+        channels: Sequence[PositiveInt] = (32, 128),
+        strides: Sequence[PositiveInt | Sequence[PositiveInt]] = (2,),
+        encoder_blocks: Sequence[NonNegativeInt] = (1, 1),
+        decoder_blocks: Sequence[NonNegativeInt] = (1, 3),
+        latents_mean: Sequence[FiniteFloat] | None = None,
+        latents_std: Sequence[PositiveFloat] | None = None,
         per_channel: bool | None = None,
         channel_names: Sequence[str] | None = None,
         data: dict[str, Any] | None = None,

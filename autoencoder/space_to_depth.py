@@ -13,6 +13,8 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from volumes.settings import FiniteFloat, PositiveFloat, PositiveInt
+
 from .base import LIVE_ACTIVATIONS, VolumeAutoencoder
 from .layers import as_stride
 from .posterior import LatentDistribution
@@ -38,12 +40,12 @@ class SpaceToDepth3D(VolumeAutoencoder[LatentDistribution]):
     @register_to_config
     def __init__(
         self,
-        in_channels: int = 1,
-        out_channels: int | None = None,
-        latent_channels: int | None = None,
-        patch_size: int | Sequence[int] = 1,
-        latents_mean: Sequence[float] | None = None,
-        latents_std: Sequence[float] | None = None,
+        in_channels: PositiveInt = 1,
+        out_channels: PositiveInt | None = None,
+        latent_channels: PositiveInt | None = None,
+        patch_size: PositiveInt | Sequence[PositiveInt] = 1,
+        latents_mean: Sequence[FiniteFloat] | None = None,
+        latents_std: Sequence[PositiveFloat] | None = None,
         channel_names: Sequence[str] | None = None,
         data: dict[str, Any] | None = None,
         subjects: Sequence[Any] | None = None,

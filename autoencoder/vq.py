@@ -3,11 +3,13 @@ Khader et al. 2023)."""
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
+
+from volumes.settings import FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, ShareBelowOne
 
 from .base import VolumeAutoencoder
 from .codebook import Codebook
@@ -55,18 +57,18 @@ class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
     @register_to_config
     def __init__(
         self,
-        in_channels: int = 1,
-        out_channels: int = 1,
-        latent_channels: int = 8,
-        num_codes: int = 2048,
-        codebook_decay: float = 0.99,
-        patch_size: int | Sequence[int] = 2,
-        channels: Sequence[int] = (32, 128),
-        strides: Sequence[int | Sequence[int]] = (2,),
-        encoder_blocks: Sequence[int] = (1, 1),
-        decoder_blocks: Sequence[int] = (1, 3),
-        latents_mean: Sequence[float] | None = None,
-        latents_std: Sequence[float] | None = None,
+        in_channels: PositiveInt = 1,
+        out_channels: PositiveInt = 1,
+        latent_channels: PositiveInt = 8,
+        num_codes: Annotated[int, Range(2)] = 2048,
+        codebook_decay: ShareBelowOne = 0.99,
+        patch_size: PositiveInt | Sequence[PositiveInt] = 2,
+        channels: Sequence[PositiveInt] = (32, 128),
+        strides: Sequence[PositiveInt | Sequence[PositiveInt]] = (2,),
+        encoder_blocks: Sequence[NonNegativeInt] = (1, 1),
+        decoder_blocks: Sequence[NonNegativeInt] = (1, 3),
+        latents_mean: Sequence[FiniteFloat] | None = None,
+        latents_std: Sequence[PositiveFloat] | None = None,
         channel_names: Sequence[str] | None = None,
         data: dict[str, Any] | None = None,
         subjects: Sequence[Any] | None = None,

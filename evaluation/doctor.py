@@ -21,15 +21,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jsonargparse import Namespace
-from tqdm import tqdm
 
 from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
 from volumes import Case, DataConfig, VolumeDataset
 from volumes.conditions import describe_numbers
+from volumes.live_bar import LiveBar
 
 from .doctor_cases import Examined, Finding, examine_cases, fail, find_cases, warn
-from .doctor_config import Run, build_models, check_fit, estimate, plan
+from .doctor_config import Run, build_models, check_fit, check_settings, estimate, plan
 from .doctor_data import (
     check_conditions,
     check_crops,
@@ -41,7 +41,9 @@ from .doctor_data import (
     check_size,
 )
 from .doctor_leaks import check_leaks
+from .doctor_limits import check_evaluation
 from .doctor_model import check_latents, check_limits, compare_limits, latent_summary
+from .doctor_start import advise_start
 from .report import config_parser, provenance, read_config, write_report
 from .seen import overlap_findings, read_judged
 
@@ -54,10 +56,11 @@ def main(args: list[str] | None = None) -> int:
     folder = Path(options.config).parent
     if options.shape:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        run = Run.of(sections)
-        run = run if options.precision is None else replace(run, bf16=options.precision == "bf16")
-        asked = {"memory": options.memory, "dry_run": options.dry_run, "device": device}
-        findings, measured = plan(config, sections, run, options.shape, folder, **asked)
+        findings, measured = check_settings(sections), {}
+        if not findings:
+            run = Run.of(sections, options.precision, accelerator=options.memory is not None)
+            asked = {"memory": options.memory, "dry_run": options.dry_run, "device": device}
+            findings, measured = plan(config, sections, run, options.shape, folder, **asked)
     else:
         findings, measured = before_training(config, sections, folder)
     if options.pipeline and not any(one.level == "FAIL" and one.check in ("files", "splits") for one in findings):
@@ -94,7 +97,7 @@ def parse(args: list[str] | None) -> Namespace:
     parser.add_argument("--dry_run", action="store_true", help="with --shape: run one step of each stage, and measure")
     parser.add_argument("--memory", type=float, help="with --shape: GiB of the accelerator that is planned for")
     parser.add_argument(
-        "--precision", type=Literal["no", "bf16"], help="with --shape: of training; default: the config's"
+        "--precision", type=Literal["no", "bf16", "fp16"], help="with --shape: of training; default: the config's"
     )
     parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
     parser.add_argument("--output", type=str, help="report to write, a JSON file")
@@ -116,14 +119,15 @@ def before_training(config: DataConfig, sections: dict[str, Any], folder: Path) 
     cases, findings = find_cases(config)
     if not cases:
         return findings, {}
-    with tqdm(total=len(cases), unit="volume", disable=None, desc="examining") as progress:
+    with LiveBar(total=len(cases), unit="volume", disable=None, desc="examining") as progress:
         examined, refused = examine_cases(cases, config, lambda name: progress.update())
-    findings += check_found(cases, examined, refused, config) + check_size(cases)
+    findings += check_found(cases, examined, refused, config)
     if not examined:
         return findings, {}
     findings += check_leaks(examined) + check_geometry(examined, config) + check_intensity(examined, config)
     dropout = (sections.get("model") or {}).get("condition_dropout") or {}
     findings += check_labels(examined) + check_conditions(examined, config, dropout)
+    findings += check_evaluation(examined, config)
     found, measured = check_model(examined, config, sections, folder)
     for path in dict.fromkeys(str(sections[key]) for key in ("vae", "init_from") if sections.get(key)):
         if Path(path).exists():  # else that it is missing is said above
@@ -151,11 +155,13 @@ def before_training(config: DataConfig, sections: dict[str, Any], folder: Path) 
 def check_model(
     examined: Sequence[Examined], config: DataConfig, sections: dict[str, Any], folder: Path
 ) -> tuple[list[Finding], dict[str, Any]]:
-    """The model section built and run without numbers: crops, padding, memory."""
+    """The model section built and run without numbers: crops, padding, memory; and what a small set may start from."""
+    latent = "vae" in sections
+    if wrong := check_settings(sections):
+        return [*wrong, *check_size(examined, None, latent)], {}
     if not sections.get("model"):
-        return [
-            warn("model", "the config has no section `model`: memory is not estimated", "give a training config")
-        ], {}
+        missing = "the config has no section `model`: memory is not estimated"
+        return [*check_size(examined, None, latent), warn("model", missing, "give a training config")], {}
     train = [one.numbers for one in examined if one.case.split == "train"]
     numbers = describe_numbers(config.numbers, train) if config.numbers else {}
     try:
@@ -163,11 +169,15 @@ def check_model(
     except (TypeError, ValueError, KeyError) as error:
         return [fail("model", f"cannot be built: {error}", "correct the section `model`, or `vae`")], {}
     vae, run = models.vae, Run.of(sections)
+    start = (
+        None if latent or sections.get("init_from") else advise_start(vae, config, [one.spacing for one in examined])
+    )
+    findings += check_size(examined, start, latent)
     if wrong := check_fit(models, run, config):
         return [*findings, *wrong], {}
     findings += check_padding(examined, vae.stride)
     if models.unet is None and list(vae.parameters()):
-        findings += check_crops(examined, run.crop, vae.stride)
+        findings += check_crops(examined, run.crops.shape, vae.stride)
     found, measured = estimate(models, run, [one.model_shape for one in examined], config)
     return findings + found, measured
 
@@ -182,7 +192,7 @@ def after_training(
     split = {name: [case for case in cases if case.split == name] for name in ("train", "test")}
     vae = load_autoencoder(folder).to(on)  # pyright: ignore[reportArgumentType]
     train = VolumeDataset(split["train"], lenient)
-    with tqdm(total=len(train), unit="volume", disable=None, desc="encoding training volumes") as progress:
+    with LiveBar(total=len(train), unit="volume", disable=None, desc="encoding training volumes") as progress:
         summary = latent_summary(vae, train, lambda name: progress.update())
     voxels, spacings = read_judged(cases, config)
     findings = overlap_findings(folder, cases, config, voxels, spacings if config.spacing is None else None)
@@ -196,7 +206,7 @@ def after_training(
     pipe.to(on)
     pipe.set_progress_bar_config(disable=True)
     judged, floor = (VolumeDataset(_spread(split[name], volumes), lenient) for name in ("test", "train"))
-    with tqdm(total=len(judged), unit="volume", disable=None, desc="reconstructing and generating") as progress:
+    with LiveBar(total=len(judged), unit="volume", disable=None, desc="reconstructing and generating") as progress:
         try:
             limits = compare_limits(pipe, judged, floor, steps=steps, on_volume=lambda name: progress.update())
         except ValueError as error:

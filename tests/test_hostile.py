@@ -234,10 +234,12 @@ def test_links_of_an_autoencoder_and_circles_are_refused(folder, tmp_path):
         MedVolumePipeline.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("names", [["CT"], 7])
-def test_components_that_do_not_fit_are_refused_by_the_folder(folder, names):
+@pytest.mark.parametrize(
+    ("names", "said"), [(["CT"], ": the data's channels are"), (7, "/vae: .*channel_names: got 7, expected a list")]
+)
+def test_components_that_do_not_fit_are_refused_by_the_folder(folder, names, said):
     change_json(folder / "vae" / "config.json", channel_names=names)
-    with pytest.raises(ValueError, match=f"{folder}: the data's channels are"):
+    with pytest.raises(ValueError, match=f"{folder}{said}"):
         MedVolumePipeline.from_pretrained(folder)
 
 

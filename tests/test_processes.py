@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -86,6 +87,24 @@ def test_sigterm_to_one_process_stops_all_with_a_checkpoint(tmp_path):
     assert f"SIGTERM: wrote {checkpoint}" in (tmp_path / "log.0").read_text()
     with pytest.raises(RuntimeError, match="was written by 2 processes, this run has 1; launch as many as before"):
         forked.run("train_vae", [*args, "--loop.workers=0", "--resume=latest"], tmp_path / "alone.txt")
+
+
+def test_an_interrupt_of_all_processes_stops_them_at_one_step(tmp_path):
+    """As a terminal sends it: to both trainings, and to those that load their data."""
+    lines, run = tmp_path / "losses.jsonl", tmp_path / "run"
+    two = forked.start_two(
+        "train_vae", [*LONG, f"--output={run}", "--loop.workers=1"], tmp_path / "log.txt", losses=lines
+    )
+    when(lines.is_file, two)
+    for one in two:
+        children = Path(f"/proc/{one.pid}/task/{one.pid}/children").read_text().split()
+        for pid in (*map(int, children), one.pid):
+            os.kill(pid, signal.SIGINT)
+    assert [forked.ended(one) for one in two] == [130, 130]
+    (checkpoint,) = list_checkpoints(run / "checkpoints")
+    said = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
+    assert f"SIGINT: wrote {checkpoint}" in said[0] and "go on with the same launcher and: train_vae.py" in said[0]
+    assert [text.count("Ctrl-C: finishing step") for text in said] == [1, 0] and "Traceback" not in "".join(said)
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):

@@ -31,7 +31,7 @@ from pipelines.loading import load_autoencoder
 from training import TrainLdmConfig, parse_config
 from training.splits import load_split
 from volumes import describe
-from volumes.cases import read_table
+from volumes.tables import read_table
 
 LIMIT = 40_000_000  # bytes a shipped pipeline may weigh
 MEASURED_ON = (
