@@ -294,7 +294,7 @@ def train_as(config: TrainLdmConfig, accelerator: Accelerator) -> dict[str, floa
     contents = {**digests(train), "autoencoder": weights_hash(vae.encoder)}
     metrics = Loop(accelerator, config, step, latents, validation, collate, contents).run()
 
-    records = [*earlier, own_record(train, held_out)]
+    records = join_records([*earlier, own_record(train, held_out)])
     if accelerator.is_main_process and base:
         trained_on = {"data": train.preprocessing, "subjects": records}
         logger.info("saved %s", save_lora(learner.average, output / "lora", base, trained_on=trained_on))

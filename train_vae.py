@@ -344,7 +344,7 @@ def finish(
         vae.set_latent_statistics(*latent_statistics(vae, volumes))
     if len(train.channels) > 1:
         vae.register_to_config(channel_names=train.channels)
-    vae.register_to_config(data=train.preprocessing, subjects=[*earlier, own_record(train, held_out)])
+    vae.register_to_config(data=train.preprocessing, subjects=join_records([*earlier, own_record(train, held_out)]))
     save_model(vae, output / "vae")
     logger.info(
         "saved %s (latents: mean %s, std %s)", output / "vae", vae.config["latents_mean"], vae.config["latents_std"]

@@ -28,7 +28,7 @@ from jsonargparse import Namespace
 
 from volumes.command import run_command
 
-from .report import config_parser
+from .report import add_overlap_argument, config_parser
 
 
 def parse(args: Sequence[str] | None) -> Namespace:
@@ -47,6 +47,7 @@ def parse(args: Sequence[str] | None) -> Namespace:
     parser.add_argument(
         "--alpha", type=float, default=0.05, help="fraction of unseen real subjects that may be refused"
     )
+    add_overlap_argument(parser)
     parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
     assert isinstance(parsed, Namespace)
     return parsed
@@ -243,7 +244,8 @@ def check_unseen_subjects(known: CopyCheck, records: Sequence[Mapping[str, Any]]
         raise ValueError(
             f"{name}: {count} of the {len(unseen)} volumes by which its threshold was set are among those that the model learned "
             "from, so copies would pass; make the fingerprints with the split of the model's training (data.split, "
-            "data.test_fraction, data.split_seed, data.subject as in the config.yaml of its run)"
+            "data.test_fraction, data.split_seed, data.subject as in the config.yaml of its run). If they are other people who "
+            "only share names, make them with --accept_overlap"
         )
     if known.subjects and (missing := unknown_volumes(records, known.subjects.get("training", []))):
         logger.warning(
@@ -296,7 +298,8 @@ def main(args: Sequence[str] | None = None) -> CopyCheck:
     check = CopyCheck.of(known, crop, block=options.block, flips=tuple(sorted(set(options.flips))), shift=options.shift)
     with LiveBar(others, unit="volume", disable=None, desc="comparing unseen volumes") as progress:
         scores = np.array([check.check(volume).similarity for volume in progress])
-    marks = {"training": training.marks, "unseen": unseen.marks}
+    others_marks = [{"voxels": one["voxels"]} for one in unseen.marks] if options.accept_overlap else unseen.marks
+    marks = {"training": training.marks, "unseen": others_marks}
     check = dataclasses.replace(check, threshold=conformal_threshold(scores, subjects, options.alpha), subjects=marks)
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     check.save(options.output)

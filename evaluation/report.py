@@ -135,5 +135,5 @@ def add_overlap_argument(parser: argparse.ArgumentParser | jsonargparse.Argument
     parser.add_argument(
         "--accept_overlap",
         action="store_true",
-        help="judge although a model has seen subjects of these names: they are other people",
+        help="go on although a model has seen subjects of the same names: they are other people",
     )

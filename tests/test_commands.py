@@ -32,6 +32,7 @@ SCRIPTS = [
     "evaluate.py",
     "demo.py",
     "docs/pictures.py",
+    "weights/record.py",
     "weights/ship.py",
 ]
 SCRIPTS += ["tests/fuzz.py", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("configs/**/prepare.py")))]
