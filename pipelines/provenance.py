@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from volumes import in_one_step, nifti_path
+from volumes.names import Disk
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -91,12 +92,17 @@ def sidecar_path(path: str | os.PathLike) -> Path:
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
 
 
+def sidecars(folder: Path) -> list[Path]:
+    """The JSON files in a folder that may be sidecars, sorted; not what macOS leaves beside them (`._case_000.json`)."""
+    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+
+
 def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:
     """The record beside the volume at `path`; None if there is none.
 
     Raises: ValueError on a file that is no sidecar of ours.
     """
-    sidecar = sidecar_path(path)
+    sidecar = Disk().find(sidecar_path(path))
     if not sidecar.is_file():
         return None
     try:
