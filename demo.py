@@ -41,6 +41,7 @@ from matplotlib.figure import Figure
 import generate
 from pipelines import MedVolumePipeline, read_sidecar, volume_files
 from pipelines.editing import remove_lesion
+from pipelines.provenance import sidecars
 from volumes import read_mask, read_volume, shapes_figure, slices_figure, write_volume
 from volumes.tables import read_table
 
@@ -136,7 +137,7 @@ def preview(folder: Path, masks: Path, data: dict[str, Any]) -> Figure:
     volumes as slices, a column each, below the mask."""
     shapes: dict[str, list[Any]] = {}
     columns: dict[str, dict[str, Any]] = {}  # by sidecar: one a volume, whatever the number of its files
-    for sidecar in sorted(folder.glob("*.json")):
+    for sidecar in sidecars(folder):
         volume = sidecar.with_suffix(".nii.gz")
         record = read_sidecar(volume)
         assert record is not None

@@ -122,6 +122,7 @@ from pipelines import (
     volume_files,
     write_synthetic,
 )
+from pipelines.provenance import sidecars
 from pipelines.requests import Request, mask_requests, read_requests
 from pipelines.trained_on import GENERATED
 from training import ending_with_others, join_processes
@@ -417,7 +418,7 @@ def write_manifest(output: Path) -> int:
     columns = ("file", "mask", "mask_sha256", "seed", "num_inference_steps", "scheduler", "dtype", "model", "software")
     rows: list[dict[str, Any]] = []
     names: dict[str, None] = {}  # in order
-    for sidecar in sorted(output.glob("*.json")):
+    for sidecar in sidecars(output):
         path = sidecar.with_suffix(".nii.gz")
         try:
             record = read_sidecar(path)
