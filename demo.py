@@ -134,7 +134,7 @@ def edit(pipeline: Path, data: dict[str, Any], output: Path, steps: int) -> None
 
 def preview(folder: Path, masks: Path, data: dict[str, Any]) -> Figure:
     """What is in `folder`, made of masks in `masks`. Shapes are drawn as surfaces, a row for each combination of classes; other
-    volumes as slices, a column each, below the mask."""
+    volumes as slices, a row each (of several channels a row a channel), beside the mask."""
     shapes: dict[str, list[Any]] = {}
     columns: dict[str, dict[str, Any]] = {}  # by sidecar: one a volume, whatever the number of its files
     for sidecar in sidecars(folder):
