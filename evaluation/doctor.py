@@ -59,13 +59,13 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
 from volumes import Case, DataConfig, VolumeDataset
 from volumes.conditions import describe_numbers
+from volumes.devices import find_device
 
 from .doctor_cases import Examined, Finding, examine_cases, fail, find_cases, warn
 from .doctor_config import Run, build_models, check_fit, estimate, plan
@@ -91,7 +91,7 @@ def main(args: list[str] | None = None) -> int:
     sections = read_config(Path(options.config))
     folder = Path(options.config).parent
     if options.shape:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = find_device(options.device)
         run = Run.of(sections)
         run = run if options.precision is None else replace(run, bf16=options.precision == "bf16")
         asked = {"memory": options.memory, "dry_run": options.dry_run, "device": device}
@@ -178,7 +178,7 @@ def after_training(
     config: DataConfig, folder: Path, volumes: int, steps: int, device: str | None
 ) -> tuple[list[Finding], dict[str, Any]]:
     """Latents of the training volumes, and of a whole pipeline what limits its quality on real test volumes."""
-    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on = find_device(device)
     cases, _ = find_cases(config)
     lenient = replace(config, on_error="skip")  # what is refused was named before
     split = {name: [case for case in cases if case.split == name] for name in ("train", "test")}

@@ -72,6 +72,8 @@ from tqdm import tqdm
 from diffusion.guidance import check_guidance
 from pipelines import MedVolumePipeline
 from volumes import Case, DataConfig, VolumeDataset, load_cases
+from volumes.devices import find_device
+from volumes.text import read_object
 
 from .features import EncoderStatistics, RandomStatistics
 from .report import provenance, write_report
@@ -100,7 +102,7 @@ COLUMNS = (
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Judge what is missing from the report, and write it."""
     options = parse(args)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(options.device)
     pipe: Any = MedVolumePipeline.from_pretrained(options.pipeline)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
@@ -191,7 +193,7 @@ def earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The report to go on with. Raises: ValueError for one that was measured otherwise."""
     if not path.exists():
         return {"evaluation": "samplers", "settings": settings, "combinations": []}
-    report = json.loads(path.read_text())
+    report = read_object(path)
     if report.get("evaluation") != "samplers":
         raise ValueError(f"{path}: is no report of evaluation.samplers; choose another --output")
     if different := sorted(key for key, value in settings.items() if report["settings"].get(key) != value):
