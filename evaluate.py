@@ -57,6 +57,7 @@ from evaluation.labels import write_masks
 from evaluation.segmentation_data import learning_cases
 from training import ending_with_others, join_processes, resolve_precision
 from volumes import load_cases
+from volumes.devices import find_device
 from volumes.stopping import stoppable
 
 LONGEST_WAIT = timedelta(days=2)  # of processes for each other: for the longest training, or what one does alone
@@ -69,7 +70,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     options = values[command.name]
     state = join_processes(LONGEST_WAIT)
     own = str(state.device) if torch.cuda.is_available() else "cpu"
-    device = torch.device(options.get("device") or own)
+    device = find_device(options.get("device") or own)
     precision = resolve_precision(options.get("precision", "no"))
     again = "run the same command again: it goes on with what is there"
     with ending_with_others(state, again), stoppable(again):

@@ -41,6 +41,7 @@ from autoencoder import gradient_loss, kl_loss, l1_loss, mse_loss
 from training import AutoencoderLosses, CropConfig, TrainVaeConfig, parse_config
 from training.splits import PaddedVolumes, load_split
 from volumes import CropDataset, DataConfig, PhantomConfig, VolumeDataset
+from volumes.devices import find_device
 
 from .jobs import autocast, build_autoencoder
 from .measure import Work
@@ -185,5 +186,6 @@ def psnr(net: nn.Module, volumes: PaddedVolumes, device: str) -> float:
 def main(args: Sequence[str] | None = None) -> None:
     options = parse(args)
     options.output.mkdir(parents=True, exist_ok=True)
+    find_device(options.device)  # or it is refused
     work = training(options.model, options.minutes, options.device, options.precision, str(options.output))
     print(json.dumps(work.facts | dict(work.run() or {}), indent=2))

@@ -41,6 +41,7 @@ from evaluation import provenance, write_report
 from pipelines import MedVolumePipeline
 from training import resolve_precision
 from volumes import read_mask
+from volumes.devices import find_device
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     masks = find_masks(options.pipeline, options.masks)
     dtype = torch.bfloat16 if resolve_precision(options.precision) == "bf16" else torch.float32
     pipe = MedVolumePipeline.from_pretrained(options.pipeline, dtype=dtype)
-    pipe.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe.to(find_device(options.device))
     pipe.set_progress_bar_config(disable=True)
     report = {
         "benchmark": "generation",

@@ -4,7 +4,6 @@ python -m benchmarks.headline docs/performance.json --readme README.md
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
 from .records import Record, find, short, whole_sample
-from .report import table
+from .report import read_bench, table
 
 BEGIN, END = "<!-- performance: written by benchmarks.headline -->", "<!-- end of performance -->"
 FLOAT32: dict[str, Any] = {"precision": "float32"}
@@ -84,5 +83,5 @@ def main(args: Sequence[str] | None = None) -> None:
         raise ValueError(f"{options.readme}: needs the lines {BEGIN} and {END}, between which the table goes")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    made = table(["", "ours", "peer", ""], rows(json.loads(options.bench.read_text())["measurements"]))
+    made = table(["", "ours", "peer", ""], rows(read_bench(options.bench)["measurements"]))
     options.readme.write_text(f"{before}{BEGIN}\n{made}{END}{after}")

@@ -4,13 +4,13 @@ The plots go beside the Markdown. Nothing in it is written by hand.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from volumes.command import ArgumentParser, run_command
+from volumes.text import read_object
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -378,9 +378,17 @@ def markdown(bench: dict[str, Any]) -> str:
     return text
 
 
+def read_bench(path: Path) -> dict[str, Any]:
+    """A bench.json. Raises: ValueError naming a file that is none."""
+    bench = read_object(path)
+    if not isinstance(bench.get("measurements"), list):
+        raise ValueError(f"{path}: holds no measurements; give a bench.json of python -m benchmarks.run")
+    return bench
+
+
 def main(args: Sequence[str] | None = None) -> None:
     options = parse(args)
-    bench = json.loads(options.bench.read_text())
+    bench = read_bench(options.bench)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     text = markdown(bench)
     for name in plots.draw(bench["measurements"], options.output.parent):

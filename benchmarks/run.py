@@ -41,6 +41,8 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
+from volumes.devices import find_device
+
 from . import report
 from .bench import Bench
 from .measure import FAILED, available_memory
@@ -57,6 +59,7 @@ def main(args: Sequence[str] | None = None) -> Path:
     sizes = QUICK if options.quick else Sizes()
     if options.equal_time_minutes is not None:
         sizes = replace(sizes, equal_time_minutes=options.equal_time_minutes)
+    find_device(options.device)  # or it is refused
     bench = Bench(options.output, options.device, memory=int(0.85 * available_memory(options.device)))
     if options.keep:
         bench.keep(options.parts)

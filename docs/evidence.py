@@ -31,13 +31,16 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 from evaluation.page import write_page
 from evaluation.page.render import ORDER
 from evaluation.samplers import markdown
+from volumes.text import read_object
 from weights.ship import fill, summaries
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Write docs/evidence.md."""
     options = parse(args)
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(options.reports.glob("*.json"))}
+    found = {path.stem: read_object(path) for path in sorted(options.reports.glob("*.json"))}
+    if not any(name in found for name in ORDER):
+        raise ValueError(f"--reports {options.reports}: no JSON reports of evaluate.py there")
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, f"{name}.json") for name in ORDER if name in found]
         for path in paths:  # without the pictures of pairs, which show scans and are not beside them

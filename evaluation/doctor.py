@@ -59,12 +59,12 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
 import numpy as np
-import torch
 
 from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
 from volumes import Case, DataConfig, VolumeDataset
 from volumes.conditions import describe_numbers
+from volumes.devices import find_device
 from volumes.live_bar import LiveBar
 
 from .doctor_cases import Examined, Finding, examine_cases, fail, find_cases, warn
@@ -94,7 +94,7 @@ def main(args: list[str] | None = None) -> int:
     sections = read_config(Path(options.config))
     folder = Path(options.config).parent
     if options.shape:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = find_device(options.device)
         findings, measured = check_settings(sections), {}
         if not findings:
             run = Run.of(sections, options.precision, accelerator=options.memory is not None)
@@ -194,7 +194,7 @@ def after_training(
     config: DataConfig, folder: Path, volumes: int, steps: int, device: str | None
 ) -> tuple[list[Finding], dict[str, Any]]:
     """Latents of the training volumes, and of a whole pipeline what limits its quality on real test volumes."""
-    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on = find_device(device)
     cases, _ = find_cases(config)
     lenient = replace(config, on_error="skip")  # what is refused was named before
     split = {name: [case for case in cases if case.split == name] for name in ("train", "test")}

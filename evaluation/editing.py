@@ -49,6 +49,7 @@ from pipelines import MedVolumePipeline
 from pipelines.editing import grown
 from pipelines.inpainting import MARGIN
 from volumes import Case, Volume, load_cases, read_mask, read_volume
+from volumes.devices import find_device
 from volumes.live_bar import LiveBar
 
 from .intervals import INTERVAL, subject_draws
@@ -165,6 +166,7 @@ def summary(rows: Sequence[dict[str, Any]], subjects: Sequence[str]) -> dict[str
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, write the report and return it."""
     options = parse(args)
+    device = find_device(options.device or "cpu")
     options.margin = MARGIN if options.margin is None else options.margin
     cases = [case for case in load_cases(options.data) if case.split == options.split and case.mask is not None]
     if not cases:
@@ -175,7 +177,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         raise ValueError(f"the jump is measured of one channel, the model makes {pipe.data['channels']}")
     check_pipeline(pipe, options.data, cases, options.pipeline, accepted=options.accept_overlap)
     pipe.set_progress_bar_config(disable=True)
-    result = measure(pipe.to(options.device) if options.device else pipe, cases, options)
+    result = measure(pipe.to(device), cases, options)
     settings = {key: options[key] for key in ("pipeline", "split", "strength", "margin", "steps", "seed")}
     report = {"evaluation": "editing", "settings": settings, "depths": list(DEPTHS), "regions": result, **provenance()}
     write_report(options.output, report)

@@ -73,8 +73,10 @@ from diffusion.denoise import set_timesteps
 from diffusion.guidance import check_guidance, guidance_in_effect
 from pipelines import MedVolumePipeline
 from volumes import Case, DataConfig, VolumeDataset, load_cases
+from volumes.devices import find_device
 from volumes.live_bar import LiveBar
 from volumes.stopping import finishing, stoppable
+from volumes.text import read_object
 
 from .features import EncoderStatistics, RandomStatistics
 from .limits import check_command
@@ -110,7 +112,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
 
 def judge_missing(options: Namespace) -> dict[str, Any]:
     """`main`, of these options."""
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(options.device)
     cases, config = load_cases(options.data), options.data
     check_command("samplers", cases, config, {"unseen": [options.split]})
     pipe: Any = MedVolumePipeline.from_pretrained(options.pipeline)
@@ -206,7 +208,7 @@ def earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The report to go on with. Raises: ValueError for one that was measured otherwise."""
     if not path.exists():
         return {"evaluation": "samplers", "settings": settings, "combinations": []}
-    report = json.loads(path.read_text())
+    report = read_object(path)
     if report.get("evaluation") != "samplers":
         raise ValueError(f"{path}: is no report of evaluation.samplers; choose another --output")
     if different := sorted(key for key, value in settings.items() if report["settings"].get(key) != value):

@@ -153,7 +153,7 @@ def run_command(parse: Callable[[], object]) -> NoReturn:
         if message is None or TRACEBACK in sys.argv:
             raise
         if first_to_say(message):
-            print(f"{program}: error: {message}\n({TRACEBACK} shows where)", file=sys.stderr, flush=True)
+            print(f"{program}: error: {message} ({TRACEBACK} shows where)", file=sys.stderr, flush=True)
         sys.exit(1)
     sys.exit(status if type(status) is int else 0)
 
@@ -187,7 +187,7 @@ def users_message(error: BaseException) -> str | None:
     if "\nOriginal Traceback" in str(error):  # PyTorch's, from a process that loads data: the text is all there is
         return workers_message(str(error))
     notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-    name = type(error).__name__
+    name, kinds = type(error).__name__, {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         remedy = REMEDIES.get(error.errno)
         where = "".join(f"{file}: " for file in (error.filename,) if file is not None)
@@ -195,9 +195,9 @@ def users_message(error: BaseException) -> str | None:
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         return None if package in ("", *ROOMS) else f"{error}; pip install it, or run this with .venv/bin/python"
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError":  # torch's
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds:  # torch's
         return f"out of memory ({str(error).strip().splitlines()[0] if str(error) else name}); use smaller batches or volumes"
-    damaged = isinstance(error, (EOFError, zlib.error, zipfile.BadZipFile)) or name in ("SafetensorError", "YAMLError")
+    damaged = isinstance(error, (EOFError, zlib.error, zipfile.BadZipFile)) or kinds & {"SafetensorError", "YAMLError"}
     if damaged or isinstance(error, (ValueError, OSError, CannotContinue)):
         return f"{str(error).strip() or name}{notes}"
     return None

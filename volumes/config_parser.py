@@ -34,6 +34,9 @@ class ConfigParser(jsonargparse.ArgumentParser):
         parser: argparse.ArgumentParser = getattr(ex, "subcommand_parser", None) or self
         program = parser.prog.replace(" [options]", "")
         options = [*self._option_string_actions, *parser._option_string_actions]
+        head, required, names = message.partition("arguments are required: ")
+        flags = [f"--{name}" if f"--{name}" in options else name for name in names.split(", ")]
+        message = f"{head}{required}{', '.join(flags)}" if required else message
         self.exit(2, error_line(program, message, self.typed, options))
 
 

@@ -13,7 +13,6 @@ error, so a card cannot claim what was not measured.
 
 import argparse
 import csv
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -56,6 +55,7 @@ from training import TrainLdmConfig, parse_config
 from training.splits import load_split
 from volumes import describe
 from volumes.tables import read_table
+from volumes.text import read_object
 
 LIMIT = 40_000_000  # bytes a shipped pipeline may weigh
 MEASURED_ON = (
@@ -78,7 +78,7 @@ def main(args: list[str] | None = None) -> None:
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
     reports = sorted(options.results.glob("*.json"))
-    results = {path.stem: json.loads(path.read_text()) for path in reports}
+    results = {path.stem: read_object(path) for path in reports}
 
     pipe = MedVolumePipeline.from_pretrained(options.pipeline)
     if options.vae:

@@ -13,6 +13,7 @@ does not say either whose the glands are: two are of each patient, and the autho
 
 import argparse
 import csv
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +45,8 @@ REQUESTS = 1000
 def prepare(npz: Path, output: Path) -> list[dict[str, str]]:
     """Write the shapes and the tables; returns the rows of shapes.csv."""
     rows = []
+    if not zipfile.is_zipfile(npz):
+        raise ValueError(f"{npz}: is no .npz file, or not whole; give adrenalmnist3d_64.npz of MedMNIST+")
     with np.load(npz) as file:
         for theirs, ours in SPLITS.items():
             shapes, labels = file[f"{theirs}_images"], file[f"{theirs}_labels"].ravel()
