@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 import types
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
@@ -14,9 +15,10 @@ import yaml
 import training.config
 from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
 from diffusion import LatentAugmentation, LatentUNet3D
+from evaluation.report import read_config
 from training import TrainLdmConfig, TrainVaeConfig, build_model, parse_config
 from training.config import AdversarialConfig, CropConfig, crop_faults
-from volumes import DataConfig, IntensityScaling, PhantomConfig
+from volumes import DataConfig, IntensityScaling, PhantomConfig, load_cases
 from volumes.settings import Number, PositiveInt, Range, construct, describe, faults, hints_of, show_ranges
 
 VAE = "autoencoder.AutoencoderKL3D"
@@ -273,6 +275,34 @@ def test_paths_begin_at_home(monkeypatch, tmp_path):
         {0: "~"},
         f"{home}/vgg",
     )
+
+
+def test_home_is_found_in_every_path_of_a_data_section(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "scans").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "scans" / f"{name}.nii.gz").write_bytes(b"not read")
+    (tmp_path / "table.csv").write_text("file\n~/scans/a.nii.gz\n~/scans/b.nii.gz\n")
+    expected = [tmp_path / "scans" / f"{name}.nii.gz" for name in ("a", "b")]
+    for settings in (
+        {"root": "~/scans", "images": "{case}.nii.gz"},
+        {"root": "elsewhere", "images": "~/scans/{case}.nii.gz"},
+        {"root": "elsewhere", "table": "~/table.csv", "images": "{file}"},
+        {"root": "file://~/scans", "images": ["{case}.nii.gz"]},
+    ):
+        cases = load_cases(DataConfig(validation_fraction=0.0, **settings))
+        assert [case.images["image"] for case in cases] == expected
+
+
+def test_an_evaluation_names_what_is_wrong_in_the_config(tmp_path):
+    path = tmp_path / "ldm.yaml"
+    path.write_text("vae: ~/v\ndata: {images: x, test_fraction: 1.5}\n")
+    with pytest.raises(
+        ValueError, match=re.escape(f"{path}: data.test_fraction: got 1.5, expected a number, 0 or more")
+    ):
+        read_config(path)
+    path.write_text("vae: ~/v\ndata: {images: x}\n")
+    assert read_config(path)["vae"] == str(Path.home() / "v")
 
 
 def test_help_shows_the_ranges(capsys):
