@@ -122,10 +122,11 @@ def preview(folder: Path, masks: Path, data: dict[str, Any]) -> Figure:
             continue
         volumes = [read_volume(path) for path in files]
         names = [path.name.removesuffix(".nii.gz").removeprefix(sidecar.stem).lstrip("_") for path in files]
-        images = {name or "generated": volume.array[0] for name, volume in zip(names, volumes, strict=True)}
+        images = {"generated": np.stack([volume.array[0] for volume in volumes])}
         column = {"title": f"{sidecar.stem}\n{title}".strip(), "images": images, "spacing": volumes[0].spacing}
         scales = dict(zip(data["channels"], data["intensity"], strict=True))
-        column["windows"] = {name: (scales[name]["low"], scales[name]["high"]) for name in images if name in scales}
+        column["channels"] = names
+        column["windows"] = {name: (scales[name]["low"], scales[name]["high"]) for name in names if name in scales}
         if record["mask"]:
             column["mask"] = read_mask(masks / record["mask"]["file"]).array
         columns[sidecar.stem] = column

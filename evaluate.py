@@ -34,6 +34,7 @@ from evaluation.report import read_config
 from evaluation.segmentation_data import learning_cases
 from training import ending_with_others, join_processes, resolve_precision
 from volumes import load_cases
+from volumes.stopping import stoppable
 
 LONGEST_WAIT = timedelta(days=2)  # of processes for each other: for the longest training, or what one does alone
 
@@ -47,7 +48,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     own = str(state.device) if torch.cuda.is_available() else "cpu"
     device = torch.device(options.get("device") or own)
     precision = resolve_precision(options.get("precision", "no"))
-    with ending_with_others(state, "run the same command again: it goes on with what is there"):
+    again = "run the same command again: it goes on with what is there"
+    with ending_with_others(state, again), stoppable(again):
         if command.NAME == "all" and options.pipeline and not options.synthetic:
             if state.is_main_process:
                 check_judged(options)  # before hours of generation

@@ -26,7 +26,9 @@ learned from is not written, but made again from a next seed; sidecars and manif
 import argparse
 import csv
 import hashlib
+import itertools
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +39,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 
 from pipelines import (
     Check,
@@ -58,7 +59,9 @@ from pipelines.trained_on import GENERATED
 from training import ending_with_others, join_processes
 from training.output import check_writable, naming_full_disk, write_text
 from volumes import draw_shape, map_fault
+from volumes.live_bar import LiveBar
 from volumes.nifti import remove_abandoned
+from volumes.stopping import Stopped, check_stop, finishing, stoppable
 from volumes.text import read_object
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,7 +89,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Generate what is not there yet."""
     options = parse(args)
     state = join_processes(LONGEST_RUN)
-    with ending_with_others(state, "run the same command again: it goes on with what is there"):
+    again = "run the same command again: it goes on with what is there"
+    with ending_with_others(state, again), stoppable(again):
         lost = generate_all(options, state)
     state.destroy_process_group()
     if lost:
@@ -131,17 +135,22 @@ def generate(options: argparse.Namespace, state: PartialState) -> list[str]:
         remove_abandoned(options.output)
         write_subjects(pipe, options.output)
     state.wait_for_everyone()  # what one refuses ends all before hours of work
-    with tqdm(
-        total=len(tasks), initial=len(tasks) - len(todo), desc="volumes", disable=not state.is_main_process
-    ) as bar:
-        for indices in equal_batches([task.shape for task in todo], options.batch_size):
-            batch = [todo[i] for i in indices]
-            with naming_full_disk(options.output):
-                if rejection is None:
-                    run(pipe, batch, options, [task.path for task in batch])
-                else:
-                    lost += write_accepted(pipe, batch, options, rejection)
-            bar.update(len(batch))
+    quiet = None if state.is_main_process else True
+    try:
+        with LiveBar(total=len(tasks), initial=len(tasks) - len(todo), desc="volumes", disable=quiet) as bar:
+            for indices in equal_batches([task.shape for task in todo], options.batch_size):
+                batch = [todo[i] for i in indices]
+                names = batch[0].path.name + (f" and {len(batch) - 1} more" if len(batch) > 1 else "")
+                with finishing(names), naming_full_disk(options.output):
+                    if rejection is None:
+                        run(pipe, batch, options, [task.path for task in batch])
+                    else:
+                        lost += write_accepted(pipe, batch, options, rejection)
+                bar.update(len(batch))
+    except Stopped:
+        if state.is_main_process:
+            print(f"stopped: {write_manifest(options.output)} volumes are in {options.output}", flush=True)
+        raise
 
     state.wait_for_everyone()
     if state.is_main_process:
@@ -214,8 +223,11 @@ def write_accepted(
 ) -> list[str]:
     """Make the tasks' volumes, those that are copies anew, and write what is none. Returns what is to be said of those
     that were given up."""
+    rounds = itertools.count()
 
     def make(numbers: Sequence[int], seeds: Sequence[int]) -> tuple[Sequence[Any], Sequence[dict[str, Any]]]:
+        if next(rounds):
+            check_stop()  # what was accepted is written; the same command makes the others, from the same seeds
         again = [replace(batch[number], seed=seed) for number, seed in zip(numbers, seeds, strict=True)]
         made = run(pipe, again, options)
         return made.volumes, made.provenance
@@ -250,9 +262,9 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, default=20, help="denoising steps (20)")
     parser.add_argument(
         "--guidance_scale",
-        type=float,
+        type=guidance,
         default=1.0,
-        help="how closely conditions are followed, for models trained for it (1)",
+        help="how closely conditions are followed, for models trained for it; 0 to 1 is no guidance (1)",
     )
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     parser.add_argument("--batch_size", type=positive, default=8, help="volumes denoised together (8)")
@@ -282,6 +294,17 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--masks {' '.join(options.masks)}: {GENERATE}PIPELINE stands alone")
         options.masks_by, options.masks = options.masks[0].removeprefix(GENERATE), None
     return options
+
+
+def guidance(text: str) -> float:
+    """Argument of the parser: a scale of guidance. Raises: ArgumentTypeError."""
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not 0 <= scale < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number of 0 or more is expected (0 to 1 is no guidance)")
+    return scale
 
 
 def positive(text: str) -> int:
@@ -388,8 +411,8 @@ def unfinished(tasks: Sequence[Task]) -> list[Task]:
 
 
 def write_subjects(pipe: MedVolumePipeline, output: Path) -> None:
-    """provenance/training_subjects.json: {hash: records of the training subjects} of each model that has made volumes in the folder, by which
-    evaluate.py refuses to judge them on such subjects. None of a model without any record."""
+    """provenance/training_subjects.json: {hash: records of the training subjects} of each model that has made volumes in the
+    folder, by which evaluate.py refuses to judge them on such subjects. None of a model without any record."""
     if all("salt" not in record for record in pipe.training_subjects):
         return
     path = output / GENERATED

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from autoencoder import LatentDistribution, VolumeAutoencoder
 from autoencoder.model import RECORDS
-from autoencoder.noise import measure_noise
+from autoencoder.noise import check_noise_shape, measure_noise
 from autoencoder.weights import weight_files
 from diffusion import (
     LatentAugmentation,
@@ -57,6 +57,7 @@ from training import (
     parse_config,
     save_model,
 )
+from training.previews import preview_case
 from training.splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
 from volumes import VolumeDataset, describe, slices_figure
 from volumes.preprocessing import preprocessing, refuse_differences
@@ -81,7 +82,9 @@ class DiffusionStep:
         channels: Sequence[str],
         sampler: Callable[[], Scheduler],
         loss: str = "mse",
+        label_maps: bool = False,
     ):
+        self.label_maps = label_maps
         self.unet, self.learners, self.vae, self.inference_steps = learner, (learner,), vae, inference_steps
         self.channels = channels
         network = learner.network
@@ -112,7 +115,8 @@ class DiffusionStep:
 
     @torch.no_grad()
     def validate(self, item: dict[str, Any], generator: torch.Generator) -> dict[str, float]:
-        """The loss on a held-out volume's latents, conditions left out as often as in training."""
+        """The loss on a held-out volume's latents, conditions left out as often as in training; of all channels together, and of each
+        where the autoencoder codes them apart."""
 
         def repeat(values: Tensor) -> Tensor:
             return values.expand(VALIDATION_DRAWS, *values.shape[1:])
@@ -121,14 +125,18 @@ class DiffusionStep:
         conditions = drop_conditions(conditions, self.names, self.dropout, generator)
         weight = torch.ones_like(latents[:, :1])  # padding is thinner than a cell, so every cell has a voxel inside
         with self.unet.accelerator.autocast():
-            loss = self.loss(self.unet.average, self.objective, latents, conditions, weight, generator)
-        return {"loss": loss.item()}
+            losses = self.loss(self.unet.average, self.objective, latents, conditions, weight, generator, each=True)
+        apart = len(self.channels) > 1 and self.vae.channels_apart == len(self.channels) and not self.label_maps
+        of_channel = {
+            f"loss/{name}": losses[self.vae.latents_of(i)] for i, name in enumerate(self.channels if apart else ())
+        }
+        return {"loss": losses.mean().item(), **{name: own.mean().item() for name, own in of_channel.items()}}
 
     @torch.no_grad()
     def preview(self, items: list[dict[str, Any]]) -> "Figure":
-        """Mask, real volume and the volume generated from its conditions, a column per case, always from the same
-        noise; without the images that can be left out."""
-        columns, images = [], [name for name, _ in self.names.images if self.dropout.get(name)]
+        """Mask, real volume and the volume generated from its conditions side by side, a row for each channel of each case, always from
+        the same noise; without the images that can be left out."""
+        cases, images = [], [name for name, _ in self.names.images if self.dropout.get(name)]
         for index, item in enumerate(items):
             shape, device = item["latents"].shape, item["latents"].device
             noise = randn_tensor(shape, generator=torch.Generator().manual_seed(index), device=device)
@@ -137,12 +145,9 @@ class DiffusionStep:
             with self.unet.accelerator.autocast():
                 latents = denoise(self.unet.average, noise, scheduler, conditions, num_inference_steps=steps)
                 generated = self.vae.decode(latents, return_dict=False)[0][0].float().clamp(-1, 1)
-            rows = {}
-            for name, *pair in zip(self.channels, item["image"], generated, strict=True):
-                of = f" {name}" if len(self.channels) > 1 else ""
-                rows |= dict(zip((f"real{of}", f"generated{of}"), pair, strict=True))
-            columns.append({k: item.get(k) for k in ("mask", "spacing")} | {"title": item["name"], "images": rows})
-        return slices_figure(columns)
+            shown = {"real": item["image"], "generated": generated}
+            cases.append(preview_case(item, shown, self.channels, self.label_maps))
+        return slices_figure(cases)
 
 
 def check_prepared(config: TrainLdmConfig, vae: VolumeAutoencoder, given: dict[str, Any]) -> None:
@@ -259,6 +264,8 @@ def train_as(config: TrainLdmConfig, accelerator: Accelerator) -> dict[str, floa
         raise ValueError("noise: label maps have none; leave it out of the config")
     if config.noise and config.lora:
         raise ValueError("noise: a LoRA has that of its pipeline; leave it out of the config")
+    if config.noise:
+        check_noise_shape([min(sides) for sides in zip(*train.shapes, strict=True)])
     set_seed(config.loop.seed)
     unet: LatentUNet3D = build_model(config.model)
     if config.gradient_checkpointing:
@@ -277,7 +284,8 @@ def train_as(config: TrainLdmConfig, accelerator: Accelerator) -> dict[str, floa
     validation = encode_held_out(PaddedVolumes(held_out, vae.stride), vae, num_labels, images) if held_out else []
 
     learner = Learner("unet", unet, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
-    step = DiffusionStep(learner, vae, config.inference_steps, channels, sampler, config.loss)
+    label_maps = bool(config.data.image_labels)
+    step = DiffusionStep(learner, vae, config.inference_steps, channels, sampler, config.loss, label_maps)
     collate = partial(collate_latents, stride=vae.stride, num_labels=num_labels, images=images)
     contents = {**digests(train), "autoencoder": weights_hash(vae.encoder)}
     metrics = Loop(accelerator, config, step, latents, validation, collate, contents).run()

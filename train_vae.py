@@ -58,6 +58,7 @@ from training import (
     save_model,
 )
 from training.config import crop_faults
+from training.previews import preview_case
 from training.splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
 from volumes import CropDataset, VolumeDataset, slices_figure
 from volumes.live_bar import LiveBar
@@ -136,7 +137,10 @@ class AutoencoderStep:
         weights: AutoencoderLosses,
         adversary: Adversary | None = None,
         perception: Perception | None = None,
+        channels: Sequence[str] = ("image",),
+        label_maps: bool = False,
     ):
+        self.channels, self.label_maps = channels, label_maps
         self.vae, self.weights, self.adversary, self.perception = learner, weights, adversary, perception
         self.learners = (learner,) if adversary is None else (learner, adversary.learner)
         self._cells: list[Tensor] = []  # latents inside the field of view since the last update, for the codebook
@@ -201,25 +205,36 @@ class AutoencoderStep:
 
     @torch.no_grad()
     def validate(self, item: dict[str, Any], generator: torch.Generator) -> dict[str, float]:
-        """PSNR in dB inside the field of view, of intensities in [0, 1], coding the whole volume."""
+        """PSNR in dB inside the field of view, of intensities in [0, 1], coding the whole volume; of all channels together, and of each
+        if there are several."""
         image, fov = item["image"][None], item["fov"][None]
         reconstruction = self._reconstruct(image)
-        mse = mse_loss(reconstruction.clamp(-1, 1), image, fov).item() / 4  # from [-1, 1] to [0, 1]
-        return {"psnr": 10 * math.log10(1 / max(mse, 1e-10)), "l1": l1_loss(reconstruction, image, fov).item()}
+        found = {"psnr": decibels(reconstruction, image, fov), "l1": l1_loss(reconstruction, image, fov).item()}
+        for channel, name in enumerate(self.channels if len(self.channels) > 1 else ()):
+            own = slice(channel, channel + 1)
+            found[f"psnr/{name}"] = decibels(reconstruction[:, own], image[:, own], fov)
+            found[f"l1/{name}"] = l1_loss(reconstruction[:, own], image[:, own], fov).item()
+        return found
 
     @torch.no_grad()
     def preview(self, items: list[dict[str, Any]]) -> "Figure":
-        """Real above reconstructed, a column per volume."""
-        columns = []
+        """Real beside reconstructed, a row for each channel of each volume, on one grey scale: that of the channel's scaling."""
+        cases = []
         for item in items:
             reconstruction = self._reconstruct(item["image"][None])[0].clamp(-1, 1)
-            images = {"real": item["image"][0], "reconstructed": reconstruction[0]}  # the first channel
-            columns.append({"title": item["name"], "images": images, "spacing": item["spacing"]})
-        return slices_figure(columns)
+            images = {"real": item["image"], "reconstructed": reconstruction}
+            cases.append(preview_case({**item, "mask": None}, images, self.channels, self.label_maps))
+        return slices_figure(cases)
 
     def _reconstruct(self, image: Tensor) -> Tensor:
         with self.vae.accelerator.autocast():
             return self.vae.average(image, return_dict=False)[0].float()
+
+
+def decibels(reconstruction: Tensor, image: Tensor, fov: Tensor) -> float:
+    """PSNR of (1, C, X, Y, Z) in [-1, 1], where `fov` (1, 1, X, Y, Z) is true, in dB of the whole range."""
+    mse = mse_loss(reconstruction.clamp(-1, 1), image, fov).item() / 4  # from [-1, 1] to [0, 1]
+    return 10 * math.log10(1 / max(mse, 1e-10))
 
 
 def gather_cells(accelerator: Accelerator, own: Tensor) -> Tensor:
@@ -378,7 +393,8 @@ def train_as(config: TrainVaeConfig, accelerator: Accelerator) -> dict[str, floa
     perception = make_perception(config, vae)
     if perception is not None:
         perception.network.to(accelerator.device)
-    step = AutoencoderStep(learner, config.losses, make_adversary(config, vae), perception)
+    shown = {"channels": train.channels, "label_maps": bool(config.data.image_labels)}
+    step = AutoencoderStep(learner, config.losses, make_adversary(config, vae), perception, **shown)
     validation = PaddedVolumes(held_out, vae.stride) if held_out else []
     metrics = Loop(accelerator, config, step, crops, validation, contents=digests(train)).run()
 

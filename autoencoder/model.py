@@ -1,5 +1,6 @@
 """What the project's models share: strict loading, safetensors only, and the memory format that they are fast in."""
 
+import os
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -9,11 +10,23 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from volumes.settings import faults, hints_of, refuse
+from volumes.text import FileError
 
 from .identity import RECORD, remember_files, weights_record
-from .weights import check_weights, weight_files
+from .weights import (
+    HUB,
+    LOADING,
+    UPLOAD,
+    check_keywords,
+    check_weights,
+    find_folder,
+    loading_keywords,
+    not_on_the_hub,
+    weight_files,
+)
 
 RECORDS = (
     "data",
@@ -43,17 +56,27 @@ class VolumeModel(ModelMixin, ConfigMixin):
         """As diffusers' own, but strict: diffusers only warns of a missing key and leaves the parameter unset.
 
         Loading also drops the memory format that the constructor chose; it is restored here.
-        Raises: ValueError on missing, unexpected or misshapen tensors, and on `use_safetensors=False`.
+        Raises: ValueError on missing, unexpected or misshapen tensors, and on `use_safetensors=False`; FileError, which is
+        one and an OSError too, where there is no such folder and for damaged files; TypeError for keywords that it does not
+        read.
         """
-        if kwargs.pop("use_safetensors", True) is not True:
-            raise ValueError("use_safetensors=False is refused: a pickle can run any code when it is read")
-        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        if folder.is_dir():  # of a Hub repository, what was downloaded is checked below
-            check_weights(folder, cls, kwargs.get("variant"))
+        if not kwargs.get("use_flashpack"):  # a pipeline of diffusers says so
+            kwargs.pop("use_flashpack", None)
+        check_keywords("from_pretrained", kwargs, (*HUB, *LOADING, "output_loading_info", "subfolder"))
+        kwargs = loading_keywords(kwargs)
+        place = find_folder(pretrained_model_name_or_path)
+        if place is not None:  # of a Hub repository, what was downloaded is checked below
+            check_weights(place / (kwargs.get("subfolder") or ""), cls, kwargs.get("variant"))
+            pretrained_model_name_or_path = str(place)
         with_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, use_safetensors=True, output_loading_info=True, **kwargs
-        )
+        try:
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path, use_safetensors=True, output_loading_info=True, **kwargs
+            )
+        except (OSError, HFValidationError) as error:
+            if place is not None or isinstance(error, FileError):
+                raise
+            raise not_on_the_hub(pretrained_model_name_or_path, error) from error
         model, info = loaded
         wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
         if wrong or info.get("mismatched_keys"):
@@ -88,14 +111,15 @@ class VolumeModel(ModelMixin, ConfigMixin):
         """As diffusers' own: safetensors only, and not the path that the model came from.
 
         Raises: ValueError on `safe_serialization=False`, and while a LoRA is attached, which would be mixed into the
-        weights.
+        weights; TypeError for keywords that it does not read.
         """
+        check_keywords("save_pretrained", kwargs, UPLOAD if push_to_hub else ())
         if not safe_serialization:
             raise ValueError("safe_serialization=False is refused: weights are saved as safetensors only")
         self.check_no_lora()
         self._internal_dict = FrozenDict({k: v for k, v in self.config.items() if k != "_name_or_path"})
         super().save_pretrained(
-            str(save_directory),
+            os.path.expanduser(save_directory),
             is_main_process=is_main_process,
             variant=variant,
             max_shard_size=max_shard_size,

@@ -50,6 +50,12 @@ def _reconstructions(
         yield image.numpy(), placement.undo(made).numpy()
 
 
+def check_noise_shape(shape: Sequence[int]) -> None:
+    """Raises: ValueError for volumes (X, Y, Z) smaller than the kernel of the noise, on any side."""
+    if min(shape) < 2 * RADIUS + 1:
+        raise ValueError(f"volumes of {tuple(shape)} voxels are too small for a noise model: {2 * RADIUS + 1} a side")
+
+
 def fit_noise(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: Sequence[int]) -> list[dict[str, Any]]:
     """The noise that reconstructions lack, channel by channel, ready for JSON.
 
@@ -65,8 +71,7 @@ def fit_noise(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: Sequence[in
     Raises: ValueError for no pairs, and crops smaller than the kernel.
     """
     sides = tuple(min(int(n), LARGEST) for n in shape)
-    if min(sides) < 2 * RADIUS + 1:
-        raise ValueError(f"volumes of {tuple(shape)} voxels are too small for a noise model: {2 * RADIUS + 1} a side")
+    check_noise_shape(shape)
     missing, errors, squares, counts, weights = [], [], 0.0, 0.0, 0.0
     window = _window(sides).ravel() ** 2
     for real, made in pairs:

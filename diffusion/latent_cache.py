@@ -39,6 +39,7 @@ from .images import image_condition
 from .latent_store import LatentStore
 
 NOT_CACHED = ("classes", "numbers", "given")  # entries of the data section that latents do not depend on
+LATER = ("units", "axes")  # settings that came after caches were made: a cache without them keeps its key
 SMOOTHNESS = 6.0  # voxels: standard deviation of the Gaussian that smooths random displacements
 FORMAT = 1  # part of the key: raise it when entries are made differently
 
@@ -91,6 +92,7 @@ def cache_key(dataset: VolumeDataset, vae: VolumeAutoencoder, augmentation: Late
     augmentation. Another decoder makes no other latents."""
     cases = [[c.name, *(_file_stamp(p) for p in c.images.values()), _file_stamp(c.mask)] for c in dataset.cases]
     data = {k: v for k, v in asdict(dataset.config).items() if k not in NOT_CACHED}
+    data = {k: v for k, v in data.items() if k not in LATER or v is not None}
     parts = [FORMAT, weights_hash(vae.encoder), deciding(vae.config), data, cases, asdict(augmentation)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -92,6 +92,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TimeResidualBlock"]
+    _repeated_blocks = ["TimeResidualBlock"]  # of `compile_repeated_blocks`
     # diffusers hooks only modules that are called; these are lists of lists, and what `embed_mask` calls by itself
     _group_offload_block_modules = ["down_blocks", "up_blocks", "mask_embedding"]
     # in float8 these two cost half of the whole error, and hold a twentieth of the weights (norms are never cast)

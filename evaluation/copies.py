@@ -31,12 +31,13 @@ from jsonargparse import Namespace
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from pipelines import Check
 from volumes import VolumeDataset, load_cases, pad_or_crop
+from volumes.live_bar import LiveBar
 from volumes.subjects import check_marks, is_complete, seen, unknown_volumes
 
+from .limits import check_command
 from .model_units import in_model_units
 from .neighbours import Sides, Space, Volumes, common_crop, crop_of, standardised
 from .privacy import Units, conformal_threshold, wilson
@@ -255,21 +256,16 @@ def main(args: Sequence[str] | None = None) -> CopyCheck:
     options = parse(args)
     cases = load_cases(options.data)
     split = {name: [case for case in cases if case.split in part] for name, part in SPLITS.items()}
-    for name, of_split in split.items():
-        if not of_split:
-            raise ValueError(
-                f"the data has no {name} volumes (split {' or '.join(SPLITS[name])}); see data.test_fraction"
-            )
+    check_command("copies", cases, options.data, {"alpha": options.alpha})
     training, unseen = (VolumeDataset(split[name], options.data) for name in SPLITS)
     subjects, seen = [case.subject for case in unseen.cases], {case.subject for case in training.cases}
     if shared := sorted(seen & set(subjects)):
         raise ValueError(f"subjects {shared[:5]} are unseen and in training: split by subject")
-    conformal_threshold(np.zeros(len(subjects)), subjects, options.alpha)  # too few subjects are named before the work
     # [-1, 1] here and [0, 1] in generate.py are one to a correlation
     known, others = ([prepared.image.array for prepared in dataset.prepared] for dataset in (training, unseen))
     crop = tuple(options.crop) if options.crop else default_crop(known, options.block, options.shift)
     check = CopyCheck.of(known, crop, block=options.block, flips=tuple(sorted(set(options.flips))), shift=options.shift)
-    with tqdm(others, unit="volume", disable=None, desc="comparing unseen volumes") as progress:
+    with LiveBar(others, unit="volume", disable=None, desc="comparing unseen volumes") as progress:
         scores = np.array([check.check(volume).similarity for volume in progress])
     marks = {"training": training.marks, "unseen": unseen.marks}
     check = dataclasses.replace(check, threshold=conformal_threshold(scores, subjects, options.alpha), subjects=marks)

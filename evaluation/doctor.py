@@ -21,12 +21,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jsonargparse import Namespace
-from tqdm import tqdm
 
 from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
 from volumes import Case, DataConfig, VolumeDataset
 from volumes.conditions import describe_numbers
+from volumes.live_bar import LiveBar
 
 from .doctor_cases import Examined, Finding, examine_cases, fail, find_cases, warn
 from .doctor_config import Run, build_models, check_fit, check_settings, estimate, plan
@@ -41,6 +41,7 @@ from .doctor_data import (
     check_size,
 )
 from .doctor_leaks import check_leaks
+from .doctor_limits import check_evaluation
 from .doctor_model import check_latents, check_limits, compare_limits, latent_summary
 from .doctor_start import advise_start
 from .report import config_parser, provenance, read_config, write_report
@@ -118,7 +119,7 @@ def before_training(config: DataConfig, sections: dict[str, Any], folder: Path) 
     cases, findings = find_cases(config)
     if not cases:
         return findings, {}
-    with tqdm(total=len(cases), unit="volume", disable=None, desc="examining") as progress:
+    with LiveBar(total=len(cases), unit="volume", disable=None, desc="examining") as progress:
         examined, refused = examine_cases(cases, config, lambda name: progress.update())
     findings += check_found(cases, examined, refused, config)
     if not examined:
@@ -126,6 +127,7 @@ def before_training(config: DataConfig, sections: dict[str, Any], folder: Path) 
     findings += check_leaks(examined) + check_geometry(examined, config) + check_intensity(examined, config)
     dropout = (sections.get("model") or {}).get("condition_dropout") or {}
     findings += check_labels(examined) + check_conditions(examined, config, dropout)
+    findings += check_evaluation(examined, config)
     found, measured = check_model(examined, config, sections, folder)
     for path in dict.fromkeys(str(sections[key]) for key in ("vae", "init_from") if sections.get(key)):
         if Path(path).exists():  # else that it is missing is said above
@@ -190,7 +192,7 @@ def after_training(
     split = {name: [case for case in cases if case.split == name] for name in ("train", "test")}
     vae = load_autoencoder(folder).to(on)  # pyright: ignore[reportArgumentType]
     train = VolumeDataset(split["train"], lenient)
-    with tqdm(total=len(train), unit="volume", disable=None, desc="encoding training volumes") as progress:
+    with LiveBar(total=len(train), unit="volume", disable=None, desc="encoding training volumes") as progress:
         summary = latent_summary(vae, train, lambda name: progress.update())
     voxels, spacings = read_judged(cases, config)
     findings = overlap_findings(folder, cases, config, voxels, spacings if config.spacing is None else None)
@@ -204,7 +206,7 @@ def after_training(
     pipe.to(on)
     pipe.set_progress_bar_config(disable=True)
     judged, floor = (VolumeDataset(_spread(split[name], volumes), lenient) for name in ("test", "train"))
-    with tqdm(total=len(judged), unit="volume", disable=None, desc="reconstructing and generating") as progress:
+    with LiveBar(total=len(judged), unit="volume", disable=None, desc="reconstructing and generating") as progress:
         try:
             limits = compare_limits(pipe, judged, floor, steps=steps, on_volume=lambda name: progress.update())
         except ValueError as error:

@@ -6,7 +6,6 @@ No volume is kept: what is checked of a set of any size fits in memory.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -18,21 +17,19 @@ from volumes import (
     PHANTOM_LABELS,
     Case,
     DataConfig,
+    SourceGrid,
     Volume,
     VolumeError,
     load_cases,
     make_phantom,
     read_volume,
-    stored_grid,
 )
 from volumes.dataset import PreparedCase, prepare
-from volumes.files import is_nifti
-from volumes.nifti import open_nifti
+from volumes.plausible import Oddity
 
 THUMBNAIL = 16  # cells a side
 MIN_LEVELS = 16  # different intensities, below which a step between them says nothing
 STEP_ERROR = 0.05  # of a step, by which an intensity may miss a whole number of them
-LENGTH_UNITS = {0: "unknown", 1: "metre", 2: "mm", 3: "micron"}  # low three bits of xyzt_units
 
 
 @dataclass(frozen=True)
@@ -95,9 +92,8 @@ class Examined:
     numbers: tuple[float, ...] = ()
     classes: tuple[int, ...] = ()
     orientation: str = ""
-    oblique: float = 0.0  # degrees between the voxel axes and the patient's
     unit: str = "mm"
-    located: bool = True
+    oddities: tuple[tuple[str, Oddity], ...] = ()
 
     @property
     def file(self) -> str:
@@ -181,7 +177,8 @@ def examine(case: Case, config: DataConfig) -> Examined:
         labels=_label_volumes(prepared, config),
         numbers=prepared.numbers,
         classes=prepared.classes,
-        **_header(next(iter(case.images.values()), None)),
+        oddities=prepared.oddities,
+        **_header(prepared.image.source),
     )
 
 
@@ -224,7 +221,10 @@ def _stored(case: Case, config: DataConfig, prepared: PreparedCase) -> Volume:
         return make_phantom(case.phantom, config.phantom.shape)[0]
     if config.image_labels:
         return prepared.image
-    parts = [read_volume(case.images[name], time_point=config.volume_number(name)) for name in config.patterns]
+    parts = [
+        read_volume(case.images[name], time_point=config.volume_number(name), **config.reading)
+        for name in config.patterns
+    ]
     return parts[0].replace(np.concatenate([part.array for part in parts]))
 
 
@@ -241,20 +241,11 @@ def _label_volumes(prepared: PreparedCase, config: DataConfig) -> dict[str, floa
     return {}
 
 
-def _header(path: Path | None) -> dict[str, Any]:
-    if path is None:
+def _header(grid: SourceGrid | None) -> dict[str, Any]:
+    """Of the first image file; {} of phantoms."""
+    if grid is None:
         return {}
-    if not is_nifti(path):  # the other kinds say where they lie in mm, or are refused
-        affine, unit, located = stored_grid(read_volume(path)).affine, "mm", True
-    else:
-        _, image = open_nifti(path, check=False)  # it was read before
-        affine, unit = image.affine, LENGTH_UNITS.get(int(image.header["xyzt_units"]) & 7, "unknown")
-        located = bool(int(image.header["qform_code"]) or int(image.header["sform_code"]))
-    axes = np.asarray(affine, np.float64)[:3, :3]
-    axes = np.abs(axes / np.linalg.norm(axes, axis=0))
     return {
-        "orientation": "".join(str(axis) for axis in nib.orientations.aff2axcodes(affine)),
-        "oblique": float(np.degrees(np.arccos(np.clip(axes.max(axis=0).min(), 0, 1)))),
-        "unit": unit,
-        "located": located,
+        "orientation": "".join(str(axis) for axis in nib.orientations.aff2axcodes(grid.affine)),
+        "unit": grid.unit,
     }

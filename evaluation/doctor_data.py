@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from volumes import Case, DataConfig, IntensityScaling
+from volumes.plausible import gathered
 from volumes.volume import GRID_NUMBERS
 
 from .doctor_cases import Examined, Finding, fail, names, ok, warn
@@ -131,23 +132,15 @@ def _check_headers(examined: Sequence[Examined]) -> list[Finding]:
     counts = Counter(one.orientation for one in stored)
     told = ", ".join(f"{code} {n}" for code, n in counts.most_common())
     findings = [ok("orientation", f"stored as {told}; read as RAS")]
-    questions = (
-        ("orientation", "no qform and no sform, so left and right are unknown", lambda one: not one.located,
-         "write them with the scanner's orientation, or never trust sides"),
-        ("orientation", "axes more than 30 degrees from the patient's", lambda one: one.oblique > 30,
-         "resample them to a straight grid"),
-        ("units", "the header's unit is not mm", lambda one: one.unit in ("metre", "micron"),
-         "make sure that the voxel sizes above are right; they were converted to mm"),
-        ("units", "the header names no unit: taken as mm", lambda one: one.unit == "unknown", "set xyzt_units to mm"),
-        ("units", "voxels below 0.02 mm or above 20 mm", lambda one: min(one.spacing) < 0.02 or max(one.spacing) > 20,
-         "the unit is likely wrong; correct the header"),
-    )  # fmt: skip
-    for check, what, asked, remedy in questions:
-        files = [one.file for one in stored if asked(one)]
-        if files and what.endswith("taken as mm") and len(files) == len(stored):
-            findings.append(ok(check, f"no header names a unit of length: taken as mm ({len(files)} files)"))
-        elif files:
-            findings.append(warn(check, f"{what}: {names(files)}", remedy, files))
+    for oddity, files in gathered(found for one in examined for found in one.oddities):
+        findings.append(warn(oddity.check, f"{oddity.what}: {names([*files.values()])}", oddity.remedy, [*files]))
+    files = [one.file for one in stored if one.unit == "unknown"]
+    if len(files) == len(stored):
+        findings.append(ok("units", f"no header names a unit of length: taken as mm ({len(files)} files)"))
+    elif files:
+        findings.append(
+            warn("units", f"the header names no unit: taken as mm: {names(files)}", "set xyzt_units to mm", files)
+        )
     return findings
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from jsonargparse import Namespace
-from tqdm import tqdm
 
 from pipelines import MedVolumePipeline
 from pipelines.editing import grown
 from pipelines.inpainting import MARGIN
 from volumes import Case, Volume, load_cases, read_mask, read_volume
+from volumes.live_bar import LiveBar
 
 from .intervals import INTERVAL, subject_draws
 from .report import config_parser, provenance, write_report
@@ -86,10 +86,10 @@ def profile(volume: np.ndarray, region: np.ndarray) -> list[float]:
 def measure(pipe: MedVolumePipeline, cases: Sequence[Case], options: Namespace) -> dict[str, Any]:
     """Each region of each case made anew: jumps, profiles, and how many voxels outside the region changed."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in options.regions}
-    for case in tqdm(cases, unit="volume", disable=None):
+    for case in LiveBar(cases, unit="volume", disable=None):
         assert case.mask is not None
-        mask, (path,) = read_mask(case.mask), case.images.values()
-        image = read_volume(path, exact=True)
+        mask, (path,) = read_mask(case.mask, **options.data.reading), case.images.values()
+        image = read_volume(path, exact=True, **options.data.reading)
         for name in options.regions:
             region = REGIONS[name](mask)
             made = pipe(

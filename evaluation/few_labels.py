@@ -19,6 +19,7 @@ REAL_LONGER = (
 )
 ARMS = (REAL, SYNTHETIC, BOTH, REAL_LONGER)
 RATIOS = ((BOTH, REAL), (BOTH, REAL_LONGER), (SYNTHETIC, REAL), (REAL_LONGER, REAL))
+LABELS = ("8", "16", "32", "all")  # budgets
 ANY = "any"  # the budget of an arm that learns from the same volumes at all of them
 Row = Mapping[str, Any]
 

@@ -19,6 +19,7 @@ NOISE = 0.1  # standard deviation, on what is not hidden
 WIDTH = 16  # channels before the last convolution
 HEAD = "model.2."  # the segmenter's last layer, whose width is that of its task
 
+LABELS = ("4", "8", "16", "32", "all")  # budgets
 STARTS = ("scratch", "synthetic", "real")
 DIFFERENCES = (("synthetic", "scratch"), ("real", "scratch"), ("synthetic", "real"))
 

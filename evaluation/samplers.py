@@ -22,13 +22,16 @@ from jsonargparse import Namespace
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm import tqdm
 
-from diffusion.guidance import check_guidance
+from diffusion.denoise import set_timesteps
+from diffusion.guidance import check_guidance, guidance_in_effect
 from pipelines import MedVolumePipeline
 from volumes import Case, DataConfig, VolumeDataset, load_cases
+from volumes.live_bar import LiveBar
+from volumes.stopping import finishing, stoppable
 
 from .features import EncoderStatistics, RandomStatistics
+from .limits import check_command
 from .report import config_parser, provenance, write_report
 from .sampler_figures import (
     DEFAULT_STEPS,
@@ -55,13 +58,19 @@ COLUMNS = (
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Judge what is missing from the report, and write it."""
-    options = parse(args)
+    with stoppable("run the same command again: it goes on with the combinations that are missing"):
+        return judge_missing(parse(args))
+
+
+def judge_missing(options: Namespace) -> dict[str, Any]:
+    """`main`, of these options."""
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cases, config = load_cases(options.data), options.data
+    check_command("samplers", cases, config, {"unseen": [options.split]})
     pipe: Any = MedVolumePipeline.from_pretrained(options.pipeline)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     wanted = combinations(pipe, options)
-    cases, config = load_cases(options.data), options.data
     judging, learning = splits(cases, options.split)
     check_pipeline(pipe, config, judging, options.pipeline, accepted=options.accept_overlap)
     test = VolumeDataset(judging, config)
@@ -81,12 +90,13 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"{len(wanted) - len(missing)} of {len(wanted)} combinations are in {options.output}; {len(missing)} to go")
     if missing:
         judge = prepare(pipe, cases, learning, test, chosen, options)
-        for one in tqdm(missing, unit="combination", disable=None):
-            made, cost = sample(pipe, judge.asked, one, seed=options.seed, batch_size=options.batch_size)
-            figures = {**asdict(one), "volumes": len(made), **cost, **judge(made), "measured": provenance()}
-            report["combinations"].append(figures)
-            write_report(options.output, report)
-            Path(options.output).with_suffix(".md").write_text(markdown(report))
+        for one in LiveBar(missing, desc="samplers", unit="combination"):
+            with finishing(f"{one.scheduler} of {one.steps} steps, guidance {one.guidance:g}"):
+                made, cost = sample(pipe, judge.asked, one, seed=options.seed, batch_size=options.batch_size)
+                figures = {**asdict(one), "volumes": len(made), **cost, **judge(made), "measured": provenance()}
+                report["combinations"].append(figures)
+                write_report(options.output, report)
+                Path(options.output).with_suffix(".md").write_text(markdown(report))
     print(markdown(report))
     return report
 
@@ -109,7 +119,7 @@ def prepare(
     judged = load_pairs([Pair(case) for case in of_masks.cases], config, options.shape)
     extractors = {"random": RandomStatistics().to(device), "encoder": EncoderStatistics(pipe.vae)}
     count = len(extractors) * (len(training) + len(test))
-    with tqdm(total=count, unit="volume", disable=None, desc="features of real volumes") as progress:
+    with LiveBar(total=count, unit="volume", disable=None, desc="features of real volumes") as progress:
 
         def on_volume() -> None:
             progress.update()
@@ -149,7 +159,7 @@ def parse(args: Sequence[str] | None) -> Namespace:
         help="beside its own",
     )
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 40], help="of each scheduler")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="scales; 1 is none (1)")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="scales; 0 to 1 is none (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the first volume (0)")
     parser.add_argument("--batch_size", type=int, default=8, help="volumes denoised together (8)")
     parser.add_argument(
@@ -174,9 +184,11 @@ def combinations(pipe: MedVolumePipeline, options: Namespace) -> list[Combinatio
     for scale in options.guidance:
         given = pipe.unet.condition_names
         check_guidance(scale, pipe.unet.config["condition_dropout"] or {}, {"mask", *given.classes, *given.numbers})
+    scales = [guidance_in_effect(scale) for scale in options.guidance]
     for name in options.schedulers:
-        make_named(name, pipe)
-    every = [Combination(n, s, g) for n in options.schedulers for s in options.steps for g in options.guidance]
+        for steps in options.steps:
+            set_timesteps(make_named(name, pipe), steps, None, torch.device("cpu"))
+    every = [Combination(n, s, g) for n in options.schedulers for s in options.steps for g in scales]
     return list(dict.fromkeys([Combination(OWN, DEFAULT_STEPS, 1.0), *every]))
 
 
@@ -232,7 +244,7 @@ def real_segmenter(learning: Sequence[Case], options: Namespace, device: torch.d
         segmenter.load_state_dict(load_file(path))
         return segmenter.to(device).eval()
     learned = load_pairs([Pair(case) for case in learning], config, options.shape)
-    with tqdm(total=options.segmenter_steps, unit="step", disable=None, desc="training the segmenter") as progress:
+    with LiveBar(total=options.segmenter_steps, unit="step", disable=None, desc="training the segmenter") as progress:
 
         def on_step(step: int, loss: float) -> None:
             progress.update()

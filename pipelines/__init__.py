@@ -43,4 +43,4 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(__name__, __file__)
 
 if sys.argv[:1] != ["-m"]:  # then Python is on its way to `python -m pipelines.to_dicom`, which needs no model
-    __getattr__("register_packages")()
+    __getattr__("MedVolumePipeline")  # diffusers finds it, and its components, from then on

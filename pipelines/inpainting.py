@@ -133,13 +133,14 @@ def editings_of(
     ]
 
 
-def load_region(region: MaskLike, target: Volume) -> np.ndarray:
+def load_region(region: MaskLike, target: Volume, reading: Mapping[str, Any] | None = None) -> np.ndarray:
     """bool (X, Y, Z) on the grid of the image `target`: where the region is not 0. A plain array is in the order of its file.
+    `reading` is how headers are read, see `volumes.DataConfig.reading`.
 
     Raises: ValueError for another grid, and for a region without a voxel.
     """
     if is_placed(region):
-        volume, name = load_mask(region, target.affine)
+        volume, name = load_mask(region, target.affine, reading)
     else:
         array, grid, name = as_array(region), stored_grid(target), "the region"
         array = array[0] if array.ndim == 4 and len(array) == 1 else array

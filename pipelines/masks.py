@@ -16,6 +16,7 @@ from volumes import PADDING, Volume, VolumeError, read_mask, volume_parts
 from volumes.carriers import as_array, carries_geometry, source_file
 from volumes.files import read_stored
 from volumes.labels import label_indices
+from volumes.plausible import header_oddities
 
 # An image in memory of nibabel, SimpleITK or torchio, or a MetaTensor of MONAI, is read with its geometry: `volumes.carriers`.
 MaskLike = str | os.PathLike | SpatialImage | Volume | np.ndarray | torch.Tensor
@@ -36,18 +37,19 @@ def as_list(mask: MaskLike | Sequence[MaskLike]) -> list[MaskLike]:
     return masks
 
 
-def load_mask(mask: MaskLike, affine: np.ndarray) -> tuple[Volume, str]:
+def load_mask(mask: MaskLike, affine: np.ndarray, reading: Mapping[str, Any] | None = None) -> tuple[Volume, str]:
     """Read one mask: (1, X, Y, Z) int16 label values in RAS+ order, and its name for messages.
 
     A plain array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: it is taken to lie on `affine`, the model's
-    template.
+    template. `reading` is how headers are read, see `volumes.DataConfig.reading`.
 
     Raises: ValueError for what is empty, no label map, or not a mask at all.
     """
     if isinstance(mask, (str, os.PathLike)):
-        return read_mask(mask), str(mask)
+        return warn_of_header(read_mask(mask, **(reading or {})), str(mask)), str(mask)
     if carries_geometry(mask):
-        return read_mask(mask), source_file(mask) or "the mask"
+        name = source_file(mask) or "the mask"
+        return warn_of_header(read_mask(mask, **(reading or {})), name), name
     if isinstance(mask, Volume):
         name, array, source = "the mask (a Volume)", mask.array, mask.source
         affine = mask.affine
@@ -67,6 +69,13 @@ def load_mask(mask: MaskLike, affine: np.ndarray) -> tuple[Volume, str]:
     if array.size == 0:
         raise ValueError(f"{name}: is empty, it has no voxels")
     return Volume(_whole_numbers(array, name), affine, source), name
+
+
+def warn_of_header(volume: Volume, name: str) -> Volume:
+    """The volume itself. Warns: of what is odd in the header that it was read from, as the training does."""
+    for oddity in header_oddities(volume.source) if volume.source else []:
+        warnings.warn(f"{name}: {oddity}", stacklevel=3)
+    return volume
 
 
 def index_labels(

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ from safetensors import safe_open
 
 from autoencoder.identity import out_of_reach, own_tensors
 from autoencoder.model import deciding
+from diffusion.guidance import Guidance, guidance_in_effect
 from volumes import in_one_step, nifti_path
 
+from .arguments import local_path, plain
+
 Tensors = Iterable[tuple[str, torch.Tensor]]
+_taking_places = threading.Lock()
 
 
 def software() -> str:
@@ -71,11 +76,11 @@ def memory_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
     yield from own_tensors(module)
 
 
-def recorded_guidance(scale: float | Mapping[str, float]) -> float | dict[str, float] | None:
-    """The guidance as a sidecar has it; None for none, as sidecars from before there was any."""
-    if isinstance(scale, Mapping):
-        return {name: float(value) for name, value in scale.items() if value != 1} or None
-    return None if scale == 1 else float(scale)
+def recorded_guidance(scale: Guidance) -> float | dict[str, float] | None:
+    """The guidance in effect, as a sidecar has it; None for none (a scale of 1 or less), as sidecars from before there was
+    any."""
+    effect = guidance_in_effect(scale)
+    return None if effect in (1.0, {}) else effect
 
 
 def header_description(record: Mapping[str, Any]) -> str:
@@ -86,7 +91,7 @@ def header_description(record: Mapping[str, Any]) -> str:
 
 def sidecar_path(path: str | os.PathLike) -> Path:
     """The JSON file beside a volume: case_000.nii.gz -> case_000.json."""
-    path = Path(path)
+    path = local_path("path", path)
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
 
 
@@ -99,7 +104,7 @@ def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:
     if not sidecar.is_file():
         return None
     try:
-        record = json.loads(sidecar.read_text())
+        record = json.loads(sidecar.read_text(), parse_constant=str)  # older ones have -Infinity, which JSON lacks
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{sidecar}: is no JSON ({error}); it was not written by generate.py") from error
     if not isinstance(record, dict) or record.get("synthetic") is not True:
@@ -110,7 +115,7 @@ def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:
 def volume_files(path: str | os.PathLike, record: Mapping[str, Any]) -> list[Path]:
     """The files of the volume at `path`: that one, or one for each of the record's channels: case_000.nii.gz ->
     case_000_ct.nii.gz, case_000_pet.nii.gz. Raises: ValueError unless it ends in .nii.gz or .nii."""
-    path, stem = nifti_path(path), sidecar_path(path).stem
+    path, stem = nifti_path(local_path("path", path)), sidecar_path(path).stem
     channels = record.get("channels")
     return [path.with_name(f"{stem}_{one}{path.name.removeprefix(stem)}") for one in channels] if channels else [path]
 
@@ -123,15 +128,18 @@ def synthetic_files(record: Mapping[str, Any], path: str | os.PathLike) -> Itera
     Each appears whole or not at all, the sidecar first and after older files of the volume were removed: a volume on disk
     always has its record, and one with a matching record, all of whose files are there, is finished.
 
-    Raises: ValueError if a JSON that is no sidecar is in the way, see `read_sidecar`.
+    Raises: ValueError if a JSON that is no sidecar is in the way, see `read_sidecar`, and for a record that JSON cannot hold.
     """
-    files, older = volume_files(path, record), read_sidecar(path)
-    outdated = {*files, *(volume_files(path, older) if older else [])}  # it may have had files of other channels
-    with in_one_step(sidecar_path(path), *files) as (sidecar, *unfinished):
-        sidecar.write_text(json.dumps(record, indent=2) + "\n")
-        yield unfinished
-        for file in outdated:
-            file.unlink(missing_ok=True)
+    files, content = volume_files(path, record), plain(record, f"{path}: the record")
+    read_sidecar(path)  # refused before the work
+    with ExitStack() as stack:
+        with in_one_step(sidecar_path(path), *files) as (sidecar, *unfinished):
+            sidecar.write_text(json.dumps(content, indent=2) + "\n")
+            yield unfinished
+            stack.enter_context(_taking_places)  # of two calls that write one volume, each takes all places at once
+            older = read_sidecar(path)
+            for file in {*files, *(volume_files(path, older) if older else [])}:  # it may have had other channels
+                file.unlink(missing_ok=True)
 
 
 def write_synthetic(
@@ -139,6 +147,8 @@ def write_synthetic(
 ) -> None:
     """Write a generated volume (.nii or .nii.gz), or a file for each of its channels, and its sidecar, see
     `synthetic_files`. Raises: ValueError if `image` has other channels than the record."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{path}: the record is {type(record).__name__}; give an entry of the output's provenance")
     channels = list(record.get("channels") or [])
     if (set(image) if isinstance(image, Mapping) else set()) != set(channels):
         given = list(image) if isinstance(image, Mapping) else "a single image"

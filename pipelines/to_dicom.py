@@ -11,6 +11,7 @@ from typing import Any
 
 from volumes import read_volume, volume_stem, write_dicom
 
+from .arguments import local_path
 from .provenance import read_sidecar, volume_files
 
 
@@ -19,7 +20,7 @@ def find_record(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises: ValueError where there is none: only what is known to be synthetic is marked so.
     """
-    path, words = Path(path), volume_stem(path).split("_")
+    path, words = local_path("path", path), volume_stem(path).split("_")
     for count in range(len(words), 0, -1):
         whole = path.with_name(f"{'_'.join(words[:count])}.nii.gz")
         record = read_sidecar(whole)
@@ -38,7 +39,7 @@ def export(path: str | os.PathLike, folder: str | os.PathLike, modality: str) ->
     record = find_record(path)
     return write_dicom(
         read_volume(path),
-        folder,
+        local_path("folder", folder),
         modality=modality,
         software=str(record["software"]),
         model=str(record["model"]),

@@ -10,9 +10,11 @@ from volumes.subjects import check_subjects, join_records
 from volumes.text import read_object
 
 from .description import check_data
-from .lora import read_trained_on
+from .lora_files import read_lora
 
-GENERATED = "provenance/training_subjects.json"  # in a folder of generated volumes, beside no sidecar: {model hash: records}
+GENERATED = (
+    "provenance/training_subjects.json"  # in a folder of generated volumes, beside no sidecar: {model hash: records}
+)
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ def read_model(path: str | Path) -> TrainedOn:
     """
     path = Path(path)
     if path.suffix == ".safetensors" and path.is_file():
-        data, subjects = read_trained_on(path)
-        return TrainedOn(join_records(subjects), data)
+        lora = read_lora(path)
+        return TrainedOn(join_records(lora.subjects), lora.data)
     if (path / "model_index.json").is_file():
         described = read_object(path / "model_index.json").get("data", {})
         try:

@@ -98,7 +98,6 @@ def test_diffusion_schedulers_take_on_the_models_schedule():
         (PNDMScheduler(), EPS),  # diverges with its defaults
         (DDIMInverseScheduler(), EPS),  # from data to noise
         (DEISMultistepScheduler(), FLOW),  # stops short of the end
-        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), FLOW),
         (DDIMScheduler(num_train_timesteps=250), EPS),
     ],
 )

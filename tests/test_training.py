@@ -1,8 +1,10 @@
 """Parts of the training loop whose answers are known."""
 
+import csv
 import itertools
 import json
 import re
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -236,6 +238,51 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
     assert step.weights[6] != step.weights[5]
     assert loop.state.skipped == 2 and loop.state.skipped_in_a_row == 0 and step.line.updates == 8
     assert json.loads((tmp_path / "run/metrics.json").read_text())["skipped"] == 2
+
+
+def test_scalars_go_to_a_table_beside_tensorboard(tmp_path):
+    args = ["--loop.max_steps=10", "--loop.trackers=[tensorboard, csv]", "--loop.validate_every=5"]
+    loop, _ = line_loop(line_config(tmp_path, *args))
+    metrics = loop.run()
+    with (tmp_path / "run/metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0].keys() == {"step", "name", "value"}
+    errors = {int(row["step"]): float(row["value"]) for row in rows if row["name"] == "validation/error"}
+    assert list(errors) == [5, 10] and errors[10] == metrics["error"]
+    losses = [row for row in rows if row["name"] == "train/loss"]
+    assert [row["step"] for row in losses] == ["5", "10"] and list((tmp_path / "run/logs").glob("events*"))
+
+
+def test_the_table_of_a_resumed_run_has_every_step_once(tmp_path):
+    args = ["--loop.trackers=[csv]", "--loop.max_steps=10", "--loop.checkpoint_every=5", "--loop.log_every=1"]
+    line_loop(line_config(tmp_path, *args))[0].run()
+    whole = (tmp_path / "run/metrics.csv").read_text()
+    shutil.rmtree(tmp_path / "run/checkpoints/step_000010")  # as if it had been killed at step 10
+    AcceleratorState._reset_state(reset_partial_state=True)
+    line_loop(line_config(tmp_path, *args, "--resume=latest"))[0].run()
+
+    def steps(text):
+        return [line.split(",")[:2] for line in text.splitlines()]
+
+    assert steps((tmp_path / "run/metrics.csv").read_text()) == steps(whole)
+
+
+def test_trackers_that_cannot_work_are_refused_before_the_work(tmp_path, monkeypatch):
+    with pytest.raises(
+        ValueError, match="loop.trackers: tensorbord is unknown; there are csv, .*wandb.* work here: csv, tensorboard"
+    ):
+        make_accelerator(line_config(tmp_path, "--loop.trackers=[tensorbord]"))
+    with pytest.raises(
+        ValueError, match="comet_ml is not installed: pip install comet-ml; or take of csv, tensorboard"
+    ):
+        make_accelerator(line_config(tmp_path, "--loop.trackers=[csv, comet_ml]"))
+
+    def locked(*_, **__):
+        raise RuntimeError("no login")
+
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.__init__", locked)
+    with pytest.raises(ValueError, match="could not be started .RuntimeError: no login.; set it up, or leave it out"):
+        make_accelerator(line_config(tmp_path))
 
 
 def test_a_loss_that_begins_late_is_averaged_over_its_own_steps(tmp_path, monkeypatch):

@@ -114,7 +114,8 @@ class LoopConfig:
         max_skipped: so many steps in a row with non-finite gradients stop the run.
         patience: minutes that processes wait for each other; then the job ends. They wait while the main process
             validates, draws previews and measures the training set, and no longer while a dead one does not answer.
-        trackers: Accelerate trackers by name, such as tensorboard or wandb.
+        trackers: by name: csv (metrics.csv in the output folder), and those of Accelerate that are installed, such as tensorboard or
+            wandb; none for [].
     """
 
     max_steps: PositiveInt = 10_000

@@ -31,6 +31,7 @@ from .output import check_writable, write_text
 from .precision import resolve_precision
 from .processes import check_together, ending_with_others, on_cpu, stop_asked_anywhere
 from .sharding import check_sharding
+from .trackers import CsvTracker, choose_trackers, start_trackers
 from .tracking import Progress, log_figure
 from .watch import SpikeWatch, StandstillWatch
 
@@ -87,7 +88,7 @@ def make_accelerator(config: Any) -> Accelerator:
 
     Raises: ValueError if the output folder cannot be written to, or holds another run and nothing says to resume it; for
     processes that do not know of each other; for an Accelerate config of FSDP or DeepSpeed, and for `loop.shard` where it
-    cannot run; for a tracker that is unknown or not installed; for
+    cannot run; for a tracker that is unknown, not installed or does not start; for
     `loop.compile` on a machine that cannot.
     """
     options: LoopConfig = config.loop
@@ -95,7 +96,7 @@ def make_accelerator(config: Any) -> Accelerator:
         raise ValueError(f"{config.output} already holds a run; go on with --resume latest, or choose another --output")
     check_writable(Path(config.output))
     precision = resolve_precision(options.mixed_precision)
-    trackers: list[Any] | None = list(options.trackers) or None
+    trackers = choose_trackers(options.trackers, config.output) or None
     patience = InitProcessGroupKwargs(timeout=timedelta(minutes=options.patience))
     accelerator = Accelerator(
         cpu=on_cpu(),
@@ -105,10 +106,6 @@ def make_accelerator(config: Any) -> Accelerator:
         kwargs_handlers=[patience],
     )
     check_together(accelerator.num_processes)
-    if absent := set(options.trackers) - {str(tracker) for tracker in accelerator.log_with}:
-        raise ValueError(
-            f"loop.trackers: {sorted(absent)} not installed; install it, or leave it out (--loop.trackers [] for none)"
-        )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"{accelerator.distributed_type}: of Accelerate's launch config is not supported. Launch with plain data parallelism "
@@ -118,6 +115,7 @@ def make_accelerator(config: Any) -> Accelerator:
         check_sharding(accelerator, compile=options.compile)
     if options.compile:
         check_compiler(accelerator.device)
+    start_trackers(accelerator, options.trackers)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
     return accelerator
@@ -214,8 +212,9 @@ class Loop:
 
     def _run(self) -> dict[str, float]:
         accelerator, options, state = self.accelerator, self.options, self.state
-        accelerator.init_trackers("logs")
         for tracker in accelerator.trackers:
+            if isinstance(tracker, CsvTracker):
+                tracker.keep_until(state.step)
             if tracker.name != "tensorboard":  # it would add a folder per start; config.yaml is beside the run
                 tracker.store_init_configuration(to_plain(self.config))
         stream = SampleStream(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from nibabel.orientations import aff2axcodes
 
 from volumes import DataConfig, VolumeDataset, load_cases, pad_sample
 from volumes.subjects import describe_overlap, find_overlap, is_complete, record_subjects, refuse_overlap
@@ -74,8 +75,9 @@ def refuse_seen(
 class PaddedVolumes:
     """Whole volumes, padded to a multiple of the autoencoder's stride.
 
-    Item i is {"image": float32 (C, X, Y, Z), "fov": bool (1, X, Y, Z), "name", "spacing": (x, y, z) in mm}, and "mask"
-    int16 (X, Y, Z), "classes" and "numbers" if there are such (`VolumeDataset.conditions`).
+    Item i is {"image": float32 (C, X, Y, Z), "fov": bool (1, X, Y, Z), "name", "spacing": (x, y, z) in mm, "axes": where they point
+    to, such as ("R", "A", "S"), "scale": (low, high) of each channel in file units}, and "mask" int16 (X, Y, Z), "classes" and "numbers"
+    if there are such (`VolumeDataset.conditions`).
     """
 
     def __init__(self, dataset: VolumeDataset, stride: tuple[int, int, int]):
@@ -88,7 +90,8 @@ class PaddedVolumes:
         item = pad_sample(self.dataset[index], self.stride)
         spacing = tuple(np.linalg.norm(item["affine"].numpy()[:3, :3], axis=0).tolist())
         kept = ("image", "fov", "mask", "name", "classes", "numbers")
-        return {"spacing": spacing, **{k: item[k] for k in kept if k in item}}
+        axes, scale = aff2axcodes(item["affine"].numpy()), tuple(map(tuple, item["scale"].tolist()))
+        return {"spacing": spacing, "axes": axes, "scale": scale, **{k: item[k] for k in kept if k in item}}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))

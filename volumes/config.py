@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from .intensity import IntensityScaling
 from .names import nfc
@@ -47,6 +47,9 @@ class DataConfig:
         masks: pattern of the label maps.
         time_point: which volume of 4-D image files is taken, counted from 0: one number, or {channel: number}, with
             which one 4-D file can fill several channels.
+        units: what lengths in the files' headers are in, where these say so wrongly: mm, cm, m or um. null believes them. A
+            pipeline reads masks and images that are given to it likewise.
+        axes: CXYZ if channels come first in the NIfTI files, as (1, X, Y, Z); XYZC if they only look so and are refused.
         subject: column (or named piece of the file name) that says whose volume it is.
         group_by: regular expression searched in the case's name; what it (its first group) matches is the subject.
             With neither `subject` nor `group_by`, every volume is its own subject.
@@ -75,6 +78,8 @@ class DataConfig:
     images: UserPath | list[UserPath] | dict[str, UserPath] = field(default_factory=list)
     masks: UserPath | None = None
     time_point: NonNegativeInt | dict[str, NonNegativeInt] | None = None
+    units: Literal["mm", "cm", "m", "um"] | None = None
+    axes: Literal["XYZC", "CXYZ"] | None = None
     subject: str | None = None
     group_by: str | None = None
     split: str | None = None
@@ -97,7 +102,17 @@ class DataConfig:
         if self.phantom is not None:
             given = [
                 name
-                for name in ("images", "image_labels", "masks", "table", "split", "subject", "group_by")
+                for name in (
+                    "images",
+                    "image_labels",
+                    "masks",
+                    "table",
+                    "units",
+                    "axes",
+                    "split",
+                    "subject",
+                    "group_by",
+                )
                 if getattr(self, name)
             ]
             if given:
@@ -180,6 +195,11 @@ class DataConfig:
         if isinstance(self.images, dict):
             return {channel: [pattern] for channel, pattern in self.images.items()}
         return {"image": [self.images] if isinstance(self.images, str) else list(self.images)}
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the headers of all files are read, as keywords of `read_volume` and `read_mask`; nothing where they are right."""
+        return {name: value for name, value in (("units", self.units), ("axes", self.axes)) if value is not None}
 
     def volume_number(self, channel: str) -> int | None:
         """Which volume of this channel's 4-D files is taken; None where they are 3-D."""

@@ -27,6 +27,7 @@ from .labels import label_channels, label_indices, merge_channels
 from .map_checks import describe_maps
 from .phantom import PHANTOM_LABELS, make_phantom
 from .placement import pad_to_multiple
+from .plausible import Oddity, gathered, header_oddities, resampling_oddities
 from .preprocessing import common_spacing, preprocessing
 from .resampling import resample
 from .subjects import marks_of, voxel_digests
@@ -34,13 +35,15 @@ from .volume import PADDING, Volume, VolumeError, describe_grid, same_grid
 
 logger = logging.getLogger(__name__)
 MAP_SCALE = LinearScale(0, 1)  # of label maps, where a label may be absent: such a channel is constant, and right
+NAMED = 5  # files in a message
 READERS = 4  # threads: decompression runs outside the interpreter's lock
 
 
 @dataclass(frozen=True)
 class PreparedCase:
     """A case in the model's terms: image in [-1, 1], label indices (1, X, Y, Z) if it has a mask, each channel's scale,
-    its classes (-1 where unknown) and numbers (NaN where unknown), and digests of the image as it was read (`voxel_digests`)."""
+    its classes (-1 where unknown) and numbers (NaN where unknown), digests of the image as it was read (`voxel_digests`), and
+    what is odd in the geometry of its files."""
 
     image: Volume
     mask: Volume | None
@@ -48,6 +51,7 @@ class PreparedCase:
     classes: tuple[int, ...] = ()
     numbers: tuple[float, ...] = ()
     voxels: tuple[str, ...] = ()
+    oddities: tuple[tuple[str, Oddity], ...] = ()
 
 
 class VolumeDataset(Dataset):
@@ -85,6 +89,10 @@ class VolumeDataset(Dataset):
             lines = "\n".join(f"  {name}: {reason}" for name, reason in self.skipped)
             logger.warning("%d of %d cases were skipped:\n%s", len(self.skipped), len(cases), lines)
         self._warn_of_windows()
+        for oddity, files in gathered(one for prepared in self.prepared for one in prepared.oddities):
+            named = ", ".join([*files.values()][:NAMED])
+            named += f" and {len(files) - NAMED} more" if len(files) > NAMED else ""
+            logger.warning("%s: %s; %s", oddity.what, named, oddity.remedy)
         if not self.cases:
             raise ValueError(
                 "the data set is empty: " + (f"all {len(cases)} cases were skipped" if cases else "no cases were given")
@@ -158,13 +166,16 @@ def prepare(case: Case, config: DataConfig) -> PreparedCase:
     """Read one case and bring it into the model's terms. Raises VolumeError, which names the file (or case and column)."""
     classes = read_classes(case, config.classes)
     image, mask = _phantom(case, config) if case.phantom is not None else _files(case, config)
+    oddities = _oddities(case, image, mask)
     voxels = voxel_digests(image.array, apart=not config.image_labels)
+    before = image.shape
     if config.spacing is not None:
         try:
             image = resample(image, config.spacing)
             mask = resample(mask, config.spacing, nearest=True) if mask is not None else None
         except VolumeError as error:
-            raise VolumeError(f"{next(iter(case.images.values()), case.name)}: {error}") from error
+            raise VolumeError(f"{_file(case)}: {error}") from error
+    oddities += [(_file(case), oddity) for oddity in resampling_oddities(before, image.shape)]
     numbers = read_numbers(case, config.numbers, image)
     scales = []
     scaled = np.empty_like(image.array)
@@ -179,7 +190,9 @@ def prepare(case: Case, config: DataConfig) -> PreparedCase:
         mask = mask.replace(
             label_indices(mask.array, _labels(config), config.label_map, name=str(case.mask or case.name))
         )
-    return PreparedCase(image.replace(scaled), mask, tuple(scales), tuple(classes), tuple(numbers), voxels)
+    return PreparedCase(
+        image.replace(scaled), mask, tuple(scales), tuple(classes), tuple(numbers), voxels, tuple(oddities)
+    )
 
 
 def read_image(case: Case, config: DataConfig) -> Volume:
@@ -216,7 +229,7 @@ def describe(dataset: VolumeDataset, description: str = "") -> dict[str, Any]:
     "shape_range": [[smallest x, y, z], [largest x, y, z]] in voxels, "affine": 4 x 4 of the case of median size,
     "classes": {name: [values]}, "numbers": {name: {"mean", "std", "low", "high"}} over the known ones,
     "grid_numbers": [those of them that were taken from the volumes' grids], "maps": what `describe_maps` says of images that
-    are label maps, and only of such, "description"}
+    are label maps, and only of such, "reading": `DataConfig.reading`, if files' headers are wrong, "description"}
     """
     shapes = np.array(dataset.shapes)
     median_case = int(np.argsort(shapes.prod(axis=1), kind="stable")[len(shapes) // 2])
@@ -238,6 +251,7 @@ def describe(dataset: VolumeDataset, description: str = "") -> dict[str, Any]:
         "classes": {name: list(values) for name, values in sorted(dataset.config.classes.items())},
         "numbers": describe_numbers(dataset.config.numbers, [prepared.numbers for prepared in dataset.prepared]),
         "grid_numbers": [n for n in sorted(dataset.config.numbers) if not any(n in c.metadata for c in dataset.cases)],
+        **({"reading": dataset.config.reading} if dataset.config.reading else {}),
         **({"maps": _describe_maps(dataset)} if dataset.config.image_labels else {}),
         "description": description,
     }
@@ -264,7 +278,7 @@ def _labels(config: DataConfig) -> dict[int, str]:
 def _files(case: Case, config: DataConfig) -> tuple[Volume, Volume | None]:
     """Image with all channels, and mask, from a case's files; they must lie on one grid."""
     image = _image(case, config)
-    mask = read_mask(case.mask) if case.mask is not None else None
+    mask = read_mask(case.mask, **config.reading) if case.mask is not None else None
     if mask is not None:
         _check_grid(case, case.mask, mask, image, config)
     return image, mask
@@ -277,7 +291,7 @@ def _image(case: Case, config: DataConfig) -> Volume:
         if config.image_labels:
             volumes[channel] = _label_map(case.images[channel], config)
             continue
-        volumes[channel] = read_volume(case.images[channel], time_point=config.volume_number(channel))
+        volumes[channel] = read_volume(case.images[channel], time_point=config.volume_number(channel), **config.reading)
         if len(volumes[channel].array) != 1:
             count = len(volumes[channel].array)
             raise VolumeError(
@@ -290,9 +304,22 @@ def _image(case: Case, config: DataConfig) -> Volume:
     return first.replace(np.concatenate([volume.array for volume in volumes.values()]))
 
 
+def _file(case: Case) -> str:
+    """Its first image file, for messages; of a phantom its name."""
+    return str(next(iter(case.images.values()), case.name))
+
+
+def _oddities(case: Case, image: Volume, mask: Volume | None) -> list[tuple[str, Oddity]]:
+    """What is odd in the headers of the first image file and of the mask."""
+    found = [(_file(case), oddity) for oddity in header_oddities(image.source)] if image.source else []
+    known = {oddity.what for _, oddity in found}
+    of_mask = header_oddities(mask.source) if mask is not None and mask.source else []
+    return found + [(str(case.mask), oddity) for oddity in of_mask if oddity.what not in known]
+
+
 def _label_map(path: Path, config: DataConfig) -> Volume:
     """An image file that is a label map, as channels of 0 and 1."""
-    image = read_mask(path)
+    image = read_mask(path, **config.reading)
     indices = label_indices(image.array[0], config.image_labels, config.label_map, name=str(path))
     return image.replace(label_channels(indices, len(config.image_labels)))
 

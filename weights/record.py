@@ -37,7 +37,9 @@ def main(args: Sequence[str] | None = None) -> None:
         if stored.get("subjects") or stored.get("data"):
             raise ValueError(f"{path}: says already what it was trained on")
         train, held_out = load_split(config)
-        refuse_differences(described_preprocessing(data), train.preprocessing, str(folder), "Give the config of its training")
+        refuse_differences(
+            described_preprocessing(data), train.preprocessing, str(folder), "Give the config of its training"
+        )
         if name == "unet":
             check_described(folder, data, describe(train))
         stored["subjects"] = [own_record(train, held_out)]

@@ -8,6 +8,7 @@ from accelerate import PartialState
 from jsonargparse import ArgumentParser, Namespace
 
 from volumes import DataConfig
+from volumes.stopping import finishing
 
 from ..seen import add_overlap_argument, check_models
 
@@ -41,12 +42,17 @@ def run_command(
 ) -> dict[str, Any]:
     """Run it in all processes or in the main one alone, as it wants. Returns the report; {} in those that only waited."""
     state = PartialState()
-    divides = getattr(command, "DIVIDES", False)
     if command.READS_DATA and state.is_main_process:
         check_judged(options)
-    report = command.run(options, device, dtype) if divides or state.is_main_process else {}
-    state.wait_for_everyone()
-    return report
+    if getattr(command, "DIVIDES", False):  # it says itself what is finished when a signal comes
+        report = command.run(options, device, dtype)
+        state.wait_for_everyone()
+        return report
+    try:
+        with finishing(f"{command.NAME}, whose report is written at its end"):
+            return command.run(options, device, dtype) if state.is_main_process else {}
+    finally:
+        state.wait_for_everyone()
 
 
 def make_parser(command: Command, data: dict[str, Any] | None, **settings: Any) -> ArgumentParser:

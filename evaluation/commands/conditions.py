@@ -12,6 +12,7 @@ from volumes import load_cases
 from .. import provenance, write_report
 from ..classifier import BATCH_SIZE, LEARNING_RATE
 from ..classifier import ITERATIONS as CLASSIFIER_ITERATIONS
+from ..limits import check_command
 from ..obedience import describe_sizes, generated_cases, judge_obedience, load_classes
 from .common import precision_name
 
@@ -40,6 +41,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     """Train the classifiers on real volumes, and let them judge unseen real and generated ones."""
     config, column, shape = options.data, options.column, tuple(options.shape)
     cases = load_cases(config)
+    check_command(NAME, cases, config, vars(options))
     chosen = {split: [case for case in cases if case.split == split] for split in ("train", "test")}
     if empty := [split for split, of_split in chosen.items() if not of_split]:
         raise ValueError(f"no case is in split {empty[0]!r}; see `data` in {options.config}")

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from tqdm import tqdm
 
 from volumes import load_cases
+from volumes.live_bar import LiveBar
+from volumes.stopping import finishing
 
 from .. import (
     ITERATIONS,
@@ -29,6 +30,7 @@ from .. import (
     test_cases,
 )
 from ..few_labels import ANY
+from ..limits import check_command
 from ..utility import REAL, SYNTHETIC
 from .ledger import Job, Ledger, content_of
 from .progress import StepClock, silence
@@ -73,6 +75,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     """Train and judge. The report is written anew after every training, so a run that is stopped leaves what it has."""
     config, shape = options.data, tuple(options.shape)
+    check_command(NAME, load_cases(config), config, vars(options))
     cases = load_cases(config)
     learn, judge = learning_cases(cases), test_cases(cases)
     pairs = {"real": [Pair(case) for case in learn]}
@@ -133,7 +136,8 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     clock, quiet = StepClock(cost(jobs)), silence()
     for source, labels, seed in jobs:
         steps = iterations_of(source, options.iterations)
-        with tqdm(total=steps, unit="step", disable=quiet, desc=f"learning from {source}, seed {seed}") as progress:
+        what = f"learning from {source}, seed {seed}"
+        with finishing(what), LiveBar(total=steps, unit="step", disable=quiet, desc=what) as progress:
             result = score_training(
                 loaded[source] if source in loaded else loaded[REAL].join(loaded[SYNTHETIC]),
                 judged,
@@ -145,7 +149,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
                 on_step=clock.watch(progress),
                 synthetic=judged_too if source == REAL else None,
             )
-        ledger.add({"arm": source, "labels": labels, **result})
+            ledger.add({"arm": source, "labels": labels, **result})
     report = ledger.write()
     if quiet:
         return report

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from tqdm import tqdm
 
 from volumes import load_cases
+from volumes.live_bar import LiveBar
 
+from ..limits import Data, problems
 from ..page import write_page
 from ..report import write_report
 from . import conditions, dice, few_labels, pretrain, privacy, realism, reconstruction, shapes
@@ -71,32 +73,67 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
-    """Run the parts that are not done, and write the page of all that were asked for; `--output` is a folder."""
+    """Run the parts that are not done, and write the page of all that were asked for; `--output` is a folder.
+
+    Raises: ValueError at the end, with what could not be measured; the page shows the rest, and names them.
+    """
     if not options.synthetic:
         raise ValueError("--synthetic is missing: give folders of generated volumes, or --pipeline to generate them")
     folder, state = Path(options.output), PartialState()
     jobs = {name: part_options(name, options, folder) for name in options.parts}  # what is wrong shows before any work
+    data, missing = Data(load_cases(options.data), options.data), {}
+    for name, (part, _) in jobs.items():
+        if found := problems(name, data, vars(part)):
+            missing[name] = "; ".join(found)
+            if state.is_main_process:
+                print(f"{name}: cannot be measured, the others can: {missing[name]}", flush=True)
     if unused := sorted({_split(entry)[0] for entry in options.set} - set(jobs)):
         raise ValueError(f"--set names {unused}, which is not among --parts {list(jobs)}")
-    with tqdm(total=len(jobs), unit="part", disable=silence(), desc="parts") as progress:
+    with LiveBar(total=len(jobs), unit="part", disable=silence(), desc="parts") as progress:
         for name, (part, inputs) in jobs.items():
             progress.set_postfix_str(name)
+            if name in missing:
+                progress.update()
+                continue
             path = Path(part.output)
             there = path.is_file() and json.loads(path.read_text()).get("inputs") == inputs
             if broadcast_object_list([there])[0]:  # as the main process saw it
                 progress.write(f"{name}: {path} is there, of the same inputs; not measured again")
             else:
-                run_command(PARTS[name], part, device, dtype)
-                if state.is_main_process:  # the mark of a part that ended
+                failed = attempt(PARTS[name], part, device, dtype)
+                if failed:
+                    missing[name] = failed
+                elif state.is_main_process:  # the mark of a part that ended
                     write_report(path, {**json.loads(path.read_text()), "inputs": inputs})
             progress.update()
     state.wait_for_everyone()
-    paths = [Path(part.output) for part, _ in jobs.values()]
-    if not state.is_main_process:
-        return {}
-    page = write_page(paths, folder, options.title)
-    print(f"page: {folder / 'report.html'}")
+    paths = [Path(part.output) for name, (part, _) in jobs.items() if name not in missing]
+    page = write_page(paths, folder, options.title, missing) if state.is_main_process else {}
+    if state.is_main_process:
+        print(f"page: {folder / 'report.html'}", flush=True)
+    if missing:
+        told = "\n".join(f"  {name}: {reason}" for name, reason in missing.items())
+        raise ValueError(f"{folder / 'report.html'} lacks what could not be measured:\n{told}")
     return page
+
+
+def attempt(command: Command, part: Namespace, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Run one part; why it ended without a report, in all processes alike, or None.
+
+    One that the processes share must be ended by an error in any of them: there the error is raised, as nobody knows where the others
+    are. What earlier parts found is in their reports.
+    """
+    state, failed = PartialState(), None
+    try:
+        run_command(command, part, device, dtype)
+    except Exception as error:  # whatever it is, the other parts are not to be lost by it
+        if state.num_processes > 1 and getattr(command, "DIVIDES", False):
+            raise
+        failed = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+        if not isinstance(error, (ValueError, OSError)):
+            traceback.print_exc()
+        print(f"{command.NAME}: was not measured: {failed}", flush=True)
+    return broadcast_object_list([failed])[0]
 
 
 def part_options(name: str, options: Namespace, folder: Path) -> tuple[Namespace, str]:

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from tqdm import tqdm
 
 from volumes import DataConfig, load_cases
+from volumes.live_bar import LiveBar
+from volumes.stopping import finishing
 
-from ..few_labels import ANY, ARMS, RATIOS, steps_of, summarise, training_set
+from ..few_labels import ANY, ARMS, LABELS, RATIOS, steps_of, summarise, training_set
 from ..labels import budget, draw_labelled
+from ..limits import check_command
 from ..report import provenance
 from ..segmentation_data import LoadedPairs, Pair, generated_pairs, label_values, learning_cases, load_pairs, test_cases
 from ..segmenter import ITERATIONS
@@ -30,9 +32,7 @@ DIVIDES = True
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the command's own arguments."""
-    add_budget_arguments(
-        parser, labels=["8", "16", "32", "all"], steps="training steps; both and real_longer get twice as many"
-    )
+    add_budget_arguments(parser, labels=list(LABELS), steps="training steps; both and real_longer get twice as many")
     parser.add_argument(
         "--train_on",
         nargs="+",
@@ -73,6 +73,7 @@ def add_budget_arguments(parser: ArgumentParser, *, labels: list[str], steps: st
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     """Train, judge, and write the report anew after every training."""
     config, shape = options.data, tuple(options.shape)
+    check_command(NAME, load_cases(config), config, vars(options))
     rules = protocol(shape, options.iterations, dtype)
     num_labels = len(label_values(config))
     real, made, judge = load_sources(config, Path(options.synthetic), shape)
@@ -108,7 +109,8 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         drawn = draw_labelled(real.cases, budgets.get(labels, len(real.cases)), seed)
         learn = training_set(arm, real, made, drawn, masks=options.synthetic_masks, balanced=options.mix == "balanced")
         steps = steps_of(arm, options.iterations)
-        with tqdm(total=steps, unit="step", disable=quiet, desc=f"{arm}, labels {labels}, seed {seed}") as progress:
+        what = f"{arm}, labels {labels}, seed {seed}"
+        with finishing(what), LiveBar(total=steps, unit="step", disable=quiet, desc=what) as progress:
             result = score_training(
                 learn,
                 judge,
@@ -119,7 +121,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
                 dtype=dtype,
                 on_step=clock.watch(progress),
             )
-        ledger.add({"arm": arm, "labels": labels, "drawn_from": len(learn.images), **result})
+            ledger.add({"arm": arm, "labels": labels, "drawn_from": len(learn.images), **result})
     report = ledger.write()
     if not quiet:
         tell(report, "ratios")

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from tqdm import tqdm
+
+from volumes.live_bar import LiveBar
 
 from ..realism import PARTS, judge_realism, steps_of
 from ..report import provenance, write_report
@@ -34,11 +35,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     """Compare the sets; always in float32, for distances of sets are small differences of large numbers."""
     start = time.perf_counter()
-    sets, skipped = load_sets(options)
+    sets, skipped = load_sets(options, NAME)
     extractors = load_extractors(options, device) if "features" in options.parts else {}
     channels = options.data.channels
     steps = steps_of(sets, len(extractors), len(channels), options.parts, options.pairs)
-    with tqdm(total=sum(steps.values()), unit="step", disable=None, desc="realism") as progress:
+    with LiveBar(total=sum(steps.values()), unit="step", disable=None, desc="realism") as progress:
 
         def on_step(part: str) -> None:
             progress.set_postfix_str(part, refresh=False)

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from tqdm import tqdm
 
 from pipelines.loading import load_autoencoder
 from volumes import VolumeDataset, load_cases
+from volumes.live_bar import LiveBar
 
 from .. import CROP, evaluate_reconstruction, provenance, write_report
+from ..limits import check_command
 from .common import precision_name
 
 NAME = "reconstruction"
@@ -37,15 +38,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     """Reconstruct the volumes of a split, and say how close they come."""
+    every = load_cases(options.data)
+    check_command(NAME, every, options.data, vars(options))
+    cases = [case for case in every if case.split == options.split]
     vae = load_autoencoder(options.vae).to(device)  # pyright: ignore[reportArgumentType]
-    cases = [case for case in load_cases(options.data) if case.split == options.split]
-    if not cases:
-        raise ValueError(
-            f"no case is in split {options.split!r}; choose another --split, or see `data` in {options.config}"
-        )
     dataset = VolumeDataset(cases, options.data)
     start = time.perf_counter()
-    with tqdm(
+    with LiveBar(
         total=len(dataset), unit="volume", disable=None, desc=f"reconstructing split {options.split}"
     ) as progress:
 

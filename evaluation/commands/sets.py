@@ -13,6 +13,7 @@ from pipelines.loading import load_autoencoder
 from volumes import load_cases
 
 from ..features import PLANES, EncoderStatistics, RandomStatistics, SliceStatistics
+from ..limits import check_command, check_sets
 from ..volume_sets import VolumeSet, generated_set, real_set
 
 
@@ -41,14 +42,20 @@ def add_set_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def load_sets(options: Namespace) -> tuple[dict[str, VolumeSet], dict[str, str]]:
-    """ "training", "test" and "generated" volumes, and the files that were refused with the reason."""
+def load_sets(options: Namespace, command: str) -> tuple[dict[str, VolumeSet], dict[str, str]]:
+    """ "training", "test" and "generated" volumes, and the files that were refused with the reason.
+
+    Raises: ValueError for what the command cannot compare (`evaluation.limits`), by the cases' counts before a volume is read, and
+    once more by what is left of refused files.
+    """
     cases = load_cases(options.data)
+    check_command(command, cases, options.data, vars(options))
     sets, skipped = {}, {}
     for name, splits in (("training", ["train"]), ("test", options.unseen)):
         sets[name], refused = real_set(cases, options.data, splits)
         skipped |= refused
     sets["generated"], refused = generated_set([Path(folder) for folder in options.synthetic], cases, options.data)
+    check_sets(command, sets, options.data, vars(options))
     return sets, skipped | refused
 
 

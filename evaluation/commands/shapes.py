@@ -25,9 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     """Compare the sets. Raises: ValueError for data whose images are no label maps."""
     start = time.perf_counter()
-    if not options.data.image_labels:
-        raise ValueError("shapes are of label maps: give a config whose data has image_labels")
-    sets, skipped = load_sets(options)
+    sets, skipped = load_sets(options, NAME)
     report = {
         "evaluation": NAME,
         "shapes": compare_shapes(sets, options.data.channels, options.seed),
