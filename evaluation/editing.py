@@ -20,6 +20,7 @@ from pipelines.editing import grown
 from pipelines.inpainting import MARGIN
 from volumes import Case, Volume, load_cases, read_mask, read_volume
 from volumes.live_bar import LiveBar
+from volumes.settings import NonNegativeFloat, Number, PositiveInt, PositiveShare, Seed
 
 from .intervals import INTERVAL, subject_draws
 from .report import config_parser, provenance, write_report
@@ -166,12 +167,16 @@ def parse(args: Sequence[str] | None) -> Namespace:
     parser.add_argument("--output", type=str, required=True, help="report to write, a JSON file")
     parser.add_argument("--split", choices=["train", "validation", "test"], default="test")
     add_overlap_argument(parser)
-    parser.add_argument("--count", type=int, help="the first so many volumes of the split; default: all")
+    parser.add_argument(
+        "--count", type=Number(PositiveInt), help="the first so many volumes of the split; default: all"
+    )
     parser.add_argument("--regions", nargs="+", choices=list(REGIONS), default=list(REGIONS))
-    parser.add_argument("--strength", type=float, default=1.0, help="of the image, see the pipeline")
-    parser.add_argument("--margin", type=float, default=MARGIN, help="mm of blending inside the border")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--strength", type=Number(PositiveShare), default=1.0, help="of the image, see the pipeline")
+    parser.add_argument(
+        "--margin", type=Number(NonNegativeFloat), default=MARGIN, help="mm of blending inside the border"
+    )
+    parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps")
+    parser.add_argument("--seed", type=Number(Seed), default=0)
     parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: cpu")
     parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
     assert isinstance(parsed, Namespace)

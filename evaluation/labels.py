@@ -19,6 +19,7 @@ from jsonargparse import Namespace
 
 from volumes import Case, DataConfig, in_one_step, load_cases
 from volumes.remote import is_url, plain_path
+from volumes.settings import Number, PositiveInt, Seed
 
 from .report import config_parser
 from .segmentation_data import learning_cases, test_cases
@@ -105,8 +106,8 @@ def main(args: list[str] | None = None) -> None:
 def parse(args: list[str] | None) -> Namespace:
     """The command line, with the data section of `--config` as the defaults of `--data.*`."""
     parser = config_parser("evaluation.labels", __doc__, args)
-    parser.add_argument("--k", type=int, required=True, help="labelled volumes")
-    parser.add_argument("--seed", type=int, default=0, help="another number draws other subjects")
+    parser.add_argument("--k", type=Number(PositiveInt), required=True, help="labelled volumes")
+    parser.add_argument("--seed", type=Number(Seed), default=0, help="another number draws other subjects")
     parser.add_argument("--output", type=str, required=True, help="table to write, a CSV file")
     parsed = parser.instantiate(parser.parse_args(args))
     assert isinstance(parsed, Namespace)

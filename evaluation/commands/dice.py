@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from volumes import load_cases
 from volumes.live_bar import LiveBar
+from volumes.settings import Number, PositiveInt
 from volumes.stopping import finishing
 
 from .. import (
@@ -56,13 +57,18 @@ def add_arguments(parser: ArgumentParser) -> None:
         "their masks (do the volumes obey their masks?)",
     )
     parser.add_argument("--train_on", nargs="+", choices=SOURCES, default=list(SOURCES), help="what to learn from")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings per source, with seeds 0, 1, ...")
     parser.add_argument(
-        "--iterations", type=int, default=ITERATIONS, help="training steps; both sources together get twice as many"
+        "--seeds", type=Number(PositiveInt), default=3, help="trainings per source, with seeds 0, 1, ..."
+    )
+    parser.add_argument(
+        "--iterations",
+        type=Number(PositiveInt),
+        default=ITERATIONS,
+        help="training steps; both sources together get twice as many",
     )
     parser.add_argument(
         "--shape",
-        type=int,
+        type=Number(PositiveInt),
         nargs=3,
         default=list(SHAPE),
         help="voxels that volumes are cropped or padded to; multiples of 8",

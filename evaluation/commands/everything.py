@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from volumes import load_cases
 from volumes.live_bar import LiveBar
+from volumes.settings import FiniteFloat, Number, PositiveInt
 
 from ..limits import Data, problems
 from ..page import write_page
@@ -56,8 +57,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="folders of generated volumes; dice and the like take one. Without it, --pipeline generates them from the masks of "
         "the training split, into OUTPUT/generated",
     )
-    parser.add_argument("--count", type=int, default=1, help="volumes a mask, where --pipeline generates them")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="where --pipeline generates them")
+    parser.add_argument(
+        "--count", type=Number(PositiveInt), default=1, help="volumes a mask, where --pipeline generates them"
+    )
+    parser.add_argument(
+        "--guidance_scale", type=Number(FiniteFloat), default=1.0, help="where --pipeline generates them"
+    )
     parser.add_argument("--vae", type=str, help="autoencoder (or pipeline, or run), where a part takes one")
     parser.add_argument("--pipeline", type=str, help="the generator, where a part takes one")
     parser.add_argument(

@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from volumes import DataConfig, load_cases
 from volumes.live_bar import LiveBar
+from volumes.settings import Number, PositiveInt
 from volumes.stopping import finishing
 
 from ..few_labels import ANY, ARMS, LABELS, RATIOS, steps_of, summarise, training_set
@@ -62,11 +63,18 @@ def add_budget_arguments(parser: ArgumentParser, *, labels: list[str], steps: st
     )
     parser.add_argument("--labels", nargs="+", default=labels, help="how many real volumes have labels; numbers or all")
     parser.add_argument(
-        "--seeds", type=int, default=3, help="draws of the k volumes and trainings, with seeds 0, 1, ..."
+        "--seeds",
+        type=Number(PositiveInt),
+        default=3,
+        help="draws of the k volumes and trainings, with seeds 0, 1, ...",
     )
-    parser.add_argument("--iterations", type=int, default=ITERATIONS, help=steps)
+    parser.add_argument("--iterations", type=Number(PositiveInt), default=ITERATIONS, help=steps)
     parser.add_argument(
-        "--shape", type=int, nargs=3, default=list(SHAPE), help="voxels of the cropped volumes; multiples of 8"
+        "--shape",
+        type=Number(PositiveInt),
+        nargs=3,
+        default=list(SHAPE),
+        help="voxels of the cropped volumes; multiples of 8",
     )
 
 

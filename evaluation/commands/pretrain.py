@@ -10,6 +10,7 @@ from torch import Tensor
 
 from volumes import load_cases
 from volumes.live_bar import LiveBar
+from volumes.settings import Number, PositiveInt
 from volumes.stopping import finishing
 
 from .. import pretraining
@@ -40,7 +41,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--starts", nargs="+", choices=STARTS, default=list(STARTS), help="what comes before the fine-tuning"
     )
     parser.add_argument(
-        "--pretrain_iterations", type=int, default=pretraining.ITERATIONS, help="steps of each pre-training"
+        "--pretrain_iterations",
+        type=Number(PositiveInt),
+        default=pretraining.ITERATIONS,
+        help="steps of each pre-training",
     )
 
 

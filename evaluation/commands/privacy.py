@@ -13,6 +13,7 @@ from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
 from volumes import VolumeDataset, load_cases
 from volumes.live_bar import LiveBar
+from volumes.settings import Axis, InnerShare, NonNegativeInt, Number, PositiveInt, Seed
 
 from ..losses import DRAWS, TIMES, denoising_losses
 from ..neighbours import SHIFT, Space, common_crop, feature_space, latent_space
@@ -38,15 +39,30 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--pipeline", type=str, help="the generator: adds membership by its losses on real volumes")
     parser.add_argument(
-        "--crop", type=int, nargs=3, help="largest crop that is compared; default: the smallest volume's sides"
+        "--crop",
+        type=Number(PositiveInt),
+        nargs=3,
+        help="largest crop that is compared; default: the smallest volume's sides",
     )
-    parser.add_argument("--flips", type=int, nargs="*", default=[0], help="axes along which a copy may be mirrored")
-    parser.add_argument("--shift", type=int, default=SHIFT, help="voxels by which a copy may be moved along each axis")
     parser.add_argument(
-        "--alpha", type=float, default=ALPHA, help="share of unseen volumes that may count as memorised"
+        "--flips", type=Number(Axis), nargs="*", default=[0], help="axes along which a copy may be mirrored"
     )
-    parser.add_argument("--pairs", type=int, default=8, help="closest pairs that are shown, of each space; 0 for none")
-    parser.add_argument("--seed", type=int, default=0, help="of bootstraps, and of the noise for losses")
+    parser.add_argument(
+        "--shift",
+        type=Number(NonNegativeInt),
+        default=SHIFT,
+        help="voxels by which a copy may be moved along each axis",
+    )
+    parser.add_argument(
+        "--alpha", type=Number(InnerShare), default=ALPHA, help="share of unseen volumes that may count as memorised"
+    )
+    parser.add_argument(
+        "--pairs",
+        type=Number(NonNegativeInt),
+        default=8,
+        help="closest pairs that are shown, of each space; 0 for none",
+    )
+    parser.add_argument("--seed", type=Number(Seed), default=0, help="of bootstraps, and of the noise for losses")
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:

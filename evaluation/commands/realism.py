@@ -10,6 +10,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from volumes.live_bar import LiveBar
+from volumes.settings import NonNegativeInt, Number, Seed
 
 from ..realism import PARTS, judge_realism, steps_of
 from ..report import provenance, write_report
@@ -28,8 +29,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the command's own arguments."""
     add_set_arguments(parser)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
-    parser.add_argument("--pairs", type=int, default=PAIRS, help="most pairs of each set whose MS-SSIM is taken")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws of volumes and pairs")
+    parser.add_argument(
+        "--pairs", type=Number(NonNegativeInt), default=PAIRS, help="most pairs of each set whose MS-SSIM is taken"
+    )
+    parser.add_argument("--seed", type=Number(Seed), default=0, help="of the draws of volumes and pairs")
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from pipelines.loading import load_autoencoder
 from volumes import VolumeDataset, load_cases
 from volumes.live_bar import LiveBar
+from volumes.settings import Number, PositiveInt
 
 from .. import CROP, evaluate_reconstruction, provenance, write_report
 from ..limits import check_command
@@ -32,7 +33,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--split", choices=["train", "validation", "test"], default="test", help="which volumes")
     parser.add_argument(
-        "--crop", type=int, nargs=3, default=list(CROP), help="voxels of the centre crops whose spectra are compared"
+        "--crop",
+        type=Number(PositiveInt),
+        nargs=3,
+        default=list(CROP),
+        help="voxels of the centre crops whose spectra are compared",
     )
 
 
