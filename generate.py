@@ -35,7 +35,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from volumes.command import ArgumentParser, positive, run_command
+from volumes.command import ArgumentParser, run_command
+from volumes.settings import NonNegativeFloat, NonNegativeInt, Number, PositiveInt, show_ranges
 
 GENERATE = "generate:"
 PRECISIONS = ("no", "bf16", "fp16")
@@ -52,19 +53,19 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     )
     source.add_argument("--conditions", metavar="TABLE", help="CSV (or JSON), or its URL: a row a volume, see above")
     parser.add_argument(
-        "--shape", nargs=3, type=positive, metavar=("X", "Y", "Z"), help="voxels, where no mask has them"
+        "--shape", nargs=3, type=Number(PositiveInt), metavar=("X", "Y", "Z"), help="voxels, where no mask has them"
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--count", type=positive, default=1, help="volumes a mask or row, or in all (1)")
-    parser.add_argument("--steps", type=positive, default=20, help="denoising steps (20)")
+    parser.add_argument("--count", type=Number(PositiveInt), default=1, help="volumes a mask or row, or in all (1)")
+    parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps (20)")
     parser.add_argument(
         "--guidance_scale",
-        type=float,
+        type=Number(NonNegativeFloat),
         default=1.0,
-        help="how closely conditions are followed, for models trained for it (1)",
+        help="how closely conditions are followed, for models trained for it; 0 to 1 is no guidance (1)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="(0)")
-    parser.add_argument("--batch_size", type=positive, default=8, help="volumes denoised together (8)")
+    parser.add_argument("--seed", type=Number(NonNegativeInt), default=0, help="(0)")
+    parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")
     parser.add_argument(
         "--label_map",
         nargs="+",
@@ -80,9 +81,13 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
         help="make volumes again that are copies of training volumes, by this file of `python -m evaluation.copies`",
     )
     parser.add_argument(
-        "--most_rejections", type=positive, default=10, help="refused volumes after which one is given up (10)"
+        "--most_rejections",
+        type=Number(PositiveInt),
+        default=10,
+        help="refused volumes after which one is given up (10)",
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="no", help="no is float32 (no)")
+    show_ranges(parser)
     options = parser.parse_args(args)
     options.label_map = dict(options.label_map)
     options.masks_by = None

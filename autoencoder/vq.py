@@ -3,13 +3,13 @@ Khader et al. 2023)."""
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from volumes.settings import FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, ShareBelowOne
+from volumes.settings import FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, ShareBelowOne, TwoOrMore
 
 from .base import VolumeAutoencoder
 from .codebook import Codebook
@@ -60,7 +60,7 @@ class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
         in_channels: PositiveInt = 1,
         out_channels: PositiveInt = 1,
         latent_channels: PositiveInt = 8,
-        num_codes: Annotated[int, Range(2)] = 2048,
+        num_codes: TwoOrMore = 2048,
         codebook_decay: ShareBelowOne = 0.99,
         patch_size: PositiveInt | Sequence[PositiveInt] = 2,
         channels: Sequence[PositiveInt] = (32, 128),

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from autoencoder.layers import ChannelRMSNorm, Conv3d, Downsample, Stride, Upsample, as_stride
 from autoencoder.model import VolumeModel
-from volumes.settings import FiniteFloat, NonNegativeInt, PositiveInt, Range, ShareBelowOne
+from volumes.settings import FiniteFloat, NonNegativeInt, PositiveInt, ShareBelowOne, TwoOrMore
 
 from .attention import SelfAttention
 from .conditions import ConditionEmbedding
@@ -117,7 +117,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         classes: dict[str, list[str]] | None = None,
         numbers: dict[str, dict[str, FiniteFloat]] | None = None,
         images: dict[str, PositiveInt] | None = None,
-        train_steps: Annotated[int, Range(2)] | None = None,
+        train_steps: TwoOrMore | None = None,
         subjects: Sequence[Any] | None = None,
     ):
         super().__init__()

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from jsonargparse import Namespace
 
 from volumes.command import run_command
+from volumes.settings import Axis, InnerShare, NonNegativeInt, Number, PositiveInt, TwoOrMore
 
 from .report import add_overlap_argument, config_parser
 
@@ -35,17 +36,23 @@ def parse(args: Sequence[str] | None) -> Namespace:
     """The command line, with the data section of `--config` as the defaults of `--data.*`."""
     parser = config_parser("evaluation.copies", __doc__, args)
     parser.add_argument("--output", type=str, required=True, help="fingerprints to write, a .safetensors file")
-    parser.add_argument("--block", type=int, default=4, help="voxels a side of the blocks that are averaged, 2 or more")
+    parser.add_argument(
+        "--block", type=Number(TwoOrMore), default=4, help="voxels a side of the blocks that are averaged, 2 or more"
+    )
     parser.add_argument(
         "--crop",
-        type=int,
+        type=Number(PositiveInt),
         nargs=3,
         help="voxels about the centre that are compared, multiples of the block; default: what all training volumes hold",
     )
-    parser.add_argument("--shift", type=int, default=2, help="voxels by which a copy may be moved along each axis")
-    parser.add_argument("--flips", type=int, nargs="*", default=[], help="axes, 0 to 2, along which it may be mirrored")
     parser.add_argument(
-        "--alpha", type=float, default=0.05, help="fraction of unseen real subjects that may be refused"
+        "--shift", type=Number(NonNegativeInt), default=2, help="voxels by which a copy may be moved along each axis"
+    )
+    parser.add_argument(
+        "--flips", type=Number(Axis), nargs="*", default=[], help="axes, 0 to 2, along which it may be mirrored"
+    )
+    parser.add_argument(
+        "--alpha", type=Number(InnerShare), default=0.05, help="fraction of unseen real subjects that may be refused"
     )
     add_overlap_argument(parser)
     parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from jsonargparse import Namespace
 
 from volumes.command import run_command
+from volumes.settings import Number, PositiveFloat, PositiveInt
 
 from .report import config_parser
 
@@ -30,13 +31,17 @@ def parse(args: list[str] | None) -> Namespace:
     parser.add_argument(
         "--pipeline", type=str, help="after training: folder of the pipeline, or of the autoencoder alone"
     )
-    parser.add_argument("--volumes", type=int, default=8, help="real volumes that generated ones are compared with")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
+    parser.add_argument(
+        "--volumes", type=Number(PositiveInt), default=8, help="real volumes that generated ones are compared with"
+    )
+    parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps")
     parser.add_argument(
         "--shape", type=tuple[int, int, int], help="only how much memory volumes of so many voxels take; needs no data"
     )
     parser.add_argument("--dry_run", action="store_true", help="with --shape: run one step of each stage, and measure")
-    parser.add_argument("--memory", type=float, help="with --shape: GiB of the accelerator that is planned for")
+    parser.add_argument(
+        "--memory", type=Number(PositiveFloat), help="with --shape: GiB of the accelerator that is planned for"
+    )
     parser.add_argument(
         "--precision", type=Literal["no", "bf16", "fp16"], help="with --shape: of training; default: the config's"
     )

@@ -14,6 +14,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from volumes.command import run_command
+from volumes.settings import NonNegativeFloat, Number, PositiveInt, PositiveShare, Seed
 
 from .report import add_overlap_argument, config_parser
 
@@ -27,12 +28,16 @@ def parse(args: Sequence[str] | None) -> Namespace:
     parser.add_argument("--output", type=str, required=True, help="report to write, a JSON file")
     parser.add_argument("--split", choices=["train", "validation", "test"], default="test")
     add_overlap_argument(parser)
-    parser.add_argument("--count", type=int, help="the first so many volumes of the split; default: all")
+    parser.add_argument(
+        "--count", type=Number(PositiveInt), help="the first so many volumes of the split; default: all"
+    )
     parser.add_argument("--regions", nargs="+", choices=REGION_NAMES, default=list(REGION_NAMES), help="which of them")
-    parser.add_argument("--strength", type=float, default=1.0, help="of the image, see the pipeline")
-    parser.add_argument("--margin", type=float, help="mm of blending inside the border; default: the pipeline's")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    parser.add_argument("--strength", type=Number(PositiveShare), default=1.0, help="of the image, see the pipeline")
+    parser.add_argument(
+        "--margin", type=Number(NonNegativeFloat), help="mm of blending inside the border; default: the pipeline's"
+    )
+    parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps")
+    parser.add_argument("--seed", type=Number(Seed), default=0, help="of the noise (0)")
     parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: cpu")
     parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
     assert isinstance(parsed, Namespace)

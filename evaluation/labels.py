@@ -18,6 +18,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from volumes.command import run_command
+from volumes.settings import Number, PositiveInt, Seed
 
 from .report import config_parser
 
@@ -25,8 +26,8 @@ from .report import config_parser
 def parse(args: list[str] | None) -> Namespace:
     """The command line, with the data section of `--config` as the defaults of `--data.*`."""
     parser = config_parser("evaluation.labels", __doc__, args)
-    parser.add_argument("--k", type=int, required=True, help="labelled volumes")
-    parser.add_argument("--seed", type=int, default=0, help="another number draws other subjects")
+    parser.add_argument("--k", type=Number(PositiveInt), required=True, help="labelled volumes")
+    parser.add_argument("--seed", type=Number(Seed), default=0, help="another number draws other subjects")
     parser.add_argument("--output", type=str, required=True, help="table to write, a CSV file")
     parsed = parser.instantiate(parser.parse_args(args))
     assert isinstance(parsed, Namespace)

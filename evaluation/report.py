@@ -17,6 +17,7 @@ import jsonargparse
 from volumes import DataConfig
 from volumes.config_parser import ConfigParser, config_files
 from volumes.preprocessing import inherited
+from volumes.settings import faults, refuse
 from volumes.text import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +105,10 @@ def read_config(path: Path) -> dict[str, Any]:
     content = read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
         raise ValueError(f"{path}: has no section `data`; give a training config")
+    for name in ("vae", "init_from", "output"):
+        if isinstance(content.get(name), str):
+            content[name] = os.path.expanduser(content[name])
+    refuse(faults(DataConfig, content["data"], "data.", raw=True), f"{path}: ")
     source = content.get("vae") or content.get("init_from")
     if isinstance(source, str):
         content["data"] |= inherited(source, content["data"])

@@ -19,6 +19,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from volumes.command import run_command
+from volumes.settings import NonNegativeFloat, Number, PositiveInt, Seed
 
 from .defaults import SCHEDULERS, SEGMENTER_STEPS, SHAPE
 from .report import add_overlap_argument, config_parser
@@ -30,7 +31,9 @@ def parse(args: Sequence[str] | None) -> Namespace:
     parser.add_argument("--pipeline", type=str, required=True, help="pipeline folder or Hub repository")
     parser.add_argument("--output", type=str, required=True, help="report to write, a JSON file")
     add_overlap_argument(parser)
-    parser.add_argument("--masks", type=int, default=24, help="masks, spread evenly over all of the split (24)")
+    parser.add_argument(
+        "--masks", type=Number(PositiveInt), default=24, help="masks, spread evenly over all of the split (24)"
+    )
     parser.add_argument(
         "--split",
         choices=["test", "validation"],
@@ -44,15 +47,23 @@ def parse(args: Sequence[str] | None) -> Namespace:
         default=["euler", "heun", "dpmsolver++", "unipc"],
         help="beside its own",
     )
-    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 40], help="of each scheduler")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="scales; 0 to 1 is none (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first volume (0)")
-    parser.add_argument("--batch_size", type=int, default=8, help="volumes denoised together (8)")
+    parser.add_argument(
+        "--steps", type=Number(PositiveInt), nargs="+", default=[5, 10, 20, 40], help="of each scheduler"
+    )
+    parser.add_argument(
+        "--guidance", type=Number(NonNegativeFloat), nargs="+", default=[1.0], help="scales; 0 to 1 is none (1)"
+    )
+    parser.add_argument("--seed", type=Number(Seed), default=0, help="of the first volume (0)")
+    parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")
     parser.add_argument(
         "--segmenter", type=str, help="file of the segmenter, trained if it is not there; default: beside the report"
     )
-    parser.add_argument("--segmenter_steps", type=int, default=SEGMENTER_STEPS, help="its training steps")
-    parser.add_argument("--shape", type=int, nargs=3, default=list(SHAPE), help="voxels it takes; multiples of 8")
+    parser.add_argument(
+        "--segmenter_steps", type=Number(PositiveInt), default=SEGMENTER_STEPS, help="its training steps"
+    )
+    parser.add_argument(
+        "--shape", type=Number(PositiveInt), nargs=3, default=list(SHAPE), help="voxels it takes; multiples of 8"
+    )
     parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
     parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
     assert isinstance(parsed, Namespace)

@@ -1,22 +1,27 @@
 """Every number of every setting has a range, and values outside are refused by name."""
 
 import argparse
+import ast
 import dataclasses
 import inspect
 import math
 import re
 import types
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 import yaml
 
+import evaluate
+import generate
 import training.config
 from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
 from diffusion import LatentAugmentation, LatentUNet3D
+from evaluation.report import read_config
 from training import TrainLdmConfig, TrainVaeConfig, build_model, parse_config
 from training.config import AdversarialConfig, CropConfig, crop_faults
-from volumes import DataConfig, IntensityScaling, PhantomConfig
+from volumes import DataConfig, IntensityScaling, PhantomConfig, load_cases
 from volumes.settings import Number, PositiveInt, Range, construct, describe, faults, hints_of, show_ranges
 
 VAE = "autoencoder.AutoencoderKL3D"
@@ -275,6 +280,34 @@ def test_paths_begin_at_home(monkeypatch, tmp_path):
     )
 
 
+def test_home_is_found_in_every_path_of_a_data_section(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "scans").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "scans" / f"{name}.nii.gz").write_bytes(b"not read")
+    (tmp_path / "table.csv").write_text("file\n~/scans/a.nii.gz\n~/scans/b.nii.gz\n")
+    expected = [tmp_path / "scans" / f"{name}.nii.gz" for name in ("a", "b")]
+    for settings in (
+        {"root": "~/scans", "images": "{case}.nii.gz"},
+        {"root": "elsewhere", "images": "~/scans/{case}.nii.gz"},
+        {"root": "elsewhere", "table": "~/table.csv", "images": "{file}"},
+        {"root": "file://~/scans", "images": ["{case}.nii.gz"]},
+    ):
+        cases = load_cases(DataConfig(validation_fraction=0.0, **settings))
+        assert [case.images["image"] for case in cases] == expected
+
+
+def test_an_evaluation_names_what_is_wrong_in_the_config(tmp_path):
+    path = tmp_path / "ldm.yaml"
+    path.write_text("vae: ~/v\ndata: {images: x, test_fraction: 1.5}\n")
+    with pytest.raises(
+        ValueError, match=re.escape(f"{path}: data.test_fraction: got 1.5, expected a number, 0 or more")
+    ):
+        read_config(path)
+    path.write_text("vae: ~/v\ndata: {images: x}\n")
+    assert read_config(path)["vae"] == str(Path.home() / "v")
+
+
 def test_help_shows_the_ranges(capsys):
     with pytest.raises(SystemExit):
         parse_config(TrainVaeConfig, ["--help"])
@@ -318,3 +351,57 @@ def test_descriptions_are_sentences():
     assert describe(PositiveInt | None) == "a whole number, 1 or more, or null"
     assert describe(Literal["a", "b"]) == "one of a, b"
     assert describe(tuple[PositiveInt, PositiveInt]) == "a list of 2, each a whole number, 1 or more"
+
+
+def test_every_number_on_a_command_line_has_a_range():
+    """No `add_argument(type=int)`: a bare int or float says nothing of what it may be."""
+    root = Path(__file__).parents[1]
+    found, ranged = [], 0
+    for path in [
+        root / "generate.py",
+        root / "evaluate.py",
+        root / "demo.py",
+        *sorted((root / "evaluation").rglob("*.py")),
+    ]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+                kind = next((word.value for word in node.keywords if word.arg == "type"), None)
+                ranged += isinstance(kind, ast.Call) and getattr(kind.func, "id", "") == "Number"
+                if isinstance(kind, ast.Name) and kind.id in ("int", "float"):
+                    found.append(f"{path.relative_to(root)}:{node.lineno}")
+    assert found == [] and ranged > 40
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--count", "0", "got 0, expected a whole number, 1 or more"),
+        ("--seed", "-1", "got -1, expected a whole number, 0 or more"),
+        ("--batch_size", "two", "got 'two' (text), expected a whole number, 1 or more"),
+        ("--steps", "nan", "got 'nan' (text), expected a whole number, 1 or more"),
+    ],
+)
+def test_generation_refuses_numbers_outside_of_their_ranges(option, value, said, capsys):
+    with pytest.raises(SystemExit):
+        generate.parse(["--pipeline", "p", "--masks", "m", "--output", "o", f"{option}={value}"])
+    assert f"{option}: {said}" in capsys.readouterr().err
+
+
+def test_evaluation_refuses_numbers_outside_of_their_ranges(tmp_path, capsys):
+    path = tmp_path / "ldm.yaml"
+    path.write_text("data: {images: x}\n")
+    common = ["--config", str(path), "--output", "o"]
+    for options, said in (
+        (
+            ["privacy", *common, "--synthetic", "s", "--alpha=1"],
+            "--alpha: got 1.0, expected a number, above 0 and below 1",
+        ),
+        (
+            ["privacy", *common, "--synthetic", "s", "--flips", "3"],
+            "--flips: got 3, expected a whole number, from 0 to 2",
+        ),
+        (["dice", *common, "--synthetic", "s", "--seeds=0"], "--seeds: got 0, expected a whole number, 1 or more"),
+    ):
+        with pytest.raises(SystemExit):
+            evaluate.parse(options)
+        assert said in capsys.readouterr().err

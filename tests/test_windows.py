@@ -111,7 +111,7 @@ def test_few_voxels_within_the_window_are_a_warning(tmp_path, caplog):
 def test_an_image_that_is_given_out_of_its_window_is_refused():
     pipe = tiny_pipeline(num_labels=0, labels={}, intensity=[CT])
     values = np.linspace(1000, 4000, 1728, dtype=np.float32).reshape(1, 12, 12, 12)
-    with pytest.raises(ValueError, match="the image 'image': 0 % of its voxels lie within the window -160 to 240"):
+    with pytest.raises(ValueError, match="the image 'MR': 0 % of its voxels lie within the window -160 to 240"):
         pipe(image=Volume(values, np.eye(4)), strength=0.5, num_inference_steps=2)
 
 

@@ -72,7 +72,9 @@ class Disk:
 
 
 def cell_path(folder: Path, cell: str, disk: Disk) -> Path:
-    """The file that a table's cell names, relative to `folder`. Backslashes are slashes unless there is such a file."""
+    """The file that a table's cell names, relative to `folder` or, after `~`, to the home folder. Backslashes are slashes unless
+    there is such a file."""
+    cell = os.path.expanduser(cell) if cell.startswith("~") else cell
     if "\\" in cell and (folder / cell).exists():
         return folder / cell
     return disk.find(folder / tidy(cell))

@@ -47,9 +47,10 @@ def is_url(path: object) -> TypeGuard[str]:
 
 
 def plain_path(path: str) -> str:
-    """A file:// URL as the path that it is; all else unchanged."""
+    """A file:// URL as the path that it is, and `~` at the beginning as the home folder; all else unchanged."""
     match = URL.match(path)
-    return match[2] if match and match[1].lower() in LOCAL else path
+    path = match[2] if match and match[1].lower() in LOCAL else path
+    return os.path.expanduser(path) if path.startswith("~") else path
 
 
 def refuse_url(path: str | os.PathLike, what: str) -> None:
