@@ -27,7 +27,7 @@ from accelerate import PartialState
 from jsonargparse import ArgumentParser, Namespace
 
 import generate
-from evaluation.commands import COMMANDS
+from evaluation.commands import COMMANDS, everything
 from evaluation.commands.common import make_parser, run_command
 from evaluation.labels import write_masks
 from evaluation.report import read_config
@@ -51,6 +51,9 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     again = "run the same command again: it goes on with what is there"
     with ending_with_others(state, again), stoppable(again):
         if command.NAME == "all" and options.pipeline and not options.synthetic:
+            planned = options.clone()
+            planned.synthetic = [str(Path(options.output) / "generated")]
+            everything.plan(planned)  # what is wrong, and what cannot be measured, before the work
             options.synthetic = [str(generate_volumes(options, precision, state))]
         report = run_command(command, options, device, torch.bfloat16 if precision == "bf16" else None)
     state.destroy_process_group()
