@@ -51,6 +51,7 @@ import torch
 from accelerate import PartialState
 
 import generate
+from evaluation.commands import everything
 from evaluation.commands.common import check_judged
 from evaluation.commands.common import run_command as run_evaluation
 from evaluation.labels import write_masks
@@ -75,6 +76,9 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     again = "run the same command again: it goes on with what is there"
     with ending_with_others(state, again), stoppable(again):
         if command.name == "all" and options.pipeline and not options.synthetic:
+            planned = options.clone()
+            planned.synthetic = [str(Path(options.output) / "generated")]
+            everything.plan(planned)  # what is wrong, and what cannot be measured, before the work
             if state.is_main_process:
                 check_judged(options)  # before hours of generation
             options.synthetic = [str(generate_volumes(options, precision, state))]

@@ -117,7 +117,7 @@ def test_all_writes_the_page_with_what_succeeded_and_names_the_rest(folder, tmp_
     with pytest.raises(ValueError, match=r"(?s)report.html lacks .*privacy: of 4 unseen .*dice: RuntimeError: out of"):
         everything(folder, tmp_path, *parts)
     said = capsys.readouterr()
-    assert said.out.index("privacy: cannot be measured, the others can") < said.out.index("dice: was not measured")
+    assert said.out.index("privacy: cannot be measured: of 4") < said.out.index("dice: was not measured")
     page = json.loads((tmp_path / "report.json").read_text())
     assert list(page["reports"]) == ["realism"] and list(page["missing"]) == ["privacy", "dice"]
     for name in ("report.html", "report.md"):
@@ -134,6 +134,15 @@ def test_all_writes_the_page_with_what_succeeded_and_names_the_rest(folder, tmp_
     assert set(page["reports"]) == {"realism", "dice", "privacy"} and page["missing"] == {}
     assert "realism: " in capsys.readouterr().out  # is there, and not measured again
     assert "<h2>Not measured" not in (tmp_path / "report.html").read_text()
+
+
+def test_nothing_is_generated_for_what_cannot_be_measured(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "generate_volumes", lambda *_: pytest.fail("generated first"))
+    args = ["all", "--config", str(folder / "ldm.yaml"), "--device", "cpu", "--output", str(tmp_path)]
+    with pytest.raises(ValueError, match="nothing can be measured:\nprivacy: cannot be measured: of 4 unseen"):
+        evaluate.main([*args, "--pipeline", "weights/hippocampus", "--parts", "privacy"])
+    with pytest.raises(ValueError, match="dice has no option sides"):
+        evaluate.main([*args, "--pipeline", "weights/hippocampus", "--parts", "dice", "--set", "dice.sides=3"])
 
 
 def test_few_generated_volumes_are_told_before_features_are_taken(folder, tmp_path, monkeypatch):

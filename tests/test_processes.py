@@ -200,7 +200,7 @@ def test_a_report_that_cannot_be_written_is_named_before_any_training(data):
 
 def test_commands_that_cannot_be_shared_are_the_main_processs(monkeypatch):
     class Command:
-        ran, divides = 0, False
+        name, ran, divides, reads_data = "command", 0, False, False
 
         @classmethod
         def run(cls, *_):

@@ -92,7 +92,9 @@ def _rows_of(case: dict[str, Any]) -> list[_Row]:
         images = {name: array[index] for name, array in arrays.items() if index < len(array)}
         usual = np.percentile(next(iter(images.values())), [0.5, 99.5]).tolist() if images else (0.0, 1.0)
         windows = {name: given.get(channel, given.get(name, usual)) for name in images}
-        told = {} if case.get("labels") else {f"{low:.4g} to {high:.4g}": None for low, high in windows.values()}
+        several = len(set(map(tuple, windows.values()))) > 1
+        told = [f"{name + ' ' if several else ''}{low:.4g} to {high:.4g}" for name, (low, high) in windows.items()]
+        told = [] if case.get("labels") else dict.fromkeys(told)
         label = "\n".join(part for part in (case.get("title", ""), channel, *told) if part)
         centre = tuple(case.get("centre") or _centre(mask, shape))
         extent = tuple(n * mm for n, mm in zip(shape, spacing, strict=True))

@@ -45,15 +45,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     if not options.synthetic:
         raise ValueError("--synthetic is missing: give folders of generated volumes, or --pipeline to generate them")
     folder, state = Path(options.output), PartialState()
-    jobs = {name: part_options(name, options, folder) for name in options.parts}  # what is wrong shows before any work
-    data, missing = Data(load_cases(options.data), options.data), {}
-    for name, (part, _) in jobs.items():
-        if found := problems(name, data, vars(part)):
-            missing[name] = "; ".join(found)
-            if state.is_main_process:
-                print(f"{name}: cannot be measured, the others can: {missing[name]}", flush=True)
-    if unused := sorted({_split(entry)[0] for entry in options.set} - set(jobs)):
-        raise ValueError(f"--set names {unused}, which is not among --parts {list(jobs)}")
+    jobs, missing = plan(options)
     with LiveBar(total=len(jobs), unit="part", disable=silence(), desc="parts") as progress:
         for name, (part, inputs) in jobs.items():
             progress.set_postfix_str(name)
@@ -80,6 +72,26 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         told = "\n".join(f"  {name}: {reason}" for name, reason in missing.items())
         raise ValueError(f"{folder / 'report.html'} lacks what could not be measured:\n{told}")
     return page
+
+
+def plan(options: Namespace) -> tuple[dict[str, tuple[Namespace, str]], dict[str, str]]:
+    """Each part's options and hash (`part_options`), and why parts cannot be measured on these data, which is said; before any work.
+
+    Raises: ValueError for options that are wrong, and if no part can be measured.
+    """
+    folder = Path(options.output)
+    jobs = {name: part_options(name, options, folder) for name in options.parts}
+    if unused := sorted({_split(entry)[0] for entry in options.set} - set(jobs)):
+        raise ValueError(f"--set names {unused}, which is not among --parts {list(jobs)}")
+    data = Data(load_cases(options.data), options.data)
+    found = {name: problems(name, data, vars(part)) for name, (part, _) in jobs.items()}
+    missing = {name: "; ".join(reasons) for name, reasons in found.items() if reasons}
+    told = "\n".join(f"{name}: cannot be measured: {reason}" for name, reason in missing.items())
+    if len(missing) == len(jobs):
+        raise ValueError(f"nothing can be measured:\n{told}")
+    if missing and PartialState().is_main_process:
+        print(f"{told}\nthe others can: {', '.join(name for name in jobs if name not in missing)}", flush=True)
+    return jobs, missing
 
 
 def attempt(command: Command, part: Namespace, device: torch.device, dtype: torch.dtype | None) -> str | None:
