@@ -57,12 +57,13 @@ def set_timesteps(
             )
     if takes_sigmas:
         even = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
-        scheduler.set_timesteps(sigmas=even if sigmas is None else list(sigmas), device=device)
+        asked: dict[str, Any] = {"sigmas": even if sigmas is None else list(sigmas)}
     else:
         _check_span(scheduler, num_inference_steps)
-        scheduler.set_timesteps(num_inference_steps, device=device)
-    steps = num_inference_steps if sigmas is None else len(sigmas)
-    check_levels(scheduler, steps, begins_anywhere=sigmas is not None)
+        asked = {"num_inference_steps": num_inference_steps}
+    scheduler.set_timesteps(**asked, device="cpu")  # to be looked at: the device may be one without data
+    check_levels(scheduler, num_inference_steps if sigmas is None else len(sigmas), begins_anywhere=sigmas is not None)
+    scheduler.set_timesteps(**asked, device=device)
     return scheduler.timesteps
 
 

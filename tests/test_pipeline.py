@@ -274,8 +274,11 @@ def test_a_volume_that_is_not_finite_raises():
     pipe = tiny_pipeline()
     with torch.no_grad():
         pipe.unet.conv_out.bias.fill_(torch.inf)
-    with pytest.raises(ValueError, match="the volume of seed 8 is not finite in float32"):
+    with pytest.raises(ValueError, match="the volume of seed 8 is not finite in float32; look for NaN in the weights"):
         pipe(mask_image((8, 8, 8)), generator=seeded(8))
+    pipe.to(torch.float16)  # of which alone the range can be too small
+    with pytest.raises(ValueError, match="is not finite in float16; use bfloat16 or float32"):
+        pipe(mask_image((8, 8, 8)), num_inference_steps=1, generator=seeded(8))
 
 
 def test_a_model_without_masks_takes_a_shape():
