@@ -244,6 +244,8 @@ def test_functions_that_take_one_kind_alone_name_it(tmp_path):
         write_synthetic(mask, {}, tmp_path / "a.nii.gz")  # pyright: ignore[reportArgumentType]
     with pytest.raises(VolumeError, match="carries its geometry .* got ndarray"):
         in_model_units(LABELS, tiny_pipeline().data)
+    with pytest.raises(VolumeError, match="units and axes are for files; change the geometry of the MetaTensor"):
+        read_mask(mask, units="m")
     assert not [*tmp_path.iterdir()]
     nifti = in_model_units(nib.Nifti1Image(LABELS, affine_of("LAS")), tiny_pipeline().data)
     np.testing.assert_array_equal(in_model_units(metatensor(LABELS, affine_of("LAS")), tiny_pipeline().data), nifti)

@@ -59,6 +59,8 @@ def read_carrier(source: Any) -> Stored:
         )
     name = f"{source_file(source) or type(source).__name__}"
     values, affine = reader(source, name)
+    if affine.shape != (4, 4):
+        raise VolumeError(f"{name}: an affine is 4 x 4; got {affine.shape}")
     if values.dtype.kind not in "biuf":
         raise VolumeError(f"{name}: holds {values.dtype}; only real numbers are supported")
     values = values.reshape(shape_with_channels(values.shape, name))
@@ -126,10 +128,9 @@ def _read_tensor(tensor: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     space = str(getattr(tensor, "meta", {}).get("space") or "RAS")
     if space not in ("RAS", "LPS"):
         raise VolumeError(f"{name}: its affine leads to {space!r}; RAS and LPS are known")
-    return _channels_last(as_array(tensor)), LPS_TO_RAS @ affine if space == "LPS" and affine.shape == (
-        4,
-        4,
-    ) else affine
+    if space == "LPS" and affine.shape == (4, 4):
+        affine = LPS_TO_RAS @ affine
+    return _channels_last(as_array(tensor)), affine
 
 
 def _read_simple_itk(image: Any, name: str) -> tuple[np.ndarray, np.ndarray]:

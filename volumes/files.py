@@ -104,6 +104,10 @@ def read_stored(source: Readable, *, units: str | None = None, axes: str | None 
     if isinstance(source, Nifti1Pair):
         return read_nifti(source, units=units, axes=axes)
     if carries_geometry(source):
+        if units is not None or axes is not None:
+            raise VolumeError(
+                f"units and axes are for files; change the geometry of the {type(source).__name__} itself"
+            )
         return read_carrier(source)
     if not isinstance(source, str | os.PathLike):
         raise VolumeError(
