@@ -58,7 +58,7 @@ def read_nifti(source: Readable, *, units: str | None = None, axes: str | None =
     name, image = open_nifti(source)
     check_scalar(name, image)
     check_room(name, image.shape, np.dtype(image.get_data_dtype()).itemsize)
-    if image.header["descrip"].item().startswith(SYNTHETIC):
+    if bytes(np.asarray(image.header["descrip"]).item()).startswith(SYNTHETIC):
         units, axes = None, "XYZC"
     values = _channels_last(_values(name, image), name, axes)
     x, y, z, _ = values.shape

@@ -144,13 +144,12 @@ def _unit(name: str, fields: dict[str, str], units: str | None) -> str:
     named = {NAMED_UNITS.get(one, one) for one in re.findall(r'"([^"]*)"', fields.get("space units", ""))} - {""}
     if units or not named:
         return "mm"
-    unit = named.pop()
-    if named or unit not in UNITS:
-        found = sorted({unit, *named})
+    found = sorted(map(str, named))
+    if len(found) > 1 or found[0] not in UNITS:
         raise VolumeError(
             f"{name}: its space units are {found}; save it in mm, or set data.units in the training's config"
         )
-    return unit
+    return found[0]
 
 
 def _vector(name: str, field: str, text: str) -> list[float]:
