@@ -28,13 +28,86 @@ import csv
 import hashlib
 import itertools
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from volumes.command import ArgumentParser, run_command
+from volumes.settings import FiniteFloat, NonNegativeInt, Number, PositiveInt, show_ranges
+
+GENERATE = "generate:"
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. Exits with a message on what cannot be."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--pipeline", required=True, help="pipeline folder or Hub repository")
+    parser.add_argument("--lora", help="LoRA for the pipeline, a file or folder of train_ldm.py")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--masks", nargs="+", metavar="DIR_OR_GLOB", help=f"NIfTI label maps, or {GENERATE}PIPELINE to draw them first"
+    )
+    source.add_argument("--conditions", metavar="TABLE", help="CSV (or JSON), or its URL: a row a volume, see above")
+    parser.add_argument(
+        "--shape", nargs=3, type=Number(PositiveInt), metavar=("X", "Y", "Z"), help="voxels, where no mask has them"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--count", type=Number(PositiveInt), default=1, help="volumes a mask or row, or in all (1)")
+    parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps (20)")
+    parser.add_argument(
+        "--guidance_scale",
+        type=Number(FiniteFloat),
+        default=1.0,
+        help="how closely conditions are followed, for models trained for it (1)",
+    )
+    parser.add_argument("--seed", type=Number(NonNegativeInt), default=0, help="(0)")
+    parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")
+    parser.add_argument(
+        "--label_map",
+        nargs="+",
+        type=label_pair,
+        default=[],
+        metavar="VALUE=LABEL",
+        help="read a label value as one that the model knows, by value or name: 3=1 4=tumour",
+    )
+    parser.add_argument(
+        "--reject_copies",
+        type=Path,
+        metavar="FINGERPRINTS",
+        help="make volumes again that are copies of training volumes, by this file of `python -m evaluation.copies`",
+    )
+    parser.add_argument(
+        "--most_rejections",
+        type=Number(PositiveInt),
+        default=10,
+        help="refused volumes after which one is given up (10)",
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="no", help="no is float32 (no)")
+    show_ranges(parser)
+    options = parser.parse_args(args)
+    options.label_map = dict(options.label_map)
+    options.masks_by = None
+    if options.masks and any(one.startswith(GENERATE) for one in options.masks):
+        if len(options.masks) > 1:
+            parser.error(f"--masks {' '.join(options.masks)}: {GENERATE}PIPELINE stands alone")
+        options.masks_by, options.masks = options.masks[0].removeprefix(GENERATE), None
+    return options
+
+
+def label_pair(text: str) -> tuple[int, int | str]:
+    """VALUE=LABEL, the label by value or by name."""
+    value, _, label = text.partition("=")
+    if not label:
+        raise argparse.ArgumentTypeError(f"{text!r} is not VALUE=LABEL, e.g. 3=1")
+    return int(value), int(label) if label.lstrip("-").isdigit() else label
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
 
 import numpy as np
 import torch
@@ -54,6 +127,7 @@ from pipelines import (
     volume_files,
     write_synthetic,
 )
+from pipelines.provenance import sidecars
 from pipelines.requests import Request, mask_requests, read_requests
 from pipelines.trained_on import GENERATED
 from training import ending_with_others, join_processes
@@ -61,14 +135,12 @@ from training.output import check_writable, naming_full_disk, write_text
 from volumes import draw_shape, map_fault
 from volumes.live_bar import LiveBar
 from volumes.nifti import remove_abandoned
-from volumes.settings import NonNegativeInt, Number, PositiveInt, show_ranges
 from volumes.stopping import Stopped, check_stop, finishing, stoppable
 from volumes.text import read_object
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 LONGEST_RUN = timedelta(days=30)  # processes wait this long for each other at the end
 MANIFEST = "manifest.csv"
-GENERATE = "generate:"
 CHECKS = ("copy_check", "map_check", "rejected")  # what a record has of them, if there were any
 
 
@@ -245,81 +317,6 @@ def write_accepted(
     return lost
 
 
-def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    """The command line. Exits with a message on what cannot be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", required=True, help="pipeline folder or Hub repository")
-    parser.add_argument("--lora", help="LoRA for the pipeline, a file or folder of train_ldm.py")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--masks", nargs="+", metavar="DIR_OR_GLOB", help=f"NIfTI label maps, or {GENERATE}PIPELINE to draw them first"
-    )
-    source.add_argument("--conditions", metavar="TABLE", help="CSV (or JSON), or its URL: a row a volume, see above")
-    parser.add_argument(
-        "--shape", nargs=3, type=Number(PositiveInt), metavar=("X", "Y", "Z"), help="voxels, where no mask has them"
-    )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--count", type=Number(PositiveInt), default=1, help="volumes a mask or row, or in all (1)")
-    parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps (20)")
-    parser.add_argument(
-        "--guidance_scale",
-        type=guidance,
-        default=1.0,
-        help="how closely conditions are followed, for models trained for it; 0 to 1 is no guidance (1)",
-    )
-    parser.add_argument("--seed", type=Number(NonNegativeInt), default=0, help="(0)")
-    parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")
-    parser.add_argument(
-        "--label_map",
-        nargs="+",
-        type=label_pair,
-        default=[],
-        metavar="VALUE=LABEL",
-        help="read a label value as one that the model knows, by value or name: 3=1 4=tumour",
-    )
-    parser.add_argument(
-        "--reject_copies",
-        type=Path,
-        metavar="FINGERPRINTS",
-        help="make volumes again that are copies of training volumes, by this file of `python -m evaluation.copies`",
-    )
-    parser.add_argument(
-        "--most_rejections",
-        type=Number(PositiveInt),
-        default=10,
-        help="refused volumes after which one is given up (10)",
-    )
-    parser.add_argument("--precision", choices=DTYPES, default="no", help="no is float32 (no)")
-    show_ranges(parser)
-    options = parser.parse_args(args)
-    options.label_map = dict(options.label_map)
-    options.masks_by = None
-    if options.masks and any(one.startswith(GENERATE) for one in options.masks):
-        if len(options.masks) > 1:
-            parser.error(f"--masks {' '.join(options.masks)}: {GENERATE}PIPELINE stands alone")
-        options.masks_by, options.masks = options.masks[0].removeprefix(GENERATE), None
-    return options
-
-
-def guidance(text: str) -> float:
-    """Argument of the parser: a scale of guidance. Raises: ArgumentTypeError."""
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = math.nan
-    if not 0 <= scale < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: a number of 0 or more is expected (0 to 1 is no guidance)")
-    return scale
-
-
-def label_pair(text: str) -> tuple[int, int | str]:
-    """VALUE=LABEL, the label by value or by name."""
-    value, _, label = text.partition("=")
-    if not label:
-        raise argparse.ArgumentTypeError(f"{text!r} is not VALUE=LABEL, e.g. 3=1")
-    return int(value), int(label) if label.lstrip("-").isdigit() else label
-
-
 def volume_seed(seed: int, stem: str, k: int, rejections: int = 0) -> int:
     """63 bits of a hash of (seed, stem, k): the same everywhere and always, different for every volume, and for every
     attempt at it."""
@@ -398,7 +395,7 @@ def unfinished(tasks: Sequence[Task]) -> list[Task]:
         if record is None:
             refused.append(f"{task.path}: has no sidecar, so it was not generated by this script")
             continue
-        made, keys = as_planned(record, task.record), {*task.record, *CHECKS} - {"software"}
+        made, keys = as_planned(record, task.record), {*task.record, *CHECKS, "callback"} - {"software"}
         different = sorted(key for key in keys if made.get(key) != task.record.get(key))
         if different:
             refused.append(f"{task.path}: was made with another {', another '.join(different)}")
@@ -426,7 +423,7 @@ def write_manifest(output: Path) -> int:
     columns = ("file", "mask", "mask_sha256", "seed", "num_inference_steps", "scheduler", "dtype", "model", "software")
     rows: list[dict[str, Any]] = []
     names: dict[str, None] = {}  # in order
-    for sidecar in sorted(output.glob("*.json")):
+    for sidecar in sidecars(output):
         path = sidecar.with_suffix(".nii.gz")
         try:
             record = read_sidecar(path)
@@ -449,7 +446,3 @@ def write_manifest(output: Path) -> int:
         writer.writerows(rows)
     os.replace(unfinished_manifest, output / MANIFEST)
     return len(rows)
-
-
-if __name__ == "__main__":
-    main()

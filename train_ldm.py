@@ -5,6 +5,12 @@ for `MedVolumePipeline.from_pretrained`. With a `lora:` section it ends with `lo
 `pipe.load_lora_weights`: --config configs/hippocampus/lora.yaml --init_from PIPELINE/unet --vae PIPELINE/vae
 """
 
+from training.config import TrainLdmConfig, parse_config
+from volumes.command import run_command
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse_config(TrainLdmConfig))
+
 import dataclasses
 import json
 import logging
@@ -48,13 +54,11 @@ from pipelines.provenance import content_hash, stored_tensors
 from training import (
     Learner,
     Loop,
-    TrainLdmConfig,
     build_model,
     ending_with_others,
     how_to_resume,
     initialise_from,
     make_accelerator,
-    parse_config,
     save_model,
 )
 from training.previews import preview_case
@@ -290,7 +294,7 @@ def train_as(config: TrainLdmConfig, accelerator: Accelerator) -> dict[str, floa
     contents = {**digests(train), "autoencoder": weights_hash(vae.encoder)}
     metrics = Loop(accelerator, config, step, latents, validation, collate, contents).run()
 
-    records = [*earlier, own_record(train, held_out)]
+    records = join_records([*earlier, own_record(train, held_out)])
     if accelerator.is_main_process and base:
         trained_on = {"data": train.preprocessing, "subjects": records}
         logger.info("saved %s", save_lora(learner.average, output / "lora", base, trained_on=trained_on))
@@ -304,7 +308,3 @@ def train_as(config: TrainLdmConfig, accelerator: Accelerator) -> dict[str, floa
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return metrics
-
-
-if __name__ == "__main__":
-    main()

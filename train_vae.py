@@ -4,6 +4,12 @@ The run folder ends with `vae/`: the averaged weights, with the latents' mean an
 set in its config. An autoencoder without parameters (autoencoder.SpaceToDepth3D) is measured and saved at once.
 """
 
+from training.config import TrainVaeConfig, parse_config
+from volumes.command import run_command
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse_config(TrainVaeConfig))
+
 import logging
 import math
 from collections.abc import Sequence
@@ -46,14 +52,12 @@ from training import (
     Learner,
     Loop,
     PerceptualConfig,
-    TrainVaeConfig,
     build_model,
     derive_seed,
     ending_with_others,
     how_to_resume,
     initialise_from,
     make_accelerator,
-    parse_config,
     save_config,
     save_model,
 )
@@ -340,7 +344,7 @@ def finish(
         vae.set_latent_statistics(*latent_statistics(vae, volumes))
     if len(train.channels) > 1:
         vae.register_to_config(channel_names=train.channels)
-    vae.register_to_config(data=train.preprocessing, subjects=[*earlier, own_record(train, held_out)])
+    vae.register_to_config(data=train.preprocessing, subjects=join_records([*earlier, own_record(train, held_out)]))
     save_model(vae, output / "vae")
     logger.info(
         "saved %s (latents: mean %s, std %s)", output / "vae", vae.config["latents_mean"], vae.config["latents_std"]
@@ -404,7 +408,3 @@ def train_as(config: TrainVaeConfig, accelerator: Accelerator) -> dict[str, floa
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return metrics
-
-
-if __name__ == "__main__":
-    main()

@@ -50,7 +50,7 @@ class WeightsRecord:
     @property
     def intact_files(self) -> list[Path]:
         """The files, if nobody wrote them since."""
-        unchanged = all(path.is_file() and _file_state(path) == state for path, *state in self.files)
+        unchanged = all(path.is_file() and _file_state(path) == tuple(state) for path, *state in self.files)
         return [path for path, *_ in self.files] if unchanged else []
 
 
@@ -132,6 +132,6 @@ def _same(before: dict[str, Stamp], now: dict[str, Stamp]) -> bool:
     return True
 
 
-def _file_state(path: Path) -> list[int]:
+def _file_state(path: Path) -> tuple[int, int]:
     stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
+    return stat.st_size, stat.st_mtime_ns

@@ -1,5 +1,6 @@
 """What the project's models share: strict loading, safetensors only, and the memory format that they are fast in."""
 
+import inspect
 import os
 from collections.abc import Mapping
 from os import PathLike
@@ -50,6 +51,16 @@ class VolumeModel(ModelMixin, ConfigMixin):
         super().__init__()  # after `register_to_config`, so the arguments are known
         arguments = {name: value for name, value in self.config.items() if name in hints_of(type(self))}
         refuse(faults(type(self), arguments), f"{type(self).__name__}: ")
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As diffusers' own: a model of a config, with arguments of the constructor in `kwargs` in the place of the config's.
+
+        Raises: TypeError for other keywords, unless those that are not used are to be returned.
+        """
+        if not return_unused_kwargs:
+            check_keywords("from_config", kwargs, {*inspect.signature(cls.__init__).parameters} - {"self"})
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -143,7 +154,7 @@ class VolumeModel(ModelMixin, ConfigMixin):
         """
         path = kwargs.get("offload_to_disk_path")
         if path is not None:
-            folder = Path(path) / type(self).__name__
+            folder = Path(path).expanduser() / type(self).__name__
             if folder.is_dir() and any(folder.iterdir()):
                 raise ValueError(
                     f"offload_to_disk_path: {folder} holds offloaded weights already; give an empty folder"

@@ -24,6 +24,7 @@ LOADING = (  # keywords of from_pretrained that decide how weights are read
     *("device_map", "disable_mmap", "dtype", "low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict"),
     *("torch_dtype", "use_safetensors", "variant"),
 )
+VARIANT = rf"{WEIGHTS}(?:\.safetensors\.index)?\.([\w-]+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)"  # of the files of one
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -144,7 +145,9 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
             f"{folder}: {_shorten(pickles)} is a pickle, which can run any code when it is read; only "
             "safetensors are loaded. If you trust it, convert it: model.save_pretrained(folder)"
         )
-    raise FileError(f"{folder}: no weights ({WEIGHTS}.safetensors) there")
+    variants = sorted({found[1] for path in folder.glob("*") if (found := re.fullmatch(VARIANT, path.name))})
+    remedy = f"; it has those of another variant: give variant={' or '.join(map(repr, variants))}" if variants else ""
+    raise FileError(f"{folder}: no weights ({WEIGHTS}.safetensors) there{remedy}")
 
 
 def _shards(index: Path) -> list[Path]:

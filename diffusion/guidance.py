@@ -47,7 +47,7 @@ def _effective(scale: Any, name: str) -> float:
     if scale is None:
         return 1.0
     value = scale.item() if getattr(scale, "ndim", None) == 0 else scale  # a number of numpy or torch
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
         raise ValueError(
             f"{name} is a number of 0 or more (up to 1 is no guidance, 2 to 5 are usual), or one for each condition such as "
             f"{{'mask': 2.0}}; got {scale!r}"

@@ -131,8 +131,8 @@ def fit_scheduler(scheduler: Scheduler, objective: str, train_steps: int = TRAIN
         raise ValueError(f"{name} cannot sample a model that predicts {objective}; {remedy}")
     if config["num_train_timesteps"] != train_steps:
         raise ValueError(
-            f"{name} counts {config['num_train_timesteps']} training steps, the model was trained with {train_steps}; "
-            f"{remedy}"
+            f"{name} counts {config['num_train_timesteps']} training steps, the model was trained with {train_steps} "
+            f"(num_train_timesteps); {remedy}"
         )
     defaults, by_hand = parameters(type(scheduler)), chosen(scheduler)
     check_values(type(scheduler), {key: config[key] for key in defaults})

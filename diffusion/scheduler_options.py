@@ -188,6 +188,10 @@ def without_effect(name: str, options: Mapping[str, Any], flow: bool) -> set[str
     }  # dynamic shifting
     if not (flow and spaced):
         unread |= {"beta_start", "beta_end"}  # of other schedules than the model's cosine
+    if flow and not spaced:
+        unread |= {"beta_schedule", "rescale_betas_zero_snr"}
+    if name == DPM:
+        unread |= {"variance_type"}  # what it does with one that is learned is refused
     if not flow or (name == UNIPC and spaced):
         unread |= {"flow_shift", "shift_terminal"}
     if flow or (solver and spaced):

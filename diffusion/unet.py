@@ -90,6 +90,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         subjects: records of whose volumes it was trained on (`volumes.subjects`); train_ldm.py sets it.
     """
 
+    lora_subjects: dict[str, Any]  # records of the training subjects of each attached LoRA; set when one is loaded
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TimeResidualBlock"]
     _repeated_blocks = ["TimeResidualBlock"]  # of `compile_repeated_blocks`

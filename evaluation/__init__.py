@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from volumes.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from .defaults import SHAPE, SOURCES
     from .dice import dice_per_volume
     from .fidelity import mean_gradient, psnr
     from .reconstruction import codebook_report, evaluate_reconstruction, reconstruct
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     )
     from .segmenter import ITERATIONS, make_segmenter, segmenter_dice, train_segmenter
     from .spectrum import BAND_EDGES, CROP, band_names, band_power, centre_crop, hann_window, mean_band_power, ratio_db
-    from .utility import SHAPE, SOURCES, iterations_of, mask_obedience, protocol, ratios, score_training
+    from .utility import iterations_of, mask_obedience, protocol, ratios, score_training
 
 __all__ = [
     "BAND_EDGES",

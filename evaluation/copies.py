@@ -24,10 +24,48 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jsonargparse import Namespace
+
+from volumes.command import run_command
+from volumes.settings import Axis, InnerShare, NonNegativeInt, Number, PositiveInt, TwoOrMore
+
+from .report import add_overlap_argument, config_parser
+
+
+def parse(args: Sequence[str] | None) -> Namespace:
+    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    parser = config_parser("evaluation.copies", __doc__, args)
+    parser.add_argument("--output", type=str, required=True, help="fingerprints to write, a .safetensors file")
+    parser.add_argument(
+        "--block", type=Number(TwoOrMore), default=4, help="voxels a side of the blocks that are averaged, 2 or more"
+    )
+    parser.add_argument(
+        "--crop",
+        type=Number(PositiveInt),
+        nargs=3,
+        help="voxels about the centre that are compared, multiples of the block; default: what all training volumes hold",
+    )
+    parser.add_argument(
+        "--shift", type=Number(NonNegativeInt), default=2, help="voxels by which a copy may be moved along each axis"
+    )
+    parser.add_argument(
+        "--flips", type=Number(Axis), nargs="*", default=[], help="axes, 0 to 2, along which it may be mirrored"
+    )
+    parser.add_argument(
+        "--alpha", type=Number(InnerShare), default=0.05, help="fraction of unseen real subjects that may be refused"
+    )
+    add_overlap_argument(parser)
+    parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
+    assert isinstance(parsed, Namespace)
+    return parsed
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jsonargparse import Namespace
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,14 +73,12 @@ from torch import Tensor
 from pipelines import Check
 from volumes import VolumeDataset, load_cases, pad_or_crop
 from volumes.live_bar import LiveBar
-from volumes.settings import Axis, InnerShare, NonNegativeInt, Number, PositiveInt, TwoOrMore
 from volumes.subjects import check_marks, is_complete, seen, unknown_volumes
 
 from .limits import check_command
 from .model_units import in_model_units
 from .neighbours import Sides, Space, Volumes, common_crop, crop_of, standardised
 from .privacy import Units, conformal_threshold, wilson
-from .report import config_parser
 
 logger = logging.getLogger(__name__)
 FORMAT = "medvolume copy check 1"
@@ -215,7 +251,8 @@ def check_unseen_subjects(known: CopyCheck, records: Sequence[Mapping[str, Any]]
         raise ValueError(
             f"{name}: {count} of the {len(unseen)} volumes by which its threshold was set are among those that the model learned "
             "from, so copies would pass; make the fingerprints with the split of the model's training (data.split, "
-            "data.test_fraction, data.split_seed, data.subject as in the config.yaml of its run)"
+            "data.test_fraction, data.split_seed, data.subject as in the config.yaml of its run). If they are other people who "
+            "only share names, make them with --accept_overlap"
         )
     if known.subjects and (missing := unknown_volumes(records, known.subjects.get("training", []))):
         logger.warning(
@@ -268,7 +305,8 @@ def main(args: Sequence[str] | None = None) -> CopyCheck:
     check = CopyCheck.of(known, crop, block=options.block, flips=tuple(sorted(set(options.flips))), shift=options.shift)
     with LiveBar(others, unit="volume", disable=None, desc="comparing unseen volumes") as progress:
         scores = np.array([check.check(volume).similarity for volume in progress])
-    marks = {"training": training.marks, "unseen": unseen.marks}
+    others_marks = [{"voxels": one["voxels"]} for one in unseen.marks] if options.accept_overlap else unseen.marks
+    marks = {"training": training.marks, "unseen": others_marks}
     check = dataclasses.replace(check, threshold=conformal_threshold(scores, subjects, options.alpha), subjects=marks)
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     check.save(options.output)
@@ -282,33 +320,6 @@ def main(args: Sequence[str] | None = None) -> CopyCheck:
     return check
 
 
-def parse(args: Sequence[str] | None) -> Namespace:
-    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
-    parser = config_parser("evaluation.copies", __doc__, args)
-    parser.add_argument("--output", type=str, required=True, help="fingerprints to write, a .safetensors file")
-    parser.add_argument(
-        "--block", type=Number(TwoOrMore), default=4, help="voxels a side of the blocks that are averaged, 2 or more"
-    )
-    parser.add_argument(
-        "--crop",
-        type=Number(PositiveInt),
-        nargs=3,
-        help="voxels about the centre that are compared, multiples of the block; default: what all training volumes hold",
-    )
-    parser.add_argument(
-        "--shift", type=Number(NonNegativeInt), default=2, help="voxels by which a copy may be moved along each axis"
-    )
-    parser.add_argument(
-        "--flips", type=Number(Axis), nargs="*", default=[], help="axes, 0 to 2, along which it may be mirrored"
-    )
-    parser.add_argument(
-        "--alpha", type=Number(InnerShare), default=0.05, help="fraction of unseen real subjects that may be refused"
-    )
-    parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
-    assert isinstance(parsed, Namespace)
-    return parsed
-
-
 def default_crop(volumes: Volumes, block: int, shift: int) -> Sides:
     """What all volumes hold wherever a copy was moved, in whole blocks. Raises: ValueError where that is less than two."""
     sides = common_crop(volumes)
@@ -319,7 +330,3 @@ def default_crop(volumes: Volumes, block: int, shift: int) -> Sides:
             "give a smaller --block or --shift, or a --crop (the edges of what lacks some of it are repeated)"
         )
     return x, y, z
-
-
-if __name__ == "__main__":
-    main()

@@ -12,76 +12,17 @@ python -m evaluation.doctor --config configs/real_sizes/ct/ldm_24gb.yaml --shape
 says what training and generation need in memory for volumes of that size, without any data.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from jsonargparse import Namespace
 
-from pipelines import MedVolumePipeline
-from pipelines.loading import load_autoencoder
-from volumes import Case, DataConfig, VolumeDataset
-from volumes.conditions import describe_numbers
-from volumes.live_bar import LiveBar
+from volumes.command import run_command
 from volumes.settings import Number, PositiveFloat, PositiveInt
 
-from .doctor_cases import Examined, Finding, examine_cases, fail, find_cases, warn
-from .doctor_config import Run, build_models, check_fit, check_settings, estimate, plan
-from .doctor_data import (
-    check_conditions,
-    check_crops,
-    check_found,
-    check_geometry,
-    check_intensity,
-    check_labels,
-    check_padding,
-    check_size,
-)
-from .doctor_leaks import check_leaks
-from .doctor_limits import check_evaluation
-from .doctor_model import check_latents, check_limits, compare_limits, latent_summary
-from .doctor_start import advise_start
-from .report import config_parser, provenance, read_config, write_report
-from .seen import overlap_findings, read_judged
-
-
-def main(args: list[str] | None = None) -> int:
-    """Check as the command line says, print and write what was found. Returns 1 if a check failed, else 0."""
-    options = parse(args)
-    config: DataConfig = options.data
-    sections = read_config(Path(options.config))
-    folder = Path(options.config).parent
-    if options.shape:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        findings, measured = check_settings(sections), {}
-        if not findings:
-            run = Run.of(sections, options.precision, accelerator=options.memory is not None)
-            asked = {"memory": options.memory, "dry_run": options.dry_run, "device": device}
-            findings, measured = plan(config, sections, run, options.shape, folder, **asked)
-    else:
-        findings, measured = before_training(config, sections, folder)
-    if options.pipeline and not any(one.level == "FAIL" and one.check in ("files", "splits") for one in findings):
-        found, more = after_training(config, Path(options.pipeline), options.volumes, options.steps, options.device)
-        findings, measured = findings + found, {**measured, **more}
-    for finding in findings:
-        print(finding)
-    counts = {level: sum(one.level == level for one in findings) for level in ("OK", "WARN", "FAIL")}
-    print(", ".join(f"{count} {level}" for level, count in counts.items()))
-    if options.output:
-        report = {
-            "evaluation": "doctor",
-            "counts": counts,
-            "findings": [asdict(one) for one in findings],
-            **measured,
-            "data": asdict(config),
-            **provenance(),
-        }
-        print(f"report: {write_report(options.output, report)}")
-    return 1 if counts["FAIL"] else 0
+from .report import config_parser
 
 
 def parse(args: list[str] | None) -> Namespace:
@@ -117,6 +58,73 @@ def parse(args: list[str] | None) -> Namespace:
         parser.error(f"--memory {parsed.memory}: give the accelerator's GiB, more than 0")
     assert isinstance(parsed, Namespace)
     return parsed
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
+import numpy as np
+
+from pipelines import MedVolumePipeline
+from pipelines.loading import load_autoencoder
+from volumes import Case, DataConfig, VolumeDataset
+from volumes.conditions import describe_numbers
+from volumes.devices import find_device
+from volumes.live_bar import LiveBar
+
+from .doctor_cases import Examined, Finding, examine_cases, fail, find_cases, warn
+from .doctor_config import Run, build_models, check_fit, check_settings, estimate, plan
+from .doctor_data import (
+    check_conditions,
+    check_crops,
+    check_found,
+    check_geometry,
+    check_intensity,
+    check_labels,
+    check_padding,
+    check_size,
+)
+from .doctor_leaks import check_leaks
+from .doctor_limits import check_evaluation
+from .doctor_model import check_latents, check_limits, compare_limits, latent_summary
+from .doctor_start import advise_start
+from .report import provenance, read_config, write_report
+from .seen import overlap_findings, read_judged
+
+
+def main(args: list[str] | None = None) -> int:
+    """Check as the command line says, print and write what was found. Returns 1 if a check failed, else 0."""
+    options = parse(args)
+    config: DataConfig = options.data
+    sections = read_config(Path(options.config))
+    folder = Path(options.config).parent
+    if options.shape:
+        device = find_device(options.device)
+        findings, measured = check_settings(sections), {}
+        if not findings:
+            run = Run.of(sections, options.precision, accelerator=options.memory is not None)
+            asked = {"memory": options.memory, "dry_run": options.dry_run, "device": device}
+            findings, measured = plan(config, sections, run, options.shape, folder, **asked)
+    else:
+        findings, measured = before_training(config, sections, folder)
+    if options.pipeline and not any(one.level == "FAIL" and one.check in ("files", "splits") for one in findings):
+        found, more = after_training(config, Path(options.pipeline), options.volumes, options.steps, options.device)
+        findings, measured = findings + found, {**measured, **more}
+    for finding in findings:
+        print(finding)
+    counts = {level: sum(one.level == level for one in findings) for level in ("OK", "WARN", "FAIL")}
+    print(", ".join(f"{count} {level}" for level, count in counts.items()))
+    if options.output:
+        report = {
+            "evaluation": "doctor",
+            "counts": counts,
+            "findings": [asdict(one) for one in findings],
+            **measured,
+            "data": asdict(config),
+            **provenance(),
+        }
+        print(f"report: {write_report(options.output, report)}")
+    return 1 if counts["FAIL"] else 0
 
 
 def before_training(config: DataConfig, sections: dict[str, Any], folder: Path) -> tuple[list[Finding], dict[str, Any]]:
@@ -191,7 +199,7 @@ def after_training(
     config: DataConfig, folder: Path, volumes: int, steps: int, device: str | None
 ) -> tuple[list[Finding], dict[str, Any]]:
     """Latents of the training volumes, and of a whole pipeline what limits its quality on real test volumes."""
-    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on = find_device(device)
     cases, _ = find_cases(config)
     lenient = replace(config, on_error="skip")  # what is refused was named before
     split = {name: [case for case in cases if case.split == name] for name in ("train", "test")}
@@ -226,7 +234,3 @@ def _spread(cases: Sequence[Case], count: int) -> list[Case]:
     """`count` cases, evenly spread over the list."""
     chosen = np.unique(np.linspace(0, len(cases) - 1, min(count, len(cases))).round().astype(int))
     return [cases[i] for i in chosen]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,12 +15,11 @@ from volumes import Case, DataConfig
 
 from .classifier import SMALLEST as CLASSIFIED
 from .consistency import check_slices
+from .defaults import ALPHA, FEW_LABELS, PRETRAIN_LABELS, SHIFT
 from .distances import check_counts
-from .few_labels import LABELS as FEW_LABELS
 from .labels import budget
-from .neighbours import SHIFT, check_shift
-from .pretraining import LABELS as PRETRAIN_LABELS
-from .privacy import ALPHA, check_references, check_unseen, conformal_threshold
+from .neighbours import check_shift
+from .privacy import check_references, check_unseen, conformal_threshold
 from .realism import PARTS
 from .segmentation_data import label_values, learning_cases, test_cases
 from .similarity import check_pairs, scales_of

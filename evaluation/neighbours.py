@@ -25,7 +25,6 @@ from volumes import pad_or_crop, pad_to_multiple
 
 from .segmentation_data import unit_range
 
-SHIFT = 2  # voxels by which a copy may be moved along each axis, unless it is said otherwise
 Sides = tuple[int, int, int]
 Volumes = Sequence[Any] | np.ndarray
 Embedding = Callable[[Tensor], Tensor]

@@ -18,7 +18,6 @@ from .volume_sets import VolumeSet
 Units = Sequence[Any] | np.ndarray
 RESAMPLES = 2000
 INTERVAL = (2.5, 97.5)  # percentiles
-ALPHA = 0.05  # share of unseen volumes that may count as memorised
 Z95 = 1.959964
 RATIO = (
     1 / 3

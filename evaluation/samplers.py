@@ -16,9 +16,66 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
+
+from volumes.command import run_command
+from volumes.settings import FiniteFloat, Number, PositiveInt, Seed
+
+from .defaults import SCHEDULERS, SEGMENTER_STEPS, SHAPE
+from .report import add_overlap_argument, config_parser
+
+
+def parse(args: Sequence[str] | None) -> Namespace:
+    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    parser = config_parser("evaluation.samplers", __doc__, args)
+    parser.add_argument("--pipeline", type=str, required=True, help="pipeline folder or Hub repository")
+    parser.add_argument("--output", type=str, required=True, help="report to write, a JSON file")
+    add_overlap_argument(parser)
+    parser.add_argument(
+        "--masks", type=Number(PositiveInt), default=24, help="masks, spread evenly over all of the split (24)"
+    )
+    parser.add_argument(
+        "--split",
+        choices=["test", "validation"],
+        default="test",
+        help="whose masks; validation is for choosing settings",
+    )
+    parser.add_argument(
+        "--schedulers",
+        nargs="*",
+        choices=SCHEDULERS,
+        default=["euler", "heun", "dpmsolver++", "unipc"],
+        help="beside its own",
+    )
+    parser.add_argument(
+        "--steps", type=Number(PositiveInt), nargs="+", default=[5, 10, 20, 40], help="of each scheduler"
+    )
+    parser.add_argument(
+        "--guidance", type=Number(FiniteFloat), nargs="+", default=[1.0], help="scales; 0 to 1 is none (1)"
+    )
+    parser.add_argument("--seed", type=Number(Seed), default=0, help="of the first volume (0)")
+    parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")
+    parser.add_argument(
+        "--segmenter", type=str, help="file of the segmenter, trained if it is not there; default: beside the report"
+    )
+    parser.add_argument(
+        "--segmenter_steps", type=Number(PositiveInt), default=SEGMENTER_STEPS, help="its training steps"
+    )
+    parser.add_argument(
+        "--shape", type=Number(PositiveInt), nargs=3, default=list(SHAPE), help="voxels it takes; multiples of 8"
+    )
+    parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
+    parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
+    assert isinstance(parsed, Namespace)
+    parsed.shape = tuple(parsed.shape)
+    return parsed
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 import numpy as np
 import torch
-from jsonargparse import Namespace
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -27,13 +84,14 @@ from diffusion.denoise import set_timesteps
 from diffusion.guidance import check_guidance, guidance_in_effect
 from pipelines import MedVolumePipeline
 from volumes import Case, DataConfig, VolumeDataset, load_cases
+from volumes.devices import find_device
 from volumes.live_bar import LiveBar
-from volumes.settings import FiniteFloat, Number, PositiveInt, Seed
 from volumes.stopping import finishing, stoppable
+from volumes.text import read_object
 
 from .features import EncoderStatistics, RandomStatistics
 from .limits import check_command
-from .report import config_parser, provenance, write_report
+from .report import provenance, write_report
 from .sampler_figures import (
     DEFAULT_STEPS,
     OF_DIFFUSION,
@@ -45,12 +103,12 @@ from .sampler_figures import (
     make_named,
     sample,
 )
-from .seen import add_overlap_argument, check_pipeline
+from .seen import check_pipeline
 from .segmentation_data import Pair, label_values, learning_cases, load_pairs, test_cases
-from .segmenter import ITERATIONS, make_segmenter, train_segmenter
-from .utility import SHAPE, protocol
+from .segmenter import make_segmenter, train_segmenter
+from .utility import protocol
 
-NAMES = list(dict.fromkeys([*OF_FLOWS, *OF_DIFFUSION]))
+assert {*SCHEDULERS} == {*OF_FLOWS, *OF_DIFFUSION}  # of which --help tells
 COLUMNS = (
     "sampler", "steps", "guidance", "evaluations", "s a volume", "kernel, random", "kernel, encoder", "spectrum, dB",
     "Dice less real", "intensity bias",
@@ -65,7 +123,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
 
 def judge_missing(options: Namespace) -> dict[str, Any]:
     """`main`, of these options."""
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(options.device)
     cases, config = load_cases(options.data), options.data
     check_command("samplers", cases, config, {"unseen": [options.split]})
     pipe: Any = MedVolumePipeline.from_pretrained(options.pipeline)
@@ -139,50 +197,6 @@ def prepare(
         )
 
 
-def parse(args: Sequence[str] | None) -> Namespace:
-    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
-    parser = config_parser("evaluation.samplers", __doc__, args)
-    parser.add_argument("--pipeline", type=str, required=True, help="pipeline folder or Hub repository")
-    parser.add_argument("--output", type=str, required=True, help="report to write, a JSON file")
-    add_overlap_argument(parser)
-    parser.add_argument(
-        "--masks", type=Number(PositiveInt), default=24, help="masks, spread evenly over all of the split (24)"
-    )
-    parser.add_argument(
-        "--split",
-        choices=["test", "validation"],
-        default="test",
-        help="whose masks; validation is for choosing settings",
-    )
-    parser.add_argument(
-        "--schedulers",
-        nargs="*",
-        choices=NAMES,
-        default=["euler", "heun", "dpmsolver++", "unipc"],
-        help="beside its own",
-    )
-    parser.add_argument(
-        "--steps", type=Number(PositiveInt), nargs="+", default=[5, 10, 20, 40], help="of each scheduler"
-    )
-    parser.add_argument(
-        "--guidance", type=Number(FiniteFloat), nargs="+", default=[1.0], help="scales; 0 to 1 is none (1)"
-    )
-    parser.add_argument("--seed", type=Number(Seed), default=0, help="of the first volume (0)")
-    parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")
-    parser.add_argument(
-        "--segmenter", type=str, help="file of the segmenter, trained if it is not there; default: beside the report"
-    )
-    parser.add_argument("--segmenter_steps", type=Number(PositiveInt), default=ITERATIONS, help="its training steps")
-    parser.add_argument(
-        "--shape", type=Number(PositiveInt), nargs=3, default=list(SHAPE), help="voxels it takes; multiples of 8"
-    )
-    parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
-    parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
-    assert isinstance(parsed, Namespace)
-    parsed.shape = tuple(parsed.shape)
-    return parsed
-
-
 def combinations(pipe: MedVolumePipeline, options: Namespace) -> list[Combination]:
     """The pipeline's own sampler with its own default of steps, and all that is asked for.
 
@@ -193,7 +207,7 @@ def combinations(pipe: MedVolumePipeline, options: Namespace) -> list[Combinatio
     for scale in options.guidance:
         given = pipe.unet.condition_names
         check_guidance(scale, pipe.unet.config["condition_dropout"] or {}, {"mask", *given.classes, *given.numbers})
-    scales = [guidance_in_effect(scale) for scale in options.guidance]
+    scales: Any = [guidance_in_effect(scale) for scale in options.guidance]
     for name in options.schedulers:
         for steps in options.steps:
             set_timesteps(make_named(name, pipe), steps, None, torch.device("cpu"))
@@ -205,7 +219,7 @@ def earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The report to go on with. Raises: ValueError for one that was measured otherwise."""
     if not path.exists():
         return {"evaluation": "samplers", "settings": settings, "combinations": []}
-    report = json.loads(path.read_text())
+    report = read_object(path)
     if report.get("evaluation") != "samplers":
         raise ValueError(f"{path}: is no report of evaluation.samplers; choose another --output")
     if different := sorted(key for key, value in settings.items() if report["settings"].get(key) != value):
@@ -308,7 +322,3 @@ def _cell(value: dict[str, Any], form: str = "{:.4f}") -> str:
 def _unit(dataset: VolumeDataset) -> list[np.ndarray]:
     """(C, X, Y, Z) each, in [0, 1] as for the model."""
     return [(prepared.image.array + 1) / 2 for prepared in dataset.prepared]
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from pipelines.trained_on import TrainedOn, read_generated, read_model
@@ -66,15 +65,6 @@ def check_models(
         if path in map(str, models) and model.data is None:
             logger.warning("%s: does not say how its volumes were prepared (it is older)", path)
         refuse_seen_cases(model.subjects, judged, config, voxels, path, accepted=accepted)
-
-
-def add_overlap_argument(parser: ArgumentParser) -> None:
-    """Add `--accept_overlap`."""
-    parser.add_argument(
-        "--accept_overlap",
-        action="store_true",
-        help="judge although a model has seen subjects of these names: they are other people",
-    )
 
 
 def refuse_seen_cases(

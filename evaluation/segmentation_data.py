@@ -69,7 +69,7 @@ def generated_pairs(cases: Sequence[Case], folder: Path, split: Literal["train",
         raise ValueError(
             f"{folder}: no such folder; make it with generate.py from the masks of the {NAMES[split]} split"
         )
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
+    files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES) and path.name[0] != ".")
     masks = {_stem(case.mask): case for case in cases if case.mask is not None}
     channels = next((list(case.images) for case in cases if case.images), ["image"])
     made: dict[str, list[tuple[str, dict[str, Path]]]] = {}

@@ -17,7 +17,6 @@ from .obedience import RESAMPLES
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of scales, finest first (Wang et al. 2003, section 3.2)
 WINDOW, SIGMA = 7, 1.5  # voxels; Wang's window is 11, which small volumes hold at one scale or none
 LUMINANCE, CONTRAST = 0.01**2, 0.03**2  # C1 and C2, of intensities that span 1
-PAIRS = 500
 
 
 def scales_of(shape: Sequence[int]) -> int:

@@ -16,7 +16,7 @@ SHOWN = 120  # characters of a value in a message
 
 def whole_number(name: str, value: Any, least: int | None = 1) -> int:
     """An int, from any whole number (3, 3.0, numpy's, an array or tensor of no dimension). Raises: ValueError."""
-    number = _scalar(value)
+    number: Any = _scalar(value)
     whole = isinstance(number, Integral) or (isinstance(number, Real) and float(number).is_integer())
     if isinstance(number, bool) or not whole or (least is not None and number < least):
         bound = "" if least is None else f", {least} or more"

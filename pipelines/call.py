@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -25,7 +25,7 @@ BAR = {"desc": "denoise", "leave": False}  # unless set_progress_bar_config says
 BAR_OPTIONS = {*inspect.signature(plain_tqdm.__init__).parameters} - {"self", "iterable", "total", "initial", "kwargs"}
 
 
-@dataclass
+@dataclass(eq=False)
 class CallState:
     """The state of one call that callbacks see, and change.
 
@@ -115,7 +115,7 @@ class PipelineCalls:
             yield state
         finally:
             _here.reset(token)
-            self._running[:] = [one for one in self._running if one is not state]
+            self._running.remove(state)
             self._last = state
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
@@ -126,7 +126,7 @@ class PipelineCalls:
         if kwargs.get("disable") is not None:
             kwargs["disable"] = flag("set_progress_bar_config: disable", kwargs["disable"])
         try:
-            plain_tqdm(total=1, **kwargs | {"disable": False, "file": io.StringIO()}).close()
+            _trial_bar()(total=1, **kwargs | {"disable": False, "file": io.StringIO()}).close()
         except Exception as error:  # of many kinds: tqdm trusts its options
             raise ValueError(f"set_progress_bar_config: tqdm does not take {kwargs}: {error!r}") from error
         self._progress_bar_config = kwargs
@@ -134,8 +134,15 @@ class PipelineCalls:
     def progress_bar(self, iterable: Iterable | None = None, total: int | None = None) -> Any:
         """As diffusers' own."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        usual = BAR | {"disable": distributed and torch.distributed.get_rank() != 0}
-        return tqdm(iterable, total=total, **usual | getattr(self, "_progress_bar_config", {}))
+        options: dict[str, Any] = BAR | {"disable": distributed and torch.distributed.get_rank() != 0}
+        return tqdm(iterable, total=total, **options | getattr(self, "_progress_bar_config", {}))
+
+
+def _trial_bar() -> Any:
+    """A class of bars that share nothing with others: tqdm keeps its lock for ever where a bar cannot be shown."""
+    trial = type("TrialBar", (plain_tqdm,), {"monitor_interval": 0, "_instances": WeakSet()})
+    trial.set_lock(threading.RLock())
+    return trial
 
 
 @dataclass

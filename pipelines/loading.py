@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 import autoencoder
 from autoencoder import VolumeAutoencoder
 from diffusion import LatentUNet3D
+from diffusion.scheduler_options import check_values, parameters
 from volumes.preprocessing import described_preprocessing, refuse_differences
 from volumes.text import FileError, read_object
 
@@ -80,7 +81,7 @@ def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
             raise ValueError(
                 f"{folder / name}: holds {package}.py; code of a pipeline's folder is never run, remove it"
             )
-        if name == "scheduler" and (folder / name).is_dir():
+        if name == "scheduler" and name not in given:  # one that is given takes the place of the folder's
             _check_scheduler(folder / name, found)
     try:
         check_data(index.get("data", {}))
@@ -109,7 +110,8 @@ def _check_inside(folder: Path, names: Iterable[str]) -> None:
 
 
 def _check_scheduler(folder: Path, scheduler_class: type) -> None:
-    """Build it, so that an unfit config is refused by name. Raises: ValueError."""
+    """Build it, so that an unfit config is refused by name; whether it fits the model is seen when the pipeline is whole.
+    Raises: ValueError."""
     path = folder / "scheduler_config.json"
     if not path.is_file():
         raise FileError(f"{folder}: no scheduler_config.json there")
@@ -118,6 +120,7 @@ def _check_scheduler(folder: Path, scheduler_class: type) -> None:
     if not isinstance(steps, int) or not 1 <= steps <= MOST_TIMESTEPS:
         raise ValueError(f"{path}: num_train_timesteps is {steps!r}; 1 to {MOST_TIMESTEPS} are expected")
     try:
+        check_values(scheduler_class, {key: config[key] for key in parameters(scheduler_class) if key in config})
         scheduler_class.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]
     except Exception as error:  # of many kinds: every scheduler trusts its arguments
         raise ValueError(f"{path}: is no config of a {scheduler_class.__name__}: {error}") from error

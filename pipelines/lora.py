@@ -134,7 +134,7 @@ def lora_digest(unet: nn.Module) -> str | None:
 def check_hotswap(unet: LatentUNet3D, tensors: Mapping[str, torch.Tensor], adapter_name: str | None) -> None:
     """Raises: ValueError unless a LoRA of this name is attached to the same layers: diffusers would lose it."""
     attached = list(getattr(unet, "peft_config", {}))
-    if adapter_name not in attached:
+    if adapter_name is None or adapter_name not in attached:
         raise ValueError(f"hotswap: no LoRA {adapter_name!r} is attached; adapter_name is one of {attached}")
     own, other = (
         sorted({key.rpartition(".lora_")[0] for key in keys})
@@ -172,8 +172,9 @@ class LoraMixin(LoraBaseMixin):
     @property
     def fused_loras(self) -> set[str]:
         """Names of the LoRAs that are fused: the U-Net's own, whichever pipeline fused them."""
-        layers = getattr(self.unet, "_orig_mod", self.unet).modules()
-        return {name for layer in layers if hasattr(layer, "lora_A") for name in layer.merged_adapters}
+        unet: nn.Module = getattr(self.unet, "_orig_mod", self.unet)  # beneath torch.compile
+        layers: list[Any] = [layer for layer in unet.modules() if hasattr(layer, "lora_A")]
+        return {name for layer in layers for name in layer.merged_adapters}
 
     @property
     def num_fused_loras(self) -> int:

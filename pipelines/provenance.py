@@ -18,6 +18,7 @@ from autoencoder.identity import out_of_reach, own_tensors
 from autoencoder.model import deciding
 from diffusion.guidance import Guidance, guidance_in_effect
 from volumes import in_one_step, nifti_path
+from volumes.names import Disk
 
 from .arguments import local_path, plain
 
@@ -95,12 +96,17 @@ def sidecar_path(path: str | os.PathLike) -> Path:
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
 
 
+def sidecars(folder: Path) -> list[Path]:
+    """The JSON files in a folder that may be sidecars, sorted; not what macOS leaves beside them (`._case_000.json`)."""
+    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+
+
 def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:
     """The record beside the volume at `path`; None if there is none.
 
     Raises: ValueError on a file that is no sidecar of ours.
     """
-    sidecar = sidecar_path(path)
+    sidecar = Disk().find(sidecar_path(path))
     if not sidecar.is_file():
         return None
     try:

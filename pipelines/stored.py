@@ -23,6 +23,7 @@ from autoencoder.weights import (
     loading_keywords,
     not_on_the_hub,
 )
+from diffusion import fit_scheduler
 
 from .loading import COMPONENTS as PARTS
 from .loading import check_folder
@@ -60,11 +61,17 @@ class StoredPipeline(DiffusionPipeline):
                 raise not_on_the_hub(str(pretrained_model_name_or_path), error) from error
         check_folder(folder, kwargs)
         try:
-            return super().from_pretrained(folder, use_safetensors=True, **kwargs)
+            pipe = super().from_pretrained(folder, use_safetensors=True, **kwargs)
         except ValueError as error:
             if str(folder) in str(error):
                 raise
             raise ValueError(f"{folder}: {error}") from error
+        if kwargs.get("scheduler") is None:
+            try:
+                fit_scheduler(pipe.scheduler, pipe.unet.config["objective"], pipe.unet.train_steps)
+            except ValueError as error:
+                raise ValueError(f"{folder / 'scheduler'}: {error}; or load it with scheduler=...") from error
+        return pipe
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
@@ -91,24 +98,30 @@ class StoredPipeline(DiffusionPipeline):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save as `DiffusionPipeline.save_pretrained` does: safetensors only, and not the path it came from.
+        """Save as `DiffusionPipeline.save_pretrained` does: safetensors only, and not the path it came from; the scheduler
+        with the options in effect, for a file does not tell those that somebody set from a class's defaults.
 
-        Raises: ValueError on `safe_serialization=False` and while a LoRA is attached, TypeError for keywords that it does
-        not read, before anything is written.
+        Raises: ValueError on `safe_serialization=False`, while a LoRA is attached, and for a scheduler that does not fit
+        the model, TypeError for keywords that it does not read, before anything is written.
         """
         check_keywords("save_pretrained", kwargs, UPLOAD if push_to_hub else ())
         if not safe_serialization:
             raise ValueError("safe_serialization=False is refused: weights are saved as safetensors only")
         self.unet.check_no_lora()
-        for part in (self, self.scheduler):  # the models do it themselves
-            part._internal_dict = FrozenDict({k: v for k, v in part.config.items() if k != "_name_or_path"})
-        super().save_pretrained(
-            os.path.expanduser(save_directory),
-            variant=variant,
-            max_shard_size=max_shard_size,
-            push_to_hub=push_to_hub,
-            **kwargs,
-        )
+        own = self.scheduler
+        self.scheduler = fit_scheduler(own, self.unet.config["objective"], self.unet.train_steps)
+        try:
+            for part in (self, self.scheduler):  # the models do it themselves
+                part._internal_dict = FrozenDict({k: v for k, v in part.config.items() if k != "_name_or_path"})
+            super().save_pretrained(
+                os.path.expanduser(save_directory),
+                variant=variant,
+                max_shard_size=max_shard_size,
+                push_to_hub=push_to_hub,
+                **kwargs,
+            )
+        finally:
+            self.scheduler = own
 
     def enable_group_offload(self, onload_device: torch.device, *args: Any, **kwargs: Any) -> None:
         """As diffusers' own; `model_hash` is computed first, while the weights are at hand."""

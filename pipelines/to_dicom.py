@@ -9,6 +9,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from volumes.command import ArgumentParser, run_command
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "volumes", nargs="+", type=Path, help="generated .nii.gz or .nii files, their sidecars beside them"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="folder; each volume gets one in it, of its own name"
+    )
+    parser.add_argument(
+        "--modality", required=True, help="CT, MR, or another one's code such as PT (secondary capture)"
+    )
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 from volumes import read_volume, volume_stem, write_dicom
 
 from .arguments import local_path
@@ -47,25 +68,8 @@ def export(path: str | os.PathLike, folder: str | os.PathLike, modality: str) ->
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "volumes", nargs="+", type=Path, help="generated .nii.gz or .nii files, their sidecars beside them"
-    )
-    parser.add_argument(
-        "--output", required=True, type=Path, help="folder; each volume gets one in it, of its own name"
-    )
-    parser.add_argument(
-        "--modality", required=True, help="CT, MR, or another one's code such as PT (secondary capture)"
-    )
-    options = parser.parse_args(arguments)
-    try:
-        for path in options.volumes:
-            files = export(path, options.output / volume_stem(path), options.modality)
-            print(f"{files[0].parent}: {len(files)} slices")
-    except ValueError as error:
-        parser.exit(1, f"error: {error}\n")
-
-
-if __name__ == "__main__":
-    main()
+def main(args: Sequence[str] | None = None) -> None:
+    options = parse(args)
+    for path in options.volumes:
+        files = export(path, options.output / volume_stem(path), options.modality)
+        print(f"{files[0].parent}: {len(files)} slices")

@@ -216,3 +216,7 @@ def test_every_option_of_the_progress_bar_acts():
 def test_options_that_tqdm_does_not_take_are_refused_at_once(options):
     with pytest.raises(ValueError, match=f"set_progress_bar_config.*{next(iter(options))}"):
         tiny_pipeline().set_progress_bar_config(**options)
+    thread = threading.Thread(target=lambda: shown(leave=True), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()  # tqdm holds its lock for ever where showing a bar fails

@@ -178,6 +178,7 @@ def test_keywords_that_nothing_reads_are_refused(folder, tmp_path):
         (lambda **more: MedVolumePipeline.from_pretrained(folder, **more), "text_encoder"),
         (lambda **more: AutoencoderKL3D.from_pretrained(folder / "vae", **more), "latent_channels"),
         (lambda **more: LatentUNet3D.from_pretrained(folder / "unet", **more), "quantization_config"),
+        (lambda **more: AutoencoderKL3D.from_config(pipe.vae.config, **more), "nonsense"),
         (lambda **more: pipe.save_pretrained(tmp_path / "out", **more), "nonsense"),
         (lambda **more: pipe.save_pretrained(tmp_path / "out", **more), "repo_id"),  # read with push_to_hub alone
         (lambda **more: pipe.vae.save_pretrained(tmp_path / "out", **more), "nonsense"),
@@ -299,6 +300,9 @@ def test_a_variant_is_checked_and_hashed_by_its_own_files(folder):
     change_weights(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors", lambda t: t.pop("conv_in.bias"))
     with pytest.raises(ValueError, match="1 missing"):
         MedVolumePipeline.from_pretrained(folder, variant="fp16")
+    (folder / "unet" / WEIGHTS).unlink()
+    with pytest.raises(OSError, match="no weights .* there; it has those of another variant: give variant='fp16'"):
+        LatentUNet3D.from_pretrained(folder / "unet")
 
 
 def test_the_hash_names_the_content(folder, tmp_path):

@@ -1,6 +1,9 @@
 """Ctrl-C: the first lets the work in progress end and keeps it, the second ends at once; and long steps show that they are alive."""
 
 import io
+import itertools
+import json
+import multiprocessing
 import os
 import re
 import signal
@@ -10,8 +13,19 @@ import threading
 import time
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+from tiny import mask_image, tiny_pipeline
 
+import evaluate
+import generate
+from benchmarks.phantom_set import write_phantoms
+from evaluation.commands import dice
+from evaluation.commands.common import run_command
+from pipelines import Check, Rejection
+from training import SampleStream
+from training.data import training_batches
 from volumes import live_bar
 from volumes.live_bar import LiveBar
 from volumes.stopping import Stopped, check_stop, finishing, now_finishing, stop_came, stoppable
@@ -149,6 +163,119 @@ def test_a_child_of_a_fork_leaves_the_decision_to_its_parent(capfd):
         assert stop_came() is None
         interrupt()
     assert capfd.readouterr().err.count("Ctrl-C") == 2  # of one line
+
+
+def test_processes_that_load_data_outlive_an_interrupt(capfd):
+    stream = SampleStream(8, 2, seed=0)
+    with pytest.raises(Stopped), stoppable(), finishing("a step"):
+        batches = training_batches(range(8), stream, workers=2, collate=list, pin_memory=False)
+        got = [next(batches)]
+        children = multiprocessing.active_children()
+        assert len(children) == 2
+        for pid in (*(child.pid for child in children), os.getpid()):
+            os.kill(pid, signal.SIGINT)
+        got += [next(batches) for _ in range(20)]
+        assert all(child.is_alive() for child in children)
+        batches.close()
+    assert got == [[index for _, index in keys] for keys in itertools.islice(iter(stream), 21)]
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and said.count("Ctrl-C: finishing a step") == 1
+
+
+# Generation and evaluation
+
+
+def test_generation_finishes_the_volumes_in_progress_and_the_same_command_goes_on(tmp_path, monkeypatch, capfd):
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "masks").mkdir()
+    for number in range(5):
+        nib.save(mask_image((8, 8, 8), seed=number), tmp_path / f"masks/case_{number}.nii.gz")
+    args = ["--pipeline", str(tmp_path / "pipeline"), "--masks", str(tmp_path / "masks"), "--steps", "1"]
+    args += ["--batch_size", "2", "--output"]
+    generate.main([*args, str(tmp_path / "whole")])
+    run, batches = generate.run, []
+
+    def interrupted(*given):
+        batches.append(1)
+        if len(batches) == 2:
+            interrupt()
+        return run(*given)
+
+    monkeypatch.setattr(generate, "run", interrupted)
+    with pytest.raises(SystemExit) as end:
+        generate.main([*args, str(tmp_path / "out")])
+    assert end.value.code == 130 and len(batches) == 2
+    said = capfd.readouterr()
+    assert "Ctrl-C: finishing case_2_000.nii.gz and 1 more" in said.err and "run the same command again" in said.err
+    assert "stopped: 4 volumes are in" in said.out
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 4
+    assert len((tmp_path / "out/manifest.csv").read_text().splitlines()) == 5
+    generate.main([*args, str(tmp_path / "out")])
+    assert len(batches) == 3
+    for path in (tmp_path / "whole").glob("*.nii.gz"):
+        ours, theirs = (np.asarray(nib.load(one).dataobj) for one in (tmp_path / "out" / path.name, path))
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_volumes_that_were_accepted_are_kept_where_others_of_their_batch_are_made_again(tmp_path, monkeypatch, capfd):
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    nib.save(mask_image((8, 8, 8)), tmp_path / "case.nii.gz")
+    judged = []
+
+    def judge(image):
+        judged.append(1)
+        if len(judged) == 2:
+            interrupt()
+        return len(judged) % 2 == 0, {}  # the second of two is refused
+
+    check = Rejection([Check("copy_check", judge, lambda found: "is a copy")], 10)
+    monkeypatch.setattr(generate, "load_rejection", lambda *_: check)
+    args = ["--pipeline", str(tmp_path / "pipeline"), "--masks", str(tmp_path / "case.nii.gz"), "--steps", "1"]
+    with pytest.raises(SystemExit):
+        generate.main([*args, "--count", "2", "--output", str(tmp_path / "out")])
+    assert len(judged) == 2 and [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["case_000.nii.gz"]
+    capfd.readouterr()
+
+
+def test_evaluation_finishes_the_training_in_progress_and_goes_on(tmp_path, monkeypatch, capfd):
+    write_phantoms(tmp_path, range(5), tests=1)
+    args = ["dice", "--config", str(tmp_path / "config.yaml"), "--synthetic", str(tmp_path / "made"), "--device", "cpu"]
+    args += ["--precision", "no", "--shape", "16", "16", "16", "--iterations", "2", "--seeds", "2"]
+    args += ["--train_on", "real", "--output", str(tmp_path / "dice.json")]
+    score, trained = dice.score_training, []
+
+    def interrupted(*given, **options):
+        trained.append(options["seed"])
+        if len(trained) == 1:
+            interrupt()
+        return score(*given, **options)
+
+    monkeypatch.setattr(dice, "score_training", interrupted)
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(args)
+    assert end.value.code == 130 and trained == [0]
+    assert [row["seed"] for row in json.loads((tmp_path / "dice.json").read_text())["scores"]["real"]] == [0]
+    said = capfd.readouterr().err
+    assert "Ctrl-C: finishing learning from real, seed 0" in said and "run the same command again" in said
+    evaluate.main(args)
+    assert trained == [0, 1]
+    assert [row["seed"] for row in json.loads((tmp_path / "dice.json").read_text())["scores"]["real"]] == [0, 1]
+
+
+def test_a_command_without_parts_finishes_its_report(tmp_path, capfd):
+    class Command:
+        NAME = "realism"
+
+        @staticmethod
+        def run(*_):
+            interrupt()
+            (tmp_path / "report").touch()
+            return {}
+
+    with pytest.raises(Stopped), stoppable():
+        run_command(Command, None, None, None)  # pyright: ignore
+    assert (tmp_path / "report").exists()
+    assert "finishing realism, whose report is written at its end" in capfd.readouterr().err
 
 
 # Progress

@@ -129,21 +129,17 @@ def test_an_interrupt_after_the_last_step_ends_at_once_and_a_resume_finishes(tmp
 
 
 def test_a_training_that_was_interrupted_goes_on_bit_for_bit_by_the_command_that_it_says(tmp_path):
-    """In a process of its own, with a process that loads data, which the interrupt reaches too."""
-    common = [*COMMON, *VAE, "--loop.max_steps=150", "--loop.checkpoint_every=0", "--loop.workers=1"]
+    common = [*COMMON, *VAE, "--loop.max_steps=60", "--loop.checkpoint_every=0", "--loop.validate_every=0"]
     forked.run("train_vae", [*common, f"--output={tmp_path / 'whole'}"], tmp_path / "whole.txt")
     log, lines = tmp_path / "log.txt", tmp_path / "losses.jsonl"
     process = forked.start("train_vae", [*common, f"--output={tmp_path / 'run'}"], log, losses=lines)
     when(lines.is_file, [process])
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert children
-    for pid in (*map(int, children), process.pid):
-        os.kill(pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
     assert forked.ended(process) == 130
     said = log.read_text()
     assert "Ctrl-C: finishing step" in said and "SIGINT: wrote" in said and "Traceback" not in said
     (checkpoint,) = list_checkpoints(tmp_path / "run/checkpoints")
-    assert 0 < json.loads((checkpoint / "state.json").read_text())["step"] < 150
+    assert 0 < json.loads((checkpoint / "state.json").read_text())["step"] < 60
     command = shlex.split(said.partition("go on with: ")[2].splitlines()[0])
     assert command[:2] == ["python", "train_vae.py"] and command[-2:] == ["--resume", "latest"]
     forked.run("train_vae", command[2:], tmp_path / "again.txt")

@@ -225,6 +225,23 @@ def test_affines_that_are_none(affine):
         read_volume(image)
 
 
+@pytest.mark.parametrize("qform_code", [0, 1])
+def test_voxels_of_no_size_are_not_taken_as_1_mm(qform_code, tmp_path):
+    image = twofold(np.eye(4), codes=(qform_code, 0))
+    nib.save(image, tmp_path / "a.nii")
+    data = bytearray((tmp_path / "a.nii").read_bytes())
+    data[88:92] = bytes(4)  # pixdim[3]
+    (tmp_path / "a.nii").write_bytes(data)
+    with pytest.raises(VolumeError, match=r"a.nii: its geometry is broken: its voxels are 1 x 1 x 0 \(pixdim\)"):
+        read_volume(tmp_path / "a.nii")
+
+
+def test_a_set_that_takes_more_than_the_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("volumes.dataset.memory_bytes", lambda: 40_000)  # a volume takes 19,584 bytes
+    with pytest.raises(ValueError, match="3 of 4 volumes, .*take more than the memory of this process.*data.spacing"):
+        dataset_of(config_of(saved(tmp_path, count=4)))
+
+
 def other_names(tmp_path):
     """{name: the bytes of one volume as that format}."""
     image = sitk.GetImageFromArray(VOXELS.T)

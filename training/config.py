@@ -1,6 +1,5 @@
 """What a training run can be told, as typed dataclasses; jsonargparse makes one of YAML and the command line."""
 
-import argparse
 import dataclasses
 import logging
 import os
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser
 
+from volumes.command import ArgumentParser
 from volumes.config import DataConfig
+from volumes.config_parser import ConfigParser, config_files
 from volumes.parsing import parse_settings
 from volumes.preprocessing import inherited
 from volumes.settings import (
@@ -406,24 +406,22 @@ def parse_config(config_class: type[Config], args: Sequence[str] | None = None) 
 
     Args:
         args: default: the command line.
-    Raises: ValueError for a file that `read_yaml` refuses, for unknown settings and for values that are not what they are
-        declared to be, naming them.
+    Raises: ValueError for a file that is missing or that `read_yaml` refuses, for unknown settings and for values that are not
+        what they are declared to be, naming them.
     """
     args = list(sys.argv[1:] if args is None else args)
+    files = config_files(args)
     source = "vae" if "vae" in hints_of(config_class) else "init_from"
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path, action="append", default=[])
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument(f"--{source}", dest="source")
-    given = first.parse_known_args(args)[0]
-    files = [path for path in given.config if path.is_file()]  # else jsonargparse says so
-    folder, section = given.source, {}
+    folder, section = None, {}
     for path in files:
         found = read_yaml(path)
-        if isinstance(found, dict):
-            folder = given.source or found.get(source, folder)
-            section |= found["data"] if isinstance(found.get("data"), dict) else {}
+        folder = found.get(source, folder)
+        section |= found["data"] if isinstance(found.get("data"), dict) else {}
+    folder = first.parse_known_args(args)[0].source or folder
     learned = inherited(os.path.expanduser(folder), section) if isinstance(folder, str) else {}
-    parser = ArgumentParser(description=config_class.__doc__, exit_on_error=False)
+    parser = ConfigParser(description=config_class.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with the arguments below")
     parser.add_class_arguments(config_class, as_group=False)
     parser.set_defaults({f"data.{key}": value for key, value in learned.items()})

@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_obj
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from volumes.command import CannotContinue
 from volumes.stopping import Stopped, finishing, now_finishing, stop_came, stoppable
 from volumes.text import read_object
 
@@ -328,7 +329,7 @@ class Loop:
         state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
         state.skipped += not finite
         if state.skipped_in_a_row >= limit:
-            raise RuntimeError(
+            raise CannotContinue(
                 f"step {state.step}: gradients were not finite for {limit} steps in a row, so none of them was taken. "
                 "Lower optimizer.learning_rate, or train with loop.mixed_precision: no; then --resume latest --accept_changes true"
             )

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from torch.distributed import DistError
 
+from volumes.command import CannotContinue
 from volumes.stopping import stop_came
 
 
@@ -74,7 +75,7 @@ def is_of_another(error: BaseException) -> bool:
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text))
 
 
-class AnotherEnded(RuntimeError):
+class AnotherEnded(CannotContinue):
     """Another process is gone, or stands still."""
 
 

@@ -151,7 +151,11 @@ class DataConfig:
             )
 
     def _compose(self) -> None:
-        """Names of columns and values in NFC, as tables are read."""
+        """Names of columns, values and channels in NFC, as tables are read."""
+        for name in ("images", "intensity", "time_point"):
+            if isinstance(found := getattr(self, name), dict):
+                setattr(self, name, {nfc(channel): value for channel, value in found.items()})
+        self.given = [nfc(name) for name in self.given]
         self.subject, self.split = (name and nfc(name) for name in (self.subject, self.split))
         self.numbers = [nfc(name) for name in self.numbers]
         self.classes = {

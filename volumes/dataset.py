@@ -30,6 +30,7 @@ from .placement import pad_to_multiple
 from .plausible import Oddity, gathered, header_oddities, resampling_oddities
 from .preprocessing import common_spacing, preprocessing
 from .resampling import resample
+from .stored import memory_bytes
 from .subjects import marks_of, voxel_digests
 from .volume import PADDING, Volume, VolumeError, describe_grid, same_grid
 
@@ -71,6 +72,7 @@ class VolumeDataset(Dataset):
         self.cases: list[Case] = []
         self.skipped: list[tuple[str, str]] = []
         self.prepared: list[PreparedCase] = []
+        held = 0  # bytes
         with ThreadPoolExecutor(READERS) as readers:
             jobs = [readers.submit(prepare, case, config) for case in cases]
             progress = tqdm(jobs, desc="reading volumes", unit="volume", delay=2, leave=False, disable=None)
@@ -85,6 +87,13 @@ class VolumeDataset(Dataset):
                     continue
                 self.cases.append(case)
                 self.prepared.append(prepared)
+                held += prepared.image.array.nbytes + (prepared.mask.array.nbytes if prepared.mask is not None else 0)
+                if held > memory_bytes():
+                    readers.shutdown(cancel_futures=True)
+                    raise ValueError(
+                        f"{len(self.cases)} of {len(cases)} volumes, such as {_file(case)} with {describe_grid(prepared.image)}, take "
+                        "more than the memory of this process; set a coarser data.spacing, or crop them (are their units right?)"
+                    )
         if self.skipped:
             lines = "\n".join(f"  {name}: {reason}" for name, reason in self.skipped)
             logger.warning("%d of %d cases were skipped:\n%s", len(self.skipped), len(cases), lines)

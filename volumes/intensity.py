@@ -1,7 +1,5 @@
 """Intensities between file units (HU, SUV, arbitrary MR units) and the [-1, 1] in which the models work, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -11,7 +9,7 @@ import numpy as np
 from .settings import FiniteFloat, checked
 from .volume import VolumeError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # jsonargparse would run this block, were annotations postponed (from __future__) in this file
     import torch
 
 FEW_INSIDE = 0.05  # share of a volume's voxels within the window, below which that is said

@@ -97,11 +97,15 @@ def glob_names(pattern: str) -> list[str]:
 
 def resource_forks(files: list[Path]) -> list[Path]:
     """The files that macOS left beside these (`._scan.nii.gz`), which hold no voxels."""
-    found = []
-    for folder in {path.parent for path in files}:
-        names = {path.name for path in files if path.parent == folder}
-        found += [folder / name for name in os.listdir(folder) if name[:2] == RESOURCE_FORK and name[2:] in names]
-    return sorted(found)
+    folders: dict[Path, set[str]] = {}
+    for path in files:
+        folders.setdefault(path.parent, set()).add(path.name)
+    return sorted(
+        folder / name
+        for folder, names in folders.items()
+        for name in os.listdir(folder)
+        if name.startswith(RESOURCE_FORK) and name.removeprefix(RESOURCE_FORK) in names
+    )
 
 
 def twins(first: Path, second: Path) -> ValueError:

@@ -234,11 +234,20 @@ def _nifti_class(path: Path) -> type[Nifti1Pair]:
     single, header = path.name.lower().removesuffix(".gz").endswith(".nii"), _header_path(path)
     with gzip.open(header) if header.suffix.lower() == ".gz" else open(header, "rb") as file:
         start = file.read(348)
-    if start[344:] in (b"n+1\0", b"ni1\0"):
-        return nib.Nifti1Image if single else Nifti1Pair
-    if start[4:8] in (b"n+2\0", b"ni2\0"):
-        return nib.Nifti2Image if single else nib.Nifti2Pair
-    raise ImageFileError("its header has no magic number of NIfTI")
+        start += file.read(192) if start[4:8] in (b"n+2\0", b"ni2\0") else b""
+    if start[344:348] in (b"n+1\0", b"ni1\0"):
+        kind = nib.Nifti1Image if single else Nifti1Pair
+    elif start[4:8] in (b"n+2\0", b"ni2\0"):
+        kind = nib.Nifti2Image if single else nib.Nifti2Pair
+    else:
+        raise ImageFileError("its header has no magic number of NIfTI")
+    header = kind.header_class(start[: kind.header_class.template_dtype.itemsize], check=False)
+    if not int(header["sform_code"]) and (header["pixdim"][1:4] == 0).any():  # for which nibabel would put 1
+        sizes = " x ".join(f"{mm:g}" for mm in header["pixdim"][1:4])
+        raise VolumeError(
+            f"{path}: its geometry is broken: its voxels are {sizes} (pixdim), and it has no sform; write their sizes into the header"
+        )
+    return kind
 
 
 def _header_path(path: Path) -> Path:

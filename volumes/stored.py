@@ -16,6 +16,7 @@ from typing import BinaryIO
 import numpy as np
 import psutil
 
+from .names import Disk
 from .volume import SourceGrid, VolumeError, check_affine
 
 try:
@@ -50,8 +51,9 @@ def make_grid(
         unit: of `UNITS`, that the header names.
         units: what its numbers are in, if the header is wrong.
     """
-    affine = in_millimetres(affine, units or unit)
     try:
+        check_affine(affine)
+        affine = in_millimetres(affine, units or unit)
         check_grid(affine, "mm" if units else unit)
     except ValueError as error:
         raise VolumeError(f"{name}: its geometry is broken: {error}") from error
@@ -143,7 +145,7 @@ def file_beside(header: Path, named: str) -> Path:
     if not named.isprintable() or not named:
         raise VolumeError(f"{header}: names its file of voxels {named!r}, which is no file name")
     try:
-        data = (home / named).resolve()
+        data = Disk().find(home / named).resolve()
     except RuntimeError as error:  # Python's, for a circle of links
         raise VolumeError(f"{header}: names the file of voxels {named}, which is a link to itself") from error
     if Path(named).is_absolute() or not data.is_relative_to(home):

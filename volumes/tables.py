@@ -171,9 +171,11 @@ def _csv_rows(text: str) -> list[Row]:
     for place, values in lines:
         filled = max(index for index, value in enumerate(values) if value) + 1
         if len(values) <= last or filled > len(columns):
+            few = f"add a {separator!r} for each cell that is empty"
+            many = f'put a value that holds {separator!r} into "quotation marks"'
             raise ValueError(
                 f"{place} has {max(len(values), filled)} values, the header has {len(columns)} columns, separated by "
-                f'{SEPARATORS.get(separator, separator)}; put a value that holds {separator!r} into "quotation marks"'
+                f"{SEPARATORS.get(separator, separator)}; {few if len(values) <= last else many}"
             )
         for index, value in enumerate(values[: len(columns)]):
             if value and not columns[index] and index:

@@ -13,6 +13,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from volumes.command import ArgumentParser, run_command
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("pipeline", type=Path, help="pipeline folder")
+    parser.add_argument("--config", type=Path, required=True, help="config of train_ldm.py")
+    parser.add_argument("--vae_config", type=Path, required=True, help="config of train_vae.py")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 from training import TrainLdmConfig, TrainVaeConfig, parse_config
 from training.output import write_text
 from training.splits import load_split, own_record
@@ -59,15 +73,3 @@ def check_described(folder: Path, data: dict[str, Any], found: dict[str, Any]) -
     other += ["intensity"] if intensity != stored else []
     if other:
         raise ValueError(f"{folder}: the volumes of this config have other {', '.join(other)} than it was trained on")
-
-
-def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", type=Path, help="pipeline folder")
-    parser.add_argument("--config", type=Path, required=True, help="config of train_ldm.py")
-    parser.add_argument("--vae_config", type=Path, required=True, help="config of train_vae.py")
-    return parser.parse_args(args)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,17 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from volumes import load_cases
 from volumes.live_bar import LiveBar
-from volumes.settings import Number, PositiveInt
 from volumes.stopping import finishing
 
 from .. import (
-    ITERATIONS,
-    SHAPE,
-    SOURCES,
     Pair,
     generated_pairs,
     iterations_of,
@@ -30,52 +26,13 @@ from .. import (
     score_training,
     test_cases,
 )
+from ..defaults import REAL, SYNTHETIC
 from ..few_labels import ANY
 from ..limits import check_command
-from ..utility import REAL, SYNTHETIC
 from .ledger import Job, Ledger, content_of
 from .progress import StepClock, silence
 
 NAME = "dice"
-HELP = (
-    "Dice on the test split of a small segmenter trained on real, generated, or both volumes. The same command again goes on "
-    "where it stopped."
-)
-READS_DATA = True
-DIVIDES = True
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the command's own arguments."""
-    parser.add_argument(
-        "--synthetic", type=str, help="folder of volumes generated from the training split's masks by generate.py"
-    )
-    parser.add_argument(
-        "--judge_synthetic",
-        type=str,
-        help="folder of volumes generated from the test split's masks: segmenters trained on real judge them too, against "
-        "their masks (do the volumes obey their masks?)",
-    )
-    parser.add_argument("--train_on", nargs="+", choices=SOURCES, default=list(SOURCES), help="what to learn from")
-    parser.add_argument(
-        "--seeds", type=Number(PositiveInt), default=3, help="trainings per source, with seeds 0, 1, ..."
-    )
-    parser.add_argument(
-        "--iterations",
-        type=Number(PositiveInt),
-        default=ITERATIONS,
-        help="training steps; both sources together get twice as many",
-    )
-    parser.add_argument(
-        "--shape",
-        type=Number(PositiveInt),
-        nargs=3,
-        default=list(SHAPE),
-        help="voxels that volumes are cropped or padded to; multiples of 8",
-    )
-    parser.add_argument(
-        "--earlier", nargs="+", default=[], help="earlier reports whose scores are taken instead of training again"
-    )
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:

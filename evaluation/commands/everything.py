@@ -10,28 +10,21 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, Namespace
 
 from volumes import load_cases
 from volumes.live_bar import LiveBar
-from volumes.settings import FiniteFloat, Number, PositiveInt
 
 from ..limits import Data, problems
 from ..page import write_page
 from ..report import write_report
-from . import conditions, dice, few_labels, pretrain, privacy, realism, reconstruction, shapes
-from .common import Command, make_parser, run_command
+from . import arguments, privacy, realism, shapes
+from .arguments import COMMANDS, Command, make_parser
+from .common import run_command
 from .progress import silence
 
 NAME = "all"
-HELP = (
-    "Several commands one after the other, a JSON report each, and the page of `report`. A report that is there already, of the "
-    "same arguments and files, is not measured again; delete it to do so."
-)
-READS_DATA = True
-DIVIDES = True  # as far as its parts do
-MODULES: tuple[Command, ...] = (reconstruction, realism, shapes, privacy, dice, few_labels, pretrain, conditions)
-PARTS: dict[str, Command] = {module.NAME: module for module in MODULES}
+PARTS = {name: COMMANDS[name] for name in arguments.PARTS}
 MANIFEST = "manifest.csv"  # generate.py writes it anew, from the sidecars
 FOR_ALL = (
     "config",
@@ -42,39 +35,6 @@ FOR_ALL = (
     "models",
     "accept_overlap",
 )  # are given once, and hold for every part
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the command's own arguments."""
-    parser.add_argument(
-        "--parts", nargs="+", choices=list(PARTS), default=["realism", "privacy", "dice"], help="what to run"
-    )
-    parser.add_argument(
-        "--synthetic",
-        nargs="+",
-        type=str,
-        default=[],
-        help="folders of generated volumes; dice and the like take one. Without it, --pipeline generates them from the masks of "
-        "the training split, into OUTPUT/generated",
-    )
-    parser.add_argument(
-        "--count", type=Number(PositiveInt), default=1, help="volumes a mask, where --pipeline generates them"
-    )
-    parser.add_argument(
-        "--guidance_scale", type=Number(FiniteFloat), default=1.0, help="where --pipeline generates them"
-    )
-    parser.add_argument("--vae", type=str, help="autoencoder (or pipeline, or run), where a part takes one")
-    parser.add_argument("--pipeline", type=str, help="the generator, where a part takes one")
-    parser.add_argument(
-        "--set",
-        nargs="*",
-        default=[],
-        metavar="PART.OPTION=VALUE",
-        help="an option of one part, such as dice.seeds=5, privacy.alpha=0.1 or 'dice.train_on=real synthetic'",
-    )
-    parser.add_argument(
-        "--title", type=str, default="Are the generated volumes good, useful and private?", help="heading"
-    )
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -137,7 +97,7 @@ def attempt(command: Command, part: Namespace, device: torch.device, dtype: torc
         failed = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
         if not isinstance(error, (ValueError, OSError)):
             traceback.print_exc()
-        print(f"{command.NAME}: was not measured: {failed}", flush=True)
+        print(f"{command.name}: was not measured: {failed}", flush=True)
     return broadcast_object_list([failed])[0]
 
 

@@ -5,47 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from torch import Tensor
 
 from volumes import load_cases
 from volumes.live_bar import LiveBar
-from volumes.settings import Number, PositiveInt
 from volumes.stopping import finishing
 
-from .. import pretraining
 from ..few_labels import summarise
 from ..labels import budget, draw_labelled
 from ..limits import check_command
-from ..pretraining import DIFFERENCES, LABELS, STARTS, pretrain
+from ..pretraining import DIFFERENCES, pretrain
 from ..report import provenance
 from ..segmentation_data import label_values
 from ..utility import protocol, score_training
-from .few_labels import add_budget_arguments, load_sources
+from .few_labels import load_sources
 from .ledger import Job, Ledger, content_of, tell
 from .progress import StepClock, silence
 
 NAME = "pretrain"
-HELP = (
-    "Dice on the test split of the small segmenter fine-tuned on k labelled real volumes: from scratch, after pre-training "
-    "without labels on synthetic volumes, and on the real ones. The same command again goes on where it stopped."
-)
-READS_DATA = True
-DIVIDES = True
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the command's own arguments."""
-    add_budget_arguments(parser, labels=list(LABELS), steps="steps of each fine-tuning")
-    parser.add_argument(
-        "--starts", nargs="+", choices=STARTS, default=list(STARTS), help="what comes before the fine-tuning"
-    )
-    parser.add_argument(
-        "--pretrain_iterations",
-        type=Number(PositiveInt),
-        default=pretraining.ITERATIONS,
-        help="steps of each pre-training",
-    )
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -7,62 +7,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
 from volumes import VolumeDataset, load_cases
 from volumes.live_bar import LiveBar
-from volumes.settings import Axis, InnerShare, NonNegativeInt, Number, PositiveInt, Seed
 
 from ..losses import DRAWS, TIMES, denoising_losses
-from ..neighbours import SHIFT, Space, common_crop, feature_space, latent_space
-from ..privacy import ALPHA, pairs_figure, privacy_report
+from ..neighbours import Space, common_crop, feature_space, latent_space
+from ..privacy import pairs_figure, privacy_report
 from ..report import provenance, write_report
 from ..volume_sets import VolumeSet
-from .sets import add_set_arguments, describe_sets, load_extractors, load_sets
+from .sets import describe_sets, load_extractors, load_sets
 
 NAME = "privacy"
-HELP = (
-    "Memorised volumes, membership and re-identification: the similarity of generated to training volumes, against that of "
-    "unseen real ones to training volumes, among voxels, latents and features."
-)
-READS_DATA = True
 SPACES = ("image", "latent", "features")
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the command's own arguments."""
-    add_set_arguments(parser)
-    parser.add_argument(
-        "--spaces", nargs="+", choices=SPACES, default=list(SPACES), help="latent needs --vae or --pipeline"
-    )
-    parser.add_argument("--pipeline", type=str, help="the generator: adds membership by its losses on real volumes")
-    parser.add_argument(
-        "--crop",
-        type=Number(PositiveInt),
-        nargs=3,
-        help="largest crop that is compared; default: the smallest volume's sides",
-    )
-    parser.add_argument(
-        "--flips", type=Number(Axis), nargs="*", default=[0], help="axes along which a copy may be mirrored"
-    )
-    parser.add_argument(
-        "--shift",
-        type=Number(NonNegativeInt),
-        default=SHIFT,
-        help="voxels by which a copy may be moved along each axis",
-    )
-    parser.add_argument(
-        "--alpha", type=Number(InnerShare), default=ALPHA, help="share of unseen volumes that may count as memorised"
-    )
-    parser.add_argument(
-        "--pairs",
-        type=Number(NonNegativeInt),
-        default=8,
-        help="closest pairs that are shown, of each space; 0 for none",
-    )
-    parser.add_argument("--seed", type=Number(Seed), default=0, help="of bootstraps, and of the noise for losses")
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:

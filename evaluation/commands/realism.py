@@ -7,32 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from volumes.live_bar import LiveBar
-from volumes.settings import NonNegativeInt, Number, Seed
 
-from ..realism import PARTS, judge_realism, steps_of
+from ..realism import judge_realism, steps_of
 from ..report import provenance, write_report
-from ..similarity import PAIRS
-from .sets import add_set_arguments, describe_sets, load_extractors, load_sets
+from .sets import describe_sets, load_extractors, load_sets
 
 NAME = "realism"
-HELP = (
-    "Features, diversity, consistency between slices and intensities of generated volumes, each beside what real training "
-    "and real unseen volumes are to each other."
-)
-READS_DATA = True
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the command's own arguments."""
-    add_set_arguments(parser)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
-    parser.add_argument(
-        "--pairs", type=Number(NonNegativeInt), default=PAIRS, help="most pairs of each set whose MS-SSIM is taken"
-    )
-    parser.add_argument("--seed", type=Number(Seed), default=0, help="of the draws of volumes and pairs")
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -5,23 +5,13 @@ import time
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
-
-from volumes.settings import Number, Seed
+from jsonargparse import Namespace
 
 from ..report import provenance, write_report
 from ..shapes import compare_shapes
-from .sets import add_folder_arguments, describe_sets, load_sets
+from .sets import describe_sets, load_sets
 
 NAME = "shapes"
-HELP = "Sizes, forms and neighbourhoods of the labels of generated label maps, beside what real ones are to each other."
-READS_DATA = True
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the command's own arguments."""
-    add_folder_arguments(parser)
-    parser.add_argument("--seed", type=Number(Seed), default=0, help="of the draws of maps")
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
