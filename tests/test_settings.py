@@ -411,7 +411,7 @@ def test_evaluation_refuses_numbers_outside_of_their_ranges(tmp_path, capsys):
     ("option", "said"),
     [
         ("--data.test_fraction=x", "data.test_fraction: got 'x' (text), expected a number, 0 or more and below 1"),
-        ("--data.spacing=[1,1]", "data.spacing: got [1, 1], expected a list of 3, each a number, above 0, or null"),
+        ("--data.spacing=[1,1]", "data.spacing: got [1, 1], expected a list of 3, each a number, above 0"),
     ],
 )
 def test_an_override_of_an_evaluation_is_named(option, said, tmp_path, capsys):
