@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from volumes.command import ArgumentParser, run_command
-from volumes.settings import FiniteFloat, NonNegativeInt, Number, PositiveInt, show_ranges
+from volumes.settings import NonNegativeFloat, NonNegativeInt, Number, PositiveInt, show_ranges
 
 GENERATE = "generate:"
 PRECISIONS = ("no", "bf16", "fp16")
@@ -60,9 +60,9 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps (20)")
     parser.add_argument(
         "--guidance_scale",
-        type=Number(FiniteFloat),
+        type=Number(NonNegativeFloat),
         default=1.0,
-        help="how closely conditions are followed, for models trained for it (1)",
+        help="how closely conditions are followed, for models trained for it; 0 to 1 is no guidance (1)",
     )
     parser.add_argument("--seed", type=Number(NonNegativeInt), default=0, help="(0)")
     parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")

@@ -111,9 +111,10 @@ def _stamp(tensor: Tensor) -> Stamp:
     version = 0 if tensor.is_inference() else tensor._version
     values = np.empty(0)
     if tensor.numel() and not tensor.is_meta:
-        places = np.unravel_index(np.arange(0, tensor.numel(), -(-tensor.numel() // SAMPLES)), tuple(tensor.shape))
+        shape = tuple(tensor.shape) or (1,)  # of a single number, such as a codebook's flag
+        places = np.unravel_index(np.arange(0, tensor.numel(), -(-tensor.numel() // SAMPLES)), shape)
         chosen = tuple(torch.from_numpy(place) for place in places)  # flattening would copy what lies channels last
-        values = (tensor.detach()[chosen] if chosen else tensor.detach()).double().cpu().numpy()
+        values = tensor.detach().reshape(shape)[chosen].double().cpu().numpy()
     return Stamp(id(tensor), version, tensor.dtype, tuple(tensor.shape), values)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from volumes.command import run_command
-from volumes.settings import FiniteFloat, Number, PositiveInt, Seed
+from volumes.settings import NonNegativeFloat, Number, PositiveInt, Seed
 
 from .defaults import SCHEDULERS, SEGMENTER_STEPS, SHAPE
 from .report import add_overlap_argument, config_parser
@@ -51,7 +51,7 @@ def parse(args: Sequence[str] | None) -> Namespace:
         "--steps", type=Number(PositiveInt), nargs="+", default=[5, 10, 20, 40], help="of each scheduler"
     )
     parser.add_argument(
-        "--guidance", type=Number(FiniteFloat), nargs="+", default=[1.0], help="scales; 0 to 1 is none (1)"
+        "--guidance", type=Number(NonNegativeFloat), nargs="+", default=[1.0], help="scales; 0 to 1 is none (1)"
     )
     parser.add_argument("--seed", type=Number(Seed), default=0, help="of the first volume (0)")
     parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")

@@ -5,6 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from volumes.command import (
+    INTERRUPTED,
+    ArgumentParser,
+    CannotContinue,
+    error_line,
+    first_to_say,
+    nearest,
+    unknown_options,
+    users_message,
+)
+from volumes.config_parser import ConfigParser, config_files
+
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "diffusers", "transformers", "monai", "accelerate", "matplotlib", "scipy", "nibabel", "pydicom")
 MODULES = [f"evaluation.{name}" for name in ("copies", "doctor", "editing", "labels", "samplers")] + [
@@ -232,7 +246,7 @@ def test_kin_of_users_mistakes():
     from training.processes import AnotherEnded
 
     assert (
-        users_message(Stopped("the disk is full"))
+        users_message(CannotContinue("the disk is full"))
         == users_message(AnotherEnded("the disk is full"))
         == "the disk is full"
     )

@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -133,7 +134,7 @@ def test_every_autoencoder_stores_what_its_volumes_were(kind, data, tmp_path):
     assert stored.config["data"]["resampled"] is True and len(stored.config["subjects"]) == 1
     other = json.loads(json.dumps(dict(stored.config)["data"])) | {"intensity": [CT]}
     with pytest.raises(ValueError, match="window 0 to 1100, the data has window -1000 to 1000"):
-        train_ldm.check_prepared(TrainLdmConfig("", "x", None, {}), stored, other)  # pyright: ignore[reportArgumentType]
+        train_ldm.check_prepared(SimpleNamespace(vae="x"), stored, other)  # pyright: ignore[reportArgumentType]
 
 
 def test_another_window_than_the_autoencoder_s_is_refused(data, vae, tmp_path):

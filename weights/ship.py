@@ -128,7 +128,7 @@ def with_decoder(pipe: MedVolumePipeline, vae: VolumeAutoencoder) -> MedVolumePi
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a config says of its model: not which versions and folder it came from, nor whose volumes it was trained on."""
-    return {"_class_name": config["_class_name"], **deciding(config)}
+    return {"_class_name": config.get("_class_name"), **deciding(config)}
 
 
 def summaries(results: dict[str, Any]) -> dict[str, Any]:

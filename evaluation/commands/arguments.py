@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from volumes import DataConfig
 from volumes.config_parser import ConfigParser
-from volumes.settings import Axis, FiniteFloat, InnerShare, NonNegativeInt, Number, PositiveInt, Seed
+from volumes.settings import Axis, InnerShare, NonNegativeFloat, NonNegativeInt, Number, PositiveInt, Seed
 
 from ..defaults import (
     ALPHA,
@@ -325,7 +325,7 @@ def _everything(parser: ArgumentParser) -> None:
         "--count", type=Number(PositiveInt), default=1, help="volumes a mask, where --pipeline generates them"
     )
     parser.add_argument(
-        "--guidance_scale", type=Number(FiniteFloat), default=1.0, help="where --pipeline generates them"
+        "--guidance_scale", type=Number(NonNegativeFloat), default=1.0, help="where --pipeline generates them"
     )
     parser.add_argument("--vae", type=str, help="autoencoder (or pipeline, or run), where a part takes one")
     parser.add_argument("--pipeline", type=str, help="the generator, where a part takes one")
