@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from volumes.command import ArgumentParser, positive, run_command
+from volumes.command import ArgumentParser, run_command
+from volumes.settings import Number, PositiveInt
 
 ROOT = Path(__file__).resolve().parent
 WEIGHTS = ROOT / "weights"
@@ -27,7 +28,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help=f"folder of pipelines with {EXAMPLES} (weights/)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write to (out/demo/)")
-    parser.add_argument("--steps", type=positive, default=20, help="denoising steps (20)")
+    parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps (20)")
     return parser.parse_args(args)
 
 

@@ -181,7 +181,7 @@ def test_sizes_are_above_zero(options, tmp_path, capsys):
     recipe(tmp_path)
     with pytest.raises(SystemExit):
         main(["--config", str(tmp_path / "vae.yaml"), *options])
-    assert options[0] in capsys.readouterr().err
+    assert options[-2] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

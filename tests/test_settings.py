@@ -405,3 +405,28 @@ def test_evaluation_refuses_numbers_outside_of_their_ranges(tmp_path, capsys):
         with pytest.raises(SystemExit):
             evaluate.parse(options)
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--data.test_fraction=x", "data.test_fraction: got 'x' (text), expected a number, 0 or more and below 1"),
+        ("--data.spacing=[1,1]", "data.spacing: got [1, 1], expected a list of 3, each a number, above 0"),
+    ],
+)
+def test_an_override_of_an_evaluation_is_named(option, said, tmp_path, capsys):
+    path = tmp_path / "ldm.yaml"
+    path.write_text("data: {images: x}\n")
+    with pytest.raises(SystemExit):
+        evaluate.parse(["dice", "--config", str(path), "--output", "o", "--synthetic", "s", option])
+    assert said in capsys.readouterr().err
+
+
+def test_a_combination_in_an_override_of_an_evaluation_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "ldm.yaml"
+    path.write_text("data: {images: x, root: ~/scans}\n")
+    common = ["dice", "--config", str(path), "--output", "o", "--synthetic", "s"]
+    with pytest.raises(ValueError, match="^data.intensity: intensity low .5.0. must be below high .1.0.$"):
+        evaluate.parse([*common, "--data.intensity={kind: window, low: 5, high: 1}"])
+    assert evaluate.parse(common).dice.data.root == str(tmp_path / "scans")

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+from jsonargparse import Namespace
 
 from .command import TRACEBACK, ArgumentParser, ShowTraceback, error_line
+from .config import DataConfig
+from .parsing import built, explain
 from .text import read_yaml
 
 
@@ -27,12 +30,26 @@ class ConfigParser(jsonargparse.ArgumentParser):
         self.typed = list(sys.argv[1:] if args is None else args)
         return super().parse_args(self.typed, *others, **settings)
 
+    def instantiate(self, cfg: Namespace, *_: Any, **__: Any) -> Namespace:
+        """A namespace, or that of its subcommand, with `data` checked and made a `DataConfig`; the rest is what it is.
+
+        Raises: ValueError for settings that are not what they are declared to be.
+        """
+        for part in (cfg, *(value for value in vars(cfg).values() if isinstance(value, Namespace))):
+            if isinstance(part.get("data"), Namespace):
+                built(part, {"data": DataConfig})
+        return cfg
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with status 2; raise as jsonargparse does with `exit_on_error=False`."""
         if not self.exit_on_error:
             super().error(message, ex)
         parser: argparse.ArgumentParser = getattr(ex, "subcommand_parser", None) or self
         program = parser.prog.replace(" [options]", "")
+        try:
+            explain({"data": DataConfig}, [], self.typed)
+        except ValueError as error:  # says which setting, and what is expected of it
+            message = str(error)
         options = [*self._option_string_actions, *parser._option_string_actions]
         head, required, names = message.partition("arguments are required: ")
         flags = [f"--{name}" if f"--{name}" in options else name for name in names.split(", ")]
