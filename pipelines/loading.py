@@ -10,7 +10,7 @@ from diffusers.pipelines import pipeline_loading_utils
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 import autoencoder
-from autoencoder import VolumeAutoencoder
+from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D, VolumeAutoencoder
 from diffusion import LatentUNet3D
 from diffusion.scheduler_options import check_values, parameters
 from volumes.preprocessing import described_preprocessing, refuse_differences
@@ -126,7 +126,7 @@ def _check_scheduler(folder: Path, scheduler_class: type) -> None:
         raise ValueError(f"{path}: is no config of a {scheduler_class.__name__}: {error}") from error
 
 
-def load_autoencoder(folder: str | Path) -> VolumeAutoencoder:
+def load_autoencoder(folder: str | Path) -> AutoencoderKL3D | VQGAN3D | SpaceToDepth3D:
     """The trained autoencoder in `folder`, or in its subfolder vae/ (a run or a pipeline), for inference: of the class
     that its config names.
 
