@@ -138,10 +138,14 @@ def read_judged(
     with ThreadPoolExecutor(READERS) as readers:
         jobs = readers.map(lambda case: _read(case, config), cases)
         progress = tqdm(jobs, total=len(cases), desc="checking held-out volumes", delay=2, leave=False, disable=None)
-        for case, found in zip(cases, progress, strict=True):
-            if found is not None:
-                digests[case.name] = found[0]
-                spacings.append(found[1])
+        try:
+            for case, found in zip(cases, progress, strict=True):
+                if found is not None:
+                    digests[case.name] = found[0]
+                    spacings.append(found[1])
+        except BaseException:  # Ctrl-C: what was not begun is not read
+            readers.shutdown(cancel_futures=True)
+            raise
     return digests, spacings
 
 

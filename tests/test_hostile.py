@@ -339,7 +339,7 @@ BOMB = "\n".join(
         ("[" * 5000, "nested too deeply, or holds itself"),
         ("data: {root: \x00}\n", "is no YAML"),
         ("loop: {shard: !!bool maybe}\n", "is no YAML"),
-        ("output: 2001-02-30\n", "is no YAML"),
+        ("output: !!timestamp 2001-02-30\n", "is no YAML"),
     ],
     ids=["bomb", "circle", "deep", "zero", "tag", "date"],
 )

@@ -7,8 +7,8 @@ of the sorted label values; `PADDING` (-1) outside the field of view.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,28 +72,14 @@ class VolumeDataset(Dataset):
         self.cases: list[Case] = []
         self.skipped: list[tuple[str, str]] = []
         self.prepared: list[PreparedCase] = []
-        held = 0  # bytes
         with ThreadPoolExecutor(READERS) as readers:
             jobs = [readers.submit(prepare, case, config) for case in cases]
             progress = tqdm(jobs, desc="reading volumes", unit="volume", delay=2, leave=False, disable=None)
-            for case, job in zip(cases, progress, strict=True):
-                try:
-                    prepared = job.result()
-                except VolumeError as error:
-                    if config.on_error == "raise":
-                        readers.shutdown(cancel_futures=True)
-                        raise
-                    self.skipped.append((case.name, str(error)))
-                    continue
-                self.cases.append(case)
-                self.prepared.append(prepared)
-                held += prepared.image.array.nbytes + (prepared.mask.array.nbytes if prepared.mask is not None else 0)
-                if held > memory_bytes():
-                    readers.shutdown(cancel_futures=True)
-                    raise ValueError(
-                        f"{len(self.cases)} of {len(cases)} volumes, such as {_file(case)} with {describe_grid(prepared.image)}, take "
-                        "more than the memory of this process; set a coarser data.spacing, or crop them (are their units right?)"
-                    )
+            try:
+                self._take(zip(cases, progress, strict=True), len(cases))
+            except BaseException:  # Ctrl-C too: what was not begun is not read
+                readers.shutdown(cancel_futures=True)
+                raise
         if self.skipped:
             lines = "\n".join(f"  {name}: {reason}" for name, reason in self.skipped)
             logger.warning("%d of %d cases were skipped:\n%s", len(self.skipped), len(cases), lines)
@@ -106,6 +92,26 @@ class VolumeDataset(Dataset):
             raise ValueError(
                 "the data set is empty: " + (f"all {len(cases)} cases were skipped" if cases else "no cases were given")
             )
+
+    def _take(self, jobs: Iterable[tuple[Case, Future[PreparedCase]]], count: int) -> None:
+        """Keep the cases that can be read. Raises: VolumeError for others unless they are skipped; ValueError where they are too many."""
+        held = 0  # bytes
+        for case, job in jobs:
+            try:
+                prepared = job.result()
+            except VolumeError as error:
+                if self.config.on_error == "raise":
+                    raise
+                self.skipped.append((case.name, str(error)))
+                continue
+            self.cases.append(case)
+            self.prepared.append(prepared)
+            held += prepared.image.array.nbytes + (prepared.mask.array.nbytes if prepared.mask is not None else 0)
+            if held > memory_bytes():
+                raise ValueError(
+                    f"{len(self.cases)} of {count} volumes, such as {_file(case)} with {describe_grid(prepared.image)}, take "
+                    "more than the memory of this process; set a coarser data.spacing, or crop them (are their units right?)"
+                )
 
     def _warn_of_windows(self) -> None:
         names = [str(next(iter(case.images.values()), case.name)) for case in self.cases]

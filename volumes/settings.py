@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 Hint = Any  # a type annotation
 Class = TypeVar("Class")
+LARGEST = 2**63 - 1  # of whole numbers: what computers count to
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Range:
     below: bool = False
 
     def __contains__(self, value: float) -> bool:
-        if not math.isfinite(value):
+        if abs(value) > LARGEST if isinstance(value, numbers.Integral) else not math.isfinite(value):
             return False
         high_enough = self.low is None or (value > self.low if self.above else value >= self.low)
         return high_enough and (self.high is None or (value < self.high if self.below else value <= self.high))
@@ -197,7 +198,8 @@ def describe(hint: Hint) -> str:
         Any: "anything",
         dict: "a mapping",
     }
-    return plain.get(base, getattr(base, "__name__", str(base))) + suffix
+    what = "a path" if any(isinstance(mark, HomePath) for mark in _marks(hint)) else plain.get(base)
+    return (what or getattr(base, "__name__", str(base))) + suffix
 
 
 def expand_home(hint: Hint, value: Any) -> Any:
@@ -351,7 +353,9 @@ def faults_of(hint: Hint, value: Any, name: str, raw: bool = False) -> Iterator[
         for key, one in value.items() if args else ():
             yield from faults_of(args[0], key, f"{name}: the key {key!r}", raw)
             yield from faults_of(args[1], one, f"{name}.{key}", raw)
-    elif not _is_a(base, value, raw) or (limits is not None and float(value) not in limits):
+    elif value == "" and any(isinstance(mark, HomePath) for mark in _marks(hint)):
+        yield f"{name}: is empty; expected {describe(hint)}"
+    elif not _is_a(base, value, raw) or (limits is not None and _plain(base, value) not in limits):
         yield _wrong(name, value, hint)
 
 
@@ -376,15 +380,22 @@ def _is_a(base: Hint, value: Any, raw: bool) -> bool:
 def read_plain(base: type, text: str) -> Any:
     """A number or a truth value in text, as jsonargparse reads it too; None if there is none."""
     if base is bool:
-        return {"true": True, "yes": True, "false": False, "no": False}.get(text.lower())
+        return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(text.lower())
     try:
         return base(text)
     except ValueError:
         return None
 
 
+def _plain(base: type, value: Any) -> Any:
+    """A number, of text that is one."""
+    return read_plain(base, value) if isinstance(value, str) else value
+
+
 def _wrong(name: str, value: Any, hint: Hint) -> str:
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     kind = " (text)" if isinstance(value, str) else ""
-    quotes = "; put it in quotes" if isinstance(value, bool) and {"no", "yes"} & set(map(str, get_args(hint))) else ""
+    home = value is None and any(isinstance(mark, HomePath) for mark in _marks(hint))
+    quotes = "; put it in quotes" if isinstance(value, int | float) and str in arms(hint) else ""
+    quotes = '; for the home folder write "~", in quotes' if home else quotes
     return f"{name}: got {shown[:80]}{kind}, expected {describe(hint)}{quotes}"
