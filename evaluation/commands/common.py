@@ -18,15 +18,19 @@ def run_command(
 ) -> dict[str, Any]:
     """Run it in all processes or in the main one alone, as it wants. Returns the report; {} in those that only waited."""
     state = PartialState()
-    if command.reads_data and state.is_main_process:
-        check_judged(options)
     if command.divides:  # it says itself what is finished when a signal comes
+        if command.reads_data and state.is_main_process:
+            check_judged(options)
         report = command.run(options, device, dtype)
         state.wait_for_everyone()
         return report
     try:
+        if not state.is_main_process:
+            return {}
+        if command.reads_data:
+            check_judged(options)
         with finishing(f"{command.name}, whose report is written at its end"):
-            return command.run(options, device, dtype) if state.is_main_process else {}
+            return command.run(options, device, dtype)
     finally:
         state.wait_for_everyone()
 
