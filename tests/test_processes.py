@@ -241,7 +241,6 @@ def test_what_one_process_refuses_leaves_no_other_waiting(monkeypatch):
     assert everything.attempt(COMMANDS["privacy"], None, None, None) == "seen" and State.waited == 1
 
 
-
 def test_all_generates_first(tmp_path):
     """Of the training split's masks alone; another time nothing is made again."""
     tiny_pipeline().save_pretrained(tmp_path / "pipeline")

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import jsonargparse
 from jsonargparse import Namespace
 
-from .command import TRACEBACK, ArgumentParser, ShowTraceback, error_line
+from .command import TRACEBACK, ArgumentParser, ShowTraceback, at_home, error_line
 from .config import DataConfig
 from .parsing import built, explain
 from .text import read_yaml
@@ -27,7 +27,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:  # pyright: ignore
         """As jsonargparse's."""
-        self.typed = list(sys.argv[1:] if args is None else args)
+        self.typed = at_home(sys.argv[1:] if args is None else args)
         return super().parse_args(self.typed, *others, **settings)
 
     def instantiate(self, cfg: Namespace, *_: Any, **__: Any) -> Namespace:
