@@ -66,7 +66,7 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 import numpy as np
 
 from pipelines import MedVolumePipeline
-from pipelines.loading import load_autoencoder
+from pipelines.loading import find_autoencoder, load_autoencoder
 from volumes import Case, DataConfig, VolumeDataset
 from volumes.conditions import describe_numbers
 from volumes.devices import find_device
@@ -88,7 +88,7 @@ from .doctor_leaks import check_leaks
 from .doctor_limits import check_evaluation
 from .doctor_model import check_latents, check_limits, compare_limits, latent_summary
 from .doctor_start import advise_start
-from .report import provenance, read_config, write_report
+from .report import check_report, provenance, read_config, write_report
 from .seen import overlap_findings, read_judged
 
 
@@ -98,6 +98,10 @@ def main(args: list[str] | None = None) -> int:
     config: DataConfig = options.data
     sections = read_config(Path(options.config))
     folder = Path(options.config).parent
+    if options.output:
+        check_report(options.output)
+    if options.pipeline:
+        find_autoencoder(options.pipeline)  # or it is refused before the work
     if options.shape:
         device = find_device(options.device)
         findings, measured = check_settings(sections), {}
@@ -108,7 +112,10 @@ def main(args: list[str] | None = None) -> int:
     else:
         findings, measured = before_training(config, sections, folder)
     if options.pipeline and not any(one.level == "FAIL" and one.check in ("files", "splits") for one in findings):
-        found, more = after_training(config, Path(options.pipeline), options.volumes, options.steps, options.device)
+        try:
+            found, more = after_training(config, Path(options.pipeline), options.volumes, options.steps, options.device)
+        except ValueError as error:  # what was found of the data is not to be lost by it
+            found, more = [fail("model", str(error), "give a pipeline or an autoencoder that can be loaded")], {}
         findings, measured = findings + found, {**measured, **more}
     for finding in findings:
         print(finding)

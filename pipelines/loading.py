@@ -132,12 +132,7 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL3D | VQGAN3D | SpaceToD
 
     Raises: FileError where there is none; ValueError where its weights do not fit, or where its latents were never measured.
     """
-    folder = Path(folder).expanduser()
-    found = next((path for path in (folder, folder / "vae") if (path / "config.json").is_file()), None)
-    if found is None:
-        raise FileError(
-            f"{folder}: no autoencoder there (config.json, or vae/config.json); give a folder that train_vae.py wrote"
-        )
+    found = find_autoencoder(folder)
     _check_inside(found, ["config.json", *(path.name for path in found.glob("*.safetensors*"))])
     name = read_object(found / "config.json").get("_class_name")
     model_class = getattr(autoencoder, str(name), None)
@@ -149,6 +144,17 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL3D | VQGAN3D | SpaceToD
             f"{found}: no latents_mean and latents_std in its config; train_vae.py measures them when it ends"
         )
     return vae.eval().requires_grad_(False)
+
+
+def find_autoencoder(folder: str | Path) -> Path:
+    """The folder itself, or its subfolder vae/, whichever holds a model's config. Raises: FileError if neither does."""
+    folder = Path(folder).expanduser()
+    for path in (folder, folder / "vae"):
+        if (path / "config.json").is_file():
+            return path
+    raise FileError(
+        f"{folder}: no autoencoder there (config.json, or vae/config.json); give a folder that train_vae.py wrote"
+    )
 
 
 def check_components(components: Mapping[str, Any]) -> None:
