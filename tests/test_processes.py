@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
+from jsonargparse import Namespace
 from tiny import labels_of, tiny_pipeline
 
 import evaluate
@@ -214,9 +215,9 @@ def test_commands_that_cannot_be_shared_are_the_main_processs(monkeypatch):
             pass
 
     monkeypatch.setattr(common, "PartialState", State)
-    assert common.run_command(Command, None, None, None) == {} and Command.ran == 0
+    assert common.run_command(Command, Namespace(), None, None) == {} and Command.ran == 0
     Command.divides = True
-    assert common.run_command(Command, None, None, None) == {"figure": 1}
+    assert common.run_command(Command, Namespace(), None, None) == {"figure": 1}
 
 
 def test_what_one_process_refuses_leaves_no_other_waiting(monkeypatch):
