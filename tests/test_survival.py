@@ -464,7 +464,7 @@ def test_a_spike_is_told_with_a_remedy():
 
 
 def test_the_loop_tells_of_a_spike(tmp_path, monkeypatch, caplog):
-    loop, step = line_loop(line_config(tmp_path, "--loop.max_steps=150", "--optimizer.learning_rate=1e-12"))
+    loop, step = line_loop(line_config(tmp_path, "--loop.max_steps=150", "--optimizer.learning_rate=1e-30"))
     original = LineStep.__call__
 
     def spiking(self, batch, generators):

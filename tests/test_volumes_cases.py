@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from volumes import DataConfig, IntensityScaling, PhantomConfig, load_cases
+from volumes import DataConfig, PhantomConfig, load_cases
+from volumes.intensity import IntensityScaling
 
 ROWS = [
     {"scan": "a1", "patient": "A", "fold": "train", "age": "50"},
@@ -195,10 +196,7 @@ def test_two_volumes_of_one_name(tabled, tmp_path):
         ({"images": "*.nii", "phantom": PhantomConfig()}, "remove images"),
         ({"images": "*.nii", "split": "s", "test_fraction": 0.1}, "test_fraction has no effect"),
         ({"images": "*.nii", "subject": "s", "group_by": "x"}, "say the same thing twice"),
-        (
-            {"images": "*.nii", "validation_fraction": 1.0},
-            "validation_fraction: got 1.0, expected a number, 0 or more and below 1",
-        ),
+        ({"images": "*.nii", "validation_fraction": 1.0}, "got 1.0, expected a number, 0 or more and below 1"),
         ({"images": {"CT": "*.nii"}, "intensity": {"MR": IntensityScaling()}}, "intensity names the channels"),
         ({"images": {"CT": "*.nii"}, "time_point": {"MR": 0}}, "time_point names the channels"),
         ({"images": "*.nii", "group_by": "(a"}, r"group_by '\(a' is no regular expression: missing \)"),

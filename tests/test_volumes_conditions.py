@@ -82,8 +82,8 @@ def test_columns_and_values_that_say_nothing_are_refused(table):
         dataset_of(table, numbers=["size"])
     with pytest.raises(ValueError, match="classes.sex lists the values.*each once"):
         dataset_of(table, classes={"sex": ["F", "F"]})
-    with pytest.raises(ValueError, match=r"classes.contrast\[0\]: got true, expected text"):
-        dataset_of(table, classes={"contrast": [True, False]})  # yes and no in YAML
+    with pytest.raises(ValueError, match=r"classes.contrast\[0\]: got true, expected text; put it in quotes"):
+        dataset_of(table, classes={"contrast": [True, False]})
     with pytest.raises(ValueError, match=r"\['sex'\] are both classes and numbers"):
         dataset_of(table, numbers=["sex"])
     (table / "table.csv").write_text("name,sex,age\na,F,20\nb,F,20\nc,F,\n")
