@@ -12,6 +12,7 @@ python -m evaluation.doctor --config configs/real_sizes/ct/ldm_24gb.yaml --shape
 says what training and generation need in memory for volumes of that size, without any data.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,7 +37,10 @@ def parse(args: list[str] | None) -> Namespace:
     )
     parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps")
     parser.add_argument(
-        "--shape", type=tuple[int, int, int], help="only how much memory volumes of so many voxels take; needs no data"
+        "--shape",
+        type=str,
+        nargs="+",
+        help="only how much memory volumes of so many voxels take, such as 256 256 128; needs no data",
     )
     parser.add_argument("--dry_run", action="store_true", help="with --shape: run one step of each stage, and measure")
     parser.add_argument(
@@ -48,14 +52,15 @@ def parse(args: list[str] | None) -> Namespace:
     parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
     parser.add_argument("--output", type=str, help="report to write, a JSON file")
     parsed = parser.instantiate(parser.parse_args(args))
+    if parsed.shape:
+        sides = re.sub(r"[\[\](),]", " ", " ".join(parsed.shape)).split()
+        if len(sides) != 3 or not all(side.isdecimal() and int(side) for side in sides):
+            parser.error(f"--shape {' '.join(parsed.shape)}: give voxels along X, Y and Z, such as 256 256 128")
+        parsed.shape = tuple(map(int, sides))
     if parsed.shape and parsed.pipeline:
         parser.error("--shape looks at no data: leave out --pipeline")
     if (parsed.dry_run or parsed.precision or parsed.memory is not None) and not parsed.shape:
         parser.error("--dry_run, --memory and --precision need --shape, the size of the volumes")
-    if parsed.shape and min(parsed.shape) < 1:
-        parser.error(f"--shape {list(parsed.shape)}: a volume has at least one voxel a side")
-    if parsed.memory is not None and not parsed.memory > 0:
-        parser.error(f"--memory {parsed.memory}: give the accelerator's GiB, more than 0")
     assert isinstance(parsed, Namespace)
     return parsed
 
@@ -145,8 +150,10 @@ def before_training(config: DataConfig, sections: dict[str, Any], folder: Path) 
     if not examined:
         return findings, {}
     findings += check_leaks(examined) + check_geometry(examined, config) + check_intensity(examined, config)
-    dropout = (sections.get("model") or {}).get("condition_dropout") or {}
-    findings += check_labels(examined) + check_conditions(examined, config, dropout)
+    model = sections.get("model")
+    dropout = model.get("condition_dropout") if isinstance(model, dict) else None
+    findings += check_labels(examined)
+    findings += check_conditions(examined, config, dropout if isinstance(dropout, dict) else {})
     findings += check_evaluation(examined, config)
     found, measured = check_model(examined, config, sections, folder)
     for path in dict.fromkeys(str(sections[key]) for key in ("vae", "init_from") if sections.get(key)):

@@ -83,6 +83,9 @@ def test_the_doctor_says_them_before_training(folder, capsys):
     assert "WARN evaluation: evaluate.py privacy will refuse these splits: of 4 unseen subjects" in said
     assert "WARN evaluation: evaluate.py few_labels will refuse these splits: --labels 16: give numbers" in said
     assert "OK   evaluation: the splits are large enough for reconstruction, realism, dice" in said
+    advice = dict(zip(said.splitlines(), said.splitlines()[1:], strict=False))
+    few = next(line for line in advice if "few_labels will refuse" in line)
+    assert advice[few].strip() == "-> give such --labels, or leave the command out"  # not to hold out more
 
 
 def test_a_command_says_them_before_it_reads_a_volume(folder, monkeypatch, tmp_path):
