@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+
 from volumes.preprocessing import check_preprocessing, described_preprocessing
 from volumes.subjects import check_subjects, join_records
 from volumes.text import read_object
@@ -46,8 +48,11 @@ def read_model(path: str | Path) -> TrainedOn:
         if (folder / "config.json").is_file():
             subjects, data = _config(folder)
             return TrainedOn(join_records(subjects), data)
-    if loras := sorted(path.glob("*.safetensors")):
-        return read_model(loras[0])
+    loras = sorted(path.glob("*.safetensors"))
+    if len(loras) > 1 and path / LORA_WEIGHT_NAME_SAFE not in loras:
+        raise ValueError(f"{path}: holds several LoRAs, {', '.join(one.name for one in loras)}; give the file of one")
+    if loras:
+        return read_model(path / LORA_WEIGHT_NAME_SAFE if len(loras) > 1 else loras[0])
     raise ValueError(f"{path}: holds no model: give the folder of a pipeline, an autoencoder or a LoRA")
 
 

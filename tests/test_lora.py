@@ -19,6 +19,7 @@ import generate as command
 import train_ldm
 from pipelines import MedVolumePipeline
 from pipelines.lora import add_lora, save_lora
+from pipelines.trained_on import read_model
 from training import TrainLdmConfig, initialise_from, parse_config
 from training.config import LoraConfig
 from volumes.config import DataConfig, PhantomConfig
@@ -375,6 +376,16 @@ def test_a_loras_name_is_of_its_file_whatever_its_type(saved, tmp_path):
     with torch.no_grad():
         next(value for name, value in first.unet.named_parameters() if "lora_B" in name).mul_(2)
     assert first.model_hash != names[0]
+
+
+def test_of_several_loras_in_a_folder_the_usual_one_is_read(saved, tmp_path):
+    for name in ("b.safetensors", "c.safetensors"):
+        shutil.copy(saved[0] / FILE, tmp_path / name)
+    with pytest.raises(ValueError, match="holds several LoRAs, b.safetensors, c.safetensors; give the file of one"):
+        read_model(tmp_path)
+    (tmp_path / "b.safetensors").write_text("damaged")
+    shutil.copy(saved[0] / FILE, tmp_path)
+    assert read_model(tmp_path) == read_model(saved[0])
 
 
 def test_names_and_scales_of_loras_are_checked(saved, tmp_path):
