@@ -71,17 +71,19 @@ def set_timesteps(
 
 
 def _check_span(scheduler: Scheduler, num_inference_steps: int) -> None:
-    """Diffusers' steps of v and eps are whole numbers of training steps, rounded down: 200 steps of a schedule of 300 are
-    one long, begin at 199, and take what is pure noise for half an image (DDIM: or step where they do not say).
+    """Diffusers' steps of v and eps, and those of its solvers on flows, are whole numbers of training steps, rounded down: 200
+    steps of a schedule of 300 are one long, begin at 199, and take what is pure noise for half an image (DDIM: or step where
+    they do not say).
 
     Raises: ValueError for more steps than were trained, and where rounding leaves out more than a tenth of the schedule,
     naming numbers of steps that fit.
     """
-    if is_flow(scheduler):
-        return
     config, name = scheduler.config, type(scheduler).__name__
     total, more = config["num_train_timesteps"], name in (DPM, UNIPC)
-    if not (config["timestep_spacing"] == "leading" or name == "DDIMScheduler") or more and spacing(config):
+    if is_flow(scheduler) and not more:  # whose timesteps are fractions
+        return
+    evenly = config["timestep_spacing"] != "leading" and name != "DDIMScheduler"
+    if is_flow(scheduler) or evenly or (more and spacing(config)):
         if num_inference_steps > total:
             raise ValueError(
                 f"num_inference_steps {num_inference_steps}: the model was trained with {total}; use {total}"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
@@ -52,8 +53,11 @@ def read_model(source: str | Path) -> TrainedOn:
         if (folder / "config.json").is_file():
             subjects, data = _config(folder)
             return TrainedOn(join_records(subjects), data)
-    if loras := [read_model(one) for one in sorted(path.glob("*.safetensors"))]:  # which of them was used is not known
-        return TrainedOn(join_records(*(one.subjects for one in loras)), loras[0].data)
+    loras = sorted(path.glob("*.safetensors"))
+    if len(loras) > 1 and path / LORA_WEIGHT_NAME_SAFE not in loras:
+        raise ValueError(f"{path}: holds several LoRAs, {', '.join(one.name for one in loras)}; give the file of one")
+    if loras:
+        return read_model(path / LORA_WEIGHT_NAME_SAFE if len(loras) > 1 else loras[0])
     raise ValueError(f"{path}: holds no model: give the folder of a pipeline, an autoencoder or a LoRA")
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from safetensors import safe_open
 from tiny import tiny_pipeline
@@ -25,7 +24,6 @@ from evaluation.copies import CopyCheck, check_unseen_subjects
 from evaluation.copies import main as make_fingerprints
 from evaluation.seen import check_models, read_judged
 from pipelines import MedVolumePipeline
-from pipelines.lora_files import write_lora
 from pipelines.trained_on import GENERATED, read_generated, read_model
 from volumes import Case, DataConfig, load_cases, read_volume, write_volume
 from volumes.subjects import (
@@ -317,16 +315,6 @@ def test_doctor_keeps_what_it_found_where_a_model_cannot_be_loaded(trained, tmp_
     assert doctor.main(["--config", str(trained / "data/config.yaml"), "--pipeline", str(tmp_path / "vae")]) == 1
     said = capsys.readouterr().out
     assert "OK   cases: 20 volumes" in said and f"FAIL model: {tmp_path / 'vae'}" in said
-
-
-def test_all_loras_of_a_folder_are_asked(trained, tmp_path):
-    """Which of them a pipeline loaded is not known."""
-    config = section(trained)
-    records = [record_subjects({"train": [marks_of(case, config)]}) for case in load_cases(config)[:2]]
-    tensors = {"a.lora_A.weight": torch.zeros(1, 2), "a.lora_B.weight": torch.zeros(2, 1)}
-    for number, record in enumerate(records):
-        write_lora(tensors, None, None, tmp_path, f"{number}.safetensors", trained_on={"subjects": [record]})
-    assert read_model(tmp_path).subjects == records
 
 
 def test_all_refuses_before_it_generates(trained, tmp_path):
