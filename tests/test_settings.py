@@ -342,6 +342,7 @@ def test_home_is_found_in_every_path_of_a_data_section(monkeypatch, tmp_path):
     ):
         cases = load_cases(DataConfig(validation_fraction=0.0, **settings))
         assert [case.images["image"] for case in cases] == expected
+        assert [case.name for case in cases] in (["a", "b"], ["scans_a", "scans_b"])
 
 
 def test_an_evaluation_names_what_is_wrong_in_the_config(tmp_path):
