@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .guidance import UNNAMED, ConditionNames, Conditions, Guidance, guidance_terms, guided
 from .scheduler_options import DPM, UNIPC, Scheduler, check_levels, is_flow, spacing
 
+MOST_STEPS = 100_000
 LEAST_SPAN = 0.9  # of the schedule, that the steps must cover
 
 
@@ -42,6 +43,8 @@ def set_timesteps(
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+    if num_inference_steps > MOST_STEPS:
+        raise ValueError(f"num_inference_steps is above {MOST_STEPS}; 20 are usual")
     if sigmas is not None and not (len(sigmas) and all(1 >= a > b for a, b in pairwise([*sigmas, 0]))):
         raise ValueError(f"sigmas are noise levels in (0, 1] that fall, such as 1, 0.75, 0.5, 0.25; got {sigmas}")
     name = type(scheduler).__name__

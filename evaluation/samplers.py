@@ -91,7 +91,7 @@ from volumes.text import read_object
 
 from .features import EncoderStatistics, RandomStatistics
 from .limits import check_command
-from .report import provenance, write_report
+from .report import check_report, provenance, write_report
 from .sampler_figures import (
     DEFAULT_STEPS,
     OF_DIFFUSION,
@@ -126,6 +126,7 @@ def judge_missing(options: Namespace) -> dict[str, Any]:
     device = find_device(options.device)
     cases, config = load_cases(options.data), options.data
     check_command("samplers", cases, config, {"unseen": [options.split]})
+    check_report(options.output)
     pipe: Any = MedVolumePipeline.from_pretrained(options.pipeline)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)

@@ -41,17 +41,14 @@ def check_models(
     """Check models before they are judged on the real volumes of some splits of `config`.
 
     Args:
-        models: folders (or LoRA files), checked for what they have seen and for how their volumes were prepared. A Hub repository
-            has a warning instead.
+        models: folders, LoRA files or repositories of the Hub, checked for what they have seen and for how their volumes were
+            prepared.
         others: folders of models that are checked for what they have seen alone.
         generated: folders of volumes that generate.py made, checked for what the models that made them have seen.
         accepted: whether subjects that are known by names alone are other people; they are logged.
     Raises: ValueError naming the subjects, or what differs.
     """
-    known: dict[str, TrainedOn] = {str(path): read_model(path) for path in (*models, *others) if Path(path).exists()}
-    for path in models:
-        if str(path) not in known:
-            logger.warning("%s: is not on this machine, so what it was trained on was not checked", path)
+    known: dict[str, TrainedOn] = {str(path): read_model(path) for path in (*models, *others)}
     for folder in generated:
         known[str(folder)] = TrainedOn(read_generated(folder), None)
     if not known:

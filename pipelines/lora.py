@@ -20,6 +20,7 @@ from diffusion import LatentUNet3D
 from volumes.preprocessing import described_preprocessing, refuse_differences
 from volumes.subjects import join_records
 
+from .arguments import listed
 from .lora_files import FACTORS, find_lora, unet_tensors, write_lora
 from .provenance import tensor_digest
 
@@ -250,9 +251,9 @@ class LoraMixin(LoraBaseMixin):
             low_cpu_mem_usage=low_cpu_mem_usage,
             _pipeline=self,
         )
-        added = [adapter_name] if hotswap and adapter_name not in acting else set(self.unet.peft_config) - before
-        self.unet.set_adapter([*acting, *added])  # pyright: ignore[reportArgumentType]
-        known = self._lora_subjects() | dict.fromkeys(added, found.subjects)
+        put = {str(adapter_name)} if hotswap else set(self.unet.peft_config) - before
+        self.unet.set_adapter([*acting, *put.difference(acting)])  # pyright: ignore[reportArgumentType]
+        known = self._lora_subjects() | dict.fromkeys(put, found.subjects)
         self.unet.lora_subjects = known  # pyright: ignore[reportArgumentType]
         self.unet.enable_lora()
         self.unet.requires_grad_(False)
@@ -329,7 +330,9 @@ class LoraMixin(LoraBaseMixin):
             raise ValueError("set the scale first (set_adapters(name, scale)), then fuse_lora() without lora_scale")
         if lora_digest(self.unet) is None:
             raise ValueError("no LoRA acts on the U-Net; load one with load_lora_weights")
-        names = None if adapter_names is None else list(adapter_names)
+        names = None if adapter_names is None else listed("adapter_names", adapter_names)
+        if unknown := [name for name in names or [] if name not in self.unet.peft_config]:
+            raise ValueError(f"fuse_lora: no LoRA {unknown[0]!r} is attached; attached: {list(self.unet.peft_config)}")
         super().fuse_lora(list(components), safe_fusing=safe_fusing, adapter_names=names)
 
     def unfuse_lora(self, components: Sequence[str] = ("unet",)) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]

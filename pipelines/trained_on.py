@@ -5,12 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from autoencoder.weights import find_folder, not_on_the_hub
 from volumes.preprocessing import check_preprocessing, described_preprocessing
 from volumes.subjects import check_subjects, join_records
 from volumes.text import read_object
 
 from .description import check_data
-from .lora_files import read_lora
+from .lora_files import LORA_WEIGHT_NAME_SAFE, read_lora
 
 GENERATED = (
     "provenance/training_subjects.json"  # in a folder of generated volumes, beside no sidecar: {model hash: records}
@@ -25,12 +29,14 @@ class TrainedOn:
     data: Mapping[str, Any] | None
 
 
-def read_model(path: str | Path) -> TrainedOn:
-    """Of a pipeline's folder, an autoencoder's or its run's, or a LoRA's file or folder.
+def read_model(source: str | Path) -> TrainedOn:
+    """Of a pipeline's folder, an autoencoder's or its run's, a LoRA's file or folder, or a repository of the Hub that holds one.
 
     Raises: ValueError for none of these, and for a damaged file.
     """
-    path = Path(path)
+    path = Path(source).expanduser()
+    if not path.exists() and find_folder(source) is None:
+        path = described_on_the_hub(str(source))
     if path.suffix == ".safetensors" and path.is_file():
         lora = read_lora(path)
         return TrainedOn(join_records(lora.subjects), lora.data)
@@ -46,9 +52,21 @@ def read_model(path: str | Path) -> TrainedOn:
         if (folder / "config.json").is_file():
             subjects, data = _config(folder)
             return TrainedOn(join_records(subjects), data)
-    if loras := sorted(path.glob("*.safetensors")):
-        return read_model(loras[0])
+    if loras := [read_model(one) for one in sorted(path.glob("*.safetensors"))]:  # which of them was used is not known
+        return TrainedOn(join_records(*(one.subjects for one in loras)), loras[0].data)
     raise ValueError(f"{path}: holds no model: give the folder of a pipeline, an autoencoder or a LoRA")
+
+
+def described_on_the_hub(name: str) -> Path:
+    """The folder of what a repository of the Hub says of its models, without their weights. Raises: FileError if it cannot be had."""
+    try:
+        return Path(
+            snapshot_download(
+                name, allow_patterns=["model_index.json", "config.json", "*/config.json", LORA_WEIGHT_NAME_SAFE]
+            )
+        )
+    except (OSError, HFValidationError) as error:
+        raise not_on_the_hub(name, error) from error
 
 
 def read_generated(folder: Path) -> list[dict[str, Any]]:

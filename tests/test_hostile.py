@@ -174,6 +174,8 @@ def test_code_in_the_folder_is_not_run(folder, planted):
     for part, package in (("vae", "autoencoder"), ("unet", "diffusion")):
         (folder / part / f"{package}.py").write_text((folder / "planted.py").read_text())
         with pytest.raises(ValueError, match=f"holds {package}.py; code of a pipeline's folder is never run"):
+            MedVolumePipeline.from_pretrained(folder)
+        with pytest.raises(ValueError, match="trust_remote_code are refused: code of a model is never run"):
             MedVolumePipeline.from_pretrained(folder, trust_remote_code=True)
         (folder / part / f"{package}.py").unlink()
     MedVolumePipeline.from_pretrained(folder)  # other code beside the weights is left alone

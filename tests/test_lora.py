@@ -375,8 +375,13 @@ def test_a_lora_is_swapped_for_another_in_its_place(saved, tmp_path):
     with pytest.raises(ValueError, match="a LoRA 'look' is attached already"):
         pipe.load_lora_weights(saved[0], adapter_name="look")
     assert torch.equal(generate(pipe), saved[2])
+    pipe.unet.lora_subjects = {"look": [{"salt": "of the first"}]}
     pipe.load_lora_weights(tmp_path / "other", adapter_name="look", hotswap=True)
+    assert pipe.unet.lora_subjects == {"look": None}  # its file has no record
     close(generate(pipe), generate(other))
+    for names in (["lok"], "look"):  # peft would fuse nothing, and say nothing
+        with pytest.raises(ValueError, match="fuse_lora: no LoRA 'lok' is attached|adapter_names is a list"):
+            pipe.fuse_lora(adapter_names=names)
     assert pipe.model_hash == other.model_hash
     assert pipe.get_active_adapters() == ["look"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors import safe_open
 from tiny import tiny_pipeline
@@ -24,6 +25,7 @@ from evaluation.copies import CopyCheck, check_unseen_subjects
 from evaluation.copies import main as make_fingerprints
 from evaluation.seen import check_models, read_judged
 from pipelines import MedVolumePipeline
+from pipelines.lora_files import write_lora
 from pipelines.trained_on import GENERATED, read_generated, read_model
 from volumes import Case, DataConfig, load_cases, read_volume, write_volume
 from volumes.subjects import (
@@ -280,6 +282,51 @@ def test_every_command_refuses_volumes_of_a_model_that_saw_the_judges(command, t
     arguments += [flag, str(generated), *(one for one in more if one != flag)]
     with pytest.raises(ValueError, match="generated: learned from 1 subject that is held out here"):
         evaluate.main([*arguments, "--data.test_fraction", "0.3"])
+
+
+@pytest.mark.parametrize("way", [["--vae=~/vae"], ["--vae", "~/vae"], ["--models", "~/vae"], ["--models", "user/vae"]])
+def test_no_way_to_name_a_model_goes_round_the_check(way, trained, tmp_path, monkeypatch):
+    """A home folder that no shell expanded, and a repository of the Hub."""
+    monkeypatch.setenv("HOME", str(trained))
+    monkeypatch.setattr("pipelines.trained_on.snapshot_download", lambda name, **_: trained / name.partition("/")[2])
+    arguments = ["reconstruction", "--config", str(trained / "data/config.yaml"), "--output", str(tmp_path / "r.json")]
+    arguments += [*way, *([] if "--vae" in way[0] else ["--vae", str(trained / "vae")])]
+    with pytest.raises(ValueError, match="vae: learned from 1 subject that is held out here"):
+        evaluate.main([*arguments, "--data.test_fraction", "0.3"])
+
+
+def test_a_model_that_is_nowhere_is_refused_before_the_work(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.seen.read_judged", lambda *_: pytest.fail("read volumes first"))
+    arguments = ["--config", str(trained / "data/config.yaml"), "--output", str(tmp_path / "r.json")]
+    for named, said in (
+        (["reconstruction", "--vae", str(tmp_path / "gone")], "gone: no autoencoder there"),
+        (["dice", "--models", str(tmp_path / "gone")], "gone: no such folder"),
+        (["dice", "--models", "user/gone"], "user/gone: no such folder here, nor is it found on the Hub"),
+        (["realism", "--synthetic", "x", "--extractor", f"own={tmp_path / 'gone'}"], "gone: no such file or folder"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            evaluate.main([*named, *arguments])
+    monkeypatch.setattr(doctor, "before_training", lambda *_: pytest.fail("looked at the data first"))
+    with pytest.raises(ValueError, match="gone: no autoencoder there"):
+        doctor.main([*arguments[:2], "--pipeline", str(tmp_path / "gone")])
+
+
+def test_doctor_keeps_what_it_found_where_a_model_cannot_be_loaded(trained, tmp_path, capsys):
+    shutil.copytree(trained / "vae", tmp_path / "vae")
+    next((tmp_path / "vae").glob("*.safetensors")).write_bytes(b"damaged")
+    assert doctor.main(["--config", str(trained / "data/config.yaml"), "--pipeline", str(tmp_path / "vae")]) == 1
+    said = capsys.readouterr().out
+    assert "OK   cases: 20 volumes" in said and f"FAIL model: {tmp_path / 'vae'}" in said
+
+
+def test_all_loras_of_a_folder_are_asked(trained, tmp_path):
+    """Which of them a pipeline loaded is not known."""
+    config = section(trained)
+    records = [record_subjects({"train": [marks_of(case, config)]}) for case in load_cases(config)[:2]]
+    tensors = {"a.lora_A.weight": torch.zeros(1, 2), "a.lora_B.weight": torch.zeros(2, 1)}
+    for number, record in enumerate(records):
+        write_lora(tensors, None, None, tmp_path, f"{number}.safetensors", trained_on={"subjects": [record]})
+    assert read_model(tmp_path).subjects == records
 
 
 def test_all_refuses_before_it_generates(trained, tmp_path):

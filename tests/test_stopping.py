@@ -16,6 +16,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from jsonargparse import Namespace
 from tiny import mask_image, tiny_pipeline
 
 import evaluate
@@ -285,7 +286,7 @@ def test_evaluation_finishes_the_training_in_progress_and_goes_on(tmp_path, monk
 
 def test_a_command_without_parts_finishes_its_report(tmp_path, capfd):
     class Command:
-        name, divides, reads_data = "realism", False, False
+        name, divides, reads_data, makes_folder = "realism", False, False, False
 
         @staticmethod
         def run(*_):
@@ -294,7 +295,7 @@ def test_a_command_without_parts_finishes_its_report(tmp_path, capfd):
             return {}
 
     with pytest.raises(Stopped), stoppable():
-        run_command(Command, None, None, None)  # pyright: ignore
+        run_command(Command, Namespace(output=str(tmp_path / "report.json")), None, None)  # pyright: ignore
     assert (tmp_path / "report").exists()
     assert "finishing realism, whose report is written at its end" in capfd.readouterr().err
 

@@ -13,7 +13,7 @@ import jsonargparse
 import yaml
 from jsonargparse import Namespace, set_loader
 
-from .command import TRACEBACK, ArgumentParser, ShowTraceback, error_line
+from .command import TRACEBACK, ArgumentParser, ShowTraceback, at_home, error_line
 from .config import DataConfig
 from .parsing import built, explain
 from .text import load_settings, read_yaml
@@ -32,7 +32,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:  # pyright: ignore
         """As jsonargparse's."""
-        self.typed = list(sys.argv[1:] if args is None else args)
+        self.typed = at_home(sys.argv[1:] if args is None else args)
         return super().parse_args(self.typed, *others, **settings)
 
     def instantiate(self, cfg: Namespace, *_: Any, **__: Any) -> Namespace:

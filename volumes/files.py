@@ -117,10 +117,12 @@ def read_stored(source: Readable, *, units: str | None = None, axes: str | None 
             f"expected a path, or an image that carries its geometry (of nibabel, SimpleITK or torchio, or a MetaTensor); "
             f"got {type(source).__name__}"
         )
+    if isinstance(os.fspath(source), bytes):
+        raise VolumeError(f"a path is text, {os.fspath(source)!r} is bytes; give os.fsdecode(path)")
     path = Path(os.path.expanduser(source))
-    if not path.exists():
-        raise VolumeError(f"{path}: no such file")
     try:
+        if not path.exists():
+            raise VolumeError(f"{path}: no such file")
         if path.is_dir():
             return read_dicom(path, units)
         if is_nifti(path):

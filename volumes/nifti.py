@@ -151,9 +151,9 @@ def write_volume(volume: Volume, path: str | os.PathLike, *, description: str = 
 
 
 def nifti_path(path: str | os.PathLike) -> Path:
-    """The path of a file to write. Raises: ValueError unless it ends in .nii.gz or .nii."""
+    """The path of a file to write. Raises: ValueError unless it is a name that ends in .nii.gz or .nii."""
     path = Path(path)
-    if not path.name.endswith((".nii.gz", ".nii")):
+    if not path.name.endswith((".nii.gz", ".nii")) or path.name in (".nii.gz", ".nii"):
         raise ValueError(f"{path}: name it .nii.gz or .nii")
     return path
 

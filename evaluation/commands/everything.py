@@ -104,7 +104,7 @@ def attempt(command: Command, part: Namespace, device: torch.device, dtype: torc
     try:
         run_command(command, part, device, dtype)
     except Exception as error:  # whatever it is, the other parts are not to be lost by it
-        if state.num_processes > 1 and getattr(command, "DIVIDES", False):
+        if state.num_processes > 1 and command.divides:
             raise
         failed = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
         if not isinstance(error, (ValueError, OSError)):
