@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import numpy as np
 import pytest
 import yaml
 
@@ -20,7 +21,7 @@ from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
 from diffusion import LatentAugmentation, LatentUNet3D
 from evaluation.report import read_config
 from training import TrainLdmConfig, TrainVaeConfig, build_model, parse_config, save_config
-from training.config import AdversarialConfig, CropConfig, crop_faults
+from training.config import AdversarialConfig, CropConfig, LoopConfig, crop_faults
 from volumes import DataConfig, IntensityScaling, PhantomConfig, load_cases
 from volumes.settings import Number, PositiveInt, Range, construct, describe, faults, hints_of, show_ranges
 
@@ -243,6 +244,16 @@ def test_words_and_numbers_are_what_they_look_like(tmp_path):
     assert nested.loop.mixed_precision == "no"
 
 
+def test_numbers_of_numpy_are_made_plain(tmp_path):
+    """YAML cannot hold them, which would be seen when the run is saved."""
+    loop = LoopConfig(max_steps=np.int64(5), ema_decay=np.float64(0.5), patience=np.float32(2))
+    data = DataConfig(images="x", spacing=(np.float32(1), 1.0, 2.0), label_names={np.int16(0): "a", np.int16(1): "b"})
+    vae = TrainVaeConfig(str(tmp_path), data, {"class": VAE}, crops=CropConfig(shape=(np.int64(8), 8, 8)), loop=loop)  # pyright: ignore
+    assert [type(one) for one in (loop.max_steps, loop.ema_decay, loop.patience)] == [int, float, float]
+    save_config(vae, tmp_path / "config.yaml")
+    assert parse_config(TrainVaeConfig, ["--config", str(tmp_path / "config.yaml")]) == vae
+
+
 def test_a_setting_that_stands_twice_is_refused(tmp_path):
     path = tmp_path / "ldm.yaml"
     path.write_text(f"{SETTINGS}loop: {{max_steps: 5}}\nloop: {{batch_size: 2}}\n")
@@ -342,6 +353,7 @@ def test_home_is_found_in_every_path_of_a_data_section(monkeypatch, tmp_path):
     ):
         cases = load_cases(DataConfig(validation_fraction=0.0, **settings))
         assert [case.images["image"] for case in cases] == expected
+        assert [case.name for case in cases] in (["a", "b"], ["scans_a", "scans_b"])
 
 
 def test_an_evaluation_names_what_is_wrong_in_the_config(tmp_path):

@@ -44,7 +44,7 @@ READERS = 4  # threads: decompression runs outside the interpreter's lock
 class PreparedCase:
     """A case in the model's terms: image in [-1, 1], label indices (1, X, Y, Z) if it has a mask, each channel's scale,
     its classes (-1 where unknown) and numbers (NaN where unknown), digests of the image as it was read (`voxel_digests`), and
-    what is odd in the geometry of its files."""
+    what is odd in the geometry of its files, and the share of each channel's voxels that its window does not cut off."""
 
     image: Volume
     mask: Volume | None
@@ -53,6 +53,7 @@ class PreparedCase:
     numbers: tuple[float, ...] = ()
     voxels: tuple[str, ...] = ()
     oddities: tuple[tuple[str, Oddity], ...] = ()
+    inside: tuple[float, ...] = ()
 
 
 class VolumeDataset(Dataset):
@@ -118,8 +119,8 @@ class VolumeDataset(Dataset):
         for index, channel in enumerate(self.channels):
             scaling = self.config.scaling(channel)
             if scaling.kind == "window" and not self.config.image_labels:
-                arrays = (prepared.image.array[index] for prepared in self.prepared)
-                if said := few_inside(arrays, names, (scaling.low, scaling.high)):
+                shares = [prepared.inside[index] for prepared in self.prepared]
+                if said := few_inside(shares, names, (scaling.low, scaling.high)):
                     logger.warning("channel %s: %s", channel, said)
 
     @property
@@ -192,7 +193,7 @@ def prepare(case: Case, config: DataConfig) -> PreparedCase:
             raise VolumeError(f"{_file(case)}: {error}") from error
     oddities += [(_file(case), oddity) for oddity in resampling_oddities(before, image.shape)]
     numbers = read_numbers(case, config.numbers, image)
-    scales = []
+    scales, inside = [], []
     scaled = np.empty_like(image.array)
     for index, channel in enumerate(config.channels):
         try:
@@ -201,12 +202,20 @@ def prepare(case: Case, config: DataConfig) -> PreparedCase:
             raise VolumeError(f"{case.images.get(channel, case.name)}: {error}") from error
         scaled[index] = scale.apply(image.array[index])
         scales.append(scale)
+        inside.append(config.scaling(channel).share_inside(image.array[index]))
     if mask is not None:
         mask = mask.replace(
             label_indices(mask.array, _labels(config), config.label_map, name=str(case.mask or case.name))
         )
     return PreparedCase(
-        image.replace(scaled), mask, tuple(scales), tuple(classes), tuple(numbers), voxels, tuple(oddities)
+        image.replace(scaled),
+        mask,
+        tuple(scales),
+        tuple(classes),
+        tuple(numbers),
+        voxels,
+        tuple(oddities),
+        tuple(inside),
     )
 
 

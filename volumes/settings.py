@@ -83,7 +83,8 @@ UserPath = Annotated[str, HomePath()]
 
 
 def checked(owner: type[Class]) -> type[Class]:
-    """Below `@dataclass`: constructing one checks its values against their annotations, and expands `~` in paths.
+    """Below `@dataclass`: constructing one checks its values against their annotations, makes numpy's numbers Python's, which YAML
+    can hold, and expands `~` in paths.
 
     What `__post_init__` does comes after. (A base class would do, but jsonargparse reads one as a choice of subclasses.)
     """
@@ -93,8 +94,9 @@ def checked(owner: type[Class]) -> type[Class]:
         values = {name: getattr(self, name) for name in hints_of(type(self))}
         refuse(faults(type(self), values))
         for name, hint in hints_of(type(self)).items():
-            if (expanded := expand_home(hint, values[name])) is not values[name]:
-                object.__setattr__(self, name, expanded)  # also of a frozen one
+            value = expand_home(hint, plain_numbers(values[name]))
+            if value is not values[name]:
+                object.__setattr__(self, name, value)  # also of a frozen one
         if own is not None:
             own(self)
 
@@ -213,6 +215,20 @@ def expand_home(hint: Hint, value: Any) -> Any:
     if isinstance(value, dict) and any(isinstance(one, str) for one in value.values()):
         expanded = {key: expand_home(hint, one) for key, one in value.items()}
         return expanded if expanded != value else value
+    return value
+
+
+def plain_numbers(value: Any) -> Any:
+    """The value with Python's numbers in the place of numpy's; the same object if it holds none."""
+    if isinstance(value, numbers.Number) and hasattr(value, "item"):  # np.float64 is a float, too
+        return value.item()  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(value, list | tuple):
+        plain = [plain_numbers(one) for one in value]
+        return value if all(one is other for one, other in zip(plain, value, strict=True)) else type(value)(plain)
+    if isinstance(value, dict):
+        plain = {plain_numbers(key): plain_numbers(one) for key, one in value.items()}
+        kept = all(key is other and plain[key] is value[other] for key, other in zip(plain, value, strict=True))
+        return value if kept else plain
     return value
 
 
