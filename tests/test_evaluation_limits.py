@@ -141,6 +141,12 @@ def test_all_writes_the_page_with_what_succeeded_and_names_the_rest(folder, tmp_
     assert "<h2>Not measured" not in (tmp_path / "report.html").read_text()
 
 
+def test_a_damaged_report_of_an_earlier_run_loses_nothing(folder, tmp_path):
+    (tmp_path / "realism.json").write_text('{"evaluation": "real')
+    page = everything(folder, tmp_path, "--parts", "realism", "--set", "realism.parts=consistency")
+    assert list(page["reports"]) == ["realism"] and json.loads((tmp_path / "realism.json").read_text())["consistency"]
+
+
 def test_nothing_is_generated_for_what_cannot_be_measured(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "generate_volumes", lambda *_: pytest.fail("generated first"))
     args = ["all", "--config", str(folder / "ldm.yaml"), "--device", "cpu", "--output", str(tmp_path)]
