@@ -12,7 +12,7 @@ from evaluation.commands import realism as realism_command
 from evaluation.commands.arguments import Command
 from evaluation.doctor import main as doctor
 from evaluation.limits import CHECKS, Data, problems
-from volumes import Case, DataConfig
+from volumes import Case, DataConfig, load_cases
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,14 @@ def test_limits_are_known_from_the_counts(command, train, test, options, said):
         assert found == []
     else:
         assert any(said in one for one in found), found
+
+
+def test_a_segmenters_shape_is_checked_before_anything_is_generated(folder):
+    config = DataConfig(**yaml.safe_load((folder / "ldm.yaml").read_text())["data"])
+    data = Data(load_cases(config), config)
+    for command in ("dice", "few_labels", "pretrain", "samplers"):
+        found = problems(command, data, {"shape": [10, 16, 16], "labels": ["all"]})
+        assert "shape (10, 16, 16): every side must be a multiple of 8, and at least 16" in found
 
 
 def test_sizes_are_checked_where_they_are_known():
