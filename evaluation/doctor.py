@@ -7,7 +7,7 @@ Prints a line for each check: OK, WARN (look at it) or FAIL (training would stop
 the files it is about and a remedy. Ends with status 1 if a check failed. `--data.root DIR` and the like override the
 config's section `data`.
 
-python -m evaluation.doctor --config configs/real_sizes/ct/ldm_24gb.yaml --shape [256,256,256] [--dry_run]
+python -m evaluation.doctor --config configs/real_sizes/ct/ldm_24gb.yaml --shape 256 256 256 [--dry_run]
 
 says what training and generation need in memory for volumes of that size, without any data.
 """

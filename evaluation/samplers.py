@@ -125,7 +125,7 @@ def judge_missing(options: Namespace) -> dict[str, Any]:
     """`main`, of these options."""
     device = find_device(options.device)
     cases, config = load_cases(options.data), options.data
-    check_command("samplers", cases, config, {"unseen": [options.split]})
+    check_command("samplers", cases, config, {"unseen": [options.split], "shape": options.shape})
     check_report(options.output)
     pipe: Any = MedVolumePipeline.from_pretrained(options.pipeline)
     pipe.to(device)

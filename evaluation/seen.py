@@ -11,7 +11,7 @@ from tqdm import tqdm
 from pipelines.trained_on import TrainedOn, read_generated, read_model
 from volumes import Case, DataConfig, VolumeError, load_cases, volume_parts
 from volumes.dataset import READERS, read_image
-from volumes.preprocessing import differences, preprocessing, refuse_differences
+from volumes.preprocessing import described_preprocessing, differences, preprocessing, refuse_differences
 from volumes.subjects import (
     REMEDY,
     describe_overlap,
@@ -88,7 +88,9 @@ def check_pipeline(
 ) -> None:
     """As `check_models`, of a pipeline that is loaded, with its LoRAs."""
     records = pipe.training_subjects
-    voxels, _ = read_judged(judged, config) if any("salt" in record for record in records) else ({}, [])
+    voxels, spacings = read_judged(judged, config)
+    learned = {**(pipe.vae.config["data"] or {}), **described_preprocessing(pipe.data)}
+    refuse_differences(learned, preprocessing(config, spacings or None), model, PREPARED)
     refuse_seen_cases(records, judged, config, voxels, model, accepted=accepted)
 
 

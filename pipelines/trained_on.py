@@ -47,8 +47,9 @@ def read_model(source: str | Path) -> TrainedOn:
             check_data(described)
         except ValueError as error:
             raise ValueError(f"{path}: model_index.json: {error}") from error
-        parts = [_config(path / name)[0] for name in ("vae", "unet")]
-        return TrainedOn(join_records(*parts), described_preprocessing(described))
+        (of_vae, facts), (of_unet, _) = (_config(path / name) for name in ("vae", "unet"))
+        known = {**(facts or {}), **described_preprocessing(described)}  # time points, say, the autoencoder alone knows
+        return TrainedOn(join_records(of_vae, of_unet), known)
     for folder in (path, path / "vae"):
         if (folder / "config.json").is_file():
             subjects, data = _config(folder)

@@ -12,7 +12,7 @@ from evaluation.commands import realism as realism_command
 from evaluation.commands.arguments import Command
 from evaluation.doctor import main as doctor
 from evaluation.limits import CHECKS, Data, problems
-from volumes import Case, DataConfig
+from volumes import Case, DataConfig, load_cases
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,14 @@ def test_limits_are_known_from_the_counts(command, train, test, options, said):
         assert found == []
     else:
         assert any(said in one for one in found), found
+
+
+def test_a_segmenters_shape_is_checked_before_anything_is_generated(folder):
+    config = DataConfig(**yaml.safe_load((folder / "ldm.yaml").read_text())["data"])
+    data = Data(load_cases(config), config)
+    for command in ("dice", "few_labels", "pretrain", "samplers"):
+        found = problems(command, data, {"shape": [10, 16, 16], "labels": ["all"]})
+        assert "shape (10, 16, 16): every side must be a multiple of 8, and at least 16" in found
 
 
 def test_sizes_are_checked_where_they_are_known():
@@ -139,6 +147,12 @@ def test_all_writes_the_page_with_what_succeeded_and_names_the_rest(folder, tmp_
     assert set(page["reports"]) == {"realism", "dice", "privacy"} and page["missing"] == {}
     assert "realism: " in capsys.readouterr().out  # is there, and not measured again
     assert "<h2>Not measured" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_damaged_report_of_an_earlier_run_loses_nothing(folder, tmp_path):
+    (tmp_path / "realism.json").write_text('{"evaluation": "real')
+    page = everything(folder, tmp_path, "--parts", "realism", "--set", "realism.parts=consistency")
+    assert list(page["reports"]) == ["realism"] and json.loads((tmp_path / "realism.json").read_text())["consistency"]
 
 
 def test_nothing_is_generated_for_what_cannot_be_measured(folder, tmp_path, monkeypatch):

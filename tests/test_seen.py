@@ -19,12 +19,13 @@ import generate
 import train_ldm
 import train_vae
 from autoencoder.model import deciding
-from evaluation import doctor
+from evaluation import doctor, editing, samplers
 from evaluation.copies import CopyCheck, check_unseen_subjects
 from evaluation.copies import main as make_fingerprints
 from evaluation.seen import check_models, read_judged
 from pipelines import MedVolumePipeline
 from pipelines.trained_on import GENERATED, read_generated, read_model
+from training.splits import refuse_seen
 from volumes import Case, DataConfig, load_cases, read_volume, write_volume
 from volumes.subjects import (
     UNRECORDED,
@@ -142,6 +143,12 @@ def test_damaged_records_are_refused(damaged, trained, tmp_path):
         read_model(tmp_path / "vae")
     with pytest.raises(ValueError, match=r"config.json: subjects is no list of records"):
         train_ldm.load_autoencoder(tmp_path / "vae")
+
+
+@pytest.mark.parametrize("damaged", ["x", [1], [{"salt": "a", "train": {}, "validation": {}}]])
+def test_no_training_starts_from_a_model_of_damaged_records(damaged, trained):
+    with pytest.raises(ValueError, match="init_from x: config.json: subjects is no list of records"):
+        refuse_seen(damaged, section(trained), None, "init_from x")
 
 
 # What training leaves
@@ -377,6 +384,28 @@ def test_a_folder_of_generated_volumes_knows_its_models(generated, tmp_path):
     shutil.copytree(generated, tmp_path / "g")
     (tmp_path / "g" / GENERATED).unlink()
     assert read_generated(tmp_path / "g") == [UNRECORDED]
+
+
+def test_a_pipeline_knows_what_its_autoencoder_knows(trained, tmp_path):
+    shutil.copytree(trained / "pipeline", tmp_path / "p")
+    path = tmp_path / "p/vae/config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "data": {**config["data"], "time_point": {"image": 2}}}))
+    learned = read_model(tmp_path / "p").data
+    assert learned is not None and learned["time_point"] == {"image": 2}
+
+
+@pytest.mark.parametrize("program", [samplers, editing])
+def test_a_loaded_pipeline_is_not_judged_on_volumes_prepared_otherwise(program, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(samplers, "prepare", lambda *_: pytest.fail("worked first"))
+    monkeypatch.setattr(editing, "measure", lambda *_: pytest.fail("worked first"))
+    monkeypatch.setattr(samplers, "check_command", lambda *_: None)
+    arguments = ["--config", str(trained / "data/config.yaml"), "--output", str(tmp_path / "r.json")]
+    arguments += ["--pipeline", str(trained / "pipeline"), "--data.intensity", "{kind: window, low: 0, high: 500}"]
+    with pytest.raises(
+        ValueError, match="pipeline: learned from volumes .*\n.*window 0 to 1100, the data has window 0 to 500"
+    ):
+        program.main(arguments)
 
 
 def test_doctor_names_the_overlap(trained, tmp_path, capsys):

@@ -23,7 +23,6 @@ from ..volume_sets import VolumeSet
 from .sets import describe_sets, load_extractors, load_sets
 
 NAME = "privacy"
-SPACES = ("image", "latent", "features")
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
