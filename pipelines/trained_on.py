@@ -15,7 +15,7 @@ from volumes.subjects import check_subjects, join_records
 from volumes.text import read_object
 
 from .description import check_data
-from .lora_files import LORA_WEIGHT_NAME_SAFE, read_lora
+from .lora_files import read_lora
 
 GENERATED = (
     "provenance/training_subjects.json"  # in a folder of generated volumes, beside no sidecar: {model hash: records}
