@@ -195,6 +195,7 @@ def test_targets_compare_the_peer_of_the_same_run():
     assert "| 128^3 | MAISI | float32 | 20.0 s (one run) | 4.00 GB | 20.0 x |" in report.coding(records)
 
 
+@pytest.mark.slow
 def test_quick_run_makes_json_plots_and_table(tmp_path):
     command = [sys.executable, "-m", "benchmarks.run", "--quick", "--parts", "coding,long_axis,seam"]
     subprocess.run([*command, "--output", str(tmp_path)], check=True)

@@ -138,8 +138,8 @@ def test_latents_and_losses_come_from_the_pipeline(folder, tmp_path):
 
 
 def test_extractors_are_named_once_and_latents_need_a_model(folder, capsys):
-    with pytest.raises(ValueError, match="--extractor random=here: give NAME=PATH"):
-        judge("realism", folder, "fresh", "--parts", "features", "--extractor", "random=here")
+    with pytest.raises(ValueError, match="--extractor random=.*: give NAME=PATH"):
+        judge("realism", folder, "fresh", "--parts", "features", "--extractor", f"random={folder / 'subjects.csv'}")
     args = ["--alpha", "0.34", "--spaces", "latent", "image", "--pairs", "0", "--flips"]
     report = judge("privacy", folder, "fresh", *args)
     assert report["pictures"] == {}

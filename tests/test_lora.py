@@ -634,7 +634,7 @@ def test_a_base_that_is_stored_in_half_precision_is_known_again(tmp_path, base):
     unet = type(pipe.unet).from_config(pipe.unet.config)
     initialise_from(unet, tmp_path / "unet")
     data = DataConfig(phantom=PhantomConfig())
-    config = TrainLdmConfig("", "", data, model={}, init_from=str(tmp_path / "unet"), lora=LoraConfig())
+    config = TrainLdmConfig("run", "vae", data, model={}, init_from=str(tmp_path / "unet"), lora=LoraConfig())
     assert train_ldm.attach_lora(unet, config) == pipe.unet_hash
 
 

@@ -111,7 +111,7 @@ def test_grey_becomes_imagenets_colours(vgg_file):
 
 def test_a_training_step_logs_it_and_moves_the_autoencoder_alone(network):
     plain, step = make_step(), make_step()
-    step.perception = Perception(network, PerceptualConfig("", weight=0.5, slices=2))
+    step.perception = Perception(network, PerceptualConfig("vgg", weight=0.5, slices=2))
     inputs = {key: F.interpolate(value.float(), 16) for key, value in batch().items()}
     inputs["fov"] = inputs["fov"].bool()
     before, found = plain(inputs, generators()), step(inputs, generators())
@@ -123,7 +123,7 @@ def test_a_training_step_logs_it_and_moves_the_autoencoder_alone(network):
 def test_padding_is_not_perceived(network):
     """What the autoencoder draws where there is no truth changes nothing."""
     step = make_step(adversarial=AdversarialConfig(start_step=9))
-    step.perception, seen = Perception(network, PerceptualConfig("", slices=2)), []
+    step.perception, seen = Perception(network, PerceptualConfig("vgg", slices=2)), []
     network.register_forward_hook(lambda module, given, output: seen.append(given[0]))
     image = torch.full((2, 1, 16, 16, 16), -1.0)
     fov = torch.zeros_like(image, dtype=torch.bool)

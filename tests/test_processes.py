@@ -123,7 +123,10 @@ def scored(path):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows], figures
 
 
-@pytest.mark.parametrize("name", ["dice", "few_labels", "pretrain"])
+_SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("few_labels", "pretrain")]  # the ledger is dice's
+
+
+@pytest.mark.parametrize("name", ["dice", *_SLOW])
 def test_trainings_are_shared_and_the_report_is_that_of_one(data, name):
     own = {"dice": [], "few_labels": ["--labels", "2", "all", "--train_on", "real", "both"]}
     own["pretrain"] = ["--labels", "2", "--starts", "scratch", "synthetic", "--pretrain_iterations", "2"]
@@ -237,9 +240,9 @@ def test_what_one_process_refuses_leaves_no_other_waiting(monkeypatch):
     monkeypatch.setattr(common, "check_judged", refuse)
     monkeypatch.setattr(everything, "broadcast_object_list", lambda values: values)
     with pytest.raises(ValueError, match="seen"):
-        everything.attempt(COMMANDS["dice"], None, None, None)
+        everything.attempt(COMMANDS["dice"], Namespace(), None, None)
     assert not State.waited  # there the others are at work
-    assert everything.attempt(COMMANDS["privacy"], None, None, None) == "seen" and State.waited == 1
+    assert everything.attempt(COMMANDS["privacy"], Namespace(), None, None) == "seen" and State.waited == 1
 
 
 def test_all_generates_first(tmp_path):
