@@ -62,7 +62,9 @@ class Mutant:
         """Return the digest of all that decides the outcome: the fault, the file and the tests' files."""
         files = [self.file, *sorted({test.split("::")[0] for test in self.tests})]
         contents = [hashlib.sha256((root / name).read_bytes()).hexdigest() for name in files]
-        return hashlib.sha256(json.dumps([self.code, self.replacement, self.tests, *contents]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([self.code, self.replacement, self.tests, *contents]).encode()).hexdigest()[
+            :16
+        ]
 
 
 def load_mutants(folder: Path, root: Path = ROOT) -> list[Mutant]:
@@ -178,7 +180,11 @@ class Workers:
                 failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
                 code = os.waitstatus_to_exitcode(status) if process else 1
                 outcome = {0: MISSED, 1: CAUGHT}.get(code, INVALID)
-                return run, outcome, "takes too long" if not process else (failed or lines or [f"exit {code}"])[-1][:300]
+                return (
+                    run,
+                    outcome,
+                    "takes too long" if not process else (failed or lines or [f"exit {code}"])[-1][:300],
+                )
             time.sleep(0.1)
 
 
