@@ -1,12 +1,39 @@
-"""python demo.py: what the pipelines in weights/ generate for their examples, into out/demo/, a picture each; pairs of mask and
-volume from nothing; and one volume with a part of an organ taken out."""
+"""What the pipelines in weights/ generate for their examples, into out/demo/, a picture each; pairs of mask and volume from nothing;
+and one volume with a part of an organ taken out:
 
+python demo.py [--output DIR]
+
+The same command again goes on with what is there.
+"""
+
+import argparse
 import itertools
 import logging
-import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from volumes.command import ArgumentParser, run_command
+from volumes.settings import Number, PositiveInt
+
+ROOT = Path(__file__).resolve().parent
+WEIGHTS = ROOT / "weights"
+OUTPUT = ROOT / "out" / "demo"
+EXAMPLES = "examples.csv"
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help=f"folder of pipelines with {EXAMPLES} (weights/)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write to (out/demo/)")
+    parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps (20)")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
 
 import numpy as np
 import torch
@@ -15,16 +42,19 @@ from matplotlib.figure import Figure
 import generate
 from pipelines import MedVolumePipeline, read_sidecar, volume_files
 from pipelines.editing import remove_lesion
+from pipelines.provenance import sidecars
 from volumes import read_mask, read_volume, shapes_figure, slices_figure, write_volume
-from volumes.cases import read_table
-
-ROOT = Path(__file__).resolve().parent
-WEIGHTS = ROOT / "weights"
-OUTPUT = ROOT / "out" / "demo"
-EXAMPLES = "examples.csv"
+from volumes.tables import read_table
 
 
-def main(weights: Path = WEIGHTS, output: Path = OUTPUT, num_inference_steps: int = 20) -> None:
+def main(args: Sequence[str] | None = None) -> None:
+    """Generate what the command line asks for."""
+    logging.captureWarnings(True)
+    options = parse(args)
+    run_demo(options.weights, options.output, options.steps)
+
+
+def run_demo(weights: Path, output: Path, num_inference_steps: int = 20) -> None:
     """Generate every row of every `weights`/*/examples.csv, and draw preview.png beside the volumes."""
     tables = sorted(weights.glob(f"*/{EXAMPLES}"))
     if not tables:
@@ -33,7 +63,6 @@ def main(weights: Path = WEIGHTS, output: Path = OUTPUT, num_inference_steps: in
     for table in tables:
         rows, folder = read_table(table), output / table.parent.name
         print(f"{table.parent.name}: {len(rows)} volumes for {table} ...")
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier demo, perhaps of other weights
         data = described[table.parent]
         has_size = "maps" in data or {"mask", *data["channels"]} & set(rows[0])
         shape = [] if has_size else ["--shape", *map(str, data["shape_range"][1])]
@@ -57,7 +86,6 @@ def main(weights: Path = WEIGHTS, output: Path = OUTPUT, num_inference_steps: in
 def pairs(maps: Path, volumes: Path, data: dict[str, Any], folder: Path, steps: int, count: int = 6) -> None:
     """Masks that no patient has, and a volume of each."""
     print(f"{volumes.name}: {count} masks by {maps.name}, and their volumes ...")
-    shutil.rmtree(folder, ignore_errors=True)
     generate.main(
         [
             *("--pipeline", str(volumes), "--masks", f"{generate.GENERATE}{maps}", "--count", str(count)),
@@ -81,8 +109,7 @@ def edit(pipeline: Path, data: dict[str, Any], output: Path, steps: int) -> None
     edited, region = remove_lesion(mask, organ, values[0])
     x, y, z = (int(side) for side in np.argwhere(mask.array[0] == organ).mean(0).round())
     folder = output / f"{pipeline.name}-edit"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_volume(edited, folder / "mask.nii.gz")
     write_volume(region, folder / "region.nii.gz")
     print(f"{pipeline.name}: {volume.name} without its {data['labels'][str(organ)]} ...")
@@ -108,10 +135,10 @@ def edit(pipeline: Path, data: dict[str, Any], output: Path, steps: int) -> None
 
 def preview(folder: Path, masks: Path, data: dict[str, Any]) -> Figure:
     """What is in `folder`, made of masks in `masks`. Shapes are drawn as surfaces, a row for each combination of classes; other
-    volumes as slices, a column each, below the mask."""
+    volumes as slices, a row each (of several channels a row a channel), beside the mask."""
     shapes: dict[str, list[Any]] = {}
     columns: dict[str, dict[str, Any]] = {}  # by sidecar: one a volume, whatever the number of its files
-    for sidecar in sorted(folder.glob("*.json")):
+    for sidecar in sidecars(folder):
         volume = sidecar.with_suffix(".nii.gz")
         record = read_sidecar(volume)
         assert record is not None
@@ -122,16 +149,12 @@ def preview(folder: Path, masks: Path, data: dict[str, Any]) -> Figure:
             continue
         volumes = [read_volume(path) for path in files]
         names = [path.name.removesuffix(".nii.gz").removeprefix(sidecar.stem).lstrip("_") for path in files]
-        images = {name or "generated": volume.array[0] for name, volume in zip(names, volumes, strict=True)}
+        images = {"generated": np.stack([volume.array[0] for volume in volumes])}
         column = {"title": f"{sidecar.stem}\n{title}".strip(), "images": images, "spacing": volumes[0].spacing}
         scales = dict(zip(data["channels"], data["intensity"], strict=True))
-        column["windows"] = {name: (scales[name]["low"], scales[name]["high"]) for name in images if name in scales}
+        column["channels"] = names
+        column["windows"] = {name: (scales[name]["low"], scales[name]["high"]) for name in names if name in scales}
         if record["mask"]:
             column["mask"] = read_mask(masks / record["mask"]["file"]).array
         columns[sidecar.stem] = column
     return shapes_figure(shapes) if shapes else slices_figure(list(columns.values()))
-
-
-if __name__ == "__main__":
-    logging.captureWarnings(True)
-    main()

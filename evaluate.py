@@ -22,18 +22,44 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
+
+from evaluation.commands import COMMANDS
+from evaluation.commands.arguments import make_parser
+from evaluation.report import read_config
+from volumes.command import run_command
+from volumes.config_parser import ConfigParser, config_files
+
+
+def parse(args: list[str] | None) -> Namespace:
+    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    files = config_files(args)
+    data = read_config(files[-1])["data"] if files else None
+    parser = ConfigParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subcommands()
+    for name, command in COMMANDS.items():
+        commands.add_subcommand(name, make_parser(command, data), help=command.help)
+    parsed = parser.instantiate(parser.parse_args(args))
+    assert isinstance(parsed, Namespace)
+    return parsed
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 import torch
 from accelerate import PartialState
-from jsonargparse import ArgumentParser, Namespace
 
 import generate
-from evaluation.commands import COMMANDS
-from evaluation.commands.common import make_parser, run_command
+from evaluation.commands import everything
+from evaluation.commands.common import check_judged
+from evaluation.commands.common import run_command as run_evaluation
 from evaluation.labels import write_masks
-from evaluation.report import read_config
 from evaluation.segmentation_data import learning_cases
 from training import ending_with_others, join_processes, resolve_precision
 from volumes import load_cases
+from volumes.devices import find_device
+from volumes.stopping import stoppable
 
 LONGEST_WAIT = timedelta(days=2)  # of processes for each other: for the longest training, or what one does alone
 
@@ -42,15 +68,21 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     """Run one evaluation (default: as the command line says), write its report and return it."""
     values = parse(args)
     command = COMMANDS[values.pop("subcommand")]
-    options = values[command.NAME]
+    options = values[command.name]
     state = join_processes(LONGEST_WAIT)
     own = str(state.device) if torch.cuda.is_available() else "cpu"
-    device = torch.device(options.get("device") or own)
+    device = find_device(options.get("device") or own)
     precision = resolve_precision(options.get("precision", "no"))
-    with ending_with_others(state, "run the same command again: it goes on with what is there"):
-        if command.NAME == "all" and options.pipeline and not options.synthetic:
+    again = "run the same command again: it goes on with what is there"
+    with ending_with_others(state, again), stoppable(again):
+        if command.name == "all" and options.pipeline and not options.synthetic:
+            planned = options.clone()
+            planned.synthetic = [str(Path(options.output) / "generated")]
+            everything.plan(planned)  # what is wrong, and what cannot be measured, before the work
+            if state.is_main_process:
+                check_judged(options)  # before hours of generation
             options.synthetic = [str(generate_volumes(options, precision, state))]
-        report = run_command(command, options, device, torch.bfloat16 if precision == "bf16" else None)
+        report = run_evaluation(command, options, device, torch.bfloat16 if precision == "bf16" else None)
     state.destroy_process_group()
     return report
 
@@ -83,22 +115,3 @@ def generate_volumes(options: Namespace, precision: str, state: PartialState) ->
     if lost:
         raise ValueError("volumes that were given up:\n" + "\n".join(lost))
     return folder
-
-
-def parse(args: list[str] | None) -> Namespace:
-    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    config = first.parse_known_args(args)[0].config
-    data = read_config(config)["data"] if config else None
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subcommands()
-    for name, command in COMMANDS.items():
-        commands.add_subcommand(name, make_parser(command, data), help=command.HELP)
-    parsed = parser.instantiate(parser.parse_args(args))
-    assert isinstance(parsed, Namespace)
-    return parsed
-
-
-if __name__ == "__main__":
-    main()

@@ -26,6 +26,8 @@ learned from is not written, but made again from a next seed; sidecars and manif
 import argparse
 import csv
 import hashlib
+import itertools
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,10 +35,83 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from volumes.command import ArgumentParser, run_command
+from volumes.settings import NonNegativeFloat, NonNegativeInt, Number, PositiveInt, show_ranges
+
+GENERATE = "generate:"
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. Exits with a message on what cannot be."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--pipeline", required=True, help="pipeline folder or Hub repository")
+    parser.add_argument("--lora", help="LoRA for the pipeline, a file or folder of train_ldm.py")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--masks", nargs="+", metavar="DIR_OR_GLOB", help=f"NIfTI label maps, or {GENERATE}PIPELINE to draw them first"
+    )
+    source.add_argument("--conditions", metavar="TABLE", help="CSV (or JSON), or its URL: a row a volume, see above")
+    parser.add_argument(
+        "--shape", nargs=3, type=Number(PositiveInt), metavar=("X", "Y", "Z"), help="voxels, where no mask has them"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--count", type=Number(PositiveInt), default=1, help="volumes a mask or row, or in all (1)")
+    parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps (20)")
+    parser.add_argument(
+        "--guidance_scale",
+        type=Number(NonNegativeFloat),
+        default=1.0,
+        help="how closely conditions are followed, for models trained for it; 0 to 1 is no guidance (1)",
+    )
+    parser.add_argument("--seed", type=Number(NonNegativeInt), default=0, help="(0)")
+    parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")
+    parser.add_argument(
+        "--label_map",
+        nargs="+",
+        type=label_pair,
+        default=[],
+        metavar="VALUE=LABEL",
+        help="read a label value as one that the model knows, by value or name: 3=1 4=tumour",
+    )
+    parser.add_argument(
+        "--reject_copies",
+        type=Path,
+        metavar="FINGERPRINTS",
+        help="make volumes again that are copies of training volumes, by this file of `python -m evaluation.copies`",
+    )
+    parser.add_argument(
+        "--most_rejections",
+        type=Number(PositiveInt),
+        default=10,
+        help="refused volumes after which one is given up (10)",
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="no", help="no is float32 (no)")
+    show_ranges(parser)
+    options = parser.parse_args(args)
+    options.label_map = dict(options.label_map)
+    options.masks_by = None
+    if options.masks and any(one.startswith(GENERATE) for one in options.masks):
+        if len(options.masks) > 1:
+            parser.error(f"--masks {' '.join(options.masks)}: {GENERATE}PIPELINE stands alone")
+        options.masks_by, options.masks = options.masks[0].removeprefix(GENERATE), None
+    return options
+
+
+def label_pair(text: str) -> tuple[int, int | str]:
+    """VALUE=LABEL, the label by value or by name."""
+    value, _, label = text.partition("=")
+    if not label:
+        raise argparse.ArgumentTypeError(f"{text!r} is not VALUE=LABEL, e.g. 3=1")
+    return int(value), int(label) if label.lstrip("-").isdigit() else label
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 import numpy as np
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 
 from pipelines import (
     Check,
@@ -52,16 +127,20 @@ from pipelines import (
     volume_files,
     write_synthetic,
 )
+from pipelines.provenance import sidecars
 from pipelines.requests import Request, mask_requests, read_requests
+from pipelines.trained_on import GENERATED
 from training import ending_with_others, join_processes
-from training.output import check_writable, naming_full_disk
+from training.output import check_writable, naming_full_disk, write_text
 from volumes import draw_shape, map_fault
+from volumes.live_bar import LiveBar
 from volumes.nifti import remove_abandoned
+from volumes.stopping import Stopped, check_stop, finishing, stoppable
+from volumes.text import read_object
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 LONGEST_RUN = timedelta(days=30)  # processes wait this long for each other at the end
 MANIFEST = "manifest.csv"
-GENERATE = "generate:"
 CHECKS = ("copy_check", "map_check", "rejected")  # what a record has of them, if there were any
 
 
@@ -83,7 +162,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Generate what is not there yet."""
     options = parse(args)
     state = join_processes(LONGEST_RUN)
-    with ending_with_others(state, "run the same command again: it goes on with what is there"):
+    again = "run the same command again: it goes on with what is there"
+    with ending_with_others(state, again), stoppable(again):
         lost = generate_all(options, state)
     state.destroy_process_group()
     if lost:
@@ -126,18 +206,24 @@ def generate(options: argparse.Namespace, state: PartialState) -> list[str]:
     check_writable(options.output)
     if state.is_main_process:
         remove_abandoned(options.output)
+        write_subjects(pipe, options.output)
     state.wait_for_everyone()  # what one refuses ends all before hours of work
-    with tqdm(
-        total=len(tasks), initial=len(tasks) - len(todo), desc="volumes", disable=not state.is_main_process
-    ) as bar:
-        for indices in equal_batches([task.shape for task in todo], options.batch_size):
-            batch = [todo[i] for i in indices]
-            with naming_full_disk(options.output):
-                if rejection is None:
-                    run(pipe, batch, options, [task.path for task in batch])
-                else:
-                    lost += write_accepted(pipe, batch, options, rejection)
-            bar.update(len(batch))
+    quiet = None if state.is_main_process else True
+    try:
+        with LiveBar(total=len(tasks), initial=len(tasks) - len(todo), desc="volumes", disable=quiet) as bar:
+            for indices in equal_batches([task.shape for task in todo], options.batch_size):
+                batch = [todo[i] for i in indices]
+                names = batch[0].path.name + (f" and {len(batch) - 1} more" if len(batch) > 1 else "")
+                with finishing(names), naming_full_disk(options.output):
+                    if rejection is None:
+                        run(pipe, batch, options, [task.path for task in batch])
+                    else:
+                        lost += write_accepted(pipe, batch, options, rejection)
+                bar.update(len(batch))
+    except Stopped:
+        if state.is_main_process:
+            print(f"stopped: {write_manifest(options.output)} volumes are in {options.output}", flush=True)
+        raise
 
     state.wait_for_everyone()
     if state.is_main_process:
@@ -189,7 +275,7 @@ def load_rejection(
 
         if any(request.images for request in requests):
             raise ValueError("--reject_copies is for volumes whose channels are all generated: leave it out")
-        checks.append(copy_check(options.reject_copies, pipe.data))
+        checks.append(copy_check(options.reject_copies, pipe.data, pipe.training_subjects))
     return Rejection(checks, options.most_rejections) if checks else None
 
 
@@ -210,8 +296,11 @@ def write_accepted(
 ) -> list[str]:
     """Make the tasks' volumes, those that are copies anew, and write what is none. Returns what is to be said of those
     that were given up."""
+    rounds = itertools.count()
 
     def make(numbers: Sequence[int], seeds: Sequence[int]) -> tuple[Sequence[Any], Sequence[dict[str, Any]]]:
+        if next(rounds):
+            check_stop()  # what was accepted is written; the same command makes the others, from the same seeds
         again = [replace(batch[number], seed=seed) for number, seed in zip(numbers, seeds, strict=True)]
         made = run(pipe, again, options)
         return made.volumes, made.provenance
@@ -226,74 +315,6 @@ def write_accepted(
         else:
             write_synthetic(image, record, batch[number].path)
     return lost
-
-
-def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    """The command line. Exits with a message on what cannot be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", required=True, help="pipeline folder or Hub repository")
-    parser.add_argument("--lora", help="LoRA for the pipeline, a file or folder of train_ldm.py")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--masks", nargs="+", metavar="DIR_OR_GLOB", help=f"NIfTI label maps, or {GENERATE}PIPELINE to draw them first"
-    )
-    source.add_argument("--conditions", metavar="TABLE", help="CSV (or JSON), or its URL: a row a volume, see above")
-    parser.add_argument(
-        "--shape", nargs=3, type=positive, metavar=("X", "Y", "Z"), help="voxels, where no mask has them"
-    )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--count", type=positive, default=1, help="volumes a mask or row, or in all (1)")
-    parser.add_argument("--steps", type=positive, default=20, help="denoising steps (20)")
-    parser.add_argument(
-        "--guidance_scale",
-        type=float,
-        default=1.0,
-        help="how closely conditions are followed, for models trained for it (1)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="(0)")
-    parser.add_argument("--batch_size", type=positive, default=8, help="volumes denoised together (8)")
-    parser.add_argument(
-        "--label_map",
-        nargs="+",
-        type=label_pair,
-        default=[],
-        metavar="VALUE=LABEL",
-        help="read a label value as one that the model knows, by value or name: 3=1 4=tumour",
-    )
-    parser.add_argument(
-        "--reject_copies",
-        type=Path,
-        metavar="FINGERPRINTS",
-        help="make volumes again that are copies of training volumes, by this file of `python -m evaluation.copies`",
-    )
-    parser.add_argument(
-        "--most_rejections", type=positive, default=10, help="refused volumes after which one is given up (10)"
-    )
-    parser.add_argument("--precision", choices=DTYPES, default="no", help="no is float32 (no)")
-    options = parser.parse_args(args)
-    options.label_map = dict(options.label_map)
-    options.masks_by = None
-    if options.masks and any(one.startswith(GENERATE) for one in options.masks):
-        if len(options.masks) > 1:
-            parser.error(f"--masks {' '.join(options.masks)}: {GENERATE}PIPELINE stands alone")
-        options.masks_by, options.masks = options.masks[0].removeprefix(GENERATE), None
-    return options
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be 1 or more")
-    return value
-
-
-def label_pair(text: str) -> tuple[int, int | str]:
-    """VALUE=LABEL, the label by value or by name."""
-    value, _, label = text.partition("=")
-    if not label:
-        raise argparse.ArgumentTypeError(f"{text!r} is not VALUE=LABEL, e.g. 3=1")
-    return int(value), int(label) if label.lstrip("-").isdigit() else label
 
 
 def volume_seed(seed: int, stem: str, k: int, rejections: int = 0) -> int:
@@ -374,13 +395,25 @@ def unfinished(tasks: Sequence[Task]) -> list[Task]:
         if record is None:
             refused.append(f"{task.path}: has no sidecar, so it was not generated by this script")
             continue
-        made, keys = as_planned(record, task.record), {*task.record, *CHECKS} - {"software"}
+        made, keys = as_planned(record, task.record), {*task.record, *CHECKS, "callback"} - {"software"}
         different = sorted(key for key in keys if made.get(key) != task.record.get(key))
         if different:
             refused.append(f"{task.path}: was made with another {', another '.join(different)}")
     if refused:
         raise ValueError("choose another --output, or remove these first:\n" + "\n".join(refused))
     return todo
+
+
+def write_subjects(pipe: MedVolumePipeline, output: Path) -> None:
+    """provenance/training_subjects.json: {hash: records of the training subjects} of each model that has made volumes in the
+    folder, by which evaluate.py refuses to judge them on such subjects. None of a model without any record."""
+    if all("salt" not in record for record in pipe.training_subjects):
+        return
+    path = output / GENERATED
+    known = read_object(path) if path.is_file() else {}
+    found = known | {pipe.model_hash: pipe.training_subjects}
+    if found != known:  # evaluate.py measures anew where a file is
+        write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 def write_manifest(output: Path) -> int:
@@ -390,7 +423,7 @@ def write_manifest(output: Path) -> int:
     columns = ("file", "mask", "mask_sha256", "seed", "num_inference_steps", "scheduler", "dtype", "model", "software")
     rows: list[dict[str, Any]] = []
     names: dict[str, None] = {}  # in order
-    for sidecar in sorted(output.glob("*.json")):
+    for sidecar in sidecars(output):
         path = sidecar.with_suffix(".nii.gz")
         try:
             record = read_sidecar(path)
@@ -413,7 +446,3 @@ def write_manifest(output: Path) -> int:
         writer.writerows(rows)
     os.replace(unfinished_manifest, output / MANIFEST)
     return len(rows)
-
-
-if __name__ == "__main__":
-    main()

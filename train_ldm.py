@@ -5,6 +5,12 @@ for `MedVolumePipeline.from_pretrained`. With a `lora:` section it ends with `lo
 `pipe.load_lora_weights`: --config configs/hippocampus/lora.yaml --init_from PIPELINE/unet --vae PIPELINE/vae
 """
 
+from training.config import TrainLdmConfig, parse_config
+from volumes.command import run_command
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse_config(TrainLdmConfig))
+
 import dataclasses
 import json
 import logging
@@ -20,7 +26,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from autoencoder import LatentDistribution, VolumeAutoencoder
-from autoencoder.noise import measure_noise
+from autoencoder.model import RECORDS
+from autoencoder.noise import check_noise_shape, measure_noise
 from autoencoder.weights import weight_files
 from diffusion import (
     LatentAugmentation,
@@ -36,6 +43,7 @@ from diffusion import (
     moved_embeddings,
     training_loss,
 )
+from diffusion.completion import complete_model
 from diffusion.denoise import set_timesteps
 from diffusion.latent_cache import weights_hash
 from diffusion.objectives import Scheduler
@@ -46,16 +54,19 @@ from pipelines.provenance import content_hash, stored_tensors
 from training import (
     Learner,
     Loop,
-    TrainLdmConfig,
     build_model,
     ending_with_others,
+    how_to_resume,
     initialise_from,
     make_accelerator,
-    parse_config,
     save_model,
 )
-from training.splits import PaddedVolumes, digests, load_split
+from training.previews import preview_case
+from training.splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
 from volumes import VolumeDataset, describe, slices_figure
+from volumes.preprocessing import preprocessing, refuse_differences
+from volumes.stopping import stoppable
+from volumes.subjects import join_records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,7 +86,9 @@ class DiffusionStep:
         channels: Sequence[str],
         sampler: Callable[[], Scheduler],
         loss: str = "mse",
+        label_maps: bool = False,
     ):
+        self.label_maps = label_maps
         self.unet, self.learners, self.vae, self.inference_steps = learner, (learner,), vae, inference_steps
         self.channels = channels
         network = learner.network
@@ -106,7 +119,8 @@ class DiffusionStep:
 
     @torch.no_grad()
     def validate(self, item: dict[str, Any], generator: torch.Generator) -> dict[str, float]:
-        """The loss on a held-out volume's latents, conditions left out as often as in training."""
+        """The loss on a held-out volume's latents, conditions left out as often as in training; of all channels together, and of each
+        where the autoencoder codes them apart."""
 
         def repeat(values: Tensor) -> Tensor:
             return values.expand(VALIDATION_DRAWS, *values.shape[1:])
@@ -115,14 +129,18 @@ class DiffusionStep:
         conditions = drop_conditions(conditions, self.names, self.dropout, generator)
         weight = torch.ones_like(latents[:, :1])  # padding is thinner than a cell, so every cell has a voxel inside
         with self.unet.accelerator.autocast():
-            loss = self.loss(self.unet.average, self.objective, latents, conditions, weight, generator)
-        return {"loss": loss.item()}
+            losses = self.loss(self.unet.average, self.objective, latents, conditions, weight, generator, each=True)
+        apart = len(self.channels) > 1 and self.vae.channels_apart == len(self.channels) and not self.label_maps
+        of_channel = {
+            f"loss/{name}": losses[self.vae.latents_of(i)] for i, name in enumerate(self.channels if apart else ())
+        }
+        return {"loss": losses.mean().item(), **{name: own.mean().item() for name, own in of_channel.items()}}
 
     @torch.no_grad()
     def preview(self, items: list[dict[str, Any]]) -> "Figure":
-        """Mask, real volume and the volume generated from its conditions, a column per case, always from the same
-        noise; without the images that can be left out."""
-        columns, images = [], [name for name, _ in self.names.images if self.dropout.get(name)]
+        """Mask, real volume and the volume generated from its conditions side by side, a row for each channel of each case, always from
+        the same noise; without the images that can be left out."""
+        cases, images = [], [name for name, _ in self.names.images if self.dropout.get(name)]
         for index, item in enumerate(items):
             shape, device = item["latents"].shape, item["latents"].device
             noise = randn_tensor(shape, generator=torch.Generator().manual_seed(index), device=device)
@@ -131,42 +149,36 @@ class DiffusionStep:
             with self.unet.accelerator.autocast():
                 latents = denoise(self.unet.average, noise, scheduler, conditions, num_inference_steps=steps)
                 generated = self.vae.decode(latents, return_dict=False)[0][0].float().clamp(-1, 1)
-            rows = {}
-            for name, *pair in zip(self.channels, item["image"], generated, strict=True):
-                of = f" {name}" if len(self.channels) > 1 else ""
-                rows |= dict(zip((f"real{of}", f"generated{of}"), pair, strict=True))
-            columns.append({k: item.get(k) for k in ("mask", "spacing")} | {"title": item["name"], "images": rows})
-        return slices_figure(columns)
+            shown = {"real": item["image"], "generated": generated}
+            cases.append(preview_case(item, shown, self.channels, self.label_maps))
+        return slices_figure(cases)
 
 
-def complete_model(
-    section: dict[str, Any], vae: VolumeAutoencoder, data: dict[str, Any], images: Mapping[str, slice] | None = None
-) -> dict[str, Any]:
-    """The model section with what autoencoder and data decide; `num_labels: 0` asks for a model without a mask, and
-    `numbers` may keep the mean and std of the model that is fine-tuned.
+def check_prepared(config: TrainLdmConfig, vae: VolumeAutoencoder, given: dict[str, Any]) -> None:
+    """Raises: ValueError if the autoencoder learned from volumes that were prepared in another way than the facts `given` say. One
+    that does not say how (it is older) has a warning, once the spacing is known."""
+    vae.check_channels(given["channels"])
+    learned = vae.config["data"]
+    refuse_differences(learned, given, f"vae {config.vae}")
+    if learned is None and "spacing" in given:
+        logger.warning(
+            "vae %s: does not say how its volumes were prepared (it is older): whether these are was not checked",
+            config.vae,
+        )
 
-    Args:
-        data: `volumes.describe` of the training volumes.
-        images: channels of the latents of each image that the model may be given.
-    Raises: ValueError if the section says something else, and if the autoencoder learned other channels than the data has.
-    """
-    vae.check_channels(data["channels"])
-    channels = vae.config["latent_channels"]
-    decided = {
-        "in_channels": channels,
-        "out_channels": channels,
-        "mask_stride": list(vae.stride),
-        "num_labels": len(data["labels"]),
-        "classes": data["classes"] or None,
-        "numbers": {name: {key: of[key] for key in ("mean", "std")} for name, of in data["numbers"].items()} or None,
-        "images": {name: own.stop - own.start for name, own in (images or {}).items()} or None,
-    }
-    for name, value in decided.items():
-        given = section.get(name, value)
-        known_numbers = name == "numbers" and given and value and set(given) == set(value)
-        if given != value and not (name == "num_labels" and given == 0) and not known_numbers:
-            raise ValueError(f"model.{name} is {given}, but autoencoder and data make it {value}; leave it out")
-    return {**decided, **section}
+
+def check_unseen(
+    config: TrainLdmConfig, vae: VolumeAutoencoder, held_out: VolumeDataset | None
+) -> Sequence[dict[str, Any]]:
+    """The records of the U-Net that is trained on, none without one. Raises: ValueError if the autoencoder or that U-Net has seen
+    subjects that are held out here."""
+    refuse_seen(vae.config["subjects"], config.data, held_out, f"vae {config.vae}", accepted=config.accept_overlap)
+    described = Path(config.init_from or "") / "config.json"
+    if config.init_from is None:
+        return []
+    records = json.loads(described.read_text()).get("subjects") if described.is_file() else None
+    refuse_seen(records, config.data, held_out, f"init_from {config.init_from}", accepted=config.accept_overlap)
+    return join_records(records)
 
 
 def start_from(unet: LatentUNet3D, folder: str | Path) -> list[str]:
@@ -188,7 +200,8 @@ def attach_lora(unet: LatentUNet3D, config: TrainLdmConfig) -> str:
             f"lora needs --init_from, the folder of a trained U-Net (PIPELINE/unet); got {config.init_from}"
         )
     base, own = json.loads(described.read_text()), json.loads(unet.to_json_string())
-    wrong = [f"{key} is {own[key]}, not {base.get(key)}" for key in own if key[0] != "_" and own[key] != base.get(key)]
+    public = [key for key in own if key[0] != "_" and key not in RECORDS]
+    wrong = [f"{key} is {own[key]}, not {base.get(key)}" for key in public if own[key] != base.get(key)]
     if wrong:
         raise ValueError(
             f"a LoRA belongs to one U-Net, but the model differs from {config.init_from}: {'; '.join(wrong)}"
@@ -235,7 +248,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     """Train as the config says. Returns the final validation's metrics."""
     config = parse_config(TrainLdmConfig, args)
     accelerator = make_accelerator(config)
-    with ending_with_others(accelerator):
+    with ending_with_others(accelerator), stoppable(how_to_resume("train_ldm.py", args)):
         return train_as(config, accelerator)
 
 
@@ -243,7 +256,10 @@ def train_as(config: TrainLdmConfig, accelerator: Accelerator) -> dict[str, floa
     """`main`, of one config, in one of the processes."""
     output = Path(config.output)
     vae = load_autoencoder(config.vae).to(accelerator.device)
+    check_prepared(config, vae, preprocessing(config.data))  # before anything is read
     train, held_out = load_split(config.data)
+    check_prepared(config, vae, train.preprocessing)
+    earlier = check_unseen(config, vae, held_out)
     data = describe(train)
     channels = config.data.channels
     images = {name: vae.latents_of(channels.index(name)) for name in config.data.given}
@@ -252,6 +268,8 @@ def train_as(config: TrainLdmConfig, accelerator: Accelerator) -> dict[str, floa
         raise ValueError("noise: label maps have none; leave it out of the config")
     if config.noise and config.lora:
         raise ValueError("noise: a LoRA has that of its pipeline; leave it out of the config")
+    if config.noise:
+        check_noise_shape([min(sides) for sides in zip(*train.shapes, strict=True)])
     set_seed(config.loop.seed)
     unet: LatentUNet3D = build_model(config.model)
     if config.gradient_checkpointing:
@@ -270,23 +288,23 @@ def train_as(config: TrainLdmConfig, accelerator: Accelerator) -> dict[str, floa
     validation = encode_held_out(PaddedVolumes(held_out, vae.stride), vae, num_labels, images) if held_out else []
 
     learner = Learner("unet", unet, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
-    step = DiffusionStep(learner, vae, config.inference_steps, channels, sampler, config.loss)
+    label_maps = bool(config.data.image_labels)
+    step = DiffusionStep(learner, vae, config.inference_steps, channels, sampler, config.loss, label_maps)
     collate = partial(collate_latents, stride=vae.stride, num_labels=num_labels, images=images)
     contents = {**digests(train), "autoencoder": weights_hash(vae.encoder)}
     metrics = Loop(accelerator, config, step, latents, validation, collate, contents).run()
 
+    records = join_records([*earlier, own_record(train, held_out)])
     if accelerator.is_main_process and base:
-        logger.info("saved %s", save_lora(learner.average, output / "lora", base))
+        trained_on = {"data": train.preprocessing, "subjects": records}
+        logger.info("saved %s", save_lora(learner.average, output / "lora", base, trained_on=trained_on))
     elif accelerator.is_main_process:
         if config.noise:
             data["noise"] = measure_noise(train, vae)
+        learner.average.register_to_config(subjects=records)
         pipeline = MedVolumePipeline(vae, learner.average, sampler(), data=data)
         save_model(pipeline, output / "pipeline")
         logger.info("saved %s", output / "pipeline")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return metrics
-
-
-if __name__ == "__main__":
-    main()

@@ -4,8 +4,15 @@ The run folder ends with `vae/`: the averaged weights, with the latents' mean an
 set in its config. An autoencoder without parameters (autoencoder.SpaceToDepth3D) is measured and saved at once.
 """
 
+from training.config import TrainVaeConfig, parse_config
+from volumes.command import run_command
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse_config(TrainVaeConfig))
+
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,18 +52,24 @@ from training import (
     Learner,
     Loop,
     PerceptualConfig,
-    TrainVaeConfig,
     build_model,
     derive_seed,
     ending_with_others,
+    how_to_resume,
     initialise_from,
     make_accelerator,
-    parse_config,
     save_config,
     save_model,
 )
-from training.splits import PaddedVolumes, digests, load_split
+from training.config import crop_faults
+from training.previews import preview_case
+from training.splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
 from volumes import CropDataset, VolumeDataset, slices_figure
+from volumes.live_bar import LiveBar
+from volumes.preprocessing import differences, refuse_differences
+from volumes.stopping import stoppable
+from volumes.subjects import join_records
+from volumes.text import read_object
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -128,7 +141,10 @@ class AutoencoderStep:
         weights: AutoencoderLosses,
         adversary: Adversary | None = None,
         perception: Perception | None = None,
+        channels: Sequence[str] = ("image",),
+        label_maps: bool = False,
     ):
+        self.channels, self.label_maps = channels, label_maps
         self.vae, self.weights, self.adversary, self.perception = learner, weights, adversary, perception
         self.learners = (learner,) if adversary is None else (learner, adversary.learner)
         self._cells: list[Tensor] = []  # latents inside the field of view since the last update, for the codebook
@@ -193,25 +209,36 @@ class AutoencoderStep:
 
     @torch.no_grad()
     def validate(self, item: dict[str, Any], generator: torch.Generator) -> dict[str, float]:
-        """PSNR in dB inside the field of view, of intensities in [0, 1], coding the whole volume."""
+        """PSNR in dB inside the field of view, of intensities in [0, 1], coding the whole volume; of all channels together, and of each
+        if there are several."""
         image, fov = item["image"][None], item["fov"][None]
         reconstruction = self._reconstruct(image)
-        mse = mse_loss(reconstruction.clamp(-1, 1), image, fov).item() / 4  # from [-1, 1] to [0, 1]
-        return {"psnr": 10 * math.log10(1 / max(mse, 1e-10)), "l1": l1_loss(reconstruction, image, fov).item()}
+        found = {"psnr": decibels(reconstruction, image, fov), "l1": l1_loss(reconstruction, image, fov).item()}
+        for channel, name in enumerate(self.channels if len(self.channels) > 1 else ()):
+            own = slice(channel, channel + 1)
+            found[f"psnr/{name}"] = decibels(reconstruction[:, own], image[:, own], fov)
+            found[f"l1/{name}"] = l1_loss(reconstruction[:, own], image[:, own], fov).item()
+        return found
 
     @torch.no_grad()
     def preview(self, items: list[dict[str, Any]]) -> "Figure":
-        """Real above reconstructed, a column per volume."""
-        columns = []
+        """Real beside reconstructed, a row for each channel of each volume, on one grey scale: that of the channel's scaling."""
+        cases = []
         for item in items:
             reconstruction = self._reconstruct(item["image"][None])[0].clamp(-1, 1)
-            images = {"real": item["image"][0], "reconstructed": reconstruction[0]}  # the first channel
-            columns.append({"title": item["name"], "images": images, "spacing": item["spacing"]})
-        return slices_figure(columns)
+            images = {"real": item["image"], "reconstructed": reconstruction}
+            cases.append(preview_case({**item, "mask": None}, images, self.channels, self.label_maps))
+        return slices_figure(cases)
 
     def _reconstruct(self, image: Tensor) -> Tensor:
         with self.vae.accelerator.autocast():
             return self.vae.average(image, return_dict=False)[0].float()
+
+
+def decibels(reconstruction: Tensor, image: Tensor, fov: Tensor) -> float:
+    """PSNR of (1, C, X, Y, Z) in [-1, 1], where `fov` (1, 1, X, Y, Z) is true, in dB of the whole range."""
+    mse = mse_loss(reconstruction.clamp(-1, 1), image, fov).item() / 4  # from [-1, 1] to [0, 1]
+    return 10 * math.log10(1 / max(mse, 1e-10))
 
 
 def gather_cells(accelerator: Accelerator, own: Tensor) -> Tensor:
@@ -235,15 +262,10 @@ def freeze_encoder(vae: VolumeAutoencoder, source: str | None) -> None:
 
 
 def make_adversary(config: TrainVaeConfig, vae: VolumeAutoencoder) -> Adversary | None:
-    """The discriminator that the config asks for, if it does. Raises: ValueError if the crops are too small for it."""
+    """The discriminator that the config asks for, if it does."""
     options = config.adversarial
     if options is None:
         return None
-    if min(config.crops.shape) < (side := 3 * 2**options.layers):
-        raise ValueError(
-            f"crops.shape {config.crops.shape}: a discriminator of {options.layers} layers needs {side} voxels a side; "
-            "enlarge the crops, or lower adversarial.layers"
-        )
     channels, layers = options.channels, options.layers
     network = VolumeDiscriminator(
         vae.config["out_channels"], channels, layers, slices=options.slices > 0, volume=options.volume
@@ -274,13 +296,55 @@ def make_perception(config: TrainVaeConfig, vae: VolumeAutoencoder) -> Perceptio
     return Perception(network, options)
 
 
-def finish(vae: VolumeAutoencoder, train: VolumeDataset, output: Path, *, measure: bool = True) -> None:
-    """Measure the latents of the training volumes, if asked to, and save the autoencoder to `output`/vae."""
+def check_start(source: str, config: TrainVaeConfig, train: VolumeDataset, held_out: VolumeDataset | None) -> None:
+    """Check that the autoencoder `source`, which is trained on, has seen no subject that is held out, and volumes prepared as these.
+
+    Raises: ValueError for such subjects, and for volumes prepared in another way if the encoder is frozen; an encoder that learns
+    may learn these, with a warning.
+    """
+    described = read_object(Path(source) / "config.json") if (Path(source) / "config.json").is_file() else {}
+    refuse_seen(
+        described.get("subjects"), config.data, held_out, f"--init_from {source}", accepted=config.accept_overlap
+    )
+    learned = described.get("data")
+    if learned is None:
+        logger.warning("--init_from %s: does not say how its volumes were prepared (it is older)", source)
+    elif config.freeze_encoder:
+        refuse_differences(learned, train.preprocessing, f"--init_from {source}")
+    elif found := differences(learned, train.preprocessing):
+        logger.warning("--init_from %s: learned from volumes prepared in another way: %s", source, "; ".join(found))
+
+
+def inherited_records(config: TrainVaeConfig) -> list[Any]:
+    """Records of the training subjects of the autoencoders that this training starts from or compares features with."""
+    sources = [config.init_from] if config.init_from else []
+    if config.perceptual and Path(config.perceptual.network).is_dir():
+        sources.append(config.perceptual.network)
+    records = []
+    for source in sources:
+        path = next((p for p in (Path(source, "config.json"), Path(source, "vae", "config.json")) if p.is_file()), None)
+        records.append(read_object(path).get("subjects") if path else None)
+    return join_records(*records)
+
+
+def finish(
+    vae: VolumeAutoencoder,
+    train: VolumeDataset,
+    held_out: VolumeDataset | None,
+    output: Path,
+    *,
+    earlier: Sequence[Any] = (),
+    measure: bool = True,
+) -> None:
+    """Measure the latents of the training volumes, if asked to, and save the autoencoder to `output`/vae, with what was done to
+    them, and records of whose they are: its own, and the `earlier` ones of what it started from."""
     if measure:
-        volumes = ({key: item[key][None] for key in ("image", "fov")} for item in PaddedVolumes(train, vae.stride))
+        items = LiveBar(PaddedVolumes(train, vae.stride), desc="measure latents", unit="volume")
+        volumes = ({key: item[key][None] for key in ("image", "fov")} for item in items)
         vae.set_latent_statistics(*latent_statistics(vae, volumes))
     if len(train.channels) > 1:
         vae.register_to_config(channel_names=train.channels)
+    vae.register_to_config(data=train.preprocessing, subjects=join_records([*earlier, own_record(train, held_out)]))
     save_model(vae, output / "vae")
     logger.info(
         "saved %s (latents: mean %s, std %s)", output / "vae", vae.config["latents_mean"], vae.config["latents_std"]
@@ -292,7 +356,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     the latents are measured, are none."""
     config = parse_config(TrainVaeConfig, args)
     accelerator = make_accelerator(config)
-    with ending_with_others(accelerator):
+    with ending_with_others(accelerator), stoppable(how_to_resume("train_vae.py", args)):
         return train_as(config, accelerator)
 
 
@@ -307,7 +371,7 @@ def train_as(config: TrainVaeConfig, accelerator: Accelerator) -> dict[str, floa
             raise ValueError(f"{type(vae).__name__} has nothing to train: remove {', '.join(given)}")
         if accelerator.is_main_process:
             save_config(config, output / "config.yaml")
-            finish(vae.to(accelerator.device), load_split(config.data)[0], output)
+            finish(vae.to(accelerator.device), *load_split(config.data), output)
         accelerator.wait_for_everyone()
         return {}
     if config.gradient_checkpointing:
@@ -322,25 +386,25 @@ def train_as(config: TrainVaeConfig, accelerator: Accelerator) -> dict[str, floa
             )
         freeze_encoder(vae, config.init_from)
 
+    if wrong := crop_faults(config.crops, vae.stride, config.adversarial):
+        raise ValueError("; ".join(f"{message}; {remedy}" for message, remedy in wrong))
     train, held_out = load_split(config.data)
-    if any(n % s for n, s in zip(config.crops.shape, vae.stride, strict=True)):
-        raise ValueError(f"crops.shape {config.crops.shape}: no multiple of the autoencoder's stride {vae.stride}")
+    if config.init_from:
+        check_start(config.init_from, config, train, held_out)
     crops = CropDataset(train, config.crops.shape, seed=config.loop.seed, flip_axes=config.crops.flip_axes)
 
     learner = Learner("vae", vae, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
     perception = make_perception(config, vae)
     if perception is not None:
         perception.network.to(accelerator.device)
-    step = AutoencoderStep(learner, config.losses, make_adversary(config, vae), perception)
+    shown = {"channels": train.channels, "label_maps": bool(config.data.image_labels)}
+    step = AutoencoderStep(learner, config.losses, make_adversary(config, vae), perception, **shown)
     validation = PaddedVolumes(held_out, vae.stride) if held_out else []
     metrics = Loop(accelerator, config, step, crops, validation, contents=digests(train)).run()
 
     if accelerator.is_main_process:
-        finish(learner.average, train, output, measure=not config.freeze_encoder)
+        earlier = inherited_records(config)
+        finish(learner.average, train, held_out, output, earlier=earlier, measure=not config.freeze_encoder)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return metrics
-
-
-if __name__ == "__main__":
-    main()

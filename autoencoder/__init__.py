@@ -1,15 +1,22 @@
 """Voxels to latents and back: models, losses inside the field of view, latent statistics."""
 
-from diffusers.models.modeling_utils import ModelMixin  # the name diffusers looks up when a pipeline folder is loaded
+from typing import TYPE_CHECKING
 
-from .base import VolumeAutoencoder
-from .codebook import Codebook, code_statistics
-from .kl import AutoencoderKL3D
-from .losses import commitment_loss, gradient_loss, kl_loss, l1_loss, latent_loss, mse_loss, spectrum_loss
-from .posterior import DiagonalGaussian3D, LatentDistribution
-from .space_to_depth import SpaceToDepth3D
-from .statistics import latent_statistics
-from .vq import VQGAN3D, QuantisedLatents
+from volumes.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import (
+        ModelMixin,  # the name diffusers looks up when a pipeline folder is loaded
+    )
+
+    from .base import VolumeAutoencoder
+    from .codebook import Codebook, code_statistics
+    from .kl import AutoencoderKL3D
+    from .losses import commitment_loss, gradient_loss, kl_loss, l1_loss, latent_loss, mse_loss, spectrum_loss
+    from .posterior import DiagonalGaussian3D, LatentDistribution
+    from .space_to_depth import SpaceToDepth3D
+    from .statistics import latent_statistics
+    from .vq import VQGAN3D, QuantisedLatents
 
 __all__ = [
     "AutoencoderKL3D",
@@ -31,3 +38,5 @@ __all__ = [
     "mse_loss",
     "spectrum_loss",
 ]
+
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -36,6 +36,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResidualBlock"]
+    _repeated_blocks = ["ResidualBlock"]  # of `compile_repeated_blocks`
     _group_offload_block_modules = ["encoder", "decoder"]  # diffusers would slice them, and cannot rebuild a slice
 
     use_tiling: bool | None = None  # by size, until enable_tiling or disable_tiling is called

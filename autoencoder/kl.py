@@ -1,9 +1,12 @@
 """AutoencoderKL3D: a small convolutional KL autoencoder whose receptive field is finite."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
+
+from volumes.settings import FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from .base import VolumeAutoencoder
 from .posterior import DiagonalGaussian3D
@@ -23,23 +26,27 @@ class AutoencoderKL3D(VolumeAutoencoder[DiagonalGaussian3D]):
             with latent_channels / in_channels. So a channel that is missing leaves the latents of the others alone.
         latents_mean, latents_std: statistics of the raw latents over the training set, set by `set_latent_statistics`.
         channel_names: of several image channels, in their order; train_vae.py sets them.
+        data: what was done to the volumes that it was trained on (`volumes.preprocessing`); train_vae.py sets it.
+        subjects: records of whose volumes those were (`volumes.subjects`); train_vae.py sets it.
     """
 
     @register_to_config
     def __init__(
         self,
-        in_channels: int = 1,
-        out_channels: int = 1,
-        latent_channels: int = 4,
-        patch_size: int | Sequence[int] = 2,
-        channels: Sequence[int] = (32, 128),
-        strides: Sequence[int | Sequence[int]] = (2,),
-        encoder_blocks: Sequence[int] = (1, 1),
-        decoder_blocks: Sequence[int] = (1, 3),
-        latents_mean: Sequence[float] | None = None,
-        latents_std: Sequence[float] | None = None,
+        in_channels: PositiveInt = 1,
+        out_channels: PositiveInt = 1,
+        latent_channels: PositiveInt = 4,
+        patch_size: PositiveInt | Sequence[PositiveInt] = 2,
+        channels: Sequence[PositiveInt] = (32, 128),
+        strides: Sequence[PositiveInt | Sequence[PositiveInt]] = (2,),
+        encoder_blocks: Sequence[NonNegativeInt] = (1, 1),
+        decoder_blocks: Sequence[NonNegativeInt] = (1, 3),
+        latents_mean: Sequence[FiniteFloat] | None = None,
+        latents_std: Sequence[PositiveFloat] | None = None,
         per_channel: bool | None = None,
         channel_names: Sequence[str] | None = None,
+        data: dict[str, Any] | None = None,
+        subjects: Sequence[Any] | None = None,
     ):
         super().__init__()
         if per_channel and (in_channels != out_channels or latent_channels % in_channels):

@@ -1,5 +1,8 @@
 """What the project's models share: strict loading, safetensors only, and the memory format that they are fast in."""
 
+import inspect
+import os
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -7,29 +10,84 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
-from .weights import check_weights
+from volumes.settings import faults, hints_of, refuse
+from volumes.text import FileError
+
+from .identity import RECORD, remember_files, weights_record
+from .weights import (
+    HUB,
+    LOADING,
+    UPLOAD,
+    check_keywords,
+    check_weights,
+    find_folder,
+    loading_keywords,
+    not_on_the_hub,
+    weight_files,
+)
+
+RECORDS = (
+    "data",
+    "subjects",
+)  # of a config: what is known of the training, which changes nothing that a model computes
+
+
+def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a model's config that decide what it computes: no private ones (versions, paths), none that are None (an
+    argument that a later version adds renames no model that does not use it), no `RECORDS`."""
+    return {k: v for k, v in config.items() if not k.startswith("_") and v is not None and k not in RECORDS}
 
 
 class VolumeModel(ModelMixin, ConfigMixin):
-    """A diffusers model over volumes (B, C, X, Y, Z)."""
+    """A diffusers model over volumes (B, C, X, Y, Z). Its constructor's arguments are checked against their annotations.
+
+    Raises: ValueError for an argument outside its range, or of another type.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # after `register_to_config`, so the arguments are known
+        arguments = {name: value for name, value in self.config.items() if name in hints_of(type(self))}
+        refuse(faults(type(self), arguments), f"{type(self).__name__}: ")
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As diffusers' own: a model of a config, with arguments of the constructor in `kwargs` in the place of the config's.
+
+        Raises: TypeError for other keywords, unless those that are not used are to be returned.
+        """
+        if not return_unused_kwargs:
+            check_keywords("from_config", kwargs, {*inspect.signature(cls.__init__).parameters} - {"self"})
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """As diffusers' own, but strict: diffusers only warns of a missing key and leaves the parameter unset.
 
         Loading also drops the memory format that the constructor chose; it is restored here.
-        Raises: ValueError on missing, unexpected or misshapen tensors, and on `use_safetensors=False`.
+        Raises: ValueError on missing, unexpected or misshapen tensors, and on `use_safetensors=False`; FileError, which is
+        one and an OSError too, where there is no such folder and for damaged files; TypeError for keywords that it does not
+        read.
         """
-        if kwargs.pop("use_safetensors", True) is not True:
-            raise ValueError("use_safetensors=False is refused: a pickle can run any code when it is read")
-        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        if folder.is_dir():  # of a Hub repository, what was downloaded is checked below
-            check_weights(folder, cls, kwargs.get("variant"))
+        if not kwargs.get("use_flashpack"):  # a pipeline of diffusers says so
+            kwargs.pop("use_flashpack", None)
+        check_keywords("from_pretrained", kwargs, (*HUB, *LOADING, "output_loading_info", "subfolder"))
+        kwargs = loading_keywords(kwargs)
+        place = find_folder(pretrained_model_name_or_path)
+        if place is not None:  # of a Hub repository, what was downloaded is checked below
+            check_weights(place / (kwargs.get("subfolder") or ""), cls, kwargs.get("variant"))
+            pretrained_model_name_or_path = str(place)
         with_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, use_safetensors=True, output_loading_info=True, **kwargs
-        )
+        try:
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path, use_safetensors=True, output_loading_info=True, **kwargs
+            )
+        except (OSError, HFValidationError) as error:
+            if place is not None or isinstance(error, FileError):
+                raise
+            raise not_on_the_hub(pretrained_model_name_or_path, error) from error
         model, info = loaded
         wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
         if wrong or info.get("mismatched_keys"):
@@ -38,7 +96,18 @@ class VolumeModel(ModelMixin, ConfigMixin):
                 f"{wrong or info['mismatched_keys']}"
             )
         model.to(memory_format=torch.channels_last_3d)
+        remember_files(model, _loaded_files(pretrained_model_name_or_path, kwargs))
         return (model, info) if with_info else model
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As PyTorch's own, which `.to()` calls: weights that are cast or moved are the same weights (`identity`)."""
+        recorded = RECORD in self.__dict__
+        if recorded:
+            weights_record(self)  # what was changed before is noticed before
+        result = super()._apply(fn, recurse)
+        if recorded:
+            weights_record(self)
+        return result
 
     def save_pretrained(  # diffusers' pipelines pass what they find in the signature
         self,
@@ -53,14 +122,15 @@ class VolumeModel(ModelMixin, ConfigMixin):
         """As diffusers' own: safetensors only, and not the path that the model came from.
 
         Raises: ValueError on `safe_serialization=False`, and while a LoRA is attached, which would be mixed into the
-        weights.
+        weights; TypeError for keywords that it does not read.
         """
+        check_keywords("save_pretrained", kwargs, UPLOAD if push_to_hub else ())
         if not safe_serialization:
             raise ValueError("safe_serialization=False is refused: weights are saved as safetensors only")
         self.check_no_lora()
         self._internal_dict = FrozenDict({k: v for k, v in self.config.items() if k != "_name_or_path"})
         super().save_pretrained(
-            str(save_directory),
+            os.path.expanduser(save_directory),
             is_main_process=is_main_process,
             variant=variant,
             max_shard_size=max_shard_size,
@@ -84,7 +154,7 @@ class VolumeModel(ModelMixin, ConfigMixin):
         """
         path = kwargs.get("offload_to_disk_path")
         if path is not None:
-            folder = Path(path) / type(self).__name__
+            folder = Path(path).expanduser() / type(self).__name__
             if folder.is_dir() and any(folder.iterdir()):
                 raise ValueError(
                     f"offload_to_disk_path: {folder} holds offloaded weights already; give an empty folder"
@@ -93,3 +163,15 @@ class VolumeModel(ModelMixin, ConfigMixin):
             self.offloaded_to_disk = folder
             self.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
         super().enable_group_offload(onload_device, **kwargs)
+
+
+def _loaded_files(source: Any, options: Mapping[str, Any]) -> list[Path]:
+    """The files from which diffusers has loaded a model: in a folder, or of a Hub repository in its cache."""
+    folder = Path(source, options.get("subfolder") or "")
+    if not folder.is_dir():
+        name = str(Path(options.get("subfolder") or "", "config.json"))
+        config = try_to_load_from_cache(str(source), name, options.get("cache_dir"), options.get("revision"))
+        if not isinstance(config, str):
+            return []
+        folder = Path(config).parent
+    return weight_files(folder, options.get("variant"))

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from volumes import VolumeDataset, pad_to_multiple
+from volumes.live_bar import LiveBar
 
 from .base import VolumeAutoencoder
 
@@ -41,13 +41,19 @@ def measure_noise(dataset: VolumeDataset, vae: VolumeAutoencoder, *, progress: b
 def _reconstructions(
     dataset: VolumeDataset, vae: VolumeAutoencoder, progress: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for index in tqdm(range(len(dataset)), desc="measure noise", disable=not progress):
+    for index in LiveBar(range(len(dataset)), desc="measure noise", unit="volume", disable=None if progress else True):
         image = dataset[index]["image"]
         placement = pad_to_multiple(tuple(image.shape[1:]), vae.stride)
         padded = placement.apply(image, -1.0)[None].to(vae.device, vae.dtype)
         mean = vae.encode(padded, return_dict=False)[0].mean
         made = vae.decode(mean, return_dict=False)[0][0].float().cpu()
         yield image.numpy(), placement.undo(made).numpy()
+
+
+def check_noise_shape(shape: Sequence[int]) -> None:
+    """Raises: ValueError for volumes (X, Y, Z) smaller than the kernel of the noise, on any side."""
+    if min(shape) < 2 * RADIUS + 1:
+        raise ValueError(f"volumes of {tuple(shape)} voxels are too small for a noise model: {2 * RADIUS + 1} a side")
 
 
 def fit_noise(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: Sequence[int]) -> list[dict[str, Any]]:
@@ -65,8 +71,7 @@ def fit_noise(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: Sequence[in
     Raises: ValueError for no pairs, and crops smaller than the kernel.
     """
     sides = tuple(min(int(n), LARGEST) for n in shape)
-    if min(sides) < 2 * RADIUS + 1:
-        raise ValueError(f"volumes of {tuple(shape)} voxels are too small for a noise model: {2 * RADIUS + 1} a side")
+    check_noise_shape(shape)
     missing, errors, squares, counts, weights = [], [], 0.0, 0.0, 0.0
     window = _window(sides).ravel() ** 2
     for real, made in pairs:

@@ -7,10 +7,13 @@ cells of eight times as many channels (as in Hoogeboom et al. 2023, "simple diff
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+
+from volumes.settings import FiniteFloat, PositiveFloat, PositiveInt
 
 from .base import LIVE_ACTIVATIONS, VolumeAutoencoder
 from .layers import as_stride
@@ -28,7 +31,7 @@ class SpaceToDepth3D(VolumeAutoencoder[LatentDistribution]):
         out_channels, latent_channels: decided by the others (in_channels, and in_channels times the voxels of a cell); what
             is given must agree.
         patch_size: voxels of a cell along each axis, one integer or one per axis; 1 leaves the volume as it is.
-        latents_mean, latents_std, channel_names: as `AutoencoderKL3D`.
+        latents_mean, latents_std, channel_names, data, subjects: as `AutoencoderKL3D`.
     Raises: ValueError for other `out_channels` or `latent_channels`.
     """
 
@@ -37,13 +40,15 @@ class SpaceToDepth3D(VolumeAutoencoder[LatentDistribution]):
     @register_to_config
     def __init__(
         self,
-        in_channels: int = 1,
-        out_channels: int | None = None,
-        latent_channels: int | None = None,
-        patch_size: int | Sequence[int] = 1,
-        latents_mean: Sequence[float] | None = None,
-        latents_std: Sequence[float] | None = None,
+        in_channels: PositiveInt = 1,
+        out_channels: PositiveInt | None = None,
+        latent_channels: PositiveInt | None = None,
+        patch_size: PositiveInt | Sequence[PositiveInt] = 1,
+        latents_mean: Sequence[FiniteFloat] | None = None,
+        latents_std: Sequence[PositiveFloat] | None = None,
         channel_names: Sequence[str] | None = None,
+        data: dict[str, Any] | None = None,
+        subjects: Sequence[Any] | None = None,
     ):
         super().__init__()
         self.patch_size = self.stride = as_stride(patch_size)

@@ -3,10 +3,13 @@ Khader et al. 2023)."""
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
+
+from volumes.settings import FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, ShareBelowOne, TwoOrMore
 
 from .base import VolumeAutoencoder
 from .codebook import Codebook
@@ -45,8 +48,8 @@ class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
         in_channels, out_channels: channels of the volume.
         latent_channels: numbers in a code.
         num_codes, codebook_decay: size of the codebook, and weight of the past in its moving averages.
-        patch_size, channels, strides, encoder_blocks, decoder_blocks, latents_mean, latents_std, channel_names: as
-            `AutoencoderKL3D`.
+        patch_size, channels, strides, encoder_blocks, decoder_blocks, latents_mean, latents_std, channel_names, data,
+            subjects: as `AutoencoderKL3D`.
     """
 
     _keep_in_fp32_modules = ["codebook"]
@@ -54,19 +57,21 @@ class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
     @register_to_config
     def __init__(
         self,
-        in_channels: int = 1,
-        out_channels: int = 1,
-        latent_channels: int = 8,
-        num_codes: int = 2048,
-        codebook_decay: float = 0.99,
-        patch_size: int | Sequence[int] = 2,
-        channels: Sequence[int] = (32, 128),
-        strides: Sequence[int | Sequence[int]] = (2,),
-        encoder_blocks: Sequence[int] = (1, 1),
-        decoder_blocks: Sequence[int] = (1, 3),
-        latents_mean: Sequence[float] | None = None,
-        latents_std: Sequence[float] | None = None,
+        in_channels: PositiveInt = 1,
+        out_channels: PositiveInt = 1,
+        latent_channels: PositiveInt = 8,
+        num_codes: TwoOrMore = 2048,
+        codebook_decay: ShareBelowOne = 0.99,
+        patch_size: PositiveInt | Sequence[PositiveInt] = 2,
+        channels: Sequence[PositiveInt] = (32, 128),
+        strides: Sequence[PositiveInt | Sequence[PositiveInt]] = (2,),
+        encoder_blocks: Sequence[NonNegativeInt] = (1, 1),
+        decoder_blocks: Sequence[NonNegativeInt] = (1, 3),
+        latents_mean: Sequence[FiniteFloat] | None = None,
+        latents_std: Sequence[PositiveFloat] | None = None,
         channel_names: Sequence[str] | None = None,
+        data: dict[str, Any] | None = None,
+        subjects: Sequence[Any] | None = None,
     ):
         super().__init__()
         self._build(encoded_channels=latent_channels)

@@ -2,18 +2,83 @@
 
 import inspect
 import json
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from volumes.text import read_object
+from volumes.preprocessing import check_preprocessing
+from volumes.subjects import check_subjects
+from volumes.text import FileError, read_object
 
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name for the files of a model
 PRIVATE = ("_class_name", "_diffusers_version", "_name_or_path")  # of a config: diffusers' own entries
+REPOSITORY = r"(\w[\w.-]*/)?\w[\w.-]*"  # of the Hub: user/name, or an old name without a user
+HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")  # keywords of a download
+UPLOAD = ("commit_message", "create_pr", "private", "repo_id", "token")  # keywords of save_pretrained, with push_to_hub
+LOADING = (  # keywords of from_pretrained that decide how weights are read
+    *("device_map", "disable_mmap", "dtype", "low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict"),
+    *("torch_dtype", "use_safetensors", "variant"),
+)
+VARIANT = rf"{WEIGHTS}(?:\.safetensors\.index)?\.([\w-]+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)"  # of the files of one
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def find_folder(source: str | os.PathLike) -> Path | None:
+    """The folder of a model on this machine, `~` expanded; None where `source` can only be a repository of the Hub (user/name).
+
+    Raises: FileError for a path that is no folder.
+    """
+    text = os.path.expanduser(os.fspath(source))
+    folder = Path(text)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise FileError(f"{folder}: is a file; give the folder of the model")
+    if not isinstance(source, str) or not re.fullmatch(REPOSITORY, text):
+        raise FileError(f"{folder}: no such folder")
+    return None
+
+
+def not_on_the_hub(source: str, error: Exception) -> FileError:
+    """The error for a name that is neither a folder nor found on the Hub, which said `error`."""
+    reason = str(error).strip().partition("\n")[0]
+    return FileError(
+        f"{source}: no such folder here, nor is it found on the Hub ({type(error).__name__}: {reason}); give the path of a "
+        "folder, or user/name of a repository that you can reach"
+    )
+
+
+def loading_keywords(given: Mapping[str, Any], *, parts: Collection[str] = ()) -> dict[str, Any]:
+    """The keywords of `from_pretrained` as diffusers wants them: without those that are None, `~` expanded in folders.
+
+    Args:
+        parts: of a pipeline, whose `dtype` may be a dict of theirs.
+    Raises: ValueError for `use_safetensors=False` and for a dtype that is none, which diffusers would load as float32.
+    """
+    if given.get("use_safetensors") not in (None, True):
+        raise ValueError("use_safetensors=False is refused: a pickle can run any code when it is read")
+    for name in ("dtype", "torch_dtype"):
+        dtype = given.get(name)
+        types = dtype if isinstance(dtype, Mapping) and parts else {"default": dtype}
+        fits = all(isinstance(one, torch.dtype) or one is None for one in types.values())
+        if not fits or not set(types) <= {"default", *parts}:
+            by_part = f", or a dict of them by {', '.join([*parts, 'default'])}" if parts else ""
+            raise ValueError(f"{name} is {dtype!r}; give a torch.dtype such as torch.bfloat16{by_part}")
+    kept = {name: value for name, value in given.items() if value is not None and name != "use_safetensors"}
+    return kept | {name: os.path.expanduser(kept[name]) for name in ("cache_dir", "offload_folder") if name in kept}
+
+
+def check_keywords(function: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raises: TypeError, as Python does, for keywords that the function does not read."""
+    if unknown := sorted(set(given) - set(known)):
+        raise TypeError(
+            f"{function}() got unexpected keyword arguments: {', '.join(unknown)}; it takes {', '.join(sorted(known))}"
+        )
 
 
 def check_weights(folder: Path, model_class: Any, variant: str | None = None) -> None:
@@ -49,6 +114,11 @@ def check_config(folder: Path, config: dict[str, Any], model_class: Any, tensors
         raise ValueError(
             f"{folder}: config.json names {_shorten(unknown)}, which no {model_class.__name__} has; is it of another version?"
         )
+    try:
+        check_preprocessing(config.get("data"))
+        check_subjects(config.get("subjects"))
+    except ValueError as error:
+        raise ValueError(f"{folder}: config.json: {error}") from error
     for key, value in config.items():
         if key.endswith("blocks") and (not isinstance(value, list) or not all(isinstance(n, int) for n in value)):
             raise ValueError(f"{folder}: config.json has {key} = {value!r}; a list of numbers of blocks was expected")
@@ -61,7 +131,7 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
     They are the shards that an index names, or else the one file; of `variant` (such as "fp16") if the folder has it.
 
-    Raises: ValueError if there is none, naming the pickle that is there in its place.
+    Raises: FileError if there is none, naming the pickle that is there in its place.
     """
     for middle in ([f".{variant}"] if variant else []) + [""]:
         index, single = folder / f"{WEIGHTS}.safetensors.index{middle}.json", folder / f"{WEIGHTS}{middle}.safetensors"
@@ -71,26 +141,28 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
             return [single]
     pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLES]
     if pickles:
-        raise ValueError(
+        raise FileError(
             f"{folder}: {_shorten(pickles)} is a pickle, which can run any code when it is read; only "
             "safetensors are loaded. If you trust it, convert it: model.save_pretrained(folder)"
         )
-    raise ValueError(f"{folder}: no weights ({WEIGHTS}.safetensors) there")
+    variants = sorted({found[1] for path in folder.glob("*") if (found := re.fullmatch(VARIANT, path.name))})
+    remedy = f"; it has those of another variant: give variant={' or '.join(map(repr, variants))}" if variants else ""
+    raise FileError(f"{folder}: no weights ({WEIGHTS}.safetensors) there{remedy}")
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index names. Raises: ValueError if it is damaged, or if it leads out of its folder or wrong."""
+    """The files that an index names. Raises: FileError if it is damaged, or if it leads out of its folder or wrong."""
     try:
         places: dict[str, str] = json.loads(index.read_text())["weight_map"]
         names = sorted(set(places.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index}: is no index of shards ({error!r})") from error
+        raise FileError(f"{index}: is no index of shards ({error!r})") from error
     if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-        raise ValueError(f"{index}: names files outside of its folder: {_shorten(list(map(str, outside)))}")
+        raise FileError(f"{index}: names files outside of its folder: {_shorten(list(map(str, outside)))}")
     for name in names:
         keys, promised = stored_shapes([index.parent / name]).keys(), {key for key in places if places[key] == name}
         if keys != promised:
-            raise ValueError(
+            raise FileError(
                 f"{index.parent / name}: holds other tensors than the index says ({_shorten(sorted(keys ^ promised))}); "
                 "is it the shard of another model?"
             )
@@ -100,7 +172,7 @@ def _shards(index: Path) -> list[Path]:
 def stored_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in safetensors files, read from the headers alone.
 
-    Raises: ValueError naming a file that is damaged or missing.
+    Raises: FileError naming a file that is damaged or missing.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
@@ -108,7 +180,7 @@ def stored_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
             with safe_open(path, framework="pt") as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise ValueError(
+            raise FileError(
                 f"{path}: is no whole safetensors file ({error}); was it downloaded to the end (`git lfs pull`)?"
             ) from error
     return shapes

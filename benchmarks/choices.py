@@ -13,6 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from volumes.command import ArgumentParser, run_command
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=15, help="timed runs of each (15)")
+    parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,10 +51,7 @@ class Choice:
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Time, write the report and return it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15, help="timed runs of each (15)")
-    parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
-    options = parser.parse_args(args)
+    options = parse(args)
     torch.manual_seed(0)
     rows = []
     for choice in (*inference(), *training()):
@@ -194,7 +205,3 @@ def folded(batch: int) -> Tensor:
 
 def shape(grid: Sequence[int]) -> str:
     return " x ".join(map(str, grid))
-
-
-if __name__ == "__main__":
-    main()

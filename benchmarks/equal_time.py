@@ -9,9 +9,28 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from volumes.command import ArgumentParser, run_command
+
+LEARNING_RATES = {"ours": (1e-3,), "monai": (1e-3, 1e-4), "maisi": (1e-3, 1e-4)}
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=list(LEARNING_RATES), required=True)
+    parser.add_argument("--minutes", type=float, default=6.0, help="of training (6)")
+    parser.add_argument("--device", default="cpu", help="such as cpu or cuda")
+    parser.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the weights")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +41,7 @@ from autoencoder import gradient_loss, kl_loss, l1_loss, mse_loss
 from training import AutoencoderLosses, CropConfig, TrainVaeConfig, parse_config
 from training.splits import PaddedVolumes, load_split
 from volumes import CropDataset, DataConfig, PhantomConfig, VolumeDataset
+from volumes.devices import find_device
 
 from .jobs import autocast, build_autoencoder
 from .measure import Work
@@ -29,7 +49,6 @@ from .models import STRIDE, decode, encode, parameters, posterior
 
 CONFIG = "configs/hippocampus/vae.yaml"
 # Ours: its config's. Peers: MAISI's and MONAI's tutorials' 1e-4, and ours; a quarter of the time decides.
-LEARNING_RATES = {"ours": (1e-3,), "monai": (1e-3, 1e-4), "maisi": (1e-3, 1e-4)}
 WARMUP, PILOT, FINAL_RATE = 0.03, 0.25, 0.01
 
 
@@ -164,18 +183,9 @@ def psnr(net: nn.Module, volumes: PaddedVolumes, device: str) -> float:
     return sum(values) / len(values)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(LEARNING_RATES), required=True)
-    parser.add_argument("--minutes", type=float, default=6.0, help="of training (6)")
-    parser.add_argument("--device", default="cpu", help="such as cpu or cuda")
-    parser.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the weights")
-    options = parser.parse_args()
+def main(args: Sequence[str] | None = None) -> None:
+    options = parse(args)
     options.output.mkdir(parents=True, exist_ok=True)
+    find_device(options.device)  # or it is refused
     work = training(options.model, options.minutes, options.device, options.precision, str(options.output))
     print(json.dumps(work.facts | dict(work.run() or {}), indent=2))
-
-
-if __name__ == "__main__":
-    main()

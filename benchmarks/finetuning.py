@@ -17,6 +17,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from volumes.command import ArgumentParser, run_command
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
+    parser.add_argument("--seeds", type=int, default=3, help="draws of volumes, each with its trainings (3)")
+    parser.add_argument("--k", type=int, default=16, help="labelled volumes (16)")
+    parser.add_argument("--count", type=int, default=10, help="volumes generated of each mask (10)")
+    parser.add_argument("--steps", type=int, default=400, help="of each U-Net's training (400)")
+    parser.add_argument("--iterations", type=int, default=600, help="of each segmenter's training (600)")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 import numpy as np
 
 from evaluation import provenance, write_report
@@ -43,14 +61,7 @@ MERGED = "{0: background, 1: hippocampus}"  # what the segmenter tells apart
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Train what is not trained yet, judge, write the report and return it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
-    parser.add_argument("--seeds", type=int, default=3, help="draws of volumes, each with its trainings (3)")
-    parser.add_argument("--k", type=int, default=16, help="labelled volumes (16)")
-    parser.add_argument("--count", type=int, default=10, help="volumes generated of each mask (10)")
-    parser.add_argument("--steps", type=int, default=400, help="of each U-Net's training (400)")
-    parser.add_argument("--iterations", type=int, default=600, help="of each segmenter's training (600)")
-    options = parser.parse_args(args)
+    options = parse(args)
     check_settings(options)
     scores: dict[str, list[float]] = {}
     for seed in range(options.seeds):
@@ -139,7 +150,3 @@ def summarise(scores: dict[str, list[float]], options: argparse.Namespace) -> di
         },
         **provenance(),
     }
-
-
-if __name__ == "__main__":
-    main()

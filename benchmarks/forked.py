@@ -5,6 +5,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -66,6 +67,9 @@ def _run(script: str, args: list[str], log: str, losses: str | None, environment
     os.environ.update(environment)
     os.chdir(tempfile.gettempdir())  # nothing may depend on where one stands
     torch.set_num_threads(1)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored, if all of this runs in the background of a shell
     if losses:
 
         def note(self: Accelerator, values: dict[str, Any], step: int | None = None, log_kwargs: Any = None) -> None:

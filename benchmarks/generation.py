@@ -11,6 +11,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from volumes.command import ArgumentParser, run_command
+
+PIPELINE = Path(__file__).resolve().parents[1] / "weights" / "hippocampus"
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="pipeline folder (weights/hippocampus)")
+    parser.add_argument("--masks", type=Path, help="folder of mask files; default: masks/ in the pipeline folder")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps (20)")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="of all conditions; 1 is none (1)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs over all masks (3)")
+    parser.add_argument(
+        "--precision", choices=["auto", "bf16", "no"], default="auto", help="auto is bf16 where the hardware has it"
+    )
+    parser.add_argument("--device", help="such as cpu or cuda; default: the GPU if there is one")
+    parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 import torch
 from tqdm import tqdm
 
@@ -18,8 +41,7 @@ from evaluation import provenance, write_report
 from pipelines import MedVolumePipeline
 from training import resolve_precision
 from volumes import read_mask
-
-PIPELINE = Path(__file__).resolve().parents[1] / "weights" / "hippocampus"
+from volumes.devices import find_device
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
@@ -28,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     masks = find_masks(options.pipeline, options.masks)
     dtype = torch.bfloat16 if resolve_precision(options.precision) == "bf16" else torch.float32
     pipe = MedVolumePipeline.from_pretrained(options.pipeline, dtype=dtype)
-    pipe.to(options.device)
+    pipe.to(find_device(options.device))
     pipe.set_progress_bar_config(disable=True)
     report = {
         "benchmark": "generation",
@@ -52,21 +74,6 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         )
     print(f"report: {options.output}")
     return report
-
-
-def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="pipeline folder (weights/hippocampus)")
-    parser.add_argument("--masks", type=Path, help="folder of mask files; default: masks/ in the pipeline folder")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps (20)")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="of all conditions; 1 is none (1)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs over all masks (3)")
-    parser.add_argument(
-        "--precision", choices=["auto", "bf16", "no"], default="auto", help="auto is bf16 where the hardware has it"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as cpu or cuda")
-    parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
-    return parser.parse_args(args)
 
 
 def find_masks(pipeline: Path, masks: Path | None) -> list[Path]:
@@ -131,7 +138,3 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
         "max": max(seconds),
     }
     return {name: round(value, 4) for name, value in figures.items()}
-
-
-if __name__ == "__main__":
-    main()

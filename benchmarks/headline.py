@@ -4,13 +4,26 @@ python -m benchmarks.headline docs/performance.json --readme README.md
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from volumes.command import ArgumentParser, run_command
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("bench", type=Path, help="bench.json")
+    parser.add_argument("--readme", type=Path, required=True)
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 from .records import Record, find, short, whole_sample
-from .report import table
+from .report import read_bench, table
 
 BEGIN, END = "<!-- performance: written by benchmarks.headline -->", "<!-- end of performance -->"
 FLOAT32: dict[str, Any] = {"precision": "float32"}
@@ -64,18 +77,11 @@ def _pair(what: str, ours: Record, peer: Record) -> tuple[str, str, str, str]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Rewrite README's table. Raises: ValueError if README has no place for it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", type=Path, help="bench.json")
-    parser.add_argument("--readme", type=Path, required=True)
-    options = parser.parse_args(args)
+    options = parse(args)
     text = options.readme.read_text()
     if BEGIN not in text or END not in text:
         raise ValueError(f"{options.readme}: needs the lines {BEGIN} and {END}, between which the table goes")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    made = table(["", "ours", "peer", ""], rows(json.loads(options.bench.read_text())["measurements"]))
+    made = table(["", "ours", "peer", ""], rows(read_bench(options.bench)["measurements"]))
     options.readme.write_text(f"{before}{BEGIN}\n{made}{END}{after}")
-
-
-if __name__ == "__main__":
-    main()

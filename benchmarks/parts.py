@@ -276,4 +276,3 @@ PARTS: dict[str, Callable[[Bench, Sizes], None]] = {
     "generation": generation,
     "choices": choices,
 }
-ON_REQUEST = ("compile", "attention")  # by default on a GPU only; `--parts` runs them anywhere

@@ -12,8 +12,23 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from volumes.command import ArgumentParser, run_command
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--output", type=Path, required=True)
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
 
 from evaluation.report import provenance, write_report
 
@@ -72,12 +87,9 @@ def compare(steps: int, folder: Path, scripts: tuple[str, ...] = ("train_vae", "
     return found
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Measure, and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
+    options = parse(args)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         found = compare(options.steps, Path(folder))
@@ -85,7 +97,3 @@ def main() -> None:
     write_report(options.output, report)
     for script in found:
         print(script, {key: value for key, value in found[script].items() if key != "losses"})
-
-
-if __name__ == "__main__":
-    main()

@@ -4,11 +4,25 @@ The plots go beside the Markdown. Nothing in it is written by hand.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from volumes.command import ArgumentParser, run_command
+from volumes.text import read_object
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("bench", type=Path, help="bench.json")
+    parser.add_argument("--output", type=Path, required=True, help="Markdown to write; plots go beside it")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
 
 from . import plots, targets
 from .fits import deviation_from_proportional, power_law, rise
@@ -364,19 +378,20 @@ def markdown(bench: dict[str, Any]) -> str:
     return text
 
 
+def read_bench(path: Path) -> dict[str, Any]:
+    """A bench.json. Raises: ValueError naming a file that is none."""
+    bench = read_object(path)
+    if not isinstance(bench.get("measurements"), list):
+        raise ValueError(f"{path}: holds no measurements; give a bench.json of python -m benchmarks.run")
+    return bench
+
+
 def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", type=Path, help="bench.json")
-    parser.add_argument("--output", type=Path, required=True, help="Markdown to write; plots go beside it")
-    options = parser.parse_args(args)
-    bench = json.loads(options.bench.read_text())
+    options = parse(args)
+    bench = read_bench(options.bench)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     text = markdown(bench)
     for name in plots.draw(bench["measurements"], options.output.parent):
         text += f"\n![{name}]({name}.png)\n"
     options.output.write_text(text)
     print(f"{options.output}")
-
-
-if __name__ == "__main__":
-    main()

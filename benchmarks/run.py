@@ -11,11 +11,45 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from volumes.command import ArgumentParser, run_command
+
+NAMES = ("peak", "coding", "long_axis", "training", "sampling", "compile", "attention", "equal_time")
+NAMES += ("seam", "generation", "choices")
+ON_REQUEST = ("compile", "attention")  # by default on a GPU only; `--parts` runs them anywhere
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder for bench.json, plots and performance.md")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--parts", type=lambda text: text.split(","), help=f"comma-separated, of {','.join(NAMES)}")
+    parser.add_argument(
+        "--keep", action="store_true", help="measure --parts again, and keep the others of the folder's bench.json"
+    )
+    parser.add_argument("--equal_time_minutes", type=float, help="training of each autoencoder (5)")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes: shows that everything runs, says nothing of speed"
+    )
+    options = parser.parse_args(args)
+    if options.parts is None:
+        options.parts = [p for p in NAMES if options.device.startswith("cuda") or p not in ON_REQUEST]
+    if unknown := set(options.parts) - set(NAMES):
+        parser.error(f"unknown parts {sorted(unknown)}; there are {', '.join(NAMES)}")
+    return options
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
+from volumes.devices import find_device
+
 from . import report
 from .bench import Bench
 from .measure import FAILED, available_memory
-from .parts import ON_REQUEST, PARTS, QUICK, Sizes
+from .parts import PARTS, QUICK, Sizes
 from .records import line
+
+assert NAMES == tuple(PARTS)  # which --help names before they are imported
 
 
 def main(args: Sequence[str] | None = None) -> Path:
@@ -25,6 +59,7 @@ def main(args: Sequence[str] | None = None) -> Path:
     sizes = QUICK if options.quick else Sizes()
     if options.equal_time_minutes is not None:
         sizes = replace(sizes, equal_time_minutes=options.equal_time_minutes)
+    find_device(options.device)  # or it is refused
     bench = Bench(options.output, options.device, memory=int(0.85 * available_memory(options.device)))
     if options.keep:
         bench.keep(options.parts)
@@ -41,27 +76,3 @@ def main(args: Sequence[str] | None = None) -> Path:
     path = bench.write()
     report.main([str(path), "--output", str(options.output / "performance.md")])
     return path
-
-
-def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for bench.json, plots and performance.md")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--parts", type=lambda text: text.split(","), help=f"comma-separated, of {','.join(PARTS)}")
-    parser.add_argument(
-        "--keep", action="store_true", help="measure --parts again, and keep the others of the folder's bench.json"
-    )
-    parser.add_argument("--equal_time_minutes", type=float, help="training of each autoencoder (5)")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes: shows that everything runs, says nothing of speed"
-    )
-    options = parser.parse_args(args)
-    if options.parts is None:
-        options.parts = [p for p in PARTS if options.device.startswith("cuda") or p not in ON_REQUEST]
-    if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"unknown parts {sorted(unknown)}; there are {', '.join(PARTS)}")
-    return options
-
-
-if __name__ == "__main__":
-    main()

@@ -19,6 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from volumes.command import ArgumentParser, run_command
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=30, help="in all, shared among the jobs (30)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    parser.add_argument("--jobs", nargs="+", help="of these only; each needs what the trainings before it made")
+    parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 import nibabel as nib
 import numpy as np
 import yaml
@@ -244,14 +260,9 @@ def make_jobs(work: Path) -> list[Job]:
     ]
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Kill, and report. Ends with status 1 if anything was lost, corrupt or different."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30, help="in all, shared among the jobs (30)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
-    parser.add_argument("--jobs", nargs="+", help="of these only; each needs what the trainings before it made")
-    parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
-    options = parser.parse_args()
+    options = parse(args)
     found, chance = {}, random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="survive-") as name:
         work = Path(name)
@@ -264,7 +275,3 @@ def main() -> None:
             write_report(options.output, {**report, **provenance()})
     if any(one["corrupt_files"] or one["lost_or_different"] for one in found.values()):
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

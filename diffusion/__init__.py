@@ -1,17 +1,25 @@
 """Diffusion in latents: the U-Net, the mask's folding, objectives and schedulers, the one denoising loop, the latent
 cache."""
 
-from diffusers.models.modeling_utils import ModelMixin  # the name diffusers looks up when a pipeline folder is loaded
+from typing import TYPE_CHECKING
 
-from .conditions import moved_embeddings
-from .denoise import denoise
-from .folding import fold_mask, unfold_mask
-from .guidance import ConditionNames, check_guidance, drop_conditions
-from .images import fold_images, image_condition
-from .latent_cache import LatentAugmentation, LatentDataset, build_latent_cache, collate_latents
-from .loss import training_loss
-from .objectives import OBJECTIVES, fit_scheduler, make_scheduler
-from .unet import LatentUNet3D
+from volumes.lazy import lazy_exports
+
+from .denoise import denoise  # at once: the function has its module's name
+
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import (
+        ModelMixin,  # the name diffusers looks up when a pipeline folder is loaded
+    )
+
+    from .conditions import moved_embeddings
+    from .folding import fold_mask, unfold_mask
+    from .guidance import ConditionNames, check_guidance, drop_conditions
+    from .images import fold_images, image_condition
+    from .latent_cache import LatentAugmentation, LatentDataset, build_latent_cache, collate_latents
+    from .loss import training_loss
+    from .objectives import OBJECTIVES, fit_scheduler, make_scheduler
+    from .unet import LatentUNet3D
 
 __all__ = [
     "OBJECTIVES",
@@ -34,3 +42,5 @@ __all__ = [
     "training_loss",
     "unfold_mask",
 ]
+
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

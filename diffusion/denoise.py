@@ -3,18 +3,31 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from .guidance import UNNAMED, ConditionNames, Conditions, guidance_terms, guided
-from .objectives import Scheduler
+from .guidance import UNNAMED, ConditionNames, Conditions, Guidance, guidance_terms, guided
+from .scheduler_options import DPM, UNIPC, Scheduler, check_levels, is_flow, spacing
 
 LEAST_SPAN = 0.9  # of the schedule, that the steps must cover
-StepCallback = Callable[[int, Tensor, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class StepChange:
+    """What a callback changes for the steps that follow; None leaves it as it is. `stop` ends them."""
+
+    latents: Tensor | None = None
+    guidance_scale: float | Mapping[str, float] | None = None
+    stop: bool = False
+
+
+StepCallback = Callable[[int, Tensor, Tensor], StepChange | None]
 
 
 def set_timesteps(
@@ -24,8 +37,8 @@ def set_timesteps(
 
     A FlowMatch scheduler that takes sigmas and is given none gets 1, 1 - 1/N, ..., 1/N: its own default ends at 0.001
     and so spends a step on nothing.
-    Raises: ValueError if the scheduler takes no sigmas, they do not fall, the number of steps is not positive, or so many
-    of them do not span the schedule (`_check_span`).
+    Raises: ValueError if the scheduler takes no sigmas, they do not fall, options would move them, the number of steps is
+    not positive, or so many of them do not span the schedule (`_check_span`, `check_levels`).
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
@@ -33,15 +46,24 @@ def set_timesteps(
         raise ValueError(f"sigmas are noise levels in (0, 1] that fall, such as 1, 0.75, 0.5, 0.25; got {sigmas}")
     name = type(scheduler).__name__
     takes_sigmas = name.startswith("FlowMatch") and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
-    if sigmas is None and takes_sigmas:
-        sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
-    if sigmas is None:
-        _check_span(scheduler, num_inference_steps)
-        scheduler.set_timesteps(num_inference_steps, device=device)
-    elif takes_sigmas:
-        scheduler.set_timesteps(sigmas=list(sigmas), device=device)
-    else:
+    if sigmas is not None and not takes_sigmas:
         raise ValueError(f"{name} takes no sigmas: leave them out, or use FlowMatchEulerDiscreteScheduler")
+    if sigmas is not None:
+        moved = spacing(scheduler.config) + [one for one in ("shift_terminal",) if scheduler.config[one] is not None]
+        if moved or scheduler.shift != 1:
+            moving = ", ".join([*moved, *(["shift"] if scheduler.shift != 1 else [])])
+            raise ValueError(
+                f"sigmas are visited as they are given, {name}'s {moving} would move them; leave out either"
+            )
+    if takes_sigmas:
+        even = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
+        asked: dict[str, Any] = {"sigmas": even if sigmas is None else list(sigmas)}
+    else:
+        _check_span(scheduler, num_inference_steps)
+        asked = {"num_inference_steps": num_inference_steps}
+    scheduler.set_timesteps(**asked, device="cpu")  # to be looked at: the device may be one without data
+    check_levels(scheduler, num_inference_steps if sigmas is None else len(sigmas), begins_anywhere=sigmas is not None)
+    scheduler.set_timesteps(**asked, device=device)
     return scheduler.timesteps
 
 
@@ -49,13 +71,19 @@ def _check_span(scheduler: Scheduler, num_inference_steps: int) -> None:
     """Diffusers' steps of v and eps are whole numbers of training steps, rounded down: 200 steps of a schedule of 300 are
     one long, begin at 199, and take what is pure noise for half an image (DDIM: or step where they do not say).
 
-    Raises: ValueError where rounding leaves out more than a tenth of the schedule, naming numbers of steps that fit.
+    Raises: ValueError for more steps than were trained, and where rounding leaves out more than a tenth of the schedule,
+    naming numbers of steps that fit.
     """
-    config, name = scheduler.config, type(scheduler).__name__
-    leading = config.get("timestep_spacing") == "leading"
-    if config.get("use_flow_sigmas") or not (leading or name == "DDIMScheduler"):
+    if is_flow(scheduler):
         return
-    total, more = config["num_train_timesteps"], name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+    config, name = scheduler.config, type(scheduler).__name__
+    total, more = config["num_train_timesteps"], name in (DPM, UNIPC)
+    if not (config["timestep_spacing"] == "leading" or name == "DDIMScheduler") or more and spacing(config):
+        if num_inference_steps > total:
+            raise ValueError(
+                f"num_inference_steps {num_inference_steps}: the model was trained with {total}; use {total}"
+            )
+        return
 
     def spans(steps: int) -> bool:  # those solvers divide by one more
         return total // (steps + more) * (steps + more) >= LEAST_SPAN * total
@@ -100,13 +128,13 @@ def denoise(
     scheduler: Scheduler,
     conditions: Mapping[str, Tensor],
     *,
-    guidance_scale: float | Mapping[str, float] = 1.0,
+    guidance_scale: Guidance = 1.0,
     names: ConditionNames = UNNAMED,
     num_inference_steps: int = 20,
     sigmas: Sequence[float] | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
     callback: StepCallback | None = None,
-    progress: bool = False,
+    progress: Callable[[int], Any] | None = None,
     image: Tensor | None = None,
     strength: float = 1.0,
     region: Tensor | None = None,
@@ -121,12 +149,12 @@ def denoise(
         latents: standard normal noise (B, C, h, w, d); scaled here to what the scheduler starts from.
         scheduler: one that fits the U-Net's objective (`fit_scheduler`).
         conditions: keyword arguments of the U-Net, e.g. {"mask": ids (B, h, w, d, r)}.
-        guidance_scale: classifier-free guidance, one scale or one per condition (`guidance_terms`); 1 is none. `names`
+        guidance_scale: classifier-free guidance, one scale or one per condition (`guidance_terms`); up to 1 is none. `names`
         are those of the conditions.
         sigmas: noise levels to visit, descending from 1, instead of `num_inference_steps` even ones (FlowMatch
         schedulers only).
-        callback: called after each step with (step, timestep, latents); what it returns, if anything, replaces the
-        latents.
+        progress: makes a tqdm bar, or what has its `update`, of so many timesteps; called before the first.
+        callback: called after each step with (step, timestep, latents); says what changes, if anything.
         image: clean latents (B, C, h, w, d).
         strength: in (0, 1], the share of the steps that is made, the last ones; at 1 it begins from noise alone.
         region: bool (B, 1, h, w, d), True where latents are made; elsewhere they are those of `image`.
@@ -135,13 +163,17 @@ def denoise(
     """
     timesteps = set_timesteps(scheduler, num_inference_steps, sigmas, latents.device)
     noise, latents = latents, latents * getattr(scheduler, "init_noise_sigma", 1.0)
+    first = 0
     if image is not None:
         stages = scheduler.order  # timesteps a step; the last step of a solver of order 2 has one
         steps = -(-len(timesteps) // stages)
         first = (steps - steps_of(strength, steps)) * stages
         timesteps = timesteps[first:]
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(first)
+    if hasattr(
+        scheduler, "set_begin_index"
+    ):  # by itself it looks for the timestep, and starts at the second that equals it
+        scheduler.set_begin_index(first)
+    if image is not None:
         known = noised(scheduler, image, noise, timesteps[0])
         latents = known if first else latents if region is None else torch.where(region, latents, known)
     draws_noise = "generator" in inspect.signature(scheduler.step).parameters
@@ -151,14 +183,23 @@ def denoise(
         return unet(noisy, timestep, **given, return_dict=False)[0]
 
     prediction_of = guided(predict, guidance_terms(conditions, names, guidance_scale))
-    for step, timestep in enumerate(tqdm(timesteps, desc="denoise", disable=not progress, leave=False)):
-        scaled = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
-        latents = scheduler.step(prediction_of(scaled, timestep), timestep, latents, return_dict=False, **extra)[0]
-        if image is not None and region is not None:
-            last = step + 1 == len(timesteps)
-            known = image if last else noised(scheduler, image, noise, timesteps[step + 1])
-            latents = torch.where(region, latents, known)
-        if callback is not None:
-            replaced = callback(step, timestep, latents)
-            latents = latents if replaced is None else replaced
+    with nullcontext() if progress is None else progress(len(timesteps)) as bar:
+        for step, timestep in enumerate(timesteps):
+            scales = hasattr(scheduler, "scale_model_input")
+            scaled = scheduler.scale_model_input(latents, timestep) if scales else latents
+            latents = scheduler.step(prediction_of(scaled, timestep), timestep, latents, return_dict=False, **extra)[0]
+            if image is not None and region is not None:
+                last = step + 1 == len(timesteps)
+                known = image if last else noised(scheduler, image, noise, timesteps[step + 1])
+                latents = torch.where(region, latents, known)
+            if bar is not None:
+                bar.update()
+            change = None if callback is None else callback(step, timestep, latents)
+            if change is None:
+                continue
+            latents = latents if change.latents is None else change.latents
+            if change.guidance_scale is not None:
+                prediction_of = guided(predict, guidance_terms(conditions, names, change.guidance_scale))
+            if change.stop:
+                break
     return latents

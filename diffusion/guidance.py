@@ -5,8 +5,11 @@ and "numbers" (B, m), with columns for each named image, class or number. A cond
 value.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from .images import image_columns
 
 ABSENT = {"mask": 0, "image": 0, "classes": -1, "numbers": float("nan")}
 Conditions = Mapping[str, Tensor]
+Guidance = float | Mapping[str, float] | None
 Predict = Callable[[Tensor, Tensor, Conditions], Tensor]
 
 
@@ -26,18 +30,49 @@ def check_dropout(rates: Mapping[str, float], names: Collection[str]) -> None:
         raise ValueError(f"condition_dropout is a probability of at least 0 and below 1, got {wrong}")
 
 
-def check_guidance(scale: float | Mapping[str, float], rates: Mapping[str, float], given: Collection[str]) -> None:
-    """Raises: ValueError if `scale` names a condition that is not given, or guides by one that training never left out:
-    the model does not know what is left without it."""
-    scales = scale if isinstance(scale, Mapping) else dict.fromkeys(given, scale)
-    if unknown := sorted(set(scales) - set(given)):
-        raise ValueError(f"guidance_scale names {unknown}; the conditions given are {sorted(given)}")
+def guidance_in_effect(scale: Guidance, name: str = "guidance_scale") -> float | dict[str, float]:
+    """What a scale of classifier-free guidance does: as in diffusers, None and all from 0 to 1 are no guidance, that is 1.0:
+    the prediction under the conditions, alone (a model's card may ask for 0.0). So a value below 1 neither weakens a
+    condition nor takes it away; to do without a condition, leave it out. Of a mapping, the conditions that are guided.
+
+    Raises: ValueError for a value that is no number of at least 0, NaN and infinity included, by `name`.
+    """
+    if isinstance(scale, Mapping):
+        scales = {one: _effective(value, f"{name} of {one}") for one, value in scale.items()}
+        return {one: value for one, value in scales.items() if value != 1}
+    return _effective(scale, name)
+
+
+def _effective(scale: Any, name: str) -> float:
+    if scale is None:
+        return 1.0
+    value = scale.item() if getattr(scale, "ndim", None) == 0 else scale  # a number of numpy or torch
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+        raise ValueError(
+            f"{name} is a number of 0 or more (up to 1 is no guidance, 2 to 5 are usual), or one for each condition such as "
+            f"{{'mask': 2.0}}; got {scale!r}"
+        )
+    return max(float(value), 1.0)
+
+
+def check_guidance(scale: Guidance, rates: Mapping[str, float], given: Collection[str]) -> None:
+    """Raises: ValueError as `guidance_in_effect`, if `scale` names a condition that is not given, or guides by one that
+    training never left out: the model does not know what is left without it."""
+    effect = guidance_in_effect(scale)
+    if isinstance(scale, Mapping):
+        _check_names(scale, given)
+    scales = effect if isinstance(effect, Mapping) else dict.fromkeys(given, effect)
     never = sorted(name for name, value in scales.items() if value != 1 and not rates.get(name))
     if never:
         raise ValueError(
             f"guidance_scale {scale}: this model was never trained without {', '.join(never)}, so it cannot be guided by it; "
             "train it with model.condition_dropout, or leave guidance_scale at 1"
         )
+
+
+def _check_names(scale: Mapping[str, Any], given: Collection[str]) -> None:
+    if unknown := [name for name in scale if name not in given]:
+        raise ValueError(f"guidance_scale names {sorted(unknown, key=str)}; the conditions given are {sorted(given)}")
 
 
 @dataclass(frozen=True)
@@ -86,26 +121,25 @@ UNNAMED = ConditionNames()  # of a model without classes, numbers and images
 
 
 def guidance_terms(
-    conditions: Conditions, names: ConditionNames, scale: float | Mapping[str, float]
+    conditions: Conditions, names: ConditionNames, scale: Guidance
 ) -> list[tuple[float, dict[str, Tensor]]]:
-    """Predictions to add up, as (weight, conditions): the weights sum to 1.
+    """Predictions to add up, as (weight, conditions): the weights sum to 1. See `guidance_in_effect` for scales up to 1.
 
     One scale s (Ho & Salimans 2022, Eq. 6, with s = 1 + w): s e(all) + (1 - s) e(none).
     A scale per condition: e(all) + sum_i (s_i - 1) (e(all) - e(all but i)), so 1 leaves a condition as it is, and a
     condition that is not named has 1 (after Liu et al. 2022, who combine conditions as a sum of such differences).
 
-    Raises: ValueError for a name that is no condition of this call.
+    Raises: ValueError for a scale that is none, and for a name that is no condition of this call.
     """
-    given = names.of(conditions)
+    given, effect = names.of(conditions), guidance_in_effect(scale)
     if isinstance(scale, Mapping):
-        if unknown := sorted(set(scale) - set(given)):
-            raise ValueError(f"guidance_scale names {unknown}; the conditions given are {given}")
-        parts = {name: float(value) for name, value in scale.items() if value != 1}
-        terms = [(1 - value, names.without(conditions, {name})) for name, value in parts.items()]
-        return [(1 + sum(value - 1 for value in parts.values()), dict(conditions)), *terms]
-    if scale == 1 or not given:
+        _check_names(scale, given)
+    if isinstance(effect, Mapping):
+        terms = [(1 - value, names.without(conditions, {name})) for name, value in effect.items()]
+        return [(1 + sum(value - 1 for value in effect.values()), dict(conditions)), *terms]
+    if effect == 1 or not given:
         return [(1.0, dict(conditions))]
-    return [(float(scale), dict(conditions)), (1 - float(scale), names.without(conditions, given))]
+    return [(effect, dict(conditions)), (1 - effect, names.without(conditions, given))]
 
 
 def guided(predict: Predict, terms: Sequence[tuple[float, Conditions]]) -> Callable[[Tensor, Tensor], Tensor]:

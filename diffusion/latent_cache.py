@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -24,24 +24,28 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from autoencoder import VolumeAutoencoder
 from autoencoder.layers import as_stride
 from autoencoder.losses import cells_inside
+from autoencoder.model import deciding
 from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple, volume_parts
+from volumes.live_bar import LiveBar
 from volumes.remote import is_url, plain_path
+from volumes.settings import Axis, NonNegativeFloat, NonNegativeInt, PositiveInt, Range, ShareBelowOne, checked
 
 from .folding import fold_mask
 from .images import image_condition
 from .latent_store import LatentStore
 
 NOT_CACHED = ("classes", "numbers", "given")  # entries of the data section that latents do not depend on
+LATER = ("units", "axes")  # settings that came after caches were made: a cache without them keeps its key
 SMOOTHNESS = 6.0  # voxels: standard deviation of the Gaussian that smooths random displacements
 FORMAT = 1  # part of the key: raise it when entries are made differently
 
 
 @dataclass(frozen=True)
+@checked
 class LatentAugmentation:
     """Extra versions of each volume, made before encoding because an autoencoder does not commute with flips and
     shifts.
@@ -54,29 +58,16 @@ class LatentAugmentation:
         scale: most that each side of the other versions grows or shrinks by, as a share.
         deform: standard deviation in voxels of a smooth random displacement of the other versions (about `SMOOTHNESS` voxels).
         seed: of all.
-    Raises: ValueError without a version, for other axes than 0, 1 and 2, and for angles, shares and lengths below 0.
+    Raises: ValueError for values outside the ranges below.
     """
 
-    versions: int = 1
-    flip_axes: tuple[int, ...] = ()
+    versions: PositiveInt = 1
+    flip_axes: tuple[Axis, ...] = ()
     shift: bool = False
-    rotate: float = 0.0
-    scale: float = 0.0
-    deform: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.versions < 1:
-            raise ValueError(
-                f"the latent cache needs at least one version of each volume, got versions {self.versions}"
-            )
-        if not set(self.flip_axes) <= {0, 1, 2}:
-            raise ValueError(f"flip_axes of the latent cache are among 0, 1 and 2, got {tuple(self.flip_axes)}")
-        if min(self.rotate, self.scale, self.deform) < 0 or self.scale >= 1:
-            raise ValueError(
-                "rotate, scale and deform of the latent cache are at least 0, and scale below 1, "
-                f"got {self.rotate}, {self.scale} and {self.deform}"
-            )
+    rotate: Annotated[float, Range(0, 180)] = 0.0
+    scale: ShareBelowOne = 0.0
+    deform: NonNegativeFloat = 0.0
+    seed: NonNegativeInt = 0
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -99,10 +90,10 @@ def _file_stamp(path: Path | None) -> list[object]:
 def cache_key(dataset: VolumeDataset, vae: VolumeAutoencoder, augmentation: LatentAugmentation) -> str:
     """What the latents depend on, hashed: format, encoder and its config, preprocessing, files (name, size, time),
     augmentation. Another decoder makes no other latents."""
-    config = {k: v for k, v in dict(vae.config).items() if not k.startswith("_") and v is not None}
     cases = [[c.name, *(_file_stamp(p) for p in c.images.values()), _file_stamp(c.mask)] for c in dataset.cases]
     data = {k: v for k, v in asdict(dataset.config).items() if k not in NOT_CACHED}
-    parts = [FORMAT, weights_hash(vae.encoder), config, data, cases, asdict(augmentation)]
+    data = {k: v for k, v in data.items() if k not in LATER or v is not None}
+    parts = [FORMAT, weights_hash(vae.encoder), deciding(vae.config), data, cases, asdict(augmentation)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -198,7 +189,8 @@ def build_latent_cache(
     order = 0 if dataset.config.image_labels else 3  # a label is there or not
     there = (lambda file: file.name in store.known) if store else Path.exists
     missing = [i for i in range(len(dataset))[shard[0] :: shard[1]] if not all(map(there, files[i]))]
-    for index in tqdm(missing, desc="encode latents", disable=not progress or not missing):
+    quiet = None if progress and missing else True
+    for index in LiveBar(missing, desc="encode latents", unit="volume", disable=quiet):
         item = dataset[index]
         for version, file in enumerate(files[index]):
             padded = _version(item, vae.stride, augmentation, index, version, order)

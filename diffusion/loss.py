@@ -19,6 +19,7 @@ def training_loss(
     *,
     train_steps: int = TRAIN_STEPS,
     absolute: bool = False,
+    each: bool = False,
 ) -> Tensor:
     """Mean squared error of the prediction over the latent cells inside the field of view (Ho et al. 2020, Eq. 14), or its
     mean absolute error (as WaveGrad's, Chen et al. 2021); each volume counts the same, as in autoencoder/losses.py.
@@ -33,6 +34,7 @@ def training_loss(
         generator: source of timesteps and noise, on the CPU or on the latents' device; or one for each of the batch.
         train_steps: of the schedule, the U-Net's `train_steps`.
         absolute: whether the error is the absolute one.
+        each: whether the loss of each latent channel is returned, (C,), whose mean is the loss.
     """
     timesteps = sample_timesteps(objective, len(latents), generator, train_steps).to(latents.device)
     noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
@@ -40,5 +42,8 @@ def training_loss(
     prediction = unet(noisy * weight, timesteps, **conditions, return_dict=False)[0]
     error = prediction.float() - target.float()
     error = (error.abs() if absolute else error**2) * weight
+    if each:
+        inside = weight.expand(len(latents), *weight.shape[1:]).flatten(1).sum(1)[:, None]
+        return (error.flatten(2).sum(2) / inside.clamp_min(1.0)).mean(0)
     cells = weight.expand(len(latents), *weight.shape[1:]).flatten(1).sum(1) * latents.shape[1]
     return (error.flatten(1).sum(1) / cells.clamp_min(1.0)).mean()

@@ -5,9 +5,11 @@ Timesteps are in the scheduler's units, 0 (clean) to 1000 (noise), for every obj
 another number of steps.
 """
 
+import copy
 import inspect
+import warnings
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import diffusers
 import torch
@@ -16,7 +18,17 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-Scheduler: TypeAlias = Any  # any of diffusers' schedulers; their common base class declares none of what they share
+from .scheduler_options import (
+    FOREIGN,
+    SHIFTS,
+    Scheduler,
+    check_options,
+    check_values,
+    chosen,
+    parameters,
+    without_effect,
+)
+
 TRAIN_STEPS = 1000
 RECTIFIED_FLOW, V_PREDICTION, EPSILON = "rectified_flow", "v_prediction", "epsilon"
 OBJECTIVES = (RECTIFIED_FLOW, V_PREDICTION, EPSILON)
@@ -92,7 +104,8 @@ def make_scheduler(
 
 
 def fit_scheduler(scheduler: Scheduler, objective: str, train_steps: int = TRAIN_STEPS) -> Scheduler:
-    """The scheduler, made to speak the model's objective: unchanged if it does, converted if it can, refused if not.
+    """A scheduler of its own, never the one given, that speaks the model's objective: a copy if that does, converted if it
+    can, refused if not. So a call's steps and history stay out of the pipeline, and calls may run side by side.
 
     `DPMSolverMultistepScheduler.from_config(flow_match.config)` gives an eps scheduler without a word, and samples of
     noise; this is the guard. DPM-Solver++ and UniPC are converted to flows by `use_flow_sigmas`; schedulers of v and
@@ -102,34 +115,68 @@ def fit_scheduler(scheduler: Scheduler, objective: str, train_steps: int = TRAIN
     inverse schedulers run the other way). Clipping to [-1, 1] is undone, as latents exceed it; to a wider range that
     `make_scheduler` was told of it stays.
 
-    Raises: ValueError naming scheduler, objective and the ones that fit.
+    Every other option acts, is refused (`scheduler_options.check_options`), or is named in a warning. The shift of a flow is
+    one under both its names: UniPC made from the config of a shifted Euler has Euler's. `timestep_spacing` is the model's
+    where nobody set it; eps models keep theirs, see `make_scheduler`.
+
+    Raises: ValueError naming scheduler, objective and the ones that fit, or the option and its remedy.
+    Warns: of options that somebody set and that do not act.
     """
     check_objective(objective)
     name, config = type(scheduler).__name__, dict(scheduler.config)
-    known = FLOW_SCHEDULERS if objective == RECTIFIED_FLOW else DIFFUSION_SCHEDULERS
+    flow = objective == RECTIFIED_FLOW
+    known = FLOW_SCHEDULERS if flow else DIFFUSION_SCHEDULERS
     remedy = f"use one of {', '.join(known)}, or make_scheduler({objective!r})"
     if name not in known:
         raise ValueError(f"{name} cannot sample a model that predicts {objective}; {remedy}")
     if config["num_train_timesteps"] != train_steps:
         raise ValueError(
-            f"{name} counts {config['num_train_timesteps']} training steps, the model was trained with {train_steps}; "
-            f"{remedy}"
+            f"{name} counts {config['num_train_timesteps']} training steps, the model was trained with {train_steps} "
+            f"(num_train_timesteps); {remedy}"
         )
-    if name.startswith("FlowMatch"):
-        if config.get("invert_sigmas"):
-            raise ValueError(f"{name} with invert_sigmas runs from data to noise; {remedy}")
-        return scheduler
+    defaults, by_hand = parameters(type(scheduler)), chosen(scheduler)
+    check_values(type(scheduler), {key: config[key] for key in defaults})
+    wanted = _wanted(scheduler, objective, train_steps, by_hand)
+    options = {key: config[key] for key in defaults} | wanted
+    check_options(type(scheduler), options, flow)
+    changed = {key for key, value in wanted.items() if type(config[key]) is not type(value) or config[key] != value}
+    usual = defaults | {
+        "timestep_spacing": None if flow else make_scheduler(objective, train_steps).config.timestep_spacing
+    }
+    idle = {key for key in without_effect(name, options, flow) if options[key] not in (defaults[key], usual[key])}
+    for key in sorted(by_hand & changed - set(SHIFTS)):
+        warnings.warn(f"{name}: {key}={config[key]!r} does not fit this model; {wanted[key]!r} is taken", stacklevel=2)
+    for key in sorted(by_hand & idle - changed):
+        warnings.warn(
+            f"{name}: {key}={config[key]!r} has no effect with this model and the other options", stacklevel=2
+        )
+    for key in FOREIGN:
+        if config.get(key) and key not in defaults:
+            warnings.warn(f"{name} has no option {key}; {key}={config[key]!r} has no effect", stacklevel=2)
+    if not changed:
+        return copy.deepcopy(scheduler)
+    carried = set() if changed.isdisjoint(SHIFTS) else set(SHIFTS) - defaults.keys()  # under its other name
+    return type(scheduler).from_config({key: one for key, one in config.items() if key not in carried}, **wanted)
+
+
+def _wanted(scheduler: Scheduler, objective: str, train_steps: int, by_hand: set[str]) -> dict[str, Any]:
+    """The options that the model decides, of those that the scheduler's class has."""
+    name, config = type(scheduler).__name__, scheduler.config
+    mine, other = SHIFTS if name.startswith("FlowMatch") else SHIFTS[::-1]
     if objective == RECTIFIED_FLOW:
-        wanted = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
+        wanted = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        if mine not in by_hand and other in by_hand:
+            wanted[mine] = config[other]
+        if hasattr(scheduler, "set_shift"):
+            wanted["shift"] = wanted.get(mine, scheduler.shift)  # which the config does not know of
     else:
         trained = dict(make_scheduler(objective, train_steps).config)
-        wanted = {key: trained[key] for key in TRAINED_WITH if key in config} | {"use_flow_sigmas": False}
+        wanted = {key: trained[key] for key in TRAINED_WITH} | {"use_flow_sigmas": False}
+        if objective == V_PREDICTION and "timestep_spacing" in by_hand:
+            del wanted["timestep_spacing"]
     clips = bool(config.get("clip_sample")) and config["clip_sample_range"] > 1  # latents of unit variance exceed 1
     wanted |= {"trained_betas": None, "clip_sample": clips, "thresholding": False}
-    wanted = {key: value for key, value in wanted.items() if key in config}
-    if all(config[key] == value for key, value in wanted.items()):
-        return scheduler
-    return type(scheduler).from_config(config, **wanted)
+    return {key: value for key, value in wanted.items() if key in parameters(type(scheduler))}
 
 
 def _broadcast(values: Tensor, like: Tensor) -> Tensor:

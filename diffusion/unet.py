@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from autoencoder.layers import ChannelRMSNorm, Conv3d, Downsample, Stride, Upsample, as_stride
 from autoencoder.model import VolumeModel
+from volumes.settings import FiniteFloat, NonNegativeInt, PositiveInt, ShareBelowOne, TwoOrMore
 
 from .attention import SelfAttention
 from .conditions import ConditionEmbedding
@@ -85,10 +87,13 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         train_steps: of the schedule that v or eps is trained with; 1000 if absent. Stored here for the same reason.
         condition_dropout: how often training leaves out each condition, such as {"mask": 0.1, "sex": 0.2}; those that it
             never left out cannot be guided (Ho & Salimans 2022).
+        subjects: records of whose volumes it was trained on (`volumes.subjects`); train_ldm.py sets it.
     """
 
+    lora_subjects: dict[str, Any]  # records of the training subjects of each attached LoRA; set when one is loaded
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TimeResidualBlock"]
+    _repeated_blocks = ["TimeResidualBlock"]  # of `compile_repeated_blocks`
     # diffusers hooks only modules that are called; these are lists of lists, and what `embed_mask` calls by itself
     _group_offload_block_modules = ["down_blocks", "up_blocks", "mask_embedding"]
     # in float8 these two cost half of the whole error, and hold a twentieth of the weights (norms are never cast)
@@ -97,22 +102,23 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
     @register_to_config
     def __init__(
         self,
-        in_channels: int = 4,
-        out_channels: int = 4,
-        channels: Sequence[int] = (64, 160),
-        strides: Sequence[int | Sequence[int]] = (2,),
-        blocks: Sequence[int] = (1, 2),
+        in_channels: PositiveInt = 4,
+        out_channels: PositiveInt = 4,
+        channels: Sequence[PositiveInt] = (64, 160),
+        strides: Sequence[PositiveInt | Sequence[PositiveInt]] = (2,),
+        blocks: Sequence[PositiveInt] = (1, 2),
         attention: Sequence[bool] = (False, True),
-        head_dim: int = 32,
-        num_labels: int = 0,
-        mask_stride: int | Sequence[int] = 4,
-        mask_width: int = 32,
+        head_dim: PositiveInt = 32,
+        num_labels: NonNegativeInt = 0,
+        mask_stride: PositiveInt | Sequence[PositiveInt] = 4,
+        mask_width: PositiveInt = 32,
         objective: str = "rectified_flow",
-        condition_dropout: dict[str, float] | None = None,
+        condition_dropout: dict[str, ShareBelowOne] | None = None,
         classes: dict[str, list[str]] | None = None,
-        numbers: dict[str, dict[str, float]] | None = None,
-        images: dict[str, int] | None = None,
-        train_steps: int | None = None,
+        numbers: dict[str, dict[str, FiniteFloat]] | None = None,
+        images: dict[str, PositiveInt] | None = None,
+        train_steps: TwoOrMore | None = None,
+        subjects: Sequence[Any] | None = None,
     ):
         super().__init__()
         if not len(channels) == len(strides) + 1 == len(blocks) == len(attention):

@@ -8,24 +8,39 @@ import argparse
 import json
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation.page import write_page
-from evaluation.page.render import ORDER
-from evaluation.samplers import markdown
-from weights.ship import fill, summaries
+from volumes.command import ArgumentParser, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def main(args: list[str] | None = None) -> None:
-    """Write docs/evidence.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--reports", type=Path, default=ROOT / "weights/hippocampus/results", help="folder of JSON reports"
     )
-    options = parser.parse_args(args)
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(options.reports.glob("*.json"))}
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
+from evaluation.page import write_page
+from evaluation.page.render import ORDER
+from evaluation.samplers import markdown
+from volumes.text import read_object
+from weights.ship import fill, summaries
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Write docs/evidence.md."""
+    options = parse(args)
+    found = {path.stem: read_object(path) for path in sorted(options.reports.glob("*.json"))}
+    if not any(name in found for name in ORDER):
+        raise ValueError(f"--reports {options.reports}: no JSON reports of evaluate.py there")
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, f"{name}.json") for name in ORDER if name in found]
         for path in paths:  # without the pictures of pairs, which show scans and are not beside them
@@ -39,7 +54,3 @@ def main(args: list[str] | None = None) -> None:
     })  # fmt: skip
     (ROOT / "docs/evidence.md").write_text(text)
     print(ROOT / "docs/evidence.md")
-
-
-if __name__ == "__main__":
-    main()

@@ -4,8 +4,24 @@ Each prints what it measured on the volumes that it drew, and writes it beside t
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from volumes.command import ArgumentParser, run_command
+
+NAMES = ("mask", "edits", "classes", "images", "numbers")
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("picture", choices=NAMES, help="which of them")
+    parser.add_argument("--pipeline", type=Path, help="in place of the usual one")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
 
 import numpy as np
 import torch
@@ -228,13 +244,12 @@ PICTURES: dict[str, tuple[Callable[[MedVolumePipeline], tuple[Figure, Measured]]
     "numbers": (numbers, ROOT / "output" / "phantom" / "conditions" / "pipeline"),
 }
 
+assert set(NAMES) == set(PICTURES)  # which --help names before they are made
 
-def main(args: list[str] | None = None) -> None:
+
+def main(args: Sequence[str] | None = None) -> None:
     """Draw one picture into docs/conditions."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", choices=PICTURES)
-    parser.add_argument("--pipeline", type=Path, help="in place of the usual one")
-    options = parser.parse_args(args)
+    options = parse(args)
     draw, folder = PICTURES[options.picture]
     pipe = MedVolumePipeline.from_pretrained(options.pipeline or folder)
     pipe.set_progress_bar_config(disable=True)
@@ -245,7 +260,3 @@ def main(args: list[str] | None = None) -> None:
     for name, values in measured.items():
         print(f"{name}: " + ", ".join(f"{what} {value:.4g}" for what, value in values.items()))
     print(FOLDER / f"{options.picture}.png")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,22 +1,28 @@
 """Metrics as pure functions, and the tests of usefulness that are made of them."""
 
-from .dice import dice_per_volume
-from .fidelity import mean_gradient, psnr
-from .reconstruction import codebook_report, evaluate_reconstruction, reconstruct
-from .report import machine, provenance, write_report
-from .segmentation_data import (
-    LoadedPairs,
-    Pair,
-    generated_pairs,
-    label_values,
-    learning_cases,
-    load_pairs,
-    test_cases,
-    unit_range,
-)
-from .segmenter import ITERATIONS, make_segmenter, segmenter_dice, train_segmenter
-from .spectrum import BAND_EDGES, CROP, band_names, band_power, centre_crop, hann_window, mean_band_power, ratio_db
-from .utility import SHAPE, SOURCES, iterations_of, mask_obedience, protocol, ratios, score_training
+from typing import TYPE_CHECKING
+
+from volumes.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .defaults import SHAPE, SOURCES
+    from .dice import dice_per_volume
+    from .fidelity import mean_gradient, psnr
+    from .reconstruction import codebook_report, evaluate_reconstruction, reconstruct
+    from .report import machine, provenance, write_report
+    from .segmentation_data import (
+        LoadedPairs,
+        Pair,
+        generated_pairs,
+        label_values,
+        learning_cases,
+        load_pairs,
+        test_cases,
+        unit_range,
+    )
+    from .segmenter import ITERATIONS, make_segmenter, segmenter_dice, train_segmenter
+    from .spectrum import BAND_EDGES, CROP, band_names, band_power, centre_crop, hann_window, mean_band_power, ratio_db
+    from .utility import iterations_of, mask_obedience, protocol, ratios, score_training
 
 __all__ = [
     "BAND_EDGES",
@@ -56,3 +62,5 @@ __all__ = [
     "unit_range",
     "write_report",
 ]
+
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -12,7 +12,7 @@ import torch
 
 from pipelines import Check, MaskLike, MedVolumePipeline, Rejection
 
-from .copies import CopyCheck
+from .copies import CopyCheck, check_unseen_subjects
 from .model_units import in_model_units
 
 
@@ -39,12 +39,14 @@ def anonymised(
         settings: further arguments of the pipeline, such as labels and num_inference_steps.
     Returns: what the pipeline returns for the volume ("nifti"), and its record, with "copy_check": {"threshold", "similarity" to
         the nearest of all, "patient_similarity" to the case}, and "rejected": the attempts that were copies.
-    Raises: ValueError if every attempt was a copy, and for `paths`.
+    Raises: ValueError if every attempt was a copy, for `paths`, and if `known` has its threshold from volumes that the pipeline
+        learned from.
     """
     if "paths" in settings:
         raise ValueError(
             "paths would be written before they are compared: write what is returned, by pipelines.write_synthetic"
         )
+    check_unseen_subjects(known, pipe.training_subjects, "known")
     check = copy_check_with(known, image, pipe.data)
     rejection = Rejection([check], most)
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .defaults import CLASSIFIER_STEPS as ITERATIONS
+
 BATCH_SIZE = 16
 LEARNING_RATE = 2e-3
-ITERATIONS = 600
 SHIFT = 3  # voxels, by which training moves volumes along each axis at random
 SMALLEST = 16  # voxels a side: the network halves four times
 

@@ -4,6 +4,8 @@ Volumes are (X, Y, Z) in [0, 1]. Slices drawn one by one, or pasted from pieces,
 axis makes them glide too well. Both are seen only against real volumes of the same grid spacing.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 AXES = ("x", "y", "z")
@@ -16,6 +18,14 @@ def names() -> list[str]:
     return [f"{axis} {statistic}" for axis in AXES for statistic in STATISTICS]
 
 
+def check_slices(shape: Sequence[int]) -> None:
+    """Raises: ValueError for an axis of fewer than 3 slices."""
+    if min(shape) < 3:
+        raise ValueError(
+            f"a volume of {tuple(shape)} voxels: an axis of fewer than 3 slices has no second difference (consistency)"
+        )
+
+
 def slice_statistics(volume: np.ndarray) -> np.ndarray:
     """(X, Y, Z) -> (12,), for each axis, of its slices s:
 
@@ -26,8 +36,7 @@ def slice_statistics(volume: np.ndarray) -> np.ndarray:
 
     Raises: ValueError for an axis of fewer than 3 slices.
     """
-    if min(volume.shape) < 3:
-        raise ValueError(f"a volume of {volume.shape} voxels: an axis of fewer than 3 slices has no second difference")
+    check_slices(volume.shape)
     found = []
     for axis in range(3):
         slices = np.moveaxis(np.asarray(volume, np.float64), axis, 0).reshape(volume.shape[axis], -1)

@@ -6,9 +6,9 @@ python generate.py ... --reject_copies out/fingerprints.safetensors
 A `CopyCheck` holds a fingerprint of each training volume: the means of blocks of `block` voxels in a crop about the centre.
 
 What fingerprints reveal: each is a blurred scan. Coarse anatomy can be seen in it (at 4 voxels a block, 1/64 of the numbers), whoever has a
-patient's scan can tell whether it was in the training set (that is what the check does), and two fingerprints of one patient can be
-matched. They leave out fine texture and everything outside the crop, and nothing more. So they are personal data wherever the scans are:
-publish them only with scans that are public. With blocks of 1 voxel they are the scans, and are not written to files.
+patient's scan, name or number can tell whether it was in the training set (that is what the check does), and two fingerprints of one
+patient can be matched. They leave out fine texture and everything outside the crop, and nothing more. So they are personal data wherever
+the scans are: publish them only with scans that are public. With blocks of 1 voxel they are the scans, and are not written to files.
 
 What they cannot tell apart: volumes that agree in all but fine detail. Set the threshold by `calibrated`, on unseen real volumes, as the
 command does. A fraction `--alpha` of volumes that copy nobody are refused then, too, and are made again.
@@ -18,28 +18,69 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from jsonargparse import Namespace
+
+from volumes.command import run_command
+from volumes.settings import Axis, InnerShare, NonNegativeInt, Number, PositiveInt, TwoOrMore
+
+from .report import add_overlap_argument, config_parser
+
+
+def parse(args: Sequence[str] | None) -> Namespace:
+    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    parser = config_parser("evaluation.copies", __doc__, args)
+    parser.add_argument("--output", type=str, required=True, help="fingerprints to write, a .safetensors file")
+    parser.add_argument(
+        "--block", type=Number(TwoOrMore), default=4, help="voxels a side of the blocks that are averaged, 2 or more"
+    )
+    parser.add_argument(
+        "--crop",
+        type=Number(PositiveInt),
+        nargs=3,
+        help="voxels about the centre that are compared, multiples of the block; default: what all training volumes hold",
+    )
+    parser.add_argument(
+        "--shift", type=Number(NonNegativeInt), default=2, help="voxels by which a copy may be moved along each axis"
+    )
+    parser.add_argument(
+        "--flips", type=Number(Axis), nargs="*", default=[], help="axes, 0 to 2, along which it may be mirrored"
+    )
+    parser.add_argument(
+        "--alpha", type=Number(InnerShare), default=0.05, help="fraction of unseen real subjects that may be refused"
+    )
+    add_overlap_argument(parser)
+    parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
+    assert isinstance(parsed, Namespace)
+    return parsed
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jsonargparse import Namespace
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from pipelines import Check
 from volumes import VolumeDataset, load_cases, pad_or_crop
+from volumes.live_bar import LiveBar
+from volumes.subjects import check_marks, is_complete, seen, unknown_volumes
 
+from .limits import check_command
 from .model_units import in_model_units
 from .neighbours import Sides, Space, Volumes, common_crop, crop_of, standardised
 from .privacy import Units, conformal_threshold, wilson
-from .report import config_parser
 
+logger = logging.getLogger(__name__)
 FORMAT = "medvolume copy check 1"
 SPLITS = {"training": ("train",), "unseen": ("validation", "test")}
 
@@ -59,6 +100,8 @@ class CopyCheck:
     A volume is moved by up to `shift` voxels along each axis and mirrored along every combination of `flips`, so that a copy moved by
     whole voxels is found as one that was not, if it extends `shift` voxels beyond the crop; elsewhere its edge is repeated.
     `threshold`: similarity above which a volume is a copy.
+    `subjects`: what the "training" volumes, and the "unseen" ones that set the threshold, are recognised by (`volumes.subjects.marks_of`
+    of each), by which a model knows whether they are its own.
     """
 
     fingerprints: Tensor
@@ -67,6 +110,7 @@ class CopyCheck:
     flips: tuple[int, ...] = ()
     shift: int = 2
     threshold: float = 1.0
+    subjects: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -121,6 +165,10 @@ class CopyCheck:
         if self.block < 2:
             raise ValueError("fingerprints of single voxels are the scans; take a larger block")
         entries = {name: getattr(self, name) for name in ("crop", "block", "flips", "shift", "threshold")}
+        entries["subjects"] = {
+            part: [{kind: sorted(found) for kind, found in one.items()} for one in marks]
+            for part, marks in self.subjects.items()
+        }
         save_file(
             {"fingerprints": self.fingerprints.half().contiguous()},
             path,
@@ -150,12 +198,16 @@ class CopyCheck:
             settings |= {"crop": tuple(settings["crop"]), "flips": tuple(settings["flips"])}
             check = cls(fingerprints, **settings)
             check._check_settings()
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: its settings do not fit its fingerprints, make it anew ({error})") from error
         return check
 
     def _check_settings(self) -> None:
         """Raises: ValueError or TypeError for settings by which no copy would be found, or none could be looked for."""
+        for part, marks in self.subjects.items():
+            if part not in SPLITS:
+                raise ValueError(f"subjects {part!r}")
+            check_marks(marks)
         x, y, z = self.crop
         whole = [x, y, z, self.block, self.shift, *self.flips]
         if not all(type(n) is int for n in whole) or self.block < 2 or not 0 <= self.shift <= min(x, y, z):
@@ -185,11 +237,37 @@ def _blocks(volume: Tensor, block: int) -> Tensor:
     return F.avg_pool3d(volume[None], block)[0]
 
 
-def copy_check(path: str | Path, data: Mapping[str, Any]) -> Check:
+def check_unseen_subjects(known: CopyCheck, records: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Check fingerprints against the records of a model's training subjects (`volumes.subjects`).
+
+    Volumes that the model learned from and that have no fingerprint have a warning, and so has what is not known.
+    Raises: ValueError if the threshold was set by volumes that the model learned from: it lets copies of them pass.
+    """
+    if not known.subjects or not is_complete(records):
+        whose = "hold no record of their subjects" if not known.subjects else "are for a model without a whole record"
+        logger.warning("%s: these fingerprints %s, so whether they fit the model was not checked", name, whose)
+    unseen = known.subjects.get("unseen", [])
+    if count := sum(seen(records, marks, ["train"]) is not None for marks in unseen):
+        raise ValueError(
+            f"{name}: {count} of the {len(unseen)} volumes by which its threshold was set are among those that the model learned "
+            "from, so copies would pass; make the fingerprints with the split of the model's training (data.split, "
+            "data.test_fraction, data.split_seed, data.subject as in the config.yaml of its run). If they are other people who "
+            "only share names, make them with --accept_overlap"
+        )
+    if known.subjects and (missing := unknown_volumes(records, known.subjects.get("training", []))):
+        logger.warning(
+            "%s: %d volumes that the model learned from have no fingerprint; copies of them pass", name, missing
+        )
+
+
+def copy_check(path: str | Path, data: Mapping[str, Any], records: Sequence[Mapping[str, Any]] = ()) -> Check:
     """What `generate.py --reject_copies` asks of each image that a pipeline with this `data` makes, and what it records:
     {"fingerprints": sha256 of the file, "threshold", "similarity"}.
 
-    Raises: ValueError for another file, and for fingerprints of another number of channels than the model makes.
+    Args:
+        records: the pipeline's `training_subjects`.
+    Raises: ValueError for another file, for fingerprints of another number of channels than the model makes, and as
+        `check_unseen_subjects`.
     """
     known = CopyCheck.load(path)
     if (found := known.fingerprints.shape[1]) != len(data["channels"]):
@@ -197,6 +275,8 @@ def copy_check(path: str | Path, data: Mapping[str, Any]) -> Check:
             f"{path}: holds fingerprints of {found} channels, the model makes {len(data['channels'])} "
             f"({', '.join(data['channels'])}); make them from the model's own training set"
         )
+
+    check_unseen_subjects(known, records, str(path))
 
     def judge(image: Any) -> tuple[bool, dict[str, Any]]:
         found = known.check(in_model_units(image, data))
@@ -214,23 +294,20 @@ def main(args: Sequence[str] | None = None) -> CopyCheck:
     options = parse(args)
     cases = load_cases(options.data)
     split = {name: [case for case in cases if case.split in part] for name, part in SPLITS.items()}
-    for name, of_split in split.items():
-        if not of_split:
-            raise ValueError(
-                f"the data has no {name} volumes (split {' or '.join(SPLITS[name])}); see data.test_fraction"
-            )
+    check_command("copies", cases, options.data, {"alpha": options.alpha})
     training, unseen = (VolumeDataset(split[name], options.data) for name in SPLITS)
     subjects, seen = [case.subject for case in unseen.cases], {case.subject for case in training.cases}
     if shared := sorted(seen & set(subjects)):
         raise ValueError(f"subjects {shared[:5]} are unseen and in training: split by subject")
-    conformal_threshold(np.zeros(len(subjects)), subjects, options.alpha)  # too few subjects are named before the work
     # [-1, 1] here and [0, 1] in generate.py are one to a correlation
     known, others = ([prepared.image.array for prepared in dataset.prepared] for dataset in (training, unseen))
     crop = tuple(options.crop) if options.crop else default_crop(known, options.block, options.shift)
     check = CopyCheck.of(known, crop, block=options.block, flips=tuple(sorted(set(options.flips))), shift=options.shift)
-    with tqdm(others, unit="volume", disable=None, desc="comparing unseen volumes") as progress:
+    with LiveBar(others, unit="volume", disable=None, desc="comparing unseen volumes") as progress:
         scores = np.array([check.check(volume).similarity for volume in progress])
-    check = dataclasses.replace(check, threshold=conformal_threshold(scores, subjects, options.alpha))
+    others_marks = [{"voxels": one["voxels"]} for one in unseen.marks] if options.accept_overlap else unseen.marks
+    marks = {"training": training.marks, "unseen": others_marks}
+    check = dataclasses.replace(check, threshold=conformal_threshold(scores, subjects, options.alpha), subjects=marks)
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     check.save(options.output)
     count = len(set(subjects))
@@ -243,27 +320,6 @@ def main(args: Sequence[str] | None = None) -> CopyCheck:
     return check
 
 
-def parse(args: Sequence[str] | None) -> Namespace:
-    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
-    parser = config_parser("evaluation.copies", __doc__, args)
-    parser.add_argument("--output", type=str, required=True, help="fingerprints to write, a .safetensors file")
-    parser.add_argument("--block", type=int, default=4, help="voxels a side of the blocks that are averaged, 2 or more")
-    parser.add_argument(
-        "--crop",
-        type=int,
-        nargs=3,
-        help="voxels about the centre that are compared, multiples of the block; default: what all training volumes hold",
-    )
-    parser.add_argument("--shift", type=int, default=2, help="voxels by which a copy may be moved along each axis")
-    parser.add_argument("--flips", type=int, nargs="*", default=[], help="axes, 0 to 2, along which it may be mirrored")
-    parser.add_argument(
-        "--alpha", type=float, default=0.05, help="fraction of unseen real subjects that may be refused"
-    )
-    parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
-    assert isinstance(parsed, Namespace)
-    return parsed
-
-
 def default_crop(volumes: Volumes, block: int, shift: int) -> Sides:
     """What all volumes hold wherever a copy was moved, in whole blocks. Raises: ValueError where that is less than two."""
     sides = common_crop(volumes)
@@ -274,7 +330,3 @@ def default_crop(volumes: Volumes, block: int, shift: int) -> Sides:
             "give a smaller --block or --shift, or a --crop (the edges of what lacks some of it are repeated)"
         )
     return x, y, z
-
-
-if __name__ == "__main__":
-    main()

@@ -115,9 +115,7 @@ def compare_sets(
     Raises: ValueError for a set of fewer than `SMALLEST` volumes.
     """
     random = np.random.default_rng(seed)
-    for name in SETS:
-        if len(sets[name]) < SMALLEST:
-            raise ValueError(f"{len(sets[name])} {name} volumes are too few to compare; give {SMALLEST} or more")
+    check_counts({name: len(sets[name]) for name in SETS})
     groups = {name: _groups(len(sets[name]), (subjects or {}).get(name)) for name in SETS}
     count = min(len(sets[name]) for name in SETS) // 2
     found: dict[str, list[Any]] = {"generated_to_test": [], "training_to_test": [], "test_halves": []}
@@ -130,6 +128,12 @@ def compare_sets(
     excess = np.subtract(found["generated_to_test"], found["training_to_test"])
     report: dict[str, Any] = {"count": count, "whole": _plain(distance(sets["generated"], sets["test"]))}
     return report | {name: spread(values) for name, values in {**found, "excess": excess}.items()}
+
+
+def check_counts(counts: Mapping[str, int]) -> None:
+    """Raises: ValueError for sets of too few volumes to compare, by name."""
+    if few := [f"{count} {name} volumes" for name, count in counts.items() if count < SMALLEST]:
+        raise ValueError(f"{' and '.join(few)} are too few to compare; give {SMALLEST} or more")
 
 
 def compare_columns(sets: Mapping[str, np.ndarray], names: Sequence[str], **options: Any) -> dict[str, dict[str, Any]]:

@@ -12,24 +12,68 @@ python -m evaluation.doctor --config configs/real_sizes/ct/ldm_24gb.yaml --shape
 says what training and generation need in memory for volumes of that size, without any data.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from jsonargparse import Namespace
-from tqdm import tqdm
+
+from volumes.command import run_command
+from volumes.settings import Number, PositiveFloat, PositiveInt
+
+from .report import config_parser
+
+
+def parse(args: list[str] | None) -> Namespace:
+    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    parser = config_parser("evaluation.doctor", __doc__, args)
+    parser.add_argument(
+        "--pipeline", type=str, help="after training: folder of the pipeline, or of the autoencoder alone"
+    )
+    parser.add_argument(
+        "--volumes", type=Number(PositiveInt), default=8, help="real volumes that generated ones are compared with"
+    )
+    parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps")
+    parser.add_argument(
+        "--shape", type=tuple[int, int, int], help="only how much memory volumes of so many voxels take; needs no data"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="with --shape: run one step of each stage, and measure")
+    parser.add_argument(
+        "--memory", type=Number(PositiveFloat), help="with --shape: GiB of the accelerator that is planned for"
+    )
+    parser.add_argument(
+        "--precision", type=Literal["no", "bf16", "fp16"], help="with --shape: of training; default: the config's"
+    )
+    parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
+    parser.add_argument("--output", type=str, help="report to write, a JSON file")
+    parsed = parser.instantiate(parser.parse_args(args))
+    if parsed.shape and parsed.pipeline:
+        parser.error("--shape looks at no data: leave out --pipeline")
+    if (parsed.dry_run or parsed.precision or parsed.memory is not None) and not parsed.shape:
+        parser.error("--dry_run, --memory and --precision need --shape, the size of the volumes")
+    if parsed.shape and min(parsed.shape) < 1:
+        parser.error(f"--shape {list(parsed.shape)}: a volume has at least one voxel a side")
+    if parsed.memory is not None and not parsed.memory > 0:
+        parser.error(f"--memory {parsed.memory}: give the accelerator's GiB, more than 0")
+    assert isinstance(parsed, Namespace)
+    return parsed
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
+import numpy as np
 
 from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
 from volumes import Case, DataConfig, VolumeDataset
 from volumes.conditions import describe_numbers
+from volumes.devices import find_device
+from volumes.live_bar import LiveBar
 
 from .doctor_cases import Examined, Finding, examine_cases, fail, find_cases, warn
-from .doctor_config import Run, build_models, check_fit, estimate, plan
+from .doctor_config import Run, build_models, check_fit, check_settings, estimate, plan
 from .doctor_data import (
     check_conditions,
     check_crops,
@@ -41,8 +85,11 @@ from .doctor_data import (
     check_size,
 )
 from .doctor_leaks import check_leaks
+from .doctor_limits import check_evaluation
 from .doctor_model import check_latents, check_limits, compare_limits, latent_summary
-from .report import config_parser, provenance, read_config, write_report
+from .doctor_start import advise_start
+from .report import provenance, read_config, write_report
+from .seen import overlap_findings, read_judged
 
 
 def main(args: list[str] | None = None) -> int:
@@ -52,11 +99,12 @@ def main(args: list[str] | None = None) -> int:
     sections = read_config(Path(options.config))
     folder = Path(options.config).parent
     if options.shape:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        run = Run.of(sections)
-        run = run if options.precision is None else replace(run, bf16=options.precision == "bf16")
-        asked = {"memory": options.memory, "dry_run": options.dry_run, "device": device}
-        findings, measured = plan(config, sections, run, options.shape, folder, **asked)
+        device = find_device(options.device)
+        findings, measured = check_settings(sections), {}
+        if not findings:
+            run = Run.of(sections, options.precision, accelerator=options.memory is not None)
+            asked = {"memory": options.memory, "dry_run": options.dry_run, "device": device}
+            findings, measured = plan(config, sections, run, options.shape, folder, **asked)
     else:
         findings, measured = before_training(config, sections, folder)
     if options.pipeline and not any(one.level == "FAIL" and one.check in ("files", "splits") for one in findings):
@@ -79,51 +127,26 @@ def main(args: list[str] | None = None) -> int:
     return 1 if counts["FAIL"] else 0
 
 
-def parse(args: list[str] | None) -> Namespace:
-    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
-    parser = config_parser("evaluation.doctor", __doc__, args)
-    parser.add_argument(
-        "--pipeline", type=str, help="after training: folder of the pipeline, or of the autoencoder alone"
-    )
-    parser.add_argument("--volumes", type=int, default=8, help="real volumes that generated ones are compared with")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
-    parser.add_argument(
-        "--shape", type=tuple[int, int, int], help="only how much memory volumes of so many voxels take; needs no data"
-    )
-    parser.add_argument("--dry_run", action="store_true", help="with --shape: run one step of each stage, and measure")
-    parser.add_argument("--memory", type=float, help="with --shape: GiB of the accelerator that is planned for")
-    parser.add_argument(
-        "--precision", type=Literal["no", "bf16"], help="with --shape: of training; default: the config's"
-    )
-    parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
-    parser.add_argument("--output", type=str, help="report to write, a JSON file")
-    parsed = parser.instantiate(parser.parse_args(args))
-    if parsed.shape and parsed.pipeline:
-        parser.error("--shape looks at no data: leave out --pipeline")
-    if (parsed.dry_run or parsed.precision or parsed.memory is not None) and not parsed.shape:
-        parser.error("--dry_run, --memory and --precision need --shape, the size of the volumes")
-    if parsed.shape and min(parsed.shape) < 1:
-        parser.error(f"--shape {list(parsed.shape)}: a volume has at least one voxel a side")
-    if parsed.memory is not None and not parsed.memory > 0:
-        parser.error(f"--memory {parsed.memory}: give the accelerator's GiB, more than 0")
-    assert isinstance(parsed, Namespace)
-    return parsed
-
-
 def before_training(config: DataConfig, sections: dict[str, Any], folder: Path) -> tuple[list[Finding], dict[str, Any]]:
     """All that can be known of data and config without a trained model: findings, and figures for the report."""
     cases, findings = find_cases(config)
     if not cases:
         return findings, {}
-    with tqdm(total=len(cases), unit="volume", disable=None, desc="examining") as progress:
+    with LiveBar(total=len(cases), unit="volume", disable=None, desc="examining") as progress:
         examined, refused = examine_cases(cases, config, lambda name: progress.update())
-    findings += check_found(cases, examined, refused, config) + check_size(cases)
+    findings += check_found(cases, examined, refused, config)
     if not examined:
         return findings, {}
     findings += check_leaks(examined) + check_geometry(examined, config) + check_intensity(examined, config)
     dropout = (sections.get("model") or {}).get("condition_dropout") or {}
     findings += check_labels(examined) + check_conditions(examined, config, dropout)
+    findings += check_evaluation(examined, config)
     found, measured = check_model(examined, config, sections, folder)
+    for path in dict.fromkeys(str(sections[key]) for key in ("vae", "init_from") if sections.get(key)):
+        if Path(path).exists():  # else that it is missing is said above
+            voxels = {one.case.name: one.voxels for one in examined}
+            spacings = [one.spacing for one in examined] if config.spacing is None else None
+            found += overlap_findings(path, [one.case for one in examined], config, voxels, spacings)
     rows = [
         {
             "name": one.case.name,
@@ -145,11 +168,13 @@ def before_training(config: DataConfig, sections: dict[str, Any], folder: Path) 
 def check_model(
     examined: Sequence[Examined], config: DataConfig, sections: dict[str, Any], folder: Path
 ) -> tuple[list[Finding], dict[str, Any]]:
-    """The model section built and run without numbers: crops, padding, memory."""
+    """The model section built and run without numbers: crops, padding, memory; and what a small set may start from."""
+    latent = "vae" in sections
+    if wrong := check_settings(sections):
+        return [*wrong, *check_size(examined, None, latent)], {}
     if not sections.get("model"):
-        return [
-            warn("model", "the config has no section `model`: memory is not estimated", "give a training config")
-        ], {}
+        missing = "the config has no section `model`: memory is not estimated"
+        return [*check_size(examined, None, latent), warn("model", missing, "give a training config")], {}
     train = [one.numbers for one in examined if one.case.split == "train"]
     numbers = describe_numbers(config.numbers, train) if config.numbers else {}
     try:
@@ -157,11 +182,15 @@ def check_model(
     except (TypeError, ValueError, KeyError) as error:
         return [fail("model", f"cannot be built: {error}", "correct the section `model`, or `vae`")], {}
     vae, run = models.vae, Run.of(sections)
+    start = (
+        None if latent or sections.get("init_from") else advise_start(vae, config, [one.spacing for one in examined])
+    )
+    findings += check_size(examined, start, latent)
     if wrong := check_fit(models, run, config):
         return [*findings, *wrong], {}
     findings += check_padding(examined, vae.stride)
     if models.unet is None and list(vae.parameters()):
-        findings += check_crops(examined, run.crop, vae.stride)
+        findings += check_crops(examined, run.crops.shape, vae.stride)
     found, measured = estimate(models, run, [one.model_shape for one in examined], config)
     return findings + found, measured
 
@@ -170,15 +199,17 @@ def after_training(
     config: DataConfig, folder: Path, volumes: int, steps: int, device: str | None
 ) -> tuple[list[Finding], dict[str, Any]]:
     """Latents of the training volumes, and of a whole pipeline what limits its quality on real test volumes."""
-    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on = find_device(device)
     cases, _ = find_cases(config)
     lenient = replace(config, on_error="skip")  # what is refused was named before
     split = {name: [case for case in cases if case.split == name] for name in ("train", "test")}
     vae = load_autoencoder(folder).to(on)  # pyright: ignore[reportArgumentType]
     train = VolumeDataset(split["train"], lenient)
-    with tqdm(total=len(train), unit="volume", disable=None, desc="encoding training volumes") as progress:
+    with LiveBar(total=len(train), unit="volume", disable=None, desc="encoding training volumes") as progress:
         summary = latent_summary(vae, train, lambda name: progress.update())
-    findings, measured = check_latents(summary), {"latents": summary}
+    voxels, spacings = read_judged(cases, config)
+    findings = overlap_findings(folder, cases, config, voxels, spacings if config.spacing is None else None)
+    findings, measured = findings + check_latents(summary), {"latents": summary}
     if not (folder / "model_index.json").is_file():
         return findings, measured
     if not split["test"]:
@@ -188,7 +219,7 @@ def after_training(
     pipe.to(on)
     pipe.set_progress_bar_config(disable=True)
     judged, floor = (VolumeDataset(_spread(split[name], volumes), lenient) for name in ("test", "train"))
-    with tqdm(total=len(judged), unit="volume", disable=None, desc="reconstructing and generating") as progress:
+    with LiveBar(total=len(judged), unit="volume", disable=None, desc="reconstructing and generating") as progress:
         try:
             limits = compare_limits(pipe, judged, floor, steps=steps, on_volume=lambda name: progress.update())
         except ValueError as error:
@@ -203,7 +234,3 @@ def _spread(cases: Sequence[Case], count: int) -> list[Case]:
     """`count` cases, evenly spread over the list."""
     chosen = np.unique(np.linspace(0, len(cases) - 1, min(count, len(cases))).round().astype(int))
     return [cases[i] for i in chosen]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

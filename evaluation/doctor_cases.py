@@ -6,7 +6,6 @@ No volume is kept: what is checked of a set of any size fits in memory.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -18,21 +17,19 @@ from volumes import (
     PHANTOM_LABELS,
     Case,
     DataConfig,
+    SourceGrid,
     Volume,
     VolumeError,
     load_cases,
     make_phantom,
     read_volume,
-    stored_grid,
 )
 from volumes.dataset import PreparedCase, prepare
-from volumes.files import is_nifti
-from volumes.nifti import open_nifti
+from volumes.plausible import Oddity
 
 THUMBNAIL = 16  # cells a side
 MIN_LEVELS = 16  # different intensities, below which a step between them says nothing
 STEP_ERROR = 0.05  # of a step, by which an intensity may miss a whole number of them
-LENGTH_UNITS = {0: "unknown", 1: "metre", 2: "mm", 3: "micron"}  # low three bits of xyzt_units
 
 
 @dataclass(frozen=True)
@@ -71,10 +68,10 @@ class Examined:
     """What is kept of a case.
 
     `shape` and `spacing` (mm) are those of the file, in RAS+ order, and `model_shape` is what a model sees. By channel:
-    `low`, `high` the scale in file units, `clipped` the share of voxels outside it, `covered` the share of it that
-    percentiles 1 to 99 span, `constant` whether nothing is left after scaling, `step` see `quantisation_step`. `labels`
-    are volumes in ml by name (0 where the case lacks the label), `digest` of the stored voxels, `thumbnail` see
-    `thumbnail_of`. Of phantoms `orientation` is "".
+    `low`, `high` the scale in file units, `highest` the largest intensity, `clipped` the share of voxels outside the scale
+    and `above` that above it, `covered` the share of it that percentiles 1 to 99 span, `step` see `quantisation_step`. `labels`
+    are volumes in ml by name (0 where the case lacks the label), `digest` of the stored voxels, `voxels` see
+    `volumes.subjects`, `thumbnail` see `thumbnail_of`. Of phantoms `orientation` is "".
     """
 
     case: Case
@@ -83,19 +80,20 @@ class Examined:
     model_shape: tuple[int, int, int]
     low: tuple[float, ...]
     high: tuple[float, ...]
+    highest: tuple[float, ...]
     clipped: tuple[float, ...]
+    above: tuple[float, ...]
     covered: tuple[float, ...]
-    constant: tuple[bool, ...]
     step: tuple[float | None, ...]
     digest: str
+    voxels: tuple[str, ...]
     thumbnail: np.ndarray
     labels: dict[str, float] = field(default_factory=dict)
     numbers: tuple[float, ...] = ()
     classes: tuple[int, ...] = ()
     orientation: str = ""
-    oblique: float = 0.0  # degrees between the voxel axes and the patient's
     unit: str = "mm"
-    located: bool = True
+    oddities: tuple[tuple[str, Oddity], ...] = ()
 
     @property
     def file(self) -> str:
@@ -154,9 +152,10 @@ def examine(case: Case, config: DataConfig) -> Examined:
     prepared = prepare(case, config)
     raw = _stored(case, config, prepared)
     count = len(raw.array)
-    clipped, covered = [], []
+    clipped, above, covered = [], [], []
     for channel, scale in zip(raw.array, prepared.scales, strict=True):
-        clipped.append(float(((channel < scale.low) | (channel > scale.high)).mean()))
+        above.append(float((channel > scale.high).mean()))
+        clipped.append(above[-1] + float((channel < scale.low).mean()))
         low, high = np.clip(np.percentile(channel, (1, 99)), scale.low, scale.high)
         covered.append(float((high - low) / (scale.high - scale.low)))
     is_map = bool(config.image_labels)
@@ -167,16 +166,19 @@ def examine(case: Case, config: DataConfig) -> Examined:
         model_shape=prepared.image.shape,
         low=tuple(float(scale.low) for scale in prepared.scales),
         high=tuple(float(scale.high) for scale in prepared.scales),
+        highest=tuple(float(channel.max()) for channel in raw.array),
         clipped=tuple(clipped),
+        above=tuple(above),
         covered=tuple(covered),
-        constant=(False,) * count if is_map else tuple(float(np.ptp(one)) == 0 for one in prepared.image.array),
         step=(None,) * count if is_map else tuple(quantisation_step(channel) for channel in raw.array),
+        voxels=prepared.voxels,
         digest=hashlib.sha256(str(raw.array.shape).encode() + np.ascontiguousarray(raw.array).tobytes()).hexdigest(),
         thumbnail=thumbnail_of(prepared.image.array),
         labels=_label_volumes(prepared, config),
         numbers=prepared.numbers,
         classes=prepared.classes,
-        **_header(next(iter(case.images.values()), None)),
+        oddities=prepared.oddities,
+        **_header(prepared.image.source),
     )
 
 
@@ -219,7 +221,10 @@ def _stored(case: Case, config: DataConfig, prepared: PreparedCase) -> Volume:
         return make_phantom(case.phantom, config.phantom.shape)[0]
     if config.image_labels:
         return prepared.image
-    parts = [read_volume(case.images[name], time_point=config.volume_number(name)) for name in config.patterns]
+    parts = [
+        read_volume(case.images[name], time_point=config.volume_number(name), **config.reading)
+        for name in config.patterns
+    ]
     return parts[0].replace(np.concatenate([part.array for part in parts]))
 
 
@@ -236,20 +241,11 @@ def _label_volumes(prepared: PreparedCase, config: DataConfig) -> dict[str, floa
     return {}
 
 
-def _header(path: Path | None) -> dict[str, Any]:
-    if path is None:
+def _header(grid: SourceGrid | None) -> dict[str, Any]:
+    """Of the first image file; {} of phantoms."""
+    if grid is None:
         return {}
-    if not is_nifti(path):  # the other kinds say where they lie in mm, or are refused
-        affine, unit, located = stored_grid(read_volume(path)).affine, "mm", True
-    else:
-        _, image = open_nifti(path, check=False)  # it was read before
-        affine, unit = image.affine, LENGTH_UNITS.get(int(image.header["xyzt_units"]) & 7, "unknown")
-        located = bool(int(image.header["qform_code"]) or int(image.header["sform_code"]))
-    axes = np.asarray(affine, np.float64)[:3, :3]
-    axes = np.abs(axes / np.linalg.norm(axes, axis=0))
     return {
-        "orientation": "".join(str(axis) for axis in nib.orientations.aff2axcodes(affine)),
-        "oblique": float(np.degrees(np.arccos(np.clip(axes.max(axis=0).min(), 0, 1)))),
-        "unit": unit,
-        "located": located,
+        "orientation": "".join(str(axis) for axis in nib.orientations.aff2axcodes(grid.affine)),
+        "unit": grid.unit,
     }

@@ -2,11 +2,12 @@
 run one step of each stage is run for good, at full size, and its memory compared with the estimate."""
 
 import importlib
+import inspect
 import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,22 @@ from torch import nn
 
 from autoencoder import AutoencoderKL3D, VolumeAutoencoder
 from autoencoder.adversarial import VolumeDiscriminator
-from autoencoder.layers import as_stride
 from diffusion import LatentUNet3D
+from diffusion.completion import complete_model
+from pipelines import MedVolumePipeline
+from pipelines.lora import add_lora
+from training.config import (
+    AdversarialConfig,
+    CropConfig,
+    LoraConfig,
+    TrainLdmConfig,
+    TrainVaeConfig,
+    crop_faults,
+    read_section,
+)
+from training.precision import resolve_precision
 from volumes import PHANTOM_LABELS, DataConfig
+from volumes.settings import faults, refuse
 
 from .doctor_cases import Finding, fail, ok, warn
 from .doctor_memory import (
@@ -34,16 +48,12 @@ from .doctor_memory import (
 )
 from .report import read_config
 
-BATCH_SIZE, CROP, CRITIC = (
-    4,
-    (32, 32, 32),
-    {"channels": 32, "layers": 2, "slices": 4, "volume": True},
-)  # configs' defaults
 REMEDIES = {
     "training": "lower loop.batch_size or the crops, set gradient_checkpointing: true or loop.mixed_precision: bf16",
     "generation": "lower batch_size of the call, or load in bfloat16",
 }
-GENERATION_BATCH = 8  # of the pipeline
+GENERATION_BATCH: int = inspect.signature(MedVolumePipeline.__call__).parameters["batch_size"].default
+PRECISIONS = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
 FULL = 0.8  # of the memory, above which an estimate is a warning
 
 
@@ -58,30 +68,56 @@ class Models:
 
 @dataclass(frozen=True)
 class Run:
-    """What of a config's training decides its memory."""
+    """What of a config's training decides its memory, as the trainer reads it.
+
+    `precision` is "no", "bf16" or "fp16"; that of `auto` is the trainer's choice on this machine.
+    """
 
     batch: int
-    crop: tuple[int, ...]
-    slices: int
-    layers: int  # of the discriminator
+    crops: CropConfig
+    adversarial: AdversarialConfig | None
     checkpointing: bool
-    bf16: bool
+    precision: str
+    algorithm: str = "muon"
+    freeze_encoder: bool = False
+    lora: LoraConfig | None = None
 
     @staticmethod
-    def of(sections: Mapping[str, Any]) -> "Run":
-        loop, critic = sections.get("loop") or {}, {**CRITIC, **(sections.get("adversarial") or {})}
+    def of(sections: Mapping[str, Any], precision: str | None = None, accelerator: bool = False) -> "Run":
+        """Read a config's sections, with the trainer's defaults.
+
+        Args:
+            precision: in place of the config's.
+            accelerator: whether it is planned for an accelerator that is not here: `auto` is bf16 on it.
+        Raises: ValueError for a section that the trainer refuses.
+        """
+        loop = read_section(TrainVaeConfig, sections, "loop")
+        asked = precision or ("bf16" if accelerator and loop.mixed_precision == "auto" else loop.mixed_precision)
         return Run(
-            batch=int(loop.get("batch_size", BATCH_SIZE)),
-            crop=tuple(int(n) for n in (sections.get("crops") or {}).get("shape", CROP)),
-            slices=int(critic["slices"]),
-            layers=int(critic["layers"]),
-            checkpointing=bool(sections.get("gradient_checkpointing")),
-            bf16=loop.get("mixed_precision") == "bf16",
+            batch=loop.batch_size,
+            crops=read_section(TrainVaeConfig, sections, "crops"),
+            adversarial=read_section(TrainVaeConfig, sections, "adversarial"),
+            checkpointing=read_section(TrainVaeConfig, sections, "gradient_checkpointing"),
+            precision=resolve_precision(asked),
+            algorithm=read_section(TrainVaeConfig, sections, "optimizer").algorithm,
+            freeze_encoder=read_section(TrainVaeConfig, sections, "freeze_encoder"),
+            lora=read_section(TrainLdmConfig, sections, "lora"),
         )
 
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The type that networks compute in under autocast; None for float32."""
+        return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
     def __str__(self) -> str:
-        precision = "bfloat16 autocast" if self.bf16 else "float32"
-        return f"{precision}, {'with' if self.checkpointing else 'without'} checkpointing"
+        return f"{PRECISIONS[self.precision]}, {'with' if self.checkpointing else 'without'} checkpointing"
+
+
+def check_settings(sections: Mapping[str, Any]) -> list[Finding]:
+    """Settings beside `data` and `model` that training would refuse: unknown ones, and values outside their ranges."""
+    owner = TrainLdmConfig if "vae" in sections else TrainVaeConfig
+    beside = {name: value for name, value in sections.items() if name not in ("data", "model")}
+    return [fail("config", said, "correct it in the config") for said in faults(owner, beside, raw=True)]
 
 
 def build_models(
@@ -97,19 +133,15 @@ def build_models(
     section = dict(sections["model"])
     if _class_of(section) is LatentUNet3D:
         vae, findings = _autoencoder_for(sections, config, folder)
-        unet = LatentUNet3D(**{**_decided(vae, config, numbers), **_arguments(section)})
+        unet = LatentUNet3D(**_arguments(complete_model(section, vae, *_described(vae, config, numbers))))
         return Models(vae, unet=unet), findings
+    refuse(faults(_class_of(section), _arguments(section), "model.", raw=True))
     vae = _class_of(section)(**_arguments(section))
-    if not sections.get("adversarial"):
+    options: AdversarialConfig | None = read_section(TrainVaeConfig, sections, "adversarial")
+    if options is None:
         return Models(vae), []
-    critic = {**CRITIC, **sections["adversarial"]}
-    network = VolumeDiscriminator(
-        vae.config["out_channels"],
-        critic["channels"],
-        critic["layers"],
-        slices=critic["slices"] > 0,
-        volume=critic["volume"],
-    )
+    looks = {"slices": options.slices > 0, "volume": options.volume}
+    network = VolumeDiscriminator(vae.config["out_channels"], options.channels, options.layers, **looks)
     return Models(vae, critic=network), []
 
 
@@ -118,18 +150,15 @@ def check_fit(models: Models, run: Run, config: DataConfig) -> list[Finding]:
     vae, channels, found = models.vae, len(config.channels), []
     if vae.config["in_channels"] != channels:
         message = f"the autoencoder takes {vae.config['in_channels']} channels, the data has {config.channels}"
-        remedy = f"set in_channels and out_channels of the autoencoder to {channels}"
+        remedy = f"set in_channels and out_channels of the autoencoder to {channels}" + (
+            "; with per_channel: true it codes each channel by itself, and may start from one-channel weights"
+            if channels > 1
+            else ""
+        )
         found.append(fail("model", message, remedy))
     if models.unet is not None or not list(vae.parameters()):
         return found
-    if any(n % s for n, s in zip(run.crop, vae.stride, strict=True)):
-        near = [max(round(n / s), 1) * s for n, s in zip(run.crop, vae.stride, strict=True)]
-        message = f"crops.shape {list(run.crop)} is no multiple of the stride {list(vae.stride)}"
-        found.append(fail("crops", message, f"use {near}"))
-    if models.critic is not None and min(run.crop) < (side := 3 * 2**run.layers):
-        message = f"crops.shape {list(run.crop)}: a discriminator of {run.layers} layers needs {side} voxels a side"
-        found.append(fail("crops", message, "enlarge the crops, or lower adversarial.layers"))
-    return found
+    return found + [fail("crops", *wrong) for wrong in crop_faults(run.crops, vae.stride, run.adversarial)]
 
 
 def estimate(
@@ -153,11 +182,13 @@ def estimate(
     largest = cells[cells.prod(axis=1).argmax()]
     whole = tuple((largest * vae.stride).tolist())
     trained = trained_step(models, run, largest.tolist())
-    training = training_bytes(trained[0], trained[1]) if trained else {"total": 0}
+    training = training_bytes(*trained, muon=run.algorithm == "muon") if trained else {"total": 0}
     if unet is not None:
         size = f"{run.batch} latents of {largest.tolist()} cells, the largest volume's, {run}"
     else:
-        size = f"{run.batch} crops of {list(run.crop)}, {run}{', with the discriminator' if models.critic else ''}"
+        size = (
+            f"{run.batch} crops of {list(run.crops.shape)}, {run}{', with the discriminator' if models.critic else ''}"
+        )
     generation = generation_bytes(vae, unet, whole, batch)
     data = dataset_bytes(shapes, len(config.channels), bool(config.masks or config.phantom))
     machine, kind = _memory() if memory is None else (memory * GIB, "accelerator")
@@ -189,8 +220,15 @@ def trained_step(models: Models, run: Run, cells: Sequence[int]) -> tuple[nn.Mod
     if run.checkpointing:
         network.enable_gradient_checkpointing()
     if unet is not None:
-        return unet, unet_step(unet, cells, run.batch, bf16=run.bf16)
-    step = autoencoder_step(vae, run.crop, run.batch, critic=critic, slices=run.slices, bf16=run.bf16)
+        if run.lora is not None:
+            add_lora(unet, **asdict(run.lora))
+        return unet, unet_step(unet, cells, run.batch, autocast=run.autocast)
+    if run.freeze_encoder:
+        vae.encoder.requires_grad_(False)
+    slices = run.adversarial.slices if run.adversarial else 0
+    step = autoencoder_step(
+        vae, run.crops.shape, run.batch, critic=critic, slices=max(slices, 1), autocast=run.autocast
+    )
     return (vae if critic is None else nn.ModuleList([vae, critic])), step
 
 
@@ -218,9 +256,8 @@ def plan(
     if wrong := check_fit(built, run, config):
         return [*findings, *wrong], {}
     found, measured = estimate(built, run, [shape], config, batch=1, memory=memory)
-    findings += found
     if not dry_run:
-        return findings, measured
+        return findings + found, measured
     sizes = measured["memory_bytes"]
     estimates = {"training step": sizes["training"].get("step")} | {
         key: sizes["generation"].get(key) for key in ("denoising", "decoding")
@@ -242,7 +279,12 @@ def plan(
         needed = peak + sum(size for part, size in sizes[kind].items() if part in ("weights", "average", "optimizer"))
         tight = needed > FULL * room
         findings.append(warn("dry run", text, REMEDIES[kind]) if tight else ok("dry run", text))
-    return findings, {**measured, "dry_run": took}
+    refuted = {one.message.partition(":")[0] for one in findings if one.check == "dry run" and one.level != "OK"}
+    kinds = {"training" if stage == "training step" else "generation" for stage in refuted}
+    found = [
+        one for one in found if one.level != "OK" or one.message.partition(" ")[0] not in kinds
+    ]  # the dry run knows better
+    return found + findings, {**measured, "dry_run": took}
 
 
 def _stages(models: Models, run: Run, shape: Sequence[int], device: torch.device) -> dict[str, Callable[[], object]]:
@@ -316,16 +358,15 @@ def _autoencoder_for(
     return vae, [warn("model", message, "run train_vae.py first, or correct `vae`")]
 
 
-def _decided(vae: VolumeAutoencoder, config: DataConfig, numbers: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """What autoencoder and data say of a U-Net, as train_ldm.py completes it."""
+def _described(
+    vae: VolumeAutoencoder, config: DataConfig, numbers: Mapping[str, Mapping[str, float]]
+) -> tuple[dict[str, Any], dict[str, slice]]:
+    """What `complete_model` asks of the data, without reading volumes, and where given images lie in the latents."""
     labels = config.label_names or (PHANTOM_LABELS if config.phantom else {})
-    width = vae.config["latent_channels"] // max(vae.channels_apart, 1)
-    return {
-        "in_channels": vae.config["latent_channels"],
-        "out_channels": vae.config["latent_channels"],
-        "mask_stride": as_stride(vae.stride),
-        "num_labels": len(labels) if config.masks or config.phantom else 0,
-        "classes": config.classes or None,
-        "numbers": {name: {key: of[key] for key in ("mean", "std")} for name, of in numbers.items()} or None,
-        "images": dict.fromkeys(config.given, width) or None,
+    data = {
+        "channels": config.channels,
+        "labels": labels if config.masks or config.phantom else {},
+        "classes": config.classes,
+        "numbers": numbers,
     }
+    return data, {name: vae.latents_of(config.channels.index(name)) for name in config.given}

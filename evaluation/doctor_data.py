@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from volumes import Case, DataConfig
+from volumes import Case, DataConfig, IntensityScaling
+from volumes.plausible import gathered
 from volumes.volume import GRID_NUMBERS
 
 from .doctor_cases import Examined, Finding, fail, names, ok, warn
@@ -16,6 +17,8 @@ MADS = 6.0  # scaled median absolute deviations (a normal distribution's standar
 SMALL_SET = 50  # subjects
 THICK = 3.0  # voxels so many times longer than wide
 RARE = 10  # volumes of a class
+FLAT = 0.05  # of a window, which a volume spans at least
+CAPPED = 2.0  # times higher than the upper percentile are the maxima of a volume that loses its peaks
 
 
 def outliers(values: Sequence[float] | np.ndarray, factor: float) -> list[int]:
@@ -33,20 +36,24 @@ def check_found(
 ) -> list[Finding]:
     """Cases, subjects and splits; the files that are refused, each by itself."""
     findings = []
+    used = [one.case for one in examined]
     parts = []
     for split in SPLITS:
-        own = [case for case in cases if case.split == split]
+        own = [case for case in used if case.split == split]
         parts.append(f"{split} {len(own)} of {len({case.subject for case in own})}")
-    subjects = len({case.subject for case in cases})
-    findings.append(ok("files", f"{len(cases)} volumes of {subjects} subjects found: {', '.join(parts)}"))
+    subjects, listed = len({case.subject for case in cases}), ", ".join(parts)
+    if refused:
+        text = f"{len(used)} of {len(cases)} volumes can be used ({subjects} subjects found): {listed}"
+        findings.append(warn("cases", text, "see each of the others below"))
+    else:
+        text = f"{len(cases)} volumes of {subjects} subjects found, every file can be read: {listed}"
+        findings.append(ok("cases", text))
     for case, reason in refused:
         file = str(next(iter(case.images.values()), case.name))
         if config.on_error == "raise":
             findings.append(fail("files", reason, "repair or remove it, or set data.on_error: skip", [file]))
         else:
             findings.append(warn("files", reason, "repair or remove it; it is skipped (data.on_error: skip)", [file]))
-    if not refused:
-        findings.append(ok("files", "every file can be read"))
     of_split = Counter(one.case.split for one in examined)
     if not of_split["train"]:
         findings.append(fail("splits", "no volume can be trained on", "see data.split, and the refused files"))
@@ -61,18 +68,28 @@ def check_found(
     return findings
 
 
-def check_size(cases: Sequence[Case]) -> list[Finding]:
-    """Advice for small sets, by subjects to train on."""
-    count = len({case.subject for case in cases if case.split == "train"})
+def check_size(examined: Sequence[Examined], start: str | None, latent: bool) -> list[Finding]:
+    """Advice for small sets, by subjects to train on.
+
+    Args:
+        start: trained weights that fit the config, and how to start from them; None if there are none.
+        latent: whether a diffusion model is trained, not an autoencoder.
+    """
+    count = len({one.case.subject for one in examined if one.case.split == "train"})
     if not count or count >= SMALL_SET:
         return [ok("size", f"{count} subjects to train on")] if count else []
-    remedy = (
-        "start from shipped weights of a similar organ (--init_from weights/hippocampus/vae); with fewer than about 20, train a LoRA "
-        "(lora:) rather than all weights; use cache: {versions: 8, flip_axes: [0], shift: true} where anatomy may be "
-        "mirrored; keep 20 % of the subjects for testing. What such a set cannot show: that volumes are as varied as patients (it has "
+    advice = [start] if start else []
+    if latent:
+        advice += [
+            "with fewer than about 20, fine-tune a trained U-Net by a LoRA (lora:, --init_from PIPELINE/unet) rather than train "
+            "all weights",
+            "use cache: {versions: 8, flip_axes: [0], shift: true} where anatomy may be mirrored",
+        ]
+    advice.append(
+        "keep 20 % of the subjects for testing. What such a set cannot show: that volumes are as varied as patients (it has "
         f"seen {count}), that rare findings are right, or that nobody is copied: run the privacy audit"
     )
-    return [warn("size", f"{count} subjects to train on: fewer than {SMALL_SET}", remedy)]
+    return [warn("size", f"{count} subjects to train on: fewer than {SMALL_SET}", "; ".join(advice))]
 
 
 def check_geometry(examined: Sequence[Examined], config: DataConfig) -> list[Finding]:
@@ -115,60 +132,73 @@ def _check_headers(examined: Sequence[Examined]) -> list[Finding]:
     counts = Counter(one.orientation for one in stored)
     told = ", ".join(f"{code} {n}" for code, n in counts.most_common())
     findings = [ok("orientation", f"stored as {told}; read as RAS")]
-    questions = (
-        ("orientation", "no qform and no sform, so left and right are unknown", lambda one: not one.located,
-         "write them with the scanner's orientation, or never trust sides"),
-        ("orientation", "axes more than 30 degrees from the patient's", lambda one: one.oblique > 30,
-         "resample them to a straight grid"),
-        ("units", "the header's unit is not mm", lambda one: one.unit in ("metre", "micron"),
-         "make sure that the voxel sizes above are right; they were converted to mm"),
-        ("units", "the header names no unit: taken as mm", lambda one: one.unit == "unknown", "set xyzt_units to mm"),
-        ("units", "voxels below 0.02 mm or above 20 mm", lambda one: min(one.spacing) < 0.02 or max(one.spacing) > 20,
-         "the unit is likely wrong; correct the header"),
-    )  # fmt: skip
-    for check, what, asked, remedy in questions:
-        files = [one.file for one in stored if asked(one)]
-        if files and what.endswith("taken as mm") and len(files) == len(stored):
-            findings.append(ok(check, f"no header names a unit of length: taken as mm ({len(files)} files)"))
-        elif files:
-            findings.append(warn(check, f"{what}: {names(files)}", remedy, files))
+    for oddity, files in gathered(found for one in examined for found in one.oddities):
+        findings.append(warn(oddity.check, f"{oddity.what}: {names([*files.values()])}", oddity.remedy, [*files]))
+    files = [one.file for one in stored if one.unit == "unknown"]
+    if len(files) == len(stored):
+        findings.append(ok("units", f"no header names a unit of length: taken as mm ({len(files)} files)"))
+    elif files:
+        findings.append(
+            warn("units", f"the header names no unit: taken as mm: {names(files)}", "set xyzt_units to mm", files)
+        )
     return findings
 
 
 def check_intensity(examined: Sequence[Examined], config: DataConfig) -> list[Finding]:
-    """Constant volumes, volumes outside the window, and scales that differ between volumes, by channel."""
-    findings = []
+    """What scaling cuts off, volumes that hardly use their window, and scales that differ between volumes, by channel: one
+    finding each. Volumes of which nothing is left are refused before (`IntensityScaling.fit`)."""
     if config.image_labels:
-        return findings
-    for index, channel in enumerate(config.channels):
-        scaling = config.scaling(channel)
-        constant = [one.file for one in examined if one.constant[index]]
-        if constant:
-            window = f"nothing of it lies in {scaling.low:g} to {scaling.high:g}"
-            remedy = "remove it, or widen data.intensity"
-            findings.append(fail("intensity", f"{channel}: constant, {window}: {names(constant)}", remedy, constant))
-        if scaling.kind == "window":
-            clipped = float(np.median([one.clipped[index] for one in examined]))
-            covered = [one.covered[index] for one in examined]
-            text = f"{channel}: median {clipped:.0%} of voxels outside {scaling.low:g} to {scaling.high:g}"
-            flat = [one.file for one, share in zip(examined, covered, strict=True) if share < 0.05]
-            flat = [file for file in flat if file not in constant]
-            if flat:
-                remedy = "check their units (HU, SUV), or narrow the window"
-                findings.append(warn("intensity", f"{text}; span less than 5 % of it: {names(flat)}", remedy, flat))
-            else:
-                findings.append(ok("intensity", text))
-            continue
-        widths = [one.high[index] - one.low[index] for one in examined]
-        text = f"{channel}: percentiles {scaling.low:g} to {scaling.high:g} span {min(widths):.4g} to {max(widths):.4g}"
-        odd = outliers(widths, 10)
-        if odd:
-            remedy = "each volume is scaled by itself, so this may be harmless; see whether they are of another kind"
-            who = _files(examined, odd)
-            findings.append(warn("intensity", f"{text}; unlike the others: {names(who)}", remedy, who))
-        else:
-            findings.append(ok("intensity", text))
-    return findings
+        return []
+    check = {"window": _check_window, "percentile": _check_percentiles}
+    return [
+        check[config.scaling(channel).kind](examined, index, channel, config.scaling(channel))
+        for index, channel in enumerate(config.channels)
+    ]
+
+
+def _check_window(examined: Sequence[Examined], index: int, channel: str, scaling: IntensityScaling) -> Finding:
+    clipped = float(np.median([one.clipped[index] for one in examined]))
+    text = f"{channel}: median {clipped:.0%} of voxels outside {scaling.low:g} to {scaling.high:g}"
+    if cut := [one for one in examined if one.highest[index] > scaling.high]:
+        highest, above = max(one.highest[index] for one in cut), max(one.above[index] for one in cut)
+        text += f"; above it up to {above:.2%}, and values up to {highest:.4g} become {scaling.high:g}"
+    flat = [one.file for one in examined if one.covered[index] < FLAT]
+    if flat:
+        remedy = "check their units (HU, SUV), or narrow the window"
+        return warn("intensity", f"{text}; span less than {FLAT:.0%} of it: {names(flat)}", remedy, flat)
+    return ok("intensity", text)
+
+
+def _check_percentiles(examined: Sequence[Examined], index: int, channel: str, scaling: IntensityScaling) -> Finding:
+    widths = [one.high[index] - one.low[index] for one in examined]
+    high, highest = (float(np.median([getattr(one, key)[index] for one in examined])) for key in ("high", "highest"))
+    above = float(np.median([one.above[index] for one in examined]))
+    text = f"{channel}: percentiles {scaling.low:g} to {scaling.high:g} span {min(widths):.4g} to {max(widths):.4g}"
+    if above:
+        text += f"; {above:.2g} of the voxels lie above, and maxima of {highest:.3g} become {high:.3g} (medians)"
+    reaches = [(one.highest[index] - one.low[index]) / (one.high[index] - one.low[index]) for one in examined]
+    if float(np.median(reaches)) >= CAPPED:
+        most = max(one.highest[index] for one in examined)
+        remedy = (
+            "harmless for values in no unit (most MR). If they are a quantity (SUV, HU, T1 in ms), each volume is scaled by itself and "
+            f"its peaks are lost: give a window, such as data.intensity: {{kind: window, low: 0, high: {_round_up(most):g}}}"
+        )
+        return warn("intensity", text, remedy)
+    odd = outliers(widths, 10)
+    if odd:
+        remedy = "each volume is scaled by itself, so this may be harmless; see whether they are of another kind"
+        return warn(
+            "intensity", f"{text}; unlike the others: {names(_files(examined, odd))}", remedy, _files(examined, odd)
+        )
+    return ok("intensity", text)
+
+
+def _round_up(value: float) -> float:
+    """The next number of two digits above a positive one: 27.3 -> 28, 1,234 -> 1,300."""
+    if value <= 0:
+        return 1.0
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return math.ceil(value / unit) * unit
 
 
 def check_labels(examined: Sequence[Examined]) -> list[Finding]:

@@ -30,8 +30,9 @@ from autoencoder.adversarial import (
 from autoencoder.losses import l1_loss, latent_loss
 from diffusion import LatentUNet3D
 from diffusion.images import image_columns
+from training.muon import is_kernel
 
-OPTIMIZER_BYTES = 8  # a weight: AdamW's two moments in float32; Muon keeps one for the kernels of convolutions
+MOMENT_BYTES = 4  # float32; AdamW keeps two moments of a weight, Muon one of the kernels of convolutions
 GIB = 2**30
 
 
@@ -92,15 +93,20 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
                 module._buffers[name] = mode.from_tensor(buffer.detach())
 
 
-def training_bytes(model: nn.Module, step: Callable[[], object]) -> dict[str, int]:
+def training_bytes(model: nn.Module, step: Callable[[], object], *, muon: bool = False) -> dict[str, int]:
     """{"weights", "average" (of the weights), "optimizer", "step" (activations and gradients at their peak), "total"} in
-    bytes, weights in float32. Of several networks: in one nn.ModuleList."""
+    bytes, weights in float32. Of several networks: in one nn.ModuleList.
+
+    Args:
+        muon: whether kernels of convolutions are updated by Muon.
+    """
     weights = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    moments = sum(p.numel() * (1 if muon and is_kernel(p) else 2) for p in trained)
     parts = {
         "weights": 4 * weights,
         "average": 4 * weights,
-        "optimizer": OPTIMIZER_BYTES * trained,
+        "optimizer": MOMENT_BYTES * moments,
         "step": peak_of(model, step, training=True),
     }
     return {**parts, "total": sum(parts.values())}
@@ -113,21 +119,21 @@ def autoencoder_step(
     *,
     critic: VolumeDiscriminator | None = None,
     slices: int = 1,
-    bf16: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> Callable[[], None]:
     """A step of training on `batch` crops: forward, L1 and latent losses, backward, and the discriminator's part. A
     perceptual network is not in it.
 
     Args:
         critic: the discriminator, which looks at so many `slices` of each crop.
-        bf16: whether networks run under bfloat16 autocast.
+        autocast: type that networks compute in; None for float32.
     """
 
     def step() -> None:
         device = next(vae.parameters()).device
         image = torch.rand(batch, vae.config["in_channels"], *crop, device=device)
         fov = torch.ones(batch, 1, *crop, dtype=torch.bool, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
             reconstruction, latents = vae(image, sample_posterior=True, return_dict=False)
         loss = l1_loss(reconstruction, image, fov) + latent_loss(latents, fov)[1]
         if critic is None:
@@ -135,13 +141,13 @@ def autoencoder_step(
             return
         planes = torch.zeros(2 * batch, slices, dtype=torch.int64, device=device)
         critic.requires_grad_(False)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
             fake = critic(reconstruction, Slices(0, planes[:batch]))
             with torch.no_grad():
                 real = critic(image, Slices(0, planes[:batch]))
         critic.requires_grad_(True)
         (loss + generator_loss(fake) + feature_matching_loss(real, fake)).backward()
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
             found = critic(torch.cat([image, reconstruction.detach()]), Slices(0, planes))
         halves = [[layer.chunk(2) for layer in features] for features in found]
         discriminator_loss(*([[layer[i] for layer in features] for features in halves] for i in range(2))).backward()
@@ -169,12 +175,14 @@ def unet_inputs(unet: LatentUNet3D, cells: Sequence[int], batch: int) -> dict[st
     return given
 
 
-def unet_step(unet: LatentUNet3D, cells: Sequence[int], batch: int, *, bf16: bool = False) -> Callable[[], None]:
-    """A step of training on `batch` latents: forward (under bfloat16 autocast or not), squared error, backward."""
+def unet_step(
+    unet: LatentUNet3D, cells: Sequence[int], batch: int, *, autocast: torch.dtype | None = None
+) -> Callable[[], None]:
+    """A step of training on `batch` latents: forward (under autocast to a type, or not), squared error, backward."""
 
     def step() -> None:
         inputs = unet_inputs(unet, cells, batch)
-        with torch.autocast(inputs["sample"].device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(inputs["sample"].device.type, autocast, enabled=autocast is not None):
             prediction = unet(**inputs)[0]
         ((prediction.float() - inputs["sample"]) ** 2).mean().backward()
 

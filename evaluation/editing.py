@@ -11,18 +11,55 @@ labels, 3 mm more on each side. Intervals are of 95 %, over subjects.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jsonargparse import Namespace
+
+from volumes.command import run_command
+from volumes.settings import NonNegativeFloat, Number, PositiveInt, PositiveShare, Seed
+
+from .report import add_overlap_argument, config_parser
+
+REGION_NAMES = ("box", "labelled")
+
+
+def parse(args: Sequence[str] | None) -> Namespace:
+    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    parser = config_parser("evaluation.editing", __doc__, args)
+    parser.add_argument("--pipeline", type=str, required=True, help="pipeline folder")
+    parser.add_argument("--output", type=str, required=True, help="report to write, a JSON file")
+    parser.add_argument("--split", choices=["train", "validation", "test"], default="test")
+    add_overlap_argument(parser)
+    parser.add_argument(
+        "--count", type=Number(PositiveInt), help="the first so many volumes of the split; default: all"
+    )
+    parser.add_argument("--regions", nargs="+", choices=REGION_NAMES, default=list(REGION_NAMES), help="which of them")
+    parser.add_argument("--strength", type=Number(PositiveShare), default=1.0, help="of the image, see the pipeline")
+    parser.add_argument(
+        "--margin", type=Number(NonNegativeFloat), help="mm of blending inside the border; default: the pipeline's"
+    )
+    parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps")
+    parser.add_argument("--seed", type=Number(Seed), default=0, help="of the noise (0)")
+    parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: cpu")
+    parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
+    assert isinstance(parsed, Namespace)
+    return parsed
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 import numpy as np
 import torch
-from jsonargparse import Namespace
-from tqdm import tqdm
 
 from pipelines import MedVolumePipeline
 from pipelines.editing import grown
 from pipelines.inpainting import MARGIN
 from volumes import Case, Volume, load_cases, read_mask, read_volume
+from volumes.devices import find_device
+from volumes.live_bar import LiveBar
 
 from .intervals import INTERVAL, subject_draws
-from .report import config_parser, provenance, write_report
+from .report import provenance, write_report
+from .seen import check_pipeline
 
 AROUND = 3.0  # mm by which the region exceeds what is labelled
 DEPTHS = (-2, -1, 0, 1, 2)  # steps from the border's faces inwards
@@ -85,10 +122,10 @@ def profile(volume: np.ndarray, region: np.ndarray) -> list[float]:
 def measure(pipe: MedVolumePipeline, cases: Sequence[Case], options: Namespace) -> dict[str, Any]:
     """Each region of each case made anew: jumps, profiles, and how many voxels outside the region changed."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in options.regions}
-    for case in tqdm(cases, unit="volume", disable=None):
+    for case in LiveBar(cases, unit="volume", disable=None):
         assert case.mask is not None
-        mask, (path,) = read_mask(case.mask), case.images.values()
-        image = read_volume(path, exact=True)
+        mask, (path,) = read_mask(case.mask, **options.data.reading), case.images.values()
+        image = read_volume(path, exact=True, **options.data.reading)
         for name in options.regions:
             region = REGIONS[name](mask)
             made = pipe(
@@ -134,6 +171,8 @@ def summary(rows: Sequence[dict[str, Any]], subjects: Sequence[str]) -> dict[str
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, write the report and return it."""
     options = parse(args)
+    device = find_device(options.device or "cpu")
+    options.margin = MARGIN if options.margin is None else options.margin
     cases = [case for case in load_cases(options.data) if case.split == options.split and case.mask is not None]
     if not cases:
         raise ValueError(f"no case of split {options.split!r} has files of image and mask; see `data` in the config")
@@ -141,8 +180,9 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     pipe = MedVolumePipeline.from_pretrained(options.pipeline)
     if len(pipe.data["channels"]) > 1:
         raise ValueError(f"the jump is measured of one channel, the model makes {pipe.data['channels']}")
+    check_pipeline(pipe, options.data, cases, options.pipeline, accepted=options.accept_overlap)
     pipe.set_progress_bar_config(disable=True)
-    result = measure(pipe.to(options.device) if options.device else pipe, cases, options)
+    result = measure(pipe.to(device), cases, options)
     settings = {key: options[key] for key in ("pipeline", "split", "strength", "margin", "steps", "seed")}
     report = {"evaluation": "editing", "settings": settings, "depths": list(DEPTHS), "regions": result, **provenance()}
     write_report(options.output, report)
@@ -155,25 +195,3 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         )
     print(f"report: {options.output}")
     return report
-
-
-def parse(args: Sequence[str] | None) -> Namespace:
-    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
-    parser = config_parser("evaluation.editing", __doc__, args)
-    parser.add_argument("--pipeline", type=str, required=True, help="pipeline folder")
-    parser.add_argument("--output", type=str, required=True, help="report to write, a JSON file")
-    parser.add_argument("--split", choices=["train", "validation", "test"], default="test")
-    parser.add_argument("--count", type=int, help="the first so many volumes of the split; default: all")
-    parser.add_argument("--regions", nargs="+", choices=list(REGIONS), default=list(REGIONS))
-    parser.add_argument("--strength", type=float, default=1.0, help="of the image, see the pipeline")
-    parser.add_argument("--margin", type=float, default=MARGIN, help="mm of blending inside the border")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: cpu")
-    parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
-    assert isinstance(parsed, Namespace)
-    return parsed
-
-
-if __name__ == "__main__":
-    main()

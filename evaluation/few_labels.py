@@ -10,14 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .defaults import BOTH, REAL, REAL_LONGER, SYNTHETIC
 from .intervals import compare_paired, over_seeds
 from .segmentation_data import LoadedPairs
-from .utility import BOTH, REAL, SYNTHETIC
 
-REAL_LONGER = (
-    "real_longer"  # as many steps as `both`: what is left of both/real then is owed to the volumes, not to the steps
-)
-ARMS = (REAL, SYNTHETIC, BOTH, REAL_LONGER)
 RATIOS = ((BOTH, REAL), (BOTH, REAL_LONGER), (SYNTHETIC, REAL), (REAL_LONGER, REAL))
 ANY = "any"  # the budget of an arm that learns from the same volumes at all of them
 Row = Mapping[str, Any]

@@ -17,10 +17,29 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from volumes.command import run_command
+from volumes.settings import Number, PositiveInt, Seed
+
+from .report import config_parser
+
+
+def parse(args: list[str] | None) -> Namespace:
+    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    parser = config_parser("evaluation.labels", __doc__, args)
+    parser.add_argument("--k", type=Number(PositiveInt), required=True, help="labelled volumes")
+    parser.add_argument("--seed", type=Number(Seed), default=0, help="another number draws other subjects")
+    parser.add_argument("--output", type=str, required=True, help="table to write, a CSV file")
+    parsed = parser.instantiate(parser.parse_args(args))
+    assert isinstance(parsed, Namespace)
+    return parsed
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 from volumes import Case, DataConfig, in_one_step, load_cases
 from volumes.remote import is_url, plain_path
 
-from .report import config_parser
 from .segmentation_data import learning_cases, test_cases
 
 
@@ -102,17 +121,6 @@ def main(args: list[str] | None = None) -> None:
     print(f"generate with: --conditions {masks}, or {test_masks} for volumes to be judged")
 
 
-def parse(args: list[str] | None) -> Namespace:
-    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
-    parser = config_parser("evaluation.labels", __doc__, args)
-    parser.add_argument("--k", type=int, required=True, help="labelled volumes")
-    parser.add_argument("--seed", type=int, default=0, help="another number draws other subjects")
-    parser.add_argument("--output", type=str, required=True, help="table to write, a CSV file")
-    parsed = parser.instantiate(parser.parse_args(args))
-    assert isinstance(parsed, Namespace)
-    return parsed
-
-
 def _write(table: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     rows = list(rows)
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -120,7 +128,3 @@ def _write(table: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-
-
-if __name__ == "__main__":
-    main()

@@ -209,9 +209,14 @@ def _first(references: Volumes, space: Space) -> tuple[Tensor, int]:
         raise ValueError(f"flips along axes {space.flips}: a volume has axes 0, 1 and 2")
     probe = _maps([references[0]], space)
     shift = 0 if probe.shape[1] == 1 and probe.shape[3:] == (1, 1) else space.shift
-    if shift < 0 or 2 * shift >= min(probe.shape[2:]) > 1:
-        raise ValueError(f"shift {space.shift} of {tuple(probe.shape[2:])} cells: it must be less than half of a side")
+    check_shift(shift, tuple(probe.shape[2:]))
     return probe, shift
+
+
+def check_shift(shift: int, sides: Sequence[int]) -> None:
+    """Raises: ValueError for a shift of half a side or more, which leaves too little to compare."""
+    if shift < 0 or 2 * shift >= min(sides) > 1:
+        raise ValueError(f"shift {shift} of {tuple(sides)} cells: it must be less than half of a side")
 
 
 class _Prepared(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.provenance import read_sidecar, volume_files
+from pipelines.provenance import read_sidecar, sidecars, volume_files
 from volumes import Case, DataConfig, VolumeDataset, pad_or_crop
 
 from .classifier import classify, train_classifier
@@ -38,7 +38,7 @@ def generated_cases(folder: Path, config: DataConfig) -> list[Case]:
     Raises: ValueError if there is none, and for one without a file for each channel of the data.
     """
     cases, channels = [], list(config.patterns)
-    for sidecar in sorted(folder.glob("*.json")):
+    for sidecar in sidecars(folder):
         path = sidecar.with_suffix(".nii.gz")  # what generate.py writes
         record = read_sidecar(path) or {}
         images = dict(zip(record.get("channels") or channels[:1], volume_files(path, record), strict=True))

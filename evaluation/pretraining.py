@@ -10,16 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .defaults import PRETRAINING_STEPS as ITERATIONS
 from .segmenter import BATCH_SIZE, LEARNING_RATE, make_segmenter
 
-ITERATIONS = 1200
 BLOCK = 8  # voxels a side
 HIDDEN = 0.5  # share of the blocks
 NOISE = 0.1  # standard deviation, on what is not hidden
 WIDTH = 16  # channels before the last convolution
 HEAD = "model.2."  # the segmenter's last layer, whose width is that of its task
 
-STARTS = ("scratch", "synthetic", "real")
 DIFFERENCES = (("synthetic", "scratch"), ("real", "scratch"), ("synthetic", "real"))
 
 

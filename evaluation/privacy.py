@@ -61,7 +61,22 @@ def conformal_threshold(scores: np.ndarray, units: Units, alpha: float) -> float
 def check_unseen(units: Units, alpha: float) -> None:
     """Raises: ValueError where `memorised` will, for too few unseen units for alpha; ask before the work of comparing."""
     others = sorted(set(units))[1:]  # each unit is judged by the threshold of the others
-    conformal_threshold(np.zeros(len(others)), others, alpha)
+    try:
+        conformal_threshold(np.zeros(len(others)), others, alpha)
+    except ValueError as error:
+        if not 0 < alpha < 1:
+            raise
+        needed = round(np.ceil(1 / alpha - 1e-9))
+        raise ValueError(
+            f"of {len(others) + 1} unseen subjects each is judged by the others, and {error}, or hold out {needed} subjects "
+            "(data.test_fraction)"
+        ) from error
+
+
+def check_references(units: Units) -> None:
+    """Raises: ValueError for references of one subject, in which nothing is second nearest."""
+    if len(set(units)) < 2:
+        raise ValueError("a ratio of distances needs references of two subjects")
 
 
 def memorised(
@@ -121,8 +136,7 @@ def distance_ratio(similarity: np.ndarray, units: Units) -> np.ndarray:
     A copy has one nearest and no other (Yoon et al. 2023; Carlini et al. 2023 divide by the mean of many). Distances are those of
     standardised volumes, sqrt(2 (1 - correlation)). Raises: ValueError for references of one subject.
     """
-    if len(set(units)) < 2:
-        raise ValueError("a ratio of distances needs references of two subjects")
+    check_references(units)
     names, nearest = np.asarray(units), similarity.argmax(1)
     others = np.where(names[None] == names[nearest][:, None], -np.inf, similarity).max(1)
     first, second = (np.sqrt(np.maximum(2 * (1 - s), 0)) for s in (similarity.max(1), others))

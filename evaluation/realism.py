@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from . import consistency, intensity
+from .defaults import REALISM_PARTS as PARTS
+from .defaults import SIMILARITY_PAIRS as PAIRS
 from .distances import (
     SETS,
     closer_than_test,
@@ -23,11 +25,10 @@ from .distances import (
     standardise,
 )
 from .features import Extractor, extract
-from .similarity import PAIRS, compare_diversity, pair_similarity, random_pairs, scales_of, weights_of
+from .similarity import compare_diversity, pair_similarity, random_pairs, scales_of, weights_of
 from .spectrum import band_names, centre_crop
 from .volume_sets import VolumeSet
 
-PARTS = ("features", "diversity", "consistency", "intensity")
 LEAST_SPREAD = 0.1  # of features, see standardise: cubic kernels are drowned by rare features without it
 TOLERANCE = 1e-3  # by which intensities may leave [0, 1]
 

@@ -12,10 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from jsonargparse import ArgumentParser
+import jsonargparse
 
 from volumes import DataConfig
+from volumes.config_parser import ConfigParser, config_files
+from volumes.preprocessing import inherited
+from volumes.settings import faults, refuse
 from volumes.text import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def provenance() -> dict[str, Any]:
     """The command, when, the machine, and the versions: what it takes to run a measurement again."""
+    import torch  # here, for commands parse their arguments before it is imported
+
     return {
         "command": " ".join(["python", program(), *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -40,6 +44,8 @@ def program() -> str:
 
 def machine() -> dict[str, Any]:
     """Processor, cores that this process may use, torch's threads, and the accelerator if there is one."""
+    import torch
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: dict[str, Any] = {"processor": processor(), "cores": cores, "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
@@ -92,32 +98,47 @@ def check_report(path: str | Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """All sections of a training config. Raises: ValueError where there is no section `data`, and as `read_yaml`."""
+    """All sections of a training config, `data` with what it leaves out as the autoencoder of `vae` or `init_from` learned it
+    (`volumes.preprocessing.inherited`). Raises: ValueError where there is no section `data`, and as `read_yaml`."""
     if not path.is_file():
         raise ValueError(f"{path}: no such config")
     content = read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
         raise ValueError(f"{path}: has no section `data`; give a training config")
+    for name in ("vae", "init_from", "output"):
+        if isinstance(content.get(name), str):
+            content[name] = os.path.expanduser(content[name])
+    refuse(faults(DataConfig, content["data"], "data.", raw=True), f"{path}: ")
+    source = content.get("vae") or content.get("init_from")
+    if isinstance(source, str):
+        content["data"] |= inherited(source, content["data"])
     return content
 
 
-def config_parser(program: str, description: str | None, args: Sequence[str] | None) -> ArgumentParser:
+def config_parser(program: str, description: str | None, args: Sequence[str] | None) -> ConfigParser:
     """A parser for `python -m PROGRAM` with `--config`, whose section `data` is the default of `--data.*`.
 
     Args:
         args: the command line (None: the program's own), read once for `--config` alone.
     Raises: ValueError as `read_config` does.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    path = first.parse_known_args(args)[0].config
-    parser = ArgumentParser(
+    files = config_files(args)
+    parser = ConfigParser(
         prog=f"python -m {program}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--config", type=str, required=True, help="training config whose section `data` says which volumes"
     )
     parser.add_class_arguments(DataConfig, "data", help="overrides of the config's section `data`")
-    if path is not None:
-        parser.set_defaults({f"data.{key}": value for key, value in read_config(path)["data"].items()})
+    if files:
+        parser.set_defaults({f"data.{key}": value for key, value in read_config(files[-1])["data"].items()})
     return parser
+
+
+def add_overlap_argument(parser: argparse.ArgumentParser | jsonargparse.ArgumentParser) -> None:
+    """Add `--accept_overlap`."""
+    parser.add_argument(
+        "--accept_overlap",
+        action="store_true",
+        help="go on although a model has seen subjects of the same names: they are other people",
+    )

@@ -16,20 +16,82 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
+
+from volumes.command import run_command
+from volumes.settings import NonNegativeFloat, Number, PositiveInt, Seed
+
+from .defaults import SCHEDULERS, SEGMENTER_STEPS, SHAPE
+from .report import add_overlap_argument, config_parser
+
+
+def parse(args: Sequence[str] | None) -> Namespace:
+    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    parser = config_parser("evaluation.samplers", __doc__, args)
+    parser.add_argument("--pipeline", type=str, required=True, help="pipeline folder or Hub repository")
+    parser.add_argument("--output", type=str, required=True, help="report to write, a JSON file")
+    add_overlap_argument(parser)
+    parser.add_argument(
+        "--masks", type=Number(PositiveInt), default=24, help="masks, spread evenly over all of the split (24)"
+    )
+    parser.add_argument(
+        "--split",
+        choices=["test", "validation"],
+        default="test",
+        help="whose masks; validation is for choosing settings",
+    )
+    parser.add_argument(
+        "--schedulers",
+        nargs="*",
+        choices=SCHEDULERS,
+        default=["euler", "heun", "dpmsolver++", "unipc"],
+        help="beside its own",
+    )
+    parser.add_argument(
+        "--steps", type=Number(PositiveInt), nargs="+", default=[5, 10, 20, 40], help="of each scheduler"
+    )
+    parser.add_argument(
+        "--guidance", type=Number(NonNegativeFloat), nargs="+", default=[1.0], help="scales; 0 to 1 is none (1)"
+    )
+    parser.add_argument("--seed", type=Number(Seed), default=0, help="of the first volume (0)")
+    parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")
+    parser.add_argument(
+        "--segmenter", type=str, help="file of the segmenter, trained if it is not there; default: beside the report"
+    )
+    parser.add_argument(
+        "--segmenter_steps", type=Number(PositiveInt), default=SEGMENTER_STEPS, help="its training steps"
+    )
+    parser.add_argument(
+        "--shape", type=Number(PositiveInt), nargs=3, default=list(SHAPE), help="voxels it takes; multiples of 8"
+    )
+    parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
+    parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
+    assert isinstance(parsed, Namespace)
+    parsed.shape = tuple(parsed.shape)
+    return parsed
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 import numpy as np
 import torch
-from jsonargparse import Namespace
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm import tqdm
 
-from diffusion.guidance import check_guidance
+from diffusion.denoise import set_timesteps
+from diffusion.guidance import check_guidance, guidance_in_effect
 from pipelines import MedVolumePipeline
 from volumes import Case, DataConfig, VolumeDataset, load_cases
+from volumes.devices import find_device
+from volumes.live_bar import LiveBar
+from volumes.stopping import finishing, stoppable
+from volumes.text import read_object
 
 from .features import EncoderStatistics, RandomStatistics
-from .report import config_parser, provenance, write_report
+from .limits import check_command
+from .report import provenance, write_report
 from .sampler_figures import (
     DEFAULT_STEPS,
     OF_DIFFUSION,
@@ -41,11 +103,12 @@ from .sampler_figures import (
     make_named,
     sample,
 )
+from .seen import check_pipeline
 from .segmentation_data import Pair, label_values, learning_cases, load_pairs, test_cases
-from .segmenter import ITERATIONS, make_segmenter, train_segmenter
-from .utility import SHAPE, protocol
+from .segmenter import make_segmenter, train_segmenter
+from .utility import protocol
 
-NAMES = list(dict.fromkeys([*OF_FLOWS, *OF_DIFFUSION]))
+assert {*SCHEDULERS} == {*OF_FLOWS, *OF_DIFFUSION}  # of which --help tells
 COLUMNS = (
     "sampler", "steps", "guidance", "evaluations", "s a volume", "kernel, random", "kernel, encoder", "spectrum, dB",
     "Dice less real", "intensity bias",
@@ -54,14 +117,21 @@ COLUMNS = (
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Judge what is missing from the report, and write it."""
-    options = parse(args)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with stoppable("run the same command again: it goes on with the combinations that are missing"):
+        return judge_missing(parse(args))
+
+
+def judge_missing(options: Namespace) -> dict[str, Any]:
+    """`main`, of these options."""
+    device = find_device(options.device)
+    cases, config = load_cases(options.data), options.data
+    check_command("samplers", cases, config, {"unseen": [options.split]})
     pipe: Any = MedVolumePipeline.from_pretrained(options.pipeline)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     wanted = combinations(pipe, options)
-    cases, config = load_cases(options.data), options.data
     judging, learning = splits(cases, options.split)
+    check_pipeline(pipe, config, judging, options.pipeline, accepted=options.accept_overlap)
     test = VolumeDataset(judging, config)
     chosen = [test.cases[i] for i in spread(len(test), options.masks)]
     settings = {
@@ -79,12 +149,13 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"{len(wanted) - len(missing)} of {len(wanted)} combinations are in {options.output}; {len(missing)} to go")
     if missing:
         judge = prepare(pipe, cases, learning, test, chosen, options)
-        for one in tqdm(missing, unit="combination", disable=None):
-            made, cost = sample(pipe, judge.asked, one, seed=options.seed, batch_size=options.batch_size)
-            figures = {**asdict(one), "volumes": len(made), **cost, **judge(made), "measured": provenance()}
-            report["combinations"].append(figures)
-            write_report(options.output, report)
-            Path(options.output).with_suffix(".md").write_text(markdown(report))
+        for one in LiveBar(missing, desc="samplers", unit="combination"):
+            with finishing(f"{one.scheduler} of {one.steps} steps, guidance {one.guidance:g}"):
+                made, cost = sample(pipe, judge.asked, one, seed=options.seed, batch_size=options.batch_size)
+                figures = {**asdict(one), "volumes": len(made), **cost, **judge(made), "measured": provenance()}
+                report["combinations"].append(figures)
+                write_report(options.output, report)
+                Path(options.output).with_suffix(".md").write_text(markdown(report))
     print(markdown(report))
     return report
 
@@ -107,7 +178,7 @@ def prepare(
     judged = load_pairs([Pair(case) for case in of_masks.cases], config, options.shape)
     extractors = {"random": RandomStatistics().to(device), "encoder": EncoderStatistics(pipe.vae)}
     count = len(extractors) * (len(training) + len(test))
-    with tqdm(total=count, unit="volume", disable=None, desc="features of real volumes") as progress:
+    with LiveBar(total=count, unit="volume", disable=None, desc="features of real volumes") as progress:
 
         def on_volume() -> None:
             progress.update()
@@ -126,41 +197,6 @@ def prepare(
         )
 
 
-def parse(args: Sequence[str] | None) -> Namespace:
-    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
-    parser = config_parser("evaluation.samplers", __doc__, args)
-    parser.add_argument("--pipeline", type=str, required=True, help="pipeline folder or Hub repository")
-    parser.add_argument("--output", type=str, required=True, help="report to write, a JSON file")
-    parser.add_argument("--masks", type=int, default=24, help="masks, spread evenly over all of the split (24)")
-    parser.add_argument(
-        "--split",
-        choices=["test", "validation"],
-        default="test",
-        help="whose masks; validation is for choosing settings",
-    )
-    parser.add_argument(
-        "--schedulers",
-        nargs="*",
-        choices=NAMES,
-        default=["euler", "heun", "dpmsolver++", "unipc"],
-        help="beside its own",
-    )
-    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 40], help="of each scheduler")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="scales; 1 is none (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first volume (0)")
-    parser.add_argument("--batch_size", type=int, default=8, help="volumes denoised together (8)")
-    parser.add_argument(
-        "--segmenter", type=str, help="file of the segmenter, trained if it is not there; default: beside the report"
-    )
-    parser.add_argument("--segmenter_steps", type=int, default=ITERATIONS, help="its training steps")
-    parser.add_argument("--shape", type=int, nargs=3, default=list(SHAPE), help="voxels it takes; multiples of 8")
-    parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
-    parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
-    assert isinstance(parsed, Namespace)
-    parsed.shape = tuple(parsed.shape)
-    return parsed
-
-
 def combinations(pipe: MedVolumePipeline, options: Namespace) -> list[Combination]:
     """The pipeline's own sampler with its own default of steps, and all that is asked for.
 
@@ -171,9 +207,11 @@ def combinations(pipe: MedVolumePipeline, options: Namespace) -> list[Combinatio
     for scale in options.guidance:
         given = pipe.unet.condition_names
         check_guidance(scale, pipe.unet.config["condition_dropout"] or {}, {"mask", *given.classes, *given.numbers})
+    scales: Any = [guidance_in_effect(scale) for scale in options.guidance]
     for name in options.schedulers:
-        make_named(name, pipe)
-    every = [Combination(n, s, g) for n in options.schedulers for s in options.steps for g in options.guidance]
+        for steps in options.steps:
+            set_timesteps(make_named(name, pipe), steps, None, torch.device("cpu"))
+    every = [Combination(n, s, g) for n in options.schedulers for s in options.steps for g in scales]
     return list(dict.fromkeys([Combination(OWN, DEFAULT_STEPS, 1.0), *every]))
 
 
@@ -181,7 +219,7 @@ def earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The report to go on with. Raises: ValueError for one that was measured otherwise."""
     if not path.exists():
         return {"evaluation": "samplers", "settings": settings, "combinations": []}
-    report = json.loads(path.read_text())
+    report = read_object(path)
     if report.get("evaluation") != "samplers":
         raise ValueError(f"{path}: is no report of evaluation.samplers; choose another --output")
     if different := sorted(key for key, value in settings.items() if report["settings"].get(key) != value):
@@ -229,7 +267,7 @@ def real_segmenter(learning: Sequence[Case], options: Namespace, device: torch.d
         segmenter.load_state_dict(load_file(path))
         return segmenter.to(device).eval()
     learned = load_pairs([Pair(case) for case in learning], config, options.shape)
-    with tqdm(total=options.segmenter_steps, unit="step", disable=None, desc="training the segmenter") as progress:
+    with LiveBar(total=options.segmenter_steps, unit="step", disable=None, desc="training the segmenter") as progress:
 
         def on_step(step: int, loss: float) -> None:
             progress.update()
@@ -284,7 +322,3 @@ def _cell(value: dict[str, Any], form: str = "{:.4f}") -> str:
 def _unit(dataset: VolumeDataset) -> list[np.ndarray]:
     """(C, X, Y, Z) each, in [0, 1] as for the model."""
     return [(prepared.image.array + 1) / 2 for prepared in dataset.prepared]
-
-
-if __name__ == "__main__":
-    main()

@@ -69,7 +69,7 @@ def generated_pairs(cases: Sequence[Case], folder: Path, split: Literal["train",
         raise ValueError(
             f"{folder}: no such folder; make it with generate.py from the masks of the {NAMES[split]} split"
         )
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
+    files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES) and path.name[0] != ".")
     masks = {_stem(case.mask): case for case in cases if case.mask is not None}
     channels = next((list(case.images) for case in cases if case.images), ["image"])
     made: dict[str, list[tuple[str, dict[str, Path]]]] = {}
@@ -188,8 +188,10 @@ def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
         else:
             files = [case.images[channel] for channel in config.patterns]
             numbers = [config.volume_number(channel) for channel in config.patterns]
-        name, mask = str(files[0]), read_mask(case.mask)
-        parts = [read_volume(path, time_point=number) for path, number in zip(files, numbers, strict=True)]
+        name, mask = str(files[0]), read_mask(case.mask, **config.reading)
+        parts = [
+            read_volume(path, time_point=number, **config.reading) for path, number in zip(files, numbers, strict=True)
+        ]
         for path, part in zip(files, parts, strict=True):
             if not same_grid(part, mask):
                 raise VolumeError(

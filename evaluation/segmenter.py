@@ -12,9 +12,9 @@ from monai.losses.dice import DiceCELoss
 from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
+from .defaults import SEGMENTER_STEPS as ITERATIONS
 from .dice import dice_per_volume
 
-ITERATIONS = 600  # of one source; real and synthetic together get twice as many
 BATCH_SIZE = 4
 LEARNING_RATE = 2e-3
 

@@ -17,7 +17,6 @@ from .obedience import RESAMPLES
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of scales, finest first (Wang et al. 2003, section 3.2)
 WINDOW, SIGMA = 7, 1.5  # voxels; Wang's window is 11, which small volumes hold at one scale or none
 LUMINANCE, CONTRAST = 0.01**2, 0.03**2  # C1 and C2, of intensities that span 1
-PAIRS = 500
 
 
 def scales_of(shape: Sequence[int]) -> int:
@@ -67,14 +66,19 @@ def random_pairs(count: int, pairs: int, seed: int, subjects: Sequence[Any] | No
 
     Raises: ValueError if there is no pair.
     """
+    check_pairs(list(range(count)) if subjects is None else subjects)
     every = np.stack(np.triu_indices(count, 1), 1)
     if subjects is not None:
         _, whose = np.unique(np.asarray(subjects), return_inverse=True)
         every = every[whose[every[:, 0]] != whose[every[:, 1]]]
-    if not len(every):
-        raise ValueError(f"{count} volumes make no pair of different subjects")
     chosen = np.random.default_rng(seed).permutation(len(every))[:pairs]
     return every[np.sort(chosen)]
+
+
+def check_pairs(subjects: Sequence[Any], name: str = "") -> None:
+    """Raises: ValueError for volumes of one subject, which make no pair."""
+    if len(set(subjects)) < 2:
+        raise ValueError(f"{len(subjects)} {name + ' ' if name else ''}volumes make no pair of different subjects")
 
 
 def pair_similarity(

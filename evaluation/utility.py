@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 from volumes import Case
 
+from .defaults import BOTH, REAL
 from .intervals import compare_paired, over_seeds
 from .segmentation_data import LoadedPairs
 from .segmenter import BATCH_SIZE, ITERATIONS, LEARNING_RATE, train_segmenter, volume_dice
-
-SHAPE = (40, 56, 40)
-REAL, SYNTHETIC, BOTH = SOURCES = ("real", "synthetic", "both")
 
 
 def protocol(shape: tuple[int, int, int], iterations: int, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -1,17 +1,21 @@
 """Mask in, volume out: the pipeline for people, and what goes in and comes out of it."""
 
-from .conditions import check_conditions
-from .images import check_images, describe_images
-from .loading import check_folder, register_packages
-from .masks import MaskLike, describe_mask
-from .output import MedVolumePipelineOutput
-from .pipeline import MedVolumePipeline
-from .provenance import read_sidecar, sidecar_path, volume_files, write_synthetic
-from .rejection import Check, Rejection, as_planned, rejection_columns
-from .sampling import equal_batches
-from .volume_processor import Canvas, VolumeProcessor
+import sys
+from typing import TYPE_CHECKING
 
-register_packages()
+from volumes.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .conditions import check_conditions
+    from .images import check_images, describe_images
+    from .loading import check_folder, register_packages
+    from .masks import MaskLike, describe_mask
+    from .output import MedVolumePipelineOutput
+    from .pipeline import MedVolumePipeline
+    from .provenance import read_sidecar, sidecar_path, volume_files, write_synthetic
+    from .rejection import Check, Rejection, as_planned, rejection_columns
+    from .sampling import equal_batches
+    from .volume_processor import Canvas, VolumeProcessor
 
 __all__ = [
     "Check",
@@ -35,3 +39,8 @@ __all__ = [
     "volume_files",
     "write_synthetic",
 ]
+
+__getattr__, __dir__ = lazy_exports(__name__, __file__)
+
+if sys.argv[:1] != ["-m"]:  # then Python is on its way to `python -m pipelines.to_dicom`, which needs no model
+    __getattr__("MedVolumePipeline")  # diffusers finds it, and its components, from then on

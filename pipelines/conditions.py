@@ -12,6 +12,7 @@ import torch
 from autoencoder import VolumeAutoencoder
 from diffusion import LatentUNet3D, fold_images, fold_mask
 from volumes import Volume, grid_numbers
+from volumes.tables import read_number
 
 from .images import Images
 from .inpainting import cells_of, encoded
@@ -151,7 +152,7 @@ def edited_latents(
 
 def _finite(name: str, value: Any) -> float:
     try:
-        number = float(value)
+        number = read_number(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):

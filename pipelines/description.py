@@ -6,9 +6,12 @@ from typing import Any
 import numpy as np
 
 from autoencoder.noise import BINS, LEVELS, RADIUS
+from volumes.nifti import AXES
+from volumes.stored import UNITS
 from volumes.volume import check_affine
 
 KINDS = ("percentile", "window")  # of intensity scaling, see `volumes.IntensityScaling`
+READING = {"units": tuple(UNITS), "axes": AXES}  # what may be known of wrong headers
 KERNEL = (2 * RADIUS + 1,) * 3
 
 
@@ -52,6 +55,9 @@ def check_data(data: Mapping[str, Any]) -> None:
         check_affine(np.array(affine, dtype=np.float64))
     except ValueError as error:
         raise ValueError(f"data: {error}") from error
+    reading = data.get("reading", {})
+    fit = _mapping(reading) and all(value in READING.get(name, ()) for name, value in reading.items())
+    _expect(fit, "reading", reading, f"some of {READING}")
     classes, ranges = data.get("classes", {}), data.get("numbers", {})
     _expect(
         _mapping(classes) and all(_texts(values) for values in classes.values()), "classes", classes, "{name: [values]}"

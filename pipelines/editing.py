@@ -104,6 +104,8 @@ def grown(inside: np.ndarray, margin: float, spacing: Sequence[float]) -> np.nda
 
 
 def _values(mask: Volume) -> np.ndarray:
+    if not isinstance(mask, Volume):
+        raise ValueError(f"a mask is a Volume here, got {type(mask).__name__}; give volumes.read_mask(mask)")
     if len(mask.array) != 1 or mask.array.dtype.kind not in "iu":
         raise ValueError(f"a mask is one label map of integers, got {mask.array.dtype} of shape {mask.array.shape}")
     return mask.array[0]

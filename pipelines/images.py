@@ -8,13 +8,13 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from nibabel.nifti1 import Nifti1Pair
 
 from diffusion import LatentUNet3D
 from volumes import LinearScale, Volume, describe_grid, read_volume, same_grid, stored_grid
+from volumes.carriers import as_array, carries_geometry, source_file
 from volumes.nifti import exact_values
 
-from .masks import MaskLike, as_array, check_axes, describe_mask
+from .masks import MaskLike, check_axes, describe_mask, warn_of_header
 
 ImageLike = MaskLike
 Images = Mapping[str, ImageLike]  # {channel: image}
@@ -61,19 +61,27 @@ def describe_images(images: Images) -> dict[str, dict[str, Any]]:
     return {channel: describe_mask(image) for channel, image in images.items()}
 
 
-def load_images(images: Images, target: Volume | None, affine: np.ndarray, *, exact: bool = False) -> dict[str, Volume]:
+def load_images(
+    images: Images,
+    target: Volume | None,
+    affine: np.ndarray,
+    *,
+    exact: bool = False,
+    reading: Mapping[str, Any] | None = None,
+) -> dict[str, Volume]:
     """Read images, all on the grid of `target`, or without one on that of the first: as float32, or with `exact` in a type
     that holds their values as they are (`read_volume`).
 
-    An array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: its voxels are in the order of the target's file,
+    A plain array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: its voxels are in the order of the target's file,
     as those of "np" results are; without a target it lies on `affine`, the model's template.
+    `reading` is how headers are read, see `volumes.DataConfig.reading`.
 
     Raises: ValueError naming the channel and the file for another grid, several volumes, values that are not finite, and
     for what is no image.
     """
     volumes: dict[str, Volume] = {}
     for channel, image in images.items():
-        volume, name = _load(channel, image, target, affine, exact)
+        volume, name = _load(channel, image, target, affine, exact, reading or {})
         if len(volume.array) != 1:
             raise ValueError(f"{name}: holds {len(volume.array)} volumes; give the one that shows {channel!r} alone")
         if target is None:
@@ -87,19 +95,28 @@ def load_images(images: Images, target: Volume | None, affine: np.ndarray, *, ex
     return volumes
 
 
-def _load(channel: str, image: ImageLike, target: Volume | None, affine: np.ndarray, exact: bool) -> tuple[Volume, str]:
+def _load(
+    channel: str,
+    image: ImageLike,
+    target: Volume | None,
+    affine: np.ndarray,
+    exact: bool,
+    reading: Mapping[str, Any],
+) -> tuple[Volume, str]:
     """One image and its name for messages."""
     if isinstance(image, (str, os.PathLike)):
-        return read_volume(image, exact=exact), str(image)
+        return warn_of_header(read_volume(image, exact=exact, **reading), str(image)), str(image)
     name = f"the image {channel!r}"
-    if isinstance(image, Nifti1Pair):
-        return read_volume(image, exact=exact), image.get_filename() or name
+    if carries_geometry(image):
+        name = source_file(image) or name
+        return warn_of_header(read_volume(image, exact=exact, **reading), name), name
     if isinstance(image, Volume):
         check_axes(image, name)
         return Volume(_finite(image.array, name, exact), image.affine, image.source), name
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         raise ValueError(
-            f"{name}: give a path, a nibabel image, a Volume, an array or a tensor, no {type(image).__name__}"
+            f"{name}: give a path, an image of nibabel, SimpleITK, torchio or MONAI, a Volume, an array or a tensor, no "
+            f"{type(image).__name__}"
         )
     array = _finite(as_array(image), name, exact)
     array = array[0] if array.ndim == 4 and len(array) == 1 else array

@@ -1,7 +1,6 @@
 """Edits of an image: what is asked for, and how what is made anew is joined to what stays. Axes: (C, X, Y, Z) in RAS+ order."""
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,15 +9,15 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from nibabel.nifti1 import Nifti1Pair
 from scipy import ndimage
 
 from autoencoder import VolumeAutoencoder
 from diffusion.denoise import steps_of
 from volumes import Volume, describe_grid, read_mask, same_grid, stored_grid
+from volumes.carriers import as_array
 
 from .images import GivenImage, ImageLike, Images, describe_images
-from .masks import MaskLike, as_array, as_list, describe_mask, identity, load_mask
+from .masks import MaskLike, as_list, describe_mask, identity, is_placed, load_mask
 
 MARGIN = 4.0  # mm
 FINE = 0.6  # of the texture across the border that the first voxel inside takes on
@@ -134,13 +133,14 @@ def editings_of(
     ]
 
 
-def load_region(region: MaskLike, target: Volume) -> np.ndarray:
-    """bool (X, Y, Z) on the grid of the image `target`: where the region is not 0. An array is in the order of its file.
+def load_region(region: MaskLike, target: Volume, reading: Mapping[str, Any] | None = None) -> np.ndarray:
+    """bool (X, Y, Z) on the grid of the image `target`: where the region is not 0. A plain array is in the order of its file.
+    `reading` is how headers are read, see `volumes.DataConfig.reading`.
 
     Raises: ValueError for another grid, and for a region without a voxel.
     """
-    if isinstance(region, (str, os.PathLike, Nifti1Pair, Volume)):
-        volume, name = load_mask(region, target.affine)
+    if is_placed(region):
+        volume, name = load_mask(region, target.affine, reading)
     else:
         array, grid, name = as_array(region), stored_grid(target), "the region"
         array = array[0] if array.ndim == 4 and len(array) == 1 else array

@@ -5,13 +5,16 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from diffusers.pipelines import pipeline_loading_utils
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 import autoencoder
 from autoencoder import VolumeAutoencoder
 from diffusion import LatentUNet3D
-from volumes.text import read_object
+from diffusion.scheduler_options import check_values, parameters
+from volumes.preprocessing import described_preprocessing, refuse_differences
+from volumes.text import FileError, read_object
 
 from .conditions import check_described
 from .description import check_data
@@ -39,16 +42,23 @@ def register_packages() -> None:
         pipeline_loading_utils.LOADABLE_CLASSES[package] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
 
 
+def register_pipeline(pipeline_class: type) -> None:
+    """Let `DiffusionPipeline.from_pretrained` find a class of ours: it looks in the module diffusers for the name that a
+    folder's model_index.json has."""
+    setattr(diffusers, pipeline_class.__name__, pipeline_class)
+
+
 def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
     """Check that a folder is a pipeline's, of our classes and diffusers' schedulers, and that it leads nowhere else; each
     model checks its own config and weights when it is loaded. No module is imported for a folder, and no file of it run.
     Components that are `given` to the pipeline need no folder of their own.
 
-    Raises: ValueError naming the folder and what is wrong with its model_index.json, its links, or its scheduler.
+    Raises: ValueError naming the folder and what is wrong with its model_index.json, its links, or its scheduler; FileError
+    where one of them is not there.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder}: no model_index.json, so this is not a pipeline folder (train_ldm.py writes one)")
+        raise FileError(f"{folder}: no model_index.json, so this is not a pipeline folder (train_ldm.py writes one)")
     _check_inside(folder, ["model_index.json", *COMPONENTS])
     index = read_object(folder / "model_index.json")
     if not isinstance(index.get("_class_name"), str):  # a list would name a file with code
@@ -66,12 +76,12 @@ def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
         if not (isinstance(found, type) and issubclass(found, kind)):
             raise ValueError(f"{folder}: model_index.json asks for {entry[1]} as {name}, which is no {kind.__name__}")
         if not (folder / name).is_dir() and name not in given:  # diffusers would look for its files beside the index
-            raise ValueError(f"{folder}: has no folder {name}, which model_index.json speaks of; is it whole?")
+            raise FileError(f"{folder}: has no folder {name}, which model_index.json speaks of; is it whole?")
         if (folder / name / f"{package}.py").exists():  # which diffusers would take in the place of the package
             raise ValueError(
                 f"{folder / name}: holds {package}.py; code of a pipeline's folder is never run, remove it"
             )
-        if name == "scheduler" and (folder / name).is_dir():
+        if name == "scheduler" and name not in given:  # one that is given takes the place of the folder's
             _check_scheduler(folder / name, found)
     try:
         check_data(index.get("data", {}))
@@ -100,15 +110,17 @@ def _check_inside(folder: Path, names: Iterable[str]) -> None:
 
 
 def _check_scheduler(folder: Path, scheduler_class: type) -> None:
-    """Build it, so that an unfit config is refused by name. Raises: ValueError."""
+    """Build it, so that an unfit config is refused by name; whether it fits the model is seen when the pipeline is whole.
+    Raises: ValueError."""
     path = folder / "scheduler_config.json"
     if not path.is_file():
-        raise ValueError(f"{folder}: no scheduler_config.json there")
+        raise FileError(f"{folder}: no scheduler_config.json there")
     config = read_object(path)
     steps = config.get("num_train_timesteps", 1)
     if not isinstance(steps, int) or not 1 <= steps <= MOST_TIMESTEPS:
         raise ValueError(f"{path}: num_train_timesteps is {steps!r}; 1 to {MOST_TIMESTEPS} are expected")
     try:
+        check_values(scheduler_class, {key: config[key] for key in parameters(scheduler_class) if key in config})
         scheduler_class.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]
     except Exception as error:  # of many kinds: every scheduler trusts its arguments
         raise ValueError(f"{path}: is no config of a {scheduler_class.__name__}: {error}") from error
@@ -118,12 +130,12 @@ def load_autoencoder(folder: str | Path) -> VolumeAutoencoder:
     """The trained autoencoder in `folder`, or in its subfolder vae/ (a run or a pipeline), for inference: of the class
     that its config names.
 
-    Raises: ValueError where there is none, where its weights do not fit, or where its latents were never measured.
+    Raises: FileError where there is none; ValueError where its weights do not fit, or where its latents were never measured.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     found = next((path for path in (folder, folder / "vae") if (path / "config.json").is_file()), None)
     if found is None:
-        raise ValueError(
+        raise FileError(
             f"{folder}: no autoencoder there (config.json, or vae/config.json); give a folder that train_vae.py wrote"
         )
     _check_inside(found, ["config.json", *(path.name for path in found.glob("*.safetensors*"))])
@@ -137,6 +149,14 @@ def load_autoencoder(folder: str | Path) -> VolumeAutoencoder:
             f"{found}: no latents_mean and latents_std in its config; train_vae.py measures them when it ends"
         )
     return vae.eval().requires_grad_(False)
+
+
+def check_components(components: Mapping[str, Any]) -> None:
+    """Raises: ValueError for a component {name: object} that is none of its kind."""
+    for name, (_, kind) in COMPONENTS.items():
+        given = getattr(components[name], "_orig_mod", components[name])  # beneath torch.compile
+        if not isinstance(given, kind):
+            raise ValueError(f"{name} is {type(given).__name__}; a {kind.__name__} is needed")
 
 
 def check_fit(vae: VolumeAutoencoder, unet: LatentUNet3D, data: Mapping[str, Any]) -> None:
@@ -153,6 +173,8 @@ def check_fit(vae: VolumeAutoencoder, unet: LatentUNet3D, data: Mapping[str, Any
             f"data describes {len(data['intensity'])} channels, the autoencoder makes {vae.config['out_channels']}"
         )
     vae.check_channels(data["channels"])
+    remedy = "Give the pipeline the autoencoder that its U-Net was trained with, and the `data` of that training"
+    refuse_differences(vae.config["data"], described_preprocessing(data), "the autoencoder", remedy)
     check_described(vae, unet, data)
     if unet.config["num_labels"] == 0:
         return

@@ -1,36 +1,29 @@
-"""LoRA (Hu et al. 2022) on the latent U-Net, through peft: attach, save, load, fuse.
+"""LoRA (Hu et al. 2022) on the latent U-Net, through peft: attach, save, load, fuse."""
 
-A LoRA file is diffusers' `pytorch_lora_weights.safetensors`: tensors `unet.<layer>.lora_A.weight` (rank, in, ...) and
-`lora_B.weight` (out, rank, ...), and in its header, as JSON, peft's settings and the hash of the U-Net it was trained on.
-"""
-
+import functools
 import hashlib
 import importlib.util
-import json
 import logging
-import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from torch import nn
 
+from autoencoder import VolumeAutoencoder
+from autoencoder.identity import keep_record
 from diffusion import LatentUNet3D
+from volumes.preprocessing import described_preprocessing, refuse_differences
+from volumes.subjects import join_records
 
+from .lora_files import FACTORS, find_lora, unet_tensors, write_lora
 from .provenance import tensor_digest
 
 logger = logging.getLogger(__name__)
-BASE = "base.unet_sha256"  # beside peft's settings, which are `unet.<name>`
-SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
-FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 
 def require_peft() -> None:
@@ -71,53 +64,35 @@ def add_lora(
     )
 
 
-def save_lora(unet: LatentUNet3D, folder: str | PathLike, base: str, adapter_name: str = "default") -> Path:
-    """Write the LoRA `adapter_name` of `unet`. `base` is `unet_hash` of the U-Net without it. Returns the file."""
+def save_lora(
+    unet: LatentUNet3D,
+    folder: str | PathLike,
+    base: str,
+    adapter_name: str = "default",
+    *,
+    trained_on: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the LoRA `adapter_name` of `unet`. Returns the file.
+
+    Args:
+        base: `unet_hash` of the U-Net without it.
+        trained_on: {"data": how its volumes were prepared (`volumes.preprocessing`), "subjects": records of whose they were
+            (`volumes.subjects`), those of the base among them}.
+    """
+    return write_lora(*attached_lora(unet, adapter_name), base, folder, trained_on=trained_on)
+
+
+def attached_lora(unet: LatentUNet3D, adapter_name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors by layer and peft's settings of the LoRA `adapter_name` of `unet`. Raises: ValueError if there is no such."""
     from peft import get_peft_model_state_dict
 
-    if adapter_name not in getattr(unet, "peft_config", {}):
-        raise ValueError(f"no LoRA {adapter_name!r} is attached; attached: {list(getattr(unet, 'peft_config', {}))}")
-    config = unet.peft_config[adapter_name].to_dict()
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    settings = {f"unet.{key}": plain[key] for key in SETTINGS} | {BASE: base}
-    tensors = get_peft_model_state_dict(unet, adapter_name=adapter_name)
-    path = Path(folder) / LORA_WEIGHT_NAME_SAFE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial_{path.name}")
-    save_file(
-        {f"unet.{key}": tensor.detach().contiguous() for key, tensor in tensors.items()},
-        partial,
-        metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=1, sort_keys=True)},
-    )
-    os.replace(partial, path)
-    return path
+    attached = getattr(unet, "peft_config", {})
+    if adapter_name not in attached:
+        raise ValueError(f"no LoRA {adapter_name!r} is attached; attached: {list(attached)}")
+    return get_peft_model_state_dict(unet, adapter_name=adapter_name), attached[adapter_name].to_dict()
 
 
-def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], str | None]:
-    """Tensors by layer ("down_blocks.0.0.conv1.lora_A.weight"), peft's settings, and the hash of the base U-Net.
-
-    Raises: ValueError if the file is no safetensors file with a U-Net's LoRA and its settings: without them the scale
-    alpha / rank would be a guess.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is no LoRA in safetensors ({error}); pickles are not read") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{path}: is no LoRA: its settings are {type(header).__name__}")
-    settings = {name: header[f"unet.{name}"] for name in SETTINGS if f"unet.{name}" in header}
-    foreign = sorted(key for key in tensors if not key.startswith("unet.") or not key.endswith(FACTORS))
-    if foreign or not tensors or not {"r", "lora_alpha", "target_modules"} <= settings.keys():
-        raise ValueError(
-            f"{path}: is no LoRA of a latent U-Net as train_ldm.py writes it (its settings are {sorted(settings)}, "
-            f"tensors that do not belong: {foreign[:4]})"
-        )
-    return {key.removeprefix("unet."): tensor for key, tensor in tensors.items()}, settings, header.get(BASE)
-
-
-def check_lora(unet: LatentUNet3D, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def check_lora(unet: LatentUNet3D, tensors: Mapping[str, torch.Tensor], path: object) -> None:
     """Check that every factor has its layer, its shape and its partner.
 
     Raises: ValueError naming the layers that do not fit.
@@ -156,71 +131,193 @@ def lora_digest(unet: nn.Module) -> str | None:
     return " ".join(sorted(digest.hexdigest() for digest in digests.values())) or None
 
 
+def check_hotswap(unet: LatentUNet3D, tensors: Mapping[str, torch.Tensor], adapter_name: str | None) -> None:
+    """Raises: ValueError unless a LoRA of this name is attached to the same layers: diffusers would lose it."""
+    attached = list(getattr(unet, "peft_config", {}))
+    if adapter_name is None or adapter_name not in attached:
+        raise ValueError(f"hotswap: no LoRA {adapter_name!r} is attached; adapter_name is one of {attached}")
+    own, other = (
+        sorted({key.rpartition(".lora_")[0] for key in keys})
+        for keys in (attached_lora(unet, adapter_name)[0], tensors)
+    )
+    if own != other:
+        raise ValueError(
+            f"hotswap: the LoRA {adapter_name!r} changes {len(own)} layers, the new one {len(other)}, not the same: "
+            f"{', '.join(sorted(set(own) ^ set(other))[:4])}; load it beside the other, under another name"
+        )
+
+
+class _OfPipelineOrClass:
+    """A classmethod, as diffusers has it, that is also given the pipeline where it is called on one."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        functools.update_wrapper(self, function)  # pyright: ignore[reportArgumentType]
+
+    def __get__(self, pipe: "LoraMixin | None", owner: type) -> Callable[..., Any]:
+        return functools.partial(self.function, pipe)
+
+
 class LoraMixin(LoraBaseMixin):
     """LoRAs of a pipeline's U-Net; `get_active_adapters` and the like are diffusers' own."""
 
     _lora_loadable_modules = ["unet"]
+    vae: VolumeAutoencoder
+    unet_name = "unet"
     unet: LatentUNet3D
+    data: dict[str, Any]
     unet_hash: str
     model_hash: str
-    _files: dict[str, Any]
-    _hashed: dict[Any, Any]
+
+    @property
+    def fused_loras(self) -> set[str]:
+        """Names of the LoRAs that are fused: the U-Net's own, whichever pipeline fused them."""
+        unet: nn.Module = getattr(self.unet, "_orig_mod", self.unet)  # beneath torch.compile
+        layers: list[Any] = [layer for layer in unet.modules() if hasattr(layer, "lora_A")]
+        return {name for layer in layers for name in layer.merged_adapters}
+
+    @property
+    def num_fused_loras(self) -> int:
+        """How many LoRAs are fused."""
+        return len(self.fused_loras)
+
+    @classmethod
+    def lora_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, pretrained_model_name_or_path_or_dict: Any, *, return_lora_metadata: bool = False, **source: Any
+    ) -> Any:
+        """The tensors of a LoRA by their names in its file ("unet.<layer>.lora_A.weight"); with `return_lora_metadata` also
+        peft's settings ("unet.r", ...), None in a file without any. Arguments and errors: as `load_lora_weights`."""
+        found = find_lora(pretrained_model_name_or_path_or_dict, **source)
+        named = {f"unet.{key}": tensor for key, tensor in found.tensors.items()}
+        metadata = None if found.settings is None else {f"unet.{key}": value for key, value in found.settings.items()}
+        return (named, metadata) if return_lora_metadata else named
 
     def load_lora_weights(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        source: str | PathLike,
+        pretrained_model_name_or_path_or_dict: str | PathLike | Mapping[str, torch.Tensor],
         adapter_name: str | None = None,
-        weight_name: str = LORA_WEIGHT_NAME_SAFE,
-        **download: Any,
+        hotswap: bool = False,
+        *,
+        low_cpu_mem_usage: bool = False,
+        **source: Any,
     ) -> None:
         """Attach a LoRA; it acts at once, beside those that act already.
 
         Args:
-            source: its file, its folder, or a Hub repository.
+            pretrained_model_name_or_path_or_dict: its file, its folder, a Hub repository, or a state dict as diffusers has it.
             adapter_name: for `set_adapters` and others; default: default_0, default_1, ...
-            weight_name: the file in the folder or repository.
-            download: revision, token, cache_dir, ...: of `huggingface_hub.hf_hub_download`.
-        Raises: ValueError if peft is not installed, if it is not found, is no safetensors file, or belongs to another
-        architecture. One that was trained on other weights of the same architecture is loaded with a warning.
+            hotswap: put it in the place of the attached LoRA `adapter_name`, of the same layers: nothing is compiled again.
+            low_cpu_mem_usage: do not initialise what is then overwritten.
+            source: of a folder or repository weight_name (the file) and subfolder; of a repository revision, cache_dir, token,
+                force_download and local_files_only: see `find_lora`.
+        Raises: ValueError if peft is not installed, or if it belongs to another architecture; FileError, which is one and an
+        OSError too, if it is not found or no safetensors file; TypeError for keywords that it does not read. One that was
+        trained on other weights of the same architecture is loaded with a warning, and so is one without settings, of
+        which alpha is taken to be the rank, as in diffusers.
         """
         require_peft()
         self._check_not_fused("load_lora_weights")
         self._check_changeable("load_lora_weights")
-        path = Path(source)
-        if path.is_dir():
-            path = path / weight_name
-        elif not path.is_file():
-            try:
-                path = Path(hf_hub_download(str(source), weight_name, **download))
-            except (OSError, HFValidationError) as error:
-                raise ValueError(f"{source}: no LoRA here, nor is it found on the Hub: {error}") from error
-        tensors, settings, base = read_lora(path)
-        check_lora(self.unet, tensors, path)
+        found = find_lora(pretrained_model_name_or_path_or_dict, **source)
+        tensors, settings, base = found.tensors, found.settings, found.base
+        in_memory = isinstance(pretrained_model_name_or_path_or_dict, Mapping)
+        name = "the LoRA" if in_memory else str(pretrained_model_name_or_path_or_dict)
+        check_lora(self.unet, tensors, name)
+        remedy = "Load it into a pipeline of such volumes, or train it on this pipeline's"
+        refuse_differences(found.data, described_preprocessing(self.data), name, remedy)
         _ = self.model_hash  # keeps that of the weights as they are, before anything is fused into them
-        if base != self.unet_hash:
-            logger.warning("%s: was trained on another U-Net of this architecture (%s)", path, base)
-        disabled = any(hasattr(layer, "lora_A") and layer.disable_adapters for layer in self.unet.modules())
-        acting = [] if disabled or not hasattr(self.unet, "peft_config") else self.get_active_adapters()
         before = set(getattr(self.unet, "peft_config", {}))
+        if hotswap:
+            check_hotswap(self.unet, tensors, adapter_name)
+        elif adapter_name in before:
+            raise ValueError(
+                f"adapter_name: a LoRA {adapter_name!r} is attached already; give another name, or hotswap=True"
+            )
+        if settings is None:
+            logger.warning("%s: says nothing of its alpha, which is taken to be its rank, as diffusers does", name)
+        if base is None and not in_memory:
+            logger.warning("%s: does not say which U-Net it was trained on", name)
+        elif base is not None and base != self.unet_hash:
+            logger.warning("%s: was trained on another U-Net of this architecture (%s)", name, base)
+        disabled = any(hasattr(layer, "lora_A") and layer.disable_adapters for layer in self.unet.modules())
+        acting = [] if disabled or not before else self.get_active_adapters()
         self.unet.load_lora_adapter(
             tensors,
             prefix=None,  # pyright: ignore[reportArgumentType]
             metadata=settings,
             adapter_name=adapter_name,
+            hotswap=hotswap,
+            low_cpu_mem_usage=low_cpu_mem_usage,
             _pipeline=self,
         )
-        self.unet.set_adapter([*acting, *(set(self.unet.peft_config) - before)])
+        added = [adapter_name] if hotswap and adapter_name not in acting else set(self.unet.peft_config) - before
+        self.unet.set_adapter([*acting, *added])  # pyright: ignore[reportArgumentType]
+        known = self._lora_subjects() | dict.fromkeys(added, found.subjects)
+        self.unet.lora_subjects = known  # pyright: ignore[reportArgumentType]
         self.unet.enable_lora()
         self.unet.requires_grad_(False)
 
-    def save_lora_weights(self, folder: str | PathLike, adapter_name: str | None = None) -> Path:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Write one of the attached LoRAs; the name may be left out where there is one. Returns the file."""
-        attached = list(getattr(self.unet, "peft_config", {}))
-        if adapter_name is None and len(attached) != 1:
-            raise ValueError(f"which LoRA is to be saved? adapter_name is one of {attached}")
-        return save_lora(self.unet, folder, self.unet_hash, adapter_name or attached[0])
+    @_OfPipelineOrClass
+    def save_lora_weights(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self: "LoraMixin | None",
+        save_directory: str | PathLike,
+        unet_lora_layers: Mapping[str, torch.Tensor] | nn.Module | None = None,
+        is_main_process: bool = True,
+        weight_name: str = LORA_WEIGHT_NAME_SAFE,
+        save_function: None = None,
+        safe_serialization: bool = True,
+        unet_lora_adapter_metadata: Mapping[str, Any] | None = None,
+        *,
+        adapter_name: str | None = None,
+    ) -> Path:
+        """Write a LoRA: one that is attached, where it is called on a pipeline, or the state dict that is given, as diffusers does.
 
-    def fuse_lora(self, components: Sequence[str] = ("unet",), **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        Args:
+            save_directory: the file's folder, which is made.
+            unet_lora_layers: peft's state dict (`get_peft_model_state_dict`); without it, an attached LoRA is written.
+            is_main_process: False writes nothing.
+            weight_name: the file's name.
+            unet_lora_adapter_metadata: peft's settings of `unet_lora_layers` (`unet.peft_config[name].to_dict()`). Without them
+                whoever loads the file takes alpha to be the rank.
+            adapter_name: the attached LoRA; may be left out where there is one.
+        Returns: the file. Raises: ValueError if it is not clear which LoRA, and on what would be a pickle.
+        """
+        if not safe_serialization or save_function is not None:
+            raise ValueError("safe_serialization=False and save_function are refused: a LoRA is saved as safetensors")
+        folder = Path(save_directory).expanduser()
+        if folder.is_file():
+            raise ValueError(f"{folder}: is a file; give a folder")
+        if unet_lora_layers is None:
+            if unet_lora_adapter_metadata is not None:
+                raise ValueError("unet_lora_adapter_metadata is for unet_lora_layers; give both, or neither")
+            if self is None:
+                raise ValueError("give unet_lora_layers, or call save_lora_weights on a pipeline with a LoRA")
+            attached = list(getattr(self.unet, "peft_config", {}))
+            if adapter_name is None and len(attached) != 1:
+                raise ValueError(
+                    f"which LoRA is to be saved? adapter_name is one of {attached}, or give unet_lora_layers"
+                )
+            name = adapter_name or attached[0]
+            tensors, settings = attached_lora(self.unet, name)
+            base = self.unet_hash
+            trained_on = {"data": self.vae.config.get("data"), "subjects": self._lora_subjects().get(name)}
+        elif adapter_name is not None:
+            raise ValueError("give unet_lora_layers, or the adapter_name of an attached LoRA, not both")
+        else:
+            state = unet_lora_layers.state_dict() if isinstance(unet_lora_layers, nn.Module) else unet_lora_layers
+            tensors = unet_tensors({f"unet.{key}": tensor for key, tensor in state.items()}, "unet_lora_layers")
+            settings, base, trained_on = unet_lora_adapter_metadata, None, None
+        if not is_main_process:
+            return folder / weight_name
+        return write_lora(tensors, settings, base, folder, weight_name, trained_on=trained_on)
+
+    def fuse_lora(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        components: Sequence[str] = ("unet",),
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> None:
         """Add the acting LoRAs to the weights: the same result to rounding, without their cost. As diffusers' own.
 
         Raises: ValueError without a LoRA, if one is fused already, and on `lora_scale`: diffusers would keep that scale
@@ -228,16 +325,18 @@ class LoraMixin(LoraBaseMixin):
         """
         self._check_not_fused("fuse_lora")
         self._check_changeable("fuse_lora")
-        if kwargs.get("lora_scale", 1.0) != 1.0:
+        if lora_scale != 1.0:
             raise ValueError("set the scale first (set_adapters(name, scale)), then fuse_lora() without lora_scale")
         if lora_digest(self.unet) is None:
             raise ValueError("no LoRA acts on the U-Net; load one with load_lora_weights")
-        super().fuse_lora(list(components), **kwargs)
+        names = None if adapter_names is None else list(adapter_names)
+        super().fuse_lora(list(components), safe_fusing=safe_fusing, adapter_names=names)
 
-    def unfuse_lora(self, components: Sequence[str] = ("unet",), **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def unfuse_lora(self, components: Sequence[str] = ("unet",)) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take fused LoRAs out of the weights again, to rounding."""
         self._check_changeable("unfuse_lora")
-        super().unfuse_lora(list(components), **kwargs)
+        super().unfuse_lora(list(components))
+        keep_record(self.unet)
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
         """Which LoRAs act, and at which scale. As diffusers' own. Raises: ValueError while they are fused."""
@@ -265,11 +364,23 @@ class LoraMixin(LoraBaseMixin):
         """Detach all LoRAs. What was fused stays in the weights, and makes a new model of them."""
         self._check_changeable("unload_lora_weights")
         fused = self.num_fused_loras
+        records = [self._lora_subjects()[name] for name in self.fused_loras] if fused else []
         super().unload_lora_weights()
+        self.unet.lora_subjects = {}  # pyright: ignore[reportArgumentType]
         if fused:
+            self.unet.register_to_config(subjects=join_records(self.unet.config["subjects"], *records))
             self._merged_adapters = set()
-            self._files.pop("unet", None)
-            self._hashed.clear()
+
+    def _lora_subjects(self) -> dict[str, Sequence[Any] | None]:
+        """Records of the training subjects of each attached LoRA; None for one that has none."""
+        known = getattr(self.unet, "lora_subjects", {})
+        return {name: known.get(name) for name in getattr(self.unet, "peft_config", None) or {}}
+
+    @property
+    def training_subjects(self) -> list[dict[str, Any]]:
+        """Records of whose volumes autoencoder, U-Net and attached LoRAs were trained on, see `volumes.subjects`."""
+        parts = [self.vae.config.get("subjects"), self.unet.config.get("subjects")]
+        return join_records(*parts, *self._lora_subjects().values())
 
     def _check_not_compiled(self, what: str) -> None:
         """Raises: ValueError where diffusers would do nothing."""

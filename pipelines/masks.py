@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from nibabel.nifti1 import Nifti1Pair
 from nibabel.orientations import aff2axcodes
+from nibabel.spatialimages import SpatialImage
 
 from volumes import PADDING, Volume, VolumeError, read_mask, volume_parts
+from volumes.carriers import as_array, carries_geometry, source_file
+from volumes.files import read_stored
 from volumes.labels import label_indices
+from volumes.plausible import header_oddities
 
-MaskLike = str | os.PathLike | Nifti1Pair | Volume | np.ndarray | torch.Tensor
+# An image in memory of nibabel, SimpleITK or torchio, or a MetaTensor of MONAI, is read with its geometry: `volumes.carriers`.
+MaskLike = str | os.PathLike | SpatialImage | Volume | np.ndarray | torch.Tensor
 LabelMap = Mapping[int, int | str]
 
 BACKGROUND = 0  # the label value whose being alone in a mask is worth a warning
@@ -33,18 +37,19 @@ def as_list(mask: MaskLike | Sequence[MaskLike]) -> list[MaskLike]:
     return masks
 
 
-def load_mask(mask: MaskLike, affine: np.ndarray) -> tuple[Volume, str]:
+def load_mask(mask: MaskLike, affine: np.ndarray, reading: Mapping[str, Any] | None = None) -> tuple[Volume, str]:
     """Read one mask: (1, X, Y, Z) int16 label values in RAS+ order, and its name for messages.
 
-    An array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: it is taken to lie on `affine`, the model's
-    template.
+    A plain array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: it is taken to lie on `affine`, the model's
+    template. `reading` is how headers are read, see `volumes.DataConfig.reading`.
 
     Raises: ValueError for what is empty, no label map, or not a mask at all.
     """
     if isinstance(mask, (str, os.PathLike)):
-        return read_mask(mask), str(mask)
-    if isinstance(mask, Nifti1Pair):
-        return read_mask(mask), mask.get_filename() or "the mask"
+        return warn_of_header(read_mask(mask, **(reading or {})), str(mask)), str(mask)
+    if carries_geometry(mask):
+        name = source_file(mask) or "the mask"
+        return warn_of_header(read_mask(mask, **(reading or {})), name), name
     if isinstance(mask, Volume):
         name, array, source = "the mask (a Volume)", mask.array, mask.source
         affine = mask.affine
@@ -54,7 +59,8 @@ def load_mask(mask: MaskLike, affine: np.ndarray) -> tuple[Volume, str]:
         name, source = f"the mask (an array of shape {array.shape})", None
     else:
         raise ValueError(
-            f"a mask is a path, a nibabel image, a Volume, an array or a tensor; got {type(mask).__name__}"
+            f"a mask is a path, an image of nibabel, SimpleITK, torchio or MONAI, a Volume, an array or a tensor; got "
+            f"{type(mask).__name__}"
         )
     if array.ndim == 3:
         array = array[None]
@@ -63,6 +69,13 @@ def load_mask(mask: MaskLike, affine: np.ndarray) -> tuple[Volume, str]:
     if array.size == 0:
         raise ValueError(f"{name}: is empty, it has no voxels")
     return Volume(_whole_numbers(array, name), affine, source), name
+
+
+def warn_of_header(volume: Volume, name: str) -> Volume:
+    """The volume itself. Warns: of what is odd in the header that it was read from, as the training does."""
+    for oddity in header_oddities(volume.source) if volume.source else []:
+        warnings.warn(f"{name}: {oddity}", stacklevel=3)
+    return volume
 
 
 def index_labels(
@@ -109,13 +122,15 @@ def describe_mask(mask: MaskLike) -> dict[str, Any]:
         for path in volume_parts(mask):
             digest.update(path.read_bytes())
         return {"file": Path(mask).name, "sha256": digest.hexdigest()}
-    if isinstance(mask, Nifti1Pair):
-        array = np.asanyarray(mask.dataobj)
+    if carries_geometry(mask):
+        array = read_stored(mask).values
     elif isinstance(mask, Volume):
         array = mask.array
     else:
         array = as_array(mask)
-    return {"file": _file_name(mask), "sha256": hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()}
+    file = source_file(mask)
+    digest = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+    return {"file": None if file is None else Path(file).name, "sha256": digest}
 
 
 def identity(given: Any) -> str | int:
@@ -123,24 +138,16 @@ def identity(given: Any) -> str | int:
     return str(given) if isinstance(given, (str, os.PathLike)) else id(given)
 
 
+def is_placed(given: Any) -> bool:
+    """Whether a mask or an image says where it lies: all do but plain arrays and tensors."""
+    return isinstance(given, (str, os.PathLike, Volume)) or carries_geometry(given)
+
+
 def check_axes(volume: Volume, name: str) -> None:
     """Raises: ValueError for a Volume whose axes are not in RAS+ order; what was read from a file is."""
     codes = "".join(map(str, aff2axcodes(volume.affine)))
     if volume.source is None and codes != "RAS":
         raise ValueError(f"{name}: its axes run {codes}, a Volume's run RAS; give it as a nibabel image instead")
-
-
-def as_array(mask: Any) -> np.ndarray:
-    """An array or tensor as an array; bfloat16, which numpy lacks, as float32."""
-    if not isinstance(mask, torch.Tensor):
-        return np.asarray(mask)
-    return (mask.float() if mask.dtype == torch.bfloat16 else mask).detach().cpu().numpy()
-
-
-def _file_name(mask: Any) -> str | None:
-    """Name of the file that a mask came from, without its folder; None where there is none."""
-    source = mask.get_filename() if isinstance(mask, Nifti1Pair) else mask
-    return Path(source).name if isinstance(source, (str, os.PathLike)) else None
 
 
 def _translation(labels: Mapping[str, str], label_map: LabelMap) -> dict[int, int]:

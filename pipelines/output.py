@@ -1,5 +1,6 @@
 """What the pipeline returns, and where it writes."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -10,7 +11,8 @@ from diffusers.utils import BaseOutput
 
 from volumes import nifti_path
 
-from .provenance import sidecar_path, volume_files
+from .arguments import listed, local_path
+from .provenance import read_sidecar, sidecar_path, volume_files
 
 
 @dataclass
@@ -26,7 +28,9 @@ class MedVolumePipelineOutput(BaseOutput):
             "pt"      the same as float32 tensors on the CPU;
             "latent"  standardised latents (latent_channels, h, w, d) of the padded mask, on the model's device.
             With `paths`: the files that were written, as `Path`, or {channel: path}.
-        provenance: one JSON-ready dict a volume: model hash, seed, steps, scheduler, mask; the sidecar's content.
+            None for volumes that were not begun when `pipe._interrupt` was set.
+        provenance: one JSON-ready dict a volume: model hash, seed, steps, scheduler, mask; the sidecar's content. With what
+            a callback changed, if it did (`call.StepCallback`): such volumes the seed alone does not make again.
     """
 
     volumes: list[Any]
@@ -44,7 +48,8 @@ def check_paths(
     count = len(records)
     if paths is None:
         return [None] * count
-    files = [nifti_path(path) for path in ([paths] if isinstance(paths, (str, PathLike)) else paths)]
+    several = [paths] if isinstance(paths, (str, PathLike)) else listed("paths", paths)
+    files = [nifti_path(local_path("paths", path)) for path in several]
     if output_type != "nifti":
         raise ValueError(f"paths are of NIfTI files: leave output_type at 'nifti', not {output_type!r}")
     different = len({sidecar_path(path).resolve() for path in files})  # a.nii and a.nii.gz have one sidecar
@@ -53,7 +58,22 @@ def check_paths(
     written = [file for pair in zip(files, records, strict=True) for file in volume_files(*pair)]
     if len(set(written)) < len(written):
         raise ValueError(f"two volumes would write {max(written, key=written.count)}; choose other paths")
-    read = {Path(one).resolve() for one in inputs if isinstance(one, (str, PathLike))}
+    read = {Path(os.path.expanduser(one)).resolve() for one in inputs if isinstance(one, (str, PathLike))}
     if lost := [str(path) for path in written if path.resolve() in read]:
         raise ValueError(f"{lost[0]} is a mask or an image of this call; write the volume to another file")
+    for path in files:
+        read_sidecar(path)
+    for path in [*written, *map(sidecar_path, files)]:
+        _check_place(path)
     return files
+
+
+def _check_place(path: Path) -> None:
+    """Raises: ValueError if no file can be there."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; name a file")
+    folder = next(place for place in path.absolute().parents if place.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{path}: {folder} is a file, not a folder; choose another path")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: {folder} cannot be written to; choose another path, or change its permissions")

@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from autoencoder import VolumeAutoencoder
+from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
 from autoencoder.noise import NoiseModel
 from diffusion import LatentUNet3D, check_guidance, denoise, fit_scheduler
 from diffusion.attention import check_attention_backend
+from diffusion.denoise import set_timesteps
+from diffusion.guidance import Guidance, guidance_in_effect
 
+from .arguments import flag, grid_shape, names, noise_levels, plain, real_number, translation, whole_number
+from .call import CallState, PipelineCalls, StepCallback, callback_inputs, one_at_a_time
 from .conditions import (
     Labels,
     Numbers,
@@ -25,7 +29,7 @@ from .conditions import (
 )
 from .images import ImageLike, Images, check_images, describe_images
 from .inpainting import MARGIN, Editing, by_channel, editings_of, is_edit
-from .loading import check_fit
+from .loading import check_components, check_fit, register_packages, register_pipeline
 from .lora import LoraMixin
 from .masks import LabelMap, MaskLike, as_list, describe_mask, identity
 from .output import MedVolumePipelineOutput, check_paths
@@ -36,20 +40,23 @@ from .provenance import (
     synthetic_files,
     volume_files,
 )
-from .sampling import equal_batches, initial_latents, sample_generators, sample_seed
+from .sampling import equal_batches, given_latents, initial_latents, sample_generators, sample_seed
 from .stored import StoredPipeline
 from .volume_processor import OUTPUT_TYPES, Canvas, VolumeProcessor
 
 EndOfStep = Callable[["MedVolumePipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
 
-class MedVolumePipeline(StoredPipeline, LoraMixin):
+class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
     """Generates volumes from masks (or, for a model that needs none, of a given shape), each on its mask's own grid, and
     of given classes, numbers and images (some channels, from which it makes the others) if the model knows any.
 
     Runs in float32, bfloat16 or float16 (`from_pretrained(..., dtype=torch.bfloat16)` or
     `pipe.to(torch.bfloat16)`): noise is drawn in float32 whatever the type, results are float32. bfloat16 works on
     CPUs too, and is slow on those without AVX512-BF16 or AMX. A result that is not finite raises.
+
+    Several threads may call one pipeline, or pipelines that share components: each call has its own scheduler, callbacks,
+    guidance and progress bar. Calls wait for each other where weights are offloaded or cast by hooks, or code is compiled.
 
     Args:
         vae: trained autoencoder, with its latent statistics set.
@@ -61,17 +68,25 @@ class MedVolumePipeline(StoredPipeline, LoraMixin):
     model_cpu_offload_seq = "unet->vae"
 
     def __init__(
-        self, vae: VolumeAutoencoder, unet: LatentUNet3D, scheduler: SchedulerMixin, data: dict[str, Any] | None = None
+        self,
+        vae: AutoencoderKL3D | VQGAN3D | SpaceToDepth3D,  # by name: `DiffusionPipeline.from_pipe` compares exact types
+        unet: LatentUNet3D,
+        scheduler: SchedulerMixin,
+        data: dict[str, Any] | None = None,
     ):
         super().__init__()
+        check_components({"vae": vae, "unet": unet, "scheduler": scheduler})
         if data is None:  # diffusers takes an argument without a default for a module
-            raise ValueError("MedVolumePipeline needs `data`, the description of the training set (volumes.describe)")
+            raise ValueError(
+                "MedVolumePipeline needs `data`, the description of the training set (volumes.describe): give data=pipe.data of "
+                "the pipeline that the components are of, or use MedVolumePipeline.from_pipe(pipe)"
+            )
         check_fit(vae, unet, data)
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
         self.register_to_config(data=json.loads(json.dumps(data)))
         self.volume_processor = VolumeProcessor(data, vae.stride)
         self.noise_model = NoiseModel(data["noise"]) if data.get("noise") else None
-        self._files, self._hashed = {}, {}
+        self._running, self._last = [], CallState()
 
     def provenance(
         self,
@@ -81,7 +96,7 @@ class MedVolumePipeline(StoredPipeline, LoraMixin):
         seed: int | None,
         num_inference_steps: int = 20,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: float | Mapping[str, float] = 1.0,
+        guidance_scale: Guidance = 1.0,
         label_map: LabelMap | None = None,
         labels: Mapping[str, str] | None = None,
         numbers: Mapping[str, float] | None = None,
@@ -99,30 +114,35 @@ class MedVolumePipeline(StoredPipeline, LoraMixin):
             edit: what is changed of which image; without one the record has no such entry.
             seed: of the volume's own generator; None if its noise came from elsewhere (latents, or a generator
                 already drawn from).
+        Raises: ValueError naming what no sidecar can hold.
         """
-        scheduler = json.loads(
-            fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps).to_json_string()
-        )  # pyright: ignore[reportAttributeAccessIssue]
-        return {
+        shape = None if shape is None else grid_shape(shape)
+        sigmas = None if sigmas is None else noise_levels(sigmas)
+        steps = whole_number("num_inference_steps", num_inference_steps)
+        label_map = translation(label_map)
+        fitted = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
+        scheduler = json.loads(fitted.to_json_string(), parse_constant=str)  # -Infinity, which JSON lacks, as text
+        record = {
             "synthetic": True,
             "software": software(),
             "model": self.model_hash,
-            "seed": seed,
-            "num_inference_steps": num_inference_steps if sigmas is None else len(sigmas),
-            "sigmas": None if sigmas is None else [float(sigma) for sigma in sigmas],
+            "seed": None if seed is None else whole_number("seed", seed, None),
+            "num_inference_steps": steps if sigmas is None else len(sigmas),
+            "sigmas": sigmas,
             "guidance_scale": recorded_guidance(guidance_scale),
             "scheduler": {"class": scheduler["_class_name"]} | {k: v for k, v in scheduler.items() if k[0] != "_"},
             "dtype": self._dtypes(),
             "mask": None if mask is None else dict(mask),
-            "shape": None if shape is None else list(shape),
+            "shape": shape,
             "label_map": None if not label_map else {str(value): target for value, target in label_map.items()},
             "labels": dict(labels) if labels else None,
             "numbers": dict(numbers) if numbers else None,
             "images": {name: dict(one) for name, one in images.items()} if images else None,
             "channels": self.volume_processor.generated(images or {}) or None,  # those that have a file each
-            **({} if self.noise_model is None else {"noise": noise}),
+            **({} if self.noise_model is None else {"noise": flag("noise", noise)}),
             **({} if edit is None else {"edit": edit.record()}),
         }
+        return plain(record, "the record")
 
     @torch.no_grad()
     def __call__(
@@ -134,13 +154,14 @@ class MedVolumePipeline(StoredPipeline, LoraMixin):
         image: ImageLike | Images | Sequence[ImageLike | Images] | None = None,
         num_inference_steps: int = 20,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: float | Mapping[str, float] = 1.0,
+        guidance_scale: Guidance = 1.0,
         num_volumes_per_mask: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
         output_type: str = "nifti",
         return_dict: bool = True,
         callback_on_step_end: EndOfStep | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         label_map: LabelMap | None = None,
         batch_size: int = 8,
         paths: str | PathLike | Sequence[str | PathLike] | None = None,
@@ -153,9 +174,9 @@ class MedVolumePipeline(StoredPipeline, LoraMixin):
         """Generate volumes, or with `strength` or `region` change given ones.
 
         Args:
-            mask: path, nibabel image, `Volume`, array or tensor (X, Y, Z) of label values as in the training files;
-                or a list of them, of any shapes. -1 marks voxels outside the field of view. A path or image keeps its
-                grid; an array lies on the model's template.
+            mask: path, image of nibabel, SimpleITK, torchio or MONAI (MetaTensor), `Volume`, array or tensor (X, Y, Z) of
+                label values as in the training files; or a list of them, of any shapes. -1 marks voxels outside the field
+                of view. A path or image keeps its grid; a plain array or tensor lies on the model's template.
             shape: (X, Y, Z) in voxels, in place of a mask, for a model that no mask conditions, or that was trained to do
                 without at times.
             labels: the value of each class, such as {"sex": "F"}: one dict for all masks, or a list of one a mask; with
@@ -170,17 +191,23 @@ class MedVolumePipeline(StoredPipeline, LoraMixin):
             sigmas: noise levels to visit instead, in (0, 1] and falling (FlowMatch schedulers); from 1, unless the
                 `latents` are less noisy.
             guidance_scale: classifier-free guidance: above 1, volumes follow their conditions more closely and differ
-                less from each other. One number, or one per condition such as {"sex": 3.0}. For conditions that the
-                model was trained without at times (`condition_dropout`).
+                less from each other; from 0 to 1, or None, it is none, as in diffusers. One number, or one per condition
+                such as {"sex": 3.0}. For conditions that the model was trained without at times (`condition_dropout`).
             num_volumes_per_mask: how many of each mask (with `shape`, of each dict).
-            generator: one a volume (mask by mask), or a single one from which a seed a volume is drawn: see
-                `sampling.sample_generators`. A volume depends on its own generator alone, not on what is generated
-                beside it, to rounding.
-            latents: initial noise instead, one (C, h, w, d) a volume, as a list or a tensor (B, C, h, w, d).
+            generator: one a volume (mask by mask), or a single one: for a single volume as `[generator]`, for several
+                volumes a seed each is drawn from it, see `sampling.sample_generators`. A volume depends on its own generator
+                alone, not on what is generated beside it, to rounding. The record's seed, as
+                `torch.Generator().manual_seed(seed)`, makes the volume again; it is None if numbers were drawn from the
+                volume's generator before.
+            latents: initial noise instead, one (C, h, w, d) a volume, as a list, a tensor or an array (B, C, h, w, d).
             output_type: "nifti", "np", "pt" or "latent": see `MedVolumePipelineOutput`.
             return_dict: False gives the tuple `(volumes,)`.
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": ...})` after each step of each
-                batch; "latents" in the dict that it returns replace the batch's.
+                batch, or one of diffusers' `PipelineCallback`; "latents" in the dict that it returns replace the batch's. It
+                may set `pipe._guidance_scale`, for the steps of the batch that follow, and `pipe._interrupt = True`, after
+                which no step is made: the batch's volumes are as far as they came, those of later batches None (with
+                `paths`: not written). The records say what it changed.
+            callback_on_step_end_tensor_inputs: what the callback is given: "latents" or nothing.
             label_map: how to read label values that the model does not know: {value: known value or name}.
             batch_size: most volumes denoised together; only volumes with equal padded grids share a batch.
             paths: a .nii.gz or .nii file for each volume, e.g. `pipe(mask="ct.nii.gz", paths="out/ct_000.nii.gz")`; of
@@ -200,17 +227,26 @@ class MedVolumePipeline(StoredPipeline, LoraMixin):
             given: channels of an image that is changed which are left alone, and condition the others.
 
         Raises: ValueError naming what cannot be used and the remedy: the mask, its labels, classes, numbers, images, the
-        guidance, the generators, the sigmas, the output type, the scheduler, the edit.
+        guidance, the generators, the sigmas, the output type, the scheduler, the edit, the paths; all of it before the first
+        step, but what a callback returns.
         Warns: of numbers far outside the training range.
         """
-        if output_type not in OUTPUT_TYPES:
+        if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
-        if num_volumes_per_mask < 1 or batch_size < 1:
-            raise ValueError(
-                f"num_volumes_per_mask ({num_volumes_per_mask}) and batch_size ({batch_size}) must be 1 or more"
-            )
+        steps = whole_number("num_inference_steps", num_inference_steps)
+        sigmas = None if sigmas is None else noise_levels(sigmas)
+        guidance_in_effect(guidance_scale)  # its names are checked where the conditions are known
+        num_volumes_per_mask = whole_number("num_volumes_per_mask", num_volumes_per_mask)
+        batch_size = whole_number("batch_size", batch_size)
+        return_dict, noise = flag("return_dict", return_dict), flag("noise", noise)
+        shape, label_map = None if shape is None else grid_shape(shape), translation(label_map)
+        strength = None if strength is None else real_number("strength", strength)
+        margin, given = real_number("margin", margin), names("given", given)
+        known_inputs = self._callback_tensor_inputs
+        inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs, known_inputs)
         check_attention_backend(self.unet, self._execution_device)
         scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
+        set_timesteps(scheduler, steps, sigmas, self._execution_device)  # what it refuses, it refuses here
         masks = None if mask is None else as_list(mask)
         editing = is_edit(strength, region, given, begins_from={"image": image, "shape": shape, "latents": latents})
         of_channels: Any = by_channel(image, self.data) if editing else image
@@ -218,8 +254,8 @@ class MedVolumePipeline(StoredPipeline, LoraMixin):
         masks, images = masks or [None] * len(asked), [one for *_, one in asked]
         edits: list[Editing | None] = [None] * len(asked)
         if editing:
-            steps = num_inference_steps if sigmas is None else len(sigmas)
-            settings = {"strength": strength, "margin": margin, "given": given, "num_inference_steps": steps}
+            count = steps if sigmas is None else len(sigmas)
+            settings = {"strength": strength, "margin": margin, "given": given, "num_inference_steps": count}
             edits = [*editings_of(self.data, images, region, **settings)]  # pyright: ignore[reportArgumentType]
             images = [edit.conditions for edit in edits if edit is not None]
         keys = [
@@ -234,13 +270,18 @@ class MedVolumePipeline(StoredPipeline, LoraMixin):
             for one, canvas in zip(asked, canvases, strict=True)
         ]
         described = [None if one is None else describe_mask(one) for one in masks]
-        image_records = [describe_images(given) for given in images]
-        names = {name for row in [*rows, images] for part in row for name in part}
-        names |= {"mask"} if mask is not None else set()
-        check_guidance(guidance_scale, self.unet.config["condition_dropout"] or {}, names)
+        image_records = [describe_images(one) for one in images]
+        guiding = {name for row in [*rows, images] for part in row for name in part}
+        guiding |= {"mask"} if mask is not None else set()
         owner = [i for i in range(len(canvases)) for _ in range(num_volumes_per_mask)]  # volume -> its canvas
-        if latents is not None and len(latents) != len(owner):
-            raise ValueError(f"{len(latents)} latents for {len(owner)} volumes; give one a volume")
+        grids = [self._latent_shape(canvas) for canvas in canvases]
+        latents = None if latents is None else given_latents(latents, [grids[i] for i in owner])
+
+        def recorded(scale: Any) -> float | dict[str, float] | None:
+            check_guidance(scale, self.unet.config["condition_dropout"] or {}, guiding)
+            return recorded_guidance(scale)
+
+        recorded(guidance_scale)
         generators = sample_generators(generator, len(owner))
         seeds = [sample_seed(own) if latents is None else None for own in generators]
         records = [
@@ -248,7 +289,7 @@ class MedVolumePipeline(StoredPipeline, LoraMixin):
                 described[i],
                 shape=shape,
                 seed=seed,
-                num_inference_steps=num_inference_steps,
+                num_inference_steps=steps,
                 sigmas=sigmas,
                 guidance_scale=guidance_scale,
                 label_map=label_map,
@@ -260,46 +301,55 @@ class MedVolumePipeline(StoredPipeline, LoraMixin):
             )
             for i, seed in zip(owner, seeds, strict=True)
         ]
-        inputs = [*masks, *(one for own in images for one in own.values())]
-        inputs += [one for edit in edits if edit is not None for one in edit.files]
-        files = check_paths(paths, records, output_type, inputs)
-        encoded, parts = {}, (self.vae, self.unet, self.volume_processor)
-        if self.unet.config["images"]:
-            encoded = {key: image_condition(*parts, one, self._execution_device) for key, one in read.items()}
-        changed = {key: edited_latents(*parts, one, self._execution_device) for key, one in read.items() if one.edit}
+        sources = [*masks, *(one for own in images for one in own.values())]
+        sources += [one for edit in edits if edit is not None for one in edit.files]
+        files = check_paths(paths, records, output_type, sources)
 
         volumes: list[Any] = [None] * len(owner)
-        for batch in equal_batches([canvases[i].shape for i in owner], batch_size):
-            own = [generators[i] for i in batch]
-            drawn_on = [canvases[owner[i]] for i in batch]
-            noises = None if latents is None else [latents[i] for i in batch]
-            grid = self._latent_shape(drawn_on[0])
-            conditions = condition_tensors(self.unet, drawn_on, [rows[owner[i]] for i in batch], self._execution_device)
-            if encoded:
-                conditions["image"] = torch.cat([encoded[keys[owner[i]]] for i in batch])
-            known = [changed[keys[owner[i]]] for i in batch] if changed else []
-            inside = [cells for _, cells in known if cells is not None]
-            denoised = denoise(
-                self.unet,
-                initial_latents(own, noises, grid, self._execution_device, self.unet.dtype),
-                scheduler,
-                conditions,
-                guidance_scale=guidance_scale,
-                names=self.unet.condition_names,
-                num_inference_steps=num_inference_steps,
-                sigmas=sigmas,
-                generator=own,
-                callback=self._step_callback(callback_on_step_end),
-                progress=not getattr(self, "_progress_bar_config", {}).get("disable", False),
-                image=torch.cat([image for image, _ in known]) if known else None,
-                strength=1.0 if strength is None else strength,
-                region=torch.cat(inside) if inside else None,
-            )
-            for i, latent in zip(batch, denoised, strict=True):
-                volumes[i] = self._finish(
-                    latent, canvases[owner[i]], output_type, records[i], files[i], generators[i] if noise else None
+        with self._call_state() as state, one_at_a_time(self.vae, self.unet):
+            encoded, parts = {}, (self.vae, self.unet, self.volume_processor)
+            if self.unet.config["images"]:
+                encoded = {key: image_condition(*parts, one, self._execution_device) for key, one in read.items()}
+            changed = {
+                key: edited_latents(*parts, one, self._execution_device) for key, one in read.items() if one.edit
+            }
+            for batch in equal_batches([canvases[i].shape for i in owner], batch_size):
+                if state.interrupt:
+                    for i in batch:
+                        records[i]["callback"] = {"interrupted_after": 0}
+                    continue
+                own = [generators[i] for i in batch]
+                rows_here = [rows[owner[i]] for i in batch]
+                noises = None if latents is None else [latents[i] for i in batch]
+                canvases_here = [canvases[owner[i]] for i in batch]
+                conditions = condition_tensors(self.unet, canvases_here, rows_here, self._execution_device)
+                if encoded:
+                    conditions["image"] = torch.cat([encoded[keys[owner[i]]] for i in batch])
+                known = [changed[keys[owner[i]]] for i in batch] if changed else []
+                inside = [cells for _, cells in known if cells is not None]
+                state.guidance_scale = guidance_scale
+                callback = StepCallback(self, state, callback_on_step_end, inputs, recorded)
+                denoised = denoise(
+                    self.unet,
+                    initial_latents(own, noises, grids[owner[batch[0]]], self._execution_device, self.unet.dtype),
+                    scheduler,
+                    conditions,
+                    guidance_scale=guidance_scale,
+                    names=self.unet.condition_names,
+                    num_inference_steps=steps,
+                    sigmas=sigmas,
+                    generator=own,
+                    callback=callback,
+                    progress=callback.bar,
+                    image=torch.cat([image for image, _ in known]) if known else None,
+                    strength=1.0 if strength is None else strength,
+                    region=torch.cat(inside) if inside else None,
                 )
-        self.maybe_free_model_hooks()
+                for i, latent in zip(batch, denoised, strict=True):
+                    records[i] |= {"callback": plain(callback.changes, "the callback")} if callback.changes else {}
+                    drawing = generators[i] if noise else None
+                    volumes[i] = self._finish(latent, canvases[owner[i]], output_type, records[i], files[i], drawing)
+            self.maybe_free_model_hooks()
         if not return_dict:
             return (volumes,)  # pyright: ignore[reportReturnType]
         return MedVolumePipelineOutput(volumes=volumes, provenance=records)
@@ -347,16 +397,6 @@ class MedVolumePipeline(StoredPipeline, LoraMixin):
         h, w, d = (n // s for n, s in zip(canvas.shape, self.vae.stride, strict=True))
         return self.vae.config["latent_channels"], h, w, d
 
-    def _step_callback(self, callback: EndOfStep | None) -> Callable[[int, torch.Tensor, torch.Tensor], Any] | None:
-        """diffusers' callback as the one that `denoise` takes."""
-        if callback is None:
-            return None
-
-        def call(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor | None:
-            return (callback(self, step, timestep, {"latents": latents}) or {}).get("latents")
-
-        return call
-
     def _finish(
         self,
         latent: torch.Tensor,
@@ -394,7 +434,13 @@ def _finite(slabs: Iterable[torch.Tensor], record: Mapping[str, Any]) -> Iterato
     """The same. Raises: ValueError naming the volume's seed if a value is not finite."""
     for slab in slabs:
         if not torch.isfinite(slab).all():
-            raise ValueError(
-                f"the volume of seed {record['seed']} is not finite in {record['dtype']}; use bfloat16 or float32"
+            narrow = "float16" in record["dtype"].split()  # whose largest number is 65,504
+            remedy = (
+                "use bfloat16 or float32" if narrow else "look for NaN in the weights, the latents and the conditions"
             )
+            raise ValueError(f"the volume of seed {record['seed']} is not finite in {record['dtype']}; {remedy}")
         yield slab
+
+
+register_packages()
+register_pipeline(MedVolumePipeline)

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,16 @@ import nibabel as nib
 import torch
 from safetensors import safe_open
 
+from autoencoder.identity import out_of_reach, own_tensors
+from autoencoder.model import deciding
+from diffusion.guidance import Guidance, guidance_in_effect
 from volumes import in_one_step, nifti_path
+from volumes.names import Disk
+
+from .arguments import local_path, plain
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
+_taking_places = threading.Lock()
 
 
 def software() -> str:
@@ -29,13 +37,11 @@ def software() -> str:
 def content_hash(components: Mapping[str, tuple[Mapping[str, Any], Tensors]]) -> str:
     """sha256 over each component's config and tensors (name, type, shape, bytes), whatever file or memory they are in.
 
-    Private config entries (with a leading underscore: versions, paths) do not count, nor do those that are None: an
-    argument that a later version adds renames no model that does not use it.
+    Of a config what decides the result counts, see `autoencoder.model.deciding`: not the record of the training subjects.
     """
     digest = hashlib.sha256()
     for name, (config, tensors) in sorted(components.items()):
-        public = {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
-        digest.update(f"{name}{json.dumps(public, sort_keys=True)}".encode())
+        digest.update(f"{name}{json.dumps(deciding(config), sort_keys=True)}".encode())
         for key, tensor in tensors:
             tensor_digest(digest, key, tensor)
     return digest.hexdigest()
@@ -63,20 +69,19 @@ def memory_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
 
     Raises: ValueError if they are offloaded out of reach.
     """
-    state = {k.replace(".base_layer.", "."): v for k, v in module.state_dict().items() if ".lora_" not in k}
-    if hasattr(module, "offloaded_to_disk") or any(tensor.is_meta for tensor in state.values()):
+    if out_of_reach(module):
         raise ValueError(
             "the weights are offloaded, so the model's hash cannot be computed: offload by the pipeline's own method, or "
             "save the pipeline and load it from its folder"
         )
-    yield from sorted(state.items())
+    yield from own_tensors(module)
 
 
-def recorded_guidance(scale: float | Mapping[str, float]) -> float | dict[str, float] | None:
-    """The guidance as a sidecar has it; None for none, as sidecars from before there was any."""
-    if isinstance(scale, Mapping):
-        return {name: float(value) for name, value in scale.items() if value != 1} or None
-    return None if scale == 1 else float(scale)
+def recorded_guidance(scale: Guidance) -> float | dict[str, float] | None:
+    """The guidance in effect, as a sidecar has it; None for none (a scale of 1 or less), as sidecars from before there was
+    any."""
+    effect = guidance_in_effect(scale)
+    return None if effect in (1.0, {}) else effect
 
 
 def header_description(record: Mapping[str, Any]) -> str:
@@ -87,8 +92,13 @@ def header_description(record: Mapping[str, Any]) -> str:
 
 def sidecar_path(path: str | os.PathLike) -> Path:
     """The JSON file beside a volume: case_000.nii.gz -> case_000.json."""
-    path = Path(path)
+    path = local_path("path", path)
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+
+
+def sidecars(folder: Path) -> list[Path]:
+    """The JSON files in a folder that may be sidecars, sorted; not what macOS leaves beside them (`._case_000.json`)."""
+    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
 
 
 def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -96,11 +106,11 @@ def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:
 
     Raises: ValueError on a file that is no sidecar of ours.
     """
-    sidecar = sidecar_path(path)
+    sidecar = Disk().find(sidecar_path(path))
     if not sidecar.is_file():
         return None
     try:
-        record = json.loads(sidecar.read_text())
+        record = json.loads(sidecar.read_text(), parse_constant=str)  # older ones have -Infinity, which JSON lacks
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{sidecar}: is no JSON ({error}); it was not written by generate.py") from error
     if not isinstance(record, dict) or record.get("synthetic") is not True:
@@ -111,7 +121,7 @@ def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:
 def volume_files(path: str | os.PathLike, record: Mapping[str, Any]) -> list[Path]:
     """The files of the volume at `path`: that one, or one for each of the record's channels: case_000.nii.gz ->
     case_000_ct.nii.gz, case_000_pet.nii.gz. Raises: ValueError unless it ends in .nii.gz or .nii."""
-    path, stem = nifti_path(path), sidecar_path(path).stem
+    path, stem = nifti_path(local_path("path", path)), sidecar_path(path).stem
     channels = record.get("channels")
     return [path.with_name(f"{stem}_{one}{path.name.removeprefix(stem)}") for one in channels] if channels else [path]
 
@@ -124,15 +134,18 @@ def synthetic_files(record: Mapping[str, Any], path: str | os.PathLike) -> Itera
     Each appears whole or not at all, the sidecar first and after older files of the volume were removed: a volume on disk
     always has its record, and one with a matching record, all of whose files are there, is finished.
 
-    Raises: ValueError if a JSON that is no sidecar is in the way, see `read_sidecar`.
+    Raises: ValueError if a JSON that is no sidecar is in the way, see `read_sidecar`, and for a record that JSON cannot hold.
     """
-    files, older = volume_files(path, record), read_sidecar(path)
-    outdated = {*files, *(volume_files(path, older) if older else [])}  # it may have had files of other channels
-    with in_one_step(sidecar_path(path), *files) as (sidecar, *unfinished):
-        sidecar.write_text(json.dumps(record, indent=2) + "\n")
-        yield unfinished
-        for file in outdated:
-            file.unlink(missing_ok=True)
+    files, content = volume_files(path, record), plain(record, f"{path}: the record")
+    read_sidecar(path)  # refused before the work
+    with ExitStack() as stack:
+        with in_one_step(sidecar_path(path), *files) as (sidecar, *unfinished):
+            sidecar.write_text(json.dumps(content, indent=2) + "\n")
+            yield unfinished
+            stack.enter_context(_taking_places)  # of two calls that write one volume, each takes all places at once
+            older = read_sidecar(path)
+            for file in {*files, *(volume_files(path, older) if older else [])}:  # it may have had other channels
+                file.unlink(missing_ok=True)
 
 
 def write_synthetic(
@@ -140,11 +153,15 @@ def write_synthetic(
 ) -> None:
     """Write a generated volume (.nii or .nii.gz), or a file for each of its channels, and its sidecar, see
     `synthetic_files`. Raises: ValueError if `image` has other channels than the record."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{path}: the record is {type(record).__name__}; give an entry of the output's provenance")
     channels = list(record.get("channels") or [])
     if (set(image) if isinstance(image, Mapping) else set()) != set(channels):
         given = list(image) if isinstance(image, Mapping) else "a single image"
         raise ValueError(f"{path}: got {given}, its record has the channels {channels}; give both of one volume")
     images = [image[channel] for channel in channels] if isinstance(image, Mapping) else [image]
+    if foreign := [type(one).__name__ for one in images if not isinstance(one, nib.Nifti1Image)]:
+        raise ValueError(f"{path}: got {foreign[0]}; write what the pipeline returns as output_type='nifti'")
     with synthetic_files(record, path) as unfinished:
         for one, file in zip(images, unfinished, strict=True):
             nib.save(one, file)

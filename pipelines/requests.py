@@ -1,18 +1,18 @@
 """What volumes are asked for: a mask each, or a row of a table with masks, classes, numbers and images."""
 
-import glob
 import itertools
-from collections import Counter
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from volumes import volume_stem
-from volumes.cases import read_table
 from volumes.dicom import is_series
 from volumes.files import SUFFIXES, is_volume
+from volumes.names import Disk, cell_path, glob_names, resource_forks, same_name, windows_hint
 from volumes.remote import copy_pattern, copy_table, is_url, plain_path, with_urls
+from volumes.tables import read_table
 
 from .pipeline import MedVolumePipeline
 
@@ -48,11 +48,12 @@ def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
     in the output folder (volumes would become masks in the next run).
     """
     found: set[Path] = set()
+    disk = Disk()
     for given in patterns:
         pattern = copy_pattern(given) if is_url(given) else plain_path(given)
-        matches = (
-            [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
-        )  # a[1].nii is a file's name
+        spelled = str(disk.find(pattern))
+        pattern = spelled if Path(spelled).exists() else pattern
+        matches = [pattern] if Path(pattern).is_file() else glob_names(pattern)  # a[1].nii is a file's name
         paths = [path for path in map(Path, matches) if is_volume(path)]
         if Path(pattern).is_dir() and not paths:  # a folder of masks, not of one's slices
             paths = [
@@ -66,10 +67,15 @@ def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
             f"no masks found in {' '.join(patterns)}; give a folder with .nii.gz files (or other volumes), or a quoted glob"
         )
     masks = sorted(found, key=lambda path: (volume_stem(path), str(path)))
-    for first, second in itertools.pairwise(masks):
-        if volume_stem(first) == volume_stem(second):
+    if forks := resource_forks(masks):
+        warnings.warn(f"{len(forks)} files of macOS beside the masks are passed over, such as {forks[0]}", stacklevel=2)
+    for mask in masks:
+        check_stem(volume_stem(mask), str(mask))
+    for first, second in itertools.pairwise(sorted(masks, key=lambda path: same_name(volume_stem(path)))):
+        if same_name(volume_stem(first)) == same_name(volume_stem(second)):
             both = with_urls(f"{first} and {second}")
-            raise ValueError(f"{both} have the same stem, so their volumes would too; rename one")
+            alike = "" if volume_stem(first) == volume_stem(second) else ", but for upper and lower case"
+            raise ValueError(f"{both} have the same stem{alike}, so their volumes would too; rename one")
     refuse_masks_in(output, masks)
     return masks
 
@@ -87,29 +93,49 @@ def read_requests(source: str | Path, pipe: MedVolumePipeline, output: Path) -> 
     Raises: ValueError for columns that the model does not know, for names used twice or unfit for a file, for masks and
     images in the output folder, and if some rows have a mask (or, without any, an image) and others none.
     """
-    table = copy_table(source, read_table) if is_url(source) else Path(plain_path(str(source)))
+    disk = Disk()
+    table = copy_table(source, read_table) if is_url(source) else disk.find(plain_path(str(source)))
     names, rows = pipe.unet.condition_names, read_table(table)
     channels = [name for name, _ in names.images]
     known = ["mask", "name", *names.classes, *names.numbers, *channels]
     if unknown := sorted({column for row in rows for column in row} - set(known)):
         raise ValueError(f"{source}: unknown columns {unknown}; for this model a table has {', '.join(known)}")
-    requests = []
+    requests: list[Request] = []
+    called: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
-        given = {column: value for column, value in row.items() if value not in (None, "")}
-        mask = table.parent / given["mask"] if "mask" in given else None
+        given = {column: value for column, value in row.items() if value != ""}
+        paths = {}
+        for column in [name for name in ("mask", *channels) if name in given]:
+            cell = str(given[column])
+            paths[column] = cell_path(table.parent, cell, disk)
+            if not paths[column].exists():
+                raise ValueError(
+                    f"{source}: {row.place}: {with_urls(str(paths[column]))}: no such file{windows_hint(cell)}"
+                )
+        mask = paths.pop("mask", None)
         name = str(given.get("name", volume_stem(mask) if mask else f"row_{number:04d}"))
-        if Path(name).name != name:
-            raise ValueError(f"{source}: row {number} is called {name!r}, which is no file's name")
+        check_stem(name, f"{source}: {row.place}")
+        if other := called.get(same_name(name)):
+            raise ValueError(
+                f"{source}: several rows are called {name}: {other} and {row.place}"
+                " (upper and lower case are one on some disks); tell them apart in a column `name`"
+            )
+        called[same_name(name)] = row.place
         labels, numbers = (
             {column: given[column] for column in kind if column in given} for kind in (names.classes, names.numbers)
         )
-        images = {column: table.parent / given[column] for column in channels if column in given}
-        requests.append(Request(name, mask, labels, numbers, images))
-    if twice := sorted(name for name, count in Counter(request.name for request in requests).items() if count > 1):
-        raise ValueError(f"{source}: several rows are called {', '.join(twice)}; tell them apart in a column `name`")
+        requests.append(Request(name, mask, labels, numbers, paths))
     masks, files = sum(bool(request.mask) for request in requests), sum(bool(request.files) for request in requests)
     if (masks or files) not in (0, len(requests)):
         what = "a mask" if masks else "an image"
         raise ValueError(f"{source}: {masks or files} of {len(requests)} rows have {what}; split it into two tables")
     refuse_masks_in(output, [path for request in requests for path in request.files])
     return requests
+
+
+def check_stem(name: str, where: str) -> None:
+    """Raises: ValueError for a name that no file can have, or that makes it a hidden one."""
+    if Path(name).name != name or "\\" in name or any(ord(character) < 32 for character in name):
+        raise ValueError(f"{where}: its volumes would be called {name!r}, which is no file's name")
+    if name.startswith("."):
+        raise ValueError(f"{where}: its volumes would be called {name!r}, as hidden files are; name it without the dot")

@@ -1,9 +1,15 @@
 """Every volume has its own noise, from its own generator, so that its result depends on no other volume of the call."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+
+from volumes.carriers import plain_tensor
+
+from .arguments import listed, whole_number
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -11,24 +17,37 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 def sample_generators(generator: Generators, count: int) -> list[torch.Generator]:
     """One generator a volume, in the order of the output (all volumes of the first mask, then of the second, ...).
 
-    A list is used as it is. From a single generator (None: torch's global one) one seed a volume is drawn, in that
-    order, by `torch.randint(2**63 - 1, (1,))`, and each volume gets a fresh CPU generator with its seed: volume i is
-    the same however many follow it.
+    A list is used as it is, and so is a single generator for a single volume: `generator=G` and `generator=[G]` are the same.
+    From a single one for several volumes (None: torch's global one, for one volume too) a seed a volume is taken, in that
+    order, by `torch.randint(2**63 - 1, (1,))`, and each volume gets a fresh CPU generator with its seed: volume i is the
+    same however many follow it (from two on). Noise is made on the CPU, so a generator of another device gives a seed
+    likewise. In every case `torch.Generator().manual_seed(seed)`, of the seed that a volume's record has, makes it again.
 
     Raises: ValueError if a list has another length, or one generator twice: the second volume's noise would depend on
     the order of the batches, and no seed would reproduce it.
     """
-    if generator is not None and not isinstance(generator, torch.Generator):
-        if not isinstance(generator, Sequence) or not all(isinstance(one, torch.Generator) for one in generator):
-            raise ValueError(f"generator is a torch.Generator or a list of them, got {generator!r}")
-        if len(generator) != count:
-            raise ValueError(f"{len(generator)} generators for {count} volumes; give one a volume, or a single one")
-        if len({id(one) for one in generator}) < count:
-            raise ValueError("the list holds one generator twice; give each volume its own, or a single one for all")
-        return list(generator)
+    if generator is None or isinstance(generator, torch.Generator):
+        if count != 1 or generator is None:
+            return [torch.Generator().manual_seed(_seed_from(generator)) for _ in range(count)]
+        generator = [generator]
+    if not isinstance(generator, Sequence) or not all(isinstance(one, torch.Generator) for one in generator):
+        raise ValueError(f"generator is a torch.Generator or a list of them, got {generator!r}")
+    if len(generator) != count:
+        raise ValueError(
+            f"{len(generator)} generators for {count} volumes (num_volumes_per_mask of each mask); give one a volume, or a single one"
+        )
+    if len({id(one) for one in generator}) < count:
+        raise ValueError("the list holds one generator twice; give each volume its own, or a single one for all")
+    on_cpu = [one.device.type == "cpu" for one in generator]
+    return [
+        one if here else torch.Generator().manual_seed(_seed_from(one))
+        for one, here in zip(generator, on_cpu, strict=True)
+    ]
+
+
+def _seed_from(generator: torch.Generator | None) -> int:
     device = "cpu" if generator is None else generator.device
-    seeds = [int(torch.randint(2**63 - 1, (1,), generator=generator, device=device)) for _ in range(count)]
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    return int(torch.randint(2**63 - 1, (1,), generator=generator, device=device))
 
 
 def sample_seed(generator: torch.Generator) -> int | None:
@@ -40,6 +59,7 @@ def sample_seed(generator: torch.Generator) -> int | None:
 
 def equal_batches(shapes: Sequence[tuple[int, int, int]], batch_size: int) -> Iterator[list[int]]:
     """Indices in groups of at most `batch_size` whose shapes are equal, shapes in order of first appearance."""
+    batch_size = whole_number("batch_size", batch_size)
     groups: dict[tuple[int, int, int], list[int]] = {}
     for index, shape in enumerate(shapes):
         groups.setdefault(shape, []).append(index)
@@ -55,14 +75,31 @@ def initial_latents(
     device: torch.device,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Standard normal noise (B, C, h, w, d), one row a generator, drawn in float32; or the rows that were given.
-
-    Raises: ValueError if a given row is not of `shape` (C, h, w, d).
-    """
+    """Standard normal noise (B, C, h, w, d), one row a generator, drawn in float32; or the rows that were given."""
     if given is None:
         rows = [randn_tensor((1, *shape), generator=one, device=device, dtype=torch.float32) for one in generators]
         return torch.cat(rows).to(dtype)
-    for row in given:
-        if tuple(row.shape) != shape:
-            raise ValueError(f"latents of shape {tuple(row.shape)} for a mask that needs {shape} (C, h, w, d)")
     return torch.stack([row.to(device=device, dtype=dtype) for row in given])
+
+
+def given_latents(latents: Any, shapes: Sequence[tuple[int, int, int, int]]) -> list[torch.Tensor]:
+    """`latents` as people give them, tensors or arrays (B, C, h, w, d) or a list of (C, h, w, d), as one tensor a volume.
+
+    Raises: ValueError unless there is one of its shape for each volume, of finite real numbers.
+    """
+    rows = listed("latents", latents)
+    if len(rows) != len(shapes):
+        raise ValueError(f"{len(rows)} latents for {len(shapes)} volumes; give one a volume")
+    tensors = []
+    for row, shape in zip(rows, shapes, strict=True):
+        if not isinstance(row, torch.Tensor | np.ndarray):
+            raise ValueError(f"latents are tensors or arrays (C, h, w, d), got {type(row).__name__}")
+        if isinstance(row, np.ndarray) and row.dtype.kind not in "iuf":
+            raise ValueError(f"latents are real numbers, got an array of {row.dtype}")
+        tensor = torch.as_tensor(plain_tensor(row) if isinstance(row, torch.Tensor) else row).detach()  # of MONAI, too
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"latents of shape {tuple(tensor.shape)} for a mask that needs {shape} (C, h, w, d)")
+        if tensor.is_complex() or tensor.dtype == torch.bool or not torch.isfinite(tensor).all():
+            raise ValueError(f"latents are finite real numbers, got {tensor.dtype} with others; replace them first")
+        tensors.append(tensor)
+    return tensors

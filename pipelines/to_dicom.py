@@ -9,8 +9,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from volumes.command import ArgumentParser, run_command
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "volumes", nargs="+", type=Path, help="generated .nii.gz or .nii files, their sidecars beside them"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="folder; each volume gets one in it, of its own name"
+    )
+    parser.add_argument(
+        "--modality", required=True, help="CT, MR, or another one's code such as PT (secondary capture)"
+    )
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 from volumes import read_volume, volume_stem, write_dicom
 
+from .arguments import local_path
 from .provenance import read_sidecar, volume_files
 
 
@@ -19,7 +41,7 @@ def find_record(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises: ValueError where there is none: only what is known to be synthetic is marked so.
     """
-    path, words = Path(path), volume_stem(path).split("_")
+    path, words = local_path("path", path), volume_stem(path).split("_")
     for count in range(len(words), 0, -1):
         whole = path.with_name(f"{'_'.join(words[:count])}.nii.gz")
         record = read_sidecar(whole)
@@ -38,7 +60,7 @@ def export(path: str | os.PathLike, folder: str | os.PathLike, modality: str) ->
     record = find_record(path)
     return write_dicom(
         read_volume(path),
-        folder,
+        local_path("folder", folder),
         modality=modality,
         software=str(record["software"]),
         model=str(record["model"]),
@@ -46,25 +68,8 @@ def export(path: str | os.PathLike, folder: str | os.PathLike, modality: str) ->
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "volumes", nargs="+", type=Path, help="generated .nii.gz or .nii files, their sidecars beside them"
-    )
-    parser.add_argument(
-        "--output", required=True, type=Path, help="folder; each volume gets one in it, of its own name"
-    )
-    parser.add_argument(
-        "--modality", required=True, help="CT, MR, or another one's code such as PT (secondary capture)"
-    )
-    options = parser.parse_args(arguments)
-    try:
-        for path in options.volumes:
-            files = export(path, options.output / volume_stem(path), options.modality)
-            print(f"{files[0].parent}: {len(files)} slices")
-    except ValueError as error:
-        parser.exit(1, f"error: {error}\n")
-
-
-if __name__ == "__main__":
-    main()
+def main(args: Sequence[str] | None = None) -> None:
+    options = parse(args)
+    for path in options.volumes:
+        files = export(path, options.output / volume_stem(path), options.modality)
+        print(f"{files[0].parent}: {len(files)} slices")

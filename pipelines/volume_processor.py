@@ -35,11 +35,13 @@ from volumes import (
     to_stored_grid,
     write_slabs,
 )
+from volumes.plausible import resampling_oddities
 
+from .arguments import grid_shape, translation
 from .canvas import Canvas
 from .images import GivenImage, Images, load_images
 from .inpainting import Edit, Editing, load_region
-from .masks import LabelMap, MaskLike, index_labels, load_mask
+from .masks import LabelMap, MaskLike, index_labels, is_placed, load_mask
 
 OUTPUT_TYPES = ("nifti", "np", "pt", "latent")
 SPACING_TOLERANCE = 0.01  # relative; a mask within it is taken as it is
@@ -54,7 +56,7 @@ class VolumeProcessor:
 
     Args:
         data: what the model was trained on, as `volumes.describe` writes it: channels, labels, spacing, intensity,
-            shape_range, affine; image_labels, if what it makes are label maps.
+            shape_range, affine; image_labels, if what it makes are label maps; reading, if headers of files are wrong.
         stride: total stride of the autoencoder per axis.
     """
 
@@ -68,15 +70,17 @@ class VolumeProcessor:
         self.image_labels = sorted(map(int, data.get("image_labels") or {}))
         self.shape_range: list[list[int]] = data["shape_range"]
         self.affine = np.array(data["affine"], dtype=np.float64)
+        self.reading = dict(data.get("reading") or {})
         self.stride = tuple(stride)
 
     def preprocess(self, mask: MaskLike, label_map: LabelMap | None = None) -> Canvas:
         """Read, check, translate, resample and pad one mask.
 
         Raises: ValueError (or VolumeError) naming the mask for what cannot be used: unknown labels, no voxels, no mask.
-        Warns: background alone; another spacing than the model's; a size outside the training range.
+        Warns: background alone; another spacing than the model's; a size outside the training range; odd geometry.
         """
-        volume, name = load_mask(mask, self.affine)
+        label_map = translation(label_map)
+        volume, name = load_mask(mask, self.affine, self.reading)
         target = volume.replace(index_labels(volume.array, self.labels, label_map, name))
         grid = self._resampled(target, name, "mask")
         return self._canvas(grid, target, name, grid.array[0])
@@ -87,7 +91,7 @@ class VolumeProcessor:
         Raises: ValueError naming the channel and the file for what cannot be used, see `load_images`.
         Warns: without a canvas as `preprocess` does.
         """
-        volumes = load_images(images, None if canvas is None else canvas.target, self.affine)
+        volumes = load_images(images, None if canvas is None else canvas.target, self.affine, reading=self.reading)
         canvas = canvas or self._canvas_of_image(*next(iter(volumes.items())))
         return replace(canvas, images=self._given(volumes, canvas))
 
@@ -98,9 +102,9 @@ class VolumeProcessor:
         Raises: ValueError naming the image or the region for what cannot be used, see `load_images` and `load_region`.
         Warns: without a canvas as `preprocess` does.
         """
-        placed = {n: image for n, image in editing.images.items() if not isinstance(image, (np.ndarray, torch.Tensor))}
+        placed = {name: image for name, image in editing.images.items() if is_placed(image)}
         target = canvas.target if canvas is not None and not placed else None  # arrays are in the order of a file
-        exact = load_images(placed | dict(editing.images), target, self.affine, exact=True)
+        exact = load_images(placed | dict(editing.images), target, self.affine, exact=True, reading=self.reading)
         channel, first = next(iter(exact.items()))
         if not on_stored_grid(first):
             raise ValueError(
@@ -116,7 +120,7 @@ class VolumeProcessor:
                 f"the image {channel!r}: lies on another grid than the mask ({describe_grid(first)} against "
                 f"{describe_grid(canvas.target)}); resample one onto the other first"
             )
-        region = None if editing.region is None else load_region(editing.region, first)
+        region = None if editing.region is None else load_region(editing.region, first, self.reading)
         images = self._given({n: one.replace(one.array.astype(np.float32)) for n, one in exact.items()}, canvas)
         originals = {name: volume.array[0] for name, volume in exact.items()}
         unseen = canvas.target.array[0] == PADDING
@@ -190,13 +194,15 @@ class VolumeProcessor:
                 f"the {what} is resampled, and the volume resampled back to the {what}'s grid",
                 stacklevel=2,
             )
-            return resample(target, self.spacing, nearest=True)
+            grid = resample(target, self.spacing, nearest=True)
+            for oddity in resampling_oddities(target.shape, grid.shape):
+                warnings.warn(f"{name}: {oddity}", stacklevel=2)
+            return grid
         return target
 
     def preprocess_shape(self, shape: Sequence[int]) -> Canvas:
         """A canvas of `shape` (X, Y, Z) voxels on the template's affine, for a model that no mask conditions."""
-        if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"shape is three positive numbers of voxels (X, Y, Z), got {tuple(shape)}")
+        shape = grid_shape(shape)
         grid = Volume(np.zeros((1, *shape), dtype=np.int16), self.affine)
         return self._canvas(grid, grid, "the shape asked for", None)
 

@@ -21,10 +21,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from volumes.command import ArgumentParser, positive, run_command
 
 SECONDS = 10  # a case
 MEMORY = 2 << 30  # beyond what the process has before its first case
@@ -274,16 +276,21 @@ def run_chunk(target: str, seed: int, start: int, stop: int) -> dict[str, Any]:
     return {"target": target, "counts": counts, "findings": findings, "peak_bytes": peak}
 
 
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=positive, default=10000, help="cases of all targets together (default: 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="another number makes other cases (default: 0)")
+    parser.add_argument("--processes", type=positive, default=1, help="at a time (default: 1)")
+    parser.add_argument("--targets", nargs="+", choices=sorted(SHARES), default=sorted(SHARES), help="default: all")
+    parser.add_argument("--output", type=Path, help="JSON file with counts and findings")
+    return parser.parse_args(args)
+
+
 def main() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=10000, help="cases of all targets together (default: 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="another number makes other cases (default: 0)")
-    parser.add_argument("--processes", type=int, default=1, help="at a time (default: 1)")
-    parser.add_argument("--targets", nargs="+", choices=sorted(SHARES), default=sorted(SHARES), help="default: all")
-    parser.add_argument("--output", type=Path, help="JSON file with counts and findings")
-    options = parser.parse_args()
+    options = parse(None)
     whole, began = sum(SHARES[name] for name in options.targets), time.time()
     jobs = []
     for name in options.targets:
@@ -315,4 +322,4 @@ if __name__ == "__main__":
         seed_number, first, last = map(int, numbers)
         worker(target_name, seed_number, first, last, Path(place))
     else:
-        main()
+        run_command(lambda: parse(None))

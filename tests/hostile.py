@@ -193,7 +193,8 @@ def autoencoder_target() -> Target:
 def lora_target() -> Target:
     from tiny import tiny_pipeline
 
-    from pipelines.lora import add_lora, check_lora, read_lora, save_lora
+    from pipelines.lora import add_lora, check_lora, save_lora
+    from pipelines.lora_files import read_lora
 
     unet = tiny_pipeline().unet
     add_lora(unet, rank=2, alpha=2, target_modules=["qkv", "out"], dropout=0.0)
@@ -202,8 +203,7 @@ def lora_target() -> Target:
 
     def read(home: Path) -> None:
         path = next(home.iterdir())
-        tensors, _, _ = read_lora(path)
-        check_lora(plain, tensors, path)
+        check_lora(plain, read_lora(path).tensors, path)
 
     return Target("lora", [files], read)
 

@@ -26,6 +26,13 @@ from volumes import label_indices as to_indices
 SHAPES = {"a": (9, 10, 11), "b": (6, 12, 8), "c": (7, 7, 7)}
 
 
+def nearly_constant(shape, value):
+    """All voxels but the last; a volume that is constant is refused."""
+    values = np.full(shape, value, np.int16)
+    values[-1, -1, -1] += 1
+    return values
+
+
 def save(values, path, affine=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(values, np.eye(4) if affine is None else affine), path)
@@ -100,7 +107,7 @@ def test_without_masks(folder):
 
 def test_channels_are_scaled_each_in_its_own_way(folder):
     for name, shape in SHAPES.items():
-        save(np.full(shape, 40, np.int16), folder / "ct" / f"{name}.nii")
+        save(nearly_constant(shape, 40), folder / "ct" / f"{name}.nii")
     window, percentiles = IntensityScaling("window", -160, 240), IntensityScaling("percentile", 0, 100)
     dataset = dataset_of(
         folder,
@@ -110,7 +117,7 @@ def test_channels_are_scaled_each_in_its_own_way(folder):
     item = dataset[2]
     assert dataset.channels == ["PET", "CT"]
     np.testing.assert_allclose(item["image"][0].flatten(), np.linspace(-1, 1, 343), atol=1e-6)
-    np.testing.assert_allclose(item["image"][1], 0, atol=1e-6)
+    np.testing.assert_allclose(item["image"][1].flatten()[:-1], 0, atol=1e-6)
     np.testing.assert_allclose(item["scale"], [[0, 342], [-160, 240]])
 
 
@@ -122,23 +129,23 @@ def test_other_grids_are_refused(folder):
 
 def test_a_common_spacing(folder):
     for name, shape in SHAPES.items():
-        save(np.full(shape, 300.0, np.float32), folder / "images" / f"{name}.nii", np.diag([1.0, 1, 2, 1]))
+        save(nearly_constant(shape, 300).astype(np.float32), folder / "images" / f"{name}.nii", np.diag([1.0, 1, 2, 1]))
         save(np.full(shape, 5, np.uint8), folder / "labels" / f"{name}.nii", np.diag([1.0, 1, 2, 1]))
     item = dataset_of(folder, spacing=(1.0, 1.0, 1.0))[0]
     assert item["image"].shape == (1, 9, 10, 22) and item["mask"].shape == (9, 10, 22)
-    np.testing.assert_allclose(item["image"], -0.4, atol=1e-6)
+    np.testing.assert_allclose(item["image"][:, :-2], -0.4, atol=1e-6)
     assert (item["mask"] == 1).all()
     np.testing.assert_allclose(np.linalg.norm(item["affine"][:3, :3], axis=0), 1)
 
 
 def test_one_4d_file_fills_several_channels(folder):
     for name, shape in SHAPES.items():
-        values = np.stack([np.full(shape, value, np.int16) for value in (100, 250, 700)], axis=-1)
+        values = np.stack([nearly_constant(shape, value) for value in (100, 250, 700)], axis=-1)
         save(values, folder / "images" / f"{name}.nii")
     images = {"T2": "images/*.nii", "T1": "images/*.nii"}
     item = dataset_of(folder, images=images, time_point={"T1": 0, "T2": 2})[0]
     np.testing.assert_allclose(item["image"][:, 0, 0, 0], [0.4, -0.8], atol=1e-6)  # 700 and 100 of 0..1000
-    np.testing.assert_allclose(dataset_of(folder, time_point=1)[0]["image"], -0.5, atol=1e-6)
+    np.testing.assert_allclose(dataset_of(folder, time_point=1)[0]["image"].flatten()[:-1], -0.5, atol=1e-6)
     with pytest.raises(VolumeError, match="a.nii: holds 3 volumes, .*choose it with time_point"):
         dataset_of(folder)
     with pytest.raises(VolumeError, match="a.nii: has no time point 3"):
@@ -278,7 +285,7 @@ def test_padding_whole_volumes(folder):
 
 
 def test_describe(folder):
-    save(np.zeros(SHAPES["b"], np.float32), folder / "images" / "b.nii", np.diag([-1.0, 1, 1, 1]))
+    save(nearly_constant(SHAPES["b"], 0), folder / "images" / "b.nii", np.diag([-1.0, 1, 1, 1]))
     save(np.zeros(SHAPES["b"], np.uint8), folder / "labels" / "b.nii", np.diag([-1.0, 1, 1, 1]))
     dataset = dataset_of(folder, images={"MR": "images/*.nii"})
     median_affine = np.eye(4)

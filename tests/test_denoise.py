@@ -6,6 +6,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchHeunDiscreteScheduler
 
 from diffusion import denoise, fit_scheduler, make_scheduler
+from diffusion.denoise import StepChange
 from diffusion.objectives import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
 
 SHAPE = (2, 4, 3, 4, 5)
@@ -130,7 +131,7 @@ def test_the_callback_can_replace_latents():
 
     def callback(step, timestep, latents):
         seen.append(step)
-        return latents + 1
+        return StepChange(latents + 1)
 
     out = denoise(
         Still(),

@@ -19,9 +19,11 @@ from tiny import mask_image, seeded, tiny_pipeline
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoencoder import AutoencoderKL3D
+from autoencoder import AutoencoderKL3D, SpaceToDepth3D
+from autoencoder.layers import ResidualBlock
 from diffusion import LatentUNet3D
 from diffusion.attention import SelfAttention
+from diffusion.unet import TimeResidualBlock
 from pipelines import MedVolumePipeline
 
 CPU = torch.device("cpu")
@@ -162,6 +164,31 @@ def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradients(name):
     assert fewer_bytes < 0.5 * plain_bytes
     assert len(plain) == len(again) > 20
     torch.testing.assert_close(again, plain, atol=1e-6, rtol=1e-4)
+
+
+# Compilation
+
+
+def test_the_repeated_blocks_are_compiled_and_give_the_same(tmp_path):
+    """Every residual block of U-Net and autoencoder, each by itself; also where a volume is coded in slabs."""
+    expected, pipe, compiled = generate(tiny_pipeline()), tiny_pipeline(), []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    for model, block in ((pipe.unet, TimeResidualBlock), (pipe.vae, ResidualBlock)):
+        model.compile_repeated_blocks(backend=backend)
+        blocks = [module for module in model.modules() if isinstance(module, block)]
+        assert blocks and all(module._compiled_call_impl is not None for module in blocks)
+    torch.testing.assert_close(generate(pipe), expected, atol=2e-3, rtol=1e-5)
+    assert compiled
+    pipe.vae.enable_tiling(slab_bytes=1)
+    torch.testing.assert_close(generate(pipe), expected, atol=2e-3, rtol=1e-5)
+    pipe.save_pretrained(tmp_path)
+    assert MedVolumePipeline.from_pretrained(tmp_path).model_hash == pipe.model_hash
+    with pytest.raises(ValueError, match="not found in the model"):
+        SpaceToDepth3D().compile_repeated_blocks()
 
 
 # Weights stored in eight bits

@@ -144,7 +144,10 @@ TWO = {**DATA, "images": {"a": "{name}_a.nii.gz", "b": "{name}_b.nii.gz"}}
     ("changes", "message"),
     [
         ({"data": TWO}, "the autoencoder takes 1 channels, the data has ['a', 'b']"),
-        ({"crops": {"shape": [15, 16, 16]}}, "crops.shape [15, 16, 16] is no multiple of the stride [4, 4, 4]"),
+        (
+            {"crops": {"shape": [15, 16, 16]}},
+            "crops.shape [15, 16, 16] is no multiple of the autoencoder's stride [4, 4, 4]",
+        ),
         ({"adversarial": {"layers": 3, "channels": 4}}, "a discriminator of 3 layers needs 24 voxels a side"),
     ],
 )
@@ -178,7 +181,7 @@ def test_sizes_are_above_zero(options, tmp_path, capsys):
     recipe(tmp_path)
     with pytest.raises(SystemExit):
         main(["--config", str(tmp_path / "vae.yaml"), *options])
-    assert options[0] in capsys.readouterr().err
+    assert options[-2] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

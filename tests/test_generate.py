@@ -188,15 +188,20 @@ def test_two_processes_make_what_one_makes(inputs, generated, tmp_path):
 
 def test_demo(inputs, tmp_path, capsys):
     (inputs / "examples.csv").write_text("mask\nmasks/a.nii.gz\nmasks/b.nii.gz\n")
-    for _ in range(2):  # a second demo replaces the first
-        demo.main(inputs.parent, tmp_path / "demo", num_inference_steps=1)
+    demo.main(["--weights", str(inputs.parent), "--output", str(tmp_path / "demo"), "--steps", "1"])
     folder = tmp_path / "demo" / inputs.name
+    (folder / "notes.txt").write_text("mine")
+    (folder / "a_000.nii.gz").unlink()
+    there = (folder / "b_000.nii.gz").stat().st_mtime_ns
+    demo.run_demo(inputs.parent, tmp_path / "demo", num_inference_steps=1)  # makes what is missing, and removes nothing
+    assert (folder / "b_000.nii.gz").stat().st_mtime_ns == there
+    (folder / "notes.txt").unlink()
     expected = [f"{stem}_000{suffix}" for stem in "ab" for suffix in (".json", ".nii.gz")]
     assert sorted(path.name for path in folder.iterdir()) == sorted(["manifest.csv", "preview.png", *expected])
     assert nib.load(folder / "b_000.nii.gz").shape == SHAPES["b"]
     assert str(folder / "preview.png") in capsys.readouterr().out
     with pytest.raises(ValueError, match="no pipeline with an examples.csv"):
-        demo.main(tmp_path, tmp_path / "demo")
+        demo.run_demo(tmp_path, tmp_path / "demo")
 
 
 def test_masks_of_other_formats_are_found(inputs, tmp_path):

@@ -1,11 +1,14 @@
 """Guidance adds up predictions as its papers say, in one call, and a condition left out is absent and nothing else."""
 
+import numpy as np
 import pytest
 import torch
 from tiny import labels_of, tiny_pipeline
 
+import generate
 from diffusion import LatentUNet3D
-from diffusion.guidance import ConditionNames, drop_conditions, guidance_terms, guided
+from diffusion.guidance import ConditionNames, check_guidance, drop_conditions, guidance_terms, guided
+from pipelines.provenance import recorded_guidance
 
 NAMES = ConditionNames(classes=("sex", "scanner"), numbers=("age",))
 
@@ -36,14 +39,64 @@ def predict(scale) -> torch.Tensor:
 
 def test_one_scale_is_the_formula_of_the_paper():
     everything, nothing = 11111.0, 1.0
-    for scale in (0.0, 1.0, 2.5):
-        assert predict(scale).unique().tolist() == pytest.approx([nothing + scale * (everything - nothing)])
+    for scale in (1.0, 1.5, 2.5, np.float32(2.5), torch.tensor(3.0), 3):
+        assert predict(scale).unique().tolist() == pytest.approx([nothing + float(scale) * (everything - nothing)])
 
 
 def test_a_scale_per_condition_scales_that_condition_alone():
     assert predict({"sex": 3.0}).unique().tolist() == [11111 + 2 * 100]
-    assert predict({"sex": 3.0, "mask": 0.0, "age": 1.0}).unique().tolist() == [11111 + 2 * 100 - 10]
+    assert predict({"sex": 3.0, "mask": 1.5, "age": 1.0}).unique().tolist() == [11111 + 2 * 100 + 5]
     assert predict({}).unique().tolist() == [11111]
+
+
+@pytest.mark.parametrize("scale", [None, 0, 0.0, -0.0, 0.3, 1, np.float64(0.5), np.array(0.0), torch.tensor(0.0)])
+def test_a_scale_up_to_1_is_no_guidance_as_in_diffusers(scale):
+    """The prediction under all conditions, from one term: 0 neither drops the mask nor weakens it."""
+    assert predict(scale).unique().tolist() == [11111]
+    assert predict({"mask": scale, "sex": 3.0}).unique().tolist() == [11111 + 2 * 100]
+    assert (
+        len(guidance_terms(conditions(), NAMES, scale)) == len(guidance_terms(conditions(), NAMES, {"age": scale})) == 1
+    )
+    check_guidance(scale, {}, {"mask"})  # so a model that never was without its mask may be asked for it
+    check_guidance({"mask": scale}, {}, {"mask"})
+    assert recorded_guidance(scale) is None and recorded_guidance({"mask": scale}) is None
+    assert recorded_guidance({"mask": scale, "sex": 3}) == {"sex": 3.0}
+
+
+WRONG = [
+    -3.0,
+    -1e-9,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    "2",
+    True,
+    [2.0, 3.0],
+    (2.0,),
+    np.array([2.0]),
+    2j,
+    np.bool_(True),
+]
+
+
+@pytest.mark.parametrize("scale", WRONG, ids=repr)
+def test_what_is_no_scale_is_refused_by_name(scale):
+    for wrong, named in (
+        (scale, "guidance_scale is a number of 0 or more"),
+        ({"mask": scale}, "guidance_scale of mask is a"),
+    ):
+        for use in (predict, recorded_guidance, lambda one: check_guidance(one, {"mask": 0.1}, {"mask"})):
+            with pytest.raises(ValueError, match=named):
+                use(wrong)
+
+
+def test_the_command_line_takes_the_same_scales(capsys):
+    given = ["--pipeline", "p", "--output", "o", "--guidance_scale"]
+    assert [generate.parse([*given, text]).guidance_scale for text in ("0", "0.5", "2")] == [0, 0.5, 2]
+    for text in ("-1", "nan", "inf", "two"):
+        with pytest.raises(SystemExit):
+            generate.parse([*given, text])
+        assert f"--guidance_scale: '{text}': a number of 0 or more is expected" in capsys.readouterr().err
 
 
 def test_one_call_a_step_and_none_more_without_guidance():
@@ -59,7 +112,7 @@ def test_one_call_a_step_and_none_more_without_guidance():
 
 
 def test_names_that_are_no_condition_are_refused():
-    with pytest.raises(ValueError, match=r"\['sx'\].*'mask', 'sex', 'scanner', 'age'"):
+    with pytest.raises(ValueError, match=r"\['sx'\].*'age', 'mask', 'scanner', 'sex'"):
         guidance_terms(conditions(), NAMES, {"sx": 2.0})
 
 
@@ -90,7 +143,10 @@ def test_a_guided_volume_follows_the_formula(tmp_path):
             labels, num_inference_steps=1, guidance_scale=scale, generator=generator, output_type="latent", **given
         ).volumes[0]
 
-    conditioned, free, guided_twice = latents(1.0), latents(0.0), latents(2.0)
+    generator = torch.Generator().manual_seed(0)
+    free = pipe(shape=(8, 8, 8), num_inference_steps=1, generator=generator, output_type="latent").volumes[0]
+    conditioned, guided_twice = latents(1.0), latents(2.0)
+    assert torch.equal(latents(0.0), conditioned) and torch.equal(latents({"mask": 0.5}), conditioned)
     assert (conditioned - free).abs().max() > 1e-3
     assert torch.allclose(guided_twice, 2 * conditioned - free, atol=1e-4)
     assert torch.allclose(latents({"mask": 2.0}), guided_twice, atol=1e-4)

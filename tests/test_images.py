@@ -265,7 +265,8 @@ def test_a_run_learns_all_channels_from_those_given(folder, tmp_path, monkeypatc
     assert 0 < metrics["loss"] < 10
     flags = torch.cat([image[:, [3, 7], 1, 1, 1] for image in seen])
     assert {tuple(row) for row in flags.tolist()} == {(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)}
-    assert list(drawn[0][0]["images"]) == ["real ct", "generated ct", "real pet", "generated pet"]
+    assert list(drawn[0][0]["images"]) == ["real", "generated"] and drawn[0][0]["channels"] == ["ct", "pet"]
+    assert metrics["loss"] == pytest.approx((metrics["loss/ct"] + metrics["loss/pet"]) / 2, rel=1e-5)
     assert previewed and not any(image.any() for image in previewed)  # what can be left out is generated
     config = json.loads((tmp_path / "pipeline/unet/config.json").read_text())
     assert config["images"] == {"ct": 3, "pet": 3} and config["in_channels"] == 6

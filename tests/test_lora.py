@@ -269,6 +269,131 @@ def test_a_lora_comes_from_the_hub(saved, tmp_path):
     assert torch.equal(generate(pipe), saved[2])
 
 
+def test_a_subfolder_of_a_local_folder_is_the_one_that_is_loaded(saved, tmp_path, monkeypatch):
+    """Another LoRA lies where the subfolder was ignored; `~` is the home folder."""
+    trained_lora(tmp_path / "both", seed=1)
+    shutil.copytree(saved[0], tmp_path / "both" / "look")
+    (tmp_path / "both" / "look" / FILE).rename(tmp_path / "both" / "look" / "own.safetensors")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights("~/both", subfolder="look", weight_name="own.safetensors")
+    assert torch.equal(generate(pipe), saved[2])
+    assert pipe.save_lora_weights("~/copy") == tmp_path / "copy" / FILE
+    pipe.unload_lora_weights()
+    for more, message in (
+        ({"subfolder": "other"}, f"both/other/{FILE}: no such file"),
+        ({"weight_name": "x.safetensors"}, "both/x.safetensors: no such file"),
+    ):
+        with pytest.raises(OSError, match=message):
+            pipe.load_lora_weights(tmp_path / "both", **more)
+    with pytest.raises(ValueError, match="is the file itself; give weight_name and subfolder with its folder"):
+        pipe.load_lora_weights(tmp_path / "both" / FILE, subfolder="look")
+    assert not getattr(pipe.unet, "peft_config", {})
+
+
+def test_keywords_of_a_lora_that_nothing_reads_are_refused(saved):
+    pipe = tiny_pipeline()
+    for call, keyword in (
+        (lambda **more: pipe.load_lora_weights(saved[0], **more), "nonsense"),
+        (lambda **more: pipe.load_lora_weights(saved[0], **more), "prefix"),
+        (lambda **more: pipe.lora_state_dict(saved[0], **more), "nonsense"),
+        (lambda **more: pipe.save_lora_weights(saved[0], **more), "text_encoder_lora_layers"),
+        (lambda **more: pipe.fuse_lora(**more), "fuse_unet"),
+        (lambda **more: pipe.unfuse_lora(**more), "unfuse_unet"),
+    ):
+        with pytest.raises(TypeError, match=f"unexpected keyword arguments?:? '?{keyword}"):
+            call(**{keyword: 1})
+    with pytest.raises(ValueError, match="use_safetensors=False is refused"):
+        pipe.load_lora_weights(saved[0], use_safetensors=False)
+
+
+def test_state_dicts_as_diffusers_saves_and_loads_them(saved, tmp_path, caplog):
+    """Of a LoRA whose alpha is twice its rank: with its settings it acts so; without them as if alpha were its rank."""
+    folder, base, expected = saved
+    trained = trained_lora(tmp_path / "own")
+    layers = peft.get_peft_model_state_dict(trained.unet)
+    settings = trained.unet.peft_config["default"].to_dict()
+    path = MedVolumePipeline.save_lora_weights(
+        tmp_path / "new", unet_lora_layers=layers, unet_lora_adapter_metadata=settings
+    )
+    state, metadata = MedVolumePipeline.lora_state_dict(tmp_path / "new", return_lora_metadata=True)
+    assert (
+        metadata["unet.lora_alpha"] == 8 and load_file(path).keys() == state.keys() == load_file(folder / FILE).keys()
+    )
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(tmp_path / "new")
+    assert torch.equal(generate(pipe), expected)
+
+    halved = tiny_pipeline()
+    halved.load_lora_weights(folder)
+    halved.set_adapters("default_0", 0.5)
+    half = generate(halved)
+    older = {key.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): value for key, value in state.items()}
+    MedVolumePipeline.save_lora_weights(tmp_path / "bare", layers)
+    for source in (state, older, tmp_path / "bare"):
+        pipe = tiny_pipeline()
+        caplog.clear()
+        pipe.load_lora_weights(source)
+        close(generate(pipe), half)
+        assert "alpha, which is taken to be its rank" in caplog.text
+    assert "does not say which U-Net" in caplog.text
+    with pytest.raises(ValueError, match=r"the dict: is no LoRA .*names begin with unet\."):
+        pipe.load_lora_weights(layers)
+    with pytest.raises(ValueError, match="the LoRA: is a LoRA of another U-Net: 1 of its layers"):
+        pipe.load_lora_weights({key: state[key] for key in state if "down_blocks.0.0.conv1.lora_A" in key})
+
+
+def test_what_is_saved_is_one_lora_and_no_pickle(saved, tmp_path):
+    pipe = tiny_pipeline()
+    for call, message in (
+        (lambda: MedVolumePipeline.save_lora_weights(tmp_path), "give unet_lora_layers, or call .* on a pipeline"),
+        (lambda: pipe.save_lora_weights(tmp_path), r"adapter_name is one of \[\]"),
+        (lambda: pipe.save_lora_weights(tmp_path, adapter_name="look"), "no LoRA 'look' is attached"),
+        (lambda: pipe.save_lora_weights(tmp_path, {}, safe_serialization=False), "saved as safetensors"),
+        (lambda: pipe.save_lora_weights(tmp_path, save_function=torch.save), "saved as safetensors"),
+        (lambda: pipe.save_lora_weights(tmp_path, {"conv_in.weight": torch.ones(1)}), "tensors that do not belong"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    pipe.load_lora_weights(saved[0])
+    assert pipe.save_lora_weights(tmp_path, is_main_process=False) == tmp_path / FILE and not [*tmp_path.iterdir()]
+
+
+def test_a_lora_is_swapped_for_another_in_its_place(saved, tmp_path):
+    """Of another rank too; what has other layers leaves the first as it was."""
+    trained_lora(tmp_path / "other", seed=1, rank=6)
+    pipe, other = tiny_pipeline(), tiny_pipeline()
+    other.load_lora_weights(tmp_path / "other")
+    pipe.load_lora_weights(saved[0], adapter_name="look")
+    few = {key: value for key, value in pipe.lora_state_dict(saved[0]).items() if "qkv" in key}
+    for name, source, message in (
+        ("look", few, "changes 11 layers, the new one 1, not the same"),
+        ("new", saved[0], r"no LoRA 'new' is attached; adapter_name is one of \['look'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe.load_lora_weights(source, adapter_name=name, hotswap=True)
+    with pytest.raises(ValueError, match="a LoRA 'look' is attached already"):
+        pipe.load_lora_weights(saved[0], adapter_name="look")
+    assert torch.equal(generate(pipe), saved[2])
+    pipe.load_lora_weights(tmp_path / "other", adapter_name="look", hotswap=True)
+    close(generate(pipe), generate(other))
+    assert pipe.model_hash == other.model_hash
+    assert pipe.get_active_adapters() == ["look"]
+
+
+def test_a_fused_lora_is_known_to_whatever_pipeline_shares_the_unet(saved):
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(saved[0])
+    shared = MedVolumePipeline.from_pipe(pipe)
+    pipe.fuse_lora()
+    assert shared.fused_loras == {"default_0"} and shared.num_fused_loras == 1
+    with pytest.raises(ValueError, match="are fused into the weights; unfuse_lora"):
+        shared.load_lora_weights(saved[0])
+    shared.unfuse_lora()
+    assert not pipe.num_fused_loras
+    close(generate(pipe), saved[2])
+
+
 def test_another_base_warns(saved, caplog):
     pipe = tiny_pipeline(seed=3)
     with caplog.at_level("WARNING"):
@@ -305,8 +430,12 @@ def test_files_that_do_not_fit_are_refused(saved, tmp_path):
         (variant("wider", wider), "LoRA of another U-Net: 11 of its layers"),
         (variant("half", without(b)), r"1 of its layers do not fit this one \(down_blocks.0.0.conv1\)"),
         (variant("other", {**without(a), "unet.conv_in.weight": tensors[a]}), "tensors that do not belong: .*conv_in"),
-        (variant("bare", tensors, {"format": "pt"}), "is no LoRA of a latent U-Net.*its settings are \\[\\]"),
-        (tmp_path / "nowhere", "no LoRA here, nor is it found on the Hub"),
+        (
+            variant("part", tensors, {"lora_adapter_metadata": '{"unet.r": 4}'}),
+            r"of its settings there are only \['r'\]",
+        ),
+        (tmp_path / "nowhere", "nowhere: no such folder"),
+        ("user/nowhere", "user/nowhere: no such folder here, nor is it found on the Hub"),
     ):
         with pytest.raises(ValueError, match=message):
             pipe.load_lora_weights(source)

@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from tiny import labels_of, mask_image, seeded, tiny_pipeline
 
 from pipelines import MedVolumePipeline, read_sidecar, sidecar_path, write_synthetic
@@ -113,17 +113,55 @@ def test_a_volume_depends_on_its_own_mask_and_generator_alone(pipe):
     assert np.abs(voxels(together[0]) - voxels(together[1])).max() > 1  # another seed, another volume
 
 
+def reproduced(pipe, out, masks):
+    """Whether the seed of each volume's record, as the README has it, makes the volume again, to rounding."""
+    for mask, volume, record in zip(masks, out.volumes, out.provenance, strict=True):
+        generator = torch.Generator().manual_seed(record["seed"])
+        again = pipe(mask, num_inference_steps=STEPS, generator=generator)
+        np.testing.assert_allclose(voxels(again.volumes[0]), voxels(volume), atol=0.01)
+        assert again.provenance[0] == record
+
+
 def test_one_generator_seeds_every_volume_in_order(pipe):
-    """Volume i is the same however many follow, and its recorded seed reproduces it."""
-    masks = [mask_image((8, 8, 8), seed=1), mask_image((5, 8, 8), seed=2)]
-    one = pipe(masks[0], num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0))
-    two = pipe(masks, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0))
+    """Of several volumes: volume i is the same however many follow, and its recorded seed reproduces it."""
+    masks = [mask_image((8, 8, 8), seed=1), mask_image((5, 8, 8), seed=2), mask_image((8, 8, 8), seed=3)]
+    two, three = (
+        pipe(masks[:n], num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0)) for n in (2, 3)
+    )
     drawn = torch.Generator().manual_seed(0)
     expected = [int(torch.randint(2**63 - 1, (1,), generator=drawn)) for _ in masks]
-    assert [record["seed"] for record in two.provenance] == expected
-    np.testing.assert_allclose(voxels(one.volumes[0]), voxels(two.volumes[0]), atol=0.01)
-    again = pipe(masks[1], num_inference_steps=STEPS, generator=seeded(expected[1]))
-    np.testing.assert_allclose(voxels(again.volumes[0]), voxels(two.volumes[1]), atol=0.01)
+    assert [record["seed"] for record in three.provenance] == expected and two.provenance == three.provenance[:2]
+    np.testing.assert_allclose(voxels(two.volumes[1]), voxels(three.volumes[1]), atol=0.01)
+    reproduced(pipe, three, masks)
+
+
+def test_one_generator_is_a_list_of_one_for_one_volume(pipe):
+    mask = mask_image((8, 8, 8), seed=1)
+    alone, listed = (
+        pipe(mask, num_inference_steps=STEPS, generator=generator)
+        for generator in (torch.Generator().manual_seed(5), seeded(5))
+    )
+    assert alone.provenance == listed.provenance and alone.provenance[0]["seed"] == 5
+    np.testing.assert_array_equal(voxels(alone.volumes[0]), voxels(listed.volumes[0]))
+    reproduced(pipe, alone, [mask])
+    torch.manual_seed(3)  # without a generator a seed is drawn from torch's own
+    reproduced(pipe, pipe(mask, num_inference_steps=STEPS), [mask])
+    again = torch.Generator().manual_seed(5)
+    outs = [pipe(mask, num_inference_steps=STEPS, generator=again) for _ in range(2)]
+    assert [out.provenance[0]["seed"] for out in outs] == [5, None]  # the second began where the first had ended
+    assert np.abs(voxels(outs[1].volumes[0]) - voxels(outs[0].volumes[0])).max() > 1
+    reproduced(pipe, pipe([mask, mask], num_inference_steps=STEPS, generator=again), [mask, mask])
+
+
+def test_seeds_reproduce_where_the_sampler_and_the_noise_model_draw_too():
+    level = {"kernel": np.ones((7, 7, 7)).tolist(), "std": 0.1, "curve": [1.0] * 16, "levels": [1.0] * 65}
+    pipe = tiny_pipeline(objective="epsilon", noise=[level])
+    pipe.scheduler = DDPMScheduler(timestep_spacing="trailing")
+    mask = mask_image((8, 8, 8))
+    reproduced(pipe, pipe(mask, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(1)), [mask])
+    reproduced(
+        pipe, pipe([mask] * 2, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(1)), [mask] * 2
+    )
 
 
 def test_the_mask_matters(pipe):
@@ -236,8 +274,11 @@ def test_a_volume_that_is_not_finite_raises():
     pipe = tiny_pipeline()
     with torch.no_grad():
         pipe.unet.conv_out.bias.fill_(torch.inf)
-    with pytest.raises(ValueError, match="the volume of seed 8 is not finite in float32"):
+    with pytest.raises(ValueError, match="the volume of seed 8 is not finite in float32; look for NaN in the weights"):
         pipe(mask_image((8, 8, 8)), generator=seeded(8))
+    pipe.to(torch.float16)  # of which alone the range can be too small
+    with pytest.raises(ValueError, match="is not finite in float16; use bfloat16 or float32"):
+        pipe(mask_image((8, 8, 8)), num_inference_steps=1, generator=seeded(8))
 
 
 def test_a_model_without_masks_takes_a_shape():
@@ -266,7 +307,7 @@ def test_what_cannot_be_is_named(pipe):
             pipe(mask, sigmas=sigmas)
     with pytest.raises(ValueError, match="2 latents for 1 volumes"):
         pipe(mask, latents=torch.zeros(2, 4, 2, 2, 2))
-    with pytest.raises(ValueError, match="must be 1 or more"):
+    with pytest.raises(ValueError, match="num_volumes_per_mask is a whole number, 1 or more; got 0"):
         pipe(mask, num_volumes_per_mask=0)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pkgutil
+import shutil
 from pathlib import Path
 
 import diffusers.pipelines
@@ -16,7 +17,10 @@ from tiny import mask_image, seeded, tiny_pipeline
 import autoencoder
 import diffusion
 import pipelines
+from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
+from diffusion import LatentUNet3D
 from pipelines import MedVolumePipeline
+from pipelines.loading import load_autoencoder
 from pipelines.provenance import content_hash, stored_tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -121,10 +125,143 @@ def test_folders_that_are_no_pipeline_are_named(folder):
         MedVolumePipeline.from_pretrained(folder)
 
 
-def test_names_that_are_nowhere(folder):
-    for name in (folder / "gone", "weights/no_such_folder/pipeline"):
-        with pytest.raises(ValueError, match=f"{name}: no such folder here, nor is it found on the Hub"):
-            MedVolumePipeline.from_pretrained(name)
+def test_names_that_are_nowhere(folder, monkeypatch):
+    """A path is never asked of the Hub; what may be a repository is, and the error still says that there is no such folder."""
+    for load in (MedVolumePipeline.from_pretrained, AutoencoderKL3D.from_pretrained):
+        for name in (
+            folder / "gone",
+            str(folder / "gone"),
+            Path("gone"),
+            "weights/no_such/pipeline",
+            "./gone",
+            "gone/",
+        ):
+            with pytest.raises(OSError, match=f"^{Path(name)}: no such folder$"):
+                load(name)
+        for name in ("user/gone", "gone"):
+            with pytest.raises(OSError, match=f"^{name}: no such folder here, nor is it found on the Hub \\("):
+                load(name)
+        with pytest.raises(OSError, match="model_index.json: is a file; give the folder"):
+            load(folder / "model_index.json")
+    with pytest.raises(OSError, match="no autoencoder there"):
+        load_autoencoder(folder / "gone")
+
+
+def test_what_is_missing_or_damaged_is_an_os_error_as_in_diffusers(folder):
+    """And a ValueError, as all errors for users are."""
+    (folder / "unet" / WEIGHTS).write_bytes(b"")
+    with pytest.raises(OSError, match="is no whole safetensors file"):
+        LatentUNet3D.from_pretrained(folder / "unet")
+    (folder / "unet" / "config.json").write_text("{")
+    (folder / "unet" / WEIGHTS).unlink()
+    with pytest.raises(OSError, match="no weights"):
+        LatentUNet3D.from_pretrained(folder / "unet")
+    with pytest.raises(OSError, match="no weights"):
+        MedVolumePipeline.from_pretrained(folder)
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(OSError, match="no scheduler_config.json"):
+        MedVolumePipeline.from_pretrained(folder)
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(OSError, match="has no folder vae"):
+        MedVolumePipeline.from_pretrained(folder)
+    (folder / "model_index.json").unlink()
+    with pytest.raises(OSError, match="no model_index.json") as error:
+        MedVolumePipeline.from_pretrained(folder)
+    assert isinstance(error.value, ValueError)
+
+
+def test_keywords_that_nothing_reads_are_refused(folder, tmp_path):
+    """diffusers ignores them, or takes those of a model for changes of its config."""
+    pipe = tiny_pipeline()
+    for call, keyword in (
+        (lambda **more: MedVolumePipeline.from_pretrained(folder, **more), "nonsense"),
+        (lambda **more: MedVolumePipeline.from_pretrained(folder, **more), "text_encoder"),
+        (lambda **more: AutoencoderKL3D.from_pretrained(folder / "vae", **more), "latent_channels"),
+        (lambda **more: LatentUNet3D.from_pretrained(folder / "unet", **more), "quantization_config"),
+        (lambda **more: AutoencoderKL3D.from_config(pipe.vae.config, **more), "nonsense"),
+        (lambda **more: pipe.save_pretrained(tmp_path / "out", **more), "nonsense"),
+        (lambda **more: pipe.save_pretrained(tmp_path / "out", **more), "repo_id"),  # read with push_to_hub alone
+        (lambda **more: pipe.vae.save_pretrained(tmp_path / "out", **more), "nonsense"),
+        (lambda **more: MedVolumePipeline.from_pipe(pipe, **more), "nonsense"),
+    ):
+        with pytest.raises(TypeError, match=f"unexpected keyword arguments: {keyword}"):
+            call(**{keyword: 8})
+    for keyword, value in (("custom_pipeline", "pipeline"), ("trust_remote_code", True)):
+        with pytest.raises(ValueError, match="code of a model is never run"):
+            MedVolumePipeline.from_pretrained(folder, **{keyword: value})
+    for dtype in ("bfloat16", {"transformer": torch.bfloat16}, np.float16):
+        with pytest.raises(
+            ValueError, match="give a torch.dtype such as torch.bfloat16, or a dict of them by vae, unet, de"
+        ):
+            MedVolumePipeline.from_pretrained(folder, dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
+def test_none_is_what_is_not_given(folder):
+    nothing = dict.fromkeys(
+        ("vae", "unet", "scheduler", "data", "use_safetensors", "torch_dtype", "variant", "cache_dir")
+    )
+    assert MedVolumePipeline.from_pretrained(folder, **nothing).model_hash == tiny_pipeline().model_hash
+    vae = AutoencoderKL3D.from_pretrained(folder, subfolder="vae", use_safetensors=None, torch_dtype=None)
+    assert vae.dtype == torch.float32
+    parts = MedVolumePipeline.from_pretrained(folder, dtype={"unet": torch.bfloat16, "default": torch.float16})
+    assert (parts.unet.dtype, parts.vae.dtype) == (torch.bfloat16, torch.float16)
+
+
+def test_the_home_folder_is_found(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / "copy")
+    pipe = MedVolumePipeline.from_pretrained("~/copy")
+    pipe.save_pretrained("~/again")
+    pipe.vae.save_pretrained(Path("~/again/other"))
+    assert AutoencoderKL3D.from_pretrained("~/again/other").config["channels"] == [8, 8]
+    assert load_autoencoder("~/again").config["channels"] == [8, 8]
+    assert not (tmp_path / "~").exists()
+
+
+def test_diffusers_finds_our_class(folder):
+    """`DiffusionPipeline.from_pretrained`, once `pipelines` is imported."""
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    assert type(pipe) is MedVolumePipeline and pipe.data == tiny_pipeline().data
+    assert all(
+        type(getattr(pipe, name)) is type(getattr(tiny_pipeline(), name)) for name in ("vae", "unet", "scheduler")
+    )
+    (folder / "unet" / WEIGHTS).write_bytes(b"")
+    with pytest.raises(ValueError, match="is no whole safetensors file"):
+        DiffusionPipeline.from_pretrained(folder)
+
+
+VAES = {
+    "kl": lambda: tiny_pipeline().vae,
+    "vq": lambda: VQGAN3D(latent_channels=4, channels=(8, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1)),
+    "voxels": lambda: SpaceToDepth3D(patch_size=4),
+}
+
+
+@pytest.mark.parametrize("kind", VAES)
+def test_a_pipeline_from_a_pipeline_shares_its_components(kind, caplog):
+    """Also by diffusers' own from_pipe, which compares the classes in our signature."""
+    vae = VAES[kind]()
+    channels = vae.config["latent_channels"]
+    vae.set_latent_statistics([0.0] * channels, [1.0] * channels)
+    unet = LatentUNet3D(channels, channels, channels=(16, 16), blocks=(1, 1), head_dim=8, num_labels=3, mask_width=8)
+    pipe = MedVolumePipeline(vae, unet, tiny_pipeline().scheduler, tiny_pipeline().data).to(torch.bfloat16)
+    shared = MedVolumePipeline.from_pipe(pipe)
+    assert all(getattr(shared, name) is getattr(pipe, name) for name in ("vae", "unet", "scheduler"))
+    assert shared.data == pipe.data and shared.unet.dtype == torch.bfloat16  # not cast, as diffusers would
+    other = tiny_pipeline(labels={"0": "background", "2": "left", "5": "right"}).data
+    assert MedVolumePipeline.from_pipe(pipe, data=other).data["labels"]["2"] == "left"
+    assert DiffusionPipeline.from_pipe.__func__(MedVolumePipeline, pipe, dtype=torch.bfloat16).vae is vae
+    assert "not switched over" not in caplog.text
+    assert MedVolumePipeline.from_pipe(pipe, dtype=torch.float32).unet.dtype == torch.float32
+
+
+def test_a_component_of_another_kind_is_named():
+    pipe = tiny_pipeline()
+    for name, wrong in (("vae", pipe.unet), ("vae", None), ("unet", "weights/unet"), ("scheduler", None)):
+        with pytest.raises(ValueError, match=f"{name} is {type(wrong).__name__}; a .* is needed"):
+            MedVolumePipeline(**{**pipe.components, name: wrong}, data=pipe.data)
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", None])
@@ -163,6 +300,9 @@ def test_a_variant_is_checked_and_hashed_by_its_own_files(folder):
     change_weights(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors", lambda t: t.pop("conv_in.bias"))
     with pytest.raises(ValueError, match="1 missing"):
         MedVolumePipeline.from_pretrained(folder, variant="fp16")
+    (folder / "unet" / WEIGHTS).unlink()
+    with pytest.raises(OSError, match="no weights .* there; it has those of another variant: give variant='fp16'"):
+        LatentUNet3D.from_pretrained(folder / "unet")
 
 
 def test_the_hash_names_the_content(folder, tmp_path):
@@ -208,5 +348,5 @@ def test_loading_keeps_the_memory_layout(folder):
 
 def test_data_is_needed():
     pipe = tiny_pipeline()
-    with pytest.raises(ValueError, match="needs `data`"):
-        MedVolumePipeline(pipe.vae, pipe.unet, pipe.scheduler)
+    with pytest.raises(ValueError, match="needs `data`.*data=pipe.data"):
+        MedVolumePipeline(**pipe.components)

@@ -274,7 +274,7 @@ def test_a_generator_that_copies_one_in_ten_is_found_at_that_rate(real):
     assert found["memorised"]["other_masks"]["fraction"] == pytest.approx(similarity["fraction"] - 1 / 40)
     assert found["own_mask"]["training_masks"]["mean"] > 0.9 > found["own_mask"]["unseen_masks"]["mean"]
     figure = pairs_figure(closest[:2], generated, training, SPACE)
-    assert closest[0]["query"] in figure.axes[0].get_title()
+    assert closest[0]["query"] in figure.axes[0].get_ylabel()
 
 
 def test_independent_volumes_are_not_found(real):

@@ -88,6 +88,20 @@ def test_sigterm_to_one_process_stops_all_with_a_checkpoint(tmp_path):
         forked.run("train_vae", [*args, "--loop.workers=0", "--resume=latest"], tmp_path / "alone.txt")
 
 
+def test_an_interrupt_of_all_processes_stops_them_at_one_step(tmp_path):
+    """As a terminal sends it: to both."""
+    lines, run = tmp_path / "losses.jsonl", tmp_path / "run"
+    two = forked.start_two("train_vae", [*LONG, f"--output={run}"], tmp_path / "log.txt", losses=lines)
+    when(lines.is_file, two)
+    for one in two:
+        os.kill(one.pid, signal.SIGINT)
+    assert [forked.ended(one) for one in two] == [130, 130]
+    (checkpoint,) = list_checkpoints(run / "checkpoints")
+    said = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
+    assert f"SIGINT: wrote {checkpoint}" in said[0] and "go on with the same launcher and: train_vae.py" in said[0]
+    assert [text.count("Ctrl-C: finishing step") for text in said] == [1, 0] and "Traceback" not in "".join(said)
+
+
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -186,7 +200,7 @@ def test_a_report_that_cannot_be_written_is_named_before_any_training(data):
 
 def test_commands_that_cannot_be_shared_are_the_main_processs(monkeypatch):
     class Command:
-        ran = 0
+        name, ran, divides, reads_data = "command", 0, False, False
 
         @classmethod
         def run(cls, *_):
@@ -201,7 +215,7 @@ def test_commands_that_cannot_be_shared_are_the_main_processs(monkeypatch):
 
     monkeypatch.setattr(common, "PartialState", State)
     assert common.run_command(Command, None, None, None) == {} and Command.ran == 0
-    Command.DIVIDES = True
+    Command.divides = True
     assert common.run_command(Command, None, None, None) == {"figure": 1}
 
 

@@ -77,7 +77,7 @@ def test_a_bound_keeps_all_steps_of_ddpm_on_course(bound, first):
 
 def test_a_bound_stays_and_the_range_of_images_does_not():
     kept = make_scheduler(EPS, 300, name="DDPMScheduler", bound=3.4)
-    assert fit_scheduler(kept, EPS, 300) is kept
+    assert dict(fit_scheduler(kept, EPS, 300).config) == dict(kept.config)
     assert make_scheduler(EPS, 300, bound=3.4).config["clip_sample_range"] == 3.4  # DDIM clips as well
     of_images = DDIMScheduler(num_train_timesteps=300, clip_sample=True)
     assert not fit_scheduler(of_images, EPS, 300).config["clip_sample"]
@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_refused():
         make_scheduler("rectified_flow", name="DDPMScheduler")
     with pytest.raises(ValueError, match="continuous; leave it out"):
         LatentUNet3D(channels=(8, 8), train_steps=250)
-    with pytest.raises(ValueError, match="2 or more, got 1"):
+    with pytest.raises(ValueError, match="train_steps.*2 or more"):
         LatentUNet3D(channels=(8, 8), objective=EPS, train_steps=1)
 
 

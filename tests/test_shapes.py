@@ -300,7 +300,7 @@ def test_the_demo_makes_pairs_from_nothing_and_an_edit(pairs, tmp_path, capsys):
     index["data"]["channels"] = ["x", "y"]
     del index["data"]["maps"]
     (weights / "others" / "model_index.json").write_text(json.dumps(index))
-    demo.main(weights, tmp_path / "out", num_inference_steps=2)
+    demo.run_demo(weights, tmp_path / "out", num_inference_steps=2)
     pictures = sorted(path.parent.name for path in (tmp_path / "out").glob("*/preview.png"))
     assert pictures == [*("maps", "others", "volumes", "volumes-edit", "volumes-pairs")]
     assert len(list((tmp_path / "out" / "volumes-pairs" / "masks").glob("*.nii.gz"))) == 6

@@ -6,20 +6,24 @@ import json
 import os
 import random
 import resource
+import shlex
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from test_resume import COMMON, VAE
+from test_processes import when
+from test_resume import COMMON, LDM, VAE
 from test_train_vae import batch, generators, make_step
 from test_training import LineStep, line_config, line_loop
 
+import train_ldm
 import train_vae
 from autoencoder import VQGAN3D, AutoencoderKL3D
-from benchmarks import survival
+from benchmarks import forked, survival
 from diffusion import build_latent_cache
 from training import LoopConfig, list_checkpoints, make_accelerator
 from training.loop import content_changes
@@ -60,7 +64,16 @@ def run(tmp_path):
 # Signals
 
 
-def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits(tmp_path, monkeypatch, caplog):
+@pytest.fixture
+def interrupts():
+    """Of a test run in the background of a shell, Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_writes_a_checkpoint_and_exits(tmp_path, monkeypatch, caplog, capfd, interrupts, number):
     line_loop(line_config(tmp_path / "whole", "--loop.max_steps=9"))[0].run()
     AcceleratorState._reset_state(reset_partial_state=True)
     loop, _ = line_loop(line_config(tmp_path, "--loop.max_steps=9"))
@@ -68,20 +81,99 @@ def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits(tmp_path, monkeypat
 
     def terminated(self, batch, generators):
         if self.calls == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return original(self, batch, generators)
 
     monkeypatch.setattr(LineStep, "__call__", terminated)
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as end, caplog.at_level("WARNING", logger="training"):
         loop.run()
-    assert end.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
-    assert "SIGTERM: wrote" in caplog.text and "--resume latest goes on" in caplog.text
+    assert end.value.code == 128 + number and signal.getsignal(number) is before
+    assert f"{number.name}: wrote" in caplog.text and "--resume latest goes on" in caplog.text
+    assert ": finishing step 5, then saving" in capfd.readouterr().err
     assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["step_000005"]
     monkeypatch.setattr(LineStep, "__call__", original)
     AcceleratorState._reset_state(reset_partial_state=True)
     line_loop(line_config(tmp_path, "--loop.max_steps=9", "--resume=latest"))[0].run()
     assert torch.equal(weights(tmp_path / "run"), weights(tmp_path / "whole/run"))
+
+
+def test_an_interrupt_in_a_validation_cuts_it_short_and_saves(tmp_path, monkeypatch, caplog, capfd, interrupts):
+    loop, _ = line_loop(line_config(tmp_path, "--loop.max_steps=9", "--loop.validate_every=4"))
+    judged, original = [], LineStep.validate
+
+    def interrupted(self, item, generator):
+        judged.append(item)
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self, item, generator)
+
+    monkeypatch.setattr(LineStep, "validate", interrupted)
+    with pytest.raises(SystemExit) as end, caplog.at_level("WARNING", logger="training"):
+        loop.run()
+    assert end.value.code == 130 and len(judged) == 1  # of three
+    assert "finishing the validation at step 4, then saving" in capfd.readouterr().err
+    assert "step 4: its validation was cut short" in caplog.text
+    assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["step_000004"]
+
+
+def test_an_interrupt_after_the_last_step_ends_at_once_and_a_resume_finishes(tmp_path, monkeypatch, interrupts):
+    loop, step = line_loop(line_config(tmp_path, "--loop.max_steps=4"))
+    monkeypatch.setattr(LineStep, "validate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as end:
+        loop.run()
+    assert end.value.code == 130 and not (tmp_path / "run/metrics.json").exists()
+    monkeypatch.undo()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    loop, step = line_loop(line_config(tmp_path, "--loop.max_steps=4", "--resume=latest"))
+    assert "error" in loop.run() and step.calls == 0
+
+
+def test_a_training_that_was_interrupted_goes_on_bit_for_bit_by_the_command_that_it_says(tmp_path):
+    common = [*COMMON, *VAE, "--loop.max_steps=60", "--loop.checkpoint_every=0", "--loop.validate_every=0"]
+    forked.run("train_vae", [*common, f"--output={tmp_path / 'whole'}"], tmp_path / "whole.txt")
+    log, lines = tmp_path / "log.txt", tmp_path / "losses.jsonl"
+    process = forked.start("train_vae", [*common, f"--output={tmp_path / 'run'}"], log, losses=lines)
+    when(lines.is_file, [process])
+    os.kill(process.pid, signal.SIGINT)
+    assert forked.ended(process) == 130
+    said = log.read_text()
+    assert "Ctrl-C: finishing step" in said and "SIGINT: wrote" in said and "Traceback" not in said
+    (checkpoint,) = list_checkpoints(tmp_path / "run/checkpoints")
+    assert 0 < json.loads((checkpoint / "state.json").read_text())["step"] < 60
+    command = shlex.split(said.partition("go on with: ")[2].splitlines()[0])
+    assert command[:2] == ["python", "train_vae.py"] and command[-2:] == ["--resume", "latest"]
+    forked.run("train_vae", command[2:], tmp_path / "again.txt")
+    assert "resumed from" in (tmp_path / "again.txt").read_text()
+    ours, theirs = (load_file(tmp_path / name / "vae/diffusion_pytorch_model.safetensors") for name in ("run", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_an_interrupt_while_latents_are_encoded_keeps_those_that_are(tmp_path, monkeypatch, interrupts, capfd):
+    """There is no step to finish yet: it ends at once, and the same command encodes the others alone."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL3D(channels=(4, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1))
+    vae.set_latent_statistics([0.0] * 4, [1.0] * 4)
+    vae.save_pretrained(tmp_path / "vae")
+    args = [*COMMON, *LDM, f"--vae={tmp_path / 'vae'}", f"--output={tmp_path / 'run'}", "--loop.max_steps=1"]
+    encode, encoded = AutoencoderKL3D.encode, []
+
+    def counted(self, *given, **options):
+        encoded.append(1)
+        if len(encoded) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return encode(self, *given, **options)
+
+    monkeypatch.setattr(AutoencoderKL3D, "encode", counted)
+    with pytest.raises(SystemExit) as end:
+        train_ldm.main(args)
+    assert end.value.code == 130 and len(encoded) == 3
+    said = capfd.readouterr().err
+    assert "Ctrl-C: ending" in said and "go on with: python train_ldm.py" in said
+    assert len(list((tmp_path / "run/latents").rglob("*.safetensors"))) == 2
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_ldm.main([*args, "--resume=latest"])
+    assert len(list((tmp_path / "run/latents").rglob("*.safetensors"))) == 2 * 5  # 5 volumes of 6 are trained on
+    assert (tmp_path / "run/pipeline").is_dir()
 
 
 def test_a_loop_in_a_thread_runs_without_signals(tmp_path):
@@ -191,8 +283,6 @@ def test_what_comes_after_the_checkpoint_that_is_asked_for_is_set_aside(run):
 
 def test_a_folder_is_replaced_at_every_moment_or_not_at_all(tmp_path, monkeypatch):
     """Killed before any of the renames, there is a whole folder after `recover_folders`."""
-    from pathlib import Path
-
     rename = Path.rename
     for survived in range(3):
         parent = tmp_path / str(survived)
@@ -374,7 +464,7 @@ def test_a_spike_is_told_with_a_remedy():
 
 
 def test_the_loop_tells_of_a_spike(tmp_path, monkeypatch, caplog):
-    loop, step = line_loop(line_config(tmp_path, "--loop.max_steps=40", "--optimizer.learning_rate=0"))
+    loop, step = line_loop(line_config(tmp_path, "--loop.max_steps=150", "--optimizer.learning_rate=0"))
     original = LineStep.__call__
 
     def spiking(self, batch, generators):

@@ -1,8 +1,10 @@
 """The autoencoder's training step: who gets which gradient, when the adversary acts, when the codebook moves."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -12,6 +14,7 @@ from autoencoder import VQGAN3D, AutoencoderKL3D
 from autoencoder.adversarial import Slices, VolumeDiscriminator, discriminator_loss
 from train_vae import Adversary, AutoencoderStep, gather_cells, make_adversary
 from training import AdversarialConfig, AutoencoderLosses, CropConfig, Learner, LoopConfig, OptimizerConfig
+from training.config import crop_faults
 
 
 def make_step(model_class=AutoencoderKL3D, adversarial: AdversarialConfig | None = None, **changes) -> AutoencoderStep:
@@ -153,11 +156,11 @@ def test_crops_that_are_too_small_for_the_discriminator_are_named():
         volumes, positions = torch.randn(1, 1, side, side, side), torch.zeros(1, 1, dtype=torch.long)
         features = VolumeDiscriminator(channels=2, layers=layers)(volumes, Slices(0, positions))
         assert [f[-1].numel() for f in features] == [1, 1]
-        config: Any = SimpleNamespace(
-            adversarial=AdversarialConfig(layers=layers), crops=CropConfig(shape=(32, side - 1, 32))
-        )
-        with pytest.raises(ValueError, match=f"needs {side} voxels a side; enlarge the crops, or lower"):
-            make_adversary(config, AutoencoderKL3D())
+        options = AdversarialConfig(layers=layers)
+        assert crop_faults(CropConfig(shape=(32, side, 32)), (1, 1, 1), options) == []
+        ((message, remedy),) = crop_faults(CropConfig(shape=(32, side - 1, 32)), (1, 1, 1), options)
+        assert f"needs {side} voxels a side" in message
+        assert remedy == "enlarge the crops, or lower adversarial.layers"
 
 
 def test_the_discriminator_accumulates_as_the_autoencoder_does():
@@ -191,3 +194,29 @@ def test_gathering_of_one_process_is_the_identity():
 def test_negative_settings_are_named(name):
     with pytest.raises(ValueError, match=name):
         AdversarialConfig(**{name: -1})
+
+
+def test_previews_and_metrics_are_of_every_channel_in_the_files_units():
+    """Channel 0 is 0 to 100 and channel 1 -1000 to 1000 in its files; the reconstruction is the mean of the posterior, decoded."""
+    step = make_step(in_channels=2, out_channels=2)
+    step.channels = ["PET", "CT"]
+    image, fov = torch.rand(2, 8, 8, 8) * 2 - 1, torch.ones(1, 8, 8, 8, dtype=torch.bool)
+    item = {"image": image, "fov": fov, "name": "a", "spacing": (1.0, 1.0, 3.0), "axes": ("R", "A", "S")}
+    item["scale"] = ((0.0, 100.0), (-1000.0, 1000.0))
+    made = step._reconstruct(image[None])[0].clamp(-1, 1)
+    figure = step.preview([item, {**item, "name": "b"}])
+    axes = np.array(figure.axes).reshape(4, 6)
+    assert [panel.get_ylabel() for panel in axes[:, 0]] == [
+        "a\nPET\n0 to 100", "a\nCT\n-1000 to 1000", "b\nPET\n0 to 100", "b\nCT\n-1000 to 1000",
+    ]  # fmt: skip
+    assert [panel.get_title().split()[-1] for panel in axes[0]] == ["real", "reconstructed"] * 3
+    np.testing.assert_allclose(axes[0, 0].images[0].get_array(), (image[0, :, :, 4].T + 1) * 50, atol=1e-3)
+    np.testing.assert_allclose(axes[1, 1].images[0].get_array(), made[1, :, :, 4].T * 1000, atol=1e-2)
+    assert axes[0, 2].get_aspect() == 3.0
+    metrics = step.validate(item, torch.Generator())
+    errors = ((made - image) ** 2 / 4).mean((1, 2, 3))
+    assert metrics["psnr/PET"] == pytest.approx(-10 * math.log10(errors[0]), abs=1e-4)
+    assert metrics["psnr/CT"] == pytest.approx(-10 * math.log10(errors[1]), abs=1e-4)
+    assert metrics["psnr"] == pytest.approx(-10 * math.log10(errors.mean()), abs=1e-4)
+    assert metrics["l1"] == pytest.approx((metrics["l1/PET"] + metrics["l1/CT"]) / 2, rel=1e-4)
+    assert set(make_step().validate({**item, "image": image[:1]}, torch.Generator())) == {"psnr", "l1"}

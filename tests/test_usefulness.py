@@ -22,7 +22,7 @@ from evaluation.pretraining import BLOCK, HEAD, body, hide, pretrain
 from evaluation.segmentation_data import LoadedPairs
 from evaluation.utility import score_training
 from volumes import Case, DataConfig, load_cases, make_phantom, write_volume
-from volumes.cases import read_table
+from volumes.tables import read_table
 
 SHAPE = (16, 16, 16)
 QUICK = ["--device", "cpu", "--precision", "no", "--shape", "16", "16", "16"]

@@ -167,12 +167,12 @@ def test_space_around_a_value_makes_no_other_subject(tabled, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("t.csv", "scan\né".encode("latin-1"), "in UTF-8: .*can't decode"),
+        ("t.csv", "scan\né".encode("latin-1"), "line 2 holds bytes .0xe9. that are no UTF-8"),
         ("t.csv", b"scan,patient,patient\na1,A,B\n", "two columns have one name"),
-        ("t.csv", b"scan,patient\na1,A\na2\n", "row 2 has 1 values, the header has 2 columns"),
+        ("t.csv", b"scan,patient\na1,A\na2\n", "line 3 has 1 values, the header has 2 columns"),
         ("t.csv", b"scan,patient\n", "expected rows"),
         ("t.csv", b"", "expected rows"),
-        ("t.json", b'[{"scan": "a1",]', "cannot be read as a json table"),
+        ("t.json", b'[{"scan": "a1",]', "cannot be read as a JSON table"),
         ("t.json", b'{"scan": "a1"}', "expected rows"),
     ],
 )

@@ -8,7 +8,7 @@ from volumes import IntensityScaling, LinearScale, VolumeError
 
 
 def test_a_ct_window():
-    scale = IntensityScaling("window", -1000, 1000).fit(np.zeros((2, 2, 2)))
+    scale = IntensityScaling("window", -1000, 1000).fit(np.array([0.0, 1.0]))
     hounsfield = np.array([-2000, -1000, -500, 0, 250, 1000, 3000], np.float32)
     np.testing.assert_allclose(scale.apply(hounsfield), [-1, -1, -0.5, 0, 0.25, 1, 1])
     inside = hounsfield[1:6]
@@ -52,7 +52,10 @@ def test_a_constant_volume_is_refused():
     [
         (("percentile", 99, 1), "must be below"),
         (("percentile", -1, 50), "0-100"),
-        (("zscore", 0, 1), "'percentile' or 'window'"),
+        (("zscore", 0, 1), "kind: got 'zscore' .text., expected one of percentile, window"),
+        (("window", float("nan"), 1), "low: got nan"),
+        (("window", 0, float("inf")), "high: got inf"),
+        (("window", "0", 1), "low: got '0' .text."),
     ],
 )
 def test_impossible_scalings_are_refused(arguments, reason):

@@ -1,28 +1,33 @@
 """The training loop and what belongs to it: configs, learners, checkpoints. It knows Accelerate and no model."""
 
-from .build import build_model, initialise_from
-from .checkpoints import Checkpointer, DamagedCheckpoint, TrainState, find_checkpoint, list_checkpoints
-from .config import (
-    AdversarialConfig,
-    AutoencoderLosses,
-    CropConfig,
-    LatentCacheConfig,
-    LoopConfig,
-    OptimizerConfig,
-    PerceptualConfig,
-    TrainLdmConfig,
-    TrainVaeConfig,
-    config_changes,
-    parse_config,
-    save_config,
-)
-from .data import SampleStream, derive_seed
-from .ema import MovingAverage
-from .learner import Learner, learning_rate
-from .loop import Loop, TrainingStep, make_accelerator
-from .output import save_model
-from .precision import native_bf16, resolve_precision
-from .processes import ending_with_others, join_processes
+from typing import TYPE_CHECKING
+
+from volumes.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .build import build_model, initialise_from
+    from .checkpoints import Checkpointer, DamagedCheckpoint, TrainState, find_checkpoint, list_checkpoints
+    from .config import (
+        AdversarialConfig,
+        AutoencoderLosses,
+        CropConfig,
+        LatentCacheConfig,
+        LoopConfig,
+        OptimizerConfig,
+        PerceptualConfig,
+        TrainLdmConfig,
+        TrainVaeConfig,
+        config_changes,
+        parse_config,
+        save_config,
+    )
+    from .data import SampleStream, derive_seed
+    from .ema import MovingAverage
+    from .learner import Learner, learning_rate
+    from .loop import Loop, TrainingStep, make_accelerator
+    from .output import save_model
+    from .precision import native_bf16, resolve_precision
+    from .processes import ending_with_others, how_to_resume, join_processes
 
 __all__ = [
     "AdversarialConfig",
@@ -47,6 +52,7 @@ __all__ = [
     "derive_seed",
     "ending_with_others",
     "find_checkpoint",
+    "how_to_resume",
     "initialise_from",
     "join_processes",
     "learning_rate",
@@ -58,3 +64,5 @@ __all__ = [
     "save_config",
     "save_model",
 ]
+
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from volumes.settings import faults, refuse
+
 
 def build_model(section: dict[str, Any]) -> Any:
     """The model of a config section `class: package.Name` plus that class's constructor arguments.
@@ -28,6 +30,7 @@ def build_model(section: dict[str, Any]) -> Any:
         model_class: Callable[..., Any] = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"model class {path}: {error}") from error
+    refuse(faults(model_class, arguments, "model.", raw=True), f"{path}: ")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(model_class, as_group=False)  # pyright: ignore[reportArgumentType]
     try:

@@ -30,6 +30,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from volumes.command import CannotContinue
 from volumes.text import read_object
 
 from .learner import Learner
@@ -159,7 +160,7 @@ class Checkpointer:
                 raise
             shutil.rmtree(partial, ignore_errors=True)
             whole = [path.name for path in list_checkpoints(self.folder)] or "none yet"
-            raise RuntimeError(
+            raise CannotContinue(
                 f"{final}: the checkpoint could not be written ({error}). Whole ones: {whole}. Make room on the disk, or lower "
                 "loop.keep_checkpoints; then go on with --resume latest"
             ) from error

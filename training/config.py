@@ -1,17 +1,38 @@
 """What a training run can be told, as typed dataclasses; jsonargparse makes one of YAML and the command line."""
 
-import argparse
 import dataclasses
 import logging
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
 
-from volumes import DataConfig
+from volumes.command import ArgumentParser
+from volumes.config import DataConfig
+from volumes.config_parser import ConfigParser, config_files
+from volumes.parsing import parse_settings
+from volumes.preprocessing import inherited
+from volumes.settings import (
+    Axis,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Seed,
+    Share,
+    ShareBelowOne,
+    UserPath,
+    checked,
+    construct,
+    faults_of,
+    hints_of,
+    refuse,
+)
 from volumes.text import read_yaml
 
 from .output import write_text
@@ -28,16 +49,17 @@ RHYTHM = (
     "trackers",
 )
 LENGTH = ("max_steps", "max_skipped", "patience", "workers", "compile")
-FREE = {"output", "inference_steps", "cache.folder", *(f"loop.{name}" for name in (*RHYTHM, *LENGTH))}  # in a resume
-
-
-def _require_at_least(config: Any, lowest: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < lowest:
-            raise ValueError(f"{name} must be {lowest} or more, got {getattr(config, name)}")
+FREE = {
+    "output",
+    "inference_steps",
+    "accept_overlap",
+    "cache.folder",
+    *(f"loop.{name}" for name in (*RHYTHM, *LENGTH)),
+}  # in a resume
 
 
 @dataclass
+@checked
 class OptimizerConfig:
     """Muon or AdamW, with linear warm-up and cosine decay.
 
@@ -50,26 +72,23 @@ class OptimizerConfig:
         weight_decay: decoupled weight decay of weights (never of biases and norm scales).
         warmup_steps: steps of linear warm-up.
         final_lr_ratio: learning rate at the last step, as a part of `learning_rate`.
-        max_grad_norm: gradients are scaled down to this global norm.
+        max_grad_norm: gradients are scaled down to this global norm; 0 leaves them as they are.
         gradient_accumulation: batches whose gradients are averaged for one step.
     """
 
     algorithm: Literal["muon", "adamw"] = "muon"
-    learning_rate: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    warmup_steps: int = 100
-    final_lr_ratio: float = 0.01
-    max_grad_norm: float = 1.0
-    gradient_accumulation: int = 1
-
-    def __post_init__(self) -> None:
-        _require_at_least(self, 1, "gradient_accumulation")
-        _require_at_least(self, 0, "warmup_steps", "learning_rate", "weight_decay")
+    learning_rate: PositiveFloat = 1e-3
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.99)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 100
+    final_lr_ratio: Share = 0.01
+    max_grad_norm: NonNegativeFloat = 1.0
+    gradient_accumulation: PositiveInt = 1
 
 
 @dataclass
+@checked
 class LoopConfig:
     """Length, precision and rhythm of a run.
 
@@ -95,38 +114,31 @@ class LoopConfig:
         max_skipped: so many steps in a row with non-finite gradients stop the run.
         patience: minutes that processes wait for each other; then the job ends. They wait while the main process
             validates, draws previews and measures the training set, and no longer while a dead one does not answer.
-        trackers: Accelerate trackers by name, such as tensorboard or wandb.
+        trackers: by name: csv (metrics.csv in the output folder), and those of Accelerate that are installed, such as tensorboard or
+            wandb; none for [].
     """
 
-    max_steps: int = 10_000
-    batch_size: int = 4
-    seed: int = 0
+    max_steps: PositiveInt = 10_000
+    batch_size: PositiveInt = 4
+    seed: Seed = 0
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     compile: bool = False
     shard: bool = False
-    workers: int | None = None
-    ema_decay: float = 0.999
-    log_every: int = 20
-    validate_every: int = 500
-    preview_every: int = 500
-    previews: int = 4
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    max_skipped: int = 20
-    patience: float = 120.0
+    workers: NonNegativeInt | None = None
+    ema_decay: ShareBelowOne = 0.999
+    log_every: PositiveInt = 20
+    validate_every: NonNegativeInt = 500
+    preview_every: NonNegativeInt = 500
+    previews: NonNegativeInt = 4
+    checkpoint_every: NonNegativeInt = 500
+    keep_checkpoints: NonNegativeInt = 2
+    max_skipped: PositiveInt = 20
+    patience: PositiveFloat = 120.0
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-
-    def __post_init__(self) -> None:
-        _require_at_least(self, 1, "max_steps", "batch_size", "log_every", "max_skipped")
-        _require_at_least(self, 0, "seed", "validate_every", "preview_every", "previews")
-        if not self.patience > 0:
-            raise ValueError(f"patience must be above 0 minutes, got {self.patience}")
-        _require_at_least(
-            self, 0, "checkpoint_every", "keep_checkpoints", *([] if self.workers is None else ["workers"])
-        )
 
 
 @dataclass
+@checked
 class CropConfig:
     """Random crops of the training volumes.
 
@@ -136,23 +148,25 @@ class CropConfig:
         flip_axes: axes (0, 1, 2) that are mirrored at random.
     """
 
-    shape: tuple[int, int, int] = (32, 32, 32)
-    flip_axes: tuple[int, ...] = ()
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (32, 32, 32)
+    flip_axes: tuple[Axis, ...] = ()
 
 
 @dataclass
+@checked
 class AutoencoderLosses:
     """Weights of the autoencoder's losses, each averaged inside the field of view; see autoencoder/losses.py."""
 
-    l1: float = 1.0
-    mse: float = 0.0
-    gradient: float = 1.0
-    spectrum: float = 0.0
-    kl: float = 1e-4
-    commitment: float = 0.25
+    l1: NonNegativeFloat = 1.0
+    mse: NonNegativeFloat = 0.0
+    gradient: NonNegativeFloat = 1.0
+    spectrum: NonNegativeFloat = 0.0
+    kl: NonNegativeFloat = 1e-4
+    commitment: NonNegativeFloat = 0.25
 
 
 @dataclass
+@checked
 class AdversarialConfig:
     """A discriminator of slices and volumes that the autoencoder is to deceive; see autoencoder/adversarial.py.
 
@@ -168,25 +182,28 @@ class AdversarialConfig:
         optimizer: of the discriminator; batches are accumulated as for the autoencoder, whatever it says.
     """
 
-    weight: float = 0.5
+    weight: NonNegativeFloat = 0.5
     adaptive: bool = True
-    feature_matching: float = 1.0
-    start_step: int = 0
-    warmup_steps: int = 200
-    slices: int = 4
+    feature_matching: NonNegativeFloat = 1.0
+    start_step: NonNegativeInt = 0
+    warmup_steps: NonNegativeInt = 200
+    slices: NonNegativeInt = 4
     volume: bool = True
-    channels: int = 32
-    layers: int = 2
+    channels: PositiveInt = 32
+    layers: PositiveInt = 2
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(algorithm="adamw", learning_rate=2e-4, betas=(0.5, 0.9))
     )
 
     def __post_init__(self) -> None:
-        _require_at_least(self, 0, "weight", "feature_matching", "start_step", "warmup_steps", "slices")
-        _require_at_least(self, 1, "channels", "layers")
+        if not self.slices and not self.volume:
+            raise ValueError(
+                "adversarial: slices is 0 and volume false, so the discriminator would see nothing; set one"
+            )
 
 
 @dataclass
+@checked
 class PerceptualConfig:
     """A frozen network whose features of image and reconstruction are to agree; see autoencoder/perceptual.py.
 
@@ -199,16 +216,13 @@ class PerceptualConfig:
         slices: planes that VGG-16 looks at of each volume and step.
     """
 
-    network: str
-    weight: float = 0.1
-    slices: int = 4
-
-    def __post_init__(self) -> None:
-        _require_at_least(self, 0, "weight")
-        _require_at_least(self, 1, "slices")
+    network: UserPath
+    weight: NonNegativeFloat = 0.1
+    slices: PositiveInt = 4
 
 
 @dataclass
+@checked
 class LatentCacheConfig:
     """Latents of the training volumes, computed once.
 
@@ -222,16 +236,17 @@ class LatentCacheConfig:
         deform: standard deviation in voxels of a smooth random displacement of the other versions.
     """
 
-    folder: str | None = None
-    versions: int = 1
-    flip_axes: tuple[int, ...] = ()
+    folder: UserPath | None = None
+    versions: PositiveInt = 1
+    flip_axes: tuple[Axis, ...] = ()
     shift: bool = False
-    rotate: float = 0.0
-    scale: float = 0.0
-    deform: float = 0.0
+    rotate: Annotated[float, Range(0, 180)] = 0.0
+    scale: ShareBelowOne = 0.0
+    deform: NonNegativeFloat = 0.0
 
 
 @dataclass
+@checked
 class LoraConfig:
     """A LoRA (Hu et al. 2022) in place of all weights.
 
@@ -242,17 +257,14 @@ class LoraConfig:
         dropout: of the update's input, in training.
     """
 
-    rank: int = 16
-    alpha: float = 16.0
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 16.0
     target_modules: list[str] = field(default_factory=lambda: ["qkv", "out", "time", "conv1", "conv2"])
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        _require_at_least(self, 1, "rank")
-        _require_at_least(self, 0, "alpha", "dropout")
+    dropout: ShareBelowOne = 0.0
 
 
 @dataclass
+@checked
 class TrainVaeConfig:
     """Train an autoencoder on volumes.
 
@@ -271,9 +283,10 @@ class TrainVaeConfig:
         accept_changes: resume although config or volumes are not those that the run began with.
         init_from: folder of a trained autoencoder to start from (fine-tuning).
         freeze_encoder: train the decoder alone, so that the latents of `init_from`, and a diffusion model of them, stay.
+        accept_overlap: train although `init_from` has seen subjects, by their names, that are held out here.
     """
 
-    output: str
+    output: UserPath
     data: DataConfig
     model: dict[str, Any]
     crops: CropConfig = field(default_factory=CropConfig)
@@ -283,13 +296,32 @@ class TrainVaeConfig:
     gradient_checkpointing: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-    resume: str | None = None
+    resume: UserPath | None = None
     accept_changes: bool = False
-    init_from: str | None = None
+    init_from: UserPath | None = None
     freeze_encoder: bool = False
+    accept_overlap: bool = False
+
+    def __post_init__(self) -> None:
+        reconstruction = (self.losses.l1, self.losses.mse, self.losses.gradient, self.losses.spectrum)
+        others = (self.perceptual and self.perceptual.weight) or self.adversarial
+        if not any(reconstruction) and not others:
+            raise ValueError(
+                "losses: l1, mse, gradient and spectrum are all 0, so nothing is learned of the volumes; raise one"
+            )
+        _warn_of_length(self.optimizer, self.loop)
+        if self.adversarial is not None and not self.adversarial.weight and not self.adversarial.feature_matching:
+            raise ValueError("adversarial: weight and feature_matching are both 0; raise one, or remove the section")
+        if self.adversarial is not None and self.adversarial.start_step >= self.loop.max_steps:
+            logger.warning(
+                "adversarial.start_step %d is not below loop.max_steps %d: the discriminator never starts",
+                self.adversarial.start_step,
+                self.loop.max_steps,
+            )
 
 
 @dataclass
+@checked
 class TrainLdmConfig:
     """Train a latent diffusion model on the latents of a trained autoencoder.
 
@@ -313,10 +345,11 @@ class TrainLdmConfig:
         accept_changes: resume although config or volumes are not those that the run began with.
         init_from: folder of a trained U-Net to start from (fine-tuning).
         lora: train a LoRA of the U-Net `init_from` instead of its weights.
+        accept_overlap: train although `vae` or `init_from` have seen subjects, by their names, that are held out here.
     """
 
-    output: str
-    vae: str
+    output: UserPath
+    vae: UserPath
     data: DataConfig
     model: dict[str, Any]
     cache: LatentCacheConfig = field(default_factory=LatentCacheConfig)
@@ -324,36 +357,92 @@ class TrainLdmConfig:
     scheduler: str | None = None
     noise: bool = False
     gradient_checkpointing: bool = False
-    inference_steps: int = 20
+    inference_steps: PositiveInt = 20
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-    resume: str | None = None
+    resume: UserPath | None = None
     accept_changes: bool = False
-    init_from: str | None = None
+    init_from: UserPath | None = None
     lora: LoraConfig | None = None
+    accept_overlap: bool = False
+
+    def __post_init__(self) -> None:
+        _warn_of_length(self.optimizer, self.loop)
 
 
-def parse_config(config_class: type[Config], args: list[str] | None = None) -> Config:
+def _warn_of_length(optimizer: OptimizerConfig, loop: LoopConfig) -> None:
+    if optimizer.warmup_steps > loop.max_steps:
+        logger.warning(
+            "optimizer.warmup_steps %d exceed loop.max_steps %d: the learning rate ends at %.2g of %g",
+            optimizer.warmup_steps,
+            loop.max_steps,
+            optimizer.learning_rate * loop.max_steps / optimizer.warmup_steps,
+            optimizer.learning_rate,
+        )
+
+
+def crop_faults(
+    crops: CropConfig, stride: Sequence[int], adversarial: AdversarialConfig | None = None
+) -> list[tuple[str, str]]:
+    """Why an autoencoder of this stride, and its discriminator, cannot be trained on these crops: each with a remedy."""
+    found = []
+    if any(n % s for n, s in zip(crops.shape, stride, strict=True)):
+        near = [max(round(n / s), 1) * s for n, s in zip(crops.shape, stride, strict=True)]
+        message = f"crops.shape {list(crops.shape)} is no multiple of the autoencoder's stride {list(stride)}"
+        found.append((message, f"use {near}"))
+    if adversarial is not None and min(crops.shape) < (side := 3 * 2**adversarial.layers):
+        layers = f"a discriminator of {adversarial.layers} layers needs {side} voxels a side"
+        remedy = "enlarge the crops, or lower adversarial.layers"
+        found.append((f"crops.shape {list(crops.shape)}: {layers}", remedy))
+    return found
+
+
+def parse_config(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
     """The run's config from `--config FILE.yaml` and overrides such as `--loop.max_steps 100`.
 
-    What comes later on the command line wins, so `--config` comes first. Unknown keys and wrong types end the program
-    with a message that names them; `--print_config` shows the result.
+    What comes later on the command line wins, so `--config` comes first. What `data` leaves out of the preprocessing is as the
+    autoencoder learned it, that `vae` names or `init_from` (`volumes.preprocessing.inherited`). `--print_config` shows the
+    result.
 
     Args:
         args: default: the command line.
-    Raises: ValueError for a file that `read_yaml` refuses.
+    Raises: ValueError for a file that is missing or that `read_yaml` refuses, for unknown settings and for values that are not
+        what they are declared to be, naming them.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path, action="append", default=[])
-    for path in first.parse_known_args(args)[0].config:
-        if path.is_file():  # else jsonargparse says so
-            read_yaml(path)
-    parser = ArgumentParser(description=config_class.__doc__, exit_on_error=True)
+    args = list(sys.argv[1:] if args is None else args)
+    files = config_files(args)
+    source = "vae" if "vae" in hints_of(config_class) else "init_from"
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument(f"--{source}", dest="source")
+    folder, section = None, {}
+    for path in files:
+        found = read_yaml(path)
+        folder = found.get(source, folder)
+        section |= found["data"] if isinstance(found.get("data"), dict) else {}
+    folder = first.parse_known_args(args)[0].source or folder
+    learned = inherited(os.path.expanduser(folder), section) if isinstance(folder, str) else {}
+    parser = ConfigParser(description=config_class.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with the arguments below")
     parser.add_class_arguments(config_class, as_group=False)
-    values: Namespace = parser.instantiate(parser.parse_args(args))
-    names = [f.name for f in dataclasses.fields(config_class)]  # pyright: ignore[reportArgumentType]
-    return config_class(**{name: values[name] for name in names})
+    parser.set_defaults({f"data.{key}": value for key, value in learned.items()})
+    return parse_settings(parser, args, {"": config_class}, files).settings
+
+
+def read_section(owner: Any, sections: Mapping[str, Any], name: str) -> Any:
+    """One section of a plain config as its dataclass, with the defaults of what is left out; None if it may be absent and is.
+
+    Args:
+        owner: the config's class, TrainVaeConfig or TrainLdmConfig; or one of its sections' dataclasses.
+        sections: as a YAML file has them.
+    Raises: ValueError for values that are not what they are declared to be.
+    """
+    hint = hints_of(owner)[name]
+    values = sections.get(name)
+    if values is None:
+        field_ = next(one for one in dataclasses.fields(owner) if one.name == name)
+        return field_.default_factory() if field_.default_factory is not dataclasses.MISSING else field_.default
+    refuse(faults_of(hint, values, name, raw=True))
+    return construct(hint, values, name)
 
 
 def to_plain(config: Any) -> dict[str, Any]:

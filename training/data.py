@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .processes import outlive_sigterm
+from .processes import outlive_signals
 
 
 def derive_seed(*numbers: int) -> int:
@@ -83,7 +83,7 @@ def training_batches(
         batch_sampler=stream,
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=outlive_sigterm,
+        worker_init_fn=outlive_signals,
         collate_fn=collate,
         pin_memory=pin_memory,
     )

@@ -6,6 +6,8 @@ A training step owns one learner, or several (a generator and a discriminator, e
 import copy
 import logging
 import math
+import zlib
+from functools import reduce
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -113,7 +115,8 @@ class Learner(Generic[Model]):
         changes nothing but fp16's loss scale.
         """
         self.accelerator.unscale_gradients(self.optimizer)
-        norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm))
+        limit = self.config.max_grad_norm or math.inf  # 0: none
+        norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), limit))
         finite = bool(torch.isfinite(norm))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.max_steps, self.config)
@@ -126,6 +129,17 @@ class Learner(Generic[Model]):
             self.accelerator.scaler.update()  # lowers fp16's loss scale after the overflow
         self.optimizer.zero_grad(set_to_none=True)
         return finite, norm.to(self.accelerator.device)  # of no gradients at all it is on the CPU
+
+    @torch.no_grad()
+    def checksums(self) -> tuple[int, int]:
+        """Of what this process holds of the trained weights, and of the average: equal only if no bit of them moved."""
+        trained = {name for name, weight in self.network.named_parameters() if weight.requires_grad}
+        found = []
+        for module in (self.network, self.ema.module):
+            parts = local(weight for name, weight in module.named_parameters() if name in trained)
+            bits = (part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for part in parts)
+            found.append(reduce(lambda crc, part: zlib.crc32(part, crc), bits, 0))
+        return found[0], found[1]
 
     def _release(self) -> None:
         """The average has moved on: what `gather` put together is of no use any more."""

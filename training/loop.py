@@ -20,6 +20,8 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_obj
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from volumes.command import CannotContinue
+from volumes.stopping import Stopped, finishing, now_finishing, stop_came, stoppable
 from volumes.text import read_object
 
 from .checkpoints import Checkpointer, TrainState, list_checkpoints
@@ -28,10 +30,11 @@ from .data import SampleStream, derive_seed, training_batches
 from .learner import Learner
 from .output import check_writable, write_text
 from .precision import resolve_precision
-from .processes import TERMINATED, StopSignal, check_together, ending_with_others, on_cpu
+from .processes import check_together, ending_with_others, on_cpu, stop_asked_anywhere
 from .sharding import check_sharding
+from .trackers import CsvTracker, choose_trackers, start_trackers
 from .tracking import Progress, log_figure
-from .watch import SpikeWatch
+from .watch import SpikeWatch, StandstillWatch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,7 +89,7 @@ def make_accelerator(config: Any) -> Accelerator:
 
     Raises: ValueError if the output folder cannot be written to, or holds another run and nothing says to resume it; for
     processes that do not know of each other; for an Accelerate config of FSDP or DeepSpeed, and for `loop.shard` where it
-    cannot run; for a tracker that is unknown or not installed; for
+    cannot run; for a tracker that is unknown, not installed or does not start; for
     `loop.compile` on a machine that cannot.
     """
     options: LoopConfig = config.loop
@@ -94,7 +97,7 @@ def make_accelerator(config: Any) -> Accelerator:
         raise ValueError(f"{config.output} already holds a run; go on with --resume latest, or choose another --output")
     check_writable(Path(config.output))
     precision = resolve_precision(options.mixed_precision)
-    trackers: list[Any] | None = list(options.trackers) or None
+    trackers = choose_trackers(options.trackers, config.output) or None
     patience = InitProcessGroupKwargs(timeout=timedelta(minutes=options.patience))
     accelerator = Accelerator(
         cpu=on_cpu(),
@@ -104,10 +107,6 @@ def make_accelerator(config: Any) -> Accelerator:
         kwargs_handlers=[patience],
     )
     check_together(accelerator.num_processes)
-    if absent := set(options.trackers) - {str(tracker) for tracker in accelerator.log_with}:
-        raise ValueError(
-            f"loop.trackers: {sorted(absent)} not installed; install it, or leave it out (--loop.trackers [] for none)"
-        )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"{accelerator.distributed_type}: of Accelerate's launch config is not supported. Launch with plain data parallelism "
@@ -117,6 +116,7 @@ def make_accelerator(config: Any) -> Accelerator:
         check_sharding(accelerator, compile=options.compile)
     if options.compile:
         check_compiler(accelerator.device)
+    start_trackers(accelerator, options.trackers)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
     return accelerator
@@ -169,13 +169,14 @@ class Loop:
             raise ValueError(
                 "the processes read different training volumes; let nobody write to the data while they start, and start again"
             )
-        self.spikes = SpikeWatch()
+        self.spikes, self.standstill = SpikeWatch(), StandstillWatch()
         for learner in step.learners:
             learner.prepare(accelerator, compile=self.options.compile, sharded=self.options.shard)
         self.checkpoints = Checkpointer(
             accelerator, step.learners, self.output / "checkpoints", self.options.keep_checkpoints, self.options.shard
         )
         self.state = self._begin_or_resume()
+        self.progress = Progress(self.options.max_steps, self.state.step, enabled=accelerator.is_main_process)
 
     def _begin_or_resume(self) -> TrainState:
         saved, described = self.output / "config.yaml", self.output / "volumes.json"
@@ -201,18 +202,20 @@ class Loop:
         """Train to `max_steps`, then validate. Returns the last validation's metrics, which are also in metrics.json.
 
         The caller ends with `accelerator.end_training()`, which closes the trackers and the process group.
-        On SIGTERM the step is finished, a checkpoint written, and the program ends with status 143.
+        On the first Ctrl-C and on SIGTERM the step is finished, a checkpoint written, and the program ends with status 130 or 143; a
+        second Ctrl-C ends it at once.
 
         Raises: RuntimeError after `max_skipped` steps in a row with non-finite gradients; if a checkpoint cannot be written;
         and if another process has ended, or stands still.
         """
-        with ending_with_others(self.accelerator), StopSignal(self.accelerator) as stop:
-            return self._run(stop)
+        with ending_with_others(self.accelerator), stoppable(), self.progress:
+            return self._run()
 
-    def _run(self, stop: StopSignal) -> dict[str, float]:
+    def _run(self) -> dict[str, float]:
         accelerator, options, state = self.accelerator, self.options, self.state
-        accelerator.init_trackers("logs")
         for tracker in accelerator.trackers:
+            if isinstance(tracker, CsvTracker):
+                tracker.keep_until(state.step)
             if tracker.name != "tensorboard":  # it would add a folder per start; config.yaml is beside the run
                 tracker.store_init_configuration(to_plain(self.config))
         stream = SampleStream(
@@ -232,10 +235,13 @@ class Loop:
             collate=self.collate,
             pin_memory=accelerator.device.type == "cuda",
         )
+        taken, before = state.step - state.skipped, [learner.checksums() for learner in self.step.learners]
         try:
-            self._train(batches, stop)
+            with finishing("the last step"):
+                self._train(batches)
         finally:
             batches.close()  # ends the processes that load data
+        self._say_whether_it_learned(state.step - state.skipped - taken, before)
         metrics = self.validate()
         self.preview()
         if accelerator.is_main_process:
@@ -243,14 +249,14 @@ class Loop:
             write_text(self.output / "metrics.json", text)
         return metrics
 
-    def _train(self, batches: Iterator[Any], stop: StopSignal) -> None:
+    def _train(self, batches: Iterator[Any]) -> None:
         accelerator, options, state = self.accelerator, self.options, self.state
         accumulation = self.config.optimizer.gradient_accumulation
-        progress = Progress(options.max_steps, state.step, enabled=accelerator.is_main_process)
         totals: dict[str, Tensor] = {}
         counted: Counter[str] = Counter()
         waited, since = 0.0, time.perf_counter()
         while state.step < options.max_steps:
+            now_finishing(f"step {state.step + 1}, then saving")
             losses: dict[str, Tensor] = {}
             for part in range(accumulation):
                 asked = time.perf_counter()
@@ -271,9 +277,9 @@ class Loop:
             if finite:
                 totals = {k: v + totals.get(k, 0.0) for k, v in losses.items()}
                 counted.update(losses.keys())
-            progress.update()
+            self.progress.update()
             if state.step % options.log_every == 0 and counted:
-                self._report(progress, totals, counted, waited / (time.perf_counter() - since))
+                self._report(totals, counted, waited / (time.perf_counter() - since))
                 totals, counted = {}, Counter()
                 waited, since = 0.0, time.perf_counter()
             last = state.step == options.max_steps
@@ -281,14 +287,23 @@ class Loop:
                 self.validate()
             if not last and _due(state.step, options.preview_every):
                 self.preview()
-            stopped = stop.anywhere()
+            stopped = stop_asked_anywhere(accelerator)
             if last or stopped or _due(state.step, options.checkpoint_every):
+                now_finishing(f"the checkpoint of step {state.step}")
                 written = self.checkpoints.save(state)
-                if stopped and not last:
-                    logger.warning("SIGTERM: wrote %s; --resume latest goes on from there", written)
+                if stopped:
+                    logger.warning("%s: wrote %s; --resume latest goes on from there", stopped.name, written)
                     accelerator.end_training()
-                    raise SystemExit(TERMINATED)
-        progress.close()
+                    raise Stopped(128 + stopped)
+
+    def _say_whether_it_learned(self, steps: int, before: Sequence[tuple[int, int]]) -> None:
+        """Warn of a run whose weights or loss did not move. `before`: the learners' checksums at its begin."""
+        moved = {}
+        for learner, (weights, average) in zip(self.step.learners, before, strict=True):
+            now = learner.checksums()
+            moved[learner.name] = (now[0] != weights, now[1] != average)
+        for fault in self.standstill.verdict(steps, moved, adversarial=len(self.step.learners) > 1):
+            logger.warning("%s", fault)
 
     def _generators(self, part: int) -> list[torch.Generator]:
         """Noise of each sample of this process's batch, from (seed, number of the sample in the run): one process with a
@@ -314,12 +329,12 @@ class Loop:
         state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
         state.skipped += not finite
         if state.skipped_in_a_row >= limit:
-            raise RuntimeError(
+            raise CannotContinue(
                 f"step {state.step}: gradients were not finite for {limit} steps in a row, so none of them was taken. "
                 "Lower optimizer.learning_rate, or train with loop.mixed_precision: no; then --resume latest --accept_changes true"
             )
 
-    def _report(self, progress: Progress, totals: dict[str, Tensor], counted: Counter[str], data_wait: float) -> None:
+    def _report(self, totals: dict[str, Tensor], counted: Counter[str], data_wait: float) -> None:
         """Means over the steps since the last report and over processes, to the bar and the trackers.
 
         Args:
@@ -332,26 +347,37 @@ class Loop:
         assert isinstance(reduced, Tensor)
         values = dict(zip(means, reduced.tolist(), strict=True))
         spike = self.spikes(values["loss"]) if "loss" in values else None
+        if "loss" in values:
+            self.standstill.note(values["loss"])
         for fault in [*([spike] if spike else []), *self.step.review(values)]:
             logger.warning("step %d: %s", self.state.step, fault)
         values["learning_rate"] = self.step.learners[0].optimizer.param_groups[0]["lr"]
         values["skipped_steps"] = self.state.skipped
         self.accelerator.log({f"train/{k}": v for k, v in values.items()}, step=self.state.step)
-        progress.report(self.state.step, values)
+        self.progress.report(self.state.step, values)
 
     def validate(self) -> dict[str, float]:
-        """Mean of every metric over the held-out items, shared among the processes; empty without such items."""
+        """Mean of every metric over the held-out items, shared among the processes; empty without such items, and where a signal asks
+        for the end."""
         accelerator, items = self.accelerator, self.validation
+        self._say_phase(f"the validation at step {self.state.step}")
         self._gather()
         if not len(items):
             return {}
         sums: dict[str, float] = {}
         for index in range(accelerator.process_index, len(items), accelerator.num_processes):
+            if stop_came():
+                break
             generator = self._seeded(self.options.seed, _VALIDATION, index)
             for name, value in self.step.validate(send_to_device(items[index], accelerator.device), generator).items():
                 sums[name] = sums.get(name, 0.0) + value
         metrics: dict[str, float] = {}
-        for part in gather_object([sums]):
+        self.progress.doing()
+        parts = gather_object([sums])
+        if stop_asked_anywhere(accelerator):
+            logger.warning("step %d: its validation was cut short", self.state.step)
+            return {}
+        for part in parts:
             for name, value in part.items():
                 metrics[name] = metrics.get(name, 0.0) + value / len(items)
         accelerator.log({f"validation/{k}": v for k, v in metrics.items()}, step=self.state.step)
@@ -366,13 +392,21 @@ class Loop:
             learner.gather()
 
     def preview(self) -> None:
-        """Draw the first few held-out items, on the main process."""
+        """Draw the first few held-out items, on the main process; nothing where a signal asks for the end."""
         count = min(self.options.previews, len(self.validation))
+        if stop_asked_anywhere(self.accelerator):
+            return
+        self._say_phase(f"the preview of step {self.state.step}")
         self._gather()
         if count and self.accelerator.is_main_process:
             items = [send_to_device(self.validation[i], self.accelerator.device) for i in range(count)]
             log_figure(self.accelerator, self.step.preview(items), "preview", self.state.step, self.output / "previews")
+        self.progress.doing()
         self.accelerator.wait_for_everyone()
+
+    def _say_phase(self, phase: str) -> None:
+        self.progress.doing(phase)
+        now_finishing(f"{phase}, then saving")  # without effect after the last checkpoint, when a signal ends at once
 
 
 def _due(step: int, every: int) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from volumes.command import CannotContinue
 from volumes.remote import refuse_url
 
 
@@ -84,7 +85,7 @@ def naming_full_disk(output: Path) -> Iterator[None]:
 def save_model(model: Any, folder: Path) -> None:
     """`model.save_pretrained(folder)` that replaces an older folder only once the new one is complete.
 
-    Raises: RuntimeError if it cannot be written (a full disk); then nothing is left of the new one.
+    Raises: CannotContinue if it cannot be written (a full disk); then nothing is left of the new one.
     """
     recover_folders(folder.parent)
     partial = folder.with_name(f".partial_{folder.name}")
@@ -93,7 +94,7 @@ def save_model(model: Any, folder: Path) -> None:
         replace_folder(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise RuntimeError(
+        raise CannotContinue(
             f"{folder}: could not be written ({error}). Make room on the disk; the same command with --resume latest goes on "
             "from the last checkpoint, and writes it"
         ) from error

@@ -2,9 +2,10 @@
 
 import contextlib
 import os
+import shlex
 import signal
-import threading
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +14,8 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from torch.distributed import DistError
 
-TERMINATED = 128 + signal.SIGTERM  # the exit status of a run that SIGTERM stopped, as of any program
+from volumes.command import CannotContinue
+from volumes.stopping import stop_came
 
 
 def on_cpu() -> bool:
@@ -48,13 +50,32 @@ def check_together(processes: int) -> None:
         )
 
 
+def how_to_resume(script: str, args: Sequence[str] | None) -> str:
+    """The command that goes on with a run, for people.
+
+    Args:
+        script: that trains, such as train_vae.py.
+        args: of its command line; None for those of the program.
+    """
+    given, kept = list(sys.argv[1:] if args is None else args), []
+    while given:
+        one = given.pop(0)
+        if one == "--resume":
+            del given[:1]
+        elif not one.startswith("--resume="):
+            kept.append(one)
+    command = shlex.join([script if args is not None else sys.argv[0], *kept, "--resume", "latest"])
+    launched = {"WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()  # by torchrun or `accelerate launch`
+    return f"go on with the same launcher and: {command}" if launched else f"go on with: python {command}"
+
+
 def is_of_another(error: BaseException) -> bool:
     """Whether an error of this process says that another one is gone, or stands still."""
     text = str(error)
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text))
 
 
-class AnotherEnded(RuntimeError):
+class AnotherEnded(CannotContinue):
     """Another process is gone, or stands still."""
 
 
@@ -76,36 +97,18 @@ def ending_with_others(
         ) from error
 
 
-class StopSignal:
-    """Notes SIGTERM, with which a scheduler announces that it will take the machine, instead of ending at once."""
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.came = accelerator, False
-
-    def __enter__(self) -> "StopSignal":
-        self.before: Any = None
-        if threading.current_thread() is threading.main_thread():  # where alone Python takes signals
-            self.before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.before)
-
-    def _note(self, *_: object) -> None:
-        self.came = True
-
-    def anywhere(self) -> bool:
-        """Whether any of the processes noted it by now; the same answer in all of them, which all must ask."""
-        if self.accelerator.num_processes == 1:
-            return self.came
-        came: Any = self.accelerator.reduce(
-            torch.tensor(int(self.came), device=self.accelerator.device), reduction="sum"
-        )
-        return bool(came.item())
+def stop_asked_anywhere(accelerator: Accelerator) -> signal.Signals | None:
+    """The signal that asks any of the processes to end (`volumes.stopping`), if one came by now; the same answer in all of them, which
+    all must ask."""
+    came = stop_came()
+    if accelerator.num_processes > 1:
+        reduced: Any = accelerator.gather(torch.tensor([int(came or 0)], device=accelerator.device))
+        came = int(reduced.max().item())
+    return signal.Signals(came) if came else None
 
 
-def outlive_sigterm(_: int = 0) -> None:
-    """For a process that loads data: a SIGTERM to all processes must not take it from the training, which still finishes its
-    step. A minute later it ends."""
+def outlive_signals(_: int = 0) -> None:
+    """For a process that loads data: a SIGTERM or Ctrl-C to all processes must not take it from the training, which still finishes its
+    step. A minute after SIGTERM it ends; it also ends with the training."""
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,29 +1,34 @@
 """Files, geometry, intensity, datasets: everything about volumes before a model sees them, and after."""
 
-from .cases import Case, load_cases
-from .config import DataConfig, PhantomConfig
-from .crops import CropDataset
-from .dataset import VolumeDataset, describe, pad_sample
-from .dicom_out import write_dicom
-from .figures import shapes_figure, slices_figure
-from .files import read_mask, read_volume, volume_parts, volume_stem
-from .intensity import IntensityScaling, LinearScale
-from .labels import label_channels, label_indices, merge_channels
-from .map_checks import draw_shape, map_fault
-from .nifti import (
-    in_one_step,
-    nifti_path,
-    on_stored_grid,
-    stored_grid,
-    to_nibabel,
-    to_stored_grid,
-    write_volume,
-)
-from .phantom import PHANTOM_CLASSES, PHANTOM_LABELS, make_phantom
-from .placement import Placement, pad_or_crop, pad_to_multiple
-from .resampling import resample, resample_to
-from .slabs import read_slabs, write_slabs
-from .volume import PADDING, SourceGrid, Volume, VolumeError, describe_grid, grid_numbers, same_grid
+from typing import TYPE_CHECKING
+
+from .lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .cases import Case, load_cases
+    from .config import DataConfig, PhantomConfig
+    from .crops import CropDataset
+    from .dataset import VolumeDataset, describe, pad_sample
+    from .dicom_out import write_dicom
+    from .figures import shapes_figure, slices_figure
+    from .files import read_mask, read_volume, volume_parts, volume_stem
+    from .intensity import IntensityScaling, LinearScale
+    from .labels import label_channels, label_indices, merge_channels
+    from .map_checks import draw_shape, map_fault
+    from .nifti import (
+        in_one_step,
+        nifti_path,
+        on_stored_grid,
+        stored_grid,
+        to_nibabel,
+        to_stored_grid,
+        write_volume,
+    )
+    from .phantom import PHANTOM_CLASSES, PHANTOM_LABELS, make_phantom
+    from .placement import Placement, pad_or_crop, pad_to_multiple
+    from .resampling import resample, resample_to
+    from .slabs import read_slabs, write_slabs
+    from .volume import PADDING, SourceGrid, Volume, VolumeError, describe_grid, grid_numbers, same_grid
 
 __all__ = [
     "PADDING",
@@ -73,3 +78,5 @@ __all__ = [
     "write_slabs",
     "write_volume",
 ]
+
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

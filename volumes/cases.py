@@ -5,22 +5,23 @@ A subject is never in two splits.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
+import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from posixpath import normpath
 from typing import Any
 
 from .config import DataConfig, PhantomConfig
+from .names import Disk, cell_path, nfc, resource_forks, same_name, tidy, windows_hint
 from .patterns import case_name, fill_pattern, find_files, first_folder, is_wanted, placeholders
 from .phantom import LESION, PHANTOM_CLASSES, make_phantom
 from .remote import copy_file, copy_here, is_url, plain_path, with_urls
+from .tables import Row, read_table
 from .volume import GRID_NUMBERS
 
+logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 
 
@@ -60,6 +61,7 @@ def load_cases(config: DataConfig) -> list[Case]:
         cases = _from_table(config) if config.table else _from_patterns(config)
         cases = [replace(case, subject=_subject(case, config)) for case in cases]
     _check_names(cases)
+    _mention_case(cases)
     _check_columns(cases, config)
     cases.sort(key=lambda case: case.name)
     if config.split:
@@ -83,41 +85,13 @@ def _copied(config: DataConfig) -> DataConfig:
     patterns = [str(one) for channel in config.patterns.values() for one in channel]
     patterns += [config.masks] if config.masks else []
     if table:
-        rows = read_table(Path(plain_path(table)))
-        names = {normpath(fill_pattern(pattern, row)) for pattern in patterns for row in rows}
-        wanted = [lambda path: path in names or path.rpartition("/")[0] in names]
+        rows = read_table(Path(plain_path(table)), _used(config))
+        names = {tidy(fill_pattern(pattern, row)) for pattern in patterns for row in rows}
+        wanted = [lambda path: nfc(path) in names or nfc(path).rpartition("/")[0] in names]
     else:
         wanted = [is_wanted(pattern) for pattern in patterns]
     folder = copy_here(root, lambda path: any(one(path) for one in wanted), map(first_folder, patterns))
     return replace(config, root=str(folder), table=table)
-
-
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """Rows of a CSV file with a header, or of a JSON list of objects."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such table")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        rows = json.loads(text) if path.suffix == ".json" else _csv_rows(text)
-    except (ValueError, csv.Error, RecursionError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as a {path.suffix[1:] or 'CSV'} table in UTF-8: {error}") from error
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: expected rows: a CSV file with a header, or a JSON list of objects")
-    return rows
-
-
-def _csv_rows(text: str) -> list[dict[str, str]]:
-    """Rows by column, without the space around names and values: "A" and "A " are one subject."""
-    header, *lines = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
-    columns = [name.strip() for name in header]
-    if len(set(columns)) < len(columns):
-        raise ValueError(f"two columns have one name: {columns}")
-    rows = []
-    for number, values in enumerate(filter(None, lines), start=1):
-        if len(values) != len(columns):
-            raise ValueError(f"row {number} has {len(values)} values, the header has {len(columns)} columns")
-        rows.append(dict(zip(columns, (value.strip() for value in values), strict=True)))
-    return rows
 
 
 def _phantoms(config: PhantomConfig) -> list[Case]:
@@ -129,27 +103,51 @@ def _phantoms(config: PhantomConfig) -> list[Case]:
     return cases
 
 
+def _used(config: DataConfig) -> set[str]:
+    """The table's columns that say something."""
+    patterns = [one for channel in config.patterns.values() for one in channel] + [config.masks or ""]
+    named = {name for pattern in patterns for name in placeholders(pattern)}
+    return named | {*config.classes, *config.numbers} | {one for one in (config.subject, config.split) if one}
+
+
 def _from_table(config: DataConfig) -> list[Case]:
-    root = Path(plain_path(config.root))
+    disk = Disk()
+    root = disk.find(plain_path(config.root))
     cases = []
-    for row in read_table(root / plain_path(str(config.table))):
+    for row in read_table(disk.find(root / plain_path(str(config.table))), _used(config)):
         images = {}
         for channel, patterns in config.patterns.items():
             if len(patterns) != 1:
                 raise ValueError("data: with a table, images is one pattern, or one a channel; a list has no meaning")
-            images[channel] = root / fill_pattern(patterns[0], row)
-        mask = root / fill_pattern(config.masks, row) if config.masks else None
-        for path in [*images.values(), *([mask] if mask else [])]:
-            if config.on_error == "raise" and not path.exists():  # else refused, and listed, when it is read
-                raise ValueError(f"{path}: no such file, though {config.table} has a row for it: {row}")
+            images[channel] = _file_of(patterns[0], row, root, config, disk)
+        mask = _file_of(config.masks, row, root, config, disk) if config.masks else None
         first, pattern = next(iter(images.items()))[1], next(iter(config.patterns.values()))[0]
         name = case_name([str(row[column]) for column in placeholders(pattern)], first)
         cases.append(Case(name, subject=name, images=images, mask=mask, metadata=dict(row)))
     return cases
 
 
+def _file_of(pattern: str, row: Row, root: Path, config: DataConfig, disk: Disk) -> Path:
+    """The file that a row names. One that is not there is refused, or with `on_error: skip` when it is read.
+
+    Raises: ValueError naming the row.
+    """
+    empty = [column for column in placeholders(pattern) if row.get(column) == ""]
+    text = fill_pattern(pattern, row)
+    path = root / f"({row.place}: no {empty[0]})" if empty else cell_path(root, text, disk)
+    if config.on_error == "raise" and not path.exists():
+        if empty:
+            raise ValueError(
+                f"{config.table}: {row.place} has no value for {empty[0]!r}, which names a file; fill it in, or remove the row"
+            )
+        raise ValueError(
+            f"{path}: no such file, though {row.place} of {config.table} names it: {dict(row)}{windows_hint(text)}"
+        )
+    return path
+
+
 def _from_patterns(config: DataConfig) -> list[Case]:
-    root = Path(plain_path(config.root))
+    root = Disk().find(plain_path(config.root))
     found: dict[str | None, dict[tuple, Path]] = {}  # channel, or None for the mask -> {pieces of the path: file}
     names: dict[tuple, str] = {}
     for channel, patterns in [*config.patterns.items(), *([(None, [config.masks])] if config.masks else [])]:
@@ -164,6 +162,8 @@ def _from_patterns(config: DataConfig) -> list[Case]:
                     )
         if not found[channel]:
             raise ValueError(f"no file matches {' or '.join(map(str, patterns))} in {root.resolve()}")
+    if forks := resource_forks([path for files in found.values() for path in files.values()]):
+        logger.warning("%d files of macOS beside the volumes are passed over, such as %s", len(forks), forks[0])
     channels = list(config.patterns)
     keys = set(found[channels[0]])
     for channel, files in found.items():
@@ -190,7 +190,7 @@ def _subject(case: Case, config: DataConfig) -> str:
             )
         return str(value)
     if config.group_by:
-        match = re.search(config.group_by, case.name)
+        match = re.search(nfc(config.group_by), case.name)
         if not match:
             raise ValueError(f"{case.name}: group_by {config.group_by!r} matches nothing in this name")
         subject = match[1] if match.re.groups else match[0]
@@ -229,7 +229,21 @@ def _check_names(cases: list[Case]) -> None:
         if case.name in seen:
             files = [next(iter(c.images.values())) for c in (seen[case.name], case)]
             raise ValueError(f"two volumes are called {case.name!r}: {files[0]} and {files[1]}")
+        if case.name.startswith("."):
+            file = next(iter(case.images.values()), case.name)
+            raise ValueError(f"{file}: its volume would be called {case.name!r}, as a hidden file is; rename it")
         seen[case.name] = case
+
+
+def _mention_case(cases: Sequence[Case]) -> None:
+    """Warn of names that differ in upper and lower case alone: a patient may be two subjects then, in two splits."""
+    for what, named in (("subjects", {c.subject for c in cases}), ("volumes", {c.name for c in cases})):
+        first: dict[str, str] = {}
+        for name in sorted(named):
+            other = first.setdefault(same_name(name), name)
+            if other != name:
+                logger.warning("two %s are called %r and %r: if they are one, write them alike", what, other, name)
+                return
 
 
 def _check_columns(cases: list[Case], config: DataConfig) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .cases import Case
+from .tables import read_number
 from .volume import Volume, VolumeError, grid_numbers
 
 NO_CLASS = -1  # an empty cell; of a number it is NaN
@@ -39,9 +40,13 @@ def read_numbers(case: Case, numbers: Sequence[str], grid: Volume) -> list[float
     for column in sorted(numbers):
         cell = cells.get(column)
         try:
-            value = math.nan if cell in (None, "") else float(cell)
-        except (TypeError, ValueError):
+            value = math.nan if cell in (None, "") else read_number(cell)
+        except TypeError:
             value = math.inf
+        except ValueError as error:
+            raise VolumeError(
+                f"{case.name}: {column} is {cell!r}, which is no finite number: {error}; {REMEDY}"
+            ) from error
         if math.isinf(value) or (math.isnan(value) and cell not in (None, "")):
             raise VolumeError(f"{case.name}: {column} is {cell!r}, which is no finite number; {REMEDY}")
         values.append(value)

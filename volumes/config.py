@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from .intensity import IntensityScaling
+from .names import nfc
+from .settings import NonNegativeInt, PositiveFloat, PositiveInt, Range, ShareBelowOne, UserPath, checked
+
+Label = Annotated[int, Range(-(2**15), 2**15 - 1)]  # masks are int16
 
 
 @dataclass
+@checked
 class PhantomConfig:
     """Drawn volumes in the place of files.
 
@@ -19,12 +24,13 @@ class PhantomConfig:
         seed: number of the first phantom.
     """
 
-    count: int = 32
-    shape: tuple[int, int, int] = (32, 32, 32)
-    seed: int = 0
+    count: PositiveInt = 32
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (32, 32, 32)
+    seed: NonNegativeInt = 0
 
 
 @dataclass
+@checked
 class DataConfig:
     """Files, subjects, splits, labels and preprocessing of one data set.
 
@@ -41,6 +47,9 @@ class DataConfig:
         masks: pattern of the label maps.
         time_point: which volume of 4-D image files is taken, counted from 0: one number, or {channel: number}, with
             which one 4-D file can fill several channels.
+        units: what lengths in the files' headers are in, where these say so wrongly: mm, cm, m or um. null believes them. A
+            pipeline reads masks and images that are given to it likewise.
+        axes: CXYZ if channels come first in the NIfTI files, as (1, X, Y, Z); XYZC if they only look so and are refused.
         subject: column (or named piece of the file name) that says whose volume it is.
         group_by: regular expression searched in the case's name; what it (its first group) matches is the subject.
             With neither `subject` nor `group_by`, every volume is its own subject.
@@ -64,21 +73,23 @@ class DataConfig:
         phantom: draw volumes instead of reading files.
     """
 
-    root: str = "."
-    table: str | None = None
-    images: str | list[str] | dict[str, str] = field(default_factory=list)
-    masks: str | None = None
-    time_point: int | dict[str, int] | None = None
+    root: UserPath = "."
+    table: UserPath | None = None
+    images: UserPath | list[UserPath] | dict[str, UserPath] = field(default_factory=list)
+    masks: UserPath | None = None
+    time_point: NonNegativeInt | dict[str, NonNegativeInt] | None = None
+    units: Literal["mm", "cm", "m", "um"] | None = None
+    axes: Literal["XYZC", "CXYZ"] | None = None
     subject: str | None = None
     group_by: str | None = None
     split: str | None = None
-    test_fraction: float = 0.0
-    validation_fraction: float = 0.1
-    split_seed: int = 0
-    label_map: dict[int, int] = field(default_factory=dict)
-    label_names: dict[int, str] = field(default_factory=dict)
-    image_labels: dict[int, str] = field(default_factory=dict)
-    spacing: tuple[float, float, float] | None = None
+    test_fraction: ShareBelowOne = 0.0
+    validation_fraction: ShareBelowOne = 0.1
+    split_seed: NonNegativeInt = 0
+    label_map: dict[Label, Label] = field(default_factory=dict)
+    label_names: dict[Label, str] = field(default_factory=dict)
+    image_labels: dict[Label, str] = field(default_factory=dict)
+    spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     intensity: IntensityScaling | dict[str, IntensityScaling] = field(default_factory=IntensityScaling)
     classes: dict[str, list[str]] = field(default_factory=dict)
     numbers: list[str] = field(default_factory=list)
@@ -87,10 +98,21 @@ class DataConfig:
     phantom: PhantomConfig | None = None
 
     def __post_init__(self) -> None:
+        self._compose()
         if self.phantom is not None:
             given = [
                 name
-                for name in ("images", "image_labels", "masks", "table", "split", "subject", "group_by")
+                for name in (
+                    "images",
+                    "image_labels",
+                    "masks",
+                    "table",
+                    "units",
+                    "axes",
+                    "split",
+                    "subject",
+                    "group_by",
+                )
                 if getattr(self, name)
             ]
             if given:
@@ -119,9 +141,6 @@ class DataConfig:
         if twice := sorted(set(self.classes) & set(self.numbers)):
             raise ValueError(f"data: {twice} are both classes and numbers; remove them from one")
         self._check_given()
-        for name in ("test_fraction", "validation_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"data: {name} lies in [0, 1), got {getattr(self, name)}")
         if isinstance(self.intensity, dict) and set(self.intensity) != set(self.channels):
             raise ValueError(
                 f"data: intensity names the channels {sorted(self.intensity)}, images has {sorted(self.channels)}"
@@ -130,6 +149,19 @@ class DataConfig:
             raise ValueError(
                 f"data: time_point names the channels {sorted(self.time_point)}, images has {sorted(self.patterns)}"
             )
+
+    def _compose(self) -> None:
+        """Names of columns, values and channels in NFC, as tables are read."""
+        for name in ("images", "intensity", "time_point"):
+            if isinstance(found := getattr(self, name), dict):
+                setattr(self, name, {nfc(channel): value for channel, value in found.items()})
+        self.given = [nfc(name) for name in self.given]
+        self.subject, self.split = (name and nfc(name) for name in (self.subject, self.split))
+        self.numbers = [nfc(name) for name in self.numbers]
+        self.classes = {
+            nfc(name): [nfc(value) if isinstance(value, str) else value for value in values]
+            for name, values in self.classes.items()
+        }
 
     def _check_image_labels(self) -> None:
         names = list(self.image_labels.values())
@@ -167,6 +199,11 @@ class DataConfig:
         if isinstance(self.images, dict):
             return {channel: [pattern] for channel, pattern in self.images.items()}
         return {"image": [self.images] if isinstance(self.images, str) else list(self.images)}
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the headers of all files are read, as keywords of `read_volume` and `read_mask`; nothing where they are right."""
+        return {name: value for name, value in (("units", self.units), ("axes", self.axes)) if value is not None}
 
     def volume_number(self, channel: str) -> int | None:
         """Which volume of this channel's 4-D files is taken; None where they are 3-D."""

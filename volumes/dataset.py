@@ -22,28 +22,37 @@ from .cases import Case
 from .conditions import describe_numbers, read_classes, read_numbers
 from .config import DataConfig
 from .files import read_mask, read_volume
-from .intensity import LinearScale
+from .intensity import LinearScale, few_inside
 from .labels import label_channels, label_indices, merge_channels
 from .map_checks import describe_maps
 from .phantom import PHANTOM_LABELS, make_phantom
 from .placement import pad_to_multiple
+from .plausible import Oddity, gathered, header_oddities, resampling_oddities
+from .preprocessing import common_spacing, preprocessing
 from .resampling import resample
+from .stored import memory_bytes
+from .subjects import marks_of, voxel_digests
 from .volume import PADDING, Volume, VolumeError, describe_grid, same_grid
 
 logger = logging.getLogger(__name__)
+MAP_SCALE = LinearScale(0, 1)  # of label maps, where a label may be absent: such a channel is constant, and right
+NAMED = 5  # files in a message
 READERS = 4  # threads: decompression runs outside the interpreter's lock
 
 
 @dataclass(frozen=True)
 class PreparedCase:
     """A case in the model's terms: image in [-1, 1], label indices (1, X, Y, Z) if it has a mask, each channel's scale,
-    its classes (-1 where unknown) and numbers (NaN where unknown)."""
+    its classes (-1 where unknown) and numbers (NaN where unknown), digests of the image as it was read (`voxel_digests`), and
+    what is odd in the geometry of its files."""
 
     image: Volume
     mask: Volume | None
     scales: tuple[LinearScale, ...]
     classes: tuple[int, ...] = ()
     numbers: tuple[float, ...] = ()
+    voxels: tuple[str, ...] = ()
+    oddities: tuple[tuple[str, Oddity], ...] = ()
 
 
 class VolumeDataset(Dataset):
@@ -63,6 +72,7 @@ class VolumeDataset(Dataset):
         self.cases: list[Case] = []
         self.skipped: list[tuple[str, str]] = []
         self.prepared: list[PreparedCase] = []
+        held = 0  # bytes
         with ThreadPoolExecutor(READERS) as readers:
             jobs = [readers.submit(prepare, case, config) for case in cases]
             progress = tqdm(jobs, desc="reading volumes", unit="volume", delay=2, leave=False, disable=None)
@@ -77,13 +87,34 @@ class VolumeDataset(Dataset):
                     continue
                 self.cases.append(case)
                 self.prepared.append(prepared)
+                held += prepared.image.array.nbytes + (prepared.mask.array.nbytes if prepared.mask is not None else 0)
+                if held > memory_bytes():
+                    readers.shutdown(cancel_futures=True)
+                    raise ValueError(
+                        f"{len(self.cases)} of {len(cases)} volumes, such as {_file(case)} with {describe_grid(prepared.image)}, take "
+                        "more than the memory of this process; set a coarser data.spacing, or crop them (are their units right?)"
+                    )
         if self.skipped:
             lines = "\n".join(f"  {name}: {reason}" for name, reason in self.skipped)
             logger.warning("%d of %d cases were skipped:\n%s", len(self.skipped), len(cases), lines)
+        self._warn_of_windows()
+        for oddity, files in gathered(one for prepared in self.prepared for one in prepared.oddities):
+            named = ", ".join([*files.values()][:NAMED])
+            named += f" and {len(files) - NAMED} more" if len(files) > NAMED else ""
+            logger.warning("%s: %s; %s", oddity.what, named, oddity.remedy)
         if not self.cases:
             raise ValueError(
                 "the data set is empty: " + (f"all {len(cases)} cases were skipped" if cases else "no cases were given")
             )
+
+    def _warn_of_windows(self) -> None:
+        names = [str(next(iter(case.images.values()), case.name)) for case in self.cases]
+        for index, channel in enumerate(self.channels):
+            scaling = self.config.scaling(channel)
+            if scaling.kind == "window" and not self.config.image_labels:
+                arrays = (prepared.image.array[index] for prepared in self.prepared)
+                if said := few_inside(arrays, names, (scaling.low, scaling.high)):
+                    logger.warning("channel %s: %s", channel, said)
 
     @property
     def channels(self) -> list[str]:
@@ -99,6 +130,16 @@ class VolumeDataset(Dataset):
     def shapes(self) -> list[tuple[int, int, int]]:
         """(X, Y, Z) of every volume."""
         return [prepared.image.shape for prepared in self.prepared]
+
+    @property
+    def marks(self) -> list[dict[str, frozenset[str]]]:
+        """What each volume and its subject are recognised by, see `subjects.marks_of`."""
+        return [marks_of(c, self.config, p.voxels) for c, p in zip(self.cases, self.prepared, strict=True)]
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What was done to the volumes, see `volumes.preprocessing`."""
+        return preprocessing(self.config, [prepared.image.spacing for prepared in self.prepared])
 
     def conditions(self, index: int) -> dict[str, torch.Tensor]:
         """{"classes": int64 (n,) of indices, -1 where unknown; "numbers": float32 (m,) in the table's units, NaN where
@@ -134,18 +175,22 @@ def prepare(case: Case, config: DataConfig) -> PreparedCase:
     """Read one case and bring it into the model's terms. Raises VolumeError, which names the file (or case and column)."""
     classes = read_classes(case, config.classes)
     image, mask = _phantom(case, config) if case.phantom is not None else _files(case, config)
+    oddities = _oddities(case, image, mask)
+    voxels = voxel_digests(image.array, apart=not config.image_labels)
+    before = image.shape
     if config.spacing is not None:
         try:
             image = resample(image, config.spacing)
             mask = resample(mask, config.spacing, nearest=True) if mask is not None else None
         except VolumeError as error:
-            raise VolumeError(f"{next(iter(case.images.values()), case.name)}: {error}") from error
+            raise VolumeError(f"{_file(case)}: {error}") from error
+    oddities += [(_file(case), oddity) for oddity in resampling_oddities(before, image.shape)]
     numbers = read_numbers(case, config.numbers, image)
     scales = []
     scaled = np.empty_like(image.array)
     for index, channel in enumerate(config.channels):
         try:
-            scale = config.scaling(channel).fit(image.array[index])
+            scale = MAP_SCALE if config.image_labels else config.scaling(channel).fit(image.array[index])
         except VolumeError as error:
             raise VolumeError(f"{case.images.get(channel, case.name)}: {error}") from error
         scaled[index] = scale.apply(image.array[index])
@@ -154,7 +199,14 @@ def prepare(case: Case, config: DataConfig) -> PreparedCase:
         mask = mask.replace(
             label_indices(mask.array, _labels(config), config.label_map, name=str(case.mask or case.name))
         )
-    return PreparedCase(image.replace(scaled), mask, tuple(scales), tuple(classes), tuple(numbers))
+    return PreparedCase(
+        image.replace(scaled), mask, tuple(scales), tuple(classes), tuple(numbers), voxels, tuple(oddities)
+    )
+
+
+def read_image(case: Case, config: DataConfig) -> Volume:
+    """The image of a case as it is stored, in file units (of label maps, a channel of 0 and 1 a label). Raises VolumeError."""
+    return _phantom(case, config)[0] if case.phantom is not None else _image(case, config)
 
 
 def pad_sample(item: dict[str, Any], stride: int | Sequence[int]) -> dict[str, Any]:
@@ -186,7 +238,7 @@ def describe(dataset: VolumeDataset, description: str = "") -> dict[str, Any]:
     "shape_range": [[smallest x, y, z], [largest x, y, z]] in voxels, "affine": 4 x 4 of the case of median size,
     "classes": {name: [values]}, "numbers": {name: {"mean", "std", "low", "high"}} over the known ones,
     "grid_numbers": [those of them that were taken from the volumes' grids], "maps": what `describe_maps` says of images that
-    are label maps, and only of such, "description"}
+    are label maps, and only of such, "reading": `DataConfig.reading`, if files' headers are wrong, "description"}
     """
     shapes = np.array(dataset.shapes)
     median_case = int(np.argsort(shapes.prod(axis=1), kind="stable")[len(shapes) // 2])
@@ -201,13 +253,14 @@ def describe(dataset: VolumeDataset, description: str = "") -> dict[str, Any]:
         "channels": list(dataset.channels),
         "labels": {str(value): name for value, name in sorted(dataset.labels.items())},
         "image_labels": {str(value): name for value, name in sorted(dataset.config.image_labels.items())},
-        "spacing": _common_spacing(dataset),
+        "spacing": common_spacing([prepared.image.spacing for prepared in dataset.prepared]),
         "intensity": intensity,
         "shape_range": [shapes.min(axis=0).tolist(), shapes.max(axis=0).tolist()],
         "affine": dataset.prepared[median_case].image.affine.tolist(),
         "classes": {name: list(values) for name, values in sorted(dataset.config.classes.items())},
         "numbers": describe_numbers(dataset.config.numbers, [prepared.numbers for prepared in dataset.prepared]),
         "grid_numbers": [n for n in sorted(dataset.config.numbers) if not any(n in c.metadata for c in dataset.cases)],
+        **({"reading": dataset.config.reading} if dataset.config.reading else {}),
         **({"maps": _describe_maps(dataset)} if dataset.config.image_labels else {}),
         "description": description,
     }
@@ -218,13 +271,6 @@ def _describe_maps(dataset: VolumeDataset) -> dict[str, Any]:
     images = [prepared.image for prepared in dataset.prepared]
     maps = [(merge_channels(image.array, sorted(names))[0], float(np.prod(image.spacing))) for image in images]
     return describe_maps(maps, names)
-
-
-def _common_spacing(dataset: VolumeDataset) -> list[float] | None:
-    """Voxel size in mm if all volumes agree on it within 1 %, else None."""
-    spacings = np.array([prepared.image.spacing for prepared in dataset.prepared])
-    middle = np.median(spacings, axis=0)
-    return middle.round(6).tolist() if np.allclose(spacings, middle, rtol=0.01, atol=0) else None
 
 
 def _labels(config: DataConfig) -> dict[int, str]:
@@ -240,30 +286,49 @@ def _labels(config: DataConfig) -> dict[int, str]:
 
 def _files(case: Case, config: DataConfig) -> tuple[Volume, Volume | None]:
     """Image with all channels, and mask, from a case's files; they must lie on one grid."""
+    image = _image(case, config)
+    mask = read_mask(case.mask, **config.reading) if case.mask is not None else None
+    if mask is not None:
+        _check_grid(case, case.mask, mask, image, config)
+    return image, mask
+
+
+def _image(case: Case, config: DataConfig) -> Volume:
+    """Image with all channels, from a case's files; they must lie on one grid."""
     volumes: dict[str, Volume] = {}
     for channel in config.patterns:
         if config.image_labels:
             volumes[channel] = _label_map(case.images[channel], config)
             continue
-        volumes[channel] = read_volume(case.images[channel], time_point=config.volume_number(channel))
+        volumes[channel] = read_volume(case.images[channel], time_point=config.volume_number(channel), **config.reading)
         if len(volumes[channel].array) != 1:
             count = len(volumes[channel].array)
             raise VolumeError(
                 f"{case.images[channel]}: holds {count} volumes, expected one for channel {channel!r}; choose it with "
                 "time_point, one number or {channel: number}"
             )
-    mask = read_mask(case.mask) if case.mask is not None else None
     first = next(iter(volumes.values()))
     for channel, volume in volumes.items():
         _check_grid(case, case.images[channel], volume, first, config)
-    if mask is not None:
-        _check_grid(case, case.mask, mask, first, config)
-    return first.replace(np.concatenate([volume.array for volume in volumes.values()])), mask
+    return first.replace(np.concatenate([volume.array for volume in volumes.values()]))
+
+
+def _file(case: Case) -> str:
+    """Its first image file, for messages; of a phantom its name."""
+    return str(next(iter(case.images.values()), case.name))
+
+
+def _oddities(case: Case, image: Volume, mask: Volume | None) -> list[tuple[str, Oddity]]:
+    """What is odd in the headers of the first image file and of the mask."""
+    found = [(_file(case), oddity) for oddity in header_oddities(image.source)] if image.source else []
+    known = {oddity.what for _, oddity in found}
+    of_mask = header_oddities(mask.source) if mask is not None and mask.source else []
+    return found + [(str(case.mask), oddity) for oddity in of_mask if oddity.what not in known]
 
 
 def _label_map(path: Path, config: DataConfig) -> Volume:
     """An image file that is a label map, as channels of 0 and 1."""
-    image = read_mask(path)
+    image = read_mask(path, **config.reading)
     indices = label_indices(image.array[0], config.image_labels, config.label_map, name=str(path))
     return image.replace(label_channels(indices, len(config.image_labels)))
 

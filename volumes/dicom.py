@@ -62,8 +62,10 @@ class Slice:
     bytes_a_pixel: int
 
 
-def read_dicom(path: Path) -> Stored:
+def read_dicom(path: Path, units: str | None = None) -> Stored:
     """The volume of a folder that holds one DICOM series (subfolders do not count). Voxels are (column, row, slice).
+
+    Lengths are in mm, or in `units` where the slices are wrong.
 
     Raises: VolumeError for whatever is no regular stack of scalar slices: several series, localisers, multi-frame and
     colour images, compression other than RLE, missing or unevenly spaced slices, several at one place, a tilted gantry,
@@ -80,7 +82,7 @@ def read_dicom(path: Path) -> Stored:
     plain = all(one.slope == 1 and one.intercept == 0 for one in ordered)
     check_room(str(path), shape, first.bytes_a_pixel)
     pixels = [_read_pixels(one, rescale=not plain) for one in ordered]
-    return Stored(str(path), np.stack(pixels, axis=-1)[..., None], make_grid(str(path), shape, affine))
+    return Stored(str(path), np.stack(pixels, axis=-1)[..., None], make_grid(str(path), shape, affine, units=units))
 
 
 def is_series(path: Path) -> bool:

@@ -1,9 +1,11 @@
-"""Orthogonal slices of volumes side by side, for previews during training and for the demo."""
+"""Orthogonal slices of volumes side by side, for previews during training, pairs of volumes and the demo."""
 
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,34 +16,110 @@ from matplotlib.figure import Figure
 
 PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))
 LABEL_COLOURS = ("#000000", "#e8743b", "#3b8ee8", "#6fbf4a", "#c94fb5", "#e8c53b", "#4fc9c0", "#9b7ae0", "#d9d9d9")
-PANEL_INCHES = 1.6
+MARK = "#ffd54a"  # of the letters for the patient's sides
+RAS = ("R", "A", "S")
+OPPOSITE = {"R": "L", "L": "R", "A": "P", "P": "A", "S": "I", "I": "S"}
+PANEL_INCHES = 1.6  # the longest side of a panel
+NARROWEST_INCHES, LONGEST_INCHES = 0.6, 4.0  # what long volumes get: a width, at a length of at most this
+PAGE_INCHES = 24.0  # the longest side of a figure
 LIGHT = (-0.3, 0.8, 0.6)  # towards it, in RAS: from the viewer, above and to the left
 
 
-def slices_figure(columns: Sequence[dict[str, Any]]) -> Figure:
-    """Three orthogonal slices of every image of every column.
+def slices_figure(cases: Sequence[dict[str, Any]]) -> Figure:
+    """Three orthogonal slices of every image of every case: a row for each channel of a case, and for each plane the mask and the
+    images side by side, in the proportions of the body.
 
-    A column is {"title": str, "images": {row name: (X, Y, Z) array or tensor}, "mask": (X, Y, Z) of labels (optional),
-    "spacing": (x, y, z) in mm (optional, 1 mm), "windows": {row name: (black, white)} (optional), "centre": voxel (optional)}.
-    Slices go through that voxel, or the centre of what the mask marks (label > 0), or of the volume. The mask has its own rows,
-    first, and its outline is drawn on the images. Images without a window share the grey scale of the column's first. Arrays are
-    in RAS+ order: the patient's right is on the right, anterior or superior is up.
+    A case is {"title": str, "images": {name: (X, Y, Z) or (C, X, Y, Z) array or tensor}, "channels": names of the C channels (optional),
+    "mask": (X, Y, Z) of labels (optional), "spacing": (x, y, z) in mm (optional, 1 mm), "windows": {channel or image name: (black, white)}
+    in the images' units (optional), "centre": voxel (optional), "axes": where the array's axes point to, as nibabel's `aff2axcodes`
+    (optional, ("R", "A", "S")), "labels": whether the images are label maps too (optional)}.
+    Slices go through the centre voxel, or the centre of what the mask marks (label > 0), or of the volume. The outline of the mask is
+    drawn on the images. Without a window, a row has percentiles 0.5 and 99.5 of its first image; which grey scale a row has is written
+    beside it. Axes that point to R, A and S give pictures with the patient's right on the right (neurological convention), anterior or
+    superior up; L and R are marked.
+
+    Raises: ValueError for no cases, and arrays of other dimensions.
     """
-    if not columns:
-        raise ValueError("slices_figure needs at least one column")
-    names = list(dict.fromkeys(name for column in columns for name in column["images"]))
-    rows = (["mask"] if any(column.get("mask") is not None for column in columns) else []) + names
-    figure = Figure(
-        figsize=(PANEL_INCHES * len(columns) + 0.4, PANEL_INCHES * len(PLANES) * len(rows) + 0.3), layout="constrained"
-    )
-    axes = figure.subplots(len(rows) * len(PLANES), len(columns), squeeze=False)
-    for x, column in enumerate(columns):
-        _draw_column(axes[:, x], column, rows)
-        axes[0, x].set_title(column.get("title", ""), fontsize=8)
-    for y, name in enumerate(rows):
-        for plane, (label, _) in enumerate(PLANES):
-            axes[y * len(PLANES) + plane, 0].set_ylabel(f"{name}\n{label}", fontsize=7)
+    if not cases:
+        raise ValueError("slices_figure needs at least one case")
+    names = list(dict.fromkeys(name for case in cases for name in case["images"]))
+    parts = (["mask"] if any(case.get("mask") is not None for case in cases) else []) + names
+    rows = [row for case in cases for row in _rows_of(case)]
+    sides = np.max([row.sides for row in rows], axis=0)  # mm
+    widths = [sides[_across(axis)[0]] for _, axis in PLANES for _ in parts]
+    heights = [max(row.sides[_across(axis)[1]] for _, axis in PLANES) for row in rows]
+    inches = _inches_per_mm(widths, heights)
+    size = inches * sum(widths) + 0.06 * len(widths) + 1.3, inches * sum(heights) + 0.06 * len(heights) + 0.9
+    figure = Figure(figsize=size, layout="constrained")
+    ratios = {"width_ratios": widths, "height_ratios": heights}
+    axes = figure.subplots(len(rows), len(widths), squeeze=False, gridspec_kw=ratios)
+    for panels, row in zip(axes, rows, strict=True):
+        _draw_row(panels, row, parts)
+        panels[0].set_ylabel(row.label, fontsize=7, rotation=0, ha="right", va="center", labelpad=6)
+    for x, (plane, part) in enumerate((plane, part) for plane, _ in PLANES for part in parts):
+        axes[0, x].set_title(f"{plane}\n{part}" if not x % len(parts) else f"\n{part}", fontsize=7)
+    right = cases[0].get("axes", RAS)[0] == "R"
+    convention = "right is on the right (neurological" if right else "left is on the right (radiological"
+    footnote = f"The patient's {convention} convention); grey scales beside the rows, in the images' units"
+    figure.supxlabel(textwrap.fill(footnote, max(20, int(16 * size[0]))), fontsize=7)
     return figure
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One channel of a case, to be drawn."""
+
+    label: str
+    images: dict[str, np.ndarray]
+    windows: dict[str, tuple[float, float]]
+    mask: np.ndarray | None
+    spacing: tuple[float, ...]
+    sides: tuple[float, ...]  # mm
+    centre: tuple[int, ...]
+    axes: Sequence[str]
+    labels: bool
+
+
+def _rows_of(case: dict[str, Any]) -> list[_Row]:
+    arrays = {name: _channels(image) for name, image in case["images"].items()}
+    mask = _channels(case["mask"])[0] if case.get("mask") is not None else None
+    shape = next(array.shape[-3:] for array in [*arrays.values(), mask] if array is not None)
+    spacing = tuple(float(length) for length in case["spacing"]) if case.get("spacing") is not None else (1.0,) * 3
+    count = max((len(array) for array in arrays.values()), default=1)
+    channels = list(case.get("channels") or ([""] if count == 1 else [f"channel {c}" for c in range(count)]))
+    given, rows = case.get("windows", {}), []
+    for index, channel in enumerate(channels):
+        images = {name: array[index] for name, array in arrays.items() if index < len(array)}
+        usual = np.percentile(next(iter(images.values())), [0.5, 99.5]).tolist() if images else (0.0, 1.0)
+        windows = {name: given.get(channel, given.get(name, usual)) for name in images}
+        several = len(set(map(tuple, windows.values()))) > 1
+        told = [f"{name + ' ' if several else ''}{low:.4g} to {high:.4g}" for name, (low, high) in windows.items()]
+        told = [] if case.get("labels") else dict.fromkeys(told)
+        label = "\n".join(part for part in (case.get("title", ""), channel, *told) if part)
+        centre = tuple(case.get("centre") or _centre(mask, shape))
+        extent = tuple(n * mm for n, mm in zip(shape, spacing, strict=True))
+        shown = None if case.get("labels") and mask is None else mask
+        rows.append(
+            _Row(
+                label, images, windows, shown, spacing, extent, centre, case.get("axes", RAS), bool(case.get("labels"))
+            )
+        )
+    return rows
+
+
+def _inches_per_mm(widths: Sequence[float], heights: Sequence[float]) -> float:
+    """The longest side of a panel is `PANEL_INCHES`, more where that would leave a narrow one, less where a page would not hold all."""
+    longest, narrowest = max(*widths, *heights), min(widths)
+    inches = PANEL_INCHES / longest
+    if narrowest * inches < NARROWEST_INCHES:
+        inches = min(NARROWEST_INCHES / narrowest, LONGEST_INCHES / longest)
+    return min(inches, PAGE_INCHES / sum(widths), PAGE_INCHES / sum(heights))
+
+
+def _across(axis: int) -> tuple[int, int]:
+    """The axes that a plane shows: to the right, and up."""
+    across, up = (a for a in range(3) if a != axis)
+    return across, up
 
 
 def shapes_figure(rows: Mapping[str, Sequence[Any]]) -> Figure:
@@ -77,43 +155,34 @@ def _lit(shape: np.ndarray) -> np.ndarray:
     return np.where(seen.any(axis=1), np.take_along_axis(from_front, first, axis=1)[:, 0], 0)
 
 
-def _draw_column(axes: np.ndarray, column: dict[str, Any], rows: list[str]) -> None:
-    images = {name: _array(image) for name, image in column["images"].items()}
-    mask = _array(column["mask"]) if column.get("mask") is not None else None
-    shape = next(array.shape for array in [*images.values(), mask] if array is not None)
-    spacing = [float(length) for length in column["spacing"]] if column.get("spacing") is not None else [1.0] * 3
-    centre = column.get("centre") or _centre(mask, shape)
-    window = np.percentile(next(iter(images.values())), [0.5, 99.5]) if images else (0, 1)
-    for y, name in enumerate(rows):
-        for plane, (_, axis) in enumerate(PLANES):
-            panel = axes[y * len(PLANES) + plane]
-            panel.set_xticks([])
-            panel.set_yticks([])
-            picture = mask if name == "mask" else images.get(name)
-            if picture is None:
-                panel.axis("off")
-                continue
-            across, up = (a for a in range(3) if a != axis)
-            aspect = spacing[up] / spacing[across]
-            drawn = picture.take(centre[axis], axis=axis).T
-            if name == "mask":
-                colours = ListedColormap(LABEL_COLOURS)
-                # labels beyond the palette start again after the background's black
-                wrapped = np.where(drawn > 0, (drawn - 1) % (len(LABEL_COLOURS) - 1) + 1, 0)
-                panel.imshow(
-                    wrapped,
-                    colours,
-                    vmin=0,
-                    vmax=len(LABEL_COLOURS) - 1,
-                    origin="lower",
-                    aspect=aspect,
-                    interpolation="nearest",
-                )
-                continue
-            low, high = column.get("windows", {}).get(name, window)
-            panel.imshow(drawn, "gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower", aspect=aspect)
-            if mask is not None:
-                _outline(panel, mask.take(centre[axis], axis=axis).T)
+def _draw_row(panels: np.ndarray, row: _Row, parts: Sequence[str]) -> None:
+    for x, (panel, part) in enumerate(zip(panels, list(parts) * len(PLANES), strict=True)):
+        axis = PLANES[x // len(parts)][1]
+        panel.set(xticks=[], yticks=[], anchor="N")
+        picture = row.mask if part == "mask" else row.images.get(part)
+        if picture is None:
+            for side in panel.spines.values():
+                side.set_visible(False)
+            continue
+        across, up = _across(axis)
+        drawn = picture.take(row.centre[axis], axis=axis).T
+        shown: dict[str, Any] = {"origin": "lower", "aspect": row.spacing[up] / row.spacing[across]}
+        if part == "mask" or row.labels:
+            # labels beyond the palette start again after the background's black
+            wrapped = np.where(drawn > 0, (drawn - 1) % (len(LABEL_COLOURS) - 1) + 1, 0)
+            colours = ListedColormap(LABEL_COLOURS)
+            panel.imshow(wrapped, colours, vmin=0, vmax=len(LABEL_COLOURS) - 1, interpolation="nearest", **shown)
+        else:
+            low, high = row.windows[part]
+            panel.imshow(drawn, "gray", vmin=low, vmax=max(high, low + 1e-6), **shown)
+            if row.mask is not None:
+                limits = panel.get_xlim(), panel.get_ylim()
+                _outline(panel, row.mask.take(row.centre[axis], axis=axis).T)
+                panel.set(xlim=limits[0], ylim=limits[1])
+        end = row.axes[across]
+        for place, letter in ((0.02, OPPOSITE[end]), (0.98, end)):
+            side = "left" if place < 0.5 else "right"
+            panel.text(place, 0.02, letter, transform=panel.transAxes, ha=side, va="bottom", fontsize=6, color=MARK)
 
 
 def _outline(panel: Any, labels: np.ndarray) -> None:
@@ -130,11 +199,20 @@ def _centre(mask: np.ndarray | None, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(round(float(indices.mean()))) for indices in np.nonzero(mask > 0))
 
 
-def _array(values: Any) -> np.ndarray:
-    """(X, Y, Z) numpy array from an array or tensor, leading axes of length 1 dropped."""
+def _channels(values: Any) -> np.ndarray:
+    """(C, X, Y, Z) numpy array from an array or tensor, further leading axes of length 1 dropped."""
     array = np.asarray(values.detach().cpu().float() if hasattr(values, "detach") else values)
-    while array.ndim > 3 and len(array) == 1:
+    while array.ndim > 4 and len(array) == 1:
         array = array[0]
-    if array.ndim != 3:
-        raise ValueError(f"slices_figure shows (X, Y, Z) volumes, got shape {array.shape}")
+    array = array[None] if array.ndim == 3 else array
+    if array.ndim != 4 or not array.size:
+        raise ValueError(f"a picture shows (X, Y, Z) or (C, X, Y, Z) volumes, got shape {array.shape}")
     return array
+
+
+def _array(values: Any) -> np.ndarray:
+    """(X, Y, Z) numpy array of one channel."""
+    array = _channels(values)
+    if len(array) != 1:
+        raise ValueError(f"a picture shows (X, Y, Z) volumes, got shape {array.shape}")
+    return array[0]

@@ -8,18 +8,22 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nibabel.nifti1 import Nifti1Pair
 from nibabel.orientations import apply_orientation, io_orientation
 
 from . import metaimage, nrrd
+from .carriers import carries_geometry, read_carrier
+from .contents import check_content
 from .dicom import is_dicom, is_series, read_dicom, series_files
+from .names import nfc
 from .nifti import NIFTI_SUFFIXES, canonical_grid, exact_values, read_nifti
-from .stored import Stored, refuse_pointer
+from .stored import Stored
 from .volume import SourceGrid, Volume, VolumeError
 
-Readable = str | os.PathLike | Nifti1Pair
+Readable = str | os.PathLike | Any  # an image in memory, see `carriers`
 
 READERS = {
     ".nrrd": nrrd.read_nrrd,
@@ -32,19 +36,29 @@ SUFFIXES = (*NIFTI_SUFFIXES, *READERS)  # longest first where one ends in anothe
 WHOLE_NUMBER_TOLERANCE = 1e-4
 
 
-def read_volume(source: Readable, *, time_point: int | None = None, exact: bool = False) -> Volume:
+def read_volume(
+    source: Readable,
+    *,
+    time_point: int | None = None,
+    exact: bool = False,
+    units: str | None = None,
+    axes: str | None = None,
+) -> Volume:
     """Read a scalar image as float32 (C, X, Y, Z), in RAS+ order, in the file's units: slope and intercept applied.
 
     A 3-D file has one channel; the fourth axis of a 4-D file becomes the channels, or `time_point` picks one of them.
     With `exact`, in a type that NIfTI has and that holds the same values: the file's own integers, float32, or float64.
 
     Args:
-        source: a NIfTI, NRRD or MetaImage file, the folder of a DICOM series, or a nibabel image.
+        source: a NIfTI, NRRD or MetaImage file, the folder of a DICOM series, or an image in memory that carries its geometry:
+            of nibabel, SimpleITK or torchio, or a MetaTensor of MONAI.
+        units: what lengths in the file's header are in, where it says so wrongly: "mm", "cm", "m" or "um".
+        axes: "CXYZ" for NIfTI whose channels come first, "XYZC" for such as only looks so.
 
     Raises: VolumeError for files that are broken, truncated, in colour, complex, sheared, or hold values that are not
     finite, and for kinds of files that are not known.
     """
-    stored = read_stored(source)
+    stored = read_stored(source, units=units, axes=axes)
     values = stored.values
     if time_point is not None:
         if not 0 <= time_point < values.shape[3]:
@@ -62,10 +76,10 @@ def read_volume(source: Readable, *, time_point: int | None = None, exact: bool 
     return _canonical(exact_values(values) if exact else array, stored.grid)
 
 
-def read_mask(source: Readable) -> Volume:
-    """Read a label map as int16 (1, X, Y, Z), in RAS+ order, from any file that `read_volume` reads. Float files are
+def read_mask(source: Readable, *, units: str | None = None, axes: str | None = None) -> Volume:
+    """Read a label map as int16 (1, X, Y, Z), in RAS+ order, from anything that `read_volume` reads. Float files are
     fine if they hold whole numbers."""
-    stored = read_stored(source)
+    stored = read_stored(source, units=units, axes=axes)
     name, values = stored.name, stored.values
     if values.shape[3] != 1:
         raise VolumeError(f"{name}: a mask is one label map, this file holds {values.shape[3]}; merge them into one")
@@ -85,27 +99,36 @@ def read_mask(source: Readable) -> Volume:
     return _canonical(labels.astype(np.int16), stored.grid)
 
 
-def read_stored(source: Readable) -> Stored:
+def read_stored(source: Readable, *, units: str | None = None, axes: str | None = None) -> Stored:
     """The voxels of a file as it has them, and their grid. Raises: VolumeError as `read_volume`."""
     if isinstance(source, Nifti1Pair):
-        return read_nifti(source)
+        return read_nifti(source, units=units, axes=axes)
+    if carries_geometry(source):
+        if units is not None or axes is not None:
+            raise VolumeError(
+                f"units and axes are for files; change the geometry of the {type(source).__name__} itself"
+            )
+        return read_carrier(source)
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"expected a path or a nibabel NIfTI image, got {type(source).__name__}")
-    path = Path(source)
+        raise VolumeError(
+            f"expected a path, or an image that carries its geometry (of nibabel, SimpleITK or torchio, or a MetaTensor); "
+            f"got {type(source).__name__}"
+        )
+    path = Path(os.path.expanduser(source))
     if not path.exists():
         raise VolumeError(f"{path}: no such file")
     try:
         if path.is_dir():
-            return read_dicom(path)
+            return read_dicom(path, units)
         if is_nifti(path):
-            return read_nifti(path)
-        refuse_pointer(path)
+            return read_nifti(path, units=units, axes=axes)
+        check_content(path)
         reader = READERS.get(path.suffix.lower(), read_dicom if is_dicom(path) else None)
         if reader is None:
             raise VolumeError(
                 f"{path}: is of no kind that is known; these are {', '.join(SUFFIXES)}, and DICOM folders"
             )
-        return reader(path)
+        return reader(path, units)
     except OSError as error:
         raise VolumeError(f"{path}: cannot be read: {error.strerror or error}") from error
     except MemoryError as error:
@@ -123,15 +146,15 @@ def is_volume(path: Path) -> bool:
 
 
 def volume_stem(path: str | os.PathLike) -> str:
-    """The name of a volume's file without its suffix (.nii.gz, .nrrd, ...); that of a DICOM folder."""
-    name = Path(path).name
+    """The name of a volume's file without its suffix (.nii.gz, .nrrd, ...), in NFC; that of a DICOM folder."""
+    name = nfc(Path(path).name)
     suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
     return name[: len(name) - len(suffix)]
 
 
 def volume_parts(path: str | os.PathLike) -> list[Path]:
     """All files that make up one volume: itself, header and voxels where they are two, or the slices of a series."""
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if path.is_dir():
         return series_files(path)
     if half := re.fullmatch(r"(.*)\.(?:hdr|img)(\.gz)?", path.name):

@@ -1,16 +1,19 @@
 """Intensities between file units (HU, SUV, arbitrary MR units) and the [-1, 1] in which the models work, and back."""
 
-from __future__ import annotations
-
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
-import torch
 
+from .settings import FiniteFloat, checked
 from .volume import VolumeError
 
-Array = TypeVar("Array", np.ndarray, torch.Tensor)
+if TYPE_CHECKING:  # jsonargparse would run this block, were annotations postponed (from __future__) in this file
+    import torch
+
+FEW_INSIDE = 0.05  # share of a volume's voxels within the window, below which that is said
+Array = TypeVar("Array", np.ndarray, "torch.Tensor")
 
 
 @dataclass(frozen=True)
@@ -30,31 +33,44 @@ class LinearScale:
 
 
 @dataclass(frozen=True)
+@checked
 class IntensityScaling:
     """How a channel is scaled.
 
     Args:
-        kind: "percentile" fits low and high anew to every whole volume (MR, PET); "window" takes them as they are
-        (CT, in HU).
+        kind: "window" takes low and high as they are, for values that are a quantity (CT in HU, PET in SUV, maps of T1 in
+            ms): what lies outside is cut off, the same in every volume. "percentile" fits them to every whole volume,
+            for values in no unit (most MR): it cuts off the brightest of each volume, and SUV loses its meaning.
         low: lower percentile (0-100), or lower value in file units.
         high: upper percentile, or upper value.
     """
 
     kind: Literal["percentile", "window"] = "percentile"
-    low: float = 0.5
-    high: float = 99.5
+    low: FiniteFloat = 0.5
+    high: FiniteFloat = 99.5
 
     def __post_init__(self) -> None:
-        if self.kind not in ("percentile", "window"):
-            raise ValueError(f"intensity kind is 'percentile' or 'window', got {self.kind!r}")
         if not self.low < self.high:
             raise ValueError(f"intensity low ({self.low}) must be below high ({self.high})")
         if self.kind == "percentile" and not (0 <= self.low and self.high <= 100):
             raise ValueError(f"percentiles lie in 0-100, got {self.low} and {self.high}")
 
     def fit(self, array: np.ndarray) -> LinearScale:
-        """The scale of one whole volume (one channel, any shape, file units)."""
+        """The scale of one whole volume (one channel, any shape, file units).
+
+        Raises: VolumeError for a volume of which nothing is left: one that is constant, whose percentiles coincide, or
+        whose voxels all lie on one side of the window.
+        """
+        lowest, highest = float(array.min()), float(array.max())
+        if lowest == highest:
+            raise VolumeError(f"every voxel is {lowest:g}: the volume is constant; leave it out")
         if self.kind == "window":
+            for side, beyond in (("at or below", highest <= self.low), ("at or above", lowest >= self.high)):
+                if beyond:
+                    raise VolumeError(
+                        f"0 % of its voxels lie within the window {self.low:g} to {self.high:g}: all are {side} it "
+                        f"({lowest:g} to {highest:g}); check the file's unit, or set intensity to a window around its values"
+                    )
             return LinearScale(self.low, self.high)
         low, high = np.percentile(array, [self.low, self.high]).astype(np.float32).tolist()
         if not low < high:
@@ -63,3 +79,30 @@ class IntensityScaling:
                 "give other percentiles, or a window"
             )
         return LinearScale(low, high)
+
+
+def few_inside(scaled: Iterable[np.ndarray], names: Sequence[str], limits: tuple[float, float]) -> str | None:
+    """What is to be said of volumes of which a window shows little, if there are any.
+
+    Args:
+        scaled: one channel of each volume, in [-1, 1].
+        names: of the volumes.
+        limits: the window, in file units.
+    """
+    few = []
+    for name, array in zip(names, scaled, strict=True):
+        inside = float((np.abs(array) < 1).mean())
+        if inside < FEW_INSIDE and not _is_binary(array):
+            few.append(f"{name} ({inside:.1%})")
+    if not few:
+        return None
+    listed = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
+    return (
+        f"the window {limits[0]:g} to {limits[1]:g} cuts off most of {len(few)} of {len(names)} volumes; voxels within it: "
+        f"{listed}. Check the files' unit, or set data.intensity to a window around their values"
+    )
+
+
+def _is_binary(array: np.ndarray) -> bool:
+    """Whether a volume has two values only: then a window shows all that there is to see."""
+    return bool(np.all((array == array.min()) | (array == array.max())))

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .stored import LPS_TO_RAS, Stored, check_room, file_beside, make_grid, numbers, read_packed, whole_numbers
+from .stored import LPS_TO_RAS, UNITS, Stored, check_room, file_beside, make_grid, numbers, read_packed, whole_numbers
 from .volume import VolumeError
 
 LINE_BYTES, LINES = 4096, 1000  # more is no header
@@ -36,8 +36,11 @@ SYNONYMS = {  # MetaIO knows several names of one thing
 }
 
 
-def read_metaimage(path: Path) -> Stored:
-    """Voxels and grid of a MetaImage file. Raises: VolumeError for what is broken, or not of the kind described above."""
+def read_metaimage(path: Path, units: str | None = None) -> Stored:
+    """Voxels and grid of a MetaImage file, its lengths being in `units` where its header is wrong.
+
+    Raises: VolumeError for what is broken, or not of the kind described above.
+    """
     name = str(path)
     with open(path, "rb") as file:
         fields = _fields(name, file)
@@ -48,8 +51,11 @@ def read_metaimage(path: Path) -> Stored:
         for field, plain in PLAIN.items():
             if numbers(name, field, fields.get(field, str(plain)), 1) != [plain]:
                 raise VolumeError(f"{name}: has {field} = {fields[field]}, which is not supported; save it without")
-        if (unit := fields.get("distanceunits", "mm").lower()) not in ("mm", "?"):
-            raise VolumeError(f"{name}: its DistanceUnits are {unit[:80]!r}; save it in mm")
+        unit = fields.get("distanceunits", "mm").lower().replace("?", "mm")
+        if unit not in UNITS and not units:
+            raise VolumeError(
+                f"{name}: its DistanceUnits are {unit[:80]!r}; save it in mm, or set data.units in the training's config"
+            )
         kind = _required(name, fields, "elementtype")
         if kind not in TYPES:
             raise VolumeError(f"{name}: its voxels are of type {kind!r}; known are {', '.join(TYPES)}")
@@ -68,7 +74,7 @@ def read_metaimage(path: Path) -> Stored:
             with open(file_beside(path, fields["elementdatafile"]), "rb") as beside:
                 data = read_packed(f"{name} ({fields['elementdatafile']})", beside, nbytes, compressed=compressed)
     values = np.moveaxis(np.frombuffer(data, dtype).reshape((channels, *shape), order="F"), 0, -1)
-    return Stored(name, values, make_grid(name, shape, affine))
+    return Stored(name, values, make_grid(name, shape, affine, "mm" if units else unit, units))
 
 
 def detached_file(path: Path) -> Path | None:

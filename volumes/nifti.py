@@ -30,34 +30,39 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
+from .contents import GZIP, check_content
 from .resampling import resample_to
-from .stored import COPY_BYTES, Stored, check_grid, check_room, refuse_pointer
+from .stored import COPY_BYTES, Stored, check_grid, check_room, in_millimetres
 from .volume import SourceGrid, Volume, VolumeError, same_grid
 
 Readable = str | os.PathLike | Nifti1Pair
 
-MILLIMETRES = {
-    1: 1000.0,
-    2: 1.0,
-    3: 0.001,
-}  # by the low three bits of xyzt_units: metre, mm, micron; anything else is taken as mm
+LENGTH_UNITS = {1: "m", 2: "mm", 3: "um"}  # by the low three bits of xyzt_units; anything else is taken as mm
+AXES = ("XYZC", "CXYZ")  # orders of a file's axes
+MOST_CHANNELS_FIRST = 16  # an axis that is shorter, and a quarter of all others, is one of channels
+SYNTHETIC = b"synthetic;"  # begins the description of what this package generated, whose header is right
 DESCRIPTION_BYTES = 79  # the header's `descrip` field is 80 bytes, the last one NUL
 WRITING, ABANDONED = ".writing-", 24 * 3600  # the prefix of hidden folders, and seconds
 NIFTI_SUFFIXES = (".nii.gz", ".hdr.gz", ".img.gz", ".nii", ".hdr", ".img")
 MOST_HEADER_BYTES = 1 << 26  # of a header with its extensions, and of what may follow the voxels in a file
 
 
-def read_nifti(source: Readable) -> Stored:
+def read_nifti(source: Readable, *, units: str | None = None, axes: str | None = None) -> Stored:
     """Voxels, slope and intercept applied, and grid of a NIfTI file (or image).
 
+    Args:
+        units: what the header's lengths are in, if it is wrong: of `stored.UNITS`. Not asked of generated files.
+        axes: of `AXES`; by default X, Y, Z and then channels, and an order that looks otherwise is refused.
     Raises: VolumeError for a file that is broken, truncated, in colour, complex or sheared.
     """
     name, image = open_nifti(source)
     check_scalar(name, image)
     check_room(name, image.shape, np.dtype(image.get_data_dtype()).itemsize)
-    values = _channels_last(_values(name, image), name)
+    if bytes(np.asarray(image.header["descrip"]).item()).startswith(SYNTHETIC):
+        units, axes = None, "XYZC"
+    values = _channels_last(_values(name, image), name, axes)
     x, y, z, _ = values.shape
-    return Stored(name, values, grid_of(image, (x, y, z), name))
+    return Stored(name, values, grid_of(image, (x, y, z), name, units))
 
 
 def stored_grid(volume: Volume) -> SourceGrid:
@@ -189,7 +194,8 @@ def open_nifti(source: Readable, *, check: bool = True) -> tuple[str, Nifti1Pair
     if path.is_dir():
         raise VolumeError(f"{path}: is a folder; give a NIfTI file")
     try:
-        refuse_pointer(path)
+        for half in {path, _header_path(path)}:
+            check_content(half)
         image = _nifti_class(path).from_filename(path)
         shape, dtype = image.shape, np.dtype(image.get_data_dtype())
         proxy: Any = image.dataobj
@@ -214,23 +220,39 @@ def open_nifti(source: Readable, *, check: bool = True) -> tuple[str, Nifti1Pair
         zipped = part.suffix.lower() == ".gz"
         size = gunzip(part, most=last + MOST_HEADER_BYTES) if zipped else part.stat().st_size
         if size < last:
+            with open(part, "rb") as file:
+                packed = not zipped and file.read(len(GZIP)) == GZIP
+            what = f"it is gzip, rename both files to .hdr.gz and {part.suffix}.gz" if packed else "it is truncated"
             raise VolumeError(
-                f"{path}: its voxels cannot be read: Expected {voxels} bytes, got {max(size - start, 0)} bytes; it is truncated"
+                f"{path}: its voxels cannot be read: Expected {voxels} bytes, got {max(size - start, 0)} bytes; {what}"
             )
     return str(path), image
 
 
 def _nifti_class(path: Path) -> type[Nifti1Pair]:
     """By the magic number of the header: nibabel would also try formats that have nothing to do with ours."""
-    single = path.name.lower().removesuffix(".gz").endswith(".nii")
-    header = path if single else path.with_name(re.sub(r"\.img(\.gz)?$", r".hdr\1", path.name))
+    single, header = path.name.lower().removesuffix(".gz").endswith(".nii"), _header_path(path)
     with gzip.open(header) if header.suffix.lower() == ".gz" else open(header, "rb") as file:
         start = file.read(348)
-    if start[344:] in (b"n+1\0", b"ni1\0"):
-        return nib.Nifti1Image if single else Nifti1Pair
-    if start[4:8] in (b"n+2\0", b"ni2\0"):
-        return nib.Nifti2Image if single else nib.Nifti2Pair
-    raise ImageFileError("its header has no magic number of NIfTI")
+        start += file.read(192) if start[4:8] in (b"n+2\0", b"ni2\0") else b""
+    if start[344:348] in (b"n+1\0", b"ni1\0"):
+        kind = nib.Nifti1Image if single else Nifti1Pair
+    elif start[4:8] in (b"n+2\0", b"ni2\0"):
+        kind = nib.Nifti2Image if single else nib.Nifti2Pair
+    else:
+        raise ImageFileError("its header has no magic number of NIfTI")
+    header = kind.header_class(start[: kind.header_class.template_dtype.itemsize], check=False)
+    if not int(header["sform_code"]) and (header["pixdim"][1:4] == 0).any():  # for which nibabel would put 1
+        sizes = " x ".join(f"{mm:g}" for mm in header["pixdim"][1:4])
+        raise VolumeError(
+            f"{path}: its geometry is broken: its voxels are {sizes} (pixdim), and it has no sform; write their sizes into the header"
+        )
+    return kind
+
+
+def _header_path(path: Path) -> Path:
+    """The file with the header: of a .hdr/.img pair, the first."""
+    return path.with_name(re.sub(r"\.img(\.gz)?$", r".hdr\1", path.name, flags=re.IGNORECASE))
 
 
 def gunzip(path: Path, to: BinaryIO | None = None, *, most: int | None = None) -> int:
@@ -284,8 +306,38 @@ def exact_values(values: np.ndarray) -> np.ndarray:
     return single if (single == values).all() else values.astype(np.float64)
 
 
-def _channels_last(values: np.ndarray, name: str) -> np.ndarray:
+def _channels_last(values: np.ndarray, name: str, axes: str | None) -> np.ndarray:
+    """(X, Y, Z, C). Raises: VolumeError for a shape that is no volume's, and one that may begin with channels unless `axes`
+    says what it is."""
+    if axes == "CXYZ":
+        values = np.moveaxis(values.reshape(_channels_before(values.shape, name)), 0, -1)
+    elif axes is None and _may_begin_with_channels(values.shape):
+        raise VolumeError(
+            f"{name}: has shape {values.shape}: its first axis looks like one of channels, not of space; save it with channels "
+            "last (nibabel: (X, Y, Z) or (X, Y, Z, C)), or set data.axes: CXYZ in the training's config, or XYZC if it is right"
+        )
     return values.reshape(shape_with_channels(values.shape, name))
+
+
+def _may_begin_with_channels(shape: tuple[int, ...]) -> bool:
+    while len(shape) > 4 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) < 4 or shape[3] == 1:
+        return False
+    return shape[0] == 1 or (shape[0] < MOST_CHANNELS_FIRST and 4 * shape[0] <= min(shape[1:4]))
+
+
+def _channels_before(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+    """(C, X, Y, Z) of a shape that begins with channels, and before them axes of length 1; of (X, Y, Z), one channel."""
+    given = shape
+    while len(shape) > 4 and shape[-1] == 1:
+        shape = shape[:-1]
+    while len(shape) > 4 and shape[0] == 1:
+        shape = shape[1:]
+    shape = (1, *shape) if len(shape) == 3 else shape
+    if len(shape) != 4:
+        raise VolumeError(f"{name}: has shape {given}, and data.axes is CXYZ; expected (C, X, Y, Z)")
+    return shape
 
 
 def shape_with_channels(shape: tuple[int, ...], name: str) -> tuple[int, int, int, int]:
@@ -300,20 +352,24 @@ def shape_with_channels(shape: tuple[int, ...], name: str) -> tuple[int, int, in
     return shape[0], shape[1], shape[2], extra[0] if extra else 1
 
 
-def grid_of(image: Nifti1Pair, shape: tuple[int, int, int], name: str) -> SourceGrid:
+def grid_of(image: Nifti1Pair, shape: tuple[int, int, int], name: str, units: str | None = None) -> SourceGrid:
     """The grid on which a file stores its voxels. Raises: VolumeError if its geometry is broken."""
+    unit = LENGTH_UNITS.get(int(image.header["xyzt_units"]) & 7, "unknown")
     try:
-        affine = _millimetres(image, image.affine)
-        check_grid(affine)
+        if image.affine is None:
+            raise ValueError("the image has no affine")
+        affine = in_millimetres(image.affine, units or unit)
+        check_grid(affine, "mm" if units else unit)
         qform, qform_code = image.get_qform(coded=True)
     except (HeaderDataError, ValueError) as error:
         raise VolumeError(f"{name}: its geometry is broken: {error}") from error
     return SourceGrid(
         shape=shape,
         affine=affine,
-        qform=None if qform is None else _millimetres(image, qform),
+        qform=None if qform is None else in_millimetres(qform, units or unit),
         qform_code=int(qform_code),
         sform_code=int(image.header["sform_code"]),
+        unit="mm" if units else unit,
     )
 
 
@@ -324,14 +380,6 @@ def canonical_grid(source: SourceGrid) -> tuple[tuple[int, int, int], np.ndarray
     for stored_axis, axis in enumerate(orientation[:, 0].astype(int)):
         shape[axis] = source.shape[stored_axis]
     return (shape[0], shape[1], shape[2]), source.affine @ inv_ornt_aff(orientation, source.shape)
-
-
-def _millimetres(image: Nifti1Pair, affine: np.ndarray | None) -> np.ndarray:
-    """The affine in mm, whatever length unit the header declares."""
-    if affine is None:
-        raise ValueError("the image has no affine")
-    scale = MILLIMETRES.get(int(image.header["xyzt_units"]) & 7, 1.0)
-    return np.diag([scale, scale, scale, 1.0]) @ np.asarray(affine, dtype=np.float64)
 
 
 def _storable(array: np.ndarray) -> np.ndarray:

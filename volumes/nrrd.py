@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .stored import Stored, check_room, file_beside, make_grid, numbers, read_packed, whole_numbers
+from .stored import UNITS, Stored, check_room, file_beside, make_grid, numbers, read_packed, whole_numbers
 from .volume import VolumeError
 
 HEADER_BYTES = 1 << 20  # more is no header
@@ -35,12 +35,21 @@ NAMES = {  # of types, in C and in <stdint.h>
     "f8": "double",
 }
 TYPES = {name: np.dtype(code) for code, names in NAMES.items() for name in names.split(", ")}
+NAMED_UNITS = {
+    **dict.fromkeys(("millimeter", "millimeters", "millimetre", "millimetres"), "mm"),
+    **dict.fromkeys(("meter", "meters", "metre", "metres"), "m"),
+    **dict.fromkeys(("\u00b5m", "\u00e2\u00b5m", "micron", "microns", "micrometer", "micrometers"), "um"),
+    **dict.fromkeys(("centimeter", "centimeters"), "cm"),
+}
 ENCODINGS = {"raw": False, "gzip": True, "gz": True}  # compressed or not
 VECTOR = re.compile(r"\(([^()]*)\)|none", re.IGNORECASE)
 
 
-def read_nrrd(path: Path) -> Stored:
-    """Voxels and grid of a NRRD file. Raises: VolumeError for what is broken, or not of the kind described above."""
+def read_nrrd(path: Path, units: str | None = None) -> Stored:
+    """Voxels and grid of a NRRD file, its lengths being in `units` where its header is wrong.
+
+    Raises: VolumeError for what is broken, or not of the kind described above.
+    """
     name = str(path)
     with open(path, "rb") as file:
         fields = _fields(name, file)
@@ -58,6 +67,7 @@ def read_nrrd(path: Path) -> Stored:
             if fields.get(skip, "0") != "0":
                 raise VolumeError(f"{name}: has a {skip} of {fields[skip]}; save it without")
         shape, channel_axis, affine = _geometry(name, fields)
+        unit = _unit(name, fields, units)
         nbytes = check_room(name, shape, dtype.itemsize)
         detached = fields.get("data file", fields.get("datafile"))
         if detached is None:
@@ -67,7 +77,7 @@ def read_nrrd(path: Path) -> Stored:
                 data = read_packed(f"{name} ({detached})", beside, nbytes, compressed=ENCODINGS[encoding])
     values = np.frombuffer(data, dtype).reshape(shape, order="F")
     values = values[..., None] if channel_axis is None else np.moveaxis(values, channel_axis, -1)
-    return Stored(name, values, make_grid(name, values.shape[:3], affine))
+    return Stored(name, values, make_grid(name, values.shape[:3], affine, unit, units))
 
 
 def detached_file(path: Path) -> Path | None:
@@ -108,9 +118,6 @@ def _geometry(name: str, fields: dict[str, str]) -> tuple[tuple[int, ...], int |
     space = _required(name, fields, "space")
     if space not in SPACES:
         raise VolumeError(f"{name}: lies in the space {space!r}; RAS, LAS and LPS are those of a patient")
-    units = set(re.findall(r'"([^"]*)"', fields.get("space units", ""))) - {"", "mm", "millimeter", "millimeters"}
-    if units:
-        raise VolumeError(f"{name}: its space units are {sorted(units)}; save it in mm")
     text = _required(name, fields, "space directions")
     found = [match[1] for match in VECTOR.finditer(text)]
     along = [axis for axis, vector in enumerate(found) if vector is not None]
@@ -129,6 +136,20 @@ def _geometry(name: str, fields: dict[str, str]) -> tuple[tuple[int, ...], int |
         )
     channels = next((axis for axis in range(dimension) if axis not in along), None)
     return shape, channels, np.diag([*SPACES[space], 1.0]) @ affine
+
+
+def _unit(name: str, fields: dict[str, str], units: str | None) -> str:
+    """The unit of length that the header names, mm if it names none. Raises: VolumeError for several, and for an unknown one,
+    unless `units` says what it is."""
+    named = {NAMED_UNITS.get(one, one) for one in re.findall(r'"([^"]*)"', fields.get("space units", ""))} - {""}
+    if units or not named:
+        return "mm"
+    found = sorted(map(str, named))
+    if len(found) > 1 or found[0] not in UNITS:
+        raise VolumeError(
+            f"{name}: its space units are {found}; save it in mm, or set data.units in the training's config"
+        )
+    return found[0]
 
 
 def _vector(name: str, field: str, text: str) -> list[float]:

@@ -17,17 +17,16 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from posixpath import dirname, normpath
-from typing import Any, BinaryIO, TypeGuard, cast
+from posixpath import dirname
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard, cast
 
-import fsspec
-from filelock import FileLock
-from fsspec.core import url_to_fs
-from fsspec.utils import glob_translate
-from tqdm import tqdm
+if TYPE_CHECKING:  # where a URL is met, and not before: whoever reads local files has no need of them
+    import fsspec
+
+from .names import nfc, tidy
 
 URL = re.compile(r"([a-z][a-z0-9+.:-]*)://(.*)", re.IGNORECASE | re.DOTALL)
 LOCAL = ("file", "local")  # protocols of this machine's own files
@@ -48,9 +47,10 @@ def is_url(path: object) -> TypeGuard[str]:
 
 
 def plain_path(path: str) -> str:
-    """A file:// URL as the path that it is; all else unchanged."""
+    """A file:// URL as the path that it is, and `~` at the beginning as the home folder; all else unchanged."""
     match = URL.match(path)
-    return match[2] if match and match[1].lower() in LOCAL else path
+    path = match[2] if match and match[1].lower() in LOCAL else path
+    return os.path.expanduser(path) if path.startswith("~") else path
 
 
 def refuse_url(path: str | os.PathLike, what: str) -> None:
@@ -91,6 +91,8 @@ def connect(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
     Raises: ValueError for a protocol that is not known or not installed, and without credentials.
     """
+    from fsspec.core import url_to_fs
+
     copy_place(url)
     try:
         return url_to_fs(url.rstrip("/"))
@@ -111,6 +113,9 @@ def copy_here(url: str, chosen: Callable[[str], bool], starts: Iterable[str] = (
     Raises: ValueError, which names the URL, if it cannot be listed or read, if files change meanwhile or do not have the
     length that was listed, and if they cannot be stored here.
     """
+    from filelock import FileLock
+    from tqdm import tqdm
+
     place, starts = copy_place(url), sorted({start.strip("/") for start in starts})
     listed = list_files(url, [_inside(url, start) if start else start for start in starts])
     wanted = {name: listed[name] for name in sorted(_with_parts(filter(chosen, listed), listed))}
@@ -155,6 +160,8 @@ def copy_pattern(pattern: str) -> str:
     else:
         url, rest = head.rpartition("/")[0], pattern[head.rindex("/") + 1 :].strip("/")
     if head != pattern.rstrip("/"):
+        from fsspec.utils import glob_translate
+
         matches = re.compile(glob_translate(rest)).match
         return f"{copy_here(url, lambda path: bool(matches(path) or matches(dirname(path))))}/{rest}"
 
@@ -170,7 +177,7 @@ def copy_file(url: str) -> Path:
     return copy_here(folder, lambda path: path == name, (name,)) / name
 
 
-def copy_table(url: str, read: Callable[[Path], list[dict[str, Any]]]) -> Path:
+def copy_table(url: str, read: Callable[[Path], Sequence[Mapping[str, Any]]]) -> Path:
     """A local copy of a table at a URL, and beside it of all files below its folder that cells name.
 
     Args:
@@ -178,8 +185,8 @@ def copy_table(url: str, read: Callable[[Path], list[dict[str, Any]]]) -> Path:
     """
     folder, _, name = url.rpartition("/")
     table = copy_file(url)
-    cells = {normpath(str(cell)) for row in read(table) for cell in row.values()}
-    return copy_here(folder, lambda path: path == name or path in cells or dirname(path) in cells) / name
+    cells = {tidy(str(cell)) for row in read(table) for cell in row.values()}
+    return copy_here(folder, lambda path: path == name or nfc(path) in cells or nfc(dirname(path)) in cells) / name
 
 
 def list_files(url: str, starts: Iterable[str] = ("",)) -> dict[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ Axes: (C, X, Y, Z). Interpolation runs on the CPU in float32, in slabs along X, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from .stored import check_room
 from .volume import Volume, VolumeError
 
 SLAB_VOXELS = 1 << 21
+FEWEST = 4  # voxels along an axis of which one must not become a single plane
 MOST_OLD_VOXELS = 1000  # along an axis of a new one; a header with more is wrong
 
 
@@ -28,6 +30,15 @@ def resample(volume: Volume, spacing: tuple[float, float, float] | list[float], 
         return volume
     x, y, z = (max(1, round(n)) for n in (np.array(volume.shape) * old / new).tolist())
     shape = (x, y, z)
+    sizes = [" x ".join(f"{mm:.4g}" for mm in of) for of in (volume.spacing, spacing)]
+    asked = f"resampling {_by(volume.shape)} voxels of {sizes[0]} mm to {sizes[1]} mm gives {_by(shape)}"
+    remedy = "correct the header's unit or data.spacing, or set data.units"
+    if any(after == 1 and before >= FEWEST for before, after in zip(volume.shape, shape, strict=True)):
+        raise VolumeError(f"{asked}, so that no volume is left; {remedy}")
+    try:
+        check_room("resampling", (len(volume.array), *shape), 4)
+    except VolumeError as error:
+        raise VolumeError(f"{asked}, more than fits into memory ({error}); {remedy}") from error
     affine = volume.affine.copy()
     affine[:3, :3] *= new / old
     centre = volume.affine[:3] @ [*((np.array(volume.shape) - 1) / 2), 1]
@@ -82,6 +93,10 @@ def resample_to(
     if volume.array.dtype.kind in "biu":
         array = np.rint(array)
     return Volume(array.astype(volume.array.dtype), affine, volume.source)
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _smooth(source: torch.Tensor, factors: np.ndarray) -> torch.Tensor:

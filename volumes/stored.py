@@ -16,6 +16,7 @@ from typing import BinaryIO
 import numpy as np
 import psutil
 
+from .names import Disk
 from .volume import SourceGrid, VolumeError, check_affine
 
 try:
@@ -25,9 +26,9 @@ except ImportError:  # Windows, where a process has no such limits
 
 COPY_BYTES = 1 << 22  # at a time, through a compressed file
 WORKING_BYTES = 16  # a voxel, beside the stored one: scaled in float64, as float32, and its copy in RAS+ order
-LARGEST_SPACING = 1000.0  # mm
+SPACINGS = (1e-4, 100.0)  # mm: voxels that are smaller or larger are no scan's
+UNITS = {"mm": 1.0, "m": 1000.0, "cm": 10.0, "um": 0.001}  # of length, in mm
 LARGEST_COSINE = 0.1  # between voxel axes: 5.7 degrees from a right angle; less stays in the affine, where it is right
-POINTER = b"version https://git-lfs"
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # the patient coordinates of DICOM, ITK and most NRRD files to NIfTI's
 
 
@@ -40,22 +41,42 @@ class Stored:
     grid: SourceGrid
 
 
-def make_grid(name: str, shape: Sequence[int], affine: np.ndarray) -> SourceGrid:
-    """The grid (I, J, K) of a file that is not NIfTI. Raises: VolumeError if its geometry is broken."""
+def make_grid(
+    name: str, shape: Sequence[int], affine: np.ndarray, unit: str = "mm", units: str | None = None
+) -> SourceGrid:
+    """The grid (I, J, K) of a file that is not NIfTI. Raises: VolumeError if its geometry is broken.
+
+    Args:
+        affine: (4, 4) in the header's numbers.
+        unit: of `UNITS`, that the header names.
+        units: what its numbers are in, if the header is wrong.
+    """
     try:
-        check_grid(affine)
+        check_affine(affine)
+        affine = in_millimetres(affine, units or unit)
+        check_grid(affine, "mm" if units else unit)
     except ValueError as error:
         raise VolumeError(f"{name}: its geometry is broken: {error}") from error
     i, j, k = shape
-    return SourceGrid((i, j, k), affine, qform=affine, qform_code=1, sform_code=1)
+    return SourceGrid((i, j, k), affine, qform=affine, qform_code=1, sform_code=1, unit="mm" if units else unit)
 
 
-def check_grid(affine: np.ndarray) -> None:
-    """Raises: ValueError unless `affine` is that of a grid: finite, not singular, of voxels of less than a
-    metre, its axes at right angles."""
+def in_millimetres(affine: np.ndarray, unit: str) -> np.ndarray:
+    """An affine whose lengths are in a unit of `UNITS`, or an unknown one, which is taken as mm."""
+    scale = UNITS.get(unit, 1.0)
+    return np.diag([scale, scale, scale, 1.0]) @ np.asarray(affine, dtype=np.float64)
+
+
+def check_grid(affine: np.ndarray, unit: str = "mm") -> None:
+    """Raises: ValueError unless `affine` is that of a grid: finite, not singular, its axes at right angles, of voxels that a
+    scan can have (`SPACINGS`). `unit` is that of the header, for the message."""
     check_affine(affine)
-    if (largest := float(np.linalg.norm(affine[:3, :3], axis=0).max())) > LARGEST_SPACING:
-        raise ValueError(f"its voxels are {largest:.4g} mm long; are its units right?")
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if lengths.max() > SPACINGS[1] or lengths.min() < SPACINGS[0]:
+        raise ValueError(
+            f"its voxels are {' x '.join(f'{mm:.4g}' for mm in lengths)} mm, which no scan's are (the header's unit of length is "
+            f"{unit}); correct the header, or say in the training's config what its numbers are in, such as data.units: mm"
+        )
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     cosine = float(np.abs(np.triu(axes.T @ axes, 1)).max())
     if cosine > LARGEST_COSINE:
@@ -115,16 +136,6 @@ def read_packed(name: str, file: BinaryIO, nbytes: int, *, compressed: bool) -> 
     return data
 
 
-def refuse_pointer(path: Path) -> None:
-    """Raises: VolumeError for a file that is empty, or the pointer that a clone without Git LFS has in its place."""
-    with open(path, "rb") as file:
-        start = file.read(64)
-    if not start:
-        raise VolumeError(f"{path}: is empty")
-    if start.startswith(POINTER):
-        raise VolumeError(f"{path}: is a Git LFS pointer, not the volume itself; fetch it with `git lfs pull`")
-
-
 def file_beside(header: Path, named: str) -> Path:
     """The file of voxels that a header names: in the header's folder, or below it.
 
@@ -134,7 +145,7 @@ def file_beside(header: Path, named: str) -> Path:
     if not named.isprintable() or not named:
         raise VolumeError(f"{header}: names its file of voxels {named!r}, which is no file name")
     try:
-        data = (home / named).resolve()
+        data = Disk().find(home / named).resolve()
     except RuntimeError as error:  # Python's, for a circle of links
         raise VolumeError(f"{header}: names the file of voxels {named}, which is a link to itself") from error
     if Path(named).is_absolute() or not data.is_relative_to(home):

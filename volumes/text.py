@@ -8,17 +8,23 @@ from typing import Any
 
 import yaml
 
+
+class FileError(OSError, ValueError):
+    """A file or folder of a model that is missing or damaged: an OSError, as diffusers raises, and a ValueError, as all errors
+    here that a user can mend."""
+
+
 MOST_VALUES = 100_000  # in a YAML file, each counted as often as aliases repeat it
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises: ValueError naming the file if it is no JSON, or nested too deeply."""
+    """What a JSON file holds. Raises: FileError naming the file if it is no JSON, or nested too deeply."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: {path.name} is no JSON: {error}") from error
+        raise FileError(f"{path}: {path.name} is no JSON: {error}") from error
     except RecursionError as error:
-        raise ValueError(f"{path}: is nested too deeply for JSON of ours") from error
+        raise FileError(f"{path}: is nested too deeply for JSON of ours") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -13,16 +13,40 @@ error, so a card cannot claim what was not measured.
 
 import argparse
 import csv
-import json
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from volumes.command import ArgumentParser, run_command
+
+
+def parse(args: list[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("pipeline", type=Path, help="trained pipeline folder (RUN/pipeline)")
+    parser.add_argument("target", type=Path, help="folder to write")
+    parser.add_argument("--vae", help="autoencoder in place of the pipeline's, of the same encoder")
+    parser.add_argument(
+        "--noise",
+        type=Path,
+        help="config of train_ldm.py; measure on its training volumes what the autoencoder leaves out",
+    )
+    parser.add_argument("--examples", type=Path, required=True, help="table of what demo.py draws")
+    parser.add_argument(
+        "--results", type=Path, required=True, help="folder of JSON reports of evaluate.py and benchmarks"
+    )
+    parser.add_argument("--card", type=Path, required=True, help="template of the model card")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
 import torch
 
 from autoencoder import VolumeAutoencoder
+from autoencoder.model import deciding
 from autoencoder.noise import measure_noise
 from diffusion.latent_cache import weights_hash
 from pipelines import MedVolumePipeline
@@ -30,7 +54,8 @@ from pipelines.loading import load_autoencoder
 from training import TrainLdmConfig, parse_config
 from training.splits import load_split
 from volumes import describe
-from volumes.cases import read_table
+from volumes.tables import read_table
+from volumes.text import read_object
 
 LIMIT = 40_000_000  # bytes a shipped pipeline may weigh
 MEASURED_ON = (
@@ -53,7 +78,7 @@ def main(args: list[str] | None = None) -> None:
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
     reports = sorted(options.results.glob("*.json"))
-    results = {path.stem: json.loads(path.read_text()) for path in reports}
+    results = {path.stem: read_object(path) for path in reports}
 
     pipe = MedVolumePipeline.from_pretrained(options.pipeline)
     if options.vae:
@@ -102,10 +127,8 @@ def with_decoder(pipe: MedVolumePipeline, vae: VolumeAutoencoder) -> MedVolumePi
 
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config says of its model: not which versions and folder it came from, nor what is left at None."""
-    return {
-        key: value for key, value in config.items() if value is not None and (key == "_class_name" or key[0] != "_")
-    }
+    """What a config says of its model: not which versions and folder it came from, nor whose volumes it was trained on."""
+    return {"_class_name": config.get("_class_name"), **deciding(config)}
 
 
 def summaries(results: dict[str, Any]) -> dict[str, Any]:
@@ -136,25 +159,3 @@ def fill(card: str, values: dict[str, Any]) -> str:
         return format(value, match["format"] or "")
 
     return re.sub(r"\{(?P<path>[\w./%, -]+)(?::(?P<format>[^}]*))?\}", figure, card)
-
-
-def parse(args: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", type=Path, help="trained pipeline folder (RUN/pipeline)")
-    parser.add_argument("target", type=Path, help="folder to write")
-    parser.add_argument("--vae", help="autoencoder in place of the pipeline's, of the same encoder")
-    parser.add_argument(
-        "--noise",
-        type=Path,
-        help="config of train_ldm.py; measure on its training volumes what the autoencoder leaves out",
-    )
-    parser.add_argument("--examples", type=Path, required=True, help="table of what demo.py draws")
-    parser.add_argument(
-        "--results", type=Path, required=True, help="folder of JSON reports of evaluate.py and benchmarks"
-    )
-    parser.add_argument("--card", type=Path, required=True, help="template of the model card")
-    return parser.parse_args(args)
-
-
-if __name__ == "__main__":
-    main()

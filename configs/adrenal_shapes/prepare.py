@@ -13,7 +13,23 @@ does not say either whose the glands are: two are of each patient, and the autho
 
 import argparse
 import csv
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+
+from volumes.command import ArgumentParser, run_command
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--npz", type=Path, required=True, help="adrenalmnist3d_64.npz of MedMNIST+")
+    parser.add_argument("--output", type=Path, default=Path("output/adrenal_shapes/data"), help="folder to write to")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
 
 import numpy as np
 from tqdm import tqdm
@@ -29,6 +45,8 @@ REQUESTS = 1000
 def prepare(npz: Path, output: Path) -> list[dict[str, str]]:
     """Write the shapes and the tables; returns the rows of shapes.csv."""
     rows = []
+    if not zipfile.is_zipfile(npz):
+        raise ValueError(f"{npz}: is no .npz file, or not whole; give adrenalmnist3d_64.npz of MedMNIST+")
     with np.load(npz) as file:
         for theirs, ours in SPLITS.items():
             shapes, labels = file[f"{theirs}_images"], file[f"{theirs}_labels"].ravel()
@@ -55,9 +73,7 @@ def write_table(rows: list[dict[str, str]], path: Path) -> None:
         writer.writerows(rows)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--npz", type=Path, required=True, help="adrenalmnist3d_64.npz of MedMNIST+")
-    parser.add_argument("--output", type=Path, default=Path("output/adrenal_shapes/data"), help="folder to write to")
-    options = parser.parse_args()
+def main(args: Sequence[str] | None = None) -> None:
+    """Prepare the data set."""
+    options = parse(args)
     print(f"{len(prepare(options.npz, options.output))} shapes in {options.output}")

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
-from tqdm import tqdm
+from jsonargparse import Namespace
 
 from volumes import load_cases
+from volumes.live_bar import LiveBar
+from volumes.stopping import finishing
 
 from .. import (
-    ITERATIONS,
-    SHAPE,
-    SOURCES,
     Pair,
     generated_pairs,
     iterations_of,
@@ -28,51 +26,19 @@ from .. import (
     score_training,
     test_cases,
 )
+from ..defaults import REAL, SYNTHETIC
 from ..few_labels import ANY
-from ..utility import REAL, SYNTHETIC
+from ..limits import check_command
 from .ledger import Job, Ledger, content_of
 from .progress import StepClock, silence
 
 NAME = "dice"
-HELP = (
-    "Dice on the test split of a small segmenter trained on real, generated, or both volumes. The same command again goes on "
-    "where it stopped."
-)
-READS_DATA = True
-DIVIDES = True
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the command's own arguments."""
-    parser.add_argument(
-        "--synthetic", type=str, help="folder of volumes generated from the training split's masks by generate.py"
-    )
-    parser.add_argument(
-        "--judge_synthetic",
-        type=str,
-        help="folder of volumes generated from the test split's masks: segmenters trained on real judge them too, against "
-        "their masks (do the volumes obey their masks?)",
-    )
-    parser.add_argument("--train_on", nargs="+", choices=SOURCES, default=list(SOURCES), help="what to learn from")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings per source, with seeds 0, 1, ...")
-    parser.add_argument(
-        "--iterations", type=int, default=ITERATIONS, help="training steps; both sources together get twice as many"
-    )
-    parser.add_argument(
-        "--shape",
-        type=int,
-        nargs=3,
-        default=list(SHAPE),
-        help="voxels that volumes are cropped or padded to; multiples of 8",
-    )
-    parser.add_argument(
-        "--earlier", nargs="+", default=[], help="earlier reports whose scores are taken instead of training again"
-    )
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     """Train and judge. The report is written anew after every training, so a run that is stopped leaves what it has."""
     config, shape = options.data, tuple(options.shape)
+    check_command(NAME, load_cases(config), config, vars(options))
     cases = load_cases(config)
     learn, judge = learning_cases(cases), test_cases(cases)
     pairs = {"real": [Pair(case) for case in learn]}
@@ -133,7 +99,8 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     clock, quiet = StepClock(cost(jobs)), silence()
     for source, labels, seed in jobs:
         steps = iterations_of(source, options.iterations)
-        with tqdm(total=steps, unit="step", disable=quiet, desc=f"learning from {source}, seed {seed}") as progress:
+        what = f"learning from {source}, seed {seed}"
+        with finishing(what), LiveBar(total=steps, unit="step", disable=quiet, desc=what) as progress:
             result = score_training(
                 loaded[source] if source in loaded else loaded[REAL].join(loaded[SYNTHETIC]),
                 judged,
@@ -145,7 +112,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
                 on_step=clock.watch(progress),
                 synthetic=judged_too if source == REAL else None,
             )
-        ledger.add({"arm": source, "labels": labels, **result})
+            ledger.add({"arm": source, "labels": labels, **result})
     report = ledger.write()
     if quiet:
         return report

@@ -3,92 +3,114 @@
 import dataclasses
 import hashlib
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from tqdm import tqdm
+from jsonargparse import ArgumentError, Namespace
 
 from volumes import load_cases
+from volumes.live_bar import LiveBar
 
+from ..limits import Data, problems
 from ..page import write_page
 from ..report import write_report
-from . import conditions, dice, few_labels, pretrain, privacy, realism, reconstruction, shapes
-from .common import Command, make_parser, run_command
+from . import arguments, privacy, realism, shapes
+from .arguments import COMMANDS, Command, make_parser
+from .common import run_command
 from .progress import silence
 
 NAME = "all"
-HELP = (
-    "Several commands one after the other, a JSON report each, and the page of `report`. A report that is there already, of the "
-    "same arguments and files, is not measured again; delete it to do so."
-)
-READS_DATA = True
-DIVIDES = True  # as far as its parts do
-MODULES: tuple[Command, ...] = (reconstruction, realism, shapes, privacy, dice, few_labels, pretrain, conditions)
-PARTS: dict[str, Command] = {module.NAME: module for module in MODULES}
+PARTS = {name: COMMANDS[name] for name in arguments.PARTS}
 MANIFEST = "manifest.csv"  # generate.py writes it anew, from the sidecars
-FOR_ALL = ("config", "data", "output", "precision", "device")  # are given once, and hold for every part
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the command's own arguments."""
-    parser.add_argument(
-        "--parts", nargs="+", choices=list(PARTS), default=["realism", "privacy", "dice"], help="what to run"
-    )
-    parser.add_argument(
-        "--synthetic",
-        nargs="+",
-        type=str,
-        default=[],
-        help="folders of generated volumes; dice and the like take one. Without it, --pipeline generates them from the masks of "
-        "the training split, into OUTPUT/generated",
-    )
-    parser.add_argument("--count", type=int, default=1, help="volumes a mask, where --pipeline generates them")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="where --pipeline generates them")
-    parser.add_argument("--vae", type=str, help="autoencoder (or pipeline, or run), where a part takes one")
-    parser.add_argument("--pipeline", type=str, help="the generator, where a part takes one")
-    parser.add_argument(
-        "--set",
-        nargs="*",
-        default=[],
-        metavar="PART.OPTION=VALUE",
-        help="an option of one part, such as dice.seeds=5, privacy.alpha=0.1 or 'dice.train_on=real synthetic'",
-    )
-    parser.add_argument(
-        "--title", type=str, default="Are the generated volumes good, useful and private?", help="heading"
-    )
+FOR_ALL = (
+    "config",
+    "data",
+    "output",
+    "precision",
+    "device",
+    "models",
+    "accept_overlap",
+)  # are given once, and hold for every part
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
-    """Run the parts that are not done, and write the page of all that were asked for; `--output` is a folder."""
+    """Run the parts that are not done, and write the page of all that were asked for; `--output` is a folder.
+
+    Raises: ValueError at the end, with what could not be measured; the page shows the rest, and names them.
+    """
     if not options.synthetic:
         raise ValueError("--synthetic is missing: give folders of generated volumes, or --pipeline to generate them")
     folder, state = Path(options.output), PartialState()
-    jobs = {name: part_options(name, options, folder) for name in options.parts}  # what is wrong shows before any work
-    if unused := sorted({_split(entry)[0] for entry in options.set} - set(jobs)):
-        raise ValueError(f"--set names {unused}, which is not among --parts {list(jobs)}")
-    with tqdm(total=len(jobs), unit="part", disable=silence(), desc="parts") as progress:
+    jobs, missing = plan(options)
+    with LiveBar(total=len(jobs), unit="part", disable=silence(), desc="parts") as progress:
         for name, (part, inputs) in jobs.items():
             progress.set_postfix_str(name)
+            if name in missing:
+                progress.update()
+                continue
             path = Path(part.output)
             there = path.is_file() and json.loads(path.read_text()).get("inputs") == inputs
             if broadcast_object_list([there])[0]:  # as the main process saw it
                 progress.write(f"{name}: {path} is there, of the same inputs; not measured again")
             else:
-                run_command(PARTS[name], part, device, dtype)
-                if state.is_main_process:  # the mark of a part that ended
+                failed = attempt(PARTS[name], part, device, dtype)
+                if failed:
+                    missing[name] = failed
+                elif state.is_main_process:  # the mark of a part that ended
                     write_report(path, {**json.loads(path.read_text()), "inputs": inputs})
             progress.update()
     state.wait_for_everyone()
-    paths = [Path(part.output) for part, _ in jobs.values()]
-    if not state.is_main_process:
-        return {}
-    page = write_page(paths, folder, options.title)
-    print(f"page: {folder / 'report.html'}")
+    paths = [Path(part.output) for name, (part, _) in jobs.items() if name not in missing]
+    page = write_page(paths, folder, options.title, missing) if state.is_main_process else {}
+    if state.is_main_process:
+        print(f"page: {folder / 'report.html'}", flush=True)
+    if missing:
+        told = "\n".join(f"  {name}: {reason}" for name, reason in missing.items())
+        raise ValueError(f"{folder / 'report.html'} lacks what could not be measured:\n{told}")
     return page
+
+
+def plan(options: Namespace) -> tuple[dict[str, tuple[Namespace, str]], dict[str, str]]:
+    """Each part's options and hash (`part_options`), and why parts cannot be measured on these data, which is said; before any work.
+
+    Raises: ValueError for options that are wrong, and if no part can be measured.
+    """
+    folder = Path(options.output)
+    jobs = {name: part_options(name, options, folder) for name in options.parts}
+    if unused := sorted({_split(entry)[0] for entry in options.set} - set(jobs)):
+        raise ValueError(f"--set names {unused}, which is not among --parts {list(jobs)}")
+    data = Data(load_cases(options.data), options.data)
+    found = {name: problems(name, data, vars(part)) for name, (part, _) in jobs.items()}
+    missing = {name: "; ".join(reasons) for name, reasons in found.items() if reasons}
+    told = "\n".join(f"{name}: cannot be measured: {reason}" for name, reason in missing.items())
+    if len(missing) == len(jobs):
+        raise ValueError(f"nothing can be measured:\n{told}")
+    if missing and PartialState().is_main_process:
+        print(f"{told}\nthe others can: {', '.join(name for name in jobs if name not in missing)}", flush=True)
+    return jobs, missing
+
+
+def attempt(command: Command, part: Namespace, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Run one part; why it ended without a report, in all processes alike, or None.
+
+    One that the processes share must be ended by an error in any of them: there the error is raised, as nobody knows where the others
+    are. What earlier parts found is in their reports.
+    """
+    state, failed = PartialState(), None
+    try:
+        run_command(command, part, device, dtype)
+    except Exception as error:  # whatever it is, the other parts are not to be lost by it
+        if state.num_processes > 1 and getattr(command, "DIVIDES", False):
+            raise
+        failed = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+        if not isinstance(error, (ValueError, OSError)):
+            traceback.print_exc()
+        print(f"{command.name}: was not measured: {failed}", flush=True)
+    return broadcast_object_list([failed])[0]
 
 
 def part_options(name: str, options: Namespace, folder: Path) -> tuple[Namespace, str]:
@@ -100,6 +122,8 @@ def part_options(name: str, options: Namespace, folder: Path) -> tuple[Namespace
     known = parser.get_defaults()
     args = ["--config", options.config, "--output", str(folder / f"{name}.json"), "--precision", options.precision]
     args += ["--device", options.device] if options.device else []
+    args += ["--models", *options.models] if options.models else []
+    args += ["--accept_overlap"] if options.accept_overlap else []
     if "synthetic" in known:
         several = name in (realism.NAME, shapes.NAME, privacy.NAME)
         if not several and len(options.synthetic) > 1:

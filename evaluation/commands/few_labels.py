@@ -5,74 +5,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
-from tqdm import tqdm
+from jsonargparse import Namespace
 
 from volumes import DataConfig, load_cases
+from volumes.live_bar import LiveBar
+from volumes.stopping import finishing
 
-from ..few_labels import ANY, ARMS, RATIOS, steps_of, summarise, training_set
+from ..defaults import SYNTHETIC
+from ..few_labels import ANY, RATIOS, steps_of, summarise, training_set
 from ..labels import budget, draw_labelled
+from ..limits import check_command
 from ..report import provenance
 from ..segmentation_data import LoadedPairs, Pair, generated_pairs, label_values, learning_cases, load_pairs, test_cases
-from ..segmenter import ITERATIONS
-from ..utility import SHAPE, SYNTHETIC, protocol, score_training
+from ..utility import protocol, score_training
 from .ledger import Job, Ledger, content_of, tell
 from .progress import StepClock, silence
 
 NAME = "few_labels"
-HELP = (
-    "Dice on the test split of the small segmenter trained on k labelled real volumes, on synthetic ones, and on both. "
-    "The same command again goes on where it stopped."
-)
-READS_DATA = True
-DIVIDES = True
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the command's own arguments."""
-    add_budget_arguments(
-        parser, labels=["8", "16", "32", "all"], steps="training steps; both and real_longer get twice as many"
-    )
-    parser.add_argument(
-        "--train_on",
-        nargs="+",
-        choices=ARMS,
-        default=list(ARMS),
-        help="what to learn from; real_longer is real for as many steps as both",
-    )
-    parser.add_argument(
-        "--synthetic_masks",
-        choices=["all", "own"],
-        default="all",
-        help="use all synthetic volumes, or only those made from the masks of the k labelled volumes",
-    )
-    parser.add_argument(
-        "--mix",
-        choices=["balanced", "plain"],
-        default="balanced",
-        help="of both: real volumes repeated to be about as many as the synthetic ones, or each volume once",
-    )
-
-
-def add_budget_arguments(parser: ArgumentParser, *, labels: list[str], steps: str) -> None:
-    """Add what every command that trains on k labelled volumes takes: `labels` is the default of the k, `steps` says what
-    `--iterations` counts."""
-    parser.add_argument(
-        "--synthetic", type=str, required=True, help="folder of volumes generated from the training split's masks"
-    )
-    parser.add_argument("--labels", nargs="+", default=labels, help="how many real volumes have labels; numbers or all")
-    parser.add_argument(
-        "--seeds", type=int, default=3, help="draws of the k volumes and trainings, with seeds 0, 1, ..."
-    )
-    parser.add_argument("--iterations", type=int, default=ITERATIONS, help=steps)
-    parser.add_argument(
-        "--shape", type=int, nargs=3, default=list(SHAPE), help="voxels of the cropped volumes; multiples of 8"
-    )
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     """Train, judge, and write the report anew after every training."""
     config, shape = options.data, tuple(options.shape)
+    check_command(NAME, load_cases(config), config, vars(options))
     rules = protocol(shape, options.iterations, dtype)
     num_labels = len(label_values(config))
     real, made, judge = load_sources(config, Path(options.synthetic), shape)
@@ -108,7 +63,8 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         drawn = draw_labelled(real.cases, budgets.get(labels, len(real.cases)), seed)
         learn = training_set(arm, real, made, drawn, masks=options.synthetic_masks, balanced=options.mix == "balanced")
         steps = steps_of(arm, options.iterations)
-        with tqdm(total=steps, unit="step", disable=quiet, desc=f"{arm}, labels {labels}, seed {seed}") as progress:
+        what = f"{arm}, labels {labels}, seed {seed}"
+        with finishing(what), LiveBar(total=steps, unit="step", disable=quiet, desc=what) as progress:
             result = score_training(
                 learn,
                 judge,
@@ -119,7 +75,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
                 dtype=dtype,
                 on_step=clock.watch(progress),
             )
-        ledger.add({"arm": arm, "labels": labels, "drawn_from": len(learn.images), **result})
+            ledger.add({"arm": arm, "labels": labels, "drawn_from": len(learn.images), **result})
     report = ledger.write()
     if not quiet:
         tell(report, "ratios")

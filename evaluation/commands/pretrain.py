@@ -5,44 +5,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from torch import Tensor
-from tqdm import tqdm
 
-from .. import pretraining
+from volumes import load_cases
+from volumes.live_bar import LiveBar
+from volumes.stopping import finishing
+
 from ..few_labels import summarise
 from ..labels import budget, draw_labelled
-from ..pretraining import DIFFERENCES, STARTS, pretrain
+from ..limits import check_command
+from ..pretraining import DIFFERENCES, pretrain
 from ..report import provenance
 from ..segmentation_data import label_values
 from ..utility import protocol, score_training
-from .few_labels import add_budget_arguments, load_sources
+from .few_labels import load_sources
 from .ledger import Job, Ledger, content_of, tell
 from .progress import StepClock, silence
 
 NAME = "pretrain"
-HELP = (
-    "Dice on the test split of the small segmenter fine-tuned on k labelled real volumes: from scratch, after pre-training "
-    "without labels on synthetic volumes, and on the real ones. The same command again goes on where it stopped."
-)
-READS_DATA = True
-DIVIDES = True
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the command's own arguments."""
-    add_budget_arguments(parser, labels=["4", "8", "16", "32", "all"], steps="steps of each fine-tuning")
-    parser.add_argument(
-        "--starts", nargs="+", choices=STARTS, default=list(STARTS), help="what comes before the fine-tuning"
-    )
-    parser.add_argument(
-        "--pretrain_iterations", type=int, default=pretraining.ITERATIONS, help="steps of each pre-training"
-    )
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     """Pre-train, fine-tune, judge, and write the report anew after every fine-tuning."""
     config, shape = options.data, tuple(options.shape)
+    check_command(NAME, load_cases(config), config, vars(options))
     rules = protocol(shape, options.iterations, dtype)
     num_labels = len(label_values(config))
     real, made, judge = load_sources(config, Path(options.synthetic), shape)
@@ -74,32 +61,35 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     clock, quiet = StepClock(cost(jobs)), silence()
     bodies: dict[tuple[str, int], dict[str, Tensor]] = {}  # of the latest pre-training; the jobs come in its order
     for start, labels, seed in jobs:
-        if start in unlabelled and (start, seed) not in bodies:
-            steps = options.pretrain_iterations
-            with tqdm(total=steps, unit="step", disable=quiet, desc=f"pre-training, {start}, seed {seed}") as progress:
-                learned = pretrain(
-                    unlabelled[start],
+        what = f"{start}, labels {labels}, seed {seed}"
+        with finishing(what):  # with its pre-training, of which nothing would be kept without
+            if start in unlabelled and (start, seed) not in bodies:
+                steps = options.pretrain_iterations
+                first = f"pre-training, {start}, seed {seed}"
+                with LiveBar(total=steps, unit="step", disable=quiet, desc=first) as progress:
+                    learned = pretrain(
+                        unlabelled[start],
+                        seed=seed,
+                        iterations=steps,
+                        device=device,
+                        dtype=dtype,
+                        on_step=clock.watch(progress),
+                    )
+                bodies = {(start, seed): learned}
+            steps = options.iterations
+            with LiveBar(total=steps, unit="step", disable=quiet, desc=what) as progress:
+                result = score_training(
+                    real.take(draw_labelled(real.cases, budgets[labels], seed)),
+                    judge,
+                    num_labels,
                     seed=seed,
                     iterations=steps,
                     device=device,
                     dtype=dtype,
                     on_step=clock.watch(progress),
+                    start=bodies.get((start, seed)),
                 )
-            bodies = {(start, seed): learned}
-        steps = options.iterations
-        with tqdm(total=steps, unit="step", disable=quiet, desc=f"{start}, labels {labels}, seed {seed}") as progress:
-            result = score_training(
-                real.take(draw_labelled(real.cases, budgets[labels], seed)),
-                judge,
-                num_labels,
-                seed=seed,
-                iterations=steps,
-                device=device,
-                dtype=dtype,
-                on_step=clock.watch(progress),
-                start=bodies.get((start, seed)),
-            )
-        ledger.add({"arm": start, "labels": labels, **result})
+                ledger.add({"arm": start, "labels": labels, **result})
     report = ledger.write()
     if not quiet:
         tell(report, "differences")

@@ -7,44 +7,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser, Namespace
-from tqdm import tqdm
+from jsonargparse import Namespace
 
 from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
 from volumes import VolumeDataset, load_cases
+from volumes.live_bar import LiveBar
 
 from ..losses import DRAWS, TIMES, denoising_losses
 from ..neighbours import Space, common_crop, feature_space, latent_space
-from ..privacy import check_unseen, pairs_figure, privacy_report
+from ..privacy import pairs_figure, privacy_report
 from ..report import provenance, write_report
 from ..volume_sets import VolumeSet
-from .sets import add_set_arguments, describe_sets, load_extractors, load_sets
+from .sets import describe_sets, load_extractors, load_sets
 
 NAME = "privacy"
-HELP = (
-    "Memorised volumes, membership and re-identification: the similarity of generated to training volumes, against that of "
-    "unseen real ones to training volumes, among voxels, latents and features."
-)
-READS_DATA = True
 SPACES = ("image", "latent", "features")
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the command's own arguments."""
-    add_set_arguments(parser)
-    parser.add_argument(
-        "--spaces", nargs="+", choices=SPACES, default=list(SPACES), help="latent needs --vae or --pipeline"
-    )
-    parser.add_argument("--pipeline", type=str, help="the generator: adds membership by its losses on real volumes")
-    parser.add_argument(
-        "--crop", type=int, nargs=3, help="largest crop that is compared; default: the smallest volume's sides"
-    )
-    parser.add_argument("--flips", type=int, nargs="*", default=[0], help="axes along which a copy may be mirrored")
-    parser.add_argument("--shift", type=int, default=2, help="voxels by which a copy may be moved along each axis")
-    parser.add_argument("--alpha", type=float, default=0.05, help="share of unseen volumes that may count as memorised")
-    parser.add_argument("--pairs", type=int, default=8, help="closest pairs that are shown, of each space; 0 for none")
-    parser.add_argument("--seed", type=int, default=0, help="of bootstraps, and of the noise for losses")
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -56,13 +34,12 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         if not options.spaces:
             raise ValueError("--spaces latent: there are no latents to compare without --vae or --pipeline; give one")
         print("note: without --vae or --pipeline there are no latents to compare")
-    sets, skipped = load_sets(options)
-    check_unseen(sets["test"].subjects, options.alpha)
+    sets, skipped = load_sets(options, NAME)
     losses, losses_protocol = _losses(options, sets, device) if options.pipeline else (None, None)
     spaces = make_spaces(options, sets, device)
     training, unseen, generated = (sets[name] for name in ("training", "test", "generated"))
     compared = len(generated) * len(training) + len(unseen) * len(training) + len(generated) * len(unseen)
-    with tqdm(total=compared * len(spaces), unit="pair", disable=None, desc="comparing") as progress:
+    with LiveBar(total=compared * len(spaces), unit="pair", disable=None, desc="comparing") as progress:
         found = privacy_report(
             training,
             unseen,
@@ -145,6 +122,6 @@ def _losses(
         dataset = VolumeDataset([cases[one] for one in sets[name].names], options.data)
         if dataset.skipped:
             raise ValueError(f"{dataset.skipped[0]}: has an image but no usable mask, which the losses need; repair it")
-        with tqdm(total=len(dataset), unit="volume", disable=None, desc=f"losses on {name} volumes") as progress:
+        with LiveBar(total=len(dataset), unit="volume", disable=None, desc=f"losses on {name} volumes") as progress:
             found.append(denoising_losses(pipe, dataset, seed=options.seed, on_volume=progress.update))
     return (found[0], found[1]), {"times": list(TIMES), "draws": DRAWS}

@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable
 
 from accelerate import PartialState
-from tqdm import tqdm
+
+from volumes.live_bar import LiveBar
 
 
 def silence() -> bool | None:
@@ -18,7 +19,7 @@ class StepClock:
     def __init__(self, steps: int):
         self.steps, self.start, self.told = steps, 0.0, False
 
-    def watch(self, progress: tqdm) -> Callable[[int, float], None]:
+    def watch(self, progress: LiveBar) -> Callable[[int, float], None]:
         """A callback for each training step: (step counted from 1, loss)."""
 
         def on_step(step: int, loss: float) -> None:

@@ -7,38 +7,25 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
-from tqdm import tqdm
+from jsonargparse import Namespace
 
-from ..realism import PARTS, judge_realism, steps_of
+from volumes.live_bar import LiveBar
+
+from ..realism import judge_realism, steps_of
 from ..report import provenance, write_report
-from ..similarity import PAIRS
-from .sets import add_set_arguments, describe_sets, load_extractors, load_sets
+from .sets import describe_sets, load_extractors, load_sets
 
 NAME = "realism"
-HELP = (
-    "Features, diversity, consistency between slices and intensities of generated volumes, each beside what real training "
-    "and real unseen volumes are to each other."
-)
-READS_DATA = True
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the command's own arguments."""
-    add_set_arguments(parser)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
-    parser.add_argument("--pairs", type=int, default=PAIRS, help="most pairs of each set whose MS-SSIM is taken")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws of volumes and pairs")
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     """Compare the sets; always in float32, for distances of sets are small differences of large numbers."""
     start = time.perf_counter()
-    sets, skipped = load_sets(options)
+    sets, skipped = load_sets(options, NAME)
     extractors = load_extractors(options, device) if "features" in options.parts else {}
     channels = options.data.channels
     steps = steps_of(sets, len(extractors), len(channels), options.parts, options.pairs)
-    with tqdm(total=sum(steps.values()), unit="step", disable=None, desc="realism") as progress:
+    with LiveBar(total=sum(steps.values()), unit="step", disable=None, desc="realism") as progress:
 
         def on_step(part: str) -> None:
             progress.set_postfix_str(part, refresh=False)

@@ -5,47 +5,28 @@ import time
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
-from tqdm import tqdm
+from jsonargparse import Namespace
 
 from pipelines.loading import load_autoencoder
 from volumes import VolumeDataset, load_cases
+from volumes.live_bar import LiveBar
 
-from .. import CROP, evaluate_reconstruction, provenance, write_report
+from .. import evaluate_reconstruction, provenance, write_report
+from ..limits import check_command
 from .common import precision_name
 
 NAME = "reconstruction"
-HELP = (
-    "PSNR inside the field of view, power spectrum and sharpness of reconstructions, use of a codebook; on one split."
-)
-READS_DATA = True
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the command's own arguments."""
-    parser.add_argument(
-        "--vae",
-        type=str,
-        required=True,
-        help="folder of an autoencoder, or of a pipeline or a run that has one in vae/",
-    )
-    parser.add_argument("--split", choices=["train", "validation", "test"], default="test", help="which volumes")
-    parser.add_argument(
-        "--crop", type=int, nargs=3, default=list(CROP), help="voxels of the centre crops whose spectra are compared"
-    )
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     """Reconstruct the volumes of a split, and say how close they come."""
+    every = load_cases(options.data)
+    check_command(NAME, every, options.data, vars(options))
+    cases = [case for case in every if case.split == options.split]
     vae = load_autoencoder(options.vae).to(device)  # pyright: ignore[reportArgumentType]
-    cases = [case for case in load_cases(options.data) if case.split == options.split]
-    if not cases:
-        raise ValueError(
-            f"no case is in split {options.split!r}; choose another --split, or see `data` in {options.config}"
-        )
     dataset = VolumeDataset(cases, options.data)
     start = time.perf_counter()
-    with tqdm(
+    with LiveBar(
         total=len(dataset), unit="volume", disable=None, desc=f"reconstructing split {options.split}"
     ) as progress:
 

@@ -5,29 +5,19 @@ import time
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from ..report import provenance, write_report
 from ..shapes import compare_shapes
-from .sets import add_folder_arguments, describe_sets, load_sets
+from .sets import describe_sets, load_sets
 
 NAME = "shapes"
-HELP = "Sizes, forms and neighbourhoods of the labels of generated label maps, beside what real ones are to each other."
-READS_DATA = True
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the command's own arguments."""
-    add_folder_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the draws of maps")
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     """Compare the sets. Raises: ValueError for data whose images are no label maps."""
     start = time.perf_counter()
-    if not options.data.image_labels:
-        raise ValueError("shapes are of label maps: give a config whose data has image_labels")
-    sets, skipped = load_sets(options)
+    sets, skipped = load_sets(options, NAME)
     report = {
         "evaluation": NAME,
         "shapes": compare_shapes(sets, options.data.channels, options.seed),

@@ -59,11 +59,18 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def write_page(paths: Sequence[Path], output: Path, title: str) -> dict[str, Any]:
-    """Write report.html, report.md and report.json to `output`, and return what the last holds."""
+def write_page(
+    paths: Sequence[Path], output: Path, title: str, missing: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Write report.html, report.md and report.json to `output`, and return what the last holds.
+
+    Args:
+        missing: commands that were to be on the page, and why they are not.
+    """
     page = build_page(paths)
     output.mkdir(parents=True, exist_ok=True)
-    context = {**page, "title": title, "made": provenance()}
+    missing = dict(missing or {})
+    context = {**page, "title": title, "made": provenance(), "missing": missing}
     environment = Environment(
         loader=PackageLoader("evaluation.page", "."),
         autoescape=select_autoescape(["html.jinja"]),
@@ -82,6 +89,7 @@ def write_page(paths: Sequence[Path], output: Path, title: str) -> dict[str, Any
         "claims": [plain(claim) for claim in page["claims"]],
         "sections": [plain(section) for section in page["sections"]],
         "reports": page["reports"],
+        "missing": missing,
         **provenance(),
     }
     write_report(output / "report.json", figures)

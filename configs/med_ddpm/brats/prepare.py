@@ -9,7 +9,22 @@ which leaves out its dark half. The box is the middle one; where it would cut tu
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+
+from volumes.command import ArgumentParser, run_command
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--source", type=Path, required=True, help="folder of BraTS 2021's training subjects")
+    parser.add_argument("--output", type=Path, default=Path("data/brats2021_med_ddpm"), help="folder to write to")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
 
 import numpy as np
 from tqdm import tqdm
@@ -53,10 +68,8 @@ def prepare(source: Path, output: Path, box: tuple[int, int, int] = BOX) -> tupl
     return len(folders) - len(left_out), left_out
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="folder of BraTS 2021's training subjects")
-    parser.add_argument("--output", type=Path, default=Path("data/brats2021_med_ddpm"), help="folder to write to")
-    options = parser.parse_args()
+def main(args: Sequence[str] | None = None) -> None:
+    """Prepare the data set."""
+    options = parse(args)
     count, left_out = prepare(options.source, options.output)
     print(f"{count} subjects in {options.output}; tumour outside of the box: {', '.join(left_out) or 'none'}")

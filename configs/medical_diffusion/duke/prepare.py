@@ -8,7 +8,22 @@ the file's own geometry, each where it was.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+
+from volumes.command import ArgumentParser, run_command
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--source", type=Path, required=True, help="folder of PATIENT/Dyn_0.nii.gz")
+    parser.add_argument("--output", type=Path, default=Path("data/duke"), help="folder to write to")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
 
 from tqdm import tqdm
 
@@ -31,9 +46,7 @@ def prepare(source: Path, output: Path) -> int:
     return 2 * len(paths)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="folder of PATIENT/Dyn_0.nii.gz")
-    parser.add_argument("--output", type=Path, default=Path("data/duke"), help="folder to write to")
-    options = parser.parse_args()
+def main(args: Sequence[str] | None = None) -> None:
+    """Prepare the data set."""
+    options = parse(args)
     print(f"{prepare(options.source, options.output)} breasts in {options.output}")

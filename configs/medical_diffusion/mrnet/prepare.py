@@ -12,7 +12,25 @@ and voxels to measure `--spacing` mm: sizes of what is generated mean no more th
 
 import argparse
 import csv
+from collections.abc import Sequence
 from pathlib import Path
+
+from volumes.command import ArgumentParser, run_command
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--source", type=Path, required=True, help="MRNet-v1.0, as it was downloaded")
+    parser.add_argument("--output", type=Path, default=Path("data/mrnet"), help="folder to write to")
+    parser.add_argument(
+        "--spacing", type=float, nargs=3, default=(3.0, 0.6, 0.6), help="mm between slices, columns, rows"
+    )
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
 
 import numpy as np
 from tqdm import tqdm
@@ -42,12 +60,7 @@ def prepare(source: Path, output: Path, spacing: tuple[float, float, float] = (3
     return rows
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="MRNet-v1.0, as it was downloaded")
-    parser.add_argument("--output", type=Path, default=Path("data/mrnet"), help="folder to write to")
-    parser.add_argument(
-        "--spacing", type=float, nargs=3, default=(3.0, 0.6, 0.6), help="mm between slices, columns, rows"
-    )
-    options = parser.parse_args()
+def main(args: Sequence[str] | None = None) -> None:
+    """Prepare the data set."""
+    options = parse(args)
     print(f"{len(prepare(options.source, options.output, tuple(options.spacing)))} exams in {options.output}")

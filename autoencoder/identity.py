@@ -1,0 +1,138 @@
+"""Which weights a model holds. It belongs to the model itself: whatever pipelines share it, they give it one name.
+
+A model that was loaded keeps the files that it was loaded from. Casts and moves (`.to()`) change nothing; weights that were
+changed in place afterwards are other weights. What is noticed: operations that PyTorch counts (`Tensor._version`: unfused
+optimizers, `load_state_dict`, `copy_`), and whatever changes one of `SAMPLES` values of each tensor (fused optimizers, edits
+of `.data`, merged LoRAs). What is not: an edit through `.data` of single elements of large tensors. While weights are
+offloaded or cast by hooks, or a LoRA is fused into them, they cannot be looked at, and count as they were before.
+"""
+
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+SAMPLES = 256  # values of each tensor that are compared
+RECORD = "_weights_record"
+_lock = threading.RLock()
+
+
+@dataclass
+class Stamp:
+    """What is kept of one tensor to tell whether it changed."""
+
+    tensor: int  # its id
+    version: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    values: np.ndarray  # float64
+
+
+@dataclass
+class WeightsRecord:
+    """What is known of a model's weights.
+
+    Attributes:
+        key: another one whenever the weights have changed; equal for copies.
+        files: the safetensors files that hold them, with size and time of change when they were read; none for weights
+            that were made in memory, or changed since.
+    """
+
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)  # a number could be another process's, through a pickle
+    files: list[tuple[Path, int, int]] = field(default_factory=list)
+    stamps: dict[str, Stamp] = field(default_factory=dict)
+
+    @property
+    def intact_files(self) -> list[Path]:
+        """The files, if nobody wrote them since."""
+        unchanged = all(path.is_file() and _file_state(path) == tuple(state) for path, *state in self.files)
+        return [path for path, *_ in self.files] if unchanged else []
+
+
+def own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a model's own state, by name; a LoRA that peft attached is left out."""
+    state = model.state_dict(keep_vars=True)
+    yield from sorted((k.replace(".base_layer.", "."), v) for k, v in state.items() if ".lora_" not in k)
+
+
+def out_of_reach(model: nn.Module) -> bool:
+    """Whether weights are on the disk or nowhere, so that they cannot be read."""
+    return hasattr(model, "offloaded_to_disk") or any(tensor.is_meta for _, tensor in own_tensors(model))
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether Accelerate or diffusers move or cast weights while the model runs."""
+    return any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in model.modules())
+
+
+def remember_files(model: nn.Module, files: Sequence[Path]) -> None:
+    """Keep from which files the model's weights have just been loaded."""
+    record = WeightsRecord(files=[(path.resolve(), *_file_state(path)) for path in files], stamps=_stamps(model))
+    model.__dict__[RECORD] = record
+
+
+def weights_record(model: nn.Module) -> WeightsRecord:
+    """The record of the weights as they are now: that of before, if they have not changed since."""
+    with _lock:
+        record: WeightsRecord | None = model.__dict__.get(RECORD)
+        if record is None:
+            record = model.__dict__[RECORD] = WeightsRecord(stamps=_stamps(model))
+        elif not _is_closed(model):
+            stamps = _stamps(model)
+            if not _same(record.stamps, stamps):
+                record = model.__dict__[RECORD] = WeightsRecord(stamps=stamps)
+            record.stamps = stamps
+        return record
+
+
+def keep_record(model: nn.Module) -> None:
+    """Take the weights as they are now for those of the record: what was added to them was taken off again, to rounding."""
+    with _lock:
+        if RECORD in model.__dict__:
+            model.__dict__[RECORD].stamps = _stamps(model)
+
+
+def _is_closed(model: nn.Module) -> bool:
+    fused = any(getattr(module, "merged_adapters", None) for module in model.modules())
+    return fused or has_hooks(model) or out_of_reach(model)
+
+
+@torch.no_grad()
+def _stamps(model: nn.Module) -> dict[str, Stamp]:
+    return {name: _stamp(tensor) for name, tensor in own_tensors(model)}
+
+
+def _stamp(tensor: Tensor) -> Stamp:
+    version = 0 if tensor.is_inference() else tensor._version
+    values = np.empty(0)
+    if tensor.numel() and not tensor.is_meta:
+        shape = tuple(tensor.shape) or (1,)  # of a single number, such as a codebook's flag
+        places = np.unravel_index(np.arange(0, tensor.numel(), -(-tensor.numel() // SAMPLES)), shape)
+        chosen = tuple(torch.from_numpy(place) for place in places)  # flattening would copy what lies channels last
+        values = tensor.detach().reshape(shape)[chosen].double().cpu().numpy()
+    return Stamp(id(tensor), version, tensor.dtype, tuple(tensor.shape), values)
+
+
+def _same(before: dict[str, Stamp], now: dict[str, Stamp]) -> bool:
+    if before.keys() != now.keys():
+        return False
+    for name, old in before.items():
+        new = now[name]
+        if old.shape != new.shape or (old.tensor == new.tensor and old.version != new.version):
+            return False
+        values = old.values
+        if old.dtype != new.dtype:  # as they are after one cast
+            values = torch.from_numpy(values).to(old.dtype).to(new.dtype).double().numpy()
+        if values.size and new.values.size and not np.array_equal(values, new.values, equal_nan=True):
+            return False
+    return True
+
+
+def _file_state(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns

@@ -1,0 +1,39 @@
+"""What autoencoder and data decide of a U-Net's config."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from autoencoder import VolumeAutoencoder
+
+
+def complete_model(
+    section: Mapping[str, Any],
+    vae: VolumeAutoencoder,
+    data: Mapping[str, Any],
+    images: Mapping[str, slice] | None = None,
+) -> dict[str, Any]:
+    """Return the model section with what autoencoder and data decide; `num_labels: 0` asks for a model without a mask, and
+    `numbers` may keep the mean and std of the model that is fine-tuned.
+
+    Args:
+        data: `volumes.describe` of the training volumes, of which "channels", "labels", "classes" and "numbers" are read.
+        images: channels of the latents of each image that the model may be given.
+    Raises: ValueError if the section says something else, and if the autoencoder learned other channels than the data has.
+    """
+    vae.check_channels(data["channels"])
+    channels = vae.config["latent_channels"]
+    decided = {
+        "in_channels": channels,
+        "out_channels": channels,
+        "mask_stride": list(vae.stride),
+        "num_labels": len(data["labels"]),
+        "classes": data["classes"] or None,
+        "numbers": {name: {key: of[key] for key in ("mean", "std")} for name, of in data["numbers"].items()} or None,
+        "images": {name: own.stop - own.start for name, own in (images or {}).items()} or None,
+    }
+    for name, value in decided.items():
+        given = section.get(name, value)
+        known_numbers = name == "numbers" and given and value and set(given) == set(value)
+        if given != value and not (name == "num_labels" and given == 0) and not known_numbers:
+            raise ValueError(f"model.{name} is {given}, but autoencoder and data make it {value}; leave it out")
+    return {**decided, **section}

@@ -1,0 +1,273 @@
+"""Options of diffusers' schedulers: which of them act for a model, which are refused, and which nothing reads.
+
+diffusers checks few of its own options: many that do not fit a model, or each other, give NaN, noise that stays, or what
+would have come without them. Each refusal here was measured: tests/test_scheduler_options.py tries every option of every
+class that is let through.
+"""
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from numbers import Integral, Real
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Scheduler: TypeAlias = Any  # any of diffusers' schedulers; their common base class declares none of what they share
+DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
+SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+SHIFTS = ("shift", "flow_shift")  # one thing under two names: of FlowMatch schedulers, and of the others on flows
+CHOICES = {"timestep_spacing": ("linspace", "leading", "trailing"), "final_sigmas_type": ("zero", "sigma_min")}
+# Where one class has the option and the scheduler's own has not, it is kept in the config, and nothing reads it.
+FOREIGN = (*SPACINGS, "use_dynamic_shifting", "stochastic_sampling", "shift_terminal", "invert_sigmas", "thresholding")
+
+SPACERS = (
+    *("timestep_spacing", "steps_offset", "lambda_min_clipped", "sigma_min", "sigma_max", "beta_start", "beta_end"),
+    *(*SHIFTS, *SPACINGS, "shift_terminal", "final_sigmas_type"),
+)  # what decides the levels of noise
+
+LEAST_NOISE = 0.66  # standard deviation of the noise at which sampling may begin, the latents' own being 1
+MOST_GROWTH = 32  # of an eps model's error in one step: DDIM visiting 1,000 steps has 31.6 in its first
+BLUR = (5.0, 0.2)  # levels (noise over signal) that one step may not lie between: structure arises there
+
+
+def parameters(kind: type) -> dict[str, Any]:
+    """The options of a class of schedulers, and their defaults."""
+    return {name: one.default for name, one in inspect.signature(kind.__init__).parameters.items() if name != "self"}
+
+
+def chosen(scheduler: Scheduler) -> set[str]:
+    """The options that somebody set: those that did not come to be by default. Of a stored config that is all of them."""
+    return set(scheduler.config) - set(scheduler.config.get("_use_default_values", ())) - {"_use_default_values"}
+
+
+def check_values(kind: type, options: Mapping[str, Any]) -> None:
+    """Raises: ValueError for an option of this class that is of another type or out of range, which diffusers takes without
+    a look."""
+    for option, why in _malformed(options, parameters(kind)):
+        raise ValueError(f"{kind.__name__} with {option}={options[option]!r}: {why}")
+
+
+def check_options(kind: type, options: Mapping[str, Any], flow: bool) -> None:
+    """Check that the options of a scheduler go with the model and with each other.
+
+    Args:
+        kind: its class.
+        options: those that the class has, with the values in effect.
+        flow: whether the model predicts rectified flow.
+    Raises: ValueError naming the option, its value, and what to set instead.
+    """
+    for option, why in _unfit(kind.__name__, options, flow):
+        raise ValueError(f"{kind.__name__} with {option}={options[option]!r}: {why}")
+
+
+def _malformed(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(option, what it must be)."""
+    ranges = {
+        **dict.fromkeys(("shift", "flow_shift", "clip_sample_range"), (0, math.inf, "a number above 0")),
+        **dict.fromkeys(("sigma_min", "sigma_max"), (0, math.inf, "a number above 0, or None")),
+        "shift_terminal": (0, 1, "a number between 0 and 1 (neither of them), or None"),
+    }
+    for option, value in options.items():
+        if option in ranges and not (value is None and option not in ("shift", "flow_shift")):
+            low, high, words = ranges[option]
+            if not (_is_number(value) and low < value < high):
+                yield option, f"give {words}"
+        if isinstance(defaults[option], bool) and not isinstance(value, bool) and value is not None:
+            yield option, "give True or False"
+        if option in CHOICES and value not in CHOICES[option]:
+            yield option, f"give one of {', '.join(CHOICES[option])}"
+    if not (_is_number(options.get("steps_offset", 0), Integral) and options.get("steps_offset", 0) >= 0):
+        yield "steps_offset", "give a whole number, 0 or more"
+    if "solver_order" in options and not (
+        _is_number(options["solver_order"], Integral) and options["solver_order"] in (1, 2, 3)
+    ):
+        yield "solver_order", "give 1, 2 or 3"
+    clipped = options.get("lambda_min_clipped", 0)
+    if not (isinstance(clipped, Real) and not isinstance(clipped, bool) and clipped < math.inf):
+        yield "lambda_min_clipped", "give a number, or -inf for none"
+    corrector = options.get("disable_corrector", [])
+    if not (isinstance(corrector, (list, tuple)) and all(_is_number(step, Integral) for step in corrector)):
+        yield "disable_corrector", "give a list of steps, such as [0, 1]"
+    low, high = options.get("sigma_min"), options.get("sigma_max")
+    if low is not None and high is not None and not low < high:
+        yield "sigma_min", f"give less than sigma_max, which is {high}"
+
+
+def _is_number(value: Any, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)  # pyright: ignore
+
+
+def _unfit(name: str, options: Mapping[str, Any], flow: bool) -> Iterator[tuple[str, str]]:
+    """(option, why not and what instead) of what would go wrong without a word."""
+
+    def has(option: str, *values: Any) -> bool:
+        return option in options and options[option] in values
+
+    spaced, last = spacing(options), options.get("final_sigmas_type")
+    if options.get("use_dynamic_shifting"):
+        shift = next(one for one in SHIFTS if one in options)
+        yield (
+            "use_dynamic_shifting",
+            f"it takes the shift from the size of a flat image; use_dynamic_shifting=False, and {shift}=...",
+        )
+    if options.get("invert_sigmas"):
+        yield "invert_sigmas", "it runs from data to noise; invert_sigmas=False"
+    if len(spaced) > 1:
+        yield spaced[0], f"{' and '.join(spaced[1:])} asked for as well; choose one"
+    if flow and spaced and (name == DPM or name == UNIPC and spaced != ["use_karras_sigmas"]):
+        instead = (
+            "" if spaced[0] == "use_lu_lambdas" else f", or use FlowMatchEulerDiscreteScheduler, which has {spaced[0]}"
+        )
+        yield spaced[0], f"its noise levels are not those of a flow, which are 1 at most; {spaced[0]}=False{instead}"
+    if flow and last == "sigma_min":
+        yield "final_sigmas_type", "noise would be left on the volume; final_sigmas_type='zero'"
+    if not flow and options.get("shift_terminal") is not None:
+        yield "shift_terminal", "only levels of rectified flow end so; shift_terminal=None"
+    if has("algorithm_type", "sde-dpmsolver"):
+        yield "algorithm_type", "its noise does not vanish at the end; algorithm_type='sde-dpmsolver++'"
+    if flow and has("algorithm_type", "dpmsolver"):
+        yield "algorithm_type", "it predicts noise, and cannot read a flow; algorithm_type='dpmsolver++'"
+    if has("algorithm_type", "sde-dpmsolver++") and has("solver_order", 3) and last == "sigma_min":
+        yield (
+            "solver_order",
+            "with sde-dpmsolver++ the last step to sigma_min overshoots; final_sigmas_type='zero', or order 2",
+        )
+    if has("variance_type", "learned", "learned_range"):
+        default = "None" if name == DPM else "'fixed_small'"
+        yield "variance_type", f"the model predicts no variance; variance_type={default}"
+    if has("variance_type", "fixed_large_log"):
+        yield (
+            "variance_type",
+            "diffusers takes the root of a logarithm there, which is NaN; variance_type='fixed_large'",
+        )
+    if options.get("solver_p") is not None:
+        yield "solver_p", "a predictor of its own does not know the model's objective; solver_p=None"
+    if has("predict_x0", False) and flow:
+        yield "predict_x0", "noise cannot be read from a flow; predict_x0=True"
+    if has("predict_x0", False) and not (last == "sigma_min" and has("solver_type", "bh1")):
+        yield (
+            "predict_x0",
+            "it diverges but with solver_type='bh1' and final_sigmas_type='sigma_min'; set these, or predict_x0=True",
+        )
+    if has("solver_type", "bh1") and last == "zero":
+        yield (
+            "solver_type",
+            f"the last step to 0 is NaN; solver_type='bh2'{'' if flow else ', or final_sigmas_type=sigma_min'}",
+        )
+    if name == UNIPC and has("lower_order_final", False) and last == "zero" and options["solver_order"] > 1:
+        yield "lower_order_final", "the last step to 0 is NaN; lower_order_final=True"
+    if has("interpolation_type", "log_linear"):
+        yield "interpolation_type", "its levels are not those of its timesteps; interpolation_type='linear'"
+    if has("timestep_type", "continuous"):
+        yield "timestep_type", "the model was trained on whole timesteps; timestep_type='discrete'"
+    if name == "DDIMScheduler" and has("timestep_spacing", "linspace"):
+        yield (
+            "timestep_spacing",
+            "DDIM steps by whole numbers, and so misses linspace's; timestep_spacing='leading' or 'trailing'",
+        )
+
+
+def spacing(options: Mapping[str, Any]) -> list[str]:
+    """The options in effect that space noise levels otherwise than timesteps are spaced."""
+    return [option for option in SPACINGS if options.get(option)]
+
+
+def without_effect(name: str, options: Mapping[str, Any], flow: bool) -> set[str]:
+    """The options that nothing reads, given the others."""
+    spaced = bool(spacing(options))
+    solver = name in (DPM, UNIPC)
+    unread = {"dynamic_thresholding_ratio", "sample_max_value"}  # thresholding is never done
+    unread |= {
+        "base_shift",
+        "max_shift",
+        "base_image_seq_len",
+        "max_image_seq_len",
+        "time_shift_type",
+    }  # dynamic shifting
+    if not (flow and spaced):
+        unread |= {"beta_start", "beta_end"}  # of other schedules than the model's cosine
+    if flow and not spaced:
+        unread |= {"beta_schedule", "rescale_betas_zero_snr"}
+    if name == DPM:
+        unread |= {"variance_type"}  # what it does with one that is learned is refused
+    if not flow or (name == UNIPC and spaced):
+        unread |= {"flow_shift", "shift_terminal"}
+    if flow or (solver and spaced):
+        unread |= {"timestep_spacing", "steps_offset", "lambda_min_clipped"}
+    if options.get("timestep_spacing") != "leading":
+        unread |= {"steps_offset"}
+    if not spaced:
+        unread |= {"sigma_min", "sigma_max"}
+    if not options.get("clip_sample"):
+        unread |= {"clip_sample_range"}
+    if options.get("final_sigmas_type") == "zero":
+        unread |= {"euler_at_final"}  # the last step is Euler's anyway
+    order = options.get("solver_order", 1)
+    if order == 1 or name == DPM and order == 2 and options["final_sigmas_type"] == "zero":
+        unread |= {"lower_order_final"}
+    if name == DPM and order == 1:
+        unread |= {"solver_type"}
+    return unread & options.keys()
+
+
+def check_levels(scheduler: Scheduler, num_inference_steps: int, *, begins_anywhere: bool = False) -> None:
+    """Check the steps that a scheduler has set, before the first is taken.
+
+    Args:
+        begins_anywhere: whether it may begin at less than pure noise: where sigmas were given.
+    Raises: ValueError naming the number of steps and the options that space them.
+    """
+    config, flow = scheduler.config, is_flow(scheduler)
+    timesteps, levels = scheduler.timesteps.double().cpu(), _levels(scheduler)
+    steps, total = -(-len(timesteps) // scheduler.order), config["num_train_timesteps"]
+
+    def refuse(why: str) -> ValueError:
+        defaults = parameters(type(scheduler))
+        given = [f"{o}={config[o]!r}" for o in SPACERS if o in defaults and config[o] != defaults[o]]
+        given = ", ".join([f"num_inference_steps={num_inference_steps}", *given])
+        return ValueError(f"{type(scheduler).__name__} with {given}: {why}")
+
+    if steps != num_inference_steps:
+        raise refuse(f"gives {steps} steps; leave out lambda_min_clipped, or timestep_spacing='linspace'")
+    if not (torch.isfinite(timesteps).all() and (timesteps >= 0).all() and torch.isfinite(levels).all()):
+        raise refuse("has no such levels of noise; use more steps, or leave the options out")
+    if not flow and timesteps[0] > total - 1:
+        raise refuse(f"begins at timestep {timesteps[0]:g}, the model's last is {total - 1}; lower steps_offset")
+    if not (levels[:-1] > levels[1:]).all():
+        raise refuse("visits a level of noise twice; use fewer steps, or leave the options out")
+    noise = levels if flow else levels / (1 + levels**2).sqrt()
+    if not begins_anywhere and noise[0] < LEAST_NOISE:
+        raise refuse(f"begins at timestep {timesteps[0]:g}, and takes pure noise for an image; use more steps")
+    if flow:
+        return
+    if config.get("use_beta_sigmas") and ((levels[:-1] > BLUR[0]) & (levels[1:] < BLUR[1])).any():
+        raise refuse(
+            "jumps from noise to image in a step, which blurs; use_beta_sigmas=False, more steps, or a sigma_max"
+        )
+    growth = float((levels[:-1] / (1 + levels[1:] ** 2).sqrt()).max())
+    if config["prediction_type"] == "epsilon" and growth > MOST_GROWTH:
+        raise refuse(
+            f"begins so near pure noise that the error of an eps model grows {growth:.0f}-fold in a step; use more steps, or "
+            "leave the options out"
+        )
+    if config.get("variance_type") == "fixed_large" and timesteps[-1] > 0:
+        raise refuse(
+            "its last timestep is not 0, after which variance_type='fixed_large' leaves noise; use 'fixed_small'"
+        )
+
+
+def is_flow(scheduler: Scheduler) -> bool:
+    """Whether it samples rectified flow."""
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def _levels(scheduler: Scheduler) -> Tensor:
+    """The levels of noise that are visited, and the one at the end: of flows its share, else noise over signal."""
+    if hasattr(scheduler, "sigmas"):
+        sigmas = scheduler.sigmas.double().cpu()
+        return torch.cat([sigmas[:-1][:: scheduler.order], sigmas[-1:]])
+    beyond = scheduler.timesteps.cpu().clamp(0, len(scheduler.alphas_cumprod) - 1)  # refused by its timestep
+    alphas = scheduler.alphas_cumprod.double().cpu()[beyond].clamp_min(2**-24)  # as diffusers' others take the last
+    return torch.cat([((1 - alphas) / alphas).sqrt(), torch.zeros(1).double()])

@@ -1,0 +1,151 @@
+"""Arguments as people give them (numbers of numpy and torch, any sequence, paths with ~), made plain and checked before any
+work. Every function names the argument in its ValueError."""
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence, Set
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+SHOWN = 120  # characters of a value in a message
+
+
+def whole_number(name: str, value: Any, least: int | None = 1) -> int:
+    """An int, from any whole number (3, 3.0, numpy's, an array or tensor of no dimension). Raises: ValueError."""
+    number: Any = _scalar(value)
+    whole = isinstance(number, Integral) or (isinstance(number, Real) and float(number).is_integer())
+    if isinstance(number, bool) or not whole or (least is not None and number < least):
+        bound = "" if least is None else f", {least} or more"
+        raise ValueError(f"{name} is a whole number{bound}; got {_shown(value)}")
+    return int(number)
+
+
+def real_number(name: str, value: Any) -> float:
+    """A float, from any finite number. Raises: ValueError."""
+    number = _scalar(value)
+    if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
+        raise ValueError(f"{name} is a finite number; got {_shown(value)}")
+    return float(number)
+
+
+def flag(name: str, value: Any) -> bool:
+    """A bool, from one of Python or numpy. Raises: ValueError for all else: "no" would count as yes."""
+    truth = _scalar(value)
+    if not isinstance(truth, bool):
+        raise ValueError(f"{name} is True or False; got {_shown(value)}")
+    return truth
+
+
+def grid_shape(shape: Any) -> tuple[int, int, int]:
+    """`shape` as (X, Y, Z) ints. Raises: ValueError."""
+    try:
+        x, y, z = (whole_number("shape", side) for side in listed("shape", shape))
+    except ValueError as error:
+        raise ValueError(f"shape is three positive numbers of voxels (X, Y, Z), got {_shown(shape)}") from error
+    return x, y, z
+
+
+def noise_levels(sigmas: Any) -> list[float]:
+    """`sigmas` as floats; whether they fall, `diffusion.denoise.set_timesteps` checks. Raises: ValueError."""
+    try:
+        return [real_number("sigmas", sigma) for sigma in listed("sigmas", sigmas)]
+    except ValueError as error:
+        raise ValueError(
+            f"sigmas are noise levels in (0, 1] that fall, such as 1, 0.75, 0.5, 0.25; got {_shown(sigmas)}"
+        ) from error
+
+
+def names(name: str, values: Any) -> list[str]:
+    """A sequence of texts as a list. Raises: ValueError, also for a single text."""
+    found = listed(name, values)
+    if not all(isinstance(one, str) for one in found):
+        raise ValueError(f"{name} is a list of names; got {_shown(values)}")
+    return [str(one) for one in found]
+
+
+def translation(label_map: Any) -> dict[int, int | str] | None:
+    """`label_map` with ints of Python: {value of the mask: value or name of the model}. Raises: ValueError."""
+    if label_map is None:
+        return None
+    if not isinstance(label_map, Mapping):
+        raise ValueError(
+            f'label_map is a dict {{value: known value or name}}, such as {{3: 1}} or {{3: "tumour"}}; got {_shown(label_map)}'
+        )
+    targets = {
+        key: str(target)
+        if isinstance(target, str)
+        else whole_number(f"label_map, which leads from {key!r}, ", target, None)
+        for key, target in label_map.items()
+    }
+    return {
+        whole_number("each value that label_map translates", _number(key), None): one for key, one in targets.items()
+    }
+
+
+def local_path(name: str, value: Any) -> Path:
+    """A path, ~ standing for the home folder. Raises: ValueError for what is no path."""
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str) or not os.fspath(value):
+        raise ValueError(f"{name} is a path, as text or a Path; got {_shown(value)}")
+    return Path(os.path.expanduser(value))
+
+
+def listed(name: str, values: Any) -> list[Any]:
+    """The values of any sequence: list, tuple, range, array, tensor, generator. Raises: ValueError for what has no order, for
+    text, and for a single value."""
+    if (
+        isinstance(values, str | bytes | Mapping | Set)
+        or not isinstance(values, Iterable)
+        or getattr(values, "ndim", 1) < 1
+    ):
+        raise ValueError(f"{name} is a list; got {_shown(values)}")
+    return list(values)
+
+
+def plain(value: Any, where: str) -> Any:
+    """The same as JSON has it: numbers, texts, lists and dicts of Python. `where` names it in messages.
+
+    Raises: ValueError naming the entry for what JSON cannot hold, NaN and infinity included.
+    """
+    value = _scalar(value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(_scalar(key)): plain(one, f"{where}, {_scalar(key)}") for key, one in value.items()}
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return plain(value.tolist(), where)
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return [plain(one, where) for one in value]
+    raise ValueError(
+        f"{where}: {_shown(value)} cannot be written to a sidecar; give finite numbers, texts, lists or dicts"
+    )
+
+
+def _scalar(value: Any) -> Any:
+    """A number of numpy or torch, or an array or tensor of no dimension, as Python's; all else as it is."""
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor) and value.ndim == 0:
+        return value.item()
+    return value
+
+
+def _number(text: Any) -> Any:
+    """The number that a text is, as tables and JSON have it."""
+    if isinstance(text, str) and text.strip().lstrip("-").isdigit():
+        return int(text)
+    return text
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -1,0 +1,150 @@
+"""Files of LoRAs: diffusers' `pytorch_lora_weights.safetensors`, as they are written, found and read.
+
+Tensors `unet.<layer>.lora_A.weight` (rank, in, ...) and `lora_B.weight` (out, rank, ...), and in the header, as JSON, peft's
+settings and the hash of the U-Net that it was trained on.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from diffusers.utils import convert_unet_state_dict_to_peft
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from autoencoder.weights import HUB, check_keywords, find_folder, loading_keywords, not_on_the_hub
+from volumes.preprocessing import check_preprocessing
+from volumes.subjects import check_subjects
+from volumes.text import FileError
+
+BASE = "base.unet_sha256"  # beside peft's settings, which are `unet.<name>`
+TRAINED_ON = "training."  # data and subjects
+SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
+FACTORS = (".lora_A.weight", ".lora_B.weight")
+
+
+def write_lora(
+    tensors: Mapping[str, torch.Tensor],
+    settings: Mapping[str, Any] | None,
+    base: str | None,
+    folder: str | PathLike,
+    name: str = LORA_WEIGHT_NAME_SAFE,
+    *,
+    trained_on: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a LoRA's tensors by layer ("down_blocks.0.0.conv1.lora_A.weight"), and what is known of it: peft's settings, the
+    hash of its base, and the "data" and "subjects" that it was `trained_on` (`LoraFile`). Returns the file."""
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in (settings or {}).items()}
+    header = {f"unet.{key}": plain[key] for key in SETTINGS if key in plain} | ({BASE: base} if base else {})
+    header |= {f"{TRAINED_ON}{key}": value for key, value in (trained_on or {}).items() if value is not None}
+    path = Path(folder).expanduser() / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial_{path.name}")
+    save_file(
+        {f"unet.{key}": tensor.detach().contiguous() for key, tensor in tensors.items()},
+        partial,
+        metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(header, indent=1, sort_keys=True)},
+    )
+    os.replace(partial, path)
+    return path
+
+
+class LoraFile(NamedTuple):
+    """A LoRA: its tensors by layer ("down_blocks.0.0.conv1.lora_A.weight"), and what its file says of it, None where it does
+    not: peft's settings, the hash of the base U-Net, how its training volumes were prepared (`volumes.preprocessing`), and
+    records of whose they were (`volumes.subjects`)."""
+
+    tensors: dict[str, torch.Tensor]
+    settings: dict[str, Any] | None = None
+    base: str | None = None
+    data: dict[str, Any] | None = None
+    subjects: list[Any] | None = None
+
+
+def read_lora(path: Path) -> LoraFile:
+    """Read a LoRA's file. Raises: FileError if it is no safetensors file, ValueError if it holds no LoRA of a U-Net."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise FileError(f"{path}: is no LoRA in safetensors ({error}); pickles are not read") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: is no LoRA: its settings are {type(header).__name__}")
+    settings = {name: header[f"unet.{name}"] for name in SETTINGS if f"unet.{name}" in header}
+    if settings and not {"r", "lora_alpha", "target_modules"} <= settings.keys():
+        raise ValueError(
+            f"{path}: is no LoRA as train_ldm.py writes it: of its settings there are only {sorted(settings)}"
+        )
+    data, subjects = header.get(f"{TRAINED_ON}data"), header.get(f"{TRAINED_ON}subjects")
+    try:
+        check_preprocessing(data)
+        check_subjects(subjects)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return LoraFile(unet_tensors(tensors, path), settings or None, header.get(BASE), data, subjects)
+
+
+def unet_tensors(state: Mapping[str, torch.Tensor], source: object) -> dict[str, torch.Tensor]:
+    """Tensors by layer from a state dict as diffusers has it: its names begin with `unet.` and end in peft's `lora_A.weight`
+    or diffusers' older `lora.down.weight`.
+
+    Raises: ValueError naming tensors that are none of a LoRA of a U-Net.
+    """
+    tensors = dict(state)
+    if tensors and not any(".lora_A." in key for key in tensors):
+        tensors = convert_unet_state_dict_to_peft(tensors)
+    foreign = sorted(key for key in tensors if not key.startswith("unet.") or not key.endswith(FACTORS))
+    if foreign or not tensors:
+        raise ValueError(
+            f"{source}: is no LoRA of a latent U-Net: tensors that do not belong: {foreign[:4]}; the names begin with unet. and "
+            f"end in {' or '.join(FACTORS)}"
+        )
+    return {key.removeprefix("unet."): tensor for key, tensor in tensors.items()}
+
+
+def find_lora(
+    source: str | PathLike | Mapping[str, torch.Tensor],
+    *,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    use_safetensors: bool | None = None,
+    **download: Any,
+) -> LoraFile:
+    """What `read_lora` reads, of a file, of a folder, of a Hub repository, or from a state dict in memory.
+
+    Args:
+        weight_name, subfolder: of a folder or repository, the file and the folder in it.
+        download: revision, token, cache_dir, force_download, local_files_only of `huggingface_hub.hf_hub_download`.
+    Raises: FileError if there is none; ValueError as `read_lora` and `unet_tensors`; TypeError for other keywords.
+    """
+    check_keywords("load_lora_weights", download, HUB)
+    options = loading_keywords({**download, "use_safetensors": use_safetensors})
+    if isinstance(source, Mapping):
+        if weight_name or subfolder:
+            raise ValueError("weight_name and subfolder are for folders and repositories; the LoRA is given as a dict")
+        return LoraFile(unet_tensors(source, "the dict"))
+    path = Path(source).expanduser()
+    if path.is_file():
+        if subfolder or weight_name not in (None, path.name):
+            raise ValueError(f"{path}: is the file itself; give weight_name and subfolder with its folder")
+        return read_lora(path)
+    folder, name = find_folder(source), weight_name or LORA_WEIGHT_NAME_SAFE
+    if folder is not None:
+        path = folder / (subfolder or "") / name
+        if not path.is_file():
+            raise FileError(f"{path}: no such file; name it by weight_name, and its folder by subfolder")
+        return read_lora(path)
+    try:
+        return read_lora(Path(hf_hub_download(str(source), name, subfolder=subfolder, **options)))
+    except FileError:
+        raise
+    except (OSError, HFValidationError) as error:
+        raise not_on_the_hub(str(source), error) from error

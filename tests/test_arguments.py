@@ -1,0 +1,238 @@
+"""Arguments are made plain, or refused by name, before the first step."""
+
+import json
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from tiny import mask_image, seeded, tiny_pipeline
+
+from pipelines import equal_batches, read_sidecar, volume_files, write_synthetic
+from pipelines.arguments import flag, plain, real_number, translation, whole_number
+from pipelines.to_dicom import export
+
+MASK = mask_image((7, 8, 6))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline(condition_dropout={"mask": 0.1})
+
+
+@pytest.fixture(scope="module")
+def free():
+    return tiny_pipeline(num_labels=0, labels={})
+
+
+@pytest.mark.parametrize(
+    "three", [3, 3.0, np.int64(3), np.uint8(3), np.float32(3), np.array(3), torch.tensor(3), Fraction(3)]
+)
+def test_whole_numbers(three):
+    assert whole_number("n", three) == 3 and type(whole_number("n", three)) is int
+    assert type(real_number("n", three)) is float
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, "3", 2.5, True, np.bool_(1), [3], np.array([3]), float("nan"), float("inf"), 0, 1j]
+)
+def test_what_is_no_whole_number(wrong):
+    with pytest.raises(ValueError, match="^steps is a whole number, 1 or more; got"):
+        whole_number("steps", wrong)
+
+
+def test_flags_and_translations():
+    assert flag("noise", np.bool_(True)) is True
+    for wrong in ("no", 1, None, [True]):
+        with pytest.raises(ValueError, match="^noise is True or False; got"):
+            flag("noise", wrong)
+    read = translation({np.int64(2): np.int64(5), 3.0: "anterior", "4": np.str_("posterior")})
+    assert read == {2: 5, 3: "anterior", 4: "posterior"} and json.dumps(list(read.values()))
+    for wrong in ([(2, 5)], "2=5", 3, {2: None}, {"two": 5}, {2.5: 5}, {2: 5.5}):
+        with pytest.raises(ValueError, match="label_map"):
+            translation(wrong)
+
+
+def test_plain_values_are_what_json_has():
+    record = {
+        "a": np.float32(0.5),
+        3: (np.int8(1), Path("x")),
+        "t": torch.tensor([[1, 2]]),
+        "n": None,
+        "b": np.bool_(0),
+    }
+    record["s"] = np.str_("y")
+    expected = {"a": 0.5, "3": [1, "x"], "t": [[1, 2]], "n": None, "b": False, "s": "y"}
+    assert plain(record, "r") == expected == json.loads(json.dumps(plain(record, "r")))
+    for wrong in (np.nan, float("inf"), object(), b"x", {1, 2}, 1j):
+        with pytest.raises(ValueError, match="^r, key: .* cannot be written to a sidecar"):
+            plain({"key": wrong}, "r")
+
+
+def generate(pipe, **asked):
+    asked = {"mask": MASK, "num_inference_steps": 2, "generator": seeded(0), "output_type": "pt"} | asked
+    return pipe(**asked)
+
+
+SAME = {
+    "num_inference_steps": [np.int64(2), 2.0, np.array(2), torch.tensor(2)],
+    "sigmas": [
+        [1.0, 0.5],
+        (1, 0.5),
+        np.array([1.0, 0.5]),
+        torch.tensor([1.0, 0.5]),
+        np.float32([1, 0.5]),
+        iter([1, 0.5]),
+    ],
+    "guidance_scale": [1, np.float32(1), np.array(1.0)],
+    "batch_size": [np.int64(8), 3.0],
+    "num_volumes_per_mask": [np.int8(1), 1.0],
+    "label_map": [{}, None, {np.int64(2): np.int64(2)}, {5: "posterior"}],
+    "noise": [np.bool_(True), False],
+    "given": [[], (), np.array([], dtype=str)],
+    "latents": [None],
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_arguments_of_any_type_mean_the_same(pipe, name, tmp_path):
+    expected = generate(pipe).volumes[0]
+    for i, value in enumerate(SAME[name]):
+        out = generate(pipe, **{name: value})
+        assert torch.equal(out.volumes[0], expected), value
+        value = [1, 0.5] if hasattr(value, "__next__") else value
+        [path] = generate(pipe, **{name: value, "output_type": "nifti", "paths": tmp_path / f"{i}.nii"}).volumes
+        assert read_sidecar(path) == out.provenance[0]
+
+
+def test_shapes_and_latents_of_any_type(free, pipe):
+    expected = generate(free, mask=None, shape=(7, 8, 6))
+    for shape in ([7, 8, 6], (7.0, 8, 6), np.array([7, 8, 6]), torch.Size([7, 8, 6]), torch.tensor([7, 8, 6])):
+        out = generate(free, mask=None, shape=shape)
+        assert torch.equal(out.volumes[0], expected.volumes[0]) and out.provenance[0]["shape"] == [7, 8, 6]
+    noise = torch.randn(1, 4, 2, 2, 2, generator=seeded(3)[0])
+    expected = generate(pipe, latents=noise).volumes[0]
+    for latents in (noise.numpy(), [noise[0]], [noise[0].numpy()], noise.double(), noise.numpy().astype(np.float64)):
+        assert torch.equal(generate(pipe, latents=latents).volumes[0], expected)
+
+
+WRONG = {
+    "num_inference_steps": [None, "3", 2.5, True, [3], 0, float("nan")],
+    "sigmas": ["1", 0.5, [], [1.0, "x"], [1.0, None], {1.0: 2}, [float("nan")], np.array(1.0), [[1.0, 0.5]]],
+    "batch_size": [None, "8", 0, 1.5, True],
+    "num_volumes_per_mask": [None, "1", 0, 1.5, False],
+    "label_map": [[(2, 5)], "2=5", {2: None}, {2: 1.5}],
+    "noise": [None, "no", 1],
+    "return_dict": [None, "no", 0],
+    "output_type": [None, ["pt"], 3, "pil", np.array(["pt", "np"])],
+    "strength": ["0.5", True, [0.5], float("nan"), 0, 1.5],
+    "margin": [None, "4", float("inf"), -1],
+    "given": [None, "MR", 3, [3]],
+    "generator": ["0", 0, [None], [0]],
+    "latents": [
+        3,
+        "x",
+        [3.0],
+        np.zeros((1, 4, 2, 2)),
+        [None],
+        np.full((1, 4, 2, 2, 2), np.nan),
+        torch.zeros(1, 4, 2, 2, 2) > 0,
+    ],
+    "paths": [3, [3], b"a.nii", "", [None], {"a": "b"}, "a.txt"],
+    "callback_on_step_end": [3, "f"],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_refused_by_name_before_the_first_step(pipe, name, monkeypatch):
+    monkeypatch.setattr(pipe.unet, "forward", lambda *a, **k: pytest.fail("a step was made"))
+    for value in WRONG[name]:
+        asked = {"image": MASK} if name in ("strength", "margin") else {}
+        asked |= {"strength": 0.5} if name == "margin" else {}
+        asked |= {"output_type": "nifti"} if name == "paths" else {}
+        with pytest.raises(
+            ValueError, match="name it .nii.gz" if isinstance(value, str) and value == "a.txt" else name
+        ):
+            generate(pipe, **asked | {name: value})
+
+
+@pytest.mark.parametrize("shape", [8, (8, 8), (7.5, 8, 6), "888", (8, 8, "8"), (8, 8, 0), {8, 7, 6}, True])
+def test_what_is_no_shape(free, shape):
+    with pytest.raises(ValueError, match="shape"):
+        generate(free, mask=None, shape=shape)
+    with pytest.raises(ValueError, match="shape"):
+        free.canvas(None, shape)
+
+
+def test_provenance_by_itself_is_plain(pipe):
+    record = pipe.provenance(
+        {"file": Path("a.nii"), "sha256": "0"},
+        seed=np.int64(7),
+        num_inference_steps=np.int64(3),
+        sigmas=np.array([1.0, 0.5]),
+        label_map={np.int64(3): np.int64(5)},
+        numbers={"age": np.float32(0.5)},
+    )
+    assert json.loads(json.dumps(record)) == record
+    assert (record["seed"], record["num_inference_steps"], record["label_map"]) == (7, 2, {"3": 5})
+    with pytest.raises(ValueError, match="the record, numbers, age: nan cannot be written"):
+        pipe.provenance(None, seed=0, numbers={"age": float("nan")})
+    with pytest.raises(ValueError, match="seed is a whole number"):
+        pipe.provenance(None, seed="0")
+
+
+def test_a_record_that_json_cannot_hold_is_refused_before_the_volume_is_written(pipe, tmp_path):
+    out = generate(pipe, output_type="nifti")
+    write_synthetic(out.volumes[0], out.provenance[0] | {"score": np.float32(0.5)}, tmp_path / "a.nii")
+    assert read_sidecar(tmp_path / "a.nii")["score"] == 0.5
+    with pytest.raises(ValueError, match="the record, score: .* cannot be written to a sidecar"):
+        write_synthetic(out.volumes[0], out.provenance[0] | {"score": float("nan")}, tmp_path / "b.nii")
+    with pytest.raises(ValueError, match="the record is NoneType"):
+        write_synthetic(out.volumes[0], None, tmp_path / "b.nii")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.nii"]
+    assert list(equal_batches([(4, 4, 4)] * 3, np.int64(2))) == [[0, 1], [2]]
+    with pytest.raises(ValueError, match="batch_size"):
+        list(equal_batches([(4, 4, 4)], 0))
+
+
+def test_places_that_cannot_be_written_are_refused_before_the_first_step(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipe.unet, "forward", lambda *a, **k: pytest.fail("a step was made"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.nii").mkdir()
+    (tmp_path / "other.json").write_text('{"mine": 1}')
+    (tmp_path / "taken.json").mkdir()
+    for path, words in {
+        "file/a.nii": "is a file, not a folder",
+        "folder.nii": "is a folder",
+        "taken.nii": "is a folder",
+        "other.nii": "is not the sidecar of a generated volume",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            generate(pipe, output_type="nifti", paths=tmp_path / path)
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    nib.save(MASK, tmp_path / "home" / "m.nii.gz")
+    scale = {"kind": "percentile", "low": 0.0, "high": 1.0, "percentiles": [0.0, 100.0]}
+    pipe = tiny_pipeline(intensity=[scale])
+    image = nib.Nifti1Image(np.random.default_rng(0).random((7, 8, 6), np.float32), MASK.affine)
+    nib.save(image, tmp_path / "home" / "i.nii.gz")
+    home = {"mask": "~/m.nii.gz", "image": {"MR": Path("~/i.nii.gz")}, "region": "~/m.nii.gz"}
+    memory = {"mask": MASK, "image": {"MR": image}, "region": MASK}
+    out = generate(pipe, **home, output_type="nifti", paths=["~/out/a.nii.gz"])
+    made = tmp_path / "home" / "out" / "a.nii.gz"
+    assert out.volumes == [made] and read_sidecar("~/out/a.nii.gz") == out.provenance[0]
+    expected = generate(pipe, **memory, output_type="nifti").volumes[0]
+    np.testing.assert_array_equal(np.asarray(nib.load(made).dataobj), np.asarray(expected.dataobj))
+    write_synthetic(expected, out.provenance[0], "~/b.nii")
+    assert volume_files("~/b.nii", {}) == [tmp_path / "home" / "b.nii"] and (tmp_path / "home" / "b.json").is_file()
+    assert export("~/out/a.nii.gz", "~/dicom", "MR")[0].parent == tmp_path / "home" / "dicom"
+    with pytest.raises(ValueError, match="is a mask or an image of this call"):
+        generate(pipe, mask="~/m.nii.gz", output_type="nifti", paths=tmp_path / "home" / "m.nii.gz")
+    assert {one.name for one in tmp_path.iterdir()} == {"home"} and not os.path.exists("~")

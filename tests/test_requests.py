@@ -1,0 +1,91 @@
+"""What generate.py is asked for: tables as spreadsheets write them, and names as disks spell them."""
+
+import json
+import unicodedata
+from types import SimpleNamespace
+
+import pytest
+
+from evaluation.segmentation_data import generated_pairs
+from pipelines.provenance import read_sidecar, sidecars
+from pipelines.requests import find_masks, read_requests
+from volumes import Case, volume_stem
+
+NAMES = SimpleNamespace(classes=["größe"], numbers=["age"], images=[("ct", 1)])
+PIPE = SimpleNamespace(unet=SimpleNamespace(condition_names=NAMES))
+
+
+def nfd(text):
+    return unicodedata.normalize("NFD", text)
+
+
+def requested(tmp_path, text, *files):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "c.csv").write_text(text, encoding="utf-8-sig")
+    return read_requests(tmp_path / "c.csv", PIPE, tmp_path / "out")
+
+
+def test_empty_rows_ask_for_nothing(tmp_path):
+    found = requested(tmp_path, f"name;{nfd('größe')};age\r\n;;\r\na;klein;1,5\r\n;groß;\r\n;;\r\n\xa0;;\r\n")
+    assert [(one.name, one.labels, one.numbers) for one in found] == [
+        ("a", {"größe": "klein"}, {"age": "1,5"}),
+        ("row_0002", {"größe": "groß"}, {}),
+    ]
+
+
+def test_masks_of_a_table_are_found_however_they_are_spelled(tmp_path):
+    found = requested(tmp_path, "mask\n./m\\Müller.nii.gz\nm//b.nii.gz\n", nfd("m/Müller.nii.gz"), "m/b.nii.gz")
+    assert [one.name for one in found] == ["Müller", "b"] and all(one.mask.exists() for one in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("name,age\n\n.a,1\n", "line 3: its volumes would be called '.a', as hidden files are"),
+        ("name,age\na/b,1\n", "line 2: .*no file's name"),
+        ("name,age\na\\b,1\n", "line 2: .*no file's name"),
+        ("name,age\na,1\n\nA,2\n", "several rows are called A: line 2 and line 4"),
+        (f"name,age\nMü,1\n{nfd('Mü')},2\n", "several rows are called Mü: line 2 and line 3"),
+        ("mask\na.nii\n\nb.nii\n", "line 4: .*b.nii: no such file"),
+        ("mask\nC:\\masks\\a.nii\n", "line 2: .*no such file; a path of Windows"),
+        ("name,age,\na,1,x\n", "line 2 has a value"),
+        ("name,age\na,#N/A\n", "line 2: age is a spreadsheet's error"),
+    ],
+)
+def test_rows_that_are_refused_are_named_by_their_line(tmp_path, text, reason):
+    with pytest.raises(ValueError, match=reason):
+        requested(tmp_path, text, "a.nii")
+
+
+def test_mask_patterns_match_every_spelling(tmp_path):
+    for name in (nfd("Müller.nii.gz"), "b.nii.gz", "._b.nii.gz"):
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match="1 files of macOS"):
+        assert [volume_stem(path) for path in find_masks([str(tmp_path)], tmp_path / "out")] == ["Müller", "b"]
+    for pattern in ("Mü*.nii.gz", "Müller.nii.gz"):
+        assert [volume_stem(one) for one in find_masks([f"{tmp_path}/{pattern}"], tmp_path / "out")] == ["Müller"]
+    (tmp_path / "Müller.nii.gz").touch()
+    with pytest.raises(ValueError, match=r"M.*have the same stem|differ only in how Unicode"):
+        find_masks([str(tmp_path)], tmp_path / "out")
+
+
+def test_masks_that_differ_in_case_alone_are_refused(tmp_path):
+    (tmp_path / "a.nii").touch()
+    (tmp_path / "A.nii").touch()
+    with pytest.raises(ValueError, match="have the same stem, but for upper and lower case"):
+        find_masks([str(tmp_path)], tmp_path / "out")
+
+
+def test_generated_volumes_belong_to_masks_however_they_are_spelled(tmp_path):
+    generated = tmp_path / "generated"
+    generated.mkdir()
+    for name in (nfd("Müller_000.nii.gz"), "._Müller_000.nii.gz", "._Müller_000.json"):
+        (generated / name).touch()
+    (generated / nfd("Müller_000.json")).write_text(json.dumps({"synthetic": True}))
+    case = Case("Müller", "s", images={"image": tmp_path / "i.nii.gz"}, mask=tmp_path / "Müller.nii.gz")
+    (pair,) = generated_pairs([case], generated)
+    assert pair.generated == (generated / nfd("Müller_000.nii.gz"),)
+    assert [path.name for path in sidecars(generated)] == [nfd("Müller_000.json")]
+    assert read_sidecar(generated / "Müller_000.nii.gz") == {"synthetic": True}

@@ -1,0 +1,34 @@
+"""Held-out volumes beside what a model makes of them, as pictures in the units of their files."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from volumes import LinearScale, merge_channels
+
+
+def preview_case(
+    item: Mapping[str, Any], images: Mapping[str, Tensor], channels: Sequence[str], label_maps: bool = False
+) -> dict[str, Any]:
+    """What `volumes.slices_figure` draws of one case.
+
+    Args:
+        item: of `PaddedVolumes`.
+        images: (C, X, Y, Z) in [-1, 1] by name, such as "real" and "generated".
+        channels: names of the C channels.
+        label_maps: whether the channels are the labels of a map, which is drawn instead.
+    """
+    arrays = {name: image.detach().float().cpu().numpy() for name, image in images.items()}
+    case = {"title": item["name"], **{key: item[key] for key in ("mask", "spacing", "axes") if key in item}}
+    if label_maps:
+        maps = {name: merge_channels(array, range(len(array) + 1)) for name, array in arrays.items()}
+        return {**case, "images": maps, "labels": True}
+    scales = [LinearScale(low, high) for low, high in item["scale"]]
+    in_units = {
+        name: np.stack([scale.invert(channel) for scale, channel in zip(scales, array, strict=True)])
+        for name, array in arrays.items()
+    }
+    windows = dict(zip(channels, item["scale"], strict=True))
+    return {**case, "images": in_units, "channels": list(channels), "windows": windows}

@@ -1,0 +1,41 @@
+"""Packages that import what they export when it is first asked for (PEP 562), so that a command line can answer before torch
+is loaded, which takes seconds."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """The `__getattr__` and `__dir__` of a package, whose `__init__.py` imports its exports under `if TYPE_CHECKING:` alone.
+
+    That block is the one list of exports: type checkers and editors read it, and so does this function.
+
+    Args:
+        package: its `__name__`.
+        file: its `__file__`.
+    """
+    modules: dict[str, str] = {}
+    for node in ast.parse(Path(file).read_text(encoding="utf-8")).body:
+        if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+            continue
+        for statement in node.body:
+            assert isinstance(statement, ast.ImportFrom) and statement.module, f"{file}: from MODULE import NAMES"
+            module = "." * statement.level + statement.module
+            modules |= {alias.name: module for alias in statement.names}
+    # An import of such a module anywhere would put the module in the place of the export.
+    assert not (same := [name for name, module in modules.items() if module == f".{name}"]), f"import {same} at once"
+
+    def get(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(modules[name], package), name)
+        setattr(sys.modules[package], name, value)  # found without this function from now on
+        return value
+
+    return get, lambda: sorted({*vars(sys.modules[package]), *modules})

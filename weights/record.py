@@ -1,0 +1,75 @@
+"""Write into a pipeline's folder on whose volumes it was trained, and how they were prepared: for weights from before training did so.
+
+python weights/record.py weights/hippocampus --config configs/hippocampus/ldm.yaml --vae_config configs/hippocampus/vae.yaml
+
+The configs are those of the trainings, and their data must be at hand, as they were then: the volumes are read for digests of their voxels.
+Only vae/config.json and unet/config.json are written, in the form that diffusers gives them; no tensor, and nothing that the model's hash
+counts, changes. A folder that has records already is refused.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from volumes.command import ArgumentParser, run_command
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("pipeline", type=Path, help="pipeline folder")
+    parser.add_argument("--config", type=Path, required=True, help="config of train_ldm.py")
+    parser.add_argument("--vae_config", type=Path, required=True, help="config of train_vae.py")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
+from training import TrainLdmConfig, TrainVaeConfig, parse_config
+from training.output import write_text
+from training.splits import load_split, own_record
+from volumes import describe
+from volumes.preprocessing import described_preprocessing, refuse_differences
+from volumes.text import read_object
+
+MEASURED = ("channels", "labels", "image_labels", "spacing", "shape_range", "classes")  # of `volumes.describe`
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Write the records. Raises: ValueError for records that are there already, and for data that is not the pipeline's."""
+    options = parse(args)
+    folder: Path = options.pipeline
+    data = read_object(folder / "model_index.json")["data"]
+    ldm = parse_config(TrainLdmConfig, ["--config", str(options.config)]).data
+    vae = parse_config(TrainVaeConfig, ["--config", str(options.vae_config)]).data
+    written: dict[Path, dict[str, Any]] = {}
+    for name, config in (("vae", vae), ("unet", ldm)):
+        path = folder / name / "config.json"
+        stored = read_object(path)
+        if stored.get("subjects") or stored.get("data"):
+            raise ValueError(f"{path}: says already what it was trained on")
+        train, held_out = load_split(config)
+        refuse_differences(
+            described_preprocessing(data), train.preprocessing, str(folder), "Give the config of its training"
+        )
+        if name == "unet":
+            check_described(folder, data, describe(train))
+        stored["subjects"] = [own_record(train, held_out)]
+        if name == "vae":
+            stored["data"] = train.preprocessing
+        written[path] = stored
+    for path, stored in written.items():
+        write_text(path, json.dumps(stored, indent=2, sort_keys=True) + "\n")
+        print(path)
+
+
+def check_described(folder: Path, data: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raises: ValueError if volumes described as `found` are not those that the pipeline was trained on, as far as `data` says."""
+    intensity = [[entry["low"], entry["high"]] for entry in found["intensity"]]
+    stored = [[entry["low"], entry["high"]] for entry in data["intensity"]]
+    other = [key for key in MEASURED if data.get(key, found[key]) != found[key]]
+    other += ["intensity"] if intensity != stored else []
+    if other:
+        raise ValueError(f"{folder}: the volumes of this config have other {', '.join(other)} than it was trained on")
