@@ -52,7 +52,7 @@ from accelerate import PartialState
 
 import generate
 from evaluation.commands import everything
-from evaluation.commands.common import check_judged
+from evaluation.commands.common import check_first
 from evaluation.commands.common import run_command as run_evaluation
 from evaluation.labels import write_masks
 from evaluation.segmentation_data import learning_cases
@@ -80,7 +80,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             planned.synthetic = [str(Path(options.output) / "generated")]
             everything.plan(planned)  # what is wrong, and what cannot be measured, before the work
             if state.is_main_process:
-                check_judged(options)  # before hours of generation
+                check_first(command, options)  # before hours of generation
             options.synthetic = [str(generate_volumes(options, precision, state))]
         report = run_evaluation(command, options, device, torch.bfloat16 if precision == "bf16" else None)
     state.destroy_process_group()

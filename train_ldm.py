@@ -67,6 +67,7 @@ from volumes import VolumeDataset, describe, slices_figure
 from volumes.preprocessing import preprocessing, refuse_differences
 from volumes.stopping import stoppable
 from volumes.subjects import join_records
+from volumes.text import read_object
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -176,7 +177,7 @@ def check_unseen(
     described = Path(config.init_from or "") / "config.json"
     if config.init_from is None:
         return []
-    records = json.loads(described.read_text()).get("subjects") if described.is_file() else None
+    records = read_object(described).get("subjects") if described.is_file() else None
     refuse_seen(records, config.data, held_out, f"init_from {config.init_from}", accepted=config.accept_overlap)
     return join_records(records)
 
@@ -184,7 +185,7 @@ def check_unseen(
 def start_from(unet: LatentUNet3D, folder: str | Path) -> list[str]:
     """`initialise_from` of a trained U-Net; of its classes and numbers by name, those that it lacks starting at zero."""
     described = Path(folder) / "config.json"
-    moved = moved_embeddings(json.loads(described.read_text()), unet.config) if described.is_file() else None
+    moved = moved_embeddings(read_object(described), unet.config) if described.is_file() else None
     return initialise_from(unet, folder, new="condition_embedding", moved=moved)
 
 
@@ -199,7 +200,7 @@ def attach_lora(unet: LatentUNet3D, config: TrainLdmConfig) -> str:
         raise ValueError(
             f"lora needs --init_from, the folder of a trained U-Net (PIPELINE/unet); got {config.init_from}"
         )
-    base, own = json.loads(described.read_text()), json.loads(unet.to_json_string())
+    base, own = read_object(described), json.loads(unet.to_json_string())
     public = [key for key in own if key[0] != "_" and key not in RECORDS]
     wrong = [f"{key} is {own[key]}, not {base.get(key)}" for key in public if own[key] != base.get(key)]
     if wrong:

@@ -9,7 +9,7 @@ offloaded or cast by hooks, or a LoRA is fused into them, they cannot be looked 
 
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def weights_record(model: nn.Module) -> WeightsRecord:
             record = model.__dict__[RECORD] = WeightsRecord(stamps=_stamps(model))
         elif not _is_closed(model):
             stamps = _stamps(model)
-            if not _same(record.stamps, stamps):
+            if not is_same(record.stamps, stamps):
                 record = model.__dict__[RECORD] = WeightsRecord(stamps=stamps)
             record.stamps = stamps
         return record
@@ -103,8 +103,13 @@ def _is_closed(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
+def stamps_of(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Stamp]:
+    """What is kept of tensors to tell, by `is_same`, whether they changed."""
+    return {name: _stamp(tensor) for name, tensor in tensors}
+
+
 def _stamps(model: nn.Module) -> dict[str, Stamp]:
-    return {name: _stamp(tensor) for name, tensor in own_tensors(model)}
+    return stamps_of(own_tensors(model))
 
 
 def _stamp(tensor: Tensor) -> Stamp:
@@ -118,7 +123,8 @@ def _stamp(tensor: Tensor) -> Stamp:
     return Stamp(id(tensor), version, tensor.dtype, tuple(tensor.shape), values)
 
 
-def _same(before: dict[str, Stamp], now: dict[str, Stamp]) -> bool:
+def is_same(before: dict[str, Stamp], now: dict[str, Stamp]) -> bool:
+    """Whether tensors are the same, but for a cast or a move."""
     if before.keys() != now.keys():
         return False
     for name, old in before.items():

@@ -1,7 +1,6 @@
 """What the project's models share: strict loading, safetensors only, and the memory format that they are fast in."""
 
 import inspect
-import os
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -24,6 +23,7 @@ from .weights import (
     check_keywords,
     check_weights,
     find_folder,
+    folder_to_save,
     loading_keywords,
     not_on_the_hub,
     weight_files,
@@ -122,15 +122,17 @@ class VolumeModel(ModelMixin, ConfigMixin):
         """As diffusers' own: safetensors only, and not the path that the model came from.
 
         Raises: ValueError on `safe_serialization=False`, and while a LoRA is attached, which would be mixed into the
-        weights; TypeError for keywords that it does not read.
+        weights; FileError, which is one and an OSError too, if `save_directory` is a file; TypeError for keywords that it does
+        not read.
         """
         check_keywords("save_pretrained", kwargs, UPLOAD if push_to_hub else ())
         if not safe_serialization:
             raise ValueError("safe_serialization=False is refused: weights are saved as safetensors only")
         self.check_no_lora()
+        folder = folder_to_save(save_directory)
         self._internal_dict = FrozenDict({k: v for k, v in self.config.items() if k != "_name_or_path"})
         super().save_pretrained(
-            os.path.expanduser(save_directory),
+            folder,
             is_main_process=is_main_process,
             variant=variant,
             max_shard_size=max_shard_size,

@@ -44,6 +44,14 @@ def find_folder(source: str | os.PathLike) -> Path | None:
     return None
 
 
+def folder_to_save(place: str | os.PathLike) -> str:
+    """The folder to save to, `~` expanded. Raises: FileError for a file, where diffusers would save nothing and go on."""
+    folder = os.path.expanduser(os.fspath(place))
+    if os.path.isfile(folder):
+        raise FileError(f"{folder}: is a file; give a folder to save to")
+    return folder
+
+
 def not_on_the_hub(source: str, error: Exception) -> FileError:
     """The error for a name that is neither a folder nor found on the Hub, which said `error`."""
     reason = str(error).strip().partition("\n")[0]

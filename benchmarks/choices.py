@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from volumes.command import ArgumentParser, run_command
+from volumes.settings import Number, PositiveInt
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=15, help="timed runs of each (15)")
+    parser.add_argument("--repeats", type=Number(PositiveInt), default=15, help="timed runs of each (15)")
     parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
     return parser.parse_args(args)
 
@@ -35,7 +36,7 @@ from autoencoder import AutoencoderKL3D
 from autoencoder.layers import ChannelRMSNorm, Conv3d
 from diffusion import LatentUNet3D, fold_mask
 from diffusion.folding import FoldedMaskEmbedding
-from evaluation import provenance, write_report
+from evaluation.report import check_report, provenance, write_report
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Choice:
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Time, write the report and return it."""
     options = parse(args)
+    check_report(options.output)
     torch.manual_seed(0)
     rows = []
     for choice in (*inference(), *training()):

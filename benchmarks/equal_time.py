@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from volumes.command import ArgumentParser, run_command
+from volumes.settings import Number, PositiveFloat
 
 LEARNING_RATES = {"ours": (1e-3,), "monai": (1e-3, 1e-4), "maisi": (1e-3, 1e-4)}
 
@@ -22,7 +23,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=list(LEARNING_RATES), required=True)
-    parser.add_argument("--minutes", type=float, default=6.0, help="of training (6)")
+    parser.add_argument("--minutes", type=Number(PositiveFloat), default=6.0, help="of training (6)")
     parser.add_argument("--device", default="cpu", help="such as cpu or cuda")
     parser.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32")
     parser.add_argument("--output", type=Path, required=True, help="folder for the weights")

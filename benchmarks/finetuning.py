@@ -18,17 +18,22 @@ from pathlib import Path
 from typing import Any
 
 from volumes.command import ArgumentParser, run_command
+from volumes.settings import Number, PositiveInt
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
-    parser.add_argument("--seeds", type=int, default=3, help="draws of volumes, each with its trainings (3)")
-    parser.add_argument("--k", type=int, default=16, help="labelled volumes (16)")
-    parser.add_argument("--count", type=int, default=10, help="volumes generated of each mask (10)")
-    parser.add_argument("--steps", type=int, default=400, help="of each U-Net's training (400)")
-    parser.add_argument("--iterations", type=int, default=600, help="of each segmenter's training (600)")
+    parser.add_argument(
+        "--seeds", type=Number(PositiveInt), default=3, help="draws of volumes, each with its trainings (3)"
+    )
+    parser.add_argument("--k", type=Number(PositiveInt), default=16, help="labelled volumes (16)")
+    parser.add_argument("--count", type=Number(PositiveInt), default=10, help="volumes generated of each mask (10)")
+    parser.add_argument("--steps", type=Number(PositiveInt), default=400, help="of each U-Net's training (400)")
+    parser.add_argument(
+        "--iterations", type=Number(PositiveInt), default=600, help="of each segmenter's training (600)"
+    )
     return parser.parse_args(args)
 
 

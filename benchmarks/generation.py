@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from volumes.command import ArgumentParser, run_command
+from volumes.settings import NonNegativeFloat, Number, PositiveInt
 
 PIPELINE = Path(__file__).resolve().parents[1] / "weights" / "hippocampus"
 
@@ -20,9 +21,11 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="pipeline folder (weights/hippocampus)")
     parser.add_argument("--masks", type=Path, help="folder of mask files; default: masks/ in the pipeline folder")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps (20)")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="of all conditions; 1 is none (1)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs over all masks (3)")
+    parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps (20)")
+    parser.add_argument(
+        "--guidance_scale", type=Number(NonNegativeFloat), default=1.0, help="of all conditions; 1 is none (1)"
+    )
+    parser.add_argument("--repeats", type=Number(PositiveInt), default=3, help="timed runs over all masks (3)")
     parser.add_argument(
         "--precision", choices=["auto", "bf16", "no"], default="auto", help="auto is bf16 where the hardware has it"
     )
@@ -37,7 +40,7 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 import torch
 from tqdm import tqdm
 
-from evaluation import provenance, write_report
+from evaluation.report import check_report, provenance, write_report
 from pipelines import MedVolumePipeline
 from training import resolve_precision
 from volumes import read_mask
@@ -47,6 +50,7 @@ from volumes.devices import find_device
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Time the pipeline, write the report and return it."""
     options = parse(args)
+    check_report(options.output)
     masks = find_masks(options.pipeline, options.masks)
     dtype = torch.bfloat16 if resolve_precision(options.precision) == "bf16" else torch.float32
     pipe = MedVolumePipeline.from_pretrained(options.pipeline, dtype=dtype)

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from volumes.command import ArgumentParser, run_command
+from volumes.settings import Number, PositiveInt
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=Number(PositiveInt), default=50)
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args(args)
 
@@ -30,7 +31,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
-from evaluation.report import provenance, write_report
+from evaluation.report import check_report, provenance, write_report
 
 from . import forked
 
@@ -90,6 +91,7 @@ def compare(steps: int, folder: Path, scripts: tuple[str, ...] = ("train_vae", "
 def main(args: Sequence[str] | None = None) -> None:
     """Measure, and write the report."""
     options = parse(args)
+    check_report(options.output)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         found = compare(options.steps, Path(folder))

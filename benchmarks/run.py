@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from volumes.command import ArgumentParser, run_command
+from volumes.settings import Number, PositiveFloat
 
 NAMES = ("peak", "coding", "long_axis", "training", "sampling", "compile", "attention", "equal_time")
 NAMES += ("seam", "generation", "choices")
@@ -26,7 +27,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--keep", action="store_true", help="measure --parts again, and keep the others of the folder's bench.json"
     )
-    parser.add_argument("--equal_time_minutes", type=float, help="training of each autoencoder (5)")
+    parser.add_argument("--equal_time_minutes", type=Number(PositiveFloat), help="training of each autoencoder (5)")
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes: shows that everything runs, says nothing of speed"
     )

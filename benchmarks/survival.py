@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from volumes.command import ArgumentParser, run_command
+from volumes.settings import Number, PositiveInt, Seed
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=30, help="in all, shared among the jobs (30)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    parser.add_argument("--kills", type=Number(PositiveInt), default=30, help="in all, shared among the jobs (30)")
+    parser.add_argument("--seed", type=Number(Seed), default=0, help="of the moments (0)")
     parser.add_argument("--jobs", nargs="+", help="of these only; each needs what the trainings before it made")
     parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
     return parser.parse_args(args)
@@ -40,7 +41,7 @@ import numpy as np
 import yaml
 from safetensors.numpy import load_file
 
-from evaluation.report import provenance, write_report
+from evaluation.report import check_report, provenance, write_report
 from training.checkpoints import digest_files
 
 from . import forked
@@ -263,6 +264,7 @@ def make_jobs(work: Path) -> list[Job]:
 def main(args: Sequence[str] | None = None) -> None:
     """Kill, and report. Ends with status 1 if anything was lost, corrupt or different."""
     options = parse(args)
+    check_report(options.output)
     found, chance = {}, random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="survive-") as name:
         work = Path(name)

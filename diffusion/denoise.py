@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .guidance import UNNAMED, ConditionNames, Conditions, Guidance, guidance_terms, guided
 from .scheduler_options import DPM, UNIPC, Scheduler, check_levels, is_flow, spacing
 
+MOST_STEPS = 100_000
 LEAST_SPAN = 0.9  # of the schedule, that the steps must cover
 
 
@@ -42,6 +43,8 @@ def set_timesteps(
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+    if num_inference_steps > MOST_STEPS:
+        raise ValueError(f"num_inference_steps is above {MOST_STEPS}; 20 are usual")
     if sigmas is not None and not (len(sigmas) and all(1 >= a > b for a, b in pairwise([*sigmas, 0]))):
         raise ValueError(f"sigmas are noise levels in (0, 1] that fall, such as 1, 0.75, 0.5, 0.25; got {sigmas}")
     name = type(scheduler).__name__
@@ -68,17 +71,19 @@ def set_timesteps(
 
 
 def _check_span(scheduler: Scheduler, num_inference_steps: int) -> None:
-    """Diffusers' steps of v and eps are whole numbers of training steps, rounded down: 200 steps of a schedule of 300 are
-    one long, begin at 199, and take what is pure noise for half an image (DDIM: or step where they do not say).
+    """Diffusers' steps of v and eps, and those of its solvers on flows, are whole numbers of training steps, rounded down: 200
+    steps of a schedule of 300 are one long, begin at 199, and take what is pure noise for half an image (DDIM: or step where
+    they do not say).
 
     Raises: ValueError for more steps than were trained, and where rounding leaves out more than a tenth of the schedule,
     naming numbers of steps that fit.
     """
-    if is_flow(scheduler):
-        return
     config, name = scheduler.config, type(scheduler).__name__
     total, more = config["num_train_timesteps"], name in (DPM, UNIPC)
-    if not (config["timestep_spacing"] == "leading" or name == "DDIMScheduler") or more and spacing(config):
+    if is_flow(scheduler) and not more:  # whose timesteps are fractions
+        return
+    evenly = config["timestep_spacing"] != "leading" and name != "DDIMScheduler"
+    if is_flow(scheduler) or evenly or (more and spacing(config)):
         if num_inference_steps > total:
             raise ValueError(
                 f"num_inference_steps {num_inference_steps}: the model was trained with {total}; use {total}"

@@ -5,7 +5,7 @@ and "numbers" (B, m), with columns for each named image, class or number. A cond
 value.
 """
 
-import math
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -46,11 +46,13 @@ def guidance_in_effect(scale: Guidance, name: str = "guidance_scale") -> float |
 def _effective(scale: Any, name: str) -> float:
     if scale is None:
         return 1.0
-    value = scale.item() if getattr(scale, "ndim", None) == 0 else scale  # a number of numpy or torch
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+    holds_one = getattr(scale, "ndim", None) == 0 and not getattr(scale, "is_meta", False)  # a number of numpy or torch
+    value = scale.item() if holds_one else scale
+    is_number = issubclass(type(value), Real) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= sys.float_info.max:
         raise ValueError(
             f"{name} is a number of 0 or more (up to 1 is no guidance, 2 to 5 are usual), or one for each condition such as "
-            f"{{'mask': 2.0}}; got {scale!r}"
+            f"{{'mask': 2.0}}; got {scale!r:.120}"
         )
     return max(float(value), 1.0)
 

@@ -123,12 +123,17 @@ def fit_scheduler(scheduler: Scheduler, objective: str, train_steps: int = TRAIN
     Warns: of options that somebody set and that do not act.
     """
     check_objective(objective)
-    name, config = type(scheduler).__name__, dict(scheduler.config)
+    name = type(scheduler).__name__
     flow = objective == RECTIFIED_FLOW
     known = FLOW_SCHEDULERS if flow else DIFFUSION_SCHEDULERS
     remedy = f"use one of {', '.join(known)}, or make_scheduler({objective!r})"
+    if isinstance(scheduler, type):
+        raise ValueError(
+            f"the scheduler is the class {scheduler.__name__}; give {scheduler.__name__}.from_config(config)"
+        )
     if name not in known:
         raise ValueError(f"{name} cannot sample a model that predicts {objective}; {remedy}")
+    config = dict(scheduler.config)
     if config["num_train_timesteps"] != train_steps:
         raise ValueError(
             f"{name} counts {config['num_train_timesteps']} training steps, the model was trained with {train_steps} "

@@ -29,7 +29,7 @@ from jsonargparse import Namespace
 from volumes.command import run_command
 from volumes.settings import Axis, InnerShare, NonNegativeInt, Number, PositiveInt, TwoOrMore
 
-from .report import add_overlap_argument, config_parser
+from .report import add_overlap_argument, check_report, config_parser
 
 
 def parse(args: Sequence[str] | None) -> Namespace:
@@ -295,6 +295,7 @@ def main(args: Sequence[str] | None = None) -> CopyCheck:
     cases = load_cases(options.data)
     split = {name: [case for case in cases if case.split in part] for name, part in SPLITS.items()}
     check_command("copies", cases, options.data, {"alpha": options.alpha})
+    check_report(options.output)
     training, unseen = (VolumeDataset(split[name], options.data) for name in SPLITS)
     subjects, seen = [case.subject for case in unseen.cases], {case.subject for case in training.cases}
     if shared := sorted(seen & set(subjects)):
@@ -308,7 +309,6 @@ def main(args: Sequence[str] | None = None) -> CopyCheck:
     others_marks = [{"voxels": one["voxels"]} for one in unseen.marks] if options.accept_overlap else unseen.marks
     marks = {"training": training.marks, "unseen": others_marks}
     check = dataclasses.replace(check, threshold=conformal_threshold(scores, subjects, options.alpha), subjects=marks)
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     check.save(options.output)
     count = len(set(subjects))
     low, high = wilson(options.alpha, count)

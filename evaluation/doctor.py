@@ -7,11 +7,12 @@ Prints a line for each check: OK, WARN (look at it) or FAIL (training would stop
 the files it is about and a remedy. Ends with status 1 if a check failed. `--data.root DIR` and the like override the
 config's section `data`.
 
-python -m evaluation.doctor --config configs/real_sizes/ct/ldm_24gb.yaml --shape [256,256,256] [--dry_run]
+python -m evaluation.doctor --config configs/real_sizes/ct/ldm_24gb.yaml --shape 256 256 256 [--dry_run]
 
 says what training and generation need in memory for volumes of that size, without any data.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,7 +37,10 @@ def parse(args: list[str] | None) -> Namespace:
     )
     parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps")
     parser.add_argument(
-        "--shape", type=tuple[int, int, int], help="only how much memory volumes of so many voxels take; needs no data"
+        "--shape",
+        type=str,
+        nargs="+",
+        help="only how much memory volumes of so many voxels take, such as 256 256 128; needs no data",
     )
     parser.add_argument("--dry_run", action="store_true", help="with --shape: run one step of each stage, and measure")
     parser.add_argument(
@@ -48,14 +52,15 @@ def parse(args: list[str] | None) -> Namespace:
     parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
     parser.add_argument("--output", type=str, help="report to write, a JSON file")
     parsed = parser.instantiate(parser.parse_args(args))
+    if parsed.shape:
+        sides = re.sub(r"[\[\](),]", " ", " ".join(parsed.shape)).split()
+        if len(sides) != 3 or not all(side.isdecimal() and int(side) for side in sides):
+            parser.error(f"--shape {' '.join(parsed.shape)}: give voxels along X, Y and Z, such as 256 256 128")
+        parsed.shape = tuple(map(int, sides))
     if parsed.shape and parsed.pipeline:
         parser.error("--shape looks at no data: leave out --pipeline")
     if (parsed.dry_run or parsed.precision or parsed.memory is not None) and not parsed.shape:
         parser.error("--dry_run, --memory and --precision need --shape, the size of the volumes")
-    if parsed.shape and min(parsed.shape) < 1:
-        parser.error(f"--shape {list(parsed.shape)}: a volume has at least one voxel a side")
-    if parsed.memory is not None and not parsed.memory > 0:
-        parser.error(f"--memory {parsed.memory}: give the accelerator's GiB, more than 0")
     assert isinstance(parsed, Namespace)
     return parsed
 
@@ -66,7 +71,7 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 import numpy as np
 
 from pipelines import MedVolumePipeline
-from pipelines.loading import load_autoencoder
+from pipelines.loading import find_autoencoder, load_autoencoder
 from volumes import Case, DataConfig, VolumeDataset
 from volumes.conditions import describe_numbers
 from volumes.devices import find_device
@@ -88,7 +93,7 @@ from .doctor_leaks import check_leaks
 from .doctor_limits import check_evaluation
 from .doctor_model import check_latents, check_limits, compare_limits, latent_summary
 from .doctor_start import advise_start
-from .report import provenance, read_config, write_report
+from .report import check_report, provenance, read_config, write_report
 from .seen import overlap_findings, read_judged
 
 
@@ -98,6 +103,10 @@ def main(args: list[str] | None = None) -> int:
     config: DataConfig = options.data
     sections = read_config(Path(options.config))
     folder = Path(options.config).parent
+    if options.output:
+        check_report(options.output)
+    if options.pipeline:
+        find_autoencoder(options.pipeline)  # or it is refused before the work
     if options.shape:
         device = find_device(options.device)
         findings, measured = check_settings(sections), {}
@@ -108,7 +117,10 @@ def main(args: list[str] | None = None) -> int:
     else:
         findings, measured = before_training(config, sections, folder)
     if options.pipeline and not any(one.level == "FAIL" and one.check in ("files", "splits") for one in findings):
-        found, more = after_training(config, Path(options.pipeline), options.volumes, options.steps, options.device)
+        try:
+            found, more = after_training(config, Path(options.pipeline), options.volumes, options.steps, options.device)
+        except ValueError as error:  # what was found of the data is not to be lost by it
+            found, more = [fail("model", str(error), "give a pipeline or an autoencoder that can be loaded")], {}
         findings, measured = findings + found, {**measured, **more}
     for finding in findings:
         print(finding)
@@ -138,8 +150,10 @@ def before_training(config: DataConfig, sections: dict[str, Any], folder: Path) 
     if not examined:
         return findings, {}
     findings += check_leaks(examined) + check_geometry(examined, config) + check_intensity(examined, config)
-    dropout = (sections.get("model") or {}).get("condition_dropout") or {}
-    findings += check_labels(examined) + check_conditions(examined, config, dropout)
+    model = sections.get("model")
+    dropout = model.get("condition_dropout") if isinstance(model, dict) else None
+    findings += check_labels(examined)
+    findings += check_conditions(examined, config, dropout if isinstance(dropout, dict) else {})
     findings += check_evaluation(examined, config)
     found, measured = check_model(examined, config, sections, folder)
     for path in dict.fromkeys(str(sections[key]) for key in ("vae", "init_from") if sections.get(key)):

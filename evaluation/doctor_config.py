@@ -54,6 +54,7 @@ REMEDIES = {
 }
 GENERATION_BATCH: int = inspect.signature(MedVolumePipeline.__call__).parameters["batch_size"].default
 PRECISIONS = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
+EXAMPLES = {TrainVaeConfig: "autoencoder.AutoencoderKL3D", TrainLdmConfig: "diffusion.LatentUNet3D"}
 FULL = 0.8  # of the memory, above which an estimate is a warning
 
 
@@ -117,7 +118,10 @@ def check_settings(sections: Mapping[str, Any]) -> list[Finding]:
     """Settings beside `data` and `model` that training would refuse: unknown ones, and values outside their ranges."""
     owner = TrainLdmConfig if "vae" in sections else TrainVaeConfig
     beside = {name: value for name, value in sections.items() if name not in ("data", "model")}
-    return [fail("config", said, "correct it in the config") for said in faults(owner, beside, raw=True)]
+    said = [*faults(owner, beside, raw=True)]
+    if not isinstance(sections.get("model", {}), Mapping | None):
+        said.append(f"model: got {sections['model']!r}, expected settings such as {{class: {EXAMPLES[owner]}}}")
+    return [fail("config", one, "correct it in the config") for one in said]
 
 
 def build_models(
@@ -130,6 +134,8 @@ def build_models(
         folder: where the config lies, and perhaps that of an autoencoder that is not trained yet.
     Raises: ValueError (TypeError or KeyError from a model's constructor) for sections that make none.
     """
+    if not sections.get("model"):
+        raise ValueError("the config has no section `model`")
     section = dict(sections["model"])
     if _class_of(section) is LatentUNet3D:
         vae, findings = _autoencoder_for(sections, config, folder)

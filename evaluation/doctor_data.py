@@ -57,11 +57,14 @@ def check_found(
     of_split = Counter(one.case.split for one in examined)
     if not of_split["train"]:
         findings.append(fail("splits", "no volume can be trained on", "see data.split, and the refused files"))
+    lost = {case.split for case, _ in refused}
     if not of_split["test"]:
         remedy = "set data.test_fraction: 0.2, or give a column by data.split"
-        findings.append(warn("splits", "no volume is held out for testing: nothing can be shown", remedy))
+        message = "no volume is held out for testing: nothing can be shown"
+        findings.append(warn("splits", message, "see the refused files" if "test" in lost else remedy))
     if not of_split["validation"]:
-        findings.append(warn("splits", "no volume watches the training", "set data.validation_fraction: 0.1"))
+        remedy = "see the refused files" if "validation" in lost else "set data.validation_fraction: 0.1"
+        findings.append(warn("splits", "no volume watches the training", remedy))
     if not (config.subject or config.group_by or config.phantom):
         remedy = "if subjects have several volumes, set data.subject or data.group_by, or they leak between splits"
         findings.append(warn("splits", "every volume counts as its own subject", remedy))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from volumes import DataConfig
 
 from .doctor_cases import Examined, Finding, ok, warn
-from .limits import REMEDY, Data, problems
+from .limits import Data, problems
 
 
 def check_evaluation(examined: Sequence[Examined], config: DataConfig) -> list[Finding]:
@@ -22,7 +22,18 @@ def check_evaluation(examined: Sequence[Examined], config: DataConfig) -> list[F
     for command in commands:
         name = f"evaluation.{command}" if command in ("copies", "samplers") else f"evaluate.py {command}"
         if found := problems(command, data):
-            findings.append(warn("evaluation", f"{name} will refuse these splits: {'; '.join(found)}", REMEDY))
+            message = f"{name} will refuse these splits: {'; '.join(found)}"
+            findings.append(warn("evaluation", message, _remedy(command, found)))
         else:
             fine.append(command)
     return findings + ([ok("evaluation", f"the splits are large enough for {', '.join(fine)}")] if fine else [])
+
+
+def _remedy(command: str, found: Sequence[str]) -> str:
+    if all(one.startswith("--labels") for one in found):
+        return "give such --labels, or leave the command out"
+    if command == "conditions":
+        return "put volumes of every class into both splits, or leave the command out"
+    return (
+        "add subjects, hold out more of them (data.test_fraction, or the column data.split), or leave the command out"
+    )

@@ -58,7 +58,7 @@ from volumes.devices import find_device
 from volumes.live_bar import LiveBar
 
 from .intervals import INTERVAL, subject_draws
-from .report import provenance, write_report
+from .report import check_report, provenance, write_report
 from .seen import check_pipeline
 
 AROUND = 3.0  # mm by which the region exceeds what is labelled
@@ -176,6 +176,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     cases = [case for case in load_cases(options.data) if case.split == options.split and case.mask is not None]
     if not cases:
         raise ValueError(f"no case of split {options.split!r} has files of image and mask; see `data` in the config")
+    check_report(options.output)
     cases = cases[: options.count]
     pipe = MedVolumePipeline.from_pretrained(options.pipeline)
     if len(pipe.data["channels"]) > 1:

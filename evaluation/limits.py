@@ -15,7 +15,7 @@ from volumes import Case, DataConfig
 
 from .classifier import SMALLEST as CLASSIFIED
 from .consistency import check_slices
-from .defaults import ALPHA, FEW_LABELS, PRETRAIN_LABELS, SHIFT
+from .defaults import ALPHA, FEW_LABELS, PRETRAIN_LABELS, SHAPE, SHIFT
 from .distances import check_counts
 from .labels import budget
 from .neighbours import check_shift
@@ -23,6 +23,7 @@ from .privacy import check_references, check_unseen, conformal_threshold
 from .realism import PARTS
 from .segmentation_data import label_values, learning_cases, test_cases
 from .similarity import check_pairs, scales_of
+from .utility import check_shape
 from .volume_sets import VolumeSet
 
 Shape = tuple[int, int, int]
@@ -137,6 +138,7 @@ def _moved(data: Data, options: Mapping[str, Any]) -> None:
 
 
 def _segmented(data: Data, options: Mapping[str, Any]) -> None:
+    check_shape(options.get("shape") or SHAPE)
     label_values(data.config)
     learning_cases(data.cases)
     test_cases(data.cases)

@@ -87,7 +87,9 @@ def write_report(path: str | Path, report: dict[str, Any]) -> Path:
 
 
 def check_report(path: str | Path) -> None:
-    """Try the folder of a report before hours of work. Raises: ValueError if nothing can be written there."""
+    """Try the folder of a report before hours of work. Raises: ValueError if nothing can be written there, or if it is a folder."""
+    if Path(path).is_dir():
+        raise ValueError(f"--output {path}: is a folder; give a file in it")
     folder = Path(path).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,7 @@ from volumes.text import read_object
 
 from .features import EncoderStatistics, RandomStatistics
 from .limits import check_command
-from .report import provenance, write_report
+from .report import check_report, provenance, write_report
 from .sampler_figures import (
     DEFAULT_STEPS,
     OF_DIFFUSION,
@@ -125,7 +125,8 @@ def judge_missing(options: Namespace) -> dict[str, Any]:
     """`main`, of these options."""
     device = find_device(options.device)
     cases, config = load_cases(options.data), options.data
-    check_command("samplers", cases, config, {"unseen": [options.split]})
+    check_command("samplers", cases, config, {"unseen": [options.split], "shape": options.shape})
+    check_report(options.output)
     pipe: Any = MedVolumePipeline.from_pretrained(options.pipeline)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)

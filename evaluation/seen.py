@@ -11,7 +11,7 @@ from tqdm import tqdm
 from pipelines.trained_on import TrainedOn, read_generated, read_model
 from volumes import Case, DataConfig, VolumeError, load_cases, volume_parts
 from volumes.dataset import READERS, read_image
-from volumes.preprocessing import differences, preprocessing, refuse_differences
+from volumes.preprocessing import described_preprocessing, differences, preprocessing, refuse_differences
 from volumes.subjects import (
     REMEDY,
     describe_overlap,
@@ -41,17 +41,14 @@ def check_models(
     """Check models before they are judged on the real volumes of some splits of `config`.
 
     Args:
-        models: folders (or LoRA files), checked for what they have seen and for how their volumes were prepared. A Hub repository
-            has a warning instead.
+        models: folders, LoRA files or repositories of the Hub, checked for what they have seen and for how their volumes were
+            prepared.
         others: folders of models that are checked for what they have seen alone.
         generated: folders of volumes that generate.py made, checked for what the models that made them have seen.
         accepted: whether subjects that are known by names alone are other people; they are logged.
     Raises: ValueError naming the subjects, or what differs.
     """
-    known: dict[str, TrainedOn] = {str(path): read_model(path) for path in (*models, *others) if Path(path).exists()}
-    for path in models:
-        if str(path) not in known:
-            logger.warning("%s: is not on this machine, so what it was trained on was not checked", path)
+    known: dict[str, TrainedOn] = {str(path): read_model(path) for path in (*models, *others)}
     for folder in generated:
         known[str(folder)] = TrainedOn(read_generated(folder), None)
     if not known:
@@ -91,7 +88,9 @@ def check_pipeline(
 ) -> None:
     """As `check_models`, of a pipeline that is loaded, with its LoRAs."""
     records = pipe.training_subjects
-    voxels, _ = read_judged(judged, config) if any("salt" in record for record in records) else ({}, [])
+    voxels, spacings = read_judged(judged, config)
+    learned = {**(pipe.vae.config["data"] or {}), **described_preprocessing(pipe.data)}
+    refuse_differences(learned, preprocessing(config, spacings or None), model, PREPARED)
     refuse_seen_cases(records, judged, config, voxels, model, accepted=accepted)
 
 
@@ -138,10 +137,14 @@ def read_judged(
     with ThreadPoolExecutor(READERS) as readers:
         jobs = readers.map(lambda case: _read(case, config), cases)
         progress = tqdm(jobs, total=len(cases), desc="checking held-out volumes", delay=2, leave=False, disable=None)
-        for case, found in zip(cases, progress, strict=True):
-            if found is not None:
-                digests[case.name] = found[0]
-                spacings.append(found[1])
+        try:
+            for case, found in zip(cases, progress, strict=True):
+                if found is not None:
+                    digests[case.name] = found[0]
+                    spacings.append(found[1])
+        except BaseException:  # Ctrl-C: what was not begun is not read
+            readers.shutdown(cancel_futures=True)
+            raise
     return digests, spacings
 
 

@@ -16,13 +16,18 @@ from .segmentation_data import LoadedPairs
 from .segmenter import BATCH_SIZE, ITERATIONS, LEARNING_RATE, train_segmenter, volume_dice
 
 
+def check_shape(shape: Sequence[int]) -> None:
+    """Raises: ValueError for a shape that the segmenter cannot halve three times."""
+    if any(n % 8 or n < 16 for n in shape):
+        raise ValueError(f"shape {tuple(shape)}: every side must be a multiple of 8, and at least 16")
+
+
 def protocol(shape: tuple[int, int, int], iterations: int, dtype: torch.dtype | None) -> dict[str, Any]:
     """What must be equal for two scores to be comparable, ready for a report.
 
     Raises ValueError for a shape that the segmenter cannot halve three times.
     """
-    if any(n % 8 or n < 16 for n in shape):
-        raise ValueError(f"shape {shape}: every side must be a multiple of 8, and at least 16")
+    check_shape(shape)
     return {
         "shape": list(shape),
         "iterations": iterations,

@@ -3,10 +3,11 @@ work. Every function names the argument in its ValueError."""
 
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ SHOWN = 120  # characters of a value in a message
 def whole_number(name: str, value: Any, least: int | None = 1) -> int:
     """An int, from any whole number (3, 3.0, numpy's, an array or tensor of no dimension). Raises: ValueError."""
     number: Any = _scalar(value)
-    whole = isinstance(number, Integral) or (isinstance(number, Real) and float(number).is_integer())
+    whole = isinstance(number, Integral) or (_is_finite(number) and float(number).is_integer())
     if isinstance(number, bool) or not whole or (least is not None and number < least):
         bound = "" if least is None else f", {least} or more"
         raise ValueError(f"{name} is a whole number{bound}; got {_shown(value)}")
@@ -27,7 +28,7 @@ def whole_number(name: str, value: Any, least: int | None = 1) -> int:
 def real_number(name: str, value: Any) -> float:
     """A float, from any finite number. Raises: ValueError."""
     number = _scalar(value)
-    if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
+    if isinstance(number, bool) or not _is_finite(number):
         raise ValueError(f"{name} is a finite number; got {_shown(value)}")
     return float(number)
 
@@ -68,7 +69,8 @@ def names(name: str, values: Any) -> list[str]:
 
 
 def translation(label_map: Any) -> dict[int, int | str] | None:
-    """`label_map` with ints of Python: {value of the mask: value or name of the model}. Raises: ValueError."""
+    """`label_map` with ints of Python: {value of the mask: value or name of the model}. Raises: ValueError, also for a value
+    that is translated twice, such as 3 and "3"."""
     if label_map is None:
         return None
     if not isinstance(label_map, Mapping):
@@ -81,16 +83,18 @@ def translation(label_map: Any) -> dict[int, int | str] | None:
         else whole_number(f"label_map, which leads from {key!r}, ", target, None)
         for key, target in label_map.items()
     }
-    return {
-        whole_number("each value that label_map translates", _number(key), None): one for key, one in targets.items()
-    }
+    values = [whole_number("each value that label_map translates", _number(key), None) for key in targets]
+    if len(set(values)) < len(values):
+        raise ValueError(f"label_map translates {max(values, key=values.count)} twice; got {_shown(label_map)}")
+    return dict(zip(values, targets.values(), strict=True))
 
 
 def local_path(name: str, value: Any) -> Path:
     """A path, ~ standing for the home folder. Raises: ValueError for what is no path."""
-    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str) or not os.fspath(value):
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
         raise ValueError(f"{name} is a path, as text or a Path; got {_shown(value)}")
-    return Path(os.path.expanduser(value))
+    return Path(os.path.expanduser(text))
 
 
 def listed(name: str, values: Any) -> list[Any]:
@@ -117,7 +121,7 @@ def plain(value: Any, where: str) -> Any:
         return str(value)
     if isinstance(value, Integral):
         return int(value)
-    if isinstance(value, Real) and math.isfinite(value):
+    if _is_finite(value):
         return float(value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -134,18 +138,26 @@ def plain(value: Any, where: str) -> Any:
 
 def _scalar(value: Any) -> Any:
     """A number of numpy or torch, or an array or tensor of no dimension, as Python's; all else as it is."""
+    if isinstance(value, torch.Tensor) and value.is_meta:  # which holds no number
+        return value
     if isinstance(value, np.generic | np.ndarray | torch.Tensor) and value.ndim == 0:
         return value.item()
     return value
 
 
+def _is_finite(number: Any) -> TypeGuard[float]:
+    """Whether it is a real number that a float can hold."""
+    try:
+        return isinstance(number, Real) and math.isfinite(number)
+    except OverflowError:  # of an int with more than 308 digits
+        return False
+
+
 def _number(text: Any) -> Any:
     """The number that a text is, as tables and JSON have it."""
-    if isinstance(text, str) and text.strip().lstrip("-").isdigit():
-        return int(text)
-    return text
+    return int(text) if isinstance(text, str) and re.fullmatch(r"\s*-?[0-9]+\s*", text) else text
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**SHOWN else "a number of very many digits"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -153,6 +153,7 @@ class StepCallback:
         check_guidance: raises a ValueError for a scale that the call cannot have.
         changes: what the callback changed, for the records of the batch: {"latents": steps after which it replaced them,
             "guidance_scale": {step: scale after it}, "interrupted_after": steps made}; empty if nothing.
+        total: timesteps of the batch, whatever the callback makes of the pipeline's `_num_timesteps`.
     """
 
     pipe: Any
@@ -161,13 +162,14 @@ class StepCallback:
     inputs: tuple[str, ...]
     check_guidance: Callable[[Any], float | dict[str, float] | None]
     changes: dict[str, Any] = field(default_factory=dict)
+    total: int = 0
 
     def __post_init__(self) -> None:
         self.scale = self.check_guidance(self.state.guidance_scale)
 
     def bar(self, total: int) -> Any:
         """The progress bar of the batch, of so many timesteps."""
-        self.state.num_timesteps = total
+        self.total = self.state.num_timesteps = total
         return self.pipe.progress_bar(total=total)
 
     def __call__(self, step: int, timestep: Tensor, latents: Tensor) -> StepChange | None:
@@ -183,7 +185,7 @@ class StepCallback:
                     raise ValueError("callback_on_step_end made latents that are not finite (NaN or infinite)")
                 replaced = after
                 self.changes.setdefault("latents", []).append(step)
-        more = step + 1 < self.state.num_timesteps
+        more = step + 1 < self.total
         scale, changed = self.check_guidance(self.state.guidance_scale), None
         if scale != self.scale and more:
             self.scale, changed = scale, 1.0 if scale is None else scale

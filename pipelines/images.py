@@ -118,7 +118,7 @@ def _load(
             f"{name}: give a path, an image of nibabel, SimpleITK, torchio or MONAI, a Volume, an array or a tensor, no "
             f"{type(image).__name__}"
         )
-    array = _finite(as_array(image), name, exact)
+    array = _finite(as_array(image, name), name, exact)
     array = array[0] if array.ndim == 4 and len(array) == 1 else array
     if array.ndim != 3 or not array.size:
         raise ValueError(f"{name}: expected an array (X, Y, Z) or (1, X, Y, Z), got {array.shape}")

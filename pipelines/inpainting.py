@@ -119,7 +119,7 @@ def editings_of(
     for of_volume in images:
         if set(of_volume) != set(data["channels"]):
             raise ValueError(
-                f"image holds {', '.join(of_volume) or 'nothing'}; to be changed (by strength or region) it must hold every "
+                f"image holds {', '.join(map(str, of_volume)) or 'nothing'}; to be changed (by strength or region) it must hold every "
                 f"channel that the model makes: {', '.join(data['channels'])}"
             )
     regions = [None] if region is None else as_list(region)
@@ -142,7 +142,7 @@ def load_region(region: MaskLike, target: Volume, reading: Mapping[str, Any] | N
     if is_placed(region):
         volume, name = load_mask(region, target.affine, reading)
     else:
-        array, grid, name = as_array(region), stored_grid(target), "the region"
+        array, grid, name = as_array(region, "the region"), stored_grid(target), "the region"
         array = array[0] if array.ndim == 4 and len(array) == 1 else array
         if array.shape != tuple(grid.shape):
             raise ValueError(f"{name}: is an array of {array.shape} voxels, the image's grid has {tuple(grid.shape)}")

@@ -10,7 +10,7 @@ from diffusers.pipelines import pipeline_loading_utils
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 import autoencoder
-from autoencoder import VolumeAutoencoder
+from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D, VolumeAutoencoder
 from diffusion import LatentUNet3D
 from diffusion.scheduler_options import check_values, parameters
 from volumes.preprocessing import described_preprocessing, refuse_differences
@@ -126,18 +126,13 @@ def _check_scheduler(folder: Path, scheduler_class: type) -> None:
         raise ValueError(f"{path}: is no config of a {scheduler_class.__name__}: {error}") from error
 
 
-def load_autoencoder(folder: str | Path) -> VolumeAutoencoder:
+def load_autoencoder(folder: str | Path) -> AutoencoderKL3D | VQGAN3D | SpaceToDepth3D:
     """The trained autoencoder in `folder`, or in its subfolder vae/ (a run or a pipeline), for inference: of the class
     that its config names.
 
     Raises: FileError where there is none; ValueError where its weights do not fit, or where its latents were never measured.
     """
-    folder = Path(folder).expanduser()
-    found = next((path for path in (folder, folder / "vae") if (path / "config.json").is_file()), None)
-    if found is None:
-        raise FileError(
-            f"{folder}: no autoencoder there (config.json, or vae/config.json); give a folder that train_vae.py wrote"
-        )
+    found = find_autoencoder(folder)
     _check_inside(found, ["config.json", *(path.name for path in found.glob("*.safetensors*"))])
     name = read_object(found / "config.json").get("_class_name")
     model_class = getattr(autoencoder, str(name), None)
@@ -149,6 +144,17 @@ def load_autoencoder(folder: str | Path) -> VolumeAutoencoder:
             f"{found}: no latents_mean and latents_std in its config; train_vae.py measures them when it ends"
         )
     return vae.eval().requires_grad_(False)
+
+
+def find_autoencoder(folder: str | Path) -> Path:
+    """The folder itself, or its subfolder vae/, whichever holds a model's config. Raises: FileError if neither does."""
+    folder = Path(folder).expanduser()
+    for path in (folder, folder / "vae"):
+        if (path / "config.json").is_file():
+            return path
+    raise FileError(
+        f"{folder}: no autoencoder there (config.json, or vae/config.json); give a folder that train_vae.py wrote"
+    )
 
 
 def check_components(components: Mapping[str, Any]) -> None:

@@ -15,11 +15,12 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from torch import nn
 
 from autoencoder import VolumeAutoencoder
-from autoencoder.identity import keep_record
+from autoencoder.identity import is_same, keep_record, stamps_of
 from diffusion import LatentUNet3D
 from volumes.preprocessing import described_preprocessing, refuse_differences
 from volumes.subjects import join_records
 
+from .arguments import listed, real_number
 from .lora_files import FACTORS, find_lora, unet_tensors, write_lora
 from .provenance import tensor_digest
 
@@ -117,18 +118,36 @@ def check_lora(unet: LatentUNet3D, tensors: Mapping[str, torch.Tensor], path: ob
 
 
 def lora_digest(unet: nn.Module) -> str | None:
-    """Fingerprint of the LoRAs that act on `unet` now, fused or not, with their scales; None if none does."""
+    """Fingerprint of the LoRAs that act on `unet` now, fused or not, with their scales; None if none does. Of one that was
+    loaded the tensors of its file count, so that half precision changes nothing, unless it was changed since."""
     digests: dict[str, Any] = defaultdict(hashlib.sha256)
-    layers: dict[str, Any] = dict(getattr(unet, "_orig_mod", unet).named_modules())  # beneath torch.compile
+    unet = getattr(unet, "_orig_mod", unet)  # beneath torch.compile
+    layers: dict[str, Any] = dict(unet.named_modules())
+    stored: dict[str, Any] = {}
+    for adapter, (tensors, stamps) in getattr(unet, "lora_origins", {}).items():
+        if is_same(stamps, stamps_of(lora_factors(unet, adapter))):
+            stored[adapter] = tensors
     for name, layer in layers.items():
         if not hasattr(layer, "lora_A"):
             continue
         for adapter in layer.merged_adapters or ([] if layer.disable_adapters else layer.active_adapters):
             if adapter in layer.lora_A and layer.scaling[adapter]:
                 digests[adapter].update(f"{name} {float(layer.scaling[adapter])}".encode())
-                for factor in (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight):
-                    tensor_digest(digests[adapter], "", factor)
+                own = (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
+                for end, factor in zip(FACTORS, own, strict=True):
+                    tensor_digest(digests[adapter], "", stored.get(adapter, {}).get(name + end, factor))
     return " ".join(sorted(digest.hexdigest() for digest in digests.values())) or None
+
+
+def lora_factors(unet: nn.Module, adapter_name: str) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of an attached LoRA, by the names that they have in its file."""
+    layers: list[Any] = [(name, layer) for name, layer in unet.named_modules() if hasattr(layer, "lora_A")]
+    return [
+        (name + end, factors[adapter_name].weight)
+        for name, layer in layers
+        for end, factors in zip(FACTORS, (layer.lora_A, layer.lora_B), strict=True)
+        if adapter_name in factors
+    ]
 
 
 def check_hotswap(unet: LatentUNet3D, tensors: Mapping[str, torch.Tensor], adapter_name: str | None) -> None:
@@ -145,6 +164,15 @@ def check_hotswap(unet: LatentUNet3D, tensors: Mapping[str, torch.Tensor], adapt
             f"hotswap: the LoRA {adapter_name!r} changes {len(own)} layers, the new one {len(other)}, not the same: "
             f"{', '.join(sorted(set(own) ^ set(other))[:4])}; load it beside the other, under another name"
         )
+
+
+def check_scales(scales: Any) -> None:
+    """Raises: ValueError unless these are scales of LoRAs: a finite number, None, or lists and dicts of them."""
+    if isinstance(scales, Mapping | list | tuple):
+        for one in scales.values() if isinstance(scales, Mapping) else scales:
+            check_scales(one)
+    elif scales is not None:
+        real_number("adapter_weights", scales)
 
 
 class _OfPipelineOrClass:
@@ -216,6 +244,10 @@ class LoraMixin(LoraBaseMixin):
         which alpha is taken to be the rank, as in diffusers.
         """
         require_peft()
+        if adapter_name is not None and not (
+            isinstance(adapter_name, str) and adapter_name and "." not in adapter_name
+        ):
+            raise ValueError(f"adapter_name is a text without dots; got {adapter_name!r}")
         self._check_not_fused("load_lora_weights")
         self._check_changeable("load_lora_weights")
         found = find_lora(pretrained_model_name_or_path_or_dict, **source)
@@ -242,7 +274,9 @@ class LoraMixin(LoraBaseMixin):
         disabled = any(hasattr(layer, "lora_A") and layer.disable_adapters for layer in self.unet.modules())
         acting = [] if disabled or not before else self.get_active_adapters()
         self.unet.load_lora_adapter(
-            tensors,
+            {
+                key: tensor.detach().clone() for key, tensor in tensors.items()
+            },  # some of which peft swaps for the old ones
             prefix=None,  # pyright: ignore[reportArgumentType]
             metadata=settings,
             adapter_name=adapter_name,
@@ -250,10 +284,12 @@ class LoraMixin(LoraBaseMixin):
             low_cpu_mem_usage=low_cpu_mem_usage,
             _pipeline=self,
         )
-        added = [adapter_name] if hotswap and adapter_name not in acting else set(self.unet.peft_config) - before
-        self.unet.set_adapter([*acting, *added])  # pyright: ignore[reportArgumentType]
-        known = self._lora_subjects() | dict.fromkeys(added, found.subjects)
+        put = {str(adapter_name)} if hotswap else set(self.unet.peft_config) - before
+        self.unet.set_adapter([*acting, *put.difference(acting)])  # pyright: ignore[reportArgumentType]
+        known = self._lora_subjects() | dict.fromkeys(put, found.subjects)
         self.unet.lora_subjects = known  # pyright: ignore[reportArgumentType]
+        origins = {one: (tensors, stamps_of(lora_factors(self.unet, one))) for one in put}
+        self.unet.lora_origins = getattr(self.unet, "lora_origins", {}) | origins  # pyright: ignore
         self.unet.enable_lora()
         self.unet.requires_grad_(False)
 
@@ -305,6 +341,8 @@ class LoraMixin(LoraBaseMixin):
             raise ValueError("give unet_lora_layers, or the adapter_name of an attached LoRA, not both")
         else:
             state = unet_lora_layers.state_dict() if isinstance(unet_lora_layers, nn.Module) else unet_lora_layers
+            if not isinstance(state, Mapping):
+                raise ValueError(f"unet_lora_layers is a state dict or a module; got {type(state).__name__}")
             tensors = unet_tensors({f"unet.{key}": tensor for key, tensor in state.items()}, "unet_lora_layers")
             settings, base, trained_on = unet_lora_adapter_metadata, None, None
         if not is_main_process:
@@ -329,7 +367,9 @@ class LoraMixin(LoraBaseMixin):
             raise ValueError("set the scale first (set_adapters(name, scale)), then fuse_lora() without lora_scale")
         if lora_digest(self.unet) is None:
             raise ValueError("no LoRA acts on the U-Net; load one with load_lora_weights")
-        names = None if adapter_names is None else list(adapter_names)
+        names = None if adapter_names is None else listed("adapter_names", adapter_names)
+        if unknown := [name for name in names or [] if name not in self.unet.peft_config]:
+            raise ValueError(f"fuse_lora: no LoRA {unknown[0]!r} is attached; attached: {list(self.unet.peft_config)}")
         super().fuse_lora(list(components), safe_fusing=safe_fusing, adapter_names=names)
 
     def unfuse_lora(self, components: Sequence[str] = ("unet",)) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -339,8 +379,10 @@ class LoraMixin(LoraBaseMixin):
         keep_record(self.unet)
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
-        """Which LoRAs act, and at which scale. As diffusers' own. Raises: ValueError while they are fused."""
+        """Which LoRAs act, and at which scale: one number for all, or a list of a number (None: 1) or a dict of diffusers' by
+        block for each. Raises: ValueError while they are fused, and for scales that are no finite numbers."""
         self._check_not_fused("set_adapters")
+        check_scales(adapter_weights)
         super().set_adapters(adapter_names, adapter_weights)
 
     def disable_lora(self) -> None:
@@ -354,8 +396,12 @@ class LoraMixin(LoraBaseMixin):
         super().enable_lora()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
-        """Detach some LoRAs. Raises: ValueError while one is fused."""
+        """Detach some LoRAs. Raises: ValueError while one is fused, and for a name that none has."""
         self._check_not_fused("delete_adapters")
+        attached = list(getattr(self.unet, "peft_config", {}))
+        given = [adapter_names] if isinstance(adapter_names, str) else listed("adapter_names", adapter_names)
+        if unknown := [name for name in given if name not in attached]:
+            raise ValueError(f"delete_adapters: no LoRA {unknown[0]!r} is attached; attached: {attached}")
         super().delete_adapters(adapter_names)
         if not getattr(self.unet, "peft_config", None):
             self.unet.unload_lora()  # diffusers leaves the layers wrapped
@@ -366,7 +412,7 @@ class LoraMixin(LoraBaseMixin):
         fused = self.num_fused_loras
         records = [self._lora_subjects()[name] for name in self.fused_loras] if fused else []
         super().unload_lora_weights()
-        self.unet.lora_subjects = {}  # pyright: ignore[reportArgumentType]
+        self.unet.lora_subjects, self.unet.lora_origins = {}, {}  # pyright: ignore
         if fused:
             self.unet.register_to_config(subjects=join_records(self.unet.config["subjects"], *records))
             self._merged_adapters = set()

@@ -125,7 +125,7 @@ def find_lora(
         download: revision, token, cache_dir, force_download, local_files_only of `huggingface_hub.hf_hub_download`.
     Raises: FileError if there is none; ValueError as `read_lora` and `unet_tensors`; TypeError for other keywords.
     """
-    check_keywords("load_lora_weights", download, HUB)
+    check_keywords("load_lora_weights", download, (*HUB, "subfolder", "use_safetensors", "weight_name"))
     options = loading_keywords({**download, "use_safetensors": use_safetensors})
     if isinstance(source, Mapping):
         if weight_name or subfolder:

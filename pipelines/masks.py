@@ -55,7 +55,7 @@ def load_mask(mask: MaskLike, affine: np.ndarray, reading: Mapping[str, Any] | N
         affine = mask.affine
         check_axes(mask, name)
     elif isinstance(mask, (np.ndarray, torch.Tensor)):
-        array = as_array(mask)
+        array = as_array(mask, "the mask")
         name, source = f"the mask (an array of shape {array.shape})", None
     else:
         raise ValueError(

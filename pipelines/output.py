@@ -1,6 +1,7 @@
 """What the pipeline returns, and where it writes."""
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -10,6 +11,8 @@ from typing import Any
 from diffusers.utils import BaseOutput
 
 from volumes import nifti_path
+from volumes.carriers import source_file
+from volumes.nifti import WRITING
 
 from .arguments import listed, local_path
 from .provenance import read_sidecar, sidecar_path, volume_files
@@ -58,22 +61,28 @@ def check_paths(
     written = [file for pair in zip(files, records, strict=True) for file in volume_files(*pair)]
     if len(set(written)) < len(written):
         raise ValueError(f"two volumes would write {max(written, key=written.count)}; choose other paths")
-    read = {Path(os.path.expanduser(one)).resolve() for one in inputs if isinstance(one, (str, PathLike))}
+    sources = [one if isinstance(one, (str, PathLike)) else source_file(one) for one in inputs]
+    read = {Path(os.path.expanduser(one)).resolve() for one in sources if one is not None}
     if lost := [str(path) for path in written if path.resolve() in read]:
         raise ValueError(f"{lost[0]} is a mask or an image of this call; write the volume to another file")
-    for path in files:
-        read_sidecar(path)
     for path in [*written, *map(sidecar_path, files)]:
         _check_place(path)
+    for path in files:
+        read_sidecar(path)
     return files
 
 
 def _check_place(path: Path) -> None:
-    """Raises: ValueError if no file can be there."""
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder; name a file")
-    folder = next(place for place in path.absolute().parents if place.exists())
-    if not folder.is_dir():
-        raise ValueError(f"{path}: {folder} is a file, not a folder; choose another path")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{path}: {folder} cannot be written to; choose another path, or change its permissions")
+    """Raises: ValueError if no file can be there. It tries: what a folder allows is not all in its permissions."""
+    try:
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder; name a file")
+        folder = next(place for place in path.absolute().parents if place.exists())
+        if not folder.is_dir():
+            raise ValueError(f"{path}: {folder} is a file, not a folder; choose another path")
+        with tempfile.TemporaryDirectory(prefix=WRITING, dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be written ({error.strerror or error}); choose another path, or change its permissions"
+        ) from error

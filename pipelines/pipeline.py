@@ -15,6 +15,7 @@ from diffusion import LatentUNet3D, check_guidance, denoise, fit_scheduler
 from diffusion.attention import check_attention_backend
 from diffusion.denoise import set_timesteps
 from diffusion.guidance import Guidance, guidance_in_effect
+from diffusion.scheduler_options import LEAST_NOISE
 
 from .arguments import flag, grid_shape, names, noise_levels, plain, real_number, translation, whole_number
 from .call import CallState, PipelineCalls, StepCallback, callback_inputs, one_at_a_time
@@ -247,6 +248,11 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
         check_attention_backend(self.unet, self._execution_device)
         scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
         set_timesteps(scheduler, steps, sigmas, self._execution_device)  # what it refuses, it refuses here
+        if sigmas and sigmas[0] < LEAST_NOISE and latents is None and strength in (None, 1):
+            raise ValueError(
+                f"sigmas begin at {sigmas[0]:g}, which takes pure noise for an image; begin at 1, or give the `latents` (or an "
+                "image and strength) that have so little noise"
+            )
         masks = None if mask is None else as_list(mask)
         editing = is_edit(strength, region, given, begins_from={"image": image, "shape": shape, "latents": latents})
         of_channels: Any = by_channel(image, self.data) if editing else image
@@ -259,7 +265,7 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
             edits = [*editings_of(self.data, images, region, **settings)]  # pyright: ignore[reportArgumentType]
             images = [edit.conditions for edit in edits if edit is not None]
         keys = [
-            (identity(one), edit and edit.identity, *sorted((name, identity(of)) for name, of in own.items()))
+            (identity(one), edit and edit.identity, *sorted((str(name), identity(of)) for name, of in own.items()))
             for one, own, edit in zip(masks, images, edits, strict=True)
         ]
         distinct = dict(zip(keys, zip(masks, images, edits, strict=True), strict=True))

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from volumes.carriers import plain_tensor
+from volumes.carriers import as_array
 
 from .arguments import listed, whole_number
 
@@ -94,12 +94,15 @@ def given_latents(latents: Any, shapes: Sequence[tuple[int, int, int, int]]) -> 
     for row, shape in zip(rows, shapes, strict=True):
         if not isinstance(row, torch.Tensor | np.ndarray):
             raise ValueError(f"latents are tensors or arrays (C, h, w, d), got {type(row).__name__}")
-        if isinstance(row, np.ndarray) and row.dtype.kind not in "iuf":
-            raise ValueError(f"latents are real numbers, got an array of {row.dtype}")
-        tensor = torch.as_tensor(plain_tensor(row) if isinstance(row, torch.Tensor) else row).detach()  # of MONAI, too
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"latents of shape {tuple(tensor.shape)} for a mask that needs {shape} (C, h, w, d)")
-        if tensor.is_complex() or tensor.dtype == torch.bool or not torch.isfinite(tensor).all():
-            raise ValueError(f"latents are finite real numbers, got {tensor.dtype} with others; replace them first")
-        tensors.append(tensor)
+        if tuple(row.shape) != shape:
+            raise ValueError(f"latents of shape {tuple(row.shape)} for a mask that needs {shape} (C, h, w, d)")
+        array = as_array(row, "latents")
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(array.astype(np.float32)).all()
+        if array.dtype == bool or not finite:
+            raise ValueError(f"latents are finite real numbers, got {row.dtype} with others; replace them first")
+        wide = np.float64 if array.dtype.itemsize > 4 else np.float32
+        tensors.append(
+            torch.from_numpy(np.ascontiguousarray(array, dtype=wide))
+        )  # in the machine's order of bytes, too
     return tensors

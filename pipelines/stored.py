@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import threading
 from os import PathLike
 from pathlib import Path
@@ -20,6 +19,7 @@ from autoencoder.weights import (
     UPLOAD,
     check_keywords,
     find_folder,
+    folder_to_save,
     loading_keywords,
     not_on_the_hub,
 )
@@ -80,9 +80,12 @@ class StoredPipeline(DiffusionPipeline):
         Args:
             kwargs: vae, unet, scheduler or data in the place of the other's; dtype, to which the components are cast, also
                 in the other pipeline. Without it they stay as they are; diffusers would cast them to float32.
-        Raises: ValueError if they do not fit each other, or if the other pipeline lacks one; TypeError for other keywords.
+        Raises: ValueError if they do not fit each other, or if the other pipeline lacks one, or is none; TypeError for other
+        keywords.
         """
         check_keywords("from_pipe", kwargs, (*PARTS, "data", "dtype", "torch_dtype"))
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise ValueError(f"from_pipe takes a pipeline, got {pipeline!r:.80}; of a folder use from_pretrained")
         kwargs = loading_keywords(kwargs)
         dtypes = [kwargs.pop(name) for name in ("torch_dtype", "dtype") if name in kwargs]
         parts = {name: getattr(pipeline, name, None) for name in PARTS}
@@ -102,19 +105,21 @@ class StoredPipeline(DiffusionPipeline):
         with the options in effect, for a file does not tell those that somebody set from a class's defaults.
 
         Raises: ValueError on `safe_serialization=False`, while a LoRA is attached, and for a scheduler that does not fit
-        the model, TypeError for keywords that it does not read, before anything is written.
+        the model, FileError if `save_directory` is a file, TypeError for keywords that it does not read, before anything is
+        written.
         """
         check_keywords("save_pretrained", kwargs, UPLOAD if push_to_hub else ())
         if not safe_serialization:
             raise ValueError("safe_serialization=False is refused: weights are saved as safetensors only")
         self.unet.check_no_lora()
+        folder = folder_to_save(save_directory)
         own = self.scheduler
         self.scheduler = fit_scheduler(own, self.unet.config["objective"], self.unet.train_steps)
         try:
             for part in (self, self.scheduler):  # the models do it themselves
                 part._internal_dict = FrozenDict({k: v for k, v in part.config.items() if k != "_name_or_path"})
             super().save_pretrained(
-                os.path.expanduser(save_directory),
+                folder,
                 variant=variant,
                 max_shard_size=max_shard_size,
                 push_to_hub=push_to_hub,

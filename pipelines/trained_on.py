@@ -5,6 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from autoencoder.weights import find_folder, not_on_the_hub
 from volumes.preprocessing import check_preprocessing, described_preprocessing
 from volumes.subjects import check_subjects, join_records
 from volumes.text import read_object
@@ -25,12 +30,14 @@ class TrainedOn:
     data: Mapping[str, Any] | None
 
 
-def read_model(path: str | Path) -> TrainedOn:
-    """Of a pipeline's folder, an autoencoder's or its run's, or a LoRA's file or folder.
+def read_model(source: str | Path) -> TrainedOn:
+    """Of a pipeline's folder, an autoencoder's or its run's, a LoRA's file or folder, or a repository of the Hub that holds one.
 
     Raises: ValueError for none of these, and for a damaged file.
     """
-    path = Path(path)
+    path = Path(source).expanduser()
+    if not path.exists() and find_folder(source) is None:
+        path = described_on_the_hub(str(source))
     if path.suffix == ".safetensors" and path.is_file():
         lora = read_lora(path)
         return TrainedOn(join_records(lora.subjects), lora.data)
@@ -40,15 +47,31 @@ def read_model(path: str | Path) -> TrainedOn:
             check_data(described)
         except ValueError as error:
             raise ValueError(f"{path}: model_index.json: {error}") from error
-        parts = [_config(path / name)[0] for name in ("vae", "unet")]
-        return TrainedOn(join_records(*parts), described_preprocessing(described))
+        (of_vae, facts), (of_unet, _) = (_config(path / name) for name in ("vae", "unet"))
+        known = {**(facts or {}), **described_preprocessing(described)}  # time points, say, the autoencoder alone knows
+        return TrainedOn(join_records(of_vae, of_unet), known)
     for folder in (path, path / "vae"):
         if (folder / "config.json").is_file():
             subjects, data = _config(folder)
             return TrainedOn(join_records(subjects), data)
-    if loras := sorted(path.glob("*.safetensors")):
-        return read_model(loras[0])
+    loras = sorted(path.glob("*.safetensors"))
+    if len(loras) > 1 and path / LORA_WEIGHT_NAME_SAFE not in loras:
+        raise ValueError(f"{path}: holds several LoRAs, {', '.join(one.name for one in loras)}; give the file of one")
+    if loras:
+        return read_model(path / LORA_WEIGHT_NAME_SAFE if len(loras) > 1 else loras[0])
     raise ValueError(f"{path}: holds no model: give the folder of a pipeline, an autoencoder or a LoRA")
+
+
+def described_on_the_hub(name: str) -> Path:
+    """The folder of what a repository of the Hub says of its models, without their weights. Raises: FileError if it cannot be had."""
+    try:
+        return Path(
+            snapshot_download(
+                name, allow_patterns=["model_index.json", "config.json", "*/config.json", LORA_WEIGHT_NAME_SAFE]
+            )
+        )
+    except (OSError, HFValidationError) as error:
+        raise not_on_the_hub(name, error) from error
 
 
 def read_generated(folder: Path) -> list[dict[str, Any]]:

@@ -115,21 +115,41 @@ def test_shapes_and_latents_of_any_type(free, pipe):
         assert torch.equal(out.volumes[0], expected.volumes[0]) and out.provenance[0]["shape"] == [7, 8, 6]
     noise = torch.randn(1, 4, 2, 2, 2, generator=seeded(3)[0])
     expected = generate(pipe, latents=noise).volumes[0]
-    for latents in (noise.numpy(), [noise[0]], [noise[0].numpy()], noise.double(), noise.numpy().astype(np.float64)):
+    array = noise.numpy()
+    others = (
+        array.astype(np.float64),
+        array.astype(">f4"),
+        array.astype(np.longdouble),
+        np.flip(np.flip(array, 2).copy(), 2),
+    )
+    for latents in (array, [noise[0]], [noise[0].numpy()], noise.double(), *others):
         assert torch.equal(generate(pipe, latents=latents).volumes[0], expected)
 
 
 WRONG = {
-    "num_inference_steps": [None, "3", 2.5, True, [3], 0, float("nan")],
-    "sigmas": ["1", 0.5, [], [1.0, "x"], [1.0, None], {1.0: 2}, [float("nan")], np.array(1.0), [[1.0, 0.5]]],
+    "num_inference_steps": [None, "3", 2.5, True, [3], 0, float("nan"), 10**9, 10**400, torch.tensor(3, device="meta")],
+    "guidance_scale": [10**400, torch.tensor(2.0, device="meta"), "2", {"mask": float("nan")}],
+    "sigmas": [
+        [0.3, 0.1],
+        [10**400],
+        "1",
+        0.5,
+        [],
+        [1.0, "x"],
+        [1.0, None],
+        {1.0: 2},
+        [float("nan")],
+        np.array(1.0),
+        [[1.0, 0.5]],
+    ],
     "batch_size": [None, "8", 0, 1.5, True],
     "num_volumes_per_mask": [None, "1", 0, 1.5, False],
-    "label_map": [[(2, 5)], "2=5", {2: None}, {2: 1.5}],
+    "label_map": [[(2, 5)], "2=5", {2: None}, {2: 1.5}, {2: 5, "2": 0}, {"²": 5}],
     "noise": [None, "no", 1],
     "return_dict": [None, "no", 0],
     "output_type": [None, ["pt"], 3, "pil", np.array(["pt", "np"])],
-    "strength": ["0.5", True, [0.5], float("nan"), 0, 1.5],
-    "margin": [None, "4", float("inf"), -1],
+    "strength": ["0.5", 10**400, True, [0.5], float("nan"), 0, 1.5],
+    "margin": [None, 10**400, "4", float("inf"), -1],
     "given": [None, "MR", 3, [3]],
     "generator": ["0", 0, [None], [0]],
     "latents": [
@@ -140,8 +160,12 @@ WRONG = {
         [None],
         np.full((1, 4, 2, 2, 2), np.nan),
         torch.zeros(1, 4, 2, 2, 2) > 0,
+        torch.zeros(1, 4, 2, 2, 2, device="meta"),
+        [torch.zeros(4, 2, 2, 2).to_sparse()],
+        [np.ma.masked_less(np.ones((4, 2, 2, 2)), 0)],
+        np.full((1, 4, 2, 2, 2), 1e300),
     ],
-    "paths": [3, [3], b"a.nii", "", [None], {"a": "b"}, "a.txt"],
+    "paths": [3, [3], b"a.nii", "", [None], {"a": "b"}, "a.txt", "a\0.nii"],
     "callback_on_step_end": [3, "f"],
 }
 
@@ -212,6 +236,44 @@ def test_places_that_cannot_be_written_are_refused_before_the_first_step(pipe, t
     }.items():
         with pytest.raises(ValueError, match=words):
             generate(pipe, output_type="nifti", paths=tmp_path / path)
+    for path, words in {
+        tmp_path / f"{'a' * 300}.nii": "cannot be written",
+        tmp_path / ".nii": "name it .nii.gz or .nii",
+        "/proc/nothing/a.nii": "cannot be written",  # whatever its permissions say
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            generate(pipe, output_type="nifti", paths=path)
+    nib.save(MASK, tmp_path / "m.nii")
+    with pytest.raises(ValueError, match="m.nii is a mask or an image of this call"):
+        generate(pipe, mask=nib.load(tmp_path / "m.nii"), output_type="nifti", paths=tmp_path / "m.nii")
+    assert not list(tmp_path.glob(".writing-*"))
+
+
+class BytesPath(os.PathLike):
+    def __fspath__(self):
+        return b"m.nii"
+
+
+def test_masks_and_images_that_cannot_be_read_are_refused_by_name(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.unet, "forward", lambda *a, **k: pytest.fail("a step was made"))
+    labels = torch.zeros(7, 8, 6, dtype=torch.int16)
+    wrong = {
+        "is on the device meta": labels.to("meta"),
+        "is sparse": labels.to_sparse(),
+        "holds complex64": labels.to(torch.complex64),
+        "holds <U1; give real numbers": labels.numpy().astype("U1"),
+        "holds objects that are no numbers": np.full((7, 8, 6), "x", object),
+        "is bytes; give os.fsdecode": BytesPath(),
+        "File name too long": "a" * 5000 + ".nii",
+    }
+    for words, given in wrong.items():
+        for asked in ({"mask": given}, {"image": given, "strength": 0.5}, {"image": MASK, "region": given}):
+            with pytest.raises(ValueError, match=words):
+                generate(pipe, **asked)
+    with pytest.raises(ValueError, match="image holds 1, MR"):
+        generate(pipe, image={1: MASK, "MR": MASK}, strength=0.5)
+    with pytest.raises(ValueError, match="image names 1, MR"):
+        generate(pipe, image={1: MASK, "MR": MASK})
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):

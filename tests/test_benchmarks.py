@@ -9,12 +9,44 @@ import planted
 import pytest
 import torch
 
-from benchmarks import headline, models, peak, report, targets
+from benchmarks import (
+    choices,
+    equal_time,
+    finetuning,
+    generation,
+    headline,
+    models,
+    peak,
+    processes,
+    report,
+    run,
+    survival,
+    targets,
+)
 from benchmarks.bench import ROOT, Bench, Job
 from benchmarks.equal_time import schedule
 from benchmarks.fits import deviation_from_proportional, power_law, predict, rise
 from benchmarks.jobs import facts
 from benchmarks.measure import measure
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (choices, "--repeats 0"),
+        (finetuning, "--k -1"),
+        (generation, "--steps 0"),
+        (generation, "--guidance_scale nan"),
+        (processes, "--steps 0"),
+        (run, "--equal_time_minutes 0"),
+        (survival, "--kills 0"),
+        (equal_time, "--model ours --minutes inf"),
+    ],
+)
+def test_numbers_that_no_benchmark_can_take_are_refused(command, words, capsys):
+    with pytest.raises(SystemExit):
+        command.parse(["--output", "x", *words.split()])
+    assert f"argument {words.split()[-2]}: got " in capsys.readouterr().err
 
 
 def test_planted_seconds_are_measured():

@@ -224,8 +224,8 @@ def foreign(module: str, name: str):
         (MetaTensor(torch.zeros(1, 4, 4, 4), affine=torch.zeros(4, 4)), "its geometry is broken"),
         (MetaTensor(torch.zeros(1, 4, 4, 4), affine=torch.eye(3)), "an affine is 4 x 4"),
         (MetaTensor(torch.zeros(1, 4, 4, 4), meta={"space": "ASL"}), "its affine leads to 'ASL'"),
-        (MetaTensor(torch.zeros(1, 4, 4, 4, dtype=torch.complex64)), "only real numbers"),
-        (np.ma.masked_equal(LABELS, 5), "a masked array: its mask would be lost"),
+        (MetaTensor(torch.zeros(1, 4, 4, 4, dtype=torch.complex64)), "give real numbers"),
+        (np.ma.masked_equal(LABELS, 5), "is a masked array, whose mask would be lost"),
     ],
 )
 def test_what_cannot_be_read_right_is_refused_by_name(mask, message):

@@ -11,6 +11,7 @@ from volumes.command import (
     INTERRUPTED,
     ArgumentParser,
     CannotContinue,
+    at_home,
     error_line,
     first_to_say,
     nearest,
@@ -311,6 +312,16 @@ def test_parsers_end_in_one_line_and_leave_no_trace_of_the_option(capsys):
         assert (
             said == "x.py: error: unrecognized arguments: --cuont 3; --cuont: did you mean --count? See x.py --help\n"
         )
+
+
+def test_the_home_folder_is_expanded_where_no_shell_does_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/u")
+    typed = ["--output=~/x", "--vae", "~/y", "own=~/z", "generate:~/m", "--title=~ about", "a~/b", "~"]
+    expected = ["--output=/home/u/x", "--vae", "/home/u/y", "own=/home/u/z", "generate:/home/u/m", *typed[5:]]
+    assert at_home(typed) == expected
+    for parser in (ArgumentParser(prog="x.py"), ConfigParser(prog="x.py")):
+        parser.add_argument("--output", type=str)
+        assert parser.parse_args(["--output=~/x"]).output == "/home/u/x"
 
 
 def test_config_files_that_cannot_be_are_refused_by_name(tmp_path):

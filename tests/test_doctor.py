@@ -294,3 +294,19 @@ def test_who_limits_quality():
     assert verdict(0.1, 1.0, 0.1) == ("WARN", "the diffusion limits it")
     assert verdict(0.5, 1.0, 0.1) == ("WARN", "both limit it")
     assert verdict(0.9, 1.0, 1.5)[0] == "OK"
+
+
+@pytest.mark.parametrize("model", ["text", [1], {"condition_dropout": 3}, None])
+def test_a_section_that_is_none_has_a_sentence_beside_the_data_that_were_examined(model, tmp_path, capsys):
+    status, report, _ = run(tmp_path, config_file(tmp_path, planted(tmp_path), model=model), capsys)
+    assert status == 1 and about(report, "cases", "WARN")
+    assert [one for level in ("WARN", "FAIL") for name in ("config", "model") for one in about(report, name, level)]
+
+
+def test_refused_files_are_not_taken_for_splits_that_were_not_asked_for(tmp_path, capsys):
+    window = {"kind": "window", "low": -9000.0, "high": -8000.0}
+    data = {**planted(tmp_path), "intensity": window}
+    _, report, _ = run(tmp_path, config_file(tmp_path, data), capsys)
+    for message in ("no volume is held out", "no volume watches"):
+        (found,) = about(report, "splits", "WARN", message)
+        assert found["remedy"] == "see the refused files"

@@ -12,7 +12,7 @@ from autoencoder import AutoencoderKL3D
 from autoencoder.adversarial import VolumeDiscriminator
 from diffusion import LatentUNet3D
 from evaluation import doctor_config
-from evaluation.doctor import main
+from evaluation.doctor import main, parse
 from evaluation.doctor_memory import GIB, autoencoder_step, measured_peak, training_bytes, unet_step
 
 VAE = {"class": "autoencoder.AutoencoderKL3D", "channels": [8, 8], "encoder_blocks": [1, 1], "decoder_blocks": [1, 1]}
@@ -182,6 +182,38 @@ def test_sizes_are_above_zero(options, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--config", str(tmp_path / "vae.yaml"), *options])
     assert options[-2] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", [["16,24,18"], ["16", "24", "18"], ["(16, 24, 18)"], ["[16,", "24,", "18]"]])
+def test_a_shape_is_typed_as_one_likes(shape, tmp_path):
+    recipe(tmp_path)
+    assert parse(["--config", str(tmp_path / "vae.yaml"), "--shape", *shape]).shape == (16, 24, 18)
+
+
+@pytest.mark.parametrize(
+    "shape", [["64"], ["64", "64"], ["[1.5, 2, 3]"], ["[8, 8, 8, 8]"], ["large"], ["8", "8", "-8"]]
+)
+def test_what_is_no_shape_is_said_in_a_sentence(shape, tmp_path, capsys):
+    recipe(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["--config", str(tmp_path / "vae.yaml"), "--shape", *shape])
+    assert f"--shape {' '.join(shape)}: give voxels along X, Y and Z" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({}, "the config has no section `model`"),
+        ("text", "model: got 'text', expected settings"),
+        ([1], "model: got [1]"),
+    ],
+)
+def test_a_model_that_is_none_is_named(section, said, tmp_path, capsys):
+    recipe(tmp_path)
+    config = yaml.safe_load((tmp_path / "vae.yaml").read_text())
+    (tmp_path / "vae.yaml").write_text(yaml.safe_dump({**config, "model": section}))
+    assert main(["--config", str(tmp_path / "vae.yaml"), "--shape", "16", "16", "16"]) == 1
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ import yaml
 from generated_sets import write_sets
 
 import evaluate
+from evaluation import copies
 from evaluation.commands import realism as realism_command
+from evaluation.commands.arguments import Command
 from evaluation.doctor import main as doctor
 from evaluation.limits import CHECKS, Data, problems
-from volumes import Case, DataConfig
+from volumes import Case, DataConfig, load_cases
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,14 @@ def test_limits_are_known_from_the_counts(command, train, test, options, said):
         assert any(said in one for one in found), found
 
 
+def test_a_segmenters_shape_is_checked_before_anything_is_generated(folder):
+    config = DataConfig(**yaml.safe_load((folder / "ldm.yaml").read_text())["data"])
+    data = Data(load_cases(config), config)
+    for command in ("dice", "few_labels", "pretrain", "samplers"):
+        found = problems(command, data, {"shape": [10, 16, 16], "labels": ["all"]})
+        assert "shape (10, 16, 16): every side must be a multiple of 8, and at least 16" in found
+
+
 def test_sizes_are_checked_where_they_are_known():
     some = cases(10, 4)
     assert any("7 a side" in one for one in problems("realism", Data(some, CONFIG, [(16, 6, 16), (16, 16, 6)])))
@@ -81,6 +91,9 @@ def test_the_doctor_says_them_before_training(folder, capsys):
     assert "WARN evaluation: evaluate.py privacy will refuse these splits: of 4 unseen subjects" in said
     assert "WARN evaluation: evaluate.py few_labels will refuse these splits: --labels 16: give numbers" in said
     assert "OK   evaluation: the splits are large enough for reconstruction, realism, dice" in said
+    advice = dict(zip(said.splitlines(), said.splitlines()[1:], strict=False))
+    few = next(line for line in advice if "few_labels will refuse" in line)
+    assert advice[few].strip() == "-> give such --labels, or leave the command out"  # not to hold out more
 
 
 def test_a_command_says_them_before_it_reads_a_volume(folder, monkeypatch, tmp_path):
@@ -136,6 +149,12 @@ def test_all_writes_the_page_with_what_succeeded_and_names_the_rest(folder, tmp_
     assert "<h2>Not measured" not in (tmp_path / "report.html").read_text()
 
 
+def test_a_damaged_report_of_an_earlier_run_loses_nothing(folder, tmp_path):
+    (tmp_path / "realism.json").write_text('{"evaluation": "real')
+    page = everything(folder, tmp_path, "--parts", "realism", "--set", "realism.parts=consistency")
+    assert list(page["reports"]) == ["realism"] and json.loads((tmp_path / "realism.json").read_text())["consistency"]
+
+
 def test_nothing_is_generated_for_what_cannot_be_measured(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "generate_volumes", lambda *_: pytest.fail("generated first"))
     args = ["all", "--config", str(folder / "ldm.yaml"), "--device", "cpu", "--output", str(tmp_path)]
@@ -143,6 +162,27 @@ def test_nothing_is_generated_for_what_cannot_be_measured(folder, tmp_path, monk
         evaluate.main([*args, "--pipeline", "weights/hippocampus", "--parts", "privacy"])
     with pytest.raises(ValueError, match="dice has no option sides"):
         evaluate.main([*args, "--pipeline", "weights/hippocampus", "--parts", "dice", "--set", "dice.sides=3"])
+
+
+@pytest.mark.parametrize("command", ["reconstruction", "realism", "dice", "privacy"])
+def test_a_report_that_cannot_be_written_is_told_before_the_work(folder, tmp_path, monkeypatch, command):
+    monkeypatch.setattr(Command, "run", lambda *_: pytest.fail("worked first"))
+    (tmp_path / "file").touch()
+    args = [command, "--config", str(folder / "ldm.yaml"), "--device", "cpu"]
+    args += ["--vae", "weights/hippocampus"] if command == "reconstruction" else ["--synthetic", str(folder / "fresh")]
+    monkeypatch.setattr("evaluation.commands.common.check_judged", lambda *_: None)
+    for output, said in ((tmp_path, "is a folder; give a file in it"), (tmp_path / "file/x.json", "cannot be written")):
+        with pytest.raises(ValueError, match=f"--output {output}: {said}"):
+            evaluate.main([*args, "--output", str(output)])
+
+
+@pytest.mark.parametrize("program", [doctor, copies.main])
+def test_nor_is_one_of_the_other_programs(folder, tmp_path, monkeypatch, program):
+    for work in ("evaluation.doctor.before_training", "evaluation.copies.VolumeDataset"):
+        monkeypatch.setattr(work, lambda *_: pytest.fail("worked first"))
+    more = [] if program is doctor else ["--alpha", "0.3"]
+    with pytest.raises(ValueError, match=f"--output {tmp_path}: is a folder"):
+        program(["--config", str(folder / "ldm.yaml"), "--output", str(tmp_path), *more])
 
 
 def test_few_generated_volumes_are_told_before_features_are_taken(folder, tmp_path, monkeypatch):

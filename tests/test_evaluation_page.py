@@ -210,6 +210,8 @@ def test_what_cannot_be_shown_or_set_is_refused(folder, tmp_path):
             everything(folder, "--parts", "dice", "--set", f"dice.{option}")
     with pytest.raises(ValueError, match=r"--set names \['privacy'\], which is not among --parts"):
         everything(folder, "--parts", "dice", "--set", "privacy.alpha=0.1")
+    with pytest.raises(ValueError, match="reconstruction: the following arguments are required: --vae$"):
+        everything(folder, "--parts", "reconstruction")
     with pytest.raises(ValueError, match="dice: .*seeds"):
         everything(folder, "--parts", "dice", "--set", "dice.seeds=many")
     with pytest.raises(ValueError, match="dice takes one folder of --synthetic, not 2"):

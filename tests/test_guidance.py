@@ -96,7 +96,7 @@ def test_the_command_line_takes_the_same_scales(capsys):
     for text in ("-1", "nan", "inf", "two"):
         with pytest.raises(SystemExit):
             generate.parse([*given, text])
-        assert f"--guidance_scale: '{text}': a number of 0 or more is expected" in capsys.readouterr().err
+        assert "--guidance_scale: got" in (said := capsys.readouterr().err) and "expected a number, 0 or more" in said
 
 
 def test_one_call_a_step_and_none_more_without_guidance():

@@ -19,6 +19,7 @@ import generate as command
 import train_ldm
 from pipelines import MedVolumePipeline
 from pipelines.lora import add_lora, save_lora
+from pipelines.trained_on import read_model
 from training import TrainLdmConfig, initialise_from, parse_config
 from training.config import LoraConfig
 from volumes.config import DataConfig, PhantomConfig
@@ -359,6 +360,52 @@ def test_what_is_saved_is_one_lora_and_no_pickle(saved, tmp_path):
     assert pipe.save_lora_weights(tmp_path, is_main_process=False) == tmp_path / FILE and not [*tmp_path.iterdir()]
 
 
+def test_a_loras_name_is_of_its_file_whatever_its_type(saved, tmp_path):
+    """Loaded in float32 or half, cast after or before: one name. Changed in place: another."""
+    tiny_pipeline().save_pretrained(tmp_path)
+    names = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        first, second = (
+            MedVolumePipeline.from_pretrained(tmp_path),
+            MedVolumePipeline.from_pretrained(tmp_path, dtype=dtype),
+        )
+        for pipe in (first, second):
+            pipe.load_lora_weights(saved[0], adapter_name="look")
+        names += [first.to(dtype).model_hash, second.model_hash]
+    assert len(set(names)) == 1 and names[0] != MedVolumePipeline.from_pretrained(tmp_path).model_hash
+    with torch.no_grad():
+        next(value for name, value in first.unet.named_parameters() if "lora_B" in name).mul_(2)
+    assert first.model_hash != names[0]
+
+
+def test_of_several_loras_in_a_folder_the_usual_one_is_read(saved, tmp_path):
+    for name in ("b.safetensors", "c.safetensors"):
+        shutil.copy(saved[0] / FILE, tmp_path / name)
+    with pytest.raises(ValueError, match="holds several LoRAs, b.safetensors, c.safetensors; give the file of one"):
+        read_model(tmp_path)
+    (tmp_path / "b.safetensors").write_text("damaged")
+    shutil.copy(saved[0] / FILE, tmp_path)
+    assert read_model(tmp_path) == read_model(saved[0])
+
+
+def test_names_and_scales_of_loras_are_checked(saved, tmp_path):
+    pipe = tiny_pipeline()
+    for name in ("a.b", "", 3):
+        with pytest.raises(ValueError, match="adapter_name is a text without dots"):
+            pipe.load_lora_weights(saved[0], adapter_name=name)
+    pipe.load_lora_weights(saved[0], adapter_name="look")
+    for scale in (float("nan"), "x", [float("inf")], {"mid": None, "up": "x"}):
+        with pytest.raises(ValueError, match="adapter_weights is a finite number"):
+            pipe.set_adapters("look", scale)
+    with pytest.raises(ValueError, match="no LoRA 'lok' is attached"):
+        pipe.delete_adapters("lok")
+    with pytest.raises(ValueError, match="unet_lora_layers is a state dict or a module; got int"):
+        pipe.save_lora_weights(tmp_path, 3)
+    with pytest.raises(TypeError, match="nonsense; it takes .*subfolder.*weight_name"):
+        pipe.load_lora_weights(saved[0], nonsense=1)
+    assert pipe.get_active_adapters() == ["look"]
+
+
 def test_a_lora_is_swapped_for_another_in_its_place(saved, tmp_path):
     """Of another rank too; what has other layers leaves the first as it was."""
     trained_lora(tmp_path / "other", seed=1, rank=6)
@@ -375,8 +422,13 @@ def test_a_lora_is_swapped_for_another_in_its_place(saved, tmp_path):
     with pytest.raises(ValueError, match="a LoRA 'look' is attached already"):
         pipe.load_lora_weights(saved[0], adapter_name="look")
     assert torch.equal(generate(pipe), saved[2])
+    pipe.unet.lora_subjects = {"look": [{"salt": "of the first"}]}
     pipe.load_lora_weights(tmp_path / "other", adapter_name="look", hotswap=True)
+    assert pipe.unet.lora_subjects == {"look": None}  # its file has no record
     close(generate(pipe), generate(other))
+    for names in (["lok"], "look"):  # peft would fuse nothing, and say nothing
+        with pytest.raises(ValueError, match="fuse_lora: no LoRA 'lok' is attached|adapter_names is a list"):
+            pipe.fuse_lora(adapter_names=names)
     assert pipe.model_hash == other.model_hash
     assert pipe.get_active_adapters() == ["look"]
 

@@ -9,7 +9,7 @@ import diffusers.pipelines
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.pipelines import pipeline_loading_utils
 from safetensors.torch import load_file, save_file
 from tiny import mask_image, seeded, tiny_pipeline
@@ -262,6 +262,21 @@ def test_a_component_of_another_kind_is_named():
     for name, wrong in (("vae", pipe.unet), ("vae", None), ("unet", "weights/unet"), ("scheduler", None)):
         with pytest.raises(ValueError, match=f"{name} is {type(wrong).__name__}; a .* is needed"):
             MedVolumePipeline(**{**pipe.components, name: wrong}, data=pipe.data)
+
+
+def test_what_is_no_pipeline_no_folder_and_no_scheduler_is_named(tmp_path):
+    pipe = tiny_pipeline()
+    for wrong in ("folder", None, pipe.unet, MedVolumePipeline):
+        with pytest.raises(ValueError, match="from_pipe takes a pipeline"):
+            MedVolumePipeline.from_pipe(wrong)
+    (tmp_path / "file").write_text("mine")
+    for part in (pipe, pipe.unet, pipe.vae):  # where diffusers only logs that nothing was saved
+        with pytest.raises(OSError, match="file: is a file; give a folder to save to"):
+            part.save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+    pipe.scheduler = DDIMScheduler
+    with pytest.raises(ValueError, match="the scheduler is the class DDIMScheduler; give DDIMScheduler.from_config"):
+        pipe(mask_image((8, 8, 8)))
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", None])

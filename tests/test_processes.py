@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
+from jsonargparse import Namespace
 from tiny import labels_of, tiny_pipeline
 
 import evaluate
 from benchmarks import forked
 from benchmarks.phantom_set import write_phantoms
 from benchmarks.processes import DATA, LOOP, VAE, compare
-from evaluation.commands import common
+from evaluation.commands import COMMANDS, common, everything
 from evaluation.commands.ledger import Ledger
 from training import join_processes, list_checkpoints
 
@@ -214,9 +215,31 @@ def test_commands_that_cannot_be_shared_are_the_main_processs(monkeypatch):
             pass
 
     monkeypatch.setattr(common, "PartialState", State)
-    assert common.run_command(Command, None, None, None) == {} and Command.ran == 0
+    assert common.run_command(Command, Namespace(), None, None) == {} and Command.ran == 0
     Command.divides = True
-    assert common.run_command(Command, None, None, None) == {"figure": 1}
+    assert common.run_command(Command, Namespace(), None, None) == {"figure": 1}
+
+
+def test_what_one_process_refuses_leaves_no_other_waiting(monkeypatch):
+    """Of two processes: an error in a part that they share ends both; in one that is the main process's own, both go on."""
+
+    class State:
+        is_main_process, num_processes, waited = True, 2, 0
+
+        def wait_for_everyone(self):
+            State.waited += 1
+
+    def refuse(*_):
+        raise ValueError("seen")
+
+    for module in (common, everything):
+        monkeypatch.setattr(module, "PartialState", State)
+    monkeypatch.setattr(common, "check_judged", refuse)
+    monkeypatch.setattr(everything, "broadcast_object_list", lambda values: values)
+    with pytest.raises(ValueError, match="seen"):
+        everything.attempt(COMMANDS["dice"], None, None, None)
+    assert not State.waited  # there the others are at work
+    assert everything.attempt(COMMANDS["privacy"], None, None, None) == "seen" and State.waited == 1
 
 
 def test_all_generates_first(tmp_path):

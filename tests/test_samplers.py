@@ -126,6 +126,10 @@ def test_the_command_goes_on_and_refuses_what_was_measured_otherwise(data, tmp_p
     with pytest.raises(ValueError, match="was measured with another seed; choose another --output"):
         samplers.main([*own, "--seed", "1"])
     with pytest.raises(ValueError, match="was measured with another data; choose another --output"):
+        samplers.main([*own, "--data.label_map", "{9: 2}"])
+    with pytest.raises(
+        ValueError, match=r"prepared in another way:\n  spacing: it learned .*, the data has 2 x 2 x 2 mm"
+    ):
         samplers.main([*own, "--data.spacing", "[2, 2, 2]"])
     with pytest.raises(ValueError, match=r"holds a segmenter of .*spacing.*choose another --segmenter"):
         new = str(tmp_path / "c.json")

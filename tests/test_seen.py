@@ -19,12 +19,13 @@ import generate
 import train_ldm
 import train_vae
 from autoencoder.model import deciding
-from evaluation import doctor
+from evaluation import doctor, editing, samplers
 from evaluation.copies import CopyCheck, check_unseen_subjects
 from evaluation.copies import main as make_fingerprints
 from evaluation.seen import check_models, read_judged
 from pipelines import MedVolumePipeline
 from pipelines.trained_on import GENERATED, read_generated, read_model
+from training.splits import refuse_seen
 from volumes import Case, DataConfig, load_cases, read_volume, write_volume
 from volumes.subjects import (
     UNRECORDED,
@@ -142,6 +143,12 @@ def test_damaged_records_are_refused(damaged, trained, tmp_path):
         read_model(tmp_path / "vae")
     with pytest.raises(ValueError, match=r"config.json: subjects is no list of records"):
         train_ldm.load_autoencoder(tmp_path / "vae")
+
+
+@pytest.mark.parametrize("damaged", ["x", [1], [{"salt": "a", "train": {}, "validation": {}}]])
+def test_no_training_starts_from_a_model_of_damaged_records(damaged, trained):
+    with pytest.raises(ValueError, match="init_from x: config.json: subjects is no list of records"):
+        refuse_seen(damaged, section(trained), None, "init_from x")
 
 
 # What training leaves
@@ -282,6 +289,41 @@ def test_every_command_refuses_volumes_of_a_model_that_saw_the_judges(command, t
         evaluate.main([*arguments, "--data.test_fraction", "0.3"])
 
 
+@pytest.mark.parametrize("way", [["--vae=~/vae"], ["--vae", "~/vae"], ["--models", "~/vae"], ["--models", "user/vae"]])
+def test_no_way_to_name_a_model_goes_round_the_check(way, trained, tmp_path, monkeypatch):
+    """A home folder that no shell expanded, and a repository of the Hub."""
+    monkeypatch.setenv("HOME", str(trained))
+    monkeypatch.setattr("pipelines.trained_on.snapshot_download", lambda name, **_: trained / name.partition("/")[2])
+    arguments = ["reconstruction", "--config", str(trained / "data/config.yaml"), "--output", str(tmp_path / "r.json")]
+    arguments += [*way, *([] if "--vae" in way[0] else ["--vae", str(trained / "vae")])]
+    with pytest.raises(ValueError, match="vae: learned from 1 subject that is held out here"):
+        evaluate.main([*arguments, "--data.test_fraction", "0.3"])
+
+
+def test_a_model_that_is_nowhere_is_refused_before_the_work(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.seen.read_judged", lambda *_: pytest.fail("read volumes first"))
+    arguments = ["--config", str(trained / "data/config.yaml"), "--output", str(tmp_path / "r.json")]
+    for named, said in (
+        (["reconstruction", "--vae", str(tmp_path / "gone")], "gone: no autoencoder there"),
+        (["dice", "--models", str(tmp_path / "gone")], "gone: no such folder"),
+        (["dice", "--models", "user/gone"], "user/gone: no such folder here, nor is it found on the Hub"),
+        (["realism", "--synthetic", "x", "--extractor", f"own={tmp_path / 'gone'}"], "gone: no such file or folder"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            evaluate.main([*named, *arguments])
+    monkeypatch.setattr(doctor, "before_training", lambda *_: pytest.fail("looked at the data first"))
+    with pytest.raises(ValueError, match="gone: no autoencoder there"):
+        doctor.main([*arguments[:2], "--pipeline", str(tmp_path / "gone")])
+
+
+def test_doctor_keeps_what_it_found_where_a_model_cannot_be_loaded(trained, tmp_path, capsys):
+    shutil.copytree(trained / "vae", tmp_path / "vae")
+    next((tmp_path / "vae").glob("*.safetensors")).write_bytes(b"damaged")
+    assert doctor.main(["--config", str(trained / "data/config.yaml"), "--pipeline", str(tmp_path / "vae")]) == 1
+    said = capsys.readouterr().out
+    assert "OK   cases: 20 volumes" in said and f"FAIL model: {tmp_path / 'vae'}" in said
+
+
 def test_all_refuses_before_it_generates(trained, tmp_path):
     arguments = ["all", "--config", str(trained / "data/config.yaml"), "--output", str(tmp_path / "page")]
     with pytest.raises(ValueError, match="pipeline: learned from 1 subject"):
@@ -342,6 +384,28 @@ def test_a_folder_of_generated_volumes_knows_its_models(generated, tmp_path):
     shutil.copytree(generated, tmp_path / "g")
     (tmp_path / "g" / GENERATED).unlink()
     assert read_generated(tmp_path / "g") == [UNRECORDED]
+
+
+def test_a_pipeline_knows_what_its_autoencoder_knows(trained, tmp_path):
+    shutil.copytree(trained / "pipeline", tmp_path / "p")
+    path = tmp_path / "p/vae/config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "data": {**config["data"], "time_point": {"image": 2}}}))
+    learned = read_model(tmp_path / "p").data
+    assert learned is not None and learned["time_point"] == {"image": 2}
+
+
+@pytest.mark.parametrize("program", [samplers, editing])
+def test_a_loaded_pipeline_is_not_judged_on_volumes_prepared_otherwise(program, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(samplers, "prepare", lambda *_: pytest.fail("worked first"))
+    monkeypatch.setattr(editing, "measure", lambda *_: pytest.fail("worked first"))
+    monkeypatch.setattr(samplers, "check_command", lambda *_: None)
+    arguments = ["--config", str(trained / "data/config.yaml"), "--output", str(tmp_path / "r.json")]
+    arguments += ["--pipeline", str(trained / "pipeline"), "--data.intensity", "{kind: window, low: 0, high: 500}"]
+    with pytest.raises(
+        ValueError, match="pipeline: learned from volumes .*\n.*window 0 to 1100, the data has window 0 to 500"
+    ):
+        program.main(arguments)
 
 
 def test_doctor_names_the_overlap(trained, tmp_path, capsys):

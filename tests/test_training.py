@@ -265,6 +265,9 @@ def test_the_table_of_a_resumed_run_has_every_step_once(tmp_path):
         return [line.split(",")[:2] for line in text.splitlines()]
 
     assert steps((tmp_path / "run/metrics.csv").read_text()) == steps(whole)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    line_loop(line_config(tmp_path, *args, "--resume=latest"))[0].run()  # of a run that had ended
+    assert steps((tmp_path / "run/metrics.csv").read_text()) == steps(whole)
 
 
 def test_trackers_that_cannot_work_are_refused_before_the_work(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from volumes import DataConfig, PhantomConfig, load_cases
+from volumes.intensity import IntensityScaling
 
 ROWS = [
     {"scan": "a1", "patient": "A", "fold": "train", "age": "50"},
@@ -195,8 +196,8 @@ def test_two_volumes_of_one_name(tabled, tmp_path):
         ({"images": "*.nii", "phantom": PhantomConfig()}, "remove images"),
         ({"images": "*.nii", "split": "s", "test_fraction": 0.1}, "test_fraction has no effect"),
         ({"images": "*.nii", "subject": "s", "group_by": "x"}, "say the same thing twice"),
-        ({"images": "*.nii", "validation_fraction": 1.0}, r"lies in \[0, 1\)"),
-        ({"images": {"CT": "*.nii"}, "intensity": {"MR": None}}, "intensity names the channels"),
+        ({"images": "*.nii", "validation_fraction": 1.0}, "got 1.0, expected a number, 0 or more and below 1"),
+        ({"images": {"CT": "*.nii"}, "intensity": {"MR": IntensityScaling()}}, "intensity names the channels"),
         ({"images": {"CT": "*.nii"}, "time_point": {"MR": 0}}, "time_point names the channels"),
         ({"images": "*.nii", "group_by": "(a"}, r"group_by '\(a' is no regular expression: missing \)"),
         ({"images": "*.nii", "label_map": {5: 7}, "label_names": {0: "air"}}, r"label_map leads to \[7\]"),

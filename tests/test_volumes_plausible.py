@@ -1,5 +1,6 @@
 """Geometry that cannot be meant, and files whose names belie their contents: refused or said, with the remedy."""
 
+import bz2
 import gzip
 import warnings
 
@@ -166,6 +167,27 @@ def test_contradicting_transforms(qform, detail):
     assert not contradiction(read_volume(twofold(qform, codes=(0, 1))).source)
 
 
+@pytest.mark.parametrize(("field", "value"), [("quatern_b", np.nan), ("quatern_b", 5), ("qoffset_x", np.nan)])
+def test_a_broken_qform_beside_a_sform_is_told_of(field, value, tmp_path):
+    nib.save(twofold(np.eye(4)), tmp_path / "a.nii")
+    header = nib.load(tmp_path / "a.nii").header.copy()  # pyright: ignore
+    header[field] = value
+    data = (tmp_path / "a.nii").read_bytes()
+    (tmp_path / "a.nii").write_bytes(header.binaryblock + data[348:])
+    volume = read_volume(tmp_path / "a.nii")
+    assert volume.source is not None
+    assert contradiction(volume.source) == "the numbers of the qform make no transform"
+    np.testing.assert_array_equal(to_nibabel(volume).get_qform(coded=True)[0], np.eye(4))
+
+
+def test_units_and_axes_that_are_none_are_refused():
+    for keywords in ({"units": "inch"}, {"units": ["mm"]}, {"axes": "ZYXC"}):
+        with pytest.raises(VolumeError, match="expected one of"):
+            read_volume(image_of(), **keywords)
+    with pytest.raises(VolumeError, match="1000 x 1000 x 1000 mm.* such as data.units: um"):
+        read_volume(image_of(affine=np.diag([1000.0, 1000, 1000, 1])))
+
+
 ODD = {  # what is said of it, by what it is
     "sform and qform contradict each other": lambda: twofold(np.diag([-1.0, -1, 1, 1])),
     "the header's unit is not mm": lambda: image_of(affine=np.diag([0.003, 0.003, 0.003, 1]), unit="meter"),
@@ -252,6 +274,15 @@ def other_names(tmp_path):
     return contents
 
 
+OTHERS = {
+    "fork": b"\x00\x05\x16\x07" + bytes(400),
+    "zip": b"PK\x03\x04" + bytes(400),
+    "bzip2": bz2.compress(bytes(400)),
+    "page": b"<!DOCTYPE html>\n<html>",
+    "noise": b"\0\0\0\1" + bytes(400),
+}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
@@ -268,10 +299,16 @@ def other_names(tmp_path):
         ("a.mha.gz", "gzip .mha", "is gzip by its content; unpack it"),
         ("a.nii.gz", "gzip .nii.gz", "is gzip within gzip"),
         ("._a.nii.gz", "fork", "is a resource fork .* take a.nii.gz"),
+        ("a.nii.gz", "zip", "is a zip archive by its content; unpack it"),
+        ("a.nii", "zip", "is a zip archive by its content; unpack it"),
+        ("a.nii.gz", "bzip2", "is bzip2 by its content; unpack it"),
+        ("a.nii.gz", "page", "is a web page by its content, .* fetch the file itself"),
+        ("a.nii.gz", "noise", r"is no gzip, though its name ends in .gz; fetch it anew"),
+        ("a.mgz", "gzip noise", "is of no kind that is known"),
     ],
 )
 def test_names_that_belie_their_contents(name, content, reason, tmp_path):
-    kind, contents = content.removeprefix("gzip "), {**other_names(tmp_path), "fork": b"\x00\x05\x16\x07" + bytes(400)}
+    kind, contents = content.removeprefix("gzip "), {**other_names(tmp_path), **OTHERS}
     data = gzip.compress(contents[kind]) if kind != content else contents[kind]
     (tmp_path / name).write_bytes(data)
     for read in (read_volume, read_mask):

@@ -83,7 +83,10 @@ def test_lines_are_counted_as_a_spreadsheet_does(tmp_path):
         ("a;b,c\n1;2,3\n", "may be separated by commas or semicolons; say which .* sep=,"),
         ("case;age\nc00;50;7\n", "line 2 has 3 values.* separated by semicolons"),
         ('[{"case": "c00"}]', "is JSON by its content; rename it"),
-        (gzip.compress(b"case\nc00\n"), r"is gzip, .*rename it to t.csv.gz"),
+        (gzip.compress(b"case\nc00\n", mtime=0), r"is gzip, .*rename it to t.csv.gz"),
+        ("# of 2024\ncase,age\nc00,50\n", "line 2 has 2 values.*remove what stands above the header"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "is a Git LFS pointer"),
+        ("\n<!DOCTYPE html>\n<html></html>", "is a web page by its content"),
     ],
 )
 def test_what_cannot_be_read_right_is_refused(tmp_path, content, reason):
@@ -97,11 +100,13 @@ def test_columns_that_nobody_reads_may_hold_anything(tmp_path):
 
 
 def test_gzip_tables(tmp_path):
-    packed = gzip.compress(b"case,age\nc00,50\nc01,60\n")
+    packed = gzip.compress(b"case,age\nc00,50\nc01,60\n", mtime=0)
     assert read_table(table(tmp_path, packed, "t.csv.gz")) == RIGHT
     assert read_table(table(tmp_path, gzip.compress(json.dumps(RIGHT).encode()), "t.json.gz")) == RIGHT
     with pytest.raises(ValueError, match="is no gzip, .*rename it to t.csv"):
         read_table(table(tmp_path, "case,age\nc00,50\n", "t.csv.gz"))
+    with pytest.raises(ValueError, match="is gzip within gzip"):
+        read_table(table(tmp_path, gzip.compress(packed), "t.csv.gz"))
     with pytest.raises(ValueError, match="damaged gzip"):
         read_table(table(tmp_path, packed[:-9], "t.csv.gz"))
 
@@ -111,6 +116,20 @@ def test_json_tables(tmp_path):
     rows = read_table(table(tmp_path, text, "t.json"))
     assert rows == [{"case": "c00", "age": ""}, {"case": "c01", "age": ""}]
     assert [row.place for row in rows] == ["entry 1", "entry 4"]
+    assert read_table(table(tmp_path, '[{"a": 1.0}, {"b": 1.5}]', "t.json")) == [{"a": 1, "b": ""}, {"a": "", "b": 1.5}]
+
+
+def test_a_subject_of_json_is_one_however_its_number_is_written(tmp_path):
+    """pandas writes 1.0 as soon as one cell of the column was empty. A missing path is an empty cell."""
+    for name in "abc":
+        (tmp_path / f"{name}.nii.gz").touch()
+    rows = [{"file": "a", "id": 1}, {"file": "b", "id": "1"}, {"file": "c", "id": 1.0}]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    config = DataConfig(root=str(tmp_path), table="t.json", images="{file}.nii.gz", subject="id", validation_fraction=0)
+    assert [case.subject for case in load_cases(config)] == ["1", "1", "1"]
+    (tmp_path / "t.json").write_text(json.dumps([*rows, {"id": 2}]))
+    with pytest.raises(ValueError, match="t.json: entry 4 has no value for 'file'"):
+        load_cases(config)
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,14 @@ def test_few_voxels_within_the_window_are_a_warning(tmp_path, caplog):
     assert "cuts off most of 1 of 3 volumes" in line and "b.nii.gz (3.0%)" in line
 
 
+def test_a_window_that_makes_two_values_of_many_is_a_warning(tmp_path, caplog):
+    """All voxels lie outside of it, on both sides."""
+    save(tmp_path / "images" / "a.nii.gz", np.random.default_rng(0).normal(size=SHAPE))
+    with caplog.at_level("WARNING"):
+        dataset(tmp_path, intensity=IntensityScaling("window", 1e-9, 2e-9))
+    assert "cuts off most of 1 of 1 volumes" in caplog.text and "a.nii.gz (0.0%)" in caplog.text
+
+
 def test_an_image_that_is_given_out_of_its_window_is_refused():
     pipe = tiny_pipeline(num_labels=0, labels={}, intensity=[CT])
     values = np.linspace(1000, 4000, 1728, dtype=np.float32).reshape(1, 12, 12, 12)

@@ -39,6 +39,7 @@ from .output import write_text
 
 Config = TypeVar("Config")
 logger = logging.getLogger("training")
+MOST_WORKERS, MOST_MINUTES = 1024, 366 * 24 * 60
 RHYTHM = (
     "log_every",
     "validate_every",
@@ -124,7 +125,7 @@ class LoopConfig:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     compile: bool = False
     shard: bool = False
-    workers: NonNegativeInt | None = None
+    workers: Annotated[int, Range(0, MOST_WORKERS)] | None = None
     ema_decay: ShareBelowOne = 0.999
     log_every: PositiveInt = 20
     validate_every: NonNegativeInt = 500
@@ -133,7 +134,7 @@ class LoopConfig:
     checkpoint_every: NonNegativeInt = 500
     keep_checkpoints: NonNegativeInt = 2
     max_skipped: PositiveInt = 20
-    patience: PositiveFloat = 120.0
+    patience: Annotated[float, Range(0, MOST_MINUTES, above=True)] = 120.0
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
 

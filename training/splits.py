@@ -9,7 +9,14 @@ import numpy as np
 from nibabel.orientations import aff2axcodes
 
 from volumes import DataConfig, VolumeDataset, load_cases, pad_sample
-from volumes.subjects import describe_overlap, find_overlap, is_complete, record_subjects, refuse_overlap
+from volumes.subjects import (
+    check_subjects,
+    describe_overlap,
+    find_overlap,
+    is_complete,
+    record_subjects,
+    refuse_overlap,
+)
 
 logger = logging.getLogger("training")
 
@@ -58,6 +65,10 @@ def refuse_seen(
     Volumes of the test split are known by their names alone, for training does not read them.
     Raises: ValueError naming them, unless `accepted`; then, and for a model without a record, there is a warning.
     """
+    try:
+        check_subjects(records)
+    except ValueError as error:
+        raise ValueError(f"{model}: config.json: {error}") from error
     records = records or []
     if not is_complete(records):
         logger.warning(

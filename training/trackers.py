@@ -23,6 +23,7 @@ class CsvTracker(GeneralTracker):
     def __init__(self, folder: str | Path):
         super().__init__()
         self.path = Path(folder) / TABLE
+        self.kept: set[tuple[str, str]] = set()
 
     @property
     def tracker(self) -> Path:
@@ -39,6 +40,7 @@ class CsvTracker(GeneralTracker):
         if self.path.is_file():
             with self.path.open(newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.reader(file) if len(row) == 3 and row[0].isdecimal() and int(row[0]) <= step]
+        self.kept = {(step_, name) for step_, name, _ in rows}
         partial = self.path.with_name(f".partial_{TABLE}")
         with partial.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
@@ -46,9 +48,10 @@ class CsvTracker(GeneralTracker):
 
     @on_main_process
     def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Add a row for each value."""
+        """Add a row for each value; of a run that had ended and is resumed, its last validation is there."""
+        rows = [[step, name, value] for name, value in values.items() if (str(step), name) not in self.kept]
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([step, name, value] for name, value in values.items())
+            csv.writer(file).writerows(rows)
 
 
 def choose_trackers(names: Sequence[str], folder: str | Path) -> list[Any]:

@@ -78,17 +78,34 @@ def source_file(source: Any) -> str | None:
     return str(found) if isinstance(found, str | os.PathLike) and str(found) else None
 
 
-def as_array(array: Any) -> np.ndarray:
-    """An array or tensor, on whatever device, as an array; bfloat16, which numpy lacks, as float32.
+def as_array(array: Any, name: str = "the array") -> np.ndarray:
+    """An array or tensor, on whatever device, as an array of real numbers; what numpy lacks (bfloat16, eight bits) as float32.
+    Messages call it `name`.
 
-    Raises: VolumeError for a masked array, whose mask would be lost.
+    Raises: VolumeError for a masked array, whose mask would be lost, a tensor without values or not dense, and for what is no
+    real number.
     """
     if isinstance(array, np.ma.MaskedArray):
-        raise VolumeError("a masked array: its mask would be lost; fill it first (array.filled(value))")
-    if not isinstance(array, torch.Tensor):
-        return np.asarray(array)
-    array = plain_tensor(array).detach().cpu()
-    return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+        raise VolumeError(f"{name}: is a masked array, whose mask would be lost; fill it first (array.filled(value))")
+    if isinstance(array, torch.Tensor):
+        array = plain_tensor(array).detach()
+        if array.is_meta:
+            raise VolumeError(f"{name}: is on the device meta, and has no values; give one on another device")
+        if array.layout != torch.strided or array.is_quantized:
+            raise VolumeError(
+                f"{name}: is sparse or quantized; give a dense tensor (tensor.to_dense(), tensor.dequantize())"
+            )
+        small = array.is_floating_point() and (array.dtype == torch.bfloat16 or array.dtype.itemsize == 1)
+        array = (array.float() if small else array).resolve_conj().resolve_neg().cpu().numpy()
+    array = np.asarray(array)
+    if array.dtype.kind == "O":  # of numbers, by chance
+        try:
+            array = array.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise VolumeError(f"{name}: holds objects that are no numbers; give numbers") from error
+    if array.dtype.kind not in "biuf":
+        raise VolumeError(f"{name}: holds {array.dtype}; give real numbers")
+    return array
 
 
 def plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -114,7 +131,10 @@ def _reader(source: Any) -> Callable[[Any, str], tuple[np.ndarray, np.ndarray]] 
     if _library(source) == "SimpleITK" and hasattr(source, "GetDirection"):
         return _read_simple_itk
     if _library(source) == "torchio" and isinstance(getattr(source, "data", None), torch.Tensor):
-        return lambda image, name: (_channels_last(as_array(image.data)), np.asarray(image.affine, dtype=np.float64))
+        return lambda image, name: (
+            _channels_last(as_array(image.data, name)),
+            np.asarray(image.affine, dtype=np.float64),
+        )
     return None
 
 
@@ -130,7 +150,7 @@ def _read_tensor(tensor: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
         raise VolumeError(f"{name}: its affine leads to {space!r}; RAS and LPS are known")
     if space == "LPS" and affine.shape == (4, 4):
         affine = LPS_TO_RAS @ affine
-    return _channels_last(as_array(tensor)), affine
+    return _channels_last(as_array(tensor, name)), affine
 
 
 def _read_simple_itk(image: Any, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -83,12 +83,21 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # pyright: ignore
         """As argparse's."""
-        self.typed = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(args, namespace)
+        self.typed = at_home(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self.typed, namespace)
 
     def error(self, message: str) -> NoReturn:
         """End with status 2."""
         self.exit(2, error_line(self.prog, message, self.typed, self._option_string_actions))
+
+
+def at_home(words: Sequence[str]) -> list[str]:
+    """A command line with `~/` expanded where the shell leaves it: in `--output=~/x`, `NAME=~/x`, `generate:~/x`, and in quotes."""
+    return [re.sub(r"^((?:--)?[\w.]+[=:])?(~/.*)$", _expanded, word) for word in words]
+
+
+def _expanded(found: re.Match[str]) -> str:
+    return (found[1] or "") + os.path.expanduser(found[2])
 
 
 def positive(text: str) -> int:

@@ -136,8 +136,6 @@ class DataConfig:
         for name, values in self.classes.items():
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"data: classes.{name} lists the values it may have, each once; got {values}")
-            if odd := [value for value in values if not isinstance(value, str)]:
-                raise ValueError(f"data: classes.{name} lists {odd}, which is no text; put it in quotes")
         if twice := sorted(set(self.classes) & set(self.numbers)):
             raise ValueError(f"data: {twice} are both classes and numbers; remove them from one")
         self._check_given()
@@ -158,10 +156,7 @@ class DataConfig:
         self.given = [nfc(name) for name in self.given]
         self.subject, self.split = (name and nfc(name) for name in (self.subject, self.split))
         self.numbers = [nfc(name) for name in self.numbers]
-        self.classes = {
-            nfc(name): [nfc(value) if isinstance(value, str) else value for value in values]
-            for name, values in self.classes.items()
-        }
+        self.classes = {nfc(name): [nfc(value) for value in values] for name, values in self.classes.items()}
 
     def _check_image_labels(self) -> None:
         names = list(self.image_labels.values())

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
-from jsonargparse import Namespace
+import yaml
+from jsonargparse import Namespace, set_loader
 
-from .command import TRACEBACK, ArgumentParser, ShowTraceback, error_line
+from .command import TRACEBACK, ArgumentParser, ShowTraceback, at_home, error_line
 from .config import DataConfig
 from .parsing import built, explain
-from .text import read_yaml
+from .text import load_settings, read_yaml
+
+set_loader("settings", load_settings, exceptions=(yaml.YAMLError, ValueError, KeyError))
 
 
 class ConfigParser(jsonargparse.ArgumentParser):
-    """With `--traceback`, and errors of one line: no page of usage, and the option that may have been meant."""
+    """With `--traceback`, and errors of one line: no page of usage, and the option that may have been meant. Options are written out:
+    what `config_files` looks for would be passed over otherwise."""
 
     def __init__(self, *args: Any, **settings: Any):
-        super().__init__(*args, **settings)
+        super().__init__(*args, **{"parser_mode": "settings", "allow_abbrev": False, **settings})
         self.add_argument(TRACEBACK, action=ShowTraceback)
         self.typed: list[str] = []
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:  # pyright: ignore
         """As jsonargparse's."""
-        self.typed = list(sys.argv[1:] if args is None else args)
+        self.typed = at_home(sys.argv[1:] if args is None else args)
         return super().parse_args(self.typed, *others, **settings)
 
     def instantiate(self, cfg: Namespace, *_: Any, **__: Any) -> Namespace:
@@ -63,7 +68,7 @@ def config_files(args: Sequence[str] | None) -> list[Path]:
     Raises: ValueError for one that is not there, or does not hold settings by name.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, action="append", default=[])
+    parser.add_argument("--config", type=lambda text: Path(os.path.expanduser(text)), action="append", default=[])
     files = parser.parse_known_args(args)[0].config
     for file in files:
         if not file.exists():

@@ -12,6 +12,15 @@ from .volume import VolumeError
 POINTER = b"version https://git-lfs"
 RESOURCE_FORK = b"\x00\x05\x16\x07"  # AppleDouble, what macOS writes beside files on disks of others
 GZIP = b"\x1f\x8b"
+WEB_PAGE = re.compile(rb"\s*(?:<!doctype\b|<html\b|<head\b|<\?xml\b)", re.IGNORECASE)
+ARCHIVES = {
+    b"PK\x03\x04": "a zip archive",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a rar archive",
+}
 START_BYTES = 352  # a NIfTI header, and where its voxels begin
 SUFFIXES = {
     "NIfTI": (".nii", ".hdr", ".img"),
@@ -34,12 +43,24 @@ def check_content(path: Path) -> None:
         raise VolumeError(
             f"{path}: is a resource fork that macOS left beside a file, no volume; take {path.name.removeprefix('._')}"
         )
+    if WEB_PAGE.match(start):
+        raise VolumeError(
+            f"{path}: is a web page by its content, no volume; fetch the file itself, perhaps with a login"
+        )
     stem, zipped = re.sub(r"\.gz$", "", path.name, flags=re.IGNORECASE), path.name.lower().endswith(".gz")
+    expected = stem.lower().endswith(tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes))
+    archive = next((what for mark, what in ARCHIVES.items() if start.startswith(mark)), None)
+    if archive and expected and not stem.lower().endswith(".img"):
+        raise VolumeError(f"{path}: is {archive} by its content; unpack it, and give the volume within")
     if zipped and not start.startswith(GZIP):
         named = content_kind(start)
+        rename = (
+            ""
+            if named is None and stem.lower().endswith((".nii", ".hdr"))
+            else f"rename it to {_renamed(stem, named)}, or "
+        )
         raise VolumeError(
-            f"{path}: is no gzip, though its name ends in .gz{f' ({named} by its content)' if named else ''}; rename it to "
-            f"{_renamed(stem, named)}, or fetch it anew"
+            f"{path}: is no gzip, though its name ends in .gz{f' ({named} by its content)' if named else ''}; {rename}fetch it anew"
         )
     if start.startswith(GZIP) and stem.lower().endswith(SUFFIXES["NIfTI"][2]) and not zipped:
         return  # of voxels alone, which may be anything
@@ -48,6 +69,8 @@ def check_content(path: Path) -> None:
         named = content_kind(start)
         if start.startswith(GZIP):
             raise VolumeError(f"{path}: is gzip within gzip; unpack it once (gunzip)")
+        if named is None and not expected:
+            return  # of a kind that is not known, such as .mgz, which its reader says
         if not stem.lower().endswith(SUFFIXES["NIfTI"]) and named != "NIfTI":
             raise VolumeError(
                 f"{path}: is gzip by its content; unpack it (gunzip), the format compresses its voxels itself"

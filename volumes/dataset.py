@@ -7,8 +7,8 @@ of the sorted label values; `PADDING` (-1) outside the field of view.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ READERS = 4  # threads: decompression runs outside the interpreter's lock
 class PreparedCase:
     """A case in the model's terms: image in [-1, 1], label indices (1, X, Y, Z) if it has a mask, each channel's scale,
     its classes (-1 where unknown) and numbers (NaN where unknown), digests of the image as it was read (`voxel_digests`), and
-    what is odd in the geometry of its files."""
+    what is odd in the geometry of its files, and the share of each channel's voxels that its window does not cut off."""
 
     image: Volume
     mask: Volume | None
@@ -53,6 +53,7 @@ class PreparedCase:
     numbers: tuple[float, ...] = ()
     voxels: tuple[str, ...] = ()
     oddities: tuple[tuple[str, Oddity], ...] = ()
+    inside: tuple[float, ...] = ()
 
 
 class VolumeDataset(Dataset):
@@ -72,28 +73,14 @@ class VolumeDataset(Dataset):
         self.cases: list[Case] = []
         self.skipped: list[tuple[str, str]] = []
         self.prepared: list[PreparedCase] = []
-        held = 0  # bytes
         with ThreadPoolExecutor(READERS) as readers:
             jobs = [readers.submit(prepare, case, config) for case in cases]
             progress = tqdm(jobs, desc="reading volumes", unit="volume", delay=2, leave=False, disable=None)
-            for case, job in zip(cases, progress, strict=True):
-                try:
-                    prepared = job.result()
-                except VolumeError as error:
-                    if config.on_error == "raise":
-                        readers.shutdown(cancel_futures=True)
-                        raise
-                    self.skipped.append((case.name, str(error)))
-                    continue
-                self.cases.append(case)
-                self.prepared.append(prepared)
-                held += prepared.image.array.nbytes + (prepared.mask.array.nbytes if prepared.mask is not None else 0)
-                if held > memory_bytes():
-                    readers.shutdown(cancel_futures=True)
-                    raise ValueError(
-                        f"{len(self.cases)} of {len(cases)} volumes, such as {_file(case)} with {describe_grid(prepared.image)}, take "
-                        "more than the memory of this process; set a coarser data.spacing, or crop them (are their units right?)"
-                    )
+            try:
+                self._take(zip(cases, progress, strict=True), len(cases))
+            except BaseException:  # Ctrl-C too: what was not begun is not read
+                readers.shutdown(cancel_futures=True)
+                raise
         if self.skipped:
             lines = "\n".join(f"  {name}: {reason}" for name, reason in self.skipped)
             logger.warning("%d of %d cases were skipped:\n%s", len(self.skipped), len(cases), lines)
@@ -107,13 +94,33 @@ class VolumeDataset(Dataset):
                 "the data set is empty: " + (f"all {len(cases)} cases were skipped" if cases else "no cases were given")
             )
 
+    def _take(self, jobs: Iterable[tuple[Case, Future[PreparedCase]]], count: int) -> None:
+        """Keep the cases that can be read. Raises: VolumeError for others unless they are skipped; ValueError where they are too many."""
+        held = 0  # bytes
+        for case, job in jobs:
+            try:
+                prepared = job.result()
+            except VolumeError as error:
+                if self.config.on_error == "raise":
+                    raise
+                self.skipped.append((case.name, str(error)))
+                continue
+            self.cases.append(case)
+            self.prepared.append(prepared)
+            held += prepared.image.array.nbytes + (prepared.mask.array.nbytes if prepared.mask is not None else 0)
+            if held > memory_bytes():
+                raise ValueError(
+                    f"{len(self.cases)} of {count} volumes, such as {_file(case)} with {describe_grid(prepared.image)}, take "
+                    "more than the memory of this process; set a coarser data.spacing, or crop them (are their units right?)"
+                )
+
     def _warn_of_windows(self) -> None:
         names = [str(next(iter(case.images.values()), case.name)) for case in self.cases]
         for index, channel in enumerate(self.channels):
             scaling = self.config.scaling(channel)
             if scaling.kind == "window" and not self.config.image_labels:
-                arrays = (prepared.image.array[index] for prepared in self.prepared)
-                if said := few_inside(arrays, names, (scaling.low, scaling.high)):
+                shares = [prepared.inside[index] for prepared in self.prepared]
+                if said := few_inside(shares, names, (scaling.low, scaling.high)):
                     logger.warning("channel %s: %s", channel, said)
 
     @property
@@ -186,7 +193,7 @@ def prepare(case: Case, config: DataConfig) -> PreparedCase:
             raise VolumeError(f"{_file(case)}: {error}") from error
     oddities += [(_file(case), oddity) for oddity in resampling_oddities(before, image.shape)]
     numbers = read_numbers(case, config.numbers, image)
-    scales = []
+    scales, inside = [], []
     scaled = np.empty_like(image.array)
     for index, channel in enumerate(config.channels):
         try:
@@ -195,12 +202,20 @@ def prepare(case: Case, config: DataConfig) -> PreparedCase:
             raise VolumeError(f"{case.images.get(channel, case.name)}: {error}") from error
         scaled[index] = scale.apply(image.array[index])
         scales.append(scale)
+        inside.append(config.scaling(channel).share_inside(image.array[index]))
     if mask is not None:
         mask = mask.replace(
             label_indices(mask.array, _labels(config), config.label_map, name=str(case.mask or case.name))
         )
     return PreparedCase(
-        image.replace(scaled), mask, tuple(scales), tuple(classes), tuple(numbers), voxels, tuple(oddities)
+        image.replace(scaled),
+        mask,
+        tuple(scales),
+        tuple(classes),
+        tuple(numbers),
+        voxels,
+        tuple(oddities),
+        tuple(inside),
     )
 
 

@@ -34,7 +34,7 @@ def slices_figure(cases: Sequence[dict[str, Any]]) -> Figure:
     in the images' units (optional), "centre": voxel (optional), "axes": where the array's axes point to, as nibabel's `aff2axcodes`
     (optional, ("R", "A", "S")), "labels": whether the images are label maps too (optional)}.
     Slices go through the centre voxel, or the centre of what the mask marks (label > 0), or of the volume. The outline of the mask is
-    drawn on the images. Without a window, a row has percentiles 0.5 and 99.5 of its first image; which grey scale a row has is written
+    drawn on the images. Without a window, a row has percentiles 0.5 and 99.5 of its first image; which gray scale a row has is written
     beside it. Axes that point to R, A and S give pictures with the patient's right on the right (neurological convention), anterior or
     superior up; L and R are marked.
 
@@ -60,7 +60,7 @@ def slices_figure(cases: Sequence[dict[str, Any]]) -> Figure:
         axes[0, x].set_title(f"{plane}\n{part}" if not x % len(parts) else f"\n{part}", fontsize=7)
     right = cases[0].get("axes", RAS)[0] == "R"
     convention = "right is on the right (neurological" if right else "left is on the right (radiological"
-    footnote = f"The patient's {convention} convention); grey scales beside the rows, in the images' units"
+    footnote = f"The patient's {convention} convention); gray scales beside the rows, in the images' units"
     figure.supxlabel(textwrap.fill(footnote, max(20, int(16 * size[0]))), fontsize=7)
     return figure
 

@@ -19,8 +19,8 @@ from .carriers import carries_geometry, read_carrier
 from .contents import check_content
 from .dicom import is_dicom, is_series, read_dicom, series_files
 from .names import nfc
-from .nifti import NIFTI_SUFFIXES, canonical_grid, exact_values, read_nifti
-from .stored import Stored
+from .nifti import AXES, NIFTI_SUFFIXES, canonical_grid, exact_values, read_nifti
+from .stored import UNITS, Stored
 from .volume import SourceGrid, Volume, VolumeError
 
 Readable = str | os.PathLike | Any  # an image in memory, see `carriers`
@@ -101,6 +101,9 @@ def read_mask(source: Readable, *, units: str | None = None, axes: str | None = 
 
 def read_stored(source: Readable, *, units: str | None = None, axes: str | None = None) -> Stored:
     """The voxels of a file as it has them, and their grid. Raises: VolumeError as `read_volume`."""
+    for what, value, known in (("units", units, tuple(UNITS)), ("axes", axes, AXES)):
+        if value is not None and value not in known:
+            raise VolumeError(f"{what} {value!r}: expected one of {', '.join(known)}, or None")
     if isinstance(source, Nifti1Pair):
         return read_nifti(source, units=units, axes=axes)
     if carries_geometry(source):
@@ -114,10 +117,12 @@ def read_stored(source: Readable, *, units: str | None = None, axes: str | None 
             f"expected a path, or an image that carries its geometry (of nibabel, SimpleITK or torchio, or a MetaTensor); "
             f"got {type(source).__name__}"
         )
+    if isinstance(os.fspath(source), bytes):
+        raise VolumeError(f"a path is text, {os.fspath(source)!r} is bytes; give os.fsdecode(path)")
     path = Path(os.path.expanduser(source))
-    if not path.exists():
-        raise VolumeError(f"{path}: no such file")
     try:
+        if not path.exists():
+            raise VolumeError(f"{path}: no such file")
         if path.is_dir():
             return read_dicom(path, units)
         if is_nifti(path):

@@ -1,6 +1,6 @@
 """Intensities between file units (HU, SUV, arbitrary MR units) and the [-1, 1] in which the models work, and back."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -80,20 +80,23 @@ class IntensityScaling:
             )
         return LinearScale(low, high)
 
+    def share_inside(self, array: np.ndarray) -> float:
+        """Share of the voxels (one channel, file units) that a window does not cut off; 1 of percentiles, and of a volume of two
+        values, of which a window shows all that there is to see."""
+        if self.kind != "window" or np.all((array == array.min()) | (array == array.max())):
+            return 1.0
+        return float(((self.low < array) & (array < self.high)).mean())
 
-def few_inside(scaled: Iterable[np.ndarray], names: Sequence[str], limits: tuple[float, float]) -> str | None:
+
+def few_inside(shares: Sequence[float], names: Sequence[str], limits: tuple[float, float]) -> str | None:
     """What is to be said of volumes of which a window shows little, if there are any.
 
     Args:
-        scaled: one channel of each volume, in [-1, 1].
+        shares: `IntensityScaling.share_inside` of one channel of each volume.
         names: of the volumes.
         limits: the window, in file units.
     """
-    few = []
-    for name, array in zip(names, scaled, strict=True):
-        inside = float((np.abs(array) < 1).mean())
-        if inside < FEW_INSIDE and not _is_binary(array):
-            few.append(f"{name} ({inside:.1%})")
+    few = [f"{name} ({share:.1%})" for name, share in zip(names, shares, strict=True) if share < FEW_INSIDE]
     if not few:
         return None
     listed = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
@@ -101,8 +104,3 @@ def few_inside(scaled: Iterable[np.ndarray], names: Sequence[str], limits: tuple
         f"the window {limits[0]:g} to {limits[1]:g} cuts off most of {len(few)} of {len(names)} volumes; voxels within it: "
         f"{listed}. Check the files' unit, or set data.intensity to a window around their values"
     )
-
-
-def _is_binary(array: np.ndarray) -> bool:
-    """Whether a volume has two values only: then a window shows all that there is to see."""
-    return bool(np.all((array == array.min()) | (array == array.max())))

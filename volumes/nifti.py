@@ -33,7 +33,7 @@ from nibabel.wrapstruct import WrapStructError
 from .contents import GZIP, check_content
 from .resampling import resample_to
 from .stored import COPY_BYTES, Stored, check_grid, check_room, in_millimetres
-from .volume import SourceGrid, Volume, VolumeError, same_grid
+from .volume import SourceGrid, Volume, VolumeError, check_affine, same_grid
 
 Readable = str | os.PathLike | Nifti1Pair
 
@@ -151,9 +151,9 @@ def write_volume(volume: Volume, path: str | os.PathLike, *, description: str = 
 
 
 def nifti_path(path: str | os.PathLike) -> Path:
-    """The path of a file to write. Raises: ValueError unless it ends in .nii.gz or .nii."""
+    """The path of a file to write. Raises: ValueError unless it is a name that ends in .nii.gz or .nii."""
     path = Path(path)
-    if not path.name.endswith((".nii.gz", ".nii")):
+    if not path.name.endswith((".nii.gz", ".nii")) or path.name in (".nii.gz", ".nii"):
         raise ValueError(f"{path}: name it .nii.gz or .nii")
     return path
 
@@ -360,17 +360,28 @@ def grid_of(image: Nifti1Pair, shape: tuple[int, int, int], name: str, units: st
             raise ValueError("the image has no affine")
         affine = in_millimetres(image.affine, units or unit)
         check_grid(affine, "mm" if units else unit)
-        qform, qform_code = image.get_qform(coded=True)
+        qform_code = int(image.header["qform_code"])
+        qform = _qform(image) if qform_code else None
     except (HeaderDataError, ValueError) as error:
         raise VolumeError(f"{name}: its geometry is broken: {error}") from error
     return SourceGrid(
         shape=shape,
         affine=affine,
         qform=None if qform is None else in_millimetres(qform, units or unit),
-        qform_code=int(qform_code),
+        qform_code=qform_code,
         sform_code=int(image.header["sform_code"]),
         unit="mm" if units else unit,
     )
+
+
+def _qform(image: Nifti1Pair) -> np.ndarray | None:
+    """The header's second transform; None where it is none: it holds numbers that are not finite, or that make no rotation."""
+    try:
+        qform = image.get_qform()
+        check_affine(qform)
+    except (HeaderDataError, ValueError):
+        return None
+    return qform
 
 
 def canonical_grid(source: SourceGrid) -> tuple[tuple[int, int, int], np.ndarray]:

@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from .settings import Hint, arms, base_of, construct, faults, faults_of, hints_of, refuse, unknown
-from .text import read_yaml
+from .text import load_settings, read_yaml
 
 Owners = Mapping[str, Callable[..., Any]]  # section ("" for the top) -> its dataclass
 
@@ -33,7 +33,7 @@ def parse_settings(
     """
     try:
         parsed = parser.parse_args(args if args is None else list(args))
-    except ArgumentError as error:
+    except (ArgumentError, OverflowError) as error:  # the latter of numbers that no float can hold
         explain(owners, files, args or ())
         raise ValueError(str(error)) from error
     try:
@@ -79,8 +79,8 @@ def _on_command_line(owners: Owners, args: list[str]) -> Iterator[str]:
         elif equals or position + 1 < len(args):
             text = text if equals else args[position + 1]
             try:
-                value = yaml.safe_load(text)
-            except yaml.YAMLError:
+                value = load_settings(text)
+            except (yaml.YAMLError, ValueError, KeyError):
                 value = text
             if base_of(hint) is not str:  # all text is text
                 yield from faults_of(hint, value, name, raw=True)

@@ -85,7 +85,7 @@ def _as_stored(literal: str) -> str:
 
 def case_name(pieces: list[str], path: Path) -> str:
     """A case's name from the pieces of its first image's path, or from the file itself when the pattern has none."""
-    parts = [part for piece in pieces for part in tidy(piece).split("/") if part not in ("", ".", "..")]
+    parts = [part for piece in pieces for part in tidy(piece).split("/") if part not in ("", ".", "..", "~")]
     text = "_".join(parts) or nfc(path.name)
     for suffix in SUFFIXES:
         text = text.removesuffix(suffix)

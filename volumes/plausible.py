@@ -92,8 +92,10 @@ def obliqueness(affine: np.ndarray) -> float:
 
 def contradiction(grid: SourceGrid) -> str:
     """In what the qform differs from the sform, which is `grid.affine`, by more than rounding; "" if it does not."""
-    if not grid.qform_code or grid.qform is None:
+    if not grid.qform_code:
         return ""
+    if grid.qform is None:
+        return "the numbers of the qform make no transform"
     corners = np.array([(*one, 1) for one in itertools.product(*((0, n - 1) for n in grid.shape))]).T
     if np.abs(np.linalg.inv(grid.affine) @ (grid.qform @ corners) - corners).max() <= APART:
         return ""

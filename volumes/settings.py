@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 Hint = Any  # a type annotation
 Class = TypeVar("Class")
+LARGEST = 2**63 - 1  # of whole numbers: what computers count to
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Range:
     below: bool = False
 
     def __contains__(self, value: float) -> bool:
-        if not math.isfinite(value):
+        if abs(value) > LARGEST if isinstance(value, numbers.Integral) else not math.isfinite(value):
             return False
         high_enough = self.low is None or (value > self.low if self.above else value >= self.low)
         return high_enough and (self.high is None or (value < self.high if self.below else value <= self.high))
@@ -82,7 +83,8 @@ UserPath = Annotated[str, HomePath()]
 
 
 def checked(owner: type[Class]) -> type[Class]:
-    """Below `@dataclass`: constructing one checks its values against their annotations, and expands `~` in paths.
+    """Below `@dataclass`: constructing one checks its values against their annotations, makes numpy's numbers Python's, which YAML
+    can hold, and expands `~` in paths.
 
     What `__post_init__` does comes after. (A base class would do, but jsonargparse reads one as a choice of subclasses.)
     """
@@ -92,8 +94,9 @@ def checked(owner: type[Class]) -> type[Class]:
         values = {name: getattr(self, name) for name in hints_of(type(self))}
         refuse(faults(type(self), values))
         for name, hint in hints_of(type(self)).items():
-            if (expanded := expand_home(hint, values[name])) is not values[name]:
-                object.__setattr__(self, name, expanded)  # also of a frozen one
+            value = expand_home(hint, plain_numbers(values[name]))
+            if value is not values[name]:
+                object.__setattr__(self, name, value)  # also of a frozen one
         if own is not None:
             own(self)
 
@@ -197,7 +200,8 @@ def describe(hint: Hint) -> str:
         Any: "anything",
         dict: "a mapping",
     }
-    return plain.get(base, getattr(base, "__name__", str(base))) + suffix
+    what = "a path" if any(isinstance(mark, HomePath) for mark in _marks(hint)) else plain.get(base)
+    return (what or getattr(base, "__name__", str(base))) + suffix
 
 
 def expand_home(hint: Hint, value: Any) -> Any:
@@ -211,6 +215,20 @@ def expand_home(hint: Hint, value: Any) -> Any:
     if isinstance(value, dict) and any(isinstance(one, str) for one in value.values()):
         expanded = {key: expand_home(hint, one) for key, one in value.items()}
         return expanded if expanded != value else value
+    return value
+
+
+def plain_numbers(value: Any) -> Any:
+    """The value with Python's numbers in the place of numpy's; the same object if it holds none."""
+    if isinstance(value, numbers.Number) and hasattr(value, "item"):  # np.float64 is a float, too
+        return value.item()  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(value, list | tuple):
+        plain = [plain_numbers(one) for one in value]
+        return value if all(one is other for one, other in zip(plain, value, strict=True)) else type(value)(plain)
+    if isinstance(value, dict):
+        plain = {plain_numbers(key): plain_numbers(one) for key, one in value.items()}
+        kept = all(key is other and plain[key] is value[other] for key, other in zip(plain, value, strict=True))
+        return value if kept else plain
     return value
 
 
@@ -351,7 +369,9 @@ def faults_of(hint: Hint, value: Any, name: str, raw: bool = False) -> Iterator[
         for key, one in value.items() if args else ():
             yield from faults_of(args[0], key, f"{name}: the key {key!r}", raw)
             yield from faults_of(args[1], one, f"{name}.{key}", raw)
-    elif not _is_a(base, value, raw) or (limits is not None and float(value) not in limits):
+    elif value == "" and any(isinstance(mark, HomePath) for mark in _marks(hint)):
+        yield f"{name}: is empty; expected {describe(hint)}"
+    elif not _is_a(base, value, raw) or (limits is not None and _plain(base, value) not in limits):
         yield _wrong(name, value, hint)
 
 
@@ -376,15 +396,22 @@ def _is_a(base: Hint, value: Any, raw: bool) -> bool:
 def read_plain(base: type, text: str) -> Any:
     """A number or a truth value in text, as jsonargparse reads it too; None if there is none."""
     if base is bool:
-        return {"true": True, "yes": True, "false": False, "no": False}.get(text.lower())
+        return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(text.lower())
     try:
         return base(text)
     except ValueError:
         return None
 
 
+def _plain(base: type, value: Any) -> Any:
+    """A number, of text that is one."""
+    return read_plain(base, value) if isinstance(value, str) else value
+
+
 def _wrong(name: str, value: Any, hint: Hint) -> str:
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     kind = " (text)" if isinstance(value, str) else ""
-    quotes = "; put it in quotes" if isinstance(value, bool) and {"no", "yes"} & set(map(str, get_args(hint))) else ""
+    home = value is None and any(isinstance(mark, HomePath) for mark in _marks(hint))
+    quotes = "; put it in quotes" if isinstance(value, int | float) and str in arms(hint) else ""
+    quotes = '; for the home folder write "~", in quotes' if home else quotes
     return f"{name}: got {shown[:80]}{kind}, expected {describe(hint)}{quotes}"

@@ -73,9 +73,10 @@ def check_grid(affine: np.ndarray, unit: str = "mm") -> None:
     check_affine(affine)
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if lengths.max() > SPACINGS[1] or lengths.min() < SPACINGS[0]:
+        likely = "mm" if unit not in ("mm", "unknown") else "um" if lengths.max() > SPACINGS[1] else "m"
         raise ValueError(
             f"its voxels are {' x '.join(f'{mm:.4g}' for mm in lengths)} mm, which no scan's are (the header's unit of length is "
-            f"{unit}); correct the header, or say in the training's config what its numbers are in, such as data.units: mm"
+            f"{unit}); correct the header, or say in the training's config what its numbers are in, such as data.units: {likely}"
         )
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     cosine = float(np.abs(np.triu(axes.T @ axes, 1)).max())

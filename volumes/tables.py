@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from .contents import GZIP, POINTER, RESOURCE_FORK, WEB_PAGE
 from .names import nfc
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,6 @@ MARKS = (  # longest first where one begins with another
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 WORKBOOKS = {b"PK\x03\x04": "a workbook (.xlsx, .ods) or a zip", b"\xd0\xcf\x11\xe0": "a workbook (.xls)"}
-GZIP = b"\x1f\x8b"
-RESOURCE_FORK = b"\x00\x05\x16\x07"
 INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"  # of no width, left behind by copying from web pages
 FORMULA_TEXT = re.compile(r'="([^"]*)"')  # Excel's way to keep the zeros of 007
 FORMULA_ERROR = re.compile(r"#(?:N/A|NV|DIV/0!|[A-ZÄÖÜ]+[!?])|Err:\d+")
@@ -129,6 +128,12 @@ def _decoded(data: bytes) -> str:
     for start, what in WORKBOOKS.items():
         if data.startswith(start):
             raise ValueError(f"is {what} by its content, no text; open it in a spreadsheet, and {SAVE}")
+    if data.startswith(POINTER):
+        raise ValueError("is a Git LFS pointer, not the table itself; fetch it with `git lfs pull`")
+    if data.startswith(GZIP):
+        raise ValueError("is gzip within gzip; unpack it once (gunzip)")
+    if WEB_PAGE.match(data):
+        raise ValueError("is a web page by its content, no table; fetch the table itself, perhaps with a login")
     if data.startswith(RESOURCE_FORK):
         raise ValueError("is a macOS resource fork, no table; the table's name does not begin with ._")
     mark, encoding = next(((mark, name) for mark, name in MARKS if data.startswith(mark)), (b"", "utf-8"))
@@ -173,6 +178,7 @@ def _csv_rows(text: str) -> list[Row]:
         if len(values) <= last or filled > len(columns):
             few = f"add a {separator!r} for each cell that is empty"
             many = f'put a value that holds {separator!r} into "quotation marks"'
+            many += ", or remove what stands above the header" if len(columns) == 1 else ""
             raise ValueError(
                 f"{place} has {max(len(values), filled)} values, the header has {len(columns)} columns, separated by "
                 f"{SEPARATORS.get(separator, separator)}; {few if len(values) <= last else many}"
@@ -267,6 +273,9 @@ def _json_rows(text: str, name: str) -> list[Row]:
             raise ValueError(f"{place}: two columns have one name; rename one")
         if any(value != "" for value in values.values()):
             rows.append(Row(values, place))
+    columns = dict.fromkeys(column for row in rows for column in row)
+    for row in rows:  # a value that is left out is an empty cell
+        row.update({column: "" for column in columns if column not in row})
     return rows
 
 
@@ -312,6 +321,9 @@ def _clean(value: str) -> str:
 
 
 def _cleaned(value: Any) -> Any:
+    """1.0, which pandas writes of a column with an empty cell, is 1: as a subject or in a path they are one."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     return _clean(value) if isinstance(value, str) else "" if value is None else value
 
 

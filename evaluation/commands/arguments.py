@@ -53,6 +53,7 @@ class Command:
             added before its own.
         divides: whether all processes run it, and share its work; any other command is run by the main process alone, while
             others wait.
+        makes_folder: whether `--output` is a folder, with the page of several reports; else it is a JSON report.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Command:
     module: str
     reads_data: bool = True
     divides: bool = False
+    makes_folder: bool = False
 
     def run(self, options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
         """Measure, write the report to `options.output` and return it; `dtype` is that of autocast, None for float32."""
@@ -427,6 +429,7 @@ _COMMANDS = (
         _page,
         "page",
         reads_data=False,
+        makes_folder=True,
     ),
     Command(
         "all",
@@ -437,6 +440,7 @@ _COMMANDS = (
         _everything,
         "everything",
         divides=True,
+        makes_folder=True,
     ),  # as far as its parts do
 )
 COMMANDS = {command.name: command for command in _COMMANDS}

@@ -7,8 +7,10 @@ import torch
 from accelerate import PartialState
 from jsonargparse import Namespace
 
+from pipelines.loading import find_autoencoder
 from volumes.stopping import finishing
 
+from ..report import check_report
 from ..seen import check_models
 from .arguments import Command
 
@@ -18,17 +20,34 @@ def run_command(
 ) -> dict[str, Any]:
     """Run it in all processes or in the main one alone, as it wants. Returns the report; {} in those that only waited."""
     state = PartialState()
-    if command.reads_data and state.is_main_process:
-        check_judged(options)
     if command.divides:  # it says itself what is finished when a signal comes
+        if state.is_main_process:
+            check_first(command, options)
         report = command.run(options, device, dtype)
         state.wait_for_everyone()
         return report
     try:
+        if not state.is_main_process:
+            return {}
+        check_first(command, options)
         with finishing(f"{command.name}, whose report is written at its end"):
-            return command.run(options, device, dtype) if state.is_main_process else {}
+            return command.run(options, device, dtype)
     finally:
         state.wait_for_everyone()
+
+
+def check_first(command: Command, options: Namespace) -> None:
+    """Raises: ValueError for what would else stop a command after its work: a wrong path, judges that a model has seen, a report that
+    cannot be written."""
+    if vae := options.get("vae"):
+        find_autoencoder(vae)
+    for entry in options.get("extractor") or []:
+        if (path := entry.partition("=")[2]) and not Path(path).exists():
+            raise ValueError(f"--extractor {entry}: no such file or folder")
+    if command.reads_data:
+        check_judged(options)
+    output = Path(options.output)
+    check_report(output / "report.html" if command.makes_folder else output)
 
 
 def check_judged(options: Namespace) -> None:

@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from volumes import load_cases
 from volumes.live_bar import LiveBar
 from volumes.stopping import finishing
+from volumes.text import read_object
 
 from .. import (
     Pair,
@@ -137,7 +138,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
 
 def earlier_scores(path: Path, report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Scores by source of an earlier report. Raises ValueError unless it was measured on the same data by the same protocol."""
-    earlier = json.loads(path.read_text())
+    earlier = read_object(path)
     for key in ("protocol", "data"):
         wanted = json.loads(json.dumps(report[key]))
         if key == "data":  # settings that the data section got since were at their defaults

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import traceback
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from jsonargparse import ArgumentError, Namespace
 
 from volumes import load_cases
 from volumes.live_bar import LiveBar
+from volumes.text import read_object
 
 from ..limits import Data, problems
 from ..page import write_page
@@ -53,7 +55,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
                 progress.update()
                 continue
             path = Path(part.output)
-            there = path.is_file() and json.loads(path.read_text()).get("inputs") == inputs
+            there = is_measured(path, inputs)
             if broadcast_object_list([there])[0]:  # as the main process saw it
                 progress.write(f"{name}: {path} is there, of the same inputs; not measured again")
             else:
@@ -72,6 +74,15 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         told = "\n".join(f"  {name}: {reason}" for name, reason in missing.items())
         raise ValueError(f"{folder / 'report.html'} lacks what could not be measured:\n{told}")
     return page
+
+
+def is_measured(path: Path, inputs: str) -> bool:
+    """Whether there is a report of a part that ended, of these inputs. One that is damaged is not: its part is measured again, or says
+    itself that it cannot go on with it."""
+    try:
+        return path.is_file() and read_object(path).get("inputs") == inputs
+    except ValueError:
+        return False
 
 
 def plan(options: Namespace) -> tuple[dict[str, tuple[Namespace, str]], dict[str, str]]:
@@ -104,7 +115,7 @@ def attempt(command: Command, part: Namespace, device: torch.device, dtype: torc
     try:
         run_command(command, part, device, dtype)
     except Exception as error:  # whatever it is, the other parts are not to be lost by it
-        if state.num_processes > 1 and getattr(command, "DIVIDES", False):
+        if state.num_processes > 1 and command.divides:
             raise
         failed = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
         if not isinstance(error, (ValueError, OSError)):
@@ -143,7 +154,8 @@ def part_options(name: str, options: Namespace, folder: Path) -> tuple[Namespace
     try:
         parsed = make_parser(PARTS[name], None, exit_on_error=False).parse_args(args)
     except ArgumentError as error:
-        raise ValueError(f"{name}: {error}") from error
+        said = re.sub(r"(?<=arguments are required: ).*", lambda missing: f"--{missing[0]}", str(error))
+        raise ValueError(f"{name}: {said}") from error
     parsed.data = options.data
     words = [word for part, _, value in map(_split, options.set) if part == name for word in value.split()]
     words += [word.partition("=")[2] for word in words]  # NAME=PATH

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jsonargparse import Namespace
 
+from autoencoder.weights import find_folder
 from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
 from volumes import VolumeDataset, load_cases
@@ -22,13 +23,15 @@ from ..volume_sets import VolumeSet
 from .sets import describe_sets, load_extractors, load_sets
 
 NAME = "privacy"
-SPACES = ("image", "latent", "features")
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     """Compare the sets in each space, in float32; writes the closest pairs as PNG beside the report."""
-    start = time.perf_counter()
-    options.vae = options.vae or options.pipeline
+    start, vae = time.perf_counter(), options.vae
+    if options.pipeline and not vae:
+        options.vae = find_folder(options.pipeline) or MedVolumePipeline.download(
+            options.pipeline, use_safetensors=True
+        )
     if "latent" in options.spaces and not options.vae:
         options.spaces = [name for name in options.spaces if name != "latent"]
         if not options.spaces:
@@ -72,7 +75,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         },
         "skipped": skipped,
         "synthetic": options.synthetic,
-        "vae": options.vae,
+        "vae": vae or options.pipeline,
         "pipeline": options.pipeline,
         "precision": "float32",
         "seconds": round(time.perf_counter() - start, 2),

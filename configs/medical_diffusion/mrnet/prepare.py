@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from volumes.command import ArgumentParser, run_command
+from volumes.settings import Number, PositiveFloat
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -24,7 +25,11 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--source", type=Path, required=True, help="MRNet-v1.0, as it was downloaded")
     parser.add_argument("--output", type=Path, default=Path("data/mrnet"), help="folder to write to")
     parser.add_argument(
-        "--spacing", type=float, nargs=3, default=(3.0, 0.6, 0.6), help="mm between slices, columns, rows"
+        "--spacing",
+        type=Number(PositiveFloat),
+        nargs=3,
+        default=(3.0, 0.6, 0.6),
+        help="mm between slices, columns, rows",
     )
     return parser.parse_args(args)
 
