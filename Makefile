@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz lint format bench survive clean
+.PHONY: help demo test test-slow fuzz mutants lint format bench survive clean
 
 help:
 	@echo "make demo    generate volumes from the example masks with the shipped weights, into out/demo/"
@@ -21,6 +21,7 @@ help:
 	@echo "make fuzz    10,000 damaged files for everything that reads files, each read right or refused by name"
 	@echo "make bench   every figure of docs/performance.md, peers in the same run, into out/bench/ (half an hour)"
 	@echo "make survive kills training, generation and evaluation at random moments and compares the ends, into out/survival.json"
+	@echo "make mutants plants the faults of tests/mutants/ one at a time; at least 95 % of each room must be noticed, into out/mutants.jsonl"
 	@echo "make clean   remove .venv and out/"
 
 demo: $(VENV)/installed
@@ -46,6 +47,10 @@ CASES ?= 10000
 SEED  ?= 0
 fuzz: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/fuzz.py --count $(CASES) --seed $(SEED) --processes $(WORKERS) --output out/fuzz.json
+
+# Resumes: faults whose code and tests are as they were are not tried again.
+mutants: $(VENV)/installed-dev
+	$(PY) -m tools.mutants --output out/mutants.jsonl --workers $(WORKERS)
 
 # The peers are MONAI's networks, which need einops: an extra of dev.
 bench: $(VENV)/installed-dev

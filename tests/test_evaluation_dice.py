@@ -25,6 +25,7 @@ from evaluation import (
     test_cases,
     train_segmenter,
 )
+from evaluation.intervals import subject_draws
 from evaluation.report import read_config
 from volumes import (
     DataConfig,
@@ -164,6 +165,13 @@ def test_the_report_and_its_ratios(data, capsys):
         evaluate.main([*args, *elsewhere, "--earlier", str(folder / "dice.json")])
     with pytest.raises(ValueError, match="another protocol"):
         evaluate.main([*args, "--train_on", "synthetic", "--iterations", "6", "--output", str(folder / "other.json")])
+
+
+def test_volumes_of_a_subject_are_resampled_together():
+    counts = subject_draws(["b", "a", "b", "c"])
+    assert (counts[:, 0] == counts[:, 2]).all()
+    assert (counts[:, 0] != counts[:, 1]).any() and (counts[:, 1] != counts[:, 3]).any()
+    assert (counts[:, [0, 1, 3]].sum(1) == 3).all()  # as many subjects as there are
 
 
 def test_ratios_of_known_scores():

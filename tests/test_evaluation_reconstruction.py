@@ -16,19 +16,22 @@ from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
 
 
 class ShiftedCoder:
-    """An autoencoder that gives every voxel back, darker by `shift`, and draws nonsense in the padding."""
+    """An autoencoder that gives every voxel back, darker by `shift`; `padding` is what it gives back for -1, which stands
+    in the padding alone where volumes are brighter."""
 
     stride, device, dtype = (4, 4, 4), torch.device("cpu"), torch.float32
 
-    def __init__(self, shift: float):
-        self.shift = shift
+    def __init__(self, shift: float, padding: float | None = None):
+        self.shift, self.padding = shift, padding
 
     def encode(self, image):
         return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: image))
 
     def decode(self, latents):
-        padding = (latents == -1).float()
-        return SimpleNamespace(sample=latents - self.shift + 2 * self.shift * padding)
+        decoded = latents - self.shift
+        return SimpleNamespace(
+            sample=decoded if self.padding is None else torch.where(latents == -1, self.padding, decoded)
+        )
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def test_a_known_error_gives_its_psnr(phantoms):
         np.clip(prepared.image.array, -0.9, 0.9, out=prepared.image.array)  # so that nothing is clamped
     seen = []
     result = evaluate_reconstruction(
-        ShiftedCoder(0.02), phantoms, on_volume=lambda name, value: seen.append((name, value))
+        ShiftedCoder(0.02, padding=0.5), phantoms, on_volume=lambda name, value: seen.append((name, value))
     )
     assert result["volumes"] == 3
     assert result["psnr_db"]["mean"] == pytest.approx(40, abs=1e-3)

@@ -1,5 +1,6 @@
 """evaluate.py realism and privacy on phantoms: real volumes, and generated ones that are real, copied or blurred."""
 
+import dataclasses
 import json
 import shutil
 
@@ -13,7 +14,8 @@ from tiny import tiny_pipeline
 import evaluate
 from evaluation.commands import privacy as privacy_command
 from evaluation.losses import denoising_losses
-from evaluation.volume_sets import VolumeSet, generated_set, real_set
+from evaluation.volume_sets import VolumeSet, generated_set, mask_owners, real_set
+from pipelines import describe_mask
 from volumes import DataConfig, VolumeDataset, load_cases
 
 
@@ -65,6 +67,25 @@ def test_volumes_of_two_folders_keep_apart_and_unknown_masks_have_no_owner(folde
         generated_set([folder / "nowhere"], cases, config)
     with pytest.raises(ValueError, match="no case is in split validation"):
         real_set(cases, config, ["validation"])
+
+
+def test_a_mask_that_cases_share_owns_nobody(folder, tmp_path):
+    cases = load_cases(config_of(folder))
+    shared = shutil.copy(cases[0].mask, tmp_path / "copy.nii.gz")
+    twice = [*cases, dataclasses.replace(cases[1], mask=tmp_path / "copy.nii.gz")]
+    digests = {describe_mask(case.mask)["sha256"]: case.name for case in cases[2:]}
+    found = {digest: case.name for digest, case in mask_owners(twice).items()}
+    assert describe_mask(shared)["sha256"] not in found
+    assert found == {**digests, describe_mask(cases[1].mask)["sha256"]: cases[1].name}
+
+
+def test_generated_files_are_read_without_the_time_point_of_the_data(folder):
+    """Real files are 4-D and hold the volume at time point 1; generated files are 3-D."""
+    config = dataclasses.replace(config_of(folder), time_point=1)
+    cases = load_cases(config)
+    plain, _ = generated_set([folder / "fresh"], cases, config_of(folder))
+    found, skipped = generated_set([folder / "fresh"], cases, config)
+    assert not skipped and np.array_equal(found.volumes[0], plain.volumes[0])
 
 
 def test_a_set_names_its_volumes_and_counts_must_agree():

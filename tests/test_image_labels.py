@@ -167,6 +167,13 @@ def test_reconstructions_have_a_dice_for_each_label(tmp_path):
     assert evaluate_reconstruction(ShiftedCoder(2.5), dataset)["dice"]["cortex"]["mean"] == 0
 
 
+def test_dice_leaves_out_volumes_that_lack_the_label(tmp_path):
+    whole = np.kron(planted(), np.ones((3, 3, 3), np.uint8))
+    nib.save(nib.Nifti1Image(np.where(whole == 9, 5, whole), np.eye(4)), tmp_path / "no_medulla.nii.gz")
+    dice = evaluate_reconstruction(ShiftedCoder(0.5), dataset_of(tmp_path, whole))["dice"]
+    assert {name: (row["volumes"], row["mean"]) for name, row in dice.items()} == {"cortex": (2, 1), "medulla": (1, 1)}
+
+
 def test_adrenal_shapes_are_prepared(tmp_path):
     """Of three glands in the test split one has the diagnosis 1: so do 333 of 1,000 requests."""
     arrays = {}

@@ -158,6 +158,31 @@ def test_the_false_positive_rate_is_what_was_asked_for():
     assert np.mean(cross) == pytest.approx(0.1, abs=0.03)
 
 
+def test_a_volume_at_the_threshold_is_not_memorised_and_subjects_are_the_unit():
+    """Scores 0 to 18 of 19 subjects: 17 is the threshold at 1 in 10. Of four subjects one and a half lie above it."""
+    unseen, units = np.repeat(np.arange(19.0), 3), units_of(57, "u", 3)
+    generated = np.array([17.0, 17.0, 18.0, 18.0, 19.0, 17.0, 5.0, 5.0])
+    found = memorised(generated, unseen, units, alpha=0.1, generated_units=units_of(8, "g", 2))
+    assert found["threshold"] == 17 and found["fraction"] == (0 + 1 + 0.5 + 0) / 4
+    assert found["interval"] == wilson(found["fraction"], 4)  # of four subjects, not of eight volumes
+
+
+def test_false_positives_are_judged_by_the_threshold_of_the_other_subjects():
+    """Of 20 subjects the highest exceeds all others, and no threshold that counts it as well."""
+    unseen, units = np.repeat(np.arange(20.0), 2), units_of(40, "u", 2)
+    found = memorised(np.array([30.0, 5.0]), unseen, units, alpha=0.05)
+    assert found["false_positives"]["fraction"] == 0.05
+    assert found["false_positives"]["interval"] == wilson(0.05, 20)
+    assert found["fraction"] == 0.5 and found["excess"] == 0.45
+
+
+def test_bootstrapped_thresholds_count_one_more_subject():
+    """Of 10 subjects at alpha 0.1 the threshold is the highest resampled one: 0.6^10 = 0.6 % of resamples stay below 5.5.
+    By the second highest it would be 4.6 %, within the 95 % interval."""
+    found = memorised(np.full(6, 5.5), np.arange(10.0), range(10), alpha=0.1)
+    assert found["interval_drawn"] == [0, 0]
+
+
 def test_areas_under_the_curve():
     low, high = np.arange(20.0), np.arange(20.0) + 100
     assert attack(high, low, range(20), range(20))["auc"] == 1
@@ -196,6 +221,12 @@ def test_reidentification_of_planted_ranks():
     assert reidentification(np.zeros((count, 40)), sources, patients)["top_5"]["rate"] == 0  # ties tell nothing
     with pytest.raises(ValueError, match="nobody"):
         reidentification(similarity, ["nobody"] * count, patients)
+
+
+def test_a_patient_is_as_near_as_its_nearest_volume():
+    """Patient a: one volume alike, one not. Patient b: both less alike than a's first, but more than a's mean."""
+    found = reidentification(np.array([[0.5, 0.0, 0.3, 0.3]]), ["a"], ["a", "a", "b", "b"], ranks=(1,))
+    assert found["top_1"]["rate"] == 1
 
 
 def test_similarity_to_the_volume_of_its_own_mask():
