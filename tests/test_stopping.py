@@ -98,6 +98,7 @@ def test_an_ignored_interrupt_stays_ignored():
     try:
         with stoppable():
             interrupt()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
