@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ("volumes", "autoencoder", "diffusion", "pipelines", "evaluation")
-ALLOWED = {room: set(LAYERS[: i + 1]) for i, room in enumerate(LAYERS)} | {"training": {"training", "volumes"}}
+LAYERS = ("files", "volumes", "autoencoder", "diffusion", "pipelines", "evaluation")
+ALLOWED = {room: set(LAYERS[: i + 1]) for i, room in enumerate(LAYERS)} | {"training": {"files", "training", "volumes"}}
 ALLOWED["evaluation"].add("training")  # the doctor asks the trainer's own rules
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Distributions whose import name is another.

@@ -1,0 +1,175 @@
+"""Files and folders that appear whole or not at all, whatever kills the process, fills the disk or cuts the power.
+
+    with atomic_file(path) as unfinished:
+        save_file(tensors, unfinished)
+    with atomic_folder(folder) as unfinished:
+        model.save_pretrained(unfinished)
+    remove_leftovers(folder)  # at the start of a run
+
+Unfinished work lies in a hidden folder of random name beside its target, which only this user may enter, so that no link can be
+planted in its way, and two writers never meet. Everything is on the disk (fsync) before it takes its place, and the name after it. The
+hidden folder is locked by its process while that lives; what is not locked was left behind.
+"""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+UNFINISHED = ".unfinished-"  # prefix of the hidden folders
+NEW, REPLACED = "new", "replaced"  # folders in it: what is written, and what is about to be removed
+LOCK = "lock"
+STARTING = 60.0  # seconds between making the hidden folder and its lock, at most
+
+
+@contextmanager
+def atomic_files(*paths: Path) -> Iterator[list[Path]]:
+    """Give files to write instead of `paths`, which take their places, in this order, when the block ends.
+
+    Args:
+        paths: files of one folder, which is made. A link in the place of one is replaced, not followed.
+    Where the block ends in an error, nothing of them is left.
+    """
+    folder = paths[0].parent
+    assert all(path.parent == folder for path in paths), paths
+    folder.mkdir(parents=True, exist_ok=True)
+    with _hidden(folder) as hidden:
+        unfinished = [hidden / NEW / path.name for path in paths]
+        yield unfinished
+        sync(hidden / NEW)
+        for new, path in zip(unfinished, paths, strict=True):
+            os.replace(new, path)
+        _sync_folder(folder)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a file to write instead of `path`, as `atomic_files`."""
+    with atomic_files(path) as (unfinished,):
+        yield unfinished
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8 that replaces an older one only once it is complete. Its folder is made."""
+    with atomic_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder to fill instead of `folder`, whose place it takes when the block ends. An older one is removed then.
+
+    Killed between the two, the older one is hidden, and `remove_leftovers` puts it back.
+    Raises: FileExistsError if a link or a file is in its place.
+    """
+    _refuse_link(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _hidden(folder.parent) as hidden:
+        unfinished = hidden / NEW / folder.name
+        unfinished.mkdir()
+        yield unfinished
+        sync(unfinished)
+        replace_folder(unfinished, folder, hidden)
+
+
+def replace_folder(unfinished: Path, folder: Path, hidden: Path) -> None:
+    """Put `unfinished` in the place of `folder`, which is moved into `hidden` first if it is there."""
+    _refuse_link(folder)
+    older = hidden / REPLACED / folder.name
+    if folder.exists():
+        older.parent.mkdir(exist_ok=True)
+        os.rename(folder, older)
+    try:
+        os.rename(unfinished, folder)
+    except OSError:
+        if older.exists():
+            os.rename(older, folder)
+        raise
+    _sync_folder(folder.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder. Killed at any moment, it leaves it whole, or hidden; a link is removed, not followed."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    with _hidden(folder.parent) as hidden:
+        os.rename(folder, hidden / NEW / folder.name)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes left half written in `folder` that were killed, and put back what they were about to replace.
+
+    Work of living processes stays, of this machine or of others that lock files on the same disk.
+    """
+    for hidden in folder.glob(f"{UNFINISHED}*"):
+        if hidden.is_symlink() or not hidden.is_dir():
+            continue  # not ours
+        lock = hidden / LOCK
+        with suppress(FileNotFoundError):  # its process has just finished
+            if not lock.exists() and time.time() - hidden.stat().st_mtime < STARTING:
+                continue
+            try:
+                with FileLock(lock, timeout=0):
+                    for older in (hidden / REPLACED).glob("*"):
+                        if not (folder / older.name).exists():
+                            os.rename(older, folder / older.name)
+                    shutil.rmtree(hidden)
+            except Timeout:
+                continue
+
+
+def sync(path: Path) -> None:
+    """Return once a file, or a folder and all that is in it, is on the disk and not in memory alone."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            if not inner.is_symlink():
+                sync(inner)
+        _sync_folder(path)
+        return
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_link(folder: Path) -> None:
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise FileExistsError(
+            f"{folder}: a {'link' if folder.is_symlink() else 'file'} is in the place of this folder; remove it"
+        )
+
+
+@contextmanager
+def _hidden(folder: Path) -> Iterator[Path]:
+    """A new folder in `folder` that is locked by this process; it is removed at the end."""
+    with ExitStack() as stack:
+        while True:
+            hidden = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
+            stack.callback(shutil.rmtree, hidden, ignore_errors=True)
+            lock = FileLock(hidden / LOCK)
+            try:
+                lock.acquire(timeout=0)
+                (hidden / NEW).mkdir()
+            except (FileNotFoundError, Timeout):  # `remove_leftovers` of another process came in between
+                lock.release()
+                continue
+            stack.callback(lock.release)
+            yield hidden
+            return

@@ -1,0 +1,261 @@
+"""The package `files`: atomic files and folders, locks, and paths that others wrote."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from files import atomic
+from files.atomic import atomic_file, atomic_files, atomic_folder, remove_folder, remove_leftovers, write_text
+from files.locks import HOLDER, OutputInUse, only_writer
+from files.paths import check_name, open_regular, path_inside
+
+ROOT = Path(__file__).resolve().parents[1]
+posix = pytest.mark.skipif(os.name == "nt", reason="POSIX links, pipes and signals")
+
+
+def child(code: str, *args: object) -> subprocess.Popen:
+    """A Python process of its own that prints a line when it is ready."""
+    program = f"import sys, time; from pathlib import Path; sys.path.insert(0, {str(ROOT)!r})\n{code}"
+    process = subprocess.Popen([sys.executable, "-c", program, *map(str, args)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_when_it_is_complete(tmp_path):
+    path = tmp_path / "new/report.json"
+    with atomic_file(path) as unfinished:
+        unfinished.write_text("half")
+        assert not path.exists() and unfinished.name == path.name
+        assert unfinished.parent.parent.name.startswith(".")  # hidden
+    assert path.read_text() == "half" and names(path.parent) == ["report.json"]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_an_error_leaves_the_older_file_and_nothing_of_the_new_one(tmp_path):
+    write_text(tmp_path / "a", "older")
+    with pytest.raises(OSError, match="full"), atomic_files(tmp_path / "a", tmp_path / "b") as (a, _):
+        a.write_text("newer")
+        raise OSError("full")
+    assert (tmp_path / "a").read_text() == "older" and names(tmp_path) == ["a"]
+
+
+@posix
+def test_links_are_replaced_and_not_followed(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.csv").symlink_to(precious)
+    write_text(out / "manifest.csv", "rows")
+    assert precious.read_text() == "precious" and (out / "manifest.csv").read_text() == "rows"
+    assert not (out / "manifest.csv").is_symlink()
+    (out / "model").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(FileExistsError, match="a link is in the place"), atomic_folder(out / "model"):
+        pytest.fail("wrote")
+    remove_folder(out / "model")
+    assert precious.exists() and names(out) == ["manifest.csv"]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    with atomic_file(tmp_path / "a") as first, atomic_file(tmp_path / "a") as second:
+        first.write_text("first")
+        second.write_text("second")
+        remove_leftovers(tmp_path)  # of the living nothing is removed
+    assert (tmp_path / "a").read_text() == "first" and names(tmp_path) == ["a"]
+
+
+def test_everything_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    done = []
+    fsync, replace, rename = os.fsync, os.replace, os.rename
+    inode = lambda path: os.stat(path).st_ino  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(("sync", os.fstat(fd).st_ino)), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (replace(a, b), done.append(("name", inode(b)))))
+    monkeypatch.setattr(os, "rename", lambda a, b: (rename(a, b), done.append(("name", inode(b)))))
+    write_text(tmp_path / "a", "text")
+    file, folder = inode(tmp_path / "a"), inode(tmp_path)
+    order = [done.index(step) for step in (("sync", file), ("name", file), ("sync", folder))]
+    assert order == sorted(order)
+    done.clear()
+    with atomic_folder(tmp_path / "model") as unfinished:
+        (unfinished / "vae").mkdir()
+        (unfinished / "vae/weights").write_text("1")
+    model = tmp_path / "model"
+    for synced in (model, model / "vae", model / "vae/weights"):
+        assert done.index(("sync", inode(synced))) < done.index(("name", inode(model)))
+    assert done[-1] == ("sync", folder)
+
+
+def test_a_folder_replaces_an_older_one(tmp_path, monkeypatch):
+    for content in "12":
+        with atomic_folder(tmp_path / "model") as unfinished:
+            (unfinished / "weights").write_text(content)
+    assert (tmp_path / "model/weights").read_text() == "2" and names(tmp_path) == ["model"]
+    rename = os.rename
+
+    def fail(a, b):
+        if Path(b).name == "model" and Path(a).parent.name == atomic.NEW:
+            raise OSError("no")
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="no"), atomic_folder(tmp_path / "model"):
+        pass
+    assert (tmp_path / "model/weights").read_text() == "2" and names(tmp_path) == ["model"]
+
+
+KILLED = """
+import os
+from files import atomic
+rename = os.rename
+def stop(a, b):
+    if Path(a).parent.name == atomic.NEW:
+        print("ready", flush=True); time.sleep(60)
+    rename(a, b)
+os.rename = stop
+with atomic.atomic_folder(Path(sys.argv[1])) as unfinished:
+    (unfinished / "weights").write_text("2")
+"""
+
+
+@posix
+def test_what_a_killed_process_left_is_removed_and_what_it_replaced_put_back(tmp_path):
+    with atomic_folder(tmp_path / "model") as unfinished:
+        (unfinished / "weights").write_text("1")
+    process = child(KILLED, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    remove_leftovers(tmp_path)
+    assert len(names(tmp_path)) == 1  # it lives
+    process.kill()
+    process.wait()
+    remove_leftovers(tmp_path)
+    assert (tmp_path / "model/weights").read_text() == "1" and names(tmp_path) == ["model"]
+
+
+@posix
+def test_links_that_look_like_leftovers_are_left_alone(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/precious").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / f"out/{atomic.UNFINISHED}1").symlink_to(tmp_path / "home", target_is_directory=True)
+    remove_leftovers(tmp_path / "out")
+    assert (tmp_path / "home/precious").exists()
+
+
+HOLDS = """
+from files.locks import only_writer
+with only_writer(Path(sys.argv[1])):
+    print("ready", flush=True); time.sleep(float(sys.argv[2]))
+"""
+
+
+@posix
+def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
+    process = child(HOLDS, tmp_path, 60)
+    with (
+        pytest.raises(OutputInUse, match=rf"--output .*process {process.pid} on .*--wait_minutes"),
+        only_writer(tmp_path),
+    ):
+        pytest.fail("entered")
+    assert json.loads((tmp_path / HOLDER).read_text())["pid"] == process.pid
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with only_writer(tmp_path):
+        assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / HOLDER).exists()
+
+
+@posix
+def test_a_lock_is_waited_for_when_asked_to(tmp_path, capsys):
+    process = child(HOLDS, tmp_path, 1)
+    began = time.monotonic()
+    with only_writer(tmp_path, wait_minutes=1):
+        assert process.wait(10) == 0 and time.monotonic() - began < 30
+    assert "waiting for another process" in capsys.readouterr().out
+
+
+# Paths that others wrote
+
+
+@posix
+def test_paths_stay_inside(tmp_path):
+    home = tmp_path / "home"
+    (home / "pictures").mkdir(parents=True)
+    (home / "pictures/a.png").touch()
+    (tmp_path / "secret").touch()
+    (home / "out").symlink_to(tmp_path)
+    (home / "loop").symlink_to(home / "loop")
+    os.mkfifo(home / "pipe")
+    assert path_inside(home, "pictures/a.png", "r.json") == (home / "pictures/a.png").resolve()
+    assert path_inside(home, "out/home/pictures/a.png", "r.json").name == "a.png"  # comes back inside
+    wrong = [
+        "../secret",
+        "out/secret",
+        str(tmp_path / "secret"),
+        str(home / "pictures/a.png"),
+        "",
+        ".",
+        "pictures",
+        "none",
+    ]
+    wrong += ["pipe", "loop", "a\0b", "a\nb", "\x1b[31m", "a" * 300, "..\\secret", 3, None]
+    for named in wrong:
+        with pytest.raises(ValueError, match="^r.json: ") as error:
+            path_inside(home, named, "r.json")
+        assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "a/b",
+        "a\\b",
+        "a\nb",
+        "a\0",
+        "\x1b[31mred",
+        "\u202efdp",
+        " a",
+        "a ",
+        "a" * 201,
+        "ä" * 101,
+    ],
+)
+def test_names_that_no_file_should_have(name):
+    with pytest.raises(ValueError, match="^table.csv, line 3: the name ") as error:
+        check_name(name, "table.csv, line 3")
+    assert str(error.value).isprintable() and len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["a", "Case 1.2", "Müller", "患者", "a" * 200, "-", "a..b"])
+def test_names_that_files_may_have(name):
+    assert check_name(name, "table.csv") == name
+
+
+@posix
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(ValueError, match="not a regular file"):
+            open_regular(path)
+    (tmp_path / "a").write_bytes(b"abc")
+    with open_regular(tmp_path / "a") as file:
+        assert file.read() == b"abc"
