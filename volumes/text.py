@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from files.paths import open_regular
 
 
 class FileError(OSError, ValueError):
@@ -15,7 +19,11 @@ class FileError(OSError, ValueError):
     here that a user can mend."""
 
 
+MOST_BYTES = 1 << 28  # of a JSON file, or a table
+MOST_YAML = 1 << 24  # bytes of a YAML file
 MOST_VALUES = 100_000  # in a YAML file, each counted as often as aliases repeat it
+SHOWN = 60  # letters of what was found, in a message
+UNSEEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # Unicode's categories
 NUMBER = r"""[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
     |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"""
 PLAIN = {  # what text without quotation marks may be, as in YAML 1.2: in PyYAML's 1.1 `no` is false, `010` eight and `1:30` ninety
@@ -56,14 +64,52 @@ def load_settings(text: str) -> Any:
     return text if isinstance(found, dict) and re.fullmatch(r"\s*\{\w+\}\s*", text) else found
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises: FileError naming the file if it is no JSON, or nested too deeply."""
+def visible(text: object) -> str:
+    """Text that others wrote, as a terminal may show it: control characters (escape sequences) and those that reorder or hide
+    letters are written out, `\\x1b`; line breaks and tabs stay."""
+    return "".join(
+        one if one in "\n\t" or unicodedata.category(one) not in UNSEEN else ascii(one)[1:-1] for one in str(text)
+    )
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The content of a regular file. Raises: FileError for what is none (a pipe, a folder), or is larger than `most` bytes."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError) as error:
-        raise FileError(f"{path}: {path.name} is no JSON: {error}") from error
+        with open_regular(path) as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise FileError(str(error)) from error
+    if len(data) > most:
+        raise FileError(f"{path}: is larger than {most >> 20} MiB, which no file of its kind is")
+    return data
+
+
+def parse_json(text: str) -> Any:
+    """What JSON text holds. Raises: ValueError if it is none, nested too deeply, or names one thing twice in an object."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
-        raise FileError(f"{path}: is nested too deeply for JSON of ours") from error
+        raise ValueError("is nested too deeply for JSON of ours") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two values by one name, which counts depends on who reads."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object has two values called {', '.join(twice[:4])!r:.{SHOWN}}; remove one")
+    return found
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises: FileError naming the file if it is no JSON, or as `read_bytes` and `parse_json`."""
+    data = read_bytes(path)
+    try:
+        return parse_json(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise FileError(f"{path}: {path.name} is no JSON: {error}") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
