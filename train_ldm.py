@@ -55,17 +55,14 @@ from training import (
     Learner,
     Loop,
     build_model,
-    ending_with_others,
-    how_to_resume,
     initialise_from,
-    make_accelerator,
+    open_run,
     save_model,
 )
 from training.previews import preview_case
 from training.splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
 from volumes import VolumeDataset, describe, slices_figure
 from volumes.preprocessing import preprocessing, refuse_differences
-from volumes.stopping import stoppable
 from volumes.subjects import join_records
 from volumes.text import read_object
 
@@ -248,8 +245,7 @@ def encode_training(
 def main(args: list[str] | None = None) -> dict[str, float]:
     """Train as the config says. Returns the final validation's metrics."""
     config = parse_config(TrainLdmConfig, args)
-    accelerator = make_accelerator(config)
-    with ending_with_others(accelerator), stoppable(how_to_resume("train_ldm.py", args)):
+    with open_run(config, "train_ldm.py", args) as accelerator:
         return train_as(config, accelerator)
 
 

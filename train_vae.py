@@ -54,10 +54,8 @@ from training import (
     PerceptualConfig,
     build_model,
     derive_seed,
-    ending_with_others,
-    how_to_resume,
     initialise_from,
-    make_accelerator,
+    open_run,
     save_config,
     save_model,
 )
@@ -67,7 +65,6 @@ from training.splits import PaddedVolumes, digests, load_split, own_record, refu
 from volumes import CropDataset, VolumeDataset, slices_figure
 from volumes.live_bar import LiveBar
 from volumes.preprocessing import differences, refuse_differences
-from volumes.stopping import stoppable
 from volumes.subjects import join_records
 from volumes.text import read_object
 
@@ -355,8 +352,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     """Train as the config says. Returns the final validation's metrics; those of a model without parameters, of which only
     the latents are measured, are none."""
     config = parse_config(TrainVaeConfig, args)
-    accelerator = make_accelerator(config)
-    with ending_with_others(accelerator), stoppable(how_to_resume("train_vae.py", args)):
+    with open_run(config, "train_vae.py", args) as accelerator:
         return train_as(config, accelerator)
 
 
