@@ -46,6 +46,7 @@ from diffusion import (
 from diffusion.completion import complete_model
 from diffusion.denoise import set_timesteps
 from diffusion.latent_cache import weights_hash
+from diffusion.latent_entry import check_latents
 from diffusion.objectives import Scheduler
 from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
@@ -217,6 +218,7 @@ def encode_held_out(
     items = []
     for item in volumes:
         posterior: LatentDistribution = vae.encode(item["image"][None].to(vae.device), return_dict=False)[0]
+        check_latents(posterior, item["name"])
         conditions = {key: item[key][None] for key in ("classes", "numbers") if key in item}
         if num_labels:
             conditions["mask"] = fold_mask(item["mask"][None], vae.stride, num_labels)

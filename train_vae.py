@@ -337,7 +337,7 @@ def finish(
     them, and records of whose they are: its own, and the `earlier` ones of what it started from."""
     if measure:
         items = LiveBar(PaddedVolumes(train, vae.stride), desc="measure latents", unit="volume")
-        volumes = ({key: item[key][None] for key in ("image", "fov")} for item in items)
+        volumes = ({"name": item["name"], **{key: item[key][None] for key in ("image", "fov")}} for item in items)
         vae.set_latent_statistics(*latent_statistics(vae, volumes))
     if len(train.channels) > 1:
         vae.register_to_config(channel_names=train.channels)

@@ -27,7 +27,11 @@ UNFINISHED = ".unfinished-"  # prefix of the hidden folders
 NEW, REPLACED = "new", "replaced"  # folders in it: what is written, and what is about to be removed
 LOCK = "lock"
 STARTING = 60.0  # seconds between making the hidden folder and its lock, at most
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of a file system that cannot lock, such as Lustre without `-o flock`
+NO_LOCKS = (
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.ENOLCK,
+)  # of a file system that cannot lock, such as Lustre without `-o flock`
 
 
 @contextmanager

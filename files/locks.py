@@ -73,7 +73,10 @@ def _acquire(lock: FileLock, folder: Path, wait_minutes: float, option: str) -> 
                 raise ValueError(f"{option} {folder}: {LOCK} in it is a link; remove it") from error
             if error.errno not in NO_LOCKS:
                 raise
-            print(f"{folder}: its file system cannot lock ({error.strerror}), so no other process is kept away", flush=True)
+            print(
+                f"{folder}: its file system cannot lock ({error.strerror}), so no other process is kept away",
+                flush=True,
+            )
             return False
 
 

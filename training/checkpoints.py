@@ -167,7 +167,9 @@ class Checkpointer:
             name: list[str] = [""]
             if self.accelerator.is_main_process:
                 made = stack.enter_context(atomic_folder(final))
-                name = ["/".join(made.parts[-3:])]  # below the folder of checkpoints, which may be elsewhere on another machine
+                name = [
+                    "/".join(made.parts[-3:])
+                ]  # below the folder of checkpoints, which may be elsewhere on another machine
             broadcast_object_list(name)
             yield self.folder / name[0]
 
