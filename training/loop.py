@@ -243,6 +243,7 @@ class Loop:
             if last or stopped or _due(state.step, options.checkpoint_every):
                 now_finishing(f"the checkpoint of step {state.step}")
                 written = self.checkpoints.save(state)
+                stopped = stopped or stop_asked_anywhere(accelerator)  # a signal that came meanwhile needs no other one
                 if stopped:
                     logger.warning("%s: wrote %s; --resume latest goes on from there", stopped.name, written)
                     accelerator.end_training()

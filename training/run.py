@@ -61,8 +61,11 @@ def hold_output(accelerator: Accelerator, config: Any) -> Iterator[None]:
                 refuse_older_run(config)  # of a job that was waited for
                 refuse_links([output / name for name in WRITTEN])
                 refuse_links((output / CHECKPOINTS).glob("*"))
-                for folder in (output, output / CHECKPOINTS, output / PREVIEWS):
-                    remove_leftovers(folder)
+                remove_leftovers(output)
+                for folder in (output / CHECKPOINTS, output / PREVIEWS):
+                    if folder.exists():  # of an older run, and perhaps of another user
+                        check_writable(folder)
+                        remove_leftovers(folder)
             except (OSError, ValueError) as error:
                 refused = [error]
         broadcast_object_list(refused)
