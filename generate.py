@@ -113,6 +113,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from files.atomic import write_text
 from pipelines import (
     Check,
     MedVolumePipeline,
@@ -131,7 +132,7 @@ from pipelines.provenance import sidecars
 from pipelines.requests import Request, mask_requests, read_requests
 from pipelines.trained_on import GENERATED
 from training import ending_with_others, join_processes
-from training.output import check_writable, naming_full_disk, write_text
+from training.output import check_writable, naming_full_disk
 from volumes import draw_shape, map_fault
 from volumes.live_bar import LiveBar
 from volumes.nifti import remove_abandoned
