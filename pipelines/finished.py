@@ -160,11 +160,12 @@ def finished_volumes(folder: Path, *, known: Collection[Path] = ()) -> Iterator[
             fault = None if content is None else record_fault(content)
         except ValueError as error:
             content, fault = {}, str(error)
-        if content is None or not any(os.path.lexists(file) for file in volume_files(path, content)):
+        files = [path] if content is None else volume_files(path, content)
+        if content is None or not any(map(os.path.lexists, files)):
             continue  # somebody else's JSON, or of a volume that is gone
         if fault is None and FILES in content:
             fault = file_fault(path, content, known=known)
-        elif fault is None and (gone := [file for file in volume_files(path, content) if not file.is_file()]):
+        elif fault is None and (gone := [file for file in files if not file.is_file()]):
             fault = f"{gone[0]}: is missing"
         if fault is not None:
             logger.warning("%s: left out: %s", path, fault)
