@@ -21,7 +21,8 @@ class FileError(OSError, ValueError):
 
 MOST_BYTES = 1 << 28  # of a JSON file, or a table
 MOST_YAML = 1 << 24  # bytes of a YAML file
-MOST_VALUES = 100_000  # in a YAML file, each counted as often as aliases repeat it
+MOST_DEPTH = 100  # of nesting in it
+MOST_VALUES = 20_000  # in a YAML file, each counted as often as aliases repeat it
 SHOWN = 60  # letters of what was found, in a message
 UNSEEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # Unicode's categories
 NUMBER = r"""[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
@@ -33,7 +34,10 @@ PLAIN = {  # what text without quotation marks may be, as in YAML 1.2: in PyYAML
 }
 
 
-class SettingsLoader(yaml.SafeLoader):
+Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster, where PyYAML was built with it
+
+
+class SettingsLoader(Loader):
     """YAML whose words `no`, `yes`, `on` and `off` are text, as settings and classes are called, and whose keys are unique."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -60,7 +64,15 @@ for _kind, (_pattern, _first) in PLAIN.items():
 
 def load_settings(text: str) -> Any:
     """What YAML text holds; `{case}` alone is text, of a pattern of files. Raises: yaml.YAMLError, ValueError or KeyError."""
-    found = yaml.load(text, Loader=SettingsLoader)
+    _check_events(text)
+    loader = SettingsLoader(text)
+    try:
+        node = loader.get_single_node()
+        if _count(node, {}) > MOST_VALUES:
+            raise ValueError(f"its aliases repeat values more than {MOST_VALUES} times; write them out")
+        found = None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
     return text if isinstance(found, dict) and re.fullmatch(r"\s*\{\w+\}\s*", text) else found
 
 
@@ -121,19 +133,28 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. Raises: ValueError naming the file if it is none, nested too deeply, or if aliases make more than
-    `MOST_VALUES` of it ("billion laughs")."""
+    """What a YAML file holds. Raises: ValueError naming the file if it is none, nested too deeply, or if it holds more than
+    `MOST_VALUES`, which aliases can make of few ("billion laughs")."""
+    data = read_bytes(path, MOST_YAML)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        values = _count(yaml.compose(text, Loader=SettingsLoader), {})
-        found = load_settings(text) if values <= MOST_VALUES else None
+        found = load_settings(data.decode("utf-8-sig"))
     except RecursionError as error:
         raise ValueError(f"{path}: is nested too deeply, or holds itself") from error
     except Exception as error:  # of many kinds: a KeyError for `!!bool maybe`, a ValueError for the date 2001-02-30
-        raise ValueError(f"{path}: is no YAML that can be read: {type(error).__name__}: {error}") from error
-    if values > MOST_VALUES:
-        raise ValueError(f"{path}: its aliases repeat values more than {MOST_VALUES} times; write them out")
+        raise ValueError(f"{path}: is no YAML that can be read: {type(error).__name__}: {visible(error)}") from error
     return found
+
+
+def _check_events(text: str) -> None:
+    """Raises: ValueError for YAML that is nested too deeply or holds too many values, before any is built."""
+    depth = count = 0
+    for event in yaml.parse(text, Loader=SettingsLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        count += isinstance(event, yaml.NodeEvent)
+        if depth > MOST_DEPTH:
+            raise ValueError(f"is nested more than {MOST_DEPTH} deep")
+        if count > MOST_VALUES:
+            raise ValueError(f"holds more than {MOST_VALUES} values, which no settings are")
 
 
 def _count(node: yaml.Node | None, known: dict[int, int]) -> int:
