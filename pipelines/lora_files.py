@@ -117,8 +117,8 @@ def unet_tensors(state: Mapping[str, torch.Tensor], source: object) -> dict[str,
     foreign = sorted(key for key in tensors if not key.startswith("unet.") or not key.endswith(FACTORS))
     if foreign or not tensors:
         raise ValueError(
-            f"{source}: is no LoRA of a latent U-Net: tensors that do not belong: {repr(foreign[:4])[:200]}; the names begin with unet. and "
-            f"end in {' or '.join(FACTORS)}"
+            f"{source}: is no LoRA of a latent U-Net: tensors that do not belong: {repr(foreign[:4])[:200]}; the names "
+            f"begin with unet. and end in {' or '.join(FACTORS)}"
         )
     check_tensors(tensors, source)
     return {key.removeprefix("unet."): tensor for key, tensor in tensors.items()}

@@ -252,7 +252,7 @@ def test_a_schedulers_config_in_a_folder_is_checked(folder):
     name = "UniPCMultistepScheduler"
     write_scheduler(folder, name, {})
     check_folder(folder)
-    for option, default in parameters(UniPCMultistepScheduler).items():
+    for option in parameters(UniPCMultistepScheduler):
         write_scheduler(folder, name, {option: "\x1b[2J" if option != "solver_p" else {"_class_name": "os"}})
         if option != "solver_p":
             with pytest.raises(ValueError, match=f"scheduler_config.json: .*{option}"):

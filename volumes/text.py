@@ -34,7 +34,9 @@ PLAIN = {  # what text without quotation marks may be, as in YAML 1.2: in PyYAML
 }
 
 
-Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster, where PyYAML was built with it
+Loader: Any = getattr(
+    yaml, "CSafeLoader", yaml.SafeLoader
+)  # libyaml's is ten times faster, where PyYAML was built with it
 
 
 class SettingsLoader(Loader):
