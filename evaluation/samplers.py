@@ -282,13 +282,14 @@ def real_segmenter(learning: Sequence[Case], options: Namespace, device: torch.d
         try:
             with open_safetensors(path) as file:
                 stored = (file.metadata() or {}).get("segmenter")
-                if stored != settings:
-                    raise ValueError(f"is of {visible(stored)[:2000]}, not of {settings}")
-                segmenter.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if stored == settings:
+                segmenter.load_state_dict(tensors)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # the last of them of other tensors
-            raise ValueError(
-                f"{path}: holds no segmenter of these settings: it {error}; choose another --segmenter"
-            ) from error
+            raise ValueError(f"{path}: is no segmenter, or damaged ({error}); choose another --segmenter") from error
+        if stored != settings:
+            found = visible(stored)[:2000]
+            raise ValueError(f"{path}: holds a segmenter of {found}, not of {settings}; choose another --segmenter")
         return segmenter.to(device).eval()
     learned = load_pairs([Pair(case) for case in learning], config, options.shape)
     with LiveBar(total=options.segmenter_steps, unit="step", disable=None, desc="training the segmenter") as progress:

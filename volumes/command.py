@@ -23,6 +23,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import sys
@@ -33,6 +34,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
+
+from .text import visible
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended: 128 + SIGINT
 TRACEBACK = "--traceback"
@@ -58,6 +61,14 @@ REMEDIES = {
 class CannotContinue(RuntimeError):
     """A command cannot go on for a reason outside of it, such as a full disk or the end of another process; the message says what
     remedies it."""
+
+
+class VisibleFormatter(logging.Formatter):
+    """Log messages as a terminal may show them: names in them are others'."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As logging's, see `volumes.text.visible`."""
+        return visible(super().format(record))
 
 
 class ShowTraceback(
@@ -149,6 +160,8 @@ def run_command(parse: Callable[[], object]) -> NoReturn:
     more by `main`, which people call from Python, too.
     """
     program = program_name()
+    if logging.lastResort is not None:  # which shows warnings where nobody has set up logging
+        logging.lastResort.setFormatter(VisibleFormatter())
     try:
         parse()
         status = imported_main()()
@@ -162,7 +175,7 @@ def run_command(parse: Callable[[], object]) -> NoReturn:
         if message is None or TRACEBACK in sys.argv:
             raise
         if first_to_say(message):
-            print(f"{program}: error: {message} ({TRACEBACK} shows where)", file=sys.stderr, flush=True)
+            print(f"{program}: error: {visible(message)} ({TRACEBACK} shows where)", file=sys.stderr, flush=True)
         sys.exit(1)
     sys.exit(status if type(status) is int else 0)
 

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from volumes.text import read_object
+from volumes.text import read_object, visible
 
 from ..report import check_report, write_report
 from ..segmentation_data import LoadedPairs
@@ -178,11 +178,15 @@ def tell(report: dict[str, Any], how: str) -> None:
     """Print the mean Dice of every arm and budget, and their ratios or differences with the intervals over seeds and subjects."""
     for arm, budgets in report["dice"].items():
         for labels, found in budgets.items():
-            print(f"{arm}, labels {labels}: Dice {found['mean']:.4f}{told(found['interval_seeds'])} over seeds")
+            print(
+                f"{visible(arm)}, labels {visible(labels)}: Dice {found['mean']:.4f}{told(found['interval_seeds'])} over seeds"
+            )
     for name, budgets in report[how].items():
         for labels, found in budgets.items():
             seeds, subjects = told(found["interval_seeds"]), told(found["interval_subjects"])
-            print(f"{name}, labels {labels}: {found['of_means']:.4f}{seeds} over seeds,{subjects} over subjects")
+            print(
+                f"{visible(name)}, labels {visible(labels)}: {found['of_means']:.4f}{seeds} over seeds,{subjects} over subjects"
+            )
 
 
 def told(interval: list[float] | None) -> str:
