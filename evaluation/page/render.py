@@ -107,8 +107,8 @@ def write_page(
     """
     page = build_page(paths)
     output.mkdir(parents=True, exist_ok=True)
-    missing = dict(missing or {})
-    context = {**page, "title": title, "made": provenance(), "missing": missing}
+    title, missing, made = shown(title), shown(dict(missing or {})), shown(provenance())
+    context = {**page, "title": title, "made": made, "missing": missing}
     for name, finalize in (("report.html", None), ("report.md", markdown)):
         environment = Environment(
             loader=PackageLoader("evaluation.page", "."),
