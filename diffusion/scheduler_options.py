@@ -20,7 +20,7 @@ DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
 SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 SHIFTS = ("shift", "flow_shift")  # one thing under two names: of FlowMatch schedulers, and of the others on flows
 MOST_TIMESTEPS = 100_000  # of a schedule, of which tables are made; the usual number is 1,000
-Size = Annotated[float, Range(0, 1e6, above=True)]
+Size: Any = Annotated[float, Range(0, 1e6, above=True)]
 VALUES: dict[str, Any] = {  # what an option may be, but for True and False, lambda_min_clipped and solver_p
     "num_train_timesteps": Annotated[int, Range(1, MOST_TIMESTEPS)],
     **dict.fromkeys(("beta_start", "beta_end"), InnerShare),

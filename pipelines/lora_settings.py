@@ -131,6 +131,6 @@ def plain_settings(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tens
         if any(not NAME.fullmatch(str(key).removeprefix("^")) for key in given):
             from peft.utils.other import get_pattern_key
 
-            keys = {layer: get_pattern_key(given.keys(), layer) for layer in layers}
+            keys = {layer: get_pattern_key(list(given), layer) for layer in layers}
             plain[name] = {f"^{layer}": given[key] for layer, key in keys.items() if key in given}
     return plain
