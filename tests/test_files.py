@@ -251,7 +251,7 @@ from files.locks import only_writer
 import os
 with only_writer(Path(sys.argv[1])):
     if not os.fork():
-        time.sleep(10)
+        time.sleep(10); os._exit(0)
     print("ready", flush=True); time.sleep(60)
 """
 
