@@ -228,15 +228,14 @@ def generate(options: argparse.Namespace, state: PartialState, *, held: bool = F
     Args:
         held: whether this job holds --output already, see `only_job`.
     """
+    requests = mask_requests(options.masks, options.output) if options.masks else []
     pipe = MedVolumePipeline.from_pretrained(options.pipeline, dtype=DTYPES[options.precision]).to(state.device)
     pipe.set_progress_bar_config(disable=True)
     if options.lora:
         pipe.load_lora_weights(options.lora)
     if options.conditions:
         requests = read_requests(options.conditions, pipe, options.output)
-    elif options.masks:
-        requests = mask_requests(options.masks, options.output)
-    else:
+    elif not options.masks:
         requests = [Request("map" if pipe.data.get("image_labels") else "volume", None)]
     if (total := len(requests) * options.count) > MOST_VOLUMES:
         raise ValueError(
