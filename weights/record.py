@@ -27,8 +27,8 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
+from files.atomic import write_text
 from training import TrainLdmConfig, TrainVaeConfig, parse_config
-from training.output import write_text
 from training.splits import load_split, own_record
 from volumes import describe
 from volumes.preprocessing import described_preprocessing, refuse_differences
