@@ -367,7 +367,7 @@ def test_volumes_and_batches_larger_than_memory_are_refused(unconditional, tmp_p
     # the first feature map of the tiny U-Net: 4 x 4 x 4 cells (stride 4) of 16 channels of 4 bytes: 4 KiB; a quarter of 1 MiB is 64
     with pytest.raises(ValueError, match="1000 volumes of 16 x 16 x 16 voxels at a time .*ask for --batch_size 64$"):
         run(unconditional, tmp_path / "out", *arguments)
-    monkeypatch.setattr(generate, "memory_bytes", lambda: 1 << 12)
+    monkeypatch.setattr(generate, "memory_bytes", lambda: 1 << 11)
     with pytest.raises(ValueError, match="ask for smaller volumes"):
         run(unconditional, tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
