@@ -41,6 +41,7 @@ from matplotlib.figure import Figure
 
 import generate
 from files.atomic import atomic_file
+from files.paths import path_inside
 from pipelines import MedVolumePipeline, read_sidecar, sidecar_path, volume_files
 from pipelines.editing import remove_lesion
 from pipelines.finished import finished_volumes
@@ -104,7 +105,7 @@ def edit(pipeline: Path, data: dict[str, Any], output: Path, steps: int) -> None
     volume = sorted((output / pipeline.name).glob("*.nii.gz"))[0]
     record = read_sidecar(volume)
     assert record is not None and record["mask"] is not None
-    mask = read_mask(pipeline / "masks" / record["mask"]["file"])
+    mask = read_mask(path_inside(pipeline / "masks", record["mask"]["file"], f"the sidecar of {volume}: mask"))
     values = sorted(map(int, data["labels"]))
     organ = max(value for value in values if (mask.array == value).any())
     edited, region = remove_lesion(mask, organ, values[0])
@@ -159,6 +160,8 @@ def preview(folder: Path, masks: Path, data: dict[str, Any]) -> Figure:
         column["channels"] = names
         column["windows"] = {name: (scales[name]["low"], scales[name]["high"]) for name in names if name in scales}
         if record["mask"]:
-            column["mask"] = read_mask(masks / record["mask"]["file"]).array
+            column["mask"] = read_mask(
+                path_inside(masks, record["mask"]["file"], f"the sidecar of {volume}: mask")
+            ).array
         columns[stem] = column
     return shapes_figure(shapes) if shapes else slices_figure(list(columns.values()))

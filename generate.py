@@ -24,14 +24,13 @@ learned from is not written, but made again from a next seed; sidecars and manif
 """
 
 import argparse
-import csv
 import hashlib
 import itertools
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -130,9 +129,8 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from files.atomic import atomic_file, refuse_link, remove_leftovers, write_text
+from files.atomic import refuse_link, remove_leftovers, write_text
 from files.locks import only_writer
-from files.paths import open_regular
 from pipelines import (
     Check,
     MedVolumePipeline,
@@ -141,11 +139,11 @@ from pipelines import (
     describe_images,
     describe_mask,
     equal_batches,
-    rejection_columns,
     volume_files,
     write_synthetic,
 )
-from pipelines.finished import finished_volumes, left_to_generate
+from pipelines.finished import left_to_generate
+from pipelines.manifest import MANIFEST, check_manifest, write_manifest
 from pipelines.requests import Request, mask_requests, read_requests
 from pipelines.trained_on import GENERATED
 from training import ending_with_others, join_processes
@@ -158,9 +156,7 @@ from volumes.text import read_object
 
 DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 LONGEST_RUN = timedelta(days=30)  # processes wait this long for each other at the end
-MANIFEST = "manifest.csv"
 MOST_NAME_BYTES = 255  # of a file
-MANIFEST_BEGINS = b"file,mask,"  # by which one of ours is told from others'
 
 
 @dataclass(frozen=True)
@@ -228,15 +224,14 @@ def generate(options: argparse.Namespace, state: PartialState, *, held: bool = F
     Args:
         held: whether this job holds --output already, see `only_job`.
     """
+    requests = mask_requests(options.masks, options.output) if options.masks else []
     pipe = MedVolumePipeline.from_pretrained(options.pipeline, dtype=DTYPES[options.precision]).to(state.device)
     pipe.set_progress_bar_config(disable=True)
     if options.lora:
         pipe.load_lora_weights(options.lora)
     if options.conditions:
         requests = read_requests(options.conditions, pipe, options.output)
-    elif options.masks:
-        requests = mask_requests(options.masks, options.output)
-    else:
+    elif not options.masks:
         requests = [Request("map" if pipe.data.get("image_labels") else "volume", None)]
     if (total := len(requests) * options.count) > MOST_VOLUMES:
         raise ValueError(
@@ -492,16 +487,6 @@ def size_of(pipe: MedVolumePipeline, options: argparse.Namespace, seed: int) -> 
     return draw_shape(pipe.data["maps"], seed) if "maps" in pipe.data else None
 
 
-def check_manifest(output: Path) -> None:
-    """Raises: ValueError if a manifest is in the way that generate.py did not write."""
-    path = output / MANIFEST
-    if path.exists():
-        with open_regular(path) as file:
-            begins = file.read(len(MANIFEST_BEGINS))
-        if begins != MANIFEST_BEGINS:
-            raise ValueError(f"{path}: is not a manifest of generate.py; move it away, or choose another --output")
-
-
 def write_subjects(pipe: MedVolumePipeline, output: Path) -> None:
     """provenance/training_subjects.json: {hash: records of the training subjects} of each model that has made volumes in the
     folder, by which evaluate.py refuses to judge them on such subjects. None of a model without any record.
@@ -515,29 +500,3 @@ def write_subjects(pipe: MedVolumePipeline, output: Path) -> None:
     found = known | {pipe.model_hash: pipe.training_subjects}
     if found != known:  # evaluate.py measures anew where a file is
         write_text(path, json.dumps(found, indent=1) + "\n")
-
-
-def write_manifest(output: Path, known: Collection[Path] = ()) -> int:
-    """manifest.csv: a row for every finished volume in the folder, from its sidecar, with a column for each class, number
-    and given image, and of checked ones `rejection_columns`. Files of several channels stand in one cell, with semicolons
-    between. Returns the number of rows.
-
-    Args:
-        known: files whose digests need not be computed again.
-    """
-    columns = ("file", "mask", "mask_sha256", "seed", "num_inference_steps", "scheduler", "dtype", "model", "software")
-    rows: list[dict[str, Any]] = []
-    names: dict[str, None] = {}  # in order
-    for path, record in finished_volumes(output, known=known):
-        mask, scheduler = record["mask"] or {}, record["scheduler"].get("class")
-        flat = {"mask": mask.get("file"), "mask_sha256": mask.get("sha256"), "scheduler": scheduler}
-        flat["file"] = ";".join(file.name for file in volume_files(path, record))
-        images = {name: image.get("file") for name, image in (record["images"] or {}).items()}
-        given = {**(record["labels"] or {}), **(record["numbers"] or {}), **images, **rejection_columns(record)}
-        names |= dict.fromkeys(given)
-        rows.append(given | {column: flat.get(column, record.get(column)) for column in columns})
-    with atomic_file(output / MANIFEST) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*columns, *(name for name in names if name not in columns)])
-        writer.writeheader()
-        writer.writerows(rows)
-    return len(rows)

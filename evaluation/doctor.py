@@ -70,13 +70,13 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 
 import numpy as np
 
+from files.paths import printable
 from pipelines import MedVolumePipeline
 from pipelines.loading import find_autoencoder, load_autoencoder
 from volumes import Case, DataConfig, VolumeDataset
 from volumes.conditions import describe_numbers
 from volumes.devices import find_device
 from volumes.live_bar import LiveBar
-from volumes.text import visible
 
 from .doctor_cases import Examined, Finding, examine_cases, fail, find_cases, warn
 from .doctor_config import Run, build_models, check_fit, check_settings, estimate, plan
@@ -124,7 +124,7 @@ def main(args: list[str] | None = None) -> int:
             found, more = [fail("model", str(error), "give a pipeline or an autoencoder that can be loaded")], {}
         findings, measured = findings + found, {**measured, **more}
     for finding in findings:
-        print(visible(finding))
+        print(printable(str(finding)))
     counts = {level: sum(one.level == level for one in findings) for level in ("OK", "WARN", "FAIL")}
     print(", ".join(f"{count} {level}" for level, count in counts.items()))
     if options.output:

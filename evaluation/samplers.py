@@ -85,12 +85,13 @@ from autoencoder.weights import open_safetensors
 from diffusion.denoise import set_timesteps
 from diffusion.guidance import check_guidance, guidance_in_effect
 from files.atomic import atomic_file, write_text
+from files.paths import printable
 from pipelines import MedVolumePipeline
 from volumes import Case, DataConfig, VolumeDataset, load_cases
 from volumes.devices import find_device
 from volumes.live_bar import LiveBar
 from volumes.stopping import finishing, stoppable
-from volumes.text import read_object, visible
+from volumes.text import read_object
 
 from .features import EncoderStatistics, RandomStatistics
 from .limits import check_command
@@ -288,7 +289,7 @@ def real_segmenter(learning: Sequence[Case], options: Namespace, device: torch.d
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # the last of them of other tensors
             raise ValueError(f"{path}: is no segmenter, or damaged ({error}); choose another --segmenter") from error
         if stored != settings:
-            found = visible(stored)[:2000]
+            found = printable(str(stored))[:2000]
             raise ValueError(f"{path}: holds a segmenter of {found}, not of {settings}; choose another --segmenter")
         return segmenter.to(device).eval()
     learned = load_pairs([Pair(case) for case in learning], config, options.shape)

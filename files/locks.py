@@ -57,6 +57,21 @@ def only_writer(
         lock.release()
 
 
+@contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Hold the file `lock` until the end of the block, after all processes that hold it now; where the file system cannot lock, at once."""
+    held = FileLock(lock, fallback_to_soft=False)
+    try:
+        held.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        held.release()
+
+
 def _acquire(lock: FileLock, output: Path, holder: Path, wait_minutes: float, option: str) -> bool:
     """Whether the file system can lock; then the lock is held."""
     said = False

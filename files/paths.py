@@ -62,6 +62,19 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: control characters but line breaks and tabs as Python writes them, so that no file's name moves the cursor,
+    or changes what stands there already."""
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    shown = (
+        letter.encode("unicode_escape").decode()
+        if unicodedata.category(letter) in hidden and letter not in "\n\t"
+        else letter
+        for letter in text
+    )
+    return text if text.isascii() and text.isprintable() else "".join(shown)
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a file to read. Raises: ValueError, at once, for what is not a regular file: a pipe would wait for a writer for ever."""
     refuse_special(path)  # a socket cannot be opened, and of a device the opening alone may do something

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Protocol, TypeVar
 
+from files.paths import printable
 from volumes import VolumeError
 from volumes.nifti import SYNTHETIC, open_nifti
 
@@ -104,7 +105,7 @@ def left_to_generate(tasks: Sequence[Task]) -> list[Task]:
         if fault is not None:
             todo.append(task)
             if fault:
-                print(f"{fault}; the volume is generated again", flush=True)
+                print(printable(f"{fault}; the volume is generated again"), flush=True)
     if refused:
         raise ValueError("choose another --output, or remove these first:\n" + "\n".join(refused))
     return todo
@@ -168,6 +169,6 @@ def finished_volumes(folder: Path, *, known: Collection[Path] = ()) -> Iterator[
         elif fault is None and (gone := [file for file in files if not file.is_file()]):
             fault = f"{gone[0]}: is missing"
         if fault is not None:
-            logger.warning("%s: left out: %s", path, fault)
+            logger.warning("%s: left out: %s", printable(str(path)), printable(fault))
             continue
         yield path, {key: value for key, value in content.items() if key != FILES}

@@ -208,7 +208,7 @@ def write_synthetic(
     if foreign := [type(one).__name__ for one in images if not isinstance(one, nib.Nifti1Image)]:
         raise ValueError(f"{path}: got {foreign[0]}; write what the pipeline returns as output_type='nifti'")
     for one, file in zip(images, volume_files(path, record), strict=True):
-        values, dtype = np.asanyarray(one.dataobj), one.get_data_dtype()
+        values, dtype = np.asanyarray(one.dataobj), np.dtype(one.get_data_dtype())
         try:
             check_voxels(values, dtype if dtype.kind == "f" else values.dtype)  # to whole numbers nibabel scales
         except VoxelError as error:

@@ -13,7 +13,7 @@ import pytest
 
 from files import atomic
 from files.atomic import atomic_file, atomic_files, atomic_folder, remove_folder, remove_leftovers, write_text
-from files.locks import HOLDER, LOCK, OutputInUse, only_writer
+from files.locks import HOLDER, LOCK, OutputInUse, one_at_a_time, only_writer
 from files.paths import check_name, open_regular, path_inside
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -240,6 +240,8 @@ def test_a_file_system_that_cannot_lock_is_told_and_written_to(tmp_path, monkeyp
         (tmp_path / f"{atomic.UNFINISHED}1").mkdir()
         os.utime(tmp_path / f"{atomic.UNFINISHED}1", (1, 1))
         remove_leftovers(tmp_path)  # whose it is cannot be known
+        with one_at_a_time(tmp_path / "lock"):
+            pass
     assert "its file system cannot lock" in capsys.readouterr().out
     assert (tmp_path / "a").read_text() == "text" and f"{atomic.UNFINISHED}1" in names(tmp_path)
 
@@ -249,7 +251,7 @@ from files.locks import only_writer
 import os
 with only_writer(Path(sys.argv[1])):
     if not os.fork():
-        time.sleep(10)
+        time.sleep(10); os._exit(0)
     print("ready", flush=True); time.sleep(60)
 """
 

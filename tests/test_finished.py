@@ -88,8 +88,8 @@ def test_a_sidecar_records_the_bytes_of_its_files(made):
     for name in NAMES:
         data = (made / f"{name}.nii.gz").read_bytes()
         entry = {"file": f"{name}.nii.gz", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        assert sidecar_content(made / f"{name}.nii.gz")["files"] == [entry]
-        assert "files" not in read_sidecar(made / f"{name}.nii.gz")
+        content, record = (read(made / f"{name}.nii.gz") for read in (sidecar_content, read_sidecar))
+        assert content is not None and content == {**(record or {}), "files": [entry]} and "files" not in (record or {})
 
 
 DAMAGES = {
@@ -199,7 +199,7 @@ def test_files_of_other_channels_are_not_replaced_behind_ones_back(inputs, outpu
         run(inputs, output)
 
 
-@pytest.mark.parametrize("content", ["name,age\n", "", "\xff", "file;mask;"])
+@pytest.mark.parametrize("content", ["name,age\n", "\xff", "file;mask;"])
 def test_a_manifest_of_somebody_else_is_not_replaced(inputs, tmp_path, no_work, content):
     (tmp_path / "manifest.csv").write_text(content)
     with pytest.raises(ValueError, match=r"manifest.csv: is not a manifest of generate.py"):

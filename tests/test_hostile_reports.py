@@ -20,9 +20,10 @@ from evaluation.page import build_page, write_page
 from evaluation.page.render import markdown, shown
 from evaluation.report import only_writer_of, write_report
 from files.locks import OutputInUse
+from files.paths import printable
 from volumes.command import VisibleFormatter
 from volumes.tables import read_table
-from volumes.text import FileError, read_json, read_yaml, visible
+from volumes.text import FileError, read_json, read_yaml
 
 RESULTS = Path(__file__).resolve().parents[1] / "weights" / "hippocampus" / "results"
 PNG = base64.b64decode(
@@ -127,8 +128,8 @@ def test_text_means_nothing_in_markdown(text, expected):
 
 
 def test_what_reaches_a_terminal_is_seen():
-    assert visible("a\x1b[2J\x07\u202eb\u200bc\x9b\n\tü") == "a\\x1b[2J\\x07\\u202eb\\u200bc\\x9b\n\tü"
-    assert visible("\udcff") == "\\udcff" and shown({"a\x1b": ["b\n c", 1, None]}) == {"a\\x1b": ["b c", 1, None]}
+    assert printable("a\x1b[2J\x07\u202eb\u200bc\x9b\n\tü") == "a\\x1b[2J\\x07\\u202eb\\u200bc\\x9b\n\tü"
+    assert printable("\udcff") == "\\udcff" and shown({"a\x1b": ["b\n c", 1, None]}) == {"a\\x1b": ["b c", 1, None]}
     import logging
 
     record = logging.LogRecord("n", logging.WARNING, "p", 1, "%s: %s", ("a\x1b[2J", 3), None)

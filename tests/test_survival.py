@@ -13,7 +13,7 @@ import threading
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_processes import when
 from test_resume import COMMON, LDM, VAE
 from test_train_vae import batch, generators, make_step
@@ -25,6 +25,7 @@ from autoencoder import VQGAN3D, AutoencoderKL3D
 from benchmarks import forked, survival
 from diffusion import build_latent_cache
 from files.atomic import remove_leftovers
+from files.locks import only_writer
 from training import LoopConfig, list_checkpoints, make_accelerator
 from training.loop import content_changes
 from training.output import naming_full_disk, save_model
@@ -480,6 +481,37 @@ def test_a_job_that_fails_when_it_goes_on_is_told(tmp_path, monkeypatch):
     (tmp_path / "job.log").write_text("it fell over")
     monkeypatch.setattr(survival.forked, "start", lambda *_: Process(next(ends)))
     monkeypatch.setattr(survival.forked, "run", lambda *_: None)
+    monkeypatch.setattr(survival, "run_undisturbed", lambda *_: (0.1, []))
     job = survival.Job("job", "script", lambda folder: [], lambda folder: {}, lambda folder: {})
     found = survival.torture(job, tmp_path, 2, random.Random(0))
     assert found["kills"] == 2 and found["lost_or_different"] == ["ended with 3: it fell over"]
+
+
+def test_survival_tells_of_what_is_left_behind_held_and_repaired_badly(tmp_path, monkeypatch):
+    """A job that never ends its work: it leaves a hidden folder, another process holds its output, and an entry stays zeroed."""
+
+    class Process:
+        exitcode = None
+
+        def join(self, *_):
+            pass
+
+        kill = join
+
+    place, chance = tmp_path / "job_1", random.Random(0)
+    (place / "latents/key").mkdir(parents=True)
+    entry = place / "latents/key/00000_00.safetensors"
+    save_file({"mean": torch.ones(8)}, entry)
+    stat = entry.stat()
+    monkeypatch.setattr(survival.forked, "start", lambda *_: Process())
+    monkeypatch.setattr(survival.forked, "run", lambda *_: (place / ".unfinished-1").mkdir(exist_ok=True))
+    monkeypatch.setattr(survival, "run_undisturbed", lambda *_: (0.1, []))
+    content = lambda folder: {str(one): load_file(one)["mean"].tolist() for one in folder.glob("latents/*/*")}  # noqa: E731
+    job = survival.Job("job", "script", lambda _: [], lambda _: {}, content, holds=True, damage=survival.zero_an_entry)
+    with only_writer(place):
+        found = survival.torture(job, tmp_path, 1, chance)
+    held, left, different = found["lost_or_different"]
+    assert "another process writes there" in held and left == "left behind: .unfinished-1"
+    assert different.startswith("other than the undisturbed run") and found["damaged_entries"] == [entry.name]
+    assert not load_file(entry)["mean"].any()
+    assert (entry.stat().st_size, entry.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)

@@ -261,6 +261,8 @@ class Checkpointer:
             return self._load(path)
 
     def _check(self, path: Path) -> TrainState:
+        if not (path / DIGESTS).is_file():
+            raise DamagedCheckpoint(f"{path}: {DIGESTS} is missing; was it copied in part?")
         written, found = read_own(path / DIGESTS), digest_files(path)
         if wrong := sorted(name for name in {*written, *found} if written.get(name) != found.get(name)):
             named = [name if name.isprintable() else repr(name) for name in wrong[:MOST_NAMED]]

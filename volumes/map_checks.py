@@ -64,7 +64,8 @@ def check_maps(known: Any, names: Sequence[str]) -> None:
             raise ValueError(f"maps{entry} is {str(value)[:80]!r}; that is not what describe_maps writes")
 
     expect(isinstance(known, Mapping) and bool(names), "", known)
-    shapes, labels = known.get("shapes"), known.get("labels")
+    shapes: Any = known.get("shapes")
+    labels: Any = known.get("labels")
     fit = isinstance(shapes, str) and re.fullmatch(
         r"\d{1,5}x\d{1,5}x\d{1,5}( \d{1,5}x\d{1,5}x\d{1,5})*", shapes, re.ASCII
     )
@@ -75,7 +76,7 @@ def check_maps(known: Any, names: Sequence[str]) -> None:
     for name, limits in labels.items():
         whole = isinstance(limits, Mapping) and _is_count(limits.get("pieces")) and _is_count(limits.get("edge"))
         expect(whole and isinstance(limits.get("always"), bool), f", labels, {name}", limits)
-        sizes = limits.get("mm3")
+        sizes: Any = limits.get("mm3")
         plain = isinstance(sizes, list | tuple) and len(sizes) == 2 and all(type(one) in (int, float) for one in sizes)
         expect(plain and 0 <= sizes[0] <= sizes[1] <= MOST_MM3, f", labels, {name}", limits)
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # where a URL is met, and not before: whoever reads local fil
     import fsspec
 
 from files.atomic import atomic_file, atomic_folder, remove_leftovers, write_text
+from files.locks import one_at_a_time
 
 from .names import nfc, tidy
 
@@ -119,7 +120,6 @@ def copy_here(url: str, chosen: Callable[[str], bool], starts: Iterable[str] = (
     Raises: ValueError, which names the URL, if it cannot be listed or read, if files change meanwhile or do not have the
     length that was listed, and if they cannot be stored here.
     """
-    from filelock import FileLock
     from tqdm import tqdm
 
     place, starts = copy_place(url), sorted({start.strip("/") for start in starts})
@@ -133,7 +133,7 @@ def copy_here(url: str, chosen: Callable[[str], bool], starts: Iterable[str] = (
         place.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(CONNECTIONS) as threads:  # not under the lock: each process reads what it is to believe
             list(threads.map(lambda version: _is_whole(files / version, sizes[version]), sizes))
-        with FileLock(place / ".lock"):  # one process fetches, the others find it there
+        with one_at_a_time(place / ".lock"):  # one process fetches, the others find it there
             for left in (files, cache_root() / "digests", place):
                 remove_leftovers(left)
             missing = {n: i for n, i in wanted.items() if not _is_whole(files / versions[n], sizes[versions[n]])}

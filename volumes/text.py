@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from files.paths import open_regular
+from files.paths import open_regular, printable
 
 
 class FileError(OSError, ValueError):
@@ -24,7 +23,6 @@ MOST_YAML = 1 << 24  # bytes of a YAML file
 MOST_DEPTH = 100  # of nesting in it
 MOST_VALUES = 20_000  # in a YAML file, each counted as often as aliases repeat it
 SHOWN = 60  # letters of what was found, in a message
-UNSEEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # Unicode's categories
 NUMBER = r"""[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
     |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"""
 PLAIN = {  # what text without quotation marks may be, as in YAML 1.2: in PyYAML's 1.1 `no` is false, `010` eight and `1:30` ninety
@@ -76,14 +74,6 @@ def load_settings(text: str) -> Any:
     finally:
         loader.dispose()
     return text if isinstance(found, dict) and re.fullmatch(r"\s*\{\w+\}\s*", text) else found
-
-
-def visible(text: object) -> str:
-    """Text that others wrote, as a terminal may show it: control characters (escape sequences) and those that reorder or hide
-    letters are written out, `\\x1b`; line breaks and tabs stay."""
-    return "".join(
-        one if one in "\n\t" or unicodedata.category(one) not in UNSEEN else ascii(one)[1:-1] for one in str(text)
-    )
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
@@ -143,7 +133,9 @@ def read_yaml(path: Path) -> Any:
     except RecursionError as error:
         raise ValueError(f"{path}: is nested too deeply, or holds itself") from error
     except Exception as error:  # of many kinds: a KeyError for `!!bool maybe`, a ValueError for the date 2001-02-30
-        raise ValueError(f"{path}: is no YAML that can be read: {type(error).__name__}: {visible(error)}") from error
+        raise ValueError(
+            f"{path}: is no YAML that can be read: {type(error).__name__}: {printable(str(error))}"
+        ) from error
     return found
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from volumes.text import read_object, visible
+from files.paths import printable
+from volumes.text import read_object
 
 from ..report import check_report, write_report
 from ..segmentation_data import LoadedPairs
@@ -179,13 +180,13 @@ def tell(report: dict[str, Any], how: str) -> None:
     for arm, budgets in report["dice"].items():
         for labels, found in budgets.items():
             print(
-                f"{visible(arm)}, labels {visible(labels)}: Dice {found['mean']:.4f}{told(found['interval_seeds'])} over seeds"
+                f"{printable(arm)}, labels {printable(labels)}: Dice {found['mean']:.4f}{told(found['interval_seeds'])} over seeds"
             )
     for name, budgets in report[how].items():
         for labels, found in budgets.items():
             seeds, subjects = told(found["interval_seeds"]), told(found["interval_subjects"])
             print(
-                f"{visible(name)}, labels {visible(labels)}: {found['of_means']:.4f}{seeds} over seeds,{subjects} over subjects"
+                f"{printable(name)}, labels {printable(labels)}: {found['of_means']:.4f}{seeds} over seeds,{subjects} over subjects"
             )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from files.atomic import write_text
-from volumes.text import read_json, visible
+from files.paths import printable
+from volumes.text import read_json
 
 from ..report import provenance, write_report
 from .model import RULE, Claim, Section
@@ -63,13 +64,13 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def shown(value: Any) -> Any:
-    """What somebody's JSON holds, its texts on one line and without characters that act or hide (`volumes.text.visible`): they are
+    """What somebody's JSON holds, its texts on one line and without characters that act or hide (`files.paths.printable`): they are
     shown on pages, in pictures and on terminals."""
     if isinstance(value, dict):
         return {shown(key): shown(one) for key, one in value.items()}
     if isinstance(value, list):
         return [shown(one) for one in value]
-    return " ".join(visible(value).split()) if isinstance(value, str) else value
+    return " ".join(printable(str(value)).split()) if isinstance(value, str) else value
 
 
 @contextmanager
@@ -89,7 +90,7 @@ def naming(*paths: Path) -> Iterator[None]:
 
 def markdown(value: Any) -> Any:
     """A value that goes into report.md, as text that means nothing in Markdown: no table, link, heading, list or HTML."""
-    text = MARKDOWN.sub(r"\\\g<0>", " ".join(visible(value).split()))
+    text = MARKDOWN.sub(r"\\\g<0>", " ".join(printable(str(value)).split()))
     return re.sub(
         r"^(?:[-+=]|\d{1,9}(?=[.)]))(?=[.)]?\s|[.)]?$)",
         lambda found: f"\\{found[0]}" if not found[0].isdecimal() else f"{found[0]}\\",
