@@ -78,7 +78,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     Killed between the two, the older one is hidden, and `remove_leftovers` puts it back.
     Raises: FileExistsError if a link or a file is in its place.
     """
-    _refuse_link(folder)
+    refuse_link(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _hidden(folder.parent) as hidden:
         unfinished = hidden / NEW / folder.name
@@ -88,9 +88,42 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         replace_folder(unfinished, folder, hidden)
 
 
+@contextmanager
+def atomic_parts(folder: Path, index: str) -> Iterator[Path]:
+    """Give a folder to fill, whose files and folders take their places in `folder` when the block ends; what else is there stays.
+
+    The file `index` goes first and comes last: killed in between, `folder` has none, so that nobody takes old and new parts for
+    one whole. A folder that is not there, or empty, appears in one step.
+
+    Raises: FileExistsError if a link or a file is in the place of a folder.
+    """
+    folder = folder.resolve()
+    if not folder.exists() or not any(folder.iterdir()):
+        with atomic_folder(folder) as unfinished:
+            yield unfinished
+        return
+    remove_leftovers(folder)
+    with _hidden(folder) as hidden:
+        unfinished = hidden / NEW / folder.name
+        unfinished.mkdir()
+        yield unfinished
+        sync(unfinished)
+        parts = sorted(unfinished.iterdir(), key=lambda part: part.name == index)
+        for part in parts:
+            if part.is_dir():
+                refuse_link(folder / part.name)
+        (folder / index).unlink(missing_ok=True)
+        for part in parts:
+            if part.is_dir():
+                replace_folder(part, folder / part.name, hidden)
+            else:
+                os.replace(part, folder / part.name)
+        _sync_folder(folder)
+
+
 def replace_folder(unfinished: Path, folder: Path, hidden: Path) -> None:
     """Put `unfinished` in the place of `folder`, which is moved into `hidden` first if it is there."""
-    _refuse_link(folder)
+    refuse_link(folder)
     older = hidden / REPLACED / folder.name
     if folder.exists():
         older.parent.mkdir(exist_ok=True)
@@ -111,6 +144,14 @@ def remove_folder(folder: Path) -> None:
         return
     with _hidden(folder.parent) as hidden:
         os.rename(folder, hidden / NEW / folder.name)
+
+
+def refuse_link(folder: Path) -> None:
+    """Raises: FileExistsError, which names it, if a link or a file is in the place of a folder."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise FileExistsError(
+            f"{folder}: a {'link' if folder.is_symlink() else 'file'} is in the place of this folder; remove it"
+        )
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -167,13 +208,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _refuse_link(folder: Path) -> None:
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise FileExistsError(
-            f"{folder}: a {'link' if folder.is_symlink() else 'file'} is in the place of this folder; remove it"
-        )
 
 
 @contextmanager
