@@ -52,7 +52,7 @@ from accelerate import PartialState
 
 import generate
 from evaluation.commands import everything
-from evaluation.commands.common import check_first
+from evaluation.commands.common import check_first, holding_folder
 from evaluation.commands.common import run_command as run_evaluation
 from evaluation.labels import write_masks
 from evaluation.segmentation_data import learning_cases
@@ -74,7 +74,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     device = find_device(options.get("device") or own)
     precision = resolve_precision(options.get("precision", "no"))
     again = "run the same command again: it goes on with what is there"
-    with ending_with_others(state, again), stoppable(again):
+    with ending_with_others(state, again), stoppable(again), holding_folder(command, options):
         if command.name == "all" and options.pipeline and not options.synthetic:
             planned = options.clone()
             planned.synthetic = [str(Path(options.output) / "generated")]

@@ -5,13 +5,15 @@ Axes: volumes (B, C, X, Y, Z) in [-1, 1], latents (B, C, h, w, d).
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import torch
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
+
+from volumes.settings import Range, faults_of, refuse
 
 from .layers import as_stride, depth_to_space, space_to_depth
 from .model import VolumeModel
@@ -22,6 +24,9 @@ from .streaming import stream_slabs, whole_cells
 SLAB_BYTES = 1 << 28  # of a slab's activations; thicker slabs are not faster
 WHOLE_BYTES = 1 << 29  # of a volume's activations, up to which it is coded in one piece unless tiling is asked for
 LIVE_ACTIVATIONS = 4  # a residual block in inference: its input, and norm, activation and convolution one after another
+
+LatentMean = Annotated[float, Range(-1e6, 1e6)]  # of raw latents, of which the usual size is 1
+LatentStd = Annotated[float, Range(1e-6, 1e6)]
 
 Distribution = TypeVar("Distribution", bound=LatentDistribution)
 
@@ -67,6 +72,17 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
             latent_channels // apart, config["out_channels"] // apart * patch, channels, level_strides, decoder_blocks
         )
         self.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+        self._check_statistics(config["latents_mean"], config["latents_std"])
+
+    def _check_statistics(self, mean: Any, std: Any) -> None:
+        """Raises: ValueError unless both are None, or there is one of each for every latent channel, in its range."""
+        channels = self.config["latent_channels"]
+        for name, values, hint in (("latents_mean", mean, LatentMean), ("latents_std", std, LatentStd)):
+            if (mean is None) != (std is None):
+                raise ValueError("latents_mean and latents_std belong together; give both or neither")
+            if values is not None and not (isinstance(values, Sequence) and len(values) == channels):
+                raise ValueError(f"{name}: need {channels} numbers, one for each latent channel; got {values!r:.80}")
+            refuse(faults_of(Sequence[hint] | None, values, name))
 
     @property
     def channels_apart(self) -> int:
@@ -136,12 +152,9 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         """Store the training set's statistics of the raw latents (see `latent_statistics`) in the config, where
         saving keeps them.
 
-        Raises: ValueError on another number of channels or a std that is not positive.
+        Raises: ValueError on another number of channels, and for a mean or std that no latents have (0, NaN, 1e300).
         """
-        if not len(mean) == len(std) == self.config["latent_channels"] or min(std) <= 0:
-            raise ValueError(
-                f"need {self.config['latent_channels']} means and positive stds, got {list(mean)} and {list(std)}"
-            )
+        self._check_statistics(mean, std)
         self.register_to_config(latents_mean=[float(v) for v in mean], latents_std=[float(v) for v in std])
 
     def check_channels(self, names: Sequence[str]) -> None:

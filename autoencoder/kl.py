@@ -6,9 +6,9 @@ from typing import Any
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from volumes.settings import FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from volumes.settings import NonNegativeInt, PositiveInt
 
-from .base import VolumeAutoencoder
+from .base import LatentMean, LatentStd, VolumeAutoencoder
 from .posterior import DiagonalGaussian3D
 
 
@@ -41,8 +41,8 @@ class AutoencoderKL3D(VolumeAutoencoder[DiagonalGaussian3D]):
         strides: Sequence[PositiveInt | Sequence[PositiveInt]] = (2,),
         encoder_blocks: Sequence[NonNegativeInt] = (1, 1),
         decoder_blocks: Sequence[NonNegativeInt] = (1, 3),
-        latents_mean: Sequence[FiniteFloat] | None = None,
-        latents_std: Sequence[PositiveFloat] | None = None,
+        latents_mean: Sequence[LatentMean] | None = None,
+        latents_std: Sequence[LatentStd] | None = None,
         per_channel: bool | None = None,
         channel_names: Sequence[str] | None = None,
         data: dict[str, Any] | None = None,

@@ -41,6 +41,24 @@ def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if not k.startswith("_") and v is not None and k not in RECORDS}
 
 
+def check_finite(model: torch.nn.Module, source: object) -> None:
+    """Raises: ValueError naming the tensors of a model in memory that hold NaN or infinity: of a file that was damaged, or of numbers
+    too large for the type that they were loaded in. Other damage is told by `model_hash` alone."""
+    state = model.state_dict()
+    wrong = [
+        name
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.device.type != "meta"
+        if not torch.isfinite(tensor).all()
+    ]
+    if wrong:
+        types = sorted({str(state[name].dtype).removeprefix("torch.") for name in wrong})
+        raise ValueError(
+            f"{source}: {len(wrong)} of its {len(state)} tensors are not finite in {', '.join(types)} ({', '.join(wrong[:4])}); "
+            "download the weights again, or load them in another dtype"
+        )
+
+
 class VolumeModel(ModelMixin, ConfigMixin):
     """A diffusers model over volumes (B, C, X, Y, Z). Its constructor's arguments are checked against their annotations.
 
@@ -95,6 +113,7 @@ class VolumeModel(ModelMixin, ConfigMixin):
                 f"{pretrained_model_name_or_path}: the weights are not those of a {cls.__name__} with this config: "
                 f"{wrong or info['mismatched_keys']}"
             )
+        check_finite(model, pretrained_model_name_or_path)
         model.to(memory_format=torch.channels_last_3d)
         remember_files(model, _loaded_files(pretrained_model_name_or_path, kwargs))
         return (model, info) if with_info else model

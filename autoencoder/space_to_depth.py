@@ -13,9 +13,9 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from volumes.settings import FiniteFloat, PositiveFloat, PositiveInt
+from volumes.settings import PositiveInt
 
-from .base import LIVE_ACTIVATIONS, VolumeAutoencoder
+from .base import LIVE_ACTIVATIONS, LatentMean, LatentStd, VolumeAutoencoder
 from .layers import as_stride
 from .posterior import LatentDistribution
 
@@ -44,8 +44,8 @@ class SpaceToDepth3D(VolumeAutoencoder[LatentDistribution]):
         out_channels: PositiveInt | None = None,
         latent_channels: PositiveInt | None = None,
         patch_size: PositiveInt | Sequence[PositiveInt] = 1,
-        latents_mean: Sequence[FiniteFloat] | None = None,
-        latents_std: Sequence[PositiveFloat] | None = None,
+        latents_mean: Sequence[LatentMean] | None = None,
+        latents_std: Sequence[LatentStd] | None = None,
         channel_names: Sequence[str] | None = None,
         data: dict[str, Any] | None = None,
         subjects: Sequence[Any] | None = None,
@@ -59,6 +59,7 @@ class SpaceToDepth3D(VolumeAutoencoder[LatentDistribution]):
                 f"patch_size {patch_size} of {in_channels} channels makes {decided}; leave out {', '.join(wrong)}"
             )
         self.register_to_config(**decided)
+        self._check_statistics(latents_mean, latents_std)
         self.encoder, self.decoder = nn.Sequential(), nn.Sequential()
         self.register_buffer("place", torch.zeros(()))  # a model has a device, a type and a file: those of its tensors
 

@@ -9,9 +9,9 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from volumes.settings import FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, ShareBelowOne, TwoOrMore
+from volumes.settings import NonNegativeInt, PositiveInt, ShareBelowOne, TwoOrMore
 
-from .base import VolumeAutoencoder
+from .base import LatentMean, LatentStd, VolumeAutoencoder
 from .codebook import Codebook
 from .posterior import LatentDistribution
 
@@ -67,8 +67,8 @@ class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
         strides: Sequence[PositiveInt | Sequence[PositiveInt]] = (2,),
         encoder_blocks: Sequence[NonNegativeInt] = (1, 1),
         decoder_blocks: Sequence[NonNegativeInt] = (1, 3),
-        latents_mean: Sequence[FiniteFloat] | None = None,
-        latents_std: Sequence[PositiveFloat] | None = None,
+        latents_mean: Sequence[LatentMean] | None = None,
+        latents_std: Sequence[LatentStd] | None = None,
         channel_names: Sequence[str] | None = None,
         data: dict[str, Any] | None = None,
         subjects: Sequence[Any] | None = None,

@@ -1,7 +1,7 @@
 """The safetensors files of a model's folder, checked by their headers before anything is loaded."""
 
 import inspect
-import json
+import math
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from files.paths import open_regular
 from volumes.preprocessing import check_preprocessing
 from volumes.subjects import check_subjects
-from volumes.text import FileError, read_object
+from volumes.text import FileError, parse_json, read_object
 
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name for the files of a model
 PRIVATE = ("_class_name", "_diffusers_version", "_name_or_path")  # of a config: diffusers' own entries
@@ -25,6 +26,8 @@ LOADING = (  # keywords of from_pretrained that decide how weights are read
     *("torch_dtype", "use_safetensors", "variant"),
 )
 VARIANT = rf"{WEIGHTS}(?:\.safetensors\.index)?\.([\w-]+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)"  # of the files of one
+MOST_HEADER = 1 << 26  # bytes of the header of a safetensors file
+LARGEST = 1_000_000  # whole number in a model's config, and values in it, beside records of the training
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -91,18 +94,23 @@ def check_keywords(function: str, given: Iterable[str], known: Collection[str]) 
 
 def check_weights(folder: Path, model_class: Any, variant: str | None = None) -> None:
     """Check that the safetensors in `folder` hold exactly the tensors of the model that its config.json describes."""
-    stored = stored_shapes(weight_files(folder, variant))
+    files = weight_files(folder, variant)
+    stored = stored_shapes(files)
     config = read_object(folder / "config.json")
+    if "_class_name" in config and not isinstance(config["_class_name"], str):
+        raise ValueError(f"{folder}: config.json is of {config['_class_name']!r:.80}; the name of a class is expected")
     check_config(folder, config, model_class, len(stored))
     try:
         with torch.device("meta"):
-            expected = {key: tuple(value.shape) for key, value in model_class.from_config(config).state_dict().items()}
+            described = model_class.from_config(config).state_dict()
     except Exception as error:  # of any kind: a constructor that is given nonsense
         raise ValueError(f"{folder}: config.json describes no {model_class.__name__}: {error}") from error
+    expected = {key: tuple(value.shape) for key, value in described.items()}
     problems = {
         "missing": sorted(expected.keys() - stored.keys()),
         "unknown": sorted(stored.keys() - expected.keys()),
         "of another shape": sorted(key for key in expected.keys() & stored.keys() if expected[key] != stored[key]),
+        "of another type": sorted(_other_types(files, described)),
     }
     found = [f"{len(keys)} {what} ({_shorten(keys)})" for what, keys in problems.items() if keys]
     if found:
@@ -127,11 +135,45 @@ def check_config(folder: Path, config: dict[str, Any], model_class: Any, tensors
         check_subjects(config.get("subjects"))
     except ValueError as error:
         raise ValueError(f"{folder}: config.json: {error}") from error
+    _check_values(folder, {key: value for key, value in config.items() if key not in ("data", "subjects")})
+    if (count := sum(len(config.get(key) or ()) for key in ("classes", "numbers"))) > tensors:
+        raise ValueError(f"{folder}: config.json names {count} conditions, its weights are {tensors} tensors")
     for key, value in config.items():
         if key.endswith("blocks") and (not isinstance(value, list) or not all(isinstance(n, int) for n in value)):
             raise ValueError(f"{folder}: config.json has {key} = {value!r}; a list of numbers of blocks was expected")
-        if key.endswith("blocks") and sum(value) > tensors:
-            raise ValueError(f"{folder}: config.json asks for {sum(value)} {key}, its weights are {tensors} tensors")
+        if key.endswith("blocks") and max(sum(value), len(value)) > tensors:
+            asked = max(sum(value), len(value))
+            raise ValueError(f"{folder}: config.json asks for {asked} {key}, its weights are {tensors} tensors")
+
+
+def _check_values(folder: Path, config: Any) -> None:
+    """Raises: ValueError for numbers that are not finite or that no model has, and for too many values: before any are used."""
+    left, count = [("", config)], 0
+    while left:
+        name, value = left.pop()
+        count += 1
+        large = (
+            isinstance(value, int) and abs(value) > LARGEST and name != "numbers"
+        )  # of a condition, in its own units
+        if large or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{folder}: config.json has {name} = {repr(value)[:80]}, which no model has")
+        if isinstance(value, dict | list):
+            left += [
+                (name or str(key), one) for key, one in (value.items() if isinstance(value, dict) else enumerate(value))
+            ]
+        if count + len(left) > LARGEST:
+            raise ValueError(f"{folder}: config.json holds more than {LARGEST} values, which no model has")
+
+
+def _other_types(files: Iterable[Path], described: Mapping[str, torch.Tensor]) -> list[str]:
+    """Tensors that are stored in whole numbers where the model has floating point, or the other way round."""
+    found = []
+    for path in files:
+        with open_safetensors(path) as file:
+            for key in described.keys() & set(file.keys()):
+                floating = file.get_slice(key).get_dtype().startswith(("F", "BF"))
+                found += [key] if floating != described[key].is_floating_point() else []
+    return found
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -161,12 +203,14 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     """The files that an index names. Raises: FileError if it is damaged, or if it leads out of its folder or wrong."""
     try:
-        places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        places: dict[str, str] = read_object(index)["weight_map"]
         names = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FileError(f"{index}: is no index of shards ({error!r})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"{index}: is no index of shards ({error!r:.200})") from error
     if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-        raise FileError(f"{index}: names files outside of its folder: {_shorten(list(map(str, outside)))}")
+        raise FileError(
+            f"{index}: names files outside of its folder: {_shorten([repr(name)[:80] for name in outside])}"
+        )
     for name in names:
         keys, promised = stored_shapes([index.parent / name]).keys(), {key for key in places if places[key] == name}
         if keys != promised:
@@ -177,6 +221,18 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
+def open_safetensors(path: Path) -> Any:
+    """`safe_open` for torch, which checks that the tensors fill the file without gaps or overlaps, of a regular file (a pipe would
+    wait for ever) whose header names each tensor once. Raises: SafetensorError, OSError, ValueError."""
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(MOST_HEADER, os.fstat(file.fileno()).st_size - 8):
+            raise ValueError(f"its header is of {length} bytes")
+        if not isinstance(parse_json(file.read(length).decode()), dict):
+            raise ValueError("its header is no object")
+    return safe_open(path, framework="pt")
+
+
 def stored_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in safetensors files, read from the headers alone.
 
@@ -185,9 +241,9 @@ def stored_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         try:
-            with safe_open(path, framework="pt") as file:
+            with open_safetensors(path) as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise FileError(
                 f"{path}: is no whole safetensors file ({error}); was it downloaded to the end (`git lfs pull`)?"
             ) from error

@@ -49,7 +49,7 @@ class ConditionEmbedding(nn.Module):
         if empty := sorted(name for name, values in classes.items() if not values):
             raise ValueError(f"classes {empty} have no values; list them, such as sex: [F, M]")
         for name, standard in numbers.items():
-            if not (math.isfinite(standard.get("mean", math.nan)) and standard.get("std", 0) > 0):
+            if not (math.isfinite(standard.get("mean", math.nan)) and standard.get("std", 0) > 1e-12):
                 raise ValueError(f"number {name!r} needs a finite mean and a std above 0, got {dict(standard)}")
         self.standards = [(numbers[name]["mean"], numbers[name]["std"]) for name in sorted(numbers)]
         self.classes = nn.ModuleList(nn.Embedding(len(classes[name]) + 1, width) for name in sorted(classes))

@@ -8,17 +8,46 @@ class that is let through.
 import inspect
 import math
 from collections.abc import Iterator, Mapping
-from numbers import Integral, Real
-from typing import Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+
+from volumes.settings import InnerShare, PositiveInt, PositiveShare, Range, describe, faults_of
 
 Scheduler: TypeAlias = Any  # any of diffusers' schedulers; their common base class declares none of what they share
 DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
 SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 SHIFTS = ("shift", "flow_shift")  # one thing under two names: of FlowMatch schedulers, and of the others on flows
-CHOICES = {"timestep_spacing": ("linspace", "leading", "trailing"), "final_sigmas_type": ("zero", "sigma_min")}
+MOST_TIMESTEPS = 100_000  # of a schedule, of which tables are made; the usual number is 1,000
+Size: Any = Annotated[float, Range(0, 1e6, above=True)]
+VALUES: dict[str, Any] = {  # what an option may be, but for True and False, lambda_min_clipped and solver_p
+    "num_train_timesteps": Annotated[int, Range(1, MOST_TIMESTEPS)],
+    **dict.fromkeys(("beta_start", "beta_end"), InnerShare),
+    "trained_betas": list[InnerShare] | None,
+    **dict.fromkeys(("shift", "flow_shift", "clip_sample_range", "sample_max_value"), Size),
+    **dict.fromkeys(("sigma_min", "sigma_max"), Size | None),
+    "shift_terminal": InnerShare | None,
+    "dynamic_thresholding_ratio": PositiveShare,
+    **dict.fromkeys(("base_shift", "max_shift"), Annotated[float, Range(-1e6, 1e6)]),
+    **dict.fromkeys(("base_image_seq_len", "max_image_seq_len"), PositiveInt),
+    "steps_offset": Annotated[int, Range(0, MOST_TIMESTEPS)],
+    "solver_order": Annotated[int, Range(1, 3)],
+    "disable_corrector": list[Annotated[int, Range(0, MOST_TIMESTEPS)]],
+    "timestep_spacing": Literal["linspace", "leading", "trailing"],
+    "final_sigmas_type": Literal["zero", "sigma_min"],
+    "beta_schedule": Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"],
+    "prediction_type": Literal["epsilon", "sample", "v_prediction", "flow_prediction"],
+    "algorithm_type": Literal["dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"],
+    "solver_type": Literal["midpoint", "heun", "bh1", "bh2", "logrho"],
+    "variance_type": Literal[
+        "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"
+    ]
+    | None,
+    "time_shift_type": Literal["exponential", "linear"],
+    "interpolation_type": Literal["linear", "log_linear"],
+    "timestep_type": Literal["discrete", "continuous"],
+}
 # Where one class has the option and the scheduler's own has not, it is kept in the config, and nothing reads it.
 FOREIGN = (*SPACINGS, "use_dynamic_shifting", "stochastic_sampling", "shift_terminal", "invert_sigmas", "thresholding")
 
@@ -46,7 +75,7 @@ def check_values(kind: type, options: Mapping[str, Any]) -> None:
     """Raises: ValueError for an option of this class that is of another type or out of range, which diffusers takes without
     a look."""
     for option, why in _malformed(options, parameters(kind)):
-        raise ValueError(f"{kind.__name__} with {option}={options[option]!r}: {why}")
+        raise ValueError(f"{kind.__name__} with {option}={repr(options[option])[:80]}: {why}")
 
 
 def check_options(kind: type, options: Mapping[str, Any], flow: bool) -> None:
@@ -64,39 +93,22 @@ def check_options(kind: type, options: Mapping[str, Any], flow: bool) -> None:
 
 def _malformed(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(option, what it must be)."""
-    ranges = {
-        **dict.fromkeys(("shift", "flow_shift", "clip_sample_range"), (0, math.inf, "a number above 0")),
-        **dict.fromkeys(("sigma_min", "sigma_max"), (0, math.inf, "a number above 0, or None")),
-        "shift_terminal": (0, 1, "a number between 0 and 1 (neither of them), or None"),
-    }
     for option, value in options.items():
-        if option in ranges and not (value is None and option not in ("shift", "flow_shift")):
-            low, high, words = ranges[option]
-            if not (_is_number(value) and low < value < high):
-                yield option, f"give {words}"
+        hint = VALUES.get(option)
+        long = isinstance(value, list | tuple) and len(value) > MOST_TIMESTEPS
         if isinstance(defaults[option], bool) and not isinstance(value, bool) and value is not None:
             yield option, "give True or False"
-        if option in CHOICES and value not in CHOICES[option]:
-            yield option, f"give one of {', '.join(CHOICES[option])}"
-    if not (_is_number(options.get("steps_offset", 0), Integral) and options.get("steps_offset", 0) >= 0):
-        yield "steps_offset", "give a whole number, 0 or more"
-    if "solver_order" in options and not (
-        _is_number(options["solver_order"], Integral) and options["solver_order"] in (1, 2, 3)
-    ):
-        yield "solver_order", "give 1, 2 or 3"
+        if hint is not None and (long or next(faults_of(hint, value, option), None)):
+            yield option, f"give {describe(hint)}"
     clipped = options.get("lambda_min_clipped", 0)
-    if not (isinstance(clipped, Real) and not isinstance(clipped, bool) and clipped < math.inf):
+    if clipped != -math.inf and next(faults_of(Annotated[float, Range(-1e6, 1e6)], clipped, ""), None):
         yield "lambda_min_clipped", "give a number, or -inf for none"
-    corrector = options.get("disable_corrector", [])
-    if not (isinstance(corrector, (list, tuple)) and all(_is_number(step, Integral) for step in corrector)):
-        yield "disable_corrector", "give a list of steps, such as [0, 1]"
+    betas, steps = options.get("trained_betas"), options.get("num_train_timesteps")
+    if betas is not None and len(betas) != steps:
+        yield "trained_betas", f"give as many as num_train_timesteps, which is {steps}"
     low, high = options.get("sigma_min"), options.get("sigma_max")
     if low is not None and high is not None and not low < high:
         yield "sigma_min", f"give less than sigma_max, which is {high}"
-
-
-def _is_number(value: Any, kind: type = Real) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)  # pyright: ignore
 
 
 def _unfit(name: str, options: Mapping[str, Any], flow: bool) -> Iterator[tuple[str, str]]:

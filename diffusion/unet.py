@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from autoencoder.layers import ChannelRMSNorm, Conv3d, Downsample, Stride, Upsample, as_stride
 from autoencoder.model import VolumeModel
-from volumes.settings import FiniteFloat, NonNegativeInt, PositiveInt, ShareBelowOne, TwoOrMore
+from volumes.settings import NonNegativeInt, PositiveInt, Range, ShareBelowOne
 
 from .attention import SelfAttention
 from .conditions import ConditionEmbedding
@@ -26,6 +26,7 @@ from .folding import FoldedMaskEmbedding
 from .guidance import ConditionNames, check_dropout
 from .images import check_images, image_columns
 from .objectives import TRAIN_STEPS, check_objective, check_train_steps
+from .scheduler_options import MOST_TIMESTEPS
 
 
 @dataclass
@@ -115,9 +116,9 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         objective: str = "rectified_flow",
         condition_dropout: dict[str, ShareBelowOne] | None = None,
         classes: dict[str, list[str]] | None = None,
-        numbers: dict[str, dict[str, FiniteFloat]] | None = None,
+        numbers: dict[str, dict[str, Annotated[float, Range(-1e12, 1e12)]]] | None = None,
         images: dict[str, PositiveInt] | None = None,
-        train_steps: TwoOrMore | None = None,
+        train_steps: Annotated[int, Range(2, MOST_TIMESTEPS)] | None = None,
         subjects: Sequence[Any] | None = None,
     ):
         super().__init__()

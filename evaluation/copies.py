@@ -66,14 +66,17 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from autoencoder.weights import open_safetensors
+from files.atomic import atomic_file
 from pipelines import Check
 from volumes import VolumeDataset, load_cases, pad_or_crop
 from volumes.live_bar import LiveBar
 from volumes.subjects import check_marks, is_complete, seen, unknown_volumes
+from volumes.text import parse_json
 
 from .limits import check_command
 from .model_units import in_model_units
@@ -169,11 +172,12 @@ class CopyCheck:
             part: [{kind: sorted(found) for kind, found in one.items()} for one in marks]
             for part, marks in self.subjects.items()
         }
-        save_file(
-            {"fingerprints": self.fingerprints.half().contiguous()},
-            path,
-            {"format": FORMAT, "settings": json.dumps(entries)},
-        )
+        with atomic_file(Path(path)) as unfinished:
+            save_file(
+                {"fingerprints": self.fingerprints.half().contiguous()},
+                unfinished,
+                {"format": FORMAT, "settings": json.dumps(entries)},
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> "CopyCheck":
@@ -181,18 +185,18 @@ class CopyCheck:
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file; make it with python -m evaluation.copies")
         try:
-            with safe_open(path, framework="pt") as file:
+            with open_safetensors(Path(path)) as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ValueError(
                         f"{path}: holds no fingerprints of training volumes ({FORMAT!r}); make it with "
                         "python -m evaluation.copies"
                     )
-                settings = json.loads(metadata["settings"])
+                settings = parse_json(metadata["settings"])
                 fingerprints = file.get_tensor("fingerprints").float()
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: is no safetensors file ({error})") from error
-        except (ValueError, KeyError, RecursionError) as error:
+        except (ValueError, KeyError) as error:
             raise ValueError(f"{path}: is damaged, make it anew ({error})") from error
         try:
             settings |= {"crop": tuple(settings["crop"]), "flips": tuple(settings["flips"])}

@@ -70,6 +70,7 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 
 import numpy as np
 
+from files.paths import printable
 from pipelines import MedVolumePipeline
 from pipelines.loading import find_autoencoder, load_autoencoder
 from volumes import Case, DataConfig, VolumeDataset
@@ -123,7 +124,7 @@ def main(args: list[str] | None = None) -> int:
             found, more = [fail("model", str(error), "give a pipeline or an autoencoder that can be loaded")], {}
         findings, measured = findings + found, {**measured, **more}
     for finding in findings:
-        print(finding)
+        print(printable(str(finding)))
     counts = {level: sum(one.level == level for one in findings) for level in ("OK", "WARN", "FAIL")}
     print(", ".join(f"{count} {level}" for level, count in counts.items()))
     if options.output:

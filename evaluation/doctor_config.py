@@ -3,7 +3,6 @@ run one step of each stage is run for good, at full size, and its memory compare
 
 import importlib
 import inspect
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +32,7 @@ from training.config import (
 from training.precision import resolve_precision
 from volumes import PHANTOM_LABELS, DataConfig
 from volumes.settings import faults, refuse
+from volumes.text import read_object
 
 from .doctor_cases import Finding, fail, ok, warn
 from .doctor_memory import (
@@ -347,7 +347,7 @@ def _autoencoder_for(
     folder = Path(str(sections.get("vae")))
     described = next((path for path in (folder, folder / "vae") if (path / "config.json").is_file()), None)
     if described is not None:
-        stored = json.loads((described / "config.json").read_text())
+        stored = read_object(described / "config.json")
         name = f"autoencoder.{stored['_class_name']}"
         arguments = {key: value for key, value in stored.items() if key[0] != "_"}
         return _class_of({"class": name})(**arguments), [ok("model", f"autoencoder of {described}")]

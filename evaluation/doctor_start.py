@@ -1,15 +1,15 @@
 """Which shipped weights a training may start from: those of the same kind of images, whose layers fit."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
 from autoencoder import VolumeAutoencoder
+from autoencoder.weights import open_safetensors
 from volumes import DataConfig
+from volumes.text import read_object
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 NEAR = 1.5  # ratio of voxel sizes, up to which details look alike
@@ -37,11 +37,11 @@ def advise_start(
     )
     shapes = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
     for index in sorted(weights.glob("*/model_index.json")):
-        data = json.loads(index.read_text()).get("data") or {}
+        data = read_object(index).get("data") or {}
         if not _alike(data, config, middle):
             continue
         path = index.parent / "vae"
-        stored, own = _shapes(path), json.loads((path / "config.json").read_text())
+        stored, own = _shapes(path), read_object(path / "config.json")
         shown = path.relative_to(weights.parent)
         same = f"if these are images of a similar kind (see {shown.parent}/README.md)"
         if stored == shapes and len(data["channels"]) in (1, channels):
@@ -75,6 +75,6 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of a saved model's tensors, by name, without reading them."""
     found: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
+        with open_safetensors(file) as tensors:
             found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     return found

@@ -38,6 +38,7 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
 from files.atomic import atomic_file
+from files.paths import printable
 from volumes import Case, DataConfig, load_cases
 from volumes.remote import is_url, plain_path
 
@@ -115,7 +116,7 @@ def main(args: list[str] | None = None) -> None:
     masks, test_masks = (table.with_name(f"{table.stem}_{name}.csv") for name in ("masks", "test_masks"))
     write_masks(learn, config, masks)
     write_masks(test_cases(cases), config, test_masks)
-    names = ", ".join(case.name for case in learn)
+    names = printable(", ".join(case.name for case in learn))
     print(f"{len(learn)} volumes of {len({case.subject for case in learn})} subjects: {names}")
     cleared = " --data.test_fraction 0" if options.data.test_fraction else ""
     print(f"train and evaluate with: --data.table {config.table} --data.split {config.split}{cleared}")

@@ -7,17 +7,20 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 
+from files.atomic import remove_leftovers, write_text
+from files.locks import only_writer
 from volumes import DataConfig
 from volumes.config_parser import ConfigParser, config_files
 from volumes.preprocessing import inherited
-from volumes.settings import faults, refuse
+from volumes.settings import NonNegativeFloat, Number, faults, refuse
 from volumes.text import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,13 +80,40 @@ def git_commit() -> str | None:
 
 
 def write_report(path: str | Path, report: dict[str, Any]) -> Path:
-    """Write `report` as JSON, whole or not at all (temporary file, then rename)."""
+    """Write `report` as JSON, whole or not at all.
+
+    Raises: OSError naming the file, such as on a full disk: an older report is left as it was.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    temporary.replace(path)
+    try:
+        write_text(path, json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        error.filename = str(path)  # of a write that fails Python names no file
+        raise
     return path
+
+
+@contextmanager
+def only_writer_of(path: str | Path, wait_minutes: float) -> Iterator[None]:
+    """Hold the report at `path` against other processes, as `files.locks.only_writer`, and remove what killed ones left beside it.
+
+    Raises: ValueError as `check_report`; OutputInUse.
+    """
+    path = Path(path)
+    check_report(path)
+    with only_writer(path.parent, wait_minutes, file=path.name):
+        remove_leftovers(path.parent)
+        yield
+
+
+def add_wait_argument(parser: argparse.ArgumentParser | jsonargparse.ArgumentParser) -> None:
+    """Add `--wait_minutes`."""
+    parser.add_argument(
+        "--wait_minutes",
+        type=Number(NonNegativeFloat),
+        default=0.0,
+        help="how long to wait for another process that writes to the same output; 0 refuses at once",
+    )
 
 
 def check_report(path: str | Path) -> None:

@@ -11,7 +11,7 @@ that are missing. Guidance takes a model that was trained for it (condition_drop
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from volumes.command import run_command
 from volumes.settings import NonNegativeFloat, Number, PositiveInt, Seed
 
 from .defaults import SCHEDULERS, SEGMENTER_STEPS, SHAPE
-from .report import add_overlap_argument, config_parser
+from .report import add_overlap_argument, add_wait_argument, config_parser
 
 
 def parse(args: Sequence[str] | None) -> Namespace:
@@ -31,6 +31,7 @@ def parse(args: Sequence[str] | None) -> Namespace:
     parser.add_argument("--pipeline", type=str, required=True, help="pipeline folder or Hub repository")
     parser.add_argument("--output", type=str, required=True, help="report to write, a JSON file")
     add_overlap_argument(parser)
+    add_wait_argument(parser)
     parser.add_argument(
         "--masks", type=Number(PositiveInt), default=24, help="masks, spread evenly over all of the split (24)"
     )
@@ -76,12 +77,15 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
+from autoencoder.weights import open_safetensors
 from diffusion.denoise import set_timesteps
 from diffusion.guidance import check_guidance, guidance_in_effect
+from files.atomic import atomic_file, write_text
+from files.paths import printable
 from pipelines import MedVolumePipeline
 from volumes import Case, DataConfig, VolumeDataset, load_cases
 from volumes.devices import find_device
@@ -91,7 +95,7 @@ from volumes.text import read_object
 
 from .features import EncoderStatistics, RandomStatistics
 from .limits import check_command
-from .report import check_report, provenance, write_report
+from .report import only_writer_of, provenance, write_report
 from .sampler_figures import (
     DEFAULT_STEPS,
     OF_DIFFUSION,
@@ -117,8 +121,10 @@ COLUMNS = (
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Judge what is missing from the report, and write it."""
-    with stoppable("run the same command again: it goes on with the combinations that are missing"):
-        return judge_missing(parse(args))
+    options = parse(args)
+    again = "run the same command again: it goes on with the combinations that are missing"
+    with stoppable(again), only_writer_of(options.output, options.wait_minutes):
+        return judge_missing(options)
 
 
 def judge_missing(options: Namespace) -> dict[str, Any]:
@@ -126,7 +132,6 @@ def judge_missing(options: Namespace) -> dict[str, Any]:
     device = find_device(options.device)
     cases, config = load_cases(options.data), options.data
     check_command("samplers", cases, config, {"unseen": [options.split], "shape": options.shape})
-    check_report(options.output)
     pipe: Any = MedVolumePipeline.from_pretrained(options.pipeline)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
@@ -156,7 +161,7 @@ def judge_missing(options: Namespace) -> dict[str, Any]:
                 figures = {**asdict(one), "volumes": len(made), **cost, **judge(made), "measured": provenance()}
                 report["combinations"].append(figures)
                 write_report(options.output, report)
-                Path(options.output).with_suffix(".md").write_text(markdown(report))
+                write_text(Path(options.output).with_suffix(".md"), markdown(report))
     print(markdown(report))
     return report
 
@@ -223,9 +228,23 @@ def earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     report = read_object(path)
     if report.get("evaluation") != "samplers":
         raise ValueError(f"{path}: is no report of evaluation.samplers; choose another --output")
+    _check_combinations(path, report)
     if different := sorted(key for key, value in settings.items() if report["settings"].get(key) != value):
         raise ValueError(f"{path}: was measured with another {', another '.join(different)}; choose another --output")
     return report
+
+
+def _check_combinations(path: Path, report: Mapping[str, Any]) -> None:
+    """Raises: ValueError for a report that was damaged."""
+    try:
+        for one in report["combinations"]:
+            Combination(*(one[key] for key in ("scheduler", "steps", "guidance")))
+        markdown(dict(report))
+        report["settings"].get("model")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: is damaged ({type(error).__name__}: {error}); delete it, or choose another --output"
+        ) from error
 
 
 def described(config: DataConfig) -> dict[str, Any]:
@@ -260,12 +279,18 @@ def real_segmenter(learning: Sequence[Case], options: Namespace, device: torch.d
     path = Path(options.segmenter or output.with_name(f"{output.stem}_segmenter.safetensors"))
     config, num_labels = options.data, len(label_values(options.data))
     if path.exists():
-        with safe_open(path, framework="pt") as file:
-            stored = (file.metadata() or {}).get("segmenter")
-        if stored != settings:
-            raise ValueError(f"{path}: holds a segmenter of {stored}, not of {settings}; choose another --segmenter")
         segmenter = make_segmenter(len(config.channels), num_labels)
-        segmenter.load_state_dict(load_file(path))
+        try:
+            with open_safetensors(path) as file:
+                stored = (file.metadata() or {}).get("segmenter")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if stored == settings:
+                segmenter.load_state_dict(tensors)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # the last of them of other tensors
+            raise ValueError(f"{path}: is no segmenter, or damaged ({error}); choose another --segmenter") from error
+        if stored != settings:
+            found = printable(str(stored))[:2000]
+            raise ValueError(f"{path}: holds a segmenter of {found}, not of {settings}; choose another --segmenter")
         return segmenter.to(device).eval()
     learned = load_pairs([Pair(case) for case in learning], config, options.shape)
     with LiveBar(total=options.segmenter_steps, unit="step", disable=None, desc="training the segmenter") as progress:
@@ -282,8 +307,10 @@ def real_segmenter(learning: Sequence[Case], options: Namespace, device: torch.d
             device=device,
             on_step=on_step,
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.cpu().contiguous() for k, v in segmenter.state_dict().items()}, path, {"segmenter": settings})
+    with atomic_file(path) as unfinished:
+        save_file(
+            {k: v.cpu().contiguous() for k, v in segmenter.state_dict().items()}, unfinished, {"segmenter": settings}
+        )
     return segmenter
 
 

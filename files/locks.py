@@ -25,28 +25,35 @@ class OutputInUse(ValueError):
 
 
 @contextmanager
-def only_writer(folder: Path, wait_minutes: float = 0, *, option: str = "--output") -> Iterator[None]:
-    """Hold `folder`, which must exist, until the end of the block. Of processes that were launched together the first one calls this.
+def only_writer(
+    folder: Path, wait_minutes: float = 0, *, option: str = "--output", file: str | None = None
+) -> Iterator[None]:
+    """Hold `folder`, which must exist, or one `file` in it, until the end of the block.
+
+    Of processes that were launched together the first one calls this.
 
     Args:
         wait_minutes: how long to wait for another process that holds it; 0 refuses at once.
-        option: that named the folder, for the message.
+        option: that named the folder or the file, for the message.
+        file: name of a file that is held alone, by `.NAME.lock` beside it, so that others of the folder may be written meanwhile.
 
     Processes that are forked from this one hold it no longer than this one. Where the file system cannot lock, that is said, and
     nothing is held.
 
     Raises: OutputInUse naming the host and the process id of the holder; ValueError if a link is in the place of the lock.
     """
-    lock = FileLock(folder / LOCK, fallback_to_soft=False)
-    if not _acquire(lock, folder, wait_minutes, option):
+    output, place = (folder, folder / LOCK) if file is None else (folder / file, folder / f".{file}.lock")
+    holder = place.with_name(f"{place.name}.json")
+    lock = FileLock(place, fallback_to_soft=False)
+    if not _acquire(lock, output, holder, wait_minutes, option):
         yield
         return
     try:
         since = datetime.now().astimezone().isoformat(timespec="seconds")
-        write_text(folder / HOLDER, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}))
+        write_text(holder, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}))
         yield
     finally:
-        (folder / HOLDER).unlink(missing_ok=True)
+        holder.unlink(missing_ok=True)
         lock.release()
 
 
@@ -65,7 +72,7 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
         held.release()
 
 
-def _acquire(lock: FileLock, folder: Path, wait_minutes: float, option: str) -> bool:
+def _acquire(lock: FileLock, output: Path, holder: Path, wait_minutes: float, option: str) -> bool:
     """Whether the file system can lock; then the lock is held."""
     said = False
     end = time.monotonic() + 60 * wait_minutes
@@ -76,28 +83,28 @@ def _acquire(lock: FileLock, folder: Path, wait_minutes: float, option: str) -> 
         except Timeout:
             if time.monotonic() >= end:
                 raise OutputInUse(
-                    f"{option} {folder}: another process writes there: {_holder(folder)}. Wait for its end, choose another folder, "
+                    f"{option} {output}: another process writes there: {_holder(holder)}. Wait for its end, choose another output, "
                     "or say how many minutes to wait for it, with --wait_minutes"
                 ) from None
             if not said:
-                print(f"waiting for another process that writes to {folder}: {_holder(folder)}", flush=True)
+                print(f"waiting for another process that writes to {output}: {_holder(holder)}", flush=True)
                 said = True
             time.sleep(LOOK_EVERY)
         except OSError as error:
             if error.errno == errno.ELOOP:
-                raise ValueError(f"{option} {folder}: {LOCK} in it is a link; remove it") from error
+                raise ValueError(f"{option} {output}: {lock.lock_file} is a link; remove it") from error
             if error.errno not in NO_LOCKS:
                 raise
             print(
-                f"{folder}: its file system cannot lock ({error.strerror}), so no other process is kept away",
+                f"{output}: its file system cannot lock ({error.strerror}), so no other process is kept away",
                 flush=True,
             )
             return False
 
 
-def _holder(folder: Path) -> str:
+def _holder(path: Path) -> str:
     try:
-        with open_regular(folder / HOLDER) as file:
+        with open_regular(path) as file:
             holder = json.loads(file.read(4096))
         told = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
     except (OSError, ValueError, TypeError, KeyError, RecursionError):

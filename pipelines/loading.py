@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 import autoencoder
 from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D, VolumeAutoencoder
 from diffusion import LatentUNet3D
+from diffusion.objectives import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
 from diffusion.scheduler_options import check_values, parameters
 from volumes.preprocessing import described_preprocessing, refuse_differences
 from volumes.text import FileError, read_object
@@ -27,7 +28,7 @@ COMPONENTS: dict[str, tuple[str, type]] = {
     "unet": ("diffusion", LatentUNet3D),
     "scheduler": ("diffusers", SchedulerMixin),
 }
-MOST_TIMESTEPS = 100_000  # of a scheduler, which makes tables of them; the usual number is 1,000
+SCHEDULERS = tuple(dict.fromkeys([*FLOW_SCHEDULERS, *DIFFUSION_SCHEDULERS]))  # others are refused before one is built
 
 
 def register_packages() -> None:
@@ -61,8 +62,13 @@ def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
         raise FileError(f"{folder}: no model_index.json, so this is not a pipeline folder (train_ldm.py writes one)")
     _check_inside(folder, ["model_index.json", *COMPONENTS])
     index = read_object(folder / "model_index.json")
-    if not isinstance(index.get("_class_name"), str):  # a list would name a file with code
-        raise ValueError(f"{folder}: model_index.json is of the class {index.get('_class_name')!r}; a name is expected")
+    named = index.get("_class_name")
+    if not isinstance(named, str) or not (
+        named.isascii() and named.isidentifier()
+    ):  # a list would name a file with code
+        raise ValueError(
+            f"{folder}: model_index.json is of the class {ascii(named)[:80]}; the name of a class is expected"
+        )
     for name, (package, kind) in COMPONENTS.items():
         entry = index.get(name)
         if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == package and isinstance(entry[1], str)):
@@ -111,16 +117,21 @@ def _check_inside(folder: Path, names: Iterable[str]) -> None:
 
 def _check_scheduler(folder: Path, scheduler_class: type) -> None:
     """Build it, so that an unfit config is refused by name; whether it fits the model is seen when the pipeline is whole.
+    Only options of its own class are given to it, each checked before (`scheduler_options.VALUES`).
     Raises: ValueError."""
     path = folder / "scheduler_config.json"
     if not path.is_file():
         raise FileError(f"{folder}: no scheduler_config.json there")
     config = read_object(path)
-    steps = config.get("num_train_timesteps", 1)
-    if not isinstance(steps, int) or not 1 <= steps <= MOST_TIMESTEPS:
-        raise ValueError(f"{path}: num_train_timesteps is {steps!r}; 1 to {MOST_TIMESTEPS} are expected")
+    if scheduler_class.__name__ not in SCHEDULERS or config.get("_class_name", SCHEDULERS[0]) not in SCHEDULERS:
+        named = [scheduler_class.__name__, config.get("_class_name")]
+        raise ValueError(f"{path}: is of {' and '.join(map(repr, named))}; schedulers are {', '.join(SCHEDULERS)}")
+    defaults = parameters(scheduler_class)
     try:
-        check_values(scheduler_class, {key: config[key] for key in parameters(scheduler_class) if key in config})
+        unused = config.get("_use_default_values", [])
+        if not isinstance(unused, list) or not all(isinstance(name, str) for name in unused):
+            raise ValueError(f"_use_default_values is {unused!r:.80}; a list of options is expected")
+        check_values(scheduler_class, defaults | {key: config[key] for key in defaults if key in config})
         scheduler_class.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]
     except Exception as error:  # of many kinds: every scheduler trusts its arguments
         raise ValueError(f"{path}: is no config of a {scheduler_class.__name__}: {error}") from error

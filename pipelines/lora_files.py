@@ -5,7 +5,7 @@ settings and the hash of the U-Net that it was trained on.
 """
 
 import json
-import os
+import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -16,17 +16,27 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from autoencoder.weights import HUB, check_keywords, find_folder, loading_keywords, not_on_the_hub
+from autoencoder.weights import (
+    HUB,
+    check_keywords,
+    find_folder,
+    loading_keywords,
+    not_on_the_hub,
+    open_safetensors,
+)
+from files.atomic import atomic_file
 from volumes.preprocessing import check_preprocessing
 from volumes.subjects import check_subjects
-from volumes.text import FileError
+from volumes.text import FileError, parse_json
+
+from .lora_settings import OTHERS, SETTINGS, check_settings, check_tensors, plain_settings
 
 BASE = "base.unet_sha256"  # beside peft's settings, which are `unet.<name>`
 TRAINED_ON = "training."  # data and subjects
-SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
+MOST_HEADER = 1 << 22  # letters of the JSON in a LoRA's header, records of training subjects among it
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 
@@ -41,18 +51,18 @@ def write_lora(
 ) -> Path:
     """Write a LoRA's tensors by layer ("down_blocks.0.0.conv1.lora_A.weight"), and what is known of it: peft's settings, the
     hash of its base, and the "data" and "subjects" that it was `trained_on` (`LoraFile`). Returns the file."""
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in (settings or {}).items()}
+    path = Path(folder).expanduser() / name
+    plain = plain_settings(settings or {}, tensors)
+    check_tensors(tensors, path)
+    check_settings(plain, tensors, path)  # what is written can be read
     header = {f"unet.{key}": plain[key] for key in SETTINGS if key in plain} | ({BASE: base} if base else {})
     header |= {f"{TRAINED_ON}{key}": value for key, value in (trained_on or {}).items() if value is not None}
-    path = Path(folder).expanduser() / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial_{path.name}")
-    save_file(
-        {f"unet.{key}": tensor.detach().contiguous() for key, tensor in tensors.items()},
-        partial,
-        metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(header, indent=1, sort_keys=True)},
-    )
-    os.replace(partial, path)
+    with atomic_file(path) as unfinished:
+        save_file(
+            {f"unet.{key}": tensor.detach().contiguous() for key, tensor in tensors.items()},
+            unfinished,
+            metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(header, indent=1, sort_keys=True)},
+        )
     return path
 
 
@@ -69,34 +79,37 @@ class LoraFile(NamedTuple):
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read a LoRA's file. Raises: FileError if it is no safetensors file, ValueError if it holds no LoRA of a U-Net."""
+    """Read a LoRA's file. Raises: FileError if it is no safetensors file, ValueError if it holds no LoRA of a U-Net, and as
+    `check_tensors` and `check_settings`."""
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        with open_safetensors(path) as file:
+            text = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}")
+            if len(text) > MOST_HEADER:
+                raise FileError(f"its settings are {len(text)} letters; {MOST_HEADER} at most are read")
+            header = parse_json(text)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise FileError(f"{path}: is no LoRA in safetensors ({error}); pickles are not read") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path}: is no LoRA: its settings are {type(header).__name__}")
-    settings = {name: header[f"unet.{name}"] for name in SETTINGS if f"unet.{name}" in header}
-    if settings and not {"r", "lora_alpha", "target_modules"} <= settings.keys():
-        raise ValueError(
-            f"{path}: is no LoRA as train_ldm.py writes it: of its settings there are only {sorted(settings)}"
-        )
-    data, subjects = header.get(f"{TRAINED_ON}data"), header.get(f"{TRAINED_ON}subjects")
+    found = {name: header[f"unet.{name}"] for name in (*SETTINGS, *OTHERS) if f"unet.{name}" in header}
+    base, data, subjects = header.get(BASE), header.get(f"{TRAINED_ON}data"), header.get(f"{TRAINED_ON}subjects")
+    if base is not None and not (isinstance(base, str) and re.fullmatch("[0-9a-f]{64}", base)):
+        raise ValueError(f"{path}: names its base {repr(base)[:80]}; a sha256 is expected")
     try:
         check_preprocessing(data)
         check_subjects(subjects)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return LoraFile(unet_tensors(tensors, path), settings or None, header.get(BASE), data, subjects)
+    own = unet_tensors(tensors, path)
+    return LoraFile(own, check_settings(found, own, path), base, data, subjects)
 
 
 def unet_tensors(state: Mapping[str, torch.Tensor], source: object) -> dict[str, torch.Tensor]:
     """Tensors by layer from a state dict as diffusers has it: its names begin with `unet.` and end in peft's `lora_A.weight`
     or diffusers' older `lora.down.weight`.
 
-    Raises: ValueError naming tensors that are none of a LoRA of a U-Net.
+    Raises: ValueError naming tensors that are none of a LoRA of a U-Net, and as `check_tensors`.
     """
     tensors = dict(state)
     if tensors and not any(".lora_A." in key for key in tensors):
@@ -104,9 +117,10 @@ def unet_tensors(state: Mapping[str, torch.Tensor], source: object) -> dict[str,
     foreign = sorted(key for key in tensors if not key.startswith("unet.") or not key.endswith(FACTORS))
     if foreign or not tensors:
         raise ValueError(
-            f"{source}: is no LoRA of a latent U-Net: tensors that do not belong: {foreign[:4]}; the names begin with unet. and "
-            f"end in {' or '.join(FACTORS)}"
+            f"{source}: is no LoRA of a latent U-Net: tensors that do not belong: {repr(foreign[:4])[:200]}; the names "
+            f"begin with unet. and end in {' or '.join(FACTORS)}"
         )
+    check_tensors(tensors, source)
     return {key.removeprefix("unet."): tensor for key, tensor in tensors.items()}
 
 

@@ -77,6 +77,12 @@ SHARES = {  # of all cases
     "lora": 2,
     "copies": 2,
     "checkpoint": 3,
+    "lora_settings": 4,
+    "scheduler": 4,
+    "report": 4,
+    "ledger": 3,
+    "holder": 1,
+    "entry": 3,
 }
 
 

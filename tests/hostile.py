@@ -250,6 +250,131 @@ def checkpoint_target(folder: Path) -> Target:
     return Target("checkpoint", [files], read)
 
 
+def lora_settings_target() -> Target:
+    """The header of a LoRA's file alone, as JSON; the file itself is made of what is left of it."""
+    import json
+
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    from tiny import tiny_pipeline
+
+    from pipelines.lora import add_lora, save_lora
+    from pipelines.lora_files import LORA_ADAPTER_METADATA_KEY, read_lora
+
+    unet = tiny_pipeline().unet
+    add_lora(unet, rank=2, alpha=2, target_modules=["qkv", "out"], dropout=0.0)
+    with tempfile.TemporaryDirectory() as name:
+        with safe_open(save_lora(unet, Path(name), base="0" * 64), framework="pt") as file:
+            header = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    patterns = {"unet.rank_pattern": {"qkv": 2}, "unet.alpha_pattern": {"out": 3.5}, "unet.use_dora": False}
+    variants = [{"header.json": json.dumps(one).encode()} for one in (header, header | patterns)]
+
+    def read(home: Path) -> None:
+        text = (home / "header.json").read_bytes().decode("utf-8", "replace").replace("\0", "")
+        save_file(tensors, home / "lora.safetensors", {LORA_ADAPTER_METADATA_KEY: text})
+        settings = read_lora(home / "lora.safetensors").settings
+        assert settings is None or (0 < settings["lora_alpha"] <= 1e6 and settings["r"] == 2)
+
+    return Target("lora_settings", variants, read)
+
+
+def scheduler_target() -> Target:
+    import json
+
+    import diffusers
+
+    from diffusion.scheduler_options import parameters
+    from pipelines.loading import SCHEDULERS, _check_scheduler
+
+    def written(name: str) -> Files:
+        options = parameters(getattr(diffusers, name))
+        return {f"{name}/scheduler_config.json": json.dumps({"_class_name": name, **options}).encode()}
+
+    def read(home: Path) -> None:
+        folder = next(home.iterdir())
+        _check_scheduler(folder, getattr(diffusers, folder.name))
+
+    return Target("scheduler", [written(name) for name in SCHEDULERS], read)
+
+
+def report_target() -> Target:
+    import json
+
+    from evaluation.page import build_page
+
+    results = Path(__file__).resolve().parents[1] / "weights" / "hippocampus" / "results"
+    dice, whole = (json.loads((results / f"{name}.json").read_text()) for name in ("dice", "privacy"))
+    space, found = next(iter(whole["spaces"].items()))
+    privacy = {"evaluation": "privacy", "pictures": {space: "a.png"}, "spaces": {space: {**found, "closest": []}}}
+    variants = [
+        {"dice.json": json.dumps({key: dice[key] for key in ("evaluation", "ratios", "volumes", "scores")}).encode()}
+    ]
+    variants += [{"privacy.json": json.dumps(privacy).encode(), "a.png": b"\x89PNG\r\n\x1a\n" + bytes(20)}]
+
+    def read(home: Path) -> None:
+        for section in build_page(sorted(home.glob("*.json")))["sections"]:
+            assert "\x1b" not in repr(section) and section.title
+
+    return Target("report", variants, read, mutable=lambda name: name.endswith(".json"))
+
+
+def ledger_target() -> Target:
+    import json
+
+    from evaluation.commands.dice import earlier_scores
+    from evaluation.commands.ledger import Ledger, _rows, job_of
+
+    shared: dict[str, Any] = {
+        "protocol": {"shape": [8, 8, 8]},
+        "data": {"root": "x"},
+        "synthetic": "s",
+        "judge_synthetic": None,
+    }
+    rows = [
+        {"arm": "real", "labels": "all", "seed": n, "dice": 0.5 + n / 10, "per_volume": [0.5, 0.6]} for n in range(3)
+    ]
+    report = shared | {"evaluation": "dice", "content": "00", "volumes": {"judge": 2, "real": 4}}
+    whole = report | {"rows": rows, "scores": {"real": [{"seed": row["seed"], "dice": row["dice"]} for row in rows]}}
+
+    def read(home: Path) -> None:
+        path = home / "dice.json"
+        ledger = Ledger.__new__(Ledger)
+        ledger.report = report
+        for row in _rows(path, ledger._checked(path)):
+            job_of(row)
+            assert 0 <= row["dice"] <= 1
+        for results in earlier_scores(path, report).values():
+            assert all(0 <= one["dice"] <= 1 for one in results)
+
+    return Target("ledger", [{"dice.json": json.dumps(whole).encode()}], read)
+
+
+def holder_target() -> Target:
+    from files.locks import _holder
+
+    def read(home: Path) -> None:
+        assert _holder(home / ".out.lock.json").isprintable()
+
+    content = b'{"host": "node1", "pid": 123, "since": "2026-01-01T00:00:00+00:00"}'
+    return Target("holder", [{".out.lock.json": content}], read)
+
+
+def entry_target() -> Target:
+    import torch
+
+    from diffusion.latent_entry import EntryReader, write_entry
+
+    tensors = {"mean": torch.rand(4, 2, 2, 2), "std": torch.rand(4, 2, 2, 2), "inside": torch.ones(1, 2, 2, 2)}
+    files = collected(lambda folder: write_entry(tensors, folder / "00000_00.safetensors", name="00000_00"))
+
+    def read(home: Path) -> None:
+        found = EntryReader().read(home / "00000_00.safetensors", "00000_00")
+        assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+    return Target("entry", [files], read)
+
+
 def make_target(name: str, folder: Path) -> Target:
     """The target of that name; `folder` is for what it needs while it runs."""
     if name == "checkpoint":
@@ -265,5 +390,11 @@ def make_target(name: str, folder: Path) -> Target:
         "autoencoder": autoencoder_target,
         "lora": lora_target,
         "copies": copies_target,
+        "lora_settings": lora_settings_target,
+        "scheduler": scheduler_target,
+        "report": report_target,
+        "ledger": ledger_target,
+        "holder": holder_target,
+        "entry": entry_target,
     }
     return others[name]()

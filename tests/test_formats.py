@@ -177,9 +177,9 @@ def test_big_endian_and_channels(tmp_path):
         (".nrrd", "kinds: domain", "kinds: complex", "colours or complex numbers"),
         (".mha", "NDims = 3", "NDims = 4", "three dimensions"),
         (".mha", "BinaryData = True", "BinaryData = False", "as text"),
-        (".mha", "ElementDataFile = LOCAL", "ElementDataFile = ../a.raw", "outside of its folder"),
-        (".mha", "ElementDataFile = LOCAL", "ElementDataFile = /etc/passwd", "outside of its folder"),
-        (".mha", "ElementDataFile = LOCAL", "ElementDataFile = a.raw", "which is not there"),
+        (".mha", "ElementDataFile = LOCAL", "ElementDataFile = ../a.raw", "leads out of the folder"),
+        (".mha", "ElementDataFile = LOCAL", "ElementDataFile = /etc/passwd", "leads out of the folder"),
+        (".mha", "ElementDataFile = LOCAL", "ElementDataFile = a.raw", "is not a file in"),
     ],
 )
 def test_headers_that_are_refused(volume, suffix, old, new, reason, tmp_path):
@@ -202,11 +202,11 @@ def test_a_link_out_of_the_folder_is_no_file_of_voxels(volume, tmp_path):
     sitk.WriteImage(itk_image(volume), str(path))
     (tmp_path / "inside" / "a.raw").rename(tmp_path / "elsewhere.raw")
     (tmp_path / "inside" / "a.raw").symlink_to(tmp_path / "elsewhere.raw")
-    with pytest.raises(VolumeError, match="outside of its folder"):
+    with pytest.raises(VolumeError, match="leads out of the folder"):
         read_volume(path)
     (tmp_path / "inside" / "a.raw").unlink()
     (tmp_path / "inside" / "a.raw").symlink_to("a.raw")
-    with pytest.raises(VolumeError, match="a.mhd: names the file of voxels a.raw, which is"):
+    with pytest.raises(VolumeError, match="a.mhd: its file of voxels: 'a.raw'"):
         read_volume(path)
 
 

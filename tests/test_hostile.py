@@ -186,7 +186,8 @@ def test_code_in_the_folder_is_not_run(folder, planted):
     ("part", "values", "reason"),
     [
         ("vae", {"_class_name": "os"}, "config.json is of 'os'"),
-        ("vae", {"encoder_blocks": [1_000_000_000, 1]}, "asks for 1000000001 encoder_blocks"),
+        ("vae", {"encoder_blocks": [1_000_000_000, 1]}, "encoder_blocks = 1000000000, which no model has"),
+        ("vae", {"encoder_blocks": [900_000, 1]}, "asks for 900001 encoder_blocks"),
         ("unet", {"blocks": "many"}, "a list of numbers of blocks"),
         ("unet", {"quantization_config": {"quant_method": "torchao"}}, "names quantization_config"),
         ("unet", {"auto_map": {"AutoModel": "planted.X"}}, "names auto_map"),
@@ -204,7 +205,7 @@ def test_configs_of_components_that_are_refused(folder, part, values, reason):
 @pytest.mark.parametrize("steps", [10**12, -1, "many", None])
 def test_a_scheduler_that_would_fill_the_memory_is_refused(folder, steps):
     change_json(folder / "scheduler" / "scheduler_config.json", num_train_timesteps=steps)
-    with pytest.raises(ValueError, match="num_train_timesteps is"):
+    with pytest.raises(ValueError, match="num_train_timesteps="):
         MedVolumePipeline.from_pretrained(folder)
 
 
@@ -336,7 +337,7 @@ BOMB = "\n".join(
 @pytest.mark.parametrize(
     "text, reason",
     [
-        (BOMB, "aliases repeat values more than 100000 times"),
+        (BOMB, "aliases repeat values more than 20000 times"),
         ("data: &data {root: *data}\n", "nested too deeply, or holds itself"),
         ("[" * 5000, "nested too deeply, or holds itself"),
         ("data: {root: \x00}\n", "is no YAML"),

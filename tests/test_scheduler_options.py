@@ -318,7 +318,7 @@ def test_a_saved_scheduler_acts_as_it_did(objective, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shift": "3"}, "shift='3': give a number above 0"),
+        ({"shift": "3"}, "shift='3': give a number, above 0"),
         ({"use_dynamic_shifting": True}, "use_dynamic_shifting=False"),
         ({"num_train_timesteps": 500}, "counts 500 training steps"),
     ],

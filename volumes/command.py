@@ -23,6 +23,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import sys
@@ -71,6 +72,14 @@ REMEDIES = {
 class CannotContinue(RuntimeError):
     """A command cannot go on for a reason outside of it, such as a full disk or the end of another process; the message says what
     remedies it."""
+
+
+class VisibleFormatter(logging.Formatter):
+    """Log messages as a terminal may show them: names in them are others'."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As logging's, see `files.paths.printable`."""
+        return printable(super().format(record))
 
 
 class ShowTraceback(
@@ -162,6 +171,8 @@ def run_command(parse: Callable[[], object]) -> NoReturn:
     more by `main`, which people call from Python, too.
     """
     program = program_name()
+    if logging.lastResort is not None:  # which shows warnings where nobody has set up logging
+        logging.lastResort.setFormatter(VisibleFormatter())
     try:
         parse()
         status = imported_main()()

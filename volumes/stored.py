@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 import psutil
 
-from files.paths import refuse_special
+from files.paths import path_inside, refuse_special
 
 from .names import Disk
 from .volume import SourceGrid, VolumeError, check_affine
@@ -153,17 +153,12 @@ def file_beside(header: Path, named: str) -> Path:
     Raises: VolumeError for a name that leads out of that folder, links included, and if there is no such file.
     """
     home = header.parent.resolve()
-    if not named.isprintable() or not named:
-        raise VolumeError(f"{header}: names its file of voxels {named!r}, which is no file name")
     try:
-        data = Disk().find(home / named).resolve()
-    except RuntimeError as error:  # Python's, for a circle of links
-        raise VolumeError(f"{header}: names the file of voxels {named}, which is a link to itself") from error
-    if Path(named).is_absolute() or not data.is_relative_to(home):
-        raise VolumeError(f"{header}: names a file of voxels outside of its folder: {named}")
-    if not data.is_file():
-        raise VolumeError(f"{header}: names the file of voxels {named}, which is not there")
-    return data
+        inside = named and named.isprintable() and not Path(named).is_absolute()
+        spelled = Disk().find(home / named).relative_to(home).as_posix() if inside else named
+        return path_inside(home, spelled, f"{header}: its file of voxels")
+    except ValueError as error:
+        raise VolumeError(str(error)) from error
 
 
 def numbers(name: str, field: str, text: str, count: int | None = None) -> list[float]:

@@ -14,6 +14,7 @@ import json
 import logging
 import re
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ logger = logging.getLogger(__name__)
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 SEP_LINE = re.compile(r'"?sep=(\\t|[^\r\n"])"?[ \t]*(?:\r\n|\r|\n|\Z)', re.IGNORECASE)
 SAVE = 'save it as "CSV UTF-8"'
-MOST_BYTES = 1 << 28  # of a table, unpacked
+MOST_BYTES = 1 << 26  # of a table, unpacked
+MOST_LINE = 1 << 20  # letters of a line of CSV
+MOST_ROWS, MOST_COLUMNS, MOST_CELLS = 100_000, 10_000, 10_000_000
+PLAIN = re.compile(r"[\w .+/-]*", re.ASCII)  # a cell that nothing can be wrong with
 MARKS = (  # longest first where one begins with another
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -163,6 +167,7 @@ def _line(before: str) -> int:
 def _csv_rows(text: str) -> list[Row]:
     if re.match(r"\s*(?:\[\s*\{|\{\s*\")", text):
         raise ValueError("is JSON by its content; rename it to end in .json")
+    _check_lines(text)
     said = SEP_LINE.match(text)
     if said:
         text, separator = text[said.end() :], said[1].replace("\\t", "\t")
@@ -198,6 +203,15 @@ def _csv_rows(text: str) -> list[Row]:
                 )
         rows.append(Row({name: value for name, value in zip(columns, values, strict=False) if name}, place))
     return rows
+
+
+def _check_lines(text: str) -> None:
+    """Raises: ValueError for more lines, or a longer one, than tables of volumes have, which would take minutes."""
+    if text.count("\n") + text.count("\r") > 4 * MOST_ROWS:
+        raise ValueError(f"has more than {4 * MOST_ROWS} lines; {MOST_ROWS} rows at most are read")
+    longest = max(map(len, text.replace("\r", "\n").split("\n")))
+    if longest > MOST_LINE:
+        raise ValueError(f"has a line of {longest} letters; {MOST_LINE} at most are read: are its line breaks missing?")
 
 
 def _separator(text: str) -> str:
@@ -238,19 +252,25 @@ def _records(text: str, separator: str, after_sep_line: bool = False) -> Iterato
         except csv.Error as error:
             what = "opens a quotation mark that is never closed" if "end of data" in str(error) else str(error)
             raise ValueError(f'{place}: {what}; write a quotation mark within a value as ""') from error
+        if number > MOST_ROWS + 1:
+            raise ValueError(f"has more than {MOST_ROWS} rows, which no set of volumes has; split it")
+        if len(values) > MOST_COLUMNS:
+            raise ValueError(f"{place} has {len(values)} columns; {MOST_COLUMNS} at most are read")
         yield place, values
 
 
 def _swallowed(value: str, separator: str, columns: int) -> str:
     """The first line within a value that has as many separators as a row; "" if none has."""
+    if "\n" not in value and "\r" not in value:
+        return ""
     lines = re.split(r"[\r\n]+", value)[1:]
     return next((line for line in lines if line.count(separator) == columns - 1), "")
 
 
 def _check_header(columns: list[str]) -> None:
     named = [name for name in columns if name]
-    if twice := sorted({name for name in named if named.count(name) > 1}):
-        raise ValueError(f"two columns have one name: {', '.join(twice)}; rename one")
+    if twice := _twice(named):
+        raise ValueError(f"two columns have one name: {twice}; rename one")
     if len(named) == 1 and any(one in named[0] for one in SEPARATORS):
         raise ValueError(
             f"its only column is called {named[0]!r}: whole lines are in quotation marks, or it is separated by something else; "
@@ -260,12 +280,19 @@ def _check_header(columns: list[str]) -> None:
         raise ValueError(f'the column {odd[0]} is in curly quotation marks; write straight ones (")')
 
 
+def _twice(names: Collection[str]) -> str:
+    """Those that are there more than once, the first few of them."""
+    return ", ".join(sorted(name for name, count in Counter(names).items() if count > 1)[:4])
+
+
 def _json_rows(text: str, name: str) -> list[Row]:
     found, where = json.loads(text, object_pairs_hook=_unique, parse_constant=_constant), ""
     if isinstance(found, dict):
         found, where = _list_in(found, name)
     if not isinstance(found, list):
         raise ValueError(f"expected rows: a JSON list of objects, not {type(found).__name__}")
+    if len(found) > MOST_ROWS:
+        raise ValueError(f"has {len(found)} rows, {MOST_ROWS} at most are read; split it")
     rows = []
     for number, entry in enumerate(found, start=1):
         place = f"entry {number}{where}"
@@ -277,6 +304,8 @@ def _json_rows(text: str, name: str) -> list[Row]:
         if any(value != "" for value in values.values()):
             rows.append(Row(values, place))
     columns = dict.fromkeys(column for row in rows for column in row)
+    if len(columns) > MOST_COLUMNS or len(columns) * len(rows) > MOST_CELLS:
+        raise ValueError(f"has {len(columns)} columns in {len(rows)} rows, which no table of volumes has")
     for row in rows:  # a value that is left out is an empty cell
         row.update({column: "" for column in columns if column not in row})
     return rows
@@ -305,9 +334,8 @@ def _list_in(found: dict[str, Any], name: str) -> tuple[Any, str]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"an object has two values called {', '.join(twice)}; rename one")
+    if twice := _twice([name for name, _ in pairs]):
+        raise ValueError(f"an object has two values called {twice}; rename one")
     return dict(pairs)
 
 
@@ -318,6 +346,8 @@ def _constant(text: str) -> None:
 
 def _clean(value: str) -> str:
     """Without space around it: "A" and "A " are one subject."""
+    if value.isascii() and value.isalnum():
+        return value
     value = nfc(value).strip().strip(INVISIBLE).strip()
     text = FORMULA_TEXT.fullmatch(value)
     return text[1].strip() if text else value
@@ -339,6 +369,8 @@ def _check_cells(rows: list[Row], used: Collection[str] | None) -> None:
             if isinstance(value, (list, dict)):
                 raise ValueError(f"{row.place}: {column} holds a {type(value).__name__}; expected one value")
             text = str(value)
+            if PLAIN.fullmatch(text):
+                continue
             if FORMULA_ERROR.fullmatch(text):
                 raise ValueError(
                     f"{row.place}: {column} is a spreadsheet's error, {text}; correct it, or leave the cell empty"

@@ -30,7 +30,7 @@ from ..defaults import (
     SPACES,
     STARTS,
 )
-from ..report import add_overlap_argument
+from ..report import add_overlap_argument, add_wait_argument
 from ..spectrum import CROP
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def make_parser(command: Command, data: dict[str, Any] | None, **settings: Any) 
     if command.reads_data:
         add_common_arguments(parser, data)
     command.add_arguments(parser)
+    add_wait_argument(parser)
     return parser
 
 

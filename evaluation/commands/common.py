@@ -1,5 +1,6 @@
 """How a command of evaluate.py is run, and what its report says of that."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from jsonargparse import Namespace
 from pipelines.loading import find_autoencoder
 from volumes.stopping import finishing
 
-from ..report import check_report
+from ..report import check_report, only_writer_of
 from ..seen import check_models
 from .arguments import Command
 
@@ -21,19 +22,36 @@ def run_command(
     """Run it in all processes or in the main one alone, as it wants. Returns the report; {} in those that only waited."""
     state = PartialState()
     if command.divides:  # it says itself what is finished when a signal comes
-        if state.is_main_process:
-            check_first(command, options)
-        report = command.run(options, device, dtype)
-        state.wait_for_everyone()
+        with holding(command, options):
+            if state.is_main_process:
+                check_first(command, options)
+            report = command.run(options, device, dtype)
+            state.wait_for_everyone()
         return report
     try:
         if not state.is_main_process:
             return {}
-        check_first(command, options)
-        with finishing(f"{command.name}, whose report is written at its end"):
-            return command.run(options, device, dtype)
+        with holding(command, options):
+            check_first(command, options)
+            with finishing(f"{command.name}, whose report is written at its end"):
+                return command.run(options, device, dtype)
     finally:
         state.wait_for_everyone()
+
+
+def holding(command: Command, options: Namespace) -> AbstractContextManager[None]:
+    """Hold a command's report against other processes, in the main process. Of a folder evaluate.py does so, from before the first
+    volume is generated (`holding_folder`)."""
+    if command.makes_folder or not PartialState().is_main_process:
+        return nullcontext()
+    return only_writer_of(options.output, options.wait_minutes)
+
+
+def holding_folder(command: Command, options: Namespace) -> AbstractContextManager[None]:
+    """Hold the folder that a command writes to, if it writes to one, in the main process."""
+    if not command.makes_folder or not PartialState().is_main_process:
+        return nullcontext()
+    return only_writer_of(Path(options.output) / "report.html", options.wait_minutes)
 
 
 def check_first(command: Command, options: Namespace) -> None:

@@ -67,7 +67,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     earlier: dict[str, list[dict[str, Any]]] = {}
     for path in options.earlier:
         earlier.update(earlier_scores(Path(path), report))
-        report.setdefault("earlier", {})[Path(path).name] = json.loads(Path(path).read_text()).get("commit")
+        report.setdefault("earlier", {})[Path(path).name] = read_object(Path(path)).get("commit")
     num_labels = len(label_values(config))
     judged = load_pairs([Pair(case) for case in judge], config, shape)
     loaded = {source: load_pairs(pairs[source], config, shape) for source in (REAL, SYNTHETIC) if source in pairs}
@@ -139,6 +139,15 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
 def earlier_scores(path: Path, report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Scores by source of an earlier report. Raises ValueError unless it was measured on the same data by the same protocol."""
     earlier = read_object(path)
+    try:
+        return _same_scores(path, earlier, report)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: is no report of evaluate.py dice, or damaged ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _same_scores(path: Path, earlier: dict[str, Any], report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     for key in ("protocol", "data"):
         wanted = json.loads(json.dumps(report[key]))
         if key == "data":  # settings that the data section got since were at their defaults
@@ -157,4 +166,7 @@ def earlier_scores(path: Path, report: dict[str, Any]) -> dict[str, list[dict[st
             raise ValueError(
                 f"{path}: has {earlier['volumes'][source]} volumes ({source}), not {report['volumes'].get(source)}"
             )
+    for name, results in earlier["scores"].items():
+        if not results or not all(type(one["dice"]) in (int, float) and 0 <= one["dice"] <= 1 for one in results):
+            raise ValueError(f"{path}: holds no Dice of {name!r}; it was damaged")
     return earlier["scores"]

@@ -36,6 +36,7 @@ FOR_ALL = (
     "device",
     "models",
     "accept_overlap",
+    "wait_minutes",
 )  # are given once, and hold for every part
 
 
@@ -63,7 +64,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
                 if failed:
                     missing[name] = failed
                 elif state.is_main_process:  # the mark of a part that ended
-                    write_report(path, {**json.loads(path.read_text()), "inputs": inputs})
+                    write_report(path, {**read_object(path), "inputs": inputs})
             progress.update()
     state.wait_for_everyone()
     paths = [Path(part.output) for name, (part, _) in jobs.items() if name not in missing]
@@ -156,7 +157,7 @@ def part_options(name: str, options: Namespace, folder: Path) -> tuple[Namespace
     except ArgumentError as error:
         said = re.sub(r"(?<=arguments are required: ).*", lambda missing: f"--{missing[0]}", str(error))
         raise ValueError(f"{name}: {said}") from error
-    parsed.data = options.data
+    parsed.data, parsed.wait_minutes = options.data, options.wait_minutes
     words = [word for part, _, value in map(_split, options.set) if part == name for word in value.split()]
     words += [word.partition("=")[2] for word in words]  # NAME=PATH
     named = [Path(one) for one in (*options.synthetic, options.vae, options.pipeline, *words) if one]

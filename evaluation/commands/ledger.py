@@ -9,10 +9,14 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from files.paths import printable
+from volumes.text import read_object
+
 from ..report import check_report, write_report
 from ..segmentation_data import LoadedPairs
 
 SAME = ("evaluation", "protocol", "data", "synthetic", "judge_synthetic", "content")  # of two runs of one report
+DAMAGED = "holds no trainings as evaluate.py writes them; choose another --output, or delete it"
 Job = tuple[str, str, int]  # arm, labels, seed
 Row = dict[str, Any]
 
@@ -46,18 +50,24 @@ class Ledger:
         if self.state.is_main_process:
             check_report(path)
             if path.is_file():
-                self.rows = rows_of(self._checked(path))
-            of_others = [row for part in self._parts() for row in self._checked(part)["rows"]]
+                self.rows = _rows(path, self._checked(path), rows_of)
+            of_others = [row for part in self._parts() for row in _rows(part, self._checked(part))]
             known = {job_of(row) for row in self.rows}
             self.rows += [row for row in of_others if job_of(row) not in known]
             if self.rows:
                 print(f"{path}: has {len(self.rows)} trainings, which are not done again")
-                self._settle()
+                try:
+                    self._settle()
+                except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+                    raise ValueError(f"{path}: {DAMAGED} ({type(error).__name__}: {error})") from error
         self.state.wait_for_everyone()
 
     def _checked(self, path: Path) -> dict[str, Any]:
         """A report that may be gone on with."""
-        earlier, wanted = json.loads(path.read_text()), json.loads(json.dumps(self.report))
+        try:
+            earlier, wanted = read_object(path), json.loads(json.dumps(self.report))
+        except ValueError as error:
+            raise ValueError(f"{error}; choose another --output, or delete it") from error
         if "content" not in earlier and "rows" in earlier:  # as of reports from before it was recorded
             print(f"note: {path} does not say of which volumes it is: taken to be of these")
             earlier["content"] = wanted["content"]
@@ -106,7 +116,7 @@ class Ledger:
         """Add a training and write it down."""
         self.rows.append(row)
         if self.state.is_main_process:
-            self._write(self.rows + [row for part in self._parts() for row in json.loads(part.read_text())["rows"]])
+            self._write(self.rows + [row for part in self._parts() for row in read_object(part)["rows"]])
         else:
             write_report(self.part, {**{key: self.report.get(key) for key in SAME}, "rows": self.rows})
         print(
@@ -124,10 +134,29 @@ class Ledger:
         """Wait for all processes, write the report with all rows, and return it."""
         self.state.wait_for_everyone()
         if self.state.is_main_process:
-            self.rows += [row for part in self._parts() for row in json.loads(part.read_text())["rows"]]
+            self.rows += [row for part in self._parts() for row in read_object(part)["rows"]]
             self._settle()
         self.state.wait_for_everyone()
-        return json.loads(self.path.read_text())
+        return read_object(self.path)
+
+
+def _rows(
+    path: Path, report: dict[str, Any], rows_of: Callable[[dict[str, Any]], list[Row]] = lambda report: report["rows"]
+) -> list[Row]:
+    """The rows of a report in a file. Raises: ValueError for what is no training: it was damaged, or written by hand."""
+    try:
+        rows = rows_of(report)
+        fit = isinstance(rows, list) and all(map(_is_row, rows))
+    except (LookupError, TypeError, AttributeError):
+        fit = False
+    if not fit:
+        raise ValueError(f"{path}: {DAMAGED}")
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    texts = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("arm", "labels"))
+    return texts and type(row.get("seed")) is int and type(row.get("dice")) in (int, float) and 0 <= row["dice"] <= 1
 
 
 def job_of(row: Row) -> Job:
@@ -150,11 +179,15 @@ def tell(report: dict[str, Any], how: str) -> None:
     """Print the mean Dice of every arm and budget, and their ratios or differences with the intervals over seeds and subjects."""
     for arm, budgets in report["dice"].items():
         for labels, found in budgets.items():
-            print(f"{arm}, labels {labels}: Dice {found['mean']:.4f}{told(found['interval_seeds'])} over seeds")
+            print(
+                f"{printable(arm)}, labels {printable(labels)}: Dice {found['mean']:.4f}{told(found['interval_seeds'])} over seeds"
+            )
     for name, budgets in report[how].items():
         for labels, found in budgets.items():
             seeds, subjects = told(found["interval_seeds"]), told(found["interval_subjects"])
-            print(f"{name}, labels {labels}: {found['of_means']:.4f}{seeds} over seeds,{subjects} over subjects")
+            print(
+                f"{printable(name)}, labels {printable(labels)}: {found['of_means']:.4f}{seeds} over seeds,{subjects} over subjects"
+            )
 
 
 def told(interval: list[float] | None) -> str:

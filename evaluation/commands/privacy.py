@@ -10,6 +10,7 @@ import torch
 from jsonargparse import Namespace
 
 from autoencoder.weights import find_folder
+from files.atomic import atomic_file
 from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
 from volumes import VolumeDataset, load_cases
@@ -59,8 +60,8 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     pictures = {}
     for name, space in spaces.items() if options.pairs else ():
         path = output.with_name(f"{output.stem}_{name.replace(' ', '_')}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pairs_figure(found["spaces"][name]["closest"], generated, training, space).savefig(path, dpi=110)
+        with atomic_file(path) as unfinished:
+            pairs_figure(found["spaces"][name]["closest"], generated, training, space).savefig(unfinished, dpi=110)
         pictures[name] = path.name
     report = {
         "evaluation": NAME,

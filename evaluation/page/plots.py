@@ -9,14 +9,19 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from files.paths import open_regular, path_inside
+
 from .model import Picture, Row
 
 INK, FAINT, GOOD, BAD = "#1f2933", "#c9d2dc", "#2f7d5b", "#b4552d"
-STYLE: dict[Any, Any] = {"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "medvolume"}
+MOST_ROWS = 500  # of a figure, whose height grows with them
+PNG, MOST_BYTES = b"\x89PNG\r\n\x1a\n", 1 << 25  # how a picture begins, and how large it is at most
+STYLE: dict[Any, Any] = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "svg.hashsalt": "medvolume"}
 
 
 def interval_plot(rows: Sequence[Row], caption: str, label: str = "") -> Picture:
     """A line a row: the generated volumes' figure with its interval as a dot, the floor with its as a grey bar."""
+    _check_size(len(rows))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 0.55 + 0.3 * len(rows)), layout="constrained")
         axes = figure.subplots()
@@ -45,6 +50,7 @@ def line_plot(
     label: str,
 ) -> Picture:
     """A line for each name, a point a tick, with its interval where it has one."""
+    _check_size(max(len(lines), len(ticks)))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.8), layout="constrained")
         axes = figure.subplots()
@@ -69,8 +75,23 @@ def svg(figure: Figure) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def png(path: Path) -> str:
-    """The picture in a file as a data URI. Raises: ValueError if it is not there."""
-    if not path.is_file():
-        raise ValueError(f"{path}: is named by a report and is not beside it; keep the pictures with the JSON")
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+def _check_size(rows: int) -> None:
+    if rows > MOST_ROWS:
+        raise ValueError(f"{rows} figures are more than a picture shows ({MOST_ROWS})")
+
+
+def png(folder: Path, named: str, what: str) -> str:
+    """The picture of that name in a report's folder, or below it, as a data URI.
+
+    Args:
+        what: what names it, for the message.
+    Raises: ValueError for a name that leads out of the folder (`files.paths.path_inside`), and for what is no PNG.
+    """
+    path = path_inside(folder, named, what)
+    with open_regular(path) as file:
+        data = file.read(MOST_BYTES + 1)
+    if not data.startswith(PNG) or len(data) > MOST_BYTES:
+        raise ValueError(
+            f"{what}: {named!r} is no picture (PNG) of up to {MOST_BYTES >> 20} MiB; keep the pictures with the JSON"
+        )
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"

@@ -20,7 +20,7 @@ def privacy_section(report: Mapping[str, Any], folder: Path) -> Section:
         )
     pictures = [
         Picture(
-            png(folder / path),
+            png(folder, path, f"pictures.{space}"),
             f"Closest pairs as {space}: a generated volume above its nearest training volume. {REAL_PATIENTS}",
         )
         for space, path in report.get("pictures", {}).items()
