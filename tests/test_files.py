@@ -263,8 +263,8 @@ def test_a_lock_ends_with_its_process_though_that_has_forked(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     began = time.monotonic()
-    with only_writer(tmp_path, wait_minutes=0.1):
-        assert time.monotonic() - began < 2
+    with only_writer(tmp_path, wait_minutes=0.5):
+        assert time.monotonic() - began < 8  # the fork lives for ten
 
 
 @posix

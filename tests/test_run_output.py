@@ -100,35 +100,49 @@ def test_a_second_job_is_refused_and_touches_nothing_of_the_first(run, tmp_path)
 
 
 HOLDS = """
-import sys, time
+import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from files.locks import only_writer
 with only_writer(Path(sys.argv[2])):
     print("ready", flush=True)
-    time.sleep(1)
+    sys.stdin.read()
+    if len(sys.argv) > 3:
+        os.rename(sys.argv[3], sys.argv[4])
 """
 
 
-def holder(folder: Path) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", HOLDS, ROOT, folder], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    return process
+@pytest.fixture
+def holder(monkeypatch):
+    """Start another job that holds a folder, and at its end renames something; it ends as soon as this one waits."""
+
+    def start(folder: Path, *names: Path) -> subprocess.Popen:
+        command = [sys.executable, "-c", HOLDS, ROOT, folder, *names]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdin is not None and process.stdout is not None and process.stdout.readline() == "ready\n"
+
+        def end(_):
+            process.stdin.close()
+            assert process.wait() == 0  # without a timeout, for which it would sleep
+
+        monkeypatch.setattr("files.locks.time.sleep", end)
+        return process
+
+    return start
 
 
-def test_a_requeued_job_waits_for_the_one_that_is_ending_and_resumes(run, tmp_path, capsys):
+def test_a_requeued_job_waits_for_the_one_that_is_ending_and_resumes(run, tmp_path, capsys, holder):
     process = holder(run)
-    with begun(line_config(tmp_path, *SHORT, "--resume=latest", "--wait_minutes=1", "--loop.max_steps=6")) as loop:
-        assert process.wait(5) == 0 and loop.state.step == 4
+    with begun(line_config(tmp_path, *SHORT, "--resume=latest", "--wait_minutes=9", "--loop.max_steps=6")) as loop:
+        assert process.returncode == 0 and loop.state.step == 4
         loop.run()
     assert f"waiting for another process that writes to {run}: process {process.pid}" in capsys.readouterr().out
-    process = holder(run)
-    (checkpoints := run / "checkpoints").rename(run / "hidden")  # what the other one writes while this one waits
-    config = line_config(tmp_path, *SHORT, "--wait_minutes=1")
-    renamed = subprocess.Popen(["sh", "-c", f"sleep 0.5; mv {run / 'hidden'} {checkpoints}"])
+    (run / "checkpoints").rename(tmp_path / "written")
+    process = holder(run, tmp_path / "written", run / "checkpoints")  # written while this one waits
+    config = line_config(tmp_path, *SHORT, "--wait_minutes=9")
     with pytest.raises(ValueError, match="already holds a run; go on with --resume latest"), begun(config):
         pytest.fail("began")
-    assert renamed.wait() == 0 and process.wait() == 0
+    assert process.returncode == 0
 
 
 def test_minutes_to_wait_are_shown_checked_and_no_change_of_the_run(tmp_path, capsys, monkeypatch):
