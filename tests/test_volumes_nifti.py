@@ -64,6 +64,26 @@ def test_a_voxel_stays_where_it_is_in_the_patient(brain):
     np.testing.assert_allclose(volume.affine @ [*found[0], 1], stored.affine @ [*index, 1], atol=1e-9)
 
 
+@pytest.mark.parametrize(("unit", "scale"), [("mm", 1.0), ("meter", 1e-3)])
+def test_a_qform_beside_another_sform_goes_back_as_it_was(brain, unit, scale, tmp_path):
+    """The sform says where voxels lie; the scanner's own transform beside it keeps its place, its code, and its millimetres."""
+    image = reoriented(brain, "LPS")
+    scanner = image.affine.copy()
+    scanner[:3, 3] += [1.5, -2.0, 3.0]
+    to_unit = np.diag([scale, scale, scale, 1.0])
+    stored = nib.Nifti1Image(np.asarray(image.dataobj), None)
+    stored.set_sform(to_unit @ image.affine, 2)
+    stored.set_qform(to_unit @ scanner, 1)
+    stored.header.set_xyzt_units(unit)
+    nib.save(stored, tmp_path / "brain.nii")
+    volume = read_volume(tmp_path / "brain.nii")
+    np.testing.assert_allclose(volume.affine, brain.affine, atol=1e-3)
+    for written in (to_nibabel(volume), to_nibabel(volume.replace(volume.array * 2))):
+        np.testing.assert_allclose(written.get_qform(), scanner, atol=1e-2)
+        np.testing.assert_allclose(written.get_sform(), image.affine, atol=1e-3)
+        assert (written.header["qform_code"], written.header["sform_code"]) == (1, 2)
+
+
 @pytest.mark.parametrize(
     "name", ["qform only", "sform only", "neither", "slope", "big-endian", "NIfTI-2", "pair", "gzipped pair", "nii.gz"]
 )
