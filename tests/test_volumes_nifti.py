@@ -259,6 +259,15 @@ def test_a_resampled_volume_goes_back_onto_the_grid_of_its_file(brain):
     np.testing.assert_allclose(written.affine, stored.affine, atol=1e-6)
 
 
+def test_a_resampled_mask_goes_back_label_by_label(brain):
+    """To the nearest voxel: between labels 0 and 9 there is no other."""
+    labels = np.random.default_rng(0).choice([0, 9], (5, 6, 7)).astype(np.uint8)
+    stored = reoriented(nib.Nifti1Image(labels, brain.affine), "LPS")
+    written = to_nibabel(resample(read_mask(stored), (0.4, 0.7, 1.1), nearest=True))
+    assert set(np.unique(written.dataobj)) == {0, 9} and written.shape == stored.shape
+    assert (np.asarray(written.dataobj) == np.asarray(stored.dataobj)).mean() > 0.95
+
+
 def test_same_grid_allows_for_rounding_and_nothing_more(brain):
     volume = read_volume(brain)
     near, far = volume.affine.copy(), volume.affine.copy()
