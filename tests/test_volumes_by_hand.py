@@ -45,6 +45,12 @@ def test_who_must_not_judge_a_model_is_known_by_split_and_role():
         assert [(one.case.split, one.role) for one in found] == [(split, role) for split in expected]
 
 
+def test_letter_case_spaces_and_accents_make_no_other_subject():
+    config = DataConfig(images="{case}.nii", subject="case")
+    marks = [marks_of(Case(name, name, "train"), config) for name in ("M\u00fcller", " m\u00dcller ", "Mu\u0308ller", "Muller")]
+    assert marks[0] == marks[1] == marks[2] != marks[3]
+
+
 def write_nrrd(path, array: np.ndarray, space: str, directions: str) -> None:
     head = f"NRRD0004\ntype: short\ndimension: {array.ndim}\nendian: little\nencoding: raw\nspace: {space}\n"
     head += f"sizes: {' '.join(map(str, array.shape))}\nspace directions: {directions}\nspace origin: (1,2,3)\n\n"
