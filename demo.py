@@ -40,9 +40,11 @@ import torch
 from matplotlib.figure import Figure
 
 import generate
-from pipelines import MedVolumePipeline, read_sidecar, volume_files
+from files.atomic import atomic_file
+from files.paths import path_inside
+from pipelines import MedVolumePipeline, read_sidecar, sidecar_path, volume_files
 from pipelines.editing import remove_lesion
-from pipelines.provenance import sidecars
+from pipelines.finished import finished_volumes
 from volumes import read_mask, read_volume, shapes_figure, slices_figure, write_volume
 from volumes.tables import read_table
 
@@ -74,7 +76,7 @@ def run_demo(weights: Path, output: Path, num_inference_steps: int = 20) -> None
             ]
         )
         seconds = (time.perf_counter() - start) / len(rows)
-        preview(folder, table.parent / "masks", data).savefig(folder / "preview.png", dpi=130)
+        save_figure(preview(folder, table.parent / "masks", data), folder / "preview.png")
         print(f"{seconds:.2f} s a volume, loading included. Look at {folder / 'preview.png'}\n")
     for maps, volumes in itertools.product(described, described):
         drawn = described[maps].get("image_labels")
@@ -92,7 +94,7 @@ def pairs(maps: Path, volumes: Path, data: dict[str, Any], folder: Path, steps: 
             *("--output", str(folder), "--steps", str(steps)),
         ]
     )
-    preview(folder, folder / "masks", data).savefig(folder / "preview.png", dpi=130)
+    save_figure(preview(folder, folder / "masks", data), folder / "preview.png")
     print(f"Look at {folder / 'preview.png'}\n")
 
 
@@ -103,7 +105,7 @@ def edit(pipeline: Path, data: dict[str, Any], output: Path, steps: int) -> None
     volume = sorted((output / pipeline.name).glob("*.nii.gz"))[0]
     record = read_sidecar(volume)
     assert record is not None and record["mask"] is not None
-    mask = read_mask(pipeline / "masks" / record["mask"]["file"])
+    mask = read_mask(path_inside(pipeline / "masks", record["mask"]["file"], f"the sidecar of {volume}: mask"))
     values = sorted(map(int, data["labels"]))
     organ = max(value for value in values if (mask.array == value).any())
     edited, region = remove_lesion(mask, organ, values[0])
@@ -129,8 +131,14 @@ def edit(pipeline: Path, data: dict[str, Any], output: Path, steps: int) -> None
     window = np.percentile(columns[0]["images"]["generated"], [0.5, 99.5]).tolist()
     for column in columns:
         column |= {"spacing": mask.spacing, "windows": {"generated": window}}
-    slices_figure(columns).savefig(folder / "preview.png", dpi=130)
+    save_figure(slices_figure(columns), folder / "preview.png")
     print(f"Look at {folder / 'preview.png'}")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a picture, in one step."""
+    with atomic_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=130)
 
 
 def preview(folder: Path, masks: Path, data: dict[str, Any]) -> Figure:
@@ -138,23 +146,22 @@ def preview(folder: Path, masks: Path, data: dict[str, Any]) -> Figure:
     volumes as slices, a row each (of several channels a row a channel), beside the mask."""
     shapes: dict[str, list[Any]] = {}
     columns: dict[str, dict[str, Any]] = {}  # by sidecar: one a volume, whatever the number of its files
-    for sidecar in sidecars(folder):
-        volume = sidecar.with_suffix(".nii.gz")
-        record = read_sidecar(volume)
-        assert record is not None
-        files = volume_files(volume, record)
+    for volume, record in finished_volumes(folder):
+        files, stem = volume_files(volume, record), sidecar_path(volume).stem
         title = ", ".join(str(value) for value in {**(record["labels"] or {}), **(record["numbers"] or {})}.values())
         if data.get("image_labels"):
             shapes.setdefault(title, []).append(read_volume(files[0]).array[0])
             continue
         volumes = [read_volume(path) for path in files]
-        names = [path.name.removesuffix(".nii.gz").removeprefix(sidecar.stem).lstrip("_") for path in files]
+        names = [path.name.removesuffix(".nii.gz").removeprefix(stem).lstrip("_") for path in files]
         images = {"generated": np.stack([volume.array[0] for volume in volumes])}
-        column = {"title": f"{sidecar.stem}\n{title}".strip(), "images": images, "spacing": volumes[0].spacing}
+        column = {"title": f"{stem}\n{title}".strip(), "images": images, "spacing": volumes[0].spacing}
         scales = dict(zip(data["channels"], data["intensity"], strict=True))
         column["channels"] = names
         column["windows"] = {name: (scales[name]["low"], scales[name]["high"]) for name in names if name in scales}
         if record["mask"]:
-            column["mask"] = read_mask(masks / record["mask"]["file"]).array
-        columns[sidecar.stem] = column
+            column["mask"] = read_mask(
+                path_inside(masks, record["mask"]["file"], f"the sidecar of {volume}: mask")
+            ).array
+        columns[stem] = column
     return shapes_figure(shapes) if shapes else slices_figure(list(columns.values()))

@@ -24,12 +24,14 @@ learned from is not written, but made again from a next seed; sidecars and manif
 """
 
 import argparse
-import csv
 import hashlib
 import itertools
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -40,6 +42,7 @@ from volumes.settings import NonNegativeFloat, NonNegativeInt, Number, PositiveI
 
 GENERATE = "generate:"
 PRECISIONS = ("no", "bf16", "fp16")
+MOST_VOLUMES = 100_000  # of one command; file systems and manifests of more are no longer of use
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -86,16 +89,29 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
         default=10,
         help="refused volumes after which one is given up (10)",
     )
+    parser.add_argument(
+        "--wait_minutes",
+        type=Number(NonNegativeFloat),
+        default=0.0,
+        help="how long to wait for another process that writes to --output; 0 refuses at once (0)",
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="no", help="no is float32 (no)")
     show_ranges(parser)
     options = parser.parse_args(args)
     options.label_map = dict(options.label_map)
+    if options.count > MOST_VOLUMES:
+        parser.error(f"--count {options.count}: {TOO_MANY}")
     options.masks_by = None
     if options.masks and any(one.startswith(GENERATE) for one in options.masks):
         if len(options.masks) > 1:
             parser.error(f"--masks {' '.join(options.masks)}: {GENERATE}PIPELINE stands alone")
         options.masks_by, options.masks = options.masks[0].removeprefix(GENERATE), None
     return options
+
+
+TOO_MANY = (
+    f"one command generates {MOST_VOLUMES} volumes at most; use several, each with a --seed and an --output of its own"
+)
 
 
 def label_pair(text: str) -> tuple[int, int | str]:
@@ -113,41 +129,40 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from files.atomic import refuse_link, remove_leftovers, write_text
+from files.locks import only_writer
 from pipelines import (
     Check,
     MedVolumePipeline,
     Rejection,
-    as_planned,
     check_conditions,
     describe_images,
     describe_mask,
     equal_batches,
-    read_sidecar,
-    rejection_columns,
     volume_files,
     write_synthetic,
 )
-from pipelines.provenance import sidecars
+from pipelines.finished import left_to_generate
+from pipelines.manifest import MANIFEST, check_manifest, write_manifest
 from pipelines.requests import Request, mask_requests, read_requests
 from pipelines.trained_on import GENERATED
 from training import ending_with_others, join_processes
-from training.output import check_writable, naming_full_disk, write_text
-from volumes import draw_shape, map_fault
+from training.output import check_writable, naming_full_disk
+from volumes import VoxelError, draw_shape, map_fault
 from volumes.live_bar import LiveBar
-from volumes.nifti import remove_abandoned
 from volumes.stopping import Stopped, check_stop, finishing, stoppable
+from volumes.stored import memory_bytes
 from volumes.text import read_object
 
 DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 LONGEST_RUN = timedelta(days=30)  # processes wait this long for each other at the end
-MANIFEST = "manifest.csv"
-CHECKS = ("copy_check", "map_check", "rejected")  # what a record has of them, if there were any
+MOST_NAME_BYTES = 255  # of a file
 
 
 @dataclass(frozen=True)
 class Task:
     """Volume k of a request: where it goes, what may share a batch with it (the shape of its padded grid), the size asked for
-    where no file has one, its seed and its future sidecar."""
+    where no file has one, its seed, and what all volumes of the request and size have in their sidecars."""
 
     request: Request
     k: int
@@ -155,7 +170,12 @@ class Task:
     shape: tuple[int, int, int]
     size: tuple[int, int, int] | None
     seed: int
-    record: dict[str, Any]
+    shared: dict[str, Any]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The volume's future sidecar."""
+        return self.shared | {"seed": self.seed}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -172,42 +192,80 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def generate_all(options: argparse.Namespace, state: PartialState) -> list[str]:
     """`generate`, after the masks if those are to be drawn."""
-    lost = []
-    if options.masks_by:
-        drawn = argparse.Namespace(**vars(options))
-        drawn.pipeline, drawn.output, drawn.masks_by = options.masks_by, options.output / "masks", None
-        drawn.guidance_scale, drawn.label_map, drawn.reject_copies, drawn.lora = 1.0, {}, None, None
-        check_same_labels(options)
+    if not options.masks_by:
+        return generate(options, state)
+    drawn = argparse.Namespace(**vars(options))
+    drawn.pipeline, drawn.output, drawn.masks_by = options.masks_by, options.output / "masks", None
+    drawn.guidance_scale, drawn.label_map, drawn.reject_copies, drawn.lora = 1.0, {}, None, None
+    check_same_labels(options)
+    check_writable(options.output)
+    refuse_link(drawn.output)
+    with only_job(options, state):
         lost = generate(drawn, state)
         names = [f"map_{k:03d}.nii.gz" for k in range(options.count)]
         options.masks = [str(drawn.output / name) for name in names if (drawn.output / name).exists()]
         options.count, options.shape = 1, None  # the shape was theirs
-    if options.masks or not options.masks_by:  # of masks to be drawn, one at least was accepted
-        lost += generate(options, state)
+        if options.masks:  # one at least was accepted
+            lost += generate(options, state, held=True)
     return lost
 
 
-def generate(options: argparse.Namespace, state: PartialState) -> list[str]:
-    """Make this process's part of the volumes. Returns what is to be said of those that were given up."""
+@contextmanager
+def only_job(options: argparse.Namespace, state: PartialState) -> Iterator[None]:
+    """Hold --output, for all processes of this job. Raises: OutputInUse if another job writes there."""
+    with only_writer(options.output, options.wait_minutes) if state.is_main_process else nullcontext():
+        state.wait_for_everyone()
+        yield
+
+
+def generate(options: argparse.Namespace, state: PartialState, *, held: bool = False) -> list[str]:
+    """Make this process's part of the volumes. Returns what is to be said of those that were given up.
+
+    Args:
+        held: whether this job holds --output already, see `only_job`.
+    """
+    requests = mask_requests(options.masks, options.output) if options.masks else []
     pipe = MedVolumePipeline.from_pretrained(options.pipeline, dtype=DTYPES[options.precision]).to(state.device)
     pipe.set_progress_bar_config(disable=True)
     if options.lora:
         pipe.load_lora_weights(options.lora)
-    every, ks = slice(state.process_index, None, state.num_processes), range(options.count)
     if options.conditions:
-        requests = read_requests(options.conditions, pipe, options.output)[every]
-    elif options.masks:
-        requests = mask_requests(options.masks, options.output)[every]
-    else:
-        requests, ks = [Request("map" if pipe.data.get("image_labels") else "volume", None)], ks[every]
+        requests = read_requests(options.conditions, pipe, options.output)
+    elif not options.masks:
+        requests = [Request("map" if pipe.data.get("image_labels") else "volume", None)]
+    if (total := len(requests) * options.count) > MOST_VOLUMES:
+        raise ValueError(
+            f"--count {options.count}, for {len(requests)} masks or rows: these are {total} volumes; {TOO_MANY}"
+        )
+    every, ks = slice(state.process_index, None, state.num_processes), range(options.count)
+    requests, ks = (requests[every], ks) if options.conditions or options.masks else (requests, ks[every])
     rejection = load_rejection(pipe, requests, options)
     tasks = plan(pipe, requests, ks, options, rejection)
-    todo, lost = unfinished(tasks), []
+    check_batches(pipe, tasks, options.batch_size)
     check_writable(options.output)
+    with nullcontext() if held else only_job(options, state):
+        lost = generate_tasks(pipe, tasks, options, rejection, state)
+    return lost
+
+
+def generate_tasks(
+    pipe: MedVolumePipeline,
+    tasks: Sequence[Task],
+    options: argparse.Namespace,
+    rejection: Rejection | None,
+    state: PartialState,
+) -> list[str]:
+    """Make those of this process's volumes that are not finished, and then, as the main process, the manifest. Returns what is to
+    be said of those that were given up."""
+    todo, lost = left_to_generate(tasks), []
     if state.is_main_process:
-        remove_abandoned(options.output)
+        check_manifest(options.output)
+        remove_leftovers(options.output)
         write_subjects(pipe, options.output)
     state.wait_for_everyone()  # what one refuses ends all before hours of work
+    known = {
+        file for task in tasks for file in volume_files(task.path, task.record)
+    }  # read, or written by this process
     quiet = None if state.is_main_process else True
     try:
         with LiveBar(total=len(tasks), initial=len(tasks) - len(todo), desc="volumes", disable=quiet) as bar:
@@ -216,18 +274,18 @@ def generate(options: argparse.Namespace, state: PartialState) -> list[str]:
                 names = batch[0].path.name + (f" and {len(batch) - 1} more" if len(batch) > 1 else "")
                 with finishing(names), naming_full_disk(options.output):
                     if rejection is None:
-                        run(pipe, batch, options, [task.path for task in batch])
+                        lost += write_batch(pipe, batch, options)
                     else:
                         lost += write_accepted(pipe, batch, options, rejection)
                 bar.update(len(batch))
     except Stopped:
         if state.is_main_process:
-            print(f"stopped: {write_manifest(options.output)} volumes are in {options.output}", flush=True)
+            print(f"stopped: {write_manifest(options.output, known)} volumes are in {options.output}", flush=True)
         raise
 
     state.wait_for_everyone()
     if state.is_main_process:
-        count = write_manifest(options.output)
+        count = write_manifest(options.output, known)
         print(f"{count} volumes in {options.output}, listed in {options.output / MANIFEST}")
     return lost
 
@@ -243,6 +301,16 @@ def check_same_labels(options: argparse.Namespace) -> None:
             f"--masks generate:{options.masks_by}: draws {different}, and {options.pipeline} knows {known['labels']}; take one "
             "trained on the same labels, or translate with --label_map"
         )
+
+
+def write_batch(pipe: MedVolumePipeline, batch: Sequence[Task], options: argparse.Namespace) -> list[str]:
+    """Generate and write tasks of one shape. Returns what is to be said of those whose voxels no file should hold."""
+    try:
+        run(pipe, batch, options, [task.path for task in batch])
+    except VoxelError as error:  # all others are written
+        print(f"not written: {error}", flush=True)
+        return str(error).splitlines()
+    return []
 
 
 def run(pipe: MedVolumePipeline, batch: Sequence[Task], options: argparse.Namespace, paths: Any = None) -> Any:
@@ -302,7 +370,13 @@ def write_accepted(
         if next(rounds):
             check_stop()  # what was accepted is written; the same command makes the others, from the same seeds
         again = [replace(batch[number], seed=seed) for number, seed in zip(numbers, seeds, strict=True)]
-        made = run(pipe, again, options)
+        try:
+            made = run(pipe, again, options)
+        except VoxelError as error:
+            if len(again) == 1:
+                return [None], [{"fault": str(error)}]
+            alone = [make([number], [seed]) for number, seed in zip(numbers, seeds, strict=True)]
+            return [image for images, _ in alone for image in images], [one for _, records in alone for one in records]
         return made.volumes, made.provenance
 
     def seed_of(number: int, rejections: int) -> int:
@@ -340,36 +414,70 @@ def plan(
         raise ValueError("--shape has no use beside masks and images, which have their own; leave it out")
     tasks, refused = [], []
     for request in requests:
-        mask = request.mask
-        canvas, before, description, images = None, None, None, {}
+        shape, before, shared = None, None, {}
         for k in ks:
             seed = volume_seed(options.seed, request.name, k)
             size = None if request.files else size_of(pipe, options, seed)
             try:
-                if canvas is None or size != before:
-                    canvas, before = pipe.canvas(mask, size, options.label_map, request.images), size
-                    description, images = describe_mask(mask) if mask else None, describe_images(request.images)
-                labels, numbers = check_conditions(pipe.unet, pipe.data, request.labels, request.numbers, canvas.grid)
+                if shape is None or size != before:
+                    (shape, shared), before = planned(pipe, request, size, options), size
+                    shared |= rejection.planned if rejection is not None else {}
+                    check_file_names(options.output / f"{request.name}_{ks[-1]:03d}.nii.gz", shared)
             except ValueError as error:
                 refused.append(f"{request.name}: {error}")
                 break
-            record = pipe.provenance(
-                description,
-                shape=size,
-                seed=seed,
-                num_inference_steps=options.steps,
-                guidance_scale=options.guidance_scale,
-                label_map=options.label_map,
-                labels=labels,
-                numbers=numbers,
-                images=images,
-            )
-            record |= rejection.planned if rejection is not None else {}
             path = options.output / f"{request.name}_{k:03d}.nii.gz"
-            tasks.append(Task(request, k, path, canvas.shape if size is None else size, size, seed, record))
+            tasks.append(Task(request, k, path, shape if size is None else size, size, seed, shared))
     if refused:
         raise ValueError("masks or conditions that cannot be used:\n" + "\n".join(refused))
     return tasks
+
+
+def planned(
+    pipe: MedVolumePipeline, request: Request, size: tuple[int, int, int] | None, options: argparse.Namespace
+) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """The padded grid of a request's volumes, and the sidecar that they share, but for the seed. Raises: ValueError for files,
+    classes and numbers that cannot be used."""
+    canvas = pipe.canvas(request.mask, size, options.label_map, request.images)
+    labels, numbers = check_conditions(pipe.unet, pipe.data, request.labels, request.numbers, canvas.grid)
+    record = pipe.provenance(
+        describe_mask(request.mask) if request.mask else None,
+        shape=size,
+        seed=None,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        label_map=options.label_map,
+        labels=labels,
+        numbers=numbers,
+        images=describe_images(request.images),
+    )
+    return canvas.shape, record
+
+
+def check_file_names(path: Path, record: dict[str, Any]) -> None:
+    """Raises: ValueError if a file of the volume has a longer name than file systems take."""
+    for file in volume_files(path, record):
+        if len(os.fsencode(file.name)) > MOST_NAME_BYTES:
+            raise ValueError(
+                f"its file {file.name[:40]!r}... would have a name of more than {MOST_NAME_BYTES} bytes; shorten it"
+            )
+
+
+def check_batches(pipe: MedVolumePipeline, tasks: Sequence[Task], batch_size: int) -> None:
+    """Raises: ValueError if a batch cannot fit into memory: by its first feature map alone, which is a small part of it."""
+    counts = Counter(task.shape for task in tasks)
+    device = pipe.device
+    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory_bytes()
+    for shape, count in counts.items():
+        cells = math.prod(-(-side // stride) for side, stride in zip(shape, pipe.vae.stride, strict=True))
+        volume = cells * pipe.unet.config["channels"][0] * pipe.unet.dtype.itemsize
+        together = min(count, batch_size)
+        if together * volume > room:
+            remedy = f"--batch_size {max(room // volume // 4, 1)}" if volume <= room else "smaller volumes"
+            raise ValueError(
+                f"{together} volumes of {' x '.join(map(str, shape))} voxels at a time need more than "
+                f"{together * volume / 2**30:.0f} GiB of memory, {room / 2**30:.0f} GiB is what there is; ask for {remedy}"
+            )
 
 
 def size_of(pipe: MedVolumePipeline, options: argparse.Namespace, seed: int) -> tuple[int, int, int] | None:
@@ -379,70 +487,16 @@ def size_of(pipe: MedVolumePipeline, options: argparse.Namespace, seed: int) -> 
     return draw_shape(pipe.data["maps"], seed) if "maps" in pipe.data else None
 
 
-def unfinished(tasks: Sequence[Task]) -> list[Task]:
-    """The tasks whose volume is not on disk yet, or not all of its files.
-
-    Raises: ValueError if a volume is there that other settings made, or that this script did not make at all.
-    """
-    todo, refused = [], []
-    for task in tasks:
-        there = [path.exists() for path in volume_files(task.path, task.record)]
-        if not all(there):
-            todo.append(task)
-        if not any(there):
-            continue
-        record = read_sidecar(task.path)
-        if record is None:
-            refused.append(f"{task.path}: has no sidecar, so it was not generated by this script")
-            continue
-        made, keys = as_planned(record, task.record), {*task.record, *CHECKS, "callback"} - {"software"}
-        different = sorted(key for key in keys if made.get(key) != task.record.get(key))
-        if different:
-            refused.append(f"{task.path}: was made with another {', another '.join(different)}")
-    if refused:
-        raise ValueError("choose another --output, or remove these first:\n" + "\n".join(refused))
-    return todo
-
-
 def write_subjects(pipe: MedVolumePipeline, output: Path) -> None:
     """provenance/training_subjects.json: {hash: records of the training subjects} of each model that has made volumes in the
-    folder, by which evaluate.py refuses to judge them on such subjects. None of a model without any record."""
+    folder, by which evaluate.py refuses to judge them on such subjects. None of a model without any record.
+
+    Raises: ValueError for a damaged one, and for a link in the place of its folder."""
     if all("salt" not in record for record in pipe.training_subjects):
         return
     path = output / GENERATED
+    refuse_link(path.parent)
     known = read_object(path) if path.is_file() else {}
     found = known | {pipe.model_hash: pipe.training_subjects}
     if found != known:  # evaluate.py measures anew where a file is
         write_text(path, json.dumps(found, indent=1) + "\n")
-
-
-def write_manifest(output: Path) -> int:
-    """manifest.csv: a row for every generated volume in the folder, from its sidecar, with a column for each class, number
-    and given image, and of checked ones `rejection_columns`. Files of several channels stand in one cell, with semicolons
-    between. Returns the number of rows."""
-    columns = ("file", "mask", "mask_sha256", "seed", "num_inference_steps", "scheduler", "dtype", "model", "software")
-    rows: list[dict[str, Any]] = []
-    names: dict[str, None] = {}  # in order
-    for sidecar in sidecars(output):
-        path = sidecar.with_suffix(".nii.gz")
-        try:
-            record = read_sidecar(path)
-        except ValueError:  # somebody else's JSON
-            continue
-        files = [] if record is None else volume_files(path, record)
-        if record is not None and all(file.exists() for file in files):
-            mask, scheduler = record["mask"] or {"file": None, "sha256": None}, record["scheduler"]["class"]
-            flat = {"mask": mask["file"], "mask_sha256": mask["sha256"], "scheduler": scheduler}
-            flat["file"] = ";".join(file.name for file in files)
-            images = {name: image["file"] for name, image in (record.get("images") or {}).items()}
-            given = {**(record.get("labels") or {}), **(record.get("numbers") or {}), **images}
-            given |= rejection_columns(record)
-            names |= dict.fromkeys(given)
-            rows.append(given | {column: flat.get(column, record.get(column)) for column in columns})
-    unfinished_manifest = output / f".{MANIFEST}"
-    with open(unfinished_manifest, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*columns, *(name for name in names if name not in columns)])
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(unfinished_manifest, output / MANIFEST)
-    return len(rows)

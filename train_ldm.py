@@ -46,6 +46,7 @@ from diffusion import (
 from diffusion.completion import complete_model
 from diffusion.denoise import set_timesteps
 from diffusion.latent_cache import weights_hash
+from diffusion.latent_entry import check_latents
 from diffusion.objectives import Scheduler
 from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
@@ -55,17 +56,14 @@ from training import (
     Learner,
     Loop,
     build_model,
-    ending_with_others,
-    how_to_resume,
     initialise_from,
-    make_accelerator,
+    open_run,
     save_model,
 )
 from training.previews import preview_case
 from training.splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
 from volumes import VolumeDataset, describe, slices_figure
 from volumes.preprocessing import preprocessing, refuse_differences
-from volumes.stopping import stoppable
 from volumes.subjects import join_records
 from volumes.text import read_object
 
@@ -220,6 +218,7 @@ def encode_held_out(
     items = []
     for item in volumes:
         posterior: LatentDistribution = vae.encode(item["image"][None].to(vae.device), return_dict=False)[0]
+        check_latents(posterior, item["name"])
         conditions = {key: item[key][None] for key in ("classes", "numbers") if key in item}
         if num_labels:
             conditions["mask"] = fold_mask(item["mask"][None], vae.stride, num_labels)
@@ -248,8 +247,7 @@ def encode_training(
 def main(args: list[str] | None = None) -> dict[str, float]:
     """Train as the config says. Returns the final validation's metrics."""
     config = parse_config(TrainLdmConfig, args)
-    accelerator = make_accelerator(config)
-    with ending_with_others(accelerator), stoppable(how_to_resume("train_ldm.py", args)):
+    with open_run(config, "train_ldm.py", args) as accelerator:
         return train_as(config, accelerator)
 
 

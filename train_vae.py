@@ -54,10 +54,8 @@ from training import (
     PerceptualConfig,
     build_model,
     derive_seed,
-    ending_with_others,
-    how_to_resume,
     initialise_from,
-    make_accelerator,
+    open_run,
     save_config,
     save_model,
 )
@@ -67,7 +65,6 @@ from training.splits import PaddedVolumes, digests, load_split, own_record, refu
 from volumes import CropDataset, VolumeDataset, slices_figure
 from volumes.live_bar import LiveBar
 from volumes.preprocessing import differences, refuse_differences
-from volumes.stopping import stoppable
 from volumes.subjects import join_records
 from volumes.text import read_object
 
@@ -340,7 +337,7 @@ def finish(
     them, and records of whose they are: its own, and the `earlier` ones of what it started from."""
     if measure:
         items = LiveBar(PaddedVolumes(train, vae.stride), desc="measure latents", unit="volume")
-        volumes = ({key: item[key][None] for key in ("image", "fov")} for item in items)
+        volumes = ({"name": item["name"], **{key: item[key][None] for key in ("image", "fov")}} for item in items)
         vae.set_latent_statistics(*latent_statistics(vae, volumes))
     if len(train.channels) > 1:
         vae.register_to_config(channel_names=train.channels)
@@ -355,8 +352,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     """Train as the config says. Returns the final validation's metrics; those of a model without parameters, of which only
     the latents are measured, are none."""
     config = parse_config(TrainVaeConfig, args)
-    accelerator = make_accelerator(config)
-    with ending_with_others(accelerator), stoppable(how_to_resume("train_vae.py", args)):
+    with open_run(config, "train_vae.py", args) as accelerator:
         return train_as(config, accelerator)
 
 

@@ -1,10 +1,9 @@
 """Mean and standard deviation of the raw latents over a whole data set (DESIGN contract 3)."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from .losses import cells_inside
 
@@ -13,23 +12,25 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def latent_statistics(
-    vae: "VolumeAutoencoder", batches: Iterable[dict[str, Tensor]]
-) -> tuple[list[float], list[float]]:
+def latent_statistics(vae: "VolumeAutoencoder", batches: Iterable[dict[str, Any]]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel of the raw posterior mean, over every latent cell inside the field of
     view.
 
     Args:
-        batches: of {"image": (B, C, X, Y, Z) in [-1, 1], "fov": (B, 1, X, Y, Z) boolean}; shapes may differ between
-        batches.
+        batches: of {"image": (B, C, X, Y, Z) in [-1, 1], "fov": (B, 1, X, Y, Z) boolean}, and a "name" for messages if
+        there is one; shapes may differ between batches.
     Returns: two lists of `latent_channels` floats, for `vae.set_latent_statistics`.
-    Raises: ValueError if there is nothing to measure or a channel never varies.
+    Raises: ValueError if there is nothing to measure, a channel never varies, or latents are not finite.
     """
     count, total, squares = 0, torch.zeros(vae.config["latent_channels"], dtype=torch.float64), 0.0
     for batch in batches:
         raw = vae.encode(batch["image"].to(vae.device, vae.dtype), return_dict=False)[0].raw_mean
         inside = cells_inside(batch["fov"].to(raw.device), raw.shape[2:])[:, 0]
         cells = raw.movedim(1, -1)[inside].double().cpu()
+        if not bool(cells.isfinite().all()):
+            raise ValueError(
+                f"{batch.get('name', 'a volume')}: its latents are not finite; look at its voxels, or leave it out"
+            )
         count += len(cells)
         total, squares = total + cells.sum(0), squares + (cells**2).sum(0)
     if not count:

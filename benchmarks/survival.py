@@ -4,13 +4,17 @@ python -m benchmarks.survival --kills 30 --output out/survival.json        (or: 
 
 Every job is run once undisturbed, then again with kills, each at a moment drawn uniformly over what the job still takes. After
 each kill every file in sight must be whole, and nothing that was finished may be gone; the end must be what the undisturbed run
-has: training to the last bit, generation to the last voxel, evaluation to the last score. Phantoms, a few MB, one core.
+has: training to the last bit, generation to the last voxel, evaluation to the last score, and nothing hidden half written.
+Of trainings, a second job on the same output is refused while the first one runs, a killed one holds its output no longer, and after each
+kill an entry of the latent cache is zeroed, which is to be made again. Phantoms, a few MB, one core.
 """
 
 import argparse
 import csv
 import json
+import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -42,6 +46,8 @@ import yaml
 from safetensors.numpy import load_file
 
 from evaluation.report import check_report, provenance, write_report
+from files.atomic import UNFINISHED
+from files.locks import HOLDER, OutputInUse, only_writer
 from training.checkpoints import digest_files
 
 from . import forked
@@ -67,13 +73,16 @@ LDM = [
 
 @dataclass(frozen=True)
 class Job:
-    """What is run, what of its folder is finished work ({name: what it must stay}), and what its result is."""
+    """What is run, what of its folder is finished work ({name: what it must stay}), and what its result is; whether it holds its output
+    alone, and what is damaged after a kill, if there is something: of that, the path."""
 
     name: str
     script: str
     args: Callable[[Path], list[str]]
     finished: Callable[[Path], dict[str, Any]]
     result: Callable[[Path], dict[str, Any]]
+    holds: bool = False
+    damage: Callable[[Path, random.Random], Path | None] = lambda folder, chance: None
 
 
 def training(name: str, script: str, own: Sequence[str]) -> Job:
@@ -92,12 +101,26 @@ def training(name: str, script: str, own: Sequence[str]) -> Job:
             *last.glob("*.safetensors"),
             *folder.glob("vae/*.safetensors"),
             *folder.glob("pipeline/*/*.safetensors"),
+            *folder.glob("latents/*/*.safetensors"),
         ]:
             found = load_file(file)
             tensors |= {f"{file.relative_to(folder)}:{key}": value.tobytes() for key, value in found.items()}
         return tensors | {"state": (last / "state.json").read_text(), "metrics": (folder / "metrics.json").read_text()}
 
-    return Job(name, script, args, finished, result)
+    return Job(name, script, args, finished, result, holds=True, damage=zero_an_entry)
+
+
+def zero_an_entry(folder: Path, chance: random.Random) -> Path | None:
+    """Take the voxels of one of the latent cache's entries, as a disk does that loses sectors: size and times stay."""
+    entries = sorted(folder.glob("latents/*/*.safetensors"))
+    if not entries:
+        return None
+    path = chance.choice(entries)
+    content, times = path.read_bytes(), path.stat()
+    start = 8 + int.from_bytes(content[:8], "little")
+    path.write_bytes(content[:start] + bytes(len(content) - start))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return path
 
 
 def generation(pipeline: Path, masks: Path) -> Job:
@@ -182,16 +205,47 @@ def broken_files(folder: Path) -> list[str]:
     return found
 
 
+def run_undisturbed(job: Job, folder: Path, log: Path) -> tuple[float, list[str]]:
+    """Run a job to its end. Of one that holds its output, another on the same output must be refused while it does; meanwhile it is
+    stopped. Returns its seconds, and what was wrong."""
+    began, paused, wrong = time.perf_counter(), 0.0, []
+    process = forked.start(job.script, job.args(folder), log)
+    while job.holds and process.exitcode is None and not (folder / HOLDER).exists():
+        process.join(0.02)
+    if job.holds and process.exitcode is None:
+        stopped, second = time.perf_counter(), log.with_suffix(".second")
+        os.kill(process.pid, signal.SIGSTOP)
+        try:
+            status = forked.ended(forked.start(job.script, job.args(folder), second))
+        finally:
+            os.kill(process.pid, signal.SIGCONT)
+        if status != 1 or f"another process writes there: process {process.pid} on " not in second.read_text():
+            wrong.append(f"a second job ended with {status}: {second.read_text()[-500:]}")
+        paused = time.perf_counter() - stopped
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{job.name} ended with {process.exitcode}:\n{log.read_text()[-3000:]}")
+    return time.perf_counter() - began - paused, wrong
+
+
+def still_held(folder: Path) -> list[str]:
+    """What is wrong if an output is held by a process that is dead."""
+    try:
+        with only_writer(folder):
+            return []
+    except OutputInUse as error:
+        return [str(error)]
+
+
 def torture(job: Job, work: Path, kills: int, chance: random.Random) -> dict[str, Any]:
     """Run a job undisturbed, then with kills. Returns what there is to tell."""
     undisturbed, folder = work / f"{job.name}_undisturbed", work / job.name
-    began = time.perf_counter()
-    forked.run(job.script, job.args(undisturbed), work / f"{job.name}_undisturbed.log")
-    whole = undisturbed_seconds = time.perf_counter() - began
+    undisturbed_seconds, lost = run_undisturbed(job, undisturbed, work / f"{job.name}_undisturbed.log")
+    whole = undisturbed_seconds
     expected, log = job.result(undisturbed), work / f"{job.name}.log"
     moments: list[float] = []
     broken: list[str] = []
-    lost: list[str] = []
+    damaged: list[str] = []
     before: dict[str, Any] = {}
     rounds = 0
     while len(moments) < kills:
@@ -214,10 +268,15 @@ def torture(job: Job, work: Path, kills: int, chance: random.Random) -> dict[str
             now = job.finished(place) if place.is_dir() else {}
             lost += [f"{key}: {before[key]} -> {now.get(key)}" for key in before if changed(key, before[key], now)]
             before = now
+            if job.holds and place.is_dir():
+                lost += still_held(place)
+            if (path := job.damage(place, chance)) is not None:
+                damaged.append(path.name)
         forked.run(job.script, job.args(place), log)
         end = job.finished(place)
         lost += [f"{key} at the end" for key in before if changed(key, before[key], end)]
         broken += broken_files(place)
+        lost += [f"left behind: {path.relative_to(place)}" for path in place.rglob(f"{UNFINISHED}*")]
         got = job.result(place)
         if different := sorted(key for key in {*expected, *got} if expected.get(key) != got.get(key)):
             lost.append(f"other than the undisturbed run: {different[:5]}, {len(different)} in all")
@@ -229,7 +288,8 @@ def torture(job: Job, work: Path, kills: int, chance: random.Random) -> dict[str
         "corrupt_files": broken,
         "lost_or_different": lost,
         "compared": len(expected),
-        "hidden_leftovers": len(list(work.glob(f"{job.name}_[0-9]*/**/.*"))),
+        "damaged_entries": damaged,
+        "second_job_refused": job.holds,
     }
 
 

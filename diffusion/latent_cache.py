@@ -3,13 +3,13 @@ z anew each time.
 
 One safetensors file an entry, in a folder named by a hash of the autoencoder, the data and the augmentation: a stale
 cache is never read, another one is built beside it. Latents (C, h, w, d); masks (X, Y, Z) int16 label indices, padded
-to the stride with `PADDING`.
+to the stride with `PADDING`. Each entry holds a digest of its name and tensors (`latent_entry`): a damaged one is made again.
 """
 
 import hashlib
 import json
+import logging
 import math
-import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +19,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from torch import Tensor
@@ -29,6 +28,7 @@ from autoencoder import VolumeAutoencoder
 from autoencoder.layers import as_stride
 from autoencoder.losses import cells_inside
 from autoencoder.model import deciding
+from files.atomic import atomic_file, remove_leftovers
 from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple, volume_parts
 from volumes.live_bar import LiveBar
 from volumes.remote import is_url, plain_path
@@ -36,12 +36,14 @@ from volumes.settings import Axis, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from .folding import fold_mask
 from .images import image_condition
+from .latent_entry import DamagedEntry, EntryReader, check_latents, write_entry
 from .latent_store import LatentStore
 
+logger = logging.getLogger(__name__)
 NOT_CACHED = ("classes", "numbers", "given")  # entries of the data section that latents do not depend on
 LATER = ("units", "axes")  # settings that came after caches were made: a cache without them keeps its key
 SMOOTHNESS = 6.0  # voxels: standard deviation of the Gaussian that smooths random displacements
-FORMAT = 1  # part of the key: raise it when entries are made differently
+FORMAT = 2  # part of the key: raise it when entries are made differently
 
 
 @dataclass(frozen=True)
@@ -182,19 +184,28 @@ def build_latent_cache(
     key, folder = cache_key(dataset, vae, augmentation), plain_path(str(folder))
     store = LatentStore(f"{folder.rstrip('/')}/{key}") if is_url(folder) else None
     target = store.copies if store else Path(folder) / key
-    target.mkdir(parents=True, exist_ok=True)
+    if target.is_symlink():
+        raise ValueError(f"{target}: is a link; remove it, or set cache.folder to the folder that it leads to")
+    remove_leftovers(target)
     files = [
         [target / f"{i:05d}_{v:02d}.safetensors" for v in range(augmentation.versions)] for i in range(len(dataset))
     ]
+    reader = EntryReader()
+    share = range(len(dataset))[shard[0] :: shard[1]]
+    missing = []
+    for index in LiveBar(share, desc="check latents", unit="volume", delay=2, disable=None if progress else True):
+        there = [
+            _is_there(file, reader, store) for file in files[index]
+        ]  # all of them, so that each damaged one is named
+        missing += [] if all(there) else [index]
     order = 0 if dataset.config.image_labels else 3  # a label is there or not
-    there = (lambda file: file.name in store.known) if store else Path.exists
-    missing = [i for i in range(len(dataset))[shard[0] :: shard[1]] if not all(map(there, files[i]))]
     quiet = None if progress and missing else True
     for index in LiveBar(missing, desc="encode latents", unit="volume", disable=quiet):
         item = dataset[index]
         for version, file in enumerate(files[index]):
             padded = _version(item, vae.stride, augmentation, index, version, order)
             posterior = vae.encode(padded["image"].to(vae.device, vae.dtype), return_dict=False)[0]
+            check_latents(posterior, _described(dataset, index, version))
             certain = not bool(posterior.std.any())
             entry = {
                 "mean": posterior.mean[0],
@@ -204,21 +215,42 @@ def build_latent_cache(
             entry = {k: v.cpu().contiguous() for k, v in entry.items()} | (
                 {"mask": padded["mask"]} if "mask" in padded else {}
             )
-            partial = file.with_suffix(f".partial_{uuid.uuid4().hex}")  # another run may be filling the same cache
             try:
-                save_file(entry, partial)
-                if store:
-                    store.put(partial, file.name)
-                partial.replace(file)
+                with atomic_file(file) as unfinished:  # another run may be filling the same cache
+                    write_entry(entry, unfinished, name=entry_name(file))
+                    if store:
+                        store.put(unfinished, file.name)
             except (SafetensorError, OSError) as error:
                 raise ValueError(
                     f"{file}: the latent cache could not be written ({error}); make room on the disk, or set cache.folder to "
                     "another one. The same command goes on with what is there"
                 ) from error
-            finally:
-                partial.unlink(missing_ok=True)
     conditions = [dataset.conditions(i) for i, versions in enumerate(files) for _ in versions]
-    return LatentDataset([f for versions in files for f in versions], conditions, store)
+    names = [_described(dataset, i, v) for i, versions in enumerate(files) for v in range(len(versions))]
+    return LatentDataset([f for versions in files for f in versions], conditions, store, names=names, reader=reader)
+
+
+def _described(dataset: VolumeDataset, index: int, version: int) -> str:
+    return dataset.cases[index].name + (f" (version {version})" if version else "")
+
+
+def entry_name(file: Path) -> str:
+    """What an entry's digest is bound to: the cache's key and the entry."""
+    return f"{file.parent.name}/{file.name}"
+
+
+def _is_there(file: Path, reader: EntryReader, store: LatentStore | None) -> bool:
+    """Whether an entry need not be made: a whole file, or an object of the store, whose copy here is checked when it is read."""
+    if store:
+        return file.name in store.known
+    if not file.exists():
+        return False
+    try:
+        reader.read(file, entry_name(file))
+        return True
+    except DamagedEntry as error:
+        logger.warning("%s: a damaged entry of the latent cache (%s); made again", file, error)
+        return False
 
 
 class LatentDataset(Dataset):
@@ -226,7 +258,11 @@ class LatentDataset(Dataset):
     int16 if any, "name", and the "classes" and "numbers" of its case if any}.
 
     The tensors are views of the file in memory (safetensors maps it): only what is read is loaded, the system may drop
-    it again, and a cache may be larger than memory. Files that are not there yet are copied from `store`.
+    it again, and a cache may be larger than memory. Files that are not there yet are copied from `store`; so are those whose copy is
+    damaged. Each process checks an entry's digest once (`EntryReader`).
+
+    Args:
+        names: of the volume of each entry, for messages.
     """
 
     def __init__(
@@ -234,25 +270,46 @@ class LatentDataset(Dataset):
         files: Sequence[Path],
         conditions: Sequence[dict[str, Tensor]] | None = None,
         store: LatentStore | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        reader: EntryReader | None = None,
     ):
         self.files, self.store = list(files), store
+        self.names = [file.stem for file in self.files] if names is None else list(names)
+        self.reader = EntryReader() if reader is None else reader
         self.conditions = [{}] * len(self.files) if conditions is None else list(conditions)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
-        if self.store and not self.files[index].exists():
-            self.store.fetch(self.files[index])
+        """Raises: ValueError for a damaged entry, naming it and its volume."""
+        file = self.files[index]
+        if self.store and not file.exists():
+            self.store.fetch(file)
         try:
-            entry = load_file(self.files[index])
-        except (SafetensorError, OSError) as error:
+            entry = self._read(file)
+        except DamagedEntry as error:
             raise ValueError(
-                f"{self.files[index]}: is no whole entry of the latent cache ({error}); delete it, and go on with --resume "
-                "latest, which makes it again"
+                f"{file}: a damaged entry of the latent cache, of {self.names[index]} ({error}); go on with --resume latest, "
+                "which makes it again"
             ) from error
         entry["std"] = entry["std"].expand_as(entry["mean"])
-        return {**entry, "name": self.files[index].stem, **self.conditions[index]}
+        return {**entry, "name": file.stem, **self.conditions[index]}
+
+    def _read(self, file: Path) -> dict[str, Tensor]:
+        try:
+            return self.reader.read(file, entry_name(file))
+        except DamagedEntry as error:
+            if not self.store:
+                raise
+            logger.warning("%s: a damaged copy of the latent cache (%s); copied again", file, error)
+            self.store.fetch(file)
+        try:
+            return self.reader.read(file, entry_name(file))
+        except DamagedEntry as error:  # it was written so, or put in the place of another
+            file.unlink(missing_ok=True)
+            raise self.store.damaged(file.name, str(error)) from error
 
 
 def collate_latents(

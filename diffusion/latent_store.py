@@ -7,9 +7,9 @@ the same time write the same object, or two of which either will do. There is no
 
 import hashlib
 import re
-import uuid
 from pathlib import Path
 
+from files.atomic import atomic_file
 from volumes.remote import connect, copy_place, download, list_files
 
 OBJECT = re.compile(r"(\d+_\d+)-(\d+)-([0-9a-f]{16})\.safetensors")
@@ -64,20 +64,18 @@ class LatentStore:
             )
         found = self.known[file.name]
         _, length, digest = OBJECT.fullmatch(found).groups()  # pyright: ignore[reportOptionalMemberAccess]
-        whole = file.with_name(f".partial_{uuid.uuid4().hex}")  # other processes may fetch it, too
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            same = download(self.url, found, int(length), whole).startswith(digest)
-            if same:
-                whole.replace(file)
+            with atomic_file(file) as unfinished:  # other processes may fetch it, too
+                if not download(self.url, found, int(length), unfinished).startswith(digest):
+                    raise self.damaged(file.name, "its content is not that of its name")
         except OSError as error:
             raise ValueError(
                 f"{file}: an entry of the latent cache could not be copied here ({error}); make room, or set MEDVOLUME_CACHE "
                 "to another folder, and go on with --resume latest"
             ) from error
-        if not same:
-            whole.unlink(missing_ok=True)
-            raise ValueError(
-                f"{self.url}/{found}: is damaged, its content is not that of its name; delete it, and go on with --resume "
-                "latest, which makes it again"
-            )
+
+    def damaged(self, name: str, why: str) -> ValueError:
+        """What is to be said of an entry whose object is damaged."""
+        return ValueError(
+            f"{self.url}/{self.known[name]}: is damaged: {why}; delete it, and go on with --resume latest, which makes it again"
+        )

@@ -37,7 +37,8 @@ def parse(args: list[str] | None) -> Namespace:
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
-from volumes import Case, DataConfig, in_one_step, load_cases
+from files.atomic import atomic_file
+from volumes import Case, DataConfig, load_cases
 from volumes.remote import is_url, plain_path
 
 from .segmentation_data import learning_cases, test_cases
@@ -124,7 +125,7 @@ def main(args: list[str] | None = None) -> None:
 def _write(table: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     rows = list(rows)
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    with in_one_step(table) as (unfinished,), unfinished.open("w", newline="", encoding="utf-8") as file:
+    with atomic_file(table) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

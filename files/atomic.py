@@ -11,12 +11,14 @@ planted in its way, and two writers never meet. Everything is on the disk (fsync
 hidden folder is locked by its process while that lives; what is not locked was left behind.
 """
 
+import errno
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -25,6 +27,11 @@ UNFINISHED = ".unfinished-"  # prefix of the hidden folders
 NEW, REPLACED = "new", "replaced"  # folders in it: what is written, and what is about to be removed
 LOCK = "lock"
 STARTING = 60.0  # seconds between making the hidden folder and its lock, at most
+NO_LOCKS = (
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.ENOLCK,
+)  # of a file system that cannot lock, such as Lustre without `-o flock`
 
 
 @contextmanager
@@ -34,9 +41,13 @@ def atomic_files(*paths: Path) -> Iterator[list[Path]]:
     Args:
         paths: files of one folder, which is made. A link in the place of one is replaced, not followed.
     Where the block ends in an error, nothing of them is left.
+    Raises: FileExistsError for a folder, a device such as /dev/null or a pipe in the place of one, which would be lost.
     """
     folder = paths[0].parent
     assert all(path.parent == folder for path in paths), paths
+    for path in paths:
+        if os.path.lexists(path) and stat.S_IFMT(path.lstat().st_mode) not in (stat.S_IFREG, stat.S_IFLNK):
+            raise FileExistsError(f"{path}: is not a regular file but a folder, pipe or device; name another file")
     folder.mkdir(parents=True, exist_ok=True)
     with _hidden(folder) as hidden:
         unfinished = [hidden / NEW / path.name for path in paths]
@@ -67,7 +78,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     Killed between the two, the older one is hidden, and `remove_leftovers` puts it back.
     Raises: FileExistsError if a link or a file is in its place.
     """
-    _refuse_link(folder)
+    refuse_link(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _hidden(folder.parent) as hidden:
         unfinished = hidden / NEW / folder.name
@@ -77,9 +88,42 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         replace_folder(unfinished, folder, hidden)
 
 
+@contextmanager
+def atomic_parts(folder: Path, index: str) -> Iterator[Path]:
+    """Give a folder to fill, whose files and folders take their places in `folder` when the block ends; what else is there stays.
+
+    The file `index` goes first and comes last: killed in between, `folder` has none, so that nobody takes old and new parts for
+    one whole. A folder that is not there, or empty, appears in one step.
+
+    Raises: FileExistsError if a link or a file is in the place of a folder.
+    """
+    folder = folder.resolve()
+    if not folder.exists() or not any(folder.iterdir()):
+        with atomic_folder(folder) as unfinished:
+            yield unfinished
+        return
+    remove_leftovers(folder)
+    with _hidden(folder) as hidden:
+        unfinished = hidden / NEW / folder.name
+        unfinished.mkdir()
+        yield unfinished
+        sync(unfinished)
+        parts = sorted(unfinished.iterdir(), key=lambda part: part.name == index)
+        for part in parts:
+            if part.is_dir():
+                refuse_link(folder / part.name)
+        (folder / index).unlink(missing_ok=True)
+        for part in parts:
+            if part.is_dir():
+                replace_folder(part, folder / part.name, hidden)
+            else:
+                os.replace(part, folder / part.name)
+        _sync_folder(folder)
+
+
 def replace_folder(unfinished: Path, folder: Path, hidden: Path) -> None:
     """Put `unfinished` in the place of `folder`, which is moved into `hidden` first if it is there."""
-    _refuse_link(folder)
+    refuse_link(folder)
     older = hidden / REPLACED / folder.name
     if folder.exists():
         older.parent.mkdir(exist_ok=True)
@@ -102,26 +146,43 @@ def remove_folder(folder: Path) -> None:
         os.rename(folder, hidden / NEW / folder.name)
 
 
+def refuse_link(folder: Path) -> None:
+    """Raises: FileExistsError, which names it, if a link or a file is in the place of a folder."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise FileExistsError(
+            f"{folder}: a {'link' if folder.is_symlink() else 'file'} is in the place of this folder; remove it"
+        )
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what processes left half written in `folder` that were killed, and put back what they were about to replace.
 
-    Work of living processes stays, of this machine or of others that lock files on the same disk.
+    Work of living processes stays, of this machine or of others that lock files on the same disk; so does what belongs to other
+    users, and all of it where the file system cannot lock. No link is followed.
     """
     for hidden in folder.glob(f"{UNFINISHED}*"):
         if hidden.is_symlink() or not hidden.is_dir():
             continue  # not ours
         lock = hidden / LOCK
-        with suppress(FileNotFoundError):  # its process has just finished
-            if not lock.exists() and time.time() - hidden.stat().st_mtime < STARTING:
+        try:
+            if not lock.exists() and abs(time.time() - hidden.stat().st_mtime) < STARTING:  # clocks may be set back
                 continue
-            try:
-                with FileLock(lock, timeout=0):
-                    for older in (hidden / REPLACED).glob("*"):
-                        if not (folder / older.name).exists():
-                            os.rename(older, folder / older.name)
-                    shutil.rmtree(hidden)
-            except Timeout:
-                continue
+            with FileLock(lock, timeout=0, fallback_to_soft=False):
+                _put_back(hidden / REPLACED, folder)
+                shutil.rmtree(hidden)
+        except (Timeout, FileNotFoundError, PermissionError):  # it lives; has just finished; is another user's
+            continue
+        except OSError as error:
+            if error.errno not in (*NO_LOCKS, errno.ELOOP):  # a link in the place of the lock is not ours
+                raise
+
+
+def _put_back(replaced: Path, folder: Path) -> None:
+    if replaced.is_symlink() or not replaced.is_dir():
+        return
+    for older in replaced.iterdir():
+        if not older.is_symlink() and not os.path.lexists(folder / older.name):
+            os.rename(older, folder / older.name)
 
 
 def sync(path: Path) -> None:
@@ -149,13 +210,6 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _refuse_link(folder: Path) -> None:
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise FileExistsError(
-            f"{folder}: a {'link' if folder.is_symlink() else 'file'} is in the place of this folder; remove it"
-        )
-
-
 @contextmanager
 def _hidden(folder: Path) -> Iterator[Path]:
     """A new folder in `folder` that is locked by this process; it is removed at the end."""
@@ -163,9 +217,9 @@ def _hidden(folder: Path) -> Iterator[Path]:
         while True:
             hidden = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
             stack.callback(shutil.rmtree, hidden, ignore_errors=True)
-            lock = FileLock(hidden / LOCK)
+            lock = FileLock(hidden / LOCK, fallback_to_soft=False)
             try:
-                lock.acquire(timeout=0)
+                _acquire(lock)
                 (hidden / NEW).mkdir()
             except (FileNotFoundError, Timeout):  # `remove_leftovers` of another process came in between
                 lock.release()
@@ -173,3 +227,12 @@ def _hidden(folder: Path) -> Iterator[Path]:
             stack.callback(lock.release)
             yield hidden
             return
+
+
+def _acquire(lock: FileLock) -> None:
+    """Lock at once, where the file system can. Raises: Timeout if another process holds it."""
+    try:
+        lock.acquire(timeout=0)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise

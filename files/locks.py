@@ -1,5 +1,6 @@
 """One process at a time for each output: a lock that ends with its process, however that ends."""
 
+import errno
 import json
 import os
 import socket
@@ -11,7 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .atomic import write_text
+from .atomic import NO_LOCKS, write_text
+from .paths import open_regular
 
 LOCK = ".medvolume.lock"
 HOLDER = ".medvolume.lock.json"  # who holds it, for the message
@@ -30,15 +32,47 @@ def only_writer(folder: Path, wait_minutes: float = 0, *, option: str = "--outpu
         wait_minutes: how long to wait for another process that holds it; 0 refuses at once.
         option: that named the folder, for the message.
 
-    Raises: OutputInUse naming the host and the process id of the holder.
+    Processes that are forked from this one hold it no longer than this one. Where the file system cannot lock, that is said, and
+    nothing is held.
+
+    Raises: OutputInUse naming the host and the process id of the holder; ValueError if a link is in the place of the lock.
     """
-    lock = FileLock(folder / LOCK)
+    lock = FileLock(folder / LOCK, fallback_to_soft=False)
+    if not _acquire(lock, folder, wait_minutes, option):
+        yield
+        return
+    try:
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        write_text(folder / HOLDER, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}))
+        yield
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Hold the file `lock` until the end of the block, after all processes that hold it now; where the file system cannot lock, at once."""
+    held = FileLock(lock, fallback_to_soft=False)
+    try:
+        held.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _acquire(lock: FileLock, folder: Path, wait_minutes: float, option: str) -> bool:
+    """Whether the file system can lock; then the lock is held."""
     said = False
     end = time.monotonic() + 60 * wait_minutes
     while True:
         try:
             lock.acquire(timeout=0)
-            break
+            return True
         except Timeout:
             if time.monotonic() >= end:
                 raise OutputInUse(
@@ -49,18 +83,23 @@ def only_writer(folder: Path, wait_minutes: float = 0, *, option: str = "--outpu
                 print(f"waiting for another process that writes to {folder}: {_holder(folder)}", flush=True)
                 said = True
             time.sleep(LOOK_EVERY)
-    try:
-        since = datetime.now().astimezone().isoformat(timespec="seconds")
-        write_text(folder / HOLDER, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}))
-        yield
-    finally:
-        (folder / HOLDER).unlink(missing_ok=True)
-        lock.release()
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise ValueError(f"{option} {folder}: {LOCK} in it is a link; remove it") from error
+            if error.errno not in NO_LOCKS:
+                raise
+            print(
+                f"{folder}: its file system cannot lock ({error.strerror}), so no other process is kept away",
+                flush=True,
+            )
+            return False
 
 
 def _holder(folder: Path) -> str:
     try:
-        holder = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
-        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-    except (OSError, ValueError, TypeError, KeyError):
-        return "its process id is not known yet"
+        with open_regular(folder / HOLDER) as file:
+            holder = json.loads(file.read(4096))
+        told = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        told = ""
+    return told if told.isprintable() and told else "its process id is not known yet"

@@ -62,10 +62,41 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: control characters but line breaks and tabs as Python writes them, so that no file's name moves the cursor,
+    or changes what stands there already."""
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    shown = (
+        letter.encode("unicode_escape").decode()
+        if unicodedata.category(letter) in hidden and letter not in "\n\t"
+        else letter
+        for letter in text
+    )
+    return text if text.isascii() and text.isprintable() else "".join(shown)
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a file to read. Raises: ValueError, at once, for what is not a regular file: a pipe would wait for a writer for ever."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    refuse_special(path)  # a socket cannot be opened, and of a device the opening alone may do something
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise ValueError(f"{path}: is not a regular file but a folder, pipe or device; remove it or name another one")
+        raise ValueError(f"{path}: {_not_regular(mode)}")
     return os.fdopen(descriptor, "rb")
+
+
+def refuse_special(path: Path) -> None:
+    """Raises: ValueError for a pipe, socket or device; not for files, folders and what is not there."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # whoever opens it says what is wrong
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError(f"{path}: {_not_regular(mode)}")
+
+
+def _not_regular(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    found = kinds.get(stat.S_IFMT(mode), "a device")
+    return f"is {found}, not a regular file; remove it or name another one"

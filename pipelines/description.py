@@ -6,12 +6,16 @@ from typing import Any
 import numpy as np
 
 from autoencoder.noise import BINS, LEVELS, RADIUS
+from files.paths import check_name
+from volumes.map_checks import check_maps
 from volumes.nifti import AXES
-from volumes.stored import UNITS
-from volumes.volume import check_affine
+from volumes.stored import SPACINGS, UNITS, check_grid
 
 KINDS = ("percentile", "window")  # of intensity scaling, see `volumes.IntensityScaling`
 READING = {"units": tuple(UNITS), "axes": AXES}  # what may be known of wrong headers
+LARGEST = 1e30  # of a number in file units: float32, in which voxels are computed, holds its square root's products
+NARROWEST = 1e-6  # of an intensity scale, beside its larger end: float32 tells no more apart
+MOST_VOXELS_A_SIDE = 32767  # of NIfTI-1
 KERNEL = (2 * RADIUS + 1,) * 3
 
 
@@ -25,19 +29,26 @@ def check_data(data: Mapping[str, Any]) -> None:
         raise ValueError(f"data has no {' and no '.join(missing)}; volumes.describe writes it")
     channels = data["channels"]
     _expect(_texts(channels) and len(set(channels)) == len(channels) > 0, "channels", channels, "names, each once")
+    for channel in channels:  # of which files have their names
+        check_name(channel, "data: channels")
     for name in ("labels", "image_labels"):
         labels = data.get(name, {})
         _expect(_mapping(labels) and _texts(list(labels.values())), name, labels, "{value: name}")
         _expect(all(_whole(value) for value in labels), name, labels, "whole numbers as values")
     if data["spacing"] is not None:
-        _expect(
-            _numbers(data["spacing"], 3) and min(data["spacing"]) > 0, "spacing", data["spacing"], "three lengths in mm"
+        fit = (
+            _numbers(data["spacing"], 3) and SPACINGS[0] <= min(data["spacing"]) <= max(data["spacing"]) <= SPACINGS[1]
         )
+        _expect(fit, "spacing", data["spacing"], f"three lengths of {SPACINGS[0]:g} to {SPACINGS[1]:g} mm")
     intensity = data["intensity"]
     _expect(isinstance(intensity, list | tuple) and len(intensity) > 0, "intensity", intensity, "an entry a channel")
     for entry in intensity:
         known = _mapping(entry) and entry.get("kind") in KINDS and _numbers([entry.get("low"), entry.get("high")], 2)
         _expect(known and entry["low"] < entry["high"], "intensity", entry, "kind, and low below high")
+        span, largest = entry["high"] - entry["low"], max(abs(entry["low"]), abs(entry["high"]))
+        fit = largest <= LARGEST and span >= max(NARROWEST * largest, 1 / LARGEST)
+        expected = f"low and high within -{LARGEST:g} to {LARGEST:g}, and further apart than float32 rounds"
+        _expect(fit, "intensity", entry, expected)
         percentiles = entry.get("percentiles", [0, 100])
         _expect(
             _numbers(percentiles, 2) and 0 <= percentiles[0] < percentiles[1] <= 100, "percentiles", percentiles, "two"
@@ -45,14 +56,15 @@ def check_data(data: Mapping[str, Any]) -> None:
     shapes = data["shape_range"]
     _expect(isinstance(shapes, list | tuple) and len(shapes) == 2, "shape_range", shapes, "two shapes")
     for shape in shapes:
-        _expect(
-            _numbers(shape, 3) and all(isinstance(n, int) and n > 0 for n in shape), "shape_range", shape, "a shape"
-        )
+        fit = _numbers(shape, 3) and all(isinstance(n, int) and 0 < n <= MOST_VOXELS_A_SIDE for n in shape)
+        _expect(fit, "shape_range", shape, f"a shape, its sides of 1 to {MOST_VOXELS_A_SIDE} voxels")
     affine = data["affine"]
     rows = isinstance(affine, list | tuple) and len(affine) == 4 and all(_numbers(row, 4) for row in affine)
     _expect(rows, "affine", affine, "4 x 4 numbers")
     try:
-        check_affine(np.array(affine, dtype=np.float64))
+        check_grid(np.array(affine, dtype=np.float64))
+        if "maps" in data:
+            check_maps(data["maps"], list((data.get("image_labels") or {}).values()))
     except ValueError as error:
         raise ValueError(f"data: {error}") from error
     reading = data.get("reading", {})
@@ -66,6 +78,12 @@ def check_data(data: Mapping[str, Any]) -> None:
     for name, found in ranges.items():
         fit = _mapping(found) and _numbers([found.get(key) for key in ("mean", "std", "low", "high")], 4)
         _expect(fit, f"numbers.{name}", found, "mean, std, low and high")
+        _expect(
+            found["std"] > 0 and found["low"] <= found["high"],
+            f"numbers.{name}",
+            found,
+            "a std above 0, and low below high",
+        )
     _expect(_texts(data.get("grid_numbers", [])), "grid_numbers", data.get("grid_numbers"), "names")
     _check_noise(data.get("noise"), len(channels))
 
@@ -106,7 +124,7 @@ def _texts(value: Any) -> bool:
 def _numbers(value: Any, count: int) -> bool:
     if not isinstance(value, list | tuple) or len(value) != count:
         return False
-    return all(isinstance(one, int | float) and not isinstance(one, bool) and abs(one) < 1e300 for one in value)
+    return all(isinstance(one, int | float) and not isinstance(one, bool) and abs(one) <= LARGEST for one in value)
 
 
 def _whole(text: str) -> bool:

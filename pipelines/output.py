@@ -12,7 +12,6 @@ from diffusers.utils import BaseOutput
 
 from volumes import nifti_path
 from volumes.carriers import source_file
-from volumes.nifti import WRITING
 
 from .arguments import listed, local_path
 from .provenance import read_sidecar, sidecar_path, volume_files
@@ -32,8 +31,9 @@ class MedVolumePipelineOutput(BaseOutput):
             "latent"  standardised latents (latent_channels, h, w, d) of the padded mask, on the model's device.
             With `paths`: the files that were written, as `Path`, or {channel: path}.
             None for volumes that were not begun when `pipe._interrupt` was set.
-        provenance: one JSON-ready dict a volume: model hash, seed, steps, scheduler, mask; the sidecar's content. With what
-            a callback changed, if it did (`call.StepCallback`): such volumes the seed alone does not make again.
+        provenance: one JSON-ready dict a volume: model hash, seed, steps, scheduler, mask; what its sidecar says, but for the
+            digests of the files (`files`). With what a callback changed, if it did (`call.StepCallback`): such volumes the seed
+            alone does not make again.
     """
 
     volumes: list[Any]
@@ -80,7 +80,7 @@ def _check_place(path: Path) -> None:
         folder = next(place for place in path.absolute().parents if place.exists())
         if not folder.is_dir():
             raise ValueError(f"{path}: {folder} is a file, not a folder; choose another path")
-        with tempfile.TemporaryDirectory(prefix=WRITING, dir=folder):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from diffusion.attention import check_attention_backend
 from diffusion.denoise import set_timesteps
 from diffusion.guidance import Guidance, guidance_in_effect
 from diffusion.scheduler_options import LEAST_NOISE
+from volumes import VoxelError
 
 from .arguments import flag, grid_shape, names, noise_levels, plain, real_number, translation, whole_number
 from .call import CallState, PipelineCalls, StepCallback, callback_inputs, one_at_a_time
@@ -44,6 +46,11 @@ from .provenance import (
 from .sampling import equal_batches, given_latents, initial_latents, sample_generators, sample_seed
 from .stored import StoredPipeline
 from .volume_processor import OUTPUT_TYPES, Canvas, VolumeProcessor
+
+
+class NotFinite(VoxelError):
+    """What the autoencoder decoded is not finite."""
+
 
 EndOfStep = Callable[["MedVolumePipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
@@ -229,7 +236,8 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
 
         Raises: ValueError naming what cannot be used and the remedy: the mask, its labels, classes, numbers, images, the
         guidance, the generators, the sigmas, the output type, the scheduler, the edit, the paths; all of it before the first
-        step, but what a callback returns.
+        step, but what a callback returns. VoxelError, which is one, if voxels are not finite or do not fit the type of the file;
+        with `paths` once all other volumes are written.
         Warns: of numbers far outside the training range.
         """
         if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
@@ -312,6 +320,7 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
         files = check_paths(paths, records, output_type, sources)
 
         volumes: list[Any] = [None] * len(owner)
+        unwritten: list[str] = []
         with self._call_state() as state, one_at_a_time(self.vae, self.unet):
             encoded, parts = {}, (self.vae, self.unet, self.volume_processor)
             if self.unet.config["images"]:
@@ -354,8 +363,17 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
                 for i, latent in zip(batch, denoised, strict=True):
                     records[i] |= {"callback": plain(callback.changes, "the callback")} if callback.changes else {}
                     drawing = generators[i] if noise else None
-                    volumes[i] = self._finish(latent, canvases[owner[i]], output_type, records[i], files[i], drawing)
+                    try:
+                        volumes[i] = self._finish(
+                            latent, canvases[owner[i]], output_type, records[i], files[i], drawing
+                        )
+                    except VoxelError as error:
+                        if paths is None:
+                            raise
+                        unwritten.append(f"{files[i]}: {error}")
             self.maybe_free_model_hooks()
+        if unwritten:  # all others are
+            raise VoxelError("\n".join(unwritten))
         if not return_dict:
             return (volumes,)  # pyright: ignore[reportReturnType]
         return MedVolumePipelineOutput(volumes=volumes, provenance=records)
@@ -412,7 +430,8 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
         path: Path | None,
         noise_from: torch.Generator | None,
     ) -> Any:
-        """Decode one volume, alone: memory does not grow with the batch. Raises: ValueError if it is not finite."""
+        """Decode one volume, alone: memory does not grow with the batch. Raises: VoxelError if it is not finite, or does not fit
+        the type of its file."""
         if output_type == "latent":
             return next(_finite([latent], record))
         slabs, description = _finite(self._decoded(latent), record), header_description(record)
@@ -420,8 +439,9 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
             seed = torch.randint(2**63 - 1, (1,), generator=noise_from, device=noise_from.device)
             slabs = self.noise_model.add(slabs, int(seed))
         if path is None:
-            return self.volume_processor.postprocess(slabs, canvas, output_type, description)
-        with synthetic_files(record, path) as unfinished:
+            with _of_seed(record):
+                return self.volume_processor.postprocess(slabs, canvas, output_type, description)
+        with synthetic_files(record, path) as unfinished, _of_seed(record):
             self.volume_processor.write(slabs, canvas, unfinished, description)
         written = volume_files(path, record)
         return dict(zip(record["channels"], written, strict=True)) if record["channels"] else path
@@ -437,15 +457,26 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
 
 
 def _finite(slabs: Iterable[torch.Tensor], record: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    """The same. Raises: ValueError naming the volume's seed if a value is not finite."""
+    """The same. Raises: VoxelError naming the volume's seed if a value is not finite."""
     for slab in slabs:
         if not torch.isfinite(slab).all():
             narrow = "float16" in record["dtype"].split()  # whose largest number is 65,504
             remedy = (
                 "use bfloat16 or float32" if narrow else "look for NaN in the weights, the latents and the conditions"
             )
-            raise ValueError(f"the volume of seed {record['seed']} is not finite in {record['dtype']}; {remedy}")
+            raise NotFinite(f"the volume of seed {record['seed']} is not finite in {record['dtype']}; {remedy}")
         yield slab
+
+
+@contextmanager
+def _of_seed(record: Mapping[str, Any]) -> Iterator[None]:
+    """Name the volume's seed in what is said of voxels in the units of its file."""
+    try:
+        yield
+    except NotFinite:
+        raise
+    except VoxelError as error:
+        raise VoxelError(f"the volume of seed {record['seed']}: {error}") from error
 
 
 register_packages()

@@ -11,18 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import nibabel as nib
+import numpy as np
 import torch
 from safetensors import safe_open
 
 from autoencoder.identity import out_of_reach, own_tensors
 from autoencoder.model import deciding
 from diffusion.guidance import Guidance, guidance_in_effect
-from volumes import in_one_step, nifti_path
+from files.atomic import atomic_files, sync
+from files.paths import open_regular
+from volumes import nifti_path
 from volumes.names import Disk
+from volumes.nifti import VoxelError, check_voxels
 
 from .arguments import local_path, plain
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
+FILES = "files"  # a sidecar's entry of the volume's files, in the order of `volume_files`
+MOST_SIDECAR_BYTES = 1 << 24
+READ_BYTES = 1 << 20  # at a time
 _taking_places = threading.Lock()
 
 
@@ -102,20 +109,56 @@ def sidecars(folder: Path) -> list[Path]:
 
 
 def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The record beside the volume at `path`; None if there is none.
+    """The record beside the volume at `path`; None if there is none. The digests of its files are left out: see `sidecar_content`.
 
-    Raises: ValueError on a file that is no sidecar of ours.
+    Raises: ValueError on what is no sidecar of ours, and at once on what is no file.
     """
+    content = sidecar_content(path)
+    return None if content is None else {key: value for key, value in content.items() if key != FILES}
+
+
+def sidecar_content(path: str | os.PathLike) -> dict[str, Any] | None:
+    """All that the file beside the volume at `path` holds: the record, and `files`, [{"file", "bytes", "sha256"}] of the volume's
+    files. None and errors as `read_sidecar`."""
     sidecar = Disk().find(sidecar_path(path))
-    if not sidecar.is_file():
+    if not os.path.lexists(sidecar):
         return None
+    remedy = "remove it, or write to another folder"
     try:
-        record = json.loads(sidecar.read_text(), parse_constant=str)  # older ones have -Infinity, which JSON lacks
+        with open_regular(sidecar) as file:
+            data = file.read(MOST_SIDECAR_BYTES + 1)
+    except OSError as error:  # a link that leads nowhere, among others
+        raise ValueError(f"{sidecar}: cannot be read ({error.strerror}); {remedy}") from error
+    if len(data) > MOST_SIDECAR_BYTES:
+        raise ValueError(f"{sidecar}: is larger than {MOST_SIDECAR_BYTES >> 20} MiB, so it is not a sidecar; {remedy}")
+    try:
+        content = json.loads(data.decode("utf-8"), parse_constant=str)  # older ones have -Infinity, which JSON lacks
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{sidecar}: is no JSON ({error}); it was not written by generate.py") from error
-    if not isinstance(record, dict) or record.get("synthetic") is not True:
-        raise ValueError(f"{sidecar}: is not the sidecar of a generated volume; write to another folder")
-    return record
+        raise ValueError(f"{sidecar}: is no JSON ({error}), so it is damaged or somebody else's; {remedy}") from error
+    if not isinstance(content, dict) or content.get("synthetic") is not True:
+        raise ValueError(f"{sidecar}: is not the sidecar of a generated volume; {remedy}")
+    channels = content.get("channels") or []
+    if (
+        not isinstance(channels, list)
+        or not all(_is_name(one) for one in channels)
+        or len(set(channels)) < len(channels)
+    ):
+        raise ValueError(f"{sidecar}: its channels are {str(channels)[:80]!r}, expected names; it is damaged: {remedy}")
+    return content
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and not {"/", "\\", "\0"} & set(value)
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """{"file": its name, "bytes", "sha256"}. Raises: ValueError for what is no regular file, OSError if it cannot be read."""
+    digest, size = hashlib.sha256(), 0
+    with open_regular(path) as file:
+        while piece := file.read(READ_BYTES):
+            digest.update(piece)
+            size += len(piece)
+    return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
 
 
 def volume_files(path: str | os.PathLike, record: Mapping[str, Any]) -> list[Path]:
@@ -132,16 +175,18 @@ def synthetic_files(record: Mapping[str, Any], path: str | os.PathLike) -> Itera
     `volume_files`), with `record` beside them.
 
     Each appears whole or not at all, the sidecar first and after older files of the volume were removed: a volume on disk
-    always has its record, and one with a matching record, all of whose files are there, is finished.
+    always has its record. The sidecar says how many bytes and which sha256 each file has: see `finished.file_fault`.
 
     Raises: ValueError if a JSON that is no sidecar is in the way, see `read_sidecar`, and for a record that JSON cannot hold.
     """
     files, content = volume_files(path, record), plain(record, f"{path}: the record")
     read_sidecar(path)  # refused before the work
     with ExitStack() as stack:
-        with in_one_step(sidecar_path(path), *files) as (sidecar, *unfinished):
-            sidecar.write_text(json.dumps(content, indent=2) + "\n")
+        with atomic_files(sidecar_path(path), *files) as (sidecar, *unfinished):
             yield unfinished
+            content[FILES] = [describe_file(file) for file in unfinished]
+            sidecar.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            sync(sidecar.parent)  # all is on the disk before older files are removed
             stack.enter_context(_taking_places)  # of two calls that write one volume, each takes all places at once
             older = read_sidecar(path)
             for file in {*files, *(volume_files(path, older) if older else [])}:  # it may have had other channels
@@ -152,7 +197,7 @@ def write_synthetic(
     image: nib.Nifti1Image | Mapping[str, nib.Nifti1Image], record: Mapping[str, Any], path: str | os.PathLike
 ) -> None:
     """Write a generated volume (.nii or .nii.gz), or a file for each of its channels, and its sidecar, see
-    `synthetic_files`. Raises: ValueError if `image` has other channels than the record."""
+    `synthetic_files`. Raises: ValueError if `image` has other channels than the record, VoxelError for voxels that are not finite."""
     if not isinstance(record, Mapping):
         raise ValueError(f"{path}: the record is {type(record).__name__}; give an entry of the output's provenance")
     channels = list(record.get("channels") or [])
@@ -162,6 +207,12 @@ def write_synthetic(
     images = [image[channel] for channel in channels] if isinstance(image, Mapping) else [image]
     if foreign := [type(one).__name__ for one in images if not isinstance(one, nib.Nifti1Image)]:
         raise ValueError(f"{path}: got {foreign[0]}; write what the pipeline returns as output_type='nifti'")
+    for one, file in zip(images, volume_files(path, record), strict=True):
+        values, dtype = np.asanyarray(one.dataobj), np.dtype(one.get_data_dtype())
+        try:
+            check_voxels(values, dtype if dtype.kind == "f" else values.dtype)  # to whole numbers nibabel scales
+        except VoxelError as error:
+            raise VoxelError(f"{file}: {error}") from error
     with synthetic_files(record, path) as unfinished:
         for one, file in zip(images, unfinished, strict=True):
             nib.save(one, file)

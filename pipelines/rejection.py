@@ -51,10 +51,11 @@ class Rejection:
         self, make: Callable[[Sequence[int], Sequence[int]], Made], seed_of: Callable[[int, int], int], count: int
     ) -> Iterator[tuple[int, Any, dict[str, Any]]]:
         """(number, image, record) of each of `count` volumes as soon as it passes; of one that is given up the image is
-        None, and the record {"rejected"} alone.
+        None, and the record {"rejected"} alone, with {"fault"} if its voxels are such as no file should hold.
 
         `make(numbers, seeds)` makes those volumes from those seeds, and `seed_of(number, rejections)` is the seed of a
-        volume that was rejected so often. Neither depends on what became of other volumes, so nor does any volume.
+        volume that was rejected so often; of one that cannot be written `make` gives None, and the record
+        {"fault": why}. Neither depends on what became of other volumes, so nor does any volume.
         """
         rejected: list[list[dict[str, Any]]] = [[] for _ in range(count)]
         waiting = list(range(count))
@@ -62,6 +63,9 @@ class Rejection:
             seeds = [seed_of(number, len(rejected[number])) for number in waiting]
             again = []
             for number, seed, image, record in zip(waiting, seeds, *make(waiting, seeds), strict=True):
+                if image is None:
+                    yield number, None, {"rejected": rejected[number], "fault": record["fault"]}
+                    continue
                 entries, refusal = self._judge(image)
                 if refusal is None:
                     yield number, image, {**record, **entries, "rejected": rejected[number]}
@@ -85,6 +89,8 @@ class Rejection:
 
     def given_up(self, name: str, record: Mapping[str, Any]) -> str:
         """What to say of a volume of which `accepted` gave no image."""
+        if "fault" in record:
+            return f"{name}: {record['fault']}"
         reasons = {check.name: check.reason for check in self.checks}
         last = record["rejected"][-1]
         return (

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from files.paths import check_name
 from volumes import volume_stem
 from volumes.dicom import is_series
 from volumes.files import SUFFIXES, is_volume
@@ -70,7 +71,7 @@ def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
     if forks := resource_forks(masks):
         warnings.warn(f"{len(forks)} files of macOS beside the masks are passed over, such as {forks[0]}", stacklevel=2)
     for mask in masks:
-        check_stem(volume_stem(mask), str(mask))
+        check_name(volume_stem(mask), f"the mask {str(mask)!r}, for its volumes")
     for first, second in itertools.pairwise(sorted(masks, key=lambda path: same_name(volume_stem(path)))):
         if same_name(volume_stem(first)) == same_name(volume_stem(second)):
             both = with_urls(f"{first} and {second}")
@@ -114,7 +115,7 @@ def read_requests(source: str | Path, pipe: MedVolumePipeline, output: Path) -> 
                 )
         mask = paths.pop("mask", None)
         name = str(given.get("name", volume_stem(mask) if mask else f"row_{number:04d}"))
-        check_stem(name, f"{source}: {row.place}")
+        check_name(name, f"{source}: {row.place}, for its volumes")
         if other := called.get(same_name(name)):
             raise ValueError(
                 f"{source}: several rows are called {name}: {other} and {row.place}"
@@ -131,11 +132,3 @@ def read_requests(source: str | Path, pipe: MedVolumePipeline, output: Path) -> 
         raise ValueError(f"{source}: {masks or files} of {len(requests)} rows have {what}; split it into two tables")
     refuse_masks_in(output, [path for request in requests for path in request.files])
     return requests
-
-
-def check_stem(name: str, where: str) -> None:
-    """Raises: ValueError for a name that no file can have, or that makes it a hidden one."""
-    if Path(name).name != name or "\\" in name or any(ord(character) < 32 for character in name):
-        raise ValueError(f"{where}: its volumes would be called {name!r}, which is no file's name")
-    if name.startswith("."):
-        raise ValueError(f"{where}: its volumes would be called {name!r}, as hidden files are; name it without the dot")

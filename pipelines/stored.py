@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import threading
 from os import PathLike
 from pathlib import Path
@@ -24,6 +25,8 @@ from autoencoder.weights import (
     not_on_the_hub,
 )
 from diffusion import fit_scheduler
+from files.atomic import atomic_parts, refuse_link
+from files.paths import refuse_special
 
 from .loading import COMPONENTS as PARTS
 from .loading import check_folder
@@ -31,6 +34,7 @@ from .lora import lora_digest
 from .provenance import content_hash, memory_tensors, stored_tensors
 
 COMPONENTS = ("vae", "unet")
+INDEX = "model_index.json"
 _hashes: dict[str, str] = {}  # by configs and weights, of whatever pipelines
 _lock = threading.RLock()
 
@@ -102,7 +106,8 @@ class StoredPipeline(DiffusionPipeline):
         **kwargs: Any,
     ) -> None:
         """Save as `DiffusionPipeline.save_pretrained` does: safetensors only, and not the path it came from; the scheduler
-        with the options in effect, for a file does not tell those that somebody set from a class's defaults.
+        with the options in effect, for a file does not tell those that somebody set from a class's defaults. A new folder appears in
+        one step; in an older one other files stay, and killed in between it has no model_index.json (`files.atomic.atomic_parts`).
 
         Raises: ValueError on `safe_serialization=False`, while a LoRA is attached, and for a scheduler that does not fit
         the model, FileError if `save_directory` is a file, TypeError for keywords that it does not read, before anything is
@@ -112,19 +117,24 @@ class StoredPipeline(DiffusionPipeline):
         if not safe_serialization:
             raise ValueError("safe_serialization=False is refused: weights are saved as safetensors only")
         self.unet.check_no_lora()
-        folder = folder_to_save(save_directory)
+        folder = Path(folder_to_save(save_directory))
+        for name in PARTS:
+            refuse_link(folder / name)
         own = self.scheduler
         self.scheduler = fit_scheduler(own, self.unet.config["objective"], self.unet.train_steps)
         try:
             for part in (self, self.scheduler):  # the models do it themselves
                 part._internal_dict = FrozenDict({k: v for k, v in part.config.items() if k != "_name_or_path"})
-            super().save_pretrained(
-                folder,
-                variant=variant,
-                max_shard_size=max_shard_size,
-                push_to_hub=push_to_hub,
-                **kwargs,
-            )
+            with atomic_parts(folder, INDEX) as unfinished:
+                for name in PARTS:  # what is there of another variant stays
+                    _copy_files(folder / name, unfinished / name)
+                super().save_pretrained(
+                    str(unfinished),
+                    variant=variant,
+                    max_shard_size=max_shard_size,
+                    push_to_hub=push_to_hub,
+                    **kwargs,
+                )
         finally:
             self.scheduler = own
 
@@ -184,3 +194,12 @@ class StoredPipeline(DiffusionPipeline):
         models: list[Any] = [getattr(self, name) for name in COMPONENTS]
         types = {model.dtype for model in models} | {p.dtype for model in models for p in model.parameters()}
         return " ".join(sorted(str(one).removeprefix("torch.") for one in types))
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy the files of a component's folder, if it is there; of a link what it leads to."""
+    for file in sorted(source.iterdir()) if source.is_dir() else ():
+        refuse_special(file)
+        if file.is_file():
+            target.mkdir(exist_ok=True)
+            shutil.copy2(file, target / file.name)

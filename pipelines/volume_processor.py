@@ -16,6 +16,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from files.atomic import UNFINISHED
 from volumes import (
     PADDING,
     IntensityScaling,
@@ -35,10 +36,13 @@ from volumes import (
     to_stored_grid,
     write_slabs,
 )
+from volumes.nifti import check_voxels
 from volumes.plausible import resampling_oddities
+from volumes.stored import memory_bytes
 
 from .arguments import grid_shape, translation
 from .canvas import Canvas
+from .description import MOST_VOXELS_A_SIDE
 from .images import GivenImage, Images, load_images
 from .inpainting import Edit, Editing, load_region
 from .masks import LabelMap, MaskLike, index_labels, is_placed, load_mask
@@ -203,6 +207,7 @@ class VolumeProcessor:
     def preprocess_shape(self, shape: Sequence[int]) -> Canvas:
         """A canvas of `shape` (X, Y, Z) voxels on the template's affine, for a model that no mask conditions."""
         shape = grid_shape(shape)
+        _check_room(shape)
         grid = Volume(np.zeros((1, *shape), dtype=np.int16), self.affine)
         return self._canvas(grid, grid, "the shape asked for", None)
 
@@ -251,6 +256,7 @@ class VolumeProcessor:
         for slab in self._finished([sample] if isinstance(sample, torch.Tensor) else sample, canvas):
             slab = np.concatenate([slab[part] for part, _ in files])
             planes = array[..., done : done + slab.shape[3]]
+            check_voxels(slab, array.dtype)
             planes[:] = np.rint(slab) if array.dtype.kind in "iu" else slab
             done += slab.shape[3]
         volume = Volume(array, canvas.grid.affine, canvas.grid.source)
@@ -311,7 +317,7 @@ class VolumeProcessor:
             write_slabs(path, (slab[part] for slab in restored), grid, dtype, description=description)
             return
         plain = Volume(np.broadcast_to(np.float32(0), (1, *canvas.grid.shape)), canvas.grid.affine)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=paths[0].parent) as hidden:
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=paths[0].parent) as hidden:
             together = Path(hidden) / "channels.nii"  # decoded once, read once a file
             write_slabs(together, restored, stored_grid(plain), np.float32)
             for (part, dtype), path in zip(files, paths, strict=True):
@@ -372,7 +378,8 @@ class VolumeProcessor:
         scales = [scale for _, scale in self.intensity]
         scales = scales if edit is None else [edit.images[channel].scale for channel in self.channels]
         channels = [scale.invert(channel) for channel, scale in zip(array, scales, strict=True)]
-        return np.stack(channels).astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # what exceeds float32 becomes infinite, and is refused where it is written
+            return np.stack(channels).astype(np.float32, copy=False)
 
     def _merges_slabs(self, canvas: Canvas) -> bool:
         return bool(self.image_labels) and not canvas.needs_resampling
@@ -388,6 +395,16 @@ class VolumeProcessor:
         if self.image_labels:
             return np.uint8 if self.image_labels[0] >= 0 and self.image_labels[-1] <= 255 else np.int16
         return _whole_or_float(self.intensity)
+
+
+def _check_room(shape: tuple[int, int, int]) -> None:
+    """Raises: ValueError for a grid that no NIfTI file can have, or that this process has no memory for."""
+    needed, room = np.dtype(np.int16).itemsize * math.prod(shape), memory_bytes()
+    if max(shape) > MOST_VOXELS_A_SIDE or needed > room:
+        raise ValueError(
+            f"shape {' x '.join(map(str, shape))}: a side has at most {MOST_VOXELS_A_SIDE} voxels, and the whole must fit into the "
+            f"{room / 2**30:.0f} GiB of memory; ask for a smaller one"
+        )
 
 
 def _resample_back(volume: Volume, target: Volume) -> Volume:

@@ -515,7 +515,7 @@ def test_generate_from_a_table_without_masks(folder, tmp_path):
         ("gender\nF\n", r"unknown columns \['gender'\]; .* mask, name, diagnosis, sex, age, weight"),
         ("mask,sex\nm.nii.gz,F\nm.nii.gz,M\n", "several rows are called m: line 2 and line 3"),
         ("mask,name,sex\nm.nii.gz,a,F\n,b,M\n", "1 of 2 rows have a mask"),
-        ("name,sex\na/b,F\n", "'a/b', which is no file's name"),
+        ("name,sex\na/b,F\n", "the name 'a/b' has a slash"),
         ("name,sex\na,X\nb,Y\n", r"(?s)a: labels: sex is 'X'.*b: labels: sex is 'Y'"),
         ("mask\n../gone.nii.gz\n", "gone.nii.gz"),
     ],

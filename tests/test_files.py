@@ -1,5 +1,6 @@
 """The package `files`: atomic files and folders, locks, and paths that others wrote."""
 
+import errno
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 
 from files import atomic
 from files.atomic import atomic_file, atomic_files, atomic_folder, remove_folder, remove_leftovers, write_text
-from files.locks import HOLDER, OutputInUse, only_writer
+from files.locks import HOLDER, LOCK, OutputInUse, one_at_a_time, only_writer
 from files.paths import check_name, open_regular, path_inside
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,6 +71,17 @@ def test_links_are_replaced_and_not_followed(tmp_path):
         pytest.fail("wrote")
     remove_folder(out / "model")
     assert precious.exists() and names(out) == ["manifest.csv"]
+
+
+@posix
+def test_devices_pipes_and_folders_are_not_replaced(tmp_path):
+    """`--output /dev/null` of an administrator would take it from everybody."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(FileExistsError, match=f"{name}: is not a regular file"), atomic_file(tmp_path / name):
+            pytest.fail("wrote")
+    assert names(tmp_path) == ["folder", "pipe"] and (tmp_path / "pipe").is_fifo()
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
@@ -168,18 +180,6 @@ def test_killed_after_the_new_one_took_its_place_the_older_one_goes(tmp_path):
     assert names(tmp_path) == ["model"] and (tmp_path / "model/weights").read_text() == "newer"
 
 
-def test_a_hidden_folder_without_a_lock_has_a_minute_to_make_one(tmp_path):
-    hidden = hidden_folder(tmp_path, lock=False, age=10)
-    remove_leftovers(tmp_path)
-    assert hidden.exists()
-    os.utime(hidden, (time.time() - 100,) * 2)
-    remove_leftovers(tmp_path)
-    assert not hidden.exists()
-    hidden_folder(tmp_path, age=10)  # with one that nobody holds, its process is gone
-    remove_leftovers(tmp_path)
-    assert names(tmp_path) == []
-
-
 @posix
 def test_what_a_link_in_a_folder_leads_to_is_not_touched(tmp_path):
     """A FIFO would be waited for, and a link to nothing be an error."""
@@ -194,6 +194,34 @@ def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
     with pytest.raises(FileExistsError, match="a file is in the place"), atomic_folder(tmp_path / "model"):
         pytest.fail("wrote")
     assert (tmp_path / "model").read_text() == "precious" and names(tmp_path) == ["model"]
+
+
+def test_leftovers_are_known_by_their_lock_and_not_by_the_clock(tmp_path):
+    for name, age in (("old", 3600), ("future", -3600), ("starting", 1)):
+        hidden = tmp_path / f"{atomic.UNFINISHED}{name}"
+        hidden.mkdir()
+        os.utime(hidden, (time.time() - age,) * 2)
+    (tmp_path / f"{atomic.UNFINISHED}killed").mkdir()
+    (tmp_path / f"{atomic.UNFINISHED}killed/{atomic.LOCK}").touch()  # just now, and nobody holds it
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == [f"{atomic.UNFINISHED}starting"]
+
+
+@posix
+def test_planted_leftovers_lead_nowhere(tmp_path):
+    """What is put back comes from the hidden folder alone, and no lock is taken through a link."""
+    home, out = tmp_path / "home", tmp_path / "out"
+    for folder in (home, out / f"{atomic.UNFINISHED}1", out / f"{atomic.UNFINISHED}2", out / f"{atomic.UNFINISHED}3"):
+        folder.mkdir(parents=True)
+    (home / "precious").write_text("precious")
+    (out / f"{atomic.UNFINISHED}1/{atomic.LOCK}").touch()
+    (out / f"{atomic.UNFINISHED}1/{atomic.REPLACED}").symlink_to(home)
+    (out / f"{atomic.UNFINISHED}2/{atomic.LOCK}").symlink_to(home / "precious")
+    (out / f"{atomic.UNFINISHED}3/{atomic.LOCK}").touch()
+    (out / f"{atomic.UNFINISHED}3/{atomic.REPLACED}").mkdir()
+    (out / f"{atomic.UNFINISHED}3/{atomic.REPLACED}/link").symlink_to(home)
+    remove_leftovers(out)
+    assert names(out) == [f"{atomic.UNFINISHED}2"] and (home / "precious").read_text() == "precious"
 
 
 @posix
@@ -228,6 +256,53 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
     with only_writer(tmp_path):
         assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
     assert not (tmp_path / HOLDER).exists()
+
+
+@posix
+def test_a_link_in_the_place_of_the_lock_is_refused(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / LOCK).symlink_to(tmp_path / "precious")
+    with pytest.raises(ValueError, match=f"{LOCK} in it is a link"), only_writer(tmp_path / "out"):
+        pytest.fail("entered")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_file_system_that_cannot_lock_is_told_and_written_to(tmp_path, monkeypatch, capsys):
+    def cannot(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", cannot)
+    with only_writer(tmp_path):
+        write_text(tmp_path / "a", "text")
+        (tmp_path / f"{atomic.UNFINISHED}1").mkdir()
+        os.utime(tmp_path / f"{atomic.UNFINISHED}1", (1, 1))
+        remove_leftovers(tmp_path)  # whose it is cannot be known
+        with one_at_a_time(tmp_path / "lock"):
+            pass
+    assert "its file system cannot lock" in capsys.readouterr().out
+    assert (tmp_path / "a").read_text() == "text" and f"{atomic.UNFINISHED}1" in names(tmp_path)
+
+
+FORKS = """
+from files.locks import only_writer
+import os
+with only_writer(Path(sys.argv[1])):
+    if not os.fork():
+        time.sleep(10); os._exit(0)
+    print("ready", flush=True); time.sleep(60)
+"""
+
+
+@posix
+def test_a_lock_ends_with_its_process_though_that_has_forked(tmp_path):
+    """As a training does, for processes that load data and outlive it by seconds."""
+    process = child(FORKS, tmp_path)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    began = time.monotonic()
+    with only_writer(tmp_path, wait_minutes=0.1):
+        assert time.monotonic() - began < 2
 
 
 @posix

@@ -58,7 +58,7 @@ def assert_same(folder, other):
 
 
 def test_volumes_sidecars_and_manifest(inputs, generated):
-    assert sorted(path.name for path in generated.iterdir()) == sorted(
+    assert sorted(path.name for path in generated.glob("[!.]*")) == sorted(
         ["manifest.csv", *(f"{name}{suffix}" for name in NAMES for suffix in (".json", ".nii.gz"))]
     )
     for name in NAMES:
@@ -110,7 +110,7 @@ def test_an_interrupted_run_goes_on(inputs, generated, tmp_path, monkeypatch):
     monkeypatch.setattr(VolumeProcessor, "write", stop)
     with pytest.raises(KeyboardInterrupt):
         generate.main(arguments(inputs, tmp_path))
-    assert set(tmp_path.iterdir()) == {*written, *map(sidecar_path, written)}
+    assert set(tmp_path.glob("[!.]*")) == {*written, *map(sidecar_path, written)}
     written[1].unlink()
     finished = written[0].stat().st_mtime_ns
     monkeypatch.setattr(VolumeProcessor, "write", write)
@@ -200,7 +200,7 @@ def test_demo(inputs, tmp_path, capsys):
     assert (folder / "b_000.nii.gz").stat().st_mtime_ns == there
     (folder / "notes.txt").unlink()
     expected = [f"{stem}_000{suffix}" for stem in "ab" for suffix in (".json", ".nii.gz")]
-    assert sorted(path.name for path in folder.iterdir()) == sorted(["manifest.csv", "preview.png", *expected])
+    assert sorted(path.name for path in folder.glob("[!.]*")) == sorted(["manifest.csv", "preview.png", *expected])
     assert nib.load(folder / "b_000.nii.gz").shape == SHAPES["b"]
     assert str(folder / "preview.png") in capsys.readouterr().out
     with pytest.raises(ValueError, match="no pipeline with an examples.csv"):

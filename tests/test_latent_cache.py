@@ -1,14 +1,29 @@
 """The latent cache: rebuilt when what it depends on changes, never silently stale; batches of different shapes."""
 
+import hashlib
+import os
+import pickle
+import shutil
+import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from autoencoder import AutoencoderKL3D
-from diffusion import LatentAugmentation, LatentDataset, build_latent_cache, collate_latents, fold_mask, latent_cache
+from autoencoder import AutoencoderKL3D, latent_statistics
+from diffusion import (
+    LatentAugmentation,
+    LatentDataset,
+    build_latent_cache,
+    collate_latents,
+    fold_mask,
+    latent_cache,
+    latent_entry,
+)
 from diffusion.latent_cache import cache_key, weights_hash
+from diffusion.latent_entry import entry_digest, write_entry
 from volumes import PADDING, Case, DataConfig, IntensityScaling, PhantomConfig, VolumeDataset, load_cases
 
 
@@ -50,6 +65,128 @@ def test_a_finished_cache_is_read_and_an_interrupted_one_goes_on(tmp_path, vae, 
     build_latent_cache(dataset, vae, tmp_path, progress=False)
     again = [f.stat().st_mtime_ns for f in files]
     assert [a == b for a, b in zip(times, again, strict=True)] == [i != 2 for i in range(len(files))]
+
+
+def test_a_digest_tells_name_type_shape_and_bytes(tmp_path):
+    tensors = {"mean": torch.tensor([[1.0, 2.0]]), "std": torch.tensor([0.5])}
+    digest = entry_digest("key/a", tensors)
+    by_hand = hashlib.sha256(
+        b"key/a\nmean torch.float32 (1, 2)\n"
+        + struct.pack("<2f", 1, 2)
+        + b"\nstd torch.float32 (1,)\n"
+        + struct.pack("<f", 0.5)
+    )
+    assert digest == by_hand.hexdigest()
+    others = [("key/b", tensors), ("key/a", {**tensors, "std": torch.tensor([0.25])})]
+    others += [
+        ("key/a", {**tensors, "mean": tensors["mean"].T}),
+        ("key/a", {"mean": tensors["std"], "std": tensors["mean"]}),
+    ]
+    assert len({digest, *(entry_digest(*other) for other in others)}) == 5
+
+
+def zero(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    start = 8 + struct.unpack("<Q", content[:8])[0]
+    content[start:] = bytes(len(content) - start)
+    file.write_bytes(content)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 4
+    file.write_bytes(content)
+
+
+def add_nan(file: Path) -> None:
+    """By hands that know how an entry is written."""
+    tensors = load_file(file)
+    tensors["mean"][0, 0, 0, 0] = float("nan")
+    write_entry(tensors, file, name=f"{file.parent.name}/{file.name}")
+
+
+DAMAGE = {
+    "zeroed": zero,
+    "flipped": flip,
+    "truncated": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "emptied": lambda file: os.truncate(file, 0),
+    "swapped": lambda file: shutil.copyfile(file.with_name("00003_00.safetensors"), file),
+    "without digest": lambda file: save_file({k: v.clone() for k, v in load_file(file).items()}, file),
+    "nan": add_nan,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_entry_is_named_and_made_again(tmp_path, vae, dataset, caplog, damage):
+    files = build_latent_cache(dataset, vae, tmp_path, progress=False).files
+    expected = [file.read_bytes() for file in files]
+    DAMAGE[damage](files[1])
+    with pytest.raises(ValueError, match=r"00001_00.safetensors: a damaged entry.*phantom_0*1 .*--resume latest"):
+        LatentDataset(files, names=[case.name for case in dataset.cases])[1]
+    with caplog.at_level("WARNING"):
+        again = build_latent_cache(dataset, vae, tmp_path, progress=False)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert f"{files[1]}: a damaged entry of the latent cache" in told and "made again" in told
+    assert [file.read_bytes() for file in files] == expected
+    assert again[1]["mean"].isfinite().all()
+
+
+def test_an_entry_is_checked_once_a_process_and_again_when_it_was_touched(tmp_path, vae, dataset, monkeypatch):
+    files = build_latent_cache(dataset, vae, tmp_path, progress=False).files
+    checked, digest = [], latent_entry.entry_digest
+    monkeypatch.setattr(latent_entry, "entry_digest", lambda name, _: (checked.append(name), digest(name, _))[1])
+    latents = build_latent_cache(dataset, vae, tmp_path, progress=False)
+    assert checked == [f"{file.parent.name}/{file.name}" for file in files]
+    for _ in range(3):
+        assert latents[2]["mean"].isfinite().all()
+    loaded = pickle.loads(pickle.dumps(latents))  # as a process that loads data gets it
+    assert loaded[2]["mean"].isfinite().all() and len(checked) == len(files)
+    shutil.copyfile(files[0], files[2])
+    for one in (latents, loaded):
+        with pytest.raises(ValueError, match="00002_00.*content is not what was written"):
+            one[2]
+    assert len(checked) == len(files) + 2
+
+
+def test_a_pipe_or_link_in_the_cache_hangs_nothing_and_leads_nowhere(tmp_path, vae, dataset):
+    files = build_latent_cache(dataset, vae, tmp_path / "cache", progress=False).files
+    (tmp_path / "precious").write_text("precious")
+    files[0].unlink()
+    files[0].symlink_to(tmp_path / "precious")
+    build_latent_cache(dataset, vae, tmp_path / "cache", progress=False)
+    assert (tmp_path / "precious").read_text() == "precious" and not files[0].is_symlink()
+    files[1].unlink()
+    os.mkfifo(files[1])
+    with pytest.raises(ValueError, match="00001_00.safetensors: .*could not be written .*is not a regular file"):
+        build_latent_cache(dataset, vae, tmp_path / "cache", progress=False)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / files[0].parent.name).symlink_to(tmp_path / "cache")
+    with pytest.raises(ValueError, match="is a link; remove it, or set cache.folder"):
+        build_latent_cache(dataset, vae, tmp_path / "linked", progress=False)
+
+
+def test_latents_that_are_not_finite_name_their_volume_and_are_not_written(tmp_path, vae, dataset, monkeypatch):
+    encode = type(vae).encode
+
+    def overflow(self, image, **options):
+        (posterior,) = encode(self, image, **options)
+        if torch.equal(image[0, :, 1:18, 1:15, :15], dataset[2]["image"]):
+            posterior.mean[0, 0, 0, 0, 0] = float("inf")
+        return (posterior,)
+
+    monkeypatch.setattr(type(vae), "encode", overflow)
+    with pytest.raises(ValueError, match=rf"^{dataset.cases[2].name}: its latents are not finite"):
+        build_latent_cache(dataset, vae, tmp_path, progress=False)
+    assert sorted(path.name[:5] for path in tmp_path.rglob("*.safetensors")) == ["00000", "00001"]
+    batches = (
+        {"name": item["name"], "image": item["image"][None], "fov": torch.ones(1, 1, 17, 14, 15).bool()}
+        for item in dataset
+    )
+    monkeypatch.setattr(
+        type(vae), "encode", lambda *a, **k: (SimpleNamespace(raw_mean=torch.full((1, 4, 5, 4, 4), torch.nan)),)
+    )
+    with pytest.raises(ValueError, match=rf"^{dataset.cases[0].name}: its latents are not finite"):
+        latent_statistics(vae, batches)
 
 
 def test_another_autoencoder_preprocessing_or_augmentation_is_another_cache(tmp_path, vae, dataset):
@@ -98,9 +235,10 @@ def resident(kind: str) -> float:
 def test_entries_are_read_by_memory_map(tmp_path):
     """32 entries of 4 MiB are held at once: none is copied into the process, and what is not touched is not loaded."""
     for i in range(32):
-        entry = {"mean": torch.full((4, 64, 64, 64), float(i)), "std": torch.zeros(1, 1, 1, 1)}
-        save_file(entry, tmp_path / f"{i}.safetensors")
+        entry = {"mean": torch.full((4, 64, 64, 64), float(i)), "std": torch.zeros(1, 1, 1, 1), "inside": torch.ones(1)}
+        write_entry(entry, tmp_path / f"{i}.safetensors", name=f"{tmp_path.name}/{i}.safetensors")
     latents = LatentDataset([tmp_path / f"{i}.safetensors" for i in range(32)])
+    assert all(latents[i]["mean"].shape == (4, 64, 64, 64) for i in range(32))  # which compares their digests
     own, of_files = resident("RssAnon"), resident("RssFile")
     entries = [latents[i] for i in range(len(latents))]
     assert [entry["mean"][0, 0, 0, 0].item() for entry in entries] == list(range(32))
@@ -127,7 +265,11 @@ def test_a_shard_encodes_its_share_only(tmp_path, vae, dataset):
 def test_two_runs_that_fill_one_cache_do_not_write_one_file(tmp_path, vae, dataset, monkeypatch):
     """Each entry is written under a name of its own, so another process cannot cut it short before it is renamed."""
     written = []
-    monkeypatch.setattr(latent_cache, "save_file", lambda entry, path: (written.append(path), save_file(entry, path)))
+    monkeypatch.setattr(
+        latent_entry,
+        "save_file",
+        lambda entry, path, **options: (written.append(path), save_file(entry, path, **options)),
+    )
     for file in build_latent_cache(dataset, vae, tmp_path, progress=False).files:
         file.unlink()
     files = build_latent_cache(dataset, vae, tmp_path, progress=False).files

@@ -20,6 +20,7 @@ from benchmarks.phantom_set import write_phantoms
 from benchmarks.processes import DATA, LOOP, VAE, compare
 from evaluation.commands import COMMANDS, common, everything
 from evaluation.commands.ledger import Ledger
+from files.locks import only_writer
 from training import join_processes, list_checkpoints
 
 SHAPE = (16, 16, 16)
@@ -110,6 +111,19 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="2 processes were launched, but Accelerate sees 1.*torchrun"):
         join_processes(timedelta(seconds=5))
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_all_processes_of_a_refused_job_end_with_its_message(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with only_writer(run):
+        before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.iterdir()}
+        args = [*LONG, f"--output={run}", "--resume=latest"]
+        two = forked.start_two("train_vae", args, tmp_path / "log.txt")
+        assert [forked.ended(one) for one in two] == [1, 1]
+        assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.iterdir()}
+    for rank in range(2):
+        assert f"another process writes there: process {os.getpid()}" in (tmp_path / f"log.{rank}").read_text()
 
 
 # Evaluation

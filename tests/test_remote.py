@@ -142,7 +142,7 @@ def test_a_file_that_changes_while_it_is_copied_is_noticed(folder, monkeypatch, 
         VolumeError, match=r"memory://bucket/set/masks/c\.nii\.gz: "
     ):  # what is there now, and not before
         VolumeDataset(load_cases(data(url)), data(url))
-    assert not list(copies.rglob(".partial_*"))
+    assert not list(copies.rglob(".unfinished-*"))
 
 
 def test_no_more_is_read_than_was_listed(folder, monkeypatch, copies):
@@ -155,7 +155,7 @@ def test_no_more_is_read_than_was_listed(folder, monkeypatch, copies):
     listed["images/a.nii.gz"]["size"] = None
     with pytest.raises(ValueError, match=r"images/a\.nii\.gz: its server does not say how long it is"):
         load_cases(data(url))
-    assert not list(copies.rglob(".partial_*"))
+    assert not list(copies.rglob(".unfinished-*"))
 
 
 def test_a_cache_of_copies_that_lost_bytes_is_repaired(folder, copies):
@@ -164,6 +164,51 @@ def test_a_cache_of_copies_that_lost_bytes_is_repaired(folder, copies):
     for file in (copies / "files").iterdir():
         os.truncate(file, 10)
     assert_same(url, folder)
+
+
+@pytest.fixture
+def another_process(monkeypatch):
+    """What a process remembers of copies is forgotten."""
+    return lambda: monkeypatch.setattr(remote, "_whole", {})
+
+
+@pytest.mark.parametrize("damage", ["zeroed", "swapped", "without digest", "pipe"])
+def test_copies_that_are_damaged_at_their_size_are_named_and_fetched_again(
+    folder, copies, caplog, another_process, damage
+):
+    """Zeroed sectors keep size and time, and so does a file that was put in another's place."""
+    url = upload(folder)
+    (whole,) = [case.images["image"] for case in load_cases(data(url)) if case.name == "b"]
+    (file,) = [path for path in (copies / "files").iterdir() if path.samefile(whole)]
+    times, content = file.stat().st_mtime_ns, file.read_bytes()
+    if damage == "without digest":
+        (copies / "digests" / file.name).unlink()
+    else:
+        other = bytes(len(content)) if damage == "zeroed" else content[::-1]
+        file.write_bytes(other)  # the hard link's, too
+        os.utime(file, ns=(times, times))
+    if damage == "pipe":
+        file.unlink()
+        os.mkfifo(file)
+        with pytest.raises(ValueError, match="cannot be copied to .*is not a regular file"):
+            load_cases(data(url))
+        file.unlink()
+    another_process()
+    with caplog.at_level("WARNING"):
+        assert_same(url, folder)
+    assert damage == "pipe" or "memory://bucket/set/images/b.nii.gz: its copy in" in caplog.text
+    assert whole.read_bytes() == content and whole.stat().st_mtime_ns == times
+    assert not list(copies.rglob(".unfinished-*"))
+
+
+def test_a_copy_is_read_once_a_process_to_compare_its_digest(folder, another_process, monkeypatch):
+    url, compared, digest = upload(folder), [], remote.hashlib.file_digest
+    load_cases(data(url))
+    another_process()
+    monkeypatch.setattr(remote.hashlib, "file_digest", lambda *a: (compared.append(a), digest(*a))[1])
+    load_cases(data(url))
+    load_cases(data(url))
+    assert len(compared) == 6
 
 
 def test_a_full_disk_is_named_before_anything_is_fetched(folder, monkeypatch, copies):
@@ -340,7 +385,7 @@ def test_a_server_that_sends_something_else_is_refused_by_the_files_url(server, 
     server.spoil = staticmethod(lambda name, content: change(content) if name == "b.nii.gz" else content)
     with pytest.raises(ValueError, match=rf"{server.url}/(images|masks)/b\.nii\.gz: (sends|cannot be read)"):
         load_cases(data(server.url))
-    assert not list(copies.rglob(".partial_*"))
+    assert not list(copies.rglob(".unfinished-*"))
     server.spoil = None
     assert_same(server.url, folder)
 

@@ -43,9 +43,9 @@ def test_masks_of_a_table_are_found_however_they_are_spelled(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("name,age\n\n.a,1\n", "line 3: its volumes would be called '.a', as hidden files are"),
-        ("name,age\na/b,1\n", "line 2: .*no file's name"),
-        ("name,age\na\\b,1\n", "line 2: .*no file's name"),
+        ("name,age\n\n.a,1\n", "line 3, for its volumes: the name '.a' begins with a dot"),
+        ("name,age\na/b,1\n", "line 2, .*has a slash"),
+        ("name,age\na\\b,1\n", "line 2, .*has a slash"),
         ("name,age\na,1\n\nA,2\n", "several rows are called A: line 2 and line 4"),
         (f"name,age\nMü,1\n{nfd('Mü')},2\n", "several rows are called Mü: line 2 and line 3"),
         ("mask\na.nii\n\nb.nii\n", "line 4: .*b.nii: no such file"),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import train_ldm
 import train_vae
 from autoencoder import AutoencoderKL3D
+from training.checkpoints import digest_files
 
 STEPS = 9
 COMMON = [
@@ -161,20 +162,21 @@ def test_checkpoints_of_other_runs_are_refused(finished, tmp_path):
 
 
 def test_a_half_written_checkpoint_is_not_seen(finished):
-    partial = finished / "checkpoints/.partial_step_000004"
-    partial.mkdir()
-    (partial / "model.safetensors").write_bytes(b"half")
+    half = finished / "checkpoints/.unfinished-1/new/step_000004"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    (half.parents[1] / "lock").touch()  # of a process that was killed
     run(train_vae, finished, "--loop.max_steps=4", "--resume=latest")
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step_000003", "step_000004"]
 
 
 def test_a_random_state_that_was_not_restored_is_noticed(finished):
-    """Also of a checkpoint of an older version, which has no digests."""
+    """Also where the digests are those of the damage."""
     checkpoint = finished / "checkpoints/step_000003"
     (checkpoint / "random_states_0.pkl").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="random_states_0.pkl: not what was written"):
         run(train_vae, finished, "--loop.max_steps=4", "--resume=latest")
-    (checkpoint / "digests.json").unlink()
+    (checkpoint / "digests.json").write_text(json.dumps(digest_files(checkpoint)))
     with pytest.raises(ValueError, match="random state could not be restored"):
         run(train_vae, finished, "--loop.max_steps=4", "--resume=latest")
 
@@ -198,7 +200,7 @@ def traced(monkeypatch) -> list[type]:
         original(module, **options, backend="aot_eager")
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_in_place)
-    monkeypatch.setattr("training.loop.check_compiler", lambda device: None)
+    monkeypatch.setattr("training.run.check_compiler", lambda device: None)
     yield compiled
     torch._dynamo.reset()
 

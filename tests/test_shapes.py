@@ -200,7 +200,7 @@ def test_broken_maps_are_made_again_and_given_up(pairs, tmp_path):
     more = ["--pipeline", str(folder), "--count", "2", "--steps", "1", "--most_rejections", "2"]
     with pytest.raises(ValueError, match=r"(?s)map_000.nii.gz: each of 2 volumes was refused.*pieces of anterior"):
         generate.main([*more, "--output", str(tmp_path / "out")])
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.csv"]
+    assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["manifest.csv"]
 
 
 def test_a_shape_is_that_of_the_masks_that_are_drawn(pairs, tmp_path):
@@ -218,7 +218,7 @@ def test_without_a_mask_that_was_accepted_there_is_no_volume(tmp_path):
     more = ["--shape", "8", "8", "8", "--most_rejections", "1"]
     with pytest.raises(ValueError, match=r"(?s)given up.*map_000.nii.gz: .*map_002.nii.gz: "):
         generate.main(arguments(tmp_path, tmp_path / "out", *more))
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["masks"]
+    assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["masks"]
 
 
 def test_masks_of_other_labels_are_refused(pairs, tmp_path):

@@ -9,12 +9,11 @@ import resource
 import shlex
 import signal
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_processes import when
 from test_resume import COMMON, LDM, VAE
 from test_train_vae import batch, generators, make_step
@@ -25,9 +24,11 @@ import train_vae
 from autoencoder import VQGAN3D, AutoencoderKL3D
 from benchmarks import forked, survival
 from diffusion import build_latent_cache
+from files.atomic import remove_leftovers
+from files.locks import only_writer
 from training import LoopConfig, list_checkpoints, make_accelerator
 from training.loop import content_changes
-from training.output import naming_full_disk, recover_folders, replace_folder, save_model
+from training.output import naming_full_disk, save_model
 from training.splits import digests
 from training.watch import SpikeWatch
 from volumes import DataConfig, VolumeDataset, VolumeError, load_cases, make_phantom, write_volume
@@ -219,7 +220,8 @@ def test_a_checkpoint_without_whole_digests_is_passed_over_too(run, name, caplog
         (last / "digests.json").unlink()
         (last / name).unlink()
     go_on()
-    assert f"step_000006/{name}" in caplog.text and "goes on from step_000004" in caplog.text
+    assert "step_000006" in caplog.text and "digests.json" in caplog.text
+    assert "goes on from step_000004" in caplog.text
     assert torch.equal(weights(folder), expected)
 
 
@@ -227,15 +229,15 @@ def test_killed_while_an_old_checkpoint_is_removed_it_is_whole_or_hidden(run, mo
     folder, go_on = run
 
     def killed(path, **options):
-        (path / "digests.json").unlink()
-        raise KeyboardInterrupt
+        if list(path.rglob("digests.json")):
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr("training.output.shutil.rmtree", killed)
+    monkeypatch.setattr("files.atomic.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         go_on("--loop.max_steps=8", "--loop.keep_checkpoints=2")
     monkeypatch.undo()
     assert all((path / "digests.json").is_file() for path in list_checkpoints(folder / "checkpoints"))
-    recover_folders(folder / "checkpoints")
+    remove_leftovers(folder / "checkpoints")
     assert sorted(path.name[-1] for path in (folder / "checkpoints").iterdir()) == ["4", "6", "8"]
 
 
@@ -250,7 +252,7 @@ def test_a_damaged_record_of_the_run_is_named(run, name, text):
 def test_a_model_that_cannot_be_written_leaves_the_older_one_and_a_remedy(tmp_path):
     class Model:
         def save_pretrained(self, folder, **_):
-            os.makedirs(folder)
+            os.makedirs(folder, exist_ok=True)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (tmp_path / "vae").mkdir()
@@ -279,33 +281,6 @@ def test_what_comes_after_the_checkpoint_that_is_asked_for_is_set_aside(run):
         "aside_step_000004",
         "aside_step_000006",
     }
-
-
-def test_a_folder_is_replaced_at_every_moment_or_not_at_all(tmp_path, monkeypatch):
-    """Killed before any of the renames, there is a whole folder after `recover_folders`."""
-    rename = Path.rename
-    for survived in range(3):
-        parent = tmp_path / str(survived)
-        for name, text in (("step", "old"), (".partial_step", "new")):
-            (parent / name).mkdir(parents=True)
-            (parent / name / "file").write_text(text)
-        left = [survived]
-
-        def killed(self, target, left=left):
-            if not left[0]:
-                raise KeyboardInterrupt
-            left[0] -= 1
-            return rename(self, target)
-
-        monkeypatch.setattr(Path, "rename", killed)
-        try:
-            replace_folder(parent / ".partial_step", parent / "step")
-        except KeyboardInterrupt:
-            pass
-        monkeypatch.setattr(Path, "rename", rename)
-        recover_folders(parent)
-        assert [path.name for path in parent.iterdir()] == ["step"]
-        assert (parent / "step/file").read_text() == ("new" if survived == 2 else "old")
 
 
 @pytest.mark.parametrize("kind", ["enospc", "limit"])
@@ -424,23 +399,18 @@ def test_nan_in_the_data_is_refused_by_name(tmp_path):
         VolumeDataset(load_cases(config), config)
 
 
-def test_a_damaged_entry_of_the_latent_cache_is_named_and_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_under_the_latent_cache_leaves_nothing(tmp_path, monkeypatch):
     torch.manual_seed(0)
     vae = AutoencoderKL3D(channels=(4, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1))
     vae.set_latent_statistics([0.0] * 4, [1.0] * 4)
     config = files(tmp_path, 2)
     dataset = VolumeDataset(load_cases(config), config)
-    cache = build_latent_cache(dataset, vae, tmp_path / "cache", progress=False)
-    os.truncate(cache.files[1], 100)
-    assert cache[0]["mean"].isfinite().all()
-    with pytest.raises(ValueError, match=r"00001_00.safetensors: is no whole entry of the latent cache.*delete it"):
-        cache[1]
 
-    def full(entry, path):
+    def full(entry, path, **_):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("diffusion.latent_cache.save_file", full)
+    monkeypatch.setattr("diffusion.latent_entry.save_file", full)
     with pytest.raises(ValueError, match="could not be written .*No space left on device.*cache.folder"):
         build_latent_cache(dataset, vae, tmp_path / "other", progress=False)
     assert not [path for path in (tmp_path / "other").rglob("*") if path.is_file()]
@@ -511,6 +481,37 @@ def test_a_job_that_fails_when_it_goes_on_is_told(tmp_path, monkeypatch):
     (tmp_path / "job.log").write_text("it fell over")
     monkeypatch.setattr(survival.forked, "start", lambda *_: Process(next(ends)))
     monkeypatch.setattr(survival.forked, "run", lambda *_: None)
+    monkeypatch.setattr(survival, "run_undisturbed", lambda *_: (0.1, []))
     job = survival.Job("job", "script", lambda folder: [], lambda folder: {}, lambda folder: {})
     found = survival.torture(job, tmp_path, 2, random.Random(0))
     assert found["kills"] == 2 and found["lost_or_different"] == ["ended with 3: it fell over"]
+
+
+def test_survival_tells_of_what_is_left_behind_held_and_repaired_badly(tmp_path, monkeypatch):
+    """A job that never ends its work: it leaves a hidden folder, another process holds its output, and an entry stays zeroed."""
+
+    class Process:
+        exitcode = None
+
+        def join(self, *_):
+            pass
+
+        kill = join
+
+    place, chance = tmp_path / "job_1", random.Random(0)
+    (place / "latents/key").mkdir(parents=True)
+    entry = place / "latents/key/00000_00.safetensors"
+    save_file({"mean": torch.ones(8)}, entry)
+    stat = entry.stat()
+    monkeypatch.setattr(survival.forked, "start", lambda *_: Process())
+    monkeypatch.setattr(survival.forked, "run", lambda *_: (place / ".unfinished-1").mkdir(exist_ok=True))
+    monkeypatch.setattr(survival, "run_undisturbed", lambda *_: (0.1, []))
+    content = lambda folder: {str(one): load_file(one)["mean"].tolist() for one in folder.glob("latents/*/*")}  # noqa: E731
+    job = survival.Job("job", "script", lambda _: [], lambda _: {}, content, holds=True, damage=survival.zero_an_entry)
+    with only_writer(place):
+        found = survival.torture(job, tmp_path, 1, chance)
+    held, left, different = found["lost_or_different"]
+    assert "another process writes there" in held and left == "left behind: .unfinished-1"
+    assert different.startswith("other than the undisturbed run") and found["damaged_entries"] == [entry.name]
+    assert not load_file(entry)["mean"].any()
+    assert (entry.stat().st_size, entry.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)

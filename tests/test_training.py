@@ -32,12 +32,14 @@ from training import (
     learning_rate,
     list_checkpoints,
     make_accelerator,
+    open_run,
     parse_config,
     resolve_precision,
     save_model,
 )
 from training.config import to_plain
 from training.data import training_batches
+from training.trackers import start_trackers
 from training.watch import StandstillWatch
 
 
@@ -191,6 +193,7 @@ def line_config(tmp_path, *args):
 
 def line_loop(config, **options):
     accelerator = make_accelerator(config)
+    start_trackers(accelerator, config.loop.trackers)
     torch.manual_seed(0)
     learner = Learner(
         "line",
@@ -285,7 +288,8 @@ def test_trackers_that_cannot_work_are_refused_before_the_work(tmp_path, monkeyp
 
     monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.__init__", locked)
     with pytest.raises(ValueError, match="could not be started .RuntimeError: no login.; set it up, or leave it out"):
-        make_accelerator(line_config(tmp_path))
+        with open_run(line_config(tmp_path), "train_vae.py", []):
+            pytest.fail("began")
 
 
 def test_a_loss_that_begins_late_is_averaged_over_its_own_steps(tmp_path, monkeypatch):

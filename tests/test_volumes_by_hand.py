@@ -47,7 +47,10 @@ def test_who_must_not_judge_a_model_is_known_by_split_and_role():
 
 def test_letter_case_spaces_and_accents_make_no_other_subject():
     config = DataConfig(images="{case}.nii", subject="case")
-    marks = [marks_of(Case(name, name, "train"), config) for name in ("M\u00fcller", " m\u00dcller ", "Mu\u0308ller", "Muller")]
+    marks = [
+        marks_of(Case(name, name, "train"), config)
+        for name in ("M\u00fcller", " m\u00dcller ", "Mu\u0308ller", "Muller")
+    ]
     assert marks[0] == marks[1] == marks[2] != marks[3]
 
 

@@ -2,8 +2,6 @@
 
 import gzip
 import itertools
-import os
-import time
 
 import nibabel as nib
 import numpy as np
@@ -11,7 +9,6 @@ import pytest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from volumes import Volume, VolumeError, read_mask, read_volume, resample, same_grid, to_nibabel, write_volume
-from volumes.nifti import remove_abandoned
 
 ORIENTATIONS = [
     "".join(flipped) for axes in itertools.permutations(("RL", "AP", "SI")) for flipped in itertools.product(*axes)
@@ -361,15 +358,3 @@ def test_nothing_broken_is_left_untried(awkward):
     for path in files:
         with pytest.raises(VolumeError):
             read_volume(path)
-
-
-def test_what_killed_processes_left_half_written_goes_after_a_day(tmp_path):
-    for name, age in ((".writing-old", 25), (".writing-new", 0), (".writing-slow", 25), ("writing-other", 99)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "half.nii.gz").write_bytes(b"half")
-        then = time.time() - 3600 * age
-        os.utime(tmp_path / name, (then, then))
-        then = time.time() if name == ".writing-slow" else then  # its folder is old, and a file in it still grows
-        os.utime(tmp_path / name / "half.nii.gz", (then, then))
-    remove_abandoned(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".writing-new", ".writing-slow", "writing-other"]

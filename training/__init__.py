@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from .data import SampleStream, derive_seed
     from .ema import MovingAverage
     from .learner import Learner, learning_rate
-    from .loop import Loop, TrainingStep, make_accelerator
+    from .loop import Loop, TrainingStep
     from .output import save_model
     from .precision import native_bf16, resolve_precision
     from .processes import ending_with_others, how_to_resume, join_processes
+    from .run import make_accelerator, open_run
 
 __all__ = [
     "AdversarialConfig",
@@ -59,6 +60,7 @@ __all__ = [
     "list_checkpoints",
     "make_accelerator",
     "native_bf16",
+    "open_run",
     "parse_config",
     "resolve_precision",
     "save_config",

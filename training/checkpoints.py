@@ -16,30 +16,29 @@ pickles, so only checkpoints inside the run's own folder are ever read.
 import hashlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from files.atomic import atomic_folder, remove_folder
 from volumes.command import CannotContinue
 from volumes.text import read_object
 
 from .learner import Learner
-from .output import recover_folders, remove_folder, replace_folder, sync_file
 from .processes import is_of_another
 from .sharding import collect, restore
 
 logger = logging.getLogger("training")
 DIGESTS = "digests.json"
+MOST_NAMED = 8  # files in a message
 
 
 class DamagedCheckpoint(ValueError):
@@ -99,15 +98,12 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
     return path
 
 
-def digest_files(folder: Path, *, sync: bool = False) -> dict[str, str]:
-    """sha256 of every file but `DIGESTS`, by its path in the folder. With `sync` they are on the disk, not in memory alone,
-    when this returns."""
+def digest_files(folder: Path) -> dict[str, str]:
+    """sha256 of every file but `DIGESTS`, by its path in the folder."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS):
         with path.open("rb") as file:
             found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-            if sync:
-                os.fsync(file.fileno())
     return found
 
 
@@ -132,23 +128,21 @@ class Checkpointer:
     ):
         self.accelerator, self.learners, self.folder, self.keep = accelerator, learners, folder, keep
         self.sharded = sharded
-        if accelerator.is_main_process:
-            recover_folders(folder)  # after a run that was killed while writing
 
     def save(self, state: TrainState) -> Path:
-        """Write checkpoints/step_XXXXXX: a temporary folder, renamed when complete. Called by every process.
+        """Write checkpoints/step_XXXXXX: a hidden folder, renamed when complete and on the disk. Called by every process.
 
         Raises: RuntimeError if it cannot be written (a full disk, a folder that is not there any more); then nothing is left
         of it, and the run's other checkpoints stay.
         """
-        partial, final = (self.folder / f"{prefix}step_{state.step:06d}" for prefix in (".partial_", ""))
+        final = self.folder / f"step_{state.step:06d}"
         try:
-            self._write(partial, state)
-            self.accelerator.wait_for_everyone()
+            with self._unfinished(final) as unfinished:
+                self._write(unfinished, state)
+                self.accelerator.wait_for_everyone()
+                if self.accelerator.is_main_process:
+                    (unfinished / DIGESTS).write_text(json.dumps(digest_files(unfinished), indent=1))
             if self.accelerator.is_main_process:
-                (partial / DIGESTS).write_text(json.dumps(digest_files(partial, sync=True), indent=1))
-                sync_file(partial / DIGESTS)
-                replace_folder(partial, final)
                 for old in list_checkpoints(self.folder)[: -self.keep]:
                     remove_folder(old)
         except (
@@ -158,7 +152,6 @@ class Checkpointer:
         ) as error:  # torch and safetensors have their own for a full disk
             if is_of_another(error):
                 raise
-            shutil.rmtree(partial, ignore_errors=True)
             whole = [path.name for path in list_checkpoints(self.folder)] or "none yet"
             raise CannotContinue(
                 f"{final}: the checkpoint could not be written ({error}). Whole ones: {whole}. Make room on the disk, or lower "
@@ -167,28 +160,41 @@ class Checkpointer:
         self.accelerator.wait_for_everyone()
         return final
 
-    def _write(self, partial: Path, state: TrainState) -> None:
+    @contextmanager
+    def _unfinished(self, final: Path) -> Iterator[Path]:
+        """The hidden folder that every process writes to; the main one makes it, and gives it its place."""
+        with ExitStack() as stack:
+            name: list[str] = [""]
+            if self.accelerator.is_main_process:
+                made = stack.enter_context(atomic_folder(final))
+                name = [
+                    "/".join(made.parts[-3:])
+                ]  # below the folder of checkpoints, which may be elsewhere on another machine
+            broadcast_object_list(name)
+            yield self.folder / name[0]
+
+    def _write(self, folder: Path, state: TrainState) -> None:
         accelerator = self.accelerator
         state.processes, state.sharded = accelerator.num_processes, self.sharded
-        accelerator.save_state(str(partial), safe_serialization=True)
-        (partial / f"rng_{accelerator.process_index}.txt").write_text(rng_digest())
+        accelerator.save_state(str(folder), safe_serialization=True)
+        (folder / f"rng_{accelerator.process_index}.txt").write_text(rng_digest())
         for learner in self.learners:
             state.updates[learner.name] = learner.updates
-            self._write_learner(learner, partial)
+            self._write_learner(learner, folder)
         if accelerator.is_main_process:
-            (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
+            (folder / "state.json").write_text(json.dumps(asdict(state), indent=1))
 
-    def _write_learner(self, learner: Learner, partial: Path) -> None:
+    def _write_learner(self, learner: Learner, folder: Path) -> None:
         if self.sharded:
             collected = collect(learner.network, learner.ema.module, learner.optimizer)
             average = collected["average"]
         else:
             average = learner.average.state_dict()
         if self.accelerator.is_main_process:
-            save_file(_contiguous(average), partial / f"{learner.name}_ema.safetensors")
+            save_file(_contiguous(average), folder / f"{learner.name}_ema.safetensors")
             if self.sharded:
-                save_file(_contiguous(collected["model"]), partial / f"{learner.name}.safetensors")
-                torch.save(collected["optimizer"], partial / f"{learner.name}_optimizer.bin")
+                save_file(_contiguous(collected["model"]), folder / f"{learner.name}.safetensors")
+                torch.save(collected["optimizer"], folder / f"{learner.name}_optimizer.bin")
 
     def resume(self, resume: str) -> tuple[Path, TrainState] | None:
         """Restore what `resume` means (see `find_checkpoint`), and return where it is; None if there is nothing yet. Called by
@@ -225,7 +231,10 @@ class Checkpointer:
         for newer in [p for p in list_checkpoints(self.folder) if step_of(p) > step_of(path)]:
             logger.warning("%s: set aside as aside_%s, for the run goes on from %s", newer, newer.name, path.name)
             if self.accelerator.is_main_process:
-                replace_folder(newer, newer.with_name(f"aside_{newer.name}"))
+                aside = newer.with_name(f"aside_{newer.name}")
+                if aside.exists():
+                    remove_folder(aside)
+                newer.rename(aside)
         self.accelerator.wait_for_everyone()
 
     def check(self, path: Path) -> TrainState:
@@ -252,12 +261,15 @@ class Checkpointer:
             return self._load(path)
 
     def _check(self, path: Path) -> TrainState:
-        if (path / DIGESTS).exists():  # older versions wrote none
-            written, found = read_own(path / DIGESTS), digest_files(path)
-            if wrong := sorted(name for name in {*written, *found} if written.get(name) != found.get(name)):
-                raise DamagedCheckpoint(
-                    f"{path}: {', '.join(wrong)}: not what was written; truncated, or changed since"
-                )
+        if not (path / DIGESTS).is_file():
+            raise DamagedCheckpoint(f"{path}: {DIGESTS} is missing; was it copied in part?")
+        written, found = read_own(path / DIGESTS), digest_files(path)
+        if wrong := sorted(name for name in {*written, *found} if written.get(name) != found.get(name)):
+            named = [name if name.isprintable() else repr(name) for name in wrong[:MOST_NAMED]]
+            more = f" and {len(wrong) - MOST_NAMED} more" if len(wrong) > MOST_NAMED else ""
+            raise DamagedCheckpoint(
+                f"{path}: {', '.join(named)}{more}: not what was written; truncated, or changed since"
+            )
         state = TrainState(**read_own(path / "state.json"))
         counters = [
             state.step,

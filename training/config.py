@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
+from files.atomic import write_text
 from volumes.command import ArgumentParser
 from volumes.config import DataConfig
 from volumes.config_parser import ConfigParser, config_files
@@ -35,8 +36,6 @@ from volumes.settings import (
 )
 from volumes.text import read_yaml
 
-from .output import write_text
-
 Config = TypeVar("Config")
 logger = logging.getLogger("training")
 MOST_WORKERS, MOST_MINUTES = 1024, 366 * 24 * 60
@@ -57,6 +56,7 @@ FREE = {
     "cache.folder",
     *(f"loop.{name}" for name in (*RHYTHM, *LENGTH)),
 }  # in a resume
+UNCOMPARED = ("resume", "accept_changes", "wait_minutes")  # they say how a command begins, and nothing of the run
 
 
 @dataclass
@@ -282,6 +282,8 @@ class TrainVaeConfig:
         loop: how long and in which rhythm.
         resume: "latest", or a checkpoint folder of this run, to go on from exactly there.
         accept_changes: resume although config or volumes are not those that the run began with.
+        wait_minutes: how long to wait for another job that writes to `output`, such as one that is ending while its requeue starts; 0
+            refuses at once.
         init_from: folder of a trained autoencoder to start from (fine-tuning).
         freeze_encoder: train the decoder alone, so that the latents of `init_from`, and a diffusion model of them, stay.
         accept_overlap: train although `init_from` has seen subjects, by their names, that are held out here.
@@ -299,6 +301,7 @@ class TrainVaeConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     resume: UserPath | None = None
     accept_changes: bool = False
+    wait_minutes: Annotated[float, Range(0, MOST_MINUTES)] = 0.0
     init_from: UserPath | None = None
     freeze_encoder: bool = False
     accept_overlap: bool = False
@@ -344,6 +347,8 @@ class TrainLdmConfig:
         loop: how long and in which rhythm.
         resume: "latest", or a checkpoint folder of this run, to go on from exactly there.
         accept_changes: resume although config or volumes are not those that the run began with.
+        wait_minutes: how long to wait for another job that writes to `output`, such as one that is ending while its requeue starts; 0
+            refuses at once.
         init_from: folder of a trained U-Net to start from (fine-tuning).
         lora: train a LoRA of the U-Net `init_from` instead of its weights.
         accept_overlap: train although `vae` or `init_from` have seen subjects, by their names, that are held out here.
@@ -363,6 +368,7 @@ class TrainLdmConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     resume: UserPath | None = None
     accept_changes: bool = False
+    wait_minutes: Annotated[float, Range(0, MOST_MINUTES)] = 0.0
     init_from: UserPath | None = None
     lora: LoraConfig | None = None
     accept_overlap: bool = False
@@ -505,7 +511,7 @@ def defaults(config: Any) -> dict[str, Any]:
 def config_changes(old: dict[str, Any], config: Any) -> dict[str, str]:
     """What differs between the plain config `old` and `config`, by name: {"optimizer.learning_rate": "0.001 -> 0.0003"}.
 
-    `resume` and `accept_changes` are left out, and settings at their defaults that there were none of when `old` was
+    `resume`, `accept_changes` and `wait_minutes` are left out, and settings at their defaults that there were none of when `old` was
     written.
     """
     before, after, usual, absent = flatten(old), flatten(to_plain(config)), flatten(defaults(config)), "(absent)"
@@ -513,7 +519,7 @@ def config_changes(old: dict[str, Any], config: Any) -> dict[str, str]:
     for name in {**before, **after}:
         was, now = before.get(name, absent), after.get(name, absent)
         new = name not in before and name in usual and now == usual[name]
-        if was != now and not new and name not in ("resume", "accept_changes"):
+        if was != now and not new and name not in UNCOMPARED:
             changes[name] = f"{was} -> {now}"
     return changes
 

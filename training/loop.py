@@ -10,16 +10,16 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object, send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from files.atomic import write_text
 from volumes.command import CannotContinue
 from volumes.stopping import Stopped, finishing, now_finishing, stop_came, stoppable
 from volumes.text import read_object
@@ -28,11 +28,8 @@ from .checkpoints import Checkpointer, TrainState, list_checkpoints
 from .config import LoopConfig, config_changes, read_config, refuse_changes, save_config, to_plain
 from .data import SampleStream, derive_seed, training_batches
 from .learner import Learner
-from .output import check_writable, write_text
-from .precision import resolve_precision
-from .processes import check_together, ending_with_others, on_cpu, stop_asked_anywhere
-from .sharding import check_sharding
-from .trackers import CsvTracker, choose_trackers, start_trackers
+from .processes import ending_with_others, stop_asked_anywhere
+from .trackers import CsvTracker
 from .tracking import Progress, log_figure
 from .watch import SpikeWatch, StandstillWatch
 
@@ -82,55 +79,6 @@ class TrainingStep(Protocol):
     def preview(self, items: list[Any]) -> "Figure":
         """A figure of a few held-out items, with the averaged weights."""
         ...
-
-
-def make_accelerator(config: Any) -> Accelerator:
-    """Accelerate as the loop needs it, for the run that `config` describes (`loop`, `output` and `resume` are read).
-
-    Raises: ValueError if the output folder cannot be written to, or holds another run and nothing says to resume it; for
-    processes that do not know of each other; for an Accelerate config of FSDP or DeepSpeed, and for `loop.shard` where it
-    cannot run; for a tracker that is unknown, not installed or does not start; for
-    `loop.compile` on a machine that cannot.
-    """
-    options: LoopConfig = config.loop
-    if config.resume is None and list_checkpoints(Path(config.output) / "checkpoints"):
-        raise ValueError(f"{config.output} already holds a run; go on with --resume latest, or choose another --output")
-    check_writable(Path(config.output))
-    precision = resolve_precision(options.mixed_precision)
-    trackers = choose_trackers(options.trackers, config.output) or None
-    patience = InitProcessGroupKwargs(timeout=timedelta(minutes=options.patience))
-    accelerator = Accelerator(
-        cpu=on_cpu(),
-        mixed_precision=precision,
-        log_with=trackers,
-        project_dir=config.output,
-        kwargs_handlers=[patience],
-    )
-    check_together(accelerator.num_processes)
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"{accelerator.distributed_type}: of Accelerate's launch config is not supported. Launch with plain data parallelism "
-            "(configs/accelerate/eight_gpus.yaml) and --loop.shard true, which divides the weights by itself"
-        )
-    if options.shard:
-        check_sharding(accelerator, compile=options.compile)
-    if options.compile:
-        check_compiler(accelerator.device)
-    start_trackers(accelerator, options.trackers)
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
-    return accelerator
-
-
-def check_compiler(device: torch.device) -> None:
-    """Compile a line of code, before data are read. Raises: ValueError where torch.compile does not work."""
-    try:
-        torch.compile(torch.sin)(torch.zeros(8, device=device))
-    except Exception as error:  # of many kinds: no compiler, one that fails, no Triton
-        raise ValueError(
-            f"loop.compile: torch.compile does not work here ({str(error).strip().splitlines()[0]}); install a C++ "
-            "compiler such as g++, or set loop.compile: false"
-        ) from error
 
 
 class Loop:
@@ -258,13 +206,15 @@ class Loop:
         while state.step < options.max_steps:
             now_finishing(f"step {state.step + 1}, then saving")
             losses: dict[str, Tensor] = {}
+            parts: list[dict[str, Tensor]] = []
             for part in range(accumulation):
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited += time.perf_counter() - asked
                 batch = send_to_device(batch, accelerator.device, non_blocking=True)
                 with self._gradients_stay_local(part < accumulation - 1):
-                    for name, value in self.step(batch, self._generators(part)).items():
+                    parts.append(self.step(batch, self._generators(part)))
+                    for name, value in parts[-1].items():
                         losses[name] = value / accumulation + losses.get(name, 0.0)
             finite = True
             for learner in self.step.learners:
@@ -272,6 +222,8 @@ class Loop:
                 finite, losses[f"grad_norm/{learner.name}"] = finite and taken, norm
             self.step.after_update(finite)
             state.step += 1
+            if not finite:
+                self._name_skipped(parts)
             state.samples += accumulation * options.batch_size * accelerator.num_processes
             self._count_skipped(finite)
             if finite:
@@ -291,6 +243,7 @@ class Loop:
             if last or stopped or _due(state.step, options.checkpoint_every):
                 now_finishing(f"the checkpoint of step {state.step}")
                 written = self.checkpoints.save(state)
+                stopped = stopped or stop_asked_anywhere(accelerator)  # a signal that came meanwhile needs no other one
                 if stopped:
                     logger.warning("%s: wrote %s; --resume latest goes on from there", stopped.name, written)
                     accelerator.end_training()
@@ -323,6 +276,25 @@ class Loop:
                 for learner in self.step.learners:
                     stack.enter_context(self.accelerator.no_sync(learner.model))
             yield
+
+    def _name_skipped(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
+        """Warn of a step that is skipped, with the samples of this process whose losses are not finite; of gradients alone, which fp16
+        makes infinite by its loss scale, there is no warning in fp16."""
+        wrong = [part for part, losses in enumerate(parts) if not all(v.isfinite().all() for v in losses.values())]
+        if not wrong and self.accelerator.mixed_precision == "fp16":
+            return
+        what, parts_of = ("loss", wrong) if wrong else ("gradient", range(len(parts)))
+        names = ", ".join(name for part in parts_of for name in self._names(part))
+        logger.warning("step %d: skipped, its %s is not finite. Its samples: %s", self.state.step, what, names)
+
+    def _names(self, part: int) -> list[str]:
+        """Samples of this process's batch number `part` of the step, by their names if the data tell them."""
+        options, processes = self.options, self.accelerator.num_processes
+        start = self.state.samples + part * processes * options.batch_size
+        order = {"seed": options.seed, "process": self.accelerator.process_index, "processes": processes}
+        keys = next(iter(SampleStream(len(self.data), options.batch_size, start=start, **order)))
+        names = getattr(self.data, "names", None)
+        return [f"sample {index}" if names is None else names[index] for _, index in keys]
 
     def _count_skipped(self, finite: bool) -> None:
         state, limit = self.state, self.options.max_skipped
@@ -369,7 +341,12 @@ class Loop:
             if stop_came():
                 break
             generator = self._seeded(self.options.seed, _VALIDATION, index)
-            for name, value in self.step.validate(send_to_device(items[index], accelerator.device), generator).items():
+            item = items[index]
+            found = self.step.validate(send_to_device(item, accelerator.device), generator)
+            if wrong := ", ".join(name for name, value in found.items() if not math.isfinite(value)):
+                volume = item.get("name", f"item {index}")
+                logger.warning("step %d: of the validation volume %s, %s is not finite", self.state.step, volume, wrong)
+            for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + value
         metrics: dict[str, float] = {}
         self.progress.doing()
@@ -383,8 +360,6 @@ class Loop:
         accelerator.log({f"validation/{k}": v for k, v in metrics.items()}, step=self.state.step)
         text = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
         logger.info("step %d  validation (%d items): %s", self.state.step, len(items), text)
-        if not all(math.isfinite(v) for v in metrics.values()):
-            logger.warning("step %d: a validation metric is not finite", self.state.step)
         return metrics
 
     def _gather(self) -> None:

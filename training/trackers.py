@@ -1,6 +1,7 @@
 """Where a run's scalars and previews go: the trackers that Accelerate knows, and a table of our own, metrics.csv."""
 
 import csv
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers, on_main_process
 from accelerate.utils import LoggerType
+
+from files.atomic import atomic_file
 
 CSV = "csv"
 TABLE, COLUMNS = "metrics.csv", ("step", "name", "value")
@@ -41,16 +44,15 @@ class CsvTracker(GeneralTracker):
             with self.path.open(newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.reader(file) if len(row) == 3 and row[0].isdecimal() and int(row[0]) <= step]
         self.kept = {(step_, name) for step_, name, _ in rows}
-        partial = self.path.with_name(f".partial_{TABLE}")
-        with partial.open("w", newline="", encoding="utf-8") as file:
+        with atomic_file(self.path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
-        partial.replace(self.path)
 
     @on_main_process
     def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Add a row for each value; of a run that had ended and is resumed, its last validation is there."""
         rows = [[step, name, value] for name, value in values.items() if (str(step), name) not in self.kept]
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        with os.fdopen(os.open(self.path, flags, 0o666), "a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from accelerate import Accelerator
 
+from files.atomic import atomic_file
 from volumes.live_bar import LiveBar
 
 if TYPE_CHECKING:
@@ -67,11 +68,9 @@ def log_figure(accelerator: Accelerator, figure: "Figure", name: str, step: int,
     """Save a preview as folder/<name>_<step>.png and give it to every tracker that takes images. Main process only."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    folder.mkdir(parents=True, exist_ok=True)
     canvas = FigureCanvasAgg(figure)
-    partial = folder / f".partial_{name}.png"
-    canvas.print_png(str(partial))
-    partial.replace(folder / f"{name}_{step:06d}.png")
+    with atomic_file(folder / f"{name}_{step:06d}.png") as unfinished:
+        canvas.print_png(str(unfinished))
     image = np.asarray(canvas.buffer_rgba())[None, :, :, :3]
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):

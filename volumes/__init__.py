@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .labels import label_channels, label_indices, merge_channels
     from .map_checks import draw_shape, map_fault
     from .nifti import (
-        in_one_step,
+        VoxelError,
         nifti_path,
         on_stored_grid,
         stored_grid,
@@ -45,11 +45,11 @@ __all__ = [
     "Volume",
     "VolumeDataset",
     "VolumeError",
+    "VoxelError",
     "describe",
     "describe_grid",
     "draw_shape",
     "grid_numbers",
-    "in_one_step",
     "label_channels",
     "label_indices",
     "load_cases",

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from files.paths import check_name
+
 from .config import DataConfig, PhantomConfig
 from .names import Disk, cell_path, nfc, resource_forks, same_name, tidy, windows_hint
 from .patterns import case_name, fill_pattern, find_files, first_folder, is_wanted, placeholders
@@ -229,9 +231,7 @@ def _check_names(cases: list[Case]) -> None:
         if case.name in seen:
             files = [next(iter(c.images.values())) for c in (seen[case.name], case)]
             raise ValueError(f"two volumes are called {case.name!r}: {files[0]} and {files[1]}")
-        if case.name.startswith("."):
-            file = next(iter(case.images.values()), case.name)
-            raise ValueError(f"{file}: its volume would be called {case.name!r}, as a hidden file is; rename it")
+        check_name(case.name, f"{str(next(iter(case.images.values()), case.name))!r}, for files of this case")
         seen[case.name] = case
 
 

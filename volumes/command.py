@@ -34,9 +34,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from files.paths import printable
+
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended: 128 + SIGINT
 TRACEBACK = "--traceback"
-ROOMS = ("volumes", "autoencoder", "diffusion", "pipelines", "training", "evaluation", "benchmarks", "docs", "weights")
+ROOMS = (
+    "files",
+    "volumes",
+    "autoencoder",
+    "diffusion",
+    "pipelines",
+    "training",
+    "evaluation",
+    "benchmarks",
+    "docs",
+    "weights",
+)
 # What stops a command though no argument is wrong: the file system's errors that come without a remedy of ours.
 REMEDIES = {
     errno.ENOENT: "check the path",
@@ -162,7 +175,7 @@ def run_command(parse: Callable[[], object]) -> NoReturn:
         if message is None or TRACEBACK in sys.argv:
             raise
         if first_to_say(message):
-            print(f"{program}: error: {message} ({TRACEBACK} shows where)", file=sys.stderr, flush=True)
+            print(f"{program}: error: {printable(message)} ({TRACEBACK} shows where)", file=sys.stderr, flush=True)
         sys.exit(1)
     sys.exit(status if type(status) is int else 0)
 

@@ -7,6 +7,8 @@ import re
 import zlib
 from pathlib import Path
 
+from files.paths import open_regular
+
 from .volume import VolumeError
 
 POINTER = b"version https://git-lfs"
@@ -33,7 +35,7 @@ SUFFIXES = {
 def check_content(path: Path) -> None:
     """Raises: VolumeError for a file that is empty, a Git LFS pointer, a resource fork of macOS, and where the name belies the
     content: gzip that is none or is not said, or another format than its suffix; with the name to give it."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         start = file.read(START_BYTES)
     if not start:
         raise VolumeError(f"{path}: is empty")

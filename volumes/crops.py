@@ -64,6 +64,11 @@ class CropDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset) * self.samples_per_volume
 
+    @property
+    def names(self) -> list[str]:
+        """Of the volume of each item."""
+        return [case.name for case in self.dataset.cases for _ in range(self.samples_per_volume)]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)

@@ -17,7 +17,9 @@ import pydicom
 from pydicom.filereader import read_file_meta_info
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
-from .stored import LPS_TO_RAS, Stored, check_room, make_grid
+from files.paths import open_regular
+
+from .stored import LPS_TO_RAS, Stored, check_room, make_grid, refuse_special_volume
 from .volume import VolumeError
 
 UNCOMPRESSED = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
@@ -91,20 +93,26 @@ def is_series(path: Path) -> bool:
 
 
 def series_files(folder: Path) -> list[Path]:
-    """The files that make up a series: all in the folder but hidden ones, its index (DICOMDIR) and notes beside it."""
-    return sorted(
+    """The files that make up a series: all in the folder but hidden ones, its index (DICOMDIR) and notes beside it.
+
+    Raises: VolumeError for a pipe, socket or device among them.
+    """
+    files = sorted(
         file
         for file in folder.iterdir()
         if not file.name.startswith(".")
         and file.name.upper() != "DICOMDIR"
         and file.suffix.lower() not in OTHER_FILES
-        and file.is_file()
+        and not file.is_dir()
     )
+    for file in files:
+        refuse_special_volume(file)
+    return [file for file in files if file.is_file()]
 
 
 def is_dicom(path: Path) -> bool:
     """Whether a file says that it is DICOM. Old files without a preamble do not, and are refused."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return file.read(132)[128:] == b"DICM"
 
 

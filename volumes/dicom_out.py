@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +21,14 @@ from pydicom.uid import (
 )
 from pydicom.valuerep import format_number_as_ds
 
+from files.atomic import atomic_folder
+
+from .nifti import VoxelError
 from .stored import LPS_TO_RAS, check_grid
 from .volume import Volume, affine_spacing
 
 MOST_SHEAR = 1e-3  # cosine between axes: what files that were rounded have, and a fifth of a voxel over 200
+LARGEST = 1e30  # of a voxel: the difference of two is a finite number, and one of 16 characters
 LEVELS = 65000  # of a volume that is no whole numbers: fewer than 16 bits hold, so that rounding never leaves them
 CLASSES = {  # of the standard, by modality, with what they ask for beside the geometry; all others are secondary captures
     "CT": (CTImageStorage, {"KVP": None, "AcquisitionNumber": None, "RescaleType": "HU"}),
@@ -68,8 +71,12 @@ def write_dicom(
     if not (modality.isascii() and modality.isalnum() and modality.isupper() and len(modality) <= 16):
         raise ValueError(f"modality is a code such as CT, MR or PT, got {modality!r}")
     if not np.isfinite(volume.array).all():
-        raise ValueError("the volume holds values that are not finite, which no DICOM file can; replace them first")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise VoxelError("the volume holds values that are not finite, which no DICOM file can; replace them first")
+    if np.abs(volume.array).max() > LARGEST:
+        raise VoxelError(
+            f"the volume holds values beyond {LARGEST:g}, which DICOM's decimal numbers cannot be scaled to; check its units"
+        )
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise ValueError(f"{folder}: is there already; give a new folder, or an empty one")
     _check_right_angles(volume.affine)
     to_lps = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt("LPS"))
@@ -77,15 +84,11 @@ def write_dicom(
     affine = LPS_TO_RAS @ volume.affine @ inv_ornt_aff(to_lps, volume.shape)
     stored, slope, intercept = _stored(array)
     common = _common(affine, array, modality, software, model, seed)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     names = [f"{k + 1:04d}.dcm" for k in range(array.shape[2])]
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder.parent) as hidden:
-        unfinished = Path(hidden) / folder.name
-        unfinished.mkdir()
+    with atomic_folder(folder) as unfinished:
         for k, name in enumerate(names):
             one = _slice(common, stored[:, :, k], slope, intercept, k, affine)
             one.save_as(unfinished / name, enforce_file_format=True)
-        os.replace(unfinished, folder)
     return [folder / name for name in names]
 
 

@@ -20,7 +20,7 @@ from .contents import check_content
 from .dicom import is_dicom, is_series, read_dicom, series_files
 from .names import nfc
 from .nifti import AXES, NIFTI_SUFFIXES, canonical_grid, exact_values, read_nifti
-from .stored import UNITS, Stored
+from .stored import UNITS, Stored, refuse_special_volume
 from .volume import SourceGrid, Volume, VolumeError
 
 Readable = str | os.PathLike | Any  # an image in memory, see `carriers`
@@ -123,6 +123,7 @@ def read_stored(source: Readable, *, units: str | None = None, axes: str | None 
     try:
         if not path.exists():
             raise VolumeError(f"{path}: no such file")
+        refuse_special_volume(path)
         if path.is_dir():
             return read_dicom(path, units)
         if is_nifti(path):
@@ -146,7 +147,11 @@ def is_nifti(path: str | os.PathLike) -> bool:
 
 
 def is_volume(path: Path) -> bool:
-    """Whether a file or folder is there that may hold a volume: any file, and folders of DICOM files."""
+    """Whether a file or folder is there that may hold a volume: any file, and folders of DICOM files.
+
+    Raises: VolumeError for a pipe, socket or device, which would keep its reader waiting.
+    """
+    refuse_special_volume(path)
     return path.is_file() or is_series(path)
 
 

@@ -1,6 +1,7 @@
 """What label maps of a training set have in common, and whether a generated one has it too: which labels, in how many pieces
 of what size, how near the edge, on grids of which shapes."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from scipy import ndimage
 
 TOUCHING = np.ones((3, 3, 3), bool)  # voxels that share a corner are of one piece
 MOST_SHAPES = 512
+MOST_SIDE = 32767  # voxels, of NIfTI-1
+MOST_MM3 = 1e15
 
 
 def count_pieces(mask: np.ndarray) -> int:
@@ -51,6 +54,35 @@ def describe_maps(maps: Sequence[tuple[np.ndarray, float]], names: Mapping[int, 
     chosen = np.linspace(0, len(shapes) - 1, min(len(shapes), MOST_SHAPES)).round().astype(int)
     pieces = max(count_pieces(array != values[0]) for array, _ in maps)
     return {"labels": labels, "pieces": pieces, "shapes": " ".join(shapes[i] for i in chosen)}
+
+
+def check_maps(known: Any, names: Sequence[str]) -> None:
+    """Raises: ValueError unless `known` is what `describe_maps` writes, of labels among `names`."""
+
+    def expect(fit: bool, entry: str, value: Any) -> None:
+        if not fit:
+            raise ValueError(f"maps{entry} is {str(value)[:80]!r}; that is not what describe_maps writes")
+
+    expect(isinstance(known, Mapping) and bool(names), "", known)
+    shapes: Any = known.get("shapes")
+    labels: Any = known.get("labels")
+    fit = isinstance(shapes, str) and re.fullmatch(
+        r"\d{1,5}x\d{1,5}x\d{1,5}( \d{1,5}x\d{1,5}x\d{1,5})*", shapes, re.ASCII
+    )
+    sides = [int(side) for side in re.findall(r"\d+", shapes)] if isinstance(shapes, str) and fit else [0]
+    expect(0 < min(sides) and max(sides) <= MOST_SIDE and len(sides) <= 3 * MOST_SHAPES, ", shapes", shapes)
+    expect(_is_count(known.get("pieces")), ", pieces", known.get("pieces"))
+    expect(isinstance(labels, Mapping) and set(labels) <= set(names), ", labels", labels)
+    for name, limits in labels.items():
+        whole = isinstance(limits, Mapping) and _is_count(limits.get("pieces")) and _is_count(limits.get("edge"))
+        expect(whole and isinstance(limits.get("always"), bool), f", labels, {name}", limits)
+        sizes: Any = limits.get("mm3")
+        plain = isinstance(sizes, list | tuple) and len(sizes) == 2 and all(type(one) in (int, float) for one in sizes)
+        expect(plain and 0 <= sizes[0] <= sizes[1] <= MOST_MM3, f", labels, {name}", limits)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def map_fault(array: np.ndarray, voxel: float, names: Mapping[int, str], known: Mapping[str, Any]) -> str | None:

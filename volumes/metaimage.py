@@ -10,6 +10,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from files.paths import open_regular
+
 from .stored import LPS_TO_RAS, UNITS, Stored, check_room, file_beside, make_grid, numbers, read_packed, whole_numbers
 from .volume import VolumeError
 
@@ -42,7 +44,7 @@ def read_metaimage(path: Path, units: str | None = None) -> Stored:
     Raises: VolumeError for what is broken, or not of the kind described above.
     """
     name = str(path)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         fields = _fields(name, file)
         if fields.get("objecttype", "Image").lower() != "image" or _required(name, fields, "ndims") != "3":
             raise VolumeError(f"{name}: is no image of three dimensions (ObjectType and NDims)")
@@ -79,7 +81,7 @@ def read_metaimage(path: Path, units: str | None = None) -> Stored:
 
 def detached_file(path: Path) -> Path | None:
     """The file beside the header that holds the voxels; None if it holds them itself."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         named = _fields(str(path), file)["elementdatafile"]
     return None if named.upper() == "LOCAL" else file_beside(path, named)
 

@@ -8,17 +8,11 @@ header is believed before the file was seen to hold as many bytes as it promises
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import math
 import os
 import re
-import shutil
-import tempfile
-import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,19 +24,25 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
+from files.atomic import atomic_file
+
 from .contents import GZIP, check_content
 from .resampling import resample_to
-from .stored import COPY_BYTES, Stored, check_grid, check_room, in_millimetres
+from .stored import COPY_BYTES, Stored, check_grid, check_room, in_millimetres, refuse_special_volume
 from .volume import SourceGrid, Volume, VolumeError, check_affine, same_grid
 
 Readable = str | os.PathLike | Nifti1Pair
+
+
+class VoxelError(ValueError):
+    """Voxels that no file should hold: NaN, infinite, or beyond what their type in the file can hold."""
+
 
 LENGTH_UNITS = {1: "m", 2: "mm", 3: "um"}  # by the low three bits of xyzt_units; anything else is taken as mm
 AXES = ("XYZC", "CXYZ")  # orders of a file's axes
 MOST_CHANNELS_FIRST = 16  # an axis that is shorter, and a quarter of all others, is one of channels
 SYNTHETIC = b"synthetic;"  # begins the description of what this package generated, whose header is right
 DESCRIPTION_BYTES = 79  # the header's `descrip` field is 80 bytes, the last one NUL
-WRITING, ABANDONED = ".writing-", 24 * 3600  # the prefix of hidden folders, and seconds
 NIFTI_SUFFIXES = (".nii.gz", ".hdr.gz", ".img.gz", ".nii", ".hdr", ".img")
 MOST_HEADER_BYTES = 1 << 26  # of a header with its extensions, and of what may follow the voxels in a file
 
@@ -97,7 +97,10 @@ def to_nibabel(
     array = stored_order(to_stored_grid(volume).array, source)
     if array.shape[3] == 1:
         array = array[..., 0]
-    array = _storable(array) if dtype is None else array if array.dtype == dtype else rounded(array, dtype)
+    if dtype is not None and array.dtype == dtype:
+        check_voxels(array, array.dtype)
+    else:
+        array = _storable(array) if dtype is None else rounded(array, dtype)
     return image_on_grid(array, source, description)
 
 
@@ -110,22 +113,34 @@ def stored_order(array: np.ndarray, grid: SourceGrid) -> np.ndarray:
 def rounded(array: np.ndarray, dtype: type[np.number] | np.dtype) -> np.ndarray:
     """The array as `dtype`, rounded where it is one of integers; plane by plane, in the order of a NIfTI file.
 
-    Raises: ValueError for values that integers of `dtype` cannot hold: they would wrap around.
+    Raises: VoxelError for values that are not finite, or that `dtype` cannot hold: they would wrap around, or become infinite.
     """
     result = np.empty(array.shape, dtype, order="F")
-    limits = np.iinfo(result.dtype) if result.dtype.kind in "iu" else None
     for index in np.ndindex(array.shape[2:]):
         plane = array[:, :, *index]
-        if limits is not None and plane.size:
-            plane = np.rint(plane) if plane.dtype.kind == "f" else plane
-            low, high = plane.min().item(), plane.max().item()
-            if not limits.min <= low <= high <= limits.max:
-                raise ValueError(
-                    f"voxels from {low:g} to {high:g} do not fit {result.dtype} ({limits.min} to {limits.max}); "
-                    "write them as float32, or scale them first"
-                )
-        result[:, :, *index] = plane
+        check_voxels(plane, result.dtype)
+        result[:, :, *index] = np.rint(plane) if result.dtype.kind in "iu" and plane.dtype.kind == "f" else plane
     return result
+
+
+def check_voxels(array: np.ndarray, dtype: np.dtype) -> None:
+    """Raises: VoxelError for values that are not finite, or that `dtype`, in which they are to be stored, cannot hold."""
+    if not array.size or (array.dtype == dtype and dtype.kind in "biu"):
+        return
+    low, high = array.min().item(), array.max().item()  # NaN, if there is any
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise VoxelError(
+            "voxels are not finite (NaN or infinite) in the units of the file; look for what is not finite in the weights, the "
+            "conditions and the intensity scale"
+        )
+    if dtype.kind == "f":
+        least, most = float(np.finfo(dtype).min), float(np.finfo(dtype).max)
+    else:
+        least, most = (0, 1) if dtype.kind == "b" else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+        low, high = round(low), round(high)
+    if not least <= low <= high <= most:
+        remedy = "scale them first" if dtype.kind == "f" else "write them as float32, or scale them first"
+        raise VoxelError(f"voxels from {low:g} to {high:g} do not fit {dtype} ({least:g} to {most:g}); {remedy}")
 
 
 def image_on_grid(array: np.ndarray, source: SourceGrid, description: str = "") -> nib.Nifti1Image:
@@ -143,10 +158,13 @@ def image_on_grid(array: np.ndarray, source: SourceGrid, description: str = "") 
 
 
 def write_volume(volume: Volume, path: str | os.PathLike, *, description: str = "") -> None:
-    """Write `to_nibabel(volume)` to a .nii or .nii.gz file, in one step: nobody ever finds it half written."""
+    """Write `to_nibabel(volume)` to a .nii or .nii.gz file, in one step: nobody ever finds it half written.
+
+    Raises: VoxelError for values that are not finite, or that the type of the file cannot hold.
+    """
     path = nifti_path(path)
     image = to_nibabel(volume, description=description)
-    with in_one_step(path) as (unfinished,):
+    with atomic_file(path) as unfinished:
         nib.save(image, unfinished)
 
 
@@ -156,28 +174,6 @@ def nifti_path(path: str | os.PathLike) -> Path:
     if not path.name.endswith((".nii.gz", ".nii")) or path.name in (".nii.gz", ".nii"):
         raise ValueError(f"{path}: name it .nii.gz or .nii")
     return path
-
-
-@contextmanager
-def in_one_step(*paths: Path) -> Iterator[list[Path]]:
-    """Files to write instead of `paths` (all in one folder, which is made), that take their places, in this order, when
-    the block ends. Where it ends in an error, nothing of them is left."""
-    folder = paths[0].parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=WRITING, dir=folder) as hidden:
-        unfinished = [Path(hidden) / path.name for path in paths]
-        yield unfinished
-        for made, path in zip(unfinished, paths, strict=True):
-            os.replace(made, path)
-
-
-def remove_abandoned(folder: Path) -> None:
-    """Remove the hidden folders in which processes were writing that were killed: those in which nothing moved for a day.
-    Which process they were of cannot be told where several machines share a folder."""
-    for hidden in folder.glob(f"{WRITING}*/"):
-        with contextlib.suppress(FileNotFoundError):  # its process lives, and has just finished
-            if time.time() - max(path.stat().st_mtime for path in (hidden, *hidden.rglob("*"))) > ABANDONED:
-                shutil.rmtree(hidden)
 
 
 def open_nifti(source: Readable, *, check: bool = True) -> tuple[str, Nifti1Pair]:
@@ -213,6 +209,8 @@ def open_nifti(source: Readable, *, check: bool = True) -> tuple[str, Nifti1Pair
         OverflowError,
     ) as error:
         raise VolumeError(f"{path}: cannot be read as NIfTI: {' '.join(str(error).split())}") from error
+    for holder in image.file_map.values():
+        refuse_special_volume(Path(str(holder.filename)))
     if min(shape, default=0) < 0 or start < 0:
         raise VolumeError(f"{path}: cannot be read as NIfTI: its shape is {shape}, its voxels begin at byte {start}")
     for part in {Path(str(holder.filename)) for holder in image.file_map.values()} if check else ():
@@ -396,6 +394,7 @@ def canonical_grid(source: SourceGrid) -> tuple[tuple[int, int, int], np.ndarray
 def _storable(array: np.ndarray) -> np.ndarray:
     """In a type that every NIfTI reader knows: float32, or the smallest of uint8, int16 and int32 that holds the integers."""
     if array.dtype.kind == "f":
+        check_voxels(array, np.dtype(np.float32))
         return np.asarray(array, dtype=np.float32)
     if array.dtype.kind not in "biu":
         raise ValueError(f"voxels of type {array.dtype} cannot be written as NIfTI")

@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from files.paths import open_regular
+
 from .stored import UNITS, Stored, check_room, file_beside, make_grid, numbers, read_packed, whole_numbers
 from .volume import VolumeError
 
@@ -51,7 +53,7 @@ def read_nrrd(path: Path, units: str | None = None) -> Stored:
     Raises: VolumeError for what is broken, or not of the kind described above.
     """
     name = str(path)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         fields = _fields(name, file)
         kind = _required(name, fields, "type")
         dtype, encoding = TYPES.get(kind), _required(name, fields, "encoding")
@@ -82,7 +84,7 @@ def read_nrrd(path: Path, units: str | None = None) -> Stored:
 
 def detached_file(path: Path) -> Path | None:
     """The file beside the header that holds the voxels; None if it holds them itself."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         fields = _fields(str(path), file)
     named = fields.get("data file", fields.get("datafile"))
     return None if named is None else file_beside(path, named)

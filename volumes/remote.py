@@ -4,6 +4,7 @@ What is needed of a remote folder is copied to this machine before anything read
 checks, are those of local files. Copies are in $MEDVOLUME_CACHE (default: ~/.cache/medvolume):
 
     files/<digest>                  one version (URL, size, etag or time) of one remote file; fetched once
+    digests/<digest>                sha256 of its content as it was fetched, compared once a process: what is damaged is fetched again
     s3/bucket/folder/@<digest>/...  the folder as it was listed, as hard links to these: it never changes
 
 Credentials, endpoints and options are fsspec's own (environment, ~/.config/fsspec, ~/.aws, ...), never a URL's or config's.
@@ -13,10 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-import uuid
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +28,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard, cast
 if TYPE_CHECKING:  # where a URL is met, and not before: whoever reads local files has no need of them
     import fsspec
 
+from files.atomic import atomic_file, atomic_folder, remove_leftovers, write_text
+from files.locks import one_at_a_time
+
 from .names import nfc, tidy
+
+logger = logging.getLogger(__name__)
 
 URL = re.compile(r"([a-z][a-z0-9+.:-]*)://(.*)", re.IGNORECASE | re.DOTALL)
 LOCAL = ("file", "local")  # protocols of this machine's own files
@@ -113,7 +120,6 @@ def copy_here(url: str, chosen: Callable[[str], bool], starts: Iterable[str] = (
     Raises: ValueError, which names the URL, if it cannot be listed or read, if files change meanwhile or do not have the
     length that was listed, and if they cannot be stored here.
     """
-    from filelock import FileLock
     from tqdm import tqdm
 
     place, starts = copy_place(url), sorted({start.strip("/") for start in starts})
@@ -121,12 +127,19 @@ def copy_here(url: str, chosen: Callable[[str], bool], starts: Iterable[str] = (
     wanted = {name: listed[name] for name in sorted(_with_parts(filter(chosen, listed), listed))}
     versions = {_inside(url, name): _digest(url, name, info) for name, info in wanted.items()}
     folder = place / f"@{hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:16]}"
-    files = cache_root() / "files"
+    files, sizes = cache_root() / "files", {versions[name]: _size(url, name, info) for name, info in wanted.items()}
     try:
         files.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(place / ".lock"):  # one process fetches, the others find it there
-            missing = {n: i for n, i in wanted.items() if not _is_there(files / versions[n], _size(url, n, i))}
+        place.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(CONNECTIONS) as threads:  # not under the lock: each process reads what it is to believe
+            list(threads.map(lambda version: _is_whole(files / version, sizes[version]), sizes))
+        with one_at_a_time(place / ".lock"):  # one process fetches, the others find it there
+            for left in (files, cache_root() / "digests", place):
+                remove_leftovers(left)
+            missing = {n: i for n, i in wanted.items() if not _is_whole(files / versions[n], sizes[versions[n]])}
+            for name in missing:
+                if (files / versions[name]).exists():
+                    logger.warning("%s/%s: its copy in %s is damaged; fetched again", url, name, cache_root())
             _check_room(url, files, sum(info["size"] for info in missing.values()))
             with ThreadPoolExecutor(CONNECTIONS) as threads:
                 jobs = [
@@ -141,8 +154,7 @@ def copy_here(url: str, chosen: Callable[[str], bool], starts: Iterable[str] = (
                     raise
             if missing:
                 _check_unchanged(url, versions, missing, files, list_files(url, starts))
-            for name, version in versions.items():
-                _link(files / version, folder / _inside(url, name))
+            _link_all({folder / _inside(url, name): files / version for name, version in versions.items()}, folder)
     except OSError as error:
         raise ValueError(
             f"{url}: its files cannot be copied to {cache_root()} ({error.strerror or error}); set MEDVOLUME_CACHE to a "
@@ -222,31 +234,25 @@ def list_files(url: str, starts: Iterable[str] = ("",)) -> dict[str, dict[str, A
 
 
 def download(url: str, name: str, size: int, target: Path, time: int | None = None) -> str:
-    """Fetch a file to `target`, in one step, never more than `size` bytes, and set its time of change (in seconds), if one is
+    """Fetch a file into `target`, an unfinished one, never more than `size` bytes, and set its time of change (in seconds), if one is
     given. Returns the SHA-256 of its content.
 
     Raises: ValueError if it is not there, or has another length; OSError if `target` cannot be written.
     """
     system, base = connect(url)
-    digest, got, partial = hashlib.sha256(), 0, target.with_name(f".partial_{uuid.uuid4().hex}")
-    try:
-        with open(partial, "wb") as file:
-            for piece in _pieces(url, name, system, f"{base}/{name}"):
-                got += len(piece)
-                if got > size:
-                    break
-                digest.update(piece)
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        if got != size:
-            more = "more than" if got > size else f"{got} of"
-            raise ValueError(f"{url}/{name}: sends {more} the {size} bytes that were listed; did it change? Try again")
-        if time is not None:
-            os.utime(partial, (time, time))
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    digest, got = hashlib.sha256(), 0
+    with open(target, "wb") as file:
+        for piece in _pieces(url, name, system, f"{base}/{name}"):
+            got += len(piece)
+            if got > size:
+                break
+            digest.update(piece)
+            file.write(piece)
+    if got != size:
+        more = "more than" if got > size else f"{got} of"
+        raise ValueError(f"{url}/{name}: sends {more} the {size} bytes that were listed; did it change? Try again")
+    if time is not None:
+        os.utime(target, (time, time))
     return digest.hexdigest()
 
 
@@ -261,7 +267,8 @@ def _pieces(url: str, name: str, system: fsspec.AbstractFileSystem, path: str) -
 
 def _fetch(url: str, name: str, size: int, target: Path) -> None:
     seconds = int(target.name[:8], 16) >> 1  # of this version, the same on every machine: keys are made of files' times
-    download(url, name, size, target, seconds)
+    with atomic_file(target) as unfinished:
+        write_text(_written(target), download(url, name, size, unfinished, seconds))
 
 
 def _failed(url: str, what: str, error: Exception) -> ValueError:
@@ -285,8 +292,30 @@ def _size(url: str, name: str, info: dict[str, Any]) -> int:
     return info["size"]
 
 
-def _is_there(file: Path, size: int) -> bool:
-    return file.is_file() and file.stat().st_size == size
+_whole: dict[Path, tuple[int, ...]] = {}  # copies whose digest this process has compared, as they were then
+
+
+def _written(file: Path) -> Path:
+    """Where the digest of a copy stands."""
+    return file.parents[1] / "digests" / file.name
+
+
+def _is_whole(file: Path, size: int) -> bool:
+    """Whether a copy is there as it was fetched. Its digest is compared the first time that a process asks, and when it was touched
+    since: all of it is read then anyway, and a file that lost sectors keeps its size and times."""
+    try:
+        found = file.lstat()
+        stamp = found.st_ino, found.st_size, found.st_mtime_ns
+        if not stat.S_ISREG(found.st_mode) or found.st_size != size:
+            return False
+        if _whole.get(file) != stamp:
+            with file.open("rb") as content:
+                if hashlib.file_digest(content, "sha256").hexdigest() != _written(file).read_text():
+                    return False
+            _whole[file] = stamp
+    except (OSError, UnicodeDecodeError):  # not there, or on sectors that cannot be read
+        return False
+    return True
 
 
 def _check_room(url: str, files: Path, needed: int) -> None:
@@ -309,14 +338,20 @@ def _check_unchanged(
         raise ValueError(f"{url}/{changed[0]}: changed while it was copied ({len(changed)} files did); start again")
 
 
-def _link(file: Path, target: Path) -> None:
-    """`target` as a hard link to `file`, in one step."""
-    if target.exists() and target.samefile(file):
+def _link_all(links: Mapping[Path, Path], folder: Path) -> None:
+    """`folder` with hard links to files, {link: file}; of one that is there already, only what is not the same file is replaced."""
+    if not folder.exists():
+        with atomic_folder(folder) as unfinished:
+            for link, file in links.items():
+                place = unfinished / link.relative_to(folder)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.link(file, place)
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".partial_{uuid.uuid4().hex}")
-    os.link(file, partial)
-    partial.replace(target)
+    for link, file in links.items():
+        if not (link.exists() and link.samefile(file)):
+            remove_leftovers(link.parent)
+            with atomic_file(link) as place:
+                os.link(file, place)
 
 
 def _inside(url: str, name: str) -> str:

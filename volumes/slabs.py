@@ -20,6 +20,8 @@ from nibabel.openers import Opener
 from nibabel.orientations import io_orientation
 from nibabel.volumeutils import apply_read_scaling
 
+from files.atomic import atomic_file
+
 from .nifti import (
     MOST_HEADER_BYTES,
     canonical_grid,
@@ -27,7 +29,6 @@ from .nifti import (
     grid_of,
     gunzip,
     image_on_grid,
-    in_one_step,
     nifti_path,
     open_nifti,
     rounded,
@@ -60,16 +61,18 @@ def write_slabs(
         dtype: of the voxels in the file.
         description: for the header, at most 79 bytes.
 
-    Raises: ValueError for slabs that do not fill the grid, and OSError (a full disk); no file is left then.
+    Raises: ValueError for slabs that do not fill the grid, VoxelError for values that are not finite or that `dtype` cannot hold, and
+    OSError (a full disk); no file is left then.
     """
     path = nifti_path(path)
-    with in_one_step(path) as (unfinished,):
+    with atomic_file(path) as unfinished:
         plain = unfinished.with_suffix("") if path.suffix == ".gz" else unfinished
         with open(plain, "w+b") as file:
             _write_plain(file, slabs, grid, np.dtype(dtype), description, path)
         if plain != unfinished:
             with open(plain, "rb") as source, Opener(str(unfinished), "wb") as compressed:  # at nibabel's own level
                 shutil.copyfileobj(source, compressed, COPY_BYTES)  # pyright: ignore[reportArgumentType]
+            plain.unlink()  # before all that is there is put on the disk
 
 
 def _write_plain(

@@ -16,6 +16,8 @@ from typing import BinaryIO
 import numpy as np
 import psutil
 
+from files.paths import refuse_special
+
 from .names import Disk
 from .volume import SourceGrid, VolumeError, check_affine
 
@@ -39,6 +41,14 @@ class Stored:
     name: str
     values: np.ndarray
     grid: SourceGrid
+
+
+def refuse_special_volume(path: Path) -> None:
+    """Raises: VolumeError for a pipe, socket or device, which would keep its reader waiting."""
+    try:
+        refuse_special(path)
+    except ValueError as error:
+        raise VolumeError(str(error)) from error
 
 
 def make_grid(

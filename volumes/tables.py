@@ -18,6 +18,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from files.paths import open_regular, refuse_special
+
 from .contents import GZIP, POINTER, RESOURCE_FORK, WEB_PAGE
 from .names import nfc
 
@@ -64,6 +66,7 @@ def read_table(path: Path, used: Collection[str] | None = None) -> list[Row]:
             a list, and curly quotation marks around a value are refused.
     Raises: ValueError naming the file, the line and the remedy for whatever cannot be read right.
     """
+    refuse_special(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such table")
     kind = "JSON" if path.name.lower().removesuffix(".gz").endswith(".json") else "CSV"
@@ -106,7 +109,7 @@ def read_number(cell: Any) -> float:
 
 
 def _content(path: Path) -> bytes:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         data = file.read(MOST_BYTES + 1)
     packed = data.startswith(GZIP)
     if packed and path.suffix.lower() != ".gz":

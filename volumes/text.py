@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from files.paths import open_regular
+
 
 class FileError(OSError, ValueError):
     """A file or folder of a model that is missing or damaged: an OSError, as diffusers raises, and a ValueError, as all errors
@@ -59,7 +61,7 @@ def load_settings(text: str) -> Any:
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises: FileError naming the file if it is no JSON, or nested too deeply."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(_read_text(path))
     except (ValueError, OSError) as error:
         raise FileError(f"{path}: {path.name} is no JSON: {error}") from error
     except RecursionError as error:
@@ -78,7 +80,7 @@ def read_yaml(path: Path) -> Any:
     """What a YAML file holds. Raises: ValueError naming the file if it is none, nested too deeply, or if aliases make more than
     `MOST_VALUES` of it ("billion laughs")."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = _read_text(path)
         values = _count(yaml.compose(text, Loader=SettingsLoader), {})
         found = load_settings(text) if values <= MOST_VALUES else None
     except RecursionError as error:
@@ -88,6 +90,11 @@ def read_yaml(path: Path) -> Any:
     if values > MOST_VALUES:
         raise ValueError(f"{path}: its aliases repeat values more than {MOST_VALUES} times; write them out")
     return found
+
+
+def _read_text(path: Path) -> str:
+    with open_regular(path) as file:
+        return file.read().decode("utf-8-sig")
 
 
 def _count(node: yaml.Node | None, known: dict[int, int]) -> int:

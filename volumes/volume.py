@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from files.paths import printable
+
 from .remote import with_urls
 
 GRID_NUMBERS = tuple(f"{what}_{axis}" for what in ("spacing", "size") for axis in "xyz")
@@ -23,7 +25,7 @@ class VolumeError(ValueError):
     """A file or volume that cannot be used; the message names it, the reason and, where there is one, the remedy."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(with_urls(message))
+        super().__init__(printable(with_urls(message)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,8 +27,8 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
+from files.atomic import remove_leftovers, write_text
 from training import TrainLdmConfig, TrainVaeConfig, parse_config
-from training.output import write_text
 from training.splits import load_split, own_record
 from volumes import describe
 from volumes.preprocessing import described_preprocessing, refuse_differences
@@ -61,6 +61,7 @@ def main(args: Sequence[str] | None = None) -> None:
             stored["data"] = train.preprocessing
         written[path] = stored
     for path, stored in written.items():
+        remove_leftovers(path.parent)
         write_text(path, json.dumps(stored, indent=2, sort_keys=True) + "\n")
         print(path)
 

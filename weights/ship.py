@@ -49,6 +49,7 @@ from autoencoder import VolumeAutoencoder
 from autoencoder.model import deciding
 from autoencoder.noise import measure_noise
 from diffusion.latent_cache import weights_hash
+from files.atomic import atomic_file, atomic_folder, remove_folder, remove_leftovers, write_text
 from pipelines import MedVolumePipeline
 from pipelines.loading import load_autoencoder
 from training import TrainLdmConfig, parse_config
@@ -92,24 +93,29 @@ def main(args: list[str] | None = None) -> None:
             pipe.vae, pipe.unet, pipe.scheduler, data={**pipe.data, "noise": measure_noise(train, pipe.vae)}
         )
     pipe.to(torch.float16)
+    remove_leftovers(target)
     pipe.save_pretrained(target)
     size = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
     if size > LIMIT:
         raise ValueError(f"{target}: weights of {size / 1e6:.1f} MB, the limit is {LIMIT / 1e6:.0f} MB")
     for folder, files in (("masks", masks), ("results", reports)):
-        shutil.rmtree(target / folder, ignore_errors=True)
         if files:
-            (target / folder).mkdir()
-        for path in files:
-            shutil.copyfile(path, target / folder / path.name)
+            with atomic_folder(target / folder) as unfinished:
+                for path in files:
+                    shutil.copyfile(path, unfinished / path.name)
+        elif (target / folder).exists():
+            remove_folder(target / folder)
 
-    with open(target / "examples.csv", "w", newline="") as file:
+    with (
+        atomic_file(target / "examples.csv") as unfinished,
+        unfinished.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(row | ({"mask": f"masks/{Path(row['mask']).name}"} if row.get("mask") else {}) for row in rows)
 
     figures = {**results, **summaries(results), "megabytes": size / 1e6}
-    (target / "README.md").write_text(fill(options.card.read_text(), figures))
+    write_text(target / "README.md", fill(options.card.read_text(encoding="utf-8"), figures))
     print(f"{target}: {size / 1e6:.1f} MB of weights, {len(rows)} examples, {len(results)} result files")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from volumes import in_one_step
+from files.atomic import write_text
 
 from ..report import provenance, write_report
 from .model import RULE, Claim, Section
@@ -80,8 +80,7 @@ def write_page(
     )
     for name in ("report.html", "report.md"):
         text = environment.get_template(f"{name}.jinja").render(context)
-        with in_one_step(output / name) as (unfinished,):
-            unfinished.write_text(text, encoding="utf-8")
+        write_text(output / name, text)
     figures = {
         "evaluation": "page",
         "title": title,
