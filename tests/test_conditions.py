@@ -324,6 +324,30 @@ def test_two_dicts_are_two_calls_and_every_condition_counts():
         torch.testing.assert_close(one, together[0], atol=1e-5, rtol=1e-4)
 
 
+def test_two_masks_with_two_volumes_each_and_other_conditions_are_four_calls():
+    """In batches of three, so that one holds volumes of both masks; records too are each of its own volume."""
+    pipe = pipeline_of()
+    masks = [mask_image((8, 8, 8), seed=seed) for seed in (1, 2)]
+    labels = [{"sex": "F", "diagnosis": "benign"}, {"sex": "M"}]
+    numbers = [{"age": 63, "weight": 70.5}, {"age": 30}]
+    settings = {"num_inference_steps": 2, "output_type": "latent"}
+    together = pipe(
+        masks,
+        labels=labels,
+        numbers=numbers,
+        num_volumes_per_mask=2,
+        generator=seeded(*range(4)),
+        batch_size=3,
+        **settings,
+    )
+    for i, (latents, record) in enumerate(zip(together.volumes, together.provenance, strict=True)):
+        own = {"labels": labels[i // 2], "numbers": numbers[i // 2]}
+        alone = pipe(masks[i // 2], **own, generator=seeded(i), **settings)
+        torch.testing.assert_close(latents, alone.volumes[0], atol=1e-5, rtol=1e-4)
+        assert record == alone.provenance[0] and record["seed"] == i
+        assert {key: record[key] for key in own} == own
+
+
 def test_without_masks_a_volume_a_dict(tmp_path):
     pipe = pipeline_of(num_labels=0)
     labels = [{"sex": "F"}, {"sex": "M"}]

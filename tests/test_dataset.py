@@ -223,13 +223,14 @@ def test_crops_reach_every_place(folder):
 
 def test_flips_turn_image_mask_and_field_of_view_together(folder):
     dataset = dataset_of(folder)
-    plain = CropDataset(dataset, (8, 8, 8), seed=0)
-    flipping = CropDataset(dataset, (8, 8, 8), seed=0, flip_axes=(0, 2))
+    plain = CropDataset(dataset, (12, 8, 14), seed=0)  # larger than the volume along the axes that are flipped
+    flipping = CropDataset(dataset, (12, 8, 14), seed=0, flip_axes=(0, 2))
     seen = set()
     for epoch in range(40):
         plain.set_epoch(epoch)
         flipping.set_epoch(epoch)
         a, b = plain[0], flipping[0]
+        assert torch.equal(b["fov"][0], b["mask"] != PADDING) and not b["fov"].all()
         matches = [
             axes
             for axes in ((), (0,), (2,), (0, 2))

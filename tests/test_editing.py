@@ -7,7 +7,7 @@ import torch
 from tiny import mask_image, seeded, tiny_pipeline
 
 from pipelines import describe_mask, read_sidecar
-from pipelines.inpainting import membrane
+from pipelines.inpainting import FINE, membrane
 from volumes import PADDING, Volume, read_volume
 
 SHAPE = (10, 9, 12)
@@ -286,6 +286,23 @@ def test_a_membrane_meets_its_surroundings_and_ends_at_its_margin():
     np.testing.assert_allclose(membrane(missing, region, (1, 1, 2), 8.0), added, atol=0.2)  # margins are of mm
     for margin, inside in ((0.5, region), (4.0, np.ones_like(region))):
         assert not membrane(np.nan_to_num(missing), inside, (1, 1, 1), margin).any()
+
+
+def test_a_membrane_is_as_smooth_in_millimetres_as_they_are_apart():
+    """A wave along the border, voxels of 2 mm along it and 1 mm across: Laplace's equation on that grid has the solution
+    sinh(q (n - j)) / sinh(q n), j voxels inside, with (cosh q - 1) = (1 - cos k) / 4; of the straight line less that,
+    `FINE` is added in the first voxel and a factor of e less in each that follows."""
+    region = np.zeros((3, 6, 12), bool)
+    region[..., 3:] = True
+    k, n = np.pi / 6, 5
+    wave = 7 * np.cos(k * (np.arange(6) + 0.5))
+    missing = np.where(region, np.nan, wave[None, :, None])[None].astype(np.float32)
+    added = membrane(missing, region, (1, 2, 1), 4.0)[0, 1]
+    j, q = np.arange(1, 5), np.arccosh(1 + (1 - np.cos(k)) / 4)
+    smooth, straight = np.sinh(q * (n - j)) / np.sinh(q * n), 1 - j / n
+    expected = smooth + FINE * (straight - smooth) * np.exp(1.0 - j)
+    np.testing.assert_allclose(added[:, 3:7], wave[:, None] * expected, atol=0.05)
+    assert not added[:, 7:].any()
 
 
 def test_a_membrane_carries_some_of_what_is_fine_one_voxel_far():

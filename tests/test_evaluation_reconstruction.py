@@ -12,7 +12,7 @@ import evaluate
 from autoencoder import VQGAN3D, AutoencoderKL3D
 from evaluation import codebook_report, evaluate_reconstruction, reconstruct
 from evaluation.report import write_report
-from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
+from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases, pad_sample
 
 
 class ShiftedCoder:
@@ -113,7 +113,13 @@ def test_the_command_reads_config_and_weights(tmp_path, capsys):
     report = evaluate.main([*args, "--vae", str(tmp_path / "run"), "--data.validation_fraction", "0.5"])
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(json.dumps(report))
     assert report["volumes"] == 2 and report["data"]["validation_fraction"] == 0.5
-    assert 0 < report["psnr_db"]["mean"] < 30  # untrained
+    config = DataConfig(phantom=PhantomConfig(count=4, shape=(30, 30, 30)), validation_fraction=0.5)
+    held_out = [case for case in load_cases(config) if case.split == "validation"]
+    for item in map(VolumeDataset(held_out, config).__getitem__, range(2)):
+        sample = pad_sample(item, 4)
+        error = (reconstruct(vae.eval(), sample["image"]) - sample["image"])[sample["fov"]] / 2  # of [0, 1]
+        expected = -10 * np.log10((error.double() ** 2).mean().item())
+        assert report["psnr_db"]["per_volume"][item["name"]] == pytest.approx(expected, abs=1e-3)
     assert "report.json" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no case is in split 'test'.*vae.yaml"):
         evaluate.main([*args, "--vae", str(tmp_path / "run"), "--split", "test"])

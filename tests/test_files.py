@@ -159,6 +159,43 @@ def test_what_a_killed_process_left_is_removed_and_what_it_replaced_put_back(tmp
     assert (tmp_path / "model/weights").read_text() == "1" and names(tmp_path) == ["model"]
 
 
+def hidden_folder(folder: Path, *, older: bool = False, age: float = 0, lock: bool = True) -> Path:
+    """What a process that was killed leaves, `age` seconds ago; without a lock, if it was killed before it made one."""
+    hidden = folder / f"{atomic.UNFINISHED}1"
+    (hidden / atomic.NEW / "model").mkdir(parents=True)
+    if older:
+        (hidden / atomic.REPLACED / "model").mkdir(parents=True)
+        (hidden / atomic.REPLACED / "model/weights").write_text("older")
+    if lock:
+        (hidden / atomic.LOCK).touch()
+    os.utime(hidden, (time.time() - age,) * 2)
+    return hidden
+
+
+def test_killed_after_the_new_one_took_its_place_the_older_one_goes(tmp_path):
+    hidden_folder(tmp_path, older=True)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/weights").write_text("newer")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["model"] and (tmp_path / "model/weights").read_text() == "newer"
+
+
+@posix
+def test_what_a_link_in_a_folder_leads_to_is_not_touched(tmp_path):
+    """A FIFO would be waited for, and a link to nothing be an error."""
+    with atomic_folder(tmp_path / "model") as unfinished:
+        (unfinished / "nowhere").symlink_to(tmp_path / "nothing")
+        (unfinished / "weights").write_text("1")
+    assert names(tmp_path / "model") == ["nowhere", "weights"]
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "model").write_text("precious")
+    with pytest.raises(FileExistsError, match="a file is in the place"), atomic_folder(tmp_path / "model"):
+        pytest.fail("wrote")
+    assert (tmp_path / "model").read_text() == "precious" and names(tmp_path) == ["model"]
+
+
 def test_leftovers_are_known_by_their_lock_and_not_by_the_clock(tmp_path):
     for name, age in (("old", 3600), ("future", -3600), ("starting", 1)):
         hidden = tmp_path / f"{atomic.UNFINISHED}{name}"
@@ -193,8 +230,9 @@ def test_links_that_look_like_leftovers_are_left_alone(tmp_path):
     (tmp_path / "home/precious").touch()
     (tmp_path / "out").mkdir()
     (tmp_path / f"out/{atomic.UNFINISHED}1").symlink_to(tmp_path / "home", target_is_directory=True)
+    os.utime(tmp_path / "home", (time.time() - 100,) * 2)
     remove_leftovers(tmp_path / "out")
-    assert (tmp_path / "home/precious").exists()
+    assert names(tmp_path / "home") == ["precious"] and len(names(tmp_path / "out")) == 1
 
 
 HOLDS = """
@@ -269,7 +307,7 @@ def test_a_lock_ends_with_its_process_though_that_has_forked(tmp_path):
 
 @posix
 def test_a_lock_is_waited_for_when_asked_to(tmp_path, capsys):
-    process = child(HOLDS, tmp_path, 1)
+    process = child(HOLDS, tmp_path, 1.6)
     began = time.monotonic()
     with only_writer(tmp_path, wait_minutes=1):
         assert process.wait(10) == 0 and time.monotonic() - began < 30
@@ -284,7 +322,8 @@ def test_paths_stay_inside(tmp_path):
     home = tmp_path / "home"
     (home / "pictures").mkdir(parents=True)
     (home / "pictures/a.png").touch()
-    (tmp_path / "secret").touch()
+    for secret in (tmp_path / "secret", tmp_path / "home-secret", home / "a\\b", home / "c\nd"):
+        secret.touch()
     (home / "out").symlink_to(tmp_path)
     (home / "loop").symlink_to(home / "loop")
     os.mkfifo(home / "pipe")
@@ -292,7 +331,10 @@ def test_paths_stay_inside(tmp_path):
     assert path_inside(home, "out/home/pictures/a.png", "r.json").name == "a.png"  # comes back inside
     wrong = [
         "../secret",
+        "../home-secret",  # whose path begins like that of home
         "out/secret",
+        "a\\b",
+        "c\nd",
         str(tmp_path / "secret"),
         str(home / "pictures/a.png"),
         "",
@@ -320,6 +362,8 @@ def test_paths_stay_inside(tmp_path):
         "a\0",
         "\x1b[31mred",
         "\u202efdp",
+        "a\u2028b",
+        "a\udc80",
         " a",
         "a ",
         "a" * 201,

@@ -234,9 +234,32 @@ def test_a_series_is_read_as_itk_reads_it(series, volume):
     assert_equal(read_volume(series), volume)
 
 
+def test_slices_are_ordered_along_their_normal(series, volume):
+    """A sagittal series: all slices have one height above the feet, and their files are in no order."""
+    for path in series.iterdir():
+        one = pydicom.dcmread(path)
+        one.ImageOrientationPatient = list("010") + ["0", "0", "-1"]
+        one.ImagePositionPatient = [str(-3 * (one.InstanceNumber - 1)), "5", "40"]
+        one.save_as(path)
+    found = read_volume(series)
+    assert_equal(found, itk_series(series))
+    assert found.shape == (7, 5, 6) and found.spacing == pytest.approx((3, 1, 2))
+    # LPS: columns run to P, rows down to I, slices to R: in RAS+ order (slice, -column, -row)
+    lps = volume.array[0][::-1, ::-1]  # as write_dicom turned it
+    np.testing.assert_array_equal(found.array[0], lps.transpose(2, 0, 1)[:, ::-1, ::-1])
+
+
+def shift(path: Path, mm: float) -> None:
+    """Move a slice in its own plane."""
+    one = pydicom.dcmread(path)
+    moved = np.array(one.ImagePositionPatient, float) + mm * np.array(one.ImageOrientationPatient[:3], float)
+    change(path, ImagePositionPatient=[f"{x:.10g}" for x in moved])
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
+        (lambda s: shift(s / "4.dcm", 0.3), "shifted against each other by up to 0.3 mm"),
         (lambda s: (s / "4.dcm").unlink(), "not evenly spaced: steps of 3 to 6 mm, the median being 3"),
         (lambda s: change(s / "60.dcm", SeriesInstanceUID="1.2.3"), "mixes 2 series"),
         (lambda s: change(s / "7.dcm", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "7.dcm: is a localiser"),

@@ -142,6 +142,9 @@ def test_the_manifest_lists_our_volumes_alone(generated, tmp_path):
     nib.save(mask_image((8, 8, 8)), tmp_path / "theirs.nii.gz")
     (tmp_path / "theirs.json").write_text('{"Modality": "MR"}')
     assert generate.write_manifest(tmp_path) == 2
+    (tmp_path / "a_000.nii.gz").unlink()  # its sidecar alone makes no volume
+    assert generate.write_manifest(tmp_path) == 1
+    assert [row["file"] for row in csv.DictReader((tmp_path / "manifest.csv").open())] == ["a_001.nii.gz"]
 
 
 def test_masks_are_found_or_named(inputs, tmp_path):

@@ -89,6 +89,8 @@ def test_channels_are_merged_to_the_largest_above_the_threshold():
     channels = np.array([[0.1, -0.1, 0.9, 0.2], [-0.5, -0.9, 0.3, 0.6]]).reshape(2, 1, 1, 4)
     assert merge_channels(channels, [-3, 5, 400]).ravel().tolist() == [5, -3, 5, 400]
     assert merge_channels(channels, [-3, 5, 400], threshold=0.5).ravel().tolist() == [-3, -3, 5, 400]
+    tied = np.array([[0.5, 0.7], [0.2, 0.7]]).reshape(2, 1, 1, 2)  # at the threshold is not above it; of two, the first
+    assert merge_channels(tied, [-3, 5, 400], threshold=0.5).ravel().tolist() == [-3, 5]
 
 
 def processor_of(values, spacing=2.0) -> VolumeProcessor:

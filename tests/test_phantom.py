@@ -45,6 +45,15 @@ def test_the_origin_is_the_centre():
     np.testing.assert_allclose(image.affine @ [4.5, 5.5, 6.5, 1], [0, 0, 0, 1])
 
 
+def test_the_body_lies_where_the_seed_puts_it():
+    """Its centre, the first that is drawn, in units of half a side from the middle of the grid, faces at -1 and 1."""
+    for seed, shape in ((0, (24, 24, 24)), (1, (20, 24, 28))):
+        _, mask, _ = make_phantom(seed, shape)
+        centroid = (np.argwhere(mask.array[0] > 0).mean(0) + 0.5) / shape * 2 - 1
+        expected = np.random.default_rng(seed).uniform(-0.08, 0.08, 3)
+        np.testing.assert_allclose(centroid, expected, atol=0.015)
+
+
 def test_a_data_set_without_files():
     config = DataConfig(phantom=PhantomConfig(count=8, shape=(12, 12, 16), seed=100), validation_fraction=0.25)
     cases = load_cases(config)

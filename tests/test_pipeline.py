@@ -7,7 +7,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from tiny import labels_of, mask_image, seeded, tiny_pipeline
 
-from pipelines import MedVolumePipeline, read_sidecar, sidecar_path, write_synthetic
+from pipelines import MedVolumePipeline, equal_batches, read_sidecar, sidecar_path, write_synthetic
+from pipelines.sampling import initial_latents
 from volumes import Volume, read_mask, resample
 
 OBLIQUE = np.array([[0.8, 0.6, 0, -20], [-0.6, 0.8, 0, 7], [0, 0, 1, 30], [0, 0, 0, 1]], dtype=float)
@@ -331,6 +332,19 @@ def test_a_volume_says_that_it_is_synthetic(pipe, tmp_path):
     assert (record["seed"], record["num_inference_steps"], record["mask"]["file"]) == (12, STEPS, "case.nii.gz")
     assert record["scheduler"]["class"] == "FlowMatchEulerDiscreteScheduler"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["case_000.json", "case_000.nii.gz"]
+
+
+def test_noise_is_drawn_in_float32_whatever_the_type():
+    """So that a seed means one noise: of bfloat16 alone, another would be drawn."""
+    shape = (4, 3, 3, 3)  # 108 numbers: of multiples of 16, torch draws the same in both types
+    narrow = initial_latents(seeded(3, 4), None, shape, torch.device("cpu"), torch.bfloat16)
+    rows = [torch.randn(1, *shape, generator=generator) for generator in seeded(3, 4)]
+    assert torch.equal(narrow, torch.cat(rows).bfloat16())
+
+
+def test_grids_of_the_same_sides_in_another_order_share_no_batch():
+    shapes = [(4, 8, 12), (12, 8, 4), (4, 8, 12), (4, 12, 8), (4, 8, 12)]
+    assert list(equal_batches(shapes, 2)) == [[0, 2], [4], [1], [3]]
 
 
 def test_equal_grids_alone_share_a_batch(pipe, monkeypatch):

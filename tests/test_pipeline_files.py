@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import labels_of, mask_image, seeded, tiny_pipeline
 
-from pipelines import conditions, read_sidecar, volume_files, write_synthetic
+from pipelines import conditions, describe_mask, read_sidecar, volume_files, write_synthetic
 from pipelines import volume_processor as module
 from volumes import PADDING, read_mask, resample
 
@@ -99,6 +99,23 @@ def test_several_masks_each_have_their_file(tmp_path):
     without_masks = tiny_pipeline(num_labels=0, labels={})
     without_masks(shape=(7, 6, 9), num_inference_steps=1, paths=str(tmp_path / "shape.nii"))
     assert nib.load(tmp_path / "shape.nii").shape == (7, 6, 9)
+
+
+def test_every_file_says_its_own_seed_and_mask(tmp_path):
+    """Two masks with two volumes each, in batches of three: sidecar and header are of the very volume beside them."""
+    pipe, masks = tiny_pipeline(), [tmp_path / "mask_a.nii", tmp_path / "mask_b.nii"]
+    for number, mask in enumerate(masks):
+        nib.save(mask_image((8, 8, 8), seed=number), mask)
+    paths = [tmp_path / f"{i}.nii.gz" for i in range(4)]
+    seeds = (11, 12, 13, 14)
+    settings = {"num_inference_steps": 1, "batch_size": 3}
+    pipe(masks, num_volumes_per_mask=2, generator=seeded(*seeds), paths=paths, **settings)
+    for path, seed, mask in zip(paths, seeds, [masks[0]] * 2 + [masks[1]] * 2, strict=True):
+        record, image = read_sidecar(path), nib.load(path)
+        assert record["seed"] == seed and record["mask"] == describe_mask(mask)
+        assert image.header["descrip"].item().decode().endswith(f" seed {seed}")
+        alone = pipe(mask, generator=seeded(record["seed"]), **settings).volumes[0]
+        np.testing.assert_allclose(np.asarray(image.dataobj), np.asarray(alone.dataobj), atol=2e-3)
 
 
 def test_a_mask_that_is_given_twice_is_read_once(monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ import generate
 from diffusion import fold_images
 from evaluation import generated_pairs
 from pipelines import conditions, describe_mask, read_sidecar, write_synthetic
-from volumes import PADDING, Case, IntensityScaling, Volume
+from volumes import PADDING, Case, IntensityScaling, Volume, read_volume, resample
 
 CT = {"kind": "window", "low": -1000.0, "high": 1000.0}
 PET = {"kind": "percentile", "low": 1.0, "high": 9.0, "percentiles": [5.0, 95.0]}
@@ -167,6 +167,22 @@ def test_another_spacing_is_resampled_and_what_is_given_is_handed_back_as_it_was
         made = pipe(mask if with_mask else None, image={"ct": image}, num_inference_steps=1).volumes[0]["pet"]
     assert volume.shape == (2, 14, 12, 9) and np.array_equal(volume[1], np.asarray(image.dataobj))
     np.testing.assert_allclose(made.affine, fine)
+
+
+def test_an_image_of_another_spacing_is_resampled_and_then_scaled(monkeypatch):
+    """As training does it: percentiles are of the voxels at the model's spacing, and nothing is clipped before."""
+    fine = AFFINE @ np.diag([0.5, 0.5, 1, 1])
+    image = image_of(shape=(14, 12, 9), affine=fine, low=0.0, high=50.0)
+    with pytest.warns(UserWarning, match="is resampled"):
+        (tensor,) = seen(pipe := pipeline_of(), monkeypatch, mask_image((14, 12, 9), fine), {"pet": image})
+    voxels = resample(read_volume(image), (1, 1, 1)).array[0]
+    assert voxels.shape == SHAPE
+    padded = torch.full((1, 2, 8, 8, 12), -1.0)
+    scaled = IntensityScaling("percentile", 5, 95).fit(voxels).apply(voxels)
+    padded[0, 0, :7, 1:7, 1:10] = torch.from_numpy(scaled)
+    with torch.no_grad():
+        latents = pipe.vae.encode(padded, return_dict=False)[0].mode()[:, :4]
+    torch.testing.assert_close(tensor, fold_images({"pet": latents}, BOTH["images"], (2, 2, 3)))
 
 
 def test_what_cannot_be_given_is_named(pipe, tmp_path):

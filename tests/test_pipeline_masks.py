@@ -118,7 +118,8 @@ def test_missing_voxels_get_the_lowest_value(processor):
 
 @pytest.mark.parametrize("spacing", [2.0, 0.6, (0.7, 1.0, 1.9)])
 def test_another_spacing_is_resampled_and_the_result_resampled_back(processor, spacing):
-    """The canvas has the model's 1 mm; the result has the mask's grid, and a constant stays constant up to its edges."""
+    """The canvas has the model's 1 mm; the result has the mask's grid, and a constant stays constant up to its edges. What
+    fills voxels from outside would be the lowest value, that of a corner far away."""
     affine = np.diag([*np.broadcast_to(spacing, 3), 1.0])
     affine[:3, 3] = -30, 12, 5
     mask = nib.Nifti1Image(labels_of((13, 11, 7)), affine)
@@ -126,10 +127,16 @@ def test_another_spacing_is_resampled_and_the_result_resampled_back(processor, s
         canvas = processor.preprocess(mask)
     np.testing.assert_allclose(canvas.grid.spacing, 1)
     np.testing.assert_allclose(canvas.grid.shape, np.array(mask.shape) * spacing, atol=0.51)
-    image = processor.postprocess(torch.full((1, *canvas.shape), 0.5), canvas)
-    assert image.shape == mask.shape
-    np.testing.assert_allclose(image.affine, affine)
-    np.testing.assert_allclose(np.asarray(image.dataobj), 250, rtol=1e-5)
+    for corner, opposite in ((0, -1), (-1, 0)):
+        grid = np.full((1, *canvas.grid.shape), 0.5, np.float32)
+        grid[0, corner, corner, corner] = -1
+        image = processor.postprocess(torch.from_numpy(canvas.placement.apply(grid, 0.9)), canvas)
+        assert image.shape == mask.shape
+        np.testing.assert_allclose(image.affine, affine)
+        values = np.asarray(image.dataobj)
+        assert values[corner, corner, corner] < 240
+        for axis in range(3):
+            np.testing.assert_allclose(values.take(opposite, axis), 250, rtol=1e-5)
 
 
 def test_resampling_there_and_back_keeps_anatomy_in_place(processor):
@@ -145,6 +152,35 @@ def test_resampling_there_and_back_keeps_anatomy_in_place(processor):
     world = affine[0, 0] * np.arange(7) + affine[0, 3]
     inner = slice(1, -1)  # the smoothing before going coarser reaches the edge
     np.testing.assert_allclose(np.asarray(image.dataobj)[inner, 3, 3], 200 + world[inner], atol=0.05)
+
+
+@pytest.mark.parametrize("codes", ["RAS", "PIL"])
+def test_an_oblique_mask_of_another_spacing_goes_there_and_back(processor, codes):
+    """Each voxel of the 1 mm canvas has the label of the mask's voxel that holds its centre; a function that is linear in
+    the place, painted on the canvas, is the same function of the place on the mask's grid."""
+    cos, sin = np.cos(0.3), np.sin(0.3)
+    turned = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = turned * [2.0, 1.5, 1.2], [20, -6, 4]
+    labels = np.repeat(np.repeat(np.repeat(labels_of((3, 4, 4)), 4, 0), 3, 1), 3, 2)  # blocks of 12 x 12 x 12 voxels
+    image = nib.Nifti1Image(labels, affine)
+    to = nib.orientations.axcodes2ornt(codes)
+    stored = image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(affine), to))
+    with pytest.warns(UserWarning, match="resampled"):
+        canvas = processor.preprocess(stored)
+    place = nib.affines.apply_affine(canvas.grid.affine, np.moveaxis(np.indices(canvas.grid.shape), 0, -1))
+    voxel = nib.affines.apply_affine(np.linalg.inv(affine), place)
+    nearest = np.rint(voxel).astype(int).clip(0, np.array(labels.shape) - 1)
+    indices = np.select([labels == 2, labels == 5], [1, 2], 0)[tuple(np.moveaxis(nearest, -1, 0))]
+    clear = (np.abs(np.abs(voxel - np.floor(voxel)) - 0.5) > 1e-3).all(-1)  # not halfway between two voxels
+    np.testing.assert_array_equal(canvas.grid.array[0][clear], indices[clear])
+    painted = ((place - place.mean((0, 1, 2))) @ [0.02, -0.03, 0.01]).astype(np.float32)
+    assert np.abs(painted).max() < 0.9
+    image = processor.postprocess(torch.from_numpy(canvas.placement.apply(painted[None], 0)), canvas)
+    np.testing.assert_allclose(image.affine, stored.affine, atol=1e-5)
+    inner = np.asarray(nib.as_closest_canonical(image).dataobj)[2:-2, 2:-2, 2:-2]
+    at = nib.affines.apply_affine(affine, np.moveaxis(np.indices(labels.shape), 0, -1))[2:-2, 2:-2, 2:-2]
+    np.testing.assert_allclose(inner, 200 + 100 * (at - place.mean((0, 1, 2))) @ [0.02, -0.03, 0.01], atol=0.05)
 
 
 def test_a_model_of_native_spacing_takes_any(recwarn):

@@ -25,7 +25,14 @@ from pipelines.loading import load_autoencoder
 from pipelines.lora import add_lora, save_lora
 from training import TrainLdmConfig, TrainVaeConfig, parse_config
 from volumes import DataConfig, IntensityScaling
-from volumes.preprocessing import check_preprocessing, described_preprocessing, differences, inherited, preprocessing
+from volumes.preprocessing import (
+    check_preprocessing,
+    common_spacing,
+    described_preprocessing,
+    differences,
+    inherited,
+    preprocessing,
+)
 
 CT = {"kind": "window", "low": -1000.0, "high": 1000.0}
 
@@ -92,6 +99,12 @@ def test_label_maps_are_compared_by_what_becomes_of_each_value():
     assert [text.split(":")[0] for text in differences(learned, swapped)] == ["channels", "image_labels"]
     assert "image_labels" in differences(learned, {**learned, "image_labels": {}})[0]
     assert differences(of({0: "b", 1: "c", 2: "d"}), of({0: "b", 5: "c", 7: "d"})) == []  # the same channels
+    assert differences(of({0: "b", 1: "c", 2: "d"}), of({0: "b", 5: "c", 10: "d"})) == []  # 10 comes after 5
+
+
+def test_a_common_spacing_is_the_middle_one_if_all_are_near_it():
+    assert common_spacing([(1.008, 1, 2), (1, 1, 2.01), (1, 1.002, 2)]) == [1, 1, 2]
+    assert common_spacing([(1.02, 1, 2), (1, 1, 2), (1, 1, 2)]) is None
 
 
 def test_volumes_of_one_spacing_are_not_those_of_several():

@@ -304,6 +304,35 @@ def test_members_of_a_generator_that_copies_are_known(real):
     assert found["reidentification"]["top_1"]["rate"] == 1 and found["reidentification"]["patients"] == 36
 
 
+def test_members_are_known_by_similarity_and_by_loss_with_sets_of_equal_size(real):
+    """Sides that changed places would say 0 instead of 1: copies are near to members, whose losses are the lower ones."""
+    training, unseen = real[0], VolumeSet(real[1].volumes[:24], real[1].names[:24], real[1].subjects[:24])
+    copies = VolumeSet([disguised(volume, i, noise=0.1) for i, volume in enumerate(training.volumes)])
+    losses = np.linspace(0.1, 0.2, 24), np.linspace(0.153, 0.4, 24)
+    report = privacy_report(training, unseen, copies, {"voxels": SPACE}, alpha=0.1, pairs=1, losses=losses)
+    assert report["spaces"]["voxels"]["membership"]["auc"] == 1
+    assert report["loss_membership"]["auc"] == pytest.approx((losses[0][:, None] < losses[1]).mean())
+    assert report["loss_membership"]["auc"] > 0.85
+
+
+def test_intervals_and_other_masks_go_by_subject(real):
+    """40 volumes of 20 subjects; made010 copies one volume of the very subject whose other volume's mask it has."""
+    training, unseen = real
+    volumes = smooth(40, 12)
+    volumes[10] = disguised(training.volumes[5], seed=1)
+    volumes[20] = disguised(training.volumes[11], seed=2)
+    assert training.subjects[4] == training.subjects[5] != training.subjects[11]
+    masks: list[str | None] = [None] * 40
+    masks[10], masks[20] = "train004", "train004"
+    generated = VolumeSet(volumes, units_of(40, "made"), units_of(40, "s", 2), masks)
+    found = privacy_report(training, unseen, generated, {"voxels": SPACE}, alpha=0.1, pairs=1)["spaces"]["voxels"]
+    similarity, others = found["memorised"]["similarity"], found["memorised"]["other_masks"]
+    assert others["fraction"] == pytest.approx(similarity["fraction"] - 1 / 40)  # made020 copies another subject
+    assert similarity["interval"] == wilson(similarity["fraction"], 20)
+    assert found["yoon_2023"]["fraction"] == 2 / 40 and found["yoon_2023"]["interval"] == wilson(2 / 40, 20)
+    assert similarity["false_positives"]["interval"] == wilson(similarity["false_positives"]["fraction"], 24)
+
+
 def test_subjects_on_both_sides_are_refused(real):
     training, _ = real
     with pytest.raises(ValueError, match="t000"):

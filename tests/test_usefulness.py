@@ -75,6 +75,12 @@ def test_a_constant_gain_has_no_spread_over_subjects():
     )
 
 
+def test_a_seeds_ratio_is_of_its_means():
+    """(1 + 2) / (1 + 4), not the mean of 1 and 1/2: a volume that both find hard must not count most."""
+    found = compare_paired(np.array([[1.0, 2], [2, 2]]), np.array([[1.0, 4], [1, 1]]), ["a", "b"], "ratio")
+    assert found["per_seed"] == [0.6, 2] and found["of_means"] == pytest.approx(7 / 7)
+
+
 def test_the_subject_is_the_unit_of_the_bootstrap():
     """Two subjects of fifty equal volumes each are two observations, not a hundred."""
     values, zero = np.repeat([[0.0, 1.0]], 50, axis=1), np.zeros((1, 100))

@@ -98,7 +98,10 @@ def test_drawn_splits_keep_subjects_whole_and_fractions(tmp_path):
     counts = [sum(splits == {split} for splits in of_subject.values()) for split in ("train", "validation", "test")]
     assert counts == [72, 8, 20]
     assert load_cases(DataConfig(**arguments, validation_fraction=0.1)) == cases
-    assert load_cases(DataConfig(**arguments, split_seed=1)) != cases
+    others = load_cases(DataConfig(**arguments, validation_fraction=0.1, split_seed=1))
+    for split in ("validation", "test"):
+        first, second = ({case.subject for case in found if case.split == split} for found in (cases, others))
+        assert len(first) == len(second) and first != second
     # the test split does not depend on what is done with the rest
     for other in load_cases(DataConfig(**arguments, validation_fraction=0.5)):
         assert (other.split == "test") == (of_subject[other.subject] == {"test"})
@@ -206,6 +209,13 @@ def test_two_volumes_of_one_name(tabled, tmp_path):
 def test_contradictions_in_the_config_are_named(arguments, reason):
     with pytest.raises(ValueError, match=reason):
         DataConfig(**arguments)
+
+
+@pytest.mark.parametrize(("fraction", "held_out"), [(0.01, 1), (0.25, 1), (0.35, 2), (0.99, 4)])
+def test_a_fraction_is_rounded_to_one_at_least_and_never_all(fraction, held_out, tmp_path):
+    touch(tmp_path, *(f"{name}.nii" for name in "abcde"))
+    cases = load_cases(DataConfig(root=str(tmp_path), images="*.nii", test_fraction=fraction, validation_fraction=0))
+    assert [case.split for case in cases].count("test") == held_out
 
 
 def test_too_few_subjects_to_hold_one_out(tmp_path):

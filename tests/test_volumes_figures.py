@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 
 from volumes import shapes_figure, slices_figure
+from volumes.figures import LABEL_COLOURS
 
 
 def grid_of(figure, rows):
@@ -29,7 +31,8 @@ def test_planes_through_the_mask_in_proportion():
     for panel, plane, aspect in zip(axes[0, 1::2], expected, aspects, strict=True):
         np.testing.assert_array_equal(panel.images[0].get_array(), plane)
         assert panel.images[0].origin == "lower" and panel.get_aspect() == aspect
-        assert len(panel.collections) == 1  # the outline of the one label
+        assert len(panel.collections) == 1  # the outline of the one label, in its colour
+        assert to_hex(panel.collections[0].get_edgecolor()[0]) == LABEL_COLOURS[2]
         assert panel.get_xlim() == (-0.5, plane.shape[1] - 0.5)  # which widens nothing
     np.testing.assert_array_equal(axes[0, 0].images[0].get_array(), mask[:, :, 8].T)
     # without a mask: through the middle, no outline, no picture of a mask

@@ -61,6 +61,26 @@ def test_a_voxel_stays_where_it_is_in_the_patient(brain):
     np.testing.assert_allclose(volume.affine @ [*found[0], 1], stored.affine @ [*index, 1], atol=1e-9)
 
 
+@pytest.mark.parametrize(("unit", "scale"), [("mm", 1.0), ("meter", 1e-3)])
+def test_a_qform_beside_another_sform_goes_back_as_it_was(brain, unit, scale, tmp_path):
+    """The sform says where voxels lie; the scanner's own transform beside it keeps its place, its code, and its millimetres."""
+    image = reoriented(brain, "LPS")
+    scanner = image.affine.copy()
+    scanner[:3, 3] += [1.5, -2.0, 3.0]
+    to_unit = np.diag([scale, scale, scale, 1.0])
+    stored = nib.Nifti1Image(np.asarray(image.dataobj), None)
+    stored.set_sform(to_unit @ image.affine, 2)
+    stored.set_qform(to_unit @ scanner, 1)
+    stored.header.set_xyzt_units(unit)
+    nib.save(stored, tmp_path / "brain.nii")
+    volume = read_volume(tmp_path / "brain.nii")
+    np.testing.assert_allclose(volume.affine, brain.affine, atol=1e-3)
+    for written in (to_nibabel(volume), to_nibabel(volume.replace(volume.array * 2))):
+        np.testing.assert_allclose(written.get_qform(), scanner, atol=1e-2)
+        np.testing.assert_allclose(written.get_sform(), image.affine, atol=1e-3)
+        assert (written.header["qform_code"], written.header["sform_code"]) == (1, 2)
+
+
 @pytest.mark.parametrize(
     "name", ["qform only", "sform only", "neither", "slope", "big-endian", "NIfTI-2", "pair", "gzipped pair", "nii.gz"]
 )
@@ -234,6 +254,15 @@ def test_a_resampled_volume_goes_back_onto_the_grid_of_its_file(brain):
     written = to_nibabel(coarse)
     assert written.shape == stored.shape
     np.testing.assert_allclose(written.affine, stored.affine, atol=1e-6)
+
+
+def test_a_resampled_mask_goes_back_label_by_label(brain):
+    """To the nearest voxel: between labels 0 and 9 there is no other."""
+    labels = np.random.default_rng(0).choice([0, 9], (5, 6, 7)).astype(np.uint8)
+    stored = reoriented(nib.Nifti1Image(labels, brain.affine), "LPS")
+    written = to_nibabel(resample(read_mask(stored), (0.4, 0.7, 1.1), nearest=True))
+    assert set(np.unique(written.dataobj)) == {0, 9} and written.shape == stored.shape
+    assert (np.asarray(written.dataobj) == np.asarray(stored.dataobj)).mean() > 0.95
 
 
 def test_same_grid_allows_for_rounding_and_nothing_more(brain):

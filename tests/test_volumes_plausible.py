@@ -27,6 +27,7 @@ from volumes import (
     write_volume,
 )
 from volumes.plausible import contradiction, header_oddities, resampling_oddities
+from volumes.stored import check_room
 
 VOXELS = (2 * np.random.default_rng(0).integers(0, 2, (16, 17, 18))).astype(np.int16)
 
@@ -128,6 +129,20 @@ def test_several_channels_that_come_first():
     np.testing.assert_array_equal(read_volume(image_of(values), axes="CXYZ", time_point=2).array[0], VOXELS + 2)
     np.testing.assert_array_equal(read_volume(image_of(values), axes="XYZC").array, np.moveaxis(values, 3, 0))
     np.testing.assert_array_equal(read_volume(image_of(), axes="CXYZ").array[0], VOXELS)  # (X, Y, Z) has no channels
+
+
+def test_a_short_first_axis_is_one_of_channels_if_it_is_a_quarter_of_all_others():
+    with pytest.raises(VolumeError, match="first axis looks like one of channels"):
+        read_volume(image_of(np.zeros((3, 16, 17, 18), np.float32)))
+    assert read_volume(image_of(np.zeros((9, 16, 17, 20), np.float32)), time_point=19).shape == (9, 16, 17)
+
+
+def test_the_memory_that_reading_takes_is_counted(monkeypatch):
+    """2 bytes a voxel in the file, 16 more while it is scaled."""
+    monkeypatch.setattr("volumes.stored.memory_bytes", lambda: 18_000)
+    assert check_room("a.nii", (10, 10, 10), 2) == 2000
+    with pytest.raises(VolumeError, match="a.nii: says that it holds 10 x 10 x 10 voxels"):
+        check_room("a.nii", (10, 10, 10), 3)
 
 
 @pytest.mark.parametrize("shape", [(16, 17, 18, 1), (16, 17, 18, 1, 1), (1, 17, 18)])

@@ -13,6 +13,7 @@ anybody could see depends on it, is left in the table with its reason as `equiva
 """
 
 import argparse
+import gc
 import hashlib
 import importlib
 import json
@@ -37,6 +38,7 @@ SECONDS = 600  # a fault whose tests take longer counts as caught: they hang
 # Imported once and inherited by each run: torch alone takes seconds. None of them is ours.
 PRELOADED = ("pytest", "torch", "nibabel", "scipy.stats", "safetensors.torch", "monai.data", "jsonargparse", "yaml")
 PRELOADED += ("accelerate", "diffusers", "diffusers.schedulers", "diffusers.pipelines.pipeline_utils", "matplotlib")
+PRELOADED += ("hypothesis", "pydicom", "monai.networks.nets.unet", "monai.losses.dice", "peft")
 CAUGHT, MISSED, INVALID = "caught", "missed", "invalid"
 
 
@@ -127,7 +129,8 @@ def start_tests(tree: Path, tests: Sequence[str], log: Path) -> int:
         sys.path.insert(0, str(tree))
         import pytest
 
-        options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", f"--basetemp={tree.parent / 'pytest'}"]
+        options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "--assert=plain"]
+        options.append(f"--basetemp={tree.parent / 'pytest'}")
         code = int(pytest.main([*options, *tests]))
     finally:
         os._exit(code)
@@ -236,6 +239,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     for name in PRELOADED if left else ():
         importlib.import_module(name)
+    gc.freeze()  # pytest collects garbage at its end, and would look at all that was imported
     with tempfile.TemporaryDirectory(prefix="mutants_") as folder:
         workers = Workers(ROOT, options.workers if left else 0, Path(folder))
         if left and not options.no_baseline:

@@ -1,0 +1,103 @@
+"""Scales, labels, NRRD headers, splits and overlaps that are known by hand."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from volumes import Case, DataConfig, IntensityScaling, VolumeDataset, load_cases, read_volume
+from volumes.subjects import find_overlap, marks_of, record_subjects
+
+
+def test_percentiles_are_of_each_channel_by_itself(tmp_path):
+    """T1 from 0 to 510 and T2 from 1000 to 4060: neither range is in the other."""
+    ramp = np.arange(512, dtype=np.float32).reshape(8, 8, 8) - 1
+    ramp[0, 0, 0] = 0
+    for name, array in (("t1", ramp), ("t2", 1000 + 6 * ramp)):
+        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / f"a_{name}.nii")
+    images = {"T1": "{case}_t1.nii", "T2": "{case}_t2.nii"}
+    scaling = IntensityScaling("percentile", 0, 100)
+    config = DataConfig(root=str(tmp_path), images=images, intensity=scaling, validation_fraction=0)
+    item = VolumeDataset(load_cases(config), config)[0]
+    assert item["scale"].tolist() == [[0, 510], [1000, 4060]]
+    np.testing.assert_allclose(item["image"][0], item["image"][1], atol=1e-6)
+    assert (item["image"].amin(), item["image"].amax()) == (-1, 1)
+
+
+def test_a_mask_at_another_spacing_has_the_labels_that_it_had(tmp_path):
+    labels = np.random.default_rng(0).choice([0, 9], (6, 6, 6)).astype(np.uint8)
+    image = np.arange(216, dtype=np.float32).reshape(6, 6, 6)
+    for name, array in (("image", image), ("mask", labels)):
+        nib.save(nib.Nifti1Image(array, np.diag([1.0, 1, 2, 1])), tmp_path / f"{name}.nii")
+    names = {value: f"label {value}" for value in range(10)}
+    settings = {"images": "image.nii", "masks": "mask.nii", "label_names": names, "validation_fraction": 0}
+    config = DataConfig(root=str(tmp_path), spacing=(0.8, 1.0, 1.0), **settings)
+    mask = VolumeDataset(load_cases(config), config)[0]["mask"]
+    assert mask.shape == (8, 6, 12) and mask.unique().tolist() == [0, 9]
+
+
+def test_who_must_not_judge_a_model_is_known_by_split_and_role():
+    """Whoever was learned from judges nothing; whoever chose the model does not test it, and may choose again."""
+    config = DataConfig(images="{case}.nii", subject="case")
+    cases = [Case("a", "A", split) for split in ("train", "validation", "test")]
+    for role, expected in (("train", ["validation", "test"]), ("validation", ["test"])):
+        records = [record_subjects({role: [marks_of(cases[0], config)]})]
+        found = find_overlap(records, cases, config)
+        assert [(one.case.split, one.role) for one in found] == [(split, role) for split in expected]
+
+
+def test_letter_case_spaces_and_accents_make_no_other_subject():
+    config = DataConfig(images="{case}.nii", subject="case")
+    marks = [
+        marks_of(Case(name, name, "train"), config)
+        for name in ("M\u00fcller", " m\u00dcller ", "Mu\u0308ller", "Muller")
+    ]
+    assert marks[0] == marks[1] == marks[2] != marks[3]
+
+
+def write_nrrd(path, array: np.ndarray, space: str, directions: str) -> None:
+    head = f"NRRD0004\ntype: short\ndimension: {array.ndim}\nendian: little\nencoding: raw\nspace: {space}\n"
+    head += f"sizes: {' '.join(map(str, array.shape))}\nspace directions: {directions}\nspace origin: (1,2,3)\n\n"
+    path.write_bytes(head.encode() + array.astype("<i2").tobytes("F"))
+
+
+@pytest.mark.parametrize(
+    ("space", "signs"),
+    [
+        ("RAS", (1, 1, 1)),
+        ("right-anterior-superior", (1, 1, 1)),
+        ("LAS", (-1, 1, 1)),
+        ("left-anterior-superior", (-1, 1, 1)),
+        ("LPS", (-1, -1, 1)),
+        ("left-posterior-superior", (-1, -1, 1)),
+    ],
+)
+def test_a_nrrd_space_says_where_its_axes_lead(space, signs, tmp_path):
+    """The first voxel lies at (1, 2, 3) of the file's space, and the next along each axis 1, 2 and 3 mm on."""
+    array = np.arange(4 * 5 * 6).reshape(4, 5, 6)
+    write_nrrd(tmp_path / "a.nrrd", array, space, "(1,0,0) (0,2,0) (0,0,3)")
+    found = read_volume(tmp_path / "a.nrrd")
+    assert found.spacing == (1, 2, 3) and (np.diag(found.affine) > 0).all()
+    for stored in ((0, 0, 0), (1, 0, 0), (2, 3, 4)):
+        place = np.array(signs) * (np.array([1, 2, 3]) + np.array(stored) * [1, 2, 3])
+        index = np.rint(np.linalg.inv(found.affine) @ [*place, 1])[:3].astype(int)
+        assert found.array[0][tuple(index)] == array[stored]
+
+
+def test_channels_of_a_nrrd_may_come_first_or_last(tmp_path):
+    array = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    write_nrrd(tmp_path / "first.nrrd", array, "RAS", "none (1,0,0) (0,1,0) (0,0,1)")
+    write_nrrd(tmp_path / "last.nrrd", np.moveaxis(array, 0, -1), "RAS", "(1,0,0) (0,1,0) (0,0,1) none")
+    for name in ("first.nrrd", "last.nrrd"):
+        np.testing.assert_array_equal(read_volume(tmp_path / name).array, array)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_subject_in_two_splits_is_refused_before_validation_is_drawn(seed, tmp_path):
+    """Also where it is drawn: all its volumes would move to validation, those of the test split too."""
+    rows = ["name,who,fold", "a1,A,train", "a2,A,test", "b1,B,train", "c1,C,test"]
+    (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
+    for row in rows[1:]:
+        (tmp_path / f"{row[:2]}.nii").touch()
+    table = {"root": str(tmp_path), "table": "table.csv", "images": "{name}.nii", "subject": "who", "split": "fold"}
+    with pytest.raises(ValueError, match="subject A is in two splits"):
+        load_cases(DataConfig(**table, validation_fraction=0.5, split_seed=seed))
