@@ -138,7 +138,7 @@ def generation(pipeline: Path, masks: Path) -> Job:
         }
         return found | {"manifest": (folder / "manifest.csv").read_text()}
 
-    return Job("generate", "generate", args, finished, result)
+    return Job("generate", "generate", args, finished, result, holds=True)
 
 
 def evaluation(name: str, config: Path, made: Path, own: Sequence[str]) -> Job:

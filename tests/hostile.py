@@ -1,6 +1,7 @@
 """The valid inputs that tests/fuzz.py damages, and what reads them."""
 
 import gzip
+import json
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -228,7 +229,7 @@ def checkpoint_target(folder: Path) -> Target:
     import torch
     from accelerate import Accelerator
 
-    from training.checkpoints import Checkpointer, TrainState
+    from training.checkpoints import DIGESTS, Checkpointer, TrainState, digest_files
     from training.config import OptimizerConfig
     from training.learner import Learner
 
@@ -238,10 +239,12 @@ def checkpoint_target(folder: Path) -> Target:
     runs = folder / "run"
     runs.mkdir()
     saved = Checkpointer(accelerator, [learner], runs, keep=2).save(TrainState(step=3))
-    # without the digests, by which any change at all would be refused before a reader sees it
-    files = {f"step_000003/{path.name}": path.read_bytes() for path in saved.iterdir() if path.name != "digests.json"}
+    files = {f"step_000003/{path.name}": path.read_bytes() for path in saved.iterdir() if path.name != DIGESTS}
 
     def read(home: Path) -> None:
+        # the digests are forged: by true ones any change at all is refused before a reader sees it
+        damaged = home / "step_000003"
+        (damaged / DIGESTS).write_text(json.dumps(digest_files(damaged)))
         torch.manual_seed(1)  # another state than the one that was saved
         checkpointer = Checkpointer(accelerator, [learner], home, keep=2)
         checkpointer.check(home / "step_000003")

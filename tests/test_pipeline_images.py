@@ -207,7 +207,7 @@ def test_what_cannot_be_given_is_named(pipe, tmp_path):
             r"the image 'ct': is an array of \(3, 3, 3\) voxels, the grid of the mask or first image has \(7, 6, 9\)",
         ),
         ({"ct": None}, "the image 'ct': give a path, .* no NoneType"),
-        ({"pet": np.ones(SHAPE)}, "the image 'pet': every voxel is 1: the volume is constant"),
+        ({"pet": np.ones(SHAPE)}, "the image 'pet': every voxel is 1: it is constant"),
         ("ct.nii", 'are dicts such as .*"ct": "ct.nii.gz".*got \'ct.nii\''),
         ([{}, {}], r"lists of \[2\] dicts for 1 masks"),
     ]
