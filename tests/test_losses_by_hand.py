@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from autoencoder import (
     AutoencoderKL3D,
     Codebook,
     DiagonalGaussian3D,
+    SpaceToDepth3D,
     commitment_loss,
     gradient_loss,
     kl_loss,
@@ -27,6 +29,8 @@ from autoencoder.adversarial import (
     generator_loss,
 )
 from autoencoder.losses import cells_inside, masked_mean
+from autoencoder.noise import _at, _power, _window
+from autoencoder.perceptual import perceptual_loss
 from autoencoder.posterior import LatentDistribution
 
 
@@ -273,3 +277,60 @@ def test_slices_are_drawn_apart_for_each_volume():
         drawn = draw_slices(fov, 5, torch.Generator().manual_seed(seed))
         assert drawn.positions.shape == (2, 5)
         assert drawn.positions[0].max() < 2 and drawn.positions[1].min() > 3
+
+
+# features, bounds, noise
+
+
+def test_a_feature_is_inside_if_one_voxel_of_its_cell_is():
+    """Unit features (1, 0) and (0, 1) are 2 apart: in a cell of which one voxel of eight is inside, and in no other."""
+
+    class Planted(torch.nn.Module):
+        dims, in_channels = 3, 1
+
+        def forward(self, volumes):
+            kind = volumes[:, :, ::2, ::2, ::2]
+            return [torch.cat([kind, 1 - kind], 1)]
+
+    real, ours = torch.zeros(1, 1, 4, 2, 2), torch.ones(1, 1, 4, 2, 2)
+    fov = torch.zeros(1, 1, 4, 2, 2, dtype=torch.bool)
+    fov[0, 0, 1, 1, 1] = True
+    assert perceptual_loss(Planted(), ours, real, fov).item() == pytest.approx(2, rel=1e-5)
+    ours[:, :, :2] = 0  # only where nothing is inside
+    assert perceptual_loss(Planted(), ours, real, fov).item() == 0
+
+
+def test_bounds_are_those_of_what_can_be_decoded():
+    """Voxels of -1 and 1, and the outermost code, in standardised units, whichever end is farther."""
+    for mean, std, bound in ((0.5, 0.25, 6.0), (-0.5, 0.25, 6.0), (0.0, 2.0, 0.5)):
+        voxels = SpaceToDepth3D()
+        voxels.set_latent_statistics([mean], [std])
+        assert voxels.latent_bound() == pytest.approx(bound)
+    vae = VQGAN3D(channels=(4, 4), encoder_blocks=(0, 0), decoder_blocks=(0, 0), num_codes=3, latent_channels=2)
+    vae.codebook.codes.copy_(torch.tensor([[0.0, 1.0], [-3.0, 2.0], [1.0, 5.0]]))
+    vae.set_latent_statistics([1.0, 4.0], [2.0, 0.25])
+    assert vae.latent_bound() == pytest.approx(12.0)  # (1 - 4) / 0.25; the others are 2 and 8 at most
+    assert AutoencoderKL3D(channels=(4, 4), encoder_blocks=(0, 0), decoder_blocks=(0, 0)).latent_bound() is None
+
+
+def test_a_curve_is_read_between_the_centres_of_its_bins():
+    """Four bins of 0.5 from -1 to 1, centred at -0.75, -0.25, 0.25 and 0.75; constant beyond them."""
+    curve = np.array([1.0, 3.0, 4.0, 10.0], np.float32)
+    places = torch.tensor([-2.0, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 3.0])
+    expected = torch.tensor([1.0, 1.0, 1.0, 2.0, 3.0, 3.5, 4.0, 7.0, 10.0, 10.0, 10.0, 10.0])
+    torch.testing.assert_close(_at(curve, places), expected)
+
+
+def test_the_mean_power_is_the_variance_under_the_window():
+    """By Parseval's theorem; a constant has none, and the crop is the middle of the volume."""
+    volume = np.random.default_rng(0).standard_normal((1, 14, 10, 8)) + 3.0
+    sides = (10, 8, 8)
+    weights = _window(sides) ** 2
+    middle = volume[0, 2:12, 1:9]
+    mean = (middle * _window(sides)).sum() / _window(sides).sum()
+    expected = (weights * (middle - mean) ** 2).sum() / weights.sum()
+    assert _power(volume, sides).mean() == pytest.approx(expected)
+    assert _power(np.full((1, 14, 10, 8), 5.0), sides).max() < 1e-20
+    moved = volume.copy()
+    moved[:, :2], moved[:, 12:], moved[:, :, :1], moved[:, :, 9:] = 99, 99, 99, 99
+    np.testing.assert_allclose(_power(moved, sides), _power(volume, sides))

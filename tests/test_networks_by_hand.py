@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoencoder import AutoencoderKL3D
-from autoencoder.layers import ResidualBlock
+from autoencoder.layers import Conv3d, ResidualBlock
+from autoencoder.streaming import stream_slabs
 from diffusion import LatentUNet3D, fold_mask
 from diffusion.attention import SelfAttention
+from diffusion.folding import FoldedMaskEmbedding
 from diffusion.unet import TimeResidualBlock
 from volumes import PADDING
 
@@ -148,6 +150,43 @@ def test_new_blocks_are_the_identity_and_a_new_unet_predicts_nothing():
     assert not LatentUNet3D(channels=(8, 16), head_dim=8)(torch.randn(1, 4, 3, 3, 3), 500).sample.any()
 
 
+@torch.no_grad()
+def test_a_batch_is_coded_in_slabs_if_all_of_it_is_large(monkeypatch):
+    """By the memory of the whole batch: two volumes that each would be coded in one piece are not, nor are their slabs thicker."""
+    vae = AutoencoderKL3D(channels=(4, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1)).eval()
+    volumes, calls = torch.randn(2, 1, 8, 8, 24), []
+    one = vae.activation_bytes((8, 8, 24))
+    assert vae.activation_bytes((8, 8, 24), 2) == 2 * one and vae.activation_bytes(
+        (8, 8, 24)
+    ) == 6 * vae.activation_bytes((8, 8, 4))
+    monkeypatch.setattr("autoencoder.base.WHOLE_BYTES", one)
+    vae.slab_bytes = one
+    for network in (vae.encoder, vae.decoder):
+        network.register_forward_pre_hook(lambda module, given: calls.append(given[0].shape[4]))
+    posterior = vae.encode(volumes[:1]).latent_dist
+    vae.decode(posterior.mean)
+    assert calls == [12, 6] and not vae.tiles((8, 8, 24)) and vae.tiles((8, 8, 24), 2)
+    calls.clear()
+    posterior = vae.encode(volumes).latent_dist
+    vae.decode(posterior.mean)
+    assert calls == [6, 6, 3, 3] and vae.slab_planes((8, 8, 24), 2) == 3
+    vae.slab_bytes = 2 * one - 1  # rounded down
+    assert vae.slab_planes((8, 8, 24), 2) == 5 and vae.slab_planes((8, 8, 24)) == 11
+
+
+@torch.no_grad()
+def test_a_stream_inside_a_stream_leaves_the_outer_one_as_it_was():
+    """A network whose first part is itself a stream of the slab: what comes after it must still know of the outer slabs."""
+    inner, outer = Conv3d(2, 2, 1), Conv3d(2, 3, 3, padding=1)
+    volume = torch.randn(1, 2, 4, 4, 9)
+
+    def network(x: Tensor) -> Tensor:
+        return outer(torch.cat(list(stream_slabs(inner, x.split(1, dim=4))), dim=4))
+
+    slabs = torch.cat(list(stream_slabs(network, volume.split(3, dim=4))), dim=4)
+    torch.testing.assert_close(slabs, outer(inner(volume)), rtol=1e-4, atol=1e-5)
+
+
 # the U-Net
 
 
@@ -162,7 +201,7 @@ def test_attention_looks_at_all_cells_in_heads():
 @torch.no_grad()
 def test_a_unet_is_the_layers_of_its_config(objective):
     """With a mask, classes, numbers and an image; sides that no stride divides, unlike strides, and a level without attention."""
-    strides: tuple[Stride, Stride] = ((2, 2, 1), (2, 1, 2))
+    strides: tuple[Stride, Stride] = ((3, 2, 1), (2, 1, 2))
     unet = LatentUNet3D(
         3,
         2,
@@ -207,14 +246,14 @@ def test_a_unet_is_the_layers_of_its_config(objective):
     h = convolve(weights, "conv_in", torch.cat([x, embedded, image], 1))
     h = time_block(weights, "down_blocks.0.0", h, time, 0)
     skips = [h]
-    h = convolve(weights, "downsamplers.0.mix", fold(F.pad(h, (0, 0, 0, 1, 0, 1)), strides[0]))  # (3, 4, 3)
+    h = convolve(weights, "downsamplers.0.mix", fold(F.pad(h, (0, 0, 0, 1, 0, 1)), strides[0]))  # (2, 4, 3)
     for i in range(2):
         h = time_block(weights, f"down_blocks.1.{i}", h, time, 2)
     skips.append(h)
-    h = convolve(weights, "downsamplers.1.mix", fold(F.pad(h, (0, 1, 0, 0, 0, 1)), strides[1]))  # (2, 4, 2)
+    h = convolve(weights, "downsamplers.1.mix", fold(F.pad(h, (0, 1)), strides[1]))  # (1, 4, 2)
     for i in range(2):
         h = time_block(weights, f"down_blocks.2.{i}", h, time, 0)
-    h = unfold(convolve(weights, "upsamplers.1.mix", h), strides[1])[:, :, :3, :4, :3]
+    h = unfold(convolve(weights, "upsamplers.1.mix", h), strides[1])[:, :, :2, :4, :3]
     h = torch.cat([h, skips[1]], 1)
     for i in range(2):
         h = time_block(weights, f"up_blocks.1.{i}", h, time, 2)
@@ -223,3 +262,11 @@ def test_a_unet_is_the_layers_of_its_config(objective):
     expected = convolve(weights, "conv_out", F.silu(norm(weights, "norm_out", h)))
     found = unet(x, timestep, fold_mask(labels, (2, 1, 2), 3), classes, numbers, image).sample
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_an_embedded_mask_has_unit_variance_and_padding_none():
+    torch.manual_seed(0)
+    embedding = FoldedMaskEmbedding(60, places=8, width=64)
+    cells = embedding(torch.randint(1, 61, (1, 6, 6, 6, 8)) * 8 - torch.arange(8)).detach()
+    assert cells.std().item() == pytest.approx(1, abs=0.05) and cells.mean().item() == pytest.approx(0, abs=0.05)
+    assert not embedding.table.weight[0].any()
