@@ -459,7 +459,7 @@ def test_the_test_split_is_left_alone():
 
 def test_padded_volumes_tell_their_spacing_axes_and_scale():
     """Padding is outside of the field of view, is -1 in the image, and no label in the mask."""
-    config = DataConfig(phantom=PhantomConfig(count=1, shape=(9, 8, 10)))
+    config = DataConfig(phantom=PhantomConfig(count=1, shape=(9, 8, 10)), validation_fraction=0)
     dataset = VolumeDataset(load_cases(config), config)
     dataset.prepared[0].image.affine[:] = torch.tensor(
         [[0.0, 3, 0, 0], [-2, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
