@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from autoencoder import SpaceToDepth3D
 from autoencoder.layers import depth_to_space
-from diffusion import LatentAugmentation, build_latent_cache, collate_latents, training_loss
+from diffusion import LatentAugmentation, build_latent_cache, collate_latents, fold_mask, training_loss
+from diffusion.folding import cells_inside
 from diffusion.latent_cache import cache_key, deformed
 from diffusion.objectives import noisy_and_target, sample_timesteps
 from volumes import PADDING, Case, DataConfig, IntensityScaling, PhantomConfig, VolumeDataset, load_cases
@@ -356,3 +357,11 @@ def test_a_batch_of_padding_alone_costs_nothing():
         Watched(), "epsilon", torch.zeros(1, 2, 3, 3, 3), {}, torch.zeros(1, 1, 3, 3, 3), torch.Generator()
     )
     assert loss.item() == 0
+
+
+def test_cells_with_one_voxel_inside_are_inside():
+    labels = torch.full((1, 8, 4, 4), PADDING)
+    labels[0, 3, 1, 1] = 0  # background, at the last place of its cell
+    labels[0, 4:, 2:] = 2
+    inside = cells_inside(fold_mask(labels, STRIDE, 3))
+    assert inside[0, 0].tolist() == [[[True, False], [False, False]], [[False, False], [True, True]]]

@@ -20,7 +20,7 @@ import train_ldm
 import train_vae
 from autoencoder import AutoencoderKL3D, SpaceToDepth3D
 from diffusion import LatentUNet3D, make_scheduler
-from training import AdversarialConfig, Learner, MovingAverage, OptimizerConfig, derive_seed, precision
+from training import AdversarialConfig, Learner, MovingAverage, OptimizerConfig, derive_seed, learning_rate, precision
 from training.muon import Muon
 from training.splits import PaddedVolumes, digests, load_split
 from training.tracking import Progress
@@ -102,6 +102,14 @@ def test_weights_move_by_the_steps_learning_rate_and_decay_but_for_biases():
     moved = 3 * (1 - 0.05 * 0.5) - 0.05 * 12 / 12.001
     expected = moved * (1 - 0.075 * 0.5) - 0.075 * first / (math.sqrt(second) + 1e-3)
     assert weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_learning_rate_falls_as_a_cosine():
+    """From 2 after 10 steps of warm-up to a tenth of that at step 50: a quarter and three quarters of the way down."""
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=10, final_lr_ratio=0.1)
+    expected = [0.2 + 0.9 * (1 + math.cos(math.pi * part)) for part in (0.25, 0.75, 1.0, 1.0)]
+    assert [learning_rate(step, 50, config) for step in (20, 40, 50, 60)] == pytest.approx(expected)
+    assert [learning_rate(step, 50, config) for step in (0, 8, 9, 10)] == pytest.approx([0.2, 1.8, 2.0, 2.0])
 
 
 def test_a_muon_step_by_hand():

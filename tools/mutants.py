@@ -13,6 +13,7 @@ anybody could see depends on it, is left in the table with its reason as `equiva
 """
 
 import argparse
+import gc
 import hashlib
 import importlib
 import json
@@ -36,6 +37,7 @@ REQUIRED = 0.95  # of the faults of every room
 SECONDS = 600  # a fault whose tests take longer counts as caught: they hang
 # Imported once and inherited by each run: torch alone takes seconds. None of them is ours.
 PRELOADED = ("pytest", "torch", "nibabel", "scipy.stats", "safetensors.torch", "monai.data", "jsonargparse", "yaml")
+PRELOADED += ("hypothesis",)  # whose plugin imports it at the end of each run, and rewrites a hundred files for that
 PRELOADED += ("accelerate", "diffusers", "diffusers.schedulers", "diffusers.pipelines.pipeline_utils", "matplotlib")
 CAUGHT, MISSED, INVALID = "caught", "missed", "invalid"
 
@@ -240,6 +242,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     for name in PRELOADED if left else ():
         importlib.import_module(name)
+    gc.freeze()  # pytest collects garbage at its end, and forks would go through, and copy, all that they inherit
     with tempfile.TemporaryDirectory(prefix="mutants_") as folder:
         workers = Workers(ROOT, options.workers if left else 0, Path(folder))
         if left and not options.no_baseline:
