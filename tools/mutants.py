@@ -37,8 +37,8 @@ REQUIRED = 0.95  # of the faults of every room
 SECONDS = 600  # a fault whose tests take longer counts as caught: they hang
 # Imported once and inherited by each run: torch alone takes seconds. None of them is ours.
 PRELOADED = ("pytest", "torch", "nibabel", "scipy.stats", "safetensors.torch", "monai.data", "jsonargparse", "yaml")
-PRELOADED += ("hypothesis",)  # whose plugin imports it at the end of each run, and rewrites a hundred files for that
 PRELOADED += ("accelerate", "diffusers", "diffusers.schedulers", "diffusers.pipelines.pipeline_utils", "matplotlib")
+PRELOADED += ("hypothesis", "pydicom", "monai.networks.nets.unet", "monai.losses.dice", "peft")
 CAUGHT, MISSED, INVALID = "caught", "missed", "invalid"
 
 
@@ -130,7 +130,8 @@ def start_tests(tree: Path, tests: Sequence[str], log: Path) -> int:
         sys.path.insert(0, str(tree))
         import pytest
 
-        options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", f"--basetemp={tree.parent / 'pytest'}"]
+        options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "--assert=plain"]
+        options.append(f"--basetemp={tree.parent / 'pytest'}")
         code = int(pytest.main([*options, *tests]))
     finally:
         os._exit(code)
@@ -242,7 +243,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     for name in PRELOADED if left else ():
         importlib.import_module(name)
-    gc.freeze()  # pytest collects garbage at its end, and forks would go through, and copy, all that they inherit
+    gc.freeze()  # pytest collects garbage at its end, and would look at all that was imported
     with tempfile.TemporaryDirectory(prefix="mutants_") as folder:
         workers = Workers(ROOT, options.workers if left else 0, Path(folder))
         if left and not options.no_baseline:
