@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import train_ldm
 import train_vae
-from autoencoder import AutoencoderKL3D, SpaceToDepth3D
+from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
 from diffusion import LatentUNet3D, make_scheduler
 from training import AdversarialConfig, Learner, MovingAverage, OptimizerConfig, derive_seed, learning_rate, precision
 from training.muon import Muon
@@ -208,16 +208,16 @@ def test_an_autoencoder_is_validated_by_its_average():
 CHANNELS = 8  # of the latents of voxels in cells of 2
 
 
-def diffusion_step(**changes: Any) -> train_ldm.DiffusionStep:
-    """On voxels in cells of 2, with a number as condition that training leaves out half the time."""
+def diffusion_step(unet: dict[str, Any] | None = None, **changes: Any) -> train_ldm.DiffusionStep:
+    """On voxels in cells of 2, with a number as condition that training leaves out half the time. `unet`: more of its settings."""
     torch.manual_seed(0)
     vae = SpaceToDepth3D(patch_size=2)
-    unet = LatentUNet3D(
+    network = LatentUNet3D(
         CHANNELS, CHANNELS, channels=(8,), strides=(), blocks=(1,), attention=(False,),
-        numbers={"age": {"mean": 50.0, "std": 10.0}}, condition_dropout={"age": 0.5},
+        numbers={"age": {"mean": 50.0, "std": 10.0}}, condition_dropout={"age": 0.5}, **(unet or {}),
     )  # fmt: skip
-    nn.init.normal_(unet.conv_out.weight, std=0.1)
-    learner = Learner("unet", unet, OptimizerConfig(warmup_steps=0), ema_decay=0.0, max_steps=100)
+    nn.init.normal_(network.conv_out.weight, std=0.1)
+    learner = Learner("unet", network, OptimizerConfig(warmup_steps=0), ema_decay=0.0, max_steps=100)
     learner.prepare(Accelerator(cpu=True))
     return train_ldm.DiffusionStep(learner, vae, 2, ["MR"], lambda: make_scheduler("rectified_flow"), **changes)
 
@@ -272,6 +272,18 @@ def test_a_unet_is_validated_by_its_average_without_its_padding():
     assert step.validate(item, torch.Generator().manual_seed(5))["loss"] == pytest.approx(expected, rel=0.1)
 
 
+def test_a_unet_is_trained_with_its_own_steps_and_the_error_that_is_asked_for():
+    """Of 7 steps all occur, and no other. What predicts nothing is wrong by the noise: E n^2 = 1, E |n| = sqrt(2 / pi)."""
+    for loss, expected in (("mse", 1.0), ("l1", math.sqrt(2 / math.pi))):
+        step, seen = diffusion_step({"objective": "epsilon", "train_steps": 7}, loss=loss), set()
+        step.unet.average.conv_out.weight.data.zero_()
+        step.unet.average.register_forward_pre_hook(lambda module, given, seen=seen: seen.update(given[1].tolist()))
+        item = {"latents": latent_batch()["mean"][:1], "conditions": {"numbers": torch.tensor([[40.0]])}}
+        found = [step.validate(item, torch.Generator().manual_seed(seed))["loss"] for seed in range(8)]
+        assert sum(found) / 8 == pytest.approx(expected, rel=0.02)
+        assert seen == set(range(7))
+
+
 def test_previews_are_sampled_with_the_average(monkeypatch):
     step, used = diffusion_step(), []
     monkeypatch.setattr(train_ldm, "denoise", lambda unet, noise, *_, **__: (used.append((unet, noise)), noise)[1])
@@ -312,6 +324,14 @@ def test_what_is_saved_and_measured_is_the_average(tmp_path, vae_folder):  # noq
         with torch.no_grad():
             errors.append((vae(item["image"][None]).sample[0] - item["image"])[item["fov"]].abs().mean().item())
     assert metrics["l1"] == pytest.approx(sum(errors) / len(errors), rel=1e-3)
+    cases = [case for case in load_cases(config) if case.split == "train"]
+    raw = [
+        vae.encode(item["image"][None]).latent_dist.raw_mean
+        for item in PaddedVolumes(VolumeDataset(cases, config), vae.stride)
+    ]
+    cells = torch.cat(raw).movedim(1, -1).flatten(0, 3).double()  # 12 is a multiple of the stride: no padding
+    assert vae.config["latents_mean"] == pytest.approx(cells.mean(0).tolist(), abs=1e-4)
+    assert vae.config["latents_std"] == pytest.approx(cells.std(0, correction=0).tolist(), rel=1e-3)
 
 
 # the loop
@@ -421,6 +441,33 @@ def test_a_loss_that_jumps_is_told_of_against_the_median_of_those_before():
     assert watch(7.9) is None and watch(8.1) is not None
     below = SpikeWatch()
     assert [below(-1.0) for _ in range(6)] == [None] * 6 and below(50.0) is None
+
+
+def test_an_adversary_counts_the_autoencoders_steps_that_were_taken():
+    config = AdversarialConfig(start_step=2, warmup_steps=3, channels=4, layers=1)
+    for updates, strength in ((1, None), (2, 0.25), (4, 0.75), (99, 1.0)):
+        step, asked = make_step(adversarial=config), []
+        step.vae.updates, original = updates, step.adversary.strength
+        step.adversary.strength = lambda number, asked=asked, call=original: (asked.append(call(number)), asked[-1])[1]
+        found = step(batch(), two_generators())
+        assert asked == [strength] and ("discriminator" in found) is (strength is not None)
+
+
+def test_a_codebook_is_moved_by_a_seed_of_its_step():
+    """The same on every process, and another at each step."""
+    step, seeds = make_step(VQGAN3D, num_codes=8, latent_channels=4), []
+    book = step.vae.network.codebook
+    update = book.update
+    book.update = lambda cells, generator, gather: (
+        seeds.append(generator.initial_seed()),
+        update(cells, generator, gather),
+    )
+    for number in (3, 4):
+        step.vae.updates = number
+        step(batch(), two_generators())
+        step.after_update(True)
+    assert seeds == [derive_seed(3), derive_seed(4)]
+    assert not step._cells
 
 
 # the data of a run
