@@ -27,28 +27,36 @@ from evaluation.commands.common import run_command
 from pipelines import Check, Rejection
 from training import SampleStream
 from training.data import training_batches
-from volumes import DataConfig, VolumeDataset, dataset, live_bar
+from volumes import DataConfig, VolumeDataset, dataset, live_bar, stopping
 from volumes.cases import Case
 from volumes.live_bar import LiveBar
 from volumes.stopping import Stopped, check_stop, finishing, now_finishing, stop_came, stoppable
 from volumes.volume import VolumeError
 
 ROOT = Path(__file__).resolve().parents[1]
-# These interrupt the process that runs them; in one full run of five a worker of pytest-xdist died of it, and the run hung.
-pytestmark = pytest.mark.slow
 
 
 def interrupt(number: int = signal.SIGINT) -> None:
-    os.kill(os.getpid(), number)
+    """Send this thread a signal, which is there when the call returns."""
+    signal.raise_signal(number)
 
 
 @pytest.fixture(autouse=True)
-def signals_are_taken():
-    """Of a test run in the background of a shell, Ctrl-C is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def signals_are_taken(monkeypatch):
+    """These tests interrupt the process that runs them. It must not die of them: a signal that nobody takes, and an exit, fail the
+    test. (Of tests that run in the background of a shell, Ctrl-C is ignored, so it is set here.)"""
+    assert not stopping._signals.listening, "an earlier test left signals taken"
+    process, leave, ends = os.getpid(), os._exit, []
+    monkeypatch.setattr(os, "_exit", lambda code: ends.append(code) if os.getpid() == process else leave(code))
+    missed: list[int] = []
+
+    def miss(number, frame):
+        missed.append(number)
+
+    before = {number: signal.signal(number, miss) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, before)
+    handlers = {number: signal.signal(number, handler) for number, handler in before.items()}
+    assert set(handlers.values()) == {miss} and not missed and not ends and not stopping._signals.listening
 
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
@@ -96,13 +104,13 @@ def test_an_error_in_the_work_is_not_hidden_by_a_stop():
 
 
 def test_an_ignored_interrupt_stays_ignored():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with stoppable():
             interrupt()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
 
 
 def test_in_another_thread_nothing_is_taken():
@@ -194,12 +202,12 @@ def test_processes_that_load_data_outlive_an_interrupt(capfd):
 
 def test_ctrl_c_ends_the_reading_of_a_set_that_was_begun(monkeypatch):
     """Of 40 volumes that take 0.2 s each, four at a time, all of them would take two seconds."""
-    begun: list[str] = []
+    begun, numbers = [], itertools.count(1)
 
     def slow(case: Case, config: DataConfig) -> None:
         begun.append(case.name)
-        if len(begun) == 6:
-            interrupt()
+        if next(numbers) == 6:
+            os.kill(os.getpid(), signal.SIGINT)  # this is another thread: it comes to the main one
         time.sleep(0.2)
         raise VolumeError("no volume")
 

@@ -199,7 +199,8 @@ def prepare(case: Case, config: DataConfig) -> PreparedCase:
         try:
             scale = MAP_SCALE if config.image_labels else config.scaling(channel).fit(image.array[index])
         except VolumeError as error:
-            raise VolumeError(f"{case.images.get(channel, case.name)}: {error}") from error
+            which = f"channel {channel}: " if len(config.channels) > 1 else ""
+            raise VolumeError(f"{case.images.get(channel, case.name)}: {which}{error}") from error
         scaled[index] = scale.apply(image.array[index])
         scales.append(scale)
         inside.append(config.scaling(channel).share_inside(image.array[index]))

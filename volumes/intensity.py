@@ -63,7 +63,7 @@ class IntensityScaling:
         """
         lowest, highest = float(array.min()), float(array.max())
         if lowest == highest:
-            raise VolumeError(f"every voxel is {lowest:g}: the volume is constant; leave it out")
+            raise VolumeError(f"every voxel is {lowest:g}: it is constant; leave it out")
         if self.kind == "window":
             for side, beyond in (("at or below", highest <= self.low), ("at or above", lowest >= self.high)):
                 if beyond:
@@ -75,7 +75,7 @@ class IntensityScaling:
         low, high = np.percentile(array, [self.low, self.high]).astype(np.float32).tolist()
         if not low < high:
             raise VolumeError(
-                f"percentiles {self.low:g} and {self.high:g} are both {low:g}: the volume is constant, or nearly; "
+                f"percentiles {self.low:g} and {self.high:g} are both {low:g}: it is constant, or nearly; "
                 "give other percentiles, or a window"
             )
         return LinearScale(low, high)
