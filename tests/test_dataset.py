@@ -169,7 +169,9 @@ def test_a_constant_channel_is_named(folder):
     values = np.stack([nearly_constant(SHAPES["a"], 100), np.full(SHAPES["a"], 7, np.int16)], axis=-1)
     save(values, folder / "images" / "a.nii")
     with pytest.raises(VolumeError, match=r"images/a.nii: channel t2: every voxel is 7: it is constant"):
-        dataset_of(folder, images={"t1": "images/a.nii", "t2": "images/a.nii"}, masks=None, time_point={"t1": 0, "t2": 1})
+        dataset_of(
+            folder, images={"t1": "images/a.nii", "t2": "images/a.nii"}, masks=None, time_point={"t1": 0, "t2": 1}
+        )
 
 
 def test_refused_files_stop_or_are_skipped_and_listed(folder, caplog):
