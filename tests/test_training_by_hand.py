@@ -454,20 +454,27 @@ def test_an_adversary_counts_the_autoencoders_steps_that_were_taken():
 
 
 def test_a_codebook_is_moved_by_a_seed_of_its_step():
-    """The same on every process, and another at each step."""
-    step, seeds = make_step(VQGAN3D, num_codes=8, latent_channels=4), []
-    book = step.vae.network.codebook
-    update = book.update
-    book.update = lambda cells, generator, gather: (
-        seeds.append(generator.initial_seed()),
-        update(cells, generator, gather),
-    )
+    """The same on every process, and another at each step; by raw latents, whatever their statistics are."""
+    step, seeds, seen = make_step(VQGAN3D, num_codes=8, latent_channels=4), [], []
+    network = step.vae.network
+    network.set_latent_statistics([5.0] * 4, [0.1] * 4)
+    update = network.codebook.update
+
+    def watched(cells, generator, gather):
+        seen.append(cells)
+        seeds.append(generator.initial_seed())
+        update(cells, generator, gather)
+
+    network.codebook.update = watched
     for number in (3, 4):
         step.vae.updates = number
         step(batch(), two_generators())
         step.after_update(True)
-    assert seeds == [derive_seed(3), derive_seed(4)]
-    assert not step._cells
+    assert seeds == [derive_seed(3), derive_seed(4)] and not step._cells
+    raw = network.encode(batch()["image"]).latent_dist.raw_mean.movedim(1, -1).flatten(0, 3)
+    torch.testing.assert_close(
+        seen[0], raw
+    )  # of 8 voxels a side, the last two are padding: every cell has a voxel inside
 
 
 # the data of a run

@@ -15,6 +15,7 @@ from autoencoder import (
 from autoencoder.perceptual import perceptual_loss
 from diffusion import LatentAugmentation, LatentUNet3D, build_latent_cache, denoise, make_scheduler, training_loss
 from diffusion.latent_cache import weights_hash
+from diffusion.objectives import sample_timesteps
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
 
 
@@ -118,3 +119,11 @@ def test_every_bit_of_the_weights_counts_in_their_hash():
         change()
         hashes.add(weights_hash(model))
     assert len(hashes) == 6
+
+
+def test_timesteps_of_several_generators_are_those_of_each_alone():
+    seeds = range(40)
+    for objective, steps in (("epsilon", 7), ("v_prediction", 300), ("rectified_flow", 1000)):
+        drawn = sample_timesteps(objective, 40, [torch.Generator().manual_seed(seed) for seed in seeds], steps)
+        alone = [sample_timesteps(objective, 1, torch.Generator().manual_seed(seed), steps) for seed in seeds]
+        assert torch.equal(drawn, torch.cat(alone)) and drawn.max() < steps and len(drawn.unique()) > 5
