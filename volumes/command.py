@@ -36,7 +36,18 @@ from typing import Any, NoReturn
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended: 128 + SIGINT
 TRACEBACK = "--traceback"
-ROOMS = ("files", "volumes", "autoencoder", "diffusion", "pipelines", "training", "evaluation", "benchmarks", "docs", "weights")
+ROOMS = (
+    "files",
+    "volumes",
+    "autoencoder",
+    "diffusion",
+    "pipelines",
+    "training",
+    "evaluation",
+    "benchmarks",
+    "docs",
+    "weights",
+)
 # What stops a command though no argument is wrong: the file system's errors that come without a remedy of ours.
 REMEDIES = {
     errno.ENOENT: "check the path",
