@@ -261,7 +261,9 @@ def test_a_unet_is_the_layers_of_its_config(objective):
     h = time_block(weights, "up_blocks.0.0", torch.cat([h, skips[0]], 1), time, 0)
     expected = convolve(weights, "conv_out", F.silu(norm(weights, "norm_out", h)))
     found = unet(x, timestep, fold_mask(labels, (2, 1, 2), 3), classes, numbers, image).sample
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    torch.testing.assert_close(
+        found, expected, rtol=1e-6, atol=5e-6
+    )  # what blocks add is small beside what passes them by
 
 
 def test_an_embedded_mask_has_unit_variance_and_padding_none():

@@ -120,7 +120,7 @@ def test_a_muon_step_by_hand():
     optimizer = Muon([{"params": [conv.weight], "muon": True}], lr=rate, betas=(momentum, 0.99), weight_decay=decay)
     u, _, v = torch.linalg.svd(torch.randn(12, 9 * 27, dtype=torch.float64), full_matrices=False)
     m, expected = torch.zeros(12, 9 * 27, dtype=torch.float64), conv.weight.detach().double().flatten(1)
-    for strength in (torch.full((12,), 2.0), torch.linspace(-3, -1, 12)):
+    for strength in (torch.full((12,), 2.0), torch.tensor([-0.4] * 6 + [-0.8] * 6)):  # signs that momentum decides
         gradient = u * strength.double() @ v
         conv.weight.grad = gradient.float().view_as(conv.weight)
         optimizer.step()
@@ -398,9 +398,10 @@ def test_reports_are_means_over_the_steps_since_the_last(tmp_path, monkeypatch):
         "--optimizer.gradient_accumulation=2",
         "--optimizer.learning_rate=0.4",
     ]
-    loop, _ = line_loop(line_config(tmp_path, *args, "--optimizer.warmup_steps=10"), poison=(8,))
+    loop, step = line_loop(line_config(tmp_path, *args, "--optimizer.warmup_steps=10"), poison=(8,))
     monkeypatch.setattr(loop.accelerator, "log", lambda values, step: logged.setdefault(step, {}).update(values))
     loop.run()
+    assert step.taken == [True, True, True, True, False, True]
     assert logged[3]["train/loss"] == pytest.approx((1.5 + 3.5 + 5.5) / 3)
     assert logged[6]["train/loss"] == pytest.approx(
         (7.5 + 11.5) / 2
