@@ -24,7 +24,7 @@ from training import AdversarialConfig, Learner, MovingAverage, OptimizerConfig,
 from training.muon import Muon
 from training.splits import PaddedVolumes, digests, load_split
 from training.tracking import Progress
-from training.watch import SpikeWatch
+from training.watch import SpikeWatch, StandstillWatch
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
 
 VALIDATION, TRAINING = 1 << 32, 1 << 33  # what keeps their seeds apart (training/loop.py)
@@ -440,6 +440,15 @@ def test_a_loss_that_jumps_is_told_of_against_the_median_of_those_before():
     for loss in [2.0] * 20:  # the last twenty are what is usual
         watch(loss)
     assert watch(7.9) is None and watch(8.1) is not None
+    sixth, long = SpikeWatch(), SpikeWatch()
+    assert [sixth(1.0) for _ in range(5)] == [None] * 5 and sixth(5.0) is not None
+    for loss in [1.0] * 30 + [10.0] * 20:
+        long(loss)
+    assert long(39.0) is None
+    noisy = StandstillWatch()
+    for loss in [1.0] * 5 + [3.0] + [2.0] * 12 + [2.9] + [3.0] * 5:  # the last quarter is higher, but not all of it
+        noisy.note(loss)
+    assert noisy.verdict(100, {"vae": (True, True)}, adversarial=False) == []
     below = SpikeWatch()
     assert [below(-1.0) for _ in range(6)] == [None] * 6 and below(50.0) is None
 
