@@ -398,14 +398,12 @@ def test_reports_are_means_over_the_steps_since_the_last(tmp_path, monkeypatch):
         "--optimizer.gradient_accumulation=2",
         "--optimizer.learning_rate=0.4",
     ]
-    loop, step = line_loop(line_config(tmp_path, *args, "--optimizer.warmup_steps=10"), poison=(8,))
+    loop, step = line_loop(line_config(tmp_path, *args, "--optimizer.warmup_steps=10"), poison=(10,))
     monkeypatch.setattr(loop.accelerator, "log", lambda values, step: logged.setdefault(step, {}).update(values))
     loop.run()
-    assert step.taken == [True, True, True, True, False, True]
+    assert step.taken == [True, True, True, True, True, False]
     assert logged[3]["train/loss"] == pytest.approx((1.5 + 3.5 + 5.5) / 3)
-    assert logged[6]["train/loss"] == pytest.approx(
-        (7.5 + 11.5) / 2
-    )  # the fifth step's, of parts 9 and 10, was not taken
+    assert logged[6]["train/loss"] == pytest.approx((7.5 + 9.5) / 2)  # the last step's was not taken
     assert [logged[step]["train/skipped_steps"] for step in (3, 6)] == [0, 1]
     assert [logged[step]["train/learning_rate"] for step in (3, 6)] == pytest.approx([0.4 * 3 / 10, 0.4 * 6 / 10])
     assert logged[6]["validation/error"] == pytest.approx(
