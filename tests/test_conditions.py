@@ -209,7 +209,8 @@ def test_the_model_section_is_completed_from_the_data():
     assert done["classes"] == CLASSES and done["numbers"] == NUMBERS and done["num_labels"] == 3
     other = {name: {"mean": 1.0, "std": 2.0} for name in NUMBERS}  # of the model that is fine-tuned
     assert train_ldm.complete_model({"numbers": other}, vae, data)["numbers"] == other
-    for section in ({"classes": {"sex": ["M", "F"]}}, {"numbers": {"age": NUMBERS["age"]}}):
+    assert train_ldm.complete_model({"num_labels": 0}, vae, data)["num_labels"] == 0  # a model without a mask
+    for section in ({"classes": {"sex": ["M", "F"]}}, {"numbers": {"age": NUMBERS["age"]}}, {"num_labels": 4}):
         with pytest.raises(ValueError, match="but autoencoder and data make it"):
             train_ldm.complete_model(section, vae, data)
 

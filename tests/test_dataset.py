@@ -106,8 +106,10 @@ def test_without_masks(folder):
 
 
 def test_channels_are_scaled_each_in_its_own_way(folder):
+    """CT from -300 to 1070 in its window, which cuts off both ends; PET from 0 to 342 by its own extremes."""
     for name, shape in SHAPES.items():
-        save(nearly_constant(shape, 40), folder / "ct" / f"{name}.nii")
+        hounsfield = 4 * np.arange(np.prod(shape), dtype=np.int16).reshape(shape) - 300
+        save(hounsfield, folder / "ct" / f"{name}.nii")
     window, percentiles = IntensityScaling("window", -160, 240), IntensityScaling("percentile", 0, 100)
     dataset = dataset_of(
         folder,
@@ -117,7 +119,8 @@ def test_channels_are_scaled_each_in_its_own_way(folder):
     item = dataset[2]
     assert dataset.channels == ["PET", "CT"]
     np.testing.assert_allclose(item["image"][0].flatten(), np.linspace(-1, 1, 343), atol=1e-6)
-    np.testing.assert_allclose(item["image"][1].flatten()[:-1], 0, atol=1e-6)
+    expected = np.clip((4 * np.arange(343) - 300 + 160) / 200 - 1, -1, 1)
+    np.testing.assert_allclose(item["image"][1].flatten(), expected, atol=1e-6)
     np.testing.assert_allclose(item["scale"], [[0, 342], [-160, 240]])
 
 

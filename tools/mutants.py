@@ -103,6 +103,7 @@ def copy_tree(root: Path, folder: Path) -> Path:
         text=True,
     ).stdout.split("\0")
     tree = folder / "tree"
+    tree.mkdir(parents=True)
     for name in filter(None, names):
         if (root / name).is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
@@ -148,11 +149,14 @@ class Run:
 
 
 class Workers:
-    """Runs tests in a number of copies of the tree at a time."""
+    """Runs tests in a number of copies of the tree at a time. `root` is a copy as well: who edits the working tree meanwhile
+    changes neither what is tried nor the keys under which results are kept."""
 
     def __init__(self, root: Path, count: int, folder: Path):
-        self.root = root
-        self.free = [copy_tree(root, folder / f"copy_{i}") for i in range(count)]
+        self.root = copy_tree(root, folder / "origin") if count else root
+        self.free = [folder / f"copy_{i}" / "tree" for i in range(count)]
+        for tree in self.free:
+            shutil.copytree(folder / "origin", tree.parent, symlinks=True)
         self.running: list[Run] = []
 
     def start(self, mutant: Mutant | None, tests: Sequence[str]) -> None:
@@ -248,7 +252,7 @@ def main() -> None:
             for run, outcome, line in run_all(workers, [(one, one.tests) for one in left]):
                 assert run.mutant is not None
                 outcomes[run.mutant] = outcome
-                row = {"key": run.mutant.key(ROOT), "file": run.mutant.file, "code": run.mutant.code}
+                row = {"key": run.mutant.key(workers.root), "file": run.mutant.file, "code": run.mutant.code}
                 row |= {"outcome": outcome, "seconds": round(time.monotonic() - run.started, 1), "line": line}
                 results.write(json.dumps(row) + "\n")
                 results.flush()
