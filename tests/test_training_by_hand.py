@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import train_ldm
 import train_vae
 from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
+from autoencoder.posterior import LatentDistribution
 from diffusion import LatentUNet3D, make_scheduler
 from training import AdversarialConfig, Learner, MovingAverage, OptimizerConfig, derive_seed, learning_rate, precision
 from training.muon import Muon
@@ -559,3 +560,21 @@ def test_the_time_left_is_that_of_the_steps_left_at_the_rate_of_this_start(monke
         clock[0] = 120.0
         progress.report(30, {"loss": 0.125})
     assert "step 30/100  loss 0.125  2.000 s/step  0:02:20 left" in caplog.text
+
+
+def test_held_out_volumes_are_their_mean_latents():
+    """An encoder that is unsure by 3 gives latents of 5, not a sample around them: a validation is the same each time."""
+
+    class Unsure:
+        device, stride = torch.device("cpu"), (1, 1, 1)
+
+        @staticmethod
+        def encode(image: Tensor, return_dict: bool) -> tuple[LatentDistribution]:
+            assert not return_dict
+            one = torch.ones(1)
+            return (LatentDistribution(torch.full_like(image, 5.0), torch.full_like(image, 3.0), 0 * one, one),)
+
+    items: Any = [{"name": "a", "image": torch.zeros(1, 2, 2, 2)}]
+    encoder: Any = Unsure()
+    (found,) = train_ldm.encode_held_out(items, encoder, 0, {})
+    assert torch.equal(found["latents"], torch.full((1, 1, 2, 2, 2), 5.0)) and found["conditions"] == {}

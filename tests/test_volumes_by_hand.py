@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 
 from volumes import Case, DataConfig, IntensityScaling, VolumeDataset, load_cases, read_volume
+from volumes.map_checks import count_at_edge, count_pieces, map_fault
+from volumes.patterns import is_wanted
+from volumes.plausible import obliqueness, resampling_oddities
 from volumes.subjects import find_overlap, marks_of, record_subjects
 
 
@@ -101,3 +104,35 @@ def test_a_subject_in_two_splits_is_refused_before_validation_is_drawn(seed, tmp
     table = {"root": str(tmp_path), "table": "table.csv", "images": "{name}.nii", "subject": "who", "split": "fold"}
     with pytest.raises(ValueError, match="subject A is in two splits"):
         load_cases(DataConfig(**table, validation_fraction=0.5, split_seed=seed))
+
+
+def test_a_label_may_have_half_the_least_volume_and_twice_the_most():
+    known = {"labels": {"a": {"mm3": [16, 32], "pieces": 1, "edge": 0, "always": True}}, "pieces": 1, "shapes": "9x9x9"}
+    for voxels, right in ((3, False), (4, True), (32, True), (33, False)):
+        array = np.zeros((9, 36, 9), np.uint8)
+        array[4, 1 : 1 + voxels, 4] = 1
+        assert (map_fault(array, 2.0, {0: "background", 1: "a"}, known) is None) == right, voxels
+
+
+def test_voxels_count_at_both_edges_and_touch_at_corners():
+    mask = np.zeros((4, 4, 4), bool)
+    mask[0, 1, 1] = mask[1, 2, 2] = mask[2, 3, 3] = True
+    assert count_at_edge(mask) == 2 and count_pieces(mask) == 1
+
+
+def test_ten_degrees_about_one_axis_are_ten_whatever_the_spacing():
+    angle = np.radians(10)
+    turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag([1.0, 2.0, 5.0])
+    assert obliqueness(affine) == pytest.approx(10, abs=1e-9)
+
+
+def test_half_of_an_axis_is_little_and_more_is_not():
+    assert len(resampling_oddities((14, 20, 20), (7, 20, 20))) == 1
+    assert resampling_oddities((13, 20, 20), (7, 20, 20)) == [] == resampling_oddities((16, 20, 20), (8, 20, 20))
+
+
+def test_a_star_stays_in_its_folder():
+    wanted = is_wanted("images/*.nii")
+    assert wanted("images/a.nii") and not wanted("images/more/a.nii")
