@@ -180,6 +180,20 @@ def test_a_child_of_a_fork_leaves_the_decision_to_its_parent(capfd):
     assert capfd.readouterr().err.count("Ctrl-C") == 2  # of one line
 
 
+def test_an_interrupt_between_a_fork_and_its_first_line_is_no_second_one(capfd):
+    """It comes before the child had its own handlers: with its parent's it would count there."""
+    with pytest.raises(Stopped), stoppable(), finishing("a step"):
+        for _ in range(100):
+            child = os.fork()
+            if not child:
+                os._exit(7)
+            os.kill(child, signal.SIGINT)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert stop_came() is None
+        interrupt()
+    assert capfd.readouterr().err.count("Ctrl-C: finishing") == 1
+
+
 def test_processes_that_load_data_outlive_an_interrupt(capfd):
     stream = SampleStream(8, 2, seed=0)
     with pytest.raises(Stopped), stoppable(), finishing("a step"):

@@ -30,6 +30,7 @@ class _Signals:
 
     def __init__(self) -> None:
         self.listening = False
+        self.forking = threading.local()  # the signal mask before a fork, in the thread that forks
         self.reset()
 
     def reset(self) -> None:
@@ -64,17 +65,30 @@ class _Signals:
             say(f"{NAMES[number]}: {f'finishing {work}' if work else 'ending'}{again}")
         self.told = number
 
+    def before_fork(self) -> None:
+        """Hold signals back until the new process has its own handlers: with this one's it would report them here, as a second one."""
+        self.forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, NAMES) if self.listening else None
+
     def after_fork(self) -> None:
+        if self.forking.mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.forking.mask)
+
+    def after_fork_in_child(self) -> None:
         """A process that is forked from this one, such as one that loads data, gets the terminal's Ctrl-C too: the decision is this
         one's, which ends the other."""
         if self.listening:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.after_fork()
 
 
 _signals = _Signals()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_signals.after_fork)
+    os.register_at_fork(
+        before=_signals.before_fork,
+        after_in_parent=_signals.after_fork,
+        after_in_child=_signals.after_fork_in_child,
+    )
 
 
 def say(text: str) -> None:
