@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState
 from test_training import fresh_accelerate, line_config, line_loop  # noqa: F401
 
 from training import list_checkpoints
-from training.checkpoints import find_checkpoint
+from training.checkpoints import DIGESTS, digest_files, find_checkpoint
 
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
@@ -28,10 +28,10 @@ def resumed(tmp_path, **changes):
     line_loop(line_config(tmp_path, *args))[0].run()
     folder = tmp_path / "run/checkpoints/step_000003"
     assert [path.name for path in list_checkpoints(folder.parent)] == ["step_000002", "step_000003"]
-    (folder / "digests.json").unlink()  # as of an older version
     state = json.loads((folder / "state.json").read_text())
     assert state["processes"] == 1 and not state["sharded"]
     (folder / "state.json").write_text(json.dumps(state | changes))
+    (folder / DIGESTS).write_text(json.dumps(digest_files(folder)))
     AcceleratorState._reset_state(reset_partial_state=True)
     return line_loop(line_config(tmp_path, *args, "--resume=latest"))[0]
 

@@ -376,7 +376,7 @@ def test_what_cannot_be_edited_is_named(pipe, two):
         ({"image": {"ct": image}, "strength": 0.5}, "it must hold every channel that the model makes: MR"),
         ({"image": resampled, "strength": 0.5}, "was resampled from its file's grid; give the file, or a new Volume"),
         ({"image": nan, "strength": 0.5}, "the image 'MR': 1 of 1080 values are not finite"),
-        ({"image": np.ones(SHAPE), "strength": 0.5}, "the image 'MR': every voxel is 1: the volume is constant"),
+        ({"image": np.ones(SHAPE), "strength": 0.5}, "the image 'MR': every voxel is 1: it is constant"),
         ({"strength": 0.5, "given": ["MR"]}, "nothing is left to change; leave one out"),
         ({"strength": 0.5, "given": ["ct"]}, r"given is \['ct'\]; it lists channels that are left alone, of MR"),
         ({"given": ["MR"]}, r"given \['MR'\] is for strength and region"),

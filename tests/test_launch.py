@@ -40,6 +40,7 @@ def test_train_vae(vae_run):
     output, losses = vae_run
     assert losses[-1] < 0.8 * losses[0]
     assert {p.name for p in output.iterdir()} == {
+        ".medvolume.lock",
         "checkpoints",
         "config.yaml",
         "logs",
@@ -62,6 +63,7 @@ def test_train_ldm_leaves_a_pipeline(vae_run, tmp_path):
     assert out.volumes[0].shape == (1, 16, 16, 16)
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """Each process takes its half of every batch, and of the codebook's cells; one set of files is written."""
     args = [f"--output={tmp_path}", "--crops.shape=[16, 16, 16]", "--loop.batch_size=2"]

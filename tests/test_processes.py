@@ -75,6 +75,7 @@ def test_a_process_that_stands_still_ends_the_others_after_their_patience(tmp_pa
     assert "another one has ended, or stands still" in (tmp_path / "log.0").read_text()
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_all_with_a_checkpoint(tmp_path):
     lines, run = tmp_path / "losses.jsonl", tmp_path / "run"
     args = [*LONG, f"--output={run}", "--loop.workers=1"]
@@ -151,7 +152,7 @@ def test_trainings_are_shared_and_the_report_is_that_of_one(data, name):
     assert scored(data / "out/one.json") == scored(data / "out/two.json")
     said = [(data / f"two.{rank}").read_text().count(", seed ") for rank in range(2)]
     assert min(said) > 0  # both trained
-    assert sorted(path.name for path in (data / "out").iterdir()) == ["one.json", "two.json"]
+    assert sorted(path.name for path in (data / "out").glob("[!.]*")) == ["one.json", "two.json"]
 
 
 def test_what_another_process_had_finished_is_not_lost_with_the_main_one(tmp_path):
@@ -218,7 +219,7 @@ def test_a_report_that_cannot_be_written_is_named_before_any_training(data):
 
 def test_commands_that_cannot_be_shared_are_the_main_processs(monkeypatch):
     class Command:
-        name, ran, divides, reads_data = "command", 0, False, False
+        name, ran, divides, reads_data, makes_folder = "command", 0, False, False, False
 
         @classmethod
         def run(cls, *_):
@@ -237,8 +238,9 @@ def test_commands_that_cannot_be_shared_are_the_main_processs(monkeypatch):
     assert common.run_command(Command, Namespace(), None, None) == {"figure": 1}
 
 
-def test_what_one_process_refuses_leaves_no_other_waiting(monkeypatch):
+def test_what_one_process_refuses_leaves_no_other_waiting(tmp_path, monkeypatch):
     """Of two processes: an error in a part that they share ends both; in one that is the main process's own, both go on."""
+    options = Namespace(output=str(tmp_path / "report.json"), wait_minutes=0)
 
     class State:
         is_main_process, num_processes, waited = True, 2, 0
@@ -254,9 +256,9 @@ def test_what_one_process_refuses_leaves_no_other_waiting(monkeypatch):
     monkeypatch.setattr(common, "check_judged", refuse)
     monkeypatch.setattr(everything, "broadcast_object_list", lambda values: values)
     with pytest.raises(ValueError, match="seen"):
-        everything.attempt(COMMANDS["dice"], Namespace(), None, None)
+        everything.attempt(COMMANDS["dice"], options, None, None)
     assert not State.waited  # there the others are at work
-    assert everything.attempt(COMMANDS["privacy"], Namespace(), None, None) == "seen" and State.waited == 1
+    assert everything.attempt(COMMANDS["privacy"], options, None, None) == "seen" and State.waited == 1
 
 
 def test_all_generates_first(tmp_path):

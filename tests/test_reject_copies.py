@@ -181,7 +181,7 @@ def test_what_does_not_fit_is_named(inputs, fingerprints, tmp_path):
         generate.main(arguments(inputs, tmp_path / "out", "--reject_copies", str(two)))
     save_file({"weights": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
-    for name, why in (("other", "no fingerprints"), ("text", "no safetensors"), ("nowhere", "no such file")):
+    for name, why in (("other", "no fingerprints"), ("text", "is damaged"), ("nowhere", "no such file")):
         with pytest.raises(ValueError, match=f"{name}.safetensors: .*{why}"):
             copy_check(tmp_path / f"{name}.safetensors", tiny_data())
     assert not (tmp_path / "out").exists()

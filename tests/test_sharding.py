@@ -26,6 +26,7 @@ def trained(script, args, folder, processes):
     return losses_of(script, args, folder, processes, global_batch=4)[0]
 
 
+@pytest.mark.slow
 def test_divided_weights_resume_exactly_and_are_saved_whole(tmp_path):
     """Checkpoints, the final folder and metrics are those of one process; the way back from a checkpoint is exact to the bit.
     Four volumes validate, and the first is drawn by one process alone."""

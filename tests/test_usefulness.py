@@ -236,7 +236,9 @@ def test_a_ledger_is_of_the_same_volumes_names_and_subjects(tmp_path, capsys):
     assert len({content_of(real), *map(content_of, others)}) == 5
     report = {"evaluation": "few_labels", "protocol": {}, "data": {}, "synthetic": "made"}
     path = tmp_path / "few.json"
-    path.write_text(json.dumps({**report, "rows": [{"arm": "real", "labels": "8", "seed": 0}]}))  # an earlier version's
+    path.write_text(
+        json.dumps({**report, "rows": [{"arm": "real", "labels": "8", "seed": 0, "dice": 0.5}]})
+    )  # an earlier version's
     ledger = Ledger(path, {**report, "content": content_of(real)}, lambda rows: {})
     assert ledger.missing([("real", "8", 0), ("real", "8", 1)]) == [("real", "8", 1)]
     assert "does not say of which volumes" in capsys.readouterr().out

@@ -247,5 +247,5 @@ def test_unicode_spellings_match_between_images_and_masks(tmp_path, caplog):
 def test_a_hidden_case_name_is_refused(tmp_path):
     (tmp_path / ".a.nii").touch()
     table(tmp_path, "image\n.a.nii\n")
-    with pytest.raises(ValueError, match="would be called '.a'"):
+    with pytest.raises(ValueError, match="the name '.a' begins with a dot"):
         load_cases(DataConfig(root=str(tmp_path), table="t.csv", images="{image}", validation_fraction=0))

@@ -86,7 +86,7 @@ def test_a_constant_channel_is_refused_by_its_file(tmp_path, intensity):
         intensity={"ct": IntensityScaling(**CT), "pet": intensity},
         validation_fraction=0.0,
     )
-    with pytest.raises(VolumeError, match=r"pet/a.nii.gz: every voxel is 7: the volume is constant"):
+    with pytest.raises(VolumeError, match=r"pet/a.nii.gz: channel pet: every voxel is 7: it is constant"):
         VolumeDataset(load_cases(config), config)
 
 
