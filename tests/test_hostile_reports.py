@@ -213,6 +213,12 @@ def test_a_damaged_ledger_is_named(tmp_path, text):
         Ledger(tmp_path / "other.json", dict(BASE), lambda rows: {"rows": rows})
 
 
+def test_a_ledger_that_says_nothing_of_its_volumes_is_damaged_too(tmp_path):
+    (tmp_path / "report.json").write_text('{"rows": 1}')
+    with pytest.raises(ValueError, match="report.json: holds no trainings"):
+        Ledger(tmp_path / "report.json", {"evaluation": None}, lambda rows: {"rows": rows})
+
+
 def test_rows_that_cannot_be_summarised_are_named(tmp_path):
     path = tmp_path / "report.json"
     path.write_text(json.dumps(BASE | {"rows": [ROW]}))

@@ -70,7 +70,7 @@ class Ledger:
             raise ValueError(f"{error}; choose another --output, or delete it") from error
         if "content" not in earlier and "rows" in earlier:  # as of reports from before it was recorded
             print(f"note: {path} does not say of which volumes it is: taken to be of these")
-            earlier["content"] = wanted["content"]
+            earlier["content"] = wanted.get("content")
         if changed := [key for key in SAME if earlier.get(key) != wanted.get(key)]:
             raise ValueError(
                 f"{path}: holds figures of another {', '.join(changed)}; choose another --output, or delete it"
