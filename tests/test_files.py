@@ -308,6 +308,19 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
 
 
 @posix
+@pytest.mark.parametrize(("folder", "lock"), [(0o2775, 0o664), (0o777, 0o666), (0o755, 0o644), (0o700, 0o600)])
+def test_a_lock_can_be_held_by_all_who_may_write_in_its_folder(tmp_path, folder, lock):
+    """Its file stays: by the usual umask the next user of a group's folder could not open it."""
+    tmp_path.chmod(folder)
+    before = os.umask(0o022)
+    try:
+        with only_writer(tmp_path):
+            assert (tmp_path / LOCK).stat().st_mode & 0o777 == lock
+    finally:
+        os.umask(before)
+
+
+@posix
 def test_a_link_in_the_place_of_the_lock_is_refused(tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "out").mkdir()
