@@ -30,7 +30,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -263,9 +263,8 @@ def generate_tasks(
         remove_leftovers(options.output)
         write_subjects(pipe, options.output)
     state.wait_for_everyone()  # what one refuses ends all before hours of work
-    known = {
-        file for task in tasks for file in volume_files(task.path, task.record)
-    }  # read, or written by this process
+    waiting = {task.path for task in todo}
+    known = files_of(task for task in tasks if task.path not in waiting)  # read, or written by this process
     quiet = None if state.is_main_process else True
     try:
         with LiveBar(total=len(tasks), initial=len(tasks) - len(todo), desc="volumes", disable=quiet) as bar:
@@ -274,9 +273,11 @@ def generate_tasks(
                 names = batch[0].path.name + (f" and {len(batch) - 1} more" if len(batch) > 1 else "")
                 with finishing(names), naming_full_disk(options.output):
                     if rejection is None:
-                        lost += write_batch(pipe, batch, options)
+                        given_up = write_batch(pipe, batch, options)
                     else:
-                        lost += write_accepted(pipe, batch, options, rejection)
+                        given_up = write_accepted(pipe, batch, options, rejection)
+                lost += given_up
+                known |= set() if given_up else files_of(batch)  # of what is given up, a damaged one may still be there
                 bar.update(len(batch))
     except Stopped:
         if state.is_main_process:
@@ -288,6 +289,11 @@ def generate_tasks(
         count = write_manifest(options.output, known)
         print(f"{count} volumes in {options.output}, listed in {options.output / MANIFEST}")
     return lost
+
+
+def files_of(tasks: Iterable[Task]) -> set[Path]:
+    """The files of their volumes."""
+    return {file for task in tasks for file in volume_files(task.path, task.record)}
 
 
 def check_same_labels(options: argparse.Namespace) -> None:

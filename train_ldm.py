@@ -49,6 +49,7 @@ from diffusion.latent_cache import weights_hash
 from diffusion.latent_entry import check_latents
 from diffusion.objectives import Scheduler
 from pipelines import MedVolumePipeline
+from pipelines.description import check_data
 from pipelines.loading import load_autoencoder
 from pipelines.lora import add_lora, save_lora
 from pipelines.provenance import content_hash, stored_tensors
@@ -260,6 +261,7 @@ def train_as(config: TrainLdmConfig, accelerator: Accelerator) -> dict[str, floa
     check_prepared(config, vae, train.preprocessing)
     earlier = check_unseen(config, vae, held_out)
     data = describe(train)
+    check_data(data)  # now, and not when the pipeline is saved
     channels = config.data.channels
     images = {name: vae.latents_of(channels.index(name)) for name in config.data.given}
     config.model = complete_model(config.model, vae, data, images)

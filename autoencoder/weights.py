@@ -136,7 +136,8 @@ def check_config(folder: Path, config: dict[str, Any], model_class: Any, tensors
     except ValueError as error:
         raise ValueError(f"{folder}: config.json: {error}") from error
     _check_values(folder, {key: value for key, value in config.items() if key not in ("data", "subjects")})
-    if (count := sum(len(config.get(key) or ()) for key in ("classes", "numbers"))) > tensors:
+    named = [found for found in map(config.get, ("classes", "numbers")) if isinstance(found, dict)]
+    if (count := sum(map(len, named))) > tensors:
         raise ValueError(f"{folder}: config.json names {count} conditions, its weights are {tensors} tensors")
     for key, value in config.items():
         if key.endswith("blocks") and (not isinstance(value, list) or not all(isinstance(n, int) for n in value)):

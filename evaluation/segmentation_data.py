@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from files.paths import path_inside
 from pipelines import describe_mask, read_sidecar
 from volumes import (
     PHANTOM_LABELS,
@@ -102,10 +103,13 @@ def _of_generated_masks(
         record = (read_sidecar(path) or {}).get("mask")
         if record is None or _mask_of(volume, known) is not None:
             continue
-        mask = folder / "masks" / record["file"]
-        if not mask.is_file() or read_sidecar(mask) is None:  # not there, or somebody's own, of whom nothing is known
+        try:
+            mask = path_inside(folder / "masks", record.get("file"), f"the sidecar of {path}: mask")
+        except ValueError:  # not there, without a name, or elsewhere
             continue
-        if describe_mask(mask)["sha256"] != record["sha256"]:
+        if read_sidecar(mask) is None:  # somebody's own, of whom nothing is known
+            continue
+        if describe_mask(mask)["sha256"] != record.get("sha256"):
             raise ValueError(f"{path}: was made from another mask than {mask}; generate it again")
         if missing := [channel for channel in channels if channel not in parts]:
             raise ValueError(f"{path}: has no file of channel {', '.join(missing)}; generate all channels")
@@ -238,7 +242,7 @@ def _given(path: Path, channel: str, case: Case) -> Path:
     """The case's own file of a channel that the volume at `path` was given. Raises: ValueError if its sidecar does not say so."""
     record = read_sidecar(path) or {}
     given = (record.get("images") or {}).get(channel)
-    if given is None or given["sha256"] != describe_mask(case.images[channel])["sha256"]:
+    if given is None or given.get("sha256") != describe_mask(case.images[channel])["sha256"]:
         raise ValueError(
             f"{path}: has no file of channel {channel!r}, nor was it given that of {case.name}; "
             "generate all channels, or give the case's own"

@@ -32,6 +32,12 @@ NO_LOCKS = (
     errno.ENOTSUP,
     errno.ENOLCK,
 )  # of a file system that cannot lock, such as Lustre without `-o flock`
+NO_SYNC = (
+    errno.EINVAL,
+    errno.EBADF,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+)  # of one that cannot flush folders: CIFS, some of FUSE's
 
 
 @contextmanager
@@ -93,12 +99,13 @@ def atomic_parts(folder: Path, index: str) -> Iterator[Path]:
     """Give a folder to fill, whose files and folders take their places in `folder` when the block ends; what else is there stays.
 
     The file `index` goes first and comes last: killed in between, `folder` has none, so that nobody takes old and new parts for
-    one whole. A folder that is not there, or empty, appears in one step.
+    one whole. A folder that is not there appears in one step; one that is there, if empty, stays the same one: it may be a
+    disk's own, somebody's working directory, or in a folder that only others may write to.
 
     Raises: FileExistsError if a link or a file is in the place of a folder.
     """
     folder = folder.resolve()
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists():
         with atomic_folder(folder) as unfinished:
             yield unfinished
         return
@@ -193,7 +200,8 @@ def sync(path: Path) -> None:
                 sync(inner)
         _sync_folder(path)
         return
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    flags = os.O_RDWR if os.name == "nt" else os.O_RDONLY  # Windows flushes only what may be written
+    descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
     try:
         os.fsync(descriptor)
     finally:
@@ -206,6 +214,9 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
 

@@ -44,7 +44,10 @@ def only_writer(
     """
     output, place = (folder, folder / LOCK) if file is None else (folder / file, folder / f".{file}.lock")
     holder = place.with_name(f"{place.name}.json")
-    lock = FileLock(place, fallback_to_soft=False)
+    shared = 0o600 | (
+        folder.stat().st_mode & 0o066
+    )  # who may write in a folder that a group shares, may hold it after this one
+    lock = FileLock(place, mode=shared, fallback_to_soft=False)
     if not _acquire(lock, output, holder, wait_minutes, option):
         yield
         return

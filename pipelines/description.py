@@ -29,7 +29,9 @@ def check_data(data: Mapping[str, Any]) -> None:
         raise ValueError(f"data has no {' and no '.join(missing)}; volumes.describe writes it")
     channels = data["channels"]
     _expect(_texts(channels) and len(set(channels)) == len(channels) > 0, "channels", channels, "names, each once")
-    for channel in channels:  # of which files have their names
+    for channel in (
+        () if data.get("image_labels") else channels
+    ):  # of which files have their names; those of label maps are in one
         check_name(channel, "data: channels")
     for name in ("labels", "image_labels"):
         labels = data.get(name, {})

@@ -45,7 +45,12 @@ def write_manifest(output: Path, known: Collection[Path] = ()) -> int:
         given = {**(record["labels"] or {}), **(record["numbers"] or {}), **images, **rejection_columns(record)}
         names |= dict.fromkeys(given)
         rows.append(given | {column: flat.get(column, record.get(column)) for column in columns})
-    with atomic_file(output / MANIFEST) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
+    settings: dict[str, Any] = {
+        "newline": "",
+        "encoding": "utf-8",
+        "errors": "backslashreplace",
+    }  # sidecars may be anybody's
+    with atomic_file(output / MANIFEST) as unfinished, open(unfinished, "w", **settings) as file:
         writer = csv.DictWriter(file, [*columns, *(name for name in names if name not in columns)])
         writer.writeheader()
         writer.writerows(rows)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import nibabel as nib
@@ -144,7 +145,21 @@ def sidecar_content(path: str | os.PathLike) -> dict[str, Any] | None:
         or len(set(channels)) < len(channels)
     ):
         raise ValueError(f"{sidecar}: its channels are {str(channels)[:80]!r}, expected names; it is damaged: {remedy}")
+    for name in ("mask", "labels", "numbers", "images"):
+        if not isinstance(found := content.get(name), dict | NoneType) or not all(
+            map(_is_source, _sources(name, found))
+        ):
+            raise ValueError(f"{sidecar}: its {name} is {str(found)[:80]!r}; it is damaged: {remedy}")
     return content
+
+
+def _sources(name: str, found: Mapping[str, Any] | None) -> list[Any]:
+    """What an entry says of the files that a volume was made from."""
+    return [found] if name == "mask" and found else list(found.values()) if name == "images" and found else []
+
+
+def _is_source(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str | NoneType) for key in ("file", "sha256"))
 
 
 def _is_name(value: Any) -> bool:

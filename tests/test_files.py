@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -12,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from files import atomic
-from files.atomic import atomic_file, atomic_files, atomic_folder, remove_folder, remove_leftovers, write_text
+from files.atomic import (
+    atomic_file,
+    atomic_files,
+    atomic_folder,
+    atomic_parts,
+    remove_folder,
+    remove_leftovers,
+    write_text,
+)
 from files.locks import HOLDER, LOCK, OutputInUse, one_at_a_time, only_writer
 from files.paths import check_name, open_regular, path_inside
 
@@ -129,6 +138,46 @@ def test_a_folder_replaces_an_older_one(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no"), atomic_folder(tmp_path / "model"):
         pass
     assert (tmp_path / "model/weights").read_text() == "2" and names(tmp_path) == ["model"]
+
+
+def test_parts_go_into_a_folder_that_is_there_and_empty(tmp_path, monkeypatch):
+    """It may be somebody's working directory, a disk's own folder, or in a folder that only others may write to."""
+    folder = tmp_path / "shared/mine"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    before, make = folder.stat().st_ino, atomic.tempfile.mkdtemp
+
+    def refuse(prefix, dir):
+        if Path(dir) == folder.parent:
+            raise PermissionError(errno.EACCES, "denied", str(dir))
+        return make(prefix=prefix, dir=dir)
+
+    monkeypatch.setattr(atomic.tempfile, "mkdtemp", refuse)
+    with atomic_parts(Path("."), "index") as unfinished:
+        (unfinished / "index").write_text("1")
+        (unfinished / "unet").mkdir()
+        assert names(folder) == [unfinished.parent.parent.name]
+    assert folder.stat().st_ino == before and names(Path.cwd()) == ["index", "unet"]
+
+
+@posix
+def test_folders_that_cannot_be_flushed_are_written_to(tmp_path, monkeypatch):
+    """On CIFS and some of FUSE fsync of a folder is an error, of a file it is none."""
+    fsync, error = os.fsync, errno.EINVAL
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(error, os.strerror(error))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_text(tmp_path / "a", "text")
+    with atomic_folder(tmp_path / "model") as unfinished:
+        (unfinished / "weights").write_text("1")
+    assert names(tmp_path) == ["a", "model"]
+    error = errno.EIO
+    with pytest.raises(OSError, match="Input/output"):
+        write_text(tmp_path / "b", "text")
 
 
 KILLED = """
@@ -256,6 +305,19 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
     with only_writer(tmp_path):
         assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
     assert not (tmp_path / HOLDER).exists()
+
+
+@posix
+@pytest.mark.parametrize(("folder", "lock"), [(0o2775, 0o664), (0o777, 0o666), (0o755, 0o644), (0o700, 0o600)])
+def test_a_lock_can_be_held_by_all_who_may_write_in_its_folder(tmp_path, folder, lock):
+    """Its file stays: by the usual umask the next user of a group's folder could not open it."""
+    tmp_path.chmod(folder)
+    before = os.umask(0o022)
+    try:
+        with only_writer(tmp_path):
+            assert (tmp_path / LOCK).stat().st_mode & 0o777 == lock
+    finally:
+        os.umask(before)
 
 
 @posix

@@ -25,6 +25,7 @@ from pipelines.finished import finished_volumes
 from pipelines.provenance import read_sidecar, sidecar_content
 from pipelines.rejection import Check
 from volumes import VoxelError
+from volumes.stopping import Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX links and pipes")
@@ -375,6 +376,22 @@ def test_a_volume_that_is_not_finite_is_refused_by_name_and_all_others_are_writt
         run(inputs, tmp_path, "--batch_size", batch)
     assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["b_000.json", "b_000.nii.gz", "manifest.csv"]
     assert listed(tmp_path) == ["b_000.nii.gz"]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_damaged_volume_that_is_not_made_again_is_not_listed(inputs, output, spoiled, monkeypatch, interrupted):
+    flip(output / "a_000.nii.gz")
+    if interrupted:
+        monkeypatch.setattr(generate, "write_batch", lambda *_: (_ for _ in ()).throw(Stopped(130)))
+    with pytest.raises(Stopped if interrupted else ValueError):
+        run(inputs, output)
+    assert listed(output) == ["b_000.nii.gz"]
+
+
+def test_a_sidecar_whose_text_no_file_can_hold_does_not_end_the_run(inputs, output):
+    change(output / "a_000.json", mask={"file": "\ud800.nii.gz", "sha256": "0"})
+    run(inputs, output, "--masks", str(inputs / "masks" / "b.nii.gz"))
+    assert listed(output) == ["a_000.nii.gz", "b_000.nii.gz"]
 
 
 def test_so_it_is_where_volumes_are_checked_before_they_are_written(inputs, tmp_path, spoiled, monkeypatch):

@@ -6,18 +6,23 @@ import signal
 import socket
 import struct
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from tiny import mask_image, tiny_data, tiny_pipeline
 
 import generate
+import train_ldm
 from files.atomic import UNFINISHED
 from files.paths import printable, refuse_special
 from pipelines import MedVolumePipeline
 from pipelines.description import check_data
 from pipelines.requests import find_masks
+from training import initialise_from
 from volumes import (
     DataConfig,
     Volume,
@@ -131,11 +136,40 @@ def test_descriptions_that_are_not_plausible_are_refused_by_entry(changes, entry
         check_data(tiny_data(**changes))
 
 
+@pytest.mark.parametrize("name", ["T1/T2", ".hidden", "T1\n", ""])
+def test_channels_that_no_file_can_be_called_by_are_refused_before_any_training(name):
+    with pytest.raises(ValueError, match="data: images, for files of this channel: the name"):
+        DataConfig(images={name: "a/*.nii", "CT": "b/*.nii"})
+    assert DataConfig(images={"T1 w": "a/*.nii", "Übersicht": "b/*.nii"}).channels == ["T1 w", "Übersicht"]
+
+
+def test_a_description_is_checked_before_the_training_and_not_when_the_pipeline_is_saved(tmp_path, monkeypatch):
+    split = SimpleNamespace(preprocessing=None), None
+    stubs = {"load_autoencoder": lambda *_: torch.nn.Identity(), "load_split": lambda *_: split}
+    stubs |= {"describe": lambda *_: tiny_data(**window(0, 1e300)), "complete_model": lambda *_: pytest.fail("went on")}
+    stubs |= dict.fromkeys(("check_prepared", "check_unseen"), lambda *_: [])
+    for stub, function in stubs.items():
+        monkeypatch.setattr(train_ldm, stub, function)
+    config: Any = train_ldm.TrainLdmConfig(vae="vae", model={}, output=str(tmp_path), data=DataConfig(images="*.nii"))
+    with pytest.raises(ValueError, match="data: intensity"):
+        train_ldm.train_as(config, SimpleNamespace(device="cpu"))  # pyright: ignore[reportArgumentType]
+
+
+@posix
+def test_init_from_does_not_wait_for_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with at_once(), pytest.raises(ValueError, match="model.safetensors: .*a pipe"):
+        initialise_from(torch.nn.Linear(1, 1), tmp_path)
+
+
 def test_descriptions_that_are_plausible_are_taken():
     check_data(tiny_data(**window(-1024, 3071)))
     check_data(tiny_data(**window(0, 1e8)))  # Bq/ml
     check_data(tiny_data(**window(0, 1e-6)))  # m2/s
     check_data(tiny_data(image_labels=NAMED, maps=MAPS))
+    check_data(
+        tiny_data(image_labels={"0": "none", "1": "L/R lung"}, channels=["L/R lung"])
+    )  # all labels are in one file
     array = np.zeros((4, 5, 6), np.int16)
     array[1:3, 1:3, 1:3] = 1
     check_maps(describe_maps([(array, 1.0), (array[:, :4], 1.5)], {0: "background", 1: "a"}), ["background", "a"])

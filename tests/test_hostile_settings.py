@@ -375,6 +375,8 @@ def test_every_number_of_a_models_config_is_checked(part, tmp_path):
         ("unet", {"objective": "epsilon", "train_steps": 10**9}),
         ("vae", {"encoder_blocks": [0] * 10**5, "decoder_blocks": [0] * 10**5, "channels": [8] * 10**5}),
         ("vae", {"channel_names": ["a"] * 1_100_000}),
+        ("unet", {"classes": 5}),
+        ("unet", {"numbers": 7}),
         ("unet", {"_class_name": ["os", "system"]}),
         ("unet", {"_class_name": "LatentUNet\u0033D"[:-1] + "\u0044\u200b"}),
     ],

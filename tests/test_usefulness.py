@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from evaluation.labels import main as draw_main
 from evaluation.pretraining import BLOCK, HEAD, body, hide, pretrain
 from evaluation.segmentation_data import LoadedPairs
 from evaluation.utility import score_training
+from pipelines import describe_mask, read_sidecar
 from volumes import Case, DataConfig, load_cases, make_phantom, write_volume
 from volumes.tables import read_table
 
@@ -264,6 +266,35 @@ def test_volumes_of_test_masks_are_found_to_be_judged(data):
         (folder / f"made/case_{number}_000.nii.gz").unlink()
     with pytest.raises(ValueError, match="none of its 6 volumes is named after a mask of the test split"):
         generated_pairs(cases, folder / "made", "test")
+
+
+@pytest.mark.parametrize("file", ["{outside}", "../../outside/map.nii.gz", None, "gone.nii.gz"])
+def test_a_sidecar_leads_to_no_mask_outside_of_its_folder(data, tmp_path, file):
+    """Nor does one of a mask that had no file end the evaluation."""
+    _, config = data  # in tmp_path
+    made = tmp_path / "made"
+    record = {"synthetic": True, "software": "s", "model": "m", "seed": 1}
+    for place in (made / "masks", tmp_path / "outside"):
+        place.mkdir(exist_ok=True)
+    volume = next(made.glob("*.nii.gz"))
+    shutil.copy(volume, made / "new_000.nii.gz")
+    outside = tmp_path / "outside/map.nii.gz"
+    shutil.copy(volume, outside)
+    outside.with_name("map.json").write_text(json.dumps(record))
+    mask = {"file": file and file.format(outside=outside), "sha256": describe_mask(outside)["sha256"]}
+    (made / "new_000.json").write_text(json.dumps({**record, "mask": mask}))
+    found = {path.name for pair in generated_pairs(load_cases(config), made) for path in pair.generated or ()}
+    assert found and "new_000.nii.gz" not in found
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [{"mask": [1]}, {"mask": {"file": 3}}, {"mask": {"sha256": [1]}}, {"labels": 5}, {"images": {"ct": "ct.nii.gz"}}],
+)
+def test_sidecars_that_were_damaged_are_named_where_they_are_read(tmp_path, entry):
+    (tmp_path / "a_000.json").write_text(json.dumps({"synthetic": True, **entry}))
+    with pytest.raises(ValueError, match=f"a_000.json: its {next(iter(entry))} is .*damaged"):
+        read_sidecar(tmp_path / "a_000.nii.gz")
 
 
 def test_a_volume_that_is_beside_its_mask_is_found():

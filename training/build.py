@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from files.paths import refuse_special
 from volumes.settings import faults, refuse
 
 
@@ -51,8 +52,9 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     weights: dict[str, torch.Tensor] = {}
     for file in files:
         try:
+            refuse_special(file)
             weights |= load_file(file)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(
                 f"--init_from {file}: is no whole safetensors file ({error}); fetch or save it anew"
             ) from error

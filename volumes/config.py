@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from files.paths import check_name
+
 from .intensity import IntensityScaling
 from .names import nfc
 from .settings import NonNegativeInt, PositiveFloat, PositiveInt, Range, ShareBelowOne, UserPath, checked
@@ -119,6 +121,8 @@ class DataConfig:
                 raise ValueError(f"data: phantom takes the place of files; remove {', '.join(given)}")
         elif not self.images:
             raise ValueError("data: images is missing; give a pattern such as images/*.nii.gz, or a phantom section")
+        for channel in self.patterns if isinstance(self.images, dict) else ():
+            check_name(channel, "data: images, for files of this channel")
         if self.split and self.test_fraction:
             raise ValueError("data: test_fraction has no effect when split names a column; remove one of them")
         if self.subject and self.group_by:
