@@ -502,6 +502,7 @@ def write_subjects(pipe: MedVolumePipeline, output: Path) -> None:
         return
     path = output / GENERATED
     refuse_link(path.parent)
+    remove_leftovers(path.parent)
     known = read_object(path) if path.is_file() else {}
     found = known | {pipe.model_hash: pipe.training_subjects}
     if found != known:  # evaluate.py measures anew where a file is

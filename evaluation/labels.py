@@ -37,7 +37,7 @@ def parse(args: list[str] | None) -> Namespace:
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
-from files.atomic import atomic_file
+from files.atomic import atomic_file, remove_leftovers
 from files.paths import printable
 from volumes import Case, DataConfig, load_cases
 from volumes.remote import is_url, plain_path
@@ -125,6 +125,7 @@ def main(args: list[str] | None = None) -> None:
 
 def _write(table: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     rows = list(rows)
+    remove_leftovers(table.parent)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     with atomic_file(table) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)

@@ -117,7 +117,9 @@ def add_wait_argument(parser: argparse.ArgumentParser | jsonargparse.ArgumentPar
 
 
 def check_report(path: str | Path) -> None:
-    """Try the folder of a report before hours of work. Raises: ValueError if nothing can be written there, or if it is a folder."""
+    """Try the folder of a report before hours of work, and remove what killed processes left half written there.
+
+    Raises: ValueError if nothing can be written there, or if it is a folder."""
     if Path(path).is_dir():
         raise ValueError(f"--output {path}: is a folder; give a file in it")
     folder = Path(path).parent
@@ -125,6 +127,7 @@ def check_report(path: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        remove_leftovers(folder)
     except OSError as error:
         raise ValueError(f"--output {path}: cannot be written to: {error.strerror}; choose another folder") from error
 

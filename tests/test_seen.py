@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,11 @@ from autoencoder.model import deciding
 from evaluation import doctor, editing, samplers
 from evaluation.copies import CopyCheck, check_unseen_subjects
 from evaluation.copies import main as make_fingerprints
+from evaluation.labels import main as draw_labels
+from evaluation.report import check_report
 from evaluation.seen import check_models, read_judged
+from files.atomic import UNFINISHED
+from generate import write_subjects
 from pipelines import MedVolumePipeline
 from pipelines.trained_on import GENERATED, read_generated, read_model
 from training.splits import refuse_seen
@@ -384,6 +389,18 @@ def test_a_folder_of_generated_volumes_knows_its_models(generated, tmp_path):
     shutil.copytree(generated, tmp_path / "g")
     (tmp_path / "g" / GENERATED).unlink()
     assert read_generated(tmp_path / "g") == [UNRECORDED]
+
+
+def test_what_killed_processes_left_is_removed_wherever_one_writes(trained, generated, tmp_path):
+    out = shutil.copytree(generated, tmp_path / "g")
+    reports, tables = tmp_path / "reports", tmp_path / "tables"
+    for folder in (out / "provenance", reports, tables):
+        (folder / f"{UNFINISHED}1/new").mkdir(parents=True)
+        os.utime(folder / f"{UNFINISHED}1", (0, 0))
+    write_subjects(MedVolumePipeline.from_pretrained(trained / "pipeline"), out)
+    check_report(reports / "copies.safetensors")
+    draw_labels([f"--config={trained / 'data/config.yaml'}", f"--output={tables / 'few.csv'}", "--k=8"])
+    assert not list(tmp_path.rglob(f"{UNFINISHED}*"))
 
 
 def test_a_pipeline_knows_what_its_autoencoder_knows(trained, tmp_path):
