@@ -54,7 +54,7 @@ mutants: $(VENV)/installed-dev
 
 # The peers are MONAI's networks, which need einops: an extra of dev.
 bench: $(VENV)/installed-dev
-	$(PY) -m benchmarks.run --output out/bench
+	$(PY) -m benchmarks.speed.run --output out/bench
 
 survive: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.survival --kills 30 --output out/survival.json

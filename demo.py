@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from volumes.command import ArgumentParser, run_command
-from volumes.settings import Number, PositiveInt
+from cli.command import ArgumentParser, run_command
+from cli.settings import Number, PositiveInt
 
 ROOT = Path(__file__).resolve().parent
 WEIGHTS = ROOT / "weights"
@@ -43,10 +43,10 @@ import generate
 from files.atomic import atomic_file
 from files.paths import path_inside
 from pipelines import MedVolumePipeline, read_sidecar, sidecar_path, volume_files
-from pipelines.editing import remove_lesion
-from pipelines.finished import finished_volumes
+from pipelines.storage.finished import finished_volumes
 from volumes import read_mask, read_volume, shapes_figure, slices_figure, write_volume
-from volumes.tables import read_table
+from volumes.data.tables import read_table
+from volumes.lesions import remove_lesion
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -24,11 +24,11 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from cli.command import run_command
 from evaluation.commands import COMMANDS
 from evaluation.commands.arguments import make_parser
 from evaluation.report import read_config
-from volumes.command import run_command
-from volumes.config_parser import ConfigParser, config_files
+from volumes.data.config_parser import ConfigParser, config_files
 
 
 def parse(args: list[str] | None) -> Namespace:
@@ -51,15 +51,15 @@ import torch
 from accelerate import PartialState
 
 import generate
-from evaluation.commands import everything
+from cli.stopping import stoppable
+from evaluation.commands import run_all as everything
 from evaluation.commands.common import check_first, holding_folder
 from evaluation.commands.common import run_command as run_evaluation
-from evaluation.labels import write_masks
-from evaluation.segmentation_data import learning_cases
+from evaluation.data.label_budget import write_masks
+from evaluation.data.pairs import learning_cases
 from training import ending_with_others, join_processes, resolve_precision
 from volumes import load_cases
 from volumes.devices import find_device
-from volumes.stopping import stoppable
 
 LONGEST_WAIT = timedelta(days=2)  # of processes for each other: for the longest training, or what one does alone
 

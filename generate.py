@@ -19,7 +19,7 @@ Without masks and conditions volumes are called volume_000, label maps map_000, 
 that training maps had. A label map that is broken (a label missing, in pieces, or cut off at the edge, as none of the
 training set is) is made again from a next seed; its sidecar says so.
 
-With --reject_copies (a file that `python -m evaluation.copies` makes) a volume that is too similar to one that the model
+With --reject_copies (a file that `python -m evaluation.copies.fingerprints` makes) a volume that is too similar to one that the model
 learned from is not written, but made again from a next seed; sidecars and manifest say which were.
 """
 
@@ -37,8 +37,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from volumes.command import ArgumentParser, run_command
-from volumes.settings import NonNegativeFloat, NonNegativeInt, Number, PositiveInt, show_ranges
+from cli.command import ArgumentParser, run_command
+from cli.settings import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    Number,
+    PositiveInt,
+    show_ranges,
+)
 
 GENERATE = "generate:"
 PRECISIONS = ("no", "bf16", "fp16")
@@ -81,7 +87,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
         "--reject_copies",
         type=Path,
         metavar="FINGERPRINTS",
-        help="make volumes again that are copies of training volumes, by this file of `python -m evaluation.copies`",
+        help="make volumes again that are copies of training volumes, by this file of `python -m evaluation.copies.fingerprints`",
     )
     parser.add_argument(
         "--most_rejections",
@@ -129,7 +135,15 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from cli.live_bar import LiveBar
+from cli.stopping import (
+    Stopped,
+    check_stop,
+    finishing,
+    stoppable,
+)
 from files.atomic import refuse_link, remove_leftovers, write_text
+from files.documents import read_object
 from files.locks import only_writer
 from pipelines import (
     Check,
@@ -142,17 +156,14 @@ from pipelines import (
     volume_files,
     write_synthetic,
 )
-from pipelines.finished import left_to_generate
-from pipelines.manifest import MANIFEST, check_manifest, write_manifest
-from pipelines.requests import Request, mask_requests, read_requests
-from pipelines.trained_on import GENERATED
+from pipelines.inputs.requests import Request, mask_requests, read_requests
+from pipelines.storage.finished import left_to_generate
+from pipelines.storage.manifest import MANIFEST, check_manifest, write_manifest
+from pipelines.storage.trained_on import GENERATED
 from training import ending_with_others, join_processes
-from training.output import check_writable, naming_full_disk
+from training.engine.output import check_writable, naming_full_disk
 from volumes import VoxelError, draw_shape, map_fault
-from volumes.live_bar import LiveBar
-from volumes.stopping import Stopped, check_stop, finishing, stoppable
-from volumes.stored import memory_bytes
-from volumes.text import read_object
+from volumes.formats.raw import memory_bytes
 
 DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 LONGEST_RUN = timedelta(days=30)  # processes wait this long for each other at the end
@@ -345,7 +356,7 @@ def load_rejection(
     if "maps" in pipe.data:
         checks.append(map_check(pipe.data))
     if options.reject_copies is not None:
-        from evaluation.copies import copy_check  # here, for it imports what only evaluation needs
+        from evaluation.copies.fingerprints import copy_check  # here, for it imports what only evaluation needs
 
         if any(request.images for request in requests):
             raise ValueError("--reject_copies is for volumes whose channels are all generated: leave it out")

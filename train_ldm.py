@@ -5,8 +5,8 @@ for `MedVolumePipeline.from_pretrained`. With a `lora:` section it ends with `lo
 `pipe.load_lora_weights`: --config configs/hippocampus/lora.yaml --init_from PIPELINE/unet --vae PIPELINE/vae
 """
 
+from cli.command import run_command
 from training.config import TrainLdmConfig, parse_config
-from volumes.command import run_command
 
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse_config(TrainLdmConfig))
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from autoencoder import LatentDistribution, VolumeAutoencoder
 from autoencoder.model import RECORDS
-from autoencoder.noise import check_noise_shape, measure_noise
+from autoencoder.residual_noise import check_noise_shape, measure_noise
 from autoencoder.weights import weight_files
 from diffusion import (
     LatentAugmentation,
@@ -48,11 +48,12 @@ from diffusion.denoise import set_timesteps
 from diffusion.latent_cache import weights_hash
 from diffusion.latent_entry import check_latents
 from diffusion.objectives import Scheduler
+from files.documents import read_object
 from pipelines import MedVolumePipeline
-from pipelines.description import check_data
-from pipelines.loading import load_autoencoder
 from pipelines.lora import add_lora, save_lora
-from pipelines.provenance import content_hash, stored_tensors
+from pipelines.storage.description import check_data
+from pipelines.storage.loading import load_autoencoder
+from pipelines.storage.provenance import content_hash, stored_tensors
 from training import (
     Learner,
     Loop,
@@ -61,12 +62,11 @@ from training import (
     open_run,
     save_model,
 )
-from training.previews import preview_case
+from training.engine.previews import preview_case
 from training.splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
 from volumes import VolumeDataset, describe, slices_figure
-from volumes.preprocessing import preprocessing, refuse_differences
-from volumes.subjects import join_records
-from volumes.text import read_object
+from volumes.data.preprocessing import preprocessing, refuse_differences
+from volumes.data.subjects import join_records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,8 +4,8 @@ The run folder ends with `vae/`: the averaged weights, with the latents' mean an
 set in its config. An autoencoder without parameters (autoencoder.SpaceToDepth3D) is measured and saved at once.
 """
 
+from cli.command import run_command
 from training.config import TrainVaeConfig, parse_config
-from volumes.command import run_command
 
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse_config(TrainVaeConfig))
@@ -45,7 +45,9 @@ from autoencoder.adversarial import (
 )
 from autoencoder.losses import cells_inside
 from autoencoder.perceptual import EncoderFeatures, VGG16Features, perceptual_loss
-from pipelines.loading import load_autoencoder
+from cli.live_bar import LiveBar
+from files.documents import read_object
+from pipelines.storage.loading import load_autoencoder
 from training import (
     AdversarialConfig,
     AutoencoderLosses,
@@ -60,13 +62,11 @@ from training import (
     save_model,
 )
 from training.config import crop_faults
-from training.previews import preview_case
+from training.engine.previews import preview_case
 from training.splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
 from volumes import CropDataset, VolumeDataset, slices_figure
-from volumes.live_bar import LiveBar
-from volumes.preprocessing import differences, refuse_differences
-from volumes.subjects import join_records
-from volumes.text import read_object
+from volumes.data.preprocessing import differences, refuse_differences
+from volumes.data.subjects import join_records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

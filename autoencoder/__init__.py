@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from volumes.lazy import lazy_exports
+from cli.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import (

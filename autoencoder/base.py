@@ -13,7 +13,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
-from volumes.settings import Range, faults_of, refuse
+from cli.settings import Range, faults_of, refuse
 
 from .layers import as_stride, depth_to_space, space_to_depth
 from .model import VolumeModel

@@ -6,7 +6,7 @@ from typing import Any
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from volumes.settings import NonNegativeInt, PositiveInt
+from cli.settings import NonNegativeInt, PositiveInt
 
 from .base import LatentMean, LatentStd, VolumeAutoencoder
 from .posterior import DiagonalGaussian3D
@@ -26,8 +26,8 @@ class AutoencoderKL3D(VolumeAutoencoder[DiagonalGaussian3D]):
             with latent_channels / in_channels. So a channel that is missing leaves the latents of the others alone.
         latents_mean, latents_std: statistics of the raw latents over the training set, set by `set_latent_statistics`.
         channel_names: of several image channels, in their order; train_vae.py sets them.
-        data: what was done to the volumes that it was trained on (`volumes.preprocessing`); train_vae.py sets it.
-        subjects: records of whose volumes those were (`volumes.subjects`); train_vae.py sets it.
+        data: what was done to the volumes that it was trained on (`volumes.data.preprocessing`); train_vae.py sets it.
+        subjects: records of whose volumes those were (`volumes.data.subjects`); train_vae.py sets it.
     """
 
     @register_to_config

@@ -46,7 +46,7 @@ class Conv3d(nn.Conv3d):
     """nn.Conv3d that does not fall into PyTorch's slow CPU kernel for a single small volume.
 
     PyTorch (seen in 2.13) calls oneDNN only if batch > 1 or batch * C * X * Y > 20480, and an im2col kernel
-    otherwise, which on the latents of one volume is two to four times slower (python -m benchmarks.choices).
+    otherwise, which on the latents of one volume is two to four times slower (python -m benchmarks.speed.choices).
     oneDNN is called here by name, in inference.
     """
 
@@ -90,7 +90,7 @@ class ChannelRMSNorm(nn.Module):
     def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
             return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
-        # the same in two passes over memory; PyTorch's makes five on a CPU (python -m benchmarks.choices)
+        # the same in two passes over memory; PyTorch's makes five on a CPU (python -m benchmarks.speed.choices)
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
         normed = x * torch.rsqrt(mean_square + self.eps)
         return normed * weight if torch.is_grad_enabled() else normed.mul_(weight)

@@ -12,8 +12,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from volumes.settings import faults, hints_of, refuse
-from volumes.text import FileError
+from cli.settings import faults, hints_of, refuse
+from files.documents import FileError
 
 from .identity import RECORD, remember_files, weights_record
 from .weights import (

@@ -13,7 +13,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from volumes.settings import PositiveInt
+from cli.settings import PositiveInt
 
 from .base import LIVE_ACTIVATIONS, LatentMean, LatentStd, VolumeAutoencoder
 from .layers import as_stride

@@ -9,7 +9,12 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from volumes.settings import NonNegativeInt, PositiveInt, ShareBelowOne, TwoOrMore
+from cli.settings import (
+    NonNegativeInt,
+    PositiveInt,
+    ShareBelowOne,
+    TwoOrMore,
+)
 
 from .base import LatentMean, LatentStd, VolumeAutoencoder
 from .codebook import Codebook

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from files.documents import FileError, parse_json, read_object
 from files.paths import open_regular
-from volumes.preprocessing import check_preprocessing
-from volumes.subjects import check_subjects
-from volumes.text import FileError, parse_json, read_object
+from volumes.data.preprocessing import check_preprocessing
+from volumes.data.subjects import check_subjects
 
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name for the files of a model
 PRIVATE = ("_class_name", "_diffusers_version", "_name_or_path")  # of a config: diffusers' own entries

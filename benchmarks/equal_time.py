@@ -1,6 +1,6 @@
 """Autoencoders trained for the same time on the same crops with the same loss:  who reconstructs held-out volumes best?
 
-Part of `python -m benchmarks.run`; by itself:  python -m benchmarks.equal_time --minutes 6 --model maisi --output
+Part of `python -m benchmarks.speed.run`; by itself:  python -m benchmarks.equal_time --minutes 6 --model maisi --output
 out/bench
 """
 
@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from volumes.command import ArgumentParser, run_command
-from volumes.settings import Number, PositiveFloat
+from cli.command import ArgumentParser, run_command
+from cli.settings import Number, PositiveFloat
 
 LEARNING_RATES = {"ours": (1e-3,), "monai": (1e-3, 1e-4), "maisi": (1e-3, 1e-4)}
 
@@ -39,14 +39,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from autoencoder import gradient_loss, kl_loss, l1_loss, mse_loss
+from benchmarks.speed.jobs import autocast, build_autoencoder
+from benchmarks.speed.measure import Work
+from benchmarks.speed.models import (
+    STRIDE,
+    decode,
+    encode,
+    parameters,
+    posterior,
+)
 from training import AutoencoderLosses, CropConfig, TrainVaeConfig, parse_config
 from training.splits import PaddedVolumes, load_split
 from volumes import CropDataset, DataConfig, PhantomConfig, VolumeDataset
 from volumes.devices import find_device
-
-from .jobs import autocast, build_autoencoder
-from .measure import Work
-from .models import STRIDE, decode, encode, parameters, posterior
 
 CONFIG = "configs/hippocampus/vae.yaml"
 # Ours: its config's. Peers: MAISI's and MONAI's tutorials' 1e-4, and ours; a quarter of the time decides.

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from volumes.command import ArgumentParser, run_command
-from volumes.settings import Number, PositiveInt
+from cli.command import ArgumentParser, run_command
+from cli.settings import Number, PositiveInt
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -43,7 +43,7 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 import numpy as np
 
 from evaluation import provenance, write_report
-from evaluation.intervals import over_seeds
+from evaluation.stats.intervals import over_seeds
 
 CONFIGS = Path("configs/whole_hippocampus")
 PIPELINE = "weights/hippocampus"
@@ -100,7 +100,7 @@ def score(arm: str, seed: int, options: argparse.Namespace) -> float:
     ]
     report = own / "dice.json"
     if not table.exists():
-        run("-m", "evaluation.labels", *config, "--k", options.k, "--seed", seed, "--output", table)
+        run("-m", "evaluation.data.label_budget", *config, "--k", options.k, "--seed", seed, "--output", table)
     judge = ["evaluate.py", "dice", *config, *only, "--data.label_names", MERGED, "--seeds", 1, "--output", report]
     judge += ["--iterations", options.iterations]
     if arm == REAL:

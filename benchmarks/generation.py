@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from volumes.command import ArgumentParser, run_command
-from volumes.settings import NonNegativeFloat, Number, PositiveInt
+from cli.command import ArgumentParser, run_command
+from cli.settings import NonNegativeFloat, Number, PositiveInt
 
 PIPELINE = Path(__file__).resolve().parents[1] / "weights" / "hippocampus"
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The benchmarks on a GPU machine: float32, TF32 and bf16, torch.compile, attention backends, model FLOP utilisation.
 #
-#   OUT=out/gpu bash benchmarks/gpu.sh [arguments of benchmarks.run, such as --parts coding,training]
+#   OUT=out/gpu bash benchmarks/gpu.sh [arguments of benchmarks.speed.run, such as --parts coding,training]
 #
 # Wheels of what the machine lacks may lie in .whl/: diffusers, monai, nibabel, jsonargparse, importlib_metadata, importlib_resources and einops.
 # Results lie in $OUT. bench.json is written after every measurement, so a run that is cut off keeps what it has, and
-#   python -m benchmarks.report $OUT/bench.json --output $OUT/performance.md
+#   python -m benchmarks.speed.report $OUT/bench.json --output $OUT/performance.md
 # makes the table of it later. A full run takes longer than ten minutes: give the parts that are wanted most first.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -18,4 +18,4 @@ if compgen -G ".whl/*.whl" >/dev/null; then
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" .whl/*.whl || exit 1
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
-"$python" -m benchmarks.run --device cuda --output "$out" "$@"
+"$python" -m benchmarks.speed.run --device cuda --output "$out" "$@"

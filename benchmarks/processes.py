@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from volumes.command import ArgumentParser, run_command
-from volumes.settings import Number, PositiveInt
+from cli.command import ArgumentParser, run_command
+from cli.settings import Number, PositiveInt
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from volumes.command import ArgumentParser, run_command
-from volumes.settings import Number, PositiveInt, Seed
+from cli.command import ArgumentParser, run_command
+from cli.settings import Number, PositiveInt, Seed
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -48,7 +48,7 @@ from safetensors.numpy import load_file
 from evaluation.report import check_report, provenance, write_report
 from files.atomic import UNFINISHED
 from files.locks import HOLDER, OutputInUse, only_writer
-from training.checkpoints import digest_files
+from training.engine.checkpoints import digest_files
 
 from . import forked
 from .phantom_set import write_phantoms

@@ -3,7 +3,7 @@ cache."""
 
 from typing import TYPE_CHECKING
 
-from volumes.lazy import lazy_exports
+from cli.lazy import lazy_exports
 
 from .denoise import denoise  # at once: the function has its module's name
 

@@ -28,11 +28,19 @@ from autoencoder import VolumeAutoencoder
 from autoencoder.layers import as_stride
 from autoencoder.losses import cells_inside
 from autoencoder.model import deciding
+from cli.live_bar import LiveBar
+from cli.settings import (
+    Axis,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Range,
+    ShareBelowOne,
+    checked,
+)
 from files.atomic import atomic_file, remove_leftovers
+from files.remote import is_url, plain_path
 from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple, volume_parts
-from volumes.live_bar import LiveBar
-from volumes.remote import is_url, plain_path
-from volumes.settings import Axis, NonNegativeFloat, NonNegativeInt, PositiveInt, Range, ShareBelowOne, checked
 
 from .folding import fold_mask
 from .images import image_condition

@@ -10,7 +10,12 @@ import re
 from pathlib import Path
 
 from files.atomic import atomic_file
-from volumes.remote import connect, copy_place, download, list_files
+from files.remote import (
+    connect,
+    copy_place,
+    download,
+    list_files,
+)
 
 OBJECT = re.compile(r"(\d+_\d+)-(\d+)-([0-9a-f]{16})\.safetensors")
 
@@ -18,7 +23,7 @@ OBJECT = re.compile(r"(\d+_\d+)-(\d+)-([0-9a-f]{16})\.safetensors")
 class LatentStore:
     """The entries at a URL, and the folder on this machine, `copies`, that training reads them from.
 
-    Raises: ValueError for a URL that cannot be used (`volumes.remote.connect`).
+    Raises: ValueError for a URL that cannot be used (`files.remote.connect`).
     """
 
     def __init__(self, url: str):

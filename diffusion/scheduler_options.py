@@ -13,7 +13,14 @@ from typing import Annotated, Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from volumes.settings import InnerShare, PositiveInt, PositiveShare, Range, describe, faults_of
+from cli.settings import (
+    InnerShare,
+    PositiveInt,
+    PositiveShare,
+    Range,
+    describe,
+    faults_of,
+)
 
 Scheduler: TypeAlias = Any  # any of diffusers' schedulers; their common base class declares none of what they share
 DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"

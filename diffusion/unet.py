@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from autoencoder.layers import ChannelRMSNorm, Conv3d, Downsample, Stride, Upsample, as_stride
 from autoencoder.model import VolumeModel
-from volumes.settings import NonNegativeInt, PositiveInt, Range, ShareBelowOne
+from cli.settings import (
+    NonNegativeInt,
+    PositiveInt,
+    Range,
+    ShareBelowOne,
+)
 
 from .attention import SelfAttention
 from .conditions import ConditionEmbedding
@@ -88,7 +93,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         train_steps: of the schedule that v or eps is trained with; 1000 if absent. Stored here for the same reason.
         condition_dropout: how often training leaves out each condition, such as {"mask": 0.1, "sex": 0.2}; those that it
             never left out cannot be guided (Ho & Salimans 2022).
-        subjects: records of whose volumes it was trained on (`volumes.subjects`); train_ldm.py sets it.
+        subjects: records of whose volumes it was trained on (`volumes.data.subjects`); train_ldm.py sets it.
     """
 
     lora_subjects: dict[str, Any]  # records of the training subjects of each attached LoRA; set when one is loaded

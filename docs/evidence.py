@@ -1,7 +1,7 @@
-"""docs/evidence.md from the reports of evaluate.py and evaluation.samplers:  python -m docs.evidence [--reports DIR]
+"""docs/evidence.md from the reports of evaluate.py and evaluation.studies.samplers:  python -m docs.evidence [--reports DIR]
 
 What people wrote is in evidence.in.md; `{report.a.b:.3f}` there is reports/report.json ["a"]["b"], `{tables}` are the tables of
-`evaluate.py report`, and `{samplers}` is the table of `evaluation.samplers`. A figure that no report holds is an error.
+`evaluate.py report`, and `{samplers}` is the table of `evaluation.studies.samplers`. A figure that no report holds is an error.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from volumes.command import ArgumentParser, run_command
+from cli.command import ArgumentParser, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,10 +28,10 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
-from evaluation.page import write_page
-from evaluation.page.render import ORDER
-from evaluation.samplers import markdown
-from volumes.text import read_object
+from evaluation.html import write_page
+from evaluation.html.render import ORDER
+from evaluation.studies.samplers import markdown
+from files.documents import read_object
 from weights.ship import fill, summaries
 
 

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from volumes.command import ArgumentParser, run_command
+from cli.command import ArgumentParser, run_command
 
 NAMES = ("mask", "edits", "classes", "images", "numbers")
 
@@ -27,10 +27,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from evaluation.editing import border_jump, labelled_region
 from evaluation.report import provenance, write_report
+from evaluation.studies.edit_borders import border_jump, labelled_region
 from pipelines import MedVolumePipeline
-from pipelines.editing import ellipsoid, insert_lesion, remove_lesion
 from training import TrainLdmConfig, parse_config
 from volumes import (
     PHANTOM_CLASSES,
@@ -42,6 +41,7 @@ from volumes import (
     shapes_figure,
     slices_figure,
 )
+from volumes.lesions import ellipsoid, insert_lesion, remove_lesion
 from volumes.phantom import INTENSITY
 
 ROOT = Path(__file__).resolve().parents[1]

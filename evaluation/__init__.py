@@ -2,15 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from volumes.lazy import lazy_exports
+from cli.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .defaults import SHAPE, SOURCES
-    from .dice import dice_per_volume
-    from .fidelity import mean_gradient, psnr
-    from .reconstruction import codebook_report, evaluate_reconstruction, reconstruct
-    from .report import machine, provenance, write_report
-    from .segmentation_data import (
+    from .data.pairs import (
         LoadedPairs,
         Pair,
         generated_pairs,
@@ -20,9 +15,34 @@ if TYPE_CHECKING:
         test_cases,
         unit_range,
     )
-    from .segmenter import ITERATIONS, make_segmenter, segmenter_dice, train_segmenter
-    from .spectrum import BAND_EDGES, CROP, band_names, band_power, centre_crop, hann_window, mean_band_power, ratio_db
-    from .utility import iterations_of, mask_obedience, protocol, ratios, score_training
+    from .metrics.dice import dice_per_volume
+    from .metrics.fidelity import mean_gradient, psnr
+    from .metrics.spectrum import (
+        BAND_EDGES,
+        CROP,
+        band_names,
+        band_power,
+        centre_crop,
+        hann_window,
+        mean_band_power,
+        ratio_db,
+    )
+    from .networks.defaults import SHAPE, SOURCES
+    from .networks.segmenter import (
+        ITERATIONS,
+        make_segmenter,
+        segmenter_dice,
+        train_segmenter,
+    )
+    from .report import machine, provenance, write_report
+    from .studies.reconstruction import codebook_report, evaluate_reconstruction, reconstruct
+    from .studies.utility import (
+        iterations_of,
+        mask_obedience,
+        protocol,
+        ratios,
+        score_training,
+    )
 
 __all__ = [
     "BAND_EDGES",

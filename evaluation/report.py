@@ -15,13 +15,18 @@ from typing import Any
 
 import jsonargparse
 
+from cli.settings import (
+    NonNegativeFloat,
+    Number,
+    faults,
+    refuse,
+)
 from files.atomic import remove_leftovers, write_text
+from files.documents import read_yaml
 from files.locks import only_writer
 from volumes import DataConfig
-from volumes.config_parser import ConfigParser, config_files
-from volumes.preprocessing import inherited
-from volumes.settings import NonNegativeFloat, Number, faults, refuse
-from volumes.text import read_yaml
+from volumes.data.config_parser import ConfigParser, config_files
+from volumes.data.preprocessing import inherited
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -134,7 +139,7 @@ def check_report(path: str | Path) -> None:
 
 def read_config(path: Path) -> dict[str, Any]:
     """All sections of a training config, `data` with what it leaves out as the autoencoder of `vae` or `init_from` learned it
-    (`volumes.preprocessing.inherited`). Raises: ValueError where there is no section `data`, and as `read_yaml`."""
+    (`volumes.data.preprocessing.inherited`). Raises: ValueError where there is no section `data`, and as `read_yaml`."""
     if not path.is_file():
         raise ValueError(f"{path}: no such config")
     content = read_yaml(path)

@@ -3,18 +3,23 @@
 import sys
 from typing import TYPE_CHECKING
 
-from volumes.lazy import lazy_exports
+from cli.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .conditions import check_conditions
-    from .images import check_images, describe_images
-    from .loading import check_folder, register_packages
-    from .masks import MaskLike, describe_mask
-    from .output import MedVolumePipelineOutput
+    from .inputs.conditions import check_conditions
+    from .inputs.images import check_images, describe_images
+    from .inputs.masks import MaskLike, describe_mask
     from .pipeline import MedVolumePipeline
-    from .provenance import read_sidecar, sidecar_path, volume_files, write_synthetic
     from .rejection import Check, Rejection, as_planned, rejection_columns
     from .sampling import equal_batches
+    from .storage.loading import check_folder, register_packages
+    from .storage.output import MedVolumePipelineOutput
+    from .storage.provenance import (
+        read_sidecar,
+        sidecar_path,
+        volume_files,
+        write_synthetic,
+    )
     from .volume_processor import Canvas, VolumeProcessor
 
 __all__ = [
@@ -42,5 +47,5 @@ __all__ = [
 
 __getattr__, __dir__ = lazy_exports(__name__, __file__)
 
-if sys.argv[:1] != ["-m"]:  # then Python is on its way to `python -m pipelines.to_dicom`, which needs no model
+if sys.argv[:1] != ["-m"]:  # then Python is on its way to `python -m pipelines.storage.to_dicom`, which needs no model
     __getattr__("MedVolumePipeline")  # diffusers finds it, and its components, from then on

@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 
 from autoencoder.identity import has_hooks
 from diffusion.denoise import StepChange
-
-from .arguments import flag, names
+from pipelines.inputs.arguments import flag, names
 
 BAR = {"desc": "denoise", "leave": False}  # unless set_progress_bar_config says otherwise
 BAR_OPTIONS = {*inspect.signature(plain_tqdm.__init__).parameters} - {"self", "iterable", "total", "initial", "kwargs"}

@@ -17,12 +17,16 @@ from torch import nn
 from autoencoder import VolumeAutoencoder
 from autoencoder.identity import is_same, keep_record, stamps_of
 from diffusion import LatentUNet3D
-from volumes.preprocessing import described_preprocessing, refuse_differences
-from volumes.subjects import join_records
-
-from .arguments import listed, real_number
-from .lora_files import FACTORS, find_lora, unet_tensors, write_lora
-from .provenance import tensor_digest
+from pipelines.inputs.arguments import listed, real_number
+from pipelines.storage.lora_files import (
+    FACTORS,
+    find_lora,
+    unet_tensors,
+    write_lora,
+)
+from pipelines.storage.provenance import tensor_digest
+from volumes.data.preprocessing import described_preprocessing, refuse_differences
+from volumes.data.subjects import join_records
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +81,8 @@ def save_lora(
 
     Args:
         base: `unet_hash` of the U-Net without it.
-        trained_on: {"data": how its volumes were prepared (`volumes.preprocessing`), "subjects": records of whose they were
-            (`volumes.subjects`), those of the base among them}.
+        trained_on: {"data": how its volumes were prepared (`volumes.data.preprocessing`), "subjects": records of whose they were
+            (`volumes.data.subjects`), those of the base among them}.
     """
     return write_lora(*attached_lora(unet, adapter_name), base, folder, trained_on=trained_on)
 
@@ -424,7 +428,7 @@ class LoraMixin(LoraBaseMixin):
 
     @property
     def training_subjects(self) -> list[dict[str, Any]]:
-        """Records of whose volumes autoencoder, U-Net and attached LoRAs were trained on, see `volumes.subjects`."""
+        """Records of whose volumes autoencoder, U-Net and attached LoRAs were trained on, see `volumes.data.subjects`."""
         parts = [self.vae.config.get("subjects"), self.unet.config.get("subjects")]
         return join_records(*parts, *self._lora_subjects().values())
 

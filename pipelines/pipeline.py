@@ -11,17 +11,23 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
-from autoencoder.noise import NoiseModel
+from autoencoder.residual_noise import NoiseModel
 from diffusion import LatentUNet3D, check_guidance, denoise, fit_scheduler
 from diffusion.attention import check_attention_backend
 from diffusion.denoise import set_timesteps
 from diffusion.guidance import Guidance, guidance_in_effect
 from diffusion.scheduler_options import LEAST_NOISE
-from volumes import VoxelError
-
-from .arguments import flag, grid_shape, names, noise_levels, plain, real_number, translation, whole_number
-from .call import CallState, PipelineCalls, StepCallback, callback_inputs, one_at_a_time
-from .conditions import (
+from pipelines.inputs.arguments import (
+    flag,
+    grid_shape,
+    names,
+    noise_levels,
+    plain,
+    real_number,
+    translation,
+    whole_number,
+)
+from pipelines.inputs.conditions import (
     Labels,
     Numbers,
     check_conditions,
@@ -30,21 +36,46 @@ from .conditions import (
     image_condition,
     rows_of,
 )
-from .images import ImageLike, Images, check_images, describe_images
-from .inpainting import MARGIN, Editing, by_channel, editings_of, is_edit
-from .loading import check_components, check_fit, register_packages, register_pipeline
-from .lora import LoraMixin
-from .masks import LabelMap, MaskLike, as_list, describe_mask, identity
-from .output import MedVolumePipelineOutput, check_paths
-from .provenance import (
+from pipelines.inputs.images import (
+    ImageLike,
+    Images,
+    check_images,
+    describe_images,
+)
+from pipelines.inputs.inpainting import (
+    MARGIN,
+    Editing,
+    by_channel,
+    editings_of,
+    is_edit,
+)
+from pipelines.inputs.masks import (
+    LabelMap,
+    MaskLike,
+    as_list,
+    describe_mask,
+    identity,
+)
+from pipelines.storage.loading import (
+    check_components,
+    check_fit,
+    register_packages,
+    register_pipeline,
+)
+from pipelines.storage.output import MedVolumePipelineOutput, check_paths
+from pipelines.storage.provenance import (
     header_description,
     recorded_guidance,
     software,
     synthetic_files,
     volume_files,
 )
+from pipelines.storage.serialization import StoredPipeline
+from volumes import VoxelError
+
+from .call import CallState, PipelineCalls, StepCallback, callback_inputs, one_at_a_time
+from .lora import LoraMixin
 from .sampling import equal_batches, given_latents, initial_latents, sample_generators, sample_seed
-from .stored import StoredPipeline
 from .volume_processor import OUTPUT_TYPES, Canvas, VolumeProcessor
 
 
@@ -224,7 +255,7 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
                 `write_synthetic` does), so that no volume is ever held whole; `volumes` are the paths then. The files
                 hold what is returned without `paths`. Volumes that must be resampled to their mask's spacing are held.
             noise: add what the autoencoder leaves out of real volumes, for a model that measured it (`noise: true` in the
-                config of train_ldm.py): see `autoencoder.noise`.
+                config of train_ldm.py): see `autoencoder.residual_noise`.
             strength: image to image: in (0, 1], how much of the image is changed. It is noised so far, and denoised under
                 the conditions in that share of the steps; 1 (for which without a region only its grid counts) is
                 generating anew.

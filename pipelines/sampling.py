@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from volumes.carriers import as_array
-
-from .arguments import listed, whole_number
+from pipelines.inputs.arguments import listed, whole_number
+from volumes.formats.carriers import as_array
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 

@@ -17,6 +17,18 @@ import numpy as np
 import torch
 
 from files.atomic import UNFINISHED
+from pipelines.inputs.arguments import grid_shape, translation
+from pipelines.inputs.images import GivenImage, Images, load_images
+from pipelines.inputs.inpainting import Edit, Editing, load_region
+from pipelines.inputs.masks import (
+    LabelMap,
+    MaskLike,
+    index_labels,
+    is_placed,
+    load_mask,
+)
+from pipelines.inputs.prepared import Canvas
+from pipelines.storage.description import MOST_VOXELS_A_SIDE
 from volumes import (
     PADDING,
     IntensityScaling,
@@ -36,16 +48,9 @@ from volumes import (
     to_stored_grid,
     write_slabs,
 )
-from volumes.nifti import check_voxels
+from volumes.formats.nifti import check_voxels
+from volumes.formats.raw import memory_bytes
 from volumes.plausible import resampling_oddities
-from volumes.stored import memory_bytes
-
-from .arguments import grid_shape, translation
-from .canvas import Canvas
-from .description import MOST_VOXELS_A_SIDE
-from .images import GivenImage, Images, load_images
-from .inpainting import Edit, Editing, load_region
-from .masks import LabelMap, MaskLike, index_labels, is_placed, load_mask
 
 OUTPUT_TYPES = ("nifti", "np", "pt", "latent")
 SPACING_TOLERANCE = 0.01  # relative; a mask within it is taken as it is

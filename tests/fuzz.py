@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from volumes.command import ArgumentParser, positive, run_command
+from cli.command import ArgumentParser, positive, run_command
 
 SECONDS = 10  # a case
 MEMORY = 2 << 30  # beyond what the process has before its first case

@@ -8,7 +8,7 @@ import yaml
 from smooth import smooth, smooth_volumes
 
 from pipelines import describe_mask
-from pipelines.provenance import sidecar_path
+from pipelines.storage.provenance import sidecar_path
 from volumes import Volume, write_volume
 
 SHAPE = (16, 18, 16)

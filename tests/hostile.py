@@ -15,7 +15,7 @@ from fuzz import Files, Target
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
 from volumes import Case, DataConfig, Volume, load_cases, read_slabs, read_volume, write_dicom
-from volumes.dataset import prepare
+from volumes.data.dataset import prepare
 
 ARRAY = np.random.default_rng(0).integers(0, 500, (5, 6, 7)).astype(np.int16)
 AFFINE = np.array([[-1.5, 0.1, 0, 3], [0.1, 2, 0, 4], [0, 0, 2.5, -5], [0, 0, 0, 1]])
@@ -136,7 +136,7 @@ def table_target() -> Target:
     variants = [{"t.csv": (columns + rows).encode(), **image}, {"t.json": objects.encode(), **image}]
 
     def read(home: Path) -> None:
-        from volumes.conditions import read_classes, read_numbers
+        from volumes.data.table_conditions import read_classes, read_numbers
 
         table = "t.csv" if (home / "t.csv").exists() else "t.json"
         config = DataConfig(
@@ -153,7 +153,7 @@ def table_target() -> Target:
 
 def sidecar_target() -> Target:
     from pipelines import read_sidecar
-    from pipelines.provenance import volume_files
+    from pipelines.storage.provenance import volume_files
 
     text = '{"synthetic": true, "software": "medvolume 1", "model": "00", "seed": 1, "channels": ["ct", "pet"], "mask": null}'
 
@@ -179,7 +179,7 @@ def pipeline_target() -> Target:
 def autoencoder_target() -> Target:
     from tiny import tiny_pipeline
 
-    from pipelines.loading import load_autoencoder
+    from pipelines.storage.loading import load_autoencoder
     from training.build import initialise_from
 
     model = tiny_pipeline().vae
@@ -195,7 +195,7 @@ def lora_target() -> Target:
     from tiny import tiny_pipeline
 
     from pipelines.lora import add_lora, check_lora, save_lora
-    from pipelines.lora_files import read_lora
+    from pipelines.storage.lora_files import read_lora
 
     unet = tiny_pipeline().unet
     add_lora(unet, rank=2, alpha=2, target_modules=["qkv", "out"], dropout=0.0)
@@ -210,7 +210,7 @@ def lora_target() -> Target:
 
 
 def copies_target() -> Target:
-    from evaluation.copies import CopyCheck, copy_check
+    from evaluation.copies.fingerprints import CopyCheck, copy_check
 
     volumes = np.random.default_rng(0).random((3, 1, 16, 16, 16), dtype=np.float32)
     check = CopyCheck.of(volumes, (12, 12, 12), block=4, flips=(0,), shift=1)
@@ -229,9 +229,14 @@ def checkpoint_target(folder: Path) -> Target:
     import torch
     from accelerate import Accelerator
 
-    from training.checkpoints import DIGESTS, Checkpointer, TrainState, digest_files
     from training.config import OptimizerConfig
-    from training.learner import Learner
+    from training.engine.checkpoints import (
+        DIGESTS,
+        Checkpointer,
+        TrainState,
+        digest_files,
+    )
+    from training.engine.learner import Learner
 
     accelerator = Accelerator(cpu=True)
     learner = Learner("net", torch.nn.Linear(3, 2), OptimizerConfig(algorithm="adamw"), ema_decay=0.9, max_steps=10)
@@ -262,7 +267,7 @@ def lora_settings_target() -> Target:
     from tiny import tiny_pipeline
 
     from pipelines.lora import add_lora, save_lora
-    from pipelines.lora_files import LORA_ADAPTER_METADATA_KEY, read_lora
+    from pipelines.storage.lora_files import LORA_ADAPTER_METADATA_KEY, read_lora
 
     unet = tiny_pipeline().unet
     add_lora(unet, rank=2, alpha=2, target_modules=["qkv", "out"], dropout=0.0)
@@ -288,7 +293,7 @@ def scheduler_target() -> Target:
     import diffusers
 
     from diffusion.scheduler_options import parameters
-    from pipelines.loading import SCHEDULERS, _check_scheduler
+    from pipelines.storage.loading import SCHEDULERS, _check_scheduler
 
     def written(name: str) -> Files:
         options = parameters(getattr(diffusers, name))
@@ -304,7 +309,7 @@ def scheduler_target() -> Target:
 def report_target() -> Target:
     import json
 
-    from evaluation.page import build_page
+    from evaluation.html import build_page
 
     results = Path(__file__).resolve().parents[1] / "weights" / "hippocampus" / "results"
     dice, whole = (json.loads((results / f"{name}.json").read_text()) for name in ("dice", "privacy"))

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Work
+from benchmarks.speed.measure import Work
 
 
 def sleep(seconds: float, note: str = "") -> Work:

@@ -12,8 +12,14 @@ import torch
 from tiny import mask_image, seeded, tiny_pipeline
 
 from pipelines import equal_batches, read_sidecar, volume_files, write_synthetic
-from pipelines.arguments import flag, plain, real_number, translation, whole_number
-from pipelines.to_dicom import export
+from pipelines.inputs.arguments import (
+    flag,
+    plain,
+    real_number,
+    translation,
+    whole_number,
+)
+from pipelines.storage.to_dicom import export
 
 MASK = mask_image((7, 8, 6))
 

@@ -10,24 +10,26 @@ import pytest
 import torch
 
 from benchmarks import (
-    choices,
     equal_time,
     finetuning,
     generation,
+    processes,
+    survival,
+)
+from benchmarks.equal_time import schedule
+from benchmarks.fits import deviation_from_proportional, power_law, predict, rise
+from benchmarks.speed import (
+    choices,
     headline,
     models,
     peak,
-    processes,
     report,
     run,
-    survival,
     targets,
 )
-from benchmarks.bench import ROOT, Bench, Job
-from benchmarks.equal_time import schedule
-from benchmarks.fits import deviation_from_proportional, power_law, predict, rise
-from benchmarks.jobs import facts
-from benchmarks.measure import measure
+from benchmarks.speed.bench import ROOT, Bench, Job
+from benchmarks.speed.jobs import facts
+from benchmarks.speed.measure import measure
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def test_targets_compare_the_peer_of_the_same_run():
 
 @pytest.mark.slow
 def test_quick_run_makes_json_plots_and_table(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--parts", "coding,long_axis,seam"]
+    command = [sys.executable, "-m", "benchmarks.speed.run", "--quick", "--parts", "coding,long_axis,seam"]
     subprocess.run([*command, "--output", str(tmp_path)], check=True)
     found = json.loads((tmp_path / "bench.json").read_text())
     assert {r["status"] for r in found["measurements"]} == {"ok"}, found["measurements"]

@@ -13,10 +13,10 @@ from monai.data.utils import list_data_collate
 from monai.transforms import Compose, EnsureChannelFirst, Flip, LoadImage, Orientation, Spacing
 from tiny import labels_of, seeded, tiny_pipeline
 
-from evaluation.model_units import in_model_units
+from evaluation.data.model_units import in_model_units
 from pipelines import VolumeProcessor, describe_mask, write_synthetic
-from pipelines.editing import insert_lesion
 from volumes import VolumeError, read_mask, read_volume
+from volumes.lesions import insert_lesion
 
 SHAPE = (7, 8, 6)
 LABELS = labels_of(SHAPE)

@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState
 from test_training import fresh_accelerate, line_config, line_loop  # noqa: F401
 
 from training import list_checkpoints
-from training.checkpoints import DIGESTS, digest_files, find_checkpoint
+from training.engine.checkpoints import DIGESTS, digest_files, find_checkpoint
 
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from volumes.command import (
+from cli.command import (
     INTERRUPTED,
     ArgumentParser,
     CannotContinue,
@@ -18,24 +18,23 @@ from volumes.command import (
     unknown_options,
     users_message,
 )
-from volumes.config_parser import ConfigParser, config_files
+from volumes.data.config_parser import ConfigParser, config_files
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "diffusers", "transformers", "monai", "accelerate", "matplotlib", "scipy", "nibabel", "pydicom")
-MODULES = [f"evaluation.{name}" for name in ("copies", "doctor", "editing", "labels", "samplers")] + [
-    "pipelines.to_dicom"
-]
+MODULES = ["evaluation.doctor", "evaluation.copies.fingerprints", "evaluation.data.label_budget"]
+MODULES += ["evaluation.studies.edit_borders", "evaluation.studies.samplers"] + ["pipelines.storage.to_dicom"]
 MODULES += [
     f"benchmarks.{name}"
     for name in (
-        "choices",
+        "speed.choices",
         "equal_time",
         "finetuning",
         "generation",
-        "headline",
+        "speed.headline",
         "processes",
-        "report",
-        "run",
+        "speed.report",
+        "speed.run",
         "survival",
     )
 ]
@@ -118,13 +117,17 @@ def test_every_command_is_known_to_this_test():
             "docs",
             "weights",
         )
-        for path in (ROOT / folder).glob("*.py")
+        for path in ((ROOT / folder).rglob("*.py") if folder else ROOT.glob("*.py"))
         if "__main__" in path.read_text()
     }
-    known = {f"{name.replace('.', '/')}.py" for name in MODULES} | {
-        name for name in SCRIPTS if not name.startswith(("tests", "configs"))
-    }
-    assert mains - {"volumes/command.py"} == known
+    known = (
+        {f"{name.replace('.', '/')}.py" for name in MODULES if name != "evaluation.doctor"}
+        | {
+            "evaluation/doctor/__main__.py",
+        }
+        | {name for name in SCRIPTS if not name.startswith(("tests", "configs"))}
+    )
+    assert mains - {"cli/command.py"} == known
 
 
 def test_help_and_mistyped_arguments_are_answered_before_torch_is_imported(tmp_path):
@@ -148,7 +151,7 @@ def script(folder, body):
     """A command that does `body` in its main."""
     path = folder / "command.py"
     path.write_text(
-        "from volumes.command import ArgumentParser, run_command\n"
+        "from cli.command import ArgumentParser, run_command\n"
         "def parse(args):\n    return ArgumentParser(description='x').parse_args(args)\n"
         "if __name__ == '__main__':\n    run_command(lambda: parse(None))\n"
         f"def main(args=None):\n    parse(args)\n    {body}\n"
@@ -244,7 +247,7 @@ def test_kin_of_users_mistakes():
     import torch
     import yaml
 
-    from training.processes import AnotherEnded
+    from training.engine.processes import AnotherEnded
 
     assert (
         users_message(CannotContinue("the disk is full"))

@@ -151,7 +151,7 @@ def test_two_calls_write_one_volume_whole(pipe, tmp_path):
 
 
 def test_a_model_is_hashed_once_by_many_calls(monkeypatch):
-    from pipelines import stored
+    from pipelines.storage import serialization as stored
 
     counted, original = [], stored.content_hash
     monkeypatch.setattr(stored, "content_hash", lambda contents: (counted.append(1), original(contents))[1])

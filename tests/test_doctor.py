@@ -12,12 +12,24 @@ from tiny import peak_bytes, tiny_pipeline
 
 from autoencoder import VQGAN3D, AutoencoderKL3D, latent_statistics
 from diffusion import LatentUNet3D
-from evaluation.doctor import main
-from evaluation.doctor_cases import find_cases, quantisation_step, thumbnail_of
-from evaluation.doctor_data import outliers
-from evaluation.doctor_leaks import near_duplicates
-from evaluation.doctor_memory import autoencoder_step, dataset_bytes, peak_of, training_bytes, unet_inputs, unet_step
-from evaluation.doctor_model import check_latents, check_limits, distances, latent_summary
+from evaluation.doctor.__main__ import main
+from evaluation.doctor.after_training import (
+    check_latents,
+    check_limits,
+    distances,
+    latent_summary,
+)
+from evaluation.doctor.cases import find_cases, quantisation_step, thumbnail_of
+from evaluation.doctor.data_checks import outliers
+from evaluation.doctor.leaks import near_duplicates
+from evaluation.doctor.memory import (
+    autoencoder_step,
+    dataset_bytes,
+    peak_of,
+    training_bytes,
+    unet_inputs,
+    unet_step,
+)
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases, make_phantom, pad_sample
 
 SHAPE = (18, 20, 16)

@@ -11,9 +11,15 @@ from torch import nn
 from autoencoder import AutoencoderKL3D
 from autoencoder.adversarial import VolumeDiscriminator
 from diffusion import LatentUNet3D
-from evaluation import doctor_config
-from evaluation.doctor import main, parse
-from evaluation.doctor_memory import GIB, autoencoder_step, measured_peak, training_bytes, unet_step
+from evaluation.doctor import models as doctor_config
+from evaluation.doctor.__main__ import main, parse
+from evaluation.doctor.memory import (
+    GIB,
+    autoencoder_step,
+    measured_peak,
+    training_bytes,
+    unet_step,
+)
 
 VAE = {"class": "autoencoder.AutoencoderKL3D", "channels": [8, 8], "encoder_blocks": [1, 1], "decoder_blocks": [1, 1]}
 UNET = {

@@ -7,7 +7,7 @@ import torch
 from tiny import mask_image, seeded, tiny_pipeline
 
 from pipelines import describe_mask, read_sidecar
-from pipelines.inpainting import FINE, membrane
+from pipelines.inputs.inpainting import FINE, membrane
 from volumes import PADDING, Volume, read_volume
 
 SHAPE = (10, 9, 12)

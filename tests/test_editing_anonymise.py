@@ -8,9 +8,9 @@ import torch
 from test_reject_copies import SHAPE, blobs
 from tiny import mask_image, tiny_data, tiny_pipeline
 
-from evaluation.anonymise import anonymised, copy_check_with
-from evaluation.copies import CopyCheck
-from evaluation.model_units import in_model_units
+from evaluation.copies.anonymize import anonymised, copy_check_with
+from evaluation.copies.fingerprints import CopyCheck
+from evaluation.data.model_units import in_model_units
 from volumes import Volume, to_nibabel
 
 

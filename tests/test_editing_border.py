@@ -5,7 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from evaluation.editing import border_jump, box_region, face_differences, labelled_region, main
+from evaluation.studies.edit_borders import (
+    border_jump,
+    box_region,
+    face_differences,
+    labelled_region,
+    main,
+)
 from volumes import Volume
 
 

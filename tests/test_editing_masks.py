@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 from tiny import seeded, tiny_pipeline
 
-from pipelines.editing import ellipsoid, grown, insert_lesion, remove_lesion
 from volumes import PADDING, Volume
+from volumes.lesions import (
+    ellipsoid,
+    grown,
+    insert_lesion,
+    remove_lesion,
+)
 
 AFFINE = np.diag([1.0, 2.0, 4.0, 1.0])
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from evaluation.distances import frechet_caveat
-from evaluation.privacy import attack, unit_mean
+from evaluation.metrics.set_distances import frechet_caveat
+from evaluation.studies.privacy import attack, unit_mean
 
 
 def test_rates_are_means_over_subjects():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from smooth import blurred, drifting, shuffled, smooth, smooth_volumes
 
-from evaluation.consistency import adjacent_correlation, names, slice_statistics
-from evaluation.distances import compare_columns
+from evaluation.metrics.set_distances import compare_columns
+from evaluation.metrics.slices import adjacent_correlation, names, slice_statistics
 
 
 def of(volume: np.ndarray) -> dict[str, float]:

@@ -25,8 +25,8 @@ from evaluation import (
     test_cases,
     train_segmenter,
 )
-from evaluation.intervals import subject_draws
 from evaluation.report import read_config
+from evaluation.stats.intervals import subject_draws
 from volumes import (
     DataConfig,
     IntensityScaling,

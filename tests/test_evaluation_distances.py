@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluation.distances import (
+from evaluation.metrics.set_distances import (
     closer_than_test,
     compare_columns,
     compare_sets,

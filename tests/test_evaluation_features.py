@@ -8,7 +8,13 @@ from smooth import smooth_volumes
 
 from autoencoder import AutoencoderKL3D
 from autoencoder.perceptual import EncoderFeatures, VGG16Features
-from evaluation.features import EncoderStatistics, RandomStatistics, SliceStatistics, _statistics, extract
+from evaluation.metrics.features import (
+    EncoderStatistics,
+    RandomStatistics,
+    SliceStatistics,
+    _statistics,
+    extract,
+)
 
 
 class SmallVGG(VGG16Features):

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from smooth import SHAPE, blurred, shuffled, smooth_volumes
 
-from evaluation.distances import compare_sets
-from evaluation.intensity import (
+from evaluation.metrics.histogram import (
     BINS,
     band_edges_for,
     histogram,
@@ -15,6 +14,7 @@ from evaluation.intensity import (
     power,
     power_ratio_db,
 )
+from evaluation.metrics.set_distances import compare_sets
 
 
 def test_statistics_of_known_intensities():

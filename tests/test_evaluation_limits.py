@@ -7,11 +7,11 @@ import yaml
 from generated_sets import write_sets
 
 import evaluate
-from evaluation import copies
 from evaluation.commands import realism as realism_command
 from evaluation.commands.arguments import Command
-from evaluation.doctor import main as doctor
-from evaluation.limits import CHECKS, Data, problems
+from evaluation.copies import fingerprints as copies
+from evaluation.doctor.__main__ import main as doctor
+from evaluation.studies.limits import CHECKS, Data, problems
 from volumes import Case, DataConfig, load_cases
 
 
@@ -80,7 +80,7 @@ def test_sizes_are_checked_where_they_are_known():
 
 
 def test_every_command_that_reads_data_has_its_limits():
-    from evaluation.commands.everything import PARTS
+    from evaluation.commands.run_all import PARTS
 
     assert PARTS.keys() <= CHECKS.keys()
 
@@ -178,7 +178,7 @@ def test_a_report_that_cannot_be_written_is_told_before_the_work(folder, tmp_pat
 
 @pytest.mark.parametrize("program", [doctor, copies.main])
 def test_nor_is_one_of_the_other_programs(folder, tmp_path, monkeypatch, program):
-    for work in ("evaluation.doctor.before_training", "evaluation.copies.VolumeDataset"):
+    for work in ("evaluation.doctor.before_training", "evaluation.copies.fingerprints.VolumeDataset"):
         monkeypatch.setattr(work, lambda *_: pytest.fail("worked first"))
     more = [] if program is doctor else ["--alpha", "0.3"]
     with pytest.raises(ValueError, match=f"--output {tmp_path}: is a folder"):

@@ -8,11 +8,18 @@ import pytest
 from generated_sets import write_sets
 
 import evaluate
-from evaluation.commands.everything import part_options
-from evaluation.page import build_page
-from evaluation.page.model import Row, distance_row, not_above, not_below, overlap, written
-from evaluation.page.privacy import _rows, private_claim
-from evaluation.page.usefulness import budget_lines
+from evaluation.commands.run_all import part_options
+from evaluation.html import build_page
+from evaluation.html.model import (
+    Row,
+    distance_row,
+    not_above,
+    not_below,
+    overlap,
+    written,
+)
+from evaluation.html.privacy import _rows, private_claim
+from evaluation.html.usefulness import budget_lines
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,21 @@ import torch.nn.functional as F
 from test_evaluation_reconstruction import ShiftedCoder
 from torch import nn
 
-from evaluation import classifier as classifier_module
 from evaluation import evaluate_reconstruction
-from evaluation.distances import compare_sets
-from evaluation.fidelity import mean_gradient
-from evaluation.neighbours import Space, crop_of, feature_space, latent_space, similarity_matrix, standardised
-from evaluation.privacy import _draws, distance_ratio
-from evaluation.segmenter import volume_dice
-from evaluation.utility import _score
+from evaluation.metrics.fidelity import mean_gradient
+from evaluation.metrics.nearest import (
+    Space,
+    crop_of,
+    feature_space,
+    latent_space,
+    similarity_matrix,
+    standardised,
+)
+from evaluation.metrics.set_distances import compare_sets
+from evaluation.networks import classifier as classifier_module
+from evaluation.networks.segmenter import volume_dice
+from evaluation.studies.privacy import _draws, distance_ratio
+from evaluation.studies.utility import _score
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
 
 RANDOM = np.random.default_rng(0)

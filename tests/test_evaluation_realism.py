@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from smooth import blurred, collapsed, drifting, shuffled, smooth_volumes
 
-from evaluation.features import RandomStatistics
-from evaluation.realism import PARTS, VolumeSet, common_shape, compare_features, judge_realism, steps_of
+from evaluation.metrics.features import RandomStatistics
+from evaluation.studies.realism import (
+    PARTS,
+    VolumeSet,
+    common_shape,
+    compare_features,
+    judge_realism,
+    steps_of,
+)
 
 TRAINING, TEST = smooth_volumes(24, 1), smooth_volumes(16, 2)
 FRESH = smooth_volumes(20, 3)

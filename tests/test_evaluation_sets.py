@@ -13,9 +13,14 @@ from tiny import tiny_pipeline
 
 import evaluate
 from evaluation.commands import privacy as privacy_command
-from evaluation.losses import denoising_losses
-from evaluation.privacy import loss_attack
-from evaluation.volume_sets import VolumeSet, generated_set, mask_owners, real_set
+from evaluation.data.volume_sets import (
+    VolumeSet,
+    generated_set,
+    mask_owners,
+    real_set,
+)
+from evaluation.studies.membership_losses import denoising_losses
+from evaluation.studies.privacy import loss_attack
 from pipelines import MedVolumePipeline, describe_mask
 from volumes import DataConfig, VolumeDataset, load_cases
 

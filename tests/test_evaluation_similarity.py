@@ -5,7 +5,7 @@ import pytest
 import torch
 from smooth import SHAPE, blurred, collapsed, smooth_volumes
 
-from evaluation.similarity import (
+from evaluation.metrics.ms_ssim import (
     CONTRAST,
     LUMINANCE,
     compare_diversity,

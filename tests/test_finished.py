@@ -17,15 +17,15 @@ import pytest
 from tiny import mask_image, tiny_pipeline
 
 import generate
+from cli.stopping import Stopped
 from files import locks
 from files.atomic import UNFINISHED
 from files.locks import OutputInUse, only_writer
 from pipelines import MedVolumePipeline, Rejection, VolumeProcessor, write_synthetic
-from pipelines.finished import finished_volumes
-from pipelines.provenance import read_sidecar, sidecar_content
 from pipelines.rejection import Check
+from pipelines.storage.finished import finished_volumes
+from pipelines.storage.provenance import read_sidecar, sidecar_content
 from volumes import VoxelError
-from volumes.stopping import Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX links and pipes")

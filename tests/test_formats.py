@@ -12,7 +12,8 @@ import pytest
 import SimpleITK as sitk
 from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian
 
-from pipelines import to_dicom, write_synthetic
+from pipelines import write_synthetic
+from pipelines.storage import to_dicom
 from volumes import (
     DataConfig,
     Volume,

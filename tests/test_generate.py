@@ -14,7 +14,7 @@ import demo
 import generate
 from benchmarks import forked
 from pipelines import MedVolumePipeline, VolumeProcessor, describe_mask, sidecar_path
-from pipelines.requests import find_masks
+from pipelines.inputs.requests import find_masks
 from volumes import volume_stem
 
 ROOT = Path(__file__).resolve().parents[1]

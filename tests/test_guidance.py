@@ -8,7 +8,7 @@ from tiny import labels_of, tiny_pipeline
 import generate
 from diffusion import LatentUNet3D
 from diffusion.guidance import ConditionNames, check_guidance, drop_conditions, guidance_terms, guided
-from pipelines.provenance import recorded_guidance
+from pipelines.storage.provenance import recorded_guidance
 
 NAMES = ConditionNames(classes=("sex", "scanner"), numbers=("age",))
 

@@ -23,13 +23,23 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
 
+from files.documents import read_yaml
 from pipelines import MedVolumePipeline
-from pipelines.loading import load_autoencoder
+from pipelines.storage.loading import load_autoencoder
 from training.build import initialise_from
-from training.checkpoints import find_checkpoint, list_checkpoints
-from volumes import Case, DataConfig, Volume, VolumeError, read_slabs, read_volume, resample, stored, write_volume
-from volumes.dataset import prepare
-from volumes.text import read_yaml
+from training.engine.checkpoints import find_checkpoint, list_checkpoints
+from volumes import (
+    Case,
+    DataConfig,
+    Volume,
+    VolumeError,
+    read_slabs,
+    read_volume,
+    resample,
+    write_volume,
+)
+from volumes.data.dataset import prepare
+from volumes.formats import raw as stored
 
 EXAMPLES = {name: max(6, 2 * share) for name, share in SHARES.items()}  # some 210 together
 
@@ -93,7 +103,7 @@ def test_what_does_not_fit_into_memory_is_refused_beforehand(tmp_path, monkeypat
         prepare(Case("a", "a", images={"image": tmp_path / "a.nii"}), config)
     with pytest.raises(VolumeError, match="so that no volume is left"):
         resample(Volume(np.zeros((1, 4, 4, 4)), np.diag([1e-5, 1e-5, 1e-5, 1])), (1, 1, 1))
-    monkeypatch.setattr("volumes.stored.memory_bytes", lambda: 100_000)
+    monkeypatch.setattr("volumes.formats.raw.memory_bytes", lambda: 100_000)
     with pytest.raises(VolumeError, match="a.nii: says that it holds 20 x 20 x 20 voxels"):
         read_volume(tmp_path / "a.nii")
     assert sum(slab.size for slab in read_slabs(tmp_path / "a.nii", 2)) == 8000  # what slabs are for

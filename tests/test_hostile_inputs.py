@@ -18,10 +18,11 @@ from tiny import mask_image, tiny_data, tiny_pipeline
 import generate
 import train_ldm
 from files.atomic import UNFINISHED
+from files.documents import read_json, read_yaml
 from files.paths import printable, refuse_special
 from pipelines import MedVolumePipeline
-from pipelines.description import check_data
-from pipelines.requests import find_masks
+from pipelines.inputs.requests import find_masks
+from pipelines.storage.description import check_data
 from training import initialise_from
 from volumes import (
     DataConfig,
@@ -37,9 +38,8 @@ from volumes import (
     write_slabs,
     write_volume,
 )
+from volumes.data.tables import read_table
 from volumes.map_checks import check_maps, describe_maps
-from volumes.tables import read_table
-from volumes.text import read_json, read_yaml
 
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX pipes, links and limits")
 

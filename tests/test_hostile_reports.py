@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 from jsonargparse import Namespace
 
+from cli.command import VisibleFormatter
 from evaluation.commands.arguments import COMMANDS
 from evaluation.commands.common import run_command
 from evaluation.commands.dice import earlier_scores
 from evaluation.commands.ledger import Ledger
-from evaluation.page import build_page, write_page
-from evaluation.page.render import markdown, shown
+from evaluation.html import build_page, write_page
+from evaluation.html.render import markdown, shown
 from evaluation.report import only_writer_of, write_report
+from files.documents import FileError, read_json, read_yaml
 from files.locks import OutputInUse
 from files.paths import printable
-from volumes.command import VisibleFormatter
-from volumes.tables import read_table
-from volumes.text import FileError, read_json, read_yaml
+from volumes.data.tables import read_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "weights" / "hippocampus" / "results"
 PNG = base64.b64decode(
@@ -261,7 +261,7 @@ def test_a_full_disk_names_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left") as refused:
         write_report(tmp_path / "report.json", {"a": 2})
-    from volumes.command import users_message
+    from cli.command import users_message
 
     monkeypatch.undo()
     assert (

@@ -16,11 +16,11 @@ from tiny import tiny_pipeline
 
 from autoencoder.weights import stored_shapes
 from diffusion.scheduler_options import check_values, parameters
+from files.documents import FileError
 from pipelines import MedVolumePipeline
-from pipelines.loading import SCHEDULERS, check_folder
 from pipelines.lora import add_lora, save_lora
-from pipelines.lora_files import read_lora
-from volumes.text import FileError
+from pipelines.storage.loading import SCHEDULERS, check_folder
+from pipelines.storage.lora_files import read_lora
 
 LORA = "pytorch_lora_weights.safetensors"
 NAN, INFINITE = float("nan"), float("inf")

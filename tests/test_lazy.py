@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from volumes.lazy import lazy_exports
+from cli.lazy import lazy_exports
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("volumes", "autoencoder", "diffusion", "pipelines", "training", "evaluation", "evaluation.page")
+PACKAGES = ("volumes", "autoencoder", "diffusion", "pipelines", "training", "evaluation", "evaluation.html")
 
 
 @pytest.mark.parametrize("name", PACKAGES)

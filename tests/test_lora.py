@@ -19,10 +19,10 @@ import generate as command
 import train_ldm
 from pipelines import MedVolumePipeline
 from pipelines.lora import add_lora, save_lora
-from pipelines.trained_on import read_model
+from pipelines.storage.trained_on import read_model
 from training import TrainLdmConfig, initialise_from, parse_config
 from training.config import LoraConfig
-from volumes.config import DataConfig, PhantomConfig
+from volumes.data.config import DataConfig, PhantomConfig
 
 peft = pytest.importorskip("peft")
 FILE = "pytorch_lora_weights.safetensors"

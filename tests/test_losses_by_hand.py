@@ -29,9 +29,9 @@ from autoencoder.adversarial import (
     generator_loss,
 )
 from autoencoder.losses import cells_inside, masked_mean
-from autoencoder.noise import _at, _power, _window
 from autoencoder.perceptual import perceptual_loss
 from autoencoder.posterior import LatentDistribution
+from autoencoder.residual_noise import _at, _power, _window
 
 
 def everywhere(like: torch.Tensor) -> torch.Tensor:

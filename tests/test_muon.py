@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from training.muon import Muon, is_kernel, orthogonalise
+from training.engine.muon import Muon, is_kernel, orthogonalise
 
 
 def test_singular_values_come_near_one_and_directions_stay():

@@ -7,7 +7,13 @@ import torch
 from scipy import ndimage
 from tiny import labels_of, tiny_data, tiny_pipeline
 
-from autoencoder.noise import LEVELS, RADIUS, NoiseModel, fit_noise, measure_noise
+from autoencoder.residual_noise import (
+    LEVELS,
+    RADIUS,
+    NoiseModel,
+    fit_noise,
+    measure_noise,
+)
 from pipelines import MedVolumePipeline
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
 

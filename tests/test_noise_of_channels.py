@@ -5,7 +5,12 @@ import pytest
 import torch
 from test_noise import SIDES, volumes
 
-from autoencoder.noise import BINS, LEVELS, NoiseModel, fit_noise
+from autoencoder.residual_noise import (
+    BINS,
+    LEVELS,
+    NoiseModel,
+    fit_noise,
+)
 
 
 def test_channels_are_fitted_each_by_itself():

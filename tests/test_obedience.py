@@ -8,9 +8,15 @@ import torch
 import yaml
 
 import evaluate
-from evaluation.classifier import classify, train_classifier
-from evaluation.obedience import compare, describe_sizes, generated_cases, load_classes, rates
-from pipelines.provenance import sidecar_path
+from evaluation.networks.classifier import classify, train_classifier
+from evaluation.studies.class_adherence import (
+    compare,
+    describe_sizes,
+    generated_cases,
+    load_classes,
+    rates,
+)
+from pipelines.storage.provenance import sidecar_path
 from volumes import Case, DataConfig, Volume, write_volume
 
 SHAPE = (16, 16, 16)

@@ -6,8 +6,14 @@ import pytest
 import torch
 from tiny import labels_of, mask_image, seeded, tiny_pipeline
 
-from pipelines import conditions, describe_mask, read_sidecar, volume_files, write_synthetic
+from pipelines import (
+    describe_mask,
+    read_sidecar,
+    volume_files,
+    write_synthetic,
+)
 from pipelines import volume_processor as module
+from pipelines.inputs import conditions
 from volumes import PADDING, read_mask, resample
 
 CT = [{"kind": "window", "low": -1000, "high": 1000}]

@@ -13,7 +13,8 @@ from tiny import labels_of, mask_image, seeded, tiny_pipeline
 import generate
 from diffusion import fold_images
 from evaluation import generated_pairs
-from pipelines import conditions, describe_mask, read_sidecar, write_synthetic
+from pipelines import describe_mask, read_sidecar, write_synthetic
+from pipelines.inputs import conditions
 from volumes import PADDING, Case, IntensityScaling, Volume, read_volume, resample
 
 CT = {"kind": "window", "low": -1000.0, "high": 1000.0}

@@ -20,8 +20,8 @@ import pipelines
 from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
 from diffusion import LatentUNet3D
 from pipelines import MedVolumePipeline
-from pipelines.loading import load_autoencoder
-from pipelines.provenance import content_hash, stored_tensors
+from pipelines.storage.loading import load_autoencoder
+from pipelines.storage.provenance import content_hash, stored_tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

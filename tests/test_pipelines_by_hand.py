@@ -8,9 +8,14 @@ import torch
 from tiny import labels_of, tiny_data
 
 from pipelines import VolumeProcessor
-from pipelines.images import GivenImage
-from pipelines.inpainting import Edit, Editing, cells_of, membrane
-from pipelines.provenance import recorded_guidance, tensor_digest
+from pipelines.inputs.images import GivenImage
+from pipelines.inputs.inpainting import (
+    Edit,
+    Editing,
+    cells_of,
+    membrane,
+)
+from pipelines.storage.provenance import recorded_guidance, tensor_digest
 from pipelines.volume_processor import _whole_or_float
 from volumes import LinearScale, Volume
 

@@ -18,14 +18,14 @@ import evaluate
 import train_ldm
 import train_vae
 from autoencoder import VolumeAutoencoder
-from evaluation import doctor
+from evaluation.doctor import __main__ as doctor
 from evaluation.report import read_config
 from pipelines import MedVolumePipeline
-from pipelines.loading import load_autoencoder
 from pipelines.lora import add_lora, save_lora
+from pipelines.storage.loading import load_autoencoder
 from training import TrainLdmConfig, TrainVaeConfig, parse_config
 from volumes import DataConfig, IntensityScaling
-from volumes.preprocessing import (
+from volumes.data.preprocessing import (
     check_preprocessing,
     common_spacing,
     described_preprocessing,

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from autoencoder import AutoencoderKL3D
-from evaluation.copies import CopyCheck
-from evaluation.neighbours import (
+from evaluation.copies.fingerprints import CopyCheck
+from evaluation.metrics.nearest import (
     Match,
     Space,
     aligned,
@@ -21,7 +21,7 @@ from evaluation.neighbours import (
     latent_space,
     similarity_matrix,
 )
-from evaluation.privacy import (
+from evaluation.studies.privacy import (
     VolumeSet,
     attack,
     conformal_threshold,

@@ -18,7 +18,8 @@ import evaluate
 from benchmarks import forked
 from benchmarks.phantom_set import write_phantoms
 from benchmarks.processes import DATA, LOOP, VAE, compare
-from evaluation.commands import COMMANDS, common, everything
+from evaluation.commands import COMMANDS, common
+from evaluation.commands import run_all as everything
 from evaluation.commands.ledger import Ledger
 from files.locks import only_writer
 from training import join_processes, list_checkpoints
@@ -108,7 +109,7 @@ def test_an_interrupt_of_all_processes_stops_them_at_one_step(tmp_path):
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("training.processes.on_cpu", lambda: False)  # what Accelerate assumes by itself
+    monkeypatch.setattr("training.engine.processes.on_cpu", lambda: False)  # what Accelerate assumes by itself
     with pytest.raises(ValueError, match="2 processes were launched, but Accelerate sees 1.*torchrun"):
         join_processes(timedelta(seconds=5))
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -14,9 +14,9 @@ from test_generate import assert_same
 from tiny import mask_image, tiny_data, tiny_pipeline
 
 import generate
-from evaluation import copies
-from evaluation.copies import CopyCheck, copy_check
-from evaluation.model_units import in_model_units
+from evaluation.copies import fingerprints as copies
+from evaluation.copies.fingerprints import CopyCheck, copy_check
+from evaluation.data.model_units import in_model_units
 from pipelines import Check, MedVolumePipeline, Rejection, as_planned
 from volumes import Volume, resample, to_nibabel, write_volume
 

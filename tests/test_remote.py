@@ -22,10 +22,11 @@ import torch
 from remote_sets import add_series, data, make_set, upload
 from tiny import tiny_pipeline
 
-from evaluation.labels import restrict
-from pipelines.requests import find_masks, read_requests
-from volumes import VolumeDataset, VolumeError, load_cases, remote
-from volumes.remote import list_files, refuse_url
+from evaluation.data.label_budget import restrict
+from files import remote
+from files.remote import list_files, refuse_url
+from pipelines.inputs.requests import find_masks, read_requests
+from volumes import VolumeDataset, VolumeError, load_cases
 
 pytestmark = pytest.mark.usefixtures("copies")
 
@@ -260,7 +261,7 @@ def test_processes_of_a_machine_fetch_once(folder, monkeypatch):
 
 
 def test_labelled_volumes_are_drawn_from_a_url(folder, tmp_path):
-    """`evaluation.labels` names volumes in a table of this machine; the files stay where they are."""
+    """`evaluation.data.label_budget` names volumes in a table of this machine; the files stay where they are."""
     config = data(upload(folder), test_fraction=0.3)
     found = restrict(config, 1, 0, tmp_path / "drawn.csv")
     assert found.root == config.root

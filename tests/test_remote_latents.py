@@ -146,7 +146,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from autoencoder import AutoencoderKL3D
 from diffusion import build_latent_cache
-from evaluation.labels import restrict
+from evaluation.data.label_budget import restrict
 from volumes import DataConfig, VolumeDataset, load_cases
 
 class Folder(LocalFileSystem):

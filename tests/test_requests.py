@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from evaluation.segmentation_data import generated_pairs
-from pipelines.provenance import read_sidecar, sidecars
-from pipelines.requests import find_masks, read_requests
+from evaluation.data.pairs import generated_pairs
+from pipelines.inputs.requests import find_masks, read_requests
+from pipelines.storage.provenance import read_sidecar, sidecars
 from volumes import Case, volume_stem
 
 NAMES = SimpleNamespace(classes=["größe"], numbers=["age"], images=[("ct", 1)])

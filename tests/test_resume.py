@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import train_ldm
 import train_vae
 from autoencoder import AutoencoderKL3D
-from training.checkpoints import digest_files
+from training.engine.checkpoints import digest_files
 
 STEPS = 9
 COMMON = [
@@ -200,7 +200,7 @@ def traced(monkeypatch) -> list[type]:
         original(module, **options, backend="aot_eager")
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_in_place)
-    monkeypatch.setattr("training.run.check_compiler", lambda device: None)
+    monkeypatch.setattr("training.engine.run.check_compiler", lambda device: None)
     yield compiled
     torch._dynamo.reset()
 

@@ -31,10 +31,10 @@ from training import (
     open_run,
     parse_config,
 )
-from training.checkpoints import digest_files
 from training.config import config_changes, to_plain
-from training.output import check_writable
-from training.run import WRITTEN
+from training.engine.checkpoints import digest_files
+from training.engine.output import check_writable
+from training.engine.run import WRITTEN
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -155,7 +155,7 @@ def test_minutes_to_wait_are_shown_checked_and_no_change_of_the_run(tmp_path, ca
     with pytest.raises(SystemExit):
         parse_config(TrainVaeConfig, ["--help"])
     assert "--wait_minutes" in capsys.readouterr().out
-    monkeypatch.setattr("training.run.check_together", lambda _: None)
+    monkeypatch.setattr("training.engine.run.check_together", lambda _: None)
     monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
     with pytest.raises(ValueError, match="wait_minutes 2.5 must be below loop.patience 2: .*raise loop.patience"):
         make_accelerator(line_config(tmp_path, "--wait_minutes=2.5", "--loop.patience=2"))
@@ -233,7 +233,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
     assert [path.name for path in checkpoint.parent.iterdir()] == ["step_000004"]
 
 
-@pytest.mark.parametrize("where", ["tempfile.mkdtemp", "training.checkpoints.digest_files"])
+@pytest.mark.parametrize("where", ["tempfile.mkdtemp", "training.engine.checkpoints.digest_files"])
 def test_a_disk_that_fills_in_a_checkpoint_leaves_the_others_and_nothing_else(run, tmp_path, monkeypatch, where):
     mkdtemp = tempfile.mkdtemp
 
@@ -251,7 +251,7 @@ def test_a_disk_that_fills_in_a_checkpoint_leaves_the_others_and_nothing_else(ru
 
 
 def test_a_sigterm_in_a_checkpoint_lets_it_be_finished(tmp_path, monkeypatch):
-    from training import checkpoints
+    from training.engine import checkpoints
 
     save_file = checkpoints.save_file
 

@@ -10,11 +10,18 @@ import yaml
 from smooth import smooth_volumes
 from tiny import labels_of, tiny_pipeline
 
-from evaluation import Pair, label_values, load_pairs, samplers
-from evaluation.features import RandomStatistics
-from evaluation.sampler_figures import Combination, Judge, asked_of, make_named, sample
+from evaluation import Pair, label_values, load_pairs
+from evaluation.metrics.features import RandomStatistics
+from evaluation.studies import samplers
+from evaluation.studies.sampler_figures import (
+    Combination,
+    Judge,
+    asked_of,
+    make_named,
+    sample,
+)
 from volumes import Case, DataConfig, Volume, VolumeDataset, load_cases, write_volume
-from volumes.cases import SPLITS
+from volumes.data.cases import SPLITS
 
 SHAPE = (16, 16, 16)
 

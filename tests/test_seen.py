@@ -20,19 +20,21 @@ import generate
 import train_ldm
 import train_vae
 from autoencoder.model import deciding
-from evaluation import doctor, editing, samplers
-from evaluation.copies import CopyCheck, check_unseen_subjects
-from evaluation.copies import main as make_fingerprints
-from evaluation.labels import main as draw_labels
+from evaluation.copies.fingerprints import CopyCheck, check_unseen_subjects
+from evaluation.copies.fingerprints import main as make_fingerprints
+from evaluation.data.label_budget import main as draw_labels
+from evaluation.data.seen import check_models, read_judged
+from evaluation.doctor import __main__ as doctor
 from evaluation.report import check_report
-from evaluation.seen import check_models, read_judged
+from evaluation.studies import edit_borders as editing
+from evaluation.studies import samplers
 from files.atomic import UNFINISHED
 from generate import write_subjects
 from pipelines import MedVolumePipeline
-from pipelines.trained_on import GENERATED, read_generated, read_model
+from pipelines.storage.trained_on import GENERATED, read_generated, read_model
 from training.splits import refuse_seen
 from volumes import Case, DataConfig, load_cases, read_volume, write_volume
-from volumes.subjects import (
+from volumes.data.subjects import (
     UNRECORDED,
     check_subjects,
     find_overlap,
@@ -298,7 +300,9 @@ def test_every_command_refuses_volumes_of_a_model_that_saw_the_judges(command, t
 def test_no_way_to_name_a_model_goes_round_the_check(way, trained, tmp_path, monkeypatch):
     """A home folder that no shell expanded, and a repository of the Hub."""
     monkeypatch.setenv("HOME", str(trained))
-    monkeypatch.setattr("pipelines.trained_on.snapshot_download", lambda name, **_: trained / name.partition("/")[2])
+    monkeypatch.setattr(
+        "pipelines.storage.trained_on.snapshot_download", lambda name, **_: trained / name.partition("/")[2]
+    )
     arguments = ["reconstruction", "--config", str(trained / "data/config.yaml"), "--output", str(tmp_path / "r.json")]
     arguments += [*way, *([] if "--vae" in way[0] else ["--vae", str(trained / "vae")])]
     with pytest.raises(ValueError, match="vae: learned from 1 subject that is held out here"):
@@ -306,7 +310,7 @@ def test_no_way_to_name_a_model_goes_round_the_check(way, trained, tmp_path, mon
 
 
 def test_a_model_that_is_nowhere_is_refused_before_the_work(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluation.seen.read_judged", lambda *_: pytest.fail("read volumes first"))
+    monkeypatch.setattr("evaluation.data.seen.read_judged", lambda *_: pytest.fail("read volumes first"))
     arguments = ["--config", str(trained / "data/config.yaml"), "--output", str(tmp_path / "r.json")]
     for named, said in (
         (["reconstruction", "--vae", str(tmp_path / "gone")], "gone: no autoencoder there"),

@@ -18,12 +18,21 @@ import evaluate
 import generate
 import training.config
 from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
+from cli.settings import (
+    Number,
+    PositiveInt,
+    Range,
+    construct,
+    describe,
+    faults,
+    hints_of,
+    show_ranges,
+)
 from diffusion import LatentAugmentation, LatentUNet3D
 from evaluation.report import read_config
 from training import TrainLdmConfig, TrainVaeConfig, build_model, parse_config, save_config
 from training.config import AdversarialConfig, CropConfig, LoopConfig, crop_faults
 from volumes import DataConfig, IntensityScaling, PhantomConfig, load_cases
-from volumes.settings import Number, PositiveInt, Range, construct, describe, faults, hints_of, show_ranges
 
 VAE = "autoencoder.AutoencoderKL3D"
 CONFIGS = [

@@ -12,9 +12,9 @@ from tiny import LABELS, labels_of, tiny_data, tiny_pipeline
 import demo
 import evaluate
 import generate
-from evaluation.segmentation_data import generated_pairs, load_pairs
-from evaluation.shapes import compare_shapes, shape_figures, shape_names
-from evaluation.volume_sets import VolumeSet
+from evaluation.data.pairs import generated_pairs, load_pairs
+from evaluation.data.volume_sets import VolumeSet
+from evaluation.metrics.label_shapes import compare_shapes, shape_figures, shape_names
 from volumes import Case, DataConfig, Volume, draw_shape, map_fault, read_mask, write_volume
 from volumes.map_checks import describe_maps
 

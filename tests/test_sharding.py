@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from benchmarks import forked
 from benchmarks.processes import DATA, LDM, LOOP, VAE, losses_of
-from training import Learner, LoopConfig, OptimizerConfig, checkpoints
-from training.loop import Loop
-from training.sharding import check_sharding, collect, restore
+from training import Learner, LoopConfig, OptimizerConfig
+from training.engine import checkpoints
+from training.engine.loop import Loop
+from training.engine.sharding import check_sharding, collect, restore
 
 STEPS = ["--loop.max_steps=4", "--loop.checkpoint_every=2", "--loop.keep_checkpoints=0", "--optimizer.warmup_steps=2"]
 

@@ -12,7 +12,7 @@ import train_vae
 from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
 from diffusion import LatentAugmentation, build_latent_cache
 from pipelines import MedVolumePipeline
-from pipelines.loading import load_autoencoder
+from pipelines.storage.loading import load_autoencoder
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
 
 FACTORS = [1, 2, (2, 3, 1)]

@@ -22,15 +22,24 @@ from tiny import mask_image, tiny_pipeline
 import evaluate
 import generate
 from benchmarks.phantom_set import write_phantoms
+from cli import live_bar, stopping
+from cli.live_bar import LiveBar
+from cli.stopping import (
+    Stopped,
+    check_stop,
+    finishing,
+    now_finishing,
+    stop_came,
+    stoppable,
+)
 from evaluation.commands import dice
 from evaluation.commands.common import run_command
 from pipelines import Check, Rejection
 from training import SampleStream
-from training.data import training_batches
-from volumes import DataConfig, VolumeDataset, dataset, live_bar, stopping
-from volumes.cases import Case
-from volumes.live_bar import LiveBar
-from volumes.stopping import Stopped, check_stop, finishing, now_finishing, stop_came, stoppable
+from training.engine.sampling_order import training_batches
+from volumes import DataConfig, VolumeDataset
+from volumes.data import dataset
+from volumes.data.cases import Case
 from volumes.volume import VolumeError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,7 +139,7 @@ def test_in_another_thread_nothing_is_taken():
 SLOW = """
 import ctypes, sys, time
 sys.path.insert(0, {root!r})
-from volumes.stopping import stoppable, finishing
+from cli.stopping import stoppable, finishing
 with stoppable("go on so"), finishing("a long step"):
     print("ready", flush=True)
     ctypes.CDLL(None).sleep({seconds})  # like PyTorch: for Python, one line, in which it looks at no signal

@@ -27,10 +27,10 @@ from diffusion import build_latent_cache
 from files.atomic import remove_leftovers
 from files.locks import only_writer
 from training import LoopConfig, list_checkpoints, make_accelerator
-from training.loop import content_changes
-from training.output import naming_full_disk, save_model
+from training.engine.loop import content_changes
+from training.engine.loss_spikes import SpikeWatch
+from training.engine.output import naming_full_disk, save_model
 from training.splits import digests
-from training.watch import SpikeWatch
 from volumes import DataConfig, VolumeDataset, VolumeError, load_cases, make_phantom, write_volume
 
 
@@ -292,7 +292,7 @@ def test_a_full_disk_ends_the_run_and_leaves_its_checkpoints(run, kind, monkeypa
         def full(*args, **options):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr("training.checkpoints.save_file", full)
+        monkeypatch.setattr("training.engine.checkpoints.save_file", full)
         message = "No space left on device"
     else:  # what torch writes meets the limit first: its own error, as on a full disk
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -38,9 +38,9 @@ from training import (
     save_model,
 )
 from training.config import to_plain
-from training.data import training_batches
-from training.trackers import start_trackers
-from training.watch import StandstillWatch
+from training.engine.loss_spikes import StandstillWatch
+from training.engine.sampling_order import training_batches
+from training.engine.trackers import start_trackers
 
 
 @pytest.fixture(autouse=True)

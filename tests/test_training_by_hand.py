@@ -21,14 +21,22 @@ import train_vae
 from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
 from autoencoder.posterior import LatentDistribution
 from diffusion import LatentUNet3D, make_scheduler
-from training import AdversarialConfig, Learner, MovingAverage, OptimizerConfig, derive_seed, learning_rate, precision
-from training.muon import Muon
+from training import (
+    AdversarialConfig,
+    Learner,
+    MovingAverage,
+    OptimizerConfig,
+    derive_seed,
+    learning_rate,
+)
+from training.engine import precision
+from training.engine.loss_spikes import SpikeWatch, StandstillWatch
+from training.engine.muon import Muon
+from training.engine.tracking import Progress
 from training.splits import PaddedVolumes, digests, load_split
-from training.tracking import Progress
-from training.watch import SpikeWatch, StandstillWatch
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
 
-VALIDATION, TRAINING = 1 << 32, 1 << 33  # what keeps their seeds apart (training/loop.py)
+VALIDATION, TRAINING = 1 << 32, 1 << 33  # what keeps their seeds apart (training/engine/loop.py)
 
 
 def learner_of(network: nn.Module, **changes: Any) -> Learner:
@@ -555,7 +563,7 @@ def test_auto_is_bf16_where_that_is_native(native, monkeypatch):
 def test_the_time_left_is_that_of_the_steps_left_at_the_rate_of_this_start(monkeypatch, caplog):
     """Ten steps of a resumed run in 20 s: 2 s a step, and 70 steps left."""
     clock = [100.0]
-    monkeypatch.setattr("training.tracking.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("training.engine.tracking.time.monotonic", lambda: clock[0])
     with caplog.at_level("INFO", logger="training"), Progress(100, 20, enabled=True) as progress:
         clock[0] = 120.0
         progress.report(30, {"loss": 0.125})

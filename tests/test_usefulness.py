@@ -15,16 +15,22 @@ from evaluation import generated_pairs, learning_cases, load_pairs, make_segment
 from evaluation.commands import few_labels as few_labels_command
 from evaluation.commands import pretrain as pretrain_command
 from evaluation.commands.ledger import Ledger, content_of
-from evaluation.few_labels import RATIOS, summarise, training_set
-from evaluation.intervals import compare_paired, over_seeds, student_t
-from evaluation.labels import budget, draw_labelled
-from evaluation.labels import main as draw_main
-from evaluation.pretraining import BLOCK, HEAD, body, hide, pretrain
-from evaluation.segmentation_data import LoadedPairs
-from evaluation.utility import score_training
+from evaluation.data.label_budget import budget, draw_labelled
+from evaluation.data.label_budget import main as draw_main
+from evaluation.data.pairs import LoadedPairs
+from evaluation.networks.pretraining import (
+    BLOCK,
+    HEAD,
+    body,
+    hide,
+    pretrain,
+)
+from evaluation.stats.intervals import compare_paired, over_seeds, student_t
+from evaluation.studies.few_labels import RATIOS, summarise, training_set
+from evaluation.studies.utility import score_training
 from pipelines import describe_mask, read_sidecar
 from volumes import Case, DataConfig, load_cases, make_phantom, write_volume
-from volumes.tables import read_table
+from volumes.data.tables import read_table
 
 SHAPE = (16, 16, 16)
 QUICK = ["--device", "cpu", "--precision", "no", "--shape", "16", "16", "16"]

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from volumes import Case, DataConfig, IntensityScaling, VolumeDataset, load_cases, read_volume
+from volumes.data.patterns import is_wanted
+from volumes.data.subjects import find_overlap, marks_of, record_subjects
 from volumes.map_checks import count_at_edge, count_pieces, map_fault
-from volumes.patterns import is_wanted
 from volumes.plausible import obliqueness, resampling_oddities
-from volumes.subjects import find_overlap, marks_of, record_subjects
 
 
 def test_percentiles_are_of_each_channel_by_itself(tmp_path):

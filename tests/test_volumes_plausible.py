@@ -10,8 +10,8 @@ import pytest
 import SimpleITK as sitk
 from tiny import tiny_data
 
-from evaluation.doctor_cases import examine_cases
-from evaluation.doctor_data import check_geometry
+from evaluation.doctor.cases import examine_cases
+from evaluation.doctor.data_checks import check_geometry
 from pipelines.volume_processor import VolumeProcessor
 from volumes import (
     DataConfig,
@@ -26,8 +26,8 @@ from volumes import (
     to_nibabel,
     write_volume,
 )
+from volumes.formats.raw import check_room
 from volumes.plausible import contradiction, header_oddities, resampling_oddities
-from volumes.stored import check_room
 
 VOXELS = (2 * np.random.default_rng(0).integers(0, 2, (16, 17, 18))).astype(np.int16)
 
@@ -139,7 +139,7 @@ def test_a_short_first_axis_is_one_of_channels_if_it_is_a_quarter_of_all_others(
 
 def test_the_memory_that_reading_takes_is_counted(monkeypatch):
     """2 bytes a voxel in the file, 16 more while it is scaled."""
-    monkeypatch.setattr("volumes.stored.memory_bytes", lambda: 18_000)
+    monkeypatch.setattr("volumes.formats.raw.memory_bytes", lambda: 18_000)
     assert check_room("a.nii", (10, 10, 10), 2) == 2000
     with pytest.raises(VolumeError, match="a.nii: says that it holds 10 x 10 x 10 voxels"):
         check_room("a.nii", (10, 10, 10), 3)
@@ -274,7 +274,7 @@ def test_voxels_of_no_size_are_not_taken_as_1_mm(qform_code, tmp_path):
 
 
 def test_a_set_that_takes_more_than_the_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("volumes.dataset.memory_bytes", lambda: 40_000)  # a volume takes 19,584 bytes
+    monkeypatch.setattr("volumes.data.dataset.memory_bytes", lambda: 40_000)  # a volume takes 19,584 bytes
     with pytest.raises(ValueError, match="3 of 4 volumes, .*take more than the memory of this process.*data.spacing"):
         dataset_of(config_of(saved(tmp_path, count=4)))
 

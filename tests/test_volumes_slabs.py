@@ -14,7 +14,6 @@ from volumes import (
     SourceGrid,
     Volume,
     VolumeError,
-    nifti,
     read_mask,
     read_slabs,
     read_volume,
@@ -24,7 +23,8 @@ from volumes import (
     write_slabs,
     write_volume,
 )
-from volumes import slabs as module
+from volumes.formats import nifti
+from volumes.formats import slabs as module
 
 CODES = ["RAS", "LPS", "RAI", "SAR", "PIR", "ILA", "ASL", "IRP"]  # the third axis stored third, first, second; flipped
 

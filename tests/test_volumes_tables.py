@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from volumes import DataConfig, load_cases
-from volumes.tables import read_number, read_table
+from volumes.data.tables import read_number, read_table
 
 RIGHT = [{"case": "c00", "age": "50"}, {"case": "c01", "age": "60"}]
 

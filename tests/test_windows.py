@@ -10,10 +10,10 @@ import yaml
 from tiny import tiny_pipeline
 
 from autoencoder import AutoencoderKL3D
-from evaluation import doctor_config
-from evaluation.doctor import main
-from evaluation.doctor_config import Run
-from evaluation.doctor_start import advise_start
+from evaluation.doctor import models as doctor_config
+from evaluation.doctor.__main__ import main
+from evaluation.doctor.models import Run
+from evaluation.doctor.start import advise_start
 from volumes import DataConfig, IntensityScaling, Volume, VolumeDataset, VolumeError, load_cases
 
 SHAPE = (12, 14, 10)
@@ -168,7 +168,7 @@ def test_the_doctor_refuses_settings_that_training_refuses(tmp_path, capsys):
 def test_the_precision_is_the_trainers(monkeypatch):
     assert Run.of({}).batch == 4 and Run.of({}).crops.shape == (32, 32, 32)  # the trainer's defaults
     for native, precision in ((True, "bf16"), (False, "no")):
-        monkeypatch.setattr("training.precision.native_bf16", lambda native=native: native)
+        monkeypatch.setattr("training.engine.precision.native_bf16", lambda native=native: native)
         assert Run.of({}).precision == precision
         assert Run.of({"loop": {"mixed_precision": "auto"}}).precision == precision
     assert Run.of({}, accelerator=True).precision == "bf16" and "bfloat16" in str(Run.of({}, accelerator=True))

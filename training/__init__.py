@@ -2,11 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from volumes.lazy import lazy_exports
+from cli.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .build import build_model, initialise_from
-    from .checkpoints import Checkpointer, DamagedCheckpoint, TrainState, find_checkpoint, list_checkpoints
     from .config import (
         AdversarialConfig,
         AutoencoderLosses,
@@ -21,14 +20,21 @@ if TYPE_CHECKING:
         parse_config,
         save_config,
     )
-    from .data import SampleStream, derive_seed
-    from .ema import MovingAverage
-    from .learner import Learner, learning_rate
-    from .loop import Loop, TrainingStep
-    from .output import save_model
-    from .precision import native_bf16, resolve_precision
-    from .processes import ending_with_others, how_to_resume, join_processes
-    from .run import make_accelerator, open_run
+    from .engine.checkpoints import (
+        Checkpointer,
+        DamagedCheckpoint,
+        TrainState,
+        find_checkpoint,
+        list_checkpoints,
+    )
+    from .engine.ema import MovingAverage
+    from .engine.learner import Learner, learning_rate
+    from .engine.loop import Loop, TrainingStep
+    from .engine.output import save_model
+    from .engine.precision import native_bf16, resolve_precision
+    from .engine.processes import ending_with_others, how_to_resume, join_processes
+    from .engine.run import make_accelerator, open_run
+    from .engine.sampling_order import SampleStream, derive_seed
 
 __all__ = [
     "AdversarialConfig",

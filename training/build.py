@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from cli.settings import faults, refuse
 from files.paths import refuse_special
-from volumes.settings import faults, refuse
 
 
 def build_model(section: dict[str, Any]) -> Any:

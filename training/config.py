@@ -11,13 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
-from files.atomic import write_text
-from volumes.command import ArgumentParser
-from volumes.config import DataConfig
-from volumes.config_parser import ConfigParser, config_files
-from volumes.parsing import parse_settings
-from volumes.preprocessing import inherited
-from volumes.settings import (
+from cli.command import ArgumentParser
+from cli.parsing import parse_settings
+from cli.settings import (
     Axis,
     NonNegativeFloat,
     NonNegativeInt,
@@ -34,7 +30,11 @@ from volumes.settings import (
     hints_of,
     refuse,
 )
-from volumes.text import read_yaml
+from files.atomic import write_text
+from files.documents import read_yaml
+from volumes.data.config import DataConfig
+from volumes.data.config_parser import ConfigParser, config_files
+from volumes.data.preprocessing import inherited
 
 Config = TypeVar("Config")
 logger = logging.getLogger("training")
@@ -66,7 +66,7 @@ class OptimizerConfig:
 
     Args:
         algorithm: muon updates the kernels of hidden convolutions by Muon and the rest by AdamW (see
-            training/muon.py); adamw is AdamW alone.
+            training/engine/muon.py); adamw is AdamW alone.
         learning_rate: highest learning rate, reached after the warm-up.
         betas: AdamW's decay rates of the first and second moment; the first is Muon's momentum too.
         eps: AdamW's epsilon.
@@ -408,7 +408,7 @@ def parse_config(config_class: type[Config], args: Sequence[str] | None = None) 
     """The run's config from `--config FILE.yaml` and overrides such as `--loop.max_steps 100`.
 
     What comes later on the command line wins, so `--config` comes first. What `data` leaves out of the preprocessing is as the
-    autoencoder learned it, that `vae` names or `init_from` (`volumes.preprocessing.inherited`). `--print_config` shows the
+    autoencoder learned it, that `vae` names or `init_from` (`volumes.data.preprocessing.inherited`). `--print_config` shows the
     result.
 
     Args:

@@ -9,7 +9,7 @@ import numpy as np
 from nibabel.orientations import aff2axcodes
 
 from volumes import DataConfig, VolumeDataset, load_cases, pad_sample
-from volumes.subjects import (
+from volumes.data.subjects import (
     check_subjects,
     describe_overlap,
     find_overlap,
@@ -48,7 +48,7 @@ def digests(dataset: VolumeDataset) -> dict[str, str]:
 
 
 def own_record(train: VolumeDataset, held_out: VolumeDataset | None) -> dict[str, Any]:
-    """The record of a training's own subjects, see `volumes.subjects`."""
+    """The record of a training's own subjects, see `volumes.data.subjects`."""
     return record_subjects({"train": train.marks, "validation": held_out.marks if held_out else []})
 
 

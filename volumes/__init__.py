@@ -2,20 +2,16 @@
 
 from typing import TYPE_CHECKING
 
-from .lazy import lazy_exports
+from cli.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .cases import Case, load_cases
-    from .config import DataConfig, PhantomConfig
-    from .crops import CropDataset
-    from .dataset import VolumeDataset, describe, pad_sample
-    from .dicom_out import write_dicom
+    from .data.cases import Case, load_cases
+    from .data.config import DataConfig, PhantomConfig
+    from .data.crops import CropDataset
+    from .data.dataset import VolumeDataset, describe, pad_sample
     from .figures import shapes_figure, slices_figure
-    from .files import read_mask, read_volume, volume_parts, volume_stem
-    from .intensity import IntensityScaling, LinearScale
-    from .labels import label_channels, label_indices, merge_channels
-    from .map_checks import draw_shape, map_fault
-    from .nifti import (
+    from .formats.dicom_out import write_dicom
+    from .formats.nifti import (
         VoxelError,
         nifti_path,
         on_stored_grid,
@@ -24,10 +20,19 @@ if TYPE_CHECKING:
         to_stored_grid,
         write_volume,
     )
+    from .formats.read import (
+        read_mask,
+        read_volume,
+        volume_parts,
+        volume_stem,
+    )
+    from .formats.slabs import read_slabs, write_slabs
+    from .intensity import IntensityScaling, LinearScale
+    from .labels import label_channels, label_indices, merge_channels
+    from .map_checks import draw_shape, map_fault
     from .phantom import PHANTOM_CLASSES, PHANTOM_LABELS, make_phantom
     from .placement import Placement, pad_or_crop, pad_to_multiple
     from .resampling import resample, resample_to
-    from .slabs import read_slabs, write_slabs
     from .volume import PADDING, SourceGrid, Volume, VolumeError, describe_grid, grid_numbers, same_grid
 
 __all__ = [

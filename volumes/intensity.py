@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
-from .settings import FiniteFloat, checked
+from cli.settings import FiniteFloat, checked
+
 from .volume import VolumeError
 
 if TYPE_CHECKING:  # jsonargparse would run this block, were annotations postponed (from __future__) in this file

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .stored import check_room
+from volumes.formats.raw import check_room
+
 from .volume import Volume, VolumeError
 
 SLAB_VOXELS = 1 << 21

@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from files.paths import printable
-
-from .remote import with_urls
+from files.remote import with_urls
 
 GRID_NUMBERS = tuple(f"{what}_{axis}" for what in ("spacing", "size") for axis in "xyz")
 PADDING = -1

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from volumes.command import ArgumentParser, run_command
+from cli.command import ArgumentParser, run_command
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -28,11 +28,11 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
 from files.atomic import remove_leftovers, write_text
+from files.documents import read_object
 from training import TrainLdmConfig, TrainVaeConfig, parse_config
 from training.splits import load_split, own_record
 from volumes import describe
-from volumes.preprocessing import described_preprocessing, refuse_differences
-from volumes.text import read_object
+from volumes.data.preprocessing import described_preprocessing, refuse_differences
 
 MEASURED = ("channels", "labels", "image_labels", "spacing", "shape_range", "classes")  # of `volumes.describe`
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from volumes.command import ArgumentParser, run_command
+from cli.command import ArgumentParser, run_command
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
@@ -47,16 +47,16 @@ import torch
 
 from autoencoder import VolumeAutoencoder
 from autoencoder.model import deciding
-from autoencoder.noise import measure_noise
+from autoencoder.residual_noise import measure_noise
 from diffusion.latent_cache import weights_hash
 from files.atomic import atomic_file, atomic_folder, remove_folder, remove_leftovers, write_text
+from files.documents import read_object
 from pipelines import MedVolumePipeline
-from pipelines.loading import load_autoencoder
+from pipelines.storage.loading import load_autoencoder
 from training import TrainLdmConfig, parse_config
 from training.splits import load_split
 from volumes import describe
-from volumes.tables import read_table
-from volumes.text import read_object
+from volumes.data.tables import read_table
 
 LIMIT = 40_000_000  # bytes a shipped pipeline may weigh
 MEASURED_ON = (

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from volumes.command import ArgumentParser, run_command
+from cli.command import ArgumentParser, run_command
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:

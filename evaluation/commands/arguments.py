@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from volumes import DataConfig
-from volumes.config_parser import ConfigParser
-from volumes.settings import Axis, InnerShare, NonNegativeFloat, NonNegativeInt, Number, PositiveInt, Seed
-
-from ..defaults import (
+from cli.settings import (
+    Axis,
+    InnerShare,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Number,
+    PositiveInt,
+    Seed,
+)
+from evaluation.metrics.spectrum import CROP
+from evaluation.networks.defaults import (
     ALPHA,
     ARMS,
     CLASSIFIER_STEPS,
@@ -30,8 +36,9 @@ from ..defaults import (
     SPACES,
     STARTS,
 )
-from ..report import add_overlap_argument, add_wait_argument
-from ..spectrum import CROP
+from evaluation.report import add_overlap_argument, add_wait_argument
+from volumes import DataConfig
+from volumes.data.config_parser import ConfigParser
 
 if TYPE_CHECKING:
     import torch
@@ -428,7 +435,7 @@ _COMMANDS = (
             "the other commands."
         ),
         _page,
-        "page",
+        "report",
         reads_data=False,
         makes_folder=True,
     ),
@@ -439,7 +446,7 @@ _COMMANDS = (
             "there already, of the same arguments and files, is not measured again; delete it to do so."
         ),
         _everything,
-        "everything",
+        "run_all",
         divides=True,
         makes_folder=True,
     ),  # as far as its parts do

@@ -8,11 +8,11 @@ import torch
 from accelerate import PartialState
 from jsonargparse import Namespace
 
-from pipelines.loading import find_autoencoder
-from volumes.stopping import finishing
+from cli.stopping import finishing
+from evaluation.data.seen import check_models
+from evaluation.report import check_report, only_writer_of
+from pipelines.storage.loading import find_autoencoder
 
-from ..report import check_report, only_writer_of
-from ..seen import check_models
 from .arguments import Command
 
 

@@ -7,12 +7,17 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
+from evaluation import provenance, write_report
+from evaluation.networks.classifier import BATCH_SIZE, LEARNING_RATE
+from evaluation.studies.class_adherence import (
+    describe_sizes,
+    generated_cases,
+    judge_obedience,
+    load_classes,
+)
+from evaluation.studies.limits import check_command
 from volumes import load_cases
 
-from .. import provenance, write_report
-from ..classifier import BATCH_SIZE, LEARNING_RATE
-from ..limits import check_command
-from ..obedience import describe_sizes, generated_cases, judge_obedience, load_classes
 from .common import precision_name
 
 NAME = "conditions"

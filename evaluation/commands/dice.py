@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from volumes import load_cases
-from volumes.live_bar import LiveBar
-from volumes.stopping import finishing
-from volumes.text import read_object
-
-from .. import (
+from cli.live_bar import LiveBar
+from cli.stopping import finishing
+from evaluation import (
     Pair,
     generated_pairs,
     iterations_of,
@@ -27,9 +24,12 @@ from .. import (
     score_training,
     test_cases,
 )
-from ..defaults import REAL, SYNTHETIC
-from ..few_labels import ANY
-from ..limits import check_command
+from evaluation.networks.defaults import REAL, SYNTHETIC
+from evaluation.studies.few_labels import ANY
+from evaluation.studies.limits import check_command
+from files.documents import read_object
+from volumes import load_cases
+
 from .ledger import Job, Ledger, content_of
 from .progress import StepClock, silence
 

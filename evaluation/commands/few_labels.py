@@ -7,17 +7,31 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
+from cli.live_bar import LiveBar
+from cli.stopping import finishing
+from evaluation.data.label_budget import budget, draw_labelled
+from evaluation.data.pairs import (
+    LoadedPairs,
+    Pair,
+    generated_pairs,
+    label_values,
+    learning_cases,
+    load_pairs,
+    test_cases,
+)
+from evaluation.networks.defaults import SYNTHETIC
+from evaluation.report import provenance
+from evaluation.studies.few_labels import (
+    ANY,
+    RATIOS,
+    steps_of,
+    summarise,
+    training_set,
+)
+from evaluation.studies.limits import check_command
+from evaluation.studies.utility import protocol, score_training
 from volumes import DataConfig, load_cases
-from volumes.live_bar import LiveBar
-from volumes.stopping import finishing
 
-from ..defaults import SYNTHETIC
-from ..few_labels import ANY, RATIOS, steps_of, summarise, training_set
-from ..labels import budget, draw_labelled
-from ..limits import check_command
-from ..report import provenance
-from ..segmentation_data import LoadedPairs, Pair, generated_pairs, label_values, learning_cases, load_pairs, test_cases
-from ..utility import protocol, score_training
 from .ledger import Job, Ledger, content_of, tell
 from .progress import StepClock, silence
 

@@ -9,11 +9,10 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from evaluation.data.pairs import LoadedPairs
+from evaluation.report import check_report, write_report
+from files.documents import read_object
 from files.paths import printable
-from volumes.text import read_object
-
-from ..report import check_report, write_report
-from ..segmentation_data import LoadedPairs
 
 SAME = ("evaluation", "protocol", "data", "synthetic", "judge_synthetic", "content")  # of two runs of one report
 DAMAGED = "holds no trainings as evaluate.py writes them; choose another --output, or delete it"
@@ -22,7 +21,7 @@ Row = dict[str, Any]
 
 
 class Ledger:
-    """The rows of a report (`evaluation.few_labels` says what a row is), in a file.
+    """The rows of a report (`evaluation.studies.few_labels` says what a row is), in a file.
 
     Several processes each make their share of the rows. What another one than the main process has is in a hidden file beside
     the report until all are done; of a run that was killed, it is found there by the next.

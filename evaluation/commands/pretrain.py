@@ -8,17 +8,17 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
+from cli.live_bar import LiveBar
+from cli.stopping import finishing
+from evaluation.data.label_budget import budget, draw_labelled
+from evaluation.data.pairs import label_values
+from evaluation.networks.pretraining import DIFFERENCES, pretrain
+from evaluation.report import provenance
+from evaluation.studies.few_labels import summarise
+from evaluation.studies.limits import check_command
+from evaluation.studies.utility import protocol, score_training
 from volumes import load_cases
-from volumes.live_bar import LiveBar
-from volumes.stopping import finishing
 
-from ..few_labels import summarise
-from ..labels import budget, draw_labelled
-from ..limits import check_command
-from ..pretraining import DIFFERENCES, pretrain
-from ..report import provenance
-from ..segmentation_data import label_values
-from ..utility import protocol, score_training
 from .few_labels import load_sources
 from .ledger import Job, Ledger, content_of, tell
 from .progress import StepClock, silence

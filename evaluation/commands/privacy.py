@@ -10,17 +10,22 @@ import torch
 from jsonargparse import Namespace
 
 from autoencoder.weights import find_folder
+from cli.live_bar import LiveBar
+from evaluation.data.volume_sets import VolumeSet
+from evaluation.metrics.nearest import (
+    Space,
+    common_crop,
+    feature_space,
+    latent_space,
+)
+from evaluation.report import provenance, write_report
+from evaluation.studies.membership_losses import DRAWS, TIMES, denoising_losses
+from evaluation.studies.privacy import pairs_figure, privacy_report
 from files.atomic import atomic_file
 from pipelines import MedVolumePipeline
-from pipelines.loading import load_autoencoder
+from pipelines.storage.loading import load_autoencoder
 from volumes import VolumeDataset, load_cases
-from volumes.live_bar import LiveBar
 
-from ..losses import DRAWS, TIMES, denoising_losses
-from ..neighbours import Space, common_crop, feature_space, latent_space
-from ..privacy import pairs_figure, privacy_report
-from ..report import provenance, write_report
-from ..volume_sets import VolumeSet
 from .sets import describe_sets, load_extractors, load_sets
 
 NAME = "privacy"

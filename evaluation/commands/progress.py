@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from accelerate import PartialState
 
-from volumes.live_bar import LiveBar
+from cli.live_bar import LiveBar
 
 
 def silence() -> bool | None:

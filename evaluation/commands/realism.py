@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from volumes.live_bar import LiveBar
+from cli.live_bar import LiveBar
+from evaluation.report import provenance, write_report
+from evaluation.studies.realism import judge_realism, steps_of
 
-from ..realism import judge_realism, steps_of
-from ..report import provenance, write_report
 from .sets import describe_sets, load_extractors, load_sets
 
 NAME = "realism"

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from pipelines.loading import load_autoencoder
+from cli.live_bar import LiveBar
+from evaluation import evaluate_reconstruction, provenance, write_report
+from evaluation.studies.limits import check_command
+from pipelines.storage.loading import load_autoencoder
 from volumes import VolumeDataset, load_cases
-from volumes.live_bar import LiveBar
 
-from .. import evaluate_reconstruction, provenance, write_report
-from ..limits import check_command
 from .common import precision_name
 
 NAME = "reconstruction"

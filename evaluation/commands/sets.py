@@ -9,18 +9,22 @@ from jsonargparse import Namespace
 from torch import nn
 
 from autoencoder.perceptual import VGG16Features
-from pipelines.loading import load_autoencoder
+from evaluation.data.volume_sets import VolumeSet, generated_set, real_set
+from evaluation.metrics.features import (
+    PLANES,
+    EncoderStatistics,
+    RandomStatistics,
+    SliceStatistics,
+)
+from evaluation.studies.limits import check_command, check_sets
+from pipelines.storage.loading import load_autoencoder
 from volumes import load_cases
-
-from ..features import PLANES, EncoderStatistics, RandomStatistics, SliceStatistics
-from ..limits import check_command, check_sets
-from ..volume_sets import VolumeSet, generated_set, real_set
 
 
 def load_sets(options: Namespace, command: str) -> tuple[dict[str, VolumeSet], dict[str, str]]:
     """ "training", "test" and "generated" volumes, and the files that were refused with the reason.
 
-    Raises: ValueError for what the command cannot compare (`evaluation.limits`), by the cases' counts before a volume is read, and
+    Raises: ValueError for what the command cannot compare (`evaluation.studies.limits`), by the cases' counts before a volume is read, and
     once more by what is left of refused files.
     """
     cases = load_cases(options.data)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from ..report import provenance, write_report
-from ..shapes import compare_shapes
+from evaluation.metrics.label_shapes import compare_shapes
+from evaluation.report import provenance, write_report
+
 from .sets import describe_sets, load_sets
 
 NAME = "shapes"

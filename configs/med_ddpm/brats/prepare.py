@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from volumes.command import ArgumentParser, run_command
+from cli.command import ArgumentParser, run_command
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:

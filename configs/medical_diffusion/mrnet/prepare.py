@@ -15,8 +15,8 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from volumes.command import ArgumentParser, run_command
-from volumes.settings import Number, PositiveFloat
+from cli.command import ArgumentParser, run_command
+from cli.settings import Number, PositiveFloat
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:

@@ -1,0 +1,192 @@
+"""What an autoencoder leaves out, put back as noise: as strong, as coarse, and as different from volume to volume as in the
+volumes that it was fitted on.
+
+Fine noise does not fit into latents, so decoded volumes are all equally smooth. A model of what is missing, fitted on real
+volumes and their reconstructions: Gaussian noise whose spectrum is the power that reconstructions lack, whose strength follows
+the decoded intensity (none where intensities are clipped), and whose level is drawn from those of the real volumes. What it adds
+is not information. Axes: (C, X, Y, Z); intensities in [-1, 1].
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cli.live_bar import LiveBar
+from volumes import VolumeDataset, pad_to_multiple
+
+from .base import VolumeAutoencoder
+
+RADIUS = 3  # voxels: the noise is white noise filtered by a kernel of 2 RADIUS + 1 voxels a side
+LARGEST = 48  # voxels a side of the centre crops whose spectra are compared
+BINS = 16  # of decoded intensity
+LEVELS = 65  # quantiles of the noise level, from the lowest to the highest
+
+
+def measure_noise(dataset: VolumeDataset, vae: VolumeAutoencoder, *, progress: bool = True) -> list[dict[str, Any]]:
+    """`fit_noise` of a data set and its reconstructions from the posterior's mean, on the autoencoder's device.
+
+    Raises: ValueError for label maps, and as `fit_noise` does.
+    """
+    if dataset.config.image_labels:
+        raise ValueError("noise: label maps have none; leave it out")
+    sides = [min(one) for one in zip(*dataset.shapes, strict=True)]
+    return fit_noise(_reconstructions(dataset, vae, progress), sides)
+
+
+@torch.inference_mode()
+def _reconstructions(
+    dataset: VolumeDataset, vae: VolumeAutoencoder, progress: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for index in LiveBar(range(len(dataset)), desc="measure noise", unit="volume", disable=None if progress else True):
+        image = dataset[index]["image"]
+        placement = pad_to_multiple(tuple(image.shape[1:]), vae.stride)
+        padded = placement.apply(image, -1.0)[None].to(vae.device, vae.dtype)
+        mean = vae.encode(padded, return_dict=False)[0].mean
+        made = vae.decode(mean, return_dict=False)[0][0].float().cpu()
+        yield image.numpy(), placement.undo(made).numpy()
+
+
+def check_noise_shape(shape: Sequence[int]) -> None:
+    """Raises: ValueError for volumes (X, Y, Z) smaller than the kernel of the noise, on any side."""
+    if min(shape) < 2 * RADIUS + 1:
+        raise ValueError(f"volumes of {tuple(shape)} voxels are too small for a noise model: {2 * RADIUS + 1} a side")
+
+
+def fit_noise(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: Sequence[int]) -> list[dict[str, Any]]:
+    """The noise that reconstructions lack, channel by channel, ready for JSON.
+
+    Of the power spectra of Hann-windowed centre crops, the mean of real less reconstructed, where positive, is the noise's
+    spectrum; its root is the transfer function of a filter (zero phase), cut to `RADIUS`. A volume's level is the root of its
+    mean squared error over that of all volumes.
+
+    Args:
+        pairs: real volumes and their reconstructions, (C, X, Y, Z) float in [-1, 1] on one grid.
+        shape: (X, Y, Z) of the smallest volume; crops are of it or of `LARGEST`, whichever is smaller.
+    Returns: for each channel {"kernel": nested list (7, 7, 7) whose squares sum to 1, "std": of the noise at level 1, "curve": [`BINS`]
+        its factor by decoded intensity, "levels": [`LEVELS`] quantiles}; "std" is 0 if no power is missing.
+    Raises: ValueError for no pairs, and crops smaller than the kernel.
+    """
+    sides = tuple(min(int(n), LARGEST) for n in shape)
+    check_noise_shape(shape)
+    missing, errors, squares, counts, weights = [], [], 0.0, 0.0, 0.0
+    window = _window(sides).ravel() ** 2
+    for real, made in pairs:
+        made = made.clip(-1, 1)  # as the pipeline does: what exceeds the range is no lack of noise
+        missing.append(_power(real, sides) - _power(made, sides))
+        bins = np.minimum((made + 1) / 2 * BINS, BINS - 1).astype(int)
+        residual = (np.asarray(real, np.float64) - made) ** 2
+        errors.append(residual.mean((1, 2, 3)))
+        channels = range(len(real))
+        squares += np.stack([np.bincount(bins[c].ravel(), residual[c].ravel(), BINS) for c in channels])
+        counts += np.stack([np.bincount(bins[c].ravel(), minlength=BINS) for c in channels])
+        seen = _centre(bins, sides)
+        weights += np.stack([np.bincount(seen[c].ravel(), window, BINS) for c in channels])
+    if not missing:
+        raise ValueError("no volumes to fit a noise model on")
+    return [
+        _channel(
+            np.mean([one[c] for one in missing], 0),
+            np.array([one[c] for one in errors]),
+            squares[c],  # type: ignore[index]
+            counts[c],  # type: ignore[index]
+            weights[c],  # type: ignore[index]
+        )
+        for c in range(len(missing[0]))
+    ]
+
+
+def _window(sides: Sequence[int]) -> np.ndarray:
+    """Hann's, (*sides)."""
+    return np.einsum("x,y,z->xyz", *(np.hanning(side + 2)[1:-1] for side in sides))
+
+
+def _centre(volume: np.ndarray, sides: Sequence[int]) -> np.ndarray:
+    """(C, *sides) about the centre."""
+    low = [(n - side) // 2 for n, side in zip(volume.shape[1:], sides, strict=True)]
+    x, y, z = (slice(start, start + side) for start, side in zip(low, sides, strict=True))
+    return volume[:, x, y, z]
+
+
+def _power(volume: np.ndarray, sides: Sequence[int]) -> np.ndarray:
+    """Power spectra (C, *sides) of windowed centre crops; their mean is the variance of what varies."""
+    crop, window = np.asarray(_centre(volume, sides), np.float64), _window(sides)
+    crop = (crop - (crop * window).sum((1, 2, 3), keepdims=True) / window.sum()) * window
+    return np.abs(np.fft.fftn(crop, axes=(1, 2, 3))) ** 2 / (window**2).sum()
+
+
+def _channel(
+    missing: np.ndarray, errors: np.ndarray, squares: np.ndarray, counts: np.ndarray, weights: np.ndarray
+) -> dict[str, Any]:
+    """The noise of one channel: mean missing power (*sides), mean squared error (N,) of each volume, and by bin of intensity
+    squared residuals and voxels of whole volumes, and the weight of those from which the power comes."""
+    mean = missing.clip(0)
+    if not mean.any():
+        kernel = np.zeros((2 * RADIUS + 1,) * 3)
+        kernel[RADIUS, RADIUS, RADIUS] = 1
+        return {"kernel": kernel.tolist(), "std": 0.0, "curve": [1.0] * BINS, "levels": [1.0] * LEVELS}
+    kernel = np.fft.fftshift(np.fft.ifftn(np.sqrt(mean)).real)
+    centre = [n // 2 for n in kernel.shape]
+    x, y, z = (slice(n - RADIUS, n + RADIUS + 1) for n in centre)
+    kernel = kernel[x, y, z]
+    filled = counts > 0
+    places = np.arange(BINS)
+    spread = np.interp(places, places[filled], squares[filled] / counts[filled])
+    curve = np.sqrt(spread / np.average(spread, weights=weights))  # where the power was measured, its mean square is 1
+    return {
+        "kernel": (kernel / np.sqrt((kernel**2).sum())).tolist(),
+        "std": float(np.sqrt(mean.mean())),
+        "curve": curve.tolist(),
+        "levels": np.quantile(np.sqrt(errors / errors.mean()), np.linspace(0, 1, LEVELS)).tolist(),
+    }
+
+
+class NoiseModel:
+    """Adds noise as `fit_noise` found it.
+
+    Args:
+        channels: what `fit_noise` returned.
+    """
+
+    def __init__(self, channels: Sequence[Mapping[str, Any]]):
+        self.kernels = [torch.tensor(one["kernel"], dtype=torch.float32) for one in channels]
+        self.stds = [float(one["std"]) for one in channels]
+        self.curves = [np.array(one["curve"], np.float32) for one in channels]
+        self.levels = [np.array(one["levels"]) for one in channels]
+
+    def add(self, slabs: Iterable[Tensor], seed: int) -> Iterator[Tensor]:
+        """Consecutive slabs (C, X, Y, z) along the third axis, with the noise of one volume: float32, unclipped.
+
+        The noise depends on the seed and on the place alone, so that slabs of any thickness give the same volume.
+        Raises: ValueError for another number of channels.
+        """
+        random = np.random.default_rng([seed])
+        levels = [float(np.interp(random.random(), np.linspace(0, 1, len(q)), q)) for q in self.levels]
+        done = 0
+        for slab in slabs:
+            if len(slab) != len(self.kernels):
+                raise ValueError(f"a volume of {len(slab)} channels, a noise model of {len(self.kernels)}")
+            planes = range(done, done + slab.shape[3] + 2 * RADIUS)
+            sides = (len(slab), slab.shape[1] + 2 * RADIUS, slab.shape[2] + 2 * RADIUS)
+            drawn = [np.random.default_rng([seed, p + 1]).standard_normal(sides, np.float32) for p in planes]
+            white = torch.from_numpy(np.stack(drawn, axis=-1)).to(slab.device)
+            done += slab.shape[3]
+            slab = slab.float()
+            parts = []
+            for channel, noise, kernel, std, curve, level in zip(
+                slab, white, self.kernels, self.stds, self.curves, levels, strict=True
+            ):
+                shaped = F.conv3d(noise[None, None], kernel.to(slab.device)[None, None])[0, 0]
+                parts.append(channel + std * level * _at(curve, channel) * shaped)
+            yield torch.stack(parts)
+
+
+def _at(curve: np.ndarray, intensities: Tensor) -> Tensor:
+    """The curve over [-1, 1], given at the centres of its bins, at intensities of any shape."""
+    values = torch.from_numpy(curve).to(intensities.device)
+    places = ((intensities.clamp(-1, 1) + 1) / 2 * len(curve) - 0.5).clamp(0, len(curve) - 1)
+    below = places.floor().long().clamp(max=len(curve) - 2)
+    return torch.lerp(values[below], values[below + 1], places - below)

@@ -1,0 +1,155 @@
+"""A run of the benchmarks: measures jobs in turns, foresees which would not fit, and keeps every record in
+bench.json."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fits import predict
+from evaluation import provenance, write_report
+from training import native_bf16
+
+from .measure import NOT_RUN, OK, Work, available_memory, measure, summary
+from .records import find, line
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A set-up of jobs.py, its arguments, and how often and how long it may run."""
+
+    setup: Callable[..., Work]
+    arguments: dict[str, Any]
+    repeats: int = 3
+    seconds: float = 8.0
+    timeout: float = 400.0
+
+
+class Bench:
+    """Runs jobs and keeps their records, in memory and in bench.json."""
+
+    def __init__(self, output: Path, device: str, memory: int):
+        self.output, self.device, self.memory = output, device, memory
+        self.records: list[dict[str, Any]] = []
+        self.precisions = {"float32": "measured", "bf16": "measured" if native_bf16() else "no bf16 hardware here"}
+        if device.startswith("cuda"):
+            self.precisions["tf32"] = "measured"
+        self.environment = environment(device) | {"precisions": self.precisions, "memory_limit": memory}
+        own = {name: self.environment.pop(name) for name in ("command", "date", "commit")}
+        self.environment["runs"] = [own]  # more than one with `keep`
+
+    def measured_precisions(self) -> list[str]:
+        return [name for name, state in self.precisions.items() if state == "measured"]
+
+    def compare(self, part: str, todo: Sequence[Job], rounds: int = 1) -> None:
+        """Measure the jobs in turns, `rounds` times; one that fails, or takes long enough to be sure of, is not run
+        again."""
+        records: dict[int, dict[str, Any]] = {}
+        for turn in range(rounds):
+            for index, job in enumerate(todo):
+                if turn and not (
+                    records[index]["status"] == OK and records[index]["seconds"]["median"] < 60 and job.repeats
+                ):
+                    continue
+                result = self._forecast(part, job) or measure(
+                    job.setup,
+                    job.arguments,
+                    device=self.device,
+                    repeats=job.repeats,
+                    seconds=job.seconds,
+                    timeout=job.timeout,
+                    memory=self.memory,
+                )
+                if turn:
+                    records[index].update(joined(records[index], result))
+                else:
+                    arguments = {k: _within_clone(v) for k, v in job.arguments.items()}
+                    records[index] = {"part": part, "job": job.setup.__name__, **arguments, **result}
+                    self.records.append(records[index])
+                print(line(records[index]), flush=True)
+                self.write()
+
+    def find(self, part: str, job: str, **arguments: Any) -> list[dict[str, Any]]:
+        """The records that went well, in the order of their sizes."""
+        return find(self.records, part, job, **arguments)
+
+    def _forecast(self, part: str, job: Job) -> dict[str, Any] | None:
+        """Why a job is not run: the growth over smaller sizes says that it would not fit in memory or time."""
+        if "shape" not in job.arguments:
+            return None
+        same = {k: v for k, v in job.arguments.items() if k not in ("shape", "batch")}
+        voxels = math.prod(job.arguments["shape"])
+        smaller = [r for r in self.find(part, job.setup.__name__, **same) if math.prod(r["shape"]) < voxels][-2:]
+        if len(smaller) < 2 or voxels < 4 * math.prod(smaller[-1]["shape"]):
+            return None
+        sizes = [math.prod(r["shape"]) for r in smaller]
+        memory = predict(sizes, [max(r["memory"]["above"], 1) for r in smaller], voxels)
+        seconds = predict(sizes, [r["seconds"]["median"] for r in smaller], voxels)
+        forecast = {"bytes": memory, "seconds": seconds}
+        if memory > self.memory:
+            detail = f"needs about {memory / 1e9:.2g} GB, {self.memory / 1e9:.2g} GB are free"
+        elif seconds > job.timeout:
+            detail = f"would take about {seconds:.0f} s, {job.timeout:.0f} s are allowed"
+        else:
+            return None
+        return {"status": NOT_RUN, "detail": detail + " (from the growth over smaller volumes)", "forecast": forecast}
+
+    def skip(self, part: str, reason: str) -> None:
+        """Write down a part that cannot be measured here."""
+        self.records.append({"part": part, "job": part, "status": NOT_RUN, "detail": reason})
+        print(line(self.records[-1]), flush=True)
+
+    def keep(self, again: Sequence[str]) -> None:
+        """Go on from the output folder's bench.json, without the records of the parts that are measured again.
+
+        Raises: ValueError if it is of another device or processor: its figures are not to be compared with these.
+        """
+        path = self.output / "bench.json"
+        if not path.is_file():
+            return
+        before = json.loads(path.read_text())
+        old, new = ((e["device"], e["machine"]["processor"]) for e in (before["environment"], self.environment))
+        if old != new:
+            raise ValueError(f"{path}: was measured on {old}, this is {new}; choose another --output")
+        self.records = [r for r in before["measurements"] if r["part"] not in again]
+        self.environment["runs"] = before["environment"]["runs"] + self.environment["runs"]
+
+    def write(self) -> Path:
+        return write_report(self.output / "bench.json", {"environment": self.environment, "measurements": self.records})
+
+
+def _within_clone(value: Any) -> Any:
+    """Paths in the clone relative to it: a report says nothing of the machine's folders."""
+    return value.removeprefix(f"{ROOT}/") if isinstance(value, str) else value
+
+
+def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Both rounds of one measurement: all times, the larger peak. A second round that failed says so."""
+    if second["status"] != OK:
+        return {"later_round": {"status": second["status"], "detail": second["detail"]}}
+    times = first["seconds"]["all"] + second["seconds"]["all"]
+    return {
+        "seconds": summary(times) | {"warm": first["seconds"]["warm"] and second["seconds"]["warm"]},
+        "memory": max(first["memory"], second["memory"], key=lambda m: m["above"]),
+    }
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Machine, instructions, versions and commit."""
+    found = provenance()
+    found["versions"] |= {name: version(name) for name in ("monai", "diffusers", "accelerate")}
+    found["machine"]["instructions"] = [
+        name for name in ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16") if name in cpu_flags()
+    ]
+    return found | {"device": device, "memory_available": available_memory(device)}
+
+
+def cpu_flags() -> set[str]:
+    """What /proc/cpuinfo says the processor can do; nothing where it does not say."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return {flag for text in lines if text.startswith("flags") for flag in text.split(":", 1)[1].split()}

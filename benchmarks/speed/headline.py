@@ -1,0 +1,87 @@
+"""The few rows of bench.json that README shows, written between two comments of it:
+
+python -m benchmarks.speed.headline docs/performance.json --readme README.md
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cli.command import ArgumentParser, run_command
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("bench", type=Path, help="bench.json")
+    parser.add_argument("--readme", type=Path, required=True)
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
+from .records import Record, find, short, whole_sample
+from .report import read_bench, table
+
+BEGIN, END = "<!-- performance: written by benchmarks.speed.headline -->", "<!-- end of performance -->"
+FLOAT32: dict[str, Any] = {"precision": "float32"}
+
+
+def rows(records: list[Record]) -> Iterator[tuple[str, str, str, str]]:
+    """(what, ours, peer, how many times)."""
+    for side in (128, 256):
+        same = FLOAT32 | {"shape": (side,) * 3, "streamed": False}
+        ours = find(records, "coding", "decoding", model="ours", **same)
+        for model, name in (("maisi", "MAISI"), ("monai", "MONAI AutoencoderKL of our size")):
+            peer = find(records, "coding", "decoding", model=model, **same)
+            if ours and peer:
+                yield _pair(f"decode {side}³, against {name}", ours[0], peer[0])
+    disk = [r for r in find(records, "long_axis", "decoding_to_disk") if r["shape"][2] == 768]
+    if disk:
+        resident = f"{disk[0]['memory']['peak'] / 2**30:.1f} GiB resident"
+        yield "decode 512 x 512 x 768 to a file", f"{short(disk[0]['seconds']['median'])} s, {resident}", "", ""
+    for job, name in (("training_autoencoder", "autoencoder"), ("training_unet", "U-Net")):
+        for ours in find(records, "training", job, model="ours", checkpointing=False, **FLOAT32):
+            same = FLOAT32 | {"shape": ours["shape"], "batch": ours["batch"]}
+            peer = find(records, "training", job, model="monai", **same)
+            if peer:
+                sides = " x ".join(map(str, [ours["batch"], *ours["shape"]]))
+                yield _pair(f"training step of the {name}, {sides}, against MONAI's of equal parameters", ours, peer[0])
+    for ours in find(records, "sampling", "sampling", model="ours", **FLOAT32):
+        for model, scale, name in (
+            ("monai", 1, "50 DDIM steps of MONAI's"),
+            ("monai voxels", 4, "250 steps in voxels"),
+        ):
+            peer = find(
+                records, "sampling", "sampling", model=model, shape=[scale * n for n in ours["shape"]], **FLOAT32
+            )
+            if peer:
+                times = [whole_sample(r) for r in (ours, peer[0])]
+                cells = " x ".join(map(str, ours["shape"]))
+                what = f"20 steps on {cells} latents, against {name}"
+                yield what, f"{short(times[0])} s", f"{short(times[1])} s", f"{times[1] / times[0]:.1f} x"
+    ours, peer = (find(records, "equal_time", "training", model=m) for m in ("ours", "maisi"))
+    if ours and peer:
+        decibels = [r[0]["values"]["psnr_db"] for r in (ours, peer)]
+        minutes = ours[0]["values"]["seconds"] / 60
+        what = f"held-out PSNR after {minutes:.0f} minutes of training, against MAISI's"
+        yield what, f"{decibels[0]:.2f} dB", f"{decibels[1]:.2f} dB", f"{decibels[0] - decibels[1]:+.2f} dB"
+
+
+def _pair(what: str, ours: Record, peer: Record) -> tuple[str, str, str, str]:
+    mine, theirs = (f"{short(r['seconds']['median'])} s, {short(r['memory']['above'] / 1e9)} GB" for r in (ours, peer))
+    return what, mine, theirs, f"{peer['seconds']['median'] / ours['seconds']['median']:.1f} x"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Rewrite README's table. Raises: ValueError if README has no place for it."""
+    options = parse(args)
+    text = options.readme.read_text()
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{options.readme}: needs the lines {BEGIN} and {END}, between which the table goes")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    made = table(["", "ours", "peer", ""], rows(read_bench(options.bench)["measurements"]))
+    options.readme.write_text(f"{before}{BEGIN}\n{made}{END}{after}")

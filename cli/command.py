@@ -1,0 +1,264 @@
+"""What every script and every `python -m` command does with its arguments and with a user's mistakes.
+
+A command parses its arguments above its other imports, and then hands over to `run_command`:
+
+    def parse(args=None): ...
+
+    if __name__ == "__main__":
+        run_command(parse)
+
+    import torch
+
+so that `--help` and a mistyped flag are answered before torch is imported, which takes seconds. `run_command` imports the file as a
+module and calls its `main`. A user's mistake ends in one message, without a traceback unless `--traceback` asks for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import difflib
+import errno
+import hashlib
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from files.paths import printable
+
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended: 128 + SIGINT
+TRACEBACK = "--traceback"
+ROOMS = (
+    "files",
+    "volumes",
+    "autoencoder",
+    "diffusion",
+    "pipelines",
+    "training",
+    "evaluation",
+    "benchmarks",
+    "docs",
+    "weights",
+)
+# What stops a command though no argument is wrong: the file system's errors that come without a remedy of ours.
+REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.EISDIR: "give a file",
+    errno.ENOTDIR: "a file lies where a folder is needed; give another path",
+    errno.EEXIST: "give another path",
+    errno.EACCES: "change its permissions, or give another path",
+    errno.EPERM: "change its permissions, or give another path",
+    errno.EROFS: "give a path on a disk that can be written to",
+    errno.ENOSPC: "make room, or give a path on another disk",
+    errno.EDQUOT: "make room, or give a path on another disk",
+    errno.EFBIG: "give a path on another disk",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "allow more open files (ulimit -n), or use fewer workers",
+    errno.ENOMEM: "use fewer workers, or smaller batches",
+}
+
+
+class CannotContinue(RuntimeError):
+    """A command cannot go on for a reason outside of it, such as a full disk or the end of another process; the message says what
+    remedies it."""
+
+
+class VisibleFormatter(logging.Formatter):
+    """Log messages as a terminal may show them: names in them are others'."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As logging's, see `files.paths.printable`."""
+        return printable(super().format(record))
+
+
+class ShowTraceback(
+    argparse._VersionAction
+):  # as `--version`, it leaves nothing in the namespace, jsonargparse's neither
+    """`--traceback`, which `run_command` looks for; the parser only accepts and describes it."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str = argparse.SUPPRESS, **_: Any):
+        what = "show Python's traceback of an error as well"
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, help=what)
+
+    def __call__(self, *_: Any) -> None:
+        """Nothing: see `run_command`."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, with `--traceback`, whose error is one line: no page of usage, and the option that may have been meant."""
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
+        self.add_argument(TRACEBACK, action=ShowTraceback)
+        self.typed: list[str] = []
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # pyright: ignore
+        """As argparse's."""
+        self.typed = at_home(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self.typed, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        self.exit(2, error_line(self.prog, message, self.typed, self._option_string_actions))
+
+
+def at_home(words: Sequence[str]) -> list[str]:
+    """A command line with `~/` expanded where the shell leaves it: in `--output=~/x`, `NAME=~/x`, `generate:~/x`, and in quotes."""
+    return [re.sub(r"^((?:--)?[\w.]+[=:])?(~/.*)$", _expanded, word) for word in words]
+
+
+def _expanded(found: re.Match[str]) -> str:
+    return (found[1] or "") + os.path.expanduser(found[2])
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as an argument's `type`."""
+    value = int(text) if text.lstrip("+-").isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of 1 or more")
+    return value
+
+
+def error_line(program: str, message: str, typed: Sequence[str], options: Iterable[str]) -> str:
+    """What is said of arguments that cannot be: the message, the options that mistyped ones resemble, and where the rest is."""
+    options = list(options)
+    meant = {word: nearest(word, options) for word in unknown_options(typed, options)}
+    if choice := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)$", message):
+        names = [name.strip(" '") for name in choice[2].split(",")]
+        meant |= {choice[1]: next(iter(difflib.get_close_matches(choice[1], names, n=1)), None)}
+    told = "".join(f"; {word}: did you mean {near}?" for word, near in meant.items() if near)
+    return f"{program}: error: {message.strip().rstrip('.')}{told or '.'} See {program} --help\n"
+
+
+def unknown_options(typed: Sequence[str], options: Iterable[str]) -> list[str]:
+    """Words of a command line that look like options and are none, nor the beginning of one, nor a key of one (`--model.width`)."""
+    known, found = list(options), []
+    keyed = tuple(f"{one}." for one in known if not any(other.startswith(f"{one}.") for other in known))
+    for word in (word.partition("=")[0] for word in typed):
+        if word == "--":
+            break
+        if word.startswith("--") and not word.startswith(keyed) and not any(one.startswith(word) for one in known):
+            found.append(word)
+    return found
+
+
+def nearest(word: str, options: Iterable[str]) -> str | None:
+    """The option that a mistyped one resembles most, if one does: `--max_step` is like `--loop.max_steps`, too."""
+    names = {one.lstrip("-"): one for one in options if one.startswith("--") and not word.startswith(f"{one}.")}
+    close = difflib.get_close_matches(word.lstrip("-"), names, n=1, cutoff=0.7)
+    if not close:
+        last = {name.rpartition(".")[2]: name for name in reversed(names)}
+        close = [last[name] for name in difflib.get_close_matches(word.lstrip("-"), last, n=1, cutoff=0.8)]
+    return names[close[0]] if close else None
+
+
+def run_command(parse: Callable[[], object]) -> NoReturn:
+    """Parse the command line, import the file that Python runs as a module, call its `main`, and end the program.
+
+    Its status is 0, or the number that `main` returns; 1 after a user's mistake, which is told in one message; 2 after wrong
+    arguments; 130 after Ctrl-C. Any other exception, which is a mistake of ours, keeps its traceback. Arguments are parsed once
+    more by `main`, which people call from Python, too.
+    """
+    program = program_name()
+    if logging.lastResort is not None:  # which shows warnings where nobody has set up logging
+        logging.lastResort.setFormatter(VisibleFormatter())
+    try:
+        parse()
+        status = imported_main()()
+    except KeyboardInterrupt:
+        if TRACEBACK in sys.argv:
+            raise
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        message = users_message(error)
+        if message is None or TRACEBACK in sys.argv:
+            raise
+        if first_to_say(message):
+            print(f"{program}: error: {printable(message)} ({TRACEBACK} shows where)", file=sys.stderr, flush=True)
+        sys.exit(1)
+    sys.exit(status if type(status) is int else 0)
+
+
+def program_name() -> str:
+    """The program as people type it: `train_vae.py`, or `python -m evaluation.doctor`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return Path(sys.argv[0]).name if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+def imported_main() -> Callable[[], object]:
+    """`main` of the file that runs as `__main__`, imported by its own name: then its classes are what others import, too."""
+    running: ModuleType = sys.modules["__main__"]
+    if (spec := getattr(running, "__spec__", None)) is not None:
+        return importlib.import_module(spec.name).main
+    path = Path(running.__file__ or "").resolve()
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def users_message(error: BaseException) -> str | None:
+    """What to tell of an error that a user can remedy; None for a mistake of ours.
+
+    Users' are ValueError, OSError, `CannotContinue`, damaged files that a library met, memory that is too small, and packages that are
+    not installed.
+    """
+    if "\nOriginal Traceback" in str(error):  # PyTorch's, from a process that loads data: the text is all there is
+        return workers_message(str(error))
+    notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+    name, kinds = type(error).__name__, {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        remedy = REMEDIES.get(error.errno)
+        where = "".join(f"{file}: " for file in (error.filename,) if file is not None)
+        return f"{where}{error.strerror}{'; ' + remedy if remedy else ''}{notes}"
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        return None if package in ("", *ROOMS) else f"{error}; pip install it, or run this with .venv/bin/python"
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds:  # torch's
+        return f"out of memory ({str(error).strip().splitlines()[0] if str(error) else name}); use smaller batches or volumes"
+    damaged = isinstance(error, (EOFError, zlib.error, zipfile.BadZipFile)) or kinds & {"SafetensorError", "YAMLError"}
+    if damaged or isinstance(error, (ValueError, OSError, CannotContinue)):
+        return f"{str(error).strip() or name}{notes}"
+    return None
+
+
+def workers_message(text: str) -> str | None:
+    """What a process that loads data raised, without its frames: the last lines of its traceback."""
+    lines = text.rpartition("Traceback (most recent call last):\n")[2].splitlines()
+    while lines and lines[0].startswith(" "):
+        lines.pop(0)
+    name, _, message = "\n".join(lines).partition(": ")
+    known = getattr(builtins, name.rpartition(".")[2], None)
+    ours = isinstance(known, type) and not issubclass(known, (ValueError, OSError, MemoryError, EOFError))
+    return None if ours or not re.fullmatch(r"[\w.]+", name) else message.strip()
+
+
+def first_to_say(message: str) -> bool:
+    """Whether none of the processes that torchrun started here has said this yet. The launcher is told it, for its summary."""
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not place:
+        return True
+    mine = Path(place)
+    try:
+        extra = {"timestamp": str(int(time.time()))}
+        mine.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+        (mine.parent.parent / hashlib.sha256(message.encode()).hexdigest()[:16]).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # a launcher that keeps no such folder, or a full disk: better said twice than not at all
+        return True
+    return True

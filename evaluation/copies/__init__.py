@@ -1,0 +1,1 @@
+"""Fingerprints of training volumes, and masks of nobody."""

@@ -1,0 +1,1 @@
+"""Sets of real and generated volumes to compare."""

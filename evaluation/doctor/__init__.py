@@ -1,0 +1,1 @@
+"""Checks before training: `python -m evaluation.doctor`."""

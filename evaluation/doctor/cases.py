@@ -1,0 +1,251 @@
+"""Cases as a training would read them, each boiled down to the few numbers that the doctor's checks look at.
+
+No volume is kept: what is checked of a set of any size fits in memory.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from volumes import (
+    PHANTOM_LABELS,
+    Case,
+    DataConfig,
+    SourceGrid,
+    Volume,
+    VolumeError,
+    load_cases,
+    make_phantom,
+    read_volume,
+)
+from volumes.data.dataset import PreparedCase, prepare
+from volumes.plausible import Oddity
+
+THUMBNAIL = 16  # cells a side
+MIN_LEVELS = 16  # different intensities, below which a step between them says nothing
+STEP_ERROR = 0.05  # of a step, by which an intensity may miss a whole number of them
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report. `level`: "OK", "WARN" or "FAIL"; `files`: the cases or files it is about."""
+
+    level: str
+    check: str
+    message: str
+    remedy: str = ""
+    files: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.level:4} {self.check}: {self.message}" + (f"\n     -> {self.remedy}" if self.remedy else "")
+
+
+def ok(check: str, message: str, files: Sequence[str] = ()) -> Finding:
+    return Finding("OK", check, message, files=tuple(files))
+
+
+def warn(check: str, message: str, remedy: str, files: Sequence[str] = ()) -> Finding:
+    return Finding("WARN", check, message, remedy, tuple(files))
+
+
+def fail(check: str, message: str, remedy: str, files: Sequence[str] = ()) -> Finding:
+    return Finding("FAIL", check, message, remedy, tuple(files))
+
+
+def names(files: Sequence[str], most: int = 5) -> str:
+    """The first few, and how many more."""
+    return ", ".join(files[:most]) + (f" and {len(files) - most} more" if len(files) > most else "")
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What is kept of a case.
+
+    `shape` and `spacing` (mm) are those of the file, in RAS+ order, and `model_shape` is what a model sees. By channel:
+    `low`, `high` the scale in file units, `highest` the largest intensity, `clipped` the share of voxels outside the scale
+    and `above` that above it, `covered` the share of it that percentiles 1 to 99 span, `step` see `quantisation_step`. `labels`
+    are volumes in ml by name (0 where the case lacks the label), `digest` of the stored voxels, `voxels` see
+    `volumes.data.subjects`, `thumbnail` see `thumbnail_of`. Of phantoms `orientation` is "".
+    """
+
+    case: Case
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    model_shape: tuple[int, int, int]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    highest: tuple[float, ...]
+    clipped: tuple[float, ...]
+    above: tuple[float, ...]
+    covered: tuple[float, ...]
+    step: tuple[float | None, ...]
+    digest: str
+    voxels: tuple[str, ...]
+    thumbnail: np.ndarray
+    labels: dict[str, float] = field(default_factory=dict)
+    numbers: tuple[float, ...] = ()
+    classes: tuple[int, ...] = ()
+    orientation: str = ""
+    unit: str = "mm"
+    oddities: tuple[tuple[str, Oddity], ...] = ()
+
+    @property
+    def file(self) -> str:
+        """Its first image file, for messages; of a phantom its name."""
+        return str(next(iter(self.case.images.values()), self.case.name))
+
+
+def find_cases(config: DataConfig) -> tuple[list[Case], list[Finding]]:
+    """All cases, and why training would refuse the list. Rows of missing files stay in it: they are refused when read.
+
+    Subjects in two splits are all named, and their cases come as the table has them.
+    """
+    if config.masks and not config.label_names:
+        remedy = "name every label in data.label_names, such as {0: background, 1: tumour}"
+        return [], [fail("labels", "masks are given without the names of their labels", remedy)]
+    lenient = replace(config, on_error="skip")
+    try:
+        return load_cases(lenient), []
+    except ValueError as error:
+        refused = str(error)
+    if not config.split:
+        return [], [fail("files", refused, "training cannot start before this is put right")]
+    try:
+        cases = load_cases(replace(lenient, split=None, test_fraction=0.0, validation_fraction=0.0))
+    except ValueError as error:
+        return [], [fail("files", str(error), "training cannot start before this is put right")]
+    cases = [replace(case, split=str(case.metadata.get(config.split, ""))) for case in cases]
+    splits: dict[str, set[str]] = {}
+    for case in cases:
+        splits.setdefault(case.subject, set()).add(case.split)
+    torn = {subject: sorted(found) for subject, found in splits.items() if len(found) > 1}
+    if not torn:
+        return cases, [fail("splits", refused, "training cannot start before this is put right")]
+    both = [case.name for case in cases if case.subject in torn]
+    listed = names([f"{subject} ({', '.join(found)})" for subject, found in sorted(torn.items())])
+    remedy = f"put all volumes of a subject into one split in column {config.split!r}: {names(both, 12)}"
+    return cases, [fail("splits", f"{len(torn)} subjects are in two splits: {listed}", remedy, both)]
+
+
+def examine_cases(
+    cases: Sequence[Case], config: DataConfig, on_case: Callable[[str], object] = lambda name: None
+) -> tuple[list[Examined], list[tuple[Case, str]]]:
+    """All cases examined, and those that training would refuse with the reason. `on_case(name)` is called after each."""
+    examined, refused = [], []
+    for case in cases:
+        try:
+            examined.append(examine(case, config))
+        except VolumeError as error:
+            refused.append((case, str(error)))
+        on_case(case.name)
+    return examined, refused
+
+
+def examine(case: Case, config: DataConfig) -> Examined:
+    """Read one case as training does, and its voxels as they are stored. Raises VolumeError, which names the file."""
+    prepared = prepare(case, config)
+    raw = _stored(case, config, prepared)
+    count = len(raw.array)
+    clipped, above, covered = [], [], []
+    for channel, scale in zip(raw.array, prepared.scales, strict=True):
+        above.append(float((channel > scale.high).mean()))
+        clipped.append(above[-1] + float((channel < scale.low).mean()))
+        low, high = np.clip(np.percentile(channel, (1, 99)), scale.low, scale.high)
+        covered.append(float((high - low) / (scale.high - scale.low)))
+    is_map = bool(config.image_labels)
+    return Examined(
+        case=case,
+        shape=raw.shape,
+        spacing=raw.spacing,
+        model_shape=prepared.image.shape,
+        low=tuple(float(scale.low) for scale in prepared.scales),
+        high=tuple(float(scale.high) for scale in prepared.scales),
+        highest=tuple(float(channel.max()) for channel in raw.array),
+        clipped=tuple(clipped),
+        above=tuple(above),
+        covered=tuple(covered),
+        step=(None,) * count if is_map else tuple(quantisation_step(channel) for channel in raw.array),
+        voxels=prepared.voxels,
+        digest=hashlib.sha256(str(raw.array.shape).encode() + np.ascontiguousarray(raw.array).tobytes()).hexdigest(),
+        thumbnail=thumbnail_of(prepared.image.array),
+        labels=_label_volumes(prepared, config),
+        numbers=prepared.numbers,
+        classes=prepared.classes,
+        oddities=prepared.oddities,
+        **_header(prepared.image.source),
+    )
+
+
+def thumbnail_of(image: np.ndarray) -> np.ndarray:
+    """(C, X, Y, Z) -> (2, C * THUMBNAIL ** 3) float32: the volume and its mirror image along the first axis, averaged over
+    cells and brought to mean 0 and length 1, so that products are correlations. All zero for a constant."""
+    small = F.adaptive_avg_pool3d(torch.from_numpy(np.ascontiguousarray(image, np.float32))[None], THUMBNAIL)[0]
+    rows = torch.stack([small.flatten(), small.flip(1).flatten()])
+    rows = rows - rows.mean(1, keepdim=True)
+    return (rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-6)).numpy()
+
+
+def quantisation_step(array: np.ndarray) -> float | None:
+    """The step of which all intensities are whole multiples, from the lowest, in file units; None if there is none, or
+    fewer than `MIN_LEVELS` intensities.
+
+    Whole numbers that were multiplied by a factor keep it as their step: a scan's fingerprint, shared by volumes that
+    were scaled together. The step is fitted to ever more levels, because rounding errors of float32 add up.
+    """
+    levels = np.unique(np.asarray(array, np.float64))
+    if len(levels) < MIN_LEVELS:
+        return None
+    heights = levels - levels[0]
+    step = float(np.diff(levels).min())
+    known = MIN_LEVELS
+    while True:
+        multiples = np.rint(heights[:known] / step)
+        if np.abs(heights[:known] / step - multiples).max() > STEP_ERROR:
+            return None
+        step = float((heights[:known] @ multiples) / (multiples @ multiples))
+        if known == len(levels):
+            return step
+        known = min(2 * known, len(levels))
+
+
+def _stored(case: Case, config: DataConfig, prepared: PreparedCase) -> Volume:
+    """The image in the units of its files, before resampling."""
+    if case.phantom is not None:
+        assert config.phantom is not None
+        return make_phantom(case.phantom, config.phantom.shape)[0]
+    if config.image_labels:
+        return prepared.image
+    parts = [
+        read_volume(case.images[name], time_point=config.volume_number(name), **config.reading)
+        for name in config.patterns
+    ]
+    return parts[0].replace(np.concatenate([part.array for part in parts]))
+
+
+def _label_volumes(prepared: PreparedCase, config: DataConfig) -> dict[str, float]:
+    """Volumes in ml of the labels of a mask, or of an image that is a label map, but the background."""
+    millilitres = float(np.prod(prepared.image.spacing)) / 1000
+    if prepared.mask is not None:
+        found = sorted((config.label_names or PHANTOM_LABELS).items())
+        counts = np.bincount(prepared.mask.array.ravel(), minlength=len(found))
+        return {name: float(counts[i] * millilitres) for i, (_, name) in enumerate(found) if i}
+    if config.image_labels:
+        sizes = (prepared.image.array > 0).sum((1, 2, 3)) * millilitres
+        return dict(zip(config.channels, map(float, sizes), strict=True))
+    return {}
+
+
+def _header(grid: SourceGrid | None) -> dict[str, Any]:
+    """Of the first image file; {} of phantoms."""
+    if grid is None:
+        return {}
+    return {
+        "orientation": "".join(str(axis) for axis in nib.orientations.aff2axcodes(grid.affine)),
+        "unit": grid.unit,
+    }

@@ -1,0 +1,1 @@
+"""Metrics of volumes and of sets of volumes."""

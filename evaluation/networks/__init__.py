@@ -1,0 +1,1 @@
+"""Small networks that judge volumes: a segmenter, a classifier."""

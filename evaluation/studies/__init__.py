@@ -1,0 +1,1 @@
+"""Studies: realism, privacy, utility, adherence, reconstruction, samplers."""

@@ -1,0 +1,1 @@
+"""What people give a pipeline: masks, images, conditions, regions, requests."""

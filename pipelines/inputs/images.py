@@ -1,0 +1,149 @@
+"""Images as conditions: channels that are given, read and checked. Axes: (1, X, Y, Z) in RAS+ order, in the files' units."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from diffusion import LatentUNet3D
+from volumes import LinearScale, Volume, describe_grid, read_volume, same_grid, stored_grid
+from volumes.formats.carriers import as_array, carries_geometry, source_file
+from volumes.formats.nifti import exact_values
+
+from .masks import MaskLike, check_axes, describe_mask, warn_of_header
+
+ImageLike = MaskLike
+Images = Mapping[str, ImageLike]  # {channel: image}
+
+
+@dataclass(frozen=True, eq=False)
+class GivenImage:
+    """One channel that is given.
+
+    Attributes:
+        volume: its voxels (1, X, Y, Z) float32 in the file's units, on the grid that results are handed back on.
+        scale: brings them to [-1, 1], as in training.
+    """
+
+    volume: Volume
+    scale: LinearScale
+
+
+def check_images(unet: LatentUNet3D, data: Mapping[str, Any], images: Images) -> None:
+    """Raises: ValueError for channels that the model does not know or cannot be given, for one that it needs, and if none
+    is left to generate."""
+    known = sorted(unet.config["images"] or {})
+    if images and not known:
+        raise ValueError(
+            f"image names {_listing(images)}, but this model was not trained with image conditions; leave image out, "
+            "or give strength or region to change that image"
+        )
+    knows = f"this model can be given {_listing(known)}, and makes {_listing(data['channels'])}"
+    if unknown := [name for name in images if name not in data["channels"]]:
+        raise ValueError(f"image names {_listing(unknown)}, which is no channel of this model; {knows}")
+    if untrained := [name for name in images if name not in known]:
+        raise ValueError(f"image names {_listing(untrained)}, which this model never learned to be given; {knows}")
+    if images and set(data["channels"]) <= set(images):
+        raise ValueError(
+            f"image gives all channels ({_listing(images)}), so nothing is left to generate; leave one out"
+        )
+    rates = unet.config["condition_dropout"] or {}
+    if needed := [name for name in known if name not in images and not rates.get(name)]:
+        raise ValueError(f"image must give {_listing(needed)}, as training never left it out; {knows}")
+
+
+def describe_images(images: Images) -> dict[str, dict[str, Any]]:
+    """Which images a volume was made from, for its sidecar: {channel: file name and sha256}, see `describe_mask`."""
+    return {channel: describe_mask(image) for channel, image in images.items()}
+
+
+def load_images(
+    images: Images,
+    target: Volume | None,
+    affine: np.ndarray,
+    *,
+    exact: bool = False,
+    reading: Mapping[str, Any] | None = None,
+) -> dict[str, Volume]:
+    """Read images, all on the grid of `target`, or without one on that of the first: as float32, or with `exact` in a type
+    that holds their values as they are (`read_volume`).
+
+    A plain array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: its voxels are in the order of the target's file,
+    as those of "np" results are; without a target it lies on `affine`, the model's template.
+    `reading` is how headers are read, see `volumes.DataConfig.reading`.
+
+    Raises: ValueError naming the channel and the file for another grid, several volumes, values that are not finite, and
+    for what is no image.
+    """
+    volumes: dict[str, Volume] = {}
+    for channel, image in images.items():
+        volume, name = _load(channel, image, target, affine, exact, reading or {})
+        if len(volume.array) != 1:
+            raise ValueError(f"{name}: holds {len(volume.array)} volumes; give the one that shows {channel!r} alone")
+        if target is None:
+            target = volume
+        if not same_grid(volume, target):
+            raise ValueError(
+                f"{name}: lies on another grid than {_other(volumes)} ({describe_grid(volume)} against "
+                f"{describe_grid(target)}); resample one onto the other first"
+            )
+        volumes[channel] = target.replace(volume.array)
+    return volumes
+
+
+def _load(
+    channel: str,
+    image: ImageLike,
+    target: Volume | None,
+    affine: np.ndarray,
+    exact: bool,
+    reading: Mapping[str, Any],
+) -> tuple[Volume, str]:
+    """One image and its name for messages."""
+    if isinstance(image, (str, os.PathLike)):
+        return warn_of_header(read_volume(image, exact=exact, **reading), str(image)), str(image)
+    name = f"the image {channel!r}"
+    if carries_geometry(image):
+        name = source_file(image) or name
+        return warn_of_header(read_volume(image, exact=exact, **reading), name), name
+    if isinstance(image, Volume):
+        check_axes(image, name)
+        return Volume(_finite(image.array, name, exact), image.affine, image.source), name
+    if not isinstance(image, (np.ndarray, torch.Tensor)):
+        raise ValueError(
+            f"{name}: give a path, an image of nibabel, SimpleITK, torchio or MONAI, a Volume, an array or a tensor, no "
+            f"{type(image).__name__}"
+        )
+    array = _finite(as_array(image, name), name, exact)
+    array = array[0] if array.ndim == 4 and len(array) == 1 else array
+    if array.ndim != 3 or not array.size:
+        raise ValueError(f"{name}: expected an array (X, Y, Z) or (1, X, Y, Z), got {array.shape}")
+    if target is None:
+        return Volume(array[None], affine), name
+    grid = stored_grid(target)
+    if array.shape != tuple(grid.shape):
+        raise ValueError(
+            f"{name}: is an array of {array.shape} voxels, the grid of the mask or first image has {tuple(grid.shape)}"
+        )
+    return read_volume(nib.Nifti1Image(array, grid.affine), exact=exact), name
+
+
+def _finite(array: np.ndarray, name: str, exact: bool) -> np.ndarray:
+    """As float32, or with `exact` as `exact_values`. Raises: ValueError for values that are not finite in float32."""
+    with np.errstate(over="ignore"):
+        single = array.astype(np.float32)
+    if bad := array.size - int(np.isfinite(single).sum()):
+        raise ValueError(f"{name}: {bad} of {array.size} values are not finite (NaN or infinite); replace them first")
+    return exact_values(array) if exact else single
+
+
+def _other(volumes: Mapping[str, Volume]) -> str:
+    return f"the image {next(iter(volumes))!r}" if volumes else "the mask"
+
+
+def _listing(names: Any) -> str:
+    return ", ".join(map(str, names)) or "nothing"

@@ -1,0 +1,169 @@
+"""Whatever people hand over as a mask, read and checked. Label values are those of files, label indices the model's."""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nibabel.orientations import aff2axcodes
+from nibabel.spatialimages import SpatialImage
+
+from volumes import PADDING, Volume, VolumeError, read_mask, volume_parts
+from volumes.formats.carriers import as_array, carries_geometry, source_file
+from volumes.formats.read import read_stored
+from volumes.labels import label_indices
+from volumes.plausible import header_oddities
+
+# An image in memory of nibabel, SimpleITK or torchio, or a MetaTensor of MONAI, is read with its geometry: `volumes.formats.carriers`.
+MaskLike = str | os.PathLike | SpatialImage | Volume | np.ndarray | torch.Tensor
+LabelMap = Mapping[int, int | str]
+
+BACKGROUND = 0  # the label value whose being alone in a mask is worth a warning
+
+
+def as_list(mask: MaskLike | Sequence[MaskLike]) -> list[MaskLike]:
+    """One mask or several (a list, a tuple, or an array or tensor (B, 1, X, Y, Z)) as a list.
+
+    Raises: ValueError on an empty list.
+    """
+    several = isinstance(mask, (list, tuple)) or (isinstance(mask, (np.ndarray, torch.Tensor)) and mask.ndim == 5)
+    masks: list[Any] = list(mask) if several else [mask]  # pyright: ignore[reportArgumentType]
+    if not masks:
+        raise ValueError("the list of masks is empty; give at least one")
+    return masks
+
+
+def load_mask(mask: MaskLike, affine: np.ndarray, reading: Mapping[str, Any] | None = None) -> tuple[Volume, str]:
+    """Read one mask: (1, X, Y, Z) int16 label values in RAS+ order, and its name for messages.
+
+    A plain array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: it is taken to lie on `affine`, the model's
+    template. `reading` is how headers are read, see `volumes.DataConfig.reading`.
+
+    Raises: ValueError for what is empty, no label map, or not a mask at all.
+    """
+    if isinstance(mask, (str, os.PathLike)):
+        return warn_of_header(read_mask(mask, **(reading or {})), str(mask)), str(mask)
+    if carries_geometry(mask):
+        name = source_file(mask) or "the mask"
+        return warn_of_header(read_mask(mask, **(reading or {})), name), name
+    if isinstance(mask, Volume):
+        name, array, source = "the mask (a Volume)", mask.array, mask.source
+        affine = mask.affine
+        check_axes(mask, name)
+    elif isinstance(mask, (np.ndarray, torch.Tensor)):
+        array = as_array(mask, "the mask")
+        name, source = f"the mask (an array of shape {array.shape})", None
+    else:
+        raise ValueError(
+            f"a mask is a path, an image of nibabel, SimpleITK, torchio or MONAI, a Volume, an array or a tensor; got "
+            f"{type(mask).__name__}"
+        )
+    if array.ndim == 3:
+        array = array[None]
+    if array.ndim != 4 or array.shape[0] != 1:
+        raise ValueError(f"{name}: expected (X, Y, Z) or (1, X, Y, Z); give several masks as a list")
+    if array.size == 0:
+        raise ValueError(f"{name}: is empty, it has no voxels")
+    return Volume(_whole_numbers(array, name), affine, source), name
+
+
+def warn_of_header(volume: Volume, name: str) -> Volume:
+    """The volume itself. Warns: of what is odd in the header that it was read from, as the training does."""
+    for oddity in header_oddities(volume.source) if volume.source else []:
+        warnings.warn(f"{name}: {oddity}", stacklevel=3)
+    return volume
+
+
+def index_labels(
+    values: np.ndarray, labels: Mapping[str, str], label_map: LabelMap | None = None, name: str = "the mask"
+) -> np.ndarray:
+    """Label values, as files hold them, to the model's label indices (int16, same shape).
+
+    PADDING stays PADDING, unless it is a label of this model or is mapped to one.
+
+    Args:
+        values: integers of any shape.
+        labels: the model's label values (as text) and names; the index is the rank of the value.
+        label_map: what to read as which known label, by value or by name, e.g. `{3: 1}` or `{3: "anterior"}`.
+
+    Raises: ValueError naming the unknown values and the known ones; or on a mask that is PADDING everywhere.
+    Warns: when the mask is background alone.
+    """
+    known = sorted(int(value) for value in labels)
+    translation = _translation(labels, label_map or {})
+    outside = (values == PADDING) & (PADDING not in translation) & (PADDING not in known)
+    if outside.all():
+        raise ValueError(f"{name}: is empty, all its voxels are marked as missing ({PADDING})")
+    try:
+        indices = label_indices(np.where(outside, known[0], values), known, translation, name=name)
+    except VolumeError as error:
+        listing = ", ".join(f"{value} = {labels[str(value)]}" for value in known)
+        raise ValueError(
+            f"{error}. This model was trained on {listing}; read a value as one of them with label_map={{value: label}} "
+            "(generate.py: --label_map value=label)"
+        ) from error
+    if BACKGROUND in known and (indices[~outside] == known.index(BACKGROUND)).all():
+        warnings.warn(f"{name}: is background everywhere; the volume will show no labelled structure", stacklevel=2)
+    return np.where(outside, np.int16(PADDING), indices)
+
+
+def describe_mask(mask: MaskLike) -> dict[str, Any]:
+    """Which mask a volume was made from, for its sidecar: file name (None without a file) and sha256.
+
+    The hash is of the file's bytes (those of all its files: a .hdr/.img pair, the slices of a DICOM series, in the order of
+    their names); without a file, of the voxels as they were given.
+    """
+    if isinstance(mask, (str, os.PathLike)):
+        digest = hashlib.sha256()
+        for path in volume_parts(mask):
+            digest.update(path.read_bytes())
+        return {"file": Path(mask).name, "sha256": digest.hexdigest()}
+    if carries_geometry(mask):
+        array = read_stored(mask).values
+    elif isinstance(mask, Volume):
+        array = mask.array
+    else:
+        array = as_array(mask)
+    file = source_file(mask)
+    digest = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+    return {"file": None if file is None else Path(file).name, "sha256": digest}
+
+
+def identity(given: Any) -> str | int:
+    """By which one tells whether a mask or an image is given twice: its path, or the object itself."""
+    return str(given) if isinstance(given, (str, os.PathLike)) else id(given)
+
+
+def is_placed(given: Any) -> bool:
+    """Whether a mask or an image says where it lies: all do but plain arrays and tensors."""
+    return isinstance(given, (str, os.PathLike, Volume)) or carries_geometry(given)
+
+
+def check_axes(volume: Volume, name: str) -> None:
+    """Raises: ValueError for a Volume whose axes are not in RAS+ order; what was read from a file is."""
+    codes = "".join(map(str, aff2axcodes(volume.affine)))
+    if volume.source is None and codes != "RAS":
+        raise ValueError(f"{name}: its axes run {codes}, a Volume's run RAS; give it as a nibabel image instead")
+
+
+def _translation(labels: Mapping[str, str], label_map: LabelMap) -> dict[int, int]:
+    """`label_map` with names replaced by values. Raises: ValueError on a target that the model does not know."""
+    values = {name: int(value) for value, name in labels.items()} | {int(value): int(value) for value in labels}
+    unknown = [target for target in label_map.values() if target not in values]
+    if unknown:
+        listing = ", ".join(f"{value} ({name})" for value, name in labels.items())
+        raise ValueError(f"label_map leads to {unknown}, which the model does not know; it knows {listing}")
+    return {int(value): values[target] for value, target in label_map.items()}
+
+
+def _whole_numbers(array: np.ndarray, name: str) -> np.ndarray:
+    """The array as int16. Raises: ValueError if that would change a value."""
+    with np.errstate(invalid="ignore"):
+        whole = array.astype(np.int16)
+    if not np.array_equal(whole, array):
+        raise ValueError(f"{name}: holds values that are no int16 labels (fractions, NaN, or beyond +-32767)")
+    return whole

@@ -1,0 +1,205 @@
+"""Saving and loading through diffusers, made strict: packages registered, safetensors only, every key accounted for."""
+
+import importlib
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers.pipelines import pipeline_loading_utils
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+import autoencoder
+from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D, VolumeAutoencoder
+from diffusion import LatentUNet3D
+from diffusion.objectives import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
+from diffusion.scheduler_options import check_values, parameters
+from files.documents import FileError, read_object
+from pipelines.inputs.conditions import check_described
+from volumes.data.preprocessing import described_preprocessing, refuse_differences
+
+from .description import check_data
+
+# Top-level packages that hold components of a pipeline.
+PACKAGES = ("autoencoder", "diffusion")
+# Components: the package, and the class that theirs is one of.
+COMPONENTS: dict[str, tuple[str, type]] = {
+    "vae": ("autoencoder", VolumeAutoencoder),
+    "unet": ("diffusion", LatentUNet3D),
+    "scheduler": ("diffusers", SchedulerMixin),
+}
+SCHEDULERS = tuple(dict.fromkeys([*FLOW_SCHEDULERS, *DIFFUSION_SCHEDULERS]))  # others are refused before one is built
+
+
+def register_packages() -> None:
+    """Let diffusers save and load components by package: model_index.json reads `["autoencoder", "AutoencoderKL3D"]`.
+
+    Without it the index names the module, which breaks every saved folder when a file is renamed. `LOADABLE_CLASSES` is
+    private; tests/test_pipeline_loading.py notices if a new diffusers changes it. The package must hold the name
+    `ModelMixin`.
+    """
+    for package in PACKAGES:
+        importlib.import_module(package)  # diffusers looks it up in sys.modules
+        pipeline_loading_utils.LOADABLE_CLASSES[package] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
+
+
+def register_pipeline(pipeline_class: type) -> None:
+    """Let `DiffusionPipeline.from_pretrained` find a class of ours: it looks in the module diffusers for the name that a
+    folder's model_index.json has."""
+    setattr(diffusers, pipeline_class.__name__, pipeline_class)
+
+
+def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
+    """Check that a folder is a pipeline's, of our classes and diffusers' schedulers, and that it leads nowhere else; each
+    model checks its own config and weights when it is loaded. No module is imported for a folder, and no file of it run.
+    Components that are `given` to the pipeline need no folder of their own.
+
+    Raises: ValueError naming the folder and what is wrong with its model_index.json, its links, or its scheduler; FileError
+    where one of them is not there.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise FileError(f"{folder}: no model_index.json, so this is not a pipeline folder (train_ldm.py writes one)")
+    _check_inside(folder, ["model_index.json", *COMPONENTS])
+    index = read_object(folder / "model_index.json")
+    named = index.get("_class_name")
+    if not isinstance(named, str) or not (
+        named.isascii() and named.isidentifier()
+    ):  # a list would name a file with code
+        raise ValueError(
+            f"{folder}: model_index.json is of the class {ascii(named)[:80]}; the name of a class is expected"
+        )
+    for name, (package, kind) in COMPONENTS.items():
+        entry = index.get(name)
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == package and isinstance(entry[1], str)):
+            raise ValueError(
+                f"{folder}: model_index.json takes {name} from {entry!r}; only classes of {package} are loaded, as "
+                f'"{name}": ["{package}", "{kind.__name__}"]'
+            )
+        found = getattr(importlib.import_module(package), entry[1], None)
+        if found is None:
+            raise ValueError(f"{folder}: model_index.json asks for {entry[1]}, which {package} does not have")
+        if not (isinstance(found, type) and issubclass(found, kind)):
+            raise ValueError(f"{folder}: model_index.json asks for {entry[1]} as {name}, which is no {kind.__name__}")
+        if not (folder / name).is_dir() and name not in given:  # diffusers would look for its files beside the index
+            raise FileError(f"{folder}: has no folder {name}, which model_index.json speaks of; is it whole?")
+        if (folder / name / f"{package}.py").exists():  # which diffusers would take in the place of the package
+            raise ValueError(
+                f"{folder / name}: holds {package}.py; code of a pipeline's folder is never run, remove it"
+            )
+        if name == "scheduler" and name not in given:  # one that is given takes the place of the folder's
+            _check_scheduler(folder / name, found)
+    try:
+        check_data(index.get("data", {}))
+    except ValueError as error:
+        raise ValueError(f"{folder}: model_index.json: {error}") from error
+    unknown = [name for name in index if name not in (*COMPONENTS, "data") and not name.startswith("_")]
+    if unknown:
+        raise ValueError(
+            f"{folder}: model_index.json names {unknown}; a pipeline of ours has {', '.join(COMPONENTS)}, data"
+        )
+
+
+def _check_inside(folder: Path, names: Iterable[str]) -> None:
+    """Raises: ValueError for a link that leads out of the folder, among these of its files and folders. The cache of the
+    Hub keeps files in `blobs`, beside the `snapshots` that link to them."""
+    homes = [folder.resolve()]
+    homes += [place.parent / "blobs" for place in homes[0].parents if place.name == "snapshots"]
+    parts = [folder / name for name in names]
+    for path in [*parts, *(path for part in parts for path in part.rglob("*"))]:
+        try:
+            place = path.resolve()
+        except RuntimeError as error:  # Python's, for a circle of links
+            raise ValueError(f"{path}: is a link to itself; remove it") from error
+        if not any(place.is_relative_to(home) for home in homes):
+            raise ValueError(f"{path}: is a link to {place}, outside of the folder of the model; copy the file there")
+
+
+def _check_scheduler(folder: Path, scheduler_class: type) -> None:
+    """Build it, so that an unfit config is refused by name; whether it fits the model is seen when the pipeline is whole.
+    Only options of its own class are given to it, each checked before (`scheduler_options.VALUES`).
+    Raises: ValueError."""
+    path = folder / "scheduler_config.json"
+    if not path.is_file():
+        raise FileError(f"{folder}: no scheduler_config.json there")
+    config = read_object(path)
+    if scheduler_class.__name__ not in SCHEDULERS or config.get("_class_name", SCHEDULERS[0]) not in SCHEDULERS:
+        named = [scheduler_class.__name__, config.get("_class_name")]
+        raise ValueError(f"{path}: is of {' and '.join(map(repr, named))}; schedulers are {', '.join(SCHEDULERS)}")
+    defaults = parameters(scheduler_class)
+    try:
+        unused = config.get("_use_default_values", [])
+        if not isinstance(unused, list) or not all(isinstance(name, str) for name in unused):
+            raise ValueError(f"_use_default_values is {unused!r:.80}; a list of options is expected")
+        check_values(scheduler_class, defaults | {key: config[key] for key in defaults if key in config})
+        scheduler_class.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]
+    except Exception as error:  # of many kinds: every scheduler trusts its arguments
+        raise ValueError(f"{path}: is no config of a {scheduler_class.__name__}: {error}") from error
+
+
+def load_autoencoder(folder: str | Path) -> AutoencoderKL3D | VQGAN3D | SpaceToDepth3D:
+    """The trained autoencoder in `folder`, or in its subfolder vae/ (a run or a pipeline), for inference: of the class
+    that its config names.
+
+    Raises: FileError where there is none; ValueError where its weights do not fit, or where its latents were never measured.
+    """
+    found = find_autoencoder(folder)
+    _check_inside(found, ["config.json", *(path.name for path in found.glob("*.safetensors*"))])
+    name = read_object(found / "config.json").get("_class_name")
+    model_class = getattr(autoencoder, str(name), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, VolumeAutoencoder)):
+        raise ValueError(f"{found}: config.json is of {name}, which is no autoencoder")
+    vae = model_class.from_pretrained(found)
+    if vae.config["latents_std"] is None:
+        raise ValueError(
+            f"{found}: no latents_mean and latents_std in its config; train_vae.py measures them when it ends"
+        )
+    return vae.eval().requires_grad_(False)
+
+
+def find_autoencoder(folder: str | Path) -> Path:
+    """The folder itself, or its subfolder vae/, whichever holds a model's config. Raises: FileError if neither does."""
+    folder = Path(folder).expanduser()
+    for path in (folder, folder / "vae"):
+        if (path / "config.json").is_file():
+            return path
+    raise FileError(
+        f"{folder}: no autoencoder there (config.json, or vae/config.json); give a folder that train_vae.py wrote"
+    )
+
+
+def check_components(components: Mapping[str, Any]) -> None:
+    """Raises: ValueError for a component {name: object} that is none of its kind."""
+    for name, (_, kind) in COMPONENTS.items():
+        given = getattr(components[name], "_orig_mod", components[name])  # beneath torch.compile
+        if not isinstance(given, kind):
+            raise ValueError(f"{name} is {type(given).__name__}; a {kind.__name__} is needed")
+
+
+def check_fit(vae: VolumeAutoencoder, unet: LatentUNet3D, data: Mapping[str, Any]) -> None:
+    """Raises: ValueError if autoencoder, U-Net and data do not belong together, or if data is no description of a data set."""
+    check_data(data)
+    if unet.config["in_channels"] != vae.config["latent_channels"]:
+        raise ValueError(
+            f"the U-Net takes {unet.config['in_channels']} channels, the autoencoder gives {vae.config['latent_channels']}"
+        )
+    if vae.config["latents_std"] is None:
+        raise ValueError("the autoencoder has no latent statistics; train_vae.py measures them when it ends")
+    if len(data["intensity"]) != vae.config["out_channels"]:
+        raise ValueError(
+            f"data describes {len(data['intensity'])} channels, the autoencoder makes {vae.config['out_channels']}"
+        )
+    vae.check_channels(data["channels"])
+    remedy = "Give the pipeline the autoencoder that its U-Net was trained with, and the `data` of that training"
+    refuse_differences(vae.config["data"], described_preprocessing(data), "the autoencoder", remedy)
+    check_described(vae, unet, data)
+    if unet.config["num_labels"] == 0:
+        return
+    if unet.config["num_labels"] != len(data["labels"]):
+        raise ValueError(
+            f"the U-Net knows {unet.config['num_labels']} labels, data names {len(data['labels'])}: {data['labels']}"
+        )
+    if tuple(unet.mask_stride) != tuple(vae.stride):
+        raise ValueError(
+            f"the U-Net folds masks by {unet.mask_stride}, the autoencoder's stride is {vae.stride}; they must agree"
+        )

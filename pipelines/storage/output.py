@@ -1,0 +1,88 @@
+"""What the pipeline returns, and where it writes."""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import BaseOutput
+
+from pipelines.inputs.arguments import listed, local_path
+from volumes import nifti_path
+from volumes.formats.carriers import source_file
+
+from .provenance import read_sidecar, sidecar_path, volume_files
+
+
+@dataclass
+class MedVolumePipelineOutput(BaseOutput):
+    """Generated volumes, mask by mask (all volumes of the first mask, then all of the second, ...).
+
+    Attributes:
+        volumes: one entry a volume, whatever the shapes. By `output_type`:
+            "nifti"   nibabel images on their mask's own grid (shape, affine, orientation), in original units; of a
+                      model of several channels {channel: image} of those that were generated;
+            "np"      float32 arrays (C, X, Y, Z) with the same voxels in the same axis order; channels that were given
+                      hold the voxels of their file; of label maps uint8 or int16 (1, X, Y, Z);
+            "pt"      the same as float32 tensors on the CPU;
+            "latent"  standardised latents (latent_channels, h, w, d) of the padded mask, on the model's device.
+            With `paths`: the files that were written, as `Path`, or {channel: path}.
+            None for volumes that were not begun when `pipe._interrupt` was set.
+        provenance: one JSON-ready dict a volume: model hash, seed, steps, scheduler, mask; what its sidecar says, but for the
+            digests of the files (`files`). With what a callback changed, if it did (`call.StepCallback`): such volumes the seed
+            alone does not make again.
+    """
+
+    volumes: list[Any]
+    provenance: list[dict[str, Any]]
+
+
+def check_paths(
+    paths: str | PathLike | Sequence[str | PathLike] | None,
+    records: Sequence[Mapping[str, Any]],
+    output_type: str,
+    inputs: Sequence[Any],
+) -> list[Any]:
+    """One path a volume; None for each without `paths`. Raises: ValueError for what cannot be written there, and for the
+    file of a mask or an image among the inputs."""
+    count = len(records)
+    if paths is None:
+        return [None] * count
+    several = [paths] if isinstance(paths, (str, PathLike)) else listed("paths", paths)
+    files = [nifti_path(local_path("paths", path)) for path in several]
+    if output_type != "nifti":
+        raise ValueError(f"paths are of NIfTI files: leave output_type at 'nifti', not {output_type!r}")
+    different = len({sidecar_path(path).resolve() for path in files})  # a.nii and a.nii.gz have one sidecar
+    if len(files) != count or different < count:
+        raise ValueError(f"{different} different paths for {count} volumes; give one a volume")
+    written = [file for pair in zip(files, records, strict=True) for file in volume_files(*pair)]
+    if len(set(written)) < len(written):
+        raise ValueError(f"two volumes would write {max(written, key=written.count)}; choose other paths")
+    sources = [one if isinstance(one, (str, PathLike)) else source_file(one) for one in inputs]
+    read = {Path(os.path.expanduser(one)).resolve() for one in sources if one is not None}
+    if lost := [str(path) for path in written if path.resolve() in read]:
+        raise ValueError(f"{lost[0]} is a mask or an image of this call; write the volume to another file")
+    for path in [*written, *map(sidecar_path, files)]:
+        _check_place(path)
+    for path in files:
+        read_sidecar(path)
+    return files
+
+
+def _check_place(path: Path) -> None:
+    """Raises: ValueError if no file can be there. It tries: what a folder allows is not all in its permissions."""
+    try:
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder; name a file")
+        folder = next(place for place in path.absolute().parents if place.exists())
+        if not folder.is_dir():
+            raise ValueError(f"{path}: {folder} is a file, not a folder; choose another path")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be written ({error.strerror or error}); choose another path, or change its permissions"
+        ) from error

@@ -1,0 +1,232 @@
+"""A generated volume says that it is synthetic, and how it was made: in its NIfTI header and a JSON file beside it."""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from autoencoder.identity import out_of_reach, own_tensors
+from autoencoder.model import deciding
+from diffusion.guidance import Guidance, guidance_in_effect
+from files.atomic import atomic_files, sync
+from files.names import Disk
+from files.paths import open_regular
+from pipelines.inputs.arguments import local_path, plain
+from volumes import nifti_path
+from volumes.formats.nifti import VoxelError, check_voxels
+
+Tensors = Iterable[tuple[str, torch.Tensor]]
+FILES = "files"  # a sidecar's entry of the volume's files, in the order of `volume_files`
+MOST_SIDECAR_BYTES = 1 << 24
+READ_BYTES = 1 << 20  # at a time
+_taking_places = threading.Lock()
+
+
+def software() -> str:
+    """Name and version of this package; "unknown" where it runs from a clone that was not installed."""
+    try:
+        return f"medvolume {version('medvolume')}"
+    except PackageNotFoundError:
+        return "medvolume unknown"
+
+
+def content_hash(components: Mapping[str, tuple[Mapping[str, Any], Tensors]]) -> str:
+    """sha256 over each component's config and tensors (name, type, shape, bytes), whatever file or memory they are in.
+
+    Of a config what decides the result counts, see `autoencoder.model.deciding`: not the record of the training subjects.
+    """
+    digest = hashlib.sha256()
+    for name, (config, tensors) in sorted(components.items()):
+        digest.update(f"{name}{json.dumps(deciding(config), sort_keys=True)}".encode())
+        for key, tensor in tensors:
+            tensor_digest(digest, key, tensor)
+    return digest.hexdigest()
+
+
+def tensor_digest(digest: Any, key: str, tensor: torch.Tensor) -> None:
+    """Add a tensor's name, type, shape and bytes to a hash."""
+    digest.update(f"{key}{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in safetensors files, by name, one at a time."""
+    places: dict[str, Path] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            places |= dict.fromkeys(file.keys(), path)
+    for key in sorted(places):
+        with safe_open(places[key], framework="pt") as file:
+            yield key, file.get_tensor(key)
+
+
+def memory_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a module's own state, by name; a LoRA that peft attached is left out.
+
+    Raises: ValueError if they are offloaded out of reach.
+    """
+    if out_of_reach(module):
+        raise ValueError(
+            "the weights are offloaded, so the model's hash cannot be computed: offload by the pipeline's own method, or "
+            "save the pipeline and load it from its folder"
+        )
+    yield from own_tensors(module)
+
+
+def recorded_guidance(scale: Guidance) -> float | dict[str, float] | None:
+    """The guidance in effect, as a sidecar has it; None for none (a scale of 1 or less), as sidecars from before there was
+    any."""
+    effect = guidance_in_effect(scale)
+    return None if effect in (1.0, {}) else effect
+
+
+def header_description(record: Mapping[str, Any]) -> str:
+    """The NIfTI `descrip` field, 79 bytes at most: that it is synthetic, by which model, from which seed."""
+    seed = "" if record["seed"] is None else f" seed {record['seed']}"
+    return f"synthetic; {record['software'][:20]}; model {record['model'][:12]}{seed}"
+
+
+def sidecar_path(path: str | os.PathLike) -> Path:
+    """The JSON file beside a volume: case_000.nii.gz -> case_000.json."""
+    path = local_path("path", path)
+    return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+
+
+def sidecars(folder: Path) -> list[Path]:
+    """The JSON files in a folder that may be sidecars, sorted; not what macOS leaves beside them (`._case_000.json`)."""
+    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+
+
+def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:
+    """The record beside the volume at `path`; None if there is none. The digests of its files are left out: see `sidecar_content`.
+
+    Raises: ValueError on what is no sidecar of ours, and at once on what is no file.
+    """
+    content = sidecar_content(path)
+    return None if content is None else {key: value for key, value in content.items() if key != FILES}
+
+
+def sidecar_content(path: str | os.PathLike) -> dict[str, Any] | None:
+    """All that the file beside the volume at `path` holds: the record, and `files`, [{"file", "bytes", "sha256"}] of the volume's
+    files. None and errors as `read_sidecar`."""
+    sidecar = Disk().find(sidecar_path(path))
+    if not os.path.lexists(sidecar):
+        return None
+    remedy = "remove it, or write to another folder"
+    try:
+        with open_regular(sidecar) as file:
+            data = file.read(MOST_SIDECAR_BYTES + 1)
+    except OSError as error:  # a link that leads nowhere, among others
+        raise ValueError(f"{sidecar}: cannot be read ({error.strerror}); {remedy}") from error
+    if len(data) > MOST_SIDECAR_BYTES:
+        raise ValueError(f"{sidecar}: is larger than {MOST_SIDECAR_BYTES >> 20} MiB, so it is not a sidecar; {remedy}")
+    try:
+        content = json.loads(data.decode("utf-8"), parse_constant=str)  # older ones have -Infinity, which JSON lacks
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{sidecar}: is no JSON ({error}), so it is damaged or somebody else's; {remedy}") from error
+    if not isinstance(content, dict) or content.get("synthetic") is not True:
+        raise ValueError(f"{sidecar}: is not the sidecar of a generated volume; {remedy}")
+    channels = content.get("channels") or []
+    if (
+        not isinstance(channels, list)
+        or not all(_is_name(one) for one in channels)
+        or len(set(channels)) < len(channels)
+    ):
+        raise ValueError(f"{sidecar}: its channels are {str(channels)[:80]!r}, expected names; it is damaged: {remedy}")
+    for name in ("mask", "labels", "numbers", "images"):
+        if not isinstance(found := content.get(name), dict | NoneType) or not all(
+            map(_is_source, _sources(name, found))
+        ):
+            raise ValueError(f"{sidecar}: its {name} is {str(found)[:80]!r}; it is damaged: {remedy}")
+    return content
+
+
+def _sources(name: str, found: Mapping[str, Any] | None) -> list[Any]:
+    """What an entry says of the files that a volume was made from."""
+    return [found] if name == "mask" and found else list(found.values()) if name == "images" and found else []
+
+
+def _is_source(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str | NoneType) for key in ("file", "sha256"))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and not {"/", "\\", "\0"} & set(value)
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """{"file": its name, "bytes", "sha256"}. Raises: ValueError for what is no regular file, OSError if it cannot be read."""
+    digest, size = hashlib.sha256(), 0
+    with open_regular(path) as file:
+        while piece := file.read(READ_BYTES):
+            digest.update(piece)
+            size += len(piece)
+    return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def volume_files(path: str | os.PathLike, record: Mapping[str, Any]) -> list[Path]:
+    """The files of the volume at `path`: that one, or one for each of the record's channels: case_000.nii.gz ->
+    case_000_ct.nii.gz, case_000_pet.nii.gz. Raises: ValueError unless it ends in .nii.gz or .nii."""
+    path, stem = nifti_path(local_path("path", path)), sidecar_path(path).stem
+    channels = record.get("channels")
+    return [path.with_name(f"{stem}_{one}{path.name.removeprefix(stem)}") for one in channels] if channels else [path]
+
+
+@contextmanager
+def synthetic_files(record: Mapping[str, Any], path: str | os.PathLike) -> Iterator[list[Path]]:
+    """The files to write a generated volume (.nii or .nii.gz) to: when the block ends, they take their places (see
+    `volume_files`), with `record` beside them.
+
+    Each appears whole or not at all, the sidecar first and after older files of the volume were removed: a volume on disk
+    always has its record. The sidecar says how many bytes and which sha256 each file has: see `finished.file_fault`.
+
+    Raises: ValueError if a JSON that is no sidecar is in the way, see `read_sidecar`, and for a record that JSON cannot hold.
+    """
+    files, content = volume_files(path, record), plain(record, f"{path}: the record")
+    read_sidecar(path)  # refused before the work
+    with ExitStack() as stack:
+        with atomic_files(sidecar_path(path), *files) as (sidecar, *unfinished):
+            yield unfinished
+            content[FILES] = [describe_file(file) for file in unfinished]
+            sidecar.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            sync(sidecar.parent)  # all is on the disk before older files are removed
+            stack.enter_context(_taking_places)  # of two calls that write one volume, each takes all places at once
+            older = read_sidecar(path)
+            for file in {*files, *(volume_files(path, older) if older else [])}:  # it may have had other channels
+                file.unlink(missing_ok=True)
+
+
+def write_synthetic(
+    image: nib.Nifti1Image | Mapping[str, nib.Nifti1Image], record: Mapping[str, Any], path: str | os.PathLike
+) -> None:
+    """Write a generated volume (.nii or .nii.gz), or a file for each of its channels, and its sidecar, see
+    `synthetic_files`. Raises: ValueError if `image` has other channels than the record, VoxelError for voxels that are not finite."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{path}: the record is {type(record).__name__}; give an entry of the output's provenance")
+    channels = list(record.get("channels") or [])
+    if (set(image) if isinstance(image, Mapping) else set()) != set(channels):
+        given = list(image) if isinstance(image, Mapping) else "a single image"
+        raise ValueError(f"{path}: got {given}, its record has the channels {channels}; give both of one volume")
+    images = [image[channel] for channel in channels] if isinstance(image, Mapping) else [image]
+    if foreign := [type(one).__name__ for one in images if not isinstance(one, nib.Nifti1Image)]:
+        raise ValueError(f"{path}: got {foreign[0]}; write what the pipeline returns as output_type='nifti'")
+    for one, file in zip(images, volume_files(path, record), strict=True):
+        values, dtype = np.asanyarray(one.dataobj), np.dtype(one.get_data_dtype())
+        try:
+            check_voxels(values, dtype if dtype.kind == "f" else values.dtype)  # to whole numbers nibabel scales
+        except VoxelError as error:
+            raise VoxelError(f"{file}: {error}") from error
+    with synthetic_files(record, path) as unfinished:
+        for one, file in zip(images, unfinished, strict=True):
+            nib.save(one, file)

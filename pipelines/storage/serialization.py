@@ -1,0 +1,205 @@
+"""Saving and loading a pipeline, safetensors only, and the hash by which every sidecar names its model."""
+
+import hashlib
+import json
+import shutil
+import threading
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub.errors import HFValidationError
+
+from autoencoder.identity import weights_record
+from autoencoder.weights import (
+    HUB,
+    LOADING,
+    UPLOAD,
+    check_keywords,
+    find_folder,
+    folder_to_save,
+    loading_keywords,
+    not_on_the_hub,
+)
+from diffusion import fit_scheduler
+from files.atomic import atomic_parts, refuse_link
+from files.paths import refuse_special
+from pipelines.lora import lora_digest
+
+from .loading import COMPONENTS as PARTS
+from .loading import check_folder
+from .provenance import content_hash, memory_tensors, stored_tensors
+
+COMPONENTS = ("vae", "unet")
+INDEX = "model_index.json"
+_hashes: dict[str, str] = {}  # by configs and weights, of whatever pipelines
+_lock = threading.RLock()
+
+
+class StoredPipeline(DiffusionPipeline):
+    """What `MedVolumePipeline` is as a folder of files."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> Self:
+        """Load a pipeline folder or a Hub repository as `DiffusionPipeline.from_pretrained` does, safetensors only.
+
+        Args:
+            kwargs: components in the place of the folder's (vae, unet, scheduler; None: the folder's), `data`, and those of
+                diffusers' keywords that are about reading weights (`autoencoder.weights.LOADING`) or downloading them.
+        Raises: ValueError on a missing, extra or misshapen tensor, on a folder that is no pipeline; FileError, which is a
+        ValueError and an OSError, on a damaged file, a pickle in place of safetensors, a name that is neither a folder nor
+        on the Hub; TypeError for keywords that it does not read.
+        """
+        if kwargs.pop("custom_pipeline", None) is not None or kwargs.pop("trust_remote_code", False):
+            raise ValueError("custom_pipeline and trust_remote_code are refused: code of a model is never run")
+        check_keywords("from_pretrained", kwargs, (*HUB, *LOADING, *PARTS, "data"))
+        kwargs = loading_keywords(kwargs, parts=COMPONENTS)
+        folder = find_folder(pretrained_model_name_or_path)
+        if folder is None:
+            try:
+                folder = Path(cls.download(str(pretrained_model_name_or_path), use_safetensors=True, **kwargs))
+            except (OSError, HFValidationError) as error:
+                raise not_on_the_hub(str(pretrained_model_name_or_path), error) from error
+        check_folder(folder, kwargs)
+        try:
+            pipe = super().from_pretrained(folder, use_safetensors=True, **kwargs)
+        except ValueError as error:
+            if str(folder) in str(error):
+                raise
+            raise ValueError(f"{folder}: {error}") from error
+        if kwargs.get("scheduler") is None:
+            try:
+                fit_scheduler(pipe.scheduler, pipe.unet.config["objective"], pipe.unet.train_steps)
+            except ValueError as error:
+                raise ValueError(f"{folder / 'scheduler'}: {error}; or load it with scheduler=...") from error
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """A pipeline of the components of another one, which share their memory, as `DiffusionPipeline.from_pipe`.
+
+        Args:
+            kwargs: vae, unet, scheduler or data in the place of the other's; dtype, to which the components are cast, also
+                in the other pipeline. Without it they stay as they are; diffusers would cast them to float32.
+        Raises: ValueError if they do not fit each other, or if the other pipeline lacks one, or is none; TypeError for other
+        keywords.
+        """
+        check_keywords("from_pipe", kwargs, (*PARTS, "data", "dtype", "torch_dtype"))
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise ValueError(f"from_pipe takes a pipeline, got {pipeline!r:.80}; of a folder use from_pretrained")
+        kwargs = loading_keywords(kwargs)
+        dtypes = [kwargs.pop(name) for name in ("torch_dtype", "dtype") if name in kwargs]
+        parts = {name: getattr(pipeline, name, None) for name in PARTS}
+        pipe = cls(**{"data": pipeline.config.get("data"), **parts, **kwargs})
+        return pipe.to(dtypes[-1]) if dtypes else pipe
+
+    def save_pretrained(  # the order of diffusers' own
+        self,
+        save_directory: str | PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save as `DiffusionPipeline.save_pretrained` does: safetensors only, and not the path it came from; the scheduler
+        with the options in effect, for a file does not tell those that somebody set from a class's defaults. A new folder appears in
+        one step; in an older one other files stay, and killed in between it has no model_index.json (`files.atomic.atomic_parts`).
+
+        Raises: ValueError on `safe_serialization=False`, while a LoRA is attached, and for a scheduler that does not fit
+        the model, FileError if `save_directory` is a file, TypeError for keywords that it does not read, before anything is
+        written.
+        """
+        check_keywords("save_pretrained", kwargs, UPLOAD if push_to_hub else ())
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False is refused: weights are saved as safetensors only")
+        self.unet.check_no_lora()
+        folder = Path(folder_to_save(save_directory))
+        for name in PARTS:
+            refuse_link(folder / name)
+        own = self.scheduler
+        self.scheduler = fit_scheduler(own, self.unet.config["objective"], self.unet.train_steps)
+        try:
+            for part in (self, self.scheduler):  # the models do it themselves
+                part._internal_dict = FrozenDict({k: v for k, v in part.config.items() if k != "_name_or_path"})
+            with atomic_parts(folder, INDEX) as unfinished:
+                for name in PARTS:  # what is there of another variant stays
+                    _copy_files(folder / name, unfinished / name)
+                super().save_pretrained(
+                    str(unfinished),
+                    variant=variant,
+                    max_shard_size=max_shard_size,
+                    push_to_hub=push_to_hub,
+                    **kwargs,
+                )
+        finally:
+            self.scheduler = own
+
+    def enable_group_offload(self, onload_device: torch.device, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' own; `model_hash` is computed first, while the weights are at hand."""
+        _ = self.model_hash
+        super().enable_group_offload(onload_device, *args, **kwargs)
+
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' own; `model_hash` is computed first, while the weights are at hand."""
+        _ = self.model_hash
+        super().enable_sequential_cpu_offload(*args, **kwargs)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the model was trained on: labels, spacing, intensity scales, shapes (`volumes.describe`)."""
+        return self.config["data"]
+
+    @property
+    def model_hash(self) -> str:
+        """sha256 over configs and weights of autoencoder and U-Net and over `data`: the model's name in every sidecar.
+
+        Of a loaded component the stored tensors count, so that half precision and offloading change nothing, whichever
+        pipelines it is in. Of one that was changed in place since (trained, a LoRA fused for good) those in memory do; what
+        is noticed says `autoencoder.identity`. LoRAs that act, and their scales, count as well.
+        """
+        weights = self._hash_of(COMPONENTS)
+        loras = lora_digest(self.unet)
+        return weights if loras is None else hashlib.sha256(f"{weights} {loras}".encode()).hexdigest()
+
+    @property
+    def unet_hash(self) -> str:
+        """sha256 over the U-Net's config and weights, without LoRAs: what a LoRA's file names as its base."""
+        return self._hash_of(("unet",))
+
+    def _hash_of(self, names: tuple[str, ...]) -> str:
+        parts = {
+            name: getattr(getattr(self, name), "_orig_mod", getattr(self, name)) for name in names
+        }  # beneath compile
+        configs: dict[str, Any] = {"data": self.data} if names == COMPONENTS else {}
+        configs |= {name: dict(part.config) for name, part in parts.items()}
+        with _lock:  # of several calls one computes it
+            records = {name: weights_record(part) for name, part in parts.items()}
+            key = json.dumps(
+                [configs, {name: record.key for name, record in records.items()}], sort_keys=True, default=str
+            )
+            if key not in _hashes:
+                contents: dict[str, Any] = {name: (config, ()) for name, config in configs.items()}
+                for name, part in parts.items():
+                    files = records[name].intact_files
+                    contents[name] = configs[name], stored_tensors(files) if files else memory_tensors(part)
+                _hashes[key] = content_hash(contents)
+            return _hashes[key]
+
+    def _dtypes(self) -> str:
+        """Every type that weights are computed or stored in: more than one if only a part was cast."""
+        models: list[Any] = [getattr(self, name) for name in COMPONENTS]
+        types = {model.dtype for model in models} | {p.dtype for model in models for p in model.parameters()}
+        return " ".join(sorted(str(one).removeprefix("torch.") for one in types))
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy the files of a component's folder, if it is there; of a link what it leads to."""
+    for file in sorted(source.iterdir()) if source.is_dir() else ():
+        refuse_special(file)
+        if file.is_file():
+            target.mkdir(exist_ok=True)
+            shutil.copy2(file, target / file.name)

@@ -1,0 +1,115 @@
+"""What a saved model says of its training, without loading it: records of whose volumes it learned from, and how they were prepared."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from autoencoder.weights import find_folder, not_on_the_hub
+from files.documents import read_object
+from volumes.data.preprocessing import check_preprocessing, described_preprocessing
+from volumes.data.subjects import check_subjects, join_records
+
+from .description import check_data
+from .lora_files import read_lora
+
+GENERATED = (
+    "provenance/training_subjects.json"  # in a folder of generated volumes, beside no sidecar: {model hash: records}
+)
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """Records of training subjects (`volumes.data.subjects`), and the facts of `volumes.data.preprocessing`; None if they are not known."""
+
+    subjects: list[dict[str, Any]]
+    data: Mapping[str, Any] | None
+
+
+def read_model(source: str | Path) -> TrainedOn:
+    """Of a pipeline's folder, an autoencoder's or its run's, a LoRA's file or folder, or a repository of the Hub that holds one.
+
+    Raises: ValueError for none of these, and for a damaged file.
+    """
+    path = Path(source).expanduser()
+    if not path.exists() and find_folder(source) is None:
+        path = described_on_the_hub(str(source))
+    if path.suffix == ".safetensors" and path.is_file():
+        lora = read_lora(path)
+        return TrainedOn(join_records(lora.subjects), lora.data)
+    if (path / "model_index.json").is_file():
+        described = read_object(path / "model_index.json").get("data", {})
+        try:
+            check_data(described)
+        except ValueError as error:
+            raise ValueError(f"{path}: model_index.json: {error}") from error
+        (of_vae, facts), (of_unet, _) = (_config(path / name) for name in ("vae", "unet"))
+        known = {**(facts or {}), **described_preprocessing(described)}  # time points, say, the autoencoder alone knows
+        return TrainedOn(join_records(of_vae, of_unet), known)
+    for folder in (path, path / "vae"):
+        if (folder / "config.json").is_file():
+            subjects, data = _config(folder)
+            return TrainedOn(join_records(subjects), data)
+    loras = sorted(path.glob("*.safetensors"))
+    if len(loras) > 1 and path / LORA_WEIGHT_NAME_SAFE not in loras:
+        raise ValueError(f"{path}: holds several LoRAs, {', '.join(one.name for one in loras)}; give the file of one")
+    if loras:
+        return read_model(path / LORA_WEIGHT_NAME_SAFE if len(loras) > 1 else loras[0])
+    raise ValueError(f"{path}: holds no model: give the folder of a pipeline, an autoencoder or a LoRA")
+
+
+def described_on_the_hub(name: str) -> Path:
+    """The folder of what a repository of the Hub says of its models, without their weights. Raises: FileError if it cannot be had."""
+    try:
+        return Path(
+            snapshot_download(
+                name, allow_patterns=["model_index.json", "config.json", "*/config.json", LORA_WEIGHT_NAME_SAFE]
+            )
+        )
+    except (OSError, HFValidationError) as error:
+        raise not_on_the_hub(name, error) from error
+
+
+def read_generated(folder: Path) -> list[dict[str, Any]]:
+    """The records of the models that made the volumes in a folder, and the masks in its masks/, as generate.py writes them there.
+
+    Raises: ValueError for a damaged file.
+    """
+    path = folder / GENERATED
+    found = read_object(path) if path.is_file() else {}
+    try:
+        for records in found.values():
+            check_subjects(records)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; generate the volumes again") from error
+    of_masks = [read_generated(folder / "masks")] if (folder / "masks").is_dir() and made_by(folder / "masks") else []
+    return join_records(*(found.get(model) for model in made_by(folder) or [""]), *of_masks)
+
+
+def made_by(folder: Path) -> list[str]:
+    """Hashes of the models that made the volumes in a folder, by their sidecars."""
+    hashes = set()
+    for path in folder.glob("*.json"):
+        try:
+            record = read_object(path)
+        except ValueError:  # somebody else's file; a sidecar of ours that is damaged is named where its volume is read
+            continue
+        if record.get("synthetic") is True and isinstance(record.get("model"), str):
+            hashes.add(record["model"])
+    return sorted(hashes)
+
+
+def _config(folder: Path) -> tuple[Any, Any]:
+    """Records and facts in a component's config.json. Raises: ValueError if they are damaged."""
+    path = folder / "config.json"
+    config = read_object(path) if path.is_file() else {}
+    try:
+        check_subjects(config.get("subjects"))
+        check_preprocessing(config.get("data"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return config.get("subjects"), config.get("data")

@@ -1,0 +1,1 @@
+"""The training loop: steps, averages, checkpoints, processes. It knows no model."""

@@ -1,0 +1,409 @@
+"""The training loop: data, state, trackers and checkpoints.
+
+It knows Accelerate and no model; losses and optimisers are the step's.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from cli.command import CannotContinue
+from cli.stopping import (
+    Stopped,
+    finishing,
+    now_finishing,
+    stop_came,
+    stoppable,
+)
+from files.atomic import write_text
+from files.documents import read_object
+from training.config import (
+    LoopConfig,
+    config_changes,
+    read_config,
+    refuse_changes,
+    save_config,
+    to_plain,
+)
+
+from .checkpoints import Checkpointer, TrainState, list_checkpoints
+from .learner import Learner
+from .loss_spikes import SpikeWatch, StandstillWatch
+from .processes import ending_with_others, stop_asked_anywhere
+from .sampling_order import SampleStream, derive_seed, training_batches
+from .trackers import CsvTracker
+from .tracking import Progress, log_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger("training")
+_VALIDATION, _TRAINING = 1 << 32, 1 << 33  # keep seeds of validation noise, training noise and data order apart
+
+
+class Items(Protocol):
+    """Numbered samples: a map-style data set, or a list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class TrainingStep(Protocol):
+    """What a script gives to the loop."""
+
+    @property
+    def learners(self) -> Sequence[Learner]:
+        """The networks that are trained."""
+        ...
+
+    def __call__(self, batch: Any, generators: list[torch.Generator]) -> dict[str, Tensor]:
+        """Compute losses of one batch and call `learner.backward` on them. All randomness is drawn from `generators`, one a
+        sample: then it makes no difference how a global batch is divided over processes and accumulated parts.
+
+        Returns: detached scalars to log.
+        """
+        ...
+
+    def after_update(self, taken: bool) -> None:
+        """Called after each optimiser step, with whether it was taken: for state that does not move by gradients."""
+        ...
+
+    def review(self, values: dict[str, float]) -> list[str]:
+        """What is wrong with the mean losses of the last steps, in words that name a remedy; often nothing."""
+        ...
+
+    def validate(self, item: Any, generator: torch.Generator) -> dict[str, float]:
+        """Metrics of one held-out item, with the averaged weights."""
+        ...
+
+    def preview(self, items: list[Any]) -> "Figure":
+        """A figure of a few held-out items, with the averaged weights."""
+        ...
+
+
+class Loop:
+    """One run.
+
+    Args:
+        config: the whole run's config: its `loop`, `optimizer`, `output` and `resume` are read; all of it is saved.
+        step: losses and learners; its learners are prepared here.
+        data: training samples; `collate` makes batches of them.
+        validation: held-out items, whole, one at a time; may be empty.
+        contents: what training samples are made of, by name, and a digest of each; a resumed run must have the same.
+    Raises: ValueError if the checkpoint to resume from is not one of this run, or none is whole; and if config or contents
+    are not those of the run, unless `accept_changes` says so.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: Any,
+        step: TrainingStep,
+        data: Items,
+        validation: Items,
+        collate: Any = default_collate,
+        contents: Mapping[str, str] | None = None,
+    ):
+        self.accelerator, self.config, self.step = accelerator, config, step
+        self.data, self.validation, self.collate = data, validation, collate
+        self.options: LoopConfig = config.loop
+        if accelerator.mixed_precision == "fp16" and len(step.learners) > 1:  # Accelerate has one loss scale for all
+            raise ValueError("fp16 with a discriminator is not supported: use loop.mixed_precision bf16 or no")
+        if self.options.shard and len(step.learners) > 1:  # its adaptive weight needs the gradient of one whole layer
+            raise ValueError("loop.shard: with an adversary it is not supported; set it to false")
+        self.output, self.contents = Path(config.output), dict(contents or {})
+        described = json.dumps(self.contents, sort_keys=True)
+        if len(set(gather_object([described]))) > 1:
+            raise ValueError(
+                "the processes read different training volumes; let nobody write to the data while they start, and start again"
+            )
+        self.spikes, self.standstill = SpikeWatch(), StandstillWatch()
+        for learner in step.learners:
+            learner.prepare(accelerator, compile=self.options.compile, sharded=self.options.shard)
+        self.checkpoints = Checkpointer(
+            accelerator, step.learners, self.output / "checkpoints", self.options.keep_checkpoints, self.options.shard
+        )
+        self.state = self._begin_or_resume()
+        self.progress = Progress(self.options.max_steps, self.state.step, enabled=accelerator.is_main_process)
+
+    def _begin_or_resume(self) -> TrainState:
+        saved, described = self.output / "config.yaml", self.output / "volumes.json"
+        state = TrainState()
+        if self.config.resume and list_checkpoints(self.checkpoints.folder):
+            changes = config_changes(read_config(saved), self.config) if saved.is_file() else {}
+            if described.is_file():
+                changes |= content_changes(read_object(described), self.contents)
+            refuse_changes(changes, self.config.accept_changes)
+        found = self.checkpoints.resume(self.config.resume) if self.config.resume else None
+        if found is not None:
+            path, state = found
+            logger.info("resumed from %s at step %d", path, state.step)
+        elif self.config.resume:
+            logger.info("nothing to resume in %s yet: starting at step 0", self.checkpoints.folder)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            save_config(self.config, saved)
+            write_text(described, json.dumps(self.contents, indent=1))
+        return state
+
+    def run(self) -> dict[str, float]:
+        """Train to `max_steps`, then validate. Returns the last validation's metrics, which are also in metrics.json.
+
+        The caller ends with `accelerator.end_training()`, which closes the trackers and the process group.
+        On the first Ctrl-C and on SIGTERM the step is finished, a checkpoint written, and the program ends with status 130 or 143; a
+        second Ctrl-C ends it at once.
+
+        Raises: RuntimeError after `max_skipped` steps in a row with non-finite gradients; if a checkpoint cannot be written;
+        and if another process has ended, or stands still.
+        """
+        with ending_with_others(self.accelerator), stoppable(), self.progress:
+            return self._run()
+
+    def _run(self) -> dict[str, float]:
+        accelerator, options, state = self.accelerator, self.options, self.state
+        for tracker in accelerator.trackers:
+            if isinstance(tracker, CsvTracker):
+                tracker.keep_until(state.step)
+            if tracker.name != "tensorboard":  # it would add a folder per start; config.yaml is beside the run
+                tracker.store_init_configuration(to_plain(self.config))
+        stream = SampleStream(
+            len(self.data),
+            options.batch_size,
+            seed=options.seed,
+            start=state.samples,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+        )
+        on_cpu = accelerator.device.type == "cpu"  # where loading takes the cores of the training itself
+        workers = options.workers if options.workers is not None else 0 if on_cpu else 2
+        batches = training_batches(
+            self.data,
+            stream,
+            workers=workers,
+            collate=self.collate,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        taken, before = state.step - state.skipped, [learner.checksums() for learner in self.step.learners]
+        try:
+            with finishing("the last step"):
+                self._train(batches)
+        finally:
+            batches.close()  # ends the processes that load data
+        self._say_whether_it_learned(state.step - state.skipped - taken, before)
+        metrics = self.validate()
+        self.preview()
+        if accelerator.is_main_process:
+            text = json.dumps({"step": state.step, "skipped": state.skipped, **metrics}, indent=1)
+            write_text(self.output / "metrics.json", text)
+        return metrics
+
+    def _train(self, batches: Iterator[Any]) -> None:
+        accelerator, options, state = self.accelerator, self.options, self.state
+        accumulation = self.config.optimizer.gradient_accumulation
+        totals: dict[str, Tensor] = {}
+        counted: Counter[str] = Counter()
+        waited, since = 0.0, time.perf_counter()
+        while state.step < options.max_steps:
+            now_finishing(f"step {state.step + 1}, then saving")
+            losses: dict[str, Tensor] = {}
+            parts: list[dict[str, Tensor]] = []
+            for part in range(accumulation):
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - asked
+                batch = send_to_device(batch, accelerator.device, non_blocking=True)
+                with self._gradients_stay_local(part < accumulation - 1):
+                    parts.append(self.step(batch, self._generators(part)))
+                    for name, value in parts[-1].items():
+                        losses[name] = value / accumulation + losses.get(name, 0.0)
+            finite = True
+            for learner in self.step.learners:
+                taken, norm = learner.update(state.step)
+                finite, losses[f"grad_norm/{learner.name}"] = finite and taken, norm
+            self.step.after_update(finite)
+            state.step += 1
+            if not finite:
+                self._name_skipped(parts)
+            state.samples += accumulation * options.batch_size * accelerator.num_processes
+            self._count_skipped(finite)
+            if finite:
+                totals = {k: v + totals.get(k, 0.0) for k, v in losses.items()}
+                counted.update(losses.keys())
+            self.progress.update()
+            if state.step % options.log_every == 0 and counted:
+                self._report(totals, counted, waited / (time.perf_counter() - since))
+                totals, counted = {}, Counter()
+                waited, since = 0.0, time.perf_counter()
+            last = state.step == options.max_steps
+            if not last and _due(state.step, options.validate_every):
+                self.validate()
+            if not last and _due(state.step, options.preview_every):
+                self.preview()
+            stopped = stop_asked_anywhere(accelerator)
+            if last or stopped or _due(state.step, options.checkpoint_every):
+                now_finishing(f"the checkpoint of step {state.step}")
+                written = self.checkpoints.save(state)
+                stopped = stopped or stop_asked_anywhere(accelerator)  # a signal that came meanwhile needs no other one
+                if stopped:
+                    logger.warning("%s: wrote %s; --resume latest goes on from there", stopped.name, written)
+                    accelerator.end_training()
+                    raise Stopped(128 + stopped)
+
+    def _say_whether_it_learned(self, steps: int, before: Sequence[tuple[int, int]]) -> None:
+        """Warn of a run whose weights or loss did not move. `before`: the learners' checksums at its begin."""
+        moved = {}
+        for learner, (weights, average) in zip(self.step.learners, before, strict=True):
+            now = learner.checksums()
+            moved[learner.name] = (now[0] != weights, now[1] != average)
+        for fault in self.standstill.verdict(steps, moved, adversarial=len(self.step.learners) > 1):
+            logger.warning("%s", fault)
+
+    def _generators(self, part: int) -> list[torch.Generator]:
+        """Noise of each sample of this process's batch, from (seed, number of the sample in the run): one process with a
+        global batch draws what several with its parts draw."""
+        size, accelerator = self.options.batch_size, self.accelerator
+        first = self.state.samples + (part * accelerator.num_processes + accelerator.process_index) * size
+        return [self._seeded(self.options.seed, _TRAINING, number) for number in range(first, first + size)]
+
+    def _seeded(self, *numbers: int) -> torch.Generator:
+        return torch.Generator(self.accelerator.device).manual_seed(derive_seed(*numbers))
+
+    @contextlib.contextmanager
+    def _gradients_stay_local(self, yes: bool):
+        """Between accumulated batches, gradients are not exchanged between processes."""
+        with contextlib.ExitStack() as stack:
+            if yes:
+                for learner in self.step.learners:
+                    stack.enter_context(self.accelerator.no_sync(learner.model))
+            yield
+
+    def _name_skipped(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
+        """Warn of a step that is skipped, with the samples of this process whose losses are not finite; of gradients alone, which fp16
+        makes infinite by its loss scale, there is no warning in fp16."""
+        wrong = [part for part, losses in enumerate(parts) if not all(v.isfinite().all() for v in losses.values())]
+        if not wrong and self.accelerator.mixed_precision == "fp16":
+            return
+        what, parts_of = ("loss", wrong) if wrong else ("gradient", range(len(parts)))
+        names = ", ".join(name for part in parts_of for name in self._names(part))
+        logger.warning("step %d: skipped, its %s is not finite. Its samples: %s", self.state.step, what, names)
+
+    def _names(self, part: int) -> list[str]:
+        """Samples of this process's batch number `part` of the step, by their names if the data tell them."""
+        options, processes = self.options, self.accelerator.num_processes
+        start = self.state.samples + part * processes * options.batch_size
+        order = {"seed": options.seed, "process": self.accelerator.process_index, "processes": processes}
+        keys = next(iter(SampleStream(len(self.data), options.batch_size, start=start, **order)))
+        names = getattr(self.data, "names", None)
+        return [f"sample {index}" if names is None else names[index] for _, index in keys]
+
+    def _count_skipped(self, finite: bool) -> None:
+        state, limit = self.state, self.options.max_skipped
+        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+        state.skipped += not finite
+        if state.skipped_in_a_row >= limit:
+            raise CannotContinue(
+                f"step {state.step}: gradients were not finite for {limit} steps in a row, so none of them was taken. "
+                "Lower optimizer.learning_rate, or train with loop.mixed_precision: no; then --resume latest --accept_changes true"
+            )
+
+    def _report(self, totals: dict[str, Tensor], counted: Counter[str], data_wait: float) -> None:
+        """Means over the steps since the last report and over processes, to the bar and the trackers.
+
+        Args:
+            counted: steps in which each value occurred; an adversary's begin later than the others.
+            data_wait: part of the time, validation included, in which this process waited for its next batch.
+        """
+        means = {name: total.float() / counted[name] for name, total in totals.items()}
+        means["data_wait"] = torch.tensor(data_wait, device=self.accelerator.device)
+        reduced = self.accelerator.reduce(torch.stack(list(means.values())), reduction="mean")
+        assert isinstance(reduced, Tensor)
+        values = dict(zip(means, reduced.tolist(), strict=True))
+        spike = self.spikes(values["loss"]) if "loss" in values else None
+        if "loss" in values:
+            self.standstill.note(values["loss"])
+        for fault in [*([spike] if spike else []), *self.step.review(values)]:
+            logger.warning("step %d: %s", self.state.step, fault)
+        values["learning_rate"] = self.step.learners[0].optimizer.param_groups[0]["lr"]
+        values["skipped_steps"] = self.state.skipped
+        self.accelerator.log({f"train/{k}": v for k, v in values.items()}, step=self.state.step)
+        self.progress.report(self.state.step, values)
+
+    def validate(self) -> dict[str, float]:
+        """Mean of every metric over the held-out items, shared among the processes; empty without such items, and where a signal asks
+        for the end."""
+        accelerator, items = self.accelerator, self.validation
+        self._say_phase(f"the validation at step {self.state.step}")
+        self._gather()
+        if not len(items):
+            return {}
+        sums: dict[str, float] = {}
+        for index in range(accelerator.process_index, len(items), accelerator.num_processes):
+            if stop_came():
+                break
+            generator = self._seeded(self.options.seed, _VALIDATION, index)
+            item = items[index]
+            found = self.step.validate(send_to_device(item, accelerator.device), generator)
+            if wrong := ", ".join(name for name, value in found.items() if not math.isfinite(value)):
+                volume = item.get("name", f"item {index}")
+                logger.warning("step %d: of the validation volume %s, %s is not finite", self.state.step, volume, wrong)
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value
+        metrics: dict[str, float] = {}
+        self.progress.doing()
+        parts = gather_object([sums])
+        if stop_asked_anywhere(accelerator):
+            logger.warning("step %d: its validation was cut short", self.state.step)
+            return {}
+        for part in parts:
+            for name, value in part.items():
+                metrics[name] = metrics.get(name, 0.0) + value / len(items)
+        accelerator.log({f"validation/{k}": v for k, v in metrics.items()}, step=self.state.step)
+        text = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+        logger.info("step %d  validation (%d items): %s", self.state.step, len(items), text)
+        return metrics
+
+    def _gather(self) -> None:
+        for learner in self.step.learners:
+            learner.gather()
+
+    def preview(self) -> None:
+        """Draw the first few held-out items, on the main process; nothing where a signal asks for the end."""
+        count = min(self.options.previews, len(self.validation))
+        if stop_asked_anywhere(self.accelerator):
+            return
+        self._say_phase(f"the preview of step {self.state.step}")
+        self._gather()
+        if count and self.accelerator.is_main_process:
+            items = [send_to_device(self.validation[i], self.accelerator.device) for i in range(count)]
+            log_figure(self.accelerator, self.step.preview(items), "preview", self.state.step, self.output / "previews")
+        self.progress.doing()
+        self.accelerator.wait_for_everyone()
+
+    def _say_phase(self, phase: str) -> None:
+        self.progress.doing(phase)
+        now_finishing(f"{phase}, then saving")  # without effect after the last checkpoint, when a signal ends at once
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def content_changes(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
+    """How the training volumes differ from those of before, by name, in words."""
+    changes = {f"volume {name}": "is not there any more" for name in old.keys() - new.keys()}
+    changes |= {f"volume {name}": "was not there" for name in new.keys() - old.keys()}
+    changes |= {f"volume {name}": "holds other voxels" for name in old.keys() & new.keys() if old[name] != new[name]}
+    return dict(sorted(changes.items()))

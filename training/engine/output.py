@@ -1,0 +1,63 @@
+"""A run's output folder: tried, free of links, and models written into it whole or not at all."""
+
+import errno
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from cli.command import CannotContinue
+from files.atomic import atomic_folder
+from files.remote import refuse_url
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder of a run, and try it before hours of work. Raises: ValueError if nothing can be written there."""
+    refuse_url(folder, "--output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        raise ValueError(f"--output {folder}: cannot be written to: {error.strerror}; choose another folder") from error
+
+
+@contextmanager
+def naming_full_disk(output: Path) -> Iterator[None]:
+    """Raises: ValueError with a remedy in the place of a full disk's error."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(
+            f"--output {output}: {error.strerror}; make room, and run the same command again: it goes on with what is there"
+        ) from error
+
+
+def refuse_links(paths: Iterable[Path]) -> None:
+    """Raises: ValueError naming one of `paths` that is a link: what is written there would go to another place."""
+    for path in paths:
+        if path.is_symlink():
+            raise ValueError(
+                f"{path}: is a link; a run writes into its own folder alone. Remove the link, or give the folder that it leads to "
+                "as a part of --output"
+            )
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """`model.save_pretrained(folder)` that replaces an older folder only once the new one is complete and on the disk.
+
+    Raises: CannotContinue if it cannot be written (a full disk, a link in its place); then nothing is left of the new one.
+    """
+    try:
+        with atomic_folder(folder) as unfinished:
+            model.save_pretrained(str(unfinished), safe_serialization=True)
+    except (OSError, SafetensorError) as error:
+        raise CannotContinue(
+            f"{folder}: could not be written ({error}). Make room on the disk; the same command with --resume latest goes on "
+            "from the last checkpoint, and writes it"
+        ) from error

@@ -1,0 +1,1 @@
+"""Data sets: tables and patterns of files, cases, splits by subject, preprocessing."""

@@ -1,0 +1,222 @@
+"""The `data:` section of a training config: the files of a data set, and how they are brought into a model's terms."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from cli.settings import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    ShareBelowOne,
+    UserPath,
+    checked,
+)
+from files.names import nfc
+from files.paths import check_name
+from volumes.intensity import IntensityScaling
+
+Label = Annotated[int, Range(-(2**15), 2**15 - 1)]  # masks are int16
+
+
+@dataclass
+@checked
+class PhantomConfig:
+    """Drawn volumes in the place of files.
+
+    Args:
+        count: how many volumes, each its own subject.
+        shape: voxels along X, Y and Z.
+        seed: number of the first phantom.
+    """
+
+    count: PositiveInt = 32
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (32, 32, 32)
+    seed: NonNegativeInt = 0
+
+
+@dataclass
+@checked
+class DataConfig:
+    """Files, subjects, splits, labels and preprocessing of one data set.
+
+    Paths are patterns relative to `root`. `{column}` stands for a value of the table, or without a table for any
+    piece of a file name, which then has a name; `*`, `?` and `**` match as usual. Images and masks belong together
+    when the pieces agree.
+
+    Args:
+        root: folder that the patterns and the table are relative to, or its fsspec URL (s3://bucket/folder): see `remote`.
+        table: CSV file with a header, or JSON list of objects; one row a volume. Its columns ride along as metadata. Also
+            a URL of its own.
+        images: pattern of the image files (NIfTI, NRRD, MetaImage), or of folders that hold a DICOM series each; a list of
+            patterns adds them up; {channel: pattern} makes several channels.
+        masks: pattern of the label maps.
+        time_point: which volume of 4-D image files is taken, counted from 0: one number, or {channel: number}, with
+            which one 4-D file can fill several channels.
+        units: what lengths in the files' headers are in, where these say so wrongly: mm, cm, m or um. null believes them. A
+            pipeline reads masks and images that are given to it likewise.
+        axes: CXYZ if channels come first in the NIfTI files, as (1, X, Y, Z); XYZC if they only look so and are refused.
+        subject: column (or named piece of the file name) that says whose volume it is.
+        group_by: regular expression searched in the case's name; what it (its first group) matches is the subject.
+            With neither `subject` nor `group_by`, every volume is its own subject.
+        split: column that holds "train", "validation" or "test".
+        test_fraction: without `split`, the fraction of all subjects that is held out as the test split.
+        validation_fraction: fraction of the training subjects held out for validation, unless `split` names some.
+        split_seed: another number draws other subjects.
+        label_map: label values of the files to label values of the model, before anything else, e.g. {3: 1}.
+        label_names: every label value and its name, e.g. {0: background, 1: tumour}.
+        image_labels: says that the image files are label maps: every value and its name, the lowest being the
+            background. A model sees a channel for each other label, called by its name: 1 inside, -1 outside.
+        spacing: voxel size in mm to which everything is resampled; null keeps each volume's own.
+        intensity: scaling of intensities, one for all channels or a mapping {channel: scaling}.
+        classes: columns that condition a model, each with the values it may have, e.g. {sex: [F, M], grade: ['1', '2']}.
+            Cells may be empty.
+            A class that a mirrored volume would belie, such as the body's side, forbids flip_axes.
+        numbers: columns of numbers that condition a model, e.g. [age, weight]. Cells may be empty. spacing_x, spacing_y,
+            spacing_z, size_x, size_y and size_z need no column: mm between voxels, and from end to end, of the volume.
+        given: image channels that a model may be given, to generate the others from them, e.g. [ct, pet].
+        on_error: "raise" stops at the first file that is refused; "skip" goes on without it and lists it.
+        phantom: draw volumes instead of reading files.
+    """
+
+    root: UserPath = "."
+    table: UserPath | None = None
+    images: UserPath | list[UserPath] | dict[str, UserPath] = field(default_factory=list)
+    masks: UserPath | None = None
+    time_point: NonNegativeInt | dict[str, NonNegativeInt] | None = None
+    units: Literal["mm", "cm", "m", "um"] | None = None
+    axes: Literal["XYZC", "CXYZ"] | None = None
+    subject: str | None = None
+    group_by: str | None = None
+    split: str | None = None
+    test_fraction: ShareBelowOne = 0.0
+    validation_fraction: ShareBelowOne = 0.1
+    split_seed: NonNegativeInt = 0
+    label_map: dict[Label, Label] = field(default_factory=dict)
+    label_names: dict[Label, str] = field(default_factory=dict)
+    image_labels: dict[Label, str] = field(default_factory=dict)
+    spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    intensity: IntensityScaling | dict[str, IntensityScaling] = field(default_factory=IntensityScaling)
+    classes: dict[str, list[str]] = field(default_factory=dict)
+    numbers: list[str] = field(default_factory=list)
+    given: list[str] = field(default_factory=list)
+    on_error: Literal["raise", "skip"] = "raise"
+    phantom: PhantomConfig | None = None
+
+    def __post_init__(self) -> None:
+        self._compose()
+        if self.phantom is not None:
+            given = [
+                name
+                for name in (
+                    "images",
+                    "image_labels",
+                    "masks",
+                    "table",
+                    "units",
+                    "axes",
+                    "split",
+                    "subject",
+                    "group_by",
+                )
+                if getattr(self, name)
+            ]
+            if given:
+                raise ValueError(f"data: phantom takes the place of files; remove {', '.join(given)}")
+        elif not self.images:
+            raise ValueError("data: images is missing; give a pattern such as images/*.nii.gz, or a phantom section")
+        for channel in self.patterns if isinstance(self.images, dict) else ():
+            check_name(channel, "data: images, for files of this channel")
+        if self.split and self.test_fraction:
+            raise ValueError("data: test_fraction has no effect when split names a column; remove one of them")
+        if self.subject and self.group_by:
+            raise ValueError("data: subject and group_by say the same thing twice; remove one of them")
+        if self.group_by:
+            try:
+                re.compile(self.group_by)
+            except re.error as error:
+                raise ValueError(f"data: group_by {self.group_by!r} is no regular expression: {error}") from error
+        named = {**self.label_names, **self.image_labels}
+        lost = sorted(set(self.label_map.values()) - set(named)) if named else []
+        if lost:
+            raise ValueError(f"data: label_map leads to {lost}, which is not among the labels' names: {named}")
+        self._check_image_labels()
+        for name, values in self.classes.items():
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"data: classes.{name} lists the values it may have, each once; got {values}")
+        if twice := sorted(set(self.classes) & set(self.numbers)):
+            raise ValueError(f"data: {twice} are both classes and numbers; remove them from one")
+        self._check_given()
+        if isinstance(self.intensity, dict) and set(self.intensity) != set(self.channels):
+            raise ValueError(
+                f"data: intensity names the channels {sorted(self.intensity)}, images has {sorted(self.channels)}"
+            )
+        if isinstance(self.time_point, dict) and not set(self.time_point) <= set(self.patterns):
+            raise ValueError(
+                f"data: time_point names the channels {sorted(self.time_point)}, images has {sorted(self.patterns)}"
+            )
+
+    def _compose(self) -> None:
+        """Names of columns, values and channels in NFC, as tables are read."""
+        for name in ("images", "intensity", "time_point"):
+            if isinstance(found := getattr(self, name), dict):
+                setattr(self, name, {nfc(channel): value for channel, value in found.items()})
+        self.given = [nfc(name) for name in self.given]
+        self.subject, self.split = (name and nfc(name) for name in (self.subject, self.split))
+        self.numbers = [nfc(name) for name in self.numbers]
+        self.classes = {nfc(name): [nfc(value) for value in values] for name, values in self.classes.items()}
+
+    def _check_image_labels(self) -> None:
+        names = list(self.image_labels.values())
+        if names and (len(names) < 2 or len(set(names)) < len(names)):
+            raise ValueError(f"data: image_labels names the background and one label or more, each once; got {names}")
+        if names and isinstance(self.images, dict):
+            raise ValueError(
+                "data: image_labels are of one file a volume; give images as one pattern, without channels"
+            )
+        if names and self.intensity != IntensityScaling():
+            raise ValueError("data: intensity has no effect on label maps; remove it, or image_labels")
+        if names and self.time_point is not None:
+            raise ValueError(f"data: time_point {self.time_point} is of 4-D images, label maps are 3-D; remove it")
+
+    def _check_given(self) -> None:
+        if unknown := sorted(set(self.given) - set(self.channels)):
+            raise ValueError(f"data: given names {unknown}, the image channels are {self.channels}")
+        if len(set(self.given)) < len(self.given):
+            raise ValueError(f"data: given names a channel twice: {self.given}")
+        if self.given and (len(self.channels) < 2 or self.image_labels):
+            raise ValueError(
+                "data: given needs images of several channels, {channel: pattern}, of which some are generated"
+            )
+
+    @property
+    def channels(self) -> list[str]:
+        """Names of the channels, in the order of the model's input."""
+        if self.image_labels:
+            return [self.image_labels[value] for value in sorted(self.image_labels)[1:]]
+        return list(self.images) if isinstance(self.images, dict) else ["image"]
+
+    @property
+    def patterns(self) -> dict[str, list[str]]:
+        """File patterns by channel; those of label maps are of `image`, which holds all channels."""
+        if isinstance(self.images, dict):
+            return {channel: [pattern] for channel, pattern in self.images.items()}
+        return {"image": [self.images] if isinstance(self.images, str) else list(self.images)}
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the headers of all files are read, as keywords of `read_volume` and `read_mask`; nothing where they are right."""
+        return {name: value for name, value in (("units", self.units), ("axes", self.axes)) if value is not None}
+
+    def volume_number(self, channel: str) -> int | None:
+        """Which volume of this channel's 4-D files is taken; None where they are 3-D."""
+        return self.time_point.get(channel) if isinstance(self.time_point, dict) else self.time_point
+
+    def scaling(self, channel: str) -> IntensityScaling:
+        """How this channel is scaled."""
+        if self.image_labels:
+            return IntensityScaling("window", 0, 1)
+        return self.intensity[channel] if isinstance(self.intensity, dict) else self.intensity

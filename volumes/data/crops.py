@@ -1,0 +1,93 @@
+"""Random crops of whole volumes, for training.
+
+Axes: images (C, X, Y, Z), masks (X, Y, Z), fields of view (1, X, Y, Z).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from volumes.placement import pad_or_crop
+from volumes.volume import PADDING
+
+from .dataset import VolumeDataset
+
+
+class CropDataset(Dataset):
+    """Crops of one shape, at random places, from a `VolumeDataset`.
+
+    Item i is {"image": float32 (C, *shape) in [-1, 1], "mask": int16 (*shape) (absent without masks), "fov": bool (1,
+    *shape), "name", "index"}. Where the volume is smaller than the crop it lies at a random place in it, with image
+    -1, mask PADDING and fov False around it.
+
+    Everything random is drawn from (seed, epoch, i) alone, so a resumed run sees the same crops. Call `set_epoch`
+    before each epoch's iterator is made; DataLoader workers that do not persist then see it.
+
+    Args:
+        dataset: whole volumes.
+        shape: voxels along X, Y and Z of a crop.
+        seed: of everything random.
+        flip_axes: spatial axes (0, 1, 2) that are each flipped half of the time.
+        samples_per_volume: crops of each volume in an epoch; items i * n to i * n + n - 1 are of volume i.
+    """
+
+    def __init__(
+        self,
+        dataset: VolumeDataset,
+        shape: Sequence[int],
+        *,
+        seed: int,
+        flip_axes: Sequence[int] = (),
+        samples_per_volume: int = 1,
+    ) -> None:
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"a crop's shape is three positive numbers, got {tuple(shape)}")
+        if not set(flip_axes) <= {0, 1, 2}:
+            raise ValueError(f"flip_axes are among 0, 1 and 2, got {tuple(flip_axes)}")
+        if samples_per_volume < 1:
+            raise ValueError(f"samples_per_volume is 1 or more, got {samples_per_volume}")
+        self.dataset = dataset
+        self.shape = tuple(shape)
+        self.seed = seed
+        self.flip_axes = tuple(flip_axes)
+        self.samples_per_volume = samples_per_volume
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other crops from now on."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset) * self.samples_per_volume
+
+    @property
+    def names(self) -> list[str]:
+        """Of the volume of each item."""
+        return [case.name for case in self.dataset.cases for _ in range(self.samples_per_volume)]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        random = np.random.default_rng((self.seed, self.epoch, index))
+        whole = self.dataset[index // self.samples_per_volume]
+        size = tuple(whole["image"].shape[1:])
+        room = [
+            n - width for n, width in zip(size, self.shape, strict=True)
+        ]  # negative: the volume is smaller than the crop
+        offset = tuple(int(random.integers(min(0, r), max(0, r), endpoint=True)) for r in room)
+        flipped = [axis - 3 for axis in self.flip_axes if random.random() < 0.5]
+        placement = pad_or_crop(size, self.shape, offset=offset)
+        item = {
+            "image": placement.apply(whole["image"], -1.0).flip(flipped),
+            "fov": torch.from_numpy(placement.field_of_view)[None].flip(flipped),
+            "name": whole["name"],
+            "index": whole["index"],
+        }
+        if "mask" in whole:
+            item["mask"] = placement.apply(whole["mask"], PADDING).flip(flipped)
+        return item

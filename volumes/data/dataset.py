@@ -1,0 +1,375 @@
+"""Cases as tensors: read, checked, resampled and scaled once, then kept in memory.
+
+Axes: images (C, X, Y, Z) float32 in [-1, 1]; masks (X, Y, Z) int16 of label *indices* 0..num_labels-1, in the order
+of the sorted label values; `PADDING` (-1) outside the field of view.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from volumes.formats.raw import memory_bytes
+from volumes.formats.read import read_mask, read_volume
+from volumes.intensity import LinearScale, few_inside
+from volumes.labels import label_channels, label_indices, merge_channels
+from volumes.map_checks import describe_maps
+from volumes.phantom import PHANTOM_LABELS, make_phantom
+from volumes.placement import pad_to_multiple
+from volumes.plausible import (
+    Oddity,
+    gathered,
+    header_oddities,
+    resampling_oddities,
+)
+from volumes.resampling import resample
+from volumes.volume import (
+    PADDING,
+    Volume,
+    VolumeError,
+    describe_grid,
+    same_grid,
+)
+
+from .cases import Case
+from .config import DataConfig
+from .preprocessing import common_spacing, preprocessing
+from .subjects import marks_of, voxel_digests
+from .table_conditions import describe_numbers, read_classes, read_numbers
+
+logger = logging.getLogger(__name__)
+MAP_SCALE = LinearScale(0, 1)  # of label maps, where a label may be absent: such a channel is constant, and right
+NAMED = 5  # files in a message
+READERS = 4  # threads: decompression runs outside the interpreter's lock
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """A case in the model's terms: image in [-1, 1], label indices (1, X, Y, Z) if it has a mask, each channel's scale,
+    its classes (-1 where unknown) and numbers (NaN where unknown), digests of the image as it was read (`voxel_digests`), and
+    what is odd in the geometry of its files, and the share of each channel's voxels that its window does not cut off."""
+
+    image: Volume
+    mask: Volume | None
+    scales: tuple[LinearScale, ...]
+    classes: tuple[int, ...] = ()
+    numbers: tuple[float, ...] = ()
+    voxels: tuple[str, ...] = ()
+    oddities: tuple[tuple[str, Oddity], ...] = ()
+    inside: tuple[float, ...] = ()
+
+
+class VolumeDataset(Dataset):
+    """The given cases, prepared as the config says.
+
+    Item i is {"image": float32 (C, X, Y, Z), "mask": int16 (X, Y, Z) of label indices (absent without masks), "name",
+    "subject", "index", "affine": float64 (4, 4) in mm, "scale": float64 (C, 2) of low and high in file units,
+    "metadata": dict}, and what the config conditions on (see `conditions`).
+
+    A case that is refused raises VolumeError, or with `on_error: skip` is left out and listed in `skipped` as (name,
+    reason).
+    """
+
+    def __init__(self, cases: Sequence[Case], config: DataConfig) -> None:
+        self.config = config
+        self.labels = _labels(config)
+        self.cases: list[Case] = []
+        self.skipped: list[tuple[str, str]] = []
+        self.prepared: list[PreparedCase] = []
+        with ThreadPoolExecutor(READERS) as readers:
+            jobs = [readers.submit(prepare, case, config) for case in cases]
+            progress = tqdm(jobs, desc="reading volumes", unit="volume", delay=2, leave=False, disable=None)
+            try:
+                self._take(zip(cases, progress, strict=True), len(cases))
+            except BaseException:  # Ctrl-C too: what was not begun is not read
+                readers.shutdown(cancel_futures=True)
+                raise
+        if self.skipped:
+            lines = "\n".join(f"  {name}: {reason}" for name, reason in self.skipped)
+            logger.warning("%d of %d cases were skipped:\n%s", len(self.skipped), len(cases), lines)
+        self._warn_of_windows()
+        for oddity, files in gathered(one for prepared in self.prepared for one in prepared.oddities):
+            named = ", ".join([*files.values()][:NAMED])
+            named += f" and {len(files) - NAMED} more" if len(files) > NAMED else ""
+            logger.warning("%s: %s; %s", oddity.what, named, oddity.remedy)
+        if not self.cases:
+            raise ValueError(
+                "the data set is empty: " + (f"all {len(cases)} cases were skipped" if cases else "no cases were given")
+            )
+
+    def _take(self, jobs: Iterable[tuple[Case, Future[PreparedCase]]], count: int) -> None:
+        """Keep the cases that can be read. Raises: VolumeError for others unless they are skipped; ValueError where they are too many."""
+        held = 0  # bytes
+        for case, job in jobs:
+            try:
+                prepared = job.result()
+            except VolumeError as error:
+                if self.config.on_error == "raise":
+                    raise
+                self.skipped.append((case.name, str(error)))
+                continue
+            self.cases.append(case)
+            self.prepared.append(prepared)
+            held += prepared.image.array.nbytes + (prepared.mask.array.nbytes if prepared.mask is not None else 0)
+            if held > memory_bytes():
+                raise ValueError(
+                    f"{len(self.cases)} of {count} volumes, such as {_file(case)} with {describe_grid(prepared.image)}, take "
+                    "more than the memory of this process; set a coarser data.spacing, or crop them (are their units right?)"
+                )
+
+    def _warn_of_windows(self) -> None:
+        names = [str(next(iter(case.images.values()), case.name)) for case in self.cases]
+        for index, channel in enumerate(self.channels):
+            scaling = self.config.scaling(channel)
+            if scaling.kind == "window" and not self.config.image_labels:
+                shares = [prepared.inside[index] for prepared in self.prepared]
+                if said := few_inside(shares, names, (scaling.low, scaling.high)):
+                    logger.warning("channel %s: %s", channel, said)
+
+    @property
+    def channels(self) -> list[str]:
+        """Names of the image channels."""
+        return self.config.channels
+
+    @property
+    def num_labels(self) -> int:
+        """How many labels masks may hold; 0 when there are no masks."""
+        return len(self.labels)
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """(X, Y, Z) of every volume."""
+        return [prepared.image.shape for prepared in self.prepared]
+
+    @property
+    def marks(self) -> list[dict[str, frozenset[str]]]:
+        """What each volume and its subject are recognised by, see `subjects.marks_of`."""
+        return [marks_of(c, self.config, p.voxels) for c, p in zip(self.cases, self.prepared, strict=True)]
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What was done to the volumes, see `volumes.data.preprocessing`."""
+        return preprocessing(self.config, [prepared.image.spacing for prepared in self.prepared])
+
+    def conditions(self, index: int) -> dict[str, torch.Tensor]:
+        """{"classes": int64 (n,) of indices, -1 where unknown; "numbers": float32 (m,) in the table's units, NaN where
+        unknown}, each in alphabetical order of its columns, and absent if the config names none."""
+        prepared, given = self.prepared[index], {}
+        if prepared.classes:
+            given["classes"] = torch.tensor(prepared.classes)
+        if prepared.numbers:
+            given["numbers"] = torch.tensor(prepared.numbers, dtype=torch.float32)
+        return given
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        case, prepared = self.cases[index], self.prepared[index]
+        item = {
+            "image": torch.from_numpy(prepared.image.array),
+            "name": case.name,
+            "subject": case.subject,
+            "index": index,
+            "affine": torch.from_numpy(prepared.image.affine),
+            "scale": torch.tensor([[scale.low, scale.high] for scale in prepared.scales], dtype=torch.float64),
+            "metadata": case.metadata,
+            **self.conditions(index),
+        }
+        if prepared.mask is not None:
+            item["mask"] = torch.from_numpy(prepared.mask.array[0])
+        return item
+
+
+def prepare(case: Case, config: DataConfig) -> PreparedCase:
+    """Read one case and bring it into the model's terms. Raises VolumeError, which names the file (or case and column)."""
+    classes = read_classes(case, config.classes)
+    image, mask = _phantom(case, config) if case.phantom is not None else _files(case, config)
+    oddities = _oddities(case, image, mask)
+    voxels = voxel_digests(image.array, apart=not config.image_labels)
+    before = image.shape
+    if config.spacing is not None:
+        try:
+            image = resample(image, config.spacing)
+            mask = resample(mask, config.spacing, nearest=True) if mask is not None else None
+        except VolumeError as error:
+            raise VolumeError(f"{_file(case)}: {error}") from error
+    oddities += [(_file(case), oddity) for oddity in resampling_oddities(before, image.shape)]
+    numbers = read_numbers(case, config.numbers, image)
+    scales, inside = [], []
+    scaled = np.empty_like(image.array)
+    for index, channel in enumerate(config.channels):
+        try:
+            scale = MAP_SCALE if config.image_labels else config.scaling(channel).fit(image.array[index])
+        except VolumeError as error:
+            which = f"channel {channel}: " if len(config.channels) > 1 else ""
+            raise VolumeError(f"{case.images.get(channel, case.name)}: {which}{error}") from error
+        scaled[index] = scale.apply(image.array[index])
+        scales.append(scale)
+        inside.append(config.scaling(channel).share_inside(image.array[index]))
+    if mask is not None:
+        mask = mask.replace(
+            label_indices(mask.array, _labels(config), config.label_map, name=str(case.mask or case.name))
+        )
+    return PreparedCase(
+        image.replace(scaled),
+        mask,
+        tuple(scales),
+        tuple(classes),
+        tuple(numbers),
+        voxels,
+        tuple(oddities),
+        tuple(inside),
+    )
+
+
+def read_image(case: Case, config: DataConfig) -> Volume:
+    """The image of a case as it is stored, in file units (of label maps, a channel of 0 and 1 a label). Raises VolumeError."""
+    return _phantom(case, config)[0] if case.phantom is not None else _image(case, config)
+
+
+def pad_sample(item: dict[str, Any], stride: int | Sequence[int]) -> dict[str, Any]:
+    """A whole volume of a `VolumeDataset`, padded on both sides to a multiple of `stride` (one, or one for each axis).
+
+    Adds "fov" bool (1, X, Y, Z), True inside the volume, and "placement", which undoes the padding; image is -1 and
+    mask PADDING in the padding; "affine" is that of the padded grid.
+    """
+    placement = pad_to_multiple(tuple(item["image"].shape[1:]), stride if isinstance(stride, int) else tuple(stride))
+    padded = {
+        **item,
+        "image": placement.apply(item["image"], -1.0),
+        "fov": torch.from_numpy(placement.field_of_view)[None],
+        "affine": torch.from_numpy(placement.shift(item["affine"].numpy())),
+        "placement": placement,
+    }
+    if "mask" in item:
+        padded["mask"] = placement.apply(item["mask"], PADDING)
+    return padded
+
+
+def describe(dataset: VolumeDataset, description: str = "") -> dict[str, Any]:
+    """What a pipeline must know of its training data, as plain JSON.
+
+    {"channels": [name], "labels": {str(value in files): name}, "image_labels": the same of images that are label maps
+    (background, then a channel each), {} otherwise, "spacing": [mm] or None (each volume has its own),
+    "intensity": [{"kind", "low", "high"}] a channel (medians over the volumes; the LinearScale back to file units; of
+    kind percentile also "percentiles": [low, high], which are fitted anew to each volume),
+    "shape_range": [[smallest x, y, z], [largest x, y, z]] in voxels, "affine": 4 x 4 of the case of median size,
+    "classes": {name: [values]}, "numbers": {name: {"mean", "std", "low", "high"}} over the known ones,
+    "grid_numbers": [those of them that were taken from the volumes' grids], "maps": what `describe_maps` says of images that
+    are label maps, and only of such, "reading": `DataConfig.reading`, if files' headers are wrong, "description"}
+    """
+    shapes = np.array(dataset.shapes)
+    median_case = int(np.argsort(shapes.prod(axis=1), kind="stable")[len(shapes) // 2])
+    intensity = []
+    for index, channel in enumerate(dataset.channels):
+        limits = np.median([[p.scales[index].low, p.scales[index].high] for p in dataset.prepared], axis=0)
+        scaling = dataset.config.scaling(channel)
+        intensity.append({"kind": scaling.kind, "low": float(limits[0]), "high": float(limits[1])})
+        if scaling.kind == "percentile":
+            intensity[-1]["percentiles"] = [scaling.low, scaling.high]
+    return {
+        "channels": list(dataset.channels),
+        "labels": {str(value): name for value, name in sorted(dataset.labels.items())},
+        "image_labels": {str(value): name for value, name in sorted(dataset.config.image_labels.items())},
+        "spacing": common_spacing([prepared.image.spacing for prepared in dataset.prepared]),
+        "intensity": intensity,
+        "shape_range": [shapes.min(axis=0).tolist(), shapes.max(axis=0).tolist()],
+        "affine": dataset.prepared[median_case].image.affine.tolist(),
+        "classes": {name: list(values) for name, values in sorted(dataset.config.classes.items())},
+        "numbers": describe_numbers(dataset.config.numbers, [prepared.numbers for prepared in dataset.prepared]),
+        "grid_numbers": [n for n in sorted(dataset.config.numbers) if not any(n in c.metadata for c in dataset.cases)],
+        **({"reading": dataset.config.reading} if dataset.config.reading else {}),
+        **({"maps": _describe_maps(dataset)} if dataset.config.image_labels else {}),
+        "description": description,
+    }
+
+
+def _describe_maps(dataset: VolumeDataset) -> dict[str, Any]:
+    names = dataset.config.image_labels
+    images = [prepared.image for prepared in dataset.prepared]
+    maps = [(merge_channels(image.array, sorted(names))[0], float(np.prod(image.spacing))) for image in images]
+    return describe_maps(maps, names)
+
+
+def _labels(config: DataConfig) -> dict[int, str]:
+    """Label values and names, {} when there are no masks."""
+    if config.phantom is not None:
+        return config.label_names or PHANTOM_LABELS
+    if config.masks and not config.label_names:
+        raise ValueError(
+            "data: masks are given but label_names is not; name every label, e.g. {0: background, 1: tumour}"
+        )
+    return config.label_names if config.masks else {}
+
+
+def _files(case: Case, config: DataConfig) -> tuple[Volume, Volume | None]:
+    """Image with all channels, and mask, from a case's files; they must lie on one grid."""
+    image = _image(case, config)
+    mask = read_mask(case.mask, **config.reading) if case.mask is not None else None
+    if mask is not None:
+        _check_grid(case, case.mask, mask, image, config)
+    return image, mask
+
+
+def _image(case: Case, config: DataConfig) -> Volume:
+    """Image with all channels, from a case's files; they must lie on one grid."""
+    volumes: dict[str, Volume] = {}
+    for channel in config.patterns:
+        if config.image_labels:
+            volumes[channel] = _label_map(case.images[channel], config)
+            continue
+        volumes[channel] = read_volume(case.images[channel], time_point=config.volume_number(channel), **config.reading)
+        if len(volumes[channel].array) != 1:
+            count = len(volumes[channel].array)
+            raise VolumeError(
+                f"{case.images[channel]}: holds {count} volumes, expected one for channel {channel!r}; choose it with "
+                "time_point, one number or {channel: number}"
+            )
+    first = next(iter(volumes.values()))
+    for channel, volume in volumes.items():
+        _check_grid(case, case.images[channel], volume, first, config)
+    return first.replace(np.concatenate([volume.array for volume in volumes.values()]))
+
+
+def _file(case: Case) -> str:
+    """Its first image file, for messages; of a phantom its name."""
+    return str(next(iter(case.images.values()), case.name))
+
+
+def _oddities(case: Case, image: Volume, mask: Volume | None) -> list[tuple[str, Oddity]]:
+    """What is odd in the headers of the first image file and of the mask."""
+    found = [(_file(case), oddity) for oddity in header_oddities(image.source)] if image.source else []
+    known = {oddity.what for _, oddity in found}
+    of_mask = header_oddities(mask.source) if mask is not None and mask.source else []
+    return found + [(str(case.mask), oddity) for oddity in of_mask if oddity.what not in known]
+
+
+def _label_map(path: Path, config: DataConfig) -> Volume:
+    """An image file that is a label map, as channels of 0 and 1."""
+    image = read_mask(path, **config.reading)
+    indices = label_indices(image.array[0], config.image_labels, config.label_map, name=str(path))
+    return image.replace(label_channels(indices, len(config.image_labels)))
+
+
+def _check_grid(case: Case, path: Path | None, volume: Volume, first: Volume, config: DataConfig) -> None:
+    if not same_grid(first, volume):
+        raise VolumeError(
+            f"{path}: is not on the grid of {next(iter(case.images.values()))} "
+            f"({describe_grid(volume)}, against {describe_grid(first)}); resample one onto the other first"
+        )
+
+
+def _phantom(case: Case, config: DataConfig) -> tuple[Volume, Volume]:
+    assert config.phantom is not None and case.phantom is not None
+    image, mask, _ = make_phantom(case.phantom, config.phantom.shape)
+    return image, mask

@@ -1,0 +1,196 @@
+"""What was done to volumes before a model saw them: stored with an autoencoder, so that others' volumes are treated alike.
+
+Facts are {"channels": [name], "intensity": [{"kind", "low", "high"}] a channel as the config says it, "spacing": [mm] or None where
+volumes differ, "resampled": whether the config asked for that spacing, "image_labels": {value: name} and "label_map": {value: value}
+of images that are label maps, {} otherwise, "time_point": {channel: number} of 4-D files}. Facts that are not known are absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from files.documents import read_object
+from volumes.intensity import IntensityScaling
+
+from .config import DataConfig
+
+SAME_SPACING = 0.01  # relative
+REMEDY = (
+    "Give `data` what the autoencoder learned (what is left out of the config is taken from it), or train an autoencoder on these "
+    "volumes (train_vae.py)"
+)
+
+
+def common_spacing(spacings: Sequence[Sequence[float]]) -> list[float] | None:
+    """Voxel size in mm if all of these agree on it within 1 %, else None."""
+    middle = np.median(np.array(spacings), axis=0)
+    return middle.round(6).tolist() if np.allclose(spacings, middle, rtol=SAME_SPACING, atol=0) else None
+
+
+def preprocessing(config: DataConfig, spacings: Sequence[Sequence[float]] | None = None) -> dict[str, Any]:
+    """The facts of a data section.
+
+    Args:
+        spacings: mm between voxels of each volume, once they are read.
+    """
+    facts: dict[str, Any] = {
+        "channels": list(config.channels),
+        "intensity": [asdict(config.scaling(channel)) for channel in config.channels],
+        "resampled": config.spacing is not None,
+        "image_labels": {str(value): name for value, name in sorted(config.image_labels.items())},
+        "label_map": {str(v): target for v, target in sorted(config.label_map.items())} if config.image_labels else {},
+        "time_point": {c: n for c in config.patterns if (n := config.volume_number(c)) is not None},
+    }
+    if config.spacing is not None:
+        facts["spacing"] = list(config.spacing)
+    elif spacings is not None:
+        facts["spacing"] = common_spacing(spacings)
+    return facts
+
+
+def described_preprocessing(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts in a pipeline's description of its training set (`volumes.describe`)."""
+    intensity = []
+    for entry in data["intensity"]:
+        if entry["kind"] == "window":
+            intensity.append({key: entry[key] for key in ("kind", "low", "high")})
+        elif "percentiles" in entry:
+            low, high = entry["percentiles"]
+            intensity.append({"kind": "percentile", "low": low, "high": high})
+        else:  # of an early pipeline
+            intensity.append({"kind": "percentile"})
+    return {
+        "channels": list(data["channels"]),
+        "intensity": intensity,
+        "spacing": data["spacing"],
+        "image_labels": dict(data.get("image_labels") or {}),
+    }
+
+
+def check_preprocessing(facts: Any) -> None:
+    """Raises: ValueError unless `facts` is None or facts as `preprocessing` gives them."""
+    if facts is None:
+        return
+    try:
+        names, scalings = facts["channels"], facts["intensity"]
+        fit = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+        fit = fit and len(scalings) == len(names) and all(_scaling(one) for one in scalings)
+        spacing = facts.get("spacing")
+        fit = fit and (spacing is None or (len(spacing) == 3 and all(0 < float(mm) < 1e6 for mm in spacing)))
+        maps = [facts.get(key) or {} for key in ("image_labels", "label_map", "time_point")]
+        fit = fit and all(isinstance(one, Mapping) for one in maps)
+        fit = fit and all(isinstance(name, str) for name in maps[0].values())
+        fit = fit and all(isinstance(value, int) for one in maps[1:] for value in one.values())
+        fit = fit and all(key.removeprefix("-").isdecimal() for one in maps[:2] for key in one)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        fit = False
+    if not fit:
+        raise ValueError("data is no description of preprocessing, as train_vae.py writes it")
+
+
+def _scaling(entry: Mapping[str, Any]) -> IntensityScaling:
+    return IntensityScaling(entry["kind"], entry["low"], entry["high"])
+
+
+def differences(learned: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """How volumes with the facts `given` differ from those that a model `learned` from, a line a fact, as far as both are known."""
+    if len(learned["channels"]) != len(given["channels"]):
+        return [f"channels: it learned {list(learned['channels'])}, the data has {list(given['channels'])}"]
+    found = []
+    if len(given["channels"]) > 1 and list(learned["channels"]) != list(given["channels"]):
+        found.append(f"channels: it learned {list(learned['channels'])}, the data has {list(given['channels'])}")
+    for name, old, new in zip(given["channels"], learned["intensity"], given["intensity"], strict=True):
+        if any(old[key] != new[key] for key in old.keys() & new.keys()):
+            found.append(f"intensity of {name}: it learned {_told(old)}, the data has {_told(new)}")
+    if learned.get("spacing") is not None and "spacing" in given:
+        old, new = learned["spacing"], given["spacing"]
+        if new is None or not np.allclose(old, new, rtol=SAME_SPACING, atol=0):
+            of = "voxels of several sizes" if new is None else _millimetres(new)
+            remedy = f"data.spacing: {[float(f'{mm:g}') for mm in old]} resamples"
+            found.append(f"spacing: it learned {_millimetres(old)}, the data has {of} ({remedy})")
+    old, new = learned.get("image_labels") or {}, given.get("image_labels") or {}
+    if _in_order(old) != _in_order(new):
+        found.append(f"image_labels: it learned {old or 'no label maps'}, the data has {new or 'no label maps'}")
+    elif new and "label_map" in learned and "label_map" in given:
+        maps = [_targets(facts["label_map"], labels) for facts, labels in ((learned, old), (given, new))]
+        if odd := sorted(value for value in maps[0].keys() & maps[1].keys() if maps[0][value] != maps[1][value]):
+            found.append(
+                f"label_map: it learned {dict(learned['label_map'])}, the data has {dict(given['label_map'])}, which differ "
+                f"on {', '.join(map(str, odd))}"
+            )
+    old, new = learned.get("time_point") or {}, given.get("time_point") or {}
+    if odd := [channel for channel in old if channel in new and old[channel] != new[channel]]:
+        found.append(
+            f"time_point of {', '.join(odd)}: it learned {[old[c] for c in odd]}, the data has {[new[c] for c in odd]}"
+        )
+    return found
+
+
+def refuse_differences(
+    learned: Mapping[str, Any] | None, given: Mapping[str, Any], model: str, remedy: str = REMEDY
+) -> None:
+    """Raises: ValueError naming what differs, on both sides. Without facts that were learned nothing can be said."""
+    if learned is not None and (found := differences(learned, given)):
+        raise ValueError(
+            f"{model}: learned from volumes that were prepared in another way:\n  " + "\n  ".join(found) + f"\n{remedy}"
+        )
+
+
+def inherited(folder: str | Path | None, section: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a data `section` that it leaves out, as the autoencoder in `folder` (or its vae/) learned them: intensity, and
+    spacing if it was trained on resampled volumes. {} where there is none, one without facts, or one of other channels.
+
+    Raises: ValueError for a damaged config.json.
+    """
+    facts = read_preprocessing(folder) if folder else None
+    images = section.get("images")
+    own = list(images) if isinstance(images, Mapping) else ["image"]
+    if facts is None or facts.get("image_labels") or section.get("image_labels") or len(own) != len(facts["channels"]):
+        return {}  # they do not fit, which is said when they are compared
+    scalings = [dict(entry) for entry in facts["intensity"]]
+    alike = all(one == scalings[0] for one in scalings)
+    found: dict[str, Any] = {}
+    if alike or own == list(facts["channels"]):
+        found["intensity"] = scalings[0] if alike else dict(zip(own, scalings, strict=True))
+    if facts.get("resampled"):
+        found["spacing"] = list(facts["spacing"])
+    return {key: value for key, value in found.items() if key not in section}
+
+
+def read_preprocessing(folder: str | Path) -> dict[str, Any] | None:
+    """The facts in the config.json of an autoencoder's folder, or of its subfolder vae/; None where there are none."""
+    for path in (Path(folder) / "config.json", Path(folder) / "vae" / "config.json"):
+        if path.is_file():
+            facts = read_object(path).get("data")
+            try:
+                check_preprocessing(facts)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            return facts
+    return None
+
+
+def _told(scaling: Mapping[str, Any]) -> str:
+    ends = f" {scaling['low']:g} to {scaling['high']:g}" if "low" in scaling else ""
+    return f"{scaling['kind']}{ends}"
+
+
+def _millimetres(spacing: Sequence[float]) -> str:
+    return " x ".join(f"{mm:g}" for mm in spacing) + " mm"
+
+
+def _in_order(labels: Mapping[str, str]) -> list[str]:
+    return [labels[value] for value in sorted(labels, key=int)]
+
+
+def _targets(label_map: Mapping[str, int], labels: Mapping[str, str]) -> dict[int, str]:
+    """Name of the label that each value in a file becomes, of those that are known."""
+    known = {int(value): name for value, name in labels.items()}
+    values = {*known, *map(int, label_map)}
+    targets = {value: label_map.get(str(value), value) for value in values}
+    return {value: known[target] for value, target in targets.items() if target in known}

@@ -1,0 +1,238 @@
+"""Whose volumes a model learned from, as salted digests: a test set that overlaps them is found, and no name leaves with the weights.
+
+A record is {"salt": hex, "train": {kind: digests}, "validation": {kind: digests}}, the digests of a kind in one string with spaces
+between. A model carries a list of records: its own training's, and those of the weights that it started from. `UNRECORDED` among them
+says that some of those came without a record.
+
+What a record hides and what it does not: docs/security.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .cases import Case
+from .config import DataConfig
+
+KINDS = ("subjects", "names", "voxels")
+ROLES = ("train", "validation")
+FORBIDDEN = {
+    "train": (),
+    "validation": ("train",),
+    "test": ROLES,
+}  # what a case of a split must not have been to the model
+UNRECORDED = {"unrecorded": True}
+DIGITS = 16  # of a stored digest: 64 bits, so that a million volumes share one by chance once in 40 million times
+MOST_NAMED = 6  # of the overlapping subjects in a message
+
+Marks = Mapping[str, frozenset[str]]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """A case that a model has seen: in which role, and by what it was recognised ("subjects", "names" or "voxels")."""
+
+    case: Case
+    role: str
+    kind: str
+
+
+def voxel_digests(array: np.ndarray, *, apart: bool = True) -> tuple[str, ...]:
+    """Digests of the voxels (C, X, Y, Z) in file units: one a channel, or one of all. Constant ones say nothing and have none."""
+    parts = [one[None] for one in array] if apart else [array]
+    return tuple(_digest_voxels(part) for part in parts if part.size and part.min() < part.max())
+
+
+def _digest_voxels(part: np.ndarray) -> str:
+    values = np.ascontiguousarray(part, dtype=np.float32)
+    return hashlib.sha256(f"{values.shape}".encode() + (values + 0.0).tobytes()).hexdigest()  # + 0: -0 is 0
+
+
+def marks_of(case: Case, config: DataConfig, voxels: Iterable[str] = ()) -> dict[str, frozenset[str]]:
+    """What a case is recognised by, as digests without a salt: its subject (where the config names one), its name, its voxels.
+
+    Letter case, spaces around names, and how accents are encoded make no difference.
+    """
+    grouped = bool(config.subject or config.group_by or config.phantom)
+    texts = {"subjects": [case.subject] if grouped else [], "names": [case.name], "voxels": list(voxels)}
+    return {kind: frozenset(_mark(kind, text) for text in found) for kind, found in texts.items()}
+
+
+def _mark(kind: str, text: str) -> str:
+    return hashlib.sha256(f"{kind} {unicodedata.normalize('NFC', text).strip().casefold()}".encode()).hexdigest()
+
+
+def _salted(salt: str, mark: str) -> str:
+    return hashlib.sha256(f"{salt} {mark}".encode()).hexdigest()[:DIGITS]
+
+
+def record_subjects(roles: Mapping[str, Iterable[Marks]]) -> dict[str, Any]:
+    """Make the record of one training. Its salt is a digest of all its marks, so the same training gives the same record, bit for
+    bit, and no table of digests made beforehand fits two data sets.
+
+    Args:
+        roles: `marks_of` the cases that were "train" and "validation".
+    """
+    by_role = {role: list(roles.get(role, ())) for role in ROLES}
+    content = [[sorted({*one[kind]}) for one in by_role[role] for kind in KINDS] for role in ROLES]
+    salt = hashlib.sha256(json.dumps([sorted(rows) for rows in content]).encode()).hexdigest()[:32]
+    record: dict[str, Any] = {"salt": salt}
+    for role, marks in by_role.items():
+        found = {kind: {_salted(salt, mark) for one in marks for mark in one[kind]} for kind in KINDS}
+        record[role] = {kind: " ".join(sorted(digests)) for kind, digests in found.items()}
+    return record
+
+
+def join_records(*records: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """The records of several parts, each once; `UNRECORDED` for a part without any."""
+    found: list[dict[str, Any]] = []
+    for part in records:
+        for record in [UNRECORDED] if not part else part:
+            if record not in found:
+                found.append(_plain(record))
+    return found
+
+
+def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in record.items()}
+
+
+def check_subjects(records: Any) -> None:
+    """Raises: ValueError unless `records` is None or a list of records."""
+    if records is None:
+        return
+    if not isinstance(records, list | tuple) or not all(map(_is_record, records)):
+        raise ValueError(
+            "subjects is no list of records of training subjects, as train_vae.py and train_ldm.py write it"
+        )
+
+
+def check_marks(marks: Any) -> None:
+    """Raises: ValueError unless `marks` is a list of `marks_of`, as JSON holds them."""
+    fit = isinstance(marks, list | tuple) and all(
+        isinstance(one, Mapping)
+        and set(one) <= set(KINDS)
+        and all(
+            isinstance(found, list | tuple | frozenset) and all(isinstance(m, str) for m in found)
+            for found in one.values()
+        )
+        for one in marks
+    )
+    if not fit:
+        raise ValueError("subjects are not as python -m evaluation.copies.fingerprints writes them")
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, Mapping):
+        return False
+    if dict(record) == UNRECORDED:
+        return True
+    parts = [record.get(role) for role in ROLES]
+    texts = [part.get(kind) if isinstance(part, Mapping) else None for part in parts for kind in KINDS]
+    whole = set(record) == {"salt", *ROLES} and isinstance(record["salt"], str)
+    return whole and all(isinstance(text, str) and re.fullmatch(r"[0-9a-f ]*", text) for text in texts)
+
+
+def is_complete(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the records name everything that the model learned from."""
+    return bool(records) and UNRECORDED not in [dict(record) for record in records]
+
+
+def seen(records: Sequence[Mapping[str, Any]], marks: Marks, roles: Sequence[str]) -> tuple[str, str] | None:
+    """(role, kind) in which something with these marks is in the records; None if it is not."""
+    for record in records:
+        for role in roles:
+            for kind in KINDS if "salt" in record else ():
+                known = _digests(record, role, kind)
+                if known and any(_salted(record["salt"], mark) in known for mark in marks.get(kind, ())):
+                    return role, kind
+    return None
+
+
+def unknown_volumes(records: Sequence[Mapping[str, Any]], marks: Sequence[Marks]) -> int:
+    """How many training volumes of the records are not among those with these marks, neither by name nor by voxels."""
+    missing = 0
+    for record in records:
+        if "salt" in record:
+            left = [0]
+            for kind in [kind for kind in ("names", "voxels") if _digests(record, "train", kind)]:
+                held = {_salted(record["salt"], mark) for one in marks for mark in one.get(kind, ())}
+                left.append(len(_digests(record, "train", kind) - held))
+            missing += min(left[1:] or left)
+    return missing
+
+
+def _digests(record: Mapping[str, Any], role: str, kind: str) -> frozenset[str]:
+    text = record[role][kind]
+    if text not in _SPLIT:
+        if len(_SPLIT) > 64:
+            _SPLIT.clear()
+        _SPLIT[text] = frozenset(text.split())
+    return _SPLIT[text]
+
+
+_SPLIT: dict[
+    str, frozenset[str]
+] = {}  # texts of records as sets, for thousands of cases are asked for one after another
+
+
+def find_overlap(
+    records: Sequence[Mapping[str, Any]],
+    cases: Iterable[Case],
+    config: DataConfig,
+    voxels: Mapping[str, Sequence[str]] | None = None,
+) -> list[Overlap]:
+    """The cases that a model with these records must not be judged by: those of the test split that it learned from or that
+    watched its training, and those of the validation split that it learned from.
+
+    Args:
+        voxels: `voxel_digests` of cases, by name, as far as they were read.
+    """
+    found = []
+    for case in cases:
+        marks = marks_of(case, config, (voxels or {}).get(case.name, ()))
+        if match := seen(records, marks, FORBIDDEN.get(case.split, ())):
+            found.append(Overlap(case, *match))
+    return found
+
+
+def describe_overlap(found: Sequence[Overlap], model: str) -> str:
+    """What is wrong with a test set of which a model has seen some, and what to do."""
+    did = {"train": "learned from", "validation": "was chosen with"}
+    by = {"subjects": "subject", "names": "name", "voxels": "equal voxels"}
+    subjects: dict[str, Overlap] = {}
+    for one in found:
+        subjects.setdefault(one.case.subject, one)
+    listed = [
+        f"{subject} ({one.case.name}, {one.case.split} here, {one.role} there, known by its {by[one.kind]})"
+        for subject, one in list(subjects.items())[:MOST_NAMED]
+    ]
+    more = f" and {len(subjects) - MOST_NAMED} more" if len(subjects) > MOST_NAMED else ""
+    verb = did["train" if any(one.role == "train" for one in found) else "validation"]
+    return (
+        f"{model}: {verb} {len(subjects)} subject{'s' if len(subjects) > 1 else ''} that {'are' if len(subjects) > 1 else 'is'} held out "
+        f"here: {', '.join(listed)}{more}"
+    )
+
+
+REMEDY = (
+    "use the split of its training: data.split, or data.test_fraction, data.validation_fraction and data.split_seed, with "
+    "data.subject or data.group_by, as in the config.yaml of its run; or take these subjects out of the held-out splits"
+)
+
+
+def refuse_overlap(found: Sequence[Overlap], model: str, accept: str) -> None:
+    """Raises: ValueError if there is any overlap. `accept` says what to type where it is none, but for the names."""
+    if found:
+        raise ValueError(
+            f"{describe_overlap(found, model)}. What is measured on them says nothing of new subjects: {REMEDY}. If they "
+            f"are other people who only share names, {accept}"
+        )

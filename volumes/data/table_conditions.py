@@ -1,0 +1,74 @@
+"""Classes and numbers of cases: what the table's cells say, and what a model is told of the training volumes.
+
+Columns are in alphabetical order everywhere: saved configs are sorted. Numbers that are called as in `GRID_NUMBERS` need
+no column: they are those of the volume's own grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from volumes.volume import Volume, VolumeError, grid_numbers
+
+from .cases import Case
+from .tables import read_number
+
+NO_CLASS = -1  # an empty cell; of a number it is NaN
+ROUNDING = 1e-6  # relative: oblique grids of one spacing differ by as much
+REMEDY = "leave the cell empty where it is not known"
+
+
+def read_classes(case: Case, classes: Mapping[str, Sequence[str]]) -> list[int]:
+    """The index of the case's value among those of each class, -1 for an empty cell. Raises: VolumeError for others."""
+    indices = []
+    for column in sorted(classes):
+        value, known = case.metadata.get(column), list(classes[column])
+        if value not in (None, "") and str(value) not in known:
+            raise VolumeError(f"{case.name}: {column} is {value!r}, which is none of {', '.join(known)}; {REMEDY}")
+        indices.append(NO_CLASS if value in (None, "") else known.index(str(value)))
+    return indices
+
+
+def read_numbers(case: Case, numbers: Sequence[str], grid: Volume) -> list[float]:
+    """The case's numbers, NaN for an empty cell; those of `GRID_NUMBERS` that the case has no column of are the grid's.
+
+    Raises: VolumeError for what is no finite number.
+    """
+    values, cells = [], {**grid_numbers(grid), **case.metadata}
+    for column in sorted(numbers):
+        cell = cells.get(column)
+        try:
+            value = math.nan if cell in (None, "") else read_number(cell)
+        except TypeError:
+            value = math.inf
+        except ValueError as error:
+            raise VolumeError(
+                f"{case.name}: {column} is {cell!r}, which is no finite number: {error}; {REMEDY}"
+            ) from error
+        if math.isinf(value) or (math.isnan(value) and cell not in (None, "")):
+            raise VolumeError(f"{case.name}: {column} is {cell!r}, which is no finite number; {REMEDY}")
+        values.append(value)
+    return values
+
+
+def describe_numbers(names: Sequence[str], values: Sequence[Sequence[float]]) -> dict[str, dict[str, float]]:
+    """{name: {"mean", "std", "low", "high"}} of a row of numbers a volume, empty cells left out.
+
+    Raises: ValueError for a number that says nothing: no volume has it, or all have the same.
+    """
+    described = {}
+    for name, column in zip(sorted(names), np.array(values, dtype=np.float64).T, strict=True):
+        known = column[~np.isnan(column)]
+        if not len(known) or np.ptp(known) <= ROUNDING * abs(known).max():
+            found = f"is {known[0]:g} for all" if len(known) else "is empty for all"
+            raise ValueError(f"data: the number {name!r} {found} training volumes; take it out of data.numbers")
+        described[name] = {
+            "mean": float(known.mean()),
+            "std": float(known.std()),
+            "low": float(known.min()),
+            "high": float(known.max()),
+        }
+    return described

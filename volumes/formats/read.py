@@ -1,0 +1,182 @@
+"""Volumes from files of any kind that is known, by their names: NIfTI, DICOM series (folders), NRRD and MetaImage.
+
+Every file that cannot be read right is refused with a `VolumeError` that names it and says why; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nibabel.nifti1 import Nifti1Pair
+from nibabel.orientations import apply_orientation, io_orientation
+
+from files.names import nfc
+from volumes.volume import SourceGrid, Volume, VolumeError
+
+from . import metaimage, nrrd
+from .carriers import carries_geometry, read_carrier
+from .contents import check_content
+from .dicom import is_dicom, is_series, read_dicom, series_files
+from .nifti import AXES, NIFTI_SUFFIXES, canonical_grid, exact_values, read_nifti
+from .raw import UNITS, Stored, refuse_special_volume
+
+Readable = str | os.PathLike | Any  # an image in memory, see `carriers`
+
+READERS = {
+    ".nrrd": nrrd.read_nrrd,
+    ".nhdr": nrrd.read_nrrd,
+    ".mha": metaimage.read_metaimage,
+    ".mhd": metaimage.read_metaimage,
+    ".dcm": read_dicom,
+}
+SUFFIXES = (*NIFTI_SUFFIXES, *READERS)  # longest first where one ends in another
+WHOLE_NUMBER_TOLERANCE = 1e-4
+
+
+def read_volume(
+    source: Readable,
+    *,
+    time_point: int | None = None,
+    exact: bool = False,
+    units: str | None = None,
+    axes: str | None = None,
+) -> Volume:
+    """Read a scalar image as float32 (C, X, Y, Z), in RAS+ order, in the file's units: slope and intercept applied.
+
+    A 3-D file has one channel; the fourth axis of a 4-D file becomes the channels, or `time_point` picks one of them.
+    With `exact`, in a type that NIfTI has and that holds the same values: the file's own integers, float32, or float64.
+
+    Args:
+        source: a NIfTI, NRRD or MetaImage file, the folder of a DICOM series, or an image in memory that carries its geometry:
+            of nibabel, SimpleITK or torchio, or a MetaTensor of MONAI.
+        units: what lengths in the file's header are in, where it says so wrongly: "mm", "cm", "m" or "um".
+        axes: "CXYZ" for NIfTI whose channels come first, "XYZC" for such as only looks so.
+
+    Raises: VolumeError for files that are broken, truncated, in colour, complex, sheared, or hold values that are not
+    finite, and for kinds of files that are not known.
+    """
+    stored = read_stored(source, units=units, axes=axes)
+    values = stored.values
+    if time_point is not None:
+        if not 0 <= time_point < values.shape[3]:
+            raise VolumeError(
+                f"{stored.name}: has no time point {time_point}; it holds {values.shape[3]}, counted from 0"
+            )
+        values = values[..., time_point : time_point + 1]
+    with np.errstate(over="ignore"):  # what exceeds float32 becomes infinite and is refused below
+        array = values.astype(np.float32)
+    bad = array.size - int(np.isfinite(array).sum())
+    if bad:
+        raise VolumeError(
+            f"{stored.name}: {bad} of {array.size} values are not finite (NaN or infinite); replace them first"
+        )
+    return _canonical(exact_values(values) if exact else array, stored.grid)
+
+
+def read_mask(source: Readable, *, units: str | None = None, axes: str | None = None) -> Volume:
+    """Read a label map as int16 (1, X, Y, Z), in RAS+ order, from anything that `read_volume` reads. Float files are
+    fine if they hold whole numbers."""
+    stored = read_stored(source, units=units, axes=axes)
+    name, values = stored.name, stored.values
+    if values.shape[3] != 1:
+        raise VolumeError(f"{name}: a mask is one label map, this file holds {values.shape[3]}; merge them into one")
+    if not np.isfinite(values).all():
+        raise VolumeError(f"{name}: the mask holds values that are not finite")
+    labels = values if values.dtype.kind in "biu" else np.rint(values)
+    if labels is not values and np.abs(values - labels).max() > WHOLE_NUMBER_TOLERANCE:
+        worst = float(values.flat[np.abs(values - labels).argmax()])
+        raise VolumeError(
+            f"{name}: the mask holds {worst:.6g}, which is no whole number; is it an image or a probability map?"
+        )
+    limits = np.iinfo(np.int16)
+    if labels.min() < limits.min or labels.max() > limits.max:
+        raise VolumeError(
+            f"{name}: labels run from {labels.min():.0f} to {labels.max():.0f}; int16 is what is supported"
+        )
+    return _canonical(labels.astype(np.int16), stored.grid)
+
+
+def read_stored(source: Readable, *, units: str | None = None, axes: str | None = None) -> Stored:
+    """The voxels of a file as it has them, and their grid. Raises: VolumeError as `read_volume`."""
+    for what, value, known in (("units", units, tuple(UNITS)), ("axes", axes, AXES)):
+        if value is not None and value not in known:
+            raise VolumeError(f"{what} {value!r}: expected one of {', '.join(known)}, or None")
+    if isinstance(source, Nifti1Pair):
+        return read_nifti(source, units=units, axes=axes)
+    if carries_geometry(source):
+        if units is not None or axes is not None:
+            raise VolumeError(
+                f"units and axes are for files; change the geometry of the {type(source).__name__} itself"
+            )
+        return read_carrier(source)
+    if not isinstance(source, str | os.PathLike):
+        raise VolumeError(
+            f"expected a path, or an image that carries its geometry (of nibabel, SimpleITK or torchio, or a MetaTensor); "
+            f"got {type(source).__name__}"
+        )
+    if isinstance(os.fspath(source), bytes):
+        raise VolumeError(f"a path is text, {os.fspath(source)!r} is bytes; give os.fsdecode(path)")
+    path = Path(os.path.expanduser(source))
+    try:
+        if not path.exists():
+            raise VolumeError(f"{path}: no such file")
+        refuse_special_volume(path)
+        if path.is_dir():
+            return read_dicom(path, units)
+        if is_nifti(path):
+            return read_nifti(path, units=units, axes=axes)
+        check_content(path)
+        reader = READERS.get(path.suffix.lower(), read_dicom if is_dicom(path) else None)
+        if reader is None:
+            raise VolumeError(
+                f"{path}: is of no kind that is known; these are {', '.join(SUFFIXES)}, and DICOM folders"
+            )
+        return reader(path, units)
+    except OSError as error:
+        raise VolumeError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise VolumeError(f"{path}: does not fit into the memory of this process") from error
+
+
+def is_nifti(path: str | os.PathLike) -> bool:
+    """Whether a path is named as a NIfTI file is."""
+    return str(path).lower().endswith(NIFTI_SUFFIXES)
+
+
+def is_volume(path: Path) -> bool:
+    """Whether a file or folder is there that may hold a volume: any file, and folders of DICOM files.
+
+    Raises: VolumeError for a pipe, socket or device, which would keep its reader waiting.
+    """
+    refuse_special_volume(path)
+    return path.is_file() or is_series(path)
+
+
+def volume_stem(path: str | os.PathLike) -> str:
+    """The name of a volume's file without its suffix (.nii.gz, .nrrd, ...), in NFC; that of a DICOM folder."""
+    name = nfc(Path(path).name)
+    suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def volume_parts(path: str | os.PathLike) -> list[Path]:
+    """All files that make up one volume: itself, header and voxels where they are two, or the slices of a series."""
+    path = Path(os.path.expanduser(path))
+    if path.is_dir():
+        return series_files(path)
+    if half := re.fullmatch(r"(.*)\.(?:hdr|img)(\.gz)?", path.name):
+        return [path.with_name(f"{half[1]}.{part}{half[2] or ''}") for part in ("hdr", "img")]
+    suffix = path.suffix.lower()
+    detached = {".nhdr": nrrd.detached_file, ".nrrd": nrrd.detached_file, ".mhd": metaimage.detached_file}.get(suffix)
+    voxels = detached(path) if detached else None
+    return [path] if voxels is None else [path, voxels]
+
+
+def _canonical(values: np.ndarray, grid: SourceGrid) -> Volume:
+    """Voxels (I, J, K, C) in the order of the file to a Volume in RAS+."""
+    array = apply_orientation(values, io_orientation(grid.affine))
+    return Volume(np.ascontiguousarray(np.moveaxis(array, -1, 0)), canonical_grid(grid)[1], grid)
