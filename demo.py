@@ -125,7 +125,7 @@ def edit(pipeline: Path, data: dict[str, Any], output: Path, steps: int) -> None
         paths=after,
     )
     columns = [
-        {"title": title, "images": {"generated": read_volume(path).array[0]}, "mask": labels.array, "centre": (x, y, z)}
+        {"title": title, "images": {"generated": read_volume(path).array[0]}, "mask": labels.array, "center": (x, y, z)}
         for title, path, labels in (("before", volume, mask), ("after", after, edited))
     ]
     window = np.percentile(columns[0]["images"]["generated"], [0.5, 99.5]).tolist()

@@ -57,11 +57,11 @@ from evaluation.commands.common import check_first, holding_folder
 from evaluation.commands.common import run_command as run_evaluation
 from evaluation.data.label_budget import write_masks
 from evaluation.data.pairs import learning_cases
-from training import ending_with_others, join_processes, resolve_precision
+from training import join_processes, report_peer_failure, resolve_precision
 from volumes import load_cases
 from volumes.devices import find_device
 
-LONGEST_WAIT = timedelta(days=2)  # of processes for each other: for the longest training, or what one does alone
+MAX_WAIT = timedelta(days=2)  # of processes for each other: for the longest training, or what one does alone
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
@@ -69,12 +69,12 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     values = parse(args)
     command = COMMANDS[values.pop("subcommand")]
     options = values[command.name]
-    state = join_processes(LONGEST_WAIT)
+    state = join_processes(MAX_WAIT)
     own = str(state.device) if torch.cuda.is_available() else "cpu"
     device = find_device(options.get("device") or own)
     precision = resolve_precision(options.get("precision", "no"))
     again = "run the same command again: it goes on with what is there"
-    with ending_with_others(state, again), stoppable(again), holding_folder(command, options):
+    with report_peer_failure(state, again), stoppable(again), holding_folder(command, options):
         if command.name == "all" and options.pipeline and not options.synthetic:
             planned = options.clone()
             planned.synthetic = [str(Path(options.output) / "generated")]

@@ -81,7 +81,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
         type=label_pair,
         default=[],
         metavar="VALUE=LABEL",
-        help="read a label value as one that the model knows, by value or name: 3=1 4=tumour",
+        help="read a label value as one that the model knows, by value or name: 3=1 4=tumor",
     )
     parser.add_argument(
         "--reject_copies",
@@ -90,7 +90,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
         help="make volumes again that are copies of training volumes, by this file of `python -m evaluation.copies.fingerprints`",
     )
     parser.add_argument(
-        "--most_rejections",
+        "--max_attempts",
         type=Number(PositiveInt),
         default=10,
         help="refused volumes after which one is given up (10)",
@@ -160,13 +160,13 @@ from pipelines.inputs.requests import Request, mask_requests, read_requests
 from pipelines.storage.finished import left_to_generate
 from pipelines.storage.manifest import MANIFEST, check_manifest, write_manifest
 from pipelines.storage.trained_on import GENERATED
-from training import ending_with_others, join_processes
-from training.engine.output import check_writable, naming_full_disk
-from volumes import VoxelError, draw_shape, map_fault
+from training import join_processes, report_peer_failure
+from training.engine.output import check_writable, explain_disk_full
+from volumes import VoxelError, draw_shape, label_map_fault
 from volumes.formats.raw import memory_bytes
 
 DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16), strict=True))
-LONGEST_RUN = timedelta(days=30)  # processes wait this long for each other at the end
+MAX_RUN_TIME = timedelta(days=30)  # processes wait this long for each other at the end
 MOST_NAME_BYTES = 255  # of a file
 
 
@@ -192,9 +192,9 @@ class Task:
 def main(args: Sequence[str] | None = None) -> None:
     """Generate what is not there yet."""
     options = parse(args)
-    state = join_processes(LONGEST_RUN)
+    state = join_processes(MAX_RUN_TIME)
     again = "run the same command again: it goes on with what is there"
-    with ending_with_others(state, again), stoppable(again):
+    with report_peer_failure(state, again), stoppable(again):
         lost = generate_all(options, state)
     state.destroy_process_group()
     if lost:
@@ -282,7 +282,7 @@ def generate_tasks(
             for indices in equal_batches([task.shape for task in todo], options.batch_size):
                 batch = [todo[i] for i in indices]
                 names = batch[0].path.name + (f" and {len(batch) - 1} more" if len(batch) > 1 else "")
-                with finishing(names), naming_full_disk(options.output):
+                with finishing(names), explain_disk_full(options.output):
                     if rejection is None:
                         given_up = write_batch(pipe, batch, options)
                     else:
@@ -361,16 +361,16 @@ def load_rejection(
         if any(request.images for request in requests):
             raise ValueError("--reject_copies is for volumes whose channels are all generated: leave it out")
         checks.append(copy_check(options.reject_copies, pipe.data, pipe.training_subjects))
-    return Rejection(checks, options.most_rejections) if checks else None
+    return Rejection(checks, options.max_attempts) if checks else None
 
 
 def map_check(data: dict[str, Any]) -> Check:
-    """Whether a generated label map is one that could be: `volumes.map_fault`."""
+    """Whether a generated label map is one that could be: `volumes.label_map_fault`."""
     names = {int(value): name for value, name in data["image_labels"].items()}
 
     def judge(image: Any) -> tuple[bool, dict[str, Any]]:
         voxel = float(np.prod(image.header.get_zooms()[:3]))
-        fault = map_fault(np.asarray(image.dataobj), voxel, names, data["maps"])
+        fault = label_map_fault(np.asarray(image.dataobj), voxel, names, data["maps"])
         return fault is not None, {} if fault is None else {"fault": fault}
 
     return Check("map_check", judge, lambda found: f"is no such map as the training set's ({found['fault']})")
@@ -455,8 +455,8 @@ def planned(
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """The padded grid of a request's volumes, and the sidecar that they share, but for the seed. Raises: ValueError for files,
     classes and numbers that cannot be used."""
-    canvas = pipe.canvas(request.mask, size, options.label_map, request.images)
-    labels, numbers = check_conditions(pipe.unet, pipe.data, request.labels, request.numbers, canvas.grid)
+    prepared = pipe.prepared(request.mask, size, options.label_map, request.images)
+    labels, numbers = check_conditions(pipe.unet, pipe.data, request.labels, request.numbers, prepared.grid)
     record = pipe.provenance(
         describe_mask(request.mask) if request.mask else None,
         shape=size,
@@ -468,7 +468,7 @@ def planned(
         numbers=numbers,
         images=describe_images(request.images),
     )
-    return canvas.shape, record
+    return prepared.shape, record
 
 
 def check_file_names(path: Path, record: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ from training import (
     Learner,
     Loop,
     build_model,
-    initialise_from,
+    initialize_from,
     open_run,
     save_model,
 )
@@ -130,7 +130,7 @@ class DiffusionStep:
         weight = torch.ones_like(latents[:, :1])  # padding is thinner than a cell, so every cell has a voxel inside
         with self.unet.accelerator.autocast():
             losses = self.loss(self.unet.average, self.objective, latents, conditions, weight, generator, each=True)
-        apart = len(self.channels) > 1 and self.vae.channels_apart == len(self.channels) and not self.label_maps
+        apart = len(self.channels) > 1 and self.vae.num_channel_groups == len(self.channels) and not self.label_maps
         of_channel = {
             f"loss/{name}": losses[self.vae.latents_of(i)] for i, name in enumerate(self.channels if apart else ())
         }
@@ -181,11 +181,11 @@ def check_unseen(
     return join_records(records)
 
 
-def start_from(unet: LatentUNet3D, folder: str | Path) -> list[str]:
-    """`initialise_from` of a trained U-Net; of its classes and numbers by name, those that it lacks starting at zero."""
+def init_unet(unet: LatentUNet3D, folder: str | Path) -> list[str]:
+    """`initialize_from` of a trained U-Net; of its classes and numbers by name, those that it lacks starting at zero."""
     described = Path(folder) / "config.json"
     moved = moved_embeddings(read_object(described), unet.config) if described.is_file() else None
-    return initialise_from(unet, folder, new="condition_embedding", moved=moved)
+    return initialize_from(unet, folder, new="condition_embedding", moved=moved)
 
 
 def attach_lora(unet: LatentUNet3D, config: TrainLdmConfig) -> str:
@@ -276,7 +276,7 @@ def train_as(config: TrainLdmConfig, accelerator: Accelerator) -> dict[str, floa
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.init_from:
-        fresh = start_from(unet, config.init_from)
+        fresh = init_unet(unet, config.init_from)
         logger.info("started from %s; layers left fresh: %s", config.init_from, fresh or "none")
     base = attach_lora(unet, config) if config.lora else None
     sampler = partial(

@@ -56,7 +56,7 @@ from training import (
     PerceptualConfig,
     build_model,
     derive_seed,
-    initialise_from,
+    initialize_from,
     open_run,
     save_config,
     save_model,
@@ -72,10 +72,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 logger = logging.getLogger("training")
-FEWEST_CODES = 1.5  # effective codes below which a codebook has collapsed
+MIN_CODES = 1.5  # effective codes below which a codebook has collapsed
 
 
-class Adversary:
+class AdversarialTrainer:
     """A discriminator and what the autoencoder loses and gains by it."""
 
     def __init__(self, learner: Learner[VolumeDiscriminator], config: AdversarialConfig):
@@ -86,7 +86,7 @@ class Adversary:
         since = step - self.config.start_step
         return None if since < 0 else min(1.0, (since + 1) / (self.config.warmup_steps + 1))
 
-    def deceive(
+    def generator_loss(
         self, image: Tensor, reconstruction: Tensor, slices: Slices, reconstruction_loss: Tensor, last_weight: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The autoencoder's part: to be taken for real. No gradient reaches the discriminator."""
@@ -103,7 +103,7 @@ class Adversary:
         loss = self.config.weight * scale * generator + self.config.feature_matching * features
         return loss, {"generator": generator, "feature_matching": features, "adaptive_weight": scale}
 
-    def discern(self, image: Tensor, reconstruction: Tensor, slices: Slices) -> dict[str, Tensor]:
+    def discriminator_step(self, image: Tensor, reconstruction: Tensor, slices: Slices) -> dict[str, Tensor]:
         """The discriminator's part: to tell them apart. No gradient reaches the autoencoder."""
         both = Slices(slices.axis, slices.positions.repeat(2, 1))
         found = self.learner.model(torch.cat([image, reconstruction.detach()]), both)  # one pass: DDP wants no more
@@ -114,7 +114,7 @@ class Adversary:
         return {"discriminator": loss}
 
 
-class Perception:
+class PerceptualLoss:
     """A frozen network, and how it is asked."""
 
     def __init__(self, network: EncoderFeatures | VGG16Features, config: PerceptualConfig):
@@ -136,8 +136,8 @@ class AutoencoderStep:
         self,
         learner: Learner[VolumeAutoencoder],
         weights: AutoencoderLosses,
-        adversary: Adversary | None = None,
-        perception: Perception | None = None,
+        adversary: AdversarialTrainer | None = None,
+        perception: PerceptualLoss | None = None,
         channels: Sequence[str] = ("image",),
         label_maps: bool = False,
     ):
@@ -166,7 +166,7 @@ class AutoencoderStep:
         if self.adversary is not None and strength is not None:
             slices = draw_slices(fov, max(self.adversary.config.slices, 1), generators[0])
             last: Any = self.vae.network.decoder[-1].weight
-            deceit, parts = self.adversary.deceive(image, seen, slices, loss, last)
+            deceit, parts = self.adversary.generator_loss(image, seen, slices, loss, last)
             losses |= parts
             loss = loss + strength * deceit
         name, value = latent_loss(latents, fov)
@@ -174,7 +174,7 @@ class AutoencoderStep:
         loss = loss + getattr(weights, name) * value
         self.vae.backward(loss)
         if self.adversary is not None and slices is not None:
-            losses |= self.adversary.discern(image, seen, slices)
+            losses |= self.adversary.discriminator_step(image, seen, slices)
         if isinstance(latents, QuantisedLatents):
             losses |= self._note_codes(latents, fov)
         return {"loss": loss.detach(), **{name: value.detach() for name, value in losses.items()}}
@@ -196,7 +196,7 @@ class AutoencoderStep:
 
     def review(self, values: dict[str, float]) -> list[str]:
         """Whether the codebook collapsed: nearly all cells have one and the same code."""
-        if values.get("perplexity", FEWEST_CODES) >= FEWEST_CODES:
+        if values.get("perplexity", MIN_CODES) >= MIN_CODES:
             return []
         return [
             f"the codebook has collapsed: cells share {values['perplexity']:.2f} codes (perplexity). Lower "
@@ -219,7 +219,7 @@ class AutoencoderStep:
 
     @torch.no_grad()
     def preview(self, items: list[dict[str, Any]]) -> "Figure":
-        """Real beside reconstructed, a row for each channel of each volume, on one grey scale: that of the channel's scaling."""
+        """Real beside reconstructed, a row for each channel of each volume, on one gray scale: that of the channel's scaling."""
         cases = []
         for item in items:
             reconstruction = self._reconstruct(item["image"][None])[0].clamp(-1, 1)
@@ -258,7 +258,7 @@ def freeze_encoder(vae: VolumeAutoencoder, source: str | None) -> None:
     vae.set_latent_statistics(statistics["latents_mean"], statistics["latents_std"])
 
 
-def make_adversary(config: TrainVaeConfig, vae: VolumeAutoencoder) -> Adversary | None:
+def make_adversary(config: TrainVaeConfig, vae: VolumeAutoencoder) -> AdversarialTrainer | None:
     """The discriminator that the config asks for, if it does."""
     options = config.adversarial
     if options is None:
@@ -269,10 +269,10 @@ def make_adversary(config: TrainVaeConfig, vae: VolumeAutoencoder) -> Adversary 
     )
     optimizer = replace(options.optimizer, gradient_accumulation=config.optimizer.gradient_accumulation)
     learner = Learner("discriminator", network, optimizer, ema_decay=0.0, max_steps=config.loop.max_steps)
-    return Adversary(learner, options)
+    return AdversarialTrainer(learner, options)
 
 
-def make_perception(config: TrainVaeConfig, vae: VolumeAutoencoder) -> Perception | None:
+def make_perception(config: TrainVaeConfig, vae: VolumeAutoencoder) -> PerceptualLoss | None:
     """The frozen network that the config asks for, if it does. Raises: ValueError if it does not fit crops or channels."""
     options = config.perceptual
     if options is None:
@@ -290,7 +290,7 @@ def make_perception(config: TrainVaeConfig, vae: VolumeAutoencoder) -> Perceptio
         raise ValueError(
             f"crops.shape {side}: no multiple of {network.stride}, the stride of perceptual.network {path}"
         )
-    return Perception(network, options)
+    return PerceptualLoss(network, options)
 
 
 def check_start(source: str, config: TrainVaeConfig, train: VolumeDataset, held_out: VolumeDataset | None) -> None:
@@ -372,7 +372,7 @@ def train_as(config: TrainVaeConfig, accelerator: Accelerator) -> dict[str, floa
         return {}
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
-    fresh = initialise_from(vae, config.init_from) if config.init_from else []
+    fresh = initialize_from(vae, config.init_from) if config.init_from else []
     if config.init_from:
         logger.info("started from %s; layers left fresh: %s", config.init_from, fresh or "none")
     if config.freeze_encoder:

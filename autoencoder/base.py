@@ -1,4 +1,4 @@
-"""What every autoencoder here shares: coding in one piece or in slabs, and latents in standardised units.
+"""What every autoencoder here shares: coding in one piece or in slabs, and latents in standardized units.
 
 Axes: volumes (B, C, X, Y, Z) in [-1, 1], latents (B, C, h, w, d).
 """
@@ -64,7 +64,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         level_strides = [as_stride(s) for s in strides]
         self.stride = as_stride([math.prod(axis) for axis in zip(self.patch_size, *level_strides, strict=True)])
         patch = math.prod(self.patch_size)
-        apart = self.channels_apart
+        apart = self.num_channel_groups
         self.encoder = Encoder(
             config["in_channels"] // apart * patch, encoded_channels // apart, channels, level_strides, encoder_blocks
         )
@@ -85,7 +85,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
             refuse(faults_of(Sequence[hint] | None, values, name))
 
     @property
-    def channels_apart(self) -> int:
+    def num_channel_groups(self) -> int:
         """Into how many parts, each coded by itself with the same weights, a volume's channels fall: 1 unless
         `per_channel`."""
         return self.config["in_channels"] if self.config.get("per_channel") else 1
@@ -95,7 +95,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
 
         Raises: ValueError if channels share their latents, and for a channel that there is not.
         """
-        channels, apart = self.config["in_channels"], self.channels_apart
+        channels, apart = self.config["in_channels"], self.num_channel_groups
         if apart != channels:
             raise ValueError(
                 "this autoencoder mixes the channels of a volume in its latents; train one with per_channel: true"
@@ -106,7 +106,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         return slice(channel * width, (channel + 1) * width)
 
     def _distribution(self, encoded: Tensor) -> Distribution:
-        """What the encoder gave, as a distribution of standardised latents."""
+        """What the encoder gave, as a distribution of standardized latents."""
         raise NotImplementedError
 
     def _decodable(self, raw: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         """About how much memory encoding or decoding `shape` (X, Y, Z) voxels in one piece takes, in bytes, besides
         weights, volume and latents: the largest level's channels, for the tensors that live at once."""
         strides, widths = [self.patch_size, *map(as_stride, self.config["strides"])], self.config["channels"]
-        elements, voxels = 0, math.prod(shape) * batch * self.channels_apart
+        elements, voxels = 0, math.prod(shape) * batch * self.num_channel_groups
         for width, stride in zip(widths, strides, strict=True):
             voxels = voxels / math.prod(stride)
             elements = max(elements, round(width * voxels))
@@ -167,7 +167,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
             )
 
     def latent_bound(self) -> float | None:
-        """What no standardised latent that means something exceeds in size, by which samplers may clip (`clip_sample`);
+        """What no standardized latent that means something exceeds in size, by which samplers may clip (`clip_sample`);
         None where there is no such bound."""
         return None
 
@@ -183,7 +183,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[Distribution]:
-        """Volumes (B, C, X, Y, Z) in [-1, 1] -> posterior over standardised latents (B, latent_channels, h, w, d).
+        """Volumes (B, C, X, Y, Z) in [-1, 1] -> posterior over standardized latents (B, latent_channels, h, w, d).
 
         Raises: ValueError for another number of channels, and if a side is not a multiple of the stride (pad first:
         `volumes.pad_to_multiple`).
@@ -200,7 +200,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
 
     @apply_forward_hook
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Standardised latents (B, latent_channels, h, w, d) -> volumes (B, C, X, Y, Z), not clamped."""
+        """Standardized latents (B, latent_channels, h, w, d) -> volumes (B, C, X, Y, Z), not clamped."""
         voxels = [n * s for n, s in zip(z.shape[2:], self.stride, strict=True)]
         if self.tiles(voxels, len(z)):
             sample = _assemble(self.decode_slabs(z), voxels)
@@ -239,14 +239,14 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
 
     def _encode(self, x: Tensor) -> Tensor:
         """Volumes -> what the encoder gives."""
-        parts = _apart(whole_cells(self, x, self.patch_size[2]), self.channels_apart)
-        return _together(self.encoder(space_to_depth(parts, self.patch_size)), self.channels_apart)
+        parts = _split_groups(whole_cells(self, x, self.patch_size[2]), self.num_channel_groups)
+        return _merge_groups(self.encoder(space_to_depth(parts, self.patch_size)), self.num_channel_groups)
 
     def _decode(self, z: Tensor) -> Tensor:
-        """Standardised latents -> volumes."""
+        """Standardized latents -> volumes."""
         mean, std = (v.view(1, -1, 1, 1, 1) for v in self._statistics(z))
-        parts = self.decoder(_apart(self._decodable(z * std + mean), self.channels_apart))
-        return _together(depth_to_space(parts, self.patch_size), self.channels_apart)
+        parts = self.decoder(_split_groups(self._decodable(z * std + mean), self.num_channel_groups))
+        return _merge_groups(depth_to_space(parts, self.patch_size), self.num_channel_groups)
 
     def forward(
         self,
@@ -262,13 +262,13 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         return DecoderOutput(sample=reconstruction) if return_dict else (reconstruction, posterior)
 
 
-def _apart(x: Tensor, parts: int) -> Tensor:
+def _split_groups(x: Tensor, parts: int) -> Tensor:
     """(B, parts * C, ...) -> (B * parts, C, ...)."""
     return x if parts == 1 else x.unflatten(1, (parts, x.shape[1] // parts)).flatten(0, 1)
 
 
-def _together(x: Tensor, parts: int) -> Tensor:
-    """The inverse of `_apart`."""
+def _merge_groups(x: Tensor, parts: int) -> Tensor:
+    """The inverse of `_split_groups`."""
     return x if parts == 1 else x.unflatten(0, (len(x) // parts, parts)).flatten(1, 2)
 
 

@@ -1,7 +1,7 @@
 """A codebook learned by moving averages (van den Oord et al. 2017, appendix A.1; Razavi et al. 2019).
 
 It is float32 under autocast, and in a model that is loaded in another type (`torch_dtype`); `.to(dtype)` casts it too, of
-which diffusers warns. `forward` changes nothing: the training step calls `update` once an optimiser step that was taken,
+which diffusers warns. `forward` changes nothing: the training step calls `update` once an optimizer step that was taken,
 with what all its batches and processes saw.
 """
 
@@ -26,7 +26,7 @@ class Codebook(nn.Module):
     codes: Tensor
     counts: Tensor
     sums: Tensor
-    initialised: Tensor
+    initialized: Tensor
 
     def __init__(self, num_codes: int, channels: int, decay: float = 0.99, dead_below: float = 0.1):
         super().__init__()
@@ -39,7 +39,7 @@ class Codebook(nn.Module):
         self.register_buffer("codes", torch.randn(num_codes, channels))
         self.register_buffer("counts", torch.zeros(num_codes))
         self.register_buffer("sums", torch.zeros(num_codes, channels))
-        self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents (B, C, h, w, d) -> their nearest codes, the same shape, and the codes' indices (B, h, w, d).
@@ -48,8 +48,8 @@ class Codebook(nn.Module):
         """
         cells = latents.movedim(1, -1)
         indices = self.nearest(cells.reshape(-1, cells.shape[-1])).view(cells.shape[:-1])
-        quantised = self.codes[indices].movedim(-1, 1).to(latents.dtype)
-        return quantised + (latents - latents.detach()), indices  # exactly the codes, in any precision
+        quantized = self.codes[indices].movedim(-1, 1).to(latents.dtype)
+        return quantized + (latents - latents.detach()), indices  # exactly the codes, in any precision
 
     @torch.no_grad()
     def nearest(self, cells: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Codebook(nn.Module):
         generator: torch.Generator,
         gather: Callable[[Tensor], Tensor] = lambda cells: cells,
     ) -> None:
-        """Move the codes towards the cells that chose them; the first call puts them on cells drawn at random.
+        """Move the codes toward the cells that chose them; the first call puts them on cells drawn at random.
 
         Args:
             cells: (N, C) latents inside the field of view.
@@ -79,11 +79,11 @@ class Codebook(nn.Module):
         cells = gather(cells.float())
         if not len(cells):
             return
-        if not self.initialised:
+        if not self.initialized:
             self.codes.copy_(self._draw(cells, len(self.codes), generator))
             self.counts.fill_(1.0)
             self.sums.copy_(self.codes)
-            self.initialised.fill_(True)
+            self.initialized.fill_(True)
         indices = self.nearest(cells)
         chosen = torch.zeros_like(self.counts).index_add_(0, indices, torch.ones_like(cells[:, 0]))
         total = torch.zeros_like(self.sums).index_add_(0, indices, cells)

@@ -57,6 +57,6 @@ class AutoencoderKL3D(VolumeAutoencoder[DiagonalGaussian3D]):
         self._build(encoded_channels=2 * latent_channels)
 
     def _distribution(self, encoded: Tensor) -> DiagonalGaussian3D:
-        if self.channels_apart > 1:  # mean and log-variance of one channel after another: all the means go first
-            encoded = encoded.unflatten(1, (self.channels_apart, 2, -1)).transpose(1, 2).flatten(1, 3)
+        if self.num_channel_groups > 1:  # mean and log-variance of one channel after another: all the means go first
+            encoded = encoded.unflatten(1, (self.num_channel_groups, 2, -1)).transpose(1, 2).flatten(1, 3)
         return DiagonalGaussian3D(encoded, *self._statistics(encoded))

@@ -85,9 +85,9 @@ class ChannelRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 4, 1)  # a view without a copy in channels_last_3d
-        return self._normalise(x, self.weight.to(x.dtype)).permute(0, 4, 1, 2, 3)
+        return self._normalize(x, self.weight.to(x.dtype)).permute(0, 4, 1, 2, 3)
 
-    def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
             return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
         # the same in two passes over memory; PyTorch's makes five on a CPU (python -m benchmarks.speed.choices)

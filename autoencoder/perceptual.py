@@ -29,7 +29,7 @@ class EncoderFeatures(nn.Module):
     def __init__(self, vae: VolumeAutoencoder):
         super().__init__()
         self.encoder, self.patch_size, self.stride = vae.encoder, vae.patch_size, vae.stride
-        self.in_channels = vae.config["in_channels"] // vae.channels_apart
+        self.in_channels = vae.config["in_channels"] // vae.num_channel_groups
         self.eval().requires_grad_(False)
 
     def forward(self, volumes: Tensor) -> list[Tensor]:
@@ -44,7 +44,7 @@ class EncoderFeatures(nn.Module):
 
 class VGG16Features(nn.Module):
     """Features of slices: VGG-16 (Simonyan & Zisserman 2015, Table 1, D) up to the last activation of each of its five
-    blocks, as LPIPS takes them (Zhang et al. 2018). Each channel is looked at alone, as a grey picture.
+    blocks, as LPIPS takes them (Zhang et al. 2018). Each channel is looked at alone, as a gray picture.
 
     Args:
         path: safetensors file with the weights under torchvision's names, `features.0.weight` and so on; those of the
@@ -63,7 +63,7 @@ class VGG16Features(nn.Module):
         with torch.device("meta"):  # draws no random numbers
             self.features = self._layers()
         self.load_state_dict(_read_features(Path(path), self.state_dict()), assign=True)
-        # of ImageNet's colours in [0, 1], which these weights were trained with (torchvision)
+        # of ImageNet's colors in [0, 1], which these weights were trained with (torchvision)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
@@ -79,8 +79,8 @@ class VGG16Features(nn.Module):
 
     def forward(self, slices: Tensor) -> list[Tensor]:
         """(B, C, H, W) -> (B * C, ., h, w), one a block, finest first."""
-        grey = slices.reshape(-1, 1, *slices.shape[2:])
-        x, features = ((grey + 1) / 2 - self.mean) / self.std, []  # one channel becomes three
+        gray = slices.reshape(-1, 1, *slices.shape[2:])
+        x, features = ((gray + 1) / 2 - self.mean) / self.std, []  # one channel becomes three
         for layer in list(self.features)[:-1]:
             if isinstance(layer, nn.MaxPool2d):
                 features.append(x)
@@ -108,7 +108,7 @@ def _read_features(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]
 def perceptual_loss(
     network: EncoderFeatures | VGG16Features, reconstruction: Tensor, image: Tensor, fov: Tensor
 ) -> Tensor:
-    """Squared distance of unit-normalised features, averaged inside the field of view and summed over levels (Zhang et
+    """Squared distance of unit-normalized features, averaged inside the field of view and summed over levels (Zhang et
     al. 2018, Eq. 1, with all weights 1).
 
     Gradients reach the reconstruction only.

@@ -1,4 +1,4 @@
-"""What an encoder says of the latents: a distribution, in standardised units."""
+"""What an encoder says of the latents: a distribution, in standardized units."""
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -6,16 +6,16 @@ from torch import Tensor
 
 
 class LatentDistribution:
-    """Latents (B, C, h, w, d) as their encoder gives them, standardised by the training set's statistics.
+    """Latents (B, C, h, w, d) as their encoder gives them, standardized by the training set's statistics.
 
-    `mean`, `std`, `sample()` and `mode()` are in standardised units: unit variance per channel over the training set,
+    `mean`, `std`, `sample()` and `mode()` are in standardized units: unit variance per channel over the training set,
     which is what the diffusion model sees. `raw_mean` is in the encoder's own.
 
     Args:
         raw_mean: (B, C, h, w, d).
         raw_std: the same shape; zeros where the encoder is certain.
         latents_mean, latents_std: (C,) statistics of the raw mean; they are the only place where latents are
-            standardised.
+            standardized.
     """
 
     def __init__(self, raw_mean: Tensor, raw_std: Tensor, latents_mean: Tensor, latents_std: Tensor):
@@ -25,12 +25,12 @@ class LatentDistribution:
         self.std = raw_std / scale
 
     def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
-        """One draw, (B, C, h, w, d), standardised."""
+        """One draw, (B, C, h, w, d), standardized."""
         noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + self.std * noise
 
     def mode(self) -> Tensor:
-        """The mean, (B, C, h, w, d), standardised."""
+        """The mean, (B, C, h, w, d), standardized."""
         return self.mean
 
 

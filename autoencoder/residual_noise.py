@@ -21,7 +21,7 @@ from volumes import VolumeDataset, pad_to_multiple
 from .base import VolumeAutoencoder
 
 RADIUS = 3  # voxels: the noise is white noise filtered by a kernel of 2 RADIUS + 1 voxels a side
-LARGEST = 48  # voxels a side of the centre crops whose spectra are compared
+MAX_VALUE = 48  # voxels a side of the center crops whose spectra are compared
 BINS = 16  # of decoded intensity
 LEVELS = 65  # quantiles of the noise level, from the lowest to the highest
 
@@ -59,18 +59,18 @@ def check_noise_shape(shape: Sequence[int]) -> None:
 def fit_noise(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: Sequence[int]) -> list[dict[str, Any]]:
     """The noise that reconstructions lack, channel by channel, ready for JSON.
 
-    Of the power spectra of Hann-windowed centre crops, the mean of real less reconstructed, where positive, is the noise's
+    Of the power spectra of Hann-windowed center crops, the mean of real less reconstructed, where positive, is the noise's
     spectrum; its root is the transfer function of a filter (zero phase), cut to `RADIUS`. A volume's level is the root of its
     mean squared error over that of all volumes.
 
     Args:
         pairs: real volumes and their reconstructions, (C, X, Y, Z) float in [-1, 1] on one grid.
-        shape: (X, Y, Z) of the smallest volume; crops are of it or of `LARGEST`, whichever is smaller.
+        shape: (X, Y, Z) of the smallest volume; crops are of it or of `MAX_VALUE`, whichever is smaller.
     Returns: for each channel {"kernel": nested list (7, 7, 7) whose squares sum to 1, "std": of the noise at level 1, "curve": [`BINS`]
         its factor by decoded intensity, "levels": [`LEVELS`] quantiles}; "std" is 0 if no power is missing.
     Raises: ValueError for no pairs, and crops smaller than the kernel.
     """
-    sides = tuple(min(int(n), LARGEST) for n in shape)
+    sides = tuple(min(int(n), MAX_VALUE) for n in shape)
     check_noise_shape(shape)
     missing, errors, squares, counts, weights = [], [], 0.0, 0.0, 0.0
     window = _window(sides).ravel() ** 2
@@ -83,7 +83,7 @@ def fit_noise(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: Sequence[in
         channels = range(len(real))
         squares += np.stack([np.bincount(bins[c].ravel(), residual[c].ravel(), BINS) for c in channels])
         counts += np.stack([np.bincount(bins[c].ravel(), minlength=BINS) for c in channels])
-        seen = _centre(bins, sides)
+        seen = _center(bins, sides)
         weights += np.stack([np.bincount(seen[c].ravel(), window, BINS) for c in channels])
     if not missing:
         raise ValueError("no volumes to fit a noise model on")
@@ -104,16 +104,16 @@ def _window(sides: Sequence[int]) -> np.ndarray:
     return np.einsum("x,y,z->xyz", *(np.hanning(side + 2)[1:-1] for side in sides))
 
 
-def _centre(volume: np.ndarray, sides: Sequence[int]) -> np.ndarray:
-    """(C, *sides) about the centre."""
+def _center(volume: np.ndarray, sides: Sequence[int]) -> np.ndarray:
+    """(C, *sides) about the center."""
     low = [(n - side) // 2 for n, side in zip(volume.shape[1:], sides, strict=True)]
     x, y, z = (slice(start, start + side) for start, side in zip(low, sides, strict=True))
     return volume[:, x, y, z]
 
 
 def _power(volume: np.ndarray, sides: Sequence[int]) -> np.ndarray:
-    """Power spectra (C, *sides) of windowed centre crops; their mean is the variance of what varies."""
-    crop, window = np.asarray(_centre(volume, sides), np.float64), _window(sides)
+    """Power spectra (C, *sides) of windowed center crops; their mean is the variance of what varies."""
+    crop, window = np.asarray(_center(volume, sides), np.float64), _window(sides)
     crop = (crop - (crop * window).sum((1, 2, 3), keepdims=True) / window.sum()) * window
     return np.abs(np.fft.fftn(crop, axes=(1, 2, 3))) ** 2 / (window**2).sum()
 
@@ -129,8 +129,8 @@ def _channel(
         kernel[RADIUS, RADIUS, RADIUS] = 1
         return {"kernel": kernel.tolist(), "std": 0.0, "curve": [1.0] * BINS, "levels": [1.0] * LEVELS}
     kernel = np.fft.fftshift(np.fft.ifftn(np.sqrt(mean)).real)
-    centre = [n // 2 for n in kernel.shape]
-    x, y, z = (slice(n - RADIUS, n + RADIUS + 1) for n in centre)
+    center = [n // 2 for n in kernel.shape]
+    x, y, z = (slice(n - RADIUS, n + RADIUS + 1) for n in center)
     kernel = kernel[x, y, z]
     filled = counts > 0
     places = np.arange(BINS)
@@ -144,7 +144,7 @@ def _channel(
     }
 
 
-class NoiseModel:
+class ResidualNoiseModel:
     """Adds noise as `fit_noise` found it.
 
     Args:
@@ -185,7 +185,7 @@ class NoiseModel:
 
 
 def _at(curve: np.ndarray, intensities: Tensor) -> Tensor:
-    """The curve over [-1, 1], given at the centres of its bins, at intensities of any shape."""
+    """The curve over [-1, 1], given at the centers of its bins, at intensities of any shape."""
     values = torch.from_numpy(curve).to(intensities.device)
     places = ((intensities.clamp(-1, 1) + 1) / 2 * len(curve) - 0.5).clamp(0, len(curve) - 1)
     below = places.floor().long().clamp(max=len(curve) - 2)

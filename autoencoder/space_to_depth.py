@@ -64,7 +64,7 @@ class SpaceToDepth3D(VolumeAutoencoder[LatentDistribution]):
         self.register_buffer("place", torch.zeros(()))  # a model has a device, a type and a file: those of its tensors
 
     @property
-    def channels_apart(self) -> int:
+    def num_channel_groups(self) -> int:
         return self.config["in_channels"]
 
     def activation_bytes(self, shape: Sequence[int], batch: int = 1) -> int:

@@ -2,7 +2,7 @@
 
 A slab goes through the whole network before the next one is read. What a layer will need again, it keeps: a
 convolution its last planes, a sum the planes of its faster branch, a fold the planes of an unfinished cell. So every
-plane of every layer is computed once, from the same neighbours as in the whole volume: no halo, no blending, no seam,
+plane of every layer is computed once, from the same neighbors as in the whole volume: no halo, no blending, no seam,
 and memory that does not grow with the third axis.
 
 Only layers that look along the third axis know of it, by one call each: `window` (convolutions), `delayed` (sums and

@@ -22,7 +22,7 @@ from .posterior import LatentDistribution
 
 
 class QuantisedLatents(LatentDistribution):
-    """Latents before quantisation, certain; `indices` (B, h, w, d) are their nearest codes."""
+    """Latents before quantization, certain; `indices` (B, h, w, d) are their nearest codes."""
 
     def __init__(self, raw: Tensor, codebook: Codebook, latents_mean: Tensor, latents_std: Tensor):
         super().__init__(raw, torch.zeros_like(raw), latents_mean, latents_std)
@@ -44,10 +44,10 @@ class QuantisedLatents(LatentDistribution):
 
 
 class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
-    """Vector-quantised autoencoder for volumes, without GroupNorm or attention.
+    """Vector-quantized autoencoder for volumes, without GroupNorm or attention.
 
-    `encode` gives the latents before quantisation, as the diffusion model of Medical Diffusion learns them; `decode`
-    quantises, then decodes. So all that works on latents works on these.
+    `encode` gives the latents before quantization, as the diffusion model of Medical Diffusion learns them; `decode`
+    quantizes, then decodes. So all that works on latents works on these.
 
     Args:
         in_channels, out_channels: channels of the volume.
@@ -86,7 +86,7 @@ class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
         return QuantisedLatents(encoded, self.codebook, *self._statistics(encoded))
 
     def latent_bound(self) -> float:
-        """Latents are quantised when they are decoded: nothing beyond the codes means anything."""
+        """Latents are quantized when they are decoded: nothing beyond the codes means anything."""
         codes = self.codebook.codes.float()
         mean, std = self._statistics(codes)
         return float(((codes - mean) / std).abs().max())

@@ -27,7 +27,7 @@ LOADING = (  # keywords of from_pretrained that decide how weights are read
 )
 VARIANT = rf"{WEIGHTS}(?:\.safetensors\.index)?\.([\w-]+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)"  # of the files of one
 MOST_HEADER = 1 << 26  # bytes of the header of a safetensors file
-LARGEST = 1_000_000  # whole number in a model's config, and values in it, beside records of the training
+MAX_VALUE = 1_000_000  # whole number in a model's config, and values in it, beside records of the training
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -122,7 +122,7 @@ def check_weights(folder: Path, model_class: Any, variant: str | None = None) ->
 
 def check_config(folder: Path, config: dict[str, Any], model_class: Any, tensors: int) -> None:
     """Check that a config.json is one of `model_class`, before a model is built of it: only the class's own arguments
-    (diffusers would act on others, such as a quantisation), and no more blocks than the `tensors` that are stored."""
+    (diffusers would act on others, such as a quantization), and no more blocks than the `tensors` that are stored."""
     if config.get("_class_name", model_class.__name__) != model_class.__name__:
         raise ValueError(f"{folder}: config.json is of {config['_class_name']!r}, {model_class.__name__} was expected")
     known = {*inspect.signature(model_class.__init__).parameters, *PRIVATE}
@@ -154,7 +154,7 @@ def _check_values(folder: Path, config: Any) -> None:
         name, value = left.pop()
         count += 1
         large = (
-            isinstance(value, int) and abs(value) > LARGEST and name != "numbers"
+            isinstance(value, int) and abs(value) > MAX_VALUE and name != "numbers"
         )  # of a condition, in its own units
         if large or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"{folder}: config.json has {name} = {repr(value)[:80]}, which no model has")
@@ -162,8 +162,8 @@ def _check_values(folder: Path, config: Any) -> None:
             left += [
                 (name or str(key), one) for key, one in (value.items() if isinstance(value, dict) else enumerate(value))
             ]
-        if count + len(left) > LARGEST:
-            raise ValueError(f"{folder}: config.json holds more than {LARGEST} values, which no model has")
+        if count + len(left) > MAX_VALUE:
+            raise ValueError(f"{folder}: config.json holds more than {MAX_VALUE} values, which no model has")
 
 
 def _other_types(files: Iterable[Path], described: Mapping[str, torch.Tensor]) -> list[str]:

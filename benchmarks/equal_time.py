@@ -124,7 +124,7 @@ class Run:
     ) -> None:
         self.net, self.rate, self.limit, self.weights = net, rate, limit, weights
         self.device, self.precision = device, precision
-        self.optimiser = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.seconds, self.steps = 0.0, 0
 
     def go_on(self, stream: Iterator[dict[str, Tensor]], until: float) -> None:
@@ -134,14 +134,14 @@ class Run:
             while self.seconds < until * self.limit:
                 start = time.perf_counter()
                 batch = next(stream)
-                for group in self.optimiser.param_groups:
+                for group in self.optimizer.param_groups:
                     group["lr"] = self.rate * schedule(self.seconds / self.limit)
                 with autocast(self.device, self.precision):
                     loss = losses(self.net, batch["image"].to(self.device), batch["fov"].to(self.device), self.weights)
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-                self.optimiser.step()
-                self.optimiser.zero_grad(set_to_none=True)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
                 if self.device.startswith("cuda"):
                     torch.cuda.synchronize()
                 self.seconds += time.perf_counter() - start

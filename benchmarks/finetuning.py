@@ -28,7 +28,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seeds", type=Number(PositiveInt), default=3, help="draws of volumes, each with its trainings (3)"
     )
-    parser.add_argument("--k", type=Number(PositiveInt), default=16, help="labelled volumes (16)")
+    parser.add_argument("--k", type=Number(PositiveInt), default=16, help="labeled volumes (16)")
     parser.add_argument("--count", type=Number(PositiveInt), default=10, help="volumes generated of each mask (10)")
     parser.add_argument("--steps", type=Number(PositiveInt), default=400, help="of each U-Net's training (400)")
     parser.add_argument(
@@ -73,14 +73,14 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         for arm in (REAL, *ARMS):
             scores.setdefault(arm, []).append(score(arm, seed, options))
             print(f"{arm}, seed {seed}: Dice {scores[arm][-1]:.4f}", flush=True)
-            write_report(options.output, summarise(scores, options))
-    return summarise(scores, options)
+            write_report(options.output, summarize(scores, options))
+    return summarize(scores, options)
 
 
 def check_settings(options: argparse.Namespace) -> None:
     """Write them down before the first training. Raises: ValueError if what is there was made with others."""
     if not options.output.exists():
-        write_report(options.output, summarise({}, options))
+        write_report(options.output, summarize({}, options))
     earlier = json.loads(options.output.read_text())
     if changed := [key for key in SETTINGS if earlier.get(key) != getattr(options, key)]:
         raise ValueError(
@@ -134,7 +134,7 @@ def run(*command: Any) -> None:
     subprocess.run([sys.executable, *map(str, command)], check=True)
 
 
-def summarise(scores: dict[str, list[float]], options: argparse.Namespace) -> dict[str, Any]:
+def summarize(scores: dict[str, list[float]], options: argparse.Namespace) -> dict[str, Any]:
     """The report: each arm's Dice, and its difference from training from scratch, paired by the draw of volumes."""
     scratch = scores.get("from scratch", [])
     differences = {

@@ -23,7 +23,7 @@ def predict(sizes: Sequence[float], values: Sequence[float], size: float) -> flo
 def deviation_from_proportional(sizes: Sequence[float], values: Sequence[float]) -> float:
     """Largest relative distance of the values from the best value = a * size (relative least squares): 0.1 is 10 %."""
     ratios = np.asarray(values, float) / np.asarray(sizes, float)
-    scale = ratios.sum() / (ratios**2).sum()  # minimises sum (scale * ratio - 1) ** 2
+    scale = ratios.sum() / (ratios**2).sum()  # minimizes sum (scale * ratio - 1) ** 2
     return float(np.abs(scale * ratios - 1).max())
 
 

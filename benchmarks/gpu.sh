@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The benchmarks on a GPU machine: float32, TF32 and bf16, torch.compile, attention backends, model FLOP utilisation.
+# The benchmarks on a GPU machine: float32, TF32 and bf16, torch.compile, attention backends, model FLOP utilization.
 #
 #   OUT=out/gpu bash benchmarks/gpu.sh [arguments of benchmarks.speed.run, such as --parts coding,training]
 #

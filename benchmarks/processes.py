@@ -66,7 +66,7 @@ def losses_of(
 
 
 def compare(steps: int, folder: Path, scripts: tuple[str, ...] = ("train_vae", "train_ldm")) -> dict[str, Any]:
-    """{script: {figure: {run: ...}}} of the runs "one", "two" and "sharded" (two, with `loop.shard`); figures are "losses",
+    """{script: {figure: {run: ...}}} of the runs "one", "two" and "sharded" (two, with `loop.fsdp`); figures are "losses",
     "largest_relative_difference" (to one's losses), "seconds_a_step" and "samples_a_second"."""
     found, global_batch = {}, 4
     length = [f"--loop.max_steps={steps}", "--optimizer.warmup_steps=5"]
@@ -74,7 +74,7 @@ def compare(steps: int, folder: Path, scripts: tuple[str, ...] = ("train_vae", "
         own = VAE if script == "train_vae" else [*LDM, f"--vae={folder / 'train_vae/one/run/vae'}"]
         losses, seconds = {}, {}
         for run, processes, sharded in (("one", 1, False), ("two", 2, False), ("sharded", 2, True)):
-            args = [*own, *DATA, *LOOP, *length, *["--loop.shard=true"] * sharded]
+            args = [*own, *DATA, *LOOP, *length, *["--loop.fsdp=true"] * sharded]
             losses[run], seconds[run] = losses_of(script, args, folder / script / run, processes, global_batch)
         pairs = {run: zip(losses["one"], values, strict=True) for run, values in losses.items()}
         found[script] = {

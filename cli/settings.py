@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 Hint = Any  # a type annotation
 Class = TypeVar("Class")
-LARGEST = 2**63 - 1  # of whole numbers: what computers count to
+MAX_VALUE = 2**63 - 1  # of whole numbers: what computers count to
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Range:
     below: bool = False
 
     def __contains__(self, value: float) -> bool:
-        if abs(value) > LARGEST if isinstance(value, numbers.Integral) else not math.isfinite(value):
+        if abs(value) > MAX_VALUE if isinstance(value, numbers.Integral) else not math.isfinite(value):
             return False
         high_enough = self.low is None or (value > self.low if self.above else value >= self.low)
         return high_enough and (self.high is None or (value < self.high if self.below else value <= self.high))

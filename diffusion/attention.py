@@ -51,7 +51,7 @@ class SelfAttentionProcessor:
 
 
 class SelfAttention(nn.Module, AttentionModuleMixin):
-    """x + attention(norm(x)) over the h * w * d cells of (B, C, h, w, d); queries and keys are RMS-normalised (Henry
+    """x + attention(norm(x)) over the h * w * d cells of (B, C, h, w, d); queries and keys are RMS-normalized (Henry
     et al. 2020)."""
 
     _default_processor_cls = SelfAttentionProcessor

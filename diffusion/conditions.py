@@ -17,8 +17,8 @@ def fourier_features(numbers: Tensor, mean: float, std: float) -> Tensor:
     """Numbers (B,) to (B, 2 * len(PERIODS) + 1): sines and cosines (Tancik et al. 2020) of (number - mean) / std, and a 1
     where the number is NaN and all the others are 0."""
     absent = numbers.isnan()
-    standardised = (numbers.float().nan_to_num(mean) - mean) / std
-    angles = torch.stack([standardised * (2 * math.pi / period) for period in PERIODS], dim=1)
+    standardized = (numbers.float().nan_to_num(mean) - mean) / std
+    angles = torch.stack([standardized * (2 * math.pi / period) for period in PERIODS], dim=1)
     features = torch.cat([angles.sin(), angles.cos()], dim=1).masked_fill(absent[:, None], 0)
     return torch.cat([features, absent[:, None].float()], dim=1)
 
@@ -27,14 +27,14 @@ class ConditionEmbedding(nn.Module):
     """classes (B, n) and numbers (B, m) -> (B, width): the sum of a vector for each.
 
     Vectors of classes start at random, as in ADM (Dhariwal & Nichol 2021): from zero they grow so slowly that short runs
-    ignore them. Where they are added to a trained model, `training.initialise_from` zeroes them, so that it begins as it was;
+    ignore them. Where they are added to a trained model, `training.initialize_from` zeroes them, so that it begins as it was;
     see also `moved_embeddings`.
 
     Args:
         classes: the values of each class; index i has row i + 1 of its table, and -1 (absent) has row 0.
-        numbers: {"mean", "std"} of each number, which standardise it; NaN (absent) has a vector of its own.
+        numbers: {"mean", "std"} of each number, which standardize it; NaN (absent) has a vector of its own.
         width: of the result.
-    Raises: ValueError for a name used twice, a class without values and a number that no std standardises.
+    Raises: ValueError for a name used twice, a class without values and a number that no std standardizes.
     """
 
     def __init__(

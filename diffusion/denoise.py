@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .guidance import UNNAMED, ConditionNames, Conditions, Guidance, guidance_terms, guided
 from .scheduler_options import DPM, UNIPC, Scheduler, check_levels, is_flow, spacing
 
-MOST_STEPS = 100_000
-LEAST_SPAN = 0.9  # of the schedule, that the steps must cover
+MAX_STEPS = 100_000
+MIN_SPAN = 0.9  # of the schedule, that the steps must cover
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def set_timesteps(
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-    if num_inference_steps > MOST_STEPS:
-        raise ValueError(f"num_inference_steps is above {MOST_STEPS}; 20 are usual")
+    if num_inference_steps > MAX_STEPS:
+        raise ValueError(f"num_inference_steps is above {MAX_STEPS}; 20 are usual")
     if sigmas is not None and not (len(sigmas) and all(1 >= a > b for a, b in pairwise([*sigmas, 0]))):
         raise ValueError(f"sigmas are noise levels in (0, 1] that fall, such as 1, 0.75, 0.5, 0.25; got {sigmas}")
     name = type(scheduler).__name__
@@ -91,7 +91,7 @@ def _check_span(scheduler: Scheduler, num_inference_steps: int) -> None:
         return
 
     def spans(steps: int) -> bool:  # those solvers divide by one more
-        return total // (steps + more) * (steps + more) >= LEAST_SPAN * total
+        return total // (steps + more) * (steps + more) >= MIN_SPAN * total
 
     if not spans(num_inference_steps):
         fitting = [steps for steps in range(1, total + 1) if spans(steps)]

@@ -18,7 +18,7 @@ def image_columns(images: Mapping[str, int]) -> list[str]:
 def fold_images(
     given: Mapping[str, Tensor], images: Mapping[str, int], cells: Sequence[int], inside: Tensor | None = None
 ) -> Tensor:
-    """Clean, standardised latents of the images that are given -> the U-Net's condition "image".
+    """Clean, standardized latents of the images that are given -> the U-Net's condition "image".
 
     Args:
         given: (B, C, h, w, d) for each image that is given.

@@ -115,7 +115,7 @@ def deformed(
     spacing: Sequence[float] = (1, 1, 1),
     order: int = 3,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Rotate, scale and bend a volume about its centre, at random: image (C, X, Y, Z) by splines of `order`, mask (X, Y, Z)
+    """Rotate, scale and bend a volume about its center, at random: image (C, X, Y, Z) by splines of `order`, mask (X, Y, Z)
     by the nearest voxel, and fov (X, Y, Z), False where the result shows what lay outside of the volume.
 
     Rotations are of mm, voxels being `spacing` apart.

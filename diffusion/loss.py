@@ -27,7 +27,7 @@ def training_loss(
     Args:
         unet: the model, wrapped by Accelerate or not.
         objective: the U-Net's `config.objective`.
-        latents: clean, standardised latents (B, C, h, w, d).
+        latents: clean, standardized latents (B, C, h, w, d).
         conditions: the U-Net's keyword arguments, e.g. {"mask": folded ids (B, h, w, d, r)}.
         weight: (B, 1, h, w, d), zero where a cell is padding. Padding is no data: its latents and its noise are zero,
         as outside the grid.

@@ -26,10 +26,10 @@ Scheduler: TypeAlias = Any  # any of diffusers' schedulers; their common base cl
 DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
 SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 SHIFTS = ("shift", "flow_shift")  # one thing under two names: of FlowMatch schedulers, and of the others on flows
-MOST_TIMESTEPS = 100_000  # of a schedule, of which tables are made; the usual number is 1,000
+MAX_TIMESTEPS = 100_000  # of a schedule, of which tables are made; the usual number is 1,000
 Size: Any = Annotated[float, Range(0, 1e6, above=True)]
 VALUES: dict[str, Any] = {  # what an option may be, but for True and False, lambda_min_clipped and solver_p
-    "num_train_timesteps": Annotated[int, Range(1, MOST_TIMESTEPS)],
+    "num_train_timesteps": Annotated[int, Range(1, MAX_TIMESTEPS)],
     **dict.fromkeys(("beta_start", "beta_end"), InnerShare),
     "trained_betas": list[InnerShare] | None,
     **dict.fromkeys(("shift", "flow_shift", "clip_sample_range", "sample_max_value"), Size),
@@ -38,9 +38,9 @@ VALUES: dict[str, Any] = {  # what an option may be, but for True and False, lam
     "dynamic_thresholding_ratio": PositiveShare,
     **dict.fromkeys(("base_shift", "max_shift"), Annotated[float, Range(-1e6, 1e6)]),
     **dict.fromkeys(("base_image_seq_len", "max_image_seq_len"), PositiveInt),
-    "steps_offset": Annotated[int, Range(0, MOST_TIMESTEPS)],
+    "steps_offset": Annotated[int, Range(0, MAX_TIMESTEPS)],
     "solver_order": Annotated[int, Range(1, 3)],
-    "disable_corrector": list[Annotated[int, Range(0, MOST_TIMESTEPS)]],
+    "disable_corrector": list[Annotated[int, Range(0, MAX_TIMESTEPS)]],
     "timestep_spacing": Literal["linspace", "leading", "trailing"],
     "final_sigmas_type": Literal["zero", "sigma_min"],
     "beta_schedule": Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"],
@@ -63,8 +63,8 @@ SPACERS = (
     *(*SHIFTS, *SPACINGS, "shift_terminal", "final_sigmas_type"),
 )  # what decides the levels of noise
 
-LEAST_NOISE = 0.66  # standard deviation of the noise at which sampling may begin, the latents' own being 1
-MOST_GROWTH = 32  # of an eps model's error in one step: DDIM visiting 1,000 steps has 31.6 in its first
+MIN_NOISE = 0.66  # standard deviation of the noise at which sampling may begin, the latents' own being 1
+MAX_GROWTH = 32  # of an eps model's error in one step: DDIM visiting 1,000 steps has 31.6 in its first
 BLUR = (5.0, 0.2)  # levels (noise over signal) that one step may not lie between: structure arises there
 
 
@@ -102,7 +102,7 @@ def _malformed(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Itera
     """(option, what it must be)."""
     for option, value in options.items():
         hint = VALUES.get(option)
-        long = isinstance(value, list | tuple) and len(value) > MOST_TIMESTEPS
+        long = isinstance(value, list | tuple) and len(value) > MAX_TIMESTEPS
         if isinstance(defaults[option], bool) and not isinstance(value, bool) and value is not None:
             yield option, "give True or False"
         if hint is not None and (long or next(faults_of(hint, value, option), None)):
@@ -257,7 +257,7 @@ def check_levels(scheduler: Scheduler, num_inference_steps: int, *, begins_anywh
     if not (levels[:-1] > levels[1:]).all():
         raise refuse("visits a level of noise twice; use fewer steps, or leave the options out")
     noise = levels if flow else levels / (1 + levels**2).sqrt()
-    if not begins_anywhere and noise[0] < LEAST_NOISE:
+    if not begins_anywhere and noise[0] < MIN_NOISE:
         raise refuse(f"begins at timestep {timesteps[0]:g}, and takes pure noise for an image; use more steps")
     if flow:
         return
@@ -266,7 +266,7 @@ def check_levels(scheduler: Scheduler, num_inference_steps: int, *, begins_anywh
             "jumps from noise to image in a step, which blurs; use_beta_sigmas=False, more steps, or a sigma_max"
         )
     growth = float((levels[:-1] / (1 + levels[1:] ** 2).sqrt()).max())
-    if config["prediction_type"] == "epsilon" and growth > MOST_GROWTH:
+    if config["prediction_type"] == "epsilon" and growth > MAX_GROWTH:
         raise refuse(
             f"begins so near pure noise that the error of an eps model grows {growth:.0f}-fold in a step; use more steps, or "
             "leave the options out"

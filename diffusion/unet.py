@@ -31,7 +31,7 @@ from .folding import FoldedMaskEmbedding
 from .guidance import ConditionNames, check_dropout
 from .images import check_images, image_columns
 from .objectives import TRAIN_STEPS, check_objective, check_train_steps
-from .scheduler_options import MOST_TIMESTEPS
+from .scheduler_options import MAX_TIMESTEPS
 
 
 @dataclass
@@ -123,7 +123,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         classes: dict[str, list[str]] | None = None,
         numbers: dict[str, dict[str, Annotated[float, Range(-1e12, 1e12)]]] | None = None,
         images: dict[str, PositiveInt] | None = None,
-        train_steps: Annotated[int, Range(2, MOST_TIMESTEPS)] | None = None,
+        train_steps: Annotated[int, Range(2, MAX_TIMESTEPS)] | None = None,
         subjects: Sequence[Any] | None = None,
     ):
         super().__init__()

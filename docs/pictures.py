@@ -28,7 +28,7 @@ import torch
 from matplotlib.figure import Figure
 
 from evaluation.report import provenance, write_report
-from evaluation.studies.edit_borders import border_jump, labelled_region
+from evaluation.studies.edit_borders import border_jump, labeled_region
 from pipelines import MedVolumePipeline
 from training import TrainLdmConfig, parse_config
 from volumes import (
@@ -145,7 +145,7 @@ def _beyond(volume: np.ndarray, threshold: float, organ: float = INTENSITY["orga
 
 
 def images(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
-    """Held-out patients: the real CT and PET, PET from that CT, and both from the tumour's mask and the sex alone."""
+    """Held-out patients: the real CT and PET, PET from that CT, and both from the tumor's mask and the sex alone."""
     config = parse_config(TrainLdmConfig, ["--config", str(ROOT / "configs" / "sarcoma" / "ldm.yaml")]).data
     cases = [case for case in load_cases(config) if case.split == "test"]
     windows = {
@@ -156,7 +156,7 @@ def images(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
     for number, case in enumerate(cases):
         assert case.mask is not None
         real = {name: read_volume(path).array[0] for name, path in case.images.items()}
-        tumour, labels = read_mask(case.mask), {"sex": case.metadata["sex"]}
+        tumor, labels = read_mask(case.mask), {"sex": case.metadata["sex"]}
         given, alone = (
             pipe(
                 mask=case.mask,
@@ -167,7 +167,7 @@ def images(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
             ).volumes[0]
             for image in ({"ct": case.images["ct"]}, None)
         )
-        inside = tumour.array[0] > 0
+        inside = tumor.array[0] > 0
         expected = np.where(inside, *train_mean)
         guesses = {"PET from CT": given[1], "PET from mask and sex": alone[1], "the training PETs' mean": expected}
         truth = real["pet"].clip(*windows["pet"])
@@ -181,15 +181,15 @@ def images(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
                 "CT from mask": alone[0],
                 "its PET": alone[1],
             }
-            column = {"title": f"{case.name}, {labels['sex']}", "images": shown, "spacing": tumour.spacing}
+            column = {"title": f"{case.name}, {labels['sex']}", "images": shown, "spacing": tumor.spacing}
             column["windows"] = {name: windows["pet" if "PET" in name else "ct"] for name in shown}
-            columns.append(column | {"mask": tumour.array})
+            columns.append(column | {"mask": tumor.array})
     measured = {}
     for name, values in errors.items():
         whole, bias = np.array(values).T
         measured[name] = {
             "mean absolute error in SUV": float(whole.mean()),
-            "mean absolute error of the tumour's mean SUV": float(abs(bias).mean()),
+            "mean absolute error of the tumor's mean SUV": float(abs(bias).mean()),
             "patients": len(cases),
         }
     return slices_figure(columns), measured
@@ -206,7 +206,7 @@ def edits(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
     asked = {
         "strength 0.3": (own, None, 0.3),
         "strength 0.7": (own, None, 0.7),
-        "hippocampus anew": (own, own.replace(labelled_region(own)[None].astype(np.uint8)), 1.0),
+        "hippocampus anew": (own, own.replace(labeled_region(own)[None].astype(np.uint8)), 1.0),
         "posterior removed": (*remove_lesion(own, 2, 0), 1.0),
         "cavity of 8 mm": (*insert_lesion(own, ellipsoid(8, own.spacing), middle, 0), 1.0),
     }
@@ -230,7 +230,7 @@ def edits(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
 
 
 def _masked_means(case: Case) -> tuple[float, float]:
-    """Mean SUV, cut at 10, in the tumour and around it."""
+    """Mean SUV, cut at 10, in the tumor and around it."""
     assert case.mask is not None
     pet, inside = read_volume(case.images["pet"]).array[0].clip(0, 10), read_mask(case.mask).array[0] > 0
     return float(pet[inside].mean()), float(pet[~inside].mean())

@@ -18,10 +18,10 @@ class FileError(OSError, ValueError):
     here that a user can mend."""
 
 
-MOST_BYTES = 1 << 28  # of a JSON file, or a table
+MAX_BYTES = 1 << 28  # of a JSON file, or a table
 MOST_YAML = 1 << 24  # bytes of a YAML file
 MOST_DEPTH = 100  # of nesting in it
-MOST_VALUES = 20_000  # in a YAML file, each counted as often as aliases repeat it
+MAX_VALUES = 20_000  # in a YAML file, each counted as often as aliases repeat it
 SHOWN = 60  # letters of what was found, in a message
 NUMBER = r"""[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
     |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"""
@@ -68,15 +68,15 @@ def load_settings(text: str) -> Any:
     loader = SettingsLoader(text)
     try:
         node = loader.get_single_node()
-        if _count(node, {}) > MOST_VALUES:
-            raise ValueError(f"its aliases repeat values more than {MOST_VALUES} times; write them out")
+        if _count(node, {}) > MAX_VALUES:
+            raise ValueError(f"its aliases repeat values more than {MAX_VALUES} times; write them out")
         found = None if node is None else loader.construct_document(node)
     finally:
         loader.dispose()
     return text if isinstance(found, dict) and re.fullmatch(r"\s*\{\w+\}\s*", text) else found
 
 
-def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
     """The content of a regular file. Raises: FileError for what is none (a pipe, a folder), or is larger than `most` bytes."""
     try:
         with open_regular(path) as file:
@@ -126,7 +126,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> Any:
     """What a YAML file holds. Raises: ValueError naming the file if it is none, nested too deeply, or if it holds more than
-    `MOST_VALUES`, which aliases can make of few ("billion laughs")."""
+    `MAX_VALUES`, which aliases can make of few ("billion laughs")."""
     data = read_bytes(path, MOST_YAML)
     try:
         found = load_settings(data.decode("utf-8-sig"))
@@ -147,8 +147,8 @@ def _check_events(text: str) -> None:
         count += isinstance(event, yaml.NodeEvent)
         if depth > MOST_DEPTH:
             raise ValueError(f"is nested more than {MOST_DEPTH} deep")
-        if count > MOST_VALUES:
-            raise ValueError(f"holds more than {MOST_VALUES} values, which no settings are")
+        if count > MAX_VALUES:
+            raise ValueError(f"holds more than {MAX_VALUES} values, which no settings are")
 
 
 def _count(node: yaml.Node | None, known: dict[int, int]) -> int:

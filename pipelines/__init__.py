@@ -20,11 +20,11 @@ if TYPE_CHECKING:
         volume_files,
         write_synthetic,
     )
-    from .volume_processor import Canvas, VolumeProcessor
+    from .volume_processor import PreparedVolume, VolumeProcessor
 
 __all__ = [
     "Check",
-    "Canvas",
+    "PreparedVolume",
     "MaskLike",
     "MedVolumePipeline",
     "MedVolumePipelineOutput",

@@ -239,7 +239,7 @@ class LoraMixin(LoraBaseMixin):
             pretrained_model_name_or_path_or_dict: its file, its folder, a Hub repository, or a state dict as diffusers has it.
             adapter_name: for `set_adapters` and others; default: default_0, default_1, ...
             hotswap: put it in the place of the attached LoRA `adapter_name`, of the same layers: nothing is compiled again.
-            low_cpu_mem_usage: do not initialise what is then overwritten.
+            low_cpu_mem_usage: do not initialize what is then overwritten.
             source: of a folder or repository weight_name (the file) and subfolder; of a repository revision, cache_dir, token,
                 force_download and local_files_only: see `find_lora`.
         Raises: ValueError if peft is not installed, or if it belongs to another architecture; FileError, which is one and an

@@ -11,12 +11,12 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
-from autoencoder.residual_noise import NoiseModel
+from autoencoder.residual_noise import ResidualNoiseModel
 from diffusion import LatentUNet3D, check_guidance, denoise, fit_scheduler
 from diffusion.attention import check_attention_backend
 from diffusion.denoise import set_timesteps
 from diffusion.guidance import Guidance, guidance_in_effect
-from diffusion.scheduler_options import LEAST_NOISE
+from diffusion.scheduler_options import MIN_NOISE
 from pipelines.inputs.arguments import (
     flag,
     grid_shape,
@@ -43,11 +43,11 @@ from pipelines.inputs.images import (
     describe_images,
 )
 from pipelines.inputs.inpainting import (
-    MARGIN,
-    Editing,
+    BLEND_MARGIN_MM,
+    EditRequest,
     by_channel,
-    editings_of,
-    is_edit,
+    edit_requested,
+    resolve_edits,
 )
 from pipelines.inputs.masks import (
     LabelMap,
@@ -70,13 +70,13 @@ from pipelines.storage.provenance import (
     synthetic_files,
     volume_files,
 )
-from pipelines.storage.serialization import StoredPipeline
+from pipelines.storage.serialization import PipelineIOMixin
 from volumes import VoxelError
 
 from .call import CallState, PipelineCalls, StepCallback, callback_inputs, one_at_a_time
 from .lora import LoraMixin
 from .sampling import equal_batches, given_latents, initial_latents, sample_generators, sample_seed
-from .volume_processor import OUTPUT_TYPES, Canvas, VolumeProcessor
+from .volume_processor import OUTPUT_TYPES, PreparedVolume, VolumeProcessor
 
 
 class NotFinite(VoxelError):
@@ -86,7 +86,7 @@ class NotFinite(VoxelError):
 EndOfStep = Callable[["MedVolumePipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
 
-class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
+class MedVolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
     """Generates volumes from masks (or, for a model that needs none, of a given shape), each on its mask's own grid, and
     of given classes, numbers and images (some channels, from which it makes the others) if the model knows any.
 
@@ -124,7 +124,7 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
         self.register_to_config(data=json.loads(json.dumps(data)))
         self.volume_processor = VolumeProcessor(data, vae.stride)
-        self.noise_model = NoiseModel(data["noise"]) if data.get("noise") else None
+        self.noise_model = ResidualNoiseModel(data["noise"]) if data.get("noise") else None
         self._running, self._last = [], CallState()
 
     def provenance(
@@ -141,7 +141,7 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
         numbers: Mapping[str, float] | None = None,
         images: Mapping[str, Mapping[str, Any]] | None = None,
         noise: bool = True,
-        edit: Editing | None = None,
+        edit: EditRequest | None = None,
     ) -> dict[str, Any]:
         """The record of one volume, ready for JSON; everything but `software` decides the voxels.
 
@@ -207,7 +207,7 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
         noise: bool = True,
         strength: float | None = None,
         region: MaskLike | Sequence[MaskLike] | None = None,
-        margin: float = MARGIN,
+        margin: float = BLEND_MARGIN_MM,
         given: Sequence[str] = (),
     ) -> MedVolumePipelineOutput:
         """Generate volumes, or with `strength` or `region` change given ones.
@@ -287,39 +287,41 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
         check_attention_backend(self.unet, self._execution_device)
         scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
         set_timesteps(scheduler, steps, sigmas, self._execution_device)  # what it refuses, it refuses here
-        if sigmas and sigmas[0] < LEAST_NOISE and latents is None and strength in (None, 1):
+        if sigmas and sigmas[0] < MIN_NOISE and latents is None and strength in (None, 1):
             raise ValueError(
                 f"sigmas begin at {sigmas[0]:g}, which takes pure noise for an image; begin at 1, or give the `latents` (or an "
                 "image and strength) that have so little noise"
             )
         masks = None if mask is None else as_list(mask)
-        editing = is_edit(strength, region, given, begins_from={"image": image, "shape": shape, "latents": latents})
+        editing = edit_requested(
+            strength, region, given, begins_from={"image": image, "shape": shape, "latents": latents}
+        )
         of_channels: Any = by_channel(image, self.data) if editing else image
         asked = rows_of(labels, numbers, of_channels, None if masks is None else len(masks))
         masks, images = masks or [None] * len(asked), [one for *_, one in asked]
-        edits: list[Editing | None] = [None] * len(asked)
+        edits: list[EditRequest | None] = [None] * len(asked)
         if editing:
             count = steps if sigmas is None else len(sigmas)
             settings = {"strength": strength, "margin": margin, "given": given, "num_inference_steps": count}
-            edits = [*editings_of(self.data, images, region, **settings)]  # pyright: ignore[reportArgumentType]
+            edits = [*resolve_edits(self.data, images, region, **settings)]  # pyright: ignore[reportArgumentType]
             images = [edit.conditions for edit in edits if edit is not None]
         keys = [
             (identity(one), edit and edit.identity, *sorted((str(name), identity(of)) for name, of in own.items()))
             for one, own, edit in zip(masks, images, edits, strict=True)
         ]
         distinct = dict(zip(keys, zip(masks, images, edits, strict=True), strict=True))
-        read = {key: self.canvas(one, shape, label_map, own, edit) for key, (one, own, edit) in distinct.items()}
-        canvases = [read[key] for key in keys]  # what is given twice is held once
+        read = {key: self.prepared(one, shape, label_map, own, edit) for key, (one, own, edit) in distinct.items()}
+        prepared_volumes = [read[key] for key in keys]  # what is given twice is held once
         rows = [
-            check_conditions(self.unet, self.data, *one[:2], canvas.grid)
-            for one, canvas in zip(asked, canvases, strict=True)
+            check_conditions(self.unet, self.data, *one[:2], prepared.grid)
+            for one, prepared in zip(asked, prepared_volumes, strict=True)
         ]
         described = [None if one is None else describe_mask(one) for one in masks]
         image_records = [describe_images(one) for one in images]
         guiding = {name for row in [*rows, images] for part in row for name in part}
         guiding |= {"mask"} if mask is not None else set()
-        owner = [i for i in range(len(canvases)) for _ in range(num_volumes_per_mask)]  # volume -> its canvas
-        grids = [self._latent_shape(canvas) for canvas in canvases]
+        owner = [i for i in range(len(prepared_volumes)) for _ in range(num_volumes_per_mask)]  # volume -> its canvas
+        grids = [self._latent_shape(prepared) for prepared in prepared_volumes]
         latents = None if latents is None else given_latents(latents, [grids[i] for i in owner])
 
         def recorded(scale: Any) -> float | dict[str, float] | None:
@@ -359,7 +361,7 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
             changed = {
                 key: edited_latents(*parts, one, self._execution_device) for key, one in read.items() if one.edit
             }
-            for batch in equal_batches([canvases[i].shape for i in owner], batch_size):
+            for batch in equal_batches([prepared_volumes[i].shape for i in owner], batch_size):
                 if state.interrupt:
                     for i in batch:
                         records[i]["callback"] = {"interrupted_after": 0}
@@ -367,7 +369,7 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
                 own = [generators[i] for i in batch]
                 rows_here = [rows[owner[i]] for i in batch]
                 noises = None if latents is None else [latents[i] for i in batch]
-                canvases_here = [canvases[owner[i]] for i in batch]
+                canvases_here = [prepared_volumes[owner[i]] for i in batch]
                 conditions = condition_tensors(self.unet, canvases_here, rows_here, self._execution_device)
                 if encoded:
                     conditions["image"] = torch.cat([encoded[keys[owner[i]]] for i in batch])
@@ -396,7 +398,7 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
                     drawing = generators[i] if noise else None
                     try:
                         volumes[i] = self._finish(
-                            latent, canvases[owner[i]], output_type, records[i], files[i], drawing
+                            latent, prepared_volumes[owner[i]], output_type, records[i], files[i], drawing
                         )
                     except VoxelError as error:
                         if paths is None:
@@ -409,14 +411,14 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
             return (volumes,)  # pyright: ignore[reportReturnType]
         return MedVolumePipelineOutput(volumes=volumes, provenance=records)
 
-    def canvas(
+    def prepared(
         self,
         mask: MaskLike | None,
         shape: Sequence[int] | None,
         label_map: LabelMap | None = None,
         images: Images | None = None,
-        edit: Editing | None = None,
-    ) -> Canvas:
+        edit: EditRequest | None = None,
+    ) -> PreparedVolume:
         """What one volume is drawn on: the grid of its mask, or where the model does without a mask that of its images, or
         `shape`; with the images {channel: image} that are given. With `edit`, the grid of the image that is changed.
 
@@ -435,27 +437,27 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
                 raise ValueError("this model is conditioned on a mask: give mask=..., which also sets the shape")
         elif ways != 1:
             raise ValueError("give a mask, which also sets the shape, or shape=(X, Y, Z) or an image to do without")
-        canvas = None
+        prepared = None
         if mask is not None:
-            canvas = self.volume_processor.preprocess(mask, label_map)
+            prepared = self.volume_processor.preprocess(mask, label_map)
         elif shape is not None:
-            canvas = self.volume_processor.preprocess_shape(shape)
+            prepared = self.volume_processor.preprocess_shape(shape)
         if edit is not None:
-            canvas = self.volume_processor.preprocess_edit(edit, canvas)
+            prepared = self.volume_processor.preprocess_edit(edit, prepared)
         elif images:
-            canvas = self.volume_processor.preprocess_images(images, canvas)
-        assert canvas is not None
-        return canvas
+            prepared = self.volume_processor.preprocess_images(images, prepared)
+        assert prepared is not None
+        return prepared
 
-    def _latent_shape(self, canvas: Canvas) -> tuple[int, int, int, int]:
+    def _latent_shape(self, prepared: PreparedVolume) -> tuple[int, int, int, int]:
         """(C, h, w, d) of the latents of a canvas."""
-        h, w, d = (n // s for n, s in zip(canvas.shape, self.vae.stride, strict=True))
+        h, w, d = (n // s for n, s in zip(prepared.shape, self.vae.stride, strict=True))
         return self.vae.config["latent_channels"], h, w, d
 
     def _finish(
         self,
         latent: torch.Tensor,
-        canvas: Canvas,
+        prepared: PreparedVolume,
         output_type: str,
         record: Mapping[str, Any],
         path: Path | None,
@@ -471,9 +473,9 @@ class MedVolumePipeline(PipelineCalls, StoredPipeline, LoraMixin):
             slabs = self.noise_model.add(slabs, int(seed))
         if path is None:
             with _of_seed(record):
-                return self.volume_processor.postprocess(slabs, canvas, output_type, description)
+                return self.volume_processor.postprocess(slabs, prepared, output_type, description)
         with synthetic_files(record, path) as unfinished, _of_seed(record):
-            self.volume_processor.write(slabs, canvas, unfinished, description)
+            self.volume_processor.write(slabs, prepared, unfinished, description)
         written = volume_files(path, record)
         return dict(zip(record["channels"], written, strict=True)) if record["channels"] else path
 

@@ -95,7 +95,7 @@ class Rejection:
         last = record["rejected"][-1]
         return (
             f"{name}: each of {self.most} volumes was refused, the last because it {reasons[last['check']](last)}; raise "
-            "--most_rejections, or leave it out"
+            "--max_attempts, or leave it out"
         )
 
 

@@ -19,7 +19,7 @@ import torch
 from files.atomic import UNFINISHED
 from pipelines.inputs.arguments import grid_shape, translation
 from pipelines.inputs.images import GivenImage, Images, load_images
-from pipelines.inputs.inpainting import Edit, Editing, load_region
+from pipelines.inputs.inpainting import EditRequest, PreparedEdit, load_region
 from pipelines.inputs.masks import (
     LabelMap,
     MaskLike,
@@ -27,7 +27,7 @@ from pipelines.inputs.masks import (
     is_placed,
     load_mask,
 )
-from pipelines.inputs.prepared import Canvas
+from pipelines.inputs.prepared import PreparedVolume
 from pipelines.storage.description import MOST_VOXELS_A_SIDE
 from volumes import (
     PADDING,
@@ -82,7 +82,7 @@ class VolumeProcessor:
         self.reading = dict(data.get("reading") or {})
         self.stride = tuple(stride)
 
-    def preprocess(self, mask: MaskLike, label_map: LabelMap | None = None) -> Canvas:
+    def preprocess(self, mask: MaskLike, label_map: LabelMap | None = None) -> PreparedVolume:
         """Read, check, translate, resample and pad one mask.
 
         Raises: ValueError (or VolumeError) naming the mask for what cannot be used: unknown labels, no voxels, no mask.
@@ -94,17 +94,17 @@ class VolumeProcessor:
         grid = self._resampled(target, name, "mask")
         return self._canvas(grid, target, name, grid.array[0])
 
-    def preprocess_images(self, images: Images, canvas: Canvas | None) -> Canvas:
+    def preprocess_images(self, images: Images, prepared: PreparedVolume | None) -> PreparedVolume:
         """The canvas with images {channel: image} that are given, which lie on its grid; without a canvas, on theirs.
 
         Raises: ValueError naming the channel and the file for what cannot be used, see `load_images`.
         Warns: without a canvas as `preprocess` does.
         """
-        volumes = load_images(images, None if canvas is None else canvas.target, self.affine, reading=self.reading)
-        canvas = canvas or self._canvas_of_image(*next(iter(volumes.items())))
-        return replace(canvas, images=self._given(volumes, canvas))
+        volumes = load_images(images, None if prepared is None else prepared.target, self.affine, reading=self.reading)
+        prepared = prepared or self._canvas_of_image(*next(iter(volumes.items())))
+        return replace(prepared, images=self._given(volumes, prepared))
 
-    def preprocess_edit(self, editing: Editing, canvas: Canvas | None) -> Canvas:
+    def preprocess_edit(self, editing: EditRequest, prepared: PreparedVolume | None) -> PreparedVolume:
         """The canvas of an edit: its target is the grid of the image's file, on which the mask's canvas must lie, if there is
         one.
 
@@ -112,65 +112,71 @@ class VolumeProcessor:
         Warns: without a canvas as `preprocess` does.
         """
         placed = {name: image for name, image in editing.images.items() if is_placed(image)}
-        target = canvas.target if canvas is not None and not placed else None  # arrays are in the order of a file
+        target = prepared.target if prepared is not None and not placed else None  # arrays are in the order of a file
         exact = load_images(placed | dict(editing.images), target, self.affine, exact=True, reading=self.reading)
         channel, first = next(iter(exact.items()))
         if not on_stored_grid(first):
             raise ValueError(
                 f"the image {channel!r}: was resampled from its file's grid; give the file, or a new Volume"
             )
-        if canvas is None:
-            canvas = self._canvas_of_image(channel, first)
-        elif same_grid(first, canvas.target):
-            target = first.replace(canvas.target.array)
-            canvas = replace(canvas, target=target, grid=target if canvas.grid is canvas.target else canvas.grid)
+        if prepared is None:
+            prepared = self._canvas_of_image(channel, first)
+        elif same_grid(first, prepared.target):
+            target = first.replace(prepared.target.array)
+            prepared = replace(
+                prepared, target=target, grid=target if prepared.grid is prepared.target else prepared.grid
+            )
         else:
             raise ValueError(
                 f"the image {channel!r}: lies on another grid than the mask ({describe_grid(first)} against "
-                f"{describe_grid(canvas.target)}); resample one onto the other first"
+                f"{describe_grid(prepared.target)}); resample one onto the other first"
             )
         region = None if editing.region is None else load_region(editing.region, first, self.reading)
-        images = self._given({n: one.replace(one.array.astype(np.float32)) for n, one in exact.items()}, canvas)
+        images = self._given({n: one.replace(one.array.astype(np.float32)) for n, one in exact.items()}, prepared)
         originals = {name: volume.array[0] for name, volume in exact.items()}
-        unseen = canvas.target.array[0] == PADDING
+        unseen = prepared.target.array[0] == PADDING
         return replace(
-            canvas,
+            prepared,
             images={name: images[name] for name in editing.given},
-            edit=None if editing.anew else Edit(images, originals, region, first.spacing, editing.margin, unseen),
+            edit=None
+            if editing.anew
+            else PreparedEdit(images, originals, region, first.spacing, editing.margin, unseen),
         )
 
-    def _canvas_of_image(self, channel: str, image: Volume) -> Canvas:
+    def _canvas_of_image(self, channel: str, image: Volume) -> PreparedVolume:
         target, name = image.replace(np.zeros((1, *image.shape), dtype=np.int16)), f"the image {channel!r}"
         return self._canvas(self._resampled(target, name, "image"), target, name, None)
 
-    def _given(self, volumes: Mapping[str, Volume], canvas: Canvas) -> dict[str, GivenImage]:
+    def _given(self, volumes: Mapping[str, Volume], prepared: PreparedVolume) -> dict[str, GivenImage]:
         """Images on the canvas's target, with their scales. Raises: ValueError for one that is constant."""
         given = {}
         for channel, volume in volumes.items():
             try:
-                scale = self._scaling(channel).fit(self._on_grid(volume, canvas).array)
+                scale = self._scaling(channel).fit(self._on_grid(volume, prepared).array)
             except VolumeError as error:
                 raise ValueError(f"the image {channel!r}: {error}") from error
             given[channel] = GivenImage(volume, scale)
         return given
 
-    def standardised_images(self, canvas: Canvas, images: Mapping[str, GivenImage]) -> np.ndarray:
+    def standardized_images(self, prepared: PreparedVolume, images: Mapping[str, GivenImage]) -> np.ndarray:
         """Images of a canvas on its padded grid, float32 (C, *canvas.shape) in [-1, 1], scaled as in training: -1 in the
         padding, outside the mask's field of view, and in channels of which there is none."""
-        voxels = np.full((len(self.channels), *canvas.shape), -1, np.float32)
+        voxels = np.full((len(self.channels), *prepared.shape), -1, np.float32)
         for channel, image in images.items():
-            scaled = image.scale.apply(self._on_grid(image.volume, canvas).array[0])
-            if canvas.labels is not None:
-                scaled[canvas.grid.array[0] == PADDING] = -1
-            voxels[self.channels.index(channel)] = canvas.placement.apply(scaled, -1)
+            scaled = image.scale.apply(self._on_grid(image.volume, prepared).array[0])
+            if prepared.labels is not None:
+                scaled[prepared.grid.array[0] == PADDING] = -1
+            voxels[self.channels.index(channel)] = prepared.placement.apply(scaled, -1)
         return voxels
 
-    def padded_region(self, canvas: Canvas) -> np.ndarray | None:
+    def padded_region(self, prepared: PreparedVolume) -> np.ndarray | None:
         """The edit's region on the padded grid, bool (*canvas.shape); None where everything is changed."""
-        if canvas.edit is None or canvas.edit.region is None:
+        if prepared.edit is None or prepared.edit.region is None:
             return None
-        region = self._on_grid(canvas.target.replace(canvas.edit.region[None].astype(np.float32)), canvas).array[0]
-        return canvas.placement.apply(region > TOUCHED, False)
+        region = self._on_grid(prepared.target.replace(prepared.edit.region[None].astype(np.float32)), prepared).array[
+            0
+        ]
+        return prepared.placement.apply(region > TOUCHED, False)
 
     def generated(self, given: Collection[str]) -> list[str]:
         """The channels that have a file each, where `given` are given; none where one file holds all that there is."""
@@ -188,9 +194,9 @@ class VolumeProcessor:
         low, high = self.percentiles[number] if kind == "percentile" else (scale.low, scale.high)
         return IntensityScaling(kind, low, high)
 
-    def _on_grid(self, volume: Volume, canvas: Canvas) -> Volume:
+    def _on_grid(self, volume: Volume, prepared: PreparedVolume) -> Volume:
         """A volume on the canvas's target, on its grid."""
-        if canvas.grid is canvas.target:
+        if prepared.grid is prepared.target:
             return volume
         assert self.spacing is not None
         return resample(volume, self.spacing)
@@ -209,18 +215,18 @@ class VolumeProcessor:
             return grid
         return target
 
-    def preprocess_shape(self, shape: Sequence[int]) -> Canvas:
+    def preprocess_shape(self, shape: Sequence[int]) -> PreparedVolume:
         """A canvas of `shape` (X, Y, Z) voxels on the template's affine, for a model that no mask conditions."""
         shape = grid_shape(shape)
         _check_room(shape)
         grid = Volume(np.zeros((1, *shape), dtype=np.int16), self.affine)
         return self._canvas(grid, grid, "the shape asked for", None)
 
-    def _canvas(self, grid: Volume, target: Volume, name: str, labels: np.ndarray | None) -> Canvas:
+    def _canvas(self, grid: Volume, target: Volume, name: str, labels: np.ndarray | None) -> PreparedVolume:
         placement = pad_to_multiple(grid.shape, self.stride)
         self._check_size(placement.target, name)
         padded = None if labels is None else placement.apply(labels, PADDING)
-        return Canvas(grid=grid, target=target, placement=placement, labels=padded)
+        return PreparedVolume(grid=grid, target=target, placement=placement, labels=padded)
 
     def _check_size(self, shape: tuple[int, int, int], name: str) -> None:
         """Warn where the padded grid is smaller or larger than any padded grid in training."""
@@ -235,7 +241,7 @@ class VolumeProcessor:
     def postprocess(
         self,
         sample: torch.Tensor | Iterable[torch.Tensor],
-        canvas: Canvas,
+        prepared: PreparedVolume,
         output_type: str = "nifti",
         description: str = "",
     ) -> nib.Nifti1Image | dict[str, nib.Nifti1Image] | np.ndarray | torch.Tensor:
@@ -250,27 +256,27 @@ class VolumeProcessor:
         Where the images are label maps, all three are the label map (one channel, uint8 or int16) that the channels
         mean, see `merge_channels`, after they were resampled.
         """
-        files = self._files(canvas)
+        files = self._files(prepared)
         if output_type != "nifti":  # one array of all channels
             files = [(slice(None), self.file_dtype if self.image_labels else np.float32)]
-        channels = range(1 if self._merges_slabs(canvas) else len(self.intensity))
+        channels = range(1 if self._merges_slabs(prepared) else len(self.intensity))
         count = sum(len(channels[part]) for part, _ in files)
         # rounded last: whole numbers would not be interpolated
-        held = self._held(canvas) if canvas.needs_resampling or len(files) > 1 else files[0][1]
-        array, done = np.empty((count, *canvas.grid.shape), held), 0
-        for slab in self._finished([sample] if isinstance(sample, torch.Tensor) else sample, canvas):
+        held = self._held(prepared) if prepared.needs_resampling or len(files) > 1 else files[0][1]
+        array, done = np.empty((count, *prepared.grid.shape), held), 0
+        for slab in self._finished([sample] if isinstance(sample, torch.Tensor) else sample, prepared):
             slab = np.concatenate([slab[part] for part, _ in files])
             planes = array[..., done : done + slab.shape[3]]
             check_voxels(slab, array.dtype)
             planes[:] = np.rint(slab) if array.dtype.kind in "iu" else slab
             done += slab.shape[3]
-        volume = Volume(array, canvas.grid.affine, canvas.grid.source)
-        if canvas.grid is not canvas.target:
-            volume = _resample_back(volume, canvas.target)
-            if canvas.edit is not None:  # on the image's own grid, where its voxels are
+        volume = Volume(array, prepared.grid.affine, prepared.grid.source)
+        if prepared.grid is not prepared.target:
+            volume = _resample_back(volume, prepared.target)
+            if prepared.edit is not None:  # on the image's own grid, where its voxels are
                 names = [name for part, _ in files for name in self.channels[part]]
-                volume = volume.replace(np.concatenate([*canvas.edit.composited([volume.array], names)], axis=3))
-        if self.image_labels and canvas.needs_resampling:
+                volume = volume.replace(np.concatenate([*prepared.edit.composited([volume.array], names)], axis=3))
+        if self.image_labels and prepared.needs_resampling:
             volume = to_stored_grid(volume)
             volume = volume.replace(self._merged(volume.array))
         images = [
@@ -278,17 +284,17 @@ class VolumeProcessor:
             for part, (_, dtype) in zip(np.split(volume.array, len(files)), files, strict=True)
         ]
         if output_type == "nifti":
-            return dict(zip(self.generated(canvas.images), images, strict=True)) if self.apart else images[0]
+            return dict(zip(self.generated(prepared.images), images, strict=True)) if self.apart else images[0]
         stored = np.asarray(images[0].dataobj)
         stored = np.ascontiguousarray(np.moveaxis(stored, -1, 0) if stored.ndim == 4 else stored[None])
-        for channel, given in canvas.images.items():
+        for channel, given in prepared.images.items():
             stored[self.channels.index(channel)] = to_nibabel(given.volume, dtype=np.float32).dataobj
         return torch.from_numpy(stored) if output_type == "pt" else stored
 
     def write(
         self,
         slabs: Iterable[torch.Tensor],
-        canvas: Canvas,
+        prepared: PreparedVolume,
         path: str | os.PathLike | Sequence[str | os.PathLike],
         description: str = "",
     ) -> None:
@@ -298,30 +304,30 @@ class VolumeProcessor:
         One that must be resampled to the mask's grid is held, with a warning if it is large.
         """
         paths = [Path(path)] if isinstance(path, (str, os.PathLike)) else [Path(one) for one in path]
-        if not canvas.needs_resampling and (len(paths) == 1 or self._held(canvas) == np.float32):
-            self._write_files(self._finished(slabs, canvas), canvas, paths, description)
+        if not prepared.needs_resampling and (len(paths) == 1 or self._held(prepared) == np.float32):
+            self._write_files(self._finished(slabs, prepared), prepared, paths, description)
             return
-        size = 4 * len(self.intensity) * math.prod(canvas.target.shape)
+        size = 4 * len(self.intensity) * math.prod(prepared.target.shape)
         if size > LARGE_BYTES:
             warnings.warn(
-                f"a volume of {_by(canvas.target.shape)} voxels ({size / 2**30:.1f} GiB) is resampled to its mask's grid, "
+                f"a volume of {_by(prepared.target.shape)} voxels ({size / 2**30:.1f} GiB) is resampled to its mask's grid, "
                 "and held in memory for that; a mask of the model's spacing is written slab by slab",
                 stacklevel=2,
             )
-        made: Any = self.postprocess(slabs, canvas, "nifti", description)
+        made: Any = self.postprocess(slabs, prepared, "nifti", description)
         for image, one in zip(made.values() if self.apart else [made], paths, strict=True):
             nib.save(image, one)
 
     def _write_files(
-        self, restored: Iterable[np.ndarray], canvas: Canvas, paths: Sequence[Path], description: str
+        self, restored: Iterable[np.ndarray], prepared: PreparedVolume, paths: Sequence[Path], description: str
     ) -> None:
         """Slabs of all channels in original units to the files in which they belong."""
-        files, grid = self._files(canvas), stored_grid(canvas.target)
+        files, grid = self._files(prepared), stored_grid(prepared.target)
         if len(files) == 1:
             [(part, dtype)], [path] = files, paths
             write_slabs(path, (slab[part] for slab in restored), grid, dtype, description=description)
             return
-        plain = Volume(np.broadcast_to(np.float32(0), (1, *canvas.grid.shape)), canvas.grid.affine)
+        plain = Volume(np.broadcast_to(np.float32(0), (1, *prepared.grid.shape)), prepared.grid.affine)
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=paths[0].parent) as hidden:
             together = Path(hidden) / "channels.nii"  # decoded once, read once a file
             write_slabs(together, restored, stored_grid(plain), np.float32)
@@ -329,30 +335,30 @@ class VolumeProcessor:
                 slabs = (slab[part] for slab in read_slabs(together, PLANES))
                 write_slabs(path, slabs, grid, dtype, description=description)
 
-    def _files(self, canvas: Canvas) -> list[tuple[slice, type[np.number]]]:
+    def _files(self, prepared: PreparedVolume) -> list[tuple[slice, type[np.number]]]:
         """Which channels each file holds, and the type of its voxels: of an edit that of the image."""
-        own = None if canvas.edit is None else canvas.edit.originals
+        own = None if prepared.edit is None else prepared.edit.originals
         if not self.apart:
             return [(slice(None), self.file_dtype if own is None else own[self.channels[0]].dtype.type)]
-        numbers = [self.channels.index(channel) for channel in self.generated(canvas.images)]
+        numbers = [self.channels.index(channel) for channel in self.generated(prepared.images)]
         types = [
             _whole_or_float(self.intensity[n : n + 1]) if own is None else own[self.channels[n]].dtype.type
             for n in numbers
         ]
         return [(slice(n, n + 1), dtype) for n, dtype in zip(numbers, types, strict=True)]
 
-    def _held(self, canvas: Canvas) -> np.dtype:
+    def _held(self, prepared: PreparedVolume) -> np.dtype:
         """The floating type that holds what is written without loss."""
-        return np.dtype(np.float32) if canvas.edit is None else canvas.edit.dtype(self.channels)
+        return np.dtype(np.float32) if prepared.edit is None else prepared.edit.dtype(self.channels)
 
-    def _finished(self, slabs: Iterable[torch.Tensor], canvas: Canvas) -> Iterator[np.ndarray]:
+    def _finished(self, slabs: Iterable[torch.Tensor], prepared: PreparedVolume) -> Iterator[np.ndarray]:
         """`_restored`, and of an edit on the image's own grid the edited image."""
-        restored = self._restored(slabs, canvas)
-        composited = canvas.edit is not None and canvas.grid is canvas.target
-        return canvas.edit.composited(restored, self.channels) if composited else restored  # pyright: ignore
+        restored = self._restored(slabs, prepared)
+        composited = prepared.edit is not None and prepared.grid is prepared.target
+        return prepared.edit.composited(restored, self.channels) if composited else restored  # pyright: ignore
 
-    def _restored(self, slabs: Iterable[torch.Tensor], canvas: Canvas) -> Iterator[np.ndarray]:
-        """Decoded slabs (C, X, Y, z) of the padded grid to slabs float32 of `canvas.grid`, in original units; to slabs of
+    def _restored(self, slabs: Iterable[torch.Tensor], prepared: PreparedVolume) -> Iterator[np.ndarray]:
+        """Decoded slabs (C, X, Y, z) of the padded grid to slabs float32 of `prepared.grid`, in original units; to slabs of
         a label map if that is what they mean, unless they must be resampled first.
 
         Raises: ValueError if the slabs have other channels than the data, or together another number of planes than the
@@ -365,19 +371,19 @@ class VolumeProcessor:
                     f"the autoencoder gave {len(slab)} channels, the model's data describes {len(self.intensity)}"
                 )
             for planes in slab.split(PLANES, dim=3):
-                placement = canvas.placement.planes(start, start + planes.shape[3])
+                placement = prepared.placement.planes(start, start + planes.shape[3])
                 array = placement.undo(planes.float().clamp(-1, 1).cpu().numpy())
                 start += planes.shape[3]
                 here = slice(done, done + array.shape[3])
-                if canvas.labels is not None:
-                    array[:, canvas.grid.array[0, ..., here] == PADDING] = -1
-                array = self.to_original_units(array, canvas.edit)
-                yield self._merged(array) if self._merges_slabs(canvas) else array
+                if prepared.labels is not None:
+                    array[:, prepared.grid.array[0, ..., here] == PADDING] = -1
+                array = self.to_original_units(array, prepared.edit)
+                yield self._merged(array) if self._merges_slabs(prepared) else array
                 done = here.stop
-        if start != canvas.shape[2]:
-            raise ValueError(f"the autoencoder gave {start} planes for a grid of {_by(canvas.shape)} voxels")
+        if start != prepared.shape[2]:
+            raise ValueError(f"the autoencoder gave {start} planes for a grid of {_by(prepared.shape)} voxels")
 
-    def to_original_units(self, array: np.ndarray, edit: Edit | None = None) -> np.ndarray:
+    def to_original_units(self, array: np.ndarray, edit: PreparedEdit | None = None) -> np.ndarray:
         """(C, X, Y, Z) in [-1, 1] to the training files' units (HU, SUV, the median MR scale), channel by channel; of an
         edit to those of its image."""
         scales = [scale for _, scale in self.intensity]
@@ -386,8 +392,8 @@ class VolumeProcessor:
         with np.errstate(over="ignore"):  # what exceeds float32 becomes infinite, and is refused where it is written
             return np.stack(channels).astype(np.float32, copy=False)
 
-    def _merges_slabs(self, canvas: Canvas) -> bool:
-        return bool(self.image_labels) and not canvas.needs_resampling
+    def _merges_slabs(self, prepared: PreparedVolume) -> bool:
+        return bool(self.image_labels) and not prepared.needs_resampling
 
     def _merged(self, array: np.ndarray) -> np.ndarray:
         """Channels (C, X, Y, Z) of labels, 0 outside and 1 inside, to the label map (1, X, Y, Z)."""

@@ -231,11 +231,11 @@ def worker(target: str, seed: int, start: int, stop: int, folder: Path) -> None:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     counts: Counter[str] = Counter()
-    silence = open(os.devnull, "w")
+    progress_disabled = open(os.devnull, "w")
     for index in range(start, stop):
         (folder / "now").write_text(str(index))
         out, err = sys.stdout, sys.stderr
-        sys.stdout = sys.stderr = silence
+        sys.stdout = sys.stderr = progress_disabled
         try:
             outcome, what = run_case(found, index, folder, seed)
         finally:

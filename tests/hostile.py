@@ -180,12 +180,12 @@ def autoencoder_target() -> Target:
     from tiny import tiny_pipeline
 
     from pipelines.storage.loading import load_autoencoder
-    from training.build import initialise_from
+    from training.build import initialize_from
 
     model = tiny_pipeline().vae
 
     def read(home: Path) -> None:
-        initialise_from(model, home)
+        initialize_from(model, home)
         load_autoencoder(home)
 
     return Target("autoencoder", [collected(model.save_pretrained)], read)

@@ -27,7 +27,7 @@ def blurred(volumes: np.ndarray, sigma: float = 0.7) -> np.ndarray:
 
 
 def shuffled(volumes: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Pairs of neighbouring slices along `axis` change places."""
+    """Pairs of neighboring slices along `axis` change places."""
     order = np.arange(volumes.shape[axis]).reshape(-1, 2)[:, ::-1].ravel()
     return np.take(volumes, order, axis)
 

@@ -194,7 +194,7 @@ def test_what_is_no_shape(free, shape):
     with pytest.raises(ValueError, match="shape"):
         generate(free, mask=None, shape=shape)
     with pytest.raises(ValueError, match="shape"):
-        free.canvas(None, shape)
+        free.prepared(None, shape)
 
 
 def test_provenance_by_itself_is_plain(pipe):

@@ -32,7 +32,7 @@ def small_vae(**arguments) -> AutoencoderKL3D:
 
 
 @pytest.mark.parametrize("stride", [(2, 2, 2), (4, 2, 1)])
-def test_space_to_depth_is_inverted_and_keeps_neighbours_together(stride):
+def test_space_to_depth_is_inverted_and_keeps_neighbors_together(stride):
     x = torch.arange(2 * 3 * 8 * 4 * 6.0).reshape(2, 3, 8, 4, 6)
     folded = space_to_depth(x, stride)
     assert torch.equal(depth_to_space(folded, stride), x)
@@ -203,7 +203,7 @@ def test_gradient_loss_sees_edges_but_not_offsets():
     )  # 3 along one axis of three
 
 
-def test_measured_statistics_standardise_latents_and_decode_undoes_it():
+def test_measured_statistics_standardize_latents_and_decode_undoes_it():
     vae = small_vae()
     volumes = [torch.rand(1, 1, 16, 8, 12) * 2 - 1, torch.rand(1, 1, 8, 8, 8) * 2 - 1]
     batches = [{"image": v, "fov": torch.ones_like(v, dtype=torch.bool)} for v in volumes]

@@ -142,15 +142,15 @@ def test_a_batch_is_its_masks_each_on_its_own_grid():
 def test_another_spacing_warns_and_is_resampled_as_a_files_is():
     processor, affine = VolumeProcessor(tiny_pipeline().data, (4, 4, 4)), affine_of("LAS", (2, 1, 1.5))
     with pytest.warns(UserWarning, match="the mask is resampled"):
-        canvas = processor.preprocess(metatensor(LABELS, affine))
+        prepared = processor.preprocess(metatensor(LABELS, affine))
     with pytest.warns(UserWarning, match="the mask is resampled"):
         expected = processor.preprocess(nib.Nifti1Image(LABELS, affine))
-    np.testing.assert_array_equal(canvas.labels, expected.labels)
-    np.testing.assert_allclose(canvas.target.source.affine, affine)
+    np.testing.assert_array_equal(prepared.labels, expected.labels)
+    np.testing.assert_allclose(prepared.target.source.affine, affine)
 
 
 def test_what_monais_transforms_did_is_in_the_affine(tmp_path):
-    """Loaded, turned, flipped and resampled: the origin in mm of the voxel that was labelled stays where it was."""
+    """Loaded, turned, flipped and resampled: the origin in mm of the voxel that was labeled stays where it was."""
     voxels = np.zeros(SHAPE, np.int16)
     voxels[2, 5, 1] = 5
     nib.save(nib.Nifti1Image(voxels, affine_of("LAS")), tmp_path / "mask.nii.gz")

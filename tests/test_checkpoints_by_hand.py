@@ -42,7 +42,7 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
 
 
 def test_a_checkpoint_of_divided_weights_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="was written with loop.shard True"):
+    with pytest.raises(ValueError, match="was written with loop.fsdp True"):
         resumed(tmp_path, sharded=True)
 
 

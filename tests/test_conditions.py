@@ -28,7 +28,7 @@ from diffusion import (
 from diffusion.conditions import ConditionEmbedding, fourier_features
 from diffusion.latent_cache import LatentAugmentation, cache_key
 from pipelines import MedVolumePipeline, read_sidecar
-from training import initialise_from
+from training import initialize_from
 
 CLASSES = {"sex": ["F", "M"], "diagnosis": ["none", "benign", "malignant"]}  # not in the order of the alphabet
 NUMBERS = {"weight": {"mean": 70.0, "std": 10.0}, "age": {"mean": 50.0, "std": 20.0}}
@@ -39,7 +39,7 @@ NAN = math.nan
 
 
 def unet_of(**arguments) -> LatentUNet3D:
-    """A small U-Net whose zero-initialised layers are not zero, as after training."""
+    """A small U-Net whose zero-initialized layers are not zero, as after training."""
     torch.manual_seed(0)
     unet = LatentUNet3D(**{**SMALL, "classes": CLASSES, "numbers": NUMBERS, **arguments})
     for parameter in unet.parameters():
@@ -60,7 +60,7 @@ def test_a_class_has_its_row_and_an_absent_one_the_first():
     assert embedding(given, None, torch.float32).tolist() == [[1, 20], [3, 10], [0, 20], [2, 0], [0, 0]]
 
 
-def test_a_number_is_standardised_and_an_absent_one_is_told():
+def test_a_number_is_standardized_and_an_absent_one_is_told():
     features = fourier_features(torch.tensor([50.0, 90.0, 10.0, NAN]), mean=50.0, std=20.0)
     waves = [2 * math.pi * 2 / period for period in (16, 8, 4, 2)]  # of two standard deviations
     above = [*map(math.sin, waves), *map(math.cos, waves), 0]
@@ -108,8 +108,8 @@ def test_a_model_without_conditions_is_what_it_was_and_a_new_one_begins_as_it(tm
         layer.weight.std() > 0.1 for layer in fresh.condition_embedding.classes
     )  # from zero they grow too slowly
     with pytest.raises(ValueError, match="another architecture"):
-        initialise_from(fresh, tmp_path)
-    assert initialise_from(fresh, tmp_path, new="condition_embedding") == [
+        initialize_from(fresh, tmp_path)
+    assert initialize_from(fresh, tmp_path, new="condition_embedding") == [
         f"condition_embedding.{kind}.{i}" for kind in ("classes", "numbers") for i in range(2)
     ]
     x, timestep = torch.randn(2, 4, 3, 3, 3), torch.tensor([100.0, 700.0])
@@ -127,16 +127,16 @@ def test_what_is_added_to_a_trained_model_moves_no_name(tmp_path):
     trained = LatentUNet3D(**SMALL, classes=sex, numbers=weight)
     trained.save_pretrained(tmp_path)
     more = LatentUNet3D(**SMALL, classes=CLASSES, numbers=NUMBERS)
-    fresh = train_ldm.start_from(more, tmp_path)
+    fresh = train_ldm.init_unet(more, tmp_path)
     assert fresh == ["condition_embedding.classes.0", "condition_embedding.numbers.0"]
     for kind in ("classes", "numbers"):
         [was], (added, kept) = (getattr(unet.condition_embedding, kind) for unet in (trained, more))
         assert torch.equal(kept.weight, was.weight) and not added.weight.any()
     wider = LatentUNet3D(**SMALL, classes={"sex": [*CLASSES["sex"], "other"]}, numbers=weight)
-    assert train_ldm.start_from(wider, tmp_path) == ["condition_embedding.classes.0"]
+    assert train_ldm.init_unet(wider, tmp_path) == ["condition_embedding.classes.0"]
     assert not wider.condition_embedding.classes[0].weight.any()
     with pytest.raises(ValueError, match=r"trained model is conditioned on numbers \['weight'\]"):
-        train_ldm.start_from(LatentUNet3D(**SMALL, classes=sex), tmp_path)
+        train_ldm.init_unet(LatentUNet3D(**SMALL, classes=sex), tmp_path)
 
 
 def test_every_condition_counts_and_keeps_its_column_when_saved(tmp_path):
@@ -218,11 +218,11 @@ def test_the_model_section_is_completed_from_the_data():
 # a model that must obey: latents about a mean of +-1 by sex, plus (age - 50) / 20, so spread that guidance has room to push
 
 GRID = (1, 3, 1, 1)
-LEARNT = {"classes": {"sex": ["F", "M"]}, "numbers": {"age": {"mean": 50.0, "std": 20.0}}}
+LEARNED = {"classes": {"sex": ["F", "M"]}, "numbers": {"age": {"mean": 50.0, "std": 20.0}}}
 
 
 @pytest.fixture(scope="module")
-def learnt() -> LatentUNet3D:
+def learned() -> LatentUNet3D:
     torch.manual_seed(0)
     unet = LatentUNet3D(
         1,
@@ -231,7 +231,7 @@ def learnt() -> LatentUNet3D:
         strides=(),
         blocks=(1,),
         attention=(False,),
-        **LEARNT,
+        **LEARNED,
         condition_dropout={"sex": 0.2, "age": 0.2},
     )
     generator = torch.Generator().manual_seed(0)
@@ -266,22 +266,22 @@ def mean_of(unet: LatentUNet3D, sex: int = -1, age: float = NAN, scale=1.0) -> f
     return latents.mean().item()
 
 
-def test_samples_follow_class_and_number(learnt):
+def test_samples_follow_class_and_number(learned):
     for age in (30.0, 50.0, 70.0):
         for sex in (0, 1):
-            assert mean_of(learnt, sex, age) == pytest.approx(2 * sex - 1 + (age - 50) / 20, abs=0.3)
-    by_age = [mean_of(learnt, 1, age) for age in (25.0, 40.0, 55.0, 70.0)]
+            assert mean_of(learned, sex, age) == pytest.approx(2 * sex - 1 + (age - 50) / 20, abs=0.3)
+    by_age = [mean_of(learned, 1, age) for age in (25.0, 40.0, 55.0, 70.0)]
     assert by_age == sorted(by_age) and by_age[-1] - by_age[0] > 1.5
 
 
-def test_guidance_pushes_further_and_leaving_out_lies_between(learnt):
-    woman, man, either = (mean_of(learnt, sex, 50.0) for sex in (0, 1, -1))
+def test_guidance_pushes_further_and_leaving_out_lies_between(learned):
+    woman, man, either = (mean_of(learned, sex, 50.0) for sex in (0, 1, -1))
     assert woman + 0.3 < either < man - 0.3
-    assert mean_of(learnt, 0, 50.0, {"sex": 2.0}) < woman - 0.2 and mean_of(learnt, 1, 50.0, {"sex": 2.0}) > man + 0.2
-    young, old, any_age = (mean_of(learnt, 0, age) for age in (25.0, 75.0, NAN))
+    assert mean_of(learned, 0, 50.0, {"sex": 2.0}) < woman - 0.2 and mean_of(learned, 1, 50.0, {"sex": 2.0}) > man + 0.2
+    young, old, any_age = (mean_of(learned, 0, age) for age in (25.0, 75.0, NAN))
     assert young + 0.3 < any_age < old - 0.3
-    assert mean_of(learnt, 0, 25.0, {"age": 2.0}) < young - 0.2 and mean_of(learnt, 0, 75.0, {"age": 2.0}) > old + 0.2
-    assert mean_of(learnt, 1, 75.0, 1.5) > mean_of(learnt, 1, 75.0) + 0.2
+    assert mean_of(learned, 0, 25.0, {"age": 2.0}) < young - 0.2 and mean_of(learned, 0, 75.0, {"age": 2.0}) > old + 0.2
+    assert mean_of(learned, 1, 75.0, 1.5) > mean_of(learned, 1, 75.0) + 0.2
 
 
 # the pipeline

@@ -28,7 +28,7 @@ def moved(image: torch.Tensor, angles, growth, monkeypatch) -> tuple[torch.Tenso
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_what_lies_half_a_voxel_outside_is_outside(axis, monkeypatch):
-    """At 1.25 voxels a step about the centre of nine, places run from -1 to 9: the first and the last show nothing."""
+    """At 1.25 voxels a step about the center of nine, places run from -1 to 9: the first and the last show nothing."""
     growth = [0.0, 0.0, 0.0]
     growth[axis] = 0.25
     shown, fov = moved(torch.randn(1, 9, 9, 9), [0.0] * 3, growth, monkeypatch)

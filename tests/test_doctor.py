@@ -19,7 +19,7 @@ from evaluation.doctor.after_training import (
     distances,
     latent_summary,
 )
-from evaluation.doctor.cases import find_cases, quantisation_step, thumbnail_of
+from evaluation.doctor.cases import find_cases, quantization_step, thumbnail_of
 from evaluation.doctor.data_checks import outliers
 from evaluation.doctor.leaks import near_duplicates
 from evaluation.doctor.memory import (
@@ -188,10 +188,10 @@ def test_a_list_that_training_refuses_fails(tmp_path):
 def test_the_step_of_intensities_is_found():
     whole = np.random.default_rng(0).integers(0, 4000, (12, 12, 12))
     for factor in (5.95897, 0.0123, 1.0):
-        assert quantisation_step((whole * factor).astype(np.float32)) == pytest.approx(factor, rel=1e-6)
-        assert quantisation_step((whole * factor - 300).astype(np.float32)) == pytest.approx(factor, rel=1e-5)
-    assert quantisation_step(np.random.default_rng(0).normal(size=(12, 12, 12))) is None
-    assert quantisation_step(np.arange(8.0)) is None  # too few levels
+        assert quantization_step((whole * factor).astype(np.float32)) == pytest.approx(factor, rel=1e-6)
+        assert quantization_step((whole * factor - 300).astype(np.float32)) == pytest.approx(factor, rel=1e-5)
+    assert quantization_step(np.random.default_rng(0).normal(size=(12, 12, 12))) is None
+    assert quantization_step(np.arange(8.0)) is None  # too few levels
 
 
 def test_near_duplicates_are_of_other_subjects_and_closer_than_usual():

@@ -93,8 +93,14 @@ def test_what_a_config_saves(tmp_path):
 
 
 def test_a_step_with_a_discriminator_is_estimated():
-    vae, critic = AutoencoderKL3D(channels=(8, 8), decoder_blocks=(1, 1)), VolumeDiscriminator(channels=8, layers=1)
-    step, both = autoencoder_step(vae, (16, 16, 16), 2, critic=critic, slices=3), nn.ModuleList([vae, critic])
+    vae, discriminator = (
+        AutoencoderKL3D(channels=(8, 8), decoder_blocks=(1, 1)),
+        VolumeDiscriminator(channels=8, layers=1),
+    )
+    step, both = (
+        autoencoder_step(vae, (16, 16, 16), 2, discriminator=discriminator, slices=3),
+        nn.ModuleList([vae, discriminator]),
+    )
 
     def enabled():
         with torch.enable_grad():

@@ -7,7 +7,7 @@ import torch
 from tiny import mask_image, seeded, tiny_pipeline
 
 from pipelines import describe_mask, read_sidecar
-from pipelines.inputs.inpainting import FINE, membrane
+from pipelines.inputs.inpainting import DETAIL_CARRYOVER, harmonic_blend
 from volumes import PADDING, Volume, read_volume
 
 SHAPE = (10, 9, 12)
@@ -281,37 +281,37 @@ def test_a_membrane_meets_its_surroundings_and_ends_at_its_margin():
     region = np.zeros((5, 5, 12), bool)
     region[..., 3:] = True  # one border; elsewhere the region ends with the volume
     missing = np.where(region, np.nan, 7.0)[None].astype(np.float32)
-    added = membrane(missing, region, (1, 1, 1), 4.0)
+    added = harmonic_blend(missing, region, (1, 1, 1), 4.0)
     np.testing.assert_allclose(added[0, 2, 2], [0, 0, 0, 5.6, 4.2, 2.8, 1.4, 0, 0, 0, 0, 0], atol=0.02)
-    np.testing.assert_allclose(membrane(missing, region, (1, 1, 2), 8.0), added, atol=0.2)  # margins are of mm
+    np.testing.assert_allclose(harmonic_blend(missing, region, (1, 1, 2), 8.0), added, atol=0.2)  # margins are of mm
     for margin, inside in ((0.5, region), (4.0, np.ones_like(region))):
-        assert not membrane(np.nan_to_num(missing), inside, (1, 1, 1), margin).any()
+        assert not harmonic_blend(np.nan_to_num(missing), inside, (1, 1, 1), margin).any()
 
 
-def test_a_membrane_is_as_smooth_in_millimetres_as_they_are_apart():
+def test_a_membrane_is_as_smooth_in_millimeters_as_they_are_apart():
     """A wave along the border, voxels of 2 mm along it and 1 mm across: Laplace's equation on that grid has the solution
     sinh(q (n - j)) / sinh(q n), j voxels inside, with (cosh q - 1) = (1 - cos k) / 4; of the straight line less that,
-    `FINE` is added in the first voxel and a factor of e less in each that follows."""
+    `DETAIL_CARRYOVER` is added in the first voxel and a factor of e less in each that follows."""
     region = np.zeros((3, 6, 12), bool)
     region[..., 3:] = True
     k, n = np.pi / 6, 5
     wave = 7 * np.cos(k * (np.arange(6) + 0.5))
     missing = np.where(region, np.nan, wave[None, :, None])[None].astype(np.float32)
-    added = membrane(missing, region, (1, 2, 1), 4.0)[0, 1]
+    added = harmonic_blend(missing, region, (1, 2, 1), 4.0)[0, 1]
     j, q = np.arange(1, 5), np.arccosh(1 + (1 - np.cos(k)) / 4)
     smooth, straight = np.sinh(q * (n - j)) / np.sinh(q * n), 1 - j / n
-    expected = smooth + FINE * (straight - smooth) * np.exp(1.0 - j)
+    expected = smooth + DETAIL_CARRYOVER * (straight - smooth) * np.exp(1.0 - j)
     np.testing.assert_allclose(added[:, 3:7], wave[:, None] * expected, atol=0.05)
     assert not added[:, 7:].any()
 
 
 def test_a_membrane_carries_some_of_what_is_fine_one_voxel_far():
-    """Of a chequerboard across the border, which Laplace's equation loses, about half."""
+    """Of a checkerboard across the border, which Laplace's equation loses, about half."""
     region = np.zeros((16, 16, 12), bool)
     region[..., 2:] = True
     board = np.indices((16, 16)).sum(0) % 2 * 2.0 - 1
     missing = np.repeat(board[..., None], 12, axis=2)[None]
-    added = membrane(missing, region, (1, 1, 1), 4.0)[0, 4:-4, 4:-4]
+    added = harmonic_blend(missing, region, (1, 1, 1), 4.0)[0, 4:-4, 4:-4]
     carried = (added * board[4:-4, 4:-4, None]).mean((0, 1))
     assert 0.4 < carried[2] < 0.7 and abs(carried[4]) < 0.1 and not carried[6:].any()
 

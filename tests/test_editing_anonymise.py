@@ -8,7 +8,7 @@ import torch
 from test_reject_copies import SHAPE, blobs
 from tiny import mask_image, tiny_data, tiny_pipeline
 
-from evaluation.copies.anonymize import anonymised, copy_check_with
+from evaluation.copies.anonymize import anonymized, copy_check_with
 from evaluation.copies.fingerprints import CopyCheck
 from evaluation.data.model_units import in_model_units
 from volumes import Volume, to_nibabel
@@ -25,7 +25,7 @@ def test_the_patient_is_refused_and_the_verdict_stands_beside_what_is_kept(known
     pipe, mask = tiny_pipeline(), mask_image(SHAPE)
     made = [pipe(mask, num_inference_steps=1, generator=[torch.Generator().manual_seed(s)]).volumes[0] for s in (7, 8)]
     moved = to_nibabel(Volume(np.roll(made[0].get_fdata(dtype=np.float32), 1, axis=0)[None], np.eye(4)))
-    volume, record = anonymised(pipe, mask, moved, known, seed=7, num_inference_steps=1)
+    volume, record = anonymized(pipe, mask, moved, known, seed=7, num_inference_steps=1)
     assert np.array_equal(volume.get_fdata(), made[1].get_fdata()) and record["seed"] == 8
     (refused,) = record["rejected"]
     assert refused["seed"] == 7 and refused["patient_similarity"] > 0.99
@@ -34,12 +34,12 @@ def test_the_patient_is_refused_and_the_verdict_stands_beside_what_is_kept(known
     alone = CopyCheck.of([in_model_units(moved, tiny_data())], known.crop, block=2, shift=1)
     assert verdict["patient_similarity"] == alone.check(in_model_units(volume, tiny_data())).similarity
     with pytest.raises(ValueError, match=r"each of 1 volumes from this mask was a copy \(similarity up to 1.000"):
-        anonymised(pipe, mask, moved, known, seed=7, most=1, num_inference_steps=1)
+        anonymized(pipe, mask, moved, known, seed=7, most=1, num_inference_steps=1)
 
 
 def test_nothing_is_written_before_it_is_compared(known, tmp_path):
     with pytest.raises(ValueError, match="paths would be written before they are compared"):
-        anonymised(tiny_pipeline(), mask_image(SHAPE), mask_image(SHAPE), known, paths=tmp_path / "a.nii.gz")
+        anonymized(tiny_pipeline(), mask_image(SHAPE), mask_image(SHAPE), known, paths=tmp_path / "a.nii.gz")
     assert not list(tmp_path.iterdir())
 
 

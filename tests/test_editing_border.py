@@ -9,7 +9,7 @@ from evaluation.studies.edit_borders import (
     border_jump,
     box_region,
     face_differences,
-    labelled_region,
+    labeled_region,
     main,
 )
 from volumes import Volume
@@ -54,8 +54,8 @@ def test_regions_lie_inside():
     mask.array[0, 6, 8, 4] = 2
     box = box_region(mask)
     assert box.sum() == 6 * 8 * 4 and box[3:9, 4:12, 2:6].all()
-    labelled = labelled_region(mask)
-    assert labelled[6, 8, [3, 5]].all() and labelled[[3, 9], 8, 4].all() and not labelled[[2, 10], 8, 4].any()
+    labeled = labeled_region(mask)
+    assert labeled[6, 8, [3, 5]].all() and labeled[[3, 9], 8, 4].all() and not labeled[[2, 10], 8, 4].any()
 
 
 def test_data_without_files_is_named(tmp_path):

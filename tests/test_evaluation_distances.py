@@ -11,7 +11,7 @@ from evaluation.metrics.set_distances import (
     frechet_distance,
     kernel_distance,
     nearest,
-    standardise,
+    standardize,
     wasserstein1,
 )
 
@@ -69,14 +69,14 @@ def test_wasserstein_of_columns():
     assert wasserstein1(np.zeros((3, 1)), np.array([[0.0], [1.0], [0.0], [1.0]])) == pytest.approx([0.5])
 
 
-def test_standardising_counts_columns_alike_but_the_nearly_constant_ones():
+def test_standardizing_counts_columns_alike_but_the_nearly_constant_ones():
     rows = np.array([[0.0, 5.0, 10.0], [2.0, 5.0, 30.0]])  # standard deviations 1, 0, 10
     of = {"training": rows, "test": rows + [1, 0.5, 0]}
-    plain = standardise(of, "training")
+    plain = standardize(of, "training")
     assert plain["training"] == pytest.approx(np.array([[-1.0, 0, -1], [1, 0, 1]]))
     assert plain["test"][0] == pytest.approx([0, 0.5, -1])
     least = 0.5 * np.sqrt(101 / 3)
-    assert standardise(of, "training", 0.5)["test"][0] == pytest.approx([0, 0.5 / least, -1])
+    assert standardize(of, "training", 0.5)["test"][0] == pytest.approx([0, 0.5 / least, -1])
 
 
 def test_a_feature_that_hardly_ever_fires_does_not_drown_the_kernel_distance():
@@ -85,7 +85,7 @@ def test_a_feature_that_hardly_ever_fires_does_not_drown_the_kernel_distance():
     for rows in of.values():
         rows[:, 9] = 0
     of["training"][0, 9], of["test"][0, 9] = 1e-4, 0.5
-    drowned, kept = (standardise(of, "training", least) for least in (0.0, 0.1))
+    drowned, kept = (standardize(of, "training", least) for least in (0.0, 0.1))
     assert abs(kernel_distance(drowned["generated"], drowned["test"])) > 100
     assert abs(kernel_distance(kept["generated"], kept["test"])) < 1
 

@@ -9,7 +9,7 @@ import torch
 from evaluation import (
     band_names,
     band_power,
-    centre_crop,
+    center_crop,
     dice_per_volume,
     hann_window,
     mean_band_power,
@@ -52,8 +52,8 @@ def test_gradients_leave_the_padding_and_its_edge_out():
     seen[:, :3, :3, :3] = True
     volume = np.where(seen, np.arange(4.0), 100)  # rises along Z by 1
     assert mean_gradient(volume, seen) == pytest.approx(1)
-    seen[:, 1:] = False  # one plane: no neighbour along X
-    with pytest.raises(ValueError, match="no voxel with its neighbours"):
+    seen[:, 1:] = False  # one plane: no neighbor along X
+    with pytest.raises(ValueError, match="no voxel with its neighbors"):
         mean_gradient(volume, seen)
 
 
@@ -69,7 +69,7 @@ def test_a_wave_is_found_in_its_band_alone():
     wave = np.cos(2 * np.pi * 0.25 * x) * np.ones((28, 36, 28))  # 0.25 cycles/voxel: first of band 0.25-0.30
     power = band_power(wave)
     assert band_names()[int(power.argmax())] == "0.25-0.30"
-    # A Hann window spreads a wave over its two neighbours along X, 1/28 = 0.036 away, and no further.
+    # A Hann window spreads a wave over its two neighbors along X, 1/28 = 0.036 away, and no further.
     elsewhere = [p for name, p in zip(band_names(), power, strict=True) if name not in ("0.20-0.25", "0.25-0.30")]
     assert max(elsewhere) < 1e-12 * power.max()
 
@@ -101,9 +101,9 @@ def test_hann_window_peaks_in_the_middle_and_sums_as_it_should():
     assert window.sum() == pytest.approx(8 * 4 / 4)  # mean of a periodic Hann window is a half along each axis
 
 
-def test_centre_crop_keeps_the_middle():
+def test_center_crop_keeps_the_middle():
     volume = np.arange(6)[:, None, None] * np.ones((6, 3, 4))
-    cropped = centre_crop(volume, (2, 5, 4))
+    cropped = center_crop(volume, (2, 5, 4))
     assert cropped.shape == (2, 3, 4) and cropped[:, 0, 0].tolist() == [2, 3]
 
 

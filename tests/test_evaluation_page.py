@@ -98,21 +98,21 @@ def test_a_floor_that_is_measured_has_an_interval_too():
         }
         yoon = {"fraction": fraction, "interval": [low, 1.0], "unseen": 0.0, "unseen_interval": [0.0, 0.11]}
         attack = {"auc": 0.5, "interval": [0.4, 0.6]}
-        rows = _rows({"memorised": {"similarity": memory}, "yoon_2023": yoon, "membership": attack})
+        rows = _rows({"memorized": {"similarity": memory}, "yoon_2023": yoon, "membership": attack})
         return next(row for row in rows if "Yoon" in row.name).verdict
 
     assert verdict(0.03, 0.01) == "within" and verdict(0.4, 0.3) == "outside"
 
 
-def test_a_memorised_fraction_is_judged_beside_the_chance_in_false_positives():
+def test_a_memorized_fraction_is_judged_beside_the_chance_in_false_positives():
     def row(fraction: list[float]) -> Row:
         wrong = {"fraction": 0.02, "interval": [0.002, 0.17]}
         memory = {"fraction": fraction[1], "interval_drawn": [fraction[0], fraction[2]], "false_positives": wrong}
-        claim = private_claim({"spaces": {"image": {"memorised": {"similarity": memory}}}})
+        claim = private_claim({"spaces": {"image": {"memorized": {"similarity": memory}}}})
         assert claim.row is not None
         return claim.row
 
-    assert row([0.04, 0.09, 0.15]).verdict == "within"  # 17 % of unseen patients may be called memorised too
+    assert row([0.04, 0.09, 0.15]).verdict == "within"  # 17 % of unseen patients may be called memorized too
     assert row([0.18, 0.30, 0.40]).verdict == "outside"
 
 
@@ -128,8 +128,8 @@ def test_budgets_are_drawn_and_judged(tmp_path):
     page = build_page([path])
     rows = page["sections"][0].tables[0].rows
     assert [(row.name, row.verdict) for row in rows] == [
-        ("8 labelled volumes", "within"),
-        ("all labelled volumes", "outside"),
+        ("8 labeled volumes", "within"),
+        ("all labeled volumes", "outside"),
     ]
     assert page["sections"][0].pictures[0].source.startswith("data:image/svg+xml;base64,")
     assert page["claims"][2].row == rows[0]
@@ -153,7 +153,7 @@ def test_budgets_that_were_not_measured_are_not_drawn_and_the_fair_control_leads
     path = tmp_path / "few.json"
     path.write_text(json.dumps({"evaluation": "few_labels", "dice": dice, "ratios": ratios}))
     claim = build_page([path])["claims"][2]
-    assert claim.row is not None and (claim.row.name, claim.row.value) == ("8 labelled volumes", 0.9)
+    assert claim.row is not None and (claim.row.name, claim.row.value) == ("8 labeled volumes", 0.9)
     assert "both/real_longer" in claim.sentence
 
 
@@ -175,7 +175,7 @@ def test_all_runs_what_is_not_there_and_writes_one_page(folder, capsys):
     sources = re.findall(r'src="([^"]{20})', html)
     assert len(sources) == 2 and sources[0].startswith("data:image/svg+xml") and sources[1].startswith("data:image/png")
     markdown = (out / "report.md").read_text()
-    assert "| Private | memorised | 100.0 % (" in markdown and "outside |" in markdown
+    assert "| Private | memorized | 100.0 % (" in markdown and "outside |" in markdown
     assert "not measured again" not in capsys.readouterr().out
 
     times = {name: (out / f"{name}.json").stat().st_mtime_ns for name in ("realism", "privacy")}
@@ -183,7 +183,7 @@ def test_all_runs_what_is_not_there_and_writes_one_page(folder, capsys):
     again = everything(folder, *args[:-6], *settings, made="copies")
     assert (out / "realism.json").stat().st_mtime_ns == times["realism"]  # the same inputs: kept
     assert (out / "privacy.json").stat().st_mtime_ns > times["privacy"]  # another alpha: measured
-    assert again["reports"]["privacy"]["spaces"]["image"]["memorised"]["similarity"]["alpha"] == 0.4
+    assert again["reports"]["privacy"]["spaces"]["image"]["memorized"]["similarity"]["alpha"] == 0.4
     assert capsys.readouterr().out.count("not measured again") == 1
 
 

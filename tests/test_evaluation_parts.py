@@ -17,7 +17,7 @@ from evaluation.metrics.nearest import (
     feature_space,
     latent_space,
     similarity_matrix,
-    standardised,
+    standardized,
 )
 from evaluation.metrics.set_distances import compare_sets
 from evaluation.networks import classifier as classifier_module
@@ -34,7 +34,7 @@ RANDOM = np.random.default_rng(0)
 
 def test_a_constant_volume_stays_zero_whatever_its_rounding():
     for value in (0.1, 1 / 3, 7.7, 1e6 + 0.1, -3e-8):
-        assert not standardised(np.full((2, 3, 5, 7), value)).any()
+        assert not standardized(np.full((2, 3, 5, 7), value)).any()
 
 
 def test_a_channel_that_is_constant_says_nothing():

@@ -97,13 +97,13 @@ def test_channels_are_judged_each_by_itself():
     assert abs(report["T1"]["z correlation"]["shift"]) < 1.5 and report["T2"]["z correlation"]["shift"] < -3
 
 
-def test_standardised_features_do_not_depend_on_their_units():
+def test_standardized_features_do_not_depend_on_their_units():
     random = np.random.default_rng(0)
     of = {name: random.standard_normal((40, 3)) for name in ("training", "test", "generated")}
     scaled = {name: rows * [1, 2, 0.5] for name, rows in of.items()}
     same = [compare_features(s, draws=2)["kernel"]["whole"] for s in (of, scaled)]
     assert same[0] == pytest.approx(same[1])
-    raw = [compare_features(s, standardised=False, draws=2)["kernel"]["whole"] for s in (of, scaled)]
+    raw = [compare_features(s, standardized=False, draws=2)["kernel"]["whole"] for s in (of, scaled)]
     assert raw[0] != pytest.approx(raw[1], rel=0.1)
 
 

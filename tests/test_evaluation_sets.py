@@ -129,7 +129,7 @@ def test_privacy_finds_the_copies_and_their_patients(folder, capsys):
     args = ["--alpha", "0.34", "--shift", "1", "--pairs", "1", "--spaces", "image"]
     fresh, copies = judge("privacy", folder, "fresh", *args), judge("privacy", folder, "copies", *args, "features")
     for space in ("image", "features random"):
-        memory = copies["spaces"][space]["memorised"]["similarity"]
+        memory = copies["spaces"][space]["memorized"]["similarity"]
         assert memory["fraction"] == 1 and memory["nearer"]["auc"] == 1
         closest = copies["spaces"][space]["closest"][0]
         assert closest["similarity"] == pytest.approx(1, abs=1e-3) and closest["query"].endswith("_000")
@@ -137,12 +137,12 @@ def test_privacy_finds_the_copies_and_their_patients(folder, capsys):
         found = copies["spaces"][space]["reidentification"]
         assert found["patients"] == 9 and found["top_1"]["rate"] == pytest.approx(5 / 9)
         assert copies["spaces"][space]["own_mask"]["difference"] > 0.3
-    image = fresh["spaces"]["image"]["memorised"]["similarity"]
+    image = fresh["spaces"]["image"]["memorized"]["similarity"]
     assert image["interval_drawn"][0] < 0.5 and fresh["spaces"]["image"]["own_mask"]["interval"][0] < 0.1
     picture = folder / "reports" / copies["pictures"]["features random"]
     assert picture.name == "privacy_copies_features_random.png" and picture.read_bytes()[1:4] == b"PNG"
     assert copies["protocol"]["shift"] == {"image": 1, "features random": 0}
-    assert "image: 100.0% of generated volumes are memorised" in capsys.readouterr().out
+    assert "image: 100.0% of generated volumes are memorized" in capsys.readouterr().out
 
 
 def test_latents_and_losses_come_from_the_pipeline(folder, tmp_path):

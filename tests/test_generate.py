@@ -100,12 +100,12 @@ def test_an_interrupted_run_goes_on(inputs, generated, tmp_path, monkeypatch):
     """Stopped after two volumes, the second's file lost: the next run makes the rest, and touches what is finished no more."""
     write, written = VolumeProcessor.write, []
 
-    def stop(self, slabs, canvas, paths, description):
+    def stop(self, slabs, prepared, paths, description):
         if len(written) == 2:
             paths[0].write_bytes(b"half a volume")
             raise KeyboardInterrupt
         written.append(tmp_path / paths[0].name)
-        write(self, slabs, canvas, paths, description)
+        write(self, slabs, prepared, paths, description)
 
     monkeypatch.setattr(VolumeProcessor, "write", stop)
     with pytest.raises(KeyboardInterrupt):

@@ -26,7 +26,7 @@ from tiny import tiny_pipeline
 from files.documents import read_yaml
 from pipelines import MedVolumePipeline
 from pipelines.storage.loading import load_autoencoder
-from training.build import initialise_from
+from training.build import initialize_from
 from training.engine.checkpoints import find_checkpoint, list_checkpoints
 from volumes import (
     Case,
@@ -289,14 +289,14 @@ def test_pickles_are_never_opened(folder, tmp_path):
     for load in (
         MedVolumePipeline.from_pretrained,
         load_autoencoder,
-        lambda f: initialise_from(torch.nn.Linear(1, 1), f / "vae"),
+        lambda f: initialize_from(torch.nn.Linear(1, 1), f / "vae"),
     ):
         with pytest.raises(ValueError, match="no whole safetensors file"):
             load(folder)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match="no .safetensors file there"):
-        initialise_from(torch.nn.Linear(1, 1), folder / "vae")
+        initialize_from(torch.nn.Linear(1, 1), folder / "vae")
     assert not (tmp_path / "ran").exists()
     pickle.loads(bomb)  # it would have
     assert (tmp_path / "ran").exists()
@@ -351,7 +351,7 @@ BOMB = "\n".join(
         ("data: &data {root: *data}\n", "nested too deeply, or holds itself"),
         ("[" * 5000, "nested more than 100 deep"),
         ("data: {root: \x00}\n", "is no YAML"),
-        ("loop: {shard: !!bool maybe}\n", "is no YAML"),
+        ("loop: {fsdp: !!bool maybe}\n", "is no YAML"),
         ("output: !!timestamp 2001-02-30\n", "is no YAML"),
     ],
     ids=["bomb", "circle", "deep", "zero", "tag", "date"],

@@ -23,7 +23,7 @@ from files.paths import printable, refuse_special
 from pipelines import MedVolumePipeline
 from pipelines.inputs.requests import find_masks
 from pipelines.storage.description import check_data
-from training import initialise_from
+from training import initialize_from
 from volumes import (
     DataConfig,
     Volume,
@@ -159,7 +159,7 @@ def test_a_description_is_checked_before_the_training_and_not_when_the_pipeline_
 def test_init_from_does_not_wait_for_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
     with at_once(), pytest.raises(ValueError, match="model.safetensors: .*a pipe"):
-        initialise_from(torch.nn.Linear(1, 1), tmp_path)
+        initialize_from(torch.nn.Linear(1, 1), tmp_path)
 
 
 def test_descriptions_that_are_plausible_are_taken():
@@ -456,7 +456,7 @@ def test_hostile_tags_of_dicom_take_neither_time_nor_memory(series, element, rea
 def test_escape_sequences_in_tags_do_not_reach_the_terminal(series):
     path = series / "0001.dcm"
     path.write_bytes(path.read_bytes().replace(b"MONOCHROME2 ", b"RGB\x1b[31mabcd"))
-    with pytest.raises(VolumeError, match="is a colour image") as refused:
+    with pytest.raises(VolumeError, match="is a color image") as refused:
         read_volume(series)
     assert "\x1b" not in str(refused.value)
 

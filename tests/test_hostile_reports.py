@@ -137,7 +137,7 @@ def test_what_reaches_a_terminal_is_seen():
 
 
 def test_the_report_command_prints_no_escape_sequences(tmp_path, capsys):
-    path = dice_report(tmp_path, "synthetic/real", obedience={"masks": "\x1b[2J"})
+    path = dice_report(tmp_path, "synthetic/real", adherence={"masks": "\x1b[2J"})
     options = Namespace(reports=[str(path)], output=str(tmp_path / "page"), title="t", wait_minutes=0)
     with pytest.raises(ValueError, match="dice.json: cannot be shown"):
         run_command(COMMANDS["report"], options, None, None)  # pyright: ignore
@@ -219,7 +219,7 @@ def test_a_ledger_that_says_nothing_of_its_volumes_is_damaged_too(tmp_path):
         Ledger(tmp_path / "report.json", {"evaluation": None}, lambda rows: {"rows": rows})
 
 
-def test_rows_that_cannot_be_summarised_are_named(tmp_path):
+def test_rows_that_cannot_be_summarized_are_named(tmp_path):
     path = tmp_path / "report.json"
     path.write_text(json.dumps(BASE | {"rows": [ROW]}))
     with pytest.raises(ValueError, match="report.json: holds no trainings.*KeyError: 'per_volume'"):

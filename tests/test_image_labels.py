@@ -109,19 +109,19 @@ def decoded() -> torch.Tensor:
 @pytest.mark.parametrize(("values", "dtype"), [((0, 5, 9), np.uint8), ((0, 5, 300), np.int16), ((-2, 5, 9), np.int16)])
 def test_the_output_is_one_label_map(values, dtype, tmp_path):
     processor = processor_of(values)
-    canvas = processor.preprocess_shape(SHAPE)
-    sample = canvas.placement.apply(decoded(), 0.05)  # the padding is nonsense
+    prepared = processor.preprocess_shape(SHAPE)
+    sample = prepared.placement.apply(decoded(), 0.05)  # the padding is nonsense
     expected = np.full(SHAPE, values[0], dtype)
     for old, new in zip((5, 9), values[1:], strict=True):
         expected[planted() == old] = new
-    image = processor.postprocess(sample, canvas)
+    image = processor.postprocess(sample, prepared)
     assert image.get_data_dtype() == dtype and image.shape == SHAPE
     np.testing.assert_array_equal(np.asarray(image.dataobj), expected)
     for kind in ("np", "pt"):
-        array = np.asarray(processor.postprocess(sample, canvas, kind))
+        array = np.asarray(processor.postprocess(sample, prepared, kind))
         assert array.dtype == dtype
         np.testing.assert_array_equal(array, expected[None])
-    processor.write(sample.split(5, dim=3), canvas, tmp_path / "slabs.nii.gz")
+    processor.write(sample.split(5, dim=3), prepared, tmp_path / "slabs.nii.gz")
     nib.save(image, tmp_path / "whole.nii.gz")
     assert (tmp_path / "slabs.nii.gz").read_bytes() == (tmp_path / "whole.nii.gz").read_bytes()
 
@@ -132,11 +132,11 @@ def test_on_another_grid_the_channels_are_resampled_before_they_are_merged():
     processor.labels = {"0": "background", "1": "here"}
     fine = nib.Nifti1Image(np.ones((16, 16, 16), np.int16), np.eye(4))  # of 1 mm: resampled, and back
     with pytest.warns(UserWarning, match="the mask is resampled"):
-        canvas = processor.preprocess(fine)
-    assert canvas.grid.shape == (8, 8, 8)
+        prepared = processor.preprocess(fine)
+    assert prepared.grid.shape == (8, 8, 8)
     sample = torch.full((2, 8, 8, 8), -1.0)
     sample[1, 2:6, 2:6, 2:6] = 1.0
-    image = processor.postprocess(sample, canvas)
+    image = processor.postprocess(sample, prepared)
     array = np.asarray(image.dataobj)
     assert image.get_data_dtype() == np.uint8 and array.shape == (16, 16, 16)
     expected = np.zeros((16, 16, 16), np.uint8)
@@ -187,7 +187,7 @@ def test_adrenal_shapes_are_prepared(tmp_path):
     runpy.run_path(str(ROOT / "configs/adrenal_shapes/prepare.py"))["prepare"](tmp_path / "set.npz", tmp_path / "data")
     shape = read_volume(tmp_path / "data/shapes/test_0001.nii.gz")
     assert shape.array.sum() == shape.array[0, 0, 1, 2] == 1
-    np.testing.assert_allclose(shape.affine @ [1.5, 1.5, 1.5, 1], [0, 0, 0, 1])  # the centre of the box of 64 mm
+    np.testing.assert_allclose(shape.affine @ [1.5, 1.5, 1.5, 1], [0, 0, 0, 1])  # the center of the box of 64 mm
     assert shape.spacing == (16, 16, 16)
     with open(tmp_path / "data/shapes.csv") as table:
         rows = list(csv.reader(table))

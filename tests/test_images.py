@@ -27,7 +27,7 @@ from diffusion import (
 )
 from diffusion.latent_cache import cache_key
 from pipelines import MedVolumePipeline
-from training import initialise_from
+from training import initialize_from
 from volumes import DataConfig, VolumeDataset, load_cases
 
 TINY = {"channels": (16,), "strides": (), "blocks": (1,), "attention": (False,)}
@@ -139,7 +139,7 @@ def test_a_model_without_images_is_fine_tuned_to_take_them(tmp_path):
     """Only the first convolution, which has more channels now, is fresh."""
     LatentUNet3D(**TINY, in_channels=3, out_channels=3).save_pretrained(tmp_path)
     unet = LatentUNet3D(**TINY, **BOTH, condition_dropout=RATES)
-    assert initialise_from(unet, tmp_path, new="condition_embedding") == ["conv_in"]
+    assert initialize_from(unet, tmp_path, new="condition_embedding") == ["conv_in"]
     weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     own = unet.state_dict()
     assert all(torch.equal(own[key], weights[key]) for key in own if not key.startswith("conv_in"))
@@ -151,7 +151,7 @@ GRID, NEGATED = (1, 3, 1), {"a": 1, "b": 1}
 
 
 @pytest.fixture(scope="module")
-def obedient() -> LatentUNet3D:
+def adherent() -> LatentUNet3D:
     torch.manual_seed(0)
     generator, weight = torch.Generator().manual_seed(0), torch.ones(64, 1, *GRID)
     unet = LatentUNet3D(**TINY, in_channels=2, out_channels=2, images=NEGATED, condition_dropout={"a": 0.3, "b": 0.5})
@@ -182,22 +182,22 @@ def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name,other,flag", [("a", 1, 1), ("b", 0, 3)])
-def test_what_is_given_decides_what_is_generated(obedient, name, other, flag):
+def test_what_is_given_decides_what_is_generated(adherent, name, other, flag):
     known = torch.randn(64, 1, *GRID, generator=torch.Generator().manual_seed(5))
     image = fold_images({name: known}, NEGATED, GRID)
-    assert correlation(sampled(obedient, image)[:, other], known) < -0.9
-    free = sampled(obedient, torch.zeros_like(image))
+    assert correlation(sampled(adherent, image)[:, other], known) < -0.9
+    free = sampled(adherent, torch.zeros_like(image))
     assert abs(correlation(free[:, other], known)) < 0.3 and correlation(free[:, 0], free[:, 1]) < -0.9
     image[:, flag] = 0  # the latents are there still, but are said not to be
-    assert correlation(sampled(obedient, image)[:, other], known) > -0.8
+    assert correlation(sampled(adherent, image)[:, other], known) > -0.8
 
 
-def test_guidance_by_an_image_follows_the_formula(obedient):
+def test_guidance_by_an_image_follows_the_formula(adherent):
     image = fold_images({"a": torch.ones(4, 1, *GRID)}, NEGATED, GRID)
-    conditioned, free = sampled(obedient, image, 1), sampled(obedient, torch.zeros_like(image), 1)
+    conditioned, free = sampled(adherent, image, 1), sampled(adherent, torch.zeros_like(image), 1)
     assert (conditioned - free).abs().max() > 0.1
     for scale in ({"a": 2.0}, 2.0):
-        guided = sampled(obedient, image, 1, guidance_scale=scale)
+        guided = sampled(adherent, image, 1, guidance_scale=scale)
         assert torch.allclose(guided, 2 * conditioned - free, atol=1e-4)
 
 

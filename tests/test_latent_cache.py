@@ -200,7 +200,7 @@ def test_another_autoencoder_preprocessing_or_augmentation_is_another_cache(tmp_
     other_scale = DataConfig(phantom=PhantomConfig(count=4, shape=(17, 14, 15)), intensity=scaling)
     assert key != cache_key(VolumeDataset(load_cases(other_scale), other_scale), vae, LatentAugmentation())
     vae.set_latent_statistics([0.0] * 4, [1.0] * 4)
-    assert key != cache_key(dataset, vae, LatentAugmentation())  # the same weights, standardised otherwise
+    assert key != cache_key(dataset, vae, LatentAugmentation())  # the same weights, standardized otherwise
     with torch.no_grad():
         vae.encoder[0].bias[0] += 1.0  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
     second = build_latent_cache(dataset, vae, tmp_path, progress=False)
@@ -325,7 +325,7 @@ def test_deformed_versions_keep_image_and_mask_together(tmp_path, vae, dataset):
 
 
 def test_volumes_are_rotated_in_mm():
-    """Distances from the centre stay what they are, in voxels of 1 x 1 x 3 mm."""
+    """Distances from the center stay what they are, in voxels of 1 x 1 x 3 mm."""
     places = torch.stack(torch.meshgrid(*(torch.arange(n) - (n - 1) / 2 for n in (33, 33, 11)), indexing="ij"))
     distance = (places * torch.tensor([1.0, 1.0, 3.0]).view(3, 1, 1, 1)).norm(dim=0)
     how = LatentAugmentation(versions=2, rotate=40)

@@ -123,7 +123,7 @@ def test_what_turns_outside_is_no_data(tmp_path, vae, dataset):
 
 
 def test_a_quarter_turn_is_a_quarter_turn(monkeypatch):
-    """Of angles and sizes that are known, about the centre of the volume: voxels come to lie on voxels."""
+    """Of angles and sizes that are known, about the center of the volume: voxels come to lie on voxels."""
     image = torch.randn(1, 9, 9, 9)
     mask = torch.randint(0, 5, (9, 9, 9), dtype=torch.int16)
 

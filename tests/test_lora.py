@@ -20,7 +20,7 @@ import train_ldm
 from pipelines import MedVolumePipeline
 from pipelines.lora import add_lora, save_lora
 from pipelines.storage.trained_on import read_model
-from training import TrainLdmConfig, initialise_from, parse_config
+from training import TrainLdmConfig, initialize_from, parse_config
 from training.config import LoraConfig
 from volumes.data.config import DataConfig, PhantomConfig
 
@@ -632,7 +632,7 @@ def test_a_base_that_is_stored_in_half_precision_is_known_again(tmp_path, base):
     MedVolumePipeline.from_pretrained(base, dtype=torch.float16).save_pretrained(tmp_path)
     pipe = MedVolumePipeline.from_pretrained(tmp_path)
     unet = type(pipe.unet).from_config(pipe.unet.config)
-    initialise_from(unet, tmp_path / "unet")
+    initialize_from(unet, tmp_path / "unet")
     data = DataConfig(phantom=PhantomConfig())
     config = TrainLdmConfig("run", "vae", data, model={}, init_from=str(tmp_path / "unet"), lora=LoraConfig())
     assert train_ldm.attach_lora(unet, config) == pipe.unet_hash

@@ -96,7 +96,7 @@ def test_a_reconstruction_draws_its_latents_from_the_generators():
         torch.testing.assert_close(together[:1], expected, atol=1e-4, rtol=0)
 
 
-def test_standardised_latents_of_a_certain_encoder():
+def test_standardized_latents_of_a_certain_encoder():
     raw = torch.tensor([1.0, 5.0]).view(1, 2, 1, 1, 1)
     latents = LatentDistribution(raw, torch.zeros_like(raw), torch.tensor([3.0, 4.0]), torch.tensor([2.0, 0.5]))
     assert latents.mean.flatten().tolist() == [-1.0, 2.0] == latents.sample().flatten().tolist()
@@ -196,7 +196,7 @@ def planted(codes: list[float], *, decay: float, dead_below: float, count: float
     book.codes.copy_(torch.tensor(codes)[:, None])
     book.counts.fill_(count)
     book.sums.copy_(book.codes * count)
-    book.initialised.fill_(True)
+    book.initialized.fill_(True)
     return book
 
 
@@ -230,7 +230,7 @@ def test_a_new_codebook_begins_at_cells_with_a_count_of_one():
     torch.testing.assert_close(book.sums, book.codes)
     empty = Codebook(3, 2)
     empty.update(torch.zeros(0, 2), torch.Generator())
-    assert not empty.initialised
+    assert not empty.initialized
 
 
 def test_nothing_but_the_encoder_follows_the_commitment():
@@ -301,7 +301,7 @@ def test_a_feature_is_inside_if_one_voxel_of_its_cell_is():
 
 
 def test_bounds_are_those_of_what_can_be_decoded():
-    """Voxels of -1 and 1, and the outermost code, in standardised units, whichever end is farther."""
+    """Voxels of -1 and 1, and the outermost code, in standardized units, whichever end is farther."""
     for mean, std, bound in ((0.5, 0.25, 6.0), (-0.5, 0.25, 6.0), (0.0, 2.0, 0.5)):
         voxels = SpaceToDepth3D()
         voxels.set_latent_statistics([mean], [std])
@@ -313,8 +313,8 @@ def test_bounds_are_those_of_what_can_be_decoded():
     assert AutoencoderKL3D(channels=(4, 4), encoder_blocks=(0, 0), decoder_blocks=(0, 0)).latent_bound() is None
 
 
-def test_a_curve_is_read_between_the_centres_of_its_bins():
-    """Four bins of 0.5 from -1 to 1, centred at -0.75, -0.25, 0.25 and 0.75; constant beyond them."""
+def test_a_curve_is_read_between_the_centers_of_its_bins():
+    """Four bins of 0.5 from -1 to 1, centerd at -0.75, -0.25, 0.25 and 0.75; constant beyond them."""
     curve = np.array([1.0, 3.0, 4.0, 10.0], np.float32)
     places = torch.tensor([-2.0, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 3.0])
     expected = torch.tensor([1.0, 1.0, 1.0, 2.0, 3.0, 3.5, 4.0, 7.0, 10.0, 10.0, 10.0, 10.0])

@@ -5,14 +5,14 @@ import copy
 import torch
 from torch import nn
 
-from training.engine.muon import Muon, is_kernel, orthogonalise
+from training.engine.muon import Muon, is_kernel, orthogonalize
 
 
 def test_singular_values_come_near_one_and_directions_stay():
     torch.manual_seed(0)
     for shape in ((16, 54), (54, 16)):
         matrix = torch.randn(*shape, dtype=torch.float64) * 1e-3
-        result = orthogonalise(matrix)
+        result = orthogonalize(matrix)
         values = torch.linalg.svdvals(result)
         assert values.min() > 0.6 and values.max() < 1.25
         u, _, v = torch.linalg.svd(matrix, full_matrices=False)
@@ -21,12 +21,12 @@ def test_singular_values_come_near_one_and_directions_stay():
 
 
 def test_a_zero_gradient_moves_nothing():
-    assert not orthogonalise(torch.zeros(12, 30)).any()
+    assert not orthogonalize(torch.zeros(12, 30)).any()
 
 
 def test_matrices_together_equal_each_alone():
     matrices = torch.randn(3, 12, 30)
-    torch.testing.assert_close(orthogonalise(matrices), torch.stack([orthogonalise(m) for m in matrices]))
+    torch.testing.assert_close(orthogonalize(matrices), torch.stack([orthogonalize(m) for m in matrices]))
 
 
 def test_only_hidden_kernels_are_muons():

@@ -21,7 +21,7 @@ Weights = Mapping[str, Tensor]
 Stride = tuple[int, int, int]
 
 
-def randomise(module: torch.nn.Module) -> Weights:
+def randomize(module: torch.nn.Module) -> Weights:
     """Every weight at random, so that each counts. Returns them."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_an_autoencoder_is_the_layers_of_its_config():
     vae = AutoencoderKL3D(
         channels=(4, 6, 10), strides=STRIDES, encoder_blocks=(2, 1, 0), decoder_blocks=(0, 1, 2), patch_size=PATCH, latent_channels=3
     ).eval()  # fmt: skip
-    weights, volume = randomise(vae), torch.randn(2, 1, 8, 8, 8)
+    weights, volume = randomize(vae), torch.randn(2, 1, 8, 8, 8)
     mean, std = torch.tensor([0.1, -0.2, 0.3]), torch.tensor([2.0, 0.5, 1.5])
     vae.set_latent_statistics(mean.tolist(), std.tolist())
     head, tail = ["conv"], ["norm", "silu", "conv"]
@@ -193,7 +193,7 @@ def test_a_stream_inside_a_stream_leaves_the_outer_one_as_it_was():
 @torch.no_grad()
 def test_attention_looks_at_all_cells_in_heads():
     layer, x = SelfAttention(12, head_dim=4), torch.randn(2, 12, 2, 3, 4)
-    weights = {f"here.{name}": value for name, value in randomise(layer).items()}
+    weights = {f"here.{name}": value for name, value in randomize(layer).items()}
     torch.testing.assert_close(layer(x), attend(weights, "here", x, heads=3), rtol=1e-4, atol=1e-4)
 
 
@@ -218,7 +218,7 @@ def test_a_unet_is_the_layers_of_its_config(objective):
         numbers={"age": {"mean": 50.0, "std": 20.0}},
         images={"pet": 1},
     ).eval()
-    weights, x = randomise(unet), torch.randn(2, 3, 5, 7, 3)
+    weights, x = randomize(unet), torch.randn(2, 3, 5, 7, 3)
     labels = torch.randint(0, 3, (2, 10, 7, 6), generator=torch.Generator().manual_seed(0))
     labels[:, 9:] = PADDING
     timestep, classes, numbers = (

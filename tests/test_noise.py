@@ -10,7 +10,7 @@ from tiny import labels_of, tiny_data, tiny_pipeline
 from autoencoder.residual_noise import (
     LEVELS,
     RADIUS,
-    NoiseModel,
+    ResidualNoiseModel,
     fit_noise,
     measure_noise,
 )
@@ -42,7 +42,7 @@ def fitted() -> dict:
 
 def noise_of(fitted: dict, seed: int, value: float = 0.5, sides=(20, 20, 20)) -> np.ndarray:
     flat = torch.full((1, *sides), value)
-    return next(NoiseModel([fitted]).add([flat], seed))[0].numpy() - value
+    return next(ResidualNoiseModel([fitted]).add([flat], seed))[0].numpy() - value
 
 
 def test_strength_follows_the_decoded_intensity(fitted):
@@ -61,7 +61,7 @@ def test_the_level_is_one_of_the_real_volumes(fitted):
     assert fitted["levels"] == sorted(fitted["levels"]) and len(fitted["levels"]) == LEVELS
 
 
-def test_neighbours_are_correlated_as_they_were(fitted):
+def test_neighbors_are_correlated_as_they_were(fitted):
     real = ndimage.gaussian_filter(np.random.default_rng(1).standard_normal((40, 40, 40)), 0.7)
 
     def correlation(noise: np.ndarray, step: int) -> float:
@@ -92,7 +92,7 @@ def test_what_a_decoder_exceeds_the_range_by_is_no_noise():
 
 def test_slabs_of_any_thickness_make_the_same_volume(fitted):
     volume = torch.from_numpy(volumes(1)[0][1]).float()
-    model = NoiseModel([fitted])
+    model = ResidualNoiseModel([fitted])
     whole = next(model.add([volume], 5))
     parts = torch.cat(list(model.add(volume.split([1, 2 * RADIUS + 3, 3, 3], dim=3), 5)), dim=3)
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
@@ -111,7 +111,7 @@ def test_what_cannot_be_is_refused(fitted):
     with pytest.raises(ValueError, match="no volumes"):
         fit_noise([], SIDES)
     with pytest.raises(ValueError, match="2 channels, a noise model of 1"):
-        list(NoiseModel([fitted]).add([torch.zeros(2, 8, 8, 8)], 0))
+        list(ResidualNoiseModel([fitted]).add([torch.zeros(2, 8, 8, 8)], 0))
 
 
 def noisy_pipeline(fitted: dict) -> MedVolumePipeline:

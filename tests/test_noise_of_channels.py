@@ -8,7 +8,7 @@ from test_noise import SIDES, volumes
 from autoencoder.residual_noise import (
     BINS,
     LEVELS,
-    NoiseModel,
+    ResidualNoiseModel,
     fit_noise,
 )
 
@@ -34,8 +34,8 @@ def planted(std: float, curve: float, level: float) -> dict:
 
 
 def test_noise_is_drawn_apart_with_each_channels_own_strength():
-    """std times curve times level: 0, 0.2 and 0.6; no channel's noise is another's, nor a plane's its neighbour's."""
-    model = NoiseModel([planted(0.0, 1.0, 1.0), planted(0.1, 2.0, 1.0), planted(0.1, 2.0, 3.0)])
+    """std times curve times level: 0, 0.2 and 0.6; no channel's noise is another's, nor a plane's its neighbor's."""
+    model = ResidualNoiseModel([planted(0.0, 1.0, 1.0), planted(0.1, 2.0, 1.0), planted(0.1, 2.0, 3.0)])
     flat = torch.stack([torch.full((24, 24, 24), value) for value in (-0.5, 0.0, 0.5)])
     [made] = model.add([flat], seed=3)
     noise = made - flat
@@ -56,7 +56,7 @@ def test_noise_is_drawn_apart_with_each_channels_own_strength():
 
 def test_a_level_is_drawn_from_the_quantiles_evenly():
     """Levels of 1 to 3: their mean is 2, and a quarter is below 1.5."""
-    model = NoiseModel([planted(1.0, 1.0, 1.0) | {"levels": np.linspace(1, 3, LEVELS).tolist()}])
+    model = ResidualNoiseModel([planted(1.0, 1.0, 1.0) | {"levels": np.linspace(1, 3, LEVELS).tolist()}])
     drawn = [next(model.add([torch.zeros(1, 10, 10, 10)], seed))[0].std().item() for seed in range(200)]
     assert np.mean(drawn) == pytest.approx(2.0, abs=0.12) and np.mean(np.array(drawn) < 1.5) == pytest.approx(
         0.25, abs=0.09

@@ -134,7 +134,7 @@ def test_the_same_seed_trains_the_same_classifier_and_rare_classes_count():
         train_classifier(images[..., :8], classes, 2, seed=0, iterations=1)
 
 
-def test_sizes_are_in_millilitres(tmp_path):
+def test_sizes_are_in_milliliters(tmp_path):
     """Voxels of 2 x 3 x 4 mm: 50 and 100 of them are 1.2 and 2.4 ml, 4.8 ml where there are 200."""
     cases = []
     for number, count in enumerate((50, 100, 200)):

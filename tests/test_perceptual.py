@@ -12,7 +12,7 @@ from test_train_vae import batch, generators, gradients, make_step
 
 from autoencoder import AutoencoderKL3D
 from autoencoder.perceptual import EncoderFeatures, VGG16Features, perceptual_loss
-from train_vae import Perception, make_perception
+from train_vae import PerceptualLoss, make_perception
 from training import AdversarialConfig, CropConfig, PerceptualConfig
 
 
@@ -101,7 +101,7 @@ def test_each_channel_has_the_field_of_view_of_its_own_volume():
         assert bool(perceptual_loss(network, changed, image, fov) > 0) is counts
 
 
-def test_grey_becomes_imagenets_colours(vgg_file):
+def test_gray_becomes_imagenets_colors(vgg_file):
     vgg, seen = VGG16Features(vgg_file), []
     vgg.features[0].register_forward_hook(lambda module, given, output: seen.append(given[0]))
     vgg(torch.full((1, 1, 16, 16), -0.03))  # 0.485 in [0, 1], the mean of red
@@ -111,7 +111,7 @@ def test_grey_becomes_imagenets_colours(vgg_file):
 
 def test_a_training_step_logs_it_and_moves_the_autoencoder_alone(network):
     plain, step = make_step(), make_step()
-    step.perception = Perception(network, PerceptualConfig("vgg", weight=0.5, slices=2))
+    step.perception = PerceptualLoss(network, PerceptualConfig("vgg", weight=0.5, slices=2))
     inputs = {key: F.interpolate(value.float(), 16) for key, value in batch().items()}
     inputs["fov"] = inputs["fov"].bool()
     before, found = plain(inputs, generators()), step(inputs, generators())
@@ -123,7 +123,7 @@ def test_a_training_step_logs_it_and_moves_the_autoencoder_alone(network):
 def test_padding_is_not_perceived(network):
     """What the autoencoder draws where there is no truth changes nothing."""
     step = make_step(adversarial=AdversarialConfig(start_step=9))
-    step.perception, seen = Perception(network, PerceptualConfig("vgg", slices=2)), []
+    step.perception, seen = PerceptualLoss(network, PerceptualConfig("vgg", slices=2)), []
     network.register_forward_hook(lambda module, given, output: seen.append(given[0]))
     image = torch.full((2, 1, 16, 16, 16), -1.0)
     fov = torch.zeros_like(image, dtype=torch.bool)
@@ -131,7 +131,7 @@ def test_padding_is_not_perceived(network):
     assert len(seen) == 2 and all((volumes == -1).all() for volumes in seen)
 
 
-def make(network: Path, shape=(16, 16, 16), vae: AutoencoderKL3D | None = None) -> Perception | None:
+def make(network: Path, shape=(16, 16, 16), vae: AutoencoderKL3D | None = None) -> PerceptualLoss | None:
     config: Any = SimpleNamespace(perceptual=PerceptualConfig(str(network)), crops=CropConfig(shape=shape))
     return make_perception(config, vae or AutoencoderKL3D())
 

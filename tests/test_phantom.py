@@ -39,14 +39,14 @@ def test_the_class_is_the_lesions_brightness():
     assert classes == {0, 1}
 
 
-def test_the_origin_is_the_centre():
+def test_the_origin_is_the_center():
     image, _, _ = make_phantom(0, (10, 12, 14), spacing=(1, 2, 3))
     assert image.spacing == (1, 2, 3)
     np.testing.assert_allclose(image.affine @ [4.5, 5.5, 6.5, 1], [0, 0, 0, 1])
 
 
 def test_the_body_lies_where_the_seed_puts_it():
-    """Its centre, the first that is drawn, in units of half a side from the middle of the grid, faces at -1 and 1."""
+    """Its center, the first that is drawn, in units of half a side from the middle of the grid, faces at -1 and 1."""
     for seed, shape in ((0, (24, 24, 24)), (1, (20, 24, 28))):
         _, mask, _ = make_phantom(seed, shape)
         centroid = (np.argwhere(mask.array[0] > 0).mean(0) + 0.5) / shape * 2 - 1

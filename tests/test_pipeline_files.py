@@ -84,11 +84,11 @@ def test_each_slab_is_handed_on_before_the_next_is_decoded(monkeypatch, tmp_path
 def test_a_large_mask_is_embedded_in_parts(monkeypatch):
     """Three parts, the last thinner, are the embedding of the whole mask."""
     pipe = tiny_pipeline()
-    canvases = [pipe.volume_processor.preprocess(mask_image((8, 8, 16), seed=seed)) for seed in (1, 2)]
+    prepared_volumes = [pipe.volume_processor.preprocess(mask_image((8, 8, 16), seed=seed)) for seed in (1, 2)]
     with torch.no_grad():
-        whole = conditions.condition_tensors(pipe.unet, canvases, [({}, {})] * 2, pipe.device)["mask"]
+        whole = conditions.condition_tensors(pipe.unet, prepared_volumes, [({}, {})] * 2, pipe.device)["mask"]
         monkeypatch.setattr(conditions, "CELL_PLANES", 3)
-        parts = conditions.condition_tensors(pipe.unet, canvases, [({}, {})] * 2, pipe.device)["mask"]
+        parts = conditions.condition_tensors(pipe.unet, prepared_volumes, [({}, {})] * 2, pipe.device)["mask"]
     assert whole.shape == (2, 8, 2, 2, 4) and whole.std() > 0.1
     torch.testing.assert_close(parts, whole)
 
@@ -167,12 +167,12 @@ def test_a_volume_that_is_not_finite_leaves_no_file(slab_bytes, monkeypatch, tmp
 @pytest.mark.parametrize("planes", [[4], [8, 4]])
 def test_planes_that_do_not_fill_the_grid_are_refused(planes, tmp_path):
     processor = tiny_pipeline().volume_processor
-    canvas = processor.preprocess(mask_image((7, 8, 6)))  # padded to 8 planes
+    prepared = processor.preprocess(mask_image((7, 8, 6)))  # padded to 8 planes
     slabs = [torch.zeros(1, 8, 8, count) for count in planes]
     with pytest.raises(ValueError, match=f"gave {sum(planes)} planes for a grid of 8 x 8 x 8 voxels"):
-        processor.postprocess(iter(slabs), canvas, "np")
+        processor.postprocess(iter(slabs), prepared, "np")
     with pytest.raises(ValueError, match="planes"):
-        processor.write(slabs, canvas, tmp_path / "a.nii")
+        processor.write(slabs, prepared, tmp_path / "a.nii")
     assert not list(tmp_path.iterdir())
 
 

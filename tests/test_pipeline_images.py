@@ -86,7 +86,7 @@ def test_nifti_holds_the_channels_that_were_generated(pipe):
     ]
 
 
-def test_the_unet_sees_the_latents_of_the_standardised_image(monkeypatch):
+def test_the_unet_sees_the_latents_of_the_standardized_image(monkeypatch):
     """PET by its own percentiles, the padding and what the mask calls missing at -1; the other channel's place is 0."""
     pipe = pipeline_of()
     labels = labels_of(SHAPE)

@@ -20,11 +20,11 @@ def processor():
 def test_values_become_indices_and_the_rest_is_padding(processor):
     """Files hold 0, 2 and 5; the model sees 0, 1 and 2, and -1 around the 7 x 6 x 5 voxels of the mask."""
     labels = labels_of((7, 6, 5))
-    canvas = processor.preprocess(nib.Nifti1Image(labels, np.eye(4)))
-    assert canvas.shape == canvas.labels.shape == (8, 8, 8)
+    prepared = processor.preprocess(nib.Nifti1Image(labels, np.eye(4)))
+    assert prepared.shape == prepared.labels.shape == (8, 8, 8)
     expected = np.full((8, 8, 8), PADDING)
     expected[0:7, 1:7, 1:6] = np.select([labels == 2, labels == 5], [1, 2], 0)
-    np.testing.assert_array_equal(canvas.labels, expected)
+    np.testing.assert_array_equal(prepared.labels, expected)
 
 
 def test_unknown_labels_are_named_with_the_known_ones_and_the_remedy(processor, tmp_path):
@@ -41,8 +41,8 @@ def test_unknown_labels_are_named_with_the_known_ones_and_the_remedy(processor, 
 def test_a_label_map_translates_by_value_and_by_name(processor, label_map):
     labels = labels_of((8, 8, 8))
     other = np.select([labels == 2, labels == 5], [1, 9], 0).astype(np.int16)
-    canvas = processor.preprocess(nib.Nifti1Image(other, np.eye(4)), label_map)
-    np.testing.assert_array_equal(canvas.labels, processor.preprocess(nib.Nifti1Image(labels, np.eye(4))).labels)
+    prepared = processor.preprocess(nib.Nifti1Image(other, np.eye(4)), label_map)
+    np.testing.assert_array_equal(prepared.labels, processor.preprocess(nib.Nifti1Image(labels, np.eye(4))).labels)
 
 
 def test_a_label_map_is_applied_once(processor):
@@ -53,8 +53,8 @@ def test_a_label_map_is_applied_once(processor):
 
 
 def test_a_label_map_to_nowhere_is_refused(processor):
-    with pytest.raises(ValueError, match=r"label_map leads to \['tumour'\].*0 \(background\), 2 \(anterior\)"):
-        processor.preprocess(mask_image((8, 8, 8)), {3: "tumour"})
+    with pytest.raises(ValueError, match=r"label_map leads to \['tumor'\].*0 \(background\), 2 \(anterior\)"):
+        processor.preprocess(mask_image((8, 8, 8)), {3: "tumor"})
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_what_is_no_mask_is_refused(processor, mask, message):
 def test_minus_one_is_a_label_where_the_model_has_it():
     mask = np.zeros((4, 4, 4), dtype=np.int16)
     mask[2:] = -1
-    canvas = VolumeProcessor(tiny_data(labels={"-1": "air", "0": "body"}), STRIDE).preprocess(mask)
-    np.testing.assert_array_equal(canvas.labels, mask + 1)
+    prepared = VolumeProcessor(tiny_data(labels={"-1": "air", "0": "body"}), STRIDE).preprocess(mask)
+    np.testing.assert_array_equal(prepared.labels, mask + 1)
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -110,9 +110,9 @@ def test_a_size_outside_of_training_warns(processor, recwarn):
 def test_missing_voxels_get_the_lowest_value(processor):
     labels = labels_of((8, 8, 8))
     labels[:3] = PADDING
-    canvas = processor.preprocess(nib.Nifti1Image(labels, np.eye(4)))
-    assert (canvas.labels[:3] == PADDING).all() and (canvas.labels[3:] >= 0).all()
-    volume = processor.postprocess(torch.zeros(1, 8, 8, 8), canvas, "np")
+    prepared = processor.preprocess(nib.Nifti1Image(labels, np.eye(4)))
+    assert (prepared.labels[:3] == PADDING).all() and (prepared.labels[3:] >= 0).all()
+    volume = processor.postprocess(torch.zeros(1, 8, 8, 8), prepared, "np")
     assert (volume[0, :3] == 100).all() and (volume[0, 3:] == 200).all()
 
 
@@ -124,13 +124,13 @@ def test_another_spacing_is_resampled_and_the_result_resampled_back(processor, s
     affine[:3, 3] = -30, 12, 5
     mask = nib.Nifti1Image(labels_of((13, 11, 7)), affine)
     with pytest.warns(UserWarning, match="the model was trained at 1 x 1 x 1 mm; the mask is resampled"):
-        canvas = processor.preprocess(mask)
-    np.testing.assert_allclose(canvas.grid.spacing, 1)
-    np.testing.assert_allclose(canvas.grid.shape, np.array(mask.shape) * spacing, atol=0.51)
+        prepared = processor.preprocess(mask)
+    np.testing.assert_allclose(prepared.grid.spacing, 1)
+    np.testing.assert_allclose(prepared.grid.shape, np.array(mask.shape) * spacing, atol=0.51)
     for corner, opposite in ((0, -1), (-1, 0)):
-        grid = np.full((1, *canvas.grid.shape), 0.5, np.float32)
+        grid = np.full((1, *prepared.grid.shape), 0.5, np.float32)
         grid[0, corner, corner, corner] = -1
-        image = processor.postprocess(torch.from_numpy(canvas.placement.apply(grid, 0.9)), canvas)
+        image = processor.postprocess(torch.from_numpy(prepared.placement.apply(grid, 0.9)), prepared)
         assert image.shape == mask.shape
         np.testing.assert_allclose(image.affine, affine)
         values = np.asarray(image.dataobj)
@@ -140,15 +140,15 @@ def test_another_spacing_is_resampled_and_the_result_resampled_back(processor, s
 
 
 def test_resampling_there_and_back_keeps_anatomy_in_place(processor):
-    """A ramp in millimetres painted on the 1 mm canvas comes back as the same millimetres on the mask's 2 mm grid."""
+    """A ramp in millimeters painted on the 1 mm canvas comes back as the same millimeters on the mask's 2 mm grid."""
     affine = np.diag([-2.0, 2, 2, 1])  # stored right to left
     affine[:3, 3] = 20, -6, 4
     with pytest.warns(UserWarning, match="resampled"):
-        canvas = processor.preprocess(nib.Nifti1Image(labels_of((7, 6, 6)), affine))
-    i = np.arange(canvas.grid.shape[0])
-    ramp = (canvas.grid.affine[0, 0] * i + canvas.grid.affine[0, 3]) / 100  # world x / 100
-    painted = np.broadcast_to(ramp[:, None, None], canvas.grid.shape).astype(np.float32)
-    image = processor.postprocess(torch.from_numpy(canvas.placement.apply(painted, 0)[None]), canvas)
+        prepared = processor.preprocess(nib.Nifti1Image(labels_of((7, 6, 6)), affine))
+    i = np.arange(prepared.grid.shape[0])
+    ramp = (prepared.grid.affine[0, 0] * i + prepared.grid.affine[0, 3]) / 100  # world x / 100
+    painted = np.broadcast_to(ramp[:, None, None], prepared.grid.shape).astype(np.float32)
+    image = processor.postprocess(torch.from_numpy(prepared.placement.apply(painted, 0)[None]), prepared)
     world = affine[0, 0] * np.arange(7) + affine[0, 3]
     inner = slice(1, -1)  # the smoothing before going coarser reaches the edge
     np.testing.assert_allclose(np.asarray(image.dataobj)[inner, 3, 3], 200 + world[inner], atol=0.05)
@@ -156,7 +156,7 @@ def test_resampling_there_and_back_keeps_anatomy_in_place(processor):
 
 @pytest.mark.parametrize("codes", ["RAS", "PIL"])
 def test_an_oblique_mask_of_another_spacing_goes_there_and_back(processor, codes):
-    """Each voxel of the 1 mm canvas has the label of the mask's voxel that holds its centre; a function that is linear in
+    """Each voxel of the 1 mm canvas has the label of the mask's voxel that holds its center; a function that is linear in
     the place, painted on the canvas, is the same function of the place on the mask's grid."""
     cos, sin = np.cos(0.3), np.sin(0.3)
     turned = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
@@ -167,16 +167,16 @@ def test_an_oblique_mask_of_another_spacing_goes_there_and_back(processor, codes
     to = nib.orientations.axcodes2ornt(codes)
     stored = image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(affine), to))
     with pytest.warns(UserWarning, match="resampled"):
-        canvas = processor.preprocess(stored)
-    place = nib.affines.apply_affine(canvas.grid.affine, np.moveaxis(np.indices(canvas.grid.shape), 0, -1))
+        prepared = processor.preprocess(stored)
+    place = nib.affines.apply_affine(prepared.grid.affine, np.moveaxis(np.indices(prepared.grid.shape), 0, -1))
     voxel = nib.affines.apply_affine(np.linalg.inv(affine), place)
     nearest = np.rint(voxel).astype(int).clip(0, np.array(labels.shape) - 1)
     indices = np.select([labels == 2, labels == 5], [1, 2], 0)[tuple(np.moveaxis(nearest, -1, 0))]
     clear = (np.abs(np.abs(voxel - np.floor(voxel)) - 0.5) > 1e-3).all(-1)  # not halfway between two voxels
-    np.testing.assert_array_equal(canvas.grid.array[0][clear], indices[clear])
+    np.testing.assert_array_equal(prepared.grid.array[0][clear], indices[clear])
     painted = ((place - place.mean((0, 1, 2))) @ [0.02, -0.03, 0.01]).astype(np.float32)
     assert np.abs(painted).max() < 0.9
-    image = processor.postprocess(torch.from_numpy(canvas.placement.apply(painted[None], 0)), canvas)
+    image = processor.postprocess(torch.from_numpy(prepared.placement.apply(painted[None], 0)), prepared)
     np.testing.assert_allclose(image.affine, stored.affine, atol=1e-5)
     inner = np.asarray(nib.as_closest_canonical(image).dataobj)[2:-2, 2:-2, 2:-2]
     at = nib.affines.apply_affine(affine, np.moveaxis(np.indices(labels.shape), 0, -1))[2:-2, 2:-2, 2:-2]
@@ -185,12 +185,12 @@ def test_an_oblique_mask_of_another_spacing_goes_there_and_back(processor, codes
 
 def test_a_model_of_native_spacing_takes_any(recwarn):
     processor = VolumeProcessor(tiny_data(spacing=None), STRIDE)
-    canvas = processor.preprocess(nib.Nifti1Image(labels_of((8, 8, 8)), np.diag([3.0, 3, 3, 1])))
-    assert canvas.grid is canvas.target and not recwarn.list
+    prepared = processor.preprocess(nib.Nifti1Image(labels_of((8, 8, 8)), np.diag([3.0, 3, 3, 1])))
+    assert prepared.grid is prepared.target and not recwarn.list
 
 
 def test_an_array_lies_on_the_template(processor):
-    canvas = processor.preprocess(labels_of((8, 8, 8)))
-    np.testing.assert_array_equal(canvas.target.affine, tiny_data()["affine"])
+    prepared = processor.preprocess(labels_of((8, 8, 8)))
+    np.testing.assert_array_equal(prepared.target.affine, tiny_data()["affine"])
     volume = Volume(labels_of((8, 8, 8))[None], np.diag([1.0, 1, 1, 1]))
     np.testing.assert_array_equal(processor.preprocess(volume).target.affine, np.eye(4))

@@ -10,10 +10,10 @@ from tiny import labels_of, tiny_data
 from pipelines import VolumeProcessor
 from pipelines.inputs.images import GivenImage
 from pipelines.inputs.inpainting import (
-    Edit,
-    Editing,
+    EditRequest,
+    PreparedEdit,
     cells_of,
-    membrane,
+    harmonic_blend,
 )
 from pipelines.storage.provenance import recorded_guidance, tensor_digest
 from pipelines.volume_processor import _whole_or_float
@@ -22,10 +22,12 @@ from volumes import LinearScale, Volume
 STRIDE = (4, 4, 4)
 
 
-def edit_of(original: np.ndarray, scale: LinearScale, region: np.ndarray | None = None, margin: float = 4.0) -> Edit:
+def edit_of(
+    original: np.ndarray, scale: LinearScale, region: np.ndarray | None = None, margin: float = 4.0
+) -> PreparedEdit:
     image = GivenImage(Volume(original[None].astype(np.float32), np.eye(4)), scale)
     unseen = np.zeros(original.shape, bool)
-    return Edit({"MR": image}, {"MR": original}, region, (1.0, 1.0, 1.0), margin, unseen)
+    return PreparedEdit({"MR": image}, {"MR": original}, region, (1.0, 1.0, 1.0), margin, unseen)
 
 
 @pytest.mark.parametrize(
@@ -63,8 +65,8 @@ def test_a_membrane_needs_a_margin_of_one_voxel_along_one_axis():
     region = np.zeros((6, 3, 3), bool)
     region[2:] = True
     missing = np.where(region, 0, 9.0)[None].astype(np.float32)
-    assert membrane(missing, region, (1, 1, 3), 2.0)[0, 2, 1, 1] > 3
-    assert not membrane(missing, region, (1, 1, 3), 0.9).any()
+    assert harmonic_blend(missing, region, (1, 1, 3), 2.0)[0, 2, 1, 1] > 3
+    assert not harmonic_blend(missing, region, (1, 1, 3), 0.9).any()
 
 
 def test_a_cell_belongs_to_a_region_that_reaches_it():
@@ -83,16 +85,18 @@ def test_a_region_of_one_fine_voxel_is_a_region_at_the_models_spacing():
     region[6, 7, 8] = 1
     processor = VolumeProcessor(tiny_data(intensity=[{"kind": "window", "low": 0, "high": 400}]), STRIDE)
     with pytest.warns(UserWarning, match="resampled"):
-        canvas = processor.preprocess_edit(Editing({"MR": image}, region=region), None)
-    found = processor.padded_region(canvas)
+        prepared = processor.preprocess_edit(EditRequest({"MR": image}, region=region), None)
+    found = processor.padded_region(prepared)
     assert found is not None and found.shape == (8, 8, 8) and found[3, 3, 4] and found.sum() <= 27
 
 
 @pytest.mark.parametrize(("spacing", "resampled"), [((1, 1, 1.005), False), ((1, 1, 1.1), True), ((1, 2, 1), True)])
 def test_every_axis_decides_whether_a_mask_is_resampled(spacing, resampled, recwarn):
     mask = Volume(labels_of((9, 9, 9))[None], np.diag([*spacing, 1.0]))
-    canvas = VolumeProcessor(tiny_data(), STRIDE).preprocess(mask)
-    assert (canvas.grid is not canvas.target) == resampled == any("resampled" in str(w.message) for w in recwarn.list)
+    prepared = VolumeProcessor(tiny_data(), STRIDE).preprocess(mask)
+    assert (
+        (prepared.grid is not prepared.target) == resampled == any("resampled" in str(w.message) for w in recwarn.list)
+    )
 
 
 def test_a_size_below_those_of_training_warns_too():

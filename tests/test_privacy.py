@@ -27,7 +27,7 @@ from evaluation.studies.privacy import (
     conformal_threshold,
     distance_ratio,
     loss_attack,
-    memorised,
+    memorized,
     own_mask,
     pairs_figure,
     privacy_report,
@@ -153,16 +153,16 @@ def test_the_false_positive_rate_is_what_was_asked_for():
         above.append(np.mean(random.normal(size=50) * np.sqrt(1.01) > threshold))
     for seed in range(5):
         unseen = np.random.default_rng(seed).normal(size=39)
-        cross.append(memorised(unseen, unseen, range(39), alpha=0.1)["false_positives"]["fraction"])
+        cross.append(memorized(unseen, unseen, range(39), alpha=0.1)["false_positives"]["fraction"])
     assert 0.07 < np.mean(above) <= 0.105
     assert np.mean(cross) == pytest.approx(0.1, abs=0.03)
 
 
-def test_a_volume_at_the_threshold_is_not_memorised_and_subjects_are_the_unit():
+def test_a_volume_at_the_threshold_is_not_memorized_and_subjects_are_the_unit():
     """Scores 0 to 18 of 19 subjects: 17 is the threshold at 1 in 10. Of four subjects one and a half lie above it."""
     unseen, units = np.repeat(np.arange(19.0), 3), units_of(57, "u", 3)
     generated = np.array([17.0, 17.0, 18.0, 18.0, 19.0, 17.0, 5.0, 5.0])
-    found = memorised(generated, unseen, units, alpha=0.1, generated_units=units_of(8, "g", 2))
+    found = memorized(generated, unseen, units, alpha=0.1, generated_units=units_of(8, "g", 2))
     assert found["threshold"] == 17 and found["fraction"] == (0 + 1 + 0.5 + 0) / 4
     assert found["interval"] == wilson(found["fraction"], 4)  # of four subjects, not of eight volumes
 
@@ -170,7 +170,7 @@ def test_a_volume_at_the_threshold_is_not_memorised_and_subjects_are_the_unit():
 def test_false_positives_are_judged_by_the_threshold_of_the_other_subjects():
     """Of 20 subjects the highest exceeds all others, and no threshold that counts it as well."""
     unseen, units = np.repeat(np.arange(20.0), 2), units_of(40, "u", 2)
-    found = memorised(np.array([30.0, 5.0]), unseen, units, alpha=0.05)
+    found = memorized(np.array([30.0, 5.0]), unseen, units, alpha=0.05)
     assert found["false_positives"]["fraction"] == 0.05
     assert found["false_positives"]["interval"] == wilson(0.05, 20)
     assert found["fraction"] == 0.5 and found["excess"] == 0.45
@@ -179,7 +179,7 @@ def test_false_positives_are_judged_by_the_threshold_of_the_other_subjects():
 def test_bootstrapped_thresholds_count_one_more_subject():
     """Of 10 subjects at alpha 0.1 the threshold is the highest resampled one: 0.6^10 = 0.6 % of resamples stay below 5.5.
     By the second highest it would be 4.6 %, within the 95 % interval."""
-    found = memorised(np.full(6, 5.5), np.arange(10.0), range(10), alpha=0.1)
+    found = memorized(np.full(6, 5.5), np.arange(10.0), range(10), alpha=0.1)
     assert found["interval_drawn"] == [0, 0]
 
 
@@ -259,19 +259,19 @@ def test_a_generator_that_copies_one_in_ten_is_found_at_that_rate(real):
     report = privacy_report(training, unseen, generated, {"voxels": SPACE}, alpha=0.1, pairs=5)
     json.dumps(report)
     found = report["spaces"]["voxels"]
-    ratio = found["memorised"]["ratio"]
+    ratio = found["memorized"]["ratio"]
     assert found["yoon_2023"]["fraction"] == 0.1 and found["yoon_2023"]["unseen"] == 0
     assert found["yoon_2023"]["unseen_interval"] == wilson(0.0, report["counts"]["unseen"]["units"])
     expected = 0.1 + 0.9 * 0.1  # the copies, and alpha of the others
     assert ratio["fraction"] >= 0.1 and ratio["interval"][0] <= expected <= ratio["interval"][1]
-    similarity = found["memorised"]["similarity"]
+    similarity = found["memorized"]["similarity"]
     assert similarity["interval"][0] <= expected <= similarity["interval"][1] and similarity["threshold"] < 0.9
     closest = found["closest"]
     copied = {("made000", "train000"), ("made010", "train005"), ("made020", "train010"), ("made030", "train015")}
     assert {(pair["query"], pair["reference"]) for pair in closest[:4]} == copied
     assert closest[3]["similarity"] > 0.9 > closest[4]["similarity"]
     # made010 had the mask of the volume that it copies: apart from that volume it copies none
-    assert found["memorised"]["other_masks"]["fraction"] == pytest.approx(similarity["fraction"] - 1 / 40)
+    assert found["memorized"]["other_masks"]["fraction"] == pytest.approx(similarity["fraction"] - 1 / 40)
     assert found["own_mask"]["training_masks"]["mean"] > 0.9 > found["own_mask"]["unseen_masks"]["mean"]
     figure = pairs_figure(closest[:2], generated, training, SPACE)
     assert closest[0]["query"] in figure.axes[0].get_ylabel()
@@ -285,7 +285,7 @@ def test_independent_volumes_are_not_found(real):
     report = privacy_report(training, unseen, generated, {"voxels": SPACE}, alpha=0.1, pairs=1, losses=losses)
     found = report["spaces"]["voxels"]
     for part in ("similarity", "ratio"):
-        judged = found["memorised"][part]
+        judged = found["memorized"][part]
         assert judged["interval"][0] <= 0.1 and judged["interval_drawn"][0] <= 0.1
         assert judged["nearer"]["interval"][0] < 0.5 < judged["nearer"]["interval"][1]
     auc = found["membership"]
@@ -297,10 +297,10 @@ def test_members_of_a_generator_that_copies_are_known(real):
     training, unseen = real
     names = units_of(24, "made")
     copies = VolumeSet([disguised(volume, i) for i, volume in enumerate(training.volumes)], names, names)
-    anonymised = VolumeSet(copies.volumes[:6], names[:6], training.subjects[:6])
-    report = privacy_report(training, unseen, copies, {"voxels": SPACE}, alpha=0.1, pairs=1, anonymised=anonymised)
+    anonymized = VolumeSet(copies.volumes[:6], names[:6], training.subjects[:6])
+    report = privacy_report(training, unseen, copies, {"voxels": SPACE}, alpha=0.1, pairs=1, anonymized=anonymized)
     found = report["spaces"]["voxels"]
-    assert found["membership"]["auc"] > 0.9 and found["memorised"]["similarity"]["fraction"] == 1
+    assert found["membership"]["auc"] > 0.9 and found["memorized"]["similarity"]["fraction"] == 1
     assert found["reidentification"]["top_1"]["rate"] == 1 and found["reidentification"]["patients"] == 36
 
 
@@ -326,7 +326,7 @@ def test_intervals_and_other_masks_go_by_subject(real):
     masks[10], masks[20] = "train004", "train004"
     generated = VolumeSet(volumes, units_of(40, "made"), units_of(40, "s", 2), masks)
     found = privacy_report(training, unseen, generated, {"voxels": SPACE}, alpha=0.1, pairs=1)["spaces"]["voxels"]
-    similarity, others = found["memorised"]["similarity"], found["memorised"]["other_masks"]
+    similarity, others = found["memorized"]["similarity"], found["memorized"]["other_masks"]
     assert others["fraction"] == pytest.approx(similarity["fraction"] - 1 / 40)  # made020 copies another subject
     assert similarity["interval"] == wilson(similarity["fraction"], 20)
     assert found["yoon_2023"]["fraction"] == 2 / 40 and found["yoon_2023"]["interval"] == wilson(2 / 40, 20)

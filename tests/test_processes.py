@@ -65,7 +65,7 @@ def test_a_dead_process_ends_the_others_with_a_message(tmp_path):
 @pytest.mark.slow
 def test_a_process_that_stands_still_ends_the_others_after_their_patience(tmp_path):
     lines = tmp_path / "losses.jsonl"
-    args = [*LONG, f"--output={tmp_path / 'run'}", "--loop.patience=0.4"]
+    args = [*LONG, f"--output={tmp_path / 'run'}", "--loop.timeout_minutes=0.4"]
     two = forked.start_two("train_vae", args, tmp_path / "log.txt", losses=lines)
     when(lines.is_file, two)
     os.kill(two[1].pid, signal.SIGSTOP)

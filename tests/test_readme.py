@@ -18,7 +18,7 @@ def test_the_data_section_is_ten_lines_that_parse():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=DataConfig)
     data = parser.instantiate(parser.parse_object(yaml.safe_load(section))).data
-    assert data.label_names == {0: "background", 1: "liver", 2: "tumour"}
+    assert data.label_names == {0: "background", 1: "liver", 2: "tumor"}
     assert data.spacing == (1.5, 1.5, 1.5) and data.scaling("image").low == -160
 
 

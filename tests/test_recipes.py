@@ -138,11 +138,11 @@ def test_breasts_stay_where_they_were(tmp_path):
     np.testing.assert_allclose(right.affine[:3, 3], [1.4, 0, 0], atol=1e-6)  # pyright: ignore
 
 
-def test_the_brain_is_in_the_mask_and_no_tumour_is_cut(tmp_path):
+def test_the_brain_is_in_the_mask_and_no_tumor_is_cut(tmp_path):
     source = brats2021(tmp_path / "source")
     image, labels = drawn(0)
     cut = labels.copy()
-    cut[0] = 3  # tumour at the edge of one
+    cut[0] = 3  # tumor at the edge of one
     save(np.array([0, 0, 2, 4], np.uint8)[cut], source / "BraTS2021_00001/BraTS2021_00001_seg.nii.gz")
     count, left_out = prepare_script("med_ddpm/brats")(source, tmp_path, box=(16, 18, 20))
     assert count == 3 and left_out == ["BraTS2021_00001"]

@@ -121,7 +121,7 @@ def test_it_goes_on_where_it_stopped_and_never_mixes_checked_volumes_with_others
 
 
 def test_a_volume_that_is_always_a_copy_is_given_up_and_others_stay(inputs, fingerprints, tmp_path):
-    more = ["--reject_copies", str(fingerprints), "--most_rejections", "1"]
+    more = ["--reject_copies", str(fingerprints), "--max_attempts", "1"]
     with pytest.raises(
         ValueError, match=r"(?s)given up.*a_000.nii.gz: each of 1 volumes was refused.*is a copy.*threshold 0.990"
     ):

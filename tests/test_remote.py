@@ -260,7 +260,7 @@ def test_processes_of_a_machine_fetch_once(folder, monkeypatch):
     assert found[0] == found[1] == found[2] and len(fetched) == len(set(fetched)) == 6
 
 
-def test_labelled_volumes_are_drawn_from_a_url(folder, tmp_path):
+def test_labeled_volumes_are_drawn_from_a_url(folder, tmp_path):
     """`evaluation.data.label_budget` names volumes in a table of this machine; the files stay where they are."""
     config = data(upload(folder), test_fraction=0.3)
     found = restrict(config, 1, 0, tmp_path / "drawn.csv")

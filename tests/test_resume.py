@@ -31,7 +31,7 @@ COMMON = [
     "--optimizer.warmup_steps=2",
     "--optimizer.gradient_accumulation=2",
 ]
-VAE = [  # 12 channels are enough for both of the optimiser's algorithms to be used
+VAE = [  # 12 channels are enough for both of the optimizer's algorithms to be used
     "--model={class: autoencoder.AutoencoderKL3D, channels: [4, 12], encoder_blocks: [1, 1], decoder_blocks: [1, 1]}",
     "--crops.shape=[8, 8, 8]",
     "--crops.flip_axes=[0]",
@@ -61,7 +61,7 @@ def vae_folder(tmp_path_factory) -> Path:
 
 
 def everything(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint: weights, moving average, optimiser."""
+    """Every tensor of a checkpoint: weights, moving average, optimizer."""
     tensors = {f"{f.name}:{k}": t for f in checkpoint.glob("*.safetensors") for k, t in load_file(f).items()}
     for file in sorted(checkpoint.glob("optimizer*.bin")):
         optimizer = torch.load(file, weights_only=True)

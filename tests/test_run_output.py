@@ -24,7 +24,7 @@ from files.locks import HOLDER, LOCK, OutputInUse, only_writer
 from training import (
     Learner,
     Loop,
-    SampleStream,
+    ResumableBatchSampler,
     TrainVaeConfig,
     list_checkpoints,
     make_accelerator,
@@ -157,8 +157,10 @@ def test_minutes_to_wait_are_shown_checked_and_no_change_of_the_run(tmp_path, ca
     assert "--wait_minutes" in capsys.readouterr().out
     monkeypatch.setattr("training.engine.run.check_together", lambda _: None)
     monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
-    with pytest.raises(ValueError, match="wait_minutes 2.5 must be below loop.patience 2: .*raise loop.patience"):
-        make_accelerator(line_config(tmp_path, "--wait_minutes=2.5", "--loop.patience=2"))
+    with pytest.raises(
+        ValueError, match="wait_minutes 2.5 must be below loop.timeout_minutes 2: .*raise loop.timeout_minutes"
+    ):
+        make_accelerator(line_config(tmp_path, "--wait_minutes=2.5", "--loop.timeout_minutes=2"))
 
 
 # Links
@@ -364,7 +366,7 @@ def test_a_step_that_is_skipped_names_its_samples(tmp_path, caplog):
         output = f"--output={tmp_path / names[0]}"
         with begun(line_config(tmp_path, *args, output), data, poison=[5]) as loop:  # the second part of the third step
             loop.run()
-            batches = [batch for batch, _ in zip(SampleStream(8, 3, seed=0), range(6), strict=False)]
+            batches = [batch for batch, _ in zip(ResumableBatchSampler(8, 3, seed=0), range(6), strict=False)]
         expected = ", ".join(names[index] for _, index in batches[5])
         (told,) = [record.getMessage() for record in caplog.records if "skipped, its" in record.getMessage()]
         assert told == f"step 3: skipped, its loss is not finite. Its samples: {expected}"

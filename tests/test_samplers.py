@@ -16,7 +16,7 @@ from evaluation.studies import samplers
 from evaluation.studies.sampler_figures import (
     Combination,
     Judge,
-    asked_of,
+    inputs_from_dataset,
     make_named,
     sample,
 )
@@ -60,7 +60,7 @@ def datasets(config):
 def test_evaluations_are_counted_and_seeds_are_the_same_for_all(data):
     _, test = datasets(data[1])
     pipe = tiny_pipeline(condition_dropout={"mask": 0.1})
-    asked, scheduler = asked_of(test, pipe.unet), pipe.scheduler
+    asked, scheduler = inputs_from_dataset(test, pipe.unet), pipe.scheduler
     for name, guidance, expected in (("euler", 1.0, 3), ("heun", 1.0, 5), ("unipc", 1.0, 3), ("euler", 2.0, 6)):
         made, cost = sample(pipe, asked, Combination(name, 3, guidance), batch_size=2)
         assert cost["evaluations_per_volume"] == expected, name
@@ -92,7 +92,7 @@ def test_figures_of_planted_volumes(data):
     labels = [prepared.mask.array for prepared in test.prepared]
     same = [(indices / 2).astype(np.float32) for indices in labels]  # volumes that obey their masks
     asked, sets = (
-        asked_of(test, tiny_pipeline().unet),
+        inputs_from_dataset(test, tiny_pipeline().unet),
         ([(one.image.array + 1) / 2 for one in train.prepared], list("abcde")),
     )
     assert [mask.array.max() for mask in asked.masks] == [5] * 5

@@ -144,7 +144,10 @@ SETTINGS = f"output: out\nvae: v\ndata: {{images: 'x/{{case}}.nii.gz'}}\nmodel: 
         ),
         (f"loop: {{max_steps: 1{'0' * 400}}}", "loop.max_steps: got 1000"),
         (f"optimizer: {{learning_rate: 1{'0' * 400}}}", "optimizer.learning_rate: got 1000"),
-        ("loop: {patience: 1.0e+300}", "loop.patience: got 1e+300, expected a number, above 0 and 527040 or less"),
+        (
+            "loop: {timeout_minutes: 1.0e+300}",
+            "loop.timeout_minutes: got 1e+300, expected a number, above 0 and 527040 or less",
+        ),
         ("cache: {folder: 5}", "cache.folder: got 5, expected a path, or null; put it in quotes"),
         ("resume: ''", "resume: is empty; expected a path"),
         ("loop: {trackers: csv}", "loop.trackers: got 'csv' (text), expected a list, each text"),
@@ -238,12 +241,12 @@ def test_words_and_numbers_are_what_they_look_like(tmp_path):
     path = tmp_path / "vae.yaml"
     path.write_text(
         "output: no\ndata: {images: x, classes: {smoker: [yes, no]}, label_names: {0: off, 010: on}}\n"
-        f"model: {{class: {VAE}}}\nloop: {{mixed_precision: no, compile: no, shard: off, max_steps: 0120}}\n"
+        f"model: {{class: {VAE}}}\nloop: {{mixed_precision: no, compile: no, fsdp: off, max_steps: 0120}}\n"
         "gradient_checkpointing: yes\noptimizer: {learning_rate: 1e-4, eps: .5}\n"
     )
     config = parse_config(TrainVaeConfig, ["--config", str(path)])
     assert (config.output, config.loop.mixed_precision, config.data.classes) == ("no", "no", {"smoker": ["yes", "no"]})
-    assert (config.loop.compile, config.loop.shard, config.gradient_checkpointing) == (False, False, True)
+    assert (config.loop.compile, config.loop.fsdp, config.gradient_checkpointing) == (False, False, True)
     assert (config.data.label_names, config.loop.max_steps) == ({0: "off", 10: "on"}, 120)
     assert (config.optimizer.learning_rate, config.optimizer.eps) == (1e-4, 0.5)
     saved = tmp_path / "config.yaml"
@@ -255,10 +258,10 @@ def test_words_and_numbers_are_what_they_look_like(tmp_path):
 
 def test_numbers_of_numpy_are_made_plain(tmp_path):
     """YAML cannot hold them, which would be seen when the run is saved."""
-    loop = LoopConfig(max_steps=np.int64(5), ema_decay=np.float64(0.5), patience=np.float32(2))
+    loop = LoopConfig(max_steps=np.int64(5), ema_decay=np.float64(0.5), timeout_minutes=np.float32(2))
     data = DataConfig(images="x", spacing=(np.float32(1), 1.0, 2.0), label_names={np.int16(0): "a", np.int16(1): "b"})
     vae = TrainVaeConfig(str(tmp_path), data, {"class": VAE}, crops=CropConfig(shape=(np.int64(8), 8, 8)), loop=loop)  # pyright: ignore
-    assert [type(one) for one in (loop.max_steps, loop.ema_decay, loop.patience)] == [int, float, float]
+    assert [type(one) for one in (loop.max_steps, loop.ema_decay, loop.timeout_minutes)] == [int, float, float]
     save_config(vae, tmp_path / "config.yaml")
     assert parse_config(TrainVaeConfig, ["--config", str(tmp_path / "config.yaml")]) == vae
 

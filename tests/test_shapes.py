@@ -15,7 +15,7 @@ import generate
 from evaluation.data.pairs import generated_pairs, load_pairs
 from evaluation.data.volume_sets import VolumeSet
 from evaluation.metrics.label_shapes import compare_shapes, shape_figures, shape_names
-from volumes import Case, DataConfig, Volume, draw_shape, map_fault, read_mask, write_volume
+from volumes import Case, DataConfig, Volume, draw_shape, label_map_fault, read_mask, write_volume
 from volumes.map_checks import describe_maps
 
 NAMES = {0: "none", 1: "left", 4: "right"}
@@ -93,7 +93,7 @@ def test_what_maps_have_in_common():
     assert draw_shape(found, 3) == draw_shape(found, 3)
     assert describe_maps([(boxes(), 1.0)] * 5, NAMES)["shapes"] == "16x16x16"
     some = describe_maps([(boxes(), 1.0), (boxes(right=None), 1.0)], NAMES)
-    assert not some["labels"]["right"]["always"] and map_fault(boxes(right=None), 1.0, NAMES, some) is None
+    assert not some["labels"]["right"]["always"] and label_map_fault(boxes(right=None), 1.0, NAMES, some) is None
 
 
 @pytest.mark.parametrize(
@@ -109,15 +109,15 @@ def test_what_maps_have_in_common():
     ],
 )
 def test_broken_maps_are_named(change, fault):
-    assert map_fault(boxes(**change), 2.0, NAMES, known()) == fault
+    assert label_map_fault(boxes(**change), 2.0, NAMES, known()) == fault
 
 
 def test_pieces_of_a_label_and_unknown_labels_are_named():
     array = boxes()
     array[5, 5, 12] = 1
-    assert map_fault(array, 2.0, NAMES, known()) == "2 pieces of left"
+    assert label_map_fault(array, 2.0, NAMES, known()) == "2 pieces of left"
     array[5, 5, 12] = 9
-    assert map_fault(array, 2.0, NAMES, known()) == "unknown labels [9]"
+    assert label_map_fault(array, 2.0, NAMES, known()) == "unknown labels [9]"
 
 
 def map_pipeline(folder, **maps):
@@ -197,7 +197,7 @@ def test_a_segmenter_can_learn_from_pairs_of_masks_that_no_patient_has(pairs, tm
 def test_broken_maps_are_made_again_and_given_up(pairs, tmp_path):
     limits = {"mm3": [1, 10**4], "pieces": 0, "edge": 10**6, "always": False}
     folder = map_pipeline(tmp_path, labels={"anterior": limits})
-    more = ["--pipeline", str(folder), "--count", "2", "--steps", "1", "--most_rejections", "2"]
+    more = ["--pipeline", str(folder), "--count", "2", "--steps", "1", "--max_attempts", "2"]
     with pytest.raises(ValueError, match=r"(?s)map_000.nii.gz: each of 2 volumes was refused.*pieces of anterior"):
         generate.main([*more, "--output", str(tmp_path / "out")])
     assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["manifest.csv"]
@@ -215,7 +215,7 @@ def test_without_a_mask_that_was_accepted_there_is_no_volume(tmp_path):
     """Not even of a model that could do without."""
     map_pipeline(tmp_path, pieces=0)
     tiny_pipeline(condition_dropout={"mask": 0.1}).save_pretrained(tmp_path / "volumes")
-    more = ["--shape", "8", "8", "8", "--most_rejections", "1"]
+    more = ["--shape", "8", "8", "8", "--max_attempts", "1"]
     with pytest.raises(ValueError, match=r"(?s)given up.*map_000.nii.gz: .*map_002.nii.gz: "):
         generate.main(arguments(tmp_path, tmp_path / "out", *more))
     assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["masks"]

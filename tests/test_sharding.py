@@ -36,7 +36,7 @@ def test_divided_weights_resume_exactly_and_are_saved_whole(tmp_path):
     ldm = [*LDM, *DATA, *LOOP, *STEPS, f"--vae={tmp_path / 'vae/run/vae'}", "--data.validation_fraction=0.4"]
     ldm += ["--loop.previews=1"]
     trained("train_ldm", ldm, tmp_path / "one", 1)
-    trained("train_ldm", [*ldm, "--loop.shard=true"], tmp_path / "two", 2)
+    trained("train_ldm", [*ldm, "--loop.fsdp=true"], tmp_path / "two", 2)
     one, two = tmp_path / "one/run", tmp_path / "two/run"
     said = re.search(
         r"unet is divided: this process holds (\d+) of (\d+) weights", (tmp_path / "two/log.0").read_text()
@@ -56,7 +56,7 @@ def test_divided_weights_resume_exactly_and_are_saved_whole(tmp_path):
     resumed = tmp_path / "resumed"
     shutil.copytree(two, resumed)
     shutil.rmtree(resumed / "checkpoints/step_000004")
-    args = [*ldm, "--loop.shard=true", "--loop.batch_size=2", f"--output={resumed}", "--resume=latest"]
+    args = [*ldm, "--loop.fsdp=true", "--loop.batch_size=2", f"--output={resumed}", "--resume=latest"]
     assert [forked.ended(one) for one in forked.start_two("train_ldm", args, tmp_path / "again.txt")] == [0, 0]
     for name in ("unet.safetensors", "unet_ema.safetensors"):
         before, after = (load_file(run / last / name) for run in (two, resumed))
@@ -85,7 +85,7 @@ def test_what_else_is_trained_has_the_same_losses_when_divided(tmp_path, what):
         script = "train_ldm"
         args += ["--lora={rank: 2}", f"--init_from={tmp_path / 'base/run/pipeline/unet'}"]
     whole = trained(script, args, tmp_path / "two", 2)
-    divided = trained(script, [*args, "--loop.shard=true"], tmp_path / "divided", 2)
+    divided = trained(script, [*args, "--loop.fsdp=true"], tmp_path / "divided", 2)
     assert divided == pytest.approx(whole, rel=2e-3 if what == "bf16" else 1e-4)
 
 
@@ -94,7 +94,7 @@ def test_a_checkpoint_of_divided_weights_is_not_resumed_without(tmp_path):
     (tmp_path / "step_000003/state.json").write_text(json.dumps({"step": 3, "sharded": True}))
     (tmp_path / "step_000003/digests.json").write_text(json.dumps(checkpoints.digest_files(tmp_path / "step_000003")))
     alone: Any = SimpleNamespace(num_processes=1, is_main_process=False)
-    with pytest.raises(ValueError, match="step_000003: was written with loop.shard True; resume as the run began"):
+    with pytest.raises(ValueError, match="step_000003: was written with loop.fsdp True; resume as the run began"):
         checkpoints.Checkpointer(alone, [], tmp_path, 2).check(tmp_path / "step_000003")
     assert checkpoints.Checkpointer(alone, [], tmp_path, 2, sharded=True).check(tmp_path / "step_000003").step == 3
 
@@ -109,7 +109,7 @@ def test_where_it_cannot_run_it_is_refused():
     half.mixed_precision = "bf16"
     with pytest.raises(ValueError, match="set one of the two to false"):
         check_sharding(half, compile=True)
-    config: Any = SimpleNamespace(loop=LoopConfig(shard=True))
+    config: Any = SimpleNamespace(loop=LoopConfig(fsdp=True))
     step: Any = SimpleNamespace(learners=(1, 2))
     with pytest.raises(ValueError, match="with an adversary it is not supported"):
         Loop(half, config, step, [], [])

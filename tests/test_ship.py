@@ -21,7 +21,7 @@ def test_a_figure_that_was_not_measured_is_refused():
         fill("Dice {dice.mean:.2f}", {"dice": {}})
 
 
-def test_lists_are_summarised():
+def test_lists_are_summarized():
     ratio = {"0.15-0.20": -0.1, "0.20-0.25": -0.44, "0.25-0.30": 0.96}
     runs = [{"dice": 0.8}, {"dice": 0.9}]
     made = summaries({"reconstruction": {"spectrum": {"ratio_db": ratio}}, "dice": {"scores": {"real": runs}}})

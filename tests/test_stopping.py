@@ -35,7 +35,7 @@ from cli.stopping import (
 from evaluation.commands import dice
 from evaluation.commands.common import run_command
 from pipelines import Check, Rejection
-from training import SampleStream
+from training import ResumableBatchSampler
 from training.engine.sampling_order import training_batches
 from volumes import DataConfig, VolumeDataset
 from volumes.data import dataset
@@ -204,7 +204,7 @@ def test_an_interrupt_between_a_fork_and_its_first_line_is_no_second_one(capfd):
 
 
 def test_processes_that_load_data_outlive_an_interrupt(capfd):
-    stream = SampleStream(8, 2, seed=0)
+    stream = ResumableBatchSampler(8, 2, seed=0)
     with pytest.raises(Stopped), stoppable(), finishing("a step"):
         batches = training_batches(range(8), stream, workers=2, collate=list, pin_memory=False)
         got = [next(batches)]

@@ -28,7 +28,7 @@ def joined(network, x: Tensor, thicknesses: list[int]) -> Tensor:
 
 
 def autoencoder(model_class=AutoencoderKL3D, **changes):
-    """Small, with no layer at zero, so that every plane depends on all its neighbours."""
+    """Small, with no layer at zero, so that every plane depends on all its neighbors."""
     torch.manual_seed(0)
     arguments = {
         "channels": (8, 16),

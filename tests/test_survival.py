@@ -29,7 +29,7 @@ from files.locks import only_writer
 from training import LoopConfig, list_checkpoints, make_accelerator
 from training.engine.loop import content_changes
 from training.engine.loss_spikes import SpikeWatch
-from training.engine.output import naming_full_disk, save_model
+from training.engine.output import explain_disk_full, save_model
 from training.splits import digests
 from volumes import DataConfig, VolumeDataset, VolumeError, load_cases, make_phantom, write_volume
 
@@ -321,15 +321,15 @@ def test_an_output_that_cannot_be_written_is_named_before_the_data_are_read(tmp_
 
 def test_a_full_disk_in_generation_has_a_remedy(tmp_path):
     with pytest.raises(ValueError, match=r"out: No space left on device; make room, and run the same command again"):
-        with naming_full_disk(tmp_path / "out"):
+        with explain_disk_full(tmp_path / "out"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(FileNotFoundError), naming_full_disk(tmp_path):
+    with pytest.raises(FileNotFoundError), explain_disk_full(tmp_path):
         open(tmp_path / "other")
 
 
 def test_patience_must_be_some():
     with pytest.raises(ValueError, match="patience: got 0, expected a number, above 0"):
-        LoopConfig(patience=0)
+        LoopConfig(timeout_minutes=0)
 
 
 # Data

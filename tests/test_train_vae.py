@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 
 from autoencoder import VQGAN3D, AutoencoderKL3D
 from autoencoder.adversarial import Slices, VolumeDiscriminator, discriminator_loss
-from train_vae import Adversary, AutoencoderStep, gather_cells, make_adversary
+from train_vae import AdversarialTrainer, AutoencoderStep, gather_cells, make_adversary
 from training import AdversarialConfig, AutoencoderLosses, CropConfig, Learner, LoopConfig, OptimizerConfig
 from training.config import crop_faults
 
@@ -25,8 +25,8 @@ def make_step(model_class=AutoencoderKL3D, adversarial: AdversarialConfig | None
     adversary = None
     if adversarial is not None:
         network = VolumeDiscriminator(channels=4, layers=1)
-        critic = Learner("discriminator", network, adversarial.optimizer, ema_decay=0.0, max_steps=100)
-        adversary = Adversary(critic, adversarial)
+        discriminator = Learner("discriminator", network, adversarial.optimizer, ema_decay=0.0, max_steps=100)
+        adversary = AdversarialTrainer(discriminator, adversarial)
     step = AutoencoderStep(learner, AutoencoderLosses(), adversary)
     for each in step.learners:
         each.prepare(Accelerator(cpu=True))
@@ -64,7 +64,7 @@ def test_before_the_start_there_is_no_adversary():
 
 
 def test_strength_rises_during_the_warm_up():
-    adversary = Adversary(None, AdversarialConfig(start_step=10, warmup_steps=3))  # pyright: ignore
+    adversary = AdversarialTrainer(None, AdversarialConfig(start_step=10, warmup_steps=3))  # pyright: ignore
     assert [adversary.strength(s) for s in (9, 10, 11, 12, 13, 99)] == [None, 0.25, 0.5, 0.75, 1.0, 1.0]
 
 
@@ -74,16 +74,16 @@ def test_each_gets_its_own_gradient_only():
     step = make_step(adversarial=config)
     adversary, vae = step.adversary, step.vae.network
     seen = {}
-    discern = adversary.discern
+    discriminator_step = adversary.discriminator_step
 
     def watched(*arguments):
         assert not gradients(adversary.learner.network)  # deceiving left no gradient there
         seen["before"] = [g.clone() for g in gradients(vae)]
-        losses = discern(*arguments)
+        losses = discriminator_step(*arguments)
         seen["after"] = gradients(vae)
         return losses
 
-    adversary.discern = watched
+    adversary.discriminator_step = watched
     losses = step(batch(), generators())
     assert seen["before"] and all(torch.equal(a, b) for a, b in zip(seen["before"], seen["after"], strict=True))
     assert len(gradients(adversary.learner.network)) == len(list(adversary.learner.network.parameters()))
@@ -124,7 +124,7 @@ def test_the_codebook_moves_once_a_taken_step_by_all_batches():
     assert all(torch.equal(v, before[k]) for k, v in book.state_dict().items())
     assert {"commitment", "perplexity", "usage", "bits_per_cell"} <= losses.keys() and "kl" not in losses
     step.after_update(True)
-    assert calls == [32] and book.initialised
+    assert calls == [32] and book.initialized
     average = step.vae.average.codebook.state_dict()
     assert all(torch.equal(v, average[k]) for k, v in book.state_dict().items())  # what is validated and saved
     step(batch(2), generators(2))
@@ -142,7 +142,7 @@ def test_cells_of_padding_do_not_reach_the_codebook():
     assert [len(cells) for cells in step._cells] == [4]
 
 
-def test_the_loss_is_what_is_minimised():
+def test_the_loss_is_what_is_minimized():
     for model_class, name in ((AutoencoderKL3D, "kl"), (VQGAN3D, "commitment")):
         step = make_step(model_class)
         step.weights = AutoencoderLosses(l1=0, gradient=0, kl=1, commitment=1)
@@ -180,7 +180,7 @@ def test_the_discriminator_accumulates_as_the_autoencoder_does():
     loss = discriminator_loss(network(real, slices), network(real.flip(2), slices))
     expected = torch.autograd.grad(loss, list(network.parameters()))
     for _ in range(2):
-        adversary.discern(real, real.flip(2), slices)
+        adversary.discriminator_step(real, real.flip(2), slices)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(expected, gradients(network), strict=True))
 
 

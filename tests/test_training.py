@@ -23,12 +23,12 @@ from training import (
     Loop,
     MovingAverage,
     OptimizerConfig,
-    SampleStream,
+    ResumableBatchSampler,
     TrainVaeConfig,
     build_model,
     config_changes,
     derive_seed,
-    initialise_from,
+    initialize_from,
     learning_rate,
     list_checkpoints,
     make_accelerator,
@@ -59,7 +59,7 @@ def take(stream, count):
 
 
 def test_every_epoch_sees_every_sample_once():
-    keys = sum(take(SampleStream(7, 3, seed=1), 14), [])  # 42 samples: six epochs of 7
+    keys = sum(take(ResumableBatchSampler(7, 3, seed=1), 14), [])  # 42 samples: six epochs of 7
     for epoch in range(6):
         assert sorted(index for e, index in keys if e == epoch) == list(range(7))
     orders = {tuple(index for e, index in keys if e == epoch) for epoch in range(6)}
@@ -67,22 +67,22 @@ def test_every_epoch_sees_every_sample_once():
 
 
 def test_a_stream_goes_on_where_it_stopped():
-    assert take(SampleStream(7, 3, seed=1), 9)[4:] == take(SampleStream(7, 3, seed=1, start=12), 5)
+    assert take(ResumableBatchSampler(7, 3, seed=1), 9)[4:] == take(ResumableBatchSampler(7, 3, seed=1, start=12), 5)
 
 
 def test_processes_share_the_stream_of_one():
-    one = take(SampleStream(7, 4, seed=1), 5)
-    two = [take(SampleStream(7, 2, seed=1, process=p, processes=2), 5) for p in range(2)]
+    one = take(ResumableBatchSampler(7, 4, seed=1), 5)
+    two = [take(ResumableBatchSampler(7, 2, seed=1, process=p, processes=2), 5) for p in range(2)]
     assert one == [a + b for a, b in zip(*two, strict=True)]
 
 
 def test_a_data_set_smaller_than_a_batch():
-    assert [len(batch) for batch in take(SampleStream(2, 5, seed=0), 3)] == [5, 5, 5]
+    assert [len(batch) for batch in take(ResumableBatchSampler(2, 5, seed=0), 3)] == [5, 5, 5]
 
 
 def test_an_empty_data_set_is_named():
     with pytest.raises(ValueError, match="training split is empty"):
-        SampleStream(0, 4, seed=0)
+        ResumableBatchSampler(0, 4, seed=0)
 
 
 class EpochData(Dataset):
@@ -102,7 +102,7 @@ class EpochData(Dataset):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_know_the_epoch(workers):
-    stream = SampleStream(5, 2, seed=3, start=4)
+    stream = ResumableBatchSampler(5, 2, seed=3, start=4)
     batches = training_batches(EpochData(), stream, workers=workers, collate=torch.stack, pin_memory=False)
     got = [[tuple(key) for key in batch.tolist()] for batch in itertools.islice(batches, 6)]
     assert got == take(stream, 6)
@@ -114,7 +114,7 @@ def test_seeds_differ_by_position():
     assert len({derive_seed(*(1, 0, 0, 0)[:count]) for count in (1, 2, 3, 4)}) == 4
 
 
-# Optimisation
+# Optimization
 
 
 def test_learning_rate():
@@ -423,11 +423,11 @@ def test_config_changes(tmp_path):
     old, new = line_config(tmp_path, "--loop.seed=1"), line_config(tmp_path, "--loop.seed=2", "--resume=latest")
     assert config_changes(to_plain(old), old) == {}
     assert config_changes(to_plain(old), new) == {"loop.seed": "1 -> 2"}
-    earlier = to_plain(old)  # of a version that knew another setting, and not yet `patience`
-    del earlier["loop"]["patience"]
+    earlier = to_plain(old)  # of a version that knew another setting, and not yet `timeout_minutes`
+    del earlier["loop"]["timeout_minutes"]
     assert config_changes(earlier | {"gone": 1}, old) == {"gone": "1 -> (absent)"}
-    slower = line_config(tmp_path, "--loop.seed=1", "--loop.patience=5")
-    assert config_changes(earlier, slower) == {"loop.patience": "(absent) -> 5.0"}
+    slower = line_config(tmp_path, "--loop.seed=1", "--loop.timeout_minutes=5")
+    assert config_changes(earlier, slower) == {"loop.timeout_minutes": "(absent) -> 5.0"}
 
 
 def test_precision():
@@ -455,7 +455,7 @@ def test_init_from_keeps_all_but_the_changed_layers(tmp_path):
     save_model(trained, tmp_path / "vae")
     model = build_model(VAE | {"in_channels": 2})
     before = model.encoder[0].bias.clone()
-    assert initialise_from(model, tmp_path / "vae") == ["encoder.0"]
+    assert initialize_from(model, tmp_path / "vae") == ["encoder.0"]
     assert torch.equal(model.encoder[0].bias, before)  # of a changed layer nothing is kept
     for key, tensor in model.state_dict().items():
         if not key.startswith("encoder.0."):
@@ -465,6 +465,6 @@ def test_init_from_keeps_all_but_the_changed_layers(tmp_path):
 def test_init_from_names_what_does_not_fit(tmp_path):
     save_model(build_model(VAE), tmp_path / "vae")
     with pytest.raises(ValueError, match="another architecture"):
-        initialise_from(build_model(VAE | {"decoder_blocks": [1, 2]}), tmp_path / "vae")
+        initialize_from(build_model(VAE | {"decoder_blocks": [1, 2]}), tmp_path / "vae")
     with pytest.raises(ValueError, match="no .safetensors file there"):
-        initialise_from(build_model(VAE), tmp_path)
+        initialize_from(build_model(VAE), tmp_path)

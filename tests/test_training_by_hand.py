@@ -1,4 +1,4 @@
-"""The training step in numbers: optimiser, clipping, averages, noise, and which weights are validated and saved."""
+"""The training step in numbers: optimizer, clipping, averages, noise, and which weights are validated and saved."""
 
 import itertools
 import json
@@ -58,7 +58,7 @@ def two_weights() -> nn.Module:
     return nn.ParameterList([nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([[3.0]]))])
 
 
-# the optimiser
+# the optimizer
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ SMALL = {"channels": (8, 16), "strides": (2,), "blocks": (1, 1), "attention": (F
 
 
 def small_unet(**arguments) -> LatentUNet3D:
-    """A small U-Net whose zero-initialised layers are not zero, as after training."""
+    """A small U-Net whose zero-initialized layers are not zero, as after training."""
     torch.manual_seed(0)
     unet = LatentUNet3D(**{**SMALL, **arguments})
     for parameter in unet.parameters():

@@ -11,11 +11,11 @@ import yaml
 
 import evaluate
 from benchmarks.phantom_set import write_phantoms
-from evaluation import generated_pairs, learning_cases, load_pairs, make_segmenter, mask_obedience, train_segmenter
+from evaluation import generated_pairs, learning_cases, load_pairs, make_segmenter, mask_adherence, train_segmenter
 from evaluation.commands import few_labels as few_labels_command
 from evaluation.commands import pretrain as pretrain_command
 from evaluation.commands.ledger import Ledger, content_of
-from evaluation.data.label_budget import budget, draw_labelled
+from evaluation.data.label_budget import budget, draw_labeled
 from evaluation.data.label_budget import main as draw_main
 from evaluation.data.pairs import LoadedPairs
 from evaluation.networks.pretraining import (
@@ -26,7 +26,7 @@ from evaluation.networks.pretraining import (
     pretrain,
 )
 from evaluation.stats.intervals import compare_paired, over_seeds, student_t
-from evaluation.studies.few_labels import RATIOS, summarise, training_set
+from evaluation.studies.few_labels import RATIOS, summarize, training_set
 from evaluation.studies.utility import score_training
 from pipelines import describe_mask, read_sidecar
 from volumes import Case, DataConfig, load_cases, make_phantom, write_volume
@@ -104,15 +104,15 @@ def test_the_subject_is_the_unit_of_the_bootstrap():
 
 def test_drawn_labels_are_nested_by_subject_and_do_not_depend_on_the_order_of_files():
     cases = [Case(f"{subject}{scan}", subject) for subject in "abcdefgh" for scan in range(2)]
-    draws = {k: [cases[i].name for i in draw_labelled(cases, k, 0)] for k in (3, 4, 8, 16)}
+    draws = {k: [cases[i].name for i in draw_labeled(cases, k, 0)] for k in (3, 4, 8, 16)}
     assert draws[8][:4] == draws[4] and draws[4][:3] == draws[3] and sorted(draws[16]) == [c.name for c in cases]
     assert len({name[0] for name in draws[8]}) == 4  # whole subjects
     backwards = cases[::-1]
-    assert [backwards[i].name for i in draw_labelled(backwards, 8, 0)] == draws[8]
-    assert [cases[i].name for i in draw_labelled(cases, 8, 1)] != draws[8]
+    assert [backwards[i].name for i in draw_labeled(backwards, 8, 0)] == draws[8]
+    assert [cases[i].name for i in draw_labeled(cases, 8, 1)] != draws[8]
     for k in (0, 17):
-        with pytest.raises(ValueError, match=f"{k} labelled volumes cannot be drawn from 16"):
-            draw_labelled(cases, k, 0)
+        with pytest.raises(ValueError, match=f"{k} labeled volumes cannot be drawn from 16"):
+            draw_labeled(cases, k, 0)
 
 
 def test_budgets():
@@ -125,7 +125,7 @@ def test_budgets():
 def test_a_table_restricts_all_that_reads_the_config_to_the_drawn_volumes(data, capsys):
     folder, config = data
     learn = learning_cases(load_cases(config))
-    expected = {learn[i].name for i in draw_labelled(learn, 4, 7)}
+    expected = {learn[i].name for i in draw_labeled(learn, 4, 7)}
     args = ["--config", str(folder / "config.yaml"), "--k", "4", "--seed", "7"]
     draw_main([*args, "--output", str(folder / "k4/table.csv")])
     told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("train and evaluate with: "))
@@ -195,7 +195,7 @@ def test_comparisons_of_planted_scores():
 
     rows = [row("real", "8", 0, 0.5), row("real", "8", 1, 0.7), row("real", "all", 0, 0.8)]
     rows += [row("both", "8", 0, 0.6), row("synthetic", "any", 0, 0.4), row("synthetic", "any", 1, 0.4)]
-    found = summarise(rows, ["p", "q"], RATIOS, "ratio")
+    found = summarize(rows, ["p", "q"], RATIOS, "ratio")
     assert found["dice"]["real"]["8"]["mean"] == pytest.approx(0.6)
     assert found["dice"]["synthetic"]["any"]["per_seed"] == [0.4, 0.4]
     both = found["ratios"]["both/real"]
@@ -203,7 +203,7 @@ def test_comparisons_of_planted_scores():
     synthetic = found["ratios"]["synthetic/real"]
     assert list(synthetic) == ["8", "all"] and synthetic["8"]["of_means"] == pytest.approx(0.4 / 0.6)
     assert synthetic["all"]["of_means"] == pytest.approx(0.4 / 0.8) and "both/real_longer" not in found["ratios"]
-    gap = summarise(rows, ["p", "q"], [("both", "real")], "difference")["differences"]["both-real"]["8"]
+    gap = summarize(rows, ["p", "q"], [("both", "real")], "difference")["differences"]["both-real"]["8"]
     assert gap["of_means"] == pytest.approx(0.1) and gap["interval_seeds"] is None
 
 
@@ -308,7 +308,7 @@ def test_a_volume_that_is_beside_its_mask_is_found():
     result = score_training(real, real, 2, seed=0, iterations=30, synthetic=real.join(beside))
     volumes = result["on_synthetic"]["per_volume"]
     same, moved = (
-        mask_obedience([{**result, "on_synthetic": {"per_volume": part}}], real.cases, real.cases)
+        mask_adherence([{**result, "on_synthetic": {"per_volume": part}}], real.cases, real.cases)
         for part in (volumes[:3], volumes[3:])
     )
     assert same["real"] > 0.8 and same["synthetic-real"]["interval_subjects"] == [0, 0]
@@ -319,7 +319,7 @@ def test_a_volume_that_is_beside_its_mask_is_found():
 def test_masks_count_once_and_those_without_a_volume_not_at_all():
     real = [Case("a", "S1"), Case("b", "S1"), Case("c", "S2")]
     results = [{"per_volume": [0.8, 0.1, 0.6], "on_synthetic": {"per_volume": [0.4, 0.6, 0.5]}}]
-    found = mask_obedience(results, real, [real[0], real[0], real[2]])
+    found = mask_adherence(results, real, [real[0], real[0], real[2]])
     assert (found["masks"], found["subjects"]) == (2, 2)
     assert found["real"] == pytest.approx(0.7) and found["synthetic"] == pytest.approx(0.5)
     assert found["synthetic-real"]["interval_subjects"] == pytest.approx([-0.3, -0.1])
@@ -331,14 +331,14 @@ def test_dice_judges_volumes_of_test_masks(data, capsys):
     args += ["--train_on", "real", "--output", str(folder / "dice.json")]
     judged = evaluate.main([*args, "--judge_synthetic", str(folder / "made")])
     # They are the real volumes, scaled, and the protocol scales them back.
-    assert judged["obedience"]["real"] > 0.05 and judged["volumes"]["judge_synthetic"] == 3
-    assert judged["obedience"]["synthetic-real"]["of_means"] == pytest.approx(0, abs=1e-3)
+    assert judged["adherence"]["real"] > 0.05 and judged["volumes"]["judge_synthetic"] == 3
+    assert judged["adherence"]["synthetic-real"]["of_means"] == pytest.approx(0, abs=1e-3)
     assert judged["scores"]["real"][0]["on_synthetic"]["dice"] == pytest.approx(
         judged["scores"]["real"][0]["dice"], abs=1e-3
     )
     assert "generated from 3 test masks" in capsys.readouterr().out
     earlier = ["--earlier", str(folder / "dice.json"), "--judge_synthetic"]
-    assert evaluate.main([*args, *earlier, str(folder / "made")])["obedience"] == judged["obedience"]
+    assert evaluate.main([*args, *earlier, str(folder / "made")])["adherence"] == judged["adherence"]
     (folder / "made").rename(folder / "renamed")
     with pytest.raises(ValueError, match="did not judge the volumes in .*renamed"):
         evaluate.main([*args, *earlier, str(folder / "renamed")])

@@ -7,7 +7,7 @@ import pytest
 from volumes import Case, DataConfig, IntensityScaling, VolumeDataset, load_cases, read_volume
 from volumes.data.patterns import is_wanted
 from volumes.data.subjects import find_overlap, marks_of, record_subjects
-from volumes.map_checks import count_at_edge, count_pieces, map_fault
+from volumes.map_checks import count_at_edge, count_pieces, label_map_fault
 from volumes.plausible import obliqueness, resampling_oddities
 
 
@@ -111,7 +111,7 @@ def test_a_label_may_have_half_the_least_volume_and_twice_the_most():
     for voxels, right in ((3, False), (4, True), (32, True), (33, False)):
         array = np.zeros((9, 36, 9), np.uint8)
         array[4, 1 : 1 + voxels, 4] = 1
-        assert (map_fault(array, 2.0, {0: "background", 1: "a"}, known) is None) == right, voxels
+        assert (label_map_fault(array, 2.0, {0: "background", 1: "a"}, known) is None) == right, voxels
 
 
 def test_voxels_count_at_both_edges_and_touch_at_corners():

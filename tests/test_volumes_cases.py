@@ -244,7 +244,7 @@ def test_hippocampus(hippocampus):
     for case in cases:
         assert case.subject == rows[case.name]["subject"]
         assert (case.split == "test") == (rows[case.name]["split"] == "test")
-        # volumes 2k-1 and 2k are one person (data README); so neighbours are never apart
+        # volumes 2k-1 and 2k are one person (data README); so neighbors are never apart
         number = int(case.name.removeprefix("hippocampus_"))
         pair = f"hippocampus_{number + 1 if number % 2 else number - 1:03d}"
         assert all(other.split == case.split for other in cases if other.name == pair)

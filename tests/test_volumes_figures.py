@@ -6,7 +6,7 @@ import torch
 from matplotlib.colors import to_hex
 
 from volumes import shapes_figure, slices_figure
-from volumes.figures import LABEL_COLOURS
+from volumes.figures import LABEL_COLORS
 
 
 def grid_of(figure, rows):
@@ -18,7 +18,7 @@ def test_planes_through_the_mask_in_proportion():
     """A row a case; axial, coronal and sagittal, the mask beside the images in each."""
     image = np.random.default_rng(0).normal(size=(6, 8, 10)).astype(np.float32)
     mask = np.zeros((6, 8, 10), np.int16)
-    mask[3:6, 2:5, 7:10] = 2  # centre (4, 3, 8)
+    mask[3:6, 2:5, 7:10] = 2  # center (4, 3, 8)
     case = {"title": "case", "images": {"real": image}, "mask": mask, "spacing": torch.tensor([1.0, 2.0, 4.0])}
     figure = slices_figure([case, {**case, "images": {"real": torch.from_numpy(image)[None]}, "mask": None}])
     axes = grid_of(figure, 2)
@@ -31,8 +31,8 @@ def test_planes_through_the_mask_in_proportion():
     for panel, plane, aspect in zip(axes[0, 1::2], expected, aspects, strict=True):
         np.testing.assert_array_equal(panel.images[0].get_array(), plane)
         assert panel.images[0].origin == "lower" and panel.get_aspect() == aspect
-        assert len(panel.collections) == 1  # the outline of the one label, in its colour
-        assert to_hex(panel.collections[0].get_edgecolor()[0]) == LABEL_COLOURS[2]
+        assert len(panel.collections) == 1  # the outline of the one label, in its color
+        assert to_hex(panel.collections[0].get_edgecolor()[0]) == LABEL_COLORS[2]
         assert panel.get_xlim() == (-0.5, plane.shape[1] - 0.5)  # which widens nothing
     np.testing.assert_array_equal(axes[0, 0].images[0].get_array(), mask[:, :, 8].T)
     # without a mask: through the middle, no outline, no picture of a mask
@@ -62,7 +62,7 @@ def test_the_sides_of_the_patient_are_marked(axes, letters, said):
     assert said in " ".join(figure.get_supxlabel().split())
 
 
-def test_panels_are_in_millimetres_and_long_volumes_stay_readable():
+def test_panels_are_in_millimeters_and_long_volumes_stay_readable():
     """64 x 32 voxels of 2 mm beside 20 of 8 mm; a body 30 times as long as wide."""
     figure = slices_figure([{"images": {"real": np.zeros((64, 32, 20))}, "spacing": (2, 2, 8)}])
     grid = figure.axes[0].get_gridspec()
@@ -81,7 +81,7 @@ def test_label_maps_are_drawn_as_such():
     assert figure.axes[0].images[0].get_clim() == (0, 8) and figure.axes[0].get_ylabel() == "a"
 
 
-def test_one_grey_scale_for_a_row():
+def test_one_gray_scale_for_a_row():
     image = np.linspace(-1, 1, 512, dtype=np.float32).reshape(8, 8, 8)
     figure = slices_figure([{"title": "", "images": {"real": image, "made": image * 3}}])
     limits = {panel.images[0].get_clim() for panel in figure.axes}

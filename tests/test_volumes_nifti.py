@@ -63,7 +63,7 @@ def test_a_voxel_stays_where_it_is_in_the_patient(brain):
 
 @pytest.mark.parametrize(("unit", "scale"), [("mm", 1.0), ("meter", 1e-3)])
 def test_a_qform_beside_another_sform_goes_back_as_it_was(brain, unit, scale, tmp_path):
-    """The sform says where voxels lie; the scanner's own transform beside it keeps its place, its code, and its millimetres."""
+    """The sform says where voxels lie; the scanner's own transform beside it keeps its place, its code, and its millimeters."""
     image = reoriented(brain, "LPS")
     scanner = image.affine.copy()
     scanner[:3, 3] += [1.5, -2.0, 3.0]
@@ -128,7 +128,7 @@ def test_encodings(brain, name, tmp_path):
     assert written.header["sform_code"] == original.header["sform_code"]
 
 
-def test_other_length_units_become_millimetres(brain, tmp_path):
+def test_other_length_units_become_millimeters(brain, tmp_path):
     brain.header.set_xyzt_units("micron")
     nib.save(brain, tmp_path / "micron.nii")
     volume = read_volume(tmp_path / "micron.nii")
@@ -199,7 +199,7 @@ def test_damaged_files_are_refused(brain, tmp_path, name, spoil, reason):
         (np.zeros((3, 3), np.float32), np.eye(4), "three spatial axes"),
         (np.zeros((3, 3, 3, 2, 2), np.float32), np.eye(4), "at most one axis"),
         (np.zeros((3, 3, 3), np.float32), np.diag([1, 1, 0, 1]), "singular"),
-        (np.zeros((3, 3, 3), [("R", "u1"), ("G", "u1"), ("B", "u1")]), np.eye(4), "colour image \\(RGB\\)"),
+        (np.zeros((3, 3, 3), [("R", "u1"), ("G", "u1"), ("B", "u1")]), np.eye(4), "color image \\(RGB\\)"),
     ],
 )
 def test_unusable_values_are_refused(values, affine, reason):
@@ -334,9 +334,9 @@ def test_awkward_files_are_read_and_go_back(awkward, name, shape):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("nifti/rgb24_tiny_3D.nii", "colour image (RGB)"),
-        ("nifti/rgba32_tiny_4D.nii", "colour image (RGBA)"),
-        ("nifti/rgb24_ct_perfusion.nii.gz", "colour image (RGB)"),
+        ("nifti/rgb24_tiny_3D.nii", "color image (RGB)"),
+        ("nifti/rgba32_tiny_4D.nii", "color image (RGBA)"),
+        ("nifti/rgb24_ct_perfusion.nii.gz", "color image (RGB)"),
         ("broken/not-nifti.nii", "cannot be read as NIfTI"),
         ("broken/crash-1.nii", "data code -9510 not recognized"),
         ("broken/lfs_pointer_liver_0.nii.gz", "Git LFS pointer"),

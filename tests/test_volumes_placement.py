@@ -35,7 +35,7 @@ def test_strides_may_differ_by_axis():
     assert pad_to_multiple((5, 5, 5), (2, 4, 1)).target == (6, 8, 5)
 
 
-def test_cropping_is_centred():
+def test_cropping_is_centerd():
     placement = pad_or_crop((10, 7, 4), (4, 4, 4))
     assert placement.start == (3, 1, 0)
     array = np.random.default_rng(0).normal(size=(2, 10, 7, 4))

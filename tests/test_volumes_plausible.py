@@ -54,7 +54,7 @@ def dataset_of(config):
     return VolumeDataset(load_cases(config), config)
 
 
-def test_metres_that_are_none_are_refused_and_units_cures_it(tmp_path):
+def test_meters_that_are_none_are_refused_and_units_cures_it(tmp_path):
     folder = saved(tmp_path, unit="meter")
     with pytest.raises(VolumeError, match=r"1000 x 1000 x 1000 mm, .*unit of length is m\).*data.units: mm"):
         dataset_of(config_of(folder))
@@ -63,8 +63,8 @@ def test_metres_that_are_none_are_refused_and_units_cures_it(tmp_path):
     data = describe(dataset)
     assert data["reading"] == {"units": "mm"} and "reading" not in describe(dataset_of(config_of(saved(tmp_path))))
     processor = VolumeProcessor(tiny_data(reading=data["reading"]), (4, 4, 4))
-    canvas = processor.preprocess(image_of(unit="meter"))  # a mask of the same headers, as training read them
-    np.testing.assert_array_equal(canvas.target.affine, np.eye(4))
+    prepared = processor.preprocess(image_of(unit="meter"))  # a mask of the same headers, as training read them
+    np.testing.assert_array_equal(prepared.target.affine, np.eye(4))
     with pytest.raises(VolumeError, match="1000 x 1000 x 1000 mm"):
         VolumeProcessor(tiny_data(), (4, 4, 4)).preprocess(image_of(unit="meter"))
 
@@ -340,7 +340,7 @@ def test_pairs_keep_what_they_say(tmp_path):
         read_volume(tmp_path / "a.hdr")
 
 
-def test_written_volumes_are_in_millimetres():
+def test_written_volumes_are_in_millimeters():
     image = to_nibabel(read_volume(image_of(affine=np.diag([0.002, 0.002, 0.003, 1]), unit="meter")))
     assert image.header.get_xyzt_units()[0] == "mm"
     np.testing.assert_allclose(image.header.get_zooms(), (2, 2, 3))

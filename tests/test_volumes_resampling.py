@@ -38,12 +38,12 @@ def test_a_linear_function_is_reproduced(spacing):
     np.testing.assert_allclose(result.array[0][edge], expected[edge], rtol=0, atol=0.05)
 
 
-def test_extent_and_centre_are_kept():
+def test_extent_and_center_are_kept():
     volume = ramp((24, 30, 26), affine_of((1.0, 1.5, 2.0), angle=0.3))
     result = resample(volume, (2.0, 3.0, 1.0))
     assert result.shape == (12, 15, 52)
-    centre = [*(np.array(volume.shape) - 1) / 2, 1], [*(np.array(result.shape) - 1) / 2, 1]
-    np.testing.assert_allclose(volume.affine @ centre[0], result.affine @ centre[1], atol=1e-9)
+    center = [*(np.array(volume.shape) - 1) / 2, 1], [*(np.array(result.shape) - 1) / 2, 1]
+    np.testing.assert_allclose(volume.affine @ center[0], result.affine @ center[1], atol=1e-9)
 
 
 def test_the_extent_is_kept_to_the_nearest_voxel():
@@ -80,7 +80,7 @@ def test_outside_the_field_of_view_is_filled():
 
 
 def test_up_to_the_outer_faces_of_its_voxels_a_volume_has_its_own_values():
-    """A voxel reaches half its side beyond its centre: there is nothing of the fill, beyond is the fill alone."""
+    """A voxel reaches half its side beyond its center: there is nothing of the fill, beyond is the fill alone."""
     volume = Volume(np.full((1, 4, 5, 6), 7, np.float32), np.eye(4))
     for reach, expected in ((0.4, 7), (0.6, -3)):
         for axis, last in enumerate((3, 4, 5)):

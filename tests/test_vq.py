@@ -22,16 +22,16 @@ def test_planted_codes_return_their_indices():
     book.codes.copy_(torch.randn(32, 4, generator=seeded()))
     indices = torch.randint(0, 32, (2, 3, 4, 5), generator=seeded(1))
     near = book.codes[indices].movedim(-1, 1) + 1e-3 * torch.randn(2, 4, 3, 4, 5, generator=seeded(2))
-    quantised, found = book(near)
+    quantized, found = book(near)
     assert torch.equal(found, indices)
-    assert torch.allclose(quantised, book.codes[indices].movedim(-1, 1), atol=1e-6)
+    assert torch.allclose(quantized, book.codes[indices].movedim(-1, 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_decoded_is_a_code_however_far_the_latents(dtype):
     book, latents = Codebook(8, 4), torch.randn(1, 4, 2, 2, 2, generator=seeded()) * 1000
-    quantised, found = book(latents.to(dtype))
-    assert torch.equal(quantised, book.codes[found].movedim(-1, 1).to(dtype))
+    quantized, found = book(latents.to(dtype))
+    assert torch.equal(quantized, book.codes[found].movedim(-1, 1).to(dtype))
 
 
 def test_nearest_is_nearest_whatever_the_parts(monkeypatch):
@@ -51,14 +51,14 @@ def test_gradients_pass_straight_through_and_leave_the_codebook():
 
 
 def test_updates_find_the_clusters():
-    centres = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0], [5.0, 5.0]])
+    centers = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0], [5.0, 5.0]])
     book, generator = Codebook(4, 2, decay=0.8), seeded()
     for step in range(60):
         noise = 0.1 * torch.randn(200, 2, generator=seeded(step))
-        book.update(centres[torch.arange(200) % 4] + noise, generator)
-    order = torch.cdist(centres, book.codes).argmin(1)
+        book.update(centers[torch.arange(200) % 4] + noise, generator)
+    order = torch.cdist(centers, book.codes).argmin(1)
     assert sorted(order.tolist()) == [0, 1, 2, 3]
-    assert torch.allclose(book.codes[order], centres, atol=0.1)
+    assert torch.allclose(book.codes[order], centers, atol=0.1)
 
 
 def test_moving_average_is_that_of_the_paper():
@@ -67,7 +67,7 @@ def test_moving_average_is_that_of_the_paper():
     book.codes.copy_(torch.tensor([[0.0], [10.0]]))
     book.counts.copy_(torch.tensor([2.0, 4.0]))
     book.sums.copy_(torch.tensor([[0.0], [40.0]]))
-    book.initialised.fill_(True)
+    book.initialized.fill_(True)
     book.update(torch.tensor([[1.0], [2.0], [9.0]]), seeded())
     assert torch.allclose(book.counts, torch.tensor([0.9 * 2 + 0.1 * 2, 0.9 * 4 + 0.1 * 1]))
     assert torch.allclose(book.codes[:, 0], torch.tensor([0.1 * 3 / 2.0, (0.9 * 40 + 0.1 * 9) / 3.7]))
@@ -78,7 +78,7 @@ def test_a_dead_code_restarts_at_a_cell():
     book.codes.copy_(torch.tensor([[0.0, 0.0], [1.0, 1.0], [100.0, 100.0]]))
     book.counts.fill_(0.3)
     book.sums.copy_(book.codes * 0.3)
-    book.initialised.fill_(True)
+    book.initialized.fill_(True)
     cells = torch.rand(20, 2, generator=seeded())
     book.update(cells, seeded())
     assert (cells == book.codes[2]).all(1).any()
@@ -98,12 +98,12 @@ def test_two_processes_make_the_codebook_of_one():
         assert all(torch.equal(book.state_dict()[k], v) for k, v in books[0].state_dict().items())
 
 
-def test_initialisation_happens_once_and_is_part_of_the_state():
+def test_initialization_happens_once_and_is_part_of_the_state():
     book = Codebook(4, 2)
     book.update(torch.randn(10, 2, generator=seeded()), seeded())
     resumed = Codebook(4, 2)
     resumed.load_state_dict(book.state_dict())
-    assert resumed.initialised
+    assert resumed.initialized
     for b in (book, resumed):
         b.update(torch.randn(10, 2, generator=seeded(1)), seeded(2))
     assert torch.equal(book.codes, resumed.codes)
@@ -137,7 +137,7 @@ def test_statistics_of_known_histograms():
 
 
 @torch.no_grad()
-def test_latents_are_those_before_quantisation_and_decoding_quantises():
+def test_latents_are_those_before_quantization_and_decoding_quantizes():
     vae = tiny().eval()
     vae.set_latent_statistics([0.5] * 8, [2.0] * 8)
     volume = torch.randn(1, 1, 8, 8, 8)

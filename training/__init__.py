@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from cli.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .build import build_model, initialise_from
+    from .build import build_model, initialize_from
     from .config import (
         AdversarialConfig,
         AutoencoderLosses,
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from .engine.loop import Loop, TrainingStep
     from .engine.output import save_model
     from .engine.precision import native_bf16, resolve_precision
-    from .engine.processes import ending_with_others, how_to_resume, join_processes
+    from .engine.processes import how_to_resume, join_processes, report_peer_failure
     from .engine.run import make_accelerator, open_run
-    from .engine.sampling_order import SampleStream, derive_seed
+    from .engine.sampling_order import ResumableBatchSampler, derive_seed
 
 __all__ = [
     "AdversarialConfig",
@@ -49,7 +49,7 @@ __all__ = [
     "MovingAverage",
     "OptimizerConfig",
     "PerceptualConfig",
-    "SampleStream",
+    "ResumableBatchSampler",
     "TrainLdmConfig",
     "TrainState",
     "TrainVaeConfig",
@@ -57,10 +57,10 @@ __all__ = [
     "build_model",
     "config_changes",
     "derive_seed",
-    "ending_with_others",
+    "report_peer_failure",
     "find_checkpoint",
     "how_to_resume",
-    "initialise_from",
+    "initialize_from",
     "join_processes",
     "learning_rate",
     "list_checkpoints",

@@ -61,10 +61,10 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def initialise_from(
+def initialize_from(
     model: nn.Module, folder: str | Path, new: str | None = None, moved: Mapping[str, str | None] | None = None
 ) -> list[str]:
-    """Load a trained model's weights into `model`, for fine-tuning. Layers whose shapes differ stay as initialised.
+    """Load a trained model's weights into `model`, for fine-tuning. Layers whose shapes differ stay as initialized.
 
     A layer is the module that directly holds a parameter: if a convolution's weight has another shape, its bias stays
     fresh as well.

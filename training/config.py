@@ -38,7 +38,7 @@ from volumes.data.preprocessing import inherited
 
 Config = TypeVar("Config")
 logger = logging.getLogger("training")
-MOST_WORKERS, MOST_MINUTES = 1024, 366 * 24 * 60
+MAX_WORKERS, MAX_MINUTES = 1024, 366 * 24 * 60
 RHYTHM = (
     "log_every",
     "validate_every",
@@ -48,7 +48,7 @@ RHYTHM = (
     "keep_checkpoints",
     "trackers",
 )
-LENGTH = ("max_steps", "max_skipped", "patience", "workers", "compile")
+LENGTH = ("max_steps", "max_skipped", "timeout_minutes", "workers", "compile")
 FREE = {
     "output",
     "inference_steps",
@@ -94,14 +94,14 @@ class LoopConfig:
     """Length, precision and rhythm of a run.
 
     Args:
-        max_steps: optimiser steps of the whole run; the learning rate ends there.
+        max_steps: optimizer steps of the whole run; the learning rate ends there.
         batch_size: samples per batch and process.
         seed: of weights, data order, crops and noise.
         mixed_precision: auto is bf16 where the hardware computes in it natively, else no.
         compile: torch.compile the networks, which needs a C++ compiler. Each shape of batch is compiled by itself and
             takes a minute on a CPU; from the ninth shape on, steps run as without it. So it is for long runs on crops,
             or on volumes of one grid.
-        shard: divide weights, gradients, optimiser state and moving average among the processes (FSDP), for networks whose
+        shard: divide weights, gradients, optimizer state and moving average among the processes (FSDP), for networks whose
             training does not fit on one GPU; the weights alone must, since each validates with all of them.
         workers: processes that load data, per training process; 0 loads in the training process. Default: 0 on a CPU,
             2 on other devices. `data_wait` in the log is the part of the time spent waiting for data.
@@ -124,8 +124,8 @@ class LoopConfig:
     seed: Seed = 0
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     compile: bool = False
-    shard: bool = False
-    workers: Annotated[int, Range(0, MOST_WORKERS)] | None = None
+    fsdp: bool = False
+    workers: Annotated[int, Range(0, MAX_WORKERS)] | None = None
     ema_decay: ShareBelowOne = 0.999
     log_every: PositiveInt = 20
     validate_every: NonNegativeInt = 500
@@ -134,7 +134,7 @@ class LoopConfig:
     checkpoint_every: NonNegativeInt = 500
     keep_checkpoints: NonNegativeInt = 2
     max_skipped: PositiveInt = 20
-    patience: Annotated[float, Range(0, MOST_MINUTES, above=True)] = 120.0
+    timeout_minutes: Annotated[float, Range(0, MAX_MINUTES, above=True)] = 120.0
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
 
@@ -175,7 +175,7 @@ class AdversarialConfig:
         weight: of the adversarial loss.
         adaptive: scale it so that it pulls on the decoder's last layer as hard as the reconstruction losses do.
         feature_matching: weight of the difference between the discriminator's features of real and reconstructed.
-        start_step: optimiser steps before which there is no discriminator.
+        start_step: optimizer steps before which there is no discriminator.
         warmup_steps: after the start, steps over which both weights rise from 0, while the discriminator learns.
         slices: planes that are looked at of each volume and step; 0 for none.
         volume: whether whole crops are looked at.
@@ -211,7 +211,7 @@ class PerceptualConfig:
     Args:
         network: a local path. A folder that train_vae.py wrote (the features are those of its encoder, in three
             dimensions), or a safetensors file of VGG-16 under torchvision's names (features of slices, each channel as a
-            grey picture in ImageNet's colours).
+            gray picture in ImageNet's colors).
         weight: of the squared distances of the features, each of length 1, summed over the network's levels (Zhang et
             al. 2018, Eq. 1).
         slices: planes that VGG-16 looks at of each volume and step.
@@ -301,7 +301,7 @@ class TrainVaeConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     resume: UserPath | None = None
     accept_changes: bool = False
-    wait_minutes: Annotated[float, Range(0, MOST_MINUTES)] = 0.0
+    wait_minutes: Annotated[float, Range(0, MAX_MINUTES)] = 0.0
     init_from: UserPath | None = None
     freeze_encoder: bool = False
     accept_overlap: bool = False
@@ -368,7 +368,7 @@ class TrainLdmConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     resume: UserPath | None = None
     accept_changes: bool = False
-    wait_minutes: Annotated[float, Range(0, MOST_MINUTES)] = 0.0
+    wait_minutes: Annotated[float, Range(0, MAX_MINUTES)] = 0.0
     init_from: UserPath | None = None
     lora: LoraConfig | None = None
     accept_overlap: bool = False

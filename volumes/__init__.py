@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .formats.slabs import read_slabs, write_slabs
     from .intensity import IntensityScaling, LinearScale
     from .labels import label_channels, label_indices, merge_channels
-    from .map_checks import draw_shape, map_fault
+    from .map_checks import draw_shape, label_map_fault
     from .phantom import PHANTOM_CLASSES, PHANTOM_LABELS, make_phantom
     from .placement import Placement, pad_or_crop, pad_to_multiple
     from .resampling import resample, resample_to
@@ -59,7 +59,7 @@ __all__ = [
     "label_indices",
     "load_cases",
     "make_phantom",
-    "map_fault",
+    "label_map_fault",
     "merge_channels",
     "nifti_path",
     "on_stored_grid",

@@ -15,14 +15,14 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))
-LABEL_COLOURS = ("#000000", "#e8743b", "#3b8ee8", "#6fbf4a", "#c94fb5", "#e8c53b", "#4fc9c0", "#9b7ae0", "#d9d9d9")
+LABEL_COLORS = ("#000000", "#e8743b", "#3b8ee8", "#6fbf4a", "#c94fb5", "#e8c53b", "#4fc9c0", "#9b7ae0", "#d9d9d9")
 MARK = "#ffd54a"  # of the letters for the patient's sides
 RAS = ("R", "A", "S")
 OPPOSITE = {"R": "L", "L": "R", "A": "P", "P": "A", "S": "I", "I": "S"}
 PANEL_INCHES = 1.6  # the longest side of a panel
-NARROWEST_INCHES, LONGEST_INCHES = 0.6, 4.0  # what long volumes get: a width, at a length of at most this
+NARROWEST_INCHES, MAX_INCHES = 0.6, 4.0  # what long volumes get: a width, at a length of at most this
 PAGE_INCHES = 24.0  # the longest side of a figure
-LIGHT = (-0.3, 0.8, 0.6)  # towards it, in RAS: from the viewer, above and to the left
+LIGHT = (-0.3, 0.8, 0.6)  # toward it, in RAS: from the viewer, above and to the left
 
 
 def slices_figure(cases: Sequence[dict[str, Any]]) -> Figure:
@@ -31,9 +31,9 @@ def slices_figure(cases: Sequence[dict[str, Any]]) -> Figure:
 
     A case is {"title": str, "images": {name: (X, Y, Z) or (C, X, Y, Z) array or tensor}, "channels": names of the C channels (optional),
     "mask": (X, Y, Z) of labels (optional), "spacing": (x, y, z) in mm (optional, 1 mm), "windows": {channel or image name: (black, white)}
-    in the images' units (optional), "centre": voxel (optional), "axes": where the array's axes point to, as nibabel's `aff2axcodes`
+    in the images' units (optional), "center": voxel (optional), "axes": where the array's axes point to, as nibabel's `aff2axcodes`
     (optional, ("R", "A", "S")), "labels": whether the images are label maps too (optional)}.
-    Slices go through the centre voxel, or the centre of what the mask marks (label > 0), or of the volume. The outline of the mask is
+    Slices go through the center voxel, or the center of what the mask marks (label > 0), or of the volume. The outline of the mask is
     drawn on the images. Without a window, a row has percentiles 0.5 and 99.5 of its first image; which gray scale a row has is written
     beside it. Axes that point to R, A and S give pictures with the patient's right on the right (neurological convention), anterior or
     superior up; L and R are marked.
@@ -75,7 +75,7 @@ class _Row:
     mask: np.ndarray | None
     spacing: tuple[float, ...]
     sides: tuple[float, ...]  # mm
-    centre: tuple[int, ...]
+    center: tuple[int, ...]
     axes: Sequence[str]
     labels: bool
 
@@ -96,12 +96,12 @@ def _rows_of(case: dict[str, Any]) -> list[_Row]:
         told = [f"{name + ' ' if several else ''}{low:.4g} to {high:.4g}" for name, (low, high) in windows.items()]
         told = [] if case.get("labels") else dict.fromkeys(told)
         label = "\n".join(part for part in (case.get("title", ""), channel, *told) if part)
-        centre = tuple(case.get("centre") or _centre(mask, shape))
+        center = tuple(case.get("center") or _center(mask, shape))
         extent = tuple(n * mm for n, mm in zip(shape, spacing, strict=True))
         shown = None if case.get("labels") and mask is None else mask
         rows.append(
             _Row(
-                label, images, windows, shown, spacing, extent, centre, case.get("axes", RAS), bool(case.get("labels"))
+                label, images, windows, shown, spacing, extent, center, case.get("axes", RAS), bool(case.get("labels"))
             )
         )
     return rows
@@ -112,7 +112,7 @@ def _inches_per_mm(widths: Sequence[float], heights: Sequence[float]) -> float:
     longest, narrowest = max(*widths, *heights), min(widths)
     inches = PANEL_INCHES / longest
     if narrowest * inches < NARROWEST_INCHES:
-        inches = min(NARROWEST_INCHES / narrowest, LONGEST_INCHES / longest)
+        inches = min(NARROWEST_INCHES / narrowest, MAX_INCHES / longest)
     return min(inches, PAGE_INCHES / sum(widths), PAGE_INCHES / sum(heights))
 
 
@@ -165,19 +165,19 @@ def _draw_row(panels: np.ndarray, row: _Row, parts: Sequence[str]) -> None:
                 side.set_visible(False)
             continue
         across, up = _across(axis)
-        drawn = picture.take(row.centre[axis], axis=axis).T
+        drawn = picture.take(row.center[axis], axis=axis).T
         shown: dict[str, Any] = {"origin": "lower", "aspect": row.spacing[up] / row.spacing[across]}
         if part == "mask" or row.labels:
             # labels beyond the palette start again after the background's black
-            wrapped = np.where(drawn > 0, (drawn - 1) % (len(LABEL_COLOURS) - 1) + 1, 0)
-            colours = ListedColormap(LABEL_COLOURS)
-            panel.imshow(wrapped, colours, vmin=0, vmax=len(LABEL_COLOURS) - 1, interpolation="nearest", **shown)
+            wrapped = np.where(drawn > 0, (drawn - 1) % (len(LABEL_COLORS) - 1) + 1, 0)
+            colors = ListedColormap(LABEL_COLORS)
+            panel.imshow(wrapped, colors, vmin=0, vmax=len(LABEL_COLORS) - 1, interpolation="nearest", **shown)
         else:
             low, high = row.windows[part]
             panel.imshow(drawn, "gray", vmin=low, vmax=max(high, low + 1e-6), **shown)
             if row.mask is not None:
                 limits = panel.get_xlim(), panel.get_ylim()
-                _outline(panel, row.mask.take(row.centre[axis], axis=axis).T)
+                _outline(panel, row.mask.take(row.center[axis], axis=axis).T)
                 panel.set(xlim=limits[0], ylim=limits[1])
         end = row.axes[across]
         for place, letter in ((0.02, OPPOSITE[end]), (0.98, end)):
@@ -189,11 +189,11 @@ def _outline(panel: Any, labels: np.ndarray) -> None:
     for label in np.unique(labels[labels > 0]):
         inside = np.pad(labels == label, 1).astype(float)
         lines = np.arange(-1, inside.shape[1] - 1), np.arange(-1, inside.shape[0] - 1)
-        colour = LABEL_COLOURS[(int(label) - 1) % (len(LABEL_COLOURS) - 1) + 1]
-        panel.contour(*lines, inside, levels=[0.5], colors=[colour], linewidths=0.6)
+        color = LABEL_COLORS[(int(label) - 1) % (len(LABEL_COLORS) - 1) + 1]
+        panel.contour(*lines, inside, levels=[0.5], colors=[color], linewidths=0.6)
 
 
-def _centre(mask: np.ndarray | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _center(mask: np.ndarray | None, shape: tuple[int, ...]) -> tuple[int, ...]:
     if mask is None or not (mask > 0).any():
         return tuple(n // 2 for n in shape)
     return tuple(int(round(float(indices.mean()))) for indices in np.nonzero(mask > 0))

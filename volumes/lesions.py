@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from . import PADDING, Volume
 
-MARGIN = 6.0  # mm around what changed: the blending (`pipelines.inputs.inpainting.MARGIN`), and what a lesion does to its surroundings
+REGION_MARGIN_MM = 6.0  # mm around what changed: the blending (`pipelines.inputs.inpainting.REGION_MARGIN_MM`), and what a lesion does to its surroundings
 
 
 def ellipsoid(diameters: float | Sequence[float], spacing: Sequence[float]) -> np.ndarray:
@@ -36,12 +36,12 @@ def insert_lesion(
     label: int,
     *,
     within: Collection[int] | None = None,
-    margin: float = MARGIN,
+    margin: float = REGION_MARGIN_MM,
 ) -> tuple[Volume, Volume]:
     """The mask with `label` where the lesion is, and the region to make anew.
 
     Args:
-        shape: of the lesion, not 0 (x, y, z) where it is, on the mask's voxels; its centre goes to `position`.
+        shape: of the lesion, not 0 (x, y, z) where it is, on the mask's voxels; its center goes to `position`.
         label: the lesion's, one that the model knows.
         within: labels that the lesion may replace, such as the organ's, so that it stays there; None: all.
         margin: mm by which the region exceeds the voxels that changed.
@@ -69,12 +69,17 @@ def insert_lesion(
 
 
 def remove_lesion(
-    mask: Volume, label: int, replacement: int, *, position: Sequence[int] | None = None, margin: float = MARGIN
+    mask: Volume,
+    label: int,
+    replacement: int,
+    *,
+    position: Sequence[int] | None = None,
+    margin: float = REGION_MARGIN_MM,
 ) -> tuple[Volume, Volume]:
     """The mask with `replacement` in place of `label`, and the region to make anew.
 
     Args:
-        position: a voxel of the lesion that is removed, the connected component (26 neighbours) of `label` that holds it; None:
+        position: a voxel of the lesion that is removed, the connected component (26 neighbors) of `label` that holds it; None:
             all voxels of that label.
         margin: mm by which the region exceeds the voxels that changed.
 
@@ -97,7 +102,7 @@ def remove_lesion(
 
 
 def grown(inside: np.ndarray, margin: float, spacing: Sequence[float]) -> np.ndarray:
-    """bool (X, Y, Z): the voxels whose centre is at most `margin` mm from that of a voxel of `inside`."""
+    """bool (X, Y, Z): the voxels whose center is at most `margin` mm from that of a voxel of `inside`."""
     if margin < 0:
         raise ValueError(f"margin is a length in mm, 0 or more, got {margin}")
     return np.asarray(ndimage.distance_transform_edt(~inside, sampling=spacing)) <= margin + 1e-6

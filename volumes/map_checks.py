@@ -9,13 +9,13 @@ import numpy as np
 from scipy import ndimage
 
 TOUCHING = np.ones((3, 3, 3), bool)  # voxels that share a corner are of one piece
-MOST_SHAPES = 512
+MAX_SHAPES = 512
 MOST_SIDE = 32767  # voxels, of NIfTI-1
 MOST_MM3 = 1e15
 
 
 def count_pieces(mask: np.ndarray) -> int:
-    """Connected pieces (26 neighbours) of a boolean array (X, Y, Z)."""
+    """Connected pieces (26 neighbors) of a boolean array (X, Y, Z)."""
     _, count = ndimage.label(mask, TOUCHING)  # pyright: ignore[reportGeneralTypeIssues]
     return count
 
@@ -26,7 +26,7 @@ def count_at_edge(mask: np.ndarray) -> int:
 
 
 def describe_maps(maps: Sequence[tuple[np.ndarray, float]], names: Mapping[int, str]) -> dict[str, Any]:
-    """What holds of all `maps`, as plain JSON, for `map_fault`.
+    """What holds of all `maps`, as plain JSON, for `label_map_fault`.
 
     Args:
         maps: label values (X, Y, Z) and the volume of a voxel in mm^3, of each.
@@ -51,7 +51,7 @@ def describe_maps(maps: Sequence[tuple[np.ndarray, float]], names: Mapping[int, 
             }
     shapes = sorted("x".join(map(str, array.shape)) for array, _ in maps)
     shapes = shapes[:1] if len(set(shapes)) == 1 else shapes
-    chosen = np.linspace(0, len(shapes) - 1, min(len(shapes), MOST_SHAPES)).round().astype(int)
+    chosen = np.linspace(0, len(shapes) - 1, min(len(shapes), MAX_SHAPES)).round().astype(int)
     pieces = max(count_pieces(array != values[0]) for array, _ in maps)
     return {"labels": labels, "pieces": pieces, "shapes": " ".join(shapes[i] for i in chosen)}
 
@@ -70,7 +70,7 @@ def check_maps(known: Any, names: Sequence[str]) -> None:
         r"\d{1,5}x\d{1,5}x\d{1,5}( \d{1,5}x\d{1,5}x\d{1,5})*", shapes, re.ASCII
     )
     sides = [int(side) for side in re.findall(r"\d+", shapes)] if isinstance(shapes, str) and fit else [0]
-    expect(0 < min(sides) and max(sides) <= MOST_SIDE and len(sides) <= 3 * MOST_SHAPES, ", shapes", shapes)
+    expect(0 < min(sides) and max(sides) <= MOST_SIDE and len(sides) <= 3 * MAX_SHAPES, ", shapes", shapes)
     expect(_is_count(known.get("pieces")), ", pieces", known.get("pieces"))
     expect(isinstance(labels, Mapping) and set(labels) <= set(names), ", labels", labels)
     for name, limits in labels.items():
@@ -85,7 +85,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def map_fault(array: np.ndarray, voxel: float, names: Mapping[int, str], known: Mapping[str, Any]) -> str | None:
+def label_map_fault(array: np.ndarray, voxel: float, names: Mapping[int, str], known: Mapping[str, Any]) -> str | None:
     """How a label map differs from all of the training set; None if it does not.
 
     A label must be there if it always was, have no more pieces than it had, no more voxels at the edge, and a volume between

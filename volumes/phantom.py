@@ -19,7 +19,7 @@ def make_phantom(
     """Draw phantom number `seed`.
 
     Returns the image (float32, about 0 to 1,000, with a smooth bias field and noise), its mask (int16,
-    `PHANTOM_LABELS`), both (1, X, Y, Z) with the origin at the centre, and the class of its lesion (index into
+    `PHANTOM_LABELS`), both (1, X, Y, Z) with the origin at the center, and the class of its lesion (index into
     `PHANTOM_CLASSES`).
     """
     if min(shape) < 8:
@@ -27,14 +27,14 @@ def make_phantom(
     random = np.random.default_rng(seed)
     axes = [(np.arange(n) + 0.5) / n * 2 - 1 for n in shape]
     position = np.stack(np.meshgrid(*axes, indexing="ij"))  # (3, X, Y, Z), each in -1..1
-    body_centre = random.uniform(-0.08, 0.08, 3)
-    organ_centre = body_centre + random.uniform(-0.06, 0.06, 3)
-    lesion_centre = organ_centre + random.uniform(-0.06, 0.06, 3)
+    body_center = random.uniform(-0.08, 0.08, 3)
+    organ_center = body_center + random.uniform(-0.06, 0.06, 3)
+    lesion_center = organ_center + random.uniform(-0.06, 0.06, 3)
     lesion_class = int(random.integers(len(PHANTOM_CLASSES)))
     mask = np.zeros(shape, dtype=np.int16)
-    mask[_ellipsoid(position, body_centre, random.uniform(0.75, 0.88, 3))] = 1
-    mask[_ellipsoid(position, organ_centre, random.uniform(0.42, 0.56, 3))] = 2
-    mask[_ellipsoid(position, lesion_centre, random.uniform(0.14, 0.24, 3))] = LESION
+    mask[_ellipsoid(position, body_center, random.uniform(0.75, 0.88, 3))] = 1
+    mask[_ellipsoid(position, organ_center, random.uniform(0.42, 0.56, 3))] = 2
+    mask[_ellipsoid(position, lesion_center, random.uniform(0.14, 0.24, 3))] = LESION
     image = np.array([*INTENSITY.values(), LESION_INTENSITY[lesion_class]])[mask]
     tilt = random.uniform(-0.1, 0.1, 3)
     image = image * (1 + np.tensordot(tilt, position, axes=1)) + random.normal(0, 20, shape)
@@ -43,6 +43,6 @@ def make_phantom(
     return Volume(image.astype(np.float32)[None], affine), Volume(mask[None], affine), lesion_class
 
 
-def _ellipsoid(position: np.ndarray, centre: np.ndarray, radii: np.ndarray) -> np.ndarray:
+def _ellipsoid(position: np.ndarray, center: np.ndarray, radii: np.ndarray) -> np.ndarray:
     """bool (X, Y, Z): inside the axis-aligned ellipsoid."""
-    return (((position - centre[:, None, None, None]) / radii[:, None, None, None]) ** 2).sum(axis=0) <= 1
+    return (((position - center[:, None, None, None]) / radii[:, None, None, None]) ** 2).sum(axis=0) <= 1

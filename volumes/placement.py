@@ -78,7 +78,7 @@ def pad_to_multiple(shape: tuple[int, ...], stride: int | tuple[int, ...] | list
 
 
 def pad_or_crop(shape: tuple[int, ...], target: tuple[int, ...], *, offset: tuple[int, ...] | None = None) -> Placement:
-    """Bring a grid of `shape` to `target` voxels: centred, or starting at grid voxel `offset` (negative: padding)."""
+    """Bring a grid of `shape` to `target` voxels: centerd, or starting at grid voxel `offset` (negative: padding)."""
     if offset is None:
         offset = tuple(-((t - s) // 2) if t >= s else (s - t) // 2 for s, t in zip(shape, target, strict=True))
     return Placement(_triple(shape), _triple(target), _triple(offset))

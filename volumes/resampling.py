@@ -17,12 +17,12 @@ from volumes.formats.raw import check_room
 from .volume import Volume, VolumeError
 
 SLAB_VOXELS = 1 << 21
-FEWEST = 4  # voxels along an axis of which one must not become a single plane
-MOST_OLD_VOXELS = 1000  # along an axis of a new one; a header with more is wrong
+MIN_COUNT = 4  # voxels along an axis of which one must not become a single plane
+MAX_OLD_VOXELS = 1000  # along an axis of a new one; a header with more is wrong
 
 
 def resample(volume: Volume, spacing: tuple[float, float, float] | list[float], *, nearest: bool = False) -> Volume:
-    """The volume at another voxel size (mm), same orientation and centre; its extent is kept to the nearest voxel."""
+    """The volume at another voxel size (mm), same orientation and center; its extent is kept to the nearest voxel."""
     if len(spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"spacing is three positive lengths in mm, got {spacing}")
     old = np.array(volume.spacing)
@@ -34,7 +34,7 @@ def resample(volume: Volume, spacing: tuple[float, float, float] | list[float], 
     sizes = [" x ".join(f"{mm:.4g}" for mm in of) for of in (volume.spacing, spacing)]
     asked = f"resampling {_by(volume.shape)} voxels of {sizes[0]} mm to {sizes[1]} mm gives {_by(shape)}"
     remedy = "correct the header's unit or data.spacing, or set data.units"
-    if any(after == 1 and before >= FEWEST for before, after in zip(volume.shape, shape, strict=True)):
+    if any(after == 1 and before >= MIN_COUNT for before, after in zip(volume.shape, shape, strict=True)):
         raise VolumeError(f"{asked}, so that no volume is left; {remedy}")
     try:
         check_room("resampling", (len(volume.array), *shape), 4)
@@ -42,19 +42,19 @@ def resample(volume: Volume, spacing: tuple[float, float, float] | list[float], 
         raise VolumeError(f"{asked}, more than fits into memory ({error}); {remedy}") from error
     affine = volume.affine.copy()
     affine[:3, :3] *= new / old
-    centre = volume.affine[:3] @ [*((np.array(volume.shape) - 1) / 2), 1]
-    affine[:3, 3] = centre - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    center = volume.affine[:3] @ [*((np.array(volume.shape) - 1) / 2), 1]
+    affine[:3, 3] = center - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
     return resample_to(volume, shape, affine, nearest=nearest)
 
 
 def resample_to(
     volume: Volume, shape: tuple[int, int, int], affine: np.ndarray, *, nearest: bool = False, fill: float | None = None
 ) -> Volume:
-    """The volume on the grid (shape, affine), by linear or nearest-neighbour interpolation.
+    """The volume on the grid (shape, affine), by linear or nearest-neighbor interpolation.
 
     Where the new grid is coarser, linear interpolation is preceded by a Gaussian of the width that turns one voxel's
     point spread into the other's (Cardoso et al. 2015, "Scale factor point spread function matching"), so nothing
-    aliases. Voxels of the new grid whose centre lies outside the old field of view get `fill`: by default 0 for
+    aliases. Voxels of the new grid whose center lies outside the old field of view get `fill`: by default 0 for
     `nearest` and the lowest value otherwise. Raises: VolumeError for a grid that does not fit into memory.
     """
     check_room("resampling", (len(volume.array), *shape), 4)
@@ -64,7 +64,7 @@ def resample_to(
     source = torch.from_numpy(np.ascontiguousarray(volume.array, dtype=np.float32))
     if not nearest:
         factors = np.abs(to_source[:3, :3]).max(axis=1)
-        if factors.max() > MOST_OLD_VOXELS:
+        if factors.max() > MAX_OLD_VOXELS:
             raise VolumeError(
                 f"resampling: a new voxel would span {factors.max():.3g} of the old ones, which measure "
                 f"{' x '.join(f'{mm:.3g}' for mm in volume.spacing)} mm; is that spacing right?"
@@ -79,7 +79,7 @@ def resample_to(
         axes = [torch.arange(start, stop), torch.arange(shape[1]), torch.arange(shape[2])]
         index = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).double()
         position = index @ matrix[:3, :3].T + matrix[:3, 3]
-        # half a voxel beyond the outermost centres is the edge of the field of view; 1e-4 voxels of it are rounding
+        # half a voxel beyond the outermost centers is the edge of the field of view; 1e-4 voxels of it are rounding
         inside = ((position >= -0.5 - 1e-4) & (position <= sizes - 0.5 + 1e-4)).all(dim=-1)
         unit = (2 * position + 1) / sizes - 1
         slab = F.grid_sample(

@@ -1,8 +1,8 @@
 """A volume and where it lies in the patient.
 
-Axes, everywhere in this package: arrays are (C, X, Y, Z) in RAS+ canonical order, that is, index i grows towards the
-patient's Right, j towards Anterior and k towards Superior (to the nearest axis when the scan is oblique). Affines map
-voxel indices (i, j, k, 1) to millimetres. Nothing here knows about files; `nifti.py` does.
+Axes, everywhere in this package: arrays are (C, X, Y, Z) in RAS+ canonical order, that is, index i grows toward the
+patient's Right, j toward Anterior and k toward Superior (to the nearest axis when the scan is oblique). Affines map
+voxel indices (i, j, k, 1) to millimeters. Nothing here knows about files; `nifti.py` does.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def training_autoencoder(
     if checkpointing:
         net.enable_gradient_checkpointing()
     volume = noise((1, *shape), device, batch)
-    step = optimiser_step(net, lambda m, x: autoencoder_loss(m, x), volume, device, precision)
+    step = optimizer_step(net, lambda m, x: autoencoder_loss(m, x), volume, device, precision)
     known = facts(
         net, lambda meta: autoencoder_loss(meta, meta_input((1, *shape), batch)).backward(), AUTOENCODERS[model]
     )
@@ -162,7 +162,7 @@ def training_unet(
     if compiled:
         net.compile()
     latents = noise((4, *shape), device, batch)
-    step = optimiser_step(net, unet_loss, latents, device, precision)
+    step = optimizer_step(net, unet_loss, latents, device, precision)
     known = facts(net, lambda meta: unet_loss(meta, meta_input((4, *shape), batch)).backward(), UNETS[model])
     return Work(step, known)
 
@@ -319,19 +319,19 @@ def unet_loss(model: nn.Module, latents: Tensor) -> Tensor:
     return F.mse_loss(predict(model, latents, timestep).float(), target)
 
 
-def optimiser_step(
+def optimizer_step(
     net: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor], batch: Tensor, device: str, precision: str
 ) -> Callable[[], None]:
     """One training step as a function without arguments."""
     set_precision(precision)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
         with autocast(device, precision):
             value = loss(net, batch)
         value.backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 

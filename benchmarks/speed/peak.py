@@ -107,7 +107,7 @@ def _convolution_rate(case: tuple[int, int, int], device: str, dtype: torch.dtyp
 
 
 def matrix_peak(side: int, device: str, precision: str) -> Work:
-    """FLOP/s of the product of two square matrices, what model FLOP utilisation is a part of."""
+    """FLOP/s of the product of two square matrices, what model FLOP utilization is a part of."""
     set_precision(precision)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))

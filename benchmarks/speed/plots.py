@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from .measure import OK
 
-STYLES = {  # model, streamed: label, colour, marker
+STYLES = {  # model, streamed: label, color, marker
     ("ours", False): ("ours", "tab:blue", "o"),
     ("ours", True): ("ours, streamed", "tab:cyan", "s"),
     ("monai", False): ("MONAI AutoencoderKL", "tab:orange", "^"),
@@ -35,14 +35,14 @@ def draw(records: list[dict[str, Any]], folder: Path) -> list[str]:
 def _growth(records: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     time, memory = figure.subplots(1, 2)
-    for (model, streamed), (label, colour, marker) in STYLES.items():
+    for (model, streamed), (label, color, marker) in STYLES.items():
         for precision, line in (("float32", "-"), ("bf16", "--")):
             found = [r for r in records if (r["model"], r["streamed"], r["precision"]) == (model, streamed, precision)]
             if not found:
                 continue
             found.sort(key=lambda r: math.prod(r["shape"]))
             sides = [round(math.prod(r["shape"]) ** (1 / 3)) for r in found]
-            look = {"label": f"{label}, {precision}", "color": colour, "marker": marker, "linestyle": line}
+            look = {"label": f"{label}, {precision}", "color": color, "marker": marker, "linestyle": line}
             time.plot(sides, [r["seconds"]["median"] for r in found], **look)
             memory.plot(sides, [r["memory"]["above"] / 1e9 for r in found], **look)
     for axes, title in ((time, "decoding, seconds"), (memory, "decoding, peak GB")):

@@ -141,9 +141,9 @@ def training(records: list[Record]) -> str:
         network = "autoencoder" if r["job"] == "training_autoencoder" else "U-Net"
         faster = ratio(r["seconds"]["median"], ours) if r["status"] == OK else "-"
         what = f"{r['batch']} x {shape_text(r['shape'])}"
-        work = f"{gigaflops(r)}{utilisation(records, r)}"
+        work = f"{gigaflops(r)}{utilization(records, r)}"
         rows.append([network, what, name, r["precision"], millions(r), work, seconds(r), gigabytes(r), faster])
-    header = ["", "batch", "", "precision", "parameters", "work (utilisation)", "time", "peak memory", "time / ours"]
+    header = ["", "batch", "", "precision", "parameters", "work (utilization)", "time", "peak memory", "time / ours"]
     return table(header, rows) + "\n" + _arithmetic(records)
 
 
@@ -171,8 +171,8 @@ def gigaflops(record: Record) -> str:
     return f"{record['facts']['flops'] / 1e9:.0f} GFLOP" if record["status"] == OK else ""
 
 
-def utilisation(records: list[Record], record: Record) -> str:
-    """Model FLOP utilisation: FLOPs over time, as a part of what a matrix product reaches at this precision."""
+def utilization(records: list[Record], record: Record) -> str:
+    """Model FLOP utilization: FLOPs over time, as a part of what a matrix product reaches at this precision."""
     top = find(records, "peak", "matrix_peak", precision=record["precision"])
     if record["status"] != OK or not top:
         return ""

@@ -6,8 +6,8 @@ Writes shapes/NAME.nii.gz (uint8, 1 in the gland, else 0) and shapes.csv with na
 diagnosis (normal, hyperplasia); and, for generate.py, conditions.csv of 1,000 rows with the test split's share of each
 diagnosis. Source: Yang et al., MedMNIST v2, Scientific Data 2023; CC BY 4.0.
 
-Voxels are 1 mm a side: the file does not say so, but the paper does, which cut a box of 64 mm around each gland's centre;
-that centre is put at (0, 0, 0). The file does not say which axis points where, so the array's are taken as they are. It
+Voxels are 1 mm a side: the file does not say so, but the paper does, which cut a box of 64 mm around each gland's center;
+that center is put at (0, 0, 0). The file does not say which axis points where, so the array's are taken as they are. It
 does not say either whose the glands are: two are of each patient, and the authors' split keeps them together.
 """
 
@@ -51,7 +51,7 @@ def prepare(npz: Path, output: Path) -> list[dict[str, str]]:
         for theirs, ours in SPLITS.items():
             shapes, labels = file[f"{theirs}_images"], file[f"{theirs}_labels"].ravel()
             affine = np.diag([*(BOX / n for n in shapes.shape[1:]), 1.0])
-            affine[:3, 3] = [-BOX / 2 + BOX / n / 2 for n in shapes.shape[1:]]  # the centre of the first voxel
+            affine[:3, 3] = [-BOX / 2 + BOX / n / 2 for n in shapes.shape[1:]]  # the center of the first voxel
             for number, (shape, label) in enumerate(zip(tqdm(shapes, desc=ours), labels, strict=True)):
                 row = {"name": f"{ours}_{number:04d}", "split": ours, "diagnosis": DIAGNOSES[label]}
                 write_volume(

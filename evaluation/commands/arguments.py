@@ -151,7 +151,7 @@ def _reconstruction(parser: ArgumentParser) -> None:
         type=Number(PositiveInt),
         nargs=3,
         default=list(CROP),
-        help="voxels of the centre crops whose spectra are compared",
+        help="voxels of the center crops whose spectra are compared",
     )
 
 
@@ -202,7 +202,7 @@ def _few_labels(parser: ArgumentParser) -> None:
         "--synthetic_masks",
         choices=["all", "own"],
         default="all",
-        help="use all synthetic volumes, or only those made from the masks of the k labelled volumes",
+        help="use all synthetic volumes, or only those made from the masks of the k labeled volumes",
     )
     parser.add_argument(
         "--mix",
@@ -213,7 +213,7 @@ def _few_labels(parser: ArgumentParser) -> None:
 
 
 def add_budget_arguments(parser: ArgumentParser, *, labels: list[str], steps: str) -> None:
-    """Add what every command that trains on k labelled volumes takes: `labels` is the default of the k, `steps` says what
+    """Add what every command that trains on k labeled volumes takes: `labels` is the default of the k, `steps` says what
     `--iterations` counts."""
     parser.add_argument(
         "--synthetic", type=str, required=True, help="folder of volumes generated from the training split's masks"
@@ -302,7 +302,7 @@ def _privacy(parser: ArgumentParser) -> None:
         help="voxels by which a copy may be moved along each axis",
     )
     parser.add_argument(
-        "--alpha", type=Number(InnerShare), default=ALPHA, help="share of unseen volumes that may count as memorised"
+        "--alpha", type=Number(InnerShare), default=ALPHA, help="share of unseen volumes that may count as memorized"
     )
     parser.add_argument(
         "--pairs",
@@ -374,7 +374,7 @@ _COMMANDS = (
     Command(
         "few_labels",
         (
-            "Dice on the test split of the small segmenter trained on k labelled real volumes, on synthetic ones, "
+            "Dice on the test split of the small segmenter trained on k labeled real volumes, on synthetic ones, "
             "and on both. The same command again goes on where it stopped."
         ),
         _few_labels,
@@ -384,7 +384,7 @@ _COMMANDS = (
     Command(
         "pretrain",
         (
-            "Dice on the test split of the small segmenter fine-tuned on k labelled real volumes: from scratch, "
+            "Dice on the test split of the small segmenter fine-tuned on k labeled real volumes: from scratch, "
             "after pre-training without labels on synthetic volumes, and on the real ones. The same command again "
             "goes on where it stopped."
         ),
@@ -413,7 +413,7 @@ _COMMANDS = (
     Command(
         "shapes",
         (
-            "Sizes, forms and neighbourhoods of the labels of generated label maps, beside what real ones are to "
+            "Sizes, forms and neighborhoods of the labels of generated label maps, beside what real ones are to "
             "each other."
         ),
         _shapes,
@@ -422,7 +422,7 @@ _COMMANDS = (
     Command(
         "privacy",
         (
-            "Memorised volumes, membership and re-identification: the similarity of generated to training "
+            "Memorized volumes, membership and re-identification: the similarity of generated to training "
             "volumes, against that of unseen real ones to training volumes, among voxels, latents and features."
         ),
         _privacy,

@@ -12,8 +12,8 @@ from evaluation.networks.classifier import BATCH_SIZE, LEARNING_RATE
 from evaluation.studies.class_adherence import (
     describe_sizes,
     generated_cases,
-    judge_obedience,
     load_classes,
+    measure_class_adherence,
 )
 from evaluation.studies.limits import check_command
 from volumes import load_cases
@@ -38,7 +38,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     def tell(row: dict[str, Any]) -> None:
         print(f"seed {row['seed']}: right on real {row['real']:.4f}, on generated {row['generated']:.4f}", flush=True)
 
-    result = judge_obedience(
+    result = measure_class_adherence(
         loaded["train"],
         loaded["test"],
         loaded["generated"],
@@ -57,7 +57,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
             source: dict(zip(names, torch.bincount(volumes.classes, minlength=len(names)).tolist(), strict=True))
             for source, volumes in loaded.items()
         },
-        "millilitres": {source: describe_sizes(volumes, names, config.channels) for source, volumes in loaded.items()},
+        "milliliters": {source: describe_sizes(volumes, names, config.channels) for source, volumes in loaded.items()},
         "protocol": {
             "shape": list(shape),
             "iterations": options.iterations,

@@ -17,7 +17,7 @@ from evaluation import (
     label_values,
     learning_cases,
     load_pairs,
-    mask_obedience,
+    mask_adherence,
     protocol,
     provenance,
     ratios,
@@ -31,7 +31,7 @@ from files.documents import read_object
 from volumes import load_cases
 
 from .ledger import Job, Ledger, content_of
-from .progress import StepClock, silence
+from .progress import StepClock, progress_disabled
 
 NAME = "dice"
 
@@ -75,14 +75,14 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     report["skipped"] = dict(skipped for source in sources for skipped in source.skipped)
     report["content"] = content_of(*sources)
 
-    def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
         scores = {source: list(results) for source, results in earlier.items()}
         for row in rows:
             result = {key: value for key, value in row.items() if key not in ("arm", "labels")}
             scores.setdefault(row["arm"], []).append(result)
         found: dict[str, Any] = {"scores": scores, "ratios": ratios(scores, [case.subject for case in judged.cases])}
         if judged_too is not None and scores.get("real"):
-            found["obedience"] = mask_obedience(scores["real"], judged.cases, judged_too.cases)
+            found["adherence"] = mask_adherence(scores["real"], judged.cases, judged_too.cases)
         return found
 
     def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -92,12 +92,12 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     def cost(jobs: list[Job]) -> int:
         return sum(iterations_of(source, options.iterations) for source, _, _ in jobs)
 
-    ledger = Ledger(Path(options.output), report, summarise, rows_of)
+    ledger = Ledger(Path(options.output), report, summarize, rows_of)
     wanted = [
         (source, ANY, seed) for source in options.train_on if source not in earlier for seed in range(options.seeds)
     ]
     jobs = ledger.share(ledger.missing(wanted), cost)
-    clock, quiet = StepClock(cost(jobs)), silence()
+    clock, quiet = StepClock(cost(jobs)), progress_disabled()
     for source, labels, seed in jobs:
         steps = iterations_of(source, options.iterations)
         what = f"learning from {source}, seed {seed}"
@@ -125,12 +125,12 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         interval = ratio.get("interval_subjects")  # of earlier reports that hold no scores of volumes there is none
         over = f" ({interval[0]:.4f} to {interval[1]:.4f} over subjects)" if interval else ""
         print(f"{name}: {ratio['of_means']:.4f}{over}  {[round(r, 4) for r in ratio['per_seed'].values()]}")
-    if obedience := report.get("obedience"):
-        gap = obedience["synthetic-real"]
+    if adherence := report.get("adherence"):
+        gap = adherence["synthetic-real"]
         low, high = gap["interval_subjects"]
         print(
-            f"trained on real: Dice {obedience['synthetic']:.4f} on volumes generated from {obedience['masks']} test masks, "
-            f"{obedience['real']:.4f} on the real ones; difference {gap['of_means']:+.4f} ({low:+.4f} to {high:+.4f}, over subjects)"
+            f"trained on real: Dice {adherence['synthetic']:.4f} on volumes generated from {adherence['masks']} test masks, "
+            f"{adherence['real']:.4f} on the real ones; difference {gap['of_means']:+.4f} ({low:+.4f} to {high:+.4f}, over subjects)"
         )
     print(f"report: {options.output}")
     return report

@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 
 from cli.live_bar import LiveBar
 from cli.stopping import finishing
-from evaluation.data.label_budget import budget, draw_labelled
+from evaluation.data.label_budget import budget, draw_labeled
 from evaluation.data.pairs import (
     LoadedPairs,
     Pair,
@@ -25,7 +25,7 @@ from evaluation.studies.few_labels import (
     ANY,
     RATIOS,
     steps_of,
-    summarise,
+    summarize,
     training_set,
 )
 from evaluation.studies.limits import check_command
@@ -33,7 +33,7 @@ from evaluation.studies.utility import protocol, score_training
 from volumes import DataConfig, load_cases
 
 from .ledger import Job, Ledger, content_of, tell
-from .progress import StepClock, silence
+from .progress import StepClock, progress_disabled
 
 NAME = "few_labels"
 
@@ -58,7 +58,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         **provenance(),
     }
     ledger = Ledger(
-        Path(options.output), report, lambda rows: {**summarise(rows, subjects, RATIOS, "ratio"), "rows": rows}
+        Path(options.output), report, lambda rows: {**summarize(rows, subjects, RATIOS, "ratio"), "rows": rows}
     )
     everywhere = {SYNTHETIC} if options.synthetic_masks == "all" else set()  # the arms that no budget changes
     jobs = [
@@ -72,9 +72,9 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         return sum(steps_of(arm, options.iterations) for arm, _, _ in jobs)
 
     jobs = ledger.share(ledger.missing(jobs), cost)
-    clock, quiet = StepClock(cost(jobs)), silence()
+    clock, quiet = StepClock(cost(jobs)), progress_disabled()
     for arm, labels, seed in jobs:
-        drawn = draw_labelled(real.cases, budgets.get(labels, len(real.cases)), seed)
+        drawn = draw_labeled(real.cases, budgets.get(labels, len(real.cases)), seed)
         learn = training_set(arm, real, made, drawn, masks=options.synthetic_masks, balanced=options.mix == "balanced")
         steps = steps_of(arm, options.iterations)
         what = f"{arm}, labels {labels}, seed {seed}"

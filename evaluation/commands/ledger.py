@@ -29,7 +29,7 @@ class Ledger:
     Args:
         path: the report's. If it is there, its rows are kept and need no training.
         report: all but the rows; `SAME` must not change; its "content" is `content_of` the volumes.
-        summarise: from the rows to what the report says of them, themselves included; added to it with every row.
+        summarize: from the rows to what the report says of them, themselves included; added to it with every row.
         rows_of: from a report to its rows.
     Raises: ValueError for a file at `path` that holds other figures than these, or that cannot be written to.
     """
@@ -38,11 +38,11 @@ class Ledger:
         self,
         path: Path,
         report: dict[str, Any],
-        summarise: Callable[[list[Row]], dict[str, Any]],
+        summarize: Callable[[list[Row]], dict[str, Any]],
         rows_of: Callable[[dict[str, Any]], list[Row]] = lambda report: report["rows"],
     ):
         self.state = PartialState()
-        self.path, self.report, self.summarise = path, report, summarise
+        self.path, self.report, self.summarize = path, report, summarize
         self.rows: list[Row] = []  # this process's; of the main process also those of earlier runs
         self.order: dict[Job, int] = {}
         self.part = path.with_name(f".{path.name}.part{self.state.process_index}")
@@ -125,7 +125,7 @@ class Ledger:
 
     def _write(self, rows: Sequence[Row]) -> dict[str, Any]:
         ordered = sorted(rows, key=lambda row: self.order.get(job_of(row), -1))
-        report = {**self.report, **self.summarise(ordered)}
+        report = {**self.report, **self.summarize(ordered)}
         write_report(self.path, report)
         return report
 

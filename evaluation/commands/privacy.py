@@ -90,10 +90,10 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     }
     write_report(output, report)
     for name, of_space in report["spaces"].items():
-        memory = of_space["memorised"]["similarity"]
+        memory = of_space["memorized"]["similarity"]
         low, high = memory["interval_drawn"]
         print(
-            f"{name}: {memory['fraction']:.1%} of generated volumes are memorised ({low:.1%} to {high:.1%}), "
+            f"{name}: {memory['fraction']:.1%} of generated volumes are memorized ({low:.1%} to {high:.1%}), "
             f"{memory['false_positives']['fraction']:.1%} of unseen real ones would be; membership AUC "
             f"{of_space['membership']['auc']:.3f}"
         )

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from cli.live_bar import LiveBar
 
 
-def silence() -> bool | None:
+def progress_disabled() -> bool | None:
     """What a progress bar's `disable` should be: one bar on a terminal, the main process's."""
     return None if PartialState().is_main_process else True
 

@@ -23,7 +23,7 @@ from volumes import load_cases
 from . import arguments, privacy, realism, shapes
 from .arguments import COMMANDS, Command, make_parser
 from .common import run_command
-from .progress import silence
+from .progress import progress_disabled
 
 NAME = "all"
 PARTS = {name: COMMANDS[name] for name in arguments.PARTS}
@@ -49,7 +49,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         raise ValueError("--synthetic is missing: give folders of generated volumes, or --pipeline to generate them")
     folder, state = Path(options.output), PartialState()
     jobs, missing = plan(options)
-    with LiveBar(total=len(jobs), unit="part", disable=silence(), desc="parts") as progress:
+    with LiveBar(total=len(jobs), unit="part", disable=progress_disabled(), desc="parts") as progress:
         for name, (part, inputs) in jobs.items():
             progress.set_postfix_str(name)
             if name in missing:

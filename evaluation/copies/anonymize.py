@@ -16,7 +16,7 @@ from pipelines import Check, MaskLike, MedVolumePipeline, Rejection
 from .fingerprints import CopyCheck, check_unseen_subjects
 
 
-def anonymised(
+def anonymized(
     pipe: MedVolumePipeline,
     mask: MaskLike,
     image: Any,

@@ -3,7 +3,7 @@
 python -m evaluation.copies.fingerprints --config configs/hippocampus/ldm.yaml --flips 0 --output out/fingerprints.safetensors
 python generate.py ... --reject_copies out/fingerprints.safetensors
 
-A `CopyCheck` holds a fingerprint of each training volume: the means of blocks of `block` voxels in a crop about the centre.
+A `CopyCheck` holds a fingerprint of each training volume: the means of blocks of `block` voxels in a crop about the center.
 
 What fingerprints reveal: each is a blurred scan. Coarse anatomy can be seen in it (at 4 voxels a block, 1/64 of the numbers), whoever has a
 patient's scan, name or number can tell whether it was in the training set (that is what the check does), and two fingerprints of one
@@ -49,7 +49,7 @@ def parse(args: Sequence[str] | None) -> Namespace:
         "--crop",
         type=Number(PositiveInt),
         nargs=3,
-        help="voxels about the centre that are compared, multiples of the block; default: what all training volumes hold",
+        help="voxels about the center that are compared, multiples of the block; default: what all training volumes hold",
     )
     parser.add_argument(
         "--shift", type=Number(NonNegativeInt), default=2, help="voxels by which a copy may be moved along each axis"
@@ -85,7 +85,7 @@ from evaluation.metrics.nearest import (
     Volumes,
     common_crop,
     crop_of,
-    standardised,
+    standardized,
 )
 from evaluation.studies.limits import check_command
 from evaluation.studies.privacy import Units, conformal_threshold, wilson
@@ -115,12 +115,12 @@ class CopyFound(NamedTuple):
 
 @dataclass(frozen=True)
 class CopyCheck:
-    """Fingerprints (R, C, h, w, d) of training volumes, standardised; and how volumes are compared with them.
+    """Fingerprints (R, C, h, w, d) of training volumes, standardized; and how volumes are compared with them.
 
     A volume is moved by up to `shift` voxels along each axis and mirrored along every combination of `flips`, so that a copy moved by
     whole voxels is found as one that was not, if it extends `shift` voxels beyond the crop; elsewhere its edge is repeated.
     `threshold`: similarity above which a volume is a copy.
-    `subjects`: what the "training" volumes, and the "unseen" ones that set the threshold, are recognised by (`volumes.data.subjects.marks_of`
+    `subjects`: what the "training" volumes, and the "unseen" ones that set the threshold, are recognized by (`volumes.data.subjects.marks_of`
     of each), by which a model knows whether they are its own.
     """
 
@@ -140,7 +140,7 @@ class CopyCheck:
         if any(side % block for side in crop):
             raise ValueError(f"crop {crop}: each side must be a multiple of the block, {block} voxels")
         prints = [_blocks(_with_edges(volume, crop), block) for volume in volumes]
-        maps = torch.stack([torch.from_numpy(standardised(one.numpy())) for one in prints])
+        maps = torch.stack([torch.from_numpy(standardized(one.numpy())) for one in prints])
         return cls(maps, crop, block, flips, shift)
 
     def calibrated(self, unseen: Volumes, units: Units, alpha: float = 0.05) -> "CopyCheck":
@@ -163,7 +163,7 @@ class CopyCheck:
         return CopyFound(bool(similarity[nearest] > self.threshold), float(similarity[nearest]), nearest)
 
     def _placements(self, volume: Any) -> Tensor:
-        """Standardised blocks (P, C, h, w, d) of the volume in every placement."""
+        """Standardized blocks (P, C, h, w, d) of the volume in every placement."""
         x, y, z = (side + 2 * self.shift for side in self.crop)
         within = _with_edges(volume, (x, y, z))
         pieces = []
@@ -175,7 +175,7 @@ class CopyCheck:
                     for low, side in zip(place, self.crop, strict=True)
                 ]
                 pieces.append(means[:, window[0], window[1], window[2]])
-        return torch.from_numpy(standardised(torch.stack(pieces).flatten(0, 1).numpy())).unflatten(0, (len(pieces), -1))
+        return torch.from_numpy(standardized(torch.stack(pieces).flatten(0, 1).numpy())).unflatten(0, (len(pieces), -1))
 
     def save(self, path: str | Path) -> None:
         """Write the fingerprints in half precision, as safetensors. Read first what they reveal: see this file's head.
@@ -244,7 +244,7 @@ class CopyCheck:
 
 
 def _with_edges(volume: Any, sides: Sides) -> Tensor:
-    """(C, *sides) about the centre of a volume, its edges repeated where it is smaller."""
+    """(C, *sides) about the center of a volume, its edges repeated where it is smaller."""
     array = np.asarray(volume.detach().cpu() if isinstance(volume, Tensor) else volume)
     array = array[None] if array.ndim == 3 else array
     held = tuple(min(n, side) for n, side in zip(array.shape[1:], sides, strict=True))

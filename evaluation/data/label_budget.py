@@ -1,4 +1,4 @@
-"""Few labels: which k volumes of the training split count as labelled, and a table that restricts a training to them:
+"""Few labels: which k volumes of the training split count as labeled, and a table that restricts a training to them:
 
 python -m evaluation.data.label_budget --config configs/hippocampus/ldm.yaml --k 16 --seed 0 --output out/k16/table.csv
 
@@ -25,7 +25,7 @@ from evaluation.report import config_parser
 def parse(args: list[str] | None) -> Namespace:
     """The command line, with the data section of `--config` as the defaults of `--data.*`."""
     parser = config_parser("evaluation.data.label_budget", __doc__, args)
-    parser.add_argument("--k", type=Number(PositiveInt), required=True, help="labelled volumes")
+    parser.add_argument("--k", type=Number(PositiveInt), required=True, help="labeled volumes")
     parser.add_argument("--seed", type=Number(Seed), default=0, help="another number draws other subjects")
     parser.add_argument("--output", type=str, required=True, help="table to write, a CSV file")
     parsed = parser.instantiate(parser.parse_args(args))
@@ -44,8 +44,8 @@ from volumes import Case, DataConfig, load_cases
 from .pairs import learning_cases, test_cases
 
 
-def draw_labelled(cases: Sequence[Case], k: int, seed: int) -> list[int]:
-    """Indices into `cases` of the k volumes that count as labelled.
+def draw_labeled(cases: Sequence[Case], k: int, seed: int) -> list[int]:
+    """Indices into `cases` of the k volumes that count as labeled.
 
     Subjects come in the order of a hash of (seed, name), each with all its volumes, until there are k: of the last subject some
     volumes may be left out. So the first 8 are among the 16 of the same seed, and neither files nor machines change the draw.
@@ -53,17 +53,17 @@ def draw_labelled(cases: Sequence[Case], k: int, seed: int) -> list[int]:
     Raises: ValueError unless there are k volumes, at least 1.
     """
     if not 1 <= k <= len(cases):
-        raise ValueError(f"{k} labelled volumes cannot be drawn from {len(cases)}; take 1 to {len(cases)}")
+        raise ValueError(f"{k} labeled volumes cannot be drawn from {len(cases)}; take 1 to {len(cases)}")
 
     def order(index: int) -> tuple[str, str]:
         subject = cases[index].subject
-        return hashlib.sha256(f"{seed}:labelled:{subject}".encode()).hexdigest(), cases[index].name
+        return hashlib.sha256(f"{seed}:labeled:{subject}".encode()).hexdigest(), cases[index].name
 
     return sorted(range(len(cases)), key=order)[:k]
 
 
 def budget(text: str, available: int) -> int:
-    """How many labelled volumes `8` or `all` asks for. Raises: ValueError for other texts, and for more than are available."""
+    """How many labeled volumes `8` or `all` asks for. Raises: ValueError for other texts, and for more than are available."""
     if text == "all":
         return available
     if not text.isdecimal() or not 1 <= int(text) <= available:
@@ -72,7 +72,7 @@ def budget(text: str, available: int) -> int:
 
 
 def restrict(config: DataConfig, k: int, seed: int, table: Path) -> DataConfig:
-    """Write a table of k labelled volumes of the training split, as "train", and of the whole test split; return the config
+    """Write a table of k labeled volumes of the training split, as "train", and of the whole test split; return the config
     that reads it. All other volumes are in neither: no training sees them.
 
     Raises: ValueError for data that no table can name: phantoms, files found by `*`, and several patterns.
@@ -84,7 +84,7 @@ def restrict(config: DataConfig, k: int, seed: int, table: Path) -> DataConfig:
         raise ValueError(f"data: a table cannot name the files of {unnamed}; write {{name}} in the place of *")
     cases = load_cases(config)
     learn, split = learning_cases(cases), config.split or "split"
-    chosen = [replace(learn[i], split="train") for i in draw_labelled(learn, k, seed)]
+    chosen = [replace(learn[i], split="train") for i in draw_labeled(learn, k, seed)]
     rows = [{**case.metadata, split: case.split} for case in [*chosen, *test_cases(cases)]]
     _write(table, rows)
     place = table.resolve()

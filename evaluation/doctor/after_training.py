@@ -37,7 +37,7 @@ OnVolume = Callable[[str], object]
 def latent_summary(
     vae: VolumeAutoencoder, dataset: VolumeDataset, on_volume: OnVolume = lambda name: None
 ) -> dict[str, Any]:
-    """Latents of all volumes, standardised by the stored statistics, over cells inside the field of view.
+    """Latents of all volumes, standardized by the stored statistics, over cells inside the field of view.
 
     Returns: {"mean", "std" (C,): 0 and 1 if the stored statistics are right; "informed" (C,): the share of a channel's
     variance (that of the posterior's mean and of its noise) that the mean has, 1 of a VQ-GAN; "rms": of each volume's
@@ -66,7 +66,7 @@ def check_latents(summary: dict[str, Any]) -> list[Finding]:
     """Findings of a `latent_summary`: drift from the stored statistics, dead channels, volumes that stand out."""
     findings = []
     mean, std, informed = (np.array(summary[key]) for key in ("mean", "std", "informed"))
-    text = f"standardised, mean {np.abs(mean).max():.2f} at most and std {std.min():.2f} to {std.max():.2f} (0 and 1 are right)"
+    text = f"standardized, mean {np.abs(mean).max():.2f} at most and std {std.min():.2f} to {std.max():.2f} (0 and 1 are right)"
     drifted = np.flatnonzero((np.abs(mean) > DRIFT) | (np.abs(std - 1) > DRIFT)).tolist()
     if drifted:
         remedy = (

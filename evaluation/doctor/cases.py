@@ -69,7 +69,7 @@ class Examined:
 
     `shape` and `spacing` (mm) are those of the file, in RAS+ order, and `model_shape` is what a model sees. By channel:
     `low`, `high` the scale in file units, `highest` the largest intensity, `clipped` the share of voxels outside the scale
-    and `above` that above it, `covered` the share of it that percentiles 1 to 99 span, `step` see `quantisation_step`. `labels`
+    and `above` that above it, `covered` the share of it that percentiles 1 to 99 span, `step` see `quantization_step`. `labels`
     are volumes in ml by name (0 where the case lacks the label), `digest` of the stored voxels, `voxels` see
     `volumes.data.subjects`, `thumbnail` see `thumbnail_of`. Of phantoms `orientation` is "".
     """
@@ -107,7 +107,7 @@ def find_cases(config: DataConfig) -> tuple[list[Case], list[Finding]]:
     Subjects in two splits are all named, and their cases come as the table has them.
     """
     if config.masks and not config.label_names:
-        remedy = "name every label in data.label_names, such as {0: background, 1: tumour}"
+        remedy = "name every label in data.label_names, such as {0: background, 1: tumor}"
         return [], [fail("labels", "masks are given without the names of their labels", remedy)]
     lenient = replace(config, on_error="skip")
     try:
@@ -170,7 +170,7 @@ def examine(case: Case, config: DataConfig) -> Examined:
         clipped=tuple(clipped),
         above=tuple(above),
         covered=tuple(covered),
-        step=(None,) * count if is_map else tuple(quantisation_step(channel) for channel in raw.array),
+        step=(None,) * count if is_map else tuple(quantization_step(channel) for channel in raw.array),
         voxels=prepared.voxels,
         digest=hashlib.sha256(str(raw.array.shape).encode() + np.ascontiguousarray(raw.array).tobytes()).hexdigest(),
         thumbnail=thumbnail_of(prepared.image.array),
@@ -191,7 +191,7 @@ def thumbnail_of(image: np.ndarray) -> np.ndarray:
     return (rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-6)).numpy()
 
 
-def quantisation_step(array: np.ndarray) -> float | None:
+def quantization_step(array: np.ndarray) -> float | None:
     """The step of which all intensities are whole multiples, from the lowest, in file units; None if there is none, or
     fewer than `MIN_LEVELS` intensities.
 
@@ -230,13 +230,13 @@ def _stored(case: Case, config: DataConfig, prepared: PreparedCase) -> Volume:
 
 def _label_volumes(prepared: PreparedCase, config: DataConfig) -> dict[str, float]:
     """Volumes in ml of the labels of a mask, or of an image that is a label map, but the background."""
-    millilitres = float(np.prod(prepared.image.spacing)) / 1000
+    milliliters = float(np.prod(prepared.image.spacing)) / 1000
     if prepared.mask is not None:
         found = sorted((config.label_names or PHANTOM_LABELS).items())
         counts = np.bincount(prepared.mask.array.ravel(), minlength=len(found))
-        return {name: float(counts[i] * millilitres) for i, (_, name) in enumerate(found) if i}
+        return {name: float(counts[i] * milliliters) for i, (_, name) in enumerate(found) if i}
     if config.image_labels:
-        sizes = (prepared.image.array > 0).sum((1, 2, 3)) * millilitres
+        sizes = (prepared.image.array > 0).sum((1, 2, 3)) * milliliters
         return dict(zip(config.channels, map(float, sizes), strict=True))
     return {}
 

@@ -117,7 +117,7 @@ def autoencoder_step(
     crop: Sequence[int],
     batch: int,
     *,
-    critic: VolumeDiscriminator | None = None,
+    discriminator: VolumeDiscriminator | None = None,
     slices: int = 1,
     autocast: torch.dtype | None = None,
 ) -> Callable[[], None]:
@@ -136,19 +136,19 @@ def autoencoder_step(
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             reconstruction, latents = vae(image, sample_posterior=True, return_dict=False)
         loss = l1_loss(reconstruction, image, fov) + latent_loss(latents, fov)[1]
-        if critic is None:
+        if discriminator is None:
             loss.backward()
             return
         planes = torch.zeros(2 * batch, slices, dtype=torch.int64, device=device)
-        critic.requires_grad_(False)
+        discriminator.requires_grad_(False)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            fake = critic(reconstruction, Slices(0, planes[:batch]))
+            fake = discriminator(reconstruction, Slices(0, planes[:batch]))
             with torch.no_grad():
-                real = critic(image, Slices(0, planes[:batch]))
-        critic.requires_grad_(True)
+                real = discriminator(image, Slices(0, planes[:batch]))
+        discriminator.requires_grad_(True)
         (loss + generator_loss(fake) + feature_matching_loss(real, fake)).backward()
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            found = critic(torch.cat([image, reconstruction.detach()]), Slices(0, planes))
+            found = discriminator(torch.cat([image, reconstruction.detach()]), Slices(0, planes))
         halves = [[layer.chunk(2) for layer in features] for features in found]
         discriminator_loss(*([[layer[i] for layer in features] for features in halves] for i in range(2))).backward()
 

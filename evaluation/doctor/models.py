@@ -69,7 +69,7 @@ class Models:
 
     vae: VolumeAutoencoder
     unet: LatentUNet3D | None = None
-    critic: VolumeDiscriminator | None = None
+    discriminator: VolumeDiscriminator | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def build_models(
         return Models(vae), []
     looks = {"slices": options.slices > 0, "volume": options.volume}
     network = VolumeDiscriminator(vae.config["out_channels"], options.channels, options.layers, **looks)
-    return Models(vae, critic=network), []
+    return Models(vae, discriminator=network), []
 
 
 def check_fit(models: Models, run: Run, config: DataConfig) -> list[Finding]:
@@ -197,9 +197,7 @@ def estimate(
     if unet is not None:
         size = f"{run.batch} latents of {largest.tolist()} cells, the largest volume's, {run}"
     else:
-        size = (
-            f"{run.batch} crops of {list(run.crops.shape)}, {run}{', with the discriminator' if models.critic else ''}"
-        )
+        size = f"{run.batch} crops of {list(run.crops.shape)}, {run}{', with the discriminator' if models.discriminator else ''}"
     generation = generation_bytes(vae, unet, whole, batch)
     data = dataset_bytes(shapes, len(config.channels), bool(config.masks or config.phantom))
     machine, kind = _memory() if memory is None else (memory * GIB, "accelerator")
@@ -224,7 +222,7 @@ def estimate(
 
 def trained_step(models: Models, run: Run, cells: Sequence[int]) -> tuple[nn.Module, Callable[[], None]] | None:
     """The network or networks that the config trains, and a step of it; None if there is nothing to train."""
-    vae, unet, critic = models.vae, models.unet, models.critic
+    vae, unet, discriminator = models.vae, models.unet, models.discriminator
     network = vae if unet is None else unet
     if not any(True for _ in network.parameters()):
         return None
@@ -238,9 +236,9 @@ def trained_step(models: Models, run: Run, cells: Sequence[int]) -> tuple[nn.Mod
         vae.encoder.requires_grad_(False)
     slices = run.adversarial.slices if run.adversarial else 0
     step = autoencoder_step(
-        vae, run.crops.shape, run.batch, critic=critic, slices=max(slices, 1), autocast=run.autocast
+        vae, run.crops.shape, run.batch, discriminator=discriminator, slices=max(slices, 1), autocast=run.autocast
     )
-    return (vae if critic is None else nn.ModuleList([vae, critic])), step
+    return (vae if discriminator is None else nn.ModuleList([vae, discriminator])), step
 
 
 def plan(
@@ -304,7 +302,7 @@ def _stages(models: Models, run: Run, shape: Sequence[int], device: torch.device
     cells = [-(-n // s) for n, s in zip(shape, vae.stride, strict=True)]
     latents = vae.config["latent_channels"]
     stages: dict[str, Callable[[], object]] = {}
-    for model in (vae, unet, models.critic):
+    for model in (vae, unet, models.discriminator):
         if model is not None:
             nn.Module.to(model, device)
     if trained := trained_step(models, run, cells):

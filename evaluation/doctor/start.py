@@ -24,7 +24,7 @@ def advise_start(
     """Return how to start an autoencoder's training from shipped weights, or None where none fit.
 
     Weights fit if they are of the same kind of images (scaled by percentiles or a window, label maps or not), of near voxel
-    sizes, and if every layer has the shape of the config's: others would stay as initialised.
+    sizes, and if every layer has the shape of the config's: others would stay as initialized.
 
     Args:
         vae: as the config builds it.
@@ -45,9 +45,9 @@ def advise_start(
         shown = path.relative_to(weights.parent)
         same = f"if these are images of a similar kind (see {shown.parent}/README.md)"
         if stored == shapes and len(data["channels"]) in (1, channels):
-            each = " (each channel by itself, per_channel)" if vae.channels_apart > 1 else ""
+            each = " (each channel by itself, per_channel)" if vae.num_channel_groups > 1 else ""
             return f"start from shipped weights{each}: --init_from {shown}, {same}"
-        if channels > 1 and vae.channels_apart == 1 and len(data["channels"]) == 1:
+        if channels > 1 and vae.num_channel_groups == 1 and len(data["channels"]) == 1:
             latents = own["latent_channels"] * channels
             levels = f"channels: {own['channels']}, encoder_blocks: {own['encoder_blocks']}, decoder_blocks: {own['decoder_blocks']}"
             return (

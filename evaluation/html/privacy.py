@@ -27,31 +27,31 @@ def privacy_section(report: Mapping[str, Any], folder: Path) -> Section:
     ]
     lead = (
         "Whether generated volumes are nearer to the training volumes than unseen patients' are. The threshold of similarity is "
-        f"set so that {report['spaces'][next(iter(report['spaces']))]['memorised']['similarity']['alpha'] * 100:.3g} % of unseen patients "
-        "would be called memorised."
+        f"set so that {report['spaces'][next(iter(report['spaces']))]['memorized']['similarity']['alpha'] * 100:.3g} % of unseen patients "
+        "would be called memorized."
     )
     return Section("Private", lead, tables, pictures)
 
 
 def private_claim(report: Mapping[str, Any] | None) -> Claim:
-    """The memorised fraction, of the space where it is farthest above the false positives."""
+    """The memorized fraction, of the space where it is farthest above the false positives."""
     question = "Do they give away whom the generator learned from?"
     if report is None:
         return Claim("Private", question, None, "Not measured: run evaluate.py privacy.")
-    every = {name: _memorised("similarity", found) for name, found in report["spaces"].items()}
+    every = {name: _memorized("similarity", found) for name, found in report["spaces"].items()}
     space, row = max(every.items(), key=lambda item: item[1].value - float(item[1].floor or 0))
     count = sum(bool(one.within) for one in every.values())
-    sentence = f"Memorised, compared as {space}, where it is most; within the false positives in {count} of {len(every)} comparisons."
+    sentence = f"Memorized, compared as {space}, where it is most; within the false positives in {count} of {len(every)} comparisons."
     return Claim("Private", question, row, sentence)
 
 
-def _memorised(name: str, found: Mapping[str, Any]) -> Row:
-    memory = found["memorised"][name]
+def _memorized(name: str, found: Mapping[str, Any]) -> Row:
+    memory = found["memorized"][name]
     wrong = memory["false_positives"]
     titles = {
-        "similarity": "memorised",
-        "ratio": "memorised, by the ratio of distances",
-        "other_masks": "memorised, without the patient of its mask",
+        "similarity": "memorized",
+        "ratio": "memorized, by the ratio of distances",
+        "other_masks": "memorized, without the patient of its mask",
     }
     within = not_above(memory["interval_drawn"], wrong["interval"][1])
     return Row(
@@ -67,12 +67,12 @@ def _memorised(name: str, found: Mapping[str, Any]) -> Row:
 
 
 def _rows(found: Mapping[str, Any]) -> list[Row]:
-    rows = [_memorised(name, found) for name in ("similarity", "ratio", "other_masks") if name in found["memorised"]]
+    rows = [_memorized(name, found) for name in ("similarity", "ratio", "other_masks") if name in found["memorized"]]
     yoon = found["yoon_2023"]
     floor = yoon.get("unseen_interval")  # earlier reports have none, and get no verdict
     rows.append(
         Row(
-            "memorised as Yoon et al. 2023 count",
+            "memorized as Yoon et al. 2023 count",
             yoon["fraction"],
             pair(yoon["interval"]),
             yoon["unseen"],

@@ -43,18 +43,18 @@ def consistency_section(report: Mapping[str, Any]) -> Section:
     tables = []
     for channel, found in report["consistency"].items():
         rows = [distance_row(name, one["wasserstein"]) for name, one in found.items()]
-        picture = interval_plot(rows, "Grey: real against real. Green within it, red outside.", "standard deviations")
+        picture = interval_plot(rows, "Gray: real against real. Green within it, red outside.", "standard deviations")
         note = "Wasserstein-1 distance from unseen real volumes, in their standard deviations, of statistics of adjacent slices."
         tables.append(Table(f"Adjacent slices: {channel}", note, rows, picture))
-    lead = "Whether slices fit to their neighbours along each axis as real ones do: no jumps, no drift, no blur."
+    lead = "Whether slices fit to their neighbors along each axis as real ones do: no jumps, no drift, no blur."
     return Section("Consistent between slices", lead, tables)
 
 
 def shapes_section(report: Mapping[str, Any]) -> Section:
-    """Sizes, forms and neighbourhoods of labels, of `evaluate.py shapes`."""
+    """Sizes, forms and neighborhoods of labels, of `evaluate.py shapes`."""
     found = report["shapes"]
     rows = [distance_row(name, one["wasserstein"]) for name, one in found["figures"].items()]
-    picture = interval_plot(rows, "Grey: real against real. Green within it, red outside.", "standard deviations")
+    picture = interval_plot(rows, "Gray: real against real. Green within it, red outside.", "standard deviations")
     note = "Wasserstein-1 distance from unseen real label maps, in their standard deviations."
     together = [
         distance_row("kernel distance, unbiased", found["kernel"]),
@@ -85,7 +85,7 @@ def realistic_claim(report: Mapping[str, Any] | None) -> Claim:
 
 def consistent_claim(report: Mapping[str, Any] | None) -> Claim:
     """The statistic of adjacent slices that is farthest beyond its floor."""
-    title, question = "Consistent between slices", "Do slices fit to their neighbours?"
+    title, question = "Consistent between slices", "Do slices fit to their neighbors?"
     if report is None or not report.get("consistency"):
         return Claim(title, question, None, "Not measured: run evaluate.py realism.")
     every = [

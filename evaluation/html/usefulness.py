@@ -35,9 +35,9 @@ def dice_section(report: Mapping[str, Any]) -> Section:
     tables = [Table("Dice on unseen real volumes", f"Intervals over seeds. Volumes: {volumes}.", rows)]
     if ratios := [_ratio(name, found) for name, found in report.get("ratios", {}).items()]:
         tables.append(Table("Over training on real", "Seed by seed; 1 is as good as real.", ratios))
-    if "obedience" in report:
+    if "adherence" in report:
         note = "The segmenter saw neither these volumes nor their masks; intervals over subjects."
-        tables.append(Table("Do volumes obey their masks?", note, [_obedience(report["obedience"])]))
+        tables.append(Table("Do volumes obey their masks?", note, [_adherence(report["adherence"])]))
     lead = "A small fixed segmenter is trained on one source of volumes or another, and judged on real volumes of unseen subjects."
     return Section("Useful for training", lead, tables)
 
@@ -52,7 +52,7 @@ def budgets_section(report: Mapping[str, Any]) -> Section:
         for labels, found in sorted(by_budget.items(), key=_size):
             interval = found["interval_seeds"] or found["interval_subjects"]
             floor = 1.0 if few else 0.0
-            title = f"{labels} labelled volumes"
+            title = f"{labels} labeled volumes"
             within = not_below(interval, floor)
             rows.append(
                 Row(
@@ -69,12 +69,12 @@ def budgets_section(report: Mapping[str, Any]) -> Section:
         tables.append(Table(f"{name}: {how}", NOTE, rows))
     dice = report.get("dice", {})
     ticks, lines = budget_lines(dice)
-    pictures = [line_plot(lines, ticks, "Dice on unseen real volumes", "labelled real volumes")] if ticks else []
+    pictures = [line_plot(lines, ticks, "Dice on unseen real volumes", "labeled real volumes")] if ticks else []
     title = "Few labels" if few else "Pre-training without labels"
     lead = (
-        "The segmenter learns from k labelled real volumes, from synthetic ones, and from both."
+        "The segmenter learns from k labeled real volumes, from synthetic ones, and from both."
         if few
-        else "The segmenter is pre-trained without labels, then fine-tuned on k labelled real volumes."
+        else "The segmenter is pre-trained without labels, then fine-tuned on k labeled real volumes."
     )
     return Section(title, lead, tables, pictures)
 
@@ -130,16 +130,16 @@ def useful_claim(reports: Mapping[str, Mapping[str, Any]]) -> Claim:
     if "synthetic/real" in dice.get("ratios", {}):
         row = _ratio("synthetic/real", dice["ratios"]["synthetic/real"])
         sentence = "Dice on unseen real volumes after training on generated ones only, over training on real ones."
-        if found := dice.get("obedience"):
+        if found := dice.get("adherence"):
             gap = found["synthetic-real"]
             sentence += (
                 f" Obedience: Dice against the masks {found['synthetic']:.3f}, {found['real']:.3f} on real ones (difference "
                 f"{between(gap['interval_subjects'], 'signed')})."
             )
         return Claim(title, question, row, sentence)
-    if "obedience" in dice:
+    if "adherence" in dice:
         sentence = "Dice of a segmenter trained on real volumes: generated volumes against their masks, less real ones."
-        return Claim(title, question, _obedience(dice["obedience"]), sentence)
+        return Claim(title, question, _adherence(dice["adherence"]), sentence)
     for name in ("few_labels", "pretrain"):
         tables = budgets_section(reports[name]).tables if name in reports else []
         if tables := sorted(tables, key=lambda table: not table.heading.startswith(FAIR)):  # else the first
@@ -161,7 +161,7 @@ def _ratio(name: str, found: Mapping[str, Any]) -> Row:
     return Row(f"Dice, {name}", found["of_means"], pair(interval), 1.0, None, within, floor_name="as good as real")
 
 
-def _obedience(found: Mapping[str, Any]) -> Row:
+def _adherence(found: Mapping[str, Any]) -> Row:
     gap = found["synthetic-real"]
     within = not_below(gap["interval_subjects"], 0.0)
     name = f"Dice on generated less on real volumes, {found['masks']} masks"

@@ -27,9 +27,9 @@ def psnr(reconstruction: np.ndarray, target: np.ndarray, field_of_view: np.ndarr
 
 def mean_gradient(volume: np.ndarray, field_of_view: np.ndarray | None = None) -> float:
     """Mean magnitude of the gradient by forward differences along X, Y and Z, per voxel: how much there is in the way of edges and
-    texture, of (..., X, Y, Z) or where `field_of_view` (broadcast to it) holds a voxel and its three next neighbours.
+    texture, of (..., X, Y, Z) or where `field_of_view` (broadcast to it) holds a voxel and its three next neighbors.
 
-    A blur lowers it, a factor scales it, brightness leaves it alone. Raises ValueError where no voxel has its neighbours inside.
+    A blur lowers it, a factor scales it, brightness leaves it alone. Raises ValueError where no voxel has its neighbors inside.
     """
     here, ahead = (..., slice(-1), slice(-1), slice(-1)), []
     for axis in range(3):
@@ -40,5 +40,5 @@ def mean_gradient(volume: np.ndarray, field_of_view: np.ndarray | None = None) -
         inside = np.broadcast_to(field_of_view, volume.shape)
         magnitude = magnitude[np.logical_and.reduce([inside[part] for part in (here, *ahead)])]
     if magnitude.size == 0:
-        raise ValueError("the field of view holds no voxel with its neighbours: there is no gradient to take")
+        raise ValueError("the field of view holds no voxel with its neighbors: there is no gradient to take")
     return float(magnitude.mean())

@@ -1,4 +1,4 @@
-"""Are generated label maps shaped as real ones: sizes, forms and neighbourhoods of the labels, as a row of figures a map."""
+"""Are generated label maps shaped as real ones: sizes, forms and neighborhoods of the labels, as a row of figures a map."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from .set_distances import (
     compare_columns,
     compare_sets,
     kernel_distance,
-    standardise,
+    standardize,
 )
 
 PER_LABEL = ("volume", "surface", "sphericity", "length", "width", "thickness", "roughness", "pieces")
@@ -34,7 +34,7 @@ def shape_figures(channels: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     Of each label: volume (mm^3); surface (mm^2, of the voxels' faces); sphericity pi^(1/3) (6 V)^(2/3) / A (Wadell 1935; of voxel
     faces a ball has 2/3); length, width and thickness, four standard deviations of the voxels along the principal axes (mm; of a
     box 4/sqrt(12) of its side); roughness, the fraction of its voxels that a Gaussian of one voxel takes away or adds; pieces
-    (26 neighbours). Of each pair of labels: contact (mm^2 of faces that they share) and distance of their centres (mm). All are
+    (26 neighbors). Of each pair of labels: contact (mm^2 of faces that they share) and distance of their centers (mm). All are
     0 of a label that is not there.
 
     Args:
@@ -49,8 +49,8 @@ def shape_figures(channels: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
         between = _shared_faces(first, second, spacing) + _shared_faces(second, first, spacing)
         apart = 0.0
         if first.any() and second.any():
-            centres = [np.argwhere(mask).mean(0) * spacing for mask in (first, second)]
-            apart = float(np.linalg.norm(centres[0] - centres[1]))
+            centers = [np.argwhere(mask).mean(0) * spacing for mask in (first, second)]
+            apart = float(np.linalg.norm(centers[0] - centers[1]))
         figures += [between, apart]
     return np.array(figures)
 
@@ -68,7 +68,7 @@ def compare_shapes(sets: Mapping[str, VolumeSet], labels: Sequence[str], seed: i
         for name, one in sets.items()
     }
     subjects = {name: one.subjects for name, one in sets.items()}
-    scaled = standardise(rows, "test", least=0.01)
+    scaled = standardize(rows, "test", least=0.01)
     return {
         "figures": compare_columns(rows, shape_names(labels), subjects=subjects, seed=seed),
         "kernel": compare_sets(kernel_distance, scaled, subjects=subjects, seed=seed),

@@ -1,6 +1,6 @@
 """How alike volumes are, whatever their position, orientation and intensity scale: each of one set against each of another.
 
-The similarity of a query and a reference is their normalised (Pearson) correlation inside a common crop about the centre, the largest
+The similarity of a query and a reference is their normalized (Pearson) correlation inside a common crop about the center, the largest
 over the flips and the shifts that the `Space` allows. For a shift it is taken over the voxels where the two overlap, with the means
 and variances of just these, and sums over all voxels of all shifts come from one FFT a pair (Lewis 1995, Fast normalized
 cross-correlation). So a copy has similarity 1, to float32 rounding of about 1e-6, also where it was moved by whole voxels, mirrored,
@@ -36,7 +36,7 @@ class Space:
     """Where and how volumes are compared.
 
     Args:
-        crop: voxels about the centre that are compared. What a smaller volume lacks is filled with its lowest intensity, which
+        crop: voxels about the center that are compared. What a smaller volume lacks is filled with its lowest intensity, which
             makes small volumes alike: see `common_crop`.
         flips: axes (0 to 2) along which a query may be mirrored, in every combination.
         shift: voxels (cells of what `embed` gives) by which a query may be moved along each axis; less than half of each side.
@@ -164,18 +164,18 @@ def aligned(query: Any, match: Match, crop: Sides) -> np.ndarray:
     return pad_or_crop(crop, crop, offset=match.shift).apply(mirrored, float(cropped.min()))
 
 
-def standardised(array: np.ndarray) -> np.ndarray:
+def standardized(array: np.ndarray) -> np.ndarray:
     """Each channel of (C, ...) with mean 0 and variance 1, as float32; zeros if it is constant."""
     axes = tuple(range(1, array.ndim))
-    centred = array.astype(np.float64)
-    centred -= centred.mean(axes, keepdims=True)
-    deviation = centred.std(axes, keepdims=True)
+    centerd = array.astype(np.float64)
+    centerd -= centerd.mean(axes, keepdims=True)
+    deviation = centerd.std(axes, keepdims=True)
     deviation[deviation < 1e-7 * np.abs(array).max(axes, keepdims=True)] = np.inf  # rounding of a constant
-    return (centred / np.where(deviation == 0, np.inf, deviation)).astype(np.float32)
+    return (centerd / np.where(deviation == 0, np.inf, deviation)).astype(np.float32)
 
 
 def crop_of(volume: Any, crop: Sides) -> np.ndarray:
-    """(C, *crop) about the centre of a volume, as float64."""
+    """(C, *crop) about the center of a volume, as float64."""
     array = np.asarray(volume.detach().cpu() if isinstance(volume, Tensor) else volume, np.float64)
     array = array[None] if array.ndim == 3 else array
     if array.ndim != 4:
@@ -190,7 +190,7 @@ def _maps(volumes: Volumes, space: Space, flip: tuple[int, ...] = ()) -> Tensor:
     """What is compared, (B, C, x, y, z) float32 on the space's device; features (B, F) as (B, 1, F, 1, 1)."""
     crops = [crop_of(volume, space.crop) for volume in volumes]
     if space.embed is None:
-        crops = [standardised(crop) for crop in crops]
+        crops = [standardized(crop) for crop in crops]
     else:
         crops = [np.stack([unit_range(channel) for channel in crop]) for crop in crops]
     maps = torch.from_numpy(np.stack(crops)).to(space.device).flip([axis + 2 for axis in flip])

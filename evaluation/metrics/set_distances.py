@@ -12,7 +12,7 @@ import numpy as np
 from evaluation.studies.class_adherence import INTERVAL, RESAMPLES
 
 DRAWS = 200  # of subsets
-SMALLEST = 4  # volumes in a set: halves of two
+MIN_SIZE = 4  # volumes in a set: halves of two
 Distance = Callable[[np.ndarray, np.ndarray], Any]
 SETS = ("training", "test", "generated")
 
@@ -28,8 +28,8 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """
     first, second = _checked(first, second)
     shift = first.mean(0) - second.mean(0)
-    centred = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (first, second)]
-    factors = [np.asarray(np.linalg.qr(x, mode="r")) for x in centred]
+    centerd = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (first, second)]
+    factors = [np.asarray(np.linalg.qr(x, mode="r")) for x in centerd]
     root = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
     return max(float(shift @ shift + (factors[0] ** 2).sum() + (factors[1] ** 2).sum() - 2 * root), 0.0)
 
@@ -79,7 +79,7 @@ def wasserstein1(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.array(areas)
 
 
-def standardise(sets: Mapping[str, np.ndarray], by: str, least: float = 0.0) -> dict[str, np.ndarray]:
+def standardize(sets: Mapping[str, np.ndarray], by: str, least: float = 0.0) -> dict[str, np.ndarray]:
     """Every column less its mean in set `by`, in units of its standard deviation there; a constant column keeps its units.
 
     No column counts as varying less than `least` times the root mean square of the standard deviations of all: else one
@@ -112,7 +112,7 @@ def compare_sets(
         {"count", "whole": generated to test with all volumes, and at `count` volumes each {"mean", "interval"} of
         "generated_to_test", "training_to_test" (the floor), "test_halves" (another floor), and "excess", the first less
         the second, draw by draw}; lists where the distance gives several figures. Intervals are of 95 %.
-    Raises: ValueError for a set of fewer than `SMALLEST` volumes.
+    Raises: ValueError for a set of fewer than `MIN_SIZE` volumes.
     """
     random = np.random.default_rng(seed)
     check_counts({name: len(sets[name]) for name in SETS})
@@ -132,8 +132,8 @@ def compare_sets(
 
 def check_counts(counts: Mapping[str, int]) -> None:
     """Raises: ValueError for sets of too few volumes to compare, by name."""
-    if few := [f"{count} {name} volumes" for name, count in counts.items() if count < SMALLEST]:
-        raise ValueError(f"{' and '.join(few)} are too few to compare; give {SMALLEST} or more")
+    if few := [f"{count} {name} volumes" for name, count in counts.items() if count < MIN_SIZE]:
+        raise ValueError(f"{' and '.join(few)} are too few to compare; give {MIN_SIZE} or more")
 
 
 def compare_columns(sets: Mapping[str, np.ndarray], names: Sequence[str], **options: Any) -> dict[str, dict[str, Any]]:
@@ -143,7 +143,7 @@ def compare_columns(sets: Mapping[str, np.ndarray], names: Sequence[str], **opti
     mean is from that of the test set, "wasserstein": `compare_sets`}, the last two in standard deviations of the test
     volumes.
     """
-    scaled = standardise(sets, "test")
+    scaled = standardize(sets, "test")
     compared = compare_sets(wasserstein1, scaled, **options)
     report = {}
     for column, name in enumerate(names):

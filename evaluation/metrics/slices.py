@@ -1,4 +1,4 @@
-"""Whether slices fit to their neighbours: statistics of adjacent slices along each axis of a volume.
+"""Whether slices fit to their neighbors: statistics of adjacent slices along each axis of a volume.
 
 Volumes are (X, Y, Z) in [0, 1]. Slices drawn one by one, or pasted from pieces, jump where real ones glide; a blur along an
 axis makes them glide too well. Both are seen only against real volumes of the same grid spacing.
@@ -54,10 +54,10 @@ def slice_statistics(volume: np.ndarray) -> np.ndarray:
 
 def adjacent_correlation(slices: np.ndarray) -> float:
     """Mean Pearson correlation of adjacent rows of (slices, voxels); 1 for two flat rows, 0 if one of two is flat."""
-    centred = slices - slices.mean(1, keepdims=True)
-    std = centred.std(1)
+    centerd = slices - slices.mean(1, keepdims=True)
+    std = centerd.std(1)
     flat = std < FLAT
-    unit = centred / np.where(flat, 1, std)[:, None]
+    unit = centerd / np.where(flat, 1, std)[:, None]
     correlation = (unit[1:] * unit[:-1]).mean(1)
     correlation = np.where(flat[1:] | flat[:-1], (flat[1:] & flat[:-1]).astype(float), correlation)
     return float(correlation.mean())

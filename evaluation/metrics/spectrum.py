@@ -1,7 +1,7 @@
 """How much detail a set of volumes has, frequency by frequency, against real ones.
 
 Frequencies are in cycles/voxel along each axis, so 0.5 is the Nyquist frequency. A blurred volume has less power at high frequencies
-than a real one: a negative ratio in dB. Voxel grids, not millimetres, decide what a decoder can draw, hence cycles/voxel.
+than a real one: a negative ratio in dB. Voxel grids, not millimeters, decide what a decoder can draw, hence cycles/voxel.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ CROP = (28, 36, 28)
 BAND_EDGES = tuple(round(0.05 * i, 2) for i in range(11))  # 0, 0.05, ..., 0.5 cycles/voxel
 
 
-def centre_crop(volume: np.ndarray, crop: tuple[int, int, int]) -> np.ndarray:
+def center_crop(volume: np.ndarray, crop: tuple[int, int, int]) -> np.ndarray:
     """The middle of (X, Y, Z), `crop` voxels large, or the volume's own size along axes where it is smaller."""
     window = []
     for size, wanted in zip(volume.shape, crop, strict=True):
@@ -40,7 +40,7 @@ def band_power(
     power v in every band whatever the crop. A band holds `low <= |f| < high`; the zero frequency is in none.
     Raises ValueError where a band holds no frequency of so small a crop.
     """
-    cropped = centre_crop(np.asarray(volume, np.float64), crop)
+    cropped = center_crop(np.asarray(volume, np.float64), crop)
     window = hann_window(cropped.shape)
     power = np.abs(np.fft.fftn((cropped - cropped.mean()) * window)) ** 2 / (window**2).sum()
     axes = np.meshgrid(*(np.fft.fftfreq(n) for n in cropped.shape), indexing="ij")

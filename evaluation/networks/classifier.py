@@ -14,7 +14,7 @@ from .defaults import CLASSIFIER_STEPS as ITERATIONS
 BATCH_SIZE = 16
 LEARNING_RATE = 2e-3
 SHIFT = 3  # voxels, by which training moves volumes along each axis at random
-SMALLEST = 16  # voxels a side: the network halves four times
+MIN_SIZE = 16  # voxels a side: the network halves four times
 
 
 class VolumeClassifier(nn.Module):
@@ -53,13 +53,13 @@ def train_classifier(
     All draws are on the CPU, from generators that `seed` starts. `dtype` is what forward passes autocast to; None
     computes in float32. `on_step(step, loss)` is called after each step, counted from 1.
 
-    Raises: ValueError if a class has no volume, or for volumes with less than `SMALLEST` voxels a side.
+    Raises: ValueError if a class has no volume, or for volumes with less than `MIN_SIZE` voxels a side.
     """
     members = [torch.nonzero(classes == index)[:, 0] for index in range(num_classes)]
     if empty := [index for index, of_class in enumerate(members) if not len(of_class)]:
         raise ValueError(f"classes number {empty} have no volume to learn from")
-    if min(images.shape[2:]) < SMALLEST:
-        raise ValueError(f"volumes of {tuple(images.shape[2:])} voxels are too small; {SMALLEST} a side are needed")
+    if min(images.shape[2:]) < MIN_SIZE:
+        raise ValueError(f"volumes of {tuple(images.shape[2:])} voxels are too small; {MIN_SIZE} a side are needed")
     device = torch.device(device)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)

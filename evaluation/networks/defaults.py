@@ -17,7 +17,7 @@ STARTS = ("scratch", "synthetic", "real")
 REALISM_PARTS = ("features", "diversity", "consistency", "intensity")
 # commands/privacy.py
 SPACES = ("image", "latent", "features")
-ALPHA = 0.05  # share of unseen volumes that may count as memorised
+ALPHA = 0.05  # share of unseen volumes that may count as memorized
 SHIFT = 2  # voxels by which a copy may be moved along each axis
 # samplers.py: schedulers by the names of sampler_figures.py
 SCHEDULERS = ("euler", "heun", "dpmsolver++", "unipc", "ddim", "ddpm")

@@ -1,7 +1,7 @@
 """The test of usefulness: a small segmenter, the same minute of training whatever it learns from, judged on real subjects.
 
 Volumes are useful for a task when a network trained on them does the task on real ones (Med-DDPM, Dorjsembe et al. 2024, judged its
-tumours so). Everything but the volumes is fixed: network, schedule, augmentation and the draws of each seed, so that two sources of
+tumors so). Everything but the volumes is fixed: network, schedule, augmentation and the draws of each seed, so that two sources of
 volumes differ in nothing else. Images are (N, C, X, Y, Z) float32 in [0, 1], labels (N, X, Y, Z) label indices, all of one shape.
 """
 

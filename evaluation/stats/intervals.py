@@ -15,7 +15,7 @@ INTERVAL = (2.5, 97.5)  # percentiles
 # which three terms are right to 2e-4.
 T_TABLE = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 Z = 1.959964
-LEAST = 1e-6  # that a ratio divides by: one to a reference of 0 is absurdly large, and seen to be
+MIN_COUNT = 1e-6  # that a ratio divides by: one to a reference of 0 is absurdly large, and seen to be
 
 
 def student_t(freedom: int) -> float:
@@ -59,7 +59,7 @@ def compare_paired(
         )
 
     def compared(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        return first - second if how == "difference" else first / np.maximum(second, LEAST)
+        return first - second if how == "difference" else first / np.maximum(second, MIN_COUNT)
 
     per_seed = compared(values.mean(1), reference.mean(1))
     draws = subject_draws(subjects)

@@ -22,7 +22,7 @@ INTERVAL = (2.5, 97.5)  # percentiles
 @dataclass(frozen=True)
 class ClassVolumes:
     """Images (N, C, X, Y, Z) float32 in [0, 1], their classes (N,) as indices, the refused files as (name, reason), and
-    of label maps the size of each label (N, C) in millilitres."""
+    of label maps the size of each label (N, C) in milliliters."""
 
     images: Tensor
     classes: Tensor
@@ -51,7 +51,7 @@ def generated_cases(folder: Path, config: DataConfig) -> list[Case]:
 
 
 def load_classes(cases: Sequence[Case], config: DataConfig, column: str, shape: tuple[int, int, int]) -> ClassVolumes:
-    """Read the cases and bring them to `shape` about their centres, scaled as for a model and brought to [0, 1]; those of
+    """Read the cases and bring them to `shape` about their centers, scaled as for a model and brought to [0, 1]; those of
     unknown class are left out.
 
     Raises: ValueError for a column that is no class of the data, and if no case has one.
@@ -82,7 +82,7 @@ def load_classes(cases: Sequence[Case], config: DataConfig, column: str, shape: 
 
 
 def describe_sizes(volumes: ClassVolumes, names: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
-    """{class: {label: {"p5", "median", "p95"}}} of label maps, in millilitres; {} of other volumes."""
+    """{class: {label: {"p5", "median", "p95"}}} of label maps, in milliliters; {} of other volumes."""
     if volumes.sizes is None:
         return {}
     described: dict[str, Any] = {}
@@ -151,7 +151,7 @@ def compare(
     return report
 
 
-def judge_obedience(
+def measure_class_adherence(
     learn: ClassVolumes,
     real: ClassVolumes,
     made: ClassVolumes,

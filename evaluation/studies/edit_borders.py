@@ -23,7 +23,7 @@ from cli.settings import (
 )
 from evaluation.report import add_overlap_argument, config_parser
 
-REGION_NAMES = ("box", "labelled")
+REGION_NAMES = ("box", "labeled")
 
 
 def parse(args: Sequence[str] | None) -> Namespace:
@@ -60,12 +60,12 @@ from evaluation.data.seen import check_pipeline
 from evaluation.report import check_report, provenance, write_report
 from evaluation.stats.intervals import INTERVAL, subject_draws
 from pipelines import MedVolumePipeline
-from pipelines.inputs.inpainting import MARGIN
+from pipelines.inputs.inpainting import BLEND_MARGIN_MM
 from volumes import Case, Volume, load_cases, read_mask, read_volume
 from volumes.devices import find_device
 from volumes.lesions import grown
 
-AROUND = 3.0  # mm by which the region exceeds what is labelled
+AROUND = 3.0  # mm by which the region exceeds what is labeled
 DEPTHS = (-2, -1, 0, 1, 2)  # steps from the border's faces inwards
 
 
@@ -77,12 +77,12 @@ def box_region(mask: Volume) -> np.ndarray:
     return region
 
 
-def labelled_region(mask: Volume) -> np.ndarray:
-    """bool (X, Y, Z): what is labelled, and 3 mm more."""
+def labeled_region(mask: Volume) -> np.ndarray:
+    """bool (X, Y, Z): what is labeled, and 3 mm more."""
     return grown(mask.array[0] > 0, AROUND, mask.spacing)
 
 
-REGIONS: dict[str, Callable[[Volume], np.ndarray]] = {"box": box_region, "labelled": labelled_region}
+REGIONS: dict[str, Callable[[Volume], np.ndarray]] = {"box": box_region, "labeled": labeled_region}
 
 
 def face_differences(volume: np.ndarray, region: np.ndarray, steps: int = 0) -> np.ndarray:
@@ -94,7 +94,7 @@ def face_differences(volume: np.ndarray, region: np.ndarray, steps: int = 0) -> 
     found = []
     for axis in range(3):
         lines, inside = np.moveaxis(volume, axis, 0), np.moveaxis(region, axis, 0)
-        for outwards in (1, -1):  # the border is crossed towards higher, then lower indices
+        for outwards in (1, -1):  # the border is crossed toward higher, then lower indices
             along, here = lines[::outwards], inside[::outwards]
             for place in range(1, len(along)):
                 crossed = here[place - 1] & ~here[place]  # the first voxel outside is at `place`
@@ -176,7 +176,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, write the report and return it."""
     options = parse(args)
     device = find_device(options.device or "cpu")
-    options.margin = MARGIN if options.margin is None else options.margin
+    options.margin = BLEND_MARGIN_MM if options.margin is None else options.margin
     cases = [case for case in load_cases(options.data) if case.split == options.split and case.mask is not None]
     if not cases:
         raise ValueError(f"no case of split {options.split!r} has files of image and mask; see `data` in the config")

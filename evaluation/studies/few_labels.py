@@ -1,7 +1,7 @@
 """Usefulness where labels are few: what each arm of a comparison learns from, and the arms against each other.
 
 An arm is one way of training the segmenter of `evaluation.networks.segmenter`. A row is one training: a dict with "arm", "labels" (the budget:
-"8", "all", "any"), "seed", and what `score_training` returns. A seed draws the labelled volumes (`draw_labelled`, the same for every
+"8", "all", "any"), "seed", and what `score_training` returns. A seed draws the labeled volumes (`draw_labeled`, the same for every
 arm) as well as the training, so intervals over seeds have both chances in them.
 """
 
@@ -33,22 +33,22 @@ def training_set(
     arm: str,
     real: LoadedPairs,
     synthetic: LoadedPairs,
-    labelled: Sequence[int],
+    labeled: Sequence[int],
     *,
     masks: Literal["all", "own"] = "all",
     balanced: bool = True,
 ) -> LoadedPairs:
-    """What an arm learns from when the real volumes `labelled` (indices into `real`) are all that have labels.
+    """What an arm learns from when the real volumes `labeled` (indices into `real`) are all that have labels.
 
     Args:
         synthetic: volumes generated from masks of `real`; not used by the real arms.
-        masks: "own" takes only the synthetic volumes that were made from masks of the labelled ones; "all" takes all, which
+        masks: "own" takes only the synthetic volumes that were made from masks of the labeled ones; "all" takes all, which
             says how useful a generator is that learned from more labels than the segmenter has.
         balanced: `both` repeats the real volumes so that about every other volume of a batch is real, as with all labels and
             one volume a mask; otherwise each volume is drawn as often as any other.
     Raises: ValueError for "own" masks that nothing was generated from.
     """
-    few = real.take(labelled)
+    few = real.take(labeled)
     if arm in (REAL, REAL_LONGER):
         return few
     if masks == "own":
@@ -61,8 +61,8 @@ def training_set(
         synthetic = synthetic.take(rows)
     if arm == SYNTHETIC:
         return synthetic
-    repeats = max(1, round(len(synthetic.cases) / len(labelled))) if balanced else 1
-    return few.take(list(range(len(labelled))) * repeats).join(synthetic)
+    repeats = max(1, round(len(synthetic.cases) / len(labeled))) if balanced else 1
+    return few.take(list(range(len(labeled))) * repeats).join(synthetic)
 
 
 def scores_of(rows: Sequence[Row], arm: str, labels: str) -> dict[int, Row]:
@@ -70,7 +70,7 @@ def scores_of(rows: Sequence[Row], arm: str, labels: str) -> dict[int, Row]:
     return {row["seed"]: row for row in rows if row["arm"] == arm and row["labels"] in (labels, ANY)}
 
 
-def summarise(
+def summarize(
     rows: Sequence[Row],
     subjects: Sequence[str],
     comparisons: Sequence[tuple[str, str]],

@@ -18,7 +18,7 @@ from evaluation.metrics.ms_ssim import check_pairs, scales_of
 from evaluation.metrics.nearest import check_shift
 from evaluation.metrics.set_distances import check_counts
 from evaluation.metrics.slices import check_slices
-from evaluation.networks.classifier import SMALLEST as CLASSIFIED
+from evaluation.networks.classifier import MIN_SIZE as CLASSIFIED
 from evaluation.networks.defaults import (
     ALPHA,
     FEW_LABELS,

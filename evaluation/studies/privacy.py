@@ -1,4 +1,4 @@
-"""Whether a generator gives away whom it learned from: memorised volumes, membership, and re-identification, with intervals.
+"""Whether a generator gives away whom it learned from: memorized volumes, membership, and re-identification, with intervals.
 
 Everything is a function of similarities (`evaluation.metrics.nearest`): larger is nearer. Volumes of one subject are not independent, so the
 subject is the unit throughout: every unit weighs the same however many volumes it has, and bootstraps draw units with replacement
@@ -26,16 +26,16 @@ INTERVAL = (2.5, 97.5)  # percentiles
 Z95 = 1.959964
 RATIO = (
     1 / 3
-)  # of the distances to the nearest and the second nearest, below which a volume counts as memorised (Yoon et al. 2023)
+)  # of the distances to the nearest and the second nearest, below which a volume counts as memorized (Yoon et al. 2023)
 FALSE_POSITIVES = (0.01, 0.1)  # rates at which an attack's true positives are given (Carlini et al. 2022)
 
 
 def wilson(rate: float, count: int) -> list[float]:
     """95 % interval of a rate that was seen among `count` independent units (Wilson 1927)."""
-    centre, spread = rate + Z95**2 / (2 * count), Z95 * np.sqrt(rate * (1 - rate) / count + Z95**2 / (4 * count**2))
+    center, spread = rate + Z95**2 / (2 * count), Z95 * np.sqrt(rate * (1 - rate) / count + Z95**2 / (4 * count**2))
     return [
-        float(max(centre - spread, 0) / (1 + Z95**2 / count)),
-        float(min((centre + spread) / (1 + Z95**2 / count), 1)),
+        float(max(center - spread, 0) / (1 + Z95**2 / count)),
+        float(min((center + spread) / (1 + Z95**2 / count), 1)),
     ]
 
 
@@ -64,7 +64,7 @@ def conformal_threshold(scores: np.ndarray, units: Units, alpha: float) -> float
 
 
 def check_unseen(units: Units, alpha: float) -> None:
-    """Raises: ValueError where `memorised` will, for too few unseen units for alpha; ask before the work of comparing."""
+    """Raises: ValueError where `memorized` will, for too few unseen units for alpha; ask before the work of comparing."""
     others = sorted(set(units))[1:]  # each unit is judged by the threshold of the others
     try:
         conformal_threshold(np.zeros(len(others)), others, alpha)
@@ -84,7 +84,7 @@ def check_references(units: Units) -> None:
         raise ValueError("a ratio of distances needs references of two subjects")
 
 
-def memorised(
+def memorized(
     generated: np.ndarray,
     unseen: np.ndarray,
     unseen_units: Units,
@@ -139,7 +139,7 @@ def distance_ratio(similarity: np.ndarray, units: Units) -> np.ndarray:
     """(Q,) distance to the nearest reference over that to the nearest of another subject, from similarities (Q, R); in [0, 1].
 
     A copy has one nearest and no other (Yoon et al. 2023; Carlini et al. 2023 divide by the mean of many). Distances are those of
-    standardised volumes, sqrt(2 (1 - correlation)). Raises: ValueError for references of one subject.
+    standardized volumes, sqrt(2 (1 - correlation)). Raises: ValueError for references of one subject.
     """
     check_references(units)
     names, nearest = np.asarray(units), similarity.argmax(1)
@@ -215,11 +215,11 @@ def own_mask(
 def reidentification(
     similarity: np.ndarray, sources: Units, units: Units, ranks: Sequence[int] = (1, 5)
 ) -> dict[str, Any]:
-    """How often the patient of an anonymised volume is among the nearest real patients.
+    """How often the patient of an anonymized volume is among the nearest real patients.
 
     Args:
-        similarity: (Q, R) of anonymised volumes and real ones; a patient is as near as the nearest of its volumes.
-        sources: (Q,) patient of each anonymised volume. units: (R,) patient of each real one.
+        similarity: (Q, R) of anonymized volumes and real ones; a patient is as near as the nearest of its volumes.
+        sources: (Q,) patient of each anonymized volume. units: (R,) patient of each real one.
 
     Returns: {"patients", "top_1": {"rate", "interval" (Wilson, over the sources), "chance"}, "top_5": ...}. A tie counts
     against being found. Raises: ValueError for a source without a real volume.
@@ -279,7 +279,7 @@ def privacy_report(
     generated: VolumeSet,
     spaces: Mapping[str, Space],
     *,
-    anonymised: VolumeSet | None = None,
+    anonymized: VolumeSet | None = None,
     stand_ins: bool = False,
     losses: tuple[np.ndarray, np.ndarray] | None = None,
     alpha: float = 0.05,
@@ -287,11 +287,11 @@ def privacy_report(
     seed: int = 0,
     on_pairs: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
-    """Everything above, ready for a report: {"counts", "spaces": {name: {"memorised": {"similarity", "ratio", "other_masks"}, "yoon_2023",
+    """Everything above, ready for a report: {"counts", "spaces": {name: {"memorized": {"similarity", "ratio", "other_masks"}, "yoon_2023",
     "membership", "own_mask", "reidentification", "closest"}}, "loss_membership"}.
 
-    `anonymised` volumes have the source patient as their subject; the gallery is training and unseen volumes together. With `stand_ins`
-    generated volumes are taken for the anonymised volumes of the patients whose masks they were made from. `losses` are those of
+    `anonymized` volumes have the source patient as their subject; the gallery is training and unseen volumes together. With `stand_ins`
+    generated volumes are taken for the anonymized volumes of the patients whose masks they were made from. `losses` are those of
     training and of unseen volumes, in their order. "other_masks" judges each volume without the training subject whose mask it
     was made from. Raises: ValueError for subjects that are both in training and unseen (nothing could be concluded), and for
     two real volumes of one name.
@@ -317,11 +317,11 @@ def privacy_report(
         found["closest"] = closest_pairs(to_training, generated, training, space, pairs)
         report["spaces"][name] = found
         gallery, sources = [to_training, to_unseen], []
-        if anonymised is not None:
+        if anonymized is not None:
             gallery = [
-                similarity_matrix(anonymised.volumes, r.volumes, space, on_pairs=on_pairs) for r in (training, unseen)
+                similarity_matrix(anonymized.volumes, r.volumes, space, on_pairs=on_pairs) for r in (training, unseen)
             ]
-            sources = list(anonymised.subjects)
+            sources = list(anonymized.subjects)
         elif stand_ins:
             rows = [row for row, mask in enumerate(generated.masks or ()) if mask in patients]
             gallery = [matrix[rows] for matrix in gallery]
@@ -348,12 +348,12 @@ def _judge(
     settings = {"alpha": alpha, "generated_units": generated.subjects, "seed": seed}
     ratios = distance_ratio(to_training, training.subjects), distance_ratio(baseline, training.subjects)
     memory = {
-        "similarity": memorised(to_training.max(1), baseline.max(1), unseen.subjects, **settings),
-        "ratio": memorised(-ratios[0], -ratios[1], unseen.subjects, **settings),
+        "similarity": memorized(to_training.max(1), baseline.max(1), unseen.subjects, **settings),
+        "ratio": memorized(-ratios[0], -ratios[1], unseen.subjects, **settings),
     }
     yoon, floor = unit_mean(ratios[0] < RATIO, generated.subjects), unit_mean(ratios[1] < RATIO, unseen.subjects)
     found: dict[str, Any] = {
-        "memorised": memory,
+        "memorized": memory,
         "yoon_2023": {
             "fraction": yoon,
             "interval": wilson(yoon, len(set(generated.subjects))),
@@ -372,7 +372,7 @@ def _judge(
             if name == "training":
                 for row, unit in zip(rows, own[name][1], strict=True):
                     without[row, np.asarray(real.subjects) == unit] = -1
-        memory["other_masks"] = memorised(without.max(1), baseline.max(1), unseen.subjects, **settings)
+        memory["other_masks"] = memorized(without.max(1), baseline.max(1), unseen.subjects, **settings)
         if len(own["training"][0]) and len(own["unseen"][0]):
             found["own_mask"] = own_mask(*own["training"], *own["unseen"], seed=seed)
     return found

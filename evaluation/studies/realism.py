@@ -30,13 +30,13 @@ from evaluation.metrics.set_distances import (
     frechet_caveat,
     frechet_distance,
     kernel_distance,
-    standardise,
+    standardize,
 )
-from evaluation.metrics.spectrum import band_names, centre_crop
+from evaluation.metrics.spectrum import band_names, center_crop
 from evaluation.networks.defaults import REALISM_PARTS as PARTS
 from evaluation.networks.defaults import SIMILARITY_PAIRS as PAIRS
 
-LEAST_SPREAD = 0.1  # of features, see standardise: cubic kernels are drowned by rare features without it
+MIN_SPREAD = 0.1  # of features, see standardize: cubic kernels are drowned by rare features without it
 TOLERANCE = 1e-3  # by which intensities may leave [0, 1]
 
 
@@ -46,7 +46,7 @@ def judge_realism(
     *,
     channels: Sequence[str] = ("image",),
     parts: Sequence[str] = PARTS,
-    standardised: bool = True,
+    standardized: bool = True,
     pairs: int = PAIRS,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -59,12 +59,12 @@ def judge_realism(
         extractors: by name, for the part "features"; on `device`.
         channels: names of the volumes' channels.
         parts: which of `PARTS`.
-        standardised: features in standard deviations of the training set's, so that all count alike and figures have a
+        standardized: features in standard deviations of the training set's, so that all count alike and figures have a
             unit; False for figures that are to be held against a paper's.
         pairs: most pairs of each set for the part "diversity".
         on_step: called with the part after each of `steps_of` volumes and pairs.
     Returns:
-        {"volumes": by set how many, "shape": the centre crop that fits into all, used for diversity and spectra, and a part each:
+        {"volumes": by set how many, "shape": the center crop that fits into all, used for diversity and spectra, and a part each:
         "features": by extractor {"features": how many, "frechet", "kernel": `compare_sets`, "frechet" with "caveat",
         "closer_to_training": `closer_than_test`};
         "diversity": `compare_diversity`, with "scales" and their "weights";
@@ -92,9 +92,9 @@ def judge_realism(
         report["features"] = {}
         for name, extractor in extractors.items():
             found = {s: extract(extractor, volumes[s], device, steps("features")) for s in SETS}
-            report["features"][name] = compare_features(found, standardised=standardised, **options)
+            report["features"][name] = compare_features(found, standardized=standardized, **options)
     if "diversity" in parts:
-        cropped = {s: [np.stack([centre_crop(c, shape) for c in v]) for v in volumes[s]] for s in SETS}
+        cropped = {s: [np.stack([center_crop(c, shape) for c in v]) for v in volumes[s]] for s in SETS}
         chosen = {s: random_pairs(len(volumes[s]), pairs, seed, subjects[s]) for s in SETS}
         values = {s: pair_similarity(cropped[s], chosen[s], device, steps("diversity")) for s in SETS}
         counts = {s: len(volumes[s]) for s in SETS}
@@ -121,13 +121,13 @@ def steps_of(
     return {part: count for part, count in every.items() if part in parts}
 
 
-def compare_features(sets: Mapping[str, np.ndarray], *, standardised: bool = True, **options: Any) -> dict[str, Any]:
+def compare_features(sets: Mapping[str, np.ndarray], *, standardized: bool = True, **options: Any) -> dict[str, Any]:
     """Frechet and kernel distances of features (N, F) by set; `options` are those of `compare_sets`.
 
     Warns, and says so in "caveat", where the volumes are too few for the Frechet distance of so many features.
     """
-    if standardised:
-        sets = standardise(sets, "training", LEAST_SPREAD)
+    if standardized:
+        sets = standardize(sets, "training", MIN_SPREAD)
     count, features = min(len(rows) for rows in sets.values()), sets["test"].shape[1]
     report: dict[str, Any] = {"features": features}
     for name, distance in (("frechet", frechet_distance), ("kernel", kernel_distance)):

@@ -66,7 +66,7 @@ def evaluate_reconstruction(
     """PSNR of every volume and the power spectrum of all reconstructions against all volumes, ready for a report.
 
     Intensities are those of the data set's own scaling brought to [0, 1] (hippocampus: percentiles 0.5-99.5 of each volume).
-    PSNR is taken inside the field of view, in dB, a figure a volume; `mean` is the mean of those. Spectra are taken of centre crops
+    PSNR is taken inside the field of view, in dB, a figure a volume; `mean` is the mean of those. Spectra are taken of center crops
     of at most `crop` voxels, each channel a volume of its own. `on_volume(name, psnr)` is called after each.
     `sharpness` is the mean magnitude of gradients (`mean_gradient`) inside the field of view in all reconstructions over that in all
     volumes: 1 where they are as sharp, less where they are blurred; noise raises it as detail does. Of a VQ-GAN there is also

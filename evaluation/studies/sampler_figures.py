@@ -23,14 +23,14 @@ from evaluation.data.model_units import in_model_units
 from evaluation.data.pairs import LoadedPairs, unit_range
 from evaluation.metrics.features import Extractor, extract
 from evaluation.metrics.histogram import band_edges_for, power, power_ratio_db
-from evaluation.metrics.set_distances import compare_sets, kernel_distance, standardise
+from evaluation.metrics.set_distances import compare_sets, kernel_distance, standardize
 from evaluation.metrics.spectrum import band_names
 from evaluation.networks.segmenter import volume_dice
 from evaluation.stats.intervals import compare_paired
 from pipelines import MedVolumePipeline
 from volumes import Volume, VolumeDataset, pad_or_crop
 
-from .realism import LEAST_SPREAD, common_shape
+from .realism import MIN_SPREAD, common_shape
 
 OWN = "own"  # the scheduler that the pipeline comes with, by its own default of steps
 SOLVERS = {"dpmsolver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
@@ -49,7 +49,7 @@ class Combination:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SamplingInputs:
     """What volumes are made of: masks of label values, classes and numbers, and whose they are."""
 
     masks: Sequence[Volume]
@@ -70,7 +70,7 @@ def make_named(name: str, pipe: MedVolumePipeline) -> Scheduler:
     return make_scheduler(objective, train_steps, name=known[name].__name__, bound=pipe.vae.latent_bound())
 
 
-def asked_of(dataset: VolumeDataset, unet: nn.Module) -> Asked:
+def inputs_from_dataset(dataset: VolumeDataset, unet: nn.Module) -> SamplingInputs:
     """The masks and conditions of real volumes. Raises: ValueError for a model, or data, without masks."""
     config: Any = unet.config
     if not config["num_labels"] or any(prepared.mask is None for prepared in dataset.prepared):
@@ -89,11 +89,13 @@ def asked_of(dataset: VolumeDataset, unet: nn.Module) -> Asked:
             )
         )
     masks, labels, given = zip(*asked, strict=True)
-    return Asked(masks, labels, given, [case.name for case in dataset.cases], [c.subject for c in dataset.cases])
+    return SamplingInputs(
+        masks, labels, given, [case.name for case in dataset.cases], [c.subject for c in dataset.cases]
+    )
 
 
 def sample(
-    pipe: MedVolumePipeline, asked: Asked, combination: Combination, *, seed: int = 0, batch_size: int = 8
+    pipe: MedVolumePipeline, asked: SamplingInputs, combination: Combination, *, seed: int = 0, batch_size: int = 8
 ) -> tuple[list[np.ndarray], dict[str, Any]]:
     """A volume (C, X, Y, Z) in [0, 1] for each mask, volume i from seed + i whatever the combination, and their cost:
     {"scheduler_class", "evaluations_per_volume": of the network, both of guidance's counted, "seconds_per_volume":
@@ -149,7 +151,7 @@ class Judge:
 
     def __init__(
         self,
-        asked: Asked,
+        asked: SamplingInputs,
         training: tuple[Sequence[np.ndarray], Sequence[str]],
         test: tuple[Sequence[np.ndarray], Sequence[str]],
         same: Sequence[np.ndarray],
@@ -190,7 +192,7 @@ class Judge:
         kernel = {}
         for name, extractor in self.extractors.items():
             rows = {**self.features[name], "generated": extract(extractor, volumes, self.device)}
-            kernel[name] = compare_sets(kernel_distance, standardise(rows, "training", LEAST_SPREAD), **options)
+            kernel[name] = compare_sets(kernel_distance, standardize(rows, "training", MIN_SPREAD), **options)
         powers = {**self.powers, "generated": self._powers(volumes)}
         images = torch.stack([self._as_seen(volume) for volume in volumes])
         dice, means = self._dice(images), [np.array([[v.mean() for v in s]]) for s in (volumes, self.same)]

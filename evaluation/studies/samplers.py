@@ -116,7 +116,7 @@ from .sampler_figures import (
     OWN,
     Combination,
     Judge,
-    asked_of,
+    inputs_from_dataset,
     make_named,
     sample,
 )
@@ -200,7 +200,7 @@ def prepare(
             progress.update()
 
         return Judge(
-            asked_of(of_masks, pipe.unet),
+            inputs_from_dataset(of_masks, pipe.unet),
             first,
             second,
             _unit(of_masks),

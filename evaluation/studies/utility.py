@@ -64,7 +64,7 @@ def score_training(
 
     `dice` is the mean over the labels but the background of the mean over the judging volumes; `per_volume` are the means over
     the labels of each of those. `start` is `train_segmenter`'s. With `synthetic`, the same segmenter judges generated volumes
-    against the masks that they were made from: "on_synthetic" has its scores (Med-LSDM's test; `mask_obedience`).
+    against the masks that they were made from: "on_synthetic" has its scores (Med-LSDM's test; `mask_adherence`).
     """
     began = time.perf_counter()
     segmenter = train_segmenter(
@@ -114,7 +114,7 @@ def ratios(scores: Mapping[str, list[dict[str, Any]]], subjects: Sequence[str]) 
     return found
 
 
-def mask_obedience(results: Sequence[Mapping[str, Any]], real: Sequence[Case], made: Sequence[Case]) -> dict[str, Any]:
+def mask_adherence(results: Sequence[Mapping[str, Any]], real: Sequence[Case], made: Sequence[Case]) -> dict[str, Any]:
     """Do generated volumes obey their masks? Dice on them less Dice on the real volumes of the same masks (Med-LSDM's test).
 
     The segmenters must have seen neither volumes nor masks: they learned from the training split, these are of the test split.

@@ -75,7 +75,7 @@ def translation(label_map: Any) -> dict[int, int | str] | None:
         return None
     if not isinstance(label_map, Mapping):
         raise ValueError(
-            f'label_map is a dict {{value: known value or name}}, such as {{3: 1}} or {{3: "tumour"}}; got {_shown(label_map)}'
+            f'label_map is a dict {{value: known value or name}}, such as {{3: 1}} or {{3: "tumor"}}; got {_shown(label_map)}'
         )
     targets = {
         key: str(target)

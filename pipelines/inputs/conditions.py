@@ -11,7 +11,7 @@ import torch
 
 from autoencoder import VolumeAutoencoder
 from diffusion import LatentUNet3D, fold_images, fold_mask
-from pipelines.volume_processor import Canvas, VolumeProcessor
+from pipelines.volume_processor import PreparedVolume, VolumeProcessor
 from volumes import Volume, grid_numbers
 from volumes.data.tables import read_number
 
@@ -105,7 +105,7 @@ def check_conditions(
 
 
 def condition_tensors(
-    unet: LatentUNet3D, canvases: Sequence[Canvas], rows: Sequence[Row], device: torch.device
+    unet: LatentUNet3D, prepared_volumes: Sequence[PreparedVolume], rows: Sequence[Row], device: torch.device
 ) -> dict[str, torch.Tensor]:
     """The U-Net's keyword arguments for one batch of equal grids, those that the model knows and the canvases have:
     "mask" embedded (B, mask_width, h, w, d), "classes" int64 (B, n) and "numbers" float32 (B, m)."""
@@ -117,7 +117,7 @@ def condition_tensors(
     if names.numbers:
         values = [[numbers.get(name, math.nan) for name in names.numbers] for _, numbers in rows]
         tensors["numbers"] = torch.tensor(values, dtype=torch.float32, device=device)
-    masks = [canvas.labels for canvas in canvases if canvas.labels is not None]
+    masks = [prepared.labels for prepared in prepared_volumes if prepared.labels is not None]
     if masks:
         planes, embedded = CELL_PLANES * unet.mask_stride[2], []
         for start in range(0, masks[0].shape[2], planes):  # folded ids are far larger than labels and embedding
@@ -128,25 +128,33 @@ def condition_tensors(
 
 
 def image_condition(
-    vae: VolumeAutoencoder, unet: LatentUNet3D, processor: VolumeProcessor, canvas: Canvas, device: torch.device
+    vae: VolumeAutoencoder,
+    unet: LatentUNet3D,
+    processor: VolumeProcessor,
+    prepared: PreparedVolume,
+    device: torch.device,
 ) -> torch.Tensor:
     """The U-Net's "image" (1, sum of C + 1, h, w, d) of one canvas: what is given there, encoded (the posterior's mode)."""
     latents: dict[str, torch.Tensor] = {}
-    if canvas.images:
-        latents_of_all = encoded(vae, processor.standardised_images(canvas, canvas.images), device)
-        latents = {name: latents_of_all[:, vae.latents_of(processor.channels.index(name))] for name in canvas.images}
-    cells = [n // s for n, s in zip(canvas.shape, vae.stride, strict=True)]
+    if prepared.images:
+        latents_of_all = encoded(vae, processor.standardized_images(prepared, prepared.images), device)
+        latents = {name: latents_of_all[:, vae.latents_of(processor.channels.index(name))] for name in prepared.images}
+    cells = [n // s for n, s in zip(prepared.shape, vae.stride, strict=True)]
     return fold_images(latents, unet.config["images"], cells).to(device, unet.dtype)
 
 
 def edited_latents(
-    vae: VolumeAutoencoder, unet: LatentUNet3D, processor: VolumeProcessor, canvas: Canvas, device: torch.device
+    vae: VolumeAutoencoder,
+    unet: LatentUNet3D,
+    processor: VolumeProcessor,
+    prepared: PreparedVolume,
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Latents (1, C, h, w, d) of the image that is changed, and bool (1, 1, h, w, d) the cells that its region reaches, even
     in part; None where everything is changed."""
-    assert canvas.edit is not None
-    latents = encoded(vae, processor.standardised_images(canvas, canvas.edit.images), device).to(unet.dtype)
-    region = processor.padded_region(canvas)
+    assert prepared.edit is not None
+    latents = encoded(vae, processor.standardized_images(prepared, prepared.edit.images), device).to(unet.dtype)
+    region = processor.padded_region(prepared)
     return latents, None if region is None else cells_of(region, vae.stride).to(device)
 
 

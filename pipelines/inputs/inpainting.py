@@ -19,13 +19,13 @@ from volumes.formats.carriers import as_array
 from .images import GivenImage, ImageLike, Images, describe_images
 from .masks import MaskLike, as_list, describe_mask, identity, is_placed, load_mask
 
-MARGIN = 4.0  # mm
-FINE = 0.6  # of the texture across the border that the first voxel inside takes on
+BLEND_MARGIN_MM = 4.0  # mm
+DETAIL_CARRYOVER = 0.6  # of the texture across the border that the first voxel inside takes on
 Box = tuple[slice, slice, slice]
 
 
 @dataclass(frozen=True, eq=False)
-class Editing:
+class EditRequest:
     """One edit, as it is asked for.
 
     Args:
@@ -33,14 +33,14 @@ class Editing:
         given: those of them that are left alone and condition the others.
         region: label map on the images' grid, not 0 where voxels are made anew; None: everywhere.
         strength: in (0, 1], the share of the denoising that the image goes through; 1 leaves nothing of it.
-        margin: mm inside the region in which what is made is brought to what stays, see `membrane`.
+        margin: mm inside the region in which what is made is brought to what stays, see `harmonic_blend`.
     """
 
     images: Images
     given: tuple[str, ...] = ()
     region: MaskLike | None = None
     strength: float = 1.0
-    margin: float = MARGIN
+    margin: float = BLEND_MARGIN_MM
 
     @property
     def anew(self) -> bool:
@@ -72,7 +72,7 @@ class Editing:
         return record
 
 
-def is_edit(strength: float | None, region: Any, given: Sequence[str], begins_from: Mapping[str, Any]) -> bool:
+def edit_requested(strength: float | None, region: Any, given: Sequence[str], begins_from: Mapping[str, Any]) -> bool:
     """Whether an image is to be changed. Raises: ValueError for one without an image, or with another beginning."""
     if strength is None and region is None:
         if given:
@@ -92,7 +92,7 @@ def by_channel(image: Any, data: Mapping[str, Any]) -> Any:
     return {data["channels"][0]: image}
 
 
-def editings_of(
+def resolve_edits(
     data: Mapping[str, Any],
     images: Sequence[Images],
     region: MaskLike | Sequence[MaskLike] | None,
@@ -101,7 +101,7 @@ def editings_of(
     margin: float,
     given: Sequence[str],
     num_inference_steps: int,
-) -> list[Editing]:
+) -> list[EditRequest]:
     """What is asked for of each volume, from the images of each. Without `strength` it is 1.
 
     Raises: ValueError naming what cannot be: a model of label maps, channels that lack, regions of another number, strength
@@ -128,7 +128,7 @@ def editings_of(
     regions = regions * (len(images) if len(regions) == 1 else 1)
     strength = 1.0 if strength is None else float(strength)
     return [
-        Editing(dict(of_volume), tuple(given), one, strength, margin)
+        EditRequest(dict(of_volume), tuple(given), one, strength, margin)
         for of_volume, one in zip(images, regions, strict=True)
     ]
 
@@ -159,7 +159,7 @@ def load_region(region: MaskLike, target: Volume, reading: Mapping[str, Any] | N
 
 
 @dataclass(frozen=True, eq=False)
-class Edit:
+class PreparedEdit:
     """An image that is changed, on the grid that results are handed back on.
 
     Attributes:
@@ -224,7 +224,7 @@ class Edit:
         x, y, z = box
         planes, inside = self._original(channels, z), self.region[box]
         missing = np.where(self.unseen[box], 0, planes[:, x, y].astype(np.float32) - made)
-        made = self._limited(made + membrane(missing, inside, self.spacing, self.margin), channels)
+        made = self._limited(made + harmonic_blend(missing, inside, self.spacing, self.margin), channels)
         planes[:, x, y][:, inside] = made[:, inside]
         return planes
 
@@ -236,12 +236,12 @@ class Edit:
         return np.stack([part.clip(*self.limits[one]) for part, one in zip(slab, channels, strict=True)])
 
 
-def membrane(missing: np.ndarray, region: np.ndarray, spacing: Sequence[float], margin: float) -> np.ndarray:
+def harmonic_blend(missing: np.ndarray, region: np.ndarray, spacing: Sequence[float], margin: float) -> np.ndarray:
     """What to add inside a region so that it meets its surroundings: float32, the shape of `missing`.
 
     Across the border it is `missing`, what the surroundings have and the made voxels there lack; `margin` mm inside it is 0;
     between, it solves Laplace's equation, the smoothest way from one to the other (Perez et al. 2003, Eq. 4). That loses fine
-    texture at once, but neighbours in a real volume are alike even there: so in the first voxel `FINE` of what is lost is added,
+    texture at once, but neighbors in a real volume are alike even there: so in the first voxel `DETAIL_CARRYOVER` of what is lost is added,
     and less in the next (see docs/editing.md for what it does to the border). Nothing that the region covers enters it. The
     edge of the volume is no border.
 
@@ -271,7 +271,7 @@ def membrane(missing: np.ndarray, region: np.ndarray, spacing: Sequence[float], 
             mean += weight * (inner.narrow(axis, 0, solution.shape[axis]) + inner.narrow(axis, 2, solution.shape[axis]))
         solution = torch.where(free, mean, fixed)
     voxels = np.sqrt(((nearest - np.indices(region.shape)) ** 2).sum(axis=0))  # to the nearest outside
-    solution += FINE * (straight - solution) * torch.from_numpy(np.exp(1 - voxels).astype(np.float32))
+    solution += DETAIL_CARRYOVER * (straight - solution) * torch.from_numpy(np.exp(1 - voxels).astype(np.float32))
     return torch.where(free, solution, 0).numpy()
 
 
@@ -292,5 +292,5 @@ def cells_of(region: np.ndarray, stride: Sequence[int]) -> torch.Tensor:
 
 
 def encoded(vae: VolumeAutoencoder, voxels: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Standardised latents (1, C, h, w, d) of one volume (C, X, Y, Z) in [-1, 1]: the posterior's mode."""
+    """Standardized latents (1, C, h, w, d) of one volume (C, X, Y, Z) in [-1, 1]: the posterior's mode."""
     return vae.encode(torch.from_numpy(voxels)[None].to(device, vae.dtype), return_dict=False)[0].mode()

@@ -107,7 +107,7 @@ def index_labels(
             "(generate.py: --label_map value=label)"
         ) from error
     if BACKGROUND in known and (indices[~outside] == known.index(BACKGROUND)).all():
-        warnings.warn(f"{name}: is background everywhere; the volume will show no labelled structure", stacklevel=2)
+        warnings.warn(f"{name}: is background everywhere; the volume will show no labeled structure", stacklevel=2)
     return np.where(outside, np.int16(PADDING), indices)
 
 

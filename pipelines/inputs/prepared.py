@@ -8,11 +8,11 @@ import numpy as np
 from volumes import Placement, Volume, on_stored_grid
 
 from .images import GivenImage
-from .inpainting import Edit
+from .inpainting import PreparedEdit
 
 
 @dataclass(frozen=True, eq=False)
-class Canvas:
+class PreparedVolume:
     """The grid that one volume is drawn on.
 
     Attributes:
@@ -31,7 +31,7 @@ class Canvas:
     placement: Placement
     labels: np.ndarray | None
     images: Mapping[str, GivenImage] = field(default_factory=dict)
-    edit: Edit | None = None
+    edit: PreparedEdit | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

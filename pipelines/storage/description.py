@@ -13,7 +13,7 @@ from volumes.map_checks import check_maps
 
 KINDS = ("percentile", "window")  # of intensity scaling, see `volumes.IntensityScaling`
 READING = {"units": tuple(UNITS), "axes": AXES}  # what may be known of wrong headers
-LARGEST = 1e30  # of a number in file units: float32, in which voxels are computed, holds its square root's products
+MAX_VALUE = 1e30  # of a number in file units: float32, in which voxels are computed, holds its square root's products
 NARROWEST = 1e-6  # of an intensity scale, beside its larger end: float32 tells no more apart
 MOST_VOXELS_A_SIDE = 32767  # of NIfTI-1
 KERNEL = (2 * RADIUS + 1,) * 3
@@ -48,8 +48,8 @@ def check_data(data: Mapping[str, Any]) -> None:
         known = _mapping(entry) and entry.get("kind") in KINDS and _numbers([entry.get("low"), entry.get("high")], 2)
         _expect(known and entry["low"] < entry["high"], "intensity", entry, "kind, and low below high")
         span, largest = entry["high"] - entry["low"], max(abs(entry["low"]), abs(entry["high"]))
-        fit = largest <= LARGEST and span >= max(NARROWEST * largest, 1 / LARGEST)
-        expected = f"low and high within -{LARGEST:g} to {LARGEST:g}, and further apart than float32 rounds"
+        fit = largest <= MAX_VALUE and span >= max(NARROWEST * largest, 1 / MAX_VALUE)
+        expected = f"low and high within -{MAX_VALUE:g} to {MAX_VALUE:g}, and further apart than float32 rounds"
         _expect(fit, "intensity", entry, expected)
         percentiles = entry.get("percentiles", [0, 100])
         _expect(
@@ -126,7 +126,7 @@ def _texts(value: Any) -> bool:
 def _numbers(value: Any, count: int) -> bool:
     if not isinstance(value, list | tuple) or len(value) != count:
         return False
-    return all(isinstance(one, int | float) and not isinstance(one, bool) and abs(one) <= LARGEST for one in value)
+    return all(isinstance(one, int | float) and not isinstance(one, bool) and abs(one) <= MAX_VALUE for one in value)
 
 
 def _whole(text: str) -> bool:

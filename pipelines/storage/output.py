@@ -28,7 +28,7 @@ class MedVolumePipelineOutput(BaseOutput):
             "np"      float32 arrays (C, X, Y, Z) with the same voxels in the same axis order; channels that were given
                       hold the voxels of their file; of label maps uint8 or int16 (1, X, Y, Z);
             "pt"      the same as float32 tensors on the CPU;
-            "latent"  standardised latents (latent_channels, h, w, d) of the padded mask, on the model's device.
+            "latent"  standardized latents (latent_channels, h, w, d) of the padded mask, on the model's device.
             With `paths`: the files that were written, as `Path`, or {channel: path}.
             None for volumes that were not begun when `pipe._interrupt` was set.
         provenance: one JSON-ready dict a volume: model hash, seed, steps, scheduler, mask; what its sidecar says, but for the

@@ -39,7 +39,7 @@ _hashes: dict[str, str] = {}  # by configs and weights, of whatever pipelines
 _lock = threading.RLock()
 
 
-class StoredPipeline(DiffusionPipeline):
+class PipelineIOMixin(DiffusionPipeline):
     """What `MedVolumePipeline` is as a folder of files."""
 
     @classmethod

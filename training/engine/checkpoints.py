@@ -38,7 +38,7 @@ from .sharding import collect, restore
 
 logger = logging.getLogger("training")
 DIGESTS = "digests.json"
-MOST_NAMED = 8  # files in a message
+MAX_NAMED = 8  # files in a message
 
 
 class DamagedCheckpoint(ValueError):
@@ -50,7 +50,7 @@ class TrainState:
     """Counters of a run.
 
     Args:
-        step: optimiser steps so far, skipped ones included.
+        step: optimizer steps so far, skipped ones included.
         samples: training samples seen by all processes together.
         processes: how many wrote this; 0 if that was not recorded yet.
         sharded: whether they had divided weights.
@@ -242,7 +242,7 @@ class Checkpointer:
 
         Raises: DamagedCheckpoint if a file is not what was written. ValueError for a link to another place; if the run began
         without one of the learners; or if it has another number of processes, or
-        another `loop.shard`.
+        another `loop.fsdp`.
         """
         if links := [p.name for p in path.rglob("*") if not p.resolve().is_relative_to(path.resolve())]:
             raise ValueError(
@@ -265,8 +265,8 @@ class Checkpointer:
             raise DamagedCheckpoint(f"{path}: {DIGESTS} is missing; was it copied in part?")
         written, found = read_own(path / DIGESTS), digest_files(path)
         if wrong := sorted(name for name in {*written, *found} if written.get(name) != found.get(name)):
-            named = [name if name.isprintable() else repr(name) for name in wrong[:MOST_NAMED]]
-            more = f" and {len(wrong) - MOST_NAMED} more" if len(wrong) > MOST_NAMED else ""
+            named = [name if name.isprintable() else repr(name) for name in wrong[:MAX_NAMED]]
+            more = f" and {len(wrong) - MAX_NAMED} more" if len(wrong) > MAX_NAMED else ""
             raise DamagedCheckpoint(
                 f"{path}: {', '.join(named)}{more}: not what was written; truncated, or changed since"
             )
@@ -287,7 +287,7 @@ class Checkpointer:
                 "as many as before"
             )
         if state.sharded is not self.sharded:
-            raise ValueError(f"{path}: was written with loop.shard {state.sharded}; resume as the run began")
+            raise ValueError(f"{path}: was written with loop.fsdp {state.sharded}; resume as the run began")
         if absent := sorted({learner.name for learner in self.learners} - state.updates.keys()):
             raise ValueError(
                 f"{path}: holds no {' and no '.join(absent)}, which this config trains; resume as the run began, or "

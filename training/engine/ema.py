@@ -26,7 +26,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, updates: int) -> None:
-        """Move towards `model`, whose `updates`-th optimiser step (counted from 1) was just taken."""
+        """Move toward `model`, whose `updates`-th optimizer step (counted from 1) was just taken."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
         torch._foreach_lerp_(local(self.module.parameters()), local(model.parameters()), 1.0 - decay)
         for average, current in zip(self.module.buffers(), model.buffers(), strict=True):

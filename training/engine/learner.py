@@ -1,6 +1,6 @@
-"""One network that is being trained: its optimiser, learning rate, gradient clipping and moving average.
+"""One network that is being trained: its optimizer, learning rate, gradient clipping and moving average.
 
-A training step owns one learner, or several (a generator and a discriminator, each with its own optimiser).
+A training step owns one learner, or several (a generator and a discriminator, each with its own optimizer).
 """
 
 import copy
@@ -83,8 +83,8 @@ class Learner(Generic[Model]):
         Args:
             compile: torch.compile the network, in place: no wrapper, so no name in a checkpoint changes. The average
             stays as it is: validation and previews code whole volumes of any shape. With `dynamic` shapes inductor
-            (torch 2.13, CPU) fails on the U-Net and specialises on them anyway.
-            sharded: divide weights, gradients, optimiser state and average among the processes (training/engine/sharding.py).
+            (torch 2.13, CPU) fails on the U-Net and specializes on them anyway.
+            sharded: divide weights, gradients, optimizer state and average among the processes (training/engine/sharding.py).
         """
         self.accelerator = accelerator
         if sharded:
@@ -110,7 +110,7 @@ class Learner(Generic[Model]):
         self.accelerator.backward(loss / self.config.gradient_accumulation)
 
     def update(self, step: int) -> tuple[bool, Tensor]:
-        """Clip and take one optimiser step and one of the average.
+        """Clip and take one optimizer step and one of the average.
 
         Returns: whether the step was taken, and the gradient's norm before clipping. A gradient that is not finite
         changes nothing but fp16's loss scale.

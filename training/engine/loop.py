@@ -1,6 +1,6 @@
 """The training loop: data, state, trackers and checkpoints.
 
-It knows Accelerate and no model; losses and optimisers are the step's.
+It knows Accelerate and no model; losses and optimizers are the step's.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ from training.config import (
 from .checkpoints import Checkpointer, TrainState, list_checkpoints
 from .learner import Learner
 from .loss_spikes import SpikeWatch, StandstillWatch
-from .processes import ending_with_others, stop_asked_anywhere
-from .sampling_order import SampleStream, derive_seed, training_batches
+from .processes import report_peer_failure, stop_asked_anywhere
+from .sampling_order import ResumableBatchSampler, derive_seed, training_batches
 from .trackers import CsvTracker
 from .tracking import Progress, log_figure
 
@@ -78,7 +78,7 @@ class TrainingStep(Protocol):
         ...
 
     def after_update(self, taken: bool) -> None:
-        """Called after each optimiser step, with whether it was taken: for state that does not move by gradients."""
+        """Called after each optimizer step, with whether it was taken: for state that does not move by gradients."""
         ...
 
     def review(self, values: dict[str, float]) -> list[str]:
@@ -122,8 +122,8 @@ class Loop:
         self.options: LoopConfig = config.loop
         if accelerator.mixed_precision == "fp16" and len(step.learners) > 1:  # Accelerate has one loss scale for all
             raise ValueError("fp16 with a discriminator is not supported: use loop.mixed_precision bf16 or no")
-        if self.options.shard and len(step.learners) > 1:  # its adaptive weight needs the gradient of one whole layer
-            raise ValueError("loop.shard: with an adversary it is not supported; set it to false")
+        if self.options.fsdp and len(step.learners) > 1:  # its adaptive weight needs the gradient of one whole layer
+            raise ValueError("loop.fsdp: with an adversary it is not supported; set it to false")
         self.output, self.contents = Path(config.output), dict(contents or {})
         described = json.dumps(self.contents, sort_keys=True)
         if len(set(gather_object([described]))) > 1:
@@ -132,9 +132,9 @@ class Loop:
             )
         self.spikes, self.standstill = SpikeWatch(), StandstillWatch()
         for learner in step.learners:
-            learner.prepare(accelerator, compile=self.options.compile, sharded=self.options.shard)
+            learner.prepare(accelerator, compile=self.options.compile, sharded=self.options.fsdp)
         self.checkpoints = Checkpointer(
-            accelerator, step.learners, self.output / "checkpoints", self.options.keep_checkpoints, self.options.shard
+            accelerator, step.learners, self.output / "checkpoints", self.options.keep_checkpoints, self.options.fsdp
         )
         self.state = self._begin_or_resume()
         self.progress = Progress(self.options.max_steps, self.state.step, enabled=accelerator.is_main_process)
@@ -169,7 +169,7 @@ class Loop:
         Raises: RuntimeError after `max_skipped` steps in a row with non-finite gradients; if a checkpoint cannot be written;
         and if another process has ended, or stands still.
         """
-        with ending_with_others(self.accelerator), stoppable(), self.progress:
+        with report_peer_failure(self.accelerator), stoppable(), self.progress:
             return self._run()
 
     def _run(self) -> dict[str, float]:
@@ -179,7 +179,7 @@ class Loop:
                 tracker.keep_until(state.step)
             if tracker.name != "tensorboard":  # it would add a folder per start; config.yaml is beside the run
                 tracker.store_init_configuration(to_plain(self.config))
-        stream = SampleStream(
+        stream = ResumableBatchSampler(
             len(self.data),
             options.batch_size,
             seed=options.seed,
@@ -305,7 +305,7 @@ class Loop:
         options, processes = self.options, self.accelerator.num_processes
         start = self.state.samples + part * processes * options.batch_size
         order = {"seed": options.seed, "process": self.accelerator.process_index, "processes": processes}
-        keys = next(iter(SampleStream(len(self.data), options.batch_size, start=start, **order)))
+        keys = next(iter(ResumableBatchSampler(len(self.data), options.batch_size, start=start, **order)))
         names = getattr(self.data, "names", None)
         return [f"sample {index}" if names is None else names[index] for _, index in keys]
 

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Mapping
 from statistics import mean, median
 
-REPORTS, FEWEST, FACTOR = 20, 5, 4.0
+REPORTS, MIN_COUNT, FACTOR = 20, 5, 4.0
 
 
 class SpikeWatch:
@@ -15,7 +15,7 @@ class SpikeWatch:
 
     def __call__(self, loss: float) -> str | None:
         """What is to be said of a loss that rose to more than four times that median, if it did; five reports come first."""
-        usual = median(self.before) if len(self.before) >= FEWEST else 0.0
+        usual = median(self.before) if len(self.before) >= MIN_COUNT else 0.0
         self.before.append(loss)
         if not 0 < FACTOR * usual < loss:  # a loss with an adversary's part may be below 0: no ratio then
             return None
@@ -27,7 +27,7 @@ class SpikeWatch:
 
 
 CONSTANT = 1e-6  # spread of all reported losses, as a share of them, below which the loss did not move
-FEWEST_OF_A_TREND, ROSE = 20, 1.5  # reports, and how much higher the last quarter of them is than the first
+MIN_TREND_REPORTS, ROSE = 20, 1.5  # reports, and how much higher the last quarter of them is than the first
 
 
 class StandstillWatch:
@@ -71,7 +71,7 @@ class StandstillWatch:
             ]
         first, last = losses[:quarter], losses[-quarter:]
         risen = min(last) > max(first) and mean(last) > ROSE * mean(first) > 0
-        if risen and len(losses) >= FEWEST_OF_A_TREND and not adversarial:
+        if risen and len(losses) >= MIN_TREND_REPORTS and not adversarial:
             return [
                 f"the loss rose from {mean(first):.4g} in the first quarter of the run to {mean(last):.4g} in the last: it "
                 "diverges. Lower optimizer.learning_rate, and begin again"

@@ -1,4 +1,4 @@
-"""Muon for convolution kernels, AdamW for everything else, as one optimiser.
+"""Muon for convolution kernels, AdamW for everything else, as one optimizer.
 
 Muon (Jordan et al. 2024) replaces the momentum of a weight matrix by the nearest semi-orthogonal matrix, so that every
 direction of the matrix learns at the same rate. Compare with `--optimizer.algorithm adamw`.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .sharding import divided_as, whole
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """The semi-orthogonal matrices near `matrices` (..., rows, columns): their singular values are brought near 1.
 
     A quintic Newton-Schulz iteration whose coefficients make small singular values grow fast and leave all of them
@@ -49,7 +49,7 @@ class Muon(torch.optim.AdamW):
     Muon's update is scaled by 0.4 * sqrt(max(rows, columns)), about the size of AdamW's (Liu et al. 2025, section 2.2,
     use 0.2), so that both groups share one learning rate and one schedule.
 
-    A kernel that is divided among processes has its momentum divided too; its direction is put together, and orthogonalised by
+    A kernel that is divided among processes has its momentum divided too; its direction is put together, and orthogonalized by
     all of them.
     """
 
@@ -70,7 +70,7 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def _update_kernels(self, group: dict[str, Any]) -> None:
-        """Muon's step; kernels of one shape are orthogonalised together."""
+        """Muon's step; kernels of one shape are orthogonalized together."""
         same_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for kernel in group["params"]:
             if kernel.grad is not None:
@@ -87,7 +87,7 @@ class Muon(torch.optim.AdamW):
             directions = torch._foreach_add(gradients, momenta, alpha=momentum)
             # columns in the order (x, y, z, channel), in which channels_last_3d stores them: any order gives one result
             stacked = torch.stack([whole(direction).movedim(1, -1) for direction in directions])
-            updates = orthogonalise(stacked.flatten(2)).view(stacked.shape).movedim(-1, 2)
+            updates = orthogonalize(stacked.flatten(2)).view(stacked.shape).movedim(-1, 2)
             scale = 0.4 * max(len(kernels[0]), kernels[0][0].numel()) ** 0.5
             torch._foreach_mul_(kernels, 1 - rate * decay)
             changes = [

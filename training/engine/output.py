@@ -26,7 +26,7 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def naming_full_disk(output: Path) -> Iterator[None]:
+def explain_disk_full(output: Path) -> Iterator[None]:
     """Raises: ValueError with a remedy in the place of a full disk's error."""
     try:
         yield

@@ -28,14 +28,14 @@ def on_cpu() -> bool:
     )
 
 
-def join_processes(patience: timedelta) -> PartialState:
+def join_processes(timeout: timedelta) -> PartialState:
     """This process among those that `accelerate launch` or `torchrun` started; alone, if nothing did.
 
     Args:
         patience: how long they wait for each other before the job ends.
     Raises: ValueError if there are others that cannot be talked to.
     """
-    state = PartialState(cpu=on_cpu(), timeout=patience)
+    state = PartialState(cpu=on_cpu(), timeout=timeout)
     check_together(state.num_processes)
     return state
 
@@ -80,9 +80,9 @@ class AnotherEnded(CannotContinue):
 
 
 @contextlib.contextmanager
-def ending_with_others(
+def report_peer_failure(
     state: Accelerator | PartialState,
-    remedy: str = "go on with --resume latest. If it only took long, raise loop.patience",
+    remedy: str = "go on with --resume latest. If it only took long, raise loop.timeout_minutes",
 ) -> Iterator[None]:
     """What PyTorch says when another process is gone or stands still, in words that help. Raises: AnotherEnded."""
     try:

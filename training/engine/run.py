@@ -19,7 +19,7 @@ from training.config import LoopConfig
 from .checkpoints import list_checkpoints
 from .output import check_writable, refuse_links
 from .precision import resolve_precision
-from .processes import check_together, ending_with_others, how_to_resume, on_cpu
+from .processes import check_together, how_to_resume, on_cpu, report_peer_failure
 from .sharding import check_sharding
 from .trackers import choose_trackers, start_trackers
 
@@ -40,7 +40,7 @@ def open_run(config: Any, script: str, args: Sequence[str] | None) -> Iterator[A
     """
     accelerator = make_accelerator(config)
     with (
-        ending_with_others(accelerator),
+        report_peer_failure(accelerator),
         stoppable(how_to_resume(script, args)),
         hold_output(accelerator, config),
     ):
@@ -85,7 +85,7 @@ def make_accelerator(config: Any) -> Accelerator:
     Nothing is written but the output folder itself.
 
     Raises: ValueError if the output folder cannot be written to, or holds another run and nothing says to resume it; for
-    processes that do not know of each other; for an Accelerate config of FSDP or DeepSpeed, and for `loop.shard` where it
+    processes that do not know of each other; for an Accelerate config of FSDP or DeepSpeed, and for `loop.fsdp` where it
     cannot run; for a tracker that is unknown or not installed; for
     `loop.compile` on a machine that cannot.
     """
@@ -94,7 +94,7 @@ def make_accelerator(config: Any) -> Accelerator:
     check_writable(Path(config.output))
     precision = resolve_precision(options.mixed_precision)
     trackers = choose_trackers(options.trackers, config.output) or None
-    patience = InitProcessGroupKwargs(timeout=timedelta(minutes=options.patience))
+    patience = InitProcessGroupKwargs(timeout=timedelta(minutes=options.timeout_minutes))
     accelerator = Accelerator(
         cpu=on_cpu(),
         mixed_precision=precision,
@@ -103,17 +103,17 @@ def make_accelerator(config: Any) -> Accelerator:
         kwargs_handlers=[patience],
     )
     check_together(accelerator.num_processes)
-    if accelerator.num_processes > 1 and config.wait_minutes >= options.patience:
+    if accelerator.num_processes > 1 and config.wait_minutes >= options.timeout_minutes:
         raise ValueError(
-            f"wait_minutes {config.wait_minutes:g} must be below loop.patience {options.patience:g}: the other processes wait for "
-            "the first one no longer; raise loop.patience"
+            f"wait_minutes {config.wait_minutes:g} must be below loop.timeout_minutes {options.timeout_minutes:g}: the other processes wait for "
+            "the first one no longer; raise loop.timeout_minutes"
         )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"{accelerator.distributed_type}: of Accelerate's launch config is not supported. Launch with plain data parallelism "
-            "(configs/accelerate/eight_gpus.yaml) and --loop.shard true, which divides the weights by itself"
+            "(configs/accelerate/eight_gpus.yaml) and --loop.fsdp true, which divides the weights by itself"
         )
-    if options.shard:
+    if options.fsdp:
         check_sharding(accelerator, compile=options.compile)
     if options.compile:
         check_compiler(accelerator.device)

@@ -23,7 +23,7 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence((*numbers, len(numbers))).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-class SampleStream(Sampler[list[tuple[int, int]]]):
+class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of (epoch, index) keys for one process.
 
     Epochs follow each other without a gap: a batch may hold the end of one and the beginning of the next, so every
@@ -59,7 +59,7 @@ class SampleStream(Sampler[list[tuple[int, int]]]):
             first += self.batch_size * self.processes
 
 
-class Keyed(Dataset):
+class EpochAwareDataset(Dataset):
     """A data set asked by (epoch, index): tells the data set its epoch first, in whichever worker process it lives."""
 
     def __init__(self, dataset: Any):
@@ -74,12 +74,12 @@ class Keyed(Dataset):
 
 
 def training_batches(
-    dataset: Any, stream: SampleStream, *, workers: int, collate: Any, pin_memory: bool
+    dataset: Any, stream: ResumableBatchSampler, *, workers: int, collate: Any, pin_memory: bool
 ) -> Generator[Any, None, None]:
     """Endless collated batches in the order of `stream`, loaded by `workers` processes (0: in this one), which end with
     `close()`."""
     yield from DataLoader(
-        Keyed(dataset),
+        EpochAwareDataset(dataset),
         batch_sampler=stream,
         num_workers=workers,
         persistent_workers=workers > 0,

@@ -1,4 +1,4 @@
-"""Weights, gradients, optimiser state and moving average divided among the processes (FSDP; Zhao et al. 2023).
+"""Weights, gradients, optimizer state and moving average divided among the processes (FSDP; Zhao et al. 2023).
 
 PyTorch's `fully_shard` (FSDP2) is used directly, and not through Accelerate, which knows it on GPUs alone: so two processes
 on a CPU test it. Each process holds a part of every tensor; a block's weights are put together when it computes.
@@ -29,11 +29,11 @@ ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)  # other proc
 def check_sharding(accelerator: Accelerator, *, compile: bool) -> None:
     """Raises: ValueError where sharded training cannot run."""
     if accelerator.num_processes == 1:
-        raise ValueError("loop.shard: there is one process, and nothing to divide; launch several, or set it to false")
+        raise ValueError("loop.fsdp: there is one process, and nothing to divide; launch several, or set it to false")
     if accelerator.mixed_precision == "fp16":
-        raise ValueError("loop.shard: fp16's loss scale is not supported; use loop.mixed_precision bf16 or no")
+        raise ValueError("loop.fsdp: fp16's loss scale is not supported; use loop.mixed_precision bf16 or no")
     if compile:
-        raise ValueError("loop.shard: with loop.compile it is not supported; set one of the two to false")
+        raise ValueError("loop.fsdp: with loop.compile it is not supported; set one of the two to false")
 
 
 def shard(module: Any, accelerator: Accelerator) -> None:

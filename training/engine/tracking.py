@@ -68,10 +68,10 @@ def log_figure(accelerator: Accelerator, figure: "Figure", name: str, step: int,
     """Save a preview as folder/<name>_<step>.png and give it to every tracker that takes images. Main process only."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas = FigureCanvasAgg(figure)
+    prepared = FigureCanvasAgg(figure)
     with atomic_file(folder / f"{name}_{step:06d}.png") as unfinished:
-        canvas.print_png(str(unfinished))
-    image = np.asarray(canvas.buffer_rgba())[None, :, :, :3]
+        prepared.print_png(str(unfinished))
+    image = np.asarray(prepared.buffer_rgba())[None, :, :, :3]
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -67,7 +67,7 @@ class DataConfig:
         validation_fraction: fraction of the training subjects held out for validation, unless `split` names some.
         split_seed: another number draws other subjects.
         label_map: label values of the files to label values of the model, before anything else, e.g. {3: 1}.
-        label_names: every label value and its name, e.g. {0: background, 1: tumour}.
+        label_names: every label value and its name, e.g. {0: background, 1: tumor}.
         image_labels: says that the image files are label maps: every value and its name, the lowest being the
             background. A model sees a channel for each other label, called by its name: 1 inside, -1 outside.
         spacing: voxel size in mm to which everything is resampled; null keeps each volume's own.

@@ -152,7 +152,7 @@ class VolumeDataset(Dataset):
 
     @property
     def marks(self) -> list[dict[str, frozenset[str]]]:
-        """What each volume and its subject are recognised by, see `subjects.marks_of`."""
+        """What each volume and its subject are recognized by, see `subjects.marks_of`."""
         return [marks_of(c, self.config, p.voxels) for c, p in zip(self.cases, self.prepared, strict=True)]
 
     @property
@@ -307,7 +307,7 @@ def _labels(config: DataConfig) -> dict[int, str]:
         return config.label_names or PHANTOM_LABELS
     if config.masks and not config.label_names:
         raise ValueError(
-            "data: masks are given but label_names is not; name every label, e.g. {0: background, 1: tumour}"
+            "data: masks are given but label_names is not; name every label, e.g. {0: background, 1: tumor}"
         )
     return config.label_names if config.masks else {}
 

@@ -110,9 +110,9 @@ def differences(learned: Mapping[str, Any], given: Mapping[str, Any]) -> list[st
     if learned.get("spacing") is not None and "spacing" in given:
         old, new = learned["spacing"], given["spacing"]
         if new is None or not np.allclose(old, new, rtol=SAME_SPACING, atol=0):
-            of = "voxels of several sizes" if new is None else _millimetres(new)
+            of = "voxels of several sizes" if new is None else _millimeters(new)
             remedy = f"data.spacing: {[float(f'{mm:g}') for mm in old]} resamples"
-            found.append(f"spacing: it learned {_millimetres(old)}, the data has {of} ({remedy})")
+            found.append(f"spacing: it learned {_millimeters(old)}, the data has {of} ({remedy})")
     old, new = learned.get("image_labels") or {}, given.get("image_labels") or {}
     if _in_order(old) != _in_order(new):
         found.append(f"image_labels: it learned {old or 'no label maps'}, the data has {new or 'no label maps'}")
@@ -180,7 +180,7 @@ def _told(scaling: Mapping[str, Any]) -> str:
     return f"{scaling['kind']}{ends}"
 
 
-def _millimetres(spacing: Sequence[float]) -> str:
+def _millimeters(spacing: Sequence[float]) -> str:
     return " x ".join(f"{mm:g}" for mm in spacing) + " mm"
 
 

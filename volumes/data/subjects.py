@@ -31,14 +31,14 @@ FORBIDDEN = {
 }  # what a case of a split must not have been to the model
 UNRECORDED = {"unrecorded": True}
 DIGITS = 16  # of a stored digest: 64 bits, so that a million volumes share one by chance once in 40 million times
-MOST_NAMED = 6  # of the overlapping subjects in a message
+MAX_NAMED = 6  # of the overlapping subjects in a message
 
 Marks = Mapping[str, frozenset[str]]
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """A case that a model has seen: in which role, and by what it was recognised ("subjects", "names" or "voxels")."""
+    """A case that a model has seen: in which role, and by what it was recognized ("subjects", "names" or "voxels")."""
 
     case: Case
     role: str
@@ -57,7 +57,7 @@ def _digest_voxels(part: np.ndarray) -> str:
 
 
 def marks_of(case: Case, config: DataConfig, voxels: Iterable[str] = ()) -> dict[str, frozenset[str]]:
-    """What a case is recognised by, as digests without a salt: its subject (where the config names one), its name, its voxels.
+    """What a case is recognized by, as digests without a salt: its subject (where the config names one), its name, its voxels.
 
     Letter case, spaces around names, and how accents are encoded make no difference.
     """
@@ -213,9 +213,9 @@ def describe_overlap(found: Sequence[Overlap], model: str) -> str:
         subjects.setdefault(one.case.subject, one)
     listed = [
         f"{subject} ({one.case.name}, {one.case.split} here, {one.role} there, known by its {by[one.kind]})"
-        for subject, one in list(subjects.items())[:MOST_NAMED]
+        for subject, one in list(subjects.items())[:MAX_NAMED]
     ]
-    more = f" and {len(subjects) - MOST_NAMED} more" if len(subjects) > MOST_NAMED else ""
+    more = f" and {len(subjects) - MAX_NAMED} more" if len(subjects) > MAX_NAMED else ""
     verb = did["train" if any(one.role == "train" for one in found) else "validation"]
     return (
         f"{model}: {verb} {len(subjects)} subject{'s' if len(subjects) > 1 else ''} that {'are' if len(subjects) > 1 else 'is'} held out "

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 SEP_LINE = re.compile(r'"?sep=(\\t|[^\r\n"])"?[ \t]*(?:\r\n|\r|\n|\Z)', re.IGNORECASE)
 SAVE = 'save it as "CSV UTF-8"'
-MOST_BYTES = 1 << 26  # of a table, unpacked
+MAX_BYTES = 1 << 26  # of a table, unpacked
 MOST_LINE = 1 << 20  # letters of a line of CSV
 MOST_ROWS, MOST_COLUMNS, MOST_CELLS = 100_000, 10_000, 10_000_000
 PLAIN = re.compile(r"[\w .+/-]*", re.ASCII)  # a cell that nothing can be wrong with
@@ -118,7 +118,7 @@ def read_number(cell: Any) -> float:
 
 def _content(path: Path) -> bytes:
     with open_regular(path) as file:
-        data = file.read(MOST_BYTES + 1)
+        data = file.read(MAX_BYTES + 1)
     packed = data.startswith(GZIP)
     if packed and path.suffix.lower() != ".gz":
         raise ValueError(f"is gzip, though its name does not say so; rename it to {path.name}.gz, or unpack it")
@@ -127,11 +127,11 @@ def _content(path: Path) -> bytes:
     if packed:
         try:
             with gzip.open(path) as file:
-                data = file.read(MOST_BYTES + 1)
+                data = file.read(MAX_BYTES + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"damaged gzip file: {error}") from error
-    if len(data) > MOST_BYTES:
-        raise ValueError(f"is larger than {MOST_BYTES >> 20} MiB, which is no table")
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"is larger than {MAX_BYTES >> 20} MiB, which is no table")
     return data
 
 

@@ -20,7 +20,7 @@ from nibabel.spatialimages import SpatialImage
 from volumes.volume import VolumeError
 
 from .nifti import read_nifti, shape_with_channels
-from .raw import LPS_TO_RAS, Stored, make_grid
+from .raw import LPS_TO_RAS, RawVolume, make_grid
 
 WRITE_IT = "write it to a NIfTI file and give the path"
 REMEDIES = {
@@ -42,12 +42,12 @@ def carries_geometry(source: Any) -> bool:
     return _has_affine(source) or _library(source) is not None
 
 
-def read_carrier(source: Any) -> Stored:
+def read_carrier(source: Any) -> RawVolume:
     """The voxels of such an object, in its own order of axes, and their grid.
 
     Arrays and tensors with an `affine`, and torchio's images, are (X, Y, Z) or (C, X, Y, Z).
 
-    Raises: VolumeError for an object whose geometry is not read, naming the remedy, and for what is broken, in colour,
+    Raises: VolumeError for an object whose geometry is not read, naming the remedy, and for what is broken, in color,
     complex or sheared.
     """
     if isinstance(source, Nifti1Pair):
@@ -65,7 +65,7 @@ def read_carrier(source: Any) -> Stored:
     if values.dtype.kind not in "biuf":
         raise VolumeError(f"{name}: holds {values.dtype}; only real numbers are supported")
     values = values.reshape(shape_with_channels(values.shape, name))
-    return Stored(name, values, make_grid(name, values.shape[:3], affine))
+    return RawVolume(name, values, make_grid(name, values.shape[:3], affine))
 
 
 def source_file(source: Any) -> str | None:

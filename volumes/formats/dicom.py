@@ -22,7 +22,7 @@ from volumes.volume import VolumeError
 
 from .raw import (
     LPS_TO_RAS,
-    Stored,
+    RawVolume,
     check_room,
     make_grid,
     refuse_special_volume,
@@ -64,19 +64,19 @@ class Slice:
     shape: tuple[int, int]  # columns, rows
     spacing: tuple[float, float]  # between columns, between rows
     axes: tuple[float, ...]  # direction along a row, and along a column
-    position: tuple[float, ...]  # of the centre of the first pixel
+    position: tuple[float, ...]  # of the center of the first pixel
     slope: float
     intercept: float
     bytes_a_pixel: int
 
 
-def read_dicom(path: Path, units: str | None = None) -> Stored:
+def read_dicom(path: Path, units: str | None = None) -> RawVolume:
     """The volume of a folder that holds one DICOM series (subfolders do not count). Voxels are (column, row, slice).
 
     Lengths are in mm, or in `units` where the slices are wrong.
 
-    Raises: VolumeError for whatever is no regular stack of scalar slices: several series, localisers, multi-frame and
-    colour images, compression other than RLE, missing or unevenly spaced slices, several at one place, a tilted gantry,
+    Raises: VolumeError for whatever is no regular stack of scalar slices: several series, localizers, multi-frame and
+    color images, compression other than RLE, missing or unevenly spaced slices, several at one place, a tilted gantry,
     truncated files, files that are no DICOM.
     """
     files = series_files(path) if path.is_dir() else [path]
@@ -90,7 +90,7 @@ def read_dicom(path: Path, units: str | None = None) -> Stored:
     plain = all(one.slope == 1 and one.intercept == 0 for one in ordered)
     check_room(str(path), shape, first.bytes_a_pixel)
     pixels = [_read_pixels(one, rescale=not plain) for one in ordered]
-    return Stored(str(path), np.stack(pixels, axis=-1)[..., None], make_grid(str(path), shape, affine, units=units))
+    return RawVolume(str(path), np.stack(pixels, axis=-1)[..., None], make_grid(str(path), shape, affine, units=units))
 
 
 def is_series(path: Path) -> bool:
@@ -149,10 +149,10 @@ def _check_kind(path: Path, header: Any) -> None:
             "(dcm2niix), or to one file a slice"
         )
     if "LOCALIZER" in (header.get("ImageType") or []):
-        raise VolumeError(f"{path}: is a localiser, no slice of a volume; take it out of the folder")
+        raise VolumeError(f"{path}: is a localizer, no slice of a volume; take it out of the folder")
     if int(header.get("SamplesPerPixel", 1)) != 1 or "MONOCHROME" not in str(header.get("PhotometricInterpretation")):
         raise VolumeError(
-            f"{path}: is a colour image ({header.get('PhotometricInterpretation')}); only scalar images are supported"
+            f"{path}: is a color image ({header.get('PhotometricInterpretation')}); only scalar images are supported"
         )
     if header.PhotometricInterpretation == "MONOCHROME1":
         raise VolumeError(

@@ -27,8 +27,8 @@ from volumes.volume import Volume, affine_spacing
 from .nifti import VoxelError
 from .raw import LPS_TO_RAS, check_grid
 
-MOST_SHEAR = 1e-3  # cosine between axes: what files that were rounded have, and a fifth of a voxel over 200
-LARGEST = 1e30  # of a voxel: the difference of two is a finite number, and one of 16 characters
+MAX_SHEAR = 1e-3  # cosine between axes: what files that were rounded have, and a fifth of a voxel over 200
+MAX_VALUE = 1e30  # of a voxel: the difference of two is a finite number, and one of 16 characters
 LEVELS = 65000  # of a volume that is no whole numbers: fewer than 16 bits hold, so that rounding never leaves them
 CLASSES = {  # of the standard, by modality, with what they ask for beside the geometry; all others are secondary captures
     "CT": (CTImageStorage, {"KVP": None, "AcquisitionNumber": None, "RescaleType": "HU"}),
@@ -72,9 +72,9 @@ def write_dicom(
         raise ValueError(f"modality is a code such as CT, MR or PT, got {modality!r}")
     if not np.isfinite(volume.array).all():
         raise VoxelError("the volume holds values that are not finite, which no DICOM file can; replace them first")
-    if np.abs(volume.array).max() > LARGEST:
+    if np.abs(volume.array).max() > MAX_VALUE:
         raise VoxelError(
-            f"the volume holds values beyond {LARGEST:g}, which DICOM's decimal numbers cannot be scaled to; check its units"
+            f"the volume holds values beyond {MAX_VALUE:g}, which DICOM's decimal numbers cannot be scaled to; check its units"
         )
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise ValueError(f"{folder}: is there already; give a new folder, or an empty one")
@@ -97,7 +97,7 @@ def _check_right_angles(affine: np.ndarray) -> None:
     check_grid(affine)
     axes = affine[:3, :3] / affine_spacing(affine)
     cosine = float(np.abs(np.triu(axes.T @ axes, 1)).max())
-    if cosine > MOST_SHEAR:
+    if cosine > MAX_SHEAR:
         angle = np.degrees(np.arccos(cosine))
         raise ValueError(
             f"two axes of the volume are {angle:.2f} degrees apart instead of 90, which DICOM has no words for; resample it "

@@ -16,7 +16,7 @@ from volumes.volume import VolumeError
 from .raw import (
     LPS_TO_RAS,
     UNITS,
-    Stored,
+    RawVolume,
     check_room,
     file_beside,
     make_grid,
@@ -48,7 +48,7 @@ SYNONYMS = {  # MetaIO knows several names of one thing
 }
 
 
-def read_metaimage(path: Path, units: str | None = None) -> Stored:
+def read_metaimage(path: Path, units: str | None = None) -> RawVolume:
     """Voxels and grid of a MetaImage file, its lengths being in `units` where its header is wrong.
 
     Raises: VolumeError for what is broken, or not of the kind described above.
@@ -86,7 +86,7 @@ def read_metaimage(path: Path, units: str | None = None) -> Stored:
             with open(file_beside(path, fields["elementdatafile"]), "rb") as beside:
                 data = read_packed(f"{name} ({fields['elementdatafile']})", beside, nbytes, compressed=compressed)
     values = np.moveaxis(np.frombuffer(data, dtype).reshape((channels, *shape), order="F"), 0, -1)
-    return Stored(name, values, make_grid(name, shape, affine, "mm" if units else unit, units))
+    return RawVolume(name, values, make_grid(name, shape, affine, "mm" if units else unit, units))
 
 
 def detached_file(path: Path) -> Path | None:

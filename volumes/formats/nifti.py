@@ -37,10 +37,10 @@ from volumes.volume import (
 from .contents import GZIP, check_content
 from .raw import (
     COPY_BYTES,
-    Stored,
+    RawVolume,
     check_grid,
     check_room,
-    in_millimetres,
+    in_millimeters,
     refuse_special_volume,
 )
 
@@ -53,20 +53,20 @@ class VoxelError(ValueError):
 
 LENGTH_UNITS = {1: "m", 2: "mm", 3: "um"}  # by the low three bits of xyzt_units; anything else is taken as mm
 AXES = ("XYZC", "CXYZ")  # orders of a file's axes
-MOST_CHANNELS_FIRST = 16  # an axis that is shorter, and a quarter of all others, is one of channels
+MAX_CHANNELS_FIRST = 16  # an axis that is shorter, and a quarter of all others, is one of channels
 SYNTHETIC = b"synthetic;"  # begins the description of what this package generated, whose header is right
 DESCRIPTION_BYTES = 79  # the header's `descrip` field is 80 bytes, the last one NUL
 NIFTI_SUFFIXES = (".nii.gz", ".hdr.gz", ".img.gz", ".nii", ".hdr", ".img")
-MOST_HEADER_BYTES = 1 << 26  # of a header with its extensions, and of what may follow the voxels in a file
+MAX_HEADER_BYTES = 1 << 26  # of a header with its extensions, and of what may follow the voxels in a file
 
 
-def read_nifti(source: Readable, *, units: str | None = None, axes: str | None = None) -> Stored:
+def read_nifti(source: Readable, *, units: str | None = None, axes: str | None = None) -> RawVolume:
     """Voxels, slope and intercept applied, and grid of a NIfTI file (or image).
 
     Args:
         units: what the header's lengths are in, if it is wrong: of `stored.UNITS`. Not asked of generated files.
         axes: of `AXES`; by default X, Y, Z and then channels, and an order that looks otherwise is refused.
-    Raises: VolumeError for a file that is broken, truncated, in colour, complex or sheared.
+    Raises: VolumeError for a file that is broken, truncated, in color, complex or sheared.
     """
     name, image = open_nifti(source)
     check_scalar(name, image)
@@ -75,7 +75,7 @@ def read_nifti(source: Readable, *, units: str | None = None, axes: str | None =
         units, axes = None, "XYZC"
     values = _channels_last(_values(name, image), name, axes)
     x, y, z, _ = values.shape
-    return Stored(name, values, grid_of(image, (x, y, z), name, units))
+    return RawVolume(name, values, grid_of(image, (x, y, z), name, units))
 
 
 def stored_grid(volume: Volume) -> SourceGrid:
@@ -229,7 +229,7 @@ def open_nifti(source: Readable, *, check: bool = True) -> tuple[str, Nifti1Pair
     for part in {Path(str(holder.filename)) for holder in image.file_map.values()} if check else ():
         last = start + voxels if part == Path(str(image.file_map["image"].filename)) else 0
         zipped = part.suffix.lower() == ".gz"
-        size = gunzip(part, most=last + MOST_HEADER_BYTES) if zipped else part.stat().st_size
+        size = gunzip(part, most=last + MAX_HEADER_BYTES) if zipped else part.stat().st_size
         if size < last:
             with open(part, "rb") as file:
                 packed = not zipped and file.read(len(GZIP)) == GZIP
@@ -290,7 +290,7 @@ def check_scalar(name: str, image: Nifti1Pair) -> None:
     """Raises: VolumeError unless the voxels are real numbers."""
     dtype = np.dtype(image.get_data_dtype())
     if dtype.names is not None:
-        raise VolumeError(f"{name}: is a colour image ({''.join(dtype.names)}); only scalar images are supported")
+        raise VolumeError(f"{name}: is a color image ({''.join(dtype.names)}); only scalar images are supported")
     if dtype.kind == "c":
         raise VolumeError(f"{name}: holds complex numbers; save its magnitude")
 
@@ -335,7 +335,7 @@ def _may_begin_with_channels(shape: tuple[int, ...]) -> bool:
         shape = shape[:-1]
     if len(shape) < 4 or shape[3] == 1:
         return False
-    return shape[0] == 1 or (shape[0] < MOST_CHANNELS_FIRST and 4 * shape[0] <= min(shape[1:4]))
+    return shape[0] == 1 or (shape[0] < MAX_CHANNELS_FIRST and 4 * shape[0] <= min(shape[1:4]))
 
 
 def _channels_before(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
@@ -369,7 +369,7 @@ def grid_of(image: Nifti1Pair, shape: tuple[int, int, int], name: str, units: st
     try:
         if image.affine is None:
             raise ValueError("the image has no affine")
-        affine = in_millimetres(image.affine, units or unit)
+        affine = in_millimeters(image.affine, units or unit)
         check_grid(affine, "mm" if units else unit)
         qform_code = int(image.header["qform_code"])
         qform = _qform(image) if qform_code else None
@@ -378,7 +378,7 @@ def grid_of(image: Nifti1Pair, shape: tuple[int, int, int], name: str, units: st
     return SourceGrid(
         shape=shape,
         affine=affine,
-        qform=None if qform is None else in_millimetres(qform, units or unit),
+        qform=None if qform is None else in_millimeters(qform, units or unit),
         qform_code=qform_code,
         sform_code=int(image.header["sform_code"]),
         unit="mm" if units else unit,

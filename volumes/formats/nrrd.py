@@ -17,7 +17,7 @@ from volumes.volume import VolumeError
 
 from .raw import (
     UNITS,
-    Stored,
+    RawVolume,
     check_room,
     file_beside,
     make_grid,
@@ -47,8 +47,8 @@ NAMES = {  # of types, in C and in <stdint.h>
 }
 TYPES = {name: np.dtype(code) for code, names in NAMES.items() for name in names.split(", ")}
 NAMED_UNITS = {
-    **dict.fromkeys(("millimeter", "millimeters", "millimetre", "millimetres"), "mm"),
-    **dict.fromkeys(("meter", "meters", "metre", "metres"), "m"),
+    **dict.fromkeys(("millimeter", "millimeters", "millimeter", "millimeters"), "mm"),
+    **dict.fromkeys(("meter", "meters", "meter", "meters"), "m"),
     **dict.fromkeys(("\u00b5m", "\u00e2\u00b5m", "micron", "microns", "micrometer", "micrometers"), "um"),
     **dict.fromkeys(("centimeter", "centimeters"), "cm"),
 }
@@ -56,7 +56,7 @@ ENCODINGS = {"raw": False, "gzip": True, "gz": True}  # compressed or not
 VECTOR = re.compile(r"\(([^()]*)\)|none", re.IGNORECASE)
 
 
-def read_nrrd(path: Path, units: str | None = None) -> Stored:
+def read_nrrd(path: Path, units: str | None = None) -> RawVolume:
     """Voxels and grid of a NRRD file, its lengths being in `units` where its header is wrong.
 
     Raises: VolumeError for what is broken, or not of the kind described above.
@@ -88,7 +88,7 @@ def read_nrrd(path: Path, units: str | None = None) -> Stored:
                 data = read_packed(f"{name} ({detached})", beside, nbytes, compressed=ENCODINGS[encoding])
     values = np.frombuffer(data, dtype).reshape(shape, order="F")
     values = values[..., None] if channel_axis is None else np.moveaxis(values, channel_axis, -1)
-    return Stored(name, values, make_grid(name, values.shape[:3], affine, unit, units))
+    return RawVolume(name, values, make_grid(name, values.shape[:3], affine, unit, units))
 
 
 def detached_file(path: Path) -> Path | None:
@@ -143,7 +143,7 @@ def _geometry(name: str, fields: dict[str, str]) -> tuple[tuple[int, ...], int |
     affine[:3, 3] = _vector(name, "space origin", origin[1])
     if found := re.findall(r"\S*(?:color|complex)\b", fields.get("kinds", "")):
         raise VolumeError(
-            f"{name}: holds colours or complex numbers (kinds: {found[0]}); only scalar images are supported"
+            f"{name}: holds colors or complex numbers (kinds: {found[0]}); only scalar images are supported"
         )
     channels = next((axis for axis in range(dimension) if axis not in along), None)
     return shape, channels, np.diag([*SPACES[space], 1.0]) @ affine

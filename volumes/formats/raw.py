@@ -1,6 +1,6 @@
 """What every reader of volume files gives back, and what all of them check before they believe a header.
 
-Axes: stored voxels are (I, J, K, C) in the order of the file. Affines lead to RAS+ and millimetres.
+Axes: stored voxels are (I, J, K, C) in the order of the file. Affines lead to RAS+ and millimeters.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ COPY_BYTES = 1 << 22  # at a time, through a compressed file
 WORKING_BYTES = 16  # a voxel, beside the stored one: scaled in float64, as float32, and its copy in RAS+ order
 SPACINGS = (1e-4, 100.0)  # mm: voxels that are smaller or larger are no scan's
 UNITS = {"mm": 1.0, "m": 1000.0, "cm": 10.0, "um": 0.001}  # of length, in mm
-LARGEST_COSINE = 0.1  # between voxel axes: 5.7 degrees from a right angle; less stays in the affine, where it is right
+MAX_COSINE = 0.1  # between voxel axes: 5.7 degrees from a right angle; less stays in the affine, where it is right
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # the patient coordinates of DICOM, ITK and most NRRD files to NIfTI's
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class RawVolume:
     """Voxels as a file has them: its name for messages, values (I, J, K, C) in its units, and the grid they lie on."""
 
     name: str
@@ -62,7 +62,7 @@ def make_grid(
     """
     try:
         check_affine(affine)
-        affine = in_millimetres(affine, units or unit)
+        affine = in_millimeters(affine, units or unit)
         check_grid(affine, "mm" if units else unit)
     except ValueError as error:
         raise VolumeError(f"{name}: its geometry is broken: {error}") from error
@@ -70,7 +70,7 @@ def make_grid(
     return SourceGrid((i, j, k), affine, qform=affine, qform_code=1, sform_code=1, unit="mm" if units else unit)
 
 
-def in_millimetres(affine: np.ndarray, unit: str) -> np.ndarray:
+def in_millimeters(affine: np.ndarray, unit: str) -> np.ndarray:
     """An affine whose lengths are in a unit of `UNITS`, or an unknown one, which is taken as mm."""
     scale = UNITS.get(unit, 1.0)
     return np.diag([scale, scale, scale, 1.0]) @ np.asarray(affine, dtype=np.float64)
@@ -89,7 +89,7 @@ def check_grid(affine: np.ndarray, unit: str = "mm") -> None:
         )
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     cosine = float(np.abs(np.triu(axes.T @ axes, 1)).max())
-    if cosine > LARGEST_COSINE:
+    if cosine > MAX_COSINE:
         angle = math.degrees(math.acos(min(cosine, 1.0)))
         raise ValueError(
             f"its voxel axes are sheared, two of them {angle:.1f} degrees apart instead of 90 (a tilted gantry, or an "

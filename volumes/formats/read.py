@@ -22,7 +22,7 @@ from .carriers import carries_geometry, read_carrier
 from .contents import check_content
 from .dicom import is_dicom, is_series, read_dicom, series_files
 from .nifti import AXES, NIFTI_SUFFIXES, canonical_grid, exact_values, read_nifti
-from .raw import UNITS, Stored, refuse_special_volume
+from .raw import UNITS, RawVolume, refuse_special_volume
 
 Readable = str | os.PathLike | Any  # an image in memory, see `carriers`
 
@@ -56,7 +56,7 @@ def read_volume(
         units: what lengths in the file's header are in, where it says so wrongly: "mm", "cm", "m" or "um".
         axes: "CXYZ" for NIfTI whose channels come first, "XYZC" for such as only looks so.
 
-    Raises: VolumeError for files that are broken, truncated, in colour, complex, sheared, or hold values that are not
+    Raises: VolumeError for files that are broken, truncated, in color, complex, sheared, or hold values that are not
     finite, and for kinds of files that are not known.
     """
     stored = read_stored(source, units=units, axes=axes)
@@ -100,7 +100,7 @@ def read_mask(source: Readable, *, units: str | None = None, axes: str | None = 
     return _canonical(labels.astype(np.int16), stored.grid)
 
 
-def read_stored(source: Readable, *, units: str | None = None, axes: str | None = None) -> Stored:
+def read_stored(source: Readable, *, units: str | None = None, axes: str | None = None) -> RawVolume:
     """The voxels of a file as it has them, and their grid. Raises: VolumeError as `read_volume`."""
     for what, value, known in (("units", units, tuple(UNITS)), ("axes", axes, AXES)):
         if value is not None and value not in known:

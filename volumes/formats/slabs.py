@@ -24,7 +24,7 @@ from files.atomic import atomic_file
 from volumes.volume import SourceGrid, VolumeError
 
 from .nifti import (
-    MOST_HEADER_BYTES,
+    MAX_HEADER_BYTES,
     canonical_grid,
     check_scalar,
     grid_of,
@@ -117,13 +117,13 @@ def read_slabs(path: str | os.PathLike, planes: int) -> Iterator[np.ndarray]:
     part = Path(str(image.file_map["image"].filename))
     for other in {Path(str(holder.filename)) for holder in image.file_map.values()} - {part}:
         if other.suffix.lower() == ".gz":
-            gunzip(other, most=MOST_HEADER_BYTES)
+            gunzip(other, most=MAX_HEADER_BYTES)
     if part.suffix.lower() not in Opener.compress_ext_map:
         file = open(part, "rb")
     elif part.suffix.lower() == ".gz":
         file = tempfile.TemporaryFile()
         voxel_bytes = math.prod((*shape, channels)) * proxy.dtype.itemsize
-        gunzip(part, file, most=proxy.offset + voxel_bytes + MOST_HEADER_BYTES)
+        gunzip(part, file, most=proxy.offset + voxel_bytes + MAX_HEADER_BYTES)
     else:
         raise VolumeError(f"{name}: is compressed in a way that cannot be read in slabs; decompress it, or use .gz")
     voxels = StoredVoxels(file, proxy.offset, grid, proxy.dtype)

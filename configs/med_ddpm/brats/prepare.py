@@ -3,9 +3,9 @@
     python configs/med_ddpm/brats/prepare.py --source BraTS2021_Training_Data --output data/brats2021_med_ddpm
 
 Reads {subject}/{subject}_{t1,t1ce,t2,flair,seg}.nii.gz and writes t1/{subject}_t1.nii.gz and so on, in their own units (the
-training scales them), and seg/: labels 1 and 2 as they are, enhancing tumour (4) as 3, and 4 where there is brain (a voxel
-that is not zero in all modalities) and no tumour. Med-DDPM's own script looks for the brain where the *scaled* T1 exceeds 0,
-which leaves out its dark half. The box is the middle one; where it would cut tumour, the volume is named and left out.
+training scales them), and seg/: labels 1 and 2 as they are, enhancing tumor (4) as 3, and 4 where there is brain (a voxel
+that is not zero in all modalities) and no tumor. Med-DDPM's own script looks for the brain where the *scaled* T1 exceeds 0,
+which leaves out its dark half. The box is the middle one; where it would cut tumor, the volume is named and left out.
 """
 
 import argparse
@@ -72,4 +72,4 @@ def main(args: Sequence[str] | None = None) -> None:
     """Prepare the data set."""
     options = parse(args)
     count, left_out = prepare(options.source, options.output)
-    print(f"{count} subjects in {options.output}; tumour outside of the box: {', '.join(left_out) or 'none'}")
+    print(f"{count} subjects in {options.output}; tumor outside of the box: {', '.join(left_out) or 'none'}")
