@@ -110,7 +110,7 @@ def fit_scheduler(scheduler: Scheduler, objective: str, train_steps: int = TRAIN
     `DPMSolverMultistepScheduler.from_config(flow_match.config)` gives an eps scheduler without a word, and samples of
     noise; this is the guard. DPM-Solver++ and UniPC are converted to flows by `use_flow_sigmas`; schedulers of v and
     eps take on the noise schedule and the prediction type that the model was trained with. Only the classes in
-    `FLOW_SCHEDULERS` and `DIFFUSION_SCHEDULERS` are let through: tests/test_denoise.py shows that each recovers x0
+    `FLOW_SCHEDULERS` and `DIFFUSION_SCHEDULERS` are let through: tests/diffusion/test_denoise.py shows that each recovers x0
     from a perfect denoiser, and others do not (DEIS and SA stop short of a flow's end, PNDM by default diverges,
     inverse schedulers run the other way). Clipping to [-1, 1] is undone, as latents exceed it; to a wider range that
     `make_scheduler` was told of it stays.

@@ -9,6 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may reach for a hub
 import fsspec
 import pytest
 import torch
+from line import fresh_accelerate  # noqa: F401
+from short_runs import vae_folder  # noqa: F401
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -12,7 +12,8 @@ from scipy import ndimage
 
 from . import PADDING, Volume
 
-REGION_MARGIN_MM = 6.0  # mm around what changed: the blending (`pipelines.inputs.inpainting.REGION_MARGIN_MM`), and what a lesion does to its surroundings
+# Around what changed: the blending (`pipelines.inputs.inpainting.BLEND_MARGIN_MM`), and what a lesion does to its surroundings.
+REGION_MARGIN_MM = 6.0
 
 
 def ellipsoid(diameters: float | Sequence[float], spacing: Sequence[float]) -> np.ndarray:

@@ -120,8 +120,8 @@ class CopyCheck:
     A volume is moved by up to `shift` voxels along each axis and mirrored along every combination of `flips`, so that a copy moved by
     whole voxels is found as one that was not, if it extends `shift` voxels beyond the crop; elsewhere its edge is repeated.
     `threshold`: similarity above which a volume is a copy.
-    `subjects`: what the "training" volumes, and the "unseen" ones that set the threshold, are recognized by (`volumes.data.subjects.marks_of`
-    of each), by which a model knows whether they are its own.
+    `subjects`: what the "training" volumes, and the "unseen" ones that set the threshold, are recognized by
+    (`volumes.data.subjects.marks_of` of each), by which a model knows whether they are its own.
     """
 
     fingerprints: Tensor

@@ -1,8 +1,8 @@
 """Usefulness where labels are few: what each arm of a comparison learns from, and the arms against each other.
 
-An arm is one way of training the segmenter of `evaluation.networks.segmenter`. A row is one training: a dict with "arm", "labels" (the budget:
-"8", "all", "any"), "seed", and what `score_training` returns. A seed draws the labeled volumes (`draw_labeled`, the same for every
-arm) as well as the training, so intervals over seeds have both chances in them.
+An arm is one way of training the segmenter of `evaluation.networks.segmenter`. A row is one training: a dict with "arm", "labels"
+(the budget: "8", "all", "any"), "seed", and what `score_training` returns. A seed draws the labeled volumes (`draw_labeled`, the same
+for every arm) as well as the training, so intervals over seeds have both chances in them.
 """
 
 from collections.abc import Mapping, Sequence

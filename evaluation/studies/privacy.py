@@ -1,7 +1,7 @@
 """Whether a generator gives away whom it learned from: memorized volumes, membership, and re-identification, with intervals.
 
-Everything is a function of similarities (`evaluation.metrics.nearest`): larger is nearer. Volumes of one subject are not independent, so the
-subject is the unit throughout: every unit weighs the same however many volumes it has, and bootstraps draw units with replacement
+Everything is a function of similarities (`evaluation.metrics.nearest`): larger is nearer. Volumes of one subject are not independent,
+so the subject is the unit throughout: every unit weighs the same however many volumes it has, and bootstraps draw units with replacement
 (Efron 1979). Intervals are of 95 %. `units` are (N,) names or numbers, one a volume.
 """
 

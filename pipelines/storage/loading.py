@@ -35,7 +35,7 @@ def register_packages() -> None:
     """Let diffusers save and load components by package: model_index.json reads `["autoencoder", "AutoencoderKL3D"]`.
 
     Without it the index names the module, which breaks every saved folder when a file is renamed. `LOADABLE_CLASSES` is
-    private; tests/test_pipeline_loading.py notices if a new diffusers changes it. The package must hold the name
+    private; tests/pipelines/test_pipeline_loading.py notices if a new diffusers changes it. The package must hold the name
     `ModelMixin`.
     """
     for package in PACKAGES:

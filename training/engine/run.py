@@ -105,8 +105,8 @@ def make_accelerator(config: Any) -> Accelerator:
     check_together(accelerator.num_processes)
     if accelerator.num_processes > 1 and config.wait_minutes >= options.timeout_minutes:
         raise ValueError(
-            f"wait_minutes {config.wait_minutes:g} must be below loop.timeout_minutes {options.timeout_minutes:g}: the other processes wait for "
-            "the first one no longer; raise loop.timeout_minutes"
+            f"wait_minutes {config.wait_minutes:g} must be below loop.timeout_minutes {options.timeout_minutes:g}: the other "
+            "processes wait for the first one no longer; raise loop.timeout_minutes"
         )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(

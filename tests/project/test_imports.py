@@ -1,0 +1,80 @@
+"""Imports point one way (CONTRIBUTING.md), and nothing is imported that pyproject.toml does not install."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS = ("files", "cli", "volumes", "autoencoder", "diffusion", "pipelines", "evaluation")
+ALLOWED = {room: set(LAYERS[: i + 1]) for i, room in enumerate(LAYERS)} | {
+    "training": {"files", "cli", "training", "volumes"}
+}
+ALLOWED["evaluation"].add("training")  # the doctor asks the trainer's own rules
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+# Distributions whose import name is another.
+IMPORT_NAMES = {"pyyaml": "yaml"}
+
+
+def imported_roots(path: Path) -> set[str]:
+    """First parts of every absolute import in a file, wherever in the file it stands."""
+    roots = set()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            roots.add(node.module.split(".")[0])
+    return roots
+
+
+def wrong_imports(room: Path, ours: set[str], allowed: set[str]) -> list[str]:
+    """`file: name` for every import in `room` of a name of ours that is not allowed there."""
+    return [
+        f"{path.relative_to(room.parent)}: {name}"
+        for path in sorted(room.rglob("*.py"))
+        for name in sorted(imported_roots(path) & ours - allowed)
+    ]
+
+
+def our_names() -> set[str]:
+    """Import names of the rooms and of the scripts at the root."""
+    return set(ALLOWED) | {"benchmarks"} | {path.stem for path in ROOT.glob("*.py")}
+
+
+@pytest.mark.parametrize("room", sorted(ALLOWED))
+def test_imports_point_one_way(room):
+    assert wrong_imports(ROOT / room, our_names(), ALLOWED[room]) == []
+
+
+def test_a_wrong_import_is_found(tmp_path):
+    room = tmp_path / "volumes"
+    room.mkdir()
+    (room / "good.py").write_text("import numpy\nfrom volumes.geometry import Volume\nfrom . import nifti\n")
+    (room / "late.py").write_text("def f():\n    from pipelines.processor import VolumeProcessor\n")
+    (room / "script.py").write_text("import torch, train_vae\n")
+    found = wrong_imports(room, {"volumes", "pipelines", "train_vae"}, {"volumes"})
+    assert found == ["volumes/late.py: pipelines", "volumes/script.py: train_vae"]
+
+
+def test_every_room_is_installed():
+    listed = set(PROJECT["tool"]["setuptools"]["packages"])
+    ours = [path.parent.relative_to(ROOT) for room in ALLOWED for path in (ROOT / room).rglob("__init__.py")]
+    assert listed == {".".join(folder.parts) for folder in ours}
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"benchmarks"} == set(ALLOWED)
+
+
+def test_every_third_party_import_is_a_dependency():
+    lines = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["lora"]
+    declared = {re.split(r"[<>=!\[ ]", line)[0].lower() for line in lines}
+    declared = {IMPORT_NAMES.get(name, name) for name in declared}
+    files = [path for room in ALLOWED for path in (ROOT / room).rglob("*.py")] + list(ROOT.glob("*.py"))
+    known = declared | our_names() | set(sys.stdlib_module_names)
+    missing = {f"{path.relative_to(ROOT)}: {name}" for path in files for name in imported_roots(path) - known}
+    assert missing == set()
+
+
+def test_tests_are_flat():
+    assert not list((ROOT / "tests").glob("**/__init__.py"))
