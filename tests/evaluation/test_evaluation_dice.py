@@ -206,9 +206,9 @@ def test_missing_sections_and_folders_are_named(data):
     folder, _ = data
     (folder / "empty.yaml").write_text("model: {}\n")
     with pytest.raises(ValueError, match=r"empty.yaml: has no section `data`"):
-        evaluate.main(["dice", "--config", str(folder / "empty.yaml"), "--output", "out.json"])
+        evaluate.main(["dice", "--config", str(folder / "empty.yaml"), "--output", str(folder / "out.json")])
     with pytest.raises(ValueError, match="--synthetic is missing"):
-        evaluate.main(["dice", "--config", str(folder / "config.yaml"), "--output", "out.json"])
+        evaluate.main(["dice", "--config", str(folder / "config.yaml"), "--output", str(folder / "out.json")])
 
 
 def test_agrees_with_the_reference_protocol(hippocampus, monkeypatch):
