@@ -243,8 +243,8 @@ def gather_cells(accelerator: Accelerator, own: Tensor) -> Tensor:
     if accelerator.num_processes == 1:
         return own
     counts = accelerator.gather(torch.tensor([len(own)], device=own.device))
-    parts = accelerator.gather(accelerator.pad_across_processes(own, dim=0)).view(len(counts), -1, own.shape[1])  # pyright: ignore
-    return torch.cat([part[:n] for part, n in zip(parts, counts.tolist(), strict=True)])  # pyright: ignore
+    parts = accelerator.gather(accelerator.pad_across_processes(own, dim=0)).view(len(counts), -1, own.shape[1])  # pyright: ignore[reportAttributeAccessIssue]
+    return torch.cat([part[:n] for part, n in zip(parts, counts.tolist(), strict=True)])  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def freeze_encoder(vae: VolumeAutoencoder, source: str | None) -> None:

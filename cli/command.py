@@ -103,7 +103,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument(TRACEBACK, action=ShowTraceback)
         self.typed: list[str] = []
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # pyright: ignore
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As argparse's."""
         self.typed = at_home(sys.argv[1:] if args is None else args)
         return super().parse_known_args(self.typed, namespace)

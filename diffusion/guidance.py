@@ -153,7 +153,7 @@ def guided(predict: Predict, terms: Sequence[tuple[float, Conditions]]) -> Calla
 
     def call(latents: Tensor, timestep: Tensor) -> Tensor:
         together = predict(latents.repeat(len(weights), *[1] * (latents.ndim - 1)), timestep, stacked)
-        return sum(w * part for w, part in zip(weights, together.chunk(len(weights)), strict=True))  # pyright: ignore
+        return sum(w * part for w, part in zip(weights, together.chunk(len(weights)), strict=True))  # pyright: ignore[reportReturnType]
 
     return call
 

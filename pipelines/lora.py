@@ -293,7 +293,7 @@ class LoraMixin(LoraBaseMixin):
         known = self._lora_subjects() | dict.fromkeys(put, found.subjects)
         self.unet.lora_subjects = known  # pyright: ignore[reportArgumentType]
         origins = {one: (tensors, stamps_of(lora_factors(self.unet, one))) for one in put}
-        self.unet.lora_origins = getattr(self.unet, "lora_origins", {}) | origins  # pyright: ignore
+        self.unet.lora_origins = getattr(self.unet, "lora_origins", {}) | origins  # pyright: ignore[reportArgumentType]
         self.unet.enable_lora()
         self.unet.requires_grad_(False)
 
@@ -416,7 +416,7 @@ class LoraMixin(LoraBaseMixin):
         fused = self.num_fused_loras
         records = [self._lora_subjects()[name] for name in self.fused_loras] if fused else []
         super().unload_lora_weights()
-        self.unet.lora_subjects, self.unet.lora_origins = {}, {}  # pyright: ignore
+        self.unet.lora_subjects, self.unet.lora_origins = {}, {}  # pyright: ignore[reportArgumentType]
         if fused:
             self.unet.register_to_config(subjects=join_records(self.unet.config["subjects"], *records))
             self._merged_adapters = set()

@@ -355,7 +355,7 @@ class VolumeProcessor:
         """`_restored`, and of an edit on the image's own grid the edited image."""
         restored = self._restored(slabs, prepared)
         composited = prepared.edit is not None and prepared.grid is prepared.target
-        return prepared.edit.composited(restored, self.channels) if composited else restored  # pyright: ignore
+        return prepared.edit.composited(restored, self.channels) if composited else restored  # pyright: ignore[reportOptionalMemberAccess]
 
     def _restored(self, slabs: Iterable[torch.Tensor], prepared: PreparedVolume) -> Iterator[np.ndarray]:
         """Decoded slabs (C, X, Y, z) of the padded grid to slabs float32 of `prepared.grid`, in original units; to slabs of

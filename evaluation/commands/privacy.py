@@ -112,7 +112,7 @@ def make_spaces(options: Namespace, sets: dict[str, VolumeSet], device: torch.de
     if "image" in options.spaces:
         spaces["image"] = Space(crop, flips, options.shift, device=device)
     if "latent" in options.spaces:
-        spaces["latent"] = latent_space(load_autoencoder(options.vae).to(device), crop, flips=flips)  # pyright: ignore
+        spaces["latent"] = latent_space(load_autoencoder(options.vae).to(device), crop, flips=flips)  # pyright: ignore[reportArgumentType]
     if "features" in options.spaces:
         for name, extractor in load_extractors(options, device).items():
             references = sets["training"].volumes

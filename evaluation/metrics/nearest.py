@@ -80,7 +80,7 @@ def latent_space(vae: VolumeAutoencoder, crop: Sides, *, flips: tuple[int, ...] 
     @torch.inference_mode()
     def embed(volumes: Tensor) -> Tensor:
         placed = pad_to_multiple(tuple(volumes.shape[2:]), vae.stride).apply(2 * volumes - 1, -1.0)
-        return vae.encode(placed.to(vae.dtype)).latent_dist.mode().float()  # pyright: ignore
+        return vae.encode(placed.to(vae.dtype)).latent_dist.mode().float()  # pyright: ignore[reportAttributeAccessIssue]
 
     return Space(crop, flips, shift, embed, vae.device)
 

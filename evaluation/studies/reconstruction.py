@@ -27,7 +27,7 @@ def reconstruct(vae: VolumeAutoencoder, image: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def _encode(vae: VolumeAutoencoder, image: torch.Tensor) -> LatentDistribution:
-    return vae.encode(image[None].to(vae.device, vae.dtype)).latent_dist  # pyright: ignore
+    return vae.encode(image[None].to(vae.device, vae.dtype)).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @torch.inference_mode()

@@ -252,7 +252,7 @@ def harmonic_blend(missing: np.ndarray, region: np.ndarray, spacing: Sequence[fl
     """
     if region.all() or margin < min(spacing):
         return np.zeros_like(missing, np.float32)
-    depth, nearest = ndimage.distance_transform_edt(region, sampling=spacing, return_indices=True)  # pyright: ignore
+    depth, nearest = ndimage.distance_transform_edt(region, sampling=spacing, return_indices=True)  # pyright: ignore[reportGeneralTypeIssues]
     free = torch.from_numpy(region & (depth <= margin))
     fixed = torch.from_numpy(np.where(region, 0, missing).astype(np.float32))
     straight = torch.from_numpy((missing[:, *nearest] * (1 - depth / (margin + min(spacing)))).astype(np.float32))

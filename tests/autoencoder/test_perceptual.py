@@ -28,7 +28,7 @@ def vgg_file(tmp_path_factory) -> Path:
     """VGG-16 of random weights (He et al. 2015), in half precision, as torchvision names them."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        shapes = {key: value.shape for key, value in VGG16Features._layers(VGG16Features).state_dict().items()}  # pyright: ignore
+        shapes = {key: value.shape for key, value in VGG16Features._layers(VGG16Features).state_dict().items()}
     weights = {f"features.{key}": torch.zeros(shape, dtype=torch.half) for key, shape in shapes.items()}
     for tensor in weights.values():
         if tensor.ndim > 1:

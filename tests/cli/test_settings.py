@@ -260,7 +260,7 @@ def test_numbers_of_numpy_are_made_plain(tmp_path):
     """YAML cannot hold them, which would be seen when the run is saved."""
     loop = LoopConfig(max_steps=np.int64(5), ema_decay=np.float64(0.5), timeout_minutes=np.float32(2))
     data = DataConfig(images="x", spacing=(np.float32(1), 1.0, 2.0), label_names={np.int16(0): "a", np.int16(1): "b"})
-    vae = TrainVaeConfig(str(tmp_path), data, {"class": VAE}, crops=CropConfig(shape=(np.int64(8), 8, 8)), loop=loop)  # pyright: ignore
+    vae = TrainVaeConfig(str(tmp_path), data, {"class": VAE}, crops=CropConfig(shape=(np.int64(8), 8, 8)), loop=loop)
     assert [type(one) for one in (loop.max_steps, loop.ema_decay, loop.timeout_minutes)] == [int, float, float]
     save_config(vae, tmp_path / "config.yaml")
     assert parse_config(TrainVaeConfig, ["--config", str(tmp_path / "config.yaml")]) == vae

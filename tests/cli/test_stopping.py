@@ -330,7 +330,7 @@ def test_a_command_without_parts_finishes_its_report(tmp_path, capfd):
             return {}
 
     with pytest.raises(Stopped), stoppable():
-        run_command(Command, Namespace(output=str(tmp_path / "report.json"), wait_minutes=0), None, None)  # pyright: ignore
+        run_command(Command, Namespace(output=str(tmp_path / "report.json"), wait_minutes=0), None, None)
     assert (tmp_path / "report").exists()
     assert "finishing realism, whose report is written at its end" in capfd.readouterr().err
 

@@ -140,7 +140,7 @@ def test_the_report_command_prints_no_escape_sequences(tmp_path, capsys):
     path = dice_report(tmp_path, "synthetic/real", adherence={"masks": "\x1b[2J"})
     options = Namespace(reports=[str(path)], output=str(tmp_path / "page"), title="t", wait_minutes=0)
     with pytest.raises(ValueError, match="dice.json: cannot be shown"):
-        run_command(COMMANDS["report"], options, None, None)  # pyright: ignore
+        run_command(COMMANDS["report"], options, None, None)
     assert "\x1b" not in capsys.readouterr().out
 
 
@@ -295,9 +295,9 @@ def test_two_evaluations_do_not_write_one_report(tmp_path):
         assert sorted((one.name, one.stat().st_mtime_ns) for one in tmp_path.iterdir()) == before
         options = Namespace(output=str(path), wait_minutes=0.0, reports=[])
         with pytest.raises(OutputInUse):
-            run_command(COMMANDS["realism"], options, None, None)  # pyright: ignore
+            run_command(COMMANDS["realism"], options, None, None)
         with pytest.raises(OutputInUse):
-            run_command(COMMANDS["dice"], options, None, None)  # pyright: ignore
+            run_command(COMMANDS["dice"], options, None, None)
         with only_writer_of(tmp_path / "realism.json", 0):
             pass
         done.set()

@@ -123,7 +123,7 @@ def config_target() -> Target:
 
     def read(home: Path) -> None:
         path = next(home.iterdir())
-        parse_config(TrainVaeConfig if path.stem == "vae" else TrainLdmConfig, ["--config", str(path)])  # pyright: ignore
+        parse_config(TrainVaeConfig if path.stem == "vae" else TrainLdmConfig, ["--config", str(path)])
 
     return Target("config", variants, read, names=False, exits=True)
 

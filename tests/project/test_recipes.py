@@ -86,7 +86,7 @@ def check_recipe(recipe: str, folder: Path, vae: str = "vae", ldm: str = "ldm") 
     given = {"mask": case.mask} if case.mask else {"shape": (16, 16, 12)}
     given |= {"labels": {name: values[0] for name, values in config.classes.items()}} if config.classes else {}
     made = pipe(**given, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").volumes[0]
-    shape = nib.load(case.mask).shape if case.mask else (16, 16, 12)  # pyright: ignore
+    shape = nib.load(case.mask).shape if case.mask else (16, 16, 12)
     assert made.shape[-3:] == shape and np.isfinite(made).all() and made.std() > 0
     assert made.reshape(-1, *shape).shape[0] == len(config.channels)
 
@@ -122,7 +122,7 @@ def test_mrnet_is_upright(tmp_path):
     assert [row["split"] for row in rows] == ["train", "test"]
     image = nib.load(tmp_path / f"data/images/{rows[0]['exam']}.nii.gz")
     voxels = np.asarray(image.dataobj)  # pyright: ignore[reportAttributeAccessIssue]
-    assert nib.orientations.aff2axcodes(image.affine) == ("R", "A", "S")  # pyright: ignore
+    assert nib.orientations.aff2axcodes(image.affine) == ("R", "A", "S")
     assert np.argwhere(voxels).tolist() == [[2, 4, 3]] and image.header.get_zooms() == pytest.approx((3, 0.5, 0.6))
     with pytest.raises(ValueError, match="MRNet-v1.0"):
         prepare_script("medical_diffusion/mrnet")(tmp_path / "elsewhere", tmp_path)
@@ -133,9 +133,9 @@ def test_breasts_stay_where_they_were(tmp_path):
     save(whole, tmp_path / "source/P1/Dyn_0.nii.gz", (0.7, 0.8, 2.0))
     assert prepare_script("medical_diffusion/duke")(tmp_path / "source", tmp_path) == 2
     left, right = (nib.load(tmp_path / f"breasts/P1_{side}.nii.gz") for side in ("left", "right"))
-    np.testing.assert_array_equal(np.concatenate([left.get_fdata(), right.get_fdata()]), whole)  # pyright: ignore
-    np.testing.assert_allclose(left.affine, np.diag([0.7, 0.8, 2.0, 1]), atol=1e-6)  # pyright: ignore
-    np.testing.assert_allclose(right.affine[:3, 3], [1.4, 0, 0], atol=1e-6)  # pyright: ignore
+    np.testing.assert_array_equal(np.concatenate([left.get_fdata(), right.get_fdata()]), whole)
+    np.testing.assert_allclose(left.affine, np.diag([0.7, 0.8, 2.0, 1]), atol=1e-6)
+    np.testing.assert_allclose(right.affine[:3, 3], [1.4, 0, 0], atol=1e-6)
 
 
 def test_the_brain_is_in_the_mask_and_no_tumor_is_cut(tmp_path):
@@ -149,7 +149,7 @@ def test_the_brain_is_in_the_mask_and_no_tumor_is_cut(tmp_path):
     assert not (tmp_path / "t1/BraTS2021_00001_t1.nii.gz").exists()
     seg = nib.load(tmp_path / "seg/BraTS2021_00000_seg.nii.gz")
     expected = np.where(labels >= 2, labels, 4 * ((4 * image).astype(np.int16) != 0))[2:18, 1:19]
-    np.testing.assert_array_equal(np.asarray(seg.dataobj), expected)  # pyright: ignore
-    np.testing.assert_allclose(seg.affine[:3, 3], [2, 1, 0])  # pyright: ignore
+    np.testing.assert_array_equal(np.asarray(seg.dataobj), expected)
+    np.testing.assert_allclose(seg.affine[:3, 3], [2, 1, 0])
     t2 = nib.load(tmp_path / "t2/BraTS2021_00000_t2.nii.gz")
-    np.testing.assert_array_equal(t2.get_fdata(), (3 * image).astype(np.int16)[2:18, 1:19])  # pyright: ignore
+    np.testing.assert_array_equal(t2.get_fdata(), (3 * image).astype(np.int16)[2:18, 1:19])

@@ -34,7 +34,7 @@ def test_before_the_start_there_is_no_adversary():
 
 
 def test_strength_rises_during_the_warm_up():
-    adversary = AdversarialTrainer(None, AdversarialConfig(start_step=10, warmup_steps=3))  # pyright: ignore
+    adversary = AdversarialTrainer(None, AdversarialConfig(start_step=10, warmup_steps=3))
     assert [adversary.strength(s) for s in (9, 10, 11, 12, 13, 99)] == [None, 0.25, 0.5, 0.75, 1.0, 1.0]
 
 

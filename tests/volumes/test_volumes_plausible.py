@@ -185,7 +185,7 @@ def test_contradicting_transforms(qform, detail):
 @pytest.mark.parametrize(("field", "value"), [("quatern_b", np.nan), ("quatern_b", 5), ("qoffset_x", np.nan)])
 def test_a_broken_qform_beside_a_sform_is_told_of(field, value, tmp_path):
     nib.save(twofold(np.eye(4)), tmp_path / "a.nii")
-    header = nib.load(tmp_path / "a.nii").header.copy()  # pyright: ignore
+    header = nib.load(tmp_path / "a.nii").header.copy()
     header[field] = value
     data = (tmp_path / "a.nii").read_bytes()
     (tmp_path / "a.nii").write_bytes(header.binaryblock + data[348:])

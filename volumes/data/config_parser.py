@@ -37,7 +37,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
         self.add_argument(TRACEBACK, action=ShowTraceback)
         self.typed: list[str] = []
 
-    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:  # pyright: ignore
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
         """As jsonargparse's."""
         self.typed = at_home(sys.argv[1:] if args is None else args)
         return super().parse_args(self.typed, *others, **settings)
