@@ -90,3 +90,12 @@ def test_the_share_of_the_steps():
     first, seen = heun.seen[0]
     torch.testing.assert_close(seen, torch.full_like(seen, first / 1000))
     assert len(heun.seen) == 3
+
+
+def test_an_image_at_full_strength_is_no_condition_without_a_region():
+    """All of it is generated: from the noise itself, not from what is left of the image in the noisiest step."""
+    scheduler = fit_scheduler(diffusers.DDIMScheduler(), "epsilon")
+    answer, image, noise = (torch.randn(1, 2, 3, 4, 5, generator=seeded(seed)[0]) for seed in range(3))
+    model = KnowsTheAnswer(answer, "epsilon")
+    denoise(model, noise, scheduler, {}, num_inference_steps=4, image=image, strength=1.0)
+    torch.testing.assert_close(model.seen[0][1], noise, atol=1e-6, rtol=0)

@@ -18,6 +18,7 @@ import train_ldm
 from autoencoder import AutoencoderKL3D
 from diffusion import LatentAugmentation, build_latent_cache, latent_store
 from diffusion.latent_cache import cache_key
+from diffusion.latent_store import LatentStore
 from volumes import VolumeDataset, load_cases
 
 ROOT = Path(__file__).parents[2]
@@ -209,3 +210,14 @@ def test_a_training_on_remote_volumes_and_latents_is_the_local_one(vae, folder, 
         assert not (output / "latents").exists()
     assert metrics[0] == metrics[1]
     assert fsspec.filesystem("memory").glob("/bucket/set/latents/*/00000_00-*.safetensors")
+
+
+def test_a_remote_entry_of_other_content_is_not_copied(copies, tmp_path):
+    """The name of its object says what is in it; another content of the same length is not believed."""
+    (tmp_path / "entry").write_bytes(b"latents")
+    store = LatentStore("memory://latents")
+    store.put(tmp_path / "entry", "0_1.safetensors")
+    fsspec.filesystem("memory").pipe_file(f"/latents/{store.known['0_1.safetensors']}", b"Latents")
+    with pytest.raises(ValueError, match="its content is not that of its name"):
+        store.fetch(tmp_path / "0_1.safetensors")
+    assert not (tmp_path / "0_1.safetensors").exists()
