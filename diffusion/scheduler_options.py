@@ -33,8 +33,8 @@ VALUES: dict[str, Any] = {  # what an option may be, but for True and False, lam
     **dict.fromkeys(("beta_start", "beta_end"), InnerShare),
     "trained_betas": list[InnerShare] | None,
     **dict.fromkeys(("shift", "flow_shift", "clip_sample_range", "sample_max_value"), Size),
-    **dict.fromkeys(("sigma_min", "sigma_max"), Size | None),  # pyright: ignore[reportOperatorIssue]
-    "shift_terminal": InnerShare | None,
+    **dict.fromkeys(("sigma_min", "sigma_max"), Size | None),
+    "shift_terminal": InnerShare | None,  # pyright: ignore[reportOperatorIssue]
     "dynamic_thresholding_ratio": PositiveShare,
     **dict.fromkeys(("base_shift", "max_shift"), Annotated[float, Range(-1e6, 1e6)]),
     **dict.fromkeys(("base_image_seq_len", "max_image_seq_len"), PositiveInt),
