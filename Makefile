@@ -46,7 +46,7 @@ format: $(VENV)/installed-dev
 CASES ?= 10000
 SEED  ?= 0
 fuzz: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) tests/helpers/fuzz.py --count $(CASES) --seed $(SEED) --processes $(WORKERS) --output out/fuzz.json
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PY) tests/helpers/fuzz.py --count $(CASES) --seed $(SEED) --processes $(WORKERS) --output out/fuzz.json
 
 # Resumes: faults whose code and tests are as they were are not tried again.
 mutants: $(VENV)/installed-dev
