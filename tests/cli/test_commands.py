@@ -9,6 +9,7 @@ import pytest
 
 from cli.command import (
     INTERRUPTED,
+    ROOMS,
     ArgumentParser,
     CannotContinue,
     at_home,
@@ -108,18 +109,7 @@ def run_all(commands, folder):
 def test_every_command_is_known_to_this_test():
     mains = {
         str(path.relative_to(ROOT))
-        for folder in (
-            "",
-            "volumes",
-            "autoencoder",
-            "diffusion",
-            "pipelines",
-            "training",
-            "evaluation",
-            "benchmarks",
-            "docs",
-            "weights",
-        )
+        for folder in ("", *ROOMS)
         for path in ((ROOT / folder).rglob("*.py") if folder else ROOT.glob("*.py"))
         if "__main__" in path.read_text()
     }
