@@ -31,7 +31,7 @@ from files.documents import read_object
 from volumes import load_cases
 
 from .ledger import Job, Ledger, content_of
-from .progress import StepClock, progress_disabled
+from .trainings import StepClock, progress_disabled
 
 NAME = "dice"
 

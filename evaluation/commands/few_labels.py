@@ -33,7 +33,7 @@ from evaluation.studies.utility import protocol, score_training
 from volumes import DataConfig, load_cases
 
 from .ledger import Job, Ledger, content_of, tell
-from .progress import StepClock, progress_disabled
+from .trainings import StepClock, progress_disabled
 
 NAME = "few_labels"
 

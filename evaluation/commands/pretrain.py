@@ -21,7 +21,7 @@ from volumes import load_cases
 
 from .few_labels import load_sources
 from .ledger import Job, Ledger, content_of, tell
-from .progress import StepClock, progress_disabled
+from .trainings import StepClock, progress_disabled
 
 NAME = "pretrain"
 

@@ -170,7 +170,7 @@ def test_a_report_that_cannot_be_written_is_told_before_the_work(folder, tmp_pat
     (tmp_path / "file").touch()
     args = [command, "--config", str(folder / "ldm.yaml"), "--device", "cpu"]
     args += ["--vae", "weights/hippocampus"] if command == "reconstruction" else ["--synthetic", str(folder / "fresh")]
-    monkeypatch.setattr("evaluation.commands.common.check_judged", lambda *_: None)
+    monkeypatch.setattr("evaluation.commands.common.check_test_set", lambda *_: None)
     for output, said in ((tmp_path, "is a folder; give a file in it"), (tmp_path / "file/x.json", "cannot be written")):
         with pytest.raises(ValueError, match=f"--output {output}: {said}"):
             evaluate.main([*args, "--output", str(output)])

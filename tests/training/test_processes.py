@@ -246,7 +246,7 @@ def test_what_one_process_refuses_leaves_no_other_waiting(tmp_path, monkeypatch)
 
     for module in (common, everything):
         monkeypatch.setattr(module, "PartialState", State)
-    monkeypatch.setattr(common, "check_judged", refuse)
+    monkeypatch.setattr(common, "check_test_set", refuse)
     monkeypatch.setattr(everything, "broadcast_object_list", lambda values: values)
     with pytest.raises(ValueError, match="seen"):
         everything.attempt(COMMANDS["dice"], options, None, None)
