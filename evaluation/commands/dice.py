@@ -27,6 +27,7 @@ from evaluation import (
 from evaluation.networks.defaults import REAL, SYNTHETIC
 from evaluation.studies.few_labels import ANY
 from evaluation.studies.limits import check_command
+from evaluation.studies.training_result import TrainingResult
 from files.documents import read_object
 from volumes import load_cases
 
@@ -64,7 +65,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
             raise ValueError("--judge_synthetic is for segmenters trained on real: add real to --train_on")
         judged_too = load_pairs(generated_pairs(cases, Path(options.judge_synthetic), "test"), config, shape)
         report["volumes"]["judge_synthetic"] = len(judged_too.cases)
-    earlier: dict[str, list[dict[str, Any]]] = {}
+    earlier: dict[str, list[TrainingResult]] = {}
     for path in options.earlier:
         earlier.update(earlier_scores(Path(path), report))
         report.setdefault("earlier", {})[Path(path).name] = read_object(Path(path)).get("commit")
@@ -75,19 +76,21 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     report["skipped"] = dict(skipped for source in sources for skipped in source.skipped)
     report["content"] = content_of(*sources)
 
-    def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def summarize(rows: list[TrainingResult]) -> dict[str, Any]:
         scores = {source: list(results) for source, results in earlier.items()}
         for row in rows:
-            result = {key: value for key, value in row.items() if key not in ("arm", "labels")}
-            scores.setdefault(row["arm"], []).append(result)
-        found: dict[str, Any] = {"scores": scores, "ratios": ratios(scores, [case.subject for case in judged.cases])}
+            scores.setdefault(row.arm, []).append(row)
+        found: dict[str, Any] = {
+            "scores": {source: [_without_job(row) for row in results] for source, results in scores.items()},
+            "ratios": ratios(scores, [case.subject for case in judged.cases]),
+        }
         if judged_too is not None and scores.get("real"):
             found["adherence"] = mask_adherence(scores["real"], judged.cases, judged_too.cases)
         return found
 
-    def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
-        scores = report["scores"].items()
-        return [{"arm": arm, "labels": ANY, **row} for arm, found in scores if arm not in earlier for row in found]
+    def rows_of(report: dict[str, Any]) -> list[TrainingResult]:
+        scores = {arm: results for arm, results in report["scores"].items() if arm not in earlier}
+        return [TrainingResult.from_json(row, arm=arm, labels=ANY) for arm, rows in scores.items() for row in rows]
 
     def cost(jobs: list[Job]) -> int:
         return sum(iterations_of(source, options.iterations) for source, _, _ in jobs)
@@ -106,6 +109,8 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
                 loaded[source] if source in loaded else loaded[REAL].join(loaded[SYNTHETIC]),
                 judged,
                 num_labels,
+                arm=source,
+                labels=labels,
                 seed=seed,
                 iterations=steps,
                 device=device,
@@ -113,7 +118,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
                 on_step=clock.watch(progress),
                 synthetic=judged_too if source == REAL else None,
             )
-            ledger.add({"arm": source, "labels": labels, **result})
+            ledger.add(result)
     report = ledger.write()
     if quiet:
         return report
@@ -136,7 +141,12 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     return report
 
 
-def earlier_scores(path: Path, report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def _without_job(result: TrainingResult) -> dict[str, object]:
+    """The row of a report that lists results by source, all of one budget."""
+    return {key: value for key, value in result.as_json().items() if key not in ("arm", "labels")}
+
+
+def earlier_scores(path: Path, report: dict[str, Any]) -> dict[str, list[TrainingResult]]:
     """Scores by source of an earlier report. Raises ValueError unless it was measured on the same data by the same protocol."""
     earlier = read_object(path)
     try:
@@ -147,7 +157,7 @@ def earlier_scores(path: Path, report: dict[str, Any]) -> dict[str, list[dict[st
         ) from error
 
 
-def _same_scores(path: Path, earlier: dict[str, Any], report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def _same_scores(path: Path, earlier: dict[str, Any], report: dict[str, Any]) -> dict[str, list[TrainingResult]]:
     for key in ("protocol", "data"):
         wanted = json.loads(json.dumps(report[key]))
         if key == "data":  # settings that the data section got since were at their defaults
@@ -166,7 +176,12 @@ def _same_scores(path: Path, earlier: dict[str, Any], report: dict[str, Any]) ->
             raise ValueError(
                 f"{path}: has {earlier['volumes'][source]} volumes ({source}), not {report['volumes'].get(source)}"
             )
-    for name, results in earlier["scores"].items():
-        if not results or not all(type(one["dice"]) in (int, float) and 0 <= one["dice"] <= 1 for one in results):
+    scores = {}
+    for name, rows in earlier["scores"].items():
+        try:
+            scores[name] = [TrainingResult.from_json(row, arm=name, labels=ANY) for row in rows]
+        except ValueError as error:
+            raise ValueError(f"{path}: holds no Dice of {name!r}; it was damaged ({error})") from error
+        if not rows:
             raise ValueError(f"{path}: holds no Dice of {name!r}; it was damaged")
-    return earlier["scores"]
+    return scores

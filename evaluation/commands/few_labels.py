@@ -58,7 +58,9 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         **provenance(),
     }
     ledger = Ledger(
-        Path(options.output), report, lambda rows: {**summarize(rows, subjects, RATIOS, "ratio"), "rows": rows}
+        Path(options.output),
+        report,
+        lambda rows: {**summarize(rows, subjects, RATIOS, "ratio"), "rows": [row.as_json() for row in rows]},
     )
     everywhere = {SYNTHETIC} if options.synthetic_masks == "all" else set()  # the arms that no budget changes
     jobs = [
@@ -83,13 +85,15 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
                 learn,
                 judge,
                 num_labels,
+                arm=arm,
+                labels=labels,
                 seed=seed,
                 iterations=steps,
                 device=device,
                 dtype=dtype,
                 on_step=clock.watch(progress),
             )
-            ledger.add({"arm": arm, "labels": labels, "drawn_from": len(learn.images), **result})
+            ledger.add(dataclasses.replace(result, drawn_from=len(learn.images)))
     report = ledger.write()
     if not quiet:
         tell(report, "ratios")

@@ -11,17 +11,24 @@ from accelerate.utils import broadcast_object_list
 
 from evaluation.data.pairs import LoadedPairs
 from evaluation.report import check_report, write_report
+from evaluation.studies.training_result import TrainingResult
 from files.documents import read_object
 from files.paths import printable
 
 SAME = ("evaluation", "protocol", "data", "synthetic", "judge_synthetic", "content")  # of two runs of one report
 DAMAGED = "holds no trainings as evaluate.py writes them; choose another --output, or delete it"
 Job = tuple[str, str, int]  # arm, labels, seed
-Row = dict[str, Any]
+
+
+def results_of(report: dict[str, Any]) -> list[TrainingResult]:
+    """Read the rows of a report. Raises: ValueError for anything else, such as a damaged report."""
+    if not isinstance(rows := report["rows"], list):
+        raise ValueError("rows are a list")
+    return [TrainingResult.from_json(row) for row in rows]
 
 
 class Ledger:
-    """The rows of a report (`evaluation.studies.few_labels` says what a row is), in a file.
+    """The trainings of a report in a file, one row per `TrainingResult`.
 
     Several processes each make their share of the rows. What another one than the main process has is in a hidden file beside
     the report until all are done; of a run that was killed, it is found there by the next.
@@ -38,12 +45,12 @@ class Ledger:
         self,
         path: Path,
         report: dict[str, Any],
-        summarize: Callable[[list[Row]], dict[str, Any]],
-        rows_of: Callable[[dict[str, Any]], list[Row]] = lambda report: report["rows"],
+        summarize: Callable[[list[TrainingResult]], dict[str, Any]],
+        rows_of: Callable[[dict[str, Any]], list[TrainingResult]] = results_of,
     ):
         self.state = PartialState()
         self.path, self.report, self.summarize = path, report, summarize
-        self.rows: list[Row] = []  # this process's; of the main process also those of earlier runs
+        self.rows: list[TrainingResult] = []  # this process's; of the main process also those of earlier runs
         self.order: dict[Job, int] = {}
         self.part = path.with_name(f".{path.name}.part{self.state.process_index}")
         if self.state.is_main_process:
@@ -51,8 +58,8 @@ class Ledger:
             if path.is_file():
                 self.rows = _rows(path, self._checked(path), rows_of)
             of_others = [row for part in self._parts() for row in _rows(part, self._checked(part))]
-            known = {job_of(row) for row in self.rows}
-            self.rows += [row for row in of_others if job_of(row) not in known]
+            known = {row.job for row in self.rows}
+            self.rows += [row for row in of_others if row.job not in known]
             if self.rows:
                 print(f"{path}: has {len(self.rows)} trainings, which are not done again")
                 try:
@@ -88,7 +95,7 @@ class Ledger:
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
         """Those that have no row yet; the same in all processes, which all must ask."""
         self.order = {job: number for number, job in enumerate(jobs)}
-        done = {job_of(row) for row in self.rows}
+        done = {row.job for row in self.rows}
         (left,) = broadcast_object_list([[job for job in jobs if job not in done]])
         return [(arm, labels, seed) for arm, labels, seed in left]
 
@@ -111,20 +118,22 @@ class Ledger:
                 own |= set(group)
         return [job for job in jobs if job in own]
 
-    def add(self, row: Row) -> None:
+    def add(self, row: TrainingResult) -> None:
         """Add a training and write it down."""
         self.rows.append(row)
         if self.state.is_main_process:
-            self._write(self.rows + [row for part in self._parts() for row in read_object(part)["rows"]])
+            self._write(self.rows + [row for part in self._parts() for row in results_of(read_object(part))])
         else:
-            write_report(self.part, {**{key: self.report.get(key) for key in SAME}, "rows": self.rows})
+            write_report(
+                self.part, {**{key: self.report.get(key) for key in SAME}, "rows": [one.as_json() for one in self.rows]}
+            )
         print(
-            f"{row['arm']}, labels {row['labels']}, seed {row['seed']}: Dice {row['dice']:.4f}, {row['seconds']:.0f} s",
+            f"{row.arm}, labels {row.labels}, seed {row.seed}: Dice {row.dice:.4f}, {row.seconds or 0:.0f} s",
             flush=True,
         )
 
-    def _write(self, rows: Sequence[Row]) -> dict[str, Any]:
-        ordered = sorted(rows, key=lambda row: self.order.get(job_of(row), -1))
+    def _write(self, rows: Sequence[TrainingResult]) -> dict[str, Any]:
+        ordered = sorted(rows, key=lambda row: self.order.get(row.job, -1))
         report = {**self.report, **self.summarize(ordered)}
         write_report(self.path, report)
         return report
@@ -133,34 +142,22 @@ class Ledger:
         """Wait for all processes, write the report with all rows, and return it."""
         self.state.wait_for_everyone()
         if self.state.is_main_process:
-            self.rows += [row for part in self._parts() for row in read_object(part)["rows"]]
+            self.rows += [row for part in self._parts() for row in results_of(read_object(part))]
             self._settle()
         self.state.wait_for_everyone()
         return read_object(self.path)
 
 
 def _rows(
-    path: Path, report: dict[str, Any], rows_of: Callable[[dict[str, Any]], list[Row]] = lambda report: report["rows"]
-) -> list[Row]:
-    """The rows of a report in a file. Raises: ValueError for what is no training: it was damaged, or written by hand."""
+    path: Path,
+    report: dict[str, Any],
+    rows_of: Callable[[dict[str, Any]], list[TrainingResult]] = results_of,
+) -> list[TrainingResult]:
+    """Read the trainings of a report in a file. Raises: ValueError for anything else, such as a damaged file."""
     try:
-        rows = rows_of(report)
-        fit = isinstance(rows, list) and all(map(_is_row, rows))
-    except (LookupError, TypeError, AttributeError):
-        fit = False
-    if not fit:
-        raise ValueError(f"{path}: {DAMAGED}")
-    return rows
-
-
-def _is_row(row: Any) -> bool:
-    texts = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("arm", "labels"))
-    return texts and type(row.get("seed")) is int and type(row.get("dice")) in (int, float) and 0 <= row["dice"] <= 1
-
-
-def job_of(row: Row) -> Job:
-    """What a row is of."""
-    return row["arm"], row["labels"], row["seed"]
+        return rows_of(report)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: {DAMAGED}") from error
 
 
 def content_of(*sources: LoadedPairs) -> str:

@@ -49,7 +49,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     ledger = Ledger(
         Path(options.output),
         report,
-        lambda rows: {**summarize(rows, subjects, DIFFERENCES, "difference"), "rows": rows},
+        lambda rows: {**summarize(rows, subjects, DIFFERENCES, "difference"), "rows": [row.as_json() for row in rows]},
     )
     jobs = [(start, labels, seed) for seed in range(options.seeds) for start in options.starts for labels in budgets]
 
@@ -82,6 +82,8 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
                     real.take(draw_labeled(real.cases, budgets[labels], seed)),
                     judge,
                     num_labels,
+                    arm=start,
+                    labels=labels,
                     seed=seed,
                     iterations=steps,
                     device=device,
@@ -89,7 +91,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
                     on_step=clock.watch(progress),
                     start=bodies.get((start, seed)),
                 )
-                ledger.add({"arm": start, "labels": labels, **result})
+                ledger.add(result)
     report = ledger.write()
     if not quiet:
         tell(report, "differences")

@@ -198,32 +198,43 @@ ROW = {"arm": "real", "labels": "all", "seed": 0, "dice": 0.5, "seconds": 1}
     ]
     + [
         json.dumps(BASE | {"rows": [ROW | {key: value}]})
-        for key, value in (("dice", "1"), ("dice", True), ("arm", 3), ("labels", []))
+        for key, value in (
+            ("dice", "1"),
+            ("dice", True),
+            ("arm", 3),
+            ("labels", []),
+            ("per_volume", 3),
+            ("per_volume", ["1"]),
+            ("on_synthetic", 1),
+            ("on_synthetic", {}),
+            ("seconds", "1"),
+            ("drawn_from", 1.5),
+        )  # fmt: skip
     ],
 )
 def test_a_damaged_ledger_is_named(tmp_path, text):
     path = tmp_path / "report.json"
     path.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match="report.json") as refused:
-        Ledger(path, dict(BASE), lambda rows: {"rows": rows})
+        Ledger(path, dict(BASE), lambda rows: {"rows": [row.as_json() for row in rows]})
     assert type(refused.value) is ValueError and "delete it" in str(refused.value) and "\x1b" not in str(refused.value)
     assert path.read_text(encoding="latin-1") == text
     (tmp_path / ".other.json.part1").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match="other.json.part1"):
-        Ledger(tmp_path / "other.json", dict(BASE), lambda rows: {"rows": rows})
+        Ledger(tmp_path / "other.json", dict(BASE), lambda rows: {"rows": [row.as_json() for row in rows]})
 
 
 def test_a_ledger_that_says_nothing_of_its_volumes_is_damaged_too(tmp_path):
     (tmp_path / "report.json").write_text('{"rows": 1}')
     with pytest.raises(ValueError, match="report.json: holds no trainings"):
-        Ledger(tmp_path / "report.json", {"evaluation": None}, lambda rows: {"rows": rows})
+        Ledger(tmp_path / "report.json", {"evaluation": None}, lambda rows: {"rows": [row.as_json() for row in rows]})
 
 
 def test_rows_that_cannot_be_summarized_are_named(tmp_path):
     path = tmp_path / "report.json"
     path.write_text(json.dumps(BASE | {"rows": [ROW]}))
-    with pytest.raises(ValueError, match="report.json: holds no trainings.*KeyError: 'per_volume'"):
-        Ledger(path, dict(BASE), lambda rows: {"rows": rows, "mean": rows[0]["per_volume"]})
+    with pytest.raises(ValueError, match="report.json: holds no trainings.*IndexError: "):
+        Ledger(path, dict(BASE), lambda rows: {"first": rows[0].per_volume[0]})
 
 
 @pytest.mark.parametrize(
