@@ -125,7 +125,7 @@ def test_all_writes_the_page_with_what_succeeded_and_names_the_rest(folder, tmp_
     def broken(*_, **__):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("evaluation.commands.dice.score_training", broken)
+    monkeypatch.setattr("evaluation.commands.trainings.score_training", broken)
     parts = ["--parts", "privacy", "dice", "realism", "--set", "realism.parts=consistency"]
     with pytest.raises(ValueError, match=r"(?s)report.html lacks .*privacy: of 4 unseen .*dice: RuntimeError: out of"):
         everything(folder, tmp_path, *parts)
