@@ -141,7 +141,7 @@ class Ledger:
         ordered = sorted(rows, key=lambda row: self.order.get(row.job, -1))
         write_report(self.path, {**self.report, **self.summarize(ordered)})
 
-    def write(self) -> dict[str, Any]:
+    def write(self) -> dict[str, object]:
         """Wait for all processes, write the report with all rows, and return it."""
         self.state.wait_for_everyone()
         if self.state.is_main_process:

@@ -119,7 +119,7 @@ def run_trainings(
     prepare: Callable[[Job, "StepClock"], Training],
     cost: Callable[[list[Job]], int],
     together: Callable[[Job], Hashable] = lambda job: job,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Run the trainings that the ledger lacks, this process's share of them. Returns the report with all trainings.
 
     Args:

@@ -11,6 +11,8 @@ RULE = (
     "figure where the floor is a fixed number. All other figures are within, which says little where volumes are few. A figure without "
     "an interval gets no verdict."
 )
+# Names of sets in reports that a page shows in other words.
+SET_NAMES = {"judge": "test", "judge_synthetic": "synthetic of test masks"}
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,14 @@ def not_above(interval: Sequence[float] | None, floor: float) -> bool | None:
 def not_below(interval: Sequence[float] | None, floor: float) -> bool | None:
     """Apply `RULE` to a figure where more is better. Returns None without an interval."""
     return None if interval is None else interval[1] >= floor
+
+
+def count_volumes(volumes: object) -> str:
+    """Format the number of volumes of each set in a report."""
+    if not isinstance(volumes, Mapping):
+        return "" if volumes is None else str(volumes)
+    counts = {name: entry.get("volumes") if isinstance(entry, Mapping) else entry for name, entry in volumes.items()}
+    return ", ".join(f"{count} {SET_NAMES.get(name, name)}" for name, count in counts.items() if count is not None)
 
 
 def overlap(first: Sequence[float], second: Sequence[float]) -> bool:

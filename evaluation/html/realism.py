@@ -28,7 +28,7 @@ def realism_section(report: Mapping[str, Any]) -> Section:
         tables.append(Table("Diversity", _diversity_note(diversity), [_diversity(diversity)]))
     for channel, intensity in report.get("intensity", {}).items():
         rows = [distance_row("histogram, Wasserstein-1", intensity["histogram"])]
-        rows += [distance_row(name, column["wasserstein"]) for name, column in intensity["statistics"].items()]
+        rows += [distance_row(_plain(name), column["wasserstein"]) for name, column in intensity["statistics"].items()]
         note = (
             "Distances between histograms are in units of intensity (black 0, white 1). Distances between statistics are in "
             "standard deviations of real volumes."
@@ -40,7 +40,7 @@ def realism_section(report: Mapping[str, Any]) -> Section:
         tables.append(_spectrum(channel, intensity["spectrum_db"]))
     lead = (
         "Generated volumes are compared with held-out real volumes. As the floor, real training volumes are compared with the same "
-        "held-out volumes. Distances are measured on random subsets, half as large as the smallest set, many times over."
+        "held-out volumes. Each distance is a mean over many random subsets, half as large as the smallest set."
     )
     return Section("Realistic", lead, tables)
 
@@ -49,7 +49,7 @@ def consistency_section(report: Mapping[str, Any]) -> Section:
     """Make the section on adjacent slices from a report of `evaluate.py realism`."""
     tables = []
     for channel, columns in report["consistency"].items():
-        rows = [distance_row(name, column["wasserstein"]) for name, column in columns.items()]
+        rows = [distance_row(_plain(name), column["wasserstein"]) for name, column in columns.items()]
         picture = interval_plot(rows, COLORS, "standard deviations")
         note = "Statistics of adjacent slices: Wasserstein-1 distance from held-out real volumes, in their standard deviations."
         tables.append(Table(f"Adjacent slices: {channel}", note, rows, picture))
@@ -97,7 +97,7 @@ def consistent_claim(report: Mapping[str, Any] | None) -> Claim:
     if report is None or not report.get("consistency"):
         return Claim(title, question, None, "Not measured: run evaluate.py realism.")
     rows = [
-        (column["wasserstein"]["excess"]["mean"], distance_row(f"{name} ({channel})", column["wasserstein"]))
+        (column["wasserstein"]["excess"]["mean"], distance_row(f"{_plain(name)} ({channel})", column["wasserstein"]))
         for channel, columns in report["consistency"].items()
         for name, column in columns.items()
     ]
@@ -105,6 +105,11 @@ def consistent_claim(report: Mapping[str, Any] | None) -> Claim:
     count = sum(bool(row.within) for _, row in rows)
     sentence = f"{count} of {len(rows)} statistics of adjacent slices are within their floors. This is the one farthest beyond."
     return Claim(title, question, worst, sentence)
+
+
+def _plain(name: str) -> str:
+    """The name of a statistic in words."""
+    return name.replace("_", " ")
 
 
 def _diversity(report: Mapping[str, Any]) -> Row:

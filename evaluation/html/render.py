@@ -14,7 +14,7 @@ from files.atomic import write_text
 from files.documents import read_json
 from files.paths import printable
 
-from .model import Page, Section
+from .model import Page, Section, count_volumes
 from .privacy import privacy_section, private_claim
 from .realism import consistency_section, consistent_claim, realism_section, realistic_claim, shapes_section
 from .utility import budgets_section, conditions_section, dice_section, reconstruction_section, useful_claim
@@ -168,14 +168,6 @@ def _sections(name: str, report: Mapping[str, Any], folder: Path) -> list[Sectio
         "command": report.get("command", "unknown"),
         "commit": report.get("commit") or "unknown",
         "date": report.get("date", "unknown"),
-        "volumes": _counts(report.get("volumes")),
+        "volumes": count_volumes(report.get("volumes")),
     }
     return [dataclasses.replace(section, measured_on=measured_on) for section in sections]
-
-
-def _counts(volumes: Any) -> str:
-    """Format the number of volumes of each set."""
-    if not isinstance(volumes, Mapping):
-        return "" if volumes is None else str(volumes)
-    counts = {name: entry.get("volumes") if isinstance(entry, Mapping) else entry for name, entry in volumes.items()}
-    return ", ".join(f"{count} {name}" for name, count in counts.items() if count is not None)

@@ -6,7 +6,7 @@ from typing import Any
 from evaluation.stats.intervals import over_seeds
 from evaluation.studies.few_labels import ANY, BOTH, REAL_LONGER
 
-from .model import Claim, Row, Section, Table, format_interval, not_below, pair
+from .model import Claim, Row, Section, Table, count_volumes, format_interval, not_below, pair
 from .plots import line_plot
 
 ARMS = {
@@ -32,8 +32,11 @@ def dice_section(report: Mapping[str, Any]) -> Section:
         within = None if source == "real" or floor_interval is None else not_below(interval, floor_interval[0])
         title = f"trained on {source}"
         rows.append(Row(title, mean, pair(interval), floor, floor_interval, within, floor_name="trained on real"))
-    volumes = ", ".join(f"{count} {name}" for name, count in report["volumes"].items())
-    tables = [Table("Dice on held-out real volumes", f"Intervals over seeds. Volumes: {volumes}.", rows)]
+    tables = [
+        Table(
+            "Dice on held-out real volumes", f"Intervals over seeds. Volumes: {count_volumes(report['volumes'])}.", rows
+        )
+    ]
     if ratios := [_ratio(name, ratio) for name, ratio in report.get("ratios", {}).items()]:
         tables.append(
             Table("Relative to training on real", "Ratio of Dice, seed by seed; 1 is as good as real.", ratios)

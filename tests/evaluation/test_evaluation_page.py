@@ -197,7 +197,7 @@ def test_dice_of_generated_volumes_is_on_the_page(folder):
         "trained on both",
     ]
     assert page["claims"][2]["row"]["name"] == "Dice, synthetic/real"
-    assert section["measured_on"]["volumes"] == "8 judge, 10 real, 10 synthetic, 20 both"
+    assert section["measured_on"]["volumes"] == "8 test, 10 real, 10 synthetic, 20 both"
 
 
 def test_what_cannot_be_shown_or_set_is_refused(folder, tmp_path):
