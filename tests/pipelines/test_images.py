@@ -274,7 +274,7 @@ def test_a_run_learns_all_channels_from_those_given(folder, tmp_path, monkeypatc
     config = json.loads((tmp_path / "pipeline/unet/config.json").read_text())
     assert config["images"] == {"ct": 3, "pet": 3} and config["in_channels"] == 6
     pipe = MedVolumePipeline.from_pretrained(tmp_path / "pipeline")
-    assert pipe.data["channels"] == ["ct", "pet"]
+    assert pipe.data.channels == ("ct", "pet")
     assert pipe.unet.conv_in.weight.shape[1] == 6 + 2 * (3 + 1)
 
 
