@@ -111,14 +111,14 @@ class ChannelNoise:
         """Raises: ValueError naming the entry unless `value` is as `dataclasses.asdict` writes it."""
         side = 2 * NOISE_RADIUS + 1
         shapes = {"kernel": (side,) * 3, "std": (), "curve": (NOISE_BINS,), "levels": (NOISE_LEVELS,)}
-        entry, arrays = _entries("noise", value, shapes), {}
+        entry, arrays = _entries("residual_noise", value, shapes), {}
         for key, shape in shapes.items():
             try:
                 arrays[key] = np.array(entry[key], dtype=np.float64)
                 fits = arrays[key].shape == shape and bool(np.isfinite(arrays[key]).all())
             except (TypeError, ValueError):  # not numbers, or ragged
                 fits = False
-            _expect(fits, f"noise.{key}", entry[key], f"finite numbers of shape {shape}")
+            _expect(fits, f"residual_noise.{key}", entry[key], f"finite numbers of shape {shape}")
         return cls(**{key: array.tolist() for key, array in arrays.items()})
 
 
@@ -184,7 +184,7 @@ class DataDescription:
             grid_numbers=_names("grid_numbers", data.pop("grid_numbers", [])),
             reading=_reading(data.pop("reading", {})),
             maps=_maps(data.pop("maps"), image_labels) if "maps" in data else None,
-            residual_noise=_noise(data.pop("noise", None), len(channels)),
+            residual_noise=_noise(data.pop("residual_noise", None), len(channels)),
             description=data.pop("description", ""),
         )
         _expect(isinstance(description.description, str), "description", description.description, "text")
@@ -211,7 +211,7 @@ class DataDescription:
         if self.maps is not None:
             stored["maps"] = self.maps.to_json()
         if self.residual_noise is not None:
-            stored["noise"] = [asdict(channel) for channel in self.residual_noise]
+            stored["residual_noise"] = [asdict(channel) for channel in self.residual_noise]
         return stored
 
 
@@ -288,7 +288,9 @@ def _maps(value: Any, image_labels: Mapping[int, str]) -> LabelMapStats:
 def _noise(value: Any, channels: int) -> tuple[ChannelNoise, ...] | None:
     if not value:
         return None
-    _expect(isinstance(value, list | tuple) and len(value) == channels, "noise", value, "one entry per channel")
+    _expect(
+        isinstance(value, list | tuple) and len(value) == channels, "residual_noise", value, "one entry per channel"
+    )
     return tuple(map(ChannelNoise.from_json, value))
 
 
