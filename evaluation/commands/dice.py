@@ -18,7 +18,7 @@ from files.documents import read_object
 
 from .common import describe_study
 from .ledger import Job, Ledger, content_of
-from .trainings import Sources, StepClock, Training, load_sources, run_trainings, training_steps
+from .trainings import Sources, StepClock, Training, load_sources, run_trainings
 
 NAME = "dice"
 Scores = Mapping[str, Sequence[TrainingResult]]  # by training set
@@ -52,16 +52,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         synthetic = sources.synthetic_test if name == REAL else None
         return Training(training_set(sources, name), steps_of(name, options.iterations), synthetic=synthetic)
 
-    report = run_trainings(
-        ledger,
-        jobs,
-        sources,
-        options,
-        device,
-        dtype,
-        prepare=prepare,
-        cost=lambda jobs: training_steps(jobs, options.iterations),
-    )
+    report = run_trainings(ledger, jobs, sources, options, device, dtype, prepare=prepare)
     if PartialState().is_main_process:
         print_summary(report)
     return report

@@ -15,7 +15,6 @@ from .trainings import (
     make_budget_ledger,
     print_budgets,
     run_trainings,
-    training_steps,
 )
 
 NAME = "few_labels"
@@ -44,15 +43,6 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
         train_set = training_set(arm, real, synthetic, labeled, masks=masks, balanced=balanced)
         return Training(train_set, steps_of(arm, options.iterations), drawn_from=len(train_set.images))
 
-    report = run_trainings(
-        ledger,
-        jobs,
-        sources,
-        options,
-        device,
-        dtype,
-        prepare=prepare,
-        cost=lambda jobs: training_steps(jobs, options.iterations),
-    )
+    report = run_trainings(ledger, jobs, sources, options, device, dtype, prepare=prepare)
     print_budgets(report, "ratios")
     return report

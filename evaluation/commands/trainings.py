@@ -103,11 +103,6 @@ def load_sources(options: Namespace, command: str) -> Sources:
     return Sources(**{name: load_pairs(listed, config, shape) for name, listed in pairs.items()})
 
 
-def training_steps(jobs: Sequence[Job], iterations: int) -> int:
-    """Return the steps of all trainings together."""
-    return sum(steps_of(arm, iterations) for arm, _, _ in jobs)
-
-
 def run_trainings(
     ledger: Ledger,
     jobs: Sequence[Job],
@@ -117,16 +112,21 @@ def run_trainings(
     dtype: torch.dtype | None,
     *,
     prepare: Callable[[Job, "StepClock"], Training],
-    cost: Callable[[list[Job]], int],
+    cost: Callable[[list[Job]], int] | None = None,
     together: Callable[[Job], Hashable] = lambda job: job,
 ) -> dict[str, object]:
     """Run the trainings that the ledger lacks, this process's share of them. Returns the report with all trainings.
 
     Args:
         prepare: makes the training of a job. The clock gives progress bars to what it trains itself.
-        cost: training steps of some jobs, with those of `prepare`.
+        cost: training steps of some jobs. Needed if `prepare` trains too.
         together: as in `Ledger.share`.
     """
+
+    def steps(jobs: list[Job]) -> int:
+        return sum(steps_of(arm, options.iterations) for arm, _, _ in jobs)
+
+    cost = cost or steps
     jobs = ledger.share(ledger.missing(jobs), cost, together)
     clock = StepClock(cost(jobs))
     num_labels = len(label_values(options.data))

@@ -134,7 +134,10 @@ def useful_claim(reports: Mapping[str, Mapping[str, Any]]) -> Claim:
     dice = reports.get("dice", {})
     if "synthetic/real" in dice.get("ratios", {}):
         row = _ratio("synthetic/real", dice["ratios"]["synthetic/real"])
-        sentence = "Dice on held-out real volumes after training on generated volumes alone, divided by that after training on real ones."
+        sentence = (
+            "Dice on held-out real volumes after training on generated volumes alone, divided by the Dice after training on real "
+            "volumes."
+        )
         if adherence := dice.get("adherence"):
             gap = adherence["synthetic-real"]
             sentence += (
