@@ -175,7 +175,7 @@ def test_extractors_are_named_once_and_latents_need_a_model(folder, capsys):
     args = ["--alpha", "0.34", "--spaces", "latent", "image", "--pairs", "0", "--flips"]
     report = judge("privacy", folder, "fresh", *args)
     assert report["pictures"] == {}
-    assert list(report["spaces"]) == ["image"] and "no latents to compare" in capsys.readouterr().out
+    assert list(report["spaces"]) == ["image"] and "latents are not compared" in capsys.readouterr().out
 
 
 def test_what_privacy_cannot_tell_is_said_before_the_work(folder, monkeypatch):
