@@ -16,14 +16,13 @@ import torch
 from tiny import mask_image, tiny_data, tiny_pipeline
 
 import generate
-import train_ldm
 from files.atomic import UNFINISHED
 from files.documents import read_json, read_yaml
 from files.paths import printable, refuse_special
 from pipelines import MedVolumePipeline
 from pipelines.inputs.requests import find_masks
 from pipelines.storage.description import check_data
-from training import initialize_from
+from training import TrainLdmConfig, initialize_from, ldm
 from volumes import (
     DataConfig,
     Volume,
@@ -149,10 +148,10 @@ def test_a_description_is_checked_before_the_training_and_not_when_the_pipeline_
     stubs |= {"describe": lambda *_: tiny_data(**window(0, 1e300)), "complete_model": lambda *_: pytest.fail("went on")}
     stubs |= dict.fromkeys(("check_prepared", "check_unseen"), lambda *_: [])
     for stub, function in stubs.items():
-        monkeypatch.setattr(train_ldm, stub, function)
-    config: Any = train_ldm.TrainLdmConfig(vae="vae", model={}, output=str(tmp_path), data=DataConfig(images="*.nii"))
+        monkeypatch.setattr(ldm, stub, function)
+    config: Any = TrainLdmConfig(vae="vae", model={}, output=str(tmp_path), data=DataConfig(images="*.nii"))
     with pytest.raises(ValueError, match="data: intensity"):
-        train_ldm.train_as(config, SimpleNamespace(device="cpu"))  # pyright: ignore[reportArgumentType]
+        ldm.build(config, SimpleNamespace(device="cpu"))  # pyright: ignore[reportArgumentType]
 
 
 @posix
