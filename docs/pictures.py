@@ -86,7 +86,7 @@ def classes(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
     kinds += [("none given", {}, 1.0), ("hyperplasia, guided by 3", {"diagnosis": "hyperplasia"}, 3.0)]
     for name, labels, scale in kinds:
         out = pipe(
-            shape=(64, 64, 64), labels=[labels] * count, generator=seeds(count), guidance_scale=scale, output_type="np"
+            shape=(64, 64, 64), classes=[labels] * count, generator=seeds(count), guidance_scale=scale, output_type="np"
         )
         rows[name.replace(", ", ",\n")] = [volume[0] for volume in out.volumes]
         measured[name] = {"mean volume in ml": float(np.mean([(volume > 0).sum() for volume in out.volumes]) / 1000)}
@@ -112,7 +112,7 @@ def numbers(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
             for generator in seeds(8):
                 volume = pipe(
                     shape=(32, 32, 32),
-                    labels={"class": kind},
+                    classes={"class": kind},
                     numbers={"lesion_volume": asked},
                     generator=generator,
                     output_type="np",
@@ -160,7 +160,7 @@ def images(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
         given, alone = (
             pipe(
                 mask=case.mask,
-                labels=labels,
+                classes=labels,
                 image=image,
                 generator=torch.Generator().manual_seed(SEED + number),
                 output_type="np",

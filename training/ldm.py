@@ -62,7 +62,7 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     check_data(data)  # now, and not when the pipeline is saved
     images = image_latents(config, vae)
     config.model = complete_model(config.model, vae, data, images)  # the run's config.yaml has all of it
-    check_noise(config, train)
+    check_residual_noise(config, train)
     set_seed(config.loop.seed)
     unet = build_unet(config)
     if config.init_from:
@@ -84,8 +84,8 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
             trained_on = {"data": train.preprocessing, "subjects": records}
             logger.info("saved %s", save_lora(average, output / "lora", base, trained_on=trained_on))
             return
-        if config.noise:
-            data["noise"] = measure_noise(train, vae)
+        if config.residual_noise:
+            data["residual_noise"] = measure_noise(train, vae)
         average.register_to_config(subjects=records)
         save_model(MedVolumePipeline(vae, average, step.make_scheduler(), data=data), output / "pipeline")
         logger.info("saved %s", output / "pipeline")
@@ -103,7 +103,7 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
 def image_latents(config: TrainLdmConfig, vae: VolumeAutoencoder) -> dict[str, slice]:
     """Return the latent channels of each condition channel, by its name."""
     channels = config.data.channels
-    return {name: vae.latents_of(channels.index(name)) for name in config.data.given}
+    return {name: vae.latents_of(channels.index(name)) for name in config.data.condition_channels}
 
 
 def build_unet(config: TrainLdmConfig) -> LatentUNet3D:
@@ -159,14 +159,14 @@ def check_unseen(
     return join_records(records)
 
 
-def check_noise(config: TrainLdmConfig, train: VolumeDataset) -> None:
+def check_residual_noise(config: TrainLdmConfig, train: VolumeDataset) -> None:
     """Raises: ValueError if the config asks for residual noise that cannot be measured."""
-    if not config.noise:
+    if not config.residual_noise:
         return
     if config.data.image_labels:
-        raise ValueError("noise: label maps have no noise; remove it from the config")
+        raise ValueError("residual_noise: label maps have none; remove it from the config")
     if config.lora:
-        raise ValueError("noise: a LoRA uses the noise of its pipeline; remove it from the config")
+        raise ValueError("residual_noise: a LoRA uses that of its pipeline; remove it from the config")
     check_noise_shape([min(sides) for sides in zip(*train.shapes, strict=True)])
 
 

@@ -75,7 +75,7 @@ class TrainLdmConfig:
         loss: mse, the mean squared error of the prediction, or l1, its mean absolute error.
         scheduler: class of a diffusers scheduler for previews and for the pipeline, such as DDPMScheduler; default: Euler for
             rectified flow, DDIM for the other objectives (`diffusion.make_scheduler`).
-        noise: measure the texture that the autoencoder removes from the training volumes, so that the pipeline can add it.
+        residual_noise: measure the texture that the autoencoder removes from the training volumes, so that the pipeline can add it.
         gradient_checkpointing: recompute the U-Net's activations in the backward pass instead of keeping them.
         inference_steps: denoising steps of the previews.
         optimizer: optimizer and learning rate.
@@ -96,7 +96,7 @@ class TrainLdmConfig:
     cache: LatentCacheConfig = field(default_factory=LatentCacheConfig)
     loss: Literal["mse", "l1"] = "mse"
     scheduler: str | None = None
-    noise: bool = False
+    residual_noise: bool = False
     gradient_checkpointing: bool = False
     inference_steps: PositiveInt = 20
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -645,8 +645,8 @@ def test_what_a_lora_cannot_start_from(tmp_path, base):
         train(tmp_path / "b", base, "--model.objective=v_prediction")
     with pytest.raises(ValueError, match="target_modules"):
         train(tmp_path / "c", base, "--lora.target_modules=[query]")
-    with pytest.raises(ValueError, match="noise: a LoRA uses the noise"):
-        train(tmp_path / "d", base, "--noise=true")
+    with pytest.raises(ValueError, match="residual_noise: a LoRA uses that"):
+        train(tmp_path / "d", base, "--residual_noise=true")
 
 
 def test_the_recipe_fits_the_weights_that_ship():
