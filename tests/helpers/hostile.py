@@ -323,7 +323,7 @@ def report_target() -> Target:
     variants += [{"privacy.json": json.dumps(privacy).encode(), "a.png": b"\x89PNG\r\n\x1a\n" + bytes(20)}]
 
     def read(home: Path) -> None:
-        for section in build_page(sorted(home.glob("*.json")))["sections"]:
+        for section in build_page(sorted(home.glob("*.json"))).sections:
             assert "\x1b" not in repr(section) and section.title
 
     return Target("report", variants, read, mutable=lambda name: name.endswith(".json"))
