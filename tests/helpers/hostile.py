@@ -231,13 +231,13 @@ def checkpoint_target(folder: Path) -> Target:
     import torch
     from accelerate import Accelerator
 
-    from training.config import OptimizerConfig
     from training.engine.checkpoints import (
         DIGESTS,
         Checkpointer,
         TrainState,
         digest_files,
     )
+    from training.engine.config import OptimizerConfig
     from training.engine.learner import Learner
 
     accelerator = Accelerator(cpu=True)
