@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -84,7 +84,7 @@ def git_commit() -> str | None:
     return commit.stdout.strip() or None if commit.returncode == 0 else None
 
 
-def write_report(path: str | Path, report: dict[str, Any]) -> Path:
+def write_report(path: str | Path, report: Mapping[str, object]) -> Path:
     """Write `report` as JSON, whole or not at all.
 
     Raises: OSError naming the file, such as on a full disk: an older report is left as it was.

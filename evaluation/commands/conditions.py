@@ -8,11 +8,11 @@ import torch
 from jsonargparse import Namespace
 
 from evaluation import provenance, write_report
+from evaluation.data.volume_sets import generated_cases, load_classes
 from evaluation.networks.classifier import BATCH_SIZE, LEARNING_RATE
 from evaluation.studies.class_adherence import (
+    SeedRates,
     describe_sizes,
-    generated_cases,
-    load_classes,
     measure_class_adherence,
 )
 from evaluation.studies.limits import check_command
@@ -35,7 +35,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     loaded = {source: load_classes(of_source, config, column, shape) for source, of_source in chosen.items()}
     names = config.classes[column]
 
-    def tell(row: dict[str, Any]) -> None:
+    def tell(row: SeedRates) -> None:
         print(f"seed {row['seed']}: right on real {row['real']:.4f}, on generated {row['generated']:.4f}", flush=True)
 
     result = measure_class_adherence(

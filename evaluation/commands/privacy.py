@@ -66,7 +66,9 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     for name, space in spaces.items() if options.pairs else ():
         path = output.with_name(f"{output.stem}_{name.replace(' ', '_')}.png")
         with atomic_file(path) as unfinished:
-            pairs_figure(found["spaces"][name]["closest"], generated, training, space).savefig(unfinished, dpi=110)
+            pairs_figure(found["spaces"][name].get("closest", []), generated, training, space).savefig(
+                unfinished, dpi=110
+            )
         pictures[name] = path.name
     report = {
         "evaluation": NAME,

@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 
 from cli.live_bar import LiveBar
 from evaluation.report import provenance, write_report
-from evaluation.studies.realism import judge_realism, steps_of
+from evaluation.studies.realism import measure_realism, steps_of
 
 from .sets import describe_sets, load_extractors, load_sets
 
@@ -33,7 +33,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = judge_realism(
+            found = measure_realism(
                 sets,
                 extractors,  # pyright: ignore[reportArgumentType]
                 channels=channels,

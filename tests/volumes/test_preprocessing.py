@@ -212,8 +212,8 @@ def test_an_older_autoencoder_has_a_warning(data, vae, tmp_path, caplog):
     )
     with caplog.at_level(logging.WARNING):
         train(train_ldm, data, tmp_path / "p", f"--vae={tmp_path / 'older'}")
-    assert "older: does not say how its volumes were prepared" in caplog.text
-    assert "older: has no whole record of its training subjects" in caplog.text
+    assert "older: has no record of how its volumes were prepared" in caplog.text
+    assert "older: has no complete record of its training subjects" in caplog.text
 
 
 # Elsewhere
@@ -236,7 +236,7 @@ def test_evaluation_and_doctor_refuse_another_window(data, vae, tmp_path, capsys
     assert doctor.main(["--config", str(tmp_path / "ldm.yaml"), *other]) == 1
     assert "window 0 to 1100, the data has window 0 to 500" in capsys.readouterr().out
     doctor.main(["--config", str(tmp_path / "ldm.yaml")])
-    assert "learned from volumes prepared as these are" in capsys.readouterr().out
+    assert "was trained on volumes prepared like these" in capsys.readouterr().out
 
 
 def learned(vae: VolumeAutoencoder, **changes) -> VolumeAutoencoder:
