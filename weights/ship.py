@@ -4,7 +4,7 @@ python weights/ship.py output/hippocampus/ldm/pipeline weights/hippocampus --vae
     --examples configs/hippocampus/examples.csv --results out/results --card configs/hippocampus/card.md
 
 `--examples` is a table as generate.py reads it, of what demo.py is to draw; masks that it names are copied to masks/. `--vae`
-takes the place of the pipeline's autoencoder: one with the same encoder, whose decoder was trained on; `--noise CONFIG` measures
+takes the place of the pipeline's autoencoder: one with the same encoder, whose decoder was trained on; `--residual_noise CONFIG` measures
 its noise on the training volumes of a config.
 Every `{name}` in the card is filled from the results: `{reconstruction.psnr_db.mean:.2f}` is results/reconstruction.json
 ["psnr_db"]["mean"]; `{megabytes}`, `{bands}` and `{scores.SOURCE}` are made here. A figure that no result file holds is an
@@ -16,6 +16,7 @@ import csv
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("target", type=Path, help="folder to write")
     parser.add_argument("--vae", help="autoencoder in place of the pipeline's, of the same encoder")
     parser.add_argument(
-        "--noise",
+        "--residual_noise",
         type=Path,
         help="config of train_ldm.py; measure on its training volumes what the autoencoder leaves out",
     )
@@ -84,14 +85,15 @@ def main(args: list[str] | None = None) -> None:
     pipe = MedVolumePipeline.from_pretrained(options.pipeline)
     if options.vae:
         pipe = with_decoder(pipe, load_autoencoder(options.vae))
-    if options.noise:
-        train = load_split(parse_config(TrainLdmConfig, ["--config", str(options.noise)]).data)[0]
+    if options.residual_noise:
+        train = load_split(parse_config(TrainLdmConfig, ["--config", str(options.residual_noise)]).data)[0]
         found = describe(train)
-        if other := [key for key in MEASURED_ON if pipe.data.get(key, found[key]) != found[key]]:
-            raise ValueError(f"--noise {options.noise}: its volumes have other {', '.join(other)} than the pipeline's")
-        pipe = MedVolumePipeline(
-            pipe.vae, pipe.unet, pipe.scheduler, data={**pipe.data, "noise": measure_noise(train, pipe.vae)}
-        )
+        if other := [name for name in MEASURED_ON if getattr(pipe.data, name) != getattr(found, name)]:
+            raise ValueError(
+                f"--residual_noise {options.residual_noise}: its volumes have other {', '.join(other)} than the pipeline's"
+            )
+        noisy = replace(pipe.data, residual_noise=tuple(measure_noise(train, pipe.vae)))
+        pipe = MedVolumePipeline(pipe.vae, pipe.unet, pipe.scheduler, data=noisy)
     pipe.to(torch.float16)
     remove_leftovers(target)
     pipe.save_pretrained(target)
@@ -129,7 +131,7 @@ def with_decoder(pipe: MedVolumePipeline, vae: VolumeAutoencoder) -> MedVolumePi
         raise ValueError(
             "--vae has another encoder, or other latent statistics, than the pipeline's U-Net was trained on"
         )
-    return MedVolumePipeline(vae, pipe.unet, pipe.scheduler, data={k: v for k, v in pipe.data.items() if k != "noise"})
+    return MedVolumePipeline(vae, pipe.unet, pipe.scheduler, data=replace(pipe.data, residual_noise=None))
 
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def sample(
             start_time = time.perf_counter()
             output: Any = pipe(
                 mask=list(inputs.masks[batch]),
-                labels=list(inputs.classes[batch]),
+                classes=list(inputs.classes[batch]),
                 numbers=list(inputs.numbers[batch]),
                 num_inference_steps=combination.steps,
                 guidance_scale=combination.guidance,

@@ -74,8 +74,8 @@ def test_a_segmenters_shape_is_checked_before_anything_is_generated(folder):
 
 def test_sizes_are_checked_where_they_are_known():
     some = cases(10, 4)
-    assert any("7 a side" in one for one in problems("realism", Data(some, CONFIG, [(16, 6, 16), (16, 16, 6)])))
-    assert any("shift 2 of (4, 16, 16)" in one for one in problems("privacy", Data(some, CONFIG, [(4, 16, 16)])))
+    assert any("give 7 or more per side" in one for one in problems("realism", Data(some, CONFIG, [(16, 6, 16), (16, 16, 6)])))
+    assert any("shift 2 for sides (4, 16, 16)" in one for one in problems("privacy", Data(some, CONFIG, [(4, 16, 16)])))
     assert not problems("realism", Data(some, CONFIG, [(7, 7, 7)]))
 
 
@@ -127,10 +127,12 @@ def test_all_writes_the_page_with_what_succeeded_and_names_the_rest(folder, tmp_
 
     monkeypatch.setattr("evaluation.commands.dice.score_training", broken)
     parts = ["--parts", "privacy", "dice", "realism", "--set", "realism.parts=consistency"]
-    with pytest.raises(ValueError, match=r"(?s)report.html lacks .*privacy: each of 4 unseen .*dice: RuntimeError: out of"):
+    with pytest.raises(
+        ValueError, match=r"(?s)report.html lacks .*privacy: each of 4 unseen .*dice: RuntimeError: out of"
+    ):
         everything(folder, tmp_path, *parts)
     said = capsys.readouterr()
-    assert said.out.index("privacy: cannot be measured: of 4") < said.out.index("dice: was not measured")
+    assert said.out.index("privacy: cannot be measured: each of 4") < said.out.index("dice: was not measured")
     page = json.loads((tmp_path / "report.json").read_text())
     assert list(page["reports"]) == ["realism"] and list(page["missing"]) == ["privacy", "dice"]
     for name in ("report.html", "report.md"):

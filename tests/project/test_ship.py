@@ -54,7 +54,7 @@ def test_noise_is_measured_on_the_pipelines_own_data(tmp_path):
     with pytest.raises(
         ValueError, match="other.yaml: its volumes have other channels, shape_range than the pipeline's"
     ):
-        main([*command, f"--examples={tmp_path / 'examples.csv'}", f"--noise={config}"])
+        main([*command, f"--examples={tmp_path / 'examples.csv'}", f"--residual_noise={config}"])
     assert not (tmp_path / "out").exists()
 
 

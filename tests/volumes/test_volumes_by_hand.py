@@ -7,7 +7,7 @@ import pytest
 from volumes import Case, DataConfig, IntensityScaling, VolumeDataset, load_cases, read_volume
 from volumes.data.patterns import is_wanted
 from volumes.data.subjects import find_overlap, marks_of, record_subjects
-from volumes.map_checks import count_at_edge, count_pieces, label_map_fault
+from volumes.map_checks import LabelMapStats, LabelStats, count_at_edge, count_pieces, label_map_fault
 from volumes.plausible import obliqueness, resampling_oddities
 
 
@@ -107,7 +107,7 @@ def test_a_subject_in_two_splits_is_refused_before_validation_is_drawn(seed, tmp
 
 
 def test_a_label_may_have_half_the_least_volume_and_twice_the_most():
-    known = {"labels": {"a": {"mm3": [16, 32], "pieces": 1, "edge": 0, "always": True}}, "pieces": 1, "shapes": "9x9x9"}
+    known = LabelMapStats({"a": LabelStats((16, 32), pieces=1, edge=0, always=True)}, 1, ((9, 9, 9),))
     for voxels, right in ((3, False), (4, True), (32, True), (33, False)):
         array = np.zeros((9, 36, 9), np.uint8)
         array[4, 1 : 1 + voxels, 4] = 1
@@ -118,6 +118,15 @@ def test_voxels_count_at_both_edges_and_touch_at_corners():
     mask = np.zeros((4, 4, 4), bool)
     mask[0, 1, 1] = mask[1, 2, 2] = mask[2, 3, 3] = True
     assert count_at_edge(mask) == 2 and count_pieces(mask) == 1
+
+
+@pytest.mark.parametrize("second", [(1, 0, 0), (1, 1, 0), (1, 1, 1)])
+def test_voxels_sharing_face_edge_or_corner_are_one_piece(second):
+    mask = np.zeros((4, 4, 4), bool)
+    mask[1, 1, 1] = True
+    mask[tuple(1 + np.array(second))] = True
+    assert count_pieces(mask) == 1
+    assert count_pieces(np.pad(mask, ((0, 0), (0, 0), (0, 4))) | np.pad(mask, ((0, 0), (0, 0), (4, 0)))) == 2
 
 
 def test_ten_degrees_about_one_axis_are_ten_whatever_the_spacing():

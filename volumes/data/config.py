@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cli.settings import (
     NonNegativeInt,
@@ -17,6 +17,7 @@ from cli.settings import (
 )
 from files.names import nfc
 from files.paths import check_name
+from volumes.formats.raw import Reading
 from volumes.intensity import IntensityScaling
 
 Label = Annotated[int, Range(-(2**15), 2**15 - 1)]  # masks are int16
@@ -77,7 +78,7 @@ class DataConfig:
             A class that a mirrored volume would belie, such as the body's side, forbids flip_axes.
         numbers: columns of numbers that condition a model, e.g. [age, weight]. Cells may be empty. spacing_x, spacing_y,
             spacing_z, size_x, size_y and size_z need no column: mm between voxels, and from end to end, of the volume.
-        given: image channels that a model may be given, to generate the others from them, e.g. [ct, pet].
+        condition_channels: image channels that a model may be given, to generate the others from them, e.g. [ct, pet].
         on_error: "raise" stops at the first file that is refused; "skip" goes on without it and lists it.
         phantom: draw volumes instead of reading files.
     """
@@ -102,7 +103,7 @@ class DataConfig:
     intensity: IntensityScaling | dict[str, IntensityScaling] = field(default_factory=IntensityScaling)
     classes: dict[str, list[str]] = field(default_factory=dict)
     numbers: list[str] = field(default_factory=list)
-    given: list[str] = field(default_factory=list)
+    condition_channels: list[str] = field(default_factory=list)
     on_error: Literal["raise", "skip"] = "raise"
     phantom: PhantomConfig | None = None
 
@@ -164,7 +165,7 @@ class DataConfig:
         for name in ("images", "intensity", "time_point"):
             if isinstance(found := getattr(self, name), dict):
                 setattr(self, name, {nfc(channel): value for channel, value in found.items()})
-        self.given = [nfc(name) for name in self.given]
+        self.condition_channels = [nfc(name) for name in self.condition_channels]
         self.subject, self.split = (name and nfc(name) for name in (self.subject, self.split))
         self.numbers = [nfc(name) for name in self.numbers]
         self.classes = {nfc(name): [nfc(value) for value in values] for name, values in self.classes.items()}
@@ -183,13 +184,13 @@ class DataConfig:
             raise ValueError(f"data: time_point {self.time_point} is of 4-D images, label maps are 3-D; remove it")
 
     def _check_given(self) -> None:
-        if unknown := sorted(set(self.given) - set(self.channels)):
-            raise ValueError(f"data: given names {unknown}, the image channels are {self.channels}")
-        if len(set(self.given)) < len(self.given):
-            raise ValueError(f"data: given names a channel twice: {self.given}")
-        if self.given and (len(self.channels) < 2 or self.image_labels):
+        if unknown := sorted(set(self.condition_channels) - set(self.channels)):
+            raise ValueError(f"data: condition_channels names {unknown}, the image channels are {self.channels}")
+        if len(set(self.condition_channels)) < len(self.condition_channels):
+            raise ValueError(f"data: condition_channels names a channel twice: {self.condition_channels}")
+        if self.condition_channels and (len(self.channels) < 2 or self.image_labels):
             raise ValueError(
-                "data: given needs images of several channels, {channel: pattern}, of which some are generated"
+                "data: condition_channels needs images of several channels, {channel: pattern}, of which some are generated"
             )
 
     @property
@@ -207,9 +208,14 @@ class DataConfig:
         return {"image": [self.images] if isinstance(self.images, str) else list(self.images)}
 
     @property
-    def reading(self) -> dict[str, Any]:
-        """How the headers of all files are read, as keywords of `read_volume` and `read_mask`; nothing where they are right."""
-        return {name: value for name, value in (("units", self.units), ("axes", self.axes)) if value is not None}
+    def reading(self) -> Reading:
+        """How the headers of all files are read, as keywords of `read_volume` and `read_mask`; empty if they are right."""
+        reading: Reading = {}
+        if self.units is not None:
+            reading["units"] = self.units
+        if self.axes is not None:
+            reading["axes"] = self.axes
+        return reading
 
     def volume_number(self, channel: str) -> int | None:
         """Which volume of this channel's 4-D files is taken; None where they are 3-D."""
