@@ -48,8 +48,7 @@ ROOMS = (
     "training",
     "evaluation",
     "benchmarks",
-    "docs",
-    "weights",
+    "tools",
 )
 # What stops a command though no argument is wrong: the file system's errors that come without a remedy of ours.
 REMEDIES = {

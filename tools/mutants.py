@@ -5,8 +5,8 @@ instead, and the tests that should fail. Each is tried in a copy of the working 
 lines, one per fault, keyed by the fault, the code and its tests, so that an interrupted run resumes and an unchanged
 fault is not tried twice.
 
-    python tools/mutants.py --output out/mutants.jsonl --workers 2
-    python tools/mutants.py --rooms volumes diffusion
+    python -m tools.mutants --output out/mutants.jsonl --workers 2
+    python -m tools.mutants --rooms volumes diffusion
 
 A fault is caught when a test that passes without it fails with it. One that no test can notice, since nothing that
 anybody could see depends on it, is left in the table with its reason as `equivalent`.
@@ -30,6 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+from cli.command import ArgumentParser, run_command
+from cli.settings import Number, PositiveInt
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tests" / "mutants"
@@ -226,13 +229,19 @@ def score(mutants: Sequence[Mutant], outcomes: dict[Mutant, str]) -> bool:
     return enough
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Plant the faults of tests/mutants and see whether the tests notice.")
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "mutants.jsonl", help="results; resumed if there")
     parser.add_argument("--rooms", nargs="*", help="tables to run; all by default")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=Number(PositiveInt), default=2, help="copies tested at a time (2)")
     parser.add_argument("--no-baseline", action="store_true", help="trust that the tests pass without any fault")
-    options = parser.parse_args()
+    return parser.parse_args(args)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Try the faults that have no result yet. Returns 0 if every room reaches `REQUIRED`, else 1."""
+    options = parse(args)
     mutants = [one for one in load_mutants(TABLE) if not options.rooms or one.room in options.rooms]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.touch()
@@ -257,8 +266,8 @@ def main() -> None:
                 results.write(json.dumps(row) + "\n")
                 results.flush()
                 print(f"{outcome:8} {run.mutant.file}: {run.mutant.code.strip()[:60]!r}: {line}", flush=True)
-    sys.exit(0 if score(mutants, outcomes) else 1)
+    return 0 if score(mutants, outcomes) else 1
 
 
 if __name__ == "__main__":
-    main()
+    run_command(lambda: parse(None))

@@ -39,16 +39,13 @@ MODULES += [
         "survival",
     )
 ]
-MODULES += ["docs.evidence"]
+MODULES += [f"tools.{name}" for name in ("evidence", "mutants", "pictures", "record", "ship")]
 SCRIPTS = [
     "train_vae.py",
     "train_ldm.py",
     "generate.py",
     "evaluate.py",
     "demo.py",
-    "docs/pictures.py",
-    "weights/record.py",
-    "weights/ship.py",
 ]
 SCRIPTS += [
     "tests/helpers/fuzz.py",

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import mask_image, tiny_pipeline
 
-from weights.ship import fill, main, summaries, with_decoder
+from tools.ship import fill, main, summaries, with_decoder
 
 
 def test_figures_are_taken_from_the_results_and_formatted():

@@ -1,6 +1,6 @@
 """Write into a pipeline's folder on whose volumes it was trained, and how they were prepared: for weights from before training did so.
 
-python weights/record.py weights/hippocampus --config configs/hippocampus/ldm.yaml --vae_config configs/hippocampus/vae.yaml
+python -m tools.record weights/hippocampus --config configs/hippocampus/ldm.yaml --vae_config configs/hippocampus/vae.yaml
 
 The configs are those of the trainings, and their data must be at hand, as they were then: the volumes are read for digests of their voxels.
 Only vae/config.json and unet/config.json are written, in the form that diffusers gives them; no tensor, and nothing that the model's hash

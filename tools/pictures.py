@@ -1,4 +1,4 @@
-"""The pictures of docs/conditions, from trained pipelines:  python docs/pictures.py mask|classes|numbers|images|edits [--pipeline DIR]
+"""The pictures of docs/conditions, from trained pipelines:  python -m tools.pictures mask|classes|numbers|images|edits [--pipeline DIR]
 
 Each prints what it measured on the volumes that it drew, and writes it beside the picture as JSON.
 """

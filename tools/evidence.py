@@ -1,4 +1,4 @@
-"""docs/evidence.md from the reports of evaluate.py and evaluation.studies.samplers:  python -m docs.evidence [--reports DIR]
+"""docs/evidence.md from the reports of evaluate.py and evaluation.studies.samplers:  python -m tools.evidence [--reports DIR]
 
 What people wrote is in evidence.in.md; `{report.a.b:.3f}` there is reports/report.json ["a"]["b"], `{tables}` are the tables of
 `evaluate.py report`, and `{samplers}` is the table of `evaluation.studies.samplers`. A figure that no report holds is an error.
@@ -32,7 +32,7 @@ from evaluation.html import write_page
 from evaluation.html.render import ORDER
 from evaluation.studies.samplers import markdown
 from files.documents import read_object
-from weights.ship import fill, summaries
+from tools.ship import fill, summaries
 
 
 def main(args: Sequence[str] | None = None) -> None:

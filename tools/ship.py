@@ -1,6 +1,6 @@
 """Make a shippable pipeline folder out of a trained one: half-precision weights, example masks, results, model card.
 
-python weights/ship.py output/hippocampus/ldm/pipeline weights/hippocampus --vae output/hippocampus/sharpen/vae \
+python -m tools.ship output/hippocampus/ldm/pipeline weights/hippocampus --vae output/hippocampus/sharpen/vae \
     --examples configs/hippocampus/examples.csv --results out/results --card configs/hippocampus/card.md
 
 `--examples` is a table as generate.py reads it, of what demo.py is to draw; masks that it names are copied to masks/. `--vae`
