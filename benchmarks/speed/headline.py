@@ -1,21 +1,22 @@
-"""The few rows of bench.json that README shows, written between two comments of it:
+"""Write the main rows of bench.json into README.md, between two comments.
 
 python -m benchmarks.speed.headline docs/performance.json --readme README.md
 """
 
+# pyright: reportTypedDictNotRequiredAccess=false
+
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from cli.command import ArgumentParser, run_command
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("bench", type=Path, help="bench.json")
-    parser.add_argument("--readme", type=Path, required=True)
+    parser.add_argument("--readme", type=Path, required=True, help="Markdown file with the two comments")
     return parser.parse_args(args)
 
 
@@ -25,8 +26,9 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 from .records import Record, find, short, whole_sample
 from .report import read_bench, table
 
-BEGIN, END = "<!-- performance: written by benchmarks.speed.headline -->", "<!-- end of performance -->"
-FLOAT32: dict[str, Any] = {"precision": "float32"}
+BEGIN = "<!-- performance: written by benchmarks.speed.headline -->"
+END = "<!-- end of performance -->"
+FLOAT32: dict[str, object] = {"precision": "float32"}
 
 
 def rows(records: list[Record]) -> Iterator[tuple[str, str, str, str]]:
@@ -76,7 +78,7 @@ def _pair(what: str, ours: Record, peer: Record) -> tuple[str, str, str, str]:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Rewrite README's table. Raises: ValueError if README has no place for it."""
+    """Rewrite README's table. Raises: ValueError if README does not have the two comments."""
     options = parse(args)
     text = options.readme.read_text()
     if BEGIN not in text or END not in text:

@@ -329,7 +329,7 @@ def test_config_files_that_cannot_be_are_refused_by_name(tmp_path):
         (tmp_path, "is no file; give a YAML file"),
         (empty, "is empty; give a config"),
         (text, "holds str, not settings by name"),
-        (syntax, "is no YAML that can be read"),
+        (syntax, "is not readable YAML"),
     ):
         with pytest.raises(ValueError, match=said) as refused:
             config_files(["--config", str(path)])

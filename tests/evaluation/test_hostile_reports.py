@@ -318,8 +318,8 @@ def test_two_evaluations_do_not_write_one_report(tmp_path):
         ('{"a": 1, "a": 2}', "two values called 'a'"),
         ("[" * 100_000, "nested too deeply"),
         ('{"a":' * 100_000, "nested too deeply"),
-        ("9" * 10_000, "no JSON"),
-        ("\x1b[2J", "no JSON"),
+        ("9" * 10_000, "not JSON"),
+        ("\x1b[2J", "not JSON"),
     ],
 )
 def test_json_that_is_not_read(tmp_path, text, reason):
@@ -380,7 +380,7 @@ def test_a_large_table_is_read(tmp_path):
         (lambda: "".join(" " * n + "a:\n" for n in range(1000)), "more than 100 deep"),
         (lambda: "".join(f"k{n}: &a{n} [1, 2]\n" for n in range(20_000)), "more than 20000 values"),
         (lambda: "x" * (1 << 24) + "y", "larger than 16 MiB"),
-        (lambda: "a: &a [*a]", "holds itself"),
+        (lambda: "a: &a [*a]", "contains itself"),
         (
             lambda: "a0: &a0 {x: 1}\n" + "".join(f"a{n + 1}: &a{n + 1} {{<<: [*a{n}, *a{n}]}}\n" for n in range(40)),
             "aliases repeat",
