@@ -148,7 +148,7 @@ def preview(folder: Path, masks: Path, data: dict[str, Any]) -> Figure:
     columns: dict[str, dict[str, Any]] = {}  # by sidecar: one a volume, whatever the number of its files
     for volume, record in finished_volumes(folder):
         files, stem = volume_files(volume, record), sidecar_path(volume).stem
-        title = ", ".join(str(value) for value in {**(record["labels"] or {}), **(record["numbers"] or {})}.values())
+        title = ", ".join(str(value) for value in {**(record["classes"] or {}), **(record["numbers"] or {})}.values())
         if data.get("image_labels"):
             shapes.setdefault(title, []).append(read_volume(files[0]).array[0])
             continue

@@ -335,7 +335,7 @@ def run(pipe: MedVolumePipeline, batch: Sequence[Task], options: argparse.Namesp
     return pipe(
         mask=[task.request.mask for task in batch if task.request.mask] or None,
         shape=batch[0].size,
-        labels=[task.request.labels for task in batch],
+        classes=[task.request.classes for task in batch],
         numbers=[task.request.numbers for task in batch],
         image=[task.request.images for task in batch],
         num_inference_steps=options.steps,
@@ -456,7 +456,7 @@ def planned(
     """The padded grid of a request's volumes, and the sidecar that they share, but for the seed. Raises: ValueError for files,
     classes and numbers that cannot be used."""
     prepared = pipe.prepared(request.mask, size, options.label_map, request.images)
-    labels, numbers = check_conditions(pipe.unet, pipe.data, request.labels, request.numbers, prepared.grid)
+    classes, numbers = check_conditions(pipe.unet, pipe.data, request.classes, request.numbers, prepared.grid)
     record = pipe.provenance(
         describe_mask(request.mask) if request.mask else None,
         shape=size,
@@ -464,7 +464,7 @@ def planned(
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
         label_map=options.label_map,
-        labels=labels,
+        classes=classes,
         numbers=numbers,
         images=describe_images(request.images),
     )

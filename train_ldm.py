@@ -263,13 +263,13 @@ def train_as(config: TrainLdmConfig, accelerator: Accelerator) -> dict[str, floa
     data = describe(train)
     check_data(data)  # now, and not when the pipeline is saved
     channels = config.data.channels
-    images = {name: vae.latents_of(channels.index(name)) for name in config.data.given}
+    images = {name: vae.latents_of(channels.index(name)) for name in config.data.condition_channels}
     config.model = complete_model(config.model, vae, data, images)
-    if config.noise and config.data.image_labels:
-        raise ValueError("noise: label maps have none; leave it out of the config")
-    if config.noise and config.lora:
-        raise ValueError("noise: a LoRA has that of its pipeline; leave it out of the config")
-    if config.noise:
+    if config.residual_noise and config.data.image_labels:
+        raise ValueError("residual_noise: label maps have none; leave it out of the config")
+    if config.residual_noise and config.lora:
+        raise ValueError("residual_noise: a LoRA has that of its pipeline; leave it out of the config")
+    if config.residual_noise:
         check_noise_shape([min(sides) for sides in zip(*train.shapes, strict=True)])
     set_seed(config.loop.seed)
     unet: LatentUNet3D = build_model(config.model)
@@ -300,8 +300,8 @@ def train_as(config: TrainLdmConfig, accelerator: Accelerator) -> dict[str, floa
         trained_on = {"data": train.preprocessing, "subjects": records}
         logger.info("saved %s", save_lora(learner.average, output / "lora", base, trained_on=trained_on))
     elif accelerator.is_main_process:
-        if config.noise:
-            data["noise"] = measure_noise(train, vae)
+        if config.residual_noise:
+            data["residual_noise"] = measure_noise(train, vae)
         learner.average.register_to_config(subjects=records)
         pipeline = MedVolumePipeline(vae, learner.average, sampler(), data=data)
         save_model(pipeline, output / "pipeline")

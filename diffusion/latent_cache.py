@@ -48,7 +48,7 @@ from .latent_entry import DamagedEntry, EntryReader, check_latents, write_entry
 from .latent_store import LatentStore
 
 logger = logging.getLogger(__name__)
-NOT_CACHED = ("classes", "numbers", "given")  # entries of the data section that latents do not depend on
+NOT_CACHED = ("classes", "numbers", "condition_channels")  # entries of the data section that latents do not depend on
 LATER = ("units", "axes")  # settings that came after caches were made: a cache without them keeps its key
 SMOOTHNESS = 6.0  # voxels: standard deviation of the Gaussian that smooths random displacements
 FORMAT = 2  # part of the key: raise it when entries are made differently

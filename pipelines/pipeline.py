@@ -28,7 +28,7 @@ from pipelines.inputs.arguments import (
     whole_number,
 )
 from pipelines.inputs.conditions import (
-    Labels,
+    Classes,
     Numbers,
     check_conditions,
     condition_tensors,
@@ -124,7 +124,7 @@ class MedVolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
         self.register_to_config(data=json.loads(json.dumps(data)))
         self.volume_processor = VolumeProcessor(data, vae.stride)
-        self.noise_model = ResidualNoiseModel(data["noise"]) if data.get("noise") else None
+        self.noise_model = ResidualNoiseModel(data["residual_noise"]) if data.get("residual_noise") else None
         self._running, self._last = [], CallState()
 
     def provenance(
@@ -137,19 +137,19 @@ class MedVolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         sigmas: Sequence[float] | None = None,
         guidance_scale: Guidance = 1.0,
         label_map: LabelMap | None = None,
-        labels: Mapping[str, str] | None = None,
+        classes: Mapping[str, str] | None = None,
         numbers: Mapping[str, float] | None = None,
         images: Mapping[str, Mapping[str, Any]] | None = None,
-        noise: bool = True,
+        residual_noise: bool = True,
         edit: EditRequest | None = None,
     ) -> dict[str, Any]:
         """The record of one volume, ready for JSON; everything but `software` decides the voxels.
 
         Args:
             mask: what `describe_mask` says of it; None without a mask, where `shape` takes its place.
-            labels, numbers: as `pipelines.check_conditions` gives them back.
+            classes, numbers: as `pipelines.check_conditions` gives them back.
             images: what `pipelines.describe_images` says of those that are given.
-            noise: whether the model's noise is added; recorded if the model has any.
+            residual_noise: whether the model's noise is added; recorded if the model has any.
             edit: what is changed of which image; without one the record has no such entry.
             seed: of the volume's own generator; None if its noise came from elsewhere (latents, or a generator
                 already drawn from).
@@ -174,11 +174,11 @@ class MedVolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             "mask": None if mask is None else dict(mask),
             "shape": shape,
             "label_map": None if not label_map else {str(value): target for value, target in label_map.items()},
-            "labels": dict(labels) if labels else None,
+            "classes": dict(classes) if classes else None,
             "numbers": dict(numbers) if numbers else None,
             "images": {name: dict(one) for name, one in images.items()} if images else None,
             "channels": self.volume_processor.generated(images or {}) or None,  # those that have a file each
-            **({} if self.noise_model is None else {"noise": flag("noise", noise)}),
+            **({} if self.noise_model is None else {"residual_noise": flag("residual_noise", residual_noise)}),
             **({} if edit is None else {"edit": edit.record()}),
         }
         return plain(record, "the record")
@@ -188,7 +188,7 @@ class MedVolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         self,
         mask: MaskLike | Sequence[MaskLike] | None = None,
         shape: Sequence[int] | None = None,
-        labels: Labels | Sequence[Labels] | None = None,
+        classes: Classes | Sequence[Classes] | None = None,
         numbers: Numbers | Sequence[Numbers] | None = None,
         image: ImageLike | Images | Sequence[ImageLike | Images] | None = None,
         num_inference_steps: int = 20,
@@ -204,11 +204,11 @@ class MedVolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         label_map: LabelMap | None = None,
         batch_size: int = 8,
         paths: str | PathLike | Sequence[str | PathLike] | None = None,
-        noise: bool = True,
+        residual_noise: bool = True,
         strength: float | None = None,
         region: MaskLike | Sequence[MaskLike] | None = None,
-        margin: float = BLEND_MARGIN_MM,
-        given: Sequence[str] = (),
+        blend_margin: float = BLEND_MARGIN_MM,
+        keep_channels: Sequence[str] = (),
     ) -> MedVolumePipelineOutput:
         """Generate volumes, or with `strength` or `region` change given ones.
 
@@ -218,7 +218,7 @@ class MedVolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                 of view. A path or image keeps its grid; a plain array or tensor lies on the model's template.
             shape: (X, Y, Z) in voxels, in place of a mask, for a model that no mask conditions, or that was trained to do
                 without at times.
-            labels: the value of each class, such as {"sex": "F"}: one dict for all masks, or a list of one a mask; with
+            classes: the value of each class, such as {"sex": "F"}: one dict for all masks, or a list of one a mask; with
                 `shape`, of one a volume. A class may be left out if training left it out at times.
             numbers: the same of numbers, such as {"age": 63}. Those of the grid (spacing_x, size_x, ...) need not be given.
             image: the channels that are given, such as {"ct": "ct.nii.gz"}, in the units of the training files: one dict
@@ -254,16 +254,16 @@ class MedVolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                 Each is written as soon as it is decoded, slab by slab, with its sidecar beside it (as
                 `write_synthetic` does), so that no volume is ever held whole; `volumes` are the paths then. The files
                 hold what is returned without `paths`. Volumes that must be resampled to their mask's spacing are held.
-            noise: add what the autoencoder leaves out of real volumes, for a model that measured it (`noise: true` in the
+            residual_noise: add what the autoencoder leaves out of real volumes, for a model that measured it (`residual_noise: true` in the
                 config of train_ldm.py): see `autoencoder.residual_noise`.
             strength: image to image: in (0, 1], how much of the image is changed. It is noised so far, and denoised under
                 the conditions in that share of the steps; 1 (for which without a region only its grid counts) is
                 generating anew.
             region: inpainting: a label map on the image's grid (or a list of one an image), not 0 where voxels are made
                 anew. Everywhere else they are the image's own, bit for bit. With `strength`, to that degree.
-            margin: mm inside the region's border in which what is made is brought to what surrounds it, so that there is no
+            blend_margin: mm inside the region's border in which what is made is brought to what surrounds it, so that there is no
                 edge; 0 leaves it as it is made.
-            given: channels of an image that is changed which are left alone, and condition the others.
+            keep_channels: channels of an image that is changed which are left alone, and condition the others.
 
         Raises: ValueError naming what cannot be used and the remedy: the mask, its labels, classes, numbers, images, the
         guidance, the generators, the sigmas, the output type, the scheduler, the edit, the paths; all of it before the first
@@ -278,10 +278,10 @@ class MedVolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         guidance_in_effect(guidance_scale)  # its names are checked where the conditions are known
         num_volumes_per_mask = whole_number("num_volumes_per_mask", num_volumes_per_mask)
         batch_size = whole_number("batch_size", batch_size)
-        return_dict, noise = flag("return_dict", return_dict), flag("noise", noise)
+        return_dict, residual_noise = flag("return_dict", return_dict), flag("residual_noise", residual_noise)
         shape, label_map = None if shape is None else grid_shape(shape), translation(label_map)
         strength = None if strength is None else real_number("strength", strength)
-        margin, given = real_number("margin", margin), names("given", given)
+        blend_margin, keep_channels = real_number("blend_margin", blend_margin), names("keep_channels", keep_channels)
         known_inputs = self._callback_tensor_inputs
         inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs, known_inputs)
         check_attention_backend(self.unet, self._execution_device)
@@ -294,15 +294,20 @@ class MedVolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             )
         masks = None if mask is None else as_list(mask)
         editing = edit_requested(
-            strength, region, given, begins_from={"image": image, "shape": shape, "latents": latents}
+            strength, region, keep_channels, begins_from={"image": image, "shape": shape, "latents": latents}
         )
         of_channels: Any = by_channel(image, self.data) if editing else image
-        asked = rows_of(labels, numbers, of_channels, None if masks is None else len(masks))
+        asked = rows_of(classes, numbers, of_channels, None if masks is None else len(masks))
         masks, images = masks or [None] * len(asked), [one for *_, one in asked]
         edits: list[EditRequest | None] = [None] * len(asked)
         if editing:
             count = steps if sigmas is None else len(sigmas)
-            settings = {"strength": strength, "margin": margin, "given": given, "num_inference_steps": count}
+            settings = {
+                "strength": strength,
+                "blend_margin": blend_margin,
+                "keep_channels": keep_channels,
+                "num_inference_steps": count,
+            }
             edits = [*resolve_edits(self.data, images, region, **settings)]  # pyright: ignore[reportArgumentType]
             images = [edit.conditions for edit in edits if edit is not None]
         keys = [
@@ -340,10 +345,10 @@ class MedVolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                 sigmas=sigmas,
                 guidance_scale=guidance_scale,
                 label_map=label_map,
-                labels=rows[i][0],
+                classes=rows[i][0],
                 numbers=rows[i][1],
                 images=image_records[i],
-                noise=noise,
+                residual_noise=residual_noise,
                 edit=edits[i],
             )
             for i, seed in zip(owner, seeds, strict=True)
@@ -395,7 +400,7 @@ class MedVolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                 )
                 for i, latent in zip(batch, denoised, strict=True):
                     records[i] |= {"callback": plain(callback.changes, "the callback")} if callback.changes else {}
-                    drawing = generators[i] if noise else None
+                    drawing = generators[i] if residual_noise else None
                     try:
                         volumes[i] = self._finish(
                             latent, prepared_volumes[owner[i]], output_type, records[i], files[i], drawing

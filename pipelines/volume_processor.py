@@ -137,10 +137,10 @@ class VolumeProcessor:
         unseen = prepared.target.array[0] == PADDING
         return replace(
             prepared,
-            images={name: images[name] for name in editing.given},
+            images={name: images[name] for name in editing.keep_channels},
             edit=None
             if editing.anew
-            else PreparedEdit(images, originals, region, first.spacing, editing.margin, unseen),
+            else PreparedEdit(images, originals, region, first.spacing, editing.blend_margin, unseen),
         )
 
     def _canvas_of_image(self, channel: str, image: Volume) -> PreparedVolume:

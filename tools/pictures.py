@@ -90,7 +90,7 @@ def classes(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
     kinds += [("none given", {}, 1.0), ("hyperplasia, guided by 3", {"diagnosis": "hyperplasia"}, 3.0)]
     for name, labels, scale in kinds:
         out = pipe(
-            shape=(64, 64, 64), labels=[labels] * count, generator=seeds(count), guidance_scale=scale, output_type="np"
+            shape=(64, 64, 64), classes=[labels] * count, generator=seeds(count), guidance_scale=scale, output_type="np"
         )
         rows[name.replace(", ", ",\n")] = [volume[0] for volume in out.volumes]
         measured[name] = {"mean volume in ml": float(np.mean([(volume > 0).sum() for volume in out.volumes]) / 1000)}
@@ -118,7 +118,7 @@ def numbers(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
             for generator in seeds(8):
                 volume = pipe(
                     shape=(32, 32, 32),
-                    labels={"class": kind},
+                    classes={"class": kind},
                     numbers={"lesion_volume": requested},
                     generator=generator,
                     output_type="np",
@@ -163,11 +163,11 @@ def images(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
     for number, case in enumerate(cases):
         assert case.mask is not None
         real = {name: read_volume(path).array[0] for name, path in case.images.items()}
-        tumor, labels = read_mask(case.mask), {"sex": case.metadata["sex"]}
+        tumor, classes = read_mask(case.mask), {"sex": case.metadata["sex"]}
         from_ct, from_mask = (
             pipe(
                 mask=case.mask,
-                labels=labels,
+                classes=classes,
                 image=image,
                 generator=torch.Generator().manual_seed(SEED + number),
                 output_type="np",
@@ -192,7 +192,7 @@ def images(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
                 "CT from mask": from_mask[0],
                 "its PET": from_mask[1],
             }
-            column = {"title": f"{case.name}, {labels['sex']}", "images": shown, "spacing": tumor.spacing}
+            column = {"title": f"{case.name}, {classes['sex']}", "images": shown, "spacing": tumor.spacing}
             column["windows"] = {name: windows["pet" if "PET" in name else "ct"] for name in shown}
             columns.append(column | {"mask": tumor.array})
     measured = {}

@@ -4,7 +4,7 @@
         --examples configs/hippocampus/examples.csv --results out/results --card configs/hippocampus/card.md
 
 `--examples` is a table for generate.py, which demo.py runs; its masks are copied to masks/. `--vae` replaces the pipeline's
-autoencoder by one with the same encoder and a further trained decoder. `--noise CONFIG` measures residual noise on the training
+autoencoder by one with the same encoder and a further trained decoder. `--residual_noise CONFIG` measures residual noise on the training
 volumes of a config. Every `{name}` in the card is filled from the results: `{reconstruction.psnr_db.mean:.2f}` is
 results/reconstruction.json ["psnr_db"]["mean"]; `{megabytes}`, `{bands}` and `{scores.SOURCE}` are computed here. A missing figure
 is an error, so a card cannot claim what was not measured.
@@ -28,7 +28,7 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("target", type=Path, help="folder to write")
     parser.add_argument("--vae", help="autoencoder with the same encoder, to replace the pipeline's")
     parser.add_argument(
-        "--noise",
+        "--residual_noise",
         type=Path,
         help="config of train_ldm.py: measure residual noise on its training volumes",
     )
@@ -79,16 +79,18 @@ def main(args: list[str] | None = None) -> None:
     pipe = MedVolumePipeline.from_pretrained(options.pipeline)
     if options.vae:
         pipe = with_decoder(pipe, load_autoencoder(options.vae))
-    if options.noise:
-        train = load_split(parse_config(TrainLdmConfig, ["--config", str(options.noise)]).data)[0]
+    if options.residual_noise:
+        train = load_split(parse_config(TrainLdmConfig, ["--config", str(options.residual_noise)]).data)[0]
         found = describe(train)
         if other := [key for key in MEASURED_ON if pipe.data.get(key, found[key]) != found[key]]:
-            raise ValueError(f"--noise {options.noise}: its volumes differ from the pipeline's in {', '.join(other)}")
+            raise ValueError(
+                f"--residual_noise {options.residual_noise}: its volumes differ from the pipeline's in {', '.join(other)}"
+            )
         pipe = MedVolumePipeline(
             pipe.vae,  # pyright: ignore[reportArgumentType]  # a union of our classes, by its base class
             pipe.unet,
             pipe.scheduler,
-            data={**pipe.data, "noise": measure_noise(train, pipe.vae)},
+            data={**pipe.data, "residual_noise": measure_noise(train, pipe.vae)},
         )
     pipe.to(torch.float16)
     remove_leftovers(target)
@@ -126,7 +128,7 @@ def with_decoder(pipe: MedVolumePipeline, vae: VolumeAutoencoder) -> MedVolumePi
     old: VolumeAutoencoder = pipe.vae
     if weights_hash(old.encoder) != weights_hash(vae.encoder) or public(old.config) != public(vae.config):
         raise ValueError("--vae: its encoder or latent statistics differ from those that the U-Net was trained on")
-    data = {key: value for key, value in pipe.data.items() if key != "noise"}
+    data = {key: value for key, value in pipe.data.items() if key != "residual_noise"}
     return MedVolumePipeline(vae, pipe.unet, pipe.scheduler, data=data)  # pyright: ignore[reportArgumentType]
 
 

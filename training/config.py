@@ -340,7 +340,7 @@ class TrainLdmConfig:
         loss: of the prediction: mse, its mean squared error, or l1, its mean absolute error.
         scheduler: class of diffusers' that previews and the pipeline sample with, such as DDPMScheduler; default: Euler for
             rectified flow, DDIM for the others (`diffusion.make_scheduler`).
-        noise: measure what the autoencoder leaves out of the training volumes, for the pipeline to add it as noise.
+        residual_noise: measure what the autoencoder leaves out of the training volumes, for the pipeline to add it as noise.
         gradient_checkpointing: compute the U-Net's activations again in the backward pass instead of keeping them.
         inference_steps: denoising steps of the previews.
         optimizer: how weights move.
@@ -361,7 +361,7 @@ class TrainLdmConfig:
     cache: LatentCacheConfig = field(default_factory=LatentCacheConfig)
     loss: Literal["mse", "l1"] = "mse"
     scheduler: str | None = None
-    noise: bool = False
+    residual_noise: bool = False
     gradient_checkpointing: bool = False
     inference_steps: PositiveInt = 20
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -152,7 +152,7 @@ def _generate(pipe: MedVolumePipeline, dataset: VolumeDataset, index: int, steps
     generator = torch.Generator().manual_seed(index)
     volume: Any = pipe(
         **given,
-        labels=labels or None,
+        classes=labels or None,
         numbers=numbers or None,
         num_inference_steps=steps,
         generator=generator,

@@ -362,7 +362,7 @@ def _autoencoder_for(
             return _class_of(other["model"])(**_arguments(other["model"])), [ok("model", message)]
     channels = len(config.channels)
     message = f"vae: {folder} is not there yet: a default autoencoder (4 latent channels, stride 4) is taken for it"
-    apart = {"per_channel": True, "latent_channels": 4 * channels} if config.given else {}
+    apart = {"per_channel": True, "latent_channels": 4 * channels} if config.condition_channels else {}
     vae = AutoencoderKL3D(in_channels=channels, out_channels=channels, **apart)
     return vae, [warn("model", message, "run train_vae.py first, or correct `vae`")]
 
@@ -378,4 +378,4 @@ def _described(
         "classes": config.classes,
         "numbers": numbers,
     }
-    return data, {name: vae.latents_of(config.channels.index(name)) for name in config.given}
+    return data, {name: vae.latents_of(config.channels.index(name)) for name in config.condition_channels}

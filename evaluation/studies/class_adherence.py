@@ -43,7 +43,7 @@ def generated_cases(folder: Path, config: DataConfig) -> list[Case]:
         images = dict(zip(record.get("channels") or channels[:1], volume_files(path, record), strict=True))
         if missing := [channel for channel in channels if channel not in images or not images[channel].is_file()]:
             raise ValueError(f"{sidecar}: its volume has no file of {missing}; generate all channels of the data")
-        asked = {**(record.get("labels") or {}), **(record.get("numbers") or {})}
+        asked = {**(record.get("classes") or {}), **(record.get("numbers") or {})}
         cases.append(Case(sidecar.stem, subject=sidecar.stem, split="generated", images=images, metadata=asked))
     if not cases:
         raise ValueError(f"{folder}: holds no volume with a sidecar; make some with generate.py")

@@ -39,7 +39,9 @@ def parse(args: Sequence[str] | None) -> Namespace:
     parser.add_argument("--regions", nargs="+", choices=REGION_NAMES, default=list(REGION_NAMES), help="which of them")
     parser.add_argument("--strength", type=Number(PositiveShare), default=1.0, help="of the image, see the pipeline")
     parser.add_argument(
-        "--margin", type=Number(NonNegativeFloat), help="mm of blending inside the border; default: the pipeline's"
+        "--blend_margin",
+        type=Number(NonNegativeFloat),
+        help="mm of blending inside the border; default: the pipeline's",
     )
     parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps")
     parser.add_argument("--seed", type=Number(Seed), default=0, help="of the noise (0)")
@@ -137,7 +139,7 @@ def measure(pipe: MedVolumePipeline, cases: Sequence[Case], options: Namespace) 
                 image=path,
                 region=mask.replace(region[None].astype(np.uint8)),
                 strength=options.strength,
-                margin=options.margin,
+                blend_margin=options.blend_margin,
                 num_inference_steps=options.steps,
                 generator=torch.Generator().manual_seed(options.seed),
             ).volumes[0]
@@ -176,7 +178,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, write the report and return it."""
     options = parse(args)
     device = find_device(options.device or "cpu")
-    options.margin = BLEND_MARGIN_MM if options.margin is None else options.margin
+    options.blend_margin = BLEND_MARGIN_MM if options.blend_margin is None else options.blend_margin
     cases = [case for case in load_cases(options.data) if case.split == options.split and case.mask is not None]
     if not cases:
         raise ValueError(f"no case of split {options.split!r} has files of image and mask; see `data` in the config")
@@ -188,7 +190,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     check_pipeline(pipe, options.data, cases, options.pipeline, accepted=options.accept_overlap)
     pipe.set_progress_bar_config(disable=True)
     result = measure(pipe.to(device), cases, options)
-    settings = {key: options[key] for key in ("pipeline", "split", "strength", "margin", "steps", "seed")}
+    settings = {key: options[key] for key in ("pipeline", "split", "strength", "blend_margin", "steps", "seed")}
     report = {"evaluation": "editing", "settings": settings, "depths": list(DEPTHS), "regions": result, **provenance()}
     write_report(options.output, report)
     for name, found in result.items():

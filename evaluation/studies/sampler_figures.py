@@ -53,7 +53,7 @@ class SamplingInputs:
     """What volumes are made of: masks of label values, classes and numbers, and whose they are."""
 
     masks: Sequence[Volume]
-    labels: Sequence[dict[str, str]]
+    classes: Sequence[dict[str, str]]
     numbers: Sequence[dict[str, float]]
     names: Sequence[str]
     subjects: Sequence[str]
@@ -88,9 +88,9 @@ def inputs_from_dataset(dataset: VolumeDataset, unet: nn.Module) -> SamplingInpu
                 {n: value for n, value in numbers if n in (config["numbers"] or {}) and not math.isnan(value)},
             )
         )
-    masks, labels, given = zip(*asked, strict=True)
+    masks, labels, numbers = zip(*asked, strict=True)
     return SamplingInputs(
-        masks, labels, given, [case.name for case in dataset.cases], [c.subject for c in dataset.cases]
+        masks, labels, numbers, [case.name for case in dataset.cases], [c.subject for c in dataset.cases]
     )
 
 
@@ -117,7 +117,7 @@ def sample(
             begun = time.perf_counter()
             output: Any = pipe(
                 mask=list(asked.masks[part]),
-                labels=list(asked.labels[part]),
+                classes=list(asked.classes[part]),
                 numbers=list(asked.numbers[part]),
                 num_inference_steps=combination.steps,
                 guidance_scale=combination.guidance,

@@ -18,9 +18,9 @@ from volumes.data.tables import read_number
 from .images import Images
 from .inpainting import cells_of, encoded
 
-Labels = Mapping[str, str | int]  # {class: value}
+Classes = Mapping[str, str | int]  # {class: value}
 Numbers = Mapping[str, float]  # {number: value}
-Row = tuple[dict[str, str], dict[str, float]]  # labels and numbers of one volume, as its sidecar records them
+Row = tuple[dict[str, str], dict[str, float]]  # classes and numbers of one volume, as its sidecar records them
 
 CELL_PLANES = 16  # of the latent grid, whose mask is folded and embedded at once
 FAR = 0.1  # of the training range, beyond which a number is worth a warning
@@ -44,61 +44,61 @@ def check_described(vae: VolumeAutoencoder, unet: LatentUNet3D, data: Mapping[st
 
 
 def rows_of(
-    labels: Labels | Sequence[Labels] | None,
+    classes: Classes | Sequence[Classes] | None,
     numbers: Numbers | Sequence[Numbers] | None,
     images: Images | Sequence[Images] | None,
     masks: int | None,
-) -> list[tuple[Labels, Numbers, Images]]:
-    """(labels, numbers, images) of each mask; without masks (None) as many as there are dicts in a list, or one.
+) -> list[tuple[Classes, Numbers, Images]]:
+    """(classes, numbers, images) of each mask; without masks (None) as many as there are dicts in a list, or one.
 
     Raises: ValueError for lists of another length than there are masks, and for what is no dict.
     """
-    asked = [{} if given is None else given for given in (labels, numbers, images)]
+    asked = [{} if given is None else given for given in (classes, numbers, images)]
     lists = [given for given in asked if isinstance(given, Sequence)]
     for given in asked:
         if not all(isinstance(one, Mapping) for one in (given if isinstance(given, Sequence) else [given])):
             raise ValueError(
-                'labels, numbers and image are dicts such as {"sex": "F"}, {"age": 63} and {"ct": "ct.nii.gz"}, or lists of '
+                'classes, numbers and image are dicts such as {"sex": "F"}, {"age": 63} and {"ct": "ct.nii.gz"}, or lists of '
                 f"one dict a mask; got {given!r:.200}"
             )
     count = masks if masks is not None else len(lists[0]) if lists else 1
     if not count or any(len(one) != count for one in lists):
         wanted = f"{count} masks" if masks is not None else "as many volumes"
         raise ValueError(
-            f"labels, numbers and image: lists of {[len(one) for one in lists]} dicts for {wanted}; give one a mask"
+            f"classes, numbers and image: lists of {[len(one) for one in lists]} dicts for {wanted}; give one a mask"
         )
     columns = [given if isinstance(given, Sequence) else [given] * count for given in asked]
     return list(zip(*columns, strict=True))  # pyright: ignore[reportReturnType]
 
 
 def check_conditions(
-    unet: LatentUNet3D, data: Mapping[str, Any], labels: Labels, numbers: Numbers, grid: Volume
+    unet: LatentUNet3D, data: Mapping[str, Any], classes: Classes, numbers: Numbers, grid: Volume
 ) -> Row:
-    """Labels and numbers of one volume, as its sidecar records them. Numbers that say what the grid is, if the model learned
+    """Classes and numbers of one volume, as its sidecar records them. Numbers that say what the grid is, if the model learned
     any (spacing_x, size_z, ...), are those of `grid`, unless they are given.
 
     Raises: ValueError for names and values that the model does not know, for numbers that are not finite, and for what
     is not given though training never left it out.
     Warns: of numbers far outside the training range.
     """
-    classes: dict[str, list[str]] = unet.config["classes"] or {}
+    values_of: dict[str, list[str]] = unet.config["classes"] or {}
     ranges: dict[str, dict[str, float]] = data["numbers"] if unet.config["numbers"] else {}
     numbers = {name: grid_numbers(grid)[name] for name in data.get("grid_numbers", [])} | dict(numbers)
-    knows = f"this model knows {_listing(classes, ranges)}"
-    for kind, given, known in (("labels", labels, classes), ("numbers", numbers, ranges)):
+    knows = f"this model knows {_listing(values_of, ranges)}"
+    for kind, given, known in (("classes", classes, values_of), ("numbers", numbers, ranges)):
         if unknown := [name for name in given if name not in known]:
             raise ValueError(f"{kind} names {', '.join(map(str, unknown))}; {knows}")
-    chosen = {name: str(value) for name, value in labels.items()}
+    chosen = {name: str(value) for name, value in classes.items()}
     for name, value in chosen.items():
-        if value not in classes[name]:
-            raise ValueError(f"labels: {name} is {value!r}; {knows}")
+        if value not in values_of[name]:
+            raise ValueError(f"classes: {name} is {value!r}; {knows}")
     values = {name: _finite(name, value) for name, value in numbers.items()}
     for name, value in values.items():
         low, high = ranges[name]["low"], ranges[name]["high"]
         if not low - FAR * (high - low) <= value <= high + FAR * (high - low):
             warnings.warn(f"numbers: {name} is {value:g}, the model was trained on {low:g} to {high:g}", stacklevel=2)
     rates = unet.config["condition_dropout"] or {}
-    needed = [name for name in [*classes, *ranges] if name not in {**chosen, **values} and not rates.get(name)]
+    needed = [name for name in [*values_of, *ranges] if name not in {**chosen, **values} and not rates.get(name)]
     if needed:
         raise ValueError(f"{', '.join(needed)} must be given, as training never left it out; {knows}")
     return chosen, values
@@ -109,10 +109,12 @@ def condition_tensors(
 ) -> dict[str, torch.Tensor]:
     """The U-Net's keyword arguments for one batch of equal grids, those that the model knows and the canvases have:
     "mask" embedded (B, mask_width, h, w, d), "classes" int64 (B, n) and "numbers" float32 (B, m)."""
-    names, classes = unet.condition_names, unet.config["classes"]
+    names, values_of = unet.condition_names, unet.config["classes"]
     tensors = {}
     if names.classes:
-        indices = [[classes[n].index(labels[n]) if n in labels else -1 for n in names.classes] for labels, _ in rows]
+        indices = [
+            [values_of[n].index(classes[n]) if n in classes else -1 for n in names.classes] for classes, _ in rows
+        ]
         tensors["classes"] = torch.tensor(indices, device=device)
     if names.numbers:
         values = [[numbers.get(name, math.nan) for name in names.numbers] for _, numbers in rows]
@@ -170,6 +172,6 @@ def _finite(name: str, value: Any) -> float:
 
 def _listing(classes: Mapping[str, Sequence[str]], ranges: Mapping[str, Mapping[str, float]]) -> str:
     """What a model knows, in words."""
-    labels = [f"{name} ({', '.join(values)})" for name, values in sorted(classes.items())]
+    known = [f"{name} ({', '.join(values)})" for name, values in sorted(classes.items())]
     numbers = [f"{name} ({of['low']:g} to {of['high']:g})" for name, of in sorted(ranges.items())]
-    return f"the labels {', '.join(labels) or 'none'} and the numbers {', '.join(numbers) or 'none'}"
+    return f"the classes {', '.join(known) or 'none'} and the numbers {', '.join(numbers) or 'none'}"

@@ -30,17 +30,17 @@ class EditRequest:
 
     Args:
         images: {channel: image} of every channel that the model makes.
-        given: those of them that are left alone and condition the others.
+        keep_channels: those of them that are left alone and condition the others.
         region: label map on the images' grid, not 0 where voxels are made anew; None: everywhere.
         strength: in (0, 1], the share of the denoising that the image goes through; 1 leaves nothing of it.
-        margin: mm inside the region in which what is made is brought to what stays, see `harmonic_blend`.
+        blend_margin: mm inside the region in which what is made is brought to what stays, see `harmonic_blend`.
     """
 
     images: Images
-    given: tuple[str, ...] = ()
+    keep_channels: tuple[str, ...] = ()
     region: MaskLike | None = None
     strength: float = 1.0
-    margin: float = BLEND_MARGIN_MM
+    blend_margin: float = BLEND_MARGIN_MM
 
     @property
     def anew(self) -> bool:
@@ -50,7 +50,7 @@ class EditRequest:
     @property
     def conditions(self) -> dict[str, ImageLike]:
         """The images that are given."""
-        return {channel: self.images[channel] for channel in self.given}
+        return {channel: self.images[channel] for channel in self.keep_channels}
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -64,19 +64,23 @@ class EditRequest:
 
     def record(self) -> dict[str, Any]:
         """For the sidecar: {"image": {channel: file and sha256} of those that are changed, "strength"}, and with a region
-        {"region": file and sha256, "margin"}."""
-        changed = {channel: image for channel, image in self.images.items() if channel not in self.given}
+        {"region": file and sha256, "blend_margin"}."""
+        changed = {channel: image for channel, image in self.images.items() if channel not in self.keep_channels}
         record = {"image": describe_images(changed), "strength": float(self.strength)}
         if self.region is not None:
-            record |= {"region": describe_mask(self.region), "margin": float(self.margin)}
+            record |= {"region": describe_mask(self.region), "blend_margin": float(self.blend_margin)}
         return record
 
 
-def edit_requested(strength: float | None, region: Any, given: Sequence[str], begins_from: Mapping[str, Any]) -> bool:
+def edit_requested(
+    strength: float | None, region: Any, keep_channels: Sequence[str], begins_from: Mapping[str, Any]
+) -> bool:
     """Whether an image is to be changed. Raises: ValueError for one without an image, or with another beginning."""
     if strength is None and region is None:
-        if given:
-            raise ValueError(f"given {list(given)} is for strength and region: without them all of image is given")
+        if keep_channels:
+            raise ValueError(
+                f"keep_channels {list(keep_channels)} is for strength and region: without them all of image is given"
+            )
         return False
     if [name for name, one in begins_from.items() if one is not None] != ["image"]:
         raise ValueError("strength and region change an image: give image=..., and neither shape nor latents")
@@ -98,23 +102,27 @@ def resolve_edits(
     region: MaskLike | Sequence[MaskLike] | None,
     *,
     strength: float | None,
-    margin: float,
-    given: Sequence[str],
+    blend_margin: float,
+    keep_channels: Sequence[str],
     num_inference_steps: int,
 ) -> list[EditRequest]:
     """What is asked for of each volume, from the images of each. Without `strength` it is 1.
 
     Raises: ValueError naming what cannot be: a model of label maps, channels that lack, regions of another number, strength
-    or margin out of range, nothing left to change.
+    or blend_margin out of range, nothing left to change.
     """
     if data.get("image_labels"):
         raise ValueError("this model makes label maps, which strength and region cannot change; edit the map itself")
-    if isinstance(given, str) or not set(given) <= set(data["channels"]):
-        raise ValueError(f"given is {given!r}; it lists channels that are left alone, of {', '.join(data['channels'])}")
-    if set(given) >= set(data["channels"]):
-        raise ValueError(f"given names all channels ({', '.join(given)}), so nothing is left to change; leave one out")
-    if not (margin >= 0 and math.isfinite(margin)):
-        raise ValueError(f"margin is a length in mm, 0 or more, got {margin}")
+    if isinstance(keep_channels, str) or not set(keep_channels) <= set(data["channels"]):
+        raise ValueError(
+            f"keep_channels is {keep_channels!r}; it lists channels that are left alone, of {', '.join(data['channels'])}"
+        )
+    if set(keep_channels) >= set(data["channels"]):
+        raise ValueError(
+            f"keep_channels names all channels ({', '.join(keep_channels)}), so nothing is left to change; leave one out"
+        )
+    if not (blend_margin >= 0 and math.isfinite(blend_margin)):
+        raise ValueError(f"blend_margin is a length in mm, 0 or more, got {blend_margin}")
     steps_of(1.0 if strength is None else strength, num_inference_steps)
     for of_volume in images:
         if set(of_volume) != set(data["channels"]):
@@ -128,7 +136,7 @@ def resolve_edits(
     regions = regions * (len(images) if len(regions) == 1 else 1)
     strength = 1.0 if strength is None else float(strength)
     return [
-        EditRequest(dict(of_volume), tuple(given), one, strength, margin)
+        EditRequest(dict(of_volume), tuple(keep_channels), one, strength, blend_margin)
         for of_volume, one in zip(images, regions, strict=True)
     ]
 
@@ -166,7 +174,7 @@ class PreparedEdit:
         images: its channels, scaled as in training.
         originals: {channel: (X, Y, Z)} their voxels as they are, see `volumes.read_volume(exact=True)`.
         region: bool (X, Y, Z), True where voxels are made anew; None: everywhere.
-        spacing, margin: mm.
+        spacing, blend_margin: mm.
         unseen: bool (X, Y, Z), True outside the field of view by the mask: nothing there is continued into the region.
     """
 
@@ -174,7 +182,7 @@ class PreparedEdit:
     originals: Mapping[str, np.ndarray]
     region: np.ndarray | None
     spacing: Sequence[float]
-    margin: float
+    blend_margin: float
     unseen: np.ndarray
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -224,7 +232,7 @@ class PreparedEdit:
         x, y, z = box
         planes, inside = self._original(channels, z), self.region[box]
         missing = np.where(self.unseen[box], 0, planes[:, x, y].astype(np.float32) - made)
-        made = self._limited(made + harmonic_blend(missing, inside, self.spacing, self.margin), channels)
+        made = self._limited(made + harmonic_blend(missing, inside, self.spacing, self.blend_margin), channels)
         planes[:, x, y][:, inside] = made[:, inside]
         return planes
 

@@ -34,12 +34,12 @@ FOLDER_SUFFIXES = tuple(suffix for suffix in SUFFIXES if not suffix.startswith("
 
 @dataclass(frozen=True)
 class Request:
-    """What to make volumes of: a name, a mask (None where there is none), the labels and numbers asked for, and the images
+    """What to make volumes of: a name, a mask (None where there is none), the classes and numbers asked for, and the images
     given."""
 
     name: str
     mask: Path | None
-    labels: dict[str, str] = field(default_factory=dict)
+    classes: dict[str, str] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Path] = field(default_factory=dict)
 
@@ -134,10 +134,10 @@ def read_requests(source: str | Path, pipe: MedVolumePipeline, output: Path) -> 
                 " (upper and lower case are one on some disks); tell them apart in a column `name`"
             )
         called[same_name(name)] = row.place
-        labels, numbers = (
+        classes, numbers = (
             {column: given[column] for column in kind if column in given} for kind in (names.classes, names.numbers)
         )
-        requests.append(Request(name, mask, labels, numbers, paths))
+        requests.append(Request(name, mask, classes, numbers, paths))
     masks, files = sum(bool(request.mask) for request in requests), sum(bool(request.files) for request in requests)
     if (masks or files) not in (0, len(requests)):
         what = "a mask" if masks else "an image"

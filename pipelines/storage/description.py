@@ -87,17 +87,17 @@ def check_data(data: Mapping[str, Any]) -> None:
             "a std above 0, and low below high",
         )
     _expect(_texts(data.get("grid_numbers", [])), "grid_numbers", data.get("grid_numbers"), "names")
-    _check_noise(data.get("noise"), len(channels))
+    _check_noise(data.get("residual_noise"), len(channels))
 
 
 def _check_noise(noise: Any, channels: int) -> None:
     if not noise:
         return
-    _expect(isinstance(noise, list | tuple) and len(noise) == channels, "noise", noise, "an entry a channel")
+    _expect(isinstance(noise, list | tuple) and len(noise) == channels, "residual_noise", noise, "an entry a channel")
     for entry in noise:
         _expect(
             _mapping(entry) and {"kernel", "std", "curve", "levels"} <= entry.keys(),
-            "noise",
+            "residual_noise",
             entry,
             "what fit_noise writes",
         )
@@ -107,7 +107,7 @@ def _check_noise(noise: Any, channels: int) -> None:
                 fit = values.shape == shape and bool(np.isfinite(values).all())
             except (TypeError, ValueError):  # no numbers, or ragged
                 fit = False
-            _expect(fit, f"noise.{key}", entry[key], f"finite numbers of shape {shape}")
+            _expect(fit, f"residual_noise.{key}", entry[key], f"finite numbers of shape {shape}")
 
 
 def _expect(fit: bool, name: str, value: Any, expected: str) -> None:

@@ -26,7 +26,7 @@ TYPES: dict[str, Any] = {  # of a record's entries, those that a manifest has
     "num_inference_steps": int,
     "dtype": str,
     "scheduler": dict,
-    **dict.fromkeys(("mask", "labels", "numbers", "images"), (dict, NoneType)),
+    **dict.fromkeys(("mask", "classes", "numbers", "images"), (dict, NoneType)),
     "channels": (list, NoneType),
 }
 

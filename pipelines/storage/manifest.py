@@ -42,7 +42,7 @@ def write_manifest(output: Path, known: Collection[Path] = ()) -> int:
         flat = {"mask": mask.get("file"), "mask_sha256": mask.get("sha256"), "scheduler": scheduler}
         flat["file"] = ";".join(file.name for file in volume_files(path, record))
         images = {name: image.get("file") for name, image in (record["images"] or {}).items()}
-        given = {**(record["labels"] or {}), **(record["numbers"] or {}), **images, **rejection_columns(record)}
+        given = {**(record["classes"] or {}), **(record["numbers"] or {}), **images, **rejection_columns(record)}
         names |= dict.fromkeys(given)
         rows.append(given | {column: flat.get(column, record.get(column)) for column in columns})
     settings: dict[str, Any] = {

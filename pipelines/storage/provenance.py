@@ -144,7 +144,7 @@ def sidecar_content(path: str | os.PathLike) -> dict[str, Any] | None:
         or len(set(channels)) < len(channels)
     ):
         raise ValueError(f"{sidecar}: its channels are {str(channels)[:80]!r}, expected names; it is damaged: {remedy}")
-    for name in ("mask", "labels", "numbers", "images"):
+    for name in ("mask", "classes", "numbers", "images"):
         if not isinstance(found := content.get(name), dict | NoneType) or not all(
             map(_is_source, _sources(name, found))
         ):

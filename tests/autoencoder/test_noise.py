@@ -100,7 +100,7 @@ def test_what_cannot_be_is_refused(fitted):
 
 def noisy_pipeline(fitted: dict) -> MedVolumePipeline:
     base = tiny_pipeline()
-    pipe = MedVolumePipeline(base.vae, base.unet, base.scheduler, tiny_data(noise=[fitted]))
+    pipe = MedVolumePipeline(base.vae, base.unet, base.scheduler, tiny_data(residual_noise=[fitted]))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -114,12 +114,14 @@ def test_a_pipeline_adds_its_noise_and_says_so(fitted, tmp_path):
 
     with_noise = made(pipe)
     assert np.array_equal(with_noise, made(pipe)) and not np.array_equal(with_noise, made(plain))
-    assert np.array_equal(made(pipe, noise=False), made(plain))
+    assert np.array_equal(made(pipe, residual_noise=False), made(plain))
     together = pipe([mask, mask], generator=[torch.Generator().manual_seed(s) for s in (1, 0)], **how).volumes
     np.testing.assert_allclose(together[1], with_noise, atol=1e-3)
-    records = [pipe(mask, num_inference_steps=2, noise=flag).provenance[0] for flag in (True, False)]
-    assert [one["noise"] for one in records] == [True, False]
-    assert "noise" not in plain(mask, num_inference_steps=2).provenance[0] and pipe.model_hash != plain.model_hash
+    records = [pipe(mask, num_inference_steps=2, residual_noise=flag).provenance[0] for flag in (True, False)]
+    assert [one["residual_noise"] for one in records] == [True, False]
+    assert (
+        "residual_noise" not in plain(mask, num_inference_steps=2).provenance[0] and pipe.model_hash != plain.model_hash
+    )
     pipe.save_pretrained(tmp_path)
     assert np.array_equal(made(MedVolumePipeline.from_pretrained(tmp_path)), with_noise)
 

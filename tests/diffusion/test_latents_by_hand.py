@@ -204,7 +204,7 @@ CHANGED: dict[str, Any] = {
     "on_error": "skip",
     "phantom": PhantomConfig(count=2, shape=SHAPE, seed=5),
 }
-NOT_OF_LATENTS = {"classes": {"sex": ["F", "M"]}, "numbers": ["age"], "given": ["ct"]}
+NOT_OF_LATENTS = {"classes": {"sex": ["F", "M"]}, "numbers": ["age"], "condition_channels": ["ct"]}
 
 
 def test_every_setting_of_the_data_that_changes_latents_changes_the_key(vae, dataset):

@@ -58,7 +58,7 @@ def generate(folder, swapped: bool) -> None:
         kind = "bright" if number < 5 else "dark"
         path = folder / f"made/row_{number:04d}_000.nii.gz"
         write(path, (kind == "bright") != swapped, 100 + number)
-        sidecar_path(path).write_text(json.dumps({"synthetic": True, "labels": {"kind": kind}, "numbers": None}))
+        sidecar_path(path).write_text(json.dumps({"synthetic": True, "classes": {"kind": kind}, "numbers": None}))
 
 
 def judge(folder, *more: str):
@@ -91,7 +91,7 @@ def test_what_cannot_be_judged_is_refused(folder):
     with pytest.raises(ValueError, match=r"'sex' is no class of the data; those are \['kind'\]"):
         judge(folder, "--column", "sex")
     for path in (folder / "made").glob("*.json"):
-        path.write_text(json.dumps({"synthetic": True, "labels": {"kind": "dark"}}))
+        path.write_text(json.dumps({"synthetic": True, "classes": {"kind": "dark"}}))
     with pytest.raises(ValueError, match=r"no volume of \['bright'\] was generated"):
         judge(folder)
     (folder / "made/row_0000_000.nii.gz").unlink()
@@ -157,7 +157,7 @@ def test_generated_volumes_are_read_as_the_model_writes_them(tmp_path):
     labels[0, :4] = 1
     labels[0, 4:6] = 2
     write_volume(Volume(labels, np.eye(4)), tmp_path / "a.nii.gz")
-    (tmp_path / "a.json").write_text(json.dumps({"synthetic": True, "labels": {"kind": "x"}}))
+    (tmp_path / "a.json").write_text(json.dumps({"synthetic": True, "classes": {"kind": "x"}}))
     names = {0: "background", 1: "cortex", 2: "medulla"}
     config = DataConfig(images="*.nii.gz", image_labels=names, label_map={2: 1, 3: 2}, classes={"kind": ["x"]})
     sizes = load_classes(generated_cases(tmp_path, config), config, "kind", (8, 8, 8)).sizes

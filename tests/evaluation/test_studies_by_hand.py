@@ -108,7 +108,7 @@ def test_a_class_that_is_not_known_is_not_asked_for():
         cases=[SimpleNamespace(name=name, subject=name) for name in "ab"],
     )
     unet = SimpleNamespace(config={"num_labels": 2, "classes": {"sex": ["f", "m"]}, "numbers": {}})
-    assert inputs_from_dataset(dataset, unet).labels == ({"sex": "f"}, {})
+    assert inputs_from_dataset(dataset, unet).classes == ({"sex": "f"}, {})
 
 
 class Says(torch.nn.Module):

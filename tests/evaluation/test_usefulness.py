@@ -295,7 +295,7 @@ def test_a_sidecar_leads_to_no_mask_outside_of_its_folder(data, tmp_path, file):
 
 @pytest.mark.parametrize(
     "entry",
-    [{"mask": [1]}, {"mask": {"file": 3}}, {"mask": {"sha256": [1]}}, {"labels": 5}, {"images": {"ct": "ct.nii.gz"}}],
+    [{"mask": [1]}, {"mask": {"file": 3}}, {"mask": {"sha256": [1]}}, {"classes": 5}, {"images": {"ct": "ct.nii.gz"}}],
 )
 def test_sidecars_that_were_damaged_are_named_where_they_are_read(tmp_path, entry):
     (tmp_path / "a_000.json").write_text(json.dumps({"synthetic": True, **entry}))

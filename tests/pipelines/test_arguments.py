@@ -97,8 +97,8 @@ SAME = {
     "batch_size": [np.int64(8), 3.0],
     "num_volumes_per_mask": [np.int8(1), 1.0],
     "label_map": [{}, None, {np.int64(2): np.int64(2)}, {5: "posterior"}],
-    "noise": [np.bool_(True), False],
-    "given": [[], (), np.array([], dtype=str)],
+    "residual_noise": [np.bool_(True), False],
+    "keep_channels": [[], (), np.array([], dtype=str)],
     "latents": [None],
 }
 
@@ -151,12 +151,12 @@ WRONG = {
     "batch_size": [None, "8", 0, 1.5, True],
     "num_volumes_per_mask": [None, "1", 0, 1.5, False],
     "label_map": [[(2, 5)], "2=5", {2: None}, {2: 1.5}, {2: 5, "2": 0}, {"²": 5}],
-    "noise": [None, "no", 1],
+    "residual_noise": [None, "no", 1],
     "return_dict": [None, "no", 0],
     "output_type": [None, ["pt"], 3, "pil", np.array(["pt", "np"])],
     "strength": ["0.5", 10**400, True, [0.5], float("nan"), 0, 1.5],
-    "margin": [None, 10**400, "4", float("inf"), -1],
-    "given": [None, "MR", 3, [3]],
+    "blend_margin": [None, 10**400, "4", float("inf"), -1],
+    "keep_channels": [None, "MR", 3, [3]],
     "generator": ["0", 0, [None], [0]],
     "latents": [
         3,
@@ -180,8 +180,8 @@ WRONG = {
 def test_wrong_arguments_are_refused_by_name_before_the_first_step(pipe, name, monkeypatch):
     monkeypatch.setattr(pipe.unet, "forward", lambda *a, **k: pytest.fail("a step was made"))
     for value in WRONG[name]:
-        asked = {"image": MASK} if name in ("strength", "margin") else {}
-        asked |= {"strength": 0.5} if name == "margin" else {}
+        asked = {"image": MASK} if name in ("strength", "blend_margin") else {}
+        asked |= {"strength": 0.5} if name == "blend_margin" else {}
         asked |= {"output_type": "nifti"} if name == "paths" else {}
         with pytest.raises(
             ValueError, match="name it .nii.gz" if isinstance(value, str) and value == "a.txt" else name

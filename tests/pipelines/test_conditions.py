@@ -305,18 +305,18 @@ def latents_of(pipe, *args, **given) -> list[torch.Tensor]:
 
 
 MASK = labels_of((8, 8, 8))
-FULL = {"labels": {"sex": "F", "diagnosis": "benign"}, "numbers": {"age": 63, "weight": 70.5}}
+FULL = {"classes": {"sex": "F", "diagnosis": "benign"}, "numbers": {"age": 63, "weight": 70.5}}
 
 
 def test_two_dicts_are_two_calls_and_every_condition_counts():
     pipe = pipeline_of()
-    other = {"labels": {"sex": "M"}, "numbers": {"age": 30}}
+    other = {"classes": {"sex": "M"}, "numbers": {"age": 30}}
     both = {key: [FULL[key], other[key]] for key in FULL}
     together = latents_of(pipe, [MASK, MASK], **both, volumes=2)
     alone = pipe(MASK, **other, num_inference_steps=2, generator=seeded(1), output_type="latent").volumes[0]
     torch.testing.assert_close(together[0], latents_of(pipe, MASK, **FULL)[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(together[1], alone, atol=1e-5, rtol=1e-4)
-    for kind, name, value in (("labels", "sex", "M"), ("labels", "diagnosis", "none"), ("numbers", "age", 30)):
+    for kind, name, value in (("classes", "sex", "M"), ("classes", "diagnosis", "none"), ("numbers", "age", 30)):
         changed = FULL | {kind: FULL[kind] | {name: value}}
         assert (latents_of(pipe, MASK, **changed)[0] - together[0]).abs().max() > 1e-3
         left_out = FULL | {kind: {key: one for key, one in FULL[kind].items() if key != name}}
@@ -329,12 +329,12 @@ def test_two_masks_with_two_volumes_each_and_other_conditions_are_four_calls():
     """In batches of three, so that one holds volumes of both masks; records too are each of its own volume."""
     pipe = pipeline_of()
     masks = [mask_image((8, 8, 8), seed=seed) for seed in (1, 2)]
-    labels = [{"sex": "F", "diagnosis": "benign"}, {"sex": "M"}]
+    classes = [{"sex": "F", "diagnosis": "benign"}, {"sex": "M"}]
     numbers = [{"age": 63, "weight": 70.5}, {"age": 30}]
     settings = {"num_inference_steps": 2, "output_type": "latent"}
     together = pipe(
         masks,
-        labels=labels,
+        classes=classes,
         numbers=numbers,
         num_volumes_per_mask=2,
         generator=seeded(*range(4)),
@@ -342,7 +342,7 @@ def test_two_masks_with_two_volumes_each_and_other_conditions_are_four_calls():
         **settings,
     )
     for i, (latents, record) in enumerate(zip(together.volumes, together.provenance, strict=True)):
-        own = {"labels": labels[i // 2], "numbers": numbers[i // 2]}
+        own = {"classes": classes[i // 2], "numbers": numbers[i // 2]}
         alone = pipe(masks[i // 2], **own, generator=seeded(i), **settings)
         torch.testing.assert_close(latents, alone.volumes[0], atol=1e-5, rtol=1e-4)
         assert record == alone.provenance[0] and record["seed"] == i
@@ -351,9 +351,9 @@ def test_two_masks_with_two_volumes_each_and_other_conditions_are_four_calls():
 
 def test_without_masks_a_volume_a_dict(tmp_path):
     pipe = pipeline_of(num_labels=0)
-    labels = [{"sex": "F"}, {"sex": "M"}]
-    volumes = latents_of(pipe, shape=(8, 8, 8), labels=labels, volumes=2)
-    alone = pipe(shape=(8, 8, 8), labels=labels[1], num_inference_steps=2, generator=seeded(1), output_type="latent")
+    classes = [{"sex": "F"}, {"sex": "M"}]
+    volumes = latents_of(pipe, shape=(8, 8, 8), classes=classes, volumes=2)
+    alone = pipe(shape=(8, 8, 8), classes=classes[1], num_inference_steps=2, generator=seeded(1), output_type="latent")
     assert len(volumes) == 2
     torch.testing.assert_close(volumes[1], alone.volumes[0], atol=1e-5, rtol=1e-4)
     assert alone.provenance[0]["shape"] == [8, 8, 8] and alone.provenance[0]["mask"] is None
@@ -376,16 +376,16 @@ def test_a_mask_may_be_left_out_where_training_did():
     ("given", "message"),
     [
         (
-            {"labels": {"gender": "F"}},
-            r"labels names gender; this model knows the labels .*sex \(F, M\) and the numbers age",
+            {"classes": {"gender": "F"}},
+            r"classes names gender; this model knows the classes .*sex \(F, M\) and the numbers age",
         ),
-        ({"labels": {"sex": "X"}}, r"sex is 'X'; this model knows .*sex \(F, M\)"),
+        ({"classes": {"sex": "X"}}, r"sex is 'X'; this model knows .*sex \(F, M\)"),
         ({"numbers": {"size": 1}}, r"numbers names size; this model knows .*age \(20 to 80\)"),
         ({"numbers": {"age": NAN}}, "age is nan; give a finite number"),
         ({"numbers": {"age": "old"}}, "age is 'old'; give a finite number"),
-        ({"labels": [{"sex": "F"}] * 3}, r"lists of \[3\] dicts for 1 masks"),
-        ({"labels": "F"}, "are dicts such as"),
-        ({"labels": {"sex": "F"}, "guidance_scale": {"age": 2.0}}, r"names \['age'\]; the conditions given are"),
+        ({"classes": [{"sex": "F"}] * 3}, r"lists of \[3\] dicts for 1 masks"),
+        ({"classes": "F"}, "are dicts such as"),
+        ({"classes": {"sex": "F"}, "guidance_scale": {"age": 2.0}}, r"names \['age'\]; the conditions given are"),
         ({"guidance_scale": 2.0}, "never trained without mask"),
     ],
 )
@@ -397,9 +397,9 @@ def test_what_a_model_does_not_know_is_refused(given, message):
 def test_what_training_never_left_out_is_needed():
     pipe = pipeline_of({"age": 0.1, "weight": 0.1, "diagnosis": 0.1})
     with pytest.raises(ValueError, match=r"^sex must be given.*sex \(F, M\)"):
-        pipe(MASK, labels={"diagnosis": "none"}, num_inference_steps=1)
-    with pytest.raises(ValueError, match="knows the labels none and the numbers none"):
-        tiny_pipeline()(MASK, labels={"sex": "F"}, num_inference_steps=1)
+        pipe(MASK, classes={"diagnosis": "none"}, num_inference_steps=1)
+    with pytest.raises(ValueError, match="knows the classes none and the numbers none"):
+        tiny_pipeline()(MASK, classes={"sex": "F"}, num_inference_steps=1)
 
 
 def test_numbers_far_from_training_are_warned_of():
@@ -415,7 +415,7 @@ def test_numbers_near_training_are_not():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         latents_of(pipeline_of(), MASK, numbers={"age": 85.9, "weight": 40.1})
-    assert not [w for w in caught if "training" in str(w.message)]
+    assert not [w for w in caught if "trained on" in str(w.message)]
 
 
 def test_numbers_of_the_grid_are_taken_from_it():
@@ -445,7 +445,7 @@ def test_saved_loaded_and_recorded(tmp_path):
         latents_of(loaded, MASK, **FULL)[0], latents_of(pipe, MASK, **FULL)[0], atol=1e-5, rtol=1e-4
     )
     record = loaded(MASK, **FULL, num_inference_steps=1, output_type="latent").provenance[0]
-    assert record["labels"] == {"sex": "F", "diagnosis": "benign"} and record["numbers"] == {
+    assert record["classes"] == {"sex": "F", "diagnosis": "benign"} and record["numbers"] == {
         "age": 63.0,
         "weight": 70.5,
     }
@@ -478,7 +478,7 @@ def test_generate_from_a_table(folder):
     table = "mask,name,sex,age\nm.nii.gz,one,F,63\nm.nii.gz,two,M,30\nm.nii.gz,three,,\n"
     make(folder, table)
     records = {name: read_sidecar(folder / "out" / f"{name}_000.nii.gz") for name in ("one", "two", "three")}
-    assert [record["labels"] for record in records.values()] == [{"sex": "F"}, {"sex": "M"}, None]
+    assert [record["classes"] for record in records.values()] == [{"sex": "F"}, {"sex": "M"}, None]
     assert [record["numbers"] for record in records.values()] == [{"age": 63.0}, {"age": 30.0}, None]
     with open(folder / "out" / "manifest.csv", newline="") as file:
         rows = {row["file"]: row for row in csv.DictReader(file)}
@@ -488,7 +488,7 @@ def test_generate_from_a_table(folder):
     pipe = MedVolumePipeline.from_pretrained(folder / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     generator = seeded(generate.volume_seed(0, "two", 0))
-    given = {"labels": {"sex": "M"}, "numbers": {"age": 30}, "num_inference_steps": 1, "generator": generator}
+    given = {"classes": {"sex": "M"}, "numbers": {"age": 30}, "num_inference_steps": 1, "generator": generator}
     expected = np.asarray(pipe(folder / "m.nii.gz", **given).volumes[0].dataobj)
     two = folder / "out" / "two_000.nii.gz"
     np.testing.assert_allclose(np.asarray(nib.load(two).dataobj), expected, atol=0.01)
@@ -497,7 +497,7 @@ def test_generate_from_a_table(folder):
     finished = two.stat().st_mtime_ns
     make(folder, table)  # goes on where it stopped
     assert (folder / "out" / "one_000.nii.gz").exists() and two.stat().st_mtime_ns == finished
-    with pytest.raises(ValueError, match="two_000.nii.gz: was made with another labels"):
+    with pytest.raises(ValueError, match="two_000.nii.gz: was made with another classes"):
         make(folder, table.replace("two,M", "two,F"))
 
 
@@ -505,7 +505,7 @@ def test_generate_from_a_table_without_masks(folder, tmp_path):
     make(folder, "sex\nF\nM\n", "--shape", "8", "8", "5", "--output", str(tmp_path))
     assert sorted(path.name for path in tmp_path.glob("*.nii.gz")) == ["row_0001_000.nii.gz", "row_0002_000.nii.gz"]
     assert nib.load(tmp_path / "row_0002_000.nii.gz").shape == (8, 8, 5)
-    assert read_sidecar(tmp_path / "row_0002_000.nii.gz")["labels"] == {"sex": "M"}
+    assert read_sidecar(tmp_path / "row_0002_000.nii.gz")["classes"] == {"sex": "M"}
     with pytest.raises(ValueError, match="another shape"):
         make(folder, "sex\nF\nM\n", "--shape", "8", "8", "8", "--output", str(tmp_path))
 
@@ -517,7 +517,7 @@ def test_generate_from_a_table_without_masks(folder, tmp_path):
         ("mask,sex\nm.nii.gz,F\nm.nii.gz,M\n", "several rows are called m: line 2 and line 3"),
         ("mask,name,sex\nm.nii.gz,a,F\n,b,M\n", "1 of 2 rows have a mask"),
         ("name,sex\na/b,F\n", "the name 'a/b' has a slash"),
-        ("name,sex\na,X\nb,Y\n", r"(?s)a: labels: sex is 'X'.*b: labels: sex is 'Y'"),
+        ("name,sex\na,X\nb,Y\n", r"(?s)a: classes: sex is 'X'.*b: classes: sex is 'Y'"),
         ("mask\n../gone.nii.gz\n", "gone.nii.gz"),
     ],
 )
@@ -544,4 +544,4 @@ def test_a_model_is_trained_on_the_tables_conditions(tmp_path, vae_folder):  # n
     assert standard == {key: pipe.data["numbers"]["lesion_volume"][key] for key in ("mean", "std")}
     assert pipe.unet.condition_embedding.numbers[0].weight.abs().max() > 0
     given = {"numbers": {"lesion_volume": standard["mean"]}, "num_inference_steps": 1}
-    assert pipe(shape=(12, 12, 12), labels={"class": "dark lesion"}, **given).volumes[0].shape == (12, 12, 12)
+    assert pipe(shape=(12, 12, 12), classes={"class": "dark lesion"}, **given).volumes[0].shape == (12, 12, 12)

@@ -162,21 +162,26 @@ def test_of_two_channels_both_are_edited_or_one_is_given(two, tmp_path):
     for channel, path in files.items():
         assert np.array_equal(np.asarray(nib.load(path).dataobj), np.asarray(both[channel].dataobj))
     out = two(
-        mask_image(SHAPE, AFFINE), image=images, region=region, given=["ct"], num_inference_steps=2, generator=seeded(3)
+        mask_image(SHAPE, AFFINE),
+        image=images,
+        region=region,
+        keep_channels=["ct"],
+        num_inference_steps=2,
+        generator=seeded(3),
     )
     assert list(out.volumes[0]) == ["pet"] and list(out.provenance[0]["images"]) == ["ct"]
     assert list(out.provenance[0]["edit"]["image"]) == ["pet"] and out.provenance[0]["channels"] == ["pet"]
     given = np.asarray(out.volumes[0]["pet"].dataobj)
     assert np.array_equal(given[~region], voxels_of(np.float64, 2)[~region])
     assert np.abs(given - np.asarray(both["pet"].dataobj))[region].max() > 1
-    array = edited(two, images, region, given=["ct"])[0]
+    array = edited(two, images, region, keep_channels=["ct"])[0]
     assert np.array_equal(array[1], voxels_of(np.int16, 1)) and np.array_equal(array[0], given.astype(np.float32))
 
 
 def test_what_the_mask_calls_missing_is_kept_too(pipe):
     labels, region = np.asarray(mask_image(SHAPE, AFFINE).dataobj).copy(), region_of()
     labels[:, 3:, 2:5] = PADDING
-    made = edited(pipe, image_of(), region, mask=nib.Nifti1Image(labels, AFFINE), margin=0)[0][0]
+    made = edited(pipe, image_of(), region, mask=nib.Nifti1Image(labels, AFFINE), blend_margin=0)[0][0]
     assert np.array_equal(made[~region], voxels_of()[~region])
     np.testing.assert_allclose(made[region & (labels == PADDING)], np.percentile(voxels_of(), 5), rtol=1e-5)
 
@@ -234,7 +239,7 @@ def test_what_is_made_follows_the_mask_the_seed_and_the_strength(pipe):
         "seed": edited(pipe, image, region, seeds=(4,))[0],
         "mask": edited(pipe, image, region, mask=mask_image(SHAPE, AFFINE, seed=5))[0],
         "strength": edited(pipe, image, region, strength=0.5)[0],
-        "margin": edited(pipe, image, region, margin=0)[0],
+        "margin": edited(pipe, image, region, blend_margin=0)[0],
     }
     for name, other in others.items():
         assert np.abs(first - other)[0][region].max() > 0.1, name
@@ -267,9 +272,11 @@ def test_noise_is_added_in_the_region_alone():
     kernel = np.zeros((7, 7, 7))
     kernel[3, 3, 3] = 1
     model = {"kernel": kernel.tolist(), "std": 0.2, "curve": [1.0] * 16, "levels": [1.0] * 65}
-    noisy, region = tiny_pipeline(intensity=[MR], noise=[model]), region_of()
+    noisy, region = tiny_pipeline(intensity=[MR], residual_noise=[model]), region_of()
     settings = {"mask": mask_image(SHAPE, AFFINE)}
-    with_noise, without = (edited(noisy, image_of(), region, noise=noise, **settings)[0][0] for noise in (True, False))
+    with_noise, without = (
+        edited(noisy, image_of(), region, residual_noise=noise, **settings)[0][0] for noise in (True, False)
+    )
     assert np.array_equal(with_noise[~region], without[~region]) and (with_noise != without)[region].mean() > 0.9
 
 
@@ -333,12 +340,20 @@ def test_values_stay_within_the_image_and_its_scale(pipe):
 def test_the_sidecar_says_how_it_was_made_and_nothing_of_edits_where_there_is_none(pipe, tmp_path):
     nib.save(image_of(), tmp_path / "own.nii.gz")
     region = region_image(region_of())
-    edited(pipe, tmp_path / "own.nii.gz", region, strength=0.5, margin=3, output_type="nifti", paths=tmp_path / "a.nii")
+    edited(
+        pipe,
+        tmp_path / "own.nii.gz",
+        region,
+        strength=0.5,
+        blend_margin=3,
+        output_type="nifti",
+        paths=tmp_path / "a.nii",
+    )
     assert read_sidecar(tmp_path / "a.nii")["edit"] == {
         "image": {"MR": describe_mask(tmp_path / "own.nii.gz")},
         "strength": 0.5,
         "region": describe_mask(region),
-        "margin": 3.0,
+        "blend_margin": 3.0,
     }
     edited(pipe, tmp_path / "own.nii.gz", strength=0.5, output_type="nifti", paths=tmp_path / "b.nii")
     assert set(read_sidecar(tmp_path / "b.nii")["edit"]) == {"image", "strength"}
@@ -371,15 +386,18 @@ def test_what_cannot_be_edited_is_named(pipe, two):
         ({"region": region[1:]}, r"the region: is an array of \(9, 9, 12\) voxels, the image's grid has \(10, 9, 12\)"),
         ({"region": region_image(region, shifted)}, "lies on another grid than the image .*resample one"),
         ({"region": [region, region]}, "2 regions for 1 images; give one an image, or one for all"),
-        ({"region": region, "margin": -1}, "margin is a length in mm, 0 or more, got -1"),
+        ({"region": region, "blend_margin": -1}, "blend_margin is a length in mm, 0 or more, got -1"),
         ({"image": image_of(affine=shifted), "strength": 0.5}, "the image 'MR': lies on another grid than the mask"),
         ({"image": {"ct": image}, "strength": 0.5}, "it must hold every channel that the model makes: MR"),
         ({"image": resampled, "strength": 0.5}, "was resampled from its file's grid; give the file, or a new Volume"),
         ({"image": nan, "strength": 0.5}, "the image 'MR': 1 of 1080 values are not finite"),
         ({"image": np.ones(SHAPE), "strength": 0.5}, "the image 'MR': every voxel is 1: it is constant"),
-        ({"strength": 0.5, "given": ["MR"]}, "nothing is left to change; leave one out"),
-        ({"strength": 0.5, "given": ["ct"]}, r"given is \['ct'\]; it lists channels that are left alone, of MR"),
-        ({"given": ["MR"]}, r"given \['MR'\] is for strength and region"),
+        ({"strength": 0.5, "keep_channels": ["MR"]}, "nothing is left to change; leave one out"),
+        (
+            {"strength": 0.5, "keep_channels": ["ct"]},
+            r"keep_channels is \['ct'\]; it lists channels that are left alone, of MR",
+        ),
+        ({"keep_channels": ["MR"]}, r"keep_channels \['MR'\] is for strength and region"),
     ]
     for arguments, message in refused:
         with pytest.raises(ValueError, match=message):

@@ -160,7 +160,7 @@ def test_sidecars_that_are_damaged_or_anothers_are_refused_before_any_work(input
 @pytest.mark.parametrize("kind", [*FOREIGN, "odd"])
 def test_they_do_not_end_the_run_where_no_volume_is_asked_of_that_name(inputs, made, output, caplog, kind):
     if kind == "odd":
-        change(output / "a_000.json", mask=3, scheduler=None, labels=[])
+        change(output / "a_000.json", mask=3, scheduler=None, classes=[])
     else:
         FOREIGN[kind](output / "a_000.json")
     (output / "b_000.nii.gz").unlink()

@@ -242,7 +242,7 @@ def train(folder: Path, output: Path, *args: str) -> dict[str, float]:
             f"--data.root={folder}",
             "--data.images={ct: '{name}_ct.nii.gz', pet: '{name}_pet.nii.gz'}",
             "--data.validation_fraction=0.2",
-            "--data.given=[ct, pet]",
+            "--data.condition_channels=[ct, pet]",
             "--model={class: diffusion.LatentUNet3D, channels: [8, 16], blocks: [1, 1], head_dim: 8}",
             "--model.condition_dropout={ct: 0.5, pet: 0.5}",
             *(
@@ -308,22 +308,23 @@ def test_channels_in_another_order_than_the_autoencoders_are_refused(folder, tmp
 def test_an_image_that_is_never_left_out_is_in_previews_too(folder, tmp_path, monkeypatch):
     conditions, original = [], train_ldm.denoise
     monkeypatch.setattr(train_ldm, "denoise", lambda *a, **k: (conditions.append(a[3]["image"]), original(*a, **k))[1])
-    train(folder, tmp_path, "--data.given=[ct]", "--model.condition_dropout={}", "--loop.max_steps=1")
+    train(folder, tmp_path, "--data.condition_channels=[ct]", "--model.condition_dropout={}", "--loop.max_steps=1")
     assert conditions[0].shape[1] == 4 and (conditions[0][:, 3] == 1).all()
 
 
 def test_the_cache_does_not_depend_on_what_is_given(folder):
     vae = AutoencoderKL3D.from_pretrained(folder / "vae")
     datasets = [
-        VolumeDataset(load_cases(config), config) for config in (data_of(folder), data_of(folder, given=["ct"]))
+        VolumeDataset(load_cases(config), config)
+        for config in (data_of(folder), data_of(folder, condition_channels=["ct"]))
     ]
     assert len({cache_key(dataset, vae, LatentAugmentation()) for dataset in datasets}) == 1
 
 
 def test_channels_that_cannot_be_given_are_refused():
     with pytest.raises(ValueError, match=r"given names \['mr'\], the image channels are \['ct', 'pet'\]"):
-        data_of(Path(), given=["mr"])
+        data_of(Path(), condition_channels=["mr"])
     with pytest.raises(ValueError, match="twice"):
-        data_of(Path(), given=["ct", "ct"])
+        data_of(Path(), condition_channels=["ct", "ct"])
     with pytest.raises(ValueError, match="several channels"):
-        DataConfig(images="*.nii.gz", given=["image"])
+        DataConfig(images="*.nii.gz", condition_channels=["image"])

@@ -646,7 +646,7 @@ def test_what_a_lora_cannot_start_from(tmp_path, base):
     with pytest.raises(ValueError, match="target_modules"):
         train(tmp_path / "c", base, "--lora.target_modules=[query]")
     with pytest.raises(ValueError, match="noise: a LoRA has that of its pipeline"):
-        train(tmp_path / "d", base, "--noise=true")
+        train(tmp_path / "d", base, "--residual_noise=true")
 
 
 def test_the_recipe_fits_the_weights_that_ship():

@@ -156,7 +156,7 @@ def test_one_generator_is_a_list_of_one_for_one_volume(pipe):
 
 def test_seeds_reproduce_where_the_sampler_and_the_noise_model_draw_too():
     level = {"kernel": np.ones((7, 7, 7)).tolist(), "std": 0.1, "curve": [1.0] * 16, "levels": [1.0] * 65}
-    pipe = tiny_pipeline(objective="epsilon", noise=[level])
+    pipe = tiny_pipeline(objective="epsilon", residual_noise=[level])
     pipe.scheduler = DDPMScheduler(timestep_spacing="trailing")
     mask = mask_image((8, 8, 8))
     reproduced(pipe, pipe(mask, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(1)), [mask])

@@ -29,7 +29,7 @@ def requested(tmp_path, text, *files):
 
 def test_empty_rows_ask_for_nothing(tmp_path):
     found = requested(tmp_path, f"name;{nfd('größe')};age\r\n;;\r\na;klein;1,5\r\n;groß;\r\n;;\r\n\xa0;;\r\n")
-    assert [(one.name, one.labels, one.numbers) for one in found] == [
+    assert [(one.name, one.classes, one.numbers) for one in found] == [
         ("a", {"größe": "klein"}, {"age": "1,5"}),
         ("row_0002", {"größe": "groß"}, {}),
     ]

@@ -84,7 +84,7 @@ def check_recipe(recipe: str, folder: Path, vae: str = "vae", ldm: str = "ldm") 
     config = parse_config(TrainLdmConfig, arguments).data
     case = load_cases(config)[0]
     given = {"mask": case.mask} if case.mask else {"shape": (16, 16, 12)}
-    given |= {"labels": {name: values[0] for name, values in config.classes.items()}} if config.classes else {}
+    given |= {"classes": {name: values[0] for name, values in config.classes.items()}} if config.classes else {}
     made = pipe(**given, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").volumes[0]
     shape = nib.load(case.mask).shape if case.mask else (16, 16, 12)
     assert made.shape[-3:] == shape and np.isfinite(made).all() and made.std() > 0

@@ -52,7 +52,7 @@ def test_noise_is_measured_on_the_pipelines_own_data(tmp_path):
     (tmp_path / "examples.csv").write_text("name\none\n")
     command = [str(tmp_path / "run"), str(tmp_path / "out"), f"--results={tmp_path}", f"--card={tmp_path / 'card.md'}"]
     with pytest.raises(ValueError, match="other.yaml: its volumes differ from the pipeline's in channels, shape_range"):
-        main([*command, f"--examples={tmp_path / 'examples.csv'}", f"--noise={config}"])
+        main([*command, f"--examples={tmp_path / 'examples.csv'}", f"--residual_noise={config}"])
     assert not (tmp_path / "out").exists()
 
 

@@ -77,7 +77,7 @@ class DataConfig:
             A class that a mirrored volume would belie, such as the body's side, forbids flip_axes.
         numbers: columns of numbers that condition a model, e.g. [age, weight]. Cells may be empty. spacing_x, spacing_y,
             spacing_z, size_x, size_y and size_z need no column: mm between voxels, and from end to end, of the volume.
-        given: image channels that a model may be given, to generate the others from them, e.g. [ct, pet].
+        condition_channels: image channels that a model may be given, to generate the others from them, e.g. [ct, pet].
         on_error: "raise" stops at the first file that is refused; "skip" goes on without it and lists it.
         phantom: draw volumes instead of reading files.
     """
@@ -102,7 +102,7 @@ class DataConfig:
     intensity: IntensityScaling | dict[str, IntensityScaling] = field(default_factory=IntensityScaling)
     classes: dict[str, list[str]] = field(default_factory=dict)
     numbers: list[str] = field(default_factory=list)
-    given: list[str] = field(default_factory=list)
+    condition_channels: list[str] = field(default_factory=list)
     on_error: Literal["raise", "skip"] = "raise"
     phantom: PhantomConfig | None = None
 
@@ -164,7 +164,7 @@ class DataConfig:
         for name in ("images", "intensity", "time_point"):
             if isinstance(found := getattr(self, name), dict):
                 setattr(self, name, {nfc(channel): value for channel, value in found.items()})
-        self.given = [nfc(name) for name in self.given]
+        self.condition_channels = [nfc(name) for name in self.condition_channels]
         self.subject, self.split = (name and nfc(name) for name in (self.subject, self.split))
         self.numbers = [nfc(name) for name in self.numbers]
         self.classes = {nfc(name): [nfc(value) for value in values] for name, values in self.classes.items()}
@@ -183,13 +183,13 @@ class DataConfig:
             raise ValueError(f"data: time_point {self.time_point} is of 4-D images, label maps are 3-D; remove it")
 
     def _check_given(self) -> None:
-        if unknown := sorted(set(self.given) - set(self.channels)):
-            raise ValueError(f"data: given names {unknown}, the image channels are {self.channels}")
-        if len(set(self.given)) < len(self.given):
-            raise ValueError(f"data: given names a channel twice: {self.given}")
-        if self.given and (len(self.channels) < 2 or self.image_labels):
+        if unknown := sorted(set(self.condition_channels) - set(self.channels)):
+            raise ValueError(f"data: condition_channels names {unknown}, the image channels are {self.channels}")
+        if len(set(self.condition_channels)) < len(self.condition_channels):
+            raise ValueError(f"data: condition_channels names a channel twice: {self.condition_channels}")
+        if self.condition_channels and (len(self.channels) < 2 or self.image_labels):
             raise ValueError(
-                "data: given needs images of several channels, {channel: pattern}, of which some are generated"
+                "data: condition_channels needs images of several channels, {channel: pattern}, of which some are generated"
             )
 
     @property
