@@ -92,7 +92,7 @@ def checked(owner: type[Class]) -> type[Class]:
     """
     post_init = owner.__dict__.get("__post_init__")
 
-    def __post_init__(self: Any) -> None:
+    def __post_init__(self: Any) -> None:  # noqa: N807
         values = {name: getattr(self, name) for name in hints_of(type(self))}
         refuse(faults(type(self), values))
         for name, hint in hints_of(type(self)).items():
@@ -278,6 +278,7 @@ class Number:
         self.__name__ = describe(hint)  # what argparse prints for other text
 
     def __call__(self, text: Any) -> Any:
+        """Parse a value. Raises: ArgumentTypeError if it is not valid."""
         base, _ = split_hint(self.hint)
         try:
             value = base(text)

@@ -1,15 +1,14 @@
-"""Plant faults in the code, one at a time, and see whether the tests notice: `make mutants`.
+"""Plant faults in the code, one at a time, and check that the tests notice: `make mutants`.
 
-Every fault is a row of tests/mutants/<room>.yaml: the file, a piece of its code that occurs once, what stands there
-instead, and the tests that should fail. Each is tried in a copy of the working tree. Results are kept in a file of
-lines, one per fault, keyed by the fault, the code and its tests, so that an interrupted run resumes and an unchanged
-fault is not tried twice.
+Every fault is a row of tests/mutants/<package>.yaml: the file, a piece of its code that occurs once, its replacement, and the tests
+that should fail. Each is tried in a copy of the working tree. Results are kept in a file with one line per fault, keyed by the fault, the
+code and its tests, so that an interrupted run resumes and an unchanged fault is not tried twice.
 
     python -m tools.mutants --output out/mutants.jsonl --workers 2
     python -m tools.mutants --rooms volumes diffusion
 
-A fault is caught when a test that passes without it fails with it. One that no test can notice, since nothing that
-anybody could see depends on it, is left in the table with its reason as `equivalent`.
+A fault is caught if a test that passes without it fails with it. A fault without any visible effect stays in the table, with the
+reason as `equivalent`.
 """
 
 import argparse
@@ -42,7 +41,9 @@ SECONDS = 600  # a fault whose tests take longer counts as caught: they hang
 PRELOADED = ("pytest", "torch", "nibabel", "scipy.stats", "safetensors.torch", "monai.data", "jsonargparse", "yaml")
 PRELOADED += ("accelerate", "diffusers", "diffusers.schedulers", "diffusers.pipelines.pipeline_utils", "matplotlib")
 PRELOADED += ("hypothesis", "pydicom", "monai.networks.nets.unet", "monai.losses.dice", "peft")
-CAUGHT, MISSED, INVALID = "caught", "missed", "invalid"
+CAUGHT = "caught"
+MISSED = "missed"
+INVALID = "invalid"
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,10 @@ class Run:
 
 
 class Workers:
-    """Runs tests in a number of copies of the tree at a time. `root` is a copy as well: who edits the working tree meanwhile
-    changes neither what is tried nor the keys under which results are kept."""
+    """Run tests in several copies of the tree at a time.
+
+    `root` is a copy as well: edits of the working tree meanwhile change neither the tests nor the keys of the results.
+    """
 
     def __init__(self, root: Path, count: int, folder: Path):
         self.root = copy_tree(root, folder / "origin") if count else root

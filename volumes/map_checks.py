@@ -70,7 +70,7 @@ def check_maps(known: Any, names: Sequence[str]) -> None:
         r"\d{1,5}x\d{1,5}x\d{1,5}( \d{1,5}x\d{1,5}x\d{1,5})*", shapes, re.ASCII
     )
     sides = [int(side) for side in re.findall(r"\d+", shapes)] if isinstance(shapes, str) and fit else [0]
-    expect(0 < min(sides) and max(sides) <= MOST_SIDE and len(sides) <= 3 * MAX_SHAPES, ", shapes", shapes)
+    expect(min(sides) > 0 and max(sides) <= MOST_SIDE and len(sides) <= 3 * MAX_SHAPES, ", shapes", shapes)
     expect(_is_count(known.get("pieces")), ", pieces", known.get("pieces"))
     expect(isinstance(labels, Mapping) and set(labels) <= set(names), ", labels", labels)
     for name, limits in labels.items():

@@ -149,7 +149,7 @@ def _measure(setup, arguments, device, repeats, seconds, memory) -> Result:
     torch.nn.functional.conv3d(torch.ones(1, 8, 8, 8, 8), torch.ones(8, 8, 3, 3, 3))  # loads kernels, starts threads
     baseline = reset_peak(device)
     first, values = timed(work.run, device)
-    warm, times = 0 < repeats and first <= seconds, [first]
+    warm, times = repeats > 0 and first <= seconds, [first]
     if warm:
         times = []
         while len(times) < repeats and sum(times) < seconds:

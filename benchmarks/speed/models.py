@@ -52,8 +52,7 @@ def _ours() -> nn.Module:
 
 
 def _monai() -> nn.Module:
-    """MONAI's AutoencoderKL: MAISI's levels and blocks, the last level's width searched; no attention, which no
-    volume of these sizes could afford."""
+    """Build MONAI's AutoencoderKL with MAISI's levels and blocks, without attention, which these sizes could not afford."""
 
     def build(last: int) -> nn.Module:
         return AutoencoderKL(

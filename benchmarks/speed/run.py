@@ -56,7 +56,7 @@ from .measure import FAILED, available_memory
 from .parts import PARTS, QUICK, Sizes
 from .records import line
 
-assert NAMES == tuple(PARTS)  # --help lists them before they are imported
+assert tuple(PARTS) == NAMES  # --help lists them before they are imported
 
 
 def main(args: Sequence[str] | None = None) -> Path:

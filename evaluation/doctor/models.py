@@ -253,7 +253,7 @@ def plan(
     device: torch.device,
 ) -> tuple[list[Finding], dict[str, Any]]:
     """Memory for volumes of `shape` (X, Y, Z), one generated at a time, without any data; and what a dry run took."""
-    numbers = dict.fromkeys(config.numbers, {"mean": 0.0, "std": 1.0})
+    numbers = {key: {"mean": 0.0, "std": 1.0} for key in config.numbers}
 
     def models() -> tuple[Models, list[Finding]]:
         return build_models(sections, config, numbers, folder)

@@ -24,7 +24,7 @@ from volumes.data.config_parser import ConfigParser, config_files
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "diffusers", "transformers", "monai", "accelerate", "matplotlib", "scipy", "nibabel", "pydicom")
 MODULES = ["evaluation.doctor", "evaluation.copies.fingerprints", "evaluation.data.label_budget"]
-MODULES += ["evaluation.studies.edit_borders", "evaluation.studies.samplers"] + ["pipelines.storage.to_dicom"]
+MODULES += ["evaluation.studies.edit_borders", "evaluation.studies.samplers", "pipelines.storage.to_dicom"]
 MODULES += [
     f"benchmarks.{name}"
     for name in (

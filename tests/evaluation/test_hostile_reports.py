@@ -287,11 +287,13 @@ def test_two_evaluations_do_not_write_one_report(tmp_path):
     try:
         assert begun.wait(60)
         before = sorted((one.name, one.stat().st_mtime_ns) for one in tmp_path.iterdir())
-        with pytest.raises(
-            OutputInUse, match=rf"{path}: another process writes there: process {process.pid} on .*--wait_minutes"
+        with (
+            pytest.raises(
+                OutputInUse, match=rf"{path}: another process writes there: process {process.pid} on .*--wait_minutes"
+            ),
+            only_writer_of(path, 0),
         ):
-            with only_writer_of(path, 0):
-                raise AssertionError
+            raise AssertionError
         assert sorted((one.name, one.stat().st_mtime_ns) for one in tmp_path.iterdir()) == before
         options = Namespace(output=str(path), wait_minutes=0.0, reports=[])
         with pytest.raises(OutputInUse):
