@@ -191,7 +191,7 @@ def describe(hint: Hint) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if dataclasses.is_dataclass(base):
-        return f"settings {{{', '.join(hints_of(base))}}}"  # pyright: ignore[reportArgumentType]
+        return f"settings {{{', '.join(hints_of(base))}}}"
     if origin is tuple and args[-1:] != (...,):
         each = describe(args[0]) if len(set(map(repr, args))) == 1 else "; ".join(map(describe, args))
         return f"a list of {len(args)}, each {each}" if len(set(map(repr, args))) == 1 else f"a list [{each}]"
@@ -250,7 +250,7 @@ def construct(hint: Hint, value: Any, name: str = "") -> Any:
     if origin in (Union, types.UnionType):
         return construct(_arm(args, value), value, name)
     if dataclasses.is_dataclass(base) and not isinstance(value, base):  # pyright: ignore[reportArgumentType]
-        hints = hints_of(base)  # pyright: ignore[reportArgumentType]
+        hints = hints_of(base)
         inner = {key: construct(hints[key], item, f"{name}.{key}" if name else key) for key, item in value.items()}
         try:
             return base(**inner)  # pyright: ignore[reportCallIssue]
