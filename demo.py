@@ -45,6 +45,7 @@ from pipelines import MedVolumePipeline, read_sidecar, sidecar_path, volume_file
 from pipelines.storage.finished import finished_volumes
 from volumes import read_mask, read_volume, shapes_figure, slices_figure, write_volume
 from volumes.data.tables import read_table
+from volumes.description import DataDescription
 from volumes.lesions import remove_lesion
 
 
@@ -65,8 +66,8 @@ def run_demo(weights: Path, output: Path, num_inference_steps: int = 20) -> None
         rows, folder = read_table(table), output / table.parent.name
         print(f"{table.parent.name}: {len(rows)} volumes for {table} ...")
         data = described[table.parent]
-        has_size = "maps" in data or {"mask", *data["channels"]} & set(rows[0])
-        shape = [] if has_size else ["--shape", *map(str, data["shape_range"][1])]
+        has_size = data.maps is not None or {"mask", *data.channels} & set(rows[0])
+        shape = [] if has_size else ["--shape", *map(str, data.shape_range[1])]
         start = time.perf_counter()
         generate.main(
             [
@@ -78,13 +79,13 @@ def run_demo(weights: Path, output: Path, num_inference_steps: int = 20) -> None
         save_figure(preview(folder, table.parent / "masks", data), folder / "preview.png")
         print(f"{seconds:.2f} s per volume, including loading. See {folder / 'preview.png'}\n")
     for maps, volumes in itertools.product(described, described):
-        drawn = described[maps].get("image_labels")
-        if drawn and drawn == described[volumes]["labels"]:
+        drawn = described[maps].image_labels
+        if drawn and drawn == described[volumes].labels:
             pairs(maps, volumes, described[volumes], output / f"{volumes.name}-pairs", num_inference_steps)
             edit(volumes, described[volumes], output, num_inference_steps)
 
 
-def pairs(maps: Path, volumes: Path, data: dict[str, Any], folder: Path, steps: int, count: int = 6) -> None:
+def pairs(maps: Path, volumes: Path, data: DataDescription, folder: Path, steps: int, count: int = 6) -> None:
     """Generate masks that belong to no patient, and a volume for each."""
     print(f"{volumes.name}: {count} masks from {maps.name}, and a volume for each ...")
     generate.main(
@@ -97,7 +98,7 @@ def pairs(maps: Path, volumes: Path, data: dict[str, Any], folder: Path, steps: 
     print(f"See {folder / 'preview.png'}\n")
 
 
-def edit(pipeline: Path, data: dict[str, Any], output: Path, steps: int) -> None:
+def edit(pipeline: Path, data: DataDescription, output: Path, steps: int) -> None:
     """Remove the last label from the first generated volume; all other voxels stay the same."""
     pipe = MedVolumePipeline.from_pretrained(pipeline)
     pipe.set_progress_bar_config(disable=True)
@@ -105,7 +106,7 @@ def edit(pipeline: Path, data: dict[str, Any], output: Path, steps: int) -> None
     record = read_sidecar(volume)
     assert record is not None and record["mask"] is not None
     mask = read_mask(path_inside(pipeline / "masks", record["mask"]["file"], f"the sidecar of {volume}: mask"))
-    values = sorted(map(int, data["labels"]))
+    values = list(data.labels)
     organ = max(value for value in values if (mask.array == value).any())
     edited, region = remove_lesion(mask, organ, values[0])
     x, y, z = (int(side) for side in np.argwhere(mask.array[0] == organ).mean(0).round())
@@ -113,7 +114,7 @@ def edit(pipeline: Path, data: dict[str, Any], output: Path, steps: int) -> None
     folder.mkdir(parents=True, exist_ok=True)
     write_volume(edited, folder / "mask.nii.gz")
     write_volume(region, folder / "region.nii.gz")
-    print(f"{pipeline.name}: {volume.name} without its {data['labels'][str(organ)]} ...")
+    print(f"{pipeline.name}: {volume.name} without its {data.labels[organ]} ...")
     after = folder / volume.name
     pipe(
         mask=folder / "mask.nii.gz",
@@ -140,7 +141,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(unfinished, dpi=130)
 
 
-def preview(folder: Path, masks: Path, data: dict[str, Any]) -> Figure:
+def preview(folder: Path, masks: Path, data: DataDescription) -> Figure:
     """Draw the volumes of `folder`, with the masks in `masks`.
 
     Label maps are drawn as surfaces, one row per combination of classes; other volumes as slices beside the mask, one row per channel.
@@ -150,7 +151,7 @@ def preview(folder: Path, masks: Path, data: dict[str, Any]) -> Figure:
     for volume, record in finished_volumes(folder):
         files, stem = volume_files(volume, record), sidecar_path(volume).stem
         title = ", ".join(str(value) for value in {**(record["classes"] or {}), **(record["numbers"] or {})}.values())
-        if data.get("image_labels"):
+        if data.image_labels:
             shapes.setdefault(title, []).append(read_volume(files[0]).array[0])
             continue
         volumes = [read_volume(path) for path in files]
@@ -161,9 +162,9 @@ def preview(folder: Path, masks: Path, data: dict[str, Any]) -> Figure:
             "images": images,
             "spacing": volumes[0].spacing,
         }
-        scales = dict(zip(data["channels"], data["intensity"], strict=True))
+        scales = dict(zip(data.channels, data.intensity, strict=True))
         column["channels"] = names
-        column["windows"] = {name: (scales[name]["low"], scales[name]["high"]) for name in names if name in scales}
+        column["windows"] = {name: (scales[name].low, scales[name].high) for name in names if name in scales}
         if record["mask"]:
             column["mask"] = read_mask(
                 path_inside(masks, record["mask"]["file"], f"the sidecar of {volume}: mask")

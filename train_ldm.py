@@ -51,7 +51,6 @@ from diffusion.objectives import Scheduler
 from files.documents import read_object
 from pipelines import MedVolumePipeline
 from pipelines.lora import add_lora, save_lora
-from pipelines.storage.description import check_data
 from pipelines.storage.loading import load_autoencoder
 from pipelines.storage.provenance import content_hash, stored_tensors
 from training import (
@@ -261,7 +260,6 @@ def train_as(config: TrainLdmConfig, accelerator: Accelerator) -> dict[str, floa
     check_prepared(config, vae, train.preprocessing)
     earlier = check_unseen(config, vae, held_out)
     data = describe(train)
-    check_data(data)  # now, and not when the pipeline is saved
     channels = config.data.channels
     images = {name: vae.latents_of(channels.index(name)) for name in config.data.condition_channels}
     config.model = complete_model(config.model, vae, data, images)
@@ -301,7 +299,7 @@ def train_as(config: TrainLdmConfig, accelerator: Accelerator) -> dict[str, floa
         logger.info("saved %s", save_lora(learner.average, output / "lora", base, trained_on=trained_on))
     elif accelerator.is_main_process:
         if config.residual_noise:
-            data["residual_noise"] = measure_noise(train, vae)
+            data = dataclasses.replace(data, residual_noise=tuple(measure_noise(train, vae)))
         learner.average.register_to_config(subjects=records)
         pipeline = MedVolumePipeline(vae, learner.average, sampler(), data=data)
         save_model(pipeline, output / "pipeline")

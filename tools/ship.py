@@ -15,6 +15,7 @@ import csv
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +83,12 @@ def main(args: list[str] | None = None) -> None:
     if options.residual_noise:
         train = load_split(parse_config(TrainLdmConfig, ["--config", str(options.residual_noise)]).data)[0]
         found = describe(train)
-        if other := [key for key in MEASURED_ON if pipe.data.get(key, found[key]) != found[key]]:
+        if other := [name for name in MEASURED_ON if getattr(pipe.data, name) != getattr(found, name)]:
             raise ValueError(
                 f"--residual_noise {options.residual_noise}: its volumes differ from the pipeline's in {', '.join(other)}"
             )
-        pipe = MedVolumePipeline(
-            pipe.vae,  # pyright: ignore[reportArgumentType]  # a union of our classes, by its base class
-            pipe.unet,
-            pipe.scheduler,
-            data={**pipe.data, "residual_noise": measure_noise(train, pipe.vae)},
-        )
+        noisy = replace(pipe.data, residual_noise=tuple(measure_noise(train, pipe.vae)))
+        pipe = MedVolumePipeline(pipe.vae, pipe.unet, pipe.scheduler, data=noisy)  # pyright: ignore[reportArgumentType]
     pipe.to(torch.float16)
     remove_leftovers(target)
     pipe.save_pretrained(target)
@@ -128,7 +125,7 @@ def with_decoder(pipe: MedVolumePipeline, vae: VolumeAutoencoder) -> MedVolumePi
     old: VolumeAutoencoder = pipe.vae
     if weights_hash(old.encoder) != weights_hash(vae.encoder) or public(old.config) != public(vae.config):
         raise ValueError("--vae: its encoder or latent statistics differ from those that the U-Net was trained on")
-    data = {key: value for key, value in pipe.data.items() if key != "residual_noise"}
+    data = replace(pipe.data, residual_noise=None)
     return MedVolumePipeline(vae, pipe.unet, pipe.scheduler, data=data)  # pyright: ignore[reportArgumentType]
 
 

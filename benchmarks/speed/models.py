@@ -161,7 +161,7 @@ def decode(model: Any, latents: Tensor) -> Tensor:
 def posterior(model: Any, volume: Tensor) -> DiagonalGaussian3D:
     """Return the encoder's Gaussian, in our class for every model, so that all share one loss."""
     if isinstance(model, AutoencoderKL3D):
-        return model.encode(volume, return_dict=False)[0]  # pyright: ignore[reportReturnType]
+        return model.encode(volume, return_dict=False)[0]
     mean, std = model.encode(volume)
     zero, one = mean.new_zeros(mean.shape[1]), mean.new_ones(mean.shape[1])
     return DiagonalGaussian3D(torch.cat([mean, 2 * std.log()], dim=1), zero, one)

@@ -34,6 +34,7 @@ from training.config import (
 )
 from training.engine.precision import resolve_precision
 from volumes import PHANTOM_LABELS, DataConfig
+from volumes.description import NumberStats
 
 from .cases import (
     Finding,
@@ -130,12 +131,12 @@ def check_settings(sections: Mapping[str, Any]) -> list[Finding]:
 
 
 def build_models(
-    sections: Mapping[str, Any], config: DataConfig, numbers: Mapping[str, Mapping[str, float]], folder: Path
+    sections: Mapping[str, Any], config: DataConfig, numbers: Mapping[str, NumberStats], folder: Path
 ) -> tuple[Models, list[Finding]]:
     """The models of the config's sections.
 
     Args:
-        numbers: mean and std of the data's numbers.
+        numbers: statistics of the data's numbers.
         folder: where the config lies, and perhaps that of an autoencoder that is not trained yet.
     Raises: ValueError (TypeError or KeyError from a model's constructor) for sections that make none.
     """
@@ -253,7 +254,7 @@ def plan(
     device: torch.device,
 ) -> tuple[list[Finding], dict[str, Any]]:
     """Memory for volumes of `shape` (X, Y, Z), one generated at a time, without any data; and what a dry run took."""
-    numbers = {key: {"mean": 0.0, "std": 1.0} for key in config.numbers}
+    numbers = dict.fromkeys(config.numbers, NumberStats(mean=0.0, std=1.0, low=-1.0, high=1.0))
 
     def models() -> tuple[Models, list[Finding]]:
         return build_models(sections, config, numbers, folder)
@@ -367,15 +368,20 @@ def _autoencoder_for(
     return vae, [warn("model", message, "run train_vae.py first, or correct `vae`")]
 
 
+@dataclass(frozen=True)
+class PlannedData:
+    """`diffusion.completion.DataFacts` of a config, whose volumes need not be read."""
+
+    channels: list[str]
+    labels: dict[int, str]
+    classes: dict[str, list[str]]
+    numbers: Mapping[str, NumberStats]
+
+
 def _described(
-    vae: VolumeAutoencoder, config: DataConfig, numbers: Mapping[str, Mapping[str, float]]
-) -> tuple[dict[str, Any], dict[str, slice]]:
+    vae: VolumeAutoencoder, config: DataConfig, numbers: Mapping[str, NumberStats]
+) -> tuple[PlannedData, dict[str, slice]]:
     """What `complete_model` asks of the data, without reading volumes, and where given images lie in the latents."""
     labels = config.label_names or (PHANTOM_LABELS if config.phantom else {})
-    data = {
-        "channels": config.channels,
-        "labels": labels if config.masks or config.phantom else {},
-        "classes": config.classes,
-        "numbers": numbers,
-    }
+    data = PlannedData(config.channels, labels if config.masks or config.phantom else {}, config.classes, numbers)
     return data, {name: vae.latents_of(config.channels.index(name)) for name in config.condition_channels}
