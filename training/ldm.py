@@ -36,7 +36,7 @@ from pipelines.lora import add_lora, save_lora
 from pipelines.storage.description import check_data
 from pipelines.storage.loading import load_autoencoder
 from pipelines.storage.provenance import content_hash, stored_tensors
-from volumes import VolumeDataset, describe
+from volumes import DataConfig, VolumeDataset, describe
 from volumes.data.preprocessing import preprocessing, refuse_differences
 from volumes.data.subjects import join_records
 
@@ -60,7 +60,7 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     earlier = check_unseen(config, vae, held_out)
     data = describe(train)
     check_data(data)  # now, and not when the pipeline is saved
-    images = image_latents(config, vae)
+    images = image_latents(config.data, vae)
     config.model = complete_model(config.model, vae, data, images)  # the run's config.yaml has all of it
     check_residual_noise(config, train)
     set_seed(config.loop.seed)
@@ -100,10 +100,9 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     )
 
 
-def image_latents(config: TrainLdmConfig, vae: VolumeAutoencoder) -> dict[str, slice]:
+def image_latents(data: DataConfig, vae: VolumeAutoencoder) -> dict[str, slice]:
     """Return the latent channels of each condition channel, by its name."""
-    channels = config.data.channels
-    return {name: vae.latents_of(channels.index(name)) for name in config.data.condition_channels}
+    return {name: vae.latents_of(data.channels.index(name)) for name in data.condition_channels}
 
 
 def build_unet(config: TrainLdmConfig) -> LatentUNet3D:

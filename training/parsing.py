@@ -1,6 +1,5 @@
 """Configs from YAML files and the command line."""
 
-import dataclasses
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,10 +7,14 @@ from typing import Any, TypeVar
 
 from cli.command import ArgumentParser
 from cli.parsing import parse_settings
-from cli.settings import construct, faults_of, hints_of, refuse
+from cli.settings import construct, faults, hints_of, refuse
 from files.documents import read_yaml
+from volumes.data.config import DataConfig
 from volumes.data.config_parser import ConfigParser, config_files
 from volumes.data.preprocessing import inherited
+
+from .ldm_config import TrainLdmConfig
+from .vae_config import TrainVaeConfig
 
 Config = TypeVar("Config")
 
@@ -46,18 +49,19 @@ def parse_config(config_class: type[Config], args: Sequence[str] | None = None) 
     return parse_settings(parser, args, {"": config_class}, files).settings
 
 
-def read_section(owner: Any, sections: Mapping[str, Any], name: str) -> Any:
-    """One section of a plain config as its dataclass, with the defaults of what is left out; None if it may be absent and is.
+def config_class_of(sections: Mapping[str, object]) -> type[TrainVaeConfig] | type[TrainLdmConfig]:
+    """Return which training the sections of a config file are for: that of a diffusion model names its `vae`."""
+    return TrainLdmConfig if "vae" in sections else TrainVaeConfig
+
+
+def config_from_sections(sections: Mapping[str, Any], data: DataConfig) -> TrainVaeConfig | TrainLdmConfig:
+    """Build the config of a training from the sections of its YAML file, which may lack `output`.
 
     Args:
-        owner: the config's class, TrainVaeConfig or TrainLdmConfig; or one of its sections' dataclasses.
-        sections: as a YAML file has them.
-    Raises: ValueError for values that are not what they are declared to be.
+        data: in place of the section `data`.
+    Raises: ValueError for values outside their declared range, by name.
     """
-    hint = hints_of(owner)[name]
-    values = sections.get(name)
-    if values is None:
-        field_ = next(one for one in dataclasses.fields(owner) if one.name == name)
-        return field_.default_factory() if field_.default_factory is not dataclasses.MISSING else field_.default
-    refuse(faults_of(hint, values, name, raw=True))
-    return construct(hint, values, name)
+    config_class = config_class_of(sections)
+    values = {"output": ".", **{name: value for name, value in sections.items() if name != "data"}}
+    refuse(faults(config_class, values, raw=True))
+    return construct(config_class, {**values, "data": data})

@@ -40,7 +40,7 @@ def build(config: TrainVaeConfig, accelerator: Accelerator) -> Training:
         init_vae(vae, config)
     elif config.freeze_encoder:
         freeze_encoder(vae, None)
-    if faults := crop_faults(config.crops, vae.stride, config.adversarial):
+    if faults := fit_faults(config, vae):
         raise ValueError("; ".join(f"{message}; {remedy}" for message, remedy in faults))
     train, held_out = load_split(config.data)
     if config.init_from:
@@ -64,6 +64,22 @@ def build_vae(config: TrainVaeConfig) -> VolumeAutoencoder:
     if config.gradient_checkpointing and list(vae.parameters()):
         vae.enable_gradient_checkpointing()
     return vae
+
+
+def channel_faults(vae: VolumeAutoencoder, channels: Sequence[str]) -> list[tuple[str, str]]:
+    """Return why an autoencoder cannot code volumes of these channels: (fault, remedy)."""
+    if vae.config["in_channels"] == len(channels):
+        return []
+    message = f"the autoencoder takes {vae.config['in_channels']} channels, but the data has {list(channels)}"
+    remedy = f"set in_channels and out_channels of the autoencoder to {len(channels)}"
+    if len(channels) > 1:
+        remedy += "; with per_channel: true it codes each channel separately, and can start from one-channel weights"
+    return [(message, remedy)]
+
+
+def fit_faults(config: TrainVaeConfig, vae: VolumeAutoencoder) -> list[tuple[str, str]]:
+    """Return why `vae` cannot be trained with this config, whatever the volumes: (fault, remedy)."""
+    return channel_faults(vae, config.data.channels) + crop_faults(config.crops, vae.stride, config.adversarial)
 
 
 def build_step(config: TrainVaeConfig, vae: VolumeAutoencoder) -> VaeTrainingStep:
