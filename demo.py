@@ -46,6 +46,7 @@ from pipelines import MedVolumePipeline, read_sidecar, sidecar_path, volume_file
 from pipelines.storage.finished import finished_volumes
 from volumes import read_mask, read_volume, shapes_figure, slices_figure, write_volume
 from volumes.data.tables import read_table
+from volumes.description import DataDescription
 from volumes.lesions import remove_lesion
 
 
@@ -66,8 +67,8 @@ def run_demo(weights: Path, output: Path, num_inference_steps: int = 20) -> None
         rows, folder = read_table(table), output / table.parent.name
         print(f"{table.parent.name}: {len(rows)} volumes for {table} ...")
         data = described[table.parent]
-        has_size = "maps" in data or {"mask", *data["channels"]} & set(rows[0])
-        shape = [] if has_size else ["--shape", *map(str, data["shape_range"][1])]
+        has_size = data.maps is not None or {"mask", *data.channels} & set(rows[0])
+        shape = [] if has_size else ["--shape", *map(str, data.shape_range[1])]
         start = time.perf_counter()
         generate.main(
             [
@@ -79,13 +80,13 @@ def run_demo(weights: Path, output: Path, num_inference_steps: int = 20) -> None
         save_figure(preview(folder, table.parent / "masks", data), folder / "preview.png")
         print(f"{seconds:.2f} s a volume, loading included. Look at {folder / 'preview.png'}\n")
     for maps, volumes in itertools.product(described, described):
-        drawn = described[maps].get("image_labels")
-        if drawn and drawn == described[volumes]["labels"]:
+        drawn = described[maps].image_labels
+        if drawn and drawn == described[volumes].labels:
             pairs(maps, volumes, described[volumes], output / f"{volumes.name}-pairs", num_inference_steps)
             edit(volumes, described[volumes], output, num_inference_steps)
 
 
-def pairs(maps: Path, volumes: Path, data: dict[str, Any], folder: Path, steps: int, count: int = 6) -> None:
+def pairs(maps: Path, volumes: Path, data: DataDescription, folder: Path, steps: int, count: int = 6) -> None:
     """Masks that no patient has, and a volume of each."""
     print(f"{volumes.name}: {count} masks by {maps.name}, and their volumes ...")
     generate.main(
@@ -98,7 +99,7 @@ def pairs(maps: Path, volumes: Path, data: dict[str, Any], folder: Path, steps: 
     print(f"Look at {folder / 'preview.png'}\n")
 
 
-def edit(pipeline: Path, data: dict[str, Any], output: Path, steps: int) -> None:
+def edit(pipeline: Path, data: DataDescription, output: Path, steps: int) -> None:
     """The first generated volume without what its last label marks; all else stays as it was."""
     pipe = MedVolumePipeline.from_pretrained(pipeline)
     pipe.set_progress_bar_config(disable=True)
@@ -106,7 +107,7 @@ def edit(pipeline: Path, data: dict[str, Any], output: Path, steps: int) -> None
     record = read_sidecar(volume)
     assert record is not None and record["mask"] is not None
     mask = read_mask(path_inside(pipeline / "masks", record["mask"]["file"], f"the sidecar of {volume}: mask"))
-    values = sorted(map(int, data["labels"]))
+    values = list(data.labels)
     organ = max(value for value in values if (mask.array == value).any())
     edited, region = remove_lesion(mask, organ, values[0])
     x, y, z = (int(side) for side in np.argwhere(mask.array[0] == organ).mean(0).round())
@@ -114,7 +115,7 @@ def edit(pipeline: Path, data: dict[str, Any], output: Path, steps: int) -> None
     folder.mkdir(parents=True, exist_ok=True)
     write_volume(edited, folder / "mask.nii.gz")
     write_volume(region, folder / "region.nii.gz")
-    print(f"{pipeline.name}: {volume.name} without its {data['labels'][str(organ)]} ...")
+    print(f"{pipeline.name}: {volume.name} without its {data.labels[organ]} ...")
     after = folder / volume.name
     pipe(
         mask=folder / "mask.nii.gz",
@@ -141,7 +142,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(unfinished, dpi=130)
 
 
-def preview(folder: Path, masks: Path, data: dict[str, Any]) -> Figure:
+def preview(folder: Path, masks: Path, data: DataDescription) -> Figure:
     """What is in `folder`, made of masks in `masks`. Shapes are drawn as surfaces, a row for each combination of classes; other
     volumes as slices, a row each (of several channels a row a channel), beside the mask."""
     shapes: dict[str, list[Any]] = {}
@@ -149,16 +150,16 @@ def preview(folder: Path, masks: Path, data: dict[str, Any]) -> Figure:
     for volume, record in finished_volumes(folder):
         files, stem = volume_files(volume, record), sidecar_path(volume).stem
         title = ", ".join(str(value) for value in {**(record["classes"] or {}), **(record["numbers"] or {})}.values())
-        if data.get("image_labels"):
+        if data.image_labels:
             shapes.setdefault(title, []).append(read_volume(files[0]).array[0])
             continue
         volumes = [read_volume(path) for path in files]
         names = [path.name.removesuffix(".nii.gz").removeprefix(stem).lstrip("_") for path in files]
         images = {"generated": np.stack([volume.array[0] for volume in volumes])}
         column = {"title": f"{stem}\n{title}".strip(), "images": images, "spacing": volumes[0].spacing}
-        scales = dict(zip(data["channels"], data["intensity"], strict=True))
+        scales = dict(zip(data.channels, data.intensity, strict=True))
         column["channels"] = names
-        column["windows"] = {name: (scales[name]["low"], scales[name]["high"]) for name in names if name in scales}
+        column["windows"] = {name: (scales[name].low, scales[name].high) for name in names if name in scales}
         if record["mask"]:
             column["mask"] = read_mask(
                 path_inside(masks, record["mask"]["file"], f"the sidecar of {volume}: mask")

@@ -30,7 +30,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -164,6 +164,7 @@ from training import join_processes, report_peer_failure
 from training.engine.output import check_writable, explain_disk_full
 from volumes import VoxelError, draw_shape, label_map_fault
 from volumes.formats.raw import memory_bytes
+from volumes.map_checks import LabelMapStats
 
 DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 MAX_RUN_TIME = timedelta(days=30)  # processes wait this long for each other at the end
@@ -243,7 +244,7 @@ def generate(options: argparse.Namespace, state: PartialState, *, held: bool = F
     if options.conditions:
         requests = read_requests(options.conditions, pipe, options.output)
     elif not options.masks:
-        requests = [Request("map" if pipe.data.get("image_labels") else "volume", None)]
+        requests = [Request("map" if pipe.data.image_labels else "volume", None)]
     if (total := len(requests) * options.count) > MOST_VOLUMES:
         raise ValueError(
             f"--count {options.count}, for {len(requests)} masks or rows: these are {total} volumes; {TOO_MANY}"
@@ -310,12 +311,12 @@ def files_of(tasks: Iterable[Task]) -> set[Path]:
 def check_same_labels(options: argparse.Namespace) -> None:
     """Raises: ValueError unless the pipeline of `--masks generate:` draws label maps, of labels that the other knows."""
     drawn, known = (MedVolumePipeline.from_pretrained(path).data for path in (options.masks_by, options.pipeline))
-    if not drawn.get("image_labels"):
+    if not drawn.image_labels:
         raise ValueError(f"--masks generate:{options.masks_by}: that pipeline makes volumes, not label maps")
-    different = {value: name for value, name in drawn["image_labels"].items() if known["labels"].get(value) != name}
+    different = {value: name for value, name in drawn.image_labels.items() if known.labels.get(value) != name}
     if different and not options.label_map:
         raise ValueError(
-            f"--masks generate:{options.masks_by}: draws {different}, and {options.pipeline} knows {known['labels']}; take one "
+            f"--masks generate:{options.masks_by}: draws {different}, and {options.pipeline} knows {known.labels}; take one "
             "trained on the same labels, or translate with --label_map"
         )
 
@@ -353,8 +354,8 @@ def load_rejection(
     """What volumes are checked for: broken label maps, and what --reject_copies asks. Raises: ValueError for fingerprints that
     do not fit, and for given images."""
     checks = []
-    if "maps" in pipe.data:
-        checks.append(map_check(pipe.data))
+    if pipe.data.maps is not None:
+        checks.append(map_check(pipe.data.maps, pipe.data.image_labels))
     if options.reject_copies is not None:
         from evaluation.copies.fingerprints import copy_check  # here, for it imports what only evaluation needs
 
@@ -364,13 +365,12 @@ def load_rejection(
     return Rejection(checks, options.max_attempts) if checks else None
 
 
-def map_check(data: dict[str, Any]) -> Check:
+def map_check(known: LabelMapStats, names: Mapping[int, str]) -> Check:
     """Whether a generated label map is one that could be: `volumes.label_map_fault`."""
-    names = {int(value): name for value, name in data["image_labels"].items()}
 
     def judge(image: Any) -> tuple[bool, dict[str, Any]]:
         voxel = float(np.prod(image.header.get_zooms()[:3]))
-        fault = label_map_fault(np.asarray(image.dataobj), voxel, names, data["maps"])
+        fault = label_map_fault(np.asarray(image.dataobj), voxel, names, known)
         return fault is not None, {} if fault is None else {"fault": fault}
 
     return Check("map_check", judge, lambda found: f"is no such map as the training set's ({found['fault']})")
@@ -501,7 +501,7 @@ def size_of(pipe: MedVolumePipeline, options: argparse.Namespace, seed: int) -> 
     """What --shape says, or the size of a training map; None where neither is known."""
     if options.shape:
         return tuple(options.shape)
-    return draw_shape(pipe.data["maps"], seed) if "maps" in pipe.data else None
+    return None if pipe.data.maps is None else draw_shape(pipe.data.maps, seed)
 
 
 def write_subjects(pipe: MedVolumePipeline, output: Path) -> None:

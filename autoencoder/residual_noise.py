@@ -7,8 +7,7 @@ the decoded intensity (none where intensities are clipped), and whose level is d
 is not information. Axes: (C, X, Y, Z); intensities in [-1, 1].
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,16 +16,14 @@ from torch import Tensor
 
 from cli.live_bar import LiveBar
 from volumes import VolumeDataset, pad_to_multiple
+from volumes.description import NOISE_BINS, NOISE_LEVELS, NOISE_RADIUS, ChannelNoise
 
 from .base import VolumeAutoencoder
 
-RADIUS = 3  # voxels: the noise is white noise filtered by a kernel of 2 RADIUS + 1 voxels a side
-MAX_VALUE = 48  # voxels a side of the center crops whose spectra are compared
-BINS = 16  # of decoded intensity
-LEVELS = 65  # quantiles of the noise level, from the lowest to the highest
+MAX_SIDE = 48  # voxels a side of the center crops whose spectra are compared
 
 
-def measure_noise(dataset: VolumeDataset, vae: VolumeAutoencoder, *, progress: bool = True) -> list[dict[str, Any]]:
+def measure_noise(dataset: VolumeDataset, vae: VolumeAutoencoder, *, progress: bool = True) -> list[ChannelNoise]:
     """`fit_noise` of a data set and its reconstructions from the posterior's mean, on the autoencoder's device.
 
     Raises: ValueError for label maps, and as `fit_noise` does.
@@ -52,39 +49,40 @@ def _reconstructions(
 
 def check_noise_shape(shape: Sequence[int]) -> None:
     """Raises: ValueError for volumes (X, Y, Z) smaller than the kernel of the noise, on any side."""
-    if min(shape) < 2 * RADIUS + 1:
-        raise ValueError(f"volumes of {tuple(shape)} voxels are too small for a noise model: {2 * RADIUS + 1} a side")
+    if min(shape) < 2 * NOISE_RADIUS + 1:
+        raise ValueError(
+            f"volumes of {tuple(shape)} voxels are too small for a noise model: {2 * NOISE_RADIUS + 1} a side"
+        )
 
 
-def fit_noise(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: Sequence[int]) -> list[dict[str, Any]]:
-    """The noise that reconstructions lack, channel by channel, ready for JSON.
+def fit_noise(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: Sequence[int]) -> list[ChannelNoise]:
+    """The noise that reconstructions lack, channel by channel.
 
     Of the power spectra of Hann-windowed center crops, the mean of real less reconstructed, where positive, is the noise's
-    spectrum; its root is the transfer function of a filter (zero phase), cut to `RADIUS`. A volume's level is the root of its
+    spectrum; its root is the transfer function of a filter (zero phase), cut to `NOISE_RADIUS`. A volume's level is the root of its
     mean squared error over that of all volumes.
 
     Args:
         pairs: real volumes and their reconstructions, (C, X, Y, Z) float in [-1, 1] on one grid.
-        shape: (X, Y, Z) of the smallest volume; crops are of it or of `MAX_VALUE`, whichever is smaller.
-    Returns: for each channel {"kernel": nested list (7, 7, 7) whose squares sum to 1, "std": of the noise at level 1, "curve": [`BINS`]
-        its factor by decoded intensity, "levels": [`LEVELS`] quantiles}; "std" is 0 if no power is missing.
+        shape: (X, Y, Z) of the smallest volume; crops are of it or of `MAX_SIDE`, whichever is smaller.
+    Returns: the noise of each channel; its std is 0 if no power is missing.
     Raises: ValueError for no pairs, and crops smaller than the kernel.
     """
-    sides = tuple(min(int(n), MAX_VALUE) for n in shape)
+    sides = tuple(min(int(n), MAX_SIDE) for n in shape)
     check_noise_shape(shape)
     missing, errors, squares, counts, weights = [], [], 0.0, 0.0, 0.0
     window = _window(sides).ravel() ** 2
     for real, made in pairs:
         made = made.clip(-1, 1)  # as the pipeline does: what exceeds the range is no lack of noise
         missing.append(_power(real, sides) - _power(made, sides))
-        bins = np.minimum((made + 1) / 2 * BINS, BINS - 1).astype(int)
+        bins = np.minimum((made + 1) / 2 * NOISE_BINS, NOISE_BINS - 1).astype(int)
         residual = (np.asarray(real, np.float64) - made) ** 2
         errors.append(residual.mean((1, 2, 3)))
         channels = range(len(real))
-        squares += np.stack([np.bincount(bins[c].ravel(), residual[c].ravel(), BINS) for c in channels])
-        counts += np.stack([np.bincount(bins[c].ravel(), minlength=BINS) for c in channels])
+        squares += np.stack([np.bincount(bins[c].ravel(), residual[c].ravel(), NOISE_BINS) for c in channels])
+        counts += np.stack([np.bincount(bins[c].ravel(), minlength=NOISE_BINS) for c in channels])
         seen = _center(bins, sides)
-        weights += np.stack([np.bincount(seen[c].ravel(), window, BINS) for c in channels])
+        weights += np.stack([np.bincount(seen[c].ravel(), window, NOISE_BINS) for c in channels])
     if not missing:
         raise ValueError("no volumes to fit a noise model on")
     return [
@@ -120,28 +118,28 @@ def _power(volume: np.ndarray, sides: Sequence[int]) -> np.ndarray:
 
 def _channel(
     missing: np.ndarray, errors: np.ndarray, squares: np.ndarray, counts: np.ndarray, weights: np.ndarray
-) -> dict[str, Any]:
+) -> ChannelNoise:
     """The noise of one channel: mean missing power (*sides), mean squared error (N,) of each volume, and by bin of intensity
     squared residuals and voxels of whole volumes, and the weight of those from which the power comes."""
     mean = missing.clip(0)
     if not mean.any():
-        kernel = np.zeros((2 * RADIUS + 1,) * 3)
-        kernel[RADIUS, RADIUS, RADIUS] = 1
-        return {"kernel": kernel.tolist(), "std": 0.0, "curve": [1.0] * BINS, "levels": [1.0] * LEVELS}
+        kernel = np.zeros((2 * NOISE_RADIUS + 1,) * 3)
+        kernel[NOISE_RADIUS, NOISE_RADIUS, NOISE_RADIUS] = 1
+        return ChannelNoise(kernel.tolist(), 0.0, [1.0] * NOISE_BINS, [1.0] * NOISE_LEVELS)
     kernel = np.fft.fftshift(np.fft.ifftn(np.sqrt(mean)).real)
     center = [n // 2 for n in kernel.shape]
-    x, y, z = (slice(n - RADIUS, n + RADIUS + 1) for n in center)
+    x, y, z = (slice(n - NOISE_RADIUS, n + NOISE_RADIUS + 1) for n in center)
     kernel = kernel[x, y, z]
     filled = counts > 0
-    places = np.arange(BINS)
+    places = np.arange(NOISE_BINS)
     spread = np.interp(places, places[filled], squares[filled] / counts[filled])
     curve = np.sqrt(spread / np.average(spread, weights=weights))  # where the power was measured, its mean square is 1
-    return {
-        "kernel": (kernel / np.sqrt((kernel**2).sum())).tolist(),
-        "std": float(np.sqrt(mean.mean())),
-        "curve": curve.tolist(),
-        "levels": np.quantile(np.sqrt(errors / errors.mean()), np.linspace(0, 1, LEVELS)).tolist(),
-    }
+    return ChannelNoise(
+        kernel=(kernel / np.sqrt((kernel**2).sum())).tolist(),
+        std=float(np.sqrt(mean.mean())),
+        curve=curve.tolist(),
+        levels=np.quantile(np.sqrt(errors / errors.mean()), np.linspace(0, 1, NOISE_LEVELS)).tolist(),
+    )
 
 
 class ResidualNoiseModel:
@@ -151,11 +149,11 @@ class ResidualNoiseModel:
         channels: what `fit_noise` returned.
     """
 
-    def __init__(self, channels: Sequence[Mapping[str, Any]]):
-        self.kernels = [torch.tensor(one["kernel"], dtype=torch.float32) for one in channels]
-        self.stds = [float(one["std"]) for one in channels]
-        self.curves = [np.array(one["curve"], np.float32) for one in channels]
-        self.levels = [np.array(one["levels"]) for one in channels]
+    def __init__(self, channels: Sequence[ChannelNoise]):
+        self.kernels = [torch.tensor(channel.kernel, dtype=torch.float32) for channel in channels]
+        self.stds = [channel.std for channel in channels]
+        self.curves = [np.array(channel.curve, np.float32) for channel in channels]
+        self.levels = [np.array(channel.levels) for channel in channels]
 
     def add(self, slabs: Iterable[Tensor], seed: int) -> Iterator[Tensor]:
         """Consecutive slabs (C, X, Y, z) along the third axis, with the noise of one volume: float32, unclipped.
@@ -169,8 +167,8 @@ class ResidualNoiseModel:
         for slab in slabs:
             if len(slab) != len(self.kernels):
                 raise ValueError(f"a volume of {len(slab)} channels, a noise model of {len(self.kernels)}")
-            planes = range(done, done + slab.shape[3] + 2 * RADIUS)
-            sides = (len(slab), slab.shape[1] + 2 * RADIUS, slab.shape[2] + 2 * RADIUS)
+            planes = range(done, done + slab.shape[3] + 2 * NOISE_RADIUS)
+            sides = (len(slab), slab.shape[1] + 2 * NOISE_RADIUS, slab.shape[2] + 2 * NOISE_RADIUS)
             drawn = [np.random.default_rng([seed, p + 1]).standard_normal(sides, np.float32) for p in planes]
             white = torch.from_numpy(np.stack(drawn, axis=-1)).to(slab.device)
             done += slab.shape[3]

@@ -1,34 +1,48 @@
 """What autoencoder and data decide of a U-Net's config."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from autoencoder import VolumeAutoencoder
+from volumes.description import NumberStats
+
+
+class DataFacts(Protocol):
+    """What decides a U-Net's config of a training set, see `volumes.description.DataDescription`."""
+
+    @property
+    def channels(self) -> Sequence[str]: ...
+    @property
+    def labels(self) -> Mapping[int, str]: ...
+    @property
+    def classes(self) -> dict[str, list[str]]: ...
+    @property
+    def numbers(self) -> Mapping[str, NumberStats]: ...
 
 
 def complete_model(
     section: Mapping[str, Any],
     vae: VolumeAutoencoder,
-    data: Mapping[str, Any],
+    data: DataFacts,
     images: Mapping[str, slice] | None = None,
 ) -> dict[str, Any]:
     """Return the model section with what autoencoder and data decide; `num_labels: 0` asks for a model without a mask, and
     `numbers` may keep the mean and std of the model that is fine-tuned.
 
     Args:
-        data: `volumes.describe` of the training volumes, of which "channels", "labels", "classes" and "numbers" are read.
+        data: the description of the training volumes (`volumes.describe`), or its facts alone.
         images: channels of the latents of each image that the model may be given.
     Raises: ValueError if the section says something else, and if the autoencoder learned other channels than the data has.
     """
-    vae.check_channels(data["channels"])
+    vae.check_channels(data.channels)
     channels = vae.config["latent_channels"]
     decided = {
         "in_channels": channels,
         "out_channels": channels,
         "mask_stride": list(vae.stride),
-        "num_labels": len(data["labels"]),
-        "classes": data["classes"] or None,
-        "numbers": {name: {key: of[key] for key in ("mean", "std")} for name, of in data["numbers"].items()} or None,
+        "num_labels": len(data.labels),
+        "classes": data.classes or None,
+        "numbers": {name: {"mean": stats.mean, "std": stats.std} for name, stats in data.numbers.items()} or None,
         "images": {name: own.stop - own.start for name, own in (images or {}).items()} or None,
     }
     for name, value in decided.items():

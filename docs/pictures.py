@@ -82,7 +82,7 @@ def mask(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
 def classes(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
     """The same six noises for each diagnosis, without one, and with guidance."""
     count, rows, measured = 6, {}, {}
-    kinds = [(f"{value}", {"diagnosis": value}, 1.0) for value in pipe.data["classes"]["diagnosis"]]
+    kinds = [(f"{value}", {"diagnosis": value}, 1.0) for value in pipe.data.classes["diagnosis"]]
     kinds += [("none given", {}, 1.0), ("hyperplasia, guided by 3", {"diagnosis": "hyperplasia"}, 3.0)]
     for name, labels, scale in kinds:
         out = pipe(
@@ -131,7 +131,7 @@ def numbers(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
 
 def _reconstruction(pipe: MedVolumePipeline, image: np.ndarray) -> np.ndarray:
     """What the autoencoder makes of a phantom (1, X, Y, Z): (X, Y, Z) in its units."""
-    low, high = pipe.data["intensity"][0]["low"], pipe.data["intensity"][0]["high"]
+    low, high = pipe.data.intensity[0].low, pipe.data.intensity[0].high
     scaled = torch.from_numpy(2 * (image - low) / (high - low) - 1).float().clamp(-1, 1)
     with torch.inference_mode():
         mean = pipe.vae.encode(scaled[None], return_dict=False)[0].mean
@@ -149,7 +149,7 @@ def images(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
     config = parse_config(TrainLdmConfig, ["--config", str(ROOT / "configs" / "sarcoma" / "ldm.yaml")]).data
     cases = [case for case in load_cases(config) if case.split == "test"]
     windows = {
-        name: (of["low"], of["high"]) for name, of in zip(pipe.data["channels"], pipe.data["intensity"], strict=True)
+        name: (scale.low, scale.high) for name, scale in zip(pipe.data.channels, pipe.data.intensity, strict=True)
     }
     columns, errors = [], {"PET from CT": [], "PET from mask and sex": [], "the training PETs' mean": []}
     train_mean = np.mean([_masked_means(case) for case in load_cases(config) if case.split == "train"], axis=0)

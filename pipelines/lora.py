@@ -27,6 +27,7 @@ from pipelines.storage.lora_files import (
 from pipelines.storage.provenance import tensor_digest
 from volumes.data.preprocessing import described_preprocessing, refuse_differences
 from volumes.data.subjects import join_records
+from volumes.description import DataDescription
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ class LoraMixin(LoraBaseMixin):
     vae: VolumeAutoencoder
     unet_name = "unet"
     unet: LatentUNet3D
-    data: dict[str, Any]
+    data: DataDescription
     unet_hash: str
     model_hash: str
 

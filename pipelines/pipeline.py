@@ -72,6 +72,7 @@ from pipelines.storage.provenance import (
 )
 from pipelines.storage.serialization import PipelineIOMixin
 from volumes import VoxelError
+from volumes.description import DataDescription
 
 from .call import CallState, PipelineCalls, StepCallback, callback_inputs, one_at_a_time
 from .lora import LoraMixin
@@ -101,7 +102,7 @@ class MedVolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         vae: trained autoencoder, with its latent statistics set.
         unet: trained latent U-Net; its config holds objective and number of labels.
         scheduler: any of diffusers' that speaks the objective, see `diffusion.fit_scheduler`.
-        data: what the model was trained on, as `volumes.describe` writes it; kept in model_index.json.
+        data: the description of the training set (`volumes.describe`), or its JSON, which model_index.json keeps.
     """
 
     model_cpu_offload_seq = "unet->vae"
@@ -111,7 +112,7 @@ class MedVolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         vae: AutoencoderKL3D | VQGAN3D | SpaceToDepth3D,  # by name: `DiffusionPipeline.from_pipe` compares exact types
         unet: LatentUNet3D,
         scheduler: SchedulerMixin,
-        data: dict[str, Any] | None = None,
+        data: DataDescription | Mapping[str, object] | None = None,
     ):
         super().__init__()
         check_components({"vae": vae, "unet": unet, "scheduler": scheduler})
@@ -120,11 +121,12 @@ class MedVolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                 "MedVolumePipeline needs `data`, the description of the training set (volumes.describe): give data=pipe.data of "
                 "the pipeline that the components are of, or use MedVolumePipeline.from_pipe(pipe)"
             )
-        check_fit(vae, unet, data)
+        self._data = data if isinstance(data, DataDescription) else DataDescription.from_json(data)
+        check_fit(vae, unet, self._data)
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
-        self.register_to_config(data=json.loads(json.dumps(data)))
-        self.volume_processor = VolumeProcessor(data, vae.stride)
-        self.noise_model = ResidualNoiseModel(data["residual_noise"]) if data.get("residual_noise") else None
+        self.register_to_config(data=self._data.to_json())
+        self.volume_processor = VolumeProcessor(self._data, vae.stride)
+        self.noise_model = None if self._data.residual_noise is None else ResidualNoiseModel(self._data.residual_noise)
         self._running, self._last = [], CallState()
 
     def provenance(

@@ -28,7 +28,6 @@ from pipelines.inputs.masks import (
     load_mask,
 )
 from pipelines.inputs.prepared import PreparedVolume
-from pipelines.storage.description import MOST_VOXELS_A_SIDE
 from volumes import (
     PADDING,
     IntensityScaling,
@@ -48,8 +47,10 @@ from volumes import (
     to_stored_grid,
     write_slabs,
 )
+from volumes.description import DataDescription
 from volumes.formats.nifti import check_voxels
 from volumes.formats.raw import memory_bytes
+from volumes.map_checks import MAX_SIDE
 from volumes.plausible import resampling_oddities
 
 OUTPUT_TYPES = ("nifti", "np", "pt", "latent")
@@ -64,22 +65,21 @@ class VolumeProcessor:
     """Prepares masks for a model and brings its output back to the mask's grid and to original units.
 
     Args:
-        data: what the model was trained on, as `volumes.describe` writes it: channels, labels, spacing, intensity,
-            shape_range, affine; image_labels, if what it makes are label maps; reading, if headers of files are wrong.
+        data: the description of the training set.
         stride: total stride of the autoencoder per axis.
     """
 
-    def __init__(self, data: Mapping[str, Any], stride: Sequence[int]):
-        self.labels: dict[str, str] = dict(data["labels"])
-        self.spacing: list[float] | None = data["spacing"]
-        self.channels: list[str] = list(data["channels"])
-        self.apart = len(self.channels) > 1 and not data.get("image_labels")  # each channel has its own file
-        self.percentiles = [entry.get("percentiles") for entry in data["intensity"]]
-        self.intensity = [(entry["kind"], LinearScale(entry["low"], entry["high"])) for entry in data["intensity"]]
-        self.image_labels = sorted(map(int, data.get("image_labels") or {}))
-        self.shape_range: list[list[int]] = data["shape_range"]
-        self.affine = np.array(data["affine"], dtype=np.float64)
-        self.reading = dict(data.get("reading") or {})
+    def __init__(self, data: DataDescription, stride: Sequence[int]):
+        self.labels = data.labels
+        self.spacing = data.spacing
+        self.channels = list(data.channels)
+        self.apart = len(self.channels) > 1 and not data.image_labels  # each channel has its own file
+        self.percentiles = [scale.percentiles for scale in data.intensity]
+        self.intensity = [(scale.kind, scale.linear) for scale in data.intensity]
+        self.image_labels = list(data.image_labels)
+        self.shape_range = data.shape_range
+        self.affine = np.array(data.affine, dtype=np.float64)
+        self.reading = data.reading
         self.stride = tuple(stride)
 
     def preprocess(self, mask: MaskLike, label_map: LabelMap | None = None) -> PreparedVolume:
@@ -185,14 +185,15 @@ class VolumeProcessor:
     def _scaling(self, channel: str) -> IntensityScaling:
         """How this channel was scaled in training."""
         number = self.channels.index(channel)
-        kind, scale = self.intensity[number]
-        if kind == "percentile" and not self.percentiles[number]:
+        (kind, scale), percentiles = self.intensity[number], self.percentiles[number]
+        if kind == "window":
+            return IntensityScaling("window", scale.low, scale.high)
+        if percentiles is None:
             raise ValueError(
                 f"the image {channel!r}: this model's data does not say by which percentiles {channel} is scaled; it was "
                 "trained before that was kept: train it anew, or add them to `data` in model_index.json"
             )
-        low, high = self.percentiles[number] if kind == "percentile" else (scale.low, scale.high)
-        return IntensityScaling(kind, low, high)
+        return IntensityScaling("percentile", *percentiles)
 
     def _on_grid(self, volume: Volume, prepared: PreparedVolume) -> Volume:
         """A volume on the canvas's target, on its grid."""
@@ -230,7 +231,7 @@ class VolumeProcessor:
 
     def _check_size(self, shape: tuple[int, int, int], name: str) -> None:
         """Warn where the padded grid is smaller or larger than any padded grid in training."""
-        low, high = (pad_to_multiple(tuple(limit), self.stride).target for limit in self.shape_range)
+        low, high = (pad_to_multiple(limit, self.stride).target for limit in self.shape_range)
         if any(not small <= size <= large for small, size, large in zip(low, shape, high, strict=True)):
             warnings.warn(
                 f"{name}: its grid of {_by(shape)} voxels (padded) is outside of what the model was trained on, "
@@ -411,9 +412,9 @@ class VolumeProcessor:
 def _check_room(shape: tuple[int, int, int]) -> None:
     """Raises: ValueError for a grid that no NIfTI file can have, or that this process has no memory for."""
     needed, room = np.dtype(np.int16).itemsize * math.prod(shape), memory_bytes()
-    if max(shape) > MOST_VOXELS_A_SIDE or needed > room:
+    if max(shape) > MAX_SIDE or needed > room:
         raise ValueError(
-            f"shape {' x '.join(map(str, shape))}: a side has at most {MOST_VOXELS_A_SIDE} voxels, and the whole must fit into the "
+            f"shape {' x '.join(map(str, shape))}: a side has at most {MAX_SIDE} voxels, and the whole must fit into the "
             f"{room / 2**30:.0f} GiB of memory; ask for a smaller one"
         )
 

@@ -12,12 +12,18 @@ from torch.profiler import ProfilerActivity, profile
 from autoencoder import AutoencoderKL3D
 from diffusion import LatentUNet3D, make_scheduler
 from pipelines import MedVolumePipeline
+from volumes.description import DataDescription
 
 LABELS = {"0": "background", "2": "anterior", "5": "posterior"}
 
 
-def tiny_data(**changes: Any) -> dict[str, Any]:
-    """What `volumes.describe` writes, for a model of one MR channel."""
+def tiny_data(**changes: Any) -> DataDescription:
+    """The description of a training set of one MR channel; changes are as in `tiny_json`."""
+    return DataDescription.from_json(tiny_json(**changes))
+
+
+def tiny_json(**changes: Any) -> dict[str, Any]:
+    """`tiny_data` as it is stored."""
     data = {
         "channels": ["MR"],
         "labels": LABELS,
@@ -43,7 +49,7 @@ def tiny_pipeline(
     autoencoder codes every channel by itself, in 4 latent channels."""
     torch.manual_seed(seed)
     data = tiny_data(**changes)
-    channels = len(data["intensity"])
+    channels = len(data.intensity)
     codes = channels if images else 1
     vae = AutoencoderKL3D(
         in_channels=channels,

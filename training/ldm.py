@@ -33,7 +33,6 @@ from diffusion.latent_entry import check_latents
 from files.documents import read_object
 from pipelines import MedVolumePipeline
 from pipelines.lora import add_lora, save_lora
-from pipelines.storage.description import check_data
 from pipelines.storage.loading import load_autoencoder
 from pipelines.storage.provenance import content_hash, stored_tensors
 from volumes import DataConfig, VolumeDataset, describe
@@ -59,7 +58,6 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     check_prepared(config, vae, train.preprocessing)
     earlier = check_unseen(config, vae, held_out)
     data = describe(train)
-    check_data(data)  # now, and not when the pipeline is saved
     images = image_latents(config.data, vae)
     config.model = complete_model(config.model, vae, data, images)  # the run's config.yaml has all of it
     check_residual_noise(config, train)
@@ -84,10 +82,10 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
             trained_on = {"data": train.preprocessing, "subjects": records}
             logger.info("saved %s", save_lora(average, output / "lora", base, trained_on=trained_on))
             return
-        if config.residual_noise:
-            data["residual_noise"] = measure_noise(train, vae)
+        noise = tuple(measure_noise(train, vae)) if config.residual_noise else data.residual_noise
         average.register_to_config(subjects=records)
-        save_model(MedVolumePipeline(vae, average, step.make_scheduler(), data=data), output / "pipeline")
+        described = dataclasses.replace(data, residual_noise=noise)
+        save_model(MedVolumePipeline(vae, average, step.make_scheduler(), data=described), output / "pipeline")
         logger.info("saved %s", output / "pipeline")
 
     return Training(

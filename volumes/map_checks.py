@@ -3,15 +3,17 @@ of what size, how near the edge, on grids of which shapes."""
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 from scipy import ndimage
 
 TOUCHING = np.ones((3, 3, 3), bool)  # voxels that share a corner are of one piece
 MAX_SHAPES = 512
-MOST_SIDE = 32767  # voxels, of NIfTI-1
-MOST_MM3 = 1e15
+MAX_SIDE = 32767  # voxels, of NIfTI-1
+MAX_MM3 = 1e15
+SHAPE = r"\d{1,5}x\d{1,5}x\d{1,5}"
 
 
 def count_pieces(mask: np.ndarray) -> int:
@@ -25,67 +27,113 @@ def count_at_edge(mask: np.ndarray) -> int:
     return int(mask.sum() - mask[1:-1, 1:-1, 1:-1].sum())
 
 
-def describe_maps(maps: Sequence[tuple[np.ndarray, float]], names: Mapping[int, str]) -> dict[str, Any]:
-    """What holds of all `maps`, as plain JSON, for `label_map_fault`.
+@dataclass(frozen=True)
+class LabelStats:
+    """One label over all training maps.
+
+    Attributes:
+        mm3: smallest and largest volume in mm^3, of the maps that have the label.
+        pieces: most connected pieces in one map.
+        edge: most voxels in the outer planes of one map.
+        always: whether every map has the label.
+    """
+
+    mm3: tuple[float, float]
+    pieces: int
+    edge: int
+    always: bool
+
+
+@dataclass(frozen=True)
+class LabelMapStats:
+    """What holds of all label maps of a training set, for `label_map_fault`.
+
+    Attributes:
+        labels: by name; a label that no map has is absent.
+        pieces: most connected pieces of the foreground in one map.
+        shapes: voxels (X, Y, Z) of the maps' grids: one if all are equal, else at most `MAX_SHAPES`, evenly chosen.
+    """
+
+    labels: dict[str, LabelStats]
+    pieces: int
+    shapes: tuple[tuple[int, int, int], ...]
+
+    def to_json(self) -> dict[str, object]:
+        """As it is stored; shapes as text, "37x51x33 35x51x35 ..."."""
+        labels = {
+            name: {"mm3": list(stats.mm3), "pieces": stats.pieces, "edge": stats.edge, "always": stats.always}
+            for name, stats in self.labels.items()
+        }
+        return {"labels": labels, "pieces": self.pieces, "shapes": " ".join("x".join(map(str, s)) for s in self.shapes)}
+
+    @classmethod
+    def from_json(cls, value: Any, names: Sequence[str]) -> Self:
+        """Raises: ValueError unless `value` is as `to_json` writes it, of labels among `names`."""
+        _expect(isinstance(value, Mapping) and bool(names), "", value)
+        text: Any = value.get("shapes")
+        labels: Any = value.get("labels")
+        pieces: Any = value.get("pieces")
+        written = isinstance(text, str) and re.fullmatch(rf"{SHAPE}( {SHAPE})*", text, re.ASCII)
+        shapes = [_shape(shape) for shape in text.split()] if written else []
+        fits = 0 < len(shapes) <= MAX_SHAPES and all(0 < side <= MAX_SIDE for shape in shapes for side in shape)
+        _expect(fits, ", shapes", text)
+        _expect(_is_count(pieces), ", pieces", pieces)
+        _expect(isinstance(labels, Mapping) and set(labels) <= set(names), ", labels", labels)
+        return cls({name: _label_stats(name, stats) for name, stats in labels.items()}, pieces, tuple(shapes))
+
+
+def describe_maps(maps: Sequence[tuple[np.ndarray, float]], names: Mapping[int, str]) -> LabelMapStats:
+    """Measure what holds of all `maps`.
 
     Args:
         maps: label values (X, Y, Z) and the volume of a voxel in mm^3, of each.
         names: of all label values; the lowest is the background.
-    Returns:
-        {"labels": {name: {"mm3": [least, most], "pieces": most, "edge": most voxels in the outer planes, "always": whether every
-        map has it}}, "pieces": most of the foreground, "shapes": the grids' voxels, "37x51x33 35x51x35 ...", each once if all are
-        equal, and at most 512, evenly chosen}. A label that no map has is left out.
     """
     values = sorted(names)
-    labels: dict[str, Any] = {}
+    labels: dict[str, LabelStats] = {}
     for value in values[1:]:
-        found = [(array == value, voxel) for array, voxel in maps]
-        present = [(mask, voxel) for mask, voxel in found if mask.any()]
+        masks = [(array == value, voxel) for array, voxel in maps]
+        present = [(mask, voxel) for mask, voxel in masks if mask.any()]
         if present:
             sizes = [float(mask.sum() * voxel) for mask, voxel in present]
-            labels[names[value]] = {
-                "mm3": [round(min(sizes), 3), round(max(sizes), 3)],
-                "pieces": max(count_pieces(mask) for mask, _ in present),
-                "edge": max(count_at_edge(mask) for mask, _ in present),
-                "always": len(present) == len(found),
-            }
+            labels[names[value]] = LabelStats(
+                mm3=(round(min(sizes), 3), round(max(sizes), 3)),
+                pieces=max(count_pieces(mask) for mask, _ in present),
+                edge=max(count_at_edge(mask) for mask, _ in present),
+                always=len(present) == len(masks),
+            )
     shapes = sorted("x".join(map(str, array.shape)) for array, _ in maps)
     shapes = shapes[:1] if len(set(shapes)) == 1 else shapes
     chosen = np.linspace(0, len(shapes) - 1, min(len(shapes), MAX_SHAPES)).round().astype(int)
     pieces = max(count_pieces(array != values[0]) for array, _ in maps)
-    return {"labels": labels, "pieces": pieces, "shapes": " ".join(shapes[i] for i in chosen)}
+    return LabelMapStats(labels, pieces, tuple(_shape(shapes[i]) for i in chosen))
 
 
-def check_maps(known: Any, names: Sequence[str]) -> None:
-    """Raises: ValueError unless `known` is what `describe_maps` writes, of labels among `names`."""
+def _label_stats(name: str, value: Any) -> LabelStats:
+    """Raises: ValueError naming the label unless `value` is as `LabelMapStats.to_json` writes it."""
+    counts = isinstance(value, Mapping) and _is_count(value.get("pieces")) and _is_count(value.get("edge"))
+    _expect(counts and isinstance(value.get("always"), bool), f", labels, {name}", value)
+    sizes: Any = value.get("mm3")
+    plain = isinstance(sizes, list | tuple) and len(sizes) == 2 and all(type(size) in (int, float) for size in sizes)
+    _expect(plain and 0 <= sizes[0] <= sizes[1] <= MAX_MM3, f", labels, {name}", value)
+    return LabelStats(tuple(sizes), value["pieces"], value["edge"], value["always"])
 
-    def expect(fit: bool, entry: str, value: Any) -> None:
-        if not fit:
-            raise ValueError(f"maps{entry} is {str(value)[:80]!r}; that is not what describe_maps writes")
 
-    expect(isinstance(known, Mapping) and bool(names), "", known)
-    shapes: Any = known.get("shapes")
-    labels: Any = known.get("labels")
-    fit = isinstance(shapes, str) and re.fullmatch(
-        r"\d{1,5}x\d{1,5}x\d{1,5}( \d{1,5}x\d{1,5}x\d{1,5})*", shapes, re.ASCII
-    )
-    sides = [int(side) for side in re.findall(r"\d+", shapes)] if isinstance(shapes, str) and fit else [0]
-    expect(0 < min(sides) and max(sides) <= MOST_SIDE and len(sides) <= 3 * MAX_SHAPES, ", shapes", shapes)
-    expect(_is_count(known.get("pieces")), ", pieces", known.get("pieces"))
-    expect(isinstance(labels, Mapping) and set(labels) <= set(names), ", labels", labels)
-    for name, limits in labels.items():
-        whole = isinstance(limits, Mapping) and _is_count(limits.get("pieces")) and _is_count(limits.get("edge"))
-        expect(whole and isinstance(limits.get("always"), bool), f", labels, {name}", limits)
-        sizes: Any = limits.get("mm3")
-        plain = isinstance(sizes, list | tuple) and len(sizes) == 2 and all(type(one) in (int, float) for one in sizes)
-        expect(plain and 0 <= sizes[0] <= sizes[1] <= MOST_MM3, f", labels, {name}", limits)
+def _shape(text: str) -> tuple[int, int, int]:
+    x, y, z = map(int, text.split("x"))
+    return x, y, z
+
+
+def _expect(fits: object, entry: str, value: object) -> None:
+    if not fits:
+        raise ValueError(f"maps{entry} is {str(value)[:80]!r}; that is not what describe_maps writes")
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def label_map_fault(array: np.ndarray, voxel: float, names: Mapping[int, str], known: Mapping[str, Any]) -> str | None:
+def label_map_fault(array: np.ndarray, voxel: float, names: Mapping[int, str], known: LabelMapStats) -> str | None:
     """How a label map differs from all of the training set; None if it does not.
 
     A label must be there if it always was, have no more pieces than it had, no more voxels at the edge, and a volume between
@@ -100,27 +148,25 @@ def label_map_fault(array: np.ndarray, voxel: float, names: Mapping[int, str], k
     if unknown := sorted(set(np.unique(array).tolist()) - set(values)):
         return f"unknown labels {unknown}"
     for value in values[1:]:
-        mask, limits = array == value, known["labels"].get(names[value])
+        mask, limits = array == value, known.labels.get(names[value])
         if not mask.any():
-            if limits is not None and limits["always"]:
+            if limits is not None and limits.always:
                 return f"no {names[value]}"
             continue
         if limits is None:
             return f"{names[value]}, which no training map has"
-        size, (least, most) = float(mask.sum() * voxel), limits["mm3"]
+        size, (least, most) = float(mask.sum() * voxel), limits.mm3
         if not least / 2 <= size <= most * 2:
             return f"{size:.0f} mm3 of {names[value]}"
-        if (pieces := count_pieces(mask)) > limits["pieces"]:
+        if (pieces := count_pieces(mask)) > limits.pieces:
             return f"{pieces} pieces of {names[value]}"
-        if (edge := count_at_edge(mask)) > limits["edge"]:
+        if (edge := count_at_edge(mask)) > limits.edge:
             return f"{edge} voxels of {names[value]} at the edge"
-    if (pieces := count_pieces(array != values[0])) > known["pieces"]:
+    if (pieces := count_pieces(array != values[0])) > known.pieces:
         return f"{pieces} pieces"
     return None
 
 
-def draw_shape(known: Mapping[str, Any], seed: int) -> tuple[int, int, int]:
-    """The grid (X, Y, Z) of one of the training set's maps; the same seed draws the same."""
-    shapes = known["shapes"].split()
-    x, y, z = map(int, shapes[int(np.random.default_rng(seed).integers(len(shapes)))].split("x"))
-    return x, y, z
+def draw_shape(known: LabelMapStats, seed: int) -> tuple[int, int, int]:
+    """The grid (X, Y, Z) of one of the training set's maps; the same seed gives the same grid."""
+    return known.shapes[int(np.random.default_rng(seed).integers(len(known.shapes)))]

@@ -33,6 +33,7 @@ from training import TrainLdmConfig, TrainVaeConfig, parse_config
 from training.splits import load_split, own_record
 from volumes import describe
 from volumes.data.preprocessing import described_preprocessing, refuse_differences
+from volumes.description import DataDescription
 
 MEASURED = ("channels", "labels", "image_labels", "spacing", "shape_range", "classes")  # of `volumes.describe`
 
@@ -41,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Write the records. Raises: ValueError for records that are there already, and for data that is not the pipeline's."""
     options = parse(args)
     folder: Path = options.pipeline
-    data = read_object(folder / "model_index.json")["data"]
+    data = DataDescription.from_json(read_object(folder / "model_index.json").get("data"))
     ldm = parse_config(TrainLdmConfig, ["--config", str(options.config)]).data
     vae = parse_config(TrainVaeConfig, ["--config", str(options.vae_config)]).data
     written: dict[Path, dict[str, Any]] = {}
@@ -66,11 +67,11 @@ def main(args: Sequence[str] | None = None) -> None:
         print(path)
 
 
-def check_described(folder: Path, data: dict[str, Any], found: dict[str, Any]) -> None:
-    """Raises: ValueError if volumes described as `found` are not those that the pipeline was trained on, as far as `data` says."""
-    intensity = [[entry["low"], entry["high"]] for entry in found["intensity"]]
-    stored = [[entry["low"], entry["high"]] for entry in data["intensity"]]
-    other = [key for key in MEASURED if data.get(key, found[key]) != found[key]]
+def check_described(folder: Path, data: DataDescription, found: DataDescription) -> None:
+    """Raises: ValueError if volumes described as `found` are not those that the pipeline was trained on, as `data` says."""
+    intensity = [scale.linear for scale in found.intensity]
+    stored = [scale.linear for scale in data.intensity]
+    other = [name for name in MEASURED if getattr(data, name) != getattr(found, name)]
     other += ["intensity"] if intensity != stored else []
     if other:
         raise ValueError(f"{folder}: the volumes of this config have other {', '.join(other)} than it was trained on")

@@ -16,6 +16,7 @@ import csv
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,12 @@ def main(args: list[str] | None = None) -> None:
     if options.residual_noise:
         train = load_split(parse_config(TrainLdmConfig, ["--config", str(options.residual_noise)]).data)[0]
         found = describe(train)
-        if other := [key for key in MEASURED_ON if pipe.data.get(key, found[key]) != found[key]]:
+        if other := [name for name in MEASURED_ON if getattr(pipe.data, name) != getattr(found, name)]:
             raise ValueError(
                 f"--residual_noise {options.residual_noise}: its volumes have other {', '.join(other)} than the pipeline's"
             )
-        pipe = MedVolumePipeline(
-            pipe.vae, pipe.unet, pipe.scheduler, data={**pipe.data, "residual_noise": measure_noise(train, pipe.vae)}
-        )
+        noisy = replace(pipe.data, residual_noise=tuple(measure_noise(train, pipe.vae)))
+        pipe = MedVolumePipeline(pipe.vae, pipe.unet, pipe.scheduler, data=noisy)
     pipe.to(torch.float16)
     remove_leftovers(target)
     pipe.save_pretrained(target)
@@ -131,9 +131,7 @@ def with_decoder(pipe: MedVolumePipeline, vae: VolumeAutoencoder) -> MedVolumePi
         raise ValueError(
             "--vae has another encoder, or other latent statistics, than the pipeline's U-Net was trained on"
         )
-    return MedVolumePipeline(
-        vae, pipe.unet, pipe.scheduler, data={k: v for k, v in pipe.data.items() if k != "residual_noise"}
-    )
+    return MedVolumePipeline(vae, pipe.unet, pipe.scheduler, data=replace(pipe.data, residual_noise=None))
 
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:

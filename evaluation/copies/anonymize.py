@@ -12,6 +12,7 @@ import torch
 
 from evaluation.data.model_units import in_model_units
 from pipelines import Check, MaskLike, MedVolumePipeline, Rejection
+from volumes.description import DataDescription
 
 from .fingerprints import CopyCheck, check_unseen_subjects
 
@@ -64,7 +65,7 @@ def anonymized(
     return volume, record
 
 
-def copy_check_with(known: CopyCheck, image: Any, data: Mapping[str, Any]) -> Check:
+def copy_check_with(known: CopyCheck, image: Any, data: DataDescription) -> Check:
     """Refuses copies of the training volumes and of one case more, whose `image` is in file units.
 
     Raises: ValueError for an image of other channels than the model's `data`.

@@ -99,6 +99,7 @@ from volumes.data.subjects import (
     seen,
     unknown_volumes,
 )
+from volumes.description import DataDescription
 
 logger = logging.getLogger(__name__)
 FORMAT = "medvolume copy check 1"
@@ -281,7 +282,7 @@ def check_unseen_subjects(known: CopyCheck, records: Sequence[Mapping[str, Any]]
         )
 
 
-def copy_check(path: str | Path, data: Mapping[str, Any], records: Sequence[Mapping[str, Any]] = ()) -> Check:
+def copy_check(path: str | Path, data: DataDescription, records: Sequence[Mapping[str, Any]] = ()) -> Check:
     """What `generate.py --reject_copies` asks of each image that a pipeline with this `data` makes, and what it records:
     {"fingerprints": sha256 of the file, "threshold", "similarity"}.
 
@@ -291,10 +292,10 @@ def copy_check(path: str | Path, data: Mapping[str, Any], records: Sequence[Mapp
         `check_unseen_subjects`.
     """
     known = CopyCheck.load(path)
-    if (found := known.fingerprints.shape[1]) != len(data["channels"]):
+    if (found := known.fingerprints.shape[1]) != len(data.channels):
         raise ValueError(
-            f"{path}: holds fingerprints of {found} channels, the model makes {len(data['channels'])} "
-            f"({', '.join(data['channels'])}); make them from the model's own training set"
+            f"{path}: holds fingerprints of {found} channels, the model makes {len(data.channels)} "
+            f"({', '.join(data.channels)}); make them from the model's own training set"
         )
 
     check_unseen_subjects(known, records, str(path))

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from pipelines.volume_processor import SPACING_TOLERANCE
-from volumes import LinearScale, VolumeError, label_channels, label_indices, read_mask, read_volume, resample
+from volumes import VolumeError, label_channels, label_indices, read_mask, read_volume, resample
+from volumes.description import DataDescription
 
 
-def in_model_units(image: Any, data: Mapping[str, Any]) -> np.ndarray:
+def in_model_units(image: Any, data: DataDescription) -> np.ndarray:
     """(C, X, Y, Z) float32 in [0, 1] of what the pipeline returns or writes.
 
     Channels are scaled back by the scales that `data` names (of kind percentile the medians over the training set), by which
@@ -20,7 +21,7 @@ def in_model_units(image: Any, data: Mapping[str, Any]) -> np.ndarray:
         data: the pipeline's, see `volumes.describe`.
     Raises: ValueError for other channels than the data's.
     """
-    known = sorted(map(int, data.get("image_labels") or {}))
+    known = list(data.image_labels)
     parts = list(image.values()) if isinstance(image, Mapping) else [image]
     if known:
         volume = read_mask(parts[0])
@@ -28,12 +29,12 @@ def in_model_units(image: Any, data: Mapping[str, Any]) -> np.ndarray:
     else:
         volumes = [read_volume(part) for part in parts]
         volume, channels = volumes[0], np.concatenate([one.array for one in volumes])
-    names = list(image) if isinstance(image, Mapping) else list(data["channels"])
-    if names != list(data["channels"]) or len(channels) != len(names):
-        raise VolumeError(f"a volume of {len(channels)} channels {names}, the model makes {list(data['channels'])}")
+    names = list(image) if isinstance(image, Mapping) else list(data.channels)
+    if names != list(data.channels) or len(channels) != len(names):
+        raise VolumeError(f"a volume of {len(channels)} channels {names}, the model makes {list(data.channels)}")
     volume = volume.replace(channels)
-    if data["spacing"] is not None and not np.allclose(volume.spacing, data["spacing"], rtol=SPACING_TOLERANCE, atol=0):
-        volume = resample(volume, data["spacing"])
-    scales = [LinearScale(entry["low"], entry["high"]) for entry in data["intensity"]]
+    if data.spacing is not None and not np.allclose(volume.spacing, data.spacing, rtol=SPACING_TOLERANCE, atol=0):
+        volume = resample(volume, data.spacing)
+    scales = [scale.linear for scale in data.intensity]
     scaled = [(scale.apply(channel) + 1) / 2 for scale, channel in zip(scales, volume.array, strict=True)]
     return np.stack(scaled).astype(np.float32)

@@ -28,6 +28,7 @@ from training import LdmTrainingStep, TrainLdmConfig, TrainVaeConfig, VaeTrainin
 from training.engine.precision import resolve_precision
 from training.parsing import config_class_of
 from volumes import PHANTOM_LABELS, DataConfig
+from volumes.description import NumberStats
 
 from .cases import (
     Finding,
@@ -58,6 +59,22 @@ PRECISIONS = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 aut
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXAMPLES = {TrainVaeConfig: "autoencoder.AutoencoderKL3D", TrainLdmConfig: "diffusion.LatentUNet3D"}
 FULL = 0.8  # of the memory, above which an estimate is a warning
+
+
+@dataclass(frozen=True)
+class PlannedData:
+    """The facts of a data section that `complete_model` reads (`diffusion.completion.DataFacts`), without reading volumes."""
+
+    channels: list[str]
+    labels: dict[int, str]
+    classes: dict[str, list[str]]
+    numbers: Mapping[str, NumberStats]
+
+    @staticmethod
+    def of(data: DataConfig, numbers: Mapping[str, NumberStats]) -> "PlannedData":
+        """Collect the facts of a data section; `numbers` are the statistics of its numbers."""
+        labels = data.label_names or (PHANTOM_LABELS if data.phantom else {})
+        return PlannedData(data.channels, labels if data.masks or data.phantom else {}, data.classes, numbers)
 
 
 @dataclass
@@ -103,13 +120,11 @@ def check_settings(sections: Mapping[str, Any]) -> list[Finding]:
     return [fail("config", message, "correct it in the config") for message in messages]
 
 
-def build_models(
-    config: Config, numbers: Mapping[str, Mapping[str, float]], folder: Path
-) -> tuple[Models, list[Finding]]:
+def build_models(config: Config, numbers: Mapping[str, NumberStats], folder: Path) -> tuple[Models, list[Finding]]:
     """Build the models of a config, as the trainer does.
 
     Args:
-        numbers: mean and std of the data's numbers.
+        numbers: statistics of the data's numbers.
         folder: where the config lies, and perhaps the config of an autoencoder that is not trained yet.
     Raises: ValueError (TypeError or KeyError from a model's constructor) if they cannot be built.
     """
@@ -120,7 +135,7 @@ def build_models(
         return _vae_models(config)
     autoencoder, findings = _autoencoder_for(config, folder)
     images = ldm.image_latents(config.data, autoencoder)
-    config.model = complete_model(config.model, autoencoder, _described(config.data, numbers), images)
+    config.model = complete_model(config.model, autoencoder, PlannedData.of(config.data, numbers), images)
     unet = ldm.build_unet(config)
     if not isinstance(unet, LatentUNet3D):
         raise ValueError(f"model.class is {config.model['class']}; a config with `vae` trains a diffusion.LatentUNet3D")
@@ -218,7 +233,7 @@ def plan(
     device: torch.device,
 ) -> tuple[list[Finding], dict[str, object]]:
     """Plan memory for volumes of `shape` (X, Y, Z), one generated at a time, without any data; with a dry run, measure it too."""
-    numbers = dict.fromkeys(config.data.numbers, {"mean": 0.0, "std": 1.0})
+    numbers = dict.fromkeys(config.data.numbers, NumberStats(mean=0.0, std=1.0, low=-1.0, high=1.0))
     try:
         models, findings = build_models(config, numbers, folder)
     except (TypeError, ValueError, KeyError) as error:
@@ -325,14 +340,3 @@ def _build_autoencoder(section: Mapping[str, Any]) -> VolumeAutoencoder:
     if not isinstance(autoencoder, VolumeAutoencoder):
         raise ValueError(f"model.class is {section.get('class')}, which is not an autoencoder")
     return autoencoder
-
-
-def _described(data: DataConfig, numbers: Mapping[str, Mapping[str, float]]) -> dict[str, object]:
-    """Return what `complete_model` reads of `volumes.describe`, without reading volumes."""
-    labels = data.label_names or (PHANTOM_LABELS if data.phantom else {})
-    return {
-        "channels": data.channels,
-        "labels": labels if data.masks or data.phantom else {},
-        "classes": data.classes,
-        "numbers": numbers,
-    }

@@ -1,8 +1,7 @@
 """Find shipped weights that a training may start from: those for the same kind of images, whose layers fit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -10,6 +9,7 @@ from autoencoder import VolumeAutoencoder
 from autoencoder.weights import open_safetensors
 from files.documents import read_object
 from volumes import DataConfig
+from volumes.description import DataDescription
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 NEAR = 1.5  # ratio of voxel sizes, up to which details look alike
@@ -35,17 +35,17 @@ def advise_start(
     middle = np.median(np.array(config.spacing or spacings, np.float64).reshape(-1, 3), axis=0)
     shapes = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
     for index in sorted(weights.glob("*/model_index.json")):
-        data = read_object(index).get("data") or {}
+        data = DataDescription.from_json(read_object(index).get("data"))
         if not _alike(data, config, middle):
             continue
         path = index.parent / "vae"
         stored, described = _shapes(path), read_object(path / "config.json")
         shown = path.relative_to(weights.parent)
         same = f"if these are images of a similar kind (see {shown.parent}/README.md)"
-        if stored == shapes and len(data["channels"]) in (1, channels):
+        if stored == shapes and len(data.channels) in (1, channels):
             each = " (each channel separately, per_channel)" if vae.num_channel_groups > 1 else ""
             return f"start from shipped weights{each}: --init_from {shown}, {same}"
-        if channels > 1 and vae.num_channel_groups == 1 and len(data["channels"]) == 1:
+        if channels > 1 and vae.num_channel_groups == 1 and len(data.channels) == 1:
             latents = described["latent_channels"] * channels
             keys = ("channels", "encoder_blocks", "decoder_blocks")
             levels = ", ".join(f"{key}: {described[key]}" for key in keys)
@@ -56,16 +56,14 @@ def advise_start(
     return None
 
 
-def _alike(data: Mapping[str, Any], config: DataConfig, spacing: np.ndarray) -> bool:
+def _alike(data: DataDescription, config: DataConfig, spacing: np.ndarray) -> bool:
     """Return whether a pipeline's description of its training set is of such images."""
-    if not data or bool(data.get("image_labels")) != bool(config.image_labels) or not data.get("spacing"):
+    if bool(data.image_labels) != bool(config.image_labels) or data.spacing is None:
         return False
-    if config.image_labels and list(data["channels"]) != config.channels:
+    if config.image_labels and list(data.channels) != config.channels:
         return False
-    kinds = {entry["kind"] for entry in data["intensity"]} | {
-        config.scaling(channel).kind for channel in config.channels
-    }
-    ratio = np.abs(np.log(spacing / np.array(data["spacing"], np.float64)))
+    kinds = {scale.kind for scale in data.intensity} | {config.scaling(channel).kind for channel in config.channels}
+    ratio = np.abs(np.log(spacing / np.array(data.spacing, np.float64)))
     quantity = kinds == {"window"} and not config.image_labels  # HU of one set are not SUV of another
     return len(kinds) == 1 and not quantity and bool((ratio <= np.log(NEAR)).all())
 

@@ -185,8 +185,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     check_report(options.output)
     cases = cases[: options.count]
     pipe = MedVolumePipeline.from_pretrained(options.pipeline)
-    if len(pipe.data["channels"]) > 1:
-        raise ValueError(f"the jump is measured of one channel, the model makes {pipe.data['channels']}")
+    if len(pipe.data.channels) > 1:
+        raise ValueError(f"the jump is measured of one channel, the model makes {list(pipe.data.channels)}")
     check_pipeline(pipe, options.data, cases, options.pipeline, accepted=options.accept_overlap)
     pipe.set_progress_bar_config(disable=True)
     result = measure(pipe.to(device), cases, options)

@@ -14,6 +14,7 @@ from diffusion import LatentUNet3D, fold_images, fold_mask
 from pipelines.volume_processor import PreparedVolume, VolumeProcessor
 from volumes import Volume, grid_numbers
 from volumes.data.tables import read_number
+from volumes.description import DataDescription, NumberStats
 
 from .images import Images
 from .inpainting import cells_of, encoded
@@ -26,17 +27,17 @@ CELL_PLANES = 16  # of the latent grid, whose mask is folded and embedded at onc
 FAR = 0.1  # of the training range, beyond which a number is worth a warning
 
 
-def check_described(vae: VolumeAutoencoder, unet: LatentUNet3D, data: Mapping[str, Any]) -> None:
+def check_described(vae: VolumeAutoencoder, unet: LatentUNet3D, data: DataDescription) -> None:
     """Raises: ValueError if `data` describes other classes, numbers or channels than the U-Net knows, and if the
     autoencoder cannot code the images that the U-Net can be given."""
     for kind in ("classes", "numbers"):
-        known, described = unet.config[kind] or {}, data.get(kind, {})
+        known, described = unet.config[kind] or {}, getattr(data, kind)
         if set(known) != set(described) or (kind == "classes" and known != described):
             raise ValueError(f"the U-Net knows the {kind} {known or 'none'}, data describes {described or 'none'}")
     for name, channels in (unet.config["images"] or {}).items():
-        if name not in data["channels"]:
-            raise ValueError(f"the U-Net can be given {name!r}, data describes the channels {data['channels']}")
-        own = vae.latents_of(data["channels"].index(name))
+        if name not in data.channels:
+            raise ValueError(f"the U-Net can be given {name!r}, data describes the channels {list(data.channels)}")
+        own = vae.latents_of(data.channels.index(name))
         if own.stop - own.start != channels:
             raise ValueError(
                 f"the U-Net takes {channels} latent channels of {name}, the autoencoder gives {own.stop - own.start}"
@@ -72,7 +73,7 @@ def rows_of(
 
 
 def check_conditions(
-    unet: LatentUNet3D, data: Mapping[str, Any], classes: Classes, numbers: Numbers, grid: Volume
+    unet: LatentUNet3D, data: DataDescription, classes: Classes, numbers: Numbers, grid: Volume
 ) -> Row:
     """Classes and numbers of one volume, as its sidecar records them. Numbers that say what the grid is, if the model learned
     any (spacing_x, size_z, ...), are those of `grid`, unless they are given.
@@ -82,8 +83,8 @@ def check_conditions(
     Warns: of numbers far outside the training range.
     """
     values_of: dict[str, list[str]] = unet.config["classes"] or {}
-    ranges: dict[str, dict[str, float]] = data["numbers"] if unet.config["numbers"] else {}
-    numbers = {name: grid_numbers(grid)[name] for name in data.get("grid_numbers", [])} | dict(numbers)
+    ranges: dict[str, NumberStats] = data.numbers if unet.config["numbers"] else {}
+    numbers = {name: grid_numbers(grid)[name] for name in data.grid_numbers} | dict(numbers)
     knows = f"this model knows {_listing(values_of, ranges)}"
     for kind, given, known in (("classes", classes, values_of), ("numbers", numbers, ranges)):
         if unknown := [name for name in given if name not in known]:
@@ -94,7 +95,7 @@ def check_conditions(
             raise ValueError(f"classes: {name} is {value!r}; {knows}")
     values = {name: _finite(name, value) for name, value in numbers.items()}
     for name, value in values.items():
-        low, high = ranges[name]["low"], ranges[name]["high"]
+        low, high = ranges[name].low, ranges[name].high
         if not low - FAR * (high - low) <= value <= high + FAR * (high - low):
             warnings.warn(f"numbers: {name} is {value:g}, the model was trained on {low:g} to {high:g}", stacklevel=2)
     rates = unet.config["condition_dropout"] or {}
@@ -170,8 +171,8 @@ def _finite(name: str, value: Any) -> float:
     return number
 
 
-def _listing(classes: Mapping[str, Sequence[str]], ranges: Mapping[str, Mapping[str, float]]) -> str:
+def _listing(classes: Mapping[str, Sequence[str]], ranges: Mapping[str, NumberStats]) -> str:
     """What a model knows, in words."""
     known = [f"{name} ({', '.join(values)})" for name, values in sorted(classes.items())]
-    numbers = [f"{name} ({of['low']:g} to {of['high']:g})" for name, of in sorted(ranges.items())]
+    numbers = [f"{name} ({stats.low:g} to {stats.high:g})" for name, stats in sorted(ranges.items())]
     return f"the classes {', '.join(known) or 'none'} and the numbers {', '.join(numbers) or 'none'}"

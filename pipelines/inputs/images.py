@@ -11,8 +11,10 @@ import torch
 
 from diffusion import LatentUNet3D
 from volumes import LinearScale, Volume, describe_grid, read_volume, same_grid, stored_grid
+from volumes.description import DataDescription
 from volumes.formats.carriers import as_array, carries_geometry, source_file
 from volumes.formats.nifti import exact_values
+from volumes.formats.raw import Reading
 
 from .masks import MaskLike, check_axes, describe_mask, warn_of_header
 
@@ -33,7 +35,7 @@ class GivenImage:
     scale: LinearScale
 
 
-def check_images(unet: LatentUNet3D, data: Mapping[str, Any], images: Images) -> None:
+def check_images(unet: LatentUNet3D, data: DataDescription, images: Images) -> None:
     """Raises: ValueError for channels that the model does not know or cannot be given, for one that it needs, and if none
     is left to generate."""
     known = sorted(unet.config["images"] or {})
@@ -42,12 +44,12 @@ def check_images(unet: LatentUNet3D, data: Mapping[str, Any], images: Images) ->
             f"image names {_listing(images)}, but this model was not trained with image conditions; leave image out, "
             "or give strength or region to change that image"
         )
-    knows = f"this model can be given {_listing(known)}, and makes {_listing(data['channels'])}"
-    if unknown := [name for name in images if name not in data["channels"]]:
+    knows = f"this model can be given {_listing(known)}, and makes {_listing(data.channels)}"
+    if unknown := [name for name in images if name not in data.channels]:
         raise ValueError(f"image names {_listing(unknown)}, which is no channel of this model; {knows}")
     if untrained := [name for name in images if name not in known]:
         raise ValueError(f"image names {_listing(untrained)}, which this model never learned to be given; {knows}")
-    if images and set(data["channels"]) <= set(images):
+    if images and set(data.channels) <= set(images):
         raise ValueError(
             f"image gives all channels ({_listing(images)}), so nothing is left to generate; leave one out"
         )
@@ -67,7 +69,7 @@ def load_images(
     affine: np.ndarray,
     *,
     exact: bool = False,
-    reading: Mapping[str, Any] | None = None,
+    reading: Reading | None = None,
 ) -> dict[str, Volume]:
     """Read images, all on the grid of `target`, or without one on that of the first: as float32, or with `exact` in a type
     that holds their values as they are (`read_volume`).
@@ -101,7 +103,7 @@ def _load(
     target: Volume | None,
     affine: np.ndarray,
     exact: bool,
-    reading: Mapping[str, Any],
+    reading: Reading,
 ) -> tuple[Volume, str]:
     """One image and its name for messages."""
     if isinstance(image, (str, os.PathLike)):

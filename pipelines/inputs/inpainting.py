@@ -14,7 +14,9 @@ from scipy import ndimage
 from autoencoder import VolumeAutoencoder
 from diffusion.denoise import steps_of
 from volumes import Volume, describe_grid, read_mask, same_grid, stored_grid
+from volumes.description import DataDescription
 from volumes.formats.carriers import as_array
+from volumes.formats.raw import Reading
 
 from .images import GivenImage, ImageLike, Images, describe_images
 from .masks import MaskLike, as_list, describe_mask, identity, is_placed, load_mask
@@ -87,17 +89,17 @@ def edit_requested(
     return True
 
 
-def by_channel(image: Any, data: Mapping[str, Any]) -> Any:
+def by_channel(image: Any, data: DataDescription) -> Any:
     """`image` of an edit as dicts {channel: image}: of a model of one channel it may be that image alone."""
     if isinstance(image, (list, tuple)):
         return [by_channel(one, data) for one in image]
-    if isinstance(image, Mapping) or len(data["channels"]) > 1:
+    if isinstance(image, Mapping) or len(data.channels) > 1:
         return image
-    return {data["channels"][0]: image}
+    return {next(iter(data.channels)): image}
 
 
 def resolve_edits(
-    data: Mapping[str, Any],
+    data: DataDescription,
     images: Sequence[Images],
     region: MaskLike | Sequence[MaskLike] | None,
     *,
@@ -111,13 +113,13 @@ def resolve_edits(
     Raises: ValueError naming what cannot be: a model of label maps, channels that lack, regions of another number, strength
     or blend_margin out of range, nothing left to change.
     """
-    if data.get("image_labels"):
+    if data.image_labels:
         raise ValueError("this model makes label maps, which strength and region cannot change; edit the map itself")
-    if isinstance(keep_channels, str) or not set(keep_channels) <= set(data["channels"]):
+    if isinstance(keep_channels, str) or not set(keep_channels) <= set(data.channels):
         raise ValueError(
-            f"keep_channels is {keep_channels!r}; it lists channels that are left alone, of {', '.join(data['channels'])}"
+            f"keep_channels is {keep_channels!r}; it lists channels that are left alone, of {', '.join(data.channels)}"
         )
-    if set(keep_channels) >= set(data["channels"]):
+    if set(keep_channels) >= set(data.channels):
         raise ValueError(
             f"keep_channels names all channels ({', '.join(keep_channels)}), so nothing is left to change; leave one out"
         )
@@ -125,10 +127,10 @@ def resolve_edits(
         raise ValueError(f"blend_margin is a length in mm, 0 or more, got {blend_margin}")
     steps_of(1.0 if strength is None else strength, num_inference_steps)
     for of_volume in images:
-        if set(of_volume) != set(data["channels"]):
+        if set(of_volume) != set(data.channels):
             raise ValueError(
                 f"image holds {', '.join(map(str, of_volume)) or 'nothing'}; to be changed (by strength or region) it must hold every "
-                f"channel that the model makes: {', '.join(data['channels'])}"
+                f"channel that the model makes: {', '.join(data.channels)}"
             )
     regions = [None] if region is None else as_list(region)
     if len(regions) not in (1, len(images)):
@@ -141,7 +143,7 @@ def resolve_edits(
     ]
 
 
-def load_region(region: MaskLike, target: Volume, reading: Mapping[str, Any] | None = None) -> np.ndarray:
+def load_region(region: MaskLike, target: Volume, reading: Reading | None = None) -> np.ndarray:
     """bool (X, Y, Z) on the grid of the image `target`: where the region is not 0. A plain array is in the order of its file.
     `reading` is how headers are read, see `volumes.DataConfig.reading`.
 

@@ -14,6 +14,7 @@ from nibabel.spatialimages import SpatialImage
 
 from volumes import PADDING, Volume, VolumeError, read_mask, volume_parts
 from volumes.formats.carriers import as_array, carries_geometry, source_file
+from volumes.formats.raw import Reading
 from volumes.formats.read import read_stored
 from volumes.labels import label_indices
 from volumes.plausible import header_oddities
@@ -37,7 +38,7 @@ def as_list(mask: MaskLike | Sequence[MaskLike]) -> list[MaskLike]:
     return masks
 
 
-def load_mask(mask: MaskLike, affine: np.ndarray, reading: Mapping[str, Any] | None = None) -> tuple[Volume, str]:
+def load_mask(mask: MaskLike, affine: np.ndarray, reading: Reading | None = None) -> tuple[Volume, str]:
     """Read one mask: (1, X, Y, Z) int16 label values in RAS+ order, and its name for messages.
 
     A plain array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: it is taken to lie on `affine`, the model's
@@ -79,7 +80,7 @@ def warn_of_header(volume: Volume, name: str) -> Volume:
 
 
 def index_labels(
-    values: np.ndarray, labels: Mapping[str, str], label_map: LabelMap | None = None, name: str = "the mask"
+    values: np.ndarray, labels: Mapping[int, str], label_map: LabelMap | None = None, name: str = "the mask"
 ) -> np.ndarray:
     """Label values, as files hold them, to the model's label indices (int16, same shape).
 
@@ -87,13 +88,13 @@ def index_labels(
 
     Args:
         values: integers of any shape.
-        labels: the model's label values (as text) and names; the index is the rank of the value.
+        labels: the model's label values and names; the index is the rank of the value.
         label_map: what to read as which known label, by value or by name, e.g. `{3: 1}` or `{3: "anterior"}`.
 
     Raises: ValueError naming the unknown values and the known ones; or on a mask that is PADDING everywhere.
     Warns: when the mask is background alone.
     """
-    known = sorted(int(value) for value in labels)
+    known = sorted(labels)
     translation = _translation(labels, label_map or {})
     outside = (values == PADDING) & (PADDING not in translation) & (PADDING not in known)
     if outside.all():
@@ -101,7 +102,7 @@ def index_labels(
     try:
         indices = label_indices(np.where(outside, known[0], values), known, translation, name=name)
     except VolumeError as error:
-        listing = ", ".join(f"{value} = {labels[str(value)]}" for value in known)
+        listing = ", ".join(f"{value} = {labels[value]}" for value in known)
         raise ValueError(
             f"{error}. This model was trained on {listing}; read a value as one of them with label_map={{value: label}} "
             "(generate.py: --label_map value=label)"
@@ -150,7 +151,7 @@ def check_axes(volume: Volume, name: str) -> None:
         raise ValueError(f"{name}: its axes run {codes}, a Volume's run RAS; give it as a nibabel image instead")
 
 
-def _translation(labels: Mapping[str, str], label_map: LabelMap) -> dict[int, int]:
+def _translation(labels: Mapping[int, str], label_map: LabelMap) -> dict[int, int]:
     """`label_map` with names replaced by values. Raises: ValueError on a target that the model does not know."""
     values = {name: int(value) for value, name in labels.items()} | {int(value): int(value) for value in labels}
     unknown = [target for target in label_map.values() if target not in values]

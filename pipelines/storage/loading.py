@@ -17,8 +17,7 @@ from diffusion.scheduler_options import check_values, parameters
 from files.documents import FileError, read_object
 from pipelines.inputs.conditions import check_described
 from volumes.data.preprocessing import described_preprocessing, refuse_differences
-
-from .description import check_data
+from volumes.description import DataDescription
 
 # Top-level packages that hold components of a pipeline.
 PACKAGES = ("autoencoder", "diffusion")
@@ -90,7 +89,7 @@ def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
         if name == "scheduler" and name not in given:  # one that is given takes the place of the folder's
             _check_scheduler(folder / name, found)
     try:
-        check_data(index.get("data", {}))
+        DataDescription.from_json(index.get("data", {}))
     except ValueError as error:
         raise ValueError(f"{folder}: model_index.json: {error}") from error
     unknown = [name for name in index if name not in (*COMPONENTS, "data") and not name.startswith("_")]
@@ -176,28 +175,27 @@ def check_components(components: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {type(given).__name__}; a {kind.__name__} is needed")
 
 
-def check_fit(vae: VolumeAutoencoder, unet: LatentUNet3D, data: Mapping[str, Any]) -> None:
-    """Raises: ValueError if autoencoder, U-Net and data do not belong together, or if data is no description of a data set."""
-    check_data(data)
+def check_fit(vae: VolumeAutoencoder, unet: LatentUNet3D, data: DataDescription) -> None:
+    """Raises: ValueError if autoencoder, U-Net and data do not belong together."""
     if unet.config["in_channels"] != vae.config["latent_channels"]:
         raise ValueError(
             f"the U-Net takes {unet.config['in_channels']} channels, the autoencoder gives {vae.config['latent_channels']}"
         )
     if vae.config["latents_std"] is None:
         raise ValueError("the autoencoder has no latent statistics; train_vae.py measures them when it ends")
-    if len(data["intensity"]) != vae.config["out_channels"]:
+    if len(data.intensity) != vae.config["out_channels"]:
         raise ValueError(
-            f"data describes {len(data['intensity'])} channels, the autoencoder makes {vae.config['out_channels']}"
+            f"data describes {len(data.intensity)} channels, the autoencoder makes {vae.config['out_channels']}"
         )
-    vae.check_channels(data["channels"])
+    vae.check_channels(data.channels)
     remedy = "Give the pipeline the autoencoder that its U-Net was trained with, and the `data` of that training"
     refuse_differences(vae.config["data"], described_preprocessing(data), "the autoencoder", remedy)
     check_described(vae, unet, data)
     if unet.config["num_labels"] == 0:
         return
-    if unet.config["num_labels"] != len(data["labels"]):
+    if unet.config["num_labels"] != len(data.labels):
         raise ValueError(
-            f"the U-Net knows {unet.config['num_labels']} labels, data names {len(data['labels'])}: {data['labels']}"
+            f"the U-Net knows {unet.config['num_labels']} labels, data names {len(data.labels)}: {data.labels}"
         )
     if tuple(unet.mask_stride) != tuple(vae.stride):
         raise ValueError(

@@ -28,6 +28,7 @@ from diffusion import fit_scheduler
 from files.atomic import atomic_parts, refuse_link
 from files.paths import refuse_special
 from pipelines.lora import lora_digest
+from volumes.description import DataDescription
 
 from .loading import COMPONENTS as PARTS
 from .loading import check_folder
@@ -148,10 +149,12 @@ class PipelineIOMixin(DiffusionPipeline):
         _ = self.model_hash
         super().enable_sequential_cpu_offload(*args, **kwargs)
 
+    _data: DataDescription
+
     @property
-    def data(self) -> dict[str, Any]:
-        """What the model was trained on: labels, spacing, intensity scales, shapes (`volumes.describe`)."""
-        return self.config["data"]
+    def data(self) -> DataDescription:
+        """The description of the training set: labels, spacing, intensity scales, shapes (`volumes.describe`)."""
+        return self._data
 
     @property
     def model_hash(self) -> str:
@@ -174,7 +177,7 @@ class PipelineIOMixin(DiffusionPipeline):
         parts = {
             name: getattr(getattr(self, name), "_orig_mod", getattr(self, name)) for name in names
         }  # beneath compile
-        configs: dict[str, Any] = {"data": self.data} if names == COMPONENTS else {}
+        configs: dict[str, Any] = {"data": self.config["data"]} if names == COMPONENTS else {}
         configs |= {name: dict(part.config) for name, part in parts.items()}
         with _lock:  # of several calls one computes it
             records = {name: weights_record(part) for name, part in parts.items()}

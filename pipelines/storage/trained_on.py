@@ -13,8 +13,8 @@ from autoencoder.weights import find_folder, not_on_the_hub
 from files.documents import read_object
 from volumes.data.preprocessing import check_preprocessing, described_preprocessing
 from volumes.data.subjects import check_subjects, join_records
+from volumes.description import DataDescription
 
-from .description import check_data
 from .lora_files import read_lora
 
 GENERATED = (
@@ -42,9 +42,8 @@ def read_model(source: str | Path) -> TrainedOn:
         lora = read_lora(path)
         return TrainedOn(join_records(lora.subjects), lora.data)
     if (path / "model_index.json").is_file():
-        described = read_object(path / "model_index.json").get("data", {})
         try:
-            check_data(described)
+            described = DataDescription.from_json(read_object(path / "model_index.json").get("data", {}))
         except ValueError as error:
             raise ValueError(f"{path}: model_index.json: {error}") from error
         (of_vae, facts), (of_unet, _) = (_config(path / name) for name in ("vae", "unet"))

@@ -1,5 +1,7 @@
 """The model of what an autoencoder leaves out. Known answers: noise that was taken away comes back alike."""
 
+from dataclasses import asdict
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -9,22 +11,21 @@ from scipy import ndimage
 from tiny import labels_of, tiny_data, tiny_pipeline
 
 from autoencoder.residual_noise import (
-    LEVELS,
-    RADIUS,
     ResidualNoiseModel,
     fit_noise,
     measure_noise,
 )
 from pipelines import MedVolumePipeline
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
+from volumes.description import NOISE_LEVELS, NOISE_RADIUS, ChannelNoise
 
 
 @pytest.fixture(scope="module")
-def fitted() -> dict:
+def fitted() -> ChannelNoise:
     return fit_noise(volumes(), SIDES)[0]
 
 
-def noise_of(fitted: dict, seed: int, value: float = 0.5, sides=(20, 20, 20)) -> np.ndarray:
+def noise_of(fitted: ChannelNoise, seed: int, value: float = 0.5, sides=(20, 20, 20)) -> np.ndarray:
     flat = torch.full((1, *sides), value)
     return next(ResidualNoiseModel([fitted]).add([flat], seed))[0].numpy() - value
 
@@ -42,7 +43,7 @@ def test_the_level_is_one_of_the_real_volumes(fitted):
     drawn = np.array([noise_of(fitted, seed).std() for seed in range(60)])
     assert drawn.max() / drawn.min() == pytest.approx(4, rel=0.35)
     assert np.median(drawn) == pytest.approx(2 * 0.10, rel=0.2)
-    assert fitted["levels"] == sorted(fitted["levels"]) and len(fitted["levels"]) == LEVELS
+    assert fitted.levels == sorted(fitted.levels) and len(fitted.levels) == NOISE_LEVELS
 
 
 def test_neighbors_are_correlated_as_they_were(fitted):
@@ -78,7 +79,7 @@ def test_slabs_of_any_thickness_make_the_same_volume(fitted):
     volume = torch.from_numpy(volumes(1)[0][1]).float()
     model = ResidualNoiseModel([fitted])
     whole = next(model.add([volume], 5))
-    parts = torch.cat(list(model.add(volume.split([1, 2 * RADIUS + 3, 3, 3], dim=3), 5)), dim=3)
+    parts = torch.cat(list(model.add(volume.split([1, 2 * NOISE_RADIUS + 3, 3, 3], dim=3), 5)), dim=3)
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
     assert torch.equal(whole, next(model.add([volume], 5))) and not torch.equal(whole, next(model.add([volume], 6)))
 
@@ -86,7 +87,7 @@ def test_slabs_of_any_thickness_make_the_same_volume(fitted):
 def test_nothing_is_added_where_nothing_is_missing():
     same = [(made, made) for _, made in volumes(3)]
     fitted = fit_noise(same, SIDES)[0]
-    assert fitted["std"] == 0 and not noise_of(fitted, 0).any()
+    assert fitted.std == 0 and not noise_of(fitted, 0).any()
 
 
 def test_what_cannot_be_is_refused(fitted):
@@ -98,9 +99,9 @@ def test_what_cannot_be_is_refused(fitted):
         list(ResidualNoiseModel([fitted]).add([torch.zeros(2, 8, 8, 8)], 0))
 
 
-def noisy_pipeline(fitted: dict) -> MedVolumePipeline:
+def noisy_pipeline(fitted: ChannelNoise) -> MedVolumePipeline:
     base = tiny_pipeline()
-    pipe = MedVolumePipeline(base.vae, base.unet, base.scheduler, tiny_data(residual_noise=[fitted]))
+    pipe = MedVolumePipeline(base.vae, base.unet, base.scheduler, tiny_data(residual_noise=[asdict(fitted)]))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -148,6 +149,6 @@ def test_noise_is_measured_on_a_data_set():
             made = vae.decode(vae.encode(padded).latent_dist.mean).sample
         pairs.append((item["image"].numpy(), made[0, :, :, 1:23, :27].numpy()))
     [expected] = fit_noise(pairs, (24, 22, 27))
-    assert found["std"] == pytest.approx(expected["std"], rel=1e-4)
+    assert found.std == pytest.approx(expected.std, rel=1e-4)
     for key in ("kernel", "curve", "levels"):
-        np.testing.assert_allclose(found[key], expected[key], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(getattr(found, key), getattr(expected, key), rtol=1e-3, atol=1e-4)

@@ -1,16 +1,17 @@
 """The noise of several channels: each is fitted on its own, and drawn apart."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from noise_volumes import SIDES, volumes
 
 from autoencoder.residual_noise import (
-    BINS,
-    LEVELS,
     ResidualNoiseModel,
     fit_noise,
 )
+from volumes.description import NOISE_BINS, NOISE_LEVELS, ChannelNoise
 
 
 def test_channels_are_fitted_each_by_itself():
@@ -20,17 +21,17 @@ def test_channels_are_fitted_each_by_itself():
     together = fit_noise(both, SIDES)
     for found, own in zip(together, (weak, strong), strict=True):
         [expected] = fit_noise(own, SIDES)
-        assert found["std"] == pytest.approx(expected["std"])
+        assert found.std == pytest.approx(expected.std)
         for key in ("kernel", "curve", "levels"):
-            np.testing.assert_allclose(found[key], expected[key])
-    assert together[1]["std"] > 2 * together[0]["std"]
+            np.testing.assert_allclose(getattr(found, key), getattr(expected, key))
+    assert together[1].std > 2 * together[0].std
 
 
-def planted(std: float, curve: float, level: float) -> dict:
+def planted(std: float, curve: float, level: float) -> ChannelNoise:
     """White noise of one strength everywhere."""
     kernel = np.zeros((7, 7, 7))
     kernel[3, 3, 3] = 1
-    return {"kernel": kernel.tolist(), "std": std, "curve": [curve] * BINS, "levels": [level] * LEVELS}
+    return ChannelNoise(kernel.tolist(), std, [curve] * NOISE_BINS, [level] * NOISE_LEVELS)
 
 
 def test_noise_is_drawn_apart_with_each_channels_own_strength():
@@ -56,7 +57,7 @@ def test_noise_is_drawn_apart_with_each_channels_own_strength():
 
 def test_a_level_is_drawn_from_the_quantiles_evenly():
     """Levels of 1 to 3: their mean is 2, and a quarter is below 1.5."""
-    model = ResidualNoiseModel([planted(1.0, 1.0, 1.0) | {"levels": np.linspace(1, 3, LEVELS).tolist()}])
+    model = ResidualNoiseModel([replace(planted(1.0, 1.0, 1.0), levels=np.linspace(1, 3, NOISE_LEVELS).tolist())])
     drawn = [next(model.add([torch.zeros(1, 10, 10, 10)], seed))[0].std().item() for seed in range(200)]
     assert np.mean(drawn) == pytest.approx(2.0, abs=0.12) and np.mean(np.array(drawn) < 1.5) == pytest.approx(
         0.25, abs=0.09

@@ -6,8 +6,6 @@ import signal
 import socket
 import struct
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -21,13 +19,15 @@ from files.documents import read_json, read_yaml
 from files.paths import printable, refuse_special
 from pipelines import MedVolumePipeline
 from pipelines.inputs.requests import find_masks
-from pipelines.storage.description import check_data
-from training import TrainLdmConfig, initialize_from, ldm
+from training import initialize_from
 from volumes import (
     DataConfig,
+    PhantomConfig,
     Volume,
+    VolumeDataset,
     VolumeError,
     VoxelError,
+    describe,
     load_cases,
     read_mask,
     read_volume,
@@ -38,7 +38,7 @@ from volumes import (
     write_volume,
 )
 from volumes.data.tables import read_table
-from volumes.map_checks import check_maps, describe_maps
+from volumes.map_checks import LabelMapStats, describe_maps
 
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX pipes, links and limits")
 
@@ -132,7 +132,7 @@ def window(low, high):
 )
 def test_descriptions_that_are_not_plausible_are_refused_by_entry(changes, entry):
     with pytest.raises(ValueError, match=f"data: .*{entry}|{entry}"):
-        check_data(tiny_data(**changes))
+        tiny_data(**changes)
 
 
 @pytest.mark.parametrize("name", ["T1/T2", ".hidden", "T1\n", ""])
@@ -142,16 +142,13 @@ def test_channels_that_no_file_can_be_called_by_are_refused_before_any_training(
     assert DataConfig(images={"T1 w": "a/*.nii", "Übersicht": "b/*.nii"}).channels == ["T1 w", "Übersicht"]
 
 
-def test_a_description_is_checked_before_the_training_and_not_when_the_pipeline_is_saved(tmp_path, monkeypatch):
-    split = SimpleNamespace(preprocessing=None), None
-    stubs = {"load_autoencoder": lambda *_: torch.nn.Identity(), "load_split": lambda *_: split}
-    stubs |= {"describe": lambda *_: tiny_data(**window(0, 1e300)), "complete_model": lambda *_: pytest.fail("went on")}
-    stubs |= dict.fromkeys(("check_prepared", "check_unseen"), lambda *_: [])
-    for stub, function in stubs.items():
-        monkeypatch.setattr(ldm, stub, function)
-    config: Any = TrainLdmConfig(vae="vae", model={}, output=str(tmp_path), data=DataConfig(images="*.nii"))
-    with pytest.raises(ValueError, match="data: intensity"):
-        ldm.build(config, SimpleNamespace(device="cpu"))  # pyright: ignore[reportArgumentType]
+def test_a_description_is_checked_before_the_training_and_not_when_the_pipeline_is_saved(monkeypatch):
+    config = DataConfig(phantom=PhantomConfig(count=2, shape=(8, 8, 8)))
+    train = VolumeDataset(load_cases(config), config)
+    assert describe(train).shape_range == ((8, 8, 8), (8, 8, 8))
+    monkeypatch.setattr(VolumeDataset, "shapes", [(40_000, 8, 8)])
+    with pytest.raises(ValueError, match="data: shape_range"):
+        describe(train)
 
 
 @posix
@@ -162,16 +159,15 @@ def test_init_from_does_not_wait_for_a_pipe(tmp_path):
 
 
 def test_descriptions_that_are_plausible_are_taken():
-    check_data(tiny_data(**window(-1024, 3071)))
-    check_data(tiny_data(**window(0, 1e8)))  # Bq/ml
-    check_data(tiny_data(**window(0, 1e-6)))  # m2/s
-    check_data(tiny_data(image_labels=NAMED, maps=MAPS))
-    check_data(
-        tiny_data(image_labels={"0": "none", "1": "L/R lung"}, channels=["L/R lung"])
-    )  # all labels are in one file
+    tiny_data(**window(-1024, 3071))
+    tiny_data(**window(0, 1e8))  # Bq/ml
+    tiny_data(**window(0, 1e-6))  # m2/s
+    tiny_data(image_labels=NAMED, maps=MAPS)
+    tiny_data(image_labels={"0": "none", "1": "L/R lung"}, channels=["L/R lung"])  # all labels are in one file
     array = np.zeros((4, 5, 6), np.int16)
     array[1:3, 1:3, 1:3] = 1
-    check_maps(describe_maps([(array, 1.0), (array[:, :4], 1.5)], {0: "background", 1: "a"}), ["background", "a"])
+    maps = describe_maps([(array, 1.0), (array[:, :4], 1.5)], {0: "background", 1: "a"})
+    assert LabelMapStats.from_json(maps.to_json(), ["background", "a"]) == maps
 
 
 # what is not plausible in voxels

@@ -210,12 +210,14 @@ def lora_target() -> Target:
 
 
 def copies_target() -> Target:
+    from tiny import tiny_data
+
     from evaluation.copies.fingerprints import CopyCheck, copy_check
 
     volumes = np.random.default_rng(0).random((3, 1, 16, 16, 16), dtype=np.float32)
     check = CopyCheck.of(volumes, (12, 12, 12), block=4, flips=(0,), shift=1)
     files = collected(lambda folder: check.save(folder / "copies.safetensors"))
-    data = {"channels": ["MR"], "intensity": [{"kind": "window", "low": 0.0, "high": 1.0}]}
+    data = tiny_data()
 
     def read(home: Path) -> None:
         path = next(home.iterdir())

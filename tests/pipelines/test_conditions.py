@@ -292,7 +292,7 @@ def test_guidance_pushes_further_and_leaving_out_lies_between(learned):
 def pipeline_of(dropout=ROOMY, num_labels: int = 3, **arguments) -> MedVolumePipeline:
     base = tiny_pipeline()
     unet = unet_of(num_labels=num_labels, condition_dropout=dropout, **arguments)
-    labels = base.data["labels"] if num_labels else {}
+    labels = base.config["data"]["labels"] if num_labels else {}
     data = tiny_data(
         labels=labels, classes=unet.config["classes"] or {}, numbers=RANGES if unet.config["numbers"] else {}
     )
@@ -442,7 +442,7 @@ def test_saved_loaded_and_recorded(tmp_path):
     pipe.save_pretrained(tmp_path)
     loaded = MedVolumePipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    assert loaded.data["classes"] == CLASSES and loaded.data["numbers"] == RANGES
+    assert loaded.data.classes == CLASSES and loaded.config["data"]["numbers"] == RANGES
     torch.testing.assert_close(
         latents_of(loaded, MASK, **FULL)[0], latents_of(pipe, MASK, **FULL)[0], atol=1e-5, rtol=1e-4
     )
@@ -541,9 +541,9 @@ def test_a_model_is_trained_on_the_tables_conditions(tmp_path, vae_folder):  # n
     assert math.isfinite(run(train_ldm, tmp_path, f"--vae={vae_folder}", *data)["loss"])
     pipe = MedVolumePipeline.from_pretrained(tmp_path / "pipeline")
     pipe.set_progress_bar_config(disable=True)
-    assert pipe.unet.config["classes"] == pipe.data["classes"] == {"class": ["bright lesion", "dark lesion"]}
+    assert pipe.unet.config["classes"] == pipe.data.classes == {"class": ["bright lesion", "dark lesion"]}
     standard = pipe.unet.config["numbers"]["lesion_volume"]
-    assert standard == {key: pipe.data["numbers"]["lesion_volume"][key] for key in ("mean", "std")}
+    assert standard == {key: getattr(pipe.data.numbers["lesion_volume"], key) for key in ("mean", "std")}
     assert pipe.unet.condition_embedding.numbers[0].weight.abs().max() > 0
     given = {"numbers": {"lesion_volume": standard["mean"]}, "num_inference_steps": 1}
     assert pipe(shape=(12, 12, 12), classes={"class": "dark lesion"}, **given).volumes[0].shape == (12, 12, 12)

@@ -93,7 +93,8 @@ def test_a_component_that_was_changed_loses_its_name(folder, change, dtype):
 def test_data_that_was_changed_renames_the_model():
     pipe = tiny_pipeline()
     before = pipe.model_hash
-    pipe.data["labels"]["2"] = "left"
+    other = {**pipe.config["data"], "labels": {"0": "background", "2": "left", "5": "posterior"}}
+    pipe = MedVolumePipeline.from_pipe(pipe, data=other)
     assert pipe.model_hash != before == tiny_pipeline().model_hash
     vae = pipe.vae
     before = pipe.model_hash

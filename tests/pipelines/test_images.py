@@ -274,7 +274,7 @@ def test_a_run_learns_all_channels_from_those_given(folder, tmp_path, monkeypatc
     config = json.loads((tmp_path / "pipeline/unet/config.json").read_text())
     assert config["images"] == {"ct": 3, "pet": 3} and config["in_channels"] == 6
     pipe = MedVolumePipeline.from_pretrained(tmp_path / "pipeline")
-    assert pipe.data["channels"] == ["ct", "pet"]
+    assert pipe.data.channels == ("ct", "pet")
     assert pipe.unet.conv_in.weight.shape[1] == 6 + 2 * (3 + 1)
 
 
@@ -322,7 +322,7 @@ def test_the_cache_does_not_depend_on_what_is_given(folder):
 
 
 def test_channels_that_cannot_be_given_are_refused():
-    with pytest.raises(ValueError, match=r"given names \['mr'\], the image channels are \['ct', 'pet'\]"):
+    with pytest.raises(ValueError, match=r"condition_channels names \['mr'\], the image channels are \['ct', 'pet'\]"):
         data_of(Path(), condition_channels=["mr"])
     with pytest.raises(ValueError, match="twice"):
         data_of(Path(), condition_channels=["ct", "ct"])

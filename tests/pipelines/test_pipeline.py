@@ -172,7 +172,7 @@ def test_the_mask_matters(pipe):
 
 def test_every_kind_of_mask_is_the_same_mask(pipe, tmp_path):
     labels = labels_of((7, 8, 6))
-    image = nib.Nifti1Image(labels, np.array(pipe.data["affine"]))
+    image = nib.Nifti1Image(labels, np.array(pipe.data.affine))
     nib.save(image, tmp_path / "mask.nii.gz")
     kinds = [
         tmp_path / "mask.nii.gz",
@@ -286,7 +286,7 @@ def test_a_model_without_masks_takes_a_shape():
     pipe = tiny_pipeline(num_labels=0, labels={})
     out = pipe(shape=(7, 6, 9), num_inference_steps=STEPS, num_volumes_per_mask=2)
     assert [image.shape for image in out.volumes] == [(7, 6, 9)] * 2
-    np.testing.assert_allclose(out.volumes[0].affine, pipe.data["affine"])
+    np.testing.assert_allclose(out.volumes[0].affine, pipe.data.affine)
     with pytest.raises(ValueError, match="no mask conditions this model"):
         pipe(mask_image((8, 8, 8)))
     with pytest.raises(ValueError, match="three positive numbers"):

@@ -45,7 +45,7 @@ def test_the_file_is_what_is_returned(codes, changes, suffix, slab_bytes, tmp_pa
     write_synthetic(whole.volumes[0], whole.provenance[0], tmp_path / f"whole{suffix}")
     path = tmp_path / "new" / f"case_000{suffix}"
     out = pipe(mask, num_inference_steps=1, generator=seeded(3), paths=path)
-    record, intensity = out.provenance[0], pipe.data["intensity"]
+    record, intensity = out.provenance[0], pipe.data.intensity
     assert read_sidecar(path) == record == whole.provenance[0]
     files = volume_files(path, record)
     assert out.volumes == [dict(zip("ab", files, strict=True)) if len(intensity) > 1 else path]
@@ -56,8 +56,8 @@ def test_the_file_is_what_is_returned(codes, changes, suffix, slab_bytes, tmp_pa
         assert file.read_bytes() == other.read_bytes()
         image = nib.load(file)
         assert image.get_data_dtype() == (np.int16 if changes else np.float32) and image.shape == mask.shape
-        assert (np.asarray(image.dataobj)[missing] == entry["low"]).all()
-        assert (np.asarray(image.dataobj)[~missing] != entry["low"]).any()
+        assert (np.asarray(image.dataobj)[missing] == entry.low).all()
+        assert (np.asarray(image.dataobj)[~missing] != entry.low).any()
 
 
 def test_each_slab_is_handed_on_before_the_next_is_decoded(monkeypatch, tmp_path):

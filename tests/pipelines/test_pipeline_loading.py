@@ -251,7 +251,7 @@ def test_a_pipeline_from_a_pipeline_shares_its_components(kind, caplog):
     assert all(getattr(shared, name) is getattr(pipe, name) for name in ("vae", "unet", "scheduler"))
     assert shared.data == pipe.data and shared.unet.dtype == torch.bfloat16  # not cast, as diffusers would
     other = tiny_pipeline(labels={"0": "background", "2": "left", "5": "right"}).data
-    assert MedVolumePipeline.from_pipe(pipe, data=other).data["labels"]["2"] == "left"
+    assert MedVolumePipeline.from_pipe(pipe, data=other).data.labels[2] == "left"
     assert DiffusionPipeline.from_pipe.__func__(MedVolumePipeline, pipe, dtype=torch.bfloat16).vae is vae
     assert "not switched over" not in caplog.text
     assert MedVolumePipeline.from_pipe(pipe, dtype=torch.float32).unet.dtype == torch.float32

@@ -22,6 +22,7 @@ from volumes import (
     pad_sample,
 )
 from volumes import label_indices as to_indices
+from volumes.description import ChannelScale
 
 SHAPES = {"a": (9, 10, 11), "b": (6, 12, 8), "c": (7, 7, 7)}
 
@@ -303,7 +304,7 @@ def test_describe(folder):
     dataset = dataset_of(folder, images={"MR": "images/*.nii"})
     median_affine = np.eye(4)
     median_affine[0, 3] = -5  # b, the second largest, was stored from right to left: its first voxel is at -5 mm
-    assert describe(dataset, "numbers") == {
+    assert describe(dataset, "numbers").to_json() == {
         "channels": ["MR"],
         "labels": {"0": "background", "5": "anterior", "9": "posterior"},
         "image_labels": {},
@@ -323,9 +324,9 @@ def test_described_percentiles_are_medians_and_unlike_spacings_none(folder):
     numbers = np.arange(np.prod(SHAPES["b"]), dtype=np.float32).reshape(SHAPES["b"])
     save(numbers, folder / "images" / "b.nii", np.diag([2.0, 1, 1, 1]))
     described = describe(dataset_of(folder, intensity=IntensityScaling("percentile", 0, 100)))
-    assert described["spacing"] is None
-    medians = {"kind": "percentile", "low": 0.0, "high": 575.0}  # of 342, 575 and 989
-    assert described["intensity"] == [medians | {"percentiles": [0, 100]}]
+    assert described.spacing is None
+    medians = ChannelScale("percentile", low=0.0, high=575.0, percentiles=(0, 100))  # of 342, 575 and 989
+    assert described.intensity == (medians,)
 
 
 def test_the_config_in_yaml(folder):

@@ -24,6 +24,7 @@ from volumes import (
     merge_channels,
     read_volume,
 )
+from volumes.description import ChannelScale
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = {5: "cortex", 0: "outside", 9: "medulla"}
@@ -52,9 +53,9 @@ def test_each_label_is_a_channel(tmp_path):
     np.testing.assert_array_equal(image[0], np.where(planted() == 5, 1, -1))
     np.testing.assert_array_equal(image[1], np.where(planted() == 9, 1, -1))
     described = describe(dataset)
-    assert described["image_labels"] == {"0": "outside", "5": "cortex", "9": "medulla"} and described["labels"] == {}
-    assert described["channels"] == ["cortex", "medulla"]
-    assert described["intensity"] == [{"kind": "window", "low": 0.0, "high": 1.0}] * 2
+    assert described.image_labels == {0: "outside", 5: "cortex", 9: "medulla"} and described.labels == {}
+    assert described.channels == ("cortex", "medulla")
+    assert described.intensity == (ChannelScale("window", low=0.0, high=1.0),) * 2
     np.testing.assert_array_equal(merge_channels(image, [0, 5, 9])[0], planted())
 
 
@@ -96,8 +97,9 @@ def test_channels_are_merged_to_the_largest_above_the_threshold():
 def processor_of(values, spacing=2.0) -> VolumeProcessor:
     names = {str(value): f"label {value}" for value in values}
     intensity = [{"kind": "window", "low": 0.0, "high": 1.0}] * (len(values) - 1)
-    data = tiny_data(channels=list(names.values())[1:], image_labels=names, intensity=intensity)
-    return VolumeProcessor({**data, "spacing": [spacing] * 3, "affine": np.diag([spacing] * 3 + [1.0])}, (4, 4, 4))
+    grid = {"spacing": [spacing] * 3, "affine": np.diag([spacing] * 3 + [1.0]).tolist()}
+    data = tiny_data(channels=list(names.values())[1:], image_labels=names, intensity=intensity, **grid)
+    return VolumeProcessor(data, (4, 4, 4))
 
 
 def decoded() -> torch.Tensor:
@@ -129,7 +131,7 @@ def test_the_output_is_one_label_map(values, dtype, tmp_path):
 def test_on_another_grid_the_channels_are_resampled_before_they_are_merged():
     """Halfway between labels 0 and 9, a label map that was interpolated would say 4 or 5: another organ."""
     processor = processor_of((0, 5, 9), spacing=2.0)
-    processor.labels = {"0": "background", "1": "here"}
+    processor.labels = {0: "background", 1: "here"}
     fine = nib.Nifti1Image(np.ones((16, 16, 16), np.int16), np.eye(4))  # of 1 mm: resampled, and back
     with pytest.warns(UserWarning, match="the mask is resampled"):
         prepared = processor.preprocess(fine)

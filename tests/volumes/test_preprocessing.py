@@ -104,7 +104,7 @@ def test_label_maps_are_compared_by_what_becomes_of_each_value():
 
 
 def test_a_common_spacing_is_the_middle_one_if_all_are_near_it():
-    assert common_spacing([(1.008, 1, 2), (1, 1, 2.01), (1, 1.002, 2)]) == [1, 1, 2]
+    assert common_spacing([(1.008, 1, 2), (1, 1, 2.01), (1, 1.002, 2)]) == (1, 1, 2)
     assert common_spacing([(1.02, 1, 2), (1, 1, 2), (1, 1, 2)]) is None
 
 

@@ -16,7 +16,7 @@ from evaluation.data.pairs import generated_pairs, load_pairs
 from evaluation.data.volume_sets import VolumeSet
 from evaluation.metrics.label_shapes import compare_shapes, shape_figures, shape_names
 from volumes import Case, DataConfig, Volume, draw_shape, label_map_fault, read_mask, write_volume
-from volumes.map_checks import describe_maps
+from volumes.map_checks import LabelMapStats, LabelStats, describe_maps
 
 NAMES = {0: "none", 1: "left", 4: "right"}
 
@@ -81,19 +81,20 @@ def test_other_shapes_are_outside_and_copies_are_nearer():
     assert copies["closer_to_training"]["auc"] > 0.6 > same["closer_to_training"]["auc"]
 
 
-def known() -> dict:
+def known() -> LabelMapStats:
     return describe_maps([(boxes(), 2.0), (boxes(right=((8, 11), (4, 8), (4, 8)), shape=(16, 16, 20)), 2.0)], NAMES)
 
 
 def test_what_maps_have_in_common():
-    found = json.loads(json.dumps(known()))
-    assert found["labels"]["left"] == {"mm3": [128, 128], "pieces": 1, "edge": 0, "always": True}
-    assert found["labels"]["right"]["mm3"] == [96, 128] and found["pieces"] == 1
+    found = LabelMapStats.from_json(json.loads(json.dumps(known().to_json())), list(NAMES.values()))
+    assert found == known()
+    assert found.labels["left"] == LabelStats(mm3=(128, 128), pieces=1, edge=0, always=True)
+    assert found.labels["right"].mm3 == (96, 128) and found.pieces == 1
     assert {draw_shape(found, seed) for seed in range(20)} == {(16, 16, 16), (16, 16, 20)}
     assert draw_shape(found, 3) == draw_shape(found, 3)
-    assert describe_maps([(boxes(), 1.0)] * 5, NAMES)["shapes"] == "16x16x16"
+    assert describe_maps([(boxes(), 1.0)] * 5, NAMES).to_json()["shapes"] == "16x16x16"
     some = describe_maps([(boxes(), 1.0), (boxes(right=None), 1.0)], NAMES)
-    assert not some["labels"]["right"]["always"] and label_map_fault(boxes(right=None), 1.0, NAMES, some) is None
+    assert not some.labels["right"].always and label_map_fault(boxes(right=None), 1.0, NAMES, some) is None
 
 
 @pytest.mark.parametrize(
@@ -280,8 +281,8 @@ def test_the_description_of_a_training_set_has_its_maps(tmp_path):
         write_volume(Volume(boxes()[None], np.diag([1, 1, 2.0, 1])), tmp_path / f"{number}.nii.gz")
     config = DataConfig(root=str(tmp_path), images="*.nii.gz", image_labels=NAMES, validation_fraction=0)
     data = describe(VolumeDataset(load_cases(config), config))
-    assert data["maps"]["labels"]["right"] == {"mm3": [128, 128], "pieces": 1, "edge": 0, "always": True}
-    assert "maps" not in tiny_data()
+    assert data.maps is not None and data.maps.labels["right"] == LabelStats((128, 128), 1, 0, True)
+    assert tiny_data().maps is None and "maps" not in tiny_data().to_json()
 
 
 def test_the_demo_makes_pairs_from_nothing_and_an_edit(pairs, tmp_path, capsys):

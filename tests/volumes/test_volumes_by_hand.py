@@ -7,7 +7,7 @@ import pytest
 from volumes import Case, DataConfig, IntensityScaling, VolumeDataset, load_cases, read_volume
 from volumes.data.patterns import is_wanted
 from volumes.data.subjects import find_overlap, marks_of, record_subjects
-from volumes.map_checks import count_at_edge, count_pieces, label_map_fault
+from volumes.map_checks import LabelMapStats, LabelStats, count_at_edge, count_pieces, label_map_fault
 from volumes.plausible import obliqueness, resampling_oddities
 
 
@@ -107,7 +107,7 @@ def test_a_subject_in_two_splits_is_refused_before_validation_is_drawn(seed, tmp
 
 
 def test_a_label_may_have_half_the_least_volume_and_twice_the_most():
-    known = {"labels": {"a": {"mm3": [16, 32], "pieces": 1, "edge": 0, "always": True}}, "pieces": 1, "shapes": "9x9x9"}
+    known = LabelMapStats({"a": LabelStats((16, 32), pieces=1, edge=0, always=True)}, 1, ((9, 9, 9),))
     for voxels, right in ((3, False), (4, True), (32, True), (33, False)):
         array = np.zeros((9, 36, 9), np.uint8)
         array[4, 1 : 1 + voxels, 4] = 1

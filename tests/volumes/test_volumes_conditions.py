@@ -10,6 +10,7 @@ from nibabel.eulerangles import euler2mat
 from phantom_tables import PHANTOM, phantoms
 
 from volumes import DataConfig, IntensityScaling, VolumeDataset, VolumeError, describe, load_cases
+from volumes.description import NumberStats
 
 NAN = math.nan
 
@@ -54,8 +55,8 @@ def test_cells_become_indices_and_numbers(table):
 
 def test_described_over_what_is_known(table):
     described = describe(dataset_of(table, classes={"sex": ["F", "M"], "age": ["20", "60"]}, numbers=["weight"]))
-    assert described["classes"] == {"age": ["20", "60"], "sex": ["F", "M"]}
-    assert described["numbers"] == {"weight": {"mean": 60.25, "std": 9.75, "low": 50.5, "high": 70.0}}
+    assert described.classes == {"age": ["20", "60"], "sex": ["F", "M"]}
+    assert described.numbers == {"weight": NumberStats(mean=60.25, std=9.75, low=50.5, high=70.0)}
 
 
 @pytest.mark.parametrize(
@@ -114,12 +115,12 @@ def test_a_grid_has_its_own_numbers_unless_the_table_says_otherwise(table):
     nib.save(nib.Nifti1Image(np.random.default_rng(0).random((4, 6, 8), np.float32), affine), table / "b.nii")
     names = ["size_x", "size_z", "spacing_x", "spacing_y", "spacing_z"]
     assert dataset_of(table, numbers=names)[1]["numbers"].tolist() == [12, 2, 2, 3, 0.5]
-    assert describe(dataset_of(table, numbers=["age", *names]))["grid_numbers"] == names
+    assert describe(dataset_of(table, numbers=["age", *names])).grid_numbers == tuple(names)
     resampled = dataset_of(table, numbers=["size_y", "spacing_y"], spacing=(1, 1, 1))[1]["numbers"]
     assert resampled.tolist() == [24, 1]  # what the model sees
     (table / "table.csv").write_text("name,spacing_x\na,5\nb,\nc,6\n")
     given = torch.stack([item["numbers"] for item in dataset_of(table, classes={}, numbers=["spacing_x"])])
     torch.testing.assert_close(given, torch.tensor([[5.0], [NAN], [6.0]]), equal_nan=True)
-    assert describe(dataset_of(table, classes={}, numbers=["spacing_x"]))["grid_numbers"] == []
+    assert describe(dataset_of(table, classes={}, numbers=["spacing_x"])).grid_numbers == ()
     with pytest.raises(ValueError, match=r"name the columns \['size_x'\]"):
         dataset_of(table, classes={"size_x": ["1"]}, numbers=[])

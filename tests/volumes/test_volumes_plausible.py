@@ -61,8 +61,8 @@ def test_meters_that_are_none_are_refused_and_units_cures_it(tmp_path):
     dataset = dataset_of(config_of(folder, units="mm", spacing=(1, 1, 1)))
     np.testing.assert_array_equal(dataset.prepared[0].image.affine, np.eye(4))
     data = describe(dataset)
-    assert data["reading"] == {"units": "mm"} and "reading" not in describe(dataset_of(config_of(saved(tmp_path))))
-    processor = VolumeProcessor(tiny_data(reading=data["reading"]), (4, 4, 4))
+    assert data.reading == {"units": "mm"} and not describe(dataset_of(config_of(saved(tmp_path)))).reading
+    processor = VolumeProcessor(tiny_data(reading=data.reading), (4, 4, 4))
     prepared = processor.preprocess(image_of(unit="meter"))  # a mask of the same headers, as training read them
     np.testing.assert_array_equal(prepared.target.affine, np.eye(4))
     with pytest.raises(VolumeError, match="1000 x 1000 x 1000 mm"):

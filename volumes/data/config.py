@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cli.settings import (
     NonNegativeInt,
@@ -17,6 +17,7 @@ from cli.settings import (
 )
 from files.names import nfc
 from files.paths import check_name
+from volumes.formats.raw import Reading
 from volumes.intensity import IntensityScaling
 
 Label = Annotated[int, Range(-(2**15), 2**15 - 1)]  # masks are int16
@@ -207,9 +208,14 @@ class DataConfig:
         return {"image": [self.images] if isinstance(self.images, str) else list(self.images)}
 
     @property
-    def reading(self) -> dict[str, Any]:
-        """How the headers of all files are read, as keywords of `read_volume` and `read_mask`; nothing where they are right."""
-        return {name: value for name, value in (("units", self.units), ("axes", self.axes)) if value is not None}
+    def reading(self) -> Reading:
+        """How the headers of all files are read, as keywords of `read_volume` and `read_mask`; empty if they are right."""
+        reading: Reading = {}
+        if self.units is not None:
+            reading["units"] = self.units
+        if self.axes is not None:
+            reading["axes"] = self.axes
+        return reading
 
     def volume_number(self, channel: str) -> int | None:
         """Which volume of this channel's 4-D files is taken; None where they are 3-D."""

@@ -18,11 +18,12 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from volumes.description import ChannelScale, DataDescription
 from volumes.formats.raw import memory_bytes
 from volumes.formats.read import read_mask, read_volume
 from volumes.intensity import LinearScale, few_inside
 from volumes.labels import label_channels, label_indices, merge_channels
-from volumes.map_checks import describe_maps
+from volumes.map_checks import LabelMapStats, describe_maps
 from volumes.phantom import PHANTOM_LABELS, make_phantom
 from volumes.placement import pad_to_multiple
 from volumes.plausible import (
@@ -256,45 +257,42 @@ def pad_sample(item: dict[str, Any], stride: int | Sequence[int]) -> dict[str, A
     return padded
 
 
-def describe(dataset: VolumeDataset, description: str = "") -> dict[str, Any]:
-    """What a pipeline must know of its training data, as plain JSON.
+def describe(dataset: VolumeDataset, description: str = "") -> DataDescription:
+    """Measure what a pipeline must know of its training data.
 
-    {"channels": [name], "labels": {str(value in files): name}, "image_labels": the same of images that are label maps
-    (background, then a channel each), {} otherwise, "spacing": [mm] or None (each volume has its own),
-    "intensity": [{"kind", "low", "high"}] a channel (medians over the volumes; the LinearScale back to file units; of
-    kind percentile also "percentiles": [low, high], which are fitted anew to each volume),
-    "shape_range": [[smallest x, y, z], [largest x, y, z]] in voxels, "affine": 4 x 4 of the case of median size,
-    "classes": {name: [values]}, "numbers": {name: {"mean", "std", "low", "high"}} over the known ones,
-    "grid_numbers": [those of them that were taken from the volumes' grids], "maps": what `describe_maps` says of images that
-    are label maps, and only of such, "reading": `DataConfig.reading`, if files' headers are wrong, "description"}
+    Intensity scales are medians over the volumes, numbers are measured over the volumes that have them, and the affine is
+    that of the volume of median size.
+
+    Raises: ValueError naming an entry that cannot be stored.
     """
-    shapes = np.array(dataset.shapes)
+    config, shapes = dataset.config, np.array(dataset.shapes)
     median_case = int(np.argsort(shapes.prod(axis=1), kind="stable")[len(shapes) // 2])
-    intensity = []
-    for index, channel in enumerate(dataset.channels):
-        limits = np.median([[p.scales[index].low, p.scales[index].high] for p in dataset.prepared], axis=0)
-        scaling = dataset.config.scaling(channel)
-        intensity.append({"kind": scaling.kind, "low": float(limits[0]), "high": float(limits[1])})
-        if scaling.kind == "percentile":
-            intensity[-1]["percentiles"] = [scaling.low, scaling.high]
-    return {
-        "channels": list(dataset.channels),
-        "labels": {str(value): name for value, name in sorted(dataset.labels.items())},
-        "image_labels": {str(value): name for value, name in sorted(dataset.config.image_labels.items())},
-        "spacing": common_spacing([prepared.image.spacing for prepared in dataset.prepared]),
-        "intensity": intensity,
-        "shape_range": [shapes.min(axis=0).tolist(), shapes.max(axis=0).tolist()],
-        "affine": dataset.prepared[median_case].image.affine.tolist(),
-        "classes": {name: list(values) for name, values in sorted(dataset.config.classes.items())},
-        "numbers": describe_numbers(dataset.config.numbers, [prepared.numbers for prepared in dataset.prepared]),
-        "grid_numbers": [n for n in sorted(dataset.config.numbers) if not any(n in c.metadata for c in dataset.cases)],
-        **({"reading": dataset.config.reading} if dataset.config.reading else {}),
-        **({"maps": _describe_maps(dataset)} if dataset.config.image_labels else {}),
-        "description": description,
-    }
+    measured = DataDescription(
+        channels=tuple(dataset.channels),
+        labels=dict(sorted(dataset.labels.items())),
+        image_labels=dict(sorted(config.image_labels.items())),
+        spacing=common_spacing([prepared.image.spacing for prepared in dataset.prepared]),
+        intensity=tuple(_median_scale(dataset, index) for index in range(len(dataset.channels))),
+        shape_range=(shapes.min(axis=0).tolist(), shapes.max(axis=0).tolist()),
+        affine=dataset.prepared[median_case].image.affine.tolist(),
+        classes=dict(sorted(config.classes.items())),
+        numbers=describe_numbers(config.numbers, [prepared.numbers for prepared in dataset.prepared]),
+        grid_numbers=tuple(n for n in sorted(config.numbers) if not any(n in case.metadata for case in dataset.cases)),
+        reading=config.reading,
+        maps=_describe_maps(dataset) if config.image_labels else None,
+        description=description,
+    )
+    return DataDescription.from_json(measured.to_json())  # checked now, and not when the pipeline is saved
 
 
-def _describe_maps(dataset: VolumeDataset) -> dict[str, Any]:
+def _median_scale(dataset: VolumeDataset, index: int) -> ChannelScale:
+    scaling = dataset.config.scaling(dataset.channels[index])
+    limits = [[prepared.scales[index].low, prepared.scales[index].high] for prepared in dataset.prepared]
+    low, high = np.median(limits, axis=0).tolist()
+    return ChannelScale(scaling.kind, low, high, (scaling.low, scaling.high) if scaling.kind == "percentile" else None)
+
+
+def _describe_maps(dataset: VolumeDataset) -> LabelMapStats:
     names = dataset.config.image_labels
     images = [prepared.image for prepared in dataset.prepared]
     maps = [(merge_channels(image.array, sorted(names))[0], float(np.prod(image.spacing))) for image in images]

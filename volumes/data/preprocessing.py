@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from files.documents import read_object
+from volumes.description import DataDescription
 from volumes.intensity import IntensityScaling
 
 from .config import DataConfig
@@ -26,10 +27,13 @@ REMEDY = (
 )
 
 
-def common_spacing(spacings: Sequence[Sequence[float]]) -> list[float] | None:
+def common_spacing(spacings: Sequence[Sequence[float]]) -> tuple[float, float, float] | None:
     """Voxel size in mm if all of these agree on it within 1 %, else None."""
     middle = np.median(np.array(spacings), axis=0)
-    return middle.round(6).tolist() if np.allclose(spacings, middle, rtol=SAME_SPACING, atol=0) else None
+    if not np.allclose(spacings, middle, rtol=SAME_SPACING, atol=0):
+        return None
+    x, y, z = middle.round(6).tolist()
+    return x, y, z
 
 
 def preprocessing(config: DataConfig, spacings: Sequence[Sequence[float]] | None = None) -> dict[str, Any]:
@@ -49,26 +53,27 @@ def preprocessing(config: DataConfig, spacings: Sequence[Sequence[float]] | None
     if config.spacing is not None:
         facts["spacing"] = list(config.spacing)
     elif spacings is not None:
-        facts["spacing"] = common_spacing(spacings)
+        spacing = common_spacing(spacings)
+        facts["spacing"] = None if spacing is None else list(spacing)
     return facts
 
 
-def described_preprocessing(data: Mapping[str, Any]) -> dict[str, Any]:
+def described_preprocessing(data: DataDescription) -> dict[str, Any]:
     """The facts in a pipeline's description of its training set (`volumes.describe`)."""
     intensity = []
-    for entry in data["intensity"]:
-        if entry["kind"] == "window":
-            intensity.append({key: entry[key] for key in ("kind", "low", "high")})
-        elif "percentiles" in entry:
-            low, high = entry["percentiles"]
+    for scale in data.intensity:
+        if scale.kind == "window":
+            intensity.append({"kind": "window", "low": scale.low, "high": scale.high})
+        elif scale.percentiles is not None:
+            low, high = scale.percentiles
             intensity.append({"kind": "percentile", "low": low, "high": high})
         else:  # of an early pipeline
             intensity.append({"kind": "percentile"})
     return {
-        "channels": list(data["channels"]),
+        "channels": list(data.channels),
         "intensity": intensity,
-        "spacing": data["spacing"],
-        "image_labels": dict(data.get("image_labels") or {}),
+        "spacing": None if data.spacing is None else list(data.spacing),
+        "image_labels": {str(value): name for value, name in data.image_labels.items()},
     }
 
 

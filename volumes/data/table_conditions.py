@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from volumes.description import NumberStats
 from volumes.volume import Volume, VolumeError, grid_numbers
 
 from .cases import Case
@@ -54,8 +55,8 @@ def read_numbers(case: Case, numbers: Sequence[str], grid: Volume) -> list[float
     return values
 
 
-def describe_numbers(names: Sequence[str], values: Sequence[Sequence[float]]) -> dict[str, dict[str, float]]:
-    """{name: {"mean", "std", "low", "high"}} of a row of numbers a volume, empty cells left out.
+def describe_numbers(names: Sequence[str], values: Sequence[Sequence[float]]) -> dict[str, NumberStats]:
+    """Statistics of each number over the volumes that have it, from one row of `values` per volume.
 
     Raises: ValueError for a number that says nothing: no volume has it, or all have the same.
     """
@@ -65,10 +66,5 @@ def describe_numbers(names: Sequence[str], values: Sequence[Sequence[float]]) ->
         if not len(known) or np.ptp(known) <= ROUNDING * abs(known).max():
             found = f"is {known[0]:g} for all" if len(known) else "is empty for all"
             raise ValueError(f"data: the number {name!r} {found} training volumes; take it out of data.numbers")
-        described[name] = {
-            "mean": float(known.mean()),
-            "std": float(known.std()),
-            "low": float(known.min()),
-            "high": float(known.max()),
-        }
+        described[name] = NumberStats(float(known.mean()), float(known.std()), float(known.min()), float(known.max()))
     return described

@@ -52,7 +52,6 @@ class VoxelError(ValueError):
 
 
 LENGTH_UNITS = {1: "m", 2: "mm", 3: "um"}  # by the low three bits of xyzt_units; anything else is taken as mm
-AXES = ("XYZC", "CXYZ")  # orders of a file's axes
 MAX_CHANNELS_FIRST = 16  # an axis that is shorter, and a quarter of all others, is one of channels
 SYNTHETIC = b"synthetic;"  # begins the description of what this package generated, whose header is right
 DESCRIPTION_BYTES = 79  # the header's `descrip` field is 80 bytes, the last one NUL

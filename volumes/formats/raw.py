@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypedDict
 
 import numpy as np
 import psutil
@@ -29,8 +29,21 @@ COPY_BYTES = 1 << 22  # at a time, through a compressed file
 WORKING_BYTES = 16  # a voxel, beside the stored one: scaled in float64, as float32, and its copy in RAS+ order
 SPACINGS = (1e-4, 100.0)  # mm: voxels that are smaller or larger are no scan's
 UNITS = {"mm": 1.0, "m": 1000.0, "cm": 10.0, "um": 0.001}  # of length, in mm
+AXES = ("XYZC", "CXYZ")  # orders of a NIfTI file's axes
 MAX_COSINE = 0.1  # between voxel axes: 5.7 degrees from a right angle; less stays in the affine, where it is right
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # the patient coordinates of DICOM, ITK and most NRRD files to NIfTI's
+
+
+class Reading(TypedDict, total=False):
+    """Keywords of the readers that correct wrong headers.
+
+    Attributes:
+        units: what lengths are in, one of `UNITS`.
+        axes: the order of a NIfTI file's axes, one of `AXES`.
+    """
+
+    units: str
+    axes: str
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,8 +21,8 @@ from . import metaimage, nrrd
 from .carriers import carries_geometry, read_carrier
 from .contents import check_content
 from .dicom import is_dicom, is_series, read_dicom, series_files
-from .nifti import AXES, NIFTI_SUFFIXES, canonical_grid, exact_values, read_nifti
-from .raw import UNITS, RawVolume, refuse_special_volume
+from .nifti import NIFTI_SUFFIXES, canonical_grid, exact_values, read_nifti
+from .raw import AXES, UNITS, RawVolume, refuse_special_volume
 
 Readable = str | os.PathLike | Any  # an image in memory, see `carriers`
 
