@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .engine.run import make_accelerator, open_run, run_training
     from .engine.sampling_order import ResumableBatchSampler, derive_seed
     from .engine.step import Training, TrainingStep
-    from .ldm_config import LatentCacheConfig, LoraConfig, TrainLdmConfig
+    from .ldm_config import LoraConfig, TrainLdmConfig
     from .ldm_step import LdmTrainingStep
     from .parsing import parse_config
     from .vae_config import AdversarialConfig, AutoencoderLosses, CropConfig, PerceptualConfig, TrainVaeConfig
@@ -37,7 +37,6 @@ __all__ = [
     "Checkpointer",
     "CropConfig",
     "DamagedCheckpoint",
-    "LatentCacheConfig",
     "LdmTrainingStep",
     "Learner",
     "Loop",

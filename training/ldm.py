@@ -16,7 +16,6 @@ from autoencoder.model import RECORDS
 from autoencoder.residual_noise import check_noise_shape, measure_noise
 from autoencoder.weights import weight_files
 from diffusion import (
-    LatentAugmentation,
     LatentDataset,
     LatentUNet3D,
     build_latent_cache,
@@ -222,12 +221,11 @@ def encode_training(
     dataset: VolumeDataset, vae: VolumeAutoencoder, config: TrainLdmConfig, accelerator: Accelerator
 ) -> LatentDataset:
     """Build the latent cache of the training volumes; each process encodes its share."""
-    cache = config.cache
-    folder = cache.folder or Path(config.output) / "latents"
-    augmentation = LatentAugmentation(
-        cache.versions, cache.flip_axes, cache.shift, cache.rotate, cache.scale, cache.deform, config.loop.seed
-    )
+    folder = config.cache.folder or Path(config.output) / "latents"
     shard = (accelerator.process_index, accelerator.num_processes)
-    latents = build_latent_cache(dataset, vae, folder, augmentation, shard=shard, progress=accelerator.is_main_process)
+    progress = accelerator.is_main_process
+    latents = build_latent_cache(
+        dataset, vae, folder, config.cache, seed=config.loop.seed, shard=shard, progress=progress
+    )
     accelerator.wait_for_everyone()
     return latents

@@ -15,7 +15,7 @@ import train_vae
 from autoencoder import AutoencoderKL3D
 from diffusion import (
     ConditionNames,
-    LatentAugmentation,
+    LatentCacheConfig,
     LatentUNet3D,
     collate_latents,
     denoise,
@@ -318,7 +318,7 @@ def test_the_cache_does_not_depend_on_what_is_given(folder):
         VolumeDataset(load_cases(config), config)
         for config in (data_of(folder), data_of(folder, condition_channels=["ct"]))
     ]
-    assert len({cache_key(dataset, vae, LatentAugmentation()) for dataset in datasets}) == 1
+    assert len({cache_key(dataset, vae, LatentCacheConfig()) for dataset in datasets}) == 1
 
 
 def test_channels_that_cannot_be_given_are_refused():

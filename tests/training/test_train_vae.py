@@ -117,7 +117,7 @@ def test_cells_of_padding_do_not_reach_the_codebook():
     inputs["fov"] = torch.zeros_like(inputs["fov"])
     inputs["fov"][0, ..., :4] = True
     step(inputs, generators())
-    assert [len(cells) for cells in step._cells] == [4]
+    assert [len(cells) for cells in step._latents] == [4]
 
 
 def test_the_loss_is_what_is_minimized():
