@@ -82,7 +82,6 @@ from evaluation.report import (
 from files.paths import printable
 from pipelines import MedVolumePipeline
 from pipelines.storage.loading import find_autoencoder, load_autoencoder
-from training.parsing import config_from_sections
 from training.vae_config import TrainVaeConfig
 from volumes import Case, DataConfig, VolumeDataset
 from volumes.data.table_conditions import describe_numbers
@@ -118,6 +117,7 @@ from .models import (
     build_models,
     check_fit,
     check_settings,
+    config_from_sections,
     estimate,
     plan,
     with_precision,

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from autoencoder import AutoencoderKL3D, VolumeAutoencoder
-from cli.settings import faults
+from cli.settings import construct, faults, refuse
 from diffusion import LatentUNet3D
 from diffusion.completion import complete_model
 from evaluation.report import read_config
@@ -26,7 +26,7 @@ from pipelines import MedVolumePipeline
 from pipelines.lora import add_lora
 from training import LdmTrainingStep, TrainLdmConfig, TrainVaeConfig, VaeTrainingStep, build_model, ldm, vae
 from training.engine.precision import resolve_precision
-from training.parsing import config_class_of
+from training.vae_config import crop_faults
 from volumes import PHANTOM_LABELS, DataConfig
 from volumes.description import NumberStats
 
@@ -95,6 +95,24 @@ class Models:
         return training_work(self.step, shape, self.config.loop.batch_size, accelerator)
 
 
+def config_class_of(sections: Mapping[str, object]) -> type[TrainVaeConfig] | type[TrainLdmConfig]:
+    """Return which training the sections of a config file are for: that of a diffusion model names its `vae`."""
+    return TrainLdmConfig if "vae" in sections else TrainVaeConfig
+
+
+def config_from_sections(sections: Mapping[str, Any], data: DataConfig) -> TrainVaeConfig | TrainLdmConfig:
+    """Build the config of a training from the sections of its YAML file, which may lack `output`.
+
+    Args:
+        data: in place of the section `data`.
+    Raises: ValueError for values outside their declared range, by name.
+    """
+    config_class = config_class_of(sections)
+    values = {"output": ".", **{name: value for name, value in sections.items() if name != "data"}}
+    refuse(faults(config_class, values, raw=True))
+    return construct(config_class, {**values, "data": data})
+
+
 def with_precision(config: Config, precision: str | None = None, accelerator: bool = False) -> Config:
     """Resolve `loop.mixed_precision` as the trainer does.
 
@@ -136,7 +154,7 @@ def build_models(config: Config, numbers: Mapping[str, NumberStats], folder: Pat
     autoencoder, findings = _autoencoder_for(config, folder)
     images = ldm.image_latents(config.data, autoencoder)
     config.model = complete_model(config.model, autoencoder, PlannedData.of(config.data, numbers), images)
-    unet = ldm.build_unet(config)
+    unet = build_model(config.model, config.gradient_checkpointing)
     if not isinstance(unet, LatentUNet3D):
         raise ValueError(f"model.class is {config.model['class']}; a config with `vae` trains a diffusion.LatentUNet3D")
     if config.lora is not None:
@@ -145,7 +163,7 @@ def build_models(config: Config, numbers: Mapping[str, NumberStats], folder: Pat
 
 
 def _vae_models(config: TrainVaeConfig) -> tuple[Models, list[Finding]]:
-    autoencoder, findings = vae.build_vae(config), []
+    autoencoder, findings = build_model(config.model, config.gradient_checkpointing), []
     if not isinstance(autoencoder, VolumeAutoencoder):
         raise ValueError(
             f"model.class is {config.model.get('class')}; name an autoencoder, or the `vae` of a diffusion model"
@@ -158,19 +176,26 @@ def _vae_models(config: TrainVaeConfig) -> tuple[Models, list[Finding]]:
         config.perceptual = None
     if config.freeze_encoder:
         autoencoder.encoder.requires_grad_(False)
-    if vae.fit_faults(config, autoencoder):  # `check_fit` names them
-        return Models(config, autoencoder, None, None), findings
-    return Models(config, autoencoder, None, vae.build_step(config, autoencoder)), findings
+    models = Models(config, autoencoder, None, None)
+    if not check_fit(models):
+        models.step = vae.build_step(config, autoencoder)
+    return models, findings
 
 
 def check_fit(models: Models) -> list[Finding]:
     """Find what would stop a training at once, whatever the volumes: channels, and patches."""
-    config, autoencoder = models.config, models.vae
-    found = [fail("model", *fault) for fault in vae.channel_faults(autoencoder, config.data.channels)]
+    config, autoencoder, channels = models.config, models.vae, models.config.data.channels
+    found = []
+    if autoencoder.config["in_channels"] != len(channels):
+        message = f"the autoencoder takes {autoencoder.config['in_channels']} channels, but the data has {channels}"
+        remedy = f"set in_channels and out_channels of the autoencoder to {len(channels)}"
+        if len(channels) > 1:
+            remedy += (
+                "; with per_channel: true it codes each channel separately, and can start from one-channel weights"
+            )
+        found.append(fail("model", message, remedy))
     if isinstance(config, TrainVaeConfig) and list(autoencoder.parameters()):
-        found += [
-            fail("crops", *fault) for fault in vae.crop_faults(config.crops, autoencoder.stride, config.adversarial)
-        ]
+        found += [fail("crops", *fault) for fault in crop_faults(config.crops, autoencoder.stride, config.adversarial)]
     return found
 
 

@@ -10,8 +10,7 @@ from tiny import peak_bytes
 from evaluation.doctor import models as doctor_config
 from evaluation.doctor.__main__ import main, parse
 from evaluation.doctor.memory import GIB, measured_peak, networks_of, optimizer_bytes, training_bytes
-from evaluation.doctor.models import build_models, with_precision
-from training.parsing import config_from_sections
+from evaluation.doctor.models import build_models, config_from_sections, with_precision
 from volumes import DataConfig
 
 VAE = {"class": "autoencoder.AutoencoderKL3D", "channels": [8, 8], "encoder_blocks": [1, 1], "decoder_blocks": [1, 1]}

@@ -401,7 +401,7 @@ def test_older_models_have_a_warning(trained, tmp_path, caplog):
         check_models(config, ["test"], [trained / "pipeline"])  # percentiles, where it learned a window
     with caplog.at_level(logging.WARNING):
         check_models(config, ["test"], [], others=[tmp_path / "older"])
-    assert "older: its record of training subjects is not complete" in caplog.text
+    assert "older: has no whole record of its training subjects" in caplog.text
 
 
 def test_a_folder_of_generated_volumes_knows_its_models(generated, tmp_path):
