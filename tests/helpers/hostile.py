@@ -273,10 +273,12 @@ def lora_settings_target() -> Target:
 
     unet = tiny_pipeline().unet
     add_lora(unet, rank=2, alpha=2, target_modules=["qkv", "out"], dropout=0.0)
-    with tempfile.TemporaryDirectory() as name:
-        with safe_open(save_lora(unet, Path(name), base="0" * 64), framework="pt") as file:
-            header = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    with (
+        tempfile.TemporaryDirectory() as name,
+        safe_open(save_lora(unet, Path(name), base="0" * 64), framework="pt") as file,
+    ):
+        header = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     patterns = {"unet.rank_pattern": {"qkv": 2}, "unet.alpha_pattern": {"out": 3.5}, "unet.use_dora": False}
     variants = [{"header.json": json.dumps(one).encode()} for one in (header, header | patterns)]
 
@@ -323,7 +325,7 @@ def report_target() -> Target:
     variants += [{"privacy.json": json.dumps(privacy).encode(), "a.png": b"\x89PNG\r\n\x1a\n" + bytes(20)}]
 
     def read(home: Path) -> None:
-        for section in build_page(sorted(home.glob("*.json")))["sections"]:
+        for section in build_page(sorted(home.glob("*.json"))).sections:
             assert "\x1b" not in repr(section) and section.title
 
     return Target("report", variants, read, mutable=lambda name: name.endswith(".json"))

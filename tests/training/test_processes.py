@@ -21,6 +21,7 @@ from benchmarks.processes import DATA, LOOP, VAE, compare
 from evaluation.commands import COMMANDS, common
 from evaluation.commands import run_all as everything
 from evaluation.commands.ledger import Ledger
+from evaluation.studies.training_result import TrainingResult
 from files.locks import only_writer
 from training import join_processes, list_checkpoints
 
@@ -150,23 +151,27 @@ def test_trainings_are_shared_and_the_report_is_that_of_one(data, name):
 
 def test_what_another_process_had_finished_is_not_lost_with_the_main_one(tmp_path):
     def row(seed):
-        return {"arm": "real", "labels": "8", "seed": seed, "dice": 0.5, "seconds": 1.0}
+        return TrainingResult(arm="real", labels="8", seed=seed, dice=0.5, seconds=1.0)
 
     report = {"evaluation": "few_labels", "protocol": {}, "data": {}, "synthetic": "made", "content": "of these"}
     path, jobs = tmp_path / "few.json", [("real", "8", seed) for seed in range(4)]
 
     def ledger():
-        return Ledger(path, report, lambda rows: {"rows": rows})
+        return Ledger(path, report, lambda rows: {"rows": [one.as_json() for one in rows]})
 
     first = ledger()
     first.missing(jobs)
     first.add(row(2))
-    (tmp_path / ".few.json.part1").write_text(json.dumps({**report, "rows": [row(1)]}))  # its process wrote this
+    (tmp_path / ".few.json.part1").write_text(
+        json.dumps({**report, "rows": [row(1).as_json()]})
+    )  # its process wrote this
     second = ledger()
     assert second.missing(jobs) == [jobs[0], jobs[3]] and not list(tmp_path.glob(".few*"))
     second.add(row(0))
     assert [one["seed"] for one in second.write()["rows"]] == [0, 1, 2]
-    (tmp_path / ".few.json.part1").write_text(json.dumps({**report, "content": "of others", "rows": [row(3)]}))
+    (tmp_path / ".few.json.part1").write_text(
+        json.dumps({**report, "content": "of others", "rows": [row(3).as_json()]})
+    )
     with pytest.raises(ValueError, match="part1: holds figures of another content"):
         ledger()
 
@@ -192,7 +197,7 @@ def test_jobs_are_shared_by_cost_and_kept_together(tmp_path):
     jobs = [(arm, labels, seed) for seed in range(2) for arm in ("a", "b") for labels in ("8", "16")]
     shares = []
     for process in range(2):
-        ledger = Ledger(tmp_path / "none.json", report, lambda rows: {"rows": rows})
+        ledger = Ledger(tmp_path / "none.json", report, lambda rows: {"rows": [one.as_json() for one in rows]})
         ledger.state = type("State", (), {"num_processes": 2, "process_index": process})()
         cost = lambda group: sum(5 if arm == "a" else 1 for arm, _, _ in group)  # noqa: E731
         shares.append(ledger.share(jobs, cost, lambda job: (job[0], job[2])))
@@ -246,7 +251,7 @@ def test_what_one_process_refuses_leaves_no_other_waiting(tmp_path, monkeypatch)
 
     for module in (common, everything):
         monkeypatch.setattr(module, "PartialState", State)
-    monkeypatch.setattr(common, "check_judged", refuse)
+    monkeypatch.setattr(common, "check_test_set", refuse)
     monkeypatch.setattr(everything, "broadcast_object_list", lambda values: values)
     with pytest.raises(ValueError, match="seen"):
         everything.attempt(COMMANDS["dice"], options, None, None)
