@@ -12,11 +12,12 @@ if TYPE_CHECKING:
         ModelMixin,  # the name diffusers looks up when a pipeline folder is loaded
     )
 
+    from .cache_config import LatentCacheConfig
     from .conditions import moved_embeddings
     from .folding import fold_mask, unfold_mask
     from .guidance import ConditionNames, check_guidance, drop_conditions
     from .images import fold_images, image_condition
-    from .latent_cache import LatentAugmentation, LatentDataset, build_latent_cache, collate_latents
+    from .latent_cache import LatentDataset, build_latent_cache, collate_latents
     from .loss import training_loss
     from .objectives import OBJECTIVES, fit_scheduler, make_scheduler
     from .unet import LatentUNet3D
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "OBJECTIVES",
     "ConditionNames",
-    "LatentAugmentation",
+    "LatentCacheConfig",
     "LatentDataset",
     "LatentUNet3D",
     "ModelMixin",

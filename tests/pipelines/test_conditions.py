@@ -27,7 +27,7 @@ from diffusion import (
 )
 from diffusion.completion import complete_model
 from diffusion.conditions import ConditionEmbedding, fourier_features
-from diffusion.latent_cache import LatentAugmentation, cache_key
+from diffusion.latent_cache import LatentCacheConfig, cache_key
 from pipelines import MedVolumePipeline, read_sidecar
 from training import initialize_from
 from training.ldm import init_unet
@@ -191,7 +191,7 @@ def test_a_mask_that_training_dropped_may_be_left_out():
 
 def test_latents_carry_their_cases_conditions_outside_the_cache(tmp_path):
     """Of every version, from the table as it is now: the files know nothing of them."""
-    vae, versions = tiny_pipeline().vae, LatentAugmentation(versions=2, shift=True)
+    vae, versions = tiny_pipeline().vae, LatentCacheConfig(versions=2, shift=True)
     plain, dataset = phantoms(), phantoms(**PHANTOM)
     assert cache_key(plain, vae, versions) == cache_key(dataset, vae, versions)
     files = build_latent_cache(plain, vae, tmp_path, versions, progress=False).files

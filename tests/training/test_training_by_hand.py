@@ -27,15 +27,14 @@ from training import (
     MovingAverage,
     OptimizerConfig,
     derive_seed,
-    ldm_step,
+    ldm,
     learning_rate,
 )
 from training.engine import precision
 from training.engine.loss_spikes import SpikeWatch, StandstillWatch
 from training.engine.muon import Muon
 from training.engine.tracking import Progress
-from training.ldm import encode_held_out
-from training.ldm_step import LdmTrainingStep
+from training.ldm import LdmTrainingStep, encode_held_out
 from training.splits import PaddedVolumes, digests, load_split
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
 
@@ -298,8 +297,8 @@ def test_a_unet_is_trained_with_its_own_steps_and_the_error_that_is_asked_for():
 
 def test_previews_are_sampled_with_the_average(monkeypatch):
     step, used = diffusion_step(), []
-    monkeypatch.setattr(ldm_step, "denoise", lambda unet, noise, *_, **__: (used.append((unet, noise)), noise)[1])
-    monkeypatch.setattr(ldm_step, "slices_figure", lambda cases: cases)
+    monkeypatch.setattr(ldm, "denoise", lambda unet, noise, *_, **__: (used.append((unet, noise)), noise)[1])
+    monkeypatch.setattr(ldm, "slices_figure", lambda cases: cases)
     item = {
         "latents": torch.zeros(1, CHANNELS, 3, 3, 3),
         "image": torch.zeros(1, 6, 6, 6),
@@ -490,7 +489,7 @@ def test_a_codebook_is_moved_by_a_seed_of_its_step():
         step.vae.updates = number
         step(batch(), two_generators())
         step.after_update(True)
-    assert seeds == [derive_seed(3), derive_seed(4)] and not step._cells
+    assert seeds == [derive_seed(3), derive_seed(4)] and not step._latents
     raw = network.encode(batch()["image"]).latent_dist.raw_mean.movedim(1, -1).flatten(0, 3)
     torch.testing.assert_close(
         seen[0], raw

@@ -13,7 +13,7 @@ from autoencoder import (
     spectrum_loss,
 )
 from autoencoder.perceptual import perceptual_loss
-from diffusion import LatentAugmentation, LatentUNet3D, build_latent_cache, denoise, make_scheduler, training_loss
+from diffusion import LatentCacheConfig, LatentUNet3D, build_latent_cache, denoise, make_scheduler, training_loss
 from diffusion.latent_cache import weights_hash
 from diffusion.objectives import sample_timesteps
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
@@ -91,7 +91,7 @@ def test_sampling_and_measuring_keep_no_graph_and_training_does():
 
 def test_each_version_that_is_missing_is_made_again(tmp_path):
     config = DataConfig(phantom=PhantomConfig(count=2, shape=(9, 9, 9)))
-    dataset, how = VolumeDataset(load_cases(config), config), LatentAugmentation(versions=2, shift=True)
+    dataset, how = VolumeDataset(load_cases(config), config), LatentCacheConfig(versions=2, shift=True)
     vae = SpaceToDepth3D(patch_size=2)
     files = build_latent_cache(dataset, vae, tmp_path, how, progress=False).files
     assert len(files) == 4
