@@ -30,6 +30,7 @@ from autoencoder.model import RECORDS
 from autoencoder.residual_noise import check_noise_shape, measure_noise
 from autoencoder.weights import weight_files
 from diffusion import (
+    Conditions,
     LatentAugmentation,
     LatentDataset,
     LatentUNet3D,
@@ -94,7 +95,7 @@ class DiffusionStep:
         self.make_scheduler = sampler
         self.loss = partial(training_loss, train_steps=network.train_steps, absolute=loss == "l1")
         self.objective: str = network.config["objective"]
-        self.names = learner.network.condition_names
+        self.schema = learner.network.condition_schema
         self.dropout: dict[str, float] = learner.network.config["condition_dropout"] or {}
 
     def __call__(self, batch: dict[str, Any], generators: list[torch.Generator]) -> dict[str, Tensor]:
@@ -104,7 +105,7 @@ class DiffusionStep:
         torch.manual_seed(
             generators[0].initial_seed()
         )  # dropout knows the global state alone, and a resume must find it
-        conditions = drop_conditions(batch["conditions"], self.names, self.dropout, generators)
+        conditions = drop_conditions(batch["conditions"], self.schema, self.dropout, generators)
         loss = self.loss(self.unet.model, self.objective, latents, conditions, batch["weight"], generators)
         self.unet.backward(loss)
         return {"loss": loss.detach()}
@@ -124,8 +125,8 @@ class DiffusionStep:
         def repeat(values: Tensor) -> Tensor:
             return values.expand(VALIDATION_DRAWS, *values.shape[1:])
 
-        latents, conditions = repeat(item["latents"]), {key: repeat(one) for key, one in item["conditions"].items()}
-        conditions = drop_conditions(conditions, self.names, self.dropout, generator)
+        latents, conditions = repeat(item["latents"]), item["conditions"].map(repeat)
+        conditions = drop_conditions(conditions, self.schema, self.dropout, generator)
         weight = torch.ones_like(latents[:, :1])  # padding is thinner than a cell, so every cell has a voxel inside
         with self.unet.accelerator.autocast():
             losses = self.loss(self.unet.average, self.objective, latents, conditions, weight, generator, each=True)
@@ -139,12 +140,12 @@ class DiffusionStep:
     def preview(self, items: list[dict[str, Any]]) -> "Figure":
         """Mask, real volume and the volume generated from its conditions side by side, a row for each channel of each case, always from
         the same noise; without the images that can be left out."""
-        cases, images = [], [name for name, _ in self.names.images if self.dropout.get(name)]
+        cases, images = [], [name for name, _ in self.schema.images if self.dropout.get(name)]
         for index, item in enumerate(items):
             shape, device = item["latents"].shape, item["latents"].device
             noise = randn_tensor(shape, generator=torch.Generator().manual_seed(index), device=device)
             scheduler, steps = self.make_scheduler(), self.inference_steps
-            conditions = self.names.without(item["conditions"], images)
+            conditions = item["conditions"].drop(images, self.schema)
             with self.unet.accelerator.autocast():
                 latents = denoise(self.unet.average, noise, scheduler, conditions, num_inference_steps=steps)
                 generated = self.vae.decode(latents, return_dict=False)[0][0].float().clamp(-1, 1)
@@ -214,18 +215,18 @@ def attach_lora(unet: LatentUNet3D, config: TrainLdmConfig) -> str:
 def encode_held_out(
     volumes: PaddedVolumes, vae: VolumeAutoencoder, num_labels: int, images: Mapping[str, slice]
 ) -> list[dict[str, Any]]:
-    """Held-out volumes with their latents (1, C, h, w, d) and "conditions", the U-Net's keyword arguments (1, ...)."""
+    """Held-out volumes with their latents (1, C, h, w, d) and "conditions", of a batch of one."""
     items = []
     for item in volumes:
         posterior: LatentDistribution = vae.encode(item["image"][None].to(vae.device), return_dict=False)[0]
         check_latents(posterior, item["name"])
-        conditions = {key: item[key][None] for key in ("classes", "numbers") if key in item}
+        tensors = {key: item[key][None] for key in ("classes", "numbers") if key in item}
         if num_labels:
-            conditions["mask"] = fold_mask(item["mask"][None], vae.stride, num_labels)
+            tensors["mask"] = fold_mask(item["mask"][None], vae.stride, num_labels)
         latents = posterior.mode().cpu()
         if images:
-            conditions["image"] = image_condition(latents, images)
-        items.append({**item, "latents": latents, "conditions": conditions})
+            tensors["image"] = image_condition(latents, images)
+        items.append({**item, "latents": latents, "conditions": Conditions(**tensors)})
     return items
 
 

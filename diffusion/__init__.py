@@ -12,9 +12,10 @@ if TYPE_CHECKING:
         ModelMixin,  # the name diffusers looks up when a pipeline folder is loaded
     )
 
-    from .conditions import moved_embeddings
+    from .condition_embedding import moved_embeddings
+    from .conditioning import Conditions, ConditionSchema, drop_conditions
     from .folding import fold_mask, unfold_mask
-    from .guidance import ConditionNames, check_guidance, drop_conditions
+    from .guidance import check_guidance
     from .images import fold_images, image_condition
     from .latent_cache import LatentAugmentation, LatentDataset, build_latent_cache, collate_latents
     from .loss import training_loss
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OBJECTIVES",
-    "ConditionNames",
+    "ConditionSchema",
+    "Conditions",
     "LatentAugmentation",
     "LatentDataset",
     "LatentUNet3D",

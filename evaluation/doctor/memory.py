@@ -29,7 +29,6 @@ from autoencoder.adversarial import (
 )
 from autoencoder.losses import l1_loss, latent_loss
 from diffusion import LatentUNet3D
-from diffusion.images import image_columns
 from training.engine.muon import is_kernel
 
 MOMENT_BYTES = 4  # float32; AdamW keeps two moments of a weight, Muon one of the kernels of convolutions
@@ -171,7 +170,7 @@ def unet_inputs(unet: LatentUNet3D, cells: Sequence[int], batch: int) -> dict[st
     if config["numbers"]:
         given["numbers"] = torch.zeros(batch, len(config["numbers"]), device=device)
     if config["images"]:
-        given["image"] = torch.zeros(batch, len(image_columns(config["images"])), *cells, device=device)
+        given["image"] = torch.zeros(batch, len(unet.condition_schema.image_columns), *cells, device=device)
     return given
 
 
