@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from autoencoder.model import deciding
 from evaluation.copies.fingerprints import CopyCheck, check_unseen_subjects
 from evaluation.copies.fingerprints import main as make_fingerprints
 from evaluation.data.label_budget import main as draw_labels
-from evaluation.data.seen import check_models, read_judged
+from evaluation.data.seen import check_models, read_judged, refuse_seen_cases
 from evaluation.doctor import __main__ as doctor
 from evaluation.report import check_report
 from evaluation.studies import edit_borders as editing
@@ -237,6 +238,20 @@ def test_only_names_can_be_accepted(trained, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train(train_ldm, other, tmp_path / "p", *arguments)
     assert "accepted: " in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("names", False), ("voxels", True), ("both", True)])
+def test_equal_voxels_are_never_accepted_by_evaluation(kind, refused, caplog):
+    """A test case shares its name, its voxels or both with one that the model learned from."""
+    config, case = DataConfig(images="{volume}.nii"), Case("a", "a", "test")
+    learned = Case("b" if kind == "voxels" else "a", "b")
+    record = record_subjects({"train": [marks_of(learned, config, ["w" if kind == "names" else "v"])]})
+    asked = [record], [case], config, {"a": ["v"]}, "model"
+    with pytest.raises(ValueError, match="1 subject that is held out"):
+        refuse_seen_cases(*asked)
+    with pytest.raises(ValueError, match="known by its equal voxels") if refused else nullcontext():
+        refuse_seen_cases(*asked, accepted=True)
+    assert refused or "accepted: model: learned from 1 subject" in caplog.text
 
 
 def renamed(trained: Path, folder: Path) -> Path:

@@ -83,6 +83,20 @@ def test_links_are_replaced_and_not_followed(tmp_path):
 
 
 @posix
+def test_a_link_is_removed_on_a_full_disk(tmp_path, monkeypatch):
+    """Nothing is written for it, unlike for a folder; what it leads to stays."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "precious", target_is_directory=True)
+
+    def full(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic.tempfile, "mkdtemp", full)
+    remove_folder(tmp_path / "link")
+    assert names(tmp_path) == ["precious"]
+
+
+@posix
 def test_devices_pipes_and_folders_are_not_replaced(tmp_path):
     """`--output /dev/null` of an administrator would take it from everybody."""
     os.mkfifo(tmp_path / "pipe")

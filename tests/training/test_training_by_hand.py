@@ -586,3 +586,19 @@ def test_held_out_volumes_are_their_mean_latents():
     encoder: Any = Unsure()
     (found,) = train_ldm.encode_held_out(items, encoder, 0, {})
     assert torch.equal(found["latents"], torch.full((1, 1, 2, 2, 2), 5.0)) and found["conditions"].as_kwargs() == {}
+
+
+# the samples of a step
+
+
+def test_the_samples_of_each_accumulated_part_follow_each_other(tmp_path):
+    """Eight samples, batches of three, two a step: the third part of the first epoch's order ends in the second epoch."""
+    orders = []
+    loop, _ = line_loop(line_config(tmp_path, "--optimizer.gradient_accumulation=2"))
+    for epoch in (0, 1):
+        generator = torch.Generator().manual_seed(derive_seed(loop.options.seed, epoch))
+        orders += torch.randperm(8, generator=generator).tolist()
+    expected = [f"sample {index}" for index in orders]
+    assert [*loop._names(0), *loop._names(1)] == expected[:6]
+    loop.state.samples = 6
+    assert [*loop._names(0), *loop._names(1)] == expected[6:12]

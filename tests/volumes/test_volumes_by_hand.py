@@ -120,6 +120,15 @@ def test_voxels_count_at_both_edges_and_touch_at_corners():
     assert count_at_edge(mask) == 2 and count_pieces(mask) == 1
 
 
+@pytest.mark.parametrize("second", [(1, 0, 0), (1, 1, 0), (1, 1, 1)])
+def test_voxels_sharing_face_edge_or_corner_are_one_piece(second):
+    mask = np.zeros((4, 4, 4), bool)
+    mask[1, 1, 1] = True
+    mask[tuple(1 + np.array(second))] = True
+    assert count_pieces(mask) == 1
+    assert count_pieces(np.pad(mask, ((0, 0), (0, 0), (0, 4))) | np.pad(mask, ((0, 0), (0, 0), (4, 0)))) == 2
+
+
 def test_ten_degrees_about_one_axis_are_ten_whatever_the_spacing():
     angle = np.radians(10)
     turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
