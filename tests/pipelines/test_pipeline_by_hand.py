@@ -175,5 +175,7 @@ def test_the_size_of_a_label_is_told_in_mm3(zooms, size):
     known = LabelMapStats({"organ": LabelStats((10.0, 10.0), pieces=1, edge=0, always=True)}, 1, ((4, 4, 4),))
     array = np.zeros((4, 4, 4), np.int16)
     array[1:3, 1:3, 1:3] = 1
-    refused, found = map_check(known, {0: "background", 1: "organ"}).judge(nib.Nifti1Image(array, np.diag([*zooms, 1.0])))
+    refused, found = map_check(known, {0: "background", 1: "organ"}).judge(
+        nib.Nifti1Image(array, np.diag([*zooms, 1.0]))
+    )
     assert (refused, found.get("fault")) == (size is not None, size)
