@@ -122,9 +122,7 @@ def overlap_findings(
     elif is_complete(model.subjects):
         findings.append(ok("subjects", f"{path} has seen no subject that is held out here"))
     else:
-        findings.append(
-            warn("subjects", f"{path}: {UNKNOWN}", "train it again, or add the record by weights/record.py")
-        )
+        findings.append(warn("subjects", f"{path}: {UNKNOWN}", "train it again, or add the record by tools/record.py"))
     if model.data is None:
         message = f"{path} does not say how its volumes were prepared (it is older)"
         findings.append(
