@@ -490,7 +490,7 @@ def test_a_codebook_is_moved_by_a_seed_of_its_step():
         step.vae.updates = number
         step(batch(), two_generators())
         step.after_update(True)
-    assert seeds == [derive_seed(3), derive_seed(4)] and not step._cells
+    assert seeds == [derive_seed(3), derive_seed(4)] and not step._latents
     raw = network.encode(batch()["image"]).latent_dist.raw_mean.movedim(1, -1).flatten(0, 3)
     torch.testing.assert_close(
         seen[0], raw
