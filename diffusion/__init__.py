@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     )
 
     from .cache_config import LatentCacheConfig
-    from .conditions import moved_embeddings
+    from .condition_embedding import moved_embeddings
+    from .conditioning import Conditions, ConditionSchema, drop_conditions
     from .folding import fold_mask, unfold_mask
-    from .guidance import ConditionNames, check_guidance, drop_conditions
+    from .guidance import check_guidance
     from .images import fold_images, image_condition
     from .latent_cache import LatentDataset, build_latent_cache, collate_latents
     from .loss import training_loss
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OBJECTIVES",
-    "ConditionNames",
+    "ConditionSchema",
+    "Conditions",
     "LatentCacheConfig",
     "LatentDataset",
     "LatentUNet3D",

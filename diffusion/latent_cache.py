@@ -34,6 +34,7 @@ from files.remote import is_url, plain_path
 from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple, volume_parts
 
 from .cache_config import LatentCacheConfig
+from .conditioning import Conditions
 from .folding import fold_mask
 from .images import image_condition
 from .latent_entry import DamagedEntry, EntryReader, check_latents, write_entry
@@ -300,9 +301,8 @@ def collate_latents(
 
     Args:
         images: channels of the latents of each image that the model may be given.
-    Returns: "mean", "std" (B, C, h, w, d), "weight" (B, 1, h, w, d), and "conditions", the U-Net's keyword arguments:
-    "mask" folded ids (B, h, w, d, r) unless `num_labels` is 0, "classes" (B, n) and "numbers" (B, m) if entries have them,
-    "image" (B, k, h, w, d), all given, if there are `images`.
+    Returns: "mean", "std" (B, C, h, w, d), "weight" (B, 1, h, w, d), and "conditions", a `Conditions` with
+    folded masks unless `num_labels` is 0, classes and numbers if entries have them, and all of `images`, if there are any.
     Raises: ValueError if labels are wanted and an entry has no mask.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(" ".join(item["name"] for item in items).encode()))
@@ -320,10 +320,11 @@ def collate_latents(
                 raise ValueError(f"latent cache entry {item['name']}: no mask, but the model is conditioned on one")
             in_voxels = (tuple(n * s for n, s in zip(axes, stride, strict=True)) for axes in (size, shape, start))
             rows["mask"].append(Placement(*in_voxels).apply(item["mask"], PADDING))  # pyright: ignore[reportArgumentType]
-    conditions = {key: torch.stack([item[key] for item in items]) for key in ("classes", "numbers") if key in items[0]}
-    if num_labels:
-        conditions["mask"] = fold_mask(torch.stack(rows["mask"]), as_stride(stride), num_labels)
     batch = {key: torch.stack(rows[key]) for key in ("mean", "std", "weight")}
-    if images:
-        conditions["image"] = image_condition(batch["mean"], images, batch["weight"])
-    return batch | {"conditions": conditions}
+    columns = {key: torch.stack([item[key] for item in items]) for key in ("classes", "numbers") if key in items[0]}
+    conditions = Conditions(
+        **columns,
+        mask=fold_mask(torch.stack(rows["mask"]), as_stride(stride), num_labels) if num_labels else None,
+        image=image_condition(batch["mean"], images, batch["weight"]) if images else None,
+    )
+    return {**batch, "conditions": conditions}

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -379,7 +380,7 @@ class MedVolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                 canvases_here = [prepared_volumes[owner[i]] for i in batch]
                 conditions = condition_tensors(self.unet, canvases_here, rows_here, self._execution_device)
                 if encoded:
-                    conditions["image"] = torch.cat([encoded[keys[owner[i]]] for i in batch])
+                    conditions = replace(conditions, image=torch.cat([encoded[keys[owner[i]]] for i in batch]))
                 known = [changed[keys[owner[i]]] for i in batch] if changed else []
                 inside = [cells for _, cells in known if cells is not None]
                 state.guidance_scale = guidance_scale
@@ -390,7 +391,7 @@ class MedVolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                     scheduler,
                     conditions,
                     guidance_scale=guidance_scale,
-                    names=self.unet.condition_names,
+                    schema=self.unet.condition_schema,
                     num_inference_steps=steps,
                     sigmas=sigmas,
                     generator=own,

@@ -19,6 +19,7 @@ from autoencoder.model import RECORDS
 from autoencoder.residual_noise import check_noise_shape, measure_noise
 from autoencoder.weights import weight_files
 from diffusion import (
+    Conditions,
     LatentDataset,
     LatentUNet3D,
     build_latent_cache,
@@ -66,14 +67,14 @@ class LatentBatch(TypedDict):
     mean: Tensor  # (B, C, h, w, d)
     std: Tensor
     weight: Tensor  # (B, 1, h, w, d): zero in padding
-    conditions: Mapping[str, Tensor]  # the U-Net's keyword arguments
+    conditions: Conditions
 
 
 class EncodedVolume(WholeVolume):
-    """A held-out volume with its latents (1, C, h, w, d) and its conditions, the U-Net's keyword arguments (1, ...)."""
+    """A held-out volume with its latents (1, C, h, w, d) and its conditions, a batch of one."""
 
     latents: Tensor
-    conditions: Mapping[str, Tensor]
+    conditions: Conditions
 
 
 class LdmTrainingStep:
@@ -96,7 +97,7 @@ class LdmTrainingStep:
         self.make_scheduler = make_scheduler
         self.loss = partial(training_loss, train_steps=network.train_steps, absolute=loss == "l1")
         self.objective: str = network.config["objective"]
-        self.names = network.condition_names
+        self.schema = network.condition_schema
         self.dropout: dict[str, float] = network.config["condition_dropout"] or {}
 
     def __call__(self, batch: LatentBatch, generators: list[torch.Generator]) -> dict[str, Tensor]:
@@ -105,7 +106,7 @@ class LdmTrainingStep:
         latents = batch["mean"] + batch["std"] * noise
         # Dropout uses only the global random state, and a resumed run must find it.
         torch.manual_seed(generators[0].initial_seed())
-        conditions = drop_conditions(batch["conditions"], self.names, self.dropout, generators)
+        conditions = drop_conditions(batch["conditions"], self.schema, self.dropout, generators)
         loss = self.loss(self.unet.model, self.objective, latents, conditions, batch["weight"], generators)
         self.unet.backward(loss)
         return {"loss": loss.detach()}
@@ -126,8 +127,8 @@ class LdmTrainingStep:
             return values.expand(VALIDATION_SAMPLES, *values.shape[1:])
 
         latents = repeat(item["latents"])
-        conditions = {key: repeat(values) for key, values in item["conditions"].items()}
-        conditions = drop_conditions(conditions, self.names, self.dropout, generator)
+        conditions = item["conditions"].map(repeat)
+        conditions = drop_conditions(conditions, self.schema, self.dropout, generator)
         # Padding is thinner than a latent voxel, so each latent voxel holds some of the volume.
         weight = torch.ones_like(latents[:, :1])
         with self.unet.accelerator.autocast():
@@ -142,12 +143,12 @@ class LdmTrainingStep:
     def preview(self, items: list[EncodedVolume]) -> "Figure":
         """Draw mask, real volume and the volume generated from its conditions side by side, one row per channel and case, always
         from the same noise, and without the images that training drops."""
-        cases, images = [], [name for name, _ in self.names.images if self.dropout.get(name)]
+        cases, images = [], [name for name, _ in self.schema.images if self.dropout.get(name)]
         for index, item in enumerate(items):
             shape, device = item["latents"].shape, item["latents"].device
             noise = randn_tensor(shape, generator=torch.Generator().manual_seed(index), device=device)
             scheduler, steps = self.make_scheduler(), self.inference_steps
-            conditions = self.names.without(item["conditions"], images)
+            conditions = item["conditions"].drop(images, self.schema)
             with self.unet.accelerator.autocast():
                 latents = denoise(self.unet.average, noise, scheduler, conditions, num_inference_steps=steps)
                 generated = self.vae.decode(latents, return_dict=False)[0][0].float().clamp(-1, 1)
@@ -305,14 +306,14 @@ def encode_held_out(
         posterior: LatentDistribution = vae.encode(item["image"][None].to(vae.device), return_dict=False)[0]
         check_latents(posterior, item["name"])
         columns = {key: item.get(key) for key in ("classes", "numbers")}
-        conditions = {key: values[None] for key, values in columns.items() if values is not None}
+        tensors = {key: values[None] for key, values in columns.items() if values is not None}
         if num_labels:
             assert "mask" in item
-            conditions["mask"] = fold_mask(item["mask"][None], vae.stride, num_labels)
+            tensors["mask"] = fold_mask(item["mask"][None], vae.stride, num_labels)
         latents = posterior.mode().cpu()
         if images:
-            conditions["image"] = image_condition(latents, images)
-        items.append(EncodedVolume(**item, latents=latents, conditions=conditions))
+            tensors["image"] = image_condition(latents, images)
+        items.append(EncodedVolume(**item, latents=latents, conditions=Conditions(**tensors)))
     return items
 
 

@@ -21,8 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autoencoder import VolumeAutoencoder
-from diffusion import LatentUNet3D
-from diffusion.images import image_columns
+from diffusion import Conditions, LatentUNet3D
 from training import LdmTrainingStep, Learner, VaeTrainingStep
 
 WEIGHT_BYTES = 4  # float32
@@ -160,7 +159,7 @@ def training_work(
                 return
             inputs = unet_inputs(step.unet.network, shape, batch)
             mean = inputs.pop("sample")
-            conditions = {name: value for name, value in inputs.items() if name in CONDITIONS}
+            conditions = Conditions(**{name: inputs[name] for name in CONDITIONS if name in inputs})
             weight = torch.ones(batch, 1, *shape, device=device)
             step({"mean": mean, "std": torch.ones_like(mean), "weight": weight, "conditions": conditions}, generators)
 
@@ -205,7 +204,7 @@ def unet_inputs(unet: LatentUNet3D, shape: Sequence[int], batch: int) -> dict[st
     if config["numbers"]:
         inputs["numbers"] = torch.zeros(batch, len(config["numbers"]), device=device)
     if config["images"]:
-        inputs["image"] = torch.zeros(batch, len(image_columns(config["images"])), *shape, device=device)
+        inputs["image"] = torch.zeros(batch, len(unet.condition_schema.image_columns), *shape, device=device)
     return inputs
 
 

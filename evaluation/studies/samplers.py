@@ -278,8 +278,8 @@ def combinations(pipe: MedVolumePipeline, options: Namespace) -> list[Combinatio
     if min([*options.steps, options.masks, options.batch_size]) < 1:
         raise ValueError("--steps, --masks and --batch_size must be 1 or more")
     for scale in options.guidance:
-        names = pipe.unet.condition_names
-        check_guidance(scale, pipe.unet.config["condition_dropout"] or {}, {"mask", *names.classes, *names.numbers})
+        schema = pipe.unet.condition_schema
+        check_guidance(scale, schema.dropout, {"mask", *schema.classes, *schema.numbers})
     scales: Any = [guidance_in_effect(scale) for scale in options.guidance]
     for name in options.schedulers:
         for steps in options.steps:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from autoencoder import VolumeAutoencoder
-from diffusion import LatentUNet3D, fold_images, fold_mask
+from diffusion import Conditions, LatentUNet3D, fold_images, fold_mask
 from pipelines.volume_processor import PreparedVolume, VolumeProcessor
 from volumes import Volume, grid_numbers
 from volumes.data.tables import read_number
@@ -107,18 +107,17 @@ def check_conditions(
 
 def condition_tensors(
     unet: LatentUNet3D, prepared_volumes: Sequence[PreparedVolume], rows: Sequence[Row], device: torch.device
-) -> dict[str, torch.Tensor]:
-    """The U-Net's keyword arguments for one batch of equal grids, those that the model knows and the canvases have:
-    "mask" embedded (B, mask_width, h, w, d), "classes" int64 (B, n) and "numbers" float32 (B, m)."""
-    names, values_of = unet.condition_names, unet.config["classes"]
+) -> Conditions:
+    """The conditions of one batch of equal grids, those that the model knows and the canvases have; masks are embedded."""
+    schema, values_of = unet.condition_schema, unet.config["classes"]
     tensors = {}
-    if names.classes:
+    if schema.classes:
         indices = [
-            [values_of[n].index(classes[n]) if n in classes else -1 for n in names.classes] for classes, _ in rows
+            [values_of[n].index(classes[n]) if n in classes else -1 for n in schema.classes] for classes, _ in rows
         ]
         tensors["classes"] = torch.tensor(indices, device=device)
-    if names.numbers:
-        values = [[numbers.get(name, math.nan) for name in names.numbers] for _, numbers in rows]
+    if schema.numbers:
+        values = [[numbers.get(name, math.nan) for name in schema.numbers] for _, numbers in rows]
         tensors["numbers"] = torch.tensor(values, dtype=torch.float32, device=device)
     masks = [prepared.labels for prepared in prepared_volumes if prepared.labels is not None]
     if masks:
@@ -127,7 +126,7 @@ def condition_tensors(
             part = torch.from_numpy(np.stack([one[..., start : start + planes] for one in masks]))
             embedded.append(unet.embed_mask(fold_mask(part.to(device), unet.mask_stride, unet.config["num_labels"])))
         tensors["mask"] = torch.cat(embedded, dim=4)  # once, not at every step
-    return tensors
+    return Conditions(**tensors)
 
 
 def image_condition(

@@ -108,9 +108,9 @@ def read_requests(source: str | Path, pipe: MedVolumePipeline, output: Path) -> 
     """
     disk = Disk()
     table = copy_table(source, read_table) if is_url(source) else disk.find(plain_path(str(source)))
-    names, rows = pipe.unet.condition_names, read_table(table)
-    channels = [name for name, _ in names.images]
-    known = ["mask", "name", *names.classes, *names.numbers, *channels]
+    schema, rows = pipe.unet.condition_schema, read_table(table)
+    channels = [name for name, _ in schema.images]
+    known = ["mask", "name", *schema.classes, *schema.numbers, *channels]
     if unknown := sorted({column for row in rows for column in row} - set(known)):
         raise ValueError(f"{source}: unknown columns {unknown}; for this model a table has {', '.join(known)}")
     requests: list[Request] = []
@@ -135,7 +135,7 @@ def read_requests(source: str | Path, pipe: MedVolumePipeline, output: Path) -> 
             )
         called[same_name(name)] = row.place
         classes, numbers = (
-            {column: given[column] for column in kind if column in given} for kind in (names.classes, names.numbers)
+            {column: given[column] for column in kind if column in given} for kind in (schema.classes, schema.numbers)
         )
         requests.append(Request(name, mask, classes, numbers, paths))
     masks, files = sum(bool(request.mask) for request in requests), sum(bool(request.files) for request in requests)

@@ -382,17 +382,17 @@ def entry(name: str, shape: tuple[int, int, int]) -> dict:
 def test_a_batch_takes_the_first_shape_and_padding_has_no_weight():
     items = [entry("a", (3, 4, 3)), entry("b", (5, 4, 2))]
     batch = collate_latents(items, (4, 4, 4), 2)
-    assert batch["mean"].shape == (2, 4, 3, 4, 3) and batch["conditions"]["mask"].shape == (2, 3, 4, 3, 64)
+    assert batch["mean"].shape == (2, 4, 3, 4, 3) and batch["conditions"].mask.shape == (2, 3, 4, 3, 64)
     assert torch.equal(batch["mean"][0], items[0]["mean"])
     inside = batch["weight"][1, 0] > 0
     assert inside.sum() == 3 * 4 * 2  # cropped along x, padded along z
-    assert not batch["mean"][1][:, ~inside].any() and not batch["conditions"]["mask"][1][~inside].any()
+    assert not batch["mean"][1][:, ~inside].any() and not batch["conditions"].mask[1][~inside].any()
     values = batch["mean"][1, 0][inside].view(3, 4, 2)
     start = int(values[0, 0, 0] - 1) // 8
     assert torch.equal(values, items[1]["mean"][0, start : start + 3])
     assert torch.equal(batch["std"][1, 0][inside].view(3, 4, 2), values / 10)
     assert torch.equal(
-        batch["conditions"]["mask"][1][inside].view(3, 4, 2, 64), fold_mask(items[1]["mask"][None], (4, 4, 4), 2)[0, :3]
+        batch["conditions"].mask[1][inside].view(3, 4, 2, 64), fold_mask(items[1]["mask"][None], (4, 4, 4), 2)[0, :3]
     )
 
 
@@ -410,7 +410,7 @@ def test_a_batch_is_a_function_of_its_names_and_places_vary():
 
 def test_without_labels_there_is_no_mask_and_with_labels_one_must_be_there():
     item = entry("a", (3, 3, 3))
-    assert collate_latents([item], (4, 4, 4), 0)["conditions"] == {}
+    assert collate_latents([item], (4, 4, 4), 0)["conditions"].as_kwargs() == {}
     del item["mask"]
     with pytest.raises(ValueError, match="a: no mask"):
         collate_latents([item], (4, 4, 4), 2)

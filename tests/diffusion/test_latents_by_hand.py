@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from autoencoder import SpaceToDepth3D
 from autoencoder.layers import depth_to_space
-from diffusion import LatentCacheConfig, build_latent_cache, collate_latents, fold_mask, training_loss
+from diffusion import Conditions, LatentCacheConfig, build_latent_cache, collate_latents, fold_mask, training_loss
 from diffusion.folding import cells_inside
 from diffusion.latent_cache import cache_key, deformed
 from diffusion.objectives import noisy_and_target, sample_timesteps
@@ -322,11 +322,11 @@ def test_padding_is_zero_in_the_unets_input_and_has_no_part_in_the_loss(objectiv
     latents, unet = torch.randn(2, 3, 4, 3, 2), Watched(0.5)
     latents[1, :, 1:] = 50.0
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    conditions = {"numbers": torch.tensor([[1.0], [2.0]])}
+    conditions = Conditions(numbers=torch.tensor([[1.0], [2.0]]))
     loss = training_loss(unet, objective, latents, conditions, weight, generators)
     seen, timestep, given = unet.seen[0]
     assert not seen[1, :, 1:].any() and seen[1, :, 0].all() and seen[0].all()
-    assert given == conditions and timestep.shape == (2,)
+    assert given == conditions.as_kwargs() and timestep.shape == (2,)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     assert torch.equal(timestep, sample_timesteps(objective, 2, generators))
     noise = torch.stack([torch.randn(3, 4, 3, 2, generator=one) for one in generators])
@@ -337,7 +337,7 @@ def test_padding_is_zero_in_the_unets_input_and_has_no_part_in_the_loss(objectiv
 
     def again(**how) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-        return training_loss(Watched(0.5), objective, latents, {}, weight, generators, **how)
+        return training_loss(Watched(0.5), objective, latents, Conditions(), weight, generators, **how)
 
     by_hand = [(0.5 - target[0]).abs().mean(), (0.5 - target[1, :, :1]).abs().mean()]
     torch.testing.assert_close(again(absolute=True), torch.stack(by_hand).mean())
@@ -347,7 +347,7 @@ def test_padding_is_zero_in_the_unets_input_and_has_no_part_in_the_loss(objectiv
         Watched(0.5),
         objective,
         latents[:1].expand(2, -1, -1, -1, -1),
-        {},
+        Conditions(),
         weight[:1],
         [torch.Generator().manual_seed(s) for s in (3, 4)],
         each=True,
@@ -357,7 +357,7 @@ def test_padding_is_zero_in_the_unets_input_and_has_no_part_in_the_loss(objectiv
 
 def test_a_batch_of_padding_alone_costs_nothing():
     loss = training_loss(
-        Watched(), "epsilon", torch.zeros(1, 2, 3, 3, 3), {}, torch.zeros(1, 1, 3, 3, 3), torch.Generator()
+        Watched(), "epsilon", torch.zeros(1, 2, 3, 3, 3), Conditions(), torch.zeros(1, 1, 3, 3, 3), torch.Generator()
     )
     assert loss.item() == 0
 

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from tiny import LABELS, labels_of, mask_image, seeded, tiny_data, tiny_pipeline
+from tiny import labels_of, mask_image, seeded, tiny_data, tiny_pipeline
 
 from diffusion import LatentUNet3D
 from generate import map_check
@@ -19,6 +19,7 @@ from pipelines.inputs.conditions import condition_tensors
 from pipelines.inputs.masks import index_labels
 from pipelines.inputs.requests import read_requests
 from volumes import PADDING
+from volumes.map_checks import LabelMapStats, LabelStats
 
 NUMBERS = {"age": {"mean": 50.0, "std": 20.0}, "weight": {"mean": 70.0, "std": 10.0}}
 RANGES = {"age": NUMBERS["age"] | {"low": 20, "high": 80}, "weight": NUMBERS["weight"] | {"low": 45, "high": 95}}
@@ -104,8 +105,8 @@ def test_a_number_that_is_left_out_is_not_0():
     pipe = numbers_pipeline()
     prepared = pipe.prepared(labels_of((8, 8, 8)), None)
     rows = [({}, {"age": 3.0}), ({}, {"weight": 5.0})]
-    found = condition_tensors(pipe.unet, [prepared, prepared], rows, torch.device("cpu"))["numbers"]
-    columns = list(pipe.unet.condition_names.numbers)
+    found = condition_tensors(pipe.unet, [prepared, prepared], rows, torch.device("cpu")).numbers
+    columns = list(pipe.unet.condition_schema.numbers)
     expected = torch.tensor([[{"age": 3.0}.get(name, math.nan) for name in columns], [math.nan, math.nan]])
     expected[1, columns.index("weight")] = 5.0
     torch.testing.assert_close(found, expected, equal_nan=True)
@@ -117,8 +118,8 @@ def test_a_number_that_is_left_out_is_not_0():
 def test_a_value_that_is_translated_is_not_missing():
     """-1 marks voxels outside of the field of view, unless it is read as a label."""
     values = np.array([-1, 0, 2, 5], np.int16)
-    assert index_labels(values, LABELS).tolist() == [PADDING, 0, 1, 2]
-    assert index_labels(values, LABELS, {-1: 5}).tolist() == [2, 0, 1, 2]
+    assert index_labels(values, tiny_data().labels).tolist() == [PADDING, 0, 1, 2]
+    assert index_labels(values, tiny_data().labels, {-1: 5}).tolist() == [2, 0, 1, 2]
 
 
 def test_a_value_is_translated_once():
@@ -171,9 +172,10 @@ def test_a_mask_for_some_rows_and_images_for_all_are_two_tables(tmp_path):
 )
 def test_the_size_of_a_label_is_told_in_mm3(zooms, size):
     """Eight voxels, where every training map had 10 mm3: half of that to twice of that is accepted."""
-    limits = {"mm3": [10.0, 10.0], "pieces": 1, "edge": 0, "always": True}
-    data = {"image_labels": {"0": "background", "1": "organ"}, "maps": {"labels": {"organ": limits}, "pieces": 1}}
+    known = LabelMapStats({"organ": LabelStats((10.0, 10.0), pieces=1, edge=0, always=True)}, 1, ((4, 4, 4),))
     array = np.zeros((4, 4, 4), np.int16)
     array[1:3, 1:3, 1:3] = 1
-    refused, found = map_check(data).judge(nib.Nifti1Image(array, np.diag([*zooms, 1.0])))
+    refused, found = map_check(known, {0: "background", 1: "organ"}).judge(
+        nib.Nifti1Image(array, np.diag([*zooms, 1.0]))
+    )
     assert (refused, found.get("fault")) == (size is not None, size)
