@@ -142,9 +142,8 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
 
         self.time_features = Timesteps(channels[0], flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(channels[0], time_width)
-        self.condition_embedding = (
-            ConditionEmbedding(classes or {}, numbers or {}, time_width) if classes or numbers else None
-        )
+        classes, numbers = classes or {}, numbers or {}
+        self.condition_embedding = ConditionEmbedding(classes, numbers, time_width) if classes or numbers else None
         self.mask_embedding = (
             FoldedMaskEmbedding(num_labels, math.prod(self.mask_stride), mask_width) if num_labels else None
         )
