@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.data.pairs import LoadedPairs
-from evaluation.networks.defaults import ANY, BOTH, REAL
+from evaluation.networks.defaults import ANY, REAL
 from evaluation.networks.segmenter import (
     BATCH_SIZE,
-    ITERATIONS,
     LEARNING_RATE,
     train_segmenter,
     volume_dice,
@@ -52,11 +51,6 @@ def protocol(shape: Sequence[int], iterations: int, dtype: torch.dtype | None) -
         "learning_rate": LEARNING_RATE,
         "precision": "float32" if dtype is None else str(dtype).removeprefix("torch."),
     }
-
-
-def iterations_of(source: str, iterations: int = ITERATIONS) -> int:
-    """Return the number of training steps: twice as many for real and synthetic volumes together."""
-    return 2 * iterations if source == BOTH else iterations
 
 
 def score_training(

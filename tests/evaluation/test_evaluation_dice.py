@@ -161,7 +161,7 @@ def test_the_report_and_its_ratios(data, capsys):
     merged = ["--train_on", "real", "synthetic", "--earlier", str(folder / "real.json"), str(folder / "dice.json")]
     again = evaluate.main([*args[:-2], *merged, "--output", str(folder / "merged.json")])  # nothing is left to train
     assert again["scores"] == report["scores"] and again["ratios"] == report["ratios"]
-    with pytest.raises(ValueError, match="learned from the volumes in"):
+    with pytest.raises(ValueError, match="trained on the volumes in"):
         copied = shutil.copytree(folder / "made", folder / "made_elsewhere")
         elsewhere = ["--synthetic", str(copied), "--output", str(folder / "other.json")]
         evaluate.main([*args, *elsewhere, "--earlier", str(folder / "dice.json")])

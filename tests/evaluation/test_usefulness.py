@@ -13,8 +13,8 @@ import yaml
 import evaluate
 from benchmarks.phantom_set import write_phantoms
 from evaluation import generated_pairs, learning_cases, load_pairs, make_segmenter, mask_adherence, train_segmenter
-from evaluation.commands import few_labels as few_labels_command
 from evaluation.commands import pretrain as pretrain_command
+from evaluation.commands import trainings
 from evaluation.commands.ledger import Ledger, content_of
 from evaluation.data.label_budget import budget, draw_labeled
 from evaluation.data.label_budget import main as draw_main
@@ -220,7 +220,7 @@ def test_few_labels_is_taken_up_where_it_stopped(data, monkeypatch):
         learned.append((len(learn.images), len(judge.images), options["seed"], options["iterations"]))
         return score_training(learn, judge, num_labels, **options)
 
-    monkeypatch.setattr(few_labels_command, "score_training", score)
+    monkeypatch.setattr(trainings, "score_training", score)
     evaluate.main([*args, "--labels", "2"])
     per_seed = [(2, 3, 1), (6, 3, 1), (12, 3, 2), (2, 3, 2)]  # real, synthetic, both (balanced), real_longer
     assert learned == [(volumes, judged, seed, steps) for seed in (0, 1) for volumes, judged, steps in per_seed]
@@ -252,7 +252,7 @@ def test_a_ledger_is_of_the_same_volumes_names_and_subjects(tmp_path, capsys):
     )  # an earlier version's
     ledger = Ledger(path, {**report, "content": content_of(real)}, lambda rows: {})
     assert ledger.missing([("real", "8", 0), ("real", "8", 1)]) == [("real", "8", 1)]
-    assert "does not say of which volumes" in capsys.readouterr().out
+    assert "does not record its volumes" in capsys.readouterr().out
     ledger.write()
     with pytest.raises(ValueError, match="another content"):
         Ledger(path, {**report, "content": content_of(others[0])}, lambda rows: {})
@@ -347,7 +347,7 @@ def test_dice_judges_volumes_of_test_masks(data, capsys):
     earlier = ["--earlier", str(folder / "dice.json"), "--judge_synthetic"]
     assert evaluate.main([*args, *earlier, str(folder / "made")])["adherence"] == judged["adherence"]
     (folder / "made").rename(folder / "renamed")
-    with pytest.raises(ValueError, match="did not judge the volumes in .*renamed"):
+    with pytest.raises(ValueError, match="not scored on the volumes in .*renamed"):
         evaluate.main([*args, *earlier, str(folder / "renamed")])
 
 

@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_named(inputs, fingerprints, tmp_path):
     two = tmp_path / "two.safetensors"
     CopyCheck.of(np.concatenate([blobs(3, 0), blobs(3, 1)], 1), (8, 8, 8), block=2).save(two)
     with pytest.raises(
-        ValueError, match=r"two.safetensors: holds fingerprints of 2 channels, the model makes 1 \(MR\)"
+        ValueError, match=r"two.safetensors: holds fingerprints of 2 channels, the model generates 1 \(MR\)"
     ):
         generate.main(arguments(inputs, tmp_path / "out", "--reject_copies", str(two)))
     save_file({"weights": torch.zeros(1)}, tmp_path / "other.safetensors")

@@ -52,7 +52,7 @@ def test_a_dead_process_ends_the_others_with_a_message(tmp_path):
     two[1].kill()
     assert forked.ended(two[0], 60) == 1
     said = (tmp_path / "log.0").read_text()
-    assert "process 0 of 2: another one has ended, or stands still" in said and "--resume latest" in said
+    assert "process 0 of 2: another process has ended, or does not answer" in said and "--resume latest" in said
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_a_process_that_stands_still_ends_the_others_after_their_patience(tmp_pa
         assert forked.ended(two[0], 90) == 1
     finally:
         two[1].kill()
-    assert "another one has ended, or stands still" in (tmp_path / "log.0").read_text()
+    assert "another process has ended, or does not answer" in (tmp_path / "log.0").read_text()
 
 
 @pytest.mark.slow
@@ -81,7 +81,7 @@ def test_sigterm_to_one_process_stops_all_with_a_checkpoint(tmp_path):
     state = json.loads((checkpoint / "state.json").read_text())
     assert state["processes"] == 2 and state["samples"] == 4 * state["step"] > 0
     assert f"SIGTERM: wrote {checkpoint}" in (tmp_path / "log.0").read_text()
-    with pytest.raises(RuntimeError, match="was written by 2 processes, this run has 1; launch as many as before"):
+    with pytest.raises(RuntimeError, match="was written by 2 processes, but this run has 1; launch as many as before"):
         forked.run("train_vae", [*args, "--loop.workers=0", "--resume=latest"], tmp_path / "alone.txt")
 
 
@@ -95,7 +95,7 @@ def test_an_interrupt_of_all_processes_stops_them_at_one_step(tmp_path):
     assert [forked.ended(one) for one in two] == [130, 130]
     (checkpoint,) = list_checkpoints(run / "checkpoints")
     said = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
-    assert f"SIGINT: wrote {checkpoint}" in said[0] and "go on with the same launcher and: train_vae.py" in said[0]
+    assert f"SIGINT: wrote {checkpoint}" in said[0] and "continue with the same launcher and: train_vae.py" in said[0]
     assert [text.count("Ctrl-C: finishing step") for text in said] == [1, 0] and "Traceback" not in "".join(said)
 
 
@@ -188,7 +188,7 @@ def test_what_one_process_refuses_ends_all_before_anything_is_generated(tmp_path
     assert [forked.ended(one) for one in two] == [1, 1]
     assert "case_1.nii.gz: mask holds labels [99]" in (tmp_path / "log.1").read_text()
     said = (tmp_path / "log.0").read_text()
-    assert "process 0 of 2: another one has ended" in said and "it goes on with what is there" in said
+    assert "process 0 of 2: another process has ended" in said and "it goes on with what is there" in said
     assert not list((tmp_path / "out").glob("*.nii.gz"))
 
 
@@ -251,7 +251,7 @@ def test_what_one_process_refuses_leaves_no_other_waiting(tmp_path, monkeypatch)
 
     for module in (common, everything):
         monkeypatch.setattr(module, "PartialState", State)
-    monkeypatch.setattr(common, "check_judged", refuse)
+    monkeypatch.setattr(common, "check_test_set", refuse)
     monkeypatch.setattr(everything, "broadcast_object_list", lambda values: values)
     with pytest.raises(ValueError, match="seen"):
         everything.attempt(COMMANDS["dice"], options, None, None)
