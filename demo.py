@@ -1,9 +1,8 @@
-"""What the pipelines in weights/ generate for their examples, into out/demo/, a picture each; pairs of mask and volume from nothing;
-and one volume with a part of an organ taken out:
+"""Generate the examples of every pipeline in weights/, pairs of mask and volume, and one edited volume, with pictures.
 
-python demo.py [--output DIR]
+    python demo.py [--output DIR]
 
-The same command again goes on with what is there.
+Everything goes to out/demo/. Run the same command again to resume.
 """
 
 import argparse
@@ -24,7 +23,7 @@ EXAMPLES = "examples.csv"
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help=f"folder of pipelines with {EXAMPLES} (weights/)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write to (out/demo/)")
@@ -51,17 +50,17 @@ from volumes.lesions import remove_lesion
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Generate what the command line asks for."""
+    """Run the demo."""
     logging.captureWarnings(True)
     options = parse(args)
     run_demo(options.weights, options.output, options.steps)
 
 
 def run_demo(weights: Path, output: Path, num_inference_steps: int = 20) -> None:
-    """Generate every row of every `weights`/*/examples.csv, and draw preview.png beside the volumes."""
+    """Generate every row of every `weights`/*/examples.csv, with a preview.png beside the volumes."""
     tables = sorted(weights.glob(f"*/{EXAMPLES}"))
     if not tables:
-        raise ValueError(f"{weights}: no pipeline with an {EXAMPLES} there; is the clone complete?")
+        raise ValueError(f"{weights}: contains no pipeline with an {EXAMPLES}; is the clone complete?")
     described = {table.parent: MedVolumePipeline.from_pretrained(table.parent).data for table in tables}
     for table in tables:
         rows, folder = read_table(table), output / table.parent.name
@@ -78,7 +77,7 @@ def run_demo(weights: Path, output: Path, num_inference_steps: int = 20) -> None
         )
         seconds = (time.perf_counter() - start) / len(rows)
         save_figure(preview(folder, table.parent / "masks", data), folder / "preview.png")
-        print(f"{seconds:.2f} s a volume, loading included. Look at {folder / 'preview.png'}\n")
+        print(f"{seconds:.2f} s per volume, including loading. See {folder / 'preview.png'}\n")
     for maps, volumes in itertools.product(described, described):
         drawn = described[maps].image_labels
         if drawn and drawn == described[volumes].labels:
@@ -87,8 +86,8 @@ def run_demo(weights: Path, output: Path, num_inference_steps: int = 20) -> None
 
 
 def pairs(maps: Path, volumes: Path, data: DataDescription, folder: Path, steps: int, count: int = 6) -> None:
-    """Masks that no patient has, and a volume of each."""
-    print(f"{volumes.name}: {count} masks by {maps.name}, and their volumes ...")
+    """Generate masks that belong to no patient, and a volume for each."""
+    print(f"{volumes.name}: {count} masks from {maps.name}, and a volume for each ...")
     generate.main(
         [
             *("--pipeline", str(volumes), "--masks", f"{generate.GENERATE}{maps}", "--count", str(count)),
@@ -96,11 +95,11 @@ def pairs(maps: Path, volumes: Path, data: DataDescription, folder: Path, steps:
         ]
     )
     save_figure(preview(folder, folder / "masks", data), folder / "preview.png")
-    print(f"Look at {folder / 'preview.png'}\n")
+    print(f"See {folder / 'preview.png'}\n")
 
 
 def edit(pipeline: Path, data: DataDescription, output: Path, steps: int) -> None:
-    """The first generated volume without what its last label marks; all else stays as it was."""
+    """Remove the last label from the first generated volume; all other voxels stay the same."""
     pipe = MedVolumePipeline.from_pretrained(pipeline)
     pipe.set_progress_bar_config(disable=True)
     volume = sorted((output / pipeline.name).glob("*.nii.gz"))[0]
@@ -133,20 +132,22 @@ def edit(pipeline: Path, data: DataDescription, output: Path, steps: int) -> Non
     for column in columns:
         column |= {"spacing": mask.spacing, "windows": {"generated": window}}
     save_figure(slices_figure(columns), folder / "preview.png")
-    print(f"Look at {folder / 'preview.png'}")
+    print(f"See {folder / 'preview.png'}")
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a picture, in one step."""
+    """Write a picture atomically."""
     with atomic_file(path) as unfinished:
         figure.savefig(unfinished, dpi=130)
 
 
 def preview(folder: Path, masks: Path, data: DataDescription) -> Figure:
-    """What is in `folder`, made of masks in `masks`. Shapes are drawn as surfaces, a row for each combination of classes; other
-    volumes as slices, a row each (of several channels a row a channel), beside the mask."""
+    """Draw the volumes of `folder`, with the masks in `masks`.
+
+    Label maps are drawn as surfaces, one row per combination of classes; other volumes as slices beside the mask, one row per channel.
+    """
     shapes: dict[str, list[Any]] = {}
-    columns: dict[str, dict[str, Any]] = {}  # by sidecar: one a volume, whatever the number of its files
+    columns: dict[str, dict[str, object]] = {}  # by sidecar: one per volume, whatever the number of its files
     for volume, record in finished_volumes(folder):
         files, stem = volume_files(volume, record), sidecar_path(volume).stem
         title = ", ".join(str(value) for value in {**(record["classes"] or {}), **(record["numbers"] or {})}.values())
@@ -156,7 +157,11 @@ def preview(folder: Path, masks: Path, data: DataDescription) -> Figure:
         volumes = [read_volume(path) for path in files]
         names = [path.name.removesuffix(".nii.gz").removeprefix(stem).lstrip("_") for path in files]
         images = {"generated": np.stack([volume.array[0] for volume in volumes])}
-        column = {"title": f"{stem}\n{title}".strip(), "images": images, "spacing": volumes[0].spacing}
+        column: dict[str, object] = {
+            "title": f"{stem}\n{title}".strip(),
+            "images": images,
+            "spacing": volumes[0].spacing,
+        }
         scales = dict(zip(data.channels, data.intensity, strict=True))
         column["channels"] = names
         column["windows"] = {name: (scales[name].low, scales[name].high) for name in names if name in scales}

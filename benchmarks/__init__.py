@@ -1,1 +1,1 @@
-"""Timings, each a script: `python -m benchmarks.generation`."""
+"""Benchmarks; each module is a command: `python -m benchmarks.generation`."""

@@ -1,7 +1,8 @@
-"""Autoencoders trained for the same time on the same crops with the same loss:  who reconstructs held-out volumes best?
+"""Compare autoencoders trained for equal time on equal patches with equal losses, by reconstruction of held-out volumes.
 
-Part of `python -m benchmarks.speed.run`; by itself:  python -m benchmarks.equal_time --minutes 6 --model maisi --output
-out/bench
+Part of `python -m benchmarks.speed.run`. Alone:
+
+    python -m benchmarks.equal_time --minutes 6 --model maisi --output out/bench
 """
 
 import argparse
@@ -11,7 +12,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from cli.command import ArgumentParser, run_command
 from cli.settings import Number, PositiveFloat
@@ -20,10 +20,10 @@ LEARNING_RATES = {"ours": (1e-3,), "monai": (1e-3, 1e-4), "maisi": (1e-3, 1e-4)}
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=list(LEARNING_RATES), required=True)
-    parser.add_argument("--minutes", type=Number(PositiveFloat), default=6.0, help="of training (6)")
+    parser.add_argument("--minutes", type=Number(PositiveFloat), default=6.0, help="minutes of training (6)")
     parser.add_argument("--device", default="cpu", help="such as cpu or cuda")
     parser.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32")
     parser.add_argument("--output", type=Path, required=True, help="folder for the weights")
@@ -54,13 +54,17 @@ from volumes import CropDataset, DataConfig, PhantomConfig, VolumeDataset
 from volumes.devices import find_device
 
 CONFIG = "configs/hippocampus/vae.yaml"
-# Ours: its config's. Peers: MAISI's and MONAI's tutorials' 1e-4, and ours; a quarter of the time decides.
-WARMUP, PILOT, FINAL_RATE = 0.03, 0.25, 0.01
+WARMUP = 0.03  # of the time
+# Ours: its config's rate. Peers: 1e-4 from MAISI's and MONAI's tutorials, and ours; the better one after this part of the time.
+PILOT = 0.25
+FINAL_RATE = 0.01  # part of the highest learning rate
 
 
 def load(phantoms: bool) -> tuple[VolumeDataset, VolumeDataset, CropConfig, AutoencoderLosses, int]:
-    """Training volumes, held-out ones, crops, weights of the losses and batch size of configs/hippocampus/vae.yaml;
-    phantoms instead of its volumes for a quick look."""
+    """Load training and held-out volumes, patches, loss weights and batch size of configs/hippocampus/vae.yaml.
+
+    With `phantoms`, phantoms replace the volumes, for a quick test.
+    """
     config = parse_config(TrainVaeConfig, ["--config", CONFIG])
     if phantoms:
         data = DataConfig(phantom=PhantomConfig(count=4, shape=(16, 16, 16)), validation_fraction=0.5)
@@ -73,11 +77,10 @@ def load(phantoms: bool) -> tuple[VolumeDataset, VolumeDataset, CropConfig, Auto
 
 
 def training(model: str, minutes: float, device: str, precision: str, folder: str, *, phantoms: bool = False) -> Work:
-    """Train `model` for `minutes`, save its weights to `folder`, and give its PSNR on held-out volumes (never the
-    test split).
+    """Train `model` for `minutes`, save its weights to `folder`, and measure PSNR on held-out volumes (not the test split).
 
-    Where several learning rates are to be tried, each runs the first quarter of the time, and the better one (by
-    PSNR) goes on to the end. Validation is not on the clock.
+    Several learning rates each run for the first quarter of the time; the one with the higher PSNR continues to the end.
+    Validation time does not count.
     """
     torch.manual_seed(0)
     train, held_out, crops, weights, batch_size = load(phantoms)
@@ -85,16 +88,16 @@ def training(model: str, minutes: float, device: str, precision: str, folder: st
     volumes = PaddedVolumes(held_out, (STRIDE, STRIDE, STRIDE))
     first = build_autoencoder(model, device, "tf32" if device.startswith("cuda") else "float32", training=True)
 
-    def run() -> dict[str, Any]:
-        tried = {}
+    def run() -> dict[str, object]:
+        trials = {}
         for rate in LEARNING_RATES[model]:
             trial = Run(copy.deepcopy(first), rate, 60 * minutes, device, precision, weights)
-            trial.go_on(batches(dataset, batch_size), PILOT if len(LEARNING_RATES[model]) > 1 else 1.0)
-            tried[rate] = (psnr(trial.net, volumes, device), trial)
-        best = max(tried, key=lambda rate: tried[rate][0])
-        winner = tried[best][1]
-        if len(tried) > 1:
-            winner.go_on(batches(dataset, batch_size, seed=1), 1.0)
+            trial.train(batches(dataset, batch_size), PILOT if len(LEARNING_RATES[model]) > 1 else 1.0)
+            trials[rate] = (psnr(trial.net, volumes, device), trial)
+        best = max(trials, key=lambda rate: trials[rate][0])
+        winner = trials[best][1]
+        if len(trials) > 1:
+            winner.train(batches(dataset, batch_size, seed=1), 1.0)
         path = Path(folder) / f"{model.replace(' ', '_')}.safetensors"
         save_file({name: t.contiguous().cpu() for name, t in winner.net.state_dict().items()}, path)
         return {
@@ -102,7 +105,7 @@ def training(model: str, minutes: float, device: str, precision: str, folder: st
             "steps": winner.steps,
             "seconds": winner.seconds,
             "learning_rate": best,
-            "pilot_psnr_db": {str(rate): value for rate, (value, _) in tried.items()},
+            "pilot_psnr_db": {str(rate): value for rate, (value, _) in trials.items()},
             "weights": path.name,
         }
 
@@ -127,8 +130,8 @@ class Run:
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.seconds, self.steps = 0.0, 0
 
-    def go_on(self, stream: Iterator[dict[str, Tensor]], until: float) -> None:
-        """Train until `until` of the time is used."""
+    def train(self, stream: Iterator[dict[str, Tensor]], until: float) -> None:
+        """Train until the share `until` of the time is used."""
         self.net.train()
         with tqdm(total=round(until * self.limit), unit="s", desc=f"lr {self.rate:g}", disable=None) as bar:
             while self.seconds < until * self.limit:
@@ -150,7 +153,7 @@ class Run:
 
 
 def schedule(used: float) -> float:
-    """Part of the highest learning rate when `used` (0 to 1) of the time is used."""
+    """Return the learning rate as a share of its maximum, when the share `used` of the time is used."""
     if used < WARMUP:
         return max(used / WARMUP, 0.02)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, (used - WARMUP) / (1 - WARMUP))))
@@ -158,7 +161,7 @@ def schedule(used: float) -> float:
 
 
 def losses(net: nn.Module, image: Tensor, fov: Tensor, weights: AutoencoderLosses) -> Tensor:
-    """As train_vae.py's, for any of the autoencoders."""
+    """Compute the losses of train_vae.py for any of the autoencoders."""
     encoded = posterior(net, image)
     decoded = decode(net, encoded.sample()).float()
     parts = ((weights.l1, l1_loss), (weights.mse, mse_loss), (weights.gradient, gradient_loss))
@@ -166,7 +169,7 @@ def losses(net: nn.Module, image: Tensor, fov: Tensor, weights: AutoencoderLosse
 
 
 def batches(dataset: CropDataset, size: int, seed: int = 0) -> Iterator[dict[str, Tensor]]:
-    """Random crops without end, the same for every model."""
+    """Yield batches of random patches endlessly, the same for every model."""
     random = torch.Generator().manual_seed(seed)
     epoch = 1000 * seed
     while True:
@@ -179,7 +182,7 @@ def batches(dataset: CropDataset, size: int, seed: int = 0) -> Iterator[dict[str
 
 @torch.inference_mode()
 def psnr(net: nn.Module, volumes: PaddedVolumes, device: str) -> float:
-    """Mean PSNR in dB of whole volumes, inside the field of view, of intensities in [0, 1]."""
+    """Return the mean PSNR in dB of whole volumes inside the field of view, for intensities in [0, 1]."""
     net.eval()
     values = []
     for item in volumes:
@@ -190,8 +193,9 @@ def psnr(net: nn.Module, volumes: PaddedVolumes, device: str) -> float:
 
 
 def main(args: Sequence[str] | None = None) -> None:
+    """Train one model and print its figures."""
     options = parse(args)
     options.output.mkdir(parents=True, exist_ok=True)
-    find_device(options.device)  # or it is refused
+    find_device(options.device)  # raises if unknown
     work = training(options.model, options.minutes, options.device, options.precision, str(options.output))
-    print(json.dumps(work.facts | dict(work.run() or {}), indent=2))
+    print(json.dumps({**work.facts, **(work.run() or {})}, indent=2))

@@ -1,11 +1,11 @@
-"""Is it better to start from the shipped weights than from scratch, with 16 volumes of another label set?
+"""Compare fine-tuning the shipped weights with training from scratch, on 16 volumes of another label set.
 
-python -m benchmarks.finetuning --output out/finetuning/finetuning.json
+    python -m benchmarks.finetuning --output out/finetuning/finetuning.json
 
-For each seed: 16 volumes of the training split are drawn, and a U-Net is trained on them, with the shipped autoencoder, in three ways
-of equally many steps: all weights from the shipped ones, a LoRA on them, and all weights from scratch. Each makes ten volumes of each
-of the 16 masks, a segmenter learns from those, and is judged on the real volumes of the test split. Another segmenter learns from the 16
-real volumes. Everything that is done already is kept (beside --output), so a run that was stopped goes on.
+For each seed, 16 volumes of the training split are sampled, and a U-Net is trained on them with the shipped autoencoder in three ways
+of equally many steps: fine-tuning all weights, a LoRA, and training from scratch. Each U-Net generates ten volumes per mask. A
+segmenter is trained on these and tested on the real volumes of the test split. Another segmenter is trained on the 16 real volumes.
+Finished parts are kept beside --output, so an interrupted run resumes.
 """
 
 import argparse
@@ -22,17 +22,17 @@ from cli.settings import Number, PositiveInt
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
     parser.add_argument(
-        "--seeds", type=Number(PositiveInt), default=3, help="draws of volumes, each with its trainings (3)"
+        "--seeds", type=Number(PositiveInt), default=3, help="samples of volumes, each with its trainings (3)"
     )
     parser.add_argument("--k", type=Number(PositiveInt), default=16, help="labeled volumes (16)")
-    parser.add_argument("--count", type=Number(PositiveInt), default=10, help="volumes generated of each mask (10)")
-    parser.add_argument("--steps", type=Number(PositiveInt), default=400, help="of each U-Net's training (400)")
+    parser.add_argument("--count", type=Number(PositiveInt), default=10, help="generated volumes per mask (10)")
+    parser.add_argument("--steps", type=Number(PositiveInt), default=400, help="training steps of each U-Net (400)")
     parser.add_argument(
-        "--iterations", type=Number(PositiveInt), default=600, help="of each segmenter's training (600)"
+        "--iterations", type=Number(PositiveInt), default=600, help="training steps of each segmenter (600)"
     )
     return parser.parse_args(args)
 
@@ -61,11 +61,11 @@ ARMS: dict[str, list[str]] = {
 }
 REAL = "16 real volumes"
 SETTINGS = ("k", "count", "steps", "iterations")  # of all trainings beside one report
-MERGED = "{0: background, 1: hippocampus}"  # what the segmenter tells apart
+MERGED = "{0: background, 1: hippocampus}"  # labels of the segmenter
 
 
-def main(args: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train what is not trained yet, judge, write the report and return it."""
+def main(args: Sequence[str] | None = None) -> dict[str, object]:
+    """Run the trainings that are missing, evaluate, write the report and return it."""
     options = parse(args)
     check_settings(options)
     scores: dict[str, list[float]] = {}
@@ -78,27 +78,29 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def check_settings(options: argparse.Namespace) -> None:
-    """Write them down before the first training. Raises: ValueError if what is there was made with others."""
+    """Write the settings before the first training. Raises: ValueError if the report has other settings."""
     if not options.output.exists():
         write_report(options.output, summarize({}, options))
     earlier = json.loads(options.output.read_text())
     if changed := [key for key in SETTINGS if earlier.get(key) != getattr(options, key)]:
         raise ValueError(
-            f"{options.output}: was begun with another {', '.join(changed)}; take another folder for --output"
+            f"{options.output}: was begun with another {', '.join(changed)}; choose another folder for --output"
         )
 
 
 def score(arm: str, seed: int, options: argparse.Namespace) -> float:
-    """Dice on the real test volumes of a segmenter that learned from what this arm makes, or from the 16."""
+    """Return the Dice on real test volumes of a segmenter trained on this arm's generated volumes, or on the 16 real ones."""
     folder = options.output.parent / f"seed_{seed}"
-    config, table, own = ARMS["fine-tuned"][:2], folder / "table.csv", folder / arm.replace(" ", "_")
+    config = ARMS["fine-tuned"][:2]
+    table = folder / "table.csv"
+    arm_folder = folder / arm.replace(" ", "_")
     only = [
         "--data.table",
         os.path.relpath(table.resolve(), Path("../shared/data/hippocampus").resolve()),
         "--data.split",
         "split",
     ]
-    report = own / "dice.json"
+    report = arm_folder / "dice.json"
     if not table.exists():
         run("-m", "evaluation.data.label_budget", *config, "--k", options.k, "--seed", seed, "--output", table)
     judge = ["evaluate.py", "dice", *config, *only, "--data.label_names", MERGED, "--seeds", 1, "--output", report]
@@ -106,8 +108,8 @@ def score(arm: str, seed: int, options: argparse.Namespace) -> float:
     if arm == REAL:
         judge += ["--train_on", "real"]
     else:
-        make_volumes(arm, seed, own, folder / "table_masks.csv", only, options)
-        judge += ["--train_on", "synthetic", "--synthetic", own / "volumes"]
+        make_volumes(arm, seed, arm_folder, folder / "table_masks.csv", only, options)
+        judge += ["--train_on", "synthetic", "--synthetic", arm_folder / "volumes"]
     if not report.exists():
         run(*judge)
     scores = json.loads(report.read_text())["scores"]
@@ -117,7 +119,7 @@ def score(arm: str, seed: int, options: argparse.Namespace) -> float:
 def make_volumes(
     arm: str, seed: int, folder: Path, masks: Path, only: Sequence[Any], options: argparse.Namespace
 ) -> None:
-    """Train the arm's U-Net and generate `options.count` volumes of each of the masks."""
+    """Train the arm's U-Net and generate `options.count` volumes per mask."""
     steps = ["--loop.max_steps", options.steps, "--loop.seed", seed]
     result = folder / "run" / ("lora" if arm == "LoRA" else "pipeline")
     if not result.exists():
@@ -134,11 +136,11 @@ def run(*command: Any) -> None:
     subprocess.run([sys.executable, *map(str, command)], check=True)
 
 
-def summarize(scores: dict[str, list[float]], options: argparse.Namespace) -> dict[str, Any]:
-    """The report: each arm's Dice, and its difference from training from scratch, paired by the draw of volumes."""
+def summarize(scores: dict[str, list[float]], options: argparse.Namespace) -> dict[str, object]:
+    """Build the report: each arm's Dice, and its difference from training from scratch, paired by seed."""
     scratch = scores.get("from scratch", [])
     differences = {
-        arm: [one - other for one, other in zip(values, scratch, strict=False)]
+        arm: [value - base for value, base in zip(values, scratch, strict=False)]
         for arm, values in scores.items()
         if arm != "from scratch" and scratch
     }

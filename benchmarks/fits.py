@@ -1,4 +1,4 @@
-"""How a figure grows: a power law, and how far a line is from the points."""
+"""Fit growth: power laws, and the deviation of values from proportionality."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,11 @@ import numpy as np
 
 
 def power_law(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
-    """(factor, exponent) of value = factor * size ** exponent, least squares in logarithms. Raises ValueError below
-    two points."""
+    """Fit value = factor * size ** exponent by least squares in logarithms; return (factor, exponent).
+
+    Raises:
+        ValueError: for fewer than two points.
+    """
     if len(sizes) < 2 or len(sizes) != len(values):
         raise ValueError(f"a power law needs two points or more, got sizes {list(sizes)} and values {list(values)}")
     exponent, logarithm = np.polyfit(np.log(sizes), np.log(values), 1)
@@ -15,18 +18,18 @@ def power_law(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, f
 
 
 def predict(sizes: Sequence[float], values: Sequence[float], size: float) -> float:
-    """The power law through the points, at `size`."""
+    """Evaluate the power law through the points at `size`."""
     factor, exponent = power_law(sizes, values)
     return factor * size**exponent
 
 
 def deviation_from_proportional(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Largest relative distance of the values from the best value = a * size (relative least squares): 0.1 is 10 %."""
+    """Return the largest relative deviation from the best fit value = a * size (relative least squares): 0.1 is 10 %."""
     ratios = np.asarray(values, float) / np.asarray(sizes, float)
     scale = ratios.sum() / (ratios**2).sum()  # minimizes sum (scale * ratio - 1) ** 2
     return float(np.abs(scale * ratios - 1).max())
 
 
 def rise(values: Sequence[float]) -> float:
-    """How much the last value is above the first, as a part of the first."""
+    """Return the relative increase from the first to the last value."""
     return values[-1] / values[0] - 1

@@ -1,5 +1,7 @@
-"""Scripts of ours in processes of their own, to be killed, stopped and counted. They are forked from a server that has
-imported all there is, so each starts at once."""
+"""Run the project's scripts in separate processes, for tests that kill, stop and compare them.
+
+The processes are forked from a server that has imported the scripts, so each starts at once.
+"""
 
 import importlib
 import json
@@ -9,7 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPAT
 
 
 def start(script: str, args: Sequence[str], log: Path, *, losses: Path | None = None, **environment: str) -> Any:
-    """Run `script`.main(args) in a process; what it says goes to `log`, what it tells its trackers to `losses`, a line a
-    step."""
+    """Run `script`.main(args) in a process.
+
+    Its output goes to `log`, and its tracked values to `losses`, one line per step.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     process = SERVER.Process(target=_run, args=(script, list(args), str(log), losses and str(losses), environment))
     process.start()
@@ -29,17 +33,17 @@ def start(script: str, args: Sequence[str], log: Path, *, losses: Path | None = 
 
 
 def start_two(script: str, args: Sequence[str], log: Path, *, losses: Path | None = None) -> list[Any]:
-    """The same in two processes that know of each other; their logs end in .0 and .1."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
+    """Run a script in two processes of one group; their logs end in .0 and .1."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     return [start(script, args, log.with_suffix(f".{rank['RANK']}"), losses=losses, **shared, **rank) for rank in ranks]
 
 
 def run(script: str, args: Sequence[str], log: Path, **options: Any) -> str:
-    """`start`, and wait for its end. Returns what it said. Raises: RuntimeError if it ended in an error."""
+    """Run a script, wait until it ends, and return its output. Raises: RuntimeError if it fails."""
     process = start(script, args, log, **options)
     process.join()
     if process.exitcode:
@@ -48,7 +52,7 @@ def run(script: str, args: Sequence[str], log: Path, **options: Any) -> str:
 
 
 def ended(process: Any, seconds: float = 120) -> int:
-    """The exit status of a process, which must end in that time."""
+    """Return the exit status of a process, which must end within `seconds`."""
     process.join(seconds)
     if process.exitcode is None:
         process.kill()
@@ -65,14 +69,14 @@ def _run(script: str, args: list[str], log: str, losses: str | None, environment
     os.dup2(output, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ.update(environment)
-    os.chdir(tempfile.gettempdir())  # nothing may depend on where one stands
+    os.chdir(tempfile.gettempdir())  # nothing may depend on the working directory
     torch.set_num_threads(1)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored, if all of this runs in the background of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for background jobs
     if losses:
 
-        def note(self: Accelerator, values: dict[str, Any], step: int | None = None, log_kwargs: Any = None) -> None:
+        def note(
+            self: Accelerator, values: Mapping[str, object], step: int | None = None, log_kwargs: Any = None
+        ) -> None:
             if self.is_main_process:
                 with open(losses, "a") as file:
                     file.write(json.dumps({"step": step, **values}) + "\n")

@@ -1,7 +1,9 @@
-"""Seconds per generated volume:  python -m benchmarks.generation --output out/bench/generation.json
+"""Measure seconds per generated volume.
 
-Times the pipeline as people call it, from a mask file to a NIfTI image in memory, one mask at a time and all together; then the denoising
-loop and the decoder by themselves. Each time is taken after one untimed run over all masks, which prepares kernels for their grids.
+    python -m benchmarks.generation --output out/bench/generation.json
+
+Times the pipeline from a mask file to a NIfTI image in memory, one mask at a time and all masks in one call; then the denoising loop and
+the decoder alone. One untimed run over all masks comes first, which prepares kernels for their grids.
 """
 
 import argparse
@@ -18,18 +20,22 @@ PIPELINE = Path(__file__).resolve().parents[1] / "weights" / "hippocampus"
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="pipeline folder (weights/hippocampus)")
     parser.add_argument("--masks", type=Path, help="folder of mask files; default: masks/ in the pipeline folder")
     parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps (20)")
     parser.add_argument(
-        "--guidance_scale", type=Number(NonNegativeFloat), default=1.0, help="of all conditions; 1 is none (1)"
+        "--guidance_scale",
+        type=Number(NonNegativeFloat),
+        default=1.0,
+        help="guidance scale of all conditions; 1 is no guidance (1)",
     )
     parser.add_argument("--repeats", type=Number(PositiveInt), default=3, help="timed runs over all masks (3)")
     parser.add_argument(
-        "--precision", choices=["auto", "bf16", "no"], default="auto", help="auto is bf16 where the hardware has it"
+        "--precision", choices=["auto", "bf16", "no"], default="auto", help="auto: bf16 if the hardware supports it"
     )
-    parser.add_argument("--device", help="such as cpu or cuda; default: the GPU if there is one")
+    parser.add_argument("--device", help="such as cpu or cuda; default: the GPU, if any")
     parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
     return parser.parse_args(args)
 
@@ -47,7 +53,7 @@ from volumes import read_mask
 from volumes.devices import find_device
 
 
-def main(args: Sequence[str] | None = None) -> dict[str, Any]:
+def main(args: Sequence[str] | None = None) -> dict[str, object]:
     """Time the pipeline, write the report and return it."""
     options = parse(args)
     check_report(options.output)
@@ -56,6 +62,9 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     pipe = MedVolumePipeline.from_pretrained(options.pipeline, dtype=dtype)
     pipe.to(find_device(options.device))
     pipe.set_progress_bar_config(disable=True)
+    seconds_per_volume = time_generation(
+        pipe, masks, steps=options.steps, repeats=options.repeats, guidance_scale=options.guidance_scale
+    )
     report = {
         "benchmark": "generation",
         "pipeline": options.pipeline.name,
@@ -66,34 +75,34 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         "repeats": options.repeats,
         "parameters": {name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("unet", "vae")},
         "masks": {path.name: list(read_mask(path).shape) for path in masks},
-        "seconds_per_volume": time_generation(
-            pipe, masks, steps=options.steps, repeats=options.repeats, guidance_scale=options.guidance_scale
-        ),
+        "seconds_per_volume": seconds_per_volume,
         **provenance(),
     }
     write_report(options.output, report)
-    for name, seconds in report["seconds_per_volume"].items():
-        print(
-            f"{name:12} {seconds['median']:.3f} s a volume (mean {seconds['mean']:.3f}, {seconds['min']:.3f} to {seconds['max']:.3f})"
-        )
+    for name, seconds in seconds_per_volume.items():
+        spread = f"mean {seconds['mean']:.3f}, {seconds['min']:.3f} to {seconds['max']:.3f}"
+        print(f"{name:12} {seconds['median']:.3f} s per volume ({spread})")
     print(f"report: {options.output}")
     return report
 
 
 def find_masks(pipeline: Path, masks: Path | None) -> list[Path]:
-    """Mask files of `masks`, or of the pipeline folder's own masks/. Raises ValueError where there are none."""
+    """Return the mask files of `masks`, or of masks/ in the pipeline folder. Raises: ValueError if there are none."""
     folder = masks or pipeline / "masks"
-    found = sorted(path for path in folder.glob("*") if path.name.endswith((".nii", ".nii.gz")))
-    if not found:
+    paths = sorted(path for path in folder.glob("*") if path.name.endswith((".nii", ".nii.gz")))
+    if not paths:
         raise ValueError(f"{folder}: no masks (.nii, .nii.gz) there; give a folder with --masks")
-    return found
+    return paths
 
 
 def time_generation(
     pipe: MedVolumePipeline, masks: list[Path], *, steps: int, repeats: int, guidance_scale: float = 1.0
 ) -> dict[str, dict[str, float]]:
-    """Statistics of seconds per volume: "whole" (mask file to NIfTI image, one at a time), "batched" (the same, all masks in one call),
-    "denoising" (to latents, one at a time) and "decoding" (latents to voxels)."""
+    """Return statistics of seconds per volume.
+
+    They are "whole" (mask file to NIfTI image, one at a time), "batched" (the same, all masks in one call), "denoising" (to latents,
+    one at a time) and "decoding" (latents to voxels).
+    """
 
     def generate(mask: Path | list[Path], output_type: str) -> list[Any]:
         generator = torch.Generator().manual_seed(0)
@@ -124,7 +133,7 @@ def time_generation(
 
 
 def seconds_of(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
-    """How long `work` takes until its device is done, and what it returns."""
+    """Return the seconds until the device has finished `work`, and its result."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -134,7 +143,7 @@ def seconds_of(device: torch.device, work: Callable[[], Any]) -> tuple[float, An
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, mean, smallest and largest, to tenths of milliseconds."""
+    """Return median, mean, minimum and maximum, to tenths of milliseconds."""
     figures = {
         "median": statistics.median(seconds),
         "mean": statistics.fmean(seconds),

@@ -1,4 +1,4 @@
-"""A data set of phantoms as files, with a volume generated from every mask: for jobs that are killed, and for tests."""
+"""Write a phantom data set with a "generated" volume per mask, for benchmarks and tests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +13,18 @@ SHAPE = (16, 16, 16)
 
 def write_phantoms(
     folder: Path, subjects: Sequence[int], tests: int, *, first: int = 0, **options: Any
-) -> dict[str, Any]:
-    """Images, labels, subjects.csv, config.yaml, and in made/ each volume twice as bright, as generated from its mask.
+) -> dict[str, object]:
+    """Write images, labels, subjects.csv, config.yaml, and in made/ each volume twice as bright, as if generated.
 
     Args:
-        subjects: whose each volume is; the last `tests` volumes are the test split.
-        first: number of the first volume in the files' names.
-        options: more of the config's section `data`.
-    Returns: that section.
+        folder: folder to write to.
+        subjects: subject of each volume.
+        tests: how many of the last volumes are the test set.
+        first: number of the first volume in the file names.
+        options: further settings of the config's section `data`.
+
+    Returns:
+        The section `data`.
     """
     rows = ["volume,subject,split"]
     for number, subject in enumerate(subjects):

@@ -1,10 +1,8 @@
-"""Two processes, with whole and with divided weights, against one with the same global batch: the same losses, and how many
-steps a second.
+"""Compare two processes, with whole and with sharded weights, to one with the same global batch: losses and steps per second.
 
-python -m benchmarks.processes --steps 50 --output out/processes.json
+    python -m benchmarks.processes --steps 50 --output out/processes.json
 
-On drawn phantoms: the autoencoder, then a U-Net on its latents. One thread a process, so that two processes have twice the
-arithmetic units of one, if there are as many.
+Trains the autoencoder on phantoms, then a U-Net on its latents. Each process uses one thread, so two processes can use twice the cores.
 """
 
 import argparse
@@ -14,17 +12,17 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from cli.command import ArgumentParser, run_command
 from cli.settings import Number, PositiveInt
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=Number(PositiveInt), default=50)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=Number(PositiveInt), default=50, help="training steps (50)")
+    parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
     return parser.parse_args(args)
 
 
@@ -47,7 +45,7 @@ LDM = [f"--config={ROOT / 'configs/phantom/ldm.yaml'}", "--cache.versions=1", "-
 def losses_of(
     script: str, args: list[str], folder: Path, processes: int, global_batch: int
 ) -> tuple[list[float], float]:
-    """The losses of all steps, and seconds a step from the second step on."""
+    """Return the losses of all steps, and the seconds per step from the second step on."""
     log, lines = folder / "log.txt", folder / "losses.jsonl"
     args = [*args, f"--output={folder / 'run'}", f"--loop.batch_size={global_batch // processes}"]
     folder.mkdir(parents=True)
@@ -65,19 +63,28 @@ def losses_of(
     return values, (times[-1] - times[0]) / max(1, len(times) - 1)
 
 
-def compare(steps: int, folder: Path, scripts: tuple[str, ...] = ("train_vae", "train_ldm")) -> dict[str, Any]:
-    """{script: {figure: {run: ...}}} of the runs "one", "two" and "sharded" (two, with `loop.fsdp`); figures are "losses",
-    "largest_relative_difference" (to one's losses), "seconds_a_step" and "samples_a_second"."""
-    found, global_batch = {}, 4
+class Comparison(TypedDict):
+    """Figures of the runs "one", "two" and "sharded" (two processes with `loop.fsdp`)."""
+
+    losses: dict[str, list[float]]
+    largest_relative_difference: dict[str, float]  # from the losses of one process
+    seconds_a_step: dict[str, float]
+    samples_a_second: dict[str, float]
+
+
+def compare(steps: int, folder: Path, scripts: tuple[str, ...] = ("train_vae", "train_ldm")) -> dict[str, Comparison]:
+    """Run each script in one process, in two, and in two with sharded weights."""
+    comparisons: dict[str, Comparison] = {}
+    global_batch = 4
     length = [f"--loop.max_steps={steps}", "--optimizer.warmup_steps=5"]
     for script in scripts:
-        own = VAE if script == "train_vae" else [*LDM, f"--vae={folder / 'train_vae/one/run/vae'}"]
+        options = VAE if script == "train_vae" else [*LDM, f"--vae={folder / 'train_vae/one/run/vae'}"]
         losses, seconds = {}, {}
         for run, processes, sharded in (("one", 1, False), ("two", 2, False), ("sharded", 2, True)):
-            args = [*own, *DATA, *LOOP, *length, *["--loop.fsdp=true"] * sharded]
+            args = [*options, *DATA, *LOOP, *length, *["--loop.fsdp=true"] * sharded]
             losses[run], seconds[run] = losses_of(script, args, folder / script / run, processes, global_batch)
         pairs = {run: zip(losses["one"], values, strict=True) for run, values in losses.items()}
-        found[script] = {
+        comparisons[script] = {
             "losses": losses,
             "largest_relative_difference": {
                 run: max(abs(a - b) / abs(a) for a, b in both) for run, both in pairs.items()
@@ -85,7 +92,7 @@ def compare(steps: int, folder: Path, scripts: tuple[str, ...] = ("train_vae", "
             "seconds_a_step": seconds,
             "samples_a_second": {run: global_batch / value for run, value in seconds.items()},
         }
-    return found
+    return comparisons
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -94,8 +101,14 @@ def main(args: Sequence[str] | None = None) -> None:
     check_report(options.output)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
-        found = compare(options.steps, Path(folder))
-    report = {"steps": options.steps, **found, "load_before": load, "load_after": os.getloadavg()[0], **provenance()}
+        comparisons = compare(options.steps, Path(folder))
+    report = {
+        "steps": options.steps,
+        **comparisons,
+        "load_before": load,
+        "load_after": os.getloadavg()[0],
+        **provenance(),
+    }
     write_report(options.output, report)
-    for script in found:
-        print(script, {key: value for key, value in found[script].items() if key != "losses"})
+    for script, comparison in comparisons.items():
+        print(script, {key: value for key, value in comparison.items() if key != "losses"})

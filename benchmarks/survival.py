@@ -1,12 +1,12 @@
-"""Kill training, generation and evaluation with SIGKILL at random moments, and go on, until nothing is lost:
+"""Kill training, generation and evaluation with SIGKILL at random moments, resume them, and check that nothing is lost.
 
-python -m benchmarks.survival --kills 30 --output out/survival.json        (or: make survive)
+    python -m benchmarks.survival --kills 30 --output out/survival.json        (or: make survive)
 
-Every job is run once undisturbed, then again with kills, each at a moment drawn uniformly over what the job still takes. After
-each kill every file in sight must be whole, and nothing that was finished may be gone; the end must be what the undisturbed run
-has: training to the last bit, generation to the last voxel, evaluation to the last score, and nothing hidden half written.
-Of trainings, a second job on the same output is refused while the first one runs, a killed one holds its output no longer, and after each
-kill an entry of the latent cache is zeroed, which is to be made again. Phantoms, a few MB, one core.
+Every job runs once undisturbed, then again with kills at uniformly random moments. After each kill, all visible files must be readable
+and no finished work may be missing. The result must equal that of the undisturbed run: every bit of a training, every voxel of a
+generation, every score of an evaluation. No unfinished work may be left. While a training runs, a second job on the same output must be
+refused; a killed one must release its output. After each kill an entry of the latent cache is zeroed and must be encoded again.
+The data are phantoms of a few MB; one core suffices.
 """
 
 import argparse
@@ -18,21 +18,21 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from cli.command import ArgumentParser, run_command
 from cli.settings import Number, PositiveInt, Seed
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=Number(PositiveInt), default=30, help="in all, shared among the jobs (30)")
-    parser.add_argument("--seed", type=Number(Seed), default=0, help="of the moments (0)")
-    parser.add_argument("--jobs", nargs="+", help="of these only; each needs what the trainings before it made")
+    parser.add_argument("--kills", type=Number(PositiveInt), default=30, help="total kills, shared among the jobs (30)")
+    parser.add_argument("--seed", type=Number(Seed), default=0, help="seed of the moments (0)")
+    parser.add_argument("--jobs", nargs="+", help="run only these; each needs the results of the trainings before it")
     parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
     return parser.parse_args(args)
 
@@ -73,29 +73,40 @@ LDM = [
 
 @dataclass(frozen=True)
 class Job:
-    """What is run, what of its folder is finished work ({name: what it must stay}), and what its result is; whether it holds its output
-    alone, and what is damaged after a kill, if there is something: of that, the path."""
+    """A job to kill.
+
+    Attributes:
+        name: its name.
+        script: script to run.
+        args: its arguments, for an output folder.
+        finished: finished work in a folder, {name: value that must not change}.
+        result: everything to compare with the undisturbed run.
+        holds: whether it locks its output.
+        damage: damages something after a kill, and returns its path.
+    """
 
     name: str
     script: str
     args: Callable[[Path], list[str]]
-    finished: Callable[[Path], dict[str, Any]]
-    result: Callable[[Path], dict[str, Any]]
+    finished: Callable[[Path], Mapping[str, object]]
+    result: Callable[[Path], Mapping[str, object]]
     holds: bool = False
     damage: Callable[[Path, random.Random], Path | None] = lambda folder, chance: None
 
 
-def training(name: str, script: str, own: Sequence[str]) -> Job:
+def training(name: str, script: str, options: Sequence[str]) -> Job:
+    """Return the job of a training."""
+
     def args(folder: Path) -> list[str]:
         config = ROOT / f"configs/phantom/{'vae' if script == 'train_vae' else 'ldm'}.yaml"
-        return [f"--config={config}", f"--output={folder}", "--resume=latest", *DATA, *LOOP, *own]
+        return [f"--config={config}", f"--output={folder}", "--resume=latest", *DATA, *LOOP, *options]
 
-    def finished(folder: Path) -> dict[str, Any]:
-        """The furthest checkpoint: older ones are thinned out."""
+    def finished(folder: Path) -> dict[str, object]:
+        """Return the step of the last checkpoint; older ones are removed."""
         return {"step": max([int(p.name[5:]) for p in (folder / "checkpoints").glob("step_*")], default=0)}
 
-    def result(folder: Path) -> dict[str, Any]:
-        tensors = {}
+    def result(folder: Path) -> dict[str, object]:
+        tensors: dict[str, object] = {}
         last = folder / "checkpoints/step_000012"
         for file in [
             *last.glob("*.safetensors"),
@@ -103,15 +114,15 @@ def training(name: str, script: str, own: Sequence[str]) -> Job:
             *folder.glob("pipeline/*/*.safetensors"),
             *folder.glob("latents/*/*.safetensors"),
         ]:
-            found = load_file(file)
-            tensors |= {f"{file.relative_to(folder)}:{key}": value.tobytes() for key, value in found.items()}
+            content = load_file(file)
+            tensors |= {f"{file.relative_to(folder)}:{key}": value.tobytes() for key, value in content.items()}
         return tensors | {"state": (last / "state.json").read_text(), "metrics": (folder / "metrics.json").read_text()}
 
     return Job(name, script, args, finished, result, holds=True, damage=zero_an_entry)
 
 
 def zero_an_entry(folder: Path, chance: random.Random) -> Path | None:
-    """Take the voxels of one of the latent cache's entries, as a disk does that loses sectors: size and times stay."""
+    """Zero the voxels of a random entry of the latent cache, like a disk that loses sectors: size and times stay."""
     entries = sorted(folder.glob("latents/*/*.safetensors"))
     if not entries:
         return None
@@ -124,30 +135,34 @@ def zero_an_entry(folder: Path, chance: random.Random) -> Path | None:
 
 
 def generation(pipeline: Path, masks: Path) -> Job:
+    """Return the job of a generation."""
+
     def args(folder: Path) -> list[str]:
         options = ["--count", "2", "--steps", "4", "--batch_size", "2"]
         return ["--pipeline", str(pipeline), "--masks", str(masks), "--output", str(folder), *options]
 
-    def finished(folder: Path) -> dict[str, Any]:
+    def finished(folder: Path) -> dict[str, object]:
         return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.nii.gz")}
 
-    def result(folder: Path) -> dict[str, Any]:
-        found = {
+    def result(folder: Path) -> dict[str, object]:
+        voxels: dict[str, object] = {
             path.name: np.asarray(nib.Nifti1Image.from_filename(path).dataobj).tobytes()
             for path in folder.glob("*.nii.gz")
         }
-        return found | {"manifest": (folder / "manifest.csv").read_text()}
+        return voxels | {"manifest": (folder / "manifest.csv").read_text()}
 
     return Job("generate", "generate", args, finished, result, holds=True)
 
 
-def evaluation(name: str, config: Path, made: Path, own: Sequence[str]) -> Job:
-    def rows(folder: Path) -> dict[str, Any]:
-        """Every training, without the time that it took."""
+def evaluation(name: str, config: Path, generated: Path, options: Sequence[str]) -> Job:
+    """Return the job of an evaluation."""
+
+    def rows(folder: Path) -> dict[str, object]:
+        """Return the scores of every training."""
         path = folder / "report.json"
         report = json.loads(path.read_text()) if path.is_file() else {}
         flat = [(row["arm"], row["labels"], row) for row in report.get("rows", [])]
-        flat += [(arm, "any", row) for arm, found in report.get("scores", {}).items() for row in found]
+        flat += [(arm, "any", row) for arm, runs in report.get("scores", {}).items() for row in runs]
         return {f"{arm} {labels} {row['seed']}": row["per_volume"] for arm, labels, row in flat}
 
     def args(folder: Path) -> list[str]:
@@ -155,7 +170,7 @@ def evaluation(name: str, config: Path, made: Path, own: Sequence[str]) -> Job:
             "--config",
             str(config),
             "--synthetic",
-            str(made),
+            str(generated),
             "--output",
             str(folder / "report.json"),
             "--seeds",
@@ -174,15 +189,15 @@ def evaluation(name: str, config: Path, made: Path, own: Sequence[str]) -> Job:
             "16",
             "--iterations",
             "3",
-            *own,
+            *options,
         ]
 
     return Job(name, "evaluate", args, rows, rows)
 
 
 def broken_files(folder: Path) -> list[str]:
-    """Files in sight that cannot be read to their end. What is hidden is unfinished, and nobody reads it."""
-    found = []
+    """List visible files that cannot be read completely. Hidden files are unfinished and never read."""
+    messages = []
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if hidden or not path.is_file():
@@ -200,14 +215,16 @@ def broken_files(folder: Path) -> list[str]:
                 list(csv.DictReader(path.open()))
             if path.name == "digests.json":
                 assert json.loads(path.read_text()) == digest_files(path.parent)
-        except Exception as error:  # whatever a reader says of a broken file
-            found.append(f"{path.relative_to(folder)}: {type(error).__name__}: {error}")
-    return found
+        except Exception as error:  # any error of a reader
+            messages.append(f"{path.relative_to(folder)}: {type(error).__name__}: {error}")
+    return messages
 
 
 def run_undisturbed(job: Job, folder: Path, log: Path) -> tuple[float, list[str]]:
-    """Run a job to its end. Of one that holds its output, another on the same output must be refused while it does; meanwhile it is
-    stopped. Returns its seconds, and what was wrong."""
+    """Run a job to its end; return its seconds, and what was wrong.
+
+    If it locks its output, it is paused meanwhile, and a second job on the same output must be refused.
+    """
     began, paused, wrong = time.perf_counter(), 0.0, []
     process = forked.start(job.script, job.args(folder), log)
     while job.holds and process.exitcode is None and not (folder / HOLDER).exists():
@@ -229,7 +246,7 @@ def run_undisturbed(job: Job, folder: Path, log: Path) -> tuple[float, list[str]
 
 
 def still_held(folder: Path) -> list[str]:
-    """What is wrong if an output is held by a process that is dead."""
+    """Report an output that is still locked by a killed process."""
     try:
         with only_writer(folder):
             return []
@@ -237,8 +254,22 @@ def still_held(folder: Path) -> list[str]:
         return [str(error)]
 
 
-def torture(job: Job, work: Path, kills: int, chance: random.Random) -> dict[str, Any]:
-    """Run a job undisturbed, then with kills. Returns what there is to tell."""
+class JobReport(TypedDict):
+    """What happened to a job: kills, times, and every fault."""
+
+    kills: int
+    rounds: int
+    seconds_undisturbed: float
+    killed_after_seconds: list[float]
+    corrupt_files: list[str]
+    lost_or_different: list[str]
+    compared: int
+    damaged_entries: list[str]
+    second_job_refused: bool
+
+
+def torture(job: Job, work: Path, kills: int, chance: random.Random) -> JobReport:
+    """Run a job undisturbed, then with kills, and compare."""
     undisturbed, folder = work / f"{job.name}_undisturbed", work / job.name
     undisturbed_seconds, lost = run_undisturbed(job, undisturbed, work / f"{job.name}_undisturbed.log")
     whole = undisturbed_seconds
@@ -246,7 +277,7 @@ def torture(job: Job, work: Path, kills: int, chance: random.Random) -> dict[str
     moments: list[float] = []
     broken: list[str] = []
     damaged: list[str] = []
-    before: dict[str, Any] = {}
+    before: Mapping[str, object] = {}
     rounds = 0
     while len(moments) < kills:
         rounds += 1
@@ -256,7 +287,7 @@ def torture(job: Job, work: Path, kills: int, chance: random.Random) -> dict[str
             started, moment = time.perf_counter(), chance.uniform(0, whole)
             process = forked.start(job.script, job.args(place), log)
             process.join(moment)
-            if process.exitcode is not None:  # it was done before: another round, whose moments come sooner
+            if process.exitcode is not None:  # it ended earlier: another round, with earlier moments
                 whole = (whole + time.perf_counter() - started) / 2
                 if process.exitcode:
                     lost.append(f"ended with {process.exitcode}: {log.read_text()[-500:]}")
@@ -293,19 +324,20 @@ def torture(job: Job, work: Path, kills: int, chance: random.Random) -> dict[str
     }
 
 
-def changed(key: str, before: Any, now: dict[str, Any]) -> bool:
-    """Whether finished work is gone or was made again. A training's step may grow."""
-    return now.get(key, -1) < before if key == "step" else now.get(key) != before
+def changed(key: str, before: object, now: Mapping[str, object]) -> bool:
+    """Return whether finished work is missing or was repeated. A training's step may grow."""
+    value = now.get(key, -1)
+    return value < before if isinstance(value, int) and isinstance(before, int) and key == "step" else value != before
 
 
 def prepare(work: Path) -> tuple[Path, Path]:
-    """A config, and its data: files, and volumes generated from their masks."""
+    """Write a config and its data: files, and a "generated" volume per mask."""
     write_phantoms(work / "data", range(6), tests=2)
     return work / "data/config.yaml", work / "data"
 
 
 def make_jobs(work: Path) -> list[Job]:
-    """In an order in which each finds what it needs."""
+    """Return the jobs in an order in which each finds the results it needs."""
     config, data = prepare(work)
     vae, pipeline = work / "train_vae_undisturbed/vae", work / "train_ldm_undisturbed/pipeline"
     args = config, data / "made"
@@ -322,18 +354,23 @@ def make_jobs(work: Path) -> list[Job]:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Kill, and report. Ends with status 1 if anything was lost, corrupt or different."""
+    """Run all jobs and write the report. Exits with status 1 if anything is lost, corrupt or different."""
     options = parse(args)
     check_report(options.output)
-    found, chance = {}, random.Random(options.seed)
+    reports: dict[str, JobReport] = {}
+    chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="survive-") as name:
         work = Path(name)
         jobs = [job for job in make_jobs(work) if not options.jobs or job.name in options.jobs]
         for number, job in enumerate(jobs):
             share = options.kills // len(jobs) + (number < options.kills % len(jobs))
-            found[job.name] = torture(job, work, share, chance)
-            print(job.name, json.dumps(found[job.name]), flush=True)
-            report = {"seed": options.seed, "kills": sum(one["kills"] for one in found.values()), "jobs": found}
+            reports[job.name] = torture(job, work, share, chance)
+            print(job.name, json.dumps(reports[job.name]), flush=True)
+            report = {
+                "seed": options.seed,
+                "kills": sum(job_report["kills"] for job_report in reports.values()),
+                "jobs": reports,
+            }
             write_report(options.output, {**report, **provenance()})
-    if any(one["corrupt_files"] or one["lost_or_different"] for one in found.values()):
+    if any(job_report["corrupt_files"] or job_report["lost_or_different"] for job_report in reports.values()):
         sys.exit(1)

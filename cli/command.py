@@ -1,4 +1,4 @@
-"""What every script and every `python -m` command does with its arguments and with a user's mistakes.
+"""Shared behavior of every script and `python -m` command: arguments, errors and exit status.
 
 A command parses its arguments above its other imports, and then hands over to `run_command`:
 
@@ -9,8 +9,8 @@ A command parses its arguments above its other imports, and then hands over to `
 
     import torch
 
-so that `--help` and a mistyped flag are answered before torch is imported, which takes seconds. `run_command` imports the file as a
-module and calls its `main`. A user's mistake ends in one message, without a traceback unless `--traceback` asks for it.
+so that `--help` and a mistyped option are answered before torch is imported, which takes seconds. `run_command` imports the file as
+a module and calls its `main`. A user's mistake ends in one message; `--traceback` adds the traceback.
 """
 
 from __future__ import annotations
@@ -48,10 +48,9 @@ ROOMS = (
     "training",
     "evaluation",
     "benchmarks",
-    "docs",
-    "weights",
+    "tools",
 )
-# What stops a command though no argument is wrong: the file system's errors that come without a remedy of ours.
+# Errors of the operating system, and what to do about them.
 REMEDIES = {
     errno.ENOENT: "check the path",
     errno.EISDIR: "give a file",
@@ -70,33 +69,31 @@ REMEDIES = {
 
 
 class CannotContinue(RuntimeError):
-    """A command cannot go on for a reason outside of it, such as a full disk or the end of another process; the message says what
-    remedies it."""
+    """A command cannot continue for an external reason, such as a full disk or the end of another process."""
 
 
 class VisibleFormatter(logging.Formatter):
-    """Log messages as a terminal may show them: names in them are others'."""
+    """Format log messages with control characters escaped: names in them are untrusted."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """As logging's, see `files.paths.printable`."""
+        """Format a record; see `files.paths.printable`."""
         return printable(super().format(record))
 
 
-class ShowTraceback(
-    argparse._VersionAction
-):  # as `--version`, it leaves nothing in the namespace, jsonargparse's neither
-    """`--traceback`, which `run_command` looks for; the parser only accepts and describes it."""
+# Derived from `--version`'s action, it adds nothing to the namespace, also not to jsonargparse's.
+class ShowTraceback(argparse._VersionAction):
+    """The option `--traceback`, which `run_command` looks for; the parser only accepts and describes it."""
 
     def __init__(self, option_strings: Sequence[str], dest: str = argparse.SUPPRESS, **_: Any):
-        what = "show Python's traceback of an error as well"
-        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, help=what)
+        text = "show Python's traceback of an error as well"
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, help=text)
 
     def __call__(self, *_: Any) -> None:
-        """Nothing: see `run_command`."""
+        """Do nothing: see `run_command`."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with `--traceback`, whose error is one line: no page of usage, and the option that may have been meant."""
+    """argparse's parser with `--traceback` and one-line errors that suggest the nearest option."""
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
@@ -104,7 +101,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.typed: list[str] = []
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """As argparse's."""
+        """Parse as argparse does, with `~` expanded."""
         self.typed = at_home(sys.argv[1:] if args is None else args)
         return super().parse_known_args(self.typed, namespace)
 
@@ -114,7 +111,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def at_home(words: Sequence[str]) -> list[str]:
-    """A command line with `~/` expanded where the shell leaves it: in `--output=~/x`, `NAME=~/x`, `generate:~/x`, and in quotes."""
+    """Expand `~/` where the shell does not: in `--output=~/x`, `NAME=~/x`, `generate:~/x`, and in quotes."""
     return [re.sub(r"^((?:--)?[\w.]+[=:])?(~/.*)$", _expanded, word) for word in words]
 
 
@@ -123,7 +120,7 @@ def _expanded(found: re.Match[str]) -> str:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1, as an argument's `type`."""
+    """Parse a whole number of at least 1, as the `type` of an argument."""
     value = int(text) if text.lstrip("+-").isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number of 1 or more")
@@ -131,31 +128,35 @@ def positive(text: str) -> int:
 
 
 def error_line(program: str, message: str, typed: Sequence[str], options: Iterable[str]) -> str:
-    """What is said of arguments that cannot be: the message, the options that mistyped ones resemble, and where the rest is."""
+    """Return the error for wrong arguments: the message, the nearest options, and where to find the others."""
     options = list(options)
     meant = {word: nearest(word, options) for word in unknown_options(typed, options)}
     if choice := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)$", message):
         names = [name.strip(" '") for name in choice[2].split(",")]
         meant |= {choice[1]: next(iter(difflib.get_close_matches(choice[1], names, n=1)), None)}
-    told = "".join(f"; {word}: did you mean {near}?" for word, near in meant.items() if near)
-    return f"{program}: error: {message.strip().rstrip('.')}{told or '.'} See {program} --help\n"
+    hints = "".join(f"; {word}: did you mean {near}?" for word, near in meant.items() if near)
+    return f"{program}: error: {message.strip().rstrip('.')}{hints or '.'} See {program} --help\n"
 
 
 def unknown_options(typed: Sequence[str], options: Iterable[str]) -> list[str]:
-    """Words of a command line that look like options and are none, nor the beginning of one, nor a key of one (`--model.width`)."""
-    known, found = list(options), []
-    keyed = tuple(f"{one}." for one in known if not any(other.startswith(f"{one}.") for other in known))
+    """Return words that look like options, but are not an option, its beginning, or a key of one (`--model.width`)."""
+    known, unknown = list(options), []
+    keyed = tuple(f"{option}." for option in known if not any(other.startswith(f"{option}.") for other in known))
     for word in (word.partition("=")[0] for word in typed):
         if word == "--":
             break
-        if word.startswith("--") and not word.startswith(keyed) and not any(one.startswith(word) for one in known):
-            found.append(word)
-    return found
+        if (
+            word.startswith("--")
+            and not word.startswith(keyed)
+            and not any(option.startswith(word) for option in known)
+        ):
+            unknown.append(word)
+    return unknown
 
 
 def nearest(word: str, options: Iterable[str]) -> str | None:
-    """The option that a mistyped one resembles most, if one does: `--max_step` is like `--loop.max_steps`, too."""
-    names = {one.lstrip("-"): one for one in options if one.startswith("--") and not word.startswith(f"{one}.")}
+    """Return the option most similar to a mistyped one, or None; `--max_step` also resembles `--loop.max_steps`."""
+    names = {name.lstrip("-"): name for name in options if name.startswith("--") and not word.startswith(f"{name}.")}
     close = difflib.get_close_matches(word.lstrip("-"), names, n=1, cutoff=0.7)
     if not close:
         last = {name.rpartition(".")[2]: name for name in reversed(names)}
@@ -166,12 +167,12 @@ def nearest(word: str, options: Iterable[str]) -> str | None:
 def run_command(parse: Callable[[], object]) -> NoReturn:
     """Parse the command line, import the file that Python runs as a module, call its `main`, and end the program.
 
-    Its status is 0, or the number that `main` returns; 1 after a user's mistake, which is told in one message; 2 after wrong
-    arguments; 130 after Ctrl-C. Any other exception, which is a mistake of ours, keeps its traceback. Arguments are parsed once
-    more by `main`, which people call from Python, too.
+    The exit status is 0, or the number that `main` returns; 1 after a user's mistake, reported in one message; 2 after wrong
+    arguments; 130 after Ctrl-C. Any other exception is a bug and keeps its traceback. `main` parses the arguments again, because
+    it is also called from Python.
     """
     program = program_name()
-    if logging.lastResort is not None:  # which shows warnings where nobody has set up logging
+    if logging.lastResort is not None:  # shows warnings if logging is not set up
         logging.lastResort.setFormatter(VisibleFormatter())
     try:
         parse()
@@ -192,13 +193,16 @@ def run_command(parse: Callable[[], object]) -> NoReturn:
 
 
 def program_name() -> str:
-    """The program as people type it: `train_vae.py`, or `python -m evaluation.doctor`."""
+    """Return the program as it is typed: `train_vae.py`, or `python -m evaluation.doctor`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return Path(sys.argv[0]).name if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
 
 
 def imported_main() -> Callable[[], object]:
-    """`main` of the file that runs as `__main__`, imported by its own name: then its classes are what others import, too."""
+    """Import the file that runs as `__main__` by its own name, and return its `main`.
+
+    Its classes are then the same objects that other modules import.
+    """
     running: ModuleType = sys.modules["__main__"]
     if (spec := getattr(running, "__spec__", None)) is not None:
         return importlib.import_module(spec.name).main
@@ -212,12 +216,11 @@ def imported_main() -> Callable[[], object]:
 
 
 def users_message(error: BaseException) -> str | None:
-    """What to tell of an error that a user can remedy; None for a mistake of ours.
+    """Return the message for an error that a user can fix, or None for a bug.
 
-    Users' are ValueError, OSError, `CannotContinue`, damaged files that a library met, memory that is too small, and packages that are
-    not installed.
+    Users' errors are ValueError, OSError, `CannotContinue`, damaged files, too little memory, and missing packages.
     """
-    if "\nOriginal Traceback" in str(error):  # PyTorch's, from a process that loads data: the text is all there is
+    if "\nOriginal Traceback" in str(error):  # from a data-loading process of PyTorch, as text
         return workers_message(str(error))
     notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
     name, kinds = type(error).__name__, {kind.__name__ for kind in type(error).__mro__}
@@ -237,7 +240,7 @@ def users_message(error: BaseException) -> str | None:
 
 
 def workers_message(text: str) -> str | None:
-    """What a process that loads data raised, without its frames: the last lines of its traceback."""
+    """Return the error of a data-loading process without its frames: the last lines of its traceback."""
     lines = text.rpartition("Traceback (most recent call last):\n")[2].splitlines()
     while lines and lines[0].startswith(" "):
         lines.pop(0)
@@ -248,7 +251,7 @@ def workers_message(text: str) -> str | None:
 
 
 def first_to_say(message: str) -> bool:
-    """Whether none of the processes that torchrun started here has said this yet. The launcher is told it, for its summary."""
+    """Return whether this process is the first under torchrun to report a message; also hand it to the launcher's summary."""
     place = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not place:
         return True
@@ -259,6 +262,6 @@ def first_to_say(message: str) -> bool:
         (mine.parent.parent / hashlib.sha256(message.encode()).hexdigest()[:16]).touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # a launcher that keeps no such folder, or a full disk: better said twice than not at all
+    except OSError:  # a launcher without such a folder, or a full disk: report it twice rather than never
         return True
     return True

@@ -1,5 +1,4 @@
-"""Packages that import what they export when it is first asked for (PEP 562), so that a command line can answer before torch
-is loaded, which takes seconds."""
+"""Import the exports of a package on first use (PEP 562), so that command lines answer before torch is loaded."""
 
 from __future__ import annotations
 
@@ -12,9 +11,9 @@ from typing import Any
 
 
 def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The `__getattr__` and `__dir__` of a package, whose `__init__.py` imports its exports under `if TYPE_CHECKING:` alone.
+    """Return `__getattr__` and `__dir__` for a package whose `__init__.py` imports its exports under `if TYPE_CHECKING:`.
 
-    That block is the one list of exports: type checkers and editors read it, and so does this function.
+    That block is the only list of exports: type checkers and editors read it, and so does this function.
 
     Args:
         package: its `__name__`.
@@ -28,7 +27,7 @@ def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callabl
             assert isinstance(statement, ast.ImportFrom) and statement.module, f"{file}: from MODULE import NAMES"
             module = "." * statement.level + statement.module
             modules |= {alias.name: module for alias in statement.names}
-    # An import of such a module anywhere would put the module in the place of the export.
+    # Importing a module of the same name would replace the export by the module.
     assert not (same := [name for name, module in modules.items() if module == f".{name}"]), f"import {same} at once"
 
     def get(name: str) -> Any:

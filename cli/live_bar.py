@@ -1,4 +1,4 @@
-"""A progress bar that shows that a long step is alive."""
+"""A progress bar whose clock keeps running during long steps."""
 
 import sys
 import threading
@@ -8,12 +8,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-REFRESH = 2.0  # seconds after which a bar on a terminal is drawn anew, so that its clock goes on
+REFRESH = 2.0  # seconds after which a bar on a terminal is redrawn, so that its clock runs
 QUIET = 60.0  # seconds without news after which a line is written where there is no terminal
 
 
 class LiveBar(tqdm):
-    """tqdm whose clock goes on during a long step; without a terminal, a line for every minute that a step takes.
+    """Show tqdm's bar with a running clock; without a terminal, write a line for every minute that a step takes.
 
     Args (beside tqdm's):
         disable: None draws the bar on a terminal, and elsewhere writes those lines; True does neither.
@@ -31,20 +31,20 @@ class LiveBar(tqdm):
             self._thread.start()
 
     def now(self, doing: str = "") -> None:
-        """A step begins, or something beside the steps, such as "validation"."""
+        """Note the start of a step, or of other work such as "validation"."""
         self.doing, self.began = doing, time.monotonic()
         self.news = self.began
         if not self.disable and self.desc != (described := ", ".join(part for part in (self.name, doing) if part)):
             self.set_description_str(described)
 
     def update(self, n: float | None = 1) -> bool | None:
-        """`n` steps were made."""
+        """Note that `n` steps are done."""
         self.done += n or 0
         self.now()
         return super().update(n)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Stop the clock and leave the bar as it is."""
         self._ended.set()
         super().close()
 
@@ -60,7 +60,7 @@ class LiveBar(tqdm):
             self.close()
 
     def line(self) -> str:
-        """What a line says: "volumes: 3 of 10 done; the next one takes 0:02:00 so far"."""
+        """Return the text of a line: "volumes: 3 of 10 done; the next one takes 0:02:00 so far"."""
         of = f" of {self.whole:g}" if self.whole else ""
         took = timedelta(seconds=round(time.monotonic() - self.began))
         doing = self.doing or "the next one"

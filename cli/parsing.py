@@ -1,6 +1,6 @@
-"""Settings from a command line and its config files, with errors that name the setting, its value and what is expected.
+"""Parse settings from a command line and its config files; errors name setting, value and expectation.
 
-jsonargparse reads and merges; cli/settings.py says what each setting may be.
+jsonargparse reads and merges; cli/settings.py defines the valid values.
 """
 
 from __future__ import annotations
@@ -24,28 +24,31 @@ Owners = Mapping[str, Callable[..., Any]]  # section ("" for the top) -> its dat
 def parse_settings(
     parser: ArgumentParser, args: Sequence[str] | None, owners: Owners, files: Sequence[Path] = ()
 ) -> Namespace:
-    """The command line, with each owner's section as an instance of its dataclass (that of "" in `settings`).
+    """Parse a command line, and build the dataclass of each section (that of "" in `settings`).
 
     Args:
+        parser: the parser.
+        args: the command line; None for the program's own.
         owners: {"": TrainVaeConfig} if the parser's arguments are that class's; {"data": DataConfig} if it has others too.
         files: config files that the command line names.
-    Raises: ValueError for files that `read_yaml` refuses, and for values that are not what they are declared to be: it
-        names file, setting, value and what is expected.
+
+    Raises:
+        ValueError: for unreadable config files and for invalid values, naming file, setting, value and what is expected.
     """
     try:
         parsed = parser.parse_args(args if args is None else list(args))
-    except (ArgumentError, OverflowError) as error:  # the latter of numbers that no float can hold
+    except (ArgumentError, OverflowError) as error:  # the latter for numbers too large for a float
         explain(owners, files, args or ())
         raise ValueError(str(error)) from error
     try:
         return built(parsed, owners)
     except ValueError:
-        explain(owners, files, args or ())  # it knows which file
+        explain(owners, files, args or ())  # names the file
         raise
 
 
 def built(parsed: Namespace, owners: Owners) -> Namespace:
-    """A parsed namespace with the sections of `owners` checked and made instances of their dataclasses."""
+    """Check the sections of `owners` in a namespace, and replace them by instances of their dataclasses."""
     for section, owner in owners.items():
         values = (parsed if section == "" else parsed[section]).as_dict()
         values = {name: values[name] for name in hints_of(owner) if name in values}  # beside `config` and the like
@@ -55,7 +58,7 @@ def built(parsed: Namespace, owners: Owners) -> Namespace:
 
 
 def explain(owners: Owners, files: Sequence[Path], args: Sequence[str]) -> None:
-    """Raises: ValueError for the first config file with settings that are wrong, else for those on the command line."""
+    """Report invalid settings of the first config file that has any, else of the command line. Raises: ValueError."""
     for file in filter(Path.is_file, files):
         content = read_yaml(file)
         content = content if isinstance(content, dict) else {}
@@ -69,7 +72,7 @@ def explain(owners: Owners, files: Sequence[Path], args: Sequence[str]) -> None:
 def _on_command_line(owners: Owners, args: list[str]) -> Iterator[str]:
     for position, argument in enumerate(args):
         name, equals, text = argument.removeprefix("--").partition("=")
-        section = next((one for one in owners if one == "" or name.startswith(f"{one}.")), None)
+        section = next((key for key in owners if key == "" or name.startswith(f"{key}.")), None)
         if not argument.startswith("--") or section is None or name in ("help", "config", "print_config"):
             continue
         owner = owners[section]
@@ -83,19 +86,19 @@ def _on_command_line(owners: Owners, args: list[str]) -> Iterator[str]:
                 value = load_settings(text)
             except (yaml.YAMLError, ValueError, KeyError):
                 value = text
-            if base_of(hint) is not str:  # all text is text
+            if base_of(hint) is not str:  # any text is valid
                 yield from faults_of(hint, value, name, raw=True)
 
 
 def find_hint(owner: Any, name: str) -> Hint | None:
-    """The annotation of a setting by its dotted name; None for one that is not there."""
+    """Return the annotation of a setting by its dotted name, or None if there is no such setting."""
     first, _, rest = name.partition(".")
     hint = hints_of(owner).get(first)
     if not rest or hint is None:
         return hint
     for arm in arms(hint):
-        if dataclasses.is_dataclass(arm) and (found := find_hint(arm, rest)) is not None:
-            return found
+        if dataclasses.is_dataclass(arm) and (inner := find_hint(arm, rest)) is not None:
+            return inner
     mapping = next((arm for arm in arms(hint) if get_origin(arm) is dict), None)
     if mapping is None:
         return None

@@ -1,4 +1,4 @@
-"""Values of settings: each is declared once, where the setting is, and checked everywhere by what stands here.
+"""Check the values of settings against their annotations.
 
     @dataclass
     @checked
@@ -6,8 +6,8 @@
         batch_size: PositiveInt = 4
         workers: NonNegativeInt | None = None
 
-The annotation is what `--help` shows, what a config file is checked against, and what a constructor refuses. NaN and
-infinity lie in no range. Nothing here imports more than the standard library.
+`--help`, config files and constructors all use the same annotation. No range contains NaN or infinity. This module imports the
+standard library only.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 Hint = Any  # a type annotation
 Class = TypeVar("Class")
-MAX_VALUE = 2**63 - 1  # of whole numbers: what computers count to
+MAX_VALUE = 2**63 - 1  # of whole numbers: int64
 
 
 @dataclass(frozen=True)
 class Range:
-    """Which numbers a setting may be: `Annotated[float, Range(0, above=True)]`. Never NaN or infinite.
+    """The valid numbers of a setting: `Annotated[float, Range(0, above=True)]`. Never NaN or infinite.
 
-    Args:
-        low, high: the ends; None is no end.
-        above, below: whether `low` and `high` themselves are outside.
+    Attributes:
+        low: the lower end; None for no end.
+        high: the upper end; None for no end.
+        above: whether `low` itself is excluded.
+        below: whether `high` itself is excluded.
     """
 
     low: float | None = None
@@ -61,7 +63,7 @@ class Range:
 
 
 class HomePath:
-    """Marks a path of this machine, or its URL: `~` at its beginning is the home folder."""
+    """Mark a local path or URL, in which a leading `~` is the home folder."""
 
     def __repr__(self) -> str:
         return "path"
@@ -69,7 +71,7 @@ class HomePath:
 
 PositiveInt = Annotated[int, Range(1)]
 NonNegativeInt = Annotated[int, Range(0)]
-Seed = Annotated[int, Range(0, 2**32 - 1)]  # what numpy's global generator takes
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # range of numpy's global generator
 FiniteFloat = Annotated[float, Range()]
 PositiveFloat = Annotated[float, Range(0, above=True)]
 NonNegativeFloat = Annotated[float, Range(0)]
@@ -83,36 +85,36 @@ UserPath = Annotated[str, HomePath()]
 
 
 def checked(owner: type[Class]) -> type[Class]:
-    """Below `@dataclass`: constructing one checks its values against their annotations, makes numpy's numbers Python's, which YAML
-    can hold, and expands `~` in paths.
+    """Check the values of a dataclass when it is constructed; use it below `@dataclass`.
 
-    What `__post_init__` does comes after. (A base class would do, but jsonargparse reads one as a choice of subclasses.)
+    It also converts numpy's numbers to Python's, which YAML can store, and expands `~` in paths. The class's own `__post_init__`
+    runs afterwards. (A base class would do, but jsonargparse reads one as a choice of subclasses.)
     """
-    own = owner.__dict__.get("__post_init__")
+    post_init = owner.__dict__.get("__post_init__")
 
-    def __post_init__(self: Any) -> None:
+    def __post_init__(self: Any) -> None:  # noqa: N807
         values = {name: getattr(self, name) for name in hints_of(type(self))}
         refuse(faults(type(self), values))
         for name, hint in hints_of(type(self)).items():
             value = expand_home(hint, plain_numbers(values[name]))
             if value is not values[name]:
-                object.__setattr__(self, name, value)  # also of a frozen one
-        if own is not None:
-            own(self)
+                object.__setattr__(self, name, value)  # works for frozen classes too
+        if post_init is not None:
+            post_init(self)
 
     owner.__post_init__ = __post_init__  # pyright: ignore[reportAttributeAccessIssue]
     return owner
 
 
-def refuse(found: Iterator[str], where: str = "") -> None:
-    """Raises: ValueError that lists the faults, if there are any."""
-    if lines := list(found):
+def refuse(messages: Iterator[str], where: str = "") -> None:
+    """Raise a ValueError that lists the messages, if there are any."""
+    if lines := list(messages):
         raise ValueError(where + (lines[0] if len(lines) == 1 else "\n  ".join(["these settings are wrong:", *lines])))
 
 
 @cache
 def hints_of(owner: Callable[..., Any]) -> dict[str, Hint]:
-    """Annotations of a dataclass's fields, or of a class's or function's arguments, by name."""
+    """Return the annotations of a dataclass's fields, or of a class's or function's arguments, by name."""
     if dataclasses.is_dataclass(owner):
         hints = get_type_hints(owner, include_extras=True)
         return {field.name: hints[field.name] for field in dataclasses.fields(owner)}
@@ -122,12 +124,14 @@ def hints_of(owner: Callable[..., Any]) -> dict[str, Hint]:
 
 
 def faults(owner: Callable[..., Any], values: Mapping[str, Any], prefix: str = "", raw: bool = False) -> Iterator[str]:
-    """What is wrong with values for a dataclass, or for arguments of a class, one sentence a setting.
+    """Yield one message per invalid value of a dataclass, or of the arguments of a class.
 
     Args:
-        prefix: before every name, such as "loop.".
-        raw: whether they are as a YAML file has them: settings may be missing, which a command line adds, and PyYAML
-            leaves numbers such as `1e-4` as text.
+        owner: the dataclass or class.
+        values: its values by name.
+        prefix: text before every name, such as "loop.".
+        raw: whether the values come from a YAML file: settings may be missing there, and PyYAML leaves numbers such as `1e-4`
+            as text.
     """
     hints = hints_of(owner)
     for name in values:
@@ -141,31 +145,34 @@ def faults(owner: Callable[..., Any], values: Mapping[str, Any], prefix: str = "
 
 
 def unknown(name: str, owner: Any, section: str = "") -> str:
-    """That a setting is unknown, and which was likely meant: one of its section, or one of its name in another section.
+    """Return the message for an unknown setting, with the nearest name of its section, or its own name in another section.
 
     Args:
-        owner: of the settings; `section` is before the names of all of them, such as "data.".
+        name: the unknown setting.
+        owner: the class of the settings.
+        section: text before the names of all settings of `owner`, such as "data.".
     """
-    known, (parent, _, last) = [f"{section}{one}" for one in names_below(owner)], name.rpartition(".")
-    beside = {one.rpartition(".")[2]: one for one in known if one.rpartition(".")[0] == parent}
-    near = [beside[one] for one in difflib.get_close_matches(last, beside, n=1, cutoff=0.7)]
-    near = near or [one for one in known if one.rpartition(".")[2] == last]
-    hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(beside or known))}"
+    known = [f"{section}{setting}" for setting in names_below(owner)]
+    parent, _, last = name.rpartition(".")
+    siblings = {setting.rpartition(".")[2]: setting for setting in known if setting.rpartition(".")[0] == parent}
+    near = [siblings[match] for match in difflib.get_close_matches(last, siblings, n=1, cutoff=0.7)]
+    near = near or [setting for setting in known if setting.rpartition(".")[2] == last]
+    hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(sorted(siblings or known))}"
     return f"{name}: is not a setting; {hint}"
 
 
 def names_below(owner: Any, prefix: str = "") -> list[str]:
-    """Dotted names of all settings of a dataclass, or of a class's arguments."""
+    """Return the dotted names of all settings of a dataclass, or of a class's arguments."""
     names = []
     for name, hint in hints_of(owner).items():
         names.append(f"{prefix}{name}")
-        inner = next((one for one in arms(hint) if dataclasses.is_dataclass(one)), None)
+        inner = next((arm for arm in arms(hint) if dataclasses.is_dataclass(arm)), None)
         names += names_below(inner, f"{prefix}{name}.") if inner else []
     return names
 
 
 def arms(hint: Hint) -> list[Hint]:
-    """The parts of a union, or the annotation itself, without marks."""
+    """Return the members of a union, or the annotation itself, without `Annotated`."""
     base = base_of(hint)
     if get_origin(base) in (Union, types.UnionType):
         return [arm for part in get_args(base) for arm in arms(part)]
@@ -173,18 +180,18 @@ def arms(hint: Hint) -> list[Hint]:
 
 
 def describe(hint: Hint) -> str:
-    """What a value of this annotation is, in words: "a whole number, 1 or more"."""
+    """Describe the valid values of an annotation in words: "a whole number, 1 or more"."""
     base, limits = split_hint(hint)
     origin, args = get_origin(base), get_args(base)
     suffix = f", {limits!r}" if limits is not None else ""
     if origin in (Union, types.UnionType):
-        return " or ".join(describe(one) for one in args if one is not type(None)) + (
+        return " or ".join(describe(arm) for arm in args if arm is not type(None)) + (
             ", or null" if type(None) in args else ""
         )
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if dataclasses.is_dataclass(base):
-        return f"settings {{{', '.join(hints_of(base))}}}"  # pyright: ignore[reportArgumentType]
+        return f"settings {{{', '.join(hints_of(base))}}}"
     if origin is tuple and args[-1:] != (...,):
         each = describe(args[0]) if len(set(map(repr, args))) == 1 else "; ".join(map(describe, args))
         return f"a list of {len(args)}, each {each}" if len(set(map(repr, args))) == 1 else f"a list [{each}]"
@@ -200,62 +207,63 @@ def describe(hint: Hint) -> str:
         Any: "anything",
         dict: "a mapping",
     }
-    what = "a path" if any(isinstance(mark, HomePath) for mark in _marks(hint)) else plain.get(base)
-    return (what or getattr(base, "__name__", str(base))) + suffix
+    name = "a path" if any(isinstance(mark, HomePath) for mark in _marks(hint)) else plain.get(base)
+    return (name or getattr(base, "__name__", str(base))) + suffix
 
 
 def expand_home(hint: Hint, value: Any) -> Any:
-    """The value with `~` expanded in what is annotated as a `UserPath`; the same object if nothing changes."""
+    """Expand `~` in values annotated as `UserPath`; return the same object if nothing changes."""
     if isinstance(value, str):
         is_path = any(isinstance(mark, HomePath) for mark in _marks(hint))
         return os.path.expanduser(value) if is_path and value.startswith("~") else value
-    if isinstance(value, list) and any(isinstance(one, str) for one in value):
-        expanded = [expand_home(hint, one) for one in value]
+    if isinstance(value, list) and any(isinstance(item, str) for item in value):
+        expanded = [expand_home(hint, item) for item in value]
         return expanded if expanded != value else value
-    if isinstance(value, dict) and any(isinstance(one, str) for one in value.values()):
-        expanded = {key: expand_home(hint, one) for key, one in value.items()}
+    if isinstance(value, dict) and any(isinstance(item, str) for item in value.values()):
+        expanded = {key: expand_home(hint, item) for key, item in value.items()}
         return expanded if expanded != value else value
     return value
 
 
 def plain_numbers(value: Any) -> Any:
-    """The value with Python's numbers in the place of numpy's; the same object if it holds none."""
+    """Convert numpy's numbers to Python's; return the same object if there are none."""
     if isinstance(value, numbers.Number) and hasattr(value, "item"):  # np.float64 is a float, too
         return value.item()  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(value, list | tuple):
-        plain = [plain_numbers(one) for one in value]
-        return value if all(one is other for one, other in zip(plain, value, strict=True)) else type(value)(plain)
+        plain = [plain_numbers(item) for item in value]
+        return value if all(new is old for new, old in zip(plain, value, strict=True)) else type(value)(plain)
     if isinstance(value, dict):
-        plain = {plain_numbers(key): plain_numbers(one) for key, one in value.items()}
-        kept = all(key is other and plain[key] is value[other] for key, other in zip(plain, value, strict=True))
+        plain = {plain_numbers(key): plain_numbers(item) for key, item in value.items()}
+        kept = all(new is old and plain[new] is value[old] for new, old in zip(plain, value, strict=True))
         return value if kept else plain
     return value
 
 
 def construct(hint: Hint, value: Any, name: str = "") -> Any:
-    """Values that have no faults as the annotation says: mappings as dataclasses, lists as tuples where a tuple is meant.
+    """Convert valid values to their annotation: mappings to dataclasses, lists to tuples.
 
-    Raises: ValueError, with the section's name before it, for combinations that a dataclass refuses.
+    Raises:
+        ValueError: starting with the section's name, for combinations that a dataclass refuses.
     """
     base, _ = split_hint(hint)
     origin, args = get_origin(base), get_args(base)
     if origin in (Union, types.UnionType):
         return construct(_arm(args, value), value, name)
     if dataclasses.is_dataclass(base) and not isinstance(value, base):  # pyright: ignore[reportArgumentType]
-        hints = hints_of(base)  # pyright: ignore[reportArgumentType]
-        inner = {key: construct(hints[key], one, f"{name}.{key}" if name else key) for key, one in value.items()}
+        hints = hints_of(base)
+        inner = {key: construct(hints[key], item, f"{name}.{key}" if name else key) for key, item in value.items()}
         try:
             return base(**inner)  # pyright: ignore[reportCallIssue]
         except ValueError as error:
             raise ValueError(f"{name}: {error}" if name and not str(error).startswith(name) else str(error)) from error
     if origin is tuple and isinstance(value, list | tuple):
         each = [args[0]] * len(value) if args[-1:] == (...,) else args
-        return tuple(construct(one, part, name) for one, part in zip(each, value, strict=True))
+        return tuple(construct(part, item, name) for part, item in zip(each, value, strict=True))
     if origin is list and isinstance(value, list | tuple):
-        return [construct(args[0], one, name) for one in value]
+        return [construct(args[0], item, name) for item in value]
     if origin is dict and isinstance(value, Mapping):
-        return {construct(args[0], key): construct(args[1], one, f"{name}.{key}") for key, one in value.items()}
-    if isinstance(value, str) and base in (int, float, bool):  # as a YAML file has it
+        return {construct(args[0], key): construct(args[1], item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, str) and base in (int, float, bool):  # text from a YAML file
         return read_plain(base, value)
     if base is float and isinstance(value, int):
         return float(value)
@@ -263,20 +271,21 @@ def construct(hint: Hint, value: Any, name: str = "") -> Any:
 
 
 class Number:
-    """A number on a command line, for `add_argument(type=Number(PositiveInt))` of argparse and of jsonargparse."""
+    """Parse a number on a command line: `add_argument(type=Number(PositiveInt))`, for argparse and jsonargparse."""
 
     def __init__(self, hint: Hint):
         self.hint = hint
-        self.__name__ = describe(hint)  # what argparse says of text that is none
+        self.__name__ = describe(hint)  # what argparse prints for other text
 
     def __call__(self, text: Any) -> Any:
+        """Parse a value. Raises: ArgumentTypeError if it is not valid."""
         base, _ = split_hint(self.hint)
         try:
             value = base(text)
         except (TypeError, ValueError):
             value = text
-        if found := next(faults_of(self.hint, value, ""), None):
-            raise argparse.ArgumentTypeError(found.removeprefix(": "))
+        if message := next(faults_of(self.hint, value, ""), None):
+            raise argparse.ArgumentTypeError(message.removeprefix(": "))
         return value
 
     def __repr__(self) -> str:
@@ -284,7 +293,7 @@ class Number:
 
 
 def show_ranges(parser: argparse.ArgumentParser) -> None:
-    """Add to the help of each `Number` of a parser which values it may have."""
+    """Add the valid values to the help of each `Number` of a parser."""
     for action in parser._actions:
         if isinstance(action.type, Number):
             action.help = f"{action.help or ''} [{action.type}]".strip().replace("%", "%%")
@@ -296,7 +305,7 @@ def _is_required(owner: Any, name: str) -> bool:
 
 
 def split_hint(hint: Hint) -> tuple[Hint, Range | None]:
-    """The annotation without its marks, and its range."""
+    """Return the annotation without `Annotated`, and its range."""
     if get_origin(hint) is not Annotated:
         return hint, None
     base, *marks = get_args(hint)
@@ -304,12 +313,12 @@ def split_hint(hint: Hint) -> tuple[Hint, Range | None]:
 
 
 def base_of(hint: Hint) -> Hint:
-    """The annotation without its marks."""
+    """Return the annotation without `Annotated`."""
     return split_hint(hint)[0]
 
 
 def _marks(hint: Hint) -> Iterator[Any]:
-    """Marks of an annotation and of all within it."""
+    """Yield the `Annotated` marks of an annotation and of all inner ones."""
     if get_origin(hint) is Annotated:
         yield from get_args(hint)[1:]
     for inner in get_args(hint):
@@ -317,27 +326,23 @@ def _marks(hint: Hint) -> Iterator[Any]:
 
 
 def _arm(args: Sequence[Hint], value: Any) -> Hint:
-    """Of a union, the one that the value is of, or comes nearest."""
-    fitting = [one for one in args if not list(faults_of(one, value, "", True))]
+    """Return the member of a union that fits the value, or the nearest one."""
+    fitting = [arm for arm in args if not list(faults_of(arm, value, "", True))]
     if fitting:
         return fitting[0]
-    mappings = [
-        one for one in args if dataclasses.is_dataclass(split_hint(one)[0]) or get_origin(split_hint(one)[0]) is dict
-    ]
+    mappings = [arm for arm in args if dataclasses.is_dataclass(base_of(arm)) or get_origin(base_of(arm)) is dict]
     if isinstance(value, Mapping) and mappings:
-        deep = any(isinstance(one, Mapping) for one in value.values())
-        return next((one for one in mappings if (get_origin(split_hint(one)[0]) is dict) == deep), mappings[0])
+        deep = any(isinstance(item, Mapping) for item in value.values())
+        return next((arm for arm in mappings if (get_origin(base_of(arm)) is dict) == deep), mappings[0])
     if isinstance(value, list | tuple):
-        return next((one for one in args if get_origin(split_hint(one)[0]) in (list, tuple, Sequence)), None)
+        return next((arm for arm in args if get_origin(base_of(arm)) in (list, tuple, Sequence)), None)
     plain = {int: int, float: float, str: str}
     kind = plain.get(type(value))
-    return next(
-        (one for one in args if split_hint(one)[0] is kind or (kind is int and split_hint(one)[0] is float)), None
-    )
+    return next((arm for arm in args if base_of(arm) is kind or (kind is int and base_of(arm) is float)), None)
 
 
 def faults_of(hint: Hint, value: Any, name: str, raw: bool = False) -> Iterator[str]:
-    """What is wrong with one value."""
+    """Yield one message per fault of a value."""
     base, limits = split_hint(hint)
     origin, args = get_origin(base), get_args(base)
     if base is Any or isinstance(base, str) or base is inspect.Parameter.empty:
@@ -360,15 +365,15 @@ def faults_of(hint: Hint, value: Any, name: str, raw: bool = False) -> Iterator[
         if isinstance(value, str | Mapping) or not isinstance(value, Sequence) or (fixed and len(value) != len(args)):
             yield _wrong(name, value, hint)
             return
-        for number, (one, part) in enumerate(zip(args if fixed else [args[0]] * len(value), value, strict=True)):
-            yield from faults_of(one, part, f"{name}[{number}]", raw)
+        for number, (part, item) in enumerate(zip(args if fixed else [args[0]] * len(value), value, strict=True)):
+            yield from faults_of(part, item, f"{name}[{number}]", raw)
     elif origin in (dict, Mapping) or base is dict:
         if not isinstance(value, Mapping):
             yield _wrong(name, value, hint)
             return
-        for key, one in value.items() if args else ():
+        for key, item in value.items() if args else ():
             yield from faults_of(args[0], key, f"{name}: the key {key!r}", raw)
-            yield from faults_of(args[1], one, f"{name}.{key}", raw)
+            yield from faults_of(args[1], item, f"{name}.{key}", raw)
     elif value == "" and any(isinstance(mark, HomePath) for mark in _marks(hint)):
         yield f"{name}: is empty; expected {describe(hint)}"
     elif not _is_a(base, value, raw) or (limits is not None and _plain(base, value) not in limits):
@@ -376,7 +381,7 @@ def faults_of(hint: Hint, value: Any, name: str, raw: bool = False) -> Iterator[
 
 
 def _is_a(base: Hint, value: Any, raw: bool) -> bool:
-    """Whether a plain value is of a plain type; numbers of numpy count."""
+    """Return whether a plain value has a plain type; numpy's numbers count."""
     if base is type(None):
         return value is None
     if get_origin(base) is Literal:
@@ -394,7 +399,7 @@ def _is_a(base: Hint, value: Any, raw: bool) -> bool:
 
 
 def read_plain(base: type, text: str) -> Any:
-    """A number or a truth value in text, as jsonargparse reads it too; None if there is none."""
+    """Parse a number or truth value as jsonargparse does; return None for other text."""
     if base is bool:
         return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(text.lower())
     try:
@@ -404,7 +409,7 @@ def read_plain(base: type, text: str) -> Any:
 
 
 def _plain(base: type, value: Any) -> Any:
-    """A number, of text that is one."""
+    """Return the number in a text; return other values unchanged."""
     return read_plain(base, value) if isinstance(value, str) else value
 
 

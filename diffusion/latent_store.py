@@ -37,7 +37,7 @@ class LatentStore:
         self.known = {}
         for name, info in sorted(list_files(self.url).items()):
             match = OBJECT.fullmatch(name)
-            if match and info.get("size") == int(match[2]):
+            if match and info.size == int(match[2]):
                 self.known.setdefault(f"{match[1]}.safetensors", name)
 
     def put(self, partial: Path, name: str) -> None:

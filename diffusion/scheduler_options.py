@@ -135,7 +135,7 @@ def _unfit(name: str, options: Mapping[str, Any], flow: bool) -> Iterator[tuple[
         yield "invert_sigmas", "it runs from data to noise; invert_sigmas=False"
     if len(spaced) > 1:
         yield spaced[0], f"{' and '.join(spaced[1:])} asked for as well; choose one"
-    if flow and spaced and (name == DPM or name == UNIPC and spaced != ["use_karras_sigmas"]):
+    if flow and spaced and (name == DPM or (name == UNIPC and spaced != ["use_karras_sigmas"])):
         instead = (
             "" if spaced[0] == "use_lu_lambdas" else f", or use FlowMatchEulerDiscreteScheduler, which has {spaced[0]}"
         )
@@ -224,7 +224,7 @@ def without_effect(name: str, options: Mapping[str, Any], flow: bool) -> set[str
     if options.get("final_sigmas_type") == "zero":
         unread |= {"euler_at_final"}  # the last step is Euler's anyway
     order = options.get("solver_order", 1)
-    if order == 1 or name == DPM and order == 2 and options["final_sigmas_type"] == "zero":
+    if order == 1 or (name == DPM and order == 2 and options["final_sigmas_type"] == "zero"):
         unread |= {"lower_order_final"}
     if name == DPM and order == 1:
         unread |= {"solver_type"}

@@ -1,1 +1,1 @@
-"""Reading and writing safely, for every other package: atomic files and folders, locks, paths that others wrote."""
+"""Safe reading and writing for every other package: atomic files and folders, locks, untrusted paths."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, whatever kills the process, fills the disk or cuts the power.
+"""Write files and folders atomically: they appear complete or not at all, also after a crash, a full disk or a power cut.
 
     with atomic_file(path) as unfinished:
         save_file(tensors, unfinished)
@@ -6,9 +6,9 @@
         model.save_pretrained(unfinished)
     remove_leftovers(folder)  # at the start of a run
 
-Unfinished work lies in a hidden folder of random name beside its target, which only this user may enter, so that no link can be
-planted in its way, and two writers never meet. Everything is on the disk (fsync) before it takes its place, and the name after it. The
-hidden folder is locked by its process while that lives; what is not locked was left behind.
+Unfinished work is in a hidden folder beside its target. Its name is random and only this user may enter it, so nobody can plant a
+link there and two writers never collide. Contents are flushed to disk (fsync) before the rename, and the rename after it. The process
+keeps the hidden folder locked while it runs; an unlocked one was left behind.
 """
 
 import errno
@@ -24,30 +24,27 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 UNFINISHED = ".unfinished-"  # prefix of the hidden folders
-NEW, REPLACED = "new", "replaced"  # folders in it: what is written, and what is about to be removed
+NEW = "new"  # folder in it: what is being written
+REPLACED = "replaced"  # folder in it: what is about to be removed
 LOCK = "lock"
 STARTING = 60.0  # seconds between making the hidden folder and its lock, at most
-NO_LOCKS = (
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.ENOLCK,
-)  # of a file system that cannot lock, such as Lustre without `-o flock`
-NO_SYNC = (
-    errno.EINVAL,
-    errno.EBADF,
-    errno.ENOSYS,
-    errno.ENOTSUP,
-)  # of one that cannot flush folders: CIFS, some of FUSE's
+# Errors of file systems that cannot lock, such as Lustre without `-o flock`.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+# Errors of file systems that cannot flush folders: CIFS, some of FUSE's.
+NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP)
 
 
 @contextmanager
 def atomic_files(*paths: Path) -> Iterator[list[Path]]:
-    """Give files to write instead of `paths`, which take their places, in this order, when the block ends.
+    """Yield temporary files that replace `paths`, in this order, when the block ends.
+
+    If the block raises an error, the temporary files are removed.
 
     Args:
-        paths: files of one folder, which is made. A link in the place of one is replaced, not followed.
-    Where the block ends in an error, nothing of them is left.
-    Raises: FileExistsError for a folder, a device such as /dev/null or a pipe in the place of one, which would be lost.
+        paths: files of one folder, which is created. A link at one of them is replaced, not followed.
+
+    Raises:
+        FileExistsError: if one of them is a folder, a device such as /dev/null or a pipe, which would be lost.
     """
     folder = paths[0].parent
     assert all(path.parent == folder for path in paths), paths
@@ -66,23 +63,25 @@ def atomic_files(*paths: Path) -> Iterator[list[Path]]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a file to write instead of `path`, as `atomic_files`."""
+    """Yield a temporary file that replaces `path`; see `atomic_files`."""
     with atomic_files(path) as (unfinished,):
         yield unfinished
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8 that replaces an older one only once it is complete. Its folder is made."""
+    """Write a UTF-8 file atomically, and create its folder."""
     with atomic_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Give a folder to fill instead of `folder`, whose place it takes when the block ends. An older one is removed then.
+    """Yield a temporary folder that replaces `folder` when the block ends.
 
-    Killed between the two, the older one is hidden, and `remove_leftovers` puts it back.
-    Raises: FileExistsError if a link or a file is in its place.
+    If the process is killed while it replaces an older folder, `remove_leftovers` restores that one.
+
+    Raises:
+        FileExistsError: if `folder` is a link or a file.
     """
     refuse_link(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -96,13 +95,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_parts(folder: Path, index: str) -> Iterator[Path]:
-    """Give a folder to fill, whose files and folders take their places in `folder` when the block ends; what else is there stays.
+    """Yield a temporary folder whose files and folders replace those in `folder` when the block ends; other files stay.
 
-    The file `index` goes first and comes last: killed in between, `folder` has none, so that nobody takes old and new parts for
-    one whole. A folder that is not there appears in one step; one that is there, if empty, stays the same one: it may be a
-    disk's own, somebody's working directory, or in a folder that only others may write to.
+    The file `index` is removed first and written last. A process that is killed in between leaves no index, so old and new parts
+    are never read as one model. A missing folder appears in one step. An existing folder stays the same folder, even if empty:
+    it may be a mount point, a working directory, or inside a folder that only others may write to.
 
-    Raises: FileExistsError if a link or a file is in the place of a folder.
+    Raises:
+        FileExistsError: if a link or a file is where a folder should be.
     """
     folder = folder.resolve()
     if not folder.exists():
@@ -129,7 +129,7 @@ def atomic_parts(folder: Path, index: str) -> Iterator[Path]:
 
 
 def replace_folder(unfinished: Path, folder: Path, hidden: Path) -> None:
-    """Put `unfinished` in the place of `folder`, which is moved into `hidden` first if it is there."""
+    """Replace `folder` by `unfinished`; an existing one is moved into `hidden` first."""
     refuse_link(folder)
     older = hidden / REPLACED / folder.name
     if folder.exists():
@@ -145,7 +145,7 @@ def replace_folder(unfinished: Path, folder: Path, hidden: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder. Killed at any moment, it leaves it whole, or hidden; a link is removed, not followed."""
+    """Remove a folder atomically. A link is removed, not followed."""
     if folder.is_symlink():
         folder.unlink()
         return
@@ -154,7 +154,11 @@ def remove_folder(folder: Path) -> None:
 
 
 def refuse_link(folder: Path) -> None:
-    """Raises: FileExistsError, which names it, if a link or a file is in the place of a folder."""
+    """Refuse a link or a file where a folder should be.
+
+    Raises:
+        FileExistsError: naming the path.
+    """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise FileExistsError(
             f"{folder}: a {'link' if folder.is_symlink() else 'file'} is in the place of this folder; remove it"
@@ -162,10 +166,10 @@ def refuse_link(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes left half written in `folder` that were killed, and put back what they were about to replace.
+    """Remove unfinished work of killed processes from `folder`, and restore what they were about to replace.
 
-    Work of living processes stays, of this machine or of others that lock files on the same disk; so does what belongs to other
-    users, and all of it where the file system cannot lock. No link is followed.
+    Unfinished work stays if its process still runs (here, or on another machine that locks files on the same disk), if it belongs to
+    another user, or if the file system cannot lock. Links are not followed.
     """
     for hidden in folder.glob(f"{UNFINISHED}*"):
         if hidden.is_symlink() or not hidden.is_dir():
@@ -193,7 +197,7 @@ def _put_back(replaced: Path, folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Return once a file, or a folder and all that is in it, is on the disk and not in memory alone."""
+    """Flush a file, or a folder with everything in it, to disk."""
     if path.is_dir():
         for inner in path.iterdir():
             if not inner.is_symlink():
@@ -223,7 +227,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def _hidden(folder: Path) -> Iterator[Path]:
-    """A new folder in `folder` that is locked by this process; it is removed at the end."""
+    """Create a hidden folder in `folder`, locked by this process, and remove it at the end."""
     with ExitStack() as stack:
         while True:
             hidden = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
@@ -241,7 +245,7 @@ def _hidden(folder: Path) -> Iterator[Path]:
 
 
 def _acquire(lock: FileLock) -> None:
-    """Lock at once, where the file system can. Raises: Timeout if another process holds it."""
+    """Lock without waiting, if the file system can lock. Raises: Timeout if another process holds the lock."""
     try:
         lock.acquire(timeout=0)
     except OSError as error:

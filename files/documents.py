@@ -1,4 +1,4 @@
-"""JSON and YAML files that others may have written: refused by name unless they hold what is expected."""
+"""Read JSON and YAML files from untrusted sources; errors name the file."""
 
 from __future__ import annotations
 
@@ -14,34 +14,36 @@ from .paths import open_regular, printable
 
 
 class FileError(OSError, ValueError):
-    """A file or folder of a model that is missing or damaged: an OSError, as diffusers raises, and a ValueError, as all errors
-    here that a user can mend."""
+    """A missing or damaged file or folder of a model.
+
+    It is an OSError, as in diffusers, and a ValueError, as all errors here that a user can fix.
+    """
 
 
 MAX_BYTES = 1 << 28  # of a JSON file, or a table
-MOST_YAML = 1 << 24  # bytes of a YAML file
-MOST_DEPTH = 100  # of nesting in it
+MAX_YAML_BYTES = 1 << 24
+MAX_DEPTH = 100  # of nesting in a YAML file
 MAX_VALUES = 20_000  # in a YAML file, each counted as often as aliases repeat it
-SHOWN = 60  # letters of what was found, in a message
+SHOWN = 60  # letters of a name in a message
 NUMBER = r"""[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
     |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"""
-PLAIN = {  # what text without quotation marks may be, as in YAML 1.2: in PyYAML's 1.1 `no` is false, `010` eight and `1:30` ninety
+# Types of text without quotation marks, as in YAML 1.2: in PyYAML's 1.1 `no` is false, `010` eight and `1:30` ninety.
+PLAIN = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F_]+", "-+0123456789"),
     "float": (NUMBER, "-+.0123456789"),
 }
 
 
-Loader: Any = getattr(
-    yaml, "CSafeLoader", yaml.SafeLoader
-)  # libyaml's is ten times faster, where PyYAML was built with it
+# libyaml's loader is ten times faster, if PyYAML was built with it.
+Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class SettingsLoader(Loader):
-    """YAML whose words `no`, `yes`, `on` and `off` are text, as settings and classes are called, and whose keys are unique."""
+    """Loads YAML with unique keys, in which `no`, `yes`, `on` and `off` are text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As PyYAML's. Raises: ConstructorError for a key that stands there twice, of which PyYAML would take the last."""
+        """Construct a mapping. Raises: ConstructorError for a duplicate key, which PyYAML would accept."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
@@ -53,8 +55,8 @@ class SettingsLoader(Loader):
 
 
 SettingsLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in found if tag.rpartition(":")[2] in ("null", "merge")]
-    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _kind, (_pattern, _first) in PLAIN.items():
     SettingsLoader.add_implicit_resolver(
@@ -63,96 +65,97 @@ for _kind, (_pattern, _first) in PLAIN.items():
 
 
 def load_settings(text: str) -> Any:
-    """What YAML text holds; `{case}` alone is text, of a pattern of files. Raises: yaml.YAMLError, ValueError or KeyError."""
+    """Parse YAML text. `{case}` alone is text: a pattern of files. Raises: yaml.YAMLError, ValueError or KeyError."""
     _check_events(text)
     loader = SettingsLoader(text)
     try:
         node = loader.get_single_node()
         if _count(node, {}) > MAX_VALUES:
             raise ValueError(f"its aliases repeat values more than {MAX_VALUES} times; write them out")
-        found = None if node is None else loader.construct_document(node)
+        value = None if node is None else loader.construct_document(node)
     finally:
         loader.dispose()
-    return text if isinstance(found, dict) and re.fullmatch(r"\s*\{\w+\}\s*", text) else found
+    return text if isinstance(value, dict) and re.fullmatch(r"\s*\{\w+\}\s*", text) else value
 
 
-def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
-    """The content of a regular file. Raises: FileError for what is none (a pipe, a folder), or is larger than `most` bytes."""
+def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """Read a regular file. Raises: FileError if it is a pipe, a folder or the like, or larger than `limit` bytes."""
     try:
         with open_regular(path) as file:
-            data = file.read(most + 1)
+            data = file.read(limit + 1)
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise FileError(str(error)) from error
-    if len(data) > most:
-        raise FileError(f"{path}: is larger than {most >> 20} MiB, which no file of its kind is")
+    if len(data) > limit:
+        raise FileError(f"{path}: is larger than {limit >> 20} MiB, the limit for files of this kind")
     return data
 
 
 def parse_json(text: str) -> Any:
-    """What JSON text holds. Raises: ValueError if it is none, nested too deeply, or names one thing twice in an object."""
+    """Parse JSON text. Raises: ValueError if it is not JSON, is nested too deeply, or has duplicate names in an object."""
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
-        raise ValueError("is nested too deeply for JSON of ours") from error
+        raise ValueError("is nested too deeply") from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two values by one name, which counts depends on who reads."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Refuse duplicate names: JSON readers disagree on which value counts."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
         twice = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise ValueError(f"an object has two values called {', '.join(twice[:4])!r:.{SHOWN}}; remove one")
-    return found
+    return values
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises: FileError naming the file if it is no JSON, or as `read_bytes` and `parse_json`."""
+    """Read a JSON file. Raises: FileError naming the file if it is not JSON, or as `read_bytes`."""
     data = read_bytes(path)
     try:
         return parse_json(data.decode("utf-8-sig"))
     except ValueError as error:
-        raise FileError(f"{path}: {path.name} is no JSON: {error}") from error
+        raise FileError(f"{path}: {path.name} is not JSON: {error}") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """As `read_json`, of a file that holds an object: names and values."""
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected an object {{name: value}}, got {type(found).__name__}")
-    return found
+    """Read a JSON file that contains an object {name: value}; see `read_json`."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object {{name: value}}, got {type(content).__name__}")
+    return content
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. Raises: ValueError naming the file if it is none, nested too deeply, or if it holds more than
-    `MAX_VALUES`, which aliases can make of few ("billion laughs")."""
-    data = read_bytes(path, MOST_YAML)
+    """Read a YAML file.
+
+    Raises:
+        ValueError: naming the file if it is not YAML, is nested too deeply, or has more than `MAX_VALUES` values, which
+            aliases can produce from a few ("billion laughs").
+    """
+    data = read_bytes(path, MAX_YAML_BYTES)
     try:
-        found = load_settings(data.decode("utf-8-sig"))
+        return load_settings(data.decode("utf-8-sig"))
     except RecursionError as error:
-        raise ValueError(f"{path}: is nested too deeply, or holds itself") from error
+        raise ValueError(f"{path}: is nested too deeply, or contains itself") from error
     except Exception as error:  # of many kinds: a KeyError for `!!bool maybe`, a ValueError for the date 2001-02-30
-        raise ValueError(
-            f"{path}: is no YAML that can be read: {type(error).__name__}: {printable(str(error))}"
-        ) from error
-    return found
+        raise ValueError(f"{path}: is not readable YAML: {type(error).__name__}: {printable(str(error))}") from error
 
 
 def _check_events(text: str) -> None:
-    """Raises: ValueError for YAML that is nested too deeply or holds too many values, before any is built."""
+    """Refuse YAML that is nested too deeply or has too many values, before anything is built. Raises: ValueError."""
     depth = count = 0
     for event in yaml.parse(text, Loader=SettingsLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         count += isinstance(event, yaml.NodeEvent)
-        if depth > MOST_DEPTH:
-            raise ValueError(f"is nested more than {MOST_DEPTH} deep")
+        if depth > MAX_DEPTH:
+            raise ValueError(f"is nested more than {MAX_DEPTH} deep")
         if count > MAX_VALUES:
-            raise ValueError(f"holds more than {MAX_VALUES} values, which no settings are")
+            raise ValueError(f"has more than {MAX_VALUES} values, the limit for settings")
 
 
 def _count(node: yaml.Node | None, known: dict[int, int]) -> int:
-    """Values below a node and with it, aliases written out. An alias to a node that holds it recurses until Python stops it."""
+    """Count the values of a node with aliases expanded. An alias to its own parent recurses until Python stops it."""
     if node is None:
         return 0
     if id(node) not in known:

@@ -1,4 +1,4 @@
-"""One process at a time for each output: a lock that ends with its process, however that ends."""
+"""Lock an output for one process at a time; the lock ends with its process, however that ends."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from .paths import open_regular
 
 LOCK = ".medvolume.lock"
 HOLDER = ".medvolume.lock.json"  # who holds it, for the message
-LOOK_EVERY = 0.5  # seconds
+POLL_SECONDS = 0.5
 
 
 class OutputInUse(ValueError):
@@ -28,26 +28,26 @@ class OutputInUse(ValueError):
 def only_writer(
     folder: Path, wait_minutes: float = 0, *, option: str = "--output", file: str | None = None
 ) -> Iterator[None]:
-    """Hold `folder`, which must exist, or one `file` in it, until the end of the block.
+    """Lock an existing `folder`, or one `file` in it, until the end of the block.
 
-    Of processes that were launched together the first one calls this.
+    If several processes were launched together, only the first one calls this. Forked processes do not keep the lock longer than
+    this one. If the file system cannot lock, a message says so and nothing is locked.
 
     Args:
-        wait_minutes: how long to wait for another process that holds it; 0 refuses at once.
-        option: that named the folder or the file, for the message.
-        file: name of a file that is held alone, by `.NAME.lock` beside it, so that others of the folder may be written meanwhile.
+        folder: the output folder.
+        wait_minutes: how long to wait for another process that holds the lock; 0 refuses at once.
+        option: the option that named the folder or file, for the message.
+        file: name of a file to lock alone, by `.NAME.lock` beside it; other files of the folder may be written meanwhile.
 
-    Processes that are forked from this one hold it no longer than this one. Where the file system cannot lock, that is said, and
-    nothing is held.
-
-    Raises: OutputInUse naming the host and the process id of the holder; ValueError if a link is in the place of the lock.
+    Raises:
+        OutputInUse: naming host and process id of the process that holds the lock.
+        ValueError: if the lock file is a link.
     """
     output, place = (folder, folder / LOCK) if file is None else (folder / file, folder / f".{file}.lock")
     holder = place.with_name(f"{place.name}.json")
-    shared = 0o600 | (
-        folder.stat().st_mode & 0o066
-    )  # who may write in a folder that a group shares, may hold it after this one
-    lock = FileLock(place, mode=shared, fallback_to_soft=False)
+    # In a folder that a group shares, its other members must be able to take the lock later.
+    mode = 0o600 | (folder.stat().st_mode & 0o066)
+    lock = FileLock(place, mode=mode, fallback_to_soft=False)
     if not _acquire(lock, output, holder, wait_minutes, option):
         yield
         return
@@ -62,7 +62,7 @@ def only_writer(
 
 @contextmanager
 def one_at_a_time(lock: Path) -> Iterator[None]:
-    """Hold the file `lock` until the end of the block, after all processes that hold it now; where the file system cannot lock, at once."""
+    """Wait for the file `lock` and hold it until the end of the block; do not wait if the file system cannot lock."""
     held = FileLock(lock, fallback_to_soft=False)
     try:
         held.acquire()
@@ -76,8 +76,8 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
 
 
 def _acquire(lock: FileLock, output: Path, holder: Path, wait_minutes: float, option: str) -> bool:
-    """Whether the file system can lock; then the lock is held."""
-    said = False
+    """Take the lock; return False if the file system cannot lock."""
+    announced = False
     end = time.monotonic() + 60 * wait_minutes
     while True:
         try:
@@ -86,20 +86,20 @@ def _acquire(lock: FileLock, output: Path, holder: Path, wait_minutes: float, op
         except Timeout:
             if time.monotonic() >= end:
                 raise OutputInUse(
-                    f"{option} {output}: another process writes there: {_holder(holder)}. Wait for its end, choose another output, "
-                    "or say how many minutes to wait for it, with --wait_minutes"
+                    f"{option} {output}: another process writes there: {_holder(holder)}. Wait until it ends, choose another "
+                    "output, or set how many minutes to wait with --wait_minutes"
                 ) from None
-            if not said:
+            if not announced:
                 print(f"waiting for another process that writes to {output}: {_holder(holder)}", flush=True)
-                said = True
-            time.sleep(LOOK_EVERY)
+                announced = True
+            time.sleep(POLL_SECONDS)
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise ValueError(f"{option} {output}: {lock.lock_file} is a link; remove it") from error
             if error.errno not in NO_LOCKS:
                 raise
             print(
-                f"{output}: its file system cannot lock ({error.strerror}), so no other process is kept away",
+                f"{output}: its file system cannot lock ({error.strerror}), so other processes are not kept out",
                 flush=True,
             )
             return False
@@ -109,7 +109,7 @@ def _holder(path: Path) -> str:
     try:
         with open_regular(path) as file:
             holder = json.loads(file.read(4096))
-        told = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+        text = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        told = ""
-    return told if told.isprintable() and told else "its process id is not known yet"
+        text = ""
+    return text if text.isprintable() and text else "its process id is not known yet"

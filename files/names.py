@@ -1,8 +1,7 @@
-"""Names of files as people, tables and disks spell them.
+"""Normalize file names, which people, tables and disks spell differently.
 
-One name has several spellings: "ü" is one character (NFC: Linux, Windows) or two (NFD: older macOS), a table written on Windows has
-backslashes, another one "./" before each path. Names are compared, and made, in NFC with slashes; a file is opened by the
-name that its disk has.
+"ü" is one character (NFC: Linux, Windows) or two (NFD: older macOS). Tables from Windows have backslashes; others put "./" before
+each path. Names are compared and created in NFC with slashes; files are opened by the name that is on the disk.
 """
 
 from __future__ import annotations
@@ -20,45 +19,46 @@ DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 def nfc(text: str) -> str:
-    """The text in NFC."""
+    """Return the text in NFC."""
     return text if text.isascii() else normalize("NFC", text)
 
 
 def same_name(text: str) -> str:
-    """What two names have in common that would be one file on some disk: of macOS (NFD is NFC) or Windows (A is a)."""
+    """Return a key that is equal for names that are one file on some disk: on macOS (NFD is NFC) or Windows (A is a)."""
     return nfc(nfc(text).casefold())
 
 
 def tidy(path: str) -> str:
-    """A path, or a pattern of paths, in NFC, with slashes, without "./", "//" and a slash at its end."""
+    """Normalize a path or pattern: NFC, slashes, no "./", no "//" and no slash at the end."""
     path = nfc(path).replace("\\", "/")
     return re.sub("^//+", "/", normpath(path)) if path else path
 
 
 class Disk:
-    """Finds files by names that are spelled otherwise than on disk. Folders are listed once."""
+    """Find files whose names are spelled differently on disk. Each folder is listed once."""
 
     def __init__(self) -> None:
         self._listed: dict[Path, dict[str, list[str]]] = {}
 
     def find(self, path: str | Path) -> Path:
-        """The path as the disk spells it; where nothing is, the path itself.
+        """Return the path as it is spelled on disk, or unchanged if there is no such file.
 
-        Raises: ValueError if two files are called so, in NFC and in NFD.
+        Raises:
+            ValueError: if two files match, one in NFC and one in NFD.
         """
-        given = Path(path)
+        requested = Path(path)
         if str(path).isascii():
-            return given
-        found = Path(given.anchor)
-        for part in given.relative_to(found).parts if given.anchor else given.parts:
-            spelled = [part] if part.isascii() else self._names(found).get(nfc(part), [part])
-            if len(spelled) > 1:
-                raise twins(found / spelled[0], found / spelled[1])
-            found /= spelled[0]
-        return found
+            return requested
+        on_disk = Path(requested.anchor)
+        for part in requested.relative_to(on_disk).parts if requested.anchor else requested.parts:
+            spellings = [part] if part.isascii() else self._names(on_disk).get(nfc(part), [part])
+            if len(spellings) > 1:
+                raise twins(on_disk / spellings[0], on_disk / spellings[1])
+            on_disk /= spellings[0]
+        return on_disk
 
     def _names(self, folder: Path) -> dict[str, list[str]]:
-        """The names in a folder, by their NFC; none where it cannot be listed."""
+        """Return the names in a folder by their NFC; empty if it cannot be listed."""
         if folder not in self._listed:
             names: dict[str, list[str]] = {}
             try:
@@ -72,8 +72,10 @@ class Disk:
 
 
 def cell_path(folder: Path, cell: str, disk: Disk) -> Path:
-    """The file that a table's cell names, relative to `folder` or, after `~`, to the home folder. Backslashes are slashes unless
-    there is such a file."""
+    """Return the file named in a table cell, relative to `folder`, or to the home folder after `~`.
+
+    Backslashes count as slashes unless a file of that name exists.
+    """
     cell = os.path.expanduser(cell) if cell.startswith("~") else cell
     if "\\" in cell and (folder / cell).exists():
         return folder / cell
@@ -81,22 +83,22 @@ def cell_path(folder: Path, cell: str, disk: Disk) -> Path:
 
 
 def windows_hint(cell: str) -> str:
-    """What to add to "no such file", where a path is one of another machine; else nothing."""
-    return "; a path of Windows is not found here: give it relative to the table's root" if DRIVE.match(cell) else ""
+    """Return a hint to add to "no such file" if a path is an absolute Windows path, else an empty text."""
+    return "; this is a Windows path: give it relative to the table's root" if DRIVE.match(cell) else ""
 
 
 def glob_names(pattern: str) -> list[str]:
-    """As `glob.glob(recursive=True)`, but matching names however they are spelled on disk."""
-    found = set(glob.glob(pattern, recursive=True))
+    """Match like `glob.glob(recursive=True)`, but in any Unicode spelling."""
+    paths = set(glob.glob(pattern, recursive=True))
     if not pattern.isascii():
         wider = re.sub(r"[^\x00-\x7f]+", "*", nfc(pattern))
         wider = glob.glob(re.sub(r"\*\*\*+", "**", wider), recursive=True)
-        found |= {path for path in wider if fnmatch.fnmatchcase(nfc(path), nfc(pattern))}
-    return sorted(found)
+        paths |= {path for path in wider if fnmatch.fnmatchcase(nfc(path), nfc(pattern))}
+    return sorted(paths)
 
 
 def resource_forks(files: list[Path]) -> list[Path]:
-    """The files that macOS left beside these (`._scan.nii.gz`), which hold no voxels."""
+    """Return the files that macOS left beside these (`._scan.nii.gz`); they contain no voxels."""
     folders: dict[Path, set[str]] = {}
     for path in files:
         folders.setdefault(path.parent, set()).add(path.name)
@@ -109,8 +111,7 @@ def resource_forks(files: list[Path]) -> list[Path]:
 
 
 def twins(first: Path, second: Path) -> ValueError:
-    """The error for two files of one name."""
+    """Return the error for two files of the same name."""
     return ValueError(
-        f"{first} and {second}: are two files whose names look alike and differ only in how Unicode spells them (NFC and NFD): "
-        "rename or remove one"
+        f"{first} and {second}: these names differ only in Unicode normalization (NFC and NFD); rename or remove one"
     )

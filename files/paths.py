@@ -1,4 +1,4 @@
-"""Names and paths that others wrote, in JSON, tables and headers: checked before anything is read or written by them."""
+"""Check untrusted names and paths (from JSON, tables and headers) before they are used."""
 
 import os
 import stat
@@ -10,12 +10,15 @@ MAX_NAME_BYTES = 200  # of a name that suffixes are added to; most file systems 
 
 
 def path_inside(home: Path, named: str, what: str) -> Path:
-    """Return the file `named` in the folder `home`, or below it, links followed.
+    """Return the file `named` in or below the folder `home`; links are followed.
 
     Args:
-        named: a path by POSIX rules, as a file of somebody else's has it.
-        what: what names it, for the message, such as "report.json: pictures.a".
-    Raises: ValueError for a path that is absolute, not printable, or leads out of `home`, and if there is no such regular file.
+        home: the folder.
+        named: an untrusted path by POSIX rules.
+        what: where the path comes from, for the message, such as "report.json: pictures.a".
+
+    Raises:
+        ValueError: if the path is absolute, not printable, leads out of `home`, or is not a regular file.
     """
     if not isinstance(named, str) or not named or not named.isprintable():
         raise ValueError(f"{what}: {named!r} is not a file name")
@@ -38,10 +41,11 @@ def path_inside(home: Path, named: str, what: str) -> Path:
 
 
 def check_name(name: str, what: str) -> str:
-    """Return `name` if files can be called by it on every system, with suffixes added.
+    """Return `name` if it is a valid file name on every system, also with suffixes added.
 
-    Raises: ValueError for separators, a leading dot, control characters (line breaks, escape sequences), white space at an end,
-    and names of more than 200 bytes.
+    Raises:
+        ValueError: for separators, a leading dot, control characters (line breaks, escape sequences), white space at an end,
+            and names of more than 200 bytes.
     """
     problem = None
     if not name:
@@ -63,8 +67,7 @@ def check_name(name: str, what: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: control characters but line breaks and tabs as Python writes them, so that no file's name moves the cursor,
-    or changes what stands there already."""
+    """Escape control characters except line breaks and tabs, so that a file's name cannot move the cursor of a terminal."""
     hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
     shown = (
         letter.encode("unicode_escape").decode()
@@ -76,8 +79,8 @@ def printable(text: str) -> str:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read. Raises: ValueError, at once, for what is not a regular file: a pipe would wait for a writer for ever."""
-    refuse_special(path)  # a socket cannot be opened, and of a device the opening alone may do something
+    """Open a regular file for reading. Raises: ValueError for anything else, without waiting for the writer of a pipe."""
+    refuse_special(path)  # a socket cannot be opened, and opening a device may have effects
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
@@ -87,10 +90,10 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def refuse_special(path: Path) -> None:
-    """Raises: ValueError for a pipe, socket or device; not for files, folders and what is not there."""
+    """Refuse a pipe, socket or device; accept files, folders and missing paths. Raises: ValueError."""
     try:
         mode = os.stat(path).st_mode
-    except OSError:  # whoever opens it says what is wrong
+    except OSError:  # the function that opens it reports what is wrong
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise ValueError(f"{path}: {_not_regular(mode)}")
@@ -98,5 +101,5 @@ def refuse_special(path: Path) -> None:
 
 def _not_regular(mode: int) -> str:
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-    found = kinds.get(stat.S_IFMT(mode), "a device")
-    return f"is {found}, not a regular file; remove it or name another one"
+    kind = kinds.get(stat.S_IFMT(mode), "a device")
+    return f"is {kind}, not a regular file; remove it or name another one"

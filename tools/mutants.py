@@ -1,15 +1,14 @@
-"""Plant faults in the code, one at a time, and see whether the tests notice: `make mutants`.
+"""Plant faults in the code, one at a time, and check that the tests notice: `make mutants`.
 
-Every fault is a row of tests/mutants/<room>.yaml: the file, a piece of its code that occurs once, what stands there
-instead, and the tests that should fail. Each is tried in a copy of the working tree. Results are kept in a file of
-lines, one per fault, keyed by the fault, the code and its tests, so that an interrupted run resumes and an unchanged
-fault is not tried twice.
+Every fault is a row of tests/mutants/<package>.yaml: the file, a piece of its code that occurs once, its replacement, and the tests
+that should fail. Each is tried in a copy of the working tree. Results are kept in a file with one line per fault, keyed by the fault, the
+code and its tests, so that an interrupted run resumes and an unchanged fault is not tried twice.
 
-    python tools/mutants.py --output out/mutants.jsonl --workers 2
-    python tools/mutants.py --rooms volumes diffusion
+    python -m tools.mutants --output out/mutants.jsonl --workers 2
+    python -m tools.mutants --rooms volumes diffusion
 
-A fault is caught when a test that passes without it fails with it. One that no test can notice, since nothing that
-anybody could see depends on it, is left in the table with its reason as `equivalent`.
+A fault is caught if a test that passes without it fails with it. A fault without any visible effect stays in the table, with the
+reason as `equivalent`.
 """
 
 import argparse
@@ -31,6 +30,9 @@ from pathlib import Path
 
 import yaml
 
+from cli.command import ArgumentParser, run_command
+from cli.settings import Number, PositiveInt
+
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tests" / "mutants"
 REQUIRED = 0.95  # of the faults of every room
@@ -39,7 +41,9 @@ SECONDS = 600  # a fault whose tests take longer counts as caught: they hang
 PRELOADED = ("pytest", "torch", "nibabel", "scipy.stats", "safetensors.torch", "monai.data", "jsonargparse", "yaml")
 PRELOADED += ("accelerate", "diffusers", "diffusers.schedulers", "diffusers.pipelines.pipeline_utils", "matplotlib")
 PRELOADED += ("hypothesis", "pydicom", "monai.networks.nets.unet", "monai.losses.dice", "peft")
-CAUGHT, MISSED, INVALID = "caught", "missed", "invalid"
+CAUGHT = "caught"
+MISSED = "missed"
+INVALID = "invalid"
 
 
 @dataclass(frozen=True)
@@ -149,8 +153,10 @@ class Run:
 
 
 class Workers:
-    """Runs tests in a number of copies of the tree at a time. `root` is a copy as well: who edits the working tree meanwhile
-    changes neither what is tried nor the keys under which results are kept."""
+    """Run tests in several copies of the tree at a time.
+
+    `root` is a copy as well: edits of the working tree meanwhile change neither the tests nor the keys of the results.
+    """
 
     def __init__(self, root: Path, count: int, folder: Path):
         self.root = copy_tree(root, folder / "origin") if count else root
@@ -226,13 +232,19 @@ def score(mutants: Sequence[Mutant], outcomes: dict[Mutant, str]) -> bool:
     return enough
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Plant the faults of tests/mutants and see whether the tests notice.")
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "mutants.jsonl", help="results; resumed if there")
     parser.add_argument("--rooms", nargs="*", help="tables to run; all by default")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=Number(PositiveInt), default=2, help="copies tested at a time (2)")
     parser.add_argument("--no-baseline", action="store_true", help="trust that the tests pass without any fault")
-    options = parser.parse_args()
+    return parser.parse_args(args)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Try the faults that have no result yet. Returns 0 if every room reaches `REQUIRED`, else 1."""
+    options = parse(args)
     mutants = [one for one in load_mutants(TABLE) if not options.rooms or one.room in options.rooms]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.touch()
@@ -257,8 +269,8 @@ def main() -> None:
                 results.write(json.dumps(row) + "\n")
                 results.flush()
                 print(f"{outcome:8} {run.mutant.file}: {run.mutant.code.strip()[:60]!r}: {line}", flush=True)
-    sys.exit(0 if score(mutants, outcomes) else 1)
+    return 0 if score(mutants, outcomes) else 1
 
 
 if __name__ == "__main__":
-    main()
+    run_command(lambda: parse(None))

@@ -196,7 +196,7 @@ def _outline(panel: Any, labels: np.ndarray) -> None:
 def _center(mask: np.ndarray | None, shape: tuple[int, ...]) -> tuple[int, ...]:
     if mask is None or not (mask > 0).any():
         return tuple(n // 2 for n in shape)
-    return tuple(int(round(float(indices.mean()))) for indices in np.nonzero(mask > 0))
+    return tuple(round(float(indices.mean())) for indices in np.nonzero(mask > 0))
 
 
 def _channels(values: Any) -> np.ndarray:

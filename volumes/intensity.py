@@ -53,7 +53,7 @@ class IntensityScaling:
     def __post_init__(self) -> None:
         if not self.low < self.high:
             raise ValueError(f"intensity low ({self.low}) must be below high ({self.high})")
-        if self.kind == "percentile" and not (0 <= self.low and self.high <= 100):
+        if self.kind == "percentile" and not (self.low >= 0 and self.high <= 100):
             raise ValueError(f"percentiles lie in 0-100, got {self.low} and {self.high}")
 
     def fit(self, array: np.ndarray) -> LinearScale:

@@ -1,5 +1,6 @@
-"""A run of the benchmarks: measures jobs in turns, foresees which would not fit, and keeps every record in
-bench.json."""
+"""Run benchmarks: measure jobs in turns, skip those that would not fit, and keep every record in bench.json."""
+
+# pyright: reportTypedDictNotRequiredAccess=false
 
 import json
 import math
@@ -7,21 +8,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.fits import predict
 from evaluation import provenance, write_report
 from training import native_bf16
 
-from .measure import NOT_RUN, OK, Work, available_memory, measure, summary
-from .records import find, line
+from .measure import NOT_RUN, OK, Forecast, Result, Work, available_memory, measure, summary
+from .records import Record, find, line
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A set-up of jobs.py, its arguments, and how often and how long it may run."""
+    """A function of jobs.py with its arguments, and how often and how long it may run."""
 
     setup: Callable[..., Work]
     arguments: dict[str, Any]
@@ -31,25 +32,25 @@ class Job:
 
 
 class Bench:
-    """Runs jobs and keeps their records, in memory and in bench.json."""
+    """Run jobs, and keep their records in memory and in bench.json."""
 
     def __init__(self, output: Path, device: str, memory: int):
         self.output, self.device, self.memory = output, device, memory
-        self.records: list[dict[str, Any]] = []
+        self.records: list[Record] = []
         self.precisions = {"float32": "measured", "bf16": "measured" if native_bf16() else "no bf16 hardware here"}
         if device.startswith("cuda"):
             self.precisions["tf32"] = "measured"
         self.environment = environment(device) | {"precisions": self.precisions, "memory_limit": memory}
-        own = {name: self.environment.pop(name) for name in ("command", "date", "commit")}
-        self.environment["runs"] = [own]  # more than one with `keep`
+        this_run = {name: self.environment.pop(name) for name in ("command", "date", "commit")}
+        self.environment["runs"] = [this_run]  # more than one with `keep`
 
     def measured_precisions(self) -> list[str]:
+        """Return the precisions that this machine can measure."""
         return [name for name, state in self.precisions.items() if state == "measured"]
 
     def compare(self, part: str, todo: Sequence[Job], rounds: int = 1) -> None:
-        """Measure the jobs in turns, `rounds` times; one that fails, or takes long enough to be sure of, is not run
-        again."""
-        records: dict[int, dict[str, Any]] = {}
+        """Measure the jobs in turns, `rounds` times; jobs that failed or took long are not repeated."""
+        records: dict[int, Record] = {}
         for turn in range(rounds):
             for index, job in enumerate(todo):
                 if turn and not (
@@ -66,20 +67,21 @@ class Bench:
                     memory=self.memory,
                 )
                 if turn:
-                    records[index].update(joined(records[index], result))
+                    records[index].update(cast(Record, joined(records[index], result)))
                 else:
                     arguments = {k: _within_clone(v) for k, v in job.arguments.items()}
-                    records[index] = {"part": part, "job": job.setup.__name__, **arguments, **result}
+                    record = {"part": part, "job": job.setup.__name__, **arguments, **result}
+                    records[index] = cast(Record, record)
                     self.records.append(records[index])
                 print(line(records[index]), flush=True)
                 self.write()
 
-    def find(self, part: str, job: str, **arguments: Any) -> list[dict[str, Any]]:
-        """The records that went well, in the order of their sizes."""
+    def find(self, part: str, job: str, **arguments: object) -> list[Record]:
+        """Return the successful records of a job, smallest shape first."""
         return find(self.records, part, job, **arguments)
 
-    def _forecast(self, part: str, job: Job) -> dict[str, Any] | None:
-        """Why a job is not run: the growth over smaller sizes says that it would not fit in memory or time."""
+    def _forecast(self, part: str, job: Job) -> Result | None:
+        """Return why a job is skipped, if the growth over smaller sizes shows that it would not fit in memory or time."""
         if "shape" not in job.arguments:
             return None
         same = {k: v for k, v in job.arguments.items() if k not in ("shape", "batch")}
@@ -90,24 +92,26 @@ class Bench:
         sizes = [math.prod(r["shape"]) for r in smaller]
         memory = predict(sizes, [max(r["memory"]["above"], 1) for r in smaller], voxels)
         seconds = predict(sizes, [r["seconds"]["median"] for r in smaller], voxels)
-        forecast = {"bytes": memory, "seconds": seconds}
+        forecast: Forecast = {"bytes": memory, "seconds": seconds}
         if memory > self.memory:
             detail = f"needs about {memory / 1e9:.2g} GB, {self.memory / 1e9:.2g} GB are free"
         elif seconds > job.timeout:
             detail = f"would take about {seconds:.0f} s, {job.timeout:.0f} s are allowed"
         else:
             return None
-        return {"status": NOT_RUN, "detail": detail + " (from the growth over smaller volumes)", "forecast": forecast}
+        detail += " (from the growth over smaller volumes)"
+        return {"status": NOT_RUN, "detail": detail, "forecast": forecast}
 
     def skip(self, part: str, reason: str) -> None:
-        """Write down a part that cannot be measured here."""
+        """Record a part that cannot be measured here."""
         self.records.append({"part": part, "job": part, "status": NOT_RUN, "detail": reason})
         print(line(self.records[-1]), flush=True)
 
     def keep(self, again: Sequence[str]) -> None:
-        """Go on from the output folder's bench.json, without the records of the parts that are measured again.
+        """Continue the output folder's bench.json, without the records of the parts that are measured again.
 
-        Raises: ValueError if it is of another device or processor: its figures are not to be compared with these.
+        Raises:
+            ValueError: if it is from another device or processor, whose figures cannot be compared with these.
         """
         path = self.output / "bench.json"
         if not path.is_file():
@@ -120,27 +124,29 @@ class Bench:
         self.environment["runs"] = before["environment"]["runs"] + self.environment["runs"]
 
     def write(self) -> Path:
+        """Write bench.json and return its path."""
         return write_report(self.output / "bench.json", {"environment": self.environment, "measurements": self.records})
 
 
-def _within_clone(value: Any) -> Any:
-    """Paths in the clone relative to it: a report says nothing of the machine's folders."""
+def _within_clone(value: object) -> object:
+    """Make paths in the clone relative to it, so that a report names no folder of the machine."""
     return value.removeprefix(f"{ROOT}/") if isinstance(value, str) else value
 
 
-def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Both rounds of one measurement: all times, the larger peak. A second round that failed says so."""
+def joined(first: Result, second: Result) -> Result:
+    """Merge the second round of a measurement: all times, and the larger peak. A failed second round is noted."""
     if second["status"] != OK:
-        return {"later_round": {"status": second["status"], "detail": second["detail"]}}
+        return {"status": OK, "later_round": {"status": second["status"], "detail": second["detail"]}}
     times = first["seconds"]["all"] + second["seconds"]["all"]
     return {
-        "seconds": summary(times) | {"warm": first["seconds"]["warm"] and second["seconds"]["warm"]},
+        "status": OK,
+        "seconds": summary(times, first["seconds"]["warm"] and second["seconds"]["warm"]),
         "memory": max(first["memory"], second["memory"], key=lambda m: m["above"]),
     }
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Machine, instructions, versions and commit."""
+    """Return machine, instructions, versions and commit."""
     found = provenance()
     found["versions"] |= {name: version(name) for name in ("monai", "diffusers", "accelerate")}
     found["machine"]["instructions"] = [
@@ -150,6 +156,6 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def cpu_flags() -> set[str]:
-    """What /proc/cpuinfo says the processor can do; nothing where it does not say."""
+    """Return the processor's flags from /proc/cpuinfo."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return {flag for text in lines if text.startswith("flags") for flag in text.split(":", 1)[1].split()}

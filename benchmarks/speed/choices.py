@@ -1,8 +1,8 @@
-"""What each choice for speed gives, and what was tried and dropped:
+"""Measure the gain of each optimization, and of those that were tried and dropped.
 
-python -m benchmarks.speed.choices --output out/bench/choices.json
+    python -m benchmarks.speed.choices --output out/bench/choices.json
 
-Each choice is timed with and without, in turns, at the sizes of the shipped models; times are medians. CPU, float32.
+Each optimization is timed on and off, in turns, at the sizes of the shipped models; times are medians. CPU, float32.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from cli.settings import Number, PositiveInt
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=Number(PositiveInt), default=15, help="timed runs of each (15)")
     parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
@@ -41,7 +41,7 @@ from evaluation.report import check_report, provenance, write_report
 
 @dataclass(frozen=True)
 class Choice:
-    """`without` and `chosen` do the same work; `kept` says whether the code does it so."""
+    """Two versions of the same work; `kept` tells whether the code uses `chosen`."""
 
     name: str
     case: str
@@ -50,8 +50,8 @@ class Choice:
     kept: bool = True
 
 
-def main(args: Sequence[str] | None = None) -> dict[str, Any]:
-    """Time, write the report and return it."""
+def main(args: Sequence[str] | None = None) -> dict[str, object]:
+    """Time all choices, write the report and return it."""
     options = parse(args)
     check_report(options.output)
     torch.manual_seed(0)
@@ -75,27 +75,28 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def milliseconds(works: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Median time of each after two untimed runs, taking turns."""
+    """Return the median time of each, after two untimed runs, taking turns."""
     times: list[list[float]] = [[] for _ in works]
     for _ in range(repeats + 2):
-        for work, own in zip(works, times, strict=True):
+        for work, seconds in zip(works, times, strict=True):
             start = time.perf_counter()
             work()
-            own.append(time.perf_counter() - start)
-    return [round(1000 * statistics.median(own[2:]), 3) for own in times]
+            seconds.append(time.perf_counter() - start)
+    return [round(1000 * statistics.median(seconds[2:]), 3) for seconds in times]
 
 
 def volume(channels: int, grid: Sequence[int], batch: int = 1) -> Tensor:
-    """Random (B, C, h, w, d) in channels_last_3d."""
+    """Return a random (B, C, h, w, d) tensor in channels_last_3d."""
     return torch.randn(batch, channels, *grid).contiguous(memory_format=torch.channels_last_3d)
 
 
 def no_grad(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Disable gradients for `work`."""
     return torch.no_grad()(work)
 
 
 def inference() -> Iterator[Choice]:
-    """Choices of inference: kernels, norms, memory format, streaming, the mask."""
+    """Yield the choices for inference: kernels, norms, memory format, streaming, the mask."""
     # the U-Net's two levels and the decoder's two levels for a volume of 36 x 52 x 36 voxels
     for channels, grid in ((64, (9, 13, 9)), (160, (5, 7, 5)), (128, (9, 13, 9)), (32, (18, 26, 18))):
         conv: Any = Conv3d(channels, channels, 3, padding=1).to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
@@ -155,7 +156,7 @@ def inference() -> Iterator[Choice]:
 
 
 def training() -> Iterator[Choice]:
-    """Choices of training: there and back."""
+    """Yield the choices for training: forward and backward."""
     embedding, ids = FoldedMaskEmbedding(3, 64, 32), folded(8)
     bag = nn.EmbeddingBag(3 * 64 + 1, 32, mode="sum", padding_idx=0)
 
@@ -182,7 +183,7 @@ def training() -> Iterator[Choice]:
 
 
 def norm_in_parts(rows: Tensor, weight: Tensor, part: int = 1024) -> Tensor:
-    """RMSNorm of rows (..., C), 1024 at a time."""
+    """Compute RMSNorm of rows (..., C), 1024 at a time."""
     out = torch.empty_like(rows)
     for x, y in zip(rows.flatten(0, 3).split(part), out.flatten(0, 3).split(part), strict=True):
         scale = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + 1e-6)
@@ -191,7 +192,7 @@ def norm_in_parts(rows: Tensor, weight: Tensor, part: int = 1024) -> Tensor:
 
 
 def streamed(vae: AutoencoderKL3D, latents: Tensor, planes: int) -> None:
-    """Decode in slabs of so many planes of latents."""
+    """Decode in slabs of `planes` planes of latents."""
     sides = [n * s for n, s in zip(latents.shape[2:], vae.stride, strict=True)]
     vae.slab_bytes = planes * vae.activation_bytes((*sides[:2], vae.stride[2]))
     for _ in vae.decode_slabs(latents):
@@ -199,11 +200,12 @@ def streamed(vae: AutoencoderKL3D, latents: Tensor, planes: int) -> None:
 
 
 def folded(batch: int) -> Tensor:
-    """Ids of a mask of three labels, (B, 9, 13, 9, 64)."""
+    """Return the folded ids of a mask with three labels, (B, 9, 13, 9, 64)."""
     labels = torch.zeros(batch, 36, 52, 36, dtype=torch.int16)
     labels[:, 10:20, 15:40, 10:25], labels[:, 20:26, 15:40, 10:25] = 1, 2
     return fold_mask(labels, (4, 4, 4), 3)
 
 
 def shape(grid: Sequence[int]) -> str:
+    """Format a grid: 9 x 13 x 9."""
     return " x ".join(map(str, grid))

@@ -1,21 +1,22 @@
-"""The few rows of bench.json that README shows, written between two comments of it:
+"""Write the main rows of bench.json into README.md, between two comments.
 
 python -m benchmarks.speed.headline docs/performance.json --readme README.md
 """
 
+# pyright: reportTypedDictNotRequiredAccess=false
+
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from cli.command import ArgumentParser, run_command
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("bench", type=Path, help="bench.json")
-    parser.add_argument("--readme", type=Path, required=True)
+    parser.add_argument("--readme", type=Path, required=True, help="Markdown file with the two comments")
     return parser.parse_args(args)
 
 
@@ -25,31 +26,31 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 from .records import Record, find, short, whole_sample
 from .report import read_bench, table
 
-BEGIN, END = "<!-- performance: written by benchmarks.speed.headline -->", "<!-- end of performance -->"
-FLOAT32: dict[str, Any] = {"precision": "float32"}
+BEGIN = "<!-- performance: written by benchmarks.speed.headline -->"
+END = "<!-- end of performance -->"
+FLOAT32: dict[str, object] = {"precision": "float32"}
 
 
 def rows(records: list[Record]) -> Iterator[tuple[str, str, str, str]]:
-    """(what, ours, peer, how many times)."""
-    for side in (128, 256):
-        same = FLOAT32 | {"shape": (side,) * 3, "streamed": False}
-        ours = find(records, "coding", "decoding", model="ours", **same)
-        for model, name in (("maisi", "MAISI"), ("monai", "MONAI AutoencoderKL of our size")):
-            peer = find(records, "coding", "decoding", model=model, **same)
-            if ours and peer:
-                yield _pair(f"decode {side}³, against {name}", ours[0], peer[0])
+    """Yield (job, ours, peer, ratio), one size per job; docs/performance.md has all sizes."""
+    same = FLOAT32 | {"shape": (128,) * 3, "streamed": False}
+    ours = find(records, "coding", "decoding", model="ours", **same)
+    for model, name in (("maisi", "MAISI"), ("monai", "MONAI AutoencoderKL of our size")):
+        peer = find(records, "coding", "decoding", model=model, **same)
+        if ours and peer:
+            yield _pair(f"decode 128³, against {name}", ours[0], peer[0])
     disk = [r for r in find(records, "long_axis", "decoding_to_disk") if r["shape"][2] == 768]
     if disk:
         resident = f"{disk[0]['memory']['peak'] / 2**30:.1f} GiB resident"
         yield "decode 512 x 512 x 768 to a file", f"{short(disk[0]['seconds']['median'])} s, {resident}", "", ""
     for job, name in (("training_autoencoder", "autoencoder"), ("training_unet", "U-Net")):
-        for ours in find(records, "training", job, model="ours", checkpointing=False, **FLOAT32):
+        for ours in find(records, "training", job, model="ours", checkpointing=False, **FLOAT32)[-1:]:
             same = FLOAT32 | {"shape": ours["shape"], "batch": ours["batch"]}
             peer = find(records, "training", job, model="monai", **same)
             if peer:
                 sides = " x ".join(map(str, [ours["batch"], *ours["shape"]]))
-                yield _pair(f"training step of the {name}, {sides}, against MONAI's of equal parameters", ours, peer[0])
-    for ours in find(records, "sampling", "sampling", model="ours", **FLOAT32):
+                yield _pair(f"train the {name} one step, {sides}, against MONAI's", ours, peer[0])
+    for ours in find(records, "sampling", "sampling", model="ours", **FLOAT32)[-1:]:
         for model, scale, name in (
             ("monai", 1, "50 DDIM steps of MONAI's"),
             ("monai voxels", 4, "250 steps in voxels"),
@@ -60,7 +61,7 @@ def rows(records: list[Record]) -> Iterator[tuple[str, str, str, str]]:
             if peer:
                 times = [whole_sample(r) for r in (ours, peer[0])]
                 cells = " x ".join(map(str, ours["shape"]))
-                what = f"20 steps on {cells} latents, against {name}"
+                what = f"sample in 20 steps, {cells} latents, against {name}"
                 yield what, f"{short(times[0])} s", f"{short(times[1])} s", f"{times[1] / times[0]:.1f} x"
     ours, peer = (find(records, "equal_time", "training", model=m) for m in ("ours", "maisi"))
     if ours and peer:
@@ -76,7 +77,7 @@ def _pair(what: str, ours: Record, peer: Record) -> tuple[str, str, str, str]:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Rewrite README's table. Raises: ValueError if README has no place for it."""
+    """Rewrite README's table. Raises: ValueError if README does not have the two comments."""
     options = parse(args)
     text = options.readme.read_text()
     if BEGIN not in text or END not in text:

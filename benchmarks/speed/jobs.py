@@ -1,12 +1,11 @@
-"""What is measured: each function builds models and inputs, and returns the `Work` that is timed, with its FLOPs
-where they are known.
+"""Jobs to measure: each function builds models and inputs, and returns the `Work` to time, with its FLOPs if known.
 
 Every job takes `device` and `precision`: float32 (TF32 off), tf32 (CUDA only) or bf16. In bf16 our weights are bf16,
-as the pipeline loads them; peers and training run under autocast, as their own scripts do.
+as the pipeline loads them; peers and trainings run under autocast, as in their own scripts.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ OUR_WEIGHTS = Path(__file__).resolve().parents[2] / "weights" / "hippocampus" / 
 def decoding(
     model: str, shape: Shape, device: str, precision: str, *, streamed: bool = False, compiled: bool = False
 ) -> Work:
-    """Latents of `shape` (X, Y, Z) voxels -> volume."""
+    """Decode latents of `shape` (X, Y, Z) voxels."""
     net, latents = build_autoencoder(model, device, precision, streamed, compiled), noise(latent_shape(shape), device)
     latents = latents.to(next(net.parameters()).dtype)
 
@@ -50,7 +49,7 @@ def decoding(
 def encoding(
     model: str, shape: Shape, device: str, precision: str, *, streamed: bool = False, compiled: bool = False
 ) -> Work:
-    """Volume of `shape` (X, Y, Z) voxels -> latents."""
+    """Encode a volume of `shape` (X, Y, Z) voxels."""
     net, volume = build_autoencoder(model, device, precision, streamed, compiled), noise((1, *shape), device)
     volume = volume.to(next(net.parameters()).dtype)
 
@@ -62,8 +61,7 @@ def encoding(
 
 
 def sliding_window_decoding(model: str, shape: Shape, window: int, device: str, precision: str) -> Work:
-    """As `decoding`, by MONAI's SlidingWindowInferer over cubes of `window` latent cells (overlap 0.25, Gaussian
-    blending)."""
+    """Decode with MONAI's SlidingWindowInferer over cubes of `window` latent voxels (overlap 0.25, Gaussian blending)."""
     net, latents = build_autoencoder(model, device, precision), noise(latent_shape(shape), device)
     inferer = SlidingWindowInferer(roi_size=window, sw_batch_size=1, overlap=0.25, mode="gaussian")
 
@@ -75,11 +73,11 @@ def sliding_window_decoding(model: str, shape: Shape, window: int, device: str, 
 
 
 def decoding_to_disk(shape: Shape, device: str, precision: str, folder: str) -> Work:
-    """Our decoder over `shape` (X, Y, Z) voxels, slab after slab into a file, so that the result is never in memory."""
+    """Decode `shape` (X, Y, Z) voxels with our decoder slab by slab into a file; the result is never in memory."""
     net = build_autoencoder("ours", device, precision, streamed=True)
     latents = noise(latent_shape(shape), device).to(next(net.parameters()).dtype)
 
-    def run() -> dict[str, Any]:
+    def run() -> dict[str, int]:
         written = 0
         with torch.inference_mode(), tempfile.TemporaryFile(dir=folder) as sink:
             for slab in net.decode_slabs(latents):
@@ -90,17 +88,17 @@ def decoding_to_disk(shape: Shape, device: str, precision: str, folder: str) -> 
 
 
 def seam(model: str, size: int, device: str, *, weights: str | None = None, window: int | None = None) -> Work:
-    """How far decoding in pieces is from decoding whole, on the latents of a phantom of `size` ** 3 voxels.
+    """Measure the error of decoding in pieces, on the latents of a phantom of `size` ** 3 voxels.
 
-    Ours is decoded in slabs, a peer by a sliding window of `window` latent cells. Errors are parts of the whole
-    result's range (largest minus smallest voxel).
+    Ours is decoded in slabs, a peer by a sliding window of `window` latent voxels. Errors are relative to the range of the volume
+    that is decoded at once (largest minus smallest voxel).
     """
     net: Any = build_autoencoder(model, device, "float32", streamed=window is None, weights=weights)
     volume = torch.from_numpy(make_phantom(0, (size, size, size))[0].array)[None].to(device)
     volume = 2 * (volume - volume.min()) / (volume.max() - volume.min()) - 1
 
     @torch.inference_mode()
-    def run() -> dict[str, Any]:
+    def run() -> dict[str, float]:
         if window is None:
             pieces, whole = decode_both_ways(net, volume)
         else:
@@ -115,7 +113,7 @@ def seam(model: str, size: int, device: str, *, weights: str | None = None, wind
 
 
 def decode_both_ways(vae: AutoencoderKL3D, volume: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the volume's latents: decoded in slabs of one plane of cells, the worst case, and decoded whole."""
+    """Decode the volume's latents in slabs of one plane (the worst case), and at once."""
     vae.disable_tiling()
     latents = encode(vae, volume)
     whole = decode(vae, latents)
@@ -133,7 +131,7 @@ def training_autoencoder(
     checkpointing: bool = False,
     compiled: bool = False,
 ) -> Work:
-    """Forward, backward and AdamW step on `batch` crops; the same losses for all (L1 and KL)."""
+    """Run forward, backward and AdamW step on `batch` patches; the losses are L1 and KL for all models."""
     net = build_autoencoder(model, device, "float32", compiled=compiled, training=True)
     if checkpointing:
         net.enable_gradient_checkpointing()
@@ -155,7 +153,7 @@ def training_unet(
     checkpointing: bool = False,
     compiled: bool = False,
 ) -> Work:
-    """Forward, backward and AdamW step on `batch` latents of `shape` (h, w, d) cells; mean squared error."""
+    """Run forward, backward and AdamW step on `batch` latents of `shape` (h, w, d); the loss is the mean squared error."""
     net: Any = UNETS[model]().to(device).train()
     if checkpointing:
         net.enable_gradient_checkpointing()
@@ -177,11 +175,16 @@ def sampling(
     steps_run: int | None = None,
     compiled: bool = False,
 ) -> Work:
-    """One sample: ours by Euler steps (`diffusion.denoise`), MONAI's latent U-Net by DDIM, its voxel U-Net by DDPM.
+    """Sample once: ours by Euler steps (`diffusion.denoise`), MONAI's latent U-Net by DDIM, its voxel U-Net by DDPM.
 
     Args:
-        shape: cells of the latents, or voxels for "monai voxels".
-        steps_run: how many of the steps are run; the report multiplies by `steps / steps_run`.
+        model: name of the U-Net.
+        shape: shape of the latents, or voxels for "monai voxels".
+        steps: number of steps of a sample.
+        device: device to run on.
+        precision: precision to run in.
+        steps_run: number of steps to run; the report multiplies the time by `steps / steps_run`.
+        compiled: whether to use torch.compile.
     """
     set_precision(precision)
     net = build_unet(model, device, precision)
@@ -214,11 +217,10 @@ def _sample_peer(net: nn.Module, noisy: Tensor, scheduler: Any, steps: int, step
 
 
 def attention_backend(backend: str, shape: Shape, device: str, precision: str) -> Work:
-    """Our U-Net under one of diffusers' attention backends: seconds a call, and how far it is from PyTorch's plain
-    one (`_native_math`)."""
+    """Call our U-Net with one of diffusers' attention backends, and compare with PyTorch's plain one (`_native_math`)."""
     set_precision(precision)
     net = build_unet("ours", device, precision)
-    with torch.no_grad():  # a new U-Net's last layer is zero: it would say nothing about attention
+    with torch.no_grad():  # a new U-Net's last layer is zero and would hide errors of attention
         for parameter in net.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.02)
@@ -232,7 +234,7 @@ def attention_backend(backend: str, shape: Shape, device: str, precision: str) -
         net.set_attention_backend(backend)
 
     @torch.inference_mode()
-    def run() -> dict[str, Any]:
+    def run() -> dict[str, float]:
         error = (predict(net, latents, timestep).float() - reference).abs().max() / reference.abs().max()
         return {"relative_error": error.item()}
 
@@ -240,19 +242,19 @@ def attention_backend(backend: str, shape: Shape, device: str, precision: str) -
 
 
 def generating(device: str, *, steps: int, repeats: int, folder: str) -> Work:
-    """Seconds a volume with the shipped pipeline: benchmarks/generation.py."""
+    """Measure seconds per volume of the shipped pipeline: benchmarks/generation.py."""
     output = str(Path(folder) / "generation.json")
     arguments = ["--steps", str(steps), "--repeats", str(repeats), "--device", device, "--output", output]
     return Work(lambda: _without_provenance(generation.main(arguments)))
 
 
 def timing_choices(*, repeats: int, folder: str) -> Work:
-    """What each choice for speed gives: benchmarks/speed/choices.py."""
+    """Measure the gain of each optimization: benchmarks/speed/choices.py."""
     arguments = ["--repeats", str(repeats), "--output", str(Path(folder) / "choices.json")]
     return Work(lambda: _without_provenance(choices.main(arguments)))
 
 
-def _without_provenance(report: dict[str, Any]) -> dict[str, Any]:
+def _without_provenance(report: Mapping[str, object]) -> dict[str, object]:
     return {k: v for k, v in report.items() if k not in ("command", "date", "commit", "machine", "versions", "masks")}
 
 
@@ -266,7 +268,7 @@ def build_autoencoder(
     weights: str | None = None,
     training: bool = False,
 ) -> Any:
-    """An autoencoder by name, on its device; `weights` is a safetensors file of a peer, or our folder."""
+    """Build an autoencoder on its device; `weights` is a safetensors file of a peer, or our folder."""
     set_precision(precision)
     torch.manual_seed(0)
     if weights is not None and model == "ours":
@@ -287,34 +289,34 @@ def build_autoencoder(
 
 
 def build_unet(model: str, device: str, precision: str) -> Any:
-    """A U-Net by name, on its device."""
+    """Build a U-Net on its device."""
     torch.manual_seed(0)
     net = UNETS[model]().to(device).eval()
     return net.to(torch.bfloat16) if precision == "bf16" and model == "ours" else net
 
 
 def set_precision(precision: str) -> None:
-    """TF32 on or off, and cuDNN's search for the fastest kernel on (CUDA only)."""
+    """Switch TF32 on or off, and cuDNN's search for the fastest kernel on (CUDA only)."""
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 @contextmanager
 def autocast(device: str, precision: str, enabled: bool = True) -> Iterator[None]:
-    """bf16 autocast where the precision is bf16."""
+    """Use bf16 autocast if the precision is bf16."""
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled and precision == "bf16"):
         yield
 
 
 def autoencoder_loss(model: nn.Module, volume: Tensor) -> Tensor:
-    """L1 and a small KL, through the posterior's sample, as training goes."""
+    """Compute L1 and a small KL of a sample of the posterior, as in training."""
     encoded = posterior(model, volume)
     fov = torch.ones_like(volume, dtype=torch.bool)
     return l1_loss(decode(model, encoded.sample()).float(), volume, fov) + 1e-4 * kl_loss(encoded, fov)
 
 
 def unet_loss(model: nn.Module, latents: Tensor) -> Tensor:
-    """Mean squared error against noise."""
+    """Compute the mean squared error against noise."""
     target, timestep = torch.randn_like(latents), torch.full((len(latents),), 500.0, device=latents.device)
     return F.mse_loss(predict(model, latents, timestep).float(), target)
 
@@ -322,7 +324,7 @@ def unet_loss(model: nn.Module, latents: Tensor) -> Tensor:
 def optimizer_step(
     net: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor], batch: Tensor, device: str, precision: str
 ) -> Callable[[], None]:
-    """One training step as a function without arguments."""
+    """Return one training step as a function without arguments."""
     set_precision(precision)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
 
@@ -337,13 +339,12 @@ def optimizer_step(
 
 
 def noise(shape: Sequence[int], device: str, batch: int = 1) -> Tensor:
-    """Standard normal, the same every time."""
+    """Return standard normal noise, the same in every call."""
     return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def facts(net: nn.Module, call: Callable[[nn.Module], Any], build: Callable[[], nn.Module]) -> dict[str, Any]:
-    """Parameters, and the FLOPs of `call`, counted on the meta device: no arithmetic, and no kernel that the counter
-    does not know."""
+def facts(net: nn.Module, call: Callable[[nn.Module], Any], build: Callable[[], nn.Module]) -> dict[str, int]:
+    """Count the parameters, and the FLOPs of `call` on the meta device: no arithmetic, and no kernel unknown to the counter."""
     with torch.device("meta"):
         meta = build()
     with FlopCounterMode(display=False) as counter:
@@ -352,4 +353,5 @@ def facts(net: nn.Module, call: Callable[[nn.Module], Any], build: Callable[[], 
 
 
 def meta_input(shape: Sequence[int], batch: int = 1) -> Tensor:
+    """Return an empty batch on the meta device."""
     return torch.empty(batch, *shape, device="meta")

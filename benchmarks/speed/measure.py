@@ -1,7 +1,7 @@
-"""One measurement in a process of its own: seconds, peak memory, and an honest word where there are none.
+"""Measure seconds and peak memory of one job in a fresh process, or report why that failed.
 
-A fresh process a measurement, so that its peak is its own and nothing is warm but what it warms itself. Linux only:
-the peak is read from, and reset in, /proc/self (`ru_maxrss` of a process starts at its parent's).
+With one process per measurement, the peak belongs to the job and no cache is warm from earlier ones. Linux only: the peak is read
+from and reset in /proc/self (`ru_maxrss` of a process starts at its parent's).
 """
 
 import functools
@@ -14,20 +14,61 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import torch
 
-OK, TOO_LONG, OUT_OF_MEMORY, FAILED, NOT_RUN = "ok", "too long", "out of memory", "failed", "not run"
+OK = "ok"
+TOO_LONG = "too long"
+OUT_OF_MEMORY = "out of memory"
+FAILED = "failed"
+NOT_RUN = "not run"
+
+
+class Times(TypedDict):
+    """Seconds of the counted runs; `warm` tells whether an uncounted run came first."""
+
+    median: float
+    min: float
+    max: float
+    all: list[float]
+    warm: bool
+
+
+class Memory(TypedDict):
+    """Bytes in use before the first run, at the peak, and the difference."""
+
+    baseline: int
+    peak: int
+    above: int
+
+
+class Forecast(TypedDict):
+    """Bytes and seconds that a job would need, from the growth over smaller sizes."""
+
+    bytes: float
+    seconds: float
+
+
+class Result(TypedDict, total=False):
+    """Outcome of a measurement: figures if `status` is "ok", else a `detail`."""
+
+    status: Required[str]
+    detail: str
+    seconds: Times
+    memory: Memory
+    facts: dict[str, Any]  # known before the run, such as FLOPs
+    values: dict[str, Any]  # figures that the run returned
+    forecast: Forecast  # of a job that was not run
+    later_round: dict[str, str]  # status and detail of a later round that failed
 
 
 @dataclass
 class Work:
-    """What a set-up hands to the clock: `run`, which may return figures of its own, and what is known before it
-    runs."""
+    """The work to time: `run`, which may return figures, and facts that are known before it runs."""
 
-    run: Callable[[], Mapping[str, Any] | None]
-    facts: dict[str, Any] = field(default_factory=dict)
+    run: Callable[[], Mapping[str, object] | None]
+    facts: Mapping[str, object] = field(default_factory=dict)
 
 
 def measure(
@@ -39,18 +80,23 @@ def measure(
     seconds: float = 10.0,
     timeout: float = 600.0,
     memory: int | None = None,
-) -> dict[str, Any]:
-    """`setup(**arguments)` and its `run` in a fresh process.
+) -> Result:
+    """Call `setup(**arguments)` and time its `run` in a fresh process.
 
-    The first run is a warm-up and not counted, unless it alone took more than `seconds` or `repeats` is 0; then up to
-    `repeats` runs are, for about `seconds`.
+    The first run is a warm-up and does not count, unless it takes more than `seconds` or `repeats` is 0. Then up to `repeats` runs
+    count, for about `seconds`.
 
     Args:
-        setup: a function at the top of a module, which builds models and inputs.
+        setup: a top-level function that builds models and inputs.
+        arguments: its arguments.
+        device: "cpu" or a CUDA device.
+        repeats: maximum number of counted runs.
+        seconds: time for all counted runs.
         timeout: seconds after which the process is killed.
-        memory: bytes that the process may take besides what its imports took (CPU only).
-    Returns: {"status": "ok", "seconds": {"median", "min", "max", "all", "warm"}, "memory": {"baseline", "peak",
-    "above"} in bytes, "facts", "values"}, or {"status": "too long" | "out of memory" | "failed", "detail"}.
+        memory: bytes that the process may use beyond its imports (CPU only).
+
+    Returns:
+        The figures, or why there are none: "too long", "out of memory" or "failed".
     """
     multiprocessing.set_forkserver_preload([__name__, setup.__module__])  # imports once, forks often
     context = multiprocessing.get_context(start_method(device))
@@ -64,7 +110,7 @@ def measure(
         if receiver.poll(timeout):
             return receiver.recv()
         return {"status": TOO_LONG, "detail": f"stopped after {timeout:.0f} s"}
-    except EOFError:  # it died without a word
+    except EOFError:  # it died without a message
         process.join()
         status = OUT_OF_MEMORY if process.exitcode == -9 else FAILED
         return {"status": status, "detail": f"the process ended with exit code {process.exitcode}"}
@@ -75,9 +121,9 @@ def measure(
 
 @functools.cache
 def start_method(device: str) -> str:
-    """forkserver where it can be: CUDA does not survive a fork once anything that was imported has touched it."""
+    """Return forkserver where possible: CUDA does not survive a fork once an import has initialized it."""
     if device.startswith("cuda"):
-        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU is then no such touch
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking for a GPU then does not initialize CUDA
         process = multiprocessing.get_context("forkserver").Process(target=torch.cuda.init)
         process.start()
         process.join()
@@ -87,7 +133,7 @@ def start_method(device: str) -> str:
 
 def _child(sender, setup, arguments, device, repeats, seconds, memory) -> None:
     try:
-        result = _measure(setup, arguments, device, repeats, seconds, memory)
+        result: Result = _measure(setup, arguments, device, repeats, seconds, memory)
     except Exception as error:
         status = OUT_OF_MEMORY if is_out_of_memory(error) else FAILED
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
@@ -95,7 +141,7 @@ def _child(sender, setup, arguments, device, repeats, seconds, memory) -> None:
     sender.send(result)
 
 
-def _measure(setup, arguments, device, repeats, seconds, memory) -> dict[str, Any]:
+def _measure(setup, arguments, device, repeats, seconds, memory) -> Result:
     if memory is not None and device == "cpu":
         limit = proc_status("VmSize") + memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -103,7 +149,7 @@ def _measure(setup, arguments, device, repeats, seconds, memory) -> dict[str, An
     torch.nn.functional.conv3d(torch.ones(1, 8, 8, 8, 8), torch.ones(8, 8, 3, 3, 3))  # loads kernels, starts threads
     baseline = reset_peak(device)
     first, values = timed(work.run, device)
-    warm, times = 0 < repeats and first <= seconds, [first]
+    warm, times = repeats > 0 and first <= seconds, [first]
     if warm:
         times = []
         while len(times) < repeats and sum(times) < seconds:
@@ -112,15 +158,15 @@ def _measure(setup, arguments, device, repeats, seconds, memory) -> dict[str, An
     peak = peak_memory(device)
     return {
         "status": OK,
-        "seconds": summary(times) | {"warm": warm},
+        "seconds": summary(times, warm),
         "memory": {"baseline": baseline, "peak": peak, "above": peak - baseline},
-        "facts": work.facts,
+        "facts": dict(work.facts),
         "values": dict(values or {}),
     }
 
 
 def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Seconds until the device is done, and what `run` returned."""
+    """Return the seconds until the device has finished `run`, and its result."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     wait()
     start = time.perf_counter()
@@ -129,13 +175,13 @@ def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def summary(times: Sequence[float]) -> dict[str, Any]:
-    """Median, smallest, largest and all of the times."""
-    return {"median": statistics.median(times), "min": min(times), "max": max(times), "all": list(times)}
+def summary(times: Sequence[float], warm: bool) -> Times:
+    """Return median, minimum, maximum and all of the times."""
+    return {"median": statistics.median(times), "min": min(times), "max": max(times), "all": list(times), "warm": warm}
 
 
 def reset_peak(device: str) -> int:
-    """Start counting peak memory from now; returns what is in use, in bytes."""
+    """Reset the peak, and return the memory in use, in bytes."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
@@ -145,12 +191,12 @@ def reset_peak(device: str) -> int:
 
 
 def peak_memory(device: str) -> int:
-    """Largest memory in use since `reset_peak`, in bytes: resident, or allocated on the GPU."""
+    """Return the peak memory since `reset_peak`, in bytes: resident, or allocated on the GPU."""
     return torch.cuda.max_memory_allocated() if device.startswith("cuda") else proc_status("VmHWM")
 
 
 def proc_status(name: str) -> int:
-    """A size of this process from /proc/self/status, in bytes."""
+    """Read a size of this process from /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return 1024 * int(line.split()[1])
@@ -158,7 +204,7 @@ def proc_status(name: str) -> int:
 
 
 def available_memory(device: str = "cpu") -> int:
-    """Bytes that are free for a measurement."""
+    """Return the free memory in bytes."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info()[0]
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -166,7 +212,7 @@ def available_memory(device: str = "cpu") -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed, in Python, PyTorch or oneDNN."""
+    """Return whether an allocation failed, in Python, PyTorch or oneDNN."""
     text = str(error).lower()
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
         word in text for word in ("can't allocate memory", "bad_alloc", "out of memory", "cannot allocate memory")

@@ -1,8 +1,7 @@
-"""Our networks and their peers in MONAI, by name, behind the few functions that a measurement calls. Axes: (B, C, X,
-Y, Z).
+"""Build our networks and their peers in MONAI by name, and call them alike. Axes: (B, C, X, Y, Z).
 
-Peers of "equal parameters" have a width that is searched so that they have as many as ours (within 5 %, see
-`closest`); all autoencoders have 4 latent channels and a stride of 4 per axis.
+The width of a peer of "equal parameters" is searched so that it has as many as ours (within 5 %, see `closest`). All
+autoencoders have 4 latent channels and a stride of 4 per axis.
 """
 
 from bisect import bisect
@@ -19,17 +18,21 @@ from autoencoder import AutoencoderKL3D
 from autoencoder.posterior import DiagonalGaussian3D
 from diffusion import LatentUNet3D
 
-STRIDE, LATENT_CHANNELS = 4, 4
+STRIDE = 4
+LATENT_CHANNELS = 4
 
 
 def parameters(model: nn.Module) -> int:
-    """How many there are."""
+    """Count the parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
 def closest(build: Callable[[int], nn.Module], widths: Sequence[int], target: int) -> nn.Module:
-    """The model, of growing `widths`, whose parameter count is nearest `target`. Raises ValueError if it is more than
-    5 % off."""
+    """Build the model whose parameter count is nearest `target`, over growing `widths`.
+
+    Raises:
+        ValueError: if it is more than 5 % off.
+    """
 
     def count(width: int) -> int:
         with torch.device("meta"):
@@ -49,8 +52,7 @@ def _ours() -> nn.Module:
 
 
 def _monai() -> nn.Module:
-    """MONAI's AutoencoderKL: MAISI's levels and blocks, the last level's width searched; no attention, which no
-    volume of these sizes could afford."""
+    """Build MONAI's AutoencoderKL with MAISI's levels and blocks, without attention, which these sizes could not afford."""
 
     def build(last: int) -> nn.Module:
         return AutoencoderKL(
@@ -147,31 +149,31 @@ def _count(build: Callable[[], nn.Module]) -> int:
 
 
 def encode(model: nn.Module, volume: Tensor) -> Tensor:
-    """Posterior mean (B, 4, X/4, Y/4, Z/4) of a volume (B, 1, X, Y, Z)."""
+    """Return the posterior mean (B, 4, X/4, Y/4, Z/4) of a volume (B, 1, X, Y, Z)."""
     return posterior(model, volume).mode()
 
 
 def decode(model: Any, latents: Tensor) -> Tensor:
-    """Volume (B, 1, X, Y, Z)."""
+    """Return the decoded volume (B, 1, X, Y, Z)."""
     return model.decode(latents, return_dict=False)[0] if isinstance(model, AutoencoderKL3D) else model.decode(latents)
 
 
 def posterior(model: Any, volume: Tensor) -> DiagonalGaussian3D:
-    """The encoder's Gaussian, in our class for every model, so that all share one loss."""
+    """Return the encoder's Gaussian, in our class for every model, so that all share one loss."""
     if isinstance(model, AutoencoderKL3D):
-        return model.encode(volume, return_dict=False)[0]  # pyright: ignore[reportReturnType]
+        return model.encode(volume, return_dict=False)[0]
     mean, std = model.encode(volume)
     zero, one = mean.new_zeros(mean.shape[1]), mean.new_ones(mean.shape[1])
     return DiagonalGaussian3D(torch.cat([mean, 2 * std.log()], dim=1), zero, one)
 
 
 def predict(model: Any, noisy: Tensor, timestep: Tensor) -> Tensor:
-    """A U-Net's output for noisy latents or volumes (B, C, ...) and timesteps (B,)."""
+    """Return a U-Net's output for noisy latents or volumes (B, C, ...) and timesteps (B,)."""
     return model(noisy, timestep, return_dict=False)[0] if isinstance(model, LatentUNet3D) else model(noisy, timestep)
 
 
 def latent_shape(voxels: tuple[int, int, int]) -> tuple[int, int, int, int]:
-    """(4, X/4, Y/4, Z/4). Raises ValueError if a side is no multiple of 4."""
+    """Return (4, X/4, Y/4, Z/4). Raises: ValueError if a side is not a multiple of 4."""
     if any(n % STRIDE for n in voxels):
-        raise ValueError(f"{voxels} voxels: the autoencoders take multiples of {STRIDE}")
+        raise ValueError(f"{voxels} voxels: sides must be multiples of {STRIDE}")
     return (LATENT_CHANNELS, *(n // STRIDE for n in voxels))  # pyright: ignore[reportReturnType]

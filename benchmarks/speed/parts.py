@@ -1,4 +1,6 @@
-"""What is compared with what: each part of the benchmarks as a list of jobs, at the report's sizes or at tiny ones."""
+"""Parts of the benchmarks: lists of jobs to compare, at the report's sizes or at tiny ones."""
+
+# pyright: reportTypedDictNotRequiredAccess=false
 
 import math
 from collections.abc import Callable
@@ -18,13 +20,13 @@ DATA = Path("../shared/data/hippocampus")  # what configs/hippocampus/vae.yaml r
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large and how often: the figures of the report, and a quick look that only shows that all of it runs."""
+    """Sizes and repetitions. The defaults are those of the report; `QUICK` only shows that everything runs."""
 
     cubes: tuple[int, ...] = (64, 128, 256)
     plane: int = 512
     lengths: tuple[int, ...] = (192, 384, 768)
     crops: tuple[tuple[Shape, int], ...] = (((40, 56, 40), 2), ((64, 64, 64), 1))  # voxels, batch
-    latents: tuple[tuple[Shape, int], ...] = (((10, 14, 10), 8), ((16, 16, 16), 4))  # cells, batch
+    latents: tuple[tuple[Shape, int], ...] = (((10, 14, 10), 8), ((16, 16, 16), 4))  # latent voxels, batch
     steps: tuple[int, int, int] = (20, 50, 250)  # of our Euler, the latent peer's DDIM, the voxel peer's DDPM
     voxel_steps_run: int = 2
     seam: int = 128
@@ -35,7 +37,7 @@ class Sizes:
     seconds: float = 8.0
     generation_steps: int = 20
     equal_time_minutes: float = 5.0
-    phantoms: bool = False  # instead of the data set
+    phantoms: bool = False  # use phantoms instead of the data set
 
 
 QUICK = Sizes(
@@ -59,7 +61,7 @@ QUICK = Sizes(
 
 
 def peak(bench: Bench, sizes: Sizes) -> None:
-    """The machine's fastest convolution, and our autoencoder's part of it."""
+    """Measure the machine's fastest convolution, and the share of it that our autoencoder reaches."""
     todo, shape = [], (sizes.cubes[1],) * 3
     for precision in bench.measured_precisions():
         where = {"device": bench.device, "precision": precision}
@@ -73,7 +75,7 @@ def peak(bench: Bench, sizes: Sizes) -> None:
 
 
 def coding(bench: Bench, sizes: Sizes) -> None:
-    """Decoding and encoding against all autoencoders, over growing cubes."""
+    """Compare decoding and encoding of all autoencoders over growing cubes."""
     for n in sizes.cubes:
         todo = []
         for precision in bench.measured_precisions():
@@ -81,7 +83,7 @@ def coding(bench: Bench, sizes: Sizes) -> None:
             for setup in (jobs.decoding, jobs.encoding):
                 todo += [Job(setup, {"model": m, "streamed": False, **where}) for m in ("ours", "monai", "maisi")]
                 todo += [Job(setup, {"model": "ours", "streamed": True, **where})]
-                if n >= 64:  # a split needs 4 cells
+                if n >= 64:  # a split needs 4 latent voxels
                     todo += [Job(setup, {"model": "maisi 4 splits", "streamed": False, **where})]
             if n < sizes.cubes[-1]:
                 window = sizes.cubes[0] // STRIDE
@@ -91,7 +93,7 @@ def coding(bench: Bench, sizes: Sizes) -> None:
 
 
 def long_axis(bench: Bench, sizes: Sizes) -> None:
-    """Our decoder into a file: memory and time along the third axis."""
+    """Measure memory and time of our decoder along the third axis, written to a file."""
     plane = sizes.plane
     todo = [
         Job(
@@ -112,7 +114,7 @@ def long_axis(bench: Bench, sizes: Sizes) -> None:
 
 
 def training(bench: Bench, sizes: Sizes) -> None:
-    """Training steps of both networks at equal parameters."""
+    """Compare training steps of both networks at equal parameters."""
     todo = []
     for precision in bench.measured_precisions():
         where = {"device": bench.device, "precision": precision}
@@ -125,7 +127,7 @@ def training(bench: Bench, sizes: Sizes) -> None:
 
 
 def sampling(bench: Bench, sizes: Sizes) -> None:
-    """Time of a sample: ours, MONAI's over latents, MONAI's over voxels."""
+    """Compare the time of a sample: ours, MONAI's over latents, MONAI's over voxels."""
     todo = []
     euler, ddim, ddpm = sizes.steps
     for precision in bench.measured_precisions():
@@ -162,7 +164,7 @@ def sampling(bench: Bench, sizes: Sizes) -> None:
 
 
 def equal_time_training(bench: Bench, sizes: Sizes) -> None:
-    """Who reconstructs better after the same time."""
+    """Compare reconstructions after equal training time."""
     if not sizes.phantoms and not DATA.exists():
         bench.skip("equal_time", f"no data at {DATA}")
         return
@@ -182,8 +184,7 @@ def equal_time_training(bench: Bench, sizes: Sizes) -> None:
 
 
 def seam(bench: Bench, sizes: Sizes) -> None:
-    """Decoding in pieces against decoding whole: ours in slabs, MONAI's by a sliding window that takes as much memory
-    as our slabs."""
+    """Compare decoding in pieces with decoding at once: ours in slabs, MONAI's by a sliding window of equal memory."""
     size = sizes.seam
     where = {"device": bench.device, "precision": "float32"}
     window = equal_memory_window(bench, size)
@@ -202,9 +203,10 @@ def seam(bench: Bench, sizes: Sizes) -> None:
 
 
 def equal_memory_window(bench: Bench, size: int) -> int:
-    """Side in latent cells of the sliding window whose decoding by MONAI's autoencoder takes about the memory of our
-    streamed decoding of `size` ** 3 voxels, by the measurements of `coding`; an even number from 4 to 24, 12 where
-    they are missing."""
+    """Return the side, in latent voxels, of the sliding window for which MONAI's autoencoder takes as much memory as our slabs.
+
+    It follows from the measurements of `coding` for `size` ** 3 voxels: an even number from 4 to 24, or 12 without them.
+    """
     ours = bench.find("coding", "decoding", model="ours", shape=(size,) * 3, streamed=True, precision="float32")
     peer = bench.find("coding", "decoding", model="monai", precision="float32")
     if not ours or not peer:
@@ -215,7 +217,7 @@ def equal_memory_window(bench: Bench, size: int) -> int:
 
 
 def compile(bench: Bench, sizes: Sizes) -> None:
-    """torch.compile on and off."""
+    """Compare with and without torch.compile."""
     todo = []
     cells, batch = sizes.latents[0]
     voxels, crops = sizes.crops[0]
@@ -233,7 +235,7 @@ def compile(bench: Bench, sizes: Sizes) -> None:
 
 
 def attention(bench: Bench, sizes: Sizes) -> None:
-    """diffusers' attention backends on our U-Net."""
+    """Compare diffusers' attention backends on our U-Net."""
     backends = ("_native_math", "native", "_native_flash", "_native_efficient", "flash", "xformers")
     shape = sizes.latents[-1][0]
     todo = [
@@ -249,7 +251,7 @@ def attention(bench: Bench, sizes: Sizes) -> None:
 
 
 def generation(bench: Bench, sizes: Sizes) -> None:
-    """Seconds a volume with the shipped weights."""
+    """Measure seconds per volume with the shipped weights."""
     folder = str(bench.output)
     arguments = {"device": bench.device, "steps": sizes.generation_steps, "repeats": sizes.repeats, "folder": folder}
     todo = [Job(jobs.generating, arguments, repeats=0)]
@@ -257,9 +259,9 @@ def generation(bench: Bench, sizes: Sizes) -> None:
 
 
 def choices(bench: Bench, sizes: Sizes) -> None:
-    """What each choice for speed gives on a CPU, and what was tried and dropped."""
+    """Measure the gain of each optimization on a CPU, also of dropped ones."""
     if bench.device != "cpu":
-        bench.skip("choices", "these are choices for CPUs")
+        bench.skip("choices", "these optimizations are for CPUs")
         return
     arguments = {"repeats": 5 * sizes.repeats, "folder": str(bench.output)}
     bench.compare("choices", [Job(jobs.timing_choices, arguments, repeats=0)])

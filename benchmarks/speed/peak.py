@@ -1,5 +1,4 @@
-"""How fast the machine is, and what part of that our autoencoder reaches: FLOP/s of convolutions and of a matrix product,
-and the profile of a forward."""
+"""Measure the machine's FLOP/s for convolutions and a matrix product, and the share that our autoencoder reaches."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from .models import AUTOENCODERS, decode, encode
 
 
 def forward(shape: Shape, batch: int, device: str, precision: str) -> Work:
-    """Our autoencoder, encoder and decoder."""
+    """Encode and decode with our autoencoder."""
     net = build_autoencoder("ours", device, precision)
     volume = noise((1, *shape), device, batch).to(next(net.parameters()).dtype)
 
@@ -31,21 +30,23 @@ def forward(shape: Shape, batch: int, device: str, precision: str) -> Work:
 
 
 def convolution_flops(build: Callable[[], nn.Module], run: Callable[[nn.Module], None]) -> int:
-    """FLOPs of the 3-D convolutions that `run` calls, without the taps that fall on padding: kernels skip those, and
-    on small grids they are a large part of what FlopCounterMode counts."""
+    """Count the FLOPs of the 3-D convolutions that `run` calls, without taps on padding.
+
+    Kernels skip those taps, which on small grids are a large share of what FlopCounterMode counts.
+    """
     with torch.device("meta"):
         net = build()
     total = 0
 
-    def count(conv: Any, given: tuple[Tensor, ...], made: Tensor) -> None:
+    def count(conv: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal total
         taps = [
             sum(min(o * s - p + k, n) - max(o * s - p, 0) for o in range(m))
             for n, m, k, s, p in zip(
-                given[0].shape[2:], made.shape[2:], conv.kernel_size, conv.stride, conv.padding, strict=True
+                inputs[0].shape[2:], output.shape[2:], conv.kernel_size, conv.stride, conv.padding, strict=True
             )
         ]
-        total += 2 * len(made) * conv.in_channels // conv.groups * conv.out_channels * math.prod(taps)
+        total += 2 * len(output) * conv.in_channels // conv.groups * conv.out_channels * math.prod(taps)
 
     for module in net.modules():
         if isinstance(module, nn.Conv3d):
@@ -56,13 +57,13 @@ def convolution_flops(build: Callable[[], nn.Module], run: Callable[[nn.Module],
 
 
 def forward_profile(shape: Shape, batch: int, device: str, precision: str) -> Work:
-    """As `forward`, and which operators the time goes to: {"operator": share of the time}."""
+    """Profile `forward`: {"operator": share of the time}."""
     work = forward(shape, batch, device, precision)
     return Work(lambda: profile(work.run, device))
 
 
-def profile(run: Callable[[], Any], device: str, most: int = 12) -> dict[str, float]:
-    """The operators that take most of the time, with their share of it."""
+def profile(run: Callable[[], Any], device: str, count: int = 12) -> dict[str, float]:
+    """Return the operators that take most of the time, with their share of it."""
     run()
     activities = [torch.profiler.ProfilerActivity.CPU]
     if cuda := device.startswith("cuda"):
@@ -71,18 +72,20 @@ def profile(run: Callable[[], Any], device: str, most: int = 12) -> dict[str, fl
         run()
     times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in recorded.key_averages()}
     total = sum(times.values())
-    return {name: round(t / total, 4) for name, t in sorted(times.items(), key=lambda item: -item[1])[:most]}
+    return {name: round(t / total, 4) for name, t in sorted(times.items(), key=lambda item: -item[1])[:count]}
 
 
 def convolution_peak(device: str, precision: str, *, largest: float = 5e10) -> Work:
-    """The fastest 3x3x3 convolution that this machine runs in channels_last_3d, over channels, grids and batches of
-    up to `largest` FLOPs each, taps on padding not counted."""
+    """Find the fastest 3x3x3 convolution in channels_last_3d, over channels, grids and batches.
+
+    Each has up to `largest` FLOPs, without taps on padding.
+    """
     set_precision(precision)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     cases = [(c, n, b) for c in (32, 64, 128, 256, 512) for n in (8, 16, 32, 64) for b in (1, 2, 8)]
     cases = [(c, n, b) for c, n, b in cases if 1e8 <= 54 * c * c * b * n**3 <= largest]
 
-    def run() -> dict[str, Any]:
+    def run() -> dict[str, float]:
         rates = {case: _convolution_rate(case, device, dtype) for case in cases}
         best = max(rates, key=lambda case: rates[case])
         return {
@@ -107,12 +110,12 @@ def _convolution_rate(case: tuple[int, int, int], device: str, dtype: torch.dtyp
 
 
 def matrix_peak(side: int, device: str, precision: str) -> Work:
-    """FLOP/s of the product of two square matrices, what model FLOP utilization is a part of."""
+    """Measure FLOP/s of a product of square matrices, the reference for model FLOP utilization."""
     set_precision(precision)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
 
-    def run() -> dict[str, Any]:
+    def run() -> dict[str, float]:
         with torch.inference_mode():
             return {"flops_per_second": 2 * side**3 / min(timed(lambda: a @ b, device)[0] for _ in range(5))}
 

@@ -1,12 +1,14 @@
-"""Plots of bench.json: growth with the volume, and along the third axis."""
+"""Plot bench.json: growth with the volume, and along the third axis."""
+
+# pyright: reportTypedDictNotRequiredAccess=false
 
 import math
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from .measure import OK
+from .records import Record
 
 STYLES = {  # model, streamed: label, color, marker
     ("ours", False): ("ours", "tab:blue", "o"),
@@ -17,34 +19,34 @@ STYLES = {  # model, streamed: label, color, marker
 }
 
 
-def draw(records: list[dict[str, Any]], folder: Path) -> list[str]:
-    """Draw what the records hold; returns the names of the PNG files, without their ending."""
+def draw(records: list[Record], folder: Path) -> list[str]:
+    """Draw the records; return the names of the PNG files without suffix."""
     good = [r for r in records if r["status"] == OK]
-    drawn = []
+    names = []
     if any(r["part"] == "coding" for r in good):
         _growth(
             [r for r in good if r["job"] == "decoding" and r["part"] == "coding"], folder / "performance_growth.png"
         )
-        drawn.append("performance_growth")
+        names.append("performance_growth")
     if any(r["part"] == "long_axis" for r in good):
         _long_axis([r for r in good if r["part"] == "long_axis"], folder / "performance_long_axis.png")
-        drawn.append("performance_long_axis")
-    return drawn
+        names.append("performance_long_axis")
+    return names
 
 
-def _growth(records: list[dict[str, Any]], path: Path) -> None:
+def _growth(records: list[Record], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     time, memory = figure.subplots(1, 2)
     for (model, streamed), (label, color, marker) in STYLES.items():
         for precision, line in (("float32", "-"), ("bf16", "--")):
-            found = [r for r in records if (r["model"], r["streamed"], r["precision"]) == (model, streamed, precision)]
-            if not found:
+            series = [r for r in records if (r["model"], r["streamed"], r["precision"]) == (model, streamed, precision)]
+            if not series:
                 continue
-            found.sort(key=lambda r: math.prod(r["shape"]))
-            sides = [round(math.prod(r["shape"]) ** (1 / 3)) for r in found]
+            series.sort(key=lambda r: math.prod(r["shape"]))
+            sides = [round(math.prod(r["shape"]) ** (1 / 3)) for r in series]
             look = {"label": f"{label}, {precision}", "color": color, "marker": marker, "linestyle": line}
-            time.plot(sides, [r["seconds"]["median"] for r in found], **look)
-            memory.plot(sides, [r["memory"]["above"] / 1e9 for r in found], **look)
+            time.plot(sides, [r["seconds"]["median"] for r in series], **look)
+            memory.plot(sides, [r["memory"]["above"] / 1e9 for r in series], **look)
     for axes, title in ((time, "decoding, seconds"), (memory, "decoding, peak GB")):
         ticks = sorted({round(math.prod(r["shape"]) ** (1 / 3)) for r in records})
         axes.set(xscale="log", yscale="log", title=title, xlabel="voxels")
@@ -55,7 +57,7 @@ def _growth(records: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _long_axis(records: list[dict[str, Any]], path: Path) -> None:
+def _long_axis(records: list[Record], path: Path) -> None:
     records = sorted(records, key=lambda r: r["shape"][2])
     depths = [r["shape"][2] for r in records]
     figure = Figure(figsize=(8, 3.2), layout="constrained")

@@ -1,37 +1,57 @@
-"""The records of bench.json: looking them up, and saying in a few words what they hold."""
+"""Find and format the records of bench.json.
+
+A record has figures if its `status` is "ok" (see `find`), and the arguments of its job.
+"""
+
+# pyright: reportTypedDictNotRequiredAccess=false
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Required
 
-from .measure import OK
-
-Record = dict[str, Any]
+from .measure import OK, Result
 
 
-def find(records: Iterable[Record], part: str, job: str, **arguments: Any) -> list[Record]:
-    """Records of a part that went well and have these arguments, smallest shape first."""
-    found = [r for r in records if r["part"] == part and r["job"] == job and r["status"] == OK]
-    found = [r for r in found if all(_plain(r.get(k)) == _plain(v) for k, v in arguments.items())]
-    return sorted(found, key=lambda r: math.prod(r.get("shape", ())))
+class Record(Result, total=False):
+    """A measurement with its part, its job and the job's arguments."""
+
+    part: Required[str]
+    job: Required[str]
+    model: str
+    shape: list[int]
+    batch: int
+    precision: str
+    streamed: bool
+    checkpointing: bool
+    compiled: bool
+    backend: str
+    window: int
+    weights: str | None
 
 
-def _plain(value: Any) -> Any:
+def find(records: Iterable[Record], part: str, job: str, **arguments: object) -> list[Record]:
+    """Return the successful records of a job with these arguments, smallest shape first."""
+    matches = [r for r in records if r["part"] == part and r["job"] == job and r["status"] == OK]
+    matches = [r for r in matches if all(_plain(r.get(k)) == _plain(v) for k, v in arguments.items())]
+    return sorted(matches, key=lambda r: math.prod(r.get("shape", ())))
+
+
+def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
 def median(records: Sequence[Record]) -> float | None:
-    """Median seconds of the last record; None if there is none."""
+    """Return the median seconds of the last record, or None for an empty list."""
     return records[-1]["seconds"]["median"] if records else None
 
 
 def whole_sample(record: Record) -> float:
-    """Seconds of all steps of a sample, where only some were run."""
+    """Return the seconds of all steps of a sample, if only some were run."""
     return record["seconds"]["median"] * record["facts"]["steps"] / record["facts"]["steps_run"]
 
 
 def line(record: Record) -> str:
-    """One measurement in one line, for the terminal."""
+    """Format a measurement as a line for the terminal."""
     words = [record["part"], record["job"], record.get("model", record.get("backend", ""))]
     words += [name for name in ("streamed", "checkpointing", "compiled") if record.get(name)]
     words += [shape_text(record["shape"])] if "shape" in record else []
@@ -40,19 +60,19 @@ def line(record: Record) -> str:
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """64^3, or 40 x 56 x 40."""
+    """Format a shape: 64^3, or 40 x 56 x 40."""
     return f"{shape[0]}^3" if len(set(shape)) == 1 else " x ".join(map(str, shape))
 
 
 def result(record: Record) -> str:
-    """Seconds and memory, or why there are none."""
+    """Format seconds and memory, or why there are none."""
     if record["status"] != OK:
         return f"{record['status']}: {record['detail']}"
     return f"{seconds(record)}, {gigabytes(record)}"
 
 
 def seconds(record: Record) -> str:
-    """Median and range of the times."""
+    """Format median and range of the times."""
     if record["status"] != OK:
         return f"{record['status']}: {record['detail']}"
     times = record["seconds"]
@@ -61,12 +81,12 @@ def seconds(record: Record) -> str:
 
 
 def gigabytes(record: Record) -> str:
-    """Peak memory above what imports, weights and inputs took."""
+    """Format the peak memory above that of imports, weights and inputs."""
     return f"{short(record['memory']['above'] / 1e9)} GB" if record["status"] == OK else ""
 
 
 def short(value: float) -> str:
-    """Three significant digits, without an exponent where it is not needed."""
+    """Format three significant digits, without an exponent unless it is needed."""
     return (
         f"{value:#.3g}".rstrip(".")
         if 1e-3 <= abs(value) < 1e3 or value == 0

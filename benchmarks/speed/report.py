@@ -1,23 +1,27 @@
-"""From bench.json to Markdown and plots:  python -m benchmarks.speed.report out/bench/bench.json --output docs/performance.md
+"""Write Markdown and plots from bench.json.
+
+    python -m benchmarks.speed.report out/bench/bench.json --output docs/performance.md
 
 The plots go beside the Markdown. Nothing in it is written by hand.
 """
+
+# pyright: reportTypedDictNotRequiredAccess=false
 
 import argparse
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from cli.command import ArgumentParser, run_command
 from files.documents import read_object
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("bench", type=Path, help="bench.json")
-    parser.add_argument("--output", type=Path, required=True, help="Markdown to write; plots go beside it")
+    parser.add_argument("--output", type=Path, required=True, help="Markdown file to write; plots go beside it")
     return parser.parse_args(args)
 
 
@@ -40,23 +44,23 @@ NAMES = {
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
 def ratio(peer: float | None, ours: float | None) -> str:
-    """How many times larger the peer's figure is."""
+    """Format how many times larger the peer's figure is."""
     return f"{peer / ours:.1f} x" if peer and ours else "-"
 
 
 def coding(records: list[Record]) -> str:
-    """Decoding and encoding over cubes; growth."""
+    """Write decoding and encoding over cubes, and their growth."""
     text = ""
     for job, title in (("decoding", "Decoding"), ("encoding", "Encoding")):
-        mine = [r for r in records if r["part"] == "coding" and r["job"] in (job, f"sliding_window_{job}")]
+        coded = [r for r in records if r["part"] == "coding" and r["job"] in (job, f"sliding_window_{job}")]
         rows = []
-        for r in sorted(mine, key=lambda r: (r["precision"], math.prod(r["shape"]))):
+        for r in sorted(coded, key=lambda r: (r["precision"], math.prod(r["shape"]))):
             ours = median(
                 find(records, "coding", job, model="ours", streamed=False, shape=r["shape"], precision=r["precision"])
             )
@@ -74,16 +78,16 @@ def coding(records: list[Record]) -> str:
             ("maisi", False),
             ("maisi 4 splits", False),
         ):
-            found = find(records, "coding", "decoding", model=model, streamed=streamed, precision=precision)
-            if len(found) < 2:
+            series = find(records, "coding", "decoding", model=model, streamed=streamed, precision=precision)
+            if len(series) < 2:
                 continue
-            sizes = [math.prod(r["shape"]) for r in found]
-            time = power_law(sizes, [r["seconds"]["median"] for r in found])[1]
-            memory = power_law(sizes, [max(r["memory"]["above"], 1) for r in found])[1]
-            growth.append([_coder(found[0]), precision, f"{len(found)}", f"{time:.2f}", f"{memory:.2f}"])
+            sizes = [math.prod(r["shape"]) for r in series]
+            time = power_law(sizes, [r["seconds"]["median"] for r in series])[1]
+            memory = power_law(sizes, [max(r["memory"]["above"], 1) for r in series])[1]
+            growth.append([_coder(series[0]), precision, f"{len(series)}", f"{time:.2f}", f"{memory:.2f}"])
     return (
         text
-        + "Ours streams by itself where a volume's activations exceed 512 MiB, so the two rows of 256^3 are the same work.\n\n"
+        + "Ours streams automatically if a volume's activations exceed 512 MiB, so the two rows of 256^3 are the same work.\n\n"
         + "Growth of decoding as voxels ** exponent:\n\n"
         + table(["", "precision", "sizes", "time", "memory"], growth)
     )
@@ -95,18 +99,18 @@ def _coder(record: Record) -> str:
 
 
 def long_axis(records: list[Record]) -> str:
-    """Memory and time along the third axis."""
-    found = [r for r in records if r["part"] == "long_axis"]
-    rows = [[shape_text(r["shape"]), seconds(r), gigabytes(r), _resident(r)] for r in found]
-    text = table(["voxels", "time", "peak memory above baseline", "resident in all"], rows)
+    """Write memory and time along the third axis."""
+    measured = [r for r in records if r["part"] == "long_axis"]
+    rows = [[shape_text(r["shape"]), seconds(r), gigabytes(r), _resident(r)] for r in measured]
+    text = table(["voxels", "time", "peak memory above baseline", "total resident memory"], rows)
     good = find(records, "long_axis", "decoding_to_disk")
     if len(good) > 1:
         depths = [r["shape"][2] for r in good]
         memory, resident = [[r["memory"][k] for r in good] for k in ("above", "peak")]
         off = deviation_from_proportional(depths, [r["seconds"]["median"] for r in good])
         text += (
-            f"\nFrom {depths[0]} to {depths[-1]} planes peak memory above the baseline rises by {rise(memory):.1%}, resident memory by "
-            f"{rise(resident):.1%} (the latents themselves included); time is proportional to planes within {off:.1%}.\n"
+            f"\nFrom {depths[0]} to {depths[-1]} planes, peak memory above the baseline rises by {rise(memory):.1%} and resident memory "
+            f"by {rise(resident):.1%} (latents included); time is proportional to the number of planes within {off:.1%}.\n"
         )
     return text
 
@@ -116,7 +120,7 @@ def _resident(record: Record) -> str:
 
 
 def seam(records: list[Record]) -> str:
-    """Errors of decoding in pieces."""
+    """Write the errors of decoding in pieces."""
     rows = []
     for r in records:
         if r["part"] == "seam" and r["job"] == "seam":
@@ -127,12 +131,12 @@ def seam(records: list[Record]) -> str:
             weights = "trained" if r.get("weights") else "random"
             rows.append([NAMES[r["model"]], what, weights, *errors, gigabytes(memory[0]) if memory else ""])
     return table(["", "decoded", "weights", "largest error", "RMS error", "peak memory"], rows) + (
-        "\nErrors against decoding whole, as parts of the result's range.\n"
+        "\nErrors are relative to the range of the volume decoded at once.\n"
     )
 
 
 def training(records: list[Record]) -> str:
-    """Training steps."""
+    """Write the training steps."""
     rows = []
     for r in (r for r in records if r["part"] == "training"):
         same = {k: r[k] for k in ("shape", "batch", "precision")}
@@ -148,7 +152,7 @@ def training(records: list[Record]) -> str:
 
 
 def _arithmetic(records: list[Record]) -> str:
-    """How much of a peer's longer time is more work, and how much is slower work."""
+    """Split a peer's longer time into more work and slower work."""
     text = ""
     for job, name in (("training_autoencoder", "autoencoder"), ("training_unet", "U-Net")):
         for ours in find(records, "training", job, model="ours", checkpointing=False):
@@ -159,20 +163,22 @@ def _arithmetic(records: list[Record]) -> str:
             work = peer[0]["facts"]["flops"] / ours["facts"]["flops"]
             time = peer[0]["seconds"]["median"] / ours["seconds"]["median"]
             case = f"{ours['batch']} x {shape_text(ours['shape'])}, {ours['precision']}"
-            text += f"- {name}, {case}: MONAI's does {work:.2f} times the work of ours, each at {time / work:.2f} times the time.\n"
+            text += f"- {name}, {case}: MONAI's does {work:.2f} times our FLOPs and takes {time / work:.2f} times as long per FLOP.\n"
     return text
 
 
 def millions(record: Record) -> str:
+    """Format the number of parameters."""
     return f"{record['facts']['parameters'] / 1e6:.2f} M" if record["status"] == OK else ""
 
 
 def gigaflops(record: Record) -> str:
+    """Format the FLOPs of a run."""
     return f"{record['facts']['flops'] / 1e9:.0f} GFLOP" if record["status"] == OK else ""
 
 
 def utilization(records: list[Record], record: Record) -> str:
-    """Model FLOP utilization: FLOPs over time, as a part of what a matrix product reaches at this precision."""
+    """Format model FLOP utilization: FLOP/s relative to a matrix product of the same precision."""
     top = find(records, "peak", "matrix_peak", precision=record["precision"])
     if record["status"] != OK or not top:
         return ""
@@ -180,7 +186,7 @@ def utilization(records: list[Record], record: Record) -> str:
 
 
 def sampling(records: list[Record]) -> str:
-    """Time of a sample."""
+    """Write the time of a sample."""
     rows, ours = [], None
     for r in (r for r in records if r["part"] == "sampling"):
         if r["status"] != OK:
@@ -206,7 +212,7 @@ def sampling(records: list[Record]) -> str:
 
 
 def equal_time(records: list[Record]) -> str:
-    """Reconstruction after the same time of training."""
+    """Write reconstruction after equal training time."""
     rows = []
     for r in (r for r in records if r["part"] == "equal_time"):
         if r["status"] != OK:
@@ -229,15 +235,15 @@ def equal_time(records: list[Record]) -> str:
         f = good[0]["facts"]
         text += (
             f"\nPSNR inside the field of view of {f['held_out_volumes']} held-out volumes; {f['training_volumes']} "
-            f"training volumes ({f['data']}), crops {shape_text(f['crops'])}, batch {f['batch']}, AdamW, the same losses, "
+            f"training volumes ({f['data']}), patches {shape_text(f['crops'])}, batch {f['batch']}, AdamW, the same losses, "
             f"{f['threads']} CPU threads. "
-            "Where two learning rates were tried, a quarter of the time decided.\n"
+            "Where two learning rates were tried, the better one after a quarter of the time continued.\n"
         )
     return text
 
 
 def peak(records: list[Record]) -> str:
-    """Fraction of the machine's convolution peak."""
+    """Write the share of the machine's convolution peak."""
     rows, text = [], ""
     for r in find(records, "peak", "forward"):
         top = find(records, "peak", "convolution_peak", precision=r["precision"])
@@ -262,16 +268,16 @@ def peak(records: list[Record]) -> str:
         )
         for profiled in find(records, "peak", "forward_profile", precision=r["precision"]):
             shares = ", ".join(f"{name} {share:.0%}" for name, share in profiled["values"].items() if share >= 0.01)
-            text += f"\nWhere the time of that forward goes ({r['precision']}): {shares}.\n"
+            text += f"\nTime of that forward pass by operator ({r['precision']}): {shares}.\n"
     return (
         table(
             [
                 "precision",
                 "matrix product",
                 "convolution peak",
-                "found at",
+                "measured with",
                 "our encoder and decoder",
-                "part of the convolution peak",
+                "share of the convolution peak",
             ],
             rows,
         )
@@ -280,7 +286,7 @@ def peak(records: list[Record]) -> str:
 
 
 def compile(records: list[Record]) -> str:
-    """torch.compile on and off."""
+    """Write times with and without torch.compile."""
     rows = [
         [
             r["job"].replace("_", " "),
@@ -297,7 +303,7 @@ def compile(records: list[Record]) -> str:
 
 
 def attention(records: list[Record]) -> str:
-    """Attention backends."""
+    """Write the attention backends."""
     rows = [
         [r["backend"], r["precision"], seconds(r), f"{r['values']['relative_error']:.1e}" if r["status"] == OK else ""]
         for r in records
@@ -307,87 +313,95 @@ def attention(records: list[Record]) -> str:
 
 
 def generation(records: list[Record]) -> str:
-    """Seconds a volume with the shipped pipeline."""
+    """Write seconds per volume of the shipped pipeline."""
     rows = []
     for r in find(records, "generation", "generating"):
         parts = r["values"]["seconds_per_volume"]
         rows += [[name, f"{t['median']:.3f} s ({t['min']:.3f} to {t['max']:.3f})"] for name, t in parts.items()]
-    return table(["a volume", "time"], rows)
+    return table(["", "time per volume"], rows)
 
 
 def choices(records: list[Record]) -> str:
-    """What each choice gives, and what was dropped."""
+    """Write the gain of each optimization, and which were dropped."""
     rows = []
     for r in find(records, "choices", "timing_choices"):
         for c in r["values"]["choices"]:
             times = [f"{c[k]:.2f} ms" for k in ("without_ms", "with_ms")]
             gain = f"{c['without_ms'] / c['with_ms']:.2f} x"
             rows.append([c["choice"], c["case"], *times, gain, "kept" if c["kept"] else "dropped"])
-    return table(["choice", "case", "without", "with", "gain", ""], rows)
+    return table(["optimization", "case", "without", "with", "gain", ""], rows)
 
 
 SECTIONS: tuple[tuple[str, str, Callable[[list[Record]], str]], ...] = (
     ("coding", "Encoding and decoding", coding),
-    ("long_axis", "Along the third axis, to disk", long_axis),
+    ("long_axis", "Growth along the third axis, to disk", long_axis),
     ("seam", "Seams", seam),
     ("equal_time", "Reconstruction after equal training time", equal_time),
-    ("training", "A training step", training),
-    ("sampling", "A sample", sampling),
-    ("peak", "Part of the machine's peak", peak),
+    ("training", "Training step", training),
+    ("sampling", "Sampling", sampling),
+    ("peak", "Share of the machine's peak", peak),
     ("compile", "torch.compile", compile),
     ("attention", "Attention backends", attention),
     ("generation", "The shipped pipeline", generation),
-    ("choices", "What each choice gives", choices),
+    ("choices", "Gain of each optimization", choices),
 )
 
 
-def runs(found: list[dict[str, Any]]) -> str:
-    """What measured: commands, dates, commits, and minutes or what else is to be said of a run."""
+class BenchFile(TypedDict):
+    """Content of bench.json."""
+
+    environment: dict[str, Any]
+    measurements: list[Record]
+
+
+def runs(entries: list[dict[str, str]]) -> str:
+    """Format the runs that measured: commands, dates, commits, minutes and notes."""
     texts = []
-    for run in found:
+    for run in entries:
         more = [f"{run['minutes']} minutes"] if "minutes" in run else []
         more += [run["note"]] if "note" in run else []
         texts.append(f"`{run['command']}` ({', '.join([run['date'][:16], 'commit ' + run['commit'], *more])})")
     return "; ".join(texts)
 
 
-def markdown(bench: dict[str, Any]) -> str:
-    """The whole document."""
+def markdown(bench: BenchFile) -> str:
+    """Write the whole document."""
     where, records = bench["environment"], bench["measurements"]
     machine, versions = where["machine"], where["versions"]
     device = machine.get("accelerator", "no GPU") if where["device"].startswith("cuda") else "CPU only"
     text = (
         "# Performance\n\n"
-        f"Written by `python -m benchmarks.speed.report` from what these measured: {runs(where['runs'])}.\n\n"
+        f"Written by `python -m benchmarks.speed.report` from the measurements of {runs(where['runs'])}.\n\n"
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"{', '.join(machine['instructions'])}; {device}. "
         + ", ".join(f"{k} {v}" for k, v in versions.items())
         + ".\n\n"
-        "Every measurement is a process of its own. Times are medians, with the smallest and the largest; memory is "
-        "the peak above what imports, weights and inputs took. Weights are random unless it says otherwise.\n"
+        "Every measurement runs in its own process.\nTimes are medians, with minimum and maximum.\n"
+        "Memory is the peak above that of imports, weights and inputs.\nWeights are random unless noted.\n"
     )
     for name, state in where["precisions"].items():
         text += f"\n{name}: {state}.\n" if state != "measured" else ""
-    text += "\n## What was asked for\n\n" + table(["asked", "measured", ""], targets.check(records))
+    text += "\n## Targets\n\n" + table(["target", "measured", ""], targets.check(records))
     for part, title, section in SECTIONS:
-        of_part = [r for r in records if r["part"] == part]
-        if not of_part:
+        measured = [r for r in records if r["part"] == part]
+        if not measured:
             continue
-        general = [r for r in of_part if r["job"] == part and "precision" not in r and r["status"] != OK]
-        text += f"\n## {title}\n\n" + (section(records) if len(general) < len(of_part) else "")
+        general = [r for r in measured if r["job"] == part and "precision" not in r and r["status"] != OK]
+        text += f"\n## {title}\n\n" + (section(records) if len(general) < len(measured) else "")
         text += "".join(f"{result(r)}\n" for r in general)
     return text
 
 
-def read_bench(path: Path) -> dict[str, Any]:
-    """A bench.json. Raises: ValueError naming a file that is none."""
+def read_bench(path: Path) -> BenchFile:
+    """Read a bench.json. Raises: ValueError if the file is not one."""
     bench = read_object(path)
     if not isinstance(bench.get("measurements"), list):
-        raise ValueError(f"{path}: holds no measurements; give a bench.json of python -m benchmarks.speed.run")
-    return bench
+        raise ValueError(f"{path}: has no measurements; give a bench.json of python -m benchmarks.speed.run")
+    return cast(BenchFile, bench)
 
 
 def main(args: Sequence[str] | None = None) -> None:
+    """Write the Markdown and the plots."""
     options = parse(args)
     bench = read_bench(options.bench)
     options.output.parent.mkdir(parents=True, exist_ok=True)

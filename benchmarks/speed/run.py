@@ -1,8 +1,9 @@
-"""Every figure of README's performance section, each with its peer:  python -m benchmarks.speed.run --output out/bench
+"""Measure the figures of docs/performance.md, ours and those of the peers.
 
-Run it from the root of the clone. Writes bench.json (after every measurement), plots and performance.md to the
-folder. Ours and peers take turns, so that a drift of the machine hits both. A part that fails is written down as such
-and does not stop the rest.
+    python -m benchmarks.speed.run --output out/bench
+
+Run it from the root of the clone. It writes bench.json (after every measurement), plots and performance.md to the folder. Ours and
+peers take turns, so a drift of the machine affects both. A part that fails is recorded and does not stop the others.
 """
 
 import argparse
@@ -16,20 +17,25 @@ from cli.settings import Number, PositiveFloat
 
 NAMES = ("peak", "coding", "long_axis", "training", "sampling", "compile", "attention", "equal_time")
 NAMES += ("seam", "generation", "choices")
-ON_REQUEST = ("compile", "attention")  # by default on a GPU only; `--parts` runs them anywhere
+ON_REQUEST = ("compile", "attention")  # run by default on a GPU only, and anywhere with `--parts`
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for bench.json, plots and performance.md")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--parts", type=lambda text: text.split(","), help=f"comma-separated, of {','.join(NAMES)}")
     parser.add_argument(
-        "--keep", action="store_true", help="measure --parts again, and keep the others of the folder's bench.json"
+        "--parts", type=lambda text: text.split(","), help=f"comma-separated parts, from {','.join(NAMES)}"
     )
-    parser.add_argument("--equal_time_minutes", type=Number(PositiveFloat), help="training of each autoencoder (5)")
     parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes: shows that everything runs, says nothing of speed"
+        "--keep", action="store_true", help="measure --parts again, and keep the other parts of the folder's bench.json"
+    )
+    parser.add_argument(
+        "--equal_time_minutes", type=Number(PositiveFloat), help="minutes of training per autoencoder (5)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to test that everything runs; not for timings"
     )
     options = parser.parse_args(args)
     if options.parts is None:
@@ -50,17 +56,17 @@ from .measure import FAILED, available_memory
 from .parts import PARTS, QUICK, Sizes
 from .records import line
 
-assert NAMES == tuple(PARTS)  # which --help names before they are imported
+assert tuple(PARTS) == NAMES  # --help lists them before they are imported
 
 
 def main(args: Sequence[str] | None = None) -> Path:
-    """Measure, write JSON, plots and table. Returns the JSON's path."""
+    """Measure, and write JSON, plots and tables. Returns the path of the JSON."""
     options = parse(args)
     options.output.mkdir(parents=True, exist_ok=True)
     sizes = QUICK if options.quick else Sizes()
     if options.equal_time_minutes is not None:
         sizes = replace(sizes, equal_time_minutes=options.equal_time_minutes)
-    find_device(options.device)  # or it is refused
+    find_device(options.device)  # raises if unknown
     bench = Bench(options.output, options.device, memory=int(0.85 * available_memory(options.device)))
     if options.keep:
         bench.keep(options.parts)
@@ -68,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> Path:
     for part in options.parts:
         try:
             PARTS[part](bench, sizes)
-        except Exception as error:  # the other parts are still wanted; what went wrong is in the report
+        except Exception as error:  # the other parts still run; the report contains the error
             bench.records.append(
                 {"part": part, "job": part, "status": FAILED, "detail": f"{type(error).__name__}: {error}"}
             )

@@ -1,10 +1,12 @@
-"""What was asked of speed and memory, and what this run shows: rows of (asked, measured, yes | no | not measured)."""
+"""Compare a run with the targets for speed and memory: rows of (target, measured, yes | no | not measured)."""
+
+# pyright: reportTypedDictNotRequiredAccess=false
 
 from collections.abc import Iterator
-from typing import Any
 
 from benchmarks.fits import deviation_from_proportional, rise
 
+from .measure import Forecast
 from .records import Record, find, median, whole_sample
 
 Row = tuple[str, str, str]
@@ -12,7 +14,7 @@ FLOAT32_OR_BF16 = ("float32", "bf16")
 
 
 def check(records: list[Record]) -> list[Row]:
-    """All targets."""
+    """Return the rows of all targets."""
     return [
         *_decoding(records),
         *_long_axis(records),
@@ -23,24 +25,24 @@ def check(records: list[Record]) -> list[Row]:
     ]
 
 
-def at_least(asked: str, value: float | None, least: float, note: str = "") -> Row:
-    """A row for a figure that should reach `least`."""
+def at_least(target: str, value: float | None, least: float, note: str = "") -> Row:
+    """Return a row for a figure that should reach `least`."""
     if value is None:
-        return asked, "-", "not measured"
-    return asked, f"{value:.3g}{note}", "yes" if value >= least else "no"
+        return target, "-", "not measured"
+    return target, f"{value:.3g}{note}", "yes" if value >= least else "no"
 
 
-def at_most(asked: str, value: float | None, most: float, text: str = "{:.3g}") -> Row:
-    """A row for a figure that should stay below `most`."""
+def at_most(target: str, value: float | None, most: float, text: str = "{:.3g}") -> Row:
+    """Return a row for a figure that should stay below `most`."""
     if value is None:
-        return asked, "-", "not measured"
-    return asked, text.format(value), "yes" if value <= most else "no"
+        return target, "-", "not measured"
+    return target, text.format(value), "yes" if value <= most else "no"
 
 
 def _decoding(records: list[Record]) -> Iterator[Row]:
     for precision, least in zip(FLOAT32_OR_BF16, (10, 5), strict=True):
         for side in (128, 256):
-            same: dict[str, Any] = {"shape": (side,) * 3, "precision": precision, "streamed": False}
+            same: dict[str, object] = {"shape": (side,) * 3, "precision": precision, "streamed": False}
             ours, peer = (find(records, "coding", "decoding", model=m, **same) for m in ("ours", "maisi"))
             fast, slow, note = median(ours), median(peer), ""
             small, large = (r[-1]["memory"]["above"] if r else None for r in (ours, peer))
@@ -57,10 +59,10 @@ def _decoding(records: list[Record]) -> Iterator[Row]:
             yield at_least(f"{what}: an eighth of MAISI's peak memory", smaller, 8, note)
 
 
-def _forecast(records: list[Record], side: int, precision: str) -> dict[str, float] | None:
+def _forecast(records: list[Record], side: int, precision: str) -> Forecast | None:
     for r in records:
-        asked = (r["part"], r["job"], r.get("model"), r.get("precision"), list(r.get("shape", ())))
-        if asked == ("coding", "decoding", "maisi", precision, [side] * 3) and "forecast" in r:
+        key = (r["part"], r["job"], r.get("model"), r.get("precision"), list(r.get("shape", ())))
+        if key == ("coding", "decoding", "maisi", precision, [side] * 3) and "forecast" in r:
             return r["forecast"]
     return None
 
@@ -79,8 +81,8 @@ def _long_axis(records: list[Record]) -> Iterator[Row]:
 
 def _exact(records: list[Record]) -> Iterator[Row]:
     ours, peer = (find(records, "seam", "seam", model=m) for m in ("ours", "monai"))
-    asked = "streamed equals whole within 1e-4 of the range"
-    row = at_most(asked, ours[0]["values"]["max"] if ours else None, 1e-4, "{:.1e}")
+    target = "streamed equals whole within 1e-4 of the range"
+    row = at_most(target, ours[0]["values"]["max"] if ours else None, 1e-4, "{:.1e}")
     yield (
         (row[0], f"{row[1]} (MONAI's sliding window {peer[0]['values']['max']:.1e})", row[2]) if peer and ours else row
     )
@@ -95,8 +97,8 @@ def _training(records: list[Record]) -> Iterator[Row]:
                     records, "training", job, model="monai", shape=r["shape"], batch=r["batch"], precision=precision
                 )
                 ratios += [peer[0]["seconds"]["median"] / r["seconds"]["median"]] if peer else []
-            asked = f"training step of the {name}, {precision}: {least:g} times MONAI's (smallest of the sizes)"
-            yield at_least(asked, min(ratios, default=None), least)
+            target = f"training step of the {name}, {precision}: {least:g} times MONAI's (smallest of the sizes)"
+            yield at_least(target, min(ratios, default=None), least)
 
 
 def _sampling(records: list[Record]) -> Iterator[Row]:

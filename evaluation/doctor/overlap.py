@@ -31,9 +31,7 @@ def overlap_findings(
     elif is_complete(model.subjects):
         findings.append(ok("subjects", f"{path} has seen none of the held-out subjects"))
     else:
-        findings.append(
-            warn("subjects", f"{path}: {UNKNOWN}", "train it again, or add the record by weights/record.py")
-        )
+        findings.append(warn("subjects", f"{path}: {UNKNOWN}", "train it again, or add the record by tools/record.py"))
     if model.data is None:
         message = f"{path} does not record how its volumes were prepared (it is older)"
         findings.append(

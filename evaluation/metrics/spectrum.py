@@ -4,6 +4,7 @@ Frequencies are in cycles/voxel along each axis, so 0.5 is the Nyquist frequency
 than a real one: a negative ratio in dB. Voxel grids, not millimeters, limit a decoder, hence cycles/voxel.
 """
 
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -72,4 +73,4 @@ def ratio_db(power: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 def band_names(band_edges: tuple[float, ...] = BAND_EDGES) -> list[str]:
     """Name the bands for a report: "0.20-0.25"."""
-    return [f"{low:.2f}-{high:.2f}" for low, high in zip(band_edges[:-1], band_edges[1:], strict=True)]
+    return [f"{low:.2f}-{high:.2f}" for low, high in itertools.pairwise(band_edges)]

@@ -265,7 +265,7 @@ def _check(name: str, volumes: VolumeSet, channels: int) -> None:
         if volume.ndim != 4 or volume.shape[0] != channels:
             raise ValueError(f"{name} volume {index} has shape {volume.shape}, not ({channels}, X, Y, Z)")
         low, high = float(volume.min()), float(volume.max())
-        if not (-TOLERANCE <= low and high <= 1 + TOLERANCE):  # NaN too
+        if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # NaN too
             raise ValueError(
                 f"{name} volume {index} has intensities from {low:g} to {high:g}; scale them to [0, 1] (see unit_range)"
             )

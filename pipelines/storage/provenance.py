@@ -195,16 +195,15 @@ def synthetic_files(record: Mapping[str, Any], path: str | os.PathLike) -> Itera
     """
     files, content = volume_files(path, record), plain(record, f"{path}: the record")
     read_sidecar(path)  # refused before the work
-    with ExitStack() as stack:
-        with atomic_files(sidecar_path(path), *files) as (sidecar, *unfinished):
-            yield unfinished
-            content[FILES] = [describe_file(file) for file in unfinished]
-            sidecar.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            sync(sidecar.parent)  # all is on the disk before older files are removed
-            stack.enter_context(_taking_places)  # of two calls that write one volume, each takes all places at once
-            older = read_sidecar(path)
-            for file in {*files, *(volume_files(path, older) if older else [])}:  # it may have had other channels
-                file.unlink(missing_ok=True)
+    with ExitStack() as stack, atomic_files(sidecar_path(path), *files) as (sidecar, *unfinished):
+        yield unfinished
+        content[FILES] = [describe_file(file) for file in unfinished]
+        sidecar.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        sync(sidecar.parent)  # all is on the disk before older files are removed
+        stack.enter_context(_taking_places)  # of two calls that write one volume, each takes all places at once
+        older = read_sidecar(path)
+        for file in {*files, *(volume_files(path, older) if older else [])}:  # it may have had other channels
+            file.unlink(missing_ok=True)
 
 
 def write_synthetic(

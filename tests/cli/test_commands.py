@@ -24,7 +24,7 @@ from volumes.data.config_parser import ConfigParser, config_files
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "diffusers", "transformers", "monai", "accelerate", "matplotlib", "scipy", "nibabel", "pydicom")
 MODULES = ["evaluation.doctor", "evaluation.copies.fingerprints", "evaluation.data.label_budget"]
-MODULES += ["evaluation.studies.edit_borders", "evaluation.studies.samplers"] + ["pipelines.storage.to_dicom"]
+MODULES += ["evaluation.studies.edit_borders", "evaluation.studies.samplers", "pipelines.storage.to_dicom"]
 MODULES += [
     f"benchmarks.{name}"
     for name in (
@@ -39,16 +39,13 @@ MODULES += [
         "survival",
     )
 ]
-MODULES += ["docs.evidence"]
+MODULES += [f"tools.{name}" for name in ("evidence", "mutants", "pictures", "record", "ship")]
 SCRIPTS = [
     "train_vae.py",
     "train_ldm.py",
     "generate.py",
     "evaluate.py",
     "demo.py",
-    "docs/pictures.py",
-    "weights/record.py",
-    "weights/ship.py",
 ]
 SCRIPTS += [
     "tests/helpers/fuzz.py",
@@ -332,7 +329,7 @@ def test_config_files_that_cannot_be_are_refused_by_name(tmp_path):
         (tmp_path, "is no file; give a YAML file"),
         (empty, "is empty; give a config"),
         (text, "holds str, not settings by name"),
-        (syntax, "is no YAML that can be read"),
+        (syntax, "is not readable YAML"),
     ):
         with pytest.raises(ValueError, match=said) as refused:
             config_files(["--config", str(path)])

@@ -281,7 +281,7 @@ def test_options_are_written_out(tmp_path):
     path.write_text(SETTINGS)
     for option, meant in (
         ("--loop.max_step", "did you mean loop.max_steps?"),
-        ("--conf", "known here"),
+        ("--conf", "valid here"),
         ("--va", "mean vae"),
     ):
         with pytest.raises(ValueError, match=re.escape(f"{option[2:]}: is not a setting; ") + f".*{re.escape(meant)}"):

@@ -217,14 +217,12 @@ def test_few_and_many_steps(name, objective):
         try:
             timesteps = set_timesteps(scheduler, steps, None, torch.device("cpu"))
         except ValueError as refused:
-            assert not continuous and (steps > 1000 or objective != FLOW and (steps == 1 or steps > 998)), refused
+            assert not continuous and (steps > 1000 or (objective != FLOW and (steps == 1 or steps > 998))), refused
             assert f"num_inference_steps {steps}" in str(refused).replace("=", " ") and "use" in str(refused)
             continue
         assert (continuous or steps <= 1000) and len(timesteps) == steps * scheduler.order - scheduler.order + 1
-        if (
-            steps < 999
-            or name in (DPMSolverMultistepScheduler.__name__, "FlowMatchEulerDiscreteScheduler")
-            and steps == 1000
+        if steps < 999 or (
+            name in (DPMSolverMultistepScheduler.__name__, "FlowMatchEulerDiscreteScheduler") and steps == 1000
         ):
             out = sampled(KnowsTheAnswer(answer(), objective), scheduler, steps)
             torch.testing.assert_close(out, answer(), atol=0.05, rtol=0)

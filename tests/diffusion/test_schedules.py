@@ -1,5 +1,6 @@
 """The seeds' cosine schedules against the published formula, and samplers that visit all their steps."""
 
+import itertools
 import math
 
 import pytest
@@ -21,7 +22,7 @@ def published(steps: int) -> tuple[list[float], list[float]]:
         return math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2
 
     alpha_bar = [f(t) / f(0) for t in range(steps + 1)]
-    return alpha_bar[1:], [min(1 - b / a, 0.999) for a, b in zip(alpha_bar, alpha_bar[1:], strict=False)]
+    return alpha_bar[1:], [min(1 - b / a, 0.999) for a, b in itertools.pairwise(alpha_bar)]
 
 
 @pytest.mark.parametrize("name", [None, "DDPMScheduler", "DPMSolverMultistepScheduler"])

@@ -106,7 +106,7 @@ def test_a_volume_on_another_grid_is_refused_or_skipped(data):
 
 
 def test_the_configs_time_point_of_real_files_is_read(data):
-    folder, config = data
+    _folder, config = data
     case = learning_cases(load_cases(config))[0]
     volume = read_volume(case.images["image"])
     expected = load_pairs([Pair(case)], config, SHAPE).images

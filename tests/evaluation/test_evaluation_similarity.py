@@ -108,9 +108,9 @@ def test_volumes_of_one_subject_are_drawn_together():
     """Pairs of subject a are alike, of others not: with subjects, a draw holds both of its volumes or none."""
     pairs = random_pairs(4, 6, 0, ["a", "a", "b", "c"])
     values = {name: np.linspace(0, 1, len(pairs)) for name in SETS}
-    counts, whose = dict.fromkeys(SETS, 4), dict.fromkeys(SETS, ["a", "a", "b", "c"])
+    counts, whose = dict.fromkeys(SETS, 4), {key: ["a", "a", "b", "c"] for key in SETS}
     apart = compare_diversity(values, dict.fromkeys(SETS, pairs), counts)["test"]["interval"]
     together = compare_diversity(values, dict.fromkeys(SETS, pairs), counts, 0, whose)["test"]["interval"]
     assert together != apart
     with pytest.raises(ValueError, match="3 subjects for 4 volumes"):
-        compare_diversity(values, dict.fromkeys(SETS, pairs), counts, 0, dict.fromkeys(SETS, ["a", "b", "c"]))
+        compare_diversity(values, dict.fromkeys(SETS, pairs), counts, 0, {key: ["a", "b", "c"] for key in SETS})

@@ -209,7 +209,7 @@ ROW = {"arm": "real", "labels": "all", "seed": 0, "dice": 0.5, "seconds": 1}
             ("on_synthetic", {}),
             ("seconds", "1"),
             ("drawn_from", 1.5),
-        )  # fmt: skip
+        )
     ],
 )
 def test_a_damaged_ledger_is_named(tmp_path, text):
@@ -298,11 +298,13 @@ def test_two_evaluations_do_not_write_one_report(tmp_path):
     try:
         assert begun.wait(60)
         before = sorted((one.name, one.stat().st_mtime_ns) for one in tmp_path.iterdir())
-        with pytest.raises(
-            OutputInUse, match=rf"{path}: another process writes there: process {process.pid} on .*--wait_minutes"
+        with (
+            pytest.raises(
+                OutputInUse, match=rf"{path}: another process writes there: process {process.pid} on .*--wait_minutes"
+            ),
+            only_writer_of(path, 0),
         ):
-            with only_writer_of(path, 0):
-                raise AssertionError
+            raise AssertionError
         assert sorted((one.name, one.stat().st_mtime_ns) for one in tmp_path.iterdir()) == before
         options = Namespace(output=str(path), wait_minutes=0.0, reports=[])
         with pytest.raises(OutputInUse):
@@ -329,8 +331,8 @@ def test_two_evaluations_do_not_write_one_report(tmp_path):
         ('{"a": 1, "a": 2}', "two values called 'a'"),
         ("[" * 100_000, "nested too deeply"),
         ('{"a":' * 100_000, "nested too deeply"),
-        ("9" * 10_000, "no JSON"),
-        ("\x1b[2J", "no JSON"),
+        ("9" * 10_000, "not JSON"),
+        ("\x1b[2J", "not JSON"),
     ],
 )
 def test_json_that_is_not_read(tmp_path, text, reason):
@@ -391,7 +393,7 @@ def test_a_large_table_is_read(tmp_path):
         (lambda: "".join(" " * n + "a:\n" for n in range(1000)), "more than 100 deep"),
         (lambda: "".join(f"k{n}: &a{n} [1, 2]\n" for n in range(20_000)), "more than 20000 values"),
         (lambda: "x" * (1 << 24) + "y", "larger than 16 MiB"),
-        (lambda: "a: &a [*a]", "holds itself"),
+        (lambda: "a: &a [*a]", "contains itself"),
         (
             lambda: "a0: &a0 {x: 1}\n" + "".join(f"a{n + 1}: &a{n + 1} {{<<: [*a{n}, *a{n}]}}\n" for n in range(40)),
             "aliases repeat",

@@ -467,9 +467,7 @@ def test_fingerprints_of_another_split_are_refused(trained, generated, tmp_path,
     make_fingerprints([*command, "--data.test_fraction", "0.4"])
     mask = sorted((trained / "data/labels").glob("*.nii.gz"))[0]
     arguments = ["--pipeline", str(trained / "pipeline"), "--masks", str(mask), "--steps", "1", "--output"]
-    with pytest.raises(
-        ValueError, match=r"4 of the \d+ volumes that set its threshold are among the model"
-    ):
+    with pytest.raises(ValueError, match=r"4 of the \d+ volumes that set its threshold are among the model"):
         generate.main([*arguments, str(tmp_path / "g"), "--reject_copies", str(tmp_path / "f.safetensors")])
     make_fingerprints([*command, "--data.test_fraction", "0.2", "--data.validation_fraction", "0.3"])
     with pytest.raises(ValueError, match="among those that the model learned from"):

@@ -273,10 +273,12 @@ def lora_settings_target() -> Target:
 
     unet = tiny_pipeline().unet
     add_lora(unet, rank=2, alpha=2, target_modules=["qkv", "out"], dropout=0.0)
-    with tempfile.TemporaryDirectory() as name:
-        with safe_open(save_lora(unet, Path(name), base="0" * 64), framework="pt") as file:
-            header = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    with (
+        tempfile.TemporaryDirectory() as name,
+        safe_open(save_lora(unet, Path(name), base="0" * 64), framework="pt") as file,
+    ):
+        header = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     patterns = {"unet.rank_pattern": {"qkv": 2}, "unet.alpha_pattern": {"out": 3.5}, "unet.use_dora": False}
     variants = [{"header.json": json.dumps(one).encode()} for one in (header, header | patterns)]
 

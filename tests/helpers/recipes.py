@@ -120,7 +120,7 @@ def reduced(path: Path, folder: Path, data: Path) -> tuple[list[str], dict[str, 
     """Arguments of a training script for the recipe in `path` on the fabricated `data`, and its sections: thin networks and
     two steps, with the recipe's own levels, losses, objective and preprocessing."""
     recipe = yaml.safe_load(path.read_text())
-    model, loop = recipe["model"], recipe["loop"] if "loop" in recipe else {}
+    model, loop = recipe["model"], recipe.get("loop", {})
     recipe["output"] = str(folder / path.stem)
     recipe["data"]["root"] = str(data)
     recipe["data"]["test_fraction"] = 0.0 if "split" in recipe["data"] else 0.25

@@ -530,7 +530,7 @@ def test_tables_that_cannot_be_are_refused_before_any_work(folder, tmp_path, tab
     assert not (tmp_path / "none").exists()
 
 
-def test_a_model_is_trained_on_the_tables_conditions(tmp_path, vae_folder):  # noqa: F811
+def test_a_model_is_trained_on_the_tables_conditions(tmp_path, vae_folder):
     """From the config to the pipeline; the preview and the validation are of each held-out case's own."""
     data = [
         "--data.classes={class: [bright lesion, dark lesion]}",

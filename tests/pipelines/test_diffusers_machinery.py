@@ -69,7 +69,7 @@ def test_a_backend_is_set_for_one_model_alone():
     before = dispatch._AttentionBackendRegistry.get_active_backend()[0]
     first.unet.set_attention_backend("_native_math")
     assert dispatch._AttentionBackendRegistry.get_active_backend()[0] == before
-    chosen = [list(pipe.unet.attn_processors.values())[0]._attention_backend for pipe in (first, second)]
+    chosen = [next(iter(pipe.unet.attn_processors.values()))._attention_backend for pipe in (first, second)]
     assert chosen == ["_native_math", None]
 
 

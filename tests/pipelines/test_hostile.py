@@ -348,11 +348,11 @@ BOMB = "\n".join(
     "text, reason",
     [
         (BOMB, "aliases repeat values more than 20000 times"),
-        ("data: &data {root: *data}\n", "nested too deeply, or holds itself"),
+        ("data: &data {root: *data}\n", "nested too deeply, or contains itself"),
         ("[" * 5000, "nested more than 100 deep"),
-        ("data: {root: \x00}\n", "is no YAML"),
-        ("loop: {fsdp: !!bool maybe}\n", "is no YAML"),
-        ("output: !!timestamp 2001-02-30\n", "is no YAML"),
+        ("data: {root: \x00}\n", "is not readable YAML"),
+        ("loop: {fsdp: !!bool maybe}\n", "is not readable YAML"),
+        ("output: !!timestamp 2001-02-30\n", "is not readable YAML"),
     ],
     ids=["bomb", "circle", "deep", "zero", "tag", "date"],
 )

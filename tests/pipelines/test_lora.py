@@ -310,7 +310,7 @@ def test_keywords_of_a_lora_that_nothing_reads_are_refused(saved):
 
 def test_state_dicts_as_diffusers_saves_and_loads_them(saved, tmp_path, caplog):
     """Of a LoRA whose alpha is twice its rank: with its settings it acts so; without them as if alpha were its rank."""
-    folder, base, expected = saved
+    folder, _base, expected = saved
     trained = trained_lora(tmp_path / "own")
     layers = peft.get_peft_model_state_dict(trained.unet)
     settings = trained.unet.peft_config["default"].to_dict()

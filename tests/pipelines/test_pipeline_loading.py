@@ -286,7 +286,7 @@ def test_damaged_files_are_named(folder, content):
     with pytest.raises(ValueError, match="unet/diffusion_pytorch_model.safetensors: is no whole safetensors file"):
         MedVolumePipeline.from_pretrained(folder)
     (folder / "model_index.json").write_text("{")
-    with pytest.raises(ValueError, match="model_index.json is no JSON"):
+    with pytest.raises(ValueError, match="model_index.json is not JSON"):
         MedVolumePipeline.from_pretrained(folder)
 
 

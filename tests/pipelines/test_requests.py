@@ -49,7 +49,7 @@ def test_masks_of_a_table_are_found_however_they_are_spelled(tmp_path):
         ("name,age\na,1\n\nA,2\n", "several rows are called A: line 2 and line 4"),
         (f"name,age\nMü,1\n{nfd('Mü')},2\n", "several rows are called Mü: line 2 and line 3"),
         ("mask\na.nii\n\nb.nii\n", "line 4: .*b.nii: no such file"),
-        ("mask\nC:\\masks\\a.nii\n", "line 2: .*no such file; a path of Windows"),
+        ("mask\nC:\\masks\\a.nii\n", "line 2: .*no such file; this is a Windows path"),
         ("name,age,\na,1,x\n", "line 2 has a value"),
         ("name,age\na,#N/A\n", "line 2: age is a spreadsheet's error"),
     ],

@@ -210,7 +210,7 @@ def test_quick_run_makes_json_plots_and_table(tmp_path):
     )
     assert ours["values"]["max"] < 1e-4 < peer["values"]["max"]
     text = (tmp_path / "performance.md").read_text()
-    assert "## What was asked for" in text and "## Seams" in text and "## A training step" not in text
+    assert "## Targets" in text and "## Seams" in text and "## Training step" not in text
     assert {p.name for p in tmp_path.glob("*.png")} == {"performance_growth.png", "performance_long_axis.png"}
     assert all(f"({p.name})" in text for p in tmp_path.glob("*.png"))
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import mask_image, tiny_pipeline
 
-from weights.ship import fill, main, summaries, with_decoder
+from tools.ship import fill, main, summaries, with_decoder
 
 
 def test_figures_are_taken_from_the_results_and_formatted():
@@ -17,7 +17,7 @@ def test_figures_are_taken_from_the_results_and_formatted():
 
 
 def test_a_figure_that_was_not_measured_is_refused():
-    with pytest.raises(ValueError, match="dice.mean, but no result holds it"):
+    with pytest.raises(ValueError, match="dice.mean, but no result has it"):
         fill("Dice {dice.mean:.2f}", {"dice": {}})
 
 
@@ -40,7 +40,7 @@ def test_a_decoder_that_was_trained_on_replaces_the_pipelines_own(tmp_path):
     shifted = tiny_pipeline().vae
     shifted.set_latent_statistics([0.5] * 4, [1.0] * 4)
     for wrong in (tiny_pipeline(seed=1).vae, shifted):
-        with pytest.raises(ValueError, match="another encoder, or other latent statistics"):
+        with pytest.raises(ValueError, match="encoder or latent statistics differ"):
             with_decoder(pipe, wrong)
 
 
@@ -51,9 +51,7 @@ def test_noise_is_measured_on_the_pipelines_own_data(tmp_path):
     (tmp_path / "card.md").write_text("")
     (tmp_path / "examples.csv").write_text("name\none\n")
     command = [str(tmp_path / "run"), str(tmp_path / "out"), f"--results={tmp_path}", f"--card={tmp_path / 'card.md'}"]
-    with pytest.raises(
-        ValueError, match="other.yaml: its volumes have other channels, shape_range than the pipeline's"
-    ):
+    with pytest.raises(ValueError, match="other.yaml: its volumes differ from the pipeline's in channels, shape_range"):
         main([*command, f"--examples={tmp_path / 'examples.csv'}", f"--residual_noise={config}"])
     assert not (tmp_path / "out").exists()
 
@@ -81,7 +79,7 @@ def test_a_shipped_folder_has_half_precision_weights_masks_results_and_card(tmp_
     stored = load_file(tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     (tmp_path / "examples.csv").write_text("mask,name\nmasks_here/a.nii.gz,one\nothers/a.nii.gz,two\n")
-    with pytest.raises(ValueError, match="two masks have one file name"):
+    with pytest.raises(ValueError, match="two masks have the same file name"):
         main(command)
     (tmp_path / "examples.csv").write_text("name,sex\none,F\n")  # a model without masks
     main(command)

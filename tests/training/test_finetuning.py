@@ -39,7 +39,7 @@ def test_figures_of_other_settings_are_not_kept(commands, tmp_path):
     arguments = ["--output", str(tmp_path / "r.json"), "--seeds", "1"]
     with pytest.raises(KeyboardInterrupt):
         finetuning.main(arguments)
-    with pytest.raises(ValueError, match="r.json: was begun with another count, steps; take another folder"):
+    with pytest.raises(ValueError, match="r.json: was begun with another count, steps; choose another folder"):
         finetuning.main([*arguments, "--steps", "5", "--count", "2"])
     commands.clear()
     assert set(finetuning.main(arguments)["dice"]) == {finetuning.REAL, *finetuning.ARMS}

@@ -90,9 +90,9 @@ def test_a_second_job_is_refused_and_touches_nothing_of_the_first(run, tmp_path)
     with only_writer(run):
         before = everything(run)
         for args in (["--resume=latest", "--loop.max_steps=8"], [f"--resume={run / 'checkpoints/step_000002'}"]):
-            with pytest.raises(OutputInUse, match=rf"another process writes there: process {os.getpid()} on "):
-                with begun(line_config(tmp_path, *SHORT, *args)):
-                    pytest.fail("began")
+            match = rf"another process writes there: process {os.getpid()} on "
+            with pytest.raises(OutputInUse, match=match), begun(line_config(tmp_path, *SHORT, *args)):
+                pytest.fail("began")
         assert everything(run) == before
     with begun(line_config(tmp_path, *SHORT, "--resume=latest")):
         assert not unfinished.exists() and (run / HOLDER).is_file()
@@ -309,11 +309,11 @@ def test_a_folder_that_an_ordinary_user_cannot_write_is_named_before_the_work():
     try:
         os.chown(run, 65534, 65534)
         os.seteuid(65534)
-        with pytest.raises(
-            ValueError, match="run/checkpoints: cannot be written to: Permission denied; choose another"
+        with (
+            pytest.raises(ValueError, match="run/checkpoints: cannot be written to: Permission denied; choose another"),
+            begun(line_config(folder, *SHORT)),
         ):
-            with begun(line_config(folder, *SHORT)):
-                pytest.fail("began")
+            pytest.fail("began")
         run.chmod(0o555)
         with pytest.raises(ValueError, match="run: cannot be written to: Permission denied; choose another"):
             check_writable(run)

@@ -323,9 +323,9 @@ def test_an_output_that_cannot_be_written_is_named_before_the_data_are_read(tmp_
 
 
 def test_a_full_disk_in_generation_has_a_remedy(tmp_path):
-    with pytest.raises(ValueError, match=r"out: No space left on device; make room, and run the same command again"):
-        with explain_disk_full(tmp_path / "out"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    match = r"out: No space left on device; make room, and run the same command again"
+    with pytest.raises(ValueError, match=match), explain_disk_full(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(FileNotFoundError), explain_disk_full(tmp_path):
         open(tmp_path / "other")
 
@@ -437,7 +437,7 @@ def test_a_spike_is_told_with_a_remedy():
 
 
 def test_the_loop_tells_of_a_spike(tmp_path, monkeypatch, caplog):
-    loop, step = line_loop(line_config(tmp_path, "--loop.max_steps=150", "--optimizer.learning_rate=1e-30"))
+    loop, _step = line_loop(line_config(tmp_path, "--loop.max_steps=150", "--optimizer.learning_rate=1e-30"))
     original = LineStep.__call__
 
     def spiking(self, batch, generators):

@@ -48,7 +48,7 @@ def take(stream, count):
 
 
 def test_every_epoch_sees_every_sample_once():
-    keys = sum(take(ResumableBatchSampler(7, 3, seed=1), 14), [])  # 42 samples: six epochs of 7
+    keys = list(itertools.chain(*take(ResumableBatchSampler(7, 3, seed=1), 14)))  # 42 samples: six epochs of 7
     for epoch in range(6):
         assert sorted(index for e, index in keys if e == epoch) == list(range(7))
     orders = {tuple(index for e, index in keys if e == epoch) for epoch in range(6)}
@@ -208,13 +208,13 @@ def test_trackers_that_cannot_work_are_refused_before_the_work(tmp_path, monkeyp
         raise RuntimeError("no login")
 
     monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.__init__", locked)
-    with pytest.raises(ValueError, match="could not be started .RuntimeError: no login.; set it up, or remove it"):
-        with open_run(line_config(tmp_path), "train_vae.py", []):
-            pytest.fail("began")
+    match = "could not be started .RuntimeError: no login.; set it up, or remove it"
+    with pytest.raises(ValueError, match=match), open_run(line_config(tmp_path), "train_vae.py", []):
+        pytest.fail("began")
 
 
 def test_a_loss_that_begins_late_is_averaged_over_its_own_steps(tmp_path, monkeypatch):
-    loop, step = line_loop(line_config(tmp_path, "--loop.max_steps=5"))
+    loop, _step = line_loop(line_config(tmp_path, "--loop.max_steps=5"))
     logged, original = [], LineStep.__call__
 
     def late(self, batch, generators):

@@ -312,7 +312,7 @@ def test_previews_are_sampled_with_the_average(monkeypatch):
         assert torch.equal(noise, torch.randn(noise.shape, generator=torch.Generator().manual_seed(number)))
 
 
-def test_what_is_saved_and_measured_is_the_average(tmp_path, vae_folder):  # noqa: F811
+def test_what_is_saved_and_measured_is_the_average(tmp_path, vae_folder):
     """Of both scripts: the files are those of the moving average in the last checkpoint, and not the trained weights; the
     metrics are those of the saved autoencoder."""
     last = "checkpoints/step_000003"

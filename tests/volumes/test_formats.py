@@ -239,7 +239,7 @@ def test_slices_are_ordered_along_their_normal(series, volume):
     """A sagittal series: all slices have one height above the feet, and their files are in no order."""
     for path in series.iterdir():
         one = pydicom.dcmread(path)
-        one.ImageOrientationPatient = list("010") + ["0", "0", "-1"]
+        one.ImageOrientationPatient = [*list("010"), "0", "0", "-1"]
         one.ImagePositionPatient = [str(-3 * (one.InstanceNumber - 1)), "5", "40"]
         one.save_as(path)
     found = read_volume(series)

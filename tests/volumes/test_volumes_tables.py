@@ -214,7 +214,7 @@ def test_an_empty_path_is_named_by_its_line(tmp_path):
     skipped = load_cases(DataConfig(**config, on_error="skip"))  # refused, and listed, when it is read
     assert [case.images["image"].exists() for case in skipped] == [False, True]
     table(tmp_path, "image,age\nC:\\scans\\a.nii,5\n")
-    with pytest.raises(ValueError, match="line 2 of t.csv names it: .*a path of Windows"):
+    with pytest.raises(ValueError, match="line 2 of t.csv names it: .*this is a Windows path"):
         load_cases(DataConfig(**config))
 
 
@@ -240,7 +240,7 @@ def test_unicode_spellings_match_between_images_and_masks(tmp_path, caplog):
     assert all(unicodedata.is_normalized("NFC", case.name) and case.mask.exists() for case in cases)
     assert "1 files of macOS beside the volumes are passed over" in caplog.text
     (tmp_path / "labels" / "Müller.nii.gz").touch()  # in NFC, beside the same in NFD
-    with pytest.raises(ValueError, match="differ only in how Unicode spells them"):
+    with pytest.raises(ValueError, match="differ only in Unicode normalization"):
         load_cases(config)
 
 

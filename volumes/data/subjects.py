@@ -95,7 +95,7 @@ def join_records(*records: Sequence[Mapping[str, Any]] | None) -> list[dict[str,
     """The records of several parts, each once; `UNRECORDED` for a part without any."""
     found: list[dict[str, Any]] = []
     for part in records:
-        for record in [UNRECORDED] if not part else part:
+        for record in part if part else [UNRECORDED]:
             if record not in found:
                 found.append(_plain(record))
     return found

@@ -1,6 +1,8 @@
-"""The pictures of docs/conditions, from trained pipelines:  python docs/pictures.py mask|classes|numbers|images|edits [--pipeline DIR]
+"""Draw the pictures of docs/conditions with trained pipelines.
 
-Each prints what it measured on the volumes that it drew, and writes it beside the picture as JSON.
+    python -m tools.pictures mask|classes|numbers|images|edits [--pipeline DIR]
+
+Each command prints its measurements on the generated volumes, and writes them beside the picture as JSON.
 """
 
 import argparse
@@ -13,10 +15,10 @@ NAMES = ("mask", "edits", "classes", "images", "numbers")
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("picture", choices=NAMES, help="which of them")
-    parser.add_argument("--pipeline", type=Path, help="in place of the usual one")
+    parser.add_argument("picture", choices=NAMES, help="picture to draw")
+    parser.add_argument("--pipeline", type=Path, help="pipeline to use instead of the default one")
     return parser.parse_args(args)
 
 
@@ -49,38 +51,40 @@ FOLDER = ROOT / "docs" / "conditions"
 HIPPOCAMPUS = ROOT / "weights" / "hippocampus"
 SEED = 0
 
-Measured = dict[str, dict[str, float]]  # what was drawn: what was measured of it
+Measured = dict[str, dict[str, float]]  # {volume: {quantity: value}}
 
 
 def seeds(count: int) -> list[torch.Generator]:
-    """Generators of consecutive seeds."""
+    """Return generators with consecutive seeds."""
     return [torch.Generator().manual_seed(SEED + i) for i in range(count)]
 
 
 def mask(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
-    """One unseen mask with three seeds, and edited: shifted, thickened, its posterior part removed."""
-    own = read_mask(HIPPOCAMPUS / "masks" / "hippocampus_015.nii.gz")
-    labels = own.array[0]
+    """Generate from one test mask with three seeds, and from edited masks: shifted, thickened, without its posterior part."""
+    mask_volume = read_mask(HIPPOCAMPUS / "masks" / "hippocampus_015.nii.gz")
+    labels = mask_volume.array[0]
     thick = torch.nn.functional.max_pool3d(torch.from_numpy(labels).float()[None], 3, 1, 1)[0].numpy().astype(np.int16)
     edits = {
         "shifted by 6 mm": np.roll(labels, 6, axis=1),
         "thicker by 1 mm": thick,
         "anterior alone": labels * (labels == 1),
     }
-    asked = {f"as it is, seed {seed}": labels for seed in range(3)} | edits
-    masks = [own.replace(one[None]) for one in asked.values()]
+    cases = {f"as it is, seed {seed}": labels for seed in range(3)} | edits
+    masks = [mask_volume.replace(case[None]) for case in cases.values()]
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1, 2, 0, 0, 0)]
     out = pipe(mask=masks, generator=generators, output_type="np")
     columns, measured = [], {}
-    for title, one, volume in zip(asked, asked.values(), out.volumes, strict=True):
-        inside, around = volume[0][one > 0].mean(), volume[0][(one == 0)].mean()
+    for title, case, volume in zip(cases, cases.values(), out.volumes, strict=True):
+        inside, around = volume[0][case > 0].mean(), volume[0][case == 0].mean()
         measured[title] = {"mean inside the mask": float(inside), "mean outside": float(around)}
-        columns.append({"title": title, "images": {"generated": volume[0]}, "mask": one, "spacing": own.spacing})
+        columns.append(
+            {"title": title, "images": {"generated": volume[0]}, "mask": case, "spacing": mask_volume.spacing}
+        )
     return slices_figure(columns), measured
 
 
 def classes(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
-    """The same six noises for each diagnosis, without one, and with guidance."""
+    """Generate from the same six seeds for each diagnosis, without a diagnosis, and with guidance."""
     count, rows, measured = 6, {}, {}
     kinds = [(f"{value}", {"diagnosis": value}, 1.0) for value in pipe.data.classes["diagnosis"]]
     kinds += [("none given", {}, 1.0), ("hyperplasia, guided by 3", {"diagnosis": "hyperplasia"}, 3.0)]
@@ -94,9 +98,11 @@ def classes(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
 
 
 def numbers(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
-    """One noise, dark and bright lesions of growing volume; the volume that came out is measured by a threshold, as is what
-    the autoencoder leaves of real lesions of that volume (a line fitted to 200 new phantoms)."""
-    columns, found = [], {}
+    """Generate dark and bright lesions of growing volume from one seed, and measure their volume by a threshold.
+
+    For comparison, the same is measured on the autoencoder's reconstructions of real lesions (a line fitted to 200 new phantoms).
+    """
+    columns, measurements = [], {}
     real = [make_phantom(10_000 + number, (32, 32, 32)) for number in range(200)]
     for index, (kind, threshold) in enumerate(zip(PHANTOM_CLASSES, (300.0, 850.0), strict=True)):
         kept = np.array(
@@ -107,30 +113,30 @@ def numbers(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
             ]
         )
         slope, offset = np.polyfit(kept[:, 0], kept[:, 1], 1)
-        for asked in (80, 115, 150):
+        for requested in (80, 115, 150):
             measured = []
             for generator in seeds(8):
                 volume = pipe(
                     shape=(32, 32, 32),
                     classes={"class": kind},
-                    numbers={"lesion_volume": asked},
+                    numbers={"lesion_volume": requested},
                     generator=generator,
                     output_type="np",
                 ).volumes[0][0]
                 measured.append(_beyond(volume, threshold))
                 if generator.initial_seed() == SEED:
-                    columns.append({"title": f"{kind},\n{asked} voxels", "images": {"generated": volume}})
-            found[f"{kind}, {asked} voxels asked"] = {
+                    columns.append({"title": f"{kind},\n{requested} voxels", "images": {"generated": volume}})
+            measurements[f"{kind}, {requested} voxels asked"] = {
                 "mean": float(np.mean(measured)),
                 "lowest": float(min(measured)),
                 "highest": float(max(measured)),
-                "of real ones the autoencoder leaves": float(slope * asked + offset),
+                "of real ones the autoencoder leaves": float(slope * requested + offset),
             }
-    return slices_figure(columns), found
+    return slices_figure(columns), measurements
 
 
 def _reconstruction(pipe: MedVolumePipeline, image: np.ndarray) -> np.ndarray:
-    """What the autoencoder makes of a phantom (1, X, Y, Z): (X, Y, Z) in its units."""
+    """Reconstruct a phantom (1, X, Y, Z); return (X, Y, Z) in its units."""
     low, high = pipe.data.intensity[0].low, pipe.data.intensity[0].high
     scaled = torch.from_numpy(2 * (image - low) / (high - low) - 1).float().clamp(-1, 1)
     with torch.inference_mode():
@@ -139,13 +145,13 @@ def _reconstruction(pipe: MedVolumePipeline, image: np.ndarray) -> np.ndarray:
 
 
 def _beyond(volume: np.ndarray, threshold: float, organ: float = INTENSITY["organ"]) -> int:
-    """Voxels that differ from the organ by more than the threshold does, where the lesion lies and nothing outside the body."""
+    """Count the voxels in the middle that differ from the organ by more than the threshold does."""
     middle = volume[9:23, 9:23, 9:23]
     return int(((middle - threshold) * (threshold - organ) > 0).sum())
 
 
 def images(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
-    """Held-out patients: the real CT and PET, PET from that CT, and both from the tumor's mask and the sex alone."""
+    """Compare real CT and PET of test patients with PET from that CT, and with both from the tumor's mask and the sex."""
     config = parse_config(TrainLdmConfig, ["--config", str(ROOT / "configs" / "sarcoma" / "ldm.yaml")]).data
     cases = [case for case in load_cases(config) if case.split == "test"]
     windows = {
@@ -156,11 +162,11 @@ def images(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
     for number, case in enumerate(cases):
         assert case.mask is not None
         real = {name: read_volume(path).array[0] for name, path in case.images.items()}
-        tumor, labels = read_mask(case.mask), {"sex": case.metadata["sex"]}
-        given, alone = (
+        tumor, classes = read_mask(case.mask), {"sex": case.metadata["sex"]}
+        from_ct, from_mask = (
             pipe(
                 mask=case.mask,
-                classes=labels,
+                classes=classes,
                 image=image,
                 generator=torch.Generator().manual_seed(SEED + number),
                 output_type="np",
@@ -169,7 +175,11 @@ def images(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
         )
         inside = tumor.array[0] > 0
         expected = np.where(inside, *train_mean)
-        guesses = {"PET from CT": given[1], "PET from mask and sex": alone[1], "the training PETs' mean": expected}
+        guesses = {
+            "PET from CT": from_ct[1],
+            "PET from mask and sex": from_mask[1],
+            "the training PETs' mean": expected,
+        }
         truth = real["pet"].clip(*windows["pet"])
         for name, guess in guesses.items():
             errors[name].append([abs(guess - truth).mean(), guess[inside].mean() - truth[inside].mean()])
@@ -177,11 +187,11 @@ def images(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
             shown = {
                 "real CT": real["ct"],
                 "real PET": real["pet"],
-                "PET from CT": given[1],
-                "CT from mask": alone[0],
-                "its PET": alone[1],
+                "PET from CT": from_ct[1],
+                "CT from mask": from_mask[0],
+                "its PET": from_mask[1],
             }
-            column = {"title": f"{case.name}, {labels['sex']}", "images": shown, "spacing": tumor.spacing}
+            column = {"title": f"{case.name}, {classes['sex']}", "images": shown, "spacing": tumor.spacing}
             column["windows"] = {name: windows["pet" if "PET" in name else "ct"] for name in shown}
             columns.append(column | {"mask": tumor.array})
     measured = {}
@@ -196,28 +206,30 @@ def images(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
 
 
 def edits(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
-    """A real unseen volume changed in part, its hippocampus made anew, its posterior part removed, a cavity put in."""
+    """Edit a real test volume: image to image, a regenerated hippocampus, no posterior part, a cavity."""
     config = parse_config(TrainLdmConfig, ["--config", str(ROOT / "configs" / "hippocampus" / "ldm.yaml")]).data
     case = next(case for case in load_cases(config) if case.split == "test")
     assert case.mask is not None
-    (path,), own = case.images.values(), read_mask(case.mask)
-    real, posterior = read_volume(path).array[0], np.argwhere(own.array[0] == 2)
+    (path,), mask_volume = case.images.values(), read_mask(case.mask)
+    real, posterior = read_volume(path).array[0], np.argwhere(mask_volume.array[0] == 2)
     middle = posterior[np.abs(posterior - posterior.mean(axis=0)).sum(axis=1).argmin()].tolist()
-    asked = {
-        "strength 0.3": (own, None, 0.3),
-        "strength 0.7": (own, None, 0.7),
-        "hippocampus anew": (own, own.replace(labeled_region(own)[None].astype(np.uint8)), 1.0),
-        "posterior removed": (*remove_lesion(own, 2, 0), 1.0),
-        "cavity of 8 mm": (*insert_lesion(own, ellipsoid(8, own.spacing), middle, 0), 1.0),
+    whole = mask_volume.replace(labeled_region(mask_volume)[None].astype(np.uint8))
+    requests = {
+        "strength 0.3": (mask_volume, None, 0.3),
+        "strength 0.7": (mask_volume, None, 0.7),
+        "hippocampus regenerated": (mask_volume, whole, 1.0),
+        "posterior removed": (*remove_lesion(mask_volume, 2, 0), 1.0),
+        "cavity of 8 mm": (*insert_lesion(mask_volume, ellipsoid(8, mask_volume.spacing), middle, 0), 1.0),
     }
-    columns = [{"title": f"{case.name}, real", "images": {"image": real}, "mask": own.array, "spacing": own.spacing}]
+    outline = {"mask": mask_volume.array, "spacing": mask_volume.spacing}
+    columns = [{"title": f"{case.name}, real", "images": {"image": real}, **outline}]
     measured = {}
-    for title, (edited, region, strength) in asked.items():
+    for title, (edited, region, strength) in requests.items():
         (generator,) = seeds(1)
         out = pipe(
             mask=edited, image=path, region=region, strength=strength, generator=generator, output_type="np"
         ).volumes[0][0]
-        columns.append({"title": title, "images": {"image": out}, "mask": own.array, "spacing": own.spacing})
+        columns.append({"title": title, "images": {"image": out}, **outline})
         inside = np.ones(real.shape, bool) if region is None else region.array[0] > 0
         measured[title] = {
             "voxels in the region": float(inside.sum()),
@@ -230,7 +242,7 @@ def edits(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
 
 
 def _masked_means(case: Case) -> tuple[float, float]:
-    """Mean SUV, cut at 10, in the tumor and around it."""
+    """Return the mean SUV, clipped at 10, in the tumor and around it."""
     assert case.mask is not None
     pet, inside = read_volume(case.images["pet"]).array[0].clip(0, 10), read_mask(case.mask).array[0] > 0
     return float(pet[inside].mean()), float(pet[~inside].mean())
@@ -244,11 +256,11 @@ PICTURES: dict[str, tuple[Callable[[MedVolumePipeline], tuple[Figure, Measured]]
     "numbers": (numbers, ROOT / "output" / "phantom" / "conditions" / "pipeline"),
 }
 
-assert set(NAMES) == set(PICTURES)  # which --help names before they are made
+assert set(NAMES) == set(PICTURES)  # --help lists them before they are defined
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Draw one picture into docs/conditions."""
+    """Draw one picture and write it to docs/conditions."""
     options = parse(args)
     draw, folder = PICTURES[options.picture]
     pipe = MedVolumePipeline.from_pretrained(options.pipeline or folder)

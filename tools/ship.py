@@ -1,14 +1,13 @@
-"""Make a shippable pipeline folder out of a trained one: half-precision weights, example masks, results, model card.
+"""Make a pipeline folder to publish from a trained one: half-precision weights, example masks, results, model card.
 
-python weights/ship.py output/hippocampus/ldm/pipeline weights/hippocampus --vae output/hippocampus/sharpen/vae \
-    --examples configs/hippocampus/examples.csv --results out/results --card configs/hippocampus/card.md
+    python -m tools.ship output/hippocampus/ldm/pipeline weights/hippocampus --vae output/hippocampus/sharpen/vae \
+        --examples configs/hippocampus/examples.csv --results out/results --card configs/hippocampus/card.md
 
-`--examples` is a table as generate.py reads it, of what demo.py is to draw; masks that it names are copied to masks/. `--vae`
-takes the place of the pipeline's autoencoder: one with the same encoder, whose decoder was trained on; `--residual_noise CONFIG` measures
-its noise on the training volumes of a config.
-Every `{name}` in the card is filled from the results: `{reconstruction.psnr_db.mean:.2f}` is results/reconstruction.json
-["psnr_db"]["mean"]; `{megabytes}`, `{bands}` and `{scores.SOURCE}` are made here. A figure that no result file holds is an
-error, so a card cannot claim what was not measured.
+`--examples` is a table for generate.py, which demo.py runs; its masks are copied to masks/. `--vae` replaces the pipeline's
+autoencoder by one with the same encoder and a further trained decoder. `--residual_noise CONFIG` measures residual noise on the training
+volumes of a config. Every `{name}` in the card is filled from the results: `{reconstruction.psnr_db.mean:.2f}` is
+results/reconstruction.json ["psnr_db"]["mean"]; `{megabytes}`, `{bands}` and `{scores.SOURCE}` are computed here. A missing figure
+is an error, so a card cannot claim what was not measured.
 """
 
 import argparse
@@ -24,16 +23,17 @@ from cli.command import ArgumentParser, run_command
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("pipeline", type=Path, help="trained pipeline folder (RUN/pipeline)")
     parser.add_argument("target", type=Path, help="folder to write")
-    parser.add_argument("--vae", help="autoencoder in place of the pipeline's, of the same encoder")
+    parser.add_argument("--vae", help="autoencoder with the same encoder, to replace the pipeline's")
     parser.add_argument(
         "--residual_noise",
         type=Path,
-        help="config of train_ldm.py; measure on its training volumes what the autoencoder leaves out",
+        help="config of train_ldm.py: measure residual noise on its training volumes",
     )
-    parser.add_argument("--examples", type=Path, required=True, help="table of what demo.py draws")
+    parser.add_argument("--examples", type=Path, required=True, help="table of the volumes that demo.py generates")
     parser.add_argument(
         "--results", type=Path, required=True, help="folder of JSON reports of evaluate.py and benchmarks"
     )
@@ -59,23 +59,18 @@ from training.splits import load_split
 from volumes import describe
 from volumes.data.tables import read_table
 
-LIMIT = 40_000_000  # bytes a shipped pipeline may weigh
-MEASURED_ON = (
-    "channels",
-    "image_labels",
-    "spacing",
-    "shape_range",
-)  # of `volumes.describe`: what tells data sets apart
+MAX_BYTES = 40_000_000  # of a published pipeline
+MEASURED_ON = ("channels", "image_labels", "spacing", "shape_range")  # entries that tell data sets apart
 
 
 def main(args: list[str] | None = None) -> None:
-    """Write the folder. Raises: ValueError for a mask or result that is missing, or a folder over the limit."""
+    """Write the folder. Raises: ValueError for a missing mask or result, or weights over the size limit."""
     options = parse(args)
     target = options.target
     rows = read_table(options.examples)
     masks = [options.examples.parent / row["mask"] for row in rows if row.get("mask")]
     if len({path.name for path in masks}) < len({path.resolve() for path in masks}):
-        raise ValueError(f"{options.examples}: two masks have one file name, so one would replace the other; rename it")
+        raise ValueError(f"{options.examples}: two masks have the same file name; rename one")
     for path in (*masks, options.card):
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
@@ -90,16 +85,16 @@ def main(args: list[str] | None = None) -> None:
         found = describe(train)
         if other := [name for name in MEASURED_ON if getattr(pipe.data, name) != getattr(found, name)]:
             raise ValueError(
-                f"--residual_noise {options.residual_noise}: its volumes have other {', '.join(other)} than the pipeline's"
+                f"--residual_noise {options.residual_noise}: its volumes differ from the pipeline's in {', '.join(other)}"
             )
         noisy = replace(pipe.data, residual_noise=tuple(measure_noise(train, pipe.vae)))
-        pipe = MedVolumePipeline(pipe.vae, pipe.unet, pipe.scheduler, data=noisy)
+        pipe = MedVolumePipeline(pipe.vae, pipe.unet, pipe.scheduler, data=noisy)  # pyright: ignore[reportArgumentType]
     pipe.to(torch.float16)
     remove_leftovers(target)
     pipe.save_pretrained(target)
     size = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
-    if size > LIMIT:
-        raise ValueError(f"{target}: weights of {size / 1e6:.1f} MB, the limit is {LIMIT / 1e6:.0f} MB")
+    if size > MAX_BYTES:
+        raise ValueError(f"{target}: weights of {size / 1e6:.1f} MB, the limit is {MAX_BYTES / 1e6:.0f} MB")
     for folder, files in (("masks", masks), ("results", reports)):
         if files:
             with atomic_folder(target / folder) as unfinished:
@@ -122,40 +117,39 @@ def main(args: list[str] | None = None) -> None:
 
 
 def with_decoder(pipe: MedVolumePipeline, vae: VolumeAutoencoder) -> MedVolumePipeline:
-    """The pipeline with another autoencoder, without the noise that belongs to its own.
+    """Replace the pipeline's autoencoder, and drop the residual noise of the old one.
 
-    Raises: ValueError if that gives other latents than the pipeline's own.
+    Raises:
+        ValueError: if the new one gives other latents.
     """
-    own: VolumeAutoencoder = pipe.vae
-    if weights_hash(own.encoder) != weights_hash(vae.encoder) or public(own.config) != public(vae.config):
-        raise ValueError(
-            "--vae has another encoder, or other latent statistics, than the pipeline's U-Net was trained on"
-        )
-    return MedVolumePipeline(vae, pipe.unet, pipe.scheduler, data=replace(pipe.data, residual_noise=None))
+    old: VolumeAutoencoder = pipe.vae
+    if weights_hash(old.encoder) != weights_hash(vae.encoder) or public(old.config) != public(vae.config):
+        raise ValueError("--vae: its encoder or latent statistics differ from those that the U-Net was trained on")
+    data = replace(pipe.data, residual_noise=None)
+    return MedVolumePipeline(vae, pipe.unet, pipe.scheduler, data=data)  # pyright: ignore[reportArgumentType]
 
 
-def public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config says of its model: not which versions and folder it came from, nor whose volumes it was trained on."""
+def public(config: Mapping[str, object]) -> dict[str, object]:
+    """Return the entries of a config that define the model, without versions, folder and training subjects."""
     return {"_class_name": config.get("_class_name"), **deciding(config)}
 
 
-def summaries(results: dict[str, Any]) -> dict[str, Any]:
-    """Lists as cards print them: power ratios by band from 0.2 cycles a voxel of every report that has them, Dice with
-    each seed's beside."""
-    made: dict[str, Any] = {"bands": {}, "scores": {}}
+def summaries(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """Format lists for cards: power ratios by band from 0.2 cycles per voxel, and Dice with the values of all seeds."""
+    texts: dict[str, dict[str, str]] = {"bands": {}, "scores": {}}
     for name, report in results.items():
         if "spectrum" in report:
             ratios = report["spectrum"]["ratio_db"]
             bands = [f"{band}: {value:+.1f}" for band, value in ratios.items() if float(band.split("-")[0]) >= 0.2]
-            made["bands"][name] = ", ".join(bands)
+            texts["bands"][name] = ", ".join(bands)
     for source, runs in results.get("dice", {"scores": {}})["scores"].items():
         values = [run["dice"] for run in runs]
-        made["scores"][source] = f"{sum(values) / len(values):.4f} ({', '.join(f'{value:.4f}' for value in values)})"
-    return made
+        texts["scores"][source] = f"{sum(values) / len(values):.4f} ({', '.join(f'{value:.4f}' for value in values)})"
+    return texts
 
 
-def fill(card: str, values: dict[str, Any]) -> str:
-    """`{a.b.c:format}` -> values["a"]["b"]["c"], formatted. Raises: ValueError naming a figure that is not there."""
+def fill(card: str, values: Mapping[str, object]) -> str:
+    """Replace `{a.b.c:format}` by values["a"]["b"]["c"], formatted. Raises: ValueError naming a missing figure."""
 
     def figure(match: re.Match[str]) -> str:
         value: Any = values
@@ -163,7 +157,7 @@ def fill(card: str, values: dict[str, Any]) -> str:
             try:
                 value = value[int(key)] if isinstance(value, list) else value[key]
             except (KeyError, IndexError, TypeError, ValueError) as error:
-                raise ValueError(f"the model card asks for {match['path']}, but no result holds it") from error
+                raise ValueError(f"the model card names {match['path']}, but no result has it") from error
         return format(value, match["format"] or "")
 
     return re.sub(r"\{(?P<path>[\w./%, -]+)(?::(?P<format>[^}]*))?\}", figure, card)

@@ -1,7 +1,9 @@
-"""docs/evidence.md from the reports of evaluate.py and evaluation.studies.samplers:  python -m docs.evidence [--reports DIR]
+"""Write docs/evidence.md from the reports of evaluate.py and evaluation.studies.samplers.
 
-What people wrote is in evidence.in.md; `{report.a.b:.3f}` there is reports/report.json ["a"]["b"], `{tables}` are the tables of
-`evaluate.py report`, and `{samplers}` is the table of `evaluation.studies.samplers`. A figure that no report holds is an error.
+    python -m tools.evidence [--reports DIR]
+
+The text is in docs/evidence.in.md. In it, `{report.a.b:.3f}` is reports/report.json ["a"]["b"], `{tables}` are the tables of
+`evaluate.py report`, and `{samplers}` is the table of `evaluation.studies.samplers`. A missing figure is an error.
 """
 
 import argparse
@@ -17,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--reports", type=Path, default=ROOT / "weights/hippocampus/results", help="folder of JSON reports"
@@ -32,25 +34,25 @@ from evaluation.html import build_page, write_page
 from evaluation.html.render import ORDER
 from evaluation.studies.samplers import markdown
 from files.documents import read_object
-from weights.ship import fill, summaries
+from tools.ship import fill, summaries
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Write docs/evidence.md."""
     options = parse(args)
-    found = {path.stem: read_object(path) for path in sorted(options.reports.glob("*.json"))}
-    if not any(name in found for name in ORDER):
+    reports = {path.stem: read_object(path) for path in sorted(options.reports.glob("*.json"))}
+    if not any(name in reports for name in ORDER):
         raise ValueError(f"--reports {options.reports}: no JSON reports of evaluate.py there")
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder, f"{name}.json") for name in ORDER if name in found]
+        paths = [Path(folder, f"{name}.json") for name in ORDER if name in reports]
         for path in paths:  # without the pictures of pairs, which show scans and are not beside them
-            path.write_text(json.dumps({k: v for k, v in found[path.stem].items() if k != "pictures"}))
+            path.write_text(json.dumps({k: v for k, v in reports[path.stem].items() if k != "pictures"}))
         write_page(build_page(paths), Path(folder), "Evidence")
         tables = Path(folder, "report.md").read_text()
-    tables = tables[tables.index("\n## ") :]  # the title and the claims are written by hand
-    text = fill((ROOT / "docs/evidence.in.md").read_text(), {**found, **summaries(found)} | {
+    tables = tables[tables.index("\n## ") :]  # the title and the summary are written by hand
+    text = fill((ROOT / "docs/evidence.in.md").read_text(), {**reports, **summaries(reports)} | {
         "tables": re.sub(r"^##", "###", tables, flags=re.MULTILINE).strip(),
-        "samplers": markdown(found["samplers"]) if "samplers" in found else "",
+        "samplers": markdown(reports["samplers"]) if "samplers" in reports else "",
     })  # fmt: skip
     (ROOT / "docs/evidence.md").write_text(text)
     print(ROOT / "docs/evidence.md")

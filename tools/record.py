@@ -1,22 +1,22 @@
-"""Write into a pipeline's folder on whose volumes it was trained, and how they were prepared: for weights from before training did so.
+"""Add the record of training subjects and preprocessing to pipelines that were trained before records existed.
 
-python weights/record.py weights/hippocampus --config configs/hippocampus/ldm.yaml --vae_config configs/hippocampus/vae.yaml
+    python -m tools.record weights/hippocampus --config configs/hippocampus/ldm.yaml --vae_config configs/hippocampus/vae.yaml
 
-The configs are those of the trainings, and their data must be at hand, as they were then: the volumes are read for digests of their voxels.
-Only vae/config.json and unet/config.json are written, in the form that diffusers gives them; no tensor, and nothing that the model's hash
-counts, changes. A folder that has records already is refused.
+The configs are those of the trainings. Their data must be present and unchanged: the volumes are read for digests of their voxels. Only
+vae/config.json and unet/config.json are written, in diffusers' format; tensors and the model's hash do not change. A folder that already
+has records is refused.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from cli.command import ArgumentParser, run_command
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("pipeline", type=Path, help="pipeline folder")
     parser.add_argument("--config", type=Path, required=True, help="config of train_ldm.py")
@@ -39,18 +39,18 @@ MEASURED = ("channels", "labels", "image_labels", "spacing", "shape_range", "cla
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Write the records. Raises: ValueError for records that are there already, and for data that is not the pipeline's."""
+    """Write the records. Raises: ValueError if there are records already, or the data differ from the pipeline's."""
     options = parse(args)
     folder: Path = options.pipeline
     data = DataDescription.from_json(read_object(folder / "model_index.json").get("data"))
     ldm = parse_config(TrainLdmConfig, ["--config", str(options.config)]).data
     vae = parse_config(TrainVaeConfig, ["--config", str(options.vae_config)]).data
-    written: dict[Path, dict[str, Any]] = {}
+    written: dict[Path, dict[str, object]] = {}
     for name, config in (("vae", vae), ("unet", ldm)):
         path = folder / name / "config.json"
         stored = read_object(path)
         if stored.get("subjects") or stored.get("data"):
-            raise ValueError(f"{path}: says already what it was trained on")
+            raise ValueError(f"{path}: already has a record of its training")
         train, held_out = load_split(config)
         refuse_differences(
             described_preprocessing(data), train.preprocessing, str(folder), "Give the config of its training"
@@ -68,10 +68,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def check_described(folder: Path, data: DataDescription, found: DataDescription) -> None:
-    """Raises: ValueError if volumes described as `found` are not those that the pipeline was trained on, as `data` says."""
+    """Compare the description of volumes with that of the pipeline. Raises: ValueError if they differ."""
     intensity = [scale.linear for scale in found.intensity]
     stored = [scale.linear for scale in data.intensity]
     other = [name for name in MEASURED if getattr(data, name) != getattr(found, name)]
     other += ["intensity"] if intensity != stored else []
     if other:
-        raise ValueError(f"{folder}: the volumes of this config have other {', '.join(other)} than it was trained on")
+        raise ValueError(f"{folder}: the volumes of this config differ from its training volumes in {', '.join(other)}")
