@@ -34,7 +34,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
             warnings.simplefilter("always")
             result = measure_realism(
                 sets,
-                extractors,  # pyright: ignore[reportArgumentType]
+                extractors,
                 channels=channels,
                 parts=options.parts,
                 pairs=options.pairs,

@@ -258,7 +258,7 @@ def _with_edges(volume: Any, sides: Sides) -> Tensor:
     held = tuple(min(n, side) for n, side in zip(array.shape[1:], sides, strict=True))
     start = pad_or_crop(held, sides).start
     edges = [(-low, target - side + low) for low, side, target in zip(start, held, sides, strict=True)]
-    return torch.from_numpy(np.pad(crop_of(array, held), [(0, 0), *edges], mode="edge"))  # type: ignore[arg-type]
+    return torch.from_numpy(np.pad(crop_of(array, held), [(0, 0), *edges], mode="edge"))
 
 
 def _blocks(volume: Tensor, block: int) -> Tensor:
