@@ -27,7 +27,7 @@ from volumes.data.subjects import (
 logger = logging.getLogger(__name__)
 ACCEPT = "add --accept_overlap"
 PREPARED = "Give `data` as in the model's training, or a model that was trained on volumes prepared like this"
-UNKNOWN = "has no complete record of its training subjects (it is older), so whether it has seen the test subjects was not checked"
+UNKNOWN = "its record of training subjects is not complete (it is older), so whether it has seen the test subjects was not checked"
 
 
 def check_models(
@@ -60,7 +60,7 @@ def check_models(
         if path not in map(str, others):
             refuse_differences(model.data, prepared, path, PREPARED)
         if path in map(str, models) and model.data is None:
-            logger.warning("%s: has no record of how its volumes were prepared (it is older)", path)
+            logger.warning("%s: does not record how its volumes were prepared (it is older)", path)
         refuse_seen_cases(model.subjects, test_cases, config, voxels, path, accepted=accepted)
 
 

@@ -33,7 +33,7 @@ def overlap_findings(
     else:
         findings.append(warn("subjects", f"{path}: {UNKNOWN}", "train it again, or add the record by tools/record.py"))
     if model.data is None:
-        message = f"{path} has no record of how its volumes were prepared (it is older)"
+        message = f"{path} does not record how its volumes were prepared (it is older)"
         findings.append(
             warn("preprocessing", message, "check that intensity and spacing of `data` are those of its training")
         )

@@ -64,14 +64,14 @@ def test_the_kernel_distance_is_unbiased_at_counts_at_which_frechets_is_not():
 
 def test_wasserstein_of_columns():
     values = np.random.default_rng(0).random((40, 2))
-    assert wasserstein1(values, [*values, 0.25, -3]) == pytest.approx([0.25, 3])
+    assert wasserstein1(values, values + np.array([0.25, -3])) == pytest.approx([0.25, 3])
     # half the mass moves from 0 to 1, whatever the counts
     assert wasserstein1(np.zeros((3, 1)), np.array([[0.0], [1.0], [0.0], [1.0]])) == pytest.approx([0.5])
 
 
 def test_standardizing_counts_columns_alike_but_the_nearly_constant_ones():
     rows = np.array([[0.0, 5.0, 10.0], [2.0, 5.0, 30.0]])  # standard deviations 1, 0, 10
-    of = {"training": rows, "test": [*rows, 1, 0.5, 0]}
+    of = {"training": rows, "test": rows + np.array([1, 0.5, 0])}
     plain = standardize(of, "training")
     assert plain["training"] == pytest.approx(np.array([[-1.0, 0, -1], [1, 0, 1]]))
     assert plain["test"][0] == pytest.approx([0, 0.5, -1])

@@ -92,7 +92,7 @@ def test_a_feature_that_hardly_varies_does_not_drown_the_others():
     """Deviations of 1 and 1e-6 have a root mean square of 1 / sqrt(2), of which the second counts as a tenth: a shift of
     0.1 there is sqrt(2) of that, squared 2."""
     rows = np.tile([[1, 1e-6], [1, -1e-6], [-1, 1e-6], [-1, -1e-6]], (2, 1))
-    found = compare_features({"training": rows, "test": rows, "generated": [*rows, 0, 0.1]})
+    found = compare_features({"training": rows, "test": rows, "generated": rows + np.array([0, 0.1])})
     assert found["frechet"]["whole"] == pytest.approx(2, rel=1e-5)
 
 

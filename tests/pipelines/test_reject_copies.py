@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_named(inputs, fingerprints, tmp_path):
     two = tmp_path / "two.safetensors"
     CopyCheck.of(np.concatenate([blobs(3, 0), blobs(3, 1)], 1), (8, 8, 8), block=2).save(two)
     with pytest.raises(
-        ValueError, match=r"two.safetensors: holds fingerprints of 2 channels, the model makes 1 \(MR\)"
+        ValueError, match=r"two.safetensors: holds fingerprints of 2 channels, the model generates 1 \(MR\)"
     ):
         generate.main(arguments(inputs, tmp_path / "out", "--reject_copies", str(two)))
     save_file({"weights": torch.zeros(1)}, tmp_path / "other.safetensors")
@@ -189,8 +189,9 @@ def test_model_units_undo_the_pipelines_scale_orientation_and_spacing():
         in_model_units(fine, tiny_data())[:, 2:6, 2:6, 2:6].mean(), image[:, 2:6, 2:6, 2:6].mean(), atol=0.03
     )
     assert in_model_units(fine, tiny_data()).shape == image.shape
-    maps = tiny_data(image_labels={"0": "none", "3": "l", "7": "r"}, channels=["l", "r"], labels={})
-    maps["intensity"] = [{"kind": "window", "low": 0, "high": 1}] * 2
+    scales = [{"kind": "window", "low": 0, "high": 1}] * 2
+    names = {"0": "none", "3": "l", "7": "r"}
+    maps = tiny_data(image_labels=names, channels=["l", "r"], labels={}, intensity=scales)
     label_map = np.array([0, 3, 7, 7], np.uint8).reshape(4, 1, 1)
     found = in_model_units(nib.Nifti1Image(label_map, np.eye(4)), maps)
     assert found[:, :, 0, 0].tolist() == [[0, 1, 0, 0], [0, 0, 1, 1]]
@@ -243,7 +244,7 @@ def test_the_command_makes_a_check_of_the_training_split_set_on_unseen_volumes(d
     assert check.threshold == pytest.approx(max(check.check(array).similarity for array in arrays[6:]), abs=1e-3)
     with pytest.raises(ValueError, match="too few for two blocks of 8"):
         copies.main([*options, "--block", "8"])
-    with pytest.raises(ValueError, match="5 subjects cannot tell"):
+    with pytest.raises(ValueError, match="5 subjects are too few"):
         copies.main([*options, "--alpha", "0.01"])
     with pytest.raises(ValueError, match="no unseen volumes"):
         copies.main([*options, "--data.split", "null", "--data.test_fraction", "0", "--data.validation_fraction", "0"])
