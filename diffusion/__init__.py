@@ -12,7 +12,8 @@ if TYPE_CHECKING:
         ModelMixin,  # the name diffusers looks up when a pipeline folder is loaded
     )
 
-    from .cache_config import LatentCacheConfig
+    from autoencoder.cache_config import LatentCacheConfig
+
     from .conditions import moved_embeddings
     from .folding import fold_mask, unfold_mask
     from .guidance import ConditionNames, check_guidance, drop_conditions
