@@ -72,7 +72,7 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 import numpy as np
 
 from cli.live_bar import LiveBar
-from evaluation.data.seen import overlap_findings, read_judged
+from evaluation.data.seen import read_test_cases
 from evaluation.report import (
     check_report,
     provenance,
@@ -122,6 +122,7 @@ from .models import (
     plan,
     with_precision,
 )
+from .overlap import overlap_findings
 from .start import advise_start
 
 Checks = tuple[list[Finding], Mapping[str, object]]  # findings, and values for the report
@@ -250,7 +251,7 @@ def after_training(config: DataConfig, folder: Path, volumes: int, steps: int, d
     train = VolumeDataset(split["train"], lenient)
     with LiveBar(total=len(train), unit="volume", disable=None, desc="encoding training volumes") as progress:
         summary = latent_summary(vae, train, lambda name: progress.update())
-    voxels, spacings = read_judged(cases, config)
+    voxels, spacings = read_test_cases(cases, config)
     findings = overlap_findings(folder, cases, config, voxels, spacings if config.spacing is None else None)
     findings, measured = findings + check_latents(summary), {"latents": summary}
     if not (folder / "model_index.json").is_file():

@@ -102,18 +102,18 @@ def sets(generated: np.ndarray, count: int = 40) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
 def test_an_equal_distribution_is_at_the_floor_and_a_moved_one_beyond_it(distance):
     fresh = np.random.default_rng(2).standard_normal((60, 4))
-    good = compare_sets(distance, sets(fresh), draws=50)
+    good = compare_sets(distance, sets(fresh), subsets=50)
     assert good["count"] == 20
     low, high = good["excess"]["interval"]
     assert low < 0 < high
-    bad = compare_sets(distance, sets(fresh + 1), draws=50)
+    bad = compare_sets(distance, sets(fresh + 1), subsets=50)
     assert bad["excess"]["interval"][0] > 0
     assert bad["training_to_test"] == good["training_to_test"]  # the same draws
 
 
 def test_the_whole_distance_is_of_all_volumes():
     of = sets(np.random.default_rng(3).standard_normal((9, 4)))
-    assert compare_sets(kernel_distance, of, draws=2)["whole"] == kernel_distance(of["generated"], of["test"])
+    assert compare_sets(kernel_distance, of, subsets=2)["whole"] == kernel_distance(of["generated"], of["test"])
 
 
 def test_volumes_of_a_subject_are_drawn_together():

@@ -24,7 +24,7 @@ from autoencoder.model import deciding
 from evaluation.copies.fingerprints import CopyCheck, check_unseen_subjects
 from evaluation.copies.fingerprints import main as make_fingerprints
 from evaluation.data.label_budget import main as draw_labels
-from evaluation.data.seen import check_models, read_judged, refuse_seen_cases
+from evaluation.data.seen import check_models, read_test_cases, refuse_seen_cases
 from evaluation.doctor import __main__ as doctor
 from evaluation.report import check_report
 from evaluation.studies import edit_borders as editing
@@ -326,7 +326,7 @@ def test_no_way_to_name_a_model_goes_round_the_check(way, trained, tmp_path, mon
 
 
 def test_a_model_that_is_nowhere_is_refused_before_the_work(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluation.data.seen.read_judged", lambda *_: pytest.fail("read volumes first"))
+    monkeypatch.setattr("evaluation.data.seen.read_test_cases", lambda *_: pytest.fail("read volumes first"))
     arguments = ["--config", str(trained / "data/config.yaml"), "--output", str(tmp_path / "r.json")]
     for named, said in (
         (["reconstruction", "--vae", str(tmp_path / "gone")], "gone: no autoencoder there"),
@@ -387,7 +387,7 @@ def test_no_disguise_hides_a_leak(trained, tmp_path):
     learned = read_model(trained / "vae").subjects
     for name, config in disguises(trained, tmp_path / "x").items():
         cases = load_cases(config)
-        voxels, _ = read_judged(cases, config)
+        voxels, _ = read_test_cases(cases, config)
         leaked = {one.case.name for one in find_overlap(learned, cases, config, voxels)}
         test = {case.name for case in cases if case.split == "test"}
         never = held_out(section(trained))  # of the first split, two subjects of two volumes
@@ -401,7 +401,7 @@ def test_older_models_have_a_warning(trained, tmp_path, caplog):
         check_models(config, ["test"], [trained / "pipeline"])  # percentiles, where it learned a window
     with caplog.at_level(logging.WARNING):
         check_models(config, ["test"], [], others=[tmp_path / "older"])
-    assert "older: has no whole record of its training subjects" in caplog.text
+    assert "older: has no complete record of its training subjects" in caplog.text
 
 
 def test_a_folder_of_generated_volumes_knows_its_models(generated, tmp_path):
@@ -450,7 +450,7 @@ def test_doctor_names_the_overlap(trained, tmp_path, capsys):
     doctor.main([*arguments, "--data.test_fraction", "0.3"])
     assert "learned from 1 subject that is held out here" in capsys.readouterr().out
     doctor.main(arguments)
-    assert "has seen no subject that is held out here" in capsys.readouterr().out
+    assert "has seen none of the held-out subjects" in capsys.readouterr().out
 
 
 # Fingerprints
