@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from .report import machine, provenance, write_report
     from .studies.reconstruction import codebook_report, evaluate_reconstruction, reconstruct
     from .studies.utility import (
-        iterations_of,
         mask_adherence,
         protocol,
         ratios,
@@ -60,7 +59,6 @@ __all__ = [
     "evaluate_reconstruction",
     "generated_pairs",
     "hann_window",
-    "iterations_of",
     "label_values",
     "learning_cases",
     "load_pairs",

@@ -1,4 +1,4 @@
-"""Reports: what a figure was measured on, written beside the figure; and the configs that say on which data."""
+"""Writing reports with the provenance of their figures, and reading the configs that name the data."""
 
 import argparse
 import json
@@ -7,11 +7,11 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jsonargparse
 
@@ -31,9 +31,29 @@ from volumes.data.preprocessing import inherited
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def provenance() -> dict[str, Any]:
-    """The command, when, the machine, and the versions: what it takes to run a measurement again."""
-    import torch  # here, for commands parse their arguments before it is imported
+class Machine(TypedDict):
+    """The hardware of a measurement."""
+
+    processor: str
+    cores: int | None
+    threads: int
+    accelerator: NotRequired[str]
+    instructions: NotRequired[list[str]]  # of the processor, in benchmarks
+
+
+class Provenance(TypedDict):
+    """What is needed to repeat a measurement."""
+
+    command: str
+    date: str
+    commit: str | None
+    machine: Machine
+    versions: dict[str, str]
+
+
+def provenance() -> Provenance:
+    """Record the command, the date, the commit, the machine and the versions."""
+    import torch  # here, because commands parse their arguments before it is imported
 
     return {
         "command": " ".join(["python", program(), *sys.argv[1:]]),
@@ -45,24 +65,24 @@ def provenance() -> dict[str, Any]:
 
 
 def program() -> str:
-    """The script that runs, relative to the clone where it lies in it (a report names no folder of one machine)."""
+    """Return the script that runs, relative to the clone if it is inside it: a report must not name folders of one machine."""
     path = Path(sys.argv[0]).resolve()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, torch's threads, and the accelerator if there is one."""
+def machine() -> Machine:
+    """Describe the processor, the cores that this process may use, torch's threads, and the accelerator if there is one."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found: dict[str, Any] = {"processor": processor(), "cores": cores, "threads": torch.get_num_threads()}
+    result = Machine(processor=processor(), cores=cores, threads=torch.get_num_threads())
     if torch.cuda.is_available():
-        found["accelerator"] = torch.cuda.get_device_name()
-    return found
+        result["accelerator"] = torch.cuda.get_device_name()
+    return result
 
 
 def processor() -> str:
-    """The processor's name where the system tells it, else its architecture."""
+    """Return the name of the processor, or its architecture where the system does not give the name."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -72,7 +92,7 @@ def processor() -> str:
 
 
 def git_commit() -> str | None:
-    """Commit of the clone, with `+` where tracked files differ from it; None outside a clone."""
+    """Return the commit of the clone, with `+` if tracked files differ from it; None outside a clone."""
     try:
         commit = subprocess.run(
             ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
@@ -84,23 +104,23 @@ def git_commit() -> str | None:
     return commit.stdout.strip() or None if commit.returncode == 0 else None
 
 
-def write_report(path: str | Path, report: dict[str, Any]) -> Path:
-    """Write `report` as JSON, whole or not at all.
+def write_report(path: str | Path, report: Mapping[str, object]) -> Path:
+    """Write `report` as JSON, completely or not at all.
 
-    Raises: OSError naming the file, such as on a full disk: an older report is left as it was.
+    Raises: OSError naming the file, for example on a full disk. An older report stays as it was.
     """
     path = Path(path)
     try:
         write_text(path, json.dumps(report, indent=2) + "\n")
     except OSError as error:
-        error.filename = str(path)  # of a write that fails Python names no file
+        error.filename = str(path)  # Python does not name the file of a write that fails
         raise
     return path
 
 
 @contextmanager
 def only_writer_of(path: str | Path, wait_minutes: float) -> Iterator[None]:
-    """Hold the report at `path` against other processes, as `files.locks.only_writer`, and remove what killed ones left beside it.
+    """Lock the report at `path` against other processes, as `files.locks.only_writer`, and remove the leftovers of killed processes.
 
     Raises: ValueError as `check_report`; OutputInUse.
     """
@@ -117,14 +137,15 @@ def add_wait_argument(parser: argparse.ArgumentParser | jsonargparse.ArgumentPar
         "--wait_minutes",
         type=Number(NonNegativeFloat),
         default=0.0,
-        help="how long to wait for another process that writes to the same output; 0 refuses at once",
+        help="minutes to wait for another process that writes to the same output; 0 refuses at once",
     )
 
 
 def check_report(path: str | Path) -> None:
-    """Try the folder of a report before hours of work, and remove what killed processes left half written there.
+    """Check before hours of work that a report can be written, and remove the leftovers of killed processes beside it.
 
-    Raises: ValueError if nothing can be written there, or if it is a folder."""
+    Raises: ValueError if its folder cannot be written to, or if `path` is a folder.
+    """
     if Path(path).is_dir():
         raise ValueError(f"--output {path}: is a folder; give a file in it")
     folder = Path(path).parent
@@ -138,8 +159,11 @@ def check_report(path: str | Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """All sections of a training config, `data` with what it leaves out as the autoencoder of `vae` or `init_from` learned it
-    (`volumes.data.preprocessing.inherited`). Raises: ValueError where there is no section `data`, and as `read_yaml`."""
+    """Read all sections of a training config. Settings that `data` omits come from the autoencoder of `vae` or `init_from`
+    (`volumes.data.preprocessing.inherited`).
+
+    Raises: ValueError for a config without a section `data`, and as `read_yaml`.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such config")
     content = read_yaml(path)
@@ -156,10 +180,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def config_parser(program: str, description: str | None, args: Sequence[str] | None) -> ConfigParser:
-    """A parser for `python -m PROGRAM` with `--config`, whose section `data` is the default of `--data.*`.
+    """Make a parser for `python -m PROGRAM` with `--config`; the config's section `data` gives the defaults of `--data.*`.
 
     Args:
-        args: the command line (None: the program's own), read once for `--config` alone.
+        args: the command line (None: of this process), which is read for `--config` alone.
     Raises: ValueError as `read_config` does.
     """
     files = config_files(args)
@@ -167,7 +191,7 @@ def config_parser(program: str, description: str | None, args: Sequence[str] | N
         prog=f"python -m {program}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--config", type=str, required=True, help="training config whose section `data` says which volumes"
+        "--config", type=str, required=True, help="training config; its section `data` names the volumes"
     )
     parser.add_class_arguments(DataConfig, "data", help="overrides of the config's section `data`")
     if files:
@@ -180,5 +204,5 @@ def add_overlap_argument(parser: argparse.ArgumentParser | jsonargparse.Argument
     parser.add_argument(
         "--accept_overlap",
         action="store_true",
-        help="go on although a model has seen subjects of the same names: they are other people",
+        help="continue although a model was trained on subjects of the same names, because they are other people",
     )

@@ -30,7 +30,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
-from evaluation.html import write_page
+from evaluation.html import build_page, write_page
 from evaluation.html.render import ORDER
 from evaluation.studies.samplers import markdown
 from files.documents import read_object
@@ -47,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> None:
         paths = [Path(folder, f"{name}.json") for name in ORDER if name in reports]
         for path in paths:  # without the pictures of pairs, which show scans and are not beside them
             path.write_text(json.dumps({k: v for k, v in reports[path.stem].items() if k != "pictures"}))
-        write_page(paths, Path(folder), "Evidence")
+        write_page(build_page(paths), Path(folder), "Evidence")
         tables = Path(folder, "report.md").read_text()
     tables = tables[tables.index("\n## ") :]  # the title and the summary are written by hand
     text = fill((ROOT / "docs/evidence.in.md").read_text(), {**reports, **summaries(reports)} | {

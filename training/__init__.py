@@ -1,4 +1,4 @@
-"""The training loop and what belongs to it: configs, learners, checkpoints. It knows Accelerate and no model."""
+"""Training: the configs, an autoencoder's and a diffusion model's part of a run, and the engine that runs them."""
 
 from typing import TYPE_CHECKING
 
@@ -6,20 +6,6 @@ from cli.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .build import build_model, initialize_from
-    from .config import (
-        AdversarialConfig,
-        AutoencoderLosses,
-        CropConfig,
-        LatentCacheConfig,
-        LoopConfig,
-        OptimizerConfig,
-        PerceptualConfig,
-        TrainLdmConfig,
-        TrainVaeConfig,
-        config_changes,
-        parse_config,
-        save_config,
-    )
     from .engine.checkpoints import (
         Checkpointer,
         DamagedCheckpoint,
@@ -27,37 +13,50 @@ if TYPE_CHECKING:
         find_checkpoint,
         list_checkpoints,
     )
+    from .engine.config import LoopConfig, OptimizerConfig, config_changes, save_config
     from .engine.ema import MovingAverage
     from .engine.learner import Learner, learning_rate
-    from .engine.loop import Loop, TrainingStep
+    from .engine.loop import Loop
     from .engine.output import save_model
     from .engine.precision import native_bf16, resolve_precision
     from .engine.processes import how_to_resume, join_processes, report_peer_failure
-    from .engine.run import make_accelerator, open_run
+    from .engine.run import make_accelerator, open_run, run_training
     from .engine.sampling_order import ResumableBatchSampler, derive_seed
+    from .engine.step import Training, TrainingStep
+    from .ldm_config import LatentCacheConfig, LoraConfig, TrainLdmConfig
+    from .ldm_step import LdmTrainingStep
+    from .parsing import parse_config
+    from .vae_config import AdversarialConfig, AutoencoderLosses, CropConfig, PerceptualConfig, TrainVaeConfig
+    from .vae_losses import AdversarialTrainer, PerceptualLoss
+    from .vae_step import VaeTrainingStep
 
 __all__ = [
     "AdversarialConfig",
+    "AdversarialTrainer",
     "AutoencoderLosses",
     "Checkpointer",
-    "DamagedCheckpoint",
     "CropConfig",
+    "DamagedCheckpoint",
     "LatentCacheConfig",
+    "LdmTrainingStep",
     "Learner",
     "Loop",
     "LoopConfig",
+    "LoraConfig",
     "MovingAverage",
     "OptimizerConfig",
     "PerceptualConfig",
+    "PerceptualLoss",
     "ResumableBatchSampler",
     "TrainLdmConfig",
     "TrainState",
     "TrainVaeConfig",
+    "Training",
     "TrainingStep",
+    "VaeTrainingStep",
     "build_model",
     "config_changes",
     "derive_seed",
-    "report_peer_failure",
     "find_checkpoint",
     "how_to_resume",
     "initialize_from",
@@ -68,7 +67,9 @@ __all__ = [
     "native_bf16",
     "open_run",
     "parse_config",
+    "report_peer_failure",
     "resolve_precision",
+    "run_training",
     "save_config",
     "save_model",
 ]

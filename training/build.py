@@ -1,4 +1,4 @@
-"""Models from a config section, and fine-tuning from a trained one."""
+"""Build models from a config section, and initialize them from a trained model."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -15,8 +15,8 @@ from cli.settings import faults, refuse
 from files.paths import refuse_special
 
 
-def build_model(section: dict[str, Any]) -> Any:
-    """The model of a config section `class: package.Name` plus that class's constructor arguments.
+def build_model(section: Mapping[str, Any]) -> Any:
+    """Build the model of a config section `class: package.Name` plus that class's constructor arguments.
 
     Raises: ValueError for a class that cannot be imported, an unknown argument or one of the wrong type, naming it.
     """
@@ -42,8 +42,10 @@ def build_model(section: dict[str, Any]) -> Any:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a saved model's folder (one safetensors file or several). Raises: ValueError if there are none, or
-    if one is damaged."""
+    """Read all tensors of a saved model's folder (one or several safetensors files).
+
+    Raises: ValueError if there are none, or if a file is damaged.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(
@@ -56,7 +58,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
             weights |= load_file(file)
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(
-                f"--init_from {file}: is no whole safetensors file ({error}); fetch or save it anew"
+                f"--init_from {file}: truncated or corrupt safetensors file ({error}); download or save it again"
             ) from error
     return weights
 
@@ -64,31 +66,32 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 def initialize_from(
     model: nn.Module, folder: str | Path, new: str | None = None, moved: Mapping[str, str | None] | None = None
 ) -> list[str]:
-    """Load a trained model's weights into `model`, for fine-tuning. Layers whose shapes differ stay as initialized.
+    """Load a trained model's weights into `model`, for fine-tuning. Layers of another shape stay as initialized.
 
     A layer is the module that directly holds a parameter: if a convolution's weight has another shape, its bias stays
     fresh as well.
+
     Args:
-        new: a submodule that the trained model may lack, in whole or in part; what it lacks starts at zero.
-        moved: layers of the trained model that have another name in this one, or (None) do not belong in it.
+        new: a submodule that the trained model may lack, entirely or in part; parameters that it lacks start at zero.
+        moved: layers of the trained model that have another name in this one, or None for layers to skip.
     Returns: names of the layers that stay fresh, such as "encoder.0", sorted.
-    Raises: ValueError if keys are missing or unexpected, or nothing fits.
+    Raises: ValueError if keys are missing or unexpected, or if no layer fits.
     """
-    weights, own = {}, model.state_dict()
+    weights, current = {}, model.state_dict()
     for key, tensor in read_weights(Path(folder)).items():
         layer, _, name = key.rpartition(".")
         if (target := (moved or {}).get(layer, layer)) is not None:
             weights[f"{target}.{name}" if target else name] = tensor
-    added = {key for key in own.keys() - weights.keys() if new and key.startswith(f"{new}.")}
-    missing, unexpected = sorted(own.keys() - weights.keys() - added), sorted(weights.keys() - own.keys())
+    added = {key for key in current.keys() - weights.keys() if new and key.startswith(f"{new}.")}
+    missing, unexpected = sorted(current.keys() - weights.keys() - added), sorted(weights.keys() - current.keys())
     if missing or unexpected:
         raise ValueError(
             f"--init_from {folder}: weights of another architecture (missing {missing[:5]}, unexpected "
-            f"{unexpected[:5]}, {len(missing) + len(unexpected)} in all); only numbers of labels or channels may differ"
+            f"{unexpected[:5]}, {len(missing) + len(unexpected)} in all); only the numbers of labels and channels may differ"
         )
-    fresh = {key.rpartition(".")[0] for key in own if key in added or own[key].shape != weights[key].shape}
+    fresh = {key.rpartition(".")[0] for key in current if key in added or current[key].shape != weights[key].shape}
     kept = {key: tensor for key, tensor in weights.items() if key.rpartition(".")[0] not in fresh}
     if not kept:
-        raise ValueError(f"--init_from {folder}: no layer has the shape of this model's; compare the two configs")
-    model.load_state_dict(kept | {key: torch.zeros_like(own[key]) for key in added}, strict=False)
+        raise ValueError(f"--init_from {folder}: no layer has the same shape as in this model; compare the two configs")
+    model.load_state_dict(kept | {key: torch.zeros_like(current[key]) for key in added}, strict=False)
     return sorted(fresh)

@@ -3,10 +3,11 @@
 import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from nibabel.orientations import aff2axcodes
+from torch import Tensor
 
 from volumes import DataConfig, VolumeDataset, load_cases, pad_sample
 from volumes.data.subjects import (
@@ -22,20 +23,20 @@ logger = logging.getLogger("training")
 
 
 def load_split(config: DataConfig) -> tuple[VolumeDataset, VolumeDataset | None]:
-    """The training volumes, and those of the held-out training subjects or None. The test split is not touched.
+    """Load the training volumes and the validation volumes, None if there are none. The test set is not read.
 
     Raises: ValueError if there is nothing to train on.
     """
     cases = load_cases(config)
-    train = [c for c in cases if c.split == "train"]
-    held_out = [c for c in cases if c.split == "validation"]
+    train = [case for case in cases if case.split == "train"]
+    held_out = [case for case in cases if case.split == "validation"]
     if not train:
-        raise ValueError("there is nothing to train on: no case of `data:` is in the training split")
+        raise ValueError("there is nothing to train on: no case of `data:` is in the training set")
     return VolumeDataset(train, config), VolumeDataset(held_out, config) if held_out else None
 
 
 def digests(dataset: VolumeDataset) -> dict[str, str]:
-    """A short digest of image, mask and conditions of each volume, by name: what a training learns from it."""
+    """Return a short digest of image, mask and conditions of each volume, by name."""
     found = {}
     for index, (case, prepared) in enumerate(zip(dataset.cases, dataset.prepared, strict=True)):
         crc = zlib.crc32(np.ascontiguousarray(prepared.image.array).data)
@@ -47,22 +48,22 @@ def digests(dataset: VolumeDataset) -> dict[str, str]:
     return found
 
 
-def own_record(train: VolumeDataset, held_out: VolumeDataset | None) -> dict[str, Any]:
-    """The record of a training's own subjects, see `volumes.data.subjects`."""
+def own_record(train: VolumeDataset, held_out: VolumeDataset | None) -> Mapping[str, object]:
+    """Return the record of this training's subjects, see `volumes.data.subjects`."""
     return record_subjects({"train": train.marks, "validation": held_out.marks if held_out else []})
 
 
 def refuse_seen(
-    records: Sequence[Mapping[str, Any]] | None,
+    records: Sequence[Mapping[str, object]] | None,
     config: DataConfig,
     held_out: VolumeDataset | None,
     model: str,
     *,
     accepted: bool = False,
 ) -> None:
-    """Check that what `config` holds out was not learned by the model that a training starts from.
+    """Check that the model that a training starts from was not trained on volumes that `config` holds out.
 
-    Volumes of the test split are known by their names alone, for training does not read them.
+    Volumes of the test set are compared by name only, because training does not read them.
     Raises: ValueError naming them, unless `accepted`; then, and for a model without a record, there is a warning.
     """
     try:
@@ -72,24 +73,33 @@ def refuse_seen(
     records = records or []
     if not is_complete(records):
         logger.warning(
-            "%s: has no whole record of its training subjects (it is older); see for yourself that none of them is held out here",
+            "%s: its record of training subjects is not complete (it is older); make sure that none of them is held out here",
             model,
         )
     voxels = {c.name: p.voxels for c, p in zip(held_out.cases, held_out.prepared, strict=True)} if held_out else {}
-    found = find_overlap(records, load_cases(config), config, voxels)
-    equal = [one for one in found if one.kind == "voxels"]
-    refuse_overlap(equal if accepted else found, model, "add --accept_overlap true")
-    if found:
-        logger.warning("accepted: %s", describe_overlap(found, model))
+    overlap = find_overlap(records, load_cases(config), config, voxels)
+    equal = [entry for entry in overlap if entry.kind == "voxels"]
+    refuse_overlap(equal if accepted else overlap, model, "add --accept_overlap true")
+    if overlap:
+        logger.warning("accepted: %s", describe_overlap(overlap, model))
+
+
+class WholeVolume(TypedDict):
+    """A volume padded to a multiple of the autoencoder's stride."""
+
+    image: Tensor  # float32 (C, X, Y, Z)
+    fov: Tensor  # bool (1, X, Y, Z): true inside the volume
+    name: str
+    spacing: tuple[float, float, float]  # mm
+    axes: tuple[str, str, str]  # where they point to, such as ("R", "A", "S")
+    scale: tuple[tuple[float, float], ...]  # (low, high) of each channel in file units
+    mask: NotRequired[Tensor]  # int16 (X, Y, Z)
+    classes: NotRequired[Tensor]  # see `VolumeDataset.conditions`
+    numbers: NotRequired[Tensor]
 
 
 class PaddedVolumes:
-    """Whole volumes, padded to a multiple of the autoencoder's stride.
-
-    Item i is {"image": float32 (C, X, Y, Z), "fov": bool (1, X, Y, Z), "name", "spacing": (x, y, z) in mm, "axes": where they point
-    to, such as ("R", "A", "S"), "scale": (low, high) of each channel in file units}, and "mask" int16 (X, Y, Z), "classes" and "numbers"
-    if there are such (`VolumeDataset.conditions`).
-    """
+    """Whole volumes, padded to a multiple of the autoencoder's stride."""
 
     def __init__(self, dataset: VolumeDataset, stride: tuple[int, int, int]):
         self.dataset, self.stride = dataset, stride
@@ -97,12 +107,21 @@ class PaddedVolumes:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> WholeVolume:
         item = pad_sample(self.dataset[index], self.stride)
-        spacing = tuple(np.linalg.norm(item["affine"].numpy()[:3, :3], axis=0).tolist())
-        kept = ("image", "fov", "mask", "name", "classes", "numbers")
-        axes, scale = aff2axcodes(item["affine"].numpy()), tuple(map(tuple, item["scale"].tolist()))
-        return {"spacing": spacing, "axes": axes, "scale": scale, **{k: item[k] for k in kept if k in item}}
+        affine = item["affine"].numpy()
+        volume = WholeVolume(
+            image=item["image"],
+            fov=item["fov"],
+            name=item["name"],
+            spacing=tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist()),
+            axes=aff2axcodes(affine),
+            scale=tuple(map(tuple, item["scale"].tolist())),
+        )
+        for key in ("mask", "classes", "numbers"):
+            if key in item:
+                volume[key] = item[key]
+        return volume
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[WholeVolume]:
         return (self[i] for i in range(len(self)))

@@ -1,12 +1,15 @@
-"""What the commands of evaluate.py are asked. Their work is in a module each of this folder, imported when it is run: arguments are
-parsed before torch is imported, which takes seconds."""
+"""The arguments of the commands of evaluate.py.
+
+The work of each command is in the module of its name, which is imported when the command runs: arguments are parsed before torch is
+imported, which takes seconds.
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
 
 # What `all` can run, in this order.
 PARTS = ("reconstruction", "realism", "shapes", "privacy", "dice", "few_labels", "pretrain", "conditions")
+TITLE = "Are the generated volumes good, useful and private?"
 
 
 @dataclass(frozen=True)
@@ -52,34 +56,33 @@ class Command:
     """A subcommand of evaluate.py.
 
     Args:
-        name: of the subcommand.
-        help: its description.
-        add_arguments: adds its own arguments to a parser.
-        module: of this folder, whose `run` does the work.
-        reads_data: whether it takes `--config`, `--data.*` and the other arguments of `add_common_arguments`, which are then
-            added before its own.
-        divides: whether all processes run it, and share its work; any other command is run by the main process alone, while
-            others wait.
-        makes_folder: whether `--output` is a folder, with the page of several reports; else it is a JSON report.
+        name: name of the subcommand, and of the module of this folder whose `run` does the work.
+        help: description of the subcommand.
+        add_arguments: adds the arguments of this command alone to a parser.
+        module: name of the module where it differs from `name`.
+        reads_data: whether the command takes `--config`, `--data.*` and the other arguments of `add_common_arguments`.
+        divides: whether all processes run the command and share its work. Other commands run in the main process while the other
+            processes wait.
+        makes_folder: whether `--output` is a folder with the page of several reports. Otherwise it is a JSON report.
     """
 
     name: str
     help: str
     add_arguments: Callable[[ArgumentParser], None]
-    module: str
+    module: str = ""
     reads_data: bool = True
     divides: bool = False
     makes_folder: bool = False
 
-    def run(self, options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
-        """Measure, write the report to `options.output` and return it; `dtype` is that of autocast, None for float32."""
-        return importlib.import_module(f"{__package__}.{self.module}").run(options, device, dtype)
+    def run(self, options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, object]:
+        """Measure, write the report to `options.output` and return it. `dtype` is the one of autocast; None is float32."""
+        module = importlib.import_module(f"{__package__}.{self.module or self.name}")
+        return module.run(options, device, dtype)
 
 
-def make_parser(command: Command, data: dict[str, Any] | None, **settings: Any) -> ArgumentParser:
-    """The parser of one command, with `data` (the section of a config) as the defaults of `--data.*`;
-    `settings` are those of jsonargparse."""
-    parser = ConfigParser(description=command.help, **settings)
+def make_parser(command: Command, data: Mapping[str, object] | None, *, exit_on_error: bool = True) -> ArgumentParser:
+    """Make the parser of one command. `data` is the section of a config that gives the defaults of `--data.*`."""
+    parser = ConfigParser(description=command.help, exit_on_error=exit_on_error)
     if command.reads_data:
         add_common_arguments(parser, data)
     command.add_arguments(parser)
@@ -87,10 +90,10 @@ def make_parser(command: Command, data: dict[str, Any] | None, **settings: Any) 
     return parser
 
 
-def add_common_arguments(parser: ArgumentParser, data: dict[str, Any] | None) -> None:
-    """Add `--config`, `--data.*`, `--output`, `--precision` and `--device`."""
+def add_common_arguments(parser: ArgumentParser, data: Mapping[str, object] | None) -> None:
+    """Add `--config`, `--data.*`, `--output`, `--precision`, `--models`, `--accept_overlap` and `--device`."""
     parser.add_argument(
-        "--config", type=str, required=True, help="training config whose section `data` says which volumes"
+        "--config", type=str, required=True, help="training config; its section `data` names the volumes"
     )
     parser.add_class_arguments(DataConfig, "data", help="overrides of the config's section `data`")
     if data is not None:
@@ -100,14 +103,14 @@ def add_common_arguments(parser: ArgumentParser, data: dict[str, Any] | None) ->
         "--precision",
         choices=["auto", "bf16", "no"],
         default="auto",
-        help="auto is bf16 where the hardware has it, else float32",
+        help="auto is bf16 where the hardware supports it, otherwise float32",
     )
     parser.add_argument(
         "--models",
         nargs="+",
         default=[],
-        help="pipelines, autoencoders or LoRAs that had a part in the volumes, where neither another option nor the folder of "
-        "generated volumes names them: what they learned from must not judge",
+        help="pipelines, autoencoders or LoRAs behind the volumes that neither another option nor the folder of generated "
+        "volumes names; the test set must not contain their training subjects",
     )
     add_overlap_argument(parser)
     parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
@@ -119,7 +122,7 @@ def add_folder_arguments(parser: ArgumentParser) -> None:
         "--synthetic", nargs="+", type=str, required=True, help="folders of volumes generated by generate.py"
     )
     parser.add_argument(
-        "--unseen", nargs="+", choices=["validation", "test"], default=["test"], help="splits of unseen real volumes"
+        "--unseen", nargs="+", choices=["validation", "test"], default=["test"], help="splits of held-out real volumes"
     )
 
 
@@ -127,25 +130,56 @@ def add_set_arguments(parser: ArgumentParser) -> None:
     """Add `--synthetic`, `--unseen`, `--vae` and `--extractor`."""
     add_folder_arguments(parser)
     parser.add_argument(
-        "--vae", type=str, help="autoencoder (or pipeline, or run), for features and latents of its encoder"
+        "--vae", type=str, help="autoencoder (or pipeline, or run) whose encoder gives features and latents"
     )
     parser.add_argument(
         "--extractor",
         nargs="*",
         default=[],
         metavar="NAME=PATH",
-        help="further features: a folder is an autoencoder, a .safetensors file the weights of VGG-16",
+        help="more feature extractors: PATH is the folder of an autoencoder, or a .safetensors file with VGG-16 weights",
     )
+
+
+def add_choices_argument(parser: ArgumentParser, name: str, choices: Sequence[str], help: str) -> None:
+    """Add an argument that takes one or more of `choices`; the default is all of them."""
+    parser.add_argument(name, nargs="+", choices=choices, default=list(choices), help=help)
+
+
+def add_shape_argument(parser: ArgumentParser, default: Sequence[int], multiples: str = "") -> None:
+    """Add `--shape`; `multiples` is what the network needs of the sides."""
+    parser.add_argument(
+        "--shape",
+        type=Number(PositiveInt),
+        nargs=3,
+        default=list(default),
+        help=f"voxels that volumes are cropped or padded to{multiples}",
+    )
+
+
+def add_training_arguments(
+    parser: ArgumentParser, *, seeds: str, iterations: str, steps: int = SEGMENTER_STEPS
+) -> None:
+    """Add `--seeds` and `--iterations` with their descriptions; `steps` is the default of the second."""
+    parser.add_argument("--seeds", type=Number(PositiveInt), default=3, help=f"{seeds}, with seeds 0, 1, ...")
+    parser.add_argument("--iterations", type=Number(PositiveInt), default=steps, help=iterations)
+
+
+def add_budget_arguments(parser: ArgumentParser, *, labels: Sequence[str], iterations: str) -> None:
+    """Add the arguments of every command that trains on k labeled volumes; `labels` is the default of the k."""
+    parser.add_argument(
+        "--synthetic", type=str, required=True, help="folder of volumes generated from the masks of the training set"
+    )
+    parser.add_argument("--labels", nargs="+", default=list(labels), help="numbers of labeled real volumes (k), or all")
+    add_training_arguments(parser, seeds="random choices of the k volumes, one training each", iterations=iterations)
+    add_shape_argument(parser, SHAPE, "; multiples of 8")
 
 
 def _reconstruction(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--vae",
-        type=str,
-        required=True,
-        help="folder of an autoencoder, or of a pipeline or a run that has one in vae/",
+        "--vae", type=str, required=True, help="folder of an autoencoder, or of a pipeline or run that has one in vae/"
     )
-    parser.add_argument("--split", choices=["train", "validation", "test"], default="test", help="which volumes")
+    parser.add_argument("--split", choices=["train", "validation", "test"], default="test", help="split to reconstruct")
     parser.add_argument(
         "--crop",
         type=Number(PositiveInt),
@@ -157,89 +191,49 @@ def _reconstruction(parser: ArgumentParser) -> None:
 
 def _dice(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--synthetic", type=str, help="folder of volumes generated from the training split's masks by generate.py"
+        "--synthetic", type=str, help="folder of volumes that generate.py generated from the masks of the training set"
     )
     parser.add_argument(
         "--judge_synthetic",
         type=str,
-        help="folder of volumes generated from the test split's masks: segmenters trained on real judge them too, against "
-        "their masks (do the volumes obey their masks?)",
+        help="folder of volumes generated from the masks of the test set: segmenters trained on real volumes segment them too, "
+        "which measures how well they follow their masks",
     )
-    parser.add_argument("--train_on", nargs="+", choices=SOURCES, default=list(SOURCES), help="what to learn from")
-    parser.add_argument(
-        "--seeds", type=Number(PositiveInt), default=3, help="trainings per source, with seeds 0, 1, ..."
+    add_choices_argument(parser, "--train_on", SOURCES, "training sets to compare")
+    add_training_arguments(
+        parser, seeds="number of trainings per training set", iterations="training steps; `both` gets twice as many"
     )
+    add_shape_argument(parser, SHAPE, "; multiples of 8")
     parser.add_argument(
-        "--iterations",
-        type=Number(PositiveInt),
-        default=SEGMENTER_STEPS,
-        help="training steps; both sources together get twice as many",
-    )
-    parser.add_argument(
-        "--shape",
-        type=Number(PositiveInt),
-        nargs=3,
-        default=list(SHAPE),
-        help="voxels that volumes are cropped or padded to; multiples of 8",
-    )
-    parser.add_argument(
-        "--earlier", nargs="+", default=[], help="earlier reports whose scores are taken instead of training again"
+        "--earlier", nargs="+", default=[], help="earlier reports; their scores are used and not measured again"
     )
 
 
 def _few_labels(parser: ArgumentParser) -> None:
     add_budget_arguments(
-        parser, labels=list(FEW_LABELS), steps="training steps; both and real_longer get twice as many"
+        parser, labels=FEW_LABELS, iterations="training steps; `both` and `real_longer` get twice as many"
     )
-    parser.add_argument(
-        "--train_on",
-        nargs="+",
-        choices=ARMS,
-        default=list(ARMS),
-        help="what to learn from; real_longer is real for as many steps as both",
+    add_choices_argument(
+        parser, "--train_on", ARMS, "training sets to compare; real_longer is real, trained for as many steps as both"
     )
     parser.add_argument(
         "--synthetic_masks",
         choices=["all", "own"],
         default="all",
-        help="use all synthetic volumes, or only those made from the masks of the k labeled volumes",
+        help="use all synthetic volumes, or only those generated from the masks of the k labeled volumes",
     )
     parser.add_argument(
         "--mix",
         choices=["balanced", "plain"],
         default="balanced",
-        help="of both: real volumes repeated to be about as many as the synthetic ones, or each volume once",
-    )
-
-
-def add_budget_arguments(parser: ArgumentParser, *, labels: list[str], steps: str) -> None:
-    """Add what every command that trains on k labeled volumes takes: `labels` is the default of the k, `steps` says what
-    `--iterations` counts."""
-    parser.add_argument(
-        "--synthetic", type=str, required=True, help="folder of volumes generated from the training split's masks"
-    )
-    parser.add_argument("--labels", nargs="+", default=labels, help="how many real volumes have labels; numbers or all")
-    parser.add_argument(
-        "--seeds",
-        type=Number(PositiveInt),
-        default=3,
-        help="draws of the k volumes and trainings, with seeds 0, 1, ...",
-    )
-    parser.add_argument("--iterations", type=Number(PositiveInt), default=SEGMENTER_STEPS, help=steps)
-    parser.add_argument(
-        "--shape",
-        type=Number(PositiveInt),
-        nargs=3,
-        default=list(SHAPE),
-        help="voxels of the cropped volumes; multiples of 8",
+        help="how `both` mixes: balanced repeats the real volumes until they are about as many as the synthetic ones; plain "
+        "takes each volume once",
     )
 
 
 def _pretrain(parser: ArgumentParser) -> None:
-    add_budget_arguments(parser, labels=list(PRETRAIN_LABELS), steps="steps of each fine-tuning")
-    parser.add_argument(
-        "--starts", nargs="+", choices=STARTS, default=list(STARTS), help="what comes before the fine-tuning"
-    )
+    add_budget_arguments(parser, labels=PRETRAIN_LABELS, iterations="steps of each fine-tuning")
+    add_choices_argument(parser, "--starts", STARTS, "volumes for pre-training; scratch is without")
     parser.add_argument(
         "--pretrain_iterations", type=Number(PositiveInt), default=PRETRAINING_STEPS, help="steps of each pre-training"
     )
@@ -247,98 +241,81 @@ def _pretrain(parser: ArgumentParser) -> None:
 
 def _conditions(parser: ArgumentParser) -> None:
     parser.add_argument("--synthetic", type=str, required=True, help="folder of volumes generated by generate.py")
-    parser.add_argument("--column", type=str, required=True, help="which of the data's classes, such as diagnosis")
-    parser.add_argument("--seeds", type=Number(PositiveInt), default=3, help="classifiers, with seeds 0, 1, ...")
-    parser.add_argument(
-        "--iterations", type=Number(PositiveInt), default=CLASSIFIER_STEPS, help="training steps of each classifier"
+    parser.add_argument("--column", type=str, required=True, help="one of the data's classes, such as diagnosis")
+    add_training_arguments(
+        parser, seeds="number of classifiers", iterations="training steps of each classifier", steps=CLASSIFIER_STEPS
     )
-    parser.add_argument(
-        "--shape",
-        type=Number(PositiveInt),
-        nargs=3,
-        default=[64, 64, 64],
-        help="voxels that volumes are cropped or padded to",
-    )
+    add_shape_argument(parser, [64, 64, 64])
 
 
 def _realism(parser: ArgumentParser) -> None:
     add_set_arguments(parser)
-    parser.add_argument(
-        "--parts", nargs="+", choices=REALISM_PARTS, default=list(REALISM_PARTS), help="what to measure"
-    )
+    add_choices_argument(parser, "--parts", REALISM_PARTS, "measurements to make")
     parser.add_argument(
         "--pairs",
         type=Number(NonNegativeInt),
         default=SIMILARITY_PAIRS,
-        help="most pairs of each set whose MS-SSIM is taken",
+        help="maximum number of pairs per set for MS-SSIM",
     )
-    parser.add_argument("--seed", type=Number(Seed), default=0, help="of the draws of volumes and pairs")
+    parser.add_argument("--seed", type=Number(Seed), default=0, help="seed of the samples of volumes and pairs")
 
 
 def _shapes(parser: ArgumentParser) -> None:
     add_folder_arguments(parser)
-    parser.add_argument("--seed", type=Number(Seed), default=0, help="of the draws of maps")
+    parser.add_argument("--seed", type=Number(Seed), default=0, help="seed of the samples of label maps")
 
 
 def _privacy(parser: ArgumentParser) -> None:
     add_set_arguments(parser)
+    add_choices_argument(parser, "--spaces", SPACES, "where volumes are compared; latent needs --vae or --pipeline")
     parser.add_argument(
-        "--spaces", nargs="+", choices=SPACES, default=list(SPACES), help="latent needs --vae or --pipeline"
+        "--pipeline", type=str, help="generator; adds membership inference by its losses on real volumes"
     )
-    parser.add_argument("--pipeline", type=str, help="the generator: adds membership by its losses on real volumes")
     parser.add_argument(
         "--crop",
         type=Number(PositiveInt),
         nargs=3,
-        help="largest crop that is compared; default: the smallest volume's sides",
+        help="largest crop that is compared; default: the sides of the smallest volume",
     )
     parser.add_argument(
         "--flips", type=Number(Axis), nargs="*", default=[0], help="axes along which a copy may be mirrored"
     )
     parser.add_argument(
-        "--shift",
-        type=Number(NonNegativeInt),
-        default=SHIFT,
-        help="voxels by which a copy may be moved along each axis",
+        "--shift", type=Number(NonNegativeInt), default=SHIFT, help="voxels that a copy may be moved along each axis"
     )
     parser.add_argument(
-        "--alpha", type=Number(InnerShare), default=ALPHA, help="share of unseen volumes that may count as memorized"
+        "--alpha", type=Number(InnerShare), default=ALPHA, help="share of held-out volumes that may count as memorized"
     )
-    parser.add_argument(
-        "--pairs",
-        type=Number(NonNegativeInt),
-        default=8,
-        help="closest pairs that are shown, of each space; 0 for none",
-    )
-    parser.add_argument("--seed", type=Number(Seed), default=0, help="of bootstraps, and of the noise for losses")
+    parser.add_argument("--pairs", type=Number(NonNegativeInt), default=8, help="closest pairs to show per space")
+    parser.add_argument("--seed", type=Number(Seed), default=0, help="seed of bootstraps, and of the noise for losses")
 
 
-def _page(parser: ArgumentParser) -> None:
-    parser.add_argument("reports", nargs="+", type=str, help="JSON reports, one of each command at most")
+def _report(parser: ArgumentParser) -> None:
+    parser.add_argument("reports", nargs="+", type=str, help="JSON reports, at most one per command")
     parser.add_argument("--output", type=str, required=True, help="folder to write to")
+    parser.add_argument("--title", type=str, default=TITLE, help="heading of the page")
+
+
+def _all(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--title", type=str, default="Are the generated volumes good, useful and private?", help="heading"
+        "--parts", nargs="+", choices=PARTS, default=["realism", "privacy", "dice"], help="commands to run"
     )
-
-
-def _everything(parser: ArgumentParser) -> None:
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["realism", "privacy", "dice"], help="what to run")
     parser.add_argument(
         "--synthetic",
         nargs="+",
         type=str,
         default=[],
-        help="folders of generated volumes; dice and the like take one. Without it, --pipeline generates them from the masks of "
-        "the training split, into OUTPUT/generated",
+        help="folders of generated volumes; dice, few_labels, pretrain and conditions take one. Without this option, --pipeline "
+        "generates volumes from the masks of the training set, into OUTPUT/generated",
     )
     parser.add_argument(
-        "--count", type=Number(PositiveInt), default=1, help="volumes a mask, where --pipeline generates them"
+        "--count", type=Number(PositiveInt), default=1, help="volumes per mask that --pipeline generates"
     )
     parser.add_argument(
-        "--guidance_scale", type=Number(NonNegativeFloat), default=1.0, help="where --pipeline generates them"
+        "--guidance_scale", type=Number(NonNegativeFloat), default=1.0, help="guidance scale when --pipeline generates"
     )
-    parser.add_argument("--vae", type=str, help="autoencoder (or pipeline, or run), where a part takes one")
-    parser.add_argument("--pipeline", type=str, help="the generator, where a part takes one")
+    parser.add_argument("--vae", type=str, help="autoencoder (or pipeline, or run), for parts that take one")
+    parser.add_argument("--pipeline", type=str, help="generator, for parts that take one")
     parser.add_argument(
         "--set",
         nargs="*",
@@ -346,109 +323,74 @@ def _everything(parser: ArgumentParser) -> None:
         metavar="PART.OPTION=VALUE",
         help="an option of one part, such as dice.seeds=5, privacy.alpha=0.1 or 'dice.train_on=real synthetic'",
     )
-    parser.add_argument(
-        "--title", type=str, default="Are the generated volumes good, useful and private?", help="heading"
-    )
+    parser.add_argument("--title", type=str, default=TITLE, help="heading of the page")
 
 
+RESUMES = "The same command again resumes where it stopped."
 _COMMANDS = (
     Command(
         "reconstruction",
-        (
-            "PSNR inside the field of view, power spectrum and sharpness of reconstructions, use of a codebook; "
-            "on one split."
-        ),
+        "PSNR inside the field of view, power spectrum, sharpness and codebook use of reconstructions of one split.",
         _reconstruction,
-        "reconstruction",
     ),
     Command(
         "dice",
-        (
-            "Dice on the test split of a small segmenter trained on real, generated, or both volumes. The same "
-            "command again goes on where it stopped."
-        ),
+        f"Dice on the test set of a small segmenter trained on real, generated, or both kinds of volumes. {RESUMES}",
         _dice,
-        "dice",
         divides=True,
     ),
     Command(
         "few_labels",
-        (
-            "Dice on the test split of the small segmenter trained on k labeled real volumes, on synthetic ones, "
-            "and on both. The same command again goes on where it stopped."
-        ),
+        "Dice on the test set of the small segmenter trained on k labeled real volumes, on synthetic volumes, and on both. "
+        f"{RESUMES}",
         _few_labels,
-        "few_labels",
         divides=True,
     ),
     Command(
         "pretrain",
-        (
-            "Dice on the test split of the small segmenter fine-tuned on k labeled real volumes: from scratch, "
-            "after pre-training without labels on synthetic volumes, and on the real ones. The same command again "
-            "goes on where it stopped."
-        ),
+        "Dice on the test set of the small segmenter fine-tuned on k labeled real volumes: from scratch, and after pre-training "
+        f"without labels on synthetic or on real volumes. {RESUMES}",
         _pretrain,
-        "pretrain",
         divides=True,
     ),
     Command(
         "conditions",
-        (
-            "How often a classifier trained on the real training split names the class that generated volumes "
-            "were asked to be of, against how often it names that of the real test split."
-        ),
+        "How often a classifier trained on the real training set finds the class that each generated volume was conditioned on, "
+        "compared with how often it is right on the real test set.",
         _conditions,
-        "conditions",
     ),
     Command(
         "realism",
-        (
-            "Features, diversity, consistency between slices and intensities of generated volumes, each beside "
-            "what real training and real unseen volumes are to each other."
-        ),
+        "Features, diversity, slice consistency and intensities of generated volumes, each compared with the difference between "
+        "real training and held-out real volumes.",
         _realism,
-        "realism",
     ),
     Command(
         "shapes",
-        (
-            "Sizes, forms and neighborhoods of the labels of generated label maps, beside what real ones are to "
-            "each other."
-        ),
+        "Sizes, shapes and neighborhoods of labels in generated label maps, compared with the differences between real ones.",
         _shapes,
-        "shapes",
     ),
     Command(
         "privacy",
-        (
-            "Memorized volumes, membership and re-identification: the similarity of generated to training "
-            "volumes, against that of unseen real ones to training volumes, among voxels, latents and features."
-        ),
+        "Memorization, membership inference and re-identification: how similar generated volumes are to training volumes, "
+        "compared with how similar held-out real volumes are. In voxels, latents and features.",
         _privacy,
-        "privacy",
     ),
     Command(
         "report",
-        (
-            "One page that needs nothing beside it (report.html), report.md and report.json, from JSON reports of "
-            "the other commands."
-        ),
-        _page,
-        "report",
+        "One self-contained page (report.html), report.md and report.json, from JSON reports of the other commands.",
+        _report,
         reads_data=False,
         makes_folder=True,
     ),
     Command(
         "all",
-        (
-            "Several commands one after the other, a JSON report each, and the page of `report`. A report that is "
-            "there already, of the same arguments and files, is not measured again; delete it to do so."
-        ),
-        _everything,
+        "Several commands one after the other, one JSON report each, and the page of `report`. A report that exists with the "
+        "same arguments and files is not measured again; delete it to do so.",
+        _all,
         "run_all",
-        divides=True,
+        divides=True,  # as far as its parts do
         makes_folder=True,
-    ),  # as far as its parts do
+    ),
 )
 COMMANDS = {command.name: command for command in _COMMANDS}

@@ -1,172 +1,179 @@
-"""`evaluate.py dice`: how useful generated volumes are to a segmenter."""
+"""`evaluate.py dice`: how useful generated volumes are for training a segmenter."""
 
-import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from jsonargparse import Namespace
 
-from cli.live_bar import LiveBar
-from cli.stopping import finishing
-from evaluation import (
-    Pair,
-    generated_pairs,
-    iterations_of,
-    label_values,
-    learning_cases,
-    load_pairs,
-    mask_adherence,
-    protocol,
-    provenance,
-    ratios,
-    score_training,
-    test_cases,
-)
-from evaluation.networks.defaults import REAL, SYNTHETIC
-from evaluation.studies.few_labels import ANY
-from evaluation.studies.limits import check_command
+from evaluation.data.pairs import LoadedPairs
+from evaluation.networks.defaults import ANY, BOTH, REAL, SYNTHETIC
+from evaluation.studies.few_labels import steps_of
+from evaluation.studies.training_result import TrainingResult
+from evaluation.studies.utility import mask_adherence, protocol, ratios
 from files.documents import read_object
-from volumes import load_cases
 
+from .common import describe_study
 from .ledger import Job, Ledger, content_of
-from .progress import StepClock, progress_disabled
+from .trainings import Sources, StepClock, Training, load_sources, run_trainings
 
 NAME = "dice"
+Scores = Mapping[str, Sequence[TrainingResult]]  # by training set
 
 
-def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
-    """Train and judge. The report is written anew after every training, so a run that is stopped leaves what it has."""
-    config, shape = options.data, tuple(options.shape)
-    check_command(NAME, load_cases(config), config, vars(options))
-    cases = load_cases(config)
-    learn, judge = learning_cases(cases), test_cases(cases)
-    pairs = {"real": [Pair(case) for case in learn]}
-    if options.synthetic:
-        pairs["synthetic"] = generated_pairs(cases, Path(options.synthetic))
-        pairs["both"] = pairs["real"] + pairs["synthetic"]
-    elif set(options.train_on) != {"real"}:
+def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, object]:
+    """Train and test segmenters. The report is written after every training, so a run that is stopped keeps its results."""
+    check_options(options)
+    sources = load_sources(options, NAME)
+    study = describe_study(
+        NAME,
+        options,
+        {
+            "protocol": protocol(options.shape, options.iterations, dtype),
+            "volumes": count_volumes(sources),
+            "skipped": sources.skipped,
+            "content": content_of(*sources.loaded),
+        },
+    )
+    earlier: dict[str, list[TrainingResult]] = {}
+    for path in map(Path, options.earlier):
+        earlier |= earlier_scores(path, study)
+    if options.earlier:
+        study["earlier"] = {Path(path).name: read_object(Path(path)).get("commit") for path in options.earlier}
+    ledger = make_ledger(Path(options.output), sources, study, earlier)
+    train_sets = [name for name in options.train_on if name not in earlier]
+    jobs = [(name, ANY, seed) for name in train_sets for seed in range(options.seeds)]
+
+    def prepare(job: Job, clock: StepClock) -> Training:
+        name = job[0]
+        synthetic = sources.synthetic_test if name == REAL else None
+        return Training(training_set(sources, name), steps_of(name, options.iterations), synthetic=synthetic)
+
+    report = run_trainings(ledger, jobs, sources, options, device, dtype, prepare=prepare)
+    if PartialState().is_main_process:
+        print_summary(report)
+    return report
+
+
+def check_options(options: Namespace) -> None:
+    """Raises: ValueError for training sets that need an option which is missing."""
+    if not options.synthetic and set(options.train_on) != {REAL}:
         raise ValueError("--synthetic is missing: give a folder of generated volumes, or --train_on real")
-    report: dict[str, Any] = {
-        "evaluation": "dice",
-        "protocol": protocol(shape, options.iterations, dtype),
-        "volumes": {"judge": len(judge), **{source: len(listed) for source, listed in pairs.items()}},
-        "scores": {},
-        "synthetic": options.synthetic,
-        "judge_synthetic": options.judge_synthetic,
-        "data": dataclasses.asdict(config),
-        **provenance(),
-    }
-    judged_too = None
-    if options.judge_synthetic:
-        if "real" not in options.train_on:
-            raise ValueError("--judge_synthetic is for segmenters trained on real: add real to --train_on")
-        judged_too = load_pairs(generated_pairs(cases, Path(options.judge_synthetic), "test"), config, shape)
-        report["volumes"]["judge_synthetic"] = len(judged_too.cases)
-    earlier: dict[str, list[dict[str, Any]]] = {}
-    for path in options.earlier:
-        earlier.update(earlier_scores(Path(path), report))
-        report.setdefault("earlier", {})[Path(path).name] = read_object(Path(path)).get("commit")
-    num_labels = len(label_values(config))
-    judged = load_pairs([Pair(case) for case in judge], config, shape)
-    loaded = {source: load_pairs(pairs[source], config, shape) for source in (REAL, SYNTHETIC) if source in pairs}
-    sources = [*loaded.values(), judged, *([judged_too] if judged_too else [])]
-    report["skipped"] = dict(skipped for source in sources for skipped in source.skipped)
-    report["content"] = content_of(*sources)
+    if options.judge_synthetic and REAL not in options.train_on:
+        raise ValueError("--judge_synthetic is for segmenters trained on real: add real to --train_on")
 
-    def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        scores = {source: list(results) for source, results in earlier.items()}
+
+def training_set(sources: Sources, name: str) -> LoadedPairs:
+    """Return the training set of that name."""
+    if name == REAL:
+        return sources.real
+    assert sources.synthetic is not None  # `check_options`
+    return sources.synthetic if name == SYNTHETIC else sources.real.join(sources.synthetic)
+
+
+def count_volumes(sources: Sources) -> dict[str, int]:
+    """Count the volumes of each source, with the refused ones."""
+
+    def count(pairs: LoadedPairs) -> int:
+        return len(pairs.cases) + len(pairs.skipped)
+
+    volumes = {"judge": count(sources.test), REAL: count(sources.real)}
+    if sources.synthetic is not None:
+        volumes[SYNTHETIC] = count(sources.synthetic)
+        volumes[BOTH] = volumes[REAL] + volumes[SYNTHETIC]
+    if sources.synthetic_test is not None:
+        volumes["judge_synthetic"] = len(sources.synthetic_test.cases)
+    return volumes
+
+
+def make_ledger(path: Path, sources: Sources, study: Mapping[str, object], earlier: Scores) -> Ledger:
+    """Make the ledger; its report lists the results by training set, those of earlier reports included."""
+
+    def summarize(rows: Sequence[TrainingResult]) -> dict[str, object]:
+        scores = {name: list(results) for name, results in earlier.items()}
         for row in rows:
-            result = {key: value for key, value in row.items() if key not in ("arm", "labels")}
-            scores.setdefault(row["arm"], []).append(result)
-        found: dict[str, Any] = {"scores": scores, "ratios": ratios(scores, [case.subject for case in judged.cases])}
-        if judged_too is not None and scores.get("real"):
-            found["adherence"] = mask_adherence(scores["real"], judged.cases, judged_too.cases)
-        return found
+            scores.setdefault(row.arm, []).append(row)
+        summary: dict[str, object] = {
+            "scores": {name: [_without_job(result) for result in results] for name, results in scores.items()},
+            "ratios": ratios(scores, sources.subjects),
+        }
+        if sources.synthetic_test is not None and scores.get(REAL):
+            summary["adherence"] = mask_adherence(scores[REAL], sources.test.cases, sources.synthetic_test.cases)
+        return summary
 
-    def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
-        scores = report["scores"].items()
-        return [{"arm": arm, "labels": ANY, **row} for arm, found in scores if arm not in earlier for row in found]
+    def rows_of(report: Mapping[str, Any]) -> list[TrainingResult]:
+        scores = {name: rows for name, rows in report["scores"].items() if name not in earlier}
+        return [TrainingResult.from_json(row, arm=name, labels=ANY) for name, rows in scores.items() for row in rows]
 
-    def cost(jobs: list[Job]) -> int:
-        return sum(iterations_of(source, options.iterations) for source, _, _ in jobs)
+    return Ledger(path, study, summarize, rows_of)
 
-    ledger = Ledger(Path(options.output), report, summarize, rows_of)
-    wanted = [
-        (source, ANY, seed) for source in options.train_on if source not in earlier for seed in range(options.seeds)
-    ]
-    jobs = ledger.share(ledger.missing(wanted), cost)
-    clock, quiet = StepClock(cost(jobs)), progress_disabled()
-    for source, labels, seed in jobs:
-        steps = iterations_of(source, options.iterations)
-        what = f"learning from {source}, seed {seed}"
-        with finishing(what), LiveBar(total=steps, unit="step", disable=quiet, desc=what) as progress:
-            result = score_training(
-                loaded[source] if source in loaded else loaded[REAL].join(loaded[SYNTHETIC]),
-                judged,
-                num_labels,
-                seed=seed,
-                iterations=steps,
-                device=device,
-                dtype=dtype,
-                on_step=clock.watch(progress),
-                synthetic=judged_too if source == REAL else None,
-            )
-            ledger.add({"arm": source, "labels": labels, **result})
-    report = ledger.write()
-    if quiet:
-        return report
-    for source, results in report["scores"].items():
-        print(
-            f"{source}: {sum(r['dice'] for r in results) / len(results):.4f}  {[round(r['dice'], 4) for r in results]}"
-        )
+
+def print_summary(report: Mapping[str, Any]) -> None:
+    """Print the Dice of each training set, their ratios to real, and the adherence to masks."""
+    for name, results in report["scores"].items():
+        dice = [result["dice"] for result in results]
+        print(f"{name}: {sum(dice) / len(dice):.4f}  {[round(value, 4) for value in dice]}")
     for name, ratio in report["ratios"].items():
-        interval = ratio.get("interval_subjects")  # of earlier reports that hold no scores of volumes there is none
+        interval = ratio.get("interval_subjects")  # missing where an earlier report has no Dice per volume
         over = f" ({interval[0]:.4f} to {interval[1]:.4f} over subjects)" if interval else ""
-        print(f"{name}: {ratio['of_means']:.4f}{over}  {[round(r, 4) for r in ratio['per_seed'].values()]}")
+        print(f"{name}: {ratio['of_means']:.4f}{over}  {[round(value, 4) for value in ratio['per_seed'].values()]}")
     if adherence := report.get("adherence"):
         gap = adherence["synthetic-real"]
         low, high = gap["interval_subjects"]
         print(
             f"trained on real: Dice {adherence['synthetic']:.4f} on volumes generated from {adherence['masks']} test masks, "
-            f"{adherence['real']:.4f} on the real ones; difference {gap['of_means']:+.4f} ({low:+.4f} to {high:+.4f}, over subjects)"
+            f"{adherence['real']:.4f} on the real volumes; difference {gap['of_means']:+.4f} ({low:+.4f} to {high:+.4f}, over subjects)"
         )
-    print(f"report: {options.output}")
-    return report
 
 
-def earlier_scores(path: Path, report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Scores by source of an earlier report. Raises ValueError unless it was measured on the same data by the same protocol."""
+def _without_job(result: TrainingResult) -> dict[str, object]:
+    """The row of a report that lists results by source, all of one budget."""
+    return {key: value for key, value in result.as_json().items() if key not in ("arm", "labels")}
+
+
+def earlier_scores(path: Path, report: Mapping[str, Any]) -> dict[str, list[TrainingResult]]:
+    """Read the results of an earlier report by training set.
+
+    Raises: ValueError unless they were measured on the same data with the same protocol as `report`.
+    """
     earlier = read_object(path)
     try:
-        return _same_scores(path, earlier, report)
+        _check_same(path, earlier, report)
+        return {name: _results(path, name, rows) for name, rows in earlier["scores"].items()}
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path}: is no report of evaluate.py dice, or damaged ({type(error).__name__}: {error})"
+            f"{path}: not a report of evaluate.py dice, or damaged ({type(error).__name__}: {error})"
         ) from error
 
 
-def _same_scores(path: Path, earlier: dict[str, Any], report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def _check_same(path: Path, earlier: Mapping[str, Any], report: Mapping[str, Any]) -> None:
     for key in ("protocol", "data"):
-        wanted = json.loads(json.dumps(report[key]))
-        if key == "data":  # settings that the data section got since were at their defaults
-            earlier[key] = {**{new: value for new, value in wanted.items() if not value}, **earlier.get(key, {})}
-        if wanted != earlier.get(key):
-            raise ValueError(f"{path}: was measured with another {key} ({earlier.get(key)}); train again")
-    if set(earlier["scores"]) != {"real"} and earlier["synthetic"] != report["synthetic"]:
-        raise ValueError(f"{path}: learned from the volumes in {earlier['synthetic']}, not in {report['synthetic']}")
-    sources, wanted = ["judge", *earlier["scores"]], report["judge_synthetic"]
-    if wanted and "real" in earlier["scores"]:
-        if earlier.get("judge_synthetic") != wanted:
-            raise ValueError(f"{path}: did not judge the volumes in {wanted}; train on real again")
+        expected, recorded = json.loads(json.dumps(report[key])), earlier.get(key)
+        if key == "data":  # settings that are newer than the report had their default then
+            recorded = {**{name: value for name, value in expected.items() if not value}, **(recorded or {})}
+        if expected != recorded:
+            raise ValueError(f"{path}: was measured with another {key} ({recorded}); train again")
+    if set(earlier["scores"]) != {REAL} and earlier["synthetic"] != report["synthetic"]:
+        raise ValueError(f"{path}: trained on the volumes in {earlier['synthetic']}, not in {report['synthetic']}")
+    sources, folder = ["judge", *earlier["scores"]], report["judge_synthetic"]
+    if folder and REAL in earlier["scores"]:
+        if earlier.get("judge_synthetic") != folder:
+            raise ValueError(f"{path}: was not scored on the volumes in {folder}; train on real again")
         sources.append("judge_synthetic")
     for source in sources:
-        if earlier["volumes"][source] != report["volumes"].get(source):
-            raise ValueError(
-                f"{path}: has {earlier['volumes'][source]} volumes ({source}), not {report['volumes'].get(source)}"
-            )
-    for name, results in earlier["scores"].items():
-        if not results or not all(type(one["dice"]) in (int, float) and 0 <= one["dice"] <= 1 for one in results):
-            raise ValueError(f"{path}: holds no Dice of {name!r}; it was damaged")
-    return earlier["scores"]
+        recorded, expected = earlier["volumes"][source], report["volumes"].get(source)
+        if recorded != expected:
+            raise ValueError(f"{path}: has {recorded} volumes ({source}), not {expected}")
+
+
+def _results(path: Path, name: str, rows: Any) -> list[TrainingResult]:
+    try:
+        results = [TrainingResult.from_json(row, arm=name, labels=ANY) for row in rows]
+    except ValueError as error:
+        raise ValueError(f"{path}: holds no Dice of {name!r}, so it is damaged ({error})") from error
+    if not results:
+        raise ValueError(f"{path}: holds no Dice of {name!r}, so it is damaged")
+    return results

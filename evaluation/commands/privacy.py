@@ -1,7 +1,7 @@
-"""`evaluate.py privacy`: whether generated volumes give away whom the generator learned from."""
+"""`evaluate.py privacy`: whether generated volumes reveal which subjects the generator was trained on."""
 
-import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from evaluation.metrics.nearest import (
     feature_space,
     latent_space,
 )
-from evaluation.report import provenance, write_report
 from evaluation.studies.membership_losses import DRAWS, TIMES, denoising_losses
 from evaluation.studies.privacy import pairs_figure, privacy_report
 from files.atomic import atomic_file
@@ -26,87 +25,64 @@ from pipelines import MedVolumePipeline
 from pipelines.storage.loading import load_autoencoder
 from volumes import VolumeDataset, load_cases
 
+from .common import write_study
 from .sets import describe_sets, load_extractors, load_sets
 
 NAME = "privacy"
+Losses = tuple[np.ndarray, np.ndarray]  # on the training set and on the test set, in the order of the sets
 
 
-def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
-    """Compare the sets in each space, in float32; writes the closest pairs as PNG beside the report."""
-    start, vae = time.perf_counter(), options.vae
-    if options.pipeline and not vae:
-        options.vae = find_folder(options.pipeline) or MedVolumePipeline.download(
-            options.pipeline, use_safetensors=True
-        )
-    if "latent" in options.spaces and not options.vae:
-        options.spaces = [name for name in options.spaces if name != "latent"]
-        if not options.spaces:
-            raise ValueError("--spaces latent: there are no latents to compare without --vae or --pipeline; give one")
-        print("note: without --vae or --pipeline there are no latents to compare")
+def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, object]:
+    """Compare the sets in each space, in float32. Writes the closest pairs as PNG beside the report."""
+    start = time.perf_counter()
+    named = {"vae": options.vae or options.pipeline, "pipeline": options.pipeline}
+    options = with_autoencoder(options)
     sets, skipped = load_sets(options, NAME)
-    losses, losses_protocol = _losses(options, sets, device) if options.pipeline else (None, None)
+    losses = measure_losses(options, sets, device) if options.pipeline else None
     spaces = make_spaces(options, sets, device)
-    training, unseen, generated = (sets[name] for name in ("training", "test", "generated"))
-    compared = len(generated) * len(training) + len(unseen) * len(training) + len(generated) * len(unseen)
-    with LiveBar(total=compared * len(spaces), unit="pair", disable=None, desc="comparing") as progress:
-        found = privacy_report(
-            training,
-            unseen,
-            generated,
-            spaces,
-            stand_ins=True,
-            losses=losses,
-            alpha=options.alpha,
-            pairs=options.pairs,
-            seed=options.seed,
-            on_pairs=progress.update,
-        )
-    output = Path(options.output)
-    pictures = {}
-    for name, space in spaces.items() if options.pairs else ():
-        path = output.with_name(f"{output.stem}_{name.replace(' ', '_')}.png")
-        with atomic_file(path) as unfinished:
-            pairs_figure(found["spaces"][name]["closest"], generated, training, space).savefig(unfinished, dpi=110)
-        pictures[name] = path.name
-    report = {
-        "evaluation": NAME,
-        **found,
+    result = compare(options, sets, spaces, losses)
+    study = {
         "volumes": describe_sets(sets, options.unseen),
-        "pictures": pictures,
+        "pictures": write_pictures(options, sets, spaces, result["spaces"]) if options.pairs else {},
         "protocol": {
             "crop": list(next(iter(spaces.values())).crop),
             "flips": options.flips,
             "shift": {name: space.shift for name, space in spaces.items()},
-            "losses": losses_protocol,
+            "losses": None if losses is None else {"times": list(TIMES), "draws": DRAWS},
         },
         "skipped": skipped,
-        "synthetic": options.synthetic,
-        "vae": vae or options.pipeline,
-        "pipeline": options.pipeline,
+        **named,
         "precision": "float32",
         "seconds": round(time.perf_counter() - start, 2),
-        "data": dataclasses.asdict(options.data),
-        **provenance(),
     }
-    write_report(output, report)
-    for name, of_space in report["spaces"].items():
-        memory = of_space["memorized"]["similarity"]
-        low, high = memory["interval_drawn"]
-        print(
-            f"{name}: {memory['fraction']:.1%} of generated volumes are memorized ({low:.1%} to {high:.1%}), "
-            f"{memory['false_positives']['fraction']:.1%} of unseen real ones would be; membership AUC "
-            f"{of_space['membership']['auc']:.3f}"
-        )
-    if "loss_membership" in report:
-        print(f"membership by the generator's losses: AUC {report['loss_membership']['auc']:.3f}")
-    print(f"report: {options.output}")
+    report = write_study(NAME, options, {**result, **study})
+    print_summary(result)
     return report
 
 
-def make_spaces(options: Namespace, sets: dict[str, VolumeSet], device: torch.device) -> dict[str, Space]:
-    """The spaces of `--spaces`, on one crop; features by every 3-D extractor there is, as "features NAME"."""
-    every = [volume for part in sets.values() for volume in part.volumes]
-    crop = common_crop(every, tuple(options.crop) if options.crop else None)
+def with_autoencoder(options: Namespace) -> Namespace:
+    """Return the options with the autoencoder of `--pipeline` where `--vae` is missing, and without latents where neither is given.
+
+    Raises: ValueError if no space is left.
+    """
+    options = options.clone()
+    if options.pipeline and not options.vae:
+        folder = find_folder(options.pipeline)
+        options.vae = folder or MedVolumePipeline.download(options.pipeline, use_safetensors=True)
+    if "latent" in options.spaces and not options.vae:
+        options.spaces = [name for name in options.spaces if name != "latent"]
+        if not options.spaces:
+            raise ValueError(
+                "--spaces latent: latents cannot be compared without --vae or --pipeline; give one of them"
+            )
+        print("note: latents are not compared, as neither --vae nor --pipeline is given")
+    return options
+
+
+def make_spaces(options: Namespace, sets: Mapping[str, VolumeSet], device: torch.device) -> dict[str, Space]:
+    """Make the spaces of `--spaces`, on one crop. Features come from every 3-D extractor, as "features NAME"."""
+    volumes = [volume for volume_set in sets.values() for volume in volume_set.volumes]
+    crop = common_crop(volumes, tuple(options.crop) if options.crop else None)
     flips = tuple(options.flips)
     spaces: dict[str, Space] = {}
     if "image" in options.spaces:
@@ -120,17 +96,68 @@ def make_spaces(options: Namespace, sets: dict[str, VolumeSet], device: torch.de
     return spaces
 
 
-def _losses(
-    options: Namespace, sets: dict[str, VolumeSet], device: torch.device
-) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, Any]]:
-    """Losses of the generator on training and on unseen volumes, in the order of the sets, and how they were taken."""
+def measure_losses(options: Namespace, sets: Mapping[str, VolumeSet], device: torch.device) -> Losses:
+    """Measure the losses of the generator on the training set and on the test set."""
     pipe = MedVolumePipeline.from_pretrained(options.pipeline).to(device)
     cases = {case.name: case for case in load_cases(options.data)}
-    found = []
-    for name in ("training", "test"):
-        dataset = VolumeDataset([cases[one] for one in sets[name].names], options.data)
+
+    def losses(name: str) -> np.ndarray:
+        dataset = VolumeDataset([cases[case] for case in sets[name].names], options.data)
         if dataset.skipped:
-            raise ValueError(f"{dataset.skipped[0]}: has an image but no usable mask, which the losses need; repair it")
+            raise ValueError(
+                f"{dataset.skipped[0]}: has an image but its mask cannot be used; the losses need one, so repair it"
+            )
         with LiveBar(total=len(dataset), unit="volume", disable=None, desc=f"losses on {name} volumes") as progress:
-            found.append(denoising_losses(pipe, dataset, seed=options.seed, on_volume=progress.update))
-    return (found[0], found[1]), {"times": list(TIMES), "draws": DRAWS}
+            return denoising_losses(pipe, dataset, seed=options.seed, on_volume=progress.update)
+
+    return losses("training"), losses("test")
+
+
+def compare(
+    options: Namespace, sets: Mapping[str, VolumeSet], spaces: Mapping[str, Space], losses: Losses | None
+) -> Mapping[str, Any]:
+    """Return `privacy_report` of the sets, with a progress bar over the pairs of volumes."""
+    training, test, generated = sets["training"], sets["test"], sets["generated"]
+    pairs = len(generated) * len(training) + len(test) * len(training) + len(generated) * len(test)
+    with LiveBar(total=pairs * len(spaces), unit="pair", disable=None, desc="comparing") as progress:
+        return privacy_report(
+            training,
+            test,
+            generated,
+            spaces,
+            stand_ins=True,
+            losses=losses,
+            alpha=options.alpha,
+            pairs=options.pairs,
+            seed=options.seed,
+            on_pairs=progress.update,
+        )
+
+
+def write_pictures(
+    options: Namespace, sets: Mapping[str, VolumeSet], spaces: Mapping[str, Space], results: Mapping[str, Any]
+) -> dict[str, str]:
+    """Write the closest pairs of each space as PNG beside the report. Returns the file names by space."""
+    output = Path(options.output)
+    pictures = {}
+    for name, space in spaces.items():
+        path = output.with_name(f"{output.stem}_{name.replace(' ', '_')}.png")
+        figure = pairs_figure(results[name]["closest"], sets["generated"], sets["training"], space)
+        with atomic_file(path) as unfinished:
+            figure.savefig(unfinished, dpi=110)
+        pictures[name] = path.name
+    return pictures
+
+
+def print_summary(result: Mapping[str, Any]) -> None:
+    """Print the memorized share and the membership attack of each space."""
+    for name, space in result["spaces"].items():
+        memory = space["memorized"]["similarity"]
+        low, high = memory["interval_drawn"]
+        print(
+            f"{name}: {memory['fraction']:.1%} of generated volumes are memorized ({low:.1%} to {high:.1%}); by the same "
+            f"threshold, {memory['false_positives']['fraction']:.1%} of held-out real volumes are. Membership AUC "
+            f"{space['membership']['auc']:.3f}"
+        )
+    if "loss_membership" in result:
+        print(f"membership by the generator's losses: AUC {result['loss_membership']['auc']:.3f}")

@@ -1,6 +1,5 @@
-"""`evaluate.py realism`: whether generated volumes look like real ones, and their slices fit together."""
+"""`evaluate.py realism`: whether generated volumes look like real ones, and whether their slices are consistent."""
 
-import dataclasses
 import time
 import warnings
 from collections.abc import Mapping
@@ -10,16 +9,16 @@ import torch
 from jsonargparse import Namespace
 
 from cli.live_bar import LiveBar
-from evaluation.report import provenance, write_report
 from evaluation.studies.realism import judge_realism, steps_of
 
+from .common import write_study
 from .sets import describe_sets, load_extractors, load_sets
 
 NAME = "realism"
 
 
-def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
-    """Compare the sets; always in float32, for distances of sets are small differences of large numbers."""
+def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, object]:
+    """Compare the sets. Always in float32, because distances between sets are small differences of large numbers."""
     start = time.perf_counter()
     sets, skipped = load_sets(options, NAME)
     extractors = load_extractors(options, device) if "features" in options.parts else {}
@@ -33,7 +32,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = judge_realism(
+            result = judge_realism(
                 sets,
                 extractors,  # pyright: ignore[reportArgumentType]
                 channels=channels,
@@ -43,45 +42,40 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
                 device=device,
                 on_step=on_step,
             )
-    report = {
-        "evaluation": NAME,
-        **found,
+    study = {
         "volumes": describe_sets(sets, options.unseen),
         "skipped": skipped,
-        "synthetic": options.synthetic,
-        "vae": options.vae,
         "precision": "float32",
         "seconds": round(time.perf_counter() - start, 2),
-        "data": dataclasses.asdict(options.data),
-        **provenance(),
     }
-    write_report(options.output, report)
+    report = write_study(NAME, options, {**result, **study})
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"note: {message}")
-    _print(report)
-    print(f"report: {options.output}")
+    print_summary(result)
     return report
 
 
-def _print(report: Mapping[str, Any]) -> None:
-    for name, found in report.get("features", {}).items():
+def print_summary(result: Mapping[str, Any]) -> None:
+    """Print the main distances, each beside that of real training volumes."""
+    for name, distances in result.get("features", {}).items():
         for distance in ("kernel", "frechet"):
-            made, floor = found[distance]["generated_to_test"], found[distance]["training_to_test"]
-            print(f"{distance} distance, {name}: {_text(made)}; real against real {_text(floor)}")
-    if "diversity" in report:
+            print(f"{distance} distance, {name}: {_beside_real(distances[distance])}")
+    if "diversity" in result:
         for real in ("test", "training"):
-            print(
-                f"MS-SSIM of generated less that of {real} pairs: {_text(report['diversity'][f'generated_minus_{real}'])}"
-            )
-    for channel, statistics in report.get("consistency", {}).items():
+            gap = result["diversity"][f"generated_minus_{real}"]
+            print(f"MS-SSIM of generated pairs minus that of {real} pairs: {_with_interval(gap)}")
+    for channel, statistics in result.get("consistency", {}).items():
         name, worst = max(statistics.items(), key=lambda item: item[1]["wasserstein"]["excess"]["mean"])
-        made, floor = worst["wasserstein"]["generated_to_test"], worst["wasserstein"]["training_to_test"]
-        print(f"slices of {channel}, farthest from real is {name}: {_text(made)}; real against real {_text(floor)}")
-    for channel, found in report.get("intensity", {}).items():
-        made, floor = (found["histogram"][key] for key in ("generated_to_test", "training_to_test"))
-        print(f"histogram of {channel}: {_text(made)}; real against real {_text(floor)}")
+        print(f"slices of {channel}, farthest from real is {name}: {_beside_real(worst['wasserstein'])}")
+    for channel, intensity in result.get("intensity", {}).items():
+        print(f"histogram of {channel}: {_beside_real(intensity['histogram'])}")
 
 
-def _text(figure: Mapping[str, Any]) -> str:
-    low, high = figure["interval"]
-    return f"{figure['mean']:.4g} ({low:.4g} to {high:.4g})"
+def _beside_real(distances: Mapping[str, Any]) -> str:
+    generated, real = (_with_interval(distances[key]) for key in ("generated_to_test", "training_to_test"))
+    return f"{generated}; real against real {real}"
+
+
+def _with_interval(value: Mapping[str, Any]) -> str:
+    low, high = value["interval"]
+    return f"{value['mean']:.4g} ({low:.4g} to {high:.4g})"

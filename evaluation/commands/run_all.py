@@ -5,8 +5,9 @@ import hashlib
 import json
 import re
 import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -14,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from jsonargparse import ArgumentError, Namespace
 
 from cli.live_bar import LiveBar
-from evaluation.html import write_page
+from evaluation.html import build_page, write_page
 from evaluation.report import write_report
 from evaluation.studies.limits import Data, problems
 from files.documents import read_object
@@ -23,11 +24,12 @@ from volumes import load_cases
 from . import arguments, privacy, realism, shapes
 from .arguments import COMMANDS, Command, make_parser
 from .common import run_command
-from .progress import progress_disabled
+from .trainings import progress_disabled
 
 NAME = "all"
 PARTS = {name: COMMANDS[name] for name in arguments.PARTS}
-MANIFEST = "manifest.csv"  # generate.py writes it anew, from the sidecars
+MANIFEST = "manifest.csv"  # generate.py writes it again each time, from the sidecars
+# These options are given once, and hold for every part.
 FOR_ALL = (
     "config",
     "data",
@@ -37,147 +39,179 @@ FOR_ALL = (
     "models",
     "accept_overlap",
     "wait_minutes",
-)  # are given once, and hold for every part
+)
+SEVERAL_FOLDERS = (realism.NAME, shapes.NAME, privacy.NAME)  # parts whose `--synthetic` takes several folders
 
 
-def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
-    """Run the parts that are not done, and write the page of all that were asked for; `--output` is a folder.
+@dataclass(frozen=True)
+class Part:
+    """One command of the page.
 
-    Raises: ValueError at the end, with what could not be measured; the page shows the rest, and names them.
+    Args:
+        options: the options as the command's own command line would give them.
+        digest: sha256 of the options and of the files that they name. A report with the same digest is not measured again.
+    """
+
+    options: Namespace
+    digest: str
+
+    @property
+    def path(self) -> Path:
+        """The JSON report."""
+        return Path(self.options.output)
+
+
+def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, object]:
+    """Run the parts that have no report yet, and write the page of all parts. `--output` is a folder.
+
+    Raises: ValueError at the end, with what could not be measured; the page shows the other parts, and names these.
     """
     if not options.synthetic:
         raise ValueError("--synthetic is missing: give folders of generated volumes, or --pipeline to generate them")
     folder, state = Path(options.output), PartialState()
-    jobs, missing = plan(options)
-    with LiveBar(total=len(jobs), unit="part", disable=progress_disabled(), desc="parts") as progress:
-        for name, (part, inputs) in jobs.items():
+    parts, missing = plan(options)
+    with LiveBar(total=len(parts), unit="part", disable=progress_disabled(), desc="parts") as progress:
+        for name, part in parts.items():
             progress.set_postfix_str(name)
-            if name in missing:
-                progress.update()
-                continue
-            path = Path(part.output)
-            there = is_measured(path, inputs)
-            if broadcast_object_list([there])[0]:  # as the main process saw it
-                progress.write(f"{name}: {path} is there, of the same inputs; not measured again")
-            else:
-                failed = attempt(PARTS[name], part, device, dtype)
-                if failed:
-                    missing[name] = failed
-                elif state.is_main_process:  # the mark of a part that ended
-                    write_report(path, {**read_object(path), "inputs": inputs})
+            if name not in missing and (reason := run_part(name, part, progress, device, dtype)):
+                missing[name] = reason
             progress.update()
     state.wait_for_everyone()
-    paths = [Path(part.output) for name, (part, _) in jobs.items() if name not in missing]
-    page = write_page(paths, folder, options.title, missing) if state.is_main_process else {}
+    page = {}
     if state.is_main_process:
+        paths = [part.path for name, part in parts.items() if name not in missing]
+        page = write_page(build_page(paths), folder, options.title, missing)
         print(f"page: {folder / 'report.html'}", flush=True)
     if missing:
-        told = "\n".join(f"  {name}: {reason}" for name, reason in missing.items())
-        raise ValueError(f"{folder / 'report.html'} lacks what could not be measured:\n{told}")
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in missing.items())
+        raise ValueError(f"{folder / 'report.html'} lacks what could not be measured:\n{reasons}")
     return page
 
 
-def is_measured(path: Path, inputs: str) -> bool:
-    """Whether there is a report of a part that ended, of these inputs. One that is damaged is not: its part is measured again, or says
-    itself that it cannot go on with it."""
+def run_part(name: str, part: Part, progress: LiveBar, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Run one part unless its report exists. Returns why there is no report, or None."""
+    if broadcast_object_list([is_measured(part)])[0]:  # as the main process saw it
+        progress.write(f"{name}: {part.path} exists, from the same inputs; not measured again")
+        return None
+    reason = attempt(PARTS[name], part.options, device, dtype)
+    if not reason and PartialState().is_main_process:
+        write_report(part.path, {**read_object(part.path), "inputs": part.digest})  # marks a part that ended
+    return reason
+
+
+def is_measured(part: Part) -> bool:
+    """Whether there is a report of a part that ended, from the same inputs. A damaged report does not count: its part is measured
+    again, or refuses the report itself."""
     try:
-        return path.is_file() and read_object(path).get("inputs") == inputs
+        return part.path.is_file() and read_object(part.path).get("inputs") == part.digest
     except ValueError:
         return False
 
 
-def plan(options: Namespace) -> tuple[dict[str, tuple[Namespace, str]], dict[str, str]]:
-    """Each part's options and hash (`part_options`), and why parts cannot be measured on these data, which is said; before any work.
+def plan(options: Namespace) -> tuple[dict[str, Part], dict[str, str]]:
+    """Plan the parts before any work. Returns them, and why some cannot be measured on these data, which is also printed.
 
     Raises: ValueError for options that are wrong, and if no part can be measured.
     """
     folder = Path(options.output)
-    jobs = {name: part_options(name, options, folder) for name in options.parts}
-    if unused := sorted({_split(entry)[0] for entry in options.set} - set(jobs)):
-        raise ValueError(f"--set names {unused}, which is not among --parts {list(jobs)}")
+    parts = {name: plan_part(name, options, folder) for name in options.parts}
+    if unused := sorted({_split(entry)[0] for entry in options.set} - set(parts)):
+        raise ValueError(f"--set names {unused}, which is not among --parts {list(parts)}")
     data = Data(load_cases(options.data), options.data)
-    found = {name: problems(name, data, vars(part)) for name, (part, _) in jobs.items()}
-    missing = {name: "; ".join(reasons) for name, reasons in found.items() if reasons}
-    told = "\n".join(f"{name}: cannot be measured: {reason}" for name, reason in missing.items())
-    if len(missing) == len(jobs):
-        raise ValueError(f"nothing can be measured:\n{told}")
+    reasons = {name: problems(name, data, vars(part.options)) for name, part in parts.items()}
+    missing = {name: "; ".join(found) for name, found in reasons.items() if found}
+    message = "\n".join(f"{name}: cannot be measured: {reason}" for name, reason in missing.items())
+    if len(missing) == len(parts):
+        raise ValueError(f"nothing can be measured:\n{message}")
     if missing and PartialState().is_main_process:
-        print(f"{told}\nthe others can: {', '.join(name for name in jobs if name not in missing)}", flush=True)
-    return jobs, missing
+        print(f"{message}\nthe others can: {', '.join(name for name in parts if name not in missing)}", flush=True)
+    return parts, missing
 
 
-def attempt(command: Command, part: Namespace, device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """Run one part; why it ended without a report, in all processes alike, or None.
+def attempt(command: Command, options: Namespace, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Run one command. Returns why it ended without a report, the same in all processes, or None.
 
-    One that the processes share must be ended by an error in any of them: there the error is raised, as nobody knows where the others
-    are. What earlier parts found is in their reports.
+    A command that the processes share must end with an error in any of them: the error is raised there, because nobody knows where
+    the other processes are. The reports of earlier parts stay.
     """
-    state, failed = PartialState(), None
+    state, reason = PartialState(), None
     try:
-        run_command(command, part, device, dtype)
-    except Exception as error:  # whatever it is, the other parts are not to be lost by it
+        run_command(command, options, device, dtype)
+    except Exception as error:  # no error of one part may cost the other parts
         if state.num_processes > 1 and command.divides:
             raise
-        failed = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
         if not isinstance(error, (ValueError, OSError)):
             traceback.print_exc()
-        print(f"{command.name}: was not measured: {failed}", flush=True)
-    return broadcast_object_list([failed])[0]
+        print(f"{command.name}: was not measured: {reason}", flush=True)
+    return broadcast_object_list([reason])[0]
 
 
-def part_options(name: str, options: Namespace, folder: Path) -> tuple[Namespace, str]:
-    """The options of one part, as its own command line would give them, and a hash of them and of the files that they name.
+def plan_part(name: str, options: Namespace, folder: Path) -> Part:
+    """Make the options of one part, as its own command line would give them.
 
     Raises: ValueError for several folders of generated volumes where the part takes one, and for an unknown option in `--set`.
     """
-    parser = make_parser(PARTS[name], None)
-    known = parser.get_defaults()
-    args = ["--config", options.config, "--output", str(folder / f"{name}.json"), "--precision", options.precision]
+    settings = [(option, value.split()) for part, option, value in map(_split, options.set) if part == name]
+    args = part_arguments(name, options, settings)
+    output = ["--config", options.config, "--output", str(folder / f"{name}.json")]
+    try:
+        parsed = make_parser(PARTS[name], None, exit_on_error=False).parse_args([*output, *args])
+    except ArgumentError as error:
+        message = re.sub(r"(?<=arguments are required: ).*", lambda missing: f"--{missing[0]}", str(error))
+        raise ValueError(f"{name}: {message}") from error
+    parsed.data, parsed.wait_minutes = options.data, options.wait_minutes
+    words = [word for _, values in settings for word in values]
+    words += [word.partition("=")[2] for word in words]  # NAME=PATH
+    paths = [Path(path) for path in (*options.synthetic, options.vae, options.pipeline, *words) if path]
+    return Part(parsed, digest_inputs(args, options, paths))
+
+
+def part_arguments(name: str, options: Namespace, settings: Sequence[tuple[str, list[str]]]) -> list[str]:
+    """Make the command line of one part, without `--config` and `--output`. `settings` are the part's options in `--set`.
+
+    Raises: ValueError as `plan_part`.
+    """
+    defaults = make_parser(PARTS[name], None).get_defaults()
+    args = ["--precision", options.precision]
     args += ["--device", options.device] if options.device else []
     args += ["--models", *options.models] if options.models else []
     args += ["--accept_overlap"] if options.accept_overlap else []
-    if "synthetic" in known:
-        several = name in (realism.NAME, shapes.NAME, privacy.NAME)
-        if not several and len(options.synthetic) > 1:
+    if "synthetic" in defaults:
+        if name not in SEVERAL_FOLDERS and len(options.synthetic) > 1:
             raise ValueError(
                 f"{name} takes one folder of --synthetic, not {len(options.synthetic)}; leave it out of --parts"
             )
         args += ["--synthetic", *options.synthetic]
     for key in ("vae", "pipeline"):
-        if key in known and options[key]:
+        if key in defaults and options[key]:
             args += [f"--{key}", options[key]]
-    for entry in options.set:
-        part, option, value = _split(entry)
-        if part == name:
-            if option not in known or option.partition(".")[0] in FOR_ALL:
-                raise ValueError(f"--set {entry}: {name} has no option {option} that can be set")
-            args += [f"--{option}", *value.split()]
-    try:
-        parsed = make_parser(PARTS[name], None, exit_on_error=False).parse_args(args)
-    except ArgumentError as error:
-        said = re.sub(r"(?<=arguments are required: ).*", lambda missing: f"--{missing[0]}", str(error))
-        raise ValueError(f"{name}: {said}") from error
-    parsed.data, parsed.wait_minutes = options.data, options.wait_minutes
-    words = [word for part, _, value in map(_split, options.set) if part == name for word in value.split()]
-    words += [word.partition("=")[2] for word in words]  # NAME=PATH
-    named = [Path(one) for one in (*options.synthetic, options.vae, options.pipeline, *words) if one]
-    files = [file for path in named for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    for option, values in settings:
+        if option not in defaults or option.partition(".")[0] in FOR_ALL:
+            raise ValueError(f"--set {name}.{option}={' '.join(values)}: {name} has no option {option} that can be set")
+        args += [f"--{option}", *values]
+    return args
+
+
+def digest_inputs(args: Sequence[str], options: Namespace, paths: Sequence[Path]) -> str:
+    """Return the sha256 of a command line, of the data, and of the names, sizes and times of all files that are read."""
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     cases = load_cases(options.data)
     for case in cases:
         files += [*case.images.values(), *([case.mask] if case.mask else [])]
     content = {
-        "arguments": args[4:],
+        "arguments": args,
         "data": dataclasses.asdict(options.data),
-        "cases": [(case.name, case.subject, case.split, case.metadata) for case in cases],  # what a table says
+        "cases": [(case.name, case.subject, case.split, case.metadata) for case in cases],  # the content of a table
         "files": [stamp(file) for file in files if file.is_file() and file.name != MANIFEST],
     }
-    return parsed, hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def stamp(file: Path) -> list[Any]:
-    """Name, size and time of a file."""
-    found = file.stat()
-    return [file.name, found.st_size, found.st_mtime_ns]
+def stamp(file: Path) -> tuple[str, int, int]:
+    """Return the name, size and time of a file."""
+    stat = file.stat()
+    return file.name, stat.st_size, stat.st_mtime_ns
 
 
 def _split(entry: str) -> tuple[str, str, str]:

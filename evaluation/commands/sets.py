@@ -1,8 +1,7 @@
-"""What the commands that compare sets of volumes share: the sets, and the extractors of features."""
+"""What the commands that compare sets of volumes share: loading the sets, and feature extractors."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse import Namespace
@@ -22,10 +21,10 @@ from volumes import load_cases
 
 
 def load_sets(options: Namespace, command: str) -> tuple[dict[str, VolumeSet], dict[str, str]]:
-    """ "training", "test" and "generated" volumes, and the files that were refused with the reason.
+    """Load the sets "training", "test" and "generated". Returns them, and the reason for each file that was refused.
 
-    Raises: ValueError for what the command cannot compare (`evaluation.studies.limits`), by the cases' counts before a volume is read, and
-    once more by what is left of refused files.
+    Raises: ValueError for sets that the command cannot compare (`evaluation.studies.limits`): by the number of cases, before a volume
+    is read, and again without the refused files.
     """
     cases = load_cases(options.data)
     check_command(command, cases, options.data, vars(options))
@@ -39,16 +38,17 @@ def load_sets(options: Namespace, command: str) -> tuple[dict[str, VolumeSet], d
 
 
 def load_extractors(options: Namespace, device: torch.device) -> dict[str, nn.Module]:
-    """By name: "random", which needs no file, "encoder" with `--vae`, and those of `--extractor`; VGG-16 in three planes.
+    """Load feature extractors by name: "random", which needs no file; "encoder" with `--vae`; and those of `--extractor`, VGG-16 in
+    three planes.
 
-    Raises: ValueError for an entry that is no NAME=PATH, a name that is taken, and a file that cannot be used.
+    Raises: ValueError for an entry that is not NAME=PATH, a name that is taken, and a file that cannot be used.
     """
     extractors: dict[str, nn.Module] = {"random": RandomStatistics()}
     if options.vae:
         extractors["encoder"] = EncoderStatistics(load_autoencoder(options.vae))
     for entry in options.extractor:
         name, _, path = entry.partition("=")
-        if not name or not path or any(known.split(" ")[0] == name for known in extractors):
+        if not name or not path or any(taken.split(" ")[0] == name for taken in extractors):
             raise ValueError(
                 f"--extractor {entry}: give NAME=PATH, with a name that is not one of {sorted(extractors)}"
             )
@@ -60,10 +60,11 @@ def load_extractors(options: Namespace, device: torch.device) -> dict[str, nn.Mo
     return {name: extractor.to(device).eval() for name, extractor in extractors.items()}
 
 
-def describe_sets(sets: dict[str, VolumeSet], splits: Sequence[str]) -> dict[str, Any]:
-    """How many volumes and subjects each set has, which splits the unseen ones are of, and how many masks are known."""
-    counts: dict[str, Any] = {
-        name: {"volumes": len(part), "subjects": len(set(part.subjects))} for name, part in sets.items()
+def describe_sets(sets: dict[str, VolumeSet], splits: Sequence[str]) -> dict[str, dict[str, int | list[str]]]:
+    """Count the volumes and subjects of each set. Adds the splits of the test set, and how many generated volumes come from the masks
+    of each real set."""
+    counts: dict[str, dict[str, int | list[str]]] = {
+        name: {"volumes": len(volumes), "subjects": len(set(volumes.subjects))} for name, volumes in sets.items()
     }
     counts["test"]["splits"] = list(splits)
     masks = sets["generated"].masks or []

@@ -23,16 +23,10 @@ from evaluation.report import read_config
 from files.documents import read_object
 from pipelines import MedVolumePipeline
 from pipelines.lora import add_lora
-from training.config import (
-    AdversarialConfig,
-    CropConfig,
-    LoraConfig,
-    TrainLdmConfig,
-    TrainVaeConfig,
-    crop_faults,
-    read_section,
-)
 from training.engine.precision import resolve_precision
+from training.ldm_config import LoraConfig, TrainLdmConfig
+from training.parsing import read_section
+from training.vae_config import AdversarialConfig, CropConfig, TrainVaeConfig, crop_faults
 from volumes import PHANTOM_LABELS, DataConfig
 from volumes.description import NumberStats
 

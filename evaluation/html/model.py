@@ -1,4 +1,4 @@
-"""What a page is made of: rows of figures, in sections, under claims. One rule says whether a row is within its floor."""
+"""The parts of a page: claims, and sections with tables of figures. One rule decides whether a figure is within its floor."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,19 +6,22 @@ from typing import Any, Literal
 
 Style = Literal["number", "percent", "signed"]
 RULE = (
-    "Each figure stands beside its floor, what real volumes give in the place of generated ones. It is outside if it is worse beyond "
-    "chance: if the 95 % interval of their difference, or of the two, or of the figure against a fixed floor, leaves no overlap. Else "
-    "it is within; with few volumes that says little. Without an interval there is no verdict."
+    "Each figure stands beside its floor: the same figure for real volumes in place of generated ones. A figure is outside if it is worse "
+    "than its floor by more than chance. This is read from 95 % intervals: of the difference, of the figure and its floor, or of the "
+    "figure where the floor is a fixed number. All other figures are within, which says little where volumes are few. A figure without "
+    "an interval gets no verdict."
 )
+# Names of sets in reports that a page shows in other words.
+SET_NAMES = {"judge": "test", "judge_synthetic": "synthetic of test masks"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of generated volumes beside its floor, what real volumes give in their place.
+    """A figure of generated volumes beside its floor, the same figure for real volumes.
 
     Args:
-        within: whether it is within the floor by `RULE`; None for what has no floor or no interval, or is only described.
-        floor_name: what the floor is, in a word or two.
+        within: whether the figure is within its floor by `RULE`; None without a floor or an interval.
+        floor_name: one or two words for the floor.
     """
 
     name: str
@@ -32,30 +35,30 @@ class Row:
 
     @property
     def text(self) -> str:
-        """The figure, such as "12.3 %"."""
-        return written(self.value, self.style)
+        """Format the figure, such as "12.3 %"."""
+        return format_number(self.value, self.style)
 
     @property
     def interval_text(self) -> str:
-        return between(self.interval, self.style)
+        return format_interval(self.interval, self.style)
 
     @property
     def floor_text(self) -> str:
-        return "" if self.floor is None else written(self.floor, self.style)
+        return "" if self.floor is None else format_number(self.floor, self.style)
 
     @property
     def floor_interval_text(self) -> str:
-        return between(self.floor_interval, self.style)
+        return format_interval(self.floor_interval, self.style)
 
     @property
     def verdict(self) -> str:
-        """ "within", "outside" or nothing."""
+        """Return "within", "outside" or nothing."""
         return "" if self.within is None else ("within" if self.within else "outside")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as a data URI, its caption and what it shows to those who cannot see it."""
+    """An image as a data URI, and its caption, which is also its alternative text."""
 
     source: str
     caption: str
@@ -63,7 +66,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of figures under a heading; `note` says what they are and in which units."""
+    """Rows of figures under a heading; `note` explains the figures and their units."""
 
     heading: str
     note: str
@@ -73,18 +76,18 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """What one report says: a sentence or two, and tables."""
+    """The content of one report: a sentence or two, and tables."""
 
     title: str
     lead: str
     tables: Sequence[Table]
     pictures: Sequence[Picture] = ()
-    measured_on: Mapping[str, Any] = field(default_factory=dict)
+    measured_on: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One of the four claims: the row that carries it, and a sentence; or how to measure it."""
+    """One of the four claims: the row that supports it, and a sentence; or how to measure it."""
 
     title: str
     question: str
@@ -92,8 +95,18 @@ class Claim:
     sentence: str
 
 
-def written(value: float, style: Style) -> str:
-    """A number as a page shows it: three or four significant digits."""
+@dataclass(frozen=True)
+class Page:
+    """Claims and sections, and the JSON reports that they come from, by command."""
+
+    claims: Sequence[Claim]
+    sections: Sequence[Section]
+    reports: Mapping[str, Mapping[str, Any]]
+    rule: str = RULE
+
+
+def format_number(value: float, style: Style) -> str:
+    """Format a number with three or four significant digits."""
     if style == "percent":
         return f"{100 * value:.1f} %"
     if style == "signed":
@@ -101,38 +114,46 @@ def written(value: float, style: Style) -> str:
     return f"{value:.3f}" if 0.01 <= abs(value) < 100 or value == 0 else f"{value:.3g}"
 
 
-def between(interval: Sequence[float] | None, style: Style) -> str:
-    """An interval as a page shows it; nothing for None."""
-    return "" if interval is None else f"{written(interval[0], style)} to {written(interval[1], style)}"
+def format_interval(interval: Sequence[float] | None, style: Style) -> str:
+    """Format an interval; nothing for None."""
+    return "" if interval is None else f"{format_number(interval[0], style)} to {format_number(interval[1], style)}"
 
 
 def pair(values: Sequence[float] | None) -> tuple[float, float] | None:
-    """An interval of a JSON report."""
+    """Read an interval of a JSON report."""
     return None if values is None else (float(values[0]), float(values[1]))
 
 
 def not_above(interval: Sequence[float] | None, floor: float) -> bool | None:
-    """`RULE` for figures of which less is better; None without an interval, for then nobody knows what chance does."""
+    """Apply `RULE` to a figure where less is better. Returns None without an interval, which is needed to judge chance."""
     return None if interval is None else interval[0] <= floor
 
 
 def not_below(interval: Sequence[float] | None, floor: float) -> bool | None:
-    """`RULE` for figures of which more is better; None without an interval."""
+    """Apply `RULE` to a figure where more is better. Returns None without an interval."""
     return None if interval is None else interval[1] >= floor
 
 
+def count_volumes(volumes: object) -> str:
+    """Format the number of volumes of each set in a report."""
+    if not isinstance(volumes, Mapping):
+        return "" if volumes is None else str(volumes)
+    counts = {name: entry.get("volumes") if isinstance(entry, Mapping) else entry for name, entry in volumes.items()}
+    return ", ".join(f"{count} {SET_NAMES.get(name, name)}" for name, count in counts.items() if count is not None)
+
+
 def overlap(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether two intervals have a value in common."""
+    """Whether two intervals share a value."""
     return first[0] <= second[1] and second[0] <= first[1]
 
 
 def distance_row(name: str, compared: Mapping[str, Any]) -> Row:
-    """The row of what `distances.compare_sets` found; within by its excess over the floor, draw by draw."""
-    made, floor = compared["generated_to_test"], compared["training_to_test"]
+    """Make the row of `set_distances.compare_sets`; the verdict comes from the excess over the floor in each resample."""
+    generated, floor = compared["generated_to_test"], compared["training_to_test"]
     return Row(
         name,
-        made["mean"],
-        pair(made["interval"]),
+        generated["mean"],
+        pair(generated["interval"]),
         floor["mean"],
         pair(floor["interval"]),
         not_above(compared["excess"]["interval"], 0.0),
@@ -140,6 +161,6 @@ def distance_row(name: str, compared: Mapping[str, Any]) -> Row:
 
 
 def auc_row(name: str, attack: Mapping[str, Any]) -> Row:
-    """The row of an attack's {"auc", "interval"}, beside chance."""
+    """Make the row of an attack's {"auc", "interval"}, beside chance."""
     within = not_above(attack["interval"], 0.5)
     return Row(name, attack["auc"], pair(attack["interval"]), 0.5, None, within, floor_name="chance")

@@ -1,4 +1,4 @@
-"""Figures for the page, as SVG data URIs: no script, and nothing from the net."""
+"""Figures for the page, as SVG data URIs: without scripts, and without anything from the network."""
 
 import base64
 import io
@@ -13,14 +13,23 @@ from files.paths import open_regular, path_inside
 
 from .model import Picture, Row
 
-INK, FAINT, GOOD, BAD = "#1f2933", "#c9d2dc", "#2f7d5b", "#b4552d"
-MOST_ROWS = 500  # of a figure, whose height grows with them
-PNG, MAX_BYTES = b"\x89PNG\r\n\x1a\n", 1 << 25  # how a picture begins, and how large it is at most
-STYLE: dict[Any, Any] = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "svg.hashsalt": "medvolume"}
+INK = "#1f2933"
+FAINT = "#c9d2dc"
+GOOD = "#2f7d5b"
+BAD = "#b4552d"
+MAX_ROWS = 500  # a figure grows with its rows
+PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of a picture
+MAX_BYTES = 1 << 25  # of a picture
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 9,
+    "svg.hashsalt": "medvolume",
+}
 
 
 def interval_plot(rows: Sequence[Row], caption: str, label: str = "") -> Picture:
-    """A line a row: the generated volumes' figure with its interval as a dot, the floor with its as a gray bar."""
+    """Draw one line per row: the figure of generated volumes as a dot with its interval, the floor as a gray bar."""
     _check_size(len(rows))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 0.55 + 0.3 * len(rows)), layout="constrained")
@@ -49,7 +58,7 @@ def line_plot(
     caption: str,
     label: str,
 ) -> Picture:
-    """A line for each name, a point a tick, with its interval where it has one."""
+    """Draw one line per name with one point per tick, and the point's interval if it has one."""
     _check_size(max(len(lines), len(ticks)))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.8), layout="constrained")
@@ -69,29 +78,30 @@ def line_plot(
 
 
 def svg(figure: Figure) -> str:
-    """The figure as a data URI."""
+    """Convert a figure to a data URI."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _check_size(rows: int) -> None:
-    if rows > MOST_ROWS:
-        raise ValueError(f"{rows} figures are more than a picture shows ({MOST_ROWS})")
+    if rows > MAX_ROWS:
+        raise ValueError(f"{rows} figures are too many for a picture, which shows up to {MAX_ROWS}")
 
 
-def png(folder: Path, named: str, what: str) -> str:
-    """The picture of that name in a report's folder, or below it, as a data URI.
+def png(folder: Path, name: str, key: str) -> str:
+    """Read a picture in a report's folder, or below it, as a data URI.
 
     Args:
-        what: what names it, for the message.
-    Raises: ValueError for a name that leads out of the folder (`files.paths.path_inside`), and for what is no PNG.
+        name: path of the picture, relative to the folder.
+        key: key of the report that holds the name, for messages.
+    Raises: ValueError for a name that leads out of the folder (`files.paths.path_inside`), and for a file that is not a PNG.
     """
-    path = path_inside(folder, named, what)
+    path = path_inside(folder, name, key)
     with open_regular(path) as file:
         data = file.read(MAX_BYTES + 1)
     if not data.startswith(PNG) or len(data) > MAX_BYTES:
         raise ValueError(
-            f"{what}: {named!r} is no picture (PNG) of up to {MAX_BYTES >> 20} MiB; keep the pictures with the JSON"
+            f"{key}: {name!r} is not a picture (PNG) of up to {MAX_BYTES >> 20} MiB; keep the pictures beside the JSON"
         )
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"

@@ -1,4 +1,4 @@
-"""The page's sections on how generated volumes look: distances, diversity, intensities, and consistency between slices."""
+"""The sections on the look of generated volumes: distances, diversity, intensities, and consistency between slices."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,119 +10,130 @@ DISTANCES = (
     ("kernel", "kernel distance (KID), unbiased"),
     ("frechet", "Frechet distance, at equal counts"),
 )
+CLOSER = "nearer to training volumes than held-out real volumes are (AUC)"
+COLORS = "Gray: real against real. Green: within it. Red: outside."
 
 
 def realism_section(report: Mapping[str, Any]) -> Section:
-    """Features, diversity and intensities of `evaluate.py realism`."""
+    """Make the section on features, diversity and intensities from a report of `evaluate.py realism`."""
     tables = []
-    for extractor, found in report.get("features", {}).items():
-        rows = [distance_row(title, found[name]) for name, title in DISTANCES]
-        rows.append(auc_row("nearer to training than unseen real (AUC)", found["closer_to_training"]))
-        note = f"{found['features']} features a volume; {found['kernel']['count']} volumes of each set a draw."
-        if caveat := found["frechet"].get("caveat"):
+    for extractor, features in report.get("features", {}).items():
+        rows = [distance_row(title, features[name]) for name, title in DISTANCES]
+        rows.append(auc_row(CLOSER, features["closer_to_training"]))
+        note = f"{features['features']} features per volume; {features['kernel']['count']} volumes of each set per resample."
+        if caveat := features["frechet"].get("caveat"):
             note += f" Caution: {caveat}."
         tables.append(Table(f"Features: {extractor}", note, rows))
-    if found := report.get("diversity"):
-        tables.append(Table("Diversity", _diversity_note(found), [_diversity(found)]))
-    for channel, found in report.get("intensity", {}).items():
-        rows = [distance_row("histogram, Wasserstein-1", found["histogram"])]
-        rows += [distance_row(name, one["wasserstein"]) for name, one in found["statistics"].items()]
-        note = "Distance of the histograms in units of intensity (black 0, white 1); of statistics in standard deviations of real volumes."
-        picture = interval_plot(rows[1:], "Each statistic's distance from unseen real volumes", "standard deviations")
+    if diversity := report.get("diversity"):
+        tables.append(Table("Diversity", _diversity_note(diversity), [_diversity(diversity)]))
+    for channel, intensity in report.get("intensity", {}).items():
+        rows = [distance_row("histogram, Wasserstein-1", intensity["histogram"])]
+        rows += [distance_row(_plain(name), column["wasserstein"]) for name, column in intensity["statistics"].items()]
+        note = (
+            "Distances between histograms are in units of intensity (black 0, white 1). Distances between statistics are in "
+            "standard deviations of real volumes."
+        )
+        picture = interval_plot(
+            rows[1:], "Distance of each statistic from held-out real volumes", "standard deviations"
+        )
         tables.append(Table(f"Intensities: {channel}", note, rows, picture))
-        tables.append(_spectrum(channel, found["spectrum_db"]))
+        tables.append(_spectrum(channel, intensity["spectrum_db"]))
     lead = (
-        "Generated volumes beside unseen real ones, and as the floor real training volumes beside the same unseen ones. "
-        "Distances are of halves of the smallest set, drawn anew many times."
+        "Generated volumes are compared with held-out real volumes. As the floor, real training volumes are compared with the same "
+        "held-out volumes. Each distance is a mean over many random subsets, half as large as the smallest set."
     )
     return Section("Realistic", lead, tables)
 
 
 def consistency_section(report: Mapping[str, Any]) -> Section:
-    """Adjacent slices, of `evaluate.py realism`."""
+    """Make the section on adjacent slices from a report of `evaluate.py realism`."""
     tables = []
-    for channel, found in report["consistency"].items():
-        rows = [distance_row(name, one["wasserstein"]) for name, one in found.items()]
-        picture = interval_plot(rows, "Gray: real against real. Green within it, red outside.", "standard deviations")
-        note = "Wasserstein-1 distance from unseen real volumes, in their standard deviations, of statistics of adjacent slices."
+    for channel, columns in report["consistency"].items():
+        rows = [distance_row(_plain(name), column["wasserstein"]) for name, column in columns.items()]
+        picture = interval_plot(rows, COLORS, "standard deviations")
+        note = "Statistics of adjacent slices: Wasserstein-1 distance from held-out real volumes, in their standard deviations."
         tables.append(Table(f"Adjacent slices: {channel}", note, rows, picture))
-    lead = "Whether slices fit to their neighbors along each axis as real ones do: no jumps, no drift, no blur."
+    lead = "Whether neighboring slices fit together along each axis as in real volumes: no jumps, no drift, no blur."
     return Section("Consistent between slices", lead, tables)
 
 
 def shapes_section(report: Mapping[str, Any]) -> Section:
-    """Sizes, forms and neighborhoods of labels, of `evaluate.py shapes`."""
-    found = report["shapes"]
-    rows = [distance_row(name, one["wasserstein"]) for name, one in found["figures"].items()]
-    picture = interval_plot(rows, "Gray: real against real. Green within it, red outside.", "standard deviations")
-    note = "Wasserstein-1 distance from unseen real label maps, in their standard deviations."
+    """Make the section on sizes, shapes and neighborhoods of labels from a report of `evaluate.py shapes`."""
+    shapes = report["shapes"]
+    rows = [distance_row(name, column["wasserstein"]) for name, column in shapes["figures"].items()]
+    picture = interval_plot(rows, COLORS, "standard deviations")
+    note = "Wasserstein-1 distance from held-out real label maps, in their standard deviations."
     together = [
-        distance_row("kernel distance, unbiased", found["kernel"]),
-        auc_row("nearer to training than unseen real (AUC)", found["closer_to_training"]),
+        distance_row("kernel distance, unbiased", shapes["kernel"]),
+        auc_row(CLOSER, shapes["closer_to_training"]),
     ]
     tables = [
-        Table("All figures together", "Of each map's figures below.", together),
+        Table("All figures together", "Computed from all figures of the table below.", together),
         Table("Each figure", note, rows, picture),
     ]
     lead = (
-        "Generated label maps beside unseen real ones, and as the floor real training maps beside the same unseen ones."
+        "Generated label maps are compared with held-out real maps. As the floor, real training maps are compared with the same "
+        "held-out maps."
     )
-    return Section("Shaped as real ones", lead, tables)
+    return Section("Shaped like real label maps", lead, tables)
 
 
 def realistic_claim(report: Mapping[str, Any] | None) -> Claim:
-    """The kernel distance, by the trained encoder's features if there are any."""
-    question = "Do they look like real volumes, all together?"
+    """Claim realism by the kernel distance, of the trained encoder's features if there are any."""
+    question = "Do they look like real volumes, taken together?"
     if report is None or not report.get("features"):
         return Claim("Realistic", question, None, "Not measured: run evaluate.py realism.")
     name = "encoder" if "encoder" in report["features"] else next(iter(report["features"]))
     row = distance_row(f"kernel distance, {name} features", report["features"][name]["kernel"])
-    told = "is not told apart from" if row.within else "is larger than"
-    return Claim(
-        "Realistic", question, row, f"Their distance from unseen real volumes {told} that of real training volumes."
-    )
+    relation = "cannot be told apart from" if row.within else "is larger than"
+    sentence = f"Their distance from held-out real volumes {relation} the distance of real training volumes."
+    return Claim("Realistic", question, row, sentence)
 
 
 def consistent_claim(report: Mapping[str, Any] | None) -> Claim:
-    """The statistic of adjacent slices that is farthest beyond its floor."""
-    title, question = "Consistent between slices", "Do slices fit to their neighbors?"
+    """Claim consistency by the statistic of adjacent slices that is farthest beyond its floor."""
+    title = "Consistent between slices"
+    question = "Do neighboring slices fit together?"
     if report is None or not report.get("consistency"):
         return Claim(title, question, None, "Not measured: run evaluate.py realism.")
-    every = [
-        (one["wasserstein"]["excess"]["mean"], distance_row(f"{name} ({channel})", one["wasserstein"]))
-        for channel, found in report["consistency"].items()
-        for name, one in found.items()
+    rows = [
+        (column["wasserstein"]["excess"]["mean"], distance_row(f"{_plain(name)} ({channel})", column["wasserstein"]))
+        for channel, columns in report["consistency"].items()
+        for name, column in columns.items()
     ]
-    row = max(every, key=lambda item: item[0])[1]
-    count = sum(bool(one.within) for _, one in every)
-    sentence = (
-        f"{count} of {len(every)} statistics of adjacent slices are within their floors; shown is the farthest beyond."
-    )
-    return Claim(title, question, row, sentence)
+    worst = max(rows, key=lambda item: item[0])[1]
+    count = sum(bool(row.within) for _, row in rows)
+    sentence = f"{count} of {len(rows)} statistics of adjacent slices are within their floors. This is the one farthest beyond."
+    return Claim(title, question, worst, sentence)
 
 
-def _diversity(found: Mapping[str, Any]) -> Row:
-    made, floor = found["generated_minus_test"], found["training_minus_test"]
-    within = overlap(made["interval"], floor["interval"])
-    name = "MS-SSIM of generated pairs less that of unseen real pairs"
-    return Row(name, made["mean"], pair(made["interval"]), floor["mean"], pair(floor["interval"]), within, "signed")
+def _plain(name: str) -> str:
+    """The name of a statistic in words."""
+    return name.replace("_", " ")
 
 
-def _diversity_note(found: Mapping[str, Any]) -> str:
-    made, test, training = found["generated"], found["test"], found["training"]
+def _diversity(report: Mapping[str, Any]) -> Row:
+    value, floor = report["generated_minus_test"], report["training_minus_test"]
+    within = overlap(value["interval"], floor["interval"])
+    name = "MS-SSIM of generated pairs minus that of held-out real pairs"
+    return Row(name, value["mean"], pair(value["interval"]), floor["mean"], pair(floor["interval"]), within, "signed")
+
+
+def _diversity_note(report: Mapping[str, Any]) -> str:
+    generated, test, training = (report[name]["mean"] for name in ("generated", "test", "training"))
     return (
-        f"Generated pairs {made['mean']:.3f}, real pairs {test['mean']:.3f} (unseen) and {training['mean']:.3f} (training), at "
-        f"{found['scales']} scales. Positive: generated "
-        "volumes are more alike than real ones. Within if the two intervals overlap."
+        f"Mean MS-SSIM at {report['scales']} scales: generated pairs {generated:.3f}, held-out real pairs {test:.3f}, real training "
+        f"pairs {training:.3f}. If the difference is positive, generated volumes are more alike than real ones. It is within if the "
+        "two intervals overlap."
     )
 
 
-def _spectrum(channel: str, found: Mapping[str, Any]) -> Table:
-    made, floor = found["generated_over_test"], found["training_over_test"]
+def _spectrum(channel: str, report: Mapping[str, Any]) -> Table:
+    power, floor = report["generated_over_test"], report["training_over_test"]
     rows = []
-    for index, band in enumerate(found["bands"]):
-        intervals = [(one["interval"][0][index], one["interval"][1][index]) for one in (made, floor)]
-        values = made["mean"][index], floor["mean"][index]
+    for index, band in enumerate(report["bands"]):
+        intervals = [(source["interval"][0][index], source["interval"][1][index]) for source in (power, floor)]
+        values = power["mean"][index], floor["mean"][index]
         rows.append(
             Row(f"{band} cycles/voxel", values[0], intervals[0], values[1], intervals[1], overlap(*intervals), "signed")
         )
@@ -131,11 +142,11 @@ def _spectrum(channel: str, found: Mapping[str, Any]) -> Table:
         "real training": [(float(row.floor or 0), row.floor_interval) for row in rows],
     }
     picture = line_plot(
-        lines, found["bands"], "Power over that of unseen real volumes, dB by frequency", "cycles/voxel"
+        lines, report["bands"], "Power relative to held-out real volumes, dB by frequency", "cycles/voxel"
     )
     return Table(
         f"Detail: {channel}",
-        "Radial power over that of unseen real volumes, in dB. Negative: smoother than real.",
+        "Radial power relative to held-out real volumes, in dB. Negative values: smoother than real.",
         rows,
         picture,
     )

@@ -10,6 +10,7 @@ REAL_LONGER = (
 )
 FEW_LABELS = ("8", "16", "32", "all")  # budgets
 ARMS = (REAL, SYNTHETIC, BOTH, REAL_LONGER)
+ANY = "any"  # the budget of an arm whose training set is the same at all budgets
 # pretraining.py
 PRETRAIN_LABELS = ("4", "8", "16", "32", "all")  # budgets
 STARTS = ("scratch", "synthetic", "real")

@@ -5,7 +5,7 @@ would another training of the same network say so too, and would other patients.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 
@@ -44,13 +44,20 @@ def subject_draws(subjects: Sequence[str], seed: int = 0) -> np.ndarray:
     return np.stack([np.bincount(drawn, minlength=len(names)) for drawn in draws])[:, own]
 
 
+class PairedComparison(TypedDict):
+    """The difference (or ratio) of two sets of scores of the same seeds and volumes."""
+
+    of_means: float
+    per_seed: list[float]
+    interval_seeds: list[float] | None  # of the mean of `per_seed`, see `over_seeds`
+    interval_subjects: list[float]  # of `of_means`, over bootstrapped subjects
+
+
 def compare_paired(
     values: np.ndarray, reference: np.ndarray, subjects: Sequence[str], how: Literal["difference", "ratio"]
-) -> dict[str, Any]:
-    """`values` against `reference`, both (S, N) scores of the same seeds on volumes of the same `subjects` (N,).
+) -> PairedComparison:
+    """Compare `values` with `reference`, both (S, N) scores of the same seeds on volumes of the same `subjects` (N,).
 
-    Returns: {"of_means": the difference (or ratio) of the two means, "per_seed": of each seed's, "interval_seeds": of the mean of
-    those (`over_seeds`), "interval_subjects": percentiles of "of_means" over bootstrapped subjects}.
     Raises: ValueError for scores that do not pair up.
     """
     if values.shape != reference.shape or values.ndim != 2 or values.shape[1] != len(subjects) or not values.size:

@@ -1,31 +1,31 @@
-"""Usefulness where labels are few: what each arm of a comparison learns from, and the arms against each other.
+"""Utility with few labels: the training set of each arm, and comparisons between arms.
 
-An arm is one way of training the segmenter of `evaluation.networks.segmenter`. A row is one training: a dict with "arm", "labels"
-(the budget: "8", "all", "any"), "seed", and what `score_training` returns. A seed draws the labeled volumes (`draw_labeled`, the same
-for every arm) as well as the training, so intervals over seeds have both chances in them.
+An arm is one way of training the segmenter of `evaluation.networks.segmenter`. A seed decides which volumes are labeled
+(`draw_labeled`, the same for every arm) and the training, so intervals over seeds contain both sources of chance.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 
 from evaluation.data.pairs import LoadedPairs
 from evaluation.networks.defaults import (
+    ANY,
     BOTH,
     REAL,
     REAL_LONGER,
     SYNTHETIC,
 )
-from evaluation.stats.intervals import compare_paired, over_seeds
+from evaluation.stats.intervals import PairedComparison, compare_paired, over_seeds
+
+from .training_result import TrainingResult
 
 RATIOS = ((BOTH, REAL), (BOTH, REAL_LONGER), (SYNTHETIC, REAL), (REAL_LONGER, REAL))
-ANY = "any"  # the budget of an arm that learns from the same volumes at all of them
-Row = Mapping[str, Any]
 
 
 def steps_of(arm: str, iterations: int) -> int:
-    """Training steps of an arm."""
+    """Return the number of training steps of an arm."""
     return 2 * iterations if arm in (BOTH, REAL_LONGER) else iterations
 
 
@@ -38,15 +38,15 @@ def training_set(
     masks: Literal["all", "own"] = "all",
     balanced: bool = True,
 ) -> LoadedPairs:
-    """What an arm learns from when the real volumes `labeled` (indices into `real`) are all that have labels.
+    """Return the training set of an arm when only the real volumes `labeled` (indices into `real`) have labels.
 
     Args:
-        synthetic: volumes generated from masks of `real`; not used by the real arms.
-        masks: "own" takes only the synthetic volumes that were made from masks of the labeled ones; "all" takes all, which
-            says how useful a generator is that learned from more labels than the segmenter has.
+        synthetic: volumes generated from masks of `real`; the real arms ignore them.
+        masks: "own" takes only the synthetic volumes that were generated from masks of the labeled ones. "all" takes all, which
+            measures a generator that was trained with more labels than the segmenter has.
         balanced: `both` repeats the real volumes so that about every other volume of a batch is real, as with all labels and
-            one volume a mask; otherwise each volume is drawn as often as any other.
-    Raises: ValueError for "own" masks that nothing was generated from.
+            one volume per mask. Otherwise every volume is sampled equally often.
+    Raises: ValueError for "own" masks without a generated volume.
     """
     few = real.take(labeled)
     if arm in (REAL, REAL_LONGER):
@@ -56,7 +56,7 @@ def training_set(
         rows = [i for i, case in enumerate(synthetic.cases) if case.name in names]
         if not rows:
             raise ValueError(
-                f"no synthetic volume was made from the masks of {sorted(names)}; generate some, or take all masks"
+                f"no synthetic volume was generated from the masks of {sorted(names)}; generate some, or use all masks"
             )
         synthetic = synthetic.take(rows)
     if arm == SYNTHETIC:
@@ -65,44 +65,61 @@ def training_set(
     return few.take(list(range(len(labeled))) * repeats).join(synthetic)
 
 
-def scores_of(rows: Sequence[Row], arm: str, labels: str) -> dict[int, Row]:
-    """The rows of an arm at a budget, by seed; those at `ANY` count at every budget."""
-    return {row["seed"]: row for row in rows if row["arm"] == arm and row["labels"] in (labels, ANY)}
+def results_by_seed(results: Sequence[TrainingResult], arm: str, labels: str) -> dict[int, TrainingResult]:
+    """Return the results of an arm at a budget by seed; those at `ANY` count at every budget."""
+    return {result.seed: result for result in results if result.arm == arm and result.labels in (labels, ANY)}
+
+
+class MeanDice(TypedDict):
+    """Mean Dice of one arm at one budget."""
+
+    mean: float
+    interval_seeds: list[float] | None
+    per_seed: list[float]
+
+
+class Summary(TypedDict):
+    """Mean Dice and comparisons, by arm (or pair of arms) and budget."""
+
+    dice: dict[str, dict[str, MeanDice]]
+    ratios: NotRequired[dict[str, dict[str, PairedComparison]]]  # by "arm/reference"
+    differences: NotRequired[dict[str, dict[str, PairedComparison]]]  # by "arm-reference"
 
 
 def summarize(
-    rows: Sequence[Row],
+    results: Sequence[TrainingResult],
     subjects: Sequence[str],
     comparisons: Sequence[tuple[str, str]],
     how: Literal["difference", "ratio"],
-) -> dict[str, Any]:
-    """The mean Dice of every arm and budget, and the comparisons between arms, each with its intervals.
+) -> Summary:
+    """Summarize the Dice of every arm and budget, and compare arms over the seeds that both have.
 
     Args:
-        subjects: of the judging volumes, in the order of "per_volume".
+        subjects: of the test set, in the order of `per_volume`.
         comparisons: pairs (arm, reference).
-        how: whether an arm's Dice is divided by the reference's or the reference's is taken off it.
-    Returns: {"dice": {arm: {budget: {"mean", "interval_seeds", "per_seed"}}}, "ratios" or "differences": {"arm/reference" or
-        "arm-reference": {budget: `compare_paired`, over the seeds that both have}}}.
+        how: whether the reference's Dice is subtracted or divides.
     """
-    arms, budgets = (list(dict.fromkeys(row[key] for row in rows)) for key in ("arm", "labels"))
-    dice: dict[str, Any] = {}
+    arms = dict.fromkeys(result.arm for result in results)
+    budgets = dict.fromkeys(result.labels for result in results)
+    dice: dict[str, dict[str, MeanDice]] = {}
     for arm in arms:
         for labels in budgets:
-            values = [row["dice"] for row in rows if (row["arm"], row["labels"]) == (arm, labels)]
+            values = [result.dice for result in results if (result.arm, result.labels) == (arm, labels)]
             if values:
-                interval = over_seeds(values)
                 dice.setdefault(arm, {})[labels] = {
                     "mean": float(np.mean(values)),
-                    "interval_seeds": interval,
+                    "interval_seeds": over_seeds(values),
                     "per_seed": values,
                 }
-    compared: dict[str, Any] = {}
+    compared: dict[str, dict[str, PairedComparison]] = {}
+    sign = "/" if how == "ratio" else "-"
     for arm, reference in comparisons:
-        for labels in (budget for budget in budgets if budget != ANY):
-            ours, theirs = scores_of(rows, arm, labels), scores_of(rows, reference, labels)
-            if seeds := sorted(set(ours) & set(theirs)):
-                values, against = (np.array([found[s]["per_volume"] for s in seeds]) for found in (ours, theirs))
-                name = f"{arm}{'/' if how == 'ratio' else '-'}{reference}"
-                compared.setdefault(name, {})[labels] = compare_paired(values, against, subjects, how)
-    return {"dice": dice, f"{how}s": compared}
+        for labels in budgets:
+            if labels == ANY:
+                continue
+            of_arm, of_reference = (results_by_seed(results, name, labels) for name in (arm, reference))
+            if seeds := sorted(set(of_arm) & set(of_reference)):
+                values, baseline = (np.array([side[s].per_volume for s in seeds]) for side in (of_arm, of_reference))
+                paired = compare_paired(values, baseline, subjects, how)
+                compared.setdefault(f"{arm}{sign}{reference}", {})[labels] = paired
+    return {"dice": dice, "ratios": compared} if how == "ratio" else {"dice": dice, "differences": compared}

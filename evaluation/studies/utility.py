@@ -1,24 +1,25 @@
-"""Usefulness of volumes for a task: Dice on real subjects of segmenters trained on one source of volumes or another."""
+"""Utility of volumes for a task: Dice on real subjects of segmenters trained on one source of volumes or another."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from evaluation.data.pairs import LoadedPairs
-from evaluation.networks.defaults import BOTH, REAL
+from evaluation.networks.defaults import ANY, REAL
 from evaluation.networks.segmenter import (
     BATCH_SIZE,
-    ITERATIONS,
     LEARNING_RATE,
     train_segmenter,
     volume_dice,
 )
-from evaluation.stats.intervals import compare_paired, over_seeds
+from evaluation.stats.intervals import PairedComparison, compare_paired, over_seeds
 from volumes import Case
+
+from .training_result import Scores, TrainingResult
 
 
 def check_shape(shape: Sequence[int]) -> None:
@@ -27,10 +28,20 @@ def check_shape(shape: Sequence[int]) -> None:
         raise ValueError(f"shape {tuple(shape)}: every side must be a multiple of 8, and at least 16")
 
 
-def protocol(shape: tuple[int, int, int], iterations: int, dtype: torch.dtype | None) -> dict[str, Any]:
-    """What must be equal for two scores to be comparable, ready for a report.
+class Protocol(TypedDict):
+    """The settings that must be equal for two scores to be comparable."""
 
-    Raises ValueError for a shape that the segmenter cannot halve three times.
+    shape: list[int]
+    iterations: int
+    batch_size: int
+    learning_rate: float
+    precision: str
+
+
+def protocol(shape: Sequence[int], iterations: int, dtype: torch.dtype | None) -> Protocol:
+    """Return the training protocol of the segmenter for a report.
+
+    Raises: ValueError for a shape that the segmenter cannot halve three times.
     """
     check_shape(shape)
     return {
@@ -42,16 +53,13 @@ def protocol(shape: tuple[int, int, int], iterations: int, dtype: torch.dtype | 
     }
 
 
-def iterations_of(source: str, iterations: int = ITERATIONS) -> int:
-    """Training steps: twice as many where real and synthetic volumes are learned from together."""
-    return 2 * iterations if source == BOTH else iterations
-
-
 def score_training(
-    learn: LoadedPairs,
-    judge: LoadedPairs,
+    train_set: LoadedPairs,
+    test_set: LoadedPairs,
     num_labels: int,
     *,
+    arm: str,
+    labels: str = ANY,
     seed: int,
     iterations: int,
     device: torch.device | str = "cpu",
@@ -59,17 +67,19 @@ def score_training(
     on_step: Callable[[int, float], None] | None = None,
     start: Mapping[str, Tensor] | None = None,
     synthetic: LoadedPairs | None = None,
-) -> dict[str, Any]:
-    """Train one segmenter on `learn` and score it on `judge`: {"seed", "dice", "per_label", "per_volume", "seconds"}.
+) -> TrainingResult:
+    """Train one segmenter on `train_set` and score it on `test_set`.
 
-    `dice` is the mean over the labels but the background of the mean over the judging volumes; `per_volume` are the means over
-    the labels of each of those. `start` is `train_segmenter`'s. With `synthetic`, the same segmenter judges generated volumes
-    against the masks that they were made from: "on_synthetic" has its scores (Med-LSDM's test; `mask_adherence`).
+    Args:
+        arm, labels: what the result says of the training set, see `TrainingResult`.
+        start: as in `train_segmenter`.
+        synthetic: generated volumes and the masks that they were generated from. The same segmenter is scored on them as
+            well (Med-LSDM's test; `mask_adherence`).
     """
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     segmenter = train_segmenter(
-        learn.images,
-        learn.labels,
+        train_set.images,
+        train_set.labels,
         num_labels,
         seed=seed,
         iterations=iterations,
@@ -78,80 +88,103 @@ def score_training(
         on_step=on_step,
         start=start,
     )
-    result = {"seed": seed, **_score(segmenter, judge, num_labels, dtype)}
-    if synthetic is not None:
-        result["on_synthetic"] = _score(segmenter, synthetic, num_labels, dtype)
-    return {**result, "seconds": round(time.perf_counter() - began, 2)}
+    scores = score_segmenter(segmenter, test_set, num_labels, dtype)
+    return TrainingResult(
+        arm=arm,
+        labels=labels,
+        seed=seed,
+        dice=scores.dice,
+        per_label=scores.per_label,
+        per_volume=scores.per_volume,
+        on_synthetic=None if synthetic is None else score_segmenter(segmenter, synthetic, num_labels, dtype),
+        seconds=round(time.perf_counter() - start_time, 2),
+    )
 
 
-def ratios(scores: Mapping[str, list[dict[str, Any]]], subjects: Sequence[str]) -> dict[str, Any]:
-    """Every source's Dice over real's.
+class RatioToReal(TypedDict):
+    """Dice of one source over that of the real volumes."""
+
+    of_means: float
+    per_seed: dict[str, float]
+    interval_seeds: list[float] | None  # of the mean of `per_seed`
+    interval_subjects: NotRequired[list[float]]  # of `of_means`; not for results without Dice per volume
+
+
+def ratios(scores: Mapping[str, Sequence[TrainingResult]], subjects: Sequence[str]) -> dict[str, RatioToReal]:
+    """Compare the Dice of every source with that of the real volumes, over the seeds that both have.
 
     Args:
-        scores: the results of `score_training` by source.
-        subjects: whose each judging volume is.
-    Returns: {"source/real": {"of_means", "per_seed": {seed: ratio}, "interval_seeds": of the mean of those, "interval_subjects":
-        of "of_means", over subjects drawn anew (`compare_paired`), if the results say how each volume fared}}, of the seeds that
-        both have; {} without real.
+        scores: results by source.
+        subjects: of the volumes of the test set.
+    Returns: by "source/real"; {} without real.
     """
-    real = {result["seed"]: result for result in scores.get(REAL, [])}
-    found: dict[str, Any] = {}
+    real = {result.seed: result for result in scores.get(REAL, [])}
+    report: dict[str, RatioToReal] = {}
     for source, results in scores.items():
-        both = [(one, real[one["seed"]]) for one in results if one["seed"] in real]
-        if source == REAL or not both:
+        pairs = [(result, real[result.seed]) for result in results if result.seed in real]
+        if source == REAL or not pairs:
             continue
-        per_seed = {str(one["seed"]): one["dice"] / other["dice"] for one, other in both}
-        of_means = float(np.mean([one["dice"] for one, _ in both]) / np.mean([other["dice"] for _, other in both]))
-        found[f"{source}/real"] = {
+        per_seed = {str(result.seed): result.dice / reference.dice for result, reference in pairs}
+        of_means = float(np.mean([result.dice for result, _ in pairs]) / np.mean([other.dice for _, other in pairs]))
+        report[f"{source}/real"] = {
             "of_means": of_means,
             "per_seed": per_seed,
             "interval_seeds": over_seeds(list(per_seed.values())),
         }
-        if all("per_volume" in one for pair in both for one in pair):  # reports from before there was that have it not
-            ours, theirs = (np.array([one["per_volume"] for one in side]) for side in zip(*both, strict=True))
-            compared = compare_paired(ours, theirs, subjects, "ratio")
-            found[f"{source}/real"]["interval_subjects"] = compared["interval_subjects"]
-    return found
+        if all(result.per_volume for pair in pairs for result in pair):  # reports of early versions have none
+            values, reference = (np.array([result.per_volume for result in side]) for side in zip(*pairs, strict=True))
+            compared = compare_paired(values, reference, subjects, "ratio")
+            report[f"{source}/real"]["interval_subjects"] = compared["interval_subjects"]
+    return report
 
 
-def mask_adherence(results: Sequence[Mapping[str, Any]], real: Sequence[Case], made: Sequence[Case]) -> dict[str, Any]:
-    """Do generated volumes obey their masks? Dice on them less Dice on the real volumes of the same masks (Med-LSDM's test).
+# Functional form: one key is not an identifier.
+MaskAdherence = TypedDict(
+    "MaskAdherence",
+    {
+        "masks": int,
+        "subjects": int,
+        "real": float,  # mean Dice
+        "synthetic": float,  # mean Dice
+        "synthetic-real": PairedComparison,
+    },
+)
 
-    The segmenters must have seen neither volumes nor masks: they learned from the training split, these are of the test split.
-    A mask counts once, however many volumes were made from it, and one without a generated volume is left out.
+
+def mask_adherence(results: Sequence[TrainingResult], real: Sequence[Case], generated: Sequence[Case]) -> MaskAdherence:
+    """Measure how well generated volumes follow their masks: Dice on them less Dice on the real volumes of the same masks
+    (Med-LSDM's test).
+
+    The segmenters must have seen neither the volumes nor the masks: they were trained on the training set, and these are of
+    the test set. A mask counts once, whatever the number of volumes generated from it. A mask without a generated volume is
+    ignored.
 
     Args:
-        results: of `score_training` with `synthetic`, one a seed.
-        real: the case of each volume in "per_volume".
-        made: the case of each generated volume in "on_synthetic".
-    Returns: {"masks": how many, "subjects": of how many, "real" and "synthetic": mean Dice on each, "synthetic-real":
-        `compare_paired` of the two}.
+        results: one per seed, of `score_training` with `synthetic`.
+        real: the case of each volume in `per_volume`.
+        generated: the case of each generated volume in `on_synthetic.per_volume`.
     """
-    of_mask = {case.name: [i for i, other in enumerate(made) if other.name == case.name] for case in real}
+    of_mask = {case.name: [i for i, other in enumerate(generated) if other.name == case.name] for case in real}
     shared = [i for i, case in enumerate(real) if of_mask[case.name]]
     subjects = [real[i].subject for i in shared]
-    on_real = np.array([[result["per_volume"][i] for i in shared] for result in results])
-    on_made = np.array(
-        [
-            [np.mean([result["on_synthetic"]["per_volume"][j] for j in of_mask[real[i].name]]) for i in shared]
-            for result in results
-        ]
-    )
+    on_real, on_generated = [], []
+    for result in results:
+        if result.on_synthetic is None:
+            raise ValueError(f"{result.arm}, seed {result.seed}: was not scored on generated volumes")
+        scores = result.on_synthetic.per_volume
+        on_real.append([result.per_volume[i] for i in shared])
+        on_generated.append([np.mean([scores[j] for j in of_mask[real[i].name]]) for i in shared])
     return {
         "masks": len(shared),
         "subjects": len(set(subjects)),
-        "real": float(on_real.mean()),
-        "synthetic": float(on_made.mean()),
-        "synthetic-real": compare_paired(on_made, on_real, subjects, "difference"),
+        "real": float(np.mean(on_real)),
+        "synthetic": float(np.mean(on_generated)),
+        "synthetic-real": compare_paired(np.array(on_generated), np.array(on_real), subjects, "difference"),
     }
 
 
-def _score(segmenter: nn.Module, judge: LoadedPairs, num_labels: int, dtype: torch.dtype | None) -> dict[str, Any]:
-    """{"dice", "per_label", "per_volume"} of a trained segmenter."""
-    rows = volume_dice(segmenter, judge.images, judge.labels, num_labels, dtype=dtype)
-    per_label = [row.mean().item() for row in rows]
-    return {
-        "dice": float(np.mean(per_label)),
-        "per_label": per_label,
-        "per_volume": torch.stack(rows).mean(0).tolist(),
-    }
+def score_segmenter(segmenter: nn.Module, pairs: LoadedPairs, num_labels: int, dtype: torch.dtype | None) -> Scores:
+    """Score a trained segmenter on volumes and their masks."""
+    per_volume = volume_dice(segmenter, pairs.images, pairs.labels, num_labels, dtype=dtype)
+    per_label = [dice.mean().item() for dice in per_volume]
+    return Scores(float(np.mean(per_label)), per_label, torch.stack(per_volume).mean(0).tolist())

@@ -12,8 +12,8 @@ from vae_steps import batch, generators, gradients, make_step
 
 from autoencoder import AutoencoderKL3D
 from autoencoder.perceptual import EncoderFeatures, VGG16Features, perceptual_loss
-from train_vae import PerceptualLoss, make_perception
-from training import AdversarialConfig, CropConfig, PerceptualConfig
+from training import AdversarialConfig, CropConfig, PerceptualConfig, PerceptualLoss
+from training.vae_losses import make_perception
 
 
 def small_autoencoder(**changes: Any) -> AutoencoderKL3D:
@@ -171,9 +171,9 @@ def test_what_does_not_fit_the_network_is_named(tmp_path, vgg_file):
     with pytest.raises(ValueError, match=r"crops.shape \(16, 12, 16\): VGG-16 needs 16"):
         make(vgg_file, (16, 12, 16))
     small_autoencoder(in_channels=2, out_channels=2).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="takes 2 channels at once, and the volumes have 1"):
+    with pytest.raises(ValueError, match="takes 2 channels, but the volumes have 1"):
         make(tmp_path)
-    with pytest.raises(ValueError, match=r"no multiple of \(4, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"not a multiple of \(4, 4, 4\)"):
         make(tmp_path, (16, 16, 10), AutoencoderKL3D(in_channels=2, out_channels=2))
 
 

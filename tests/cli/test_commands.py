@@ -237,11 +237,11 @@ def test_kin_of_users_mistakes():
     import torch
     import yaml
 
-    from training.engine.processes import AnotherEnded
+    from training.engine.processes import PeerFailure
 
     assert (
         users_message(CannotContinue("the disk is full"))
-        == users_message(AnotherEnded("the disk is full"))
+        == users_message(PeerFailure("the disk is full"))
         == "the disk is full"
     )
     noted = ValueError("x")

@@ -16,7 +16,6 @@ import yaml
 
 import evaluate
 import generate
-import training.config
 from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
 from cli.settings import (
     Number,
@@ -30,16 +29,19 @@ from cli.settings import (
 )
 from diffusion import LatentAugmentation, LatentUNet3D
 from evaluation.report import read_config
-from training import TrainLdmConfig, TrainVaeConfig, build_model, parse_config, save_config
-from training.config import AdversarialConfig, CropConfig, LoopConfig, crop_faults
+from training import TrainLdmConfig, TrainVaeConfig, build_model, ldm_config, parse_config, save_config, vae_config
+from training.engine import config as engine_config
+from training.engine.config import LoopConfig, OptimizerConfig
+from training.vae_config import AdversarialConfig, CropConfig, crop_faults
 from volumes import DataConfig, IntensityScaling, PhantomConfig, load_cases
 
 VAE = "autoencoder.AutoencoderKL3D"
 CONFIGS = [
     *(
         one
-        for _, one in inspect.getmembers(training.config, dataclasses.is_dataclass)
-        if one.__module__ == "training.config"
+        for module in (engine_config, vae_config, ldm_config)
+        for _, one in inspect.getmembers(module, dataclasses.is_dataclass)
+        if one.__module__ == module.__name__
     ),
     *(DataConfig, PhantomConfig, IntensityScaling, LatentAugmentation),
 ]
@@ -120,7 +122,7 @@ def test_defaults_lie_in_their_ranges(owner):
 
 def test_constructors_refuse_what_configs_refuse():
     with pytest.raises(ValueError, match="max_grad_norm: got nan, expected a number, 0 or more"):
-        training.config.OptimizerConfig(max_grad_norm=math.nan)
+        OptimizerConfig(max_grad_norm=math.nan)
     with pytest.raises(ValueError, match=r"AutoencoderKL3D: channels\[1\]: got 0, expected a whole number, 1 or more"):
         AutoencoderKL3D(channels=(8, 0))
     with pytest.raises(ValueError, match=r"condition_dropout.mask: got 1.5, expected a number, 0 or more and below 1"):
@@ -300,7 +302,7 @@ def test_combinations_are_refused(tmp_path, caplog):
         with pytest.raises(ValueError, match=said):
             parse_config(TrainVaeConfig, [f"--config={path}", *arguments])
     parse_config(TrainVaeConfig, [f"--config={path}", "--loop.max_steps=10", "--adversarial.start_step=10"])
-    assert "warmup_steps 100 exceed loop.max_steps 10: the learning rate ends at 0.0001 of 0.001" in caplog.text
+    assert "warmup_steps 100 exceeds loop.max_steps 10: the learning rate ends at 0.0001 of 0.001" in caplog.text
     assert "the discriminator never starts" in caplog.text
 
 

@@ -32,7 +32,7 @@ from cli.stopping import (
     stop_came,
     stoppable,
 )
-from evaluation.commands import dice
+from evaluation.commands import trainings
 from evaluation.commands.common import run_command
 from pipelines import Check, Rejection
 from training import ResumableBatchSampler
@@ -299,7 +299,7 @@ def test_evaluation_finishes_the_training_in_progress_and_goes_on(tmp_path, monk
     args = ["dice", "--config", str(tmp_path / "config.yaml"), "--synthetic", str(tmp_path / "made"), "--device", "cpu"]
     args += ["--precision", "no", "--shape", "16", "16", "16", "--iterations", "2", "--seeds", "2"]
     args += ["--train_on", "real", "--output", str(tmp_path / "dice.json")]
-    score, trained = dice.score_training, []
+    score, trained = trainings.score_training, []
 
     def interrupted(*given, **options):
         trained.append(options["seed"])
@@ -307,13 +307,13 @@ def test_evaluation_finishes_the_training_in_progress_and_goes_on(tmp_path, monk
             interrupt()
         return score(*given, **options)
 
-    monkeypatch.setattr(dice, "score_training", interrupted)
+    monkeypatch.setattr(trainings, "score_training", interrupted)
     with pytest.raises(SystemExit) as end:
         evaluate.main(args)
     assert end.value.code == 130 and trained == [0]
     assert [row["seed"] for row in json.loads((tmp_path / "dice.json").read_text())["scores"]["real"]] == [0]
     said = capfd.readouterr().err
-    assert "Ctrl-C: finishing learning from real, seed 0" in said and "run the same command again" in said
+    assert "Ctrl-C: finishing real, labels any, seed 0" in said and "run the same command again" in said
     evaluate.main(args)
     assert trained == [0, 1]
     assert [row["seed"] for row in json.loads((tmp_path / "dice.json").read_text())["scores"]["real"]] == [0, 1]

@@ -158,9 +158,9 @@ TWO = {**DATA, "images": {"a": "{name}_a.nii.gz", "b": "{name}_b.nii.gz"}}
         ({"data": TWO}, "the autoencoder takes 1 channels, the data has ['a', 'b']"),
         (
             {"crops": {"shape": [15, 16, 16]}},
-            "crops.shape [15, 16, 16] is no multiple of the autoencoder's stride [4, 4, 4]",
+            "crops.shape [15, 16, 16] is not a multiple of the autoencoder's stride [4, 4, 4]",
         ),
-        ({"adversarial": {"layers": 3, "channels": 4}}, "a discriminator of 3 layers needs 24 voxels a side"),
+        ({"adversarial": {"layers": 3, "channels": 4}}, "a discriminator of 3 layers needs 24 voxels per side"),
     ],
 )
 def test_what_would_stop_the_training_is_named(changes, message, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The test of usefulness: which volumes it reads, and that it agrees with the reference protocol."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -27,6 +28,7 @@ from evaluation import (
 )
 from evaluation.report import read_config
 from evaluation.stats.intervals import subject_draws
+from evaluation.studies.training_result import TrainingResult
 from volumes import (
     DataConfig,
     IntensityScaling,
@@ -159,7 +161,7 @@ def test_the_report_and_its_ratios(data, capsys):
     merged = ["--train_on", "real", "synthetic", "--earlier", str(folder / "real.json"), str(folder / "dice.json")]
     again = evaluate.main([*args[:-2], *merged, "--output", str(folder / "merged.json")])  # nothing is left to train
     assert again["scores"] == report["scores"] and again["ratios"] == report["ratios"]
-    with pytest.raises(ValueError, match="learned from the volumes in"):
+    with pytest.raises(ValueError, match="trained on the volumes in"):
         copied = shutil.copytree(folder / "made", folder / "made_elsewhere")
         elsewhere = ["--synthetic", str(copied), "--output", str(folder / "other.json")]
         evaluate.main([*args, *elsewhere, "--earlier", str(folder / "dice.json")])
@@ -176,7 +178,9 @@ def test_volumes_of_a_subject_are_resampled_together():
 
 def test_ratios_of_known_scores():
     def result(seed, *per_volume):
-        return {"seed": seed, "dice": float(np.mean(per_volume)), "per_volume": list(per_volume)}
+        return TrainingResult(
+            arm="", labels="any", seed=seed, dice=float(np.mean(per_volume)), per_volume=list(per_volume)
+        )
 
     real = [result(0, 0.9, 0.7, 0.8), result(1, 0.5, 0.7, 0.6)]
     scores = {"real": real, "synthetic": [result(0, 0.45, 0.35, 0.4)], "both": real}
@@ -191,8 +195,7 @@ def test_ratios_of_known_scores():
     better = {**scores, "both": [result(0, 0.9, 0.7, 1.0), result(1, 0.5, 0.7, 0.8)]}  # for subject b alone
     found = ratios(better, ["a", "a", "b"])["both/real"]
     assert found["interval_subjects"] == [pytest.approx(1.0), pytest.approx(0.9 / 0.7)]
-    for one in real:
-        del one["per_volume"]  # as older reports are
+    real[:] = [dataclasses.replace(one, per_volume=()) for one in real]  # as older reports are
     assert "interval_subjects" not in ratios(scores, ["a", "a", "b"])["synthetic/real"]
     assert ratios({"synthetic": scores["synthetic"]}, ["a", "a", "b"]) == {}
 

@@ -125,7 +125,7 @@ def test_all_writes_the_page_with_what_succeeded_and_names_the_rest(folder, tmp_
     def broken(*_, **__):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("evaluation.commands.dice.score_training", broken)
+    monkeypatch.setattr("evaluation.commands.trainings.score_training", broken)
     parts = ["--parts", "privacy", "dice", "realism", "--set", "realism.parts=consistency"]
     with pytest.raises(ValueError, match=r"(?s)report.html lacks .*privacy: of 4 unseen .*dice: RuntimeError: out of"):
         everything(folder, tmp_path, *parts)
@@ -170,7 +170,7 @@ def test_a_report_that_cannot_be_written_is_told_before_the_work(folder, tmp_pat
     (tmp_path / "file").touch()
     args = [command, "--config", str(folder / "ldm.yaml"), "--device", "cpu"]
     args += ["--vae", "weights/hippocampus"] if command == "reconstruction" else ["--synthetic", str(folder / "fresh")]
-    monkeypatch.setattr("evaluation.commands.common.check_judged", lambda *_: None)
+    monkeypatch.setattr("evaluation.commands.common.check_test_set", lambda *_: None)
     for output, said in ((tmp_path, "is a folder; give a file in it"), (tmp_path / "file/x.json", "cannot be written")):
         with pytest.raises(ValueError, match=f"--output {output}: {said}"):
             evaluate.main([*args, "--output", str(output)])

@@ -8,18 +8,18 @@ import pytest
 from generated_sets import write_sets
 
 import evaluate
-from evaluation.commands.run_all import part_options
+from evaluation.commands.run_all import plan_part
 from evaluation.html import build_page
 from evaluation.html.model import (
     Row,
     distance_row,
+    format_number,
     not_above,
     not_below,
     overlap,
-    written,
 )
 from evaluation.html.privacy import _rows, private_claim
-from evaluation.html.usefulness import budget_lines
+from evaluation.html.utility import budget_lines
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def test_a_figure_is_within_if_its_interval_reaches_the_floor():
     row = distance_row("a", compared(3, 2, (0.1, 2)))
     assert row.verdict == "outside" and row.floor == 2 and row.interval == (2, 4)
     assert Row("a", 1.0).verdict == "" and Row("a", 1.0).interval_text == ""
-    assert [written(0.1234, style) for style in ("number", "percent", "signed")] == ["0.123", "12.3 %", "+0.123"]
-    assert written(0.00012345, "number") == "0.000123" and written(12345.0, "number") == "1.23e+04"
+    assert [format_number(0.1234, style) for style in ("number", "percent", "signed")] == ["0.123", "12.3 %", "+0.123"]
+    assert format_number(0.00012345, "number") == "0.000123" and format_number(12345.0, "number") == "1.23e+04"
 
 
 @pytest.mark.parametrize(("synthetic", "verdict"), [([0.80, 0.81, 0.78], "within"), ([0.70, 0.71, 0.70], "outside")])
@@ -69,11 +69,11 @@ def test_usefulness_is_judged_by_its_interval_over_seeds(tmp_path, synthetic, ve
     path = tmp_path / "dice.json"
     path.write_text(json.dumps(dice_report(synthetic)))
     page = build_page([path])
-    titles = [claim.title for claim in page["claims"]]
-    assert titles == ["Realistic", "Consistent between slices", "Obeys, and useful", "Private"]
-    useful = page["claims"][2].row
+    titles = [claim.title for claim in page.claims]
+    assert titles == ["Realistic", "Consistent between slices", "Faithful and useful", "Private"]
+    useful = page.claims[2].row
     assert useful.verdict == verdict and useful.value == pytest.approx(sum(synthetic) / 2.4)
-    assert page["claims"][0].row is None and "evaluate.py realism" in page["claims"][0].sentence
+    assert page.claims[0].row is None and "evaluate.py realism" in page.claims[0].sentence
 
 
 def test_one_training_has_no_interval_and_no_verdict(tmp_path):
@@ -83,8 +83,8 @@ def test_one_training_has_no_interval_and_no_verdict(tmp_path):
     path = tmp_path / "dice.json"
     path.write_text(json.dumps(report))
     page = build_page([path])
-    rows = [row for table in page["sections"][0].tables for row in table.rows]
-    assert len(rows) == 3 and [row.verdict for row in rows] == [""] * 3 and page["claims"][2].row == rows[2]
+    rows = [row for table in page.sections[0].tables for row in table.rows]
+    assert len(rows) == 3 and [row.verdict for row in rows] == [""] * 3 and page.claims[2].row == rows[2]
 
 
 def test_a_floor_that_is_measured_has_an_interval_too():
@@ -126,13 +126,13 @@ def test_budgets_are_drawn_and_judged(tmp_path):
     path = tmp_path / "few.json"
     path.write_text(json.dumps({"evaluation": "few_labels", "dice": dice, "ratios": ratios}))
     page = build_page([path])
-    rows = page["sections"][0].tables[0].rows
+    rows = page.sections[0].tables[0].rows
     assert [(row.name, row.verdict) for row in rows] == [
         ("8 labeled volumes", "within"),
         ("all labeled volumes", "outside"),
     ]
-    assert page["sections"][0].pictures[0].source.startswith("data:image/svg+xml;base64,")
-    assert page["claims"][2].row == rows[0]
+    assert page.sections[0].pictures[0].source.startswith("data:image/svg+xml;base64,")
+    assert page.claims[2].row == rows[0]
 
 
 def test_budgets_that_were_not_measured_are_not_drawn_and_the_fair_control_leads(tmp_path):
@@ -152,7 +152,7 @@ def test_budgets_that_were_not_measured_are_not_drawn_and_the_fair_control_leads
     ratios = {"both/real": {"16": of(1.2), "8": of(1.1)}, "both/real_longer": {"16": of(1.0), "8": of(0.9)}}
     path = tmp_path / "few.json"
     path.write_text(json.dumps({"evaluation": "few_labels", "dice": dice, "ratios": ratios}))
-    claim = build_page([path])["claims"][2]
+    claim = build_page([path]).claims[2]
     assert claim.row is not None and (claim.row.name, claim.row.value) == ("8 labeled volumes", 0.9)
     assert "both/real_longer" in claim.sentence
 
@@ -166,7 +166,7 @@ def test_all_runs_what_is_not_there_and_writes_one_page(folder, capsys):
     claims = {claim["title"]: claim for claim in page["claims"]}
     assert claims["Realistic"]["row"]["within"] and claims["Consistent between slices"]["row"]["within"]
     assert claims["Private"]["row"]["value"] == 1 and not claims["Private"]["row"]["within"]
-    assert "evaluate.py dice" in claims["Obeys, and useful"]["sentence"]
+    assert "evaluate.py dice" in claims["Faithful and useful"]["sentence"]
     out = folder / "out"
     assert json.loads((out / "report.json").read_text())["claims"] == json.loads(json.dumps(page["claims"]))
     html = (out / "report.html").read_text()
@@ -197,7 +197,7 @@ def test_dice_of_generated_volumes_is_on_the_page(folder):
         "trained on both",
     ]
     assert page["claims"][2]["row"]["name"] == "Dice, synthetic/real"
-    assert section["measured_on"]["volumes"] == "8 judge, 10 real, 10 synthetic, 20 both"
+    assert section["measured_on"]["volumes"] == "8 test, 10 real, 10 synthetic, 20 both"
 
 
 def test_what_cannot_be_shown_or_set_is_refused(folder, tmp_path):
@@ -206,7 +206,7 @@ def test_what_cannot_be_shown_or_set_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="there is a report of dice already"):
         build_page([path, path])
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match="other.json: is no report of evaluate.py that a page can show"):
+    with pytest.raises(ValueError, match="other.json: not a report of evaluate.py"):
         build_page([tmp_path / "other.json"])
     with pytest.raises(ValueError, match="nowhere.json: no such report"):
         build_page([tmp_path / "nowhere.json"])
@@ -230,7 +230,7 @@ def test_the_report_command_takes_reports_of_several_runs(tmp_path, capsys):
     path = tmp_path / "dice.json"
     path.write_text(json.dumps(dice_report([0.7, 0.71, 0.7])))
     page = evaluate.main(["report", str(path), "--output", str(tmp_path / "page"), "--title", "One"])
-    assert page["title"] == "One" and "Obeys, and useful: outside" in capsys.readouterr().out
+    assert page["title"] == "One" and "Faithful and useful: outside" in capsys.readouterr().out
     assert (tmp_path / "page/report.html").read_text().count('class="claim ') == 4
 
 
@@ -244,7 +244,7 @@ def test_what_a_table_says_and_files_in_options_are_inputs_too(tmp_path):
     options = evaluate.parse([*args, "--set", f"realism.extractor=vgg={weights}"])["all"]
 
     def inputs() -> str:
-        return part_options("realism", options, folder / "out")[1]
+        return plan_part("realism", options, folder / "out").digest
 
     table = folder / "subjects.csv"
     seen, text = [inputs(), inputs()], table.read_text()

@@ -23,7 +23,8 @@ from evaluation.metrics.set_distances import compare_sets
 from evaluation.networks import classifier as classifier_module
 from evaluation.networks.segmenter import volume_dice
 from evaluation.studies.privacy import _draws, distance_ratio
-from evaluation.studies.utility import _score
+from evaluation.studies.training_result import Scores
+from evaluation.studies.utility import score_segmenter
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
 
 RANDOM = np.random.default_rng(0)
@@ -157,8 +158,8 @@ def test_each_volume_is_judged_by_its_own_labels_in_any_batch():
 def test_scores_are_means_over_labels_and_over_volumes():
     labels = planted_labels(9)
     judge = SimpleNamespace(images=labels[:, None].float(), labels=labels)
-    found = _score(Planted(2), judge, 3, None)  # pyright: ignore[reportArgumentType]
-    assert found == {"dice": 0.5, "per_label": [1.0, 0.0], "per_volume": [0.5] * 9}
+    found = score_segmenter(Planted(2), judge, 3, None)  # pyright: ignore[reportArgumentType]
+    assert found == Scores(0.5, [1.0, 0.0], [0.5] * 9)
 
 
 # what a classifier's training sees

@@ -76,7 +76,7 @@ def test_a_vqgans_codes_are_in_the_report(tmp_path, capsys):
     args += ["--data.validation_fraction", "0", "--output", str(tmp_path / "r.json")]
     found = evaluate.main([*args, "--precision", "no", "--device", "cpu"])["codebook"]
     assert (found["usage"], found["perplexity"], found["cells"]) == (0.25, pytest.approx(1), 2 * 8 * 8 * 8)
-    line = "25.0% of 4 codes used, perplexity 1, 2.00 bits a cell (entropy 0.00), 0.031 bits a voxel"
+    line = "25.0% of 4 codes used, perplexity 1, 2.00 bits per latent voxel (entropy 0.00), 0.031 bits per voxel"
     assert line in capsys.readouterr().out
 
 

@@ -63,14 +63,14 @@ def test_a_report_names_no_file_outside_of_its_folder(tmp_path, kind):
     }[kind]
     path = privacy_report(home, {"image": named})
     with pytest.raises(ValueError, match="privacy.json: cannot be shown: pictures.image"):
-        write_page([path], tmp_path / "page", "t")
+        write_page(build_page([path]), tmp_path / "page", "t")
     assert not (tmp_path / "page" / "report.html").exists()
 
 
 def test_only_pictures_are_shown(tmp_path):
     path = privacy_report(tmp_path / "in", {"image": "notes.txt"})
     (tmp_path / "in" / "notes.txt").write_text(SECRET)
-    with pytest.raises(ValueError, match="'notes.txt' is no picture"):
+    with pytest.raises(ValueError, match="'notes.txt' is not a picture"):
         build_page([path])
     os.mkfifo(tmp_path / "in" / "pipe.png")
     with pytest.raises(ValueError, match="'pipe.png' is not a file"):
@@ -78,7 +78,7 @@ def test_only_pictures_are_shown(tmp_path):
     (tmp_path / "in" / "inner").mkdir()
     (tmp_path / "in" / "inner" / "a.png").write_bytes(PNG)
     page = build_page([privacy_report(tmp_path / "in", {"image": "inner/a.png"})])
-    assert page["sections"][0].pictures[0].source == f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+    assert page.sections[0].pictures[0].source == f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
 
 
 TRICKS = "<script>alert(1)</script> | [a](http://x.org) `b` *c* _d_ # e\n\n# heading ![i](x) \x1b[2J www.x.org a@x.org \u202e $x^2$"
@@ -94,7 +94,7 @@ def dice_report(folder: Path, name: str = "synthetic/real", **more: object) -> P
 
 def test_a_page_shows_text_as_text(tmp_path, capsys):
     path = dice_report(tmp_path, TRICKS, command=TRICKS, date=TRICKS, commit=TRICKS)
-    write_page([path], tmp_path / "page", TRICKS, {"privacy": TRICKS})
+    write_page(build_page([path]), tmp_path / "page", TRICKS, {"privacy": TRICKS})
     html = (tmp_path / "page" / "report.html").read_text()
     assert "<script>" not in html and "&lt;script&gt;" in html and "\x1b" not in html and "\u202e" not in html
     text = (tmp_path / "page" / "report.md").read_text()
@@ -179,7 +179,7 @@ def test_a_figure_of_a_million_rows_is_refused(tmp_path):
         "shapes": {"figures": figures, "kernel": kernel, "closer_to_training": {"auc": 0.5, "interval": [0, 1]}},
     }
     path.write_text(json.dumps(report))
-    with pytest.raises(ValueError, match="shapes.json: .*501 figures are more than a picture shows"):
+    with pytest.raises(ValueError, match="shapes.json: .*501 figures are too many"):
         build_page([path])
 
 
@@ -198,32 +198,43 @@ ROW = {"arm": "real", "labels": "all", "seed": 0, "dice": 0.5, "seconds": 1}
     ]
     + [
         json.dumps(BASE | {"rows": [ROW | {key: value}]})
-        for key, value in (("dice", "1"), ("dice", True), ("arm", 3), ("labels", []))
+        for key, value in (
+            ("dice", "1"),
+            ("dice", True),
+            ("arm", 3),
+            ("labels", []),
+            ("per_volume", 3),
+            ("per_volume", ["1"]),
+            ("on_synthetic", 1),
+            ("on_synthetic", {}),
+            ("seconds", "1"),
+            ("drawn_from", 1.5),
+        )
     ],
 )
 def test_a_damaged_ledger_is_named(tmp_path, text):
     path = tmp_path / "report.json"
     path.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match="report.json") as refused:
-        Ledger(path, dict(BASE), lambda rows: {"rows": rows})
+        Ledger(path, dict(BASE), lambda rows: {"rows": [row.as_json() for row in rows]})
     assert type(refused.value) is ValueError and "delete it" in str(refused.value) and "\x1b" not in str(refused.value)
     assert path.read_text(encoding="latin-1") == text
     (tmp_path / ".other.json.part1").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match="other.json.part1"):
-        Ledger(tmp_path / "other.json", dict(BASE), lambda rows: {"rows": rows})
+        Ledger(tmp_path / "other.json", dict(BASE), lambda rows: {"rows": [row.as_json() for row in rows]})
 
 
 def test_a_ledger_that_says_nothing_of_its_volumes_is_damaged_too(tmp_path):
     (tmp_path / "report.json").write_text('{"rows": 1}')
     with pytest.raises(ValueError, match="report.json: holds no trainings"):
-        Ledger(tmp_path / "report.json", {"evaluation": None}, lambda rows: {"rows": rows})
+        Ledger(tmp_path / "report.json", {"evaluation": None}, lambda rows: {"rows": [row.as_json() for row in rows]})
 
 
 def test_rows_that_cannot_be_summarized_are_named(tmp_path):
     path = tmp_path / "report.json"
     path.write_text(json.dumps(BASE | {"rows": [ROW]}))
-    with pytest.raises(ValueError, match="report.json: holds no trainings.*KeyError: 'per_volume'"):
-        Ledger(path, dict(BASE), lambda rows: {"rows": rows, "mean": rows[0]["per_volume"]})
+    with pytest.raises(ValueError, match="report.json: holds no trainings.*IndexError: "):
+        Ledger(path, dict(BASE), lambda rows: {"first": rows[0].per_volume[0]})
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from evaluation.studies import samplers
 from files.atomic import UNFINISHED
 from generate import write_subjects
 from pipelines import MedVolumePipeline
+from pipelines.storage.loading import load_autoencoder
 from pipelines.storage.trained_on import GENERATED, read_generated, read_model
 from training.splits import refuse_seen
 from volumes import Case, DataConfig, load_cases, read_volume, write_volume
@@ -150,7 +151,7 @@ def test_damaged_records_are_refused(damaged, trained, tmp_path):
     with pytest.raises(ValueError, match=r"config.json: subjects is no list of records"):
         read_model(tmp_path / "vae")
     with pytest.raises(ValueError, match=r"config.json: subjects is no list of records"):
-        train_ldm.load_autoencoder(tmp_path / "vae")
+        load_autoencoder(tmp_path / "vae")
 
 
 @pytest.mark.parametrize("damaged", ["x", [1], [{"salt": "a", "train": {}, "validation": {}}]])
@@ -204,8 +205,8 @@ def test_weights_that_start_from_older_ones_say_so(trained, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         vae = train(train_vae, trained / "data/config.yaml", tmp_path / "a", f"--init_from={tmp_path / 'older'}")
     assert (
-        "older: has no whole record" in caplog.text
-        and "older: does not say how its volumes were prepared" in caplog.text
+        "older: its record of training subjects" in caplog.text
+        and "older: does not record how its volumes were prepared" in caplog.text
     )
     records = read_model(vae).subjects
     assert records[0] == UNRECORDED and "salt" in records[1]
@@ -400,7 +401,7 @@ def test_older_models_have_a_warning(trained, tmp_path, caplog):
         check_models(config, ["test"], [trained / "pipeline"])  # percentiles, where it learned a window
     with caplog.at_level(logging.WARNING):
         check_models(config, ["test"], [], others=[tmp_path / "older"])
-    assert "older: has no whole record of its training subjects" in caplog.text
+    assert "older: its record of training subjects is not complete" in caplog.text
 
 
 def test_a_folder_of_generated_volumes_knows_its_models(generated, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ import yaml
 import evaluate
 from benchmarks.phantom_set import write_phantoms
 from evaluation import generated_pairs, learning_cases, load_pairs, make_segmenter, mask_adherence, train_segmenter
-from evaluation.commands import few_labels as few_labels_command
 from evaluation.commands import pretrain as pretrain_command
+from evaluation.commands import trainings
 from evaluation.commands.ledger import Ledger, content_of
 from evaluation.data.label_budget import budget, draw_labeled
 from evaluation.data.label_budget import main as draw_main
@@ -27,6 +28,7 @@ from evaluation.networks.pretraining import (
 )
 from evaluation.stats.intervals import compare_paired, over_seeds, student_t
 from evaluation.studies.few_labels import RATIOS, summarize, training_set
+from evaluation.studies.training_result import Scores, TrainingResult
 from evaluation.studies.utility import score_training
 from pipelines import describe_mask, read_sidecar
 from volumes import Case, DataConfig, load_cases, make_phantom, write_volume
@@ -185,13 +187,14 @@ def test_what_each_arm_learns_from():
     assert learned("both") == few * 3 + all_made  # as many real ones as synthetic ones
     assert learned("both", masks="own") == few * 2 + own_made
     assert learned("both", balanced=False) == few + all_made
-    with pytest.raises(ValueError, match=r"made from the masks of \['b0'\]"):
+    with pytest.raises(ValueError, match=r"from the masks of \['b0'\]"):
         training_set("synthetic", real, made.take([0]), [2], masks="own")
 
 
 def test_comparisons_of_planted_scores():
     def row(arm, labels, seed, dice):
-        return {"arm": arm, "labels": labels, "seed": seed, "dice": dice, "per_volume": [dice - 0.1, dice + 0.1]}
+        per_volume = [dice - 0.1, dice + 0.1]
+        return TrainingResult(arm=arm, labels=labels, seed=seed, dice=dice, per_volume=per_volume)
 
     rows = [row("real", "8", 0, 0.5), row("real", "8", 1, 0.7), row("real", "all", 0, 0.8)]
     rows += [row("both", "8", 0, 0.6), row("synthetic", "any", 0, 0.4), row("synthetic", "any", 1, 0.4)]
@@ -217,7 +220,7 @@ def test_few_labels_is_taken_up_where_it_stopped(data, monkeypatch):
         learned.append((len(learn.images), len(judge.images), options["seed"], options["iterations"]))
         return score_training(learn, judge, num_labels, **options)
 
-    monkeypatch.setattr(few_labels_command, "score_training", score)
+    monkeypatch.setattr(trainings, "score_training", score)
     evaluate.main([*args, "--labels", "2"])
     per_seed = [(2, 3, 1), (6, 3, 1), (12, 3, 2), (2, 3, 2)]  # real, synthetic, both (balanced), real_longer
     assert learned == [(volumes, judged, seed, steps) for seed in (0, 1) for volumes, judged, steps in per_seed]
@@ -249,7 +252,7 @@ def test_a_ledger_is_of_the_same_volumes_names_and_subjects(tmp_path, capsys):
     )  # an earlier version's
     ledger = Ledger(path, {**report, "content": content_of(real)}, lambda rows: {})
     assert ledger.missing([("real", "8", 0), ("real", "8", 1)]) == [("real", "8", 1)]
-    assert "does not say of which volumes" in capsys.readouterr().out
+    assert "does not record its volumes" in capsys.readouterr().out
     ledger.write()
     with pytest.raises(ValueError, match="another content"):
         Ledger(path, {**report, "content": content_of(others[0])}, lambda rows: {})
@@ -305,10 +308,11 @@ def test_sidecars_that_were_damaged_are_named_where_they_are_read(tmp_path, entr
 
 def test_a_volume_that_is_beside_its_mask_is_found():
     real, beside = cubes(3), cubes(3, moved=4)
-    result = score_training(real, real, 2, seed=0, iterations=30, synthetic=real.join(beside))
-    volumes = result["on_synthetic"]["per_volume"]
+    result = score_training(real, real, 2, arm="real", seed=0, iterations=30, synthetic=real.join(beside))
+    assert result.on_synthetic is not None
+    volumes = result.on_synthetic.per_volume
     same, moved = (
-        mask_adherence([{**result, "on_synthetic": {"per_volume": part}}], real.cases, real.cases)
+        mask_adherence([replace(result, on_synthetic=Scores(0.5, per_volume=part))], real.cases, real.cases)
         for part in (volumes[:3], volumes[3:])
     )
     assert same["real"] > 0.8 and same["synthetic-real"]["interval_subjects"] == [0, 0]
@@ -318,8 +322,11 @@ def test_a_volume_that_is_beside_its_mask_is_found():
 
 def test_masks_count_once_and_those_without_a_volume_not_at_all():
     real = [Case("a", "S1"), Case("b", "S1"), Case("c", "S2")]
-    results = [{"per_volume": [0.8, 0.1, 0.6], "on_synthetic": {"per_volume": [0.4, 0.6, 0.5]}}]
-    found = mask_adherence(results, real, [real[0], real[0], real[2]])
+    on_synthetic = Scores(0.5, per_volume=[0.4, 0.6, 0.5])
+    result = TrainingResult(
+        arm="real", labels="any", seed=0, dice=0.5, per_volume=[0.8, 0.1, 0.6], on_synthetic=on_synthetic
+    )
+    found = mask_adherence([result], real, [real[0], real[0], real[2]])
     assert (found["masks"], found["subjects"]) == (2, 2)
     assert found["real"] == pytest.approx(0.7) and found["synthetic"] == pytest.approx(0.5)
     assert found["synthetic-real"]["interval_subjects"] == pytest.approx([-0.3, -0.1])
@@ -340,7 +347,7 @@ def test_dice_judges_volumes_of_test_masks(data, capsys):
     earlier = ["--earlier", str(folder / "dice.json"), "--judge_synthetic"]
     assert evaluate.main([*args, *earlier, str(folder / "made")])["adherence"] == judged["adherence"]
     (folder / "made").rename(folder / "renamed")
-    with pytest.raises(ValueError, match="did not judge the volumes in .*renamed"):
+    with pytest.raises(ValueError, match="not scored on the volumes in .*renamed"):
         evaluate.main([*args, *earlier, str(folder / "renamed")])
 
 

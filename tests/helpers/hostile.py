@@ -231,13 +231,13 @@ def checkpoint_target(folder: Path) -> Target:
     import torch
     from accelerate import Accelerator
 
-    from training.config import OptimizerConfig
     from training.engine.checkpoints import (
         DIGESTS,
         Checkpointer,
         TrainState,
         digest_files,
     )
+    from training.engine.config import OptimizerConfig
     from training.engine.learner import Learner
 
     accelerator = Accelerator(cpu=True)
@@ -325,7 +325,7 @@ def report_target() -> Target:
     variants += [{"privacy.json": json.dumps(privacy).encode(), "a.png": b"\x89PNG\r\n\x1a\n" + bytes(20)}]
 
     def read(home: Path) -> None:
-        for section in build_page(sorted(home.glob("*.json")))["sections"]:
+        for section in build_page(sorted(home.glob("*.json"))).sections:
             assert "\x1b" not in repr(section) and section.title
 
     return Target("report", variants, read, mutable=lambda name: name.endswith(".json"))

@@ -16,7 +16,7 @@ from training import (
     make_accelerator,
     parse_config,
 )
-from training.engine.trackers import start_trackers
+from training.engine.tracking import start_trackers
 
 
 @pytest.fixture(autouse=True)

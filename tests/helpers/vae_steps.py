@@ -6,11 +6,17 @@ from accelerate.state import AcceleratorState
 
 from autoencoder import AutoencoderKL3D
 from autoencoder.adversarial import VolumeDiscriminator
-from train_vae import AdversarialTrainer, AutoencoderStep
-from training import AdversarialConfig, AutoencoderLosses, Learner, OptimizerConfig
+from training import (
+    AdversarialConfig,
+    AdversarialTrainer,
+    AutoencoderLosses,
+    Learner,
+    OptimizerConfig,
+    VaeTrainingStep,
+)
 
 
-def make_step(model_class=AutoencoderKL3D, adversarial: AdversarialConfig | None = None, **changes) -> AutoencoderStep:
+def make_step(model_class=AutoencoderKL3D, adversarial: AdversarialConfig | None = None, **changes) -> VaeTrainingStep:
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.manual_seed(0)
     vae = model_class(channels=(4, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1), **changes)
@@ -20,7 +26,7 @@ def make_step(model_class=AutoencoderKL3D, adversarial: AdversarialConfig | None
         network = VolumeDiscriminator(channels=4, layers=1)
         discriminator = Learner("discriminator", network, adversarial.optimizer, ema_decay=0.0, max_steps=100)
         adversary = AdversarialTrainer(discriminator, adversarial)
-    step = AutoencoderStep(learner, AutoencoderLosses(), adversary)
+    step = VaeTrainingStep(learner, AutoencoderLosses(), adversary)
     for each in step.learners:
         each.prepare(Accelerator(cpu=True))
     return step

@@ -25,10 +25,12 @@ from diffusion import (
     make_scheduler,
     training_loss,
 )
+from diffusion.completion import complete_model
 from diffusion.conditions import ConditionEmbedding, fourier_features
 from diffusion.latent_cache import LatentAugmentation, cache_key
 from pipelines import MedVolumePipeline, read_sidecar
 from training import initialize_from
+from training.ldm import init_unet
 
 CLASSES = {"sex": ["F", "M"], "diagnosis": ["none", "benign", "malignant"]}  # not in the order of the alphabet
 NUMBERS = {"weight": {"mean": 70.0, "std": 10.0}, "age": {"mean": 50.0, "std": 20.0}}
@@ -127,16 +129,16 @@ def test_what_is_added_to_a_trained_model_moves_no_name(tmp_path):
     trained = LatentUNet3D(**SMALL, classes=sex, numbers=weight)
     trained.save_pretrained(tmp_path)
     more = LatentUNet3D(**SMALL, classes=CLASSES, numbers=NUMBERS)
-    fresh = train_ldm.init_unet(more, tmp_path)
+    fresh = init_unet(more, tmp_path)
     assert fresh == ["condition_embedding.classes.0", "condition_embedding.numbers.0"]
     for kind in ("classes", "numbers"):
         [was], (added, kept) = (getattr(unet.condition_embedding, kind) for unet in (trained, more))
         assert torch.equal(kept.weight, was.weight) and not added.weight.any()
     wider = LatentUNet3D(**SMALL, classes={"sex": [*CLASSES["sex"], "other"]}, numbers=weight)
-    assert train_ldm.init_unet(wider, tmp_path) == ["condition_embedding.classes.0"]
+    assert init_unet(wider, tmp_path) == ["condition_embedding.classes.0"]
     assert not wider.condition_embedding.classes[0].weight.any()
     with pytest.raises(ValueError, match=r"trained model is conditioned on numbers \['weight'\]"):
-        train_ldm.init_unet(LatentUNet3D(**SMALL, classes=sex), tmp_path)
+        init_unet(LatentUNet3D(**SMALL, classes=sex), tmp_path)
 
 
 def test_every_condition_counts_and_keeps_its_column_when_saved(tmp_path):
@@ -205,14 +207,14 @@ def test_latents_carry_their_cases_conditions_outside_the_cache(tmp_path):
 
 def test_the_model_section_is_completed_from_the_data():
     vae, data = tiny_pipeline().vae, tiny_data(classes=CLASSES, numbers=RANGES)
-    done = train_ldm.complete_model({"class": "diffusion.LatentUNet3D"}, vae, data)
+    done = complete_model({"class": "diffusion.LatentUNet3D"}, vae, data)
     assert done["classes"] == CLASSES and done["numbers"] == NUMBERS and done["num_labels"] == 3
     other = {name: {"mean": 1.0, "std": 2.0} for name in NUMBERS}  # of the model that is fine-tuned
-    assert train_ldm.complete_model({"numbers": other}, vae, data)["numbers"] == other
-    assert train_ldm.complete_model({"num_labels": 0}, vae, data)["num_labels"] == 0  # a model without a mask
+    assert complete_model({"numbers": other}, vae, data)["numbers"] == other
+    assert complete_model({"num_labels": 0}, vae, data)["num_labels"] == 0  # a model without a mask
     for section in ({"classes": {"sex": ["M", "F"]}}, {"numbers": {"age": NUMBERS["age"]}}, {"num_labels": 4}):
         with pytest.raises(ValueError, match="but autoencoder and data make it"):
-            train_ldm.complete_model(section, vae, data)
+            complete_model(section, vae, data)
 
 
 # a model that must obey: latents about a mean of +-1 by sex, plus (age - 50) / 20, so spread that guidance has room to push

@@ -291,7 +291,7 @@ def test_pickles_are_never_opened(folder, tmp_path):
         load_autoencoder,
         lambda f: initialize_from(torch.nn.Linear(1, 1), f / "vae"),
     ):
-        with pytest.raises(ValueError, match="no whole safetensors file"):
+        with pytest.raises(ValueError, match="safetensors file"):
             load(folder)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
@@ -313,7 +313,7 @@ def test_checkpoints_of_other_places_are_not_read(tmp_path):
     assert [path.name for path in list_checkpoints(mine)] == ["step_000001"]
     assert find_checkpoint("latest", mine) == mine / "step_000001"
     for path in (other / "step_000001", mine / "step_000002"):
-        with pytest.raises(ValueError, match="only those of this run are read"):
+        with pytest.raises(ValueError, match="only those of this run"):
             find_checkpoint(str(path), mine)
 
 

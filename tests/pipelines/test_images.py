@@ -27,7 +27,7 @@ from diffusion import (
 )
 from diffusion.latent_cache import cache_key
 from pipelines import MedVolumePipeline
-from training import initialize_from
+from training import initialize_from, ldm, ldm_step
 from volumes import DataConfig, VolumeDataset, load_cases
 
 TINY = {"channels": (16,), "strides": (), "blocks": (1,), "attention": (False,)}
@@ -257,12 +257,12 @@ def train(folder: Path, output: Path, *args: str) -> dict[str, float]:
 
 def test_a_run_learns_all_channels_from_those_given(folder, tmp_path, monkeypatch):
     seen, drawn, previewed = [], [], []
-    loss, figure, denoised = train_ldm.training_loss, train_ldm.slices_figure, train_ldm.denoise
-    monkeypatch.setattr(train_ldm, "denoise", lambda *a, **k: (previewed.append(a[3]["image"]), denoised(*a, **k))[1])
-    monkeypatch.setattr(train_ldm, "training_loss", lambda *a, **k: (seen.append(a[3]["image"]), loss(*a, **k))[1])
-    monkeypatch.setattr(train_ldm, "slices_figure", lambda columns: (drawn.append(columns), figure(columns))[1])
-    encode, latents = train_ldm.encode_held_out, []
-    monkeypatch.setattr(train_ldm, "encode_held_out", lambda *a: (latents.extend(made := encode(*a)), made)[1])
+    loss, figure, denoised = ldm_step.training_loss, ldm_step.slices_figure, ldm_step.denoise
+    monkeypatch.setattr(ldm_step, "denoise", lambda *a, **k: (previewed.append(a[3]["image"]), denoised(*a, **k))[1])
+    monkeypatch.setattr(ldm_step, "training_loss", lambda *a, **k: (seen.append(a[3]["image"]), loss(*a, **k))[1])
+    monkeypatch.setattr(ldm_step, "slices_figure", lambda columns: (drawn.append(columns), figure(columns))[1])
+    encode, latents = ldm.encode_held_out, []
+    monkeypatch.setattr(ldm, "encode_held_out", lambda *a: (latents.extend(made := encode(*a)), made)[1])
     metrics = train(folder, tmp_path)
     # after two steps of warm-up the model predicts next to nothing: it is wrong by noise less latents
     assert metrics["loss"] == pytest.approx(1 + latents[0]["latents"].square().mean().item(), rel=0.1)
@@ -306,8 +306,8 @@ def test_channels_in_another_order_than_the_autoencoders_are_refused(folder, tmp
 
 
 def test_an_image_that_is_never_left_out_is_in_previews_too(folder, tmp_path, monkeypatch):
-    conditions, original = [], train_ldm.denoise
-    monkeypatch.setattr(train_ldm, "denoise", lambda *a, **k: (conditions.append(a[3]["image"]), original(*a, **k))[1])
+    conditions, original = [], ldm_step.denoise
+    monkeypatch.setattr(ldm_step, "denoise", lambda *a, **k: (conditions.append(a[3]["image"]), original(*a, **k))[1])
     train(folder, tmp_path, "--data.condition_channels=[ct]", "--model.condition_dropout={}", "--loop.max_steps=1")
     assert conditions[0].shape[1] == 4 and (conditions[0][:, 3] == 1).all()
 

@@ -20,8 +20,8 @@ import train_ldm
 from pipelines import MedVolumePipeline
 from pipelines.lora import add_lora, save_lora
 from pipelines.storage.trained_on import read_model
-from training import TrainLdmConfig, initialize_from, parse_config
-from training.config import LoraConfig
+from training import LdmTrainingStep, LoraConfig, TrainLdmConfig, initialize_from, parse_config
+from training.ldm import attach_lora
 from volumes.data.config import DataConfig, PhantomConfig
 
 peft = pytest.importorskip("peft")
@@ -605,7 +605,7 @@ def test_training_ends_with_the_average_as_a_lora(tmp_path, base):
 def test_a_resumed_lora_equals_an_uninterrupted_one(algorithm, tmp_path, base, monkeypatch):
     args = [f"--optimizer.algorithm={algorithm}", "--lora.dropout=0.1", "--loop.max_steps=4"]
     train(tmp_path / "whole", base, *args)
-    original, calls = train_ldm.DiffusionStep.__call__, []
+    original, calls = LdmTrainingStep.__call__, []
 
     def interrupted(self, batch, generator):
         calls.append(1)
@@ -613,10 +613,10 @@ def test_a_resumed_lora_equals_an_uninterrupted_one(algorithm, tmp_path, base, m
             raise Interrupted
         return original(self, batch, generator)
 
-    monkeypatch.setattr(train_ldm.DiffusionStep, "__call__", interrupted)
+    monkeypatch.setattr(LdmTrainingStep, "__call__", interrupted)
     with pytest.raises(Interrupted):
         train(tmp_path / "parts", base, *args)
-    monkeypatch.setattr(train_ldm.DiffusionStep, "__call__", original)
+    monkeypatch.setattr(LdmTrainingStep, "__call__", original)
     torch.manual_seed(99)
     train(tmp_path / "parts", base, *args, "--resume=latest")
     whole, parts = (tmp_path / part / "checkpoints/step_000004" for part in ("whole", "parts"))
@@ -635,7 +635,7 @@ def test_a_base_that_is_stored_in_half_precision_is_known_again(tmp_path, base):
     initialize_from(unet, tmp_path / "unet")
     data = DataConfig(phantom=PhantomConfig())
     config = TrainLdmConfig("run", "vae", data, model={}, init_from=str(tmp_path / "unet"), lora=LoraConfig())
-    assert train_ldm.attach_lora(unet, config) == pipe.unet_hash
+    assert attach_lora(unet, config) == pipe.unet_hash
 
 
 def test_what_a_lora_cannot_start_from(tmp_path, base):
@@ -645,7 +645,7 @@ def test_what_a_lora_cannot_start_from(tmp_path, base):
         train(tmp_path / "b", base, "--model.objective=v_prediction")
     with pytest.raises(ValueError, match="target_modules"):
         train(tmp_path / "c", base, "--lora.target_modules=[query]")
-    with pytest.raises(ValueError, match="noise: a LoRA has that of its pipeline"):
+    with pytest.raises(ValueError, match="residual_noise: a LoRA uses that"):
         train(tmp_path / "d", base, "--residual_noise=true")
 
 

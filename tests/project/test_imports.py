@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERS = ("files", "cli", "volumes", "autoencoder", "diffusion", "pipelines", "evaluation")
-ALLOWED = {room: set(LAYERS[: i + 1]) for i, room in enumerate(LAYERS)} | {
-    "training": {"files", "cli", "training", "volumes"}
-}
-ALLOWED["evaluation"].add("training")  # the doctor asks the trainer's own rules
+LAYERS = ("files", "cli", "volumes", "autoencoder", "diffusion", "pipelines", "training", "evaluation")
+ALLOWED = {room: set(LAYERS[: i + 1]) for i, room in enumerate(LAYERS)}
+ENGINE = ROOT / "training/engine"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Distributions whose import name is another.
 IMPORT_NAMES = {"pyyaml": "yaml"}
@@ -57,6 +55,39 @@ def test_a_wrong_import_is_found(tmp_path):
     (room / "script.py").write_text("import torch, train_vae\n")
     found = wrong_imports(room, {"volumes", "pipelines", "train_vae"}, {"volumes"})
     assert found == ["volumes/late.py: pipelines", "volumes/script.py: train_vae"]
+
+
+def names_outside(package: Path, root: Path = ROOT) -> set[str]:
+    """Rooms that a package within a room imports from, its own room as `room.` before the rest of the name."""
+    room = package.relative_to(root).parts[0]
+    inside = ".".join(package.relative_to(root).parts)
+    names = set()
+    for path in package.rglob("*.py"):
+        depth = len(path.relative_to(package).parts)
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if isinstance(node, ast.ImportFrom) and node.level > depth:
+                names.add(f"{room}.{node.module or ''}")
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names.add(node.module or "")
+            elif isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+    ours = {name for name in names if name.split(".")[0] in ALLOWED and f"{name}.".find(f"{inside}.") != 0}
+    return {f"{room}.{name.partition('.')[2]}" if name.split(".")[0] == room else name.split(".")[0] for name in ours}
+
+
+def test_the_engine_of_training_knows_no_model():
+    assert names_outside(ENGINE) <= {"files", "cli", "volumes"}
+
+
+def test_a_wrong_import_of_the_engine_is_found(tmp_path):
+    engine = tmp_path / "training/engine"
+    engine.mkdir(parents=True)
+    (engine / "good.py").write_text(
+        "from .ema import MovingAverage\nfrom training.engine import step\nimport files.atomic\n"
+    )
+    assert names_outside(engine, tmp_path) == {"files"}
+    (engine / "up.py").write_text("from ..vae import build\nfrom training import Learner\nimport diffusion.loss\n")
+    assert names_outside(engine, tmp_path) == {"files", "training.vae", "training.", "diffusion"}
 
 
 def test_every_room_is_installed():

@@ -37,7 +37,7 @@ def resumed(tmp_path, **changes):
 
 
 def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="was written by 2 processes, this run has 1"):
+    with pytest.raises(ValueError, match="was written by 2 processes, but this run has 1"):
         resumed(tmp_path, processes=2)
 
 

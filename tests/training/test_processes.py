@@ -21,6 +21,7 @@ from benchmarks.processes import DATA, LOOP, VAE, compare
 from evaluation.commands import COMMANDS, common
 from evaluation.commands import run_all as everything
 from evaluation.commands.ledger import Ledger
+from evaluation.studies.training_result import TrainingResult
 from files.locks import only_writer
 from training import join_processes, list_checkpoints
 
@@ -51,7 +52,7 @@ def test_a_dead_process_ends_the_others_with_a_message(tmp_path):
     two[1].kill()
     assert forked.ended(two[0], 60) == 1
     said = (tmp_path / "log.0").read_text()
-    assert "process 0 of 2: another one has ended, or stands still" in said and "--resume latest" in said
+    assert "process 0 of 2: another process has ended, or does not answer" in said and "--resume latest" in said
 
 
 @pytest.mark.slow
@@ -65,7 +66,7 @@ def test_a_process_that_stands_still_ends_the_others_after_their_patience(tmp_pa
         assert forked.ended(two[0], 90) == 1
     finally:
         two[1].kill()
-    assert "another one has ended, or stands still" in (tmp_path / "log.0").read_text()
+    assert "another process has ended, or does not answer" in (tmp_path / "log.0").read_text()
 
 
 @pytest.mark.slow
@@ -80,7 +81,7 @@ def test_sigterm_to_one_process_stops_all_with_a_checkpoint(tmp_path):
     state = json.loads((checkpoint / "state.json").read_text())
     assert state["processes"] == 2 and state["samples"] == 4 * state["step"] > 0
     assert f"SIGTERM: wrote {checkpoint}" in (tmp_path / "log.0").read_text()
-    with pytest.raises(RuntimeError, match="was written by 2 processes, this run has 1; launch as many as before"):
+    with pytest.raises(RuntimeError, match="was written by 2 processes, but this run has 1; launch as many as before"):
         forked.run("train_vae", [*args, "--loop.workers=0", "--resume=latest"], tmp_path / "alone.txt")
 
 
@@ -94,7 +95,7 @@ def test_an_interrupt_of_all_processes_stops_them_at_one_step(tmp_path):
     assert [forked.ended(one) for one in two] == [130, 130]
     (checkpoint,) = list_checkpoints(run / "checkpoints")
     said = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
-    assert f"SIGINT: wrote {checkpoint}" in said[0] and "go on with the same launcher and: train_vae.py" in said[0]
+    assert f"SIGINT: wrote {checkpoint}" in said[0] and "continue with the same launcher and: train_vae.py" in said[0]
     assert [text.count("Ctrl-C: finishing step") for text in said] == [1, 0] and "Traceback" not in "".join(said)
 
 
@@ -150,23 +151,27 @@ def test_trainings_are_shared_and_the_report_is_that_of_one(data, name):
 
 def test_what_another_process_had_finished_is_not_lost_with_the_main_one(tmp_path):
     def row(seed):
-        return {"arm": "real", "labels": "8", "seed": seed, "dice": 0.5, "seconds": 1.0}
+        return TrainingResult(arm="real", labels="8", seed=seed, dice=0.5, seconds=1.0)
 
     report = {"evaluation": "few_labels", "protocol": {}, "data": {}, "synthetic": "made", "content": "of these"}
     path, jobs = tmp_path / "few.json", [("real", "8", seed) for seed in range(4)]
 
     def ledger():
-        return Ledger(path, report, lambda rows: {"rows": rows})
+        return Ledger(path, report, lambda rows: {"rows": [one.as_json() for one in rows]})
 
     first = ledger()
     first.missing(jobs)
     first.add(row(2))
-    (tmp_path / ".few.json.part1").write_text(json.dumps({**report, "rows": [row(1)]}))  # its process wrote this
+    (tmp_path / ".few.json.part1").write_text(
+        json.dumps({**report, "rows": [row(1).as_json()]})
+    )  # its process wrote this
     second = ledger()
     assert second.missing(jobs) == [jobs[0], jobs[3]] and not list(tmp_path.glob(".few*"))
     second.add(row(0))
     assert [one["seed"] for one in second.write()["rows"]] == [0, 1, 2]
-    (tmp_path / ".few.json.part1").write_text(json.dumps({**report, "content": "of others", "rows": [row(3)]}))
+    (tmp_path / ".few.json.part1").write_text(
+        json.dumps({**report, "content": "of others", "rows": [row(3).as_json()]})
+    )
     with pytest.raises(ValueError, match="part1: holds figures of another content"):
         ledger()
 
@@ -183,7 +188,7 @@ def test_what_one_process_refuses_ends_all_before_anything_is_generated(tmp_path
     assert [forked.ended(one) for one in two] == [1, 1]
     assert "case_1.nii.gz: mask holds labels [99]" in (tmp_path / "log.1").read_text()
     said = (tmp_path / "log.0").read_text()
-    assert "process 0 of 2: another one has ended" in said and "it goes on with what is there" in said
+    assert "process 0 of 2: another process has ended" in said and "it goes on with what is there" in said
     assert not list((tmp_path / "out").glob("*.nii.gz"))
 
 
@@ -192,7 +197,7 @@ def test_jobs_are_shared_by_cost_and_kept_together(tmp_path):
     jobs = [(arm, labels, seed) for seed in range(2) for arm in ("a", "b") for labels in ("8", "16")]
     shares = []
     for process in range(2):
-        ledger = Ledger(tmp_path / "none.json", report, lambda rows: {"rows": rows})
+        ledger = Ledger(tmp_path / "none.json", report, lambda rows: {"rows": [one.as_json() for one in rows]})
         ledger.state = type("State", (), {"num_processes": 2, "process_index": process})()
         cost = lambda group: sum(5 if arm == "a" else 1 for arm, _, _ in group)  # noqa: E731
         shares.append(ledger.share(jobs, cost, lambda job: (job[0], job[2])))
@@ -246,7 +251,7 @@ def test_what_one_process_refuses_leaves_no_other_waiting(tmp_path, monkeypatch)
 
     for module in (common, everything):
         monkeypatch.setattr(module, "PartialState", State)
-    monkeypatch.setattr(common, "check_judged", refuse)
+    monkeypatch.setattr(common, "check_test_set", refuse)
     monkeypatch.setattr(everything, "broadcast_object_list", lambda values: values)
     with pytest.raises(ValueError, match="seen"):
         everything.attempt(COMMANDS["dice"], options, None, None)

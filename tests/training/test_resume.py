@@ -12,6 +12,7 @@ from short_runs import STEPS, Interrupted, everything, run
 import train_ldm
 import train_vae
 from autoencoder import AutoencoderKL3D
+from training import LdmTrainingStep, VaeTrainingStep
 from training.engine.checkpoints import digest_files
 
 VQGAN = [
@@ -24,9 +25,7 @@ VQGAN = [
     "name,workers", [("vae", 0), ("vae", 2), ("vqgan", 0), ("perceptual", 0), ("ldm", 0), ("ldm", 2)]
 )
 def test_resumed_equals_uninterrupted(name, workers, tmp_path, vae_folder, monkeypatch):
-    script, step_class = (
-        (train_ldm, train_ldm.DiffusionStep) if name == "ldm" else (train_vae, train_vae.AutoencoderStep)
-    )
+    script, step_class = (train_ldm, LdmTrainingStep) if name == "ldm" else (train_vae, VaeTrainingStep)
     perceptual = [f"--perceptual={{network: {vae_folder}}}"]
     own = {"vae": [], "vqgan": VQGAN, "perceptual": perceptual, "ldm": [f"--vae={vae_folder}"]}[name]
     args = [f"--loop.workers={workers}", *own]
@@ -74,13 +73,13 @@ def finished(tmp_path) -> Path:
 
 
 def test_another_run_is_not_overwritten(finished):
-    with pytest.raises(ValueError, match="already holds a run; go on with --resume latest"):
+    with pytest.raises(ValueError, match="already holds a run; continue it with --resume latest"):
         run(train_vae, finished)
 
 
 def test_a_config_that_changed_is_refused_with_the_difference_unless_accepted(finished, caplog):
     changed = ["--loop.max_steps=4", "--optimizer.learning_rate=0.5", "--resume=latest"]
-    with pytest.raises(ValueError, match=r"learning_rate: 0.001 -> 0.5\nUndo that.*--accept_changes true"):
+    with pytest.raises(ValueError, match=r"learning_rate: 0.001 -> 0.5\nUndo these.*--accept_changes true"):
         run(train_vae, finished, *changed)
     with caplog.at_level("WARNING", logger="training"):
         run(train_vae, finished, *changed, "--accept_changes=true")
@@ -89,7 +88,7 @@ def test_a_config_that_changed_is_refused_with_the_difference_unless_accepted(fi
 
 
 def test_an_adversary_cannot_join_a_run(finished):
-    with pytest.raises(ValueError, match="holds no discriminator.*resume as the run began"):
+    with pytest.raises(ValueError, match="holds no discriminator.*resume with the config"):
         run(train_vae, finished, VQGAN[1], "--loop.max_steps=4", "--resume=latest", "--accept_changes=true")
 
 
@@ -100,9 +99,9 @@ def test_resume_with_nothing_there_starts_anew(tmp_path, caplog):
 
 
 def test_checkpoints_of_other_runs_are_refused(finished, tmp_path):
-    with pytest.raises(ValueError, match="only those of this run are read.*--init_from"):
+    with pytest.raises(ValueError, match="only those of this run.*are read.*--init_from"):
         run(train_vae, tmp_path / "other", f"--resume={finished / 'checkpoints/step_000003'}")
-    with pytest.raises(ValueError, match="no checkpoint there; this run has \\['step_000003'\\]"):
+    with pytest.raises(ValueError, match="there is no checkpoint; this run has \\['step_000003'\\]"):
         run(train_vae, finished, "--resume=step_000007")
 
 
@@ -119,7 +118,7 @@ def test_a_random_state_that_was_not_restored_is_noticed(finished):
     """Also where the digests are those of the damage."""
     checkpoint = finished / "checkpoints/step_000003"
     (checkpoint / "random_states_0.pkl").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="random_states_0.pkl: not what was written"):
+    with pytest.raises(ValueError, match="random_states_0.pkl: differs from what was written"):
         run(train_vae, finished, "--loop.max_steps=4", "--resume=latest")
     (checkpoint / "digests.json").write_text(json.dumps(digest_files(checkpoint)))
     with pytest.raises(ValueError, match="random state could not be restored"):
@@ -132,7 +131,7 @@ def test_fine_tuning_on_another_number_of_labels(tmp_path, vae_folder, caplog):
     labels = "--data.label_names={0: background, 1: body, 2: organ, 3: lesion, 4: implant}"
     with caplog.at_level("INFO", logger="training"):
         run(train_ldm, tmp_path / "second", f"--vae={vae_folder}", "--loop.max_steps=1", labels, f"--init_from={unet}")
-    assert "layers left fresh: ['mask_embedding.table']" in caplog.text
+    assert "layers that start fresh: ['mask_embedding.table']" in caplog.text
 
 
 @pytest.fixture

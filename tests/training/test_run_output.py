@@ -31,8 +31,8 @@ from training import (
     open_run,
     parse_config,
 )
-from training.config import config_changes, to_plain
 from training.engine.checkpoints import digest_files
+from training.engine.config import config_changes, to_plain
 from training.engine.output import check_writable
 from training.engine.run import WRITTEN
 
@@ -140,7 +140,7 @@ def test_a_requeued_job_waits_for_the_one_that_is_ending_and_resumes(run, tmp_pa
     (run / "checkpoints").rename(tmp_path / "written")
     process = holder(run, tmp_path / "written", run / "checkpoints")  # written while this one waits
     config = line_config(tmp_path, *SHORT, "--wait_minutes=9")
-    with pytest.raises(ValueError, match="already holds a run; go on with --resume latest"), begun(config):
+    with pytest.raises(ValueError, match="already holds a run; continue it with --resume latest"), begun(config):
         pytest.fail("began")
     assert process.returncode == 0
 
@@ -381,4 +381,4 @@ def test_a_validation_that_is_not_finite_names_its_volume(tmp_path, monkeypatch,
     monkeypatch.setattr(LineStep, "validate", broken)
     with begun(line_config(tmp_path, *SHORT)) as loop:
         loop.run()
-    assert "step 4: of the validation volume item 1, error is not finite" in caplog.text
+    assert "step 4: validation volume item 1: error is not finite" in caplog.text

@@ -39,7 +39,7 @@ def test_divided_weights_resume_exactly_and_are_saved_whole(tmp_path):
     trained("train_ldm", [*ldm, "--loop.fsdp=true"], tmp_path / "two", 2)
     one, two = tmp_path / "one/run", tmp_path / "two/run"
     said = re.search(
-        r"unet is divided: this process holds (\d+) of (\d+) weights", (tmp_path / "two/log.0").read_text()
+        r"unet is sharded: this process holds (\d+) of (\d+) weights", (tmp_path / "two/log.0").read_text()
     )
     assert said and 0.4 < int(said[1]) / int(said[2]) < 0.65
     metrics = [json.loads((run / "metrics.json").read_text()) for run in (one, two)]
@@ -94,7 +94,7 @@ def test_a_checkpoint_of_divided_weights_is_not_resumed_without(tmp_path):
     (tmp_path / "step_000003/state.json").write_text(json.dumps({"step": 3, "sharded": True}))
     (tmp_path / "step_000003/digests.json").write_text(json.dumps(checkpoints.digest_files(tmp_path / "step_000003")))
     alone: Any = SimpleNamespace(num_processes=1, is_main_process=False)
-    with pytest.raises(ValueError, match="step_000003: was written with loop.fsdp True; resume as the run began"):
+    with pytest.raises(ValueError, match="step_000003: was written with loop.fsdp True; resume with the same"):
         checkpoints.Checkpointer(alone, [], tmp_path, 2).check(tmp_path / "step_000003")
     assert checkpoints.Checkpointer(alone, [], tmp_path, 2, sharded=True).check(tmp_path / "step_000003").step == 3
 
@@ -102,16 +102,16 @@ def test_a_checkpoint_of_divided_weights_is_not_resumed_without(tmp_path):
 def test_where_it_cannot_run_it_is_refused():
     alone: Any = SimpleNamespace(num_processes=1, mixed_precision="no")
     half: Any = SimpleNamespace(num_processes=2, mixed_precision="fp16")
-    with pytest.raises(ValueError, match="there is one process, and nothing to divide"):
+    with pytest.raises(ValueError, match="there is only one process"):
         check_sharding(alone, compile=False)
     with pytest.raises(ValueError, match="use loop.mixed_precision bf16 or no"):
         check_sharding(half, compile=False)
     half.mixed_precision = "bf16"
-    with pytest.raises(ValueError, match="set one of the two to false"):
+    with pytest.raises(ValueError, match="set one of them to false"):
         check_sharding(half, compile=True)
     config: Any = SimpleNamespace(loop=LoopConfig(fsdp=True))
     step: Any = SimpleNamespace(learners=(1, 2))
-    with pytest.raises(ValueError, match="with an adversary it is not supported"):
+    with pytest.raises(ValueError, match="with a discriminator is not supported"):
         Loop(half, config, step, [], [])
 
 

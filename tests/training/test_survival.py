@@ -90,7 +90,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_exits(tmp_path, monkeypa
     with pytest.raises(SystemExit) as end, caplog.at_level("WARNING", logger="training"):
         loop.run()
     assert end.value.code == 128 + number and signal.getsignal(number) is before
-    assert f"{number.name}: wrote" in caplog.text and "--resume latest goes on" in caplog.text
+    assert f"{number.name}: wrote" in caplog.text and "--resume latest continues" in caplog.text
     assert ": finishing step 5, then saving" in capfd.readouterr().err
     assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["step_000005"]
     monkeypatch.setattr(LineStep, "__call__", original)
@@ -113,7 +113,7 @@ def test_an_interrupt_in_a_validation_cuts_it_short_and_saves(tmp_path, monkeypa
         loop.run()
     assert end.value.code == 130 and len(judged) == 1  # of three
     assert "finishing the validation at step 4, then saving" in capfd.readouterr().err
-    assert "step 4: its validation was cut short" in caplog.text
+    assert "step 4: the validation was cut short" in caplog.text
     assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["step_000004"]
 
 
@@ -141,7 +141,7 @@ def test_a_training_that_was_interrupted_goes_on_bit_for_bit_by_the_command_that
     assert "Ctrl-C: finishing step" in said and "SIGINT: wrote" in said and "Traceback" not in said
     (checkpoint,) = list_checkpoints(tmp_path / "run/checkpoints")
     assert 0 < json.loads((checkpoint / "state.json").read_text())["step"] < 60
-    command = shlex.split(said.partition("go on with: ")[2].splitlines()[0])
+    command = shlex.split(said.partition("continue with: ")[2].splitlines()[0])
     assert command[:2] == ["python", "train_vae.py"] and command[-2:] == ["--resume", "latest"]
     forked.run("train_vae", command[2:], tmp_path / "again.txt")
     assert "resumed from" in (tmp_path / "again.txt").read_text()
@@ -169,7 +169,7 @@ def test_an_interrupt_while_latents_are_encoded_keeps_those_that_are(tmp_path, m
         train_ldm.main(args)
     assert end.value.code == 130 and len(encoded) == 3
     said = capfd.readouterr().err
-    assert "Ctrl-C: ending" in said and "go on with: python train_ldm.py" in said
+    assert "Ctrl-C: ending" in said and "continue with: python train_ldm.py" in said
     assert len(list((tmp_path / "run/latents").rglob("*.safetensors"))) == 2
     AcceleratorState._reset_state(reset_partial_state=True)
     train_ldm.main([*args, "--resume=latest"])
@@ -195,7 +195,10 @@ def test_a_truncated_checkpoint_is_passed_over_and_named(run, name, caplog):
     os.truncate(last / name, (last / name).stat().st_size // 2)
     with caplog.at_level("WARNING", logger="training"):
         go_on()
-    assert f"step_000006: {name}: not what was written" in caplog.text and "goes on from step_000004" in caplog.text
+    assert (
+        f"step_000006: {name}: differs from what was written" in caplog.text
+        and "resumes from step_000004" in caplog.text
+    )
     assert torch.equal(weights(folder), expected)
     assert (folder / "checkpoints/aside_step_000006").is_dir()
 
@@ -207,7 +210,7 @@ def test_a_flipped_bit_is_found(run, caplog):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     go_on()
-    assert "optimizer.bin: not what was written" in caplog.text
+    assert "optimizer.bin: differs from what was written" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["digests.json", "line_ema.safetensors", "optimizer.bin", "state.json"])
@@ -221,7 +224,7 @@ def test_a_checkpoint_without_whole_digests_is_passed_over_too(run, name, caplog
         (last / name).unlink()
     go_on()
     assert "step_000006" in caplog.text and "digests.json" in caplog.text
-    assert "goes on from step_000004" in caplog.text
+    assert "resumes from step_000004" in caplog.text
     assert torch.equal(weights(folder), expected)
 
 
@@ -265,7 +268,7 @@ def test_no_whole_checkpoint_is_an_error_that_names_all(run):
     folder, go_on = run
     for path in list_checkpoints(folder / "checkpoints"):
         os.truncate(path / "optimizer.bin", 10)
-    with pytest.raises(ValueError, match=r"(?s)no whole checkpoint.*step_000006.*step_000004.*step_000002"):
+    with pytest.raises(ValueError, match=r"(?s)no intact checkpoint.*step_000006.*step_000004.*step_000002"):
         go_on()
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ValueError, match="step_000004: optimizer.bin"):  # what was asked for by name is not replaced
@@ -356,10 +359,10 @@ def test_a_volume_that_changed_between_two_runs_is_named(tmp_path):
         (tmp_path / kind / "case_3.nii.gz").unlink()
     after = digests(VolumeDataset(load_cases(config), config))
     assert content_changes(before, after) == {
-        "volume case_1": "holds other voxels",
-        "volume case_3": "is not there any more",
+        "volume case_1": "has other voxels or conditions",
+        "volume case_3": "is missing now",
     }
-    assert content_changes(after, before)["volume case_3"] == "was not there"
+    assert content_changes(after, before)["volume case_3"] == "is new"
 
 
 def test_a_run_whose_volumes_changed_is_refused_and_one_with_a_broken_volume_names_it(tmp_path):
@@ -376,7 +379,7 @@ def test_a_run_whose_volumes_changed_is_refused_and_one_with_a_broken_volume_nam
     whole = path.read_bytes()
     image, _, _ = make_phantom(77, (12, 12, 12))
     write_volume(image, path)
-    with pytest.raises(ValueError, match=r"volume case_1: holds other voxels\nUndo that"):
+    with pytest.raises(ValueError, match=r"volume case_1: has other voxels or conditions\nUndo these"):
         train("--loop.max_steps=3", "--resume=latest")
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(VolumeError, match="case_1.nii.gz"):
@@ -455,7 +458,7 @@ def test_a_collapsed_codebook_is_told_with_a_remedy():
     step.vae.network.codebook.codes[0] = 100  # all cells are nearest to the zeros, of which the first is taken
     losses = {name: value.item() for name, value in step(batch(), generators()).items()}
     (told,) = step.review(losses)
-    assert "has collapsed: cells share 1.0" in told and "losses.commitment" in told
+    assert "has collapsed: latent voxels use 1.0" in told and "losses.commitment" in told
     assert make_step().review({"loss": 1.0}) == []  # no codebook
 
 

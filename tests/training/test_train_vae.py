@@ -13,9 +13,17 @@ from vae_steps import batch, generators, gradients, make_step
 
 from autoencoder import VQGAN3D, AutoencoderKL3D
 from autoencoder.adversarial import Slices, VolumeDiscriminator, discriminator_loss
-from train_vae import AdversarialTrainer, gather_cells, make_adversary
-from training import AdversarialConfig, AutoencoderLosses, CropConfig, LoopConfig, OptimizerConfig
-from training.config import crop_faults
+from training import (
+    AdversarialConfig,
+    AdversarialTrainer,
+    AutoencoderLosses,
+    CropConfig,
+    LoopConfig,
+    OptimizerConfig,
+)
+from training.vae_config import crop_faults
+from training.vae_losses import make_adversary
+from training.vae_step import gather_latents
 
 
 @pytest.mark.parametrize("name", ["l1", "mse", "gradient", "spectrum", "kl"])
@@ -129,7 +137,7 @@ def test_crops_that_are_too_small_for_the_discriminator_are_named():
         options = AdversarialConfig(layers=layers)
         assert crop_faults(CropConfig(shape=(32, side, 32)), (1, 1, 1), options) == []
         ((message, remedy),) = crop_faults(CropConfig(shape=(32, side - 1, 32)), (1, 1, 1), options)
-        assert f"needs {side} voxels a side" in message
+        assert f"needs {side} voxels per side" in message
         assert remedy == "enlarge the crops, or lower adversarial.layers"
 
 
@@ -157,7 +165,7 @@ def test_the_discriminator_accumulates_as_the_autoencoder_does():
 def test_gathering_of_one_process_is_the_identity():
     AcceleratorState._reset_state(reset_partial_state=True)
     cells = torch.randn(5, 3)
-    assert gather_cells(Accelerator(cpu=True), cells) is cells
+    assert gather_latents(Accelerator(cpu=True), cells) is cells
 
 
 @pytest.mark.parametrize("name", ["weight", "start_step", "slices"])

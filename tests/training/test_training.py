@@ -36,7 +36,7 @@ from training import (
     resolve_precision,
     save_model,
 )
-from training.config import to_plain
+from training.engine.config import to_plain
 from training.engine.loss_spikes import StandstillWatch
 from training.engine.sampling_order import training_batches
 
@@ -70,7 +70,7 @@ def test_a_data_set_smaller_than_a_batch():
 
 
 def test_an_empty_data_set_is_named():
-    with pytest.raises(ValueError, match="training split is empty"):
+    with pytest.raises(ValueError, match="training set is empty"):
         ResumableBatchSampler(0, 4, seed=0)
 
 
@@ -196,11 +196,11 @@ def test_the_table_of_a_resumed_run_has_every_step_once(tmp_path):
 
 def test_trackers_that_cannot_work_are_refused_before_the_work(tmp_path, monkeypatch):
     with pytest.raises(
-        ValueError, match="loop.trackers: tensorbord is unknown; there are csv, .*wandb.* work here: csv, tensorboard"
+        ValueError, match="loop.trackers: tensorbord is unknown; choose from csv, .*wandb.*Installed: csv, tensorboard"
     ):
         make_accelerator(line_config(tmp_path, "--loop.trackers=[tensorbord]"))
     with pytest.raises(
-        ValueError, match="comet_ml is not installed: pip install comet-ml; or take of csv, tensorboard"
+        ValueError, match="comet_ml is not installed: pip install comet-ml; or choose from csv, tensorboard"
     ):
         make_accelerator(line_config(tmp_path, "--loop.trackers=[csv, comet_ml]"))
 
@@ -208,7 +208,7 @@ def test_trackers_that_cannot_work_are_refused_before_the_work(tmp_path, monkeyp
         raise RuntimeError("no login")
 
     monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.__init__", locked)
-    match = "could not be started .RuntimeError: no login.; set it up, or leave it out"
+    match = "could not be started .RuntimeError: no login.; set it up, or remove it"
     with pytest.raises(ValueError, match=match), open_run(line_config(tmp_path), "train_vae.py", []):
         pytest.fail("began")
 

@@ -27,12 +27,15 @@ from training import (
     MovingAverage,
     OptimizerConfig,
     derive_seed,
+    ldm_step,
     learning_rate,
 )
 from training.engine import precision
 from training.engine.loss_spikes import SpikeWatch, StandstillWatch
 from training.engine.muon import Muon
 from training.engine.tracking import Progress
+from training.ldm import encode_held_out
+from training.ldm_step import LdmTrainingStep
 from training.splits import PaddedVolumes, digests, load_split
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
 
@@ -217,7 +220,7 @@ def test_an_autoencoder_is_validated_by_its_average():
 CHANNELS = 8  # of the latents of voxels in cells of 2
 
 
-def diffusion_step(unet: dict[str, Any] | None = None, **changes: Any) -> train_ldm.DiffusionStep:
+def diffusion_step(unet: dict[str, Any] | None = None, **changes: Any) -> LdmTrainingStep:
     """On voxels in cells of 2, with a number as condition that training leaves out half the time. `unet`: more of its settings."""
     torch.manual_seed(0)
     vae = SpaceToDepth3D(patch_size=2)
@@ -228,7 +231,7 @@ def diffusion_step(unet: dict[str, Any] | None = None, **changes: Any) -> train_
     nn.init.normal_(network.conv_out.weight, std=0.1)
     learner = Learner("unet", network, OptimizerConfig(warmup_steps=0), ema_decay=0.0, max_steps=100)
     learner.prepare(Accelerator(cpu=True))
-    return train_ldm.DiffusionStep(learner, vae, 2, ["MR"], lambda: make_scheduler("rectified_flow"), **changes)
+    return LdmTrainingStep(learner, vae, 2, ["MR"], lambda: make_scheduler("rectified_flow"), **changes)
 
 
 def latent_batch() -> dict[str, Any]:
@@ -295,8 +298,8 @@ def test_a_unet_is_trained_with_its_own_steps_and_the_error_that_is_asked_for():
 
 def test_previews_are_sampled_with_the_average(monkeypatch):
     step, used = diffusion_step(), []
-    monkeypatch.setattr(train_ldm, "denoise", lambda unet, noise, *_, **__: (used.append((unet, noise)), noise)[1])
-    monkeypatch.setattr(train_ldm, "slices_figure", lambda cases: cases)
+    monkeypatch.setattr(ldm_step, "denoise", lambda unet, noise, *_, **__: (used.append((unet, noise)), noise)[1])
+    monkeypatch.setattr(ldm_step, "slices_figure", lambda cases: cases)
     item = {
         "latents": torch.zeros(1, CHANNELS, 3, 3, 3),
         "image": torch.zeros(1, 6, 6, 6),
@@ -584,7 +587,7 @@ def test_held_out_volumes_are_their_mean_latents():
 
     items: Any = [{"name": "a", "image": torch.zeros(1, 2, 2, 2)}]
     encoder: Any = Unsure()
-    (found,) = train_ldm.encode_held_out(items, encoder, 0, {})
+    (found,) = encode_held_out(items, encoder, 0, {})
     assert torch.equal(found["latents"], torch.full((1, 1, 2, 2, 2), 5.0)) and found["conditions"] == {}
 
 

@@ -24,6 +24,7 @@ from pipelines import MedVolumePipeline
 from pipelines.lora import add_lora, save_lora
 from pipelines.storage.loading import load_autoencoder
 from training import TrainLdmConfig, TrainVaeConfig, parse_config
+from training.ldm import check_prepared
 from volumes import DataConfig, IntensityScaling
 from volumes.data.preprocessing import (
     check_preprocessing,
@@ -147,7 +148,7 @@ def test_every_autoencoder_stores_what_its_volumes_were(kind, data, tmp_path):
     assert stored.config["data"]["resampled"] is True and len(stored.config["subjects"]) == 1
     other = json.loads(json.dumps(dict(stored.config)["data"])) | {"intensity": [CT]}
     with pytest.raises(ValueError, match="window 0 to 1100, the data has window -1000 to 1000"):
-        train_ldm.check_prepared(SimpleNamespace(vae="x"), stored, other)  # pyright: ignore[reportArgumentType]
+        check_prepared(SimpleNamespace(vae="x"), stored, other)  # pyright: ignore[reportArgumentType]
 
 
 def test_another_window_than_the_autoencoder_s_is_refused(data, vae, tmp_path):
@@ -195,7 +196,7 @@ def test_fine_tuning_keeps_a_frozen_encoder_s_window(data, vae, tmp_path, caplog
         train(train_vae, data, tmp_path / "a", *more, "--freeze_encoder=true")
     with caplog.at_level(logging.WARNING):
         folder = train(train_vae, data, tmp_path / "b", *more)
-    assert "learned from volumes prepared in another way: intensity" in caplog.text
+    assert "was trained on volumes prepared otherwise: intensity" in caplog.text
     assert load_autoencoder(folder).config["data"]["intensity"] == [{"kind": "window", "low": 0, "high": 500}]
     section = yaml.safe_load(data.read_text())["data"]
     del section["intensity"]
@@ -212,8 +213,8 @@ def test_an_older_autoencoder_has_a_warning(data, vae, tmp_path, caplog):
     )
     with caplog.at_level(logging.WARNING):
         train(train_ldm, data, tmp_path / "p", f"--vae={tmp_path / 'older'}")
-    assert "older: does not say how its volumes were prepared" in caplog.text
-    assert "older: has no whole record of its training subjects" in caplog.text
+    assert "older: does not record how its volumes were prepared" in caplog.text
+    assert "older: its record of training subjects is not complete" in caplog.text
 
 
 # Elsewhere

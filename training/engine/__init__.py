@@ -1,1 +1,1 @@
-"""The training loop: steps, averages, checkpoints, processes. It knows no model."""
+"""The training loop: steps, averages, checkpoints, processes. Imports files, cli and volumes only, and no model."""

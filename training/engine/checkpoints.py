@@ -1,22 +1,22 @@
-"""Checkpoints: everything that a resumed run needs, in one folder that is either complete or not there.
+"""Checkpoints: everything that a resumed run needs, in one folder that is complete or does not exist.
 
     checkpoints/step_000500/
-        model.safetensors, optimizer.bin, random_states_0.pkl, ...    Accelerate's
+        model.safetensors, optimizer.bin, random_states_0.pkl, ...    written by Accelerate
         <learner>_ema.safetensors                                     moving averages
-        <learner>.safetensors, <learner>_optimizer.bin                instead of Accelerate's, of weights that are sharded:
-                                                                      put together, so they are as large as without
+        <learner>.safetensors, <learner>_optimizer.bin                instead of Accelerate's files if weights are sharded:
+                                                                      full tensors, as large as without sharding
         state.json                                                    step, data position, counters
         rng_0.txt                                                     digest of the random state (see `load`)
         digests.json                                                  sha256 of all of these
 
-Data order, crops and noise need no entry: they are functions of (seed, position). Accelerate's .bin and .pkl files are
+Data order, patches and noise need no entry: they are functions of (seed, position). Accelerate's .bin and .pkl files are
 pickles, so only checkpoints inside the run's own folder are ever read.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,8 +33,8 @@ from files.atomic import atomic_folder, remove_folder
 from files.documents import read_object
 
 from .learner import Learner
-from .processes import is_of_another
-from .sharding import collect, restore
+from .processes import is_peer_failure
+from .sharding import FullState, collect, restore
 
 logger = logging.getLogger("training")
 DIGESTS = "digests.json"
@@ -42,7 +42,7 @@ MAX_NAMED = 8  # files in a message
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not what was written: an earlier one may be whole."""
+    """A checkpoint that differs from what was written. An earlier one may be intact."""
 
 
 @dataclass
@@ -51,11 +51,12 @@ class TrainState:
 
     Args:
         step: optimizer steps so far, skipped ones included.
-        samples: training samples seen by all processes together.
-        processes: how many wrote this; 0 if that was not recorded yet.
-        sharded: whether they had divided weights.
-        skipped: steps without effect because a gradient was not finite; `skipped_in_a_row` of them most recently.
-        updates: steps taken, by learner.
+        samples: training samples that all processes together have seen.
+        processes: number of processes that wrote this; 0 if older code wrote it.
+        sharded: whether the weights were sharded.
+        skipped: steps without effect because a gradient was not finite.
+        skipped_in_a_row: the most recent steps, if all of them were skipped.
+        updates: steps that each learner took, by its name.
     """
 
     step: int = 0
@@ -73,13 +74,13 @@ def step_of(checkpoint: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = [p for p in folder.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdecimal()]
-    return sorted((p for p in found if not p.is_symlink()), key=step_of)
+    """Return the complete checkpoints of a run, oldest first."""
+    folders = [p for p in folder.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdecimal()]
+    return sorted((p for p in folders if not p.is_symlink()), key=step_of)
 
 
 def find_checkpoint(resume: str, folder: Path) -> Path | None:
-    """The checkpoint that `resume` means: "latest" (None if the run has none yet) or a folder inside `folder`.
+    """Find the checkpoint of `resume`: "latest" (None if the run has none yet), or a folder inside `folder`.
 
     Raises: ValueError if the folder does not exist or belongs to another run.
     """
@@ -88,27 +89,27 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
     path = Path(resume)
     if not (path / "state.json").is_file():
         raise ValueError(
-            f"--resume {resume}: no checkpoint there; this run has {[p.name for p in list_checkpoints(folder)]}"
+            f"--resume {resume}: there is no checkpoint; this run has {[p.name for p in list_checkpoints(folder)]}"
         )
     if path.resolve().parent != folder.resolve():
         raise ValueError(
-            f"--resume {resume}: checkpoints hold pickles, so only those of this run are read ({folder}); "
-            "to start from another run's weights use --init_from with its final folder"
+            f"--resume {resume}: checkpoints contain pickles, so only those of this run ({folder}) are read; "
+            "to start from another run's weights, use --init_from with its final folder"
         )
     return path
 
 
 def digest_files(folder: Path) -> dict[str, str]:
-    """sha256 of every file but `DIGESTS`, by its path in the folder."""
-    found = {}
+    """Return the sha256 of every file except `DIGESTS`, by its path in the folder."""
+    digests = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS):
         with path.open("rb") as file:
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+            digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
-def read_own(path: Path) -> dict[str, Any]:
-    """An object of a checkpoint's. Raises: DamagedCheckpoint if it is none."""
+def _read_json(path: Path) -> Mapping[str, Any]:
+    """Read a JSON object of a checkpoint. Raises: DamagedCheckpoint if the file does not hold one."""
     try:
         return read_object(path)
     except ValueError as error:
@@ -116,12 +117,12 @@ def read_own(path: Path) -> dict[str, Any]:
 
 
 def rng_digest() -> str:
-    """Fingerprint of torch's global random state."""
+    """Return a digest of torch's global random state."""
     return hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
 
 
 class Checkpointer:
-    """Writes, thins out and reads the checkpoints of one run."""
+    """Writes, reads and deletes the checkpoints of one run."""
 
     def __init__(
         self, accelerator: Accelerator, learners: Sequence[Learner], folder: Path, keep: int, sharded: bool = False
@@ -130,10 +131,10 @@ class Checkpointer:
         self.sharded = sharded
 
     def save(self, state: TrainState) -> Path:
-        """Write checkpoints/step_XXXXXX: a hidden folder, renamed when complete and on the disk. Called by every process.
+        """Write checkpoints/step_XXXXXX: a hidden folder, renamed once it is complete and on the disk. Called by every process.
 
-        Raises: RuntimeError if it cannot be written (a full disk, a folder that is not there any more); then nothing is left
-        of it, and the run's other checkpoints stay.
+        Raises: CannotContinue if it cannot be written (a full disk, a folder that was removed). Then nothing of it remains,
+            and the run's other checkpoints stay.
         """
         final = self.folder / f"step_{state.step:06d}"
         try:
@@ -145,31 +146,27 @@ class Checkpointer:
             if self.accelerator.is_main_process:
                 for old in list_checkpoints(self.folder)[: -self.keep]:
                     remove_folder(old)
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch and safetensors have their own for a full disk
-            if is_of_another(error):
+        # torch and safetensors have exceptions of their own for a full disk.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if is_peer_failure(error):
                 raise
-            whole = [path.name for path in list_checkpoints(self.folder)] or "none yet"
+            complete = [path.name for path in list_checkpoints(self.folder)] or "none yet"
             raise CannotContinue(
-                f"{final}: the checkpoint could not be written ({error}). Whole ones: {whole}. Make room on the disk, or lower "
-                "loop.keep_checkpoints; then go on with --resume latest"
+                f"{final}: the checkpoint could not be written ({error}). Complete checkpoints: {complete}. Make room on the disk, "
+                "or lower loop.keep_checkpoints; then continue with --resume latest"
             ) from error
         self.accelerator.wait_for_everyone()
         return final
 
     @contextmanager
     def _unfinished(self, final: Path) -> Iterator[Path]:
-        """The hidden folder that every process writes to; the main one makes it, and gives it its place."""
+        """Yield the hidden folder that every process writes to. The main process makes it and renames it at the end."""
         with ExitStack() as stack:
             name: list[str] = [""]
             if self.accelerator.is_main_process:
-                made = stack.enter_context(atomic_folder(final))
-                name = [
-                    "/".join(made.parts[-3:])
-                ]  # below the folder of checkpoints, which may be elsewhere on another machine
+                unfinished = stack.enter_context(atomic_folder(final))
+                # Relative to the folder of checkpoints, whose path may differ on another machine.
+                name = ["/".join(unfinished.parts[-3:])]
             broadcast_object_list(name)
             yield self.folder / name[0]
 
@@ -197,39 +194,46 @@ class Checkpointer:
                 torch.save(collected["optimizer"], folder / f"{learner.name}_optimizer.bin")
 
     def resume(self, resume: str) -> tuple[Path, TrainState] | None:
-        """Restore what `resume` means (see `find_checkpoint`), and return where it is; None if there is nothing yet. Called by
-        every process.
+        """Restore the checkpoint of `resume` (see `find_checkpoint`). Called by every process.
 
-        Of "latest", one that is damaged for any of the processes is passed over, and the next older one taken; newer ones
-        than the one that is taken are set aside, so that they are not taken for this run's later.
+        With "latest", a checkpoint that is damaged for any process is skipped, and the next older one is tried. Newer checkpoints
+        than the restored one are set aside, so that a later resume does not use them.
 
-        Raises: ValueError if none is whole, and as `find_checkpoint` and `load` do.
+        Returns: its path and its state; None if there is no checkpoint yet.
+        Raises: ValueError if none is intact, and as `find_checkpoint` and `load`.
         """
         newest = find_checkpoint(resume, self.folder)
         if newest is None:
             return None
         candidates = [p for p in reversed(list_checkpoints(self.folder)) if step_of(p) <= step_of(newest)]
-        refused = []
+        damages: list[str] = []
         for path in candidates if resume == "latest" else [newest]:
-            for stage in (self.check, self.load):  # sharded weights are loaded together: not before all have checked
-                error = None
-                try:
-                    state = stage(path)
-                except DamagedCheckpoint as damage:
-                    error = str(damage)
-                if errors := [one for one in gather_object([error]) if one]:
-                    refused += errors[:1]
-                    logger.warning("%s", errors[0])
-                    break
-            else:
+            state = self._restore(path, damages)
+            if state is not None:
                 self._set_aside(path)
-                return path, state  # pyright: ignore[reportPossiblyUnboundVariable]
-        raise ValueError("\n".join(["--resume: no whole checkpoint:", *refused]))
+                return path, state
+        raise ValueError("\n".join(["--resume: there is no intact checkpoint:", *damages]))
+
+    def _restore(self, path: Path, damages: list[str]) -> TrainState | None:
+        """Check and load `path` in all processes; None, and an entry in `damages`, if it is damaged for any of them."""
+        state = None
+        # Sharded weights are loaded collectively, so all processes check before any loads.
+        for stage in (self.check, self.load):
+            damage = None
+            try:
+                state = stage(path)
+            except DamagedCheckpoint as error:
+                damage = str(error)
+            if found := [message for message in gather_object([damage]) if message]:
+                damages.append(found[0])
+                logger.warning("%s", found[0])
+                return None
+        return state
 
     def _set_aside(self, path: Path) -> None:
         self.accelerator.wait_for_everyone()
         for newer in [p for p in list_checkpoints(self.folder) if step_of(p) > step_of(path)]:
-            logger.warning("%s: set aside as aside_%s, for the run goes on from %s", newer, newer.name, path.name)
+            logger.warning("%s: set aside as aside_%s, because the run resumes from %s", newer, newer.name, path.name)
             if self.accelerator.is_main_process:
                 aside = newer.with_name(f"aside_{newer.name}")
                 if aside.exists():
@@ -238,39 +242,38 @@ class Checkpointer:
         self.accelerator.wait_for_everyone()
 
     def check(self, path: Path) -> TrainState:
-        """Whether `path` can be restored, as far as its files tell; nothing is changed.
+        """Check that `path` can be restored, as far as its files tell. Changes nothing.
 
-        Raises: DamagedCheckpoint if a file is not what was written. ValueError for a link to another place; if the run began
-        without one of the learners; or if it has another number of processes, or
-        another `loop.fsdp`.
+        Raises: DamagedCheckpoint if a file differs from what was written. ValueError for a link to another place; if the run was
+            started without one of the learners, with another number of processes, or with another `loop.fsdp`.
         """
         if links := [p.name for p in path.rglob("*") if not p.resolve().is_relative_to(path.resolve())]:
             raise ValueError(
-                f"{path}: {links} are links to another place; a checkpoint is read from the run's own folder"
+                f"{path}: {links} are links to another place; a checkpoint is read from the run's folder only"
             )
         with _naming_damage(path):
             return self._check(path)
 
     def load(self, path: Path) -> TrainState:
-        """Restore everything from `path`, of which every process knows that all have checked it.
+        """Restore everything from `path`, after all processes have checked it.
 
-        Raises: DamagedCheckpoint if weights do not fit the model; or if the random state was not restored, which Accelerate
-        merely logs.
+        Raises: DamagedCheckpoint if weights do not fit the model, or if the random state was not restored, which Accelerate
+            only logs.
         """
         with _naming_damage(path):
             return self._load(path)
 
     def _check(self, path: Path) -> TrainState:
         if not (path / DIGESTS).is_file():
-            raise DamagedCheckpoint(f"{path}: {DIGESTS} is missing; was it copied in part?")
-        written, found = read_own(path / DIGESTS), digest_files(path)
-        if wrong := sorted(name for name in {*written, *found} if written.get(name) != found.get(name)):
+            raise DamagedCheckpoint(f"{path}: {DIGESTS} is missing; was the copy complete?")
+        written, current = _read_json(path / DIGESTS), digest_files(path)
+        if wrong := sorted(name for name in {*written, *current} if written.get(name) != current.get(name)):
             named = [name if name.isprintable() else repr(name) for name in wrong[:MAX_NAMED]]
             more = f" and {len(wrong) - MAX_NAMED} more" if len(wrong) > MAX_NAMED else ""
             raise DamagedCheckpoint(
-                f"{path}: {', '.join(named)}{more}: not what was written; truncated, or changed since"
+                f"{path}: {', '.join(named)}{more}: differs from what was written; truncated, or changed since"
             )
-        state = TrainState(**read_own(path / "state.json"))
+        state = TrainState(**_read_json(path / "state.json"))
         counters = [
             state.step,
             state.samples,
@@ -280,31 +283,31 @@ class Checkpointer:
             *state.updates.values(),
         ]
         if not all(type(count) is int and count >= 0 for count in counters):
-            raise DamagedCheckpoint(f"{path}: state.json holds counters that are no counts: {counters}")
+            raise DamagedCheckpoint(f"{path}: state.json holds counters that are not counts: {counters}")
         if state.processes not in (0, self.accelerator.num_processes):
             raise ValueError(
-                f"{path}: was written by {state.processes} processes, this run has {self.accelerator.num_processes}; launch "
+                f"{path}: was written by {state.processes} processes, but this run has {self.accelerator.num_processes}; launch "
                 "as many as before"
             )
         if state.sharded is not self.sharded:
-            raise ValueError(f"{path}: was written with loop.fsdp {state.sharded}; resume as the run began")
+            raise ValueError(f"{path}: was written with loop.fsdp {state.sharded}; resume with the same setting")
         if absent := sorted({learner.name for learner in self.learners} - state.updates.keys()):
             raise ValueError(
-                f"{path}: holds no {' and no '.join(absent)}, which this config trains; resume as the run began, or "
-                "start another run (--output) from its weights (--init_from)"
+                f"{path}: holds no {' and no '.join(absent)}, which this config trains; resume with the config that the run was "
+                "started with, or start another run (--output) from its weights (--init_from)"
             )
         return state
 
     def _load(self, path: Path) -> TrainState:
-        state = TrainState(**read_own(path / "state.json"))
+        state = TrainState(**_read_json(path / "state.json"))
         self.accelerator.load_state(str(path))
         for learner in self.learners:
             average = load_file(path / f"{learner.name}_ema.safetensors")
             if self.sharded:
                 weights = load_file(path / f"{learner.name}.safetensors")
                 moments = torch.load(path / f"{learner.name}_optimizer.bin", weights_only=True)
-                state_of = {"model": weights, "average": average, "optimizer": moments}
-                restore(learner.network, learner.ema.module, learner.optimizer, state_of)
+                full = FullState(model=weights, average=average, optimizer=moments)
+                restore(learner.network, learner.ema.module, learner.optimizer, full)
             else:
                 learner.average.load_state_dict(average, strict=True)
             learner.updates = state.updates[learner.name]
@@ -318,17 +321,17 @@ def _naming_damage(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise DamagedCheckpoint(f"{path}: {error.filename or error} is missing; was it copied in part?") from error
+        raise DamagedCheckpoint(f"{path}: {error.filename or error} is missing; was the copy complete?") from error
     except OSError:
         raise
     except Exception as error:  # safetensors, torch, pickle and json each have their own
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
         raise DamagedCheckpoint(
-            f"{path}: cannot be resumed from ({type(error).__name__}: {error}); it is damaged, or of another model. "
-            "--resume latest takes the newest one that is whole"
+            f"{path}: cannot be resumed from ({type(error).__name__}: {error}); it is damaged, or belongs to another model. "
+            "--resume latest uses the newest intact one"
         ) from error
 
 
-def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}

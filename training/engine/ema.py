@@ -9,11 +9,10 @@ from .sharding import local
 
 
 class MovingAverage:
-    """A copy of `model` whose parameters follow it slowly; buffers are copied (a codebook is already an average).
+    """A copy of `model` whose parameters follow it slowly. Buffers are copied (a codebook is already an average).
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)) with the number of updates n, so that the random start is
-    forgotten within a short run.
-    It is a function of n alone: the weights are the only state.
+    The decay warms up as min(decay, (1 + n) / (10 + n)) with the number of updates n, so that a short run, too, forgets the
+    random start. It depends on n only: the weights are the only state.
 
     Args:
         model: the bare network, before Accelerate wraps it.

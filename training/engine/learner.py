@@ -1,6 +1,6 @@
-"""One network that is being trained: its optimizer, learning rate, gradient clipping and moving average.
+"""A network in training: its optimizer, learning rate, gradient clipping and moving average.
 
-A training step owns one learner, or several (a generator and a discriminator, each with its own optimizer).
+A training step has one learner, or several (a generator and a discriminator, each with its own optimizer).
 """
 
 import copy
@@ -15,8 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
-from training.config import OptimizerConfig
-
+from .config import OptimizerConfig
 from .ema import MovingAverage
 from .muon import Muon, is_kernel
 from .sharding import local, shard, whole, whole_weights
@@ -26,7 +25,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
-    """Learning rate of step `step`, from 0: linear warm-up, then half a cosine to `final_lr_ratio` at `max_steps`."""
+    """Return the learning rate of step `step`, from 0: linear warm-up, then half a cosine to `final_lr_ratio` at `max_steps`."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
@@ -35,10 +34,14 @@ def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
 
 
 class Learner(Generic[Model]):
-    """A network with all that trains it.
+    """A network with everything that trains it.
 
-    `model` is what a step calls to compute losses: Accelerate's wrapper, so gradients are averaged over processes.
-    `average` is the network that is validated and saved.
+    The network goes by four names:
+        network: the bare network that is trained. Its weights are sharded under `loop.fsdp`.
+        model: Accelerate's wrapper of it. A step calls it to compute losses, so that gradients are averaged over processes.
+        ema.module: the moving average of `network`, sharded as it is.
+        average: the moving average with full weights, which is validated and saved: `ema.module`, or, if that is sharded, a
+            copy that `gather_average` fills.
     """
 
     def __init__(self, name: str, model: Model, config: OptimizerConfig, *, ema_decay: float, max_steps: int):
@@ -47,8 +50,8 @@ class Learner(Generic[Model]):
         self.model: Any = model
         self.ema = MovingAverage(model, ema_decay)
         self.optimizer: Any = self._make_optimizer()
-        self._whole: nn.Module | None = None  # where the average is divided, a network to put it together in
-        self._gathered = False
+        self._full_average: nn.Module | None = None  # only if the average is sharded
+        self._is_gathered = False
         self.updates = 0
 
     def _make_optimizer(self) -> Muon:
@@ -67,36 +70,36 @@ class Learner(Generic[Model]):
 
     @property
     def average(self) -> Model:
-        """The bare network with averaged weights, in evaluation mode; where it is divided, as `gather` put it together."""
-        return self.ema.module if self._whole is None else self._whole  # pyright: ignore[reportReturnType]
+        """The network with averaged weights, in evaluation mode; if it is sharded, call `gather_average` first."""
+        return self.ema.module if self._full_average is None else self._full_average  # pyright: ignore[reportReturnType]
 
-    def gather(self) -> None:
-        """Put a divided average together, until the next update. Called by every process, before it is used."""
-        if self._whole is not None and not self._gathered:
-            self._whole.load_state_dict(whole_weights(self.ema.module))
-            self._whole.to(self.accelerator.device)
-            self._gathered = True
+    def gather_average(self) -> None:
+        """Gather a sharded average, until the next update. Collective."""
+        if self._full_average is not None and not self._is_gathered:
+            self._full_average.load_state_dict(whole_weights(self.ema.module))
+            self._full_average.to(self.accelerator.device)
+            self._is_gathered = True
 
     def prepare(self, accelerator: Accelerator, *, compile: bool = False, sharded: bool = False) -> None:
         """Move to the accelerator's device and wrap for mixed precision and several processes.
 
         Args:
-            compile: torch.compile the network, in place: no wrapper, so no name in a checkpoint changes. The average
-            stays as it is: validation and previews code whole volumes of any shape. With `dynamic` shapes inductor
-            (torch 2.13, CPU) fails on the U-Net and specializes on them anyway.
-            sharded: divide weights, gradients, optimizer state and average among the processes (training/engine/sharding.py).
+            compile: torch.compile the network in place, without a wrapper, so that names in checkpoints do not change. The
+                average is not compiled: validation and previews code whole volumes of any shape. With `dynamic` shapes
+                inductor (torch 2.13, CPU) fails on the U-Net and specializes on them anyway.
+            sharded: shard weights, gradients, optimizer state and average among the processes (training/engine/sharding.py).
         """
         self.accelerator = accelerator
         if sharded:
-            self._whole = copy.deepcopy(self.ema.module)
-            forward = accelerator.autocast()(self.network.forward)  # what Accelerate does without sharding
+            self._full_average = copy.deepcopy(self.ema.module)
+            forward = accelerator.autocast()(self.network.forward)  # as Accelerate does without sharding
             self.network.forward = convert_outputs_to_fp32(forward)
             for module in (self.network, self.ema.module):
                 shard(module, accelerator)
-            self.optimizer = self._make_optimizer()  # of the divided weights
+            self.optimizer = self._make_optimizer()  # of the sharded weights
             weights = list(self.network.parameters())
-            mine, all_of_it = sum(one.numel() for one in local(weights)), sum(one.numel() for one in weights)
-            logger.info("%s is divided: this process holds %d of %d weights", self.name, mine, all_of_it)
+            held, total = sum(w.numel() for w in local(weights)), sum(w.numel() for w in weights)
+            logger.info("%s is sharded: this process holds %d of %d weights", self.name, held, total)
             self.model.train()
             return
         self.ema.module.to(accelerator.device)
@@ -110,13 +113,13 @@ class Learner(Generic[Model]):
         self.accelerator.backward(loss / self.config.gradient_accumulation)
 
     def update(self, step: int) -> tuple[bool, Tensor]:
-        """Clip and take one optimizer step and one of the average.
+        """Clip the gradient, take an optimizer step and update the average.
 
         Returns: whether the step was taken, and the gradient's norm before clipping. A gradient that is not finite
-        changes nothing but fp16's loss scale.
+        changes only fp16's loss scale.
         """
         self.accelerator.unscale_gradients(self.optimizer)
-        limit = self.config.max_grad_norm or math.inf  # 0: none
+        limit = self.config.max_grad_norm or math.inf  # 0: no clipping
         norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), limit))
         finite = bool(torch.isfinite(norm))
         for group in self.optimizer.param_groups:
@@ -125,25 +128,25 @@ class Learner(Generic[Model]):
             self.optimizer.step()
             self.updates += 1
             self.ema.update(self.network, self.updates)
-            self._release()
+            self._release_average()
         elif self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # lowers fp16's loss scale after the overflow
         self.optimizer.zero_grad(set_to_none=True)
-        return finite, norm.to(self.accelerator.device)  # of no gradients at all it is on the CPU
+        return finite, norm.to(self.accelerator.device)  # without any gradient it is on the CPU
 
     @torch.no_grad()
     def checksums(self) -> tuple[int, int]:
-        """Of what this process holds of the trained weights, and of the average: equal only if no bit of them moved."""
+        """Return checksums of the trained weights, and of the average, that this process holds: equal only if no bit moved."""
         trained = {name for name, weight in self.network.named_parameters() if weight.requires_grad}
-        found = []
+        checksums = []
         for module in (self.network, self.ema.module):
             parts = local(weight for name, weight in module.named_parameters() if name in trained)
             bits = (part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for part in parts)
-            found.append(reduce(lambda crc, part: zlib.crc32(part, crc), bits, 0))
-        return found[0], found[1]
+            checksums.append(reduce(lambda crc, part: zlib.crc32(part, crc), bits, 0))
+        return checksums[0], checksums[1]
 
-    def _release(self) -> None:
-        """The average has moved on: what `gather` put together is of no use any more."""
-        if self._whole is not None and self._gathered:
-            self._whole.to("cpu")
-            self._gathered = False
+    def _release_average(self) -> None:
+        """Free the gathered average, which an update has made outdated."""
+        if self._full_average is not None and self._is_gathered:
+            self._full_average.to("cpu")
+            self._is_gathered = False

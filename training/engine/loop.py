@@ -1,7 +1,4 @@
-"""The training loop: data, state, trackers and checkpoints.
-
-It knows Accelerate and no model; losses and optimizers are the step's.
-"""
+"""The training loop: data, state, trackers and checkpoints. Losses and optimizers are those of the step."""
 
 import contextlib
 import json
@@ -11,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,88 +26,36 @@ from cli.stopping import (
 )
 from files.atomic import write_text
 from files.documents import read_object
-from training.config import (
-    LoopConfig,
-    config_changes,
-    read_config,
-    refuse_changes,
-    save_config,
-    to_plain,
-)
 
 from .checkpoints import Checkpointer, TrainState, list_checkpoints
-from .learner import Learner
+from .config import LoopConfig, RunConfig, config_changes, read_config, refuse_changes, save_config, to_plain
 from .loss_spikes import SpikeWatch, StandstillWatch
 from .processes import report_peer_failure, stop_asked_anywhere
 from .sampling_order import ResumableBatchSampler, derive_seed, training_batches
-from .trackers import CsvTracker
-from .tracking import Progress, log_figure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .step import Items, TrainingStep
+from .tracking import CsvTracker, Progress, log_figure
 
 logger = logging.getLogger("training")
-_VALIDATION, _TRAINING = 1 << 32, 1 << 33  # keep seeds of validation noise, training noise and data order apart
-
-
-class Items(Protocol):
-    """Numbered samples: a map-style data set, or a list."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
-class TrainingStep(Protocol):
-    """What a script gives to the loop."""
-
-    @property
-    def learners(self) -> Sequence[Learner]:
-        """The networks that are trained."""
-        ...
-
-    def __call__(self, batch: Any, generators: list[torch.Generator]) -> dict[str, Tensor]:
-        """Compute losses of one batch and call `learner.backward` on them. All randomness is drawn from `generators`, one a
-        sample: then it makes no difference how a global batch is divided over processes and accumulated parts.
-
-        Returns: detached scalars to log.
-        """
-        ...
-
-    def after_update(self, taken: bool) -> None:
-        """Called after each optimizer step, with whether it was taken: for state that does not move by gradients."""
-        ...
-
-    def review(self, values: dict[str, float]) -> list[str]:
-        """What is wrong with the mean losses of the last steps, in words that name a remedy; often nothing."""
-        ...
-
-    def validate(self, item: Any, generator: torch.Generator) -> dict[str, float]:
-        """Metrics of one held-out item, with the averaged weights."""
-        ...
-
-    def preview(self, items: list[Any]) -> "Figure":
-        """A figure of a few held-out items, with the averaged weights."""
-        ...
+# They keep the seeds of validation noise, training noise and data order apart.
+_VALIDATION = 1 << 32
+_TRAINING = 1 << 33
 
 
 class Loop:
-    """One run.
+    """The loop of a run.
 
     Args:
-        config: the whole run's config: its `loop`, `optimizer`, `output` and `resume` are read; all of it is saved.
-        step: losses and learners; its learners are prepared here.
-        data: training samples; `collate` makes batches of them.
-        validation: held-out items, whole, one at a time; may be empty.
-        contents: what training samples are made of, by name, and a digest of each; a resumed run must have the same.
-    Raises: ValueError if the checkpoint to resume from is not one of this run, or none is whole; and if config or contents
-    are not those of the run, unless `accept_changes` says so.
+        config: the run's config. The loop reads the settings of `RunConfig`, and saves all of it.
+        step: losses and learners; the loop prepares its learners.
+        data, validation, collate, contents: see `Training`.
+    Raises: ValueError if the checkpoint to resume from belongs to another run, or none is intact; and if config or contents differ
+        from those of the run, unless `accept_changes` is set.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        config: Any,
+        config: RunConfig,
         step: TrainingStep,
         data: Items,
         validation: Items,
@@ -120,15 +65,16 @@ class Loop:
         self.accelerator, self.config, self.step = accelerator, config, step
         self.data, self.validation, self.collate = data, validation, collate
         self.options: LoopConfig = config.loop
-        if accelerator.mixed_precision == "fp16" and len(step.learners) > 1:  # Accelerate has one loss scale for all
-            raise ValueError("fp16 with a discriminator is not supported: use loop.mixed_precision bf16 or no")
-        if self.options.fsdp and len(step.learners) > 1:  # its adaptive weight needs the gradient of one whole layer
-            raise ValueError("loop.fsdp: with an adversary it is not supported; set it to false")
+        # Accelerate has one loss scale for all learners.
+        if accelerator.mixed_precision == "fp16" and len(step.learners) > 1:
+            raise ValueError("fp16 with a discriminator is not supported; use loop.mixed_precision bf16 or no")
+        if self.options.fsdp and len(step.learners) > 1:  # the adaptive weight needs a full layer's gradient
+            raise ValueError("loop.fsdp with a discriminator is not supported; set it to false")
         self.output, self.contents = Path(config.output), dict(contents or {})
         described = json.dumps(self.contents, sort_keys=True)
         if len(set(gather_object([described]))) > 1:
             raise ValueError(
-                "the processes read different training volumes; let nobody write to the data while they start, and start again"
+                "the processes read different training volumes; do not write to the data while they start, and start again"
             )
         self.spikes, self.standstill = SpikeWatch(), StandstillWatch()
         for learner in step.learners:
@@ -147,9 +93,9 @@ class Loop:
             if described.is_file():
                 changes |= content_changes(read_object(described), self.contents)
             refuse_changes(changes, self.config.accept_changes)
-        found = self.checkpoints.resume(self.config.resume) if self.config.resume else None
-        if found is not None:
-            path, state = found
+        restored = self.checkpoints.resume(self.config.resume) if self.config.resume else None
+        if restored is not None:
+            path, state = restored
             logger.info("resumed from %s at step %d", path, state.step)
         elif self.config.resume:
             logger.info("nothing to resume in %s yet: starting at step 0", self.checkpoints.folder)
@@ -160,14 +106,14 @@ class Loop:
         return state
 
     def run(self) -> dict[str, float]:
-        """Train to `max_steps`, then validate. Returns the last validation's metrics, which are also in metrics.json.
+        """Train to `max_steps`, then validate. Returns the last validation's metrics, which metrics.json holds too.
 
         The caller ends with `accelerator.end_training()`, which closes the trackers and the process group.
-        On the first Ctrl-C and on SIGTERM the step is finished, a checkpoint written, and the program ends with status 130 or 143; a
-        second Ctrl-C ends it at once.
+        The first Ctrl-C, or SIGTERM, finishes the step, writes a checkpoint and ends the program with status 130 or 143; a second
+        Ctrl-C ends it at once.
 
-        Raises: RuntimeError after `max_skipped` steps in a row with non-finite gradients; if a checkpoint cannot be written;
-        and if another process has ended, or stands still.
+        Raises: CannotContinue after `max_skipped` steps in a row with non-finite gradients; if a checkpoint cannot be written;
+            and if another process has ended or does not answer.
         """
         with report_peer_failure(self.accelerator), stoppable(), self.progress:
             return self._run()
@@ -177,7 +123,7 @@ class Loop:
         for tracker in accelerator.trackers:
             if isinstance(tracker, CsvTracker):
                 tracker.keep_until(state.step)
-            if tracker.name != "tensorboard":  # it would add a folder per start; config.yaml is beside the run
+            if tracker.name != "tensorboard":  # it would add a folder per start, and config.yaml has it
                 tracker.store_init_configuration(to_plain(self.config))
         stream = ResumableBatchSampler(
             len(self.data),
@@ -187,7 +133,7 @@ class Loop:
             process=accelerator.process_index,
             processes=accelerator.num_processes,
         )
-        on_cpu = accelerator.device.type == "cpu"  # where loading takes the cores of the training itself
+        on_cpu = accelerator.device.type == "cpu"  # there, loading takes cores from the training
         workers = options.workers if options.workers is not None else 0 if on_cpu else 2
         batches = training_batches(
             self.data,
@@ -202,7 +148,7 @@ class Loop:
                 self._train(batches)
         finally:
             batches.close()  # ends the processes that load data
-        self._say_whether_it_learned(state.step - state.skipped - taken, before)
+        self._warn_if_nothing_was_learned(state.step - state.skipped - taken, before)
         metrics = self.validate()
         self.preview()
         if accelerator.is_main_process:
@@ -221,9 +167,9 @@ class Loop:
             losses: dict[str, Tensor] = {}
             parts: list[dict[str, Tensor]] = []
             for part in range(accumulation):
-                asked = time.perf_counter()
+                start = time.perf_counter()
                 batch = next(batches)
-                waited += time.perf_counter() - asked
+                waited += time.perf_counter() - start
                 batch = send_to_device(batch, accelerator.device, non_blocking=True)
                 with self._gradients_stay_local(part < accumulation - 1):
                     parts.append(self.step(batch, self._generators(part)))
@@ -236,7 +182,7 @@ class Loop:
             self.step.after_update(finite)
             state.step += 1
             if not finite:
-                self._name_skipped(parts)
+                self._warn_of_skipped(parts)
             state.samples += accumulation * options.batch_size * accelerator.num_processes
             self._count_skipped(finite)
             if finite:
@@ -256,14 +202,15 @@ class Loop:
             if last or stopped or _due(state.step, options.checkpoint_every):
                 now_finishing(f"the checkpoint of step {state.step}")
                 written = self.checkpoints.save(state)
-                stopped = stopped or stop_asked_anywhere(accelerator)  # a signal that came meanwhile needs no other one
+                # A signal that came meanwhile needs no second checkpoint.
+                stopped = stopped or stop_asked_anywhere(accelerator)
                 if stopped:
-                    logger.warning("%s: wrote %s; --resume latest goes on from there", stopped.name, written)
+                    logger.warning("%s: wrote %s; --resume latest continues from there", stopped.name, written)
                     accelerator.end_training()
                     raise Stopped(128 + stopped)
 
-    def _say_whether_it_learned(self, steps: int, before: Sequence[tuple[int, int]]) -> None:
-        """Warn of a run whose weights or loss did not move. `before`: the learners' checksums at its begin."""
+    def _warn_if_nothing_was_learned(self, steps: int, before: Sequence[tuple[int, int]]) -> None:
+        """Warn if weights or loss did not move. `before`: the learners' checksums at the start."""
         moved = {}
         for learner, (weights, average) in zip(self.step.learners, before, strict=True):
             now = learner.checksums()
@@ -272,8 +219,8 @@ class Loop:
             logger.warning("%s", fault)
 
     def _generators(self, part: int) -> list[torch.Generator]:
-        """Noise of each sample of this process's batch, from (seed, number of the sample in the run): one process with a
-        global batch draws what several with its parts draw."""
+        """Return a generator per sample of this process's batch, seeded by (seed, number of the sample in the run): one process with
+        the global batch gets the same noise as several with parts of it."""
         size, accelerator = self.options.batch_size, self.accelerator
         first = self.state.samples + (part * accelerator.num_processes + accelerator.process_index) * size
         return [self._seeded(self.options.seed, _TRAINING, number) for number in range(first, first + size)]
@@ -282,26 +229,26 @@ class Loop:
         return torch.Generator(self.accelerator.device).manual_seed(derive_seed(*numbers))
 
     @contextlib.contextmanager
-    def _gradients_stay_local(self, yes: bool):
-        """Between accumulated batches, gradients are not exchanged between processes."""
+    def _gradients_stay_local(self, local: bool):
+        """Do not exchange gradients between processes until the last accumulated batch."""
         with contextlib.ExitStack() as stack:
-            if yes:
+            if local:
                 for learner in self.step.learners:
                     stack.enter_context(self.accelerator.no_sync(learner.model))
             yield
 
-    def _name_skipped(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
-        """Warn of a step that is skipped, with the samples of this process whose losses are not finite; of gradients alone, which fp16
-        makes infinite by its loss scale, there is no warning in fp16."""
+    def _warn_of_skipped(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
+        """Warn of a skipped step, with the samples of this process whose losses are not finite. In fp16 only losses count, because
+        its loss scale makes gradients infinite now and then."""
         wrong = [part for part, losses in enumerate(parts) if not all(v.isfinite().all() for v in losses.values())]
         if not wrong and self.accelerator.mixed_precision == "fp16":
             return
         what, parts_of = ("loss", wrong) if wrong else ("gradient", range(len(parts)))
         names = ", ".join(name for part in parts_of for name in self._names(part))
-        logger.warning("step %d: skipped, its %s is not finite. Its samples: %s", self.state.step, what, names)
+        logger.warning("step %d: skipped, because its %s is not finite. Its samples: %s", self.state.step, what, names)
 
     def _names(self, part: int) -> list[str]:
-        """Samples of this process's batch number `part` of the step, by their names if the data tell them."""
+        """Return the samples of this process's batch number `part` of the step, by name if the data have names."""
         options, processes = self.options, self.accelerator.num_processes
         start = self.state.samples + part * processes * options.batch_size
         order = {"seed": options.seed, "process": self.accelerator.process_index, "processes": processes}
@@ -315,16 +262,16 @@ class Loop:
         state.skipped += not finite
         if state.skipped_in_a_row >= limit:
             raise CannotContinue(
-                f"step {state.step}: gradients were not finite for {limit} steps in a row, so none of them was taken. "
-                "Lower optimizer.learning_rate, or train with loop.mixed_precision: no; then --resume latest --accept_changes true"
+                f"step {state.step}: gradients were not finite for {limit} steps in a row, so none of these was taken. "
+                "Lower optimizer.learning_rate, or set loop.mixed_precision: no; then --resume latest --accept_changes true"
             )
 
     def _report(self, totals: dict[str, Tensor], counted: Counter[str], data_wait: float) -> None:
-        """Means over the steps since the last report and over processes, to the bar and the trackers.
+        """Report means over processes and over the steps since the last report, to the bar and the trackers.
 
         Args:
-            counted: steps in which each value occurred; an adversary's begin later than the others.
-            data_wait: part of the time, validation included, in which this process waited for its next batch.
+            counted: steps in which each value occurred; those of a discriminator start late.
+            data_wait: fraction of the time, validation included, that this process waited for its next batch.
         """
         means = {name: total.float() / counted[name] for name, total in totals.items()}
         means["data_wait"] = torch.tensor(data_wait, device=self.accelerator.device)
@@ -342,11 +289,11 @@ class Loop:
         self.progress.report(self.state.step, values)
 
     def validate(self) -> dict[str, float]:
-        """Mean of every metric over the held-out items, shared among the processes; empty without such items, and where a signal asks
-        for the end."""
+        """Return the mean of every metric over the held-out items, which the processes share; empty without such items, and if a
+        signal ended it."""
         accelerator, items = self.accelerator, self.validation
-        self._say_phase(f"the validation at step {self.state.step}")
-        self._gather()
+        self._show_phase(f"the validation at step {self.state.step}")
+        self._gather_averages()
         if not len(items):
             return {}
         sums: dict[str, float] = {}
@@ -355,17 +302,17 @@ class Loop:
                 break
             generator = self._seeded(self.options.seed, _VALIDATION, index)
             item = items[index]
-            found = self.step.validate(send_to_device(item, accelerator.device), generator)
-            if wrong := ", ".join(name for name, value in found.items() if not math.isfinite(value)):
+            values = self.step.validate(send_to_device(item, accelerator.device), generator)
+            if wrong := ", ".join(name for name, value in values.items() if not math.isfinite(value)):
                 volume = item.get("name", f"item {index}")
-                logger.warning("step %d: of the validation volume %s, %s is not finite", self.state.step, volume, wrong)
-            for name, value in found.items():
+                logger.warning("step %d: validation volume %s: %s is not finite", self.state.step, volume, wrong)
+            for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value
         metrics: dict[str, float] = {}
         self.progress.doing()
         parts = gather_object([sums])
         if stop_asked_anywhere(accelerator):
-            logger.warning("step %d: its validation was cut short", self.state.step)
+            logger.warning("step %d: the validation was cut short", self.state.step)
             return {}
         for part in parts:
             for name, value in part.items():
@@ -375,26 +322,26 @@ class Loop:
         logger.info("step %d  validation (%d items): %s", self.state.step, len(items), text)
         return metrics
 
-    def _gather(self) -> None:
+    def _gather_averages(self) -> None:
         for learner in self.step.learners:
-            learner.gather()
+            learner.gather_average()
 
     def preview(self) -> None:
-        """Draw the first few held-out items, on the main process; nothing where a signal asks for the end."""
+        """Draw the first few held-out items, in the main process; nothing if a signal came."""
         count = min(self.options.previews, len(self.validation))
         if stop_asked_anywhere(self.accelerator):
             return
-        self._say_phase(f"the preview of step {self.state.step}")
-        self._gather()
+        self._show_phase(f"the preview of step {self.state.step}")
+        self._gather_averages()
         if count and self.accelerator.is_main_process:
             items = [send_to_device(self.validation[i], self.accelerator.device) for i in range(count)]
             log_figure(self.accelerator, self.step.preview(items), "preview", self.state.step, self.output / "previews")
         self.progress.doing()
         self.accelerator.wait_for_everyone()
 
-    def _say_phase(self, phase: str) -> None:
+    def _show_phase(self, phase: str) -> None:
         self.progress.doing(phase)
-        now_finishing(f"{phase}, then saving")  # without effect after the last checkpoint, when a signal ends at once
+        now_finishing(f"{phase}, then saving")  # no effect after the last checkpoint, when a signal ends at once
 
 
 def _due(step: int, every: int) -> bool:
@@ -402,8 +349,9 @@ def _due(step: int, every: int) -> bool:
 
 
 def content_changes(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
-    """How the training volumes differ from those of before, by name, in words."""
-    changes = {f"volume {name}": "is not there any more" for name in old.keys() - new.keys()}
-    changes |= {f"volume {name}": "was not there" for name in new.keys() - old.keys()}
-    changes |= {f"volume {name}": "holds other voxels" for name in old.keys() & new.keys() if old[name] != new[name]}
+    """Return how the training volumes differ from those the run was started with, by name."""
+    changes = {f"volume {name}": "is missing now" for name in old.keys() - new.keys()}
+    changes |= {f"volume {name}": "is new" for name in new.keys() - old.keys()}
+    other = "has other voxels or conditions"
+    changes |= {f"volume {name}": other for name in old.keys() & new.keys() if old[name] != new[name]}
     return dict(sorted(changes.items()))

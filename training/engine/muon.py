@@ -5,6 +5,7 @@ direction of the matrix learns at the same rate. Compare with `--optimizer.algor
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .sharding import divided_as, whole
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The semi-orthogonal matrices near `matrices` (..., rows, columns): their singular values are brought near 1.
+    """Return the semi-orthogonal matrices near `matrices` (..., rows, columns), whose singular values are near 1.
 
     A quintic Newton-Schulz iteration whose coefficients make small singular values grow fast and leave all of them
     within about 0.7 to 1.2 (Jordan et al. 2024); that is enough for an update's direction and needs matrix products
@@ -37,7 +38,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def is_kernel(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is the kernel of a hidden convolution; the first and the last have few channels on a
+    """Return whether a parameter is the kernel of a hidden convolution; the first and the last have few channels on one
     side."""
     return parameter.ndim > 2 and parameter.shape[2:].numel() > 1 and min(parameter.shape[:2]) > 8
 
@@ -49,12 +50,13 @@ class Muon(torch.optim.AdamW):
     Muon's update is scaled by 0.4 * sqrt(max(rows, columns)), about the size of AdamW's (Liu et al. 2025, section 2.2,
     use 0.2), so that both groups share one learning rate and one schedule.
 
-    A kernel that is divided among processes has its momentum divided too; its direction is put together, and orthogonalized by
-    all of them.
+    The momentum of a sharded kernel is sharded too; its direction is gathered, and every process orthogonalizes it.
     """
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's own looks for its `step` in every parameter's state
+    def __setstate__(self, state: Mapping[str, object]) -> None:
+        torch.optim.Optimizer.__setstate__(
+            self, dict(state)
+        )  # AdamW's own looks for its `step` in every parameter's state
 
     @torch.no_grad()
     def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -69,8 +71,8 @@ class Muon(torch.optim.AdamW):
                 self._update_kernels(group)
         return loss
 
-    def _update_kernels(self, group: dict[str, Any]) -> None:
-        """Muon's step; kernels of one shape are orthogonalized together."""
+    def _update_kernels(self, group: Mapping[str, Any]) -> None:
+        """Take Muon's step. Kernels of the same shape are orthogonalized together."""
         same_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for kernel in group["params"]:
             if kernel.grad is not None:

@@ -1,4 +1,4 @@
-"""A run's output folder: tried, free of links, and models written into it whole or not at all."""
+"""A run's output folder: check that it can be written to and holds no links; write models into it atomically."""
 
 import errno
 import tempfile
@@ -15,7 +15,7 @@ from files.remote import refuse_url
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder of a run, and try it before hours of work. Raises: ValueError if nothing can be written there."""
+    """Make the folder of a run, and write to it once before hours of work. Raises: ValueError if that fails."""
     refuse_url(folder, "--output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -27,37 +27,37 @@ def check_writable(folder: Path) -> None:
 
 @contextmanager
 def explain_disk_full(output: Path) -> Iterator[None]:
-    """Raises: ValueError with a remedy in the place of a full disk's error."""
+    """Replace the error of a full disk. Raises: ValueError with a remedy."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ValueError(
-            f"--output {output}: {error.strerror}; make room, and run the same command again: it goes on with what is there"
+            f"--output {output}: {error.strerror}; make room, and run the same command again: it resumes"
         ) from error
 
 
 def refuse_links(paths: Iterable[Path]) -> None:
-    """Raises: ValueError naming one of `paths` that is a link: what is written there would go to another place."""
+    """Raises: ValueError if one of `paths` is a link, because files written there would go to another place."""
     for path in paths:
         if path.is_symlink():
             raise ValueError(
-                f"{path}: is a link; a run writes into its own folder alone. Remove the link, or give the folder that it leads to "
+                f"{path}: is a link; a run writes only into its own folder. Remove the link, or give the folder that it points to "
                 "as a part of --output"
             )
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """`model.save_pretrained(folder)` that replaces an older folder only once the new one is complete and on the disk.
+    """Call `model.save_pretrained`, and replace an older folder only once the new one is complete and on the disk.
 
-    Raises: CannotContinue if it cannot be written (a full disk, a link in its place); then nothing is left of the new one.
+    Raises: CannotContinue if it cannot be written (a full disk, a link in its place). Then nothing of the new one remains.
     """
     try:
         with atomic_folder(folder) as unfinished:
             model.save_pretrained(str(unfinished), safe_serialization=True)
     except (OSError, SafetensorError) as error:
         raise CannotContinue(
-            f"{folder}: could not be written ({error}). Make room on the disk; the same command with --resume latest goes on "
+            f"{folder}: could not be written ({error}). Make room on the disk; the same command with --resume latest continues "
             "from the last checkpoint, and writes it"
         ) from error

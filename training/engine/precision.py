@@ -1,10 +1,10 @@
-"""Which precision to compute in."""
+"""The precision to compute in."""
 
 import torch
 
 
 def native_bf16() -> bool:
-    """Whether this machine computes in bf16 natively: a CUDA device that says so, or a CPU with the instructions.
+    """Return whether this machine computes in bf16 natively: a CUDA device that reports so, or a CPU with the instructions.
 
     Elsewhere bf16 is emulated: on a CPU with AVX2 alone a 3-D convolution is about 100 times slower than in float32.
     """
@@ -14,5 +14,5 @@ def native_bf16() -> bool:
 
 
 def resolve_precision(name: str) -> str:
-    """ "auto" -> "bf16" where it is native, else "no"; other names as they are."""
+    """Resolve "auto" to "bf16" where it is native, else to "no". Other names stay."""
     return ("bf16" if native_bf16() else "no") if name == "auto" else name

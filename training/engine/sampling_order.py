@@ -1,8 +1,8 @@
 """The order in which training sees its samples, as a pure function of (seed, position), so that a resume is exact.
 
-Nothing here is advanced and saved: sample number `s` of a run is position `s % n` of the permutation of epoch `s // n`.
-A resumed run asks for the next number and gets what the uninterrupted run would have got, with any number of workers,
-persistent or not.
+Nothing here has state to save: sample number `s` of a run is position `s % n` of the permutation of epoch `s // n`.
+A resumed run continues with the next number and gets what the uninterrupted run would have got, with any number of
+workers, persistent or not.
 """
 
 from collections.abc import Generator, Iterator
@@ -16,9 +16,9 @@ from .processes import outlive_signals
 
 
 def derive_seed(*numbers: int) -> int:
-    """One 63-bit seed from non-negative integers such as (seed, step, process), mixed by numpy's SeedSequence.
+    """Mix non-negative integers such as (seed, step, process) into one 63-bit seed, by numpy's SeedSequence.
 
-    SeedSequence takes (1,) and (1, 0) for one; how many there are, at the end, keeps them apart.
+    SeedSequence does not distinguish (1,) from (1, 0), so their number is appended.
     """
     return int(np.random.SeedSequence((*numbers, len(numbers))).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -26,14 +26,14 @@ def derive_seed(*numbers: int) -> int:
 class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of (epoch, index) keys for one process.
 
-    Epochs follow each other without a gap: a batch may hold the end of one and the beginning of the next, so every
-    batch is full and no sample is ever dropped, however small the data set.
+    A batch may hold the end of one epoch and the beginning of the next, so every batch is full and no sample is dropped,
+    however small the data set.
 
     Args:
         length: number of samples in the data set.
         batch_size: samples per batch and process.
         start: number of samples that all processes together have already seen.
-        process, processes: this process and how many there are; each takes its own slice of every global batch.
+        process, processes: number of this process, and of all; each takes its slice of every global batch.
     Raises: ValueError for an empty data set.
     """
 
@@ -41,7 +41,7 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
         self, length: int, batch_size: int, *, seed: int, start: int = 0, process: int = 0, processes: int = 1
     ):
         if length < 1:
-            raise ValueError("there is nothing to train on: the training split is empty (see `data:` in the config)")
+            raise ValueError("there is nothing to train on: the training set is empty (see `data:` in the config)")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.start, self.process, self.processes = start, process, processes
 
@@ -60,7 +60,7 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 class EpochAwareDataset(Dataset):
-    """A data set asked by (epoch, index): tells the data set its epoch first, in whichever worker process it lives."""
+    """A data set with keys (epoch, index), which sets the data set's epoch first, in whichever worker process it lives."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -76,8 +76,8 @@ class EpochAwareDataset(Dataset):
 def training_batches(
     dataset: Any, stream: ResumableBatchSampler, *, workers: int, collate: Any, pin_memory: bool
 ) -> Generator[Any, None, None]:
-    """Endless collated batches in the order of `stream`, loaded by `workers` processes (0: in this one), which end with
-    `close()`."""
+    """Yield collated batches without end, in the order of `stream`, loaded by `workers` processes (0: by this one), which end
+    with `close()`."""
     yield from DataLoader(
         EpochAwareDataset(dataset),
         batch_sampler=stream,

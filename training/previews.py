@@ -1,4 +1,4 @@
-"""Held-out volumes beside what a model makes of them, as pictures in the units of their files."""
+"""Pictures of held-out volumes beside what a model makes of them, in the units of their files."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,20 +8,26 @@ from torch import Tensor
 
 from volumes import LinearScale, merge_channels
 
+from .splits import WholeVolume
+
 
 def preview_case(
-    item: Mapping[str, Any], images: Mapping[str, Tensor], channels: Sequence[str], label_maps: bool = False
+    item: WholeVolume,
+    images: Mapping[str, Tensor],
+    channels: Sequence[str],
+    label_maps: bool = False,
+    show_mask: bool = True,
 ) -> dict[str, Any]:
-    """What `volumes.slices_figure` draws of one case.
+    """Return a case for `volumes.slices_figure`.
 
     Args:
-        item: of `PaddedVolumes`.
         images: (C, X, Y, Z) in [-1, 1] by name, such as "real" and "generated".
         channels: names of the C channels.
-        label_maps: whether the channels are the labels of a map, which is drawn instead.
+        label_maps: whether the channels are the labels of a label map, which is drawn instead.
     """
     arrays = {name: image.detach().float().cpu().numpy() for name, image in images.items()}
-    case = {"title": item["name"], **{key: item[key] for key in ("mask", "spacing", "axes") if key in item}}
+    shown = ("mask", "spacing", "axes") if show_mask else ("spacing", "axes")
+    case = {"title": item["name"], **{key: item.get(key) for key in shown if key in item}}
     if label_maps:
         maps = {name: merge_channels(array, range(len(array) + 1)) for name, array in arrays.items()}
         return {**case, "images": maps, "labels": True}

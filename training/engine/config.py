@@ -1,0 +1,238 @@
+"""Settings of a run that are the same for every model, and how a run's settings are saved and compared."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import yaml
+
+from cli.settings import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Seed,
+    Share,
+    ShareBelowOne,
+    checked,
+)
+from files.atomic import write_text
+from files.documents import read_yaml
+
+logger = logging.getLogger("training")
+MAX_WORKERS = 1024
+MAX_MINUTES = 366 * 24 * 60
+RHYTHM = (
+    "log_every",
+    "validate_every",
+    "preview_every",
+    "previews",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "trackers",
+)
+LENGTH = ("max_steps", "max_skipped", "timeout_minutes", "workers", "compile")
+# Settings that may change in a resumed run: they do not change what is learned.
+FREE = {
+    "output",
+    "inference_steps",
+    "accept_overlap",
+    "cache.folder",
+    *(f"loop.{name}" for name in (*RHYTHM, *LENGTH)),
+}
+# Settings of how a command starts. They say nothing about the run.
+UNCOMPARED = ("resume", "accept_changes", "wait_minutes")
+
+
+@dataclass
+@checked
+class OptimizerConfig:
+    """Muon or AdamW, with linear warm-up and cosine decay.
+
+    Args:
+        algorithm: muon updates the kernels of hidden convolutions by Muon and all other weights by AdamW (see
+            training/engine/muon.py); adamw updates all weights by AdamW.
+        learning_rate: highest learning rate, reached after the warm-up.
+        betas: AdamW's decay rates of the first and second moment; the first is also Muon's momentum.
+        eps: AdamW's epsilon.
+        weight_decay: decoupled weight decay of weights (never of biases and norm scales).
+        warmup_steps: steps of linear warm-up.
+        final_lr_ratio: learning rate at the last step, as a fraction of `learning_rate`.
+        max_grad_norm: gradients are scaled down to this global norm; 0 does not clip.
+        gradient_accumulation: batches whose gradients are averaged for one step.
+    """
+
+    algorithm: Literal["muon", "adamw"] = "muon"
+    learning_rate: PositiveFloat = 1e-3
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.99)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 100
+    final_lr_ratio: Share = 0.01
+    max_grad_norm: NonNegativeFloat = 1.0
+    gradient_accumulation: PositiveInt = 1
+
+
+@dataclass
+@checked
+class LoopConfig:
+    """Length, precision and rhythm of a run.
+
+    Args:
+        max_steps: optimizer steps of the whole run; the learning rate ends there.
+        batch_size: samples per batch and process.
+        seed: seed of weights, data order, patches and noise.
+        mixed_precision: auto is bf16 where the hardware computes in it natively, and no elsewhere.
+        compile: torch.compile the networks, which needs a C++ compiler. Each shape of batch is compiled separately,
+            which takes a minute on a CPU; from the ninth shape on, steps run without it. Use it for long runs on
+            patches, or on volumes of one grid.
+        fsdp: shard weights, gradients, optimizer state and moving average among the processes (FSDP), for networks whose
+            training does not fit on one GPU. The weights alone must fit, because each process validates with all of them.
+        workers: processes that load data, per training process; 0 loads in the training process. Default: 0 on a CPU,
+            2 on other devices. `data_wait` in the log is the fraction of the time spent waiting for data.
+        ema_decay: decay of the moving average of the weights. The average is validated and saved.
+        log_every: steps between reports of the losses; between them only one flag is fetched from the device.
+        validate_every: steps between validations on held-out subjects; 0 validates at the end only.
+        preview_every: steps between previews; 0 draws one at the end only.
+        previews: volumes per preview.
+        checkpoint_every: steps between checkpoints; 0 writes one at the end only.
+        keep_checkpoints: number of checkpoints to keep, the newest; 0 keeps all.
+        max_skipped: the run stops after so many steps in a row with non-finite gradients.
+        timeout_minutes: minutes that processes wait for each other before the job ends. They wait while the main process
+            validates, draws previews and measures the training set, and while a dead process does not answer.
+        trackers: names of trackers: csv (metrics.csv in the output folder), and Accelerate's own that are installed, such as
+            tensorboard or wandb; [] for none.
+    """
+
+    max_steps: PositiveInt = 10_000
+    batch_size: PositiveInt = 4
+    seed: Seed = 0
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    compile: bool = False
+    fsdp: bool = False
+    workers: Annotated[int, Range(0, MAX_WORKERS)] | None = None
+    ema_decay: ShareBelowOne = 0.999
+    log_every: PositiveInt = 20
+    validate_every: NonNegativeInt = 500
+    preview_every: NonNegativeInt = 500
+    previews: NonNegativeInt = 4
+    checkpoint_every: NonNegativeInt = 500
+    keep_checkpoints: NonNegativeInt = 2
+    max_skipped: PositiveInt = 20
+    timeout_minutes: Annotated[float, Range(0, MAX_MINUTES, above=True)] = 120.0
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+
+class RunConfig(Protocol):
+    """The settings that the engine reads; a model's config has them and its own. All of them are saved."""
+
+    output: str
+    optimizer: OptimizerConfig
+    loop: LoopConfig
+    resume: str | None
+    accept_changes: bool
+    wait_minutes: float
+
+
+def warn_of_long_warmup(optimizer: OptimizerConfig, loop: LoopConfig) -> None:
+    """Log a warning if the run ends before its warm-up does."""
+    if optimizer.warmup_steps > loop.max_steps:
+        logger.warning(
+            "optimizer.warmup_steps %d exceeds loop.max_steps %d: the learning rate ends at %.2g of %g",
+            optimizer.warmup_steps,
+            loop.max_steps,
+            optimizer.learning_rate * loop.max_steps / optimizer.warmup_steps,
+            optimizer.learning_rate,
+        )
+
+
+def to_plain(config: object) -> dict[str, object]:
+    """Return a config dataclass as nested plain dicts and lists, ready for YAML."""
+    plain = _plain(config)
+    assert isinstance(plain, dict), type(config)
+    return plain
+
+
+def _plain(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field_.name: _plain(getattr(value, field_.name)) for field_ in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def save_config(config: object, path: Path) -> None:
+    """Write `config` as YAML that `--config` reads, completely or not at all."""
+    write_text(path, yaml.safe_dump(to_plain(config), sort_keys=False))
+
+
+def read_config(path: Path) -> dict[str, object]:
+    """Read what `save_config` wrote. Raises: ValueError for any other file."""
+    try:
+        settings = read_yaml(path)
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{path}: is not the config of a run; restore it from a copy, or remove it to resume without this check"
+        )
+    return settings
+
+
+def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value})
+    return flat
+
+
+def defaults(config: Any) -> dict[str, object]:
+    """Return `to_plain` of a config dataclass's defaults; settings without a default are as in `config`."""
+    values: dict[str, object] = {}
+    for field_ in dataclasses.fields(config):
+        value = getattr(config, field_.name)
+        if field_.default is not dataclasses.MISSING:
+            value = field_.default if not dataclasses.is_dataclass(value) else defaults(value)
+        elif field_.default_factory is not dataclasses.MISSING:
+            value = field_.default_factory()
+        elif dataclasses.is_dataclass(value):
+            value = defaults(value)
+        values[field_.name] = value
+    return {key: _plain(value) for key, value in values.items()}
+
+
+def config_changes(old: Mapping[str, object], config: object) -> dict[str, str]:
+    """Return the settings that differ between the plain config `old` and `config`: {"optimizer.eps": "1e-08 -> 1e-07"}.
+
+    `resume`, `accept_changes` and `wait_minutes` do not count, nor do settings at their defaults that did not exist when `old`
+    was written.
+    """
+    before, after, usual, absent = flatten(old), flatten(to_plain(config)), flatten(defaults(config)), "(absent)"
+    changes = {}
+    for name in {**before, **after}:
+        was, now = before.get(name, absent), after.get(name, absent)
+        is_new_setting = name not in before and name in usual and now == usual[name]
+        if was != now and not is_new_setting and name not in UNCOMPARED:
+            changes[name] = f"{was} -> {now}"
+    return changes
+
+
+def refuse_changes(changes: Mapping[str, str], accepted: bool) -> None:
+    """Log changes that a resumed run may have, and those that were accepted. Raises: ValueError for all others."""
+    refused = [f"{name}: {change}" for name, change in changes.items() if name not in FREE]
+    if refused and not accepted:
+        raise ValueError(
+            "--resume: the config or the data differ from those this run was started with:\n  "
+            + "\n  ".join(refused)
+            + "\nUndo these changes, or add --accept_changes true to keep them from here on, or start another run (--output)"
+        )
+    for name, change in changes.items():
+        logger.warning("changed since the run started: %s: %s", name, change)

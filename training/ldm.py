@@ -1,0 +1,234 @@
+"""A latent diffusion model's part of a training: autoencoder, U-Net, latents, and the pipeline or LoRA at the end."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from autoencoder import LatentDistribution, VolumeAutoencoder
+from autoencoder.model import RECORDS
+from autoencoder.residual_noise import check_noise_shape, measure_noise
+from autoencoder.weights import weight_files
+from diffusion import (
+    LatentAugmentation,
+    LatentDataset,
+    LatentUNet3D,
+    build_latent_cache,
+    collate_latents,
+    fold_mask,
+    image_condition,
+    make_scheduler,
+    moved_embeddings,
+)
+from diffusion.completion import complete_model
+from diffusion.denoise import set_timesteps
+from diffusion.latent_cache import weights_hash
+from diffusion.latent_entry import check_latents
+from files.documents import read_object
+from pipelines import MedVolumePipeline
+from pipelines.lora import add_lora, save_lora
+from pipelines.storage.loading import load_autoencoder
+from pipelines.storage.provenance import content_hash, stored_tensors
+from volumes import VolumeDataset, describe
+from volumes.data.preprocessing import preprocessing, refuse_differences
+from volumes.data.subjects import join_records
+
+from .build import build_model, initialize_from
+from .engine.learner import Learner
+from .engine.output import save_model
+from .engine.step import Training
+from .ldm_config import TrainLdmConfig
+from .ldm_step import EncodedVolume, LdmTrainingStep
+from .splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
+
+logger = logging.getLogger("training")
+
+
+def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
+    """Build everything that `run_training` needs to train the U-Net of `config`; encodes the volumes."""
+    vae = load_autoencoder(config.vae).to(accelerator.device)
+    check_prepared(config, vae, preprocessing(config.data))  # before anything is read
+    train, held_out = load_split(config.data)
+    check_prepared(config, vae, train.preprocessing)
+    earlier = check_unseen(config, vae, held_out)
+    data = describe(train)
+    images = image_latents(config, vae)
+    config.model = complete_model(config.model, vae, data, images)  # the run's config.yaml has all of it
+    check_residual_noise(config, train)
+    set_seed(config.loop.seed)
+    unet = build_unet(config)
+    if config.init_from:
+        fresh = init_unet(unet, config.init_from)
+        logger.info("started from %s; layers that start fresh: %s", config.init_from, fresh or "none")
+    base = attach_lora(unet, config) if config.lora else None
+    step = build_step(config, unet, vae)
+    # An unsupported scheduler is refused now, not at the first preview.
+    set_timesteps(step.make_scheduler(), config.inference_steps, None, accelerator.device)
+
+    num_labels = unet.config["num_labels"]
+    latents = encode_training(train, vae, config, accelerator)
+    validation = encode_held_out(PaddedVolumes(held_out, vae.stride), vae, num_labels, images) if held_out else []
+    records = join_records([*earlier, own_record(train, held_out)])
+
+    def finish() -> None:
+        output, average = Path(config.output), step.unet.average
+        if base is not None:
+            trained_on = {"data": train.preprocessing, "subjects": records}
+            logger.info("saved %s", save_lora(average, output / "lora", base, trained_on=trained_on))
+            return
+        noise = tuple(measure_noise(train, vae)) if config.residual_noise else data.residual_noise
+        described = dataclasses.replace(data, residual_noise=noise)
+        average.register_to_config(subjects=records)
+        save_model(MedVolumePipeline(vae, average, step.make_scheduler(), data=described), output / "pipeline")
+        logger.info("saved %s", output / "pipeline")
+
+    return Training(
+        step,
+        finish,
+        latents,
+        validation,
+        collate=partial(collate_latents, stride=vae.stride, num_labels=num_labels, images=images),
+        contents={**digests(train), "autoencoder": weights_hash(vae.encoder)},
+    )
+
+
+def image_latents(config: TrainLdmConfig, vae: VolumeAutoencoder) -> dict[str, slice]:
+    """Return the latent channels of each condition channel, by its name."""
+    channels = config.data.channels
+    return {name: vae.latents_of(channels.index(name)) for name in config.data.condition_channels}
+
+
+def build_unet(config: TrainLdmConfig) -> LatentUNet3D:
+    """Build the U-Net of a config that `complete_model` has completed."""
+    unet: LatentUNet3D = build_model(config.model)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet
+
+
+def build_step(config: TrainLdmConfig, unet: LatentUNet3D, vae: VolumeAutoencoder) -> LdmTrainingStep:
+    """Build the training step of `unet`, with its optimizer and average."""
+    learner = Learner("unet", unet, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
+    scheduler = partial(
+        make_scheduler, unet.config["objective"], unet.train_steps, name=config.scheduler, bound=vae.latent_bound()
+    )
+    label_maps = bool(config.data.image_labels)
+    channels = config.data.channels
+    return LdmTrainingStep(learner, vae, config.inference_steps, channels, scheduler, config.loss, label_maps)
+
+
+def check_prepared(config: TrainLdmConfig, vae: VolumeAutoencoder, facts: Mapping[str, object]) -> None:
+    """Check that the autoencoder was trained on volumes that were prepared as `facts` say.
+
+    Raises: ValueError if they were prepared otherwise. An older autoencoder that does not record it gives a warning, once the
+    spacing is known.
+    """
+    channels = facts["channels"]
+    assert isinstance(channels, list)
+    vae.check_channels(channels)
+    learned = vae.config["data"]
+    refuse_differences(learned, facts, f"vae {config.vae}")
+    if learned is None and "spacing" in facts:
+        logger.warning(
+            "vae %s: does not record how its volumes were prepared (it is older), so this was not checked",
+            config.vae,
+        )
+
+
+def check_unseen(
+    config: TrainLdmConfig, vae: VolumeAutoencoder, held_out: VolumeDataset | None
+) -> Sequence[Mapping[str, object]]:
+    """Return the records of the U-Net that this training starts from; none without `init_from`.
+
+    Raises: ValueError if the autoencoder or that U-Net was trained on subjects that are held out here.
+    """
+    refuse_seen(vae.config["subjects"], config.data, held_out, f"vae {config.vae}", accepted=config.accept_overlap)
+    described = Path(config.init_from or "") / "config.json"
+    if config.init_from is None:
+        return []
+    records = read_object(described).get("subjects") if described.is_file() else None
+    refuse_seen(records, config.data, held_out, f"init_from {config.init_from}", accepted=config.accept_overlap)
+    return join_records(records)
+
+
+def check_residual_noise(config: TrainLdmConfig, train: VolumeDataset) -> None:
+    """Raises: ValueError if the config asks for residual noise that cannot be measured."""
+    if not config.residual_noise:
+        return
+    if config.data.image_labels:
+        raise ValueError("residual_noise: label maps have none; remove it from the config")
+    if config.lora:
+        raise ValueError("residual_noise: a LoRA uses that of its pipeline; remove it from the config")
+    check_noise_shape([min(sides) for sides in zip(*train.shapes, strict=True)])
+
+
+def init_unet(unet: LatentUNet3D, folder: str | Path) -> list[str]:
+    """Load a trained U-Net's weights (`initialize_from`). Classes and numbers are matched by name; new ones start at zero."""
+    described = Path(folder) / "config.json"
+    moved = moved_embeddings(read_object(described), unet.config) if described.is_file() else None
+    return initialize_from(unet, folder, new="condition_embedding", moved=moved)
+
+
+def attach_lora(unet: LatentUNet3D, config: TrainLdmConfig) -> str:
+    """Attach the config's LoRA to the U-Net that the training starts from. Returns the hash of that U-Net.
+
+    Raises: ValueError without `init_from`, or if the model section differs from it.
+    """
+    assert config.lora is not None
+    described = Path(config.init_from or "") / "config.json"
+    if config.init_from is None or not described.is_file():
+        raise ValueError(
+            f"lora needs --init_from, the folder of a trained U-Net (PIPELINE/unet); got {config.init_from}"
+        )
+    base, settings = read_object(described), json.loads(unet.to_json_string())
+    public = [key for key in settings if key[0] != "_" and key not in RECORDS]
+    wrong = [f"{key} is {settings[key]}, not {base.get(key)}" for key in public if settings[key] != base.get(key)]
+    if wrong:
+        raise ValueError(
+            f"a LoRA belongs to one U-Net, but the model differs from {config.init_from}: {'; '.join(wrong)}"
+        )
+    stored = stored_tensors(weight_files(Path(config.init_from)))  # as the pipeline hashes them, in whatever precision
+    add_lora(unet, **dataclasses.asdict(config.lora))
+    return content_hash({"unet": (unet.config, stored)})
+
+
+@torch.no_grad()
+def encode_held_out(
+    volumes: PaddedVolumes, vae: VolumeAutoencoder, num_labels: int, images: Mapping[str, slice]
+) -> list[EncodedVolume]:
+    """Encode the held-out volumes."""
+    items = []
+    for item in volumes:
+        posterior: LatentDistribution = vae.encode(item["image"][None].to(vae.device), return_dict=False)[0]
+        check_latents(posterior, item["name"])
+        columns = {key: item.get(key) for key in ("classes", "numbers")}
+        conditions = {key: values[None] for key, values in columns.items() if values is not None}
+        if num_labels:
+            assert "mask" in item
+            conditions["mask"] = fold_mask(item["mask"][None], vae.stride, num_labels)
+        latents = posterior.mode().cpu()
+        if images:
+            conditions["image"] = image_condition(latents, images)
+        items.append(EncodedVolume(**item, latents=latents, conditions=conditions))
+    return items
+
+
+def encode_training(
+    dataset: VolumeDataset, vae: VolumeAutoencoder, config: TrainLdmConfig, accelerator: Accelerator
+) -> LatentDataset:
+    """Build the latent cache of the training volumes; each process encodes its share."""
+    cache = config.cache
+    folder = cache.folder or Path(config.output) / "latents"
+    augmentation = LatentAugmentation(
+        cache.versions, cache.flip_axes, cache.shift, cache.rotate, cache.scale, cache.deform, config.loop.seed
+    )
+    shard = (accelerator.process_index, accelerator.num_processes)
+    latents = build_latent_cache(dataset, vae, folder, augmentation, shard=shard, progress=accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    return latents

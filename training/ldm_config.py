@@ -1,0 +1,112 @@
+"""Settings of `train_ldm.py`."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from cli.settings import (
+    Axis,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    ShareBelowOne,
+    UserPath,
+    checked,
+)
+from volumes.data.config import DataConfig
+
+from .engine.config import MAX_MINUTES, LoopConfig, OptimizerConfig, warn_of_long_warmup
+
+
+@dataclass
+@checked
+class LatentCacheConfig:
+    """Latents of the training volumes, computed once.
+
+    Args:
+        folder: where they are kept, a folder or its fsspec URL; default: latents/ in the output folder.
+        versions: entries per volume; the first is the volume as it is, the others are augmented.
+        flip_axes: axes (0, 1, 2) along which the other versions are mirrored at random.
+        shift: whether the other versions are shifted at random by less than the autoencoder's stride.
+        rotate: largest rotation of the other versions about each axis, in degrees.
+        scale: largest change of each side of the other versions, as a fraction.
+        deform: standard deviation in voxels of a smooth random displacement of the other versions.
+    """
+
+    folder: UserPath | None = None
+    versions: PositiveInt = 1
+    flip_axes: tuple[Axis, ...] = ()
+    shift: bool = False
+    rotate: Annotated[float, Range(0, 180)] = 0.0
+    scale: ShareBelowOne = 0.0
+    deform: NonNegativeFloat = 0.0
+
+
+@dataclass
+@checked
+class LoraConfig:
+    """Train a LoRA (Hu et al. 2022) instead of all weights.
+
+    Args:
+        rank: rank of each layer's update.
+        alpha: the update is scaled by alpha / rank.
+        target_modules: layers that get an update, by their last names: qkv and out (attention), time, conv1 and conv2, ...
+        dropout: dropout of the update's input, in training.
+    """
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 16.0
+    target_modules: list[str] = field(default_factory=lambda: ["qkv", "out", "time", "conv1", "conv2"])
+    dropout: ShareBelowOne = 0.0
+
+
+@dataclass
+@checked
+class TrainLdmConfig:
+    """Train a latent diffusion model on the latents of a trained autoencoder.
+
+    Args:
+        output: folder of the run: config.yaml, checkpoints/, logs/, previews/, and at the end metrics.json and
+            pipeline/ (lora/ if a LoRA is trained).
+        vae: folder of the trained autoencoder (`vae/` of its run).
+        data: the volumes.
+        model: `class:` and that class's constructor arguments, except those that the autoencoder and the data decide.
+        cache: latents of the training volumes.
+        loss: mse, the mean squared error of the prediction, or l1, its mean absolute error.
+        scheduler: class of a diffusers scheduler for previews and for the pipeline, such as DDPMScheduler; default: Euler for
+            rectified flow, DDIM for the other objectives (`diffusion.make_scheduler`).
+        residual_noise: measure the texture that the autoencoder removes from the training volumes, so that the pipeline can add it.
+        gradient_checkpointing: recompute the U-Net's activations in the backward pass instead of keeping them.
+        inference_steps: denoising steps of the previews.
+        optimizer: optimizer and learning rate.
+        loop: length, precision and rhythm.
+        resume: "latest", or a checkpoint folder of this run, to continue exactly from there.
+        accept_changes: resume although the config or the volumes differ from those the run was started with.
+        wait_minutes: how long to wait for another job that writes to `output`, such as one that is ending while its requeue
+            starts; 0 stops at once.
+        init_from: folder of a trained U-Net to start from (fine-tuning).
+        lora: train a LoRA of the U-Net `init_from` instead of its weights.
+        accept_overlap: train although `vae` or `init_from` were trained on subjects, by name, that are held out here.
+    """
+
+    output: UserPath
+    vae: UserPath
+    data: DataConfig
+    model: dict[str, Any]
+    cache: LatentCacheConfig = field(default_factory=LatentCacheConfig)
+    loss: Literal["mse", "l1"] = "mse"
+    scheduler: str | None = None
+    residual_noise: bool = False
+    gradient_checkpointing: bool = False
+    inference_steps: PositiveInt = 20
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    resume: UserPath | None = None
+    accept_changes: bool = False
+    wait_minutes: Annotated[float, Range(0, MAX_MINUTES)] = 0.0
+    init_from: UserPath | None = None
+    lora: LoraConfig | None = None
+    accept_overlap: bool = False
+
+    def __post_init__(self) -> None:
+        warn_of_long_warmup(self.optimizer, self.loop)

@@ -1,0 +1,115 @@
+"""Losses of the autoencoder that need another network: a discriminator that is trained with it, and a frozen one."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from autoencoder import VolumeAutoencoder
+from autoencoder.adversarial import (
+    Slices,
+    VolumeDiscriminator,
+    adaptive_weight,
+    discriminator_loss,
+    draw_slices,
+    feature_matching_loss,
+    generator_loss,
+)
+from autoencoder.perceptual import EncoderFeatures, VGG16Features, perceptual_loss
+from pipelines.storage.loading import load_autoencoder
+
+from .engine.learner import Learner
+from .vae_config import AdversarialConfig, PerceptualConfig, TrainVaeConfig
+
+
+class AdversarialTrainer:
+    """Discriminator training and the adversarial loss terms for the autoencoder."""
+
+    def __init__(self, learner: Learner[VolumeDiscriminator], config: AdversarialConfig):
+        self.learner, self.config = learner, config
+
+    def strength(self, step: int) -> float | None:
+        """Return the warm-up factor, which rises from 0 to 1; None before the start."""
+        since = step - self.config.start_step
+        return None if since < 0 else min(1.0, (since + 1) / (self.config.warmup_steps + 1))
+
+    def generator_loss(
+        self, image: Tensor, reconstruction: Tensor, slices: Slices, reconstruction_loss: Tensor, last_weight: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the autoencoder's adversarial loss and its terms. No gradient reaches the discriminator."""
+        network = self.learner.network.requires_grad_(False)
+        with self.learner.accelerator.autocast():
+            fake = network(reconstruction, slices)
+            with torch.no_grad():
+                real = network(image, slices)
+        network.requires_grad_(True)
+        generator, features = generator_loss(fake), feature_matching_loss(real, fake)
+        scale = torch.ones_like(generator)
+        if self.config.adaptive:
+            scale = adaptive_weight(reconstruction_loss, generator, last_weight)
+        loss = self.config.weight * scale * generator + self.config.feature_matching * features
+        return loss, {"generator": generator, "feature_matching": features, "adaptive_weight": scale}
+
+    def discriminator_step(self, image: Tensor, reconstruction: Tensor, slices: Slices) -> dict[str, Tensor]:
+        """Compute the discriminator's loss and gradients. No gradient reaches the autoencoder."""
+        both = Slices(slices.axis, slices.positions.repeat(2, 1))
+        # One pass for both: DDP allows one forward per backward.
+        outputs = self.learner.model(torch.cat([image, reconstruction.detach()]), both)
+        halves = [[layer.chunk(2) for layer in features] for features in outputs]
+        real, fake = ([[layer[i] for layer in features] for features in halves] for i in range(2))
+        loss = discriminator_loss(real, fake)
+        self.learner.backward(loss)
+        return {"discriminator": loss}
+
+
+class PerceptualLoss:
+    """The perceptual loss by a frozen network."""
+
+    def __init__(self, network: EncoderFeatures | VGG16Features, config: PerceptualConfig):
+        self.network, self.config = network, config
+
+    def __call__(self, image: Tensor, reconstruction: Tensor, fov: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the loss of whole volumes, or of random planes of them if the network takes slices."""
+        if self.network.dims == 2:
+            planes = draw_slices(fov, self.config.slices, generator)
+            image, reconstruction, fov = planes.of(image), planes.of(reconstruction), planes.of(fov)
+        return perceptual_loss(self.network, reconstruction, image, fov)
+
+
+def make_adversary(config: TrainVaeConfig, vae: VolumeAutoencoder) -> AdversarialTrainer | None:
+    """Build the discriminator of the config's section `adversarial`; None without that section."""
+    options = config.adversarial
+    if options is None:
+        return None
+    channels, layers = options.channels, options.layers
+    network = VolumeDiscriminator(
+        vae.config["out_channels"], channels, layers, slices=options.slices > 0, volume=options.volume
+    )
+    optimizer = replace(options.optimizer, gradient_accumulation=config.optimizer.gradient_accumulation)
+    learner = Learner("discriminator", network, optimizer, ema_decay=0.0, max_steps=config.loop.max_steps)
+    return AdversarialTrainer(learner, options)
+
+
+def make_perception(config: TrainVaeConfig, vae: VolumeAutoencoder) -> PerceptualLoss | None:
+    """Load the frozen network of the config's section `perceptual`; None without that section.
+
+    Raises: ValueError if it does not fit the patches or the channels.
+    """
+    options = config.perceptual
+    if options is None:
+        return None
+    path, side, channels = Path(options.network), config.crops.shape, vae.config["out_channels"]
+    network = EncoderFeatures(load_autoencoder(path)) if path.is_dir() else VGG16Features(path)
+    if network.in_channels not in (1, channels):
+        raise ValueError(
+            f"perceptual.network {path}: takes {network.in_channels} channels, but the volumes have {channels}; give "
+            "an autoencoder of as many channels, or of one channel"
+        )
+    if isinstance(network, VGG16Features) and min(side) < network.smallest:
+        raise ValueError(f"crops.shape {side}: VGG-16 needs {network.smallest} voxels per side; enlarge the patches")
+    if isinstance(network, EncoderFeatures) and any(n % s for n, s in zip(side, network.stride, strict=True)):
+        raise ValueError(
+            f"crops.shape {side}: is not a multiple of {network.stride}, the stride of perceptual.network {path}"
+        )
+    return PerceptualLoss(network, options)
