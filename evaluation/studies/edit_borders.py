@@ -61,7 +61,7 @@ from cli.live_bar import LiveBar
 from evaluation.data.seen import check_pipeline
 from evaluation.report import check_report, provenance, write_report
 from evaluation.stats.intervals import INTERVAL, subject_draws
-from pipelines import MedVolumePipeline
+from pipelines import MedVolumeEditPipeline, MedVolumePipeline
 from pipelines.inputs.inpainting import BLEND_MARGIN_MM
 from volumes import Case, Volume, load_cases, read_mask, read_volume
 from volumes.devices import find_device
@@ -125,7 +125,7 @@ def profile(volume: np.ndarray, region: np.ndarray) -> list[float]:
     return [float(face_differences(volume, region, steps).mean()) for steps in DEPTHS]
 
 
-def measure(pipe: MedVolumePipeline, cases: Sequence[Case], options: Namespace) -> dict[str, Any]:
+def measure(pipe: MedVolumeEditPipeline, cases: Sequence[Case], options: Namespace) -> dict[str, Any]:
     """Each region of each case made anew: jumps, profiles, and how many voxels outside the region changed."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in options.regions}
     for case in LiveBar(cases, unit="volume", disable=None):
@@ -188,8 +188,9 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     if len(pipe.data.channels) > 1:
         raise ValueError(f"the jump is measured of one channel, the model makes {list(pipe.data.channels)}")
     check_pipeline(pipe, options.data, cases, options.pipeline, accepted=options.accept_overlap)
-    pipe.set_progress_bar_config(disable=True)
-    result = measure(pipe.to(device), cases, options)
+    editor = MedVolumeEditPipeline.from_pipe(pipe.to(device))
+    editor.set_progress_bar_config(disable=True)
+    result = measure(editor, cases, options)
     settings = {key: options[key] for key in ("pipeline", "split", "strength", "blend_margin", "steps", "seed")}
     report = {"evaluation": "editing", "settings": settings, "depths": list(DEPTHS), "regions": result, **provenance()}
     write_report(options.output, report)

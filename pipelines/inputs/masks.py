@@ -12,6 +12,7 @@ import torch
 from nibabel.orientations import aff2axcodes
 from nibabel.spatialimages import SpatialImage
 
+from pipelines.storage.record import SourceRecord
 from volumes import PADDING, Volume, VolumeError, read_mask, volume_parts
 from volumes.formats.carriers import as_array, carries_geometry, source_file
 from volumes.formats.raw import Reading
@@ -112,7 +113,7 @@ def index_labels(
     return np.where(outside, np.int16(PADDING), indices)
 
 
-def describe_mask(mask: MaskLike) -> dict[str, Any]:
+def describe_mask(mask: MaskLike) -> SourceRecord:
     """Which mask a volume was made from, for its sidecar: file name (None without a file) and sha256.
 
     The hash is of the file's bytes (those of all its files: a .hdr/.img pair, the slices of a DICOM series, in the order of

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +25,8 @@ from files.paths import open_regular
 from pipelines.inputs.arguments import local_path, plain
 from volumes import nifti_path
 from volumes.formats.nifti import VoxelError, check_voxels
+
+from .record import GenerationRecord
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
 FILES = "files"  # a sidecar's entry of the volume's files, in the order of `volume_files`
@@ -91,10 +93,10 @@ def recorded_guidance(scale: Guidance) -> float | dict[str, float] | None:
     return None if effect in (1.0, {}) else effect
 
 
-def header_description(record: Mapping[str, Any]) -> str:
+def header_description(record: GenerationRecord) -> str:
     """The NIfTI `descrip` field, 79 bytes at most: that it is synthetic, by which model, from which seed."""
-    seed = "" if record["seed"] is None else f" seed {record['seed']}"
-    return f"synthetic; {record['software'][:20]}; model {record['model'][:12]}{seed}"
+    seed = "" if record.seed is None else f" seed {record.seed}"
+    return f"synthetic; {record.software[:20]}; model {record.model[:12]}{seed}"
 
 
 def sidecar_path(path: str | os.PathLike) -> Path:
@@ -178,8 +180,12 @@ def describe_file(path: Path) -> dict[str, Any]:
 def volume_files(path: str | os.PathLike, record: Mapping[str, Any]) -> list[Path]:
     """The files of the volume at `path`: that one, or one for each of the record's channels: case_000.nii.gz ->
     case_000_ct.nii.gz, case_000_pet.nii.gz. Raises: ValueError unless it ends in .nii.gz or .nii."""
+    return channel_files(path, record.get("channels"))
+
+
+def channel_files(path: str | os.PathLike, channels: Sequence[str] | None) -> list[Path]:
+    """`volume_files` of a volume with these channels."""
     path, stem = nifti_path(local_path("path", path)), sidecar_path(path).stem
-    channels = record.get("channels")
     return [path.with_name(f"{stem}_{one}{path.name.removeprefix(stem)}") for one in channels] if channels else [path]
 
 

@@ -1,5 +1,6 @@
 """What a saved model says of its training, without loading it: records of whose volumes it learned from, and how they were prepared."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from autoencoder.weights import find_folder, not_on_the_hub
+from files.atomic import refuse_link, remove_leftovers, write_text
 from files.documents import read_object
+from pipelines.lora import LoraMixin
 from volumes.data.preprocessing import check_preprocessing, described_preprocessing
 from volumes.data.subjects import check_subjects, join_records
 from volumes.description import DataDescription
@@ -87,6 +90,24 @@ def read_generated(folder: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: {error}; generate the volumes again") from error
     of_masks = [read_generated(folder / "masks")] if (folder / "masks").is_dir() and made_by(folder / "masks") else []
     return join_records(*(found.get(model) for model in made_by(folder) or [""]), *of_masks)
+
+
+def write_generated_by(pipe: LoraMixin, output: Path) -> None:
+    """Add the pipeline's model to provenance/training_subjects.json, {hash: records of the training subjects} of each model that
+    generated volumes in the folder, by which evaluate.py refuses to evaluate them on such subjects. Nothing is written for a
+    model without any record.
+
+    Raises: ValueError for a damaged file, and for a link in the place of its folder.
+    """
+    if all("salt" not in record for record in pipe.training_subjects):
+        return
+    path = output / GENERATED
+    refuse_link(path.parent)
+    remove_leftovers(path.parent)
+    known = read_object(path) if path.is_file() else {}
+    records = known | {pipe.model_hash: pipe.training_subjects}
+    if records != known:  # evaluate.py measures again where a file is new
+        write_text(path, json.dumps(records, indent=1) + "\n")
 
 
 def made_by(folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ from tiny import mask_image, tiny_pipeline
 
 import generate as command
 import train_ldm
-from pipelines import MedVolumePipeline
+from pipelines import MedVolumePipeline, SamplingConfig, VolumeRequest
 from pipelines.lora import add_lora, save_lora
 from pipelines.storage.trained_on import read_model
 from training import LdmTrainingStep, LoraConfig, TrainLdmConfig, initialize_from, parse_config
@@ -181,7 +181,7 @@ def test_a_sidecar_never_claims_the_base(saved, tmp_path):
         base = pipe.model_hash
         pipe.load_lora_weights(saved[0])
         active = pipe.model_hash
-        assert active != base and pipe.provenance(None, seed=0)["model"] == active
+        assert active != base and pipe.record(VolumeRequest(), SamplingConfig()).model == active
         pipe.fuse_lora()
         assert pipe.model_hash == active
         pipe.unfuse_lora()
