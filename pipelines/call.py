@@ -1,4 +1,4 @@
-"""What one call of a pipeline keeps to itself, so that calls may run side by side, in threads or one within another."""
+"""The state of one call of a pipeline, so that calls may run side by side, in threads or one within another."""
 
 import inspect
 import io
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -82,7 +82,7 @@ class PipelineCalls:
     _interrupt, _guidance_scale, _num_timesteps = map(_of_call, ("interrupt", "guidance_scale", "num_timesteps"))
     _running: list[CallState]
     _last: CallState
-    _progress_bar_config: dict[str, Any]
+    _progress_bar_config: Mapping[str, Any]
 
     @property
     def guidance_scale(self) -> Any:
@@ -132,10 +132,11 @@ class PipelineCalls:
         self._progress_bar_config = kwargs
 
     def progress_bar(self, iterable: Iterable | None = None, total: int | None = None) -> Any:
-        """As diffusers' own."""
+        """As in diffusers."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        options: dict[str, Any] = BAR | {"disable": distributed and torch.distributed.get_rank() != 0}
-        return tqdm(iterable, total=total, **options | getattr(self, "_progress_bar_config", {}))
+        quiet = distributed and torch.distributed.get_rank() != 0
+        options: Mapping[str, Any] = {**BAR, "disable": quiet, **getattr(self, "_progress_bar_config", {})}
+        return tqdm(iterable, total=total, **options)
 
 
 def _trial_bar() -> Any:
@@ -145,14 +146,21 @@ def _trial_bar() -> Any:
     return trial
 
 
+class Changes(TypedDict, total=False):
+    """What a callback changed in the steps of a batch, for the records."""
+
+    latents: list[int]  # steps after which it replaced them
+    guidance_scale: dict[str, float | dict[str, float]]  # {step: scale after it}
+    interrupted_after: int  # steps
+
+
 @dataclass
 class StepCallback:
     """diffusers' `callback_on_step_end` as the one that `denoise` takes, for one batch.
 
     Attributes:
         check_guidance: raises a ValueError for a scale that the call cannot have.
-        changes: what the callback changed, for the records of the batch: {"latents": steps after which it replaced them,
-            "guidance_scale": {step: scale after it}, "interrupted_after": steps made}; empty if nothing.
+        changes: empty if the callback changed nothing.
         total: timesteps of the batch, whatever the callback makes of the pipeline's `_num_timesteps`.
     """
 
@@ -160,7 +168,7 @@ class StepCallback:
     state: CallState
     step_end: "StepEnd"
     check_guidance: Callable[[Any], float | dict[str, float] | None]
-    changes: dict[str, Any] = field(default_factory=dict)
+    changes: Changes = field(default_factory=lambda: Changes())
     total: int = 0
 
     def __post_init__(self) -> None:
@@ -181,7 +189,7 @@ class StepCallback:
             after = checked_latents(returned, latents, inputs)
             if not torch.equal(before, after):  # in place, too
                 if torch.isfinite(before).all() and not torch.isfinite(after).all():
-                    raise ValueError("callback_on_step_end made latents that are not finite (NaN or infinite)")
+                    raise ValueError("callback_on_step_end returned latents that are not finite (NaN or infinite)")
                 replaced = after
                 self.changes.setdefault("latents", []).append(step)
         more = step + 1 < self.total

@@ -78,7 +78,7 @@ class Rejection:
         `sample(numbers, seeds)` samples those volumes from those seeds, and `seed_of(number, rejections)` is the seed of a
         volume after so many rejections. Neither depends on the outcome of other volumes, so no volume does.
         """
-        rejected: list[list[dict[str, Any]]] = [[] for _ in range(count)]
+        rejected: list[list[Mapping[str, Any]]] = [[] for _ in range(count)]
         waiting = list(range(count))
         while waiting:
             seeds = [seed_of(number, len(rejected[number])) for number in waiting]

@@ -1,7 +1,7 @@
 """What a saved model says of its training, without loading it: records of whose volumes it learned from, and how they were prepared."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ GENERATED = (
 class TrainedOn:
     """Records of training subjects (`volumes.data.subjects`), and the facts of `volumes.data.preprocessing`; None if they are not known."""
 
-    subjects: list[dict[str, Any]]
+    subjects: Sequence[Mapping[str, Any]]
     data: Mapping[str, Any] | None
 
 
@@ -61,7 +61,7 @@ def read_model(source: str | Path) -> TrainedOn:
         raise ValueError(f"{path}: holds several LoRAs, {', '.join(one.name for one in loras)}; give the file of one")
     if loras:
         return read_model(path / LORA_WEIGHT_NAME_SAFE if len(loras) > 1 else loras[0])
-    raise ValueError(f"{path}: holds no model: give the folder of a pipeline, an autoencoder or a LoRA")
+    raise ValueError(f"{path}: contains no model: give the folder of a pipeline, an autoencoder or a LoRA")
 
 
 def described_on_the_hub(name: str) -> Path:
@@ -76,7 +76,7 @@ def described_on_the_hub(name: str) -> Path:
         raise not_on_the_hub(name, error) from error
 
 
-def read_generated(folder: Path) -> list[dict[str, Any]]:
+def read_generated(folder: Path) -> Sequence[Mapping[str, Any]]:
     """The records of the models that made the volumes in a folder, and the masks in its masks/, as generate.py writes them there.
 
     Raises: ValueError for a damaged file.
