@@ -6,8 +6,8 @@ data, for `MedVolumePipeline.from_pretrained`. With a `lora:` section it ends wi
 """
 
 from cli.command import run_command
+from training.engine.config import parse_config
 from training.ldm_config import TrainLdmConfig
-from training.parsing import parse_config
 
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse_config(TrainLdmConfig))

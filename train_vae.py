@@ -5,7 +5,7 @@ set in its config. An autoencoder without parameters (autoencoder.SpaceToDepth3D
 """
 
 from cli.command import run_command
-from training.parsing import parse_config
+from training.engine.config import parse_config
 from training.vae_config import TrainVaeConfig
 
 if __name__ == "__main__":  # arguments first: the other imports take seconds

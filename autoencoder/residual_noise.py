@@ -17,6 +17,7 @@ from torch import Tensor
 from cli.live_bar import LiveBar
 from volumes import VolumeDataset, pad_to_multiple
 from volumes.description import NOISE_BINS, NOISE_LEVELS, NOISE_RADIUS, ChannelNoise
+from volumes.placement import center_crop
 
 from .base import VolumeAutoencoder
 
@@ -81,7 +82,7 @@ def fit_noise(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: Sequence[in
         channels = range(len(real))
         squares += np.stack([np.bincount(bins[c].ravel(), residual[c].ravel(), NOISE_BINS) for c in channels])
         counts += np.stack([np.bincount(bins[c].ravel(), minlength=NOISE_BINS) for c in channels])
-        seen = _center(bins, sides)
+        seen = center_crop(bins, sides)
         weights += np.stack([np.bincount(seen[c].ravel(), window, NOISE_BINS) for c in channels])
     if not missing:
         raise ValueError("no volumes to fit a noise model on")
@@ -98,20 +99,17 @@ def fit_noise(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: Sequence[in
 
 
 def _window(sides: Sequence[int]) -> np.ndarray:
-    """Hann's, (*sides)."""
+    """Hann's, (*sides), without its two zeros.
+
+    Not the periodic window of `evaluation.metrics.spectrum` and `spectrum_loss`: the weight of a voxel in the spectrum is also its
+    weight in the curve, and noise models that were shipped were fitted with this one.
+    """
     return np.einsum("x,y,z->xyz", *(np.hanning(side + 2)[1:-1] for side in sides))
 
 
-def _center(volume: np.ndarray, sides: Sequence[int]) -> np.ndarray:
-    """(C, *sides) about the center."""
-    low = [(n - side) // 2 for n, side in zip(volume.shape[1:], sides, strict=True)]
-    x, y, z = (slice(start, start + side) for start, side in zip(low, sides, strict=True))
-    return volume[:, x, y, z]
-
-
-def _power(volume: np.ndarray, sides: Sequence[int]) -> np.ndarray:
+def _power(volume: np.ndarray, sides: tuple[int, ...]) -> np.ndarray:
     """Power spectra (C, *sides) of windowed center crops; their mean is the variance of what varies."""
-    crop, window = np.asarray(_center(volume, sides), np.float64), _window(sides)
+    crop, window = np.asarray(center_crop(volume, sides), np.float64), _window(sides)
     crop = (crop - (crop * window).sum((1, 2, 3), keepdims=True) / window.sum()) * window
     return np.abs(np.fft.fftn(crop, axes=(1, 2, 3))) ** 2 / (window**2).sum()
 

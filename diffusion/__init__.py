@@ -12,19 +12,22 @@ if TYPE_CHECKING:
         ModelMixin,  # the name diffusers looks up when a pipeline folder is loaded
     )
 
-    from .conditions import moved_embeddings
+    from .cache_config import LatentCacheConfig
+    from .condition_embedding import moved_embeddings
+    from .conditioning import Conditions, ConditionSchema, drop_conditions
     from .folding import fold_mask, unfold_mask
-    from .guidance import ConditionNames, check_guidance, drop_conditions
+    from .guidance import check_guidance
     from .images import fold_images, image_condition
-    from .latent_cache import LatentAugmentation, LatentDataset, build_latent_cache, collate_latents
+    from .latent_cache import LatentDataset, build_latent_cache, collate_latents
     from .loss import training_loss
     from .objectives import OBJECTIVES, fit_scheduler, make_scheduler
     from .unet import LatentUNet3D
 
 __all__ = [
     "OBJECTIVES",
-    "ConditionNames",
-    "LatentAugmentation",
+    "ConditionSchema",
+    "Conditions",
+    "LatentCacheConfig",
     "LatentDataset",
     "LatentUNet3D",
     "ModelMixin",

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .guidance import UNNAMED, ConditionNames, Conditions, Guidance, guidance_terms, guided
+from .conditioning import UNCONDITIONED, Conditions, ConditionSchema
+from .guidance import Guidance, guidance_terms, guided
 from .scheduler_options import DPM, UNIPC, Scheduler, check_levels, is_flow, spacing
 
 MAX_STEPS = 100_000
@@ -131,10 +132,10 @@ def denoise(
     unet: nn.Module,
     latents: Tensor,
     scheduler: Scheduler,
-    conditions: Mapping[str, Tensor],
+    conditions: Conditions,
     *,
     guidance_scale: Guidance = 1.0,
-    names: ConditionNames = UNNAMED,
+    schema: ConditionSchema = UNCONDITIONED,
     num_inference_steps: int = 20,
     sigmas: Sequence[float] | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
@@ -153,9 +154,9 @@ def denoise(
     Args:
         latents: standard normal noise (B, C, h, w, d); scaled here to what the scheduler starts from.
         scheduler: one that fits the U-Net's objective (`fit_scheduler`).
-        conditions: keyword arguments of the U-Net, e.g. {"mask": ids (B, h, w, d, r)}.
-        guidance_scale: classifier-free guidance, one scale or one per condition (`guidance_terms`); up to 1 is none. `names`
-        are those of the conditions.
+        conditions: of the batch.
+        guidance_scale: classifier-free guidance, one scale or one per condition (`guidance_terms`); up to 1 is none.
+        schema: the U-Net's `condition_schema`, by which conditions are guided by name.
         sigmas: noise levels to visit, descending from 1, instead of `num_inference_steps` even ones (FlowMatch
         schedulers only).
         progress: makes a tqdm bar, or what has its `update`, of so many timesteps; called before the first.
@@ -185,9 +186,9 @@ def denoise(
     extra = {"generator": generator} if draws_noise else {}
 
     def predict(noisy: Tensor, timestep: Tensor, given: Conditions) -> Tensor:
-        return unet(noisy, timestep, **given, return_dict=False)[0]
+        return unet(noisy, timestep, **given.as_kwargs(), return_dict=False)[0]
 
-    prediction_of = guided(predict, guidance_terms(conditions, names, guidance_scale))
+    prediction_of = guided(predict, guidance_terms(conditions, schema, guidance_scale))
     with nullcontext() if progress is None else progress(len(timesteps)) as bar:
         for step, timestep in enumerate(timesteps):
             scales = hasattr(scheduler, "scale_model_input")
@@ -204,7 +205,7 @@ def denoise(
                 continue
             latents = latents if change.latents is None else change.latents
             if change.guidance_scale is not None:
-                prediction_of = guided(predict, guidance_terms(conditions, names, change.guidance_scale))
+                prediction_of = guided(predict, guidance_terms(conditions, schema, change.guidance_scale))
             if change.stop:
                 break
     return latents

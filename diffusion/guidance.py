@@ -1,33 +1,19 @@
-"""Classifier-free guidance (Ho & Salimans 2022), for one scale or one per condition, in one call of the U-Net a step.
+"""Classifier-free guidance (Ho & Salimans 2022), for one scale or one per condition, in one call of the U-Net per step.
 
-Conditions are the U-Net's keyword arguments: "mask" (B, ..., h, w, d), "image" (B, k, h, w, d), "classes" (B, n) indices
-and "numbers" (B, m), with columns for each named image, class or number. A condition that is left out has its `ABSENT`
-value.
+A prediction without a condition is one with that condition absent, see `conditioning.ABSENT`.
 """
 
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .images import image_columns
+from .conditioning import Conditions, ConditionSchema
 
-ABSENT = {"mask": 0, "image": 0, "classes": -1, "numbers": float("nan")}
-Conditions = Mapping[str, Tensor]
 Guidance = float | Mapping[str, float] | None
 Predict = Callable[[Tensor, Tensor, Conditions], Tensor]
-
-
-def check_dropout(rates: Mapping[str, float], names: Collection[str]) -> None:
-    """Raises: ValueError for names that the model has no condition of, and for rates outside [0, 1)."""
-    if unknown := sorted(set(rates) - set(names)):
-        raise ValueError(f"condition_dropout names {unknown}; the model's conditions are {sorted(names)}")
-    if wrong := {name: rate for name, rate in rates.items() if not 0 <= rate < 1}:
-        raise ValueError(f"condition_dropout is a probability of at least 0 and below 1, got {wrong}")
 
 
 def guidance_in_effect(scale: Guidance, name: str = "guidance_scale") -> float | dict[str, float]:
@@ -58,8 +44,8 @@ def _effective(scale: Any, name: str) -> float:
 
 
 def check_guidance(scale: Guidance, rates: Mapping[str, float], given: Collection[str]) -> None:
-    """Raises: ValueError as `guidance_in_effect`, if `scale` names a condition that is not given, or guides by one that
-    training never left out: the model does not know what is left without it."""
+    """Raises: ValueError as `guidance_in_effect`, if `scale` names a condition that is not given, or guides a condition
+    that training never dropped: there is no prediction without it to guide from."""
     effect = guidance_in_effect(scale)
     if isinstance(scale, Mapping):
         _check_names(scale, given)
@@ -77,71 +63,24 @@ def _check_names(scale: Mapping[str, Any], given: Collection[str]) -> None:
         raise ValueError(f"guidance_scale names {sorted(unknown, key=str)}; the conditions given are {sorted(given)}")
 
 
-@dataclass(frozen=True)
-class ConditionNames:
-    """The names by which people know a model's conditions: "mask", a column each of classes and numbers, and the images
-    (name, latent channels) in alphabetical order.
-
-    images_are_all: whether the images are all channels that the model generates, so that not all can be given at once.
-    """
-
-    classes: tuple[str, ...] = ()
-    numbers: tuple[str, ...] = ()
-    images: tuple[tuple[str, int], ...] = ()
-    images_are_all: bool = False
-
-    @property
-    def columns(self) -> dict[str, Sequence[str]]:
-        """Whose each column of a tensor is, for the conditions that have columns."""
-        return {"classes": self.classes, "numbers": self.numbers, "image": image_columns(dict(self.images))}
-
-    def of(self, conditions: Conditions) -> list[str]:
-        """The names of what is given."""
-        return list(dict.fromkeys(name for key in conditions for name in self.columns.get(key, (key,))))
-
-    def without(self, conditions: Conditions, names: Collection[str]) -> dict[str, Tensor]:
-        """The conditions, those of `names` absent."""
-        left: dict[str, Tensor] = {}
-        for key, value in conditions.items():
-            columns = self.columns.get(key)
-            if columns is None:
-                left[key] = torch.full_like(value, ABSENT[key]) if key in names else value
-                continue
-            absent = torch.tensor([name in names for name in columns], device=value.device)
-            absent = absent.view(-1, *[1] * (value.ndim - 2))
-            left[key] = torch.where(absent, torch.full_like(value, ABSENT[key]), value)
-        return left
-
-    def nothing_left(self, conditions: Conditions) -> Tensor:
-        """Boolean (B,): the samples whose images are all given, though they are all that is generated."""
-        columns = self.columns["image"]
-        flags = [i for i, name in enumerate(columns) if i + 1 == len(columns) or columns[i + 1] != name]
-        return (conditions["image"][:, flags].flatten(2) != 0).any(2).all(1)
-
-
-UNNAMED = ConditionNames()  # of a model without classes, numbers and images
-
-
-def guidance_terms(
-    conditions: Conditions, names: ConditionNames, scale: Guidance
-) -> list[tuple[float, dict[str, Tensor]]]:
+def guidance_terms(conditions: Conditions, schema: ConditionSchema, scale: Guidance) -> list[tuple[float, Conditions]]:
     """Predictions to add up, as (weight, conditions): the weights sum to 1. See `guidance_in_effect` for scales up to 1.
 
     One scale s (Ho & Salimans 2022, Eq. 6, with s = 1 + w): s e(all) + (1 - s) e(none).
     A scale per condition: e(all) + sum_i (s_i - 1) (e(all) - e(all but i)), so 1 leaves a condition as it is, and a
     condition that is not named has 1 (after Liu et al. 2022, who combine conditions as a sum of such differences).
 
-    Raises: ValueError for a scale that is none, and for a name that is no condition of this call.
+    Raises: ValueError for an invalid scale, and for a name that is not a condition of this call.
     """
-    given, effect = names.of(conditions), guidance_in_effect(scale)
+    given, effect = conditions.names(schema), guidance_in_effect(scale)
     if isinstance(scale, Mapping):
         _check_names(scale, given)
     if isinstance(effect, Mapping):
-        terms = [(1 - value, names.without(conditions, {name})) for name, value in effect.items()]
-        return [(1 + sum(value - 1 for value in effect.values()), dict(conditions)), *terms]
+        terms = [(1 - value, conditions.drop({name}, schema)) for name, value in effect.items()]
+        return [(1 + sum(value - 1 for value in effect.values()), conditions), *terms]
     if effect == 1 or not given:
-        return [(1.0, dict(conditions))]
-    return [(effect, dict(conditions)), (1 - effect, names.without(conditions, given))]
+        return [(1.0, conditions)]
+    return [(effect, conditions), (1 - effect, conditions.drop(given, schema))]
 
 
 def guided(predict: Predict, terms: Sequence[tuple[float, Conditions]]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -149,43 +88,10 @@ def guided(predict: Predict, terms: Sequence[tuple[float, Conditions]]) -> Calla
     weights = [weight for weight, _ in terms]
     if len(terms) == 1:
         return lambda latents, timestep: predict(latents, timestep, terms[0][1])
-    stacked = {key: torch.cat([conditions[key] for _, conditions in terms]) for key in terms[0][1]}
+    stacked = Conditions.stack([conditions for _, conditions in terms])
 
     def call(latents: Tensor, timestep: Tensor) -> Tensor:
         together = predict(latents.repeat(len(weights), *[1] * (latents.ndim - 1)), timestep, stacked)
         return sum(w * part for w, part in zip(weights, together.chunk(len(weights)), strict=True))  # pyright: ignore[reportReturnType]
 
     return call
-
-
-def drop_conditions(
-    conditions: Conditions,
-    names: ConditionNames,
-    rates: Mapping[str, float],
-    generator: torch.Generator | Sequence[torch.Generator],
-) -> dict[str, Tensor]:
-    """Training: leave out each condition of each sample with its own probability, all independently. Names that `rates`
-    lacks are never left out; of several generators, each draws for one sample. A sample that would be given all that it is
-    to generate is given no image: it would teach nothing."""
-    dropped: dict[str, Tensor] = dict(conditions)
-    for name in names.of(conditions):
-        rate = rates.get(name, 0.0)
-        if not rate:
-            continue
-        batch = len(next(iter(conditions.values())))
-        one_each = [(batch, generator)] if isinstance(generator, torch.Generator) else [(1, one) for one in generator]
-        drawn = [torch.rand(count, generator=one, device=one.device) for count, one in one_each]
-        gone = torch.cat(drawn) < rate
-        dropped = _where(gone, names.without(dropped, {name}), dropped)
-    if names.images_are_all and "image" in dropped:
-        without = names.without(dropped, [name for name, _ in names.images])
-        dropped = _where(names.nothing_left(dropped), without, dropped)
-    return dropped
-
-
-def _where(rows: Tensor, chosen: Conditions, others: Conditions) -> dict[str, Tensor]:
-    """The samples of `chosen` where `rows` (B,) says so, those of `others` elsewhere."""
-    return {
-        key: torch.where(rows.to(value.device).view(-1, *[1] * (value.ndim - 1)), chosen[key], value)
-        for key, value in others.items()
-    }

@@ -4,14 +4,14 @@ Axes: latents (B, C, h, w, d). For each image, in alphabetical order of their na
 that is 1 where the image is given; all 0 where it is absent.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 
 def image_columns(images: Mapping[str, int]) -> list[str]:
-    """Whose each channel of `fold_images` is: the name of an image for each."""
+    """The image that each channel of `fold_images` belongs to."""
     return [name for name in sorted(images) for _ in range(images[name] + 1)]
 
 
@@ -53,29 +53,3 @@ def image_condition(latents: Tensor, images: Mapping[str, slice], inside: Tensor
     """
     given = {name: latents[:, own] for name, own in images.items()}
     return fold_images(given, {name: one.shape[1] for name, one in given.items()}, latents.shape[2:], inside)
-
-
-def check_images(
-    images: Mapping[str, int], latent_channels: int, rates: Mapping[str, float], others: Collection[str]
-) -> None:
-    """Check the images that a model may be given.
-
-    Args:
-        latent_channels: of all image channels together, which the model generates.
-        rates: `condition_dropout`.
-        others: names of the other conditions.
-    Raises: ValueError for a name used twice, for numbers of channels that cannot be, and for a model that would always be
-    given all that it is to generate.
-    """
-    if twice := sorted(set(images) & {*others, "mask"}):
-        raise ValueError(f"{twice} name two conditions; call the image's channel, the class or the number otherwise")
-    if min(images.values(), default=1) < 1 or sum(images.values()) > latent_channels:
-        raise ValueError(
-            f"images {dict(images)} are latent channels of each image, {latent_channels} or fewer together"
-        )
-    always = sorted(name for name in images if not rates.get(name))
-    if sum(images.values()) == latent_channels and always:
-        raise ValueError(
-            f"{sorted(images)} are all channels that the model generates, so each must be left out at times; give "
-            f"condition_dropout a rate above 0 for {', '.join(always)}"
-        )

@@ -12,9 +12,9 @@ import logging
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,19 +29,12 @@ from autoencoder.layers import as_stride
 from autoencoder.losses import cells_inside
 from autoencoder.model import deciding
 from cli.live_bar import LiveBar
-from cli.settings import (
-    Axis,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    Range,
-    ShareBelowOne,
-    checked,
-)
 from files.atomic import atomic_file, remove_leftovers
 from files.remote import is_url, plain_path
 from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple, volume_parts
 
+from .cache_config import LatentCacheConfig
+from .conditioning import Conditions
 from .folding import fold_mask
 from .images import image_condition
 from .latent_entry import DamagedEntry, EntryReader, check_latents, write_entry
@@ -51,33 +44,8 @@ logger = logging.getLogger(__name__)
 NOT_CACHED = ("classes", "numbers", "condition_channels")  # entries of the data section that latents do not depend on
 LATER = ("units", "axes")  # settings that came after caches were made: a cache without them keeps its key
 SMOOTHNESS = 6.0  # voxels: standard deviation of the Gaussian that smooths random displacements
+AS_THEY_ARE = LatentCacheConfig()  # one version of each volume
 FORMAT = 2  # part of the key: raise it when entries are made differently
-
-
-@dataclass(frozen=True)
-@checked
-class LatentAugmentation:
-    """Extra versions of each volume, made before encoding because an autoencoder does not commute with flips and
-    shifts.
-
-    Args:
-        versions: entries per volume; version 0 is always the volume as it is.
-        flip_axes: axes along which the other versions are mirrored with probability 1/2 (0 is left-right).
-        shift: whether the other versions are placed at a random offset below one stride, so that cells fall elsewhere.
-        rotate: most degrees about each axis that the other versions are rotated by.
-        scale: most that each side of the other versions grows or shrinks by, as a share.
-        deform: standard deviation in voxels of a smooth random displacement of the other versions (about `SMOOTHNESS` voxels).
-        seed: of all.
-    Raises: ValueError for values outside the ranges below.
-    """
-
-    versions: PositiveInt = 1
-    flip_axes: tuple[Axis, ...] = ()
-    shift: bool = False
-    rotate: Annotated[float, Range(0, 180)] = 0.0
-    scale: ShareBelowOne = 0.0
-    deform: NonNegativeFloat = 0.0
-    seed: NonNegativeInt = 0
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -97,20 +65,21 @@ def _file_stamp(path: Path | None) -> list[object]:
     return [path.name, *(value for stat in stats for value in (stat.st_size, stat.st_mtime_ns))]
 
 
-def cache_key(dataset: VolumeDataset, vae: VolumeAutoencoder, augmentation: LatentAugmentation) -> str:
-    """What the latents depend on, hashed: format, encoder and its config, preprocessing, files (name, size, time),
-    augmentation. Another decoder makes no other latents."""
+def cache_key(dataset: VolumeDataset, vae: VolumeAutoencoder, config: LatentCacheConfig, seed: int = 0) -> str:
+    """Hash what the latents depend on: format, encoder and its config, preprocessing, files (name, size, time), augmentation.
+    Neither the decoder nor the cache's folder changes them."""
+    augmentation = {name: value for name, value in asdict(config).items() if name != "folder"} | {"seed": seed}
     cases = [[c.name, *(_file_stamp(p) for p in c.images.values()), _file_stamp(c.mask)] for c in dataset.cases]
     data = {k: v for k, v in asdict(dataset.config).items() if k not in NOT_CACHED}
     data = {k: v for k, v in data.items() if k not in LATER or v is not None}
-    parts = [FORMAT, weights_hash(vae.encoder), deciding(vae.config), data, cases, asdict(augmentation)]
+    parts = [FORMAT, weights_hash(vae.encoder), deciding(vae.config), data, cases, augmentation]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def deformed(
     image: Tensor,
     mask: Tensor | None,
-    augmentation: LatentAugmentation,
+    config: LatentCacheConfig,
     generator: torch.Generator,
     spacing: Sequence[float] = (1, 1, 1),
     order: int = 3,
@@ -123,16 +92,16 @@ def deformed(
     """
     random = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
     shape = np.array(image.shape[1:])[:, None, None, None]
-    angles = random.uniform(-augmentation.rotate, augmentation.rotate, 3)
-    scales = 1 + random.uniform(-augmentation.scale, augmentation.scale, 3)
+    angles = random.uniform(-config.rotate, config.rotate, 3)
+    scales = 1 + random.uniform(-config.scale, config.scale, 3)
     rotation = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
     matrix = rotation * np.asarray(spacing) / np.asarray(spacing)[:, None] * scales
     places = np.einsum("ij,jxyz->ixyz", matrix, np.indices(image.shape[1:]) - (shape - 1) / 2) + (shape - 1) / 2
-    if augmentation.deform:
+    if config.deform:
         smoothed = (2 * math.pi**0.5 * SMOOTHNESS) ** -1.5  # standard deviation of smoothed white noise
         noise = random.standard_normal(places.shape)
         bent = [ndimage.gaussian_filter(axis, SMOOTHNESS, mode="wrap", truncate=3) for axis in noise]
-        places += augmentation.deform / smoothed * np.stack(bent)
+        places += config.deform / smoothed * np.stack(bent)
     fov = torch.from_numpy(((places > -0.5) & (places < shape - 0.5)).all(0))
     moved = [ndimage.map_coordinates(channel, places, order=order, mode="nearest") for channel in image.numpy()]
     seen = torch.where(fov, torch.from_numpy(np.stack(moved)).clamp(image.min(), image.max()), -1.0)
@@ -143,7 +112,7 @@ def deformed(
 
 
 def _version(
-    item: dict, stride: Sequence[int], augmentation: LatentAugmentation, index: int, version: int, order: int
+    item: dict, stride: Sequence[int], config: LatentCacheConfig, seed: int, index: int, version: int, order: int
 ) -> dict[str, Tensor]:
     """One version of a volume, padded to multiples of the stride: image (1, C, X, Y, Z), fov (1, 1, X, Y, Z), mask
     (X, Y, Z) if there is one. `order` is that of the splines by which images are deformed."""
@@ -152,14 +121,14 @@ def _version(
     fov = torch.ones(shape, dtype=torch.bool)
     placement = pad_to_multiple(shape, tuple(stride))
     if version:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{augmentation.seed} {index} {version}".encode()))
-        for axis in augmentation.flip_axes:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {index} {version}".encode()))
+        for axis in config.flip_axes:
             if torch.rand((), generator=generator) < 0.5:
                 image, mask = image.flip(axis + 1), mask.flip(axis) if mask is not None else None
-        if augmentation.rotate or augmentation.scale or augmentation.deform:
+        if config.rotate or config.scale or config.deform:
             spacing = item["affine"][:3, :3].norm(dim=0).tolist()
-            image, mask, fov = deformed(image, mask, augmentation, generator, spacing, order)
-        if augmentation.shift:
+            image, mask, fov = deformed(image, mask, config, generator, spacing, order)
+        if config.shift:
             low = [int(torch.randint(0, s, (), generator=generator)) for s in stride]
             sides = tuple(-(-(n + a) // s) * s for n, a, s in zip(shape, low, stride, strict=True))
             placement = pad_or_crop(shape, sides, offset=tuple(-a for a in low))
@@ -177,8 +146,9 @@ def build_latent_cache(
     dataset: VolumeDataset,
     vae: VolumeAutoencoder,
     folder: str | Path,
-    augmentation: LatentAugmentation = LatentAugmentation(),
+    config: LatentCacheConfig = AS_THEY_ARE,
     *,
+    seed: int = 0,
     shard: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> "LatentDataset":
@@ -187,17 +157,17 @@ def build_latent_cache(
     Args:
         folder: the cache lives in `folder/<key>`; entries already there are kept, so an interrupted build goes on. At a URL
             (`LatentStore`), entries are copied to this machine when they are read.
+        config: the versions of each volume; its `folder` is not read.
+        seed: seed of the augmented versions.
         shard: (rank, world): with several processes each encodes its share; wait for all of them before reading.
     """
-    key, folder = cache_key(dataset, vae, augmentation), plain_path(str(folder))
+    key, folder = cache_key(dataset, vae, config, seed), plain_path(str(folder))
     store = LatentStore(f"{folder.rstrip('/')}/{key}") if is_url(folder) else None
     target = store.copies if store else Path(folder) / key
     if target.is_symlink():
         raise ValueError(f"{target}: is a link; remove it, or set cache.folder to the folder that it leads to")
     remove_leftovers(target)
-    files = [
-        [target / f"{i:05d}_{v:02d}.safetensors" for v in range(augmentation.versions)] for i in range(len(dataset))
-    ]
+    files = [[target / f"{i:05d}_{v:02d}.safetensors" for v in range(config.versions)] for i in range(len(dataset))]
     reader = EntryReader()
     share = range(len(dataset))[shard[0] :: shard[1]]
     missing = []
@@ -211,7 +181,7 @@ def build_latent_cache(
     for index in LiveBar(missing, desc="encode latents", unit="volume", disable=quiet):
         item = dataset[index]
         for version, file in enumerate(files[index]):
-            padded = _version(item, vae.stride, augmentation, index, version, order)
+            padded = _version(item, vae.stride, config, seed, index, version, order)
             posterior = vae.encode(padded["image"].to(vae.device, vae.dtype), return_dict=False)[0]
             check_latents(posterior, _described(dataset, index, version))
             certain = not bool(posterior.std.any())
@@ -331,9 +301,8 @@ def collate_latents(
 
     Args:
         images: channels of the latents of each image that the model may be given.
-    Returns: "mean", "std" (B, C, h, w, d), "weight" (B, 1, h, w, d), and "conditions", the U-Net's keyword arguments:
-    "mask" folded ids (B, h, w, d, r) unless `num_labels` is 0, "classes" (B, n) and "numbers" (B, m) if entries have them,
-    "image" (B, k, h, w, d), all given, if there are `images`.
+    Returns: "mean", "std" (B, C, h, w, d), "weight" (B, 1, h, w, d), and "conditions", a `Conditions` with
+    folded masks unless `num_labels` is 0, classes and numbers if entries have them, and all of `images`, if there are any.
     Raises: ValueError if labels are wanted and an entry has no mask.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(" ".join(item["name"] for item in items).encode()))
@@ -351,10 +320,11 @@ def collate_latents(
                 raise ValueError(f"latent cache entry {item['name']}: no mask, but the model is conditioned on one")
             in_voxels = (tuple(n * s for n, s in zip(axes, stride, strict=True)) for axes in (size, shape, start))
             rows["mask"].append(Placement(*in_voxels).apply(item["mask"], PADDING))  # pyright: ignore[reportArgumentType]
-    conditions = {key: torch.stack([item[key] for item in items]) for key in ("classes", "numbers") if key in items[0]}
-    if num_labels:
-        conditions["mask"] = fold_mask(torch.stack(rows["mask"]), as_stride(stride), num_labels)
     batch = {key: torch.stack(rows[key]) for key in ("mean", "std", "weight")}
-    if images:
-        conditions["image"] = image_condition(batch["mean"], images, batch["weight"])
-    return batch | {"conditions": conditions}
+    columns = {key: torch.stack([item[key] for item in items]) for key in ("classes", "numbers") if key in items[0]}
+    conditions = Conditions(
+        **columns,
+        mask=fold_mask(torch.stack(rows["mask"]), as_stride(stride), num_labels) if num_labels else None,
+        image=image_condition(batch["mean"], images, batch["weight"]) if images else None,
+    )
+    return {**batch, "conditions": conditions}

@@ -1,11 +1,10 @@
 """The diffusion loss: one function from latents to a scalar."""
 
-from collections.abc import Mapping
-
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from .conditioning import Conditions
 from .objectives import TRAIN_STEPS, noisy_and_target, sample_timesteps
 
 
@@ -13,7 +12,7 @@ def training_loss(
     unet: nn.Module,
     objective: str,
     latents: Tensor,
-    conditions: Mapping[str, Tensor],
+    conditions: Conditions,
     weight: Tensor,
     generator: torch.Generator | list[torch.Generator],
     *,
@@ -28,7 +27,7 @@ def training_loss(
         unet: the model, wrapped by Accelerate or not.
         objective: the U-Net's `config.objective`.
         latents: clean, standardized latents (B, C, h, w, d).
-        conditions: the U-Net's keyword arguments, e.g. {"mask": folded ids (B, h, w, d, r)}.
+        conditions: of the batch, masks folded.
         weight: (B, 1, h, w, d), zero where a cell is padding. Padding is no data: its latents and its noise are zero,
         as outside the grid.
         generator: source of timesteps and noise, on the CPU or on the latents' device; or one for each of the batch.
@@ -39,7 +38,7 @@ def training_loss(
     timesteps = sample_timesteps(objective, len(latents), generator, train_steps).to(latents.device)
     noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
     noisy, target = noisy_and_target(objective, latents, noise, timesteps, train_steps)
-    prediction = unet(noisy * weight, timesteps, **conditions, return_dict=False)[0]
+    prediction = unet(noisy * weight, timesteps, **conditions.as_kwargs(), return_dict=False)[0]
     error = prediction.float() - target.float()
     error = (error.abs() if absolute else error**2) * weight
     if each:

@@ -119,11 +119,13 @@ def _malformed(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Itera
 
 
 def _unfit(name: str, options: Mapping[str, Any], flow: bool) -> Iterator[tuple[str, str]]:
-    """(option, why not and what instead) of what would go wrong without a word."""
+    """(option, the reason and what to set instead) of options that would go wrong silently."""
+    yield from _unfit_levels(name, options, flow)
+    yield from _unfit_solver(name, options, flow)
 
-    def has(option: str, *values: Any) -> bool:
-        return option in options and options[option] in values
 
+def _unfit_levels(name: str, options: Mapping[str, Any], flow: bool) -> Iterator[tuple[str, str]]:
+    """`_unfit`, of options of the noise levels."""
     spaced, last = spacing(options), options.get("final_sigmas_type")
     if options.get("use_dynamic_shifting"):
         shift = next(one for one in SHIFTS if one in options)
@@ -144,6 +146,15 @@ def _unfit(name: str, options: Mapping[str, Any], flow: bool) -> Iterator[tuple[
         yield "final_sigmas_type", "noise would be left on the volume; final_sigmas_type='zero'"
     if not flow and options.get("shift_terminal") is not None:
         yield "shift_terminal", "only levels of rectified flow end so; shift_terminal=None"
+
+
+def _unfit_solver(name: str, options: Mapping[str, Any], flow: bool) -> Iterator[tuple[str, str]]:
+    """`_unfit`, of options of the solver and its timesteps."""
+
+    def has(option: str, *values: Any) -> bool:
+        return option in options and options[option] in values
+
+    last = options.get("final_sigmas_type")
     if has("algorithm_type", "sde-dpmsolver"):
         yield "algorithm_type", "its noise does not vanish at the end; algorithm_type='sde-dpmsolver++'"
     if flow and has("algorithm_type", "dpmsolver"):

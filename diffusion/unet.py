@@ -26,10 +26,10 @@ from cli.settings import (
 )
 
 from .attention import SelfAttention
-from .conditions import ConditionEmbedding
+from .condition_embedding import ConditionEmbedding
+from .conditioning import ConditionSchema
 from .folding import FoldedMaskEmbedding
-from .guidance import ConditionNames, check_dropout
-from .images import check_images, image_columns
+from .images import image_columns
 from .objectives import TRAIN_STEPS, check_objective, check_train_steps
 from .scheduler_options import MAX_TIMESTEPS
 
@@ -133,9 +133,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
             )
         check_objective(objective)
         check_train_steps(objective, train_steps)
-        classes, numbers, images, dropout = classes or {}, numbers or {}, images or {}, condition_dropout or {}
-        check_dropout(dropout, [*(["mask"] if num_labels else []), *classes, *numbers, *images])
-        check_images(images, in_channels, dropout, [*classes, *numbers])
+        schema = self.condition_schema
         self.gradient_checkpointing = False
         level_strides = [as_stride(s) for s in strides]
         self.mask_stride = as_stride(mask_stride)
@@ -144,12 +142,13 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
 
         self.time_features = Timesteps(channels[0], flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(channels[0], time_width)
+        classes, numbers = classes or {}, numbers or {}
         self.condition_embedding = ConditionEmbedding(classes, numbers, time_width) if classes or numbers else None
         self.mask_embedding = (
             FoldedMaskEmbedding(num_labels, math.prod(self.mask_stride), mask_width) if num_labels else None
         )
-        given = (mask_width if num_labels else 0) + len(image_columns(images))
-        self.conv_in = Conv3d(in_channels + given, channels[0], 3, padding=1)
+        extra = (mask_width if schema.mask else 0) + len(schema.image_columns)
+        self.conv_in = Conv3d(in_channels + extra, channels[0], 3, padding=1)
 
         def level(first: int, i: int) -> nn.ModuleList:
             widths = [first] + [channels[i]] * (blocks[i] - 1)
@@ -188,37 +187,50 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         return self.config["train_steps"] or TRAIN_STEPS
 
     @property
-    def condition_names(self) -> ConditionNames:
-        """The columns of classes, numbers and images."""
-        classes, numbers, images = (self.config[key] or {} for key in ("classes", "numbers", "images"))
-        return ConditionNames(
-            tuple(sorted(classes)),
-            tuple(sorted(numbers)),
-            tuple(sorted(images.items())),
-            images_are_all=sum(images.values()) == self.config["in_channels"],
-        )
+    def condition_schema(self) -> ConditionSchema:
+        """The conditions that this model knows. Raises: ValueError as `ConditionSchema.from_config`."""
+        return ConditionSchema.from_config(self.config)
 
     @apply_forward_hook
     def embed_mask(self, ids: Tensor) -> Tensor:
-        """Folded ids (B, h, w, d, r) -> the mask's channels (B, mask_width, h, w, d). Raises: ValueError if the model
-        knows no mask."""
+        """Folded ids (B, h, w, d, r) -> the mask's channels (B, mask_width, h, w, d). Raises: ValueError for a model without
+        masks."""
         if self.mask_embedding is None:
-            raise ValueError("this model knows no mask: pass none")
+            raise ValueError("this model was trained without a mask condition; omit `mask`")
         return self.mask_embedding(ids)
 
-    def _image(self, image: Tensor | None, sample: Tensor) -> Tensor:
-        """The condition, or zeros where it may be absent."""
+    def _mask_channels(self, mask: Tensor | None, sample: Tensor) -> list[Tensor]:
+        """The embedded mask, or zeros where it may be absent; nothing for a model without masks."""
+        if self.mask_embedding is None:
+            if mask is not None:
+                raise ValueError("this model was trained without a mask condition; omit `mask`")
+            return []
+        if mask is None:
+            if not (self.config["condition_dropout"] or {}).get("mask"):
+                raise ValueError("this model is conditioned on a mask: pass one")
+            return [sample.new_zeros(len(sample), self.config["mask_width"], *sample.shape[2:])]  # of padding alone
+        embedded = mask if mask.is_floating_point() else self.embed_mask(mask)
+        if embedded.shape[2:] != sample.shape[2:]:
+            raise ValueError(
+                f"the mask is folded to {tuple(embedded.shape[2:])} cells, the latents are {tuple(sample.shape[2:])}"
+            )
+        return [embedded.to(sample.dtype)]
+
+    def _image_channels(self, image: Tensor | None, sample: Tensor) -> list[Tensor]:
+        """The images, or zeros where they may be absent; nothing for a model without images."""
         images, rates = self.config["images"] or {}, self.config["condition_dropout"] or {}
         if not images:
-            raise ValueError("this model knows no images: pass none")
+            if image is not None:
+                raise ValueError("this model was trained without image conditions; omit `image`")
+            return []
         expected = (len(sample), len(image_columns(images)), *sample.shape[2:])
         if image is None:
             if always := sorted(name for name in images if not rates.get(name)):
                 raise ValueError(f"this model was never trained without {', '.join(always)}: pass image (fold_images)")
-            return sample.new_zeros(expected)
+            return [sample.new_zeros(expected)]
         if tuple(image.shape) != expected:
             raise ValueError(f"image is {tuple(image.shape)}, expected {expected} from fold_images")
-        return image
+        return [image.to(sample.dtype)]
 
     def _run(self, blocks: nn.ModuleList, x: Tensor, time: Tensor) -> Tensor:
         for block in blocks:
@@ -247,39 +259,34 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
             w, d), so that a sampler
                 embeds once and not at every step; for a model that was built with labels, which can do without only if
                 training left the mask out at times.
-            classes: int64 (B, n), the index of each class's value, -1 where absent; columns as in `condition_names`.
-            numbers: (B, m) in the units of `mean` and `std`, NaN where absent; columns as in `condition_names`.
+            classes: int64 (B, n), the index of each class's value, -1 where absent; columns as in `condition_schema`.
+            numbers: (B, m) in the units of `mean` and `std`, NaN where absent; columns as in `condition_schema`.
             image: the images that are given, from `fold_images`; a model can do without if training left each out at
             times.
         Raises: ValueError if the mask is missing, not wanted, or on another grid than the latents; the same of images; if
         classes or numbers are missing, not wanted, or of other columns.
         """
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
-        time = self.time_embedding(self.time_features(timestep).to(sample.dtype))
+        time = self._time(timestep, classes, numbers, sample.dtype)
+        extra = [*self._mask_channels(mask, sample), *self._image_channels(image, sample)]
+        x = torch.cat([sample, *extra], dim=1) if extra else sample
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last_3d))
+        x, skips = self._down(x, time)
+        x = self._up(x, skips, time)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return LatentUNet3DOutput(sample=x) if return_dict else (x,)
+
+    def _time(self, timestep: Tensor, classes: Tensor | None, numbers: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Embed the timestep, the classes and the numbers as one vector per sample."""
+        time = self.time_embedding(self.time_features(timestep).to(dtype))
         if self.condition_embedding is not None:
             time = time + self.condition_embedding(classes, numbers, time.dtype)
         elif classes is not None or numbers is not None:
-            raise ValueError("this model knows no classes and no numbers: pass none")
-        time = F.silu(time)
+            raise ValueError("this model was trained without classes and numbers; omit `classes` and `numbers`")
+        return F.silu(time)
 
-        x = sample
-        if self.mask_embedding is not None and mask is None:
-            if not (self.config["condition_dropout"] or {}).get("mask"):
-                raise ValueError("this model is conditioned on a mask: pass one")
-            mask = sample.new_zeros(len(sample), self.config["mask_width"], *sample.shape[2:])  # of padding alone
-        elif self.mask_embedding is None and mask is not None:
-            raise ValueError("this model knows no mask: pass none")
-        if mask is not None:
-            embedded = mask if mask.is_floating_point() else self.embed_mask(mask)
-            if embedded.shape[2:] != sample.shape[2:]:
-                raise ValueError(
-                    f"the mask is folded to {tuple(embedded.shape[2:])} cells, the latents are {tuple(sample.shape[2:])}"
-                )
-            x = torch.cat([x, embedded.to(x.dtype)], dim=1)
-        if self.config["images"] or image is not None:
-            x = torch.cat([x, self._image(image, sample).to(x.dtype)], dim=1)
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last_3d))
-
+    def _down(self, x: Tensor, time: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Run the way down. Returns the coarsest features, and those before each downsampling."""
         skips: list[Tensor] = []
         for i, blocks in enumerate(self.down_blocks):
             x = self._run(blocks, x, time)  # pyright: ignore[reportArgumentType]
@@ -287,10 +294,13 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
                 skips.append(x)
                 down: Downsample = self.downsamplers[i]  # pyright: ignore[reportAssignmentType]
                 x = down(pad_at_end(x, down.stride))
+        return x, skips
+
+    def _up(self, x: Tensor, skips: list[Tensor], time: Tensor) -> Tensor:
+        """Run the way up, cropped to the skips' sizes."""
         for i in reversed(range(len(self.up_blocks))):
             skip = skips.pop()
             h, w, d = skip.shape[2:]
             x = torch.cat([self.upsamplers[i](x)[:, :, :h, :w, :d], skip], dim=1)
             x = self._run(self.up_blocks[i], x, time)  # pyright: ignore[reportArgumentType]
-        x = self.conv_out(F.silu(self.norm_out(x)))
-        return LatentUNet3DOutput(sample=x) if return_dict else (x,)
+        return x

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from .networks.segmenter import (
         ITERATIONS,
         make_segmenter,
-        segmenter_dice,
         train_segmenter,
     )
     from .report import machine, provenance, write_report
@@ -74,7 +73,6 @@ __all__ = [
     "ratios",
     "reconstruct",
     "score_training",
-    "segmenter_dice",
     "test_cases",
     "train_segmenter",
     "unit_range",

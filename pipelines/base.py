@@ -295,14 +295,14 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         images = [encoded[sample.prepared.grid].condition for sample in batch]
         images = [image for image in images if image is not None]
         if images:
-            conditions["image"] = torch.cat(images)
+            conditions = replace(conditions, image=torch.cat(images))
         return denoise(
             self.unet,
             initial_latents(batch, self._latent_shape(batch[0].prepared.grid), device, self.unet.dtype),
             scheduler,
             conditions,
             guidance_scale=sampling.guidance_scale,
-            names=self.unet.condition_names,
+            schema=self.unet.condition_schema,
             num_inference_steps=sampling.num_inference_steps,
             sigmas=sampling.sigmas,
             generator=[sample.generator for sample in batch],

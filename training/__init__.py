@@ -13,9 +13,8 @@ if TYPE_CHECKING:
         find_checkpoint,
         list_checkpoints,
     )
-    from .engine.config import LoopConfig, OptimizerConfig, config_changes, save_config
-    from .engine.ema import MovingAverage
-    from .engine.learner import Learner, learning_rate
+    from .engine.config import LoopConfig, OptimizerConfig, config_changes, parse_config, save_config
+    from .engine.learner import Learner, MovingAverage, learning_rate
     from .engine.loop import Loop
     from .engine.output import save_model
     from .engine.precision import native_bf16, resolve_precision
@@ -23,12 +22,11 @@ if TYPE_CHECKING:
     from .engine.run import make_accelerator, open_run, run_training
     from .engine.sampling_order import ResumableBatchSampler, derive_seed
     from .engine.step import Training, TrainingStep
-    from .ldm_config import LatentCacheConfig, LoraConfig, TrainLdmConfig
-    from .ldm_step import LdmTrainingStep
-    from .parsing import parse_config
+    from .ldm import LdmTrainingStep
+    from .ldm_config import LoraConfig, TrainLdmConfig
+    from .vae import VaeTrainingStep
     from .vae_config import AdversarialConfig, AutoencoderLosses, CropConfig, PerceptualConfig, TrainVaeConfig
     from .vae_losses import AdversarialTrainer, PerceptualLoss
-    from .vae_step import VaeTrainingStep
 
 __all__ = [
     "AdversarialConfig",
@@ -37,7 +35,6 @@ __all__ = [
     "Checkpointer",
     "CropConfig",
     "DamagedCheckpoint",
-    "LatentCacheConfig",
     "LdmTrainingStep",
     "Learner",
     "Loop",

@@ -15,7 +15,7 @@ from cli.settings import faults, refuse
 from files.paths import refuse_special
 
 
-def build_model(section: Mapping[str, Any]) -> Any:
+def build_model(section: Mapping[str, Any], gradient_checkpointing: bool = False) -> Any:
     """Build the model of a config section `class: package.Name` plus that class's constructor arguments.
 
     Raises: ValueError for a class that cannot be imported, an unknown argument or one of the wrong type, naming it.
@@ -38,7 +38,10 @@ def build_model(section: Mapping[str, Any]) -> Any:
         checked = parser.parse_object(arguments)
     except Exception as error:  # jsonargparse raises several kinds, each with the argument's name in its message
         raise ValueError(f"model section does not fit {path}: {error}") from error
-    return model_class(**{k: checked[k] for k in arguments})
+    model = model_class(**{k: checked[k] for k in arguments})
+    if gradient_checkpointing and list(model.parameters()):
+        model.enable_gradient_checkpointing()
+    return model
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,41 +1,48 @@
-"""A latent diffusion model's part of a training: autoencoder, U-Net, latents, and the pipeline or LoRA at the end."""
+"""Train a latent diffusion model: the training step, and what a run builds and saves. Axes of latents: (B, C, h, w, d)."""
 
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 
 from autoencoder import LatentDistribution, VolumeAutoencoder
 from autoencoder.model import RECORDS
 from autoencoder.residual_noise import check_noise_shape, measure_noise
 from autoencoder.weights import weight_files
 from diffusion import (
-    LatentAugmentation,
+    Conditions,
     LatentDataset,
     LatentUNet3D,
     build_latent_cache,
     collate_latents,
+    denoise,
+    drop_conditions,
     fold_mask,
     image_condition,
     make_scheduler,
     moved_embeddings,
+    training_loss,
 )
 from diffusion.completion import complete_model
 from diffusion.denoise import set_timesteps
 from diffusion.latent_cache import weights_hash
 from diffusion.latent_entry import check_latents
+from diffusion.objectives import Scheduler
 from files.documents import read_object
 from pipelines import MedVolumePipeline
 from pipelines.lora import add_lora, save_lora
 from pipelines.storage.loading import load_autoencoder
 from pipelines.storage.provenance import content_hash, stored_tensors
-from volumes import VolumeDataset, describe
+from volumes import DataConfig, VolumeDataset, describe, slices_figure
 from volumes.data.preprocessing import preprocessing, refuse_differences
 from volumes.data.subjects import join_records
 
@@ -44,10 +51,110 @@ from .engine.learner import Learner
 from .engine.output import save_model
 from .engine.step import Training
 from .ldm_config import TrainLdmConfig
-from .ldm_step import EncodedVolume, LdmTrainingStep
-from .splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
+from .previews import preview_case
+from .splits import PaddedVolumes, WholeVolume, digests, load_split, own_record, refuse_seen
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger("training")
+VALIDATION_SAMPLES = 8  # timesteps and noises per held-out volume; the same at every validation
+
+
+class LatentBatch(TypedDict):
+    """A batch of `collate_latents`."""
+
+    mean: Tensor  # (B, C, h, w, d)
+    std: Tensor
+    weight: Tensor  # (B, 1, h, w, d): zero in padding
+    conditions: Conditions
+
+
+class EncodedVolume(WholeVolume):
+    """A held-out volume with its latents (1, C, h, w, d) and its conditions, a batch of one."""
+
+    latents: Tensor
+    conditions: Conditions
+
+
+class LdmTrainingStep:
+    """The training step of a U-Net: latents sampled from their posterior, timesteps and noise, the objective's loss."""
+
+    def __init__(
+        self,
+        learner: Learner[LatentUNet3D],
+        vae: VolumeAutoencoder,
+        inference_steps: int,
+        channels: Sequence[str],
+        make_scheduler: Callable[[], Scheduler],
+        loss: str = "mse",
+        label_maps: bool = False,
+    ):
+        self.label_maps = label_maps
+        self.unet, self.learners, self.vae, self.inference_steps = learner, (learner,), vae, inference_steps
+        self.channels = channels
+        network = learner.network
+        self.make_scheduler = make_scheduler
+        self.loss = partial(training_loss, train_steps=network.train_steps, absolute=loss == "l1")
+        self.objective: str = network.config["objective"]
+        self.schema = network.condition_schema
+        self.dropout: dict[str, float] = network.config["condition_dropout"] or {}
+
+    def __call__(self, batch: LatentBatch, generators: list[torch.Generator]) -> dict[str, Tensor]:
+        """Train on a batch of `collate_latents`."""
+        noise = randn_tensor(batch["mean"].shape, generator=generators, device=batch["mean"].device)
+        latents = batch["mean"] + batch["std"] * noise
+        # Dropout uses only the global random state, and a resumed run must find it.
+        torch.manual_seed(generators[0].initial_seed())
+        conditions = drop_conditions(batch["conditions"], self.schema, self.dropout, generators)
+        loss = self.loss(self.unet.model, self.objective, latents, conditions, batch["weight"], generators)
+        self.unet.backward(loss)
+        return {"loss": loss.detach()}
+
+    def after_update(self, taken: bool) -> None:
+        """Do nothing: all state moves by gradients."""
+
+    def review(self, values: dict[str, float]) -> list[str]:
+        """Return no warnings: the loop already watches the loss."""
+        return []
+
+    @torch.no_grad()
+    def validate(self, item: EncodedVolume, generator: torch.Generator) -> dict[str, float]:
+        """Return the loss on a held-out volume's latents, with conditions dropped as often as in training: over all channels, and
+        per channel if the autoencoder codes channels separately."""
+
+        def repeat(values: Tensor) -> Tensor:
+            return values.expand(VALIDATION_SAMPLES, *values.shape[1:])
+
+        latents = repeat(item["latents"])
+        conditions = item["conditions"].map(repeat)
+        conditions = drop_conditions(conditions, self.schema, self.dropout, generator)
+        # Padding is thinner than a latent voxel, so each latent voxel holds some of the volume.
+        weight = torch.ones_like(latents[:, :1])
+        with self.unet.accelerator.autocast():
+            losses = self.loss(self.unet.average, self.objective, latents, conditions, weight, generator, each=True)
+        metrics = {"loss": losses.mean().item()}
+        if len(self.channels) > 1 and self.vae.num_channel_groups == len(self.channels) and not self.label_maps:
+            for index, name in enumerate(self.channels):
+                metrics[f"loss/{name}"] = losses[self.vae.latents_of(index)].mean().item()
+        return metrics
+
+    @torch.no_grad()
+    def preview(self, items: list[EncodedVolume]) -> "Figure":
+        """Draw mask, real volume and the volume generated from its conditions side by side, one row per channel and case, always
+        from the same noise, and without the images that training drops."""
+        cases, images = [], [name for name, _ in self.schema.images if self.dropout.get(name)]
+        for index, item in enumerate(items):
+            shape, device = item["latents"].shape, item["latents"].device
+            noise = randn_tensor(shape, generator=torch.Generator().manual_seed(index), device=device)
+            scheduler, steps = self.make_scheduler(), self.inference_steps
+            conditions = item["conditions"].drop(images, self.schema)
+            with self.unet.accelerator.autocast():
+                latents = denoise(self.unet.average, noise, scheduler, conditions, num_inference_steps=steps)
+                generated = self.vae.decode(latents, return_dict=False)[0][0].float().clamp(-1, 1)
+            shown = {"real": item["image"], "generated": generated}
+            cases.append(preview_case(item, shown, self.channels, self.label_maps))
+        return slices_figure(cases)
 
 
 def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
@@ -58,11 +165,11 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     check_prepared(config, vae, train.preprocessing)
     earlier = check_unseen(config, vae, held_out)
     data = describe(train)
-    images = image_latents(config, vae)
+    images = image_latents(config.data, vae)
     config.model = complete_model(config.model, vae, data, images)  # the run's config.yaml has all of it
     check_residual_noise(config, train)
     set_seed(config.loop.seed)
-    unet = build_unet(config)
+    unet: LatentUNet3D = build_model(config.model, config.gradient_checkpointing)
     if config.init_from:
         fresh = init_unet(unet, config.init_from)
         logger.info("started from %s; layers that start fresh: %s", config.init_from, fresh or "none")
@@ -83,8 +190,8 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
             logger.info("saved %s", save_lora(average, output / "lora", base, trained_on=trained_on))
             return
         noise = tuple(measure_noise(train, vae)) if config.residual_noise else data.residual_noise
-        described = dataclasses.replace(data, residual_noise=noise)
         average.register_to_config(subjects=records)
+        described = dataclasses.replace(data, residual_noise=noise)
         save_model(MedVolumePipeline(vae, average, step.make_scheduler(), data=described), output / "pipeline")
         logger.info("saved %s", output / "pipeline")
 
@@ -98,18 +205,9 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     )
 
 
-def image_latents(config: TrainLdmConfig, vae: VolumeAutoencoder) -> dict[str, slice]:
+def image_latents(data: DataConfig, vae: VolumeAutoencoder) -> dict[str, slice]:
     """Return the latent channels of each condition channel, by its name."""
-    channels = config.data.channels
-    return {name: vae.latents_of(channels.index(name)) for name in config.data.condition_channels}
-
-
-def build_unet(config: TrainLdmConfig) -> LatentUNet3D:
-    """Build the U-Net of a config that `complete_model` has completed."""
-    unet: LatentUNet3D = build_model(config.model)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return unet
+    return {name: vae.latents_of(data.channels.index(name)) for name in data.condition_channels}
 
 
 def build_step(config: TrainLdmConfig, unet: LatentUNet3D, vae: VolumeAutoencoder) -> LdmTrainingStep:
@@ -208,14 +306,14 @@ def encode_held_out(
         posterior: LatentDistribution = vae.encode(item["image"][None].to(vae.device), return_dict=False)[0]
         check_latents(posterior, item["name"])
         columns = {key: item.get(key) for key in ("classes", "numbers")}
-        conditions = {key: values[None] for key, values in columns.items() if values is not None}
+        tensors = {key: values[None] for key, values in columns.items() if values is not None}
         if num_labels:
             assert "mask" in item
-            conditions["mask"] = fold_mask(item["mask"][None], vae.stride, num_labels)
+            tensors["mask"] = fold_mask(item["mask"][None], vae.stride, num_labels)
         latents = posterior.mode().cpu()
         if images:
-            conditions["image"] = image_condition(latents, images)
-        items.append(EncodedVolume(**item, latents=latents, conditions=conditions))
+            tensors["image"] = image_condition(latents, images)
+        items.append(EncodedVolume(**item, latents=latents, conditions=Conditions(**tensors)))
     return items
 
 
@@ -223,12 +321,11 @@ def encode_training(
     dataset: VolumeDataset, vae: VolumeAutoencoder, config: TrainLdmConfig, accelerator: Accelerator
 ) -> LatentDataset:
     """Build the latent cache of the training volumes; each process encodes its share."""
-    cache = config.cache
-    folder = cache.folder or Path(config.output) / "latents"
-    augmentation = LatentAugmentation(
-        cache.versions, cache.flip_axes, cache.shift, cache.rotate, cache.scale, cache.deform, config.loop.seed
-    )
+    folder = config.cache.folder or Path(config.output) / "latents"
     shard = (accelerator.process_index, accelerator.num_processes)
-    latents = build_latent_cache(dataset, vae, folder, augmentation, shard=shard, progress=accelerator.is_main_process)
+    progress = accelerator.is_main_process
+    latents = build_latent_cache(
+        dataset, vae, folder, config.cache, seed=config.loop.seed, shard=shard, progress=progress
+    )
     accelerator.wait_for_everyone()
     return latents

@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from cli.settings import (
-    Axis,
-    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     Range,
@@ -13,33 +11,10 @@ from cli.settings import (
     UserPath,
     checked,
 )
+from diffusion.cache_config import LatentCacheConfig
 from volumes.data.config import DataConfig
 
 from .engine.config import MAX_MINUTES, LoopConfig, OptimizerConfig, warn_of_long_warmup
-
-
-@dataclass
-@checked
-class LatentCacheConfig:
-    """Latents of the training volumes, computed once.
-
-    Args:
-        folder: where they are kept, a folder or its fsspec URL; default: latents/ in the output folder.
-        versions: entries per volume; the first is the volume as it is, the others are augmented.
-        flip_axes: axes (0, 1, 2) along which the other versions are mirrored at random.
-        shift: whether the other versions are shifted at random by less than the autoencoder's stride.
-        rotate: largest rotation of the other versions about each axis, in degrees.
-        scale: largest change of each side of the other versions, as a fraction.
-        deform: standard deviation in voxels of a smooth random displacement of the other versions.
-    """
-
-    folder: UserPath | None = None
-    versions: PositiveInt = 1
-    flip_axes: tuple[Axis, ...] = ()
-    shift: bool = False
-    rotate: Annotated[float, Range(0, 180)] = 0.0
-    scale: ShareBelowOne = 0.0
-    deform: NonNegativeFloat = 0.0
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Pictures of held-out volumes beside what a model makes of them, in the units of their files."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -17,7 +16,7 @@ def preview_case(
     channels: Sequence[str],
     label_maps: bool = False,
     show_mask: bool = True,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return a case for `volumes.slices_figure`.
 
     Args:

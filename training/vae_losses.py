@@ -77,11 +77,8 @@ class PerceptualLoss:
         return perceptual_loss(self.network, reconstruction, image, fov)
 
 
-def make_adversary(config: TrainVaeConfig, vae: VolumeAutoencoder) -> AdversarialTrainer | None:
-    """Build the discriminator of the config's section `adversarial`; None without that section."""
-    options = config.adversarial
-    if options is None:
-        return None
+def make_adversary(options: AdversarialConfig, config: TrainVaeConfig, vae: VolumeAutoencoder) -> AdversarialTrainer:
+    """Build the discriminator of `options`, the config's section `adversarial`."""
     channels, layers = options.channels, options.layers
     network = VolumeDiscriminator(
         vae.config["out_channels"], channels, layers, slices=options.slices > 0, volume=options.volume
@@ -91,14 +88,11 @@ def make_adversary(config: TrainVaeConfig, vae: VolumeAutoencoder) -> Adversaria
     return AdversarialTrainer(learner, options)
 
 
-def make_perception(config: TrainVaeConfig, vae: VolumeAutoencoder) -> PerceptualLoss | None:
-    """Load the frozen network of the config's section `perceptual`; None without that section.
+def make_perception(options: PerceptualConfig, config: TrainVaeConfig, vae: VolumeAutoencoder) -> PerceptualLoss:
+    """Load the frozen network of `options`, the config's section `perceptual`.
 
     Raises: ValueError if it does not fit the patches or the channels.
     """
-    options = config.perceptual
-    if options is None:
-        return None
     path, side, channels = Path(options.network), config.crops.shape, vae.config["out_channels"]
     network = EncoderFeatures(load_autoencoder(path)) if path.is_dir() else VGG16Features(path)
     if network.in_channels not in (1, channels):

@@ -84,6 +84,15 @@ def pad_or_crop(shape: tuple[int, ...], target: tuple[int, ...], *, offset: tupl
     return Placement(_triple(shape), _triple(target), _triple(offset))
 
 
+def center_crop(array: Array, sides: tuple[int, ...]) -> Array:
+    """Cut the last three axes of an array to `sides` voxels about the center; axes that are smaller stay whole."""
+    window = []
+    for size, side in zip(array.shape[-3:], sides, strict=True):
+        start = max(size - side, 0) // 2
+        window.append(slice(start, start + min(size, side)))
+    return array[(..., *window)]
+
+
 def _triple(values: tuple[int, ...]) -> tuple[int, int, int]:
     x, y, z = values
     return int(x), int(y), int(z)

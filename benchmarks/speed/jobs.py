@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autoencoder import AutoencoderKL3D, kl_loss, l1_loss
 from benchmarks import generation
-from diffusion import denoise, make_scheduler
+from diffusion import Conditions, denoise, make_scheduler
 from volumes import make_phantom
 
 from . import choices
@@ -195,7 +195,7 @@ def sampling(
     def run() -> None:
         with torch.no_grad(), autocast(device, precision, enabled=model != "ours"):
             if model == "ours":
-                denoise(net, start, make_scheduler("rectified_flow"), {}, num_inference_steps=steps)
+                denoise(net, start, make_scheduler("rectified_flow"), Conditions(), num_inference_steps=steps)
             else:
                 scheduler = DDPMScheduler() if model == "monai voxels" else DDIMScheduler()
                 _sample_peer(net, start, scheduler, steps, steps_run or steps)

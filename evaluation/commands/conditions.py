@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
+from evaluation.data.volume_sets import ClassVolumes, generated_cases, load_classes
 from evaluation.networks.classifier import BATCH_SIZE, LEARNING_RATE
 from evaluation.studies.class_adherence import (
-    ClassVolumes,
+    SeedRates,
     describe_sizes,
-    generated_cases,
-    load_classes,
     measure_class_adherence,
 )
 from evaluation.studies.limits import check_command
@@ -80,7 +79,7 @@ def count_classes(volumes: ClassVolumes, names: list[str]) -> dict[str, int]:
     return dict(zip(names, torch.bincount(volumes.classes, minlength=len(names)).tolist(), strict=True))
 
 
-def print_seed(row: Mapping[str, Any]) -> None:
+def print_seed(row: SeedRates) -> None:
     """Print how often one classifier was right."""
     print(f"seed {row['seed']}: right on real {row['real']:.4f}, on generated {row['generated']:.4f}", flush=True)
 

@@ -142,7 +142,7 @@ def write_pictures(
     pictures = {}
     for name, space in spaces.items():
         path = output.with_name(f"{output.stem}_{name.replace(' ', '_')}.png")
-        figure = pairs_figure(results[name]["closest"], sets["generated"], sets["training"], space)
+        figure = pairs_figure(results[name].get("closest", []), sets["generated"], sets["training"], space)
         with atomic_file(path) as unfinished:
             figure.savefig(unfinished, dpi=110)
         pictures[name] = path.name

@@ -9,7 +9,7 @@ import torch
 from jsonargparse import Namespace
 
 from cli.live_bar import LiveBar
-from evaluation.studies.realism import judge_realism, steps_of
+from evaluation.studies.realism import measure_realism, steps_of
 
 from .common import write_study
 from .sets import describe_sets, load_extractors, load_sets
@@ -32,9 +32,9 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            result = judge_realism(
+            result = measure_realism(
                 sets,
-                extractors,  # pyright: ignore[reportArgumentType]
+                extractors,
                 channels=channels,
                 parts=options.parts,
                 pairs=options.pairs,

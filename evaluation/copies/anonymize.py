@@ -1,7 +1,7 @@
-"""A real case's mask in, a volume of nobody out, and beside it how similar it is to that case and to all training volumes.
+"""Anonymized volumes: generate a volume from a real case's mask, and record its similarity to that case and to all training volumes.
 
-The mask is the patient's own, and gives some of the patient away by itself (docs/evaluation.md, re-identification); edit or
-deform it where that matters. What is compared is the image: `copies.CopyCheck`.
+The mask is the patient's, and reveals something of the patient (docs/evaluation.md, re-identification); edit or deform it where that
+matters. Images are compared, not masks: `CopyCheck`.
 """
 
 import dataclasses
@@ -27,26 +27,26 @@ def anonymized(
     seed: int = 0,
     most: int = 10,
     **settings: Any,
-) -> tuple[Any, dict[str, Any]]:
-    """A volume made from a real case's mask alone that is a copy neither of that case nor of a training volume.
+) -> tuple[Any, Mapping[str, Any]]:
+    """Generate a volume from a real case's mask alone that is a copy neither of that case nor of a training volume.
 
     Args:
         mask: of the case.
-        image: of the case, in file units: a path or a NIfTI image, or of several channels a dict of them. It is compared and
-            nothing else: the pipeline never sees it.
+        image: of the case, in file units: a path or a NIfTI image, or a dict of them for several channels. It is only compared; the
+            pipeline never sees it.
         known: fingerprints of the training volumes, with the threshold that real patients set
             (`python -m evaluation.copies.fingerprints`); the case is added to them.
-        seed: of the first attempt, the next ones have the numbers that follow.
-        most: attempts.
+        seed: of the first attempt; it rises by one with each attempt.
+        most: maximum number of attempts.
         settings: further arguments of the pipeline, such as labels and num_inference_steps.
-    Returns: what the pipeline returns for the volume ("nifti"), and its record, with "copy_check": {"threshold", "similarity" to
-        the nearest of all, "patient_similarity" to the case}, and "rejected": the attempts that were copies.
-    Raises: ValueError if every attempt was a copy, for `paths`, and if `known` has its threshold from volumes that the pipeline
-        learned from.
+    Returns: the volume as the pipeline returns it ("nifti"), and its record, with "copy_check": {"threshold", "similarity" to the
+        nearest of all, "patient_similarity" to the case}, and "rejected": the attempts that were copies.
+    Raises: ValueError if every attempt was a copy, for `paths`, and if the threshold of `known` was set with training volumes of the
+        pipeline.
     """
     if "paths" in settings:
         raise ValueError(
-            "paths would be written before they are compared: write what is returned, by pipelines.write_synthetic"
+            "paths would be written before the comparison: write the returned volume by pipelines.write_synthetic"
         )
     check_unseen_subjects(known, pipe.training_subjects, "known")
     check = copy_check_with(known, image, pipe.data)
@@ -68,22 +68,22 @@ def anonymized(
 
 
 def copy_check_with(known: CopyCheck, image: Any, data: DataDescription) -> Check:
-    """Refuses copies of the training volumes and of one case more, whose `image` is in file units.
+    """Refuse copies of the training volumes and of one more case, whose `image` is in file units.
 
-    Raises: ValueError for an image of other channels than the model's `data`.
+    Raises: ValueError for an image with other channels than the model's `data`.
     """
-    own = CopyCheck.of(
+    patient = CopyCheck.of(
         [in_model_units(image, data)], known.crop, block=known.block, flips=known.flips, shift=known.shift
     )
-    own = dataclasses.replace(own, threshold=known.threshold)
+    patient = dataclasses.replace(patient, threshold=known.threshold)
 
-    def judge(made: Any) -> tuple[bool, dict[str, Any]]:
-        volume = in_model_units(made, data)
-        of_training, of_patient = known.check(volume), own.check(volume)
-        found = {"similarity": max(of_training.similarity, of_patient.similarity)}
-        return of_training.copy or of_patient.copy, found | {"patient_similarity": of_patient.similarity}
+    def judge(generated: Any) -> tuple[bool, dict[str, float]]:
+        volume = in_model_units(generated, data)
+        of_training, of_patient = known.check(volume), patient.check(volume)
+        nearest = max(of_training.similarity, of_patient.similarity)
+        return of_training.copy or of_patient.copy, {"similarity": nearest, "patient_similarity": of_patient.similarity}
 
-    def reason(found: Mapping[str, Any]) -> str:
-        return f"is a copy (similarity {found['similarity']:.3f}, threshold {known.threshold:.3f})"
+    def reason(record: Mapping[str, Any]) -> str:
+        return f"is a copy (similarity {record['similarity']:.3f}, threshold {known.threshold:.3f})"
 
     return Check("copy_check", judge, reason, {"threshold": known.threshold})

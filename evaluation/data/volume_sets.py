@@ -1,4 +1,4 @@
-"""Sets of volumes that are compared with each other: real ones of a split, and generated ones, on one scale of intensities."""
+"""Sets of volumes to compare: real ones of a split, and generated ones, on one intensity scale."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,24 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from evaluation.studies.class_adherence import generated_cases
 from pipelines import describe_mask, read_sidecar
-from volumes import Case, DataConfig, VolumeDataset
+from pipelines.storage.provenance import sidecars, volume_files
+from volumes import Case, DataConfig, VolumeDataset, pad_or_crop
 
 
 @dataclass(frozen=True)
 class VolumeSet:
-    """Volumes (C, X, Y, Z), each on its own grid and without padding, and whose they are.
+    """Volumes (C, X, Y, Z), each on its own grid and without padding, and their subjects.
 
     Args:
-        volumes: arrays, or a sequence that reads them when they are asked for.
-        names: of the volumes; numbers if they are not given.
-        subjects: what was drawn independently, which bootstraps draw anew: the patient, or of generated volumes the patient
-            whose mask was used. Every volume is a subject of its own if they are not given.
-        masks: of generated volumes, the name of the real volume whose mask each was made from, or None.
-        spacings: mm between voxels of each; 1 mm if they are not given.
-    Raises: ValueError for no volumes, and unless there is one name, subject and spacing (and mask) for each.
+        volumes: arrays, or a sequence that reads them on access.
+        names: of the volumes; numbers by default.
+        subjects: the independent units, which bootstraps resample: the patient, or for a generated volume the patient whose mask
+            was used. By default every volume is its own subject.
+        masks: for generated volumes, the name of the real volume whose mask each was generated from, or None.
+        spacings: mm between voxels of each; 1 mm by default.
+    Raises: ValueError for no volumes, and for another number of names, subjects, spacings or masks.
     """
 
     volumes: Sequence[Any] | np.ndarray
@@ -44,7 +46,7 @@ class VolumeSet:
         of_masks = count if self.masks is None else len(self.masks)
         if not count or {len(self.names), len(self.subjects), len(self.spacings), of_masks} != {count}:
             raise ValueError(
-                f"{count} volumes, {len(self.names)} names, {len(self.subjects)} subjects: give one of each"
+                f"{count} volumes, {len(self.names)} names, {len(self.subjects)} subjects: give one of each per volume"
             )
 
     def __len__(self) -> int:
@@ -52,9 +54,9 @@ class VolumeSet:
 
 
 def real_set(cases: Sequence[Case], config: DataConfig, splits: Sequence[str]) -> tuple[VolumeSet, dict[str, str]]:
-    """The real volumes of some splits, (C, X, Y, Z) float32 in [0, 1]: scaled as for a model, at the data's spacing.
+    """Load the real volumes of some splits, (C, X, Y, Z) float32 in [0, 1]: scaled as for a model, at the data's spacing.
 
-    Returns: the set, and the files that were refused (with `on_error: skip`) with the reason.
+    Returns: the set, and the files that could not be read (with `on_error: skip`) with the reason.
     Raises: ValueError if no case is in these splits.
     """
     chosen = [case for case in cases if case.split in splits]
@@ -65,23 +67,23 @@ def real_set(cases: Sequence[Case], config: DataConfig, splits: Sequence[str]) -
     dataset = _images(chosen, config)
     names = [case.name for case in dataset.cases]
     subjects = [case.subject for case in dataset.cases]
-    return VolumeSet(_unit(dataset), names, subjects, spacings=_spacings(dataset)), dict(dataset.skipped)
+    return VolumeSet(unit_volumes(dataset), names, subjects, spacings=_spacings(dataset)), dict(dataset.skipped)
 
 
 def generated_set(
     folders: Sequence[Path], cases: Sequence[Case], config: DataConfig
 ) -> tuple[VolumeSet, dict[str, str]]:
-    """The volumes that generate.py wrote to `folders`, scaled exactly as `real_set` scales real ones.
+    """Load the volumes that generate.py wrote to `folders`, scaled exactly as `real_set` scales real ones.
 
-    Whose mask a volume was made from is known by the mask file's sha256 in its sidecar, so files of real data may lie anywhere
-    and have one name. A volume of a known mask has that patient as its subject, any other is a subject of its own. The names
-    are those of the files, with the folder's before them if there are several folders.
+    The mask of a volume is recognized by the mask file's sha256 in its sidecar, so files of real data may be anywhere and have equal
+    names. The subject of a volume is the patient of its mask, or the volume itself for an unknown mask. The names are those of the
+    files, preceded by the folder's if there are several folders.
 
-    Returns: the set, and the refused files (with `on_error: skip`) with the reason.
-    Raises: ValueError for a folder that is missing or has no volume, or one without all channels of the data.
+    Returns: the set, and the files that could not be read (with `on_error: skip`) with the reason.
+    Raises: ValueError for a folder that is missing, has no volume, or lacks a channel of the data.
     """
     owners = mask_owners(cases)
-    found: list[Case] = []
+    generated: list[Case] = []
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; make it with generate.py")
@@ -90,37 +92,106 @@ def generated_set(
             owner = owners.get((record.get("mask") or {}).get("sha256", ""))
             name = f"{folder.name}/{case.name}" if len(folders) > 1 else case.name
             subject = owner.subject if owner else f"generated {name}"
-            found.append(dataclasses.replace(case, name=name, subject=subject, metadata={"mask": owner and owner.name}))
-    if twice := sorted({case.name for case in found if sum(other.name == case.name for other in found) > 1}):
-        raise ValueError(f"{twice[:3]} are in two folders of one name; give folders of different names")
+            generated.append(
+                dataclasses.replace(case, name=name, subject=subject, metadata={"mask": owner and owner.name})
+            )
+    if twice := sorted({case.name for case in generated if sum(other.name == case.name for other in generated) > 1}):
+        raise ValueError(f"{twice[:3]} are in two folders with the same name; rename one of the folders")
     files = dataclasses.replace(
         config, label_map={}, time_point=None
     )  # they hold the model's own labels, one volume each
-    dataset = _images(found, files)
+    dataset = _images(generated, files)
     names, subjects = ([getattr(case, key) for case in dataset.cases] for key in ("name", "subject"))
     masks = [case.metadata["mask"] for case in dataset.cases]
-    return VolumeSet(_unit(dataset), names, subjects, masks, _spacings(dataset)), dict(dataset.skipped)
+    return VolumeSet(unit_volumes(dataset), names, subjects, masks, _spacings(dataset)), dict(dataset.skipped)
+
+
+def generated_cases(folder: Path, config: DataConfig) -> list[Case]:
+    """List the volumes in `folder` by their sidecars, sorted by name, with the requested classes and numbers as metadata.
+
+    Raises: ValueError for a folder without volumes, and for a volume without a file for each channel of the data.
+    """
+    cases, channels = [], list(config.patterns)
+    for sidecar in sidecars(folder):
+        path = sidecar.with_suffix(".nii.gz")  # what generate.py writes
+        record = read_sidecar(path) or {}
+        images = dict(zip(record.get("channels") or channels[:1], volume_files(path, record), strict=True))
+        if missing := [channel for channel in channels if channel not in images or not images[channel].is_file()]:
+            raise ValueError(f"{sidecar}: its volume has no file of {missing}; generate all channels of the data")
+        requested = {**(record.get("classes") or {}), **(record.get("numbers") or {})}
+        cases.append(Case(sidecar.stem, subject=sidecar.stem, split="generated", images=images, metadata=requested))
+    if not cases:
+        raise ValueError(f"{folder}: no volume with a sidecar; generate some with generate.py")
+    return cases
 
 
 def mask_owners(cases: Sequence[Case]) -> dict[str, Case]:
-    """The case of each mask file, by the sha256 of its bytes. Files that several cases share are left out."""
-    found: dict[str, Case] = {}
+    """Return the case of each mask file by the sha256 of its bytes, without files that several cases share."""
+    owners: dict[str, Case] = {}
     shared = set()
     for case in cases:
         if case.mask is not None and case.mask.is_file():
             digest = describe_mask(case.mask)["sha256"]
-            shared |= {digest} & set(found)
-            found[digest] = case
-    return {digest: case for digest, case in found.items() if digest not in shared}
+            shared |= {digest} & set(owners)
+            owners[digest] = case
+    return {digest: case for digest, case in owners.items() if digest not in shared}
+
+
+@dataclass(frozen=True)
+class ClassVolumes:
+    """Volumes and their classes.
+
+    Args:
+        images: (N, C, X, Y, Z) float32 in [0, 1].
+        classes: (N,) indices.
+        skipped: files that could not be read: (name, reason).
+        sizes: for label maps, the size of each label (N, C) in milliliters.
+    """
+
+    images: Tensor
+    classes: Tensor
+    skipped: list[tuple[str, str]]
+    sizes: Tensor | None = None
+
+
+def load_classes(cases: Sequence[Case], config: DataConfig, column: str, shape: tuple[int, int, int]) -> ClassVolumes:
+    """Load the cases of known class at `shape` about their centers, scaled as for a model and then to [0, 1].
+
+    Raises: ValueError for a column that is not a class of the data, and if no case has a class.
+    """
+    if column not in config.classes:
+        raise ValueError(f"{column!r} is not a class of the data; choose one of {sorted(config.classes)}")
+    known = [case for case in cases if case.metadata.get(column) not in (None, "")]
+    if not known:
+        raise ValueError(
+            f"none of the {len(cases)} volumes has a {column}, such as {cases[0].name if cases else 'none'}"
+        )
+    one_column = dataclasses.replace(
+        config, masks=None, label_names={}, classes={column: config.classes[column]}, numbers=[]
+    )
+    if all(case.split == "generated" for case in known):  # files with the model's own labels, one volume each
+        one_column = dataclasses.replace(one_column, label_map={}, time_point=None)
+    known = [dataclasses.replace(case, mask=None) for case in known]
+    dataset = VolumeDataset(known, one_column)
+    images = torch.empty(len(dataset), len(dataset.channels), *shape)
+    sizes = torch.empty(len(dataset), len(dataset.channels))
+    for index in range(len(dataset)):
+        item = dataset[index]
+        image = (item["image"] + 1) / 2
+        images[index] = pad_or_crop(tuple(image.shape[1:]), shape).apply(image, 0.0)
+        sizes[index] = image.sum((1, 2, 3)) * item["affine"][:3, :3].det().abs() / 1000
+    classes = torch.stack([dataset.conditions(i)["classes"][0] for i in range(len(dataset))])
+    return ClassVolumes(images, classes, dataset.skipped, sizes if config.image_labels else None)
 
 
 def _images(cases: Sequence[Case], config: DataConfig) -> VolumeDataset:
-    """The images of the cases alone, without mask, classes and numbers."""
+    """Load only the images of the cases, without mask, classes and numbers."""
     alone = dataclasses.replace(config, masks=None, label_names={}, classes={}, numbers=[])
     return VolumeDataset([dataclasses.replace(case, mask=None) for case in cases], alone)
 
 
-def _unit(dataset: VolumeDataset) -> list[np.ndarray]:
+def unit_volumes(dataset: VolumeDataset) -> list[np.ndarray]:
+    """Return the volumes (C, X, Y, Z) of a data set in [0, 1]."""
     return [(prepared.image.array + 1) / 2 for prepared in dataset.prepared]
 
 

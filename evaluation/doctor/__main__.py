@@ -1,19 +1,19 @@
-"""Look a data set and a training config over, before the training and after it:
+"""Check a data set and a training config, before the training and after it:
 
 python -m evaluation.doctor --config configs/hippocampus/ldm.yaml [--output out/doctor.json]
 python -m evaluation.doctor --config configs/hippocampus/ldm.yaml --pipeline weights/hippocampus
 
-Prints a line for each check: OK, WARN (look at it) or FAIL (training would stop, or its figures would be worthless), with
-the files it is about and a remedy. Ends with status 1 if a check failed. `--data.root DIR` and the like override the
+Prints a line per check: OK, WARN (look at it) or FAIL (training would stop, or its results would be worthless), with
+the files it is about and a remedy. The exit status is 1 if a check failed. `--data.root DIR` and the like override the
 config's section `data`.
 
 python -m evaluation.doctor --config configs/real_sizes/ct/ldm_24gb.yaml --shape 256 256 256 [--dry_run]
 
-says what training and generation need in memory for volumes of that size, without any data.
+estimates the memory of training and generation for volumes of that size, without any data.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,27 +26,29 @@ from evaluation.report import config_parser
 
 
 def parse(args: list[str] | None) -> Namespace:
-    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    """Parse the command line; the data section of `--config` gives the defaults of `--data.*`."""
     parser = config_parser("evaluation.doctor", __doc__, args)
     parser.add_argument(
         "--pipeline", type=str, help="after training: folder of the pipeline, or of the autoencoder alone"
     )
     parser.add_argument(
-        "--volumes", type=Number(PositiveInt), default=8, help="real volumes that generated ones are compared with"
+        "--volumes", type=Number(PositiveInt), default=8, help="real volumes to compare generated ones with"
     )
     parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps")
     parser.add_argument(
         "--shape",
         type=str,
         nargs="+",
-        help="only how much memory volumes of so many voxels take, such as 256 256 128; needs no data",
-    )
-    parser.add_argument("--dry_run", action="store_true", help="with --shape: run one step of each stage, and measure")
-    parser.add_argument(
-        "--memory", type=Number(PositiveFloat), help="with --shape: GiB of the accelerator that is planned for"
+        help="only estimate the memory for volumes of this size, such as 256 256 128; needs no data",
     )
     parser.add_argument(
-        "--precision", type=Literal["no", "bf16", "fp16"], help="with --shape: of training; default: the config's"
+        "--dry_run", action="store_true", help="with --shape: run one step of each stage and measure its memory"
+    )
+    parser.add_argument("--memory", type=Number(PositiveFloat), help="with --shape: GiB of the accelerator to plan for")
+    parser.add_argument(
+        "--precision",
+        type=Literal["no", "bf16", "fp16"],
+        help="with --shape: precision of training; default: the config's",
     )
     parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
     parser.add_argument("--output", type=str, help="report to write, a JSON file")
@@ -57,7 +59,7 @@ def parse(args: list[str] | None) -> Namespace:
             parser.error(f"--shape {' '.join(parsed.shape)}: give voxels along X, Y and Z, such as 256 256 128")
         parsed.shape = tuple(map(int, sides))
     if parsed.shape and parsed.pipeline:
-        parser.error("--shape looks at no data: leave out --pipeline")
+        parser.error("--shape reads no data; remove --pipeline")
     if (parsed.dry_run or parsed.precision or parsed.memory is not None) and not parsed.shape:
         parser.error("--dry_run, --memory and --precision need --shape, the size of the volumes")
     assert isinstance(parsed, Namespace)
@@ -70,7 +72,7 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 import numpy as np
 
 from cli.live_bar import LiveBar
-from evaluation.data.seen import overlap_findings, read_judged
+from evaluation.data.seen import read_test_cases
 from evaluation.report import (
     check_report,
     provenance,
@@ -80,6 +82,7 @@ from evaluation.report import (
 from files.paths import printable
 from pipelines import MedVolumePipeline
 from pipelines.storage.loading import find_autoencoder, load_autoencoder
+from training.vae_config import TrainVaeConfig
 from volumes import Case, DataConfig, VolumeDataset
 from volumes.data.table_conditions import describe_numbers
 from volumes.devices import find_device
@@ -111,18 +114,22 @@ from .data_checks import (
 from .leaks import check_leaks
 from .limits import check_evaluation
 from .models import (
-    Run,
     build_models,
     check_fit,
     check_settings,
+    config_from_sections,
     estimate,
     plan,
+    with_precision,
 )
+from .overlap import overlap_findings
 from .start import advise_start
+
+Checks = tuple[list[Finding], Mapping[str, object]]  # findings, and values for the report
 
 
 def main(args: list[str] | None = None) -> int:
-    """Check as the command line says, print and write what was found. Returns 1 if a check failed, else 0."""
+    """Check as the command line says, print the findings and write the report. Returns 1 if a check failed, else 0."""
     options = parse(args)
     config: DataConfig = options.data
     sections = read_config(Path(options.config))
@@ -130,31 +137,34 @@ def main(args: list[str] | None = None) -> int:
     if options.output:
         check_report(options.output)
     if options.pipeline:
-        find_autoencoder(options.pipeline)  # or it is refused before the work
+        find_autoencoder(options.pipeline)  # an unusable folder is refused before the work
     if options.shape:
         device = find_device(options.device)
         findings, measured = check_settings(sections), {}
         if not findings:
-            run = Run.of(sections, options.precision, accelerator=options.memory is not None)
-            asked = {"memory": options.memory, "dry_run": options.dry_run, "device": device}
-            findings, measured = plan(config, sections, run, options.shape, folder, **asked)
+            training = config_from_sections(sections, config)
+            training = with_precision(training, options.precision, accelerator=options.memory is not None)
+            findings, measured = plan(
+                training, options.shape, folder, memory=options.memory, dry_run=options.dry_run, device=device
+            )
     else:
         findings, measured = before_training(config, sections, folder)
-    if options.pipeline and not any(one.level == "FAIL" and one.check in ("files", "splits") for one in findings):
+    unusable = any(finding.level == "FAIL" and finding.check in ("files", "splits") for finding in findings)
+    if options.pipeline and not unusable:
         try:
             found, more = after_training(config, Path(options.pipeline), options.volumes, options.steps, options.device)
-        except ValueError as error:  # what was found of the data is not to be lost by it
+        except ValueError as error:  # the findings about the data must not be lost
             found, more = [fail("model", str(error), "give a pipeline or an autoencoder that can be loaded")], {}
         findings, measured = findings + found, {**measured, **more}
     for finding in findings:
         print(printable(str(finding)))
-    counts = {level: sum(one.level == level for one in findings) for level in ("OK", "WARN", "FAIL")}
+    counts = {level: sum(finding.level == level for finding in findings) for level in ("OK", "WARN", "FAIL")}
     print(", ".join(f"{count} {level}" for level, count in counts.items()))
     if options.output:
         report = {
             "evaluation": "doctor",
             "counts": counts,
-            "findings": [asdict(one) for one in findings],
+            "findings": [asdict(finding) for finding in findings],
             **measured,
             "data": asdict(config),
             **provenance(),
@@ -163,8 +173,8 @@ def main(args: list[str] | None = None) -> int:
     return 1 if counts["FAIL"] else 0
 
 
-def before_training(config: DataConfig, sections: dict[str, Any], folder: Path) -> tuple[list[Finding], dict[str, Any]]:
-    """All that can be known of data and config without a trained model: findings, and figures for the report."""
+def before_training(config: DataConfig, sections: Mapping[str, Any], folder: Path) -> Checks:
+    """Check data and config, without a trained model: findings, and values for the report."""
     cases, findings = find_cases(config)
     if not cases:
         return findings, {}
@@ -181,71 +191,67 @@ def before_training(config: DataConfig, sections: dict[str, Any], folder: Path) 
     findings += check_evaluation(examined, config)
     found, measured = check_model(examined, config, sections, folder)
     for path in dict.fromkeys(str(sections[key]) for key in ("vae", "init_from") if sections.get(key)):
-        if Path(path).exists():  # else that it is missing is said above
-            voxels = {one.case.name: one.voxels for one in examined}
-            spacings = [one.spacing for one in examined] if config.spacing is None else None
-            found += overlap_findings(path, [one.case for one in examined], config, voxels, spacings)
+        if Path(path).exists():  # otherwise a finding above says that it is missing
+            voxels = {item.case.name: item.voxels for item in examined}
+            spacings = [item.spacing for item in examined] if config.spacing is None else None
+            found += overlap_findings(path, [item.case for item in examined], config, voxels, spacings)
     rows = [
         {
-            "name": one.case.name,
-            "subject": one.case.subject,
-            "split": one.case.split,
-            "shape": one.shape,
-            "spacing": one.spacing,
-            "orientation": one.orientation,
-            "low": one.low,
-            "high": one.high,
-            "step": one.step,
-            "labels_ml": one.labels,
+            "name": item.case.name,
+            "subject": item.case.subject,
+            "split": item.case.split,
+            "shape": item.shape,
+            "spacing": item.spacing,
+            "orientation": item.orientation,
+            "low": item.low,
+            "high": item.high,
+            "step": item.step,
+            "labels_ml": item.labels,
         }
-        for one in examined
+        for item in examined
     ]
     return findings + found, {**measured, "volumes": rows}
 
 
-def check_model(
-    examined: Sequence[Examined], config: DataConfig, sections: dict[str, Any], folder: Path
-) -> tuple[list[Finding], dict[str, Any]]:
-    """The model section built and run without numbers: crops, padding, memory; and what a small set may start from."""
+def check_model(examined: Sequence[Examined], config: DataConfig, sections: Mapping[str, Any], folder: Path) -> Checks:
+    """Build the model section and run it without values: patches, padding, memory; and the weights a small set may start from."""
     latent = "vae" in sections
     if wrong := check_settings(sections):
         return [*wrong, *check_size(examined, None, latent)], {}
     if not sections.get("model"):
-        missing = "the config has no section `model`: memory is not estimated"
+        missing = "the config has no section `model`, so memory is not estimated"
         return [*check_size(examined, None, latent), warn("model", missing, "give a training config")], {}
-    train = [one.numbers for one in examined if one.case.split == "train"]
+    train = [item.numbers for item in examined if item.case.split == "train"]
     numbers = describe_numbers(config.numbers, train) if config.numbers else {}
     try:
-        models, findings = build_models(sections, config, numbers, folder)
+        models, findings = build_models(with_precision(config_from_sections(sections, config)), numbers, folder)
     except (TypeError, ValueError, KeyError) as error:
         return [fail("model", f"cannot be built: {error}", "correct the section `model`, or `vae`")], {}
-    vae, run = models.vae, Run.of(sections)
-    start = (
-        None if latent or sections.get("init_from") else advise_start(vae, config, [one.spacing for one in examined])
-    )
+    vae = models.vae
+    start = None
+    if not latent and not sections.get("init_from"):
+        start = advise_start(vae, config, [item.spacing for item in examined])
     findings += check_size(examined, start, latent)
-    if wrong := check_fit(models, run, config):
-        return [*findings, *wrong], {}
+    if faults := check_fit(models):
+        return [*findings, *faults], {}
     findings += check_padding(examined, vae.stride)
-    if models.unet is None and list(vae.parameters()):
-        findings += check_crops(examined, run.crops.shape, vae.stride)
-    found, measured = estimate(models, run, [one.model_shape for one in examined], config)
+    if isinstance(models.config, TrainVaeConfig) and models.step is not None:
+        findings += check_crops(examined, models.config.crops.shape, vae.stride)
+    found, measured = estimate(models, [item.model_shape for item in examined])
     return findings + found, measured
 
 
-def after_training(
-    config: DataConfig, folder: Path, volumes: int, steps: int, device: str | None
-) -> tuple[list[Finding], dict[str, Any]]:
-    """Latents of the training volumes, and of a whole pipeline what limits its quality on real test volumes."""
+def after_training(config: DataConfig, folder: Path, volumes: int, steps: int, device: str | None) -> Checks:
+    """Check the latents of the training volumes, and, for a pipeline, what limits its quality on real test volumes."""
     on = find_device(device)
     cases, _ = find_cases(config)
-    lenient = replace(config, on_error="skip")  # what is refused was named before
+    lenient = replace(config, on_error="skip")  # findings above name the files that are refused
     split = {name: [case for case in cases if case.split == name] for name in ("train", "test")}
     vae = load_autoencoder(folder).to(on)  # pyright: ignore[reportArgumentType]
     train = VolumeDataset(split["train"], lenient)
     with LiveBar(total=len(train), unit="volume", disable=None, desc="encoding training volumes") as progress:
         summary = latent_summary(vae, train, lambda name: progress.update())
-    voxels, spacings = read_judged(cases, config)
+    voxels, spacings = read_test_cases(cases, config)
     findings = overlap_findings(folder, cases, config, voxels, spacings if config.spacing is None else None)
     findings, measured = findings + check_latents(summary), {"latents": summary}
     if not (folder / "model_index.json").is_file():
@@ -263,12 +269,12 @@ def after_training(
         except ValueError as error:
             return [
                 *findings,
-                warn("quality", f"not judged: {error}", "judge it with generate.py and evaluate.py"),
+                warn("quality", f"not measured: {error}", "measure it with generate.py and evaluate.py"),
             ], measured
     return findings + check_limits(limits, len(judged)), {**measured, "quality": limits}
 
 
 def _spread(cases: Sequence[Case], count: int) -> list[Case]:
-    """`count` cases, evenly spread over the list."""
-    chosen = np.unique(np.linspace(0, len(cases) - 1, min(count, len(cases))).round().astype(int))
-    return [cases[i] for i in chosen]
+    """Return `count` cases, evenly spread over the list."""
+    indices = np.unique(np.linspace(0, len(cases) - 1, min(count, len(cases))).round().astype(int))
+    return [cases[i] for i in indices]

@@ -1,8 +1,9 @@
-"""After training: whether latents are what their statistics say, and what limits quality, autoencoder or diffusion."""
+"""Checks after training: whether the latents match their stored statistics, and whether the autoencoder or the diffusion limits
+quality."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -24,37 +25,50 @@ from .cases import (
 )
 from .data_checks import outliers
 
-DRIFT = 0.25  # of a standard deviation that the mean, and part that the std, may be from the stored ones
-INFORMED = 0.1  # share of a channel's variance that is between cells, below which it tells nothing
-BANDS = (0.1, 0.2, 0.3, 0.4, 0.5)  # cycles/voxel; 16 voxels a side are enough for them
+DRIFT = 0.25  # standard deviations that the mean may be off, and fraction that the std may be off
+INFORMED = 0.1  # fraction of a channel's variance that is signal, below which the channel is dead
+BANDS = (0.1, 0.2, 0.3, 0.4, 0.5)  # cycles/voxel; 16 voxels per side are enough for them
 LEVELS = np.linspace(0, 1, 101)
-LIMITS, FREE = 0.7, 0.4  # of the generated volumes' distance that reconstructions alone make up
+# Fraction of the generated volumes' distance that reconstructions alone account for: above the first the autoencoder limits
+# quality, below the second the diffusion does.
+LIMITS = 0.7
+FREE = 0.4
 
 OnVolume = Callable[[str], object]
+
+
+class LatentSummary(TypedDict):
+    """Statistics of standardized latents."""
+
+    mean: list[float]  # (C,): 0 if the stored statistics are right
+    std: list[float]  # (C,): 1 if the stored statistics are right
+    informed: list[
+        float
+    ]  # (C,): fraction of a channel's variance (posterior mean and noise) in the mean; 1 for a VQ-GAN
+    rms: dict[str, float]  # of each volume's latents, by name
+
+
+Distances = dict[str, float]  # by metric
 
 
 @torch.inference_mode()
 def latent_summary(
     vae: VolumeAutoencoder, dataset: VolumeDataset, on_volume: OnVolume = lambda name: None
-) -> dict[str, Any]:
-    """Latents of all volumes, standardized by the stored statistics, over cells inside the field of view.
-
-    Returns: {"mean", "std" (C,): 0 and 1 if the stored statistics are right; "informed" (C,): the share of a channel's
-    variance (that of the posterior's mean and of its noise) that the mean has, 1 of a VQ-GAN; "rms": of each volume's
-    latents, by name}.
-    """
-    count, rms = 0, {}
+) -> LatentSummary:
+    """Summarize the latents of all volumes, standardized by the stored statistics, inside the field of view."""
+    count = 0
+    rms: dict[str, float] = {}
     total, squares, noise = (torch.zeros(vae.config["latent_channels"], dtype=torch.float64) for _ in range(3))
     for index in range(len(dataset)):
         sample = pad_sample(dataset[index], vae.stride)
         posterior: Any = vae.encode(sample["image"][None].to(vae.device, vae.dtype), return_dict=False)[0]
         mean = posterior.mode()
         inside = cells_inside(sample["fov"][None].to(mean.device), tuple(mean.shape[2:]))[:, 0]
-        cells = mean.movedim(1, -1)[inside].double().cpu()
-        count, total, squares = count + len(cells), total + cells.sum(0), squares + (cells**2).sum(0)
+        latents = mean.movedim(1, -1)[inside].double().cpu()
+        count, total, squares = count + len(latents), total + latents.sum(0), squares + (latents**2).sum(0)
         if isinstance(posterior, DiagonalGaussian3D):
             noise += (posterior.std.movedim(1, -1)[inside].double().cpu() ** 2).sum(0)
-        rms[sample["name"]] = float(cells.square().mean().sqrt())
+        rms[sample["name"]] = float(latents.square().mean().sqrt())
         on_volume(sample["name"])
     mean = total / count
     variance = (squares / count - mean**2).clamp_min(0)
@@ -62,16 +76,16 @@ def latent_summary(
     return {"mean": mean.tolist(), "std": variance.sqrt().tolist(), "informed": informed.tolist(), "rms": rms}
 
 
-def check_latents(summary: dict[str, Any]) -> list[Finding]:
-    """Findings of a `latent_summary`: drift from the stored statistics, dead channels, volumes that stand out."""
+def check_latents(summary: LatentSummary) -> list[Finding]:
+    """Check a `latent_summary`: drift from the stored statistics, dead channels, outlying volumes."""
     findings = []
     mean, std, informed = (np.array(summary[key]) for key in ("mean", "std", "informed"))
     text = f"standardized, mean {np.abs(mean).max():.2f} at most and std {std.min():.2f} to {std.max():.2f} (0 and 1 are right)"
     drifted = np.flatnonzero((np.abs(mean) > DRIFT) | (np.abs(std - 1) > DRIFT)).tolist()
     if drifted:
         remedy = (
-            "the stored latents_mean and latents_std are of other data or weights: end train_vae.py on this set, and train "
-            "the U-Net anew"
+            "the stored latents_mean and latents_std belong to other data or weights: finish train_vae.py on this set, and "
+            "train the U-Net again"
         )
         findings.append(warn("latents", f"{text}: channels {drifted} are off", remedy))
     else:
@@ -84,14 +98,16 @@ def check_latents(summary: dict[str, Any]) -> list[Finding]:
     odd = [list(summary["rms"])[i] for i in outliers(list(summary["rms"].values()), 1.3)]
     if odd:
         listed = names([f"{name} ({summary['rms'][name]:.2f})" for name in odd])
-        findings.append(warn("latents", f"unlike the others (RMS): {listed}", "look at these volumes", odd))
+        findings.append(warn("latents", f"unlike the others (RMS): {listed}", "check these volumes", odd))
     return findings
 
 
-def distances(volumes: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> dict[str, float]:
-    """How far volumes (X, Y, Z) in [0, 1] are from others, 0 where they agree: {"intensity": Wasserstein-1 distance of the
-    pooled intensities, "spectrum": mean |dB| of power from 0.1 to 0.5 cycles/voxel, "sharpness": |log| of the ratio of
-    mean gradients}."""
+def distances(volumes: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> Distances:
+    """Return distances between two sets of volumes (X, Y, Z) in [0, 1], 0 if they agree.
+
+    Returns: {"intensity": Wasserstein-1 distance of the pooled intensities, "spectrum": mean |dB| of power from 0.1 to 0.5
+        cycles/voxel, "sharpness": |log| of the ratio of mean gradients}.
+    """
     quantiles = [np.quantile(np.concatenate([v.ravel() for v in part]), LEVELS) for part in (volumes, reference)]
     shape: Any = np.min([v.shape for part in (volumes, reference) for v in part], axis=0).tolist()
     power = [mean_band_power(part, tuple(shape), BANDS) for part in (volumes, reference)]
@@ -110,15 +126,14 @@ def compare_limits(
     *,
     steps: int,
     on_volume: OnVolume = lambda name: None,
-) -> dict[str, Any]:
-    """Real volumes against themselves after the autoencoder, and against volumes that are generated from their own
-    conditions, one each.
+) -> dict[str, Distances]:
+    """Compare real volumes with their reconstructions, and with volumes generated from their conditions, one each.
 
     Args:
-        dataset: real volumes, best of the test split.
-        floor: other real volumes, which say how far real ones are from each other.
+        dataset: real volumes, best of the test set.
+        floor: other real volumes, which show how far real volumes are from each other.
         steps: denoising steps.
-    Returns: {"reconstructed", "generated", "floor": `distances` from the real volumes}, without "floor" if there is none.
+    Returns: `distances` from the real volumes: {"reconstructed", "generated", "floor"}; no "floor" without such volumes.
     Raises: ValueError if the pipeline cannot generate from these conditions.
     """
     real: list[np.ndarray] = []
@@ -131,28 +146,29 @@ def compare_limits(
         decoded += [unit_range(channel) for channel in coded]
         generated += [unit_range(channel) for channel in _generate(pipe, dataset, index, steps)]
         on_volume(sample["name"])
-    found = {"reconstructed": distances(decoded, real), "generated": distances(generated, real)}
+    result = {"reconstructed": distances(decoded, real), "generated": distances(generated, real)}
     if floor is not None:
         others = [unit_range(c) for i in range(len(floor)) for c in floor[i]["image"].numpy()]
-        found["floor"] = distances(others, real)
-    return found
+        result["floor"] = distances(others, real)
+    return result
 
 
 def _generate(pipe: MedVolumePipeline, dataset: VolumeDataset, index: int, steps: int) -> np.ndarray:
-    """(C, X, Y, Z) generated from the case's mask, classes and numbers, with the case's number as its seed."""
+    """Generate (C, X, Y, Z) from the case's mask, classes and numbers, with the case's index as the seed."""
     config, prepared = dataset.config, dataset.prepared[index]
-    given: dict[str, Any] = {"shape": prepared.image.shape}
+    mask = None
     if pipe.unet.config["num_labels"] and prepared.mask is not None:
         values = np.array(sorted(dataset.labels), np.int16)[prepared.mask.array]
-        given = {"mask": Volume(values, prepared.image.affine)}
-    labels = {c: config.classes[c][i] for c, i in zip(sorted(config.classes), prepared.classes, strict=True) if i >= 0}
+        mask = Volume(values, prepared.image.affine)
+    classes = {c: config.classes[c][i] for c, i in zip(sorted(config.classes), prepared.classes, strict=True) if i >= 0}
     numbers = {c: v for c, v in zip(sorted(config.numbers), prepared.numbers, strict=True) if not math.isnan(v)}
-    labels = {name: value for name, value in labels.items() if name in (pipe.unet.config["classes"] or {})}
+    classes = {name: value for name, value in classes.items() if name in (pipe.unet.config["classes"] or {})}
     numbers = {name: value for name, value in numbers.items() if name in (pipe.unet.config["numbers"] or {})}
     generator = torch.Generator().manual_seed(index)
     volume: Any = pipe(
-        **given,
-        classes=labels or None,
+        mask=mask,
+        shape=prepared.image.shape if mask is None else None,
+        classes=classes or None,
         numbers=numbers or None,
         num_inference_steps=steps,
         generator=generator,
@@ -161,24 +177,24 @@ def _generate(pipe: MedVolumePipeline, dataset: VolumeDataset, index: int, steps
     return volume
 
 
-def check_limits(found: dict[str, Any], count: int) -> list[Finding]:
-    """Findings of `compare_limits`: for each distance, how much of it the autoencoder alone makes up."""
+def check_limits(limits: dict[str, Distances], count: int) -> list[Finding]:
+    """Check the result of `compare_limits`: for each distance, how much of it the autoencoder alone accounts for."""
     findings = []
-    for metric, generated in found["generated"].items():
-        decoded, floor = found["reconstructed"][metric], found.get("floor", {}).get(metric)
+    for metric, generated in limits["generated"].items():
+        decoded, floor = limits["reconstructed"][metric], limits.get("floor", {}).get(metric)
         text = f"{metric}: reconstructed {decoded:.3g}, generated {generated:.3g} from {count} real volumes"
         if floor is not None:
-            text += f"; other real ones {floor:.3g}"
+            text += f"; other real volumes {floor:.3g}"
         if floor is not None and generated <= floor:
             findings.append(ok("quality", f"{text}: as near as real volumes are to each other"))
         elif decoded >= LIMITS * generated:
-            remedy = "sharpen or lengthen the autoencoder (configs/hippocampus/sharpen.yaml, more latent_channels, larger crops)"
+            remedy = "sharpen or lengthen the autoencoder (configs/hippocampus/sharpen.yaml, more latent_channels, larger patches)"
             findings.append(warn("quality", f"{text}: the autoencoder limits it", remedy))
         elif decoded <= FREE * generated:
             remedy = "train the U-Net longer or wider, or take more denoising steps"
             findings.append(warn("quality", f"{text}: the diffusion limits it", remedy))
         else:
             findings.append(
-                warn("quality", f"{text}: both limit it", "improve the autoencoder first: it bounds the rest")
+                warn("quality", f"{text}: both limit it", "improve the autoencoder first, because it bounds the rest")
             )
     return findings

@@ -1,12 +1,11 @@
-"""Cases as a training would read them, each boiled down to the few numbers that the doctor's checks look at.
+"""Read cases as a training would, and reduce each to the few values that the doctor's checks use.
 
-No volume is kept: what is checked of a set of any size fits in memory.
+No volume is kept, so a set of any size fits in memory.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -27,14 +26,14 @@ from volumes import (
 from volumes.data.dataset import PreparedCase, prepare
 from volumes.plausible import Oddity
 
-THUMBNAIL = 16  # cells a side
-MIN_LEVELS = 16  # different intensities, below which a step between them says nothing
-STEP_ERROR = 0.05  # of a step, by which an intensity may miss a whole number of them
+THUMBNAIL = 16  # elements per side
+MIN_LEVELS = 16  # different intensities, below which the step between them means nothing
+STEP_ERROR = 0.05  # of a step, by which an intensity may be off a multiple of it
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's report. `level`: "OK", "WARN" or "FAIL"; `files`: the cases or files it is about."""
+    """A line of the doctor's report. `level`: "OK", "WARN" or "FAIL"; `files`: the cases or files it is about."""
 
     level: str
     check: str
@@ -59,19 +58,19 @@ def fail(check: str, message: str, remedy: str, files: Sequence[str] = ()) -> Fi
 
 
 def names(files: Sequence[str], most: int = 5) -> str:
-    """The first few, and how many more."""
+    """List the first few files, and the number of the others."""
     return ", ".join(files[:most]) + (f" and {len(files) - most} more" if len(files) > most else "")
 
 
 @dataclass(frozen=True)
 class Examined:
-    """What is kept of a case.
+    """The values kept from a case.
 
-    `shape` and `spacing` (mm) are those of the file, in RAS+ order, and `model_shape` is what a model sees. By channel:
-    `low`, `high` the scale in file units, `highest` the largest intensity, `clipped` the share of voxels outside the scale
-    and `above` that above it, `covered` the share of it that percentiles 1 to 99 span, `step` see `quantization_step`. `labels`
-    are volumes in ml by name (0 where the case lacks the label), `digest` of the stored voxels, `voxels` see
-    `volumes.data.subjects`, `thumbnail` see `thumbnail_of`. Of phantoms `orientation` is "".
+    `shape` and `spacing` (mm) are the file's, in RAS+ order; `model_shape` is what a model sees. By channel: `low` and `high`,
+    the scale in file units; `highest`, the largest intensity; `clipped`, the fraction of voxels outside the scale, and `above`, the
+    fraction above it; `covered`, the fraction of the scale that percentiles 1 to 99 span; `step`, see `quantization_step`. `labels`
+    are volumes in ml by name (0 if the case lacks the label); `digest` is of the stored voxels; `voxels`, see
+    `volumes.data.subjects`; `thumbnail`, see `thumbnail_of`. `orientation` of phantoms is "".
     """
 
     case: Case
@@ -97,14 +96,14 @@ class Examined:
 
     @property
     def file(self) -> str:
-        """Its first image file, for messages; of a phantom its name."""
+        """The first image file, for messages; the name of a phantom."""
         return str(next(iter(self.case.images.values()), self.case.name))
 
 
 def find_cases(config: DataConfig) -> tuple[list[Case], list[Finding]]:
-    """All cases, and why training would refuse the list. Rows of missing files stay in it: they are refused when read.
+    """List all cases, with findings if training would refuse the list. Rows of missing files stay: reading refuses them.
 
-    Subjects in two splits are all named, and their cases come as the table has them.
+    All subjects in two splits are named; their cases keep the splits of the table.
     """
     if config.masks and not config.label_names:
         remedy = "name every label in data.label_names, such as {0: background, 1: tumor}"
@@ -115,18 +114,18 @@ def find_cases(config: DataConfig) -> tuple[list[Case], list[Finding]]:
     except ValueError as error:
         refused = str(error)
     if not config.split:
-        return [], [fail("files", refused, "training cannot start before this is put right")]
+        return [], [fail("files", refused, "training cannot start before this is fixed")]
     try:
         cases = load_cases(replace(lenient, split=None, test_fraction=0.0, validation_fraction=0.0))
     except ValueError as error:
-        return [], [fail("files", str(error), "training cannot start before this is put right")]
+        return [], [fail("files", str(error), "training cannot start before this is fixed")]
     cases = [replace(case, split=str(case.metadata.get(config.split, ""))) for case in cases]
     splits: dict[str, set[str]] = {}
     for case in cases:
         splits.setdefault(case.subject, set()).add(case.split)
-    torn = {subject: sorted(found) for subject, found in splits.items() if len(found) > 1}
+    torn = {subject: sorted(names_) for subject, names_ in splits.items() if len(names_) > 1}
     if not torn:
-        return cases, [fail("splits", refused, "training cannot start before this is put right")]
+        return cases, [fail("splits", refused, "training cannot start before this is fixed")]
     both = [case.name for case in cases if case.subject in torn]
     listed = names([f"{subject} ({', '.join(found)})" for subject, found in sorted(torn.items())])
     remedy = f"put all volumes of a subject into one split in column {config.split!r}: {names(both, 12)}"
@@ -148,7 +147,7 @@ def examine_cases(
 
 
 def examine(case: Case, config: DataConfig) -> Examined:
-    """Read one case as training does, and its voxels as they are stored. Raises VolumeError, which names the file."""
+    """Read a case as training does, and its voxels as they are stored. Raises: VolumeError naming the file."""
     prepared = prepare(case, config)
     raw = _stored(case, config, prepared)
     count = len(raw.array)
@@ -183,8 +182,8 @@ def examine(case: Case, config: DataConfig) -> Examined:
 
 
 def thumbnail_of(image: np.ndarray) -> np.ndarray:
-    """(C, X, Y, Z) -> (2, C * THUMBNAIL ** 3) float32: the volume and its mirror image along the first axis, averaged over
-    cells and brought to mean 0 and length 1, so that products are correlations. All zero for a constant."""
+    """(C, X, Y, Z) -> (2, C * THUMBNAIL ** 3) float32: the volume and its mirror image along the first axis, averaged to
+    `THUMBNAIL` per side, with mean 0 and length 1, so that products are correlations. All zero for a constant."""
     small = F.adaptive_avg_pool3d(torch.from_numpy(np.ascontiguousarray(image, np.float32))[None], THUMBNAIL)[0]
     rows = torch.stack([small.flatten(), small.flip(1).flatten()])
     rows = rows - rows.mean(1, keepdim=True)
@@ -192,30 +191,30 @@ def thumbnail_of(image: np.ndarray) -> np.ndarray:
 
 
 def quantization_step(array: np.ndarray) -> float | None:
-    """The step of which all intensities are whole multiples, from the lowest, in file units; None if there is none, or
-    fewer than `MIN_LEVELS` intensities.
+    """Find the step of which all intensities, from the lowest, are multiples, in file units; None if there is none, or if there
+    are fewer than `MIN_LEVELS` intensities.
 
-    Whole numbers that were multiplied by a factor keep it as their step: a scan's fingerprint, shared by volumes that
-    were scaled together. The step is fitted to ever more levels, because rounding errors of float32 add up.
+    Integers that were multiplied by a factor have that step: a fingerprint of a scan, which volumes that were scaled together
+    share. The step is fitted to more and more levels, because rounding errors of float32 add up.
     """
     levels = np.unique(np.asarray(array, np.float64))
     if len(levels) < MIN_LEVELS:
         return None
     heights = levels - levels[0]
     step = float(np.diff(levels).min())
-    known = MIN_LEVELS
+    count = MIN_LEVELS
     while True:
-        multiples = np.rint(heights[:known] / step)
-        if np.abs(heights[:known] / step - multiples).max() > STEP_ERROR:
+        multiples = np.rint(heights[:count] / step)
+        if np.abs(heights[:count] / step - multiples).max() > STEP_ERROR:
             return None
-        step = float((heights[:known] @ multiples) / (multiples @ multiples))
-        if known == len(levels):
+        step = float((heights[:count] @ multiples) / (multiples @ multiples))
+        if count == len(levels):
             return step
-        known = min(2 * known, len(levels))
+        count = min(2 * count, len(levels))
 
 
 def _stored(case: Case, config: DataConfig, prepared: PreparedCase) -> Volume:
-    """The image in the units of its files, before resampling."""
+    """Read the image in the units of its files, before resampling."""
     if case.phantom is not None:
         assert config.phantom is not None
         return make_phantom(case.phantom, config.phantom.shape)[0]
@@ -229,20 +228,20 @@ def _stored(case: Case, config: DataConfig, prepared: PreparedCase) -> Volume:
 
 
 def _label_volumes(prepared: PreparedCase, config: DataConfig) -> dict[str, float]:
-    """Volumes in ml of the labels of a mask, or of an image that is a label map, but the background."""
+    """Return volumes in ml of the labels of a mask, or of a label map, without the background."""
     milliliters = float(np.prod(prepared.image.spacing)) / 1000
     if prepared.mask is not None:
-        found = sorted((config.label_names or PHANTOM_LABELS).items())
-        counts = np.bincount(prepared.mask.array.ravel(), minlength=len(found))
-        return {name: float(counts[i] * milliliters) for i, (_, name) in enumerate(found) if i}
+        labels = sorted((config.label_names or PHANTOM_LABELS).items())
+        counts = np.bincount(prepared.mask.array.ravel(), minlength=len(labels))
+        return {name: float(counts[i] * milliliters) for i, (_, name) in enumerate(labels) if i}
     if config.image_labels:
         sizes = (prepared.image.array > 0).sum((1, 2, 3)) * milliliters
         return dict(zip(config.channels, map(float, sizes), strict=True))
     return {}
 
 
-def _header(grid: SourceGrid | None) -> dict[str, Any]:
-    """Of the first image file; {} of phantoms."""
+def _header(grid: SourceGrid | None) -> dict[str, str]:
+    """Return orientation and unit of the first image file; {} for phantoms."""
     if grid is None:
         return {}
     return {

@@ -1,4 +1,4 @@
-"""What is odd in a data set: counts, geometry, intensities, labels, conditions. From examined cases to findings."""
+"""Find oddities of a data set: counts, geometry, intensities, labels, conditions. From examined cases to findings."""
 
 import math
 from collections import Counter
@@ -24,12 +24,12 @@ MADS = 6.0  # scaled median absolute deviations (a normal distribution's standar
 SMALL_SET = 50  # subjects
 THICK = 3.0  # voxels so many times longer than wide
 RARE = 10  # volumes of a class
-FLAT = 0.05  # of a window, which a volume spans at least
-CAPPED = 2.0  # times higher than the upper percentile are the maxima of a volume that loses its peaks
+FLAT = 0.05  # fraction of a window that a volume should span
+CAPPED = 2.0  # ratio of the maximum to the upper percentile, above which a volume loses its peaks
 
 
 def outliers(values: Sequence[float] | np.ndarray, factor: float) -> list[int]:
-    """Indices of positive `values` that lie both `MADS` scaled median absolute deviations, on a logarithmic scale, and a
+    """Return the indices of positive `values` that lie both `MADS` scaled median absolute deviations, on a logarithmic scale, and a
     `factor` away from the median (Leys et al. 2013)."""
     logs = np.log(np.maximum(np.asarray(values, np.float64), 1e-12))
     if not len(logs):
@@ -41,17 +41,17 @@ def outliers(values: Sequence[float] | np.ndarray, factor: float) -> list[int]:
 def check_found(
     cases: Sequence[Case], examined: Sequence[Examined], refused: Sequence[tuple[Case, str]], config: DataConfig
 ) -> list[Finding]:
-    """Cases, subjects and splits; the files that are refused, each by itself."""
+    """Check cases, subjects and splits; name each refused file."""
     findings = []
-    used = [one.case for one in examined]
+    used = [item.case for item in examined]
     parts = []
     for split in SPLITS:
-        own = [case for case in used if case.split == split]
-        parts.append(f"{split} {len(own)} of {len({case.subject for case in own})}")
+        cases_of = [case for case in used if case.split == split]
+        parts.append(f"{split} {len(cases_of)} of {len({case.subject for case in cases_of})}")
     subjects, listed = len({case.subject for case in cases}), ", ".join(parts)
     if refused:
         text = f"{len(used)} of {len(cases)} volumes can be used ({subjects} subjects found): {listed}"
-        findings.append(warn("cases", text, "see each of the others below"))
+        findings.append(warn("cases", text, "see the others below"))
     else:
         text = f"{len(cases)} volumes of {subjects} subjects found, every file can be read: {listed}"
         findings.append(ok("cases", text))
@@ -61,51 +61,51 @@ def check_found(
             findings.append(fail("files", reason, "repair or remove it, or set data.on_error: skip", [file]))
         else:
             findings.append(warn("files", reason, "repair or remove it; it is skipped (data.on_error: skip)", [file]))
-    of_split = Counter(one.case.split for one in examined)
+    of_split = Counter(item.case.split for item in examined)
     if not of_split["train"]:
-        findings.append(fail("splits", "no volume can be trained on", "see data.split, and the refused files"))
+        findings.append(fail("splits", "there is no volume to train on", "see data.split, and the refused files"))
     lost = {case.split for case, _ in refused}
     if not of_split["test"]:
         remedy = "set data.test_fraction: 0.2, or give a column by data.split"
-        message = "no volume is held out for testing: nothing can be shown"
+        message = "no volume is held out for testing, so nothing can be shown"
         findings.append(warn("splits", message, "see the refused files" if "test" in lost else remedy))
     if not of_split["validation"]:
         remedy = "see the refused files" if "validation" in lost else "set data.validation_fraction: 0.1"
-        findings.append(warn("splits", "no volume watches the training", remedy))
+        findings.append(warn("splits", "there is no validation volume", remedy))
     if not (config.subject or config.group_by or config.phantom):
         remedy = "if subjects have several volumes, set data.subject or data.group_by, or they leak between splits"
-        findings.append(warn("splits", "every volume counts as its own subject", remedy))
+        findings.append(warn("splits", "every volume counts as a separate subject", remedy))
     return findings
 
 
 def check_size(examined: Sequence[Examined], start: str | None, latent: bool) -> list[Finding]:
-    """Advice for small sets, by subjects to train on.
+    """Give advice for small sets, by the number of subjects to train on.
 
     Args:
-        start: trained weights that fit the config, and how to start from them; None if there are none.
+        start: how to start from trained weights that fit the config; None if there are none.
         latent: whether a diffusion model is trained, not an autoencoder.
     """
-    count = len({one.case.subject for one in examined if one.case.split == "train"})
+    count = len({item.case.subject for item in examined if item.case.split == "train"})
     if not count or count >= SMALL_SET:
         return [ok("size", f"{count} subjects to train on")] if count else []
     advice = [start] if start else []
     if latent:
         advice += [
-            "with fewer than about 20, fine-tune a trained U-Net by a LoRA (lora:, --init_from PIPELINE/unet) rather than train "
+            "with fewer than about 20, fine-tune a trained U-Net by a LoRA (lora:, --init_from PIPELINE/unet) instead of training "
             "all weights",
             "use cache: {versions: 8, flip_axes: [0], shift: true} where anatomy may be mirrored",
         ]
     advice.append(
-        "keep 20 % of the subjects for testing. What such a set cannot show: that volumes are as varied as patients (it has "
-        f"seen {count}), that rare findings are right, or that nobody is copied: run the privacy audit"
+        "keep 20 % of the subjects for testing. Such a set cannot show that volumes are as varied as patients (it has "
+        f"{count}), that rare findings are right, or that nobody is copied: run the privacy audit"
     )
     return [warn("size", f"{count} subjects to train on: fewer than {SMALL_SET}", "; ".join(advice))]
 
 
 def check_geometry(examined: Sequence[Examined], config: DataConfig) -> list[Finding]:
-    """Spacing, shape, orientation and units: the spread, and who stands out."""
+    """Check spacing, shape, orientation and units: the spread, and outliers."""
     findings = []
-    spacings, shapes = (np.array([getattr(one, name) for one in examined]) for name in ("spacing", "shape"))
+    spacings, shapes = (np.array([getattr(item, name) for item in examined]) for name in ("spacing", "shape"))
     middle = np.median(spacings, axis=0)
     odd = sorted({i for axis in range(3) for i in outliers(spacings[:, axis], 1.25)})
     text = f"voxels {_range(spacings, '.3g')} mm, median {' x '.join(f'{mm:.3g}' for mm in middle)}"
@@ -122,13 +122,13 @@ def check_geometry(examined: Sequence[Examined], config: DataConfig) -> list[Fin
         findings.append(warn("spacing", f"{text}: no single voxel size", remedy))
     used = np.asarray(config.spacing or middle, np.float64)
     if used.max() > THICK * used.min():
-        remedy = "give strides by axis, such as patch_size: [2, 2, 1], so that latent cells are about cubes in mm"
+        remedy = "give strides by axis, such as patch_size: [2, 2, 1], so that latent voxels are about cubes in mm"
         findings.append(warn("spacing", f"voxels are {used.max() / used.min():.1f} times longer than wide", remedy))
     odd = sorted({i for axis in range(3) for i in outliers(shapes[:, axis], 1.5)})
     text = f"volumes {_range(shapes, 'g')} voxels, median {' x '.join(f'{n:g}' for n in np.median(shapes, axis=0))}"
     if odd:
         who = [f"{examined[i].file} ({' x '.join(map(str, examined[i].shape))})" for i in odd]
-        remedy = "crop or pad them like the others, or leave them out"
+        remedy = "crop or pad them like the others, or remove them"
         findings.append(warn("shape", f"{text}; unlike the others: {names(who)}", remedy, _files(examined, odd)))
     else:
         findings.append(ok("shape", text))
@@ -136,27 +136,27 @@ def check_geometry(examined: Sequence[Examined], config: DataConfig) -> list[Fin
 
 
 def _check_headers(examined: Sequence[Examined]) -> list[Finding]:
-    stored = [one for one in examined if one.orientation]
+    stored = [item for item in examined if item.orientation]
     if not stored:
         return []
-    counts = Counter(one.orientation for one in stored)
-    told = ", ".join(f"{code} {n}" for code, n in counts.most_common())
-    findings = [ok("orientation", f"stored as {told}; read as RAS")]
-    for oddity, files in gathered(found for one in examined for found in one.oddities):
+    counts = Counter(item.orientation for item in stored)
+    orientations = ", ".join(f"{code} {n}" for code, n in counts.most_common())
+    findings = [ok("orientation", f"stored as {orientations}; read as RAS")]
+    for oddity, files in gathered(found for item in examined for found in item.oddities):
         findings.append(warn(oddity.check, f"{oddity.what}: {names([*files.values()])}", oddity.remedy, [*files]))
-    files = [one.file for one in stored if one.unit == "unknown"]
+    files = [item.file for item in stored if item.unit == "unknown"]
     if len(files) == len(stored):
-        findings.append(ok("units", f"no header names a unit of length: taken as mm ({len(files)} files)"))
+        findings.append(ok("units", f"no header names a unit of length, so mm is assumed ({len(files)} files)"))
     elif files:
         findings.append(
-            warn("units", f"the header names no unit: taken as mm: {names(files)}", "set xyzt_units to mm", files)
+            warn("units", f"the header names no unit, so mm is assumed: {names(files)}", "set xyzt_units to mm", files)
         )
     return findings
 
 
 def check_intensity(examined: Sequence[Examined], config: DataConfig) -> list[Finding]:
-    """What scaling cuts off, volumes that hardly use their window, and scales that differ between volumes, by channel: one
-    finding each. Volumes of which nothing is left are refused before (`IntensityScaling.fit`)."""
+    """Check by channel how much scaling cuts off, whether volumes use their window, and whether scales differ between volumes.
+    Volumes of which scaling leaves nothing are refused earlier (`IntensityScaling.fit`)."""
     if config.image_labels:
         return []
     check = {"window": _check_window, "percentile": _check_percentiles}
@@ -167,12 +167,12 @@ def check_intensity(examined: Sequence[Examined], config: DataConfig) -> list[Fi
 
 
 def _check_window(examined: Sequence[Examined], index: int, channel: str, scaling: IntensityScaling) -> Finding:
-    clipped = float(np.median([one.clipped[index] for one in examined]))
+    clipped = float(np.median([item.clipped[index] for item in examined]))
     text = f"{channel}: median {clipped:.0%} of voxels outside {scaling.low:g} to {scaling.high:g}"
-    if cut := [one for one in examined if one.highest[index] > scaling.high]:
-        highest, above = max(one.highest[index] for one in cut), max(one.above[index] for one in cut)
+    if cut := [item for item in examined if item.highest[index] > scaling.high]:
+        highest, above = max(item.highest[index] for item in cut), max(item.above[index] for item in cut)
         text += f"; above it up to {above:.2%}, and values up to {highest:.4g} become {scaling.high:g}"
-    flat = [one.file for one in examined if one.covered[index] < FLAT]
+    flat = [item.file for item in examined if item.covered[index] < FLAT]
     if flat:
         remedy = "check their units (HU, SUV), or narrow the window"
         return warn("intensity", f"{text}; span less than {FLAT:.0%} of it: {names(flat)}", remedy, flat)
@@ -180,23 +180,23 @@ def _check_window(examined: Sequence[Examined], index: int, channel: str, scalin
 
 
 def _check_percentiles(examined: Sequence[Examined], index: int, channel: str, scaling: IntensityScaling) -> Finding:
-    widths = [one.high[index] - one.low[index] for one in examined]
-    high, highest = (float(np.median([getattr(one, key)[index] for one in examined])) for key in ("high", "highest"))
-    above = float(np.median([one.above[index] for one in examined]))
+    widths = [item.high[index] - item.low[index] for item in examined]
+    high, highest = (float(np.median([getattr(item, key)[index] for item in examined])) for key in ("high", "highest"))
+    above = float(np.median([item.above[index] for item in examined]))
     text = f"{channel}: percentiles {scaling.low:g} to {scaling.high:g} span {min(widths):.4g} to {max(widths):.4g}"
     if above:
         text += f"; {above:.2g} of the voxels lie above, and maxima of {highest:.3g} become {high:.3g} (medians)"
-    reaches = [(one.highest[index] - one.low[index]) / (one.high[index] - one.low[index]) for one in examined]
+    reaches = [(item.highest[index] - item.low[index]) / (item.high[index] - item.low[index]) for item in examined]
     if float(np.median(reaches)) >= CAPPED:
-        most = max(one.highest[index] for one in examined)
+        highest = max(item.highest[index] for item in examined)
         remedy = (
-            "harmless for values in no unit (most MR). If they are a quantity (SUV, HU, T1 in ms), each volume is scaled by itself and "
-            f"its peaks are lost: give a window, such as data.intensity: {{kind: window, low: 0, high: {_round_up(most):g}}}"
+            "harmless for values without a unit (most MR). If they are a quantity (SUV, HU, T1 in ms), each volume has its own scale and "
+            f"loses its peaks: give a window, such as data.intensity: {{kind: window, low: 0, high: {_round_up(highest):g}}}"
         )
         return warn("intensity", text, remedy)
     odd = outliers(widths, 10)
     if odd:
-        remedy = "each volume is scaled by itself, so this may be harmless; see whether they are of another kind"
+        remedy = "each volume has its own scale, so this may be harmless; check whether they are of another kind"
         return warn(
             "intensity", f"{text}; unlike the others: {names(_files(examined, odd))}", remedy, _files(examined, odd)
         )
@@ -204,7 +204,7 @@ def _check_percentiles(examined: Sequence[Examined], index: int, channel: str, s
 
 
 def _round_up(value: float) -> float:
-    """The next number of two digits above a positive one: 27.3 -> 28, 1,234 -> 1,300."""
+    """Round a positive number up to two digits: 27.3 -> 28, 1,234 -> 1,300."""
     if value <= 0:
         return 1.0
     unit = 10.0 ** (math.floor(math.log10(value)) - 1)
@@ -212,25 +212,25 @@ def _round_up(value: float) -> float:
 
 
 def check_labels(examined: Sequence[Examined]) -> list[Finding]:
-    """Volume of each label in ml; labels that training never sees, cases that lack one, and odd sizes."""
+    """Check the volume of each label in ml: labels that training never sees, cases that lack one, and odd sizes."""
     findings = []
-    train = [one for one in examined if one.case.split == "train"]
-    for label in sorted({label for one in examined for label in one.labels}):
-        volumes = [one.labels[label] for one in train]
+    train = [item for item in examined if item.case.split == "train"]
+    for label in sorted({label for item in examined for label in item.labels}):
+        volumes = [item.labels[label] for item in train]
         if not any(volumes):
-            remedy = "take it out of data.label_names, or correct data.label_map"
+            remedy = "remove it from data.label_names, or correct data.label_map"
             findings.append(fail("labels", f"{label}: in no training volume, so a model cannot learn it", remedy))
             continue
-        having = [one for one in examined if one.labels[label] > 0]
-        lacking = [one.case.name for one in examined if one.labels[label] == 0]
-        sizes = [one.labels[label] for one in having]
+        having = [item for item in examined if item.labels[label] > 0]
+        lacking = [item.case.name for item in examined if item.labels[label] == 0]
+        sizes = [item.labels[label] for item in having]
         text = f"{label}: mean {np.mean(sizes):.3g} ml, {min(sizes):.3g} to {max(sizes):.3g}, in {len(having)} of {len(examined)}"
         odd = outliers(sizes, 3)
         if lacking:
-            remedy = "right where anatomy lacks it; else the mask is unfinished"
+            remedy = "right if the anatomy lacks it; otherwise the mask is unfinished"
             findings.append(warn("labels", f"{text}; lacking in {names(lacking)}", remedy, lacking))
         if odd:
-            remedy = "look at these masks"
+            remedy = "check these masks"
             who = _files(having, odd)
             findings.append(warn("labels", f"{text}; odd sizes: {names(who)}", remedy, who))
         if not lacking and not odd:
@@ -239,69 +239,69 @@ def check_labels(examined: Sequence[Examined]) -> list[Finding]:
 
 
 def check_conditions(examined: Sequence[Examined], config: DataConfig, dropout: dict[str, float]) -> list[Finding]:
-    """Counts of each value of a class and range of each number in training, and empty cells."""
+    """Check the counts of each class value, the range of each number in training, and empty cells."""
     findings = []
-    train = [one for one in examined if one.case.split == "train"]
+    train = [item for item in examined if item.case.split == "train"]
     if not train:
         return findings
     columns: dict[str, list[bool]] = {}
     for index, column in enumerate(sorted(config.classes)):
         values = config.classes[column]
-        counts = Counter(one.classes[index] for one in train)
-        columns[column] = [one.classes[index] < 0 for one in train]
+        counts = Counter(item.classes[index] for item in train)
+        columns[column] = [item.classes[index] < 0 for item in train]
         text = f"{column}: " + ", ".join(f"{value} {counts[i]}" for i, value in enumerate(values))
         rare = [value for i, value in enumerate(values) if counts[i] < min(RARE, len(train) / (2 * len(values)))]
-        remedy = f"take {', '.join(rare)} out of data.classes, or expect volumes that hardly follow it"
+        remedy = f"remove {', '.join(rare)} from data.classes, or expect volumes that hardly follow it"
         findings.append(warn("classes", f"{text}; rare: {', '.join(rare)}", remedy) if rare else ok("classes", text))
     for index, column in enumerate(sorted(config.numbers)):
-        values = np.array([one.numbers[index] for one in train])
+        values = np.array([item.numbers[index] for item in train])
         columns[column] = np.isnan(values).tolist()
-        known = values[~np.isnan(values)]
-        if not len(known) or known.min() == known.max():
-            remedy = "take it out of data.numbers: training refuses it"
-            findings.append(fail("numbers", f"{column}: says nothing, for all volumes are alike or empty", remedy))
+        filled = values[~np.isnan(values)]
+        if not len(filled) or filled.min() == filled.max():
+            remedy = "remove it from data.numbers: training refuses it"
+            findings.append(fail("numbers", f"{column}: all volumes are alike or empty", remedy))
             continue
-        text = f"{column}: mean {known.mean():.4g}, {known.min():.4g} to {known.max():.4g}"
+        text = f"{column}: mean {filled.mean():.4g}, {filled.min():.4g} to {filled.max():.4g}"
         findings.append(ok("numbers", text))
     for column, empty in columns.items():
         if any(empty):
-            who = [one.case.name for one, is_empty in zip(train, empty, strict=True) if is_empty]
-            remedy = "fill them in where they are known"
+            who = [item.case.name for item, is_empty in zip(train, empty, strict=True) if is_empty]
+            remedy = "fill them in if the values exist"
             if not dropout.get(column):
-                remedy += f"; to generate without it at will, set model.condition_dropout: {{{column}: 0.1}}"
+                remedy += f"; to generate with or without it, set model.condition_dropout: {{{column}: 0.1}}"
             findings.append(warn("conditions", f"{column}: {len(who)} empty cells, {names(who)}", remedy, who))
     return findings
 
 
 def check_crops(examined: Sequence[Examined], crop: Sequence[int], stride: Sequence[int]) -> list[Finding]:
-    """An autoencoder's crops against stride and volumes. Crops that show little of a volume cost quality: on hippocampus
-    MR an autoencoder reached 22.2 dB with 32 voxels a side and 23.9 with crops nearly as large as the volumes."""
-    shapes = np.array([one.model_shape for one in examined if one.case.split == "train"])
+    """Compare an autoencoder's patches with the volumes. Patches that show little of a volume cost quality: on hippocampus
+    MR an autoencoder reached 22.2 dB with 32 voxels per side and 23.9 with patches nearly as large as the volumes."""
+    shapes = np.array([item.model_shape for item in examined if item.case.split == "train"])
     if not len(shapes):
         return []
     median = np.median(shapes, axis=0)
-    wanted = [int(max(n // s, 1) * s) for n, s in zip(median, stride, strict=True)]
+    advised = [int(max(n // s, 1) * s) for n, s in zip(median, stride, strict=True)]
     seen = float(np.prod(np.minimum(shapes, crop) / shapes, axis=1).mean())
     padded = float(1 - (np.prod(np.minimum(shapes, crop), axis=1) / np.prod(crop)).mean())
-    text = f"crops of {list(crop)} show {seen:.0%} of a volume, {padded:.0%} of a crop is padding"
+    text = f"patches of {list(crop)} show {seen:.0%} of a volume, {padded:.0%} of a patch is padding"
     if padded > 0.4:
-        return [warn("crops", text, f"smaller ones, such as {wanted}, cost less and learn the same")]
+        return [warn("crops", text, f"smaller ones, such as {advised}, cost less and learn the same")]
     if seen < 0.3:
-        remedy = f"enlarge them as far as memory allows, at best near {wanted}; lower loop.batch_size for it"
+        remedy = f"enlarge them as far as memory allows, at best near {advised}; lower loop.batch_size for it"
         return [warn("crops", text, remedy)]
     return [ok("crops", text)]
 
 
 def check_padding(examined: Sequence[Examined], stride: Sequence[int]) -> list[Finding]:
-    """Padding of whole volumes to the stride, and the fewest latent cells along an axis."""
-    shapes = np.array([one.model_shape for one in examined])
-    cells = -(-shapes // np.array(stride))
-    padding = float(1 - (shapes.prod(axis=1) / (cells * stride).prod(axis=1)).mean())
-    fewest = int(cells.min())
-    text = f"{padding:.0%} padding to the stride {list(stride)}, {_range(cells, 'g')} latent cells"
+    """Check the padding of whole volumes to the stride, and the fewest latent voxels along an axis."""
+    shapes = np.array([item.model_shape for item in examined])
+    latent_shapes = -(-shapes // np.array(stride))
+    padding = float(1 - (shapes.prod(axis=1) / (latent_shapes * stride).prod(axis=1)).mean())
+    fewest = int(latent_shapes.min())
+    text = f"{padding:.0%} padding to the stride {list(stride)}, {_range(latent_shapes, 'g')} latent voxels"
     if fewest < 3:
-        i = int(cells.min(axis=1).argmin())
-        remedy = "use a smaller stride along that axis: levels of 3 cells or more (bf16 gradients go wrong at 2)"
+        i = int(latent_shapes.min(axis=1).argmin())
+        remedy = "use a smaller stride along that axis: levels need 3 voxels or more (bf16 gradients are wrong at 2)"
         return [warn("padding", f"{text}: {examined[i].file} has {fewest} along one axis", remedy)]
     if padding > 0.35:
         return [warn("padding", text, "crop the volumes to multiples of the stride, or use a smaller stride")]
@@ -313,5 +313,5 @@ def _range(rows: np.ndarray, form: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _files(examined: Sequence[Examined], chosen: Sequence[int]) -> list[str]:
-    return [examined[i].file for i in chosen]
+def _files(examined: Sequence[Examined], indices: Sequence[int]) -> list[str]:
+    return [examined[i].file for i in indices]

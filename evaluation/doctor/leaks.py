@@ -1,4 +1,4 @@
-"""What two subjects should not have in common: voxels, appearance, or the step of their intensities."""
+"""Find what two subjects should not have in common: voxels, appearance, or the step of their intensities."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -15,33 +15,35 @@ from .cases import (
     warn,
 )
 
-ALIKE = 0.98  # correlation of thumbnails from which two volumes may be one scan
+ALIKE = 0.98  # correlation of thumbnails above which two volumes may be one scan
 CLOSER = 0.2  # of the usual distance (1 - correlation) to the nearest other subject
 SAME_STEP = 1e-6  # relative
-FEW = 3  # subjects; a step that more of them share is a scanner's or a program's
+FEW = 3  # subjects; a step that more subjects share comes from a scanner or a program
 CHUNK = 1024
 
 
 def check_leaks(examined: Sequence[Examined]) -> list[Finding]:
-    """Exact and near duplicates, and subjects of different splits whose intensities have one step."""
+    """Find exact and near duplicates, and subjects of different splits whose intensities have the same step."""
     findings = _duplicates(examined) + _near_duplicates(examined)
     if not findings:
-        findings.append(ok("duplicates", "no two volumes are equal, and no two subjects look like one scan"))
+        findings.append(ok("duplicates", "no two volumes are equal, and no two subjects look like the same scan"))
     return findings + _steps(examined)
 
 
 def _duplicates(examined: Sequence[Examined]) -> list[Finding]:
     groups: dict[str, list[Examined]] = {}
-    for one in examined:
-        groups.setdefault(one.digest, []).append(one)
+    for item in examined:
+        groups.setdefault(item.digest, []).append(item)
     findings = []
     for group in groups.values():
         if len(group) < 2:
             continue
-        files, splits = [one.file for one in group], sorted({one.case.split for one in group})
+        files, splits = [item.file for item in group], sorted({item.case.split for item in group})
         if len(splits) > 1:
             message = f"equal voxels in {' and '.join(splits)}: {names(files)}"
-            findings.append(fail("duplicates", message, "remove all but one: the test is not of unseen volumes", files))
+            findings.append(
+                fail("duplicates", message, "remove all but one: the test set must hold unseen volumes", files)
+            )
         else:
             findings.append(
                 warn("duplicates", f"equal voxels in {splits[0]}: {names(files)}", "remove all but one", files)
@@ -50,12 +52,14 @@ def _duplicates(examined: Sequence[Examined]) -> list[Finding]:
 
 
 def near_duplicates(thumbnails: np.ndarray, subjects: Sequence[str]) -> list[tuple[int, int, float, bool]]:
-    """Pairs (i, j, correlation, mirrored) of volumes of different subjects that look like one scan: their thumbnails
-    correlate `ALIKE` or more, and they are `CLOSER` times as far apart as volumes usually are from their nearest other
-    subject, which keeps data sets whose volumes all look alike from being accused.
+    """Return pairs (i, j, correlation, mirrored) of volumes of different subjects that look like one scan.
 
-    `thumbnails` (N, 2, K): see `doctor_cases.thumbnail_of`. Scaled or noisy copies and mirror images along X are found;
-    volumes that were moved on their grid by more than a few voxels are not (see evaluation.metrics.nearest).
+    Their thumbnails correlate by `ALIKE` or more, and they are `CLOSER` times as far apart as volumes usually are from their
+    nearest other subject, so that data sets in which all volumes look alike raise no alarm. Scaled or noisy copies and mirror images
+    along X are found; volumes shifted by more than a few voxels are not (see evaluation.metrics.nearest).
+
+    Args:
+        thumbnails: (N, 2, K), see `cases.thumbnail_of`.
     """
     count, labels = len(thumbnails), np.asarray(subjects)
     nearest, pairs = np.full(count, -1.0), []
@@ -76,54 +80,54 @@ def near_duplicates(thumbnails: np.ndarray, subjects: Sequence[str]) -> list[tup
 
 def _near_duplicates(examined: Sequence[Examined]) -> list[Finding]:
     findings = []
-    thumbnails = np.stack([one.thumbnail for one in examined])
-    for i, j, similarity, mirrored in near_duplicates(thumbnails, [one.case.subject for one in examined]):
+    thumbnails = np.stack([item.thumbnail for item in examined])
+    for i, j, similarity, mirrored in near_duplicates(thumbnails, [item.case.subject for item in examined]):
         a, b = examined[i], examined[j]
         if a.digest == b.digest:
             continue
         of = f"{a.case.split}, {a.case.subject} and {b.case.split}, {b.case.subject}"
         how = "mirror images" if mirrored else "copies"
-        message = f"{a.file} and {b.file} look like {how} of one scan (correlation {similarity:.4f}; {of})"
-        remedy = "if so, give both one subject (data.subject), or remove one"
+        message = f"{a.file} and {b.file} look like {how} of the same scan (correlation {similarity:.4f}; {of})"
+        remedy = "if so, give both the same subject (data.subject), or remove one"
         findings.append(warn("duplicates", message, remedy, [a.file, b.file]))
     return findings
 
 
 def shared_steps(examined: Sequence[Examined]) -> list[list[Examined]]:
-    """Volumes of 2 to `FEW` subjects that share the step of their intensities, where it is no round number."""
+    """Return volumes of 2 to `FEW` subjects that share the step of their intensities, unless it is a round number."""
     rows: list[tuple[float, Examined]] = []
-    for one in examined:
-        rows += [(step, one) for step in one.step[:1] if step is not None and not _round(step)]
+    for item in examined:
+        rows += [(step, item) for step in item.step[:1] if step is not None and not _is_round(step)]
     rows.sort(key=lambda row: row[0])
     groups: list[list[tuple[float, Examined]]] = []
-    for step, one in rows:
+    for step, item in rows:
         if groups and step - groups[-1][-1][0] <= SAME_STEP * step:
-            groups[-1].append((step, one))
+            groups[-1].append((step, item))
         else:
-            groups.append([(step, one)])
-    shared = [[one for _, one in group] for group in groups]
-    return [group for group in shared if 2 <= len({one.case.subject for one in group}) <= FEW]
+            groups.append([(step, item)])
+    shared = [[item for _, item in group] for group in groups]
+    return [group for group in shared if 2 <= len({item.case.subject for item in group}) <= FEW]
 
 
 def _steps(examined: Sequence[Examined]) -> list[Finding]:
     shared = shared_steps(examined)
-    across = [group for group in shared if len({one.case.split for one in group}) > 1]
+    across = [group for group in shared if len({item.case.split for item in group}) > 1]
     findings = []
     for group in across:
         pairs: list[Any] = [pair for pair in combinations(group, 2) if pair[0].case.split != pair[1].case.split]
-        who = ", ".join(f"{one.file} ({one.case.subject}, {one.case.split})" for one in group)
+        who = ", ".join(f"{item.file} ({item.case.subject}, {item.case.split})" for item in group)
         step = group[0].step[0]
-        message = f"{who}: intensities are multiples of the same {step:.7g}, as of volumes that were scaled together"
-        remedy = "see whether they are of one patient; then give both one subject"
-        findings.append(warn("steps", message, remedy, sorted({one.file for pair in pairs for one in pair})))
+        message = f"{who}: intensities are multiples of the same {step:.7g}, as in volumes that were scaled together"
+        remedy = "check whether they are the same patient; if so, give both the same subject"
+        findings.append(warn("steps", message, remedy, sorted({item.file for pair in pairs for item in pair})))
     if not across:
-        known = sum(one.step[0] is not None and not _round(one.step[0]) for one in examined)
-        message = f"{known} of {len(examined)} volumes have an intensity step of their own"
-        together = f", {len(shared)} of which subjects of one split share" if shared else ""
-        findings.append(ok("steps", f"{message}{together}; none is shared by subjects of different splits"))
+        count = sum(item.step[0] is not None and not _is_round(item.step[0]) for item in examined)
+        message = f"{count} of {len(examined)} volumes have an individual intensity step"
+        together = f"; subjects of the same split share {len(shared)} of them" if shared else ""
+        findings.append(ok("steps", f"{message}{together}; subjects of different splits share none"))
     return findings
 
 
-def _round(step: float) -> bool:
-    """Whether a step is a whole number, one over a whole number, or of at most three decimals: such are common."""
+def _is_round(step: float) -> bool:
+    """Return whether a step is an integer, the reciprocal of one, or has at most three decimals: these are common."""
     return any(abs(value - round(value)) <= SAME_STEP * max(value, 1) for value in (step, 1 / step, 1000 * step))

@@ -1,8 +1,8 @@
-"""How much memory training and generation take, found by running them without numbers.
+"""Memory that training and generation take, found by running them without values.
 
-Tensors are fake (shapes and types, no data; PyTorch's FakeTensorMode), so a step of any size is run in seconds, and every
-operation's result is counted as long as it lives. What is not seen: scratch space inside a kernel, the allocator's
-fragments, and the program itself (some 0.5 GB; on CUDA another 0.5 GB for its context).
+Tensors are fake (shapes and types, no data; PyTorch's FakeTensorMode), so a step of any size runs in seconds, and every
+operation's result counts as long as it lives. Not counted: scratch space inside a kernel, the allocator's fragments, and
+the program itself (some 0.5 GB; on CUDA another 0.5 GB for its context).
 """
 
 import ctypes
@@ -14,31 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autoencoder import VolumeAutoencoder
-from autoencoder.adversarial import (
-    Slices,
-    VolumeDiscriminator,
-    discriminator_loss,
-    feature_matching_loss,
-    generator_loss,
-)
-from autoencoder.losses import l1_loss, latent_loss
-from diffusion import LatentUNet3D
-from diffusion.images import image_columns
-from training.engine.muon import is_kernel
+from diffusion import Conditions, LatentUNet3D
+from training import LdmTrainingStep, Learner, VaeTrainingStep
 
-MOMENT_BYTES = 4  # float32; AdamW keeps two moments of a weight, Muon one of the kernels of convolutions
+WEIGHT_BYTES = 4  # float32
+CONDITIONS = ("mask", "classes", "numbers", "image")
 GIB = 2**30
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of tensors made under it, as long as they live; `peak` is the most at a time. What is in place or a
-    view counts once."""
+    """Count the bytes of tensors that are made under it, as long as they live; `peak` is the highest sum. A view, and an operation in
+    place, count once.
+
+    Fake tensors have no values. Where a step reads one, it is 0 here; and a boolean mask selects everything, the largest case.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,6 +46,15 @@ class LiveTensors(TorchDispatchMode):
             x, weight, bias, padding, stride, dilation, groups = args
             func = torch.ops.aten.convolution.default
             args = (x, weight, bias, stride, padding, dilation, False, [0] * len(padding), groups)
+        if args and isinstance(args[0], FakeTensor):
+            aten = torch.ops.aten
+            if func is aten._local_scalar_dense.default:
+                return 0.0 if args[0].is_floating_point() else 0
+            if func is aten.bincount.default:
+                length = (kwargs or {}).get("minlength", args[-1])
+                func, args, kwargs = aten.zeros.default, ([length],), {"dtype": torch.int64}
+            elif func is aten.index.Tensor and getattr(args[1][0], "dtype", None) is torch.bool:
+                func, args = aten.clone.default, (args[0].flatten(0, args[1][0].ndim - 1),)
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -73,8 +78,10 @@ class LiveTensors(TorchDispatchMode):
 
 
 def peak_of(model: nn.Module, work: Callable[[], object], *, training: bool = False) -> int:
-    """Peak bytes of what `work` makes with `model`, whose weights become fake: it is of no use afterwards. The weights
-    themselves do not count, their gradients do."""
+    """Return the peak bytes of what `work` makes with `model`. The weights do not count, their gradients do.
+
+    The weights become fake, so the model is of no use afterwards.
+    """
     mode = FakeTensorMode()
     _make_fake(model, mode)
     with mode, torch.set_grad_enabled(training), LiveTensors() as live:
@@ -93,134 +100,146 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
                 module._buffers[name] = mode.from_tensor(buffer.detach())
 
 
-def training_bytes(model: nn.Module, step: Callable[[], object], *, muon: bool = False) -> dict[str, int]:
-    """{"weights", "average" (of the weights), "optimizer", "step" (activations and gradients at their peak), "total"} in
-    bytes, weights in float32. Of several networks: in one nn.ModuleList.
+class OneProcess:
+    """The part of Accelerate that a training step uses, in one process, on one device and without any global state.
 
     Args:
-        muon: whether kernels of convolutions are updated by Muon.
+        autocast: type that networks compute in; None for float32.
     """
-    weights = sum(p.numel() for p in model.parameters())
-    trained = [p for p in model.parameters() if p.requires_grad]
-    moments = sum(p.numel() * (1 if muon and is_kernel(p) else 2) for p in trained)
+
+    num_processes = 1
+
+    def __init__(self, device: torch.device, autocast: torch.dtype | None = None):
+        self.device, self.dtype = device, autocast
+
+    def autocast(self) -> torch.autocast:
+        """Compute in the chosen type."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def prepare(self, model: Any, optimizer: Any) -> tuple[Any, Any]:
+        """Wrap a network's forward pass as Accelerate does: under autocast, with float32 outputs."""
+        if self.dtype is not None:
+            model.forward = convert_outputs_to_fp32(self.autocast()(model.forward))
+        return model, optimizer
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute gradients."""
+        loss.backward()
+
+
+def networks_of(step: VaeTrainingStep | LdmTrainingStep) -> nn.ModuleList:
+    """Return the networks that a step runs: those that learn, and a frozen one of a perceptual loss."""
+    networks: list[nn.Module] = [learner.network for learner in step.learners]
+    if isinstance(step, VaeTrainingStep) and step.perception is not None:
+        networks.append(step.perception.network)
+    return nn.ModuleList(networks)
+
+
+def training_work(
+    step: VaeTrainingStep | LdmTrainingStep, shape: Sequence[int], batch: int, accelerator: OneProcess
+) -> Callable[[], None]:
+    """Prepare a training step of the trainer's own, and return a function that runs it on a batch of made-up samples.
+
+    Args:
+        shape: of a patch in voxels, or of a volume in latent voxels.
+    """
+    device: Any = accelerator.device
+    for learner in step.learners:
+        learner.prepare(accelerator)  # pyright: ignore[reportArgumentType]
+    if isinstance(step, VaeTrainingStep) and step.adversary is not None:
+        step.vae.updates = step.adversary.config.start_step  # the discriminator has started
+
+    def work() -> None:
+        generators = [torch.Generator(device).manual_seed(index) for index in range(batch)]
+        with torch.enable_grad():
+            if isinstance(step, VaeTrainingStep):
+                image = torch.rand(batch, step.vae.network.config["in_channels"], *shape, device=device)
+                fov = torch.ones(batch, 1, *shape, dtype=torch.bool, device=device)
+                step({"image": image, "fov": fov}, generators)
+                return
+            inputs = unet_inputs(step.unet.network, shape, batch)
+            mean = inputs.pop("sample")
+            conditions = Conditions(**{name: inputs[name] for name in CONDITIONS if name in inputs})
+            weight = torch.ones(batch, 1, *shape, device=device)
+            step({"mean": mean, "std": torch.ones_like(mean), "weight": weight, "conditions": conditions}, generators)
+
+    return work
+
+
+def training_bytes(step: VaeTrainingStep | LdmTrainingStep, work: Callable[[], object]) -> dict[str, int]:
+    """Return {"weights", "average" (of the weights), "optimizer", "step" (activations and gradients at their peak), "total"} in
+    bytes, weights in float32. The step's weights are of no use afterwards.
+
+    Args:
+        work: `training_work` of the step.
+    """
+    networks = networks_of(step)
     parts = {
-        "weights": 4 * weights,
-        "average": 4 * weights,
-        "optimizer": MOMENT_BYTES * moments,
-        "step": peak_of(model, step, training=True),
+        "weights": WEIGHT_BYTES * sum(p.numel() for p in networks.parameters()),
+        "average": WEIGHT_BYTES * sum(p.numel() for learner in step.learners for p in learner.network.parameters()),
+        "optimizer": sum(optimizer_bytes(learner) for learner in step.learners),
+        "step": peak_of(networks, work, training=True),
     }
     return {**parts, "total": sum(parts.values())}
 
 
-def autoencoder_step(
-    vae: VolumeAutoencoder,
-    crop: Sequence[int],
-    batch: int,
-    *,
-    discriminator: VolumeDiscriminator | None = None,
-    slices: int = 1,
-    autocast: torch.dtype | None = None,
-) -> Callable[[], None]:
-    """A step of training on `batch` crops: forward, L1 and latent losses, backward, and the discriminator's part. A
-    perceptual network is not in it.
-
-    Args:
-        critic: the discriminator, which looks at so many `slices` of each crop.
-        autocast: type that networks compute in; None for float32.
-    """
-
-    def step() -> None:
-        device = next(vae.parameters()).device
-        image = torch.rand(batch, vae.config["in_channels"], *crop, device=device)
-        fov = torch.ones(batch, 1, *crop, dtype=torch.bool, device=device)
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            reconstruction, latents = vae(image, sample_posterior=True, return_dict=False)
-        loss = l1_loss(reconstruction, image, fov) + latent_loss(latents, fov)[1]
-        if discriminator is None:
-            loss.backward()
-            return
-        planes = torch.zeros(2 * batch, slices, dtype=torch.int64, device=device)
-        discriminator.requires_grad_(False)
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            fake = discriminator(reconstruction, Slices(0, planes[:batch]))
-            with torch.no_grad():
-                real = discriminator(image, Slices(0, planes[:batch]))
-        discriminator.requires_grad_(True)
-        (loss + generator_loss(fake) + feature_matching_loss(real, fake)).backward()
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            found = discriminator(torch.cat([image, reconstruction.detach()]), Slices(0, planes))
-        halves = [[layer.chunk(2) for layer in features] for features in found]
-        discriminator_loss(*([[layer[i] for layer in features] for features in halves] for i in range(2))).backward()
-
-    return step
+def optimizer_bytes(learner: Learner) -> int:
+    """Return the bytes of an optimizer's state: two moments of a weight for AdamW, one of a kernel for Muon."""
+    groups = learner.optimizer.param_groups
+    return WEIGHT_BYTES * sum((1 if g.get("muon") else 2) * sum(p.numel() for p in g["params"]) for g in groups)
 
 
-def unet_inputs(unet: LatentUNet3D, cells: Sequence[int], batch: int) -> dict[str, Any]:
-    """Arguments of the U-Net for `batch` latents of `cells` (h, w, d), with all its conditions."""
+def unet_inputs(unet: LatentUNet3D, shape: Sequence[int], batch: int) -> dict[str, Tensor]:
+    """Return arguments of the U-Net for `batch` latents of `shape` (h, w, d), with all its conditions."""
     config, device = unet.config, next(unet.parameters()).device
-    given: dict[str, Any] = {
-        "sample": torch.zeros(batch, config["in_channels"], *cells, device=device),
+    inputs = {
+        "sample": torch.zeros(batch, config["in_channels"], *shape, device=device),
         "timestep": torch.zeros(batch, device=device),
-        "return_dict": False,
     }
     if config["num_labels"]:
         places = math.prod(unet.mask_stride)
-        given["mask"] = torch.ones(batch, *cells, places, dtype=torch.int32, device=device)
+        inputs["mask"] = torch.ones(batch, *shape, places, dtype=torch.int32, device=device)
     if config["classes"]:
-        given["classes"] = torch.zeros(batch, len(config["classes"]), dtype=torch.int64, device=device)
+        inputs["classes"] = torch.zeros(batch, len(config["classes"]), dtype=torch.int64, device=device)
     if config["numbers"]:
-        given["numbers"] = torch.zeros(batch, len(config["numbers"]), device=device)
+        inputs["numbers"] = torch.zeros(batch, len(config["numbers"]), device=device)
     if config["images"]:
-        given["image"] = torch.zeros(batch, len(image_columns(config["images"])), *cells, device=device)
-    return given
-
-
-def unet_step(
-    unet: LatentUNet3D, cells: Sequence[int], batch: int, *, autocast: torch.dtype | None = None
-) -> Callable[[], None]:
-    """A step of training on `batch` latents: forward (under autocast to a type, or not), squared error, backward."""
-
-    def step() -> None:
-        inputs = unet_inputs(unet, cells, batch)
-        with torch.autocast(inputs["sample"].device.type, autocast, enabled=autocast is not None):
-            prediction = unet(**inputs)[0]
-        ((prediction.float() - inputs["sample"]) ** 2).mean().backward()
-
-    return step
+        inputs["image"] = torch.zeros(batch, len(unet.condition_schema.image_columns), *shape, device=device)
+    return inputs
 
 
 def generation_bytes(
     vae: VolumeAutoencoder, unet: LatentUNet3D | None, shape: Sequence[int], batch: int
 ) -> dict[str, int]:
-    """{"weights", "denoising" (`batch` volumes at once, one step), "decoding" (one volume), "total"} in bytes, in float32,
-    of volumes padded to `shape`. Guidance doubles the denoising. The latent cache encodes a volume in what it takes to
-    decode one."""
+    """Return {"weights", "denoising" (`batch` volumes at once, one step), "decoding" (one volume), "total"} in bytes, in
+    float32, for volumes padded to `shape`. Guidance doubles the denoising. Encoding for the latent cache takes as much as decoding.
+    """
     latents = vae.config["latent_channels"]
-    cells = [n // s for n, s in zip(shape, vae.stride, strict=True)]
+    latent_shape = [n // s for n, s in zip(shape, vae.stride, strict=True)]
     models = [vae] if unet is None else [vae, unet]
-    parts = {"weights": sum(4 * p.numel() for model in models for p in model.parameters())}
+    parts = {"weights": WEIGHT_BYTES * sum(p.numel() for model in models for p in model.parameters())}
     if unet is not None:
-        parts["denoising"] = peak_of(unet, lambda: unet(**unet_inputs(unet, cells, batch)))
-    parts["decoding"] = peak_of(vae, lambda: vae.decode(torch.zeros(1, latents, *cells), return_dict=False))
+        parts["denoising"] = peak_of(unet, lambda: unet(**unet_inputs(unet, latent_shape, batch), return_dict=False))
+    parts["decoding"] = peak_of(vae, lambda: vae.decode(torch.zeros(1, latents, *latent_shape), return_dict=False))
     return {**parts, "total": parts["weights"] + max(parts.get("denoising", 0), parts["decoding"])}
 
 
 def dataset_bytes(shapes: Sequence[Sequence[int]], channels: int, masks: bool) -> int:
-    """What `VolumeDataset` holds in memory, in each process: float32 images and int16 masks."""
+    """Return what `VolumeDataset` holds in memory, in each process: float32 images and int16 masks."""
     voxels = sum(math.prod(shape) for shape in shapes)
     return voxels * (4 * channels + (2 if masks else 0))
 
 
-def told(parts: Mapping[str, int]) -> str:
-    """The parts in words."""
+def format_parts(parts: Mapping[str, int]) -> str:
+    """Return the parts as "weights 0.12, step 1.30" in GiB."""
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if name != "total")
 
 
 def measured_peak(work: Callable[[], object], device: torch.device) -> int:
-    """Bytes that `work` takes at its peak, beyond what is held before: of the accelerator's allocator, or on the CPU of the
-    process's resident memory.
+    """Measure the bytes that `work` takes at its peak, beyond those held before: by the accelerator's allocator, or, on the CPU, by
+    the process's resident memory.
 
-    Raises: ValueError on a CPU where Linux's /proc does not tell.
+    Raises: ValueError on a CPU without Linux's /proc.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -231,9 +250,8 @@ def measured_peak(work: Callable[[], object], device: torch.device) -> int:
     if not forget.exists():
         raise ValueError("a dry run on the CPU reads its memory from /proc, which only Linux has; give --device cuda")
     gc.collect()
-    if trim := getattr(
-        ctypes.CDLL(None), "malloc_trim", None
-    ):  # else what was freed, but not given back, is used again
+    # Otherwise memory that was freed, but not returned to the system, is used again.
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
     forget.write_text("5")  # resets the peak
     before = _resident("VmRSS")

@@ -1,4 +1,4 @@
-"""Which shipped weights a training may start from: those of the same kind of images, whose layers fit."""
+"""Find shipped weights that a training may start from: those for the same kind of images, whose layers fit."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,44 +21,43 @@ def advise_start(
     spacings: Sequence[Sequence[float]],
     weights: Path = WEIGHTS,
 ) -> str | None:
-    """Return how to start an autoencoder's training from shipped weights, or None where none fit.
+    """Return how to start an autoencoder's training from shipped weights, or None if none fit.
 
-    Weights fit if they are of the same kind of images (scaled by percentiles or a window, label maps or not), of near voxel
-    sizes, and if every layer has the shape of the config's: others would stay as initialized.
+    Weights fit if they were trained on the same kind of images (scaled by percentiles or a window, label maps or not) with
+    similar voxel sizes, and if every layer has the shape of the config's: others would stay as initialized.
 
     Args:
         vae: as the config builds it.
         spacings: (x, y, z) in mm of each volume.
         weights: folder of pipelines.
     """
-    channels, middle = (
-        len(config.channels),
-        np.median(np.array(config.spacing or spacings, np.float64).reshape(-1, 3), axis=0),
-    )
+    channels = len(config.channels)
+    middle = np.median(np.array(config.spacing or spacings, np.float64).reshape(-1, 3), axis=0)
     shapes = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
     for index in sorted(weights.glob("*/model_index.json")):
         data = DataDescription.from_json(read_object(index).get("data"))
         if not _alike(data, config, middle):
             continue
         path = index.parent / "vae"
-        stored, own = _shapes(path), read_object(path / "config.json")
+        stored, described = _shapes(path), read_object(path / "config.json")
         shown = path.relative_to(weights.parent)
         same = f"if these are images of a similar kind (see {shown.parent}/README.md)"
         if stored == shapes and len(data.channels) in (1, channels):
-            each = " (each channel by itself, per_channel)" if vae.num_channel_groups > 1 else ""
+            each = " (each channel separately, per_channel)" if vae.num_channel_groups > 1 else ""
             return f"start from shipped weights{each}: --init_from {shown}, {same}"
         if channels > 1 and vae.num_channel_groups == 1 and len(data.channels) == 1:
-            latents = own["latent_channels"] * channels
-            levels = f"channels: {own['channels']}, encoder_blocks: {own['encoder_blocks']}, decoder_blocks: {own['decoder_blocks']}"
+            latents = described["latent_channels"] * channels
+            keys = ("channels", "encoder_blocks", "decoder_blocks")
+            levels = ", ".join(f"{key}: {described[key]}" for key in keys)
             return (
-                f"{channels} channels mixed by one autoencoder start from nothing that is shipped; with model: {{per_channel: true, "
-                f"latent_channels: {latents}, {levels}}} it codes each by itself, and may start from --init_from {shown}, {same}"
+                f"no shipped weights fit an autoencoder that mixes {channels} channels; with model: {{per_channel: true, "
+                f"latent_channels: {latents}, {levels}}} it codes each separately, and can start from --init_from {shown}, {same}"
             )
     return None
 
 
 def _alike(data: DataDescription, config: DataConfig, spacing: np.ndarray) -> bool:
-    """Whether a pipeline's description of its training set is of such images."""
+    """Return whether a pipeline's description of its training set is of such images."""
     if bool(data.image_labels) != bool(config.image_labels) or data.spacing is None:
         return False
     if config.image_labels and list(data.channels) != config.channels:
@@ -70,9 +69,9 @@ def _alike(data: DataDescription, config: DataConfig, spacing: np.ndarray) -> bo
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a saved model's tensors, by name, without reading them."""
-    found: dict[str, tuple[int, ...]] = {}
+    """Return the shapes of a saved model's tensors, by name, without reading them."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with open_safetensors(file) as tensors:
-            found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    return found
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes

@@ -1,13 +1,13 @@
 """Features of volumes for distances between sets of them. Nothing is downloaded.
 
-An extractor is any function of volumes (B, C, X, Y, Z) in [0, 1] that gives (B, F). Features are averages over space, so
-volumes of different shapes are comparable, each alone on its own grid. Figures of different extractors are not comparable,
-nor are those of the two defaults with figures in papers, which are of Inception or of networks trained on medical images:
-- `EncoderStatistics`: 3-D, of an autoencoder trained with this toolkit. It knows the data, but if it is the generator's
-  own, then what it cannot see, the generator's decoder need not draw: report another beside it.
-- `RandomStatistics`: 3-D, of a small random network with fixed weights. It has no taste: it compares local structure at
-  three scales, and is the same for everybody.
-- `SliceStatistics`: 2.5-D, of slices of one plane by a 2-D network (VGG-16 in a local file), a volume a sample.
+An extractor is any function from volumes (B, C, X, Y, Z) in [0, 1] to (B, F). Features are averages over space, so volumes of
+different shapes are comparable, each alone on its own grid. Figures of different extractors are not comparable, and figures of the two
+defaults are not comparable with those of papers, which use Inception or networks trained on medical images:
+- `EncoderStatistics`: 3-D, of an autoencoder trained with this toolkit. It knows the data. But the decoder of a generator is not
+  tested on details that its own encoder cannot see: report another extractor beside it.
+- `RandomStatistics`: 3-D, of a small random network with fixed weights. It compares local structure at three scales, and is the same
+  for everybody.
+- `SliceStatistics`: 2.5-D, of slices of one plane by a 2-D network (VGG-16 in a local file), one sample per volume.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,16 +22,16 @@ from autoencoder.perceptual import EncoderFeatures, VGG16Features
 from volumes import pad_to_multiple
 
 Extractor = Callable[[Tensor], Tensor]
-PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of volumes in RAS+: the axis that its slices are counted along
+PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of volumes in RAS+: the axis across the slices
 
 
 class EncoderStatistics(nn.Module):
     """Mean and standard deviation over space of every channel at the end of each level of an autoencoder's encoder.
 
-    Sides are padded to the stride with the lowest intensity; a cell counts by the share of it that is no padding.
+    Sides are padded to the stride with the lowest intensity; a latent voxel weighs as much as the share of it that is not padding.
 
     Args:
-        vae: frozen here. One that takes a single channel, or codes each by itself, looks at each channel alone.
+        vae: frozen here. If it encodes channels separately, features are of each channel.
     """
 
     def __init__(self, vae: VolumeAutoencoder):
@@ -48,10 +48,10 @@ class EncoderStatistics(nn.Module):
 
 
 class RandomStatistics(nn.Module):
-    """Mean and standard deviation over space of every channel at each level of a random network, each channel of the
-    volume looked at alone: three convolutions of stride 2, ReLU, weights as He et al. 2015 draw them.
+    """Mean and standard deviation over space of every channel at each level of a random network, for each channel of the volume
+    alone: three convolutions of stride 2, ReLU, weights initialized as in He et al. 2015.
 
-    A set's distance in random features is as valid as in trained ones, though not as human (Naeem et al. 2020, section 4).
+    A set's distance in random features is as valid as in trained ones, though less like human judgment (Naeem et al. 2020, section 4).
 
     Args:
         seed: another seed is another network; keep it to compare.
@@ -84,7 +84,7 @@ class RandomStatistics(nn.Module):
 class SliceStatistics(nn.Module):
     """Features of the slices along one axis by the last block of a 2-D network, averaged over space and slices.
 
-    A volume is one sample, for slices of one volume are no independent ones.
+    A volume is one sample, for slices of one volume are not independent.
 
     Args:
         network: such as `VGG16Features(path)`; frozen there.
@@ -115,7 +115,7 @@ def extract(
     device: torch.device | str = "cpu",
     on_volume: Callable[[], None] | None = None,
 ) -> np.ndarray:
-    """Features (N, F) float64 of volumes (C, X, Y, Z) in [0, 1], each alone on its own grid.
+    """Extract features (N, F) float64 of volumes (C, X, Y, Z) in [0, 1], each alone on its own grid.
 
     Raises: ValueError for a volume whose features are not finite, by its number.
     """
@@ -124,25 +124,27 @@ def extract(
         features = extractor(torch.from_numpy(np.asarray(volume, np.float32))[None].to(device))[0]
         rows.append(features.double().cpu().numpy())
         if not np.isfinite(rows[-1]).all():
-            raise ValueError(f"volume {index}: its features hold NaN or infinity; is it whole, and in [0, 1]?")
+            raise ValueError(
+                f"volume {index}: its features contain NaN or infinity; check that its voxels are in [0, 1]"
+            )
         if on_volume is not None:
             on_volume()
     return np.stack(rows)
 
 
 def _statistics(levels: list[Tensor], inside: Tensor, batch: int) -> Tensor:
-    """Features (B * parts, ., x, y, z) of each level -> (B, F), where `inside` (1, 1, X, Y, Z) is 1."""
-    found = []
+    """Take statistics of features (B * parts, ., x, y, z) of each level where `inside` (1, 1, X, Y, Z) is 1: (B, F)."""
+    statistics = []
     for features in levels:
         x, y, z = features.shape[2:]
         weight = F.adaptive_avg_pool3d(inside, (x, y, z))
         weight = weight / weight.sum()
         mean = (weight * features).sum((2, 3, 4), keepdim=True)
         std = (weight * (features - mean) ** 2).sum((2, 3, 4)).sqrt()
-        found += [mean.flatten(1).reshape(batch, -1), std.reshape(batch, -1)]
-    return torch.cat(found, 1)
+        statistics += [mean.flatten(1).reshape(batch, -1), std.reshape(batch, -1)]
+    return torch.cat(statistics, 1)
 
 
 def _large_enough(shape: Iterable[int], smallest: int) -> None:
     if min(shape) < smallest:
-        raise ValueError(f"{tuple(shape)} voxels are too small for this network; {smallest} a side are needed")
+        raise ValueError(f"{tuple(shape)} voxels are too small for this network; give {smallest} or more per side")

@@ -1,4 +1,4 @@
-"""How close a reconstruction is to its volume: PSNR and mean gradients inside the field of view.
+"""Fidelity of a reconstruction to its volume: PSNR and mean gradients inside the field of view.
 
 Arrays are (..., X, Y, Z); intensities are in [0, 1], so the peak is 1.
 """
@@ -9,13 +9,15 @@ import numpy as np
 
 
 def psnr(reconstruction: np.ndarray, target: np.ndarray, field_of_view: np.ndarray | None = None) -> float:
-    """Peak signal-to-noise ratio in dB, `-10 log10(mean squared error)`, for intensities in [0, 1].
+    """Compute the peak signal-to-noise ratio in dB, `-10 log10(mean squared error)`, for intensities in [0, 1].
 
-    `field_of_view` is boolean and broadcasts to the arrays: voxels where it is False (padding) count for nothing.
-    Identical arrays give infinity. Raises ValueError for arrays of different shapes and for an empty field of view.
+    `field_of_view` is boolean and broadcasts to the arrays: voxels where it is False (padding) are ignored. Identical arrays give
+    infinity.
+
+    Raises: ValueError for arrays of different shapes and for an empty field of view.
     """
     if reconstruction.shape != target.shape:
-        raise ValueError(f"reconstruction is {reconstruction.shape}, its target {target.shape}: they must agree")
+        raise ValueError(f"shapes differ: reconstruction {reconstruction.shape}, target {target.shape}")
     squared = (reconstruction.astype(np.float64) - target.astype(np.float64)) ** 2
     if field_of_view is not None:
         squared = squared[np.broadcast_to(field_of_view, squared.shape)]
@@ -26,10 +28,12 @@ def psnr(reconstruction: np.ndarray, target: np.ndarray, field_of_view: np.ndarr
 
 
 def mean_gradient(volume: np.ndarray, field_of_view: np.ndarray | None = None) -> float:
-    """Mean magnitude of the gradient by forward differences along X, Y and Z, per voxel: how much there is in the way of edges and
-    texture, of (..., X, Y, Z) or where `field_of_view` (broadcast to it) holds a voxel and its three next neighbors.
+    """Compute the mean magnitude of the gradient by forward differences along X, Y and Z, per voxel: the strength of edges and texture.
 
-    A blur lowers it, a factor scales it, brightness leaves it alone. Raises ValueError where no voxel has its neighbors inside.
+    Voxels of (..., X, Y, Z) count if `field_of_view` (broadcast to it) contains them and their three next neighbors. A blur lowers it,
+    a factor scales it, brightness does not change it.
+
+    Raises: ValueError if no voxel has its neighbors inside.
     """
     here, ahead = (..., slice(-1), slice(-1), slice(-1)), []
     for axis in range(3):
@@ -40,5 +44,5 @@ def mean_gradient(volume: np.ndarray, field_of_view: np.ndarray | None = None) -
         inside = np.broadcast_to(field_of_view, volume.shape)
         magnitude = magnitude[np.logical_and.reduce([inside[part] for part in (here, *ahead)])]
     if magnitude.size == 0:
-        raise ValueError("the field of view holds no voxel with its neighbors: there is no gradient to take")
+        raise ValueError("the field of view contains no voxel with its neighbors: there is no gradient to compute")
     return float(magnitude.mean())

@@ -1,6 +1,6 @@
-"""How intensities are spread over voxels, and detail over frequencies.
+"""Distributions of intensities over voxels, and of detail over frequencies.
 
-Volumes are (X, Y, Z) in [0, 1] and hold no padding: their grid is their field of view.
+Volumes are (X, Y, Z) in [0, 1] without padding: their grid is their field of view.
 """
 
 import numpy as np
@@ -13,38 +13,38 @@ COARSE_BAND_EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)  # cycles/voxel, for volumes 
 
 
 def names() -> list[str]:
-    """Names of what `intensity_statistics` gives, in its order."""
+    """Name the figures of `intensity_statistics` in their order."""
     return ["mean", "std", *(f"quantile {q:g}" for q in QUANTILES)]
 
 
 def intensity_statistics(volume: np.ndarray) -> np.ndarray:
-    """(X, Y, Z) -> (9,): mean, standard deviation and `QUANTILES` of its intensities."""
+    """Compute the mean, the standard deviation and `QUANTILES` of the intensities of (X, Y, Z): (9,)."""
     volume = np.asarray(volume, np.float64)
     return np.array([volume.mean(), volume.std(), *np.quantile(volume, QUANTILES)])
 
 
 def histogram(volume: np.ndarray) -> np.ndarray:
-    """(X, Y, Z) in [0, 1] -> (BINS,), the share of voxels in each of equal bins."""
+    """Compute the share of voxels of (X, Y, Z) in each of equal bins over [0, 1]: (BINS,)."""
     return np.histogram(volume, BINS, (0, 1))[0] / volume.size
 
 
 def histogram_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Wasserstein-1 distance of the intensities of two sets, in units of intensity: the area between the distribution
-    functions of their mean histograms. (N, BINS) and (M, BINS): each volume counts alike, whatever its size."""
+    """Compute the Wasserstein-1 distance of the intensities of two sets, in units of intensity: the area between the distribution
+    functions of their mean histograms. (N, BINS) and (M, BINS): each volume weighs the same, whatever its size."""
     difference = first.mean(0) - second.mean(0)
     return float(np.abs(np.cumsum(difference)).sum() / first.shape[1])
 
 
 def band_edges_for(crop: tuple[int, ...]) -> tuple[float, ...]:
-    """Bands of 0.05 cycles/voxel, or of 0.1 where a crop of that many voxels has no frequency in the lowest."""
+    """Return bands of 0.05 cycles/voxel, or of 0.1 if a crop of this size has no frequency in the lowest."""
     return BAND_EDGES if max(crop) * BAND_EDGES[1] > 1 else COARSE_BAND_EDGES
 
 
 def power(volume: np.ndarray, crop: tuple[int, int, int]) -> np.ndarray:
-    """Power of (X, Y, Z) in each radial band, see `spectrum.band_power`: (bands,)."""
+    """Compute the power of (X, Y, Z) in each radial band, see `spectrum.band_power`: (bands,)."""
     return band_power(volume, crop, band_edges_for(crop))
 
 
 def power_ratio_db(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Mean power of the first set over that of the second, band by band, in dB: (N, bands), (M, bands) -> (bands,)."""
+    """Divide the mean power of the first set by that of the second, band by band, in dB: (N, bands), (M, bands) -> (bands,)."""
     return ratio_db(first.mean(0), second.mean(0))

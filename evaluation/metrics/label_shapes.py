@@ -1,8 +1,8 @@
-"""Are generated label maps shaped as real ones: sizes, forms and neighborhoods of the labels, as a row of figures a map."""
+"""Sizes, forms and neighborhoods of the labels of a label map as a row of figures, and generated maps compared with real ones."""
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from scipy import ndimage
@@ -11,6 +11,9 @@ from evaluation.data.volume_sets import VolumeSet
 from volumes.map_checks import count_pieces
 
 from .set_distances import (
+    Closeness,
+    ColumnComparison,
+    SetComparison,
     closer_than_test,
     compare_columns,
     compare_sets,
@@ -23,22 +26,22 @@ PER_PAIR = ("contact", "distance")
 
 
 def shape_names(labels: Sequence[str]) -> list[str]:
-    """What `shape_figures` gives, in its order: "anterior volume", ..., "anterior, posterior contact"."""
+    """Name the figures of `shape_figures` in their order: "anterior volume", ..., "anterior, posterior contact"."""
     names = [f"{label} {name}" for label in labels for name in PER_LABEL]
     return names + [f"{a}, {b} {name}" for a, b in itertools.combinations(labels, 2) for name in PER_PAIR]
 
 
 def shape_figures(channels: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Figures (F,) of one label map.
+    """Measure the figures (F,) of one label map.
 
-    Of each label: volume (mm^3); surface (mm^2, of the voxels' faces); sphericity pi^(1/3) (6 V)^(2/3) / A (Wadell 1935; of voxel
-    faces a ball has 2/3); length, width and thickness, four standard deviations of the voxels along the principal axes (mm; of a
-    box 4/sqrt(12) of its side); roughness, the fraction of its voxels that a Gaussian of one voxel takes away or adds; pieces
-    (26 neighbors). Of each pair of labels: contact (mm^2 of faces that they share) and distance of their centers (mm). All are
-    0 of a label that is not there.
+    For each label: volume (mm^3); surface (mm^2, of the voxels' faces); sphericity pi^(1/3) (6 V)^(2/3) / A (Wadell 1935; 2/3 for
+    a ball of voxels); length, width and thickness, four standard deviations of the voxels along the principal axes (mm;
+    4/sqrt(12) of the side of a box); roughness, the fraction of its voxels that a Gaussian of one voxel removes or adds; pieces
+    (26 neighbors). For each pair of labels: contact (mm^2 of shared faces) and distance of their centers (mm). All are 0 for an
+    absent label.
 
     Args:
-        channels: one a label, (C, X, Y, Z): above 0.5 where it is.
+        channels: one per label, (C, X, Y, Z): above 0.5 inside the label.
         spacing: mm between voxels.
     """
     masks = [channel > 0.5 for channel in np.asarray(channels)]
@@ -46,28 +49,34 @@ def shape_figures(channels: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     for mask in masks:
         figures += _label_figures(mask, np.asarray(spacing, float))
     for first, second in itertools.combinations(masks, 2):
-        between = _shared_faces(first, second, spacing) + _shared_faces(second, first, spacing)
-        apart = 0.0
+        contact = _shared_faces(first, second, spacing) + _shared_faces(second, first, spacing)
+        distance = 0.0
         if first.any() and second.any():
             centers = [np.argwhere(mask).mean(0) * spacing for mask in (first, second)]
-            apart = float(np.linalg.norm(centers[0] - centers[1]))
-        figures += [between, apart]
+            distance = float(np.linalg.norm(centers[0] - centers[1]))
+        figures += [contact, distance]
     return np.array(figures)
 
 
-def compare_shapes(sets: Mapping[str, VolumeSet], labels: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """ "training", "test" and "generated" label maps: every figure's distance from unseen real maps and of all together, each
-    beside that of real training maps; and whether generated ones lie nearer to training ones than unseen real ones do.
+class ShapeComparison(TypedDict):
+    """Distances of shapes, see `compare_shapes`."""
 
-    Returns: {"figures": `compare_columns`, "kernel": `compare_sets`, "closer_to_training": `closer_than_test`}.
+    figures: dict[str, ColumnComparison]
+    kernel: SetComparison[float]
+    closer_to_training: Closeness
+
+
+def compare_shapes(sets: Mapping[str, VolumeSet], labels: Sequence[str], seed: int = 0) -> ShapeComparison:
+    """Compare the shapes of "training", "test" and "generated" label maps.
+
+    Every figure alone and all figures together (a kernel distance): the distance of generated from unseen real maps, beside that
+    of real training maps. And whether generated maps are nearer to training maps than unseen real maps are.
     """
-    rows = {
-        name: np.stack(
-            [shape_figures(volume, spacing) for volume, spacing in zip(one.volumes, one.spacings, strict=True)]
-        )
-        for name, one in sets.items()
-    }
-    subjects = {name: one.subjects for name, one in sets.items()}
+    rows = {}
+    for name, maps in sets.items():
+        pairs = zip(maps.volumes, maps.spacings, strict=True)
+        rows[name] = np.stack([shape_figures(volume, spacing) for volume, spacing in pairs])
+    subjects = {name: maps.subjects for name, maps in sets.items()}
     scaled = standardize(rows, "test", least=0.01)
     return {
         "figures": compare_columns(rows, shape_names(labels), subjects=subjects, seed=seed),
@@ -98,7 +107,7 @@ def _label_figures(mask: np.ndarray, spacing: np.ndarray) -> list[float]:
 
 
 def _shared_faces(first: np.ndarray, second: np.ndarray, spacing: Sequence[float] | np.ndarray) -> float:
-    """mm^2 of faces with `first` on the lower side and `second` on the upper, along all axes."""
+    """Measure the faces (mm^2) with `first` on the lower side and `second` on the upper, along all axes."""
     area = 0.0
     for axis in range(3):
         low, high = [slice(None)] * 3, [slice(None)] * 3

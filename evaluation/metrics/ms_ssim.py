@@ -1,19 +1,17 @@
-"""MS-SSIM between volumes, and how alike the volumes of a set are: a generator that collapses makes ever the same.
+"""MS-SSIM between volumes, and how alike the volumes of a set are: a generator that collapses repeats itself.
 
 Volumes are (C, X, Y, Z) in [0, 1], of one shape.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.studies.class_adherence import RESAMPLES
-
-from .set_distances import drawn_counts, spread
+from evaluation.stats.bootstrap import Estimate, Units, interval_of, resample_subjects, subjects_or_volumes
 
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of scales, finest first (Wang et al. 2003, section 3.2)
 WINDOW, SIGMA = 7, 1.5  # voxels; Wang's window is 11, which small volumes hold at one scale or none
@@ -21,17 +19,18 @@ LUMINANCE, CONTRAST = 0.01**2, 0.03**2  # C1 and C2, of intensities that span 1
 
 
 def scales_of(shape: Sequence[int]) -> int:
-    """How many of the five scales volumes of these sides have: each has half the voxels a side, and the coarsest still
-    holds a window. Raises: ValueError if not even one does."""
+    """Count the scales (at most five) for volumes of this shape. Each scale halves the sides, and the coarsest still holds a window.
+
+    Raises: ValueError if not even one does."""
     scales = sum(min(shape) >> scale >= WINDOW for scale in range(len(WEIGHTS)))
     if not scales:
-        raise ValueError(f"volumes of {tuple(shape)} voxels are too small for MS-SSIM; {WINDOW} a side are needed")
+        raise ValueError(f"volumes of {tuple(shape)} voxels are too small for MS-SSIM; give {WINDOW} or more per side")
     return scales
 
 
 def weights_of(scales: int) -> list[float]:
-    """The weights of the finest `scales` scales, brought to a sum of 1: with fewer than five, figures do not compare
-    with those of five."""
+    """Return the weights of the finest `scales` scales, scaled to a sum of 1. Figures of different numbers of scales are not
+    comparable."""
     return [weight / sum(WEIGHTS[:scales]) for weight in WEIGHTS[:scales]]
 
 
@@ -39,13 +38,13 @@ def weights_of(scales: int) -> list[float]:
 def ms_ssim(first: Tensor, second: Tensor) -> Tensor:
     """Multi-scale structural similarity in 3-D (Wang et al. 2003, Eq. 7), of (B, C, X, Y, Z) in [0, 1]: (B,) in [0, 1].
 
-    A Gaussian window of `WINDOW` voxels a side, as many scales as `scales_of` says, contrast and structure at each,
-    luminance at the coarsest; negative means count as 0. Channels are averaged. 1 for equal volumes.
+    A Gaussian window of `WINDOW` voxels per side, `scales_of` scales, contrast and structure at each, luminance at the
+    coarsest; negative means count as 0. Channels are averaged. 1 for equal volumes.
 
     Raises: ValueError for different shapes, and for volumes that are too small.
     """
     if first.shape != second.shape:
-        raise ValueError(f"volumes of {tuple(first.shape)} and {tuple(second.shape)}: they must be of one shape")
+        raise ValueError(f"volumes of {tuple(first.shape)} and {tuple(second.shape)}: their shapes must be equal")
     scales = scales_of(first.shape[2:])
     batch, channels = first.shape[:2]
     x, y = (volumes.float().reshape(-1, 1, *volumes.shape[2:]) for volumes in (first, second))
@@ -62,8 +61,8 @@ def ms_ssim(first: Tensor, second: Tensor) -> Tensor:
     return result.reshape(batch, channels).mean(1)
 
 
-def random_pairs(count: int, pairs: int, seed: int, subjects: Sequence[Any] | None = None) -> np.ndarray:
-    """At most `pairs` different pairs of `count` volumes, (P, 2) indices; of one subject no two volumes are a pair.
+def random_pairs(count: int, pairs: int, seed: int, subjects: Units | None = None) -> np.ndarray:
+    """Choose at most `pairs` different pairs of `count` volumes, (P, 2) indices, never two volumes of one subject.
 
     Raises: ValueError if there is no pair.
     """
@@ -76,8 +75,8 @@ def random_pairs(count: int, pairs: int, seed: int, subjects: Sequence[Any] | No
     return every[np.sort(chosen)]
 
 
-def check_pairs(subjects: Sequence[Any], name: str = "") -> None:
-    """Raises: ValueError for volumes of one subject, which make no pair."""
+def check_pairs(subjects: Units, name: str = "") -> None:
+    """Raises: ValueError for volumes of a single subject, which make no pair."""
     if len(set(subjects)) < 2:
         raise ValueError(f"{len(subjects)} {name + ' ' if name else ''}volumes make no pair of different subjects")
 
@@ -88,14 +87,40 @@ def pair_similarity(
     device: torch.device | str = "cpu",
     on_pair: Callable[[], None] | None = None,
 ) -> np.ndarray:
-    """`ms_ssim` of each pair, (P,), of volumes (C, X, Y, Z) of one shape."""
-    found = []
+    """Compute `ms_ssim` of each pair, (P,), of volumes (C, X, Y, Z) of one shape."""
+    similarities = []
     for pair in pairs:
         first, second = (torch.from_numpy(np.asarray(volumes[i], np.float32))[None].to(device) for i in pair)
-        found.append(ms_ssim(first, second).item())
+        similarities.append(ms_ssim(first, second).item())
         if on_pair is not None:
             on_pair()
-    return np.array(found)
+    return np.array(similarities)
+
+
+class Similarity(TypedDict):
+    """MS-SSIM over the pairs of one set."""
+
+    mean: float
+    interval: list[float]
+    std: float
+    pairs: int
+
+
+class Diversity(TypedDict):
+    """How alike the volumes of each set are, and differences between sets.
+
+    `generated_minus_test` is positive when generated volumes are more alike than real ones, `training_minus_test` is its floor.
+    The masks of generated volumes are mostly those of training volumes: hence `generated_minus_training`.
+    """
+
+    training: Similarity
+    test: Similarity
+    generated: Similarity
+    generated_minus_test: Estimate[float]
+    training_minus_test: Estimate[float]
+    generated_minus_training: Estimate[float]
+    scales: NotRequired[int]
+    weights: NotRequired[list[float]]
 
 
 def compare_diversity(
@@ -103,43 +128,47 @@ def compare_diversity(
     pairs: Mapping[str, np.ndarray],
     counts: Mapping[str, int],
     seed: int = 0,
-    subjects: Mapping[str, Sequence[Any] | None] | None = None,
-) -> dict[str, Any]:
-    """How alike generated volumes are to each other, against real ones.
+    subjects: Mapping[str, Units | None] | None = None,
+) -> Diversity:
+    """Compare how alike generated volumes are to each other with how alike real ones are. Intervals resample subjects, not pairs.
 
     Args:
-        values: by set ("training", "test", "generated") what `pair_similarity` found of `pairs` (P, 2).
-        counts: by set how many volumes it has.
-        subjects: by set whose each volume is, if subjects have several.
-    Returns: by set {"mean", "interval", "std" over pairs, "pairs"}; "generated_minus_test", positive when generated
-        volumes are more alike than real ones, its floor "training_minus_test", and "generated_minus_training" (whose masks
-        generated volumes mostly have), each {"mean", "interval"}. Intervals are of 95 %, by drawing subjects, not pairs,
-        anew with replacement (Efron 1979).
+        values: `pair_similarity` of the `pairs` (P, 2) of each set ("training", "test", "generated").
+        counts: number of volumes of each set.
+        subjects: of the volumes of each set, if subjects have several.
     """
     random = np.random.default_rng(seed)
-    report, drawn = {}, {}
-    for name, found in values.items():
-        often = drawn_counts(counts[name], (subjects or {}).get(name), RESAMPLES, random)
+    of_set: dict[str, Similarity] = {}
+    resampled: dict[str, np.ndarray] = {}
+    for name, similarity in values.items():
+        often = resample_subjects(subjects_or_volumes(counts[name], (subjects or {}).get(name)), random)
         weight = often[:, pairs[name][:, 0]] * often[:, pairs[name][:, 1]]
-        kept = weight.sum(1) > 0  # of very few pairs, a draw may hold none
-        drawn[name] = (weight @ found)[kept] / weight.sum(1)[kept]
-        interval = spread(drawn[name])["interval"]
-        report[name] = {
-            "mean": float(found.mean()),
-            "interval": interval,
-            "std": float(found.std()),
-            "pairs": len(found),
+        kept = weight.sum(1) > 0  # with very few pairs, a resample may contain none
+        resampled[name] = (weight @ similarity)[kept] / weight.sum(1)[kept]
+        of_set[name] = {
+            "mean": float(similarity.mean()),
+            "interval": interval_of(resampled[name]),
+            "std": float(similarity.std()),
+            "pairs": len(similarity),
         }
-    for one, other in (("generated", "test"), ("training", "test"), ("generated", "training")):
-        least = min(len(drawn[one]), len(drawn[other]))
-        interval = spread(drawn[one][:least] - drawn[other][:least])["interval"]
-        mean = report[one]["mean"] - report[other]["mean"]
-        report[f"{one}_minus_{other}"] = {"mean": mean, "interval": interval}
-    return report
+
+    def minus(first: str, second: str) -> Estimate[float]:
+        count = min(len(resampled[first]), len(resampled[second]))
+        interval = interval_of(resampled[first][:count] - resampled[second][:count])
+        return {"mean": of_set[first]["mean"] - of_set[second]["mean"], "interval": interval}
+
+    return {
+        "training": of_set["training"],
+        "test": of_set["test"],
+        "generated": of_set["generated"],
+        "generated_minus_test": minus("generated", "test"),
+        "training_minus_test": minus("training", "test"),
+        "generated_minus_training": minus("generated", "training"),
+    }
 
 
 def _blur(volumes: Tensor) -> Tensor:
-    """(N, 1, X, Y, Z), averaged under the window where it fits in whole."""
+    """Average (N, 1, X, Y, Z) under the window wherever all of it fits."""
     offsets = torch.arange(WINDOW, device=volumes.device) - (WINDOW - 1) / 2
     window = torch.exp(-(offsets**2) / (2 * SIGMA**2))
     window = window / window.sum()

@@ -1,8 +1,8 @@
-"""How alike volumes are, whatever their position, orientation and intensity scale: each of one set against each of another.
+"""Similarity of volumes, whatever their position, orientation and intensity scale: each of one set with each of another.
 
 The similarity of a query and a reference is their normalized (Pearson) correlation inside a common crop about the center, the largest
 over the flips and the shifts that the `Space` allows. For a shift it is taken over the voxels where the two overlap, with the means
-and variances of just these, and sums over all voxels of all shifts come from one FFT a pair (Lewis 1995, Fast normalized
+and variances of these voxels only, and sums over all voxels of all shifts come from one FFT per pair (Lewis 1995, Fast normalized
 cross-correlation). So a copy has similarity 1, to float32 rounding of about 1e-6, also where it was moved by whole voxels, mirrored,
 or where its intensities were multiplied by a positive factor and shifted. Gains and offsets that vary in space are not undone.
 
@@ -33,13 +33,13 @@ CONSTANT = 1e-5  # mean variance per voxel, of volumes of variance 1, below whic
 
 @dataclass(frozen=True)
 class Space:
-    """Where and how volumes are compared.
+    """The crop and the representation in which volumes are compared.
 
     Args:
-        crop: voxels about the center that are compared. What a smaller volume lacks is filled with its lowest intensity, which
-            makes small volumes alike: see `common_crop`.
+        crop: voxels about the center to compare. Smaller volumes are padded with their lowest intensity, which makes them alike: see
+            `common_crop`.
         flips: axes (0 to 2) along which a query may be mirrored, in every combination.
-        shift: voxels (cells of what `embed` gives) by which a query may be moved along each axis; less than half of each side.
+        shift: voxels (of the maps, with `embed`) by which a query may be moved along each axis; less than half of each side.
         embed: (B, C, X, Y, Z) float32 in [0, 1] (each channel's percentiles 0.5 and 99.5 in the crop at 0 and 1) -> maps
             (B, C, x, y, z), compared as volumes are, or features (B, F), compared by their correlation without shifts. None
             compares the voxels. Flips are those of the volume, before it is embedded.
@@ -54,7 +54,7 @@ class Space:
 
     @property
     def flip_sets(self) -> list[tuple[int, ...]]:
-        """Every combination of `flips`, first that of none."""
+        """Every combination of `flips`, beginning with no flip."""
         return [axes for count in range(len(self.flips) + 1) for axes in itertools.combinations(self.flips, count)]
 
 
@@ -67,15 +67,15 @@ class Match(NamedTuple):
 
 
 def common_crop(volumes: Volumes, largest: Sides | None = None) -> Sides:
-    """The smallest side of any of the volumes along each axis, `largest` at most: no volume is padded."""
+    """Return the smallest side of all volumes along each axis, at most `largest`: no volume is padded."""
     sides = np.min([volume.shape[-3:] for volume in volumes], axis=0)
     x, y, z = (int(n) for n in (sides if largest is None else np.minimum(sides, largest)))
     return x, y, z
 
 
 def latent_space(vae: VolumeAutoencoder, crop: Sides, *, flips: tuple[int, ...] = (), shift: int = 1) -> Space:
-    """The autoencoder's latents (the means of its posterior), of crops padded to its stride. `shift` counts latent cells: a
-    shift by part of a cell changes the latents somewhat, and is not undone."""
+    """Compare the autoencoder's latents (the means of its posterior), of crops padded to its stride. `shift` counts latent voxels: a
+    shift by part of a latent voxel changes the latents somewhat, and is not undone."""
 
     @torch.inference_mode()
     def embed(volumes: Tensor) -> Tensor:
@@ -93,8 +93,8 @@ def feature_space(
     flips: tuple[int, ...] = (),
     device: torch.device | str = "cpu",
 ) -> Space:
-    """Features (B, F), each brought to mean 0 and variance 1 over the references, so that none decides by its scale alone.
-    Features that are constant over the references are left out. Shifts are undone only as far as the features ignore them."""
+    """Compare features (B, F), each scaled to mean 0 and variance 1 over the references, so that none decides by its scale alone.
+    Features that are constant over the references are ignored. Shifts are undone only as far as the features ignore them."""
     plain = Space(crop, embed=extractor, device=device)
     features = torch.cat([_maps([volume], plain) for volume in references])[:, 0, :, 0, 0]
     mean, std = features.mean(0), features.std(0, correction=0)
@@ -115,17 +115,19 @@ def similarity_matrix(
     chunk_bytes: int = CHUNK_BYTES,
     on_pairs: Callable[[int], object] | None = None,
 ) -> np.ndarray:
-    """The similarity of each query and each reference, (Q, R) float32 in [-1, 1].
+    """Compute the similarity of each query and each reference, (Q, R) float32 in [-1, 1].
 
-    Both are sequences of volumes, which may be read when they are asked for; no more than `chunk_bytes` of intermediate results
-    are held, whatever their number (a single pair may take more). Each row depends on its query alone, so that processes can
-    share the queries. `on_pairs(count)` is called with the number of pairs that were just compared.
+    Both are sequences of volumes, which may be read on access. Intermediate results take at most `chunk_bytes`, whatever the number of
+    volumes (a single pair may take more). Each row depends on its query alone, so that processes can share the queries.
+    `on_pairs(count)` is called with the number of pairs that were just compared.
 
-    Raises: ValueError for an empty set, volumes with values that are not finite or of another number of channels, a flip along
-    no axis and a shift of half a side or more.
+    Raises: ValueError for an empty set, volumes with values that are not finite or with another number of channels, a flip along an
+        unknown axis and a shift of half a side or more.
     """
     if not len(queries) or not len(references):
-        raise ValueError(f"{len(queries)} volumes cannot be compared with {len(references)}: each set needs one")
+        raise ValueError(
+            f"{len(queries)} volumes cannot be compared with {len(references)}: give one or more in each set"
+        )
     probe, shift = _first(references, space)
     pair_bytes = (
         8 * probe.shape[1] * math.prod(_padded(probe.shape[2:], shift))
@@ -138,8 +140,8 @@ def similarity_matrix(
         prepared = _prepare(_maps(block, space), shift)
         for first in range(0, len(queries), columns):
             some = [queries[i] for i in range(first, min(first + columns, len(queries)))]
-            found = torch.stack([_correlate(q, prepared).amax(2) for q in _flipped(some, space, shift)]).amax(0)
-            result[first : first + len(some), start : start + len(block)] = found.cpu().numpy()
+            best = torch.stack([_correlate(q, prepared).amax(2) for q in _flipped(some, space, shift)]).amax(0)
+            result[first : first + len(some), start : start + len(block)] = best.cpu().numpy()
             if on_pairs is not None:
                 on_pairs(len(some) * len(block))
     return result
@@ -147,47 +149,47 @@ def similarity_matrix(
 
 @torch.inference_mode()
 def best_match(query: Any, reference: Any, space: Space) -> Match:
-    """How alike a query and a reference are, and by which flip and shift."""
+    """Find the flip and the shift that make a query most similar to a reference."""
     _, shift = _first([reference], space)
     prepared = _prepare(_maps([reference], space), shift)
-    found = torch.stack([_correlate(q, prepared)[0, 0] for q in _flipped([query], space, shift)])
-    flip, place = divmod(int(found.argmax()), found.shape[1])
+    similarity = torch.stack([_correlate(q, prepared)[0, 0] for q in _flipped([query], space, shift)])
+    flip, place = divmod(int(similarity.argmax()), similarity.shape[1])
     x, y, z = (int(i) - shift for i in np.unravel_index(place, (2 * shift + 1,) * 3))
-    return Match(float(found.max()), space.flip_sets[flip], (x, y, z))
+    return Match(float(similarity.max()), space.flip_sets[flip], (x, y, z))
 
 
 def aligned(query: Any, match: Match, crop: Sides) -> np.ndarray:
-    """The crop (C, *crop) of a query, mirrored and moved as `match` (of voxels) says, so that it lies on its reference's crop; its
-    lowest intensity where the shift shows no voxel."""
+    """Crop a query to (C, *crop), mirrored and moved by `match` (in voxels) onto its reference's crop. Where the shift leaves no voxel,
+    fill with its lowest intensity."""
     cropped = crop_of(query, crop)
     mirrored = np.flip(cropped, tuple(axis + 1 for axis in match.flip))
     return pad_or_crop(crop, crop, offset=match.shift).apply(mirrored, float(cropped.min()))
 
 
 def standardized(array: np.ndarray) -> np.ndarray:
-    """Each channel of (C, ...) with mean 0 and variance 1, as float32; zeros if it is constant."""
+    """Scale each channel of (C, ...) to mean 0 and variance 1, as float32; zeros if it is constant."""
     axes = tuple(range(1, array.ndim))
-    centerd = array.astype(np.float64)
-    centerd -= centerd.mean(axes, keepdims=True)
-    deviation = centerd.std(axes, keepdims=True)
+    centered = array.astype(np.float64)
+    centered -= centered.mean(axes, keepdims=True)
+    deviation = centered.std(axes, keepdims=True)
     deviation[deviation < 1e-7 * np.abs(array).max(axes, keepdims=True)] = np.inf  # rounding of a constant
-    return (centerd / np.where(deviation == 0, np.inf, deviation)).astype(np.float32)
+    return (centered / np.where(deviation == 0, np.inf, deviation)).astype(np.float32)
 
 
 def crop_of(volume: Any, crop: Sides) -> np.ndarray:
-    """(C, *crop) about the center of a volume, as float64."""
+    """Crop (C, *crop) about the center of a volume, as float64."""
     array = np.asarray(volume.detach().cpu() if isinstance(volume, Tensor) else volume, np.float64)
     array = array[None] if array.ndim == 3 else array
     if array.ndim != 4:
         raise ValueError(f"a volume is (C, X, Y, Z) or (X, Y, Z), not {array.shape}")
     cropped = pad_or_crop(array.shape[1:], crop).apply(array, float(array.min()))
     if not np.isfinite(cropped).all():
-        raise ValueError("a volume holds values that are not finite: there is nothing to compare it by")
+        raise ValueError("a volume contains NaN or infinity: it cannot be compared")
     return cropped
 
 
 def _maps(volumes: Volumes, space: Space, flip: tuple[int, ...] = ()) -> Tensor:
-    """What is compared, (B, C, x, y, z) float32 on the space's device; features (B, F) as (B, 1, F, 1, 1)."""
+    """Compute the maps to compare, (B, C, x, y, z) float32 on the space's device; features (B, F) as (B, 1, F, 1, 1)."""
     crops = [crop_of(volume, space.crop) for volume in volumes]
     if space.embed is None:
         crops = [standardized(crop) for crop in crops]
@@ -203,9 +205,9 @@ def _flipped(queries: Volumes, space: Space, shift: int) -> list["_Prepared"]:
 
 
 def _first(references: Volumes, space: Space) -> tuple[Tensor, int]:
-    """The maps of the first reference, and the shift that is searched. Raises: ValueError for a space that cannot be."""
+    """Return the maps of the first reference, and the shift to search. Raises: ValueError for an impossible space."""
     if not set(space.flips) <= {0, 1, 2}:
-        raise ValueError(f"flips along axes {space.flips}: a volume has axes 0, 1 and 2")
+        raise ValueError(f"flips along axes {space.flips}: choose from axes 0, 1 and 2")
     probe = _maps([references[0]], space)
     shift = 0 if probe.shape[1] == 1 and probe.shape[3:] == (1, 1) else space.shift
     check_shift(shift, tuple(probe.shape[2:]))
@@ -215,7 +217,7 @@ def _first(references: Volumes, space: Space) -> tuple[Tensor, int]:
 def check_shift(shift: int, sides: Sequence[int]) -> None:
     """Raises: ValueError for a shift of half a side or more, which leaves too little to compare."""
     if shift < 0 or 2 * shift >= min(sides) > 1:
-        raise ValueError(f"shift {shift} of {tuple(sides)} cells: it must be less than half of a side")
+        raise ValueError(f"shift {shift} for sides {tuple(sides)}: take less than half of a side")
 
 
 class _Prepared(NamedTuple):

@@ -1,20 +1,70 @@
-"""How far apart two sets of volumes are, each volume a row of figures, and what that distance is between real and real.
+"""Distances between two sets of volumes, each volume a row of figures, beside the distance between real and real.
 
-Samples are (N, F) arrays, a row a volume, of different N where one likes. A distance is a function of two samples that gives a
-figure or several; `compare_sets` gives any distance its interval and its real-against-real floor.
+Samples are (N, F) arrays with one row per volume; N may differ. A distance is a function of two samples that returns one figure or
+several. `compare_sets` adds the interval and the real-against-real floor to any distance.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, NotRequired, TypedDict, overload
 
 import numpy as np
 
-from evaluation.studies.class_adherence import INTERVAL, RESAMPLES
+from evaluation.stats.bootstrap import (
+    Estimate,
+    Figure,
+    Units,
+    estimate,
+    estimate_columns,
+    group_numbers,
+    interval_of,
+    resample_subjects,
+    subjects_or_volumes,
+)
 
-DRAWS = 200  # of subsets
+SUBSETS = 200  # pairs of subsets that are compared
 MIN_SIZE = 4  # volumes in a set: halves of two
 Distance = Callable[[np.ndarray, np.ndarray], Any]
 SETS = ("training", "test", "generated")
+
+
+class SetComparison(TypedDict, Generic[Figure]):
+    """A distance from the test set to the generated set and to the training set (the floor), see `compare_sets`.
+
+    `whole` is the distance of all generated from all test volumes; all others are between subsets of `count` volumes. `excess` is
+    `generated_to_test` less `training_to_test`, subset by subset; `test_halves` is another floor.
+    """
+
+    count: int
+    whole: Figure
+    generated_to_test: Estimate[Figure]
+    training_to_test: Estimate[Figure]
+    test_halves: Estimate[Figure]
+    excess: Estimate[Figure]
+    caveat: NotRequired[str]
+
+
+class MeanStd(TypedDict):
+    """Mean and standard deviation over volumes."""
+
+    mean: float
+    std: float
+
+
+class ColumnComparison(TypedDict):
+    """One statistic of volumes in the three sets, see `compare_columns`."""
+
+    training: MeanStd
+    test: MeanStd
+    generated: MeanStd
+    shift: float  # of the generated mean from the mean of the test set
+    wasserstein: SetComparison[float]
+
+
+class Closeness(TypedDict):
+    """The area under the ROC curve of `closer_than_test`."""
+
+    auc: float
+    interval: list[float]
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
@@ -28,19 +78,19 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """
     first, second = _checked(first, second)
     shift = first.mean(0) - second.mean(0)
-    centerd = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (first, second)]
-    factors = [np.asarray(np.linalg.qr(x, mode="r")) for x in centerd]
+    centered = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (first, second)]
+    factors = [np.asarray(np.linalg.qr(x, mode="r")) for x in centered]
     root = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
     return max(float(shift @ shift + (factors[0] ** 2).sum() + (factors[1] ** 2).sum() - 2 * root), 0.0)
 
 
 def frechet_caveat(samples: int, features: int) -> str | None:
-    """Why a Frechet distance of so few samples says little, or None if they determine the covariance."""
+    """Return a warning for the Frechet distance of so few samples, or None if they determine the covariance."""
     if samples > features:
         return None
     return (
         f"{samples} volumes do not determine the covariance of {features} features: the Frechet distance is mostly bias "
-        "and compares at equal counts alone; the kernel distance is unbiased"
+        "and only comparable at equal counts; the kernel distance is unbiased"
     )
 
 
@@ -80,10 +130,10 @@ def wasserstein1(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def standardize(sets: Mapping[str, np.ndarray], by: str, least: float = 0.0) -> dict[str, np.ndarray]:
-    """Every column less its mean in set `by`, in units of its standard deviation there; a constant column keeps its units.
+    """Subtract the mean of every column in set `by`, and divide by its standard deviation there; a constant column keeps its units.
 
-    No column counts as varying less than `least` times the root mean square of the standard deviations of all: else one
-    that is nearly constant in `by`, such as a unit of a network that hardly ever fires, can outweigh all others.
+    No standard deviation counts as less than `least` times the root mean square of those of all columns. Else a column that is
+    nearly constant in `by`, such as a unit of a network that hardly ever fires, can outweigh all others.
     """
     mean, std = sets[by].mean(0), sets[by].std(0)
     std = np.maximum(std, least * np.sqrt((std**2).mean()))
@@ -91,43 +141,65 @@ def standardize(sets: Mapping[str, np.ndarray], by: str, least: float = 0.0) -> 
     return {name: (rows - mean) / std for name, rows in sets.items()}
 
 
+@overload
+def compare_sets(
+    distance: Callable[[np.ndarray, np.ndarray], float],
+    sets: Mapping[str, np.ndarray],
+    *,
+    subjects: Mapping[str, Units] | None = None,
+    subsets: int = SUBSETS,
+    seed: int = 0,
+) -> SetComparison[float]: ...
+
+
+@overload
+def compare_sets(
+    distance: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    sets: Mapping[str, np.ndarray],
+    *,
+    subjects: Mapping[str, Units] | None = None,
+    subsets: int = SUBSETS,
+    seed: int = 0,
+) -> SetComparison[list[float]]: ...
+
+
 def compare_sets(
     distance: Distance,
     sets: Mapping[str, np.ndarray],
     *,
-    subjects: Mapping[str, Sequence[Any]] | None = None,
-    draws: int = DRAWS,
+    subjects: Mapping[str, Units] | None = None,
+    subsets: int = SUBSETS,
     seed: int = 0,
-) -> dict[str, Any]:
-    """A distance of generated from real test volumes, beside that of real training from real test volumes.
+) -> Any:
+    """Compare the distance of generated from real test volumes with that of real training from real test volumes.
 
-    All are taken between `count` volumes, half of the smallest set, drawn anew `draws` times without replacement: a
-    distance that depends on counts is then compared at equal ones. (A mean over half a sample, drawn so, spreads as the
-    mean over the whole does from sample to sample: McCarthy 1969. Of the larger sets the intervals are too wide.)
+    Distances are taken between subsets of `count` volumes, half of the smallest set, `subsets` times without replacement: a
+    distance that depends on counts is then compared at equal ones. (A mean over half a sample spreads as the mean over the whole
+    does from sample to sample: McCarthy 1969. The intervals of the larger sets are too wide.)
 
     Args:
         sets: rows (N, F) of "training", "test" and "generated".
-        subjects: for some of the sets, whose each volume is: volumes of one subject are drawn together.
-    Returns:
-        {"count", "whole": generated to test with all volumes, and at `count` volumes each {"mean", "interval"} of
-        "generated_to_test", "training_to_test" (the floor), "test_halves" (another floor), and "excess", the first less
-        the second, draw by draw}; lists where the distance gives several figures. Intervals are of 95 %.
+        subjects: of the volumes of some of the sets; volumes of one subject stay together.
     Raises: ValueError for a set of fewer than `MIN_SIZE` volumes.
     """
     random = np.random.default_rng(seed)
     check_counts({name: len(sets[name]) for name in SETS})
-    groups = {name: _groups(len(sets[name]), (subjects or {}).get(name)) for name in SETS}
+    whose = {name: subjects_or_volumes(len(sets[name]), (subjects or {}).get(name)) for name in SETS}
+    groups = {name: group_numbers(of_set) for name, of_set in whose.items()}
     count = min(len(sets[name]) for name in SETS) // 2
-    found: dict[str, list[Any]] = {"generated_to_test": [], "training_to_test": [], "test_halves": []}
-    for _ in range(draws):
-        drawn = {name: sets[name][_shuffled(groups[name], random)] for name in SETS}
-        half = drawn["test"][:count]
-        found["generated_to_test"].append(distance(drawn["generated"][:count], half))
-        found["training_to_test"].append(distance(drawn["training"][:count], half))
-        found["test_halves"].append(distance(drawn["test"][count : 2 * count], half))
-    excess = np.subtract(found["generated_to_test"], found["training_to_test"])
-    report: dict[str, Any] = {"count": count, "whole": _plain(distance(sets["generated"], sets["test"]))}
-    return report | {name: spread(values) for name, values in {**found, "excess": excess}.items()}
+    distances: dict[str, list[Any]] = {"generated_to_test": [], "training_to_test": [], "test_halves": []}
+    for _ in range(subsets):
+        subset = {name: sets[name][_shuffled(groups[name], random)] for name in SETS}
+        half = subset["test"][:count]
+        distances["generated_to_test"].append(distance(subset["generated"][:count], half))
+        distances["training_to_test"].append(distance(subset["training"][:count], half))
+        distances["test_halves"].append(distance(subset["test"][count : 2 * count], half))
+    resampled = {name: np.asarray(values) for name, values in distances.items()}
+    resampled["excess"] = resampled["generated_to_test"] - resampled["training_to_test"]
+    summarized = {
+        name: estimate(values) if values.ndim == 1 else estimate_columns(values) for name, values in resampled.items()
+    }
+    return {"count": count, "whole": np.asarray(distance(sets["generated"], sets["test"])).tolist(), **summarized}
 
 
 def check_counts(counts: Mapping[str, int]) -> None:
@@ -136,94 +208,84 @@ def check_counts(counts: Mapping[str, int]) -> None:
         raise ValueError(f"{' and '.join(few)} are too few to compare; give {MIN_SIZE} or more")
 
 
-def compare_columns(sets: Mapping[str, np.ndarray], names: Sequence[str], **options: Any) -> dict[str, dict[str, Any]]:
-    """Statistics of volumes, one a column, against real ones; `options` are those of `compare_sets`.
+def compare_columns(
+    sets: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    *,
+    subjects: Mapping[str, Units] | None = None,
+    subsets: int = SUBSETS,
+    seed: int = 0,
+) -> dict[str, ColumnComparison]:
+    """Compare statistics of volumes, one per column, with those of real ones; other arguments as in `compare_sets`.
 
-    Returns: by name {"training", "test", "generated": {"mean", "std"} over the volumes, "shift": how far the generated
-    mean is from that of the test set, "wasserstein": `compare_sets`}, the last two in standard deviations of the test
-    volumes.
+    Returns: by name, with "shift" and "wasserstein" in standard deviations of the test volumes.
     """
     scaled = standardize(sets, "test")
-    compared = compare_sets(wasserstein1, scaled, **options)
-    report = {}
+    compared = compare_sets(wasserstein1, scaled, subjects=subjects, subsets=subsets, seed=seed)
+    report: dict[str, ColumnComparison] = {}
     for column, name in enumerate(names):
-        of_set = {s: {"mean": float(r[:, column].mean()), "std": float(r[:, column].std())} for s, r in sets.items()}
-        distances = {key: _column(value, column) for key, value in compared.items()}
-        report[name] = {**of_set, "shift": float(scaled["generated"][:, column].mean()), "wasserstein": distances}
+        report[name] = {
+            "training": _mean_std(sets["training"][:, column]),
+            "test": _mean_std(sets["test"][:, column]),
+            "generated": _mean_std(sets["generated"][:, column]),
+            "shift": float(scaled["generated"][:, column].mean()),
+            "wasserstein": {
+                "count": compared["count"],
+                "whole": compared["whole"][column],
+                "generated_to_test": _column(compared["generated_to_test"], column),
+                "training_to_test": _column(compared["training_to_test"], column),
+                "test_halves": _column(compared["test_halves"], column),
+                "excess": _column(compared["excess"], column),
+            },
+        }
     return report
 
 
 def closer_than_test(
-    sets: Mapping[str, np.ndarray], *, subjects: Mapping[str, Sequence[Any]] | None = None, seed: int = 0
-) -> dict[str, Any]:
-    """How often a generated volume is nearer to its nearest training volume than an unseen real one is to its own.
+    sets: Mapping[str, np.ndarray], *, subjects: Mapping[str, Units] | None = None, seed: int = 0
+) -> Closeness:
+    """Measure how often a generated volume is nearer to its nearest training volume than an unseen real one is to its own.
 
-    The area under the ROC curve of the Euclidean distance to the nearest row of "training": 0.5 for volumes drawn as real
-    ones are, 1 for copies, 0 for volumes far from all real ones. It sees what Frechet and kernel distances cannot, which
-    are best for copies.
+    The area under the ROC curve of the Euclidean distance to the nearest row of "training": 0.5 for volumes distributed as real
+    ones, 1 for copies, 0 for volumes far from all real ones. Frechet and kernel distances cannot see copies: these are best
+    for them.
 
     Args:
-        subjects: for some of the sets, whose each volume is.
-    Returns: {"auc", "interval"}, of 95 %, by drawing both sets' subjects anew with replacement (Efron 1979).
+        subjects: of the volumes of some of the sets; the interval resamples the subjects of both sets.
     """
-    made, unseen = (nearest(sets[name], sets["training"]) for name in ("generated", "test"))
-    wins = (made[:, None] < unseen) + 0.5 * (made[:, None] == unseen)
+    generated, unseen = (nearest(sets[name], sets["training"]) for name in ("generated", "test"))
+    wins = (generated[:, None] < unseen) + 0.5 * (generated[:, None] == unseen)
     random = np.random.default_rng(seed)
-    weights = [
-        drawn_counts(len(sets[name]), (subjects or {}).get(name), RESAMPLES, random) for name in ("generated", "test")
-    ]
-    shares = [one / one.sum(1, keepdims=True) for one in weights]
-    drawn = ((shares[0] @ wins) * shares[1]).sum(1)
-    return {"auc": float(wins.mean()), "interval": np.percentile(drawn, INTERVAL).tolist()}
+    shares = []
+    for name in ("generated", "test"):
+        counts = resample_subjects(subjects_or_volumes(len(sets[name]), (subjects or {}).get(name)), random)
+        shares.append(counts / counts.sum(1, keepdims=True))
+    resampled = ((shares[0] @ wins) * shares[1]).sum(1)
+    return {"auc": float(wins.mean()), "interval": interval_of(resampled)}
 
 
 def nearest(queries: np.ndarray, reference: np.ndarray, chunk: int = 256) -> np.ndarray:
-    """Euclidean distance of each row of `queries` (N, F) to the nearest of `reference` (M, F): (N,)."""
-    found = []
+    """Return the Euclidean distance of each row of `queries` (N, F) to the nearest row of `reference` (M, F): (N,)."""
+    distances = []
     for start in range(0, len(queries), chunk):
         rows = queries[start : start + chunk]
         squared = (rows**2).sum(1)[:, None] + (reference**2).sum(1) - 2 * rows @ reference.T
         best = squared.argmin(1)
-        found.append(np.linalg.norm(rows - reference[best], axis=1))  # exact, where the squares above are rounded
-    return np.concatenate(found)
+        distances.append(np.linalg.norm(rows - reference[best], axis=1))  # exact, where the squares above are rounded
+    return np.concatenate(distances)
 
 
-def spread(values: Any) -> dict[str, Any]:
-    """{"mean", "interval"} of figures, or of rows of figures (lists then), over the first axis."""
-    values = np.asarray(values)
-    return {"mean": values.mean(0).tolist(), "interval": np.percentile(values, INTERVAL, axis=0).tolist()}
+def _mean_std(values: np.ndarray) -> MeanStd:
+    return {"mean": float(values.mean()), "std": float(values.std())}
 
 
-def _column(compared: Any, column: int) -> Any:
-    """One column of what `compare_sets` found of several."""
-    if isinstance(compared, dict):
-        return {"mean": compared["mean"][column], "interval": [end[column] for end in compared["interval"]]}
-    return compared[column] if isinstance(compared, list) else compared
-
-
-def _plain(value: Any) -> Any:
-    return np.asarray(value).tolist()
-
-
-def drawn_counts(count: int, subjects: Sequence[Any] | None, resamples: int, random: np.random.Generator) -> np.ndarray:
-    """(resamples, count): how often each volume is there when as many subjects as there are get drawn with replacement,
-    each with all its volumes; volumes are their own subjects where these are not given."""
-    groups = _groups(count, subjects)
-    number = groups.max() + 1
-    return random.multinomial(number, np.full(number, 1 / number), resamples)[:, groups]
-
-
-def _groups(count: int, subjects: Sequence[Any] | None) -> np.ndarray:
-    """Number of each volume's subject, (count,); every volume a subject of its own where they are not given."""
-    if subjects is None:
-        return np.arange(count)
-    if len(subjects) != count:
-        raise ValueError(f"{len(subjects)} subjects for {count} volumes; give one a volume")
-    return np.unique(np.asarray(subjects), return_inverse=True)[1]
+def _column(columns: Estimate[list[float]], column: int) -> Estimate[float]:
+    low, high = columns["interval"]
+    return {"mean": columns["mean"][column], "interval": [low[column], high[column]]}
 
 
 def _shuffled(groups: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """An order of the volumes, those of one group together."""
+    """Return a random order of the volumes that keeps those of one group together."""
     order = random.permutation(len(groups))
     return order[np.argsort(random.permutation(groups.max() + 1)[groups[order]], kind="stable")]
 

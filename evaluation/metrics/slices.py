@@ -1,7 +1,7 @@
-"""Whether slices fit to their neighbors: statistics of adjacent slices along each axis of a volume.
+"""Consistency of slices: statistics of adjacent slices along each axis of a volume.
 
-Volumes are (X, Y, Z) in [0, 1]. Slices drawn one by one, or pasted from pieces, jump where real ones glide; a blur along an
-axis makes them glide too well. Both are seen only against real volumes of the same grid spacing.
+Volumes are (X, Y, Z) in [0, 1]. Slices that were generated separately, or joined from pieces, jump where real ones change smoothly; a
+blur along an axis makes them too smooth. Both show only in comparison with real volumes of the same spacing.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ FLAT = 1e-6  # standard deviation of intensities below which a slice has no stru
 
 
 def names() -> list[str]:
-    """Names of what `slice_statistics` gives, in its order: "x correlation" and so on."""
+    """Name the figures of `slice_statistics` in their order: "x correlation" and so on."""
     return [f"{axis} {statistic}" for axis in AXES for statistic in STATISTICS]
 
 
@@ -27,7 +27,7 @@ def check_slices(shape: Sequence[int]) -> None:
 
 
 def slice_statistics(volume: np.ndarray) -> np.ndarray:
-    """(X, Y, Z) -> (12,), for each axis, of its slices s:
+    """Compute statistics of the slices s along each axis of (X, Y, Z): (12,).
 
     - correlation: Pearson's, of adjacent slices, averaged over pairs of them; 1 for two flat slices, 0 if one is flat;
     - difference: mean `|s[i+1] - s[i]|`;
@@ -37,27 +37,27 @@ def slice_statistics(volume: np.ndarray) -> np.ndarray:
     Raises: ValueError for an axis of fewer than 3 slices.
     """
     check_slices(volume.shape)
-    found = []
+    statistics = []
     for axis in range(3):
         slices = np.moveaxis(np.asarray(volume, np.float64), axis, 0).reshape(volume.shape[axis], -1)
         step = np.diff(slices, axis=0)
         zigzag = np.diff(step, axis=0)
         means = slices.mean(1)
-        found += [
+        statistics += [
             adjacent_correlation(slices),
             np.abs(step).mean(),
             np.abs(zigzag).mean(),
             np.abs(np.diff(means)).mean(),
         ]
-    return np.array(found)
+    return np.array(statistics)
 
 
 def adjacent_correlation(slices: np.ndarray) -> float:
-    """Mean Pearson correlation of adjacent rows of (slices, voxels); 1 for two flat rows, 0 if one of two is flat."""
-    centerd = slices - slices.mean(1, keepdims=True)
-    std = centerd.std(1)
+    """Compute the mean Pearson correlation of adjacent rows of (slices, voxels); 1 for two flat rows, 0 if one of two is flat."""
+    centered = slices - slices.mean(1, keepdims=True)
+    std = centered.std(1)
     flat = std < FLAT
-    unit = centerd / np.where(flat, 1, std)[:, None]
+    unit = centered / np.where(flat, 1, std)[:, None]
     correlation = (unit[1:] * unit[:-1]).mean(1)
     correlation = np.where(flat[1:] | flat[:-1], (flat[1:] & flat[:-1]).astype(float), correlation)
     return float(correlation.mean())

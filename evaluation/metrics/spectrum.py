@@ -1,7 +1,7 @@
-"""How much detail a set of volumes has, frequency by frequency, against real ones.
+"""Power spectra of volumes: how much detail they have at each frequency, compared with real ones.
 
 Frequencies are in cycles/voxel along each axis, so 0.5 is the Nyquist frequency. A blurred volume has less power at high frequencies
-than a real one: a negative ratio in dB. Voxel grids, not millimeters, decide what a decoder can draw, hence cycles/voxel.
+than a real one: a negative ratio in dB. Voxel grids, not millimeters, limit a decoder, hence cycles/voxel.
 """
 
 import itertools
@@ -9,22 +9,18 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from volumes.placement import center_crop
+
 CROP = (28, 36, 28)
 BAND_EDGES = tuple(round(0.05 * i, 2) for i in range(11))  # 0, 0.05, ..., 0.5 cycles/voxel
 
 
-def center_crop(volume: np.ndarray, crop: tuple[int, int, int]) -> np.ndarray:
-    """The middle of (X, Y, Z), `crop` voxels large, or the volume's own size along axes where it is smaller."""
-    window = []
-    for size, wanted in zip(volume.shape, crop, strict=True):
-        kept = min(size, wanted)
-        start = (size - kept) // 2
-        window.append(slice(start, start + kept))
-    return volume[tuple(window)]
-
-
 def hann_window(shape: tuple[int, ...]) -> np.ndarray:
-    """Product of periodic Hann windows, one an axis: it keeps the crop's edges from leaking into every frequency."""
+    """Multiply periodic Hann windows, one per axis: they keep the crop's edges from leaking into every frequency.
+
+    `autoencoder.losses.spectrum_loss` has the same window in torch, differentiable and in float32; its mean is not removed, for
+    its bands begin at 0.1 cycles/voxel. `autoencoder.residual_noise` says why it has another.
+    """
     window = np.ones(shape)
     for axis, size in enumerate(shape):
         profile = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)
@@ -35,11 +31,12 @@ def hann_window(shape: tuple[int, ...]) -> np.ndarray:
 def band_power(
     volume: np.ndarray, crop: tuple[int, int, int] = CROP, band_edges: tuple[float, ...] = BAND_EDGES
 ) -> np.ndarray:
-    """Mean spectral power of one (X, Y, Z) volume in each radial frequency band, shape (bands,).
+    """Compute the mean spectral power of one (X, Y, Z) volume in each radial frequency band, (bands,).
 
     The crop's mean is removed, the crop is windowed, and |FFT|^2 is divided by the window's energy, so that white noise of variance v has
-    power v in every band whatever the crop. A band holds `low <= |f| < high`; the zero frequency is in none.
-    Raises ValueError where a band holds no frequency of so small a crop.
+    power v in every band, whatever the crop. A band contains `low <= |f| < high`; the zero frequency is in none.
+
+    Raises: ValueError if the crop is too small for a frequency in every band.
     """
     cropped = center_crop(np.asarray(volume, np.float64), crop)
     window = hann_window(cropped.shape)
@@ -62,18 +59,18 @@ def band_power(
 def mean_band_power(
     volumes: Iterable[np.ndarray], crop: tuple[int, int, int] = CROP, band_edges: tuple[float, ...] = BAND_EDGES
 ) -> np.ndarray:
-    """`band_power` averaged over volumes; raises ValueError when there are none."""
+    """Average `band_power` over volumes. Raises: ValueError for no volumes."""
     powers = [band_power(volume, crop, band_edges) for volume in volumes]
     if not powers:
-        raise ValueError("no volume to take a spectrum of")
+        raise ValueError("no volumes: there is no spectrum to compute")
     return np.mean(powers, axis=0)
 
 
 def ratio_db(power: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """`10 log10(power / reference)`: 0 where they agree, -3 at half the power."""
+    """Compute `10 log10(power / reference)`: 0 for equal powers, -3 for half the power."""
     return 10 * np.log10(power / reference)
 
 
 def band_names(band_edges: tuple[float, ...] = BAND_EDGES) -> list[str]:
-    """Names of the bands for a report: "0.20-0.25"."""
+    """Name the bands for a report: "0.20-0.25"."""
     return [f"{low:.2f}-{high:.2f}" for low, high in itertools.pairwise(band_edges)]

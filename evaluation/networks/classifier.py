@@ -1,24 +1,24 @@
-"""A small classifier of volumes, always trained the same way, so that what it is asked about is the only difference.
+"""A small classifier of volumes, always trained the same way, so that the volumes are the only difference.
 
 Images are (N, C, X, Y, Z) float32 in [0, 1], all of one shape; classes are (N,) indices.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .defaults import CLASSIFIER_STEPS as ITERATIONS
+from .fit import OnStep, fit
 
 BATCH_SIZE = 16
 LEARNING_RATE = 2e-3
-SHIFT = 3  # voxels, by which training moves volumes along each axis at random
-MIN_SIZE = 16  # voxels a side: the network halves four times
+WEIGHT_DECAY = 1e-2
+SHIFT = 3  # voxels: training moves volumes by up to that along each axis
+MIN_SIZE = 16  # voxels per side: the network halves four times
 
 
 class VolumeClassifier(nn.Module):
-    """Averages 2 x 2 x 2 voxels, halves three times by convolutions, and judges means and maxima over the volume."""
+    """Average 2 x 2 x 2 voxels, halve three times by convolutions, and classify by means and maxima over the volume."""
 
     def __init__(self, in_channels: int, num_classes: int):
         super().__init__()
@@ -44,46 +44,48 @@ def train_classifier(
     iterations: int = ITERATIONS,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> VolumeClassifier:
-    """Train a classifier from scratch with AdamW under a one-cycle schedule; returns it in evaluation mode.
+    """Train a classifier from scratch (`fit`) and return it in evaluation mode.
 
-    Every class is drawn equally often, whatever its share, so that always saying the commonest gains nothing. Volumes
-    are moved by up to `SHIFT` voxels (their sides are joined: volumes should end in background) and given noise (0.05).
-    All draws are on the CPU, from generators that `seed` starts. `dtype` is what forward passes autocast to; None
-    computes in float32. `on_step(step, loss)` is called after each step, counted from 1.
+    Every class is sampled equally often, whatever its share, so that always answering the commonest gains nothing. Volumes are moved
+    by up to `SHIFT` voxels (their sides are joined: volumes should end in background) and get noise (0.05). Batches are sampled on
+    the CPU by generators with this seed.
 
-    Raises: ValueError if a class has no volume, or for volumes with less than `MIN_SIZE` voxels a side.
+    Args:
+        dtype: autocast type of forward passes; None computes in float32.
+    Raises: ValueError for a class without volumes, and for volumes with fewer than `MIN_SIZE` voxels per side.
     """
     members = [torch.nonzero(classes == index)[:, 0] for index in range(num_classes)]
     if empty := [index for index, of_class in enumerate(members) if not len(of_class)]:
-        raise ValueError(f"classes number {empty} have no volume to learn from")
+        raise ValueError(f"classes number {empty} have no volume to train on")
     if min(images.shape[2:]) < MIN_SIZE:
-        raise ValueError(f"volumes of {tuple(images.shape[2:])} voxels are too small; {MIN_SIZE} a side are needed")
+        raise ValueError(f"volumes of {tuple(images.shape[2:])} voxels are too small; give {MIN_SIZE} or more per side")
     device = torch.device(device)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     classifier = VolumeClassifier(images.shape[1], num_classes).to(device)
-    optimizer = torch.optim.AdamW(classifier.parameters(), LEARNING_RATE, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=iterations)
-    for step in range(1, iterations + 1):
-        wanted = torch.randint(0, num_classes, (BATCH_SIZE,), generator=generator)
+
+    def batch_loss() -> Tensor:
+        target = torch.randint(0, num_classes, (BATCH_SIZE,), generator=generator)
         place = torch.rand(BATCH_SIZE, generator=generator)
-        chosen = [members[w][int(p * len(members[w]))] for w, p in zip(wanted.tolist(), place.tolist(), strict=True)]
+        chosen = [members[c][int(p * len(members[c]))] for c, p in zip(target.tolist(), place.tolist(), strict=True)]
         shifts = torch.randint(-SHIFT, SHIFT + 1, (BATCH_SIZE, 3), generator=generator).tolist()
         moved = [images[i].roll(shift, (1, 2, 3)) for i, shift in zip(chosen, shifts, strict=True)]
         batch = torch.stack(moved)
         batch = batch + 0.05 * torch.randn(batch.shape, generator=generator)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits = classifier(batch.to(device))
-        loss = F.cross_entropy(logits.float(), wanted.to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        if torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0).isfinite():
-            optimizer.step()
-        schedule.step()
-        if on_step is not None:
-            on_step(step, loss.item())
+        return F.cross_entropy(logits.float(), target.to(device))
+
+    fit(
+        classifier,
+        batch_loss,
+        iterations=iterations,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        on_step=on_step,
+    )
     return classifier.eval()
 
 
@@ -91,10 +93,10 @@ def train_classifier(
 def classify(
     classifier: nn.Module, images: Tensor, *, dtype: torch.dtype | None = None, batch_size: int = 32
 ) -> Tensor:
-    """The class that the classifier gives each volume, (N,) indices."""
+    """Predict the class of each volume, (N,) indices."""
     device = next(classifier.parameters()).device
-    found = []
+    predicted = []
     for start in range(0, len(images), batch_size):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            found.append(classifier(images[start : start + batch_size].to(device)).argmax(1).cpu())
-    return torch.cat(found)
+            predicted.append(classifier(images[start : start + batch_size].to(device)).argmax(1).cpu())
+    return torch.cat(predicted)

@@ -1,13 +1,11 @@
-"""Choices and defaults that commands show in `--help` before torch is imported, and that the modules which use them import
-from here."""
+"""Choices and defaults that `--help` shows before torch is imported. The modules that use them import them from here."""
 
-# utility.py: what a segmenter learns from, and the voxels that volumes are cropped or padded to
+# utility.py: training sets of a segmenter, and the voxels that volumes are cropped or padded to
 REAL, SYNTHETIC, BOTH = SOURCES = ("real", "synthetic", "both")
 SHAPE = (40, 56, 40)
 # few_labels.py
-REAL_LONGER = (
-    "real_longer"  # as many steps as `both`: what is left of both/real then is owed to the volumes, not to the steps
-)
+# As many steps as `both`: what remains of both/real over it is owed to the volumes, not to the steps.
+REAL_LONGER = "real_longer"
 FEW_LABELS = ("8", "16", "32", "all")  # budgets
 ARMS = (REAL, SYNTHETIC, BOTH, REAL_LONGER)
 ANY = "any"  # the budget of an arm whose training set is the same at all budgets
@@ -19,11 +17,11 @@ REALISM_PARTS = ("features", "diversity", "consistency", "intensity")
 # commands/privacy.py
 SPACES = ("image", "latent", "features")
 ALPHA = 0.05  # share of unseen volumes that may count as memorized
-SHIFT = 2  # voxels by which a copy may be moved along each axis
+SHIFT = 2  # voxels: a copy may be moved by up to that along each axis
 # samplers.py: schedulers by the names of sampler_figures.py
 SCHEDULERS = ("euler", "heun", "dpmsolver++", "unipc", "ddim", "ddpm")
 
-SEGMENTER_STEPS = 600  # of one source; real and synthetic together get twice as many
+SEGMENTER_STEPS = 600  # for one source; twice as many for real and synthetic together
 PRETRAINING_STEPS = 1200
 CLASSIFIER_STEPS = 600
-SIMILARITY_PAIRS = 500  # most pairs of each set whose MS-SSIM is taken
+SIMILARITY_PAIRS = 500  # of each set, at most, for MS-SSIM

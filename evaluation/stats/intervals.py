@@ -1,7 +1,7 @@
-"""How much of a figure is chance: 95 % intervals over the seeds of repeated trainings, and over the subjects that were judged.
+"""95 % intervals over the seeds of repeated trainings, over test subjects, and of rates.
 
-A score that is to be compared is (seeds, volumes): each training's score on each volume. The two intervals answer two questions:
-would another training of the same network say so too, and would other patients.
+Scores to compare are (seeds, volumes): the score of each training on each volume. The two intervals answer two questions: whether
+another training of the same network would say the same, and whether other patients would.
 """
 
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from typing import Literal, TypedDict
 
 import numpy as np
 
-RESAMPLES = 2000  # of the bootstrap
-INTERVAL = (2.5, 97.5)  # percentiles
-# Student's t at 97.5 %, by degrees of freedom from 1; beyond the table the expansion of Abramowitz and Stegun (1964), 26.7.5, of
-# which three terms are right to 2e-4.
+from .bootstrap import interval_of, resample_subjects
+
+# Student's t at 97.5 %, by degrees of freedom from 1. Beyond the table: the expansion of Abramowitz and Stegun (1964), 26.7.5, whose
+# first three terms are right to 2e-4.
 T_TABLE = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-Z = 1.959964
-MIN_COUNT = 1e-6  # that a ratio divides by: one to a reference of 0 is absurdly large, and seen to be
+Z = 1.959964  # the standard normal distribution at 97.5 %
+MIN_REFERENCE = 1e-6  # of a ratio: relative to a reference of 0, any score is absurdly large, and seen to be
 
 
 def student_t(freedom: int) -> float:
-    """97.5 % quantile of Student's t with `freedom` degrees of freedom, at least 1."""
+    """Return the 97.5 % quantile of Student's t with `freedom` degrees of freedom, at least 1."""
     if freedom <= len(T_TABLE):
         return T_TABLE[freedom - 1]
     first, second = (Z**3 + Z) / 4, (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96
@@ -28,7 +28,7 @@ def student_t(freedom: int) -> float:
 
 
 def over_seeds(values: Sequence[float] | np.ndarray) -> list[float] | None:
-    """Interval of the mean of (S,) values, one a seed, by Student's t; None for one seed, which has none."""
+    """95 % interval of the mean of (S,) values, one per seed, by Student's t; None for a single seed."""
     values = np.asarray(values, float)
     if len(values) < 2:
         return None
@@ -36,12 +36,11 @@ def over_seeds(values: Sequence[float] | np.ndarray) -> list[float] | None:
     return [float(values.mean() - reach), float(values.mean() + reach)]
 
 
-def subject_draws(subjects: Sequence[str], seed: int = 0) -> np.ndarray:
-    """(RESAMPLES, N): how often each of N volumes counts when subjects are drawn anew with replacement (Efron 1979), all volumes of
-    a subject together."""
-    names, own = np.unique(np.asarray(subjects), return_inverse=True)
-    draws = np.random.default_rng(seed).integers(len(names), size=(RESAMPLES, len(names)))
-    return np.stack([np.bincount(drawn, minlength=len(names)) for drawn in draws])[:, own]
+def wilson(rate: float, count: int) -> list[float]:
+    """95 % interval of a rate that was measured on `count` independent units (Wilson 1927)."""
+    center = rate + Z**2 / (2 * count)
+    reach = Z * np.sqrt(rate * (1 - rate) / count + Z**2 / (4 * count**2))
+    return [float(max(center - reach, 0) / (1 + Z**2 / count)), float(min((center + reach) / (1 + Z**2 / count), 1))]
 
 
 class PairedComparison(TypedDict):
@@ -62,18 +61,18 @@ def compare_paired(
     """
     if values.shape != reference.shape or values.ndim != 2 or values.shape[1] != len(subjects) or not values.size:
         raise ValueError(
-            f"scores of {values.shape} and {reference.shape} for {len(subjects)} volumes do not pair up; (seeds, volumes) is needed"
+            f"scores of {values.shape} and {reference.shape} for {len(subjects)} volumes do not pair up; give (seeds, volumes)"
         )
 
     def compared(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        return first - second if how == "difference" else first / np.maximum(second, MIN_COUNT)
+        return first - second if how == "difference" else first / np.maximum(second, MIN_REFERENCE)
 
     per_seed = compared(values.mean(1), reference.mean(1))
-    draws = subject_draws(subjects)
-    resampled = compared(draws @ values.mean(0) / draws.sum(1), draws @ reference.mean(0) / draws.sum(1))
+    counts = resample_subjects(subjects, np.random.default_rng(0), one_by_one=True)
+    resampled = compared(counts @ values.mean(0) / counts.sum(1), counts @ reference.mean(0) / counts.sum(1))
     return {
         "of_means": float(compared(values.mean(), reference.mean())),
         "per_seed": per_seed.tolist(),
         "interval_seeds": over_seeds(per_seed),
-        "interval_subjects": np.percentile(resampled, INTERVAL).tolist(),
+        "interval_subjects": interval_of(resampled),
     }

@@ -1,192 +1,196 @@
-"""Whether generated volumes are of the class that was asked for, in the eyes of a classifier that learned from real ones."""
+"""Class adherence: whether a classifier trained on real volumes assigns generated ones to the requested class."""
 
-import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from evaluation.data.volume_sets import ClassVolumes
 from evaluation.networks.classifier import classify, train_classifier
-from pipelines.storage.provenance import read_sidecar, sidecars, volume_files
-from volumes import Case, DataConfig, VolumeDataset, pad_or_crop
-
-RESAMPLES = 2000  # of the bootstrap
-INTERVAL = (2.5, 97.5)  # percentiles
+from evaluation.stats.bootstrap import RESAMPLES, interval_of, resample
 
 
-@dataclass(frozen=True)
-class ClassVolumes:
-    """Images (N, C, X, Y, Z) float32 in [0, 1], their classes (N,) as indices, the refused files as (name, reason), and
-    of label maps the size of each label (N, C) in milliliters."""
-
-    images: Tensor
-    classes: Tensor
-    skipped: list[tuple[str, str]]
-    sizes: Tensor | None = None
+class SizeRange(TypedDict):
+    p5: float
+    median: float
+    p95: float
 
 
-def generated_cases(folder: Path, config: DataConfig) -> list[Case]:
-    """The volumes in `folder`, found by their sidecars and sorted by name, with the labels and numbers that were asked
-    for as their metadata.
+class ClassRates(TypedDict):
+    """How often the classifiers are right about one set of volumes.
 
-    Raises: ValueError if there is none, and for one without a file for each channel of the data.
+    `right` weighs classes by their share of the real test volumes, `balanced` weighs them equally. `per_class` has no entry for a
+    class without volumes.
     """
-    cases, channels = [], list(config.patterns)
-    for sidecar in sidecars(folder):
-        path = sidecar.with_suffix(".nii.gz")  # what generate.py writes
-        record = read_sidecar(path) or {}
-        images = dict(zip(record.get("channels") or channels[:1], volume_files(path, record), strict=True))
-        if missing := [channel for channel in channels if channel not in images or not images[channel].is_file()]:
-            raise ValueError(f"{sidecar}: its volume has no file of {missing}; generate all channels of the data")
-        asked = {**(record.get("classes") or {}), **(record.get("numbers") or {})}
-        cases.append(Case(sidecar.stem, subject=sidecar.stem, split="generated", images=images, metadata=asked))
-    if not cases:
-        raise ValueError(f"{folder}: holds no volume with a sidecar; make some with generate.py")
-    return cases
+
+    right: float
+    interval: list[float]
+    balanced: float
+    per_class: dict[str, float]
 
 
-def load_classes(cases: Sequence[Case], config: DataConfig, column: str, shape: tuple[int, int, int]) -> ClassVolumes:
-    """Read the cases and bring them to `shape` about their centers, scaled as for a model and brought to [0, 1]; those of
-    unknown class are left out.
+class RateDifference(TypedDict):
+    """Generated less real, in percentage points."""
 
-    Raises: ValueError for a column that is no class of the data, and if no case has one.
-    """
-    if column not in config.classes:
-        raise ValueError(f"{column!r} is no class of the data; those are {sorted(config.classes)}")
-    known = [case for case in cases if case.metadata.get(column) not in (None, "")]
-    if not known:
-        raise ValueError(
-            f"none of the {len(cases)} volumes has a {column}, such as {cases[0].name if cases else 'none'}"
-        )
-    alone = dataclasses.replace(
-        config, masks=None, label_names={}, classes={column: config.classes[column]}, numbers=[]
-    )
-    if all(case.split == "generated" for case in known):  # files in the model's own terms, one volume each
-        alone = dataclasses.replace(alone, label_map={}, time_point=None)
-    known = [dataclasses.replace(case, mask=None) for case in known]
-    dataset = VolumeDataset(known, alone)
-    images = torch.empty(len(dataset), len(dataset.channels), *shape)
-    sizes = torch.empty(len(dataset), len(dataset.channels))
-    for index in range(len(dataset)):
-        item = dataset[index]
-        image = (item["image"] + 1) / 2
-        images[index] = pad_or_crop(tuple(image.shape[1:]), shape).apply(image, 0.0)
-        sizes[index] = image.sum((1, 2, 3)) * item["affine"][:3, :3].det().abs() / 1000
-    classes = torch.stack([dataset.conditions(i)["classes"][0] for i in range(len(dataset))])
-    return ClassVolumes(images, classes, dataset.skipped, sizes if config.image_labels else None)
+    right: float
+    interval: list[float]
+    balanced: float
 
 
-def describe_sizes(volumes: ClassVolumes, names: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
-    """{class: {label: {"p5", "median", "p95"}}} of label maps, in milliliters; {} of other volumes."""
+class ClassComparison(TypedDict):
+    """Real test volumes and generated ones. Intervals are of 95 %, over the volumes."""
+
+    real: ClassRates
+    generated: ClassRates
+    difference_points: RateDifference
+
+
+class SeedRates(TypedDict):
+    """How often the classifier of one seed is right, and its training time."""
+
+    seed: int
+    real: float
+    generated: float
+    seconds: float
+
+
+class ClassAdherence(ClassComparison):
+    """The comparison of the mean over the seeds, and the rates of each seed."""
+
+    seeds: list[SeedRates]
+
+
+def describe_sizes(
+    volumes: ClassVolumes, names: Sequence[str], labels: Sequence[str]
+) -> dict[str, dict[str, SizeRange]]:
+    """Describe the label sizes of label maps in milliliters: {class: {label: range}}; {} for other volumes."""
     if volumes.sizes is None:
         return {}
-    described: dict[str, Any] = {}
+    ranges: dict[str, dict[str, SizeRange]] = {}
     for index, name in enumerate(names):
-        if not (volumes.classes == index).any():
+        members = volumes.classes == index
+        if not members.any():
             continue
-        low, middle, high = np.percentile(volumes.sizes[volumes.classes == index].numpy(), (5, 50, 95), axis=0).tolist()
-        rows = (dict(zip(("p5", "median", "p95"), row, strict=True)) for row in zip(low, middle, high, strict=True))
-        described[name] = dict(zip(labels, rows, strict=True))
-    return described
+        percentiles = np.percentile(volumes.sizes[members].numpy(), (5, 50, 95), axis=0).T.tolist()
+        ranges[name] = {
+            label: {"p5": low, "median": middle, "p95": high}
+            for label, (low, middle, high) in zip(labels, percentiles, strict=True)
+        }
+    return ranges
 
 
 def rates(right: np.ndarray, classes: np.ndarray, shares: np.ndarray) -> tuple[float, list[float]]:
-    """How often the classifier is right: over all, each class counting by its share, and class by class (NaN without one).
+    """Compute how often the classifier is right: over all classes weighted by share, and per class (NaN without a volume).
 
     Args:
         right: (N,) in [0, 1], how often each volume was.
         classes: (N,) indices.
         shares: (num_classes,) that sum to 1; classes with a share of 0 need no volume.
     """
-    of_class = [float(right[classes == i].mean()) if (classes == i).any() else float("nan") for i in range(len(shares))]
+    of_class = [float(right[classes == i].mean()) if (classes == i).any() else math.nan for i in range(len(shares))]
     return float(sum(rate * share for rate, share in zip(of_class, shares, strict=True) if share)), of_class
 
 
-def bootstrap_rates(right: np.ndarray, classes: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
-    """The first figure of `rates` for (RESAMPLES,) data sets, whose volumes are drawn anew within each class with
-    replacement (Efron 1979)."""
+def resample_rates(right: np.ndarray, classes: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
+    """Resample the volumes within each class: (RESAMPLES,) times the first figure of `rates`."""
     random = np.random.default_rng(seed)
-    drawn = np.zeros(RESAMPLES)
+    resampled = np.zeros(RESAMPLES)
     for index, share in enumerate(shares):
         if share:
             of_class = right[classes == index]
-            chosen = random.integers(len(of_class), size=(RESAMPLES, len(of_class)))
-            drawn += share * of_class[chosen].mean(axis=1)
-    return drawn
+            resampled += share * (resample(len(of_class), random, one_by_one=True) @ of_class / len(of_class))
+    return resampled
 
 
-def compare(
-    real: np.ndarray, real_classes: np.ndarray, made: np.ndarray, made_classes: np.ndarray, names: Sequence[str]
-) -> dict[str, Any]:
-    """Real test volumes against generated ones, each (N,) of how often the classifiers were right, and (N,) classes.
+def compare_class_rates(
+    real: np.ndarray,
+    real_classes: np.ndarray,
+    generated: np.ndarray,
+    generated_classes: np.ndarray,
+    names: Sequence[str],
+) -> ClassComparison:
+    """Compare real test volumes with generated ones, each (N,) of how often the classifiers were right, and (N,) classes."""
+    shares = np.bincount(real_classes, minlength=len(names)) / len(real_classes)
+    equal = (shares > 0) / (shares > 0).sum()
 
-    Returns: {"real", "generated": {"right", "interval", "balanced", "per_class": {name: right}}, "difference_points":
-    {"right", "interval", "balanced"}} with generated minus real in points of per cent. `right` counts classes by
-    their share of the real test volumes, `balanced` all alike. Intervals are of 95 %, over the volumes.
-    """
-    count = len(names)
-    shares = np.bincount(real_classes, minlength=count) / len(real_classes)
-    alike = (shares > 0) / (shares > 0).sum()
-    report: dict[str, Any] = {}
-    drawn = []
-    for source, right, classes in (("real", real, real_classes), ("generated", made, made_classes)):
+    def summarize(right: np.ndarray, classes: np.ndarray, resampled: np.ndarray) -> ClassRates:
         overall, of_class = rates(right, classes, shares)
-        drawn.append(bootstrap_rates(right, classes, shares, seed=len(drawn)))
-        report[source] = {
+        return {
             "right": overall,
-            "interval": np.percentile(drawn[-1], INTERVAL).tolist(),
-            "balanced": rates(right, classes, alike)[0],
-            "per_class": {name: rate for name, rate in zip(names, of_class, strict=True) if rate == rate},
+            "interval": interval_of(resampled),
+            "balanced": rates(right, classes, equal)[0],
+            "per_class": {name: rate for name, rate in zip(names, of_class, strict=True) if not math.isnan(rate)},
         }
-    report["difference_points"] = {
-        "right": 100 * (report["generated"]["right"] - report["real"]["right"]),
-        "interval": (100 * np.percentile(drawn[1] - drawn[0], INTERVAL)).tolist(),
-        "balanced": 100 * (report["generated"]["balanced"] - report["real"]["balanced"]),
+
+    of_real = resample_rates(real, real_classes, shares, seed=0)
+    of_generated = resample_rates(generated, generated_classes, shares, seed=1)
+    on_real = summarize(real, real_classes, of_real)
+    on_generated = summarize(generated, generated_classes, of_generated)
+    return {
+        "real": on_real,
+        "generated": on_generated,
+        "difference_points": {
+            "right": 100 * (on_generated["right"] - on_real["right"]),
+            "interval": [100 * end for end in interval_of(of_generated - of_real)],
+            "balanced": 100 * (on_generated["balanced"] - on_real["balanced"]),
+        },
     }
-    return report
 
 
 def measure_class_adherence(
-    learn: ClassVolumes,
-    real: ClassVolumes,
-    made: ClassVolumes,
+    train_set: ClassVolumes,
+    test_set: ClassVolumes,
+    generated: ClassVolumes,
     names: Sequence[str],
     *,
     seeds: int,
     iterations: int,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    on_seed: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
-    """Train `seeds` classifiers on `learn` and let them judge; what `compare` returns of their mean, and "seeds".
+    on_seed: Callable[[SeedRates], None] | None = None,
+) -> ClassAdherence:
+    """Train `seeds` classifiers on real volumes, and classify the real test volumes and the generated ones.
 
-    `on_seed` is called with each seed's {"seed", "real", "generated", "seconds"}: how often it is right.
+    `on_seed` is called after each seed.
 
     Raises: ValueError for a class that has real test volumes but no generated ones.
     """
-    if lost := [names[i] for i in sorted(set(real.classes.tolist()) - set(made.classes.tolist()))]:
-        raise ValueError(f"no volume of {lost} was generated, though real ones are tested")
-    shares = np.bincount(real.classes.numpy(), minlength=len(names)) / len(real.classes)
-    right: dict[str, list[np.ndarray]] = {"real": [], "generated": []}
-    rows = []
+    if lost := [names[i] for i in sorted(set(test_set.classes.tolist()) - set(generated.classes.tolist()))]:
+        raise ValueError(f"class {lost}: has real test volumes, but no generated ones; generate some")
+    shares = np.bincount(test_set.classes.numpy(), minlength=len(names)) / len(test_set.classes)
+    right: list[tuple[np.ndarray, np.ndarray]] = []
+    rows: list[SeedRates] = []
     for seed in range(seeds):
         start = time.perf_counter()
         classifier = train_classifier(
-            learn.images, learn.classes, len(names), seed=seed, iterations=iterations, device=device, dtype=dtype
+            train_set.images,
+            train_set.classes,
+            len(names),
+            seed=seed,
+            iterations=iterations,
+            device=device,
+            dtype=dtype,
         )
-        row: dict[str, Any] = {"seed": seed}
-        for source, volumes in (("real", real), ("generated", made)):
-            found = classify(classifier, volumes.images, dtype=dtype) == volumes.classes
-            right[source].append(found.numpy().astype(np.float64))
-            row[source] = rates(right[source][-1], volumes.classes.numpy(), shares)[0]
-        rows.append({**row, "seconds": round(time.perf_counter() - start, 2)})
+        on_real, on_generated = (
+            (classify(classifier, volumes.images, dtype=dtype) == volumes.classes).numpy().astype(np.float64)
+            for volumes in (test_set, generated)
+        )
+        right.append((on_real, on_generated))
+        rows.append(
+            {
+                "seed": seed,
+                "real": rates(on_real, test_set.classes.numpy(), shares)[0],
+                "generated": rates(on_generated, generated.classes.numpy(), shares)[0],
+                "seconds": round(time.perf_counter() - start, 2),
+            }
+        )
         if on_seed is not None:
             on_seed(rows[-1])
-    means = {source: np.mean(found, axis=0) for source, found in right.items()}
-    found = compare(means["real"], real.classes.numpy(), means["generated"], made.classes.numpy(), names)
-    return {**found, "seeds": rows}
+    mean_real, mean_generated = (np.mean(of_source, axis=0) for of_source in zip(*right, strict=True))
+    compared = compare_class_rates(
+        mean_real, test_set.classes.numpy(), mean_generated, generated.classes.numpy(), names
+    )
+    return {**compared, "seeds": rows}

@@ -1,7 +1,8 @@
-"""What each command of evaluate.py needs of the data, by the splits' counts and the volumes' sizes: asked by the doctor before a model is
-trained, and by the commands before they read a voxel. copies and samplers are `python -m evaluation.copies.fingerprints` and `.samplers`.
+"""Limits: what each command of evaluate.py needs of the data, by the sizes of the splits and of the volumes.
 
-The rules are those of the functions that compute: `check_counts`, `check_unseen` and the like raise here as they do there.
+The doctor checks them before a model is trained, and the commands before they read a voxel. "copies" and "samplers" are
+`python -m evaluation.copies.fingerprints` and `python -m evaluation.studies.samplers`. The rules are those of the functions that
+compute: `check_counts`, `check_unseen` and others raise here as they do there.
 """
 
 from collections import Counter
@@ -26,79 +27,77 @@ from evaluation.networks.defaults import (
     SHAPE,
     SHIFT,
 )
+from evaluation.stats.conformal import check_unseen, conformal_threshold
 from volumes import Case, DataConfig
 
-from .privacy import check_references, check_unseen, conformal_threshold
+from .privacy import check_references
 from .realism import PARTS
 from .utility import check_shape
 
 Shape = tuple[int, int, int]
-REMEDY = "hold out more subjects (data.test_fraction, or the column data.split), or leave the command out"
+Options = Mapping[str, Any]  # of a command line
+REMEDY = "hold out more subjects (data.test_fraction, or the column data.split), or skip the command"
 
 
 @dataclass(frozen=True)
 class Data:
-    """Cases and their config; `shapes` are the volumes' (X, Y, Z) where they are known."""
+    """Cases and their config; `shapes` are those of the volumes (X, Y, Z), if known."""
 
     cases: Sequence[Case]
     config: DataConfig
     shapes: Sequence[Shape] = ()
 
     def subjects(self, splits: Sequence[str]) -> list[str]:
-        """Whose each volume of some splits is."""
+        """List the subject of each volume of some splits."""
         return [case.subject for case in self.cases if case.split in splits]
 
     @property
     def smallest(self) -> Shape | None:
-        """The smallest side of any volume, axis by axis."""
+        """The smallest side of all volumes along each axis."""
         x, y, z = (min(sides) for sides in zip(*self.shapes, strict=True)) if self.shapes else (0, 0, 0)
         return (x, y, z) if self.shapes else None
 
 
-def problems(command: str, data: Data, options: Mapping[str, Any] | None = None) -> list[str]:
-    """Why a command cannot work on this data, each reason by itself; often none.
+def problems(command: str, data: Data, options: Options | None = None) -> list[str]:
+    """List the reasons why a command cannot work on this data.
 
     Args:
-        options: of its command line; what is left out is as usual.
+        options: of its command line; missing ones have their defaults.
     """
-    found = []
+    reasons = []
     for check in CHECKS.get(command, ()):
         try:
             check(data, options or {})
         except ValueError as error:
-            found.append(str(error))
-    return list(dict.fromkeys(found))
+            reasons.append(str(error))
+    return list(dict.fromkeys(reasons))
 
 
-def check_command(
-    command: str, cases: Sequence[Case], config: DataConfig, options: Mapping[str, Any] | None = None
-) -> None:
-    """Raises: ValueError with all `problems`, before the command's work."""
-    if found := problems(command, Data(cases, config), options):
-        raise ValueError(f"{command}: " + "; ".join(found))
+def check_command(command: str, cases: Sequence[Case], config: DataConfig, options: Options | None = None) -> None:
+    """Check the cases before the command's work. Raises: ValueError with all `problems`."""
+    if reasons := problems(command, Data(cases, config), options):
+        raise ValueError(f"{command}: " + "; ".join(reasons))
 
 
-def check_sets(
-    command: str, sets: Mapping[str, VolumeSet], config: DataConfig, options: Mapping[str, Any] | None = None
-) -> None:
-    """The same of sets that were read, with the generated volumes. Raises: ValueError with all `problems`."""
+def check_sets(command: str, sets: Mapping[str, VolumeSet], config: DataConfig, options: Options | None = None) -> None:
+    """Check sets that were read, with the generated volumes. Raises: ValueError with all `problems`."""
     split = {"training": "train", "test": "test", "generated": "generated"}
     cases, shapes = [], []
-    for name, part in sets.items():
+    for set_name, volumes in sets.items():
         cases += [
-            Case(one, subject=subject, split=split[name])
-            for one, subject in zip(part.names, part.subjects, strict=True)
+            Case(name, subject=subject, split=split[set_name])
+            for name, subject in zip(volumes.names, volumes.subjects, strict=True)
         ]
-        shapes += [tuple(volume.shape[1:]) for volume in part.volumes]
-    if found := problems(command, Data(cases, config, shapes), {**(options or {}), "unseen": ["test"]}):
-        raise ValueError(f"{command}: " + "; ".join(found))
+        shapes += [tuple(volume.shape[1:]) for volume in volumes.volumes]
+    if reasons := problems(command, Data(cases, config, shapes), {**(options or {}), "unseen": ["test"]}):
+        raise ValueError(f"{command}: " + "; ".join(reasons))
 
 
-def _unseen(options: Mapping[str, Any]) -> list[str]:
+def _unseen(options: Options) -> list[str]:
     return list(options.get("unseen") or ["test"])
 
 
-def _sets(data: Data, options: Mapping[str, Any]) -> None:
+def _sets(data: Data, options: Options) -> None:
     of_sets = {"training": data.subjects(["train"]), "test": data.subjects(_unseen(options))}
     if generated := data.subjects(["generated"]):
         of_sets["generated"] = generated
@@ -113,7 +112,7 @@ def _sets(data: Data, options: Mapping[str, Any]) -> None:
             check_pairs(subjects, name)
 
 
-def _sizes(data: Data, options: Mapping[str, Any]) -> None:
+def _sizes(data: Data, options: Options) -> None:
     parts = options.get("parts") or PARTS
     if data.smallest and "diversity" in parts:
         scales_of(data.smallest)
@@ -121,16 +120,16 @@ def _sizes(data: Data, options: Mapping[str, Any]) -> None:
         check_slices(data.smallest)
 
 
-def _counts(data: Data, options: Mapping[str, Any]) -> None:
+def _counts(data: Data, options: Options) -> None:
     _sets(data, {**options, "parts": ["consistency"]})
 
 
-def _label_maps(data: Data, options: Mapping[str, Any]) -> None:
+def _label_maps(data: Data, options: Options) -> None:
     if not data.config.image_labels:
-        raise ValueError("shapes are of label maps: give a config whose data has image_labels")
+        raise ValueError("shapes are for label maps: give a config whose data has image_labels")
 
 
-def _private(data: Data, options: Mapping[str, Any]) -> None:
+def _private(data: Data, options: Options) -> None:
     unseen, training = data.subjects(_unseen(options)), data.subjects(["train"])
     if not unseen:
         raise ValueError(f"no case is in split {' or '.join(_unseen(options))}; {REMEDY}")
@@ -138,20 +137,20 @@ def _private(data: Data, options: Mapping[str, Any]) -> None:
     check_references(training)
 
 
-def _moved(data: Data, options: Mapping[str, Any]) -> None:
+def _moved(data: Data, options: Options) -> None:
     if data.smallest and "image" in (options.get("spaces") or ["image"]):
         check_shift(options.get("shift", SHIFT), data.smallest)
 
 
-def _segmented(data: Data, options: Mapping[str, Any]) -> None:
+def _segmented(data: Data, options: Options) -> None:
     check_shape(options.get("shape") or SHAPE)
     label_values(data.config)
     learning_cases(data.cases)
     test_cases(data.cases)
 
 
-def _budgets(usual: Sequence[str]) -> Callable[[Data, Mapping[str, Any]], None]:
-    def check(data: Data, options: Mapping[str, Any]) -> None:
+def _budgets(usual: Sequence[str]) -> Callable[[Data, Options], None]:
+    def check(data: Data, options: Options) -> None:
         available = sum(case.split != "test" for case in data.cases)  # as `learning_cases`
         for labels in options.get("labels") or usual:
             budget(labels, available)
@@ -159,31 +158,31 @@ def _budgets(usual: Sequence[str]) -> Callable[[Data, Mapping[str, Any]], None]:
     return check
 
 
-def _classes(data: Data, options: Mapping[str, Any]) -> None:
+def _classes(data: Data, options: Options) -> None:
     columns = [options["column"]] if options.get("column") else sorted(data.config.classes)
     for column in columns:
         if column not in data.config.classes:
-            raise ValueError(f"{column!r} is no class of the data; those are {sorted(data.config.classes)}")
-        known = {
+            raise ValueError(f"{column!r} is not a class of the data; choose one of {sorted(data.config.classes)}")
+        counts = {
             split: Counter(str(case.metadata.get(column) or "") for case in data.cases if case.split == split)
             for split in ("train", "test")
         }
         names = [str(name) for name in data.config.classes[column]]
-        if lost := [name for name in names if not known["train"][name]]:
+        if lost := [name for name in names if not counts["train"][name]]:
             raise ValueError(
-                f"no volume of split train is of {column} {', '.join(lost)}, which a classifier is to learn"
+                f"no volume of split train is of {column} {', '.join(lost)}: the classifier needs all classes"
             )
-        if not any(known["test"][name] for name in names):
+        if not any(counts["test"][name] for name in names):
             raise ValueError(f"no volume of split test has a {column}")
 
 
-def _classified(data: Data, options: Mapping[str, Any]) -> None:
+def _classified(data: Data, options: Options) -> None:
     shape = options.get("shape")
     if shape and min(shape) < CLASSIFIED:
-        raise ValueError(f"--shape {' '.join(map(str, shape))}: a classifier needs {CLASSIFIED} voxels a side")
+        raise ValueError(f"--shape {' '.join(map(str, shape))}: a classifier needs {CLASSIFIED} voxels per side")
 
 
-def _split(data: Data, options: Mapping[str, Any]) -> None:
+def _split(data: Data, options: Options) -> None:
     split = options.get("split", "test")
     if not data.subjects([split]):
         raise ValueError(
@@ -191,7 +190,7 @@ def _split(data: Data, options: Mapping[str, Any]) -> None:
         )
 
 
-def _fingerprinted(data: Data, options: Mapping[str, Any]) -> None:
+def _fingerprinted(data: Data, options: Options) -> None:
     for name, splits in (("training", ["train"]), ("unseen", ["validation", "test"])):
         if not data.subjects(splits):
             raise ValueError(f"the data has no {name} volumes (split {' or '.join(splits)}); see data.test_fraction")
@@ -199,7 +198,7 @@ def _fingerprinted(data: Data, options: Mapping[str, Any]) -> None:
     conformal_threshold(np.zeros(len(unseen)), unseen, options.get("alpha", ALPHA))
 
 
-CHECKS: dict[str, Sequence[Callable[[Data, Mapping[str, Any]], None]]] = {
+CHECKS: dict[str, Sequence[Callable[[Data, Options], None]]] = {
     "reconstruction": [_split],
     "realism": [_sets, _sizes],
     "shapes": [_label_maps, _counts],

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from autoencoder.losses import cells_inside
-from diffusion import fold_mask, image_condition
+from diffusion import Conditions, fold_mask, image_condition
 from diffusion.objectives import TRAIN_STEPS, noisy_and_target
 from pipelines import MedVolumePipeline
 from volumes import VolumeDataset, pad_sample
@@ -33,20 +33,21 @@ def denoising_losses(
     Raises: ValueError for a pipeline with masks and a data set without.
     """
     vae, unet = pipe.vae, pipe.unet
-    config, names = unet.config, unet.condition_names
+    config, schema = unet.config, unet.condition_schema
     losses = []
     for index in range(len(dataset)):
         item = pad_sample(dataset[index], vae.stride)
         latents = vae.encode(item["image"][None].to(vae.device, vae.dtype), return_dict=False)[0].mode().to(unet.dtype)
         weight = cells_inside(item["fov"][None].to(latents.device), tuple(latents.shape[2:])).to(latents)
-        conditions = {key: item[key][None].to(latents.device) for key in ("classes", "numbers") if key in item}
+        tensors = {key: item[key][None] for key in ("classes", "numbers") if key in item}
         if config["num_labels"]:
             if "mask" not in item:
                 raise ValueError("the model is conditioned on masks, and the data has none; give `masks` in its config")
-            conditions["mask"] = fold_mask(item["mask"][None], vae.stride, config["num_labels"]).to(latents.device)
-        if names.images:
-            images = {name: vae.latents_of(dataset.channels.index(name)) for name, _ in names.images}
-            conditions["image"] = image_condition(latents, images)
+            tensors["mask"] = fold_mask(item["mask"][None], vae.stride, config["num_labels"])
+        if schema.images:
+            images = {name: vae.latents_of(dataset.channels.index(name)) for name, _ in schema.images}
+            tensors["image"] = image_condition(latents, images)
+        conditions = Conditions(**tensors).to(latents.device)
         generator = torch.Generator().manual_seed(seed)
         errors = []
         for time in times:
@@ -57,7 +58,7 @@ def denoising_losses(
                     (1,), step if config["objective"] == "rectified_flow" else int(step), device=latents.device
                 )
                 noisy, target = noisy_and_target(config["objective"], latents, noise, at, unet.train_steps)
-                prediction = unet(noisy * weight, at, **conditions, return_dict=False)[0]
+                prediction = unet(noisy * weight, at, **conditions.as_kwargs(), return_dict=False)[0]
                 error = (prediction.float() - target.float()) ** 2 * weight
                 errors.append(float(error.sum() / (weight.sum() * latents.shape[1])))
         losses.append(np.mean(errors))

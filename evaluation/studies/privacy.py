@@ -1,14 +1,15 @@
-"""Whether a generator gives away whom it learned from: memorized volumes, membership, and re-identification, with intervals.
+"""Whether generated volumes reveal training subjects: memorized volumes, membership and re-identification, with intervals.
 
 Everything is a function of similarities (`evaluation.metrics.nearest`): larger is nearer. Volumes of one subject are not independent,
-so the subject is the unit throughout: every unit weighs the same however many volumes it has, and bootstraps draw units with replacement
-(Efron 1979). Intervals are of 95 %. `units` are (N,) names or numbers, one a volume.
+so the subject is the unit throughout: every unit weighs the same, whatever its number of volumes, and bootstraps resample units
+(`evaluation.stats.bootstrap`). Intervals are of 95 %. `units` are (N,) names or numbers, one per volume.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from evaluation.data.volume_sets import VolumeSet
 from evaluation.metrics.nearest import (
@@ -18,70 +19,138 @@ from evaluation.metrics.nearest import (
     best_match,
     similarity_matrix,
 )
+from evaluation.stats.bootstrap import Units, interval_of, resample_weights, subject_mean, subject_weights
+from evaluation.stats.conformal import conformal_quantile, conformal_threshold
+from evaluation.stats.intervals import wilson
 from volumes import slices_figure
 
-Units = Sequence[Any] | np.ndarray
-RESAMPLES = 2000
-INTERVAL = (2.5, 97.5)  # percentiles
-Z95 = 1.959964
-RATIO = (
-    1 / 3
-)  # of the distances to the nearest and the second nearest, below which a volume counts as memorized (Yoon et al. 2023)
-FALSE_POSITIVES = (0.01, 0.1)  # rates at which an attack's true positives are given (Carlini et al. 2022)
+# Of the distances to the nearest and the second nearest: below it a volume counts as memorized (Yoon et al. 2023).
+RATIO = 1 / 3
+FALSE_POSITIVES = (0.01, 0.1)  # rates at which the true positives of an attack are reported (Carlini et al. 2022)
 
 
-def wilson(rate: float, count: int) -> list[float]:
-    """95 % interval of a rate that was seen among `count` independent units (Wilson 1927)."""
-    center, spread = rate + Z95**2 / (2 * count), Z95 * np.sqrt(rate * (1 - rate) / count + Z95**2 / (4 * count**2))
-    return [
-        float(max(center - spread, 0) / (1 + Z95**2 / count)),
-        float(min((center + spread) / (1 + Z95**2 / count), 1)),
-    ]
+class Rate(TypedDict):
+    """A fraction of volumes and its Wilson interval."""
+
+    fraction: float
+    interval: list[float]
 
 
-def unit_mean(values: np.ndarray, units: Units) -> float:
-    """Mean over units of the mean over each one's values (N,)."""
-    return float(np.average(values, weights=_weights(units)))
+class Attack(TypedDict):
+    """How well a score tells members of the training set from others; 0.5 is chance.
 
-
-def conformal_threshold(scores: np.ndarray, units: Units, alpha: float) -> float:
-    """What a volume of a further unit exceeds with a probability of at most `alpha`: the (1 - alpha) quantile of the scores (N,),
-    as one more unit, infinitely high, would make it (split conformal: Vovk et al. 2005; with units: Lee, Barber, Willett 2023).
-
-    Raises: ValueError if there are too few units for any threshold at this alpha: it takes 1 / alpha - 1.
+    `auc` is the probability that a member scores higher, with ties counted half. `true_positives` are by false-positive rate.
     """
-    weights = _weights(units)
-    count = round(weights.sum())
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha {alpha:g} is a fraction of unseen subjects: take one between 0 and 1, such as 0.05")
-    if (count + 1) * alpha < 1 - 1e-9:
-        raise ValueError(
-            f"{count} subjects cannot tell what 1 in {1 / alpha:g} exceeds: take alpha >= {1 / (count + 1):.3g}"
-        )
-    order = np.argsort(scores, kind="stable")
-    reached = np.cumsum(weights[order]) >= (count + 1) * (1 - alpha) - 1e-9
-    return float(scores[order][reached.argmax()])
+
+    auc: float
+    interval: list[float]  # bootstrap of the units of both sides
+    true_positives: dict[str, float]
 
 
-def check_unseen(units: Units, alpha: float) -> None:
-    """Raises: ValueError where `memorized` will, for too few unseen units for alpha; ask before the work of comparing."""
-    others = sorted(set(units))[1:]  # each unit is judged by the threshold of the others
-    try:
-        conformal_threshold(np.zeros(len(others)), others, alpha)
-    except ValueError as error:
-        if not 0 < alpha < 1:
-            raise
-        needed = round(np.ceil(1 / alpha - 1e-9))
-        raise ValueError(
-            f"of {len(others) + 1} unseen subjects each is judged by the others, and {error}, or hold out {needed} subjects "
-            "(data.test_fraction)"
-        ) from error
+class Memorized(TypedDict):
+    """How many generated volumes are nearer to the training set than unseen real ones, see `memorized`."""
+
+    alpha: float
+    threshold: float
+    fraction: float  # of generated volumes above the threshold
+    interval: list[float]  # Wilson, for a fixed threshold
+    interval_drawn: list[float]  # bootstrap of generated and of unseen units, with the threshold
+    false_positives: Rate  # of unseen volumes above the threshold of all other subjects
+    excess: float  # `fraction` less that of the false positives
+    nearer: Attack  # how often a generated volume is nearer than an unseen one; 0.5 for equal distributions
+
+
+class MeanSimilarity(TypedDict):
+    """Mean similarity of volumes to the real volume of their mask."""
+
+    volumes: int
+    mean: float
+    interval: list[float]
+
+
+class OwnMask(TypedDict):
+    """Similarity to the real volume of the mask, for training masks and for unseen ones; `interval` is of the difference."""
+
+    training_masks: MeanSimilarity
+    unseen_masks: MeanSimilarity
+    difference: float
+    interval: list[float]
+
+
+class TopRate(TypedDict):
+    """How often the patient is among the nearest; the Wilson interval is over the sources."""
+
+    rate: float
+    interval: list[float]
+    chance: float
+
+
+class Reidentification(TypedDict):
+    """How often the patient of an anonymized volume is among the nearest real patients."""
+
+    patients: int
+    median_rank: float
+    top_1: TopRate
+    top_5: TopRate
+
+
+class ClosePair(TypedDict):
+    """A query and its nearest reference, by name, and the flip (axes) and shift (voxels of the space's maps) that align them."""
+
+    query: str
+    reference: str
+    similarity: float
+    flip: list[int]
+    shift: list[int]
+
+
+class Yoon(TypedDict):
+    """Fraction of volumes whose ratio of distances is below `RATIO`, generated and unseen (Yoon et al. 2023)."""
+
+    fraction: float
+    interval: list[float]
+    unseen: float
+    unseen_interval: list[float]
+
+
+class MemorizedBy(TypedDict):
+    """`other_masks` compares each volume without the training subject whose mask it was generated from."""
+
+    similarity: Memorized
+    ratio: Memorized
+    other_masks: NotRequired[Memorized]
+
+
+class SpaceReport(TypedDict):
+    """All comparisons in one space."""
+
+    memorized: MemorizedBy
+    yoon_2023: Yoon
+    membership: Attack
+    own_mask: NotRequired[OwnMask]
+    closest: NotRequired[list[ClosePair]]
+    reidentification: NotRequired[Reidentification]
+
+
+class Counts(TypedDict):
+    """The size of a set."""
+
+    volumes: int
+    units: int
+
+
+class PrivacyReport(TypedDict):
+    """All comparisons, by space, and the attack by the model's own losses."""
+
+    counts: dict[str, Counts]
+    spaces: dict[str, SpaceReport]
+    loss_membership: NotRequired[Attack]
 
 
 def check_references(units: Units) -> None:
-    """Raises: ValueError for references of one subject, in which nothing is second nearest."""
+    """Raises: ValueError for references of one subject, which have no second nearest."""
     if len(set(units)) < 2:
-        raise ValueError("a ratio of distances needs references of two subjects")
+        raise ValueError("a ratio of distances needs references of two subjects or more")
 
 
 def memorized(
@@ -92,43 +161,37 @@ def memorized(
     alpha: float = 0.05,
     generated_units: Units | None = None,
     seed: int = 0,
-) -> dict[str, Any]:
-    """How many generated volumes are nearer to the training set than unseen real ones are.
+) -> Memorized:
+    """Measure how many generated volumes are nearer to the training set than unseen real ones.
 
     Args:
         generated: (G,) score of each generated volume, such as the similarity to its nearest training volume; larger is nearer.
-        unseen: (U,) the same of real volumes that the generator never saw, of `unseen_units`.
-        alpha: false-positive rate that the threshold is set to (`conformal_threshold`).
-        generated_units: what was drawn independently, such as the subject whose mask was used; each volume by itself by default.
-
-    Returns: {"threshold", "fraction" of generated volumes above it, "interval" (Wilson; the threshold as known), "interval_drawn"
-    (bootstrap of generated and of unseen units, with the threshold), "false_positives": {"fraction" of unseen volumes above the
-    threshold of all other subjects, "interval"}, "excess" of the former fraction over the latter, "nearer" (`attack`): how often
-    a generated volume is nearer than an unseen one, 0.5 where they are alike}.
+        unseen: (U,) the same for real volumes that the generator was not trained on, of `unseen_units`.
+        alpha: false-positive rate of the threshold (`conformal_threshold`).
+        generated_units: the independent units, such as the subjects whose masks were used; by default every volume.
     Raises: ValueError for too few subjects for alpha (one more than 1 / alpha - 1).
     """
     generated_units = range(len(generated)) if generated_units is None else generated_units
     threshold = conformal_threshold(unseen, unseen_units, alpha)
-    fraction = unit_mean(generated > threshold, generated_units)
+    fraction = subject_mean(generated > threshold, generated_units)
     names = np.asarray(unseen_units)
     above = np.zeros(len(unseen))
     for unit in np.unique(names):
-        own = names == unit
-        above[own] = unseen[own] > conformal_threshold(unseen[~own], names[~own], alpha)
-    wrong = unit_mean(above, names)
+        of_unit = names == unit
+        above[of_unit] = unseen[of_unit] > conformal_threshold(unseen[~of_unit], names[~of_unit], alpha)
+    wrong = subject_mean(above, names)
     random = np.random.default_rng(seed)
-    drawn_units, drawn = _draws(generated_units, random), []
-    for counts, weights in zip(_draws(names, random), drawn_units, strict=True):
-        order = np.argsort(unseen, kind="stable")
-        total = counts.sum()  # of the units drawn
-        reached = np.cumsum(counts[order]) >= (total + 1) * (1 - alpha) - 1e-9
-        drawn.append(np.average(generated > unseen[order][reached.argmax()], weights=weights))
+    of_generated = resample_weights(generated_units, random)
+    resampled = [
+        np.average(generated > conformal_quantile(unseen, of_unseen, alpha), weights=weights)
+        for of_unseen, weights in zip(resample_weights(names, random), of_generated, strict=True)
+    ]
     return {
         "alpha": alpha,
         "threshold": threshold,
         "fraction": fraction,
         "interval": wilson(fraction, len(set(generated_units))),
-        "interval_drawn": np.percentile(drawn, INTERVAL).tolist(),
+        "interval_drawn": interval_of(resampled),
         "false_positives": {"fraction": wrong, "interval": wilson(wrong, len(np.unique(names)))},
         "excess": fraction - wrong,
         "nearer": attack(generated, unseen, generated_units, unseen_units, seed=seed),
@@ -136,10 +199,12 @@ def memorized(
 
 
 def distance_ratio(similarity: np.ndarray, units: Units) -> np.ndarray:
-    """(Q,) distance to the nearest reference over that to the nearest of another subject, from similarities (Q, R); in [0, 1].
+    """Divide the distance to the nearest reference by that to the nearest of another subject, from similarities (Q, R): (Q,) in [0, 1].
 
-    A copy has one nearest and no other (Yoon et al. 2023; Carlini et al. 2023 divide by the mean of many). Distances are those of
-    standardized volumes, sqrt(2 (1 - correlation)). Raises: ValueError for references of one subject.
+    A copy has a single nearest reference (Yoon et al. 2023; Carlini et al. 2023 divide by the mean of many). Distances are those of
+    standardized volumes, sqrt(2 (1 - correlation)).
+
+    Raises: ValueError for references of one subject.
     """
     check_references(units)
     names, nearest = np.asarray(units), similarity.argmax(1)
@@ -155,28 +220,23 @@ def attack(
     other_units: Units,
     *,
     seed: int = 0,
-) -> dict[str, Any]:
-    """How well a score, larger for members, tells (M,) members of the training set from (N,) others.
-
-    Returns: {"auc": the probability that a member scores higher, ties a half, "interval" (bootstrap of both sides' units),
-    "true_positives": {false-positive rate: rate}}. 0.5 is chance.
-    """
+) -> Attack:
+    """Measure how well a score, larger for members, tells (M,) members of the training set from (N,) others."""
     wins = (members[:, None] > others[None]) + 0.5 * (members[:, None] == others[None])
     random = np.random.default_rng(seed)
-    ours, theirs = _draws(member_units, random), _draws(other_units, random)
-    drawn = ((ours @ wins) * theirs).sum(1) / (ours.sum(1) * theirs.sum(1))
-    a, b = _weights(member_units), _weights(other_units)
-    hits = {}
+    of_members = resample_weights(member_units, random)
+    of_others = resample_weights(other_units, random)
+    resampled = ((of_members @ wins) * of_others).sum(1) / (of_members.sum(1) * of_others.sum(1))
+    member_weights, other_weights = subject_weights(member_units), subject_weights(other_units)
+    order = np.argsort(-others, kind="stable")
+    share_above = np.cumsum(other_weights[order]) / other_weights.sum()
+    true_positives = {}
     for rate in FALSE_POSITIVES:
-        order = np.argsort(-others, kind="stable")
-        allowed = np.cumsum(b[order]) / b.sum() <= rate + 1e-9
-        limit = others[order][allowed.sum()] if not allowed.all() else -np.inf  # the first other that must not be taken
-        hits[f"{rate:g}"] = float(np.average(members > limit, weights=a))
-    return {
-        "auc": float(a @ wins @ b / (a.sum() * b.sum())),
-        "interval": np.percentile(drawn, INTERVAL).tolist(),
-        "true_positives": hits,
-    }
+        allowed = share_above <= rate + 1e-9
+        limit = others[order][allowed.sum()] if not allowed.all() else -np.inf  # the first other that must not be above
+        true_positives[f"{rate:g}"] = float(np.average(members > limit, weights=member_weights))
+    auc = member_weights @ wins @ other_weights / (member_weights.sum() * other_weights.sum())
+    return {"auc": float(auc), "interval": interval_of(resampled), "true_positives": true_positives}
 
 
 def loss_attack(
@@ -186,79 +246,94 @@ def loss_attack(
     other_units: Units,
     *,
     seed: int = 0,
-) -> dict[str, Any]:
-    """`attack` by the model's own loss on each volume, (M,) and (N,), lower for members (Yeom et al. 2018; of diffusion models
-    Matsumoto et al. 2023). Average each volume's loss over the same draws of times and noise, and use no augmentation."""
+) -> Attack:
+    """Run `attack` by the model's own loss on each volume, (M,) and (N,), lower for members (Yeom et al. 2018; for diffusion models
+    Matsumoto et al. 2023). Average each volume's loss over the same times and noise, and use no augmentation."""
     return attack(-np.asarray(member_losses), -np.asarray(other_losses), member_units, other_units, seed=seed)
 
 
 def own_mask(
-    seen: np.ndarray, seen_units: Units, unseen: np.ndarray, unseen_units: Units, *, seed: int = 0
-) -> dict[str, Any]:
-    """Similarity of generated volumes to the real volume whose mask they were made from: (N,) of training masks against (M,) of unseen
-    ones. A mask explains some of it in both; "difference" is what the model remembers beside, with the bootstrap's interval."""
+    training: np.ndarray, training_units: Units, unseen: np.ndarray, unseen_units: Units, *, seed: int = 0
+) -> OwnMask:
+    """Compare generated volumes with the real volume of their mask: (N,) similarities for training masks, (M,) for unseen ones.
+
+    A mask explains part of the similarity in both; the difference is what the model remembers beyond it.
+    """
     random = np.random.default_rng(seed)
-    report: dict[str, Any] = {}
-    drawn = []
-    for name, values, units in (("training_masks", seen, seen_units), ("unseen_masks", unseen, unseen_units)):
-        counts = _draws(units, random)
-        drawn.append(counts @ values / counts.sum(1))
-        report[name] = {
-            "volumes": len(values),
-            "mean": unit_mean(values, units),
-            "interval": np.percentile(drawn[-1], INTERVAL).tolist(),
-        }
-    difference = report["training_masks"]["mean"] - report["unseen_masks"]["mean"]
-    return {**report, "difference": difference, "interval": np.percentile(drawn[0] - drawn[1], INTERVAL).tolist()}
+    of_training = _mean_over_units(training, training_units, random)
+    of_unseen = _mean_over_units(unseen, unseen_units, random)
+    on_training: MeanSimilarity = {
+        "volumes": len(training),
+        "mean": subject_mean(training, training_units),
+        "interval": interval_of(of_training),
+    }
+    on_unseen: MeanSimilarity = {
+        "volumes": len(unseen),
+        "mean": subject_mean(unseen, unseen_units),
+        "interval": interval_of(of_unseen),
+    }
+    return {
+        "training_masks": on_training,
+        "unseen_masks": on_unseen,
+        "difference": on_training["mean"] - on_unseen["mean"],
+        "interval": interval_of(of_training - of_unseen),
+    }
 
 
-def reidentification(
-    similarity: np.ndarray, sources: Units, units: Units, ranks: Sequence[int] = (1, 5)
-) -> dict[str, Any]:
-    """How often the patient of an anonymized volume is among the nearest real patients.
+def _mean_over_units(values: np.ndarray, units: Units, random: np.random.Generator) -> np.ndarray:
+    weights = resample_weights(units, random)
+    return weights @ values / weights.sum(1)
+
+
+def reidentification(similarity: np.ndarray, sources: Units, units: Units) -> Reidentification:
+    """Measure how often the patient of an anonymized volume is among the nearest real patients; ties count against it.
 
     Args:
         similarity: (Q, R) of anonymized volumes and real ones; a patient is as near as the nearest of its volumes.
-        sources: (Q,) patient of each anonymized volume. units: (R,) patient of each real one.
-
-    Returns: {"patients", "top_1": {"rate", "interval" (Wilson, over the sources), "chance"}, "top_5": ...}. A tie counts
-    against being found. Raises: ValueError for a source without a real volume.
+        sources: (Q,) patient of each anonymized volume.
+        units: (R,) patient of each real one.
+    Raises: ValueError for a source without a real volume.
     """
     names = sorted(set(units))
     if lost := sorted(set(sources) - set(names)):
-        raise ValueError(f"the gallery has no real volume of {lost[:5]}: whoever is not in it cannot be found")
+        raise ValueError(f"no real volume of patients {lost[:5]} to find them by: give real volumes of every source")
     patients = np.asarray(units)
     nearest = np.stack([similarity[:, patients == name].max(1) for name in names], axis=1)
-    own = nearest[np.arange(len(nearest)), [names.index(source) for source in sources]]
-    rank = (nearest >= own[:, None]).sum(1)
-    report: dict[str, Any] = {"patients": len(names), "median_rank": float(np.median(rank))}
-    for top in ranks:
-        rate = unit_mean(rank <= top, sources)
-        report[f"top_{top}"] = {
-            "rate": rate,
-            "interval": wilson(rate, len(set(sources))),
-            "chance": min(top / len(names), 1.0),
-        }
-    return report
+    of_source = nearest[np.arange(len(nearest)), [names.index(source) for source in sources]]
+    rank = (nearest >= of_source[:, None]).sum(1)
+
+    def top(count: int) -> TopRate:
+        rate = subject_mean(rank <= count, sources)
+        return {"rate": rate, "interval": wilson(rate, len(set(sources))), "chance": min(count / len(names), 1.0)}
+
+    return {"patients": len(names), "median_rank": float(np.median(rank)), "top_1": top(1), "top_5": top(5)}
 
 
 def closest_pairs(
     similarity: np.ndarray, queries: VolumeSet, references: VolumeSet, space: Space, count: int = 8
-) -> list[dict[str, Any]]:
-    """The queries that are nearest to a reference, nearest first, a query once: {"query", "reference" (names), "similarity",
-    "flip" (axes), "shift" (voxels, or cells of the space's maps)}."""
-    pairs = []
-    for index in np.argsort(-similarity.max(1), kind="stable")[:count]:
+) -> list[ClosePair]:
+    """List the queries that are nearest to a reference, nearest first, each query once."""
+    pairs: list[ClosePair] = []
+    for index in np.argsort(-similarity.max(1), kind="stable")[:count].tolist():
         nearest = int(similarity[index].argmax())
         match = best_match(queries.volumes[index], references.volumes[nearest], space)
-        names = {"query": queries.names[index], "reference": references.names[nearest]}
-        pairs.append({**names, **match._asdict(), "flip": list(match.flip), "shift": list(match.shift)})
+        pairs.append(
+            {
+                "query": str(queries.names[index]),
+                "reference": str(references.names[nearest]),
+                "similarity": match.similarity,
+                "flip": list(match.flip),
+                "shift": list(match.shift),
+            }
+        )
     return pairs
 
 
-def pairs_figure(pairs: Sequence[dict[str, Any]], queries: VolumeSet, references: VolumeSet, space: Space):
-    """Three slices of each of `closest_pairs` (of their first channel): the query, placed as the pair says, above the reference.
-    A shift is drawn only of a space of voxels: that of other spaces counts cells."""
+def pairs_figure(pairs: Sequence[ClosePair], queries: VolumeSet, references: VolumeSet, space: Space) -> Figure:
+    """Draw three slices of each of `closest_pairs` (first channel): the query, aligned as the pair says, above the reference.
+
+    Shifts are applied in spaces of voxels only: other spaces count them in voxels of their maps.
+    """
     columns = []
     for pair in pairs:
         x, y, z = pair["shift"] if space.embed is None else (0, 0, 0)
@@ -286,40 +361,43 @@ def privacy_report(
     pairs: int = 8,
     seed: int = 0,
     on_pairs: Callable[[int], object] | None = None,
-) -> dict[str, Any]:
-    """Everything above, ready for a report: {"counts", "spaces": {name: {"memorized": {"similarity", "ratio", "other_masks"}, "yoon_2023",
-    "membership", "own_mask", "reidentification", "closest"}}, "loss_membership"}.
+) -> PrivacyReport:
+    """Run all comparisons in all spaces.
 
-    `anonymized` volumes have the source patient as their subject; the gallery is training and unseen volumes together. With `stand_ins`
-    generated volumes are taken for the anonymized volumes of the patients whose masks they were made from. `losses` are those of
-    training and of unseen volumes, in their order. "other_masks" judges each volume without the training subject whose mask it
-    was made from. Raises: ValueError for subjects that are both in training and unseen (nothing could be concluded), and for
-    two real volumes of one name.
+    Args:
+        anonymized: volumes with the source patient as their subject. The gallery is training and unseen volumes together.
+        stand_ins: use generated volumes as the anonymized volumes of the patients whose masks they were generated from.
+        losses: of training and of unseen volumes, in their order.
+        pairs: number of closest pairs.
+        on_pairs: called with the number of pairs that were just compared.
+    Raises: ValueError for subjects that are both in training and unseen (no conclusion would be valid), and for two real
+        volumes with one name.
     """
     if shared := sorted(set(training.subjects) & set(unseen.subjects)):
         raise ValueError(f"subjects {shared[:5]} are in training and unseen: split by subject")
     if twice := sorted(set(training.names) & set(unseen.names)):
-        raise ValueError(f"volumes {twice[:5]} are in training and unseen: give every volume a name of its own")
-    report: dict[str, Any] = {
+        raise ValueError(f"volumes {twice[:5]} are in training and unseen: give every volume a unique name")
+    report: PrivacyReport = {
         "counts": {
-            name: {"volumes": len(part.names), "units": len(set(part.subjects))}
-            for name, part in (("training", training), ("unseen", unseen), ("generated", generated))
+            name: {"volumes": len(volumes.names), "units": len(set(volumes.subjects))}
+            for name, volumes in (("training", training), ("unseen", unseen), ("generated", generated))
         },
         "spaces": {},
     }
     patients = dict(zip([*training.names, *unseen.names], [*training.subjects, *unseen.subjects], strict=True))
     for name, space in spaces.items():
         to_training, baseline, to_unseen = (
-            similarity_matrix(a.volumes, b.volumes, space, on_pairs=on_pairs)
-            for a, b in ((generated, training), (unseen, training), (generated, unseen))
+            similarity_matrix(queries.volumes, references.volumes, space, on_pairs=on_pairs)
+            for queries, references in ((generated, training), (unseen, training), (generated, unseen))
         )
-        found = _judge(to_training, baseline, to_unseen, training, unseen, generated, alpha=alpha, seed=seed)
-        found["closest"] = closest_pairs(to_training, generated, training, space, pairs)
-        report["spaces"][name] = found
+        of_space = _compare(to_training, baseline, to_unseen, training, unseen, generated, alpha=alpha, seed=seed)
+        of_space["closest"] = closest_pairs(to_training, generated, training, space, pairs)
+        report["spaces"][name] = of_space
         gallery, sources = [to_training, to_unseen], []
         if anonymized is not None:
             gallery = [
-                similarity_matrix(anonymized.volumes, r.volumes, space, on_pairs=on_pairs) for r in (training, unseen)
+                similarity_matrix(anonymized.volumes, real.volumes, space, on_pairs=on_pairs)
+                for real in (training, unseen)
             ]
             sources = list(anonymized.subjects)
         elif stand_ins:
@@ -327,13 +405,15 @@ def privacy_report(
             gallery = [matrix[rows] for matrix in gallery]
             sources = [patients[str((generated.masks or ())[row])] for row in rows]
         if sources:
-            found["reidentification"] = reidentification(np.concatenate(gallery, 1), sources, list(patients.values()))
+            of_space["reidentification"] = reidentification(
+                np.concatenate(gallery, 1), sources, list(patients.values())
+            )
     if losses is not None:
         report["loss_membership"] = loss_attack(*losses, training.subjects, unseen.subjects, seed=seed)
     return report
 
 
-def _judge(
+def _compare(
     to_training: np.ndarray,
     baseline: np.ndarray,
     to_unseen: np.ndarray,
@@ -343,17 +423,22 @@ def _judge(
     *,
     alpha: float,
     seed: int,
-) -> dict[str, Any]:
-    """What one space says: similarities of generated to training (G, T), unseen to training (U, T), generated to unseen (G, U)."""
-    settings = {"alpha": alpha, "generated_units": generated.subjects, "seed": seed}
-    ratios = distance_ratio(to_training, training.subjects), distance_ratio(baseline, training.subjects)
-    memory = {
-        "similarity": memorized(to_training.max(1), baseline.max(1), unseen.subjects, **settings),
-        "ratio": memorized(-ratios[0], -ratios[1], unseen.subjects, **settings),
-    }
-    yoon, floor = unit_mean(ratios[0] < RATIO, generated.subjects), unit_mean(ratios[1] < RATIO, unseen.subjects)
-    found: dict[str, Any] = {
-        "memorized": memory,
+) -> SpaceReport:
+    """Compare in one space: similarities of generated to training (G, T), unseen to training (U, T), generated to unseen (G, U)."""
+
+    def memorized_by(of_generated: np.ndarray, of_unseen: np.ndarray) -> Memorized:
+        return memorized(
+            of_generated, of_unseen, unseen.subjects, alpha=alpha, generated_units=generated.subjects, seed=seed
+        )
+
+    ratios, floor_ratios = (distance_ratio(matrix, training.subjects) for matrix in (to_training, baseline))
+    yoon = subject_mean(ratios < RATIO, generated.subjects)
+    floor = subject_mean(floor_ratios < RATIO, unseen.subjects)
+    report: SpaceReport = {
+        "memorized": {
+            "similarity": memorized_by(to_training.max(1), baseline.max(1)),
+            "ratio": memorized_by(-ratios, -floor_ratios),
+        },
         "yoon_2023": {
             "fraction": yoon,
             "interval": wilson(yoon, len(set(generated.subjects))),
@@ -362,30 +447,28 @@ def _judge(
         },
         "membership": attack(to_training.max(0), to_unseen.max(0), training.subjects, unseen.subjects, seed=seed),
     }
-    if generated.masks is not None:
-        without, own = to_training.copy(), {}
-        for name, real, matrix in (("training", training, to_training), ("unseen", unseen, to_unseen)):
-            places = {volume: place for place, volume in enumerate(real.names)}
-            rows = [row for row, mask in enumerate(generated.masks) if mask in places]
-            columns = [places[str(generated.masks[row])] for row in rows]
-            own[name] = matrix[rows, columns], [real.subjects[column] for column in columns]
-            if name == "training":
-                for row, unit in zip(rows, own[name][1], strict=True):
-                    without[row, np.asarray(real.subjects) == unit] = -1
-        memory["other_masks"] = memorized(without.max(1), baseline.max(1), unseen.subjects, **settings)
-        if len(own["training"][0]) and len(own["unseen"][0]):
-            found["own_mask"] = own_mask(*own["training"], *own["unseen"], seed=seed)
-    return found
+    if generated.masks is None:
+        return report
+    training_rows, training_columns = _of_own_masks(generated.masks, training)
+    unseen_rows, unseen_columns = _of_own_masks(generated.masks, unseen)
+    without = to_training.copy()
+    subjects = np.asarray(training.subjects)
+    for row, column in zip(training_rows, training_columns, strict=True):
+        without[row, subjects == subjects[column]] = -1
+    report["memorized"]["other_masks"] = memorized_by(without.max(1), baseline.max(1))
+    if training_rows and unseen_rows:
+        report["own_mask"] = own_mask(
+            to_training[training_rows, training_columns],
+            [training.subjects[column] for column in training_columns],
+            to_unseen[unseen_rows, unseen_columns],
+            [unseen.subjects[column] for column in unseen_columns],
+            seed=seed,
+        )
+    return report
 
 
-def _weights(units: Units) -> np.ndarray:
-    """(N,) what each volume weighs, so that every unit's weigh 1 together."""
-    _, index, counts = np.unique(np.asarray(units), return_inverse=True, return_counts=True)
-    return 1 / counts[index]
-
-
-def _draws(units: Units, random: np.random.Generator) -> np.ndarray:
-    """(RESAMPLES, N) weights of the volumes when as many units as there are get drawn with replacement."""
-    names, index = np.unique(np.asarray(units), return_inverse=True)
-    counts = random.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
-    return counts[:, index] * _weights(units)
+def _of_own_masks(masks: Sequence[str | None], real: VolumeSet) -> tuple[list[int], list[int]]:
+    """Find the generated volumes whose mask is of a real volume of the set, and that volume: (rows, columns)."""
+    columns = {name: column for column, name in enumerate(real.names)}
+    places = [(row, columns[mask]) for row, mask in enumerate(masks) if mask is not None and mask in columns]
+    return [row for row, _ in places], [column for _, column in places]

@@ -1,21 +1,21 @@
-"""Generated volumes against real ones, every figure beside what real volumes of two sets are to each other.
+"""Realism: generated volumes compared with real ones, each figure beside that of two sets of real volumes.
 
-Three sets: real volumes that the generator learned from ("training"), real ones that it never saw ("test"), generated ones.
+Three sets: real volumes that the generator was trained on ("training"), real ones that it was not ("test"), and generated ones.
 """
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
 
 from evaluation.data.volume_sets import VolumeSet
-from evaluation.metrics import histogram as intensity
-from evaluation.metrics import slices as consistency
+from evaluation.metrics import histogram, slices
 from evaluation.metrics.features import Extractor, extract
 from evaluation.metrics.ms_ssim import (
+    Diversity,
     compare_diversity,
     pair_similarity,
     random_pairs,
@@ -24,6 +24,10 @@ from evaluation.metrics.ms_ssim import (
 )
 from evaluation.metrics.set_distances import (
     SETS,
+    SUBSETS,
+    Closeness,
+    ColumnComparison,
+    SetComparison,
     closer_than_test,
     compare_columns,
     compare_sets,
@@ -32,15 +36,57 @@ from evaluation.metrics.set_distances import (
     kernel_distance,
     standardize,
 )
-from evaluation.metrics.spectrum import band_names, center_crop
+from evaluation.metrics.spectrum import band_names
 from evaluation.networks.defaults import REALISM_PARTS as PARTS
 from evaluation.networks.defaults import SIMILARITY_PAIRS as PAIRS
+from evaluation.stats.bootstrap import Estimate, Units
+from volumes.placement import center_crop
 
 MIN_SPREAD = 0.1  # of features, see standardize: cubic kernels are drowned by rare features without it
 TOLERANCE = 1e-3  # by which intensities may leave [0, 1]
 
 
-def judge_realism(
+Volumes = Mapping[str, Sequence[np.ndarray] | np.ndarray]  # by set
+Subjects = Mapping[str, Units]  # by set
+
+
+class FeatureComparison(TypedDict):
+    """Distances of the features of one extractor; `features` is their number."""
+
+    features: int
+    frechet: SetComparison[float]
+    kernel: SetComparison[float]
+    closer_to_training: Closeness
+
+
+class SpectrumComparison(TypedDict):
+    """Power over that of the test set, in dB, band by band."""
+
+    bands: list[str]
+    generated_over_test: Estimate[list[float]]
+    training_over_test: Estimate[list[float]]
+
+
+class IntensityComparison(TypedDict):
+    """Intensities of one channel; the distance of histograms is Wasserstein-1."""
+
+    statistics: dict[str, ColumnComparison]
+    histogram: SetComparison[float]
+    spectrum_db: SpectrumComparison
+
+
+class Realism(TypedDict):
+    """All comparisons; `volumes` are the sizes of the sets, `shape` is the crop for diversity and spectra."""
+
+    volumes: dict[str, int]
+    shape: list[int]
+    features: NotRequired[dict[str, FeatureComparison]]  # by extractor
+    diversity: NotRequired[Diversity]
+    consistency: NotRequired[dict[str, dict[str, ColumnComparison]]]  # by channel and statistic
+    intensity: NotRequired[dict[str, IntensityComparison]]  # by channel
+
+
+def measure_realism(
     sets: Mapping[str, VolumeSet],
     extractors: Mapping[str, Extractor],
     *,
@@ -51,30 +97,22 @@ def judge_realism(
     seed: int = 0,
     device: torch.device | str = "cpu",
     on_step: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """All that is known of how real volumes look, as a plain dict for a report. Intervals are of 95 %.
+) -> Realism:
+    """Compare how generated and real volumes look. Intervals are of 95 %.
 
     Args:
-        sets: "training", "test" and "generated". Intensities must be in [0, 1], scaled alike as for a model, and spacings equal.
+        sets: "training", "test" and "generated". Intensities must be in [0, 1], scaled as for a model, and spacings equal.
         extractors: by name, for the part "features"; on `device`.
         channels: names of the volumes' channels.
         parts: which of `PARTS`.
-        standardized: features in standard deviations of the training set's, so that all count alike and figures have a
-            unit; False for figures that are to be held against a paper's.
-        pairs: most pairs of each set for the part "diversity".
+        standardized: divide features by their standard deviations in the training set, so that all weigh the same and figures have
+            a unit; False for figures to compare with those of a paper.
+        pairs: of each set, at most, for the part "diversity".
         on_step: called with the part after each of `steps_of` volumes and pairs.
-    Returns:
-        {"volumes": by set how many, "shape": the center crop that fits into all, used for diversity and spectra, and a part each:
-        "features": by extractor {"features": how many, "frechet", "kernel": `compare_sets`, "frechet" with "caveat",
-        "closer_to_training": `closer_than_test`};
-        "diversity": `compare_diversity`, with "scales" and their "weights";
-        "consistency": by channel `compare_columns` of `slice_statistics`;
-        "intensity": by channel {"statistics": `compare_columns`, "histogram": `compare_sets` of Wasserstein-1 distances,
-        "spectrum_db": {"bands", "generated_over_test", "training_over_test": by band {"mean", "interval"}}}}.
-    Raises: ValueError for unknown parts, sets that are missing or too small, and volumes of other channels or out of range.
+    Raises: ValueError for unknown parts, missing or too small sets, and volumes with other channels or intensities.
     """
     if unknown := sorted(set(parts) - set(PARTS)):
-        raise ValueError(f"parts {unknown} are unknown; there are {list(PARTS)}")
+        raise ValueError(f"unknown parts {unknown}; choose from {list(PARTS)}")
     if missing := [name for name in SETS if name not in sets]:
         raise ValueError(f"no volumes of {missing}; give all of {list(SETS)}")
     for name in SETS:
@@ -82,94 +120,126 @@ def judge_realism(
     volumes = {name: sets[name].volumes for name in SETS}
     subjects = {name: sets[name].subjects for name in SETS}
     shape = common_shape([volume for name in SETS for volume in volumes[name]])
-    report: dict[str, Any] = {"volumes": {name: len(volumes[name]) for name in SETS}, "shape": list(shape)}
-    options = {"subjects": subjects, "seed": seed}
+    report: Realism = {"volumes": {name: len(volumes[name]) for name in SETS}, "shape": list(shape)}
 
     def steps(part: str) -> Callable[[], None] | None:
         return None if on_step is None else partial(on_step, part)
 
+    def of_channels() -> dict[str, Volumes]:
+        return {
+            channel: {name: [volume[index] for volume in volumes[name]] for name in SETS}
+            for index, channel in enumerate(channels)
+        }
+
     if "features" in parts:
         report["features"] = {}
         for name, extractor in extractors.items():
-            found = {s: extract(extractor, volumes[s], device, steps("features")) for s in SETS}
-            report["features"][name] = compare_features(found, standardized=standardized, **options)
+            features = {s: extract(extractor, volumes[s], device, steps("features")) for s in SETS}
+            report["features"][name] = compare_features(
+                features, standardized=standardized, subjects=subjects, seed=seed
+            )
     if "diversity" in parts:
-        cropped = {s: [np.stack([center_crop(c, shape) for c in v]) for v in volumes[s]] for s in SETS}
-        chosen = {s: random_pairs(len(volumes[s]), pairs, seed, subjects[s]) for s in SETS}
-        values = {s: pair_similarity(cropped[s], chosen[s], device, steps("diversity")) for s in SETS}
-        counts = {s: len(volumes[s]) for s in SETS}
-        scales = scales_of(shape)
-        scale_report = {"scales": scales, "weights": weights_of(scales)}
-        report["diversity"] = compare_diversity(values, chosen, counts, seed, subjects) | scale_report
-    for part, judge in (("consistency", _judge_slices), ("intensity", _judge_intensity)):
-        if part in parts:
-            report[part] = {}
-            for index, channel in enumerate(channels):
-                of_channel = {s: [volume[index] for volume in volumes[s]] for s in SETS}
-                report[part][channel] = judge(of_channel, shape, options, steps(part))
+        report["diversity"] = _diversity(volumes, subjects, shape, pairs, seed, device, steps("diversity"))
+    if "consistency" in parts:
+        report["consistency"] = {
+            channel: _consistency(of_sets, subjects, seed, steps("consistency"))
+            for channel, of_sets in of_channels().items()
+        }
+    if "intensity" in parts:
+        report["intensity"] = {
+            channel: _intensity(of_sets, subjects, seed, shape, steps("intensity"))
+            for channel, of_sets in of_channels().items()
+        }
     return report
 
 
 def steps_of(
     sets: Mapping[str, VolumeSet], extractors: int, channels: int, parts: Sequence[str] = PARTS, pairs: int = PAIRS
 ) -> dict[str, int]:
-    """How often `judge_realism` calls `on_step` with each part: for progress bars."""
+    """Count the calls of `measure_realism` to `on_step` for each part, for progress bars."""
     volumes = sum(len(sets[name].volumes) for name in SETS)
-    paired = SETS if "diversity" in parts else ()  # volumes of one subject make no pair, and need none elsewhere
+    paired = SETS if "diversity" in parts else ()  # volumes of one subject make no pair, and other parts need none
     of_pairs = sum(len(random_pairs(len(sets[s].volumes), pairs, 0, sets[s].subjects)) for s in paired)
     every = dict(zip(PARTS, (volumes * extractors, of_pairs, volumes * channels, volumes * channels), strict=True))
     return {part: count for part, count in every.items() if part in parts}
 
 
-def compare_features(sets: Mapping[str, np.ndarray], *, standardized: bool = True, **options: Any) -> dict[str, Any]:
-    """Frechet and kernel distances of features (N, F) by set; `options` are those of `compare_sets`.
+def compare_features(
+    sets: Mapping[str, np.ndarray],
+    *,
+    standardized: bool = True,
+    subjects: Subjects | None = None,
+    subsets: int = SUBSETS,
+    seed: int = 0,
+) -> FeatureComparison:
+    """Compute Frechet and kernel distances of features (N, F) by set.
 
-    Warns, and says so in "caveat", where the volumes are too few for the Frechet distance of so many features.
+    Warns, also in the "caveat" of the report, if the volumes are too few for the Frechet distance of so many features.
     """
     if standardized:
         sets = standardize(sets, "training", MIN_SPREAD)
     count, features = min(len(rows) for rows in sets.values()), sets["test"].shape[1]
-    report: dict[str, Any] = {"features": features}
-    for name, distance in (("frechet", frechet_distance), ("kernel", kernel_distance)):
-        report[name] = compare_sets(distance, sets, **options)
+    frechet = compare_sets(frechet_distance, sets, subjects=subjects, subsets=subsets, seed=seed)
     if caveat := frechet_caveat(count // 2, features):
         warnings.warn(caveat, stacklevel=2)
-        report["frechet"]["caveat"] = caveat
-    closer = closer_than_test(sets, subjects=options.get("subjects"), seed=options.get("seed", 0))
-    return report | {"closer_to_training": closer}
+        frechet["caveat"] = caveat
+    return {
+        "features": features,
+        "frechet": frechet,
+        "kernel": compare_sets(kernel_distance, sets, subjects=subjects, subsets=subsets, seed=seed),
+        "closer_to_training": closer_than_test(sets, subjects=subjects, seed=seed),
+    }
 
 
 def common_shape(volumes: Sequence[np.ndarray]) -> tuple[int, int, int]:
-    """The smallest side of any of the volumes (C, X, Y, Z), axis by axis: one small volume makes it small for all."""
+    """Return the smallest side of all volumes (C, X, Y, Z) along each axis: one small volume makes it small for all."""
     x, y, z = np.min([volume.shape[1:] for volume in volumes], axis=0).tolist()
     return x, y, z
 
 
-def _judge_slices(
-    volumes: Mapping[str, Sequence[np.ndarray]],
+def _diversity(
+    volumes: Volumes,
+    subjects: Subjects,
     shape: tuple[int, int, int],
-    options: dict[str, Any],
-    on_volume: Callable[[], None] | None,
-) -> dict[str, Any]:
-    tables = {s: _table(consistency.slice_statistics, volumes[s], on_volume) for s in SETS}
-    return compare_columns(tables, consistency.names(), **options)
+    pairs: int,
+    seed: int,
+    device: torch.device | str,
+    on_pair: Callable[[], None] | None,
+) -> Diversity:
+    chosen = {s: random_pairs(len(volumes[s]), pairs, seed, subjects[s]) for s in SETS}
+    similarity = {}
+    for name in SETS:
+        cropped = [np.ascontiguousarray(center_crop(volume, shape)) for volume in volumes[name]]
+        similarity[name] = pair_similarity(cropped, chosen[name], device, on_pair)
+    report = compare_diversity(similarity, chosen, {s: len(volumes[s]) for s in SETS}, seed, subjects)
+    report["scales"] = scales_of(shape)
+    report["weights"] = weights_of(report["scales"])
+    return report
 
 
-def _judge_intensity(
-    volumes: Mapping[str, Sequence[np.ndarray]],
+def _consistency(
+    volumes: Volumes, subjects: Subjects, seed: int, on_volume: Callable[[], None] | None
+) -> dict[str, ColumnComparison]:
+    statistics = {s: _table(slices.slice_statistics, volumes[s], on_volume) for s in SETS}
+    return compare_columns(statistics, slices.names(), subjects=subjects, seed=seed)
+
+
+def _intensity(
+    volumes: Volumes,
+    subjects: Subjects,
+    seed: int,
     shape: tuple[int, int, int],
-    options: dict[str, Any],
     on_volume: Callable[[], None] | None,
-) -> dict[str, Any]:
-    statistics = {s: _table(intensity.intensity_statistics, volumes[s], on_volume) for s in SETS}
-    histograms = {s: _table(intensity.histogram, volumes[s]) for s in SETS}
-    powers = {s: _table(lambda volume: intensity.power(volume, shape), volumes[s]) for s in SETS}
-    ratios = compare_sets(intensity.power_ratio_db, powers, **options)
+) -> IntensityComparison:
+    statistics = {s: _table(histogram.intensity_statistics, volumes[s], on_volume) for s in SETS}
+    histograms = {s: _table(histogram.histogram, volumes[s]) for s in SETS}
+    powers = {s: _table(lambda volume: histogram.power(volume, shape), volumes[s]) for s in SETS}
+    ratios = compare_sets(histogram.power_ratio_db, powers, subjects=subjects, seed=seed)
     return {
-        "statistics": compare_columns(statistics, intensity.names(), **options),
-        "histogram": compare_sets(intensity.histogram_distance, histograms, **options),
+        "statistics": compare_columns(statistics, histogram.names(), subjects=subjects, seed=seed),
+        "histogram": compare_sets(histogram.histogram_distance, histograms, subjects=subjects, seed=seed),
         "spectrum_db": {
-            "bands": band_names(intensity.band_edges_for(shape)),
+            "bands": band_names(histogram.band_edges_for(shape)),
             "generated_over_test": ratios["generated_to_test"],
             "training_over_test": ratios["training_to_test"],
         },
@@ -178,10 +248,10 @@ def _judge_intensity(
 
 def _table(
     statistics: Callable[[np.ndarray], np.ndarray],
-    volumes: Sequence[np.ndarray],
+    volumes: Sequence[np.ndarray] | np.ndarray,
     on_volume: Callable[[], None] | None = None,
 ) -> np.ndarray:
-    """Statistics of each volume, a row each."""
+    """Compute statistics of each volume, one row per volume."""
     rows = []
     for volume in volumes:
         rows.append(statistics(volume))
@@ -193,7 +263,7 @@ def _table(
 def _check(name: str, volumes: VolumeSet, channels: int) -> None:
     for index, volume in enumerate(volumes.volumes):
         if volume.ndim != 4 or volume.shape[0] != channels:
-            raise ValueError(f"{name} volume {index} is {volume.shape}; ({channels}, X, Y, Z) is needed")
+            raise ValueError(f"{name} volume {index} has shape {volume.shape}, not ({channels}, X, Y, Z)")
         low, high = float(volume.min()), float(volume.max())
         if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # NaN too
             raise ValueError(

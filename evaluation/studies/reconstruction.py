@@ -1,8 +1,8 @@
-"""What an autoencoder loses: volumes coded, decoded and compared with themselves."""
+"""Reconstruction: volumes that an autoencoder encoded and decoded, compared with the originals."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from volumes import VolumeDataset, merge_channels, pad_sample
 
 
 def reconstruct(vae: VolumeAutoencoder, image: torch.Tensor) -> torch.Tensor:
-    """One volume (C, X, Y, Z) in [-1, 1], sides multiples of the stride, through the posterior's mean and back, clamped to [-1, 1]."""
+    """Encode one volume (C, X, Y, Z) in [-1, 1], with sides that are multiples of the stride, to the posterior's mean and decode it,
+    clamped to [-1, 1]."""
     return _decode(vae, _encode(vae, image))
 
 
@@ -36,22 +37,74 @@ def _decode(vae: VolumeAutoencoder, posterior: LatentDistribution) -> torch.Tens
     return decoded[0].float().clamp(-1, 1).cpu()
 
 
-def codebook_report(indices: torch.Tensor, num_codes: int, stride: tuple[int, int, int]) -> dict[str, Any]:
-    """How a VQ-GAN's codes are used, over all cells of a split, and what they cost.
+class CodebookReport(TypedDict):
+    """Use and cost of the codes of a VQ-GAN over all latent voxels of a split.
 
-    `indices` (cells,). `usage` is the share of codes that occur at least once, `perplexity` their effective number. An index takes
-    `bits_per_cell` = log2(num_codes) bits, or on average `entropy_bits_per_cell` with an ideal coder that knows how often each code
-    occurs; `bits_per_voxel` is the former, over the voxels of a cell.
+    `usage` is the share of codes that occur, `perplexity` their effective number. A code takes `bits_per_cell` = log2(num_codes) bits,
+    or on average `entropy_bits_per_cell` with an ideal coder that knows the frequency of each code. `bits_per_voxel` divides
+    `bits_per_cell` by the voxels of a latent voxel.
     """
-    found = {name: float(value) for name, value in code_statistics(indices, num_codes).items()}
+
+    codes: int
+    cells: int
+    usage: float
+    perplexity: float
+    bits_per_cell: float
+    entropy_bits_per_cell: float
+    bits_per_voxel: float
+
+
+class Psnr(TypedDict):
+    """PSNR in dB inside the field of view."""
+
+    mean: float
+    std: float
+    per_volume: dict[str, float]
+
+
+class SpectrumRatio(TypedDict):
+    """Power of reconstructions over that of the volumes, by band."""
+
+    unit: str
+    crop: list[int]
+    ratio_db: dict[str, float]
+
+
+class LabelDice(TypedDict):
+    """Dice of one label over the volumes that contain it."""
+
+    volumes: int
+    mean: float
+    lowest: float
+
+
+class ReconstructionReport(TypedDict):
+    """All figures of `evaluate_reconstruction`.
+
+    `sharpness` is the mean magnitude of gradients (`mean_gradient`) in all reconstructions over that in all volumes: 1 where they are
+    equally sharp, less where reconstructions are blurred; noise raises it as detail does. `codebook` is for a VQ-GAN, `dice` for label
+    maps.
+    """
+
+    volumes: int
+    psnr_db: Psnr
+    spectrum: SpectrumRatio
+    sharpness: float
+    codebook: NotRequired[CodebookReport]
+    dice: dict[str, LabelDice]
+
+
+def codebook_report(indices: torch.Tensor, num_codes: int, stride: tuple[int, int, int]) -> CodebookReport:
+    """Measure how the codes of a VQ-GAN are used; `indices` are (latent voxels,)."""
+    statistics = {name: float(value) for name, value in code_statistics(indices, num_codes).items()}
     bits = math.log2(num_codes)
     return {
         "codes": num_codes,
         "cells": indices.numel(),
-        "usage": found["usage"],
-        "perplexity": found["perplexity"],
+        "usage": statistics["usage"],
+        "perplexity": statistics["perplexity"],
         "bits_per_cell": bits,
-        "entropy_bits_per_cell": abs(found["bits_per_cell"]),  # of a single code it is -0
+        "entropy_bits_per_cell": abs(statistics["bits_per_cell"]),  # for a single code it is -0
         "bits_per_voxel": bits / math.prod(stride),
     }
 
@@ -62,25 +115,23 @@ def evaluate_reconstruction(
     *,
     crop: tuple[int, int, int] = CROP,
     on_volume: Callable[[str, float], None] | None = None,
-) -> dict[str, Any]:
-    """PSNR of every volume and the power spectrum of all reconstructions against all volumes, ready for a report.
+) -> ReconstructionReport:
+    """Compare reconstructions with their volumes.
 
-    Intensities are those of the data set's own scaling brought to [0, 1] (hippocampus: percentiles 0.5-99.5 of each volume).
-    PSNR is taken inside the field of view, in dB, a figure a volume; `mean` is the mean of those. Spectra are taken of center crops
-    of at most `crop` voxels, each channel a volume of its own. `on_volume(name, psnr)` is called after each.
-    `sharpness` is the mean magnitude of gradients (`mean_gradient`) inside the field of view in all reconstructions over that in all
-    volumes: 1 where they are as sharp, less where they are blurred; noise raises it as detail does. Of a VQ-GAN there is also
-    `codebook` (`codebook_report`).
-    Of label maps there is also `dice`, by label: over the volumes that have the label, of the label map that is decoded.
-    Raises ValueError for an empty data set.
+    Intensities are those of the data set's own scaling, brought to [0, 1] (hippocampus: percentiles 0.5-99.5 of each volume). Figures
+    are measured inside the field of view, except spectra, which are of center crops of at most `crop` voxels.
+
+    Args:
+        on_volume: called after each volume with its name and PSNR.
+    Raises: ValueError for an empty data set.
     """
     count = len(dataset)
     if count == 0:
-        raise ValueError("there is no volume to reconstruct: the split is empty")
+        raise ValueError("the split is empty: there is no volume to reconstruct")
+    names = [name for _, name in sorted(dataset.config.image_labels.items())]
     per_volume: dict[str, float] = {}
     real: list[np.ndarray] = []
     decoded: list[np.ndarray] = []
-    names = [name for _, name in sorted(dataset.config.image_labels.items())]
     dice: dict[str, list[float]] = {name: [] for name in names[1:]}
     gradients: list[tuple[float, float]] = []  # of each reconstruction and its volume
     indices: list[torch.Tensor] = []
@@ -93,24 +144,20 @@ def evaluate_reconstruction(
         per_volume[sample["name"]] = psnr(reconstruction, target, fov)
         gradients.append((mean_gradient(reconstruction, fov), mean_gradient(target, fov)))
         if isinstance(posterior, QuantisedLatents):
-            indices.append(posterior.indices.cpu().flatten())  # padded to the stride, so each cell holds a voxel
+            indices.append(
+                posterior.indices.cpu().flatten()
+            )  # padded to the stride, so each latent voxel holds a voxel
         target, reconstruction = (sample["placement"].undo(array) for array in (target, reconstruction))
         real += list(target)
         decoded += list(reconstruction)
-        if names:
-            found, wanted = (
-                torch.from_numpy(merge_channels(array, range(len(names)), 0.5)) for array in (reconstruction, target)
-            )
-            for label, name in enumerate(names):
-                if label and (wanted == label).any():
-                    dice[name].append(dice_per_volume(found, wanted, label).item())
+        for name, score in _label_dice(reconstruction, target, names).items():
+            dice[name].append(score)
         if on_volume is not None:
             on_volume(sample["name"], per_volume[sample["name"]])
     decibels = ratio_db(mean_band_power(decoded, crop), mean_band_power(real, crop))
+    decoded_gradient, real_gradient = np.mean(gradients, axis=0)
     values = list(per_volume.values())
-    sharpness = np.divide(*np.mean(gradients, axis=0))
-    codebook = {"codebook": codebook_report(torch.cat(indices), vae.config["num_codes"], vae.stride)} if indices else {}
-    return {
+    report: ReconstructionReport = {
         "volumes": count,
         "psnr_db": {"mean": float(np.mean(values)), "std": float(np.std(values)), "per_volume": per_volume},
         "spectrum": {
@@ -118,11 +165,27 @@ def evaluate_reconstruction(
             "crop": list(crop),
             "ratio_db": dict(zip(band_names(BAND_EDGES), decibels.tolist(), strict=True)),
         },
-        "sharpness": float(sharpness),
-        **codebook,
+        "sharpness": float(decoded_gradient / real_gradient),
         "dice": {
-            name: {"volumes": len(found), "mean": float(np.mean(found)), "lowest": min(found)}
-            for name, found in dice.items()
-            if found
+            name: {"volumes": len(scores), "mean": float(np.mean(scores)), "lowest": min(scores)}
+            for name, scores in dice.items()
+            if scores
         },
+    }
+    if indices:
+        report["codebook"] = codebook_report(torch.cat(indices), vae.config["num_codes"], vae.stride)
+    return report
+
+
+def _label_dice(reconstruction: np.ndarray, target: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Compute the Dice of each label that the target contains, except the background (the first name)."""
+    if not names:
+        return {}
+    predicted, labels = (
+        torch.from_numpy(merge_channels(array, range(len(names)), 0.5)) for array in (reconstruction, target)
+    )
+    return {
+        name: dice_per_volume(predicted, labels, label).item()
+        for label, name in enumerate(names)
+        if label and (labels == label).any()
     }

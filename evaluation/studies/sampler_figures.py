@@ -1,11 +1,11 @@
-"""One way of sampling, judged: volumes from real test masks, how long they took, and what they are to real volumes."""
+"""Score one way of sampling: volumes from real test masks, the time they take, and their distance from real volumes."""
 
 import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -23,16 +23,17 @@ from evaluation.data.model_units import in_model_units
 from evaluation.data.pairs import LoadedPairs, unit_range
 from evaluation.metrics.features import Extractor, extract
 from evaluation.metrics.histogram import band_edges_for, power, power_ratio_db
-from evaluation.metrics.set_distances import compare_sets, kernel_distance, standardize
+from evaluation.metrics.set_distances import SetComparison, compare_sets, kernel_distance, standardize
 from evaluation.metrics.spectrum import band_names
 from evaluation.networks.segmenter import volume_dice
-from evaluation.stats.intervals import compare_paired
+from evaluation.stats.bootstrap import Estimate
+from evaluation.stats.intervals import PairedComparison, compare_paired
 from pipelines import MedVolumePipeline
 from volumes import Volume, VolumeDataset, pad_or_crop
 
 from .realism import MIN_SPREAD, common_shape
 
-OWN = "own"  # the scheduler that the pipeline comes with, by its own default of steps
+OWN = "own"  # the scheduler of the pipeline, with the default number of steps
 SOLVERS = {"dpmsolver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
 OF_FLOWS = {"euler": FlowMatchEulerDiscreteScheduler, "heun": FlowMatchHeunDiscreteScheduler, **SOLVERS}
 OF_DIFFUSION = {"euler": EulerDiscreteScheduler, "ddim": DDIMScheduler, "ddpm": DDPMScheduler, **SOLVERS}
@@ -41,7 +42,7 @@ DEFAULT_STEPS = inspect.signature(MedVolumePipeline.__call__).parameters["num_in
 
 @dataclass(frozen=True)
 class Combination:
-    """A scheduler by name, its steps, and the scale of the guidance."""
+    """A scheduler by name, its steps, and the guidance scale."""
 
     scheduler: str
     steps: int
@@ -50,7 +51,7 @@ class Combination:
 
 @dataclass(frozen=True)
 class SamplingInputs:
-    """What volumes are made of: masks of label values, classes and numbers, and whose they are."""
+    """Masks of label values, classes and numbers, and the names and subjects of their cases."""
 
     masks: Sequence[Volume]
     classes: Sequence[dict[str, str]]
@@ -60,98 +61,137 @@ class SamplingInputs:
 
 
 def make_named(name: str, pipe: MedVolumePipeline) -> Scheduler:
-    """A new scheduler that speaks the model's objective. Raises: ValueError for one that has no such, naming those that do."""
+    """Make a new scheduler for the model's objective. Raises: ValueError for a name without one, listing those that have one."""
     objective, train_steps = pipe.unet.config["objective"], pipe.unet.train_steps
     if name == OWN:
         return fit_scheduler(pipe.scheduler, objective, train_steps)
-    known = OF_FLOWS if objective == RECTIFIED_FLOW else OF_DIFFUSION
-    if name not in known:
-        raise ValueError(f"--schedulers {name}: a model that predicts {objective} has {', '.join(known)}")
-    return make_scheduler(objective, train_steps, name=known[name].__name__, bound=pipe.vae.latent_bound())
+    classes = OF_FLOWS if objective == RECTIFIED_FLOW else OF_DIFFUSION
+    if name not in classes:
+        raise ValueError(f"--schedulers {name}: a model that predicts {objective} has {', '.join(classes)}")
+    return make_scheduler(objective, train_steps, name=classes[name].__name__, bound=pipe.vae.latent_bound())
+
+
+class Seconds(TypedDict):
+    """Seconds per volume over the calls of the pipeline, decoding included."""
+
+    median: float
+    lowest: float
+    highest: float
+
+
+class Cost(TypedDict):
+    """The cost of sampling; `evaluations_per_volume` counts calls of the network, both of guidance's."""
+
+    scheduler_class: str
+    evaluations_per_volume: float
+    seconds_per_volume: Seconds
+
+
+class Spectrum(TypedDict):
+    """Power of generated over test volumes; `difference_db` is the mean of its absolute values over the bands."""
+
+    bands: list[str]
+    ratio_db: Estimate[list[float]]
+    difference_db: SetComparison[float]
+
+
+class DiceScores(TypedDict):
+    """Mean Dice on generated volumes and on the real volumes of their masks."""
+
+    generated: float
+    real: float
+    difference: PairedComparison
+
+
+class SamplerScores(TypedDict):
+    """Scores of one way of sampling. Intervals are of 95 %.
+
+    `kernel` is by extractor, of features in standard deviations of the training set's. `intensity_bias` is the mean intensity less that
+    of the real volume of the mask.
+    """
+
+    kernel: dict[str, SetComparison[float]]
+    spectrum: Spectrum
+    dice: DiceScores
+    intensity_bias: PairedComparison
 
 
 def inputs_from_dataset(dataset: VolumeDataset, unet: nn.Module) -> SamplingInputs:
-    """The masks and conditions of real volumes. Raises: ValueError for a model, or data, without masks."""
+    """Collect the masks and conditions of real volumes. Raises: ValueError for a model, or data, without masks."""
     config: Any = unet.config
     if not config["num_labels"] or any(prepared.mask is None for prepared in dataset.prepared):
         raise ValueError("samplers are compared on masks: the model or the data has none")
-    values, asked = np.array(sorted(dataset.labels), np.int16), []
+    values = np.array(sorted(dataset.labels), np.int16)
+    class_names, number_names = sorted(dataset.config.classes), sorted(dataset.config.numbers)
+    masks, classes, numbers = [], [], []
     for prepared in dataset.prepared:
         assert prepared.mask is not None
-        classes = zip(sorted(dataset.config.classes), prepared.classes, strict=True)
-        numbers = zip(sorted(dataset.config.numbers), prepared.numbers, strict=True)
-        known = {name: dataset.config.classes[name][i] for name, i in classes if i >= 0}
-        asked.append(
-            (
-                Volume(values[prepared.mask.array], prepared.image.affine),
-                {name: value for name, value in known.items() if name in (config["classes"] or {})},
-                {n: value for n, value in numbers if n in (config["numbers"] or {}) and not math.isnan(value)},
-            )
-        )
-    masks, labels, numbers = zip(*asked, strict=True)
-    return SamplingInputs(
-        masks, labels, numbers, [case.name for case in dataset.cases], [c.subject for c in dataset.cases]
-    )
+        masks.append(Volume(values[prepared.mask.array], prepared.image.affine))
+        of_case = {
+            n: dataset.config.classes[n][i] for n, i in zip(class_names, prepared.classes, strict=True) if i >= 0
+        }
+        classes.append({name: value for name, value in of_case.items() if name in (config["classes"] or {})})
+        pairs = zip(number_names, prepared.numbers, strict=True)
+        numbers.append({n: value for n, value in pairs if n in (config["numbers"] or {}) and not math.isnan(value)})
+    names = [case.name for case in dataset.cases]
+    return SamplingInputs(masks, classes, numbers, names, [case.subject for case in dataset.cases])
 
 
 def sample(
-    pipe: MedVolumePipeline, asked: SamplingInputs, combination: Combination, *, seed: int = 0, batch_size: int = 8
-) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """A volume (C, X, Y, Z) in [0, 1] for each mask, volume i from seed + i whatever the combination, and their cost:
-    {"scheduler_class", "evaluations_per_volume": of the network, both of guidance's counted, "seconds_per_volume":
-    {"median", "lowest", "highest"} over the calls of `batch_size` volumes, decoding included}.
-    """
-    own, evaluations = pipe.scheduler, 0
+    pipe: MedVolumePipeline, inputs: SamplingInputs, combination: Combination, *, seed: int = 0, batch_size: int = 8
+) -> tuple[list[np.ndarray], Cost]:
+    """Generate a volume (C, X, Y, Z) in [0, 1] for each mask, volume i from seed + i whatever the combination, and measure the cost."""
+    original_scheduler, evaluations = pipe.scheduler, 0
 
     def count(_: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal evaluations
         evaluations += len(args[0])
 
-    made, seconds = [], []
+    volumes, seconds = [], []
     handle = pipe.unet.register_forward_pre_hook(count)
     pipe.scheduler = make_named(combination.scheduler, pipe)
     try:
-        for start in range(0, len(asked.masks), batch_size):
-            part = slice(start, start + batch_size)
-            generators = [torch.Generator().manual_seed(seed + i) for i in range(len(asked.masks))[part]]
-            begun = time.perf_counter()
+        for start in range(0, len(inputs.masks), batch_size):
+            batch = slice(start, start + batch_size)
+            generators = [torch.Generator().manual_seed(seed + i) for i in range(len(inputs.masks))[batch]]
+            start_time = time.perf_counter()
             output: Any = pipe(
-                mask=list(asked.masks[part]),
-                classes=list(asked.classes[part]),
-                numbers=list(asked.numbers[part]),
+                mask=list(inputs.masks[batch]),
+                classes=list(inputs.classes[batch]),
+                numbers=list(inputs.numbers[batch]),
                 num_inference_steps=combination.steps,
                 guidance_scale=combination.guidance,
                 generator=generators,
                 batch_size=batch_size,
             )
-            seconds.append((time.perf_counter() - begun) / len(generators))
-            made += [in_model_units(image, pipe.data) for image in output.volumes]
+            seconds.append((time.perf_counter() - start_time) / len(generators))
+            volumes += [in_model_units(image, pipe.data) for image in output.volumes]
         name = type(pipe.scheduler).__name__
     finally:
-        pipe.scheduler = own
+        pipe.scheduler = original_scheduler
         handle.remove()
-    cost = {"median": float(np.median(seconds)), "lowest": min(seconds), "highest": max(seconds)}
-    return made, {
+    return volumes, {
         "scheduler_class": name,
-        "evaluations_per_volume": evaluations / len(made),
-        "seconds_per_volume": cost,
+        "evaluations_per_volume": evaluations / len(volumes),
+        "seconds_per_volume": {"median": float(np.median(seconds)), "lowest": min(seconds), "highest": max(seconds)},
     }
 
 
-class Judge:
-    """Compares volumes that were made from the masks of `asked` with real ones; what is known of these is computed once.
+class SamplerScorer:
+    """Compare generated volumes with real ones, whose features, powers and Dice are computed once.
 
     Args:
-        training, test: real volumes (C, X, Y, Z) in [0, 1], and the subject of each: the floor is the distance between them.
-        same: real volumes of the very masks, in the order of `asked`.
+        inputs: of the generated volumes.
+        training, test: real volumes (C, X, Y, Z) in [0, 1], and the subject of each. The distance between the two is the floor.
+        same: real volumes of the same masks, in the order of `inputs`.
         extractors: by name, on `device`.
-        segmenter: trained on real volumes; takes what `pairs` holds.
-        pairs: the very real volumes and masks as the segmenter takes them.
+        segmenter: trained on real volumes, for images as in `pairs`.
+        pairs: the real volumes `same` and their masks, as the segmenter takes them.
     """
 
     def __init__(
         self,
-        asked: SamplingInputs,
+        inputs: SamplingInputs,
         training: tuple[Sequence[np.ndarray], Sequence[str]],
         test: tuple[Sequence[np.ndarray], Sequence[str]],
         same: Sequence[np.ndarray],
@@ -162,9 +202,14 @@ class Judge:
         device: torch.device | str = "cpu",
         on_volume: Callable[[], None] | None = None,
     ):
-        self.asked, self.same, self.extractors, self.device = asked, same, extractors, device
-        self.segmenter, self.pairs, self.num_labels = segmenter, pairs, num_labels
-        self.subjects = {"training": training[1], "test": test[1], "generated": asked.subjects}
+        self.inputs = inputs
+        self.same = same
+        self.extractors = extractors
+        self.device = device
+        self.segmenter = segmenter
+        self.pairs = pairs
+        self.num_labels = num_labels
+        self.subjects = {"training": training[1], "test": test[1], "generated": inputs.subjects}
         real = {"training": training[0], "test": test[0]}
         self.shape = common_shape([volume for volumes in real.values() for volume in volumes])
         self.features = {
@@ -174,55 +219,51 @@ class Judge:
         self.powers = {s: self._powers(volumes) for s, volumes in real.items()}
         self.dice = self._dice(pairs.images)
 
-    def __call__(self, volumes: Sequence[np.ndarray]) -> dict[str, Any]:
-        """{"kernel": by extractor `compare_sets`, features in standard deviations of the training set's; "spectrum": {"bands",
-        "ratio_db": generated over test, band by band, "difference_db": `compare_sets` of the mean of its absolute values};
-        "dice": {"generated", "real": means, "difference": `compare_paired`}; "intensity_bias": `compare_paired` of the mean
-        intensity, less that of the real volume of the mask}. Intervals are of 95 %.
-
-        Raises: ValueError for volumes of another grid than the real ones of their masks.
-        """
-        for name, ours, theirs in zip(self.asked.names, volumes, self.same, strict=True):
-            if ours.shape != theirs.shape:
+    def __call__(self, volumes: Sequence[np.ndarray]) -> SamplerScores:
+        """Score volumes of `inputs`. Raises: ValueError for another grid than that of the real volume of the mask."""
+        for name, generated, real in zip(self.inputs.names, volumes, self.same, strict=True):
+            if generated.shape != real.shape:
                 raise ValueError(
-                    f"{name}: the real volume is {theirs.shape}, the generated one {ours.shape} at the pipeline's spacing; "
-                    "set data.spacing to what the pipeline was trained at"
+                    f"{name}: the real volume is {real.shape}, the generated one {generated.shape} at the pipeline's spacing; "
+                    "set data.spacing to that of the pipeline's training"
                 )
-        options: dict[str, Any] = {"subjects": self.subjects}
         kernel = {}
         for name, extractor in self.extractors.items():
             rows = {**self.features[name], "generated": extract(extractor, volumes, self.device)}
-            kernel[name] = compare_sets(kernel_distance, standardize(rows, "training", MIN_SPREAD), **options)
+            kernel[name] = compare_sets(
+                kernel_distance, standardize(rows, "training", MIN_SPREAD), subjects=self.subjects
+            )
         powers = {**self.powers, "generated": self._powers(volumes)}
-        images = torch.stack([self._as_seen(volume) for volume in volumes])
-        dice, means = self._dice(images), [np.array([[v.mean() for v in s]]) for s in (volumes, self.same)]
+        images = torch.stack([self._prepared(volume) for volume in volumes])
+        dice = self._dice(images)
+        means = [np.array([[volume.mean() for volume in of_source]]) for of_source in (volumes, self.same)]
         return {
             "kernel": kernel,
             "spectrum": {
                 "bands": band_names(band_edges_for(self.shape)),
-                "ratio_db": compare_sets(power_ratio_db, powers, **options)["generated_to_test"],
-                "difference_db": compare_sets(_mean_difference_db, powers, **options),
+                "ratio_db": compare_sets(power_ratio_db, powers, subjects=self.subjects)["generated_to_test"],
+                "difference_db": compare_sets(_mean_difference_db, powers, subjects=self.subjects),
             },
             "dice": {
                 "generated": float(dice.mean()),
                 "real": float(self.dice.mean()),
-                "difference": compare_paired(dice, self.dice, self.asked.subjects, "difference"),
+                "difference": compare_paired(dice, self.dice, self.inputs.subjects, "difference"),
             },
-            "intensity_bias": compare_paired(means[0], means[1], self.asked.subjects, "difference"),
+            "intensity_bias": compare_paired(means[0], means[1], self.inputs.subjects, "difference"),
         }
 
     def _powers(self, volumes: Sequence[np.ndarray]) -> np.ndarray:
         """(N, channels * bands)."""
         return np.stack([np.concatenate([power(channel, self.shape) for channel in volume]) for volume in volumes])
 
-    def _as_seen(self, volume: np.ndarray) -> torch.Tensor:
-        """As `load_pairs` brings real volumes to the segmenter."""
+    def _prepared(self, volume: np.ndarray) -> torch.Tensor:
+        """Prepare a volume for the segmenter as `load_pairs` does."""
         x, y, z = self.pairs.images.shape[2:]
         scaled = np.stack([unit_range(channel) for channel in volume])
         return torch.from_numpy(pad_or_crop(volume.shape[1:], (x, y, z)).apply(scaled, 0))
 
     def _dice(self, images: torch.Tensor) -> np.ndarray:
-        """(1, N): mean over the labels but the background, of volumes with the masks of `pairs`."""
+        """Compute the mean Dice over the labels except the background, (1, N), of volumes with the masks of `pairs`."""
         per_label = volume_dice(self.segmenter, images, self.pairs.labels, self.num_labels)
         return torch.stack(per_label).mean(0)[None].numpy()
 

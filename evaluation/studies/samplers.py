@@ -1,20 +1,20 @@
-"""Quality against steps and guidance, scheduler by scheduler:
+"""Compare the quality of schedulers at several steps and guidance scales:
 
 python -m evaluation.studies.samplers --pipeline weights/hippocampus --config configs/hippocampus/ldm.yaml --masks 24 \
     --schedulers euler heun dpmsolver++ unipc --steps 5 10 20 40 --output out/samplers.json
 
-Every combination makes a volume from each of the same test masks and seeds, and so does the pipeline as it comes ("own").
-They are compared with real volumes of those masks' split, beside what real training volumes are to these; a segmenter that learned
-from other real volumes says whether they obey their masks. `--split validation` is for choosing settings without a look at the test
-split. The report, and a table beside it (.md), are written anew after every combination; the same command again goes on with those
-that are missing. Guidance takes a model that was trained for it (condition_dropout).
+Every combination generates a volume from each of the same test masks and seeds, and so does the pipeline's own scheduler ("own").
+The volumes are compared with real volumes of the masks' split, beside the distance of real training volumes from these. A segmenter
+trained on other real volumes measures mask adherence. `--split validation` chooses settings without using the test split. The report,
+and a table beside it (.md), are written after every combination; run the same command again to resume with the missing ones.
+Guidance needs a model that was trained for it (condition_dropout).
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from jsonargparse import Namespace
 
@@ -37,39 +37,51 @@ def parse(args: Sequence[str] | None) -> Namespace:
     add_overlap_argument(parser)
     add_wait_argument(parser)
     parser.add_argument(
-        "--masks", type=Number(PositiveInt), default=24, help="masks, spread evenly over all of the split (24)"
+        "--masks", type=Number(PositiveInt), default=24, help="number of masks, spread evenly over the split (24)"
     )
     parser.add_argument(
         "--split",
         choices=["test", "validation"],
         default="test",
-        help="whose masks; validation is for choosing settings",
+        help="split of the masks; use validation to choose settings",
     )
     parser.add_argument(
         "--schedulers",
         nargs="*",
         choices=SCHEDULERS,
         default=["euler", "heun", "dpmsolver++", "unipc"],
-        help="beside its own",
+        help="schedulers, besides the pipeline's own",
     )
     parser.add_argument(
-        "--steps", type=Number(PositiveInt), nargs="+", default=[5, 10, 20, 40], help="of each scheduler"
+        "--steps",
+        type=Number(PositiveInt),
+        nargs="+",
+        default=[5, 10, 20, 40],
+        help="denoising steps of each scheduler",
     )
     parser.add_argument(
-        "--guidance", type=Number(NonNegativeFloat), nargs="+", default=[1.0], help="scales; 0 to 1 is none (1)"
+        "--guidance",
+        type=Number(NonNegativeFloat),
+        nargs="+",
+        default=[1.0],
+        help="guidance scales; 0 to 1 is no guidance (1)",
     )
-    parser.add_argument("--seed", type=Number(Seed), default=0, help="of the first volume (0)")
+    parser.add_argument("--seed", type=Number(Seed), default=0, help="seed of the first volume (0)")
     parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")
     parser.add_argument(
-        "--segmenter", type=str, help="file of the segmenter, trained if it is not there; default: beside the report"
+        "--segmenter", type=str, help="file of the segmenter, trained if it does not exist; default: beside the report"
     )
     parser.add_argument(
-        "--segmenter_steps", type=Number(PositiveInt), default=SEGMENTER_STEPS, help="its training steps"
+        "--segmenter_steps", type=Number(PositiveInt), default=SEGMENTER_STEPS, help="training steps of the segmenter"
     )
     parser.add_argument(
-        "--shape", type=Number(PositiveInt), nargs=3, default=list(SHAPE), help="voxels it takes; multiples of 8"
+        "--shape",
+        type=Number(PositiveInt),
+        nargs=3,
+        default=list(SHAPE),
+        help="input size of the segmenter in voxels; multiples of 8",
     )
-    parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
+    parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator, if any")
     parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))
     assert isinstance(parsed, Namespace)
     parsed.shape = tuple(parsed.shape)
@@ -98,9 +110,11 @@ from evaluation.data.pairs import (
     test_cases,
 )
 from evaluation.data.seen import check_pipeline
+from evaluation.data.volume_sets import unit_volumes
 from evaluation.metrics.features import EncoderStatistics, RandomStatistics
 from evaluation.networks.segmenter import make_segmenter, train_segmenter
 from evaluation.report import only_writer_of, provenance, write_report
+from evaluation.stats.bootstrap import Estimate
 from files.atomic import atomic_file, write_text
 from files.documents import read_object
 from files.paths import printable
@@ -115,61 +129,106 @@ from .sampler_figures import (
     OF_FLOWS,
     OWN,
     Combination,
-    Judge,
+    Cost,
+    SamplerScorer,
+    SamplerScores,
     inputs_from_dataset,
     make_named,
     sample,
 )
 from .utility import protocol
 
-assert {*SCHEDULERS} == {*OF_FLOWS, *OF_DIFFUSION}  # of which --help tells
+assert {*SCHEDULERS} == {*OF_FLOWS, *OF_DIFFUSION}  # `--help` lists them
 COLUMNS = (
     "sampler", "steps", "guidance", "evaluations", "s a volume", "kernel, random", "kernel, encoder", "spectrum, dB",
     "Dice less real", "intensity bias",
 )  # fmt: skip
 
 
-def main(args: Sequence[str] | None = None) -> dict[str, Any]:
-    """Judge what is missing from the report, and write it."""
+class Settings(TypedDict, total=False):
+    """The settings that all combinations of a report have in common; `split` only if it is not the test split."""
+
+    model: str
+    masks: list[str]
+    seed: int
+    batch_size: int
+    segmenter: dict[str, object]
+    data: dict[str, object]
+    split: str
+
+
+class Entry(Cost, SamplerScores):
+    """Cost and scores of one combination."""
+
+    scheduler: str
+    steps: int
+    guidance: float
+    volumes: int
+    measured: Mapping[str, object]
+
+
+class SamplerReport(TypedDict):
+    """The report of all combinations."""
+
+    evaluation: str
+    settings: Settings
+    combinations: list[Entry]
+
+
+def main(args: Sequence[str] | None = None) -> SamplerReport:
+    """Score the combinations that are missing from the report, and write it."""
     options = parse(args)
-    again = "run the same command again: it goes on with the combinations that are missing"
+    again = "run the same command again to resume with the missing combinations"
     with stoppable(again), only_writer_of(options.output, options.wait_minutes):
-        return judge_missing(options)
+        return score_missing(options)
 
 
-def judge_missing(options: Namespace) -> dict[str, Any]:
-    """`main`, of these options."""
+def score_missing(options: Namespace) -> SamplerReport:
+    """Run `main` with these options."""
     device = find_device(options.device)
     cases, config = load_cases(options.data), options.data
     check_command("samplers", cases, config, {"unseen": [options.split], "shape": options.shape})
     pipe: Any = MedVolumePipeline.from_pretrained(options.pipeline)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    wanted = combinations(pipe, options)
-    judging, learning = splits(cases, options.split)
-    check_pipeline(pipe, config, judging, options.pipeline, accepted=options.accept_overlap)
-    test = VolumeDataset(judging, config)
-    chosen = [test.cases[i] for i in spread(len(test), options.masks)]
-    settings = {
+    requested = combinations(pipe, options)
+    test_set, train_set = splits(cases, options.split)
+    check_pipeline(pipe, config, test_set, options.pipeline, accepted=options.accept_overlap)
+    test = VolumeDataset(test_set, config)
+    chosen = [test.cases[i] for i in evenly_spread(len(test), options.masks)]
+    settings: Settings = {
         "model": pipe.model_hash,
         "masks": [case.name for case in chosen],
         "seed": options.seed,
         "batch_size": options.batch_size,
         "segmenter": segmenter_settings(options),
-        "data": described(config),
-        **({} if options.split == "test" else {"split": options.split}),
+        "data": data_as_json(config),
     }
-    report = earlier(Path(options.output), settings)
-    done = [Combination(*(one[key] for key in ("scheduler", "steps", "guidance"))) for one in report["combinations"]]
-    missing = [one for one in wanted if one not in done]
-    print(f"{len(wanted) - len(missing)} of {len(wanted)} combinations are in {options.output}; {len(missing)} to go")
+    if options.split != "test":
+        settings["split"] = options.split
+    report = earlier_report(Path(options.output), settings)
+    done = [combination_of(entry) for entry in report["combinations"]]
+    missing = [combination for combination in requested if combination not in done]
+    print(
+        f"{len(requested) - len(missing)} of {len(requested)} combinations are in {options.output}; {len(missing)} to go"
+    )
     if missing:
-        judge = prepare(pipe, cases, learning, test, chosen, options)
-        for one in LiveBar(missing, desc="samplers", unit="combination"):
-            with finishing(f"{one.scheduler} of {one.steps} steps, guidance {one.guidance:g}"):
-                made, cost = sample(pipe, judge.asked, one, seed=options.seed, batch_size=options.batch_size)
-                figures = {**asdict(one), "volumes": len(made), **cost, **judge(made), "measured": provenance()}
-                report["combinations"].append(figures)
+        scorer = prepare(pipe, cases, train_set, test, chosen, options)
+        for combination in LiveBar(missing, desc="samplers", unit="combination"):
+            with finishing(f"{combination.scheduler} of {combination.steps} steps, guidance {combination.guidance:g}"):
+                volumes, cost = sample(
+                    pipe, scorer.inputs, combination, seed=options.seed, batch_size=options.batch_size
+                )
+                entry: Entry = {
+                    "scheduler": combination.scheduler,
+                    "steps": combination.steps,
+                    "guidance": combination.guidance,
+                    "volumes": len(volumes),
+                    **cost,
+                    **scorer(volumes),
+                    "measured": provenance(),
+                }
+                report["combinations"].append(entry)
                 write_report(options.output, report)
                 write_text(Path(options.output).with_suffix(".md"), markdown(report))
     print(markdown(report))
@@ -179,19 +238,17 @@ def judge_missing(options: Namespace) -> dict[str, Any]:
 def prepare(
     pipe: MedVolumePipeline,
     cases: Sequence[Case],
-    learning: Sequence[Case],
+    train_set: Sequence[Case],
     test: VolumeDataset,
     chosen: Sequence[Case],
     options: Namespace,
-) -> Judge:
-    """The judge of volumes made from the masks of the `chosen` cases, of those in `test`; its segmenter learns from `learning`."""
+) -> SamplerScorer:
+    """Make the scorer of volumes generated from the masks of the `chosen` cases of `test`; `train_set` is its segmenter's."""
     config, device = options.data, pipe.device
-    training, of_masks = (
-        VolumeDataset(part, config) for part in ([case for case in cases if case.split == "train"], chosen)
-    )
-    first, second = ((_unit(one), [case.subject for case in one.cases]) for one in (training, test))
-    segmenter = real_segmenter(learning, options, device)
-    judged = load_pairs([Pair(case) for case in of_masks.cases], config, options.shape)
+    training = VolumeDataset([case for case in cases if case.split == "train"], config)
+    of_masks = VolumeDataset(chosen, config)
+    segmenter = real_segmenter(train_set, options, device)
+    pairs = load_pairs([Pair(case) for case in of_masks.cases], config, options.shape)
     extractors = {"random": RandomStatistics().to(device), "encoder": EncoderStatistics(pipe.vae)}
     count = len(extractors) * (len(training) + len(test))
     with LiveBar(total=count, unit="volume", disable=None, desc="features of real volumes") as progress:
@@ -199,14 +256,14 @@ def prepare(
         def on_volume() -> None:
             progress.update()
 
-        return Judge(
+        return SamplerScorer(
             inputs_from_dataset(of_masks, pipe.unet),
-            first,
-            second,
-            _unit(of_masks),
+            (unit_volumes(training), [case.subject for case in training.cases]),
+            (unit_volumes(test), [case.subject for case in test.cases]),
+            unit_volumes(of_masks),
             extractors,
             segmenter,
-            judged,
+            pairs,
             len(label_values(config)),
             device,
             on_volume,
@@ -214,15 +271,15 @@ def prepare(
 
 
 def combinations(pipe: MedVolumePipeline, options: Namespace) -> list[Combination]:
-    """The pipeline's own sampler with its own default of steps, and all that is asked for.
+    """List the pipeline's own sampler with its default steps, and all requested combinations.
 
-    Raises: ValueError for schedulers, steps and guidance that the model cannot take, before any work.
+    Raises: ValueError for schedulers, steps and guidance that the model does not support, before any work.
     """
     if min([*options.steps, options.masks, options.batch_size]) < 1:
         raise ValueError("--steps, --masks and --batch_size must be 1 or more")
     for scale in options.guidance:
-        given = pipe.unet.condition_names
-        check_guidance(scale, pipe.unet.config["condition_dropout"] or {}, {"mask", *given.classes, *given.numbers})
+        schema = pipe.unet.condition_schema
+        check_guidance(scale, schema.dropout, {"mask", *schema.classes, *schema.numbers})
     scales: Any = [guidance_in_effect(scale) for scale in options.guidance]
     for name in options.schedulers:
         for steps in options.steps:
@@ -231,61 +288,66 @@ def combinations(pipe: MedVolumePipeline, options: Namespace) -> list[Combinatio
     return list(dict.fromkeys([Combination(OWN, DEFAULT_STEPS, 1.0), *every]))
 
 
-def earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The report to go on with. Raises: ValueError for one that was measured otherwise."""
+def earlier_report(path: Path, settings: Settings) -> SamplerReport:
+    """Read the report to resume. Raises: ValueError for one with other settings."""
     if not path.exists():
         return {"evaluation": "samplers", "settings": settings, "combinations": []}
-    report = read_object(path)
-    if report.get("evaluation") != "samplers":
-        raise ValueError(f"{path}: is no report of evaluation.studies.samplers; choose another --output")
-    _check_combinations(path, report)
+    content = read_object(path)
+    if content.get("evaluation") != "samplers":
+        raise ValueError(f"{path}: is not a report of evaluation.studies.samplers; choose another --output")
+    report = _checked(path, content)
     if different := sorted(key for key, value in settings.items() if report["settings"].get(key) != value):
         raise ValueError(f"{path}: was measured with another {', another '.join(different)}; choose another --output")
     return report
 
 
-def _check_combinations(path: Path, report: Mapping[str, Any]) -> None:
-    """Raises: ValueError for a report that was damaged."""
+def _checked(path: Path, content: Any) -> SamplerReport:
+    """Return the content of a report. Raises: ValueError for a damaged one."""
     try:
-        for one in report["combinations"]:
-            Combination(*(one[key] for key in ("scheduler", "steps", "guidance")))
-        markdown(dict(report))
-        report["settings"].get("model")
+        for entry in content["combinations"]:
+            combination_of(entry)
+        markdown(content)
+        content["settings"].get("model")
+        return content
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path}: is damaged ({type(error).__name__}: {error}); delete it, or choose another --output"
         ) from error
 
 
-def described(config: DataConfig) -> dict[str, Any]:
-    """The section `data` as a report holds it."""
+def combination_of(entry: Entry) -> Combination:
+    """Return the combination of an entry of a report."""
+    return Combination(entry["scheduler"], entry["steps"], entry["guidance"])
+
+
+def data_as_json(config: DataConfig) -> dict[str, object]:
+    """Return the section `data` as a report stores it."""
     return json.loads(json.dumps(asdict(config)))
 
 
-def segmenter_settings(options: Namespace) -> dict[str, Any]:
-    """What a segmenter depends on, beside the section `data`."""
+def segmenter_settings(options: Namespace) -> dict[str, object]:
+    """Return all settings that a segmenter depends on, except the section `data`."""
     return {**protocol(options.shape, options.segmenter_steps, None), "seed": 0, "labels": label_values(options.data)}
 
 
-def splits(cases: Sequence[Case], judging: str) -> tuple[list[Case], list[Case]]:
-    """Cases that judge, and those that a segmenter may learn from: neither test nor judging. With "validation" settings can be
-    chosen without a look at the test split."""
-    if judging == "test":
+def splits(cases: Sequence[Case], split: str) -> tuple[list[Case], list[Case]]:
+    """Return the cases of the tested split, and the segmenter's training set: all cases neither of it nor of the test split."""
+    if split == "test":
         return test_cases(cases), learning_cases(cases)
     return (
-        learning_cases([case for case in cases if case.split == judging]),
-        learning_cases([case for case in cases if case.split not in ("test", judging)]),
+        learning_cases([case for case in cases if case.split == split]),
+        learning_cases([case for case in cases if case.split not in ("test", split)]),
     )
 
 
-def real_segmenter(learning: Sequence[Case], options: Namespace, device: torch.device) -> nn.Module:
-    """The segmenter of `--segmenter`, or one that learns now from the real volumes of `learning`, and is kept there.
+def real_segmenter(train_set: Sequence[Case], options: Namespace, device: torch.device) -> nn.Module:
+    """Load the segmenter of `--segmenter`, or train one on the real volumes of `train_set` and write it there.
 
-    Raises: ValueError for a file of another segmenter.
+    Raises: ValueError for the file of another segmenter.
     """
     output = Path(options.output)
-    judging = {} if options.split == "test" else {"judges": options.split}
-    settings = json.dumps({**segmenter_settings(options), "data": described(options.data), **judging})
+    split = {} if options.split == "test" else {"judges": options.split}
+    settings = json.dumps({**segmenter_settings(options), "data": data_as_json(options.data), **split})
     path = Path(options.segmenter or output.with_name(f"{output.stem}_segmenter.safetensors"))
     config, num_labels = options.data, len(label_values(options.data))
     if path.exists():
@@ -296,21 +358,21 @@ def real_segmenter(learning: Sequence[Case], options: Namespace, device: torch.d
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if stored == settings:
                 segmenter.load_state_dict(tensors)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # the last of them of other tensors
-            raise ValueError(f"{path}: is no segmenter, or damaged ({error}); choose another --segmenter") from error
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: other tensors
+            raise ValueError(f"{path}: is not a segmenter, or damaged ({error}); choose another --segmenter") from error
         if stored != settings:
-            found = printable(str(stored))[:2000]
-            raise ValueError(f"{path}: holds a segmenter of {found}, not of {settings}; choose another --segmenter")
+            other = printable(str(stored))[:2000]
+            raise ValueError(f"{path}: is a segmenter of {other}, not of {settings}; choose another --segmenter")
         return segmenter.to(device).eval()
-    learned = load_pairs([Pair(case) for case in learning], config, options.shape)
+    pairs = load_pairs([Pair(case) for case in train_set], config, options.shape)
     with LiveBar(total=options.segmenter_steps, unit="step", disable=None, desc="training the segmenter") as progress:
 
         def on_step(step: int, loss: float) -> None:
             progress.update()
 
         segmenter = train_segmenter(
-            learned.images,
-            learned.labels,
+            pairs.images,
+            pairs.labels,
             num_labels,
             seed=0,
             iterations=options.segmenter_steps,
@@ -324,26 +386,27 @@ def real_segmenter(learning: Sequence[Case], options: Namespace, device: torch.d
     return segmenter
 
 
-def spread(items: int, count: int) -> list[int]:
-    """`count` of the numbers from 0 to items - 1 (all, where there are fewer), evenly spread."""
+def evenly_spread(items: int, count: int) -> list[int]:
+    """Choose `count` of the numbers from 0 to items - 1 (all, if there are fewer), evenly spread."""
     return np.unique(np.linspace(0, items - 1, min(count, items)).round().astype(int)).tolist()
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The report as a table, with the real-against-real floor as its last row and 95 % intervals in brackets."""
+def markdown(report: SamplerReport) -> str:
+    """Format the report as a table, with the real-against-real floor as its last row and 95 % intervals in brackets."""
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
-    found = report["combinations"]
-    for one in found:
-        name = f"{one['scheduler']} ({one['scheduler_class']})" if one["scheduler"] == OWN else one["scheduler"]
-        cells = [name, str(one["steps"]), f"{one['guidance']:g}", f"{one['evaluations_per_volume']:g}"]
-        cells.append(f"{one['seconds_per_volume']['median']:.2f}")
-        cells += [_cell(one["kernel"][name]["generated_to_test"]) for name in ("random", "encoder")]
-        cells.append(_cell(one["spectrum"]["difference_db"]["generated_to_test"], "{:.2f}"))
-        for paired in (one["dice"]["difference"], one["intensity_bias"]):
+    entries = report["combinations"]
+    for entry in entries:
+        scheduler = entry["scheduler"]
+        name = f"{scheduler} ({entry['scheduler_class']})" if scheduler == OWN else scheduler
+        cells = [name, str(entry["steps"]), f"{entry['guidance']:g}", f"{entry['evaluations_per_volume']:g}"]
+        cells.append(f"{entry['seconds_per_volume']['median']:.2f}")
+        cells += [_cell(entry["kernel"][name]["generated_to_test"]) for name in ("random", "encoder")]
+        cells.append(_cell(entry["spectrum"]["difference_db"]["generated_to_test"], "{:.2f}"))
+        for paired in (entry["dice"]["difference"], entry["intensity_bias"]):
             cells.append(_cell({"mean": paired["of_means"], "interval": paired["interval_subjects"]}, "{:+.4f}"))
         lines.append(f"| {' | '.join(cells)} |")
-    if found:
-        floor = found[0]
+    if entries:
+        floor = entries[0]
         cells = ["real training volumes", "", "", "", ""]
         cells += [_cell(floor["kernel"][name]["training_to_test"]) for name in ("random", "encoder")]
         cells += [_cell(floor["spectrum"]["difference_db"]["training_to_test"], "{:.2f}")]
@@ -352,11 +415,6 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(value: dict[str, Any], form: str = "{:.4f}") -> str:
+def _cell(value: Estimate[float], form: str = "{:.4f}") -> str:
     low, high = value["interval"]
     return f"{form.format(value['mean'])} ({form.format(low)} to {form.format(high)})"
-
-
-def _unit(dataset: VolumeDataset) -> list[np.ndarray]:
-    """(C, X, Y, Z) each, in [0, 1] as for the model."""
-    return [(prepared.image.array + 1) / 2 for prepared in dataset.prepared]

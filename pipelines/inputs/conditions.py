@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from autoencoder import VolumeAutoencoder
-from diffusion import LatentUNet3D, fold_images, fold_mask
+from diffusion import Conditions, LatentUNet3D, fold_images, fold_mask
 from pipelines.volume_processor import VolumeProcessor
 from volumes import Volume, grid_numbers
 from volumes.data.tables import read_number
@@ -74,21 +74,18 @@ def check_conditions(
     return chosen, values
 
 
-def condition_tensors(
-    unet: LatentUNet3D, volumes: Sequence[PreparedVolume], device: torch.device
-) -> dict[str, torch.Tensor]:
-    """The U-Net's keyword arguments for one batch of equal grids, those that the model knows and the volumes have:
-    "mask" embedded (B, mask_width, h, w, d), "classes" int64 (B, n) and "numbers" float32 (B, m)."""
-    names, classes = unet.condition_names, unet.config["classes"]
+def condition_tensors(unet: LatentUNet3D, volumes: Sequence[PreparedVolume], device: torch.device) -> Conditions:
+    """The conditions of one batch of equal grids, those that the model knows and the volumes have; masks are embedded."""
+    schema, classes = unet.condition_schema, unet.config["classes"]
     tensors = {}
-    if names.classes:
+    if schema.classes:
         indices = [
-            [classes[n].index(volume.classes[n]) if n in volume.classes else -1 for n in names.classes]
+            [classes[n].index(volume.classes[n]) if n in volume.classes else -1 for n in schema.classes]
             for volume in volumes
         ]
         tensors["classes"] = torch.tensor(indices, device=device)
-    if names.numbers:
-        values = [[volume.numbers.get(name, math.nan) for name in names.numbers] for volume in volumes]
+    if schema.numbers:
+        values = [[volume.numbers.get(name, math.nan) for name in schema.numbers] for volume in volumes]
         tensors["numbers"] = torch.tensor(values, dtype=torch.float32, device=device)
     masks = [volume.grid.labels for volume in volumes if volume.grid.labels is not None]
     if masks:
@@ -97,7 +94,7 @@ def condition_tensors(
             part = torch.from_numpy(np.stack([mask[..., start : start + planes] for mask in masks]))
             embedded.append(unet.embed_mask(fold_mask(part.to(device), unet.mask_stride, unet.config["num_labels"])))
         tensors["mask"] = torch.cat(embedded, dim=4)  # once, not at every step
-    return tensors
+    return Conditions(**tensors)
 
 
 def image_condition(

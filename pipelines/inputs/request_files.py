@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion.guidance import ConditionNames
+from diffusion import ConditionSchema
 from files.names import (
     Disk,
     cell_path,
@@ -92,14 +92,14 @@ def read_requests(source: str | Path, pipe: VolumePipeline, output: Path) -> lis
     """
     disk = Disk()
     table = copy_table(source, read_table) if is_url(source) else disk.find(plain_path(str(source)))
-    names, rows = pipe.unet.condition_names, read_table(table)
-    known = ["mask", "name", *names.classes, *names.numbers, *(name for name, _ in names.images)]
+    schema, rows = pipe.unet.condition_schema, read_table(table)
+    known = ["mask", "name", *schema.classes, *schema.numbers, *(name for name, _ in schema.images)]
     if unknown := sorted({column for row in rows for column in row} - set(known)):
         raise ValueError(f"{source}: unknown columns {unknown}; for this model a table has {', '.join(known)}")
     requests: list[VolumeRequest] = []
     places: dict[str, str] = {}  # of each name
     for number, row in enumerate(rows, start=1):
-        request = _row_request(row, f"row_{number:04d}", names, table.parent, disk, str(source))
+        request = _row_request(row, f"row_{number:04d}", schema, table.parent, disk, str(source))
         name = same_name(request.name)
         if name in places:
             raise ValueError(
@@ -118,12 +118,14 @@ def read_requests(source: str | Path, pipe: VolumePipeline, output: Path) -> lis
     return requests
 
 
-def _row_request(row: Row, unnamed: str, names: ConditionNames, folder: Path, disk: Disk, source: str) -> VolumeRequest:
+def _row_request(
+    row: Row, unnamed: str, schema: ConditionSchema, folder: Path, disk: Disk, source: str
+) -> VolumeRequest:
     """The request of one row of a table in `folder`; empty cells are left out. Raises: ValueError for files that are not there,
     and for a name that is unfit for a file."""
     cells = {column: value for column, value in row.items() if value != ""}
     paths = {}
-    for column in ["mask", *(name for name, _ in names.images)]:
+    for column in ["mask", *(name for name, _ in schema.images)]:
         if column not in cells:
             continue
         cell = str(cells[column])
@@ -136,6 +138,6 @@ def _row_request(row: Row, unnamed: str, names: ConditionNames, folder: Path, di
     name = str(cells.get("name", volume_stem(mask) if mask else unnamed))
     check_name(name, f"{source}: {row.place}, for its volumes")
     classes, numbers = (
-        {column: cells[column] for column in kind if column in cells} for kind in (names.classes, names.numbers)
+        {column: cells[column] for column in kind if column in cells} for kind in (schema.classes, schema.numbers)
     )
     return VolumeRequest(mask, classes=classes, numbers=numbers, images=paths, name=name)

@@ -133,7 +133,7 @@ def test_padding_is_not_perceived(network):
 
 def make(network: Path, shape=(16, 16, 16), vae: AutoencoderKL3D | None = None) -> PerceptualLoss | None:
     config: Any = SimpleNamespace(perceptual=PerceptualConfig(str(network)), crops=CropConfig(shape=shape))
-    return make_perception(config, vae or AutoencoderKL3D())
+    return make_perception(config.perceptual, config, vae or AutoencoderKL3D())
 
 
 def test_the_kind_is_told_by_the_path(tmp_path, vgg_file):

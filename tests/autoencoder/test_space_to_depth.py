@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 import train_ldm
 import train_vae
 from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
-from diffusion import LatentAugmentation, build_latent_cache
+from diffusion import LatentCacheConfig, build_latent_cache
 from pipelines import MedVolumePipeline
 from pipelines.storage.loading import load_autoencoder
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
@@ -92,7 +92,7 @@ def test_zeros_are_not_cached(tmp_path):
     dataset = VolumeDataset(load_cases(config), config)
     vae = SpaceToDepth3D()
     vae.set_latent_statistics([0.0], [0.5])
-    cache = build_latent_cache(dataset, vae, tmp_path, LatentAugmentation(), progress=False)
+    cache = build_latent_cache(dataset, vae, tmp_path, LatentCacheConfig(), progress=False)
     entry = cache[0]
     assert torch.equal(entry["mean"], dataset[0]["image"] * 2) and not entry["std"].any()
     assert entry["std"].shape == entry["mean"].shape

@@ -46,7 +46,7 @@ def test_an_export_of_its_modules_name_must_not_be_lazy(tmp_path):
 def test_configs_are_known_without_torch_and_pipelines_register_at_once():
     """In an interpreter of its own, for this one has imported everything."""
     code = (
-        "import sys, training.parsing, training.vae_config, training.ldm_config, volumes, evaluation, autoencoder\n"
+        "import sys, training.engine.config, training.vae_config, training.ldm_config, volumes, evaluation, autoencoder\n"
         "heavy = {'torch', 'diffusers', 'monai', 'accelerate', 'transformers', 'matplotlib', 'nibabel', 'fsspec'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         "import pipelines\n"

@@ -27,7 +27,7 @@ from cli.settings import (
     hints_of,
     show_ranges,
 )
-from diffusion import LatentAugmentation, LatentUNet3D
+from diffusion import LatentCacheConfig, LatentUNet3D
 from evaluation.report import read_config
 from training import TrainLdmConfig, TrainVaeConfig, build_model, ldm_config, parse_config, save_config, vae_config
 from training.engine import config as engine_config
@@ -43,7 +43,7 @@ CONFIGS = [
         for _, one in inspect.getmembers(module, dataclasses.is_dataclass)
         if one.__module__ == module.__name__
     ),
-    *(DataConfig, PhantomConfig, IntensityScaling, LatentAugmentation),
+    *(DataConfig, PhantomConfig, IntensityScaling, LatentCacheConfig),
 ]
 MODELS = [AutoencoderKL3D, VQGAN3D, SpaceToDepth3D, LatentUNet3D]
 
@@ -297,7 +297,7 @@ def test_combinations_are_refused(tmp_path, caplog):
             ["--adversarial.weight=0", "--adversarial.feature_matching=0"],
             "adversarial: weight and feature_matching are both 0",
         ),
-        (["--adversarial.slices=0", "--adversarial.volume=false"], "adversarial: slices is 0 and volume false"),
+        (["--adversarial.slices=0", "--adversarial.volume=false"], "adversarial: slices is 0 and volume is false"),
     ):
         with pytest.raises(ValueError, match=said):
             parse_config(TrainVaeConfig, [f"--config={path}", *arguments])
@@ -309,7 +309,7 @@ def test_combinations_are_refused(tmp_path, caplog):
 def test_crops_fit_stride_and_discriminator():
     assert crop_faults(CropConfig((16, 12, 24)), (4, 4, 4)) == []
     assert crop_faults(CropConfig((16, 14, 1)), (4, 4, 4)) == [
-        ("crops.shape [16, 14, 1] is no multiple of the autoencoder's stride [4, 4, 4]", "use [16, 16, 4]")
+        ("crops.shape [16, 14, 1] is not a multiple of the autoencoder's stride [4, 4, 4]", "use [16, 16, 4]")
     ]
     ((message, remedy),) = crop_faults(CropConfig((16, 16, 16)), (4, 4, 4), AdversarialConfig(layers=3))
     assert "a discriminator of 3 layers needs 24 voxels a side" in message and "adversarial.layers" in remedy

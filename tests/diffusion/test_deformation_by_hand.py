@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import LatentAugmentation
+from diffusion import LatentCacheConfig
 from diffusion.images import image_columns
 from diffusion.latent_cache import _version, deformed
 
@@ -21,7 +21,7 @@ class Planted:
 
 def moved(image: torch.Tensor, angles, growth, monkeypatch) -> tuple[torch.Tensor, torch.Tensor]:
     monkeypatch.setattr(np.random, "default_rng", lambda _: Planted(angles, growth))
-    how = LatentAugmentation(versions=2, rotate=90, scale=0.5)
+    how = LatentCacheConfig(versions=2, rotate=90, scale=0.5)
     shown, _, fov = deformed(image, None, how, torch.Generator().manual_seed(0), order=1)
     return shown[0], fov
 
@@ -50,7 +50,7 @@ def test_sides_grow_before_they_are_turned(monkeypatch):
 def test_each_axis_is_flipped_half_of_the_time_by_itself():
     """Of 200 versions; the first is the volume as it is."""
     image = torch.arange(8.0).view(1, 2, 2, 2)
-    how = LatentAugmentation(versions=2, flip_axes=(0, 2))
+    how = LatentCacheConfig(versions=2, flip_axes=(0, 2))
     item, flipped = {"image": image, "affine": torch.eye(4)}, []
     for version in range(201):
         made = _version(item, (2, 2, 2), how, 0, version, 3)["image"][0]

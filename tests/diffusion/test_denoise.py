@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchHeunDiscreteScheduler
 
-from diffusion import denoise, fit_scheduler, make_scheduler
+from diffusion import Conditions, denoise, fit_scheduler, make_scheduler
 from diffusion.denoise import StepChange
 from diffusion.objectives import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
 
@@ -46,7 +46,7 @@ def recovered(solver: str, objective: str, steps: int) -> torch.Tensor:
     scheduler, model = fit_scheduler(getattr(diffusers, solver)(), objective), KnowsTheAnswer(clean(), objective)
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows = [torch.Generator().manual_seed(i) for i in range(2)]
-    out = denoise(model, noise, scheduler, {}, num_inference_steps=steps, generator=rows)
+    out = denoise(model, noise, scheduler, Conditions(), num_inference_steps=steps, generator=rows)
     torch.testing.assert_close(model.seen[0][1], noise, atol=1e-6, rtol=0)  # it begins with the noise that is given
     signal, level = model.shares(model.seen[0][0])
     hidden = (noise - signal * model.x) / level
@@ -100,7 +100,7 @@ def test_euler_follows_a_known_ordinary_differential_equation():
 
     noise = torch.ones(1, 1, 2, 2, 2)
     for steps in (5, 50):
-        out = denoise(Growth(), noise, make_scheduler("rectified_flow"), {}, num_inference_steps=steps)
+        out = denoise(Growth(), noise, make_scheduler("rectified_flow"), Conditions(), num_inference_steps=steps)
         torch.testing.assert_close(out, noise * (1 - 1 / steps) ** steps)
 
 
@@ -112,13 +112,13 @@ def test_sigmas_are_visited_as_given():
             visited.append(round(float(timestep)))
             return (torch.zeros_like(sample),)
 
-    denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("rectified_flow"), {}, sigmas=[1.0, 0.7, 0.2])
-    denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("rectified_flow"), {}, num_inference_steps=4)
+    denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("rectified_flow"), Conditions(), sigmas=[1.0, 0.7, 0.2])
+    denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("rectified_flow"), Conditions(), num_inference_steps=4)
     assert visited == [1000, 700, 200, 1000, 750, 500, 250]
     with pytest.raises(ValueError, match="DDIMScheduler takes no sigmas"):
-        denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("epsilon"), {}, sigmas=[1.0, 0.5])
+        denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("epsilon"), Conditions(), sigmas=[1.0, 0.5])
     with pytest.raises(ValueError, match="at least 1"):
-        denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("epsilon"), {}, num_inference_steps=0)
+        denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("epsilon"), Conditions(), num_inference_steps=0)
 
 
 def test_each_sample_has_its_own_generator():
@@ -139,7 +139,7 @@ def test_each_sample_has_its_own_generator():
             model,
             rows,
             scheduler,
-            {},
+            Conditions(),
             num_inference_steps=6,
             generator=[torch.Generator().manual_seed(s) for s in seeds],
             callback=callback,
@@ -166,7 +166,7 @@ def test_the_callback_can_replace_latents():
         Still(),
         torch.zeros(1, 1, 2, 2, 2),
         make_scheduler("rectified_flow"),
-        {},
+        Conditions(),
         num_inference_steps=3,
         callback=callback,
     )
@@ -179,7 +179,7 @@ def test_heun_runs_with_its_own_step_count():
         KnowsTheAnswer(torch.zeros(1, 4, 3, 3, 3, dtype=torch.float64), "rectified_flow"),
         noise,
         FlowMatchHeunDiscreteScheduler(),
-        {},
+        Conditions(),
         num_inference_steps=10,
     )
     assert out.abs().max() < 1e-5 * noise.abs().max()

@@ -6,7 +6,7 @@ import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
 from tiny import seeded
 
-from diffusion import denoise, fit_scheduler, make_scheduler
+from diffusion import Conditions, denoise, fit_scheduler, make_scheduler
 from diffusion.denoise import steps_of
 from diffusion.objectives import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
 
@@ -52,7 +52,7 @@ def test_every_scheduler_keeps_the_image_outside_and_makes_the_rest(solver, obje
     region[..., :2, 1:, :3] = True
     model = KnowsTheAnswer(answer, objective)
     settings = {"num_inference_steps": 10, "generator": seeded(0), "image": image, "strength": strength}
-    out = denoise(model, noise, scheduler, {}, region=region, **settings)
+    out = denoise(model, noise, scheduler, Conditions(), region=region, **settings)
     inside = region.expand_as(out)
     assert torch.equal(out[~inside], image[~inside])
     atol = rounding(solver, objective, strength)
@@ -82,11 +82,21 @@ def test_the_share_of_the_steps():
     assert steps_of(0.29, 100) == 29  # 28.999999999999996
     scheduler, image = make_scheduler("rectified_flow"), torch.zeros(1, 1, 2, 2, 2)
     model = KnowsTheAnswer(torch.zeros(1), "rectified_flow")
-    denoise(model, torch.ones(1, 1, 2, 2, 2), scheduler, {}, num_inference_steps=20, image=image, strength=0.25)
+    denoise(
+        model, torch.ones(1, 1, 2, 2, 2), scheduler, Conditions(), num_inference_steps=20, image=image, strength=0.25
+    )
     assert [round(timestep) for timestep, _ in model.seen] == [250, 200, 150, 100, 50]
     torch.testing.assert_close(model.seen[0][1], torch.full((1, 1, 2, 2, 2), 0.25))
     heun = KnowsTheAnswer(torch.zeros(1), "rectified_flow")
-    denoise(heun, image + 1, FlowMatchHeunDiscreteScheduler(), {}, num_inference_steps=4, image=image, strength=0.5)
+    denoise(
+        heun,
+        image + 1,
+        FlowMatchHeunDiscreteScheduler(),
+        Conditions(),
+        num_inference_steps=4,
+        image=image,
+        strength=0.5,
+    )
     first, seen = heun.seen[0]
     torch.testing.assert_close(seen, torch.full_like(seen, first / 1000))
     assert len(heun.seen) == 3
@@ -97,5 +107,5 @@ def test_an_image_at_full_strength_is_no_condition_without_a_region():
     scheduler = fit_scheduler(diffusers.DDIMScheduler(), "epsilon")
     answer, image, noise = (torch.randn(1, 2, 3, 4, 5, generator=seeded(seed)[0]) for seed in range(3))
     model = KnowsTheAnswer(answer, "epsilon")
-    denoise(model, noise, scheduler, {}, num_inference_steps=4, image=image, strength=1.0)
+    denoise(model, noise, scheduler, Conditions(), num_inference_steps=4, image=image, strength=1.0)
     torch.testing.assert_close(model.seen[0][1], noise, atol=1e-6, rtol=0)

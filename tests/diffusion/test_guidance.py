@@ -7,33 +7,34 @@ from tiny import labels_of, tiny_pipeline
 
 import generate
 from diffusion import LatentUNet3D
-from diffusion.guidance import ConditionNames, check_guidance, drop_conditions, guidance_terms, guided
+from diffusion.conditioning import UNCONDITIONED, Conditions, ConditionSchema, drop_conditions
+from diffusion.guidance import check_guidance, guidance_terms, guided
 from pipelines.storage.provenance import recorded_guidance
 
-NAMES = ConditionNames(classes=("sex", "scanner"), numbers=("age",))
+SCHEMA = ConditionSchema(classes=("sex", "scanner"), numbers=("age",))
 
 
-def conditions(batch: int = 2) -> dict[str, torch.Tensor]:
-    return {
-        "mask": torch.ones(batch, 1, 2, 2, 2),
-        "classes": torch.tensor([[1, 2]] * batch),
-        "numbers": torch.tensor([[0.5]] * batch),
-    }
+def conditions(batch: int = 2) -> Conditions:
+    return Conditions(
+        mask=torch.ones(batch, 1, 2, 2, 2),
+        classes=torch.tensor([[1, 2]] * batch),
+        numbers=torch.tensor([[0.5]] * batch),
+    )
 
 
 def linear(latents, timestep, given):
     """A model whose prediction is 1 (always) + 10 (mask) + 100 (sex) + 1000 (scanner) + 10000 (age), where present."""
     present = [
-        (given["mask"].flatten(1) != 0).any(1),
-        *(given["classes"] >= 0).unbind(1),
-        ~given["numbers"][:, 0].isnan(),
+        (given.mask.flatten(1) != 0).any(1),
+        *(given.classes >= 0).unbind(1),
+        ~given.numbers[:, 0].isnan(),
     ]
     value = 1 + sum(10.0 ** (i + 1) * p.float() for i, p in enumerate(present))
     return value.view(-1, 1).expand(len(latents), 3)
 
 
 def predict(scale) -> torch.Tensor:
-    terms = guidance_terms(conditions(), NAMES, scale)
+    terms = guidance_terms(conditions(), SCHEMA, scale)
     return guided(linear, terms)(torch.zeros(2, 3), torch.tensor(0.0))
 
 
@@ -55,7 +56,9 @@ def test_a_scale_up_to_1_is_no_guidance_as_in_diffusers(scale):
     assert predict(scale).unique().tolist() == [11111]
     assert predict({"mask": scale, "sex": 3.0}).unique().tolist() == [11111 + 2 * 100]
     assert (
-        len(guidance_terms(conditions(), NAMES, scale)) == len(guidance_terms(conditions(), NAMES, {"age": scale})) == 1
+        len(guidance_terms(conditions(), SCHEMA, scale))
+        == len(guidance_terms(conditions(), SCHEMA, {"age": scale}))
+        == 1
     )
     check_guidance(scale, {}, {"mask"})  # so a model that never was without its mask may be asked for it
     check_guidance({"mask": scale}, {}, {"mask"})
@@ -107,29 +110,30 @@ def test_one_call_a_step_and_none_more_without_guidance():
         return linear(latents, timestep, given)
 
     for scale, batch in ((1.0, 2), (2.0, 4), ({"sex": 2.0, "age": 2.0}, 6), ({"sex": 1.0}, 2)):
-        guided(counted, guidance_terms(conditions(), NAMES, scale))(torch.zeros(2, 3), torch.tensor(0.0))
+        guided(counted, guidance_terms(conditions(), SCHEMA, scale))(torch.zeros(2, 3), torch.tensor(0.0))
         assert calls.pop() == batch and not calls
 
 
 def test_names_that_are_no_condition_are_refused():
     with pytest.raises(ValueError, match=r"\['sx'\].*'age', 'mask', 'scanner', 'sex'"):
-        guidance_terms(conditions(), NAMES, {"sx": 2.0})
+        guidance_terms(conditions(), SCHEMA, {"sx": 2.0})
 
 
 def test_without_conditions_a_scale_does_nothing():
-    assert guidance_terms({}, NAMES, 5.0) == [(1.0, {})]
+    ((weight, kept),) = guidance_terms(Conditions(), SCHEMA, 5.0)
+    assert weight == 1 and not kept.as_kwargs()
 
 
 def test_conditions_are_left_out_at_their_own_rate_and_independently():
     batch = 20_000
     rates = {"mask": 0.1, "sex": 0.5}
-    left = drop_conditions(conditions(batch), NAMES, rates, torch.Generator().manual_seed(0))
-    mask, sex = (left["mask"].flatten(1) == 0).all(1), left["classes"][:, 0] == -1
+    left = drop_conditions(conditions(batch), SCHEMA, rates, torch.Generator().manual_seed(0))
+    mask, sex = (left.mask.flatten(1) == 0).all(1), left.classes[:, 0] == -1
     assert mask.float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert sex.float().mean().item() == pytest.approx(0.5, abs=0.015)
     assert (mask & sex).float().mean().item() == pytest.approx(0.05, abs=0.006)
-    assert (left["classes"][:, 1] == 2).all() and not left["numbers"].isnan().any()
-    assert ((left["mask"] == 1).flatten(1).all(1) | mask).all()
+    assert (left.classes[:, 1] == 2).all() and not left.numbers.isnan().any()
+    assert ((left.mask == 1).flatten(1).all(1) | mask).all()
 
 
 def test_a_guided_volume_follows_the_formula(tmp_path):
@@ -171,5 +175,5 @@ def test_impossible_dropout_is_refused():
 def test_a_mask_left_out_is_a_mask_of_padding():
     unet = LatentUNet3D(channels=(8, 8), head_dim=8, num_labels=2, mask_stride=2)
     ids = torch.zeros(1, 4, 4, 4, 8, dtype=torch.int32)
-    left_out = ConditionNames().without({"mask": torch.ones_like(ids)}, {"mask"})["mask"]
+    left_out = Conditions(mask=torch.ones_like(ids)).drop({"mask"}, UNCONDITIONED).mask
     assert torch.equal(left_out, ids) and not unet.embed_mask(ids).any()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from autoencoder import AutoencoderKL3D, latent_statistics
 from diffusion import (
-    LatentAugmentation,
+    LatentCacheConfig,
     LatentDataset,
     build_latent_cache,
     collate_latents,
@@ -191,16 +191,16 @@ def test_latents_that_are_not_finite_name_their_volume_and_are_not_written(tmp_p
 
 def test_another_autoencoder_preprocessing_or_augmentation_is_another_cache(tmp_path, vae, dataset):
     first = build_latent_cache(dataset, vae, tmp_path, progress=False)
-    key = cache_key(dataset, vae, LatentAugmentation())
+    key = cache_key(dataset, vae, LatentCacheConfig())
     with torch.no_grad():
         vae.decoder[0].bias[0] += 1.0  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
-    assert key == cache_key(dataset, vae, LatentAugmentation())  # latents do not depend on the decoder
-    assert key != cache_key(dataset, vae, LatentAugmentation(versions=2))
+    assert key == cache_key(dataset, vae, LatentCacheConfig())  # latents do not depend on the decoder
+    assert key != cache_key(dataset, vae, LatentCacheConfig(versions=2))
     scaling = IntensityScaling(kind="percentile", low=0.5, high=90.0)
     other_scale = DataConfig(phantom=PhantomConfig(count=4, shape=(17, 14, 15)), intensity=scaling)
-    assert key != cache_key(VolumeDataset(load_cases(other_scale), other_scale), vae, LatentAugmentation())
+    assert key != cache_key(VolumeDataset(load_cases(other_scale), other_scale), vae, LatentCacheConfig())
     vae.set_latent_statistics([0.0] * 4, [1.0] * 4)
-    assert key != cache_key(dataset, vae, LatentAugmentation())  # the same weights, standardized otherwise
+    assert key != cache_key(dataset, vae, LatentCacheConfig())  # the same weights, standardized otherwise
     with torch.no_grad():
         vae.encoder[0].bias[0] += 1.0  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
     second = build_latent_cache(dataset, vae, tmp_path, progress=False)
@@ -216,7 +216,7 @@ def test_both_halves_of_a_pair_count(tmp_path, vae, dataset, gz):
 
     def key(name: str) -> str:
         dataset.cases = [Case("a", subject="a", images={"MR": tmp_path / name})]
-        return cache_key(dataset, vae, LatentAugmentation())
+        return cache_key(dataset, vae, LatentCacheConfig())
 
     names = [f"a.hdr{gz}", f"a.img{gz}", "a.nii"]
     before = [key(name) for name in names]
@@ -278,18 +278,18 @@ def test_two_runs_that_fill_one_cache_do_not_write_one_file(tmp_path, vae, datas
 
 def test_augmentation_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="versions: got 0, expected a whole number, 1 or more"):
-        LatentAugmentation(versions=0)
+        LatentCacheConfig(versions=0)
     with pytest.raises(ValueError, match=r"flip_axes\[0\]: got 3, expected a whole number, from 0 to 2"):
-        LatentAugmentation(flip_axes=(3,))
+        LatentCacheConfig(flip_axes=(3,))
     for wrong in ({"rotate": -1.0}, {"scale": 1.0}, {"deform": -2.0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: got "):
-            LatentAugmentation(**wrong)
+            LatentCacheConfig(**wrong)
 
 
 def test_augmented_versions_are_flipped_and_shifted_volumes(tmp_path, vae, dataset):
     """Whatever the flip and the shift, the labels are the same ones, as many of each, and version 0 is the volume itself."""
-    augmentation = LatentAugmentation(versions=6, flip_axes=(0,), shift=True, seed=3)
-    latents = build_latent_cache(dataset, vae, tmp_path, augmentation, progress=False)
+    augmentation = LatentCacheConfig(versions=6, flip_axes=(0,), shift=True)
+    latents = build_latent_cache(dataset, vae, tmp_path, augmentation, seed=3, progress=False)
     plain = build_latent_cache(dataset, vae, tmp_path, progress=False)
     assert torch.equal(latents[0]["mask"], plain[0]["mask"]) and torch.equal(latents[0]["mean"], plain[0]["mean"])
     mask, seen = dataset[0]["mask"], set()
@@ -308,7 +308,7 @@ def test_deformed_versions_keep_image_and_mask_together(tmp_path, vae, dataset):
     mask = torch.zeros(24, 24, 24, dtype=torch.int16)
     mask[6:18, 8:16, 7:17] = 1
     image = 2.0 * mask[None].float() - 1
-    how = LatentAugmentation(versions=2, rotate=15, scale=0.1, deform=1.5)
+    how = LatentCacheConfig(versions=2, rotate=15, scale=0.1, deform=1.5)
     moved, labels, fov = latent_cache.deformed(image, mask, how, torch.Generator().manual_seed(0))
     again = latent_cache.deformed(image, mask, how, torch.Generator().manual_seed(0))
     assert torch.equal(moved, again[0]) and torch.equal(labels, again[1])
@@ -328,7 +328,7 @@ def test_volumes_are_rotated_in_mm():
     """Distances from the center stay what they are, in voxels of 1 x 1 x 3 mm."""
     places = torch.stack(torch.meshgrid(*(torch.arange(n) - (n - 1) / 2 for n in (33, 33, 11)), indexing="ij"))
     distance = (places * torch.tensor([1.0, 1.0, 3.0]).view(3, 1, 1, 1)).norm(dim=0)
-    how = LatentAugmentation(versions=2, rotate=40)
+    how = LatentCacheConfig(versions=2, rotate=40)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         moved, _, fov = latent_cache.deformed(distance[None], None, how, generator, (1.0, 1.0, 3.0))
@@ -346,7 +346,7 @@ def test_label_maps_stay_label_maps_and_spacing_is_the_volumes_own(tmp_path, vae
 
     original = latent_cache.deformed
     monkeypatch.setattr(latent_cache, "deformed", deformed)
-    how = LatentAugmentation(versions=2, rotate=10)
+    how = LatentCacheConfig(versions=2, rotate=10)
     for one in dataset.prepared:
         one.image.affine[2, 2], one.image.array[:] = 3.0, 2.0 * (one.image.array > 0) - 1
     for labels, order in (({}, 3), ({0: "background", 1: "organ"}, 0)):
@@ -360,7 +360,7 @@ def test_the_displacement_is_as_large_as_asked():
     ramp = torch.arange(32.0).view(1, 32, 1, 1).expand(1, 32, 24, 24).contiguous()
     moves = []
     for seed in range(24):
-        how = LatentAugmentation(versions=2, deform=2.0)
+        how = LatentCacheConfig(versions=2, deform=2.0)
         moved, _, _ = latent_cache.deformed(ramp, None, how, torch.Generator().manual_seed(seed))
         moves.append((moved - ramp)[0, 10:22:5, 6:18:5, 6:18:5])
     assert torch.cat(moves).square().mean().sqrt().item() == pytest.approx(2.0, rel=0.15)
@@ -382,17 +382,17 @@ def entry(name: str, shape: tuple[int, int, int]) -> dict:
 def test_a_batch_takes_the_first_shape_and_padding_has_no_weight():
     items = [entry("a", (3, 4, 3)), entry("b", (5, 4, 2))]
     batch = collate_latents(items, (4, 4, 4), 2)
-    assert batch["mean"].shape == (2, 4, 3, 4, 3) and batch["conditions"]["mask"].shape == (2, 3, 4, 3, 64)
+    assert batch["mean"].shape == (2, 4, 3, 4, 3) and batch["conditions"].mask.shape == (2, 3, 4, 3, 64)
     assert torch.equal(batch["mean"][0], items[0]["mean"])
     inside = batch["weight"][1, 0] > 0
     assert inside.sum() == 3 * 4 * 2  # cropped along x, padded along z
-    assert not batch["mean"][1][:, ~inside].any() and not batch["conditions"]["mask"][1][~inside].any()
+    assert not batch["mean"][1][:, ~inside].any() and not batch["conditions"].mask[1][~inside].any()
     values = batch["mean"][1, 0][inside].view(3, 4, 2)
     start = int(values[0, 0, 0] - 1) // 8
     assert torch.equal(values, items[1]["mean"][0, start : start + 3])
     assert torch.equal(batch["std"][1, 0][inside].view(3, 4, 2), values / 10)
     assert torch.equal(
-        batch["conditions"]["mask"][1][inside].view(3, 4, 2, 64), fold_mask(items[1]["mask"][None], (4, 4, 4), 2)[0, :3]
+        batch["conditions"].mask[1][inside].view(3, 4, 2, 64), fold_mask(items[1]["mask"][None], (4, 4, 4), 2)[0, :3]
     )
 
 
@@ -410,7 +410,7 @@ def test_a_batch_is_a_function_of_its_names_and_places_vary():
 
 def test_without_labels_there_is_no_mask_and_with_labels_one_must_be_there():
     item = entry("a", (3, 3, 3))
-    assert collate_latents([item], (4, 4, 4), 0)["conditions"] == {}
+    assert collate_latents([item], (4, 4, 4), 0)["conditions"].as_kwargs() == {}
     del item["mask"]
     with pytest.raises(ValueError, match="a: no mask"):
         collate_latents([item], (4, 4, 4), 2)

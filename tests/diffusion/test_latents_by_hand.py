@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from autoencoder import SpaceToDepth3D
 from autoencoder.layers import depth_to_space
-from diffusion import LatentAugmentation, build_latent_cache, collate_latents, fold_mask, training_loss
+from diffusion import Conditions, LatentCacheConfig, build_latent_cache, collate_latents, fold_mask, training_loss
 from diffusion.folding import cells_inside
 from diffusion.latent_cache import cache_key, deformed
 from diffusion.objectives import noisy_and_target, sample_timesteps
@@ -55,7 +55,7 @@ def voxels(entry: dict[str, torch.Tensor]) -> torch.Tensor:
     ],
 )
 def test_image_mask_and_field_of_view_are_flipped_and_shifted_together(tmp_path, vae, dataset, how):
-    latents = build_latent_cache(dataset, vae, tmp_path, LatentAugmentation(versions=6, seed=1, **how), progress=False)
+    latents = build_latent_cache(dataset, vae, tmp_path, LatentCacheConfig(versions=6, **how), seed=1, progress=False)
     stored, flips, places = {index: dataset[index // 6] for index in range(12)}, set(), set()
     for index in range(len(latents)):
         entry, original = latents[index], stored[index]
@@ -92,8 +92,8 @@ def test_a_volume_and_its_versions_differ_and_so_do_volumes_and_seeds(tmp_path, 
     """Each version of each volume is moved by itself: no two alike, and another seed moves them otherwise."""
 
     def masks(folder: str, seed: int) -> list[torch.Tensor]:
-        how = LatentAugmentation(versions=3, flip_axes=(0, 1, 2), shift=True, rotate=20, seed=seed)
-        latents = build_latent_cache(dataset, vae, tmp_path / folder, how, progress=False)
+        how = LatentCacheConfig(versions=3, flip_axes=(0, 1, 2), shift=True, rotate=20)
+        latents = build_latent_cache(dataset, vae, tmp_path / folder, how, seed=seed, progress=False)
         return [latents[index]["mask"] for index in range(len(latents))]
 
     dataset.prepared[1].mask.array[:] = dataset.prepared[0].mask.array  # equal volumes
@@ -108,7 +108,7 @@ def test_a_volume_and_its_versions_differ_and_so_do_volumes_and_seeds(tmp_path, 
 
 def test_what_turns_outside_is_no_data(tmp_path, vae, dataset):
     """Corners of a rotated volume show what lay outside: padding in image and mask, and cells of nothing else have no weight."""
-    how = LatentAugmentation(versions=4, rotate=40, seed=0)
+    how = LatentCacheConfig(versions=4, rotate=40)
     latents = build_latent_cache(dataset, vae, tmp_path, how, progress=False)
     empty = 0
     for index in (1, 2, 3):
@@ -137,7 +137,7 @@ def test_a_quarter_turn_is_a_quarter_turn(monkeypatch):
 
     def turned(angles, scales=(0.0, 0.0, 0.0), spacing=(1.0, 1.0, 1.0)):
         monkeypatch.setattr(np.random, "default_rng", lambda _: Planted(angles, scales))
-        how = LatentAugmentation(versions=2, rotate=90, scale=0.5)
+        how = LatentCacheConfig(versions=2, rotate=90, scale=0.5)
         return deformed(image, mask, how, torch.Generator().manual_seed(0), spacing, order=1)
 
     for axis, plane in ((0, (1, 2)), (1, (2, 0)), (2, (0, 1))):
@@ -209,34 +209,37 @@ NOT_OF_LATENTS = {"classes": {"sex": ["F", "M"]}, "numbers": ["age"], "condition
 
 def test_every_setting_of_the_data_that_changes_latents_changes_the_key(vae, dataset):
     """One after another, on cases that stay as they are; a setting that is new must be named here, on one of the sides."""
-    before = cache_key(dataset, vae, LatentAugmentation())
+    before = cache_key(dataset, vae, LatentCacheConfig())
     names = {one.name for one in dataclasses.fields(DataConfig)}
     assert names == {*CHANGED, *NOT_OF_LATENTS}
     keys = {before}
     for name, value in CHANGED.items():
         old = getattr(dataset.config, name)
         setattr(dataset.config, name, value)
-        keys.add(cache_key(dataset, vae, LatentAugmentation()))
+        keys.add(cache_key(dataset, vae, LatentCacheConfig()))
         setattr(dataset.config, name, old)
     assert len(keys) == len(CHANGED) + 1
     for name, value in NOT_OF_LATENTS.items():
         setattr(dataset.config, name, value)
-    assert cache_key(dataset, vae, LatentAugmentation()) == before
+    assert cache_key(dataset, vae, LatentCacheConfig()) == before
     for scaling in (
         IntensityScaling("window", -160, 241),
         IntensityScaling("window", -161, 240),
         IntensityScaling("percentile", 1, 99),
     ):
         dataset.config.intensity = scaling
-        keys.add(cache_key(dataset, vae, LatentAugmentation()))
+        keys.add(cache_key(dataset, vae, LatentCacheConfig()))
     assert len(keys) == len(CHANGED) + 4
 
 
 def test_every_setting_of_the_augmentation_changes_the_key(vae, dataset):
-    changes = {"versions": 2, "flip_axes": (1,), "shift": True, "rotate": 3.0, "scale": 0.1, "deform": 1.0, "seed": 9}
-    assert changes.keys() == {one.name for one in dataclasses.fields(LatentAugmentation)}
-    keys = {cache_key(dataset, vae, LatentAugmentation(**{name: value})) for name, value in changes.items()}
-    assert len(keys | {cache_key(dataset, vae, LatentAugmentation())}) == len(changes) + 1
+    changes = {"versions": 2, "flip_axes": (1,), "shift": True, "rotate": 3.0, "scale": 0.1, "deform": 1.0}
+    assert {*changes, "folder"} == {field.name for field in dataclasses.fields(LatentCacheConfig)}
+    keys = {cache_key(dataset, vae, LatentCacheConfig(**{name: value})) for name, value in changes.items()}
+    keys.add(cache_key(dataset, vae, LatentCacheConfig(), seed=9))
+    usual = cache_key(dataset, vae, LatentCacheConfig())
+    assert len(keys | {usual}) == len(changes) + 2
+    assert cache_key(dataset, vae, LatentCacheConfig(folder="elsewhere")) == usual
 
 
 def test_files_cases_and_the_autoencoders_config_change_the_key(tmp_path, vae, dataset):
@@ -245,7 +248,7 @@ def test_files_cases_and_the_autoencoders_config_change_the_key(tmp_path, vae, d
     dataset.cases = [Case("a", subject="a", images={"MR": tmp_path / "a.nii"}, mask=tmp_path / "m.nii")]
 
     def key(of: SpaceToDepth3D = vae) -> str:
-        return cache_key(dataset, of, LatentAugmentation())
+        return cache_key(dataset, of, LatentCacheConfig())
 
     keys = [key()]
     for name, content in (("a.nii", b"22"), ("m.nii", b"333")):
@@ -319,11 +322,11 @@ def test_padding_is_zero_in_the_unets_input_and_has_no_part_in_the_loss(objectiv
     latents, unet = torch.randn(2, 3, 4, 3, 2), Watched(0.5)
     latents[1, :, 1:] = 50.0
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    conditions = {"numbers": torch.tensor([[1.0], [2.0]])}
+    conditions = Conditions(numbers=torch.tensor([[1.0], [2.0]]))
     loss = training_loss(unet, objective, latents, conditions, weight, generators)
     seen, timestep, given = unet.seen[0]
     assert not seen[1, :, 1:].any() and seen[1, :, 0].all() and seen[0].all()
-    assert given == conditions and timestep.shape == (2,)
+    assert given == conditions.as_kwargs() and timestep.shape == (2,)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     assert torch.equal(timestep, sample_timesteps(objective, 2, generators))
     noise = torch.stack([torch.randn(3, 4, 3, 2, generator=one) for one in generators])
@@ -334,7 +337,7 @@ def test_padding_is_zero_in_the_unets_input_and_has_no_part_in_the_loss(objectiv
 
     def again(**how) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-        return training_loss(Watched(0.5), objective, latents, {}, weight, generators, **how)
+        return training_loss(Watched(0.5), objective, latents, Conditions(), weight, generators, **how)
 
     by_hand = [(0.5 - target[0]).abs().mean(), (0.5 - target[1, :, :1]).abs().mean()]
     torch.testing.assert_close(again(absolute=True), torch.stack(by_hand).mean())
@@ -344,7 +347,7 @@ def test_padding_is_zero_in_the_unets_input_and_has_no_part_in_the_loss(objectiv
         Watched(0.5),
         objective,
         latents[:1].expand(2, -1, -1, -1, -1),
-        {},
+        Conditions(),
         weight[:1],
         [torch.Generator().manual_seed(s) for s in (3, 4)],
         each=True,
@@ -354,7 +357,7 @@ def test_padding_is_zero_in_the_unets_input_and_has_no_part_in_the_loss(objectiv
 
 def test_a_batch_of_padding_alone_costs_nothing():
     loss = training_loss(
-        Watched(), "epsilon", torch.zeros(1, 2, 3, 3, 3), {}, torch.zeros(1, 1, 3, 3, 3), torch.Generator()
+        Watched(), "epsilon", torch.zeros(1, 2, 3, 3, 3), Conditions(), torch.zeros(1, 1, 3, 3, 3), torch.Generator()
     )
     assert loss.item() == 0
 

@@ -15,7 +15,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from diffusion import OBJECTIVES, denoise, fit_scheduler, make_scheduler, training_loss
+from diffusion import OBJECTIVES, Conditions, denoise, fit_scheduler, make_scheduler, training_loss
 from diffusion.objectives import noisy_and_target, sample_timesteps
 
 FLOW, V, EPS = OBJECTIVES
@@ -128,7 +128,9 @@ class AlmostRight(torch.nn.Module):
 def test_an_error_of_the_model_does_not_grow_while_sampling(solver, objective):
     """Latents of unit variance come back; from pure noise, eps would give them a standard deviation of 8 to 15."""
     noise = torch.randn(1, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
-    out = denoise(AlmostRight(objective), noise, fit_scheduler(solver(), objective), {}, num_inference_steps=20)
+    out = denoise(
+        AlmostRight(objective), noise, fit_scheduler(solver(), objective), Conditions(), num_inference_steps=20
+    )
     assert out.std().item() == pytest.approx(1, abs=0.06)
 
 
@@ -144,7 +146,7 @@ def test_the_loss_of_a_perfect_denoiser_is_zero_and_padding_has_no_part_in_it():
     weight[:, :, 2] = 0
     latents = torch.zeros(4, 2, 3, 3, 3)
     latents[:, :, 2] = 100.0  # whatever lies in the padding
-    loss = training_loss(Perfect(), FLOW, latents, {}, weight, torch.Generator().manual_seed(0))
+    loss = training_loss(Perfect(), FLOW, latents, Conditions(), weight, torch.Generator().manual_seed(0))
     assert loss.item() == pytest.approx(0, abs=1e-8)
 
 
@@ -159,7 +161,7 @@ def test_each_volume_counts_the_same_however_much_of_it_is_padding():
 
     def loss(chosen: list[int]):
         draws = [torch.Generator().manual_seed(i) for i in chosen]
-        return training_loss(Zero(), FLOW, latents[chosen], {}, weight[chosen], draws)
+        return training_loss(Zero(), FLOW, latents[chosen], Conditions(), weight[chosen], draws)
 
     torch.testing.assert_close(loss([0, 1]), (loss([0]) + loss([1])) / 2)
 
@@ -170,5 +172,7 @@ def test_the_loss_of_predicting_nothing_is_the_targets_variance():
             return (torch.zeros_like(sample),)
 
     latents = torch.randn(8, 4, 8, 8, 8, generator=torch.Generator().manual_seed(1))
-    loss = training_loss(Zero(), FLOW, latents, {}, torch.ones(8, 1, 8, 8, 8), torch.Generator().manual_seed(0))
+    loss = training_loss(
+        Zero(), FLOW, latents, Conditions(), torch.ones(8, 1, 8, 8, 8), torch.Generator().manual_seed(0)
+    )
     assert loss.item() == pytest.approx(2.0, rel=0.03)  # variance of noise plus variance of latents

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import train_ldm
 from autoencoder import AutoencoderKL3D
-from diffusion import LatentAugmentation, build_latent_cache, latent_store
+from diffusion import LatentCacheConfig, build_latent_cache, latent_store
 from diffusion.latent_cache import cache_key
 from diffusion.latent_store import LatentStore
 from volumes import VolumeDataset, load_cases
@@ -109,7 +109,7 @@ def test_other_voxels_under_the_same_name_are_other_latents_and_the_same_on_ever
 
     def key(root) -> str:
         config = data(root, images=images)
-        return cache_key(VolumeDataset(load_cases(config), config), vae, LatentAugmentation())
+        return cache_key(VolumeDataset(load_cases(config), config), vae, LatentCacheConfig())
 
     there, here = key(url), key(folder)
     monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "another"))

@@ -17,7 +17,7 @@ from diffusers import (
 )
 from tiny import labels_of, seeded, tiny_pipeline
 
-from diffusion import OBJECTIVES, denoise, fit_scheduler, make_scheduler
+from diffusion import OBJECTIVES, Conditions, denoise, fit_scheduler, make_scheduler
 from diffusion.denoise import set_timesteps
 from diffusion.objectives import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
 from pipelines import MedVolumePipeline
@@ -142,7 +142,9 @@ def beginning():
 
 
 def sampled(model, scheduler, steps, **options):
-    return denoise(model, beginning(), scheduler, {}, num_inference_steps=steps, generator=seeded(5), **options)
+    return denoise(
+        model, beginning(), scheduler, Conditions(), num_inference_steps=steps, generator=seeded(5), **options
+    )
 
 
 def answer():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-from diffusion import LatentUNet3D, denoise, fit_scheduler, make_scheduler, training_loss
+from diffusion import Conditions, LatentUNet3D, denoise, fit_scheduler, make_scheduler, training_loss
 from diffusion.denoise import set_timesteps
 from diffusion.objectives import noisy_and_target, sample_timesteps
 
@@ -67,7 +67,7 @@ def test_a_bound_keeps_all_steps_of_ddpm_on_course(bound, first):
         Memory(x0, 250),
         torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)),
         make_scheduler(EPS, 250, name="DDPMScheduler", bound=bound),
-        {},
+        Conditions(),
         num_inference_steps=250,
         generator=torch.Generator().manual_seed(1),
         callback=lambda step, timestep, latents: seen.append(latents.mean().item()),
@@ -131,5 +131,5 @@ def test_the_absolute_error():
     latents, weight = torch.zeros(8, 4, 8, 8, 8), torch.ones(8, 1, 8, 8, 8)
     for absolute, expected in ((False, 1.0), (True, math.sqrt(2 / math.pi))):
         generator = torch.Generator().manual_seed(0)
-        loss = training_loss(Zero(), EPS, latents, {}, weight, generator, train_steps=300, absolute=absolute)
+        loss = training_loss(Zero(), EPS, latents, Conditions(), weight, generator, train_steps=300, absolute=absolute)
         assert loss.item() == pytest.approx(expected, rel=0.02)  # 16,384 draws: 1 % is the standard error

@@ -64,7 +64,7 @@ def test_missing_unwanted_and_misplaced_masks_are_refused():
     x = torch.randn(1, 4, 3, 3, 3)
     with pytest.raises(ValueError, match="conditioned on a mask"):
         small_unet(num_labels=3)(x, 1)
-    with pytest.raises(ValueError, match="knows no mask"):
+    with pytest.raises(ValueError, match="without a mask condition"):
         small_unet()(x, 1, folded())
     with pytest.raises(ValueError, match="folded to"):
         small_unet(num_labels=3)(x, 1, folded((1, 16, 12, 12)))

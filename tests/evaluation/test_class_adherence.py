@@ -8,12 +8,11 @@ import torch
 import yaml
 
 import evaluate
+from evaluation.data.volume_sets import generated_cases, load_classes
 from evaluation.networks.classifier import classify, train_classifier
 from evaluation.studies.class_adherence import (
-    compare,
+    compare_class_rates,
     describe_sizes,
-    generated_cases,
-    load_classes,
     rates,
 )
 from pipelines.storage.provenance import sidecar_path
@@ -85,14 +84,14 @@ def test_a_model_that_obeys_is_told_from_one_with_the_labels_swapped(folder, cap
 
 def test_what_cannot_be_judged_is_refused(folder):
     (folder / "made").mkdir()
-    with pytest.raises(ValueError, match="made: holds no volume with a sidecar"):
+    with pytest.raises(ValueError, match="made: no volume with a sidecar"):
         judge(folder)
     generate(folder, swapped=False)
-    with pytest.raises(ValueError, match=r"'sex' is no class of the data; those are \['kind'\]"):
+    with pytest.raises(ValueError, match=r"'sex' is not a class of the data; choose one of \['kind'\]"):
         judge(folder, "--column", "sex")
     for path in (folder / "made").glob("*.json"):
         path.write_text(json.dumps({"synthetic": True, "classes": {"kind": "dark"}}))
-    with pytest.raises(ValueError, match=r"no volume of \['bright'\] was generated"):
+    with pytest.raises(ValueError, match=r"\['bright'\]: has real test volumes, but no generated"):
         judge(folder)
     (folder / "made/row_0000_000.nii.gz").unlink()
     with pytest.raises(ValueError, match=r"row_0000_000.json: its volume has no file of \['image'\]"):
@@ -109,7 +108,9 @@ def test_the_difference_is_weighted_and_its_interval_spans_it():
     """Real: 80 of 100 of the first class and 10 of 20 of the second; generated, as many of each: 60 of 100 and 90 of 100."""
     real = np.concatenate([np.repeat([1.0, 0], [80, 20]), np.repeat([1.0, 0], [10, 10])])
     made = np.concatenate([np.repeat([1.0, 0], [60, 40]), np.repeat([1.0, 0], [90, 10])])
-    found = compare(real, np.repeat([0, 1], [100, 20]), made, np.repeat([0, 1], [100, 100]), ["normal", "ill"])
+    found = compare_class_rates(
+        real, np.repeat([0, 1], [100, 20]), made, np.repeat([0, 1], [100, 100]), ["normal", "ill"]
+    )
     assert found["real"]["right"] == pytest.approx(90 / 120) and found["real"]["balanced"] == pytest.approx(0.65)
     assert found["generated"]["right"] == pytest.approx((0.6 * 100 + 0.9 * 20) / 120)
     assert found["generated"]["per_class"] == {"normal": 0.6, "ill": 0.9}

@@ -23,13 +23,16 @@ from evaluation.doctor.cases import find_cases, quantization_step, thumbnail_of
 from evaluation.doctor.data_checks import outliers
 from evaluation.doctor.leaks import near_duplicates
 from evaluation.doctor.memory import (
-    autoencoder_step,
+    OneProcess,
     dataset_bytes,
     peak_of,
     training_bytes,
+    training_work,
     unet_inputs,
-    unet_step,
 )
+from training import TrainLdmConfig, TrainVaeConfig
+from training.ldm import build_step as build_ldm_step
+from training.vae import build_step as build_vae_step
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases, make_phantom, pad_sample
 
 SHAPE = (18, 20, 16)
@@ -212,23 +215,23 @@ def test_outliers_are_far_in_both_senses():
     assert outliers([1.0, 2.0, 4.0, 8.0, 16.0], 1.25) == []  # a wide spread is no outlier
 
 
+CPU = OneProcess(torch.device("cpu"))
+DATA = DataConfig(phantom=PhantomConfig(count=2, shape=SHAPE))
+
+
 @pytest.mark.parametrize("model_class", [AutoencoderKL3D, VQGAN3D])
 def test_an_autoencoders_memory_is_estimated(model_class):
     """Within 20 % of what PyTorch accounts for, though nothing is computed."""
     vae = model_class(latent_channels=4, channels=(16, 16), decoder_blocks=(1, 1))
-    step = autoencoder_step(vae, (16, 16, 16), 2)
-
-    def enabled():
-        with torch.enable_grad():
-            step()
-
-    enabled()  # what is made once is not the step's
+    step = build_vae_step(TrainVaeConfig(output="x", data=DATA, model={}), vae)
+    work = training_work(step, (16, 16, 16), 2, CPU)
+    work()  # what is made once is not the step's
     vae.zero_grad(set_to_none=True)
-    measured = peak_bytes(enabled)
+    measured = peak_bytes(work)
     vae.zero_grad(set_to_none=True)
     decoded = peak_bytes(lambda: vae.decode(torch.zeros(1, 4, 6, 6, 6)))
     parameters = sum(p.numel() for p in vae.parameters())
-    parts = training_bytes(vae, step)
+    parts = training_bytes(step, work)
     assert parts["step"] == pytest.approx(measured, rel=0.2)
     assert parts["weights"] == 4 * parameters and parts["total"] == sum(list(parts.values())[:-1])
     whole = model_class(latent_channels=4, channels=(16, 16), decoder_blocks=(1, 1))
@@ -238,19 +241,17 @@ def test_an_autoencoders_memory_is_estimated(model_class):
 def test_a_unets_memory_is_estimated():
     options = {"channels": (16, 16), "blocks": (1, 1), "head_dim": 8, "num_labels": 3, "mask_width": 8}
     unet = LatentUNet3D(**options, classes={"sex": ["F", "M"]}, numbers={"age": {"mean": 50.0, "std": 9.0}})
-    step = unet_step(unet, (6, 6, 6), 2)
-
-    def enabled():
-        with torch.enable_grad():
-            step()
-
-    enabled()
+    step = build_ldm_step(
+        TrainLdmConfig(output="x", vae="x", data=DATA, model={}), unet, AutoencoderKL3D(channels=(4, 8))
+    )
+    work = training_work(step, (6, 6, 6), 2, CPU)
+    work()
     unet.zero_grad(set_to_none=True)
-    measured = peak_bytes(enabled)
+    measured = peak_bytes(work)
     called = peak_bytes(lambda: unet(**unet_inputs(unet, (6, 6, 6), 2)))
     again = LatentUNet3D(**options, classes={"sex": ["F", "M"]}, numbers={"age": {"mean": 50.0, "std": 9.0}})
     assert peak_of(again, lambda: again(**unet_inputs(again, (6, 6, 6), 2))) == pytest.approx(called, rel=0.2)
-    assert training_bytes(unet, step)["step"] == pytest.approx(measured, rel=0.2)
+    assert training_bytes(step, work)["step"] == pytest.approx(measured, rel=0.2)
 
 
 def test_volumes_in_memory():
@@ -319,6 +320,6 @@ def test_refused_files_are_not_taken_for_splits_that_were_not_asked_for(tmp_path
     window = {"kind": "window", "low": -9000.0, "high": -8000.0}
     data = {**planted(tmp_path), "intensity": window}
     _, report, _ = run(tmp_path, config_file(tmp_path, data), capsys)
-    for message in ("no volume is held out", "no volume watches"):
+    for message in ("no volume is held out", "there is no validation volume"):
         (found,) = about(report, "splits", "WARN", message)
         assert found["remedy"] == "see the refused files"

@@ -6,20 +6,12 @@ import pytest
 import torch
 import yaml
 from tiny import peak_bytes
-from torch import nn
 
-from autoencoder import AutoencoderKL3D
-from autoencoder.adversarial import VolumeDiscriminator
-from diffusion import LatentUNet3D
 from evaluation.doctor import models as doctor_config
 from evaluation.doctor.__main__ import main, parse
-from evaluation.doctor.memory import (
-    GIB,
-    autoencoder_step,
-    measured_peak,
-    training_bytes,
-    unet_step,
-)
+from evaluation.doctor.memory import GIB, measured_peak, networks_of, optimizer_bytes, training_bytes
+from evaluation.doctor.models import build_models, config_from_sections, with_precision
+from volumes import DataConfig
 
 VAE = {"class": "autoencoder.AutoencoderKL3D", "channels": [8, 8], "encoder_blocks": [1, 1], "decoder_blocks": [1, 1]}
 UNET = {
@@ -53,10 +45,10 @@ def test_no_data_is_needed(tmp_path):
     assert vae["memory_bytes"]["volumes"] == 16 * 24 * 18 * (4 + 2)
     ldm = planned(tmp_path, "ldm", "--shape", "[16, 24, 18]")
     said = " ".join(one["message"] for one in ldm["findings"])
-    assert "2 latents of [4, 6, 5] cells" in said and "a volume of [16, 24, 20]" in said
-    assert f"the autoencoder of {tmp_path / 'vae.yaml'} is taken" in said
+    assert "2 latents of [4, 6, 5]" in said and "a volume of [16, 24, 20]" in said
+    assert f"using the autoencoder of {tmp_path / 'vae.yaml'}" in said
     wider = recipe(tmp_path, vae={"model": {**VAE, "patch_size": 1}})  # the autoencoder decides the latents' grid
-    assert "latents of [8, 12, 9] cells" in json.dumps(planned(wider, "ldm", "--shape", "[16, 24, 18]")["findings"])
+    assert "latents of [8, 12, 9]" in json.dumps(planned(wider, "ldm", "--shape", "[16, 24, 18]")["findings"])
 
 
 def test_it_is_planned_for_another_accelerator(tmp_path):
@@ -92,41 +84,59 @@ def test_what_a_config_saves(tmp_path):
     assert report["memory_bytes"]["training"]["step"] == steps["plain"]
 
 
-def test_a_step_with_a_discriminator_is_estimated():
-    vae, discriminator = (
-        AutoencoderKL3D(channels=(8, 8), decoder_blocks=(1, 1)),
-        VolumeDiscriminator(channels=8, layers=1),
-    )
-    step, both = (
-        autoencoder_step(vae, (16, 16, 16), 2, discriminator=discriminator, slices=3),
-        nn.ModuleList([vae, discriminator]),
-    )
-
-    def enabled():
-        with torch.enable_grad():
-            step()
-
-    enabled()
-    assert all(p.grad is not None for p in both.parameters())
-    both.zero_grad(set_to_none=True)
-    measured = peak_bytes(enabled)
-    both.zero_grad(set_to_none=True)
-    assert training_bytes(both, step)["step"] == pytest.approx(measured, rel=0.2)
+def trained(tmp_path, name, **changes):
+    """The models of a recipe, and a function that runs their training step on the CPU."""
+    recipe(tmp_path, **{name: changes})
+    sections = yaml.safe_load((tmp_path / f"{name}.yaml").read_text())
+    config = with_precision(config_from_sections(sections, DataConfig(**DATA)), "no")
+    models, _ = build_models(config, {}, tmp_path)
+    return models, models.work((8, 8, 8), torch.device("cpu"))
 
 
-def test_a_step_with_checkpointing_is_estimated():
-    unet = LatentUNet3D(channels=(16, 16), blocks=(2, 2), head_dim=8)
-    unet.enable_gradient_checkpointing()
-    step = unet_step(unet, (8, 8, 8), 2)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("vae", {"adversarial": {"channels": 8, "layers": 1, "slices": 3}}),
+        ("ldm", {"model": {**UNET, "channels": [16, 16], "blocks": [2, 2]}, "gradient_checkpointing": True}),
+    ],
+)
+def test_the_trainers_own_step_is_estimated(name, changes, tmp_path):
+    models, work = trained(tmp_path, name, **changes)
+    networks = networks_of(models.step)
+    work()
+    assert all(p.grad is not None for p in networks.parameters())
+    networks.zero_grad(set_to_none=True)
+    measured = peak_bytes(work)
+    networks.zero_grad(set_to_none=True)
+    assert training_bytes(models.step, work)["step"] == pytest.approx(measured, rel=0.2)
 
-    def enabled():
-        with torch.enable_grad():
-            step()
 
-    enabled()
-    unet.zero_grad(set_to_none=True)
-    measured = peak_bytes(enabled)
-    assert training_bytes(unet, step)["step"] == pytest.approx(measured, rel=0.2)
+def test_the_discriminators_optimizer_counts_as_configured(tmp_path):
+    """The autoencoder's Muon keeps one moment of a kernel; the discriminator's AdamW keeps two."""
+    models, work = trained(tmp_path, "vae", adversarial={"channels": 32, "layers": 1})
+    vae, discriminator = models.step.learners
+    two = 2 * 4 * sum(p.numel() for p in discriminator.network.parameters())
+    assert optimizer_bytes(discriminator) == two
+    parts = training_bytes(models.step, work)
+    assert parts["optimizer"] == optimizer_bytes(vae) + two
+
+
+def test_a_vqgan_and_its_perceptual_network_are_planned(tmp_path):
+    """A codebook's step reads values, which planned tensors lack; a network that is missing is named."""
+    vqgan = {**VAE, "class": "autoencoder.VQGAN3D", "num_codes": 16}
+    recipe(tmp_path, vae={"model": vqgan, "perceptual": {"network": str(tmp_path / "missing")}})
+    report = planned(tmp_path, "vae", "--shape", "[16, 16, 16]")
+    assert report["memory_bytes"]["training"]["step"] > 0
+    assert any("missing does not exist, so its memory is not counted" in f["message"] for f in report["findings"])
+
+
+def test_auto_is_planned_as_the_trainer_resolves_it(tmp_path, monkeypatch):
+    recipe(tmp_path)
+    config = config_from_sections(yaml.safe_load((tmp_path / "vae.yaml").read_text()), DataConfig(**DATA))
+    for native, precision in ((True, "bf16"), (False, "no")):
+        monkeypatch.setattr("training.engine.precision.native_bf16", lambda native=native: native)
+        assert with_precision(config).loop.mixed_precision == precision
+    assert with_precision(config, accelerator=True).loop.mixed_precision == "bf16"
 
 
 def test_a_peak_is_measured():
@@ -155,7 +165,7 @@ TWO = {**DATA, "images": {"a": "{name}_a.nii.gz", "b": "{name}_b.nii.gz"}}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": TWO}, "the autoencoder takes 1 channels, the data has ['a', 'b']"),
+        ({"data": TWO}, "the autoencoder takes 1 channels, but the data has ['a', 'b']"),
         (
             {"crops": {"shape": [15, 16, 16]}},
             "crops.shape [15, 16, 16] is not a multiple of the autoencoder's stride [4, 4, 4]",

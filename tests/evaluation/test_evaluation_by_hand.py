@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from evaluation.metrics.set_distances import frechet_caveat
-from evaluation.studies.privacy import attack, unit_mean
+from evaluation.stats.bootstrap import subject_mean
+from evaluation.studies.privacy import attack
 
 
 def test_rates_are_means_over_subjects():
     """Subject a has one volume of one, subject b none of three."""
-    assert unit_mean(np.array([1.0, 0, 0, 0]), ["a", "b", "b", "b"]) == pytest.approx(0.5)
+    assert subject_mean(np.array([1.0, 0, 0, 0]), ["a", "b", "b", "b"]) == pytest.approx(0.5)
 
 
 def test_true_positives_at_a_rate_of_false_ones():

@@ -47,7 +47,7 @@ def test_two_slices_have_no_second_difference():
 def judged(generated: np.ndarray) -> dict[str, dict]:
     sets = {"training": smooth_volumes(16, 1), "test": smooth_volumes(16, 2), "generated": generated}
     tables = {name: np.stack([slice_statistics(v[0]) for v in volumes]) for name, volumes in sets.items()}
-    return compare_columns(tables, names(), draws=40)
+    return compare_columns(tables, names(), subsets=40)
 
 
 def beyond(report: dict[str, dict]) -> set[str]:

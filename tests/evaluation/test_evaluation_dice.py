@@ -22,12 +22,12 @@ from evaluation import (
     load_pairs,
     protocol,
     ratios,
-    segmenter_dice,
     test_cases,
     train_segmenter,
 )
+from evaluation.networks.segmenter import volume_dice
 from evaluation.report import read_config
-from evaluation.stats.intervals import subject_draws
+from evaluation.stats.bootstrap import resample_subjects
 from evaluation.studies.training_result import TrainingResult
 from volumes import (
     DataConfig,
@@ -121,7 +121,7 @@ def test_a_segmenter_learns_what_is_plain(data):
     for i in range(4):
         labels[i, 2 + i : 10 + i, 4:12, 4:12] = 1
     images = labels[:, None].float() * 0.8
-    scores = segmenter_dice(train_segmenter(images, labels, 2, seed=0, iterations=40), images, labels, 2)
+    (scores,) = volume_dice(train_segmenter(images, labels, 2, seed=0, iterations=40), images, labels, 2)
     assert len(scores) == 1 and scores[0] > 0.9
 
 
@@ -170,7 +170,7 @@ def test_the_report_and_its_ratios(data, capsys):
 
 
 def test_volumes_of_a_subject_are_resampled_together():
-    counts = subject_draws(["b", "a", "b", "c"])
+    counts = resample_subjects(["b", "a", "b", "c"], np.random.default_rng(0), one_by_one=True)
     assert (counts[:, 0] == counts[:, 2]).all()
     assert (counts[:, 0] != counts[:, 1]).any() and (counts[:, 1] != counts[:, 3]).any()
     assert (counts[:, [0, 1, 3]].sum(1) == 3).all()  # as many subjects as there are
@@ -239,7 +239,7 @@ def test_agrees_with_the_reference_protocol(hippocampus, monkeypatch):
     middle = (..., slice(8, 32), slice(16, 40), slice(8, 32))  # to be quick
     (x, y), (judged_x, judged_y) = [(images[middle], labels[middle]) for images, labels in theirs.values()]
     segmenter = train_segmenter(x, y, 3, seed=1, iterations=20)
-    scores = segmenter_dice(segmenter, judged_x, judged_y, 3)
+    scores = [dice.mean().item() for dice in volume_dice(segmenter, judged_x, judged_y, 3)]
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     expected = reference.train(x, y, 20, seed=1)
     for ours_weight, their_weight in zip(segmenter.parameters(), expected.parameters(), strict=True):

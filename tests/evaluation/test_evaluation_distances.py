@@ -64,14 +64,14 @@ def test_the_kernel_distance_is_unbiased_at_counts_at_which_frechets_is_not():
 
 def test_wasserstein_of_columns():
     values = np.random.default_rng(0).random((40, 2))
-    assert wasserstein1(values, [*values, 0.25, -3]) == pytest.approx([0.25, 3])
+    assert wasserstein1(values, values + np.array([0.25, -3])) == pytest.approx([0.25, 3])
     # half the mass moves from 0 to 1, whatever the counts
     assert wasserstein1(np.zeros((3, 1)), np.array([[0.0], [1.0], [0.0], [1.0]])) == pytest.approx([0.5])
 
 
 def test_standardizing_counts_columns_alike_but_the_nearly_constant_ones():
     rows = np.array([[0.0, 5.0, 10.0], [2.0, 5.0, 30.0]])  # standard deviations 1, 0, 10
-    of = {"training": rows, "test": [*rows, 1, 0.5, 0]}
+    of = {"training": rows, "test": rows + np.array([1, 0.5, 0])}
     plain = standardize(of, "training")
     assert plain["training"] == pytest.approx(np.array([[-1.0, 0, -1], [1, 0, 1]]))
     assert plain["test"][0] == pytest.approx([0, 0.5, -1])
@@ -102,18 +102,18 @@ def sets(generated: np.ndarray, count: int = 40) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
 def test_an_equal_distribution_is_at_the_floor_and_a_moved_one_beyond_it(distance):
     fresh = np.random.default_rng(2).standard_normal((60, 4))
-    good = compare_sets(distance, sets(fresh), draws=50)
+    good = compare_sets(distance, sets(fresh), subsets=50)
     assert good["count"] == 20
     low, high = good["excess"]["interval"]
     assert low < 0 < high
-    bad = compare_sets(distance, sets(fresh + 1), draws=50)
+    bad = compare_sets(distance, sets(fresh + 1), subsets=50)
     assert bad["excess"]["interval"][0] > 0
     assert bad["training_to_test"] == good["training_to_test"]  # the same draws
 
 
 def test_the_whole_distance_is_of_all_volumes():
     of = sets(np.random.default_rng(3).standard_normal((9, 4)))
-    assert compare_sets(kernel_distance, of, draws=2)["whole"] == kernel_distance(of["generated"], of["test"])
+    assert compare_sets(kernel_distance, of, subsets=2)["whole"] == kernel_distance(of["generated"], of["test"])
 
 
 def test_volumes_of_a_subject_are_drawn_together():

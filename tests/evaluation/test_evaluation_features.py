@@ -82,7 +82,7 @@ def test_the_random_network_is_one_network_and_leaves_the_global_seed_alone():
     assert flat.abs().max() > 0.01
     stds = torch.cat([flat[0, 8:16], flat[0, 32:48], flat[0, 80:112]])
     assert stds.abs().max() < 1e-5
-    with pytest.raises(ValueError, match=r"\(7, 8, 8\) voxels are too small for this network; 8 a side"):
+    with pytest.raises(ValueError, match=r"\(7, 8, 8\) voxels are too small for this network; give 8"):
         network(torch.zeros(1, 1, 7, 8, 8))
 
 
@@ -96,7 +96,7 @@ def test_slices_along_an_axis_whatever_their_order_and_number_at_a_time(slices_n
         assert torch.allclose(SliceStatistics(slices_network, 0, batch_size=3)(changed), sagittal, atol=1e-5)
     assert torch.allclose(SliceStatistics(slices_network, 2)(volumes.movedim(2, 4)), sagittal, atol=1e-5)
     assert not torch.allclose(SliceStatistics(slices_network, 1)(volumes), sagittal, atol=1e-2)
-    with pytest.raises(ValueError, match="too small for this network; 2 a side"):
+    with pytest.raises(ValueError, match="too small for this network; give 2"):
         SliceStatistics(slices_network, 0)(torch.zeros(1, 1, 5, 1, 5))
 
 
@@ -107,5 +107,5 @@ def test_volumes_of_different_shapes_are_extracted_each_alone():
     assert found.shape == (3, 112) and found.dtype == np.float64 and len(seen) == 3
     alone = RandomStatistics()(torch.from_numpy(volumes[2]).float()[None])[0]
     assert found[2] == pytest.approx(alone.numpy())
-    with pytest.raises(ValueError, match="volume 1: its features hold NaN"):
+    with pytest.raises(ValueError, match="volume 1: its features contain NaN"):
         extract(RandomStatistics(), [volumes[0], volumes[1] * np.nan])

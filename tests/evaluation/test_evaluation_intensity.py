@@ -52,8 +52,8 @@ def judged(generated: np.ndarray) -> tuple[dict, dict]:
     histograms = {name: np.stack([histogram(v[0]) for v in of]) for name, of in sets.items()}
     powers = {name: np.stack([power(v[0], SHAPE) for v in of]) for name, of in sets.items()}
     return (
-        compare_sets(histogram_distance, histograms, draws=40),
-        compare_sets(power_ratio_db, powers, draws=40)["generated_to_test"],
+        compare_sets(histogram_distance, histograms, subsets=40),
+        compare_sets(power_ratio_db, powers, subsets=40)["generated_to_test"],
     )
 
 

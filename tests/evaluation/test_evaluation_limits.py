@@ -39,15 +39,15 @@ CONFIG = DataConfig(root="nowhere", images="{name}.nii.gz", classes={"sex": ["F"
         ("realism", 10, 0, {}, "no case is in split test"),
         ("realism", 10, 4, {}, None),
         ("realism", 10, 2, {"parts": ["diversity"]}, None),
-        ("privacy", 10, 5, {}, "of 5 unseen subjects each is judged by the others, and 4 subjects cannot tell what 1 in 20"),
+        ("privacy", 10, 5, {}, "each of 5 unseen subjects is compared with the others, and 4 subjects are too few"),
         ("privacy", 10, 5, {}, r"take alpha >= 0.2, or hold out 20 subjects"),
-        ("privacy", 10, 19, {}, "18 subjects cannot tell"),
+        ("privacy", 10, 19, {}, "18 subjects are too few"),
         ("privacy", 10, 20, {}, None),
         ("privacy", 10, 5, {"alpha": 0.2}, None),
         ("privacy", 1, 20, {}, "references of two subjects"),
         ("reconstruction", 10, 0, {}, "no case is in split 'test'"),
         ("reconstruction", 10, 0, {"split": "train"}, None),
-        ("copies", 10, 18, {}, "18 subjects cannot tell"),
+        ("copies", 10, 18, {}, "18 subjects are too few"),
         ("copies", 10, 19, {}, None),
         ("samplers", 10, 3, {}, "3 test volumes are too few"),
         ("shapes", 10, 10, {}, "give a config whose data has image_labels"),
@@ -74,8 +74,10 @@ def test_a_segmenters_shape_is_checked_before_anything_is_generated(folder):
 
 def test_sizes_are_checked_where_they_are_known():
     some = cases(10, 4)
-    assert any("7 a side" in one for one in problems("realism", Data(some, CONFIG, [(16, 6, 16), (16, 16, 6)])))
-    assert any("shift 2 of (4, 16, 16)" in one for one in problems("privacy", Data(some, CONFIG, [(4, 16, 16)])))
+    assert any(
+        "give 7 or more per side" in one for one in problems("realism", Data(some, CONFIG, [(16, 6, 16), (16, 16, 6)]))
+    )
+    assert any("shift 2 for sides (4, 16, 16)" in one for one in problems("privacy", Data(some, CONFIG, [(4, 16, 16)])))
     assert not problems("realism", Data(some, CONFIG, [(7, 7, 7)]))
 
 
@@ -88,7 +90,7 @@ def test_every_command_that_reads_data_has_its_limits():
 def test_the_doctor_says_them_before_training(folder, capsys):
     doctor(["--config", str(folder / "ldm.yaml")])
     said = capsys.readouterr().out
-    assert "WARN evaluation: evaluate.py privacy will refuse these splits: of 4 unseen subjects" in said
+    assert "WARN evaluation: evaluate.py privacy will refuse these splits: each of 4 unseen subjects" in said
     assert "WARN evaluation: evaluate.py few_labels will refuse these splits: --labels 16: give numbers" in said
     assert "OK   evaluation: the splits are large enough for reconstruction, realism, dice" in said
     advice = dict(zip(said.splitlines(), said.splitlines()[1:], strict=False))
@@ -127,10 +129,12 @@ def test_all_writes_the_page_with_what_succeeded_and_names_the_rest(folder, tmp_
 
     monkeypatch.setattr("evaluation.commands.trainings.score_training", broken)
     parts = ["--parts", "privacy", "dice", "realism", "--set", "realism.parts=consistency"]
-    with pytest.raises(ValueError, match=r"(?s)report.html lacks .*privacy: of 4 unseen .*dice: RuntimeError: out of"):
+    with pytest.raises(
+        ValueError, match=r"(?s)report.html lacks .*privacy: each of 4 unseen .*dice: RuntimeError: out of"
+    ):
         everything(folder, tmp_path, *parts)
     said = capsys.readouterr()
-    assert said.out.index("privacy: cannot be measured: of 4") < said.out.index("dice: was not measured")
+    assert said.out.index("privacy: cannot be measured: each of 4") < said.out.index("dice: was not measured")
     page = json.loads((tmp_path / "report.json").read_text())
     assert list(page["reports"]) == ["realism"] and list(page["missing"]) == ["privacy", "dice"]
     for name in ("report.html", "report.md"):
@@ -158,7 +162,7 @@ def test_a_damaged_report_of_an_earlier_run_loses_nothing(folder, tmp_path):
 def test_nothing_is_generated_for_what_cannot_be_measured(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "generate_volumes", lambda *_: pytest.fail("generated first"))
     args = ["all", "--config", str(folder / "ldm.yaml"), "--device", "cpu", "--output", str(tmp_path)]
-    with pytest.raises(ValueError, match="nothing can be measured:\nprivacy: cannot be measured: of 4 unseen"):
+    with pytest.raises(ValueError, match="nothing can be measured:\nprivacy: cannot be measured: each of 4 unseen"):
         evaluate.main([*args, "--pipeline", "weights/hippocampus", "--parts", "privacy"])
     with pytest.raises(ValueError, match="dice has no option sides"):
         evaluate.main([*args, "--pipeline", "weights/hippocampus", "--parts", "dice", "--set", "dice.sides=3"])

@@ -22,7 +22,8 @@ from evaluation.metrics.nearest import (
 from evaluation.metrics.set_distances import compare_sets
 from evaluation.networks import classifier as classifier_module
 from evaluation.networks.segmenter import volume_dice
-from evaluation.studies.privacy import _draws, distance_ratio
+from evaluation.stats.bootstrap import resample_weights
+from evaluation.studies.privacy import distance_ratio
 from evaluation.studies.training_result import Scores
 from evaluation.studies.utility import score_segmenter
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
@@ -94,14 +95,14 @@ def test_where_two_subjects_are_equally_near_the_ratio_is_1():
 
 def test_distances_are_from_unseen_volumes_and_the_floor_is_that_of_training_volumes():
     sets = {"training": np.full((8, 1), 10.0), "test": np.zeros((6, 1)), "generated": np.full((9, 1), 3.0)}
-    found = compare_sets(lambda a, b: abs(a.mean() - b.mean()), sets, draws=3)
+    found = compare_sets(lambda a, b: abs(a.mean() - b.mean()), sets, subsets=3)
     means = {name: found[name]["mean"] for name in ("generated_to_test", "training_to_test", "test_halves", "excess")}
     assert means == {"generated_to_test": 3, "training_to_test": 10, "test_halves": 0, "excess": -7}
     assert found["count"] == 3 and found["whole"] == 3
 
 
 def test_drawn_subjects_weigh_alike_however_many_volumes_they_have():
-    draws = _draws(["a", "a", "a", "b"], np.random.default_rng(0))
+    draws = resample_weights(["a", "a", "a", "b"], np.random.default_rng(0))
     np.testing.assert_allclose(draws.sum(1), 2)
     assert (draws[:, 0] == draws[:, 2]).all() and set(draws[:, 3]) == {0, 1, 2}
 

@@ -14,7 +14,7 @@ from evaluation.studies.realism import (
     VolumeSet,
     common_shape,
     compare_features,
-    judge_realism,
+    measure_realism,
     steps_of,
 )
 
@@ -36,7 +36,7 @@ def test_only_diversity_needs_pairs_of_different_subjects():
 
 def features(generated: np.ndarray) -> dict:
     with pytest.warns(UserWarning, match="8 volumes do not determine the covariance of 112 features"):
-        report = judge_realism(sets(generated), {"random": RandomStatistics()}, parts=["features"])
+        report = measure_realism(sets(generated), {"random": RandomStatistics()}, parts=["features"])
     return report["features"]["random"]
 
 
@@ -45,7 +45,7 @@ def test_a_whole_report_of_good_volumes_is_at_the_floor():
     of = sets(FRESH)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        report = judge_realism(
+        report = measure_realism(
             of, {"random": RandomStatistics()}, channels=["MR"], pairs=40, on_step=lambda p: seen.update([p])
         )
     assert json.loads(json.dumps(report, allow_nan=False)) == report
@@ -81,7 +81,7 @@ def test_feature_distances_see_blur_shuffled_slices_and_drift(defect):
 
 
 def test_collapse_is_seen_by_diversity_and_copies_by_closeness():
-    collapse = judge_realism(sets(collapsed(FRESH)), {}, parts=["diversity"], pairs=60)["diversity"]
+    collapse = measure_realism(sets(collapsed(FRESH)), {}, parts=["diversity"], pairs=60)["diversity"]
     assert collapse["generated_minus_test"]["interval"][0] > 0.02
     noise = np.random.default_rng(0).standard_normal(TRAINING[:20].shape)
     copies = features(np.clip(TRAINING[:20] + 0.003 * noise, 0, 1))
@@ -93,7 +93,7 @@ def test_channels_are_judged_each_by_itself():
     two = {name: smooth_volumes(8, seed, channels=2) for seed, name in enumerate(("training", "test", "generated"))}
     two["generated"][:, 1] = shuffled(two["generated"][:, 1])
     of = {name: VolumeSet(list(volumes)) for name, volumes in two.items()}
-    report = judge_realism(of, {}, channels=["T1", "T2"], parts=["consistency"])["consistency"]
+    report = measure_realism(of, {}, channels=["T1", "T2"], parts=["consistency"])["consistency"]
     assert abs(report["T1"]["z correlation"]["shift"]) < 1.5 and report["T2"]["z correlation"]["shift"] < -3
 
 
@@ -101,9 +101,9 @@ def test_standardized_features_do_not_depend_on_their_units():
     random = np.random.default_rng(0)
     of = {name: random.standard_normal((40, 3)) for name in ("training", "test", "generated")}
     scaled = {name: rows * [1, 2, 0.5] for name, rows in of.items()}
-    same = [compare_features(s, draws=2)["kernel"]["whole"] for s in (of, scaled)]
+    same = [compare_features(s, subsets=2)["kernel"]["whole"] for s in (of, scaled)]
     assert same[0] == pytest.approx(same[1])
-    raw = [compare_features(s, standardized=False, draws=2)["kernel"]["whole"] for s in (of, scaled)]
+    raw = [compare_features(s, standardized=False, subsets=2)["kernel"]["whole"] for s in (of, scaled)]
     assert raw[0] != pytest.approx(raw[1], rel=0.1)
 
 
@@ -113,11 +113,11 @@ def test_the_common_shape_is_of_the_smallest_sides():
 
 def test_what_cannot_be_judged_is_refused():
     good = sets(FRESH)
-    with pytest.raises(ValueError, match=r"parts \['beauty'\] are unknown"):
-        judge_realism(good, {}, parts=["beauty"])
+    with pytest.raises(ValueError, match=r"unknown parts \['beauty'\]"):
+        measure_realism(good, {}, parts=["beauty"])
     with pytest.raises(ValueError, match=r"no volumes of \['test'\]"):
-        judge_realism({"training": good["training"], "generated": good["generated"]}, {}, parts=PARTS)
-    with pytest.raises(ValueError, match=r"training volume 0 is \(1, 20, 22, 18\); \(2, X, Y, Z\)"):
-        judge_realism(good, {}, channels=["a", "b"])
+        measure_realism({"training": good["training"], "generated": good["generated"]}, {}, parts=PARTS)
+    with pytest.raises(ValueError, match=r"training volume 0 has shape \(1, 20, 22, 18\), not \(2, X, Y, Z\)"):
+        measure_realism(good, {}, channels=["a", "b"])
     with pytest.raises(ValueError, match="generated volume 1 has intensities from .* scale them"):
-        judge_realism({**good, "generated": VolumeSet([FRESH[0], 2 * FRESH[1] - 1])}, {})
+        measure_realism({**good, "generated": VolumeSet([FRESH[0], 2 * FRESH[1] - 1])}, {})

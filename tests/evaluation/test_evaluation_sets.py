@@ -175,7 +175,7 @@ def test_extractors_are_named_once_and_latents_need_a_model(folder, capsys):
     args = ["--alpha", "0.34", "--spaces", "latent", "image", "--pairs", "0", "--flips"]
     report = judge("privacy", folder, "fresh", *args)
     assert report["pictures"] == {}
-    assert list(report["spaces"]) == ["image"] and "no latents to compare" in capsys.readouterr().out
+    assert list(report["spaces"]) == ["image"] and "latents are not compared" in capsys.readouterr().out
 
 
 def test_what_privacy_cannot_tell_is_said_before_the_work(folder, monkeypatch):
@@ -183,7 +183,9 @@ def test_what_privacy_cannot_tell_is_said_before_the_work(folder, monkeypatch):
         raise AssertionError("volumes were compared first")
 
     monkeypatch.setattr(privacy_command, "privacy_report", work)
-    with pytest.raises(ValueError, match="3 subjects cannot tell what 1 in 20 exceeds: take alpha >= 0.25"):
+    with pytest.raises(
+        ValueError, match="3 subjects are too few for a threshold that 1 in 20 exceeds: take alpha >= 0.25"
+    ):
         judge("privacy", folder, "fresh")  # 4 unseen subjects
     with pytest.raises(ValueError, match="--spaces latent: .* without --vae or --pipeline"):
         judge("privacy", folder, "fresh", "--spaces", "latent")

@@ -12,7 +12,7 @@ from evaluation.data.model_units import in_model_units
 from evaluation.data.pairs import Pair, generated_pairs, load_pairs, unit_range
 from evaluation.data.volume_sets import real_set
 from evaluation.networks import pretraining
-from evaluation.studies.edit_borders import border_jump, labeled_region, summary
+from evaluation.studies.edit_borders import border_jump, labeled_region, summarize_region
 from pipelines import describe_mask
 from volumes import Case, DataConfig, Volume, VolumeError, write_volume
 
@@ -138,5 +138,5 @@ def test_the_labeled_region_reaches_3_mm_of_the_masks_spacing():
 
 def test_means_over_drawn_subjects_are_over_as_many_volumes_as_were_drawn():
     row = {"profile": [1.0], "untouched_profile": [1.0], "changed_outside": 0, "changed_inside": 1.0}
-    found = summary([{"jump": 2.0, "untouched": 1.0, **row}] * 3, ["a", "a", "b"])
+    found = summarize_region([{"jump": 2.0, "untouched": 1.0, **row}] * 3, ["a", "a", "b"])
     assert found["jump"]["interval"] == [2, 2] and found["untouched"]["interval"] == [1, 1]

@@ -21,10 +21,11 @@ from evaluation.metrics.nearest import (
     latent_space,
     similarity_matrix,
 )
+from evaluation.stats.conformal import conformal_threshold
+from evaluation.stats.intervals import wilson
 from evaluation.studies.privacy import (
     VolumeSet,
     attack,
-    conformal_threshold,
     distance_ratio,
     loss_attack,
     memorized,
@@ -32,7 +33,6 @@ from evaluation.studies.privacy import (
     pairs_figure,
     privacy_report,
     reidentification,
-    wilson,
 )
 
 CROP = (12, 12, 12)
@@ -99,7 +99,7 @@ def test_chunks_shapes_and_channels_change_nothing():
 
 def test_what_cannot_be_compared_is_refused():
     volumes = smooth(2, 3)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="NaN or infinity"):
         similarity_matrix(volumes, np.where(volumes > 0.5, np.nan, volumes), SPACE)
     with pytest.raises(ValueError, match="shift 6"):
         similarity_matrix(volumes, volumes, Space(CROP, shift=6))
@@ -139,7 +139,7 @@ def test_intervals_and_thresholds_of_known_answers():
     assert conformal_threshold(twice, units_of(38, "s", 2), 0.1) == 17  # two volumes a subject are one unit
     with pytest.raises(ValueError, match="18 subjects.*alpha >= 0.0526"):
         conformal_threshold(scores[:18], range(18), 0.05)
-    with pytest.raises(ValueError, match="alpha 0 is a fraction"):
+    with pytest.raises(ValueError, match="alpha 0: take a fraction"):
         conformal_threshold(scores, range(19), 0.0)
 
 
@@ -225,7 +225,7 @@ def test_reidentification_of_planted_ranks():
 
 def test_a_patient_is_as_near_as_its_nearest_volume():
     """Patient a: one volume alike, one not. Patient b: both less alike than a's first, but more than a's mean."""
-    found = reidentification(np.array([[0.5, 0.0, 0.3, 0.3]]), ["a"], ["a", "a", "b", "b"], ranks=(1,))
+    found = reidentification(np.array([[0.5, 0.0, 0.3, 0.3]]), ["a"], ["a", "a", "b", "b"])
     assert found["top_1"]["rate"] == 1
 
 

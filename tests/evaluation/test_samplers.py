@@ -1,4 +1,4 @@
-"""Quality against steps and guidance: evaluations are counted, figures are those of planted volumes, a stopped run goes on."""
+"""Quality against steps and guidance: evaluations are counted, figures are those of planted volumes, a stopped run resumes."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from evaluation.metrics.features import RandomStatistics
 from evaluation.studies import samplers
 from evaluation.studies.sampler_figures import (
     Combination,
-    Judge,
+    SamplerScorer,
     inputs_from_dataset,
     make_named,
     sample,
@@ -60,19 +60,19 @@ def datasets(config):
 def test_evaluations_are_counted_and_seeds_are_the_same_for_all(data):
     _, test = datasets(data[1])
     pipe = tiny_pipeline(condition_dropout={"mask": 0.1})
-    asked, scheduler = inputs_from_dataset(test, pipe.unet), pipe.scheduler
+    inputs, scheduler = inputs_from_dataset(test, pipe.unet), pipe.scheduler
     for name, guidance, expected in (("euler", 1.0, 3), ("heun", 1.0, 5), ("unipc", 1.0, 3), ("euler", 2.0, 6)):
-        made, cost = sample(pipe, asked, Combination(name, 3, guidance), batch_size=2)
+        made, cost = sample(pipe, inputs, Combination(name, 3, guidance), batch_size=2)
         assert cost["evaluations_per_volume"] == expected, name
         assert len(made) == 5 and all(volume.shape == (1, *SHAPE) for volume in made)
         assert 0 < cost["seconds_per_volume"]["lowest"] <= cost["seconds_per_volume"]["median"]
     assert pipe.scheduler is scheduler and not pipe.unet._forward_pre_hooks
-    first, _ = sample(pipe, asked, Combination("own", 3, 1.0), batch_size=5)
-    second, cost = sample(pipe, asked, Combination("euler", 3, 1.0), batch_size=1)
+    first, _ = sample(pipe, inputs, Combination("own", 3, 1.0), batch_size=5)
+    second, cost = sample(pipe, inputs, Combination("euler", 3, 1.0), batch_size=1)
     assert cost["scheduler_class"] == "FlowMatchEulerDiscreteScheduler"
     np.testing.assert_allclose(first, second, atol=1e-4)
     generator = torch.Generator().manual_seed(4)
-    again = pipe(asked.masks[4], num_inference_steps=3, generator=[generator], output_type="np").volumes[0]
+    again = pipe(inputs.masks[4], num_inference_steps=3, generator=[generator], output_type="np").volumes[0]
     np.testing.assert_allclose(first[4], (again - 100) / 200, atol=1e-4)
 
 
@@ -91,31 +91,33 @@ def test_figures_of_planted_volumes(data):
     train, test = datasets(data[1])
     labels = [prepared.mask.array for prepared in test.prepared]
     same = [(indices / 2).astype(np.float32) for indices in labels]  # volumes that obey their masks
-    asked, sets = (
+    inputs, sets = (
         inputs_from_dataset(test, tiny_pipeline().unet),
         ([(one.image.array + 1) / 2 for one in train.prepared], list("abcde")),
     )
-    assert [mask.array.max() for mask in asked.masks] == [5] * 5
+    assert [mask.array.max() for mask in inputs.masks] == [5] * 5
     pairs = load_pairs([Pair(case) for case in test.cases], data[1], SHAPE)
     pairs.images[:] = torch.from_numpy(np.stack(same))
     extractors = {"random": RandomStatistics()}
-    judge = Judge(asked, sets, (same, asked.subjects), same, extractors, Threshold(), pairs, len(label_values(data[1])))
-    found = judge(same)
+    scorer = SamplerScorer(
+        inputs, sets, (same, inputs.subjects), same, extractors, Threshold(), pairs, len(label_values(data[1]))
+    )
+    found = scorer(same)
     assert found["dice"]["generated"] == found["dice"]["real"] == pytest.approx(1)
     assert found["intensity_bias"]["of_means"] == 0 and found["dice"]["difference"]["of_means"] == 0
     assert found["spectrum"]["ratio_db"]["interval"] and found["kernel"]["random"]["whole"] < 0  # copies: below 0
-    worse = judge([np.clip(0.9 * volume[:, ::-1] + 0.05, 0, 1) for volume in same])
+    worse = scorer([np.clip(0.9 * volume[:, ::-1] + 0.05, 0, 1) for volume in same])
     assert worse["dice"]["generated"] < 0.6 and worse["dice"]["difference"]["interval_subjects"][1] < 0
     bias = np.mean([0.05 - 0.1 * volume.mean() for volume in same])
     assert worse["intensity_bias"]["of_means"] == pytest.approx(bias, abs=1e-5)
-    quieter = judge([0.5 + 0.1 * volume for volume in same])
+    quieter = scorer([0.5 + 0.1 * volume for volume in same])
     assert quieter["spectrum"]["difference_db"]["whole"] == pytest.approx(20, abs=0.1)  # a tenth of the amplitude
     assert quieter["kernel"]["random"]["whole"] > found["kernel"]["random"]["whole"]
     with pytest.raises(ValueError, match=r"v5: the real volume is .*set data.spacing"):
-        judge([volume[:, :8] for volume in same])
+        scorer([volume[:, :8] for volume in same])
 
 
-def test_the_command_goes_on_and_refuses_what_was_measured_otherwise(data, tmp_path):
+def test_the_command_resumes_and_refuses_what_was_measured_otherwise(data, tmp_path):
     output = tmp_path / "out" / "samplers.json"
     options = ["--pipeline", str(data[0] / "pipeline"), "--config", str(data[0] / "config.yaml"), "--masks", "4"]
     own = [*options, "--output", str(output), "--segmenter_steps", "2", "--shape", "16", "16", "16", "--steps", "1"]
@@ -138,10 +140,10 @@ def test_the_command_goes_on_and_refuses_what_was_measured_otherwise(data, tmp_p
         ValueError, match=r"prepared in another way:\n  spacing: it learned .*, the data has 2 x 2 x 2 mm"
     ):
         samplers.main([*own, "--data.spacing", "[2, 2, 2]"])
-    with pytest.raises(ValueError, match=r"holds a segmenter of .*spacing.*choose another --segmenter"):
+    with pytest.raises(ValueError, match=r"is a segmenter of .*spacing.*choose another --segmenter"):
         new = str(tmp_path / "c.json")
         samplers.main([*own, "--output", new, "--segmenter", str(segmenter), "--data.label_map", "{9: 2}"])
-    with pytest.raises(ValueError, match=r"holds a segmenter of .*choose another --segmenter"):
+    with pytest.raises(ValueError, match=r"is a segmenter of .*choose another --segmenter"):
         samplers.main([*options, "--output", str(tmp_path / "b.json"), "--segmenter", str(segmenter)])
     with pytest.raises(ValueError, match="--schedulers ddim: a model that predicts rectified_flow has euler, heun"):
         make_named("ddim", tiny_pipeline())
@@ -154,12 +156,12 @@ def test_the_command_goes_on_and_refuses_what_was_measured_otherwise(data, tmp_p
 
 def test_settings_can_be_chosen_without_a_look_at_the_test_split():
     cases = [Case(f"{split}{n}", f"{split}{n}", split, mask=Path("m")) for split in SPLITS for n in range(2)]
-    judging, learning = samplers.splits(cases, "test")
-    assert [case.name for case in judging] == ["test0", "test1"]
-    assert {case.split for case in learning} == {"train", "validation"}
-    judging, learning = samplers.splits(cases, "validation")
-    assert [case.name for case in judging] == ["validation0", "validation1"]
-    assert {case.split for case in learning} == {"train"}
+    test_set, train_set = samplers.splits(cases, "test")
+    assert [case.name for case in test_set] == ["test0", "test1"]
+    assert {case.split for case in train_set} == {"train", "validation"}
+    test_set, train_set = samplers.splits(cases, "validation")
+    assert [case.name for case in test_set] == ["validation0", "validation1"]
+    assert {case.split for case in train_set} == {"train"}
     with pytest.raises(ValueError, match="split"):
         samplers.splits(cases[:2], "validation")
 

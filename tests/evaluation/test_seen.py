@@ -24,7 +24,7 @@ from autoencoder.model import deciding
 from evaluation.copies.fingerprints import CopyCheck, check_unseen_subjects
 from evaluation.copies.fingerprints import main as make_fingerprints
 from evaluation.data.label_budget import main as draw_labels
-from evaluation.data.seen import check_models, read_judged, refuse_seen_cases
+from evaluation.data.seen import check_models, read_test_cases, refuse_seen_cases
 from evaluation.doctor import __main__ as doctor
 from evaluation.report import check_report
 from evaluation.studies import edit_borders as editing
@@ -325,7 +325,7 @@ def test_no_way_to_name_a_model_goes_round_the_check(way, trained, tmp_path, mon
 
 
 def test_a_model_that_is_nowhere_is_refused_before_the_work(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluation.data.seen.read_judged", lambda *_: pytest.fail("read volumes first"))
+    monkeypatch.setattr("evaluation.data.seen.read_test_cases", lambda *_: pytest.fail("read volumes first"))
     arguments = ["--config", str(trained / "data/config.yaml"), "--output", str(tmp_path / "r.json")]
     for named, said in (
         (["reconstruction", "--vae", str(tmp_path / "gone")], "gone: no autoencoder there"),
@@ -386,7 +386,7 @@ def test_no_disguise_hides_a_leak(trained, tmp_path):
     learned = read_model(trained / "vae").subjects
     for name, config in disguises(trained, tmp_path / "x").items():
         cases = load_cases(config)
-        voxels, _ = read_judged(cases, config)
+        voxels, _ = read_test_cases(cases, config)
         leaked = {one.case.name for one in find_overlap(learned, cases, config, voxels)}
         test = {case.name for case in cases if case.split == "test"}
         never = held_out(section(trained))  # of the first split, two subjects of two volumes
@@ -449,7 +449,7 @@ def test_doctor_names_the_overlap(trained, tmp_path, capsys):
     doctor.main([*arguments, "--data.test_fraction", "0.3"])
     assert "learned from 1 subject that is held out here" in capsys.readouterr().out
     doctor.main(arguments)
-    assert "has seen no subject that is held out here" in capsys.readouterr().out
+    assert "has seen none of the held-out subjects" in capsys.readouterr().out
 
 
 # Fingerprints
@@ -466,9 +466,7 @@ def test_fingerprints_of_another_split_are_refused(trained, generated, tmp_path,
     make_fingerprints([*command, "--data.test_fraction", "0.4"])
     mask = sorted((trained / "data/labels").glob("*.nii.gz"))[0]
     arguments = ["--pipeline", str(trained / "pipeline"), "--masks", str(mask), "--steps", "1", "--output"]
-    with pytest.raises(
-        ValueError, match=r"4 of the \d+ volumes by which its threshold was set are among those that the model"
-    ):
+    with pytest.raises(ValueError, match=r"4 of the \d+ volumes that set its threshold are among the model"):
         generate.main([*arguments, str(tmp_path / "g"), "--reject_copies", str(tmp_path / "f.safetensors")])
     make_fingerprints([*command, "--data.test_fraction", "0.2", "--data.validation_fraction", "0.3"])
     with pytest.raises(ValueError, match="among those that the model learned from"):

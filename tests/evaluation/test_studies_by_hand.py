@@ -9,9 +9,9 @@ import torch
 from shifted_coder import ShiftedCoder
 
 from evaluation import evaluate_reconstruction
-from evaluation.studies.class_adherence import compare
-from evaluation.studies.realism import VolumeSet, compare_features, judge_realism
-from evaluation.studies.sampler_figures import Judge, inputs_from_dataset
+from evaluation.studies.class_adherence import compare_class_rates
+from evaluation.studies.realism import VolumeSet, compare_features, measure_realism
+from evaluation.studies.sampler_figures import SamplerScorer, inputs_from_dataset
 from volumes import DataConfig, PhantomConfig, Volume, VolumeDataset, load_cases
 
 SIDE = 24
@@ -72,7 +72,7 @@ def test_psnr_spreads_by_its_standard_deviation():
 def test_a_class_without_real_volumes_has_no_part_in_the_balanced_rate():
     """Two of three classes are tested: of the first all are right, of the second half of the real and none of the made."""
     real, made = np.array([1.0, 1, 1, 0]), np.array([1.0, 0])
-    found = compare(real, np.array([0, 0, 1, 1]), made, np.array([0, 1]), ["a", "b", "never"])
+    found = compare_class_rates(real, np.array([0, 0, 1, 1]), made, np.array([0, 1]), ["a", "b", "never"])
     assert (found["real"]["balanced"], found["generated"]["balanced"]) == (0.75, 0.5)
     assert found["difference_points"]["balanced"] == -25
 
@@ -82,7 +82,7 @@ def test_spectra_of_generated_and_training_volumes_are_held_against_the_test_set
     volume = np.random.default_rng(0).uniform(0, 1, (1, SIDE, SIDE, SIDE))
     amplitudes = {"training": 0.5, "test": 1.0, "generated": 0.1}
     sets = {name: VolumeSet([0.5 + a * (volume - 0.5)] * 4) for name, a in amplitudes.items()}
-    found = judge_realism(sets, {}, parts=["intensity"])["intensity"]["image"]["spectrum_db"]
+    found = measure_realism(sets, {}, parts=["intensity"])["intensity"]["image"]["spectrum_db"]
     bands = len(found["bands"])
     assert found["generated_over_test"]["mean"] == pytest.approx([-20] * bands, abs=1e-6)
     assert found["training_over_test"]["mean"] == pytest.approx([20 * np.log10(0.5)] * bands, abs=1e-6)
@@ -92,7 +92,7 @@ def test_a_feature_that_hardly_varies_does_not_drown_the_others():
     """Deviations of 1 and 1e-6 have a root mean square of 1 / sqrt(2), of which the second counts as a tenth: a shift of
     0.1 there is sqrt(2) of that, squared 2."""
     rows = np.tile([[1, 1e-6], [1, -1e-6], [-1, 1e-6], [-1, -1e-6]], (2, 1))
-    found = compare_features({"training": rows, "test": rows, "generated": [*rows, 0, 0.1]})
+    found = compare_features({"training": rows, "test": rows, "generated": rows + np.array([0, 0.1])})
     assert found["frechet"]["whole"] == pytest.approx(2, rel=1e-5)
 
 
@@ -108,7 +108,7 @@ def test_a_class_that_is_not_known_is_not_asked_for():
         cases=[SimpleNamespace(name=name, subject=name) for name in "ab"],
     )
     unet = SimpleNamespace(config={"num_labels": 2, "classes": {"sex": ["f", "m"]}, "numbers": {}})
-    assert inputs_from_dataset(dataset, unet).classes == ({"sex": "f"}, {})
+    assert inputs_from_dataset(dataset, unet).classes == [{"sex": "f"}, {}]
 
 
 class Says(torch.nn.Module):
@@ -126,7 +126,7 @@ def test_the_dice_of_a_volume_is_the_mean_over_its_labels():
     """Label 1 is found, label 2 is missed, in the first volume; in the second both are found."""
     labels = torch.tensor([[0, 1, 1, 2], [0, 1, 2, 2]]).view(2, 4, 1, 1)
     seen = torch.tensor([[0.0, 1, 1, 0], [0, 1, 2, 2]]).view(2, 1, 4, 1, 1)
-    judge = Judge.__new__(Judge)
+    judge = SamplerScorer.__new__(SamplerScorer)
     judge.segmenter, judge.num_labels, judge.pairs = Says(), 3, SimpleNamespace(labels=labels)  # pyright: ignore[reportAttributeAccessIssue]
     with torch.no_grad():
         assert judge._dice(seen).tolist() == [[0.5, 1.0]]

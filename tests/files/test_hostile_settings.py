@@ -111,7 +111,10 @@ def test_settings_of_a_lora_are_checked(lora, tmp_path, name, value):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"target_modules": ["qkv"]}, "target_modules does not name 'down_blocks.0.0.conv1', but there are tensors of it"),
+        (
+            {"target_modules": ["qkv"]},
+            "target_modules does not name 'down_blocks.0.0.conv1', but there are tensors of it",
+        ),
         ({"target_modules": ["qkv", "conv1", "out"]}, "target_modules names 'out', but there are no tensors of it"),
         ({"r": 3}, "has the rank 3 for 'down_blocks.0.0.conv1', whose tensors are of rank 2"),
         (

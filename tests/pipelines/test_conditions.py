@@ -16,6 +16,7 @@ from tiny import labels_of, mask_image, seeded, tiny_data, tiny_pipeline
 import generate
 import train_ldm
 from diffusion import (
+    Conditions,
     LatentUNet3D,
     build_latent_cache,
     collate_latents,
@@ -26,8 +27,8 @@ from diffusion import (
     training_loss,
 )
 from diffusion.completion import complete_model
-from diffusion.conditions import ConditionEmbedding, fourier_features
-from diffusion.latent_cache import LatentAugmentation, cache_key
+from diffusion.condition_embedding import ConditionEmbedding, fourier_features
+from diffusion.latent_cache import LatentCacheConfig, cache_key
 from pipelines import MedVolumePipeline, read_sidecar
 from pipelines.planning import volume_seed
 from training import initialize_from
@@ -146,8 +147,8 @@ def test_every_condition_counts_and_keeps_its_column_when_saved(tmp_path):
     unet, x = unet_of(), torch.randn(1, 4, 3, 3, 3)
     unet.save_pretrained(tmp_path)
     loaded = LatentUNet3D.from_pretrained(tmp_path)
-    assert loaded.condition_names == unet.condition_names
-    assert unet.condition_names.classes == ("diagnosis", "sex") and unet.condition_names.numbers == ("age", "weight")
+    assert loaded.condition_schema == unet.condition_schema
+    assert unet.condition_schema.classes == ("diagnosis", "sex") and unet.condition_schema.numbers == ("age", "weight")
     base = {"classes": torch.tensor([[2, 0]]), "numbers": torch.tensor([[30.0, 80.0]])}
     outputs = []
     for change in (
@@ -175,7 +176,7 @@ def test_conditions_that_are_missing_unwanted_or_of_other_columns_are_refused():
             unet_of()(x, 1, **given)
     with pytest.raises(ValueError, match="knows no numbers"):
         unet_of(numbers=None)(x, 1, classes=classes, numbers=numbers)
-    with pytest.raises(ValueError, match="knows no classes and no numbers"):
+    with pytest.raises(ValueError, match="without classes and numbers"):
         unet_of(classes=None, numbers=None)(x, 1, classes=classes)
 
 
@@ -192,7 +193,7 @@ def test_a_mask_that_training_dropped_may_be_left_out():
 
 def test_latents_carry_their_cases_conditions_outside_the_cache(tmp_path):
     """Of every version, from the table as it is now: the files know nothing of them."""
-    vae, versions = tiny_pipeline().vae, LatentAugmentation(versions=2, shift=True)
+    vae, versions = tiny_pipeline().vae, LatentCacheConfig(versions=2, shift=True)
     plain, dataset = phantoms(), phantoms(**PHANTOM)
     assert cache_key(plain, vae, versions) == cache_key(dataset, vae, versions)
     files = build_latent_cache(plain, vae, tmp_path, versions, progress=False).files
@@ -202,8 +203,8 @@ def test_latents_carry_their_cases_conditions_outside_the_cache(tmp_path):
         assert torch.equal(latents[i]["classes"], dataset[i // 2]["classes"])
         assert torch.equal(latents[i]["numbers"], dataset[i // 2]["numbers"])
     batch = collate_latents([latents[3], latents[6]], (4, 4, 4), 0)["conditions"]
-    assert batch.keys() == {"classes", "numbers"}
-    assert torch.equal(batch["numbers"], torch.stack([dataset[1]["numbers"], dataset[3]["numbers"]]))
+    assert batch.as_kwargs().keys() == {"classes", "numbers"}
+    assert torch.equal(batch.numbers, torch.stack([dataset[1]["numbers"], dataset[3]["numbers"]]))
 
 
 def test_the_model_section_is_completed_from_the_data():
@@ -239,13 +240,13 @@ def learned() -> LatentUNet3D:
     )
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(unet.parameters())
-    dropout, names = unet.config["condition_dropout"], unet.condition_names
+    dropout, schema = unet.config["condition_dropout"], unet.condition_schema
     for step in range(400):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 400)
         sex, age = torch.randint(0, 2, (32, 1), generator=generator), 20 + 60 * torch.rand(32, 1, generator=generator)
         mean = (2 * sex - 1 + (age - 50) / 20).view(32, 1, 1, 1, 1)
         latents = mean + 0.8 * torch.randn(32, *GRID, generator=generator)
-        conditions = drop_conditions({"classes": sex, "numbers": age}, names, dropout, generator)
+        conditions = drop_conditions(Conditions(classes=sex, numbers=age), schema, dropout, generator)
         loss = training_loss(unet, "rectified_flow", latents, conditions, torch.ones(32, *GRID), generator)
         loss.backward()
         optimizer.step()
@@ -256,13 +257,13 @@ def learned() -> LatentUNet3D:
 def mean_of(unet: LatentUNet3D, sex: int = -1, age: float = NAN, scale=1.0) -> float:
     """The mean of 64 volumes sampled for sex and age, always from the same noise."""
     noise = torch.randn(64, *GRID, generator=torch.Generator().manual_seed(1))
-    conditions = {"classes": torch.full((64, 1), sex), "numbers": torch.full((64, 1), age)}
+    conditions = Conditions(classes=torch.full((64, 1), sex), numbers=torch.full((64, 1), age))
     latents = denoise(
         unet,
         noise,
         make_scheduler("rectified_flow"),
         conditions,
-        names=unet.condition_names,
+        schema=unet.condition_schema,
         guidance_scale=scale,
         num_inference_steps=10,
     )

@@ -38,7 +38,7 @@ def test_the_patient_is_refused_and_the_verdict_stands_beside_what_is_kept(known
 
 
 def test_nothing_is_written_before_it_is_compared(known, tmp_path):
-    with pytest.raises(ValueError, match="paths would be written before they are compared"):
+    with pytest.raises(ValueError, match="paths would be written before the comparison"):
         anonymized(tiny_pipeline(), mask_image(SHAPE), mask_image(SHAPE), known, paths=tmp_path / "a.nii.gz")
     assert not list(tmp_path.iterdir())
 

@@ -14,8 +14,9 @@ import train_ldm
 import train_vae
 from autoencoder import AutoencoderKL3D
 from diffusion import (
-    ConditionNames,
-    LatentAugmentation,
+    Conditions,
+    ConditionSchema,
+    LatentCacheConfig,
     LatentUNet3D,
     collate_latents,
     denoise,
@@ -27,7 +28,7 @@ from diffusion import (
 )
 from diffusion.latent_cache import cache_key
 from pipelines import MedVolumePipeline
-from training import initialize_from, ldm, ldm_step
+from training import initialize_from, ldm
 from volumes import DataConfig, VolumeDataset, load_cases
 
 TINY = {"channels": (16,), "strides": (), "blocks": (1,), "attention": (False,)}
@@ -75,29 +76,30 @@ def test_a_batch_gives_the_latents_of_its_own_entries_and_nothing_in_padding():
         mean = torch.randn(3, *shape)
         items.append({"mean": mean, "std": mean.abs(), "inside": torch.ones(1, *shape, dtype=torch.bool), "name": name})
     batch = collate_latents(items, (4, 4, 4), 0, {"pet": slice(2, 3)})
-    assert batch["conditions"].keys() == {"image"} and batch["weight"].min() == 0
-    assert torch.equal(batch["conditions"]["image"][:, :1], batch["mean"][:, 2:])
-    assert torch.equal(batch["conditions"]["image"][:, 1:], batch["weight"])
+    assert batch["conditions"].as_kwargs().keys() == {"image"} and batch["weight"].min() == 0
+    assert torch.equal(batch["conditions"].image[:, :1], batch["mean"][:, 2:])
+    assert torch.equal(batch["conditions"].image[:, 1:], batch["weight"])
 
 
 # names, dropout
 
 
 def test_an_image_is_left_out_with_its_flag_and_leaves_the_others():
-    names = ConditionNames(("sex",), (), (("ct", 2), ("pet", 1)))
-    conditions = {"image": given_both(), "classes": torch.tensor([[1]])}
-    assert names.of(conditions) == ["ct", "pet", "sex"]
-    assert columns(names.without(conditions, {"ct"})["image"]) == [[0, 0, 0, 3, 1]]
-    left = names.without(conditions, {"pet", "sex"})
-    assert columns(left["image"]) == [[1, 2, 1, 0, 0]] and left["classes"].tolist() == [[-1]]
+    schema = ConditionSchema(classes=("sex",), images=(("ct", 2), ("pet", 1)))
+    conditions = Conditions(image=given_both(), classes=torch.tensor([[1]]))
+    assert conditions.names(schema) == ["sex", "ct", "pet"]
+    assert columns(conditions.drop({"ct"}, schema).image) == [[0, 0, 0, 3, 1]]
+    left = conditions.drop({"pet", "sex"}, schema)
+    assert columns(left.image) == [[1, 2, 1, 0, 0]] and left.classes.tolist() == [[-1]]
 
 
 def test_images_are_left_out_at_their_rates_and_never_all_given():
     """Were all given (0.6 x 0.3), none is: nothing would be left to generate. Of part of the channels, all may be."""
     total = 20_000
     for cover in (True, False):
-        names = ConditionNames(images=(("ct", 2), ("pet", 1)), images_are_all=cover)
-        image = drop_conditions({"image": given_both(total)}, names, RATES, torch.Generator().manual_seed(0))["image"]
+        schema = ConditionSchema(images=(("ct", 2), ("pet", 1)), images_are_all=cover)
+        generator = torch.Generator().manual_seed(0)
+        image = drop_conditions(Conditions(image=given_both(total)), schema, RATES, generator).image
         kinds, counts = image[..., 0, 0, 0].unique(dim=0, return_counts=True)
         shares = {tuple(kind.tolist()): count.item() / total for kind, count in zip(kinds, counts, strict=True)}
         expected = {(0, 0, 0, 0, 0): 0.28, (1, 2, 1, 0, 0): 0.42, (0, 0, 0, 3, 1): 0.12, (1, 2, 1, 3, 1): 0.18}
@@ -111,17 +113,17 @@ def test_images_are_left_out_at_their_rates_and_never_all_given():
 
 def test_the_unet_says_what_images_it_needs():
     unet, x = LatentUNet3D(**TINY, **BOTH, condition_dropout=RATES), torch.randn(1, 3, 1, 1, 2)
-    assert unet.condition_names == ConditionNames(images=(("ct", 2), ("pet", 1)), images_are_all=True)
+    assert unet.condition_schema == ConditionSchema(images=(("ct", 2), ("pet", 1)), images_are_all=True, dropout=RATES)
     torch.nn.init.normal_(unet.conv_out.weight)
     with torch.no_grad():
         assert torch.equal(unet(x, 1).sample, unet(x, 1, image=torch.zeros(1, 5, 1, 1, 2)).sample)
         assert (unet(x, 1).sample - unet(x, 1, image=given_both()).sample).abs().max() > 1e-3
     with pytest.raises(ValueError, match=r"expected \(1, 5, 1, 1, 2\)"):
         unet(x, 1, image=given_both()[:, :4])
-    with pytest.raises(ValueError, match="knows no images"):
+    with pytest.raises(ValueError, match="without image conditions"):
         LatentUNet3D(**TINY, in_channels=3)(x, 1, image=given_both())
     always = LatentUNet3D(**TINY, in_channels=3, images={"ct": 2})
-    assert not always.condition_names.images_are_all
+    assert not always.condition_schema.images_are_all
     with pytest.raises(ValueError, match="never trained without ct"):
         always(x, 1)
 
@@ -160,8 +162,8 @@ def adherent() -> LatentUNet3D:
     for _ in range(120):
         a = torch.randn(64, 1, *GRID, generator=generator)
         latents = torch.cat([a, -a], 1)
-        conditions = {"image": image_condition(latents, {"a": slice(0, 1), "b": slice(1, 2)})}
-        conditions = drop_conditions(conditions, unet.condition_names, unet.config["condition_dropout"], generator)
+        conditions = Conditions(image=image_condition(latents, {"a": slice(0, 1), "b": slice(1, 2)}))
+        conditions = drop_conditions(conditions, unet.condition_schema, unet.config["condition_dropout"], generator)
         optimizer.zero_grad()
         training_loss(unet, "rectified_flow", latents, conditions, weight, generator).backward()
         optimizer.step()
@@ -172,9 +174,11 @@ def adherent() -> LatentUNet3D:
 def sampled(unet: LatentUNet3D, image: torch.Tensor, steps: int = 8, **options) -> torch.Tensor:
     """(B, 2, ...): a and b, from the same noise each time."""
     noise = torch.randn(len(image), 2, *GRID, generator=torch.Generator().manual_seed(1))
-    scheduler, names = make_scheduler("rectified_flow"), unet.condition_names
+    scheduler, schema = make_scheduler("rectified_flow"), unet.condition_schema
     with torch.no_grad():
-        return denoise(unet, noise, scheduler, {"image": image}, num_inference_steps=steps, names=names, **options)
+        return denoise(
+            unet, noise, scheduler, Conditions(image=image), num_inference_steps=steps, schema=schema, **options
+        )
 
 
 def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -257,10 +261,10 @@ def train(folder: Path, output: Path, *args: str) -> dict[str, float]:
 
 def test_a_run_learns_all_channels_from_those_given(folder, tmp_path, monkeypatch):
     seen, drawn, previewed = [], [], []
-    loss, figure, denoised = ldm_step.training_loss, ldm_step.slices_figure, ldm_step.denoise
-    monkeypatch.setattr(ldm_step, "denoise", lambda *a, **k: (previewed.append(a[3]["image"]), denoised(*a, **k))[1])
-    monkeypatch.setattr(ldm_step, "training_loss", lambda *a, **k: (seen.append(a[3]["image"]), loss(*a, **k))[1])
-    monkeypatch.setattr(ldm_step, "slices_figure", lambda columns: (drawn.append(columns), figure(columns))[1])
+    loss, figure, denoised = ldm.training_loss, ldm.slices_figure, ldm.denoise
+    monkeypatch.setattr(ldm, "denoise", lambda *a, **k: (previewed.append(a[3].image), denoised(*a, **k))[1])
+    monkeypatch.setattr(ldm, "training_loss", lambda *a, **k: (seen.append(a[3].image), loss(*a, **k))[1])
+    monkeypatch.setattr(ldm, "slices_figure", lambda columns: (drawn.append(columns), figure(columns))[1])
     encode, latents = ldm.encode_held_out, []
     monkeypatch.setattr(ldm, "encode_held_out", lambda *a: (latents.extend(made := encode(*a)), made)[1])
     metrics = train(folder, tmp_path)
@@ -306,8 +310,8 @@ def test_channels_in_another_order_than_the_autoencoders_are_refused(folder, tmp
 
 
 def test_an_image_that_is_never_left_out_is_in_previews_too(folder, tmp_path, monkeypatch):
-    conditions, original = [], ldm_step.denoise
-    monkeypatch.setattr(ldm_step, "denoise", lambda *a, **k: (conditions.append(a[3]["image"]), original(*a, **k))[1])
+    conditions, original = [], ldm.denoise
+    monkeypatch.setattr(ldm, "denoise", lambda *a, **k: (conditions.append(a[3].image), original(*a, **k))[1])
     train(folder, tmp_path, "--data.condition_channels=[ct]", "--model.condition_dropout={}", "--loop.max_steps=1")
     assert conditions[0].shape[1] == 4 and (conditions[0][:, 3] == 1).all()
 
@@ -318,7 +322,7 @@ def test_the_cache_does_not_depend_on_what_is_given(folder):
         VolumeDataset(load_cases(config), config)
         for config in (data_of(folder), data_of(folder, condition_channels=["ct"]))
     ]
-    assert len({cache_key(dataset, vae, LatentAugmentation()) for dataset in datasets}) == 1
+    assert len({cache_key(dataset, vae, LatentCacheConfig()) for dataset in datasets}) == 1
 
 
 def test_channels_that_cannot_be_given_are_refused():

@@ -108,8 +108,8 @@ def test_a_number_that_is_left_out_is_not_0():
     requests = [VolumeRequest(mask, numbers=numbers) for numbers in ({"age": 3.0}, {"weight": 5.0})]
     with pytest.warns(UserWarning, match="trained on"):
         prepared = pipe.prepare(requests, SamplingConfig(1))
-    found = condition_tensors(pipe.unet, prepared, torch.device("cpu"))["numbers"]
-    columns = list(pipe.unet.condition_names.numbers)
+    found = condition_tensors(pipe.unet, prepared, torch.device("cpu")).numbers
+    columns = list(pipe.unet.condition_schema.numbers)
     expected = torch.tensor([[{"age": 3.0}.get(name, math.nan) for name in columns], [math.nan, math.nan]])
     expected[1, columns.index("weight")] = 5.0
     torch.testing.assert_close(found, expected, equal_nan=True)

@@ -89,9 +89,9 @@ def test_a_large_mask_is_embedded_in_parts(monkeypatch):
     requests = [VolumeRequest(mask_image((8, 8, 16), seed=seed)) for seed in (1, 2)]
     volumes = pipe.prepare(requests, SamplingConfig())
     with torch.no_grad():
-        whole = conditions.condition_tensors(pipe.unet, volumes, pipe.device)["mask"]
+        whole = conditions.condition_tensors(pipe.unet, volumes, pipe.device).mask
         monkeypatch.setattr(conditions, "LATENT_PLANES", 3)
-        parts = conditions.condition_tensors(pipe.unet, volumes, pipe.device)["mask"]
+        parts = conditions.condition_tensors(pipe.unet, volumes, pipe.device).mask
     assert whole.shape == (2, 8, 2, 2, 4) and whole.std() > 0.1
     torch.testing.assert_close(parts, whole)
 

@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_named(inputs, fingerprints, tmp_path):
     two = tmp_path / "two.safetensors"
     CopyCheck.of(np.concatenate([blobs(3, 0), blobs(3, 1)], 1), (8, 8, 8), block=2).save(two)
     with pytest.raises(
-        ValueError, match=r"two.safetensors: holds fingerprints of 2 channels, the model makes 1 \(MR\)"
+        ValueError, match=r"two.safetensors: holds fingerprints of 2 channels, the model generates 1 \(MR\)"
     ):
         generate.main(arguments(inputs, tmp_path / "out", "--reject_copies", str(two)))
     save_file({"weights": torch.zeros(1)}, tmp_path / "other.safetensors")
@@ -249,7 +249,7 @@ def test_the_command_makes_a_check_of_the_training_split_set_on_unseen_volumes(d
     assert check.threshold == pytest.approx(max(check.check(array).similarity for array in arrays[6:]), abs=1e-3)
     with pytest.raises(ValueError, match="too few for two blocks of 8"):
         copies.main([*options, "--block", "8"])
-    with pytest.raises(ValueError, match="5 subjects cannot tell"):
+    with pytest.raises(ValueError, match="5 subjects are too few"):
         copies.main([*options, "--alpha", "0.01"])
     with pytest.raises(ValueError, match="no unseen volumes"):
         copies.main([*options, "--data.split", "null", "--data.test_fraction", "0", "--data.validation_fraction", "0"])

@@ -11,8 +11,8 @@ from pipelines.inputs.request_files import find_masks, read_requests
 from pipelines.storage.provenance import read_sidecar, sidecars
 from volumes import Case, volume_stem
 
-NAMES = SimpleNamespace(classes=["größe"], numbers=["age"], images=[("ct", 1)])
-PIPE = SimpleNamespace(unet=SimpleNamespace(condition_names=NAMES))
+SCHEMA = SimpleNamespace(classes=["größe"], numbers=["age"], images=[("ct", 1)])
+PIPE = SimpleNamespace(unet=SimpleNamespace(condition_schema=SCHEMA))
 
 
 def nfd(text):

@@ -11,7 +11,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_data
 
 from pipelines import write_synthetic
 from pipelines.storage.finished import file_fault, finished_volumes, left_to_generate

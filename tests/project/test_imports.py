@@ -16,6 +16,16 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Distributions whose import name is another.
 IMPORT_NAMES = {"pyyaml": "yaml"}
 
+# Packages of evaluation/: each may import those of its own level and of the levels before it. `report` is a module.
+EVALUATION_LEVELS = (
+    {"report"},
+    {"data", "stats", "metrics"},
+    {"networks"},
+    {"studies", "copies"},
+    {"doctor", "html"},
+    {"commands"},
+)
+
 
 def imported_roots(path: Path) -> set[str]:
     """First parts of every absolute import in a file, wherever in the file it stands."""
@@ -34,6 +44,35 @@ def wrong_imports(room: Path, ours: set[str], allowed: set[str]) -> list[str]:
         f"{path.relative_to(room.parent)}: {name}"
         for path in sorted(room.rglob("*.py"))
         for name in sorted(imported_roots(path) & ours - allowed)
+    ]
+
+
+def imported_packages(path: Path, package: str) -> set[str]:
+    """First parts below `package` of every absolute or relative import of it in a file that is directly in a package of it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = {0: node.module or "", 2: f"{package}.{node.module or ''}".rstrip(".")}.get(node.level, "")
+            names |= {f"{module}.{alias.name}" for alias in node.names} if module == package else {module}
+    return {name.split(".")[1] for name in names if name.startswith(f"{package}.")}
+
+
+def wrong_levels(room: Path, levels: tuple[set[str], ...]) -> list[str]:
+    """`file: package` for every import in `room` of a package of a later level than the file's own.
+
+    Other names are those that the room itself exports, from packages of any level: only the last level may import them.
+    """
+    level_of = {name: number for number, names in enumerate(levels) for name in names}
+    return [
+        f"{path.relative_to(room)}: {name}"
+        for package, number in level_of.items()
+        for path in sorted(
+            room.glob(f"{package}.py") if (room / f"{package}.py").exists() else (room / package).glob("*.py")
+        )
+        for name in sorted(imported_packages(path, room.name))
+        if level_of.get(name, len(levels) - 1) > number
     ]
 
 
@@ -88,6 +127,30 @@ def test_a_wrong_import_of_the_engine_is_found(tmp_path):
     assert names_outside(engine, tmp_path) == {"files"}
     (engine / "up.py").write_text("from ..vae import build\nfrom training import Learner\nimport diffusion.loss\n")
     assert names_outside(engine, tmp_path) == {"files", "training.vae", "training.", "diffusion"}
+
+
+def test_packages_of_evaluation_import_one_way():
+    assert wrong_levels(ROOT / "evaluation", EVALUATION_LEVELS) == []
+    named = set().union(*EVALUATION_LEVELS)
+    assert {path.parent.name for path in (ROOT / "evaluation").glob("*/__init__.py")} == named - {"report"}
+
+
+def test_a_wrong_import_between_packages_is_found(tmp_path):
+    room = tmp_path / "evaluation"
+    for name in ("data", "studies"):
+        (room / name).mkdir(parents=True)
+    (room / "report.py").write_text("from evaluation.data import pairs\n")
+    (room / "data/good.py").write_text(
+        "import evaluation.report\nfrom . import pairs\nfrom evaluation.data.pairs import Pair\n"
+    )
+    (room / "data/late.py").write_text("def f():\n    from ..studies.privacy import attack\n")
+    (room / "data/root.py").write_text("from evaluation import studies, score_training\n")
+    assert wrong_levels(room, ({"report"}, {"data"}, {"studies"})) == [
+        "report.py: data",
+        "data/late.py: studies",
+        "data/root.py: score_training",
+        "data/root.py: studies",
+    ]
 
 
 def test_every_room_is_installed():

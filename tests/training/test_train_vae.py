@@ -21,9 +21,9 @@ from training import (
     LoopConfig,
     OptimizerConfig,
 )
+from training.vae import gather_latents
 from training.vae_config import crop_faults
 from training.vae_losses import make_adversary
-from training.vae_step import gather_latents
 
 
 @pytest.mark.parametrize("name", ["l1", "mse", "gradient", "spectrum", "kl"])
@@ -117,7 +117,7 @@ def test_cells_of_padding_do_not_reach_the_codebook():
     inputs["fov"] = torch.zeros_like(inputs["fov"])
     inputs["fov"][0, ..., :4] = True
     step(inputs, generators())
-    assert [len(cells) for cells in step._cells] == [4]
+    assert [len(cells) for cells in step._latents] == [4]
 
 
 def test_the_loss_is_what_is_minimized():
@@ -150,7 +150,7 @@ def test_the_discriminator_accumulates_as_the_autoencoder_does():
         loop=LoopConfig(),
         optimizer=OptimizerConfig(gradient_accumulation=2),
     )
-    adversary = make_adversary(config, AutoencoderKL3D())
+    adversary = make_adversary(config.adversarial, config, AutoencoderKL3D())
     assert adversary is not None
     adversary.learner.prepare(Accelerator(cpu=True))
     network, slices = adversary.learner.network, Slices(0, torch.zeros(2, 1, dtype=torch.long))

@@ -20,22 +20,21 @@ import train_ldm
 import train_vae
 from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
 from autoencoder.posterior import LatentDistribution
-from diffusion import LatentUNet3D, make_scheduler
+from diffusion import Conditions, LatentUNet3D, make_scheduler
 from training import (
     AdversarialConfig,
     Learner,
     MovingAverage,
     OptimizerConfig,
     derive_seed,
-    ldm_step,
+    ldm,
     learning_rate,
 )
 from training.engine import precision
 from training.engine.loss_spikes import SpikeWatch, StandstillWatch
 from training.engine.muon import Muon
 from training.engine.tracking import Progress
-from training.ldm import encode_held_out
-from training.ldm_step import LdmTrainingStep
+from training.ldm import LdmTrainingStep, encode_held_out
 from training.splits import PaddedVolumes, digests, load_split
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
 
@@ -242,7 +241,7 @@ def latent_batch() -> dict[str, Any]:
         "mean": mean,
         "std": mean.abs() + 0.5,
         "weight": weight,
-        "conditions": {"numbers": torch.tensor([[40.0], [70.0]])},
+        "conditions": Conditions(numbers=torch.tensor([[40.0], [70.0]])),
     }
 
 
@@ -252,7 +251,7 @@ def test_a_diffusion_step_draws_latents_from_their_posterior(monkeypatch):
 
     def loss(model, objective, latents, conditions, weight, generators):
         seen.append((latents, conditions, weight, [one.get_state() for one in generators]))
-        return model(latents, torch.tensor([1.0, 2.0]), **conditions).sample.square().mean()
+        return model(latents, torch.tensor([1.0, 2.0]), **conditions.as_kwargs()).sample.square().mean()
 
     step.loss = loss
     step(given, two_generators(3))
@@ -262,7 +261,7 @@ def test_a_diffusion_step_draws_latents_from_their_posterior(monkeypatch):
     torch.testing.assert_close(latents, given["mean"] + given["std"] * noise)
     assert torch.equal(weight, given["weight"])
     left_out = [torch.rand(1, generator=one).item() < 0.5 for one in ours]  # drawn next, and then the loss's own
-    assert conditions["numbers"].isnan().flatten().tolist() == left_out
+    assert conditions.numbers.isnan().flatten().tolist() == left_out
     assert all(torch.equal(a, b.get_state()) for a, b in zip(states, ours, strict=True))
     assert all(p.grad is not None for p in step.unet.network.conv_in.parameters())
 
@@ -270,7 +269,7 @@ def test_a_diffusion_step_draws_latents_from_their_posterior(monkeypatch):
 def test_a_unet_is_validated_by_its_average_without_its_padding():
     step = diffusion_step()
     unlike(step.unet)
-    item = {"latents": latent_batch()["mean"][:1], "conditions": {"numbers": torch.tensor([[40.0]])}}
+    item = {"latents": latent_batch()["mean"][:1], "conditions": Conditions(numbers=torch.tensor([[40.0]]))}
     found = step.validate(item, torch.Generator().manual_seed(5))
     assert found == step.validate(item, torch.Generator().manual_seed(5))
     assert found != step.validate(item, torch.Generator().manual_seed(6))
@@ -290,7 +289,7 @@ def test_a_unet_is_trained_with_its_own_steps_and_the_error_that_is_asked_for():
         step, seen = diffusion_step({"objective": "epsilon", "train_steps": 7}, loss=loss), set()
         step.unet.average.conv_out.weight.data.zero_()
         step.unet.average.register_forward_pre_hook(lambda module, given, seen=seen: seen.update(given[1].tolist()))
-        item = {"latents": latent_batch()["mean"][:1], "conditions": {"numbers": torch.tensor([[40.0]])}}
+        item = {"latents": latent_batch()["mean"][:1], "conditions": Conditions(numbers=torch.tensor([[40.0]]))}
         found = [step.validate(item, torch.Generator().manual_seed(seed))["loss"] for seed in range(8)]
         assert sum(found) / 8 == pytest.approx(expected, rel=0.02)
         assert seen == set(range(7))
@@ -298,12 +297,12 @@ def test_a_unet_is_trained_with_its_own_steps_and_the_error_that_is_asked_for():
 
 def test_previews_are_sampled_with_the_average(monkeypatch):
     step, used = diffusion_step(), []
-    monkeypatch.setattr(ldm_step, "denoise", lambda unet, noise, *_, **__: (used.append((unet, noise)), noise)[1])
-    monkeypatch.setattr(ldm_step, "slices_figure", lambda cases: cases)
+    monkeypatch.setattr(ldm, "denoise", lambda unet, noise, *_, **__: (used.append((unet, noise)), noise)[1])
+    monkeypatch.setattr(ldm, "slices_figure", lambda cases: cases)
     item = {
         "latents": torch.zeros(1, CHANNELS, 3, 3, 3),
         "image": torch.zeros(1, 6, 6, 6),
-        "conditions": {},
+        "conditions": Conditions(),
         "name": "a",
     }
     step.preview([item | {"scale": ((0.0, 1.0),)}] * 2)
@@ -490,7 +489,7 @@ def test_a_codebook_is_moved_by_a_seed_of_its_step():
         step.vae.updates = number
         step(batch(), two_generators())
         step.after_update(True)
-    assert seeds == [derive_seed(3), derive_seed(4)] and not step._cells
+    assert seeds == [derive_seed(3), derive_seed(4)] and not step._latents
     raw = network.encode(batch()["image"]).latent_dist.raw_mean.movedim(1, -1).flatten(0, 3)
     torch.testing.assert_close(
         seen[0], raw
@@ -588,7 +587,7 @@ def test_held_out_volumes_are_their_mean_latents():
     items: Any = [{"name": "a", "image": torch.zeros(1, 2, 2, 2)}]
     encoder: Any = Unsure()
     (found,) = encode_held_out(items, encoder, 0, {})
-    assert torch.equal(found["latents"], torch.full((1, 1, 2, 2, 2), 5.0)) and found["conditions"] == {}
+    assert torch.equal(found["latents"], torch.full((1, 1, 2, 2, 2), 5.0)) and found["conditions"].as_kwargs() == {}
 
 
 # the samples of a step

@@ -13,7 +13,15 @@ from autoencoder import (
     spectrum_loss,
 )
 from autoencoder.perceptual import perceptual_loss
-from diffusion import LatentAugmentation, LatentUNet3D, build_latent_cache, denoise, make_scheduler, training_loss
+from diffusion import (
+    Conditions,
+    LatentCacheConfig,
+    LatentUNet3D,
+    build_latent_cache,
+    denoise,
+    make_scheduler,
+    training_loss,
+)
 from diffusion.latent_cache import weights_hash
 from diffusion.objectives import sample_timesteps
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
@@ -67,7 +75,12 @@ def test_losses_are_float32_in_half_precision():
             return (torch.full_like(sample, 1 / 3).bfloat16(),)
 
     loss = training_loss(
-        Half(), "epsilon", torch.zeros(1, 2, 4, 4, 4), {}, torch.ones(1, 1, 4, 4, 4), torch.Generator().manual_seed(0)
+        Half(),
+        "epsilon",
+        torch.zeros(1, 2, 4, 4, 4),
+        Conditions(),
+        torch.ones(1, 1, 4, 4, 4),
+        torch.Generator().manual_seed(0),
     )
     noise = torch.Generator().manual_seed(0)
     torch.randint(0, 1000, (1,), generator=noise)
@@ -80,9 +93,9 @@ def test_losses_are_float32_in_half_precision():
 def test_sampling_and_measuring_keep_no_graph_and_training_does():
     unet, latents = LatentUNet3D(channels=(8,), strides=(), blocks=(1,), attention=(False,)), torch.randn(1, 4, 3, 3, 3)
     torch.nn.init.normal_(unet.conv_out.weight)
-    made = denoise(unet, latents, make_scheduler("rectified_flow"), {}, num_inference_steps=2)
+    made = denoise(unet, latents, make_scheduler("rectified_flow"), Conditions(), num_inference_steps=2)
     assert not made.requires_grad and unet.training
-    loss = training_loss(unet, "rectified_flow", latents, {}, torch.ones(1, 1, 3, 3, 3), torch.Generator())
+    loss = training_loss(unet, "rectified_flow", latents, Conditions(), torch.ones(1, 1, 3, 3, 3), torch.Generator())
     loss.backward()
     assert all(
         parameter.grad is not None and parameter.grad.isfinite().all() for parameter in unet.conv_out.parameters()
@@ -91,7 +104,7 @@ def test_sampling_and_measuring_keep_no_graph_and_training_does():
 
 def test_each_version_that_is_missing_is_made_again(tmp_path):
     config = DataConfig(phantom=PhantomConfig(count=2, shape=(9, 9, 9)))
-    dataset, how = VolumeDataset(load_cases(config), config), LatentAugmentation(versions=2, shift=True)
+    dataset, how = VolumeDataset(load_cases(config), config), LatentCacheConfig(versions=2, shift=True)
     vae = SpaceToDepth3D(patch_size=2)
     files = build_latent_cache(dataset, vae, tmp_path, how, progress=False).files
     assert len(files) == 4

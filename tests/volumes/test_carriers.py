@@ -125,7 +125,7 @@ def test_an_image_that_conditions_must_lie_on_the_masks_grid():
         for of in (nib.Nifti1Image, metatensor)
     )
     assert torch.equal(made, expected) and type(made) is torch.Tensor
-    elsewhere = [*affine, [0, 0, 0, 9], [0] * 4, [0] * 4, [0] * 4]
+    elsewhere = affine + np.array([[0, 0, 0, 9], [0] * 4, [0] * 4, [0] * 4])
     with pytest.raises(ValueError, match="lies on another grid than the mask"):
         pipe(metatensor(LABELS, affine), image={"ct": metatensor(voxels, elsewhere)}, **settings)
 

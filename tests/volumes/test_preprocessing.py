@@ -237,7 +237,7 @@ def test_evaluation_and_doctor_refuse_another_window(data, vae, tmp_path, capsys
     assert doctor.main(["--config", str(tmp_path / "ldm.yaml"), *other]) == 1
     assert "window 0 to 1100, the data has window 0 to 500" in capsys.readouterr().out
     doctor.main(["--config", str(tmp_path / "ldm.yaml")])
-    assert "learned from volumes prepared as these are" in capsys.readouterr().out
+    assert "was trained on volumes prepared like these" in capsys.readouterr().out
 
 
 def learned(vae: VolumeAutoencoder, **changes) -> VolumeAutoencoder:

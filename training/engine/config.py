@@ -1,14 +1,18 @@
-"""Settings of a run that are the same for every model, and how a run's settings are saved and compared."""
+"""Settings of a run that are the same for every model, and how a run's settings are parsed, saved and compared."""
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import yaml
 
+from cli.command import ArgumentParser
+from cli.parsing import parse_settings
 from cli.settings import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -19,10 +23,14 @@ from cli.settings import (
     Share,
     ShareBelowOne,
     checked,
+    hints_of,
 )
 from files.atomic import write_text
 from files.documents import read_yaml
+from volumes.data.config_parser import ConfigParser, config_files
+from volumes.data.preprocessing import inherited
 
+Config = TypeVar("Config")
 logger = logging.getLogger("training")
 MAX_WORKERS = 1024
 MAX_MINUTES = 366 * 24 * 60
@@ -136,6 +144,36 @@ class RunConfig(Protocol):
     resume: str | None
     accept_changes: bool
     wait_minutes: float
+
+
+def parse_config(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
+    """Parse the run's config from `--config FILE.yaml` and overrides such as `--loop.max_steps 100`.
+
+    Later arguments override earlier ones, so `--config` comes first. Settings of the preprocessing that `data` does not name are
+    those of the autoencoder in `vae` or `init_from` (`volumes.data.preprocessing.inherited`). `--print_config` shows the result.
+
+    Args:
+        args: default: the command line.
+    Raises: ValueError for a file that is missing or that `read_yaml` refuses, for unknown settings and for values outside
+        their declared range, by name.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    files = config_files(args)
+    source = "vae" if "vae" in hints_of(config_class) else "init_from"
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument(f"--{source}", dest="source")
+    folder, section = None, {}
+    for path in files:
+        settings = read_yaml(path)
+        folder = settings.get(source, folder)
+        section |= settings["data"] if isinstance(settings.get("data"), dict) else {}
+    folder = first.parse_known_args(args)[0].source or folder
+    learned = inherited(os.path.expanduser(folder), section) if isinstance(folder, str) else {}
+    parser = ConfigParser(description=config_class.__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with the arguments below")
+    parser.add_class_arguments(config_class, as_group=False)
+    parser.set_defaults({f"data.{key}": value for key, value in learned.items()})
+    return parse_settings(parser, args, {"": config_class}, files).settings
 
 
 def warn_of_long_warmup(optimizer: OptimizerConfig, loop: LoopConfig) -> None:

@@ -16,7 +16,6 @@ from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
 from .config import OptimizerConfig
-from .ema import MovingAverage
 from .muon import Muon, is_kernel
 from .sharding import local, shard, whole, whole_weights
 
@@ -31,6 +30,30 @@ def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
     progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
     return config.learning_rate * (config.final_lr_ratio + (1.0 - config.final_lr_ratio) * cosine)
+
+
+class MovingAverage:
+    """A copy of `model` whose parameters follow it slowly. Buffers are copied (a codebook is already an average).
+
+    The decay warms up as min(decay, (1 + n) / (10 + n)) with the number of updates n, so that a short run, too, forgets the
+    random start. It depends on n only: the weights are the only state.
+
+    Args:
+        model: the bare network, before Accelerate wraps it.
+        decay: weight of the past per update; 0 makes the average equal to the model.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.module = copy.deepcopy(model).requires_grad_(False).eval()
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, updates: int) -> None:
+        """Move toward `model`, whose `updates`-th optimizer step (counted from 1) was just taken."""
+        decay = min(self.decay, (1 + updates) / (10 + updates))
+        torch._foreach_lerp_(local(self.module.parameters()), local(model.parameters()), 1.0 - decay)
+        for average, current in zip(self.module.buffers(), model.buffers(), strict=True):
+            average.copy_(current)
 
 
 class Learner(Generic[Model]):
@@ -128,7 +151,8 @@ class Learner(Generic[Model]):
             self.optimizer.step()
             self.updates += 1
             self.ema.update(self.network, self.updates)
-            self._release_average()
+            if self._is_gathered:
+                self._release_average()
         elif self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # lowers fp16's loss scale after the overflow
         self.optimizer.zero_grad(set_to_none=True)
@@ -147,6 +171,6 @@ class Learner(Generic[Model]):
 
     def _release_average(self) -> None:
         """Free the gathered average, which an update has made outdated."""
-        if self._full_average is not None and self._is_gathered:
-            self._full_average.to("cpu")
-            self._is_gathered = False
+        assert self._full_average is not None
+        self._full_average.to("cpu")
+        self._is_gathered = False

@@ -1,0 +1,33 @@
+"""Settings of the latent cache. Nothing here imports torch, so that a command line can be checked at once."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from cli.settings import Axis, NonNegativeFloat, PositiveInt, Range, ShareBelowOne, UserPath, checked
+
+
+@dataclass(frozen=True)
+@checked
+class LatentCacheConfig:
+    """Latents of the training volumes, computed once: each volume as it is, and augmented versions of it.
+
+    Versions are augmented before encoding, because an autoencoder does not commute with flips and shifts.
+
+    Args:
+        folder: where they are kept, a folder or its fsspec URL; default: latents/ in the output folder.
+        versions: entries per volume; the first is the volume as it is, the others are augmented.
+        flip_axes: axes (0, 1, 2) along which the other versions are mirrored with probability 1/2 (0 is left-right).
+        shift: whether the other versions are shifted at random by less than the autoencoder's stride.
+        rotate: largest rotation of the other versions about each axis, in degrees.
+        scale: largest change of each side of the other versions, as a fraction.
+        deform: standard deviation in voxels of a smooth random displacement of the other versions.
+    Raises: ValueError for values outside the ranges below.
+    """
+
+    folder: UserPath | None = None
+    versions: PositiveInt = 1
+    flip_axes: tuple[Axis, ...] = ()
+    shift: bool = False
+    rotate: Annotated[float, Range(0, 180)] = 0.0
+    scale: ShareBelowOne = 0.0
+    deform: NonNegativeFloat = 0.0
