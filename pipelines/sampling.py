@@ -59,7 +59,7 @@ class SamplingConfig:
         """Raises: ValueError if the steps begin at less noise than the pure noise from which a volume is generated."""
         if self.sigmas and self.sigmas[0] < MIN_NOISE:
             raise ValueError(
-                f"sigmas begin at {self.sigmas[0]:g}, which takes pure noise for an image; begin at 1, or give the `latents` (or an "
+                f"sigmas begin at {self.sigmas[0]:g}, which treats pure noise as an image; begin at 1, or give the `latents` (or an "
                 "image and strength) that have so little noise"
             )
 

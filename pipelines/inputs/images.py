@@ -82,7 +82,7 @@ def load_images(
     `reading` is how headers are read, see `volumes.DataConfig.reading`.
 
     Raises: ValueError naming the channel and the file for another grid, several volumes, values that are not finite, and
-    for what is no image.
+    for what is not an image.
     """
     volumes: dict[str, Volume] = {}
     for channel, image in images.items():

@@ -249,7 +249,7 @@ def harmonic_blend(missing: np.ndarray, region: np.ndarray, spacing: Sequence[fl
     weights = (weights / weights.sum() / 2).tolist()
     for _ in range(
         math.ceil(2 * (margin / min(spacing)) ** 2)
-    ):  # a smooth beginning: what is left is fine, and soon gone
+    ):  # from a smooth start: the rest is fine detail, and soon gone
         padded = F.pad(solution[None], (1,) * 6, mode="replicate")[0]
         mean = torch.zeros_like(solution)
         for axis, weight in enumerate(weights, start=1):

@@ -23,7 +23,7 @@ class MedVolumePipelineOutput(BaseOutput):
     """Generated volumes, mask by mask (all volumes of the first mask, then all of the second, ...).
 
     Attributes:
-        volumes: one entry a volume, whatever the shapes. By `output_type`:
+        volumes: one entry per volume, whatever the shapes. By `output_type`:
             "nifti"   nibabel images on their mask's own grid (shape, affine, orientation), in original units; of a
                       model of several channels {channel: image} of those that were generated;
             "np"      float32 arrays (C, X, Y, Z) with the same voxels in the same axis order; channels that were given

@@ -51,7 +51,7 @@ class PipelineIOMixin(DiffusionPipeline):
         Args:
             kwargs: components in the place of the folder's (vae, unet, scheduler; None: the folder's), `data`, and those of
                 diffusers' keywords that are about reading weights (`autoencoder.weights.LOADING`) or downloading them.
-        Raises: ValueError on a missing, extra or misshapen tensor, on a folder that is no pipeline; FileError, which is a
+        Raises: ValueError on a missing, extra or misshapen tensor, on a folder that is not a pipeline; FileError, which is a
         ValueError and an OSError, on a damaged file, a pickle in place of safetensors, a name that is neither a folder nor
         on the Hub; TypeError for keywords that it does not read.
         """
@@ -141,12 +141,12 @@ class PipelineIOMixin(DiffusionPipeline):
             self.scheduler = own
 
     def enable_group_offload(self, onload_device: torch.device, *args: Any, **kwargs: Any) -> None:
-        """As diffusers' own; `model_hash` is computed first, while the weights are at hand."""
+        """As in diffusers; `model_hash` is computed first, while the weights are in memory."""
         _ = self.model_hash
         super().enable_group_offload(onload_device, *args, **kwargs)
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        """As diffusers' own; `model_hash` is computed first, while the weights are at hand."""
+        """As in diffusers; `model_hash` is computed first, while the weights are in memory."""
         _ = self.model_hash
         super().enable_sequential_cpu_offload(*args, **kwargs)
 

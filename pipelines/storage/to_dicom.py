@@ -1,4 +1,4 @@
-"""Generated volumes as DICOM series, one a folder: marked as synthetic, with new UIDs and without a patient.
+"""Write generated volumes as DICOM series, one per folder: marked as synthetic, with new UIDs and without a patient.
 
 python -m pipelines.storage.to_dicom out/generated/case_000.nii.gz --output out/dicom --modality MR
 """

@@ -62,9 +62,9 @@ def test_a_label_map_to_nowhere_is_refused(processor):
     [
         (np.zeros((0, 8, 8), dtype=np.int16), "is empty, it has no voxels"),
         (np.full((8, 8, 8), PADDING), "is empty, all its voxels are marked as missing"),
-        (np.full((8, 8, 8), 0.5), "no int16 labels"),
-        (np.full((8, 8, 8), np.nan), "no int16 labels"),
-        (np.full((8, 8, 8), 40000), "no int16 labels"),
+        (np.full((8, 8, 8), 0.5), "not int16 labels"),
+        (np.full((8, 8, 8), np.nan), "not int16 labels"),
+        (np.full((8, 8, 8), 40000), "not int16 labels"),
         (torch.zeros(2, 8, 8, 8), "give several masks as a list"),
         (np.zeros((8, 8)), "expected"),
         ({"mask": 1}, "got dict"),

@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_json
 
 from pipelines import write_synthetic
 from pipelines.storage.finished import file_fault, finished_volumes, left_to_generate
@@ -206,7 +207,7 @@ def document(path: Path, **content: Any) -> None:
 
 
 def test_a_pipeline_has_seen_what_its_autoencoder_and_its_unet_have(tmp_path):
-    document(tmp_path / "model_index.json", data=tiny_data().to_json())
+    document(tmp_path / "model_index.json", data=tiny_json())
     for name in ("vae", "unet"):
         document(tmp_path / name / "config.json", subjects=[subjects(name)])
     assert read_model(tmp_path).subjects == [subjects("vae"), subjects("unet")]
