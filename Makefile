@@ -1,9 +1,9 @@
-# make demo | test | test-slow | fuzz | lint | bench | clean. Each makes .venv on first use, with the versions in constraints.txt.
-# PYTHON=/path/to/python picks the interpreter that .venv is made with.
+# `make` lists the targets. Each creates .venv on first use, with the versions in constraints.txt.
+# PYTHON=/path/to/python selects the interpreter of .venv.
 
 VENV := .venv
 PY   := $(VENV)/bin/python
-# Worker processes of `make test`; each computes on one thread.
+# Worker processes of `make test`, with one thread each.
 WORKERS ?= 2
 
 # The first Python that is new enough and can make virtual environments; 3.11 comes first, as CI runs it.
@@ -14,15 +14,16 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 .PHONY: help demo test test-slow fuzz mutants lint format bench survive clean
 
 help:
-	@echo "make demo    generate volumes from the example masks with the shipped weights, into out/demo/"
-	@echo "make test    the tests"
-	@echo "make test-slow  the tests that take minutes: every recipe of docs/recipes.md, trained and sampled at a small size"
-	@echo "make lint    ruff (lint and format) and pyright; make format applies what ruff can fix"
-	@echo "make fuzz    10,000 damaged files for everything that reads files, each read right or refused by name"
-	@echo "make bench   every figure of docs/performance.md, peers in the same run, into out/bench/ (half an hour)"
-	@echo "make survive kills training, generation and evaluation at random moments and compares the ends, into out/survival.json"
-	@echo "make mutants plants the faults of tests/mutants/ one at a time; at least 95 % of each room must be noticed, into out/mutants.jsonl"
-	@echo "make clean   remove .venv and out/"
+	@echo "make demo       sample from the shipped weights into out/demo/"
+	@echo "make test       run the tests; WORKERS=8 for more processes"
+	@echo "make test-slow  run the tests that take minutes: every recipe, trained and sampled at a small size"
+	@echo "make lint       run ruff and pyright, as CI does"
+	@echo "make format     apply ruff's fixes"
+	@echo "make fuzz       read 10,000 damaged files; each must be read correctly or refused by name"
+	@echo "make bench      measure docs/performance.md, peers included, into out/bench/ (half an hour)"
+	@echo "make survive    kill training, generation and evaluation at random moments, into out/survival.json"
+	@echo "make mutants    plant the faults of tests/mutants/; the tests must notice 95 % per package, into out/mutants.jsonl"
+	@echo "make clean      remove .venv and out/"
 
 demo: $(VENV)/installed
 	$(PY) demo.py
@@ -42,17 +43,17 @@ format: $(VENV)/installed-dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-# CASES damaged files for everything that reads files; another SEED makes others.
+# CASES damaged files; another SEED damages others.
 CASES ?= 10000
 SEED  ?= 0
 fuzz: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PY) tests/helpers/fuzz.py --count $(CASES) --seed $(SEED) --processes $(WORKERS) --output out/fuzz.json
 
-# Resumes: faults whose code and tests are as they were are not tried again.
+# Resumes: faults with unchanged code and tests are skipped.
 mutants: $(VENV)/installed-dev
 	$(PY) -m tools.mutants --output out/mutants.jsonl --workers $(WORKERS)
 
-# The peers are MONAI's networks, which need einops: an extra of dev.
+# The peers are MONAI's networks, which need einops from the extra dev.
 bench: $(VENV)/installed-dev
 	$(PY) -m benchmarks.speed.run --output out/bench
 
@@ -66,7 +67,7 @@ $(PY):
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with venv found: install one, or say make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# A stamp is older than the files that it depends on when they changed, and pip then brings .venv up to date.
+# When these files change, they are newer than the stamp, and pip updates .venv.
 $(VENV)/installed: pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install --quiet --editable . --constraint constraints.txt
 	@touch $@

@@ -80,8 +80,8 @@ def run_demo(weights: Path, output: Path, num_inference_steps: int = 20) -> None
         save_figure(preview(folder, table.parent / "masks", data), folder / "preview.png")
         print(f"{seconds:.2f} s per volume, including loading. See {folder / 'preview.png'}\n")
     for maps, volumes in itertools.product(described, described):
-        drawn = described[maps].image_labels
-        if drawn and drawn == described[volumes].labels:
+        labels = described[maps].image_labels
+        if labels and labels == described[volumes].labels:
             pairs(maps, volumes, described[volumes], output / f"{volumes.name}-pairs", num_inference_steps)
             edit(volumes, described[volumes], output, num_inference_steps)
 

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
         ModelMixin,  # the name diffusers looks up when a pipeline folder is loaded
     )
 
-    from .cache_config import LatentCacheConfig
+    from autoencoder.cache_config import LatentCacheConfig
+
     from .condition_embedding import moved_embeddings
     from .conditioning import Conditions, ConditionSchema, drop_conditions
     from .folding import fold_mask, unfold_mask

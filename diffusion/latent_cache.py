@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from autoencoder import VolumeAutoencoder
+from autoencoder.cache_config import LatentCacheConfig
 from autoencoder.layers import as_stride
 from autoencoder.losses import cells_inside
 from autoencoder.model import deciding
@@ -33,7 +34,6 @@ from files.atomic import atomic_file, remove_leftovers
 from files.remote import is_url, plain_path
 from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple, volume_parts
 
-from .cache_config import LatentCacheConfig
 from .conditioning import Conditions
 from .folding import fold_mask
 from .images import image_condition

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from autoencoder.cache_config import LatentCacheConfig
 from cli.settings import (
     PositiveFloat,
     PositiveInt,
@@ -11,7 +12,6 @@ from cli.settings import (
     UserPath,
     checked,
 )
-from diffusion.cache_config import LatentCacheConfig
 from volumes.data.config import DataConfig
 
 from .engine.config import MAX_MINUTES, LoopConfig, OptimizerConfig, warn_of_long_warmup

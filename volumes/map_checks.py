@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-from scipy import ndimage
 
 TOUCHING = np.ones((3, 3, 3), bool)  # voxels that share a corner are of one piece
 MAX_SHAPES = 512
@@ -18,6 +17,8 @@ SHAPE = r"\d{1,5}x\d{1,5}x\d{1,5}"
 
 def count_pieces(mask: np.ndarray) -> int:
     """Connected pieces (26 neighbors) of a boolean array (X, Y, Z)."""
+    from scipy import ndimage  # here: a command line that only checks a description answers before it is imported
+
     _, count = ndimage.label(mask, TOUCHING)  # pyright: ignore[reportGeneralTypeIssues]
     return count
 

@@ -191,6 +191,6 @@ def test_a_model_of_native_spacing_takes_any(recwarn):
 
 def test_an_array_lies_on_the_template(processor):
     prepared = processor.preprocess(labels_of((8, 8, 8)))
-    np.testing.assert_array_equal(prepared.target.affine, tiny_data()["affine"])
+    np.testing.assert_array_equal(prepared.target.affine, tiny_data().affine)
     volume = Volume(labels_of((8, 8, 8))[None], np.diag([1.0, 1, 1, 1]))
     np.testing.assert_array_equal(processor.preprocess(volume).target.affine, np.eye(4))

@@ -138,7 +138,7 @@ def test_crops_that_are_too_small_for_the_discriminator_are_named():
         assert crop_faults(CropConfig(shape=(32, side, 32)), (1, 1, 1), options) == []
         ((message, remedy),) = crop_faults(CropConfig(shape=(32, side - 1, 32)), (1, 1, 1), options)
         assert f"needs {side} voxels per side" in message
-        assert remedy == "enlarge the crops, or lower adversarial.layers"
+        assert remedy == "enlarge the patches, or lower adversarial.layers"
 
 
 def test_the_discriminator_accumulates_as_the_autoencoder_does():

@@ -59,7 +59,7 @@ class Muon(torch.optim.AdamW):
         )  # AdamW's own looks for its `step` in every parameter's state
 
     @torch.no_grad()
-    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure=None):
         groups = self.param_groups
         self.param_groups = [g for g in groups if not g.get("muon")]
         try:

@@ -155,4 +155,4 @@ def log_figure(accelerator: Accelerator, figure: "Figure", name: str, step: int,
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({name: image}, step=step, **layout)  # pyright: ignore[reportAttributeAccessIssue]
+            tracker.log_images({name: image}, step=step, **layout)

@@ -1,4 +1,4 @@
-"""Settings of the latent cache. Nothing here imports torch, so that a command line can be checked at once."""
+"""Settings of the latent cache. Imports no torch, which diffusion/ does."""
 
 from dataclasses import dataclass
 from typing import Annotated
