@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 
 from evaluation.report import provenance, write_report
 from evaluation.studies.edit_borders import border_jump, labeled_region
-from pipelines import MedVolumePipeline
+from pipelines import MedVolumeEditPipeline, MedVolumePipeline
 from training import TrainLdmConfig, parse_config
 from volumes import (
     PHANTOM_CLASSES,
@@ -221,12 +221,13 @@ def edits(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
         "posterior removed": (*remove_lesion(mask_volume, 2, 0), 1.0),
         "cavity of 8 mm": (*insert_lesion(mask_volume, ellipsoid(8, mask_volume.spacing), middle, 0), 1.0),
     }
+    editor = MedVolumeEditPipeline.from_pipe(pipe)
     outline = {"mask": mask_volume.array, "spacing": mask_volume.spacing}
     columns = [{"title": f"{case.name}, real", "images": {"image": real}, **outline}]
     measured = {}
     for title, (edited, region, strength) in requests.items():
         (generator,) = seeds(1)
-        out = pipe(
+        out = editor(
             mask=edited, image=path, region=region, strength=strength, generator=generator, output_type="np"
         ).volumes[0][0]
         columns.append({"title": title, "images": {"image": out}, **outline})
