@@ -43,7 +43,7 @@ def test_an_export_of_its_modules_name_must_not_be_lazy(tmp_path):
         lazy_exports("package", str(init))
 
 
-def test_configs_are_known_without_torch_and_pipelines_register_at_once():
+def test_configs_need_no_torch_and_pipelines_register_at_once():
     """In an interpreter of its own, for this one has imported everything."""
     code = (
         "import sys, training.engine.config, training.vae_config, training.ldm_config, volumes, evaluation, autoencoder\n"
