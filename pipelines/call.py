@@ -41,7 +41,7 @@ class CallState:
 
 
 _here: ContextVar[tuple[tuple[Any, CallState], ...]] = ContextVar("calls", default=())  # one within another
-_locks: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()  # pyright: ignore[reportGeneralTypeIssues]
+_locks: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()
 _guard = threading.Lock()
 
 

@@ -154,7 +154,7 @@ class LoraMixin(LoraBaseMixin):
         return len(self.fused_loras)
 
     @classmethod
-    def lora_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def lora_state_dict(
         cls, pretrained_model_name_or_path_or_dict: Any, *, return_lora_metadata: bool = False, **source: Any
     ) -> Any:
         """The tensors of a LoRA by their names in its file ("unet.<layer>.lora_A.weight"); with `return_lora_metadata` also
@@ -164,7 +164,7 @@ class LoraMixin(LoraBaseMixin):
         metadata = None if found.settings is None else {f"unet.{key}": value for key, value in found.settings.items()}
         return (named, metadata) if return_lora_metadata else named
 
-    def load_lora_weights(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def load_lora_weights(
         self,
         pretrained_model_name_or_path_or_dict: str | PathLike | Mapping[str, torch.Tensor],
         adapter_name: str | None = None,
@@ -229,16 +229,16 @@ class LoraMixin(LoraBaseMixin):
             _pipeline=self,
         )
         put = {str(adapter_name)} if hotswap else set(self.unet.peft_config) - before
-        self.unet.set_adapter([*acting, *put.difference(acting)])  # pyright: ignore[reportArgumentType]
+        self.unet.set_adapter([*acting, *put.difference(acting)])
         known = self._lora_subjects() | dict.fromkeys(put, found.subjects)
-        self.unet.lora_subjects = known  # pyright: ignore[reportArgumentType]
+        self.unet.lora_subjects = known
         origins = {one: (tensors, stamps_of(lora_factors(self.unet, one))) for one in put}
         self.unet.lora_origins = getattr(self.unet, "lora_origins", {}) | origins  # pyright: ignore[reportArgumentType]
         self.unet.enable_lora()
         self.unet.requires_grad_(False)
 
     @_OfPipelineOrClass
-    def save_lora_weights(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def save_lora_weights(
         self: "LoraMixin | None",
         save_directory: str | PathLike,
         unet_lora_layers: Mapping[str, torch.Tensor] | nn.Module | None = None,
@@ -293,7 +293,7 @@ class LoraMixin(LoraBaseMixin):
             return folder / weight_name
         return write_lora(tensors, settings, base, folder, weight_name, trained_on=trained_on)
 
-    def fuse_lora(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def fuse_lora(
         self,
         components: Sequence[str] = ("unet",),
         lora_scale: float = 1.0,
@@ -316,7 +316,7 @@ class LoraMixin(LoraBaseMixin):
             raise ValueError(f"fuse_lora: no LoRA {unknown[0]!r} is attached; attached: {list(self.unet.peft_config)}")
         super().fuse_lora(list(components), safe_fusing=safe_fusing, adapter_names=names)
 
-    def unfuse_lora(self, components: Sequence[str] = ("unet",)) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def unfuse_lora(self, components: Sequence[str] = ("unet",)) -> None:
         """Take fused LoRAs out of the weights again, to rounding."""
         self._check_changeable("unfuse_lora")
         super().unfuse_lora(list(components))

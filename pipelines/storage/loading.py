@@ -133,7 +133,7 @@ def _check_scheduler(folder: Path, scheduler_class: type) -> None:
         if not isinstance(unused, list) or not all(isinstance(name, str) for name in unused):
             raise ValueError(f"_use_default_values is {unused!r:.80}; a list of options is expected")
         check_values(scheduler_class, defaults | {key: config[key] for key in defaults if key in config})
-        scheduler_class.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]
+        scheduler_class.from_config(config)
     except Exception as error:  # of many kinds: every scheduler trusts its arguments
         raise ValueError(f"{path}: is not a config of a {scheduler_class.__name__}: {error}") from error
 

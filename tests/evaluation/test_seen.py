@@ -472,7 +472,7 @@ def test_fingerprints_of_another_split_are_refused(trained, generated, tmp_path,
     with pytest.raises(ValueError, match=r"4 of the \d+ volumes that set its threshold are among the model"):
         generate.main([*arguments, str(tmp_path / "g"), "--reject_copies", str(tmp_path / "f.safetensors")])
     make_fingerprints([*command, "--data.test_fraction", "0.2", "--data.validation_fraction", "0.3"])
-    with pytest.raises(ValueError, match="among those that the model learned from"):
+    with pytest.raises(ValueError, match="are among the model's training volumes"):
         check_unseen_subjects(CopyCheck.load(tmp_path / "f.safetensors"), pipe.training_subjects, "f")
 
 
