@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .losses import cells_inside
+from .losses.reconstruction import cells_inside
 
 if TYPE_CHECKING:
     from .base import VolumeAutoencoder

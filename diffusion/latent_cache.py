@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from autoencoder import VolumeAutoencoder
 from autoencoder.cache_config import LatentCacheConfig
 from autoencoder.layers import as_stride
-from autoencoder.losses import cells_inside
+from autoencoder.losses.reconstruction import cells_inside
 from autoencoder.model import deciding
 from cli.live_bar import LiveBar
 from files.atomic import atomic_file, remove_leftovers

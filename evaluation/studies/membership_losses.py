@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from autoencoder.losses import cells_inside
+from autoencoder.losses.reconstruction import cells_inside
 from diffusion import Conditions, fold_mask, image_condition
 from diffusion.objectives import TRAIN_STEPS, noisy_and_target
 from pipelines import MedVolumePipeline

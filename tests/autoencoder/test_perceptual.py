@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from vae_steps import batch, generators, gradients, make_step
 
 from autoencoder import AutoencoderKL3D
-from autoencoder.perceptual import EncoderFeatures, VGG16Features, perceptual_loss
+from autoencoder.losses.perceptual import EncoderFeatures, VGG16Features, perceptual_loss
 from training import AdversarialConfig, CropConfig, PerceptualConfig, PerceptualLoss
 from training.vae_losses import make_perception
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .base import VolumeAutoencoder
-from .layers import ChannelRMSNorm, Downsample, space_to_depth
-from .losses import masked_mean
-from .weights import PICKLES, stored_shapes
+from ..base import VolumeAutoencoder
+from ..layers import ChannelRMSNorm, Downsample, space_to_depth
+from ..weights import PICKLES, stored_shapes
+from .reconstruction import masked_mean
 
 
 class EncoderFeatures(nn.Module):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .posterior import DiagonalGaussian3D, LatentDistribution
-from .vq import QuantisedLatents
+from ..posterior import DiagonalGaussian3D, LatentDistribution
+from ..vq import QuantisedLatents
 
 
 def masked_mean(values: Tensor, fov: Tensor) -> Tensor:
