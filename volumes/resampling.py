@@ -35,7 +35,7 @@ def resample(volume: Volume, spacing: tuple[float, float, float] | list[float], 
     asked = f"resampling {_by(volume.shape)} voxels of {sizes[0]} mm to {sizes[1]} mm gives {_by(shape)}"
     remedy = "correct the header's unit or data.spacing, or set data.units"
     if any(after == 1 and before >= MIN_COUNT for before, after in zip(volume.shape, shape, strict=True)):
-        raise VolumeError(f"{asked}, so that no volume is left; {remedy}")
+        raise VolumeError(f"{asked}, which leaves no volume; {remedy}")
     try:
         check_room("resampling", (len(volume.array), *shape), 4)
     except VolumeError as error:

@@ -150,7 +150,7 @@ def test_the_kind_is_told_by_the_path(tmp_path, vgg_file):
 
 
 def test_paths_that_lead_nowhere_are_named(tmp_path, vgg_file):
-    with pytest.raises(ValueError, match="nowhere.safetensors: is no whole safetensors file"):
+    with pytest.raises(ValueError, match="nowhere.safetensors: truncated or corrupt safetensors file"):
         make(tmp_path / "nowhere.safetensors")
     with pytest.raises(ValueError, match=f"{tmp_path}: no autoencoder there"):
         make(tmp_path)

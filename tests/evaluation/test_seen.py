@@ -148,15 +148,15 @@ def test_damaged_records_are_refused(damaged, trained, tmp_path):
     shutil.copytree(trained / "vae", tmp_path / "vae")
     config = json.loads((tmp_path / "vae/config.json").read_text())
     (tmp_path / "vae/config.json").write_text(json.dumps({**config, "subjects": damaged}))
-    with pytest.raises(ValueError, match=r"config.json: subjects is no list of records"):
+    with pytest.raises(ValueError, match=r"config.json: subjects is not a list of records"):
         read_model(tmp_path / "vae")
-    with pytest.raises(ValueError, match=r"config.json: subjects is no list of records"):
+    with pytest.raises(ValueError, match=r"config.json: subjects is not a list of records"):
         load_autoencoder(tmp_path / "vae")
 
 
 @pytest.mark.parametrize("damaged", ["x", [1], [{"salt": "a", "train": {}, "validation": {}}]])
 def test_no_training_starts_from_a_model_of_damaged_records(damaged, trained):
-    with pytest.raises(ValueError, match="init_from x: config.json: subjects is no list of records"):
+    with pytest.raises(ValueError, match="init_from x: config.json: subjects is not a list of records"):
         refuse_seen(damaged, section(trained), None, "init_from x")
 
 

@@ -429,7 +429,7 @@ def spoil(what, folder, index):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("missing", "is no whole safetensors file"),
+        ("missing", "truncated or corrupt safetensors file"),
         ("swapped", "holds other tensors than the index says"),
         ("outside", "names files outside of its folder"),
         ("unlisted", "holds other tensors than the index says"),

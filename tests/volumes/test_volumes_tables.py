@@ -103,7 +103,7 @@ def test_gzip_tables(tmp_path):
     packed = gzip.compress(b"case,age\nc00,50\nc01,60\n", mtime=0)
     assert read_table(table(tmp_path, packed, "t.csv.gz")) == RIGHT
     assert read_table(table(tmp_path, gzip.compress(json.dumps(RIGHT).encode()), "t.json.gz")) == RIGHT
-    with pytest.raises(ValueError, match="is no gzip, .*rename it to t.csv"):
+    with pytest.raises(ValueError, match="is not gzip, .*rename it to t.csv"):
         read_table(table(tmp_path, "case,age\nc00,50\n", "t.csv.gz"))
     with pytest.raises(ValueError, match="is gzip within gzip"):
         read_table(table(tmp_path, gzip.compress(packed), "t.csv.gz"))
