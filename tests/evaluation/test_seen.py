@@ -143,7 +143,7 @@ def test_equal_voxels_have_equal_digests_and_constant_channels_none():
     ["x", {}, [1], [{"salt": "a"}], [{"salt": "a", "train": {}, "validation": {}}], [{"unrecorded": False}]],
 )
 def test_damaged_records_are_refused(damaged, trained, tmp_path):
-    with pytest.raises(ValueError, match="no list of records"):
+    with pytest.raises(ValueError, match="not a list of records"):
         check_subjects(damaged)
     shutil.copytree(trained / "vae", tmp_path / "vae")
     config = json.loads((tmp_path / "vae/config.json").read_text())
@@ -228,7 +228,7 @@ def test_an_autoencoder_that_saw_held_out_subjects_is_refused(trained, tmp_path)
 
 def test_only_names_can_be_accepted(trained, tmp_path, caplog):
     arguments = [f"--vae={trained / 'vae'}", "--data.split_seed=3", "--accept_overlap=true"]
-    with pytest.raises(ValueError, match="known by its equal voxels"):  # the validation volumes are read
+    with pytest.raises(ValueError, match="identified by its equal voxels"):  # the validation volumes are read
         train(train_ldm, renamed(trained, tmp_path), tmp_path / "p", *arguments)
     other = write_data(tmp_path / "other")
     for path in (tmp_path / "other/images").glob("*.nii.gz"):  # of other people
@@ -250,7 +250,7 @@ def test_equal_voxels_are_never_accepted_by_evaluation(kind, refused, caplog):
     asked = [record], [case], config, {"a": ["v"]}, "model"
     with pytest.raises(ValueError, match="1 subject that is held out"):
         refuse_seen_cases(*asked)
-    with pytest.raises(ValueError, match="known by its equal voxels") if refused else nullcontext():
+    with pytest.raises(ValueError, match="identified by its equal voxels") if refused else nullcontext():
         refuse_seen_cases(*asked, accepted=True)
     assert refused or "accepted: model: learned from 1 subject" in caplog.text
 

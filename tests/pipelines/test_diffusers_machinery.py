@@ -433,7 +433,7 @@ def spoil(what, folder, index):
         ("swapped", "holds other tensors than the index says"),
         ("outside", "names files outside of its folder"),
         ("unlisted", "holds other tensors than the index says"),
-        ("damaged", "is no index of shards"),
+        ("damaged", "is not an index of shards"),
     ],
 )
 def test_broken_shards_are_named(sharded, what, message):

@@ -69,7 +69,7 @@ def test_lines_are_counted_as_a_spreadsheet_does(tmp_path):
         (b"PK\x03\x04rest", r"a workbook \(.xlsx.*CSV UTF-8"),
         (b"\x00\x05\x16\x07\x00", "resource fork"),
         ('case,age\nc00,"50\nc01,60\n', "line 2: opens a quotation mark that is never closed"),
-        ('case,age\nc00,"50\nc01,60"\n', "line 2: a value in quotation marks goes on over lines that look like rows"),
+        ('case,age\nc00,"50\nc01,60"\n', "line 2: a value in quotation marks spans lines that look like rows"),
         ('case,age\nc00,"5"0\n', "line 2: "),
         ("case,age\n“c00”,50\n", "line 2: case is in curly quotation marks"),
         ("“case”,age\nc00,50\n", "column “case” is in curly"),
