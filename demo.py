@@ -41,8 +41,9 @@ from matplotlib.figure import Figure
 import generate
 from files.atomic import atomic_file
 from files.paths import path_inside
-from pipelines import MedVolumePipeline, read_sidecar, sidecar_path, volume_files
+from pipelines import MedVolumeEditPipeline, MedVolumePipeline, read_sidecar, sidecar_path
 from pipelines.storage.finished import finished_volumes
+from pipelines.storage.provenance import channel_files
 from volumes import FigureCase, read_mask, read_volume, shapes_figure, slices_figure, write_volume
 from volumes.data.tables import read_table
 from volumes.description import DataDescription
@@ -100,7 +101,7 @@ def pairs(maps: Path, volumes: Path, data: DataDescription, folder: Path, steps:
 
 def edit(pipeline: Path, data: DataDescription, output: Path, steps: int) -> None:
     """Remove the last label from the first generated volume; all other voxels stay the same."""
-    pipe = MedVolumePipeline.from_pretrained(pipeline)
+    pipe = MedVolumeEditPipeline.from_pretrained(pipeline)
     pipe.set_progress_bar_config(disable=True)
     volume = sorted((output / pipeline.name).glob("*.nii.gz"))[0]
     record = read_sidecar(volume)
@@ -155,8 +156,8 @@ def preview(folder: Path, masks: Path, data: DataDescription) -> Figure:
     shapes: dict[str, list[Any]] = {}
     columns: dict[str, FigureCase] = {}  # by sidecar: one per volume, whatever the number of its files
     for volume, record in finished_volumes(folder):
-        files, stem = volume_files(volume, record), sidecar_path(volume).stem
-        title = ", ".join(str(value) for value in {**(record["classes"] or {}), **(record["numbers"] or {})}.values())
+        files, stem = channel_files(volume, record.channels), sidecar_path(volume).stem
+        title = ", ".join(str(value) for value in {**(record.classes or {}), **(record.numbers or {})}.values())
         if data.image_labels:
             shapes.setdefault(title, []).append(read_volume(files[0]).array[0])
             continue
@@ -171,9 +172,8 @@ def preview(folder: Path, masks: Path, data: DataDescription) -> Figure:
         scales = dict(zip(data.channels, data.intensity, strict=True))
         column["channels"] = names
         column["windows"] = {name: (scales[name].low, scales[name].high) for name in names if name in scales}
-        if record["mask"]:
-            column["mask"] = read_mask(
-                path_inside(masks, record["mask"]["file"], f"the sidecar of {volume}: mask")
-            ).array
+        if record.mask is not None:
+            file = path_inside(masks, str(record.mask["file"]), f"the sidecar of {volume}: mask")
+            column["mask"] = read_mask(file).array
         columns[stem] = column
     return shapes_figure(shapes) if shapes else slices_figure(list(columns.values()))

@@ -49,13 +49,14 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 import torch
 from accelerate import PartialState
 
-import generate
 from cli.stopping import stoppable
 from evaluation.commands import run_all
 from evaluation.commands.common import check_first, lock_folder
 from evaluation.commands.common import run_command as run_evaluation
 from evaluation.data.label_budget import write_masks
 from evaluation.data.pairs import learning_cases
+from pipelines import SamplingConfig
+from pipelines.batch_generation import BatchConfig, generate_to_disk
 from training import join_processes, report_peer_failure, resolve_precision
 from volumes import load_cases
 from volumes.devices import find_device
@@ -102,12 +103,16 @@ def generate_volumes(options: Namespace, precision: str, state: PartialState) ->
     if state.is_main_process:
         write_masks(cases, config, table)
     state.wait_for_everyone()
-    arguments = ["--pipeline", options.pipeline, "--conditions", str(table), "--output", str(folder)]
-    arguments += ["--count", str(options.count), "--guidance_scale", str(options.guidance_scale)]
-    arguments += ["--precision", precision]
-    if config.label_map:
-        arguments += ["--label_map", *(f"{value}={label}" for value, label in config.label_map.items())]
-    rejected = generate.generate(generate.parse(arguments), state)
+    batch = BatchConfig(
+        pipeline=options.pipeline,
+        conditions=table,
+        output=folder,
+        count=options.count,
+        sampling=SamplingConfig(guidance_scale=options.guidance_scale),
+        label_map=config.label_map,
+        precision=precision,
+    )
+    rejected = generate_to_disk(batch, state)
     if rejected:
         raise ValueError("volumes that were rejected too often, and not written:\n" + "\n".join(rejected))
     return folder

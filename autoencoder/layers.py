@@ -21,7 +21,7 @@ def as_stride(value: int | Sequence[int]) -> Stride:
     axes = (value,) * 3 if isinstance(value, int) else tuple(int(v) for v in value)
     if len(axes) != 3 or min(axes) < 1:
         raise ValueError(f"a stride is one positive integer or three, got {value!r}")
-    return axes  # pyright: ignore[reportReturnType]
+    return axes
 
 
 def space_to_depth(x: Tensor, stride: Stride) -> Tensor:

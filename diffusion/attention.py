@@ -74,5 +74,5 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).permute(0, 2, 3, 4, 1).flatten(1, 3)  # (B, cells, C)
-        mixed = self.out(self.processor(self, tokens))  # pyright: ignore[reportCallIssue, reportArgumentType]
+        mixed = self.out(self.processor(self, tokens))
         return x + mixed.unflatten(1, x.shape[2:]).permute(0, 4, 1, 2, 3)

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING
 from cli.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from .edit_pipeline import MedVolumeEditPipeline
     from .inputs.conditions import check_conditions
     from .inputs.images import check_images, describe_images
     from .inputs.masks import MaskLike, describe_mask
+    from .inputs.prepared import PreparedGrid, PreparedVolume
+    from .inputs.request import VolumeRequest
     from .pipeline import MedVolumePipeline
-    from .rejection import Check, Rejection, as_planned, rejection_columns
-    from .sampling import equal_batches
+    from .rejection import Check, Rejection
+    from .sampling import SamplingConfig, equal_batches
     from .storage.loading import check_folder, register_packages
     from .storage.output import MedVolumePipelineOutput
     from .storage.provenance import (
@@ -20,17 +23,22 @@ if TYPE_CHECKING:
         volume_files,
         write_synthetic,
     )
-    from .volume_processor import PreparedVolume, VolumeProcessor
+    from .storage.record import GenerationRecord
+    from .volume_processor import VolumeProcessor
 
 __all__ = [
     "Check",
-    "PreparedVolume",
+    "GenerationRecord",
     "MaskLike",
+    "MedVolumeEditPipeline",
     "MedVolumePipeline",
     "MedVolumePipelineOutput",
+    "PreparedGrid",
+    "PreparedVolume",
     "Rejection",
+    "SamplingConfig",
     "VolumeProcessor",
-    "as_planned",
+    "VolumeRequest",
     "check_conditions",
     "check_folder",
     "check_images",
@@ -39,7 +47,6 @@ __all__ = [
     "equal_batches",
     "read_sidecar",
     "register_packages",
-    "rejection_columns",
     "sidecar_path",
     "volume_files",
     "write_synthetic",
@@ -48,4 +55,8 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(__name__, __file__)
 
 if sys.argv[:1] != ["-m"]:  # then Python is on its way to `python -m pipelines.storage.to_dicom`, which needs no model
-    __getattr__("MedVolumePipeline")  # diffusers finds it, and its components, from then on
+    for name in (
+        "MedVolumePipeline",
+        "MedVolumeEditPipeline",
+    ):  # diffusers finds them, and their components, from then on
+        __getattr__(name)

@@ -1,13 +1,13 @@
-"""What one call of a pipeline keeps to itself, so that calls may run side by side, in threads or one within another."""
+"""The state of one call of a pipeline, so that calls may run side by side, in threads or one within another."""
 
 import inspect
 import io
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -20,6 +20,7 @@ from autoencoder.identity import has_hooks
 from diffusion.denoise import StepChange
 from pipelines.inputs.arguments import flag, names
 
+TENSOR_INPUTS = ("latents",)  # that a callback may be given
 BAR = {"desc": "denoise", "leave": False}  # unless set_progress_bar_config says otherwise
 BAR_OPTIONS = {*inspect.signature(plain_tqdm.__init__).parameters} - {"self", "iterable", "total", "initial", "kwargs"}
 
@@ -40,7 +41,7 @@ class CallState:
 
 
 _here: ContextVar[tuple[tuple[Any, CallState], ...]] = ContextVar("calls", default=())  # one within another
-_locks: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()  # pyright: ignore[reportGeneralTypeIssues]
+_locks: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()
 _guard = threading.Lock()
 
 
@@ -77,11 +78,11 @@ def _of_call(name: str) -> property:
 class PipelineCalls:
     """diffusers' attributes of a call, by which callbacks control it, and its progress bar."""
 
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = list(TENSOR_INPUTS)
     _interrupt, _guidance_scale, _num_timesteps = map(_of_call, ("interrupt", "guidance_scale", "num_timesteps"))
     _running: list[CallState]
     _last: CallState
-    _progress_bar_config: dict[str, Any]
+    _progress_bar_config: Mapping[str, Any]
 
     @property
     def guidance_scale(self) -> Any:
@@ -131,10 +132,11 @@ class PipelineCalls:
         self._progress_bar_config = kwargs
 
     def progress_bar(self, iterable: Iterable | None = None, total: int | None = None) -> Any:
-        """As diffusers' own."""
+        """As in diffusers."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        options: dict[str, Any] = BAR | {"disable": distributed and torch.distributed.get_rank() != 0}
-        return tqdm(iterable, total=total, **options | getattr(self, "_progress_bar_config", {}))
+        quiet = distributed and torch.distributed.get_rank() != 0
+        options: Mapping[str, Any] = {**BAR, "disable": quiet, **getattr(self, "_progress_bar_config", {})}
+        return tqdm(iterable, total=total, **options)
 
 
 def _trial_bar() -> Any:
@@ -144,23 +146,29 @@ def _trial_bar() -> Any:
     return trial
 
 
+class Changes(TypedDict, total=False):
+    """What a callback changed in the steps of a batch, for the records."""
+
+    latents: list[int]  # steps after which it replaced them
+    guidance_scale: dict[str, float | dict[str, float]]  # {step: scale after it}
+    interrupted_after: int  # steps
+
+
 @dataclass
 class StepCallback:
     """diffusers' `callback_on_step_end` as the one that `denoise` takes, for one batch.
 
     Attributes:
         check_guidance: raises a ValueError for a scale that the call cannot have.
-        changes: what the callback changed, for the records of the batch: {"latents": steps after which it replaced them,
-            "guidance_scale": {step: scale after it}, "interrupted_after": steps made}; empty if nothing.
+        changes: empty if the callback changed nothing.
         total: timesteps of the batch, whatever the callback makes of the pipeline's `_num_timesteps`.
     """
 
-    pipe: Any
+    pipe: "PipelineCalls"
     state: CallState
-    callback: Callable[..., Any] | None
-    inputs: tuple[str, ...]
+    step_end: "StepEnd"
     check_guidance: Callable[[Any], float | dict[str, float] | None]
-    changes: dict[str, Any] = field(default_factory=dict)
+    changes: Changes = field(default_factory=lambda: Changes())
     total: int = 0
 
     def __post_init__(self) -> None:
@@ -175,13 +183,13 @@ class StepCallback:
         """Called after each step with its number, its timestep and latents (B, C, h, w, d). Raises: ValueError for what a
         callback must not return."""
         replaced = None
-        if self.callback is not None:
-            before = latents.clone()
-            returned = self.callback(self.pipe, step, timestep, dict.fromkeys(self.inputs, latents))
-            after = checked_latents(returned, latents, self.inputs)
+        if self.step_end.callback is not None:
+            before, inputs = latents.clone(), self.step_end.tensor_inputs
+            returned = self.step_end.callback(self.pipe, step, timestep, dict.fromkeys(inputs, latents))
+            after = checked_latents(returned, latents, inputs)
             if not torch.equal(before, after):  # in place, too
                 if torch.isfinite(before).all() and not torch.isfinite(after).all():
-                    raise ValueError("callback_on_step_end made latents that are not finite (NaN or infinite)")
+                    raise ValueError("callback_on_step_end returned latents that are not finite (NaN or infinite)")
                 replaced = after
                 self.changes.setdefault("latents", []).append(step)
         more = step + 1 < self.total
@@ -194,7 +202,7 @@ class StepCallback:
         return StepChange(replaced, changed, stop=bool(self.state.interrupt))
 
 
-def checked_latents(returned: Any, latents: Tensor, inputs: tuple[str, ...]) -> Tensor:
+def checked_latents(returned: Any, latents: Tensor, inputs: Sequence[str]) -> Tensor:
     """The latents after a callback: what it returned, or if it returned none, its argument. Raises: ValueError unless it
     returned None or a dict of what it was given, with latents of the same shape, type and device."""
     if returned is not None and not isinstance(returned, Mapping):
@@ -214,17 +222,29 @@ def checked_latents(returned: Any, latents: Tensor, inputs: tuple[str, ...]) -> 
     return after
 
 
-def callback_inputs(callback: Any, inputs: Any, known: Iterable[str]) -> tuple[str, ...]:
-    """Which tensors a callback is given: what it says itself, if it is one of diffusers' classes. Raises: ValueError for what
-    is no callback, and for tensors that this pipeline does not have."""
-    if callback is not None and not callable(callback):
-        raise ValueError(
-            f"callback_on_step_end is called as callback(pipe, step, timestep, tensors); got {type(callback).__name__}"
-        )
-    asked = callback.tensor_inputs if isinstance(callback, PipelineCallback | MultiPipelineCallbacks) else inputs
-    found = dict.fromkeys(names("callback_on_step_end_tensor_inputs", asked))
-    if unknown := [name for name in found if name not in known]:
-        raise ValueError(
-            f"callback_on_step_end_tensor_inputs names {', '.join(unknown)}; this pipeline's steps have {', '.join(known)}"
-        )
-    return tuple(found)
+@dataclass(frozen=True)
+class StepEnd:
+    """`callback_on_step_end` of a call, and the names of the tensors that it is given.
+
+    A callback of diffusers' classes names its tensors itself.
+    Raises: ValueError for what is not a callback, and for tensors that this pipeline does not have.
+    """
+
+    callback: Callable[..., Any] | None = None
+    tensor_inputs: Sequence[str] = ("latents",)
+
+    def __post_init__(self) -> None:
+        callback = self.callback
+        if callback is not None and not callable(callback):
+            raise ValueError(
+                f"callback_on_step_end is called as callback(pipe, step, timestep, tensors); got {type(callback).__name__}"
+            )
+        of_class = isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
+        inputs = callback.tensor_inputs if of_class else self.tensor_inputs
+        inputs = tuple(dict.fromkeys(names("callback_on_step_end_tensor_inputs", inputs)))
+        if unknown := [name for name in inputs if name not in TENSOR_INPUTS]:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs names {', '.join(unknown)}; this pipeline's steps have "
+                f"{', '.join(TENSOR_INPUTS)}"
+            )
+        object.__setattr__(self, "tensor_inputs", inputs)

@@ -1,10 +1,8 @@
 """LoRA (Hu et al. 2022) on the latent U-Net, through peft: attach, save, load, fuse."""
 
 import functools
-import hashlib
 import importlib.util
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -15,16 +13,16 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from torch import nn
 
 from autoencoder import VolumeAutoencoder
-from autoencoder.identity import is_same, keep_record, stamps_of
+from autoencoder.identity import keep_record, stamps_of
 from diffusion import LatentUNet3D
 from pipelines.inputs.arguments import listed, real_number
+from pipelines.lora_state import attached_lora, check_hotswap, lora_digest, lora_factors
 from pipelines.storage.lora_files import (
     FACTORS,
     find_lora,
     unet_tensors,
     write_lora,
 )
-from pipelines.storage.provenance import tensor_digest
 from volumes.data.preprocessing import described_preprocessing, refuse_differences
 from volumes.data.subjects import join_records
 from volumes.description import DataDescription
@@ -88,16 +86,6 @@ def save_lora(
     return write_lora(*attached_lora(unet, adapter_name), base, folder, trained_on=trained_on)
 
 
-def attached_lora(unet: LatentUNet3D, adapter_name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors by layer and peft's settings of the LoRA `adapter_name` of `unet`. Raises: ValueError if there is no such."""
-    from peft import get_peft_model_state_dict
-
-    attached = getattr(unet, "peft_config", {})
-    if adapter_name not in attached:
-        raise ValueError(f"no LoRA {adapter_name!r} is attached; attached: {list(attached)}")
-    return get_peft_model_state_dict(unet, adapter_name=adapter_name), attached[adapter_name].to_dict()
-
-
 def check_lora(unet: LatentUNet3D, tensors: Mapping[str, torch.Tensor], path: object) -> None:
     """Check that every factor has its layer, its shape and its partner.
 
@@ -119,55 +107,6 @@ def check_lora(unet: LatentUNet3D, tensors: Mapping[str, torch.Tensor], path: ob
     if wrong:
         raise ValueError(
             f"{path}: is a LoRA of another U-Net: {len(wrong)} of its layers do not fit this one ({', '.join(wrong[:4])})"
-        )
-
-
-def lora_digest(unet: nn.Module) -> str | None:
-    """Fingerprint of the LoRAs that act on `unet` now, fused or not, with their scales; None if none does. Of one that was
-    loaded the tensors of its file count, so that half precision changes nothing, unless it was changed since."""
-    digests: dict[str, Any] = defaultdict(hashlib.sha256)
-    unet = getattr(unet, "_orig_mod", unet)  # beneath torch.compile
-    layers: dict[str, Any] = dict(unet.named_modules())
-    stored: dict[str, Any] = {}
-    for adapter, (tensors, stamps) in getattr(unet, "lora_origins", {}).items():
-        if is_same(stamps, stamps_of(lora_factors(unet, adapter))):
-            stored[adapter] = tensors
-    for name, layer in layers.items():
-        if not hasattr(layer, "lora_A"):
-            continue
-        for adapter in layer.merged_adapters or ([] if layer.disable_adapters else layer.active_adapters):
-            if adapter in layer.lora_A and layer.scaling[adapter]:
-                digests[adapter].update(f"{name} {float(layer.scaling[adapter])}".encode())
-                own = (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
-                for end, factor in zip(FACTORS, own, strict=True):
-                    tensor_digest(digests[adapter], "", stored.get(adapter, {}).get(name + end, factor))
-    return " ".join(sorted(digest.hexdigest() for digest in digests.values())) or None
-
-
-def lora_factors(unet: nn.Module, adapter_name: str) -> list[tuple[str, torch.Tensor]]:
-    """The tensors of an attached LoRA, by the names that they have in its file."""
-    layers: list[Any] = [(name, layer) for name, layer in unet.named_modules() if hasattr(layer, "lora_A")]
-    return [
-        (name + end, factors[adapter_name].weight)
-        for name, layer in layers
-        for end, factors in zip(FACTORS, (layer.lora_A, layer.lora_B), strict=True)
-        if adapter_name in factors
-    ]
-
-
-def check_hotswap(unet: LatentUNet3D, tensors: Mapping[str, torch.Tensor], adapter_name: str | None) -> None:
-    """Raises: ValueError unless a LoRA of this name is attached to the same layers: diffusers would lose it."""
-    attached = list(getattr(unet, "peft_config", {}))
-    if adapter_name is None or adapter_name not in attached:
-        raise ValueError(f"hotswap: no LoRA {adapter_name!r} is attached; adapter_name is one of {attached}")
-    own, other = (
-        sorted({key.rpartition(".lora_")[0] for key in keys})
-        for keys in (attached_lora(unet, adapter_name)[0], tensors)
-    )
-    if own != other:
-        raise ValueError(
-            f"hotswap: the LoRA {adapter_name!r} changes {len(own)} layers, the new one {len(other)}, not the same: "
-            f"{', '.join(sorted(set(own) ^ set(other))[:4])}; load it beside the other, under another name"
         )
 
 
@@ -215,7 +154,7 @@ class LoraMixin(LoraBaseMixin):
         return len(self.fused_loras)
 
     @classmethod
-    def lora_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def lora_state_dict(
         cls, pretrained_model_name_or_path_or_dict: Any, *, return_lora_metadata: bool = False, **source: Any
     ) -> Any:
         """The tensors of a LoRA by their names in its file ("unet.<layer>.lora_A.weight"); with `return_lora_metadata` also
@@ -225,7 +164,7 @@ class LoraMixin(LoraBaseMixin):
         metadata = None if found.settings is None else {f"unet.{key}": value for key, value in found.settings.items()}
         return (named, metadata) if return_lora_metadata else named
 
-    def load_lora_weights(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def load_lora_weights(
         self,
         pretrained_model_name_or_path_or_dict: str | PathLike | Mapping[str, torch.Tensor],
         adapter_name: str | None = None,
@@ -290,16 +229,16 @@ class LoraMixin(LoraBaseMixin):
             _pipeline=self,
         )
         put = {str(adapter_name)} if hotswap else set(self.unet.peft_config) - before
-        self.unet.set_adapter([*acting, *put.difference(acting)])  # pyright: ignore[reportArgumentType]
+        self.unet.set_adapter([*acting, *put.difference(acting)])
         known = self._lora_subjects() | dict.fromkeys(put, found.subjects)
-        self.unet.lora_subjects = known  # pyright: ignore[reportArgumentType]
+        self.unet.lora_subjects = known
         origins = {one: (tensors, stamps_of(lora_factors(self.unet, one))) for one in put}
         self.unet.lora_origins = getattr(self.unet, "lora_origins", {}) | origins  # pyright: ignore[reportArgumentType]
         self.unet.enable_lora()
         self.unet.requires_grad_(False)
 
     @_OfPipelineOrClass
-    def save_lora_weights(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def save_lora_weights(
         self: "LoraMixin | None",
         save_directory: str | PathLike,
         unet_lora_layers: Mapping[str, torch.Tensor] | nn.Module | None = None,
@@ -354,7 +293,7 @@ class LoraMixin(LoraBaseMixin):
             return folder / weight_name
         return write_lora(tensors, settings, base, folder, weight_name, trained_on=trained_on)
 
-    def fuse_lora(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def fuse_lora(
         self,
         components: Sequence[str] = ("unet",),
         lora_scale: float = 1.0,
@@ -377,7 +316,7 @@ class LoraMixin(LoraBaseMixin):
             raise ValueError(f"fuse_lora: no LoRA {unknown[0]!r} is attached; attached: {list(self.unet.peft_config)}")
         super().fuse_lora(list(components), safe_fusing=safe_fusing, adapter_names=names)
 
-    def unfuse_lora(self, components: Sequence[str] = ("unet",)) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def unfuse_lora(self, components: Sequence[str] = ("unet",)) -> None:
         """Take fused LoRAs out of the weights again, to rounding."""
         self._check_changeable("unfuse_lora")
         super().unfuse_lora(list(components))
@@ -428,7 +367,7 @@ class LoraMixin(LoraBaseMixin):
         return {name: known.get(name) for name in getattr(self.unet, "peft_config", None) or {}}
 
     @property
-    def training_subjects(self) -> list[dict[str, Any]]:
+    def training_subjects(self) -> Sequence[Mapping[str, Any]]:
         """Records of whose volumes autoencoder, U-Net and attached LoRAs were trained on, see `volumes.data.subjects`."""
         parts = [self.vae.config.get("subjects"), self.unet.config.get("subjects")]
         return join_records(*parts, *self._lora_subjects().values())

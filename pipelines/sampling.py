@@ -1,26 +1,97 @@
-"""Every volume has its own noise, from its own generator, so that its result depends on no other volume of the call."""
+"""How volumes are sampled: the settings of a call, and each volume's own noise, from its own generator, so that its result depends
+on no other volume of the call."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from pipelines.inputs.arguments import listed, whole_number
+from diffusion.guidance import Guidance, guidance_in_effect
+from diffusion.scheduler_options import MIN_NOISE
+from pipelines.inputs.arguments import flag, listed, noise_levels, whole_number
+from pipelines.inputs.prepared import PreparedVolume
+from pipelines.storage.record import GenerationRecord
 from volumes.formats.carriers import as_array
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How volumes are sampled. All of it is recorded, but for the batch size, which changes no volume beyond rounding.
+
+    Args:
+        num_inference_steps: denoising steps.
+        sigmas: noise levels of the steps in place of evenly spaced ones, for FlowMatch schedulers.
+        guidance_scale: of classifier-free guidance, one for all conditions or {name: scale}.
+        residual_noise: whether the residual noise of the autoencoder is added, for a model that measured it.
+        batch_size: volumes of one shape that are denoised together.
+    Raises: ValueError naming the argument.
+    """
+
+    num_inference_steps: int = 20
+    sigmas: Sequence[float] | None = None
+    guidance_scale: Guidance = 1.0
+    residual_noise: bool = True
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        checked = {
+            "num_inference_steps": whole_number("num_inference_steps", self.num_inference_steps),
+            "sigmas": None if self.sigmas is None else noise_levels(self.sigmas),
+            "residual_noise": flag("residual_noise", self.residual_noise),
+            "batch_size": whole_number("batch_size", self.batch_size),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        guidance_in_effect(self.guidance_scale)  # its names are checked where the conditions are known
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps."""
+        return self.num_inference_steps if self.sigmas is None else len(self.sigmas)
+
+    def check_start(self) -> None:
+        """Raises: ValueError if the steps begin at less noise than the pure noise from which a volume is generated."""
+        if self.sigmas and self.sigmas[0] < MIN_NOISE:
+            raise ValueError(
+                f"sigmas begin at {self.sigmas[0]:g}, which treats pure noise as an image; begin at 1, or give the `latents` (or an "
+                "image and strength) that have so little noise"
+            )
+
+
+@dataclass(eq=False)
+class Sample:
+    """One volume on its way from noise to the output of a call.
+
+    Attributes:
+        noise: latents (C, h, w, d) to begin with; None: from the generator.
+        path: file to write to; None: the volume is returned.
+        output: the volume, as `output_type` says, or the files that were written; None if it was not finished.
+        fault: why its voxels cannot be written.
+    """
+
+    prepared: PreparedVolume
+    generator: torch.Generator
+    noise: torch.Tensor | None
+    record: GenerationRecord
+    path: Path | None = None
+    output: Any = None
+    fault: str | None = None
+
+
 def sample_generators(generator: Generators, count: int) -> list[torch.Generator]:
-    """One generator a volume, in the order of the output (all volumes of the first mask, then of the second, ...).
+    """One generator per volume, in the order of the output (all volumes of the first mask, then of the second, ...).
 
     A list is used as it is, and so is a single generator for a single volume: `generator=G` and `generator=[G]` are the same.
-    From a single one for several volumes (None: torch's global one, for one volume too) a seed a volume is taken, in that
+    From a single one for several volumes (None: torch's global one, for one volume too) one seed per volume is taken, in that
     order, by `torch.randint(2**63 - 1, (1,))`, and each volume gets a fresh CPU generator with its seed: volume i is the
-    same however many follow it (from two on). Noise is made on the CPU, so a generator of another device gives a seed
-    likewise. In every case `torch.Generator().manual_seed(seed)`, of the seed that a volume's record has, makes it again.
+    same however many follow it (from two on). Noise is sampled on the CPU, so a generator of another device gives a seed
+    likewise. In every case `torch.Generator().manual_seed(seed)`, with the seed of a volume's record, generates it again.
 
     Raises: ValueError if a list has another length, or one generator twice: the second volume's noise would depend on
     the order of the batches, and no seed would reproduce it.
@@ -33,7 +104,7 @@ def sample_generators(generator: Generators, count: int) -> list[torch.Generator
         raise ValueError(f"generator is a torch.Generator or a list of them, got {generator!r}")
     if len(generator) != count:
         raise ValueError(
-            f"{len(generator)} generators for {count} volumes (num_volumes_per_mask of each mask); give one a volume, or a single one"
+            f"{len(generator)} generators for {count} volumes (num_volumes_per_mask of each mask); give one per volume, or a single one"
         )
     if len({id(one) for one in generator}) < count:
         raise ValueError("the list holds one generator twice; give each volume its own, or a single one for all")
@@ -50,7 +121,7 @@ def _seed_from(generator: torch.Generator | None) -> int:
 
 
 def sample_seed(generator: torch.Generator) -> int | None:
-    """The seed that reproduces this generator as it is now; None if numbers were drawn from it already."""
+    """The seed that reproduces this generator as it is now; None if it has produced numbers already."""
     seed = generator.initial_seed()
     fresh = torch.Generator(generator.device).manual_seed(seed)
     return seed if torch.equal(fresh.get_state(), generator.get_state()) else None
@@ -68,27 +139,26 @@ def equal_batches(shapes: Sequence[tuple[int, int, int]], batch_size: int) -> It
 
 
 def initial_latents(
-    generators: Sequence[torch.Generator],
-    given: Sequence[torch.Tensor] | None,
-    shape: tuple[int, int, int, int],
-    device: torch.device,
-    dtype: torch.dtype,
+    samples: Sequence[Sample], shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Standard normal noise (B, C, h, w, d), one row a generator, drawn in float32; or the rows that were given."""
-    if given is None:
-        rows = [randn_tensor((1, *shape), generator=one, device=device, dtype=torch.float32) for one in generators]
-        return torch.cat(rows).to(dtype)
-    return torch.stack([row.to(device=device, dtype=dtype) for row in given])
+    """Standard normal noise (B, C, h, w, d), one row per generator, sampled in float32; or the latents that the call gave."""
+    rows = [
+        randn_tensor((1, *shape), generator=sample.generator, device=device, dtype=torch.float32).to(dtype)
+        if sample.noise is None
+        else sample.noise[None].to(device=device, dtype=dtype)
+        for sample in samples
+    ]
+    return torch.cat(rows)
 
 
-def given_latents(latents: Any, shapes: Sequence[tuple[int, int, int, int]]) -> list[torch.Tensor]:
-    """`latents` as people give them, tensors or arrays (B, C, h, w, d) or a list of (C, h, w, d), as one tensor a volume.
+def check_latents(latents: Any, shapes: Sequence[tuple[int, int, int, int]]) -> list[torch.Tensor]:
+    """`latents` of a call, tensors or arrays (B, C, h, w, d) or a list of (C, h, w, d), as one tensor per volume.
 
     Raises: ValueError unless there is one of its shape for each volume, of finite real numbers.
     """
     rows = listed("latents", latents)
     if len(rows) != len(shapes):
-        raise ValueError(f"{len(rows)} latents for {len(shapes)} volumes; give one a volume")
+        raise ValueError(f"{len(rows)} latents for {len(shapes)} volumes; give one per volume")
     tensors = []
     for row, shape in zip(rows, shapes, strict=True):
         if not isinstance(row, torch.Tensor | np.ndarray):

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from autoencoder import AutoencoderKL3D
 from diffusion import LatentUNet3D, make_scheduler
-from pipelines import MedVolumePipeline
+from pipelines import MedVolumeEditPipeline, MedVolumePipeline
 from volumes.description import DataDescription
 
 LABELS = {"0": "background", "2": "anterior", "5": "posterior"}
@@ -105,3 +105,10 @@ def peak_bytes(work: Callable[[], object]) -> int:
 def seeded(*seeds: int) -> list[torch.Generator]:
     """A list of generators, one a seed."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def editor_of(pipe: MedVolumePipeline) -> MedVolumeEditPipeline:
+    """The edit pipeline of the same components, without progress bars."""
+    editor = MedVolumeEditPipeline.from_pipe(pipe)
+    editor.set_progress_bar_config(disable=True)
+    return editor

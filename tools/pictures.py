@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 
 from evaluation.report import provenance, write_report
 from evaluation.studies.edit_borders import border_jump, labeled_region
-from pipelines import MedVolumePipeline
+from pipelines import MedVolumeEditPipeline, MedVolumePipeline
 from training import TrainLdmConfig, parse_config
 from volumes import (
     PHANTOM_CLASSES,
@@ -222,11 +222,12 @@ def edits(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
         "posterior removed": (*remove_lesion(mask_volume, 2, 0), 1.0),
         "cavity of 8 mm": (*insert_lesion(mask_volume, ellipsoid(8, mask_volume.spacing), middle, 0), 1.0),
     }
+    editor = MedVolumeEditPipeline.from_pipe(pipe)
     images = {f"{case.name}, real": real}
     measured = {}
     for title, (edited, region, strength) in requests.items():
         (generator,) = seeds(1)
-        out = pipe(
+        out = editor(
             mask=edited, image=path, region=region, strength=strength, generator=generator, output_type="np"
         ).volumes[0][0]
         images[title] = out

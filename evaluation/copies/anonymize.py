@@ -5,13 +5,14 @@ matters. Images are compared, not masks: `CopyCheck`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from evaluation.data.model_units import in_model_units
-from pipelines import Check, MaskLike, MedVolumePipeline, Rejection
+from pipelines import Check, GenerationRecord, MaskLike, MedVolumePipeline, Rejection
+from pipelines.rejection import Attempt
 from volumes.description import DataDescription
 
 from .fingerprints import CopyCheck, check_unseen_subjects
@@ -51,18 +52,19 @@ def anonymized(
     check = copy_check_with(known, image, pipe.data)
     rejection = Rejection([check], most)
 
-    def make(_: Any, seeds: Any) -> tuple[Any, Any]:
-        output = pipe(mask=mask, generator=[torch.Generator().manual_seed(number) for number in seeds], **settings)
-        return output.volumes, output.provenance
+    def sample(_: Sequence[int], seeds: Sequence[int]) -> list[Attempt]:
+        generators = [torch.Generator().manual_seed(own_seed) for own_seed in seeds]
+        made = pipe(mask=mask, generator=generators, **settings)
+        return [Attempt(made.volumes[0], GenerationRecord.from_json(made.provenance[0]))]
 
-    ((_, volume, record),) = rejection.accepted(make, lambda number, rejections: seed + rejections, 1)
-    if volume is None:
-        similarity = max(attempt["similarity"] for attempt in record["rejected"])
+    (outcome,) = rejection.sample_until_accepted(1, sample, lambda number, rejections: seed + rejections)
+    if outcome.accepted is None:
+        similarity = max(refusal["similarity"] for refusal in outcome.rejected)
         raise ValueError(
             f"each of {most} volumes from this mask was a copy (similarity up to {similarity:.3f}, threshold "
             f"{known.threshold:.3f}); raise most, or edit the mask"
         )
-    return volume, record
+    return outcome.accepted.image, outcome.accepted.record.to_json()
 
 
 def copy_check_with(known: CopyCheck, image: Any, data: DataDescription) -> Check:

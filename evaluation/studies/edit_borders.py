@@ -65,7 +65,7 @@ from cli.live_bar import LiveBar
 from evaluation.data.seen import check_pipeline
 from evaluation.report import check_report, provenance, write_report
 from evaluation.stats.bootstrap import interval_of, resample_subjects
-from pipelines import MedVolumePipeline
+from pipelines import MedVolumeEditPipeline, MedVolumePipeline
 from pipelines.inputs.inpainting import BLEND_MARGIN_MM
 from volumes import Case, Volume, load_cases, read_mask, read_volume
 from volumes.devices import find_device
@@ -165,7 +165,7 @@ class RegionReport(TypedDict):
     rows: list[EditedCase]
 
 
-def measure(pipe: MedVolumePipeline, cases: Sequence[Case], options: Namespace) -> dict[str, RegionReport]:
+def measure(pipe: MedVolumeEditPipeline, cases: Sequence[Case], options: Namespace) -> dict[str, RegionReport]:
     """Edit each region of each case: jumps, profiles, and the number of voxels that changed outside the region."""
     rows: dict[str, list[EditedCase]] = {name: [] for name in options.regions}
     for case in LiveBar(cases, unit="volume", disable=None):
@@ -233,8 +233,9 @@ def main(args: Sequence[str] | None = None) -> dict[str, object]:
     if len(pipe.data.channels) > 1:
         raise ValueError(f"the jump is measured for one channel, the model generates {list(pipe.data.channels)}")
     check_pipeline(pipe, options.data, cases, options.pipeline, accepted=options.accept_overlap)
-    pipe.set_progress_bar_config(disable=True)
-    result = measure(pipe.to(device), cases, options)
+    editor = MedVolumeEditPipeline.from_pipe(pipe.to(device))
+    editor.set_progress_bar_config(disable=True)
+    result = measure(editor, cases, options)
     settings = {key: options[key] for key in ("pipeline", "split", "strength", "blend_margin", "steps", "seed")}
     report = {"evaluation": "editing", "settings": settings, "depths": list(DEPTHS), "regions": result, **provenance()}
     write_report(options.output, report)

@@ -1,4 +1,4 @@
-"""Arguments as people give them (numbers of numpy and torch, any sequence, paths with ~), made plain and checked before any
+"""Arguments of calls (numbers of numpy and torch, any sequence, paths with ~), made plain and checked before any
 work. Every function names the argument in its ValueError."""
 
 import math
@@ -90,7 +90,7 @@ def translation(label_map: Any) -> dict[int, int | str] | None:
 
 
 def local_path(name: str, value: Any) -> Path:
-    """A path, ~ standing for the home folder. Raises: ValueError for what is no path."""
+    """A path, ~ standing for the home folder. Raises: ValueError for what is not a path."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text:
         raise ValueError(f"{name} is a path, as text or a Path; got {_shown(value)}")

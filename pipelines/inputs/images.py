@@ -1,4 +1,4 @@
-"""Images as conditions: channels that are given, read and checked. Axes: (1, X, Y, Z) in RAS+ order, in the files' units."""
+"""Images as conditions: condition channels, read and checked. Axes: (1, X, Y, Z) in RAS+ order, in the files' units."""
 
 import os
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from diffusion import LatentUNet3D
+from pipelines.storage.record import SourceRecord
 from volumes import LinearScale, Volume, describe_grid, read_volume, same_grid, stored_grid
 from volumes.description import DataDescription
 from volumes.formats.carriers import as_array, carries_geometry, source_file
@@ -24,10 +25,10 @@ Images = Mapping[str, ImageLike]  # {channel: image}
 
 @dataclass(frozen=True, eq=False)
 class GivenImage:
-    """One channel that is given.
+    """One condition channel.
 
     Attributes:
-        volume: its voxels (1, X, Y, Z) float32 in the file's units, on the grid that results are handed back on.
+        volume: its voxels (1, X, Y, Z) float32 in the file's units, on the grid of the output.
         scale: brings them to [-1, 1], as in training.
     """
 
@@ -36,30 +37,32 @@ class GivenImage:
 
 
 def check_images(unet: LatentUNet3D, data: DataDescription, images: Images) -> None:
-    """Raises: ValueError for channels that the model does not know or cannot be given, for one that it needs, and if none
-    is left to generate."""
+    """Raises: ValueError for channels that are unknown or not condition channels, for one that is missing though training never
+    dropped it, and if none is left to generate."""
     known = sorted(unet.config["images"] or {})
     if images and not known:
         raise ValueError(
             f"image names {_listing(images)}, but this model was not trained with image conditions; leave image out, "
-            "or give strength or region to change that image"
+            "or edit that image with MedVolumeEditPipeline"
         )
-    knows = f"this model can be given {_listing(known)}, and makes {_listing(data.channels)}"
+    knows = f"its condition channels are {_listing(known)}, and it generates {_listing(data.channels)}"
     if unknown := [name for name in images if name not in data.channels]:
-        raise ValueError(f"image names {_listing(unknown)}, which is no channel of this model; {knows}")
+        raise ValueError(f"image names {_listing(unknown)}, which is not a channel of this model; {knows}")
     if untrained := [name for name in images if name not in known]:
-        raise ValueError(f"image names {_listing(untrained)}, which this model never learned to be given; {knows}")
+        raise ValueError(
+            f"image names {_listing(untrained)}, which this model was not trained to take as a condition; {knows}"
+        )
     if images and set(data.channels) <= set(images):
         raise ValueError(
             f"image gives all channels ({_listing(images)}), so nothing is left to generate; leave one out"
         )
     rates = unet.config["condition_dropout"] or {}
     if needed := [name for name in known if name not in images and not rates.get(name)]:
-        raise ValueError(f"image must give {_listing(needed)}, as training never left it out; {knows}")
+        raise ValueError(f"image must give {_listing(needed)}, as training never dropped it; {knows}")
 
 
-def describe_images(images: Images) -> dict[str, dict[str, Any]]:
-    """Which images a volume was made from, for its sidecar: {channel: file name and sha256}, see `describe_mask`."""
+def describe_images(images: Images) -> dict[str, SourceRecord]:
+    """The images that a volume is generated from, for its sidecar: {channel: file name and sha256}, see `describe_mask`."""
     return {channel: describe_mask(image) for channel, image in images.items()}
 
 
@@ -79,7 +82,7 @@ def load_images(
     `reading` is how headers are read, see `volumes.DataConfig.reading`.
 
     Raises: ValueError naming the channel and the file for another grid, several volumes, values that are not finite, and
-    for what is no image.
+    for what is not an image.
     """
     volumes: dict[str, Volume] = {}
     for channel, image in images.items():
@@ -117,7 +120,7 @@ def _load(
         return Volume(_finite(image.array, name, exact), image.affine, image.source), name
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         raise ValueError(
-            f"{name}: give a path, an image of nibabel, SimpleITK, torchio or MONAI, a Volume, an array or a tensor, no "
+            f"{name}: give a path, an image of nibabel, SimpleITK, torchio or MONAI, a Volume, an array or a tensor, not "
             f"{type(image).__name__}"
         )
     array = _finite(as_array(image, name), name, exact)

@@ -1,9 +1,8 @@
-"""Edits of an image: what is asked for, and how what is made anew is joined to what stays. Axes: (C, X, Y, Z) in RAS+ order."""
+"""Edits of an image: requests, and how generated voxels are joined to those that stay. Axes: (C, X, Y, Z) in RAS+ order."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -13,6 +12,7 @@ from scipy import ndimage
 
 from autoencoder import VolumeAutoencoder
 from diffusion.denoise import steps_of
+from pipelines.storage.record import EditRecord
 from volumes import Volume, describe_grid, read_mask, same_grid, stored_grid
 from volumes.description import DataDescription
 from volumes.formats.carriers import as_array
@@ -28,14 +28,15 @@ Box = tuple[slice, slice, slice]
 
 @dataclass(frozen=True, eq=False)
 class EditRequest:
-    """One edit, as it is asked for.
+    """One edit of an image.
 
     Args:
-        images: {channel: image} of every channel that the model makes.
-        keep_channels: those of them that are left alone and condition the others.
-        region: label map on the images' grid, not 0 where voxels are made anew; None: everywhere.
+        images: {channel: image} of every channel that the model generates.
+        keep_channels: those of them that stay as they are and condition the others.
+        region: label map on the images' grid, not 0 where voxels are generated; None: everywhere.
         strength: in (0, 1], the share of the denoising that the image goes through; 1 leaves nothing of it.
-        blend_margin: mm inside the region in which what is made is brought to what stays, see `harmonic_blend`.
+        blend_margin: mm inside the region in which the generated voxels are blended with their surroundings, see
+            `harmonic_blend`.
     """
 
     images: Images
@@ -45,101 +46,78 @@ class EditRequest:
     blend_margin: float = BLEND_MARGIN_MM
 
     @property
-    def anew(self) -> bool:
+    def replaces_all(self) -> bool:
         """Whether nothing of the image is left but its grid."""
         return self.strength == 1 and self.region is None
 
     @property
     def conditions(self) -> dict[str, ImageLike]:
-        """The images that are given."""
+        """The images that condition the others."""
         return {channel: self.images[channel] for channel in self.keep_channels}
 
     @property
-    def identity(self) -> tuple[Any, ...]:
-        """By which one tells whether an edit is asked for twice."""
+    def identity(self) -> Hashable:
+        """Equal for edits of the same images in the same region."""
         return tuple(identity(one) for one in [*self.images.values(), self.region])
 
     @property
-    def files(self) -> list[Any]:
-        """What is read."""
-        return [*self.images.values(), self.region]
+    def files(self) -> list[object]:
+        """The images and the region that are read."""
+        return [*self.images.values(), *([] if self.region is None else [self.region])]
 
-    def record(self) -> dict[str, Any]:
-        """For the sidecar: {"image": {channel: file and sha256} of those that are changed, "strength"}, and with a region
-        {"region": file and sha256, "blend_margin"}."""
+    def record(self) -> EditRecord:
+        """For the record of the volume: the images that are changed, and how."""
         changed = {channel: image for channel, image in self.images.items() if channel not in self.keep_channels}
-        record = {"image": describe_images(changed), "strength": float(self.strength)}
+        record: EditRecord = {"image": describe_images(changed), "strength": float(self.strength)}
         if self.region is not None:
-            record |= {"region": describe_mask(self.region), "blend_margin": float(self.blend_margin)}
+            record["region"] = describe_mask(self.region)
+            record["blend_margin"] = float(self.blend_margin)
         return record
 
 
-def edit_requested(
-    strength: float | None, region: Any, keep_channels: Sequence[str], begins_from: Mapping[str, Any]
-) -> bool:
-    """Whether an image is to be changed. Raises: ValueError for one without an image, or with another beginning."""
-    if strength is None and region is None:
-        if keep_channels:
-            raise ValueError(
-                f"keep_channels {list(keep_channels)} is for strength and region: without them all of image is given"
-            )
-        return False
-    if [name for name, one in begins_from.items() if one is not None] != ["image"]:
-        raise ValueError("strength and region change an image: give image=..., and neither shape nor latents")
-    return True
-
-
-def by_channel(image: Any, data: DataDescription) -> Any:
-    """`image` of an edit as dicts {channel: image}: of a model of one channel it may be that image alone."""
-    if isinstance(image, (list, tuple)):
-        return [by_channel(one, data) for one in image]
-    if isinstance(image, Mapping) or len(data.channels) > 1:
-        return image
-    return {next(iter(data.channels)): image}
-
-
-def resolve_edits(
+def edit_requests(
     data: DataDescription,
     images: Sequence[Images],
     region: MaskLike | Sequence[MaskLike] | None,
     *,
-    strength: float | None,
+    strength: float,
     blend_margin: float,
     keep_channels: Sequence[str],
     num_inference_steps: int,
 ) -> list[EditRequest]:
-    """What is asked for of each volume, from the images of each. Without `strength` it is 1.
+    """One edit per volume, from the images of each.
 
-    Raises: ValueError naming what cannot be: a model of label maps, channels that lack, regions of another number, strength
-    or blend_margin out of range, nothing left to change.
+    Raises: ValueError naming what cannot be edited: a model of label maps, missing channels, another number of regions, a
+    strength or margin out of range, nothing left to change.
     """
+    channels = data.channels
     if data.image_labels:
-        raise ValueError("this model makes label maps, which strength and region cannot change; edit the map itself")
-    if isinstance(keep_channels, str) or not set(keep_channels) <= set(data.channels):
+        raise ValueError("this model generates label maps, which cannot be edited; edit the label map itself")
+    if not set(keep_channels) <= set(channels):
         raise ValueError(
-            f"keep_channels is {keep_channels!r}; it lists channels that are left alone, of {', '.join(data.channels)}"
+            f"keep_channels is {list(keep_channels)}; it lists channels that are kept, of {', '.join(channels)}"
         )
-    if set(keep_channels) >= set(data.channels):
+    if set(keep_channels) >= set(channels):
         raise ValueError(
             f"keep_channels names all channels ({', '.join(keep_channels)}), so nothing is left to change; leave one out"
         )
-    if not (blend_margin >= 0 and math.isfinite(blend_margin)):
+    if blend_margin < 0:
         raise ValueError(f"blend_margin is a length in mm, 0 or more, got {blend_margin}")
-    steps_of(1.0 if strength is None else strength, num_inference_steps)
+    steps_of(strength, num_inference_steps)
     for of_volume in images:
-        if set(of_volume) != set(data.channels):
+        if set(of_volume) != set(channels):
             raise ValueError(
-                f"image holds {', '.join(map(str, of_volume)) or 'nothing'}; to be changed (by strength or region) it must hold every "
-                f"channel that the model makes: {', '.join(data.channels)}"
+                f"image holds {', '.join(map(str, of_volume)) or 'nothing'}; to be edited it must hold every channel that the model "
+                f"generates: {', '.join(channels)}"
             )
     regions = [None] if region is None else as_list(region)
-    if len(regions) not in (1, len(images)):
-        raise ValueError(f"{len(regions)} regions for {len(images)} images; give one an image, or one for all")
-    regions = regions * (len(images) if len(regions) == 1 else 1)
-    strength = 1.0 if strength is None else float(strength)
+    if len(regions) == 1:
+        regions = regions * len(images)
+    if len(regions) != len(images):
+        raise ValueError(f"{len(regions)} regions for {len(images)} images; give one per image, or one for all")
     return [
-        EditRequest(dict(of_volume), tuple(keep_channels), one, strength, blend_margin)
-        for of_volume, one in zip(images, regions, strict=True)
+        EditRequest(dict(of_volume), tuple(keep_channels), of_region, strength, blend_margin)
+        for of_volume, of_region in zip(images, regions, strict=True)
     ]
 
 
@@ -164,20 +142,20 @@ def load_region(region: MaskLike, target: Volume, reading: Reading | None = None
         )
     inside = volume.array[0] != 0
     if not inside.any():
-        raise ValueError(f"{name}: is 0 everywhere, so nothing is to be made anew; mark some voxels")
+        raise ValueError(f"{name}: is 0 everywhere, so nothing is to be generated; mark some voxels")
     return inside
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedEdit:
-    """An image that is changed, on the grid that results are handed back on.
+    """An image that is edited, on the grid of the output.
 
     Attributes:
         images: its channels, scaled as in training.
         originals: {channel: (X, Y, Z)} their voxels as they are, see `volumes.read_volume(exact=True)`.
-        region: bool (X, Y, Z), True where voxels are made anew; None: everywhere.
+        region: bool (X, Y, Z), True where voxels are generated; None: everywhere.
         spacing, blend_margin: mm.
-        unseen: bool (X, Y, Z), True outside the field of view by the mask: nothing there is continued into the region.
+        unseen: bool (X, Y, Z), True outside the mask's field of view: nothing there is continued into the region.
     """
 
     images: Mapping[str, GivenImage]
@@ -202,9 +180,9 @@ class PreparedEdit:
         return np.result_type(np.float32, *(self.originals[channel].dtype for channel in channels))
 
     def composited(self, slabs: Iterable[np.ndarray], channels: Sequence[str]) -> Iterator[np.ndarray]:
-        """Slabs (C, X, Y, z) of `channels` in file units, as they were made, to those of the edited image: outside the
-        region its own voxels, bit for bit; inside, what was made and the membrane. Values stay within the range of the
-        image and of its scale, and of its type.
+        """Generated slabs (C, X, Y, z) of `channels` in file units to those of the edited image: outside the region its own
+        voxels, bit for bit; inside, the generated ones and the blend. Values stay within the range of the image and of its
+        scale, and of its type.
 
         Planes that the region reaches are held until all of them are there, others pass.
         """
@@ -228,14 +206,14 @@ class PreparedEdit:
                 yield self._original(channels, slice(max(done, z.stop), stop))
             done = stop
 
-    def _joined(self, made: np.ndarray, channels: Sequence[str], box: Box) -> np.ndarray:
-        """The planes of the box, whole, from what was made in the box (C, x, y, z)."""
+    def _joined(self, generated: np.ndarray, channels: Sequence[str], box: Box) -> np.ndarray:
+        """The planes of the box, whole, from the generated voxels of the box (C, x, y, z)."""
         assert self.region is not None
         x, y, z = box
         planes, inside = self._original(channels, z), self.region[box]
-        missing = np.where(self.unseen[box], 0, planes[:, x, y].astype(np.float32) - made)
-        made = self._limited(made + harmonic_blend(missing, inside, self.spacing, self.blend_margin), channels)
-        planes[:, x, y][:, inside] = made[:, inside]
+        missing = np.where(self.unseen[box], 0, planes[:, x, y].astype(np.float32) - generated)
+        blend = harmonic_blend(missing, inside, self.spacing, self.blend_margin)
+        planes[:, x, y][:, inside] = self._limited(generated + blend, channels)[:, inside]
         return planes
 
     def _original(self, channels: Sequence[str], planes: slice) -> np.ndarray:
@@ -247,13 +225,13 @@ class PreparedEdit:
 
 
 def harmonic_blend(missing: np.ndarray, region: np.ndarray, spacing: Sequence[float], margin: float) -> np.ndarray:
-    """What to add inside a region so that it meets its surroundings: float32, the shape of `missing`.
+    """The values to add inside a region so that it meets its surroundings: float32, the shape of `missing`.
 
-    Across the border it is `missing`, what the surroundings have and the made voxels there lack; `margin` mm inside it is 0;
-    between, it solves Laplace's equation, the smoothest way from one to the other (Perez et al. 2003, Eq. 4). That loses fine
-    texture at once, but neighbors in a real volume are alike even there: so in the first voxel `DETAIL_CARRYOVER` of what is lost is added,
-    and less in the next (see docs/editing.md for what it does to the border). Nothing that the region covers enters it. The
-    edge of the volume is no border.
+    Across the border it is `missing`, the surroundings minus the generated voxels there; `margin` mm inside it is 0; between, it
+    solves Laplace's equation, the smoothest way from one to the other (Perez et al. 2003, Eq. 4). That loses fine texture at
+    once, but neighbors in a real volume are alike even there: so in the first voxel `DETAIL_CARRYOVER` of the loss is added,
+    and less in the next (docs/editing.md shows its effect on the border). Nothing that the region covers enters it. The edge of
+    the volume is not a border.
 
     Args:
         missing: (C, X, Y, Z); voxels inside the region are not read.
@@ -271,7 +249,7 @@ def harmonic_blend(missing: np.ndarray, region: np.ndarray, spacing: Sequence[fl
     weights = (weights / weights.sum() / 2).tolist()
     for _ in range(
         math.ceil(2 * (margin / min(spacing)) ** 2)
-    ):  # a smooth beginning: what is left is fine, and soon gone
+    ):  # from a smooth start: the rest is fine detail, and soon gone
         padded = F.pad(solution[None], (1,) * 6, mode="replicate")[0]
         mean = torch.zeros_like(solution)
         for axis, weight in enumerate(weights, start=1):
@@ -294,8 +272,8 @@ def _box(region: np.ndarray) -> Box:
     return x, y, z
 
 
-def cells_of(region: np.ndarray, stride: Sequence[int]) -> torch.Tensor:
-    """bool (X, Y, Z) on a padded grid -> bool (1, 1, h, w, d): the latent cells that the region reaches."""
+def downsample_region(region: np.ndarray, stride: Sequence[int]) -> torch.Tensor:
+    """bool (X, Y, Z) on a padded grid -> bool (1, 1, h, w, d): the latent voxels that the region reaches."""
     x, y, z = (n // s for n, s in zip(region.shape, stride, strict=True))
     cells = region.reshape(x, stride[0], y, stride[1], z, stride[2]).any(axis=(1, 3, 5))
     return torch.from_numpy(cells)[None, None]

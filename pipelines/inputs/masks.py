@@ -1,4 +1,4 @@
-"""Whatever people hand over as a mask, read and checked. Label values are those of files, label indices the model's."""
+"""Load and check masks from any supported input type. Label values are those of files, label indices the model's."""
 
 import hashlib
 import os
@@ -12,6 +12,7 @@ import torch
 from nibabel.orientations import aff2axcodes
 from nibabel.spatialimages import SpatialImage
 
+from pipelines.storage.record import SourceRecord
 from volumes import PADDING, Volume, VolumeError, read_mask, volume_parts
 from volumes.formats.carriers import as_array, carries_geometry, source_file
 from volumes.formats.raw import Reading
@@ -44,7 +45,7 @@ def load_mask(mask: MaskLike, affine: np.ndarray, reading: Reading | None = None
     A plain array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: it is taken to lie on `affine`, the model's
     template. `reading` is how headers are read, see `volumes.DataConfig.reading`.
 
-    Raises: ValueError for what is empty, no label map, or not a mask at all.
+    Raises: ValueError for an empty mask, for values that are not labels, and for other types.
     """
     if isinstance(mask, (str, os.PathLike)):
         return warn_of_header(read_mask(mask, **(reading or {})), str(mask)), str(mask)
@@ -73,7 +74,7 @@ def load_mask(mask: MaskLike, affine: np.ndarray, reading: Reading | None = None
 
 
 def warn_of_header(volume: Volume, name: str) -> Volume:
-    """The volume itself. Warns: of what is odd in the header that it was read from, as the training does."""
+    """Return the volume. Warns: of oddities in the header that it was read from, as the training does."""
     for oddity in header_oddities(volume.source) if volume.source else []:
         warnings.warn(f"{name}: {oddity}", stacklevel=3)
     return volume
@@ -112,8 +113,8 @@ def index_labels(
     return np.where(outside, np.int16(PADDING), indices)
 
 
-def describe_mask(mask: MaskLike) -> dict[str, Any]:
-    """Which mask a volume was made from, for its sidecar: file name (None without a file) and sha256.
+def describe_mask(mask: MaskLike) -> SourceRecord:
+    """Describe a mask for the sidecar: file name (None without a file) and sha256.
 
     The hash is of the file's bytes (those of all its files: a .hdr/.img pair, the slices of a DICOM series, in the order of
     their names); without a file, of the voxels as they were given.
@@ -134,13 +135,13 @@ def describe_mask(mask: MaskLike) -> dict[str, Any]:
     return {"file": None if file is None else Path(file).name, "sha256": digest}
 
 
-def identity(given: Any) -> str | int:
-    """By which one tells whether a mask or an image is given twice: its path, or the object itself."""
-    return str(given) if isinstance(given, (str, os.PathLike)) else id(given)
+def identity(source: object) -> str | int:
+    """Identify a mask or an image: equal for the same path, and for the same object."""
+    return str(source) if isinstance(source, (str, os.PathLike)) else id(source)
 
 
 def is_placed(given: Any) -> bool:
-    """Whether a mask or an image says where it lies: all do but plain arrays and tensors."""
+    """Whether a mask or an image has a position: all but plain arrays and tensors have."""
     return isinstance(given, (str, os.PathLike, Volume)) or carries_geometry(given)
 
 
@@ -166,5 +167,5 @@ def _whole_numbers(array: np.ndarray, name: str) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         whole = array.astype(np.int16)
     if not np.array_equal(whole, array):
-        raise ValueError(f"{name}: holds values that are no int16 labels (fractions, NaN, or beyond +-32767)")
+        raise ValueError(f"{name}: holds values that are not int16 labels (fractions, NaN, or beyond +-32767)")
     return whole

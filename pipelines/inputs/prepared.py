@@ -1,29 +1,34 @@
-"""The grid that one volume is drawn on. Axes: (C, X, Y, Z) in RAS+ order."""
+"""Requests that were read and checked: the grid of a volume with what lies on it, and all that its generation takes.
+
+Axes: (C, X, Y, Z) in RAS+ order.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from pipelines.storage.record import GenerationRecord
 from volumes import Placement, Volume, on_stored_grid
 
 from .images import GivenImage
 from .inpainting import PreparedEdit
+from .request import VolumeRequest
 
 
 @dataclass(frozen=True, eq=False)
-class PreparedVolume:
-    """The grid that one volume is drawn on.
+class PreparedGrid:
+    """The grid of a volume, with the mask, the images and the edit that lie on it.
 
     Attributes:
         grid: shape (X, Y, Z) and affine in the model's spacing, before padding; its array is the label indices or
             zeros.
-        target: the grid that the result is handed back on: the mask's own, or that of the images.
+        target: the grid of the output: the mask's own, or that of the images.
         placement: pads `grid` to a multiple of the autoencoder's stride, and takes the padding off again.
         labels: label indices (X, Y, Z) int16 of the padded grid, PADDING outside the field of view; None without a
             mask.
-        images: the channels that are given.
-        edit: the image that is changed, if one is.
+        images: the channels that condition the others.
+        edit: the image that is changed, if there is one.
     """
 
     grid: Volume
@@ -35,10 +40,47 @@ class PreparedVolume:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Sides of the padded grid; volumes whose canvases agree in it can share a batch."""
+        """Sides of the padded grid; volumes that agree in it can share a batch."""
         return self.placement.target
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that the voxels take."""
+        if self.labels is None and not self.images:
+            return 0  # the zeros of a shape take none
+        volumes = {id(volume): volume for volume in (self.grid, self.target)}
+        labels = 0 if self.labels is None else self.labels.nbytes + sum(one.array.nbytes for one in volumes.values())
+        return labels + sum(image.volume.array.nbytes for image in self.images.values())
 
     @property
     def needs_resampling(self) -> bool:
         """Whether the result must be resampled to lie on the grid of the mask's file."""
         return self.grid is not self.target or not on_stored_grid(self.target)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedVolume:
+    """One request, prepared: all that the generation of a volume takes beside a seed.
+
+    Attributes:
+        grid: shared by the requests of the same files.
+        classes, numbers: conditions of the volume, as the model names them.
+        record: without a seed.
+    """
+
+    request: VolumeRequest
+    grid: PreparedGrid
+    classes: Mapping[str, str]
+    numbers: Mapping[str, float]
+    record: GenerationRecord
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Sides of the padded grid."""
+        return self.grid.shape
+
+    @property
+    def condition_names(self) -> set[str]:
+        """The conditions that the volume has."""
+        mask = set() if self.grid.labels is None else {"mask"}
+        return {*self.classes, *self.numbers, *self.request.images, *mask}

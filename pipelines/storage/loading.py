@@ -79,7 +79,9 @@ def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
         if found is None:
             raise ValueError(f"{folder}: model_index.json asks for {entry[1]}, which {package} does not have")
         if not (isinstance(found, type) and issubclass(found, kind)):
-            raise ValueError(f"{folder}: model_index.json asks for {entry[1]} as {name}, which is no {kind.__name__}")
+            raise ValueError(
+                f"{folder}: model_index.json asks for {entry[1]} as {name}, which is not a {kind.__name__}"
+            )
         if not (folder / name).is_dir() and name not in given:  # diffusers would look for its files beside the index
             raise FileError(f"{folder}: has no folder {name}, which model_index.json speaks of; is it whole?")
         if (folder / name / f"{package}.py").exists():  # which diffusers would take in the place of the package
@@ -131,9 +133,9 @@ def _check_scheduler(folder: Path, scheduler_class: type) -> None:
         if not isinstance(unused, list) or not all(isinstance(name, str) for name in unused):
             raise ValueError(f"_use_default_values is {unused!r:.80}; a list of options is expected")
         check_values(scheduler_class, defaults | {key: config[key] for key in defaults if key in config})
-        scheduler_class.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]
+        scheduler_class.from_config(config)
     except Exception as error:  # of many kinds: every scheduler trusts its arguments
-        raise ValueError(f"{path}: is no config of a {scheduler_class.__name__}: {error}") from error
+        raise ValueError(f"{path}: is not a config of a {scheduler_class.__name__}: {error}") from error
 
 
 def load_autoencoder(folder: str | Path) -> AutoencoderKL3D | VQGAN3D | SpaceToDepth3D:
@@ -147,7 +149,7 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL3D | VQGAN3D | SpaceToD
     name = read_object(found / "config.json").get("_class_name")
     model_class = getattr(autoencoder, str(name), None)
     if not (isinstance(model_class, type) and issubclass(model_class, VolumeAutoencoder)):
-        raise ValueError(f"{found}: config.json is of {name}, which is no autoencoder")
+        raise ValueError(f"{found}: config.json is of {name}, which is not an autoencoder")
     vae = model_class.from_pretrained(found)
     if vae.config["latents_std"] is None:
         raise ValueError(
@@ -168,7 +170,7 @@ def find_autoencoder(folder: str | Path) -> Path:
 
 
 def check_components(components: Mapping[str, Any]) -> None:
-    """Raises: ValueError for a component {name: object} that is none of its kind."""
+    """Raises: ValueError for a component {name: object} of another kind."""
     for name, (_, kind) in COMPONENTS.items():
         given = getattr(components[name], "_orig_mod", components[name])  # beneath torch.compile
         if not isinstance(given, kind):

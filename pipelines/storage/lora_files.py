@@ -72,9 +72,9 @@ class LoraFile(NamedTuple):
     records of whose they were (`volumes.data.subjects`)."""
 
     tensors: dict[str, torch.Tensor]
-    settings: dict[str, Any] | None = None
+    settings: Mapping[str, Any] | None = None
     base: str | None = None
-    data: dict[str, Any] | None = None
+    data: Mapping[str, Any] | None = None
     subjects: list[Any] | None = None
 
 
@@ -89,9 +89,9 @@ def read_lora(path: Path) -> LoraFile:
             header = parse_json(text)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise FileError(f"{path}: is no LoRA in safetensors ({error}); pickles are not read") from error
+        raise FileError(f"{path}: is not a LoRA in safetensors ({error}); pickles are not read") from error
     if not isinstance(header, dict):
-        raise ValueError(f"{path}: is no LoRA: its settings are {type(header).__name__}")
+        raise ValueError(f"{path}: is not a LoRA: its settings are {type(header).__name__}")
     found = {name: header[f"unet.{name}"] for name in (*SETTINGS, *OTHERS) if f"unet.{name}" in header}
     base, data, subjects = header.get(BASE), header.get(f"{TRAINED_ON}data"), header.get(f"{TRAINED_ON}subjects")
     if base is not None and not (isinstance(base, str) and re.fullmatch("[0-9a-f]{64}", base)):
@@ -117,7 +117,7 @@ def unet_tensors(state: Mapping[str, torch.Tensor], source: object) -> dict[str,
     foreign = sorted(key for key in tensors if not key.startswith("unet.") or not key.endswith(FACTORS))
     if foreign or not tensors:
         raise ValueError(
-            f"{source}: is no LoRA of a latent U-Net: tensors that do not belong: {repr(foreign[:4])[:200]}; the names "
+            f"{source}: is not a LoRA of a latent U-Net: tensors that do not belong: {repr(foreign[:4])[:200]}; the names "
             f"begin with unet. and end in {' or '.join(FACTORS)}"
         )
     check_tensors(tensors, source)

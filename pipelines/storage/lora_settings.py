@@ -1,7 +1,7 @@
-"""What the file of a LoRA says of it: an allow-list of peft's settings with their types and ranges, checked before peft sees them.
+"""The settings in the file of a LoRA: an allow-list of peft's settings with their types and ranges, checked before peft sees them.
 
 peft takes names of layers in a file for regular expressions, which can run for ever, allocates what a rank asks for, and computes with
-an alpha of any kind. Here names are plain, they and the ranks must be those of the tensors, and what is given to peft is exact.
+an alpha of any kind. Here names are plain, they and the ranks must be those of the tensors, and peft gets exact settings.
 """
 
 import re
@@ -14,7 +14,7 @@ from cli.settings import Range, ShareBelowOne, faults_of
 
 Rank = Annotated[int, Range(1, 65536)]
 Alpha = Annotated[float, Range(0, 1e6, above=True)]
-SETTINGS: dict[str, Any] = {
+SETTINGS: Mapping[str, Any] = {  # types, as `faults_of` takes them
     "r": Rank,
     "lora_alpha": Alpha,
     "lora_dropout": ShareBelowOne,
@@ -44,7 +44,7 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], source: object) -> None:
     for name, tensor in tensors.items():
         problem = None
         if not isinstance(tensor, torch.Tensor) or tensor.ndim < 2 or not tensor.numel():
-            problem = "is no matrix, or empty"
+            problem = "is not a matrix, or is empty"
         elif not tensor.is_floating_point() or tensor.itemsize < 2:
             problem = f"is of {tensor.dtype}; floating point of 16 bits or more is expected"
         elif not torch.isfinite(tensor).all():
@@ -55,7 +55,7 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], source: object) -> None:
 
 def check_settings(
     header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], source: object
-) -> dict[str, Any] | None:
+) -> Mapping[str, Any] | None:
     """Peft's settings of a LoRA as peft may have them; None for a header without any.
 
     Args:
@@ -72,9 +72,7 @@ def check_settings(
     if not settings:
         return None
     if missing := [name for name in ("r", "lora_alpha", "target_modules") if name not in settings]:
-        raise ValueError(
-            f"{source}: is no LoRA as train_ldm.py writes it: of its settings there is no {', '.join(missing)}"
-        )
+        raise ValueError(f"{source}: is not a LoRA as train_ldm.py writes it: its settings lack {', '.join(missing)}")
     for name, value in settings.items():
         if isinstance(value, list | dict) and len(value) > MOST_LAYERS:
             raise ValueError(f"{source}: {name} names {len(value)} layers, more than any U-Net has")
@@ -88,7 +86,7 @@ def check_settings(
     return _exact(settings, tensors, source)
 
 
-def _exact(settings: dict[str, Any], tensors: Mapping[str, torch.Tensor], source: object) -> dict[str, Any]:
+def _exact(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], source: object) -> Mapping[str, Any]:
     """The settings by whole names of layers. Raises: ValueError unless layers and ranks are those of the tensors."""
     ranks = {
         key.removesuffix(".lora_A.weight"): len(one) for key, one in tensors.items() if key.endswith(".lora_A.weight")
@@ -96,21 +94,21 @@ def _exact(settings: dict[str, Any], tensors: Mapping[str, torch.Tensor], source
     targets = set(settings["target_modules"])
     named = {layer: targets.intersection(_names(layer)) for layer in ranks}
     if left := [layer for layer, names in named.items() if not names]:
-        raise ValueError(f"{source}: target_modules does not name {left[0][:SHOWN]!r}, of which it has tensors")
+        raise ValueError(f"{source}: target_modules does not name {left[0][:SHOWN]!r}, but there are tensors of it")
     if unused := sorted(targets.difference(*named.values())):
-        raise ValueError(f"{source}: target_modules names {unused[0]!r}, of which it has no tensors")
-    found: dict[str, dict[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
+        raise ValueError(f"{source}: target_modules names {unused[0]!r}, but there are no tensors of it")
+    patterns: dict[str, dict[str, int | float]] = {"rank_pattern": {}, "alpha_pattern": {}}
     for name, usual in (("rank_pattern", settings["r"]), ("alpha_pattern", settings["lora_alpha"])):
-        given = settings.get(name, {})
+        pattern = settings.get(name, {})
         for layer in ranks:
-            value = next((given[name] for name in _names(layer) if name in given), usual)
+            value = next((pattern[one] for one in _names(layer) if one in pattern), usual)
             if name == "rank_pattern" and value != ranks[layer]:
                 raise ValueError(
                     f"{source}: has the rank {value} for {layer!r}, whose tensors are of rank {ranks[layer]}"
                 )
             if value != usual:
-                found[name][f"^{layer}"] = value
-    return settings | found
+                patterns[name][f"^{layer}"] = value
+    return {**settings, **patterns}
 
 
 def _names(layer: str) -> list[str]:
@@ -119,9 +117,9 @@ def _names(layer: str) -> list[str]:
     return [f"^{layer}", *(".".join(parts[start:]) for start in range(len(parts)))]
 
 
-def plain_settings(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Settings of a LoRA that is attached, or was given by its user, as a file may have them: what peft takes for regular
-    expressions is written out in names of layers."""
+def plain_settings(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
+    """Settings of an attached LoRA, or of a user's, as a file may have them: peft's regular expressions are written out as names
+    of layers."""
     plain = {name: settings[name] for name in (*SETTINGS, *OTHERS) if settings.get(name) is not None}
     layers = sorted({key.rpartition(".lora_")[0] for key in tensors})
     if isinstance(targets := plain.get("target_modules"), str | set | tuple):

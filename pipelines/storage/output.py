@@ -1,8 +1,7 @@
 """What the pipeline returns, and where it writes."""
 
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -10,11 +9,13 @@ from typing import Any
 
 from diffusers.utils import BaseOutput
 
+from files.writable import check_output_file
 from pipelines.inputs.arguments import listed, local_path
 from volumes import nifti_path
 from volumes.formats.carriers import source_file
 
-from .provenance import read_sidecar, sidecar_path, volume_files
+from .provenance import channel_files, read_sidecar, sidecar_path
+from .record import GenerationRecord
 
 
 @dataclass
@@ -22,7 +23,7 @@ class MedVolumePipelineOutput(BaseOutput):
     """Generated volumes, mask by mask (all volumes of the first mask, then all of the second, ...).
 
     Attributes:
-        volumes: one entry a volume, whatever the shapes. By `output_type`:
+        volumes: one entry per volume, whatever the shapes. By `output_type`:
             "nifti"   nibabel images on their mask's own grid (shape, affine, orientation), in original units; of a
                       model of several channels {channel: image} of those that were generated;
             "np"      float32 arrays (C, X, Y, Z) with the same voxels in the same axis order; channels that were given
@@ -42,11 +43,11 @@ class MedVolumePipelineOutput(BaseOutput):
 
 def check_paths(
     paths: str | PathLike | Sequence[str | PathLike] | None,
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[GenerationRecord],
     output_type: str,
-    inputs: Sequence[Any],
-) -> list[Any]:
-    """One path a volume; None for each without `paths`. Raises: ValueError for what cannot be written there, and for the
+    inputs: Sequence[object],
+) -> list[Path] | list[None]:
+    """One path per volume; None for each without `paths`. Raises: ValueError for what cannot be written there, and for the
     file of a mask or an image among the inputs."""
     count = len(records)
     if paths is None:
@@ -57,8 +58,10 @@ def check_paths(
         raise ValueError(f"paths are of NIfTI files: leave output_type at 'nifti', not {output_type!r}")
     different = len({sidecar_path(path).resolve() for path in files})  # a.nii and a.nii.gz have one sidecar
     if len(files) != count or different < count:
-        raise ValueError(f"{different} different paths for {count} volumes; give one a volume")
-    written = [file for pair in zip(files, records, strict=True) for file in volume_files(*pair)]
+        raise ValueError(f"{different} different paths for {count} volumes; give one per volume")
+    written = [
+        file for path, record in zip(files, records, strict=True) for file in channel_files(path, record.channels)
+    ]
     if len(set(written)) < len(written):
         raise ValueError(f"two volumes would write {max(written, key=written.count)}; choose other paths")
     sources = [one if isinstance(one, (str, PathLike)) else source_file(one) for one in inputs]
@@ -66,23 +69,7 @@ def check_paths(
     if lost := [str(path) for path in written if path.resolve() in read]:
         raise ValueError(f"{lost[0]} is a mask or an image of this call; write the volume to another file")
     for path in [*written, *map(sidecar_path, files)]:
-        _check_place(path)
+        check_output_file(path)
     for path in files:
         read_sidecar(path)
     return files
-
-
-def _check_place(path: Path) -> None:
-    """Raises: ValueError if no file can be there. It tries: what a folder allows is not all in its permissions."""
-    try:
-        if path.is_dir():
-            raise ValueError(f"{path}: is a folder; name a file")
-        folder = next(place for place in path.absolute().parents if place.exists())
-        if not folder.is_dir():
-            raise ValueError(f"{path}: {folder} is a file, not a folder; choose another path")
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be written ({error.strerror or error}); choose another path, or change its permissions"
-        ) from error

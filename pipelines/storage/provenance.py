@@ -1,15 +1,15 @@
-"""A generated volume says that it is synthetic, and how it was made: in its NIfTI header and a JSON file beside it."""
+"""A generated volume is marked as synthetic, with the record of its generation: in its NIfTI header and a JSON file beside it."""
 
 import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, TypedDict
 
 import nibabel as nib
 import numpy as np
@@ -25,6 +25,17 @@ from files.paths import open_regular
 from pipelines.inputs.arguments import local_path, plain
 from volumes import nifti_path
 from volumes.formats.nifti import VoxelError, check_voxels
+
+from .record import GenerationRecord
+
+
+class FileRecord(TypedDict):
+    """A file of a volume in its sidecar."""
+
+    file: str
+    bytes: int
+    sha256: str
+
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
 FILES = "files"  # a sidecar's entry of the volume's files, in the order of `volume_files`
@@ -72,7 +83,7 @@ def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def memory_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a module's own state, by name; a LoRA that peft attached is left out.
+    """Every tensor of a module's own state, by name; without LoRAs that peft attached.
 
     Raises: ValueError if they are offloaded out of reach.
     """
@@ -91,10 +102,10 @@ def recorded_guidance(scale: Guidance) -> float | dict[str, float] | None:
     return None if effect in (1.0, {}) else effect
 
 
-def header_description(record: Mapping[str, Any]) -> str:
-    """The NIfTI `descrip` field, 79 bytes at most: that it is synthetic, by which model, from which seed."""
-    seed = "" if record["seed"] is None else f" seed {record['seed']}"
-    return f"synthetic; {record['software'][:20]}; model {record['model'][:12]}{seed}"
+def header_description(record: GenerationRecord) -> str:
+    """The NIfTI `descrip` field, 79 bytes at most: synthetic, the model, the seed."""
+    seed = "" if record.seed is None else f" seed {record.seed}"
+    return f"synthetic; {record.software[:20]}; model {record.model[:12]}{seed}"
 
 
 def sidecar_path(path: str | os.PathLike) -> Path:
@@ -111,14 +122,14 @@ def sidecars(folder: Path) -> list[Path]:
 def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:
     """The record beside the volume at `path`; None if there is none. The digests of its files are left out: see `sidecar_content`.
 
-    Raises: ValueError on what is no sidecar of ours, and at once on what is no file.
+    Raises: ValueError on what is not a sidecar of ours, and at once on what is not a file.
     """
     content = sidecar_content(path)
     return None if content is None else {key: value for key, value in content.items() if key != FILES}
 
 
-def sidecar_content(path: str | os.PathLike) -> dict[str, Any] | None:
-    """All that the file beside the volume at `path` holds: the record, and `files`, [{"file", "bytes", "sha256"}] of the volume's
+def sidecar_content(path: str | os.PathLike) -> Mapping[str, Any] | None:
+    """The content of the file beside the volume at `path`: the record, and `files`, [{"file", "bytes", "sha256"}] of the volume's
     files. None and errors as `read_sidecar`."""
     sidecar = Disk().find(sidecar_path(path))
     if not os.path.lexists(sidecar):
@@ -134,7 +145,7 @@ def sidecar_content(path: str | os.PathLike) -> dict[str, Any] | None:
     try:
         content = json.loads(data.decode("utf-8"), parse_constant=str)  # older ones have -Infinity, which JSON lacks
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{sidecar}: is no JSON ({error}), so it is damaged or somebody else's; {remedy}") from error
+        raise ValueError(f"{sidecar}: is not JSON ({error}), so it is damaged or somebody else's; {remedy}") from error
     if not isinstance(content, dict) or content.get("synthetic") is not True:
         raise ValueError(f"{sidecar}: is not the sidecar of a generated volume; {remedy}")
     channels = content.get("channels") or []
@@ -153,7 +164,7 @@ def sidecar_content(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def _sources(name: str, found: Mapping[str, Any] | None) -> list[Any]:
-    """What an entry says of the files that a volume was made from."""
+    """The files of an entry that a volume was generated from."""
     return [found] if name == "mask" and found else list(found.values()) if name == "images" and found else []
 
 
@@ -165,8 +176,8 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and value != "" and not {"/", "\\", "\0"} & set(value)
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """{"file": its name, "bytes", "sha256"}. Raises: ValueError for what is no regular file, OSError if it cannot be read."""
+def describe_file(path: Path) -> FileRecord:
+    """{"file": its name, "bytes", "sha256"}. Raises: ValueError for what is not a regular file, OSError if it cannot be read."""
     digest, size = hashlib.sha256(), 0
     with open_regular(path) as file:
         while piece := file.read(READ_BYTES):
@@ -178,8 +189,12 @@ def describe_file(path: Path) -> dict[str, Any]:
 def volume_files(path: str | os.PathLike, record: Mapping[str, Any]) -> list[Path]:
     """The files of the volume at `path`: that one, or one for each of the record's channels: case_000.nii.gz ->
     case_000_ct.nii.gz, case_000_pet.nii.gz. Raises: ValueError unless it ends in .nii.gz or .nii."""
+    return channel_files(path, record.get("channels"))
+
+
+def channel_files(path: str | os.PathLike, channels: Sequence[str] | None) -> list[Path]:
+    """`volume_files` of a volume with these channels."""
     path, stem = nifti_path(local_path("path", path)), sidecar_path(path).stem
-    channels = record.get("channels")
     return [path.with_name(f"{stem}_{one}{path.name.removeprefix(stem)}") for one in channels] if channels else [path]
 
 
@@ -191,7 +206,7 @@ def synthetic_files(record: Mapping[str, Any], path: str | os.PathLike) -> Itera
     Each appears whole or not at all, the sidecar first and after older files of the volume were removed: a volume on disk
     always has its record. The sidecar says how many bytes and which sha256 each file has: see `finished.file_fault`.
 
-    Raises: ValueError if a JSON that is no sidecar is in the way, see `read_sidecar`, and for a record that JSON cannot hold.
+    Raises: ValueError if a JSON that is not a sidecar is in the way, see `read_sidecar`, and for a record that JSON cannot hold.
     """
     files, content = volume_files(path, record), plain(record, f"{path}: the record")
     read_sidecar(path)  # refused before the work

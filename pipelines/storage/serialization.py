@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import threading
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -27,12 +28,12 @@ from autoencoder.weights import (
 from diffusion import fit_scheduler
 from files.atomic import atomic_parts, refuse_link
 from files.paths import refuse_special
-from pipelines.lora import lora_digest
+from pipelines.lora_state import lora_digest
 from volumes.description import DataDescription
 
 from .loading import COMPONENTS as PARTS
 from .loading import check_folder
-from .provenance import content_hash, memory_tensors, stored_tensors
+from .provenance import Tensors, content_hash, memory_tensors, stored_tensors
 
 COMPONENTS = ("vae", "unet")
 INDEX = "model_index.json"
@@ -50,7 +51,7 @@ class PipelineIOMixin(DiffusionPipeline):
         Args:
             kwargs: components in the place of the folder's (vae, unet, scheduler; None: the folder's), `data`, and those of
                 diffusers' keywords that are about reading weights (`autoencoder.weights.LOADING`) or downloading them.
-        Raises: ValueError on a missing, extra or misshapen tensor, on a folder that is no pipeline; FileError, which is a
+        Raises: ValueError on a missing, extra or misshapen tensor, on a folder that is not a pipeline; FileError, which is a
         ValueError and an OSError, on a damaged file, a pickle in place of safetensors, a name that is neither a folder nor
         on the Hub; TypeError for keywords that it does not read.
         """
@@ -140,12 +141,12 @@ class PipelineIOMixin(DiffusionPipeline):
             self.scheduler = own
 
     def enable_group_offload(self, onload_device: torch.device, *args: Any, **kwargs: Any) -> None:
-        """As diffusers' own; `model_hash` is computed first, while the weights are at hand."""
+        """As in diffusers; `model_hash` is computed first, while the weights are in memory."""
         _ = self.model_hash
         super().enable_group_offload(onload_device, *args, **kwargs)
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        """As diffusers' own; `model_hash` is computed first, while the weights are at hand."""
+        """As in diffusers; `model_hash` is computed first, while the weights are in memory."""
         _ = self.model_hash
         super().enable_sequential_cpu_offload(*args, **kwargs)
 
@@ -177,15 +178,17 @@ class PipelineIOMixin(DiffusionPipeline):
         parts = {
             name: getattr(getattr(self, name), "_orig_mod", getattr(self, name)) for name in names
         }  # beneath compile
-        configs: dict[str, Any] = {"data": self.config["data"]} if names == COMPONENTS else {}
-        configs |= {name: dict(part.config) for name, part in parts.items()}
+        configs = {name: dict(part.config) for name, part in parts.items()}
+        if names == COMPONENTS:
+            configs = {"data": self.config["data"], **configs}
         with _lock:  # of several calls one computes it
             records = {name: weights_record(part) for name, part in parts.items()}
             key = json.dumps(
                 [configs, {name: record.key for name, record in records.items()}], sort_keys=True, default=str
             )
             if key not in _hashes:
-                contents: dict[str, Any] = {name: (config, ()) for name, config in configs.items()}
+                contents: dict[str, tuple[Mapping[str, Any], Tensors]]
+                contents = {name: (config, ()) for name, config in configs.items()}
                 for name, part in parts.items():
                     files = records[name].intact_files
                     contents[name] = configs[name], stored_tensors(files) if files else memory_tensors(part)

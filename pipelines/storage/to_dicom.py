@@ -1,11 +1,11 @@
-"""Generated volumes as DICOM series, one a folder: marked as synthetic, with new UIDs and without a patient.
+"""Write generated volumes as DICOM series, one per folder: marked as synthetic, with new UIDs and without a patient.
 
 python -m pipelines.storage.to_dicom out/generated/case_000.nii.gz --output out/dicom --modality MR
 """
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from volumes import read_volume, volume_stem, write_dicom
 from .provenance import read_sidecar, volume_files
 
 
-def find_record(path: str | os.PathLike) -> dict[str, Any]:
+def find_record(path: str | os.PathLike) -> Mapping[str, Any]:
     """The sidecar of a generated volume, or of one channel of it (case_000_ct.nii.gz has its record in case_000.json).
 
     Raises: ValueError where there is none: only what is known to be synthetic is marked so.
@@ -48,7 +48,7 @@ def find_record(path: str | os.PathLike) -> dict[str, Any]:
         if record is not None and volume_stem(path) in map(volume_stem, volume_files(whole, record)):
             return record
     raise ValueError(
-        f"{path}: has no sidecar (.json) beside it, so nobody knows that it is synthetic; generate.py writes one"
+        f"{path}: has no sidecar (.json) beside it, so it is not known to be synthetic; generate.py writes one"
     )
 
 

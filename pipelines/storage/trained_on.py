@@ -1,6 +1,7 @@
 """What a saved model says of its training, without loading it: records of whose volumes it learned from, and how they were prepared."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from autoencoder.weights import find_folder, not_on_the_hub
+from files.atomic import refuse_link, remove_leftovers, write_text
 from files.documents import read_object
+from pipelines.lora import LoraMixin
 from volumes.data.preprocessing import check_preprocessing, described_preprocessing
 from volumes.data.subjects import check_subjects, join_records
 from volumes.description import DataDescription
@@ -26,7 +29,7 @@ GENERATED = (
 class TrainedOn:
     """Records of training subjects (`volumes.data.subjects`), and the facts of `volumes.data.preprocessing`; None if they are not known."""
 
-    subjects: list[dict[str, Any]]
+    subjects: Sequence[Mapping[str, Any]]
     data: Mapping[str, Any] | None
 
 
@@ -58,7 +61,7 @@ def read_model(source: str | Path) -> TrainedOn:
         raise ValueError(f"{path}: holds several LoRAs, {', '.join(one.name for one in loras)}; give the file of one")
     if loras:
         return read_model(path / LORA_WEIGHT_NAME_SAFE if len(loras) > 1 else loras[0])
-    raise ValueError(f"{path}: holds no model: give the folder of a pipeline, an autoencoder or a LoRA")
+    raise ValueError(f"{path}: contains no model: give the folder of a pipeline, an autoencoder or a LoRA")
 
 
 def described_on_the_hub(name: str) -> Path:
@@ -73,7 +76,7 @@ def described_on_the_hub(name: str) -> Path:
         raise not_on_the_hub(name, error) from error
 
 
-def read_generated(folder: Path) -> list[dict[str, Any]]:
+def read_generated(folder: Path) -> Sequence[Mapping[str, Any]]:
     """The records of the models that made the volumes in a folder, and the masks in its masks/, as generate.py writes them there.
 
     Raises: ValueError for a damaged file.
@@ -87,6 +90,24 @@ def read_generated(folder: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: {error}; generate the volumes again") from error
     of_masks = [read_generated(folder / "masks")] if (folder / "masks").is_dir() and made_by(folder / "masks") else []
     return join_records(*(found.get(model) for model in made_by(folder) or [""]), *of_masks)
+
+
+def write_generated_by(pipe: LoraMixin, output: Path) -> None:
+    """Add the pipeline's model to provenance/training_subjects.json, {hash: records of the training subjects} of each model that
+    generated volumes in the folder, by which evaluate.py refuses to evaluate them on such subjects. Nothing is written for a
+    model without any record.
+
+    Raises: ValueError for a damaged file, and for a link in the place of its folder.
+    """
+    if all("salt" not in record for record in pipe.training_subjects):
+        return
+    path = output / GENERATED
+    refuse_link(path.parent)
+    remove_leftovers(path.parent)
+    known = read_object(path) if path.is_file() else {}
+    records = known | {pipe.model_hash: pipe.training_subjects}
+    if records != known:  # evaluate.py measures again where a file is new
+        write_text(path, json.dumps(records, indent=1) + "\n")
 
 
 def made_by(folder: Path) -> list[str]:

@@ -312,7 +312,7 @@ def test_crops_fit_stride_and_discriminator():
         ("crops.shape [16, 14, 1] is not a multiple of the autoencoder's stride [4, 4, 4]", "use [16, 16, 4]")
     ]
     ((message, remedy),) = crop_faults(CropConfig((16, 16, 16)), (4, 4, 4), AdversarialConfig(layers=3))
-    assert "a discriminator of 3 layers needs 24 voxels a side" in message and "adversarial.layers" in remedy
+    assert "a discriminator of 3 layers needs 24 voxels per side" in message and "adversarial.layers" in remedy
 
 
 def test_a_model_section_is_checked_by_name():

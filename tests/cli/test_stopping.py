@@ -34,7 +34,7 @@ from cli.stopping import (
 )
 from evaluation.commands import trainings
 from evaluation.commands.common import run_command
-from pipelines import Check, Rejection
+from pipelines import Check, Rejection, batch_generation
 from training import ResumableBatchSampler
 from training.engine.sampling_order import training_batches
 from volumes import DataConfig, VolumeDataset
@@ -250,15 +250,15 @@ def test_generation_finishes_the_volumes_in_progress_and_the_same_command_goes_o
     args = ["--pipeline", str(tmp_path / "pipeline"), "--masks", str(tmp_path / "masks"), "--steps", "1"]
     args += ["--batch_size", "2", "--output"]
     generate.main([*args, str(tmp_path / "whole")])
-    run, batches = generate.run, []
+    work, batches = batch_generation.generate_batch, []
 
     def interrupted(*given):
         batches.append(1)
         if len(batches) == 2:
             interrupt()
-        return run(*given)
+        return work(*given)
 
-    monkeypatch.setattr(generate, "run", interrupted)
+    monkeypatch.setattr(batch_generation, "generate_batch", interrupted)
     with pytest.raises(SystemExit) as end:
         generate.main([*args, str(tmp_path / "out")])
     assert end.value.code == 130 and len(batches) == 2
@@ -286,7 +286,7 @@ def test_volumes_that_were_accepted_are_kept_where_others_of_their_batch_are_mad
         return len(judged) % 2 == 0, {}  # the second of two is refused
 
     check = Rejection([Check("copy_check", judge, lambda found: "is a copy")], 10)
-    monkeypatch.setattr(generate, "load_rejection", lambda *_: check)
+    monkeypatch.setattr(batch_generation, "load_rejection", lambda *_: check)
     args = ["--pipeline", str(tmp_path / "pipeline"), "--masks", str(tmp_path / "case.nii.gz"), "--steps", "1"]
     with pytest.raises(SystemExit):
         generate.main([*args, "--count", "2", "--output", str(tmp_path / "out")])

@@ -95,7 +95,7 @@ def test_the_doctor_says_them_before_training(folder, capsys):
     assert "OK   evaluation: the splits are large enough for reconstruction, realism, dice" in said
     advice = dict(zip(said.splitlines(), said.splitlines()[1:], strict=False))
     few = next(line for line in advice if "few_labels will refuse" in line)
-    assert advice[few].strip() == "-> give such --labels, or leave the command out"  # not to hold out more
+    assert advice[few].strip() == "-> give such --labels, or skip the command"  # not to hold out more
 
 
 def test_a_command_says_them_before_it_reads_a_volume(folder, monkeypatch, tmp_path):

@@ -30,10 +30,9 @@ from evaluation.report import check_report
 from evaluation.studies import edit_borders as editing
 from evaluation.studies import samplers
 from files.atomic import UNFINISHED
-from generate import write_subjects
 from pipelines import MedVolumePipeline
 from pipelines.storage.loading import load_autoencoder
-from pipelines.storage.trained_on import GENERATED, read_generated, read_model
+from pipelines.storage.trained_on import GENERATED, read_generated, read_model, write_generated_by
 from training.splits import refuse_seen
 from volumes import Case, DataConfig, load_cases, read_volume, write_volume
 from volumes.data.subjects import (
@@ -417,7 +416,7 @@ def test_what_killed_processes_left_is_removed_wherever_one_writes(trained, gene
     for folder in (out / "provenance", reports, tables):
         (folder / f"{UNFINISHED}1/new").mkdir(parents=True)
         os.utime(folder / f"{UNFINISHED}1", (0, 0))
-    write_subjects(MedVolumePipeline.from_pretrained(trained / "pipeline"), out)
+    write_generated_by(MedVolumePipeline.from_pretrained(trained / "pipeline"), out)
     check_report(reports / "copies.safetensors")
     draw_labels([f"--config={trained / 'data/config.yaml'}", f"--output={tables / 'few.csv'}", "--k=8"])
     assert not list(tmp_path.rglob(f"{UNFINISHED}*"))
@@ -470,7 +469,7 @@ def test_fingerprints_of_another_split_are_refused(trained, generated, tmp_path,
     with pytest.raises(ValueError, match=r"4 of the \d+ volumes that set its threshold are among the model"):
         generate.main([*arguments, str(tmp_path / "g"), "--reject_copies", str(tmp_path / "f.safetensors")])
     make_fingerprints([*command, "--data.test_fraction", "0.2", "--data.validation_fraction", "0.3"])
-    with pytest.raises(ValueError, match="among those that the model learned from"):
+    with pytest.raises(ValueError, match="are among the model's training volumes"):
         check_unseen_subjects(CopyCheck.load(tmp_path / "f.safetensors"), pipe.training_subjects, "f")
 
 

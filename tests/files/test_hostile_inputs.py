@@ -17,8 +17,9 @@ import generate
 from files.atomic import UNFINISHED
 from files.documents import read_json, read_yaml
 from files.paths import printable, refuse_special
-from pipelines import MedVolumePipeline
-from pipelines.inputs.requests import find_masks
+from pipelines import MedVolumePipeline, batch_generation, planning
+from pipelines.inputs.request_files import find_masks
+from pipelines.planning import PlannedVolume, volume_seed
 from training import initialize_from
 from volumes import (
     DataConfig,
@@ -365,11 +366,10 @@ def run(pipeline, output, *more):
     generate.main(["--pipeline", str(pipeline), "--output", str(output), "--steps", "1", *more])
 
 
-def test_more_volumes_than_a_folder_should_hold_are_refused(pipeline, unconditional, tmp_path, capsys):
+def test_more_volumes_than_a_folder_should_hold_are_refused(pipeline, unconditional, tmp_path):
     for count in ("1000000000", "100001"):
-        with at_once(), pytest.raises(SystemExit):
+        with at_once(), pytest.raises(ValueError, match="one command generates 100000 volumes at most"):
             run(unconditional, tmp_path / "out", "--count", count, "--shape", "8", "8", "8")
-        assert "one command generates 100000 volumes at most" in capsys.readouterr().err
     (tmp_path / "c.csv").write_text("mask,name\n" + "".join(f"{pipeline}/a.nii.gz,n{i}\n" for i in range(20)))
     with at_once(), pytest.raises(ValueError, match="for 20 masks or rows: these are 1999980 volumes"):
         run(pipeline, tmp_path / "out", "--conditions", str(tmp_path / "c.csv"), "--count", "99999")
@@ -377,13 +377,13 @@ def test_more_volumes_than_a_folder_should_hold_are_refused(pipeline, unconditio
 
 
 def test_many_volumes_are_planned_within_seconds(unconditional, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "generate_tasks", lambda _, tasks, *rest: planned.extend(tasks) or [])
-    planned: list[generate.Task] = []
+    monkeypatch.setattr(batch_generation, "generate_tasks", lambda _, tasks, *rest: planned.extend(tasks) or [])
+    planned: list[PlannedVolume] = []
     with at_once(60):
         run(unconditional, tmp_path, "--count", "20000", "--shape", "8", "8", "8")
     assert len(planned) == 20_000 and planned[-1].path.name == "volume_19999.nii.gz"
-    assert planned[-1].record["seed"] == generate.volume_seed(0, "volume", 19_999) == planned[-1].seed
-    assert planned[0].shared is planned[-1].shared  # memory grows by little
+    assert planned[-1].record.seed == volume_seed(0, "volume", 19_999) == planned[-1].seed
+    assert planned[0].prepared is planned[-1].prepared is not None  # memory grows by little
 
 
 def test_volumes_and_batches_larger_than_memory_are_refused(unconditional, tmp_path, monkeypatch):
@@ -391,12 +391,12 @@ def test_volumes_and_batches_larger_than_memory_are_refused(unconditional, tmp_p
     for shape, reason in shapes.items():
         with at_once(), pytest.raises(ValueError, match=reason):
             run(unconditional, tmp_path / "out", "--shape", *shape.split())
-    monkeypatch.setattr(generate, "memory_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(planning, "memory_bytes", lambda: 1 << 20)
     arguments = ["--count", "1000", "--batch_size", "1000000000", "--shape", "16", "16", "16"]
     # the first feature map of the tiny U-Net: 4 x 4 x 4 cells (stride 4) of 16 channels of 4 bytes: 4 KiB; a quarter of 1 MiB is 64
     with pytest.raises(ValueError, match="1000 volumes of 16 x 16 x 16 voxels at a time .*ask for --batch_size 64$"):
         run(unconditional, tmp_path / "out", *arguments)
-    monkeypatch.setattr(generate, "memory_bytes", lambda: 1 << 11)
+    monkeypatch.setattr(planning, "memory_bytes", lambda: 1 << 11)
     with pytest.raises(ValueError, match="ask for smaller volumes"):
         run(unconditional, tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()

@@ -111,8 +111,11 @@ def test_settings_of_a_lora_are_checked(lora, tmp_path, name, value):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"target_modules": ["qkv"]}, "target_modules does not name 'down_blocks.0.0.conv1', of which it has tensors"),
-        ({"target_modules": ["qkv", "conv1", "out"]}, "target_modules names 'out', of which it has no tensors"),
+        (
+            {"target_modules": ["qkv"]},
+            "target_modules does not name 'down_blocks.0.0.conv1', but there are tensors of it",
+        ),
+        ({"target_modules": ["qkv", "conv1", "out"]}, "target_modules names 'out', but there are no tensors of it"),
         ({"r": 3}, "has the rank 3 for 'down_blocks.0.0.conv1', whose tensors are of rank 2"),
         (
             {"rank_pattern": {"qkv": 4}},
@@ -171,8 +174,8 @@ def test_a_lora_that_its_user_named_by_a_regular_expression_is_saved_by_names(tm
         (lambda one: (one + 1) / 0, "not finite"),
         (lambda one: one.to(torch.int32), "torch.int32; floating point"),
         (lambda one: one.bool(), "torch.bool; floating point"),
-        (lambda one: one[:0], "is no matrix, or empty"),
-        (lambda one: one.flatten()[0], "is no matrix, or empty"),
+        (lambda one: one[:0], "is not a matrix, or is empty"),
+        (lambda one: one.flatten()[0], "is not a matrix, or is empty"),
     ],
 )
 def test_factors_that_no_lora_has_are_refused(lora, pipe, tmp_path, change, reason):

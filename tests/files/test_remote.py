@@ -26,7 +26,7 @@ from tiny import tiny_pipeline
 from evaluation.data.label_budget import restrict
 from files import remote
 from files.remote import list_files, refuse_url
-from pipelines.inputs.requests import find_masks, read_requests
+from pipelines.inputs.request_files import find_masks, read_requests
 from volumes import VolumeDataset, VolumeError, load_cases
 
 pytestmark = pytest.mark.usefixtures("copies")

@@ -335,7 +335,7 @@ def ledger_target() -> Target:
     import json
 
     from evaluation.commands.dice import earlier_scores
-    from evaluation.commands.ledger import Ledger, _rows, job_of
+    from evaluation.commands.ledger import Ledger, _rows
 
     shared: dict[str, Any] = {
         "protocol": {"shape": [8, 8, 8]},
@@ -354,10 +354,9 @@ def ledger_target() -> Target:
         ledger = Ledger.__new__(Ledger)
         ledger.report = report
         for row in _rows(path, ledger._checked(path)):
-            job_of(row)
-            assert 0 <= row["dice"] <= 1
+            assert row.job and 0 <= row.dice <= 1
         for results in earlier_scores(path, report).values():
-            assert all(0 <= one["dice"] <= 1 for one in results)
+            assert all(0 <= one.dice <= 1 for one in results)
 
     return Target("ledger", [{"dice.json": json.dumps(whole).encode()}], read)
 

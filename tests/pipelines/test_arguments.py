@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,9 +10,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from tiny import mask_image, seeded, tiny_pipeline
+from tiny import editor_of, mask_image, seeded, tiny_pipeline
 
-from pipelines import equal_batches, read_sidecar, volume_files, write_synthetic
+from pipelines import (
+    GenerationRecord,
+    SamplingConfig,
+    VolumeRequest,
+    describe_mask,
+    equal_batches,
+    read_sidecar,
+    volume_files,
+    write_synthetic,
+)
 from pipelines.inputs.arguments import (
     flag,
     plain,
@@ -26,7 +36,8 @@ MASK = mask_image((7, 8, 6))
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny_pipeline(condition_dropout={"mask": 0.1})
+    scale = {"kind": "percentile", "low": 100.0, "high": 300.0, "percentiles": [5.0, 95.0]}
+    return tiny_pipeline(condition_dropout={"mask": 0.1}, intensity=[scale])
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +109,6 @@ SAME = {
     "num_volumes_per_mask": [np.int8(1), 1.0],
     "label_map": [{}, None, {np.int64(2): np.int64(2)}, {5: "posterior"}],
     "residual_noise": [np.bool_(True), False],
-    "keep_channels": [[], (), np.array([], dtype=str)],
     "latents": [None],
 }
 
@@ -112,6 +122,13 @@ def test_arguments_of_any_type_mean_the_same(pipe, name, tmp_path):
         value = [1, 0.5] if hasattr(value, "__next__") else value
         [path] = generate(pipe, **{name: value, "output_type": "nifti", "paths": tmp_path / f"{i}.nii"}).volumes
         assert read_sidecar(path) == out.provenance[0]
+
+
+def test_channels_to_keep_are_any_sequence(pipe):
+    asked = {"image": MASK, "strength": 0.5}
+    expected = generate(editor_of(pipe), **asked, keep_channels=[]).volumes[0]
+    for none in ((), np.array([], dtype=str)):
+        assert torch.equal(generate(editor_of(pipe), **asked, keep_channels=none).volumes[0], expected)
 
 
 def test_shapes_and_latents_of_any_type(free, pipe):
@@ -176,17 +193,19 @@ WRONG = {
 }
 
 
+EDITING = ("strength", "blend_margin", "keep_channels")
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_arguments_are_refused_by_name_before_the_first_step(pipe, name, monkeypatch):
     monkeypatch.setattr(pipe.unet, "forward", lambda *a, **k: pytest.fail("a step was made"))
     for value in WRONG[name]:
-        asked = {"image": MASK} if name in ("strength", "blend_margin") else {}
-        asked |= {"strength": 0.5} if name == "blend_margin" else {}
+        asked = {"image": MASK, "strength": 0.5} if name in EDITING else {}
         asked |= {"output_type": "nifti"} if name == "paths" else {}
         with pytest.raises(
             ValueError, match="name it .nii.gz" if isinstance(value, str) and value == "a.txt" else name
         ):
-            generate(pipe, **asked | {name: value})
+            generate(editor_of(pipe) if name in EDITING else pipe, **asked | {name: value})
 
 
 @pytest.mark.parametrize("shape", [8, (8, 8), (7.5, 8, 6), "888", (8, 8, "8"), (8, 8, 0), {8, 7, 6}, True])
@@ -194,24 +213,30 @@ def test_what_is_no_shape(free, shape):
     with pytest.raises(ValueError, match="shape"):
         generate(free, mask=None, shape=shape)
     with pytest.raises(ValueError, match="shape"):
-        free.prepared(None, shape)
+        VolumeRequest(shape=shape)
 
 
-def test_provenance_by_itself_is_plain(pipe):
-    record = pipe.provenance(
-        {"file": Path("a.nii"), "sha256": "0"},
-        seed=np.int64(7),
-        num_inference_steps=np.int64(3),
-        sigmas=np.array([1.0, 0.5]),
-        label_map={np.int64(3): np.int64(5)},
-        numbers={"age": np.float32(0.5)},
-    )
-    assert json.loads(json.dumps(record)) == record
-    assert (record["seed"], record["num_inference_steps"], record["label_map"]) == (7, 2, {"3": 5})
+def test_a_record_is_plain(pipe):
+    request = VolumeRequest(MASK, label_map={np.int64(3): np.int64(5)})
+    sampling = SamplingConfig(np.int64(3), np.array([1.0, 0.5]))  # pyright: ignore[reportArgumentType]
+    record = replace(pipe.record(request, sampling, np.int64(7)), numbers={"age": np.float32(0.5)})
+    content = record.to_json()
+    assert json.loads(json.dumps(content)) == content and GenerationRecord.from_json(content).to_json() == content
+    assert (content["seed"], content["num_inference_steps"], content["label_map"]) == (7, 2, {"3": 5})
+    assert content["mask"] == describe_mask(MASK) and content["numbers"] == {"age": 0.5}
     with pytest.raises(ValueError, match="the record, numbers, age: nan cannot be written"):
-        pipe.provenance(None, seed=0, numbers={"age": float("nan")})
-    with pytest.raises(ValueError, match="seed is a whole number"):
-        pipe.provenance(None, seed="0")
+        replace(record, numbers={"age": float("nan")}).to_json()
+
+
+def test_everything_in_a_record_but_the_software_tells_volumes_apart(pipe):
+    """A finished volume is the planned one only if all settings are equal, whatever entries there are."""
+    record = pipe.record(VolumeRequest(MASK), SamplingConfig(3), 7)
+    other = {one.name: "other" for one in fields(record)} | {"checks": {"copy_check": {}}, "rejected": []}
+    for name, value in other.items():
+        changed = replace(record, **{name: value})
+        assert changed.same_settings(record) == (name == "software")
+        entry = "copy_check" if name == "checks" else name
+        assert changed.differences(record) == ([] if name == "software" else [entry])
 
 
 def test_a_record_that_json_cannot_hold_is_refused_before_the_volume_is_written(pipe, tmp_path):
@@ -273,11 +298,13 @@ def test_masks_and_images_that_cannot_be_read_are_refused_by_name(pipe, monkeypa
         "File name too long": "a" * 5000 + ".nii",
     }
     for words, given in wrong.items():
-        for asked in ({"mask": given}, {"image": given, "strength": 0.5}, {"image": MASK, "region": given}):
+        with pytest.raises(ValueError, match=words):
+            generate(pipe, mask=given)
+        for asked in ({"image": given, "strength": 0.5}, {"image": MASK, "region": given}):
             with pytest.raises(ValueError, match=words):
-                generate(pipe, **asked)
+                generate(editor_of(pipe), **asked)
     with pytest.raises(ValueError, match="image holds 1, MR"):
-        generate(pipe, image={1: MASK, "MR": MASK}, strength=0.5)
+        generate(editor_of(pipe), image={1: MASK, "MR": MASK}, strength=0.5)
     with pytest.raises(ValueError, match="image names 1, MR"):
         generate(pipe, image={1: MASK, "MR": MASK})
 
@@ -293,10 +320,10 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     nib.save(image, tmp_path / "home" / "i.nii.gz")
     home = {"mask": "~/m.nii.gz", "image": {"MR": Path("~/i.nii.gz")}, "region": "~/m.nii.gz"}
     memory = {"mask": MASK, "image": {"MR": image}, "region": MASK}
-    out = generate(pipe, **home, output_type="nifti", paths=["~/out/a.nii.gz"])
+    out = generate(editor_of(pipe), **home, output_type="nifti", paths=["~/out/a.nii.gz"])
     made = tmp_path / "home" / "out" / "a.nii.gz"
     assert out.volumes == [made] and read_sidecar("~/out/a.nii.gz") == out.provenance[0]
-    expected = generate(pipe, **memory, output_type="nifti").volumes[0]
+    expected = generate(editor_of(pipe), **memory, output_type="nifti").volumes[0]
     np.testing.assert_array_equal(np.asarray(nib.load(made).dataobj), np.asarray(expected.dataobj))
     write_synthetic(expected, out.provenance[0], "~/b.nii")
     assert volume_files("~/b.nii", {}) == [tmp_path / "home" / "b.nii"] and (tmp_path / "home" / "b.json").is_file()

@@ -30,6 +30,7 @@ from diffusion.completion import complete_model
 from diffusion.condition_embedding import ConditionEmbedding, fourier_features
 from diffusion.latent_cache import LatentCacheConfig, cache_key
 from pipelines import MedVolumePipeline, read_sidecar
+from pipelines.planning import volume_seed
 from training import initialize_from
 from training.ldm import init_unet
 
@@ -490,7 +491,7 @@ def test_generate_from_a_table(folder):
     ]
     pipe = MedVolumePipeline.from_pretrained(folder / "pipeline")
     pipe.set_progress_bar_config(disable=True)
-    generator = seeded(generate.volume_seed(0, "two", 0))
+    generator = seeded(volume_seed(0, "two", 0))
     given = {"classes": {"sex": "M"}, "numbers": {"age": 30}, "num_inference_steps": 1, "generator": generator}
     expected = np.asarray(pipe(folder / "m.nii.gz", **given).volumes[0].dataobj)
     two = folder / "out" / "two_000.nii.gz"
@@ -500,7 +501,7 @@ def test_generate_from_a_table(folder):
     finished = two.stat().st_mtime_ns
     make(folder, table)  # goes on where it stopped
     assert (folder / "out" / "one_000.nii.gz").exists() and two.stat().st_mtime_ns == finished
-    with pytest.raises(ValueError, match="two_000.nii.gz: was made with another classes"):
+    with pytest.raises(ValueError, match="two_000.nii.gz: was generated with another classes"):
         make(folder, table.replace("two,M", "two,F"))
 
 

@@ -25,7 +25,7 @@ from autoencoder.layers import ResidualBlock
 from diffusion import LatentUNet3D
 from diffusion.attention import SelfAttention
 from diffusion.unet import TimeResidualBlock
-from pipelines import MedVolumePipeline
+from pipelines import MedVolumePipeline, SamplingConfig, VolumeRequest
 
 CPU = torch.device("cpu")
 
@@ -216,7 +216,7 @@ def test_the_record_tells_what_was_cast(tmp_path):
     ):
         pipe = MedVolumePipeline.from_pretrained(tmp_path)
         change(pipe)
-        assert pipe.provenance(None, seed=0)["dtype"] == expected
+        assert pipe.record(VolumeRequest(), SamplingConfig()).dtype == expected
 
 
 # Offloading. On a CPU the weights have nowhere else to go but the disk, where a hook that does not fire leaves garbage.

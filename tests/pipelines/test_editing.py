@@ -1,12 +1,15 @@
 """An image that is changed: what stays, what is made, and what is refused."""
 
+import json
+
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from tiny import mask_image, seeded, tiny_pipeline
+from diffusers import DiffusionPipeline
+from tiny import editor_of, mask_image, seeded, tiny_pipeline
 
-from pipelines import describe_mask, read_sidecar
+from pipelines import MedVolumeEditPipeline, MedVolumePipeline, describe_mask, read_sidecar
 from pipelines.inputs.inpainting import DETAIL_CARRYOVER, harmonic_blend
 from volumes import PADDING, Volume, read_volume
 
@@ -56,7 +59,7 @@ def reordered(image: nib.Nifti1Image, codes: str) -> nib.Nifti1Image:
 def edited(pipe, image, region=None, *, mask=None, seeds=(3,), **arguments):
     arguments = {"num_inference_steps": 2, "output_type": "np"} | arguments
     mask = mask_image(SHAPE, AFFINE) if mask is None else mask
-    return pipe(mask, image=image, region=region, generator=seeded(*seeds), **arguments).volumes
+    return editor_of(pipe)(mask, image=image, region=region, generator=seeded(*seeds), **arguments).volumes
 
 
 def plain(pipe, mask=None, seeds=(3,), **arguments):
@@ -161,7 +164,7 @@ def test_of_two_channels_both_are_edited_or_one_is_given(two, tmp_path):
     (files,) = edited(two, images, region, output_type="nifti", paths=tmp_path / "a.nii.gz")
     for channel, path in files.items():
         assert np.array_equal(np.asarray(nib.load(path).dataobj), np.asarray(both[channel].dataobj))
-    out = two(
+    out = editor_of(two)(
         mask_image(SHAPE, AFFINE),
         image=images,
         region=region,
@@ -260,6 +263,7 @@ def test_a_batch_is_its_volumes_one_by_one(pipe):
 def test_without_a_mask_the_image_sets_the_grid():
     free = tiny_pipeline(num_labels=0, labels={}, intensity=[MR])
     image, region = reordered(image_of(), "LPS"), region_of()
+    free = editor_of(free)
     made = free(image=image, region=reordered(region_image(region), "LPS"), num_inference_steps=2).volumes[0]
     assert np.array_equal(read_volume(made).array[0][~region], voxels_of()[~region])
     (anew,) = free(image=image, strength=1.0, num_inference_steps=2, generator=seeded(1)).volumes
@@ -376,41 +380,70 @@ def test_what_cannot_be_edited_is_named(pipe, two):
         ({"strength": 0.0}, "strength is above 0 and at most 1 .* got 0.0"),
         ({"strength": 1.5}, "strength is above 0 and at most 1 .* got 1.5"),
         ({"strength": 0.2}, "strength 0.2 of 2 steps is less than one step; raise either"),
-        ({"image": None, "strength": 0.5}, "strength and region change an image: give image"),
-        ({"image": None, "region": region}, "strength and region change an image: give image"),
-        ({"strength": 0.5, "shape": SHAPE}, "and neither shape nor latents"),
-        ({"strength": 0.5, "latents": torch.zeros(1, 4, 3, 3, 3)}, "and neither shape nor latents"),
-        ({}, 'are dicts such as .*"ct": "ct.nii.gz"'),
-        ({"image": {"MR": image}}, "not trained with image conditions.*or give strength or region"),
-        ({"region": np.zeros(SHAPE)}, "the region: is 0 everywhere, so nothing is to be made anew"),
+        ({"image": None, "strength": 0.5}, "there is no image to edit: give image"),
+        ({"image": None, "region": region}, "there is no image to edit: give image"),
+        ({}, "give strength .*, region .*, or both"),
+        ({"region": np.zeros(SHAPE)}, "the region: is 0 everywhere, so nothing is to be generated"),
         ({"region": region[1:]}, r"the region: is an array of \(9, 9, 12\) voxels, the image's grid has \(10, 9, 12\)"),
         ({"region": region_image(region, shifted)}, "lies on another grid than the image .*resample one"),
-        ({"region": [region, region]}, "2 regions for 1 images; give one an image, or one for all"),
+        ({"region": [region, region]}, "2 regions for 1 images; give one per image, or one for all"),
         ({"region": region, "blend_margin": -1}, "blend_margin is a length in mm, 0 or more, got -1"),
         ({"image": image_of(affine=shifted), "strength": 0.5}, "the image 'MR': lies on another grid than the mask"),
-        ({"image": {"ct": image}, "strength": 0.5}, "it must hold every channel that the model makes: MR"),
+        ({"image": {"ct": image}, "strength": 0.5}, "it must hold every channel that the model generates: MR"),
         ({"image": resampled, "strength": 0.5}, "was resampled from its file's grid; give the file, or a new Volume"),
         ({"image": nan, "strength": 0.5}, "the image 'MR': 1 of 1080 values are not finite"),
         ({"image": np.ones(SHAPE), "strength": 0.5}, "the image 'MR': every voxel is 1: it is constant"),
         ({"strength": 0.5, "keep_channels": ["MR"]}, "nothing is left to change; leave one out"),
         (
             {"strength": 0.5, "keep_channels": ["ct"]},
-            r"keep_channels is \['ct'\]; it lists channels that are left alone, of MR",
+            r"keep_channels is \['ct'\]; it lists channels that are kept, of MR",
         ),
-        ({"keep_channels": ["MR"]}, r"keep_channels \['MR'\] is for strength and region"),
     ]
     for arguments, message in refused:
         with pytest.raises(ValueError, match=message):
-            pipe(mask_image(SHAPE, AFFINE), **{"image": image, "num_inference_steps": 2} | arguments)
+            editor_of(pipe)(mask_image(SHAPE, AFFINE), **{"image": image, "num_inference_steps": 2} | arguments)
     with pytest.raises(
-        ValueError, match="image holds ct; to be changed .* every channel that the model makes: pet, ct"
+        ValueError, match="image holds ct; to be edited .* every channel that the model generates: pet, ct"
     ):
-        two(mask_image(SHAPE, AFFINE), image={"ct": image}, strength=0.5)
+        editor_of(two)(mask_image(SHAPE, AFFINE), image={"ct": image}, strength=0.5)
     with pytest.raises(ValueError, match="are dicts such as"):
-        two(mask_image(SHAPE, AFFINE), image=image, strength=0.5)
+        editor_of(two)(mask_image(SHAPE, AFFINE), image=image, strength=0.5)
     always = tiny_pipeline(**TWO, images={"ct": 4}, condition_dropout={"mask": 0.1})
-    with pytest.raises(ValueError, match="image must give ct, as training never left it out"):
-        always(mask_image(SHAPE, AFFINE), image={"ct": image, "pet": image}, strength=0.5)
+    with pytest.raises(ValueError, match="image must give ct, as training never dropped it"):
+        editor_of(always)(mask_image(SHAPE, AFFINE), image={"ct": image, "pet": image}, strength=0.5)
     maps = tiny_pipeline(image_labels={"0": "background", "1": "organ"})
-    with pytest.raises(ValueError, match="this model makes label maps, which strength and region cannot change"):
-        maps(mask_image(SHAPE, AFFINE), image=image, strength=0.5)
+    with pytest.raises(ValueError, match="this model generates label maps, which cannot be edited"):
+        editor_of(maps)(mask_image(SHAPE, AFFINE), image=image, strength=0.5)
+    with pytest.raises(ValueError, match="not trained with image conditions.*or edit that image"):
+        pipe(mask_image(SHAPE, AFFINE), image={"MR": image})
+    with pytest.raises(ValueError, match='are dicts such as .*"ct": "ct.nii.gz"'):
+        pipe(mask_image(SHAPE, AFFINE), image=image)
+
+
+# one set of components, two pipelines
+
+
+def test_both_pipelines_load_a_folder_that_either_saved(pipe, tmp_path):
+    """model_index.json names the class that saved it; diffusers' own loader returns that class."""
+    editor_of(pipe).save_pretrained(tmp_path / "editor")
+    pipe.save_pretrained(tmp_path / "pipe")
+    for name, saved in (("editor", MedVolumeEditPipeline), ("pipe", MedVolumePipeline)):
+        index = json.loads((tmp_path / name / "model_index.json").read_text())
+        assert index["_class_name"] == saved.__name__
+        for cls in (MedVolumeEditPipeline, MedVolumePipeline, DiffusionPipeline):
+            loaded = cls.from_pretrained(tmp_path / name)
+            assert type(loaded) is (saved if cls is DiffusionPipeline else cls) and loaded.model_hash == pipe.model_hash
+    loaded = MedVolumeEditPipeline.from_pretrained(tmp_path / "pipe")
+    loaded.set_progress_bar_config(disable=True)
+    settings = {"image": image_of(), "strength": 0.5, "num_inference_steps": 2, "output_type": "np"}
+    mask = mask_image(SHAPE, AFFINE)
+    first, second = (one(mask, generator=seeded(3), **settings).volumes[0] for one in (loaded, editor_of(pipe)))
+    np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-2)
+
+
+def test_from_pipe_shares_the_components(pipe):
+    editor = MedVolumeEditPipeline.from_pipe(pipe)
+    assert editor.unet is pipe.unet and editor.vae is pipe.vae and editor.data == pipe.data
+    again = MedVolumePipeline.from_pipe(editor)
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(plain(again)[0], plain(pipe)[0])

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tiny import seeded, tiny_pipeline
+from tiny import editor_of, seeded, tiny_pipeline
 
 from volumes import PADDING, Volume
 from volumes.lesions import (
@@ -98,8 +98,8 @@ def test_mask_and_region_go_into_the_pipeline_as_they_are():
     image = Volume(np.random.default_rng(0).uniform(100, 300, (1, 12, 10, 8)).astype(np.float32), np.eye(4))
     edited, region = insert_lesion(mask, ellipsoid(3, (1, 1, 1)), (5, 4, 3), 5, margin=1)
     settings = {"num_inference_steps": 2, "generator": seeded(0), "output_type": "np"}
-    made = pipe(mask=edited, image=image, region=region, **settings).volumes[0]
+    made = editor_of(pipe)(mask=edited, image=image, region=region, **settings).volumes[0]
     changed = made != image.array
     assert changed.any() and not changed[region.array == 0].any()
     with pytest.raises(ValueError, match="does not say by which percentiles MR is scaled"):
-        tiny_pipeline(intensity=[scale])(mask=edited, image=image, region=region, **settings)
+        editor_of(tiny_pipeline(intensity=[scale]))(mask=edited, image=image, region=region, **settings)

@@ -21,9 +21,11 @@ from cli.stopping import Stopped
 from files import locks
 from files.atomic import UNFINISHED
 from files.locks import OutputInUse, only_writer
-from pipelines import MedVolumePipeline, Rejection, VolumeProcessor, write_synthetic
+from pipelines import MedVolumePipeline, Rejection, batch_generation, write_synthetic
 from pipelines.rejection import Check
+from pipelines.restore import Restorer
 from pipelines.storage.finished import finished_volumes
+from pipelines.storage.manifest import write_manifest
 from pipelines.storage.provenance import read_sidecar, sidecar_content
 from volumes import VoxelError
 
@@ -67,7 +69,7 @@ def made(inputs, tmp_path_factory):
 
 @pytest.fixture
 def no_work(monkeypatch):
-    monkeypatch.setattr(MedVolumePipeline, "__call__", lambda *_, **__: pytest.fail("a volume was generated"))
+    monkeypatch.setattr(MedVolumePipeline, "generate", lambda *_, **__: pytest.fail("a volume was generated"))
 
 
 def listed(folder):
@@ -167,14 +169,14 @@ def test_they_do_not_end_the_run_where_no_volume_is_asked_of_that_name(inputs, m
     run(inputs, output, "--masks", str(inputs / "masks" / "b.nii.gz"))
     expected = ["b_000.nii.gz"] if kind not in ("seed", "model") else ["a_000.nii.gz", "b_000.nii.gz"]
     assert listed(output) == expected
-    assert ("a_000.nii.gz: left out" in caplog.text) == (len(expected) == 1)
+    assert ("a_000.nii.gz: skipped" in caplog.text) == (len(expected) == 1)
     assert (output / "b_000.nii.gz").read_bytes() == (made / "b_000.nii.gz").read_bytes()
 
 
 @pytest.mark.parametrize("damage", ["emptied", "truncated", "flipped", "gone", "other digest"])
 def test_the_manifest_lists_finished_volumes_alone(output, damage):
     DAMAGES[damage][0](output / "a_000.nii.gz")
-    assert generate.write_manifest(output) == 1 and listed(output) == ["b_000.nii.gz"]
+    assert write_manifest(output) == 1 and listed(output) == ["b_000.nii.gz"]
     assert [path.name for path, _ in finished_volumes(output)] == ["b_000.nii.gz"]
 
 
@@ -196,7 +198,7 @@ def test_files_of_other_channels_are_not_replaced_behind_ones_back(inputs, outpu
     """The sidecar is of a volume of two channels, whose files have other names."""
     change(output / "a_000.json", channels=["ct"])
     (output / "a_000.nii.gz").rename(output / "a_000_ct.nii.gz")
-    with pytest.raises(ValueError, match="a_000.nii.gz: was made with another channels"):
+    with pytest.raises(ValueError, match="a_000.nii.gz: was generated with another channels"):
         run(inputs, output)
 
 
@@ -243,7 +245,7 @@ def test_a_link_in_the_place_of_the_generated_masks_is_refused(tmp_path, monkeyp
     (tmp_path / "out").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out/masks").symlink_to(tmp_path / "elsewhere")
-    monkeypatch.setattr(generate, "check_same_labels", lambda _: None)
+    monkeypatch.setattr(batch_generation, "check_same_labels", lambda _: None)
     with pytest.raises(FileExistsError, match="masks: a link is in the place of this folder"):
         generate.main(["--pipeline", "p", "--masks", "generate:m", "--output", str(tmp_path / "out")])
     assert not list((tmp_path / "elsewhere").iterdir())
@@ -259,7 +261,7 @@ def test_two_writers_leave_a_whole_manifest(output):
 
     def write():
         for _ in range(5):
-            generate.write_manifest(output)
+            write_manifest(output)
             counts.append(len(listed(output)))
 
     writers = [threading.Thread(target=write) for _ in range(3)]
@@ -337,8 +339,8 @@ def test_generated_masks_and_their_volumes_are_one_job(tmp_path, monkeypatch):
         return []
 
     calls: list[tuple] = []
-    monkeypatch.setattr(generate, "check_same_labels", lambda _: None)
-    monkeypatch.setattr(generate, "generate", one)
+    monkeypatch.setattr(batch_generation, "check_same_labels", lambda _: None)
+    monkeypatch.setattr(batch_generation, "generate_volumes", one)
     generate.main(["--pipeline", "p", "--masks", "generate:m", "--output", str(tmp_path / "out")])
     assert calls == [("masks", ["out"], None), ("out", ["out"], True)] and not held
 
@@ -355,15 +357,15 @@ def test_what_a_killed_run_left_is_removed(inputs, output):
 @pytest.fixture
 def spoiled(monkeypatch):
     """Of volumes of 5 planes (a), one voxel is not finite in the units of the file."""
-    original = VolumeProcessor.to_original_units
+    original = Restorer.to_original_units
 
-    def spoil(self, array, edit=None):
-        array = original(self, array, edit)
+    def spoil(self, array):
+        array = original(self, array)
         if array.shape[3] == 5:
             array[0, 1, 2, 3] = np.inf
         return array
 
-    monkeypatch.setattr(VolumeProcessor, "to_original_units", spoil)
+    monkeypatch.setattr(Restorer, "to_original_units", spoil)
 
 
 @pytest.mark.parametrize("batch", ["1", "8"])
@@ -371,7 +373,7 @@ def test_a_volume_that_is_not_finite_is_refused_by_name_and_all_others_are_writt
     inputs, made, tmp_path, spoiled, batch
 ):
     with pytest.raises(
-        ValueError, match=r"(?s)all others are finished:.*a_000.nii.gz: the volume of seed \d+: voxels are not finite"
+        ValueError, match=r"(?s)all others are finished.*a_000.nii.gz: the volume of seed \d+: voxels are not finite"
     ):
         run(inputs, tmp_path, "--batch_size", batch)
     assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["b_000.json", "b_000.nii.gz", "manifest.csv"]
@@ -382,7 +384,7 @@ def test_a_volume_that_is_not_finite_is_refused_by_name_and_all_others_are_writt
 def test_a_damaged_volume_that_is_not_made_again_is_not_listed(inputs, output, spoiled, monkeypatch, interrupted):
     flip(output / "a_000.nii.gz")
     if interrupted:
-        monkeypatch.setattr(generate, "write_batch", lambda *_: (_ for _ in ()).throw(Stopped(130)))
+        monkeypatch.setattr(batch_generation, "generate_batch", lambda *_: (_ for _ in ()).throw(Stopped(130)))
     with pytest.raises(Stopped if interrupted else ValueError):
         run(inputs, output)
     assert listed(output) == ["b_000.nii.gz"]
@@ -397,11 +399,11 @@ def test_a_sidecar_whose_text_no_file_can_hold_does_not_end_the_run(inputs, outp
 def test_so_it_is_where_volumes_are_checked_before_they_are_written(inputs, tmp_path, spoiled, monkeypatch):
     """Both masks have one padded grid, so they share a batch."""
     passing = Rejection([Check("copy_check", lambda image: (False, {}), lambda found: "")], 3)
-    monkeypatch.setattr(generate, "load_rejection", lambda *_: passing)
+    monkeypatch.setattr(batch_generation, "load_rejection", lambda *_: passing)
     (tmp_path / "masks").mkdir()
     for stem, planes in {"a": 5, "c": 8}.items():
         nib.save(mask_image((8, 8, planes)), tmp_path / "masks" / f"{stem}.nii.gz")
-    expected = r"(?s)all others are finished:\na_000.nii.gz: the volume of seed \d+: voxels are not finite"
+    expected = r"(?s)all others are finished\):\na_000.nii.gz: the volume of seed \d+: voxels are not finite"
     with pytest.raises(ValueError, match=expected):
         run(inputs, tmp_path / "out", "--masks", str(tmp_path / "masks"))
     names = sorted(path.name for path in (tmp_path / "out").glob("[!.]*"))

@@ -15,7 +15,9 @@ import demo
 import generate
 from benchmarks import forked
 from pipelines import MedVolumePipeline, VolumeProcessor, describe_mask, sidecar_path
-from pipelines.inputs.requests import find_masks
+from pipelines.inputs.request_files import find_masks
+from pipelines.planning import volume_seed
+from pipelines.storage.manifest import write_manifest
 from volumes import volume_stem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,8 +69,8 @@ def test_volumes_sidecars_and_manifest(inputs, generated):
 
 def test_seeds_are_stable():
     """Written down once: a change would silently change every volume that was ever announced by its seed."""
-    assert generate.volume_seed(0, "hippocampus_001", 0) == 7695260888439008048
-    assert len({generate.volume_seed(s, stem, k) for s in (0, 1) for stem in ("a", "b") for k in (0, 1)}) == 8
+    assert volume_seed(0, "hippocampus_001", 0) == 7695260888439008048
+    assert len({volume_seed(s, stem, k) for s in (0, 1) for stem in ("a", "b") for k in (0, 1)}) == 8
 
 
 def test_a_sidecar_reproduces_its_volume(inputs, generated):
@@ -111,7 +113,7 @@ def test_an_interrupted_run_goes_on(inputs, generated, tmp_path, monkeypatch):
 
 
 def test_other_settings_are_refused(inputs, generated, tmp_path):
-    with pytest.raises(ValueError, match="a_000.nii.gz: was made with another num_inference_steps") as error:
+    with pytest.raises(ValueError, match="a_000.nii.gz: was generated with another num_inference_steps") as error:
         generate.main(arguments(inputs, generated, "--steps", "3"))
     assert "choose another --output" in str(error.value)
     nib.save(mask_image((8, 8, 8)), tmp_path / "a_000.nii.gz")
@@ -121,7 +123,7 @@ def test_other_settings_are_refused(inputs, generated, tmp_path):
 
 def test_an_output_that_cannot_be_written_is_named_before_any_work(inputs, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(MedVolumePipeline, "__call__", None)
+    monkeypatch.setattr(MedVolumePipeline, "generate", None)
     with pytest.raises(ValueError, match=r"--output .*file: cannot be written to: File exists"):
         generate.main(arguments(inputs, tmp_path / "file"))
 
@@ -131,9 +133,9 @@ def test_the_manifest_lists_our_volumes_alone(generated, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     nib.save(mask_image((8, 8, 8)), tmp_path / "theirs.nii.gz")
     (tmp_path / "theirs.json").write_text('{"Modality": "MR"}')
-    assert generate.write_manifest(tmp_path) == 2
+    assert write_manifest(tmp_path) == 2
     (tmp_path / "a_000.nii.gz").unlink()  # its sidecar alone makes no volume
-    assert generate.write_manifest(tmp_path) == 1
+    assert write_manifest(tmp_path) == 1
     assert [row["file"] for row in csv.DictReader((tmp_path / "manifest.csv").open())] == ["a_001.nii.gz"]
 
 

@@ -17,7 +17,7 @@ from tiny import mask_image, tiny_pipeline
 
 import generate as command
 import train_ldm
-from pipelines import MedVolumePipeline
+from pipelines import MedVolumePipeline, SamplingConfig, VolumeRequest
 from pipelines.lora import add_lora, save_lora
 from pipelines.storage.trained_on import read_model
 from training import LdmTrainingStep, LoraConfig, TrainLdmConfig, initialize_from, parse_config
@@ -181,7 +181,7 @@ def test_a_sidecar_never_claims_the_base(saved, tmp_path):
         base = pipe.model_hash
         pipe.load_lora_weights(saved[0])
         active = pipe.model_hash
-        assert active != base and pipe.provenance(None, seed=0)["model"] == active
+        assert active != base and pipe.record(VolumeRequest(), SamplingConfig()).model == active
         pipe.fuse_lora()
         assert pipe.model_hash == active
         pipe.unfuse_lora()
@@ -338,7 +338,7 @@ def test_state_dicts_as_diffusers_saves_and_loads_them(saved, tmp_path, caplog):
         close(generate(pipe), half)
         assert "alpha, which is taken to be its rank" in caplog.text
     assert "does not say which U-Net" in caplog.text
-    with pytest.raises(ValueError, match=r"the dict: is no LoRA .*names begin with unet\."):
+    with pytest.raises(ValueError, match=r"the dict: is not a LoRA .*names begin with unet\."):
         pipe.load_lora_weights(layers)
     with pytest.raises(ValueError, match="the LoRA: is a LoRA of another U-Net: 1 of its layers"):
         pipe.load_lora_weights({key: state[key] for key in state if "down_blocks.0.0.conv1.lora_A" in key})
@@ -484,7 +484,7 @@ def test_files_that_do_not_fit_are_refused(saved, tmp_path):
         (variant("other", {**without(a), "unet.conv_in.weight": tensors[a]}), "tensors that do not belong: .*conv_in"),
         (
             variant("part", tensors, {"lora_adapter_metadata": '{"unet.r": 4}'}),
-            "of its settings there is no lora_alpha, target_modules",
+            "its settings lack lora_alpha, target_modules",
         ),
         (tmp_path / "nowhere", "nowhere: no such folder"),
         ("user/nowhere", "user/nowhere: no such folder here, nor is it found on the Hub"),
@@ -492,7 +492,7 @@ def test_files_that_do_not_fit_are_refused(saved, tmp_path):
         with pytest.raises(ValueError, match=message):
             pipe.load_lora_weights(source)
     torch.save(tensors, tmp_path / "lora.bin")
-    with pytest.raises(ValueError, match="is no LoRA in safetensors.*pickles are not read"):
+    with pytest.raises(ValueError, match="is not a LoRA in safetensors.*pickles are not read"):
         pipe.load_lora_weights(tmp_path / "lora.bin")
     assert torch.equal(generate(pipe), expected)  # nothing was attached on the way
 

@@ -9,17 +9,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from tiny import labels_of, mask_image, seeded, tiny_data, tiny_pipeline
+from tiny import LABELS, editor_of, labels_of, mask_image, seeded, tiny_data, tiny_pipeline
 
 from diffusion import LatentUNet3D
-from generate import map_check
-from pipelines import MedVolumePipeline
+from pipelines import MedVolumePipeline, SamplingConfig
+from pipelines.checks.label_map import map_check
 from pipelines.inputs.arguments import translation
 from pipelines.inputs.conditions import condition_tensors
 from pipelines.inputs.masks import index_labels
-from pipelines.inputs.requests import read_requests
+from pipelines.inputs.request import VolumeRequest
+from pipelines.inputs.request_files import read_requests
 from volumes import PADDING
-from volumes.map_checks import LabelMapStats, LabelStats
+from volumes.map_checks import LabelMapStats
 
 NUMBERS = {"age": {"mean": 50.0, "std": 20.0}, "weight": {"mean": 70.0, "std": 10.0}}
 RANGES = {"age": NUMBERS["age"] | {"low": 20, "high": 80}, "weight": NUMBERS["weight"] | {"low": 45, "high": 95}}
@@ -69,7 +70,7 @@ def test_each_volume_has_the_edit_of_its_own_image():
     pipe, mask, random = tiny_pipeline(intensity=[MR]), mask_image((8, 8, 8)), np.random.default_rng(0)
     images = [nib.Nifti1Image(random.uniform(0, 250, (8, 8, 8)).astype(np.float32), mask.affine) for _ in range(2)]
     asked = {"num_inference_steps": 2, "output_type": "latent", "generator": seeded(0, 1)}
-    records = pipe([mask, mask], image=images, strength=0.5, **asked).provenance
+    records = editor_of(pipe)([mask, mask], image=images, strength=0.5, **asked).provenance
     own = [hashlib.sha256(np.ascontiguousarray(image.dataobj).data).hexdigest() for image in images]
     assert [record["edit"]["image"]["MR"]["sha256"] for record in records] == own
 
@@ -103,9 +104,11 @@ def test_numbers_are_far_a_tenth_of_the_range_beyond_it(age, far):
 
 def test_a_number_that_is_left_out_is_not_0():
     pipe = numbers_pipeline()
-    prepared = pipe.prepared(labels_of((8, 8, 8)), None)
-    rows = [({}, {"age": 3.0}), ({}, {"weight": 5.0})]
-    found = condition_tensors(pipe.unet, [prepared, prepared], rows, torch.device("cpu")).numbers
+    mask = labels_of((8, 8, 8))
+    requests = [VolumeRequest(mask, numbers=numbers) for numbers in ({"age": 3.0}, {"weight": 5.0})]
+    with pytest.warns(UserWarning, match="trained on"):
+        prepared = pipe.prepare(requests, SamplingConfig(1))
+    found = condition_tensors(pipe.unet, prepared, torch.device("cpu")).numbers
     columns = list(pipe.unet.condition_schema.numbers)
     expected = torch.tensor([[{"age": 3.0}.get(name, math.nan) for name in columns], [math.nan, math.nan]])
     expected[1, columns.index("weight")] = 5.0
@@ -118,8 +121,9 @@ def test_a_number_that_is_left_out_is_not_0():
 def test_a_value_that_is_translated_is_not_missing():
     """-1 marks voxels outside of the field of view, unless it is read as a label."""
     values = np.array([-1, 0, 2, 5], np.int16)
-    assert index_labels(values, tiny_data().labels).tolist() == [PADDING, 0, 1, 2]
-    assert index_labels(values, tiny_data().labels, {-1: 5}).tolist() == [2, 0, 1, 2]
+    labels = {int(value): name for value, name in LABELS.items()}
+    assert index_labels(values, labels).tolist() == [PADDING, 0, 1, 2]
+    assert index_labels(values, labels, {-1: 5}).tolist() == [2, 0, 1, 2]
 
 
 def test_a_value_is_translated_once():
@@ -172,10 +176,10 @@ def test_a_mask_for_some_rows_and_images_for_all_are_two_tables(tmp_path):
 )
 def test_the_size_of_a_label_is_told_in_mm3(zooms, size):
     """Eight voxels, where every training map had 10 mm3: half of that to twice of that is accepted."""
-    known = LabelMapStats({"organ": LabelStats((10.0, 10.0), pieces=1, edge=0, always=True)}, 1, ((4, 4, 4),))
+    limits = {"mm3": [10.0, 10.0], "pieces": 1, "edge": 0, "always": True}
+    names = {0: "background", 1: "organ"}
+    known = LabelMapStats.from_json({"labels": {"organ": limits}, "pieces": 1, "shapes": "4x4x4"}, list(names.values()))
     array = np.zeros((4, 4, 4), np.int16)
     array[1:3, 1:3, 1:3] = 1
-    refused, found = map_check(known, {0: "background", 1: "organ"}).judge(
-        nib.Nifti1Image(array, np.diag([*zooms, 1.0]))
-    )
+    refused, found = map_check(known, names).judge(nib.Nifti1Image(array, np.diag([*zooms, 1.0])))
     assert (refused, found.get("fault")) == (size is not None, size)

@@ -7,12 +7,14 @@ import torch
 from tiny import labels_of, mask_image, seeded, tiny_pipeline
 
 from pipelines import (
+    SamplingConfig,
+    VolumeRequest,
     describe_mask,
     read_sidecar,
     volume_files,
     write_synthetic,
 )
-from pipelines import volume_processor as module
+from pipelines import restore as module
 from pipelines.inputs import conditions
 from volumes import PADDING, read_mask, resample
 
@@ -84,11 +86,12 @@ def test_each_slab_is_handed_on_before_the_next_is_decoded(monkeypatch, tmp_path
 def test_a_large_mask_is_embedded_in_parts(monkeypatch):
     """Three parts, the last thinner, are the embedding of the whole mask."""
     pipe = tiny_pipeline()
-    prepared_volumes = [pipe.volume_processor.preprocess(mask_image((8, 8, 16), seed=seed)) for seed in (1, 2)]
+    requests = [VolumeRequest(mask_image((8, 8, 16), seed=seed)) for seed in (1, 2)]
+    volumes = pipe.prepare(requests, SamplingConfig())
     with torch.no_grad():
-        whole = conditions.condition_tensors(pipe.unet, prepared_volumes, [({}, {})] * 2, pipe.device).mask
-        monkeypatch.setattr(conditions, "CELL_PLANES", 3)
-        parts = conditions.condition_tensors(pipe.unet, prepared_volumes, [({}, {})] * 2, pipe.device).mask
+        whole = conditions.condition_tensors(pipe.unet, volumes, pipe.device).mask
+        monkeypatch.setattr(conditions, "LATENT_PLANES", 3)
+        parts = conditions.condition_tensors(pipe.unet, volumes, pipe.device).mask
     assert whole.shape == (2, 8, 2, 2, 4) and whole.std() > 0.1
     torch.testing.assert_close(parts, whole)
 
@@ -133,7 +136,7 @@ def test_a_mask_that_is_given_twice_is_read_once(monkeypatch, tmp_path):
     nib.save(first, tmp_path / "a.nii")
     masks = [tmp_path / "a.nii", second, str(tmp_path / "a.nii"), second]
     made = pipe(masks, num_inference_steps=1, generator=seeded(1, 2, 3, 4), output_type="np").volumes
-    assert read == [str(tmp_path / "a.nii"), second]
+    assert read == [tmp_path / "a.nii", second]
     each = [(first, 1), (second, 2), (first, 3), (second, 4)]
     for volume, (mask, seed) in zip(made, each, strict=True):
         alone = pipe(mask, num_inference_steps=1, generator=seeded(seed), output_type="np").volumes[0]

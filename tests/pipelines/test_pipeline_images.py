@@ -119,7 +119,7 @@ def test_each_volume_has_its_own_images_whatever_shares_its_batch(monkeypatch):
 
 def test_an_image_is_encoded_once_for_all_of_its_volumes(pipe, monkeypatch):
     encoded, encode = [], conditions.image_condition
-    monkeypatch.setattr("pipelines.pipeline.image_condition", lambda *a: encoded.append(a[3]) or encode(*a))
+    monkeypatch.setattr("pipelines.base.image_condition", lambda *a: encoded.append(a[3]) or encode(*a))
     mask, image = mask_of(), image_of()
     pipe([mask, mask], image={"ct": image}, num_volumes_per_mask=2, num_inference_steps=1, batch_size=1)
     assert len(encoded) == 1
@@ -193,7 +193,10 @@ def test_what_cannot_be_given_is_named(pipe, tmp_path):
     nan[0, 0, 0] = np.nan
     nib.save(nib.Nifti1Image(nan, AFFINE), tmp_path / "nan.nii")
     refused = [
-        ({"mr": image_of()}, "image names mr, which is no channel of this model; this model can be given ct, pet"),
+        (
+            {"mr": image_of()},
+            "image names mr, which is not a channel of this model; its condition channels are ct, pet",
+        ),
         ({"ct": image_of(), "pet": image_of()}, r"image gives all channels \(ct, pet\).*leave one out"),
         ({"ct": image_of(affine=shifted)}, "the image 'ct': lies on another grid than the mask .*resample one"),
         ({"ct": nan}, "the image 'ct': 1 of 378 values are not finite"),
@@ -207,7 +210,7 @@ def test_what_cannot_be_given_is_named(pipe, tmp_path):
             {"ct": np.zeros((3, 3, 3))},
             r"the image 'ct': is an array of \(3, 3, 3\) voxels, the grid of the mask or first image has \(7, 6, 9\)",
         ),
-        ({"ct": None}, "the image 'ct': give a path, .* no NoneType"),
+        ({"ct": None}, "the image 'ct': give a path, .* not NoneType"),
         ({"pet": np.ones(SHAPE)}, "the image 'pet': every voxel is 1: it is constant"),
         ("ct.nii", 'are dicts such as .*"ct": "ct.nii.gz".*got \'ct.nii\''),
         ([{}, {}], r"lists of \[2\] dicts for 1 masks"),
@@ -218,9 +221,9 @@ def test_what_cannot_be_given_is_named(pipe, tmp_path):
     with pytest.raises(ValueError, match="the image 'pet': lies on another grid than the image 'ct'"):
         three = tiny_pipeline(**BOTH, channels=["pet", "ct", "mr"], intensity=[PET, CT, CT])
         three(image={"ct": image_of(), "pet": image_of(affine=shifted)})
-    with pytest.raises(ValueError, match="image names pet, which this model never learned to be given"):
+    with pytest.raises(ValueError, match="image names pet, which this model was not trained to take"):
         pipeline_of(images={"ct": 4}, condition_dropout={"ct": 0.5})(mask_of(), image={"pet": image_of()})
-    with pytest.raises(ValueError, match="image must give ct, as training never left it out"):
+    with pytest.raises(ValueError, match="image must give ct, as training never dropped it"):
         pipeline_of(images={"ct": 4}, condition_dropout=None)(mask_of())
     with pytest.raises(ValueError, match="this model was not trained with image conditions; leave image out"):
         tiny_pipeline()(mask_of(), image={"MR": image_of()})
@@ -372,7 +375,7 @@ def test_a_volume_that_lost_one_of_its_files_is_made_again(inputs, tmp_path):
     assert (tmp_path / "manifest.csv").read_text() == manifest
     files[3].unlink()
     with pytest.raises(
-        ValueError, match="two_000.nii.gz: was made with another seed"
+        ValueError, match="two_000.nii.gz: was generated with another seed"
     ):  # not beside a file of other settings
         generated(inputs, tmp_path, "--masks", masks[-1], "--seed", "1")
 

@@ -62,9 +62,9 @@ def test_a_label_map_to_nowhere_is_refused(processor):
     [
         (np.zeros((0, 8, 8), dtype=np.int16), "is empty, it has no voxels"),
         (np.full((8, 8, 8), PADDING), "is empty, all its voxels are marked as missing"),
-        (np.full((8, 8, 8), 0.5), "no int16 labels"),
-        (np.full((8, 8, 8), np.nan), "no int16 labels"),
-        (np.full((8, 8, 8), 40000), "no int16 labels"),
+        (np.full((8, 8, 8), 0.5), "not int16 labels"),
+        (np.full((8, 8, 8), np.nan), "not int16 labels"),
+        (np.full((8, 8, 8), 40000), "not int16 labels"),
         (torch.zeros(2, 8, 8, 8), "give several masks as a list"),
         (np.zeros((8, 8)), "expected"),
         ({"mask": 1}, "got dict"),
@@ -191,6 +191,6 @@ def test_a_model_of_native_spacing_takes_any(recwarn):
 
 def test_an_array_lies_on_the_template(processor):
     prepared = processor.preprocess(labels_of((8, 8, 8)))
-    np.testing.assert_array_equal(prepared.target.affine, tiny_data()["affine"])
+    np.testing.assert_array_equal(prepared.target.affine, tiny_data().affine)
     volume = Volume(labels_of((8, 8, 8))[None], np.diag([1.0, 1, 1, 1]))
     np.testing.assert_array_equal(processor.preprocess(volume).target.affine, np.eye(4))

@@ -12,11 +12,11 @@ from pipelines.inputs.images import GivenImage
 from pipelines.inputs.inpainting import (
     EditRequest,
     PreparedEdit,
-    cells_of,
+    downsample_region,
     harmonic_blend,
 )
 from pipelines.storage.provenance import recorded_guidance, tensor_digest
-from pipelines.volume_processor import _whole_or_float
+from pipelines.volume_processor import whole_or_float
 from volumes import LinearScale, Volume
 
 STRIDE = (4, 4, 4)
@@ -74,7 +74,7 @@ def test_a_cell_belongs_to_a_region_that_reaches_it():
     region[4, 3, 11] = True
     expected = torch.zeros(1, 1, 2, 1, 3, dtype=torch.bool)
     expected[0, 0, 1, 0, 2] = True
-    assert torch.equal(cells_of(region, STRIDE), expected)
+    assert torch.equal(downsample_region(region, STRIDE), expected)
 
 
 def test_a_region_of_one_fine_voxel_is_a_region_at_the_models_spacing():
@@ -86,8 +86,9 @@ def test_a_region_of_one_fine_voxel_is_a_region_at_the_models_spacing():
     processor = VolumeProcessor(tiny_data(intensity=[{"kind": "window", "low": 0, "high": 400}]), STRIDE)
     with pytest.warns(UserWarning, match="resampled"):
         prepared = processor.preprocess_edit(EditRequest({"MR": image}, region=region), None)
-    found = processor.padded_region(prepared)
-    assert found is not None and found.shape == (8, 8, 8) and found[3, 3, 4] and found.sum() <= 27
+    assert prepared.edit is not None and prepared.edit.region is not None
+    found = processor.padded_region(prepared, prepared.edit.region)
+    assert found.shape == (8, 8, 8) and found[3, 3, 4] and found.sum() <= 27
 
 
 @pytest.mark.parametrize(("spacing", "resampled"), [((1, 1, 1.005), False), ((1, 1, 1.1), True), ((1, 2, 1), True)])
@@ -118,7 +119,7 @@ def test_a_size_below_those_of_training_warns_too():
     ],
 )
 def test_whole_units_are_int16_where_rounding_loses_nothing(kind, low, high, dtype):
-    assert _whole_or_float([(kind, LinearScale(low, high))]) is dtype
+    assert whole_or_float([(kind, LinearScale(low, high))]) == dtype
 
 
 def test_guidance_that_is_none_is_recorded_as_none():

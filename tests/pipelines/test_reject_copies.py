@@ -18,7 +18,9 @@ import generate
 from evaluation.copies import fingerprints as copies
 from evaluation.copies.fingerprints import CopyCheck, copy_check
 from evaluation.data.model_units import in_model_units
-from pipelines import Check, MedVolumePipeline, Rejection, as_planned
+from pipelines import Check, GenerationRecord, MedVolumePipeline, Rejection
+from pipelines.planning import volume_seed
+from pipelines.rejection import Attempt
 from volumes import Volume, resample, to_nibabel, write_volume
 
 STEMS = ("a", "b")
@@ -67,7 +69,7 @@ def test_a_copy_is_made_again_and_recorded(inputs, plain, fingerprints, tmp_path
     for folder, *more in ((tmp_path / "one",), (tmp_path / "two", "--batch_size", "1")):
         generate.main(arguments(inputs, folder, "--reject_copies", str(fingerprints), *more))
     assert_same(tmp_path / "one", tmp_path / "two")
-    first, second = (generate.volume_seed(3, "a", 0, attempt) for attempt in range(2))
+    first, second = (volume_seed(3, "a", 0, attempt) for attempt in range(2))
     record = record_of(tmp_path / "one", "a_000")
     check, rejected = record["copy_check"], record["rejected"]
     assert record["seed"] == second != first == record_of(plain, "a_000")["seed"]
@@ -105,9 +107,9 @@ def test_it_goes_on_where_it_stopped_and_never_mixes_checked_volumes_with_others
     generate.main(checked)
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.nii.gz")}
     assert after["a_000.nii.gz"] == before["a_000.nii.gz"] and after.keys() == before.keys()
-    with pytest.raises(ValueError, match="was made with another copy_check"):
+    with pytest.raises(ValueError, match="was generated with another copy_check"):
         generate.main(arguments(inputs, tmp_path))
-    with pytest.raises(ValueError, match="was made with another copy_check"):
+    with pytest.raises(ValueError, match="was generated with another copy_check"):
         generate.main(arguments(inputs, plain, "--reject_copies", str(fingerprints)))
     assert all("copy_check" not in record_of(plain, f"{stem}_000") for stem in STEMS)
     assert "rejections" not in (plain / "manifest.csv").read_text()
@@ -116,7 +118,7 @@ def test_it_goes_on_where_it_stopped_and_never_mixes_checked_volumes_with_others
 def test_a_volume_that_is_always_a_copy_is_given_up_and_others_stay(inputs, fingerprints, tmp_path):
     more = ["--reject_copies", str(fingerprints), "--max_attempts", "1"]
     with pytest.raises(
-        ValueError, match=r"(?s)given up.*a_000.nii.gz: each of 1 volumes was refused.*is a copy.*threshold 0.990"
+        ValueError, match=r"(?s)not written.*a_000.nii.gz: each of 1 volumes was refused.*is a copy.*threshold 0.990"
     ):
         generate.main(arguments(inputs, tmp_path, *more))
     assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["b_000.json", "b_000.nii.gz", "manifest.csv"]
@@ -126,8 +128,8 @@ def test_rejections_of_one_volume_change_no_other():
     """Volumes are numbers here: number n of attempt k is 10 n + k; a copy is what the judge is told."""
     copied = {0, 20, 21, 22, 10}
 
-    def make(numbers, seeds):
-        return seeds, [{"seed": seed} for seed in seeds]
+    def sample(numbers, seeds):
+        return [Attempt(seed, GenerationRecord("medvolume", "m", seed, 1)) for seed in seeds]
 
     def judge(image):
         return image in copied, {"similarity": image / 100}
@@ -139,21 +141,25 @@ def test_rejections_of_one_volume_change_no_other():
         Check("copy_check", judge, lambda found: f"is {found['similarity']} alike", {"threshold": 0.5}),
         Check("map_check", broken, lambda found: f"has {found['fault']}"),
     ]
-    rejection = Rejection(checks, most=3)
-    found = {n: (image, record) for n, image, record in rejection.accepted(make, lambda n, k: 10 * n + k, 4)}
-    assert {n: image for n, (image, _) in found.items()} == {0: 1, 1: 11, 2: None, 3: 31}
-    assert found[1][1]["rejected"] == [{"seed": 10, "check": "copy_check", "similarity": 0.1}]
-    assert found[3][1]["rejected"] == [{"seed": 30, "check": "map_check", "fault": "no liver"}]
-    assert found[3][1]["copy_check"] == {"threshold": 0.5, "similarity": 0.31} and found[3][1]["map_check"] == {}
-    assert [one["seed"] for one in found[2][1]["rejected"]] == [20, 21, 22]
-    assert "c.nii.gz: each of 3 volumes was refused, the last because it is 0.22 alike" in rejection.given_up(
-        "c.nii.gz", found[2][1]
-    )
-    planned = {"copy_check": {"threshold": 0.5}, "map_check": {}, "rejected": []}
-    assert rejection.planned == planned
-    assert as_planned(found[0][1], planned) == {"seed": 0, **planned}
-    assert as_planned(found[3][1], planned) == {"seed": 30, **planned}
-    assert as_planned({"seed": 7}, planned) == {"seed": 7}
+    rejection = Rejection(checks, max_attempts=3)
+    outcomes = {one.number: one for one in rejection.sample_until_accepted(4, sample, lambda n, k: 10 * n + k)}
+    images = {number: one.accepted and one.accepted.image for number, one in outcomes.items()}
+    assert images == {0: 1, 1: 11, 2: None, 3: 31}
+    assert outcomes[1].rejected == [{"seed": 10, "check": "copy_check", "similarity": 0.1}]
+    assert outcomes[3].rejected == [{"seed": 30, "check": "map_check", "fault": "no liver"}]
+    assert [refusal["seed"] for refusal in outcomes[2].rejected] == [20, 21, 22]
+    assert "each of 3 volumes was refused, the last because it is 0.22 alike" in outcomes[2].reason
+    record = outcomes[3].accepted.record
+    assert record.checks == {"copy_check": {"threshold": 0.5, "similarity": 0.31}, "map_check": {}}
+    assert record.seed == 31 and record.rejected == outcomes[3].rejected
+    # a finished volume is the planned one whatever its checks found; the planned one has the seed of the first attempt
+    unchecked = {number: GenerationRecord("medvolume", "m", 10 * number, 1) for number in range(4)}
+    for number in (0, 1, 3):
+        finished = outcomes[number].accepted.record
+        assert finished.same_settings(rejection.plan(unchecked[number]))
+        assert finished.differences(rejection.plan(unchecked[2])) == ["seed"]
+        assert finished.differences(unchecked[number]) == ["copy_check", "map_check", "rejected"]
+    assert unchecked[0].differences(rejection.plan(unchecked[0])) == ["copy_check", "map_check", "rejected"]
 
 
 def test_a_copy_of_a_volume_smaller_than_the_crop_is_found():
@@ -190,8 +196,7 @@ def test_model_units_undo_the_pipelines_scale_orientation_and_spacing():
     )
     assert in_model_units(fine, tiny_data()).shape == image.shape
     scales = [{"kind": "window", "low": 0, "high": 1}] * 2
-    names = {"0": "none", "3": "l", "7": "r"}
-    maps = tiny_data(image_labels=names, channels=["l", "r"], labels={}, intensity=scales)
+    maps = tiny_data(image_labels={"0": "none", "3": "l", "7": "r"}, channels=["l", "r"], labels={}, intensity=scales)
     label_map = np.array([0, 3, 7, 7], np.uint8).reshape(4, 1, 1)
     found = in_model_units(nib.Nifti1Image(label_map, np.eye(4)), maps)
     assert found[:, :, 0, 0].tolist() == [[0, 1, 0, 0], [0, 0, 1, 1]]

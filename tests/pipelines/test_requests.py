@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from evaluation.data.pairs import generated_pairs
-from pipelines.inputs.requests import find_masks, read_requests
+from pipelines.inputs.request_files import find_masks, read_requests
 from pipelines.storage.provenance import read_sidecar, sidecars
 from volumes import Case, volume_stem
 

@@ -14,10 +14,11 @@ import torch
 from tiny import tiny_json
 
 from pipelines import write_synthetic
-from pipelines.storage.finished import file_fault, finished_volumes, left_to_generate, record_fault
+from pipelines.storage.finished import file_fault, finished_volumes, left_to_generate
 from pipelines.storage.lora_settings import check_settings, check_tensors
 from pipelines.storage.manifest import MANIFEST, check_manifest, write_manifest
 from pipelines.storage.provenance import FILES, sidecar_content
+from pipelines.storage.record import GenerationRecord
 from pipelines.storage.trained_on import GENERATED, made_by, read_generated, read_model
 from volumes.data.subjects import UNRECORDED, record_subjects
 
@@ -46,6 +47,11 @@ def written(folder: Path, **changes: Any) -> Path:
     channels = changes.get("channels")
     write_synthetic({name: image() for name in channels} if channels else image(), RECORD | changes, path)
     return path
+
+
+def task_of(path: Path, **changes: Any) -> Any:
+    """The same volume, or one of other settings, planned."""
+    return SimpleNamespace(path=path, record=GenerationRecord.from_json(RECORD | changes))
 
 
 def content_of(path: Path) -> dict[str, Any]:
@@ -80,14 +86,14 @@ def test_a_sidecar_has_a_digest_of_each_file(tmp_path):
 
 def test_another_version_of_the_software_makes_no_other_volume(tmp_path):
     path = written(tmp_path)
-    assert left_to_generate([SimpleNamespace(path=path, record=RECORD | {"software": "medvolume 2"})]) == []
-    with pytest.raises(ValueError, match="made with another model$"):
-        left_to_generate([SimpleNamespace(path=path, record=RECORD | {"model": "n", "software": "medvolume 2"})])
+    assert left_to_generate([task_of(path, software="medvolume 2")]) == []
+    with pytest.raises(ValueError, match="generated with another model$"):
+        left_to_generate([task_of(path, model="n", software="medvolume 2")])
 
 
 def test_a_file_without_a_sidecar_is_replaced_if_it_is_empty_or_ours(tmp_path):
     path = tmp_path / "a_000.nii.gz"
-    task = SimpleNamespace(path=path, record=RECORD)
+    task = task_of(path)
     path.touch()
     assert left_to_generate([task]) == [task]
     nib.save(image(description="synthetic; medvolume 1"), path)
@@ -102,14 +108,16 @@ def test_a_link_that_leads_nowhere_is_generated_again(tmp_path):
     path = written(tmp_path)
     path.unlink()
     path.symlink_to(tmp_path / "nowhere")
-    task = SimpleNamespace(path=path, record=RECORD)
+    task = task_of(path)
     assert left_to_generate([task]) == [task]
 
 
 def test_a_rejection_has_a_seed_and_a_check():
-    assert record_fault(RECORD | {"rejected": [{"seed": 1, "check": "map_check"}]}) is None
+    rejected = [{"seed": 1, "check": "map_check"}]
+    assert GenerationRecord.from_json(RECORD | {"rejected": rejected}).rejected == rejected
     for entry in ({"seed": 1}, {"check": "map_check"}, {}, "seed check"):
-        assert "its rejected is" in str(record_fault(RECORD | {"rejected": [entry]}))
+        with pytest.raises(ValueError, match="its rejected is"):
+            GenerationRecord.from_json(RECORD | {"rejected": [entry]})
 
 
 def test_an_older_sidecar_counts_while_all_its_files_are_there(tmp_path):

@@ -21,6 +21,7 @@ from torch import nn
 import train_vae
 from autoencoder import AutoencoderKL3D
 from files.locks import HOLDER, LOCK, OutputInUse, only_writer
+from files.writable import check_output_folder
 from training import (
     Learner,
     Loop,
@@ -33,7 +34,6 @@ from training import (
 )
 from training.engine.checkpoints import digest_files
 from training.engine.config import config_changes, to_plain
-from training.engine.output import check_writable
 from training.engine.run import WRITTEN
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -316,7 +316,7 @@ def test_a_folder_that_an_ordinary_user_cannot_write_is_named_before_the_work():
             pytest.fail("began")
         run.chmod(0o555)
         with pytest.raises(ValueError, match="run: cannot be written to: Permission denied; choose another"):
-            check_writable(run)
+            check_output_folder(run)
     finally:
         os.seteuid(0)
         shutil.rmtree(folder)

@@ -26,10 +26,11 @@ from benchmarks import forked, survival
 from diffusion import build_latent_cache
 from files.atomic import remove_leftovers
 from files.locks import only_writer
+from files.writable import explain_disk_full
 from training import LoopConfig, list_checkpoints, make_accelerator
 from training.engine.loop import content_changes
 from training.engine.loss_spikes import SpikeWatch
-from training.engine.output import explain_disk_full, save_model
+from training.engine.output import save_model
 from training.splits import digests
 from volumes import DataConfig, VolumeDataset, VolumeError, load_cases, make_phantom, write_volume
 

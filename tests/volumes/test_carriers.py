@@ -11,7 +11,7 @@ import torch
 from monai.data import MetaTensor
 from monai.data.utils import list_data_collate
 from monai.transforms import Compose, EnsureChannelFirst, Flip, LoadImage, Orientation, Spacing
-from tiny import labels_of, seeded, tiny_pipeline
+from tiny import editor_of, labels_of, seeded, tiny_pipeline
 
 from evaluation.data.model_units import in_model_units
 from pipelines import VolumeProcessor, describe_mask, write_synthetic
@@ -104,7 +104,7 @@ def test_a_volume_lies_where_its_carrier_lay(kind):
         mask = of(LABELS, affine)
         plain = pipe([mask], num_inference_steps=2, generator=seeded(0)).volumes
         edit = {"image": {"MR": of(voxels, affine)}, "region": of(region, affine)}
-        return plain + pipe(mask, num_inference_steps=2, generator=seeded(0), **edit).volumes
+        return plain + editor_of(pipe)(mask, num_inference_steps=2, generator=seeded(0), **edit).volumes
 
     for made, expected in zip(make(CARRIERS[kind]), make(nib.Nifti1Image), strict=True):
         np.testing.assert_allclose(made.affine, expected.affine, atol=1e-5)
@@ -233,7 +233,7 @@ def test_what_cannot_be_read_right_is_refused_by_name(mask, message):
     with pytest.raises(ValueError, match=message):
         pipe(mask, num_inference_steps=1)
     with pytest.raises(ValueError, match=message):
-        pipe(LABELS, image=mask, region=np.ones(SHAPE), num_inference_steps=1)
+        editor_of(pipe)(LABELS, image=mask, region=np.ones(SHAPE), num_inference_steps=1)
 
 
 def test_functions_that_take_one_kind_alone_name_it(tmp_path):

@@ -402,7 +402,7 @@ def test_the_command_writes_what_has_a_sidecar(volume, tmp_path, capsys):
     for name in ("a_000_real.nii.gz", "a_000.nii.gz"):
         with pytest.raises(ValueError, match="has no sidecar"):
             to_dicom.find_record(tmp_path / name)
-    with pytest.raises(ValueError, match="nobody knows that it is synthetic"):
+    with pytest.raises(ValueError, match="not known to be synthetic"):
         to_dicom.main([str(tmp_path / "a_000_real.nii.gz"), "--output", str(tmp_path / "out"), "--modality", "CT"])
 
 

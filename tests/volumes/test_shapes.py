@@ -217,13 +217,13 @@ def test_without_a_mask_that_was_accepted_there_is_no_volume(tmp_path):
     map_pipeline(tmp_path, pieces=0)
     tiny_pipeline(condition_dropout={"mask": 0.1}).save_pretrained(tmp_path / "volumes")
     more = ["--shape", "8", "8", "8", "--max_attempts", "1"]
-    with pytest.raises(ValueError, match=r"(?s)given up.*map_000.nii.gz: .*map_002.nii.gz: "):
+    with pytest.raises(ValueError, match=r"(?s)not written.*map_000.nii.gz: .*map_002.nii.gz: "):
         generate.main(arguments(tmp_path, tmp_path / "out", *more))
     assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["masks"]
 
 
 def test_masks_of_other_labels_are_refused(pairs, tmp_path):
-    with pytest.raises(ValueError, match="makes volumes, not label maps"):
+    with pytest.raises(ValueError, match="generates volumes, not label maps"):
         generate.main(
             [
                 "--pipeline",
@@ -236,7 +236,7 @@ def test_masks_of_other_labels_are_refused(pairs, tmp_path):
         )
     other = tiny_pipeline(labels={"0": "background", "2": "heart", "5": "posterior"})
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"draws .*anterior.*knows .*heart"):
+    with pytest.raises(ValueError, match=r"generates .*anterior.*knows .*heart"):
         generate.main(
             ["--pipeline", str(tmp_path / "other"), "--masks", f"generate:{pairs / 'maps'}", "--output", str(tmp_path)]
         )

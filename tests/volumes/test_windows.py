@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import yaml
-from tiny import tiny_pipeline
+from tiny import editor_of, tiny_pipeline
 
 from autoencoder import AutoencoderKL3D
 from evaluation.doctor import models as doctor_config
@@ -120,7 +120,7 @@ def test_an_image_that_is_given_out_of_its_window_is_refused():
     pipe = tiny_pipeline(num_labels=0, labels={}, intensity=[CT])
     values = np.linspace(1000, 4000, 1728, dtype=np.float32).reshape(1, 12, 12, 12)
     with pytest.raises(ValueError, match="the image 'MR': 0 % of its voxels lie within the window -160 to 240"):
-        pipe(image=Volume(values, np.eye(4)), strength=0.5, num_inference_steps=2)
+        editor_of(pipe)(image=Volume(values, np.eye(4)), strength=0.5, num_inference_steps=2)
 
 
 def test_the_doctor_says_each_thing_once(tmp_path, capsys):

@@ -1,9 +1,6 @@
-"""A run's output folder: check that it can be written to and holds no links; write models into it atomically."""
+"""A run's output folder: check that it holds no links; write models into it atomically."""
 
-import errno
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +8,6 @@ from safetensors import SafetensorError
 
 from cli.command import CannotContinue
 from files.atomic import atomic_folder
-from files.remote import refuse_url
-
-
-def check_writable(folder: Path) -> None:
-    """Make the folder of a run, and write to it once before hours of work. Raises: ValueError if that fails."""
-    refuse_url(folder, "--output")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(1 << 16))
-    except OSError as error:
-        raise ValueError(f"--output {folder}: cannot be written to: {error.strerror}; choose another folder") from error
-
-
-@contextmanager
-def explain_disk_full(output: Path) -> Iterator[None]:
-    """Replace the error of a full disk. Raises: ValueError with a remedy."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ValueError(
-            f"--output {output}: {error.strerror}; make room, and run the same command again: it resumes"
-        ) from error
 
 
 def refuse_links(paths: Iterable[Path]) -> None:

@@ -14,11 +14,12 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_
 from cli.stopping import stoppable
 from files.atomic import remove_leftovers
 from files.locks import only_writer
+from files.writable import check_output_folder
 
 from .checkpoints import list_checkpoints
 from .config import LoopConfig, RunConfig, save_config
 from .loop import Loop
-from .output import check_writable, refuse_links
+from .output import refuse_links
 from .precision import resolve_precision
 from .processes import check_together, how_to_resume, on_cpu, report_peer_failure
 from .sharding import check_sharding
@@ -93,7 +94,7 @@ def hold_output(accelerator: Accelerator, config: RunConfig) -> Iterator[None]:
                 remove_leftovers(output)
                 for folder in (output / CHECKPOINTS, output / PREVIEWS):
                     if folder.exists():  # from an older run, perhaps of another user
-                        check_writable(folder)
+                        check_output_folder(folder)
                         remove_leftovers(folder)
             except (OSError, ValueError) as error:
                 refused = [error]
@@ -121,7 +122,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     """
     options: LoopConfig = config.loop
     refuse_older_run(config)
-    check_writable(Path(config.output))
+    check_output_folder(Path(config.output))
     precision = resolve_precision(options.mixed_precision)
     trackers = choose_trackers(options.trackers, config.output) or None
     timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=options.timeout_minutes))

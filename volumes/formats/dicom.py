@@ -133,7 +133,7 @@ def _read_slice(path: Path) -> Slice:
         if syntax not in (*UNCOMPRESSED, RLELossless):
             named = getattr(syntax, "name", None) or "an unknown transfer syntax"
             raise VolumeError(f"{path}: is stored as {named}; decompress it first (gdcmconv --raw, dcmdjpeg)")
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS)  # pyright: ignore[reportArgumentType]
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
         _check_kind(path, header)
         return _described(path, header, compressed=syntax == RLELossless)
     except VolumeError:
@@ -287,7 +287,7 @@ def _tilt(positions: np.ndarray, normal: np.ndarray) -> str:
 def _read_pixels(one: Slice, *, rescale: bool) -> np.ndarray:
     """The pixels of a slice (column, row), in its units."""
     try:
-        found = pydicom.dcmread(one.path, specific_tags=[*TAGS, "PixelData"])  # pyright: ignore[reportArgumentType]
+        found = pydicom.dcmread(one.path, specific_tags=[*TAGS, "PixelData"])
         if "PixelData" not in found:
             raise VolumeError(f"{one.path}: has no pixels; it is truncated, or no image")
         pixels = found.pixel_array.T

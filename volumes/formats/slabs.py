@@ -71,7 +71,7 @@ def write_slabs(
             _write_plain(file, slabs, grid, np.dtype(dtype), description, path)
         if plain != unfinished:
             with open(plain, "rb") as source, Opener(str(unfinished), "wb") as compressed:  # at nibabel's own level
-                shutil.copyfileobj(source, compressed, COPY_BYTES)  # pyright: ignore[reportArgumentType]
+                shutil.copyfileobj(source, compressed, COPY_BYTES)
             plain.unlink()  # before all that is there is put on the disk
 
 

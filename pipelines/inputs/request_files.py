@@ -1,12 +1,11 @@
-"""What volumes are asked for: a mask each, or a row of a table with masks, classes, numbers and images."""
+"""Requests from files: one per mask, or one per row of a table with masks, classes, numbers and images."""
 
 import itertools
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from diffusion import ConditionSchema
 from files.names import (
     Disk,
     cell_path,
@@ -23,47 +22,32 @@ from files.remote import (
     plain_path,
     with_urls,
 )
-from pipelines.pipeline import MedVolumePipeline
+from pipelines.base import VolumePipeline
 from volumes import volume_stem
-from volumes.data.tables import read_table
+from volumes.data.tables import Row, read_table
 from volumes.formats.dicom import is_series
 from volumes.formats.read import SUFFIXES, is_volume
+
+from .request import VolumeRequest
 
 FOLDER_SUFFIXES = tuple(suffix for suffix in SUFFIXES if not suffix.startswith(".img"))  # of a pair, the .hdr
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to make volumes of: a name, a mask (None where there is none), the classes and numbers asked for, and the images
-    given."""
-
-    name: str
-    mask: Path | None
-    classes: dict[str, str] = field(default_factory=dict)
-    numbers: dict[str, Any] = field(default_factory=dict)
-    images: dict[str, Path] = field(default_factory=dict)
-
-    @property
-    def files(self) -> list[Path]:
-        """Those that are read."""
-        return [*([self.mask] if self.mask else []), *self.images.values()]
-
-
-def mask_requests(patterns: Sequence[str], output: Path) -> list[Request]:
-    """One of each mask: `find_masks`."""
-    return [Request(volume_stem(mask), mask) for mask in find_masks(patterns, output)]
+def mask_requests(patterns: Sequence[str], output: Path) -> list[VolumeRequest]:
+    """One request per mask: `find_masks`."""
+    return [VolumeRequest(mask, name=volume_stem(mask)) for mask in find_masks(patterns, output)]
 
 
 def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
-    """Mask files in folders, or matching patterns, sorted by stem; of URLs, local copies.
+    """Mask files in folders, or matching patterns, sorted by stem; for URLs, local copies.
 
     Raises: ValueError if there are none, if two have the same stem (their volumes would have one name), or if masks lie
     in the output folder (volumes would become masks in the next run).
     """
     found: set[Path] = set()
     disk = Disk()
-    for given in patterns:
-        pattern = copy_pattern(given) if is_url(given) else plain_path(given)
+    for source in patterns:
+        pattern = copy_pattern(source) if is_url(source) else plain_path(source)
         spelled = str(disk.find(pattern))
         pattern = spelled if Path(spelled).exists() else pattern
         matches = [pattern] if Path(pattern).is_file() else glob_names(pattern)  # a[1].nii is a file's name
@@ -100,47 +84,60 @@ def refuse_masks_in(output: Path, masks: Sequence[Path]) -> None:
             raise ValueError(f"{mask}: lies in --output {output}; write volumes to another folder")
 
 
-def read_requests(source: str | Path, pipe: MedVolumePipeline, output: Path) -> list[Request]:
-    """The rows of a table of conditions, in order. Of a table at a URL, local copies of the files below its folder.
+def read_requests(source: str | Path, pipe: VolumePipeline, output: Path) -> list[VolumeRequest]:
+    """The rows of a table of conditions, in order. For a table at a URL, local copies of the files below its folder.
 
     Raises: ValueError for columns that the model does not know, for names used twice or unfit for a file, for masks and
-    images in the output folder, and if some rows have a mask (or, without any, an image) and others none.
+    images in the output folder, and if some rows have a mask (or, without any, an image) and others do not.
     """
     disk = Disk()
     table = copy_table(source, read_table) if is_url(source) else disk.find(plain_path(str(source)))
     schema, rows = pipe.unet.condition_schema, read_table(table)
-    channels = [name for name, _ in schema.images]
-    known = ["mask", "name", *schema.classes, *schema.numbers, *channels]
+    known = ["mask", "name", *schema.classes, *schema.numbers, *(name for name, _ in schema.images)]
     if unknown := sorted({column for row in rows for column in row} - set(known)):
         raise ValueError(f"{source}: unknown columns {unknown}; for this model a table has {', '.join(known)}")
-    requests: list[Request] = []
-    called: dict[str, str] = {}
+    requests: list[VolumeRequest] = []
+    places: dict[str, str] = {}  # of each name
     for number, row in enumerate(rows, start=1):
-        given = {column: value for column, value in row.items() if value != ""}
-        paths = {}
-        for column in [name for name in ("mask", *channels) if name in given]:
-            cell = str(given[column])
-            paths[column] = cell_path(table.parent, cell, disk)
-            if not paths[column].exists():
-                raise ValueError(
-                    f"{source}: {row.place}: {with_urls(str(paths[column]))}: no such file{windows_hint(cell)}"
-                )
-        mask = paths.pop("mask", None)
-        name = str(given.get("name", volume_stem(mask) if mask else f"row_{number:04d}"))
-        check_name(name, f"{source}: {row.place}, for its volumes")
-        if other := called.get(same_name(name)):
+        request = _row_request(row, f"row_{number:04d}", schema, table.parent, disk, str(source))
+        name = same_name(request.name)
+        if name in places:
             raise ValueError(
-                f"{source}: several rows are called {name}: {other} and {row.place}"
+                f"{source}: several rows are called {request.name}: {places[name]} and {row.place}"
                 " (upper and lower case are one on some disks); tell them apart in a column `name`"
             )
-        called[same_name(name)] = row.place
-        classes, numbers = (
-            {column: given[column] for column in kind if column in given} for kind in (schema.classes, schema.numbers)
-        )
-        requests.append(Request(name, mask, classes, numbers, paths))
-    masks, files = sum(bool(request.mask) for request in requests), sum(bool(request.files) for request in requests)
+        places[name] = row.place
+        requests.append(request)
+    masks, files = sum(request.mask is not None for request in requests), sum(bool(one.files) for one in requests)
     if (masks or files) not in (0, len(requests)):
-        what = "a mask" if masks else "an image"
-        raise ValueError(f"{source}: {masks or files} of {len(requests)} rows have {what}; split it into two tables")
-    refuse_masks_in(output, [path for request in requests for path in request.files])
+        source_name = "a mask" if masks else "an image"
+        raise ValueError(
+            f"{source}: {masks or files} of {len(requests)} rows have {source_name}; split it into two tables"
+        )
+    refuse_masks_in(output, [file for request in requests for file in request.files if isinstance(file, Path)])
     return requests
+
+
+def _row_request(
+    row: Row, unnamed: str, schema: ConditionSchema, folder: Path, disk: Disk, source: str
+) -> VolumeRequest:
+    """The request of one row of a table in `folder`; empty cells are left out. Raises: ValueError for files that are not there,
+    and for a name that is unfit for a file."""
+    cells = {column: value for column, value in row.items() if value != ""}
+    paths = {}
+    for column in ["mask", *(name for name, _ in schema.images)]:
+        if column not in cells:
+            continue
+        cell = str(cells[column])
+        paths[column] = cell_path(folder, cell, disk)
+        if not paths[column].exists():
+            raise ValueError(
+                f"{source}: {row.place}: {with_urls(str(paths[column]))}: no such file{windows_hint(cell)}"
+            )
+    mask = paths.pop("mask", None)
+    name = str(cells.get("name", volume_stem(mask) if mask else unnamed))
+    check_name(name, f"{source}: {row.place}, for its volumes")
+    classes, numbers = (
+        {column: cells[column] for column in kind if column in cells} for kind in (schema.classes, schema.numbers)
+    )
+    return VolumeRequest(mask, classes=classes, numbers=numbers, images=paths, name=name)

@@ -1,0 +1,379 @@
+"""What all pipelines share: requests are prepared once, then volumes are generated from them. Axes: (B, C, X, Y, Z)."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any, TypedDict
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
+from autoencoder.residual_noise import ResidualNoiseModel
+from diffusion import LatentUNet3D, check_guidance, denoise, fit_scheduler
+from diffusion.attention import check_attention_backend
+from diffusion.denoise import set_timesteps
+from diffusion.guidance import Guidance
+from diffusion.scheduler_options import Scheduler
+from pipelines.inputs.conditions import check_conditions, condition_tensors, image_condition
+from pipelines.inputs.images import check_images, describe_images
+from pipelines.inputs.masks import describe_mask
+from pipelines.inputs.prepared import PreparedGrid, PreparedVolume
+from pipelines.inputs.request import VolumeRequest
+from pipelines.storage.loading import check_components, check_fit
+from pipelines.storage.output import MedVolumePipelineOutput, check_paths
+from pipelines.storage.provenance import (
+    channel_files,
+    header_description,
+    recorded_guidance,
+    software,
+    synthetic_files,
+)
+from pipelines.storage.record import GenerationRecord
+from pipelines.storage.serialization import PipelineIOMixin
+from volumes import VoxelError
+from volumes.description import DataDescription
+
+from .call import CallState, PipelineCalls, StepCallback, StepEnd, one_at_a_time
+from .lora import LoraMixin
+from .sampling import Sample, SamplingConfig, check_latents, equal_batches, initial_latents, sample_seed
+from .volume_processor import OUTPUT_TYPES, VolumeProcessor
+
+
+class NotFinite(VoxelError):
+    """What the autoencoder decoded is not finite."""
+
+
+class Start(TypedDict, total=False):
+    """The arguments of `denoise` that say where the steps begin; without any at noise."""
+
+    image: torch.Tensor
+    strength: float
+    region: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class EncodedGrid:
+    """The latents of a grid's images.
+
+    Attributes:
+        condition: the U-Net's "image" (1, k, h, w, d); None for a model without image conditions.
+    """
+
+    condition: torch.Tensor | None
+
+
+class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
+    """Autoencoder, latent U-Net and scheduler: `prepare` reads and checks requests, `generate` turns them into volumes.
+
+    `MedVolumePipeline` and `MedVolumeEditPipeline` give it their calls.
+    """
+
+    model_cpu_offload_seq = "unet->vae"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL3D | VQGAN3D | SpaceToDepth3D,  # by name: `DiffusionPipeline.from_pipe` compares exact types
+        unet: LatentUNet3D,
+        scheduler: SchedulerMixin,
+        data: DataDescription | Mapping[str, object] | None = None,
+    ):
+        super().__init__()
+        check_components({"vae": vae, "unet": unet, "scheduler": scheduler})
+        if data is None:  # diffusers takes an argument without a default for a module
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} needs `data`, the description of the training set (volumes.describe): give data=pipe.data of the "
+                f"pipeline of the components, or use {name}.from_pipe(pipe)"
+            )
+        self._data = data if isinstance(data, DataDescription) else DataDescription.from_json(data)
+        check_fit(vae, unet, self._data)
+        self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
+        self.register_to_config(data=self._data.to_json())
+        self.volume_processor = VolumeProcessor(self._data, vae.stride)
+        residual_noise = self._data.residual_noise
+        self.noise_model = None if residual_noise is None else ResidualNoiseModel(residual_noise)
+        self._running, self._last = [], CallState()
+
+    # Requests -> prepared volumes
+
+    def prepare(self, requests: Sequence[VolumeRequest], sampling: SamplingConfig) -> list[PreparedVolume]:
+        """Read and check what volumes are generated from, and write the record of each. Requests of the same files are read,
+        hashed and held once.
+
+        Raises: ValueError naming what cannot be used, and the remedy: a mask, its labels, a class, a number, an image, the
+        number of steps, the sigmas.
+        Warns: of numbers far outside the training range.
+        """
+        self._timed_scheduler(sampling)
+        read: dict[Any, tuple[PreparedGrid, GenerationRecord]] = {}
+        volumes = []
+        for request in requests:
+            key = request.grid_key
+            if key not in read:
+                read[key] = self._prepare_grid(request), self.record(request, sampling)
+            grid, record = read[key]
+            classes, numbers = check_conditions(self.unet, self.data, request.classes, request.numbers, grid.grid)
+            record = replace(record, classes=classes or None, numbers=numbers or None)
+            volumes.append(PreparedVolume(request, grid, classes, numbers, record))
+        return volumes
+
+    def _prepare_grid(self, request: VolumeRequest) -> PreparedGrid:
+        """The grid of a mask, of images where the model does without a mask, or of a shape, with the images on it.
+
+        Raises: ValueError if the model needs a mask or a shape that is missing, and for files that cannot be used.
+        """
+        mask, shape = request.mask, request.shape
+        check_images(self.unet, self.data, request.images)
+        self._check_grid_source(request)
+        grid = None
+        if mask is not None:
+            grid = self.volume_processor.preprocess(mask, request.label_map)
+        elif shape is not None:
+            grid = self.volume_processor.preprocess_shape(shape)
+        return self._add_images(request, grid)
+
+    def _check_grid_source(self, request: VolumeRequest) -> None:
+        """Raises: ValueError unless exactly one of mask, shape and images sets the grid, and it is one that the model takes."""
+        has_mask, has_shape = request.mask is not None, request.shape is not None
+        has_images = bool(request.images) or request.edit is not None
+        sources = has_mask + has_shape + (has_images and not has_mask)
+        if self.unet.config["num_labels"] == 0:
+            if has_mask or sources != 1:
+                raise ValueError(
+                    "this model was trained without a mask condition: give shape=(X, Y, Z), or an image in its place, and no mask"
+                )
+        elif not (self.unet.config["condition_dropout"] or {}).get("mask"):
+            if not has_mask or has_shape:
+                raise ValueError("this model is conditioned on a mask: give mask=..., which also sets the shape")
+        elif sources != 1:
+            raise ValueError("give a mask, which also sets the shape, or shape=(X, Y, Z) or an image to do without")
+
+    def _add_images(self, request: VolumeRequest, grid: PreparedGrid | None) -> PreparedGrid:
+        """The grid with the condition images; their own where there is none yet."""
+        if request.images:
+            return self.volume_processor.preprocess_images(request.images, grid)
+        assert grid is not None
+        return grid
+
+    def record(self, request: VolumeRequest, sampling: SamplingConfig, seed: int | None = None) -> GenerationRecord:
+        """The record of a request's volumes, but for the classes and numbers in effect, which `prepare` adds; everything but
+        `software` decides the voxels. The files of the request are read and hashed."""
+        fitted = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
+        scheduler = json.loads(fitted.to_json_string(), parse_constant=str)  # -Infinity, which JSON lacks, as text
+        label_map = {str(value): target for value, target in (request.label_map or {}).items()}
+        return GenerationRecord(
+            software=software(),
+            model=self.model_hash,
+            seed=seed,
+            num_inference_steps=sampling.steps,
+            sigmas=sampling.sigmas,
+            guidance_scale=recorded_guidance(sampling.guidance_scale),
+            scheduler={"class": scheduler["_class_name"]} | {k: v for k, v in scheduler.items() if k[0] != "_"},
+            dtype=self._dtypes(),
+            mask=None if request.mask is None else describe_mask(request.mask),
+            shape=request.shape,
+            label_map=label_map or None,
+            images=describe_images(request.images) or None,
+            channels=self.volume_processor.generated(request.images) or None,
+            residual_noise=None if self.noise_model is None else sampling.residual_noise,
+        )
+
+    def check_guidance(self, scale: Guidance, volumes: Iterable[PreparedVolume]) -> None:
+        """Raises: ValueError for a guidance scale that the model, or the conditions of these volumes together, cannot have."""
+        names = {name for volume in volumes for name in volume.condition_names}
+        check_guidance(scale, self.unet.config["condition_dropout"] or {}, names)
+
+    # Prepared volumes -> latents -> volumes
+
+    @torch.no_grad()
+    def generate(
+        self,
+        volumes: Sequence[PreparedVolume],
+        sampling: SamplingConfig,
+        generators: Sequence[torch.Generator],
+        *,
+        latents: Any = None,
+        output_type: str = "nifti",
+        paths: str | PathLike | Sequence[str | PathLike] | None = None,
+        step_end: StepEnd | None = None,
+    ) -> list[Sample]:
+        """Generate one volume per prepared one, from its generator or its `latents`.
+
+        Args:
+            sampling: that of `prepare`.
+            output_type, paths, step_end: as `MedVolumePipeline.__call__`.
+        Returns: the volumes; one whose voxels no file can hold has a `fault`.
+        Raises: ValueError for what cannot be used, before the first step, but for what a callback returns.
+        """
+        if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
+            raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
+        check_attention_backend(self.unet, self._execution_device)
+        scheduler = self._timed_scheduler(sampling)
+
+        def in_effect(scale: Guidance) -> float | dict[str, float] | None:
+            self.check_guidance(scale, volumes)
+            return recorded_guidance(scale)
+
+        in_effect(sampling.guidance_scale)
+        samples = self._samples(volumes, generators, latents, paths, output_type)
+        with self._call_state() as state, one_at_a_time(self.vae, self.unet):
+            encoded = {grid: self._encode(grid) for grid in dict.fromkeys(volume.grid for volume in volumes)}
+            for numbers in equal_batches([sample.prepared.shape for sample in samples], sampling.batch_size):
+                batch = [samples[number] for number in numbers]
+                if state.interrupt:
+                    for sample in batch:
+                        sample.record = replace(sample.record, callback={"interrupted_after": 0})
+                    continue
+                state.guidance_scale = sampling.guidance_scale
+                callback = StepCallback(self, state, step_end or StepEnd(), in_effect)
+                denoised = self._denoise(batch, encoded, scheduler, sampling, callback)
+                for sample, latent in zip(batch, denoised, strict=True):
+                    sample.record = replace(sample.record, callback=callback.changes or None)
+                    self._finish(sample, latent, output_type, sampling.residual_noise)
+            self.maybe_free_model_hooks()
+        return samples
+
+    def _samples(
+        self,
+        volumes: Sequence[PreparedVolume],
+        generators: Sequence[torch.Generator],
+        latents: Any,
+        paths: str | PathLike | Sequence[str | PathLike] | None,
+        output_type: str,
+    ) -> list[Sample]:
+        """The volumes of a call before the first step. Raises: ValueError for latents and paths that cannot be used."""
+        noises: list[Any] = [None] * len(volumes)
+        if latents is not None:
+            noises = check_latents(latents, [self._latent_shape(volume.grid) for volume in volumes])
+        samples = []
+        for volume, generator, noise in zip(volumes, generators, noises, strict=True):
+            seed = sample_seed(generator) if noise is None else None
+            samples.append(Sample(volume, generator, noise, replace(volume.record, seed=seed)))
+        files = [file for volume in volumes for file in volume.request.files]
+        records = [sample.record for sample in samples]
+        for sample, path in zip(samples, check_paths(paths, records, output_type, files), strict=True):
+            sample.path = path
+        return samples
+
+    def _timed_scheduler(self, sampling: SamplingConfig) -> Scheduler:
+        """A copy of the scheduler that speaks the model's objective, with its timesteps. Raises: ValueError for steps or sigmas
+        that it does not take."""
+        scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
+        set_timesteps(scheduler, sampling.num_inference_steps, sampling.sigmas, self._execution_device)
+        return scheduler
+
+    def _latent_shape(self, grid: PreparedGrid) -> tuple[int, int, int, int]:
+        """(C, h, w, d) of the latents of a grid."""
+        h, w, d = (n // s for n, s in zip(grid.shape, self.vae.stride, strict=True))
+        return self.vae.config["latent_channels"], h, w, d
+
+    def _encode(self, grid: PreparedGrid) -> EncodedGrid:
+        """The latents of the images on a grid."""
+        if not self.unet.config["images"]:
+            return EncodedGrid(None)
+        device = self._execution_device
+        return EncodedGrid(image_condition(self.vae, self.unet, self.volume_processor, grid, device))
+
+    def _start(self, batch: Sequence[Sample], encoded: Mapping[PreparedGrid, EncodedGrid]) -> Start:
+        """Where the steps of a batch begin: at noise."""
+        return {}
+
+    def _denoise(
+        self,
+        batch: Sequence[Sample],
+        encoded: Mapping[PreparedGrid, EncodedGrid],
+        scheduler: Scheduler,
+        sampling: SamplingConfig,
+        callback: StepCallback,
+    ) -> torch.Tensor:
+        """Latents (B, C, h, w, d) of volumes of one shape."""
+        device = self._execution_device
+        conditions = condition_tensors(self.unet, [sample.prepared for sample in batch], device)
+        images = [encoded[sample.prepared.grid].condition for sample in batch]
+        images = [image for image in images if image is not None]
+        if images:
+            conditions = replace(conditions, image=torch.cat(images))
+        return denoise(
+            self.unet,
+            initial_latents(batch, self._latent_shape(batch[0].prepared.grid), device, self.unet.dtype),
+            scheduler,
+            conditions,
+            guidance_scale=sampling.guidance_scale,
+            schema=self.unet.condition_schema,
+            num_inference_steps=sampling.num_inference_steps,
+            sigmas=sampling.sigmas,
+            generator=[sample.generator for sample in batch],
+            callback=callback,
+            progress=callback.bar,
+            **self._start(batch, encoded),
+        )
+
+    def _finish(self, sample: Sample, latent: torch.Tensor, output_type: str, residual_noise: bool) -> None:
+        """Decode one volume, alone (memory does not grow with the batch), and write it if it has a path. Sets its `output`; or
+        its `fault`, if the voxels are not finite or do not fit the type of the file."""
+        record, grid, path = sample.record, sample.prepared.grid, sample.path
+        try:
+            if output_type == "latent":
+                [sample.output] = _finite([latent], record)
+                return
+            slabs = _finite(self._decode(latent), record)
+            if self.noise_model is not None and residual_noise:
+                generator = sample.generator
+                seed = torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device)
+                slabs = self.noise_model.add(slabs, int(seed))
+            description = header_description(record)
+            if path is None:
+                with _naming_seed(record):
+                    sample.output = self.volume_processor.postprocess(slabs, grid, output_type, description)
+                return
+            with synthetic_files(record.to_json(), path) as unfinished, _naming_seed(record):
+                self.volume_processor.write(slabs, grid, unfinished, description)
+            channels = record.channels
+            sample.output = path if not channels else dict(zip(channels, channel_files(path, channels), strict=True))
+        except VoxelError as error:
+            sample.fault = str(error) if path is None else f"{path}: {error}"
+
+    def _decode(self, latent: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The slabs (C, X, Y, z) of one volume: as the autoencoder streams them, or a single one where it does not."""
+        latents = latent[None].to(self.vae.dtype)
+        if self.vae.tiles([n * s for n, s in zip(latent.shape[1:], self.vae.stride, strict=True)]):
+            for slab in self.vae.decode_slabs(latents):
+                yield slab[0]
+        else:
+            yield self.vae.decode(latents, return_dict=False)[0][0]
+
+
+def call_output(samples: Sequence[Sample], return_dict: bool) -> MedVolumePipelineOutput:
+    """What a call returns. Raises: VoxelError if the voxels of some volumes cannot be written; all others are."""
+    if faults := [sample.fault for sample in samples if sample.fault is not None]:
+        raise VoxelError("\n".join(faults))
+    volumes = [sample.output for sample in samples]
+    if not return_dict:
+        return (volumes,)  # pyright: ignore[reportReturnType]
+    return MedVolumePipelineOutput(volumes=volumes, provenance=[sample.record.to_json() for sample in samples])
+
+
+def _finite(slabs: Iterable[torch.Tensor], record: GenerationRecord) -> Iterator[torch.Tensor]:
+    """The same slabs. Raises: VoxelError naming the volume's seed if a value is not finite."""
+    for slab in slabs:
+        if not torch.isfinite(slab).all():
+            narrow = "float16" in record.dtype.split()  # whose largest number is 65,504
+            remedy = (
+                "use bfloat16 or float32" if narrow else "look for NaN in the weights, the latents and the conditions"
+            )
+            raise NotFinite(f"the volume of seed {record.seed} is not finite in {record.dtype}; {remedy}")
+        yield slab
+
+
+@contextmanager
+def _naming_seed(record: GenerationRecord) -> Iterator[None]:
+    """Name the volume's seed in errors about voxels in the units of its file."""
+    try:
+        yield
+    except NotFinite:
+        raise
+    except VoxelError as error:
+        raise VoxelError(f"the volume of seed {record.seed}: {error}") from error

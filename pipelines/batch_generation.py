@@ -1,0 +1,258 @@
+"""Many volumes to disk, in one process or many: what is finished stays, the rest is generated, and a manifest lists all."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from cli.live_bar import LiveBar
+from cli.stopping import Stopped, check_stop, finishing
+from files.atomic import refuse_link, remove_leftovers
+from files.locks import only_writer
+from files.writable import check_output_folder, explain_disk_full
+from pipelines.base import VolumePipeline
+from pipelines.checks.label_map import map_check
+from pipelines.inputs.masks import LabelMap
+from pipelines.inputs.request import VolumeRequest
+from pipelines.inputs.request_files import mask_requests, read_requests
+from pipelines.pipeline import MedVolumePipeline
+from pipelines.planning import PlannedVolume, check_memory, plan_volumes, prepared_volumes, volume_seed
+from pipelines.rejection import Attempt, Check, Rejection
+from pipelines.sampling import SamplingConfig, equal_batches
+from pipelines.storage.finished import left_to_generate
+from pipelines.storage.manifest import MANIFEST, check_manifest, write_manifest
+from pipelines.storage.provenance import write_synthetic
+from pipelines.storage.trained_on import write_generated_by
+
+MAX_VOLUMES = 100_000  # of one command; file systems and manifests of more are no longer of use
+TOO_MANY = f"one command generates {MAX_VOLUMES} volumes at most; use several, each with its own --seed and --output"
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """One generation command, see `generate.py --help`.
+
+    Attributes:
+        masks: folders, patterns or files; without them and without `conditions`, `count` volumes are generated.
+        mask_pipeline: a pipeline that generates `count` masks first.
+        copy_check: makes the check for copies of training volumes, for the pipeline that it is given.
+    """
+
+    pipeline: str | Path
+    output: Path
+    masks: Sequence[str] = ()
+    mask_pipeline: str | None = None
+    conditions: str | Path | None = None
+    shape: Sequence[int] | None = None
+    count: int = 1
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    seed: int = 0
+    label_map: LabelMap = field(default_factory=dict)
+    lora: str | None = None
+    copy_check: Callable[[VolumePipeline], Check] | None = None
+    max_attempts: int = 10
+    wait_minutes: float = 0.0
+    precision: str = "no"
+
+
+def generate_to_disk(config: BatchConfig, state: PartialState) -> list[str]:
+    """Generate this process's share of the volumes of a command, and first the masks if a pipeline generates those.
+
+    Returns: one line per volume that was not written: rejected too often, or with voxels that no file can hold.
+    Raises: ValueError for what cannot be used, before the first step.
+    """
+    if config.mask_pipeline is None:
+        return generate_volumes(config, state)
+    folder = config.output / "masks"
+    of_masks = replace(
+        config,
+        pipeline=config.mask_pipeline,
+        mask_pipeline=None,
+        output=folder,
+        sampling=replace(config.sampling, guidance_scale=1.0),
+        label_map={},
+        lora=None,
+        copy_check=None,
+    )
+    check_same_labels(config)
+    check_output_folder(config.output)
+    refuse_link(folder)
+    with only_job(config, state):
+        missing = generate_volumes(of_masks, state)
+        files = [folder / f"map_{k:03d}.nii.gz" for k in range(config.count)]
+        masks = [str(file) for file in files if file.exists()]
+        if masks:  # at least one was accepted
+            of_volumes = replace(config, masks=masks, mask_pipeline=None, count=1, shape=None)  # the shape was theirs
+            missing += generate_volumes(of_volumes, state, held=True)
+    return missing
+
+
+@contextmanager
+def only_job(config: BatchConfig, state: PartialState) -> Iterator[None]:
+    """Hold the output folder, for all processes of this job. Raises: OutputInUse if another job writes there."""
+    with only_writer(config.output, config.wait_minutes) if state.is_main_process else nullcontext():
+        state.wait_for_everyone()
+        yield
+
+
+def generate_volumes(config: BatchConfig, state: PartialState, *, held: bool = False) -> list[str]:
+    """`generate_to_disk` from masks, a table or nothing.
+
+    Args:
+        held: whether this job holds the output folder already, see `only_job`.
+    """
+    requests = mask_requests(config.masks, config.output) if config.masks else []
+    pipe = load_pipeline(config, state.device)
+    if config.conditions:
+        requests = read_requests(config.conditions, pipe, config.output)
+    elif not config.masks:
+        requests = [VolumeRequest(name="map" if pipe.data.image_labels else "volume")]
+    check_requests(requests, config)
+    requests = [replace(request, shape=config.shape, label_map=config.label_map) for request in requests]
+    share, ks = slice(state.process_index, None, state.num_processes), range(config.count)
+    if config.conditions or config.masks:
+        requests = requests[share]
+    else:
+        ks = ks[share]
+    rejection = load_rejection(pipe, config)
+    tasks = plan_volumes(pipe, requests, ks, config.sampling, rejection, seed=config.seed, output=config.output)
+    check_memory(pipe, tasks, config.sampling.batch_size)
+    check_output_folder(config.output)
+    with nullcontext() if held else only_job(config, state):
+        return generate_tasks(pipe, tasks, config, rejection, state)
+
+
+def load_pipeline(config: BatchConfig, device: torch.device | None) -> MedVolumePipeline:
+    """The pipeline of a command, with its LoRA, ready to generate."""
+    pipe = MedVolumePipeline.from_pretrained(config.pipeline, dtype=DTYPES[config.precision]).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    if config.lora:
+        pipe.load_lora_weights(config.lora)
+    return pipe
+
+
+def check_requests(requests: Sequence[VolumeRequest], config: BatchConfig) -> None:
+    """Raises: ValueError for too many volumes, and for options that do not fit what they are generated from."""
+    total = len(requests) * config.count
+    if total > MAX_VOLUMES:
+        raise ValueError(
+            f"--count {config.count}, for {len(requests)} masks or rows: these are {total} volumes; {TOO_MANY}"
+        )
+    if config.shape and any(request.files for request in requests):
+        raise ValueError("--shape has no use beside masks and images, which have their own; leave it out")
+    if config.copy_check is not None and any(request.images for request in requests):
+        raise ValueError("--reject_copies is for volumes whose channels are all generated: leave it out")
+
+
+def check_same_labels(config: BatchConfig) -> None:
+    """Raises: ValueError unless the mask pipeline generates label maps, of labels that the other pipeline knows."""
+    assert config.mask_pipeline is not None
+    sources = (config.mask_pipeline, config.pipeline)
+    of_masks, of_volumes = (MedVolumePipeline.from_pretrained(source).data for source in sources)
+    labels = of_masks.image_labels
+    if not labels:
+        raise ValueError(f"--masks generate:{config.mask_pipeline}: that pipeline generates volumes, not label maps")
+    if not config.label_map and any(of_volumes.labels.get(value) != name for value, name in labels.items()):
+        raise ValueError(
+            f"--masks generate:{config.mask_pipeline}: generates {labels}, and {config.pipeline} knows "
+            f"{of_volumes.labels}; take one trained on the same labels, or translate with --label_map"
+        )
+
+
+def load_rejection(pipe: VolumePipeline, config: BatchConfig) -> Rejection | None:
+    """The checks of the volumes: for broken label maps, and for copies if --reject_copies says so. Raises: ValueError for
+    fingerprints that do not fit."""
+    data = pipe.data
+    checks = [] if data.maps is None else [map_check(data.maps, data.image_labels)]
+    if config.copy_check is not None:
+        checks.append(config.copy_check(pipe))
+    return Rejection(checks, config.max_attempts) if checks else None
+
+
+def generate_tasks(
+    pipe: VolumePipeline,
+    tasks: Sequence[PlannedVolume],
+    config: BatchConfig,
+    rejection: Rejection | None,
+    state: PartialState,
+) -> list[str]:
+    """Generate the volumes of this process that are not finished; then the main process writes the manifest. Returns: one line
+    per volume that was not written."""
+    todo = left_to_generate(tasks)
+    if state.is_main_process:
+        check_manifest(config.output)
+        remove_leftovers(config.output)
+        write_generated_by(pipe, config.output)
+    state.wait_for_everyone()  # what one refuses ends all before hours of work
+    waiting = {task.path for task in todo}
+    known = files_of(task for task in tasks if task.path not in waiting)  # read, or written by this process
+    missing: list[str] = []
+    quiet = None if state.is_main_process else True
+    try:
+        with LiveBar(total=len(tasks), initial=len(tasks) - len(todo), desc="volumes", disable=quiet) as bar:
+            for numbers in equal_batches([task.shape for task in todo], config.sampling.batch_size):
+                batch = [todo[number] for number in numbers]
+                names = batch[0].path.name + (f" and {len(batch) - 1} more" if len(batch) > 1 else "")
+                with finishing(names), explain_disk_full(config.output):
+                    lines = generate_batch(pipe, batch, config, rejection)
+                missing += lines
+                if not lines:  # of a volume that was not written, a damaged one may still be there
+                    known |= files_of(batch)
+                bar.update(len(batch))
+    except Stopped:
+        if state.is_main_process:
+            print(f"stopped: {write_manifest(config.output, known)} volumes are in {config.output}", flush=True)
+        raise
+
+    state.wait_for_everyone()
+    if state.is_main_process:
+        count = write_manifest(config.output, known)
+        print(f"{count} volumes in {config.output}, listed in {config.output / MANIFEST}")
+    return missing
+
+
+def files_of(tasks: Iterable[PlannedVolume]) -> set[Path]:
+    """The files of their volumes."""
+    return {file for task in tasks for file in task.files}
+
+
+def generate_batch(
+    pipe: VolumePipeline, batch: Sequence[PlannedVolume], config: BatchConfig, rejection: Rejection | None
+) -> list[str]:
+    """Generate and write volumes of one shape. Returns: one line per volume that was not written."""
+    volumes = prepared_volumes(pipe, batch, config.sampling)
+    if rejection is None:
+        paths = [task.path for task in batch]
+        samples = pipe.generate(volumes, config.sampling, _generators(task.seed for task in batch), paths=paths)
+        faults = [sample.fault for sample in samples if sample.fault is not None]
+        if faults:
+            print("not written: " + "\n".join(faults), flush=True)
+        return faults
+    rounds = itertools.count()
+
+    def sample(numbers: Sequence[int], seeds: Sequence[int]) -> list[Attempt]:
+        if next(rounds):
+            check_stop()  # what was accepted is written; the same command generates the others, from the same seeds
+        samples = pipe.generate([volumes[number] for number in numbers], config.sampling, _generators(seeds))
+        return [Attempt(sample.output, sample.record, sample.fault) for sample in samples]
+
+    def seed_of(number: int, rejections: int) -> int:
+        return volume_seed(config.seed, batch[number].request.name, batch[number].k, rejections)
+
+    missing = []
+    for outcome in rejection.sample_until_accepted(len(batch), sample, seed_of):
+        path = batch[outcome.number].path
+        if outcome.accepted is None:
+            missing.append(f"{path.name}: {outcome.reason}")
+        else:
+            write_synthetic(outcome.accepted.image, outcome.accepted.record.to_json(), path)
+    return missing
+
+
+def _generators(seeds: Iterable[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

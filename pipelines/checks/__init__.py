@@ -1,0 +1,1 @@
+"""Checks of generated volumes, for rejection sampling."""

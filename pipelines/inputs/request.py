@@ -1,0 +1,106 @@
+"""Requests: what each volume is generated from."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from .arguments import grid_shape, translation
+from .images import Images
+from .inpainting import EditRequest
+from .masks import LabelMap, MaskLike, as_list, identity
+
+Classes = Mapping[str, str | int]  # {class: value}
+Numbers = Mapping[str, float]  # {number: value}
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, eq=False)
+class VolumeRequest:
+    """What one volume is generated from. Its arguments are those of a call of the pipeline, for one volume.
+
+    Attributes:
+        mask: label map; its grid is the volume's.
+        shape: voxels (X, Y, Z), where neither a mask nor an image sets the grid.
+        classes, numbers: conditions of the whole volume.
+        images: {channel: image} of the channels that condition the others.
+        label_map: label values of the mask that are read as others.
+        edit: the image that is changed, for `MedVolumeEditPipeline`.
+        name: of the volume's files, for `batch_generation`.
+    Raises: ValueError for a shape or a label map that cannot be used.
+    """
+
+    mask: MaskLike | None = None
+    shape: Sequence[int] | None = None
+    classes: Classes = field(default_factory=dict)
+    numbers: Numbers = field(default_factory=dict)
+    images: Images = field(default_factory=dict)
+    label_map: LabelMap | None = None
+    edit: EditRequest | None = None
+    name: str = "volume"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", None if self.shape is None else grid_shape(self.shape))
+        object.__setattr__(self, "label_map", translation(self.label_map))
+
+    @property
+    def files(self) -> list[object]:
+        """The mask and the images that are read: paths, or objects in memory."""
+        masks: list[object] = [] if self.mask is None else [self.mask]
+        edited = [] if self.edit is None else self.edit.files
+        return [*masks, *self.images.values(), *edited]
+
+    @property
+    def grid_key(self) -> Hashable:
+        """Equal for requests of the same files, which have one grid."""
+        images = sorted((str(channel), identity(image)) for channel, image in self.images.items())
+        edit = None if self.edit is None else self.edit.identity
+        label_map = tuple((self.label_map or {}).items())
+        return identity(self.mask), self.shape, tuple(images), label_map, edit
+
+
+def call_requests(
+    mask: MaskLike | Sequence[MaskLike] | None,
+    shape: Sequence[int] | None,
+    classes: Classes | Sequence[Classes] | None,
+    numbers: Numbers | Sequence[Numbers] | None,
+    images: Images | Sequence[Images] | None,
+    label_map: LabelMap | None,
+) -> list[VolumeRequest]:
+    """One request per mask; without masks one per dict of a list, or a single one.
+
+    Raises: ValueError for lists of another length than there are masks, and for what is not a dict.
+    """
+    masks = None if mask is None else as_list(mask)
+    for conditions in (classes, numbers, images):
+        several = conditions if isinstance(conditions, Sequence) else [{} if conditions is None else conditions]
+        if not all(isinstance(of_volume, Mapping) for of_volume in several):
+            raise ValueError(
+                'classes, numbers and image are dicts such as {"sex": "F"}, {"age": 63} and {"ct": "ct.nii.gz"}, or lists of '
+                f"one dict per mask; got {conditions!r:.200}"
+            )
+    lengths = [len(conditions) for conditions in (classes, numbers, images) if isinstance(conditions, Sequence)]
+    if masks is not None:
+        count = len(masks)
+    else:
+        count = lengths[0] if lengths else 1
+    if not count or any(length != count for length in lengths):
+        volumes = f"{count} masks" if masks is not None else "as many volumes"
+        raise ValueError(f"classes, numbers and image: lists of {lengths} dicts for {volumes}; give one per mask")
+    return [
+        VolumeRequest(
+            None if masks is None else masks[number],
+            shape,
+            _of_volume(classes, number),
+            _of_volume(numbers, number),
+            _of_volume(images, number),
+            label_map,
+        )
+        for number in range(count)
+    ]
+
+
+def _of_volume(conditions: Mapping[str, V] | Sequence[Mapping[str, V]] | None, number: int) -> Mapping[str, V]:
+    """The conditions of one volume of a call."""
+    if conditions is None:
+        return {}
+    return conditions[number] if isinstance(conditions, Sequence) else conditions
