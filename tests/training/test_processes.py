@@ -188,7 +188,7 @@ def test_what_one_process_refuses_ends_all_before_anything_is_generated(tmp_path
     assert [forked.ended(one) for one in two] == [1, 1]
     assert "case_1.nii.gz: mask holds labels [99]" in (tmp_path / "log.1").read_text()
     said = (tmp_path / "log.0").read_text()
-    assert "process 0 of 2: another process has ended" in said and "it goes on with what is there" in said
+    assert "process 0 of 2: another process has ended" in said and "run the same command again" in said
     assert not list((tmp_path / "out").glob("*.nii.gz"))
 
 

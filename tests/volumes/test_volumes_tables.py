@@ -63,7 +63,7 @@ def test_lines_are_counted_as_a_spreadsheet_does(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("case,age\nc00,50\nMüller,60\n".encode("cp1252"), r"line 3 holds bytes .* no UTF-8.*save it as .CSV UTF-8"),
+        ("case,age\nc00,50\nMüller,60\n".encode("cp1252"), r"line 3 holds bytes .* not UTF-8.*save it as .CSV UTF-8"),
         (b"case,age\nc00,50\nc01,\x0060\n", "line 3 holds a NUL"),
         ("case,age\nc00,50\n".encode("utf-16-le"), "NUL character: .* UTF-16 without its mark"),
         (b"PK\x03\x04rest", r"a workbook \(.xlsx.*CSV UTF-8"),

@@ -197,7 +197,7 @@ def test_advice_to_start_from_weights_is_given_where_they_fit():
     assert mixed is not None and mixed.startswith("2 channels mixed by one autoencoder start from nothing")
     assert "per_channel: true, latent_channels: 12, channels: [32, 128]" in mixed
     apart = advice(two, per_channel=True, latent_channels=12)
-    assert apart is not None and "each channel by itself, per_channel): --init_from weights/hippocampus/vae" in apart
+    assert apart is not None and "each channel separately, per_channel): --init_from weights/hippocampus/vae" in apart
     maps = DataConfig(images="x", image_labels={0: "background", 1: "gland"})
     assert advice(maps) is None
     gland = AutoencoderKL3D(channels=(32, 96), decoder_blocks=(1, 2), patch_size=4)
