@@ -44,7 +44,7 @@ from files.paths import path_inside
 from pipelines import MedVolumeEditPipeline, MedVolumePipeline, read_sidecar, sidecar_path
 from pipelines.storage.finished import finished_volumes
 from pipelines.storage.provenance import channel_files
-from volumes import read_mask, read_volume, shapes_figure, slices_figure, write_volume
+from volumes import FigureCase, read_mask, read_volume, shapes_figure, slices_figure, write_volume
 from volumes.data.tables import read_table
 from volumes.description import DataDescription
 from volumes.lesions import remove_lesion
@@ -125,13 +125,19 @@ def edit(pipeline: Path, data: DataDescription, output: Path, steps: int) -> Non
         generator=torch.Generator().manual_seed(0),
         paths=after,
     )
-    columns = [
-        {"title": title, "images": {"generated": read_volume(path).array[0]}, "mask": labels.array, "center": (x, y, z)}
-        for title, path, labels in (("before", volume, mask), ("after", after, edited))
+    images = {"before": read_volume(volume).array[0], "after": read_volume(after).array[0]}
+    low, high = np.percentile(images["before"], [0.5, 99.5]).tolist()
+    columns: list[FigureCase] = [
+        {
+            "title": title,
+            "images": {"generated": images[title]},
+            "mask": labels.array,
+            "center": (x, y, z),
+            "spacing": mask.spacing,
+            "windows": {"generated": (low, high)},
+        }
+        for title, labels in (("before", mask), ("after", edited))
     ]
-    window = np.percentile(columns[0]["images"]["generated"], [0.5, 99.5]).tolist()
-    for column in columns:
-        column |= {"spacing": mask.spacing, "windows": {"generated": window}}
     save_figure(slices_figure(columns), folder / "preview.png")
     print(f"See {folder / 'preview.png'}")
 
@@ -148,7 +154,7 @@ def preview(folder: Path, masks: Path, data: DataDescription) -> Figure:
     Label maps are drawn as surfaces, one row per combination of classes; other volumes as slices beside the mask, one row per channel.
     """
     shapes: dict[str, list[Any]] = {}
-    columns: dict[str, dict[str, object]] = {}  # by sidecar: one per volume, whatever the number of its files
+    columns: dict[str, FigureCase] = {}  # by sidecar: one per volume, whatever the number of its files
     for volume, record in finished_volumes(folder):
         files, stem = channel_files(volume, record.channels), sidecar_path(volume).stem
         title = ", ".join(str(value) for value in {**(record.classes or {}), **(record.numbers or {})}.values())
@@ -158,7 +164,7 @@ def preview(folder: Path, masks: Path, data: DataDescription) -> Figure:
         volumes = [read_volume(path) for path in files]
         names = [path.name.removesuffix(".nii.gz").removeprefix(stem).lstrip("_") for path in files]
         images = {"generated": np.stack([volume.array[0] for volume in volumes])}
-        column: dict[str, object] = {
+        column: FigureCase = {
             "title": f"{stem}\n{title}".strip(),
             "images": images,
             "spacing": volumes[0].spacing,

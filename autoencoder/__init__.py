@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from .base import VolumeAutoencoder
     from .codebook import Codebook, code_statistics
     from .kl import AutoencoderKL3D
-    from .losses import commitment_loss, gradient_loss, kl_loss, l1_loss, latent_loss, mse_loss, spectrum_loss
+    from .losses.reconstruction import (
+        commitment_loss,
+        gradient_loss,
+        kl_loss,
+        l1_loss,
+        latent_loss,
+        mse_loss,
+        spectrum_loss,
+    )
     from .posterior import DiagonalGaussian3D, LatentDistribution
     from .space_to_depth import SpaceToDepth3D
     from .statistics import latent_statistics

@@ -1,4 +1,4 @@
-"""What every autoencoder here shares: coding in one piece or in slabs, and latents in standardized units.
+"""The base class of all autoencoders: coding in one piece or in slabs, and latents in standardized units.
 
 Axes: volumes (B, C, X, Y, Z) in [-1, 1], latents (B, C, h, w, d).
 """
@@ -86,7 +86,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
 
     @property
     def num_channel_groups(self) -> int:
-        """Into how many parts, each coded by itself with the same weights, a volume's channels fall: 1 unless
+        """Number of groups of channels, each coded separately with the same weights: 1 unless
         `per_channel`."""
         return self.config["in_channels"] if self.config.get("per_channel") else 1
 

@@ -1,9 +1,9 @@
-"""Which weights a model holds. It belongs to the model itself: whatever pipelines share it, they give it one name.
+"""Identify the weights that a model holds. The record belongs to the model, so all pipelines that share it agree on it.
 
 A model that was loaded keeps the files that it was loaded from. Casts and moves (`.to()`) change nothing; weights that were
-changed in place afterwards are other weights. What is noticed: operations that PyTorch counts (`Tensor._version`: unfused
+changed in place afterwards are other weights. Noticed are: operations that PyTorch counts (`Tensor._version`: unfused
 optimizers, `load_state_dict`, `copy_`), and whatever changes one of `SAMPLES` values of each tensor (fused optimizers, edits
-of `.data`, merged LoRAs). What is not: an edit through `.data` of single elements of large tensors. While weights are
+of `.data`, merged LoRAs). Not noticed is an edit through `.data` of single elements of large tensors. While weights are
 offloaded or cast by hooks, or a LoRA is fused into them, they cannot be looked at, and count as they were before.
 """
 
@@ -24,7 +24,7 @@ _lock = threading.RLock()
 
 @dataclass
 class Stamp:
-    """What is kept of one tensor to tell whether it changed."""
+    """A sample of one tensor that shows whether it changed."""
 
     tensor: int  # its id
     version: int
@@ -35,12 +35,12 @@ class Stamp:
 
 @dataclass
 class WeightsRecord:
-    """What is known of a model's weights.
+    """The identity of a model's weights.
 
     Attributes:
         key: another one whenever the weights have changed; equal for copies.
         files: the safetensors files that hold them, with size and time of change when they were read; none for weights
-            that were made in memory, or changed since.
+            that were created in memory, or changed since.
     """
 
     key: str = field(default_factory=lambda: uuid.uuid4().hex)  # a number could be another process's, through a pickle
@@ -49,35 +49,35 @@ class WeightsRecord:
 
     @property
     def intact_files(self) -> list[Path]:
-        """The files, if nobody wrote them since."""
+        """The files, if they were not written since."""
         unchanged = all(path.is_file() and _file_state(path) == tuple(state) for path, *state in self.files)
         return [path for path, *_ in self.files] if unchanged else []
 
 
 def own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a model's own state, by name; a LoRA that peft attached is left out."""
+    """Yield every tensor of a model's own state, by name, without those of a LoRA that peft attached."""
     state = model.state_dict(keep_vars=True)
     yield from sorted((k.replace(".base_layer.", "."), v) for k, v in state.items() if ".lora_" not in k)
 
 
 def out_of_reach(model: nn.Module) -> bool:
-    """Whether weights are on the disk or nowhere, so that they cannot be read."""
+    """Return whether weights are on disk or on the meta device, so that they cannot be read."""
     return hasattr(model, "offloaded_to_disk") or any(tensor.is_meta for _, tensor in own_tensors(model))
 
 
 def has_hooks(model: nn.Module) -> bool:
-    """Whether Accelerate or diffusers move or cast weights while the model runs."""
+    """Return whether Accelerate or diffusers move or cast weights while the model runs."""
     return any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in model.modules())
 
 
 def remember_files(model: nn.Module, files: Sequence[Path]) -> None:
-    """Keep from which files the model's weights have just been loaded."""
+    """Record the files from which the model's weights have just been loaded."""
     record = WeightsRecord(files=[(path.resolve(), *_file_state(path)) for path in files], stamps=_stamps(model))
     model.__dict__[RECORD] = record
 
 
 def weights_record(model: nn.Module) -> WeightsRecord:
-    """The record of the weights as they are now: that of before, if they have not changed since."""
+    """Return the record of the present weights: the previous one, unless they have changed since."""
     with _lock:
         record: WeightsRecord | None = model.__dict__.get(RECORD)
         if record is None:
@@ -91,7 +91,7 @@ def weights_record(model: nn.Module) -> WeightsRecord:
 
 
 def keep_record(model: nn.Module) -> None:
-    """Take the weights as they are now for those of the record: what was added to them was taken off again, to rounding."""
+    """Accept the present weights as those of the record: an addition to them was removed again, up to rounding."""
     with _lock:
         if RECORD in model.__dict__:
             model.__dict__[RECORD].stamps = _stamps(model)
@@ -104,7 +104,7 @@ def _is_closed(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def stamps_of(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Stamp]:
-    """What is kept of tensors to tell, by `is_same`, whether they changed."""
+    """Sample tensors, so that `is_same` can tell whether they changed."""
     return {name: _stamp(tensor) for name, tensor in tensors}
 
 
@@ -124,7 +124,7 @@ def _stamp(tensor: Tensor) -> Stamp:
 
 
 def is_same(before: dict[str, Stamp], now: dict[str, Stamp]) -> bool:
-    """Whether tensors are the same, but for a cast or a move."""
+    """Return whether tensors are the same, apart from a cast or a move."""
     if before.keys() != now.keys():
         return False
     for name, old in before.items():

@@ -22,11 +22,11 @@ class AutoencoderKL3D(VolumeAutoencoder[DiagonalGaussian3D]):
         channels: width of each level, finest first.
         strides: of each level but the first, one integer or one per axis; (2,) after patch_size 2 gives 4 per axis.
         encoder_blocks, decoder_blocks: residual blocks per level, finest first.
-        per_channel: code each image channel by itself, all with the same weights: those of an autoencoder of one channel
+        per_channel: code each image channel separately, all with the same weights: those of an autoencoder of one channel
             with latent_channels / in_channels. So a channel that is missing leaves the latents of the others alone.
         latents_mean, latents_std: statistics of the raw latents over the training set, set by `set_latent_statistics`.
         channel_names: of several image channels, in their order; train_vae.py sets them.
-        data: what was done to the volumes that it was trained on (`volumes.data.preprocessing`); train_vae.py sets it.
+        data: how its training volumes were prepared (`volumes.data.preprocessing`); train_vae.py sets it.
         subjects: records of whose volumes those were (`volumes.data.subjects`); train_vae.py sets it.
     """
 
@@ -45,13 +45,13 @@ class AutoencoderKL3D(VolumeAutoencoder[DiagonalGaussian3D]):
         latents_std: Sequence[LatentStd] | None = None,
         per_channel: bool | None = None,
         channel_names: Sequence[str] | None = None,
-        data: dict[str, Any] | None = None,
+        data: dict[str, object] | None = None,
         subjects: Sequence[Any] | None = None,
     ):
         super().__init__()
         if per_channel and (in_channels != out_channels or latent_channels % in_channels):
             raise ValueError(
-                f"per_channel codes each of in_channels ({in_channels}) by itself: out_channels ({out_channels}) must be as "
+                f"per_channel codes each of in_channels ({in_channels}) separately: out_channels ({out_channels}) must be as "
                 f"many, and latent_channels ({latent_channels}) a multiple of them"
             )
         self._build(encoded_channels=2 * latent_channels)

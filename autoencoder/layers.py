@@ -1,4 +1,4 @@
-"""The few layers that the autoencoder is made of. Axes: (B, C, X, Y, Z), stored channels_last_3d.
+"""The layers of the autoencoders. Axes: (B, C, X, Y, Z), stored channels_last_3d.
 
 Every layer has a finite receptive field: no statistics over space (no GroupNorm), no global attention.
 So a volume coded in pieces, with enough context, equals the volume coded whole.

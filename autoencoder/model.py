@@ -1,4 +1,4 @@
-"""What the project's models share: strict loading, safetensors only, and the memory format that they are fast in."""
+"""The base class of all models: strict loading, safetensors only, and the fast memory format."""
 
 import inspect
 from collections.abc import Mapping
@@ -35,15 +35,15 @@ RECORDS = (
 )  # of a config: what is known of the training, which changes nothing that a model computes
 
 
-def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a model's config that decide what it computes: no private ones (versions, paths), none that are None (an
-    argument that a later version adds renames no model that does not use it), no `RECORDS`."""
+def deciding(config: Mapping[str, Any]) -> dict[str, object]:
+    """Return the entries of a model's config that decide its output: no private ones (versions, paths), none that are None (so an
+    argument that a later version adds does not rename models that do not use it), no `RECORDS`."""
     return {k: v for k, v in config.items() if not k.startswith("_") and v is not None and k not in RECORDS}
 
 
 def check_finite(model: torch.nn.Module, source: object) -> None:
     """Raises: ValueError naming the tensors of a model in memory that hold NaN or infinity: of a file that was damaged, or of numbers
-    too large for the type that they were loaded in. Other damage is told by `model_hash` alone."""
+    too large for the type that they were loaded in. Only `model_hash` detects other damage."""
     state = model.state_dict()
     wrong = [
         name
@@ -163,7 +163,7 @@ class VolumeModel(ModelMixin, ConfigMixin):
         """Raises: ValueError while a layer is wrapped for LoRAs, whose weights would be saved under other names."""
         if any(hasattr(module, "base_layer") for module in self.modules()):
             raise ValueError(
-                "a LoRA is attached: save it by itself (save_lora_weights), or unload it first (unload_lora_weights); "
+                "a LoRA is attached: save it separately (save_lora_weights), or unload it first (unload_lora_weights); "
                 "fuse_lora before that keeps it in the weights"
             )
 

@@ -1,4 +1,4 @@
-"""Encoder and decoder: what all autoencoders here are made of. Axes: (B, C, X, Y, Z).
+"""The encoder and decoder of all autoencoders. Axes: (B, C, X, Y, Z).
 
 The volume comes folded by space-to-depth, so no convolution ever runs at full resolution; then one level per entry of
 `strides`. Most of the capacity sits in the decoder at the coarsest level, where a channel costs an eighth of what it

@@ -1,4 +1,4 @@
-"""What an encoder says of the latents: a distribution, in standardized units."""
+"""The encoder's output: a distribution of latents, in standardized units."""
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor

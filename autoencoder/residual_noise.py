@@ -1,4 +1,4 @@
-"""What an autoencoder leaves out, put back as noise: as strong, as coarse, and as different from volume to volume as in the
+"""Residual noise: the texture that an autoencoder loses, added back as strong, as coarse, and as variable between volumes as in the
 volumes that it was fitted on.
 
 Fine noise does not fit into latents, so decoded volumes are all equally smooth. A model of what is missing, fitted on real

@@ -47,7 +47,7 @@ class SpaceToDepth3D(VolumeAutoencoder[LatentDistribution]):
         latents_mean: Sequence[LatentMean] | None = None,
         latents_std: Sequence[LatentStd] | None = None,
         channel_names: Sequence[str] | None = None,
-        data: dict[str, Any] | None = None,
+        data: dict[str, object] | None = None,
         subjects: Sequence[Any] | None = None,
     ):
         super().__init__()
@@ -56,7 +56,7 @@ class SpaceToDepth3D(VolumeAutoencoder[LatentDistribution]):
         given = {"out_channels": out_channels, "latent_channels": latent_channels}
         if wrong := [f"{key} {given[key]}" for key, value in decided.items() if given[key] not in (None, value)]:
             raise ValueError(
-                f"patch_size {patch_size} of {in_channels} channels makes {decided}; leave out {', '.join(wrong)}"
+                f"patch_size {patch_size} of {in_channels} channels makes {decided}; omit {', '.join(wrong)}"
             )
         self.register_to_config(**decided)
         self._check_statistics(latents_mean, latents_std)

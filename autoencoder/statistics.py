@@ -1,19 +1,21 @@
-"""Mean and standard deviation of the raw latents over a whole data set (DESIGN contract 3)."""
+"""Mean and standard deviation of the raw latents over a whole data set."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .losses import cells_inside
+from .losses.reconstruction import cells_inside
 
 if TYPE_CHECKING:
     from .base import VolumeAutoencoder
 
 
 @torch.no_grad()
-def latent_statistics(vae: "VolumeAutoencoder", batches: Iterable[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel of the raw posterior mean, over every latent cell inside the field of
+def latent_statistics(
+    vae: "VolumeAutoencoder", batches: Iterable[Mapping[str, Any]]
+) -> tuple[list[float], list[float]]:
+    """Measure mean and standard deviation per channel of the raw posterior mean, over all latent voxels inside the field of
     view.
 
     Args:
@@ -29,7 +31,7 @@ def latent_statistics(vae: "VolumeAutoencoder", batches: Iterable[dict[str, Any]
         cells = raw.movedim(1, -1)[inside].double().cpu()
         if not bool(cells.isfinite().all()):
             raise ValueError(
-                f"{batch.get('name', 'a volume')}: its latents are not finite; look at its voxels, or leave it out"
+                f"{batch.get('name', 'a volume')}: its latents are not finite; check its voxels, or exclude it"
             )
         count += len(cells)
         total, squares = total + cells.sum(0), squares + (cells**2).sum(0)

@@ -6,7 +6,7 @@ plane of every layer is computed once, from the same neighbors as in the whole v
 and memory that does not grow with the third axis.
 
 Only layers that look along the third axis know of it, by one call each: `window` (convolutions), `delayed` (sums and
-concatenations of branches), `whole_cells` (folds). Outside a stream the three hand back what they are given. A layer
+concatenations of branches), `whole_cells` (folds). Outside a stream the three return their input. A layer
 made of such layers and of anything that works plane by plane (norms over channels, activations) streams as it is.
 
 Axes: (B, C, X, Y, Z).

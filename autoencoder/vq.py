@@ -75,7 +75,7 @@ class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
         latents_mean: Sequence[LatentMean] | None = None,
         latents_std: Sequence[LatentStd] | None = None,
         channel_names: Sequence[str] | None = None,
-        data: dict[str, Any] | None = None,
+        data: dict[str, object] | None = None,
         subjects: Sequence[Any] | None = None,
     ):
         super().__init__()

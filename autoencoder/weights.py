@@ -1,4 +1,4 @@
-"""The safetensors files of a model's folder, checked by their headers before anything is loaded."""
+"""Find the safetensors files of a model's folder, and check their headers before anything is loaded."""
 
 import inspect
 import math
@@ -34,7 +34,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def find_folder(source: str | os.PathLike) -> Path | None:
     """The folder of a model on this machine, `~` expanded; None where `source` can only be a repository of the Hub (user/name).
 
-    Raises: FileError for a path that is no folder.
+    Raises: FileError for a path that is not a folder.
     """
     text = os.path.expanduser(os.fspath(source))
     folder = Path(text)
@@ -48,7 +48,7 @@ def find_folder(source: str | os.PathLike) -> Path | None:
 
 
 def folder_to_save(place: str | os.PathLike) -> str:
-    """The folder to save to, `~` expanded. Raises: FileError for a file, where diffusers would save nothing and go on."""
+    """The folder to save to, `~` expanded. Raises: FileError for a file, where diffusers would continue without saving."""
     folder = os.path.expanduser(os.fspath(place))
     if os.path.isfile(folder):
         raise FileError(f"{folder}: is a file; give a folder to save to")
@@ -120,7 +120,7 @@ def check_weights(folder: Path, model_class: Any, variant: str | None = None) ->
         )
 
 
-def check_config(folder: Path, config: dict[str, Any], model_class: Any, tensors: int) -> None:
+def check_config(folder: Path, config: Mapping[str, Any], model_class: Any, tensors: int) -> None:
     """Check that a config.json is one of `model_class`, before a model is built of it: only the class's own arguments
     (diffusers would act on others, such as a quantization), and no more blocks than the `tensors` that are stored."""
     if config.get("_class_name", model_class.__name__) != model_class.__name__:
@@ -128,7 +128,7 @@ def check_config(folder: Path, config: dict[str, Any], model_class: Any, tensors
     known = {*inspect.signature(model_class.__init__).parameters, *PRIVATE}
     if unknown := sorted(config.keys() - known):
         raise ValueError(
-            f"{folder}: config.json names {_shorten(unknown)}, which no {model_class.__name__} has; is it of another version?"
+            f"{folder}: config.json names {_shorten(unknown)}, which {model_class.__name__} does not have; is it of another version?"
         )
     try:
         check_preprocessing(config.get("data"))
@@ -138,13 +138,13 @@ def check_config(folder: Path, config: dict[str, Any], model_class: Any, tensors
     _check_values(folder, {key: value for key, value in config.items() if key not in ("data", "subjects")})
     named = [found for found in map(config.get, ("classes", "numbers")) if isinstance(found, dict)]
     if (count := sum(map(len, named))) > tensors:
-        raise ValueError(f"{folder}: config.json names {count} conditions, its weights are {tensors} tensors")
+        raise ValueError(f"{folder}: config.json names {count} conditions, but its weights have {tensors} tensors")
     for key, value in config.items():
         if key.endswith("blocks") and (not isinstance(value, list) or not all(isinstance(n, int) for n in value)):
             raise ValueError(f"{folder}: config.json has {key} = {value!r}; a list of numbers of blocks was expected")
         if key.endswith("blocks") and max(sum(value), len(value)) > tensors:
-            asked = max(sum(value), len(value))
-            raise ValueError(f"{folder}: config.json asks for {asked} {key}, its weights are {tensors} tensors")
+            largest = max(sum(value), len(value))
+            raise ValueError(f"{folder}: config.json sets {largest} {key}, but its weights have {tensors} tensors")
 
 
 def _check_values(folder: Path, config: Any) -> None:
@@ -178,7 +178,7 @@ def _other_types(files: Iterable[Path], described: Mapping[str, torch.Tensor]) -
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The safetensors files that diffusers loads from one component's folder; what else lies there does not count.
+    """Return the safetensors files that diffusers loads from one component's folder; other files there do not matter.
 
     They are the shards that an index names, or else the one file; of `variant` (such as "fp16") if the folder has it.
 
@@ -207,7 +207,7 @@ def _shards(index: Path) -> list[Path]:
         places: dict[str, str] = read_object(index)["weight_map"]
         names = sorted(set(places.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileError(f"{index}: is no index of shards ({error!r:.200})") from error
+        raise FileError(f"{index}: is not an index of shards ({error!r:.200})") from error
     if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
         raise FileError(
             f"{index}: names files outside of its folder: {_shorten([repr(name)[:80] for name in outside])}"
@@ -230,7 +230,7 @@ def open_safetensors(path: Path) -> Any:
         if length > min(MOST_HEADER, os.fstat(file.fileno()).st_size - 8):
             raise ValueError(f"its header is of {length} bytes")
         if not isinstance(parse_json(file.read(length).decode()), dict):
-            raise ValueError("its header is no object")
+            raise ValueError("its header is not a JSON object")
     return safe_open(path, framework="pt")
 
 
@@ -246,7 +246,7 @@ def stored_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
             raise FileError(
-                f"{path}: is no whole safetensors file ({error}); was it downloaded to the end (`git lfs pull`)?"
+                f"{path}: truncated or corrupt safetensors file ({error}); was the download complete (`git lfs pull`)?"
             ) from error
     return shapes
 

@@ -1,4 +1,4 @@
-"""Self-attention over all cells of a level, through diffusers' dispatcher (native SDPA, flash, xformers, sage are one
+"""Self-attention over all positions of a level, through diffusers' dispatcher (native SDPA, flash, xformers, sage are one
 switch)."""
 
 import torch

@@ -1,4 +1,4 @@
-"""What autoencoder and data decide of a U-Net's config."""
+"""Complete a U-Net's config with the entries that autoencoder and data decide."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -26,8 +26,8 @@ def complete_model(
     data: DataFacts,
     images: Mapping[str, slice] | None = None,
 ) -> dict[str, Any]:
-    """Return the model section with what autoencoder and data decide; `num_labels: 0` asks for a model without a mask, and
-    `numbers` may keep the mean and std of the model that is fine-tuned.
+    """Return the model section with the entries that autoencoder and data decide. `num_labels: 0` keeps a model without a mask,
+    and `numbers` may keep the mean and std of the model that is fine-tuned.
 
     Args:
         data: the description of the training volumes (`volumes.describe`), or its facts alone.
@@ -49,5 +49,5 @@ def complete_model(
         given = section.get(name, value)
         known_numbers = name == "numbers" and given and value and set(given) == set(value)
         if given != value and not (name == "num_labels" and given == 0) and not known_numbers:
-            raise ValueError(f"model.{name} is {given}, but autoencoder and data make it {value}; leave it out")
+            raise ValueError(f"model.{name} is {given}, but autoencoder and data make it {value}; omit it")
     return {**decided, **section}

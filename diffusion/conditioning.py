@@ -1,4 +1,4 @@
-"""What conditions a U-Net: the conditions that a model knows, and their tensors for one batch.
+"""Conditions of a U-Net: the schema of a model, and the tensors of one batch.
 
 Axes: latents (B, C, h, w, d). A condition that is dropped has the value in `ABSENT`.
 """

@@ -1,4 +1,4 @@
-"""The denoising loop. There is one; the pipeline, the training previews and the tests call it."""
+"""The denoising loop that the pipeline, the training previews and the tests share."""
 
 import inspect
 import math
@@ -51,23 +51,21 @@ def set_timesteps(
     name = type(scheduler).__name__
     takes_sigmas = name.startswith("FlowMatch") and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
     if sigmas is not None and not takes_sigmas:
-        raise ValueError(f"{name} takes no sigmas: leave them out, or use FlowMatchEulerDiscreteScheduler")
+        raise ValueError(f"{name} does not take sigmas: omit them, or use FlowMatchEulerDiscreteScheduler")
     if sigmas is not None:
         moved = spacing(scheduler.config) + [one for one in ("shift_terminal",) if scheduler.config[one] is not None]
         if moved or scheduler.shift != 1:
             moving = ", ".join([*moved, *(["shift"] if scheduler.shift != 1 else [])])
-            raise ValueError(
-                f"sigmas are visited as they are given, {name}'s {moving} would move them; leave out either"
-            )
+            raise ValueError(f"sigmas are used unchanged, but {name}'s {moving} would change them; omit either")
     if takes_sigmas:
         even = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
-        asked: dict[str, Any] = {"sigmas": even if sigmas is None else list(sigmas)}
+        schedule: dict[str, int] | dict[str, list[float]] = {"sigmas": even if sigmas is None else list(sigmas)}
     else:
         _check_span(scheduler, num_inference_steps)
-        asked = {"num_inference_steps": num_inference_steps}
-    scheduler.set_timesteps(**asked, device="cpu")  # to be looked at: the device may be one without data
+        schedule = {"num_inference_steps": num_inference_steps}
+    scheduler.set_timesteps(**schedule, device="cpu")  # to be looked at: the device may be one without data
     check_levels(scheduler, num_inference_steps if sigmas is None else len(sigmas), begins_anywhere=sigmas is not None)
-    scheduler.set_timesteps(**asked, device=device)
+    scheduler.set_timesteps(**schedule, device=device)
     return scheduler.timesteps
 
 
@@ -76,7 +74,7 @@ def _check_span(scheduler: Scheduler, num_inference_steps: int) -> None:
     steps of a schedule of 300 are one long, begin at 199, and take what is pure noise for half an image (DDIM: or step where
     they do not say).
 
-    Raises: ValueError for more steps than were trained, and where rounding leaves out more than a tenth of the schedule,
+    Raises: ValueError for more steps than were trained, and where rounding skips more than a tenth of the schedule,
     naming numbers of steps that fit.
     """
     config, name = scheduler.config, type(scheduler).__name__

@@ -21,7 +21,7 @@ def guidance_in_effect(scale: Guidance, name: str = "guidance_scale") -> float |
     the prediction under the conditions, alone (a model's card may ask for 0.0). So a value below 1 neither weakens a
     condition nor takes it away; to do without a condition, leave it out. Of a mapping, the conditions that are guided.
 
-    Raises: ValueError for a value that is no number of at least 0, NaN and infinity included, by `name`.
+    Raises: ValueError with `name` for a value that is not a finite number of at least 0.
     """
     if isinstance(scale, Mapping):
         scales = {one: _effective(value, f"{name} of {one}") for one, value in scale.items()}
@@ -37,7 +37,7 @@ def _effective(scale: Any, name: str) -> float:
     is_number = issubclass(type(value), Real) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= sys.float_info.max:
         raise ValueError(
-            f"{name} is a number of 0 or more (up to 1 is no guidance, 2 to 5 are usual), or one for each condition such as "
+            f"{name} must be a number of 0 or more (up to 1 means no guidance, 2 to 5 are usual), or one per condition such as "
             f"{{'mask': 2.0}}; got {scale!r:.120}"
         )
     return max(float(value), 1.0)

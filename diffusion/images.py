@@ -1,4 +1,4 @@
-"""Images as conditions: the latents of the channels that are given, beside the noisy latents of all channels.
+"""Images as conditions: the clean latents of the condition channels, beside the noisy latents of all channels.
 
 Axes: latents (B, C, h, w, d). For each image, in alphabetical order of their names: its C latents, then one channel
 that is 1 where the image is given; all 0 where it is absent.

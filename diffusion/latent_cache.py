@@ -1,5 +1,5 @@
 """Latents of a whole data set on disk: mean and standard deviation of each volume's posterior, so that training draws
-z anew each time.
+z again each time.
 
 One safetensors file an entry, in a folder named by a hash of the autoencoder, the data and the augmentation: a stale
 cache is never read, another one is built beside it. Latents (C, h, w, d); masks (X, Y, Z) int16 label indices, padded
@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -27,12 +27,13 @@ from torch.utils.data import Dataset
 from autoencoder import VolumeAutoencoder
 from autoencoder.cache_config import LatentCacheConfig
 from autoencoder.layers import as_stride
-from autoencoder.losses import cells_inside
+from autoencoder.losses.reconstruction import cells_inside
 from autoencoder.model import deciding
 from cli.live_bar import LiveBar
 from files.atomic import atomic_file, remove_leftovers
 from files.remote import is_url, plain_path
 from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple, volume_parts
+from volumes.data.dataset import Sample
 
 from .conditioning import Conditions
 from .folding import fold_mask
@@ -112,7 +113,7 @@ def deformed(
 
 
 def _version(
-    item: dict, stride: Sequence[int], config: LatentCacheConfig, seed: int, index: int, version: int, order: int
+    item: Sample, stride: Sequence[int], config: LatentCacheConfig, seed: int, index: int, version: int, order: int
 ) -> dict[str, Tensor]:
     """One version of a volume, padded to multiples of the stride: image (1, C, X, Y, Z), fov (1, 1, X, Y, Z), mask
     (X, Y, Z) if there is one. `order` is that of the splines by which images are deformed."""
@@ -152,10 +153,10 @@ def build_latent_cache(
     shard: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> "LatentDataset":
-    """Encode what is not yet in the cache and return the data set of latents.
+    """Encode the volumes that are not in the cache yet, and return the data set of latents.
 
     Args:
-        folder: the cache lives in `folder/<key>`; entries already there are kept, so an interrupted build goes on. At a URL
+        folder: the cache lives in `folder/<key>`; existing entries are kept, so an interrupted build resumes. At a URL
             (`LatentStore`), entries are copied to this machine when they are read.
         config: the versions of each volume; its `folder` is not read.
         seed: seed of the augmented versions.
@@ -201,7 +202,7 @@ def build_latent_cache(
             except (SafetensorError, OSError) as error:
                 raise ValueError(
                     f"{file}: the latent cache could not be written ({error}); make room on the disk, or set cache.folder to "
-                    "another one. The same command goes on with what is there"
+                    "another one. The same command keeps the existing entries and continues"
                 ) from error
     conditions = [dataset.conditions(i) for i, versions in enumerate(files) for _ in versions]
     names = [_described(dataset, i, v) for i, versions in enumerate(files) for v in range(len(versions))]
@@ -269,7 +270,7 @@ class LatentDataset(Dataset):
             entry = self._read(file)
         except DamagedEntry as error:
             raise ValueError(
-                f"{file}: a damaged entry of the latent cache, of {self.names[index]} ({error}); go on with --resume latest, "
+                f"{file}: a damaged entry of the latent cache, of {self.names[index]} ({error}); continue with --resume latest, "
                 "which makes it again"
             ) from error
         entry["std"] = entry["std"].expand_as(entry["mean"])
@@ -290,9 +291,18 @@ class LatentDataset(Dataset):
             raise self.store.damaged(file.name, str(error)) from error
 
 
+class LatentBatch(TypedDict):
+    """A batch of latents: `mean` and `std` (B, C, h, w, d), `weight` (B, 1, h, w, d), and the conditions of each."""
+
+    mean: Tensor
+    std: Tensor
+    weight: Tensor
+    conditions: Conditions
+
+
 def collate_latents(
     items: Sequence[dict], stride: Sequence[int], num_labels: int, images: Mapping[str, slice] | None = None
-) -> dict[str, Any]:
+) -> LatentBatch:
     """A batch of entries of any shapes, each cropped or padded to the shape of the first, at a random place.
 
     Volumes have their own shapes; a batch needs one. It is another one each time, so the model sees whole volumes,
@@ -327,4 +337,4 @@ def collate_latents(
         mask=fold_mask(torch.stack(rows["mask"]), as_stride(stride), num_labels) if num_labels else None,
         image=image_condition(batch["mean"], images, batch["weight"]) if images else None,
     )
-    return {**batch, "conditions": conditions}
+    return {"mean": batch["mean"], "std": batch["std"], "weight": batch["weight"], "conditions": conditions}

@@ -1,6 +1,6 @@
 """One entry of a latent cache on disk: tensors in safetensors, with a digest of its name and of them in the header.
 
-The digest tells an entry that is truncated, zeroed or flipped, and one that has another's content, from what was written. It is
+The digest detects an entry that is truncated, zeroed or flipped, and one with the content of another. It is
 compared the first time that a process opens the file, and again only when the file has been touched since.
 """
 
@@ -22,7 +22,7 @@ NEEDED = ("mean", "std", "inside")
 
 
 class DamagedEntry(ValueError):
-    """An entry that is not what was written under its name."""
+    """An entry whose content differs from the one written under its name."""
 
 
 def entry_digest(name: str, tensors: Mapping[str, Tensor]) -> str:
@@ -67,7 +67,7 @@ class EntryReader:
             if written is None:
                 raise DamagedEntry("it has no digest")
             if written != entry_digest(name, tensors):
-                raise DamagedEntry("its content is not what was written under its name")
+                raise DamagedEntry("its content differs from the one written under its name")
             if not all(key in tensors for key in NEEDED):
                 raise DamagedEntry(f"it holds {sorted(tensors)}")
             if not all(tensors[key].isfinite().all() for key in ("mean", "std")):
@@ -77,7 +77,7 @@ class EntryReader:
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Changes with the file. Raises: OSError for what is not a regular file: a pipe would be waited for."""
+    """Changes with the file. Raises: OSError unless it is a regular file: a pipe would block."""
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
         raise OSError("it is not a regular file")

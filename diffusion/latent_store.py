@@ -55,7 +55,7 @@ class LatentStore:
         except Exception as error:  # each file system has errors of its own
             raise ValueError(
                 f"{self.url}/{found}: the latent cache could not be written ({type(error).__name__}: {error}); make room and "
-                "check its permissions, or set cache.folder to another place. The same command goes on with what is there"
+                "check its permissions, or set cache.folder to another place. The same command keeps the existing entries and continues"
             ) from error
         self.known[name] = found
 
@@ -65,7 +65,7 @@ class LatentStore:
             self.refresh()
         if file.name not in self.known:
             raise ValueError(
-                f"{self.url}: has no entry {file.stem} any more; go on with --resume latest, which makes it"
+                f"{self.url}: has no entry {file.stem} any more; continue with --resume latest, which writes it"
             )
         found = self.known[file.name]
         _, length, digest = OBJECT.fullmatch(found).groups()  # pyright: ignore[reportOptionalMemberAccess]
@@ -76,11 +76,11 @@ class LatentStore:
         except OSError as error:
             raise ValueError(
                 f"{file}: an entry of the latent cache could not be copied here ({error}); make room, or set MEDVOLUME_CACHE "
-                "to another folder, and go on with --resume latest"
+                "to another folder, and continue with --resume latest"
             ) from error
 
     def damaged(self, name: str, why: str) -> ValueError:
-        """What is to be said of an entry whose object is damaged."""
+        """Return the error for an entry whose object is damaged."""
         return ValueError(
-            f"{self.url}/{self.known[name]}: is damaged: {why}; delete it, and go on with --resume latest, which makes it again"
+            f"{self.url}/{self.known[name]}: is damaged: {why}; delete it, and continue with --resume latest, which writes it again"
         )

@@ -21,7 +21,7 @@ def training_loss(
     each: bool = False,
 ) -> Tensor:
     """Mean squared error of the prediction over the latent cells inside the field of view (Ho et al. 2020, Eq. 14), or its
-    mean absolute error (as WaveGrad's, Chen et al. 2021); each volume counts the same, as in autoencoder/losses.py.
+    mean absolute error (as WaveGrad's, Chen et al. 2021); each volume counts the same, as in autoencoder/losses/reconstruction.py.
 
     Args:
         unet: the model, wrapped by Accelerate or not.

@@ -1,4 +1,4 @@
-"""What the denoiser is trained to predict, and the schedulers that speak the same language. Latents: (B, C, h, w, d),
+"""Training objectives of the denoiser, and the schedulers that fit them. Latents: (B, C, h, w, d),
 unit variance.
 
 Timesteps are in the scheduler's units, 0 (clean) to 1000 (noise), for every objective; v and eps may be trained with
@@ -52,7 +52,7 @@ TRAINED_WITH = ("beta_schedule", "prediction_type", "rescale_betas_zero_snr", "t
 def check_objective(objective: str) -> None:
     """Raises: ValueError naming the known objectives."""
     if objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
+        raise ValueError(f"unknown objective {objective!r}; expected one of {', '.join(OBJECTIVES)}")
 
 
 def check_train_steps(objective: str, train_steps: int | None) -> None:
@@ -76,7 +76,7 @@ def make_scheduler(
     Args:
         train_steps: of the schedule of v and eps.
         name: another class of diffusers', such as DDPMScheduler, whose samples are drawn by Algorithm 2 of Ho et al. 2020.
-        bound: largest size of what is sampled (`VolumeAutoencoder.latent_bound`); samplers that can clip x0 to it do.
+        bound: largest absolute value of a sample (`VolumeAutoencoder.latent_bound`); samplers that can clip x0 to it do.
     Raises: ValueError for a class that does not fit the objective.
     """
     check_objective(objective)
@@ -93,7 +93,7 @@ def make_scheduler(
         )
     known = FLOW_SCHEDULERS if objective == RECTIFIED_FLOW else DIFFUSION_SCHEDULERS
     if name is not None and name not in known:
-        raise ValueError(f"scheduler {name!r} does not fit {objective}; known: {', '.join(known)}")
+        raise ValueError(f"scheduler {name!r} does not fit {objective}; expected one of {', '.join(known)}")
     kind = type(default) if name is None else getattr(diffusers, name)
     clipping = {} if bound is None else {"clip_sample": True, "clip_sample_range": float(bound)}
     if not clipping.keys() <= inspect.signature(kind).parameters.keys():
@@ -164,7 +164,7 @@ def fit_scheduler(scheduler: Scheduler, objective: str, train_steps: int = TRAIN
     return type(scheduler).from_config({key: one for key, one in config.items() if key not in carried}, **wanted)
 
 
-def _wanted(scheduler: Scheduler, objective: str, train_steps: int, by_hand: set[str]) -> dict[str, Any]:
+def _wanted(scheduler: Scheduler, objective: str, train_steps: int, by_hand: set[str]) -> dict[str, object]:
     """The options that the model decides, of those that the scheduler's class has."""
     name, config = type(scheduler).__name__, scheduler.config
     mine, other = SHIFTS if name.startswith("FlowMatch") else SHIFTS[::-1]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cli.settings import (
+    Hint,
     InnerShare,
     PositiveInt,
     PositiveShare,
@@ -28,7 +29,7 @@ SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "u
 SHIFTS = ("shift", "flow_shift")  # one thing under two names: of FlowMatch schedulers, and of the others on flows
 MAX_TIMESTEPS = 100_000  # of a schedule, of which tables are made; the usual number is 1,000
 Size: Any = Annotated[float, Range(0, 1e6, above=True)]
-VALUES: dict[str, Any] = {  # what an option may be, but for True and False, lambda_min_clipped and solver_p
+VALUES: dict[str, Hint] = {  # what an option may be, but for True and False, lambda_min_clipped and solver_p
     "num_train_timesteps": Annotated[int, Range(1, MAX_TIMESTEPS)],
     **dict.fromkeys(("beta_start", "beta_end"), InnerShare),
     "trained_betas": list[InnerShare] | None,
@@ -68,7 +69,7 @@ MAX_GROWTH = 32  # of an eps model's error in one step: DDIM visiting 1,000 step
 BLUR = (5.0, 0.2)  # levels (noise over signal) that one step may not lie between: structure arises there
 
 
-def parameters(kind: type) -> dict[str, Any]:
+def parameters(kind: type) -> dict[str, object]:
     """The options of a class of schedulers, and their defaults."""
     return {name: one.default for name, one in inspect.signature(kind.__init__).parameters.items() if name != "self"}
 
@@ -99,7 +100,7 @@ def check_options(kind: type, options: Mapping[str, Any], flow: bool) -> None:
 
 
 def _malformed(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(option, what it must be)."""
+    """Yield (option, its valid values)."""
     for option, value in options.items():
         hint = VALUES.get(option)
         long = isinstance(value, list | tuple) and len(value) > MAX_TIMESTEPS
@@ -136,7 +137,7 @@ def _unfit_levels(name: str, options: Mapping[str, Any], flow: bool) -> Iterator
     if options.get("invert_sigmas"):
         yield "invert_sigmas", "it runs from data to noise; invert_sigmas=False"
     if len(spaced) > 1:
-        yield spaced[0], f"{' and '.join(spaced[1:])} asked for as well; choose one"
+        yield spaced[0], f"{' and '.join(spaced[1:])} set as well; choose one"
     if flow and spaced and (name == DPM or (name == UNIPC and spaced != ["use_karras_sigmas"])):
         instead = (
             "" if spaced[0] == "use_lu_lambdas" else f", or use FlowMatchEulerDiscreteScheduler, which has {spaced[0]}"
@@ -260,7 +261,7 @@ def check_levels(scheduler: Scheduler, num_inference_steps: int, *, begins_anywh
         return ValueError(f"{type(scheduler).__name__} with {given}: {why}")
 
     if steps != num_inference_steps:
-        raise refuse(f"gives {steps} steps; leave out lambda_min_clipped, or timestep_spacing='linspace'")
+        raise refuse(f"gives {steps} steps; omit lambda_min_clipped, or timestep_spacing='linspace'")
     if not (torch.isfinite(timesteps).all() and (timesteps >= 0).all() and torch.isfinite(levels).all()):
         raise refuse("has no such levels of noise; use more steps, or leave the options out")
     if not flow and timesteps[0] > total - 1:

@@ -24,6 +24,7 @@ from cli.settings import (
     Range,
     ShareBelowOne,
 )
+from volumes.data.subjects import SubjectRecord
 
 from .attention import SelfAttention
 from .condition_embedding import ConditionEmbedding
@@ -91,12 +92,12 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         numbers: mean and std of each number that conditions the model, e.g. {"age": {"mean": 50.0, "std": 18.0}}.
         images: latent channels of each image that conditions the model, e.g. {"ct": 6, "pet": 6}; see `diffusion.images`.
         train_steps: of the schedule that v or eps is trained with; 1000 if absent. Stored here for the same reason.
-        condition_dropout: how often training leaves out each condition, such as {"mask": 0.1, "sex": 0.2}; those that it
-            never left out cannot be guided (Ho & Salimans 2022).
+        condition_dropout: how often training drops each condition, such as {"mask": 0.1, "sex": 0.2}; those that were
+            never dropped cannot be guided (Ho & Salimans 2022).
         subjects: records of whose volumes it was trained on (`volumes.data.subjects`); train_ldm.py sets it.
     """
 
-    lora_subjects: dict[str, Any]  # records of the training subjects of each attached LoRA; set when one is loaded
+    lora_subjects: dict[str, Sequence[SubjectRecord] | None]  # of each attached LoRA; set when one is loaded
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TimeResidualBlock"]
     _repeated_blocks = ["TimeResidualBlock"]  # of `compile_repeated_blocks`

@@ -36,6 +36,7 @@ from training import TrainLdmConfig, parse_config
 from volumes import (
     PHANTOM_CLASSES,
     Case,
+    FigureCase,
     load_cases,
     make_phantom,
     read_mask,
@@ -222,15 +223,14 @@ def edits(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
         "cavity of 8 mm": (*insert_lesion(mask_volume, ellipsoid(8, mask_volume.spacing), middle, 0), 1.0),
     }
     editor = MedVolumeEditPipeline.from_pipe(pipe)
-    outline = {"mask": mask_volume.array, "spacing": mask_volume.spacing}
-    columns = [{"title": f"{case.name}, real", "images": {"image": real}, **outline}]
+    images = {f"{case.name}, real": real}
     measured = {}
     for title, (edited, region, strength) in requests.items():
         (generator,) = seeds(1)
         out = editor(
             mask=edited, image=path, region=region, strength=strength, generator=generator, output_type="np"
         ).volumes[0][0]
-        columns.append({"title": title, "images": {"image": out}, **outline})
+        images[title] = out
         inside = np.ones(real.shape, bool) if region is None else region.array[0] > 0
         measured[title] = {
             "voxels in the region": float(inside.sum()),
@@ -239,6 +239,10 @@ def edits(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
         }
         if region is not None:
             measured[title]["border jump"] = border_jump(out, inside)
+    columns: list[FigureCase] = [
+        {"title": title, "images": {"image": image}, "mask": mask_volume.array, "spacing": mask_volume.spacing}
+        for title, image in images.items()
+    ]
     return slices_figure(columns), measured
 
 

@@ -119,8 +119,8 @@ class PaddedVolumes:
             scale=tuple(map(tuple, item["scale"].tolist())),
         )
         for key in ("mask", "classes", "numbers"):
-            if key in item:
-                volume[key] = item[key]
+            if (values := item.get(key)) is not None:
+                volume[key] = values
         return volume
 
     def __iter__(self) -> Iterator[WholeVolume]:

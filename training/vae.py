@@ -23,8 +23,8 @@ from autoencoder import (
     mse_loss,
     spectrum_loss,
 )
-from autoencoder.adversarial import draw_slices
-from autoencoder.losses import cells_inside
+from autoencoder.losses.adversarial import draw_slices
+from autoencoder.losses.reconstruction import cells_inside
 from cli.live_bar import LiveBar
 from files.documents import read_object
 from volumes import CropDataset, VolumeDataset, slices_figure

@@ -39,7 +39,7 @@ class CropConfig:
 @dataclass
 @checked
 class AutoencoderLosses:
-    """Weights of the autoencoder's losses, each averaged inside the field of view; see autoencoder/losses.py."""
+    """Weights of the autoencoder's losses, each averaged inside the field of view; see autoencoder/losses/reconstruction.py."""
 
     l1: NonNegativeFloat = 1.0
     mse: NonNegativeFloat = 0.0
@@ -52,7 +52,7 @@ class AutoencoderLosses:
 @dataclass
 @checked
 class AdversarialConfig:
-    """A discriminator of slices and volumes, which sharpens reconstructions; see autoencoder/adversarial.py.
+    """A discriminator of slices and volumes, which sharpens reconstructions; see autoencoder/losses/adversarial.py.
 
     Args:
         weight: weight of the adversarial loss.
@@ -62,7 +62,7 @@ class AdversarialConfig:
         warmup_steps: after the start, steps over which both weights rise from 0, while the discriminator learns.
         slices: planes per volume and step that the discriminator sees; 0 for none.
         volume: whether it also sees whole patches.
-        channels, layers: size of the discriminators, see `autoencoder.adversarial.VolumeDiscriminator`.
+        channels, layers: size of the discriminators, see `autoencoder.losses.adversarial.VolumeDiscriminator`.
         optimizer: the discriminator's optimizer; its gradient_accumulation is always the autoencoder's.
     """
 
@@ -89,7 +89,7 @@ class AdversarialConfig:
 @dataclass
 @checked
 class PerceptualConfig:
-    """A perceptual loss: a frozen network's features of image and reconstruction should agree; see autoencoder/perceptual.py.
+    """A perceptual loss: a frozen network's features of image and reconstruction should agree; see autoencoder/losses/perceptual.py.
 
     Args:
         network: a local path: a folder that train_vae.py wrote (the features are those of its encoder, in three

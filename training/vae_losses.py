@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from autoencoder import VolumeAutoencoder
-from autoencoder.adversarial import (
+from autoencoder.losses.adversarial import (
     Slices,
     VolumeDiscriminator,
     adaptive_weight,
@@ -16,7 +16,7 @@ from autoencoder.adversarial import (
     feature_matching_loss,
     generator_loss,
 )
-from autoencoder.perceptual import EncoderFeatures, VGG16Features, perceptual_loss
+from autoencoder.losses.perceptual import EncoderFeatures, VGG16Features, perceptual_loss
 from pipelines.storage.loading import load_autoencoder
 
 from .engine.learner import Learner

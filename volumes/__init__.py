@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .data.config import DataConfig, PhantomConfig
     from .data.crops import CropDataset
     from .data.dataset import VolumeDataset, describe, pad_sample
-    from .figures import shapes_figure, slices_figure
+    from .figures import FigureCase, shapes_figure, slices_figure
     from .formats.dicom_out import write_dicom
     from .formats.nifti import (
         VoxelError,
@@ -42,6 +42,7 @@ __all__ = [
     "Case",
     "CropDataset",
     "DataConfig",
+    "FigureCase",
     "IntensityScaling",
     "LinearScale",
     "PhantomConfig",

@@ -168,7 +168,7 @@ class DataDescription:
         required = {"channels", "labels", "spacing", "intensity", "shape_range", "affine"}
         if missing := sorted(required - value.keys()):
             raise ValueError(f"data has no {' and no '.join(missing)}; volumes.describe writes it")
-        data: dict[str, Any] = dict(value)
+        data = dict(value)
         image_labels = _labels("image_labels", data.pop("image_labels", {}))
         channels = _channels(data.pop("channels"), are_files=not image_labels)
         description = cls(

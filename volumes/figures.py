@@ -6,7 +6,7 @@ import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import numpy as np
 import torch
@@ -25,14 +25,36 @@ PAGE_INCHES = 24.0  # the longest side of a figure
 LIGHT = (-0.3, 0.8, 0.6)  # toward it, in RAS: from the viewer, above and to the left
 
 
-def slices_figure(cases: Sequence[dict[str, Any]]) -> Figure:
+class FigureCase(TypedDict, total=False):
+    """A case of `slices_figure`.
+
+    Attributes:
+        title: text before the first row.
+        images: {name: (X, Y, Z) or (C, X, Y, Z) array or tensor}.
+        channels: names of the C channels.
+        mask: (X, Y, Z) of labels.
+        spacing: (x, y, z) in mm; 1 mm if absent.
+        windows: {channel or image name: (black, white)} in the images' units.
+        center: voxel.
+        axes: directions of the array's axes, as nibabel's `aff2axcodes` gives them; ("R", "A", "S") if absent.
+        labels: whether the images are label maps too.
+    """
+
+    title: str
+    images: Required[Mapping[str, Any]]
+    channels: Sequence[str]
+    mask: Any
+    spacing: Sequence[float] | None
+    windows: Mapping[str, tuple[float, float]]
+    center: Sequence[int] | None
+    axes: Sequence[str]
+    labels: bool
+
+
+def slices_figure(cases: Sequence[FigureCase]) -> Figure:
     """Three orthogonal slices of every image of every case: a row for each channel of a case, and for each plane the mask and the
     images side by side, in the proportions of the body.
 
-    A case is {"title": str, "images": {name: (X, Y, Z) or (C, X, Y, Z) array or tensor}, "channels": names of the C channels (optional),
-    "mask": (X, Y, Z) of labels (optional), "spacing": (x, y, z) in mm (optional, 1 mm), "windows": {channel or image name: (black, white)}
-    in the images' units (optional), "center": voxel (optional), "axes": where the array's axes point to, as nibabel's `aff2axcodes`
-    (optional, ("R", "A", "S")), "labels": whether the images are label maps too (optional)}.
     Slices go through the center voxel, or the center of what the mask marks (label > 0), or of the volume. The outline of the mask is
     drawn on the images. Without a window, a row has percentiles 0.5 and 99.5 of its first image; which gray scale a row has is written
     beside it. Axes that point to R, A and S give pictures with the patient's right on the right (neurological convention), anterior or
@@ -80,17 +102,18 @@ class _Row:
     labels: bool
 
 
-def _rows_of(case: dict[str, Any]) -> list[_Row]:
+def _rows_of(case: FigureCase) -> list[_Row]:
     arrays = {name: _channels(image) for name, image in case["images"].items()}
-    mask = _channels(case["mask"])[0] if case.get("mask") is not None else None
+    mask = None if (labels := case.get("mask")) is None else _channels(labels)[0]
     shape = next(array.shape[-3:] for array in [*arrays.values(), mask] if array is not None)
-    spacing = tuple(float(length) for length in case["spacing"]) if case.get("spacing") is not None else (1.0,) * 3
+    lengths = case.get("spacing")
+    spacing = (1.0,) * 3 if lengths is None else tuple(map(float, lengths))
     count = max((len(array) for array in arrays.values()), default=1)
     channels = list(case.get("channels") or ([""] if count == 1 else [f"channel {c}" for c in range(count)]))
     given, rows = case.get("windows", {}), []
     for index, channel in enumerate(channels):
         images = {name: array[index] for name, array in arrays.items() if index < len(array)}
-        usual = np.percentile(next(iter(images.values())), [0.5, 99.5]).tolist() if images else (0.0, 1.0)
+        usual = tuple(np.percentile(next(iter(images.values())), [0.5, 99.5]).tolist()) if images else (0.0, 1.0)
         windows = {name: given.get(channel, given.get(name, usual)) for name in images}
         several = len(set(map(tuple, windows.values()))) > 1
         told = [f"{name + ' ' if several else ''}{low:.4g} to {high:.4g}" for name, (low, high) in windows.items()]
@@ -123,8 +146,8 @@ def _across(axis: int) -> tuple[int, int]:
 
 
 def shapes_figure(rows: Mapping[str, Sequence[Any]]) -> Figure:
-    """Shapes (X, Y, Z), label > 0, as lit surfaces: a row a name. Anterior faces the viewer, superior is up, and the
-    patient's right is on the right, as in `slices_figure`: what is seen is the mirror image of a view from the front."""
+    """Shapes (X, Y, Z), label > 0, as lit surfaces: one row per name. Anterior faces the viewer, superior is up, and the
+    patient's right is on the right, as in `slices_figure`: the picture is the mirror image of a view from the front."""
     names, count = list(rows), max(map(len, rows.values()), default=0)
     if not count:
         raise ValueError("shapes_figure needs at least one shape")
@@ -166,15 +189,16 @@ def _draw_row(panels: np.ndarray, row: _Row, parts: Sequence[str]) -> None:
             continue
         across, up = _across(axis)
         drawn = picture.take(row.center[axis], axis=axis).T
-        shown: dict[str, Any] = {"origin": "lower", "aspect": row.spacing[up] / row.spacing[across]}
+        aspect = row.spacing[up] / row.spacing[across]
         if part == "mask" or row.labels:
             # labels beyond the palette start again after the background's black
             wrapped = np.where(drawn > 0, (drawn - 1) % (len(LABEL_COLORS) - 1) + 1, 0)
             colors = ListedColormap(LABEL_COLORS)
-            panel.imshow(wrapped, colors, vmin=0, vmax=len(LABEL_COLORS) - 1, interpolation="nearest", **shown)
+            top = len(LABEL_COLORS) - 1
+            panel.imshow(wrapped, colors, vmin=0, vmax=top, interpolation="nearest", origin="lower", aspect=aspect)
         else:
             low, high = row.windows[part]
-            panel.imshow(drawn, "gray", vmin=low, vmax=max(high, low + 1e-6), **shown)
+            panel.imshow(drawn, "gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower", aspect=aspect)
             if row.mask is not None:
                 limits = panel.get_xlim(), panel.get_ylim()
                 _outline(panel, row.mask.take(row.center[axis], axis=axis).T)

@@ -59,7 +59,7 @@ class IntensityScaling:
     def fit(self, array: np.ndarray) -> LinearScale:
         """The scale of one whole volume (one channel, any shape, file units).
 
-        Raises: VolumeError for a volume of which nothing is left: one that is constant, whose percentiles coincide, or
+        Raises: VolumeError for a volume without contrast: one that is constant, whose percentiles coincide, or
         whose voxels all lie on one side of the window.
         """
         lowest, highest = float(array.min()), float(array.max())
@@ -90,7 +90,7 @@ class IntensityScaling:
 
 
 def few_inside(shares: Sequence[float], names: Sequence[str], limits: tuple[float, float]) -> str | None:
-    """What is to be said of volumes of which a window shows little, if there are any.
+    """Return a warning if a window shows little of some volumes.
 
     Args:
         shares: `IntensityScaling.share_inside` of one channel of each volume.

@@ -32,7 +32,7 @@ def label_indices(
             unknown.append(value)
     if unknown:
         raise VolumeError(
-            f"{name}: mask holds labels {sorted(unknown)} that are not known (known are {order}); name or map them"
+            f"{name}: mask holds labels {sorted(unknown)} that have no name (named are {order}); name or map them"
         )
     return table[labels]
 

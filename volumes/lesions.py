@@ -1,4 +1,4 @@
-"""Lesions put into label maps and taken out of them. Each function gives the edited mask and the region that it takes to make
+"""Insert lesions into label maps, and remove them. Each function gives the edited mask and the region that it takes to make
 the image match, for `editor(mask=edited, image=image, region=region)`.
 
 Masks are volumes (1, X, Y, Z) of label values in RAS+ order, as `volumes.read_mask` reads them; positions are voxels of that
@@ -39,7 +39,7 @@ def insert_lesion(
     within: Collection[int] | None = None,
     margin: float = REGION_MARGIN_MM,
 ) -> tuple[Volume, Volume]:
-    """The mask with `label` where the lesion is, and the region to make anew.
+    """The mask with `label` where the lesion is, and the region to generate again.
 
     Args:
         shape: of the lesion, not 0 (x, y, z) where it is, on the mask's voxels; its center goes to `position`.
@@ -77,7 +77,7 @@ def remove_lesion(
     position: Sequence[int] | None = None,
     margin: float = REGION_MARGIN_MM,
 ) -> tuple[Volume, Volume]:
-    """The mask with `replacement` in place of `label`, and the region to make anew.
+    """The mask with `replacement` in place of `label`, and the region to generate again.
 
     Args:
         position: a voxel of the lesion that is removed, the connected component (26 neighbors) of `label` that holds it; None:

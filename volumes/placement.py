@@ -1,4 +1,4 @@
-"""Padding and cropping that remember what they did: a `Placement` is applied, undone, asked for its field of view.
+"""Reversible padding and cropping: a `Placement` can be applied and undone, and it has a field of view.
 
 Spatial axes are the last three, whatever precedes them; numpy arrays and torch tensors are both fine.
 """

@@ -1,4 +1,4 @@
-"""What is odd in a volume's geometry: said by the doctor, at training and at generation, in the same words.
+"""Find oddities in a volume's geometry. The doctor, training and generation report them in the same words.
 
 A header that cannot be meant is refused when it is read (`stored.check_grid`), a resampling when it is asked for.
 """
@@ -24,7 +24,7 @@ MANY = 64.0  # times as many voxels
 
 @dataclass(frozen=True)
 class Oddity:
-    """Something odd: `check` is what it is about, `what` and `remedy` are the same for all volumes that have it, `detail` is this
+    """An oddity: `check` is its subject, `what` and `remedy` are the same for all volumes that have it, `detail` is this
     one's own."""
 
     check: str
@@ -37,7 +37,7 @@ class Oddity:
 
 
 def header_oddities(grid: SourceGrid) -> list[Oddity]:
-    """What is odd in a stored grid: its unit, the size of its voxels, its shape, and its transforms."""
+    """Find oddities in a stored grid: its unit, the size of its voxels, its shape, and its transforms."""
     found, spacing = [], affine_spacing(grid.affine)
     size = f"{' x '.join(f'{mm:.4g}' for mm in spacing)} mm"
     if not grid.qform_code and not grid.sform_code:
@@ -63,7 +63,7 @@ def header_oddities(grid: SourceGrid) -> list[Oddity]:
 
 
 def resampling_oddities(before: Sequence[int], after: Sequence[int]) -> list[Oddity]:
-    """What is odd in resampling (X, Y, Z) voxels to others: next to nothing is left, or far more."""
+    """Find oddities in resampling (X, Y, Z) voxels to others: far fewer voxels, or far more."""
     found, detail = [], f"{' x '.join(map(str, before))} to {' x '.join(map(str, after))} voxels"
     remedy = "make sure that the header's unit and data.spacing are right, or set data.units"
     if any(new < FEW and 2 * new <= old for old, new in zip(before, after, strict=True)):

@@ -32,14 +32,14 @@ def resample(volume: Volume, spacing: tuple[float, float, float] | list[float], 
     x, y, z = (max(1, round(n)) for n in (np.array(volume.shape) * old / new).tolist())
     shape = (x, y, z)
     sizes = [" x ".join(f"{mm:.4g}" for mm in of) for of in (volume.spacing, spacing)]
-    asked = f"resampling {_by(volume.shape)} voxels of {sizes[0]} mm to {sizes[1]} mm gives {_by(shape)}"
+    change = f"resampling {_by(volume.shape)} voxels of {sizes[0]} mm to {sizes[1]} mm gives {_by(shape)}"
     remedy = "correct the header's unit or data.spacing, or set data.units"
     if any(after == 1 and before >= MIN_COUNT for before, after in zip(volume.shape, shape, strict=True)):
-        raise VolumeError(f"{asked}, so that no volume is left; {remedy}")
+        raise VolumeError(f"{change}, which leaves no volume; {remedy}")
     try:
         check_room("resampling", (len(volume.array), *shape), 4)
     except VolumeError as error:
-        raise VolumeError(f"{asked}, more than fits into memory ({error}); {remedy}") from error
+        raise VolumeError(f"{change}, more than fits into memory ({error}); {remedy}") from error
     affine = volume.affine.copy()
     affine[:3, :3] *= new / old
     center = volume.affine[:3] @ [*((np.array(volume.shape) - 1) / 2), 1]

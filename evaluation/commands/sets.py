@@ -7,7 +7,7 @@ import torch
 from jsonargparse import Namespace
 from torch import nn
 
-from autoencoder.perceptual import VGG16Features
+from autoencoder.losses.perceptual import VGG16Features
 from evaluation.data.volume_sets import VolumeSet, generated_set, real_set
 from evaluation.metrics.features import (
     PLANES,

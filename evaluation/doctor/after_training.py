@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from autoencoder import DiagonalGaussian3D, VolumeAutoencoder
-from autoencoder.losses import cells_inside
+from autoencoder.losses.reconstruction import cells_inside
 from evaluation.data.pairs import unit_range
 from evaluation.metrics.fidelity import mean_gradient
 from evaluation.metrics.spectrum import mean_band_power, ratio_db

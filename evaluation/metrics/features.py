@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder import VolumeAutoencoder
-from autoencoder.perceptual import EncoderFeatures, VGG16Features
+from autoencoder.losses.perceptual import EncoderFeatures, VGG16Features
 from volumes import pad_to_multiple
 
 Extractor = Callable[[Tensor], Tensor]

@@ -18,7 +18,7 @@ BAND_EDGES = tuple(round(0.05 * i, 2) for i in range(11))  # 0, 0.05, ..., 0.5 c
 def hann_window(shape: tuple[int, ...]) -> np.ndarray:
     """Multiply periodic Hann windows, one per axis: they keep the crop's edges from leaking into every frequency.
 
-    `autoencoder.losses.spectrum_loss` has the same window in torch, differentiable and in float32; its mean is not removed, for
+    `autoencoder.spectrum_loss` has the same window in torch, differentiable and in float32; its mean is not removed, for
     its bands begin at 0.1 cycles/voxel. `autoencoder.residual_noise` says why it has another.
     """
     window = np.ones(shape)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from autoencoder.losses import cells_inside
+from autoencoder.losses.reconstruction import cells_inside
 from diffusion import Conditions, fold_mask, image_condition
 from diffusion.objectives import TRAIN_STEPS, noisy_and_target
 from pipelines import MedVolumePipeline
@@ -39,7 +39,7 @@ def denoising_losses(
         item = pad_sample(dataset[index], vae.stride)
         latents = vae.encode(item["image"][None].to(vae.device, vae.dtype), return_dict=False)[0].mode().to(unet.dtype)
         weight = cells_inside(item["fov"][None].to(latents.device), tuple(latents.shape[2:])).to(latents)
-        tensors = {key: item[key][None] for key in ("classes", "numbers") if key in item}
+        tensors = {key: values[None] for key in ("classes", "numbers") if (values := item.get(key)) is not None}
         if config["num_labels"]:
             if "mask" not in item:
                 raise ValueError("the model is conditioned on masks, and the data has none; give `masks` in its config")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from autoencoder.adversarial import (
+from autoencoder.losses.adversarial import (
     Slices,
     VolumeDiscriminator,
     adaptive_weight,

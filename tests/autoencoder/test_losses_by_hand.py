@@ -21,15 +21,15 @@ from autoencoder import (
     mse_loss,
     spectrum_loss,
 )
-from autoencoder.adversarial import (
+from autoencoder.losses.adversarial import (
     adaptive_weight,
     discriminator_loss,
     draw_slices,
     feature_matching_loss,
     generator_loss,
 )
-from autoencoder.losses import cells_inside, masked_mean
-from autoencoder.perceptual import perceptual_loss
+from autoencoder.losses.perceptual import perceptual_loss
+from autoencoder.losses.reconstruction import cells_inside, masked_mean
 from autoencoder.posterior import LatentDistribution
 from autoencoder.residual_noise import _at, _power, _window
 

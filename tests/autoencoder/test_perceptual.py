@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from vae_steps import batch, generators, gradients, make_step
 
 from autoencoder import AutoencoderKL3D
-from autoencoder.perceptual import EncoderFeatures, VGG16Features, perceptual_loss
+from autoencoder.losses.perceptual import EncoderFeatures, VGG16Features, perceptual_loss
 from training import AdversarialConfig, CropConfig, PerceptualConfig, PerceptualLoss
 from training.vae_losses import make_perception
 
@@ -151,7 +151,7 @@ def test_the_kind_is_told_by_the_path(tmp_path, vgg_file):
 
 
 def test_paths_that_lead_nowhere_are_named(tmp_path, vgg_file):
-    with pytest.raises(ValueError, match="nowhere.safetensors: is no whole safetensors file"):
+    with pytest.raises(ValueError, match="nowhere.safetensors: truncated or corrupt safetensors file"):
         make(tmp_path / "nowhere.safetensors")
     with pytest.raises(ValueError, match=f"{tmp_path}: no autoencoder there"):
         make(tmp_path)

@@ -72,7 +72,7 @@ def test_in_slabs_as_in_one_piece():
 
 def test_what_is_decided_is_not_asked_for():
     SpaceToDepth3D(in_channels=2, out_channels=2, latent_channels=16, patch_size=2)
-    with pytest.raises(ValueError, match="leave out latent_channels 4"):
+    with pytest.raises(ValueError, match="omit latent_channels 4"):
         SpaceToDepth3D(patch_size=2, latent_channels=4)
 
 

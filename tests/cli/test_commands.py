@@ -328,7 +328,7 @@ def test_config_files_that_cannot_be_are_refused_by_name(tmp_path):
     assert config_files(["--config", str(whole), f"--config={whole}", "--other"]) == [whole, whole]
     for path, said in (
         (tmp_path / "nowhere.yaml", "no such file; check the path"),
-        (tmp_path, "is no file; give a YAML file"),
+        (tmp_path, "no such file; give a YAML file"),
         (empty, "is empty; give a config"),
         (text, "holds str, not settings by name"),
         (syntax, "is not readable YAML"),

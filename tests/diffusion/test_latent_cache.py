@@ -144,7 +144,7 @@ def test_an_entry_is_checked_once_and_again_when_modified(tmp_path, vae, dataset
     assert loaded[2]["mean"].isfinite().all() and len(checked) == len(files)
     shutil.copyfile(files[0], files[2])
     for one in (latents, loaded):
-        with pytest.raises(ValueError, match="00002_00.*content is not what was written"):
+        with pytest.raises(ValueError, match="00002_00.*content differs from the one written"):
             one[2]
     assert len(checked) == len(files) + 2
 

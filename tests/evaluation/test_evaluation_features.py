@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from smooth import smooth_volumes
 
 from autoencoder import AutoencoderKL3D
-from autoencoder.perceptual import EncoderFeatures, VGG16Features
+from autoencoder.losses.perceptual import EncoderFeatures, VGG16Features
 from evaluation.metrics.features import (
     EncoderStatistics,
     RandomStatistics,

@@ -143,20 +143,20 @@ def test_equal_voxels_have_equal_digests_and_flat_channels_none():
     ["x", {}, [1], [{"salt": "a"}], [{"salt": "a", "train": {}, "validation": {}}], [{"unrecorded": False}]],
 )
 def test_damaged_records_are_refused(damaged, trained, tmp_path):
-    with pytest.raises(ValueError, match="no list of records"):
+    with pytest.raises(ValueError, match="not a list of records"):
         check_subjects(damaged)
     shutil.copytree(trained / "vae", tmp_path / "vae")
     config = json.loads((tmp_path / "vae/config.json").read_text())
     (tmp_path / "vae/config.json").write_text(json.dumps({**config, "subjects": damaged}))
-    with pytest.raises(ValueError, match=r"config.json: subjects is no list of records"):
+    with pytest.raises(ValueError, match=r"config.json: subjects is not a list of records"):
         read_model(tmp_path / "vae")
-    with pytest.raises(ValueError, match=r"config.json: subjects is no list of records"):
+    with pytest.raises(ValueError, match=r"config.json: subjects is not a list of records"):
         load_autoencoder(tmp_path / "vae")
 
 
 @pytest.mark.parametrize("damaged", ["x", [1], [{"salt": "a", "train": {}, "validation": {}}]])
 def test_no_training_starts_from_a_model_of_damaged_records(damaged, trained):
-    with pytest.raises(ValueError, match="init_from x: config.json: subjects is no list of records"):
+    with pytest.raises(ValueError, match="init_from x: config.json: subjects is not a list of records"):
         refuse_seen(damaged, section(trained), None, "init_from x")
 
 
@@ -228,7 +228,7 @@ def test_an_autoencoder_that_saw_held_out_subjects_is_refused(trained, tmp_path)
 
 def test_only_names_can_be_accepted(trained, tmp_path, caplog):
     arguments = [f"--vae={trained / 'vae'}", "--data.split_seed=3", "--accept_overlap=true"]
-    with pytest.raises(ValueError, match="known by its equal voxels"):  # the validation volumes are read
+    with pytest.raises(ValueError, match="identified by its equal voxels"):  # the validation volumes are read
         train(train_ldm, renamed(trained, tmp_path), tmp_path / "p", *arguments)
     other = write_data(tmp_path / "other")
     for path in (tmp_path / "other/images").glob("*.nii.gz"):  # of other people
@@ -250,7 +250,7 @@ def test_equal_voxels_are_never_accepted_by_evaluation(kind, refused, caplog):
     asked = [record], [case], config, {"a": ["v"]}, "model"
     with pytest.raises(ValueError, match="1 subject that is held out"):
         refuse_seen_cases(*asked)
-    with pytest.raises(ValueError, match="known by its equal voxels") if refused else nullcontext():
+    with pytest.raises(ValueError, match="identified by its equal voxels") if refused else nullcontext():
         refuse_seen_cases(*asked, accepted=True)
     assert refused or "accepted: model: learned from 1 subject" in caplog.text
 

@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from autoencoder import AutoencoderKL3D
-from autoencoder.adversarial import VolumeDiscriminator
+from autoencoder.losses.adversarial import VolumeDiscriminator
 from training import (
     AdversarialConfig,
     AdversarialTrainer,

@@ -431,11 +431,11 @@ def spoil(what, folder, index):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("missing", "is no whole safetensors file"),
+        ("missing", "truncated or corrupt safetensors file"),
         ("swapped", "holds other tensors than the index says"),
         ("outside", "names files outside of its folder"),
         ("unlisted", "holds other tensors than the index says"),
-        ("damaged", "is no index of shards"),
+        ("damaged", "is not an index of shards"),
     ],
 )
 def test_broken_shards_are_named(sharded, what, message):

@@ -160,7 +160,7 @@ def test_fused_unfused_and_unloaded(saved, tmp_path):
         pipe.fuse_lora()
 
     pipe.load_lora_weights(folder)
-    with pytest.raises(ValueError, match="a LoRA is attached: save it by itself"):
+    with pytest.raises(ValueError, match="a LoRA is attached: save it separately"):
         pipe.save_pretrained(tmp_path / "attached")
     with pytest.raises(ValueError, match="set the scale first"):
         pipe.fuse_lora(lora_scale=0.5)

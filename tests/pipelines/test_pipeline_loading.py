@@ -150,7 +150,7 @@ def test_names_that_are_nowhere(folder, monkeypatch):
 def test_missing_or_damaged_files_are_os_errors_as_in_diffusers(folder):
     """And a ValueError, as all errors for users are."""
     (folder / "unet" / WEIGHTS).write_bytes(b"")
-    with pytest.raises(OSError, match="is no whole safetensors file"):
+    with pytest.raises(OSError, match="truncated or corrupt safetensors file"):
         LatentUNet3D.from_pretrained(folder / "unet")
     (folder / "unet" / "config.json").write_text("{")
     (folder / "unet" / WEIGHTS).unlink()
@@ -228,7 +228,7 @@ def test_diffusers_finds_our_class(folder):
         type(getattr(pipe, name)) is type(getattr(tiny_pipeline(), name)) for name in ("vae", "unet", "scheduler")
     )
     (folder / "unet" / WEIGHTS).write_bytes(b"")
-    with pytest.raises(ValueError, match="is no whole safetensors file"):
+    with pytest.raises(ValueError, match="truncated or corrupt safetensors file"):
         DiffusionPipeline.from_pretrained(folder)
 
 
@@ -283,7 +283,9 @@ def test_wrong_pipelines_folders_and_schedulers_are_named(tmp_path):
 def test_damaged_files_are_named(folder, content):
     path = folder / "unet" / WEIGHTS
     path.write_bytes(path.read_bytes()[:5000] if content is None else content)
-    with pytest.raises(ValueError, match="unet/diffusion_pytorch_model.safetensors: is no whole safetensors file"):
+    with pytest.raises(
+        ValueError, match="unet/diffusion_pytorch_model.safetensors: truncated or corrupt safetensors file"
+    ):
         MedVolumePipeline.from_pretrained(folder)
     (folder / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match="model_index.json is not JSON"):
@@ -303,7 +305,7 @@ def test_weights_that_are_not_loaded_do_not_count(folder):
     (folder / "vae" / WEIGHTS).unlink()
     for path in (folder / "vae").glob("*-of-*.safetensors"):
         path.unlink()
-        with pytest.raises(ValueError, match="is no whole safetensors file"):
+        with pytest.raises(ValueError, match="truncated or corrupt safetensors file"):
             MedVolumePipeline.from_pretrained(folder)
 
 

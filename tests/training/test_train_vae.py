@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from vae_steps import batch, generators, gradients, make_step
 
 from autoencoder import VQGAN3D, AutoencoderKL3D
-from autoencoder.adversarial import Slices, VolumeDiscriminator, discriminator_loss
+from autoencoder.losses.adversarial import Slices, VolumeDiscriminator, discriminator_loss
 from training import (
     AdversarialConfig,
     AdversarialTrainer,

@@ -12,7 +12,7 @@ from autoencoder import (
     latent_statistics,
     spectrum_loss,
 )
-from autoencoder.perceptual import perceptual_loss
+from autoencoder.losses.perceptual import perceptual_loss
 from diffusion import (
     Conditions,
     LatentCacheConfig,

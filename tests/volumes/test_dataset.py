@@ -84,7 +84,7 @@ def test_labels_are_mapped_then_named(folder):
     item = dataset_of(folder, label_map={9: 5}, label_names={0: "background", 5: "organ"})[0]
     assert item["mask"].unique().tolist() == [0, 1]
     with pytest.raises(
-        VolumeError, match=r"a.nii: mask holds labels \[5, 9\] that are not known \(known are \[0, 1\]\)"
+        VolumeError, match=r"a.nii: mask holds labels \[5, 9\] that have no name \(named are \[0, 1\]\)"
     ):
         dataset_of(folder, label_names={0: "background", 1: "organ"})
     with pytest.raises(ValueError, match="masks are given but label_names is not"):

@@ -130,7 +130,7 @@ def test_facts_missing_from_an_early_pipeline_are_not_compared():
     "damaged", ["x", {}, {"channels": ["a"]}, {"channels": ["a"], "intensity": [{"kind": "x", "low": 0, "high": 1}]}]
 )
 def test_damaged_facts_are_refused(damaged):
-    with pytest.raises(ValueError, match="no description of preprocessing"):
+    with pytest.raises(ValueError, match="not a description of preprocessing"):
         check_preprocessing(damaged)
 
 

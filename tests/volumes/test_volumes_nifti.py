@@ -174,7 +174,7 @@ def bad_checksum(data: bytes) -> bytes:
         ("trailing.nii.gz", lambda data: data + b"more", "damaged gzip"),
         ("truncated.nii.gz", lambda data: data[: len(data) // 2], "damaged gzip"),
         ("truncated.nii", lambda data: gzip.decompress(data)[:-10], "voxels cannot be read"),
-        ("plain.nii.gz", lambda data: gzip.decompress(data), "is no gzip, though .* rename it to plain.nii"),
+        ("plain.nii.gz", lambda data: gzip.decompress(data), "is not gzip, though .* rename it to plain.nii"),
         ("dimensions.nii", lambda data: (raw := gzip.decompress(data))[:42] + b"\xff\x7f" * 7 + raw[56:], "be read"),
         ("empty.nii", lambda data: b"", "is empty"),
         ("text.nii", lambda data: b"hello " * 200, "cannot be read as NIfTI"),

@@ -240,9 +240,7 @@ def test_a_plain_header_is_not_remarked_on(tmp_path, caplog):
 
 def test_resampling_to_nothing_and_beyond_memory(tmp_path):
     small = read_volume(image_of(affine=np.diag([0.001, 0.001, 0.001, 1])))
-    with pytest.raises(
-        VolumeError, match=r"16 x 17 x 18 voxels of 0.001 x .* gives 1 x 1 x 1, so that no volume is left"
-    ):
+    with pytest.raises(VolumeError, match=r"16 x 17 x 18 voxels of 0.001 x .* gives 1 x 1 x 1, which leaves no volume"):
         resample(small, (1, 1, 1))
     with pytest.raises(VolumeError, match="more than fits into memory.*data.units"):
         resample(read_volume(image_of(affine=np.diag([90.0, 90, 90, 1]))), (0.1, 0.1, 0.1))
@@ -301,10 +299,10 @@ OTHERS = {
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.nii.gz", ".nii", r"is no gzip, though its name ends in .gz \(NIfTI by its content\); rename it to a.nii,"),
+        ("a.nii.gz", ".nii", r"is not gzip, though its name ends in .gz \(NIfTI by its content\); rename it to a.nii,"),
         ("a.nii", ".nii.gz", "is gzip by its content, .*rename it to a.nii.gz"),
         ("a.nii", ".nrrd", "is NRRD by its content, its name says NIfTI; rename it to a.nrrd"),
-        ("a.nii.gz", ".nrrd", r"is no gzip.*\(NRRD by its content\); rename it to a.nrrd"),
+        ("a.nii.gz", ".nrrd", r"is not gzip.*\(NRRD by its content\); rename it to a.nrrd"),
         ("a.nrrd", ".nii", "is NIfTI by its content, its name says NRRD; rename it to a.nii"),
         ("a.nrrd", ".nii.gz", "is gzip by its content.*rename it to a.nii.gz"),
         ("a.mha", ".nrrd", "rename it to a.nrrd"),
@@ -318,8 +316,8 @@ OTHERS = {
         ("a.nii", "zip", "is a zip archive by its content; unpack it"),
         ("a.nii.gz", "bzip2", "is bzip2 by its content; unpack it"),
         ("a.nii.gz", "page", "is a web page by its content, .* fetch the file itself"),
-        ("a.nii.gz", "noise", r"is no gzip, though its name ends in .gz; fetch it anew"),
-        ("a.mgz", "gzip noise", "is of no kind that is known"),
+        ("a.nii.gz", "noise", r"is not gzip, though its name ends in .gz; fetch it again"),
+        ("a.mgz", "gzip noise", "is not of a supported kind"),
     ],
 )
 def test_names_that_belie_their_contents(name, content, reason, tmp_path):

@@ -162,7 +162,7 @@ def bad_checksum(data: bytes) -> bytes:
         ("truncated.nii.gz", lambda data: data[: len(data) // 2], "damaged gzip|cannot be read"),
         ("truncated.nii", lambda data: gzip.decompress(data)[:-10], "expected 1192 bytes, got 1182; it is truncated"),
         ("short.nii.gz", lambda data: gzip.compress(gzip.decompress(data)[:-10]), "it is truncated"),
-        ("plain.nii.gz", lambda data: gzip.decompress(data), "is no gzip, though"),
+        ("plain.nii.gz", lambda data: gzip.decompress(data), "is not gzip, though"),
         (
             "dimensions.nii",
             lambda data: (raw := gzip.decompress(data))[:42] + b"\xff\x7f" * 7 + raw[56:],

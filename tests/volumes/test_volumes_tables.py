@@ -63,13 +63,13 @@ def test_lines_are_counted_as_a_spreadsheet_does(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("case,age\nc00,50\nMüller,60\n".encode("cp1252"), r"line 3 holds bytes .* no UTF-8.*save it as .CSV UTF-8"),
+        ("case,age\nc00,50\nMüller,60\n".encode("cp1252"), r"line 3 holds bytes .* not UTF-8.*save it as .CSV UTF-8"),
         (b"case,age\nc00,50\nc01,\x0060\n", "line 3 holds a NUL"),
         ("case,age\nc00,50\n".encode("utf-16-le"), "NUL character: .* UTF-16 without its mark"),
         (b"PK\x03\x04rest", r"a workbook \(.xlsx.*CSV UTF-8"),
         (b"\x00\x05\x16\x07\x00", "resource fork"),
         ('case,age\nc00,"50\nc01,60\n', "line 2: opens a quotation mark that is never closed"),
-        ('case,age\nc00,"50\nc01,60"\n', "line 2: a value in quotation marks goes on over lines that look like rows"),
+        ('case,age\nc00,"50\nc01,60"\n', "line 2: a value in quotation marks spans lines that look like rows"),
         ('case,age\nc00,"5"0\n', "line 2: "),
         ("case,age\n“c00”,50\n", "line 2: case is in curly quotation marks"),
         ("“case”,age\nc00,50\n", "column “case” is in curly"),
@@ -103,7 +103,7 @@ def test_gzip_tables(tmp_path):
     packed = gzip.compress(b"case,age\nc00,50\nc01,60\n", mtime=0)
     assert read_table(table(tmp_path, packed, "t.csv.gz")) == RIGHT
     assert read_table(table(tmp_path, gzip.compress(json.dumps(RIGHT).encode()), "t.json.gz")) == RIGHT
-    with pytest.raises(ValueError, match="is no gzip, .*rename it to t.csv"):
+    with pytest.raises(ValueError, match="is not gzip, .*rename it to t.csv"):
         read_table(table(tmp_path, "case,age\nc00,50\n", "t.csv.gz"))
     with pytest.raises(ValueError, match="is gzip within gzip"):
         read_table(table(tmp_path, gzip.compress(packed), "t.csv.gz"))

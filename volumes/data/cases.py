@@ -1,4 +1,4 @@
-"""From a data config to a list of cases: files that belong together, whose they are, and which split they are in.
+"""List the cases of a data config: files that belong together, their subject and their split.
 
 A subject is never in two splits.
 """
@@ -64,7 +64,7 @@ def load_cases(config: DataConfig) -> list[Case]:
     those of a table with `on_error: skip`), names used twice, columns that no case has, unknown splits, and subjects
     that a table puts into two splits. Whether files can be read shows when they are (`VolumeDataset`).
 
-    Where root or table are URLs, the cases' files are copies of what is there now, and their paths those of the copies.
+    Where root or table are URLs, the cases' files are local copies of the present files, and their paths those of the copies.
     """
     if is_url(config.root) or is_url(config.table):
         try:
@@ -134,7 +134,7 @@ def _from_table(config: DataConfig) -> list[Case]:
         images = {}
         for channel, patterns in config.patterns.items():
             if len(patterns) != 1:
-                raise ValueError("data: with a table, images is one pattern, or one a channel; a list has no meaning")
+                raise ValueError("data: with a table, images is one pattern, or one per channel, not a list")
             images[channel] = _file_of(patterns[0], row, root, config, disk)
         mask = _file_of(config.masks, row, root, config, disk) if config.masks else None
         first, pattern = next(iter(images.items()))[1], next(iter(config.patterns.values()))[0]

@@ -61,7 +61,7 @@ class DataConfig:
             pipeline reads masks and images that are given to it likewise.
         axes: CXYZ if channels come first in the NIfTI files, as (1, X, Y, Z); XYZC if they only look so and are refused.
         subject: column (or named piece of the file name) that says whose volume it is.
-        group_by: regular expression searched in the case's name; what it (its first group) matches is the subject.
+        group_by: regular expression searched in the case's name; the text that it (its first group) matches is the subject.
             With neither `subject` nor `group_by`, every volume is its own subject.
         split: column that holds "train", "validation" or "test".
         test_fraction: without `split`, the fraction of all subjects that is held out as the test split.
@@ -79,7 +79,7 @@ class DataConfig:
         numbers: columns of numbers that condition a model, e.g. [age, weight]. Cells may be empty. spacing_x, spacing_y,
             spacing_z, size_x, size_y and size_z need no column: mm between voxels, and from end to end, of the volume.
         condition_channels: image channels that a model may be given, to generate the others from them, e.g. [ct, pet].
-        on_error: "raise" stops at the first file that is refused; "skip" goes on without it and lists it.
+        on_error: "raise" stops at the first file that is refused; "skip" continues without it and lists it.
         phantom: draw volumes instead of reading files.
     """
 
@@ -139,7 +139,7 @@ class DataConfig:
             try:
                 re.compile(self.group_by)
             except re.error as error:
-                raise ValueError(f"data: group_by {self.group_by!r} is no regular expression: {error}") from error
+                raise ValueError(f"data: group_by {self.group_by!r} is not a regular expression: {error}") from error
         named = {**self.label_names, **self.image_labels}
         lost = sorted(set(self.label_map.values()) - set(named)) if named else []
         if lost:
@@ -190,7 +190,7 @@ class DataConfig:
             raise ValueError(f"data: condition_channels names a channel twice: {self.condition_channels}")
         if self.condition_channels and (len(self.channels) < 2 or self.image_labels):
             raise ValueError(
-                "data: condition_channels needs images of several channels, {channel: pattern}, of which some are generated"
+                "data: condition_channels needs images of several channels, {channel: pattern}, some of them generated"
             )
 
     @property

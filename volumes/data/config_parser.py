@@ -43,9 +43,9 @@ class ConfigParser(jsonargparse.ArgumentParser):
         return super().parse_args(self.typed, *others, **settings)
 
     def instantiate(self, cfg: Namespace, *_: Any, **__: Any) -> Namespace:
-        """A namespace, or that of its subcommand, with `data` checked and made a `DataConfig`; the rest is what it is.
+        """Check `data` in a namespace, or in that of its subcommand, and make it a `DataConfig`. The rest stays as it is.
 
-        Raises: ValueError for settings that are not what they are declared to be.
+        Raises: ValueError for settings of another type than declared.
         """
         for part in (cfg, *(value for value in vars(cfg).values() if isinstance(value, Namespace))):
             if isinstance(part.get("data"), Namespace):
@@ -81,7 +81,7 @@ def config_files(args: Sequence[str] | None) -> list[Path]:
         if not file.exists():
             raise ValueError(f"--config {file}: no such file; check the path (the project's own are in configs/)")
         if not file.is_file():
-            raise ValueError(f"--config {file}: is no file; give a YAML file, such as configs/hippocampus/vae.yaml")
+            raise ValueError(f"--config {file}: no such file; give a YAML file, such as configs/hippocampus/vae.yaml")
         content = read_yaml(file)
         if not isinstance(content, dict):
             found = "is empty" if content is None else f"holds {type(content).__name__}, not settings by name"

@@ -6,7 +6,7 @@ Axes: images (C, X, Y, Z), masks (X, Y, Z), fields of view (1, X, Y, Z).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -18,12 +18,28 @@ from volumes.volume import PADDING
 from .dataset import VolumeDataset
 
 
-class CropDataset(Dataset):
+class Crop(TypedDict):
+    """A crop of one volume.
+
+    Attributes:
+        image: float32 (C, *shape) in [-1, 1].
+        fov: bool (1, *shape), True inside the volume.
+        mask: int16 (*shape); absent without masks.
+        name, index: those of the volume.
+    """
+
+    image: torch.Tensor
+    fov: torch.Tensor
+    mask: NotRequired[torch.Tensor]
+    name: str
+    index: int
+
+
+class CropDataset(Dataset[Crop]):
     """Crops of one shape, at random places, from a `VolumeDataset`.
 
-    Item i is {"image": float32 (C, *shape) in [-1, 1], "mask": int16 (*shape) (absent without masks), "fov": bool (1,
-    *shape), "name", "index"}. Where the volume is smaller than the crop it lies at a random place in it, with image
-    -1, mask PADDING and fov False around it.
+    Item i is a `Crop`. Where the volume is smaller than the crop it lies at a random place in it, with image -1, mask
+    PADDING and fov False around it.
 
     Everything random is drawn from (seed, epoch, i) alone, so a resumed run sees the same crops. Call `set_epoch`
     before each epoch's iterator is made; DataLoader workers that do not persist then see it.
@@ -70,7 +86,7 @@ class CropDataset(Dataset):
         """Of the volume of each item."""
         return [case.name for case in self.dataset.cases for _ in range(self.samples_per_volume)]
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Crop:
         if not 0 <= index < len(self):
             raise IndexError(index)
         random = np.random.default_rng((self.seed, self.epoch, index))
@@ -82,7 +98,7 @@ class CropDataset(Dataset):
         offset = tuple(int(random.integers(min(0, r), max(0, r), endpoint=True)) for r in room)
         flipped = [axis - 3 for axis in self.flip_axes if random.random() < 0.5]
         placement = pad_or_crop(size, self.shape, offset=offset)
-        item = {
+        item: Crop = {
             "image": placement.apply(whole["image"], -1.0).flip(flipped),
             "fov": torch.from_numpy(placement.field_of_view)[None].flip(flipped),
             "name": whole["name"],

@@ -7,11 +7,11 @@ of the sorted label values; `PADDING` (-1) outside the field of view.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from volumes.intensity import LinearScale, few_inside
 from volumes.labels import label_channels, label_indices, merge_channels
 from volumes.map_checks import LabelMapStats, describe_maps
 from volumes.phantom import PHANTOM_LABELS, make_phantom
-from volumes.placement import pad_to_multiple
+from volumes.placement import Placement, pad_to_multiple
 from volumes.plausible import (
     Oddity,
     gathered,
@@ -43,7 +43,7 @@ from volumes.volume import (
 
 from .cases import Case
 from .config import DataConfig
-from .preprocessing import common_spacing, preprocessing
+from .preprocessing import PreprocessingFacts, common_spacing, preprocessing
 from .subjects import marks_of, voxel_digests
 from .table_conditions import describe_numbers, read_classes, read_numbers
 
@@ -69,14 +69,41 @@ class PreparedCase:
     inside: tuple[float, ...] = ()
 
 
-class VolumeDataset(Dataset):
-    """The given cases, prepared as the config says.
+class Sample(TypedDict):
+    """One prepared volume.
 
-    Item i is {"image": float32 (C, X, Y, Z), "mask": int16 (X, Y, Z) of label indices (absent without masks), "name",
-    "subject", "index", "affine": float64 (4, 4) in mm, "scale": float64 (C, 2) of low and high in file units,
-    "metadata": dict}, and what the config conditions on (see `conditions`).
+    Attributes:
+        image: float32 (C, X, Y, Z).
+        mask: int16 (X, Y, Z) of label indices; absent without masks.
+        affine: float64 (4, 4) in mm.
+        scale: float64 (C, 2) of low and high in file units.
+        metadata: the other columns of the table.
+        classes, numbers: see `VolumeDataset.conditions`.
+    """
 
-    A case that is refused raises VolumeError, or with `on_error: skip` is left out and listed in `skipped` as (name,
+    image: torch.Tensor
+    mask: NotRequired[torch.Tensor]
+    name: str
+    subject: str
+    index: int
+    affine: torch.Tensor
+    scale: torch.Tensor
+    metadata: Mapping[str, Any]
+    classes: NotRequired[torch.Tensor]
+    numbers: NotRequired[torch.Tensor]
+
+
+class PaddedSample(Sample):
+    """A padded volume: `fov` is bool (1, X, Y, Z), True inside the volume; `placement` undoes the padding."""
+
+    fov: torch.Tensor
+    placement: Placement
+
+
+class VolumeDataset(Dataset[Sample]):
+    """The given cases, prepared as the config says. Item i is a `Sample`.
+
+    A case that is refused raises VolumeError, or with `on_error: skip` is skipped and listed in `skipped` as (name,
     reason).
     """
 
@@ -104,7 +131,7 @@ class VolumeDataset(Dataset):
             logger.warning("%s: %s; %s", oddity.what, named, oddity.remedy)
         if not self.cases:
             raise ValueError(
-                "the data set is empty: " + (f"all {len(cases)} cases were skipped" if cases else "no cases were given")
+                "the data set is empty: " + (f"all {len(cases)} cases were skipped" if cases else "it has no cases")
             )
 
     def _take(self, jobs: Iterable[tuple[Case, Future[PreparedCase]]], count: int) -> None:
@@ -153,30 +180,31 @@ class VolumeDataset(Dataset):
 
     @property
     def marks(self) -> list[dict[str, frozenset[str]]]:
-        """What each volume and its subject are recognized by, see `subjects.marks_of`."""
+        """Digests that identify each volume and its subject, see `subjects.marks_of`."""
         return [marks_of(c, self.config, p.voxels) for c, p in zip(self.cases, self.prepared, strict=True)]
 
     @property
-    def preprocessing(self) -> dict[str, Any]:
-        """What was done to the volumes, see `volumes.data.preprocessing`."""
+    def preprocessing(self) -> PreprocessingFacts:
+        """How the volumes were prepared, see `volumes.data.preprocessing`."""
         return preprocessing(self.config, [prepared.image.spacing for prepared in self.prepared])
 
     def conditions(self, index: int) -> dict[str, torch.Tensor]:
-        """{"classes": int64 (n,) of indices, -1 where unknown; "numbers": float32 (m,) in the table's units, NaN where
-        unknown}, each in alphabetical order of its columns, and absent if the config names none."""
-        prepared, given = self.prepared[index], {}
+        """Return "classes", int64 (n,) of indices, -1 where unknown, and "numbers", float32 (m,) in the table's units, NaN
+        where unknown. Each is in alphabetical order of its columns, and absent if the config names none."""
+        prepared = self.prepared[index]
+        conditions = {}
         if prepared.classes:
-            given["classes"] = torch.tensor(prepared.classes)
+            conditions["classes"] = torch.tensor(prepared.classes)
         if prepared.numbers:
-            given["numbers"] = torch.tensor(prepared.numbers, dtype=torch.float32)
-        return given
+            conditions["numbers"] = torch.tensor(prepared.numbers, dtype=torch.float32)
+        return conditions
 
     def __len__(self) -> int:
         return len(self.cases)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Sample:
         case, prepared = self.cases[index], self.prepared[index]
-        item = {
+        item: Sample = {
             "image": torch.from_numpy(prepared.image.array),
             "name": case.name,
             "subject": case.subject,
@@ -184,8 +212,12 @@ class VolumeDataset(Dataset):
             "affine": torch.from_numpy(prepared.image.affine),
             "scale": torch.tensor([[scale.low, scale.high] for scale in prepared.scales], dtype=torch.float64),
             "metadata": case.metadata,
-            **self.conditions(index),
         }
+        conditions = self.conditions(index)
+        if "classes" in conditions:
+            item["classes"] = conditions["classes"]
+        if "numbers" in conditions:
+            item["numbers"] = conditions["numbers"]
         if prepared.mask is not None:
             item["mask"] = torch.from_numpy(prepared.mask.array[0])
         return item
@@ -238,14 +270,14 @@ def read_image(case: Case, config: DataConfig) -> Volume:
     return _phantom(case, config)[0] if case.phantom is not None else _image(case, config)
 
 
-def pad_sample(item: dict[str, Any], stride: int | Sequence[int]) -> dict[str, Any]:
+def pad_sample(item: Sample, stride: int | Sequence[int]) -> PaddedSample:
     """A whole volume of a `VolumeDataset`, padded on both sides to a multiple of `stride` (one, or one for each axis).
 
     Adds "fov" bool (1, X, Y, Z), True inside the volume, and "placement", which undoes the padding; image is -1 and
     mask PADDING in the padding; "affine" is that of the padded grid.
     """
     placement = pad_to_multiple(tuple(item["image"].shape[1:]), stride if isinstance(stride, int) else tuple(stride))
-    padded = {
+    padded: PaddedSample = {
         **item,
         "image": placement.apply(item["image"], -1.0),
         "fov": torch.from_numpy(placement.field_of_view)[None],
@@ -258,7 +290,7 @@ def pad_sample(item: dict[str, Any], stride: int | Sequence[int]) -> dict[str, A
 
 
 def describe(dataset: VolumeDataset, description: str = "") -> DataDescription:
-    """Measure what a pipeline must know of its training data.
+    """Measure the description of the training data that a pipeline needs.
 
     Intensity scales are medians over the volumes, numbers are measured over the volumes that have them, and the affine is
     that of the volume of median size.
@@ -345,7 +377,7 @@ def _file(case: Case) -> str:
 
 
 def _oddities(case: Case, image: Volume, mask: Volume | None) -> list[tuple[str, Oddity]]:
-    """What is odd in the headers of the first image file and of the mask."""
+    """Return the oddities in the headers of the first image file and of the mask."""
     found = [(_file(case), oddity) for oddity in header_oddities(image.source)] if image.source else []
     known = {oddity.what for _, oddity in found}
     of_mask = header_oddities(mask.source) if mask is not None and mask.source else []

@@ -79,7 +79,7 @@ def _matcher(pattern: str) -> tuple[re.Pattern[str], str]:
 
 
 def _as_stored(literal: str) -> str:
-    """Literal text as `glob` finds it, however the disk spells what is not ASCII."""
+    """Escape literal text for `glob`, for every Unicode form in which the disk may spell it."""
     return re.sub(r"[^\x00-\x7f]+", "*", glob.escape(literal))
 
 

@@ -1,16 +1,10 @@
-"""What was done to volumes before a model saw them: stored with an autoencoder, so that others' volumes are treated alike.
-
-Facts are {"channels": [name], "intensity": [{"kind", "low", "high"}] a channel as the config says it, "spacing": [mm] or None where
-volumes differ, "resampled": whether the config asked for that spacing, "image_labels": {value: name} and "label_map": {value: value}
-of images that are label maps, {} otherwise, "time_point": {channel: number} of 4-D files}. Facts that are not known are absent.
-"""
+"""Record how volumes were prepared before training. An autoencoder stores it, so that other volumes are prepared in the same way."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -22,9 +16,39 @@ from .config import DataConfig
 
 SAME_SPACING = 0.01  # relative
 REMEDY = (
-    "Give `data` what the autoencoder learned (what is left out of the config is taken from it), or train an autoencoder on these "
+    "Set `data` as for the autoencoder (entries absent from the config are taken from it), or train an autoencoder on these "
     "volumes (train_vae.py)"
 )
+
+
+class ScalingFacts(TypedDict):
+    """Intensity scaling of one channel, as the config says it. Early pipelines have no limits."""
+
+    kind: str
+    low: NotRequired[float]
+    high: NotRequired[float]
+
+
+class PreprocessingFacts(TypedDict):
+    """How volumes were prepared, as JSON. Unknown facts are absent.
+
+    Attributes:
+        channels: names of the image channels.
+        intensity: one scaling per channel.
+        spacing: mm; None where the volumes differ.
+        resampled: whether the config asked for that spacing.
+        image_labels: {value: name} of images that are label maps, {} otherwise.
+        label_map: {value: value} of images that are label maps, {} otherwise.
+        time_point: {channel: number} of 4-D files.
+    """
+
+    channels: list[str]
+    intensity: list[ScalingFacts]
+    spacing: NotRequired[list[float] | None]
+    resampled: NotRequired[bool]
+    image_labels: NotRequired[dict[str, str]]
+    label_map: NotRequired[dict[str, int]]
+    time_point: NotRequired[dict[str, int]]
 
 
 def common_spacing(spacings: Sequence[Sequence[float]]) -> tuple[float, float, float] | None:
@@ -36,15 +60,15 @@ def common_spacing(spacings: Sequence[Sequence[float]]) -> tuple[float, float, f
     return x, y, z
 
 
-def preprocessing(config: DataConfig, spacings: Sequence[Sequence[float]] | None = None) -> dict[str, Any]:
+def preprocessing(config: DataConfig, spacings: Sequence[Sequence[float]] | None = None) -> PreprocessingFacts:
     """The facts of a data section.
 
     Args:
         spacings: mm between voxels of each volume, once they are read.
     """
-    facts: dict[str, Any] = {
+    facts: PreprocessingFacts = {
         "channels": list(config.channels),
-        "intensity": [asdict(config.scaling(channel)) for channel in config.channels],
+        "intensity": [_scaling_facts(config.scaling(channel)) for channel in config.channels],
         "resampled": config.spacing is not None,
         "image_labels": {str(value): name for value, name in sorted(config.image_labels.items())},
         "label_map": {str(v): target for v, target in sorted(config.label_map.items())} if config.image_labels else {},
@@ -58,9 +82,13 @@ def preprocessing(config: DataConfig, spacings: Sequence[Sequence[float]] | None
     return facts
 
 
-def described_preprocessing(data: DataDescription) -> dict[str, Any]:
+def _scaling_facts(scaling: IntensityScaling) -> ScalingFacts:
+    return {"kind": scaling.kind, "low": scaling.low, "high": scaling.high}
+
+
+def described_preprocessing(data: DataDescription) -> PreprocessingFacts:
     """The facts in a pipeline's description of its training set (`volumes.describe`)."""
-    intensity = []
+    intensity: list[ScalingFacts] = []
     for scale in data.intensity:
         if scale.kind == "window":
             intensity.append({"kind": "window", "low": scale.low, "high": scale.high})
@@ -95,7 +123,7 @@ def check_preprocessing(facts: Any) -> None:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         fit = False
     if not fit:
-        raise ValueError("data is no description of preprocessing, as train_vae.py writes it")
+        raise ValueError("data is not a description of preprocessing as train_vae.py writes it")
 
 
 def _scaling(entry: Mapping[str, Any]) -> IntensityScaling:
@@ -103,7 +131,7 @@ def _scaling(entry: Mapping[str, Any]) -> IntensityScaling:
 
 
 def differences(learned: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """How volumes with the facts `given` differ from those that a model `learned` from, a line a fact, as far as both are known."""
+    """List how volumes with the facts `given` differ from those that a model `learned` from: one line per fact that both have."""
     if len(learned["channels"]) != len(given["channels"]):
         return [f"channels: it learned {list(learned['channels'])}, the data has {list(given['channels'])}"]
     found = []
@@ -139,15 +167,15 @@ def differences(learned: Mapping[str, Any], given: Mapping[str, Any]) -> list[st
 def refuse_differences(
     learned: Mapping[str, Any] | None, given: Mapping[str, Any], model: str, remedy: str = REMEDY
 ) -> None:
-    """Raises: ValueError naming what differs, on both sides. Without facts that were learned nothing can be said."""
+    """Raises: ValueError naming the differences, on both sides. Without `learned` there is no comparison."""
     if learned is not None and (found := differences(learned, given)):
         raise ValueError(
             f"{model}: learned from volumes that were prepared in another way:\n  " + "\n  ".join(found) + f"\n{remedy}"
         )
 
 
-def inherited(folder: str | Path | None, section: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of a data `section` that it leaves out, as the autoencoder in `folder` (or its vae/) learned them: intensity, and
+def inherited(folder: str | Path | None, section: Mapping[str, Any]) -> dict[str, object]:
+    """Return the entries that a data `section` lacks, as the autoencoder in `folder` (or its vae/) learned them: intensity, and
     spacing if it was trained on resampled volumes. {} where there is none, one without facts, or one of other channels.
 
     Raises: ValueError for a damaged config.json.
@@ -159,15 +187,15 @@ def inherited(folder: str | Path | None, section: Mapping[str, Any]) -> dict[str
         return {}  # they do not fit, which is said when they are compared
     scalings = [dict(entry) for entry in facts["intensity"]]
     alike = all(one == scalings[0] for one in scalings)
-    found: dict[str, Any] = {}
+    entries: dict[str, object] = {}
     if alike or own == list(facts["channels"]):
-        found["intensity"] = scalings[0] if alike else dict(zip(own, scalings, strict=True))
-    if facts.get("resampled"):
-        found["spacing"] = list(facts["spacing"])
-    return {key: value for key, value in found.items() if key not in section}
+        entries["intensity"] = scalings[0] if alike else dict(zip(own, scalings, strict=True))
+    if facts.get("resampled") and (spacing := facts.get("spacing")):
+        entries["spacing"] = list(spacing)
+    return {key: value for key, value in entries.items() if key not in section}
 
 
-def read_preprocessing(folder: str | Path) -> dict[str, Any] | None:
+def read_preprocessing(folder: str | Path) -> PreprocessingFacts | None:
     """The facts in the config.json of an autoencoder's folder, or of its subfolder vae/; None where there are none."""
     for path in (Path(folder) / "config.json", Path(folder) / "vae" / "config.json"):
         if path.is_file():

@@ -1,10 +1,10 @@
-"""Whose volumes a model learned from, as salted digests: a test set that overlaps them is found, and no name leaves with the weights.
+"""Salted digests of a model's training subjects: they reveal a test set that overlaps them, and weights carry no names.
 
 A record is {"salt": hex, "train": {kind: digests}, "validation": {kind: digests}}, the digests of a kind in one string with spaces
 between. A model carries a list of records: its own training's, and those of the weights that it started from. `UNRECORDED` among them
 says that some of those came without a record.
 
-What a record hides and what it does not: docs/security.md.
+docs/security.md explains how far a record hides names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -29,11 +29,27 @@ FORBIDDEN = {
     "validation": ("train",),
     "test": ROLES,
 }  # what a case of a split must not have been to the model
-UNRECORDED = {"unrecorded": True}
 DIGITS = 16  # of a stored digest: 64 bits, so that a million volumes share one by chance once in 40 million times
 MAX_NAMED = 6  # of the overlapping subjects in a message
 
 Marks = Mapping[str, frozenset[str]]
+
+
+class SubjectRecord(TypedDict, total=False):
+    """The record of one training as JSON, or `UNRECORDED`: the latter has no other entry.
+
+    Attributes:
+        salt: hexadecimal.
+        train, validation: {kind: digests, separated by spaces}.
+    """
+
+    salt: str
+    train: dict[str, str]
+    validation: dict[str, str]
+    unrecorded: bool
+
+
+UNRECORDED: SubjectRecord = {"unrecorded": True}
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,7 @@ class Overlap:
 
 
 def voxel_digests(array: np.ndarray, *, apart: bool = True) -> tuple[str, ...]:
-    """Digests of the voxels (C, X, Y, Z) in file units: one a channel, or one of all. Constant ones say nothing and have none."""
+    """Digests of the voxels (C, X, Y, Z) in file units: one per channel, or one of all. Constant ones are skipped."""
     parts = [one[None] for one in array] if apart else [array]
     return tuple(_digest_voxels(part) for part in parts if part.size and part.min() < part.max())
 
@@ -57,7 +73,7 @@ def _digest_voxels(part: np.ndarray) -> str:
 
 
 def marks_of(case: Case, config: DataConfig, voxels: Iterable[str] = ()) -> dict[str, frozenset[str]]:
-    """What a case is recognized by, as digests without a salt: its subject (where the config names one), its name, its voxels.
+    """Return the digests that identify a case, without a salt: its subject (where the config names one), its name, its voxels.
 
     Letter case, spaces around names, and how accents are encoded make no difference.
     """
@@ -74,7 +90,7 @@ def _salted(salt: str, mark: str) -> str:
     return hashlib.sha256(f"{salt} {mark}".encode()).hexdigest()[:DIGITS]
 
 
-def record_subjects(roles: Mapping[str, Iterable[Marks]]) -> dict[str, Any]:
+def record_subjects(roles: Mapping[str, Iterable[Marks]]) -> SubjectRecord:
     """Make the record of one training. Its salt is a digest of all its marks, so the same training gives the same record, bit for
     bit, and no table of digests made beforehand fits two data sets.
 
@@ -84,21 +100,22 @@ def record_subjects(roles: Mapping[str, Iterable[Marks]]) -> dict[str, Any]:
     by_role = {role: list(roles.get(role, ())) for role in ROLES}
     content = [[sorted({*one[kind]}) for one in by_role[role] for kind in KINDS] for role in ROLES]
     salt = hashlib.sha256(json.dumps([sorted(rows) for rows in content]).encode()).hexdigest()[:32]
-    record: dict[str, Any] = {"salt": salt}
-    for role, marks in by_role.items():
-        found = {kind: {_salted(salt, mark) for one in marks for mark in one[kind]} for kind in KINDS}
-        record[role] = {kind: " ".join(sorted(digests)) for kind, digests in found.items()}
-    return record
+
+    def digests(role: str) -> dict[str, str]:
+        by_kind = {kind: {_salted(salt, mark) for marks in by_role[role] for mark in marks[kind]} for kind in KINDS}
+        return {kind: " ".join(sorted(values)) for kind, values in by_kind.items()}
+
+    return {"salt": salt, "train": digests("train"), "validation": digests("validation")}
 
 
 def join_records(*records: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
     """The records of several parts, each once; `UNRECORDED` for a part without any."""
-    found: list[dict[str, Any]] = []
+    joined = []
     for part in records:
         for record in part if part else [UNRECORDED]:
-            if record not in found:
-                found.append(_plain(record))
-    return found
+            if record not in joined:
+                joined.append(_plain(record))
+    return joined
 
 
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +128,7 @@ def check_subjects(records: Any) -> None:
         return
     if not isinstance(records, list | tuple) or not all(map(_is_record, records)):
         raise ValueError(
-            "subjects is no list of records of training subjects, as train_vae.py and train_ldm.py write it"
+            "subjects is not a list of records of training subjects as train_vae.py and train_ldm.py write it"
         )
 
 
@@ -205,14 +222,14 @@ def find_overlap(
 
 
 def describe_overlap(found: Sequence[Overlap], model: str) -> str:
-    """What is wrong with a test set of which a model has seen some, and what to do."""
+    """Explain which subjects of a test set a model has seen."""
     did = {"train": "learned from", "validation": "was chosen with"}
     by = {"subjects": "subject", "names": "name", "voxels": "equal voxels"}
     subjects: dict[str, Overlap] = {}
     for one in found:
         subjects.setdefault(one.case.subject, one)
     listed = [
-        f"{subject} ({one.case.name}, {one.case.split} here, {one.role} there, known by its {by[one.kind]})"
+        f"{subject} ({one.case.name}, {one.case.split} here, {one.role} there, identified by its {by[one.kind]})"
         for subject, one in list(subjects.items())[:MAX_NAMED]
     ]
     more = f" and {len(subjects) - MAX_NAMED} more" if len(subjects) > MAX_NAMED else ""
@@ -233,6 +250,6 @@ def refuse_overlap(found: Sequence[Overlap], model: str, accept: str) -> None:
     """Raises: ValueError if there is any overlap. `accept` says what to type where it is none, but for the names."""
     if found:
         raise ValueError(
-            f"{describe_overlap(found, model)}. What is measured on them says nothing of new subjects: {REMEDY}. If they "
+            f"{describe_overlap(found, model)}. Measurements on them do not hold for new subjects: {REMEDY}. If they "
             f"are other people who only share names, {accept}"
         )

@@ -28,7 +28,7 @@ def read_classes(case: Case, classes: Mapping[str, Sequence[str]]) -> list[int]:
     for column in sorted(classes):
         value, known = case.metadata.get(column), list(classes[column])
         if value not in (None, "") and str(value) not in known:
-            raise VolumeError(f"{case.name}: {column} is {value!r}, which is none of {', '.join(known)}; {REMEDY}")
+            raise VolumeError(f"{case.name}: {column} is {value!r}, expected one of {', '.join(known)}; {REMEDY}")
         indices.append(NO_CLASS if value in (None, "") else known.index(str(value)))
     return indices
 
@@ -36,7 +36,7 @@ def read_classes(case: Case, classes: Mapping[str, Sequence[str]]) -> list[int]:
 def read_numbers(case: Case, numbers: Sequence[str], grid: Volume) -> list[float]:
     """The case's numbers, NaN for an empty cell; those of `GRID_NUMBERS` that the case has no column of are the grid's.
 
-    Raises: VolumeError for what is no finite number.
+    Raises: VolumeError unless it is a finite number.
     """
     values, cells = [], {**grid_numbers(grid), **case.metadata}
     for column in sorted(numbers):
@@ -47,10 +47,10 @@ def read_numbers(case: Case, numbers: Sequence[str], grid: Volume) -> list[float
             value = math.inf
         except ValueError as error:
             raise VolumeError(
-                f"{case.name}: {column} is {cell!r}, which is no finite number: {error}; {REMEDY}"
+                f"{case.name}: {column} is {cell!r}, which is not a finite number: {error}; {REMEDY}"
             ) from error
         if math.isinf(value) or (math.isnan(value) and cell not in (None, "")):
-            raise VolumeError(f"{case.name}: {column} is {cell!r}, which is no finite number; {REMEDY}")
+            raise VolumeError(f"{case.name}: {column} is {cell!r}, which is not a finite number; {REMEDY}")
         values.append(value)
     return values
 

@@ -15,7 +15,7 @@ import logging
 import re
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def read_table(path: Path, used: Collection[str] | None = None) -> list[Row]:
     """Rows of a CSV file with a header, or of a JSON list of objects, also as .gz.
 
     CSV: separated by commas, semicolons, tabs or bars, as the header is, or as a line `sep=;` says; UTF-8, or UTF-16 with its
-    mark. Rows without a value are left out, and columns without a name: empty ones, and a first one (row names of R and
+    mark. Rows without a value are skipped, and columns without a name: empty ones, and a first one (row names of R and
     pandas). Of a JSON object with a list called `training`, as in the dataset.json of the Decathlon, that list is the table.
     Names and values are in NFC, without space around them; null and NaN are empty cells.
 
@@ -98,10 +98,10 @@ def read_table(path: Path, used: Collection[str] | None = None) -> list[Row]:
 def read_number(cell: Any) -> float:
     """The number in a cell: 1.5, "1.5", or "1,5" where commas are decimal. May be NaN or infinite where the cell is a number.
 
-    Raises: ValueError for what is none, and for "1,500", which is read as 1.5 or as 1500.
+    Raises: ValueError for other text, and for "1,500", which may be 1.5 or 1500.
     """
     if isinstance(cell, bool):
-        raise ValueError(f"{cell!r} is no number")
+        raise ValueError(f"{cell!r} is not a number")
     if not isinstance(cell, str):
         return float(cell)
     text = cell.strip().replace("\u2212", "-")
@@ -112,7 +112,7 @@ def read_number(cell: Any) -> float:
     if DECIMAL_COMMA.fullmatch(text):
         text = text.replace(",", ".")
     if not NUMBER.fullmatch(text):
-        raise ValueError(f"{cell!r} is no number")
+        raise ValueError(f"{cell!r} is not a number")
     return float(text)
 
 
@@ -123,7 +123,7 @@ def _content(path: Path) -> bytes:
     if packed and path.suffix.lower() != ".gz":
         raise ValueError(f"is gzip, though its name does not say so; rename it to {path.name}.gz, or unpack it")
     if path.suffix.lower() == ".gz" and not packed:
-        raise ValueError(f"is no gzip, though its name ends in .gz; rename it to {path.name[:-3]}")
+        raise ValueError(f"is not gzip, though its name ends in .gz; rename it to {path.name[:-3]}")
     if packed:
         try:
             with gzip.open(path) as file:
@@ -131,22 +131,22 @@ def _content(path: Path) -> bytes:
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"damaged gzip file: {error}") from error
     if len(data) > MAX_BYTES:
-        raise ValueError(f"is larger than {MAX_BYTES >> 20} MiB, which is no table")
+        raise ValueError(f"is larger than {MAX_BYTES >> 20} MiB, too large for a table")
     return data
 
 
 def _decoded(data: bytes) -> str:
     for start, what in WORKBOOKS.items():
         if data.startswith(start):
-            raise ValueError(f"is {what} by its content, no text; open it in a spreadsheet, and {SAVE}")
+            raise ValueError(f"is {what} by its content, not text; open it in a spreadsheet, and {SAVE}")
     if data.startswith(POINTER):
         raise ValueError("is a Git LFS pointer, not the table itself; fetch it with `git lfs pull`")
     if data.startswith(GZIP):
         raise ValueError("is gzip within gzip; unpack it once (gunzip)")
     if WEB_PAGE.match(data):
-        raise ValueError("is a web page by its content, no table; fetch the table itself, perhaps with a login")
+        raise ValueError("is a web page by its content, not a table; fetch the table itself, perhaps with a login")
     if data.startswith(RESOURCE_FORK):
-        raise ValueError("is a macOS resource fork, no table; the table's name does not begin with ._")
+        raise ValueError("is a macOS resource fork, not a table; the table's name does not begin with ._")
     mark, encoding = next(((mark, name) for mark, name in MARKS if data.startswith(mark)), (b"", "utf-8"))
     data = data.removeprefix(mark)
     try:
@@ -154,7 +154,7 @@ def _decoded(data: bytes) -> str:
     except UnicodeDecodeError as error:
         line = _line(data[: error.start].decode(encoding, "ignore"))
         raise ValueError(
-            f"line {line} holds bytes (0x{data[error.start]:02x}) that are no {encoding.upper()}: it was saved in another "
+            f"line {line} holds bytes (0x{data[error.start]:02x}) that are not {encoding.upper()}: it was saved in another "
             f"encoding, perhaps of Windows; {SAVE}"
         ) from error
     if "\0" in text:
@@ -202,8 +202,8 @@ def _csv_rows(text: str) -> list[Row]:
                 )
             if len(columns) > 1 and separator in (swallowed := _swallowed(value, separator, len(columns))):
                 raise ValueError(
-                    f"{place}: a value in quotation marks goes on over lines that look like rows ({swallowed[:40]!r}); is a "
-                    "quotation mark missing, or one too many? Else take the line breaks out of it"
+                    f"{place}: a value in quotation marks spans lines that look like rows ({swallowed[:40]!r}); is a "
+                    "quotation mark missing, or one too many? Otherwise remove its line breaks"
                 )
         rows.append(Row({name: value for name, value in zip(columns, values, strict=False) if name}, place))
     return rows
@@ -315,29 +315,29 @@ def _json_rows(text: str, name: str) -> list[Row]:
     return rows
 
 
-def _list_in(found: dict[str, Any], name: str) -> tuple[Any, str]:
-    """The list of rows in an object, and how places in it are told."""
-    lists = [key for key, value in found.items() if isinstance(value, list) and value]
+def _list_in(content: Mapping[str, object], name: str) -> tuple[list[object], str]:
+    """Return the list of rows in an object, and the words that name it in messages."""
+    lists: dict[str, list[object]] = {key: value for key, value in content.items() if isinstance(value, list) and value}
     if "training" in lists:
         if others := [
-            f"{key!r} ({len(found[key])} entries)" for key in lists if key in ("validation", "test", "testing")
+            f"{key!r} ({len(lists[key])} entries)" for key in lists if key in ("validation", "test", "testing")
         ]:
             logger.warning("%s: its list 'training' is the table; %s not read", name, ", ".join(others))
-        return found["training"], " of 'training'"
-    rows = [key for key in lists if all(isinstance(entry, dict) for entry in found[key])]
+        return lists["training"], " of 'training'"
+    rows = [key for key in lists if all(isinstance(entry, dict) for entry in lists[key])]
     if rows:
         raise ValueError(
             f"expected rows: a list of objects; it is called {rows[0]!r} here: name it 'training', or save it alone"
         )
     remedy = "give patterns instead of a table (images: imagesTr/{case}_0000.nii.gz, masks: labelsTr/{case}.nii.gz)"
-    nnunet = "channel_names" in found or "numTraining" in found
+    nnunet = "channel_names" in content or "numTraining" in content
     raise ValueError(
-        f"expected rows: a list of objects, or an object with a list called 'training'; it holds {', '.join(found)[:80]}"
+        f"expected rows: a list of objects, or an object with a list called 'training'; it holds {', '.join(content)[:80]}"
         + (f"; {remedy}" if nnunet else "")
     )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if twice := _twice([name for name, _ in pairs]):
         raise ValueError(f"an object has two values called {twice}; rename one")
     return dict(pairs)
@@ -345,7 +345,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _constant(text: str) -> None:
     if text != "NaN":  # which pandas and numpy write for an empty cell
-        raise ValueError(f"holds {text}, which is no number; leave the cell empty (null)")
+        raise ValueError(f"holds {text}, which is not a number; leave the cell empty (null)")
 
 
 def _clean(value: str) -> str:
@@ -365,7 +365,7 @@ def _cleaned(value: Any) -> Any:
 
 
 def _check_cells(rows: list[Row], used: Collection[str] | None) -> None:
-    """Raises: ValueError for what is no value in a column that is used."""
+    """Raises: ValueError for cells of used columns that are not plain values."""
     for row in rows:
         for column, value in row.items():
             if used is not None and column not in used:

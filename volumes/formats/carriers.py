@@ -47,7 +47,7 @@ def read_carrier(source: Any) -> RawVolume:
 
     Arrays and tensors with an `affine`, and torchio's images, are (X, Y, Z) or (C, X, Y, Z).
 
-    Raises: VolumeError for an object whose geometry is not read, naming the remedy, and for what is broken, in color,
+    Raises: VolumeError for an object whose geometry is not read, naming the remedy, and for images that are broken, in color,
     complex or sheared.
     """
     if isinstance(source, Nifti1Pair):

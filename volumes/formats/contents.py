@@ -1,4 +1,4 @@
-"""What a file of voxels is by its first bytes, against what its name says."""
+"""Compare the content of a file of voxels, by its first bytes, with its name."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check_content(path: Path) -> None:
             else f"rename it to {_renamed(stem, named)}, or "
         )
         raise VolumeError(
-            f"{path}: is no gzip, though its name ends in .gz{f' ({named} by its content)' if named else ''}; {rename}fetch it anew"
+            f"{path}: is not gzip, though its name ends in .gz{f' ({named} by its content)' if named else ''}; {rename}fetch it again"
         )
     if start.startswith(GZIP) and stem.lower().endswith(SUFFIXES["NIfTI"][2]) and not zipped:
         return  # of voxels alone, which may be anything

@@ -57,7 +57,7 @@ TAGS = [
 
 @dataclass(frozen=True)
 class Slice:
-    """What is known of a slice without its pixels. Lengths in mm, LPS."""
+    """The header of a slice, without its pixels. Lengths in mm, LPS."""
 
     path: Path
     series: str
@@ -75,7 +75,7 @@ def read_dicom(path: Path, units: str | None = None) -> RawVolume:
 
     Lengths are in mm, or in `units` where the slices are wrong.
 
-    Raises: VolumeError for whatever is no regular stack of scalar slices: several series, localizers, multi-frame and
+    Raises: VolumeError unless it is a regular stack of scalar slices: several series, localizers, multi-frame and
     color images, compression other than RLE, missing or unevenly spaced slices, several at one place, a tilted gantry,
     truncated files, files that are no DICOM.
     """
@@ -126,7 +126,9 @@ def _read_slice(path: Path) -> Slice:
     """Header of one file. pydicom raises errors of many kinds on damaged files; all mean that it cannot be read."""
     try:
         if not is_dicom(path):
-            raise VolumeError(f"{path}: is no DICOM file; take it out of the folder of the series, or fetch it anew")
+            raise VolumeError(
+                f"{path}: is not a DICOM file; move it out of the folder of the series, or fetch it again"
+            )
         syntax = read_file_meta_info(path).get("TransferSyntaxUID")
         if syntax not in (*UNCOMPRESSED, RLELossless):
             named = getattr(syntax, "name", None) or "an unknown transfer syntax"

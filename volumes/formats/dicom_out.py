@@ -1,6 +1,6 @@
 """Generated volumes as DICOM series: right geometry, new UIDs, no patient, and marked as synthetic in every slice.
 
-The attributes are those of PS3.3 of the standard; what is unknown of a scan that never took place stays empty.
+The attributes are those of PS3.3 of the standard; attributes of a scan that never took place stay empty.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def write_dicom(
     """
     folder = Path(folder)
     if len(volume.array) != 1:
-        raise ValueError(f"a DICOM series holds one channel, the volume has {len(volume.array)}; write one a folder")
+        raise ValueError(f"a DICOM series holds one channel, the volume has {len(volume.array)}; write one per folder")
     if not (modality.isascii() and modality.isalnum() and modality.isupper() and len(modality) <= 16):
         raise ValueError(f"modality is a code such as CT, MR or PT, got {modality!r}")
     if not np.isfinite(volume.array).all():

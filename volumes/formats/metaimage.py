@@ -51,13 +51,13 @@ SYNONYMS = {  # MetaIO knows several names of one thing
 def read_metaimage(path: Path, units: str | None = None) -> RawVolume:
     """Voxels and grid of a MetaImage file, its lengths being in `units` where its header is wrong.
 
-    Raises: VolumeError for what is broken, or not of the kind described above.
+    Raises: VolumeError for files that are broken, or not of the kind described above.
     """
     name = str(path)
     with open_regular(path) as file:
         fields = _fields(name, file)
         if fields.get("objecttype", "Image").lower() != "image" or _required(name, fields, "ndims") != "3":
-            raise VolumeError(f"{name}: is no image of three dimensions (ObjectType and NDims)")
+            raise VolumeError(f"{name}: is not an image of three dimensions (ObjectType and NDims)")
         if not _flag(name, fields, "binarydata", "True"):
             raise VolumeError(f"{name}: holds its voxels as text; save it as binary")
         for field, plain in PLAIN.items():
@@ -70,7 +70,7 @@ def read_metaimage(path: Path, units: str | None = None) -> RawVolume:
             )
         kind = _required(name, fields, "elementtype")
         if kind not in TYPES:
-            raise VolumeError(f"{name}: its voxels are of type {kind!r}; known are {', '.join(TYPES)}")
+            raise VolumeError(f"{name}: its voxels are of type {kind!r}; expected one of {', '.join(TYPES)}")
         dtype = np.dtype(TYPES[kind]).newbyteorder(">" if _flag(name, fields, "binarydatabyteordermsb") else "<")
         compressed = _flag(name, fields, "compresseddata")
         shape = whole_numbers(name, "DimSize", _required(name, fields, "dimsize"), 3)
@@ -109,7 +109,7 @@ def _fields(name: str, file: BinaryIO) -> dict[str, str]:
         fields[field] = value
         if field == "elementdatafile":
             return fields
-    raise VolumeError(f"{name}: is no MetaImage file, or its header is damaged (ElementDataFile ends it)")
+    raise VolumeError(f"{name}: is not a MetaImage file, or its header is damaged (ElementDataFile ends it)")
 
 
 def _affine(name: str, fields: dict[str, str]) -> np.ndarray:

@@ -142,7 +142,7 @@ def check_voxels(array: np.ndarray, dtype: np.dtype) -> None:
     low, high = array.min().item(), array.max().item()  # NaN, if there is any
     if not (math.isfinite(low) and math.isfinite(high)):
         raise VoxelError(
-            "voxels are not finite (NaN or infinite) in the units of the file; look for what is not finite in the weights, the "
+            "voxels are not finite (NaN or infinite) in the units of the file; look for values that are not finite in the weights, the "
             "conditions and the intensity scale"
         )
     if dtype.kind == "f":
@@ -192,7 +192,7 @@ def open_nifti(source: Readable, *, check: bool = True) -> tuple[str, Nifti1Pair
     """Name (for messages) and header of a NIfTI file or image; voxels are not read yet, but with `check` they were
     seen to be there, and whole where they are gzip.
 
-    Raises: VolumeError for what is no NIfTI file, a damaged one, or one that holds less than its header says.
+    Raises: VolumeError unless it is an intact NIfTI file that holds as much as its header says.
     """
     if isinstance(source, Nifti1Pair):
         return str(source.get_filename() or "nibabel image"), source
@@ -317,8 +317,8 @@ def exact_values(values: np.ndarray) -> np.ndarray:
 
 
 def _channels_last(values: np.ndarray, name: str, axes: str | None) -> np.ndarray:
-    """(X, Y, Z, C). Raises: VolumeError for a shape that is no volume's, and one that may begin with channels unless `axes`
-    says what it is."""
+    """(X, Y, Z, C). Raises: VolumeError for a shape that is not a volume's, and one that may begin with channels unless `axes`
+    is set."""
     if axes == "CXYZ":
         values = np.moveaxis(values.reshape(_channels_before(values.shape, name)), 0, -1)
     elif axes is None and _may_begin_with_channels(values.shape):

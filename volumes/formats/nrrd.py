@@ -59,7 +59,7 @@ VECTOR = re.compile(r"\(([^()]*)\)|none", re.IGNORECASE)
 def read_nrrd(path: Path, units: str | None = None) -> RawVolume:
     """Voxels and grid of a NRRD file, its lengths being in `units` where its header is wrong.
 
-    Raises: VolumeError for what is broken, or not of the kind described above.
+    Raises: VolumeError for files that are broken, or not of the kind described above.
     """
     name = str(path)
     with open_regular(path) as file:
@@ -67,7 +67,7 @@ def read_nrrd(path: Path, units: str | None = None) -> RawVolume:
         kind = _required(name, fields, "type")
         dtype, encoding = TYPES.get(kind), _required(name, fields, "encoding")
         if dtype is None:
-            raise VolumeError(f"{name}: its voxels are of type {kind!r}; numbers are what is supported")
+            raise VolumeError(f"{name}: its voxels are of type {kind!r}; only numbers are supported")
         if encoding not in ENCODINGS:
             raise VolumeError(f"{name}: is encoded as {encoding!r}; save it as raw or gzip")
         if dtype.itemsize > 1:
@@ -103,7 +103,7 @@ def _fields(name: str, file: BinaryIO) -> dict[str, str]:
     """The header's fields, in lower case but for file names; the file is left where the voxels begin."""
     start = file.read(HEADER_BYTES)
     if not re.match(rb"NRRD000[1-5]\r?\n", start):
-        raise VolumeError(f"{name}: is no NRRD file (it does not begin with NRRD0001 to NRRD0005)")
+        raise VolumeError(f"{name}: is not an NRRD file (it does not begin with NRRD0001 to NRRD0005)")
     end = re.search(rb"\r?\n\r?\n", start)
     if end is None and len(start) == HEADER_BYTES:
         raise VolumeError(f"{name}: its header has no end")
@@ -151,7 +151,7 @@ def _geometry(name: str, fields: dict[str, str]) -> tuple[tuple[int, ...], int |
 
 def _unit(name: str, fields: dict[str, str], units: str | None) -> str:
     """The unit of length that the header names, mm if it names none. Raises: VolumeError for several, and for an unknown one,
-    unless `units` says what it is."""
+    unless `units` is set."""
     named = {NAMED_UNITS.get(one, one) for one in re.findall(r'"([^"]*)"', fields.get("space units", ""))} - {""}
     if units or not named:
         return "mm"

@@ -1,4 +1,4 @@
-"""What every reader of volume files gives back, and what all of them check before they believe a header.
+"""The result of every reader of volume files, and the checks of headers that all readers share.
 
 Axes: stored voxels are (I, J, K, C) in the order of the file. Affines lead to RAS+ and millimeters.
 """
@@ -137,7 +137,7 @@ def memory_bytes() -> int:
 def read_packed(name: str, file: BinaryIO, nbytes: int, *, compressed: bool) -> bytes | bytearray:
     """The rest of a file, which holds exactly `nbytes` bytes of voxels, as they are or compressed (zlib or gzip).
 
-    Raises: VolumeError if there are fewer or more, or if what is compressed is damaged.
+    Raises: VolumeError if there are fewer or more, or if compressed data are damaged.
     """
     if not compressed:
         there = os.fstat(file.fileno()).st_size - file.tell()

@@ -1,4 +1,4 @@
-"""Volumes from files of any kind that is known, by their names: NIfTI, DICOM series (folders), NRRD and MetaImage.
+"""Read volumes from files of any supported kind, by their names: NIfTI, DICOM series (folders), NRRD and MetaImage.
 
 Every file that cannot be read right is refused with a `VolumeError` that names it and says why; nothing is guessed.
 """
@@ -90,13 +90,11 @@ def read_mask(source: Readable, *, units: str | None = None, axes: str | None = 
     if labels is not values and np.abs(values - labels).max() > WHOLE_NUMBER_TOLERANCE:
         worst = float(values.flat[np.abs(values - labels).argmax()])
         raise VolumeError(
-            f"{name}: the mask holds {worst:.6g}, which is no whole number; is it an image or a probability map?"
+            f"{name}: the mask holds {worst:.6g}, which is not a whole number; is it an image or a probability map?"
         )
     limits = np.iinfo(np.int16)
     if labels.min() < limits.min or labels.max() > limits.max:
-        raise VolumeError(
-            f"{name}: labels run from {labels.min():.0f} to {labels.max():.0f}; int16 is what is supported"
-        )
+        raise VolumeError(f"{name}: labels run from {labels.min():.0f} to {labels.max():.0f}; only int16 is supported")
     return _canonical(labels.astype(np.int16), stored.grid)
 
 
@@ -133,7 +131,7 @@ def read_stored(source: Readable, *, units: str | None = None, axes: str | None 
         reader = READERS.get(path.suffix.lower(), read_dicom if is_dicom(path) else None)
         if reader is None:
             raise VolumeError(
-                f"{path}: is of no kind that is known; these are {', '.join(SUFFIXES)}, and DICOM folders"
+                f"{path}: is not of a supported kind; supported are {', '.join(SUFFIXES)}, and DICOM folders"
             )
         return reader(path, units)
     except OSError as error:

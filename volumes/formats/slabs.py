@@ -185,7 +185,7 @@ class StoredVoxels:
             self.file.write(block.T.data)
 
     def get(self, start: int, planes: int, channels: int, slope: float, inter: float) -> np.ndarray:
-        """`planes` planes from `start` on, (C, X, Y, z) float32: slope times what is stored, plus inter."""
+        """`planes` planes from `start` on, (C, X, Y, z) float32: slope times the stored values, plus inter."""
         (x, y, _), _ = canonical_grid(self.grid)
         slab = np.empty((channels, x, y, planes), dtype=np.float32)
         stored = stored_order(slab, self.grid)

@@ -17,8 +17,8 @@ Features = list[Tensor]  # of one discriminator, layer by layer; the last are it
 
 @dataclass(frozen=True)
 class Slices:
-    """Which planes a discriminator of slices looks at: `positions` (B, n) along `axis` 0, 1 or 2. The same for real and
-    reconstructed volumes, so that their features can be compared."""
+    """The planes that a discriminator of slices sees: `positions` (B, n) along `axis` 0, 1 or 2. They are the same for real
+    and reconstructed volumes, so that their features can be compared."""
 
     axis: int
     positions: Tensor
@@ -31,8 +31,8 @@ class Slices:
 
 
 def draw_slices(fov: Tensor, count: int, generator: torch.Generator) -> Slices:
-    """`count` planes of each volume along one axis, drawn at random, the axis too, from planes that the field of view
-    (B, 1, X, Y, Z) touches."""
+    """Sample an axis, and `count` planes of each volume along it, among the planes that the field of view (B, 1, X, Y, Z)
+    touches."""
     axis = int(torch.randint(3, (), generator=generator, device=generator.device))
     touched = fov.movedim(axis + 2, 1).flatten(2).any(2).float()
     touched = touched + ~touched.any(1, keepdim=True)  # a volume without any: all its planes
@@ -40,15 +40,15 @@ def draw_slices(fov: Tensor, count: int, generator: torch.Generator) -> Slices:
 
 
 class VolumeDiscriminator(nn.Module):
-    """A PatchGAN of slices and one of volumes (Isola et al. 2017), with instance norm: no volume's verdict depends on
+    """A PatchGAN of slices and one of volumes (Isola et al. 2017). Instance norm makes logits independent of the rest of
     the batch.
 
     Args:
         in_channels: channels of the volume.
         channels: width of the first layer; doubled by each next one.
         layers: layers after the first; each but the last halves the sides.
-        slices, volume: whether to look at slices, and at whole crops.
-    Raises: ValueError if it is to look at neither.
+        slices, volume: whether to judge slices, and whole crops.
+    Raises: ValueError if both are False.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class VolumeDiscriminator(nn.Module):
     ):
         super().__init__()
         if not slices and not volume:
-            raise ValueError("a discriminator looks at slices, at volumes, or both; got neither")
+            raise ValueError("a discriminator needs slices, volumes, or both; got neither")
 
         def patchgan(dims: int) -> PatchDiscriminator:
             return PatchDiscriminator(dims, channels, in_channels, num_layers_d=layers, norm="INSTANCE")
@@ -65,7 +65,7 @@ class VolumeDiscriminator(nn.Module):
         self.volume = patchgan(3) if volume else None
 
     def forward(self, volumes: Tensor, slices: Slices) -> list[Features]:
-        """Features and logits of each of the discriminators."""
+        """Return features and logits of each discriminator."""
         found = [] if self.slices is None else [self.slices(slices.of(volumes))]
         return found + ([] if self.volume is None else [self.volume(volumes)])
 
@@ -78,20 +78,20 @@ def discriminator_loss(real: Sequence[Features], fake: Sequence[Features]) -> Te
 
 
 def generator_loss(fake: Sequence[Features]) -> Tensor:
-    """What the autoencoder gains by being taken for real: minus the mean logit, averaged over discriminators."""
+    """Adversarial loss of the autoencoder: minus the mean logit, averaged over discriminators."""
     return torch.stack([-f[-1].mean() for f in fake]).mean()
 
 
 def feature_matching_loss(real: Sequence[Features], fake: Sequence[Features]) -> Tensor:
     """Mean absolute difference of hidden features of real and reconstructed (Wang et al. 2018, Eq. 3), averaged over
-    layers and discriminators. The real ones are taken as given."""
+    layers and discriminators. The real ones receive no gradients."""
     pairs = [(r, f) for a, b in zip(real, fake, strict=True) for r, f in zip(a[:-1], b[:-1], strict=True)]
     return torch.stack([(r.detach() - f).abs().mean() for r, f in pairs]).mean()
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_weight: Tensor, most: float = 1e4) -> Tensor:
-    """How much of `adversarial` pulls as hard on the decoder's last layer as `reconstruction` does (Esser et al. 2021,
-    Eq. 7).
+    """Return the weight that gives `adversarial` the gradient norm of `reconstruction` at the decoder's last layer (Esser et
+    al. 2021, Eq. 7).
 
     Both are losses whose graphs are kept. Zero if the reconstruction loss has no gradient there.
     """

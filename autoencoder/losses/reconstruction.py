@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .posterior import DiagonalGaussian3D, LatentDistribution
-from .vq import QuantisedLatents
+from ..posterior import DiagonalGaussian3D, LatentDistribution
+from ..vq import QuantisedLatents
 
 
 def masked_mean(values: Tensor, fov: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def gradient_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor
     """Mean absolute error of the forward differences along each axis, where both voxels are inside (Mathieu et al.
     2016, Eq. 6, alpha = 1).
 
-    It asks for the right edges, where an absolute error alone is content with a blur.
+    It rewards sharp edges, where an absolute error alone accepts a blur.
     """
     error, losses = difference(reconstruction, target), []
     for axis in (2, 3, 4):
@@ -57,10 +57,10 @@ def gradient_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor
 def spectrum_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor:
     """Mean squared logarithm of the ratio of powers, over bands of spatial frequency from 0.1 to 0.5 cycles a voxel (a
     ratio of 2 costs 0.48), each the batch's mean under a Hann window. Both have the power of white noise of standard
-    deviation 0.003 (about the steps of 8 bits) added: what is flat, such as air, would else cost more than all the rest.
+    deviation 0.003 (about the steps of 8 bits) added; otherwise flat regions, such as air, would cost more than all the rest.
 
-    A decoder that is trained for the mean of what is possible leaves out the fine detail that it cannot know, and with
-    it the power there. This asks for the power, whatever its phase; what puts it in the right places are the others.
+    A decoder that is trained for the mean of all possible volumes loses the fine detail that it cannot know, and the
+    power there. This loss restores the power, whatever its phase; the other losses put it in the right places.
 
     Raises: ValueError for other shapes (`difference`).
     """
@@ -81,8 +81,8 @@ def spectrum_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor
 
 
 def cells_inside(fov: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(B, 1, X, Y, Z) boolean -> (B, 1, h, w, d) boolean: the latent cells that hold at least one voxel of the field
-    of view."""
+    """(B, 1, X, Y, Z) boolean -> (B, 1, h, w, d) boolean: True for latent voxels that contain at least one voxel of
+    the field of view."""
     return F.adaptive_max_pool3d(fov.float(), shape) > 0
 
 
@@ -100,7 +100,7 @@ def commitment_loss(latents: QuantisedLatents, fov: Tensor) -> Tensor:
 
 
 def latent_loss(latents: LatentDistribution, fov: Tensor) -> tuple[str, Tensor]:
-    """What keeps the latents in order, and its name: the KL of a Gaussian posterior, the commitment to a codebook."""
+    """Return the name and value of the latents' regularization: the KL of a Gaussian posterior, or the commitment to a codebook."""
     if isinstance(latents, QuantisedLatents):
         return "commitment", commitment_loss(latents, fov)
     assert isinstance(latents, DiagonalGaussian3D)

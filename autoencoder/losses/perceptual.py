@@ -1,4 +1,4 @@
-"""Perceptual losses: how far apart the features are that a frozen network finds in a reconstruction and in its volume.
+"""Perceptual losses: the distance between a frozen network's features of a reconstruction and of its volume.
 
 Axes: volumes (B, C, X, Y, Z) in [-1, 1], slices (B, C, ., .). Nothing is downloaded: the network is an autoencoder of
 ours, or VGG-16 in a local file.
@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .base import VolumeAutoencoder
-from .layers import ChannelRMSNorm, Downsample, space_to_depth
-from .losses import masked_mean
-from .weights import PICKLES, stored_shapes
+from ..base import VolumeAutoencoder
+from ..layers import ChannelRMSNorm, Downsample, space_to_depth
+from ..weights import PICKLES, stored_shapes
+from .reconstruction import masked_mean
 
 
 class EncoderFeatures(nn.Module):
-    """Features of volumes: what a trained autoencoder's encoder holds at the end of each level.
+    """Features of volumes: activations of a trained autoencoder's encoder at the end of each level.
 
     Args:
-        vae: frozen here. One that takes a single channel, or codes each by itself, looks at each channel alone.
+        vae: frozen here. One that takes a single channel, or codes each separately, sees one channel at a time.
     """
 
     dims: int = 3
@@ -33,7 +33,7 @@ class EncoderFeatures(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, volumes: Tensor) -> list[Tensor]:
-        """(B, C, X, Y, Z) -> (B * C / in_channels, ., x, y, z), one a level, finest first."""
+        """(B, C, X, Y, Z) -> (B * C / in_channels, ., x, y, z), one per level, finest first."""
         x, features = space_to_depth(volumes.reshape(-1, self.in_channels, *volumes.shape[2:]), self.patch_size), []
         for layer in self.encoder:
             if isinstance(layer, (Downsample, ChannelRMSNorm)):  # one follows each level
@@ -44,7 +44,7 @@ class EncoderFeatures(nn.Module):
 
 class VGG16Features(nn.Module):
     """Features of slices: VGG-16 (Simonyan & Zisserman 2015, Table 1, D) up to the last activation of each of its five
-    blocks, as LPIPS takes them (Zhang et al. 2018). Each channel is looked at alone, as a gray picture.
+    blocks, as LPIPS takes them (Zhang et al. 2018). Each channel is processed separately, as a gray picture.
 
     Args:
         path: safetensors file with the weights under torchvision's names, `features.0.weight` and so on; those of the
@@ -78,7 +78,7 @@ class VGG16Features(nn.Module):
         return nn.Sequential(*layers)
 
     def forward(self, slices: Tensor) -> list[Tensor]:
-        """(B, C, H, W) -> (B * C, ., h, w), one a block, finest first."""
+        """(B, C, H, W) -> (B * C, ., h, w), one per block, finest first."""
         gray = slices.reshape(-1, 1, *slices.shape[2:])
         x, features = ((gray + 1) / 2 - self.mean) / self.std, []  # one channel becomes three
         for layer in list(self.features)[:-1]:
