@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
 
-Array = TypeVar("Array", np.ndarray, torch.Tensor)
+if TYPE_CHECKING:  # commands that only parse arguments import this module, and torch takes seconds
+    import torch
+
+Array = TypeVar("Array", np.ndarray, "torch.Tensor")
 Window = tuple[EllipsisType | slice, ...]
 
 
@@ -105,7 +107,7 @@ def _moved(
     if tuple(array.shape[-3:]) != shape:
         raise ValueError(f"this placement takes arrays of {shape} voxels here, got {tuple(array.shape)}")
     size = (*array.shape[:-3], *target)
-    if isinstance(array, torch.Tensor):
+    if not isinstance(array, np.ndarray):
         result = array.new_full(size, fill)
         result[to] = array[source]
         return result

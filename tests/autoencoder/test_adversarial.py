@@ -34,7 +34,7 @@ def test_slices_are_the_planes_asked_for():
                 assert torch.equal(planes[2 * b + k], volumes[b].select(axis + 1, int(positions[b, k])))
 
 
-def test_slices_are_drawn_inside_the_field_of_view_on_every_axis():
+def test_slices_lie_inside_the_field_of_view_on_every_axis():
     fov = torch.zeros(1, 1, 8, 9, 10, dtype=torch.bool)
     fov[:, :, 2:4, 3:6, 7:8] = True
     inside, axes = {0: {2, 3}, 1: {3, 4, 5}, 2: {7}}, set()
@@ -52,7 +52,8 @@ def test_hinge_losses_of_known_logits():
     assert generator_loss(fake).item() == pytest.approx(1.0)
 
 
-def test_feature_matching_leaves_the_logits_and_the_real_ones_alone():
+def test_feature_matching_has_gradients_for_generated_only():
+    """Feature matching leaves the logits and the features of real images alone."""
     real = [[torch.ones(3, requires_grad=True), torch.zeros(1)]]
     fake = [[torch.full((3,), 3.0, requires_grad=True), torch.full((1,), 100.0)]]
     loss = feature_matching_loss(real, fake)
@@ -100,7 +101,8 @@ def test_a_discriminator_of_nothing_is_refused():
         VolumeDiscriminator(slices=False, volume=False)
 
 
-def test_the_recipe_that_sharpens_is_of_the_autoencoder_it_starts_from():
+def test_the_sharpening_recipe_matches_its_autoencoder():
+    """sharpen.yaml has the data, model and losses of vae.yaml, from whose autoencoder it starts."""
     config = parse_config(TrainVaeConfig, ["--config", str(RECIPES / "sharpen.yaml")])
     assert config.freeze_encoder and config.adversarial is not None
     own, first = (yaml.safe_load((RECIPES / name).read_text()) for name in ("sharpen.yaml", "vae.yaml"))

@@ -32,7 +32,7 @@ def small_vae(**arguments) -> AutoencoderKL3D:
 
 
 @pytest.mark.parametrize("stride", [(2, 2, 2), (4, 2, 1)])
-def test_space_to_depth_is_inverted_and_keeps_neighbors_together(stride):
+def test_space_to_depth_is_invertible_and_keeps_neighbors(stride):
     x = torch.arange(2 * 3 * 8 * 4 * 6.0).reshape(2, 3, 8, 4, 6)
     folded = space_to_depth(x, stride)
     assert torch.equal(depth_to_space(folded, stride), x)
@@ -54,7 +54,7 @@ def test_sides_that_do_not_fit_the_stride_are_refused():
         small_vae().encode(torch.zeros(1, 1, 8, 9, 8))
 
 
-def test_channels_coded_apart_are_those_of_the_autoencoder_of_one_channel():
+def test_per_channel_coding_equals_the_one_channel_autoencoder():
     two, one = (
         small_vae(in_channels=2, out_channels=2, latent_channels=6, per_channel=True),
         small_vae(latent_channels=3),
@@ -154,7 +154,8 @@ def test_kl_is_that_of_torch_distributions_in_five_dimensions():
     torch.testing.assert_close(kl_loss(posterior, torch.ones(2, 1, 3, 4, 5, dtype=torch.bool)), expected.mean())
 
 
-def test_samples_have_the_posteriors_moments_and_follow_the_generator():
+def test_samples_have_the_posterior_moments_and_are_seeded():
+    """Samples follow the generator that is passed."""
     moments = torch.cat([torch.full((1, 1, 20, 20, 20), 3.0), torch.full((1, 1, 20, 20, 20), 2 * math.log(0.5))], 1)
     posterior = DiagonalGaussian3D(moments, torch.tensor([1.0]), torch.tensor([2.0]))
     draw = posterior.sample(torch.Generator().manual_seed(1))
@@ -178,7 +179,7 @@ def test_losses_ignore_padding():
     torch.testing.assert_close(l1_loss(inside, target, everywhere), (inside - target).abs().mean())
 
 
-def test_a_batch_costs_the_mean_of_its_parts_however_much_of_each_is_padding():
+def test_batch_loss_is_the_mean_of_its_parts_despite_padding():
     """Else losses would depend on how many processes, or accumulated parts, share a batch."""
     generator = torch.Generator().manual_seed(0)
     ours, real = (torch.randn(3, 1, 8, 8, 8, generator=generator) for _ in range(2))
@@ -203,7 +204,7 @@ def test_gradient_loss_sees_edges_but_not_offsets():
     )  # 3 along one axis of three
 
 
-def test_measured_statistics_standardize_latents_and_decode_undoes_it():
+def test_measured_statistics_standardize_and_decode_undoes_it():
     vae = small_vae()
     volumes = [torch.rand(1, 1, 16, 8, 12) * 2 - 1, torch.rand(1, 1, 8, 8, 8) * 2 - 1]
     batches = [{"image": v, "fov": torch.ones_like(v, dtype=torch.bool)} for v in volumes]

@@ -64,7 +64,8 @@ def test_kl_of_a_half_padded_field_of_view():
     assert latent_loss(posterior, half_padded())[1].item() == pytest.approx(2.0)
 
 
-def test_a_posterior_is_clipped_where_exp_would_overflow_or_vanish():
+def test_log_variance_is_clipped_against_overflow_of_exp():
+    """A posterior is clipped where exp would overflow or vanish."""
     logvar = torch.tensor([-100.0, -29.0, 0.0, 19.0, 100.0]).view(1, 1, 5, 1, 1)
     posterior = DiagonalGaussian3D(torch.cat([torch.zeros_like(logvar), logvar], 1), torch.zeros(1), torch.ones(1))
     expected = [math.exp(half) for half in (-15, -14.5, 0, 9.5, 10)]
@@ -130,7 +131,8 @@ def test_means_are_of_the_voxels_inside_volume_by_volume():
     assert masked_mean(values, fov).item() == pytest.approx(1.0)
 
 
-def test_losses_of_a_volume_that_is_three_quarters_padding_are_those_of_the_rest():
+def test_padding_does_not_change_the_losses_of_a_volume():
+    """Three quarters of the volume are padding."""
     generator = torch.Generator().manual_seed(0)
     ours, real = (torch.randn(1, 2, 4, 8, 8, generator=generator) for _ in range(2))
     padded = [torch.cat([one, torch.full((1, 2, 12, 8, 8), fill)], 2) for one, fill in ((ours, 9.0), (real, -1.0))]
@@ -162,7 +164,7 @@ def waves(frequency: float, axis: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("axis", [2, 3, 4])
-def test_the_spectrum_loss_has_bands_of_a_twentieth_of_a_cycle_from_a_tenth_to_a_half(axis):
+def test_spectrum_loss_bands_are_a_twentieth_of_a_cycle_wide(axis):
     """Where a wave is the whole power of a band, twice its power costs (log 2)^2 in one of eight bands, on every axis; below
     0.1 cycles a voxel it costs nothing."""
     fov = everywhere(waves(0.05, axis))
@@ -175,7 +177,7 @@ def test_the_spectrum_loss_has_bands_of_a_twentieth_of_a_cycle_from_a_tenth_to_a
     assert cost == pytest.approx(math.log(2) ** 2 / 8, rel=0.05)  # of one band, whatever is in the others
 
 
-def test_the_spectrum_loss_is_the_same_for_too_much_and_too_little():
+def test_spectrum_loss_is_equal_for_too_much_and_too_little():
     noise = torch.randn(1, 1, 16, 16, 16)
     losses = [spectrum_loss(noise * factor, noise, everywhere(noise)).item() for factor in (2.0, 0.5)]
     assert losses == pytest.approx([math.log(4) ** 2] * 2, rel=1e-3)
@@ -252,7 +254,7 @@ def test_nothing_but_the_encoder_follows_the_commitment():
 # adversaries
 
 
-def test_several_discriminators_count_alike_and_so_do_their_layers():
+def test_several_discriminators_and_their_layers_weigh_equally():
     logits = [[torch.tensor([2.0, 0.5])], [torch.tensor([0.0])]]
     assert discriminator_loss(logits, logits[::-1]).item() == pytest.approx((0.5 * (0.25 + 1) + 0.5 * (1 + 2.25)) / 2)
     assert generator_loss(logits).item() == pytest.approx(-(1.25 + 0.0) / 2)

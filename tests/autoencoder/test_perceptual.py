@@ -49,7 +49,8 @@ def volumes_for(network, shape=(2, 1, 16, 16, 16)) -> tuple[torch.Tensor, torch.
     return image, torch.ones_like(image[:, :1], dtype=torch.bool)
 
 
-def test_equal_inputs_cost_nothing_and_only_the_reconstruction_gets_a_gradient(network):
+def test_equal_inputs_cost_nothing_and_targets_have_no_gradient(network):
+    """Only the reconstruction has a gradient."""
     image, fov = volumes_for(network)
     assert perceptual_loss(network, image.clone(), image, fov).item() == 0
     image.requires_grad_()
@@ -59,7 +60,7 @@ def test_equal_inputs_cost_nothing_and_only_the_reconstruction_gets_a_gradient(n
     assert image.grad is None and not gradients(network) and not network.training
 
 
-def test_a_blur_costs_more_than_a_uniform_error_of_the_same_size(network):
+def test_a_blur_costs_more_than_a_uniform_error_of_equal_size(network):
     image, fov = volumes_for(network)
     pool = F.avg_pool3d if network.dims == 3 else F.avg_pool2d
     blurred = pool(image, 3, 1, 1)
@@ -67,7 +68,7 @@ def test_a_blur_costs_more_than_a_uniform_error_of_the_same_size(network):
     assert perceptual_loss(network, blurred, image, fov) > 1.5 * perceptual_loss(network, brighter, image, fov) > 0
 
 
-def test_the_distance_is_that_of_unit_features_summed_over_levels():
+def test_the_distance_sums_unit_features_over_levels():
     """Features (3, 4) and (4, 3) are unit vectors 0.08 apart; of one cell of two that is inside. The next level agrees."""
 
     class Planted(torch.nn.Module):
@@ -82,7 +83,7 @@ def test_the_distance_is_that_of_unit_features_summed_over_levels():
     assert loss.item() == pytest.approx(0.08, rel=1e-5)
 
 
-def test_features_are_those_of_each_level_and_of_each_channel_alone(vgg_file):
+def test_features_are_taken_per_level_and_per_channel(vgg_file):
     encoder, vgg = EncoderFeatures(small_autoencoder()), VGG16Features(vgg_file)
     volume, picture = torch.randn(1, 2, 16, 16, 16), torch.randn(1, 2, 16, 16)
     assert [f.shape for f in encoder(volume)] == [(2, 4, 8, 8, 8), (2, 8, 4, 4, 4)]
@@ -109,7 +110,7 @@ def test_gray_becomes_imagenets_colors(vgg_file):
     assert torch.allclose(seen[0][0, :, 3, 5], expected, atol=1e-6)
 
 
-def test_a_training_step_logs_it_and_moves_the_autoencoder_alone(network):
+def test_a_step_logs_it_and_trains_the_autoencoder_alone(network):
     plain, step = make_step(), make_step()
     step.perception = PerceptualLoss(network, PerceptualConfig("vgg", weight=0.5, slices=2))
     inputs = {key: F.interpolate(value.float(), 16) for key, value in batch().items()}

@@ -146,7 +146,8 @@ def test_every_plane_is_computed_once():
 
 
 @torch.no_grad()
-def test_two_streams_at_once_and_the_ordinary_forward_between_slabs():
+def test_two_streams_and_a_forward_pass_do_not_interfere():
+    """Two streams run at once, with the ordinary forward pass between their slabs."""
     vae = autoencoder()
     one, two = torch.randn(1, 4, 3, 3, 8), torch.randn(1, 4, 3, 3, 8)
     expected = [vae._decode(one), vae._decode(two)]

@@ -137,7 +137,7 @@ def test_statistics_of_known_histograms():
 
 
 @torch.no_grad()
-def test_latents_are_those_before_quantization_and_decoding_quantizes():
+def test_latents_are_not_quantized_until_decoding():
     vae = tiny().eval()
     vae.set_latent_statistics([0.5] * 8, [2.0] * 8)
     volume = torch.randn(1, 1, 8, 8, 8)

@@ -120,7 +120,7 @@ def test_every_command_is_known_to_this_test():
     assert mains - {"cli/command.py"} == known
 
 
-def test_help_and_mistyped_arguments_are_answered_before_torch_is_imported(tmp_path):
+def test_help_and_mistyped_arguments_need_no_import_of_torch(tmp_path):
     every = [("-m", name) for name in MODULES] + [("", str(ROOT / name)) for name in SCRIPTS]
     every += [("", str(ROOT / "evaluate.py"), name) for name in EVALUATIONS]
     commands = [[*command, "--help"] for command in every] + [[*command, "--mistyped"] for command in every]
@@ -184,7 +184,7 @@ def test_a_users_mistake_is_one_message(tmp_path, body, status, said):
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == bool(said)
 
 
-def test_our_own_mistakes_and_those_asked_for_keep_their_traceback(tmp_path):
+def test_bugs_and_the_traceback_option_show_the_traceback(tmp_path):
     for body in ("assert False, 'ours'", "raise TypeError('ours')", "import evaluation.nowhere"):
         done = run_script(script(tmp_path, body))
         assert done.returncode == 1 and "Traceback" in done.stderr, body
@@ -192,7 +192,8 @@ def test_our_own_mistakes_and_those_asked_for_keep_their_traceback(tmp_path):
     assert done.returncode == 1 and "Traceback" in done.stderr and "ValueError: theirs" in done.stderr
 
 
-def test_processes_of_torchrun_say_it_once_and_tell_the_launcher(tmp_path):
+def test_torchrun_processes_print_an_error_once_and_report_it(tmp_path):
+    """Only rank 0 prints; each process writes the error for the launcher."""
     path = script(tmp_path, "raise ValueError('no mask')")
     said = []
     for rank in range(2):
@@ -204,7 +205,7 @@ def test_processes_of_torchrun_say_it_once_and_tell_the_launcher(tmp_path):
     assert "no mask" in run_script(path, TORCHELASTIC_ERROR_FILE="/nowhere/0/error.json").stderr
 
 
-def test_what_a_process_that_loads_data_says_comes_without_its_frames():
+def test_errors_of_loader_processes_are_shown_without_frames():
     from torch._utils import ExceptionWrapper
 
     from volumes import VolumeError
@@ -294,7 +295,8 @@ def test_options_that_are_known_are_not_doubted():
     assert line.endswith("; dicee: did you mean dice? See evaluate.py --help\n")
 
 
-def test_parsers_end_in_one_line_and_leave_no_trace_of_the_option(capsys):
+def test_parsers_fail_in_one_line_and_hide_the_traceback_option(capsys):
+    """The option leaves no attribute in the parsed arguments."""
     for parser in (ArgumentParser(prog="x.py"), ConfigParser(prog="x.py")):
         parser.add_argument("--count", type=int, default=1)
         assert dict(vars(parser.parse_args(["--traceback"]))) == {"count": 1}

@@ -163,7 +163,8 @@ def started(seconds: int) -> subprocess.Popen:
     return process
 
 
-def test_a_long_step_is_told_of_at_once_and_a_second_interrupt_ends_it_at_once():
+def test_an_interrupt_in_a_long_step_is_announced_at_once():
+    """A second interrupt ends the step at once."""
     process = started(60)
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
@@ -189,7 +190,7 @@ def test_a_child_of_a_fork_leaves_the_decision_to_its_parent(capfd):
     assert capfd.readouterr().err.count("Ctrl-C") == 2  # of one line
 
 
-def test_an_interrupt_between_a_fork_and_its_first_line_is_no_second_one(capfd):
+def test_an_interrupt_just_after_a_fork_counts_only_once(capfd):
     """It comes before the child had its own handlers: with its parent's it would count there."""
     with pytest.raises(Stopped), stoppable(), finishing("a step"):
         for _ in range(100):
@@ -242,7 +243,8 @@ def test_ctrl_c_ends_the_reading_of_a_set_that_was_begun(monkeypatch):
     assert len(begun) < 20
 
 
-def test_generation_finishes_the_volumes_in_progress_and_the_same_command_goes_on(tmp_path, monkeypatch, capfd):
+def test_interrupted_generation_finishes_its_batch_and_resumes(tmp_path, monkeypatch, capfd):
+    """The volumes in progress are finished, and the same command continues."""
     tiny_pipeline().save_pretrained(tmp_path / "pipeline")
     (tmp_path / "masks").mkdir()
     for number in range(5):
@@ -274,7 +276,8 @@ def test_generation_finishes_the_volumes_in_progress_and_the_same_command_goes_o
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_volumes_that_were_accepted_are_kept_where_others_of_their_batch_are_made_again(tmp_path, monkeypatch, capfd):
+def test_accepted_volumes_of_an_interrupted_batch_are_kept(tmp_path, monkeypatch, capfd):
+    """Only the others of the batch are made again."""
     tiny_pipeline().save_pretrained(tmp_path / "pipeline")
     nib.save(mask_image((8, 8, 8)), tmp_path / "case.nii.gz")
     judged = []
@@ -294,7 +297,7 @@ def test_volumes_that_were_accepted_are_kept_where_others_of_their_batch_are_mad
     capfd.readouterr()
 
 
-def test_evaluation_finishes_the_training_in_progress_and_goes_on(tmp_path, monkeypatch, capfd):
+def test_interrupted_evaluation_finishes_a_training_and_resumes(tmp_path, monkeypatch, capfd):
     write_phantoms(tmp_path, range(5), tests=1)
     args = ["dice", "--config", str(tmp_path / "config.yaml"), "--synthetic", str(tmp_path / "made"), "--device", "cpu"]
     args += ["--precision", "no", "--shape", "16", "16", "16", "--iterations", "2", "--seeds", "2"]
@@ -361,7 +364,7 @@ def test_the_clock_of_a_bar_goes_on_during_a_step(monkeypatch):
         assert "volumes, validation" in terminal.getvalue()
 
 
-def test_without_a_terminal_a_long_step_writes_a_line_at_intervals(monkeypatch, capsys):
+def test_a_long_step_logs_at_intervals_without_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(live_bar, "QUIET", 0.2)
     with LiveBar(total=3, file=io.StringIO(), desc="volumes") as bar:
         bar.update()

@@ -53,7 +53,7 @@ def test_each_axis_is_flipped_half_of_the_time_by_itself():
     how = LatentCacheConfig(versions=2, flip_axes=(0, 2))
     item, flipped = {"image": image, "affine": torch.eye(4)}, []
     for version in range(201):
-        made = _version(item, (2, 2, 2), how, 0, version, 3)["image"][0]
+        made = _version(item, (2, 2, 2), how, 0, 0, version, 3)["image"][0]
         match = [axes for axes in ((), (0,), (2,), (0, 2)) if torch.equal(made[0], image[0].flip(axes))]
         assert len(match) == 1
         flipped.append(match[0])

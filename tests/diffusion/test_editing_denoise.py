@@ -42,7 +42,7 @@ FAMILIES += [(name, objective) for name in DIFFUSION_SCHEDULERS for objective in
 
 @pytest.mark.parametrize(("solver", "objective"), FAMILIES)
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_every_scheduler_keeps_the_image_outside_and_makes_the_rest(solver, objective, strength):
+def test_every_scheduler_keeps_the_image_outside_the_region(solver, objective, strength):
     """Of a model that knows the answer: it is reached inside, the image stays outside, and what the model sees outside is at
     every step the image at that step's noise, from the same noise."""
     scheduler = fit_scheduler(getattr(diffusers, solver)(), objective)
@@ -102,7 +102,7 @@ def test_the_share_of_the_steps():
     assert len(heun.seen) == 3
 
 
-def test_an_image_at_full_strength_is_no_condition_without_a_region():
+def test_full_strength_without_a_region_ignores_the_image():
     """All of it is generated: from the noise itself, not from what is left of the image in the noisiest step."""
     scheduler = fit_scheduler(diffusers.DDIMScheduler(), "epsilon")
     answer, image, noise = (torch.randn(1, 2, 3, 4, 5, generator=seeded(seed)[0]) for seed in range(3))

@@ -124,7 +124,7 @@ def test_without_conditions_a_scale_does_nothing():
     assert weight == 1 and not kept.as_kwargs()
 
 
-def test_conditions_are_left_out_at_their_own_rate_and_independently():
+def test_each_condition_is_dropped_independently_at_its_rate():
     batch = 20_000
     rates = {"mask": 0.1, "sex": 0.5}
     left = drop_conditions(conditions(batch), SCHEMA, rates, torch.Generator().manual_seed(0))

@@ -58,7 +58,7 @@ def test_entries_are_the_posteriors_of_padded_volumes(tmp_path, vae, dataset):
     assert entry["inside"].all()
 
 
-def test_a_finished_cache_is_read_and_an_interrupted_one_goes_on(tmp_path, vae, dataset):
+def test_a_complete_cache_is_read_and_a_partial_one_resumed(tmp_path, vae, dataset):
     files = build_latent_cache(dataset, vae, tmp_path, progress=False).files
     times = [f.stat().st_mtime_ns for f in files]
     files[2].unlink()
@@ -131,7 +131,8 @@ def test_a_damaged_entry_is_named_and_made_again(tmp_path, vae, dataset, caplog,
     assert again[1]["mean"].isfinite().all()
 
 
-def test_an_entry_is_checked_once_a_process_and_again_when_it_was_touched(tmp_path, vae, dataset, monkeypatch):
+def test_an_entry_is_checked_once_and_again_when_modified(tmp_path, vae, dataset, monkeypatch):
+    """Once per process, unless its file changes."""
     files = build_latent_cache(dataset, vae, tmp_path, progress=False).files
     checked, digest = [], latent_entry.entry_digest
     monkeypatch.setattr(latent_entry, "entry_digest", lambda name, _: (checked.append(name), digest(name, _))[1])
@@ -148,7 +149,8 @@ def test_an_entry_is_checked_once_a_process_and_again_when_it_was_touched(tmp_pa
     assert len(checked) == len(files) + 2
 
 
-def test_a_pipe_or_link_in_the_cache_hangs_nothing_and_leads_nowhere(tmp_path, vae, dataset):
+def test_pipes_and_links_in_the_cache_are_replaced_or_refused(tmp_path, vae, dataset):
+    """No pipe blocks the reader, and nothing is written through a link."""
     files = build_latent_cache(dataset, vae, tmp_path / "cache", progress=False).files
     (tmp_path / "precious").write_text("precious")
     files[0].unlink()
@@ -165,7 +167,8 @@ def test_a_pipe_or_link_in_the_cache_hangs_nothing_and_leads_nowhere(tmp_path, v
         build_latent_cache(dataset, vae, tmp_path / "linked", progress=False)
 
 
-def test_latents_that_are_not_finite_name_their_volume_and_are_not_written(tmp_path, vae, dataset, monkeypatch):
+def test_latents_that_are_not_finite_are_refused_by_volume(tmp_path, vae, dataset, monkeypatch):
+    """Nothing is written for that volume."""
     encode = type(vae).encode
 
     def overflow(self, image, **options):
@@ -189,7 +192,8 @@ def test_latents_that_are_not_finite_name_their_volume_and_are_not_written(tmp_p
         latent_statistics(vae, batches)
 
 
-def test_another_autoencoder_preprocessing_or_augmentation_is_another_cache(tmp_path, vae, dataset):
+def test_cache_depends_on_model_preprocessing_and_augmentation(tmp_path, vae, dataset):
+    """Another autoencoder, preprocessing or augmentation is another cache."""
     first = build_latent_cache(dataset, vae, tmp_path, progress=False)
     key = cache_key(dataset, vae, LatentCacheConfig())
     with torch.no_grad():
@@ -335,7 +339,7 @@ def test_volumes_are_rotated_in_mm():
         assert (moved[0] - distance)[fov & (distance < 12)].abs().mean() < 0.1
 
 
-def test_label_maps_stay_label_maps_and_spacing_is_the_volumes_own(tmp_path, vae, dataset, monkeypatch):
+def test_label_maps_stay_label_maps_and_spacing_is_per_volume(tmp_path, vae, dataset, monkeypatch):
     asked = []
 
     def deformed(image, mask, augmentation, generator, spacing, order):
@@ -379,7 +383,7 @@ def entry(name: str, shape: tuple[int, int, int]) -> dict:
     }
 
 
-def test_a_batch_takes_the_first_shape_and_padding_has_no_weight():
+def test_a_batch_takes_the_first_shape_and_ignores_padding():
     items = [entry("a", (3, 4, 3)), entry("b", (5, 4, 2))]
     batch = collate_latents(items, (4, 4, 4), 2)
     assert batch["mean"].shape == (2, 4, 3, 4, 3) and batch["conditions"].mask.shape == (2, 3, 4, 3, 64)
@@ -408,7 +412,7 @@ def test_a_batch_is_a_function_of_its_names_and_places_vary():
     assert placed == again and len(set(placed)) > 3
 
 
-def test_without_labels_there_is_no_mask_and_with_labels_one_must_be_there():
+def test_a_mask_is_required_only_where_there_are_labels():
     item = entry("a", (3, 3, 3))
     assert collate_latents([item], (4, 4, 4), 0)["conditions"].as_kwargs() == {}
     del item["mask"]

@@ -54,7 +54,7 @@ def voxels(entry: dict[str, torch.Tensor]) -> torch.Tensor:
         {"flip_axes": (0, 1, 2), "shift": True},
     ],
 )
-def test_image_mask_and_field_of_view_are_flipped_and_shifted_together(tmp_path, vae, dataset, how):
+def test_image_mask_and_field_of_view_flip_and_shift_together(tmp_path, vae, dataset, how):
     latents = build_latent_cache(dataset, vae, tmp_path, LatentCacheConfig(versions=6, **how), seed=1, progress=False)
     stored, flips, places = {index: dataset[index // 6] for index in range(12)}, set(), set()
     for index in range(len(latents)):
@@ -88,7 +88,7 @@ def test_image_mask_and_field_of_view_are_flipped_and_shifted_together(tmp_path,
     assert (len(places) > 4) is bool(how.get("shift"))
 
 
-def test_a_volume_and_its_versions_differ_and_so_do_volumes_and_seeds(tmp_path, vae, dataset):
+def test_volumes_versions_and_seeds_are_augmented_differently(tmp_path, vae, dataset):
     """Each version of each volume is moved by itself: no two alike, and another seed moves them otherwise."""
 
     def masks(folder: str, seed: int) -> list[torch.Tensor]:
@@ -207,7 +207,7 @@ CHANGED: dict[str, Any] = {
 NOT_OF_LATENTS = {"classes": {"sex": ["F", "M"]}, "numbers": ["age"], "condition_channels": ["ct"]}
 
 
-def test_every_setting_of_the_data_that_changes_latents_changes_the_key(vae, dataset):
+def test_each_data_setting_that_changes_latents_changes_the_key(vae, dataset):
     """One after another, on cases that stay as they are; a setting that is new must be named here, on one of the sides."""
     before = cache_key(dataset, vae, LatentCacheConfig())
     names = {one.name for one in dataclasses.fields(DataConfig)}
@@ -293,7 +293,7 @@ def test_every_place_of_a_smaller_and_a_larger_entry_occurs():
         assert found == [places] * 3
 
 
-def test_cells_outside_have_no_weight_in_a_batch_and_deviations_go_along():
+def test_outside_cells_weigh_nothing_and_deviations_are_batched():
     items = [entry_of((3, 3, 3), "a"), entry_of((3, 3, 3), "b")]
     items[1]["inside"][0, 1] = False
     batch = collate_latents(items, STRIDE, 3)
@@ -315,7 +315,7 @@ class Watched(torch.nn.Module):
 
 
 @pytest.mark.parametrize("objective", ["rectified_flow", "v_prediction", "epsilon"])
-def test_padding_is_zero_in_the_unets_input_and_has_no_part_in_the_loss(objective):
+def test_padding_is_zero_in_the_unet_and_ignored_by_the_loss(objective):
     """A volume of which three quarters are padding has the loss of the whole: that of its cells, by hand."""
     weight = torch.ones(2, 1, 4, 3, 2)
     weight[1, :, 1:] = 0

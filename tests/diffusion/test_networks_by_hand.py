@@ -141,7 +141,7 @@ def test_an_autoencoder_is_the_layers_of_its_config():
 
 
 @torch.no_grad()
-def test_new_blocks_are_the_identity_and_a_new_unet_predicts_nothing():
+def test_new_blocks_are_identities_and_a_new_unet_predicts_zero():
     """So that a deep network begins to train as a shallow one."""
     x, time = torch.randn(2, 8, 3, 4, 5), torch.randn(2, 6)
     assert torch.equal(ResidualBlock(8)(x), x)
@@ -175,7 +175,7 @@ def test_a_batch_is_coded_in_slabs_if_all_of_it_is_large(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_stream_inside_a_stream_leaves_the_outer_one_as_it_was():
+def test_a_nested_stream_leaves_the_outer_stream_unchanged():
     """A network whose first part is itself a stream of the slab: what comes after it must still know of the outer slabs."""
     inner, outer = Conv3d(2, 2, 1), Conv3d(2, 3, 3, padding=1)
     volume = torch.randn(1, 2, 4, 4, 9)

@@ -46,7 +46,8 @@ def test_v_and_eps_invert_to_the_clean_latents(objective):
     torch.testing.assert_close(clean, x, atol=1e-5, rtol=1e-4)
 
 
-def test_timesteps_are_logit_normal_for_flow_and_uniform_for_diffusion():
+def test_timesteps_are_logit_normal_for_flow_else_uniform():
+    """Uniform for diffusion."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.logit(sample_timesteps(FLOW, 20_000, generator).double() / 1000)
     assert logits.mean().item() == pytest.approx(0, abs=0.03) and logits.std().item() == pytest.approx(1, abs=0.03)
@@ -54,7 +55,7 @@ def test_timesteps_are_logit_normal_for_flow_and_uniform_for_diffusion():
     assert steps.min() == 0 and steps.max() == 999 and steps.float().mean().item() == pytest.approx(499.5, abs=10)
 
 
-def test_schedulers_that_speak_the_objective_stay_as_they_are_and_lend_nothing():
+def test_schedulers_that_fit_the_objective_are_copied_unchanged():
     """What is handed out is a copy: no step of it moves the one that was given, whose calls may run at the same time."""
     given = [(make_scheduler(objective), objective) for objective in OBJECTIVES]
     given += [(one, FLOW) for one in (FlowMatchEulerDiscreteScheduler(shift=3.0), FlowMatchHeunDiscreteScheduler())]
@@ -101,7 +102,8 @@ def test_diffusion_schedulers_take_on_the_models_schedule():
         (DDIMScheduler(num_train_timesteps=250), EPS),
     ],
 )
-def test_schedulers_that_cannot_speak_it_are_refused_with_a_remedy(scheduler, objective):
+def test_schedulers_of_another_objective_are_refused(scheduler, objective):
+    """The error names the remedy."""
     with pytest.raises(ValueError, match=f"{type(scheduler).__name__}.*make_scheduler"):
         fit_scheduler(scheduler, objective)
 
@@ -141,7 +143,7 @@ class Perfect(torch.nn.Module):
         return (sample / (timestep / 1000).view(-1, 1, 1, 1, 1),)
 
 
-def test_the_loss_of_a_perfect_denoiser_is_zero_and_padding_has_no_part_in_it():
+def test_a_perfect_denoiser_has_no_loss_and_padding_is_ignored():
     weight = torch.ones(4, 1, 3, 3, 3)
     weight[:, :, 2] = 0
     latents = torch.zeros(4, 2, 3, 3, 3)
@@ -150,7 +152,7 @@ def test_the_loss_of_a_perfect_denoiser_is_zero_and_padding_has_no_part_in_it():
     assert loss.item() == pytest.approx(0, abs=1e-8)
 
 
-def test_each_volume_counts_the_same_however_much_of_it_is_padding():
+def test_volumes_count_equally_whatever_their_padding():
     class Zero(torch.nn.Module):
         def forward(self, sample, timestep, return_dict=True):
             return (torch.zeros_like(sample),)

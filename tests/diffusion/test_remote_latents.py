@@ -61,7 +61,7 @@ def test_latents_at_a_url_are_those_of_a_folder_and_made_once(vae, dataset, tmp_
     assert_same_latents(build_latent_cache(dataset, vae, "memory://latents/", progress=False), local)
 
 
-def test_an_entry_that_is_cut_short_is_made_again_and_a_damaged_one_refused(vae, dataset, tmp_path, monkeypatch):
+def test_a_truncated_entry_is_rebuilt_and_a_damaged_one_refused(vae, dataset, tmp_path, monkeypatch):
     memory = fsspec.filesystem("memory")
     local = build_latent_cache(dataset, vae, "memory://latents", progress=False)
     first, second, _ = sorted(memory.find("/latents"))
@@ -81,7 +81,7 @@ def test_an_entry_that_is_cut_short_is_made_again_and_a_damaged_one_refused(vae,
     assert not [path for path in (tmp_path / "another").rglob("*") if path.name.count("-") == 2]
 
 
-def test_processes_of_one_machine_may_fetch_one_entry_at_the_same_time(vae, dataset, tmp_path, monkeypatch):
+def test_processes_of_one_machine_may_fetch_the_same_entry(vae, dataset, tmp_path, monkeypatch):
     build_latent_cache(dataset, vae, "memory://latents", progress=False)
     monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "another"))
     latents = build_latent_cache(dataset, vae, "memory://latents", progress=False)
@@ -99,9 +99,8 @@ def test_processes_of_one_machine_may_fetch_one_entry_at_the_same_time(vae, data
 
 
 @pytest.mark.parametrize("images", ["meta/{name}.mhd", "series/{name}"])
-def test_other_voxels_under_the_same_name_are_other_latents_and_the_same_on_every_machine(
-    vae, folder, tmp_path, monkeypatch, images
-):
+def test_the_key_depends_on_voxels_not_on_names_or_machines(vae, folder, tmp_path, monkeypatch, images):
+    """Other voxels under the same name are other latents, and the key is the same on every machine."""
     add_series(folder)
     url = upload(folder)
     voxels = sorted((folder / images.format(name="a")).parent.glob("a.raw" if "meta" in images else "a/*"))[0]
@@ -167,7 +166,7 @@ print(cache.files[0].parent.name)
 """
 
 
-def test_two_processes_fill_one_cache_and_a_third_machine_reads_it(vae, folder, tmp_path, monkeypatch):
+def test_two_processes_fill_one_cache_and_a_third_reads_it(vae, folder, tmp_path, monkeypatch):
     """Data and latents at one URL; each process has copies of its own, as if on another machine."""
     fsspec.register_implementation("folder", Folder, clobber=True)
     url, config = f"folder:/{folder}", data(f"folder:/{folder}")
@@ -191,7 +190,7 @@ def test_two_processes_fill_one_cache_and_a_third_machine_reads_it(vae, folder, 
     assert all(torch.equal(load_file(one)["mean"], third[i]["mean"]) for i, one in enumerate(objects))
 
 
-def test_a_training_on_remote_volumes_and_latents_is_the_local_one(vae, folder, tmp_path):
+def test_training_on_remote_volumes_and_latents_equals_local(vae, folder, tmp_path):
     vae.save_pretrained(tmp_path / "vae")
     metrics = []
     for root in (str(folder), upload(folder)):

@@ -323,7 +323,7 @@ def test_a_saved_scheduler_acts_as_it_did(objective, tmp_path):
         ({"num_train_timesteps": 500}, "counts 500 training steps"),
     ],
 )
-def test_a_folder_with_options_that_do_not_fit_is_refused_when_loaded(change, message, tmp_path):
+def test_a_folder_with_unsuitable_options_is_refused_at_loading(change, message, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path)
     path = tmp_path / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))

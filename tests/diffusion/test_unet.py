@@ -79,7 +79,7 @@ def test_wrong_settings_are_refused():
         LatentUNet3D(**{**SMALL, "head_dim": 7})
 
 
-def test_gradient_checkpointing_recomputes_and_changes_no_gradient():
+def test_checkpointing_recomputes_and_changes_no_gradient():
     calls = []
     unet, x = small_unet().train(), torch.randn(1, 4, 4, 4, 4)
     for module in unet.modules():

@@ -66,7 +66,7 @@ def judge(folder, *more: str):
     return evaluate.main([*args, "--iterations", "15", "--shape", "16", "16", "16", *more])
 
 
-def test_a_model_that_obeys_is_told_from_one_with_the_labels_swapped(folder, capsys):
+def test_an_obedient_model_differs_from_one_with_swapped_labels(folder, capsys):
     generate(folder, swapped=False)
     report = judge(folder)
     assert report["real"]["right"] == report["generated"]["right"] == 1
@@ -120,7 +120,7 @@ def test_the_difference_is_weighted_and_its_interval_spans_it():
     assert low == pytest.approx(-10 - 1.96 * 5.64, abs=1) and high == pytest.approx(-10 + 1.96 * 5.64, abs=1)
 
 
-def test_the_same_seed_trains_the_same_classifier_and_rare_classes_count():
+def test_equal_seeds_train_equal_classifiers_and_weigh_classes():
     """Of 12 volumes one is bright: a classifier that always says dark would be wrong about it."""
     random = torch.Generator().manual_seed(0)
     classes = torch.tensor([1] + [0] * 11)

@@ -197,7 +197,7 @@ def test_the_step_of_intensities_is_found():
     assert quantization_step(np.arange(8.0)) is None  # too few levels
 
 
-def test_near_duplicates_are_of_other_subjects_and_closer_than_usual():
+def test_near_duplicates_are_other_subjects_unusually_close():
     images = [make_phantom(seed, SHAPE)[0].array for seed in range(6)]
     images.append(images[2] * 2 + 5)  # another subject's copy
     images.append(images[4] + np.random.default_rng(0).normal(0, 5, images[4].shape).astype(np.float32))
@@ -310,13 +310,13 @@ def test_who_limits_quality():
 
 
 @pytest.mark.parametrize("model", ["text", [1], {"condition_dropout": 3}, None])
-def test_a_section_that_is_none_has_a_sentence_beside_the_data_that_were_examined(model, tmp_path, capsys):
+def test_a_malformed_section_is_named_and_the_data_examined(model, tmp_path, capsys):
     status, report, _ = run(tmp_path, config_file(tmp_path, planted(tmp_path), model=model), capsys)
     assert status == 1 and about(report, "cases", "WARN")
     assert [one for level in ("WARN", "FAIL") for name in ("config", "model") for one in about(report, name, level)]
 
 
-def test_refused_files_are_not_taken_for_splits_that_were_not_asked_for(tmp_path, capsys):
+def test_refused_files_are_not_mistaken_for_missing_splits(tmp_path, capsys):
     window = {"kind": "window", "low": -9000.0, "high": -8000.0}
     data = {**planted(tmp_path), "intensity": window}
     _, report, _ = run(tmp_path, config_file(tmp_path, data), capsys)

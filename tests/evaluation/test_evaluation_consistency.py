@@ -25,13 +25,13 @@ def test_a_ramp_and_a_zigzag_by_hand():
     assert zigzag["y difference"] == zigzag["z difference"] == 0
 
 
-def test_slices_that_turn_into_their_negative_and_slices_that_are_flat():
+def test_negated_slices_and_constant_slices():
     pattern = np.random.default_rng(0).random(50)
     assert adjacent_correlation(np.stack([pattern, 1 - pattern, 2 + 3 * pattern])) == pytest.approx(-1)
     assert adjacent_correlation(np.stack([pattern, np.full(50, 0.3), np.full(50, 0.4)])) == pytest.approx(0.5)
 
 
-def test_correlation_leaves_brightness_and_contrast_of_slices_alone():
+def test_correlation_ignores_brightness_and_contrast_of_slices():
     volume = smooth_volumes(1, 0)[0, 0] * 0.5
     gains = np.random.default_rng(0).uniform(0.5, 1.5, volume.shape[2])
     scaled = of(volume * gains + gains)

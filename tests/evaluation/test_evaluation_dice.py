@@ -62,7 +62,8 @@ def test_learning_is_from_all_but_the_test_split(data):
     assert [case.name for case in test_cases(cases)] == ["case_13", "case_14"]
 
 
-def test_generated_volumes_are_found_by_mask_and_those_of_test_masks_left_out(data):
+def test_generated_volumes_are_matched_to_training_masks_only(data):
+    """Those of test masks are not used."""
     folder, config = data
     cases = load_cases(config)
     image, _, _ = make_phantom(0, SHAPE)
@@ -76,7 +77,8 @@ def test_generated_volumes_are_found_by_mask_and_those_of_test_masks_left_out(da
         generated_pairs(cases, folder / "nowhere")
 
 
-def test_loading_scales_by_percentiles_and_places_image_and_mask_alike(data):
+def test_loading_scales_by_percentiles_and_aligns_the_mask(data):
+    """Image and mask are placed alike."""
     folder, config = data
     cases = learning_cases(load_cases(config))
     real, made = (
@@ -122,7 +124,7 @@ def test_a_segmenter_learns_what_is_plain(data):
         labels[i, 2 + i : 10 + i, 4:12, 4:12] = 1
     images = labels[:, None].float() * 0.8
     (scores,) = volume_dice(train_segmenter(images, labels, 2, seed=0, iterations=40), images, labels, 2)
-    assert len(scores) == 1 and scores[0] > 0.9
+    assert len(scores) == 4 and scores.mean() > 0.9
 
 
 def test_the_report_and_its_ratios(data, capsys):

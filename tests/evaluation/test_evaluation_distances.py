@@ -39,7 +39,8 @@ def test_frechet_of_gaussians_whose_covariances_do_not_commute():
     assert found == pytest.approx(np.trace(a) + np.trace(b) - 2 * root)
 
 
-def test_frechet_with_fewer_samples_than_features_is_that_of_their_singular_covariances():
+def test_frechet_with_few_samples_uses_singular_covariances():
+    """There are fewer samples than features."""
     # along different axes each: nothing in common, so the traces add up
     first, second = np.zeros((3, 8)), np.zeros((4, 8))
     first[:, 2], second[:, 5] = [-1, 0, 1], [-3, -3, 3, 3]
@@ -54,7 +55,8 @@ def test_kernel_distance_by_hand():
     assert found == pytest.approx(1 + 343 - 2 * (1 + 1 + 27 + 64) / 4)
 
 
-def test_the_kernel_distance_is_unbiased_at_counts_at_which_frechets_is_not():
+def test_kernel_distance_is_unbiased_where_frechet_is_not():
+    """Frechet's distance is biased at small counts."""
     random = np.random.default_rng(0)
     samples = [(random.standard_normal((5, 6)), random.standard_normal((12, 6))) for _ in range(100)]
     kernel = np.array([kernel_distance(*pair) for pair in samples])
@@ -69,7 +71,7 @@ def test_wasserstein_of_columns():
     assert wasserstein1(np.zeros((3, 1)), np.array([[0.0], [1.0], [0.0], [1.0]])) == pytest.approx([0.5])
 
 
-def test_standardizing_counts_columns_alike_but_the_nearly_constant_ones():
+def test_standardizing_scales_all_but_nearly_constant_columns():
     rows = np.array([[0.0, 5.0, 10.0], [2.0, 5.0, 30.0]])  # standard deviations 1, 0, 10
     of = {"training": rows, "test": rows + np.array([1, 0.5, 0])}
     plain = standardize(of, "training")
@@ -79,7 +81,8 @@ def test_standardizing_counts_columns_alike_but_the_nearly_constant_ones():
     assert standardize(of, "training", 0.5)["test"][0] == pytest.approx([0, 0.5 / least, -1])
 
 
-def test_a_feature_that_hardly_ever_fires_does_not_drown_the_kernel_distance():
+def test_a_rarely_active_feature_does_not_dominate_the_kernel():
+    """The kernel distance still sees the other features."""
     random = np.random.default_rng(0)
     of = {name: random.standard_normal((20, 10)) for name in ("training", "test", "generated")}
     for rows in of.values():
@@ -100,7 +103,7 @@ def sets(generated: np.ndarray, count: int = 40) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
-def test_an_equal_distribution_is_at_the_floor_and_a_moved_one_beyond_it(distance):
+def test_equal_distributions_are_at_the_floor_and_moved_above(distance):
     fresh = np.random.default_rng(2).standard_normal((60, 4))
     good = compare_sets(distance, sets(fresh), subsets=50)
     assert good["count"] == 20
@@ -158,7 +161,7 @@ def test_copies_are_closer_to_training_than_unseen_volumes():
     assert 0.6 < half["auc"] < 0.9 and half["interval"][0] > 0.5
 
 
-def test_volumes_of_one_subject_count_as_one_in_the_interval_of_closeness():
+def test_intervals_of_closeness_count_subjects_not_volumes():
     """Three times the same volumes of the same subjects tell no more than once."""
     random = np.random.default_rng(0)
     training, test, fresh = (random.standard_normal((n, 6)) for n in (50, 20, 20))

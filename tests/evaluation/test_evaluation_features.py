@@ -56,7 +56,7 @@ def test_encoder_statistics_are_those_of_its_levels():
     assert found.shape == (2, 2 * (4 + 8)) and torch.allclose(found, torch.cat(expected, 1), atol=1e-5)
 
 
-def test_encoder_statistics_take_any_shape_and_each_channel_alone():
+def test_encoder_statistics_take_any_shape_and_single_channels():
     vae = autoencoder(in_channels=2, out_channels=2, latent_channels=4, per_channel=True)
     volumes = tensor(channels=2, shape=(13, 15, 11))
     found = EncoderStatistics(vae)(volumes)
@@ -67,7 +67,7 @@ def test_encoder_statistics_take_any_shape_and_each_channel_alone():
     assert kept == pytest.approx(0.5)  # all figures of the first channel
 
 
-def test_the_random_network_is_one_network_and_leaves_the_global_seed_alone():
+def test_the_random_network_is_fixed_and_spares_the_global_seed():
     volumes = tensor(channels=2)
     state = torch.get_rng_state()
     network = RandomStatistics()
@@ -86,7 +86,8 @@ def test_the_random_network_is_one_network_and_leaves_the_global_seed_alone():
         network(torch.zeros(1, 1, 7, 8, 8))
 
 
-def test_slices_along_an_axis_whatever_their_order_and_number_at_a_time(slices_network):
+def test_slice_statistics_ignore_slice_order_and_batch_size(slices_network):
+    """Slices are taken along each axis."""
     volumes = tensor(channels=2)
     sagittal = SliceStatistics(slices_network, 0)(volumes)
     assert sagittal.shape == (2, 2 * 6)

@@ -23,7 +23,7 @@ def test_statistics_of_known_intensities():
     assert [found[f"quantile {q}"] for q in ("0.01", "0.25", "0.5", "0.99")] == pytest.approx([0.01, 0.25, 0.5, 0.99])
 
 
-def test_a_shifted_histogram_is_as_far_as_it_was_shifted_whatever_the_volumes_sizes():
+def test_a_histogram_distance_is_the_shift_whatever_the_sizes():
     random = np.random.default_rng(0)
     small, large = random.random((4, 5, 6)) / 2, random.random((9, 9, 9)) / 2
     first = np.stack([histogram(small), histogram(large)])
@@ -34,7 +34,8 @@ def test_a_shifted_histogram_is_as_far_as_it_was_shifted_whatever_the_volumes_si
     assert histogram_distance(first, np.stack([np.roll(first[0], 10), first[1]])) == pytest.approx(5 / BINS)
 
 
-def test_halving_amplitudes_costs_six_decibels_in_every_band_of_a_small_crop():
+def test_halved_amplitudes_cost_6_decibels_in_every_band():
+    """Also in a small crop."""
     volumes = smooth_volumes(3, 0)
     powers = [np.stack([power(v[0], SHAPE) for v in of]) for of in (volumes / 2, volumes)]
     assert power_ratio_db(*powers) == pytest.approx(np.full(powers[0].shape[1], -20 * np.log10(2)))
@@ -57,7 +58,8 @@ def judged(generated: np.ndarray) -> tuple[dict, dict]:
     )
 
 
-def test_blur_is_seen_in_the_spectrum_brightness_in_the_histogram_and_shuffled_slices_in_the_spectrum_alone():
+def test_each_fault_is_seen_by_its_metric():
+    """Blur is seen in the spectrum, brightness in the histogram, shuffled slices in the spectrum alone."""
     fresh = smooth_volumes(16, 3)
     levels, spectrum = judged(fresh)
     assert levels["excess"]["interval"][0] < 0 < levels["excess"]["interval"][1]

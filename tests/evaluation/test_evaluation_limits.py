@@ -64,7 +64,7 @@ def test_limits_are_known_from_the_counts(command, train, test, options, said):
         assert any(said in one for one in found), found
 
 
-def test_a_segmenters_shape_is_checked_before_anything_is_generated(folder):
+def test_the_segmenter_shape_is_checked_before_generation(folder):
     config = DataConfig(**yaml.safe_load((folder / "ldm.yaml").read_text())["data"])
     data = Data(load_cases(config), config)
     for command in ("dice", "few_labels", "pretrain", "samplers"):
@@ -121,7 +121,7 @@ def everything(folder, out, *more: str) -> dict:
     return evaluate.main([*args, "--precision", "no", "--output", str(out), *more])
 
 
-def test_all_writes_the_page_with_what_succeeded_and_names_the_rest(folder, tmp_path, monkeypatch, capsys):
+def test_all_writes_the_page_of_successes_and_names_failures(folder, tmp_path, monkeypatch, capsys):
     """privacy is refused by the counts, shapes by the config, and dice falls over half way."""
 
     def broken(*_, **__):
@@ -169,7 +169,7 @@ def test_nothing_is_generated_for_what_cannot_be_measured(folder, tmp_path, monk
 
 
 @pytest.mark.parametrize("command", ["reconstruction", "realism", "dice", "privacy"])
-def test_a_report_that_cannot_be_written_is_told_before_the_work(folder, tmp_path, monkeypatch, command):
+def test_an_unwritable_report_is_refused_before_the_work(folder, tmp_path, monkeypatch, command):
     monkeypatch.setattr(Command, "run", lambda *_: pytest.fail("worked first"))
     (tmp_path / "file").touch()
     args = [command, "--config", str(folder / "ldm.yaml"), "--device", "cpu"]
@@ -189,7 +189,7 @@ def test_nor_is_one_of_the_other_programs(folder, tmp_path, monkeypatch, program
         program(["--config", str(folder / "ldm.yaml"), "--output", str(tmp_path), *more])
 
 
-def test_few_generated_volumes_are_told_before_features_are_taken(folder, tmp_path, monkeypatch):
+def test_too_few_generated_volumes_are_refused_before_features(folder, tmp_path, monkeypatch):
     made = tmp_path / "made"
     made.mkdir()
     for number in range(3):

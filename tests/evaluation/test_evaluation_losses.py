@@ -40,7 +40,7 @@ def predicting(pipe, monkeypatch, function) -> list[float]:
     return asked
 
 
-def test_the_loss_of_a_model_that_predicts_zero_is_the_size_of_its_target(pipe, monkeypatch):
+def test_predicting_zero_costs_the_size_of_the_target(pipe, monkeypatch):
     """A flow's target is noise less latents: two draws at each of two times, the same for every volume."""
     asked, dataset = predicting(pipe, monkeypatch, lambda noisy, at: torch.zeros_like(noisy)), phantoms(0)
     losses = denoising_losses(pipe, dataset, times=(300.0, 700.0), draws=2, seed=5)
@@ -60,7 +60,7 @@ def test_times_are_thousandths_of_the_schedule(monkeypatch):
     assert asked == [50, 350] * COUNT
 
 
-def test_a_model_that_knows_its_training_volumes_gives_them_away(pipe, monkeypatch):
+def test_a_model_that_memorized_reveals_its_training_volumes(pipe, monkeypatch):
     """It takes the nearest volume that it knows for what is in the noise: x_t = (1 - t) x + t n, and predicts n - x."""
     training, unseen = phantoms(0), phantoms(100)
     known = torch.cat([latents_of(pipe, training, index) for index in range(COUNT)])

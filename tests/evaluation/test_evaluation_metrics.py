@@ -57,7 +57,7 @@ def test_gradients_leave_the_padding_and_its_edge_out():
         mean_gradient(volume, seen)
 
 
-def test_white_noise_has_its_variance_in_every_band_whatever_the_crop():
+def test_white_noise_has_its_variance_in_every_band_of_any_crop():
     random = np.random.default_rng(0)
     for shape in ((28, 36, 28), (31, 40, 24)):
         power = mean_band_power(random.normal(0, 3, (40, *shape)))

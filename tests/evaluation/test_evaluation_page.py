@@ -104,7 +104,7 @@ def test_a_floor_that_is_measured_has_an_interval_too():
     assert verdict(0.03, 0.01) == "within" and verdict(0.4, 0.3) == "outside"
 
 
-def test_a_memorized_fraction_is_judged_beside_the_chance_in_false_positives():
+def test_memorized_fraction_is_judged_beside_false_positives():
     def row(fraction: list[float]) -> Row:
         wrong = {"fraction": 0.02, "interval": [0.002, 0.17]}
         memory = {"fraction": fraction[1], "interval_drawn": [fraction[0], fraction[2]], "false_positives": wrong}
@@ -135,7 +135,9 @@ def test_budgets_are_drawn_and_judged(tmp_path):
     assert page.claims[2].row == rows[0]
 
 
-def test_budgets_that_were_not_measured_are_not_drawn_and_the_fair_control_leads(tmp_path):
+def test_unmeasured_budgets_are_not_drawn_and_the_control_leads(tmp_path):
+    """The claim compares with the fair control, the longer training on real volumes."""
+
     def cell(mean: float) -> dict:
         return {"mean": mean, "interval_seeds": None}
 

@@ -53,7 +53,8 @@ def test_what_a_small_volume_lacks_is_its_lowest_value():
     assert cropped.sum() == 9 * 7 + 5 * (64 - 7)
 
 
-def test_features_count_alike_whatever_their_scale_and_constant_ones_not_at_all():
+def test_features_count_equally_and_constant_ones_not_at_all():
+    """The scale of a feature does not matter."""
     volumes = [RANDOM.normal(size=(1, 8, 8, 8)) for _ in range(6)]
 
     def features(scales):
@@ -93,7 +94,8 @@ def test_where_two_subjects_are_equally_near_the_ratio_is_1():
 # distances and draws
 
 
-def test_distances_are_from_unseen_volumes_and_the_floor_is_that_of_training_volumes():
+def test_excess_is_the_distance_beyond_that_of_training():
+    """Distances are from unseen volumes, and the floor is that of training volumes."""
     sets = {"training": np.full((8, 1), 10.0), "test": np.zeros((6, 1)), "generated": np.full((9, 1), 3.0)}
     found = compare_sets(lambda a, b: abs(a.mean() - b.mean()), sets, subsets=3)
     means = {name: found[name]["mean"] for name in ("generated_to_test", "training_to_test", "test_halves", "excess")}
@@ -101,7 +103,7 @@ def test_distances_are_from_unseen_volumes_and_the_floor_is_that_of_training_vol
     assert found["count"] == 3 and found["whole"] == 3
 
 
-def test_drawn_subjects_weigh_alike_however_many_volumes_they_have():
+def test_resampled_subjects_weigh_equally_whatever_their_counts():
     draws = resample_weights(["a", "a", "a", "b"], np.random.default_rng(0))
     np.testing.assert_allclose(draws.sum(1), 2)
     assert (draws[:, 0] == draws[:, 2]).all() and set(draws[:, 3]) == {0, 1, 2}
@@ -110,7 +112,7 @@ def test_drawn_subjects_weigh_alike_however_many_volumes_they_have():
 # reconstructions
 
 
-def test_sharpness_is_that_of_all_reconstructions_over_that_of_all_volumes():
+def test_sharpness_is_a_ratio_of_sums_over_all_volumes():
     """The first volume, ten times as flat as the others, comes back without any edge: that counts a tenth of what it would."""
     config = DataConfig(phantom=PhantomConfig(count=3, shape=(28, 36, 28)), validation_fraction=0)
     dataset = VolumeDataset(load_cases(config), config)

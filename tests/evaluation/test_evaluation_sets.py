@@ -58,7 +58,8 @@ def test_generated_volumes_are_scaled_and_owned_as_real_ones(folder):
     assert real.volumes[0].shape == (1, *SHAPE)
 
 
-def test_volumes_of_two_folders_keep_apart_and_unknown_masks_have_no_owner(folder, tmp_path):
+def test_volumes_of_two_folders_have_distinct_names(folder, tmp_path):
+    """A volume of an unknown mask belongs to no case and to no subject of the data."""
     config = config_of(folder)
     cases = load_cases(config)
     other = shutil.copytree(folder / "fresh", tmp_path / "other")
@@ -85,7 +86,7 @@ def test_a_mask_that_cases_share_owns_nobody(folder, tmp_path):
     assert found == {**digests, describe_mask(cases[1].mask)["sha256"]: cases[1].name}
 
 
-def test_generated_files_are_read_without_the_time_point_of_the_data(folder):
+def test_generated_files_are_read_without_the_data_time_point(folder):
     """Real files are 4-D and hold the volume at time point 1; generated files are 3-D."""
     config = dataclasses.replace(config_of(folder), time_point=1)
     cases = load_cases(config)

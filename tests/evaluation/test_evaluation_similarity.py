@@ -23,7 +23,7 @@ def tensor(volumes: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(volumes).float()
 
 
-def test_small_volumes_have_fewer_scales_whose_weights_sum_to_one():
+def test_small_volumes_have_fewer_scales_and_weights_sum_to_1():
     assert [scales_of((side, 40, 40)) for side in (7, 13, 14, 28, 40)] == [1, 1, 2, 3, 3]
     assert scales_of((500, 400, 300)) == 5
     assert weights_of(2) == pytest.approx([0.0448 / 0.3304, 0.2856 / 0.3304])
@@ -82,7 +82,7 @@ def diversity(generated: np.ndarray) -> dict:
     return compare_diversity(values, pairs, {name: len(volumes) for name, volumes in sets.items()})
 
 
-def test_mode_collapse_makes_pairs_alike_and_a_good_generator_does_not():
+def test_only_mode_collapse_makes_pairs_of_volumes_alike():
     fresh = smooth_volumes(12, 3)
     good, bad = diversity(fresh), diversity(collapsed(fresh))
     for name in ("generated_minus_test", "training_minus_test", "generated_minus_training"):

@@ -224,7 +224,7 @@ def test_a_damaged_ledger_is_named(tmp_path, text):
         Ledger(tmp_path / "other.json", dict(BASE), lambda rows: {"rows": [row.as_json() for row in rows]})
 
 
-def test_a_ledger_that_says_nothing_of_its_volumes_is_damaged_too(tmp_path):
+def test_a_ledger_without_its_volumes_is_damaged_too(tmp_path):
     (tmp_path / "report.json").write_text('{"rows": 1}')
     with pytest.raises(ValueError, match="report.json: holds no trainings"):
         Ledger(tmp_path / "report.json", {"evaluation": None}, lambda rows: {"rows": [row.as_json() for row in rows]})

@@ -11,13 +11,14 @@ from evaluation.metrics.label_shapes import shape_figures, shape_names
 from evaluation.metrics.nearest import standardized
 
 
-def test_an_odd_voxel_that_a_small_volume_lacks_is_repeated_at_its_far_end():
+def test_a_small_volume_of_odd_size_repeats_its_last_voxel():
     volume = np.array([0.0, 1, 3]).reshape(1, 3, 1, 1)
     found = CopyCheck.of([volume], (4, 1, 1), block=1).fingerprints.flatten()
     assert found.tolist() == pytest.approx(standardized(np.array([[0.0, 1, 3, 3]]))[0].tolist())
 
 
-def test_a_copy_has_similarity_one_in_its_best_placement_and_a_constant_channel_says_nothing():
+def test_a_shifted_copy_has_similarity_1_despite_a_flat_channel():
+    """The best placement counts, and a constant channel has no part in it."""
     volume = np.random.default_rng(0).random((2, 6, 6, 6))
     volume[1] = 0.5
     check = CopyCheck.of([volume], (4, 4, 4), block=2, shift=1)

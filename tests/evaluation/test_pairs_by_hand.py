@@ -53,7 +53,7 @@ def test_each_channel_is_scaled_by_itself(tmp_path):
     torch.testing.assert_close(images[0], images[1])
 
 
-def test_a_generated_file_is_read_without_the_time_point_of_the_data(tmp_path):
+def test_a_generated_file_is_read_without_the_data_time_point(tmp_path):
     made = (stored(ramp(1), tmp_path / "case_000.nii.gz"),)
     data = config(images="{volume}.nii.gz", time_point=1)
     images = load_pairs([Pair(case_with_mask(tmp_path), made)], data, SHAPE).images
@@ -68,7 +68,8 @@ def test_a_file_is_of_the_channel_with_the_longest_name(tmp_path):
     assert [pair.generated for pair in found] == [tuple(made)]
 
 
-def test_a_given_channel_is_the_cases_own_only_if_the_sidecar_names_its_bytes(tmp_path, monkeypatch):
+def test_a_kept_channel_must_match_the_hash_in_the_sidecar(tmp_path, monkeypatch):
+    """Else it does not belong to the case."""
     real = {name: stored(ramp(top), tmp_path / f"{name}.nii.gz") for top, name in enumerate(TWO, 1)}
     made = stored(ramp(3), tmp_path / "made" / "case_000_t1.nii.gz")
     case = case_with_mask(tmp_path, **real)
@@ -136,7 +137,8 @@ def test_the_labeled_region_reaches_3_mm_of_the_masks_spacing():
     assert np.flatnonzero(labeled_region(mask)).tolist() == [3, 4, 5]
 
 
-def test_means_over_drawn_subjects_are_over_as_many_volumes_as_were_drawn():
+def test_means_over_resampled_subjects_keep_their_volume_count():
+    """A subject that is drawn twice brings its volumes twice."""
     row = {"profile": [1.0], "untouched_profile": [1.0], "changed_outside": 0, "changed_inside": 1.0}
     found = summarize_region([{"jump": 2.0, "untouched": 1.0, **row}] * 3, ["a", "a", "b"])
     assert found["jump"]["interval"] == [2, 2] and found["untouched"]["interval"] == [1, 1]

@@ -158,7 +158,7 @@ def test_the_false_positive_rate_is_what_was_asked_for():
     assert np.mean(cross) == pytest.approx(0.1, abs=0.03)
 
 
-def test_a_volume_at_the_threshold_is_not_memorized_and_subjects_are_the_unit():
+def test_subjects_at_the_threshold_are_not_memorized():
     """Scores 0 to 18 of 19 subjects: 17 is the threshold at 1 in 10. Of four subjects one and a half lie above it."""
     unseen, units = np.repeat(np.arange(19.0), 3), units_of(57, "u", 3)
     generated = np.array([17.0, 17.0, 18.0, 18.0, 19.0, 17.0, 5.0, 5.0])
@@ -167,7 +167,7 @@ def test_a_volume_at_the_threshold_is_not_memorized_and_subjects_are_the_unit():
     assert found["interval"] == wilson(found["fraction"], 4)  # of four subjects, not of eight volumes
 
 
-def test_false_positives_are_judged_by_the_threshold_of_the_other_subjects():
+def test_false_positives_use_the_threshold_of_other_subjects():
     """Of 20 subjects the highest exceeds all others, and no threshold that counts it as well."""
     unseen, units = np.repeat(np.arange(20.0), 2), units_of(40, "u", 2)
     found = memorized(np.array([30.0, 5.0]), unseen, units, alpha=0.05)
@@ -248,7 +248,7 @@ def real() -> tuple[VolumeSet, VolumeSet]:
     )
 
 
-def test_a_generator_that_copies_one_in_ten_is_found_at_that_rate(real):
+def test_copies_of_one_in_ten_are_found_at_that_rate(real):
     training, unseen = real
     volumes = smooth(40, 12)
     for index in range(4):
@@ -304,7 +304,7 @@ def test_members_of_a_generator_that_copies_are_known(real):
     assert found["reidentification"]["top_1"]["rate"] == 1 and found["reidentification"]["patients"] == 36
 
 
-def test_members_are_known_by_similarity_and_by_loss_with_sets_of_equal_size(real):
+def test_members_are_told_by_similarity_and_loss_in_equal_sets(real):
     """Sides that changed places would say 0 instead of 1: copies are near to members, whose losses are the lower ones."""
     training, unseen = real[0], VolumeSet(real[1].volumes[:24], real[1].names[:24], real[1].subjects[:24])
     copies = VolumeSet([disguised(volume, i, noise=0.1) for i, volume in enumerate(training.volumes)])

@@ -117,7 +117,8 @@ def test_figures_of_planted_volumes(data):
         scorer([volume[:, :8] for volume in same])
 
 
-def test_the_command_resumes_and_refuses_what_was_measured_otherwise(data, tmp_path):
+def test_the_command_resumes_and_refuses_other_settings(data, tmp_path):
+    """Settings other than those of the earlier measurement."""
     output = tmp_path / "out" / "samplers.json"
     options = ["--pipeline", str(data[0] / "pipeline"), "--config", str(data[0] / "config.yaml"), "--masks", "4"]
     own = [*options, "--output", str(output), "--segmenter_steps", "2", "--shape", "16", "16", "16", "--steps", "1"]
@@ -154,7 +155,7 @@ def test_the_command_resumes_and_refuses_what_was_measured_otherwise(data, tmp_p
     assert make_named("ddpm", pipe).config["clip_sample_range"] == 3.0  # as it is trained and sampled
 
 
-def test_settings_can_be_chosen_without_a_look_at_the_test_split():
+def test_settings_can_be_chosen_without_the_test_split():
     cases = [Case(f"{split}{n}", f"{split}{n}", split, mask=Path("m")) for split in SPLITS for n in range(2)]
     test_set, train_set = samplers.splits(cases, "test")
     assert [case.name for case in test_set] == ["test0", "test1"]
@@ -166,7 +167,7 @@ def test_settings_can_be_chosen_without_a_look_at_the_test_split():
         samplers.splits(cases[:2], "validation")
 
 
-def test_guidance_that_the_model_cannot_take_is_named_before_any_work(data, tmp_path):
+def test_unsupported_guidance_is_refused_before_any_work(data, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "unguided")
     options = ["--pipeline", str(tmp_path / "unguided"), "--config", str(data[0] / "config.yaml")]
     with pytest.raises(ValueError, match="never trained without mask"):

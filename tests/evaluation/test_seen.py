@@ -100,7 +100,8 @@ def test_a_record_knows_its_own_and_nobody_else(trained):
     assert {(one.role, one.kind) for one in found} == {("train", "subjects")}
 
 
-def test_the_same_training_gives_the_same_record_and_another_shares_no_digest(trained):
+def test_equal_trainings_have_equal_records_and_others_differ(trained):
+    """The record of another training shares no digest."""
     config = section(trained)
     marks = [marks_of(case, config) for case in load_cases(config)]
     first, again, other = (record_subjects({"train": part}) for part in (marks, marks[::-1], marks[:-2]))
@@ -128,7 +129,7 @@ def test_subjects_and_names_are_not_confused():
     assert len(find_overlap([record], [Case("5", "77", "test")], config)) == 1
 
 
-def test_equal_voxels_have_equal_digests_and_constant_channels_none():
+def test_equal_voxels_have_equal_digests_and_flat_channels_none():
     array = np.random.default_rng(0).integers(-5, 5, (2, 4, 5, 6)).astype(np.float32)
     assert voxel_digests(array) == voxel_digests(array.astype(np.int16)) == voxel_digests(np.asfortranarray(array))
     assert set(voxel_digests(array[::-1])) == set(voxel_digests(array)) and len(voxel_digests(array)) == 2
@@ -169,7 +170,7 @@ def test_no_name_leaves_with_the_weights(trained, generated):
         assert "salt" in path.read_text() and not names & words
 
 
-def test_the_record_changes_neither_the_models_hash_nor_the_latents_key(trained, tmp_path):
+def test_the_record_changes_neither_model_hash_nor_latents_key(trained, tmp_path):
     pipe = MedVolumePipeline.from_pretrained(trained / "pipeline")
     shutil.copytree(trained / "pipeline", tmp_path / "older")
     for name in ("vae", "unet"):
@@ -302,7 +303,8 @@ def test_the_split_of_the_training_judges_and_another_does_not(trained, tmp_path
         ["dice", "--judge_synthetic"],
     ],
 )
-def test_every_command_refuses_volumes_of_a_model_that_saw_the_judges(command, trained, generated, tmp_path):
+def test_volumes_of_a_model_that_saw_test_subjects_are_refused(command, trained, generated, tmp_path):
+    """By every command."""
     name, *more = command
     flag = "--judge_synthetic" if "--judge_synthetic" in more else "--synthetic"
     arguments = [name, "--config", str(trained / "data/config.yaml"), "--output", str(tmp_path / "r.json")]
@@ -340,7 +342,7 @@ def test_a_model_that_is_nowhere_is_refused_before_the_work(trained, tmp_path, m
         doctor.main([*arguments[:2], "--pipeline", str(tmp_path / "gone")])
 
 
-def test_doctor_keeps_what_it_found_where_a_model_cannot_be_loaded(trained, tmp_path, capsys):
+def test_doctor_keeps_its_findings_where_a_model_fails_to_load(trained, tmp_path, capsys):
     shutil.copytree(trained / "vae", tmp_path / "vae")
     next((tmp_path / "vae").glob("*.safetensors")).write_bytes(b"damaged")
     assert doctor.main(["--config", str(trained / "data/config.yaml"), "--pipeline", str(tmp_path / "vae")]) == 1
@@ -410,7 +412,7 @@ def test_a_folder_of_generated_volumes_knows_its_models(generated, tmp_path):
     assert read_generated(tmp_path / "g") == [UNRECORDED]
 
 
-def test_what_killed_processes_left_is_removed_wherever_one_writes(trained, generated, tmp_path):
+def test_writers_remove_leftovers_of_killed_processes(trained, generated, tmp_path):
     out = shutil.copytree(generated, tmp_path / "g")
     reports, tables = tmp_path / "reports", tmp_path / "tables"
     for folder in (out / "provenance", reports, tables):
@@ -432,7 +434,8 @@ def test_a_pipeline_knows_what_its_autoencoder_knows(trained, tmp_path):
 
 
 @pytest.mark.parametrize("program", [samplers, editing])
-def test_a_loaded_pipeline_is_not_judged_on_volumes_prepared_otherwise(program, trained, tmp_path, monkeypatch):
+def test_a_pipeline_is_not_judged_on_other_preprocessing(program, trained, tmp_path, monkeypatch):
+    """The volumes were prepared otherwise than those of its training."""
     monkeypatch.setattr(samplers, "prepare", lambda *_: pytest.fail("worked first"))
     monkeypatch.setattr(editing, "measure", lambda *_: pytest.fail("worked first"))
     monkeypatch.setattr(samplers, "check_command", lambda *_: None)

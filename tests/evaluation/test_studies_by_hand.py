@@ -69,7 +69,7 @@ def test_psnr_spreads_by_its_standard_deviation():
     assert (found["mean"], found["std"]) == (pytest.approx(30, abs=1e-3), pytest.approx(10, abs=1e-3))
 
 
-def test_a_class_without_real_volumes_has_no_part_in_the_balanced_rate():
+def test_classes_without_real_volumes_are_not_in_balanced_rates():
     """Two of three classes are tested: of the first all are right, of the second half of the real and none of the made."""
     real, made = np.array([1.0, 1, 1, 0]), np.array([1.0, 0])
     found = compare_class_rates(real, np.array([0, 0, 1, 1]), made, np.array([0, 1]), ["a", "b", "never"])
@@ -77,7 +77,7 @@ def test_a_class_without_real_volumes_has_no_part_in_the_balanced_rate():
     assert found["difference_points"]["balanced"] == -25
 
 
-def test_spectra_of_generated_and_training_volumes_are_held_against_the_test_sets():
+def test_spectra_of_both_sets_are_compared_with_the_test_set():
     """A tenth of the amplitude is -20 dB, half of it -6.02 dB."""
     volume = np.random.default_rng(0).uniform(0, 1, (1, SIDE, SIDE, SIDE))
     amplitudes = {"training": 0.5, "test": 1.0, "generated": 0.1}

@@ -104,7 +104,8 @@ def test_the_subject_is_the_unit_of_the_bootstrap():
 # Which volumes have labels
 
 
-def test_drawn_labels_are_nested_by_subject_and_do_not_depend_on_the_order_of_files():
+def test_drawn_subjects_are_nested_and_ignore_the_file_order():
+    """The labels that are drawn are those of whole subjects."""
     cases = [Case(f"{subject}{scan}", subject) for subject in "abcdefgh" for scan in range(2)]
     draws = {k: [cases[i].name for i in draw_labeled(cases, k, 0)] for k in (3, 4, 8, 16)}
     assert draws[8][:4] == draws[4] and draws[4][:3] == draws[3] and sorted(draws[16]) == [c.name for c in cases]
@@ -124,7 +125,8 @@ def test_budgets():
             budget(text, 16)
 
 
-def test_a_table_restricts_all_that_reads_the_config_to_the_drawn_volumes(data, capsys):
+def test_a_table_restricts_every_reader_of_the_config(data, capsys):
+    """Only the volumes that were drawn are read."""
     folder, config = data
     learn = learning_cases(load_cases(config))
     expected = {learn[i].name for i in draw_labeled(learn, 4, 7)}
@@ -143,7 +145,8 @@ def test_a_table_restricts_all_that_reads_the_config_to_the_drawn_volumes(data, 
     assert test_masks == [f"../labels/case_{number}.nii.gz" for number in (6, 7, 8)]
 
 
-def test_data_without_a_table_get_one_unless_its_files_have_no_names(data):
+def test_a_table_is_written_unless_the_files_have_no_names(data):
+    """Data without a table get one."""
     folder, _ = data
     section = {
         "root": str(folder),
@@ -300,7 +303,7 @@ def test_a_sidecar_leads_to_no_mask_outside_of_its_folder(data, tmp_path, file):
     "entry",
     [{"mask": [1]}, {"mask": {"file": 3}}, {"mask": {"sha256": [1]}}, {"classes": 5}, {"images": {"ct": "ct.nii.gz"}}],
 )
-def test_sidecars_that_were_damaged_are_named_where_they_are_read(tmp_path, entry):
+def test_damaged_sidecars_are_named_when_read(tmp_path, entry):
     (tmp_path / "a_000.json").write_text(json.dumps({"synthetic": True, **entry}))
     with pytest.raises(ValueError, match=f"a_000.json: its {next(iter(entry))} is .*damaged"):
         read_sidecar(tmp_path / "a_000.nii.gz")
@@ -374,7 +377,8 @@ def test_pretraining_learns_to_restore_and_leaves_padding_out():
     assert empty == [0, 0]
 
 
-def test_fine_tuning_starts_from_the_body_and_with_the_head_of_its_seed():
+def test_fine_tuning_takes_the_body_and_a_seeded_head():
+    """The body is the one it starts from; the head is that of its seed."""
     torch.manual_seed(5)
     other = body(make_segmenter(1, 2))
     volumes = cubes(2)

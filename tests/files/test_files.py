@@ -57,7 +57,7 @@ def umask() -> int:
     return mask
 
 
-def test_an_error_leaves_the_older_file_and_nothing_of_the_new_one(tmp_path):
+def test_an_error_keeps_the_older_file_and_nothing_of_the_new(tmp_path):
     write_text(tmp_path / "a", "older")
     with pytest.raises(OSError, match="full"), atomic_files(tmp_path / "a", tmp_path / "b") as (a, _):
         a.write_text("newer")
@@ -209,7 +209,8 @@ with atomic.atomic_folder(Path(sys.argv[1])) as unfinished:
 
 
 @posix
-def test_what_a_killed_process_left_is_removed_and_what_it_replaced_put_back(tmp_path):
+def test_leftovers_of_a_kill_are_removed_and_replaced_put_back(tmp_path):
+    """What the killed process had replaced is put back."""
     with atomic_folder(tmp_path / "model") as unfinished:
         (unfinished / "weights").write_text("1")
     process = child(KILLED, tmp_path / "model")
@@ -235,7 +236,7 @@ def hidden_folder(folder: Path, *, older: bool = False, age: float = 0, lock: bo
     return hidden
 
 
-def test_killed_after_the_new_one_took_its_place_the_older_one_goes(tmp_path):
+def test_killed_after_the_replacement_the_older_one_is_removed(tmp_path):
     hidden_folder(tmp_path, older=True)
     (tmp_path / "model").mkdir()
     (tmp_path / "model/weights").write_text("newer")

@@ -131,19 +131,21 @@ def window(low, high):
         ({"maps": MAPS}, "maps"),  # of a model that makes no label maps
     ],
 )
-def test_descriptions_that_are_not_plausible_are_refused_by_entry(changes, entry):
+def test_implausible_descriptions_are_refused_by_entry(changes, entry):
     with pytest.raises(ValueError, match=f"data: .*{entry}|{entry}"):
         tiny_data(**changes)
 
 
 @pytest.mark.parametrize("name", ["T1/T2", ".hidden", "T1\n", ""])
-def test_channels_that_no_file_can_be_called_by_are_refused_before_any_training(name):
+def test_channels_that_cannot_be_file_names_are_refused_early(name):
+    """Before any training."""
     with pytest.raises(ValueError, match="data: images, for files of this channel: the name"):
         DataConfig(images={name: "a/*.nii", "CT": "b/*.nii"})
     assert DataConfig(images={"T1 w": "a/*.nii", "Übersicht": "b/*.nii"}).channels == ["T1 w", "Übersicht"]
 
 
-def test_a_description_is_checked_before_the_training_and_not_when_the_pipeline_is_saved(monkeypatch):
+def test_a_description_is_checked_before_training(monkeypatch):
+    """And not only when the pipeline is saved."""
     config = DataConfig(phantom=PhantomConfig(count=2, shape=(8, 8, 8)))
     train = VolumeDataset(load_cases(config), config)
     assert describe(train).shape_range == ((8, 8, 8), (8, 8, 8))
@@ -189,7 +191,8 @@ def test_descriptions_that_are_plausible_are_taken():
         (255.6, np.float32, np.uint8),
     ],
 )
-def test_voxels_that_a_file_cannot_hold_are_refused_whole_and_in_slabs(tmp_path, value, source, dtype):
+def test_voxels_that_do_not_fit_the_file_are_refused(tmp_path, value, source, dtype):
+    """Volumes are written whole and in slabs."""
     array = np.zeros((1, 3, 4, 5), source)
     array[0, 1, 2, 3] = value
     volume = Volume(array, np.eye(4))
@@ -298,7 +301,7 @@ UNFIT = {
 
 @posix
 @pytest.mark.parametrize("name", UNFIT)
-def test_names_of_masks_and_cases_that_no_file_should_have_are_refused(tmp_path, name):
+def test_bad_file_names_of_masks_and_cases_are_refused(tmp_path, name):
     (tmp_path / f"{name}.nii").write_bytes(b"")
     if not name.startswith("."):
         with pytest.raises(ValueError, match=UNFIT[name]) as refused:
@@ -327,7 +330,7 @@ def test_names_in_a_table_are_refused_before_any_work(pipeline, tmp_path, name, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_name_and_a_channel_that_are_too_long_together_are_refused(tmp_path):
+def test_a_name_too_long_together_with_its_channel_is_refused(tmp_path):
     scale = {"kind": "window", "low": 0.0, "high": 1.0}
     tiny_pipeline(channels=["p" * 100, "ct"], intensity=[scale, scale]).save_pretrained(tmp_path / "p")
     nib.save(mask_image((8, 8, 8)), tmp_path / f"{'m' * 190}.nii.gz")

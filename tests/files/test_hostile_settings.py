@@ -156,7 +156,7 @@ def test_patterns_reach_peft_as_whole_names_of_layers(lora, tmp_path):
     assert again.settings == found.settings
 
 
-def test_a_lora_that_its_user_named_by_a_regular_expression_is_saved_by_names(tmp_path):
+def test_a_lora_selected_by_a_regex_is_saved_by_names(tmp_path):
     from peft import LoraConfig
 
     pipe = tiny_pipeline()
@@ -273,7 +273,7 @@ def test_a_schedulers_config_in_a_folder_is_checked(folder):
 
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "VQDiffusionScheduler", "AmusedScheduler", "SASolverScheduler"])
-def test_schedulers_that_fit_no_model_are_refused_before_they_are_built(folder, name, monkeypatch):
+def test_schedulers_that_fit_no_model_are_not_built(folder, name, monkeypatch):
     def built(*args, **kwargs):
         raise AssertionError("was built")
 

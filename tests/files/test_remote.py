@@ -88,7 +88,7 @@ def test_a_table_and_what_its_rows_name(folder, table):
     assert skipped == [("b", "memory://bucket/set/masks/b.nii.gz: no such file")]
 
 
-def test_a_damaged_file_is_refused_by_its_url_and_read_once_it_is_repaired(folder):
+def test_a_damaged_file_is_refused_by_url_until_repaired(folder):
     url, memory = upload(folder), fsspec.filesystem("memory")
     whole = memory.cat("/bucket/set/images/b.nii.gz")
     memory.pipe("/bucket/set/images/b.nii.gz", whole[:-9])
@@ -175,9 +175,7 @@ def another_process(monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["zeroed", "swapped", "without digest", "pipe"])
-def test_copies_that_are_damaged_at_their_size_are_named_and_fetched_again(
-    folder, copies, caplog, another_process, damage
-):
+def test_damaged_copies_of_the_right_size_are_fetched_again(folder, copies, caplog, another_process, damage):
     """Zeroed sectors keep size and time, and so does a file that was put in another's place."""
     url = upload(folder)
     (whole,) = [case.images["image"] for case in load_cases(data(url)) if case.name == "b"]
@@ -379,7 +377,7 @@ def test_volumes_of_a_server_are_those_of_its_folder(server, folder, images):
 
 
 @pytest.mark.parametrize("spoilt", ["short", "gone"])
-def test_a_server_that_sends_something_else_is_refused_by_the_files_url(server, folder, spoilt, copies):
+def test_an_unexpected_response_is_refused_by_the_files_url(server, folder, spoilt, copies):
     def gone(content: bytes) -> bytes:
         raise ConnectionResetError("the server dies")
 

@@ -197,7 +197,8 @@ EDITING = ("strength", "blend_margin", "keep_channels")
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_arguments_are_refused_by_name_before_the_first_step(pipe, name, monkeypatch):
+def test_wrong_arguments_are_refused_before_the_first_step(pipe, name, monkeypatch):
+    """Each error names the argument."""
     monkeypatch.setattr(pipe.unet, "forward", lambda *a, **k: pytest.fail("a step was made"))
     for value in WRONG[name]:
         asked = {"image": MASK, "strength": 0.5} if name in EDITING else {}
@@ -228,7 +229,7 @@ def test_a_record_is_plain(pipe):
         replace(record, numbers={"age": float("nan")}).to_json()
 
 
-def test_everything_in_a_record_but_the_software_tells_volumes_apart(pipe):
+def test_every_record_entry_but_software_tells_volumes_apart(pipe):
     """A finished volume is the planned one only if all settings are equal, whatever entries there are."""
     record = pipe.record(VolumeRequest(MASK), SamplingConfig(3), 7)
     other = {one.name: "other" for one in fields(record)} | {"checks": {"copy_check": {}}, "rejected": []}
@@ -239,7 +240,8 @@ def test_everything_in_a_record_but_the_software_tells_volumes_apart(pipe):
         assert changed.differences(record) == ([] if name == "software" else [entry])
 
 
-def test_a_record_that_json_cannot_hold_is_refused_before_the_volume_is_written(pipe, tmp_path):
+def test_records_that_are_not_json_are_refused_before_writing(pipe, tmp_path):
+    """Before the volume is written."""
     out = generate(pipe, output_type="nifti")
     write_synthetic(out.volumes[0], out.provenance[0] | {"score": np.float32(0.5)}, tmp_path / "a.nii")
     assert read_sidecar(tmp_path / "a.nii")["score"] == 0.5
@@ -253,7 +255,7 @@ def test_a_record_that_json_cannot_hold_is_refused_before_the_volume_is_written(
         list(equal_batches([(4, 4, 4)], 0))
 
 
-def test_places_that_cannot_be_written_are_refused_before_the_first_step(pipe, tmp_path, monkeypatch):
+def test_unwritable_places_are_refused_before_the_first_step(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(pipe.unet, "forward", lambda *a, **k: pytest.fail("a step was made"))
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.nii").mkdir()
@@ -285,7 +287,7 @@ class BytesPath(os.PathLike):
         return b"m.nii"
 
 
-def test_masks_and_images_that_cannot_be_read_are_refused_by_name(pipe, monkeypatch):
+def test_unreadable_masks_and_images_are_refused_by_name(pipe, monkeypatch):
     monkeypatch.setattr(pipe.unet, "forward", lambda *a, **k: pytest.fail("a step was made"))
     labels = torch.zeros(7, 8, 6, dtype=torch.int16)
     wrong = {

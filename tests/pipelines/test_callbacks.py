@@ -180,7 +180,7 @@ def test_what_a_callback_must_not_return(pipe, message):
         generate(pipe, callback_on_step_end=returns)
 
 
-def test_weights_that_are_not_finite_are_not_the_callbacks_fault(pipe):
+def test_callbacks_are_not_blamed_for_non_finite_weights(pipe):
     with torch.no_grad():
         pipe.unet.conv_out.bias.fill_(torch.inf)
     with pytest.raises(ValueError, match="the volume of seed 0 is not finite"):

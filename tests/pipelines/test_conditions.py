@@ -103,7 +103,8 @@ def test_impossible_conditions_are_refused():
 # the U-Net
 
 
-def test_a_model_without_conditions_is_what_it_was_and_a_new_one_begins_as_it(tmp_path):
+def test_conditions_begin_without_effect_on_the_model(tmp_path):
+    """A model without conditions is what it was, and a new one with conditions begins as it."""
     plain = unet_of(classes=None, numbers=None)
     assert plain.condition_embedding is None and not any("condition" in key for key in plain.state_dict())
     plain.save_pretrained(tmp_path)
@@ -165,7 +166,8 @@ def test_every_condition_counts_and_keeps_its_column_when_saved(tmp_path):
     assert min((other - outputs[0]).abs().max().item() for other in outputs[1:]) > 1e-3
 
 
-def test_conditions_that_are_missing_unwanted_or_of_other_columns_are_refused():
+def test_missing_unwanted_and_unknown_conditions_are_refused():
+    """Also conditions of other columns."""
     x, classes, numbers = torch.randn(1, 4, 3, 3, 3), torch.tensor([[0, 0]]), torch.tensor([[1.0, 2.0]])
     for given, message in (
         ({"classes": classes}, "conditioned on 2 numbers.*got none"),
@@ -329,7 +331,7 @@ def test_two_dicts_are_two_calls_and_every_condition_counts():
         torch.testing.assert_close(one, together[0], atol=1e-5, rtol=1e-4)
 
 
-def test_two_masks_with_two_volumes_each_and_other_conditions_are_four_calls():
+def test_two_masks_with_two_volumes_each_equal_four_calls():
     """In batches of three, so that one holds volumes of both masks; records too are each of its own volume."""
     pipe = pipeline_of()
     masks = [mask_image((8, 8, 8), seed=seed) for seed in (1, 2)]

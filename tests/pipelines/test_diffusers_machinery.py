@@ -73,7 +73,8 @@ def test_a_backend_is_set_for_one_model_alone():
     assert chosen == ["_native_math", None]
 
 
-def test_backends_without_a_kernel_here_are_named_before_anything_runs(monkeypatch):
+def test_unavailable_attention_backends_are_refused_early(monkeypatch):
+    """Before anything runs."""
     monkeypatch.setattr(dispatch, "_CAN_USE_XFORMERS_ATTN", True)  # as if it were installed
     pipe, called = tiny_pipeline(), []
     monkeypatch.setattr(pipe.unet, "embed_mask", lambda ids: called.append(1))
@@ -125,7 +126,8 @@ def test_attention_over_many_cells_never_holds_all_pairs():
 
 
 @pytest.mark.parametrize("name", ["unet", "vae"])
-def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradients(name):
+def test_checkpointing_saves_memory_and_keeps_gradients(name):
+    """It keeps fewer activations and gives the same gradients."""
     torch.manual_seed(0)
     if name == "unet":
         model = LatentUNet3D(channels=(16, 32), blocks=(2, 3), head_dim=8)
@@ -190,7 +192,7 @@ def test_the_repeated_blocks_are_compiled_and_give_the_same(tmp_path):
 # Weights stored in eight bits
 
 
-def test_layerwise_casting_stores_float8_and_computes_in_float32():
+def test_layerwise_casting_stores_float8_and_computes_float32():
     expected = generate(tiny_pipeline())
     pipe = tiny_pipeline()
     before = {name: weight_bytes(getattr(pipe, name)) for name in ("unet", "vae")}

@@ -234,7 +234,7 @@ def test_the_weaker_the_nearer(pipe):
     assert distances[0] < distances[1] < distances[2] and distances[0] < 0.3 * distances[2]
 
 
-def test_what_is_made_follows_the_mask_the_seed_and_the_strength(pipe):
+def test_the_result_depends_on_mask_seed_and_strength(pipe):
     region, image = region_of(), image_of()
     first = edited(pipe, image, region)[0]
     assert np.array_equal(first, edited(pipe, image, region)[0])
@@ -287,7 +287,7 @@ def test_noise_is_added_in_the_region_alone():
 # how it is joined
 
 
-def test_a_membrane_meets_its_surroundings_and_ends_at_its_margin():
+def test_a_membrane_joins_its_surroundings_and_ends_at_margin():
     """A constant step across the border goes down to 0 in a straight line, and is the same whatever is inside."""
     region = np.zeros((5, 5, 12), bool)
     region[..., 3:] = True  # one border; elsewhere the region ends with the volume
@@ -299,7 +299,7 @@ def test_a_membrane_meets_its_surroundings_and_ends_at_its_margin():
         assert not harmonic_blend(np.nan_to_num(missing), inside, (1, 1, 1), margin).any()
 
 
-def test_a_membrane_is_as_smooth_in_millimeters_as_they_are_apart():
+def test_smoothness_of_a_membrane_is_measured_in_millimeters():
     """A wave along the border, voxels of 2 mm along it and 1 mm across: Laplace's equation on that grid has the solution
     sinh(q (n - j)) / sinh(q n), j voxels inside, with (cosh q - 1) = (1 - cos k) / 4; of the straight line less that,
     `DETAIL_CARRYOVER` is added in the first voxel and a factor of e less in each that follows."""
@@ -341,7 +341,8 @@ def test_values_stay_within_the_image_and_its_scale(pipe):
 # what is recorded and what is refused
 
 
-def test_the_sidecar_says_how_it_was_made_and_nothing_of_edits_where_there_is_none(pipe, tmp_path):
+def test_the_sidecar_describes_an_edit_and_only_an_edit(pipe, tmp_path):
+    """A volume that was not edited has no such entry."""
     nib.save(image_of(), tmp_path / "own.nii.gz")
     region = region_image(region_of())
     edited(

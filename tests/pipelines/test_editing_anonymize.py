@@ -20,7 +20,7 @@ def known() -> CopyCheck:
     return dataclasses.replace(CopyCheck.of([*blobs(3, 0)], (8, 8, 8), block=2, shift=1), threshold=0.99)
 
 
-def test_the_patient_is_refused_and_the_verdict_stands_beside_what_is_kept(known):
+def test_the_patient_is_refused_and_the_verdict_is_recorded(known):
     """The case's image is what the model makes of its mask with the first seed, moved by a voxel."""
     pipe, mask = tiny_pipeline(), mask_image(SHAPE)
     made = [pipe(mask, num_inference_steps=1, generator=[torch.Generator().manual_seed(s)]).volumes[0] for s in (7, 8)]

@@ -39,7 +39,7 @@ def test_differences_are_those_across_the_faces_of_the_border():
     }
 
 
-def test_a_volume_that_nobody_touched_has_no_edge_and_another_has():
+def test_an_untouched_volume_has_no_border_and_an_edited_has():
     region, random = inner(), np.random.default_rng(0)
     volume = random.standard_normal((16, 16, 16))
     assert border_jump(volume, region) == pytest.approx(1, abs=0.15)
@@ -64,7 +64,7 @@ def test_data_without_files_is_named(tmp_path):
         main(["--config", str(tmp_path / "c.yaml"), "--pipeline", "none", "--output", str(tmp_path / "r.json")])
 
 
-def test_the_command_measures_the_shipped_weights_on_a_real_volume(hippocampus, tmp_path, monkeypatch):
+def test_the_command_measures_shipped_weights_on_a_real_volume(hippocampus, tmp_path, monkeypatch):
     from pathlib import Path
 
     root = Path(__file__).resolve().parents[2]

@@ -46,7 +46,7 @@ def test_a_lesion_is_where_it_was_put_and_the_region_around_it():
     assert mask.array[0, 5, 4, 3] == 2  # the mask that was given is as it was
 
 
-def test_a_lesion_stays_in_its_organ_in_the_volume_and_in_the_field_of_view():
+def test_a_lesion_stays_in_organ_volume_and_field_of_view():
     mask, ball = organ(), ellipsoid(12, (1, 2, 4))
     edited, region = insert_lesion(mask, ball, (2, 2, 5), 5, within=[2])
     assert (edited.array == 5).any() and (mask.array[edited.array == 5] == 2).all()
@@ -56,7 +56,7 @@ def test_a_lesion_stays_in_its_organ_in_the_volume_and_in_the_field_of_view():
     assert ((region.array > 0) >= (edited.array != mask.array)).all()
 
 
-def test_what_is_inserted_can_be_removed_alone_or_with_all_of_its_kind():
+def test_an_inserted_lesion_is_removed_alone_or_with_its_kind():
     mask = organ()
     one, region = insert_lesion(mask, np.ones((2, 2, 2)), (4, 4, 3), 5)
     two, _ = insert_lesion(one, np.ones((1, 1, 1)), (8, 6, 4), 5)

@@ -151,7 +151,8 @@ FOREIGN = {
 
 @posix
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_sidecars_that_are_damaged_or_anothers_are_refused_before_any_work(inputs, output, no_work, kind):
+def test_damaged_or_foreign_sidecars_are_refused_first(inputs, output, no_work, kind):
+    """Before any work."""
     FOREIGN[kind](output / "a_000.json")
     (output / "b_000.nii.gz").unlink()
     with pytest.raises(ValueError, match="choose another --output, or remove these first:\n.*a_000"):
@@ -160,7 +161,8 @@ def test_sidecars_that_are_damaged_or_anothers_are_refused_before_any_work(input
 
 @posix
 @pytest.mark.parametrize("kind", [*FOREIGN, "odd"])
-def test_they_do_not_end_the_run_where_no_volume_is_asked_of_that_name(inputs, made, output, caplog, kind):
+def test_sidecars_of_volumes_not_requested_do_not_end_the_run(inputs, made, output, caplog, kind):
+    """Even where they are damaged or foreign."""
     if kind == "odd":
         change(output / "a_000.json", mask=3, scheduler=None, classes=[])
     else:
@@ -194,7 +196,7 @@ def test_a_volume_of_somebody_else_is_not_replaced(inputs, output, no_work):
         run(inputs, output)
 
 
-def test_files_of_other_channels_are_not_replaced_behind_ones_back(inputs, output, no_work):
+def test_files_of_other_channels_are_not_replaced_silently(inputs, output, no_work):
     """The sidecar is of a volume of two channels, whose files have other names."""
     change(output / "a_000.json", channels=["ct"])
     (output / "a_000.nii.gz").rename(output / "a_000_ct.nii.gz")
@@ -214,7 +216,8 @@ def test_a_manifest_of_somebody_else_is_not_replaced(inputs, tmp_path, no_work, 
 
 
 @posix
-def test_planted_links_are_replaced_or_refused_and_the_output_may_be_one(inputs, made, tmp_path, monkeypatch):
+def test_planted_links_are_replaced_or_refused(inputs, made, tmp_path, monkeypatch):
+    """The output folder itself may be a link."""
     precious = tmp_path / "precious"
     precious.write_text("precious")
     (tmp_path / "disk").mkdir()
@@ -369,9 +372,8 @@ def spoiled(monkeypatch):
 
 
 @pytest.mark.parametrize("batch", ["1", "8"])
-def test_a_volume_that_is_not_finite_is_refused_by_name_and_all_others_are_written(
-    inputs, made, tmp_path, spoiled, batch
-):
+def test_one_volume_that_is_not_finite_does_not_stop_others(inputs, made, tmp_path, spoiled, batch):
+    """It is refused by name, and all others are written."""
     with pytest.raises(
         ValueError, match=r"(?s)all others are finished.*a_000.nii.gz: the volume of seed \d+: voxels are not finite"
     ):
@@ -390,13 +392,13 @@ def test_a_damaged_volume_that_is_not_made_again_is_not_listed(inputs, output, s
     assert listed(output) == ["b_000.nii.gz"]
 
 
-def test_a_sidecar_whose_text_no_file_can_hold_does_not_end_the_run(inputs, output):
+def test_a_sidecar_with_unencodable_text_does_not_end_the_run(inputs, output):
     change(output / "a_000.json", mask={"file": "\ud800.nii.gz", "sha256": "0"})
     run(inputs, output, "--masks", str(inputs / "masks" / "b.nii.gz"))
     assert listed(output) == ["a_000.nii.gz", "b_000.nii.gz"]
 
 
-def test_so_it_is_where_volumes_are_checked_before_they_are_written(inputs, tmp_path, spoiled, monkeypatch):
+def test_a_checked_volume_that_is_not_finite_is_refused_alone(inputs, tmp_path, spoiled, monkeypatch):
     """Both masks have one padded grid, so they share a batch."""
     passing = Rejection([Check("copy_check", lambda image: (False, {}), lambda found: "")], 3)
     monkeypatch.setattr(batch_generation, "load_rejection", lambda *_: passing)
@@ -424,7 +426,7 @@ def test_the_pipeline_writes_all_others_of_a_call_too(inputs, tmp_path, spoiled)
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(np.nan, np.float32), (-np.inf, np.float32), (1e300, np.float64)])
-def test_an_image_that_is_not_finite_is_not_written_as_synthetic(tmp_path, value, dtype):
+def test_an_image_that_is_not_finite_is_not_written(tmp_path, value, dtype):
     record = {"synthetic": True, "software": "s", "model": "m", "seed": 1}
     array = np.zeros((2, 2, 2), dtype)
     array[0, 0, 0] = value

@@ -121,7 +121,7 @@ def test_other_settings_are_refused(inputs, generated, tmp_path):
         generate.main(arguments(inputs, tmp_path))
 
 
-def test_an_output_that_cannot_be_written_is_named_before_any_work(inputs, tmp_path, monkeypatch):
+def test_an_unwritable_output_is_refused_before_any_work(inputs, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(MedVolumePipeline, "generate", None)
     with pytest.raises(ValueError, match=r"--output .*file: cannot be written to: File exists"):

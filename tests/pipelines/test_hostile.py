@@ -83,7 +83,7 @@ def lying_header(path: Path, *, stored: int = 64) -> None:
 
 @pytest.mark.parametrize("read", [read_volume, lambda path: list(read_slabs(path, 1))])
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
-def test_a_header_that_claims_2_to_the_40_voxels_takes_no_memory(read, name, tmp_path):
+def test_a_header_of_2_to_the_40_voxels_takes_no_memory(read, name, tmp_path):
     lying_header(tmp_path / "a.nii")
     (tmp_path / "a.nii.gz").write_bytes(gzip.compress((tmp_path / "a.nii").read_bytes()))
     tracemalloc.start()
@@ -317,7 +317,7 @@ def test_checkpoints_of_other_places_are_not_read(tmp_path):
             find_checkpoint(str(path), mine)
 
 
-def test_a_damaged_checkpoint_is_named_and_its_pickle_not_obeyed(tmp_path):
+def test_a_damaged_checkpoint_is_named_and_not_unpickled(tmp_path):
     target = make_target("checkpoint", tmp_path)
     files = target.variants[0]
     bomb = pickle.dumps(Bomb(tmp_path / "ran"))

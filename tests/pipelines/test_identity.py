@@ -102,7 +102,7 @@ def test_data_that_was_changed_renames_the_model():
     assert pipe.model_hash != before
 
 
-def test_files_that_were_written_over_do_not_name_what_was_loaded(tmp_path):
+def test_overwritten_files_do_not_identify_the_loaded_model(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path)
     pipe = load(tmp_path)
     tiny_pipeline(seed=1).save_pretrained(tmp_path)

@@ -69,7 +69,7 @@ def test_latents_that_do_not_fit_are_refused():
         fold_images({"ct": ct}, {"ct": 2}, (1, 2, 2))
 
 
-def test_a_batch_gives_the_latents_of_its_own_entries_and_nothing_in_padding():
+def test_a_batch_has_its_entries_latents_and_empty_padding():
     """Entries of unlike shapes are cropped and padded; image and target must stay cell by cell the same."""
     items = []
     for name, shape in (("a", (3, 4, 3)), ("b", (5, 4, 2))):
@@ -84,7 +84,7 @@ def test_a_batch_gives_the_latents_of_its_own_entries_and_nothing_in_padding():
 # names, dropout
 
 
-def test_an_image_is_left_out_with_its_flag_and_leaves_the_others():
+def test_an_image_is_dropped_with_its_flag_and_not_the_others():
     schema = ConditionSchema(classes=("sex",), images=(("ct", 2), ("pet", 1)))
     conditions = Conditions(image=given_both(), classes=torch.tensor([[1]]))
     assert conditions.names(schema) == ["sex", "ct", "pet"]
@@ -303,7 +303,8 @@ def test_an_autoencoder_knows_its_channels_names(folder, tmp_path):
     assert AutoencoderKL3D.from_pretrained(tmp_path / "vae").config["channel_names"] == ["ct", "pet"]
 
 
-def test_channels_in_another_order_than_the_autoencoders_are_refused(folder, tmp_path):
+def test_channels_in_the_wrong_order_are_refused(folder, tmp_path):
+    """In another order than the autoencoder's."""
     swapped = "--data.images={pet: '{name}_pet.nii.gz', ct: '{name}_ct.nii.gz'}"
     with pytest.raises(ValueError, match=r"channels are \['pet', 'ct'\], the autoencoder learned \['ct', 'pet'\]"):
         train(folder, tmp_path, swapped)

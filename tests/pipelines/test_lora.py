@@ -234,7 +234,7 @@ def test_the_last_lora_leaves_plain_layers(saved, tmp_path):
     assert MedVolumePipeline.from_pretrained(tmp_path).model_hash == tiny_pipeline().model_hash
 
 
-def test_a_pipeline_that_cannot_be_saved_leaves_the_folder_alone(saved, tmp_path):
+def test_a_pipeline_that_cannot_be_saved_keeps_the_folder(saved, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path)
     other = tiny_pipeline(seed=1)
     other.load_lora_weights(saved[0])
@@ -270,7 +270,7 @@ def test_a_lora_comes_from_the_hub(saved, tmp_path):
     assert torch.equal(generate(pipe), saved[2])
 
 
-def test_a_subfolder_of_a_local_folder_is_the_one_that_is_loaded(saved, tmp_path, monkeypatch):
+def test_the_subfolder_of_a_local_folder_is_loaded(saved, tmp_path, monkeypatch):
     """Another LoRA lies where the subfolder was ignored; `~` is the home folder."""
     trained_lora(tmp_path / "both", seed=1)
     shutil.copytree(saved[0], tmp_path / "both" / "look")
@@ -433,7 +433,7 @@ def test_a_lora_is_swapped_for_another_in_its_place(saved, tmp_path):
     assert pipe.get_active_adapters() == ["look"]
 
 
-def test_a_fused_lora_is_known_to_whatever_pipeline_shares_the_unet(saved):
+def test_a_fused_lora_is_known_to_all_pipelines_of_the_unet(saved):
     pipe = tiny_pipeline()
     pipe.load_lora_weights(saved[0])
     shared = MedVolumePipeline.from_pipe(pipe)

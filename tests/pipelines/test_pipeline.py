@@ -156,7 +156,7 @@ def test_one_generator_is_a_list_of_one_for_one_volume(pipe):
     reproduced(pipe, pipe([mask, mask], num_inference_steps=STEPS, generator=again), [mask, mask])
 
 
-def test_seeds_reproduce_where_the_sampler_and_the_noise_model_draw_too():
+def test_seeds_reproduce_with_random_samplers_and_noise_models():
     level = {"kernel": np.ones((7, 7, 7)).tolist(), "std": 0.1, "curve": [1.0] * 16, "levels": [1.0] * 65}
     pipe = tiny_pipeline(objective="epsilon", residual_noise=[level])
     pipe.scheduler = DDPMScheduler(timestep_spacing="trailing")
@@ -345,7 +345,7 @@ def test_noise_is_drawn_in_float32_whatever_the_type():
     assert torch.equal(narrow, torch.cat(rows).bfloat16())
 
 
-def test_grids_of_the_same_sides_in_another_order_share_no_batch():
+def test_grids_with_permuted_sides_share_no_batch():
     shapes = [(4, 8, 12), (12, 8, 4), (4, 8, 12), (4, 12, 8), (4, 8, 12)]
     assert list(equal_batches(shapes, 2)) == [[0, 2], [4], [1], [3]]
 

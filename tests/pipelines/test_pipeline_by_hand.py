@@ -138,7 +138,7 @@ def test_a_value_is_translated_once():
 
 
 @pytest.mark.parametrize(("step", "recorded"), [(1, True), (2, True), (3, False)])
-def test_what_a_callback_sets_after_the_last_step_changes_nothing(step, recorded):
+def test_a_callback_changes_nothing_after_the_last_step(step, recorded):
     """Of four steps, 0 to 3: guidance and interruption after step 3 come too late for the volume."""
     pipe = tiny_pipeline(condition_dropout={"mask": 0.1})
 

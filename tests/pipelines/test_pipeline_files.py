@@ -179,7 +179,7 @@ def test_planes_that_do_not_fill_the_grid_are_refused(planes, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_volume_that_must_be_resampled_is_held_with_a_warning_where_it_is_large(monkeypatch, tmp_path, recwarn):
+def test_a_large_volume_to_be_resampled_is_held_with_a_warning(monkeypatch, tmp_path, recwarn):
     pipe = tiny_pipeline(intensity=CT)
     coarse = mask_image((5, 6, 7), np.diag([-2.0, 2, 2, 1]))
     nib.save(mask_image((16, 16, 8), np.diag([0.5, 0.5, 1, 1])), tmp_path / "fine.nii")

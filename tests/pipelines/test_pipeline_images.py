@@ -64,7 +64,8 @@ def seen(pipe, monkeypatch, mask, image, **arguments):
 # what is given decides what is generated
 
 
-def test_a_channel_that_is_given_changes_the_other_and_comes_back_bit_for_bit(pipe):
+def test_a_kept_channel_changes_the_other_and_returns_unchanged(pipe):
+    """The kept channel is returned bit for bit."""
     first, second = (arrays(pipe, mask_of(), image={"ct": image_of(seed)}) for seed in (1, 2))
     free = arrays(pipe, mask_of())
     for volume, seed in ((first, 1), (second, 2)):
@@ -104,7 +105,7 @@ def test_the_unet_sees_the_latents_of_the_standardized_image(monkeypatch):
     assert not tensor[:, :5].any() and (tensor[:, 9] == 1).all()
 
 
-def test_each_volume_has_its_own_images_whatever_shares_its_batch(monkeypatch):
+def test_each_volume_has_its_own_images_in_any_batch(monkeypatch):
     pipe = pipeline_of()
     images = [{"ct": image_of(1)}, {"pet": image_of(2)}, {}]
     (tensor,) = seen(pipe, monkeypatch, [mask_of()] * 3, images, output_type="np")
@@ -129,7 +130,7 @@ def test_an_image_is_encoded_once_for_all_of_its_volumes(pipe, monkeypatch):
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "SAR"])
-def test_a_file_of_any_orientation_and_every_other_kind_is_the_same_image(pipe, codes, tmp_path):
+def test_an_image_is_the_same_from_any_orientation_and_source(pipe, codes, tmp_path):
     image, mask = image_of(), reordered(mask_of(), codes)
     nib.save(reordered(image, "PIR"), tmp_path / "ct.nii.gz")
     stored = np.asarray(reordered(image, codes).dataobj)  # an array is in the order of the mask's file
@@ -160,7 +161,8 @@ def test_without_a_mask_the_image_sets_the_grid(tmp_path):
 
 
 @pytest.mark.parametrize("with_mask", [True, False])
-def test_another_spacing_is_resampled_and_what_is_given_is_handed_back_as_it_was(pipe, with_mask):
+def test_another_spacing_is_resampled_and_the_input_returned(pipe, with_mask):
+    """A channel that is kept is returned as it was."""
     fine = AFFINE @ np.diag([0.5, 0.5, 1, 1])
     image, mask = image_of(shape=(14, 12, 9), affine=fine), mask_image((14, 12, 9), fine)
     with pytest.warns(UserWarning, match="the model was trained at 1 x 1 x 1 mm; the (mask|image) is resampled"):
@@ -170,7 +172,7 @@ def test_another_spacing_is_resampled_and_what_is_given_is_handed_back_as_it_was
     np.testing.assert_allclose(made.affine, fine)
 
 
-def test_an_image_of_another_spacing_is_resampled_and_then_scaled(monkeypatch):
+def test_an_image_of_another_spacing_is_resampled_then_scaled(monkeypatch):
     """As training does it: percentiles are of the voxels at the model's spacing, and nothing is clipped before."""
     fine = AFFINE @ np.diag([0.5, 0.5, 1, 1])
     image = image_of(shape=(14, 12, 9), affine=fine, low=0.0, high=50.0)
@@ -261,7 +263,7 @@ def test_guidance_by_an_image_doubles_its_effect_on_the_latents(pipe):
 # files
 
 
-def test_a_file_for_each_channel_that_is_generated_and_one_sidecar(pipe, tmp_path):
+def test_one_file_per_generated_channel_and_one_sidecar(pipe, tmp_path):
     for name, image in (("both", {}), ("one", {"ct": image_of()})):
         path = tmp_path / name / "a.b_000.nii.gz"
         held = pipe(mask_of(), image=image, num_inference_steps=1, generator=seeded(3))
@@ -283,7 +285,7 @@ def test_no_file_of_two_volumes_or_of_an_image_is_written_over(pipe, tmp_path):
         odd([mask_of()] * 2, paths=["a.nii", "a_low.nii"])
 
 
-def test_a_channel_of_an_older_volume_does_not_stay_beside_the_new_one(pipe, tmp_path):
+def test_a_channel_of_an_older_volume_is_removed(pipe, tmp_path):
     path = tmp_path / "a.nii"
     pipe(mask_of(), num_inference_steps=1, paths=path)
     pipe(mask_of(), image={"ct": image_of()}, num_inference_steps=1, paths=path)
@@ -293,7 +295,7 @@ def test_a_channel_of_an_older_volume_does_not_stay_beside_the_new_one(pipe, tmp
         pipe(mask_of(), num_inference_steps=1, paths=tmp_path / "b.nii")
 
 
-def test_channels_are_written_by_name_in_whatever_order_they_come(pipe, tmp_path):
+def test_channels_are_written_by_name_in_any_order(pipe, tmp_path):
     made = pipe(mask_of(), num_inference_steps=1)
     volume, record = made.volumes[0], made.provenance[0]
     write_synthetic(dict(reversed(volume.items())), record, tmp_path / "a.nii")
@@ -304,7 +306,7 @@ def test_channels_are_written_by_name_in_whatever_order_they_come(pipe, tmp_path
         write_synthetic({"ct": volume["ct"]}, record, tmp_path / "a.nii")
 
 
-def test_an_older_volume_is_gone_before_the_new_sidecar_is_there(pipe, tmp_path, monkeypatch):
+def test_an_older_volume_is_removed_before_the_new_sidecar(pipe, tmp_path, monkeypatch):
     """Else a run that ends in between would leave older voxels beside a record that calls them finished."""
     path, moved, replace = tmp_path / "a.nii", [], os.replace
     pipe(mask_of(), num_inference_steps=1, paths=path)
@@ -380,7 +382,7 @@ def test_a_volume_that_lost_one_of_its_files_is_made_again(inputs, tmp_path):
         generated(inputs, tmp_path, "--masks", masks[-1], "--seed", "1")
 
 
-def test_columns_that_the_model_does_not_know_and_mixed_rows_are_refused(inputs, tmp_path):
+def test_unknown_columns_and_mixed_rows_are_refused(inputs, tmp_path):
     for name, text, message in (
         ("unknown", "mask,mr\none.nii.gz,one_ct_scan.nii.gz\n", r"unknown columns \['mr'\]; .* mask, name, ct, pet"),
         ("mixed", "name,ct\na,one_ct_scan.nii.gz\nb,\n", "1 of 2 rows have an image; split it into two tables"),

@@ -74,7 +74,7 @@ def test_private_parts_of_diffusers_that_we_rely_on():
     assert pipeline_loading_utils._fetch_class_library_tuple(tiny_pipeline().unet) == ("diffusion", "LatentUNet3D")
 
 
-def test_no_module_is_named_like_a_folder_of_diffusers_pipelines():
+def test_no_module_is_named_like_a_folder_of_diffusers():
     """diffusers would look for our classes in its own folder: saving works, loading fails."""
     taken = {module.name for module in pkgutil.iter_modules(diffusers.pipelines.__path__) if module.ispkg}
     for package in (autoencoder, diffusion, pipelines):
@@ -147,7 +147,7 @@ def test_names_that_are_nowhere(folder, monkeypatch):
         load_autoencoder(folder / "gone")
 
 
-def test_what_is_missing_or_damaged_is_an_os_error_as_in_diffusers(folder):
+def test_missing_or_damaged_files_are_os_errors_as_in_diffusers(folder):
     """And a ValueError, as all errors for users are."""
     (folder / "unet" / WEIGHTS).write_bytes(b"")
     with pytest.raises(OSError, match="truncated or corrupt safetensors file"):
@@ -264,7 +264,7 @@ def test_a_component_of_another_kind_is_named():
             MedVolumePipeline(**{**pipe.components, name: wrong}, data=pipe.data)
 
 
-def test_what_is_no_pipeline_no_folder_and_no_scheduler_is_named(tmp_path):
+def test_wrong_pipelines_folders_and_schedulers_are_named(tmp_path):
     pipe = tiny_pipeline()
     for wrong in ("folder", None, pipe.unet, MedVolumePipeline):
         with pytest.raises(ValueError, match="from_pipe takes a pipeline"):

@@ -27,7 +27,7 @@ def test_values_become_indices_and_the_rest_is_padding(processor):
     np.testing.assert_array_equal(prepared.labels, expected)
 
 
-def test_unknown_labels_are_named_with_the_known_ones_and_the_remedy(processor, tmp_path):
+def test_unknown_labels_are_named_with_known_ones_and_remedy(processor, tmp_path):
     labels = labels_of((8, 8, 8))
     labels[0, 0, 0], labels[1, 0, 0] = 1, 9
     nib.save(nib.Nifti1Image(labels, np.eye(4)), tmp_path / "case.nii.gz")
@@ -117,7 +117,7 @@ def test_missing_voxels_get_the_lowest_value(processor):
 
 
 @pytest.mark.parametrize("spacing", [2.0, 0.6, (0.7, 1.0, 1.9)])
-def test_another_spacing_is_resampled_and_the_result_resampled_back(processor, spacing):
+def test_another_spacing_is_resampled_and_back_again(processor, spacing):
     """The canvas has the model's 1 mm; the result has the mask's grid, and a constant stays constant up to its edges. What
     fills voxels from outside would be the lowest value, that of a corner far away."""
     affine = np.diag([*np.broadcast_to(spacing, 3), 1.0])

@@ -77,7 +77,7 @@ def test_a_cell_belongs_to_a_region_that_reaches_it():
     assert torch.equal(downsample_region(region, STRIDE), expected)
 
 
-def test_a_region_of_one_fine_voxel_is_a_region_at_the_models_spacing():
+def test_a_region_of_one_fine_voxel_survives_resampling():
     """An eighth of a voxel of the model; more than half of none."""
     affine = np.diag([0.5, 0.5, 0.5, 1.0])
     image = Volume(np.random.default_rng(0).uniform(100, 300, (1, 16, 16, 16)).astype(np.float32), affine)

@@ -99,7 +99,7 @@ def test_a_copy_is_made_again_and_recorded(inputs, plain, fingerprints, tmp_path
     assert float(rows[0]["copy_similarity"]) == check["similarity"]
 
 
-def test_it_goes_on_where_it_stopped_and_never_mixes_checked_volumes_with_others(inputs, plain, fingerprints, tmp_path):
+def test_it_resumes_and_never_mixes_checked_with_unchecked(inputs, plain, fingerprints, tmp_path):
     checked = arguments(inputs, tmp_path, "--reject_copies", str(fingerprints))
     generate.main(checked)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.nii.gz")}
@@ -115,7 +115,8 @@ def test_it_goes_on_where_it_stopped_and_never_mixes_checked_volumes_with_others
     assert "rejections" not in (plain / "manifest.csv").read_text()
 
 
-def test_a_volume_that_is_always_a_copy_is_given_up_and_others_stay(inputs, fingerprints, tmp_path):
+def test_a_volume_that_is_always_a_copy_is_dropped_alone(inputs, fingerprints, tmp_path):
+    """The others are kept."""
     more = ["--reject_copies", str(fingerprints), "--max_attempts", "1"]
     with pytest.raises(
         ValueError, match=r"(?s)not written.*a_000.nii.gz: each of 1 volumes was refused.*is a copy.*threshold 0.990"
@@ -186,7 +187,7 @@ def test_what_does_not_fit_is_named(inputs, fingerprints, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_model_units_undo_the_pipelines_scale_orientation_and_spacing():
+def test_model_units_undo_scale_orientation_and_spacing():
     image = blobs(1, 0, (8, 10, 12))[0]
     stored = nib.Nifti1Image(100 + 200 * image[0, ::-1], np.diag([-1.0, 1, 1, 1]))
     np.testing.assert_allclose(in_model_units(stored, tiny_data()), image, atol=1e-6)
@@ -224,7 +225,8 @@ def data(tmp_path):
     return tmp_path
 
 
-def test_the_command_makes_a_check_of_the_training_split_set_on_unseen_volumes(data, capsys):
+def test_the_command_makes_a_check_from_training_and_unseen(data, capsys):
+    """A check of the training split, with its threshold set on unseen volumes."""
     output = data / "out" / "prints.safetensors"
     options = [
         "--config",

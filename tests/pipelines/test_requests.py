@@ -78,7 +78,7 @@ def test_masks_that_differ_in_case_alone_are_refused(tmp_path):
         find_masks([str(tmp_path)], tmp_path / "out")
 
 
-def test_generated_volumes_belong_to_masks_however_they_are_spelled(tmp_path):
+def test_generated_volumes_match_masks_in_any_unicode_form(tmp_path):
     generated = tmp_path / "generated"
     generated.mkdir()
     for name in (nfd("Müller_000.nii.gz"), "._Müller_000.nii.gz", "._Müller_000.json"):

@@ -91,7 +91,8 @@ def test_another_version_of_the_software_makes_no_other_volume(tmp_path):
         left_to_generate([task_of(path, model="n", software="medvolume 2")])
 
 
-def test_a_file_without_a_sidecar_is_replaced_if_it_is_empty_or_ours(tmp_path):
+def test_a_file_without_a_sidecar_is_replaced_only_if_ours(tmp_path):
+    """An empty file is replaced too."""
     path = tmp_path / "a_000.nii.gz"
     task = task_of(path)
     path.touch()
@@ -206,7 +207,7 @@ def document(path: Path, **content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def test_a_pipeline_has_seen_what_its_autoencoder_and_its_unet_have(tmp_path):
+def test_a_pipeline_has_seen_the_subjects_of_vae_and_unet(tmp_path):
     document(tmp_path / "model_index.json", data=tiny_json())
     for name in ("vae", "unet"):
         document(tmp_path / name / "config.json", subjects=[subjects(name)])

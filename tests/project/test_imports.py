@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ("files", "cli", "volumes", "autoencoder", "diffusion", "pipelines", "training", "evaluation")
-ALLOWED = {room: set(LAYERS[: i + 1]) for i, room in enumerate(LAYERS)}
+ALLOWED: dict[str, set[str]] = {room: set(LAYERS[: i + 1]) for i, room in enumerate(LAYERS)}
 ENGINE = ROOT / "training/engine"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Distributions whose import name is another.
@@ -172,3 +172,15 @@ def test_every_third_party_import_is_a_dependency():
 
 def test_tests_are_flat():
     assert not list((ROOT / "tests").glob("**/__init__.py"))
+
+
+def test_names_of_tests_are_short():
+    """A name says what is checked in fewer than 60 characters; the rest belongs in a docstring of one line."""
+    names = {
+        f"{path.relative_to(ROOT)}::{node.name}": len(node.name)
+        for path in (ROOT / "tests").glob("**/*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test")
+    }
+    assert len(names) > 1000
+    assert [name for name, length in names.items() if length >= 60] == []

@@ -26,12 +26,12 @@ def tree(tmp_path):
     return root
 
 
-def test_every_row_of_the_table_names_code_and_tests_that_are_there():
+def test_every_row_names_code_and_tests_that_exist():
     rooms = {mutant.room for mutant in load_mutants(TABLE)}
     assert rooms >= {"volumes", "autoencoder", "diffusion", "pipelines", "training", "evaluation"}
 
 
-def test_a_fault_that_a_test_notices_is_caught_and_one_that_none_notices_is_missed(tree, tmp_path):
+def test_a_noticed_fault_is_caught_and_an_unnoticed_is_missed(tree, tmp_path):
     script = tmp_path / "script.py"  # in a process of its own, as each fault is tried in a fork
     script.write_text(
         "import sys; from pathlib import Path; import pytest\n"

@@ -30,7 +30,7 @@ def test_lists_are_summarized():
     assert summaries({"conditions": {"accuracy": 0.8}}) == {"bands": {}, "scores": {}}
 
 
-def test_a_decoder_that_was_trained_on_replaces_the_pipelines_own(tmp_path):
+def test_a_further_trained_decoder_replaces_the_pipelines_own(tmp_path):
     pipe, other = tiny_pipeline(), tiny_pipeline().vae
     with torch.no_grad():
         other.decoder[-1].weight.mul_(2)
@@ -56,7 +56,8 @@ def test_noise_is_measured_on_the_pipelines_own_data(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_shipped_folder_has_half_precision_weights_masks_results_and_card(tmp_path):
+def test_a_shipped_folder_is_complete_and_in_half_precision(tmp_path):
+    """It has weights, masks, results and a card."""
     tiny_pipeline().save_pretrained(tmp_path / "run")
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "dice.json").write_text(json.dumps({"scores": {}, "n": 3}))

@@ -56,7 +56,7 @@ def test_a_dead_process_ends_the_others_with_a_message(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_stands_still_ends_the_others_after_their_patience(tmp_path):
+def test_a_process_that_hangs_ends_the_others_after_a_timeout(tmp_path):
     lines = tmp_path / "losses.jsonl"
     args = [*LONG, f"--output={tmp_path / 'run'}", "--loop.timeout_minutes=0.4"]
     two = forked.start_two("train_vae", args, tmp_path / "log.txt", losses=lines)
@@ -149,7 +149,7 @@ def test_trainings_are_shared_and_the_report_is_that_of_one(data, name):
     assert sorted(path.name for path in (data / "out").glob("[!.]*")) == ["one.json", "two.json"]
 
 
-def test_what_another_process_had_finished_is_not_lost_with_the_main_one(tmp_path):
+def test_work_finished_by_others_survives_the_main_process(tmp_path):
     def row(seed):
         return TrainingResult(arm="real", labels="8", seed=seed, dice=0.5, seconds=1.0)
 
@@ -176,7 +176,7 @@ def test_what_another_process_had_finished_is_not_lost_with_the_main_one(tmp_pat
         ledger()
 
 
-def test_what_one_process_refuses_ends_all_before_anything_is_generated(tmp_path):
+def test_one_refusal_ends_all_processes_before_generation(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "pipeline")
     (tmp_path / "masks").mkdir()
     for number in range(4):
@@ -188,7 +188,7 @@ def test_what_one_process_refuses_ends_all_before_anything_is_generated(tmp_path
     assert [forked.ended(one) for one in two] == [1, 1]
     assert "case_1.nii.gz: mask holds labels [99]" in (tmp_path / "log.1").read_text()
     said = (tmp_path / "log.0").read_text()
-    assert "process 0 of 2: another process has ended" in said and "run the same command again" in said
+    assert "process 0 of 2: another process has ended" in said and "it resumes" in said
     assert not list((tmp_path / "out").glob("*.nii.gz"))
 
 
@@ -208,7 +208,7 @@ def test_jobs_are_shared_by_cost_and_kept_together(tmp_path):
     ]
 
 
-def test_a_report_that_cannot_be_written_is_named_before_any_training(data):
+def test_an_unwritable_report_is_refused_before_training(data):
     (data / "file").touch()
     args = ["dice", "--config", str(data / "config.yaml"), "--synthetic", str(data / "made"), *QUICK]
     with pytest.raises(ValueError, match="file/dice.json: cannot be written to: .*choose another folder"):

@@ -77,7 +77,8 @@ def test_another_run_is_not_overwritten(finished):
         run(train_vae, finished)
 
 
-def test_a_config_that_changed_is_refused_with_the_difference_unless_accepted(finished, caplog):
+def test_a_changed_config_is_refused_with_the_difference(finished, caplog):
+    """It is accepted with an option."""
     changed = ["--loop.max_steps=4", "--optimizer.learning_rate=0.5", "--resume=latest"]
     with pytest.raises(ValueError, match=r"learning_rate: 0.001 -> 0.5\nUndo these.*--accept_changes true"):
         run(train_vae, finished, *changed)

@@ -83,7 +83,7 @@ def everything(folder: Path) -> dict[str, tuple]:
 # One job at a time
 
 
-def test_a_second_job_is_refused_and_touches_nothing_of_the_first(run, tmp_path):
+def test_a_second_job_is_refused_and_leaves_the_first_alone(run, tmp_path):
     unfinished = run / "checkpoints/.unfinished-1/new/step_000006"
     unfinished.mkdir(parents=True)  # as old as a leftover, to be removed by who holds the output alone
     os.utime(unfinished.parents[1], (1, 1))
@@ -131,7 +131,7 @@ def holder(monkeypatch):
     return start
 
 
-def test_a_requeued_job_waits_for_the_one_that_is_ending_and_resumes(run, tmp_path, capsys, holder):
+def test_a_requeued_job_waits_for_the_ending_one_and_resumes(run, tmp_path, capsys, holder):
     process = holder(run)
     with begun(line_config(tmp_path, *SHORT, "--resume=latest", "--wait_minutes=9", "--loop.max_steps=6")) as loop:
         assert process.returncode == 0 and loop.state.step == 4
@@ -145,7 +145,8 @@ def test_a_requeued_job_waits_for_the_one_that_is_ending_and_resumes(run, tmp_pa
     assert process.returncode == 0
 
 
-def test_minutes_to_wait_are_shown_checked_and_no_change_of_the_run(tmp_path, capsys, monkeypatch):
+def test_wait_minutes_is_documented_checked_and_no_change(tmp_path, capsys, monkeypatch):
+    """It is no change of the run's config."""
     config = line_config(tmp_path, "--wait_minutes=2.5")
     assert config.wait_minutes == 2.5 and line_config(tmp_path).wait_minutes == 0
     assert config_changes(to_plain(line_config(tmp_path)), config) == {}
@@ -183,7 +184,7 @@ def test_links_where_a_run_writes_are_refused_by_name(run, tmp_path, name):
     assert {k: v for k, v in after.items() if k not in ours} == {k: v for k, v in before.items() if k not in ours}
 
 
-def test_files_that_are_links_are_replaced_and_the_output_itself_may_be_one(tmp_path):
+def test_linked_files_are_replaced_and_the_output_may_be_linked(tmp_path):
     disk, precious = tmp_path / "disk", tmp_path / "precious"
     disk.mkdir()
     (tmp_path / "run").symlink_to(disk)
@@ -205,7 +206,7 @@ def test_files_that_are_links_are_replaced_and_the_output_itself_may_be_one(tmp_
 # What is left, and what is on the disk
 
 
-def test_leftovers_of_a_killed_run_are_removed_and_a_replaced_model_is_put_back(run, tmp_path):
+def test_leftovers_are_removed_and_a_replaced_model_put_back(run, tmp_path):
     """Killed between the renames that replace vae/, and in a checkpoint and a preview."""
     for folder in (run, run / "checkpoints", run / "previews"):
         (folder / ".unfinished-1/new").mkdir(parents=True)
@@ -236,7 +237,8 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("where", ["tempfile.mkdtemp", "training.engine.checkpoints.digest_files"])
-def test_a_disk_that_fills_in_a_checkpoint_leaves_the_others_and_nothing_else(run, tmp_path, monkeypatch, where):
+def test_a_full_disk_in_a_checkpoint_keeps_the_older_ones(run, tmp_path, monkeypatch, where):
+    """Nothing of the new checkpoint stays."""
     mkdtemp = tempfile.mkdtemp
 
     def full(*_, **options):
@@ -272,7 +274,8 @@ def test_a_sigterm_in_a_checkpoint_lets_it_be_finished(tmp_path, monkeypatch):
         assert loop.state.step == int(checkpoint.name[-1]) < 8
 
 
-def test_a_sigterm_while_the_model_is_saved_leaves_none_and_a_resume_writes_it(tmp_path, monkeypatch):
+def test_a_sigterm_while_saving_leaves_no_partial_model(tmp_path, monkeypatch):
+    """A resumed run writes it."""
     save = AutoencoderKL3D.save_pretrained
 
     def terminated(self, folder, **options):
@@ -291,7 +294,8 @@ def test_a_sigterm_while_the_model_is_saved_leaves_none_and_a_resume_writes_it(t
     assert (tmp_path / "run/vae/config.json").is_file()
 
 
-def test_the_newest_checkpoint_is_that_of_the_last_step_whatever_the_clock_said(run, tmp_path):
+def test_the_newest_checkpoint_has_the_last_step(run, tmp_path):
+    """The times of the files do not matter."""
     for number, name in enumerate(("step_000004", "step_000002")):
         for path in [run / "checkpoints" / name, *(run / "checkpoints" / name).iterdir()]:
             os.utime(path, (time.time() + 1e6 * number,) * 2)
@@ -299,7 +303,8 @@ def test_the_newest_checkpoint_is_that_of_the_last_step_whatever_the_clock_said(
         assert loop.state.step == 4
 
 
-def test_a_folder_that_an_ordinary_user_cannot_write_is_named_before_the_work():
+def test_a_read_only_folder_is_refused_before_the_work():
+    """It is one that an ordinary user cannot write to."""
     if not hasattr(os, "seteuid") or os.getuid() != 0:
         pytest.skip("needs an administrator who can become an ordinary user")
     folder = Path(tempfile.mkdtemp())  # pytest's own folders are closed to others
@@ -344,7 +349,8 @@ def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found(run, tmp_path, caplo
 
 
 @pytest.mark.parametrize("forged", [None, "{}", "[]", "", '{"model.safetensors": 1}', '{"\\u001b[31m": "x", "a": 1}'])
-def test_a_list_of_digests_that_is_missing_or_forged_is_no_whole_checkpoint(run, tmp_path, caplog, forged):
+def test_a_checkpoint_without_valid_digests_is_not_complete(run, tmp_path, caplog, forged):
+    """Its list of digests is missing or forged."""
     path = run / "checkpoints/step_000004/digests.json"
     path.unlink() if forged is None else path.write_text(forged)
     with begun(line_config(tmp_path, *SHORT, "--resume=latest")) as loop:

@@ -130,7 +130,9 @@ def group(accelerator):
     dist.destroy_process_group()
 
 
-def test_frozen_weights_buffers_and_momentum_come_back_and_what_is_missing_is_refused(group):
+def test_sharded_state_is_restored_and_missing_parts_refused(group):
+    """Frozen weights, buffers and momentum come back."""
+
     def learner(seed: int) -> Learner:
         torch.manual_seed(seed)
         layers = [torch.nn.Conv3d(1, 16, 2), torch.nn.BatchNorm3d(16), torch.nn.Conv3d(16, 16, 2)]
@@ -162,7 +164,7 @@ def test_frozen_weights_buffers_and_momentum_come_back_and_what_is_missing_is_re
             restore(fresh.network, fresh.ema.module, fresh.optimizer, less)
 
 
-def test_nobody_restores_a_checkpoint_that_another_process_finds_damaged(accelerator, tmp_path, monkeypatch):
+def test_no_process_restores_a_checkpoint_others_find_damaged(accelerator, tmp_path, monkeypatch):
     """Divided weights are restored together: one that begins alone would wait for the others for ever."""
     learner = Learner("net", torch.nn.Linear(3, 2), OptimizerConfig(), ema_decay=0.9, max_steps=9)
     learner.prepare(accelerator)

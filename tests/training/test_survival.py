@@ -118,7 +118,8 @@ def test_an_interrupt_in_a_validation_cuts_it_short_and_saves(tmp_path, monkeypa
     assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["step_000004"]
 
 
-def test_an_interrupt_after_the_last_step_ends_at_once_and_a_resume_finishes(tmp_path, monkeypatch, interrupts):
+def test_an_interrupt_after_the_last_step_ends_at_once(tmp_path, monkeypatch, interrupts):
+    """A resumed run finishes."""
     loop, step = line_loop(line_config(tmp_path, "--loop.max_steps=4"))
     monkeypatch.setattr(LineStep, "validate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(SystemExit) as end:
@@ -130,7 +131,8 @@ def test_an_interrupt_after_the_last_step_ends_at_once_and_a_resume_finishes(tmp
     assert "error" in loop.run() and step.calls == 0
 
 
-def test_a_training_that_was_interrupted_goes_on_bit_for_bit_by_the_command_that_it_says(tmp_path):
+def test_an_interrupted_training_resumes_bit_for_bit(tmp_path):
+    """The command that it prints resumes it."""
     common = [*COMMON, *VAE, "--loop.max_steps=60", "--loop.checkpoint_every=0", "--loop.validate_every=0"]
     forked.run("train_vae", [*common, f"--output={tmp_path / 'whole'}"], tmp_path / "whole.txt")
     log, lines = tmp_path / "log.txt", tmp_path / "losses.jsonl"
@@ -150,7 +152,7 @@ def test_a_training_that_was_interrupted_goes_on_bit_for_bit_by_the_command_that
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_an_interrupt_while_latents_are_encoded_keeps_those_that_are(tmp_path, monkeypatch, interrupts, capfd):
+def test_an_interrupt_while_encoding_keeps_finished_latents(tmp_path, monkeypatch, interrupts, capfd):
     """There is no step to finish yet: it ends at once, and the same command encodes the others alone."""
     torch.manual_seed(0)
     vae = AutoencoderKL3D(channels=(4, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1))
@@ -229,7 +231,8 @@ def test_a_checkpoint_without_whole_digests_is_passed_over_too(run, name, caplog
     assert torch.equal(weights(folder), expected)
 
 
-def test_killed_while_an_old_checkpoint_is_removed_it_is_whole_or_hidden(run, monkeypatch):
+def test_killed_while_removing_a_checkpoint_it_is_not_partial(run, monkeypatch):
+    """The old checkpoint is whole or hidden."""
     folder, go_on = run
 
     def killed(path, **options):
@@ -253,7 +256,9 @@ def test_a_damaged_record_of_the_run_is_named(run, name, text):
         go_on("--loop.max_steps=8")
 
 
-def test_a_model_that_cannot_be_written_leaves_the_older_one_and_a_remedy(tmp_path):
+def test_a_model_that_cannot_be_written_keeps_the_older_one(tmp_path):
+    """The error gives a remedy."""
+
     class Model:
         def save_pretrained(self, folder, **_):
             os.makedirs(folder, exist_ok=True)
@@ -276,7 +281,7 @@ def test_no_whole_checkpoint_is_an_error_that_names_all(run):
         go_on(f"--resume={folder / 'checkpoints/step_000004'}")
 
 
-def test_what_comes_after_the_checkpoint_that_is_asked_for_is_set_aside(run):
+def test_checkpoints_after_the_requested_one_are_set_aside(run):
     """Else `--resume latest` would take it for this run's."""
     folder, go_on = run
     go_on(f"--resume={folder / 'checkpoints/step_000002'}", "--loop.max_steps=3")
@@ -317,7 +322,7 @@ def fill(folder, limits):
     torch.save({"weight": torch.zeros(10_000)}, f"{folder}/model.bin")
 
 
-def test_an_output_that_cannot_be_written_is_named_before_the_data_are_read(tmp_path):
+def test_an_unwritable_output_is_refused_before_reading_data(tmp_path):
     (tmp_path / "run").touch()
     with pytest.raises(ValueError, match="run: cannot be written to: File exists; choose another folder"):
         make_accelerator(line_config(tmp_path))
@@ -366,7 +371,8 @@ def test_a_volume_that_changed_between_two_runs_is_named(tmp_path):
     assert content_changes(after, before)["volume case_3"] == "is new"
 
 
-def test_a_run_whose_volumes_changed_is_refused_and_one_with_a_broken_volume_names_it(tmp_path):
+def test_changed_and_broken_volumes_stop_a_run(tmp_path):
+    """A run whose volumes changed is refused, and one with a broken volume names it."""
     config = files(tmp_path / "data")
     data = [f"--data.root={tmp_path / 'data'}", "--data.images=images/{name}.nii.gz", "--data.phantom=null"]
     data += ["--data.masks=labels/{name}.nii.gz", "--data.label_names={0: background, 1: body, 2: organ, 3: lesion}"]
@@ -491,7 +497,7 @@ def test_a_job_that_fails_when_it_goes_on_is_told(tmp_path, monkeypatch):
     assert found["kills"] == 2 and found["lost_or_different"] == ["ended with 3: it fell over"]
 
 
-def test_survival_tells_of_what_is_left_behind_held_and_repaired_badly(tmp_path, monkeypatch):
+def test_survival_reports_leftovers_locks_and_bad_repairs(tmp_path, monkeypatch):
     """A job that never ends its work: it leaves a hidden folder, another process holds its output, and an entry stays zeroed."""
 
     class Process:

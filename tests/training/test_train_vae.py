@@ -128,7 +128,7 @@ def test_the_loss_is_what_is_minimized():
         assert losses["loss"] == losses[name] > 0
 
 
-def test_crops_that_are_too_small_for_the_discriminator_are_named():
+def test_crops_too_small_for_the_discriminator_are_refused():
     """3 * 2^layers voxels a side are needed, and enough."""
     for layers, side in ((1, 6), (2, 12)):
         volumes, positions = torch.randn(1, 1, side, side, side), torch.zeros(1, 1, dtype=torch.long)
@@ -174,7 +174,7 @@ def test_negative_settings_are_named(name):
         AdversarialConfig(**{name: -1})
 
 
-def test_previews_and_metrics_are_of_every_channel_in_the_files_units():
+def test_previews_and_metrics_have_all_channels_in_file_units():
     """Channel 0 is 0 to 100 and channel 1 -1000 to 1000 in its files; the reconstruction is the mean of the posterior, decoded."""
     step = make_step(in_channels=2, out_channels=2)
     step.channels = ["PET", "CT"]

@@ -155,7 +155,7 @@ def test_gradient_accumulation_equals_a_larger_batch(tmp_path):
     assert ends[0] == pytest.approx(ends[1], rel=1e-5)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path):
     loop, step = line_loop(line_config(tmp_path, "--loop.max_steps=10"), poison=(4, 7))
     loop.run()
     assert step.weights[5] == step.weights[4] and step.weights[8] == step.weights[7]

@@ -84,7 +84,8 @@ def test_gradients_are_clipped_to_their_norm_over_all_weights(limit, expected):
     assert all(parameter.grad is None for parameter in learner.network.parameters())
 
 
-def test_a_gradient_that_is_not_finite_moves_neither_weights_nor_average():
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    """Neither the weights nor their average."""
     learner = learner_of(two_weights(), ema_decay=0.5)
     before = [p.clone() for p in (*learner.network.parameters(), *learner.average.parameters())]
     for bad in (math.nan, math.inf):
@@ -95,7 +96,7 @@ def test_a_gradient_that_is_not_finite_moves_neither_weights_nor_average():
         assert all(parameter.grad is None for parameter in learner.network.parameters())
 
 
-def test_weights_move_by_the_steps_learning_rate_and_decay_but_for_biases():
+def test_weights_move_by_rate_and_decay_but_biases_do_not_decay():
     """AdamW's first step is the sign of the gradient times the rate, apart from eps; matrices decay by rate times decay."""
     learner = learner_of(
         two_weights(), learning_rate=0.1, warmup_steps=4, weight_decay=0.5, max_grad_norm=0.0, betas=(0.8, 0.9), eps=1e-3
@@ -283,7 +284,7 @@ def test_a_unet_is_validated_by_its_average_without_its_padding():
     assert step.validate(item, torch.Generator().manual_seed(5))["loss"] == pytest.approx(expected, rel=0.1)
 
 
-def test_a_unet_is_trained_with_its_own_steps_and_the_error_that_is_asked_for():
+def test_a_unet_is_trained_with_its_own_steps_and_loss():
     """Of 7 steps all occur, and no other. What predicts nothing is wrong by the noise: E n^2 = 1, E |n| = sqrt(2 / pi)."""
     for loss, expected in (("mse", 1.0), ("l1", math.sqrt(2 / math.pi))):
         step, seen = diffusion_step({"objective": "epsilon", "train_steps": 7}, loss=loss), set()
@@ -440,7 +441,8 @@ def test_a_run_validates_previews_and_saves_when_asked_to(tmp_path, monkeypatch)
     assert folders == ["step_000003", "step_000006", "step_000007"]  # 0 keeps all
 
 
-def test_a_loss_that_jumps_is_told_of_against_the_median_of_those_before():
+def test_a_jump_of_the_loss_is_reported_against_its_median():
+    """The median of the losses before it."""
     watch = SpikeWatch()
     assert [watch(1.0) for _ in range(4)] == [None] * 4
     assert watch(100.0) is None  # five reports come first
@@ -462,7 +464,8 @@ def test_a_loss_that_jumps_is_told_of_against_the_median_of_those_before():
     assert [below(-1.0) for _ in range(6)] == [None] * 6 and below(50.0) is None
 
 
-def test_an_adversary_counts_the_autoencoders_steps_that_were_taken():
+def test_the_adversary_counts_updates_of_the_autoencoder():
+    """Steps that were skipped do not count."""
     config = AdversarialConfig(start_step=2, warmup_steps=3, channels=4, layers=1)
     for updates, strength in ((1, None), (2, 0.25), (4, 0.75), (99, 1.0)):
         step, asked = make_step(adversarial=config), []
@@ -562,7 +565,7 @@ def test_auto_is_bf16_where_that_is_native(native, monkeypatch):
     assert [precision.resolve_precision(name) for name in ("no", "bf16")] == ["no", "bf16"]
 
 
-def test_the_time_left_is_that_of_the_steps_left_at_the_rate_of_this_start(monkeypatch, caplog):
+def test_time_left_uses_the_steps_and_rate_of_this_start(monkeypatch, caplog):
     """Ten steps of a resumed run in 20 s: 2 s a step, and 70 steps left."""
     clock = [100.0]
     monkeypatch.setattr("training.engine.tracking.time.monotonic", lambda: clock[0])

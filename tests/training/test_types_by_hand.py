@@ -134,7 +134,7 @@ def test_every_bit_of_the_weights_counts_in_their_hash():
     assert len(hashes) == 6
 
 
-def test_timesteps_of_several_generators_are_those_of_each_alone():
+def test_timesteps_of_several_generators_are_independent():
     seeds = range(40)
     for objective, steps in (("epsilon", 7), ("v_prediction", 300), ("rectified_flow", 1000)):
         drawn = sample_timesteps(objective, 40, [torch.Generator().manual_seed(seed) for seed in seeds], steps)

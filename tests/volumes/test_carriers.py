@@ -187,7 +187,7 @@ def test_components_and_time_points_are_channels():
             read_mask(one)
 
 
-def test_a_nifti_without_codes_keeps_the_affine_that_nibabel_gives(tmp_path):
+def test_a_nifti_without_codes_keeps_the_affine_of_nibabel(tmp_path):
     image = nib.Nifti1Image(LABELS, affine_of("LAS"))
     image.set_sform(None, 0)
     nib.save(image, tmp_path / "plain.nii.gz")

@@ -319,7 +319,8 @@ def test_describe(folder):
     }
 
 
-def test_described_percentiles_are_medians_and_unlike_spacings_none(folder):
+def test_percentiles_are_medians_and_mixed_spacings_are_none(folder):
+    """Volumes of unlike spacings have no spacing in common."""
     save(np.zeros(SHAPES["b"], np.uint8), folder / "labels" / "b.nii", np.diag([2.0, 1, 1, 1]))
     numbers = np.arange(np.prod(SHAPES["b"]), dtype=np.float32).reshape(SHAPES["b"])
     save(numbers, folder / "images" / "b.nii", np.diag([2.0, 1, 1, 1]))

@@ -128,7 +128,7 @@ def test_the_output_is_one_label_map(values, dtype, tmp_path):
     assert (tmp_path / "slabs.nii.gz").read_bytes() == (tmp_path / "whole.nii.gz").read_bytes()
 
 
-def test_on_another_grid_the_channels_are_resampled_before_they_are_merged():
+def test_channels_of_another_grid_are_resampled_before_merging():
     """Halfway between labels 0 and 9, a label map that was interpolated would say 4 or 5: another organ."""
     processor = processor_of((0, 5, 9), spacing=2.0)
     processor.labels = {0: "background", 1: "here"}

@@ -119,7 +119,7 @@ def test_time_points_differ():
     assert found == ["time_point of image: it learned [0], the data has [2]"]
 
 
-def test_facts_of_an_early_pipeline_are_compared_as_far_as_they_go():
+def test_facts_missing_from_an_early_pipeline_are_not_compared():
     early = described_preprocessing(tiny_data())  # percentiles, nobody knows which
     given = facts(intensity=IntensityScaling("percentile", 5, 95), spacing=(1, 1, 1))
     assert differences(early, given) == [] and "kind" in early["intensity"][0]

@@ -172,7 +172,8 @@ def test_pairs_from_nothing(pairs):
         assert len(list(csv.DictReader(file))) == 3
 
 
-def test_a_segmenter_can_learn_from_pairs_of_masks_that_no_patient_has(pairs, tmp_path):
+def test_a_segmenter_can_learn_from_generated_pairs_of_masks(pairs, tmp_path):
+    """Their masks belong to no patient."""
     write_volume(Volume(labels_of((8, 8, 8))[None], np.eye(4)), tmp_path / "case.nii.gz")
     cases = [Case("case", "s", "train", {"image": tmp_path / "none.nii.gz"}, tmp_path / "case.nii.gz")]
     found = generated_pairs(cases, pairs / "out")

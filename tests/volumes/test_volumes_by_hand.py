@@ -95,7 +95,7 @@ def test_channels_of_a_nrrd_may_come_first_or_last(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_subject_in_two_splits_is_refused_before_validation_is_drawn(seed, tmp_path):
+def test_a_subject_in_two_splits_is_refused_before_validation(seed, tmp_path):
     """Also where it is drawn: all its volumes would move to validation, those of the test split too."""
     rows = ["name,who,fold", "a1,A,train", "a2,A,test", "b1,B,train", "c1,C,test"]
     (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
@@ -106,7 +106,8 @@ def test_a_subject_in_two_splits_is_refused_before_validation_is_drawn(seed, tmp
         load_cases(DataConfig(**table, validation_fraction=0.5, split_seed=seed))
 
 
-def test_a_label_may_have_half_the_least_volume_and_twice_the_most():
+def test_a_label_may_have_half_the_least_and_twice_the_most():
+    """Half the least volume and twice the greatest are still plausible."""
     known = LabelMapStats({"a": LabelStats((16, 32), pieces=1, edge=0, always=True)}, 1, ((9, 9, 9),))
     for voxels, right in ((3, False), (4, True), (32, True), (33, False)):
         array = np.zeros((9, 36, 9), np.uint8)
@@ -129,7 +130,7 @@ def test_voxels_sharing_face_edge_or_corner_are_one_piece(second):
     assert count_pieces(np.pad(mask, ((0, 0), (0, 0), (0, 4))) | np.pad(mask, ((0, 0), (0, 0), (4, 0)))) == 2
 
 
-def test_ten_degrees_about_one_axis_are_ten_whatever_the_spacing():
+def test_ten_degrees_about_an_axis_are_ten_at_any_spacing():
     angle = np.radians(10)
     turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
     affine = np.eye(4)

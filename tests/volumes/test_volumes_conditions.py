@@ -109,7 +109,7 @@ def test_phantoms_have_both():
         assert item["numbers"].tolist() == [lesion.sum()]
 
 
-def test_a_grid_has_its_own_numbers_unless_the_table_says_otherwise(table):
+def test_a_grid_has_its_own_numbers_unless_the_table_has_them(table):
     """In RAS order: the file's first axis runs down, its second to the left."""
     affine = np.array([[0, -2, 0, 0], [0, 0, 3, 0], [-0.5, 0, 0, 0], [0, 0, 0, 1.0]])
     nib.save(nib.Nifti1Image(np.random.default_rng(0).random((4, 6, 8), np.float32), affine), table / "b.nii")

@@ -62,7 +62,7 @@ def test_the_sides_of_the_patient_are_marked(axes, letters, said):
     assert said in " ".join(figure.get_supxlabel().split())
 
 
-def test_panels_are_in_millimeters_and_long_volumes_stay_readable():
+def test_panels_are_in_millimeters_and_long_ones_stay_readable():
     """64 x 32 voxels of 2 mm beside 20 of 8 mm; a body 30 times as long as wide."""
     figure = slices_figure([{"images": {"real": np.zeros((64, 32, 20))}, "spacing": (2, 2, 8)}])
     grid = figure.axes[0].get_gridspec()

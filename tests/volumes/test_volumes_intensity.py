@@ -38,14 +38,14 @@ def test_each_end_has_its_own_percentile():
     assert (scale.low, scale.high) == (pytest.approx(50, abs=1e-3), pytest.approx(900, abs=1e-3))
 
 
-def test_the_share_inside_a_window_is_of_the_voxels_between_its_ends():
+def test_the_share_in_a_window_excludes_its_ends():
     """Air that is clipped to the lowest value, as scanners write it, is not shown by a window that begins there."""
     scaling = IntensityScaling("window", 0, 10)
     assert scaling.share_inside(np.array([0, 0, 0, 5, 10, 12.0])) == pytest.approx(1 / 6)
     assert scaling.share_inside(np.array([0, 0, 10.0])) == 1  # two values: all is shown
 
 
-def test_agrees_with_the_reference_protocol_at_large_intensities():
+def test_agrees_with_the_reference_at_large_intensities():
     volume = np.random.default_rng(0).gamma(2.0, 2e5, size=(20, 20, 20)).astype(np.float32)
     low, high = np.percentile(volume, [0.5, 99.5]).astype(np.float32)
     reference = np.clip((volume - low) / (high - low), 0, 1)

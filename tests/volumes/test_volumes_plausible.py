@@ -131,7 +131,7 @@ def test_several_channels_that_come_first():
     np.testing.assert_array_equal(read_volume(image_of(), axes="CXYZ").array[0], VOXELS)  # (X, Y, Z) has no channels
 
 
-def test_a_short_first_axis_is_one_of_channels_if_it_is_a_quarter_of_all_others():
+def test_a_first_axis_of_up_to_a_quarter_of_others_is_channels():
     with pytest.raises(VolumeError, match="first axis looks like one of channels"):
         read_volume(image_of(np.zeros((3, 16, 17, 18), np.float32)))
     assert read_volume(image_of(np.zeros((9, 16, 17, 20), np.float32)), time_point=19).shape == (9, 16, 17)

@@ -79,7 +79,7 @@ def test_outside_the_field_of_view_is_filled():
     np.testing.assert_array_equal(resample_to(labels, (8, 8, 8), wider, nearest=True).array[0] == 2, expected == 7)
 
 
-def test_up_to_the_outer_faces_of_its_voxels_a_volume_has_its_own_values():
+def test_a_volume_has_its_own_values_up_to_its_outer_faces():
     """A voxel reaches half its side beyond its center: there is nothing of the fill, beyond is the fill alone."""
     volume = Volume(np.full((1, 4, 5, 6), 7, np.float32), np.eye(4))
     for reach, expected in ((0.4, 7), (0.6, -3)):
@@ -91,7 +91,8 @@ def test_up_to_the_outer_faces_of_its_voxels_a_volume_has_its_own_values():
                 assert resample_to(volume, (1, 1, 1), affine, fill=-3).array.item() == pytest.approx(expected)
 
 
-def test_outside_an_image_is_its_lowest_value_and_outside_a_mask_label_0():
+def test_outside_is_the_lowest_value_or_label_0():
+    """The lowest value outside an image, label 0 outside a mask."""
     far = np.eye(4)
     far[:3, 3] = 50
     image = Volume(np.array([60.0, 50.0, 80.0], np.float32).reshape(1, 3, 1, 1), np.eye(4))
@@ -136,7 +137,7 @@ def test_the_blur_is_along_the_old_axes_that_become_coarser():
 
 
 @pytest.mark.parametrize("factor", [2.0, 3.0])
-def test_the_blur_has_the_width_by_which_one_voxel_becomes_the_other(factor):
+def test_the_blur_has_the_width_between_the_two_voxel_sizes(factor):
     """Squares of full widths at half maximum add up, so its variance is (factor^2 - 1) / (8 ln 2) old voxels squared."""
     point = torch.zeros(1, 41, 3, 3)
     point[0, 20] = 1

@@ -12,8 +12,9 @@ from tiny import editor_of, tiny_pipeline
 from autoencoder import AutoencoderKL3D
 from evaluation.doctor import models as doctor_config
 from evaluation.doctor.__main__ import main
-from evaluation.doctor.models import Run
+from evaluation.doctor.models import config_from_sections, with_precision
 from evaluation.doctor.start import advise_start
+from training import TrainVaeConfig
 from volumes import DataConfig, IntensityScaling, Volume, VolumeDataset, VolumeError, load_cases
 
 SHAPE = (12, 14, 10)
@@ -166,14 +167,21 @@ def test_the_doctor_refuses_settings_that_training_refuses(tmp_path, capsys):
 
 
 def test_the_precision_is_the_trainers(monkeypatch):
-    assert Run.of({}).batch == 4 and Run.of({}).crops.shape == (32, 32, 32)  # the trainer's defaults
+    config = config_from_sections({"model": VAE}, DataConfig(images="x"))
+    assert isinstance(config, TrainVaeConfig)
+    assert config.loop.batch_size == 4 and config.crops.shape == (32, 32, 32)  # the trainer's defaults
+
+    def planned(loop=None, precision=None, accelerator=False):
+        config = config_from_sections({"model": VAE, "loop": loop or {}}, DataConfig(images="x"))
+        return with_precision(config, precision, accelerator).loop.mixed_precision
+
     for native, precision in ((True, "bf16"), (False, "no")):
         monkeypatch.setattr("training.engine.precision.native_bf16", lambda native=native: native)
-        assert Run.of({}).precision == precision
-        assert Run.of({"loop": {"mixed_precision": "auto"}}).precision == precision
-    assert Run.of({}, accelerator=True).precision == "bf16" and "bfloat16" in str(Run.of({}, accelerator=True))
-    assert Run.of({"loop": {"mixed_precision": "no"}}, accelerator=True).precision == "no"
-    assert Run.of({}, "fp16").precision == "fp16"
+        assert planned() == precision
+        assert planned({"mixed_precision": "auto"}) == precision
+    assert planned(accelerator=True) == "bf16"
+    assert planned({"mixed_precision": "no"}, accelerator=True) == "no"
+    assert planned(precision="fp16") == "fp16"
     assert doctor_config.GENERATION_BATCH == 8
 
 
@@ -194,7 +202,7 @@ def test_advice_to_start_from_weights_is_given_where_they_fit():
     assert advice(one, spacing=(1.0, 1.0, 5.0)) is None
     assert advice(DataConfig(images="x", intensity=IntensityScaling(**CT))) is None  # HU are no MR
     mixed = advice(two)
-    assert mixed is not None and mixed.startswith("2 channels mixed by one autoencoder start from nothing")
+    assert mixed is not None and mixed.startswith("no shipped weights fit an autoencoder that mixes 2 channels")
     assert "per_channel: true, latent_channels: 12, channels: [32, 128]" in mixed
     apart = advice(two, per_channel=True, latent_channels=12)
     assert apart is not None and "each channel separately, per_channel): --init_from weights/hippocampus/vae" in apart
