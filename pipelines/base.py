@@ -107,6 +107,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         number of steps, the sigmas.
         Warns: of numbers far outside the training range.
         """
+        self._check_requests(requests)
         self._timed_scheduler(sampling)
         read: dict[Any, tuple[PreparedGrid, GenerationRecord]] = {}
         volumes = []
@@ -117,8 +118,15 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             grid, record = read[key]
             classes, numbers = check_conditions(self.unet, self.data, request.classes, request.numbers, grid.grid)
             record = replace(record, classes=classes or None, numbers=numbers or None)
-            volumes.append(PreparedVolume(request, grid, classes, numbers, record))
+            volumes.append(PreparedVolume(request, grid, classes, numbers, sampling, record))
         return volumes
+
+    def _check_requests(self, requests: Iterable[VolumeRequest]) -> None:
+        """Raises: ValueError for requests that this class does not generate, or not in one call."""
+        if any(request.edit is not None for request in requests):
+            raise ValueError(
+                "a request with an edit is for MedVolumeEditPipeline: use MedVolumeEditPipeline.from_pipe(pipe)"
+            )
 
     def _prepare_grid(self, request: VolumeRequest) -> PreparedGrid:
         """The grid of a mask, of images where the model does without a mask, or of a shape, with the images on it.
@@ -210,6 +218,13 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         """
         if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
+        if len(volumes) != len(generators):
+            raise ValueError(f"{len(volumes)} volumes and {len(generators)} generators; give one generator per volume")
+        if any(volume.sampling.recorded != sampling.recorded for volume in volumes):
+            raise ValueError(
+                "the volumes were prepared for other sampling settings, which their records name; prepare them again"
+            )
+        self._check_requests(volume.request for volume in volumes)
         check_attention_backend(self.unet, self._execution_device)
         scheduler = self._timed_scheduler(sampling)
 

@@ -1,6 +1,6 @@
 """MedVolumeEditPipeline: a part of an image, or all of it to a degree, is generated again."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
@@ -122,6 +122,17 @@ class MedVolumeEditPipeline(VolumePipeline):
         generators = sample_generators(generator, len(volumes))
         samples = self.generate(volumes, sampling, generators, output_type=output_type, paths=paths, step_end=step_end)
         return call_output(samples, return_dict)
+
+    def _check_requests(self, requests: Iterable[VolumeRequest]) -> None:
+        edits = [request.edit for request in requests]
+        if any(edit is None for edit in edits):
+            raise ValueError(
+                "a request without an edit is for MedVolumePipeline: use MedVolumePipeline.from_pipe(pipe)"
+            )
+        if len({(edit.strength, edit.region is None) for edit in edits if edit is not None}) > 1:
+            raise ValueError(
+                "edits of one call have one strength, and all of them have a region or none; use several calls"
+            )
 
     def record(self, request: VolumeRequest, sampling: SamplingConfig, seed: int | None = None) -> GenerationRecord:
         """As `VolumePipeline.record`, with the edit."""

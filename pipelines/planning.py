@@ -118,7 +118,12 @@ def prepared_volumes(
     pipe: VolumePipeline, batch: Sequence[PlannedVolume], sampling: SamplingConfig
 ) -> list[PreparedVolume]:
     """The volumes of a batch, prepared: those that were too much to hold, again. Raises: ValueError if their files changed."""
-    again = iter(pipe.prepare([task.request for task in batch if task.prepared is None], sampling))
+    missing = [task for task in batch if task.prepared is None]
+    try:
+        again = iter(pipe.prepare([task.request for task in missing], sampling))
+    except ValueError as error:
+        names = ", ".join(task.path.name for task in missing)
+        raise ValueError(f"{names}: files changed after they were checked: {error}") from error
     volumes = [task.prepared or next(again) for task in batch]
     for task, volume in zip(batch, volumes, strict=True):
         if volume.record != replace(task.unseeded, checks={}, rejected=None):

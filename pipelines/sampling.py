@@ -55,6 +55,11 @@ class SamplingConfig:
         """Denoising steps."""
         return self.num_inference_steps if self.sigmas is None else len(self.sigmas)
 
+    @property
+    def recorded(self) -> tuple[object, ...]:
+        """All settings that a volume depends on."""
+        return self.num_inference_steps, self.sigmas, self.guidance_scale, self.residual_noise
+
     def check_start(self) -> None:
         """Raises: ValueError if the steps begin at less noise than the pure noise from which a volume is generated."""
         if self.sigmas and self.sigmas[0] < MIN_NOISE:

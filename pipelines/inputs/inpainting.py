@@ -57,8 +57,9 @@ class EditRequest:
 
     @property
     def identity(self) -> Hashable:
-        """Equal for edits of the same images in the same region."""
-        return tuple(identity(one) for one in [*self.images.values(), self.region])
+        """Equal for the same edit of the same images in the same region."""
+        images = sorted((str(channel), identity(image)) for channel, image in self.images.items())
+        return tuple(images), identity(self.region), self.keep_channels, self.strength, self.blend_margin
 
     @property
     def files(self) -> list[object]:

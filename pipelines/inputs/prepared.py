@@ -5,6 +5,7 @@ Axes: (C, X, Y, Z) in RAS+ order.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from volumes import Placement, Volume, on_stored_grid
 from .images import GivenImage
 from .inpainting import PreparedEdit
 from .request import VolumeRequest
+
+if TYPE_CHECKING:  # it imports this module
+    from pipelines.sampling import SamplingConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +69,7 @@ class PreparedVolume:
     Attributes:
         grid: shared by the requests of the same files.
         classes, numbers: conditions of the volume, as the model names them.
+        sampling: how it is to be sampled, as the record says.
         record: without a seed.
     """
 
@@ -72,6 +77,7 @@ class PreparedVolume:
     grid: PreparedGrid
     classes: Mapping[str, str]
     numbers: Mapping[str, float]
+    sampling: "SamplingConfig"
     record: GenerationRecord
 
     @property

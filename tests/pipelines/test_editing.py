@@ -9,8 +9,15 @@ import torch
 from diffusers import DiffusionPipeline
 from tiny import editor_of, mask_image, seeded, tiny_pipeline
 
-from pipelines import MedVolumeEditPipeline, MedVolumePipeline, describe_mask, read_sidecar
-from pipelines.inputs.inpainting import DETAIL_CARRYOVER, harmonic_blend
+from pipelines import (
+    MedVolumeEditPipeline,
+    MedVolumePipeline,
+    SamplingConfig,
+    VolumeRequest,
+    describe_mask,
+    read_sidecar,
+)
+from pipelines.inputs.inpainting import DETAIL_CARRYOVER, EditRequest, harmonic_blend
 from volumes import PADDING, Volume, read_volume
 
 SHAPE = (10, 9, 12)
@@ -448,3 +455,47 @@ def test_from_pipe_shares_the_components(pipe):
     again = MedVolumePipeline.from_pipe(editor)
     again.set_progress_bar_config(disable=True)
     assert np.array_equal(plain(again)[0], plain(pipe)[0])
+
+
+# requests
+
+
+def test_images_swapped_between_channels_are_another_edit(two):
+    one, other = image_of(seed=1), image_of(np.int16, seed=2)
+    images = [{"ct": one, "pet": other}, {"pet": one, "ct": other}]
+    together = edited(two, images, region_of(), mask=[mask_image(SHAPE, AFFINE)] * 2, seeds=(3, 4))
+    (alone,) = edited(two, images[1], region_of(), seeds=(4,))
+    assert np.allclose(together[1], alone, atol=1e-3) and not np.allclose(together[0], together[1], atol=1)
+
+
+def requests_of(**settings) -> VolumeRequest:
+    return VolumeRequest(mask_image(SHAPE, AFFINE), edit=EditRequest({"MR": IMAGE}, **settings))
+
+
+IMAGE = image_of()
+
+
+def test_edits_of_one_image_with_other_settings_are_apart(pipe):
+    margins = [requests_of(region=region_image(region_of()), blend_margin=margin) for margin in (1.0, 3.0)]
+    prepared = editor_of(pipe).prepare(margins, SamplingConfig(2))
+    assert [one.record.edit["blend_margin"] for one in prepared] == [1.0, 3.0]
+
+
+def test_requests_of_the_other_class_are_refused(pipe):
+    edit, plain_request = requests_of(strength=0.5), VolumeRequest(mask_image(SHAPE, AFFINE))
+    with pytest.raises(ValueError, match="use MedVolumeEditPipeline.from_pipe"):
+        pipe.prepare([edit], SamplingConfig(2))
+    with pytest.raises(ValueError, match="use MedVolumePipeline.from_pipe"):
+        editor_of(pipe).prepare([plain_request], SamplingConfig(2))
+    with pytest.raises(ValueError, match="have one strength"):
+        editor_of(pipe).prepare([edit, requests_of(strength=0.75)], SamplingConfig(2))
+
+
+def test_volumes_are_sampled_as_they_were_prepared(pipe):
+    prepared = pipe.prepare([VolumeRequest(mask_image(SHAPE, AFFINE))], SamplingConfig(2))
+    with pytest.raises(ValueError, match="prepared for other sampling settings"):
+        pipe.generate(prepared, SamplingConfig(5), seeded(1))
+    with pytest.raises(ValueError, match="1 volumes and 2 generators"):
+        pipe.generate(prepared, SamplingConfig(2), seeded(1, 2))
+    (sample,) = pipe.generate(prepared, SamplingConfig(2, batch_size=1), seeded(1), output_type="latent")
+    assert sample.record.num_inference_steps == 2

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,6 +132,12 @@ def test_nothing_is_generated_where_all_is_finished(inputs, output, capsys, no_w
     assert "generated again" not in capsys.readouterr().out
 
 
+def drop(path: Path, name: str) -> None:
+    content = json.loads(path.read_text())
+    del content[name]
+    path.write_text(json.dumps(content))
+
+
 FOREIGN = {
     "damaged": lambda path: path.write_text(path.read_text()[:-20]),
     "bytes": lambda path: path.write_bytes(b"\xff\xfe\x00"),
@@ -145,6 +152,7 @@ FOREIGN = {
     "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "link": lambda path: (path.unlink(), path.symlink_to("nowhere")),
     "seed": lambda path: change(path, seed=5),
+    **{f"without {name}": partial(drop, name=name) for name in ("mask", "images", "seed")},
     "model": lambda path: change(path, model="0" * 64),
 }
 
