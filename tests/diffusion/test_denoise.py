@@ -115,7 +115,7 @@ def test_sigmas_are_visited_as_given():
     denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("rectified_flow"), Conditions(), sigmas=[1.0, 0.7, 0.2])
     denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("rectified_flow"), Conditions(), num_inference_steps=4)
     assert visited == [1000, 700, 200, 1000, 750, 500, 250]
-    with pytest.raises(ValueError, match="DDIMScheduler takes no sigmas"):
+    with pytest.raises(ValueError, match="DDIMScheduler does not take sigmas"):
         denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("epsilon"), Conditions(), sigmas=[1.0, 0.5])
     with pytest.raises(ValueError, match="at least 1"):
         denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("epsilon"), Conditions(), num_inference_steps=0)

@@ -85,8 +85,8 @@ WRONG = [
 @pytest.mark.parametrize("scale", WRONG, ids=repr)
 def test_what_is_no_scale_is_refused_by_name(scale):
     for wrong, named in (
-        (scale, "guidance_scale is a number of 0 or more"),
-        ({"mask": scale}, "guidance_scale of mask is a"),
+        (scale, "guidance_scale must be a number of 0 or more"),
+        ({"mask": scale}, "guidance_scale of mask must be a"),
     ):
         for use in (predict, recorded_guidance, lambda one: check_guidance(one, {"mask": 0.1}, {"mask"})):
             with pytest.raises(ValueError, match=named):

@@ -275,7 +275,7 @@ def test_a_shift_is_the_same_by_both_of_its_names():
 @pytest.mark.parametrize("option", [{"shift": 3.0}, {"use_karras_sigmas": True}, {"shift_terminal": 0.1}])
 def test_sigmas_that_options_would_move_are_refused(option):
     scheduler = fit_scheduler(FlowMatchEulerDiscreteScheduler(**option), FLOW)
-    with pytest.raises(ValueError, match=f"sigmas are used unchanged.*{next(iter(option))} would move"):
+    with pytest.raises(ValueError, match=f"sigmas are used unchanged.*{next(iter(option))} would change"):
         set_timesteps(scheduler, 3, [1.0, 0.6, 0.3], torch.device("cpu"))
     assert len(set_timesteps(scheduler, 3, None, torch.device("cpu"))) == 3
 

@@ -469,14 +469,16 @@ def test_images_swapped_between_channels_are_another_edit(two):
 
 
 def requests_of(**settings) -> VolumeRequest:
-    return VolumeRequest(mask_image(SHAPE, AFFINE), edit=EditRequest({"MR": IMAGE}, **settings))
+    return VolumeRequest(MASK, edit=EditRequest({"MR": IMAGE}, **settings))
 
 
+MASK = mask_image(SHAPE, AFFINE)
 IMAGE = image_of()
 
 
 def test_edits_of_one_image_with_other_settings_are_apart(pipe):
-    margins = [requests_of(region=region_image(region_of()), blend_margin=margin) for margin in (1.0, 3.0)]
+    region = region_image(region_of())
+    margins = [requests_of(region=region, blend_margin=margin) for margin in (1.0, 3.0)]
     prepared = editor_of(pipe).prepare(margins, SamplingConfig(2))
     assert [one.record.edit["blend_margin"] for one in prepared] == [1.0, 3.0]
 

@@ -197,7 +197,7 @@ def test_code_in_the_folder_is_not_run(folder, planted):
     [
         ("vae", {"_class_name": "os"}, "config.json is of 'os'"),
         ("vae", {"encoder_blocks": [1_000_000_000, 1]}, "encoder_blocks = 1000000000, which no model has"),
-        ("vae", {"encoder_blocks": [900_000, 1]}, "asks for 900001 encoder_blocks"),
+        ("vae", {"encoder_blocks": [900_000, 1]}, "sets 900001 encoder_blocks"),
         ("unet", {"blocks": "many"}, "a list of numbers of blocks"),
         ("unet", {"quantization_config": {"quant_method": "torchao"}}, "names quantization_config"),
         ("unet", {"auto_map": {"AutoModel": "planted.X"}}, "names auto_map"),

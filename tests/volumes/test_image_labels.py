@@ -62,7 +62,7 @@ def test_each_label_is_a_channel(tmp_path):
 def test_values_are_translated_and_unknown_ones_named(tmp_path):
     labels = planted()
     labels[labels == 9] = 200
-    with pytest.raises(VolumeError, match=r"gland.nii.gz: .*labels \[200\] that are not known"):
+    with pytest.raises(VolumeError, match=r"gland.nii.gz: .*labels \[200\] that have no name"):
         dataset_of(tmp_path, labels)
     image = dataset_of(tmp_path, labels, label_map={200: 9})[0]["image"]
     np.testing.assert_array_equal(image[1], np.where(labels == 200, 1, -1))

@@ -171,7 +171,7 @@ def test_space_around_a_value_makes_no_other_subject(tabled, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("t.csv", "scan\né".encode("latin-1"), "line 2 holds bytes .0xe9. that are no UTF-8"),
+        ("t.csv", "scan\né".encode("latin-1"), "line 2 holds bytes .0xe9. that are not UTF-8"),
         ("t.csv", b"scan,patient,patient\na1,A,B\n", "two columns have one name"),
         ("t.csv", b"scan,patient\na1,A\na2\n", "line 3 has 1 values, the header has 2 columns"),
         ("t.csv", b"scan,patient\n", "expected rows"),
@@ -202,7 +202,7 @@ def test_two_volumes_of_one_name(tabled, tmp_path):
         ({"images": "*.nii", "validation_fraction": 1.0}, "got 1.0, expected a number, 0 or more and below 1"),
         ({"images": {"CT": "*.nii"}, "intensity": {"MR": IntensityScaling()}}, "intensity names the channels"),
         ({"images": {"CT": "*.nii"}, "time_point": {"MR": 0}}, "time_point names the channels"),
-        ({"images": "*.nii", "group_by": "(a"}, r"group_by '\(a' is no regular expression: missing \)"),
+        ({"images": "*.nii", "group_by": "(a"}, r"group_by '\(a' is not a regular expression: missing \)"),
         ({"images": "*.nii", "label_map": {5: 7}, "label_names": {0: "air"}}, r"label_map leads to \[7\]"),
     ],
 )

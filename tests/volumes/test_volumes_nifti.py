@@ -155,7 +155,7 @@ def test_masks_hold_whole_numbers():
     mask = read_mask(nib.Nifti1Image(labels, np.eye(4)))
     assert mask.array.dtype == np.int16
     np.testing.assert_array_equal(mask.array[0], labels)
-    for value, reason in [(0.5, "0.5, which is no whole number"), (70000, "70000"), (np.nan, "not finite")]:
+    for value, reason in [(0.5, "0.5, which is not a whole number"), (70000, "70000"), (np.nan, "not finite")]:
         labels[0, 0, 0] = value
         with pytest.raises(VolumeError, match=reason):
             read_mask(nib.Nifti1Image(labels, np.eye(4)))

@@ -228,7 +228,7 @@ def test_masks_of_integers_and_of_floats_are_the_same(tmp_path):
     image = nib.Nifti1Image(labels.astype(np.int16), np.eye(4))
     image.header.set_slope_inter(0.5, 0)
     nib.save(image, tmp_path / "halves.nii")
-    with pytest.raises(VolumeError, match="no whole number"):
+    with pytest.raises(VolumeError, match="not a whole number"):
         read_mask(tmp_path / "halves.nii")
 
 
