@@ -19,6 +19,7 @@ TYPES: dict[str, type | tuple[type, ...]] = {  # of a sidecar's entries
     **dict.fromkeys(("mask", "classes", "numbers", "images"), (dict, NoneType)),
     "channels": (list, NoneType),
 }
+OPTIONAL = ("classes", "numbers", "channels")  # of these: a sidecar may lack what its volume does not have
 
 
 class SourceRecord(TypedDict):
@@ -121,11 +122,11 @@ def _settings(entry: Mapping[str, object], planned: Mapping[str, object] | None)
 
 def _fault(content: Mapping[str, Any]) -> str | None:
     """Why the content of a sidecar is not a record; None if it is."""
-    if missing := [name for name in TYPES if name not in content]:
+    if missing := [name for name in TYPES if name not in content and name not in OPTIONAL]:
         return f"it has no {', '.join(missing)}"
     for name, kinds in TYPES.items():
-        if not isinstance(content[name], kinds):
-            return f"its {name} is {str(content[name])[:40]!r}"
+        if not isinstance(content.get(name), kinds):
+            return f"its {name} is {str(content.get(name))[:40]!r}"
     if not isinstance(content["scheduler"].get("class", ""), str | NoneType):
         return "its scheduler does not name its class"
     files = {"mask": [content["mask"] or {"file": None}], "images": list((content["images"] or {}).values())}
