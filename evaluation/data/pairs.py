@@ -39,7 +39,7 @@ NAMES = {"train": "training", "test": "test"}  # of the splits, in messages
 
 @dataclass(frozen=True)
 class Pair:
-    """One volume to learn from or be judged on: the case whose mask it has, and its files, one a channel, if they are not the
+    """One volume to learn from or be judged on: the case whose mask it has, and its files, one per channel, if they are not the
     case's own."""
 
     case: Case
