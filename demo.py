@@ -151,7 +151,8 @@ def save_figure(figure: Figure, path: Path) -> None:
 def preview(folder: Path, masks: Path, data: DataDescription) -> Figure:
     """Draw the volumes of `folder`, with the masks in `masks`.
 
-    Label maps are drawn as surfaces, one row per combination of classes; other volumes as slices beside the mask, one row per channel.
+    Label maps are drawn as surfaces, one row per combination of classes; other volumes as slices beside the mask, one
+    row per channel.
     """
     shapes: dict[str, list[Any]] = {}
     columns: dict[str, FigureCase] = {}  # by sidecar: one per volume, whatever the number of its files

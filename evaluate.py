@@ -1,20 +1,21 @@
 """Evaluate a model or the volumes that it generated:
 
-python evaluate.py reconstruction --config configs/hippocampus/vae.yaml --vae weights/hippocampus --output out/reconstruction.json
-python evaluate.py realism --config configs/hippocampus/ldm.yaml --synthetic out/generated --output out/realism.json
-python evaluate.py privacy --config configs/hippocampus/ldm.yaml --synthetic out/generated --output out/privacy.json
-python evaluate.py dice --config configs/hippocampus/ldm.yaml --synthetic out/generated --output out/dice.json
-python evaluate.py conditions --config configs/adrenal_shapes/ldm.yaml --column diagnosis --synthetic out/generated \
+python evaluate.py reconstruction --config configs/hippocampus/vae.yaml --vae weights/hippocampus --output
+out/reconstruction.json python evaluate.py realism --config configs/hippocampus/ldm.yaml --synthetic out/generated
+--output out/realism.json python evaluate.py privacy --config configs/hippocampus/ldm.yaml --synthetic out/generated
+--output out/privacy.json python evaluate.py dice --config configs/hippocampus/ldm.yaml --synthetic out/generated
+--output out/dice.json python evaluate.py conditions --config configs/adrenal_shapes/ldm.yaml --column diagnosis
+--synthetic out/generated \
     --output out/conditions.json
-python evaluate.py report out/realism.json out/privacy.json out/dice.json --output out/page
-python evaluate.py all --config configs/hippocampus/ldm.yaml --synthetic out/generated --parts realism privacy dice --output out/page
-python evaluate.py all --config configs/hippocampus/ldm.yaml --pipeline weights/hippocampus --output out/page   # generates first
-torchrun --nproc_per_node 2 evaluate.py dice ...    # `accelerate launch` works too
+python evaluate.py report out/realism.json out/privacy.json out/dice.json --output out/page python evaluate.py all
+--config configs/hippocampus/ldm.yaml --synthetic out/generated --parts realism privacy dice --output out/page python
+evaluate.py all --config configs/hippocampus/ldm.yaml --pipeline weights/hippocampus --output out/page   # generates
+first torchrun --nproc_per_node 2 evaluate.py dice ...    # `accelerate launch` works too
 
-`--config` is a training config; only its section `data` is read. Options such as `--data.root DIR` override it.
-`python evaluate.py COMMAND --help` lists the options of a command. Reports are JSON and record the data and the machine;
-docs/evaluation.md explains the figures. Under torchrun, dice, few_labels and pretrain split their trainings across processes;
-other commands run in the main process.
+`--config` is a training config; only its section `data` is read. Options such as `--data.root DIR` override it. `python
+evaluate.py COMMAND --help` lists the options of a command. Reports are JSON and record the data and the machine;
+docs/evaluation.md explains the figures. Under torchrun, dice, few_labels and pretrain split their trainings across
+processes; other commands run in the main process.
 """
 
 import argparse
@@ -90,7 +91,8 @@ def main(args: list[str] | None = None) -> dict[str, object]:
 
 
 def generate_volumes(options: Namespace, precision: str, state: PartialState) -> Path:
-    """Generate volumes from the masks of the training set, in the folder `generated` of the report. Finished volumes are kept.
+    """Generate volumes from the masks of the training set, in the folder `generated` of the report. Finished volumes
+    are kept.
 
     Raises: ValueError for data whose masks are not files, and for volumes that were rejected too often.
     """

@@ -1,26 +1,27 @@
 """Generate volumes from masks, from a table of conditions, or from nothing, in one process or many:
 
 python generate.py --pipeline weights/hippocampus --masks 'masks/*.nii.gz' --output out/generated --count 2 --steps 20
-python generate.py --pipeline DIR --conditions table.csv --output out/generated     # a model with classes, numbers, images
-python generate.py --pipeline DIR --output out/generated --count 100        # a model that needs neither masks nor conditions
-python generate.py --pipeline weights/hippocampus --masks generate:weights/hippocampus-masks --count 100 --output out/pairs
-accelerate launch generate.py ...       # divides masks, rows or volumes over the processes (on a CPU: torchrun)
+python generate.py --pipeline DIR --conditions table.csv --output out/generated     # a model with classes, numbers,
+images python generate.py --pipeline DIR --output out/generated --count 100        # a model that needs neither masks
+nor conditions python generate.py --pipeline weights/hippocampus --masks generate:weights/hippocampus-masks --count 100
+--output out/pairs accelerate launch generate.py ...       # divides masks, rows or volumes over the processes (on a
+CPU: torchrun)
 
-Writes <name>_<k:03d>.nii.gz on the mask's grid, a JSON sidecar that records how it was generated, and at the end manifest.csv.
-A model of several channels writes <name>_<k:03d>_<channel>.nii.gz for each channel that it generates, and one sidecar.
-The name is the mask's stem. The columns of a table are: mask (a path, relative to the table's folder; without masks and
-images, give --shape), the model's classes and numbers (an empty cell leaves one out), its condition channels (paths too; the
-other channels are generated to match), and name, where the mask's stem should not be the name.
-Each volume's seed is computed from --seed, its name and k, so batch size, order, processes and interruptions change nothing.
-The same command resumes where it stopped.
+Writes <name>_<k:03d>.nii.gz on the mask's grid, a JSON sidecar that records how it was generated, and at the end
+manifest.csv. A model of several channels writes <name>_<k:03d>_<channel>.nii.gz for each channel that it generates, and
+one sidecar. The name is the mask's stem. The columns of a table are: mask (a path, relative to the table's folder;
+without masks and images, give --shape), the model's classes and numbers (an empty cell leaves one out), its condition
+channels (paths too; the other channels are generated to match), and name, where the mask's stem should not be the name.
+Each volume's seed is computed from --seed, its name and k, so batch size, order, processes and interruptions change
+nothing. The same command resumes where it stopped.
 
-With `--masks generate:PIPELINE` that pipeline generates --count label maps first, into OUTPUT/masks; each gets one volume.
-Without masks and conditions volumes are called volume_000, label maps map_000. Their grid is --shape, or has the size of a
-training map. A broken label map (a label missing, in pieces, or cut off at the edge, as in no training map) is generated again
-from the next seed; its sidecar records that.
+With `--masks generate:PIPELINE` that pipeline generates --count label maps first, into OUTPUT/masks; each gets one
+volume. Without masks and conditions volumes are called volume_000, label maps map_000. Their grid is --shape, or has
+the size of a training map. A broken label map (a label missing, in pieces, or cut off at the edge, as in no training
+map) is generated again from the next seed; its sidecar records that.
 
-With --reject_copies (a file of `python -m evaluation.copies.fingerprints`) a volume that is too similar to a training volume is
-not written, but generated again from the next seed; sidecars and manifest record that.
+With --reject_copies (a file of `python -m evaluation.copies.fingerprints`) a volume that is too similar to a training
+volume is not written, but generated again from the next seed; sidecars and manifest record that.
 """
 
 import argparse

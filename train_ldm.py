@@ -1,7 +1,7 @@
 """Train a latent diffusion model:  accelerate launch train_ldm.py --config configs/hippocampus/ldm.yaml [--vae DIR ...]
 
-The run folder ends with `pipeline/`: autoencoder, U-Net (averaged weights), scheduler and the description of the training
-data, for `MedVolumePipeline.from_pretrained`. With a `lora:` section it ends with `lora/` instead, for
+The run folder ends with `pipeline/`: autoencoder, U-Net (averaged weights), scheduler and the description of the
+training data, for `MedVolumePipeline.from_pretrained`. With a `lora:` section it ends with `lora/` instead, for
 `pipe.load_lora_weights`: --config configs/hippocampus/lora.yaml --init_from PIPELINE/unet --vae PIPELINE/vae
 """
 

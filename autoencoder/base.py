@@ -34,9 +34,9 @@ Distribution = TypeVar("Distribution", bound=LatentDistribution)
 class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
     """An encoder, a decoder and the statistics of what lies between them.
 
-    A subclass calls `_build` in its constructor (or sets `patch_size`, `stride`, `encoder` and `decoder` itself), says in
-    `_distribution` what the encoder's output means, and may say in `_decodable` what becomes of latents before they are
-    decoded.
+    A subclass calls `_build` in its constructor (or sets `patch_size`, `stride`, `encoder` and `decoder` itself), says
+    in `_distribution` what the encoder's output means, and may say in `_decodable` what becomes of latents before they
+    are decoded.
     """
 
     _supports_gradient_checkpointing = True
@@ -57,8 +57,8 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         encoder_blocks, decoder_blocks = config["encoder_blocks"], config["decoder_blocks"]
         if not len(channels) == len(strides) + 1 == len(encoder_blocks) == len(decoder_blocks):
             raise ValueError(
-                f"channels {channels}, encoder_blocks {encoder_blocks} and decoder_blocks {decoder_blocks} need one entry a level, "
-                f"strides {strides} one fewer"
+                f"channels {channels}, encoder_blocks {encoder_blocks} and decoder_blocks {decoder_blocks} need one "
+                f"entry a level, strides {strides} one fewer"
             )
         self.patch_size = as_stride(config["patch_size"])
         level_strides = [as_stride(s) for s in strides]
@@ -158,7 +158,8 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         self.register_to_config(latents_mean=[float(v) for v in mean], latents_std=[float(v) for v in std])
 
     def check_channels(self, names: Sequence[str]) -> None:
-        """Raises: ValueError if the image channels `names` are not those that this autoencoder learned, in their order."""
+        """Raises: ValueError if the image channels `names` are not those that this autoencoder learned, in their
+        order."""
         own = self.config.get("channel_names")
         own = list(own) if isinstance(own, list | tuple) else own  # else a damaged config's
         if own and own != list(names):
@@ -213,8 +214,8 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         """Encode a volume that is read piece by piece: consecutive slabs (B, C, X, Y, z) along the third axis, of any
         thickness -> posteriors (B, latent_channels, h, w, d), which together are the volume's.
 
-        Raises: ValueError if there are no slabs, for another number of channels, and if together they are no multiple of
-        the stride.
+        Raises: ValueError if there are no slabs, for another number of channels, and if together they are no multiple
+        of the stride.
         """
         for encoded in stream_slabs(self._encode, (self._checked(slab, sides=2) for slab in slabs)):
             yield self._distribution(encoded)
@@ -229,7 +230,8 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         """`x` itself, if its channels and the first so many of its sides can be encoded."""
         if x.shape[1] != self.config["in_channels"]:
             raise ValueError(
-                f"volume of {x.shape[1]} channels: this autoencoder takes {self.config['in_channels']} (its in_channels)"
+                f"volume of {x.shape[1]} channels: this autoencoder takes {self.config['in_channels']} (its "
+                "in_channels)"
             )
         if any(n % s for n, s in zip(x.shape[2 : 2 + sides], self.stride, strict=False)):
             raise ValueError(

@@ -1,8 +1,8 @@
 """A codebook learned by moving averages (van den Oord et al. 2017, appendix A.1; Razavi et al. 2019).
 
-It is float32 under autocast, and in a model that is loaded in another type (`torch_dtype`); `.to(dtype)` casts it too, of
-which diffusers warns. `forward` changes nothing: the training step calls `update` once an optimizer step that was taken,
-with what all its batches and processes saw.
+It is float32 under autocast, and in a model that is loaded in another type (`torch_dtype`); `.to(dtype)` casts it too,
+of which diffusers warns. `forward` changes nothing: the training step calls `update` once an optimizer step that was
+taken, with what all its batches and processes saw.
 """
 
 import math

@@ -1,10 +1,11 @@
 """Identify the weights that a model holds. The record belongs to the model, so all pipelines that share it agree on it.
 
-A model that was loaded keeps the files that it was loaded from. Casts and moves (`.to()`) change nothing; weights that were
-changed in place afterwards are other weights. Noticed are: operations that PyTorch counts (`Tensor._version`: unfused
-optimizers, `load_state_dict`, `copy_`), and whatever changes one of `SAMPLES` values of each tensor (fused optimizers, edits
-of `.data`, merged LoRAs). Not noticed is an edit through `.data` of single elements of large tensors. While weights are
-offloaded or cast by hooks, or a LoRA is fused into them, they cannot be looked at, and count as they were before.
+A model that was loaded keeps the files that it was loaded from. Casts and moves (`.to()`) change nothing; weights that
+were changed in place afterwards are other weights. Noticed are: operations that PyTorch counts (`Tensor._version`:
+unfused optimizers, `load_state_dict`, `copy_`), and whatever changes one of `SAMPLES` values of each tensor (fused
+optimizers, edits of `.data`, merged LoRAs). Not noticed is an edit through `.data` of single elements of large tensors.
+While weights are offloaded or cast by hooks, or a LoRA is fused into them, they cannot be looked at, and count as they
+were before.
 """
 
 import threading

@@ -22,8 +22,9 @@ class AutoencoderKL3D(VolumeAutoencoder[DiagonalGaussian3D]):
         channels: width of each level, finest first.
         strides: of each level but the first, one integer or one per axis; (2,) after patch_size 2 gives 4 per axis.
         encoder_blocks, decoder_blocks: residual blocks per level, finest first.
-        per_channel: code each image channel separately, all with the same weights: those of an autoencoder of one channel
-            with latent_channels / in_channels. So a channel that is missing leaves the latents of the others alone.
+        per_channel: code each image channel separately, all with the same weights: those of an autoencoder of one
+            channel with latent_channels / in_channels. So a channel that is missing leaves the latents of the others
+            alone.
         latents_mean, latents_std: statistics of the raw latents over the training set, set by `set_latent_statistics`.
         channel_names: of several image channels, in their order; train_vae.py sets them.
         data: how its training volumes were prepared (`volumes.data.preprocessing`); train_vae.py sets it.
@@ -51,8 +52,8 @@ class AutoencoderKL3D(VolumeAutoencoder[DiagonalGaussian3D]):
         super().__init__()
         if per_channel and (in_channels != out_channels or latent_channels % in_channels):
             raise ValueError(
-                f"per_channel codes each of in_channels ({in_channels}) separately: out_channels ({out_channels}) must be as "
-                f"many, and latent_channels ({latent_channels}) a multiple of them"
+                f"per_channel codes each of in_channels ({in_channels}) separately: out_channels ({out_channels}) "
+                f"must be as many, and latent_channels ({latent_channels}) a multiple of them"
             )
         self._build(encoded_channels=2 * latent_channels)
 

@@ -36,14 +36,14 @@ RECORDS = (
 
 
 def deciding(config: Mapping[str, Any]) -> dict[str, object]:
-    """Return the entries of a model's config that decide its output: no private ones (versions, paths), none that are None (so an
-    argument that a later version adds does not rename models that do not use it), no `RECORDS`."""
+    """Return the entries of a model's config that decide its output: no private ones (versions, paths), none that are
+    None (so an argument that a later version adds does not rename models that do not use it), no `RECORDS`."""
     return {k: v for k, v in config.items() if not k.startswith("_") and v is not None and k not in RECORDS}
 
 
 def check_finite(model: torch.nn.Module, source: object) -> None:
-    """Raises: ValueError naming the tensors of a model in memory that hold NaN or infinity: of a file that was damaged, or of numbers
-    too large for the type that they were loaded in. Only `model_hash` detects other damage."""
+    """Raises: ValueError naming the tensors of a model in memory that hold NaN or infinity: of a file that was damaged,
+    or of numbers too large for the type that they were loaded in. Only `model_hash` detects other damage."""
     state = model.state_dict()
     wrong = [
         name
@@ -54,13 +54,14 @@ def check_finite(model: torch.nn.Module, source: object) -> None:
     if wrong:
         types = sorted({str(state[name].dtype).removeprefix("torch.") for name in wrong})
         raise ValueError(
-            f"{source}: {len(wrong)} of its {len(state)} tensors are not finite in {', '.join(types)} ({', '.join(wrong[:4])}); "
-            "download the weights again, or load them in another dtype"
+            f"{source}: {len(wrong)} of its {len(state)} tensors are not finite in {', '.join(types)} "
+            f"({', '.join(wrong[:4])}); download the weights again, or load them in another dtype"
         )
 
 
 class VolumeModel(ModelMixin, ConfigMixin):
-    """A diffusers model over volumes (B, C, X, Y, Z). Its constructor's arguments are checked against their annotations.
+    """A diffusers model over volumes (B, C, X, Y, Z). Its constructor's arguments are checked against their
+    annotations.
 
     Raises: ValueError for an argument outside its range, or of another type.
     """
@@ -72,7 +73,8 @@ class VolumeModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As diffusers' own: a model of a config, with arguments of the constructor in `kwargs` in the place of the config's.
+        """As diffusers' own: a model of a config, with arguments of the constructor in `kwargs` in the place of the
+        config's.
 
         Raises: TypeError for other keywords, unless those that are not used are to be returned.
         """
@@ -85,9 +87,9 @@ class VolumeModel(ModelMixin, ConfigMixin):
         """As diffusers' own, but strict: diffusers only warns of a missing key and leaves the parameter unset.
 
         Loading also drops the memory format that the constructor chose; it is restored here.
-        Raises: ValueError on missing, unexpected or misshapen tensors, and on `use_safetensors=False`; FileError, which is
-        one and an OSError too, where there is no such folder and for damaged files; TypeError for keywords that it does not
-        read.
+        Raises: ValueError on missing, unexpected or misshapen tensors, and on `use_safetensors=False`; FileError, which
+        is one and an OSError too, where there is no such folder and for damaged files; TypeError for keywords that it
+        does not read.
         """
         if not kwargs.get("use_flashpack"):  # a pipeline of diffusers says so
             kwargs.pop("use_flashpack", None)
@@ -141,8 +143,8 @@ class VolumeModel(ModelMixin, ConfigMixin):
         """As diffusers' own: safetensors only, and not the path that the model came from.
 
         Raises: ValueError on `safe_serialization=False`, and while a LoRA is attached, which would be mixed into the
-        weights; FileError, which is one and an OSError too, if `save_directory` is a file; TypeError for keywords that it does
-        not read.
+        weights; FileError, which is one and an OSError too, if `save_directory` is a file; TypeError for keywords that
+        it does not read.
         """
         check_keywords("save_pretrained", kwargs, UPLOAD if push_to_hub else ())
         if not safe_serialization:

@@ -1,10 +1,10 @@
-"""Residual noise: the texture that an autoencoder loses, added back as strong, as coarse, and as variable between volumes as in the
-volumes that it was fitted on.
+"""Residual noise: the texture that an autoencoder loses, added back as strong, as coarse, and as variable between
+volumes as in the volumes that it was fitted on.
 
-Fine noise does not fit into latents, so decoded volumes are all equally smooth. A model of what is missing, fitted on real
-volumes and their reconstructions: Gaussian noise whose spectrum is the power that reconstructions lack, whose strength follows
-the decoded intensity (none where intensities are clipped), and whose level is drawn from those of the real volumes. What it adds
-is not information. Axes: (C, X, Y, Z); intensities in [-1, 1].
+Fine noise does not fit into latents, so decoded volumes are all equally smooth. A model of what is missing, fitted on
+real volumes and their reconstructions: Gaussian noise whose spectrum is the power that reconstructions lack, whose
+strength follows the decoded intensity (none where intensities are clipped), and whose level is drawn from those of the
+real volumes. What it adds is not information. Axes: (C, X, Y, Z); intensities in [-1, 1].
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -59,9 +59,9 @@ def check_noise_shape(shape: Sequence[int]) -> None:
 def fit_noise(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: Sequence[int]) -> list[ChannelNoise]:
     """The noise that reconstructions lack, channel by channel.
 
-    Of the power spectra of Hann-windowed center crops, the mean of real less reconstructed, where positive, is the noise's
-    spectrum; its root is the transfer function of a filter (zero phase), cut to `NOISE_RADIUS`. A volume's level is the root of its
-    mean squared error over that of all volumes.
+    Of the power spectra of Hann-windowed center crops, the mean of real less reconstructed, where positive, is the
+    noise's spectrum; its root is the transfer function of a filter (zero phase), cut to `NOISE_RADIUS`. A volume's
+    level is the root of its mean squared error over that of all volumes.
 
     Args:
         pairs: real volumes and their reconstructions, (C, X, Y, Z) float in [-1, 1] on one grid.
@@ -101,8 +101,8 @@ def fit_noise(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: Sequence[in
 def _window(sides: Sequence[int]) -> np.ndarray:
     """Hann's, (*sides), without its two zeros.
 
-    Not the periodic window of `evaluation.metrics.spectrum` and `spectrum_loss`: the weight of a voxel in the spectrum is also its
-    weight in the curve, and noise models that were shipped were fitted with this one.
+    Not the periodic window of `evaluation.metrics.spectrum` and `spectrum_loss`: the weight of a voxel in the spectrum
+    is also its weight in the curve, and noise models that were shipped were fitted with this one.
     """
     return np.einsum("x,y,z->xyz", *(np.hanning(side + 2)[1:-1] for side in sides))
 
@@ -117,8 +117,8 @@ def _power(volume: np.ndarray, sides: tuple[int, ...]) -> np.ndarray:
 def _channel(
     missing: np.ndarray, errors: np.ndarray, squares: np.ndarray, counts: np.ndarray, weights: np.ndarray
 ) -> ChannelNoise:
-    """The noise of one channel: mean missing power (*sides), mean squared error (N,) of each volume, and by bin of intensity
-    squared residuals and voxels of whole volumes, and the weight of those from which the power comes."""
+    """The noise of one channel: mean missing power (*sides), mean squared error (N,) of each volume, and by bin of
+    intensity squared residuals and voxels of whole volumes, and the weight of those from which the power comes."""
     mean = missing.clip(0)
     if not mean.any():
         kernel = np.zeros((2 * NOISE_RADIUS + 1,) * 3)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def latent_statistics(
     vae: "VolumeAutoencoder", batches: Iterable[Mapping[str, Any]]
 ) -> tuple[list[float], list[float]]:
-    """Measure mean and standard deviation per channel of the raw posterior mean, over all latent voxels inside the field of
-    view.
+    """Measure mean and standard deviation per channel of the raw posterior mean, over all latent voxels inside the
+    field of view.
 
     Args:
         batches: of {"image": (B, C, X, Y, Z) in [-1, 1], "fov": (B, 1, X, Y, Z) boolean}, and a "name" for messages if
@@ -41,6 +41,7 @@ def latent_statistics(
     variance = squares / count - mean**2
     if not bool((variance > 0).all()):
         raise ValueError(
-            f"a latent channel never varies over the training set (variances {variance.tolist()}): train the autoencoder longer"
+            f"a latent channel never varies over the training set (variances {variance.tolist()}): train the "
+            "autoencoder longer"
         )
     return mean.tolist(), variance.sqrt().tolist()

@@ -37,8 +37,8 @@ class QuantisedLatents(LatentDistribution):
         return self.mean
 
     def distance_map(self) -> Tensor:
-        """Squared distance of each cell to its code, averaged over channels, (B, 1, h, w, d). The code is taken as given (van den Oord et
-        al. 2017, Eq. 3, last term)."""
+        """Squared distance of each cell to its code, averaged over channels, (B, 1, h, w, d). The code is taken as
+        given (van den Oord et al. 2017, Eq. 3, last term)."""
         codes = self.codebook.codes[self.indices].movedim(-1, 1)
         return ((self.raw_mean.float() - codes.detach()) ** 2).mean(1, keepdim=True)
 

@@ -32,7 +32,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def find_folder(source: str | os.PathLike) -> Path | None:
-    """The folder of a model on this machine, `~` expanded; None where `source` can only be a repository of the Hub (user/name).
+    """The folder of a model on this machine, `~` expanded; None where `source` can only be a repository of the Hub
+    (user/name).
 
     Raises: FileError for a path that is not a folder.
     """
@@ -48,7 +49,8 @@ def find_folder(source: str | os.PathLike) -> Path | None:
 
 
 def folder_to_save(place: str | os.PathLike) -> str:
-    """The folder to save to, `~` expanded. Raises: FileError for a file, where diffusers would continue without saving."""
+    """The folder to save to, `~` expanded. Raises: FileError for a file, where diffusers would continue without
+    saving."""
     folder = os.path.expanduser(os.fspath(place))
     if os.path.isfile(folder):
         raise FileError(f"{folder}: is a file; give a folder to save to")
@@ -59,8 +61,8 @@ def not_on_the_hub(source: str, error: Exception) -> FileError:
     """The error for a name that is neither a folder nor found on the Hub, which said `error`."""
     reason = str(error).strip().partition("\n")[0]
     return FileError(
-        f"{source}: no such folder here, nor is it found on the Hub ({type(error).__name__}: {reason}); give the path of a "
-        "folder, or user/name of a repository that you can reach"
+        f"{source}: no such folder here, nor is it found on the Hub ({type(error).__name__}: {reason}); give the path "
+        "of a folder, or user/name of a repository that you can reach"
     )
 
 
@@ -128,7 +130,8 @@ def check_config(folder: Path, config: Mapping[str, Any], model_class: Any, tens
     known = {*inspect.signature(model_class.__init__).parameters, *PRIVATE}
     if unknown := sorted(config.keys() - known):
         raise ValueError(
-            f"{folder}: config.json names {_shorten(unknown)}, which {model_class.__name__} does not have; is it of another version?"
+            f"{folder}: config.json names {_shorten(unknown)}, which {model_class.__name__} does not have; is it of "
+            "another version?"
         )
     try:
         check_preprocessing(config.get("data"))
@@ -148,7 +151,8 @@ def check_config(folder: Path, config: Mapping[str, Any], model_class: Any, tens
 
 
 def _check_values(folder: Path, config: Any) -> None:
-    """Raises: ValueError for numbers that are not finite or that no model has, and for too many values: before any are used."""
+    """Raises: ValueError for numbers that are not finite or that no model has, and for too many values: before any are
+    used."""
     left, count = [("", config)], 0
     while left:
         name, value = left.pop()
@@ -216,15 +220,15 @@ def _shards(index: Path) -> list[Path]:
         keys, promised = stored_shapes([index.parent / name]).keys(), {key for key in places if places[key] == name}
         if keys != promised:
             raise FileError(
-                f"{index.parent / name}: holds other tensors than the index says ({_shorten(sorted(keys ^ promised))}); "
-                "is it the shard of another model?"
+                f"{index.parent / name}: holds other tensors than the index says "
+                f"({_shorten(sorted(keys ^ promised))}); is it the shard of another model?"
             )
     return [index.parent / name for name in names]
 
 
 def open_safetensors(path: Path) -> Any:
-    """`safe_open` for torch, which checks that the tensors fill the file without gaps or overlaps, of a regular file (a pipe would
-    wait for ever) whose header names each tensor once. Raises: SafetensorError, OSError, ValueError."""
+    """`safe_open` for torch, which checks that the tensors fill the file without gaps or overlaps, of a regular file (a
+    pipe would wait for ever) whose header names each tensor once. Raises: SafetensorError, OSError, ValueError."""
     with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(MOST_HEADER, os.fstat(file.fileno()).st_size - 8):

@@ -1,4 +1,4 @@
-"""Compare autoencoders trained for equal time on equal patches with equal losses, by reconstruction of held-out volumes.
+"""Compare autoencoders trained for equal time on equal patches with equal losses, on held-out volumes.
 
 Part of `python -m benchmarks.speed.run`. Alone:
 
@@ -55,7 +55,8 @@ from volumes.devices import find_device
 
 CONFIG = "configs/hippocampus/vae.yaml"
 WARMUP = 0.03  # of the time
-# Ours: its config's rate. Peers: 1e-4 from MAISI's and MONAI's tutorials, and ours; the better one after this part of the time.
+# Ours: its config's rate. Peers: 1e-4 from MAISI's and MONAI's tutorials, and ours; the better one after this part of
+# the time.
 PILOT = 0.25
 FINAL_RATE = 0.01  # part of the highest learning rate
 
@@ -77,10 +78,10 @@ def load(phantoms: bool) -> tuple[VolumeDataset, VolumeDataset, CropConfig, Auto
 
 
 def training(model: str, minutes: float, device: str, precision: str, folder: str, *, phantoms: bool = False) -> Work:
-    """Train `model` for `minutes`, save its weights to `folder`, and measure PSNR on held-out volumes (not the test split).
+    """Train `model` for `minutes`, save its weights to `folder`, and measure PSNR on validation volumes.
 
-    Several learning rates each run for the first quarter of the time; the one with the higher PSNR continues to the end.
-    Validation time does not count.
+    Several learning rates each run for the first quarter of the time; the one with the higher PSNR continues to the
+    end. Validation time does not count.
     """
     torch.manual_seed(0)
     train, held_out, crops, weights, batch_size = load(phantoms)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.finetuning --output out/finetuning/finetuning.json
 
-For each seed, 16 volumes of the training split are sampled, and a U-Net is trained on them with the shipped autoencoder in three ways
-of equally many steps: fine-tuning all weights, a LoRA, and training from scratch. Each U-Net generates ten volumes per mask. A
-segmenter is trained on these and tested on the real volumes of the test split. Another segmenter is trained on the 16 real volumes.
-Finished parts are kept beside --output, so an interrupted run resumes.
+For each seed, 16 volumes of the training split are sampled, and a U-Net is trained on them with the shipped autoencoder
+in three ways of equally many steps: fine-tuning all weights, a LoRA, and training from scratch. Each U-Net generates
+ten volumes per mask. A segmenter is trained on these and tested on the real volumes of the test split. Another
+segmenter is trained on the 16 real volumes. Finished parts are kept beside --output, so an interrupted run resumes.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def check_settings(options: argparse.Namespace) -> None:
 
 
 def score(arm: str, seed: int, options: argparse.Namespace) -> float:
-    """Return the Dice on real test volumes of a segmenter trained on this arm's generated volumes, or on the 16 real ones."""
+    """Return the Dice on real test volumes of a segmenter trained on this arm's volumes, or on the 16 real ones."""
     folder = options.output.parent / f"seed_{seed}"
     config = ARMS["fine-tuned"][:2]
     table = folder / "table.csv"

@@ -24,7 +24,7 @@ def predict(sizes: Sequence[float], values: Sequence[float], size: float) -> flo
 
 
 def deviation_from_proportional(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Return the largest relative deviation from the best fit value = a * size (relative least squares): 0.1 is 10 %."""
+    """Return the largest relative deviation from the best fit value = a * size (relative least squares)."""
     ratios = np.asarray(values, float) / np.asarray(sizes, float)
     scale = ratios.sum() / (ratios**2).sum()  # minimizes sum (scale * ratio - 1) ** 2
     return float(np.abs(scale * ratios - 1).max())

@@ -2,8 +2,9 @@
 
     python -m benchmarks.generation --output out/bench/generation.json
 
-Times the pipeline from a mask file to a NIfTI image in memory, one mask at a time and all masks in one call; then the denoising loop and
-the decoder alone. One untimed run over all masks comes first, which prepares kernels for their grids.
+Times the pipeline from a mask file to a NIfTI image in memory, one mask at a time and all masks in one call; then the
+denoising loop and the decoder alone. One untimed run over all masks comes first, which prepares kernels for their
+grids.
 """
 
 import argparse
@@ -100,8 +101,8 @@ def time_generation(
 ) -> dict[str, dict[str, float]]:
     """Return statistics of seconds per volume.
 
-    They are "whole" (mask file to NIfTI image, one at a time), "batched" (the same, all masks in one call), "denoising" (to latents,
-    one at a time) and "decoding" (latents to voxels).
+    They are "whole" (mask file to NIfTI image, one at a time), "batched" (the same, all masks in one call), "denoising"
+    (to latents, one at a time) and "decoding" (latents to voxels).
     """
 
     def generate(mask: Path | list[Path], output_type: str) -> list[Any]:

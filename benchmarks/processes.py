@@ -1,8 +1,9 @@
-"""Compare two processes, with whole and with sharded weights, to one with the same global batch: losses and steps per second.
+"""Compare losses and speed of two processes, with whole and with sharded weights, to one of the same global batch.
 
     python -m benchmarks.processes --steps 50 --output out/processes.json
 
-Trains the autoencoder on phantoms, then a U-Net on its latents. Each process uses one thread, so two processes can use twice the cores.
+Trains the autoencoder on phantoms, then a U-Net on its latents. Each process uses one thread, so two processes can use
+twice the cores.
 """
 
 import argparse

@@ -2,11 +2,11 @@
 
     python -m benchmarks.survival --kills 30 --output out/survival.json        (or: make survive)
 
-Every job runs once undisturbed, then again with kills at uniformly random moments. After each kill, all visible files must be readable
-and no finished work may be missing. The result must equal that of the undisturbed run: every bit of a training, every voxel of a
-generation, every score of an evaluation. No unfinished work may be left. While a training runs, a second job on the same output must be
-refused; a killed one must release its output. After each kill an entry of the latent cache is zeroed and must be encoded again.
-The data are phantoms of a few MB; one core suffices.
+Every job runs once undisturbed, then again with kills at uniformly random moments. After each kill, all visible files
+must be readable and no finished work may be missing. The result must equal that of the undisturbed run: every bit of a
+training, every voxel of a generation, every score of an evaluation. No unfinished work may be left. While a training
+runs, a second job on the same output must be refused; a killed one must release its output. After each kill an entry of
+the latent cache is zeroed and must be encoded again. The data are phantoms of a few MB; one core suffices.
 """
 
 import argparse

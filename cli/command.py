@@ -9,8 +9,8 @@ A command parses its arguments above its other imports, and then hands over to `
 
     import torch
 
-so that `--help` and a mistyped option are answered before torch is imported, which takes seconds. `run_command` imports the file as
-a module and calls its `main`. A user's mistake ends in one message; `--traceback` adds the traceback.
+so that `--help` and a mistyped option are answered before torch is imported, which takes seconds. `run_command` imports
+the file as a module and calls its `main`. A user's mistake ends in one message; `--traceback` adds the traceback.
 """
 
 from __future__ import annotations
@@ -167,9 +167,9 @@ def nearest(word: str, options: Iterable[str]) -> str | None:
 def run_command(parse: Callable[[], object]) -> NoReturn:
     """Parse the command line, import the file that Python runs as a module, call its `main`, and end the program.
 
-    The exit status is 0, or the number that `main` returns; 1 after a user's mistake, reported in one message; 2 after wrong
-    arguments; 130 after Ctrl-C. Any other exception is a bug and keeps its traceback. `main` parses the arguments again, because
-    it is also called from Python.
+    The exit status is 0, or the number that `main` returns; 1 after a user's mistake, reported in one message; 2 after
+    wrong arguments; 130 after Ctrl-C. Any other exception is a bug and keeps its traceback. `main` parses the arguments
+    again, because it is also called from Python.
     """
     program = program_name()
     if logging.lastResort is not None:  # shows warnings if logging is not set up
@@ -232,7 +232,10 @@ def users_message(error: BaseException) -> str | None:
         package = (error.name or "").partition(".")[0]
         return None if package in ("", *ROOMS) else f"{error}; pip install it, or run this with .venv/bin/python"
     if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds:  # torch's
-        return f"out of memory ({str(error).strip().splitlines()[0] if str(error) else name}); use smaller batches or volumes"
+        return (
+            f"out of memory ({str(error).strip().splitlines()[0] if str(error) else name}); use smaller batches or "
+            "volumes"
+        )
     damaged = isinstance(error, (EOFError, zlib.error, zipfile.BadZipFile)) or kinds & {"SafetensorError", "YAMLError"}
     if damaged or isinstance(error, (ValueError, OSError, CannotContinue)):
         return f"{str(error).strip() or name}{notes}"
@@ -251,7 +254,7 @@ def workers_message(text: str) -> str | None:
 
 
 def first_to_say(message: str) -> bool:
-    """Return whether this process is the first under torchrun to report a message; also hand it to the launcher's summary."""
+    """Return whether this process is the first under torchrun to report; hand `message` to the launcher too."""
     place = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not place:
         return True

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` for a package whose `__init__.py` imports its exports under `if TYPE_CHECKING:`.
+    """Return `__getattr__` and `__dir__` for a package that imports its exports under `if TYPE_CHECKING:`.
 
     That block is the only list of exports: type checkers and editors read it, and so does this function.
 

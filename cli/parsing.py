@@ -29,11 +29,13 @@ def parse_settings(
     Args:
         parser: the parser.
         args: the command line; None for the program's own.
-        owners: {"": TrainVaeConfig} if the parser's arguments are that class's; {"data": DataConfig} if it has others too.
+        owners: {"": TrainVaeConfig} if the parser's arguments are that class's; {"data": DataConfig} if it has others
+            too.
         files: config files that the command line names.
 
     Raises:
-        ValueError: for unreadable config files and for invalid values, naming file, setting, value and what is expected.
+        ValueError: for unreadable config files and for invalid values, naming file, setting, value and what is
+            expected.
     """
     try:
         parsed = parser.parse_args(args if args is None else list(args))

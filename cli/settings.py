@@ -6,8 +6,8 @@
         batch_size: PositiveInt = 4
         workers: NonNegativeInt | None = None
 
-`--help`, config files and constructors all use the same annotation. No range contains NaN or infinity. This module imports the
-standard library only.
+`--help`, config files and constructors all use the same annotation. No range contains NaN or infinity. This module
+imports the standard library only.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ UserPath = Annotated[str, HomePath()]
 def checked(owner: type[Class]) -> type[Class]:
     """Check the values of a dataclass when it is constructed; use it below `@dataclass`.
 
-    It also converts numpy's numbers to Python's, which YAML can store, and expands `~` in paths. The class's own `__post_init__`
-    runs afterwards. (A base class would do, but jsonargparse reads one as a choice of subclasses.)
+    It also converts numpy's numbers to Python's, which YAML can store, and expands `~` in paths. The class's own
+    `__post_init__` runs afterwards. (A base class would do, but jsonargparse reads one as a choice of subclasses.)
     """
     post_init = owner.__dict__.get("__post_init__")
 
@@ -130,8 +130,8 @@ def faults(owner: Callable[..., Any], values: Mapping[str, Any], prefix: str = "
         owner: the dataclass or class.
         values: its values by name.
         prefix: text before every name, such as "loop.".
-        raw: whether the values come from a YAML file: settings may be missing there, and PyYAML leaves numbers such as `1e-4`
-            as text.
+        raw: whether the values come from a YAML file: settings may be missing there, and PyYAML leaves numbers such as
+            `1e-4` as text.
     """
     hints = hints_of(owner)
     for name in values:
@@ -145,7 +145,7 @@ def faults(owner: Callable[..., Any], values: Mapping[str, Any], prefix: str = "
 
 
 def unknown(name: str, owner: Any, section: str = "") -> str:
-    """Return the message for an unknown setting, with the nearest name of its section, or its own name in another section.
+    """Return the message for an unknown setting, with the nearest name of its section or of another.
 
     Args:
         name: the unknown setting.

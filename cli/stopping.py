@@ -1,4 +1,4 @@
-"""Handle Ctrl-C (SIGINT) and SIGTERM: the first finishes and keeps the work in progress, a second Ctrl-C ends the program.
+"""Handle Ctrl-C (SIGINT) and SIGTERM: the first finishes the work in progress, a second Ctrl-C ends at once.
 
     with stoppable("run the same command to resume"):
         load()                          # a signal ends the program here: there is nothing to keep
@@ -6,8 +6,9 @@
             with finishing("volume 3 of 10"):
                 write(generate(batch))  # a signal is noted here, and ends the program at the end of the block
 
-A thread announces the effect of a signal at once: Python handles signals between two of its own instructions, not while PyTorch
-computes. SIGTERM may arrive several times, from a scheduler and from a launcher; only a second Ctrl-C means that work may be lost.
+A thread announces the effect of a signal at once: Python handles signals between two of its own instructions, not while
+PyTorch computes. SIGTERM may arrive several times, from a scheduler and from a launcher; only a second Ctrl-C means
+that work may be lost.
 """
 
 import os
@@ -22,7 +23,10 @@ NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class Stopped(SystemExit):
-    """The program ends because of a signal. Its exit status is 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM."""
+    """The program ends because of a signal.
+
+    Its exit status is 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM.
+    """
 
 
 class _Signals:
@@ -66,7 +70,7 @@ class _Signals:
         self.announced = number
 
     def before_fork(self) -> None:
-        """Block signals until the new process has its own handlers; with this one's, it would report a second signal here."""
+        """Block signals until the new process has its own handlers; with these, it would report here."""
         self.forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, NAMES) if self.listening else None
 
     def after_fork(self) -> None:
@@ -74,7 +78,7 @@ class _Signals:
             signal.pthread_sigmask(signal.SIG_SETMASK, self.forking.mask)
 
     def after_fork_in_child(self) -> None:
-        """Ignore Ctrl-C in a forked process, such as a data loader: it gets the terminal's signal too, but this one decides."""
+        """Ignore Ctrl-C in a forked process, such as a data loader: its parent gets it too, and decides."""
         if self.listening:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -100,8 +104,8 @@ def say(text: str) -> None:
 def stoppable(remedy: str | None = None) -> Iterator[None]:
     """Handle SIGINT and SIGTERM until the end of the block.
 
-    A nested block has no effect; nor has one outside the main thread, where Python receives no signals. Ignored signals (as in a
-    background job) stay ignored.
+    A nested block has no effect; nor has one outside the main thread, where Python receives no signals. Ignored signals
+    (as in a background job) stay ignored.
 
     Args:
         remedy: how to resume; printed if a signal ended the block.

@@ -1,5 +1,5 @@
-"""Self-attention over all positions of a level, through diffusers' dispatcher (native SDPA, flash, xformers, sage are one
-switch)."""
+"""Self-attention over all positions of a level, through diffusers' dispatcher (native SDPA, flash, xformers, sage are
+one switch)."""
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin

@@ -26,13 +26,14 @@ def complete_model(
     data: DataFacts,
     images: Mapping[str, slice] | None = None,
 ) -> dict[str, Any]:
-    """Return the model section with the entries that autoencoder and data decide. `num_labels: 0` keeps a model without a mask,
-    and `numbers` may keep the mean and std of the model that is fine-tuned.
+    """Return the model section with the entries that autoencoder and data decide. `num_labels: 0` keeps a model without
+    a mask, and `numbers` may keep the mean and std of the model that is fine-tuned.
 
     Args:
         data: the description of the training volumes (`volumes.describe`), or its facts alone.
         images: channels of the latents of each image that the model may be given.
-    Raises: ValueError if the section says something else, and if the autoencoder learned other channels than the data has.
+    Raises: ValueError if the section says something else, and if the autoencoder learned other channels than the data
+    has.
     """
     vae.check_channels(data.channels)
     channels = vae.config["latent_channels"]

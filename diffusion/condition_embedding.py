@@ -14,8 +14,8 @@ TAKEN = ("mask", "image")  # names of conditions on the latents' grid
 
 
 def fourier_features(numbers: Tensor, mean: float, std: float) -> Tensor:
-    """Numbers (B,) to (B, 2 * len(PERIODS) + 1): sines and cosines (Tancik et al. 2020) of (number - mean) / std, and a 1
-    where the number is NaN and all the others are 0."""
+    """Numbers (B,) to (B, 2 * len(PERIODS) + 1): sines and cosines (Tancik et al. 2020) of (number - mean) / std, and a
+    1 where the number is NaN and all the others are 0."""
     absent = numbers.isnan()
     standardized = (numbers.float().nan_to_num(mean) - mean) / std
     angles = torch.stack([standardized * (2 * math.pi / period) for period in PERIODS], dim=1)
@@ -26,9 +26,9 @@ def fourier_features(numbers: Tensor, mean: float, std: float) -> Tensor:
 class ConditionEmbedding(nn.Module):
     """classes (B, n) and numbers (B, m) -> (B, width): the sum of a vector for each.
 
-    Vectors of classes start at random, as in ADM (Dhariwal & Nichol 2021): from zero they grow so slowly that short runs
-    ignore them. Where they are added to a trained model, `training.initialize_from` zeroes them, so that it begins as it was;
-    see also `moved_embeddings`.
+    Vectors of classes start at random, as in ADM (Dhariwal & Nichol 2021): from zero they grow so slowly that short
+    runs ignore them. Where they are added to a trained model, `training.initialize_from` zeroes them, so that it begins
+    as it was; see also `moved_embeddings`.
 
     Args:
         classes: the values of each class; index i has row i + 1 of its table, and -1 (absent) has row 0.
@@ -72,8 +72,8 @@ class ConditionEmbedding(nn.Module):
 
 
 def moved_embeddings(trained: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, str | None]:
-    """Where the layers of a trained U-Net's `condition_embedding` belong in another one's: they are counted in alphabetical
-    order of names, so that a name that is added moves others. None for a class whose values are others.
+    """Where the layers of a trained U-Net's `condition_embedding` belong in another one's: they are counted in
+    alphabetical order of names, so that a name that is added moves others. None for a class whose values are others.
 
     Args:
         trained, own: the configs of both, with "classes" and "numbers".

@@ -38,8 +38,8 @@ class ConditionSchema:
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """The schema of a U-Net with this config.
 
-        Raises: ValueError for a name used twice, for dropout of unknown conditions or rates outside [0, 1), for images whose
-        channels do not fit into the latents, and for a model that would always be given all that it generates.
+        Raises: ValueError for a name used twice, for dropout of unknown conditions or rates outside [0, 1), for images
+        whose channels do not fit into the latents, and for a model that would always be given all that it generates.
         """
         classes, numbers, images = (config[key] or {} for key in ("classes", "numbers", "images"))
         schema = cls(
@@ -72,8 +72,8 @@ class ConditionSchema:
         always = sorted(name for name in images if not self.dropout.get(name))
         if self.images_are_all and always:
             raise ValueError(
-                f"{sorted(images)} are all channels that the model generates, so training must drop each at times; give "
-                f"condition_dropout a rate above 0 for {', '.join(always)}"
+                f"{sorted(images)} are all channels that the model generates, so training must drop each at times; "
+                f"give condition_dropout a rate above 0 for {', '.join(always)}"
             )
 
     @property
@@ -164,8 +164,8 @@ def drop_conditions(
 ) -> Conditions:
     """Drop each condition of each sample with its own probability, independently, for training.
 
-    Conditions that `rates` lacks are never dropped. With several generators, there is one per sample. If a sample would be
-    given all channels that the model generates, all its images are dropped; otherwise nothing is left to predict.
+    Conditions that `rates` lacks are never dropped. With several generators, there is one per sample. If a sample would
+    be given all channels that the model generates, all its images are dropped; otherwise nothing is left to predict.
     """
     dropped = conditions
     for name in conditions.names(schema):

@@ -39,8 +39,8 @@ def set_timesteps(
 
     A FlowMatch scheduler that takes sigmas and is given none gets 1, 1 - 1/N, ..., 1/N: its own default ends at 0.001
     and so spends a step on nothing.
-    Raises: ValueError if the scheduler takes no sigmas, they do not fall, options would move them, the number of steps is
-    not positive, or so many of them do not span the schedule (`_check_span`, `check_levels`).
+    Raises: ValueError if the scheduler takes no sigmas, they do not fall, options would move them, the number of steps
+    is not positive, or so many of them do not span the schedule (`_check_span`, `check_levels`).
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
@@ -70,9 +70,9 @@ def set_timesteps(
 
 
 def _check_span(scheduler: Scheduler, num_inference_steps: int) -> None:
-    """Diffusers' steps of v and eps, and those of its solvers on flows, are whole numbers of training steps, rounded down: 200
-    steps of a schedule of 300 are one long, begin at 199, and take what is pure noise for half an image (DDIM: or step where
-    they do not say).
+    """Diffusers' steps of v and eps, and those of its solvers on flows, are whole numbers of training steps, rounded
+    down: 200 steps of a schedule of 300 are one long, begin at 199, and take what is pure noise for half an image
+    (DDIM: or step where they do not say).
 
     Raises: ValueError for more steps than were trained, and where rounding skips more than a tenth of the schedule,
     naming numbers of steps that fit.
@@ -97,8 +97,8 @@ def _check_span(scheduler: Scheduler, num_inference_steps: int) -> None:
         near = [max((n for n in fitting if n < num_inference_steps), default=None)]
         near.append(min((n for n in fitting if n > num_inference_steps), default=None))
         raise ValueError(
-            f"num_inference_steps {num_inference_steps} does not span the {total} steps of {name}'s schedule evenly; use "
-            f"{' or '.join(str(n) for n in near if n)}"
+            f"num_inference_steps {num_inference_steps} does not span the {total} steps of {name}'s schedule evenly; "
+            f"use {' or '.join(str(n) for n in near if n)}"
         )
 
 
@@ -118,7 +118,8 @@ def steps_of(strength: float, num_inference_steps: int) -> int:
 
 
 def noised(scheduler: Scheduler, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-    """Clean latents (B, C, h, w, d) at the noise level at which the scheduler's next step begins, by its own formula."""
+    """Clean latents (B, C, h, w, d) at the noise level at which the scheduler's next step begins, by its own
+    formula."""
     add = scheduler.scale_noise if hasattr(scheduler, "scale_noise") else scheduler.add_noise
     return add(
         latents, noise=noise, **{"timestep" if hasattr(scheduler, "scale_noise") else "timesteps": timestep[None]}
@@ -145,9 +146,9 @@ def denoise(
 ) -> Tensor:
     """From noise to latents, deterministic but for schedulers that draw noise (they draw it from `generator`).
 
-    With `image`, from that image noised to `strength` of the way (SDEdit, Meng et al. 2022). With `region` too, everything
-    outside of it is put back after each step, noised to the level reached by the same noise (Lugmayr et al. 2022, Eq. 8a;
-    Avrahami et al. 2023, section 4.1).
+    With `image`, from that image noised to `strength` of the way (SDEdit, Meng et al. 2022). With `region` too,
+    everything outside of it is put back after each step, noised to the level reached by the same noise (Lugmayr et al.
+    2022, Eq. 8a; Avrahami et al. 2023, section 4.1).
 
     Args:
         latents: standard normal noise (B, C, h, w, d); scaled here to what the scheduler starts from.

@@ -25,7 +25,8 @@ def fold_mask(labels: Tensor, stride: Stride, num_labels: int) -> Tensor:
     """
     if any(n % s for n, s in zip(labels.shape[1:], stride, strict=True)):
         raise ValueError(
-            f"mask of {tuple(labels.shape[1:])} voxels: every side must be a multiple of the stride {stride}; pad it first"
+            f"mask of {tuple(labels.shape[1:])} voxels: every side must be a multiple of the stride {stride}; pad it "
+            "first"
         )
     if labels.numel() and (int(labels.min()) < PADDING or int(labels.max()) >= num_labels):
         wrong = sorted(set(labels.unique().tolist()) - set(range(PADDING, num_labels)))

@@ -17,9 +17,10 @@ Predict = Callable[[Tensor, Tensor, Conditions], Tensor]
 
 
 def guidance_in_effect(scale: Guidance, name: str = "guidance_scale") -> float | dict[str, float]:
-    """What a scale of classifier-free guidance does: as in diffusers, None and all from 0 to 1 are no guidance, that is 1.0:
-    the prediction under the conditions, alone (a model's card may ask for 0.0). So a value below 1 neither weakens a
-    condition nor takes it away; to do without a condition, leave it out. Of a mapping, the conditions that are guided.
+    """What a scale of classifier-free guidance does: as in diffusers, None and all from 0 to 1 are no guidance, that is
+    1.0: the prediction under the conditions, alone (a model's card may ask for 0.0). So a value below 1 neither weakens
+    a condition nor takes it away; to do without a condition, leave it out. Of a mapping, the conditions that are
+    guided.
 
     Raises: ValueError with `name` for a value that is not a finite number of at least 0.
     """
@@ -37,8 +38,8 @@ def _effective(scale: Any, name: str) -> float:
     is_number = issubclass(type(value), Real) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= sys.float_info.max:
         raise ValueError(
-            f"{name} must be a number of 0 or more (up to 1 means no guidance, 2 to 5 are usual), or one per condition such as "
-            f"{{'mask': 2.0}}; got {scale!r:.120}"
+            f"{name} must be a number of 0 or more (up to 1 means no guidance, 2 to 5 are usual), or one per "
+            f"condition such as {{'mask': 2.0}}; got {scale!r:.120}"
         )
     return max(float(value), 1.0)
 
@@ -53,8 +54,8 @@ def check_guidance(scale: Guidance, rates: Mapping[str, float], given: Collectio
     never = sorted(name for name, value in scales.items() if value != 1 and not rates.get(name))
     if never:
         raise ValueError(
-            f"guidance_scale {scale}: this model was never trained without {', '.join(never)}, so it cannot be guided by it; "
-            "train it with model.condition_dropout, or leave guidance_scale at 1"
+            f"guidance_scale {scale}: this model was never trained without {', '.join(never)}, so it cannot be guided "
+            "by it; train it with model.condition_dropout, or leave guidance_scale at 1"
         )
 
 
@@ -64,7 +65,8 @@ def _check_names(scale: Mapping[str, Any], given: Collection[str]) -> None:
 
 
 def guidance_terms(conditions: Conditions, schema: ConditionSchema, scale: Guidance) -> list[tuple[float, Conditions]]:
-    """Predictions to add up, as (weight, conditions): the weights sum to 1. See `guidance_in_effect` for scales up to 1.
+    """Predictions to add up, as (weight, conditions): the weights sum to 1. See `guidance_in_effect` for scales up to
+    1.
 
     One scale s (Ho & Salimans 2022, Eq. 6, with s = 1 + w): s e(all) + (1 - s) e(none).
     A scale per condition: e(all) + sum_i (s_i - 1) (e(all) - e(all but i)), so 1 leaves a condition as it is, and a

@@ -24,7 +24,8 @@ def fold_images(
         given: (B, C, h, w, d) for each image that is given.
         images: the U-Net's `config.images`, the number of latent channels C of each image that it knows.
         cells: (h, w, d).
-        inside: (B, 1, h, w, d), 0 in cells of padding alone, where the latents are 0 as well; None means that there are none.
+        inside: (B, 1, h, w, d), 0 in cells of padding alone, where the latents are 0 as well; None means that there are
+            none.
     Returns: (B, the sum of C + 1, h, w, d); of a batch of one if nothing is given.
     Raises: ValueError for an image that the model does not know, and for latents of other channels or cells.
     """

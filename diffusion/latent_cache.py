@@ -3,7 +3,8 @@ z again each time.
 
 One safetensors file an entry, in a folder named by a hash of the autoencoder, the data and the augmentation: a stale
 cache is never read, another one is built beside it. Latents (C, h, w, d); masks (X, Y, Z) int16 label indices, padded
-to the stride with `PADDING`. Each entry holds a digest of its name and tensors (`latent_entry`): a damaged one is made again.
+to the stride with `PADDING`. Each entry holds a digest of its name and tensors (`latent_entry`): a damaged one is made
+again.
 """
 
 import hashlib
@@ -67,8 +68,8 @@ def _file_stamp(path: Path | None) -> list[object]:
 
 
 def cache_key(dataset: VolumeDataset, vae: VolumeAutoencoder, config: LatentCacheConfig, seed: int = 0) -> str:
-    """Hash what the latents depend on: format, encoder and its config, preprocessing, files (name, size, time), augmentation.
-    Neither the decoder nor the cache's folder changes them."""
+    """Hash what the latents depend on: format, encoder and its config, preprocessing, files (name, size, time),
+    augmentation. Neither the decoder nor the cache's folder changes them."""
     augmentation = {name: value for name, value in asdict(config).items() if name != "folder"} | {"seed": seed}
     cases = [[c.name, *(_file_stamp(p) for p in c.images.values()), _file_stamp(c.mask)] for c in dataset.cases]
     data = {k: v for k, v in asdict(dataset.config).items() if k not in NOT_CACHED}
@@ -85,11 +86,11 @@ def deformed(
     spacing: Sequence[float] = (1, 1, 1),
     order: int = 3,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Rotate, scale and bend a volume about its center, at random: image (C, X, Y, Z) by splines of `order`, mask (X, Y, Z)
-    by the nearest voxel, and fov (X, Y, Z), False where the result shows what lay outside of the volume.
+    """Rotate, scale and bend a volume about its center, at random: image (C, X, Y, Z) by splines of `order`, mask (X,
+    Y, Z) by the nearest voxel, and fov (X, Y, Z), False where the result shows what lay outside of the volume.
 
-    Rotations are of mm, voxels being `spacing` apart.
-    Image and mask are -1 and `PADDING` there. The displacement is white noise smoothed by a Gaussian (Simard et al. 2003).
+    Rotations are of mm, voxels being `spacing` apart. Image and mask are -1 and `PADDING` there. The displacement is
+    white noise smoothed by a Gaussian (Simard et al. 2003).
     """
     random = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
     shape = np.array(image.shape[1:])[:, None, None, None]
@@ -201,8 +202,8 @@ def build_latent_cache(
                         store.put(unfinished, file.name)
             except (SafetensorError, OSError) as error:
                 raise ValueError(
-                    f"{file}: the latent cache could not be written ({error}); make room on the disk, or set cache.folder to "
-                    "another one. The same command keeps the existing entries and continues"
+                    f"{file}: the latent cache could not be written ({error}); make room on the disk, or set "
+                    "cache.folder to another one. The same command keeps the existing entries and continues"
                 ) from error
     conditions = [dataset.conditions(i) for i, versions in enumerate(files) for _ in versions]
     names = [_described(dataset, i, v) for i, versions in enumerate(files) for v in range(len(versions))]
@@ -219,7 +220,8 @@ def entry_name(file: Path) -> str:
 
 
 def _is_there(file: Path, reader: EntryReader, store: LatentStore | None) -> bool:
-    """Whether an entry need not be made: a whole file, or an object of the store, whose copy here is checked when it is read."""
+    """Whether an entry need not be made: a whole file, or an object of the store, whose copy here is checked when it is
+    read."""
     if store:
         return file.name in store.known
     if not file.exists():
@@ -237,8 +239,8 @@ class LatentDataset(Dataset):
     int16 if any, "name", and the "classes" and "numbers" of its case if any}.
 
     The tensors are views of the file in memory (safetensors maps it): only what is read is loaded, the system may drop
-    it again, and a cache may be larger than memory. Files that are not there yet are copied from `store`; so are those whose copy is
-    damaged. Each process checks an entry's digest once (`EntryReader`).
+    it again, and a cache may be larger than memory. Files that are not there yet are copied from `store`; so are those
+    whose copy is damaged. Each process checks an entry's digest once (`EntryReader`).
 
     Args:
         names: of the volume of each entry, for messages.
@@ -270,8 +272,8 @@ class LatentDataset(Dataset):
             entry = self._read(file)
         except DamagedEntry as error:
             raise ValueError(
-                f"{file}: a damaged entry of the latent cache, of {self.names[index]} ({error}); continue with --resume latest, "
-                "which makes it again"
+                f"{file}: a damaged entry of the latent cache, of {self.names[index]} ({error}); continue with "
+                "--resume latest, which makes it again"
             ) from error
         entry["std"] = entry["std"].expand_as(entry["mean"])
         return {**entry, "name": file.stem, **self.conditions[index]}
@@ -311,8 +313,8 @@ def collate_latents(
 
     Args:
         images: channels of the latents of each image that the model may be given.
-    Returns: "mean", "std" (B, C, h, w, d), "weight" (B, 1, h, w, d), and "conditions", a `Conditions` with
-    folded masks unless `num_labels` is 0, classes and numbers if entries have them, and all of `images`, if there are any.
+    Returns: "mean", "std" (B, C, h, w, d), "weight" (B, 1, h, w, d), and "conditions", a `Conditions` with folded masks
+    unless `num_labels` is 0, classes and numbers if entries have them, and all of `images`, if there are any.
     Raises: ValueError if labels are wanted and an entry has no mask.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(" ".join(item["name"] for item in items).encode()))

@@ -43,13 +43,14 @@ def check_latents(posterior: LatentDistribution, volume: str) -> None:
     """Raises: ValueError naming the volume whose latents are not finite."""
     if not bool(posterior.mean.isfinite().all() and posterior.std.isfinite().all()):
         raise ValueError(
-            f"{volume}: its latents are not finite. The autoencoder is not trained well, or overflows in its precision; look at its "
-            "reconstruction (python evaluate.py reconstruction), or leave the volume out"
+            f"{volume}: its latents are not finite. The autoencoder is not trained well, or overflows in its "
+            "precision; look at its reconstruction (python evaluate.py reconstruction), or leave the volume out"
         )
 
 
 class EntryReader:
-    """Reads entries, and remembers which of them this process has checked; processes that are forked from it inherit that."""
+    """Reads entries, and remembers which of them this process has checked; processes that are forked from it inherit
+    that."""
 
     def __init__(self) -> None:
         self.checked: dict[Path, tuple[int, ...]] = {}

@@ -1,8 +1,8 @@
 """A latent cache at an fsspec URL, which machines share: objects that are written once and never changed.
 
-An entry's object is called by its entry, length and content, `00012_00-58824-2c26b46b68ffc68f.safetensors`. So one that is
-cut short does not count as there, one that is damaged is told from its name, and processes that make the same entry at
-the same time write the same object, or two of which either will do. There is nothing to lock and no index to tear.
+An entry's object is called by its entry, length and content, `00012_00-58824-2c26b46b68ffc68f.safetensors`. So one that
+is cut short does not count as there, one that is damaged is told from its name, and processes that make the same entry
+at the same time write the same object, or two of which either will do. There is nothing to lock and no index to tear.
 """
 
 import hashlib
@@ -54,8 +54,9 @@ class LatentStore:
                 system.pipe_file(f"{base}/{found}", content)
         except Exception as error:  # each file system has errors of its own
             raise ValueError(
-                f"{self.url}/{found}: the latent cache could not be written ({type(error).__name__}: {error}); make room and "
-                "check its permissions, or set cache.folder to another place. The same command keeps the existing entries and continues"
+                f"{self.url}/{found}: the latent cache could not be written ({type(error).__name__}: {error}); make "
+                "room and check its permissions, or set cache.folder to another place. The same command keeps the "
+                "existing entries and continues"
             ) from error
         self.known[name] = found
 
@@ -75,12 +76,13 @@ class LatentStore:
                     raise self.damaged(file.name, "its content is not that of its name")
         except OSError as error:
             raise ValueError(
-                f"{file}: an entry of the latent cache could not be copied here ({error}); make room, or set MEDVOLUME_CACHE "
-                "to another folder, and continue with --resume latest"
+                f"{file}: an entry of the latent cache could not be copied here ({error}); make room, or set "
+                "MEDVOLUME_CACHE to another folder, and continue with --resume latest"
             ) from error
 
     def damaged(self, name: str, why: str) -> ValueError:
         """Return the error for an entry whose object is damaged."""
         return ValueError(
-            f"{self.url}/{self.known[name]}: is damaged: {why}; delete it, and continue with --resume latest, which writes it again"
+            f"{self.url}/{self.known[name]}: is damaged: {why}; delete it, and continue with --resume latest, which "
+            "writes it again"
         )

@@ -20,8 +20,9 @@ def training_loss(
     absolute: bool = False,
     each: bool = False,
 ) -> Tensor:
-    """Mean squared error of the prediction over the latent cells inside the field of view (Ho et al. 2020, Eq. 14), or its
-    mean absolute error (as WaveGrad's, Chen et al. 2021); each volume counts the same, as in autoencoder/losses/reconstruction.py.
+    """Mean squared error of the prediction over the latent cells inside the field of view (Ho et al. 2020, Eq. 14), or
+    its mean absolute error (as WaveGrad's, Chen et al. 2021); each volume counts the same, as in
+    autoencoder/losses/reconstruction.py.
 
     Args:
         unet: the model, wrapped by Accelerate or not.

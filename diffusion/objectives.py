@@ -75,8 +75,10 @@ def make_scheduler(
 
     Args:
         train_steps: of the schedule of v and eps.
-        name: another class of diffusers', such as DDPMScheduler, whose samples are drawn by Algorithm 2 of Ho et al. 2020.
-        bound: largest absolute value of a sample (`VolumeAutoencoder.latent_bound`); samplers that can clip x0 to it do.
+        name: another class of diffusers', such as DDPMScheduler, whose samples are drawn by Algorithm 2 of Ho et al.
+            2020.
+        bound: largest absolute value of a sample (`VolumeAutoencoder.latent_bound`); samplers that can clip x0 to it
+            do.
     Raises: ValueError for a class that does not fit the objective.
     """
     check_objective(objective)
@@ -104,20 +106,20 @@ def make_scheduler(
 
 
 def fit_scheduler(scheduler: Scheduler, objective: str, train_steps: int = TRAIN_STEPS) -> Scheduler:
-    """A scheduler of its own, never the one given, that speaks the model's objective: a copy if that does, converted if it
-    can, refused if not. So a call's steps and history stay out of the pipeline, and calls may run side by side.
+    """A scheduler of its own, never the one given, that speaks the model's objective: a copy if that does, converted if
+    it can, refused if not. So a call's steps and history stay out of the pipeline, and calls may run side by side.
 
     `DPMSolverMultistepScheduler.from_config(flow_match.config)` gives an eps scheduler without a word, and samples of
     noise; this is the guard. DPM-Solver++ and UniPC are converted to flows by `use_flow_sigmas`; schedulers of v and
     eps take on the noise schedule and the prediction type that the model was trained with. Only the classes in
-    `FLOW_SCHEDULERS` and `DIFFUSION_SCHEDULERS` are let through: tests/diffusion/test_denoise.py shows that each recovers x0
-    from a perfect denoiser, and others do not (DEIS and SA stop short of a flow's end, PNDM by default diverges,
-    inverse schedulers run the other way). Clipping to [-1, 1] is undone, as latents exceed it; to a wider range that
-    `make_scheduler` was told of it stays.
+    `FLOW_SCHEDULERS` and `DIFFUSION_SCHEDULERS` are let through: tests/diffusion/test_denoise.py shows that each
+    recovers x0 from a perfect denoiser, and others do not (DEIS and SA stop short of a flow's end, PNDM by default
+    diverges, inverse schedulers run the other way). Clipping to [-1, 1] is undone, as latents exceed it; to a wider
+    range that `make_scheduler` was told of it stays.
 
-    Every other option acts, is refused (`scheduler_options.check_options`), or is named in a warning. The shift of a flow is
-    one under both its names: UniPC made from the config of a shifted Euler has Euler's. `timestep_spacing` is the model's
-    where nobody set it; eps models keep theirs, see `make_scheduler`.
+    Every other option acts, is refused (`scheduler_options.check_options`), or is named in a warning. The shift of a
+    flow is one under both its names: UniPC made from the config of a shifted Euler has Euler's. `timestep_spacing` is
+    the model's where nobody set it; eps models keep theirs, see `make_scheduler`.
 
     Raises: ValueError naming scheduler, objective and the ones that fit, or the option and its remedy.
     Warns: of options that somebody set and that do not act.

@@ -1,8 +1,8 @@
 """Options of diffusers' schedulers: which of them act for a model, which are refused, and which nothing reads.
 
-diffusers checks few of its own options: many that do not fit a model, or each other, give NaN, noise that stays, or what
-would have come without them. Each refusal here was measured: tests/diffusion/test_scheduler_options.py tries every option of every
-class that is let through.
+diffusers checks few of its own options: many that do not fit a model, or each other, give NaN, noise that stays, or
+what would have come without them. Each refusal here was measured: tests/diffusion/test_scheduler_options.py tries every
+option of every class that is let through.
 """
 
 import inspect
@@ -75,13 +75,14 @@ def parameters(kind: type) -> dict[str, object]:
 
 
 def chosen(scheduler: Scheduler) -> set[str]:
-    """The options that somebody set: those that did not come to be by default. Of a stored config that is all of them."""
+    """The options that somebody set: those that did not come to be by default. Of a stored config that is all of
+    them."""
     return set(scheduler.config) - set(scheduler.config.get("_use_default_values", ())) - {"_use_default_values"}
 
 
 def check_values(kind: type, options: Mapping[str, Any]) -> None:
-    """Raises: ValueError for an option of this class that is of another type or out of range, which diffusers takes without
-    a look."""
+    """Raises: ValueError for an option of this class that is of another type or out of range, which diffusers takes
+    without a look."""
     for option, why in _malformed(options, parameters(kind)):
         raise ValueError(f"{kind.__name__} with {option}={repr(options[option])[:80]}: {why}")
 
@@ -280,8 +281,8 @@ def check_levels(scheduler: Scheduler, num_inference_steps: int, *, begins_anywh
     growth = float((levels[:-1] / (1 + levels[1:] ** 2).sqrt()).max())
     if config["prediction_type"] == "epsilon" and growth > MAX_GROWTH:
         raise refuse(
-            f"begins so near pure noise that the error of an eps model grows {growth:.0f}-fold in a step; use more steps, or "
-            "leave the options out"
+            f"begins so near pure noise that the error of an eps model grows {growth:.0f}-fold in a step; use more "
+            "steps, or leave the options out"
         )
     if config.get("variance_type") == "fixed_large" and timesteps[-1] > 0:
         raise refuse(

@@ -90,7 +90,8 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         objective: what the output means, see `diffusion.objectives`; stored here because a scheduler must fit it.
         classes: values of each class that conditions the model, e.g. {"sex": ["F", "M"]}.
         numbers: mean and std of each number that conditions the model, e.g. {"age": {"mean": 50.0, "std": 18.0}}.
-        images: latent channels of each image that conditions the model, e.g. {"ct": 6, "pet": 6}; see `diffusion.images`.
+        images: latent channels of each image that conditions the model, e.g. {"ct": 6, "pet": 6}; see
+            `diffusion.images`.
         train_steps: of the schedule that v or eps is trained with; 1000 if absent. Stored here for the same reason.
         condition_dropout: how often training drops each condition, such as {"mask": 0.1, "sex": 0.2}; those that were
             never dropped cannot be guided (Ho & Salimans 2022).
@@ -130,7 +131,8 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         super().__init__()
         if not len(channels) == len(strides) + 1 == len(blocks) == len(attention):
             raise ValueError(
-                f"channels {channels}, blocks {blocks} and attention {attention} need one entry a level, strides {strides} one fewer"
+                f"channels {channels}, blocks {blocks} and attention {attention} need one entry a level, strides "
+                f"{strides} one fewer"
             )
         check_objective(objective)
         check_train_steps(objective, train_steps)
@@ -194,8 +196,8 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
 
     @apply_forward_hook
     def embed_mask(self, ids: Tensor) -> Tensor:
-        """Folded ids (B, h, w, d, r) -> the mask's channels (B, mask_width, h, w, d). Raises: ValueError for a model without
-        masks."""
+        """Folded ids (B, h, w, d, r) -> the mask's channels (B, mask_width, h, w, d). Raises: ValueError for a model
+        without masks."""
         if self.mask_embedding is None:
             raise ValueError("this model was trained without a mask condition; omit `mask`")
         return self.mask_embedding(ids)
@@ -264,8 +266,8 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
             numbers: (B, m) in the units of `mean` and `std`, NaN where absent; columns as in `condition_schema`.
             image: the images that are given, from `fold_images`; a model can do without if training left each out at
             times.
-        Raises: ValueError if the mask is missing, not wanted, or on another grid than the latents; the same of images; if
-        classes or numbers are missing, not wanted, or of other columns.
+        Raises: ValueError if the mask is missing, not wanted, or on another grid than the latents; the same of images;
+        if classes or numbers are missing, not wanted, or of other columns.
         """
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         time = self._time(timestep, classes, numbers, sample.dtype)

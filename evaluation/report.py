@@ -65,13 +65,15 @@ def provenance() -> Provenance:
 
 
 def program() -> str:
-    """Return the script that runs, relative to the clone if it is inside it: a report must not name folders of one machine."""
+    """Return the script that runs, relative to the clone if it is inside it: a report must not name folders of one
+    machine."""
     path = Path(sys.argv[0]).resolve()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def machine() -> Machine:
-    """Describe the processor, the cores that this process may use, torch's threads, and the accelerator if there is one."""
+    """Describe the processor, the cores that this process may use, torch's threads, and the accelerator if there is
+    one."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -120,7 +122,8 @@ def write_report(path: str | Path, report: Mapping[str, object]) -> Path:
 
 @contextmanager
 def only_writer_of(path: str | Path, wait_minutes: float) -> Iterator[None]:
-    """Lock the report at `path` against other processes, as `files.locks.only_writer`, and remove the leftovers of killed processes.
+    """Lock the report at `path` against other processes, as `files.locks.only_writer`, and remove the leftovers of
+    killed processes.
 
     Raises: ValueError as `check_report`; OutputInUse.
     """
@@ -159,8 +162,8 @@ def check_report(path: str | Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read all sections of a training config. Settings that `data` omits come from the autoencoder of `vae` or `init_from`
-    (`volumes.data.preprocessing.inherited`).
+    """Read all sections of a training config. Settings that `data` omits come from the autoencoder of `vae` or
+    `init_from` (`volumes.data.preprocessing.inherited`).
 
     Raises: ValueError for a config without a section `data`, and as `read_yaml`.
     """
@@ -180,7 +183,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def config_parser(program: str, description: str | None, args: Sequence[str] | None) -> ConfigParser:
-    """Make a parser for `python -m PROGRAM` with `--config`; the config's section `data` gives the defaults of `--data.*`.
+    """Make a parser for `python -m PROGRAM` with `--config`; the config's section `data` gives the defaults of
+    `--data.*`.
 
     Args:
         args: the command line (None: of this process), which is read for `--config` alone.

@@ -1,4 +1,4 @@
-"""Write files and folders atomically: they appear complete or not at all, also after a crash, a full disk or a power cut.
+"""Write files and folders atomically: they appear complete or not at all, whatever ends the program.
 
     with atomic_file(path) as unfinished:
         save_file(tensors, unfinished)
@@ -6,9 +6,9 @@
         model.save_pretrained(unfinished)
     remove_leftovers(folder)  # at the start of a run
 
-Unfinished work is in a hidden folder beside its target. Its name is random and only this user may enter it, so nobody can plant a
-link there and two writers never collide. Contents are flushed to disk (fsync) before the rename, and the rename after it. The process
-keeps the hidden folder locked while it runs; an unlocked one was left behind.
+Unfinished work is in a hidden folder beside its target. Its name is random and only this user may enter it, so nobody
+can plant a link there and two writers never collide. Contents are flushed to disk (fsync) before the rename, and the
+rename after it. The process keeps the hidden folder locked while it runs; an unlocked one was left behind.
 """
 
 import errno
@@ -97,9 +97,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 def atomic_parts(folder: Path, index: str) -> Iterator[Path]:
     """Yield a temporary folder whose files and folders replace those in `folder` when the block ends; other files stay.
 
-    The file `index` is removed first and written last. A process that is killed in between leaves no index, so old and new parts
-    are never read as one model. A missing folder appears in one step. An existing folder stays the same folder, even if empty:
-    it may be a mount point, a working directory, or inside a folder that only others may write to.
+    The file `index` is removed first and written last. A process that is killed in between leaves no index, so old and
+    new parts are never read as one model. A missing folder appears in one step. An existing folder stays the same
+    folder, even if empty: it may be a mount point, a working directory, or inside a folder that only others may write
+    to.
 
     Raises:
         FileExistsError: if a link or a file is where a folder should be.
@@ -168,8 +169,8 @@ def refuse_link(folder: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove unfinished work of killed processes from `folder`, and restore what they were about to replace.
 
-    Unfinished work stays if its process still runs (here, or on another machine that locks files on the same disk), if it belongs to
-    another user, or if the file system cannot lock. Links are not followed.
+    Unfinished work stays if its process still runs (here, or on another machine that locks files on the same disk), if
+    it belongs to another user, or if the file system cannot lock. Links are not followed.
     """
     for hidden in folder.glob(f"{UNFINISHED}*"):
         if hidden.is_symlink() or not hidden.is_dir():

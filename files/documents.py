@@ -93,7 +93,10 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON text. Raises: ValueError if it is not JSON, is nested too deeply, or has duplicate names in an object."""
+    """Parse JSON text.
+
+    Raises: ValueError if it is not JSON, is nested too deeply, or has duplicate names in an object.
+    """
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:

@@ -30,14 +30,15 @@ def only_writer(
 ) -> Iterator[None]:
     """Lock an existing `folder`, or one `file` in it, until the end of the block.
 
-    If several processes were launched together, only the first one calls this. Forked processes do not keep the lock longer than
-    this one. If the file system cannot lock, a message says so and nothing is locked.
+    If several processes were launched together, only the first one calls this. Forked processes do not keep the lock
+    longer than this one. If the file system cannot lock, a message says so and nothing is locked.
 
     Args:
         folder: the output folder.
         wait_minutes: how long to wait for another process that holds the lock; 0 refuses at once.
         option: the option that named the folder or file, for the message.
-        file: name of a file to lock alone, by `.NAME.lock` beside it; other files of the folder may be written meanwhile.
+        file: name of a file to lock alone, by `.NAME.lock` beside it; other files of the folder may be written
+            meanwhile.
 
     Raises:
         OutputInUse: naming host and process id of the process that holds the lock.
@@ -86,8 +87,8 @@ def _acquire(lock: FileLock, output: Path, holder: Path, wait_minutes: float, op
         except Timeout:
             if time.monotonic() >= end:
                 raise OutputInUse(
-                    f"{option} {output}: another process writes there: {_holder(holder)}. Wait until it ends, choose another "
-                    "output, or set how many minutes to wait with --wait_minutes"
+                    f"{option} {output}: another process writes there: {_holder(holder)}. Wait until it ends, choose "
+                    "another output, or set how many minutes to wait with --wait_minutes"
                 ) from None
             if not announced:
                 print(f"waiting for another process that writes to {output}: {_holder(holder)}", flush=True)

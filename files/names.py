@@ -1,7 +1,8 @@
 """Normalize file names, which people, tables and disks spell differently.
 
-"ü" is one character (NFC: Linux, Windows) or two (NFD: older macOS). Tables from Windows have backslashes; others put "./" before
-each path. Names are compared and created in NFC with slashes; files are opened by the name that is on the disk.
+"ü" is one character (NFC: Linux, Windows) or two (NFD: older macOS). Tables from Windows have backslashes; others put
+"./" before each path. Names are compared and created in NFC with slashes; files are opened by the name that is on the
+disk.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def nfc(text: str) -> str:
 
 
 def same_name(text: str) -> str:
-    """Return a key that is equal for names that are one file on some disk: on macOS (NFD is NFC) or Windows (A is a)."""
+    """Return a key that is equal for names that are one file on macOS (NFD is NFC) or on Windows (A is a)."""
     return nfc(nfc(text).casefold())
 
 

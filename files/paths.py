@@ -44,8 +44,8 @@ def check_name(name: str, what: str) -> str:
     """Return `name` if it is a valid file name on every system, also with suffixes added.
 
     Raises:
-        ValueError: for separators, a leading dot, control characters (line breaks, escape sequences), white space at an end,
-            and names of more than 200 bytes.
+        ValueError: for separators, a leading dot, control characters (line breaks, escape sequences), white space at an
+            end, and names of more than 200 bytes.
     """
     problem = None
     if not name:
@@ -67,7 +67,7 @@ def check_name(name: str, what: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape control characters except line breaks and tabs, so that a file's name cannot move the cursor of a terminal."""
+    """Escape control characters except line breaks and tabs, so that a file's name cannot move a cursor."""
     hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
     shown = (
         letter.encode("unicode_escape").decode()
@@ -79,7 +79,10 @@ def printable(text: str) -> str:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading. Raises: ValueError for anything else, without waiting for the writer of a pipe."""
+    """Open a regular file for reading.
+
+    Raises: ValueError for anything else, without waiting for the writer of a pipe.
+    """
     refuse_special(path)  # a socket cannot be opened, and opening a device may have effects
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(descriptor).st_mode

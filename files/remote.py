@@ -1,13 +1,15 @@
 """Copy volumes from object storage: an fsspec URL (s3://bucket/folder, gs://, https://, ...) in place of a folder.
 
-The files that are needed are copied to this machine first, so the readers of local files and their checks serve for both.
-Copies are in $MEDVOLUME_CACHE (default: ~/.cache/medvolume):
+The files that are needed are copied to this machine first, so the readers of local files and their checks serve for
+both. Copies are in $MEDVOLUME_CACHE (default: ~/.cache/medvolume):
 
     files/<digest>                  one version (URL, size, etag or time) of one remote file; fetched once
-    digests/<digest>                sha256 of its content when fetched, compared once per process; a damaged copy is fetched again
-    s3/bucket/folder/@<digest>/...  the folder as it was listed, as hard links to these files; it never changes
+    digests/<digest>                sha256 of its content when fetched, compared once per process; a damaged copy is
+    fetched again s3/bucket/folder/@<digest>/...  the folder as it was listed, as hard links to these files; it never
+    changes
 
-Credentials, endpoints and options come from fsspec (environment, ~/.config/fsspec, ~/.aws, ...), never from a URL or config.
+Credentials, endpoints and options come from fsspec (environment, ~/.config/fsspec, ~/.aws, ...), never from a URL or
+config.
 """
 
 from __future__ import annotations
@@ -88,7 +90,10 @@ def cache_root() -> Path:
 
 
 def copy_place(url: str) -> Path:
-    """Return the folder for copies of a URL. Raises: ValueError if the URL names no folder, or has a password or a query."""
+    """Return the folder for copies of a URL.
+
+    Raises: ValueError if the URL names no folder, or has a password or a query.
+    """
     match = URL.fullmatch(url.rstrip("/"))
     if match is None or not match[2]:
         raise ValueError(f"{url}: names no folder; give PROTOCOL://PLACE/FOLDER, such as s3://bucket/folder")
@@ -134,8 +139,8 @@ def copy_here(url: str, selects: Callable[[str], bool], starts: Iterable[str] = 
         starts: folders to search, relative to the URL.
 
     Raises:
-        ValueError: naming the URL, if it cannot be listed or read, if a file changes meanwhile or differs from its listed
-            length, or if the copies cannot be stored here.
+        ValueError: naming the URL, if it cannot be listed or read, if a file changes meanwhile or differs from its
+            listed length, or if the copies cannot be stored here.
     """
     from tqdm import tqdm
 
@@ -174,8 +179,8 @@ def copy_here(url: str, selects: Callable[[str], bool], starts: Iterable[str] = 
             _link_all({folder / _inside(url, name): files / version for name, version in versions.items()}, folder)
     except OSError as error:
         raise ValueError(
-            f"{url}: its files cannot be copied to {cache_root()} ({error.strerror or error}); set MEDVOLUME_CACHE to a "
-            "folder with room, on a disk that has hard links"
+            f"{url}: its files cannot be copied to {cache_root()} ({error.strerror or error}); set MEDVOLUME_CACHE to "
+            "a folder with room, on a disk that has hard links"
         ) from error
     return folder
 
@@ -306,8 +311,8 @@ def _fetch(url: str, name: str, size: int, target: Path) -> None:
 
 def _failed(url: str, what: str, error: Exception) -> ValueError:
     return ValueError(
-        f"{url}: {what}: {type(error).__name__}: {error}. Is the URL right? Credentials and endpoints come from fsspec's own "
-        "configuration (environment, ~/.config/fsspec)"
+        f"{url}: {what}: {type(error).__name__}: {error}. Is the URL right? Credentials and endpoints come from "
+        "fsspec's own configuration (environment, ~/.config/fsspec)"
     )
 
 
@@ -319,7 +324,8 @@ def _digest(url: str, name: str, file: RemoteFile) -> str:
 def _size(url: str, name: str, file: RemoteFile) -> int:
     if not isinstance(file.size, int) or file.size < 0:
         raise ValueError(
-            f"{url}/{name}: its server does not say how long it is, so its copy could not be checked; use another server"
+            f"{url}/{name}: its server does not say how long it is, so its copy could not be checked; use another "
+            "server"
         )
     return file.size
 
@@ -335,7 +341,8 @@ def _written(file: Path) -> Path:
 def _is_whole(file: Path, size: int) -> bool:
     """Return whether a copy is as it was fetched.
 
-    Its digest is checked once per process, and again if the file changed: a file that lost sectors keeps its size and times.
+    Its digest is checked once per process, and again if the file changed: a file that lost sectors keeps its size and
+    times.
     """
     try:
         status = file.lstat()
@@ -356,8 +363,8 @@ def _check_room(url: str, files: Path, needed: int) -> None:
     room = shutil.disk_usage(files).free
     if needed > room:
         raise ValueError(
-            f"{url}: {needed / 2**30:.3g} GiB are to be copied to {cache_root()}, which has {room / 2**30:.3g} GiB free; make "
-            "room (old copies can be deleted while nothing runs), or set MEDVOLUME_CACHE to another folder"
+            f"{url}: {needed / 2**30:.3g} GiB are to be copied to {cache_root()}, which has {room / 2**30:.3g} GiB "
+            "free; make room (old copies can be deleted while nothing runs), or set MEDVOLUME_CACHE to another folder"
         )
 
 

@@ -22,7 +22,10 @@ def check_output_folder(folder: Path) -> None:
 
 
 def check_output_file(path: Path) -> None:
-    """Try the folder in which a file will be made, or the nearest one above it. Raises: ValueError if the file cannot be there."""
+    """Try the folder in which a file will be made, or the nearest one above it.
+
+    Raises: ValueError if the file cannot be there.
+    """
     try:
         if path.is_dir():
             raise ValueError(f"{path}: is a folder; name a file")

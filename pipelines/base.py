@@ -85,8 +85,8 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         if data is None:  # diffusers takes an argument without a default for a module
             name = type(self).__name__
             raise ValueError(
-                f"{name} needs `data`, the description of the training set (volumes.describe): give data=pipe.data of the "
-                f"pipeline of the components, or use {name}.from_pipe(pipe)"
+                f"{name} needs `data`, the description of the training set (volumes.describe): give data=pipe.data of "
+                f"the pipeline of the components, or use {name}.from_pipe(pipe)"
             )
         self._data = data if isinstance(data, DataDescription) else DataDescription.from_json(data)
         check_fit(vae, unet, self._data)
@@ -100,12 +100,11 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
     # Requests -> prepared volumes
 
     def prepare(self, requests: Sequence[VolumeRequest], sampling: SamplingConfig) -> list[PreparedVolume]:
-        """Read and check what volumes are generated from, and write the record of each. Requests of the same files are read,
-        hashed and held once.
+        """Read and check what volumes are generated from, and write the record of each. Requests of the same files are
+        read, hashed and held once.
 
-        Raises: ValueError naming what cannot be used, and the remedy: a mask, its labels, a class, a number, an image, the
-        number of steps, the sigmas.
-        Warns: of numbers far outside the training range.
+        Raises: ValueError naming what cannot be used, and the remedy: a mask, its labels, a class, a number, an image,
+        the number of steps, the sigmas. Warns: of numbers far outside the training range.
         """
         self._check_requests(requests)
         self._timed_scheduler(sampling)
@@ -144,14 +143,16 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         return self._add_images(request, grid)
 
     def _check_grid_source(self, request: VolumeRequest) -> None:
-        """Raises: ValueError unless exactly one of mask, shape and images sets the grid, and it is one that the model takes."""
+        """Raises: ValueError unless exactly one of mask, shape and images sets the grid, and it is one that the model
+        takes."""
         has_mask, has_shape = request.mask is not None, request.shape is not None
         has_images = bool(request.images) or request.edit is not None
         sources = has_mask + has_shape + (has_images and not has_mask)
         if self.unet.config["num_labels"] == 0:
             if has_mask or sources != 1:
                 raise ValueError(
-                    "this model was trained without a mask condition: give shape=(X, Y, Z), or an image in its place, and no mask"
+                    "this model was trained without a mask condition: give shape=(X, Y, Z), or an image in its place, "
+                    "and no mask"
                 )
         elif not (self.unet.config["condition_dropout"] or {}).get("mask"):
             if not has_mask or has_shape:
@@ -167,8 +168,8 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         return grid
 
     def record(self, request: VolumeRequest, sampling: SamplingConfig, seed: int | None = None) -> GenerationRecord:
-        """The record of a request's volumes, but for the classes and numbers in effect, which `prepare` adds; everything but
-        `software` decides the voxels. The files of the request are read and hashed."""
+        """The record of a request's volumes, but for the classes and numbers in effect, which `prepare` adds;
+        everything but `software` decides the voxels. The files of the request are read and hashed."""
         fitted = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
         scheduler = json.loads(fitted.to_json_string(), parse_constant=str)  # -Infinity, which JSON lacks, as text
         label_map = {str(value): target for value, target in (request.label_map or {}).items()}
@@ -190,7 +191,8 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         )
 
     def check_guidance(self, scale: Guidance, volumes: Iterable[PreparedVolume]) -> None:
-        """Raises: ValueError for a guidance scale that the model, or the conditions of these volumes together, cannot have."""
+        """Raises: ValueError for a guidance scale that the model, or the conditions of these volumes together, cannot
+        have."""
         names = {name for volume in volumes for name in volume.condition_names}
         check_guidance(scale, self.unet.config["condition_dropout"] or {}, names)
 
@@ -274,8 +276,8 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         return samples
 
     def _timed_scheduler(self, sampling: SamplingConfig) -> Scheduler:
-        """A copy of the scheduler that speaks the model's objective, with its timesteps. Raises: ValueError for steps or sigmas
-        that it does not take."""
+        """A copy of the scheduler that speaks the model's objective, with its timesteps. Raises: ValueError for steps
+        or sigmas that it does not take."""
         scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
         set_timesteps(scheduler, sampling.num_inference_steps, sampling.sigmas, self._execution_device)
         return scheduler
@@ -327,8 +329,8 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         )
 
     def _finish(self, sample: Sample, latent: torch.Tensor, output_type: str, residual_noise: bool) -> None:
-        """Decode one volume, alone (memory does not grow with the batch), and write it if it has a path. Sets its `output`; or
-        its `fault`, if the voxels are not finite or do not fit the type of the file."""
+        """Decode one volume, alone (memory does not grow with the batch), and write it if it has a path. Sets its
+        `output`; or its `fault`, if the voxels are not finite or do not fit the type of the file."""
         record, grid, path = sample.record, sample.prepared.grid, sample.path
         try:
             if output_type == "latent":

@@ -1,4 +1,5 @@
-"""Many volumes to disk, in one process or many: what is finished stays, the rest is generated, and a manifest lists all."""
+"""Many volumes to disk, in one process or many: what is finished stays, the rest is generated, and a manifest lists
+all."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -165,8 +166,8 @@ def check_same_labels(config: BatchConfig) -> None:
 
 
 def load_rejection(pipe: VolumePipeline, config: BatchConfig) -> Rejection | None:
-    """The checks of the volumes: for broken label maps, and for copies if --reject_copies says so. Raises: ValueError for
-    fingerprints that do not fit."""
+    """The checks of the volumes: for broken label maps, and for copies if --reject_copies says so. Raises: ValueError
+    for fingerprints that do not fit."""
     data = pipe.data
     checks = [] if data.maps is None else [map_check(data.maps, data.image_labels)]
     if config.copy_check is not None:
@@ -181,8 +182,8 @@ def generate_tasks(
     rejection: Rejection | None,
     state: PartialState,
 ) -> list[str]:
-    """Generate the volumes of this process that are not finished; then the main process writes the manifest. Returns: one line
-    per volume that was not written."""
+    """Generate the volumes of this process that are not finished; then the main process writes the manifest. Returns:
+    one line per volume that was not written."""
     todo = left_to_generate(tasks)
     if state.is_main_process:
         check_manifest(config.output)

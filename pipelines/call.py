@@ -47,8 +47,8 @@ _guard = threading.Lock()
 
 @contextmanager
 def one_at_a_time(*models: nn.Module) -> Iterator[None]:
-    """Wait until no other call runs those of the models that cannot run twice at once: whose weights hooks move or cast, or
-    whose code is compiled (torch has one switch for it in all threads). All others run side by side."""
+    """Wait until no other call runs those of the models that cannot run twice at once: whose weights hooks move or
+    cast, or whose code is compiled (torch has one switch for it in all threads). All others run side by side."""
     with _guard:
         locks = [_locks.setdefault(model, threading.RLock()) for model in models if _is_exclusive(model)]
     with ExitStack() as stack:
@@ -119,8 +119,8 @@ class PipelineCalls:
             self._last = state
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
-        """Options of tqdm for the bar of each batch's steps, in place of those set before: desc, leave, file, bar_format,
-        disable (None: without a terminal), ... Raises: ValueError for what tqdm does not take."""
+        """Options of tqdm for the bar of each batch's steps, in place of those set before: desc, leave, file,
+        bar_format, disable (None: without a terminal), ... Raises: ValueError for what tqdm does not take."""
         if unknown := sorted(kwargs.keys() - BAR_OPTIONS):
             raise ValueError(f"set_progress_bar_config: no option {', '.join(unknown)}; tqdm has {sorted(BAR_OPTIONS)}")
         if kwargs.get("disable") is not None:
@@ -180,8 +180,8 @@ class StepCallback:
         return self.pipe.progress_bar(total=total)
 
     def __call__(self, step: int, timestep: Tensor, latents: Tensor) -> StepChange | None:
-        """Called after each step with its number, its timestep and latents (B, C, h, w, d). Raises: ValueError for what a
-        callback must not return."""
+        """Called after each step with its number, its timestep and latents (B, C, h, w, d). Raises: ValueError for what
+        a callback must not return."""
         replaced = None
         if self.step_end.callback is not None:
             before, inputs = latents.clone(), self.step_end.tensor_inputs
@@ -203,8 +203,8 @@ class StepCallback:
 
 
 def checked_latents(returned: Any, latents: Tensor, inputs: Sequence[str]) -> Tensor:
-    """The latents after a callback: what it returned, or if it returned none, its argument. Raises: ValueError unless it
-    returned None or a dict of what it was given, with latents of the same shape, type and device."""
+    """The latents after a callback: what it returned, or if it returned none, its argument. Raises: ValueError unless
+    it returned None or a dict of what it was given, with latents of the same shape, type and device."""
     if returned is not None and not isinstance(returned, Mapping):
         raise ValueError(
             f"callback_on_step_end returned {type(returned).__name__}; return the dict that it is given, "
@@ -237,7 +237,8 @@ class StepEnd:
         callback = self.callback
         if callback is not None and not callable(callback):
             raise ValueError(
-                f"callback_on_step_end is called as callback(pipe, step, timestep, tensors); got {type(callback).__name__}"
+                "callback_on_step_end is called as callback(pipe, step, timestep, tensors); got "
+                f"{type(callback).__name__}"
             )
         of_class = isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
         inputs = callback.tensor_inputs if of_class else self.tensor_inputs

@@ -33,7 +33,8 @@ class EncodedEdit(EncodedGrid):
 
     Attributes:
         image: (1, C, h, w, d).
-        region: bool (1, 1, h, w, d), the latent voxels that the region reaches, even in part; None where everything is changed.
+        region: bool (1, 1, h, w, d), the latent voxels that the region reaches, even in part; None where everything is
+            changed.
     """
 
     image: torch.Tensor
@@ -75,19 +76,21 @@ class MedVolumeEditPipeline(VolumePipeline):
         paths: str | PathLike | Sequence[str | PathLike] | None = None,
         residual_noise: bool = True,
     ) -> MedVolumePipelineOutput:
-        """Edit images. The result is on the grid of the image's file, in its units, and in a NIfTI of its type of voxels.
+        """Edit images. The result is on the grid of the image's file, in its units, and in a NIfTI of its type of
+        voxels.
 
         Args:
-            image: the image that is edited, whatever a mask may be; with several channels {channel: image} of every channel
-                that the model generates; or a list of one per mask. Without a mask its grid is the volume's.
+            image: the image that is edited, whatever a mask may be; with several channels {channel: image} of every
+                channel that the model generates; or a list of one per mask. Without a mask its grid is the volume's.
             region: inpainting: a label map on the image's grid (or a list of one per image), not 0 where voxels are
-                generated. Everywhere else they are the image's own, bit for bit. With `strength`, they are changed to that
-                degree.
-            strength: image to image: in (0, 1], how much of the image is changed. It is noised to that degree, and denoised
-                under the conditions in that share of the steps; 1 without a region leaves nothing of it but its grid.
+                generated. Everywhere else they are the image's own, bit for bit. With `strength`, they are changed to
+                that degree.
+            strength: image to image: in (0, 1], how much of the image is changed. It is noised to that degree, and
+                denoised under the conditions in that share of the steps; 1 without a region leaves nothing of it but
+                its grid.
                 Default: 1, with a region.
-            blend_margin: mm inside the region's border in which the generated voxels are blended with their surroundings, so
-                that there is no edge; 0 for no blending.
+            blend_margin: mm inside the region's border in which the generated voxels are blended with their
+                surroundings, so that there is no edge; 0 for no blending.
             keep_channels: channels of the image that stay as they are, and condition the others.
             mask, classes, numbers, ...: as `MedVolumePipeline.__call__`.
 

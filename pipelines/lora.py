@@ -80,8 +80,8 @@ def save_lora(
 
     Args:
         base: `unet_hash` of the U-Net without it.
-        trained_on: {"data": how its volumes were prepared (`volumes.data.preprocessing`), "subjects": records of whose they were
-            (`volumes.data.subjects`), those of the base among them}.
+        trained_on: {"data": how its volumes were prepared (`volumes.data.preprocessing`), "subjects": records of whose
+            they were (`volumes.data.subjects`), those of the base among them}.
     """
     return write_lora(*attached_lora(unet, adapter_name), base, folder, trained_on=trained_on)
 
@@ -106,7 +106,8 @@ def check_lora(unet: LatentUNet3D, tensors: Mapping[str, torch.Tensor], path: ob
             wrong.append(name)
     if wrong:
         raise ValueError(
-            f"{path}: is a LoRA of another U-Net: {len(wrong)} of its layers do not fit this one ({', '.join(wrong[:4])})"
+            f"{path}: is a LoRA of another U-Net: {len(wrong)} of its layers do not fit this one "
+            f"({', '.join(wrong[:4])})"
         )
 
 
@@ -157,8 +158,9 @@ class LoraMixin(LoraBaseMixin):
     def lora_state_dict(
         cls, pretrained_model_name_or_path_or_dict: Any, *, return_lora_metadata: bool = False, **source: Any
     ) -> Any:
-        """The tensors of a LoRA by their names in its file ("unet.<layer>.lora_A.weight"); with `return_lora_metadata` also
-        peft's settings ("unet.r", ...), None in a file without any. Arguments and errors: as `load_lora_weights`."""
+        """The tensors of a LoRA by their names in its file ("unet.<layer>.lora_A.weight"); with `return_lora_metadata`
+        also peft's settings ("unet.r", ...), None in a file without any. Arguments and errors: as
+        `load_lora_weights`."""
         found = find_lora(pretrained_model_name_or_path_or_dict, **source)
         named = {f"unet.{key}": tensor for key, tensor in found.tensors.items()}
         metadata = None if found.settings is None else {f"unet.{key}": value for key, value in found.settings.items()}
@@ -176,16 +178,18 @@ class LoraMixin(LoraBaseMixin):
         """Attach a LoRA; it acts at once, beside those that act already.
 
         Args:
-            pretrained_model_name_or_path_or_dict: its file, its folder, a Hub repository, or a state dict as diffusers has it.
+            pretrained_model_name_or_path_or_dict: its file, its folder, a Hub repository, or a state dict as diffusers
+                has it.
             adapter_name: for `set_adapters` and others; default: default_0, default_1, ...
-            hotswap: put it in the place of the attached LoRA `adapter_name`, of the same layers: nothing is compiled again.
+            hotswap: put it in the place of the attached LoRA `adapter_name`, of the same layers: nothing is compiled
+                again.
             low_cpu_mem_usage: do not initialize what is then overwritten.
-            source: of a folder or repository weight_name (the file) and subfolder; of a repository revision, cache_dir, token,
-                force_download and local_files_only: see `find_lora`.
-        Raises: ValueError if peft is not installed, or if it belongs to another architecture; FileError, which is one and an
-        OSError too, if it is not found or no safetensors file; TypeError for keywords that it does not read. One that was
-        trained on other weights of the same architecture is loaded with a warning, and so is one without settings, of
-        which alpha is taken to be the rank, as in diffusers.
+            source: of a folder or repository weight_name (the file) and subfolder; of a repository revision, cache_dir,
+                token, force_download and local_files_only: see `find_lora`.
+        Raises: ValueError if peft is not installed, or if it belongs to another architecture; FileError, which is one
+        and an OSError too, if it is not found or no safetensors file; TypeError for keywords that it does not read. One
+        that was trained on other weights of the same architecture is loaded with a warning, and so is one without
+        settings, of which alpha is taken to be the rank, as in diffusers.
         """
         require_peft()
         if adapter_name is not None and not (
@@ -250,15 +254,16 @@ class LoraMixin(LoraBaseMixin):
         *,
         adapter_name: str | None = None,
     ) -> Path:
-        """Write a LoRA: one that is attached, where it is called on a pipeline, or the state dict that is given, as diffusers does.
+        """Write a LoRA: one that is attached, where it is called on a pipeline, or the state dict that is given, as
+        diffusers does.
 
         Args:
             save_directory: the file's folder, which is made.
             unet_lora_layers: peft's state dict (`get_peft_model_state_dict`); without it, an attached LoRA is written.
             is_main_process: False writes nothing.
             weight_name: the file's name.
-            unet_lora_adapter_metadata: peft's settings of `unet_lora_layers` (`unet.peft_config[name].to_dict()`). Without them
-                whoever loads the file takes alpha to be the rank.
+            unet_lora_adapter_metadata: peft's settings of `unet_lora_layers` (`unet.peft_config[name].to_dict()`).
+                Without them whoever loads the file takes alpha to be the rank.
             adapter_name: the attached LoRA; may be left out where there is one.
         Returns: the file. Raises: ValueError if it is not clear which LoRA, and on what would be a pickle.
         """
@@ -323,8 +328,9 @@ class LoraMixin(LoraBaseMixin):
         keep_record(self.unet)
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
-        """Which LoRAs act, and at which scale: one number for all, or a list of a number (None: 1) or a dict of diffusers' by
-        block for each. Raises: ValueError while they are fused, and for scales that are no finite numbers."""
+        """Which LoRAs act, and at which scale: one number for all, or a list of a number (None: 1) or a dict of
+        diffusers' by block for each. Raises: ValueError while they are fused, and for scales that are no finite
+        numbers."""
         self._check_not_fused("set_adapters")
         check_scales(adapter_weights)
         super().set_adapters(adapter_names, adapter_weights)
@@ -368,7 +374,8 @@ class LoraMixin(LoraBaseMixin):
 
     @property
     def training_subjects(self) -> Sequence[Mapping[str, Any]]:
-        """Records of whose volumes autoencoder, U-Net and attached LoRAs were trained on, see `volumes.data.subjects`."""
+        """Records of whose volumes autoencoder, U-Net and attached LoRAs were trained on, see
+        `volumes.data.subjects`."""
         parts = [self.vae.config.get("subjects"), self.unet.config.get("subjects")]
         return join_records(*parts, *self._lora_subjects().values())
 

@@ -15,7 +15,8 @@ from pipelines.storage.provenance import tensor_digest
 
 
 def attached_lora(unet: LatentUNet3D, adapter_name: str) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
-    """Tensors by layer and peft's settings of the LoRA `adapter_name` of `unet`. Raises: ValueError if there is none."""
+    """Tensors by layer and peft's settings of the LoRA `adapter_name` of `unet`. Raises: ValueError if there is
+    none."""
     from peft import get_peft_model_state_dict
 
     attached = getattr(unet, "peft_config", {})

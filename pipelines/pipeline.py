@@ -21,8 +21,8 @@ EndOfStep = Callable[["MedVolumePipeline", int, torch.Tensor, dict[str, torch.Te
 
 
 class MedVolumePipeline(VolumePipeline):
-    """Generates volumes from masks (or, for a model that needs none, of a given shape), each on its mask's own grid, and
-    with given classes, numbers and images (channels that condition the others) if the model knows any.
+    """Generates volumes from masks (or, for a model that needs none, of a given shape), each on its mask's own grid,
+    and with given classes, numbers and images (channels that condition the others) if the model knows any.
 
     `MedVolumeEditPipeline.from_pipe(pipe)` edits images with the same components.
 
@@ -30,8 +30,9 @@ class MedVolumePipeline(VolumePipeline):
     `pipe.to(torch.bfloat16)`): noise is sampled in float32 whatever the type, results are float32. bfloat16 works on
     CPUs too, and is slow on those without AVX512-BF16 or AMX. A result that is not finite raises.
 
-    Several threads may call one pipeline, or pipelines that share components: each call has its own scheduler, callbacks,
-    guidance and progress bar. Calls wait for each other where weights are offloaded or cast by hooks, or code is compiled.
+    Several threads may call one pipeline, or pipelines that share components: each call has its own scheduler,
+    callbacks, guidance and progress bar. Calls wait for each other where weights are offloaded or cast by hooks, or
+    code is compiled.
 
     Args:
         vae: trained autoencoder, with its latent statistics set.
@@ -66,53 +67,56 @@ class MedVolumePipeline(VolumePipeline):
         """Generate volumes.
 
         Args:
-            mask: path, image of nibabel, SimpleITK, torchio or MONAI (MetaTensor), `Volume`, array or tensor (X, Y, Z) of
-                label values as in the training files; or a list of them, of any shapes. -1 marks voxels outside the field
-                of view. A path or image keeps its grid; a plain array or tensor lies on the model's template.
-            shape: (X, Y, Z) in voxels, in place of a mask, for a model that no mask conditions, or whose training dropped the
-                mask at times.
-            classes: the value of each class, such as {"sex": "F"}: one dict for all masks, or a list of one per mask; with
-                `shape`, one per volume. A class may be left out if training dropped it at times.
-            numbers: the same for numbers, such as {"age": 63}. Those of the grid (spacing_x, size_x, ...) have defaults.
+            mask: path, image of nibabel, SimpleITK, torchio or MONAI (MetaTensor), `Volume`, array or tensor (X, Y, Z)
+                of label values as in the training files; or a list of them, of any shapes. -1 marks voxels outside the
+                field of view. A path or image keeps its grid; a plain array or tensor lies on the model's template.
+            shape: (X, Y, Z) in voxels, in place of a mask, for a model that no mask conditions, or whose training
+                dropped the mask at times.
+            classes: the value of each class, such as {"sex": "F"}: one dict for all masks, or a list of one per mask;
+                with `shape`, one per volume. A class may be left out if training dropped it at times.
+            numbers: the same for numbers, such as {"age": 63}. Those of the grid (spacing_x, size_x, ...) have
+                defaults.
             image: the condition channels, such as {"ct": "ct.nii.gz"}, in the units of the training files: one dict
-                for all masks, or a list of one per mask. Each may be whatever a mask may be, on the mask's grid (an array: its
-                voxels in the order of the mask's file); without mask and shape its grid is the volume's.
+                for all masks, or a list of one per mask. Each may be whatever a mask may be, on the mask's grid (an
+                array: its voxels in the order of the mask's file); without mask and shape its grid is the volume's.
             num_inference_steps: steps of the scheduler.
             sigmas: noise levels to visit instead, in (0, 1] and falling (FlowMatch schedulers); from 1, unless the
                 `latents` are less noisy.
             guidance_scale: classifier-free guidance: above 1, volumes follow their conditions more closely and differ
-                less from each other; from 0 to 1, or None, there is no guidance, as in diffusers. One number, or one per
-                condition such as {"sex": 3.0}. For conditions that training dropped at times (`condition_dropout`).
+                less from each other; from 0 to 1, or None, there is no guidance, as in diffusers. One number, or one
+                per condition such as {"sex": 3.0}. For conditions that training dropped at times (`condition_dropout`).
             num_volumes_per_mask: volumes per mask (with `shape`, per dict).
             generator: one per volume (mask by mask), or a single one: for a single volume as `[generator]`, for several
-                volumes one seed each is taken from it, see `sampling.sample_generators`. A volume depends on its own generator
-                alone, not on what is generated beside it, to rounding. The record's seed, as
-                `torch.Generator().manual_seed(seed)`, generates the volume again; it is None if the volume's generator had
-                produced numbers before.
-            latents: initial noise instead, one (C, h, w, d) per volume, as a list, a tensor or an array (B, C, h, w, d).
+                volumes one seed each is taken from it, see `sampling.sample_generators`. A volume depends on its own
+                generator alone, not on what is generated beside it, to rounding. The record's seed, as
+                `torch.Generator().manual_seed(seed)`, generates the volume again; it is None if the volume's generator
+                had produced numbers before.
+            latents: initial noise instead, one (C, h, w, d) per volume, as a list, a tensor or an array (B, C, h, w,
+                d).
             output_type: "nifti", "np", "pt" or "latent": see `MedVolumePipelineOutput`.
             return_dict: False gives the tuple `(volumes,)`.
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": ...})` after each step of each
-                batch, or one of diffusers' `PipelineCallback`; "latents" in the dict that it returns replace the batch's. It
-                may set `pipe._guidance_scale`, for the following steps of the batch, and `pipe._interrupt = True`, after
-                which there is no further step: the batch's volumes are as far as they came, those of later batches None (with
+                batch, or one of diffusers' `PipelineCallback`; "latents" in the dict that it returns replace the
+                batch's. It may set `pipe._guidance_scale`, for the following steps of the batch, and `pipe._interrupt =
+                True`, after
+                which there is no further step: the batch's volumes are as far as they came, those of later batches None
+                    (with
                 `paths`: not written). The records say what it changed.
             callback_on_step_end_tensor_inputs: the tensors that the callback is given: "latents" or none.
             label_map: how to read label values that the model does not know: {value: known value or name}.
             batch_size: volumes denoised together at most; only volumes with equal padded grids share a batch.
-            paths: a .nii.gz or .nii file for each volume, e.g. `pipe(mask="ct.nii.gz", paths="out/ct_000.nii.gz")`; with
-                several channels one file each, out/a.nii.gz becoming out/a_ct.nii.gz and out/a_pet.nii.gz.
-                Each is written as soon as it is decoded, slab by slab, with its sidecar beside it (as
-                `write_synthetic` does), so that no volume is ever held whole; `volumes` are the paths then. The files
-                hold what is returned without `paths`. Volumes that must be resampled to their mask's spacing are held.
-            residual_noise: add the texture that the autoencoder leaves out of real volumes, for a model that measured it
-                (`residual_noise: true` in the config of train_ldm.py): see `autoencoder.residual_noise`.
+            paths: a .nii.gz or .nii file for each volume, e.g. `pipe(mask="ct.nii.gz", paths="out/ct_000.nii.gz")`;
+                with several channels one file each, out/a.nii.gz becoming out/a_ct.nii.gz and out/a_pet.nii.gz. Each is
+                written as soon as it is decoded, slab by slab, with its sidecar beside it (as `write_synthetic` does),
+                so that no volume is ever held whole; `volumes` are the paths then. The files hold what is returned
+                without `paths`. Volumes that must be resampled to their mask's spacing are held.
+            residual_noise: add the texture that the autoencoder leaves out of real volumes, for a model that measured
+                it (`residual_noise: true` in the config of train_ldm.py): see `autoencoder.residual_noise`.
 
-        Raises: ValueError naming what cannot be used and the remedy: the mask, its labels, classes, numbers, images, the
-        guidance, the generators, the sigmas, the output type, the scheduler, the paths; all of it before the first
-        step, but what a callback returns. VoxelError, which is one, if voxels are not finite or do not fit the type of the file,
-        once all other volumes are finished.
-        Warns: of numbers far outside the training range.
+        Raises: ValueError naming what cannot be used and the remedy: the mask, its labels, classes, numbers, images,
+        the guidance, the generators, the sigmas, the output type, the scheduler, the paths; all of it before the first
+        step, but what a callback returns. VoxelError, which is one, if voxels are not finite or do not fit the type of
+        the file, once all other volumes are finished. Warns: of numbers far outside the training range.
         """
         return_dict = flag("return_dict", return_dict)
         step_end = StepEnd(callback_on_step_end, callback_on_step_end_tensor_inputs)

@@ -108,7 +108,8 @@ def plan_volumes(
 
 
 def _with_shape(pipe: VolumePipeline, request: VolumeRequest, seed: int) -> VolumeRequest:
-    """The request with the shape of a training map, where neither a file nor --shape sets one and the model knows any."""
+    """The request with the shape of a training map, where neither a file nor --shape sets one and the model knows
+    any."""
     if request.files or request.shape is not None or pipe.data.maps is None:
         return request
     return replace(request, shape=draw_shape(pipe.data.maps, seed))
@@ -117,7 +118,8 @@ def _with_shape(pipe: VolumePipeline, request: VolumeRequest, seed: int) -> Volu
 def prepared_volumes(
     pipe: VolumePipeline, batch: Sequence[PlannedVolume], sampling: SamplingConfig
 ) -> list[PreparedVolume]:
-    """The volumes of a batch, prepared: those that were too much to hold, again. Raises: ValueError if their files changed."""
+    """The volumes of a batch, prepared: those that were too much to hold, again. Raises: ValueError if their files
+    changed."""
     missing = [task for task in batch if task.prepared is None]
     try:
         again = iter(pipe.prepare([task.request for task in missing], sampling))
@@ -143,7 +145,8 @@ def check_file_names(path: Path, record: GenerationRecord) -> None:
 
 
 def check_memory(pipe: VolumePipeline, tasks: Sequence[PlannedVolume], batch_size: int) -> None:
-    """Raises: ValueError if a batch cannot fit into memory: by its first feature map alone, which is a small part of it."""
+    """Raises: ValueError if a batch cannot fit into memory: by its first feature map alone, which is a small part of
+    it."""
     counts = Counter(task.shape for task in tasks)
     device = pipe.device
     room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory_bytes()
@@ -155,5 +158,6 @@ def check_memory(pipe: VolumePipeline, tasks: Sequence[PlannedVolume], batch_siz
             remedy = f"--batch_size {max(room // volume // 4, 1)}" if volume <= room else "smaller volumes"
             raise ValueError(
                 f"{together} volumes of {' x '.join(map(str, shape))} voxels at a time need more than "
-                f"{together * volume / 2**30:.0f} GiB of memory, {room / 2**30:.0f} GiB is what there is; ask for {remedy}"
+                f"{together * volume / 2**30:.0f} GiB of memory, {room / 2**30:.0f} GiB is what there is; ask for "
+                f"{remedy}"
             )

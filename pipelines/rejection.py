@@ -1,5 +1,5 @@
-"""Rejection sampling: a volume that a check refuses (a copy of a training volume, a broken label map) is sampled again from the
-next seed, and its record says so."""
+"""Rejection sampling: a volume that a check refuses (a copy of a training volume, a broken label map) is sampled again
+from the next seed, and its record says so."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -75,8 +75,8 @@ class Rejection:
     ) -> Iterator[Outcome]:
         """The outcome of each of `count` volumes as soon as it is known.
 
-        `sample(numbers, seeds)` samples those volumes from those seeds, and `seed_of(number, rejections)` is the seed of a
-        volume after so many rejections. Neither depends on the outcome of other volumes, so no volume does.
+        `sample(numbers, seeds)` samples those volumes from those seeds, and `seed_of(number, rejections)` is the seed
+        of a volume after so many rejections. Neither depends on the outcome of other volumes, so no volume does.
         """
         rejected: list[list[Mapping[str, Any]]] = [[] for _ in range(count)]
         waiting = list(range(count))
@@ -113,14 +113,15 @@ class Rejection:
         """Why a volume was not accepted, from its last refusal."""
         reasons = {check.name: check.reason for check in self.checks}
         return (
-            f"each of {self.max_attempts} volumes was refused, the last because it {reasons[refusal['check']](refusal)}; raise "
-            "--max_attempts, or leave it out"
+            f"each of {self.max_attempts} volumes was refused, the last because it "
+            f"{reasons[refusal['check']](refusal)}; raise --max_attempts, or leave it out"
         )
 
 
 def rejection_columns(record: GenerationRecord) -> dict[str, object]:
-    """The manifest's columns: {"copy_threshold", "copy_similarity"} of a volume that was compared with the training volumes, and
-    of every checked volume {"rejections", "rejected_seeds", "rejected_because"}, several in one with semicolons between."""
+    """The manifest's columns: {"copy_threshold", "copy_similarity"} of a volume that was compared with the training
+    volumes, and of every checked volume {"rejections", "rejected_seeds", "rejected_because"}, several in one with
+    semicolons between."""
     if record.rejected is None:
         return {}
     copy = record.checks.get("copy_check", {})

@@ -1,4 +1,5 @@
-"""Decoded volumes back to people's grids: in original units, on the grid of the mask, as an image or written slab by slab.
+"""Decoded volumes back to people's grids: in original units, on the grid of the mask, as an image or written slab by
+slab.
 
 Axes: (C, X, Y, Z) in RAS+ order.
 """
@@ -81,8 +82,8 @@ class Restorer:
     # Restoring
 
     def restored_slabs(self, slabs: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
-        """Decoded slabs (C, X, Y, z) of the padded grid to slabs float32 of `prepared.grid`, in original units; to slabs of
-        a label map if the model generates those, unless they must be resampled first.
+        """Decoded slabs (C, X, Y, z) of the padded grid to slabs float32 of `prepared.grid`, in original units; to
+        slabs of a label map if the model generates those, unless they must be resampled first.
 
         Raises: ValueError if the slabs have other channels than the data, or together another number of planes than the
         grid.
@@ -191,8 +192,8 @@ class Restorer:
         size = 4 * len(self.model.intensity) * math.prod(shape)
         if size > LARGE_BYTES:
             warnings.warn(
-                f"a volume of {' x '.join(map(str, shape))} voxels ({size / 2**30:.1f} GiB) is resampled to its mask's grid, and "
-                "held in memory for that; a mask of the model's spacing is written slab by slab",
+                f"a volume of {' x '.join(map(str, shape))} voxels ({size / 2**30:.1f} GiB) is resampled to its "
+                "mask's grid, and held in memory for that; a mask of the model's spacing is written slab by slab",
                 stacklevel=2,
             )
         images = self.output(slabs, "nifti", description)

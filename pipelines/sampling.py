@@ -1,5 +1,5 @@
-"""How volumes are sampled: the settings of a call, and each volume's own noise, from its own generator, so that its result depends
-on no other volume of the call."""
+"""How volumes are sampled: the settings of a call, and each volume's own noise, from its own generator, so that its
+result depends on no other volume of the call."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -64,8 +64,8 @@ class SamplingConfig:
         """Raises: ValueError if the steps begin at less noise than the pure noise from which a volume is generated."""
         if self.sigmas and self.sigmas[0] < MIN_NOISE:
             raise ValueError(
-                f"sigmas begin at {self.sigmas[0]:g}, which treats pure noise as an image; begin at 1, or give the `latents` (or an "
-                "image and strength) that have so little noise"
+                f"sigmas begin at {self.sigmas[0]:g}, which treats pure noise as an image; begin at 1, or give the "
+                "`latents` (or an image and strength) that have so little noise"
             )
 
 
@@ -92,11 +92,12 @@ class Sample:
 def sample_generators(generator: Generators, count: int) -> list[torch.Generator]:
     """One generator per volume, in the order of the output (all volumes of the first mask, then of the second, ...).
 
-    A list is used as it is, and so is a single generator for a single volume: `generator=G` and `generator=[G]` are the same.
-    From a single one for several volumes (None: torch's global one, for one volume too) one seed per volume is taken, in that
-    order, by `torch.randint(2**63 - 1, (1,))`, and each volume gets a fresh CPU generator with its seed: volume i is the
-    same however many follow it (from two on). Noise is sampled on the CPU, so a generator of another device gives a seed
-    likewise. In every case `torch.Generator().manual_seed(seed)`, with the seed of a volume's record, generates it again.
+    A list is used as it is, and so is a single generator for a single volume: `generator=G` and `generator=[G]` are the
+    same. From a single one for several volumes (None: torch's global one, for one volume too) one seed per volume is
+    taken, in that order, by `torch.randint(2**63 - 1, (1,))`, and each volume gets a fresh CPU generator with its seed:
+    volume i is the same however many follow it (from two on). Noise is sampled on the CPU, so a generator of another
+    device gives a seed likewise. In every case `torch.Generator().manual_seed(seed)`, with the seed of a volume's
+    record, generates it again.
 
     Raises: ValueError if a list has another length, or one generator twice: the second volume's noise would depend on
     the order of the batches, and no seed would reproduce it.
@@ -109,7 +110,8 @@ def sample_generators(generator: Generators, count: int) -> list[torch.Generator
         raise ValueError(f"generator is a torch.Generator or a list of them, got {generator!r}")
     if len(generator) != count:
         raise ValueError(
-            f"{len(generator)} generators for {count} volumes (num_volumes_per_mask of each mask); give one per volume, or a single one"
+            f"{len(generator)} generators for {count} volumes (num_volumes_per_mask of each mask); give one per "
+            "volume, or a single one"
         )
     if len({id(one) for one in generator}) < count:
         raise ValueError("the list holds one generator twice; give each volume its own, or a single one for all")
@@ -146,7 +148,8 @@ def equal_batches(shapes: Sequence[tuple[int, int, int]], batch_size: int) -> It
 def initial_latents(
     samples: Sequence[Sample], shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Standard normal noise (B, C, h, w, d), one row per generator, sampled in float32; or the latents that the call gave."""
+    """Standard normal noise (B, C, h, w, d), one row per generator, sampled in float32; or the latents that the call
+    gave."""
     rows = [
         randn_tensor((1, *shape), generator=sample.generator, device=device, dtype=torch.float32).to(dtype)
         if sample.noise is None

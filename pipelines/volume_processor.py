@@ -142,8 +142,8 @@ class VolumeProcessor:
         return scaled
 
     def standardized_images(self, prepared: PreparedGrid, images: Mapping[str, GivenImage]) -> np.ndarray:
-        """Images on the padded grid, float32 (C, *prepared.shape) in [-1, 1], scaled as in training: -1 in the padding, outside
-        the mask's field of view, and in channels without an image."""
+        """Images on the padded grid, float32 (C, *prepared.shape) in [-1, 1], scaled as in training: -1 in the padding,
+        outside the mask's field of view, and in channels without an image."""
         voxels = np.full((len(self.channels), *prepared.shape), -1, np.float32)
         for channel, image in images.items():
             scaled = image.scale.apply(self._on_grid(image.volume, prepared).array[0])
@@ -162,8 +162,8 @@ class VolumeProcessor:
         return [channel for channel in self.channels if channel not in given] if self.apart else []
 
     def file_dtype(self, channels: Sequence[str]) -> np.dtype:
-        """The type of the voxels of a file of these channels: int16 where rounding loses nothing, float32 otherwise; of label
-        maps uint8 if that holds them, else int16."""
+        """The type of the voxels of a file of these channels: int16 where rounding loses nothing, float32 otherwise; of
+        label maps uint8 if that holds them, else int16."""
         if self.image_labels:
             return np.dtype(np.uint8 if self.image_labels[0] >= 0 and self.image_labels[-1] <= 255 else np.int16)
         return whole_or_float([self.intensity[self.channels.index(channel)] for channel in channels])
@@ -176,8 +176,8 @@ class VolumeProcessor:
             return IntensityScaling("window", scale.low, scale.high)
         if percentiles is None:
             raise ValueError(
-                f"the image {channel!r}: this model's data does not say by which percentiles {channel} is scaled; it was "
-                "trained before that was kept: train it again, or add them to `data` in model_index.json"
+                f"the image {channel!r}: this model's data does not say by which percentiles {channel} is scaled; it "
+                "was trained before that was kept: train it again, or add them to `data` in model_index.json"
             )
         return IntensityScaling("percentile", *percentiles)
 
@@ -225,16 +225,16 @@ class VolumeProcessor:
         output_type: str = "nifti",
         description: str = "",
     ) -> nib.Nifti1Image | dict[str, nib.Nifti1Image] | np.ndarray | torch.Tensor:
-        """Bring a decoded volume (C, *prepared.shape), or its slabs along the third axis one after the other, to the mask's own
-        grid and original units.
+        """Bring a decoded volume (C, *prepared.shape), or its slabs along the third axis one after the other, to the
+        mask's own grid and original units.
 
         Values are clipped to [-1, 1], the range that the training volumes were clipped to; voxels that the mask marks
         as PADDING get the lowest. A NIfTI is int16 where every channel has a window with whole limits at least 256
         wide (CT, in HU) and float32 otherwise; "np" and "pt" are float32. Of several channels, "nifti" is a dict of the
         images of those that were generated; "np" and "pt" hold all of them, the condition channels as in their files.
 
-        Where the model generates label maps, all three are the label map (one channel, uint8 or int16) that the channels
-        mean, see `merge_channels`, after they were resampled.
+        Where the model generates label maps, all three are the label map (one channel, uint8 or int16) that the
+        channels mean, see `merge_channels`, after they were resampled.
         """
         slabs = [sample] if isinstance(sample, torch.Tensor) else sample
         return make_restorer(self, prepared).output(slabs, output_type, description)
@@ -246,8 +246,8 @@ class VolumeProcessor:
         path: str | os.PathLike | Sequence[str | os.PathLike],
         description: str = "",
     ) -> None:
-        """Write the NIfTI that `postprocess` returns, the same bytes, slab by slab, without holding the volume. Where it
-        returns several, `path` lists as many, and all pass through one temporary file beside the first.
+        """Write the NIfTI that `postprocess` returns, the same bytes, slab by slab, without holding the volume. Where
+        it returns several, `path` lists as many, and all pass through one temporary file beside the first.
 
         A volume that must be resampled to the mask's grid is held, with a warning if it is large.
         """
@@ -290,8 +290,8 @@ def _check_room(shape: tuple[int, int, int]) -> None:
     needed, room = np.dtype(np.int16).itemsize * math.prod(shape), memory_bytes()
     if max(shape) > MAX_SIDE or needed > room:
         raise ValueError(
-            f"shape {' x '.join(map(str, shape))}: a side has at most {MAX_SIDE} voxels, and the whole must fit into the "
-            f"{room / 2**30:.0f} GiB of memory; ask for a smaller one"
+            f"shape {' x '.join(map(str, shape))}: a side has at most {MAX_SIDE} voxels, and the whole must fit into "
+            f"the {room / 2**30:.0f} GiB of memory; ask for a smaller one"
         )
 
 

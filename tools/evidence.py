@@ -2,8 +2,9 @@
 
     python -m tools.evidence [--reports DIR]
 
-The text is in docs/evidence.in.md. In it, `{report.a.b:.3f}` is reports/report.json ["a"]["b"], `{tables}` are the tables of
-`evaluate.py report`, and `{samplers}` is the table of `evaluation.studies.samplers`. A missing figure is an error.
+The text is in docs/evidence.in.md. In it, `{report.a.b:.3f}` is reports/report.json ["a"]["b"], `{tables}` are the
+tables of `evaluate.py report`, and `{samplers}` is the table of `evaluation.studies.samplers`. A missing figure is an
+error.
 """
 
 import argparse

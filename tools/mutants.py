@@ -1,14 +1,15 @@
 """Plant faults in the code, one at a time, and check that the tests notice: `make mutants`.
 
-Every fault is a row of tests/mutants/<package>.yaml: the file, a piece of its code that occurs once, its replacement, and the tests
-that should fail. Each is tried in a copy of the working tree. Results are kept in a file with one line per fault, keyed by the fault, the
-code and its tests, so that an interrupted run resumes and an unchanged fault is not tried twice.
+Every fault is a row of tests/mutants/<package>.yaml: the file, a piece of its code that occurs once, its replacement,
+and the tests that should fail. Each is tried in a copy of the working tree. Results are kept in a file with one line
+per fault, keyed by the fault, the code and its tests, so that an interrupted run resumes and an unchanged fault is not
+tried twice.
 
     python -m tools.mutants --output out/mutants.jsonl --workers 2
     python -m tools.mutants --rooms volumes diffusion
 
-A fault is caught if a test that passes without it fails with it. A fault without any visible effect stays in the table, with the
-reason as `equivalent`.
+A fault is caught if a test that passes without it fails with it. A fault without any visible effect stays in the table,
+with the reason as `equivalent`.
 """
 
 import argparse

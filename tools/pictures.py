@@ -61,7 +61,7 @@ def seeds(count: int) -> list[torch.Generator]:
 
 
 def mask(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
-    """Generate from one test mask with three seeds, and from edited masks: shifted, thickened, without its posterior part."""
+    """Generate from one test mask with three seeds, and from the mask shifted, thickened and shortened."""
     mask_volume = read_mask(HIPPOCAMPUS / "masks" / "hippocampus_015.nii.gz")
     labels = mask_volume.array[0]
     thick = torch.nn.functional.max_pool3d(torch.from_numpy(labels).float()[None], 3, 1, 1)[0].numpy().astype(np.int16)
@@ -101,7 +101,8 @@ def classes(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
 def numbers(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
     """Generate dark and bright lesions of growing volume from one seed, and measure their volume by a threshold.
 
-    For comparison, the same is measured on the autoencoder's reconstructions of real lesions (a line fitted to 200 new phantoms).
+    For comparison, the same is measured on the autoencoder's reconstructions of real lesions (a line fitted to 200 new
+    phantoms).
     """
     columns, measurements = [], {}
     real = [make_phantom(10_000 + number, (32, 32, 32)) for number in range(200)]
@@ -152,7 +153,7 @@ def _beyond(volume: np.ndarray, threshold: float, organ: float = INTENSITY["orga
 
 
 def images(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
-    """Compare real CT and PET of test patients with PET from that CT, and with both from the tumor's mask and the sex."""
+    """Compare real CT and PET of test patients with PET from that CT, and with both from tumor mask and sex."""
     config = parse_config(TrainLdmConfig, ["--config", str(ROOT / "configs" / "sarcoma" / "ldm.yaml")]).data
     cases = [case for case in load_cases(config) if case.split == "test"]
     windows = {

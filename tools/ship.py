@@ -3,11 +3,11 @@
     python -m tools.ship output/hippocampus/ldm/pipeline weights/hippocampus --vae output/hippocampus/sharpen/vae \
         --examples configs/hippocampus/examples.csv --results out/results --card configs/hippocampus/card.md
 
-`--examples` is a table for generate.py, which demo.py runs; its masks are copied to masks/. `--vae` replaces the pipeline's
-autoencoder by one with the same encoder and a further trained decoder. `--residual_noise CONFIG` measures residual noise on the training
-volumes of a config. Every `{name}` in the card is filled from the results: `{reconstruction.psnr_db.mean:.2f}` is
-results/reconstruction.json ["psnr_db"]["mean"]; `{megabytes}`, `{bands}` and `{scores.SOURCE}` are computed here. A missing figure
-is an error, so a card cannot claim what was not measured.
+`--examples` is a table for generate.py, which demo.py runs; its masks are copied to masks/. `--vae` replaces the
+pipeline's autoencoder by one with the same encoder and a further trained decoder. `--residual_noise CONFIG` measures
+residual noise on the training volumes of a config. Every `{name}` in the card is filled from the results:
+`{reconstruction.psnr_db.mean:.2f}` is results/reconstruction.json ["psnr_db"]["mean"]; `{megabytes}`, `{bands}` and
+`{scores.SOURCE}` are computed here. A missing figure is an error, so a card cannot claim what was not measured.
 """
 
 import argparse
@@ -85,7 +85,8 @@ def main(args: list[str] | None = None) -> None:
         found = describe(train)
         if other := [name for name in MEASURED_ON if getattr(pipe.data, name) != getattr(found, name)]:
             raise ValueError(
-                f"--residual_noise {options.residual_noise}: its volumes differ from the pipeline's in {', '.join(other)}"
+                f"--residual_noise {options.residual_noise}: its volumes differ from the pipeline's in "
+                f"{', '.join(other)}"
             )
         noisy = replace(pipe.data, residual_noise=tuple(measure_noise(train, pipe.vae)))
         pipe = MedVolumePipeline(pipe.vae, pipe.unet, pipe.scheduler, data=noisy)  # pyright: ignore[reportArgumentType]

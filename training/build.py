@@ -90,7 +90,8 @@ def initialize_from(
     if missing or unexpected:
         raise ValueError(
             f"--init_from {folder}: weights of another architecture (missing {missing[:5]}, unexpected "
-            f"{unexpected[:5]}, {len(missing) + len(unexpected)} in all); only the numbers of labels and channels may differ"
+            f"{unexpected[:5]}, {len(missing) + len(unexpected)} in all); only the numbers of labels and channels may "
+            "differ"
         )
     fresh = {key.rpartition(".")[0] for key in current if key in added or current[key].shape != weights[key].shape}
     kept = {key: tensor for key, tensor in weights.items() if key.rpartition(".")[0] not in fresh}

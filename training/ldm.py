@@ -1,4 +1,5 @@
-"""Train a latent diffusion model: the training step, and what a run builds and saves. Axes of latents: (B, C, h, w, d)."""
+"""Train a latent diffusion model: the training step, and what a run builds and saves. Axes of latents: (B, C, h, w,
+d)."""
 
 import dataclasses
 import json
@@ -120,8 +121,8 @@ class LdmTrainingStep:
 
     @torch.no_grad()
     def validate(self, item: EncodedVolume, generator: torch.Generator) -> dict[str, float]:
-        """Return the loss on a held-out volume's latents, with conditions dropped as often as in training: over all channels, and
-        per channel if the autoencoder codes channels separately."""
+        """Return the loss on a held-out volume's latents, with conditions dropped as often as in training: over all
+        channels, and per channel if the autoencoder codes channels separately."""
 
         def repeat(values: Tensor) -> Tensor:
             return values.expand(VALIDATION_SAMPLES, *values.shape[1:])
@@ -141,8 +142,8 @@ class LdmTrainingStep:
 
     @torch.no_grad()
     def preview(self, items: list[EncodedVolume]) -> "Figure":
-        """Draw mask, real volume and the volume generated from its conditions side by side, one row per channel and case, always
-        from the same noise, and without the images that training drops."""
+        """Draw mask, real volume and the volume generated from its conditions side by side, one row per channel and
+        case, always from the same noise, and without the images that training drops."""
         cases, images = [], [name for name, _ in self.schema.images if self.dropout.get(name)]
         for index, item in enumerate(items):
             shape, device = item["latents"].shape, item["latents"].device
@@ -224,8 +225,8 @@ def build_step(config: TrainLdmConfig, unet: LatentUNet3D, vae: VolumeAutoencode
 def check_prepared(config: TrainLdmConfig, vae: VolumeAutoencoder, facts: Mapping[str, object]) -> None:
     """Check that the autoencoder was trained on volumes that were prepared as `facts` say.
 
-    Raises: ValueError if they were prepared otherwise. An older autoencoder that does not record it gives a warning, once the
-    spacing is known.
+    Raises: ValueError if they were prepared otherwise. An older autoencoder that does not record it gives a warning,
+    once the spacing is known.
     """
     channels = facts["channels"]
     assert isinstance(channels, list)
@@ -267,7 +268,8 @@ def check_residual_noise(config: TrainLdmConfig, train: VolumeDataset) -> None:
 
 
 def init_unet(unet: LatentUNet3D, folder: str | Path) -> list[str]:
-    """Load a trained U-Net's weights (`initialize_from`). Classes and numbers are matched by name; new ones start at zero."""
+    """Load a trained U-Net's weights (`initialize_from`). Classes and numbers are matched by name; new ones start at
+    zero."""
     described = Path(folder) / "config.json"
     moved = moved_embeddings(read_object(described), unet.config) if described.is_file() else None
     return initialize_from(unet, folder, new="condition_embedding", moved=moved)

@@ -25,7 +25,8 @@ class LoraConfig:
     Args:
         rank: rank of each layer's update.
         alpha: the update is scaled by alpha / rank.
-        target_modules: layers that get an update, by their last names: qkv and out (attention), time, conv1 and conv2, ...
+        target_modules: layers that get an update, by their last names: qkv and out (attention), time, conv1 and conv2,
+            ...
         dropout: dropout of the update's input, in training.
     """
 
@@ -48,17 +49,18 @@ class TrainLdmConfig:
         model: `class:` and that class's constructor arguments, except those that the autoencoder and the data decide.
         cache: latents of the training volumes.
         loss: mse, the mean squared error of the prediction, or l1, its mean absolute error.
-        scheduler: class of a diffusers scheduler for previews and for the pipeline, such as DDPMScheduler; default: Euler for
-            rectified flow, DDIM for the other objectives (`diffusion.make_scheduler`).
-        residual_noise: measure the texture that the autoencoder removes from the training volumes, so that the pipeline can add it.
+        scheduler: class of a diffusers scheduler for previews and for the pipeline, such as DDPMScheduler; default:
+            Euler for rectified flow, DDIM for the other objectives (`diffusion.make_scheduler`).
+        residual_noise: measure the texture that the autoencoder removes from the training volumes, so that the pipeline
+            can add it.
         gradient_checkpointing: recompute the U-Net's activations in the backward pass instead of keeping them.
         inference_steps: denoising steps of the previews.
         optimizer: optimizer and learning rate.
         loop: length, precision and rhythm.
         resume: "latest", or a checkpoint folder of this run, to continue exactly from there.
         accept_changes: resume although the config or the volumes differ from those the run was started with.
-        wait_minutes: how long to wait for another job that writes to `output`, such as one that is ending while its requeue
-            starts; 0 stops at once.
+        wait_minutes: how long to wait for another job that writes to `output`, such as one that is ending while its
+            requeue starts; 0 stops at once.
         init_from: folder of a trained U-Net to start from (fine-tuning).
         lora: train a LoRA of the U-Net `init_from` instead of its weights.
         accept_overlap: train although `vae` or `init_from` were trained on subjects, by name, that are held out here.

@@ -49,8 +49,8 @@ MIN_CODES = 1.5  # effective codes below which a codebook has collapsed
 
 
 class VaeTrainingStep:
-    """The training step of an autoencoder: losses of the reconstruction and of the latents inside the field of view, and those
-    of its discriminator and its perceptual network if it has them."""
+    """The training step of an autoencoder: losses of the reconstruction and of the latents inside the field of view,
+    and those of its discriminator and its perceptual network if it has them."""
 
     def __init__(
         self,
@@ -127,8 +127,8 @@ class VaeTrainingStep:
 
     @torch.no_grad()
     def validate(self, item: WholeVolume, generator: torch.Generator) -> dict[str, float]:
-        """Reconstruct a whole volume. Return PSNR in dB (of intensities in [0, 1]) and L1 inside the field of view, over all
-        channels, and per channel if there are several."""
+        """Reconstruct a whole volume. Return PSNR in dB (of intensities in [0, 1]) and L1 inside the field of view,
+        over all channels, and per channel if there are several."""
         image, fov = item["image"][None], item["fov"][None]
         reconstruction = self._reconstruct(image)
         metrics = {"psnr": decibels(reconstruction, image, fov), "l1": l1_loss(reconstruction, image, fov).item()}
@@ -140,7 +140,8 @@ class VaeTrainingStep:
 
     @torch.no_grad()
     def preview(self, items: list[WholeVolume]) -> "Figure":
-        """Draw real and reconstructed volumes side by side, one row per channel and volume, on the gray scale of the channel."""
+        """Draw real and reconstructed volumes side by side, one row per channel and volume, on the gray scale of the
+        channel."""
         cases = []
         for item in items:
             reconstruction = self._reconstruct(item["image"][None])[0].clamp(-1, 1)
@@ -202,7 +203,8 @@ def build(config: TrainVaeConfig, accelerator: Accelerator) -> Training:
 
 
 def build_step(config: TrainVaeConfig, vae: VolumeAutoencoder) -> VaeTrainingStep:
-    """Build the training step of `vae`, with optimizers, averages, and the discriminator and perceptual network of the config."""
+    """Build the training step of `vae`, with optimizers, averages, and the discriminator and perceptual network of the
+    config."""
     learner = Learner("vae", vae, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
     perception = make_perception(config.perceptual, config, vae) if config.perceptual else None
     adversary = make_adversary(config.adversarial, config, vae) if config.adversarial else None
@@ -237,8 +239,8 @@ def freeze_encoder(vae: VolumeAutoencoder, source: str | None) -> None:
 def check_start(source: str, config: TrainVaeConfig, train: VolumeDataset, held_out: VolumeDataset | None) -> None:
     """Check that the autoencoder `source` was trained on volumes prepared as these, and on no subject that is held out.
 
-    Raises: ValueError for such subjects, and for volumes prepared otherwise if the encoder is frozen. An encoder that is trained
-    may learn the new preparation, with a warning.
+    Raises: ValueError for such subjects, and for volumes prepared otherwise if the encoder is frozen. An encoder that
+    is trained may learn the new preparation, with a warning.
     """
     described = read_object(Path(source) / "config.json") if (Path(source) / "config.json").is_file() else {}
     refuse_seen(
@@ -254,7 +256,8 @@ def check_start(source: str, config: TrainVaeConfig, train: VolumeDataset, held_
 
 
 def inherited_records(config: TrainVaeConfig) -> Sequence[Mapping[str, object]]:
-    """Return the records of the training subjects of the autoencoders that this training starts from or takes features from."""
+    """Return the records of the training subjects of the autoencoders that this training starts from or takes features
+    from."""
     sources = [config.init_from] if config.init_from else []
     if config.perceptual and Path(config.perceptual.network).is_dir():
         sources.append(config.perceptual.network)

@@ -39,7 +39,8 @@ class CropConfig:
 @dataclass
 @checked
 class AutoencoderLosses:
-    """Weights of the autoencoder's losses, each averaged inside the field of view; see autoencoder/losses/reconstruction.py."""
+    """Weights of the autoencoder's losses, each averaged inside the field of view; see
+    autoencoder/losses/reconstruction.py."""
 
     l1: NonNegativeFloat = 1.0
     mse: NonNegativeFloat = 0.0
@@ -57,7 +58,8 @@ class AdversarialConfig:
     Args:
         weight: weight of the adversarial loss.
         adaptive: scale it so that it pulls on the decoder's last layer as hard as the reconstruction losses do.
-        feature_matching: weight of the difference between the discriminator's features of real and reconstructed volumes.
+        feature_matching: weight of the difference between the discriminator's features of real and reconstructed
+            volumes.
         start_step: optimizer step at which the discriminator starts.
         warmup_steps: after the start, steps over which both weights rise from 0, while the discriminator learns.
         slices: planes per volume and step that the discriminator sees; 0 for none.
@@ -89,14 +91,15 @@ class AdversarialConfig:
 @dataclass
 @checked
 class PerceptualConfig:
-    """A perceptual loss: a frozen network's features of image and reconstruction should agree; see autoencoder/losses/perceptual.py.
+    """A perceptual loss: a frozen network's features of image and reconstruction should agree; see
+    autoencoder/losses/perceptual.py.
 
     Args:
         network: a local path: a folder that train_vae.py wrote (the features are those of its encoder, in three
-            dimensions), or a safetensors file of VGG-16 under torchvision's names (features of slices, each channel as a
-            gray picture in ImageNet's colors).
-        weight: weight of the squared distances of the features, each of length 1, summed over the network's levels (Zhang
-            et al. 2018, Eq. 1).
+            dimensions), or a safetensors file of VGG-16 under torchvision's names (features of slices, each channel as
+            a gray picture in ImageNet's colors).
+        weight: weight of the squared distances of the features, each of length 1, summed over the network's levels
+            (Zhang et al. 2018, Eq. 1).
         slices: planes per volume and step that VGG-16 sees.
     """
 
@@ -123,11 +126,11 @@ class TrainVaeConfig:
         loop: length, precision and rhythm.
         resume: "latest", or a checkpoint folder of this run, to continue exactly from there.
         accept_changes: resume although the config or the volumes differ from those the run was started with.
-        wait_minutes: how long to wait for another job that writes to `output`, such as one that is ending while its requeue
-            starts; 0 stops at once.
+        wait_minutes: how long to wait for another job that writes to `output`, such as one that is ending while its
+            requeue starts; 0 stops at once.
         init_from: folder of a trained autoencoder to start from (fine-tuning).
-        freeze_encoder: train the decoder only, so that the latents of `init_from` stay valid, and with them a diffusion model
-            of these latents.
+        freeze_encoder: train the decoder only, so that the latents of `init_from` stay valid, and with them a diffusion
+            model of these latents.
         accept_overlap: train although `init_from` was trained on subjects, by name, that are held out here.
     """
 
@@ -153,7 +156,8 @@ class TrainVaeConfig:
         others = (self.perceptual and self.perceptual.weight) or self.adversarial
         if not any(reconstruction) and not others:
             raise ValueError(
-                "losses: l1, mse, gradient and spectrum are all 0, so nothing is learned from the volumes; raise one of them"
+                "losses: l1, mse, gradient and spectrum are all 0, so nothing is learned from the volumes; raise one "
+                "of them"
             )
         warn_of_long_warmup(self.optimizer, self.loop)
         if self.adversarial is not None and not self.adversarial.weight and not self.adversarial.feature_matching:
@@ -169,7 +173,8 @@ class TrainVaeConfig:
 def crop_faults(
     crops: CropConfig, stride: Sequence[int], adversarial: AdversarialConfig | None = None
 ) -> list[tuple[str, str]]:
-    """Return why an autoencoder of this stride, and its discriminator, cannot be trained on these patches: (fault, remedy)."""
+    """Return why an autoencoder of this stride, and its discriminator, cannot be trained on these patches: (fault,
+    remedy)."""
     faults = []
     if any(n % s for n, s in zip(crops.shape, stride, strict=True)):
         near = [max(round(n / s), 1) * s for n, s in zip(crops.shape, stride, strict=True)]

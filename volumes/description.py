@@ -1,6 +1,7 @@
 """The description of a training set: what a pipeline must know of it to prepare masks and to restore volumes.
 
-`volumes.describe` measures it. It is stored as JSON in a pipeline's model_index.json, and checked strictly when it is read.
+`volumes.describe` measures it. It is stored as JSON in a pipeline's model_index.json, and checked strictly when it is
+read.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class ChannelScale:
     Attributes:
         kind: as in `IntensityScaling`.
         low, high: in file units; -1 and 1 inside the model.
-        percentiles: for kind "percentile", the percentiles that are fitted to each volume; None if they were not recorded.
+        percentiles: for kind "percentile", the percentiles that are fitted to each volume; None if they were not
+            recorded.
     """
 
     kind: Literal["percentile", "window"]

@@ -52,13 +52,13 @@ class FigureCase(TypedDict, total=False):
 
 
 def slices_figure(cases: Sequence[FigureCase]) -> Figure:
-    """Three orthogonal slices of every image of every case: a row for each channel of a case, and for each plane the mask and the
-    images side by side, in the proportions of the body.
+    """Three orthogonal slices of every image of every case: a row for each channel of a case, and for each plane the
+    mask and the images side by side, in the proportions of the body.
 
-    Slices go through the center voxel, or the center of what the mask marks (label > 0), or of the volume. The outline of the mask is
-    drawn on the images. Without a window, a row has percentiles 0.5 and 99.5 of its first image; which gray scale a row has is written
-    beside it. Axes that point to R, A and S give pictures with the patient's right on the right (neurological convention), anterior or
-    superior up; L and R are marked.
+    Slices go through the center voxel, or the center of what the mask marks (label > 0), or of the volume. The outline
+    of the mask is drawn on the images. Without a window, a row has percentiles 0.5 and 99.5 of its first image; which
+    gray scale a row has is written beside it. Axes that point to R, A and S give pictures with the patient's right on
+    the right (neurological convention), anterior or superior up; L and R are marked.
 
     Raises: ValueError for no cases, and arrays of other dimensions.
     """
@@ -131,7 +131,8 @@ def _rows_of(case: FigureCase) -> list[_Row]:
 
 
 def _inches_per_mm(widths: Sequence[float], heights: Sequence[float]) -> float:
-    """The longest side of a panel is `PANEL_INCHES`, more where that would leave a narrow one, less where a page would not hold all."""
+    """The longest side of a panel is `PANEL_INCHES`, more where that would leave a narrow one, less where a page would
+    not hold all."""
     longest, narrowest = max(*widths, *heights), min(widths)
     inches = PANEL_INCHES / longest
     if narrowest * inches < NARROWEST_INCHES:
@@ -146,8 +147,9 @@ def _across(axis: int) -> tuple[int, int]:
 
 
 def shapes_figure(rows: Mapping[str, Sequence[Any]]) -> Figure:
-    """Shapes (X, Y, Z), label > 0, as lit surfaces: one row per name. Anterior faces the viewer, superior is up, and the
-    patient's right is on the right, as in `slices_figure`: the picture is the mirror image of a view from the front."""
+    """Shapes (X, Y, Z), label > 0, as lit surfaces: one row per name. Anterior faces the viewer, superior is up, and
+    the patient's right is on the right, as in `slices_figure`: the picture is the mirror image of a view from the
+    front."""
     names, count = list(rows), max(map(len, rows.values()), default=0)
     if not count:
         raise ValueError("shapes_figure needs at least one shape")

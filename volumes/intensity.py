@@ -39,9 +39,10 @@ class IntensityScaling:
     """How a channel is scaled.
 
     Args:
-        kind: "window" takes low and high as they are, for values that are a quantity (CT in HU, PET in SUV, maps of T1 in
-            ms): what lies outside is cut off, the same in every volume. "percentile" fits them to every whole volume,
-            for values in no unit (most MR): it cuts off the brightest of each volume, and SUV loses its meaning.
+        kind: "window" takes low and high as they are, for values that are a quantity (CT in HU, PET in SUV, maps of T1
+            in ms): what lies outside is cut off, the same in every volume. "percentile" fits them to every whole
+            volume, for values in no unit (most MR): it cuts off the brightest of each volume, and SUV loses its
+            meaning.
         low: lower percentile (0-100), or lower value in file units.
         high: upper percentile, or upper value.
     """
@@ -70,7 +71,8 @@ class IntensityScaling:
                 if beyond:
                     raise VolumeError(
                         f"0 % of its voxels lie within the window {self.low:g} to {self.high:g}: all are {side} it "
-                        f"({lowest:g} to {highest:g}); check the file's unit, or set intensity to a window around its values"
+                        f"({lowest:g} to {highest:g}); check the file's unit, or set intensity to a window around its "
+                        "values"
                     )
             return LinearScale(self.low, self.high)
         low, high = np.percentile(array, [self.low, self.high]).astype(np.float32).tolist()
@@ -82,8 +84,8 @@ class IntensityScaling:
         return LinearScale(low, high)
 
     def share_inside(self, array: np.ndarray) -> float:
-        """Share of the voxels (one channel, file units) that a window does not cut off; 1 of percentiles, and of a volume of two
-        values, of which a window shows all that there is to see."""
+        """Share of the voxels (one channel, file units) that a window does not cut off; 1 of percentiles, and of a
+        volume of two values, of which a window shows all that there is to see."""
         if self.kind != "window" or np.all((array == array.min()) | (array == array.max())):
             return 1.0
         return float(((self.low < array) & (array < self.high)).mean())
@@ -102,6 +104,6 @@ def few_inside(shares: Sequence[float], names: Sequence[str], limits: tuple[floa
         return None
     listed = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
     return (
-        f"the window {limits[0]:g} to {limits[1]:g} cuts off most of {len(few)} of {len(names)} volumes; voxels within it: "
-        f"{listed}. Check the files' unit, or set data.intensity to a window around their values"
+        f"the window {limits[0]:g} to {limits[1]:g} cuts off most of {len(few)} of {len(names)} volumes; voxels "
+        f"within it: {listed}. Check the files' unit, or set data.intensity to a window around their values"
     )

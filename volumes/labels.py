@@ -38,14 +38,15 @@ def label_indices(
 
 
 def label_channels(indices: np.ndarray, num_labels: int) -> np.ndarray:
-    """Label indices (X, Y, Z) to float32 (num_labels - 1, X, Y, Z): 1 where each label but the background (0) is, else 0."""
+    """Label indices (X, Y, Z) to float32 (num_labels - 1, X, Y, Z): 1 where each label but the background (0) is, else
+    0."""
     foreground = np.arange(1, num_labels, dtype=indices.dtype).reshape(-1, 1, 1, 1)
     return (indices[None] == foreground).astype(np.float32)
 
 
 def merge_channels(channels: np.ndarray, values: Sequence[int], threshold: float = 0.0) -> np.ndarray:
-    """A channel for each label but the background, (C, X, Y, Z), to the label map (1, X, Y, Z) int16 that they mean: the
-    background where none exceeds `threshold`, else the label of the largest.
+    """A channel for each label but the background, (C, X, Y, Z), to the label map (1, X, Y, Z) int16 that they mean:
+    the background where none exceeds `threshold`, else the label of the largest.
 
     Args:
         values: label values of background and channels, C + 1 of them.

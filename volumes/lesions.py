@@ -1,8 +1,8 @@
-"""Insert lesions into label maps, and remove them. Each function gives the edited mask and the region that it takes to make
-the image match, for `editor(mask=edited, image=image, region=region)`.
+"""Insert lesions into label maps, and remove them. Each function gives the edited mask and the region that it takes to
+make the image match, for `editor(mask=edited, image=image, region=region)`.
 
-Masks are volumes (1, X, Y, Z) of label values in RAS+ order, as `volumes.read_mask` reads them; positions are voxels of that
-grid, counted from 0; lengths are in mm.
+Masks are volumes (1, X, Y, Z) of label values in RAS+ order, as `volumes.read_mask` reads them; positions are voxels of
+that grid, counted from 0; lengths are in mm.
 """
 
 from collections.abc import Collection, Sequence
@@ -12,7 +12,8 @@ from scipy import ndimage
 
 from . import PADDING, Volume
 
-# Around what changed: the blending (`pipelines.inputs.inpainting.BLEND_MARGIN_MM`), and what a lesion does to its surroundings.
+# Around what changed: the blending (`pipelines.inputs.inpainting.BLEND_MARGIN_MM`), and what a lesion does to its
+# surroundings.
 REGION_MARGIN_MM = 6.0
 
 
@@ -62,8 +63,8 @@ def insert_lesion(
     if not changed.any():
         where = "" if within is None else f", or none of them is of the labels {sorted(within)}"
         raise ValueError(
-            f"a lesion of shape {shape.shape} at {tuple(position)} changes no voxel of a mask of {values.shape}: it lies outside, "
-            f"or on voxels that are {label} already{where}; move it"
+            f"a lesion of shape {shape.shape} at {tuple(position)} changes no voxel of a mask of {values.shape}: it "
+            f"lies outside, or on voxels that are {label} already{where}; move it"
         )
     values[changed] = label
     return mask.replace(values[None]), _region(mask, changed, margin)
@@ -80,8 +81,8 @@ def remove_lesion(
     """The mask with `replacement` in place of `label`, and the region to generate again.
 
     Args:
-        position: a voxel of the lesion that is removed, the connected component (26 neighbors) of `label` that holds it; None:
-            all voxels of that label.
+        position: a voxel of the lesion that is removed, the connected component (26 neighbors) of `label` that holds
+            it; None: all voxels of that label.
         margin: mm by which the region exceeds the voxels that changed.
 
     Raises: ValueError if the mask has no such label, or another one at `position`.

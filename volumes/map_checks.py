@@ -1,5 +1,5 @@
-"""What label maps of a training set have in common, and whether a generated one has it too: which labels, in how many pieces
-of what size, how near the edge, on grids of which shapes."""
+"""What label maps of a training set have in common, and whether a generated one has it too: which labels, in how many
+pieces of what size, how near the edge, on grids of which shapes."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -137,8 +137,9 @@ def _is_count(value: Any) -> bool:
 def label_map_fault(array: np.ndarray, voxel: float, names: Mapping[int, str], known: LabelMapStats) -> str | None:
     """How a label map differs from all of the training set; None if it does not.
 
-    A label must be there if it always was, have no more pieces than it had, no more voxels at the edge, and a volume between
-    half the least and twice the most. Sizes in between say nothing against it: maps unlike all real ones in size are wanted.
+    A label must be there if it always was, have no more pieces than it had, no more voxels at the edge, and a volume
+    between half the least and twice the most. Sizes in between say nothing against it: maps unlike all real ones in
+    size are wanted.
 
     Args:
         array: label values (X, Y, Z).

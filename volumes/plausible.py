@@ -24,8 +24,8 @@ MANY = 64.0  # times as many voxels
 
 @dataclass(frozen=True)
 class Oddity:
-    """An oddity: `check` is its subject, `what` and `remedy` are the same for all volumes that have it, `detail` is this
-    one's own."""
+    """An oddity: `check` is its subject, `what` and `remedy` are the same for all volumes that have it, `detail` is
+    this one's own."""
 
     check: str
     what: str
@@ -44,13 +44,19 @@ def header_oddities(grid: SourceGrid) -> list[Oddity]:
         remedy = "write them with the scanner's orientation, or never trust sides"
         found.append(Oddity("orientation", "no qform and no sform, so left and right are unknown", remedy))
     elif grid.sform_code and (detail := contradiction(grid)):
-        remedy = "the sform is used; see in a viewer which is right, and write it as both (nibabel: image.set_qform(image.affine, 1))"
+        remedy = (
+            "the sform is used; see in a viewer which is right, and write it as both (nibabel: "
+            "image.set_qform(image.affine, 1))"
+        )
         found.append(Oddity("orientation", "sform and qform contradict each other", remedy, detail))
     if obliqueness(grid.affine) > OBLIQUE:
         what = f"axes more than {OBLIQUE:g} degrees from the patient's"
         found.append(Oddity("orientation", what, "resample them to a straight grid"))
     if grid.unit not in ("mm", "unknown"):
-        remedy = "make sure that the voxel sizes are right, they were converted to mm; if the numbers are in mm, set data.units: mm"
+        remedy = (
+            "make sure that the voxel sizes are right, they were converted to mm; if the numbers are in mm, set "
+            "data.units: mm"
+        )
         found.append(Oddity("units", "the header's unit is not mm", remedy, f"{grid.unit}, voxels of {size}"))
     if min(spacing) < USUAL[0] or max(spacing) > USUAL[1]:
         what = f"voxels below {USUAL[0]:g} mm or above {USUAL[1]:g} mm"

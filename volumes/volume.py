@@ -31,8 +31,9 @@ class VolumeError(ValueError):
 class SourceGrid:
     """The grid on which a volume was stored before it was brought to RAS+, so that results can be written back onto it.
 
-    shape: (I, J, K) as stored; affine: (4, 4) float64 in mm; qform: (4, 4) in mm, or None when qform_code is 0 or it is broken;
-    unit: of length, that the header names ("mm", "m", "cm", "um", or "unknown"), unless the reader was told another.
+    shape: (I, J, K) as stored; affine: (4, 4) float64 in mm; qform: (4, 4) in mm, or None when qform_code is 0 or it is
+    broken; unit: of length, that the header names ("mm", "m", "cm", "um", or "unknown"), unless the reader was told
+    another.
     """
 
     shape: tuple[int, int, int]
@@ -45,7 +46,8 @@ class SourceGrid:
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """Voxels and where they are: array (C, X, Y, Z), affine (4, 4) float64 to mm, and the grid of the file it came from."""
+    """Voxels and where they are: array (C, X, Y, Z), affine (4, 4) float64 to mm, and the grid of the file it came
+    from."""
 
     array: np.ndarray
     affine: np.ndarray

@@ -17,8 +17,8 @@ Features = list[Tensor]  # of one discriminator, layer by layer; the last are it
 
 @dataclass(frozen=True)
 class Slices:
-    """The planes that a discriminator of slices sees: `positions` (B, n) along `axis` 0, 1 or 2. They are the same for real
-    and reconstructed volumes, so that their features can be compared."""
+    """The planes that a discriminator of slices sees: `positions` (B, n) along `axis` 0, 1 or 2. They are the same for
+    real and reconstructed volumes, so that their features can be compared."""
 
     axis: int
     positions: Tensor
@@ -31,8 +31,8 @@ class Slices:
 
 
 def draw_slices(fov: Tensor, count: int, generator: torch.Generator) -> Slices:
-    """Sample an axis, and `count` planes of each volume along it, among the planes that the field of view (B, 1, X, Y, Z)
-    touches."""
+    """Sample an axis, and `count` planes of each volume along it, among the planes that the field of view (B, 1, X, Y,
+    Z) touches."""
     axis = int(torch.randint(3, (), generator=generator, device=generator.device))
     touched = fov.movedim(axis + 2, 1).flatten(2).any(2).float()
     touched = touched + ~touched.any(1, keepdim=True)  # a volume without any: all its planes
@@ -40,8 +40,8 @@ def draw_slices(fov: Tensor, count: int, generator: torch.Generator) -> Slices:
 
 
 class VolumeDiscriminator(nn.Module):
-    """A PatchGAN of slices and one of volumes (Isola et al. 2017). Instance norm makes logits independent of the rest of
-    the batch.
+    """A PatchGAN of slices and one of volumes (Isola et al. 2017). Instance norm makes logits independent of the rest
+    of the batch.
 
     Args:
         in_channels: channels of the volume.
@@ -90,8 +90,8 @@ def feature_matching_loss(real: Sequence[Features], fake: Sequence[Features]) ->
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_weight: Tensor, most: float = 1e4) -> Tensor:
-    """Return the weight that gives `adversarial` the gradient norm of `reconstruction` at the decoder's last layer (Esser et
-    al. 2021, Eq. 7).
+    """Return the weight that gives `adversarial` the gradient norm of `reconstruction` at the decoder's last layer
+    (Esser et al. 2021, Eq. 7).
 
     Both are losses whose graphs are kept. Zero if the reconstruction loss has no gradient there.
     """

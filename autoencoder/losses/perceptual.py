@@ -89,18 +89,21 @@ class VGG16Features(nn.Module):
 
 
 def _read_features(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors `expected` from a safetensors file, in float32. Raises: ValueError if it does not hold exactly those."""
+    """The tensors `expected` from a safetensors file, in float32. Raises: ValueError if it does not hold exactly
+    those."""
     if path.suffix in PICKLES:
         raise ValueError(
-            f"{path}: is a pickle, which can run any code when it is read; only safetensors are loaded. If you trust it, "
-            f"convert it: safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), 'vgg16.safetensors')"
+            f"{path}: is a pickle, which can run any code when it is read; only safetensors are loaded. If you trust "
+            f"it, convert it: safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), "
+            "'vgg16.safetensors')"
         )
     stored = {key: shape for key, shape in stored_shapes([path]).items() if not key.startswith("classifier.")}
     shapes = {key: tuple(value.shape) for key, value in expected.items()}
     if wrong := sorted(key for key in stored.keys() | shapes.keys() if stored.get(key) != shapes.get(key)):
         raise ValueError(
-            f"{path}: is not VGG-16 with torchvision's names: {len(wrong)} tensors are missing, unknown or of another shape, "
-            f"such as {wrong[0]}; give torchvision's vgg16 (without batch norm) as safetensors, or an autoencoder's folder"
+            f"{path}: is not VGG-16 with torchvision's names: {len(wrong)} tensors are missing, unknown or of another "
+            f"shape, such as {wrong[0]}; give torchvision's vgg16 (without batch norm) as safetensors, or an "
+            "autoencoder's folder"
         )
     return {key: value.float() for key, value in load_file(path).items() if key in expected}
 

@@ -1,8 +1,8 @@
 """Reconstruction losses, each averaged over the voxels inside the field of view only. Axes: (B, C, X, Y, Z).
 
 `fov` is boolean, (B, 1, X, Y, Z): False where a volume was padded. Padding has no truth, so it must not pull on the
-model. Each volume counts the same, however much of it is padding: a batch has then the mean loss of its parts, and it makes
-no difference over how many processes, or accumulated parts, it is divided.
+model. Each volume counts the same, however much of it is padding: a batch has then the mean loss of its parts, and it
+makes no difference over how many processes, or accumulated parts, it is divided.
 """
 
 import torch
@@ -14,8 +14,8 @@ from ..vq import QuantisedLatents
 
 
 def masked_mean(values: Tensor, fov: Tensor) -> Tensor:
-    """Mean over volumes of the mean of `values` (B, C, X, Y, Z) over the True voxels of `fov` (B, 1, X, Y, Z), zero where there
-    are none."""
+    """Mean over volumes of the mean of `values` (B, C, X, Y, Z) over the True voxels of `fov` (B, 1, X, Y, Z), zero
+    where there are none."""
     weight = fov.to(values.dtype).expand_as(values)
     return ((values * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1.0)).mean()
 
@@ -57,7 +57,8 @@ def gradient_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor
 def spectrum_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor:
     """Mean squared logarithm of the ratio of powers, over bands of spatial frequency from 0.1 to 0.5 cycles a voxel (a
     ratio of 2 costs 0.48), each the batch's mean under a Hann window. Both have the power of white noise of standard
-    deviation 0.003 (about the steps of 8 bits) added; otherwise flat regions, such as air, would cost more than all the rest.
+    deviation 0.003 (about the steps of 8 bits) added; otherwise flat regions, such as air, would cost more than all the
+    rest.
 
     A decoder that is trained for the mean of all possible volumes loses the fine detail that it cannot know, and the
     power there. This loss restores the power, whatever its phase; the other losses put it in the right places.
@@ -100,7 +101,8 @@ def commitment_loss(latents: QuantisedLatents, fov: Tensor) -> Tensor:
 
 
 def latent_loss(latents: LatentDistribution, fov: Tensor) -> tuple[str, Tensor]:
-    """Return the name and value of the latents' regularization: the KL of a Gaussian posterior, or the commitment to a codebook."""
+    """Return the name and value of the latents' regularization: the KL of a Gaussian posterior, or the commitment to a
+    codebook."""
     if isinstance(latents, QuantisedLatents):
         return "commitment", commitment_loss(latents, fov)
     assert isinstance(latents, DiagonalGaussian3D)

@@ -81,7 +81,7 @@ class Bench:
         return find(self.records, part, job, **arguments)
 
     def _forecast(self, part: str, job: Job) -> Result | None:
-        """Return why a job is skipped, if the growth over smaller sizes shows that it would not fit in memory or time."""
+        """Return why a job is skipped, if smaller sizes show that it would not fit in memory or time."""
         if "shape" not in job.arguments:
             return None
         same = {k: v for k, v in job.arguments.items() if k not in ("shape", "batch")}

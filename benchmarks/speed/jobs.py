@@ -61,7 +61,7 @@ def encoding(
 
 
 def sliding_window_decoding(model: str, shape: Shape, window: int, device: str, precision: str) -> Work:
-    """Decode with MONAI's SlidingWindowInferer over cubes of `window` latent voxels (overlap 0.25, Gaussian blending)."""
+    """Decode with MONAI's SlidingWindowInferer, cubes of `window` latent voxels, overlap 0.25, Gaussian blending."""
     net, latents = build_autoencoder(model, device, precision), noise(latent_shape(shape), device)
     inferer = SlidingWindowInferer(roi_size=window, sw_batch_size=1, overlap=0.25, mode="gaussian")
 
@@ -90,8 +90,8 @@ def decoding_to_disk(shape: Shape, device: str, precision: str, folder: str) -> 
 def seam(model: str, size: int, device: str, *, weights: str | None = None, window: int | None = None) -> Work:
     """Measure the error of decoding in pieces, on the latents of a phantom of `size` ** 3 voxels.
 
-    Ours is decoded in slabs, a peer by a sliding window of `window` latent voxels. Errors are relative to the range of the volume
-    that is decoded at once (largest minus smallest voxel).
+    Ours is decoded in slabs, a peer by a sliding window of `window` latent voxels. Errors are relative to the range of
+    the volume that is decoded at once (largest minus smallest voxel).
     """
     net: Any = build_autoencoder(model, device, "float32", streamed=window is None, weights=weights)
     volume = torch.from_numpy(make_phantom(0, (size, size, size))[0].array)[None].to(device)
@@ -153,7 +153,7 @@ def training_unet(
     checkpointing: bool = False,
     compiled: bool = False,
 ) -> Work:
-    """Run forward, backward and AdamW step on `batch` latents of `shape` (h, w, d); the loss is the mean squared error."""
+    """Run forward, backward and AdamW step on `batch` latents of `shape` (h, w, d); the loss is the MSE."""
     net: Any = UNETS[model]().to(device).train()
     if checkpointing:
         net.enable_gradient_checkpointing()
@@ -217,7 +217,7 @@ def _sample_peer(net: nn.Module, noisy: Tensor, scheduler: Any, steps: int, step
 
 
 def attention_backend(backend: str, shape: Shape, device: str, precision: str) -> Work:
-    """Call our U-Net with one of diffusers' attention backends, and compare with PyTorch's plain one (`_native_math`)."""
+    """Call our U-Net with one of diffusers' attention backends, and compare with its `_native_math`."""
     set_precision(precision)
     net = build_unet("ours", device, precision)
     with torch.no_grad():  # a new U-Net's last layer is zero and would hide errors of attention
@@ -344,7 +344,7 @@ def noise(shape: Sequence[int], device: str, batch: int = 1) -> Tensor:
 
 
 def facts(net: nn.Module, call: Callable[[nn.Module], Any], build: Callable[[], nn.Module]) -> dict[str, int]:
-    """Count the parameters, and the FLOPs of `call` on the meta device: no arithmetic, and no kernel unknown to the counter."""
+    """Count the parameters, and the FLOPs of `call` on the meta device, where no kernel is unknown to the counter."""
     with torch.device("meta"):
         meta = build()
     with FlopCounterMode(display=False) as counter:

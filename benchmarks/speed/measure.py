@@ -1,7 +1,7 @@
 """Measure seconds and peak memory of one job in a fresh process, or report why that failed.
 
-With one process per measurement, the peak belongs to the job and no cache is warm from earlier ones. Linux only: the peak is read
-from and reset in /proc/self (`ru_maxrss` of a process starts at its parent's).
+With one process per measurement, the peak belongs to the job and no cache is warm from earlier ones. Linux only: the
+peak is read from and reset in /proc/self (`ru_maxrss` of a process starts at its parent's).
 """
 
 import functools
@@ -83,8 +83,8 @@ def measure(
 ) -> Result:
     """Call `setup(**arguments)` and time its `run` in a fresh process.
 
-    The first run is a warm-up and does not count, unless it takes more than `seconds` or `repeats` is 0. Then up to `repeats` runs
-    count, for about `seconds`.
+    The first run is a warm-up and does not count, unless it takes more than `seconds` or `repeats` is 0. Then up to
+    `repeats` runs count, for about `seconds`.
 
     Args:
         setup: a top-level function that builds models and inputs.

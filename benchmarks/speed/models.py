@@ -52,7 +52,7 @@ def _ours() -> nn.Module:
 
 
 def _monai() -> nn.Module:
-    """Build MONAI's AutoencoderKL with MAISI's levels and blocks, without attention, which these sizes could not afford."""
+    """Build MONAI's AutoencoderKL with MAISI's levels and blocks, without attention (too large here)."""
 
     def build(last: int) -> nn.Module:
         return AutoencoderKL(

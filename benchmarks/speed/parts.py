@@ -203,9 +203,10 @@ def seam(bench: Bench, sizes: Sizes) -> None:
 
 
 def equal_memory_window(bench: Bench, size: int) -> int:
-    """Return the side, in latent voxels, of the sliding window for which MONAI's autoencoder takes as much memory as our slabs.
+    """Return the side, in latent voxels, of the sliding window with which MONAI takes as much memory as our slabs.
 
-    It follows from the measurements of `coding` for `size` ** 3 voxels: an even number from 4 to 24, or 12 without them.
+    It follows from the measurements of `coding` for `size` ** 3 voxels: an even number from 4 to 24, or 12 without
+    them.
     """
     ours = bench.find("coding", "decoding", model="ours", shape=(size,) * 3, streamed=True, precision="float32")
     peer = bench.find("coding", "decoding", model="monai", precision="float32")

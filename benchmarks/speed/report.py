@@ -87,7 +87,8 @@ def coding(records: list[Record]) -> str:
             growth.append([_coder(series[0]), precision, f"{len(series)}", f"{time:.2f}", f"{memory:.2f}"])
     return (
         text
-        + "Ours streams automatically if a volume's activations exceed 512 MiB, so the two rows of 256^3 are the same work.\n\n"
+        + "Ours streams automatically if a volume's activations exceed 512 MiB, so the two rows of 256^3 are the "
+        + "same work.\n\n"
         + "Growth of decoding as voxels ** exponent:\n\n"
         + table(["", "precision", "sizes", "time", "memory"], growth)
     )
@@ -109,8 +110,9 @@ def long_axis(records: list[Record]) -> str:
         memory, resident = [[r["memory"][k] for r in good] for k in ("above", "peak")]
         off = deviation_from_proportional(depths, [r["seconds"]["median"] for r in good])
         text += (
-            f"\nFrom {depths[0]} to {depths[-1]} planes, peak memory above the baseline rises by {rise(memory):.1%} and resident memory "
-            f"by {rise(resident):.1%} (latents included); time is proportional to the number of planes within {off:.1%}.\n"
+            f"\nFrom {depths[0]} to {depths[-1]} planes, peak memory above the baseline rises by {rise(memory):.1%} "
+            f"and resident memory by {rise(resident):.1%} (latents included); time is proportional to the number of "
+            f"planes within {off:.1%}.\n"
         )
     return text
 
@@ -163,7 +165,10 @@ def _arithmetic(records: list[Record]) -> str:
             work = peer[0]["facts"]["flops"] / ours["facts"]["flops"]
             time = peer[0]["seconds"]["median"] / ours["seconds"]["median"]
             case = f"{ours['batch']} x {shape_text(ours['shape'])}, {ours['precision']}"
-            text += f"- {name}, {case}: MONAI's does {work:.2f} times our FLOPs and takes {time / work:.2f} times as long per FLOP.\n"
+            text += (
+                f"- {name}, {case}: MONAI's does {work:.2f} times our FLOPs and takes {time / work:.2f} times as long "
+                "per FLOP.\n"
+            )
     return text
 
 
@@ -235,8 +240,8 @@ def equal_time(records: list[Record]) -> str:
         f = good[0]["facts"]
         text += (
             f"\nPSNR inside the field of view of {f['held_out_volumes']} held-out volumes; {f['training_volumes']} "
-            f"training volumes ({f['data']}), patches {shape_text(f['crops'])}, batch {f['batch']}, AdamW, the same losses, "
-            f"{f['threads']} CPU threads. "
+            f"training volumes ({f['data']}), patches {shape_text(f['crops'])}, batch {f['batch']}, AdamW, the same "
+            f"losses, {f['threads']} CPU threads. "
             "Where two learning rates were tried, the better one after a quarter of the time continued.\n"
         )
     return text

@@ -2,8 +2,9 @@
 
     python -m benchmarks.speed.run --output out/bench
 
-Run it from the root of the clone. It writes bench.json (after every measurement), plots and performance.md to the folder. Ours and
-peers take turns, so a drift of the machine affects both. A part that fails is recorded and does not stop the others.
+Run it from the root of the clone. It writes bench.json (after every measurement), plots and performance.md to the
+folder. Ours and peers take turns, so a drift of the machine affects both. A part that fails is recorded and does not
+stop the others.
 """
 
 import argparse

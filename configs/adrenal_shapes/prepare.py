@@ -6,9 +6,9 @@ Writes shapes/NAME.nii.gz (uint8, 1 in the gland, else 0) and shapes.csv with na
 diagnosis (normal, hyperplasia); and, for generate.py, conditions.csv of 1,000 rows with the test split's share of each
 diagnosis. Source: Yang et al., MedMNIST v2, Scientific Data 2023; CC BY 4.0.
 
-Voxels are 1 mm a side: the file does not say so, but the paper does, which cut a box of 64 mm around each gland's center;
-that center is put at (0, 0, 0). The file does not say which axis points where, so the array's are taken as they are. It
-does not say either whose the glands are: two are of each patient, and the authors' split keeps them together.
+Voxels are 1 mm a side: the file does not say so, but the paper does, which cut a box of 64 mm around each gland's
+center; that center is put at (0, 0, 0). The file does not say which axis points where, so the array's are taken as they
+are. It does not say either whose the glands are: two are of each patient, and the authors' split keeps them together.
 """
 
 import argparse

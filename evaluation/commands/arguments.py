@@ -1,7 +1,7 @@
 """The arguments of the commands of evaluate.py.
 
-The work of each command is in the module of its name, which is imported when the command runs: arguments are parsed before torch is
-imported, which takes seconds.
+The work of each command is in the module of its name, which is imported when the command runs: arguments are parsed
+before torch is imported, which takes seconds.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Command:
         add_arguments: adds the arguments of this command alone to a parser.
         module: name of the module where it differs from `name`.
         reads_data: whether the command takes `--config`, `--data.*` and the other arguments of `add_common_arguments`.
-        divides: whether all processes run the command and share its work. Other commands run in the main process while the other
-            processes wait.
+        divides: whether all processes run the command and share its work. Other commands run in the main process while
+            the other processes wait.
         makes_folder: whether `--output` is a folder with the page of several reports. Otherwise it is a JSON report.
     """
 
@@ -75,7 +75,8 @@ class Command:
     makes_folder: bool = False
 
     def run(self, options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, object]:
-        """Measure, write the report to `options.output` and return it. `dtype` is the one of autocast; None is float32."""
+        """Measure, write the report to `options.output` and return it. `dtype` is the one of autocast; None is
+        float32."""
         module = importlib.import_module(f"{__package__}.{self.module or self.name}")
         return module.run(options, device, dtype)
 
@@ -109,8 +110,8 @@ def add_common_arguments(parser: ArgumentParser, data: Mapping[str, object] | No
         "--models",
         nargs="+",
         default=[],
-        help="pipelines, autoencoders or LoRAs behind the volumes that neither another option nor the folder of generated "
-        "volumes names; the test set must not contain their training subjects",
+        help="pipelines, autoencoders or LoRAs behind the volumes that neither another option nor the folder of "
+        "generated volumes names; the test set must not contain their training subjects",
     )
     add_overlap_argument(parser)
     parser.add_argument("--device", type=str, help="such as cpu or cuda:1; default: the accelerator if there is one")
@@ -137,7 +138,9 @@ def add_set_arguments(parser: ArgumentParser) -> None:
         nargs="*",
         default=[],
         metavar="NAME=PATH",
-        help="more feature extractors: PATH is the folder of an autoencoder, or a .safetensors file with VGG-16 weights",
+        help=(
+            "more feature extractors: PATH is the folder of an autoencoder, or a .safetensors file with VGG-16 weights"
+        ),
     )
 
 
@@ -196,8 +199,8 @@ def _dice(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--judge_synthetic",
         type=str,
-        help="folder of volumes generated from the masks of the test set: segmenters trained on real volumes segment them too, "
-        "which measures how well they follow their masks",
+        help="folder of volumes generated from the masks of the test set: segmenters trained on real volumes segment "
+        "them too, which measures how well they follow their masks",
     )
     add_choices_argument(parser, "--train_on", SOURCES, "training sets to compare")
     add_training_arguments(
@@ -226,8 +229,8 @@ def _few_labels(parser: ArgumentParser) -> None:
         "--mix",
         choices=["balanced", "plain"],
         default="balanced",
-        help="how `both` mixes: balanced repeats the real volumes until they are about as many as the synthetic ones; plain "
-        "takes each volume once",
+        help="how `both` mixes: balanced repeats the real volumes until they are about as many as the synthetic ones; "
+        "plain takes each volume once",
     )
 
 
@@ -305,8 +308,8 @@ def _all(parser: ArgumentParser) -> None:
         nargs="+",
         type=str,
         default=[],
-        help="folders of generated volumes; dice, few_labels, pretrain and conditions take one. Without this option, --pipeline "
-        "generates volumes from the masks of the training set, into OUTPUT/generated",
+        help="folders of generated volumes; dice, few_labels, pretrain and conditions take one. Without this option, "
+        "--pipeline generates volumes from the masks of the training set, into OUTPUT/generated",
     )
     parser.add_argument(
         "--count", type=Number(PositiveInt), default=1, help="volumes per mask that --pipeline generates"
@@ -341,39 +344,40 @@ _COMMANDS = (
     ),
     Command(
         "few_labels",
-        "Dice on the test set of the small segmenter trained on k labeled real volumes, on synthetic volumes, and on both. "
-        f"{RESUMES}",
+        "Dice on the test set of the small segmenter trained on k labeled real volumes, on synthetic volumes, and on "
+        f"both. {RESUMES}",
         _few_labels,
         divides=True,
     ),
     Command(
         "pretrain",
-        "Dice on the test set of the small segmenter fine-tuned on k labeled real volumes: from scratch, and after pre-training "
-        f"without labels on synthetic or on real volumes. {RESUMES}",
+        "Dice on the test set of the small segmenter fine-tuned on k labeled real volumes: from scratch, and after "
+        f"pre-training without labels on synthetic or on real volumes. {RESUMES}",
         _pretrain,
         divides=True,
     ),
     Command(
         "conditions",
-        "How often a classifier trained on the real training set finds the class that each generated volume was conditioned on, "
-        "compared with how often it is right on the real test set.",
+        "How often a classifier trained on the real training set finds the class that each generated volume was "
+        "conditioned on, compared with how often it is right on the real test set.",
         _conditions,
     ),
     Command(
         "realism",
-        "Features, diversity, slice consistency and intensities of generated volumes, each compared with the difference between "
-        "real training and held-out real volumes.",
+        "Features, diversity, slice consistency and intensities of generated volumes, each compared with the "
+        "difference between real training and held-out real volumes.",
         _realism,
     ),
     Command(
         "shapes",
-        "Sizes, shapes and neighborhoods of labels in generated label maps, compared with the differences between real ones.",
+        "Sizes, shapes and neighborhoods of labels in generated label maps, compared with the differences between "
+        "real ones.",
         _shapes,
     ),
     Command(
         "privacy",
-        "Memorization, membership inference and re-identification: how similar generated volumes are to training volumes, "
-        "compared with how similar held-out real volumes are. In voxels, latents and features.",
+        "Memorization, membership inference and re-identification: how similar generated volumes are to training "
+        "volumes, compared with how similar held-out real volumes are. In voxels, latents and features.",
         _privacy,
     ),
     Command(
@@ -385,8 +389,8 @@ _COMMANDS = (
     ),
     Command(
         "all",
-        "Several commands one after the other, one JSON report each, and the page of `report`. A report that exists with the "
-        "same arguments and files is not measured again; delete it to do so.",
+        "Several commands one after the other, one JSON report each, and the page of `report`. A report that exists "
+        "with the same arguments and files is not measured again; delete it to do so.",
         _all,
         "run_all",
         divides=True,  # as far as its parts do

@@ -1,4 +1,5 @@
-"""What all commands of evaluate.py share: how a command runs, the checks before its work, and the report that it writes."""
+"""What all commands of evaluate.py share: how a command runs, the checks before its work, and the report that it
+writes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ INPUTS = ("synthetic", "judge_synthetic", "vae", "pipeline")  # options that a r
 def run_command(
     command: Command, options: Namespace, device: torch.device, dtype: torch.dtype | None
 ) -> dict[str, object]:
-    """Run a command in all processes, or in the main process alone. Returns the report; {} in processes that only waited."""
+    """Run a command in all processes, or in the main process alone. Returns the report; {} in processes that only
+    waited."""
     state = PartialState()
     if command.divides:  # such a command calls `finishing` for each part of its work
         with lock_report(command, options):
@@ -46,14 +48,15 @@ def run_command(
 
 
 def print_path(command: Command, options: Namespace) -> None:
-    """Print the path of a command's report, in the main process. Commands that write a page print its path themselves."""
+    """Print the path of a command's report, in the main process. Commands that write a page print its path
+    themselves."""
     if PartialState().is_main_process and not command.makes_folder:
         print(f"report: {options.output}", flush=True)
 
 
 def lock_report(command: Command, options: Namespace) -> AbstractContextManager[None]:
-    """Lock a command's report against other processes, in the main process. Folders are locked earlier, before the first volume is
-    generated (`lock_folder`)."""
+    """Lock a command's report against other processes, in the main process. Folders are locked earlier, before the
+    first volume is generated (`lock_folder`)."""
     if command.makes_folder or not PartialState().is_main_process:
         return nullcontext()
     return only_writer_of(options.output, options.wait_minutes)
@@ -102,7 +105,8 @@ def check_test_set(options: Namespace) -> None:
 
 
 def describe_study(name: str, options: Namespace, result: Mapping[str, object]) -> dict[str, object]:
-    """Make the report of a command: its name, the result, the inputs that the options name, the data and the provenance."""
+    """Make the report of a command: its name, the result, the inputs that the options name, the data and the
+    provenance."""
     inputs = {key: options[key] for key in INPUTS if key in options and key not in result}
     return {"evaluation": name, **result, **inputs, "data": dataclasses.asdict(options.data), **provenance()}
 

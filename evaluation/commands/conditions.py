@@ -63,7 +63,8 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
 
 
 def load_sources(options: Namespace) -> dict[str, ClassVolumes]:
-    """Load the volumes "train", "test" and "generated". Raises: ValueError for data without the class or without a split."""
+    """Load the volumes "train", "test" and "generated". Raises: ValueError for data without the class or without a
+    split."""
     config, shape = options.data, tuple(options.shape)
     cases = load_cases(config)
     check_command(NAME, cases, config, vars(options))

@@ -25,7 +25,8 @@ Scores = Mapping[str, Sequence[TrainingResult]]  # by training set
 
 
 def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, object]:
-    """Train and test segmenters. The report is written after every training, so a run that is stopped keeps its results."""
+    """Train and test segmenters. The report is written after every training, so a run that is stopped keeps its
+    results."""
     check_options(options)
     sources = load_sources(options, NAME)
     study = describe_study(
@@ -124,8 +125,9 @@ def print_summary(report: Mapping[str, Any]) -> None:
         gap = adherence["synthetic-real"]
         low, high = gap["interval_subjects"]
         print(
-            f"trained on real: Dice {adherence['synthetic']:.4f} on volumes generated from {adherence['masks']} test masks, "
-            f"{adherence['real']:.4f} on the real volumes; difference {gap['of_means']:+.4f} ({low:+.4f} to {high:+.4f}, over subjects)"
+            f"trained on real: Dice {adherence['synthetic']:.4f} on volumes generated from {adherence['masks']} test "
+            f"masks, {adherence['real']:.4f} on the real volumes; difference {gap['of_means']:+.4f} ({low:+.4f} to "
+            f"{high:+.4f}, over subjects)"
         )
 
 

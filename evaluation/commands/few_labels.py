@@ -1,4 +1,5 @@
-"""`evaluate.py few_labels`: what synthetic volumes add where few real ones have labels (Med-DDPM's test, at several budgets)."""
+"""`evaluate.py few_labels`: what synthetic volumes add where few real ones have labels (Med-DDPM's test, at several
+budgets)."""
 
 import torch
 from jsonargparse import Namespace

@@ -36,8 +36,8 @@ def results_of(report: Mapping[str, Any]) -> list[TrainingResult]:
 class Ledger:
     """The trainings of a report in a file, one row per `TrainingResult`.
 
-    Several processes each add their share of the rows. A process other than the main process keeps its rows in a hidden file beside
-    the report until all are done. The next run finds the hidden files of a run that was killed.
+    Several processes each add their share of the rows. A process other than the main process keeps its rows in a hidden
+    file beside the report until all are done. The next run finds the hidden files of a run that was killed.
 
     Args:
         path: the report. If it exists, its rows are kept and need no training.
@@ -113,8 +113,8 @@ class Ledger:
         cost: Callable[[list[Job]], float],
         together: Callable[[Job], Hashable] = lambda job: job,
     ) -> list[Job]:
-        """Return the jobs of this process. Jobs with the same value of `together` stay in one process; the most expensive groups are
-        assigned first, each to the process with the least work."""
+        """Return the jobs of this process. Jobs with the same value of `together` stay in one process; the most
+        expensive groups are assigned first, each to the process with the least work."""
         groups: dict[Hashable, list[Job]] = {}
         for job in jobs:
             groups.setdefault(together(job), []).append(job)
@@ -164,7 +164,8 @@ def _rows(
 
 
 def content_of(*sources: LoadedPairs) -> str:
-    """Return the sha256 of volumes, labels, names and subjects. It changes when the volumes of a folder are generated again."""
+    """Return the sha256 of volumes, labels, names and subjects. It changes when the volumes of a folder are generated
+    again."""
     digest = hashlib.sha256()
     for source in sources:
         digest.update(json.dumps([(case.name, case.subject) for case in source.cases]).encode())

@@ -1,4 +1,5 @@
-"""`evaluate.py pretrain`: how many labels pre-training on synthetic volumes saves, itself without labels (Medical Diffusion's test)."""
+"""`evaluate.py pretrain`: how many labels pre-training on synthetic volumes saves, itself without labels (Medical
+Diffusion's test)."""
 
 import torch
 from jsonargparse import Namespace

@@ -61,7 +61,8 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
 
 
 def with_autoencoder(options: Namespace) -> Namespace:
-    """Return the options with the autoencoder of `--pipeline` where `--vae` is missing, and without latents where neither is given.
+    """Return the options with the autoencoder of `--pipeline` where `--vae` is missing, and without latents where
+    neither is given.
 
     Raises: ValueError if no space is left.
     """
@@ -155,8 +156,8 @@ def print_summary(result: Mapping[str, Any]) -> None:
         memory = space["memorized"]["similarity"]
         low, high = memory["interval_drawn"]
         print(
-            f"{name}: {memory['fraction']:.1%} of generated volumes are memorized ({low:.1%} to {high:.1%}); by the same "
-            f"threshold, {memory['false_positives']['fraction']:.1%} of held-out real volumes are. Membership AUC "
+            f"{name}: {memory['fraction']:.1%} of generated volumes are memorized ({low:.1%} to {high:.1%}); by the "
+            f"same threshold, {memory['false_positives']['fraction']:.1%} of held-out real volumes are. Membership AUC "
             f"{space['membership']['auc']:.3f}"
         )
     if "loss_membership" in result:

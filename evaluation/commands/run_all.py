@@ -49,7 +49,8 @@ class Part:
 
     Args:
         options: the options as the command's own command line would give them.
-        digest: sha256 of the options and of the files that they name. A report with the same digest is not measured again.
+        digest: sha256 of the options and of the files that they name. A report with the same digest is not measured
+            again.
     """
 
     options: Namespace
@@ -100,8 +101,8 @@ def run_part(name: str, part: Part, progress: LiveBar, device: torch.device, dty
 
 
 def is_measured(part: Part) -> bool:
-    """Whether there is a report of a part that ended, from the same inputs. A damaged report does not count: its part is measured
-    again, or refuses the report itself."""
+    """Whether there is a report of a part that ended, from the same inputs. A damaged report does not count: its part
+    is measured again, or refuses the report itself."""
     try:
         return part.path.is_file() and read_object(part.path).get("inputs") == part.digest
     except ValueError:
@@ -109,7 +110,8 @@ def is_measured(part: Part) -> bool:
 
 
 def plan(options: Namespace) -> tuple[dict[str, Part], dict[str, str]]:
-    """Plan the parts before any work. Returns them, and why some cannot be measured on these data, which is also printed.
+    """Plan the parts before any work. Returns them, and why some cannot be measured on these data, which is also
+    printed.
 
     Raises: ValueError for options that are wrong, and if no part can be measured.
     """
@@ -131,8 +133,8 @@ def plan(options: Namespace) -> tuple[dict[str, Part], dict[str, str]]:
 def attempt(command: Command, options: Namespace, device: torch.device, dtype: torch.dtype | None) -> str | None:
     """Run one command. Returns why it ended without a report, the same in all processes, or None.
 
-    A command that the processes share must end with an error in any of them: the error is raised there, because nobody knows where
-    the other processes are. The reports of earlier parts stay.
+    A command that the processes share must end with an error in any of them: the error is raised there, because nobody
+    knows where the other processes are. The reports of earlier parts stay.
     """
     state, reason = PartialState(), None
     try:
@@ -150,7 +152,8 @@ def attempt(command: Command, options: Namespace, device: torch.device, dtype: t
 def plan_part(name: str, options: Namespace, folder: Path) -> Part:
     """Make the options of one part, as its own command line would give them.
 
-    Raises: ValueError for several folders of generated volumes where the part takes one, and for an unknown option in `--set`.
+    Raises: ValueError for several folders of generated volumes where the part takes one, and for an unknown option in
+    `--set`.
     """
     settings = [(option, value.split()) for part, option, value in map(_split, options.set) if part == name]
     args = part_arguments(name, options, settings)
@@ -168,7 +171,8 @@ def plan_part(name: str, options: Namespace, folder: Path) -> Part:
 
 
 def part_arguments(name: str, options: Namespace, settings: Sequence[tuple[str, list[str]]]) -> list[str]:
-    """Make the command line of one part, without `--config` and `--output`. `settings` are the part's options in `--set`.
+    """Make the command line of one part, without `--config` and `--output`. `settings` are the part's options in
+    `--set`.
 
     Raises: ValueError as `plan_part`.
     """
@@ -194,7 +198,8 @@ def part_arguments(name: str, options: Namespace, settings: Sequence[tuple[str, 
 
 
 def digest_inputs(args: Sequence[str], options: Namespace, paths: Sequence[Path]) -> str:
-    """Return the sha256 of a command line, of the data, and of the names, sizes and times of all files that are read."""
+    """Return the sha256 of a command line, of the data, and of the names, sizes and times of all files that are
+    read."""
     files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     cases = load_cases(options.data)
     for case in cases:

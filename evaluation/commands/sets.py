@@ -23,8 +23,8 @@ from volumes import load_cases
 def load_sets(options: Namespace, command: str) -> tuple[dict[str, VolumeSet], dict[str, str]]:
     """Load the sets "training", "test" and "generated". Returns them, and the reason for each file that was refused.
 
-    Raises: ValueError for sets that the command cannot compare (`evaluation.studies.limits`): by the number of cases, before a volume
-    is read, and again without the refused files.
+    Raises: ValueError for sets that the command cannot compare (`evaluation.studies.limits`): by the number of cases,
+    before a volume is read, and again without the refused files.
     """
     cases = load_cases(options.data)
     check_command(command, cases, options.data, vars(options))
@@ -38,8 +38,8 @@ def load_sets(options: Namespace, command: str) -> tuple[dict[str, VolumeSet], d
 
 
 def load_extractors(options: Namespace, device: torch.device) -> dict[str, nn.Module]:
-    """Load feature extractors by name: "random", which needs no file; "encoder" with `--vae`; and those of `--extractor`, VGG-16 in
-    three planes.
+    """Load feature extractors by name: "random", which needs no file; "encoder" with `--vae`; and those of
+    `--extractor`, VGG-16 in three planes.
 
     Raises: ValueError for an entry that is not NAME=PATH, a name that is taken, and a file that cannot be used.
     """
@@ -61,8 +61,8 @@ def load_extractors(options: Namespace, device: torch.device) -> dict[str, nn.Mo
 
 
 def describe_sets(sets: dict[str, VolumeSet], splits: Sequence[str]) -> dict[str, dict[str, int | list[str]]]:
-    """Count the volumes and subjects of each set. Adds the splits of the test set, and how many generated volumes come from the masks
-    of each real set."""
+    """Count the volumes and subjects of each set. Adds the splits of the test set, and how many generated volumes come
+    from the masks of each real set."""
     counts: dict[str, dict[str, int | list[str]]] = {
         name: {"volumes": len(volumes), "subjects": len(set(volumes.subjects))} for name, volumes in sets.items()
     }

@@ -187,7 +187,8 @@ def make_budget_ledger(
 
 
 def print_budgets(report: Mapping[str, Any], how: Literal["differences", "ratios"]) -> None:
-    """Print the mean Dice of every arm and budget, and their ratios or differences with intervals over seeds and subjects."""
+    """Print the mean Dice of every arm and budget, and their ratios or differences with intervals over seeds and
+    subjects."""
     if not PartialState().is_main_process:
         return
     for arm, budgets in report["dice"].items():
@@ -198,7 +199,8 @@ def print_budgets(report: Mapping[str, Any], how: Literal["differences", "ratios
         for labels, compared in budgets.items():
             seeds, subjects = (_format_interval(compared[f"interval_{unit}"]) for unit in ("seeds", "subjects"))
             print(
-                f"{printable(name)}, labels {printable(labels)}: {compared['of_means']:.4f}{seeds} over seeds,{subjects} over subjects"
+                f"{printable(name)}, labels {printable(labels)}: {compared['of_means']:.4f}{seeds} over "
+                f"seeds,{subjects} over subjects"
             )
 
 

@@ -1,7 +1,8 @@
-"""Anonymized volumes: generate a volume from a real case's mask, and record its similarity to that case and to all training volumes.
+"""Anonymized volumes: generate a volume from a real case's mask, and record its similarity to that case and to all
+training volumes.
 
-The mask is the patient's, and reveals something of the patient (docs/evaluation.md, re-identification); edit or deform it where that
-matters. Images are compared, not masks: `CopyCheck`.
+The mask is the patient's, and reveals something of the patient (docs/evaluation.md, re-identification); edit or deform
+it where that matters. Images are compared, not masks: `CopyCheck`.
 """
 
 import dataclasses
@@ -32,17 +33,18 @@ def anonymized(
 
     Args:
         mask: of the case.
-        image: of the case, in file units: a path or a NIfTI image, or a dict of them for several channels. It is only compared; the
-            pipeline never sees it.
+        image: of the case, in file units: a path or a NIfTI image, or a dict of them for several channels. It is only
+            compared; the pipeline never sees it.
         known: fingerprints of the training volumes, with the threshold that real patients set
             (`python -m evaluation.copies.fingerprints`); the case is added to them.
         seed: of the first attempt; it rises by one with each attempt.
         most: maximum number of attempts.
         settings: further arguments of the pipeline, such as labels and num_inference_steps.
-    Returns: the volume as the pipeline returns it ("nifti"), and its record, with "copy_check": {"threshold", "similarity" to the
-        nearest of all, "patient_similarity" to the case}, and "rejected": the attempts that were copies.
-    Raises: ValueError if every attempt was a copy, for `paths`, and if the threshold of `known` was set with training volumes of the
-        pipeline.
+    Returns: the volume as the pipeline returns it ("nifti"), and its record, with "copy_check": {"threshold",
+        "similarity" to the nearest of all, "patient_similarity" to the case}, and "rejected": the attempts that were
+        copies.
+    Raises: ValueError if every attempt was a copy, for `paths`, and if the threshold of `known` was set with training
+        volumes of the pipeline.
     """
     if "paths" in settings:
         raise ValueError(

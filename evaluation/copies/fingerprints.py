@@ -1,17 +1,20 @@
 """Check volumes for copies of training volumes while generating, without the training scans:
 
-python -m evaluation.copies.fingerprints --config configs/hippocampus/ldm.yaml --flips 0 --output out/fingerprints.safetensors
-python generate.py ... --reject_copies out/fingerprints.safetensors
+python -m evaluation.copies.fingerprints --config configs/hippocampus/ldm.yaml --flips 0 --output
+out/fingerprints.safetensors python generate.py ... --reject_copies out/fingerprints.safetensors
 
-A `CopyCheck` holds a fingerprint of each training volume: the means of blocks of `block` voxels in a crop about the center.
+A `CopyCheck` holds a fingerprint of each training volume: the means of blocks of `block` voxels in a crop about the
+center.
 
-What fingerprints reveal: each is a blurred scan. Coarse anatomy is visible (with blocks of 4 voxels, 1/64 of the numbers). Anyone with a
-patient's scan, name or number can tell whether it was in the training set (the check does just that), and two fingerprints of one patient
-can be matched. Only fine texture and everything outside the crop are absent. So they are personal data wherever the scans are: publish
-them only with public scans. With blocks of 1 voxel they are the scans, and are not written to files.
+What fingerprints reveal: each is a blurred scan. Coarse anatomy is visible (with blocks of 4 voxels, 1/64 of the
+numbers). Anyone with a patient's scan, name or number can tell whether it was in the training set (the check does just
+that), and two fingerprints of one patient can be matched. Only fine texture and everything outside the crop are absent.
+So they are personal data wherever the scans are: publish them only with public scans. With blocks of 1 voxel they are
+the scans, and are not written to files.
 
-What they cannot distinguish: volumes that agree in all but fine detail. Set the threshold by `calibrated`, on unseen real volumes, as the
-command does. A fraction `--alpha` of volumes that are not copies is refused then, too, and generated again.
+What they cannot distinguish: volumes that agree in all but fine detail. Set the threshold by `calibrated`, on unseen
+real volumes, as the command does. A fraction `--alpha` of volumes that are not copies is refused then, too, and
+generated again.
 """
 
 import dataclasses
@@ -49,7 +52,10 @@ def parse(args: Sequence[str] | None) -> Namespace:
         "--crop",
         type=Number(PositiveInt),
         nargs=3,
-        help="voxels about the center to compare, multiples of the block; default: the part that all training volumes have",
+        help=(
+            "voxels about the center to compare, multiples of the block; default: the part that all training volumes "
+            "have"
+        ),
     )
     parser.add_argument(
         "--shift",
@@ -124,12 +130,12 @@ class CopyCheck:
     """Standardized fingerprints (R, C, h, w, d) of training volumes, and how to compare volumes with them.
 
     Args:
-        shift, flips: a volume is moved by up to `shift` voxels along each axis and mirrored along every combination of `flips`. So a
-            copy moved by whole voxels is found like one that was not, if it extends `shift` voxels beyond the crop; elsewhere its edge
-            is repeated.
+        shift, flips: a volume is moved by up to `shift` voxels along each axis and mirrored along every combination of
+            `flips`. So a copy moved by whole voxels is found like one that was not, if it extends `shift` voxels beyond
+            the crop; elsewhere its edge is repeated.
         threshold: similarity above which a volume is a copy.
-        subjects: marks (`volumes.data.subjects.marks_of`) of the "training" volumes and of the "unseen" ones that set the threshold.
-            They tell a model whether the fingerprints are of its own training set.
+        subjects: marks (`volumes.data.subjects.marks_of`) of the "training" volumes and of the "unseen" ones that set
+            the threshold. They tell a model whether the fingerprints are of its own training set.
     """
 
     fingerprints: Tensor
@@ -144,7 +150,8 @@ class CopyCheck:
     def of(
         cls, volumes: Volumes, crop: Sides, *, block: int = 4, flips: tuple[int, ...] = (), shift: int = 2
     ) -> "CopyCheck":
-        """Make the fingerprints of training volumes (C, X, Y, Z). Raises: ValueError for a crop that is not a multiple of the block."""
+        """Make the fingerprints of training volumes (C, X, Y, Z). Raises: ValueError for a crop that is not a multiple
+        of the block."""
         if any(side % block for side in crop):
             raise ValueError(f"crop {crop}: each side must be a multiple of the block, {block} voxels")
         prints = [_blocks(_with_edges(volume, crop), block) for volume in volumes]
@@ -281,18 +288,18 @@ def check_unseen_subjects(known: CopyCheck, records: Sequence[Mapping[str, Any]]
     unseen = known.subjects.get("unseen", [])
     if count := sum(seen(records, marks, ["train"]) is not None for marks in unseen):
         raise ValueError(
-            f"{name}: {count} of the {len(unseen)} volumes that set its threshold are among the model's training volumes, "
-            "so copies would pass; make the fingerprints with the split of the model's training (data.split, "
-            "data.test_fraction, data.split_seed, data.subject as in the config.yaml of its run). If they are other people who "
-            "only share names, make them with --accept_overlap"
+            f"{name}: {count} of the {len(unseen)} volumes that set its threshold are among the model's training "
+            "volumes, so copies would pass; make the fingerprints with the split of the model's training (data.split, "
+            "data.test_fraction, data.split_seed, data.subject as in the config.yaml of its run). If they are other "
+            "people who only share names, make them with --accept_overlap"
         )
     if known.subjects and (missing := unknown_volumes(records, known.subjects.get("training", []))):
         logger.warning("%s: %d training volumes of the model have no fingerprint; copies of them pass", name, missing)
 
 
 def copy_check(path: str | Path, data: DataDescription, records: Sequence[Mapping[str, Any]] = ()) -> Check:
-    """Make the check of `generate.py --reject_copies` for a pipeline with this `data`. It records {"fingerprints": sha256 of the file,
-    "threshold", "similarity"}.
+    """Make the check of `generate.py --reject_copies` for a pipeline with this `data`. It records {"fingerprints":
+    sha256 of the file, "threshold", "similarity"}.
 
     Args:
         records: the pipeline's `training_subjects`.
@@ -345,20 +352,22 @@ def main(args: Sequence[str] | None = None) -> CopyCheck:
     count = len(set(subjects))
     low, high = wilson(options.alpha, count)
     print(
-        f"{len(known)} fingerprints of {len(seen)} subjects, {check.crop} voxels in blocks of {check.block}: {options.output}\n"
-        f"threshold {check.threshold:.4f}, which {options.alpha:g} of unseen subjects exceed ({low:.3f} to {high:.3f}, from "
-        f"{len(others)} volumes of {count} subjects); their median similarity to the nearest is {np.median(scores):.4f}"
+        f"{len(known)} fingerprints of {len(seen)} subjects, {check.crop} voxels in blocks of {check.block}: "
+        f"{options.output}\nthreshold {check.threshold:.4f}, which {options.alpha:g} of unseen subjects exceed "
+        f"({low:.3f} to {high:.3f}, from {len(others)} volumes of {count} subjects); their median similarity to the "
+        f"nearest is {np.median(scores):.4f}"
     )
     return check
 
 
 def default_crop(volumes: Volumes, block: int, shift: int) -> Sides:
-    """Return the crop that all volumes contain wherever a copy was moved, in whole blocks. Raises: ValueError for less than two blocks."""
+    """Return the crop that all volumes contain wherever a copy was moved, in whole blocks. Raises: ValueError for less
+    than two blocks."""
     sides = common_crop(volumes)
     x, y, z = ((side - 2 * shift) // block * block for side in sides)
     if min(x, y, z) < 2 * block:
         raise ValueError(
-            f"the smallest sides of the training volumes are {sides}: too few for two blocks of {block} voxels and shifts of {shift}; "
-            "give a smaller --block or --shift, or a --crop (edges of smaller volumes are repeated)"
+            f"the smallest sides of the training volumes are {sides}: too few for two blocks of {block} voxels and "
+            f"shifts of {shift}; give a smaller --block or --shift, or a --crop (edges of smaller volumes are repeated)"
         )
     return x, y, z

@@ -2,9 +2,10 @@
 
 python -m evaluation.data.label_budget --config configs/hippocampus/ldm.yaml --k 16 --seed 0 --output out/k16/table.csv
 
-Writes the table, whose rows are the k volumes and the test split's, and beside it `<table>_masks.csv` with the masks of the k and
-`<table>_test_masks.csv` with those of the test split, for `generate.py --conditions`. Prints the arguments that make the trainings
-read the table. `--data.root DIR` and the like override the config's section `data`. docs/usefulness.md has the whole sequence.
+Writes the table, whose rows are the k volumes and the test split's, and beside it `<table>_masks.csv` with the masks of
+the k and `<table>_test_masks.csv` with those of the test split, for `generate.py --conditions`. Prints the arguments
+that make the trainings read the table. `--data.root DIR` and the like override the config's section `data`.
+docs/usefulness.md has the whole sequence.
 """
 
 import csv
@@ -47,8 +48,9 @@ from .pairs import learning_cases, test_cases
 def draw_labeled(cases: Sequence[Case], k: int, seed: int) -> list[int]:
     """Indices into `cases` of the k volumes that count as labeled.
 
-    Subjects come in the order of a hash of (seed, name), each with all its volumes, until there are k: of the last subject some
-    volumes may be left out. So the first 8 are among the 16 of the same seed, and neither files nor machines change the draw.
+    Subjects come in the order of a hash of (seed, name), each with all its volumes, until there are k: of the last
+    subject some volumes may be left out. So the first 8 are among the 16 of the same seed, and neither files nor
+    machines change the draw.
 
     Raises: ValueError unless there are k volumes, at least 1.
     """
@@ -63,7 +65,8 @@ def draw_labeled(cases: Sequence[Case], k: int, seed: int) -> list[int]:
 
 
 def budget(text: str, available: int) -> int:
-    """How many labeled volumes `8` or `all` asks for. Raises: ValueError for other texts, and for more than are available."""
+    """How many labeled volumes `8` or `all` asks for. Raises: ValueError for other texts, and for more than are
+    available."""
     if text == "all":
         return available
     if not text.isdecimal() or not 1 <= int(text) <= available:
@@ -72,8 +75,8 @@ def budget(text: str, available: int) -> int:
 
 
 def restrict(config: DataConfig, k: int, seed: int, table: Path) -> DataConfig:
-    """Write a table of k labeled volumes of the training split, as "train", and of the whole test split; return the config
-    that reads it. All other volumes are in neither: no training sees them.
+    """Write a table of k labeled volumes of the training split, as "train", and of the whole test split; return the
+    config that reads it. All other volumes are in neither: no training sees them.
 
     Raises: ValueError for data that no table can name: phantoms, files found by `*`, and several patterns.
     """

@@ -13,8 +13,8 @@ from volumes.description import DataDescription
 def in_model_units(image: Any, data: DataDescription) -> np.ndarray:
     """(C, X, Y, Z) float32 in [0, 1] of what the pipeline returns or writes.
 
-    Channels are scaled back by the scales that `data` names (of kind percentile the medians over the training set), by which
-    the pipeline brought them to the units of files: no statistics of the volume itself are taken.
+    Channels are scaled back by the scales that `data` names (of kind percentile the medians over the training set), by
+    which the pipeline brought them to the units of files: no statistics of the volume itself are taken.
 
     Args:
         image: a NIfTI image or path, or {channel: image} of all channels of the data.

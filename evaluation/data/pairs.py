@@ -1,7 +1,7 @@
 """What the segmenter learns from and is judged on: pairs of volume and mask, real or generated, at one size.
 
-Volumes generated from a mask are found by its file name, as generate.py writes them: `<mask>_000.nii.gz`, or `<mask>.nii.gz`, on the
-mask's grid; of several channels `<mask>_000_<channel>.nii.gz` each.
+Volumes generated from a mask are found by its file name, as generate.py writes them: `<mask>_000.nii.gz`, or
+`<mask>.nii.gz`, on the mask's grid; of several channels `<mask>_000_<channel>.nii.gz` each.
 """
 
 from collections.abc import Sequence
@@ -39,15 +39,16 @@ NAMES = {"train": "training", "test": "test"}  # of the splits, in messages
 
 @dataclass(frozen=True)
 class Pair:
-    """One volume to learn from or be judged on: the case whose mask it has, and its files, one per channel, if they are not the
-    case's own."""
+    """One volume to learn from or be judged on: the case whose mask it has, and its files, one per channel, if they are
+    not the case's own."""
 
     case: Case
     generated: tuple[Path, ...] | None = None
 
 
 def learning_cases(cases: Sequence[Case]) -> list[Case]:
-    """Cases that a model may have learned from: all but the test split, sorted by name. Raises ValueError if there is none."""
+    """Cases that a model may have learned from: all but the test split, sorted by name. Raises ValueError if there is
+    none."""
     return _with_masks([case for case in cases if case.split != "test"], "train")
 
 
@@ -57,14 +58,14 @@ def test_cases(cases: Sequence[Case]) -> list[Case]:
 
 
 def generated_pairs(cases: Sequence[Case], folder: Path, split: Literal["train", "test"] = "train") -> list[Pair]:
-    """The volumes in `folder` that were generated from the masks of `learning_cases(cases)`, in the order of the cases; with
-    `split="test"` those from the masks of `test_cases(cases)`, to be judged and never to be learned from.
+    """The volumes in `folder` that were generated from the masks of `learning_cases(cases)`, in the order of the cases;
+    with `split="test"` those from the masks of `test_cases(cases)`, to be judged and never to be learned from.
 
-    A volume made from a mask of the other split, or from an unknown mask, is left out: learning from it would be cheating.
-    With `split="train"` those follow whose mask was generated too, and lies in the folder's `masks/`, as `generate.py
-    --masks generate:...` writes it; their case is a subject of its own.
-    A channel that was given, and not generated, is the case's own file, if the sidecar says that it was given that one.
-    Raises ValueError for a missing folder, for one without a volume to learn from, and for a volume that lacks a channel.
+    A volume made from a mask of the other split, or from an unknown mask, is left out: learning from it would be
+    cheating. With `split="train"` those follow whose mask was generated too, and lies in the folder's `masks/`, as
+    `generate.py --masks generate:...` writes it; their case is a subject of its own. A channel that was given, and not
+    generated, is the case's own file, if the sidecar says that it was given that one. Raises ValueError for a missing
+    folder, for one without a volume to learn from, and for a volume that lacks a channel.
     """
     if not folder.is_dir():
         raise ValueError(
@@ -87,7 +88,8 @@ def generated_pairs(cases: Sequence[Case], folder: Path, split: Literal["train",
         pairs += _of_generated_masks(folder, files, channels, masks)
     if not pairs:
         raise ValueError(
-            f"{folder}: none of its {len(files)} volumes is named after a mask of the {NAMES[split]} split (<mask>_000.nii.gz)"
+            f"{folder}: none of its {len(files)} volumes is named after a mask of the {NAMES[split]} split "
+            "(<mask>_000.nii.gz)"
         )
     return pairs
 
@@ -95,8 +97,8 @@ def generated_pairs(cases: Sequence[Case], folder: Path, split: Literal["train",
 def _of_generated_masks(
     folder: Path, files: Sequence[Path], channels: Sequence[str], known: dict[str, Case]
 ) -> list[Pair]:
-    """The volumes whose mask, by their sidecar, is in `folder`/masks. Raises: ValueError if that is not the mask that they were
-    made from."""
+    """The volumes whose mask, by their sidecar, is in `folder`/masks. Raises: ValueError if that is not the mask that
+    they were made from."""
     pairs = []
     for volume, parts in _volumes(files, channels):
         path = folder / f"{volume}.nii.gz"
@@ -120,8 +122,8 @@ def _of_generated_masks(
 
 @dataclass(frozen=True)
 class LoadedPairs:
-    """Images (N, C, X, Y, Z) float32 in [0, 1], label indices (N, X, Y, Z) uint8, the case of each, and the refused files: (name of
-    the case, reason)."""
+    """Images (N, C, X, Y, Z) float32 in [0, 1], label indices (N, X, Y, Z) uint8, the case of each, and the refused
+    files: (name of the case, reason)."""
 
     images: Tensor
     labels: Tensor
@@ -142,9 +144,10 @@ class LoadedPairs:
 def load_pairs(pairs: Sequence[Pair], config: DataConfig, shape: tuple[int, int, int]) -> LoadedPairs:
     """Read the pairs and bring them to `shape`.
 
-    Each channel of each volume is scaled by its own percentiles 0.5 and 99.5, whatever scaling the config names for the models, and
-    each volume is center-cropped or zero-padded. A volume that cannot be read or is not on its mask's grid raises VolumeError, which
-    names the file, or with `on_error: skip` is left out and listed; nothing left to use raises ValueError.
+    Each channel of each volume is scaled by its own percentiles 0.5 and 99.5, whatever scaling the config names for the
+    models, and each volume is center-cropped or zero-padded. A volume that cannot be read or is not on its mask's grid
+    raises VolumeError, which names the file, or with `on_error: skip` is left out and listed; nothing left to use
+    raises ValueError.
     """
     images, labels, used, skipped = [], [], [], []
     for pair in pairs:
@@ -165,7 +168,8 @@ def load_pairs(pairs: Sequence[Pair], config: DataConfig, shape: tuple[int, int,
 
 
 def label_values(config: DataConfig) -> list[int]:
-    """Label values of the data in the order of their indices; the first is the background. Raises ValueError unless there are two."""
+    """Label values of the data in the order of their indices; the first is the background. Raises ValueError unless
+    there are two."""
     values = sorted(config.label_names or (PHANTOM_LABELS if config.phantom else {}))
     if len(values) < 2:
         raise ValueError(f"data: label_names has {len(values)} labels; a segmenter needs the background and one more")
@@ -239,7 +243,8 @@ def _volumes(files: Sequence[Path], channels: Sequence[str]) -> list[tuple[str, 
 
 
 def _given(path: Path, channel: str, case: Case) -> Path:
-    """The case's own file of a channel that the volume at `path` was given. Raises: ValueError if its sidecar does not say so."""
+    """The case's own file of a channel that the volume at `path` was given. Raises: ValueError if its sidecar does not
+    say so."""
     record = read_sidecar(path) or {}
     given = (record.get("images") or {}).get(channel)
     if given is None or given.get("sha256") != describe_mask(case.images[channel])["sha256"]:

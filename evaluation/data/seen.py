@@ -1,4 +1,5 @@
-"""Check that a model was not trained on the volumes that test it, and that its training volumes were prepared like these."""
+"""Check that a model was not trained on the volumes that test it, and that its training volumes were prepared like
+these."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +28,10 @@ from volumes.data.subjects import (
 logger = logging.getLogger(__name__)
 ACCEPT = "add --accept_overlap"
 PREPARED = "Give `data` as in the model's training, or a model that was trained on volumes prepared like this"
-UNKNOWN = "its record of training subjects is not complete (it is older), so whether it has seen the test subjects was not checked"
+UNKNOWN = (
+    "its record of training subjects is not complete (it is older), so whether it has seen the test subjects was not "
+    "checked"
+)
 
 
 def check_models(
@@ -42,7 +46,8 @@ def check_models(
     """Check models before they are tested on the real volumes of some splits of `config`.
 
     Args:
-        models: folders, LoRA files or repositories of the Hub. Both their training subjects and their preprocessing are checked.
+        models: folders, LoRA files or repositories of the Hub. Both their training subjects and their preprocessing are
+            checked.
         others: folders of models of which only the training subjects are checked.
         generated: folders of generate.py. The training subjects of the models that generated the volumes are checked.
         accepted: whether equal names of subjects (not equal voxels) are other people; they are logged.

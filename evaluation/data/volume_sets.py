@@ -22,8 +22,8 @@ class VolumeSet:
     Args:
         volumes: arrays, or a sequence that reads them on access.
         names: of the volumes; numbers by default.
-        subjects: the independent units, which bootstraps resample: the patient, or for a generated volume the patient whose mask
-            was used. By default every volume is its own subject.
+        subjects: the independent units, which bootstraps resample: the patient, or for a generated volume the patient
+            whose mask was used. By default every volume is its own subject.
         masks: for generated volumes, the name of the real volume whose mask each was generated from, or None.
         spacings: mm between voxels of each; 1 mm by default.
     Raises: ValueError for no volumes, and for another number of names, subjects, spacings or masks.
@@ -54,7 +54,8 @@ class VolumeSet:
 
 
 def real_set(cases: Sequence[Case], config: DataConfig, splits: Sequence[str]) -> tuple[VolumeSet, dict[str, str]]:
-    """Load the real volumes of some splits, (C, X, Y, Z) float32 in [0, 1]: scaled as for a model, at the data's spacing.
+    """Load the real volumes of some splits, (C, X, Y, Z) float32 in [0, 1]: scaled as for a model, at the data's
+    spacing.
 
     Returns: the set, and the files that could not be read (with `on_error: skip`) with the reason.
     Raises: ValueError if no case is in these splits.
@@ -75,9 +76,9 @@ def generated_set(
 ) -> tuple[VolumeSet, dict[str, str]]:
     """Load the volumes that generate.py wrote to `folders`, scaled exactly as `real_set` scales real ones.
 
-    The mask of a volume is recognized by the mask file's sha256 in its sidecar, so files of real data may be anywhere and have equal
-    names. The subject of a volume is the patient of its mask, or the volume itself for an unknown mask. The names are those of the
-    files, preceded by the folder's if there are several folders.
+    The mask of a volume is recognized by the mask file's sha256 in its sidecar, so files of real data may be anywhere
+    and have equal names. The subject of a volume is the patient of its mask, or the volume itself for an unknown mask.
+    The names are those of the files, preceded by the folder's if there are several folders.
 
     Returns: the set, and the files that could not be read (with `on_error: skip`) with the reason.
     Raises: ValueError for a folder that is missing, has no volume, or lacks a channel of the data.
@@ -107,7 +108,8 @@ def generated_set(
 
 
 def generated_cases(folder: Path, config: DataConfig) -> list[Case]:
-    """List the volumes in `folder` by their sidecars, sorted by name, with the requested classes and numbers as metadata.
+    """List the volumes in `folder` by their sidecars, sorted by name, with the requested classes and numbers as
+    metadata.
 
     Raises: ValueError for a folder without volumes, and for a volume without a file for each channel of the data.
     """

@@ -214,7 +214,8 @@ def before_training(config: DataConfig, sections: Mapping[str, Any], folder: Pat
 
 
 def check_model(examined: Sequence[Examined], config: DataConfig, sections: Mapping[str, Any], folder: Path) -> Checks:
-    """Build the model section and run it without values: patches, padding, memory; and the weights a small set may start from."""
+    """Build the model section and run it without values: patches, padding, memory; and the weights a small set may
+    start from."""
     latent = "vae" in sections
     if wrong := check_settings(sections):
         return [*wrong, *check_size(examined, None, latent)], {}

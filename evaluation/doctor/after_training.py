@@ -1,5 +1,5 @@
-"""Checks after training: whether the latents match their stored statistics, and whether the autoencoder or the diffusion limits
-quality."""
+"""Checks after training: whether the latents match their stored statistics, and whether the autoencoder or the
+diffusion limits quality."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -29,8 +29,8 @@ DRIFT = 0.25  # standard deviations that the mean may be off, and fraction that 
 INFORMED = 0.1  # fraction of a channel's variance that is signal, below which the channel is dead
 BANDS = (0.1, 0.2, 0.3, 0.4, 0.5)  # cycles/voxel; 16 voxels per side are enough for them
 LEVELS = np.linspace(0, 1, 101)
-# Fraction of the generated volumes' distance that reconstructions alone account for: above the first the autoencoder limits
-# quality, below the second the diffusion does.
+# Fraction of the generated volumes' distance that reconstructions alone account for: above the first the autoencoder
+# limits quality, below the second the diffusion does.
 LIMITS = 0.7
 FREE = 0.4
 
@@ -80,12 +80,15 @@ def check_latents(summary: LatentSummary) -> list[Finding]:
     """Check a `latent_summary`: drift from the stored statistics, dead channels, outlying volumes."""
     findings = []
     mean, std, informed = (np.array(summary[key]) for key in ("mean", "std", "informed"))
-    text = f"standardized, mean {np.abs(mean).max():.2f} at most and std {std.min():.2f} to {std.max():.2f} (0 and 1 are right)"
+    text = (
+        f"standardized, mean {np.abs(mean).max():.2f} at most and std {std.min():.2f} to {std.max():.2f} (0 and 1 are "
+        "right)"
+    )
     drifted = np.flatnonzero((np.abs(mean) > DRIFT) | (np.abs(std - 1) > DRIFT)).tolist()
     if drifted:
         remedy = (
-            "the stored latents_mean and latents_std belong to other data or weights: finish train_vae.py on this set, and "
-            "train the U-Net again"
+            "the stored latents_mean and latents_std belong to other data or weights: finish train_vae.py on this "
+            "set, and train the U-Net again"
         )
         findings.append(warn("latents", f"{text}: channels {drifted} are off", remedy))
     else:
@@ -105,8 +108,8 @@ def check_latents(summary: LatentSummary) -> list[Finding]:
 def distances(volumes: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> Distances:
     """Return distances between two sets of volumes (X, Y, Z) in [0, 1], 0 if they agree.
 
-    Returns: {"intensity": Wasserstein-1 distance of the pooled intensities, "spectrum": mean |dB| of power from 0.1 to 0.5
-        cycles/voxel, "sharpness": |log| of the ratio of mean gradients}.
+    Returns: {"intensity": Wasserstein-1 distance of the pooled intensities, "spectrum": mean |dB| of power from 0.1 to
+        0.5 cycles/voxel, "sharpness": |log| of the ratio of mean gradients}.
     """
     quantiles = [np.quantile(np.concatenate([v.ravel() for v in part]), LEVELS) for part in (volumes, reference)]
     shape: Any = np.min([v.shape for part in (volumes, reference) for v in part], axis=0).tolist()
@@ -133,7 +136,8 @@ def compare_limits(
         dataset: real volumes, best of the test set.
         floor: other real volumes, which show how far real volumes are from each other.
         steps: denoising steps.
-    Returns: `distances` from the real volumes: {"reconstructed", "generated", "floor"}; no "floor" without such volumes.
+    Returns: `distances` from the real volumes: {"reconstructed", "generated", "floor"}; no "floor" without such
+    volumes.
     Raises: ValueError if the pipeline cannot generate from these conditions.
     """
     real: list[np.ndarray] = []
@@ -188,7 +192,10 @@ def check_limits(limits: dict[str, Distances], count: int) -> list[Finding]:
         if floor is not None and generated <= floor:
             findings.append(ok("quality", f"{text}: as near as real volumes are to each other"))
         elif decoded >= LIMITS * generated:
-            remedy = "sharpen or lengthen the autoencoder (configs/hippocampus/sharpen.yaml, more latent_channels, larger patches)"
+            remedy = (
+                "sharpen or lengthen the autoencoder (configs/hippocampus/sharpen.yaml, more latent_channels, larger "
+                "patches)"
+            )
             findings.append(warn("quality", f"{text}: the autoencoder limits it", remedy))
         elif decoded <= FREE * generated:
             remedy = "train the U-Net longer or wider, or take more denoising steps"

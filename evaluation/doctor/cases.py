@@ -66,11 +66,12 @@ def names(files: Sequence[str], most: int = 5) -> str:
 class Examined:
     """The values kept from a case.
 
-    `shape` and `spacing` (mm) are the file's, in RAS+ order; `model_shape` is what a model sees. By channel: `low` and `high`,
-    the scale in file units; `highest`, the largest intensity; `clipped`, the fraction of voxels outside the scale, and `above`, the
-    fraction above it; `covered`, the fraction of the scale that percentiles 1 to 99 span; `step`, see `quantization_step`. `labels`
-    are volumes in ml by name (0 if the case lacks the label); `digest` is of the stored voxels; `voxels`, see
-    `volumes.data.subjects`; `thumbnail`, see `thumbnail_of`. `orientation` of phantoms is "".
+    `shape` and `spacing` (mm) are the file's, in RAS+ order; `model_shape` is what a model sees. By channel: `low` and
+    `high`, the scale in file units; `highest`, the largest intensity; `clipped`, the fraction of voxels outside the
+    scale, and `above`, the fraction above it; `covered`, the fraction of the scale that percentiles 1 to 99 span;
+    `step`, see `quantization_step`. `labels` are volumes in ml by name (0 if the case lacks the label); `digest` is of
+    the stored voxels; `voxels`, see `volumes.data.subjects`; `thumbnail`, see `thumbnail_of`. `orientation` of phantoms
+    is "".
     """
 
     case: Case
@@ -101,7 +102,8 @@ class Examined:
 
 
 def find_cases(config: DataConfig) -> tuple[list[Case], list[Finding]]:
-    """List all cases, with findings if training would refuse the list. Rows of missing files stay: reading refuses them.
+    """List all cases, with findings if training would refuse the list. Rows of missing files stay: reading refuses
+    them.
 
     All subjects in two splits are named; their cases keep the splits of the table.
     """
@@ -135,7 +137,8 @@ def find_cases(config: DataConfig) -> tuple[list[Case], list[Finding]]:
 def examine_cases(
     cases: Sequence[Case], config: DataConfig, on_case: Callable[[str], object] = lambda name: None
 ) -> tuple[list[Examined], list[tuple[Case, str]]]:
-    """All cases examined, and those that training would refuse with the reason. `on_case(name)` is called after each."""
+    """All cases examined, and those that training would refuse with the reason. `on_case(name)` is called after
+    each."""
     examined, refused = [], []
     for case in cases:
         try:
@@ -182,8 +185,8 @@ def examine(case: Case, config: DataConfig) -> Examined:
 
 
 def thumbnail_of(image: np.ndarray) -> np.ndarray:
-    """(C, X, Y, Z) -> (2, C * THUMBNAIL ** 3) float32: the volume and its mirror image along the first axis, averaged to
-    `THUMBNAIL` per side, with mean 0 and length 1, so that products are correlations. All zero for a constant."""
+    """(C, X, Y, Z) -> (2, C * THUMBNAIL ** 3) float32: the volume and its mirror image along the first axis, averaged
+    to `THUMBNAIL` per side, with mean 0 and length 1, so that products are correlations. All zero for a constant."""
     small = F.adaptive_avg_pool3d(torch.from_numpy(np.ascontiguousarray(image, np.float32))[None], THUMBNAIL)[0]
     rows = torch.stack([small.flatten(), small.flip(1).flatten()])
     rows = rows - rows.mean(1, keepdim=True)
@@ -191,11 +194,11 @@ def thumbnail_of(image: np.ndarray) -> np.ndarray:
 
 
 def quantization_step(array: np.ndarray) -> float | None:
-    """Find the step of which all intensities, from the lowest, are multiples, in file units; None if there is none, or if there
-    are fewer than `MIN_LEVELS` intensities.
+    """Find the step of which all intensities, from the lowest, are multiples, in file units; None if there is none, or
+    if there are fewer than `MIN_LEVELS` intensities.
 
-    Integers that were multiplied by a factor have that step: a fingerprint of a scan, which volumes that were scaled together
-    share. The step is fitted to more and more levels, because rounding errors of float32 add up.
+    Integers that were multiplied by a factor have that step: a fingerprint of a scan, which volumes that were scaled
+    together share. The step is fitted to more and more levels, because rounding errors of float32 add up.
     """
     levels = np.unique(np.asarray(array, np.float64))
     if len(levels) < MIN_LEVELS:

@@ -29,8 +29,8 @@ CAPPED = 2.0  # ratio of the maximum to the upper percentile, above which a volu
 
 
 def outliers(values: Sequence[float] | np.ndarray, factor: float) -> list[int]:
-    """Return the indices of positive `values` that lie both `MADS` scaled median absolute deviations, on a logarithmic scale, and a
-    `factor` away from the median (Leys et al. 2013)."""
+    """Return the indices of positive `values` that lie both `MADS` scaled median absolute deviations, on a logarithmic
+    scale, and a `factor` away from the median (Leys et al. 2013)."""
     logs = np.log(np.maximum(np.asarray(values, np.float64), 1e-12))
     if not len(logs):
         return []
@@ -91,8 +91,8 @@ def check_size(examined: Sequence[Examined], start: str | None, latent: bool) ->
     advice = [start] if start else []
     if latent:
         advice += [
-            "with fewer than about 20, fine-tune a trained U-Net by a LoRA (lora:, --init_from PIPELINE/unet) instead of training "
-            "all weights",
+            "with fewer than about 20, fine-tune a trained U-Net by a LoRA (lora:, --init_from PIPELINE/unet) instead "
+            "of training all weights",
             "use cache: {versions: 8, flip_axes: [0], shift: true} where anatomy may be mirrored",
         ]
     advice.append(
@@ -118,7 +118,10 @@ def check_geometry(examined: Sequence[Examined], config: DataConfig) -> list[Fin
     elif np.allclose(spacings, middle, rtol=0.01, atol=0) or config.spacing or set(config.numbers) & set(GRID_NUMBERS):
         findings.append(ok("spacing", text))
     else:
-        remedy = f"set data.spacing: {[round(float(mm), 3) for mm in middle]}, or data.numbers: [spacing_x, spacing_y, spacing_z]"
+        remedy = (
+            f"set data.spacing: {[round(float(mm), 3) for mm in middle]}, or data.numbers: [spacing_x, spacing_y, "
+            "spacing_z]"
+        )
         findings.append(warn("spacing", f"{text}: no single voxel size", remedy))
     used = np.asarray(config.spacing or middle, np.float64)
     if used.max() > THICK * used.min():
@@ -155,8 +158,8 @@ def _check_headers(examined: Sequence[Examined]) -> list[Finding]:
 
 
 def check_intensity(examined: Sequence[Examined], config: DataConfig) -> list[Finding]:
-    """Check by channel how much scaling cuts off, whether volumes use their window, and whether scales differ between volumes.
-    Volumes of which scaling leaves nothing are refused earlier (`IntensityScaling.fit`)."""
+    """Check by channel how much scaling cuts off, whether volumes use their window, and whether scales differ between
+    volumes. Volumes of which scaling leaves nothing are refused earlier (`IntensityScaling.fit`)."""
     if config.image_labels:
         return []
     check = {"window": _check_window, "percentile": _check_percentiles}
@@ -190,8 +193,9 @@ def _check_percentiles(examined: Sequence[Examined], index: int, channel: str, s
     if float(np.median(reaches)) >= CAPPED:
         highest = max(item.highest[index] for item in examined)
         remedy = (
-            "harmless for values without a unit (most MR). If they are a quantity (SUV, HU, T1 in ms), each volume has its own scale and "
-            f"loses its peaks: give a window, such as data.intensity: {{kind: window, low: 0, high: {_round_up(highest):g}}}"
+            "harmless for values without a unit (most MR). If they are a quantity (SUV, HU, T1 in ms), each volume "
+            f"has its own scale and loses its peaks: give a window, such as data.intensity: {{kind: window, low: 0, "
+            f"high: {_round_up(highest):g}}}"
         )
         return warn("intensity", text, remedy)
     odd = outliers(widths, 10)
@@ -224,7 +228,10 @@ def check_labels(examined: Sequence[Examined]) -> list[Finding]:
         having = [item for item in examined if item.labels[label] > 0]
         lacking = [item.case.name for item in examined if item.labels[label] == 0]
         sizes = [item.labels[label] for item in having]
-        text = f"{label}: mean {np.mean(sizes):.3g} ml, {min(sizes):.3g} to {max(sizes):.3g}, in {len(having)} of {len(examined)}"
+        text = (
+            f"{label}: mean {np.mean(sizes):.3g} ml, {min(sizes):.3g} to {max(sizes):.3g}, in {len(having)} of "
+            f"{len(examined)}"
+        )
         odd = outliers(sizes, 3)
         if lacking:
             remedy = "right if the anatomy lacks it; otherwise the mask is unfinished"
@@ -274,8 +281,9 @@ def check_conditions(examined: Sequence[Examined], config: DataConfig, dropout: 
 
 
 def check_crops(examined: Sequence[Examined], crop: Sequence[int], stride: Sequence[int]) -> list[Finding]:
-    """Compare an autoencoder's patches with the volumes. Patches that show little of a volume cost quality: on hippocampus
-    MR an autoencoder reached 22.2 dB with 32 voxels per side and 23.9 with patches nearly as large as the volumes."""
+    """Compare an autoencoder's patches with the volumes. Patches that show little of a volume cost quality: on
+    hippocampus MR an autoencoder reached 22.2 dB with 32 voxels per side and 23.9 with patches nearly as large as the
+    volumes."""
     shapes = np.array([item.model_shape for item in examined if item.case.split == "train"])
     if not len(shapes):
         return []

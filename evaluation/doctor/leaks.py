@@ -54,9 +54,10 @@ def _duplicates(examined: Sequence[Examined]) -> list[Finding]:
 def near_duplicates(thumbnails: np.ndarray, subjects: Sequence[str]) -> list[tuple[int, int, float, bool]]:
     """Return pairs (i, j, correlation, mirrored) of volumes of different subjects that look like one scan.
 
-    Their thumbnails correlate by `ALIKE` or more, and they are `CLOSER` times as far apart as volumes usually are from their
-    nearest other subject, so that data sets in which all volumes look alike raise no alarm. Scaled or noisy copies and mirror images
-    along X are found; volumes shifted by more than a few voxels are not (see evaluation.metrics.nearest).
+    Their thumbnails correlate by `ALIKE` or more, and they are `CLOSER` times as far apart as volumes usually are from
+    their nearest other subject, so that data sets in which all volumes look alike raise no alarm. Scaled or noisy
+    copies and mirror images along X are found; volumes shifted by more than a few voxels are not (see
+    evaluation.metrics.nearest).
 
     Args:
         thumbnails: (N, 2, K), see `cases.thumbnail_of`.

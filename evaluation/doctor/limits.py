@@ -14,8 +14,8 @@ from .cases import (
 
 
 def check_evaluation(examined: Sequence[Examined], config: DataConfig) -> list[Finding]:
-    """Warn of each command for which these data are too few or too small. No warning without held-out volumes, which another
-    check reports."""
+    """Warn of each command for which these data are too few or too small. No warning without held-out volumes, which
+    another check reports."""
     if not any(item.case.split == "test" for item in examined):
         return []
     data = Data([item.case for item in examined], config, [item.model_shape for item in examined])

@@ -1,8 +1,8 @@
 """Memory that training and generation take, found by running them without values.
 
 Tensors are fake (shapes and types, no data; PyTorch's FakeTensorMode), so a step of any size runs in seconds, and every
-operation's result counts as long as it lives. Not counted: scratch space inside a kernel, the allocator's fragments, and
-the program itself (some 0.5 GB; on CUDA another 0.5 GB for its context).
+operation's result counts as long as it lives. Not counted: scratch space inside a kernel, the allocator's fragments,
+and the program itself (some 0.5 GB; on CUDA another 0.5 GB for its context).
 """
 
 import ctypes
@@ -30,10 +30,11 @@ GIB = 2**30
 
 
 class LiveTensors(TorchDispatchMode):
-    """Count the bytes of tensors that are made under it, as long as they live; `peak` is the highest sum. A view, and an operation in
-    place, count once.
+    """Count the bytes of tensors that are made under it, as long as they live; `peak` is the highest sum. A view, and
+    an operation in place, count once.
 
-    Fake tensors have no values. Where a step reads one, it is 0 here; and a boolean mask selects everything, the largest case.
+    Fake tensors have no values. Where a step reads one, it is 0 here; and a boolean mask selects everything, the
+    largest case.
     """
 
     def __init__(self) -> None:
@@ -167,8 +168,8 @@ def training_work(
 
 
 def training_bytes(step: VaeTrainingStep | LdmTrainingStep, work: Callable[[], object]) -> dict[str, int]:
-    """Return {"weights", "average" (of the weights), "optimizer", "step" (activations and gradients at their peak), "total"} in
-    bytes, weights in float32. The step's weights are of no use afterwards.
+    """Return {"weights", "average" (of the weights), "optimizer", "step" (activations and gradients at their peak),
+    "total"} in bytes, weights in float32. The step's weights are of no use afterwards.
 
     Args:
         work: `training_work` of the step.
@@ -211,8 +212,9 @@ def unet_inputs(unet: LatentUNet3D, shape: Sequence[int], batch: int) -> dict[st
 def generation_bytes(
     vae: VolumeAutoencoder, unet: LatentUNet3D | None, shape: Sequence[int], batch: int
 ) -> dict[str, int]:
-    """Return {"weights", "denoising" (`batch` volumes at once, one step), "decoding" (one volume), "total"} in bytes, in
-    float32, for volumes padded to `shape`. Guidance doubles the denoising. Encoding for the latent cache takes as much as decoding.
+    """Return {"weights", "denoising" (`batch` volumes at once, one step), "decoding" (one volume), "total"} in bytes,
+    in float32, for volumes padded to `shape`. Guidance doubles the denoising. Encoding for the latent cache takes as
+    much as decoding.
     """
     latents = vae.config["latent_channels"]
     latent_shape = [n // s for n, s in zip(shape, vae.stride, strict=True)]
@@ -236,8 +238,8 @@ def format_parts(parts: Mapping[str, int]) -> str:
 
 
 def measured_peak(work: Callable[[], object], device: torch.device) -> int:
-    """Measure the bytes that `work` takes at its peak, beyond those held before: by the accelerator's allocator, or, on the CPU, by
-    the process's resident memory.
+    """Measure the bytes that `work` takes at its peak, beyond those held before: by the accelerator's allocator, or, on
+    the CPU, by the process's resident memory.
 
     Raises: ValueError on a CPU without Linux's /proc.
     """

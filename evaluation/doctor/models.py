@@ -1,4 +1,5 @@
-"""A training config's models, built as the trainer builds them and run without values: do they fit together, and into memory?
+"""A training config's models, built as the trainer builds them and run without values: do they fit together, and into
+memory?
 
 A dry run executes one step of each stage, at full size, and compares its memory with the estimate.
 """
@@ -63,7 +64,8 @@ FULL = 0.8  # of the memory, above which an estimate is a warning
 
 @dataclass(frozen=True)
 class PlannedData:
-    """The facts of a data section that `complete_model` reads (`diffusion.completion.DataFacts`), without reading volumes."""
+    """The facts of a data section that `complete_model` reads (`diffusion.completion.DataFacts`), without reading
+    volumes."""
 
     channels: list[str]
     labels: dict[int, str]
@@ -79,8 +81,8 @@ class PlannedData:
 
 @dataclass
 class Models:
-    """The models of a config, with fresh weights: the autoencoder, the U-Net if that is trained, and the training step, None if
-    there is nothing to train."""
+    """The models of a config, with fresh weights: the autoencoder, the U-Net if that is trained, and the training step,
+    None if there is nothing to train."""
 
     config: Config
     vae: VolumeAutoencoder
@@ -128,7 +130,8 @@ def with_precision(config: Config, precision: str | None = None, accelerator: bo
 
 
 def check_settings(sections: Mapping[str, Any]) -> list[Finding]:
-    """Find settings beside `data` and `model` that training would refuse: unknown ones, and values outside their ranges."""
+    """Find settings beside `data` and `model` that training would refuse: unknown ones, and values outside their
+    ranges."""
     config_class = config_class_of(sections)
     settings = {name: value for name, value in sections.items() if name not in ("data", "model")}
     messages = [*faults(config_class, settings, raw=True)]
@@ -205,8 +208,8 @@ def estimate(
     batch: int = GENERATION_BATCH,
     memory: float | None = None,
 ) -> tuple[list[Finding], dict[str, object]]:
-    """Estimate the memory of training and generation, and of the volumes: findings, and bytes for the report. The models' weights
-    are of no use afterwards.
+    """Estimate the memory of training and generation, and of the volumes: findings, and bytes for the report. The
+    models' weights are of no use afterwards.
 
     Args:
         shapes: (X, Y, Z) of the volumes in voxels.
@@ -257,7 +260,8 @@ def plan(
     dry_run: bool,
     device: torch.device,
 ) -> tuple[list[Finding], dict[str, object]]:
-    """Plan memory for volumes of `shape` (X, Y, Z), one generated at a time, without any data; with a dry run, measure it too."""
+    """Plan memory for volumes of `shape` (X, Y, Z), one generated at a time, without any data; with a dry run, measure
+    it too."""
     numbers = dict.fromkeys(config.data.numbers, NumberStats(mean=0.0, std=1.0, low=-1.0, high=1.0))
     try:
         models, findings = build_models(config, numbers, folder)
@@ -295,8 +299,8 @@ def _dry_run(
             continue
         took[stage] = {"estimate": estimates[stage], "measured": peak, "seconds": time.perf_counter() - start}
         text = (
-            f"{stage}: {peak / GIB:.2f} GiB measured on {device}, {estimates[stage] / GIB:.2f} GiB estimated (without weights); "
-            f"{took[stage]['seconds']:.0f} s, the first of its kind"
+            f"{stage}: {peak / GIB:.2f} GiB measured on {device}, {estimates[stage] / GIB:.2f} GiB estimated (without "
+            f"weights); {took[stage]['seconds']:.0f} s, the first of its kind"
         )
         needed = peak + sum(size for part, size in sizes[kind].items() if part in ("weights", "average", "optimizer"))
         fits = needed <= FULL * available
@@ -337,8 +341,8 @@ def _memory() -> tuple[int, str]:
 
 
 def _autoencoder_for(config: TrainLdmConfig, folder: Path) -> tuple[VolumeAutoencoder, list[Finding]]:
-    """Return the autoencoder of `vae`, with fresh weights. If it is not trained yet, return that of the config in `folder` that
-    writes it, or a default one."""
+    """Return the autoencoder of `vae`, with fresh weights. If it is not trained yet, return that of the config in
+    `folder` that writes it, or a default one."""
     source = Path(config.vae)
     described = next((path for path in (source, source / "vae") if (path / "config.json").is_file()), None)
     if described is not None:

@@ -23,8 +23,8 @@ def advise_start(
 ) -> str | None:
     """Return how to start an autoencoder's training from shipped weights, or None if none fit.
 
-    Weights fit if they were trained on the same kind of images (scaled by percentiles or a window, label maps or not) with
-    similar voxel sizes, and if every layer has the shape of the config's: others would stay as initialized.
+    Weights fit if they were trained on the same kind of images (scaled by percentiles or a window, label maps or not)
+    with similar voxel sizes, and if every layer has the shape of the config's: others would stay as initialized.
 
     Args:
         vae: as the config builds it.
@@ -50,8 +50,9 @@ def advise_start(
             keys = ("channels", "encoder_blocks", "decoder_blocks")
             levels = ", ".join(f"{key}: {described[key]}" for key in keys)
             return (
-                f"no shipped weights fit an autoencoder that mixes {channels} channels; with model: {{per_channel: true, "
-                f"latent_channels: {latents}, {levels}}} it codes each separately, and can start from --init_from {shown}, {same}"
+                f"no shipped weights fit an autoencoder that mixes {channels} channels; with model: {{per_channel: "
+                f"true, latent_channels: {latents}, {levels}}} it codes each separately, and can start from "
+                f"--init_from {shown}, {same}"
             )
     return None
 

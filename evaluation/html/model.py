@@ -1,4 +1,5 @@
-"""The parts of a page: claims, and sections with tables of figures. One rule decides whether a figure is within its floor."""
+"""The parts of a page: claims, and sections with tables of figures. One rule decides whether a figure is within its
+floor."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,10 +7,10 @@ from typing import Any, Literal
 
 Style = Literal["number", "percent", "signed"]
 RULE = (
-    "Each figure stands beside its floor: the same figure for real volumes in place of generated ones. A figure is outside if it is worse "
-    "than its floor by more than chance. This is read from 95 % intervals: of the difference, of the figure and its floor, or of the "
-    "figure where the floor is a fixed number. All other figures are within, which says little where volumes are few. A figure without "
-    "an interval gets no verdict."
+    "Each figure stands beside its floor: the same figure for real volumes in place of generated ones. A figure is "
+    "outside if it is worse than its floor by more than chance. This is read from 95 % intervals: of the difference, "
+    "of the figure and its floor, or of the figure where the floor is a fixed number. All other figures are within, "
+    "which says little where volumes are few. A figure without an interval gets no verdict."
 )
 # Names of sets in reports that a page shows in other words.
 SET_NAMES = {"judge": "test", "judge_synthetic": "synthetic of test masks"}
@@ -125,7 +126,8 @@ def pair(values: Sequence[float] | None) -> tuple[float, float] | None:
 
 
 def not_above(interval: Sequence[float] | None, floor: float) -> bool | None:
-    """Apply `RULE` to a figure where less is better. Returns None without an interval, which is needed to judge chance."""
+    """Apply `RULE` to a figure where less is better. Returns None without an interval, which is needed to judge
+    chance."""
     return None if interval is None else interval[0] <= floor
 
 
@@ -148,7 +150,8 @@ def overlap(first: Sequence[float], second: Sequence[float]) -> bool:
 
 
 def distance_row(name: str, compared: Mapping[str, Any]) -> Row:
-    """Make the row of `set_distances.compare_sets`; the verdict comes from the excess over the floor in each resample."""
+    """Make the row of `set_distances.compare_sets`; the verdict comes from the excess over the floor in each
+    resample."""
     generated, floor = compared["generated_to_test"], compared["training_to_test"]
     return Row(
         name,

@@ -95,7 +95,8 @@ def png(folder: Path, name: str, key: str) -> str:
     Args:
         name: path of the picture, relative to the folder.
         key: key of the report that holds the name, for messages.
-    Raises: ValueError for a name that leads out of the folder (`files.paths.path_inside`), and for a file that is not a PNG.
+    Raises: ValueError for a name that leads out of the folder (`files.paths.path_inside`), and for a file that is not a
+    PNG.
     """
     path = path_inside(folder, name, key)
     with open_regular(path) as file:

@@ -27,8 +27,8 @@ def privacy_section(report: Mapping[str, Any], folder: Path) -> Section:
     ]
     alpha = next(iter(report["spaces"].values()))["memorized"]["similarity"]["alpha"]
     lead = (
-        "Whether generated volumes are nearer to the training volumes than the volumes of held-out patients are. The threshold of "
-        f"similarity is set so that {100 * alpha:.3g} % of held-out patients would count as memorized."
+        "Whether generated volumes are nearer to the training volumes than the volumes of held-out patients are. The "
+        f"threshold of similarity is set so that {100 * alpha:.3g} % of held-out patients would count as memorized."
     )
     return Section("Private", lead, tables, pictures)
 
@@ -42,8 +42,8 @@ def private_claim(report: Mapping[str, Any] | None) -> Claim:
     worst, row = max(rows.items(), key=lambda item: item[1].value - float(item[1].floor or 0))
     count = sum(bool(row.within) for row in rows.values())
     sentence = (
-        f"The memorized share compared as {worst}, where it is highest above the false positives. {count} of {len(rows)} comparisons "
-        "are within their false positives."
+        f"The memorized share compared as {worst}, where it is highest above the false positives. {count} of "
+        f"{len(rows)} comparisons are within their false positives."
     )
     return Claim("Private", question, row, sentence)
 
@@ -104,5 +104,8 @@ def _rows(space: Mapping[str, Any]) -> list[Row]:
 def _note(space: Mapping[str, Any]) -> str:
     if own := space.get("own_mask"):
         means = own["training_masks"]["mean"], own["unseen_masks"]["mean"]
-        return f"Similarity to the real volume of the mask: {means[0]:.3f} for training masks, {means[1]:.3f} for held-out masks. {MASKS}."
+        return (
+            f"Similarity to the real volume of the mask: {means[0]:.3f} for training masks, {means[1]:.3f} for "
+            f"held-out masks. {MASKS}."
+        )
     return f"{MASKS}. Volumes generated from held-out masks would allow a comparison."

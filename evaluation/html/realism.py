@@ -20,7 +20,10 @@ def realism_section(report: Mapping[str, Any]) -> Section:
     for extractor, features in report.get("features", {}).items():
         rows = [distance_row(title, features[name]) for name, title in DISTANCES]
         rows.append(auc_row(CLOSER, features["closer_to_training"]))
-        note = f"{features['features']} features per volume; {features['kernel']['count']} volumes of each set per resample."
+        note = (
+            f"{features['features']} features per volume; {features['kernel']['count']} volumes of each set per "
+            "resample."
+        )
         if caveat := features["frechet"].get("caveat"):
             note += f" Caution: {caveat}."
         tables.append(Table(f"Features: {extractor}", note, rows))
@@ -30,8 +33,8 @@ def realism_section(report: Mapping[str, Any]) -> Section:
         rows = [distance_row("histogram, Wasserstein-1", intensity["histogram"])]
         rows += [distance_row(_plain(name), column["wasserstein"]) for name, column in intensity["statistics"].items()]
         note = (
-            "Distances between histograms are in units of intensity (black 0, white 1). Distances between statistics are in "
-            "standard deviations of real volumes."
+            "Distances between histograms are in units of intensity (black 0, white 1). Distances between statistics "
+            "are in standard deviations of real volumes."
         )
         picture = interval_plot(
             rows[1:], "Distance of each statistic from held-out real volumes", "standard deviations"
@@ -39,8 +42,9 @@ def realism_section(report: Mapping[str, Any]) -> Section:
         tables.append(Table(f"Intensities: {channel}", note, rows, picture))
         tables.append(_spectrum(channel, intensity["spectrum_db"]))
     lead = (
-        "Generated volumes are compared with held-out real volumes. As the floor, real training volumes are compared with the same "
-        "held-out volumes. Each distance is a mean over many random subsets, half as large as the smallest set."
+        "Generated volumes are compared with held-out real volumes. As the floor, real training volumes are compared "
+        "with the same held-out volumes. Each distance is a mean over many random subsets, half as large as the "
+        "smallest set."
     )
     return Section("Realistic", lead, tables)
 
@@ -51,7 +55,10 @@ def consistency_section(report: Mapping[str, Any]) -> Section:
     for channel, columns in report["consistency"].items():
         rows = [distance_row(_plain(name), column["wasserstein"]) for name, column in columns.items()]
         picture = interval_plot(rows, COLORS, "standard deviations")
-        note = "Statistics of adjacent slices: Wasserstein-1 distance from held-out real volumes, in their standard deviations."
+        note = (
+            "Statistics of adjacent slices: Wasserstein-1 distance from held-out real volumes, in their standard "
+            "deviations."
+        )
         tables.append(Table(f"Adjacent slices: {channel}", note, rows, picture))
     lead = "Whether neighboring slices fit together along each axis as in real volumes: no jumps, no drift, no blur."
     return Section("Consistent between slices", lead, tables)
@@ -72,8 +79,8 @@ def shapes_section(report: Mapping[str, Any]) -> Section:
         Table("Each figure", note, rows, picture),
     ]
     lead = (
-        "Generated label maps are compared with held-out real maps. As the floor, real training maps are compared with the same "
-        "held-out maps."
+        "Generated label maps are compared with held-out real maps. As the floor, real training maps are compared "
+        "with the same held-out maps."
     )
     return Section("Shaped like real label maps", lead, tables)
 
@@ -103,7 +110,10 @@ def consistent_claim(report: Mapping[str, Any] | None) -> Claim:
     ]
     worst = max(rows, key=lambda item: item[0])[1]
     count = sum(bool(row.within) for _, row in rows)
-    sentence = f"{count} of {len(rows)} statistics of adjacent slices are within their floors. This is the one farthest beyond."
+    sentence = (
+        f"{count} of {len(rows)} statistics of adjacent slices are within their floors. This is the one farthest "
+        "beyond."
+    )
     return Claim(title, question, worst, sentence)
 
 
@@ -122,9 +132,9 @@ def _diversity(report: Mapping[str, Any]) -> Row:
 def _diversity_note(report: Mapping[str, Any]) -> str:
     generated, test, training = (report[name]["mean"] for name in ("generated", "test", "training"))
     return (
-        f"Mean MS-SSIM at {report['scales']} scales: generated pairs {generated:.3f}, held-out real pairs {test:.3f}, real training "
-        f"pairs {training:.3f}. If the difference is positive, generated volumes are more alike than real ones. It is within if the "
-        "two intervals overlap."
+        f"Mean MS-SSIM at {report['scales']} scales: generated pairs {generated:.3f}, held-out real pairs {test:.3f}, "
+        f"real training pairs {training:.3f}. If the difference is positive, generated volumes are more alike than "
+        "real ones. It is within if the two intervals overlap."
     )
 
 

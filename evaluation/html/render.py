@@ -63,8 +63,8 @@ def read_report(path: Path) -> Mapping[str, Any]:
 
 
 def shown(value: Any) -> Any:
-    """Make the texts of a foreign JSON document safe to show on pages, in pictures and on terminals: on one line, without control
-    characters and invisible characters (`files.paths.printable`)."""
+    """Make the texts of a foreign JSON document safe to show on pages, in pictures and on terminals: on one line,
+    without control characters and invisible characters (`files.paths.printable`)."""
     if isinstance(value, dict):
         return {shown(key): shown(item) for key, item in value.items()}
     if isinstance(value, list):

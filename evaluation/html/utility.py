@@ -21,7 +21,8 @@ NOTE = "Intervals over seeds, or over subjects if there is one seed. Outside mea
 
 
 def dice_section(report: Mapping[str, Any]) -> Section:
-    """Make the section from a report of `evaluate.py dice`: a segmenter for each training set, and adherence to masks."""
+    """Make the section from a report of `evaluate.py dice`: a segmenter for each training set, and adherence to
+    masks."""
     real = [result["dice"] for result in report["scores"].get("real", [])]
     floor = sum(real) / len(real) if real else None
     floor_interval = pair(over_seeds(real)) if real else None
@@ -44,12 +45,16 @@ def dice_section(report: Mapping[str, Any]) -> Section:
     if "adherence" in report:
         note = "The segmenter was trained on neither these volumes nor their masks. Intervals over subjects."
         tables.append(Table("Do volumes follow their masks?", note, [_adherence(report["adherence"])]))
-    lead = "The same small segmenter is trained on real or generated volumes, and tested on real volumes of held-out subjects."
+    lead = (
+        "The same small segmenter is trained on real or generated volumes, and tested on real volumes of held-out "
+        "subjects."
+    )
     return Section("Useful for training", lead, tables)
 
 
 def budgets_section(report: Mapping[str, Any]) -> Section:
-    """Make the section from a report of `evaluate.py few_labels` or `pretrain`: Dice by the number of labeled volumes."""
+    """Make the section from a report of `evaluate.py few_labels` or `pretrain`: Dice by the number of labeled
+    volumes."""
     few = report["evaluation"] == "few_labels"
     key, how = ("ratios", "ratio of Dice") if few else ("differences", "difference of Dice")
     tables = []
@@ -86,8 +91,8 @@ def budgets_section(report: Mapping[str, Any]) -> Section:
 
 
 def budget_lines(dice: Mapping[str, Any]) -> tuple[list[str], dict[str, list[Any]]]:
-    """Return the budgets, smallest first, and for each arm its (Dice, interval) at each budget. The Dice is NaN where it was not
-    measured. An arm that no budget changes has the same Dice at all budgets."""
+    """Return the budgets, smallest first, and for each arm its (Dice, interval) at each budget. The Dice is NaN where
+    it was not measured. An arm that no budget changes has the same Dice at all budgets."""
     budgets = {labels: None for by_budget in dice.values() for labels in by_budget if labels != ANY}
     ticks = [labels for labels, _ in sorted(budgets.items(), key=_size)]
     lines: dict[str, list[Any]] = {}
@@ -123,30 +128,38 @@ def reconstruction_section(report: Mapping[str, Any]) -> Section:
         Row("sharpness over real (mean gradient)", report["sharpness"], floor=1.0, floor_name="real"),
     ]
     rows += [Row(f"Dice of {label}, mean", dice["mean"]) for label, dice in report.get("dice", {}).items()]
-    lead = f"What the autoencoder alone loses on {report['volumes']} volumes ({report['split']}). Generated volumes cannot be better."
+    lead = (
+        f"What the autoencoder alone loses on {report['volumes']} volumes ({report['split']}). Generated volumes "
+        "cannot be better."
+    )
     return Section("Reconstruction", lead, [Table("Autoencoder", "Means over volumes, without intervals.", rows)])
 
 
 def useful_claim(reports: Mapping[str, Mapping[str, Any]]) -> Claim:
-    """Claim utility by the ratio of synthetic to real Dice, or else by few labels, adherence to masks or adherence to classes."""
+    """Claim utility by the ratio of synthetic to real Dice, or else by few labels, adherence to masks or adherence to
+    classes."""
     title = "Faithful and useful"
     question = "Can a network learn from them what it learns from real volumes?"
     dice = reports.get("dice", {})
     if "synthetic/real" in dice.get("ratios", {}):
         row = _ratio("synthetic/real", dice["ratios"]["synthetic/real"])
         sentence = (
-            "Dice on held-out real volumes after training on generated volumes alone, divided by the Dice after training on real "
-            "volumes."
+            "Dice on held-out real volumes after training on generated volumes alone, divided by the Dice after "
+            "training on real volumes."
         )
         if adherence := dice.get("adherence"):
             gap = adherence["synthetic-real"]
             sentence += (
-                f" Mask adherence: Dice against the masks is {adherence['synthetic']:.3f} on generated and {adherence['real']:.3f} on "
-                f"real volumes (difference {format_interval(gap['interval_subjects'], 'signed')})."
+                f" Mask adherence: Dice against the masks is {adherence['synthetic']:.3f} on generated and "
+                f"{adherence['real']:.3f} on real volumes (difference "
+                f"{format_interval(gap['interval_subjects'], 'signed')})."
             )
         return Claim(title, question, row, sentence)
     if "adherence" in dice:
-        sentence = "Dice of a segmenter trained on real volumes: on generated volumes against their masks, minus on real volumes."
+        sentence = (
+            "Dice of a segmenter trained on real volumes: on generated volumes against their masks, minus on real "
+            "volumes."
+        )
         return Claim(title, question, _adherence(dice["adherence"]), sentence)
     for name in ("few_labels", "pretrain"):
         tables = budgets_section(reports[name]).tables if name in reports else []

@@ -1,12 +1,13 @@
 """Features of volumes for distances between sets of them. Nothing is downloaded.
 
-An extractor is any function from volumes (B, C, X, Y, Z) in [0, 1] to (B, F). Features are averages over space, so volumes of
-different shapes are comparable, each alone on its own grid. Figures of different extractors are not comparable, and figures of the two
-defaults are not comparable with those of papers, which use Inception or networks trained on medical images:
-- `EncoderStatistics`: 3-D, of an autoencoder trained with this toolkit. It knows the data. But the decoder of a generator is not
-  tested on details that its own encoder cannot see: report another extractor beside it.
-- `RandomStatistics`: 3-D, of a small random network with fixed weights. It compares local structure at three scales, and is the same
-  for everybody.
+An extractor is any function from volumes (B, C, X, Y, Z) in [0, 1] to (B, F). Features are averages over space, so
+volumes of different shapes are comparable, each alone on its own grid. Figures of different extractors are not
+comparable, and figures of the two defaults are not comparable with those of papers, which use Inception or networks
+trained on medical images:
+- `EncoderStatistics`: 3-D, of an autoencoder trained with this toolkit. It knows the data. But the decoder of a
+  generator is not tested on details that its own encoder cannot see: report another extractor beside it.
+- `RandomStatistics`: 3-D, of a small random network with fixed weights. It compares local structure at three scales,
+  and is the same for everybody.
 - `SliceStatistics`: 2.5-D, of slices of one plane by a 2-D network (VGG-16 in a local file), one sample per volume.
 """
 
@@ -28,7 +29,8 @@ PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of volumes in RAS+: the ax
 class EncoderStatistics(nn.Module):
     """Mean and standard deviation over space of every channel at the end of each level of an autoencoder's encoder.
 
-    Sides are padded to the stride with the lowest intensity; a latent voxel weighs as much as the share of it that is not padding.
+    Sides are padded to the stride with the lowest intensity; a latent voxel weighs as much as the share of it that is
+    not padding.
 
     Args:
         vae: frozen here. If it encodes channels separately, features are of each channel.
@@ -48,10 +50,11 @@ class EncoderStatistics(nn.Module):
 
 
 class RandomStatistics(nn.Module):
-    """Mean and standard deviation over space of every channel at each level of a random network, for each channel of the volume
-    alone: three convolutions of stride 2, ReLU, weights initialized as in He et al. 2015.
+    """Mean and standard deviation over space of every channel at each level of a random network, for each channel of
+    the volume alone: three convolutions of stride 2, ReLU, weights initialized as in He et al. 2015.
 
-    A set's distance in random features is as valid as in trained ones, though less like human judgment (Naeem et al. 2020, section 4).
+    A set's distance in random features is as valid as in trained ones, though less like human judgment (Naeem et al.
+    2020, section 4).
 
     Args:
         seed: another seed is another network; keep it to compare.

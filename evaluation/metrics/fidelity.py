@@ -11,8 +11,8 @@ import numpy as np
 def psnr(reconstruction: np.ndarray, target: np.ndarray, field_of_view: np.ndarray | None = None) -> float:
     """Compute the peak signal-to-noise ratio in dB, `-10 log10(mean squared error)`, for intensities in [0, 1].
 
-    `field_of_view` is boolean and broadcasts to the arrays: voxels where it is False (padding) are ignored. Identical arrays give
-    infinity.
+    `field_of_view` is boolean and broadcasts to the arrays: voxels where it is False (padding) are ignored. Identical
+    arrays give infinity.
 
     Raises: ValueError for arrays of different shapes and for an empty field of view.
     """
@@ -28,10 +28,11 @@ def psnr(reconstruction: np.ndarray, target: np.ndarray, field_of_view: np.ndarr
 
 
 def mean_gradient(volume: np.ndarray, field_of_view: np.ndarray | None = None) -> float:
-    """Compute the mean magnitude of the gradient by forward differences along X, Y and Z, per voxel: the strength of edges and texture.
+    """Compute the mean magnitude of the gradient by forward differences along X, Y and Z, per voxel: the strength of
+    edges and texture.
 
-    Voxels of (..., X, Y, Z) count if `field_of_view` (broadcast to it) contains them and their three next neighbors. A blur lowers it,
-    a factor scales it, brightness does not change it.
+    Voxels of (..., X, Y, Z) count if `field_of_view` (broadcast to it) contains them and their three next neighbors. A
+    blur lowers it, a factor scales it, brightness does not change it.
 
     Raises: ValueError if no voxel has its neighbors inside.
     """

@@ -29,8 +29,9 @@ def histogram(volume: np.ndarray) -> np.ndarray:
 
 
 def histogram_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Compute the Wasserstein-1 distance of the intensities of two sets, in units of intensity: the area between the distribution
-    functions of their mean histograms. (N, BINS) and (M, BINS): each volume weighs the same, whatever its size."""
+    """Compute the Wasserstein-1 distance of the intensities of two sets, in units of intensity: the area between the
+    distribution functions of their mean histograms. (N, BINS) and (M, BINS): each volume weighs the same, whatever its
+    size."""
     difference = first.mean(0) - second.mean(0)
     return float(np.abs(np.cumsum(difference)).sum() / first.shape[1])
 
@@ -46,5 +47,6 @@ def power(volume: np.ndarray, crop: tuple[int, int, int]) -> np.ndarray:
 
 
 def power_ratio_db(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Divide the mean power of the first set by that of the second, band by band, in dB: (N, bands), (M, bands) -> (bands,)."""
+    """Divide the mean power of the first set by that of the second, band by band, in dB: (N, bands), (M, bands) ->
+    (bands,)."""
     return ratio_db(first.mean(0), second.mean(0))

@@ -1,4 +1,5 @@
-"""Sizes, forms and neighborhoods of the labels of a label map as a row of figures, and generated maps compared with real ones."""
+"""Sizes, forms and neighborhoods of the labels of a label map as a row of figures, and generated maps compared with
+real ones."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -34,11 +35,11 @@ def shape_names(labels: Sequence[str]) -> list[str]:
 def shape_figures(channels: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     """Measure the figures (F,) of one label map.
 
-    For each label: volume (mm^3); surface (mm^2, of the voxels' faces); sphericity pi^(1/3) (6 V)^(2/3) / A (Wadell 1935; 2/3 for
-    a ball of voxels); length, width and thickness, four standard deviations of the voxels along the principal axes (mm;
-    4/sqrt(12) of the side of a box); roughness, the fraction of its voxels that a Gaussian of one voxel removes or adds; pieces
-    (26 neighbors). For each pair of labels: contact (mm^2 of shared faces) and distance of their centers (mm). All are 0 for an
-    absent label.
+    For each label: volume (mm^3); surface (mm^2, of the voxels' faces); sphericity pi^(1/3) (6 V)^(2/3) / A (Wadell
+    1935; 2/3 for a ball of voxels); length, width and thickness, four standard deviations of the voxels along the
+    principal axes (mm; 4/sqrt(12) of the side of a box); roughness, the fraction of its voxels that a Gaussian of one
+    voxel removes or adds; pieces (26 neighbors). For each pair of labels: contact (mm^2 of shared faces) and distance
+    of their centers (mm). All are 0 for an absent label.
 
     Args:
         channels: one per label, (C, X, Y, Z): above 0.5 inside the label.
@@ -69,8 +70,8 @@ class ShapeComparison(TypedDict):
 def compare_shapes(sets: Mapping[str, VolumeSet], labels: Sequence[str], seed: int = 0) -> ShapeComparison:
     """Compare the shapes of "training", "test" and "generated" label maps.
 
-    Every figure alone and all figures together (a kernel distance): the distance of generated from unseen real maps, beside that
-    of real training maps. And whether generated maps are nearer to training maps than unseen real maps are.
+    Every figure alone and all figures together (a kernel distance): the distance of generated from unseen real maps,
+    beside that of real training maps. And whether generated maps are nearer to training maps than unseen real maps are.
     """
     rows = {}
     for name, maps in sets.items():

@@ -19,7 +19,8 @@ LUMINANCE, CONTRAST = 0.01**2, 0.03**2  # C1 and C2, of intensities that span 1
 
 
 def scales_of(shape: Sequence[int]) -> int:
-    """Count the scales (at most five) for volumes of this shape. Each scale halves the sides, and the coarsest still holds a window.
+    """Count the scales (at most five) for volumes of this shape. Each scale halves the sides, and the coarsest still
+    holds a window.
 
     Raises: ValueError if not even one does."""
     scales = sum(min(shape) >> scale >= WINDOW for scale in range(len(WEIGHTS)))
@@ -29,8 +30,8 @@ def scales_of(shape: Sequence[int]) -> int:
 
 
 def weights_of(scales: int) -> list[float]:
-    """Return the weights of the finest `scales` scales, scaled to a sum of 1. Figures of different numbers of scales are not
-    comparable."""
+    """Return the weights of the finest `scales` scales, scaled to a sum of 1. Figures of different numbers of scales
+    are not comparable."""
     return [weight / sum(WEIGHTS[:scales]) for weight in WEIGHTS[:scales]]
 
 
@@ -109,8 +110,8 @@ class Similarity(TypedDict):
 class Diversity(TypedDict):
     """How alike the volumes of each set are, and differences between sets.
 
-    `generated_minus_test` is positive when generated volumes are more alike than real ones, `training_minus_test` is its floor.
-    The masks of generated volumes are mostly those of training volumes: hence `generated_minus_training`.
+    `generated_minus_test` is positive when generated volumes are more alike than real ones, `training_minus_test` is
+    its floor. The masks of generated volumes are mostly those of training volumes: hence `generated_minus_training`.
     """
 
     training: Similarity
@@ -130,7 +131,8 @@ def compare_diversity(
     seed: int = 0,
     subjects: Mapping[str, Units | None] | None = None,
 ) -> Diversity:
-    """Compare how alike generated volumes are to each other with how alike real ones are. Intervals resample subjects, not pairs.
+    """Compare how alike generated volumes are to each other with how alike real ones are. Intervals resample subjects,
+    not pairs.
 
     Args:
         values: `pair_similarity` of the `pairs` (P, 2) of each set ("training", "test", "generated").

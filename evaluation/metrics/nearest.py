@@ -1,13 +1,15 @@
-"""Similarity of volumes, whatever their position, orientation and intensity scale: each of one set with each of another.
+"""Similarity of volumes, whatever their position, orientation and intensity scale: each of one set with each of
+another.
 
-The similarity of a query and a reference is their normalized (Pearson) correlation inside a common crop about the center, the largest
-over the flips and the shifts that the `Space` allows. For a shift it is taken over the voxels where the two overlap, with the means
-and variances of these voxels only, and sums over all voxels of all shifts come from one FFT per pair (Lewis 1995, Fast normalized
-cross-correlation). So a copy has similarity 1, to float32 rounding of about 1e-6, also where it was moved by whole voxels, mirrored,
-or where its intensities were multiplied by a positive factor and shifted. Gains and offsets that vary in space are not undone.
+The similarity of a query and a reference is their normalized (Pearson) correlation inside a common crop about the
+center, the largest over the flips and the shifts that the `Space` allows. For a shift it is taken over the voxels where
+the two overlap, with the means and variances of these voxels only, and sums over all voxels of all shifts come from one
+FFT per pair (Lewis 1995, Fast normalized cross-correlation). So a copy has similarity 1, to float32 rounding of about
+1e-6, also where it was moved by whole voxels, mirrored, or where its intensities were multiplied by a positive factor
+and shifted. Gains and offsets that vary in space are not undone.
 
-Axes: volumes (C, X, Y, Z), or (X, Y, Z) of one channel, as arrays or tensors; maps (B, C, X, Y, Z). The similarity of several channels
-is the mean of theirs.
+Axes: volumes (C, X, Y, Z), or (X, Y, Z) of one channel, as arrays or tensors; maps (B, C, X, Y, Z). The similarity of
+several channels is the mean of theirs.
 """
 
 import itertools
@@ -36,13 +38,14 @@ class Space:
     """The crop and the representation in which volumes are compared.
 
     Args:
-        crop: voxels about the center to compare. Smaller volumes are padded with their lowest intensity, which makes them alike: see
-            `common_crop`.
+        crop: voxels about the center to compare. Smaller volumes are padded with their lowest intensity, which makes
+            them alike: see `common_crop`.
         flips: axes (0 to 2) along which a query may be mirrored, in every combination.
-        shift: voxels (of the maps, with `embed`) by which a query may be moved along each axis; less than half of each side.
-        embed: (B, C, X, Y, Z) float32 in [0, 1] (each channel's percentiles 0.5 and 99.5 in the crop at 0 and 1) -> maps
-            (B, C, x, y, z), compared as volumes are, or features (B, F), compared by their correlation without shifts. None
-            compares the voxels. Flips are those of the volume, before it is embedded.
+        shift: voxels (of the maps, with `embed`) by which a query may be moved along each axis; less than half of each
+            side.
+        embed: (B, C, X, Y, Z) float32 in [0, 1] (each channel's percentiles 0.5 and 99.5 in the crop at 0 and 1) ->
+            maps (B, C, x, y, z), compared as volumes are, or features (B, F), compared by their correlation without
+            shifts. None compares the voxels. Flips are those of the volume, before it is embedded.
         device: on which to compute.
     """
 
@@ -59,7 +62,8 @@ class Space:
 
 
 class Match(NamedTuple):
-    """The best placement of a query on a reference: mirrored along `flip`, its voxel x + `shift` lies on the reference's x."""
+    """The best placement of a query on a reference: mirrored along `flip`, its voxel x + `shift` lies on the
+    reference's x."""
 
     similarity: float
     flip: tuple[int, ...]
@@ -74,8 +78,8 @@ def common_crop(volumes: Volumes, largest: Sides | None = None) -> Sides:
 
 
 def latent_space(vae: VolumeAutoencoder, crop: Sides, *, flips: tuple[int, ...] = (), shift: int = 1) -> Space:
-    """Compare the autoencoder's latents (the means of its posterior), of crops padded to its stride. `shift` counts latent voxels: a
-    shift by part of a latent voxel changes the latents somewhat, and is not undone."""
+    """Compare the autoencoder's latents (the means of its posterior), of crops padded to its stride. `shift` counts
+    latent voxels: a shift by part of a latent voxel changes the latents somewhat, and is not undone."""
 
     @torch.inference_mode()
     def embed(volumes: Tensor) -> Tensor:
@@ -93,8 +97,9 @@ def feature_space(
     flips: tuple[int, ...] = (),
     device: torch.device | str = "cpu",
 ) -> Space:
-    """Compare features (B, F), each scaled to mean 0 and variance 1 over the references, so that none decides by its scale alone.
-    Features that are constant over the references are ignored. Shifts are undone only as far as the features ignore them."""
+    """Compare features (B, F), each scaled to mean 0 and variance 1 over the references, so that none decides by its
+    scale alone. Features that are constant over the references are ignored. Shifts are undone only as far as the
+    features ignore them."""
     plain = Space(crop, embed=extractor, device=device)
     features = torch.cat([_maps([volume], plain) for volume in references])[:, 0, :, 0, 0]
     mean, std = features.mean(0), features.std(0, correction=0)
@@ -117,12 +122,12 @@ def similarity_matrix(
 ) -> np.ndarray:
     """Compute the similarity of each query and each reference, (Q, R) float32 in [-1, 1].
 
-    Both are sequences of volumes, which may be read on access. Intermediate results take at most `chunk_bytes`, whatever the number of
-    volumes (a single pair may take more). Each row depends on its query alone, so that processes can share the queries.
-    `on_pairs(count)` is called with the number of pairs that were just compared.
+    Both are sequences of volumes, which may be read on access. Intermediate results take at most `chunk_bytes`,
+    whatever the number of volumes (a single pair may take more). Each row depends on its query alone, so that processes
+    can share the queries. `on_pairs(count)` is called with the number of pairs that were just compared.
 
-    Raises: ValueError for an empty set, volumes with values that are not finite or with another number of channels, a flip along an
-        unknown axis and a shift of half a side or more.
+    Raises: ValueError for an empty set, volumes with values that are not finite or with another number of channels, a
+        flip along an unknown axis and a shift of half a side or more.
     """
     if not len(queries) or not len(references):
         raise ValueError(
@@ -159,8 +164,8 @@ def best_match(query: Any, reference: Any, space: Space) -> Match:
 
 
 def aligned(query: Any, match: Match, crop: Sides) -> np.ndarray:
-    """Crop a query to (C, *crop), mirrored and moved by `match` (in voxels) onto its reference's crop. Where the shift leaves no voxel,
-    fill with its lowest intensity."""
+    """Crop a query to (C, *crop), mirrored and moved by `match` (in voxels) onto its reference's crop. Where the shift
+    leaves no voxel, fill with its lowest intensity."""
     cropped = crop_of(query, crop)
     mirrored = np.flip(cropped, tuple(axis + 1 for axis in match.flip))
     return pad_or_crop(crop, crop, offset=match.shift).apply(mirrored, float(cropped.min()))
@@ -189,7 +194,8 @@ def crop_of(volume: Any, crop: Sides) -> np.ndarray:
 
 
 def _maps(volumes: Volumes, space: Space, flip: tuple[int, ...] = ()) -> Tensor:
-    """Compute the maps to compare, (B, C, x, y, z) float32 on the space's device; features (B, F) as (B, 1, F, 1, 1)."""
+    """Compute the maps to compare, (B, C, x, y, z) float32 on the space's device; features (B, F) as (B, 1, F, 1,
+    1)."""
     crops = [crop_of(volume, space.crop) for volume in volumes]
     if space.embed is None:
         crops = [standardized(crop) for crop in crops]
@@ -221,8 +227,8 @@ def check_shift(shift: int, sides: Sequence[int]) -> None:
 
 
 class _Prepared(NamedTuple):
-    """Maps as `_correlate` takes them, with sums over the voxels that overlap when the maps, as a query, are moved by -shift to
-    shift along each axis (S = 2 shift + 1)."""
+    """Maps as `_correlate` takes them, with sums over the voxels that overlap when the maps, as a query, are moved by
+    -shift to shift along each axis (S = 2 shift + 1)."""
 
     maps: Tensor  # (B, C, x, y, z)
     spectrum: Tensor | None  # of the maps, padded so that no shift wraps around; None without shifts
@@ -251,7 +257,8 @@ def _window_sums(maps: Tensor, windows: Sequence[Tensor]) -> Tensor:
 
 
 def _windows(side: int, shift: int) -> Tensor:
-    """(2 shift + 1, side): 1 for each voxel of a query that, moved by -shift to shift, lies on one of the reference's."""
+    """(2 shift + 1, side): 1 for each voxel of a query that, moved by -shift to shift, lies on one of the
+    reference's."""
     moved = torch.arange(side) - torch.arange(-shift, shift + 1)[:, None]
     return (moved >= 0) & (moved < side)
 
@@ -281,8 +288,8 @@ def _correlate(queries: _Prepared, references: _Prepared) -> Tensor:
 
 
 def _at_shifts(spectrum: Tensor, sides: Sequence[int], shift: int) -> Tensor:
-    """The inverse of `rfftn` at -shift to shift along each axis alone, (..., X, Y, Z // 2 + 1) -> (..., S, S, S): axis by axis it
-    takes a fifth of the time of the whole inverse."""
+    """The inverse of `rfftn` at -shift to shift along each axis alone, (..., X, Y, Z // 2 + 1) -> (..., S, S, S): axis
+    by axis it takes a fifth of the time of the whole inverse."""
     shifts = torch.arange(-shift, shift + 1, device=spectrum.device)
     for axis, side in ((-1, sides[2]), (-2, sides[1]), (-3, sides[0])):
         frequencies = torch.arange(spectrum.shape[axis], device=spectrum.device)

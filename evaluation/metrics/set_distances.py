@@ -1,7 +1,7 @@
 """Distances between two sets of volumes, each volume a row of figures, beside the distance between real and real.
 
-Samples are (N, F) arrays with one row per volume; N may differ. A distance is a function of two samples that returns one figure or
-several. `compare_sets` adds the interval and the real-against-real floor to any distance.
+Samples are (N, F) arrays with one row per volume; N may differ. A distance is a function of two samples that returns
+one figure or several. `compare_sets` adds the interval and the real-against-real floor to any distance.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +30,8 @@ SETS = ("training", "test", "generated")
 class SetComparison(TypedDict, Generic[Figure]):
     """A distance from the test set to the generated set and to the training set (the floor), see `compare_sets`.
 
-    `whole` is the distance of all generated from all test volumes; all others are between subsets of `count` volumes. `excess` is
-    `generated_to_test` less `training_to_test`, subset by subset; `test_halves` is another floor.
+    `whole` is the distance of all generated from all test volumes; all others are between subsets of `count` volumes.
+    `excess` is `generated_to_test` less `training_to_test`, subset by subset; `test_halves` is another floor.
     """
 
     count: int
@@ -68,7 +68,8 @@ class Closeness(TypedDict):
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Squared Frechet distance of the Gaussians with the means and covariances of two samples (Heusel et al. 2017, Eq. 6).
+    """Squared Frechet distance of the Gaussians with the means and covariances of two samples (Heusel et al. 2017, Eq.
+    6).
 
     `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))` in squared units of the features, covariances divided by N - 1. With
     C = A^T A, the trace of the root is the sum of the singular values of `A1 A2^T`, which needs no root of a singular
@@ -89,8 +90,8 @@ def frechet_caveat(samples: int, features: int) -> str | None:
     if samples > features:
         return None
     return (
-        f"{samples} volumes do not determine the covariance of {features} features: the Frechet distance is mostly bias "
-        "and only comparable at equal counts; the kernel distance is unbiased"
+        f"{samples} volumes do not determine the covariance of {features} features: the Frechet distance is mostly "
+        "bias and only comparable at equal counts; the kernel distance is unbiased"
     )
 
 
@@ -114,7 +115,8 @@ def kernel_distance(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def wasserstein1(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Wasserstein-1 distance of two samples of numbers, column by column: the area between their distribution functions.
+    """Wasserstein-1 distance of two samples of numbers, column by column: the area between their distribution
+    functions.
 
     (N, S) and (M, S) -> (S,), in the columns' units.
 
@@ -130,10 +132,11 @@ def wasserstein1(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def standardize(sets: Mapping[str, np.ndarray], by: str, least: float = 0.0) -> dict[str, np.ndarray]:
-    """Subtract the mean of every column in set `by`, and divide by its standard deviation there; a constant column keeps its units.
+    """Subtract the mean of every column in set `by`, and divide by its standard deviation there; a constant column
+    keeps its units.
 
-    No standard deviation counts as less than `least` times the root mean square of those of all columns. Else a column that is
-    nearly constant in `by`, such as a unit of a network that hardly ever fires, can outweigh all others.
+    No standard deviation counts as less than `least` times the root mean square of those of all columns. Else a column
+    that is nearly constant in `by`, such as a unit of a network that hardly ever fires, can outweigh all others.
     """
     mean, std = sets[by].mean(0), sets[by].std(0)
     std = np.maximum(std, least * np.sqrt((std**2).mean()))
@@ -173,9 +176,9 @@ def compare_sets(
 ) -> Any:
     """Compare the distance of generated from real test volumes with that of real training from real test volumes.
 
-    Distances are taken between subsets of `count` volumes, half of the smallest set, `subsets` times without replacement: a
-    distance that depends on counts is then compared at equal ones. (A mean over half a sample spreads as the mean over the whole
-    does from sample to sample: McCarthy 1969. The intervals of the larger sets are too wide.)
+    Distances are taken between subsets of `count` volumes, half of the smallest set, `subsets` times without
+    replacement: a distance that depends on counts is then compared at equal ones. (A mean over half a sample spreads as
+    the mean over the whole does from sample to sample: McCarthy 1969. The intervals of the larger sets are too wide.)
 
     Args:
         sets: rows (N, F) of "training", "test" and "generated".
@@ -244,11 +247,12 @@ def compare_columns(
 def closer_than_test(
     sets: Mapping[str, np.ndarray], *, subjects: Mapping[str, Units] | None = None, seed: int = 0
 ) -> Closeness:
-    """Measure how often a generated volume is nearer to its nearest training volume than an unseen real one is to its own.
+    """Measure how often a generated volume is nearer to its nearest training volume than an unseen real one is to its
+    own.
 
-    The area under the ROC curve of the Euclidean distance to the nearest row of "training": 0.5 for volumes distributed as real
-    ones, 1 for copies, 0 for volumes far from all real ones. Frechet and kernel distances cannot see copies: these are best
-    for them.
+    The area under the ROC curve of the Euclidean distance to the nearest row of "training": 0.5 for volumes distributed
+    as real ones, 1 for copies, 0 for volumes far from all real ones. Frechet and kernel distances cannot see copies:
+    these are best for them.
 
     Args:
         subjects: of the volumes of some of the sets; the interval resamples the subjects of both sets.

@@ -1,7 +1,8 @@
 """Consistency of slices: statistics of adjacent slices along each axis of a volume.
 
-Volumes are (X, Y, Z) in [0, 1]. Slices that were generated separately, or joined from pieces, jump where real ones change smoothly; a
-blur along an axis makes them too smooth. Both show only in comparison with real volumes of the same spacing.
+Volumes are (X, Y, Z) in [0, 1]. Slices that were generated separately, or joined from pieces, jump where real ones
+change smoothly; a blur along an axis makes them too smooth. Both show only in comparison with real volumes of the same
+spacing.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ def slice_statistics(volume: np.ndarray) -> np.ndarray:
     - correlation: Pearson's, of adjacent slices, averaged over pairs of them; 1 for two flat slices, 0 if one is flat;
     - difference: mean `|s[i+1] - s[i]|`;
     - second_difference: mean `|s[i+1] - 2 s[i] + s[i-1]|`, large where slices zigzag;
-    - brightness_step: mean absolute difference of adjacent slices' means, large where brightness drifts from slice to slice.
+    - brightness_step: mean absolute difference of adjacent slices' means, large where brightness drifts from slice to
+    slice.
 
     Raises: ValueError for an axis of fewer than 3 slices.
     """
@@ -53,7 +55,8 @@ def slice_statistics(volume: np.ndarray) -> np.ndarray:
 
 
 def adjacent_correlation(slices: np.ndarray) -> float:
-    """Compute the mean Pearson correlation of adjacent rows of (slices, voxels); 1 for two flat rows, 0 if one of two is flat."""
+    """Compute the mean Pearson correlation of adjacent rows of (slices, voxels); 1 for two flat rows, 0 if one of two
+    is flat."""
     centered = slices - slices.mean(1, keepdims=True)
     std = centered.std(1)
     flat = std < FLAT

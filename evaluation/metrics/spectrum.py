@@ -1,7 +1,8 @@
 """Power spectra of volumes: how much detail they have at each frequency, compared with real ones.
 
-Frequencies are in cycles/voxel along each axis, so 0.5 is the Nyquist frequency. A blurred volume has less power at high frequencies
-than a real one: a negative ratio in dB. Voxel grids, not millimeters, limit a decoder, hence cycles/voxel.
+Frequencies are in cycles/voxel along each axis, so 0.5 is the Nyquist frequency. A blurred volume has less power at
+high frequencies than a real one: a negative ratio in dB. Voxel grids, not millimeters, limit a decoder, hence
+cycles/voxel.
 """
 
 import itertools
@@ -18,8 +19,8 @@ BAND_EDGES = tuple(round(0.05 * i, 2) for i in range(11))  # 0, 0.05, ..., 0.5 c
 def hann_window(shape: tuple[int, ...]) -> np.ndarray:
     """Multiply periodic Hann windows, one per axis: they keep the crop's edges from leaking into every frequency.
 
-    `autoencoder.spectrum_loss` has the same window in torch, differentiable and in float32; its mean is not removed, for
-    its bands begin at 0.1 cycles/voxel. `autoencoder.residual_noise` says why it has another.
+    `autoencoder.spectrum_loss` has the same window in torch, differentiable and in float32; its mean is not removed,
+    for its bands begin at 0.1 cycles/voxel. `autoencoder.residual_noise` says why it has another.
     """
     window = np.ones(shape)
     for axis, size in enumerate(shape):
@@ -33,8 +34,9 @@ def band_power(
 ) -> np.ndarray:
     """Compute the mean spectral power of one (X, Y, Z) volume in each radial frequency band, (bands,).
 
-    The crop's mean is removed, the crop is windowed, and |FFT|^2 is divided by the window's energy, so that white noise of variance v has
-    power v in every band, whatever the crop. A band contains `low <= |f| < high`; the zero frequency is in none.
+    The crop's mean is removed, the crop is windowed, and |FFT|^2 is divided by the window's energy, so that white noise
+    of variance v has power v in every band, whatever the crop. A band contains `low <= |f| < high`; the zero frequency
+    is in none.
 
     Raises: ValueError if the crop is too small for a frequency in every band.
     """
@@ -50,8 +52,8 @@ def band_power(
     if (count == 0).any():
         empty = int(np.argmin(count))
         raise ValueError(
-            f"a crop of {cropped.shape} voxels has no frequency in [{band_edges[empty]}, {band_edges[empty + 1]}) cycles/voxel: "
-            "use wider bands or larger crops"
+            f"a crop of {cropped.shape} voxels has no frequency in [{band_edges[empty]}, {band_edges[empty + 1]}) "
+            "cycles/voxel: use wider bands or larger crops"
         )
     return np.bincount(band[kept], weights=power[kept], minlength=len(band_edges) - 1) / count
 

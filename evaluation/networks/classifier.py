@@ -48,9 +48,9 @@ def train_classifier(
 ) -> VolumeClassifier:
     """Train a classifier from scratch (`fit`) and return it in evaluation mode.
 
-    Every class is sampled equally often, whatever its share, so that always answering the commonest gains nothing. Volumes are moved
-    by up to `SHIFT` voxels (their sides are joined: volumes should end in background) and get noise (0.05). Batches are sampled on
-    the CPU by generators with this seed.
+    Every class is sampled equally often, whatever its share, so that always answering the commonest gains nothing.
+    Volumes are moved by up to `SHIFT` voxels (their sides are joined: volumes should end in background) and get noise
+    (0.05). Batches are sampled on the CPU by generators with this seed.
 
     Args:
         dtype: autocast type of forward passes; None computes in float32.

@@ -1,4 +1,5 @@
-"""Choices and defaults that `--help` shows before torch is imported. The modules that use them import them from here."""
+"""Choices and defaults that `--help` shows before torch is imported. The modules that use them import them from
+here."""
 
 # utility.py: training sets of a segmenter, and the voxels that volumes are cropped or padded to
 REAL, SYNTHETIC, BOTH = SOURCES = ("real", "synthetic", "both")

@@ -1,8 +1,9 @@
 """Pre-training of the segmenter without labels, with which Medical Diffusion tested its volumes (Khader et al. 2023).
 
-The task is to restore hidden voxels: blocks of voxels are replaced by noise (in-painting: Pathak et al. 2016; in volumes, Models
-Genesis: Zhou et al. 2019) and the rest is noisy (denoising: Vincent et al. 2008). The network is the segmenter with another head; only
-the layers before the head are fine-tuned. Images are (N, C, X, Y, Z) float32 in [0, 1], 0 where padded.
+The task is to restore hidden voxels: blocks of voxels are replaced by noise (in-painting: Pathak et al. 2016; in
+volumes, Models Genesis: Zhou et al. 2019) and the rest is noisy (denoising: Vincent et al. 2008). The network is the
+segmenter with another head; only the layers before the head are fine-tuned. Images are (N, C, X, Y, Z) float32 in [0,
+1], 0 where padded.
 """
 
 import torch
@@ -51,8 +52,8 @@ def pretrain(
 ) -> dict[str, Tensor]:
     """Train to restore `images` and return the network's `body`. No label is used.
 
-    The schedule and the brightening are the segmenter's. The loss is the mean absolute error over all voxels except those that are 0
-    in every channel, which include the padding.
+    The schedule and the brightening are the segmenter's. The loss is the mean absolute error over all voxels except
+    those that are 0 in every channel, which include the padding.
     """
     device = torch.device(device)
     torch.manual_seed(seed)

@@ -1,8 +1,10 @@
-"""A small segmenter that measures utility: always trained the same way, whatever the source of its volumes, and tested on real ones.
+"""A small segmenter that measures utility: always trained the same way, whatever the source of its volumes, and tested
+on real ones.
 
-Volumes are useful for a task if a network trained on them solves it on real ones (so tested by Med-DDPM, Dorjsembe et al. 2024, for
-tumors). Everything but the volumes is fixed: network, schedule, augmentation and the random numbers of each seed, so that two sources
-of volumes differ in nothing else. Images are (N, C, X, Y, Z) float32 in [0, 1], labels (N, X, Y, Z) label indices, all of one shape.
+Volumes are useful for a task if a network trained on them solves it on real ones (so tested by Med-DDPM, Dorjsembe et
+al. 2024, for tumors). Everything but the volumes is fixed: network, schedule, augmentation and the random numbers of
+each seed, so that two sources of volumes differ in nothing else. Images are (N, C, X, Y, Z) float32 in [0, 1], labels
+(N, X, Y, Z) label indices, all of one shape.
 """
 
 from collections.abc import Mapping
@@ -49,8 +51,8 @@ def train_segmenter(
 ) -> nn.Module:
     """Train a segmenter from scratch (`fit`) and return it in evaluation mode.
 
-    Batches are sampled, brightened (`brightened`) and get noise (0.02) by generators on the CPU with this seed, so they are the same
-    on every device.
+    Batches are sampled, brightened (`brightened`) and get noise (0.02) by generators on the CPU with this seed, so they
+    are the same on every device.
 
     Args:
         dtype: autocast type of forward passes; None computes in float32.
@@ -94,7 +96,8 @@ def volume_dice(
     dtype: torch.dtype | None = None,
     batch_size: int = 8,
 ) -> list[Tensor]:
-    """Compute the Dice of each label except the background (index 0), in the order of the labels: (N,) float32 each, in [0, 1]."""
+    """Compute the Dice of each label except the background (index 0), in the order of the labels: (N,) float32 each, in
+    [0, 1]."""
     device = next(segmenter.parameters()).device
     dice: dict[int, list[Tensor]] = {label: [] for label in range(1, num_labels)}
     for start in range(0, len(images), batch_size):

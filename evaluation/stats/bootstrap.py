@@ -25,8 +25,8 @@ def resample(count: int, random: np.random.Generator, *, one_by_one: bool = Fals
     """Resample `count` units with replacement `RESAMPLES` times: (RESAMPLES, count), how often each unit is picked.
 
     Args:
-        one_by_one: pick unit after unit. The distribution is the same as that of the multinomial, the random numbers are not:
-            published intervals of Dice and of class adherence were computed so.
+        one_by_one: pick unit after unit. The distribution is the same as that of the multinomial, the random numbers
+            are not: published intervals of Dice and of class adherence were computed so.
     """
     if not one_by_one:
         return random.multinomial(count, np.full(count, 1 / count), RESAMPLES)
@@ -35,7 +35,8 @@ def resample(count: int, random: np.random.Generator, *, one_by_one: bool = Fals
 
 
 def resample_subjects(subjects: Units, random: np.random.Generator, *, one_by_one: bool = False) -> np.ndarray:
-    """Resample the subjects of N volumes: (RESAMPLES, N), how often each volume is picked with its subject (`resample`)."""
+    """Resample the subjects of N volumes: (RESAMPLES, N), how often each volume is picked with its subject
+    (`resample`)."""
     groups = group_numbers(subjects)
     return resample(groups.max() + 1, random, one_by_one=one_by_one)[:, groups]
 

@@ -1,5 +1,5 @@
-"""Thresholds that a further subject exceeds with a known probability at most (split conformal: Vovk et al. 2005; with subjects:
-Lee, Barber, Willett 2023)."""
+"""Thresholds that a further subject exceeds with a known probability at most (split conformal: Vovk et al. 2005; with
+subjects: Lee, Barber, Willett 2023)."""
 
 import numpy as np
 
@@ -19,7 +19,8 @@ def conformal_threshold(scores: np.ndarray, units: Units, alpha: float) -> float
         raise ValueError(f"alpha {alpha:g}: take a fraction of unseen subjects between 0 and 1, such as 0.05")
     if (count + 1) * alpha < 1 - 1e-9:
         raise ValueError(
-            f"{count} subjects are too few for a threshold that 1 in {1 / alpha:g} exceeds: take alpha >= {1 / (count + 1):.3g}"
+            f"{count} subjects are too few for a threshold that 1 in {1 / alpha:g} exceeds: take alpha >= "
+            f"{1 / (count + 1):.3g}"
         )
     return conformal_quantile(scores, weights, alpha)
 
@@ -44,6 +45,6 @@ def check_unseen(units: Units, alpha: float) -> None:
             raise
         needed = round(np.ceil(1 / alpha - 1e-9))
         raise ValueError(
-            f"each of {others + 1} unseen subjects is compared with the others, and {error}, or hold out {needed} subjects "
-            "(data.test_fraction)"
+            f"each of {others + 1} unseen subjects is compared with the others, and {error}, or hold out {needed} "
+            "subjects (data.test_fraction)"
         ) from error

@@ -1,7 +1,7 @@
 """95 % intervals over the seeds of repeated trainings, over test subjects, and of rates.
 
-Scores to compare are (seeds, volumes): the score of each training on each volume. The two intervals answer two questions: whether
-another training of the same network would say the same, and whether other patients would.
+Scores to compare are (seeds, volumes): the score of each training on each volume. The two intervals answer two
+questions: whether another training of the same network would say the same, and whether other patients would.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ import numpy as np
 
 from .bootstrap import interval_of, resample_subjects
 
-# Student's t at 97.5 %, by degrees of freedom from 1. Beyond the table: the expansion of Abramowitz and Stegun (1964), 26.7.5, whose
-# first three terms are right to 2e-4.
+# Student's t at 97.5 %, by degrees of freedom from 1. Beyond the table: the expansion of Abramowitz and Stegun (1964),
+# 26.7.5, whose first three terms are right to 2e-4.
 T_TABLE = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 Z = 1.959964  # the standard normal distribution at 97.5 %
 MIN_REFERENCE = 1e-6  # of a ratio: relative to a reference of 0, any score is absurdly large, and seen to be
@@ -61,7 +61,8 @@ def compare_paired(
     """
     if values.shape != reference.shape or values.ndim != 2 or values.shape[1] != len(subjects) or not values.size:
         raise ValueError(
-            f"scores of {values.shape} and {reference.shape} for {len(subjects)} volumes do not pair up; give (seeds, volumes)"
+            f"scores of {values.shape} and {reference.shape} for {len(subjects)} volumes do not pair up; give (seeds, "
+            "volumes)"
         )
 
     def compared(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -22,8 +22,8 @@ class SizeRange(TypedDict):
 class ClassRates(TypedDict):
     """How often the classifiers are right about one set of volumes.
 
-    `right` weighs classes by their share of the real test volumes, `balanced` weighs them equally. `per_class` has no entry for a
-    class without volumes.
+    `right` weighs classes by their share of the real test volumes, `balanced` weighs them equally. `per_class` has no
+    entry for a class without volumes.
     """
 
     right: float
@@ -83,7 +83,8 @@ def describe_sizes(
 
 
 def rates(right: np.ndarray, classes: np.ndarray, shares: np.ndarray) -> tuple[float, list[float]]:
-    """Compute how often the classifier is right: over all classes weighted by share, and per class (NaN without a volume).
+    """Compute how often the classifier is right: over all classes weighted by share, and per class (NaN without a
+    volume).
 
     Args:
         right: (N,) in [0, 1], how often each volume was.
@@ -112,7 +113,8 @@ def compare_class_rates(
     generated_classes: np.ndarray,
     names: Sequence[str],
 ) -> ClassComparison:
-    """Compare real test volumes with generated ones, each (N,) of how often the classifiers were right, and (N,) classes."""
+    """Compare real test volumes with generated ones, each (N,) of how often the classifiers were right, and (N,)
+    classes."""
     shares = np.bincount(real_classes, minlength=len(names)) / len(real_classes)
     equal = (shares > 0) / (shares > 0).sum()
 

@@ -1,11 +1,13 @@
-"""Measure whether one can see where an image was edited: real volumes with a regenerated region, its border, and the voxels outside:
+"""Measure whether one can see where an image was edited: real volumes with a regenerated region, its border, and the
+voxels outside:
 
-python -m evaluation.studies.edit_borders --config configs/hippocampus/ldm.yaml --pipeline weights/hippocampus --output out/editing.json
+python -m evaluation.studies.edit_borders --config configs/hippocampus/ldm.yaml --pipeline weights/hippocampus --output
+out/editing.json
 
-The jump is the mean |difference| between the two voxels on either side of the region's border (they share a face), over that
-between voxels next to them, just inside and just outside, across faces parallel to these. 1 is no edge; the figure of the untouched
-volume is reported beside it. Regions: a box in the middle, half of each side, and the labels of the mask with 3 mm more on each side.
-Intervals are of 95 %, over subjects.
+The jump is the mean |difference| between the two voxels on either side of the region's border (they share a face), over
+that between voxels next to them, just inside and just outside, across faces parallel to these. 1 is no edge; the figure
+of the untouched volume is reported beside it. Regions: a box in the middle, half of each side, and the labels of the
+mask with 3 mm more on each side. Intervals are of 95 %, over subjects.
 """
 
 from collections.abc import Callable, Sequence
@@ -92,10 +94,11 @@ REGIONS: dict[str, Callable[[Volume], np.ndarray]] = {"box": box_region, "labele
 
 
 def face_differences(volume: np.ndarray, region: np.ndarray, steps: int = 0) -> np.ndarray:
-    """Compute |differences| (n,) between voxels that share a face parallel to the region's border, `steps` faces inwards of it: 0 is
-    across the border, -1 just outside, 1 just inside.
+    """Compute |differences| (n,) between voxels that share a face parallel to the region's border, `steps` faces
+    inwards of it: 0 is across the border, -1 just outside, 1 just inside.
 
-    Faces count if the line across the border stays on its side: inside the region `steps` inwards, outside of it outwards.
+    Faces count if the line across the border stays on its side: inside the region `steps` inwards, outside of it
+    outwards.
     """
     differences = []
     for axis in range(3):
@@ -115,7 +118,8 @@ def face_differences(volume: np.ndarray, region: np.ndarray, steps: int = 0) -> 
 
 
 def border_jump(volume: np.ndarray, region: np.ndarray) -> float:
-    """Divide the mean |difference| across the region's border by that across parallel faces one voxel inside and outside.
+    """Divide the mean |difference| across the region's border by that across parallel faces one voxel inside and
+    outside.
 
     Both arrays are (X, Y, Z). Raises: ValueError for a region without a border.
     """
@@ -243,8 +247,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, object]:
         jump, untouched = region["jump"], region["untouched"]
         print(
             f"{name}: jump {jump['mean']:.3f} ({jump['interval'][0]:.3f} to {jump['interval'][1]:.3f}), at most "
-            f"{jump['largest']:.3f}; untouched {untouched['mean']:.3f}; {region['changed_outside']} voxels changed outside, "
-            f"{region['volumes']} volumes of {region['subjects']} subjects"
+            f"{jump['largest']:.3f}; untouched {untouched['mean']:.3f}; {region['changed_outside']} voxels changed "
+            f"outside, {region['volumes']} volumes of {region['subjects']} subjects"
         )
     print(f"report: {options.output}")
     return report

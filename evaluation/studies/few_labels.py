@@ -42,10 +42,10 @@ def training_set(
 
     Args:
         synthetic: volumes generated from masks of `real`; the real arms ignore them.
-        masks: "own" takes only the synthetic volumes that were generated from masks of the labeled ones. "all" takes all, which
-            measures a generator that was trained with more labels than the segmenter has.
-        balanced: `both` repeats the real volumes so that about every other volume of a batch is real, as with all labels and
-            one volume per mask. Otherwise every volume is sampled equally often.
+        masks: "own" takes only the synthetic volumes that were generated from masks of the labeled ones. "all" takes
+            all, which measures a generator that was trained with more labels than the segmenter has.
+        balanced: `both` repeats the real volumes so that about every other volume of a batch is real, as with all
+            labels and one volume per mask. Otherwise every volume is sampled equally often.
     Raises: ValueError for "own" masks without a generated volume.
     """
     few = real.take(labeled)

@@ -1,8 +1,8 @@
 """Limits: what each command of evaluate.py needs of the data, by the sizes of the splits and of the volumes.
 
 The doctor checks them before a model is trained, and the commands before they read a voxel. "copies" and "samplers" are
-`python -m evaluation.copies.fingerprints` and `python -m evaluation.studies.samplers`. The rules are those of the functions that
-compute: `check_counts`, `check_unseen` and others raise here as they do there.
+`python -m evaluation.copies.fingerprints` and `python -m evaluation.studies.samplers`. The rules are those of the
+functions that compute: `check_counts`, `check_unseen` and others raise here as they do there.
 """
 
 from collections import Counter
@@ -186,7 +186,8 @@ def _split(data: Data, options: Options) -> None:
     split = options.get("split", "test")
     if not data.subjects([split]):
         raise ValueError(
-            f"no case is in split {split!r}; choose another --split, or see `data` in {options.get('config', 'the config')}"
+            f"no case is in split {split!r}; choose another --split, or see `data` in "
+            f"{options.get('config', 'the config')}"
         )
 
 

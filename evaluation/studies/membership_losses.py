@@ -27,8 +27,8 @@ def denoising_losses(
 ) -> np.ndarray:
     """(N,) mean squared error of the model's prediction for each volume's latents, under the volume's own conditions.
 
-    The mean over `times` (in thousandths of the schedule) and over `draws` of noise, the same for every volume of a shape, inside the
-    field of view and without augmentation (Matsumoto et al. 2023, section 3).
+    The mean over `times` (in thousandths of the schedule) and over `draws` of noise, the same for every volume of a
+    shape, inside the field of view and without augmentation (Matsumoto et al. 2023, section 3).
 
     Raises: ValueError for a pipeline with masks and a data set without.
     """

@@ -1,8 +1,10 @@
-"""Whether generated volumes reveal training subjects: memorized volumes, membership and re-identification, with intervals.
+"""Whether generated volumes reveal training subjects: memorized volumes, membership and re-identification, with
+intervals.
 
-Everything is a function of similarities (`evaluation.metrics.nearest`): larger is nearer. Volumes of one subject are not independent,
-so the subject is the unit throughout: every unit weighs the same, whatever its number of volumes, and bootstraps resample units
-(`evaluation.stats.bootstrap`). Intervals are of 95 %. `units` are (N,) names or numbers, one per volume.
+Everything is a function of similarities (`evaluation.metrics.nearest`): larger is nearer. Volumes of one subject are
+not independent, so the subject is the unit throughout: every unit weighs the same, whatever its number of volumes, and
+bootstraps resample units (`evaluation.stats.bootstrap`). Intervals are of 95 %. `units` are (N,) names or numbers, one
+per volume.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +41,8 @@ class Rate(TypedDict):
 class Attack(TypedDict):
     """How well a score tells members of the training set from others; 0.5 is chance.
 
-    `auc` is the probability that a member scores higher, with ties counted half. `true_positives` are by false-positive rate.
+    `auc` is the probability that a member scores higher, with ties counted half. `true_positives` are by false-positive
+    rate.
     """
 
     auc: float
@@ -69,7 +72,8 @@ class MeanSimilarity(TypedDict):
 
 
 class OwnMask(TypedDict):
-    """Similarity to the real volume of the mask, for training masks and for unseen ones; `interval` is of the difference."""
+    """Similarity to the real volume of the mask, for training masks and for unseen ones; `interval` is of the
+    difference."""
 
     training_masks: MeanSimilarity
     unseen_masks: MeanSimilarity
@@ -95,7 +99,8 @@ class Reidentification(TypedDict):
 
 
 class ClosePair(TypedDict):
-    """A query and its nearest reference, by name, and the flip (axes) and shift (voxels of the space's maps) that align them."""
+    """A query and its nearest reference, by name, and the flip (axes) and shift (voxels of the space's maps) that align
+    them."""
 
     query: str
     reference: str
@@ -165,7 +170,8 @@ def memorized(
     """Measure how many generated volumes are nearer to the training set than unseen real ones.
 
     Args:
-        generated: (G,) score of each generated volume, such as the similarity to its nearest training volume; larger is nearer.
+        generated: (G,) score of each generated volume, such as the similarity to its nearest training volume; larger is
+            nearer.
         unseen: (U,) the same for real volumes that the generator was not trained on, of `unseen_units`.
         alpha: false-positive rate of the threshold (`conformal_threshold`).
         generated_units: the independent units, such as the subjects whose masks were used; by default every volume.
@@ -199,10 +205,11 @@ def memorized(
 
 
 def distance_ratio(similarity: np.ndarray, units: Units) -> np.ndarray:
-    """Divide the distance to the nearest reference by that to the nearest of another subject, from similarities (Q, R): (Q,) in [0, 1].
+    """Divide the distance to the nearest reference by that to the nearest of another subject, from similarities (Q, R):
+    (Q,) in [0, 1].
 
-    A copy has a single nearest reference (Yoon et al. 2023; Carlini et al. 2023 divide by the mean of many). Distances are those of
-    standardized volumes, sqrt(2 (1 - correlation)).
+    A copy has a single nearest reference (Yoon et al. 2023; Carlini et al. 2023 divide by the mean of many). Distances
+    are those of standardized volumes, sqrt(2 (1 - correlation)).
 
     Raises: ValueError for references of one subject.
     """
@@ -247,15 +254,17 @@ def loss_attack(
     *,
     seed: int = 0,
 ) -> Attack:
-    """Run `attack` by the model's own loss on each volume, (M,) and (N,), lower for members (Yeom et al. 2018; for diffusion models
-    Matsumoto et al. 2023). Average each volume's loss over the same times and noise, and use no augmentation."""
+    """Run `attack` by the model's own loss on each volume, (M,) and (N,), lower for members (Yeom et al. 2018; for
+    diffusion models Matsumoto et al. 2023). Average each volume's loss over the same times and noise, and use no
+    augmentation."""
     return attack(-np.asarray(member_losses), -np.asarray(other_losses), member_units, other_units, seed=seed)
 
 
 def own_mask(
     training: np.ndarray, training_units: Units, unseen: np.ndarray, unseen_units: Units, *, seed: int = 0
 ) -> OwnMask:
-    """Compare generated volumes with the real volume of their mask: (N,) similarities for training masks, (M,) for unseen ones.
+    """Compare generated volumes with the real volume of their mask: (N,) similarities for training masks, (M,) for
+    unseen ones.
 
     A mask explains part of the similarity in both; the difference is what the model remembers beyond it.
     """
@@ -330,7 +339,8 @@ def closest_pairs(
 
 
 def pairs_figure(pairs: Sequence[ClosePair], queries: VolumeSet, references: VolumeSet, space: Space) -> Figure:
-    """Draw three slices of each of `closest_pairs` (first channel): the query, aligned as the pair says, above the reference.
+    """Draw three slices of each of `closest_pairs` (first channel): the query, aligned as the pair says, above the
+    reference.
 
     Shifts are applied in spaces of voxels only: other spaces count them in voxels of their maps.
     """
@@ -365,13 +375,14 @@ def privacy_report(
     """Run all comparisons in all spaces.
 
     Args:
-        anonymized: volumes with the source patient as their subject. The gallery is training and unseen volumes together.
+        anonymized: volumes with the source patient as their subject. The gallery is training and unseen volumes
+            together.
         stand_ins: use generated volumes as the anonymized volumes of the patients whose masks they were generated from.
         losses: of training and of unseen volumes, in their order.
         pairs: number of closest pairs.
         on_pairs: called with the number of pairs that were just compared.
-    Raises: ValueError for subjects that are both in training and unseen (no conclusion would be valid), and for two real
-        volumes with one name.
+    Raises: ValueError for subjects that are both in training and unseen (no conclusion would be valid), and for two
+        real volumes with one name.
     """
     if shared := sorted(set(training.subjects) & set(unseen.subjects)):
         raise ValueError(f"subjects {shared[:5]} are in training and unseen: split by subject")
@@ -424,7 +435,8 @@ def _compare(
     alpha: float,
     seed: int,
 ) -> SpaceReport:
-    """Compare in one space: similarities of generated to training (G, T), unseen to training (U, T), generated to unseen (G, U)."""
+    """Compare in one space: similarities of generated to training (G, T), unseen to training (U, T), generated to
+    unseen (G, U)."""
 
     def memorized_by(of_generated: np.ndarray, of_unseen: np.ndarray) -> Memorized:
         return memorized(

@@ -1,6 +1,7 @@
 """Realism: generated volumes compared with real ones, each figure beside that of two sets of real volumes.
 
-Three sets: real volumes that the generator was trained on ("training"), real ones that it was not ("test"), and generated ones.
+Three sets: real volumes that the generator was trained on ("training"), real ones that it was not ("test"), and
+generated ones.
 """
 
 import warnings
@@ -101,12 +102,13 @@ def measure_realism(
     """Compare how generated and real volumes look. Intervals are of 95 %.
 
     Args:
-        sets: "training", "test" and "generated". Intensities must be in [0, 1], scaled as for a model, and spacings equal.
+        sets: "training", "test" and "generated". Intensities must be in [0, 1], scaled as for a model, and spacings
+            equal.
         extractors: by name, for the part "features"; on `device`.
         channels: names of the volumes' channels.
         parts: which of `PARTS`.
-        standardized: divide features by their standard deviations in the training set, so that all weigh the same and figures have
-            a unit; False for figures to compare with those of a paper.
+        standardized: divide features by their standard deviations in the training set, so that all weigh the same and
+            figures have a unit; False for figures to compare with those of a paper.
         pairs: of each set, at most, for the part "diversity".
         on_step: called with the part after each of `steps_of` volumes and pairs.
     Raises: ValueError for unknown parts, missing or too small sets, and volumes with other channels or intensities.

@@ -21,8 +21,8 @@ from volumes import VolumeDataset, merge_channels, pad_sample
 
 
 def reconstruct(vae: VolumeAutoencoder, image: torch.Tensor) -> torch.Tensor:
-    """Encode one volume (C, X, Y, Z) in [-1, 1], with sides that are multiples of the stride, to the posterior's mean and decode it,
-    clamped to [-1, 1]."""
+    """Encode one volume (C, X, Y, Z) in [-1, 1], with sides that are multiples of the stride, to the posterior's mean
+    and decode it, clamped to [-1, 1]."""
     return _decode(vae, _encode(vae, image))
 
 
@@ -40,9 +40,9 @@ def _decode(vae: VolumeAutoencoder, posterior: LatentDistribution) -> torch.Tens
 class CodebookReport(TypedDict):
     """Use and cost of the codes of a VQ-GAN over all latent voxels of a split.
 
-    `usage` is the share of codes that occur, `perplexity` their effective number. A code takes `bits_per_cell` = log2(num_codes) bits,
-    or on average `entropy_bits_per_cell` with an ideal coder that knows the frequency of each code. `bits_per_voxel` divides
-    `bits_per_cell` by the voxels of a latent voxel.
+    `usage` is the share of codes that occur, `perplexity` their effective number. A code takes `bits_per_cell` =
+    log2(num_codes) bits, or on average `entropy_bits_per_cell` with an ideal coder that knows the frequency of each
+    code. `bits_per_voxel` divides `bits_per_cell` by the voxels of a latent voxel.
     """
 
     codes: int
@@ -81,9 +81,9 @@ class LabelDice(TypedDict):
 class ReconstructionReport(TypedDict):
     """All figures of `evaluate_reconstruction`.
 
-    `sharpness` is the mean magnitude of gradients (`mean_gradient`) in all reconstructions over that in all volumes: 1 where they are
-    equally sharp, less where reconstructions are blurred; noise raises it as detail does. `codebook` is for a VQ-GAN, `dice` for label
-    maps.
+    `sharpness` is the mean magnitude of gradients (`mean_gradient`) in all reconstructions over that in all volumes: 1
+    where they are equally sharp, less where reconstructions are blurred; noise raises it as detail does. `codebook` is
+    for a VQ-GAN, `dice` for label maps.
     """
 
     volumes: int
@@ -118,8 +118,9 @@ def evaluate_reconstruction(
 ) -> ReconstructionReport:
     """Compare reconstructions with their volumes.
 
-    Intensities are those of the data set's own scaling, brought to [0, 1] (hippocampus: percentiles 0.5-99.5 of each volume). Figures
-    are measured inside the field of view, except spectra, which are of center crops of at most `crop` voxels.
+    Intensities are those of the data set's own scaling, brought to [0, 1] (hippocampus: percentiles 0.5-99.5 of each
+    volume). Figures are measured inside the field of view, except spectra, which are of center crops of at most `crop`
+    voxels.
 
     Args:
         on_volume: called after each volume with its name and PSNR.

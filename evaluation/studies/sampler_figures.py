@@ -61,7 +61,8 @@ class SamplingInputs:
 
 
 def make_named(name: str, pipe: MedVolumePipeline) -> Scheduler:
-    """Make a new scheduler for the model's objective. Raises: ValueError for a name without one, listing those that have one."""
+    """Make a new scheduler for the model's objective. Raises: ValueError for a name without one, listing those that
+    have one."""
     objective, train_steps = pipe.unet.config["objective"], pipe.unet.train_steps
     if name == OWN:
         return fit_scheduler(pipe.scheduler, objective, train_steps)
@@ -106,8 +107,8 @@ class DiceScores(TypedDict):
 class SamplerScores(TypedDict):
     """Scores of one way of sampling. Intervals are of 95 %.
 
-    `kernel` is by extractor, of features in standard deviations of the training set's. `intensity_bias` is the mean intensity less that
-    of the real volume of the mask.
+    `kernel` is by extractor, of features in standard deviations of the training set's. `intensity_bias` is the mean
+    intensity less that of the real volume of the mask.
     """
 
     kernel: dict[str, SetComparison[float]]
@@ -140,7 +141,8 @@ def inputs_from_dataset(dataset: VolumeDataset, unet: nn.Module) -> SamplingInpu
 def sample(
     pipe: MedVolumePipeline, inputs: SamplingInputs, combination: Combination, *, seed: int = 0, batch_size: int = 8
 ) -> tuple[list[np.ndarray], Cost]:
-    """Generate a volume (C, X, Y, Z) in [0, 1] for each mask, volume i from seed + i whatever the combination, and measure the cost."""
+    """Generate a volume (C, X, Y, Z) in [0, 1] for each mask, volume i from seed + i whatever the combination, and
+    measure the cost."""
     original_scheduler, evaluations = pipe.scheduler, 0
 
     def count(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -182,7 +184,8 @@ class SamplerScorer:
 
     Args:
         inputs: of the generated volumes.
-        training, test: real volumes (C, X, Y, Z) in [0, 1], and the subject of each. The distance between the two is the floor.
+        training, test: real volumes (C, X, Y, Z) in [0, 1], and the subject of each. The distance between the two is
+            the floor.
         same: real volumes of the same masks, in the order of `inputs`.
         extractors: by name, on `device`.
         segmenter: trained on real volumes, for images as in `pairs`.
@@ -224,8 +227,8 @@ class SamplerScorer:
         for name, generated, real in zip(self.inputs.names, volumes, self.same, strict=True):
             if generated.shape != real.shape:
                 raise ValueError(
-                    f"{name}: the real volume is {real.shape}, the generated one {generated.shape} at the pipeline's spacing; "
-                    "set data.spacing to that of the pipeline's training"
+                    f"{name}: the real volume is {real.shape}, the generated one {generated.shape} at the pipeline's "
+                    "spacing; set data.spacing to that of the pipeline's training"
                 )
         kernel = {}
         for name, extractor in self.extractors.items():

@@ -3,11 +3,12 @@
 python -m evaluation.studies.samplers --pipeline weights/hippocampus --config configs/hippocampus/ldm.yaml --masks 24 \
     --schedulers euler heun dpmsolver++ unipc --steps 5 10 20 40 --output out/samplers.json
 
-Every combination generates a volume from each of the same test masks and seeds, and so does the pipeline's own scheduler ("own").
-The volumes are compared with real volumes of the masks' split, beside the distance of real training volumes from these. A segmenter
-trained on other real volumes measures mask adherence. `--split validation` chooses settings without using the test split. The report,
-and a table beside it (.md), are written after every combination; run the same command again to resume with the missing ones.
-Guidance needs a model that was trained for it (condition_dropout).
+Every combination generates a volume from each of the same test masks and seeds, and so does the pipeline's own
+scheduler ("own"). The volumes are compared with real volumes of the masks' split, beside the distance of real training
+volumes from these. A segmenter trained on other real volumes measures mask adherence. `--split validation` chooses
+settings without using the test split. The report, and a table beside it (.md), are written after every combination; run
+the same command again to resume with the missing ones. Guidance needs a model that was trained for it
+(condition_dropout).
 """
 
 import json
@@ -210,7 +211,8 @@ def score_missing(options: Namespace) -> SamplerReport:
     done = [combination_of(entry) for entry in report["combinations"]]
     missing = [combination for combination in requested if combination not in done]
     print(
-        f"{len(requested) - len(missing)} of {len(requested)} combinations are in {options.output}; {len(missing)} to go"
+        f"{len(requested) - len(missing)} of {len(requested)} combinations are in {options.output}; {len(missing)} to "
+        "go"
     )
     if missing:
         scorer = prepare(pipe, cases, train_set, test, chosen, options)
@@ -243,7 +245,8 @@ def prepare(
     chosen: Sequence[Case],
     options: Namespace,
 ) -> SamplerScorer:
-    """Make the scorer of volumes generated from the masks of the `chosen` cases of `test`; `train_set` is its segmenter's."""
+    """Make the scorer of volumes generated from the masks of the `chosen` cases of `test`; `train_set` is its
+    segmenter's."""
     config, device = options.data, pipe.device
     training = VolumeDataset([case for case in cases if case.split == "train"], config)
     of_masks = VolumeDataset(chosen, config)
@@ -331,7 +334,8 @@ def segmenter_settings(options: Namespace) -> dict[str, object]:
 
 
 def splits(cases: Sequence[Case], split: str) -> tuple[list[Case], list[Case]]:
-    """Return the cases of the tested split, and the segmenter's training set: all cases neither of it nor of the test split."""
+    """Return the cases of the tested split, and the segmenter's training set: all cases neither of it nor of the test
+    split."""
     if split == "test":
         return test_cases(cases), learning_cases(cases)
     return (

@@ -73,8 +73,8 @@ def score_training(
     Args:
         arm, labels: what the result says of the training set, see `TrainingResult`.
         start: as in `train_segmenter`.
-        synthetic: generated volumes and the masks that they were generated from. The same segmenter is scored on them as
-            well (Med-LSDM's test; `mask_adherence`).
+        synthetic: generated volumes and the masks that they were generated from. The same segmenter is scored on them
+            as well (Med-LSDM's test; `mask_adherence`).
     """
     start_time = time.perf_counter()
     segmenter = train_segmenter(
@@ -152,12 +152,12 @@ MaskAdherence = TypedDict(
 
 
 def mask_adherence(results: Sequence[TrainingResult], real: Sequence[Case], generated: Sequence[Case]) -> MaskAdherence:
-    """Measure how well generated volumes follow their masks: Dice on them less Dice on the real volumes of the same masks
-    (Med-LSDM's test).
+    """Measure how well generated volumes follow their masks: Dice on them less Dice on the real volumes of the same
+    masks (Med-LSDM's test).
 
-    The segmenters must have seen neither the volumes nor the masks: they were trained on the training set, and these are of
-    the test set. A mask counts once, whatever the number of volumes generated from it. A mask without a generated volume is
-    ignored.
+    The segmenters must have seen neither the volumes nor the masks: they were trained on the training set, and these
+    are of the test set. A mask counts once, whatever the number of volumes generated from it. A mask without a
+    generated volume is ignored.
 
     Args:
         results: one per seed, of `score_training` with `synthetic`.

@@ -69,13 +69,14 @@ def names(name: str, values: Any) -> list[str]:
 
 
 def translation(label_map: Any) -> dict[int, int | str] | None:
-    """`label_map` with ints of Python: {value of the mask: value or name of the model}. Raises: ValueError, also for a value
-    that is translated twice, such as 3 and "3"."""
+    """`label_map` with ints of Python: {value of the mask: value or name of the model}. Raises: ValueError, also for a
+    value that is translated twice, such as 3 and "3"."""
     if label_map is None:
         return None
     if not isinstance(label_map, Mapping):
         raise ValueError(
-            f'label_map is a dict {{value: known value or name}}, such as {{3: 1}} or {{3: "tumor"}}; got {_shown(label_map)}'
+            f'label_map is a dict {{value: known value or name}}, such as {{3: 1}} or {{3: "tumor"}}; got '
+            f"{_shown(label_map)}"
         )
     targets = {
         key: str(target)
@@ -98,8 +99,8 @@ def local_path(name: str, value: Any) -> Path:
 
 
 def listed(name: str, values: Any) -> list[Any]:
-    """The values of any sequence: list, tuple, range, array, tensor, generator. Raises: ValueError for what has no order, for
-    text, and for a single value."""
+    """The values of any sequence: list, tuple, range, array, tensor, generator. Raises: ValueError for what has no
+    order, for text, and for a single value."""
     if (
         isinstance(values, str | bytes | Mapping | Set)
         or not isinstance(values, Iterable)

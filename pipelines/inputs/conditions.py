@@ -1,5 +1,5 @@
-"""Conditions: classes and numbers as people name them, checked against what a model knows; these, masks and images as the
-U-Net's tensors."""
+"""Conditions: classes and numbers as people name them, checked against what a model knows; these, masks and images as
+the U-Net's tensors."""
 
 import math
 import warnings
@@ -44,12 +44,11 @@ def check_described(vae: VolumeAutoencoder, unet: LatentUNet3D, data: DataDescri
 def check_conditions(
     unet: LatentUNet3D, data: DataDescription, classes: Classes, numbers: Numbers, grid: Volume
 ) -> tuple[dict[str, str], dict[str, float]]:
-    """Classes and numbers of one volume, as its sidecar records them. Numbers that describe the grid, if the model learned
-    any (spacing_x, size_z, ...), are those of `grid` where the request has none.
+    """Classes and numbers of one volume, as its sidecar records them. Numbers that describe the grid, if the model
+    learned any (spacing_x, size_z, ...), are those of `grid` where the request has none.
 
-    Raises: ValueError for names and values that the model does not know, for numbers that are not finite, and for a condition
-    that is missing though training never dropped it.
-    Warns: of numbers far outside the training range.
+    Raises: ValueError for names and values that the model does not know, for numbers that are not finite, and for a
+    condition that is missing though training never dropped it. Warns: of numbers far outside the training range.
     """
     known_classes: dict[str, list[str]] = unet.config["classes"] or {}
     ranges: dict[str, NumberStats] = data.numbers if unet.config["numbers"] else {}
@@ -75,7 +74,8 @@ def check_conditions(
 
 
 def condition_tensors(unet: LatentUNet3D, volumes: Sequence[PreparedVolume], device: torch.device) -> Conditions:
-    """The conditions of one batch of equal grids, those that the model knows and the volumes have; masks are embedded."""
+    """The conditions of one batch of equal grids, those that the model knows and the volumes have; masks are
+    embedded."""
     schema, classes = unet.condition_schema, unet.config["classes"]
     tensors = {}
     if schema.classes:
@@ -104,7 +104,8 @@ def image_condition(
     prepared: PreparedGrid,
     device: torch.device,
 ) -> torch.Tensor:
-    """The U-Net's "image" (1, sum of C + 1, h, w, d) of one grid: its condition channels, encoded (the posterior's mode)."""
+    """The U-Net's "image" (1, sum of C + 1, h, w, d) of one grid: its condition channels, encoded (the posterior's
+    mode)."""
     latents: dict[str, torch.Tensor] = {}
     if prepared.images:
         latents_of_all = encoded(vae, processor.standardized_images(prepared, prepared.images), device)

@@ -37,8 +37,8 @@ class GivenImage:
 
 
 def check_images(unet: LatentUNet3D, data: DataDescription, images: Images) -> None:
-    """Raises: ValueError for channels that are unknown or not condition channels, for one that is missing though training never
-    dropped it, and if none is left to generate."""
+    """Raises: ValueError for channels that are unknown or not condition channels, for one that is missing though
+    training never dropped it, and if none is left to generate."""
     known = sorted(unet.config["images"] or {})
     if images and not known:
         raise ValueError(
@@ -62,7 +62,8 @@ def check_images(unet: LatentUNet3D, data: DataDescription, images: Images) -> N
 
 
 def describe_images(images: Images) -> dict[str, SourceRecord]:
-    """The images that a volume is generated from, for its sidecar: {channel: file name and sha256}, see `describe_mask`."""
+    """The images that a volume is generated from, for its sidecar: {channel: file name and sha256}, see
+    `describe_mask`."""
     return {channel: describe_mask(image) for channel, image in images.items()}
 
 
@@ -74,15 +75,15 @@ def load_images(
     exact: bool = False,
     reading: Reading | None = None,
 ) -> dict[str, Volume]:
-    """Read images, all on the grid of `target`, or without one on that of the first: as float32, or with `exact` in a type
-    that holds their values as they are (`read_volume`).
+    """Read images, all on the grid of `target`, or without one on that of the first: as float32, or with `exact` in a
+    type that holds their values as they are (`read_volume`).
 
-    A plain array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: its voxels are in the order of the target's file,
-    as those of "np" results are; without a target it lies on `affine`, the model's template.
-    `reading` is how headers are read, see `volumes.DataConfig.reading`.
+    A plain array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: its voxels are in the order of the target's
+    file, as those of "np" results are; without a target it lies on `affine`, the model's template. `reading` is how
+    headers are read, see `volumes.DataConfig.reading`.
 
-    Raises: ValueError naming the channel and the file for another grid, several volumes, values that are not finite, and
-    for what is not an image.
+    Raises: ValueError naming the channel and the file for another grid, several volumes, values that are not finite,
+    and for what is not an image.
     """
     volumes: dict[str, Volume] = {}
     for channel, image in images.items():
@@ -120,8 +121,8 @@ def _load(
         return Volume(_finite(image.array, name, exact), image.affine, image.source), name
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         raise ValueError(
-            f"{name}: give a path, an image of nibabel, SimpleITK, torchio or MONAI, a Volume, an array or a tensor, not "
-            f"{type(image).__name__}"
+            f"{name}: give a path, an image of nibabel, SimpleITK, torchio or MONAI, a Volume, an array or a tensor, "
+            f"not {type(image).__name__}"
         )
     array = _finite(as_array(image, name), name, exact)
     array = array[0] if array.ndim == 4 and len(array) == 1 else array

@@ -1,4 +1,5 @@
-"""Edits of an image: requests, and how generated voxels are joined to those that stay. Axes: (C, X, Y, Z) in RAS+ order."""
+"""Edits of an image: requests, and how generated voxels are joined to those that stay. Axes: (C, X, Y, Z) in RAS+
+order."""
 
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -88,8 +89,8 @@ def edit_requests(
 ) -> list[EditRequest]:
     """One edit per volume, from the images of each.
 
-    Raises: ValueError naming what cannot be edited: a model of label maps, missing channels, another number of regions, a
-    strength or margin out of range, nothing left to change.
+    Raises: ValueError naming what cannot be edited: a model of label maps, missing channels, another number of regions,
+    a strength or margin out of range, nothing left to change.
     """
     channels = data.channels
     if data.image_labels:
@@ -100,7 +101,8 @@ def edit_requests(
         )
     if set(keep_channels) >= set(channels):
         raise ValueError(
-            f"keep_channels names all channels ({', '.join(keep_channels)}), so nothing is left to change; leave one out"
+            f"keep_channels names all channels ({', '.join(keep_channels)}), so nothing is left to change; leave one "
+            "out"
         )
     if blend_margin < 0:
         raise ValueError(f"blend_margin is a length in mm, 0 or more, got {blend_margin}")
@@ -108,8 +110,8 @@ def edit_requests(
     for of_volume in images:
         if set(of_volume) != set(channels):
             raise ValueError(
-                f"image holds {', '.join(map(str, of_volume)) or 'nothing'}; to be edited it must hold every channel that the model "
-                f"generates: {', '.join(channels)}"
+                f"image holds {', '.join(map(str, of_volume)) or 'nothing'}; to be edited it must hold every channel "
+                f"that the model generates: {', '.join(channels)}"
             )
     regions = [None] if region is None else as_list(region)
     if len(regions) == 1:
@@ -123,8 +125,8 @@ def edit_requests(
 
 
 def load_region(region: MaskLike, target: Volume, reading: Reading | None = None) -> np.ndarray:
-    """bool (X, Y, Z) on the grid of the image `target`: where the region is not 0. A plain array is in the order of its file.
-    `reading` is how headers are read, see `volumes.DataConfig.reading`.
+    """bool (X, Y, Z) on the grid of the image `target`: where the region is not 0. A plain array is in the order of its
+    file. `reading` is how headers are read, see `volumes.DataConfig.reading`.
 
     Raises: ValueError for another grid, and for a region without a voxel.
     """
@@ -181,9 +183,9 @@ class PreparedEdit:
         return np.result_type(np.float32, *(self.originals[channel].dtype for channel in channels))
 
     def composited(self, slabs: Iterable[np.ndarray], channels: Sequence[str]) -> Iterator[np.ndarray]:
-        """Generated slabs (C, X, Y, z) of `channels` in file units to those of the edited image: outside the region its own
-        voxels, bit for bit; inside, the generated ones and the blend. Values stay within the range of the image and of its
-        scale, and of its type.
+        """Generated slabs (C, X, Y, z) of `channels` in file units to those of the edited image: outside the region its
+        own voxels, bit for bit; inside, the generated ones and the blend. Values stay within the range of the image and
+        of its scale, and of its type.
 
         Planes that the region reaches are held until all of them are there, others pass.
         """
@@ -228,11 +230,11 @@ class PreparedEdit:
 def harmonic_blend(missing: np.ndarray, region: np.ndarray, spacing: Sequence[float], margin: float) -> np.ndarray:
     """The values to add inside a region so that it meets its surroundings: float32, the shape of `missing`.
 
-    Across the border it is `missing`, the surroundings minus the generated voxels there; `margin` mm inside it is 0; between, it
-    solves Laplace's equation, the smoothest way from one to the other (Perez et al. 2003, Eq. 4). That loses fine texture at
-    once, but neighbors in a real volume are alike even there: so in the first voxel `DETAIL_CARRYOVER` of the loss is added,
-    and less in the next (docs/editing.md shows its effect on the border). Nothing that the region covers enters it. The edge of
-    the volume is not a border.
+    Across the border it is `missing`, the surroundings minus the generated voxels there; `margin` mm inside it is 0;
+    between, it solves Laplace's equation, the smoothest way from one to the other (Perez et al. 2003, Eq. 4). That
+    loses fine texture at once, but neighbors in a real volume are alike even there: so in the first voxel
+    `DETAIL_CARRYOVER` of the loss is added, and less in the next (docs/editing.md shows its effect on the border).
+    Nothing that the region covers enters it. The edge of the volume is not a border.
 
     Args:
         missing: (C, X, Y, Z); voxels inside the region are not read.

@@ -20,7 +20,8 @@ from volumes.formats.read import read_stored
 from volumes.labels import label_indices
 from volumes.plausible import header_oddities
 
-# An image in memory of nibabel, SimpleITK or torchio, or a MetaTensor of MONAI, is read with its geometry: `volumes.formats.carriers`.
+# An image in memory of nibabel, SimpleITK or torchio, or a MetaTensor of MONAI, is read with its geometry:
+# `volumes.formats.carriers`.
 MaskLike = str | os.PathLike | SpatialImage | Volume | np.ndarray | torch.Tensor
 LabelMap = Mapping[int, int | str]
 
@@ -105,8 +106,8 @@ def index_labels(
     except VolumeError as error:
         listing = ", ".join(f"{value} = {labels[value]}" for value in known)
         raise ValueError(
-            f"{error}. This model was trained on {listing}; read a value as one of them with label_map={{value: label}} "
-            "(generate.py: --label_map value=label)"
+            f"{error}. This model was trained on {listing}; read a value as one of them with label_map={{value: "
+            f"label}} (generate.py: --label_map value=label)"
         ) from error
     if BACKGROUND in known and (indices[~outside] == known.index(BACKGROUND)).all():
         warnings.warn(f"{name}: is background everywhere; the volume will show no labeled structure", stacklevel=2)
@@ -116,8 +117,8 @@ def index_labels(
 def describe_mask(mask: MaskLike) -> SourceRecord:
     """Describe a mask for the sidecar: file name (None without a file) and sha256.
 
-    The hash is of the file's bytes (those of all its files: a .hdr/.img pair, the slices of a DICOM series, in the order of
-    their names); without a file, of the voxels as they were given.
+    The hash is of the file's bytes (those of all its files: a .hdr/.img pair, the slices of a DICOM series, in the
+    order of their names); without a file, of the voxels as they were given.
     """
     if isinstance(mask, (str, os.PathLike)):
         digest = hashlib.sha256()

@@ -75,8 +75,8 @@ def call_requests(
         several = conditions if isinstance(conditions, Sequence) else [{} if conditions is None else conditions]
         if not all(isinstance(of_volume, Mapping) for of_volume in several):
             raise ValueError(
-                'classes, numbers and image are dicts such as {"sex": "F"}, {"age": 63} and {"ct": "ct.nii.gz"}, or lists of '
-                f"one dict per mask; got {conditions!r:.200}"
+                'classes, numbers and image are dicts such as {"sex": "F"}, {"age": 63} and {"ct": "ct.nii.gz"}, or '
+                f"lists of one dict per mask; got {conditions!r:.200}"
             )
     lengths = [len(conditions) for conditions in (classes, numbers, images) if isinstance(conditions, Sequence)]
     if masks is not None:

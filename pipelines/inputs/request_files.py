@@ -61,7 +61,8 @@ def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
         found |= {path for path in paths if not path.name.startswith(".")}
     if not found:
         raise ValueError(
-            f"no masks found in {' '.join(patterns)}; give a folder with .nii.gz files (or other volumes), or a quoted glob"
+            f"no masks found in {' '.join(patterns)}; give a folder with .nii.gz files (or other volumes), or a "
+            "quoted glob"
         )
     masks = sorted(found, key=lambda path: (volume_stem(path), str(path)))
     if forks := resource_forks(masks):
@@ -121,8 +122,8 @@ def read_requests(source: str | Path, pipe: VolumePipeline, output: Path) -> lis
 def _row_request(
     row: Row, unnamed: str, schema: ConditionSchema, folder: Path, disk: Disk, source: str
 ) -> VolumeRequest:
-    """The request of one row of a table in `folder`; empty cells are left out. Raises: ValueError for files that are not there,
-    and for a name that is unfit for a file."""
+    """The request of one row of a table in `folder`; empty cells are left out. Raises: ValueError for files that are
+    not there, and for a name that is unfit for a file."""
     cells = {column: value for column, value in row.items() if value != ""}
     paths = {}
     for column in ["mask", *(name for name, _ in schema.images)]:

@@ -60,8 +60,8 @@ def file_fault(path: Path, content: Mapping[str, Any], *, known: Collection[Path
 def left_to_generate(tasks: Sequence[Task]) -> list[Task]:
     """The tasks whose volumes are not finished. Prints which of them were there in part, or damaged, and why.
 
-    Raises: ValueError naming the volumes of other settings or another model, those without a sidecar that are not of this
-    package, and sidecars that are damaged or somebody else's: only what is known to be worthless is replaced.
+    Raises: ValueError naming the volumes of other settings or another model, those without a sidecar that are not of
+    this package, and sidecars that are damaged or somebody else's: only what is known to be worthless is replaced.
     """
     todo, refused = [], []
     for task in tasks:
@@ -80,7 +80,8 @@ def left_to_generate(tasks: Sequence[Task]) -> list[Task]:
 
 
 def _fault(task: Planned) -> str | None:
-    """None if the task's volume is finished, "" if nothing of it is there. Raises: ValueError for what must not be replaced."""
+    """None if the task's volume is finished, "" if nothing of it is there. Raises: ValueError for what must not be
+    replaced."""
     content = sidecar_content(task.path)
     files = dict.fromkeys([*channel_files(task.path, task.record.channels), *volume_files(task.path, content or {})])
     there = [file for file in files if os.path.lexists(file)]
@@ -113,7 +114,8 @@ def _is_ours(file: Path) -> bool:
 
 
 def finished_volumes(folder: Path, *, known: Collection[Path] = ()) -> Iterator[tuple[Path, GenerationRecord]]:
-    """(path, record) of each finished volume (.nii.gz) in a folder, by name. Logs a warning for those that are not finished.
+    """(path, record) of each finished volume (.nii.gz) in a folder, by name. Logs a warning for those that are not
+    finished.
 
     A sidecar without digests counts if its volume's files are there: it is from before there were any.
 

@@ -34,8 +34,8 @@ def register_packages() -> None:
     """Let diffusers save and load components by package: model_index.json reads `["autoencoder", "AutoencoderKL3D"]`.
 
     Without it the index names the module, which breaks every saved folder when a file is renamed. `LOADABLE_CLASSES` is
-    private; tests/pipelines/test_pipeline_loading.py notices if a new diffusers changes it. The package must hold the name
-    `ModelMixin`.
+    private; tests/pipelines/test_pipeline_loading.py notices if a new diffusers changes it. The package must hold the
+    name `ModelMixin`.
     """
     for package in PACKAGES:
         importlib.import_module(package)  # diffusers looks it up in sys.modules
@@ -43,18 +43,18 @@ def register_packages() -> None:
 
 
 def register_pipeline(pipeline_class: type) -> None:
-    """Let `DiffusionPipeline.from_pretrained` find a class of ours: it looks in the module diffusers for the name that a
-    folder's model_index.json has."""
+    """Let `DiffusionPipeline.from_pretrained` find a class of ours: it looks in the module diffusers for the name that
+    a folder's model_index.json has."""
     setattr(diffusers, pipeline_class.__name__, pipeline_class)
 
 
 def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
-    """Check that a folder is a pipeline's, of our classes and diffusers' schedulers, and that it leads nowhere else; each
-    model checks its own config and weights when it is loaded. No module is imported for a folder, and no file of it run.
-    Components that are `given` to the pipeline need no folder of their own.
+    """Check that a folder is a pipeline's, of our classes and diffusers' schedulers, and that it leads nowhere else;
+    each model checks its own config and weights when it is loaded. No module is imported for a folder, and no file of
+    it run. Components that are `given` to the pipeline need no folder of their own.
 
-    Raises: ValueError naming the folder and what is wrong with its model_index.json, its links, or its scheduler; FileError
-    where one of them is not there.
+    Raises: ValueError naming the folder and what is wrong with its model_index.json, its links, or its scheduler;
+    FileError where one of them is not there.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
@@ -102,8 +102,8 @@ def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
 
 
 def _check_inside(folder: Path, names: Iterable[str]) -> None:
-    """Raises: ValueError for a link that leads out of the folder, among these of its files and folders. The cache of the
-    Hub keeps files in `blobs`, beside the `snapshots` that link to them."""
+    """Raises: ValueError for a link that leads out of the folder, among these of its files and folders. The cache of
+    the Hub keeps files in `blobs`, beside the `snapshots` that link to them."""
     homes = [folder.resolve()]
     homes += [place.parent / "blobs" for place in homes[0].parents if place.name == "snapshots"]
     parts = [folder / name for name in names]
@@ -117,8 +117,8 @@ def _check_inside(folder: Path, names: Iterable[str]) -> None:
 
 
 def _check_scheduler(folder: Path, scheduler_class: type) -> None:
-    """Build it, so that an unfit config is refused by name; whether it fits the model is seen when the pipeline is whole.
-    Only options of its own class are given to it, each checked before (`scheduler_options.VALUES`).
+    """Build it, so that an unfit config is refused by name; whether it fits the model is seen when the pipeline is
+    whole. Only options of its own class are given to it, each checked before (`scheduler_options.VALUES`).
     Raises: ValueError."""
     path = folder / "scheduler_config.json"
     if not path.is_file():
@@ -142,7 +142,8 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL3D | VQGAN3D | SpaceToD
     """The trained autoencoder in `folder`, or in its subfolder vae/ (a run or a pipeline), for inference: of the class
     that its config names.
 
-    Raises: FileError where there is none; ValueError where its weights do not fit, or where its latents were never measured.
+    Raises: FileError where there is none; ValueError where its weights do not fit, or where its latents were never
+    measured.
     """
     found = find_autoencoder(folder)
     _check_inside(found, ["config.json", *(path.name for path in found.glob("*.safetensors*"))])
@@ -181,7 +182,8 @@ def check_fit(vae: VolumeAutoencoder, unet: LatentUNet3D, data: DataDescription)
     """Raises: ValueError if autoencoder, U-Net and data do not belong together."""
     if unet.config["in_channels"] != vae.config["latent_channels"]:
         raise ValueError(
-            f"the U-Net takes {unet.config['in_channels']} channels, the autoencoder gives {vae.config['latent_channels']}"
+            f"the U-Net takes {unet.config['in_channels']} channels, the autoencoder gives "
+            f"{vae.config['latent_channels']}"
         )
     if vae.config["latents_std"] is None:
         raise ValueError("the autoencoder has no latent statistics; train_vae.py measures them when it ends")

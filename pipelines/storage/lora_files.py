@@ -1,7 +1,7 @@
 """Files of LoRAs: diffusers' `pytorch_lora_weights.safetensors`, as they are written, found and read.
 
-Tensors `unet.<layer>.lora_A.weight` (rank, in, ...) and `lora_B.weight` (out, rank, ...), and in the header, as JSON, peft's
-settings and the hash of the U-Net that it was trained on.
+Tensors `unet.<layer>.lora_A.weight` (rank, in, ...) and `lora_B.weight` (out, rank, ...), and in the header, as JSON,
+peft's settings and the hash of the U-Net that it was trained on.
 """
 
 import json
@@ -49,8 +49,9 @@ def write_lora(
     *,
     trained_on: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a LoRA's tensors by layer ("down_blocks.0.0.conv1.lora_A.weight"), and what is known of it: peft's settings, the
-    hash of its base, and the "data" and "subjects" that it was `trained_on` (`LoraFile`). Returns the file."""
+    """Write a LoRA's tensors by layer ("down_blocks.0.0.conv1.lora_A.weight"), and what is known of it: peft's
+    settings, the hash of its base, and the "data" and "subjects" that it was `trained_on` (`LoraFile`). Returns the
+    file."""
     path = Path(folder).expanduser() / name
     plain = plain_settings(settings or {}, tensors)
     check_tensors(tensors, path)
@@ -67,9 +68,9 @@ def write_lora(
 
 
 class LoraFile(NamedTuple):
-    """A LoRA: its tensors by layer ("down_blocks.0.0.conv1.lora_A.weight"), and what its file says of it, None where it does
-    not: peft's settings, the hash of the base U-Net, how its training volumes were prepared (`volumes.data.preprocessing`), and
-    records of whose they were (`volumes.data.subjects`)."""
+    """A LoRA: its tensors by layer ("down_blocks.0.0.conv1.lora_A.weight"), and what its file says of it, None where it
+    does not: peft's settings, the hash of the base U-Net, how its training volumes were prepared
+    (`volumes.data.preprocessing`), and records of whose they were (`volumes.data.subjects`)."""
 
     tensors: dict[str, torch.Tensor]
     settings: Mapping[str, Any] | None = None
@@ -79,8 +80,8 @@ class LoraFile(NamedTuple):
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read a LoRA's file. Raises: FileError if it is no safetensors file, ValueError if it holds no LoRA of a U-Net, and as
-    `check_tensors` and `check_settings`."""
+    """Read a LoRA's file. Raises: FileError if it is no safetensors file, ValueError if it holds no LoRA of a U-Net,
+    and as `check_tensors` and `check_settings`."""
     try:
         with open_safetensors(path) as file:
             text = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}")
@@ -106,8 +107,8 @@ def read_lora(path: Path) -> LoraFile:
 
 
 def unet_tensors(state: Mapping[str, torch.Tensor], source: object) -> dict[str, torch.Tensor]:
-    """Tensors by layer from a state dict as diffusers has it: its names begin with `unet.` and end in peft's `lora_A.weight`
-    or diffusers' older `lora.down.weight`.
+    """Tensors by layer from a state dict as diffusers has it: its names begin with `unet.` and end in peft's
+    `lora_A.weight` or diffusers' older `lora.down.weight`.
 
     Raises: ValueError naming tensors that are none of a LoRA of a U-Net, and as `check_tensors`.
     """
@@ -117,8 +118,8 @@ def unet_tensors(state: Mapping[str, torch.Tensor], source: object) -> dict[str,
     foreign = sorted(key for key in tensors if not key.startswith("unet.") or not key.endswith(FACTORS))
     if foreign or not tensors:
         raise ValueError(
-            f"{source}: is not a LoRA of a latent U-Net: tensors that do not belong: {repr(foreign[:4])[:200]}; the names "
-            f"begin with unet. and end in {' or '.join(FACTORS)}"
+            f"{source}: is not a LoRA of a latent U-Net: tensors that do not belong: {repr(foreign[:4])[:200]}; the "
+            f"names begin with unet. and end in {' or '.join(FACTORS)}"
         )
     check_tensors(tensors, source)
     return {key.removeprefix("unet."): tensor for key, tensor in tensors.items()}

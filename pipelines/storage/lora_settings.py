@@ -1,7 +1,9 @@
-"""The settings in the file of a LoRA: an allow-list of peft's settings with their types and ranges, checked before peft sees them.
+"""The settings in the file of a LoRA: an allow-list of peft's settings with their types and ranges, checked before peft
+sees them.
 
-peft takes names of layers in a file for regular expressions, which can run for ever, allocates what a rank asks for, and computes with
-an alpha of any kind. Here names are plain, they and the ranks must be those of the tensors, and peft gets exact settings.
+peft takes names of layers in a file for regular expressions, which can run for ever, allocates what a rank asks for,
+and computes with an alpha of any kind. Here names are plain, they and the ranks must be those of the tensors, and peft
+gets exact settings.
 """
 
 import re
@@ -37,7 +39,8 @@ SHOWN = 60  # letters of a name or value in a message
 def check_tensors(tensors: Mapping[str, torch.Tensor], source: object) -> None:
     """Check the factors of a LoRA by themselves; `lora.check_lora` compares them with a U-Net.
 
-    Raises: ValueError naming a tensor that is not of two dimensions or more, empty, not of floating point, or not finite.
+    Raises: ValueError naming a tensor that is not of two dimensions or more, empty, not of floating point, or not
+    finite.
     """
     if len(tensors) > 2 * MOST_LAYERS:
         raise ValueError(f"{source}: has {len(tensors)} tensors, more than any LoRA")
@@ -61,10 +64,10 @@ def check_settings(
     Args:
         header: peft's settings by name, as a file has them; what peft does not compute with is left out.
         tensors: the LoRA's, by layer ("down_blocks.0.0.conv1.lora_A.weight").
-    Returns: r, lora_alpha, lora_dropout, use_rslora, target_modules as they are; patterns by whole names of layers, as far as
-        these differ from r and lora_alpha.
-    Raises: ValueError naming a setting that is missing, is of another type or out of range, is none of `SETTINGS` and would
-        change the model, names layers by anything but plain names, or does not fit the tensors.
+    Returns: r, lora_alpha, lora_dropout, use_rslora, target_modules as they are; patterns by whole names of layers, as
+        far as these differ from r and lora_alpha.
+    Raises: ValueError naming a setting that is missing, is of another type or out of range, is none of `SETTINGS` and
+        would change the model, names layers by anything but plain names, or does not fit the tensors.
     """
     settings = {name: header[name] for name in SETTINGS if header.get(name) is not None}
     if acting := [name for name in OTHERS if header.get(name) not in WITHOUT]:
@@ -81,7 +84,8 @@ def check_settings(
     for name in ("target_modules", "rank_pattern", "alpha_pattern"):
         if odd := [one for one in settings.get(name, ()) if not NAME.fullmatch(one.removeprefix("^"))]:
             raise ValueError(
-                f"{source}: {name} names the layer {odd[0][:SHOWN]!r}; plain names such as qkv or down_blocks.0.0.conv1 are read"
+                f"{source}: {name} names the layer {odd[0][:SHOWN]!r}; plain names such as qkv or "
+                "down_blocks.0.0.conv1 are read"
             )
     return _exact(settings, tensors, source)
 
@@ -118,8 +122,8 @@ def _names(layer: str) -> list[str]:
 
 
 def plain_settings(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
-    """Settings of an attached LoRA, or of a user's, as a file may have them: peft's regular expressions are written out as names
-    of layers."""
+    """Settings of an attached LoRA, or of a user's, as a file may have them: peft's regular expressions are written out
+    as names of layers."""
     plain = {name: settings[name] for name in (*SETTINGS, *OTHERS) if settings.get(name) is not None}
     layers = sorted({key.rpartition(".lora_")[0] for key in tensors})
     if isinstance(targets := plain.get("target_modules"), str | set | tuple):

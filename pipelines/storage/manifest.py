@@ -26,9 +26,9 @@ def check_manifest(output: Path) -> None:
 
 
 def write_manifest(output: Path, known: Collection[Path] = ()) -> int:
-    """manifest.csv: a row for every finished volume in the folder, from its sidecar, with a column for each class, number
-    and condition channel, and `rejection_columns` of checked ones. Files of several channels share one cell, with semicolons
-    between. Returns the number of rows.
+    """manifest.csv: a row for every finished volume in the folder, from its sidecar, with a column for each class,
+    number and condition channel, and `rejection_columns` of checked ones. Files of several channels share one cell,
+    with semicolons between. Returns the number of rows.
 
     Args:
         known: files whose digests need not be computed again.

@@ -1,4 +1,5 @@
-"""A generated volume is marked as synthetic, with the record of its generation: in its NIfTI header and a JSON file beside it."""
+"""A generated volume is marked as synthetic, with the record of its generation: in its NIfTI header and a JSON file
+beside it."""
 
 import hashlib
 import json
@@ -55,7 +56,8 @@ def software() -> str:
 def content_hash(components: Mapping[str, tuple[Mapping[str, Any], Tensors]]) -> str:
     """sha256 over each component's config and tensors (name, type, shape, bytes), whatever file or memory they are in.
 
-    Of a config what decides the result counts, see `autoencoder.model.deciding`: not the record of the training subjects.
+    Of a config what decides the result counts, see `autoencoder.model.deciding`: not the record of the training
+    subjects.
     """
     digest = hashlib.sha256()
     for name, (config, tensors) in sorted(components.items()):
@@ -89,15 +91,15 @@ def memory_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
     """
     if out_of_reach(module):
         raise ValueError(
-            "the weights are offloaded, so the model's hash cannot be computed: offload by the pipeline's own method, or "
-            "save the pipeline and load it from its folder"
+            "the weights are offloaded, so the model's hash cannot be computed: offload by the pipeline's own method, "
+            "or save the pipeline and load it from its folder"
         )
     yield from own_tensors(module)
 
 
 def recorded_guidance(scale: Guidance) -> float | dict[str, float] | None:
-    """The guidance in effect, as a sidecar has it; None for none (a scale of 1 or less), as sidecars from before there was
-    any."""
+    """The guidance in effect, as a sidecar has it; None for none (a scale of 1 or less), as sidecars from before there
+    was any."""
     effect = guidance_in_effect(scale)
     return None if effect in (1.0, {}) else effect
 
@@ -115,12 +117,14 @@ def sidecar_path(path: str | os.PathLike) -> Path:
 
 
 def sidecars(folder: Path) -> list[Path]:
-    """The JSON files in a folder that may be sidecars, sorted; not what macOS leaves beside them (`._case_000.json`)."""
+    """The JSON files in a folder that may be sidecars, sorted; not what macOS leaves beside them
+    (`._case_000.json`)."""
     return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
 
 
 def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The record beside the volume at `path`; None if there is none. The digests of its files are left out: see `sidecar_content`.
+    """The record beside the volume at `path`; None if there is none. The digests of its files are left out: see
+    `sidecar_content`.
 
     Raises: ValueError on what is not a sidecar of ours, and at once on what is not a file.
     """
@@ -129,8 +133,8 @@ def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def sidecar_content(path: str | os.PathLike) -> Mapping[str, Any] | None:
-    """The content of the file beside the volume at `path`: the record, and `files`, [{"file", "bytes", "sha256"}] of the volume's
-    files. None and errors as `read_sidecar`."""
+    """The content of the file beside the volume at `path`: the record, and `files`, [{"file", "bytes", "sha256"}] of
+    the volume's files. None and errors as `read_sidecar`."""
     sidecar = Disk().find(sidecar_path(path))
     if not os.path.lexists(sidecar):
         return None
@@ -177,7 +181,8 @@ def _is_name(value: Any) -> bool:
 
 
 def describe_file(path: Path) -> FileRecord:
-    """{"file": its name, "bytes", "sha256"}. Raises: ValueError for what is not a regular file, OSError if it cannot be read."""
+    """{"file": its name, "bytes", "sha256"}. Raises: ValueError for what is not a regular file, OSError if it cannot be
+    read."""
     digest, size = hashlib.sha256(), 0
     with open_regular(path) as file:
         while piece := file.read(READ_BYTES):
@@ -203,10 +208,12 @@ def synthetic_files(record: Mapping[str, Any], path: str | os.PathLike) -> Itera
     """The files to write a generated volume (.nii or .nii.gz) to: when the block ends, they take their places (see
     `volume_files`), with `record` beside them.
 
-    Each appears whole or not at all, the sidecar first and after older files of the volume were removed: a volume on disk
-    always has its record. The sidecar says how many bytes and which sha256 each file has: see `finished.file_fault`.
+    Each appears whole or not at all, the sidecar first and after older files of the volume were removed: a volume on
+    disk always has its record. The sidecar says how many bytes and which sha256 each file has: see
+    `finished.file_fault`.
 
-    Raises: ValueError if a JSON that is not a sidecar is in the way, see `read_sidecar`, and for a record that JSON cannot hold.
+    Raises: ValueError if a JSON that is not a sidecar is in the way, see `read_sidecar`, and for a record that JSON
+    cannot hold.
     """
     files, content = volume_files(path, record), plain(record, f"{path}: the record")
     read_sidecar(path)  # refused before the work
@@ -225,7 +232,8 @@ def write_synthetic(
     image: nib.Nifti1Image | Mapping[str, nib.Nifti1Image], record: Mapping[str, Any], path: str | os.PathLike
 ) -> None:
     """Write a generated volume (.nii or .nii.gz), or a file for each of its channels, and its sidecar, see
-    `synthetic_files`. Raises: ValueError if `image` has other channels than the record, VoxelError for voxels that are not finite."""
+    `synthetic_files`. Raises: ValueError if `image` has other channels than the record, VoxelError for voxels that are
+    not finite."""
     if not isinstance(record, Mapping):
         raise ValueError(f"{path}: the record is {type(record).__name__}; give an entry of the output's provenance")
     channels = list(record.get("channels") or [])

@@ -1,5 +1,5 @@
-"""The record of a generated volume: everything that decides its voxels, and which software and model made it. One per volume; as
-JSON it is the sidecar beside the volume's files."""
+"""The record of a generated volume: everything that decides its voxels, and which software and model made it. One per
+volume; as JSON it is the sidecar beside the volume's files."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -30,7 +30,8 @@ class SourceRecord(TypedDict):
 
 
 class EditRecord(TypedDict):
-    """An edit: the channels that are changed, and how. `region` and `blend_margin` (mm) only where there is a region."""
+    """An edit: the channels that are changed, and how. `region` and `blend_margin` (mm) only where there is a
+    region."""
 
     image: dict[str, SourceRecord]
     strength: float
@@ -53,7 +54,8 @@ class GenerationRecord:
         shape: voxels, where no file sets the grid.
         channels: those that have a file each; None where one file holds all.
         residual_noise: whether it is added; None for a model without it.
-        callback: what a callback changed, see `call.StepCallback`: such a volume cannot be generated again from its seed.
+        callback: what a callback changed, see `call.StepCallback`: such a volume cannot be generated again from its
+            seed.
         checks: {"copy_check": settings and findings} of each check that the volume passed, see `rejection`.
         rejected: attempts before this one that a check refused; None if nothing was checked.
     """
@@ -97,8 +99,8 @@ class GenerationRecord:
         return cls(**entries, checks={name: content[name] for name in content if name.endswith("_check")})
 
     def differences(self, planned: "GenerationRecord") -> list[str]:
-        """Names of the entries in which this record, of a finished volume, differs from that of a planned one. The software may
-        differ, and what the checks found."""
+        """Names of the entries in which this record, of a finished volume, differs from that of a planned one. The
+        software may differ, and what the checks found."""
         ours, theirs = self._as_planned(planned).to_json(), planned.to_json()
         return sorted(key for key in {*ours, *theirs} - {"software"} if ours.get(key) != theirs.get(key))
 

@@ -49,11 +49,12 @@ class PipelineIOMixin(DiffusionPipeline):
         """Load a pipeline folder or a Hub repository as `DiffusionPipeline.from_pretrained` does, safetensors only.
 
         Args:
-            kwargs: components in the place of the folder's (vae, unet, scheduler; None: the folder's), `data`, and those of
-                diffusers' keywords that are about reading weights (`autoencoder.weights.LOADING`) or downloading them.
-        Raises: ValueError on a missing, extra or misshapen tensor, on a folder that is not a pipeline; FileError, which is a
-        ValueError and an OSError, on a damaged file, a pickle in place of safetensors, a name that is neither a folder nor
-        on the Hub; TypeError for keywords that it does not read.
+            kwargs: components in the place of the folder's (vae, unet, scheduler; None: the folder's), `data`, and
+                those of diffusers' keywords that are about reading weights (`autoencoder.weights.LOADING`) or
+                downloading them.
+        Raises: ValueError on a missing, extra or misshapen tensor, on a folder that is not a pipeline; FileError, which
+        is a ValueError and an OSError, on a damaged file, a pickle in place of safetensors, a name that is neither a
+        folder nor on the Hub; TypeError for keywords that it does not read.
         """
         if kwargs.pop("custom_pipeline", None) is not None or kwargs.pop("trust_remote_code", False):
             raise ValueError("custom_pipeline and trust_remote_code are refused: code of a model is never run")
@@ -84,10 +85,10 @@ class PipelineIOMixin(DiffusionPipeline):
         """A pipeline of the components of another one, which share their memory, as `DiffusionPipeline.from_pipe`.
 
         Args:
-            kwargs: vae, unet, scheduler or data in the place of the other's; dtype, to which the components are cast, also
-                in the other pipeline. Without it they stay as they are; diffusers would cast them to float32.
-        Raises: ValueError if they do not fit each other, or if the other pipeline lacks one, or is none; TypeError for other
-        keywords.
+            kwargs: vae, unet, scheduler or data in the place of the other's; dtype, to which the components are cast,
+                also in the other pipeline. Without it they stay as they are; diffusers would cast them to float32.
+        Raises: ValueError if they do not fit each other, or if the other pipeline lacks one, or is none; TypeError for
+        other keywords.
         """
         check_keywords("from_pipe", kwargs, (*PARTS, "data", "dtype", "torch_dtype"))
         if not isinstance(pipeline, DiffusionPipeline):
@@ -107,13 +108,14 @@ class PipelineIOMixin(DiffusionPipeline):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save as `DiffusionPipeline.save_pretrained` does: safetensors only, and not the path it came from; the scheduler
-        with the options in effect, for a file does not tell those that somebody set from a class's defaults. A new folder appears in
-        one step; in an older one other files stay, and killed in between it has no model_index.json (`files.atomic.atomic_parts`).
+        """Save as `DiffusionPipeline.save_pretrained` does: safetensors only, and not the path it came from; the
+        scheduler with the options in effect, for a file does not tell those that somebody set from a class's defaults.
+        A new folder appears in one step; in an older one other files stay, and killed in between it has no
+        model_index.json (`files.atomic.atomic_parts`).
 
-        Raises: ValueError on `safe_serialization=False`, while a LoRA is attached, and for a scheduler that does not fit
-        the model, FileError if `save_directory` is a file, TypeError for keywords that it does not read, before anything is
-        written.
+        Raises: ValueError on `safe_serialization=False`, while a LoRA is attached, and for a scheduler that does not
+        fit the model, FileError if `save_directory` is a file, TypeError for keywords that it does not read, before
+        anything is written.
         """
         check_keywords("save_pretrained", kwargs, UPLOAD if push_to_hub else ())
         if not safe_serialization:
@@ -162,8 +164,8 @@ class PipelineIOMixin(DiffusionPipeline):
         """sha256 over configs and weights of autoencoder and U-Net and over `data`: the model's name in every sidecar.
 
         Of a loaded component the stored tensors count, so that half precision and offloading change nothing, whichever
-        pipelines it is in. Of one that was changed in place since (trained, a LoRA fused for good) those in memory do; what
-        is noticed says `autoencoder.identity`. LoRAs that act, and their scales, count as well.
+        pipelines it is in. Of one that was changed in place since (trained, a LoRA fused for good) those in memory do;
+        what is noticed says `autoencoder.identity`. LoRAs that act, and their scales, count as well.
         """
         weights = self._hash_of(COMPONENTS)
         loras = lora_digest(self.unet)

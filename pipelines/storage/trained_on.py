@@ -1,4 +1,5 @@
-"""What a saved model says of its training, without loading it: records of whose volumes it learned from, and how they were prepared."""
+"""What a saved model says of its training, without loading it: records of whose volumes it learned from, and how they
+were prepared."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,14 +28,16 @@ GENERATED = (
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """Records of training subjects (`volumes.data.subjects`), and the facts of `volumes.data.preprocessing`; None if they are not known."""
+    """Records of training subjects (`volumes.data.subjects`), and the facts of `volumes.data.preprocessing`; None if
+    they are not known."""
 
     subjects: Sequence[Mapping[str, Any]]
     data: Mapping[str, Any] | None
 
 
 def read_model(source: str | Path) -> TrainedOn:
-    """Of a pipeline's folder, an autoencoder's or its run's, a LoRA's file or folder, or a repository of the Hub that holds one.
+    """Of a pipeline's folder, an autoencoder's or its run's, a LoRA's file or folder, or a repository of the Hub that
+    holds one.
 
     Raises: ValueError for none of these, and for a damaged file.
     """
@@ -65,7 +68,8 @@ def read_model(source: str | Path) -> TrainedOn:
 
 
 def described_on_the_hub(name: str) -> Path:
-    """The folder of what a repository of the Hub says of its models, without their weights. Raises: FileError if it cannot be had."""
+    """The folder of what a repository of the Hub says of its models, without their weights. Raises: FileError if it
+    cannot be had."""
     try:
         return Path(
             snapshot_download(
@@ -77,7 +81,8 @@ def described_on_the_hub(name: str) -> Path:
 
 
 def read_generated(folder: Path) -> Sequence[Mapping[str, Any]]:
-    """The records of the models that made the volumes in a folder, and the masks in its masks/, as generate.py writes them there.
+    """The records of the models that made the volumes in a folder, and the masks in its masks/, as generate.py writes
+    them there.
 
     Raises: ValueError for a damaged file.
     """
@@ -93,9 +98,9 @@ def read_generated(folder: Path) -> Sequence[Mapping[str, Any]]:
 
 
 def write_generated_by(pipe: LoraMixin, output: Path) -> None:
-    """Add the pipeline's model to provenance/training_subjects.json, {hash: records of the training subjects} of each model that
-    generated volumes in the folder, by which evaluate.py refuses to evaluate them on such subjects. Nothing is written for a
-    model without any record.
+    """Add the pipeline's model to provenance/training_subjects.json, {hash: records of the training subjects} of each
+    model that generated volumes in the folder, by which evaluate.py refuses to evaluate them on such subjects. Nothing
+    is written for a model without any record.
 
     Raises: ValueError for a damaged file, and for a link in the place of its folder.
     """

@@ -1,4 +1,5 @@
-"""The autoencoder: folding of space, finite receptive field, the posterior, losses inside the field of view, latent statistics, files."""
+"""The autoencoder: folding of space, finite receptive field, the posterior, losses inside the field of view, latent
+statistics, files."""
 
 import math
 
@@ -133,7 +134,8 @@ def test_levels_that_do_not_match_are_refused():
 
 
 def test_far_voxels_do_not_matter():
-    """A finite receptive field: a change at one end leaves the other end bit for bit as it was; with GroupNorm it would not."""
+    """A finite receptive field: a change at one end leaves the other end bit for bit as it was; with GroupNorm it would
+    not."""
     vae, x = small_vae(), torch.randn(1, 1, 96, 8, 8)
     changed = x.clone()
     changed[:, :, 64:] += 1.0

@@ -49,7 +49,8 @@ def half_padded() -> torch.Tensor:
 
 
 def test_kl_of_a_half_padded_field_of_view():
-    """N(m, e^l) against N(0, 1) costs (m^2 + e^l - 1 - l) / 2: here 2 nats inside, and 40 or so where only padding is."""
+    """N(m, e^l) against N(0, 1) costs (m^2 + e^l - 1 - l) / 2: here 2 nats inside, and 40 or so where only padding
+    is."""
     mean, logvar = torch.full((2, 3, 2, 2, 2), 2.0), torch.zeros(2, 3, 2, 2, 2)
     mean[0, :, 1:], logvar[0, :, 1:] = -9.0, -2.0
     posterior = DiagonalGaussian3D(torch.cat([mean, logvar], 1), torch.zeros(3), torch.ones(3))
@@ -75,7 +76,8 @@ def test_log_variance_is_clipped_against_overflow_of_exp():
 
 
 def test_a_reconstruction_draws_its_latents_from_the_generators():
-    """One a volume, whatever the batch; without a draw, the mean is decoded. The latents' standard deviation is that of a cell."""
+    """One a volume, whatever the batch; without a draw, the mean is decoded. The latents' standard deviation is that of
+    a cell."""
     torch.manual_seed(0)
     vae = AutoencoderKL3D(channels=(4, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1)).eval()
     volumes = torch.rand(2, 1, 8, 8, 8)
@@ -156,7 +158,8 @@ def test_gradient_loss_looks_along_every_axis_alike():
 
 
 def waves(frequency: float, axis: int) -> torch.Tensor:
-    """A wave of so many cycles a voxel along one axis, of 80 voxels, so that the window's blur of one of 80 stays in its band."""
+    """A wave of so many cycles a voxel along one axis, of 80 voxels, so that the window's blur of one of 80 stays in
+    its band."""
     sides = [30, 30, 30]
     sides[axis - 2] = 80
     along = [80 if one == axis else 1 for one in range(5)]
@@ -165,8 +168,8 @@ def waves(frequency: float, axis: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("axis", [2, 3, 4])
 def test_spectrum_loss_bands_are_a_twentieth_of_a_cycle_wide(axis):
-    """Where a wave is the whole power of a band, twice its power costs (log 2)^2 in one of eight bands, on every axis; below
-    0.1 cycles a voxel it costs nothing."""
+    """Where a wave is the whole power of a band, twice its power costs (log 2)^2 in one of eight bands, on every axis;
+    below 0.1 cycles a voxel it costs nothing."""
     fov = everywhere(waves(0.05, axis))
     for frequency, bands in ((0.05, 0), (0.125, 1), (0.325, 1), (0.475, 1)):
         wave = waves(frequency, axis)
@@ -203,7 +206,8 @@ def planted(codes: list[float], *, decay: float, dead_below: float, count: float
 
 
 def test_a_restarted_code_that_nobody_chooses_stays():
-    """Its count begins at 1 and its sum at itself, so it is the same code while its count decays, until that is low again."""
+    """Its count begins at 1 and its sum at itself, so it is the same code while its count decays, until that is low
+    again."""
     book = planted([0.0, 500.0], decay=0.5, dead_below=0.3, count=0.5)
     generator = torch.Generator().manual_seed(0)
     book.update(torch.tensor([[0.0], [0.0], [8.0]]), generator)  # 500 has 0.25 of a cell: it restarts at one of these

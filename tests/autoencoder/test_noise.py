@@ -58,7 +58,8 @@ def test_neighbors_are_correlated_as_they_were(fitted):
 
 
 def test_strength_is_measured_in_the_body_not_in_the_air():
-    """Spectra are those of a crop inside the body, residuals by intensity those of whole volumes, which are mostly air."""
+    """Spectra are those of a crop inside the body, residuals by intensity those of whole volumes, which are mostly
+    air."""
     random, body = np.random.default_rng(0), np.zeros((1, 72, 72, 72), bool)
     body[:, 14:58, 14:58, 14:58] = True
     smooth = np.where(body, 0.5, -1.0)

@@ -1,4 +1,5 @@
-"""Perceptual losses: zero for equals, dearer for blur than for brightness, and no gradient but to the reconstruction."""
+"""Perceptual losses: zero for equals, dearer for blur than for brightness, and no gradient but to the
+reconstruction."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,7 +70,8 @@ def test_a_blur_costs_more_than_a_uniform_error_of_equal_size(network):
 
 
 def test_the_distance_sums_unit_features_over_levels():
-    """Features (3, 4) and (4, 3) are unit vectors 0.08 apart; of one cell of two that is inside. The next level agrees."""
+    """Features (3, 4) and (4, 3) are unit vectors 0.08 apart; of one cell of two that is inside. The next level
+    agrees."""
 
     class Planted(torch.nn.Module):
         dims, in_channels = 3, 1

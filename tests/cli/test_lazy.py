@@ -46,9 +46,9 @@ def test_an_export_of_its_modules_name_must_not_be_lazy(tmp_path):
 def test_configs_need_no_torch_and_pipelines_register_at_once():
     """In an interpreter of its own, for this one has imported everything."""
     code = (
-        "import sys, training.engine.config, training.vae_config, training.ldm_config, volumes, evaluation, autoencoder\n"
-        "heavy = {'torch', 'diffusers', 'monai', 'accelerate', 'transformers', 'matplotlib', 'nibabel', 'fsspec'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "import sys, training.engine.config, training.vae_config, training.ldm_config, volumes, evaluation, "
+        "autoencoder\nheavy = {'torch', 'diffusers', 'monai', 'accelerate', 'transformers', 'matplotlib', 'nibabel', "
+        "'fsspec'}\nassert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         "import pipelines\n"
         "from diffusers.pipelines import pipeline_loading_utils\n"
         "assert 'autoencoder' in pipeline_loading_utils.LOADABLE_CLASSES\n"

@@ -276,7 +276,8 @@ def test_a_setting_that_stands_twice_is_refused(tmp_path):
 
 
 def test_options_are_written_out(tmp_path):
-    """A shortened --vae or --config would be read by the parser, but not by what takes over the autoencoder's preprocessing."""
+    """A shortened --vae or --config would be read by the parser, but not by what takes over the autoencoder's
+    preprocessing."""
     path = tmp_path / "ldm.yaml"
     path.write_text(SETTINGS)
     for option, meant in (

@@ -1,4 +1,5 @@
-"""Ctrl-C: the first lets the work in progress end and keeps it, the second ends at once; and long steps show that they are alive."""
+"""Ctrl-C: the first lets the work in progress end and keeps it, the second ends at once; and long steps show that they
+are alive."""
 
 import io
 import itertools
@@ -52,8 +53,8 @@ def interrupt(number: int = signal.SIGINT) -> None:
 
 @pytest.fixture(autouse=True)
 def signals_are_taken(monkeypatch):
-    """These tests interrupt the process that runs them. It must not die of them: a signal that nobody takes, and an exit, fail the
-    test. (Of tests that run in the background of a shell, Ctrl-C is ignored, so it is set here.)"""
+    """These tests interrupt the process that runs them. It must not die of them: a signal that nobody takes, and an
+    exit, fail the test. (Of tests that run in the background of a shell, Ctrl-C is ignored, so it is set here.)"""
     assert not stopping._signals.listening, "an earlier test left signals taken"
     process, leave, ends = os.getpid(), os._exit, []
     monkeypatch.setattr(os, "_exit", lambda code: ends.append(code) if os.getpid() == process else leave(code))

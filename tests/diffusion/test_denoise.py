@@ -41,8 +41,9 @@ class KnowsTheAnswer(torch.nn.Module):
 
 
 def recovered(solver: str, objective: str, steps: int) -> torch.Tensor:
-    """Latents denoised by a model that knows the answer, with a scheduler of diffusers by name. What the model sees on the way
-    is the answer and one noise, mixed as its timestep says: a last step that puts all right would hide the others' faults."""
+    """Latents denoised by a model that knows the answer, with a scheduler of diffusers by name. What the model sees on
+    the way is the answer and one noise, mixed as its timestep says: a last step that puts all right would hide the
+    others' faults."""
     scheduler, model = fit_scheduler(getattr(diffusers, solver)(), objective), KnowsTheAnswer(clean(), objective)
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows = [torch.Generator().manual_seed(i) for i in range(2)]
@@ -62,7 +63,8 @@ def recovered(solver: str, objective: str, steps: int) -> torch.Tensor:
 
 
 def rounding(solver: str, objective: str) -> float:
-    """Some steps lie between the timesteps that are named: whole ones of flows' solvers, and v's from an infinite ratio of 4096."""
+    """Some steps lie between the timesteps that are named: whole ones of flows' solvers, and v's from an infinite ratio
+    of 4096."""
     if objective == "rectified_flow":
         return 6e-3 if solver in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler") else 1e-5
     return 1.5e-3 if objective == "v_prediction" and solver not in ("DDIMScheduler", "DDPMScheduler") else 1e-5

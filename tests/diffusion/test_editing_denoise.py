@@ -29,7 +29,8 @@ class KnowsTheAnswer(torch.nn.Module):
 
 
 def rounding(solver: str, objective: str, strength: float) -> float:
-    """Some steps lie between the timesteps that are named: whole ones of flows' solvers, and the first of v, at an infinite ratio."""
+    """Some steps lie between the timesteps that are named: whole ones of flows' solvers, and the first of v, at an
+    infinite ratio."""
     if objective == "rectified_flow":
         return 5e-3 if solver in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler") else 1e-5
     whole = solver in ("DDIMScheduler", "DDPMScheduler")
@@ -43,8 +44,8 @@ FAMILIES += [(name, objective) for name in DIFFUSION_SCHEDULERS for objective in
 @pytest.mark.parametrize(("solver", "objective"), FAMILIES)
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_every_scheduler_keeps_the_image_outside_the_region(solver, objective, strength):
-    """Of a model that knows the answer: it is reached inside, the image stays outside, and what the model sees outside is at
-    every step the image at that step's noise, from the same noise."""
+    """Of a model that knows the answer: it is reached inside, the image stays outside, and what the model sees outside
+    is at every step the image at that step's noise, from the same noise."""
     scheduler = fit_scheduler(getattr(diffusers, solver)(), objective)
     draw = torch.Generator().manual_seed(0)
     answer, image, noise = (torch.randn(1, 2, 3, 4, 5, generator=draw, dtype=torch.float64) for _ in range(3))

@@ -61,7 +61,8 @@ def test_labels_that_the_model_does_not_know_are_named():
 
 
 def test_few_and_many_labels_are_embedded_alike(monkeypatch):
-    """One product for few labels, a bag of embeddings for many: the same values, the same gradients, none for padding."""
+    """One product for few labels, a bag of embeddings for many: the same values, the same gradients, none for
+    padding."""
     embedding = FoldedMaskEmbedding(3, 8, 4)
     labels = torch.randint(PADDING, 3, (2, 4, 6, 4), generator=torch.Generator().manual_seed(0))
     ids, weights, found = fold_mask(labels, (2, 2, 2), 3), torch.randn(2, 4, 2, 3, 2), []

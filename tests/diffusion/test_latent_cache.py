@@ -291,7 +291,8 @@ def test_augmentation_that_cannot_be_is_refused():
 
 
 def test_augmented_versions_are_flipped_and_shifted_volumes(tmp_path, vae, dataset):
-    """Whatever the flip and the shift, the labels are the same ones, as many of each, and version 0 is the volume itself."""
+    """Whatever the flip and the shift, the labels are the same ones, as many of each, and version 0 is the volume
+    itself."""
     augmentation = LatentCacheConfig(versions=6, flip_axes=(0,), shift=True)
     latents = build_latent_cache(dataset, vae, tmp_path, augmentation, seed=3, progress=False)
     plain = build_latent_cache(dataset, vae, tmp_path, progress=False)
@@ -308,7 +309,8 @@ def test_augmented_versions_are_flipped_and_shifted_volumes(tmp_path, vae, datas
 
 
 def test_deformed_versions_keep_image_and_mask_together(tmp_path, vae, dataset):
-    """What the field of view shows of the deformed image is bright where the deformed mask is; the outside is padding."""
+    """What the field of view shows of the deformed image is bright where the deformed mask is; the outside is
+    padding."""
     mask = torch.zeros(24, 24, 24, dtype=torch.int16)
     mask[6:18, 8:16, 7:17] = 1
     image = 2.0 * mask[None].float() - 1

@@ -29,7 +29,8 @@ def vae() -> SpaceToDepth3D:
 
 @pytest.fixture
 def dataset() -> VolumeDataset:
-    """Two cases whose image tells everywhere which label its mask has there: label / 2 - 0.75, between -0.75 and 0.25."""
+    """Two cases whose image tells everywhere which label its mask has there: label / 2 - 0.75, between -0.75 and
+    0.25."""
     config = DataConfig(phantom=PhantomConfig(count=2, shape=SHAPE))
     made = VolumeDataset(load_cases(config), config)
     random = np.random.default_rng(0)
@@ -107,7 +108,8 @@ def test_volumes_versions_and_seeds_are_augmented_differently(tmp_path, vae, dat
 
 
 def test_what_turns_outside_is_no_data(tmp_path, vae, dataset):
-    """Corners of a rotated volume show what lay outside: padding in image and mask, and cells of nothing else have no weight."""
+    """Corners of a rotated volume show what lay outside: padding in image and mask, and cells of nothing else have no
+    weight."""
     how = LatentCacheConfig(versions=4, rotate=40)
     latents = build_latent_cache(dataset, vae, tmp_path, how, progress=False)
     empty = 0
@@ -208,7 +210,8 @@ NOT_OF_LATENTS = {"classes": {"sex": ["F", "M"]}, "numbers": ["age"], "condition
 
 
 def test_each_data_setting_that_changes_latents_changes_the_key(vae, dataset):
-    """One after another, on cases that stay as they are; a setting that is new must be named here, on one of the sides."""
+    """One after another, on cases that stay as they are; a setting that is new must be named here, on one of the
+    sides."""
     before = cache_key(dataset, vae, LatentCacheConfig())
     names = {one.name for one in dataclasses.fields(DataConfig)}
     assert names == {*CHANGED, *NOT_OF_LATENTS}
@@ -278,7 +281,8 @@ def entry_of(shape: tuple[int, int, int], name: str) -> dict[str, Any]:
 
 
 def test_every_place_of_a_smaller_and_a_larger_entry_occurs():
-    """A crop begins at 0 to 2 of cells that are 2 too many, a smaller entry at 0 to 2 of room for it: each of them, on all axes."""
+    """A crop begins at 0 to 2 of cells that are 2 too many, a smaller entry at 0 to 2 of room for it: each of them, on
+    all axes."""
     for side, places in ((5, {-2, -1, 0}), (1, {0, 1, 2})):
         found: list[set[int]] = [set(), set(), set()]
         for number in range(60):

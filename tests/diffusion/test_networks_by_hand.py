@@ -1,4 +1,5 @@
-"""The networks against what their docstrings say, written down once more with torch's functions alone and random weights."""
+"""The networks against what their docstrings say, written down once more with torch's functions alone and random
+weights."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -118,7 +119,8 @@ def sequence(weights: Weights, name: str, x: Tensor, plan: Sequence[str | tuple[
 def test_an_autoencoder_is_the_layers_of_its_config():
     """Three levels of unlike widths, strides and numbers of blocks, so that none can stand for another."""
     vae = AutoencoderKL3D(
-        channels=(4, 6, 10), strides=STRIDES, encoder_blocks=(2, 1, 0), decoder_blocks=(0, 1, 2), patch_size=PATCH, latent_channels=3
+        channels=(4, 6, 10), strides=STRIDES, encoder_blocks=(2, 1, 0), decoder_blocks=(0, 1, 2), patch_size=PATCH,
+        latent_channels=3
     ).eval()  # fmt: skip
     weights, volume = randomize(vae), torch.randn(2, 1, 8, 8, 8)
     mean, std = torch.tensor([0.1, -0.2, 0.3]), torch.tensor([2.0, 0.5, 1.5])
@@ -152,7 +154,8 @@ def test_new_blocks_are_identities_and_a_new_unet_predicts_zero():
 
 @torch.no_grad()
 def test_a_batch_is_coded_in_slabs_if_all_of_it_is_large(monkeypatch):
-    """By the memory of the whole batch: two volumes that each would be coded in one piece are not, nor are their slabs thicker."""
+    """By the memory of the whole batch: two volumes that each would be coded in one piece are not, nor are their slabs
+    thicker."""
     vae = AutoencoderKL3D(channels=(4, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1)).eval()
     volumes, calls = torch.randn(2, 1, 8, 8, 24), []
     one = vae.activation_bytes((8, 8, 24))
@@ -176,7 +179,8 @@ def test_a_batch_is_coded_in_slabs_if_all_of_it_is_large(monkeypatch):
 
 @torch.no_grad()
 def test_a_nested_stream_leaves_the_outer_stream_unchanged():
-    """A network whose first part is itself a stream of the slab: what comes after it must still know of the outer slabs."""
+    """A network whose first part is itself a stream of the slab: what comes after it must still know of the outer
+    slabs."""
     inner, outer = Conv3d(2, 2, 1), Conv3d(2, 3, 3, padding=1)
     volume = torch.randn(1, 2, 4, 4, 9)
 
@@ -200,7 +204,8 @@ def test_attention_looks_at_all_cells_in_heads():
 @pytest.mark.parametrize("objective", ["rectified_flow", "epsilon"])
 @torch.no_grad()
 def test_a_unet_is_the_layers_of_its_config(objective):
-    """With a mask, classes, numbers and an image; sides that no stride divides, unlike strides, and a level without attention."""
+    """With a mask, classes, numbers and an image; sides that no stride divides, unlike strides, and a level without
+    attention."""
     strides: tuple[Stride, Stride] = ((3, 2, 1), (2, 1, 2))
     unet = LatentUNet3D(
         3,

@@ -56,7 +56,8 @@ def test_timesteps_are_logit_normal_for_flow_else_uniform():
 
 
 def test_schedulers_that_fit_the_objective_are_copied_unchanged():
-    """What is handed out is a copy: no step of it moves the one that was given, whose calls may run at the same time."""
+    """What is handed out is a copy: no step of it moves the one that was given, whose calls may run at the same
+    time."""
     given = [(make_scheduler(objective), objective) for objective in OBJECTIVES]
     given += [(one, FLOW) for one in (FlowMatchEulerDiscreteScheduler(shift=3.0), FlowMatchHeunDiscreteScheduler())]
     for scheduler, objective in given:
@@ -68,7 +69,8 @@ def test_schedulers_that_fit_the_objective_are_copied_unchanged():
 
 
 def test_the_silent_conversion_to_eps_is_undone():
-    """`from_config` of a flow-matching config yields an eps solver without a word: the trap that `fit_scheduler` is for."""
+    """`from_config` of a flow-matching config yields an eps solver without a word: the trap that `fit_scheduler` is
+    for."""
     for solver in (DPMSolverMultistepScheduler, UniPCMultistepScheduler):
         trapped = solver.from_config(FlowMatchEulerDiscreteScheduler().config)
         assert trapped.config.prediction_type == "epsilon"

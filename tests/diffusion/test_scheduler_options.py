@@ -1,5 +1,5 @@
-"""Every option of every scheduler that is let through, on every objective: it acts and the target of a perfect denoiser is
-reached, or it is refused by name, or a warning names it."""
+"""Every option of every scheduler that is let through, on every objective: it acts and the target of a perfect denoiser
+is reached, or it is refused by name, or a warning names it."""
 
 import inspect
 import json
@@ -127,7 +127,8 @@ class KnowsTheAnswer(torch.nn.Module):
 
 
 class AlmostRight(KnowsTheAnswer):
-    """The best prediction for latents of N(0, 1), but for an error of 0.01: what is sampled has a standard deviation of 1."""
+    """The best prediction for latents of N(0, 1), but for an error of 0.01: what is sampled has a standard deviation of
+    1."""
 
     def forward(self, sample, timestep, return_dict=True):
         error = 0.01 * torch.randn(sample.shape, generator=torch.Generator().manual_seed(len(self.seen)))
@@ -237,7 +238,8 @@ SPACED = [("use_karras_sigmas", V), ("use_karras_sigmas", EPS), ("use_exponentia
 @pytest.mark.parametrize("solver", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"])
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_an_image_is_changed_with_steps_that_repeat_a_timestep(solver, option, objective, strength):
-    """Timesteps are whole: several steps near pure noise have the same, and diffusers by itself begins at the second."""
+    """Timesteps are whole: several steps near pure noise have the same, and diffusers by itself begins at the
+    second."""
     if option == "use_lu_lambdas" and solver != "DPMSolverMultistepScheduler":
         pytest.skip("only DPM-Solver++ has it")
     scheduler = fit_scheduler(getattr(diffusers, solver)(**{option: True}), objective)

@@ -15,8 +15,8 @@ EPS = "epsilon"
 
 
 def published(steps: int) -> tuple[list[float], list[float]]:
-    """alpha_bar and beta of steps 1 to T (Nichol & Dhariwal 2021, Eq. 17, s = 0.008): alpha_bar(t) = f(t) / f(0), f(t) =
-    cos^2((t/T + s) / (1 + s) pi/2), beta(t) = min(1 - alpha_bar(t) / alpha_bar(t - 1), 0.999)."""
+    """alpha_bar and beta of steps 1 to T (Nichol & Dhariwal 2021, Eq. 17, s = 0.008): alpha_bar(t) = f(t) / f(0), f(t)
+    = cos^2((t/T + s) / (1 + s) pi/2), beta(t) = min(1 - alpha_bar(t) / alpha_bar(t - 1), 0.999)."""
 
     def f(t: int) -> float:
         return math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -61,7 +61,8 @@ class Memory(torch.nn.Module):
 
 @pytest.mark.parametrize(("bound", "first"), [(None, 3.2), (2.5, 0.0)])
 def test_a_bound_keeps_all_steps_of_ddpm_on_course(bound, first):
-    """At the last step beta is 0.999: without a bound an error of 0.1 of the noise is multiplied by 1 / sqrt(1 - 0.999)."""
+    """At the last step beta is 0.999: without a bound an error of 0.1 of the noise is multiplied by 1 / sqrt(1 -
+    0.999)."""
     x0, seen = torch.linspace(-2, 2, 64).view(1, 1, 4, 4, 4), []
     out = denoise(
         Memory(x0, 250),

@@ -105,7 +105,8 @@ def test_each_class_counts_by_its_share():
 
 
 def test_the_difference_is_weighted_and_its_interval_spans_it():
-    """Real: 80 of 100 of the first class and 10 of 20 of the second; generated, as many of each: 60 of 100 and 90 of 100."""
+    """Real: 80 of 100 of the first class and 10 of 20 of the second; generated, as many of each: 60 of 100 and 90 of
+    100."""
     real = np.concatenate([np.repeat([1.0, 0], [80, 20]), np.repeat([1.0, 0], [10, 10])])
     made = np.concatenate([np.repeat([1.0, 0], [60, 40]), np.repeat([1.0, 0], [90, 10])])
     found = compare_class_rates(
@@ -153,7 +154,8 @@ def test_sizes_are_in_milliliters(tmp_path):
 
 
 def test_generated_volumes_are_read_as_the_model_writes_them(tmp_path):
-    """Files hold label 2 where the model has 1, and are 4-D with the volume at time point 1: generated ones are neither."""
+    """Files hold label 2 where the model has 1, and are 4-D with the volume at time point 1: generated ones are
+    neither."""
     labels = np.zeros((1, 8, 8, 8), np.uint8)
     labels[0, :4] = 1
     labels[0, 4:6] = 2

@@ -158,7 +158,8 @@ def test_a_clean_set_passes(tmp_path, capsys):
 
 
 def test_the_whole_report_after_training(tmp_path, capsys):
-    """A U-Net's config, and a pipeline of random weights: both halves run, and the latents' made-up statistics are off."""
+    """A U-Net's config, and a pipeline of random weights: both halves run, and the latents' made-up statistics are
+    off."""
     data = {"phantom": {"count": 8, "shape": [16, 16, 16]}, "test_fraction": 0.25, "validation_fraction": 0.0}
     names = {"0": "background", "1": "body", "2": "organ", "3": "lesion"}
     tiny_pipeline(num_labels=4, labels=names).save_pretrained(tmp_path / "pipeline")

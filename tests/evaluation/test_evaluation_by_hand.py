@@ -14,7 +14,8 @@ def test_rates_are_means_over_subjects():
 
 
 def test_true_positives_at_a_rate_of_false_ones():
-    """Of 20 others none may be taken at a rate of 0.01, two at 0.1: members must exceed 19, or 17. Member a has two volumes."""
+    """Of 20 others none may be taken at a rate of 0.01, two at 0.1: members must exceed 19, or 17. Member a has two
+    volumes."""
     found = attack(np.array([19.5, 19, 17.5, 17]), np.arange(20.0), ["a", "a", "b", "c"], range(20))["true_positives"]
     assert found == {"0.01": pytest.approx(0.5 / 3), "0.1": pytest.approx(2 / 3)}
 

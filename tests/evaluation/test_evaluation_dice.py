@@ -217,7 +217,8 @@ def test_missing_sections_and_folders_are_named(data):
 
 
 def test_agrees_with_the_reference_protocol(hippocampus, monkeypatch):
-    """Same volumes, same network, same draws: the same numbers, to the last bit, as the fixed test computed in float32."""
+    """Same volumes, same network, same draws: the same numbers, to the last bit, as the fixed test computed in
+    float32."""
     path = shared_folder("tools/segmenter_test.py")
     spec = importlib.util.spec_from_file_location("segmenter_test", path)
     reference = importlib.util.module_from_spec(spec)

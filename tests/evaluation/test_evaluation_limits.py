@@ -1,4 +1,5 @@
-"""What a data set is too small for is said before a model is trained, and before a command works; `all` shows the rest."""
+"""What a data set is too small for is said before a model is trained, and before a command works; `all` shows the
+rest."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""Parts of evaluation whose answer is known without a training: similarities, scores of planted predictions, what a step sees."""
+"""Parts of evaluation whose answer is known without a training: similarities, scores of planted predictions, what a
+step sees."""
 
 from types import SimpleNamespace
 
@@ -113,7 +114,8 @@ def test_resampled_subjects_weigh_equally_whatever_their_counts():
 
 
 def test_sharpness_is_a_ratio_of_sums_over_all_volumes():
-    """The first volume, ten times as flat as the others, comes back without any edge: that counts a tenth of what it would."""
+    """The first volume, ten times as flat as the others, comes back without any edge: that counts a tenth of what it
+    would."""
     config = DataConfig(phantom=PhantomConfig(count=3, shape=(28, 36, 28)), validation_fraction=0)
     dataset = VolumeDataset(load_cases(config), config)
     dataset.prepared[0].image.array[...] *= 0.1
@@ -169,7 +171,8 @@ def test_scores_are_means_over_labels_and_over_volumes():
 
 
 def test_every_class_and_every_volume_of_it_is_seen_and_moved(monkeypatch):
-    """Of 2 and 6 volumes each class makes half of the batches; each volume is one bright voxel, of its own brightness."""
+    """Of 2 and 6 volumes each class makes half of the batches; each volume is one bright voxel, of its own
+    brightness."""
     images = torch.zeros(8, 1, 16, 16, 16)
     for index in range(8):
         images[index, 0, 8, 8, 8] = 10 * (index + 1)

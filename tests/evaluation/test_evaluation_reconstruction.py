@@ -23,7 +23,8 @@ def phantoms():
 
 
 def test_a_known_error_gives_its_psnr(phantoms):
-    """0.02 in [-1, 1] is 0.01 in [0, 1]: 40 dB, whatever happens in the padding; brightness leaves the spectrum alone."""
+    """0.02 in [-1, 1] is 0.01 in [0, 1]: 40 dB, whatever happens in the padding; brightness leaves the spectrum
+    alone."""
     for prepared in phantoms.prepared:
         np.clip(prepared.image.array, -0.9, 0.9, out=prepared.image.array)  # so that nothing is clamped
     seen = []
@@ -63,7 +64,8 @@ def test_codes_of_known_use():
 
 
 def test_a_vqgans_codes_are_in_the_report(tmp_path, capsys):
-    """An encoder that says 0.1 everywhere takes the nearest of four codes, in each of 8 x 8 x 8 cells of two volumes."""
+    """An encoder that says 0.1 everywhere takes the nearest of four codes, in each of 8 x 8 x 8 cells of two
+    volumes."""
     vae = VQGAN3D(channels=(4, 8), latent_channels=1, num_codes=4, encoder_blocks=(0, 0), decoder_blocks=(0, 0))
     with torch.no_grad():
         vae.encoder[-1].weight.zero_()

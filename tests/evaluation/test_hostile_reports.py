@@ -1,4 +1,5 @@
-"""Reports, ledgers, tables and configs that others wrote or that were damaged: shown without their tricks, or refused by name at once."""
+"""Reports, ledgers, tables and configs that others wrote or that were damaged: shown without their tricks, or refused
+by name at once."""
 
 import base64
 import errno
@@ -81,7 +82,10 @@ def test_only_pictures_are_shown(tmp_path):
     assert page.sections[0].pictures[0].source == f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
 
 
-TRICKS = "<script>alert(1)</script> | [a](http://x.org) `b` *c* _d_ # e\n\n# heading ![i](x) \x1b[2J www.x.org a@x.org \u202e $x^2$"
+TRICKS = (
+    "<script>alert(1)</script> | [a](http://x.org) `b` *c* _d_ # e\n\n# heading ![i](x) \x1b[2J www.x.org a@x.org "
+    "\u202e $x^2$"
+)
 
 
 def dice_report(folder: Path, name: str = "synthetic/real", **more: object) -> Path:

@@ -1,4 +1,5 @@
-"""What the segmenter learns from, what is hidden from it, and the measure of an edit's border: answers known by hand."""
+"""What the segmenter learns from, what is hidden from it, and the measure of an edit's border: answers known by
+hand."""
 
 import nibabel as nib
 import numpy as np
@@ -105,7 +106,8 @@ def test_noise_on_what_is_not_hidden_deviates_by_a_tenth(monkeypatch):
 
 
 def test_a_voxel_that_is_0_in_one_channel_alone_is_no_padding(monkeypatch):
-    """The restored volume is 0: the loss is the mean of what was wanted, at a gain of 0.9 to 1.1 and a shift of up to 0.05."""
+    """The restored volume is 0: the loss is the mean of what was wanted, at a gain of 0.9 to 1.1 and a shift of up to
+    0.05."""
 
     def zeros(channels: int, width: int) -> nn.Module:
         network = nn.Conv3d(channels, width, 1)

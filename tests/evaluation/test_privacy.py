@@ -177,8 +177,8 @@ def test_false_positives_use_the_threshold_of_other_subjects():
 
 
 def test_bootstrapped_thresholds_count_one_more_subject():
-    """Of 10 subjects at alpha 0.1 the threshold is the highest resampled one: 0.6^10 = 0.6 % of resamples stay below 5.5.
-    By the second highest it would be 4.6 %, within the 95 % interval."""
+    """Of 10 subjects at alpha 0.1 the threshold is the highest resampled one: 0.6^10 = 0.6 % of resamples stay below
+    5.5. By the second highest it would be 4.6 %, within the 95 % interval."""
     found = memorized(np.full(6, 5.5), np.arange(10.0), range(10), alpha=0.1)
     assert found["interval_drawn"] == [0, 0]
 
@@ -305,7 +305,8 @@ def test_members_of_a_generator_that_copies_are_known(real):
 
 
 def test_members_are_told_by_similarity_and_loss_in_equal_sets(real):
-    """Sides that changed places would say 0 instead of 1: copies are near to members, whose losses are the lower ones."""
+    """Sides that changed places would say 0 instead of 1: copies are near to members, whose losses are the lower
+    ones."""
     training, unseen = real[0], VolumeSet(real[1].volumes[:24], real[1].names[:24], real[1].subjects[:24])
     copies = VolumeSet([disguised(volume, i, noise=0.1) for i, volume in enumerate(training.volumes)])
     losses = np.linspace(0.1, 0.2, 24), np.linspace(0.153, 0.4, 24)

@@ -1,4 +1,5 @@
-"""Quality against steps and guidance: evaluations are counted, figures are those of planted volumes, a stopped run resumes."""
+"""Quality against steps and guidance: evaluations are counted, figures are those of planted volumes, a stopped run
+resumes."""
 
 import json
 from pathlib import Path

@@ -70,7 +70,8 @@ def test_psnr_spreads_by_its_standard_deviation():
 
 
 def test_classes_without_real_volumes_are_not_in_balanced_rates():
-    """Two of three classes are tested: of the first all are right, of the second half of the real and none of the made."""
+    """Two of three classes are tested: of the first all are right, of the second half of the real and none of the
+    made."""
     real, made = np.array([1.0, 1, 1, 0]), np.array([1.0, 0])
     found = compare_class_rates(real, np.array([0, 0, 1, 1]), made, np.array([0, 1]), ["a", "b", "never"])
     assert (found["real"]["balanced"], found["generated"]["balanced"]) == (0.75, 0.5)
@@ -89,8 +90,8 @@ def test_spectra_of_both_sets_are_compared_with_the_test_set():
 
 
 def test_a_feature_that_hardly_varies_does_not_drown_the_others():
-    """Deviations of 1 and 1e-6 have a root mean square of 1 / sqrt(2), of which the second counts as a tenth: a shift of
-    0.1 there is sqrt(2) of that, squared 2."""
+    """Deviations of 1 and 1e-6 have a root mean square of 1 / sqrt(2), of which the second counts as a tenth: a shift
+    of 0.1 there is sqrt(2) of that, squared 2."""
     rows = np.tile([[1, 1e-6], [1, -1e-6], [-1, 1e-6], [-1, -1e-6]], (2, 1))
     found = compare_features({"training": rows, "test": rows, "generated": rows + np.array([0, 0.1])})
     assert found["frechet"]["whole"] == pytest.approx(2, rel=1e-5)

@@ -1,4 +1,5 @@
-"""Usefulness where labels are few: intervals, what each arm learns from, the drawn labels, obedience to masks, pre-training."""
+"""Usefulness where labels are few: intervals, what each arm learns from, the drawn labels, obedience to masks,
+pre-training."""
 
 import json
 import re
@@ -40,8 +41,8 @@ QUICK = ["--device", "cpu", "--precision", "no", "--shape", "16", "16", "16"]
 
 @pytest.fixture
 def data(tmp_path):
-    """Nine phantoms of six subjects as files, three volumes of two subjects for testing, and one generated from every mask:
-    the real volume itself, twice as bright."""
+    """Nine phantoms of six subjects as files, three volumes of two subjects for testing, and one generated from every
+    mask: the real volume itself, twice as bright."""
     section = write_phantoms(tmp_path, [2 * number // 3 for number in range(9)], tests=3, validation_fraction=0.25)
     return tmp_path, DataConfig(**section)
 

@@ -1,4 +1,5 @@
-"""What others hand over: descriptions of training sets, names, special files, DICOM tags, and counts beyond all measure."""
+"""What others hand over: descriptions of training sets, names, special files, DICOM tags, and counts beyond all
+measure."""
 
 import contextlib
 import os
@@ -396,7 +397,8 @@ def test_volumes_and_batches_larger_than_memory_are_refused(unconditional, tmp_p
             run(unconditional, tmp_path / "out", "--shape", *shape.split())
     monkeypatch.setattr(planning, "memory_bytes", lambda: 1 << 20)
     arguments = ["--count", "1000", "--batch_size", "1000000000", "--shape", "16", "16", "16"]
-    # the first feature map of the tiny U-Net: 4 x 4 x 4 cells (stride 4) of 16 channels of 4 bytes: 4 KiB; a quarter of 1 MiB is 64
+    # the first feature map of the tiny U-Net: 4 x 4 x 4 cells (stride 4) of 16 channels of 4 bytes: 4 KiB; a quarter of
+    # 1 MiB is 64
     with pytest.raises(ValueError, match="1000 volumes of 16 x 16 x 16 voxels at a time .*ask for --batch_size 64$"):
         run(unconditional, tmp_path / "out", *arguments)
     monkeypatch.setattr(planning, "memory_bytes", lambda: 1 << 11)

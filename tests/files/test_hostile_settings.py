@@ -1,5 +1,5 @@
-"""Settings in files that others wrote: those of LoRAs, schedulers and models. What is out of range, of another type or not plain is
-refused by its name, before a library acts on it."""
+"""Settings in files that others wrote: those of LoRAs, schedulers and models. What is out of range, of another type or
+not plain is refused by its name, before a library acts on it."""
 
 import inspect
 import json

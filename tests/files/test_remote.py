@@ -1,7 +1,8 @@
-"""Volumes and latents at fsspec URLs: bit for bit those of local folders, with the same checks, and copied whole or not at all.
+"""Volumes and latents at fsspec URLs: bit for bit those of local folders, with the same checks, and copied whole or not
+at all.
 
-`memory://` is in this process, `webhdfs://` a server on this machine (fsspec's own client, over HTTP), `folder://` files of
-this machine by another name, which processes share.
+`memory://` is in this process, `webhdfs://` a server on this machine (fsspec's own client, over HTTP), `folder://`
+files of this machine by another name, which processes share.
 """
 
 import dataclasses

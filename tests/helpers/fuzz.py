@@ -2,8 +2,8 @@
 
 Each case is a valid input with one file mutated, and a number decides it: (seed, target, index). The outcome must be a
 result that is sound, or a ValueError that names the file. Findings are: any other exception, a message without a name,
-more than `SECONDS`, more than `MEMORY` bytes, a process that dies, and any sign of code being run (Python's audit events,
-a planted module, a file outside of the folder that is opened).
+more than `SECONDS`, more than `MEMORY` bytes, a process that dies, and any sign of code being run (Python's audit
+events, a planted module, a file outside of the folder that is opened).
 
     python tests/helpers/fuzz.py --count 10000 --seed 0 --processes 2 --output out/fuzz.json
 """
@@ -58,9 +58,10 @@ NUMBERS = (
     2**64 - 1,
 )
 TEXTS = (
-    "nan inf -inf 1e308 -1 0 1e-300 99999999999999999999 1099511627776 null true [] {} \"\" '' () (nan,nan,nan) none NaN "
-    "../outside/secret.raw /etc/passwd file:///etc/passwd LIST %03d.raw os.system builtins.eval fuzz_canary fuzz_canary.Payload "
-    "!!python/object/apply:os.system[touch] !!python/name:os.system {{7*7}} &a *a <<: ~ 0x41 1_000 \\u0000 $HOME `id` .. . * **"
+    "nan inf -inf 1e308 -1 0 1e-300 99999999999999999999 1099511627776 null true [] {} \"\" '' () (nan,nan,nan) none "
+    "NaN ../outside/secret.raw /etc/passwd file:///etc/passwd LIST %03d.raw os.system builtins.eval fuzz_canary "
+    "fuzz_canary.Payload !!python/object/apply:os.system[touch] !!python/name:os.system {{7*7}} &a *a <<: ~ 0x41 "
+    "1_000 \\u0000 $HOME `id` .. . * **"
 ).split()
 
 
@@ -91,7 +92,8 @@ class Hang(BaseException):
 
 
 def mutate(data: bytes, draw: random.Random) -> bytes:
-    """The same with one to four changes: bits, bytes, numbers, words, pieces that are cut, doubled, or put elsewhere."""
+    """The same with one to four changes: bits, bytes, numbers, words, pieces that are cut, doubled, or put
+    elsewhere."""
     result = bytearray(data)
     for _ in range(draw.choice((1, 1, 2, 4))):
         size = len(result)
@@ -196,7 +198,8 @@ watch = Watch()
 
 
 class Target:
-    """What reads files. `variants` are valid inputs, as {file name: bytes}; the folder that holds them goes to `read`."""
+    """What reads files. `variants` are valid inputs, as {file name: bytes}; the folder that holds them goes to
+    `read`."""
 
     def __init__(
         self,

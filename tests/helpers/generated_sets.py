@@ -30,7 +30,8 @@ def write_generated(folder, made: str, name: str, array: np.ndarray, *, factor: 
 
 
 def write_sets(root: Path) -> Path:
-    """18 volumes, two a subject, and of every mask a generated one: "fresh" of the same distribution, "blurred", "copies"."""
+    """18 volumes, two a subject, and of every mask a generated one: "fresh" of the same distribution, "blurred",
+    "copies"."""
     rows = ["volume,subject,split"]
     real, fresh = smooth_volumes(18, 1, SHAPE), smooth_volumes(18, 2, SHAPE)
     for number in range(18):

@@ -155,7 +155,10 @@ def sidecar_target() -> Target:
     from pipelines import read_sidecar
     from pipelines.storage.provenance import volume_files
 
-    text = '{"synthetic": true, "software": "medvolume 1", "model": "00", "seed": 1, "channels": ["ct", "pet"], "mask": null}'
+    text = (
+        '{"synthetic": true, "software": "medvolume 1", "model": "00", "seed": 1, '
+        '"channels": ["ct", "pet"], "mask": null}'
+    )
 
     def read(home: Path) -> None:
         record = read_sidecar(home / "a.nii.gz")

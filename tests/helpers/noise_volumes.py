@@ -7,8 +7,8 @@ SIDES = (24, 20, 16)
 
 
 def volumes(count: int = 24, low: float = 0.04, high: float = 0.16) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Smooth volumes ("reconstructions") and the same with correlated noise whose level differs from one to the next, twice
-    as strong where the volume is bright, and none at -1."""
+    """Smooth volumes ("reconstructions") and the same with correlated noise whose level differs from one to the next,
+    twice as strong where the volume is bright, and none at -1."""
     random = np.random.default_rng(0)
     pairs = []
     for level in np.linspace(low, high, count):

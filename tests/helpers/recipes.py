@@ -1,4 +1,5 @@
-"""Fabricated data sets in the layouts that the recipes of docs/recipes.md expect, and the recipes at a size for tests."""
+"""Fabricated data sets in the layouts that the recipes of docs/recipes.md expect, and the recipes at a size for
+tests."""
 
 import runpy
 from collections.abc import Callable
@@ -117,8 +118,8 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
 
 
 def reduced(path: Path, folder: Path, data: Path) -> tuple[list[str], dict[str, Any]]:
-    """Arguments of a training script for the recipe in `path` on the fabricated `data`, and its sections: thin networks and
-    two steps, with the recipe's own levels, losses, objective and preprocessing."""
+    """Arguments of a training script for the recipe in `path` on the fabricated `data`, and its sections: thin networks
+    and two steps, with the recipe's own levels, losses, objective and preprocessing."""
     recipe = yaml.safe_load(path.read_text())
     model, loop = recipe["model"], recipe.get("loop", {})
     recipe["output"] = str(folder / path.stem)

@@ -6,8 +6,8 @@ import torch
 
 
 class ShiftedCoder:
-    """An autoencoder that gives every voxel back, darker by `shift`; `padding` is what it gives back for -1, which stands
-    in the padding alone where volumes are brighter."""
+    """An autoencoder that gives every voxel back, darker by `shift`; `padding` is what it gives back for -1, which
+    stands in the padding alone where volumes are brighter."""
 
     stride, device, dtype = (4, 4, 4), torch.device("cpu"), torch.float32
 

@@ -1,4 +1,5 @@
-"""Models trained for one step on phantoms as files, by the real scripts: for tests of what a model says of its training."""
+"""Models trained for one step on phantoms as files, by the real scripts: for tests of what a model says of its
+training."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ QUICK = [
 ]
 AUTOENCODERS = {
     "kl": "{class: autoencoder.AutoencoderKL3D, channels: [4, 8], encoder_blocks: [1, 1], decoder_blocks: [1, 1]}",
-    "vq": "{class: autoencoder.VQGAN3D, channels: [4, 8], encoder_blocks: [1, 1], decoder_blocks: [1, 1], num_codes: 16}",
+    "vq": "{class: autoencoder.VQGAN3D, channels: [4, 8], encoder_blocks: [1, 1], decoder_blocks: [1, 1], "
+    "num_codes: 16}",
     "space_to_depth": "{class: autoencoder.SpaceToDepth3D, patch_size: 4}",
 }
 UNET = "{class: diffusion.LatentUNet3D, channels: [8, 16], blocks: [1, 1], head_dim: 8, mask_width: 4}"

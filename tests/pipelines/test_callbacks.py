@@ -1,4 +1,5 @@
-"""Callbacks as diffusers documents them: what they see, what they change, what they must not return; the progress bar."""
+"""Callbacks as diffusers documents them: what they see, what they change, what they must not return; the progress
+bar."""
 
 import contextlib
 import io

@@ -221,7 +221,8 @@ def test_the_model_section_is_completed_from_the_data():
             complete_model(section, vae, data)
 
 
-# a model that must obey: latents about a mean of +-1 by sex, plus (age - 50) / 20, so spread that guidance has room to push
+# a model that must obey: latents about a mean of +-1 by sex, plus (age - 50) / 20, so spread that guidance has room to
+# push
 
 GRID = (1, 3, 1, 1)
 LEARNED = {"classes": {"sex": ["F", "M"]}, "numbers": {"age": {"mean": 50.0, "std": 20.0}}}

@@ -101,7 +101,8 @@ def test_backends_that_are_not_there_are_named():
 
 
 def test_attention_over_many_cells_never_holds_all_pairs():
-    """8,000 cells: all pairs would be 64 million numbers; math attention, which holds them, shows that they are seen."""
+    """8,000 cells: all pairs would be 64 million numbers; math attention, which holds them, shows that they are
+    seen."""
 
     class Largest(TorchDispatchMode):
         numel = 0

@@ -307,9 +307,9 @@ def test_a_membrane_joins_its_surroundings_and_ends_at_margin():
 
 
 def test_smoothness_of_a_membrane_is_measured_in_millimeters():
-    """A wave along the border, voxels of 2 mm along it and 1 mm across: Laplace's equation on that grid has the solution
-    sinh(q (n - j)) / sinh(q n), j voxels inside, with (cosh q - 1) = (1 - cos k) / 4; of the straight line less that,
-    `DETAIL_CARRYOVER` is added in the first voxel and a factor of e less in each that follows."""
+    """A wave along the border, voxels of 2 mm along it and 1 mm across: Laplace's equation on that grid has the
+    solution sinh(q (n - j)) / sinh(q n), j voxels inside, with (cosh q - 1) = (1 - cos k) / 4; of the straight line
+    less that, `DETAIL_CARRYOVER` is added in the first voxel and a factor of e less in each that follows."""
     region = np.zeros((3, 6, 12), bool)
     region[..., 3:] = True
     k, n = np.pi / 6, 5

@@ -1,4 +1,5 @@
-"""Which generated volumes count as finished, who may write to an output, and what is never replaced or written through."""
+"""Which generated volumes count as finished, who may write to an output, and what is never replaced or written
+through."""
 
 import csv
 import hashlib

@@ -89,7 +89,8 @@ def test_batch_size_changes_nothing(inputs, generated, tmp_path):
 
 
 def test_an_interrupted_run_goes_on(inputs, generated, tmp_path, monkeypatch):
-    """Stopped after two volumes, the second's file lost: the next run makes the rest, and touches what is finished no more."""
+    """Stopped after two volumes, the second's file lost: the next run makes the rest, and touches what is finished no
+    more."""
     write, written = VolumeProcessor.write, []
 
     def stop(self, slabs, prepared, paths, description):

@@ -295,7 +295,8 @@ def test_an_autoencoder_knows_its_channels_names(folder, tmp_path):
             f"--data.root={folder}",
             "--data.images={ct: '{name}_ct.nii.gz', pet: '{name}_pet.nii.gz'}",
             "--data.validation_fraction=0",
-            "--model={class: autoencoder.AutoencoderKL3D, in_channels: 2, out_channels: 2, channels: [4, 8], per_channel: true}",
+            "--model={class: autoencoder.AutoencoderKL3D, in_channels: 2, out_channels: 2, channels: [4, 8], "
+            "per_channel: true}",
             "--crops.shape=[8, 8, 8]",
             *("--loop.max_steps=1", "--loop.previews=0", "--loop.mixed_precision=no", "--loop.trackers=[]"),
         ]

@@ -203,7 +203,8 @@ def test_a_sidecar_never_claims_the_base(saved, tmp_path):
 
 
 def test_a_fused_lora_is_neither_disabled_nor_deleted(saved):
-    """peft would take it out of the weights at the next call, or leave it in them without a trace: the hash would lie."""
+    """peft would take it out of the weights at the next call, or leave it in them without a trace: the hash would
+    lie."""
     folder, _, expected = saved
     pipe = tiny_pipeline()
     pipe.load_lora_weights(folder)

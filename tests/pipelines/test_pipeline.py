@@ -54,7 +54,8 @@ def test_a_volume_lies_on_its_masks_grid(pipe, codes):
 
 
 def test_padding_is_taken_off_and_units_are_restored(pipe, monkeypatch):
-    """A decoder that paints the padded grid's first index: 7 voxels are padded to 8, one at the end, so 0..6 come out, in file units."""
+    """A decoder that paints the padded grid's first index: 7 voxels are padded to 8, one at the end, so 0..6 come out,
+    in file units."""
     paint(pipe, monkeypatch, lambda x, y, z: [x / 10 - 1])
     volume = voxels(pipe(mask_image((7, 8, 8)), num_inference_steps=1).volumes[0])
     expected = 100 + (np.arange(7) / 10) * 100  # -1 is 100, 1 is 300

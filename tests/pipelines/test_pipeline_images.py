@@ -1,4 +1,5 @@
-"""Several channels, and channels that are given: what comes in, what the U-Net sees, what comes out and goes to disk."""
+"""Several channels, and channels that are given: what comes in, what the U-Net sees, what comes out and goes to
+disk."""
 
 import csv
 import json

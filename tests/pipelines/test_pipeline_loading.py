@@ -126,7 +126,8 @@ def test_folders_that_are_no_pipeline_are_named(folder):
 
 
 def test_names_that_are_nowhere(folder, monkeypatch):
-    """A path is never asked of the Hub; what may be a repository is, and the error still says that there is no such folder."""
+    """A path is never asked of the Hub; what may be a repository is, and the error still says that there is no such
+    folder."""
     for load in (MedVolumePipeline.from_pretrained, AutoencoderKL3D.from_pretrained):
         for name in (
             folder / "gone",
@@ -293,7 +294,8 @@ def test_damaged_files_are_named(folder, content):
 
 
 def test_weights_that_are_not_loaded_do_not_count(folder):
-    """Neither a backup beside the file, for keys or hash, nor a single file beside the shards that diffusers prefers."""
+    """Neither a backup beside the file, for keys or hash, nor a single file beside the shards that diffusers
+    prefers."""
     expected = MedVolumePipeline.from_pretrained(folder).model_hash
     other = {key: tensor + 1 for key, tensor in load_file(folder / "unet" / WEIGHTS).items()}
     save_file(other, folder / "unet" / "old.safetensors")
@@ -323,7 +325,8 @@ def test_a_variant_is_checked_and_hashed_by_its_own_files(folder):
 
 
 def test_the_hash_names_the_content(folder, tmp_path):
-    """The same in memory, on disk and in half precision; another when a weight, a config or the data's meaning changes."""
+    """The same in memory, on disk and in half precision; another when a weight, a config or the data's meaning
+    changes."""
     saved = tiny_pipeline()
     expected = saved.model_hash
     assert MedVolumePipeline.from_pretrained(folder).model_hash == expected

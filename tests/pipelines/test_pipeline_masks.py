@@ -86,7 +86,8 @@ def test_minus_one_is_a_label_where_the_model_has_it():
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_the_hash_of_a_pair_is_of_both_files(tmp_path, suffix):
-    """Masks of one shape share their header: by it alone, an interrupted run would take another mask's volume for done."""
+    """Masks of one shape share their header: by it alone, an interrupted run would take another mask's volume for
+    done."""
     header, hashes = tmp_path / f"mask.hdr{suffix}", []
     for seed in (0, 1):
         nib.save(nib.Nifti1Pair(labels_of((4, 5, 6), seed), np.eye(4)), tmp_path / f"mask.img{suffix}")
@@ -118,8 +119,8 @@ def test_missing_voxels_get_the_lowest_value(processor):
 
 @pytest.mark.parametrize("spacing", [2.0, 0.6, (0.7, 1.0, 1.9)])
 def test_another_spacing_is_resampled_and_back_again(processor, spacing):
-    """The canvas has the model's 1 mm; the result has the mask's grid, and a constant stays constant up to its edges. What
-    fills voxels from outside would be the lowest value, that of a corner far away."""
+    """The canvas has the model's 1 mm; the result has the mask's grid, and a constant stays constant up to its edges.
+    What fills voxels from outside would be the lowest value, that of a corner far away."""
     affine = np.diag([*np.broadcast_to(spacing, 3), 1.0])
     affine[:3, 3] = -30, 12, 5
     mask = nib.Nifti1Image(labels_of((13, 11, 7)), affine)
@@ -156,8 +157,8 @@ def test_resampling_there_and_back_keeps_anatomy_in_place(processor):
 
 @pytest.mark.parametrize("codes", ["RAS", "PIL"])
 def test_an_oblique_mask_of_another_spacing_goes_there_and_back(processor, codes):
-    """Each voxel of the 1 mm canvas has the label of the mask's voxel that holds its center; a function that is linear in
-    the place, painted on the canvas, is the same function of the place on the mask's grid."""
+    """Each voxel of the 1 mm canvas has the label of the mask's voxel that holds its center; a function that is linear
+    in the place, painted on the canvas, is the same function of the place on the mask's grid."""
     cos, sin = np.cos(0.3), np.sin(0.3)
     turned = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
     affine = np.eye(4)

@@ -1,4 +1,5 @@
-"""Parts of the pipelines whose answer is known by hand: limits of an edit, how it is joined, regions, types, spacings, hashes."""
+"""Parts of the pipelines whose answer is known by hand: limits of an edit, how it is joined, regions, types, spacings,
+hashes."""
 
 import hashlib
 
@@ -50,8 +51,8 @@ def test_an_edit_stays_within_the_image_its_scale_and_its_type(low, high, dtype,
 
 @pytest.mark.parametrize("cuts", [[9], [1, 2, 3, 4, 5, 6, 7, 8], [4, 6]])
 def test_what_is_made_meets_what_stays_however_it_is_cut(cuts):
-    """Made is 0 and 10 stays. Two voxels inside one face: the first has most of the 10 (a straight line says 8), and beyond
-    the margin there is nothing of it."""
+    """Made is 0 and 10 stays. Two voxels inside one face: the first has most of the 10 (a straight line says 8), and
+    beyond the margin there is nothing of it."""
     region = np.zeros((7, 7, 14), bool)
     region[..., 4:] = True
     made = np.zeros((1, 7, 7, 14), np.float32)

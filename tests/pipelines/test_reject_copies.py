@@ -51,8 +51,8 @@ def plain(inputs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fingerprints(plain, tmp_path_factory):
-    """Of a training set whose third volume is what the model makes of mask a with its first seed, moved by a voxel along each
-    axis and mirrored along X."""
+    """Of a training set whose third volume is what the model makes of mask a with its first seed, moved by a voxel
+    along each axis and mirrored along X."""
     made = in_model_units(plain / "a_000.nii.gz", tiny_data())
     copied = np.roll(made, (1, -1, 1), (1, 2, 3))[:, ::-1]
     path = tmp_path_factory.mktemp("prints") / "fingerprints.safetensors"

@@ -48,7 +48,8 @@ def wrong_imports(room: Path, ours: set[str], allowed: set[str]) -> list[str]:
 
 
 def imported_packages(path: Path, package: str) -> set[str]:
-    """First parts below `package` of every absolute or relative import of it in a file that is directly in a package of it."""
+    """First parts below `package` of every absolute or relative import of it in a file that is directly in a package of
+    it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):

@@ -1,4 +1,5 @@
-"""The tool that plants faults: what it counts as caught, and that every row of the table still names code that is there."""
+"""The tool that plants faults: what it counts as caught, and that every row of the table still names code that is
+there."""
 
 import subprocess
 import sys
@@ -37,9 +38,9 @@ def test_a_noticed_fault_is_caught_and_an_unnoticed_is_missed(tree, tmp_path):
         "import sys; from pathlib import Path; import pytest\n"
         "from tools.mutants import *\n"
         "root = Path(sys.argv[1]); workers = Workers(root, 2, root.parent / 'copies')\n"
-        "faults = [Mutant('r', 'code_under_test.py', '2 * x', new, ('test_it.py',)) for new in ('3 * x', 'x + x', 'y(')]\n"
-        "found = {run.mutant.replacement: outcome for run, outcome, _ in run_all(workers, [(f, f.tests) for f in faults])}\n"
-        "assert found == {'3 * x': CAUGHT, 'x + x': MISSED, 'y(': INVALID}, found\n"
+        "faults = [Mutant('r', 'code_under_test.py', '2 * x', new, ('test_it.py',)) for new in ('3 * x', 'x + x', "
+        "'y(')]\nfound = {run.mutant.replacement: outcome for run, outcome, _ in run_all(workers, [(f, f.tests) for f "
+        "in faults])}\nassert found == {'3 * x': CAUGHT, 'x + x': MISSED, 'y(': INVALID}, found\n"
     )
     done = subprocess.run(
         [sys.executable, str(script), str(tree)],

@@ -1,5 +1,5 @@
-"""The seeds' recipes and those of real sizes: they parse, and each trains and samples, at reduced size, on fabricated volumes
-in the layout that it expects. Two of them in every run; all with `make test-slow`."""
+"""The seeds' recipes and those of real sizes: they parse, and each trains and samples, at reduced size, on fabricated
+volumes in the layout that it expects. Two of them in every run; all with `make test-slow`."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,8 @@ def test_a_recipe_parses_and_its_model_is_built(path):
 
 
 def check_recipe(recipe: str, folder: Path, vae: str = "vae", ldm: str = "ldm") -> None:
-    """Train both steps for a few steps and sample: asserts the saved scheduler, and volumes of the right shape and channels."""
+    """Train both steps for a few steps and sample: asserts the saved scheduler, and volumes of the right shape and
+    channels."""
     data = LAYOUTS[recipe](folder / "files")
     arguments, _ = reduced(CONFIGS / recipe / f"{vae}.yaml", folder, data)
     train_vae.main(arguments)

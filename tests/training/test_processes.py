@@ -1,4 +1,5 @@
-"""Several processes do what one does, and end together. They are forked (benchmarks/forked.py), two on a CPU, through gloo."""
+"""Several processes do what one does, and end together. They are forked (benchmarks/forked.py), two on a CPU, through
+gloo."""
 
 import json
 import os
@@ -237,7 +238,8 @@ def test_commands_that_cannot_be_shared_are_the_main_processs(monkeypatch):
 
 
 def test_what_one_process_refuses_leaves_no_other_waiting(tmp_path, monkeypatch):
-    """Of two processes: an error in a part that they share ends both; in one that is the main process's own, both go on."""
+    """Of two processes: an error in a part that they share ends both; in one that is the main process's own, both go
+    on."""
     options = Namespace(output=str(tmp_path / "report.json"), wait_minutes=0)
 
     class State:

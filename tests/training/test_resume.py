@@ -16,7 +16,8 @@ from training import LdmTrainingStep, VaeTrainingStep
 from training.engine.checkpoints import digest_files
 
 VQGAN = [
-    "--model={class: autoencoder.VQGAN3D, channels: [4, 12], encoder_blocks: [1, 1], decoder_blocks: [1, 1], num_codes: 16}",
+    "--model={class: autoencoder.VQGAN3D, channels: [4, 12], encoder_blocks: [1, 1], decoder_blocks: [1, 1], "
+    "num_codes: 16}",
     "--adversarial={start_step: 2, warmup_steps: 3, channels: 4, layers: 1}",
 ]
 

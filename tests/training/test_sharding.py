@@ -29,8 +29,8 @@ def trained(script, args, folder, processes):
 
 @pytest.mark.slow
 def test_divided_weights_resume_exactly_and_are_saved_whole(tmp_path):
-    """Checkpoints, the final folder and metrics are those of one process; the way back from a checkpoint is exact to the bit.
-    Four volumes validate, and the first is drawn by one process alone."""
+    """Checkpoints, the final folder and metrics are those of one process; the way back from a checkpoint is exact to
+    the bit. Four volumes validate, and the first is drawn by one process alone."""
     vae = ["--loop.max_steps=1", *VAE, *DATA, *LOOP]
     trained("train_vae", vae, tmp_path / "vae", 1)
     ldm = [*LDM, *DATA, *LOOP, *STEPS, f"--vae={tmp_path / 'vae/run/vae'}", "--data.validation_fraction=0.4"]
@@ -66,7 +66,10 @@ def test_divided_weights_resume_exactly_and_are_saved_whole(tmp_path):
         assert all(torch.equal(value, moments[1]["state"][name][key]) for key, value in state.items())
 
 
-VQ = "--model={class: autoencoder.VQGAN3D, channels: [4, 12], encoder_blocks: [1, 1], decoder_blocks: [1, 1], num_codes: 16}"
+VQ = (
+    "--model={class: autoencoder.VQGAN3D, channels: [4, 12], encoder_blocks: [1, 1], decoder_blocks: [1, 1], "
+    "num_codes: 16}"
+)
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
-"""What befalls long runs: signals, full disks, damaged checkpoints, other data, losses that go wrong. Each ends in a message with
-a remedy, and nothing that was finished is lost."""
+"""What befalls long runs: signals, full disks, damaged checkpoints, other data, losses that go wrong. Each ends in a
+message with a remedy, and nothing that was finished is lost."""
 
 import errno
 import json
@@ -498,7 +498,8 @@ def test_a_job_that_fails_when_it_goes_on_is_told(tmp_path, monkeypatch):
 
 
 def test_survival_reports_leftovers_locks_and_bad_repairs(tmp_path, monkeypatch):
-    """A job that never ends its work: it leaves a hidden folder, another process holds its output, and an entry stays zeroed."""
+    """A job that never ends its work: it leaves a hidden folder, another process holds its output, and an entry stays
+    zeroed."""
 
     class Process:
         exitcode = None

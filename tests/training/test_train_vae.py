@@ -175,7 +175,8 @@ def test_negative_settings_are_named(name):
 
 
 def test_previews_and_metrics_have_all_channels_in_file_units():
-    """Channel 0 is 0 to 100 and channel 1 -1000 to 1000 in its files; the reconstruction is the mean of the posterior, decoded."""
+    """Channel 0 is 0 to 100 and channel 1 -1000 to 1000 in its files; the reconstruction is the mean of the posterior,
+    decoded."""
     step = make_step(in_channels=2, out_channels=2)
     step.channels = ["PET", "CT"]
     image, fov = torch.rand(2, 8, 8, 8) * 2 - 1, torch.ones(1, 8, 8, 8, dtype=torch.bool)

@@ -241,7 +241,8 @@ def test_a_run_of_them_stops(tmp_path):
 
 
 def test_compiled_code_is_run(tmp_path):
-    """With generated code, not only traced: the same line is found, and nothing in the checkpoint is called otherwise."""
+    """With generated code, not only traced: the same line is found, and nothing in the checkpoint is called
+    otherwise."""
     ends, keys = [], []
     for compiled in ("false", "true"):
         args = [f"--output={tmp_path / compiled}", f"--loop.compile={compiled}", "--loop.max_steps=5"]

@@ -97,9 +97,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 
 def test_weights_move_by_rate_and_decay_but_biases_do_not_decay():
-    """AdamW's first step is the sign of the gradient times the rate, apart from eps; matrices decay by rate times decay."""
+    """AdamW's first step is the sign of the gradient times the rate, apart from eps; matrices decay by rate times
+    decay."""
     learner = learner_of(
-        two_weights(), learning_rate=0.1, warmup_steps=4, weight_decay=0.5, max_grad_norm=0.0, betas=(0.8, 0.9), eps=1e-3
+        two_weights(), learning_rate=0.1, warmup_steps=4, weight_decay=0.5, max_grad_norm=0.0, betas=(0.8, 0.9),
+        eps=1e-3
     )  # fmt: skip
     pull(learner, torch.tensor([3.0, -4e-3]), torch.tensor([[12.0]]))
     learner.update(1)  # the second of four: half of the rate
@@ -125,7 +127,8 @@ def test_the_learning_rate_falls_as_a_cosine():
 
 
 def test_a_muon_step_by_hand():
-    """m = mu m + g; the direction of g + mu m, made semi-orthogonal, times 0.4 sqrt(max(rows, columns)) and the rate."""
+    """m = mu m + g; the direction of g + mu m, made semi-orthogonal, times 0.4 sqrt(max(rows, columns)) and the
+    rate."""
     torch.manual_seed(0)
     conv = nn.Conv3d(9, 12, 3, bias=False)
     rate, decay, momentum = 0.02, 0.3, 0.7
@@ -221,7 +224,8 @@ CHANNELS = 8  # of the latents of voxels in cells of 2
 
 
 def diffusion_step(unet: dict[str, Any] | None = None, **changes: Any) -> LdmTrainingStep:
-    """On voxels in cells of 2, with a number as condition that training leaves out half the time. `unet`: more of its settings."""
+    """On voxels in cells of 2, with a number as condition that training leaves out half the time. `unet`: more of its
+    settings."""
     torch.manual_seed(0)
     vae = SpaceToDepth3D(patch_size=2)
     network = LatentUNet3D(
@@ -247,7 +251,8 @@ def latent_batch() -> dict[str, Any]:
 
 
 def test_a_diffusion_step_draws_latents_from_their_posterior(monkeypatch):
-    """mean + std times noise from each volume's own generator; padding's weight, the conditions and the generators go on."""
+    """mean + std times noise from each volume's own generator; padding's weight, the conditions and the generators go
+    on."""
     step, given, seen = diffusion_step(), latent_batch(), []
 
     def loss(model, objective, latents, conditions, weight, generators):
@@ -285,7 +290,8 @@ def test_a_unet_is_validated_by_its_average_without_its_padding():
 
 
 def test_a_unet_is_trained_with_its_own_steps_and_loss():
-    """Of 7 steps all occur, and no other. What predicts nothing is wrong by the noise: E n^2 = 1, E |n| = sqrt(2 / pi)."""
+    """Of 7 steps all occur, and no other. What predicts nothing is wrong by the noise: E n^2 = 1, E |n| = sqrt(2 /
+    pi)."""
     for loss, expected in (("mse", 1.0), ("l1", math.sqrt(2 / math.pi))):
         step, seen = diffusion_step({"objective": "epsilon", "train_steps": 7}, loss=loss), set()
         step.unet.average.conv_out.weight.data.zero_()
@@ -313,8 +319,8 @@ def test_previews_are_sampled_with_the_average(monkeypatch):
 
 
 def test_what_is_saved_and_measured_is_the_average(tmp_path, vae_folder):
-    """Of both scripts: the files are those of the moving average in the last checkpoint, and not the trained weights; the
-    metrics are those of the saved autoencoder."""
+    """Of both scripts: the files are those of the moving average in the last checkpoint, and not the trained weights;
+    the metrics are those of the saved autoencoder."""
     last = "checkpoints/step_000003"
     shorter = ["--loop.max_steps=3", "--loop.ema_decay=0.9", "--loop.checkpoint_every=0", "--loop.previews=0"]
     metrics = run(train_vae, tmp_path / "vae", *shorter)
@@ -367,7 +373,8 @@ class Recording(LineStep):
 
 
 def test_every_sample_of_a_run_has_noise_of_its_own(tmp_path, monkeypatch):
-    """Accumulated parts, steps and a resumed run go on counting samples; held-out items have the same noise each time."""
+    """Accumulated parts, steps and a resumed run go on counting samples; held-out items have the same noise each
+    time."""
     monkeypatch.setattr("line.LineStep", Recording)
     args = [
         "--optimizer.gradient_accumulation=2",
@@ -576,7 +583,8 @@ def test_time_left_uses_the_steps_and_rate_of_this_start(monkeypatch, caplog):
 
 
 def test_held_out_volumes_are_their_mean_latents():
-    """An encoder that is unsure by 3 gives latents of 5, not a sample around them: a validation is the same each time."""
+    """An encoder that is unsure by 3 gives latents of 5, not a sample around them: a validation is the same each
+    time."""
 
     class Unsure:
         device, stride = torch.device("cpu"), (1, 1, 1)
@@ -597,7 +605,8 @@ def test_held_out_volumes_are_their_mean_latents():
 
 
 def test_the_samples_of_each_accumulated_part_follow_each_other(tmp_path):
-    """Eight samples, batches of three, two a step: the third part of the first epoch's order ends in the second epoch."""
+    """Eight samples, batches of three, two a step: the third part of the first epoch's order ends in the second
+    epoch."""
     orders = []
     loop, _ = line_loop(line_config(tmp_path, "--optimizer.gradient_accumulation=2"))
     for epoch in (0, 1):

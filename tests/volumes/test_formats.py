@@ -1,4 +1,5 @@
-"""DICOM series, NRRD and MetaImage: the same volume as in NIfTI, read as ITK reads it, or refused by name and reason."""
+"""DICOM series, NRRD and MetaImage: the same volume as in NIfTI, read as ITK reads it, or refused by name and
+reason."""
 
 import csv
 import gzip

@@ -122,7 +122,8 @@ def test_pieces_of_a_label_and_unknown_labels_are_named():
 
 
 def map_pipeline(folder, **maps):
-    """A pipeline that draws label maps of `LABELS`, which are noise, and what it takes its training maps to have been."""
+    """A pipeline that draws label maps of `LABELS`, which are noise, and what it takes its training maps to have
+    been."""
     names = list(LABELS.values())[1:]
     described = {"labels": {}, "pieces": 10**6, "shapes": "8x8x8 8x8x12"} | maps
     for name in names:

@@ -1,4 +1,5 @@
-"""Files: every orientation and encoding comes out in RAS+ and goes back as it was; what is broken is refused by name and reason."""
+"""Files: every orientation and encoding comes out in RAS+ and goes back as it was; what is broken is refused by name
+and reason."""
 
 import gzip
 import itertools
@@ -63,7 +64,8 @@ def test_a_voxel_stays_where_it_is_in_the_patient(brain):
 
 @pytest.mark.parametrize(("unit", "scale"), [("mm", 1.0), ("meter", 1e-3)])
 def test_a_qform_beside_another_sform_goes_back_as_it_was(brain, unit, scale, tmp_path):
-    """The sform says where voxels lie; the scanner's own transform beside it keeps its place, its code, and its millimeters."""
+    """The sform says where voxels lie; the scanner's own transform beside it keeps its place, its code, and its
+    millimeters."""
     image = reoriented(brain, "LPS")
     scanner = image.affine.copy()
     scanner[:3, 3] += [1.5, -2.0, 3.0]

@@ -138,7 +138,8 @@ def test_the_blur_is_along_the_old_axes_that_become_coarser():
 
 @pytest.mark.parametrize("factor", [2.0, 3.0])
 def test_the_blur_has_the_width_between_the_two_voxel_sizes(factor):
-    """Squares of full widths at half maximum add up, so its variance is (factor^2 - 1) / (8 ln 2) old voxels squared."""
+    """Squares of full widths at half maximum add up, so its variance is (factor^2 - 1) / (8 ln 2) old voxels
+    squared."""
     point = torch.zeros(1, 41, 3, 3)
     point[0, 20] = 1
     line = _smooth(point, np.array([factor, 1.0, 1.0]))[0, :, 1, 1].double()

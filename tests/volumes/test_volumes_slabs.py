@@ -1,4 +1,5 @@
-"""Files in slabs: byte by byte what the whole volume makes, plane by plane what the whole file holds, in flat memory."""
+"""Files in slabs: byte by byte what the whole volume makes, plane by plane what the whole file holds, in flat
+memory."""
 
 import gzip
 import itertools

@@ -232,7 +232,8 @@ def test_unicode_spellings_match_between_images_and_masks(tmp_path, caplog):
             (tmp_path / folder / unicodedata.normalize(form, f"{name}.nii.gz")).touch()
     (tmp_path / "labels" / unicodedata.normalize("NFD", "._Müller.nii.gz")).touch()
     config = DataConfig(
-        root=str(tmp_path), images=unicodedata.normalize("NFD", "./Bilder_ü//{case}.nii.gz"), masks="labels\\{case}.nii.gz",
+        root=str(tmp_path),
+        images=unicodedata.normalize("NFD", "./Bilder_ü//{case}.nii.gz"), masks="labels\\{case}.nii.gz",
         label_names={0: "b"}, validation_fraction=0,
     )  # fmt: skip
     cases = load_cases(config)

@@ -1,4 +1,5 @@
-"""Windows look at the voxels: sets that nothing is left of are refused by name, and the doctor says what is lost, once."""
+"""Windows look at the voxels: sets that nothing is left of are refused by name, and the doctor says what is lost,
+once."""
 
 import re
 from collections import Counter

@@ -1,16 +1,16 @@
 """Checkpoints: everything that a resumed run needs, in one folder that is complete or does not exist.
 
     checkpoints/step_000500/
-        model.safetensors, optimizer.bin, random_states_0.pkl, ...    written by Accelerate
-        <learner>_ema.safetensors                                     moving averages
-        <learner>.safetensors, <learner>_optimizer.bin                instead of Accelerate's files if weights are sharded:
+        model.safetensors, optimizer.bin, random_states_0.pkl, ...    written by Accelerate <learner>_ema.safetensors
+        moving averages <learner>.safetensors, <learner>_optimizer.bin                instead of Accelerate's files if
+        weights are sharded:
                                                                       full tensors, as large as without sharding
         state.json                                                    step, data position, counters
         rng_0.txt                                                     digest of the random state (see `load`)
         digests.json                                                  sha256 of all of these
 
-Data order, patches and noise need no entry: they are functions of (seed, position). Accelerate's .bin and .pkl files are
-pickles, so only checkpoints inside the run's own folder are ever read.
+Data order, patches and noise need no entry: they are functions of (seed, position). Accelerate's .bin and .pkl files
+are pickles, so only checkpoints inside the run's own folder are ever read.
 """
 
 import hashlib
@@ -131,10 +131,11 @@ class Checkpointer:
         self.sharded = sharded
 
     def save(self, state: TrainState) -> Path:
-        """Write checkpoints/step_XXXXXX: a hidden folder, renamed once it is complete and on the disk. Called by every process.
+        """Write checkpoints/step_XXXXXX: a hidden folder, renamed once it is complete and on the disk. Called by every
+        process.
 
-        Raises: CannotContinue if it cannot be written (a full disk, a folder that was removed). Then nothing of it remains,
-            and the run's other checkpoints stay.
+        Raises: CannotContinue if it cannot be written (a full disk, a folder that was removed). Then nothing of it
+            remains, and the run's other checkpoints stay.
         """
         final = self.folder / f"step_{state.step:06d}"
         try:
@@ -152,8 +153,8 @@ class Checkpointer:
                 raise
             complete = [path.name for path in list_checkpoints(self.folder)] or "none yet"
             raise CannotContinue(
-                f"{final}: the checkpoint could not be written ({error}). Complete checkpoints: {complete}. Make room on the disk, "
-                "or lower loop.keep_checkpoints; then continue with --resume latest"
+                f"{final}: the checkpoint could not be written ({error}). Complete checkpoints: {complete}. Make room "
+                "on the disk, or lower loop.keep_checkpoints; then continue with --resume latest"
             ) from error
         self.accelerator.wait_for_everyone()
         return final
@@ -196,8 +197,8 @@ class Checkpointer:
     def resume(self, resume: str) -> tuple[Path, TrainState] | None:
         """Restore the checkpoint of `resume` (see `find_checkpoint`). Called by every process.
 
-        With "latest", a checkpoint that is damaged for any process is skipped, and the next older one is tried. Newer checkpoints
-        than the restored one are set aside, so that a later resume does not use them.
+        With "latest", a checkpoint that is damaged for any process is skipped, and the next older one is tried. Newer
+        checkpoints than the restored one are set aside, so that a later resume does not use them.
 
         Returns: its path and its state; None if there is no checkpoint yet.
         Raises: ValueError if none is intact, and as `find_checkpoint` and `load`.
@@ -244,8 +245,9 @@ class Checkpointer:
     def check(self, path: Path) -> TrainState:
         """Check that `path` can be restored, as far as its files tell. Changes nothing.
 
-        Raises: DamagedCheckpoint if a file differs from what was written. ValueError for a link to another place; if the run was
-            started without one of the learners, with another number of processes, or with another `loop.fsdp`.
+        Raises: DamagedCheckpoint if a file differs from what was written. ValueError for a link to another place; if
+            the run was started without one of the learners, with another number of processes, or with another
+            `loop.fsdp`.
         """
         if links := [p.name for p in path.rglob("*") if not p.resolve().is_relative_to(path.resolve())]:
             raise ValueError(
@@ -257,8 +259,8 @@ class Checkpointer:
     def load(self, path: Path) -> TrainState:
         """Restore everything from `path`, after all processes have checked it.
 
-        Raises: DamagedCheckpoint if weights do not fit the model, or if the random state was not restored, which Accelerate
-            only logs.
+        Raises: DamagedCheckpoint if weights do not fit the model, or if the random state was not restored, which
+            Accelerate only logs.
         """
         with _naming_damage(path):
             return self._load(path)
@@ -286,15 +288,15 @@ class Checkpointer:
             raise DamagedCheckpoint(f"{path}: state.json holds counters that are not counts: {counters}")
         if state.processes not in (0, self.accelerator.num_processes):
             raise ValueError(
-                f"{path}: was written by {state.processes} processes, but this run has {self.accelerator.num_processes}; launch "
-                "as many as before"
+                f"{path}: was written by {state.processes} processes, but this run has "
+                f"{self.accelerator.num_processes}; launch as many as before"
             )
         if state.sharded is not self.sharded:
             raise ValueError(f"{path}: was written with loop.fsdp {state.sharded}; resume with the same setting")
         if absent := sorted({learner.name for learner in self.learners} - state.updates.keys()):
             raise ValueError(
-                f"{path}: holds no {' and no '.join(absent)}, which this config trains; resume with the config that the run was "
-                "started with, or start another run (--output) from its weights (--init_from)"
+                f"{path}: holds no {' and no '.join(absent)}, which this config trains; resume with the config that "
+                "the run was started with, or start another run (--output) from its weights (--init_from)"
             )
         return state
 
@@ -328,8 +330,8 @@ def _naming_damage(path: Path) -> Iterator[None]:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
         raise DamagedCheckpoint(
-            f"{path}: cannot be resumed from ({type(error).__name__}: {error}); it is damaged, or belongs to another model. "
-            "--resume latest uses the newest intact one"
+            f"{path}: cannot be resumed from ({type(error).__name__}: {error}); it is damaged, or belongs to another "
+            "model. --resume latest uses the newest intact one"
         ) from error
 
 

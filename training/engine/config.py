@@ -98,8 +98,9 @@ class LoopConfig:
         compile: torch.compile the networks, which needs a C++ compiler. Each shape of batch is compiled separately,
             which takes a minute on a CPU; from the ninth shape on, steps run without it. Use it for long runs on
             patches, or on volumes of one grid.
-        fsdp: shard weights, gradients, optimizer state and moving average among the processes (FSDP), for networks whose
-            training does not fit on one GPU. The weights alone must fit, because each process validates with all of them.
+        fsdp: shard weights, gradients, optimizer state and moving average among the processes (FSDP), for networks
+            whose training does not fit on one GPU. The weights alone must fit, because each process validates with all
+            of them.
         workers: processes that load data, per training process; 0 loads in the training process. Default: 0 on a CPU,
             2 on other devices. `data_wait` in the log is the fraction of the time spent waiting for data.
         ema_decay: decay of the moving average of the weights. The average is validated and saved.
@@ -110,10 +111,10 @@ class LoopConfig:
         checkpoint_every: steps between checkpoints; 0 writes one at the end only.
         keep_checkpoints: number of checkpoints to keep, the newest; 0 keeps all.
         max_skipped: the run stops after so many steps in a row with non-finite gradients.
-        timeout_minutes: minutes that processes wait for each other before the job ends. They wait while the main process
-            validates, draws previews and measures the training set, and while a dead process does not answer.
-        trackers: names of trackers: csv (metrics.csv in the output folder), and Accelerate's own that are installed, such as
-            tensorboard or wandb; [] for none.
+        timeout_minutes: minutes that processes wait for each other before the job ends. They wait while the main
+            process validates, draws previews and measures the training set, and while a dead process does not answer.
+        trackers: names of trackers: csv (metrics.csv in the output folder), and Accelerate's own that are installed,
+            such as tensorboard or wandb; [] for none.
     """
 
     max_steps: PositiveInt = 10_000
@@ -149,13 +150,14 @@ class RunConfig(Protocol):
 def parse_config(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
     """Parse the run's config from `--config FILE.yaml` and overrides such as `--loop.max_steps 100`.
 
-    Later arguments override earlier ones, so `--config` comes first. Settings of the preprocessing that `data` does not name are
-    those of the autoencoder in `vae` or `init_from` (`volumes.data.preprocessing.inherited`). `--print_config` shows the result.
+    Later arguments override earlier ones, so `--config` comes first. Settings of the preprocessing that `data` does not
+    name are those of the autoencoder in `vae` or `init_from` (`volumes.data.preprocessing.inherited`). `--print_config`
+    shows the result.
 
     Args:
         args: default: the command line.
-    Raises: ValueError for a file that is missing or that `read_yaml` refuses, for unknown settings and for values outside
-        their declared range, by name.
+    Raises: ValueError for a file that is missing or that `read_yaml` refuses, for unknown settings and for values
+        outside their declared range, by name.
     """
     args = list(sys.argv[1:] if args is None else args)
     files = config_files(args)
@@ -250,8 +252,8 @@ def defaults(config: Any) -> dict[str, object]:
 def config_changes(old: Mapping[str, object], config: object) -> dict[str, str]:
     """Return the settings that differ between the plain config `old` and `config`: {"optimizer.eps": "1e-08 -> 1e-07"}.
 
-    `resume`, `accept_changes` and `wait_minutes` do not count, nor do settings at their defaults that did not exist when `old`
-    was written.
+    `resume`, `accept_changes` and `wait_minutes` do not count, nor do settings at their defaults that did not exist
+    when `old` was written.
     """
     before, after, usual, absent = flatten(old), flatten(to_plain(config)), flatten(defaults(config)), "(absent)"
     changes = {}
@@ -270,7 +272,8 @@ def refuse_changes(changes: Mapping[str, str], accepted: bool) -> None:
         raise ValueError(
             "--resume: the config or the data differ from those this run was started with:\n  "
             + "\n  ".join(refused)
-            + "\nUndo these changes, or add --accept_changes true to keep them from here on, or start another run (--output)"
+            + "\nUndo these changes, or add --accept_changes true to keep them from here on, or start another run "
+            + "(--output)"
         )
     for name, change in changes.items():
         logger.warning("changed since the run started: %s: %s", name, change)

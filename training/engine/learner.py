@@ -24,7 +24,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
-    """Return the learning rate of step `step`, from 0: linear warm-up, then half a cosine to `final_lr_ratio` at `max_steps`."""
+    """Return the learning rate of step `step`, from 0: linear warm-up, then half a cosine to `final_lr_ratio` at
+    `max_steps`."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
@@ -35,8 +36,8 @@ def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
 class MovingAverage:
     """A copy of `model` whose parameters follow it slowly. Buffers are copied (a codebook is already an average).
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)) with the number of updates n, so that a short run, too, forgets the
-    random start. It depends on n only: the weights are the only state.
+    The decay warms up as min(decay, (1 + n) / (10 + n)) with the number of updates n, so that a short run, too, forgets
+    the random start. It depends on n only: the weights are the only state.
 
     Args:
         model: the bare network, before Accelerate wraps it.
@@ -61,10 +62,11 @@ class Learner(Generic[Model]):
 
     The network goes by four names:
         network: the bare network that is trained. Its weights are sharded under `loop.fsdp`.
-        model: Accelerate's wrapper of it. A step calls it to compute losses, so that gradients are averaged over processes.
+        model: Accelerate's wrapper of it. A step calls it to compute losses, so that gradients are averaged over
+            processes.
         ema.module: the moving average of `network`, sharded as it is.
-        average: the moving average with full weights, which is validated and saved: `ema.module`, or, if that is sharded, a
-            copy that `gather_average` fills.
+        average: the moving average with full weights, which is validated and saved: `ema.module`, or, if that is
+            sharded, a copy that `gather_average` fills.
     """
 
     def __init__(self, name: str, model: Model, config: OptimizerConfig, *, ema_decay: float, max_steps: int):
@@ -107,10 +109,11 @@ class Learner(Generic[Model]):
         """Move to the accelerator's device and wrap for mixed precision and several processes.
 
         Args:
-            compile: torch.compile the network in place, without a wrapper, so that names in checkpoints do not change. The
-                average is not compiled: validation and previews code whole volumes of any shape. With `dynamic` shapes
-                inductor (torch 2.13, CPU) fails on the U-Net and specializes on them anyway.
-            sharded: shard weights, gradients, optimizer state and average among the processes (training/engine/sharding.py).
+            compile: torch.compile the network in place, without a wrapper, so that names in checkpoints do not change.
+                The average is not compiled: validation and previews code whole volumes of any shape. With `dynamic`
+                shapes inductor (torch 2.13, CPU) fails on the U-Net and specializes on them anyway.
+            sharded: shard weights, gradients, optimizer state and average among the processes
+                (training/engine/sharding.py).
         """
         self.accelerator = accelerator
         if sharded:
@@ -160,7 +163,8 @@ class Learner(Generic[Model]):
 
     @torch.no_grad()
     def checksums(self) -> tuple[int, int]:
-        """Return checksums of the trained weights, and of the average, that this process holds: equal only if no bit moved."""
+        """Return checksums of the trained weights, and of the average, that this process holds: equal only if no bit
+        moved."""
         trained = {name for name, weight in self.network.named_parameters() if weight.requires_grad}
         checksums = []
         for module in (self.network, self.ema.module):

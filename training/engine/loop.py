@@ -48,8 +48,8 @@ class Loop:
         config: the run's config. The loop reads the settings of `RunConfig`, and saves all of it.
         step: losses and learners; the loop prepares its learners.
         data, validation, collate, contents: see `Training`.
-    Raises: ValueError if the checkpoint to resume from belongs to another run, or none is intact; and if config or contents differ
-        from those of the run, unless `accept_changes` is set.
+    Raises: ValueError if the checkpoint to resume from belongs to another run, or none is intact; and if config or
+        contents differ from those of the run, unless `accept_changes` is set.
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class Loop:
         described = json.dumps(self.contents, sort_keys=True)
         if len(set(gather_object([described]))) > 1:
             raise ValueError(
-                "the processes read different training volumes; do not write to the data while they start, and start again"
+                "the processes read different training volumes; do not write to the data while they start, and start "
+                "again"
             )
         self.spikes, self.standstill = SpikeWatch(), StandstillWatch()
         for learner in step.learners:
@@ -108,12 +109,12 @@ class Loop:
     def run(self) -> dict[str, float]:
         """Train to `max_steps`, then validate. Returns the last validation's metrics, which metrics.json holds too.
 
-        The caller ends with `accelerator.end_training()`, which closes the trackers and the process group.
-        The first Ctrl-C, or SIGTERM, finishes the step, writes a checkpoint and ends the program with status 130 or 143; a second
+        The caller ends with `accelerator.end_training()`, which closes the trackers and the process group. The first
+        Ctrl-C, or SIGTERM, finishes the step, writes a checkpoint and ends the program with status 130 or 143; a second
         Ctrl-C ends it at once.
 
-        Raises: CannotContinue after `max_skipped` steps in a row with non-finite gradients; if a checkpoint cannot be written;
-            and if another process has ended or does not answer.
+        Raises: CannotContinue after `max_skipped` steps in a row with non-finite gradients; if a checkpoint cannot be
+            written; and if another process has ended or does not answer.
         """
         with report_peer_failure(self.accelerator), stoppable(), self.progress:
             return self._run()
@@ -219,8 +220,8 @@ class Loop:
             logger.warning("%s", fault)
 
     def _generators(self, part: int) -> list[torch.Generator]:
-        """Return a generator per sample of this process's batch, seeded by (seed, number of the sample in the run): one process with
-        the global batch gets the same noise as several with parts of it."""
+        """Return a generator per sample of this process's batch, seeded by (seed, number of the sample in the run): one
+        process with the global batch gets the same noise as several with parts of it."""
         size, accelerator = self.options.batch_size, self.accelerator
         first = self.state.samples + (part * accelerator.num_processes + accelerator.process_index) * size
         return [self._seeded(self.options.seed, _TRAINING, number) for number in range(first, first + size)]
@@ -238,8 +239,8 @@ class Loop:
             yield
 
     def _warn_of_skipped(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
-        """Warn of a skipped step, with the samples of this process whose losses are not finite. In fp16 only losses count, because
-        its loss scale makes gradients infinite now and then."""
+        """Warn of a skipped step, with the samples of this process whose losses are not finite. In fp16 only losses
+        count, because its loss scale makes gradients infinite now and then."""
         wrong = [part for part, losses in enumerate(parts) if not all(v.isfinite().all() for v in losses.values())]
         if not wrong and self.accelerator.mixed_precision == "fp16":
             return
@@ -263,7 +264,8 @@ class Loop:
         if state.skipped_in_a_row >= limit:
             raise CannotContinue(
                 f"step {state.step}: gradients were not finite for {limit} steps in a row, so none of these was taken. "
-                "Lower optimizer.learning_rate, or set loop.mixed_precision: no; then --resume latest --accept_changes true"
+                "Lower optimizer.learning_rate, or set loop.mixed_precision: no; then --resume latest "
+                "--accept_changes true"
             )
 
     def _report(self, totals: dict[str, Tensor], counted: Counter[str], data_wait: float) -> None:
@@ -289,8 +291,8 @@ class Loop:
         self.progress.report(self.state.step, values)
 
     def validate(self) -> dict[str, float]:
-        """Return the mean of every metric over the held-out items, which the processes share; empty without such items, and if a
-        signal ended it."""
+        """Return the mean of every metric over the held-out items, which the processes share; empty without such items,
+        and if a signal ended it."""
         accelerator, items = self.accelerator, self.validation
         self._show_phase(f"the validation at step {self.state.step}")
         self._gather_averages()

@@ -22,9 +22,9 @@ class SpikeWatch:
         if not 0 < SPIKE * typical < loss:  # an adversarial loss may be negative: no ratio then
             return None
         return (
-            f"the loss rose to {loss:.4g}, {loss / typical:.1f} times the median of the last {len(self.before) - 1} reports "
-            f"({typical:.4g}). If it stays there, resume from an earlier checkpoint (--resume FOLDER) with a lower "
-            "optimizer.learning_rate or optimizer.max_grad_norm, and --accept_changes true"
+            f"the loss rose to {loss:.4g}, {loss / typical:.1f} times the median of the last {len(self.before) - 1} "
+            f"reports ({typical:.4g}). If it stays there, resume from an earlier checkpoint (--resume FOLDER) with a "
+            "lower optimizer.learning_rate or optimizer.max_grad_norm, and --accept_changes true"
         )
 
 
@@ -57,26 +57,28 @@ class StandstillWatch:
         for name, (weights, average) in moved.items():
             if not weights:
                 faults.append(
-                    f"no weight of {name} moved in {steps} steps: nothing was learned, and the initial weights are saved. Raise "
-                    "optimizer.learning_rate or optimizer.max_grad_norm, and check that some weight in `losses` is not 0"
+                    f"no weight of {name} moved in {steps} steps: nothing was learned, and the initial weights are "
+                    "saved. Raise optimizer.learning_rate or optimizer.max_grad_norm, and check that some weight in "
+                    "`losses` is not 0"
                 )
             elif not average:
                 faults.append(
-                    f"the averaged weights of {name}, which are saved, did not move in {steps} steps: lower loop.ema_decay"
+                    f"the averaged weights of {name}, which are saved, did not move in {steps} steps: lower "
+                    "loop.ema_decay"
                 )
         losses, quarter = self.losses, len(self.losses) // 4
         if faults or not quarter:
             return faults
         if max(losses) - min(losses) <= CONSTANT * max(map(abs, losses)):
             return [
-                f"the loss was {losses[-1]:.4g} in all {len(losses)} reports: nothing was learned. Check the volumes (python "
-                "-m evaluation.doctor) and at the weights in `losses`"
+                f"the loss was {losses[-1]:.4g} in all {len(losses)} reports: nothing was learned. Check the volumes "
+                "(python -m evaluation.doctor) and at the weights in `losses`"
             ]
         first, last = losses[:quarter], losses[-quarter:]
         risen = min(last) > max(first) and mean(last) > ROSE * mean(first) > 0
         if risen and len(losses) >= MIN_TREND_REPORTS and not adversarial:
             return [
-                f"the loss rose from {mean(first):.4g} in the first quarter of the run to {mean(last):.4g} in the last: it "
-                "diverges. Lower optimizer.learning_rate, and start again"
+                f"the loss rose from {mean(first):.4g} in the first quarter of the run to {mean(last):.4g} in the "
+                "last: it diverges. Lower optimizer.learning_rate, and start again"
             ]
         return []

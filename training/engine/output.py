@@ -15,21 +15,22 @@ def refuse_links(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.is_symlink():
             raise ValueError(
-                f"{path}: is a link; a run writes only into its own folder. Remove the link, or give the folder that it points to "
-                "as a part of --output"
+                f"{path}: is a link; a run writes only into its own folder. Remove the link, or give the folder that "
+                "it points to as a part of --output"
             )
 
 
 def save_model(model: Any, folder: Path) -> None:
     """Call `model.save_pretrained`, and replace an older folder only once the new one is complete and on the disk.
 
-    Raises: CannotContinue if it cannot be written (a full disk, a link in its place). Then nothing of the new one remains.
+    Raises: CannotContinue if it cannot be written (a full disk, a link in its place). Then nothing of the new one
+    remains.
     """
     try:
         with atomic_folder(folder) as unfinished:
             model.save_pretrained(str(unfinished), safe_serialization=True)
     except (OSError, SafetensorError) as error:
         raise CannotContinue(
-            f"{folder}: could not be written ({error}). Make room on the disk; the same command with --resume latest continues "
-            "from the last checkpoint, and writes it"
+            f"{folder}: could not be written ({error}). Make room on the disk; the same command with --resume latest "
+            "continues from the last checkpoint, and writes it"
         ) from error

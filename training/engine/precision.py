@@ -4,7 +4,8 @@ import torch
 
 
 def native_bf16() -> bool:
-    """Return whether this machine computes in bf16 natively: a CUDA device that reports so, or a CPU with the instructions.
+    """Return whether this machine computes in bf16 natively: a CUDA device that reports so, or a CPU with the
+    instructions.
 
     Elsewhere bf16 is emulated: on a CPU with AVX2 alone a 3-D convolution is about 100 times slower than in float32.
     """

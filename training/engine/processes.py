@@ -21,8 +21,8 @@ from cli.stopping import stop_came
 def on_cpu() -> bool:
     """Return whether there is no accelerator to compute on.
 
-    Accelerate needs this: without it, processes that torchrun starts on a CPU do not know of each other, and each does all the
-    work.
+    Accelerate needs this: without it, processes that torchrun starts on a CPU do not know of each other, and each does
+    all the work.
     """
     return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
         "1",
@@ -48,8 +48,8 @@ def check_together(processes: int) -> None:
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != processes:
         raise ValueError(
-            f"{launched} processes were launched, but Accelerate sees {processes}; launch with `accelerate launch --multi_gpu`, "
-            "or with `torchrun` (also on a CPU)"
+            f"{launched} processes were launched, but Accelerate sees {processes}; launch with `accelerate launch "
+            "--multi_gpu`, or with `torchrun` (also on a CPU)"
         )
 
 
@@ -101,7 +101,8 @@ def report_peer_failure(
 
 
 def stop_asked_anywhere(accelerator: Accelerator) -> signal.Signals | None:
-    """Return the signal that any process received to end (`cli.stopping`), or None; the same in all of them. Collective."""
+    """Return the signal that any process received to end (`cli.stopping`), or None; the same in all of them.
+    Collective."""
     came = stop_came()
     if accelerator.num_processes > 1:
         reduced: Any = accelerator.gather(torch.tensor([int(came or 0)], device=accelerator.device))
@@ -110,7 +111,7 @@ def stop_asked_anywhere(accelerator: Accelerator) -> signal.Signals | None:
 
 
 def outlive_signals(_: int = 0) -> None:
-    """Keep a process that loads data alive on SIGTERM and Ctrl-C, because the training still finishes its step. It ends with the
-    training, or a minute after SIGTERM."""
+    """Keep a process that loads data alive on SIGTERM and Ctrl-C, because the training still finishes its step. It ends
+    with the training, or a minute after SIGTERM."""
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
     signal.signal(signal.SIGINT, signal.SIG_IGN)

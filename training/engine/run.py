@@ -60,13 +60,14 @@ def run_training(
 
 @contextmanager
 def open_run(config: RunConfig, script: str, args: Sequence[str] | None) -> Iterator[Accelerator]:
-    """Start the run of `config`, in each of its processes. Until the end of the block no other job writes to its output.
+    """Start the run of `config`, in each of its processes. Until the end of the block no other job writes to its
+    output.
 
     Args:
         script, args: the command line, for the message how to resume (`how_to_resume`).
     Yields: `make_accelerator`, with trackers that have started.
-    Raises: as `make_accelerator`; OutputInUse if another job writes to the output for longer than `config.wait_minutes`; ValueError
-        if a folder to write to is a link, and if a tracker does not start.
+    Raises: as `make_accelerator`; OutputInUse if another job writes to the output for longer than
+        `config.wait_minutes`; ValueError if a folder to write to is a link, and if a tracker does not start.
     """
     accelerator = make_accelerator(config)
     with (
@@ -80,8 +81,8 @@ def open_run(config: RunConfig, script: str, args: Sequence[str] | None) -> Iter
 
 @contextmanager
 def hold_output(accelerator: Accelerator, config: RunConfig) -> Iterator[None]:
-    """Lock the run's output until the end of the block, and remove leftovers of killed runs. The main process does it; an error
-    is raised in every process."""
+    """Lock the run's output until the end of the block, and remove leftovers of killed runs. The main process does it;
+    an error is raised in every process."""
     output = Path(config.output)
     with ExitStack() as stack:
         refused: list[Exception | None] = [None]
@@ -113,12 +114,12 @@ def refuse_older_run(config: RunConfig) -> None:
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """Set up Accelerate for the run of `config` (reads `loop`, `output`, `resume` and `wait_minutes`). Creates only the output
-    folder.
+    """Set up Accelerate for the run of `config` (reads `loop`, `output`, `resume` and `wait_minutes`). Creates only the
+    output folder.
 
-    Raises: ValueError if the output folder cannot be written to, or holds a run that is not to be resumed; if processes do not
-        know of each other; for an Accelerate config of FSDP or DeepSpeed, and where `loop.fsdp` cannot run; for a tracker that
-        is unknown or not installed; for `loop.compile` where torch.compile does not work.
+    Raises: ValueError if the output folder cannot be written to, or holds a run that is not to be resumed; if processes
+        do not know of each other; for an Accelerate config of FSDP or DeepSpeed, and where `loop.fsdp` cannot run; for
+        a tracker that is unknown or not installed; for `loop.compile` where torch.compile does not work.
     """
     options: LoopConfig = config.loop
     refuse_older_run(config)
@@ -136,13 +137,13 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     check_together(accelerator.num_processes)
     if accelerator.num_processes > 1 and config.wait_minutes >= options.timeout_minutes:
         raise ValueError(
-            f"wait_minutes {config.wait_minutes:g} must be below loop.timeout_minutes {options.timeout_minutes:g}, because the "
-            "other processes wait for the first one no longer than that; raise loop.timeout_minutes"
+            f"wait_minutes {config.wait_minutes:g} must be below loop.timeout_minutes {options.timeout_minutes:g}, "
+            "because the other processes wait for the first one no longer than that; raise loop.timeout_minutes"
         )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"{accelerator.distributed_type} in Accelerate's launch config is not supported. Launch with plain data parallelism "
-            "(configs/accelerate/eight_gpus.yaml), and shard the weights with --loop.fsdp true"
+            f"{accelerator.distributed_type} in Accelerate's launch config is not supported. Launch with plain data "
+            "parallelism (configs/accelerate/eight_gpus.yaml), and shard the weights with --loop.fsdp true"
         )
     if options.fsdp:
         check_sharding(accelerator, compile=options.compile)

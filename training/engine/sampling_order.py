@@ -26,8 +26,8 @@ def derive_seed(*numbers: int) -> int:
 class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of (epoch, index) keys for one process.
 
-    A batch may hold the end of one epoch and the beginning of the next, so every batch is full and no sample is dropped,
-    however small the data set.
+    A batch may hold the end of one epoch and the beginning of the next, so every batch is full and no sample is
+    dropped, however small the data set.
 
     Args:
         length: number of samples in the data set.
@@ -60,7 +60,8 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 class EpochAwareDataset(Dataset):
-    """A data set with keys (epoch, index), which sets the data set's epoch first, in whichever worker process it lives."""
+    """A data set with keys (epoch, index), which sets the data set's epoch first, in whichever worker process it
+    lives."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -76,8 +77,8 @@ class EpochAwareDataset(Dataset):
 def training_batches(
     dataset: Any, stream: ResumableBatchSampler, *, workers: int, collate: Any, pin_memory: bool
 ) -> Generator[Any, None, None]:
-    """Yield collated batches without end, in the order of `stream`, loaded by `workers` processes (0: by this one), which end
-    with `close()`."""
+    """Yield collated batches without end, in the order of `stream`, loaded by `workers` processes (0: by this one),
+    which end with `close()`."""
     yield from DataLoader(
         EpochAwareDataset(dataset),
         batch_sampler=stream,

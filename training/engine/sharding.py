@@ -1,7 +1,7 @@
 """Weights, gradients, optimizer state and moving average sharded among the processes (FSDP; Zhao et al. 2023).
 
-PyTorch's `fully_shard` (FSDP2) is used directly, because Accelerate supports it on GPUs only; so two processes on a CPU can test
-it. Each process holds a part of every tensor; a block's weights are gathered when it computes.
+PyTorch's `fully_shard` (FSDP2) is used directly, because Accelerate supports it on GPUs only; so two processes on a CPU
+can test it. Each process holds a part of every tensor; a block's weights are gathered when it computes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -37,8 +37,8 @@ def check_sharding(accelerator: Accelerator, *, compile: bool) -> None:
 
 
 def shard(module: Any, accelerator: Accelerator) -> None:
-    """Shard `module` among the processes, in place, with the main process's weights. The blocks in its `_no_split_modules`
-    (diffusers' convention) are gathered one at a time, the rest once per pass."""
+    """Shard `module` among the processes, in place, with the main process's weights. The blocks in its
+    `_no_split_modules` (diffusers' convention) are gathered one at a time, the rest once per pass."""
     module.to(accelerator.device).to(memory_format=torch.contiguous_format)  # fully_shard needs it
     with torch.no_grad():
         broadcast([*module.parameters(), *module.buffers()])

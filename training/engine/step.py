@@ -33,8 +33,8 @@ class TrainingStep(Protocol):
     def __call__(self, batch: Any, generators: list[torch.Generator]) -> dict[str, Tensor]:
         """Compute the losses of a batch and call `learner.backward` on them.
 
-        All randomness comes from `generators`, one per sample, so that it makes no difference how a global batch is divided over
-        processes and accumulated batches. Returns: detached scalars to log.
+        All randomness comes from `generators`, one per sample, so that it makes no difference how a global batch is
+        divided over processes and accumulated batches. Returns: detached scalars to log.
         """
         ...
 

@@ -1,4 +1,5 @@
-"""What a run reports: progress, scalars and previews, to the terminal and to trackers (Accelerate's, and metrics.csv)."""
+"""What a run reports: progress, scalars and previews, to the terminal and to trackers (Accelerate's, and
+metrics.csv)."""
 
 import csv
 import logging
@@ -28,7 +29,8 @@ PACKAGES = {"comet_ml": "comet-ml"}  # whose name for pip differs
 
 
 class CsvTracker(GeneralTracker):
-    """Write scalars as rows of metrics.csv in the run's folder: step, name, value. A resumed run keeps the rows of its steps."""
+    """Write scalars as rows of metrics.csv in the run's folder: step, name, value. A resumed run keeps the rows of its
+    steps."""
 
     name = CSV
     requires_logging_directory = True
@@ -59,7 +61,8 @@ class CsvTracker(GeneralTracker):
 
     @on_main_process
     def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Add a row per value, except for rows that are there: the last validation of a finished run that is resumed."""
+        """Add a row per value, except for rows that are there: the last validation of a finished run that is
+        resumed."""
         rows = [[step, name, value] for name, value in values.items() if (str(step), name) not in self.kept]
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         with os.fdopen(os.open(self.path, flags, 0o666), "a", newline="", encoding="utf-8") as file:
@@ -82,25 +85,27 @@ def choose_trackers(names: Sequence[str], folder: str | Path) -> list[Any]:
     if absent := [name for name in expanded if name not in installed]:
         raise ValueError(
             f"loop.trackers: {', '.join(absent)} is not installed: pip install "
-            f"{' '.join(PACKAGES.get(name, name) for name in absent)}; or choose from {', '.join(installed)}, which are installed "
-            "(--loop.trackers [] for none)"
+            f"{' '.join(PACKAGES.get(name, name) for name in absent)}; or choose from {', '.join(installed)}, which "
+            "are installed (--loop.trackers [] for none)"
         )
     return [CsvTracker(folder) if name == CSV else name for name in expanded]
 
 
 def start_trackers(accelerator: Accelerator, names: Sequence[str]) -> None:
-    """Start logging, before the data are read. Raises: ValueError if a tracker fails, such as one that needs a login."""
+    """Start logging, before the data are read. Raises: ValueError if a tracker fails, such as one that needs a
+    login."""
     try:
         accelerator.init_trackers("logs")
     except Exception as error:  # each tracker raises its own kind
         raise ValueError(
-            f"loop.trackers {list(names)}: could not be started ({type(error).__name__}: {error}); set it up, or remove it"
+            f"loop.trackers {list(names)}: could not be started ({type(error).__name__}: {error}); set it up, or "
+            "remove it"
         ) from error
 
 
 class Progress:
-    """A progress bar on a terminal, and one line per report in a log file. Both show losses, rate and remaining time, and that a long
-    step, validation or preview is alive."""
+    """A progress bar on a terminal, and one line per report in a log file. Both show losses, rate and remaining time,
+    and that a long step, validation or preview is alive."""
 
     def __init__(self, total: int, start: int, enabled: bool):
         self.total, self.start, self.enabled = total, start, enabled

@@ -64,7 +64,8 @@ def load_cases(config: DataConfig) -> list[Case]:
     those of a table with `on_error: skip`), names used twice, columns that no case has, unknown splits, and subjects
     that a table puts into two splits. Whether files can be read shows when they are (`VolumeDataset`).
 
-    Where root or table are URLs, the cases' files are local copies of the present files, and their paths those of the copies.
+    Where root or table are URLs, the cases' files are local copies of the present files, and their paths those of the
+    copies.
     """
     if is_url(config.root) or is_url(config.table):
         try:
@@ -154,7 +155,8 @@ def _file_of(pattern: str, row: Row, root: Path, config: DataConfig, disk: Disk)
     if config.on_error == "raise" and not path.exists():
         if empty:
             raise ValueError(
-                f"{config.table}: {row.place} has no value for {empty[0]!r}, which names a file; fill it in, or remove the row"
+                f"{config.table}: {row.place} has no value for {empty[0]!r}, which names a file; fill it in, or "
+                "remove the row"
             )
         raise ValueError(
             f"{path}: no such file, though {row.place} of {config.table} names it: {dict(row)}{windows_hint(text)}"
@@ -272,6 +274,6 @@ def _check_subjects(cases: list[Case]) -> None:
         other = splits.setdefault(case.subject, case)
         if other.split != case.split:
             raise ValueError(
-                f"subject {case.subject} is in two splits, {other.split!r} ({other.name}) and {case.split!r} ({case.name}); "
-                "put all volumes of a subject into one"
+                f"subject {case.subject} is in two splits, {other.split!r} ({other.name}) and {case.split!r} "
+                f"({case.name}); put all volumes of a subject into one"
             )

@@ -49,20 +49,22 @@ class DataConfig:
     when the pieces agree.
 
     Args:
-        root: folder that the patterns and the table are relative to, or its fsspec URL (s3://bucket/folder): see `remote`.
-        table: CSV file with a header, or JSON list of objects; one row a volume. Its columns ride along as metadata. Also
-            a URL of its own.
-        images: pattern of the image files (NIfTI, NRRD, MetaImage), or of folders that hold a DICOM series each; a list of
-            patterns adds them up; {channel: pattern} makes several channels.
+        root: folder that the patterns and the table are relative to, or its fsspec URL (s3://bucket/folder): see
+            `remote`.
+        table: CSV file with a header, or JSON list of objects; one row a volume. Its columns ride along as metadata.
+            Also a URL of its own.
+        images: pattern of the image files (NIfTI, NRRD, MetaImage), or of folders that hold a DICOM series each; a list
+            of patterns adds them up; {channel: pattern} makes several channels.
         masks: pattern of the label maps.
         time_point: which volume of 4-D image files is taken, counted from 0: one number, or {channel: number}, with
             which one 4-D file can fill several channels.
-        units: what lengths in the files' headers are in, where these say so wrongly: mm, cm, m or um. null believes them. A
-            pipeline reads masks and images that are given to it likewise.
-        axes: CXYZ if channels come first in the NIfTI files, as (1, X, Y, Z); XYZC if they only look so and are refused.
+        units: what lengths in the files' headers are in, where these say so wrongly: mm, cm, m or um. null believes
+            them. A pipeline reads masks and images that are given to it likewise.
+        axes: CXYZ if channels come first in the NIfTI files, as (1, X, Y, Z); XYZC if they only look so and are
+            refused.
         subject: column (or named piece of the file name) that says whose volume it is.
-        group_by: regular expression searched in the case's name; the text that it (its first group) matches is the subject.
-            With neither `subject` nor `group_by`, every volume is its own subject.
+        group_by: regular expression searched in the case's name; the text that it (its first group) matches is the
+            subject. With neither `subject` nor `group_by`, every volume is its own subject.
         split: column that holds "train", "validation" or "test".
         test_fraction: without `split`, the fraction of all subjects that is held out as the test split.
         validation_fraction: fraction of the training subjects held out for validation, unless `split` names some.
@@ -73,11 +75,12 @@ class DataConfig:
             background. A model sees a channel for each other label, called by its name: 1 inside, -1 outside.
         spacing: voxel size in mm to which everything is resampled; null keeps each volume's own.
         intensity: scaling of intensities, one for all channels or a mapping {channel: scaling}.
-        classes: columns that condition a model, each with the values it may have, e.g. {sex: [F, M], grade: ['1', '2']}.
-            Cells may be empty.
-            A class that a mirrored volume would belie, such as the body's side, forbids flip_axes.
-        numbers: columns of numbers that condition a model, e.g. [age, weight]. Cells may be empty. spacing_x, spacing_y,
-            spacing_z, size_x, size_y and size_z need no column: mm between voxels, and from end to end, of the volume.
+        classes: columns that condition a model, each with the values it may have, e.g. {sex: [F, M], grade: ['1',
+            '2']}. Cells may be empty. A class that a mirrored volume would belie, such as the body's side, forbids
+            flip_axes.
+        numbers: columns of numbers that condition a model, e.g. [age, weight]. Cells may be empty. spacing_x,
+            spacing_y, spacing_z, size_x, size_y and size_z need no column: mm between voxels, and from end to end, of
+            the volume.
         condition_channels: image channels that a model may be given, to generate the others from them, e.g. [ct, pet].
         on_error: "raise" stops at the first file that is refused; "skip" continues without it and lists it.
         phantom: draw volumes instead of reading files.
@@ -209,7 +212,8 @@ class DataConfig:
 
     @property
     def reading(self) -> Reading:
-        """How the headers of all files are read, as keywords of `read_volume` and `read_mask`; empty if they are right."""
+        """How the headers of all files are read, as keywords of `read_volume` and `read_mask`; empty if they are
+        right."""
         reading: Reading = {}
         if self.units is not None:
             reading["units"] = self.units

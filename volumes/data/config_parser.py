@@ -29,8 +29,8 @@ set_loader("settings", load_settings, exceptions=(yaml.YAMLError, ValueError, Ke
 
 
 class ConfigParser(jsonargparse.ArgumentParser):
-    """With `--traceback`, and errors of one line: no page of usage, and the option that may have been meant. Options are written out:
-    what `config_files` looks for would be passed over otherwise."""
+    """With `--traceback`, and errors of one line: no page of usage, and the option that may have been meant. Options
+    are written out: what `config_files` looks for would be passed over otherwise."""
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **{"parser_mode": "settings", "allow_abbrev": False, **settings})
@@ -43,7 +43,8 @@ class ConfigParser(jsonargparse.ArgumentParser):
         return super().parse_args(self.typed, *others, **settings)
 
     def instantiate(self, cfg: Namespace, *_: Any, **__: Any) -> Namespace:
-        """Check `data` in a namespace, or in that of its subcommand, and make it a `DataConfig`. The rest stays as it is.
+        """Check `data` in a namespace, or in that of its subcommand, and make it a `DataConfig`. The rest stays as it
+        is.
 
         Raises: ValueError for settings of another type than declared.
         """

@@ -56,8 +56,9 @@ READERS = 4  # threads: decompression runs outside the interpreter's lock
 @dataclass(frozen=True)
 class PreparedCase:
     """A case in the model's terms: image in [-1, 1], label indices (1, X, Y, Z) if it has a mask, each channel's scale,
-    its classes (-1 where unknown) and numbers (NaN where unknown), digests of the image as it was read (`voxel_digests`), and
-    what is odd in the geometry of its files, and the share of each channel's voxels that its window does not cut off."""
+    its classes (-1 where unknown) and numbers (NaN where unknown), digests of the image as it was read
+    (`voxel_digests`), and what is odd in the geometry of its files, and the share of each channel's voxels that its
+    window does not cut off."""
 
     image: Volume
     mask: Volume | None
@@ -135,7 +136,8 @@ class VolumeDataset(Dataset[Sample]):
             )
 
     def _take(self, jobs: Iterable[tuple[Case, Future[PreparedCase]]], count: int) -> None:
-        """Keep the cases that can be read. Raises: VolumeError for others unless they are skipped; ValueError where they are too many."""
+        """Keep the cases that can be read. Raises: VolumeError for others unless they are skipped; ValueError where
+        they are too many."""
         held = 0  # bytes
         for case, job in jobs:
             try:
@@ -150,8 +152,9 @@ class VolumeDataset(Dataset[Sample]):
             held += prepared.image.array.nbytes + (prepared.mask.array.nbytes if prepared.mask is not None else 0)
             if held > memory_bytes():
                 raise ValueError(
-                    f"{len(self.cases)} of {count} volumes, such as {_file(case)} with {describe_grid(prepared.image)}, take "
-                    "more than the memory of this process; set a coarser data.spacing, or crop them (are their units right?)"
+                    f"{len(self.cases)} of {count} volumes, such as {_file(case)} with "
+                    f"{describe_grid(prepared.image)}, take more than the memory of this process; set a coarser "
+                    "data.spacing, or crop them (are their units right?)"
                 )
 
     def _warn_of_windows(self) -> None:
@@ -189,8 +192,8 @@ class VolumeDataset(Dataset[Sample]):
         return preprocessing(self.config, [prepared.image.spacing for prepared in self.prepared])
 
     def conditions(self, index: int) -> dict[str, torch.Tensor]:
-        """Return "classes", int64 (n,) of indices, -1 where unknown, and "numbers", float32 (m,) in the table's units, NaN
-        where unknown. Each is in alphabetical order of its columns, and absent if the config names none."""
+        """Return "classes", int64 (n,) of indices, -1 where unknown, and "numbers", float32 (m,) in the table's units,
+        NaN where unknown. Each is in alphabetical order of its columns, and absent if the config names none."""
         prepared = self.prepared[index]
         conditions = {}
         if prepared.classes:
@@ -224,7 +227,8 @@ class VolumeDataset(Dataset[Sample]):
 
 
 def prepare(case: Case, config: DataConfig) -> PreparedCase:
-    """Read one case and bring it into the model's terms. Raises VolumeError, which names the file (or case and column)."""
+    """Read one case and bring it into the model's terms. Raises VolumeError, which names the file (or case and
+    column)."""
     classes = read_classes(case, config.classes)
     image, mask = _phantom(case, config) if case.phantom is not None else _files(case, config)
     oddities = _oddities(case, image, mask)
@@ -266,7 +270,8 @@ def prepare(case: Case, config: DataConfig) -> PreparedCase:
 
 
 def read_image(case: Case, config: DataConfig) -> Volume:
-    """The image of a case as it is stored, in file units (of label maps, a channel of 0 and 1 a label). Raises VolumeError."""
+    """The image of a case as it is stored, in file units (of label maps, a channel of 0 and 1 a label). Raises
+    VolumeError."""
     return _phantom(case, config)[0] if case.phantom is not None else _image(case, config)
 
 
@@ -292,8 +297,8 @@ def pad_sample(item: Sample, stride: int | Sequence[int]) -> PaddedSample:
 def describe(dataset: VolumeDataset, description: str = "") -> DataDescription:
     """Measure the description of the training data that a pipeline needs.
 
-    Intensity scales are medians over the volumes, numbers are measured over the volumes that have them, and the affine is
-    that of the volume of median size.
+    Intensity scales are medians over the volumes, numbers are measured over the volumes that have them, and the affine
+    is that of the volume of median size.
 
     Raises: ValueError naming an entry that cannot be stored.
     """

@@ -1,4 +1,5 @@
-"""File patterns with named pieces: `sub-{subject}/*_T1w.nii.gz` finds files and says what `{subject}` and `*` stood for."""
+"""File patterns with named pieces: `sub-{subject}/*_T1w.nii.gz` finds files and says what `{subject}` and `*` stood
+for."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ def placeholders(pattern: str) -> list[str]:
 
 
 def find_files(root: Path, pattern: str) -> dict[Path, dict[str, str]]:
-    """Files, and folders of DICOM files, under `root` that match, sorted, each with what its pieces stood for (wildcards
-    are called "1", "2", ...), in NFC. Raises: ValueError for two files whose names are one in NFC."""
+    """Files, and folders of DICOM files, under `root` that match, sorted, each with what its pieces stood for
+    (wildcards are called "1", "2", ...), in NFC. Raises: ValueError for two files whose names are one in NFC."""
     matcher, glob_pattern = _matcher(pattern)
     found, spelled = {}, {}
     for path in sorted(glob.glob(glob_pattern, root_dir=root, recursive=True)):

@@ -1,4 +1,5 @@
-"""Record how volumes were prepared before training. An autoencoder stores it, so that other volumes are prepared in the same way."""
+"""Record how volumes were prepared before training. An autoencoder stores it, so that other volumes are prepared in the
+same way."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from .config import DataConfig
 
 SAME_SPACING = 0.01  # relative
 REMEDY = (
-    "Set `data` as for the autoencoder (entries absent from the config are taken from it), or train an autoencoder on these "
-    "volumes (train_vae.py)"
+    "Set `data` as for the autoencoder (entries absent from the config are taken from it), or train an autoencoder on "
+    "these volumes (train_vae.py)"
 )
 
 
@@ -131,7 +132,8 @@ def _scaling(entry: Mapping[str, Any]) -> IntensityScaling:
 
 
 def differences(learned: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """List how volumes with the facts `given` differ from those that a model `learned` from: one line per fact that both have."""
+    """List how volumes with the facts `given` differ from those that a model `learned` from: one line per fact that
+    both have."""
     if len(learned["channels"]) != len(given["channels"]):
         return [f"channels: it learned {list(learned['channels'])}, the data has {list(given['channels'])}"]
     found = []
@@ -153,8 +155,8 @@ def differences(learned: Mapping[str, Any], given: Mapping[str, Any]) -> list[st
         maps = [_targets(facts["label_map"], labels) for facts, labels in ((learned, old), (given, new))]
         if odd := sorted(value for value in maps[0].keys() & maps[1].keys() if maps[0][value] != maps[1][value]):
             found.append(
-                f"label_map: it learned {dict(learned['label_map'])}, the data has {dict(given['label_map'])}, which differ "
-                f"on {', '.join(map(str, odd))}"
+                f"label_map: it learned {dict(learned['label_map'])}, the data has {dict(given['label_map'])}, which "
+                f"differ on {', '.join(map(str, odd))}"
             )
     old, new = learned.get("time_point") or {}, given.get("time_point") or {}
     if odd := [channel for channel in old if channel in new and old[channel] != new[channel]]:
@@ -175,8 +177,9 @@ def refuse_differences(
 
 
 def inherited(folder: str | Path | None, section: Mapping[str, Any]) -> dict[str, object]:
-    """Return the entries that a data `section` lacks, as the autoencoder in `folder` (or its vae/) learned them: intensity, and
-    spacing if it was trained on resampled volumes. {} where there is none, one without facts, or one of other channels.
+    """Return the entries that a data `section` lacks, as the autoencoder in `folder` (or its vae/) learned them:
+    intensity, and spacing if it was trained on resampled volumes. {} where there is none, one without facts, or one of
+    other channels.
 
     Raises: ValueError for a damaged config.json.
     """

@@ -1,8 +1,8 @@
 """Salted digests of a model's training subjects: they reveal a test set that overlaps them, and weights carry no names.
 
-A record is {"salt": hex, "train": {kind: digests}, "validation": {kind: digests}}, the digests of a kind in one string with spaces
-between. A model carries a list of records: its own training's, and those of the weights that it started from. `UNRECORDED` among them
-says that some of those came without a record.
+A record is {"salt": hex, "train": {kind: digests}, "validation": {kind: digests}}, the digests of a kind in one string
+with spaces between. A model carries a list of records: its own training's, and those of the weights that it started
+from. `UNRECORDED` among them says that some of those came without a record.
 
 docs/security.md explains how far a record hides names.
 """
@@ -73,7 +73,8 @@ def _digest_voxels(part: np.ndarray) -> str:
 
 
 def marks_of(case: Case, config: DataConfig, voxels: Iterable[str] = ()) -> dict[str, frozenset[str]]:
-    """Return the digests that identify a case, without a salt: its subject (where the config names one), its name, its voxels.
+    """Return the digests that identify a case, without a salt: its subject (where the config names one), its name, its
+    voxels.
 
     Letter case, spaces around names, and how accents are encoded make no difference.
     """
@@ -91,8 +92,8 @@ def _salted(salt: str, mark: str) -> str:
 
 
 def record_subjects(roles: Mapping[str, Iterable[Marks]]) -> SubjectRecord:
-    """Make the record of one training. Its salt is a digest of all its marks, so the same training gives the same record, bit for
-    bit, and no table of digests made beforehand fits two data sets.
+    """Make the record of one training. Its salt is a digest of all its marks, so the same training gives the same
+    record, bit for bit, and no table of digests made beforehand fits two data sets.
 
     Args:
         roles: `marks_of` the cases that were "train" and "validation".
@@ -164,7 +165,8 @@ def is_complete(records: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def seen(records: Sequence[Mapping[str, Any]], marks: Marks, roles: Sequence[str]) -> tuple[str, str] | None:
-    """Return the (role, kind) in which something with these marks is in the records, "voxels" before names; None if it is not."""
+    """Return the (role, kind) in which something with these marks is in the records, "voxels" before names; None if it
+    is not."""
     for kind in ("voxels", "subjects", "names"):  # the surest first: equal voxels are never other people's
         for record in records:
             for role in roles if "salt" in record else ():
@@ -207,8 +209,8 @@ def find_overlap(
     config: DataConfig,
     voxels: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Overlap]:
-    """The cases that a model with these records must not be judged by: those of the test split that it learned from or that
-    watched its training, and those of the validation split that it learned from.
+    """The cases that a model with these records must not be judged by: those of the test split that it learned from or
+    that watched its training, and those of the validation split that it learned from.
 
     Args:
         voxels: `voxel_digests` of cases, by name, as far as they were read.
@@ -235,14 +237,15 @@ def describe_overlap(found: Sequence[Overlap], model: str) -> str:
     more = f" and {len(subjects) - MAX_NAMED} more" if len(subjects) > MAX_NAMED else ""
     verb = did["train" if any(one.role == "train" for one in found) else "validation"]
     return (
-        f"{model}: {verb} {len(subjects)} subject{'s' if len(subjects) > 1 else ''} that {'are' if len(subjects) > 1 else 'is'} held out "
-        f"here: {', '.join(listed)}{more}"
+        f"{model}: {verb} {len(subjects)} subject{'s' if len(subjects) > 1 else ''} that "
+        f"{'are' if len(subjects) > 1 else 'is'} held out here: {', '.join(listed)}{more}"
     )
 
 
 REMEDY = (
-    "use the split of its training: data.split, or data.test_fraction, data.validation_fraction and data.split_seed, with "
-    "data.subject or data.group_by, as in the config.yaml of its run; or take these subjects out of the held-out splits"
+    "use the split of its training: data.split, or data.test_fraction, data.validation_fraction and data.split_seed, "
+    "with data.subject or data.group_by, as in the config.yaml of its run; or take these subjects out of the held-out "
+    "splits"
 )
 
 

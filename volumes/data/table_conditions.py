@@ -1,7 +1,7 @@
 """Classes and numbers of cases: what the table's cells say, and what a model is told of the training volumes.
 
-Columns are in alphabetical order everywhere: saved configs are sorted. Numbers that are called as in `GRID_NUMBERS` need
-no column: they are those of the volume's own grid.
+Columns are in alphabetical order everywhere: saved configs are sorted. Numbers that are called as in `GRID_NUMBERS`
+need no column: they are those of the volume's own grid.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tables that people keep: CSV as spreadsheets write it, JSON lists of objects, the dataset.json of the Decathlon.
 
-Every table of this project is read here. What cannot be read right is refused by its line, as a spreadsheet counts: its rows,
-empty ones too; a cell that holds line breaks is part of one row.
+Every table of this project is read here. What cannot be read right is refused by its line, as a spreadsheet counts: its
+rows, empty ones too; a cell that holds line breaks is part of one row.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ class Row(dict[str, Any]):
 def read_table(path: Path, used: Collection[str] | None = None) -> list[Row]:
     """Rows of a CSV file with a header, or of a JSON list of objects, also as .gz.
 
-    CSV: separated by commas, semicolons, tabs or bars, as the header is, or as a line `sep=;` says; UTF-8, or UTF-16 with its
-    mark. Rows without a value are skipped, and columns without a name: empty ones, and a first one (row names of R and
-    pandas). Of a JSON object with a list called `training`, as in the dataset.json of the Decathlon, that list is the table.
-    Names and values are in NFC, without space around them; null and NaN are empty cells.
+    CSV: separated by commas, semicolons, tabs or bars, as the header is, or as a line `sep=;` says; UTF-8, or UTF-16
+    with its mark. Rows without a value are skipped, and columns without a name: empty ones, and a first one (row names
+    of R and pandas). Of a JSON object with a list called `training`, as in the dataset.json of the Decathlon, that list
+    is the table. Names and values are in NFC, without space around them; null and NaN are empty cells.
 
     Args:
-        used: columns that are read; all, if it is not given. In these a formula, a spreadsheet's error (#N/A), a line break,
-            a list, and curly quotation marks around a value are refused.
+        used: columns that are read; all, if it is not given. In these a formula, a spreadsheet's error (#N/A), a line
+            break, a list, and curly quotation marks around a value are refused.
     Raises: ValueError naming the file, the line and the remedy for whatever cannot be read right.
     """
     refuse_special(path)
@@ -96,7 +96,8 @@ def read_table(path: Path, used: Collection[str] | None = None) -> list[Row]:
 
 
 def read_number(cell: Any) -> float:
-    """The number in a cell: 1.5, "1.5", or "1,5" where commas are decimal. May be NaN or infinite where the cell is a number.
+    """The number in a cell: 1.5, "1.5", or "1,5" where commas are decimal. May be NaN or infinite where the cell is a
+    number.
 
     Raises: ValueError for other text, and for "1,500", which may be 1.5 or 1500.
     """
@@ -154,8 +155,8 @@ def _decoded(data: bytes) -> str:
     except UnicodeDecodeError as error:
         line = _line(data[: error.start].decode(encoding, "ignore"))
         raise ValueError(
-            f"line {line} holds bytes (0x{data[error.start]:02x}) that are not {encoding.upper()}: it was saved in another "
-            f"encoding, perhaps of Windows; {SAVE}"
+            f"line {line} holds bytes (0x{data[error.start]:02x}) that are not {encoding.upper()}: it was saved in "
+            f"another encoding, perhaps of Windows; {SAVE}"
         ) from error
     if "\0" in text:
         line = _line(text[: text.index("\0")])
@@ -277,8 +278,8 @@ def _check_header(columns: list[str]) -> None:
         raise ValueError(f"two columns have one name: {twice}; rename one")
     if len(named) == 1 and any(one in named[0] for one in SEPARATORS):
         raise ValueError(
-            f"its only column is called {named[0]!r}: whole lines are in quotation marks, or it is separated by something else; "
-            "say by what in a line before the header, such as sep=;"
+            f"its only column is called {named[0]!r}: whole lines are in quotation marks, or it is separated by "
+            "something else; say by what in a line before the header, such as sep=;"
         )
     if odd := [name for name in named if CURLY.fullmatch(name)]:
         raise ValueError(f'the column {odd[0]} is in curly quotation marks; write straight ones (")')
@@ -332,8 +333,8 @@ def _list_in(content: Mapping[str, object], name: str) -> tuple[list[object], st
     remedy = "give patterns instead of a table (images: imagesTr/{case}_0000.nii.gz, masks: labelsTr/{case}.nii.gz)"
     nnunet = "channel_names" in content or "numTraining" in content
     raise ValueError(
-        f"expected rows: a list of objects, or an object with a list called 'training'; it holds {', '.join(content)[:80]}"
-        + (f"; {remedy}" if nnunet else "")
+        "expected rows: a list of objects, or an object with a list called 'training'; it holds "
+        f"{', '.join(content)[:80]}" + (f"; {remedy}" if nnunet else "")
     )
 
 

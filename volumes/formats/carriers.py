@@ -1,7 +1,7 @@
 """Images of other libraries, in memory, that carry their geometry: nibabel, SimpleITK, MONAI and torchio.
 
-None of these libraries is imported here but nibabel: an object tells by its class where it is from. What is known to carry
-geometry and cannot be read right is refused by name; an array without geometry is none of this file's business.
+None of these libraries is imported here but nibabel: an object tells by its class where it is from. What is known to
+carry geometry and cannot be read right is refused by name; an array without geometry is none of this file's business.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ REMEDIES = {
 
 
 def carries_geometry(source: Any) -> bool:
-    """Whether an object is an image of a library whose images know where they lie: an array or a tensor with an `affine`
-    (MONAI's MetaTensor), or anything of nibabel, SimpleITK, torchio and the libraries of `REMEDIES`."""
+    """Whether an object is an image of a library whose images know where they lie: an array or a tensor with an
+    `affine` (MONAI's MetaTensor), or anything of nibabel, SimpleITK, torchio and the libraries of `REMEDIES`."""
     return _has_affine(source) or _library(source) is not None
 
 
@@ -47,8 +47,8 @@ def read_carrier(source: Any) -> RawVolume:
 
     Arrays and tensors with an `affine`, and torchio's images, are (X, Y, Z) or (C, X, Y, Z).
 
-    Raises: VolumeError for an object whose geometry is not read, naming the remedy, and for images that are broken, in color,
-    complex or sheared.
+    Raises: VolumeError for an object whose geometry is not read, naming the remedy, and for images that are broken, in
+    color, complex or sheared.
     """
     if isinstance(source, Nifti1Pair):
         return read_nifti(source)
@@ -80,11 +80,11 @@ def source_file(source: Any) -> str | None:
 
 
 def as_array(array: Any, name: str = "the array") -> np.ndarray:
-    """An array or tensor, on whatever device, as an array of real numbers; what numpy lacks (bfloat16, eight bits) as float32.
-    Messages call it `name`.
+    """An array or tensor, on whatever device, as an array of real numbers; what numpy lacks (bfloat16, eight bits) as
+    float32. Messages call it `name`.
 
-    Raises: VolumeError for a masked array, whose mask would be lost, a tensor without values or not dense, and for what is no
-    real number.
+    Raises: VolumeError for a masked array, whose mask would be lost, a tensor without values or not dense, and for what
+    is no real number.
     """
     if isinstance(array, np.ma.MaskedArray):
         raise VolumeError(f"{name}: is a masked array, whose mask would be lost; fill it first (array.filled(value))")

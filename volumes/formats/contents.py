@@ -32,8 +32,9 @@ SUFFIXES = {
 
 
 def check_content(path: Path) -> None:
-    """Raises: VolumeError for a file that is empty, a Git LFS pointer, a resource fork of macOS, and where the name belies the
-    content: gzip that is none or is not said, or another format than its suffix; with the name to give it."""
+    """Raises: VolumeError for a file that is empty, a Git LFS pointer, a resource fork of macOS, and where the name
+    belies the content: gzip that is none or is not said, or another format than its suffix; with the name to give
+    it."""
     with open_regular(path) as file:
         start = file.read(START_BYTES)
     if not start:
@@ -61,7 +62,8 @@ def check_content(path: Path) -> None:
             else f"rename it to {_renamed(stem, named)}, or "
         )
         raise VolumeError(
-            f"{path}: is not gzip, though its name ends in .gz{f' ({named} by its content)' if named else ''}; {rename}fetch it again"
+            f"{path}: is not gzip, though its name ends in .gz{f' ({named} by its content)' if named else ''}; "
+            f"{rename}fetch it again"
         )
     if start.startswith(GZIP) and stem.lower().endswith(SUFFIXES["NIfTI"][2]) and not zipped:
         return  # of voxels alone, which may be anything
@@ -78,7 +80,8 @@ def check_content(path: Path) -> None:
             )
         if not zipped:
             raise VolumeError(
-                f"{path}: is gzip by its content, though its name does not end in .gz; rename it to {_renamed(stem, named)}.gz"
+                f"{path}: is gzip by its content, though its name does not end in .gz; rename it to "
+                f"{_renamed(stem, named)}.gz"
             )
     named = content_kind(start)
     said = next((kind for kind, suffixes in SUFFIXES.items() if stem.lower().endswith(suffixes)), None)

@@ -1,4 +1,5 @@
-"""DICOM series to volumes: a folder of slices, ordered and placed by their own positions, in rescaled units (HU for CT).
+"""DICOM series to volumes: a folder of slices, ordered and placed by their own positions, in rescaled units (HU for
+CT).
 
 Names, instance numbers and slice thickness are never used for geometry: they are wrong too often. What is no regular
 stack of slices is refused with a VolumeError that names the reason; nothing is resampled behind one's back.
@@ -158,13 +159,13 @@ def _check_kind(path: Path, header: Any) -> None:
         )
     if header.PhotometricInterpretation == "MONOCHROME1":
         raise VolumeError(
-            f"{path}: is MONOCHROME1 (its low values are meant to look bright), which some readers invert and others do "
-            "not; convert the series to MONOCHROME2 or NIfTI, and look which of the two it is"
+            f"{path}: is MONOCHROME1 (its low values are meant to look bright), which some readers invert and others "
+            "do not; convert the series to MONOCHROME2 or NIfTI, and look which of the two it is"
         )
     if header.get("HighBit", header.BitsStored - 1) != header.BitsStored - 1:
         raise VolumeError(
-            f"{path}: its pixels do not end at the lowest bit (HighBit {header.HighBit}, BitsStored {header.BitsStored}), "
-            "which is not supported; convert it first (dcm2niix)"
+            f"{path}: its pixels do not end at the lowest bit (HighBit {header.HighBit}, BitsStored "
+            f"{header.BitsStored}), which is not supported; convert it first (dcm2niix)"
         )
     if header.get("ModalityLUTSequence"):
         raise VolumeError(f"{path}: gives its units by a table (ModalityLUTSequence), which is not supported")
@@ -240,7 +241,8 @@ def _check_one_series(path: Path, slices: Sequence[Slice]) -> None:
 
 
 def _stack(path: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.ndarray]:
-    """The slices in the order of their positions along the normal, and the affine (column, row, slice) to RAS+ in mm."""
+    """The slices in the order of their positions along the normal, and the affine (column, row, slice) to RAS+ in
+    mm."""
     first = slices[0]
     along_row, along_column = np.array(first.axes[:3]), np.array(first.axes[3:])
     normal = np.cross(along_row, along_column)
@@ -251,8 +253,8 @@ def _stack(path: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.ndarray
     if steps.min() <= 1e-3 * max(steps.max(), 1e-3):
         twice = [one.path.name for one in ordered[int(steps.argmin()) :][:2]]
         raise VolumeError(
-            f"{path}: {twice[0]} and {twice[1]} lie at one place; several time points, echoes or directions are several "
-            "volumes, give each a folder of its own"
+            f"{path}: {twice[0]} and {twice[1]} lie at one place; several time points, echoes or directions are "
+            "several volumes, give each a folder of its own"
         )
     count = len(ordered)
     axis = (positions[-1] - positions[0]) / (count - 1)
@@ -265,9 +267,9 @@ def _stack(path: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.ndarray
     if away > IRREGULAR:
         worst = int(np.abs(steps - np.median(steps)).argmax())
         raise VolumeError(
-            f"{path}: its slices are not evenly spaced: steps of {steps.min():.4g} to {steps.max():.4g} mm, the median being "
-            f"{np.median(steps):.4g}{_tilt(positions, normal)}; after {ordered[worst].path.name} some are missing, or the "
-            "scan changes its step: complete it, or resample it (dcm2niix makes a regular volume)"
+            f"{path}: its slices are not evenly spaced: steps of {steps.min():.4g} to {steps.max():.4g} mm, the "
+            f"median being {np.median(steps):.4g}{_tilt(positions, normal)}; after {ordered[worst].path.name} some "
+            "are missing, or the scan changes its step: complete it, or resample it (dcm2niix makes a regular volume)"
         )
     if drift > IRREGULAR * min(first.spacing):
         raise VolumeError(

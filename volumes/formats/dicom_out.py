@@ -30,7 +30,8 @@ from .raw import LPS_TO_RAS, check_grid
 MAX_SHEAR = 1e-3  # cosine between axes: what files that were rounded have, and a fifth of a voxel over 200
 MAX_VALUE = 1e30  # of a voxel: the difference of two is a finite number, and one of 16 characters
 LEVELS = 65000  # of a volume that is no whole numbers: fewer than 16 bits hold, so that rounding never leaves them
-CLASSES = {  # of the standard, by modality, with what they ask for beside the geometry; all others are secondary captures
+# Of the standard, by modality, with what they ask for beside the geometry; all others are secondary captures.
+CLASSES = {
     "CT": (CTImageStorage, {"KVP": None, "AcquisitionNumber": None, "RescaleType": "HU"}),
     "MR": (
         MRImageStorage,
@@ -52,10 +53,11 @@ SECONDARY_CAPTURE = (SecondaryCaptureImageStorage, {"ConversionType": "SYN", "Re
 def write_dicom(
     volume: Volume, folder: str | os.PathLike, *, modality: str, software: str, model: str, seed: int | None = None
 ) -> list[Path]:
-    """Write a generated volume as one DICOM series, a file a slice, in one step. Slices run from feet to head or nearest.
+    """Write a generated volume as one DICOM series, a file a slice, in one step. Slices run from feet to head or
+    nearest.
 
-    Voxels that are whole numbers of 16 bits are stored as they are, all others in 65,000 steps with slope and intercept:
-    read again, none is off by more than a 130,000th of the range.
+    Voxels that are whole numbers of 16 bits are stored as they are, all others in 65,000 steps with slope and
+    intercept: read again, none is off by more than a 130,000th of the range.
 
     Args:
         volume: of one channel (1, X, Y, Z), in the units of its modality (HU for CT).
@@ -74,7 +76,8 @@ def write_dicom(
         raise VoxelError("the volume holds values that are not finite, which no DICOM file can; replace them first")
     if np.abs(volume.array).max() > MAX_VALUE:
         raise VoxelError(
-            f"the volume holds values beyond {MAX_VALUE:g}, which DICOM's decimal numbers cannot be scaled to; check its units"
+            f"the volume holds values beyond {MAX_VALUE:g}, which DICOM's decimal numbers cannot be scaled to; check "
+            "its units"
         )
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise ValueError(f"{folder}: is there already; give a new folder, or an empty one")
@@ -93,15 +96,16 @@ def write_dicom(
 
 
 def _check_right_angles(affine: np.ndarray) -> None:
-    """Raises: ValueError for axes that no ImageOrientationPatient describes: readers disagree on what to make of them."""
+    """Raises: ValueError for axes that no ImageOrientationPatient describes: readers disagree on what to make of
+    them."""
     check_grid(affine)
     axes = affine[:3, :3] / affine_spacing(affine)
     cosine = float(np.abs(np.triu(axes.T @ axes, 1)).max())
     if cosine > MAX_SHEAR:
         angle = np.degrees(np.arccos(cosine))
         raise ValueError(
-            f"two axes of the volume are {angle:.2f} degrees apart instead of 90, which DICOM has no words for; resample it "
-            "onto a grid with right angles first"
+            f"two axes of the volume are {angle:.2f} degrees apart instead of 90, which DICOM has no words for; "
+            "resample it onto a grid with right angles first"
         )
 
 

@@ -66,7 +66,8 @@ def read_metaimage(path: Path, units: str | None = None) -> RawVolume:
         unit = fields.get("distanceunits", "mm").lower().replace("?", "mm")
         if unit not in UNITS and not units:
             raise VolumeError(
-                f"{name}: its DistanceUnits are {unit[:80]!r}; save it in mm, or set data.units in the training's config"
+                f"{name}: its DistanceUnits are {unit[:80]!r}; save it in mm, or set data.units in the training's "
+                "config"
             )
         kind = _required(name, fields, "elementtype")
         if kind not in TYPES:

@@ -89,7 +89,8 @@ def on_stored_grid(volume: Volume) -> bool:
 
 
 def to_stored_grid(volume: Volume) -> Volume:
-    """The volume resampled to `stored_grid` (linearly, or to the nearest voxel when it holds integers) if it is not on it."""
+    """The volume resampled to `stored_grid` (linearly, or to the nearest voxel when it holds integers) if it is not on
+    it."""
     if on_stored_grid(volume):
         return volume
     return resample_to(volume, *canonical_grid(stored_grid(volume)), nearest=volume.array.dtype.kind in "biu")
@@ -100,10 +101,9 @@ def to_nibabel(
 ) -> nib.Nifti1Image:
     """The volume as a NIfTI image on the grid of the file that it came from: shape, orientation, affine, form codes.
 
-    A volume that was resampled meanwhile is resampled back (`to_stored_grid`). A volume without a source is written as it
-    is. Channels become the fourth axis. `dtype` is that of the voxels
-    (rounded, where it is one of integers); by default float32, or the smallest that holds the integers. `description`
-    goes to the header (at most 79 bytes).
+    A volume that was resampled meanwhile is resampled back (`to_stored_grid`). A volume without a source is written as
+    it is. Channels become the fourth axis. `dtype` is that of the voxels (rounded, where it is one of integers); by
+    default float32, or the smallest that holds the integers. `description` goes to the header (at most 79 bytes).
     """
     source = stored_grid(volume)
     array = stored_order(to_stored_grid(volume).array, source)
@@ -125,7 +125,8 @@ def stored_order(array: np.ndarray, grid: SourceGrid) -> np.ndarray:
 def rounded(array: np.ndarray, dtype: type[np.number] | np.dtype) -> np.ndarray:
     """The array as `dtype`, rounded where it is one of integers; plane by plane, in the order of a NIfTI file.
 
-    Raises: VoxelError for values that are not finite, or that `dtype` cannot hold: they would wrap around, or become infinite.
+    Raises: VoxelError for values that are not finite, or that `dtype` cannot hold: they would wrap around, or become
+    infinite.
     """
     result = np.empty(array.shape, dtype, order="F")
     for index in np.ndindex(array.shape[2:]):
@@ -136,14 +137,15 @@ def rounded(array: np.ndarray, dtype: type[np.number] | np.dtype) -> np.ndarray:
 
 
 def check_voxels(array: np.ndarray, dtype: np.dtype) -> None:
-    """Raises: VoxelError for values that are not finite, or that `dtype`, in which they are to be stored, cannot hold."""
+    """Raises: VoxelError for values that are not finite, or that `dtype`, in which they are to be stored, cannot
+    hold."""
     if not array.size or (array.dtype == dtype and dtype.kind in "biu"):
         return
     low, high = array.min().item(), array.max().item()  # NaN, if there is any
     if not (math.isfinite(low) and math.isfinite(high)):
         raise VoxelError(
-            "voxels are not finite (NaN or infinite) in the units of the file; look for values that are not finite in the weights, the "
-            "conditions and the intensity scale"
+            "voxels are not finite (NaN or infinite) in the units of the file; look for values that are not finite in "
+            "the weights, the conditions and the intensity scale"
         )
     if dtype.kind == "f":
         least, most = float(np.finfo(dtype).min), float(np.finfo(dtype).max)
@@ -159,7 +161,8 @@ def image_on_grid(array: np.ndarray, source: SourceGrid, description: str = "") 
     """Voxels (I, J, K) or (I, J, K, C) in stored order as an image with the header of their grid."""
     if len(description.encode()) > DESCRIPTION_BYTES:
         raise ValueError(
-            f"a NIfTI description has at most {DESCRIPTION_BYTES} bytes, not {len(description.encode())}: {description!r}"
+            f"a NIfTI description has at most {DESCRIPTION_BYTES} bytes, not {len(description.encode())}: "
+            f"{description!r}"
         )
     image = nib.Nifti1Image(array, source.affine)
     image.set_sform(source.affine, source.sform_code)
@@ -255,7 +258,8 @@ def _nifti_class(path: Path) -> type[Nifti1Pair]:
     if not int(header["sform_code"]) and (header["pixdim"][1:4] == 0).any():  # for which nibabel would put 1
         sizes = " x ".join(f"{mm:g}" for mm in header["pixdim"][1:4])
         raise VolumeError(
-            f"{path}: its geometry is broken: its voxels are {sizes} (pixdim), and it has no sform; write their sizes into the header"
+            f"{path}: its geometry is broken: its voxels are {sizes} (pixdim), and it has no sform; write their sizes "
+            "into the header"
         )
     return kind
 
@@ -317,14 +321,15 @@ def exact_values(values: np.ndarray) -> np.ndarray:
 
 
 def _channels_last(values: np.ndarray, name: str, axes: str | None) -> np.ndarray:
-    """(X, Y, Z, C). Raises: VolumeError for a shape that is not a volume's, and one that may begin with channels unless `axes`
-    is set."""
+    """(X, Y, Z, C). Raises: VolumeError for a shape that is not a volume's, and one that may begin with channels unless
+    `axes` is set."""
     if axes == "CXYZ":
         values = np.moveaxis(values.reshape(_channels_before(values.shape, name)), 0, -1)
     elif axes is None and _may_begin_with_channels(values.shape):
         raise VolumeError(
-            f"{name}: has shape {values.shape}: its first axis looks like one of channels, not of space; save it with channels "
-            "last (nibabel: (X, Y, Z) or (X, Y, Z, C)), or set data.axes: CXYZ in the training's config, or XYZC if it is right"
+            f"{name}: has shape {values.shape}: its first axis looks like one of channels, not of space; save it with "
+            "channels last (nibabel: (X, Y, Z) or (X, Y, Z, C)), or set data.axes: CXYZ in the training's config, or "
+            "XYZC if it is right"
         )
     return values.reshape(shape_with_channels(values.shape, name))
 
@@ -338,7 +343,8 @@ def _may_begin_with_channels(shape: tuple[int, ...]) -> bool:
 
 
 def _channels_before(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
-    """(C, X, Y, Z) of a shape that begins with channels, and before them axes of length 1; of (X, Y, Z), one channel."""
+    """(C, X, Y, Z) of a shape that begins with channels, and before them axes of length 1; of (X, Y, Z), one
+    channel."""
     given = shape
     while len(shape) > 4 and shape[-1] == 1:
         shape = shape[:-1]
@@ -385,7 +391,8 @@ def grid_of(image: Nifti1Pair, shape: tuple[int, int, int], name: str, units: st
 
 
 def _qform(image: Nifti1Pair) -> np.ndarray | None:
-    """The header's second transform; None where it is none: it holds numbers that are not finite, or that make no rotation."""
+    """The header's second transform; None where it is none: it holds numbers that are not finite, or that make no
+    rotation."""
     try:
         qform = image.get_qform()
         check_affine(qform)
@@ -404,7 +411,8 @@ def canonical_grid(source: SourceGrid) -> tuple[tuple[int, int, int], np.ndarray
 
 
 def _storable(array: np.ndarray) -> np.ndarray:
-    """In a type that every NIfTI reader knows: float32, or the smallest of uint8, int16 and int32 that holds the integers."""
+    """In a type that every NIfTI reader knows: float32, or the smallest of uint8, int16 and int32 that holds the
+    integers."""
     if array.dtype.kind == "f":
         check_voxels(array, np.dtype(np.float32))
         return np.asarray(array, dtype=np.float32)

@@ -150,8 +150,8 @@ def _geometry(name: str, fields: dict[str, str]) -> tuple[tuple[int, ...], int |
 
 
 def _unit(name: str, fields: dict[str, str], units: str | None) -> str:
-    """The unit of length that the header names, mm if it names none. Raises: VolumeError for several, and for an unknown one,
-    unless `units` is set."""
+    """The unit of length that the header names, mm if it names none. Raises: VolumeError for several, and for an
+    unknown one, unless `units` is set."""
     named = {NAMED_UNITS.get(one, one) for one in re.findall(r'"([^"]*)"', fields.get("space units", ""))} - {""}
     if units or not named:
         return "mm"

@@ -90,15 +90,16 @@ def in_millimeters(affine: np.ndarray, unit: str) -> np.ndarray:
 
 
 def check_grid(affine: np.ndarray, unit: str = "mm") -> None:
-    """Raises: ValueError unless `affine` is that of a grid: finite, not singular, its axes at right angles, of voxels that a
-    scan can have (`SPACINGS`). `unit` is that of the header, for the message."""
+    """Raises: ValueError unless `affine` is that of a grid: finite, not singular, its axes at right angles, of voxels
+    that a scan can have (`SPACINGS`). `unit` is that of the header, for the message."""
     check_affine(affine)
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if lengths.max() > SPACINGS[1] or lengths.min() < SPACINGS[0]:
         likely = "mm" if unit not in ("mm", "unknown") else "um" if lengths.max() > SPACINGS[1] else "m"
         raise ValueError(
-            f"its voxels are {' x '.join(f'{mm:.4g}' for mm in lengths)} mm, which no scan's are (the header's unit of length is "
-            f"{unit}); correct the header, or say in the training's config what its numbers are in, such as data.units: {likely}"
+            f"its voxels are {' x '.join(f'{mm:.4g}' for mm in lengths)} mm, which no scan's are (the header's unit "
+            f"of length is {unit}); correct the header, or say in the training's config what its numbers are in, such "
+            f"as data.units: {likely}"
         )
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     cosine = float(np.abs(np.triu(axes.T @ axes, 1)).max())
@@ -119,8 +120,8 @@ def check_room(name: str, shape: Sequence[int], itemsize: int) -> int:
     needed, room = voxels * (itemsize + WORKING_BYTES), memory_bytes()
     if needed > room:
         raise VolumeError(
-            f"{name}: says that it holds {' x '.join(map(str, shape))} voxels; reading them takes {needed / 2**30:.3g} GiB "
-            f"of memory, {room / 2**30:.3g} GiB is what there is"
+            f"{name}: says that it holds {' x '.join(map(str, shape))} voxels; reading them takes "
+            f"{needed / 2**30:.3g} GiB of memory, {room / 2**30:.3g} GiB is what there is"
         )
     return voxels * itemsize
 

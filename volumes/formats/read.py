@@ -51,8 +51,8 @@ def read_volume(
     With `exact`, in a type that NIfTI has and that holds the same values: the file's own integers, float32, or float64.
 
     Args:
-        source: a NIfTI, NRRD or MetaImage file, the folder of a DICOM series, or an image in memory that carries its geometry:
-            of nibabel, SimpleITK or torchio, or a MetaTensor of MONAI.
+        source: a NIfTI, NRRD or MetaImage file, the folder of a DICOM series, or an image in memory that carries its
+            geometry: of nibabel, SimpleITK or torchio, or a MetaTensor of MONAI.
         units: what lengths in the file's header are in, where it says so wrongly: "mm", "cm", "m" or "um".
         axes: "CXYZ" for NIfTI whose channels come first, "XYZC" for such as only looks so.
 
@@ -113,8 +113,8 @@ def read_stored(source: Readable, *, units: str | None = None, axes: str | None 
         return read_carrier(source)
     if not isinstance(source, str | os.PathLike):
         raise VolumeError(
-            f"expected a path, or an image that carries its geometry (of nibabel, SimpleITK or torchio, or a MetaTensor); "
-            f"got {type(source).__name__}"
+            "expected a path, or an image that carries its geometry (of nibabel, SimpleITK or torchio, or a "
+            f"MetaTensor); got {type(source).__name__}"
         )
     if isinstance(os.fspath(source), bytes):
         raise VolumeError(f"a path is text, {os.fspath(source)!r} is bytes; give os.fsdecode(path)")

@@ -1,8 +1,9 @@
 """Volumes larger than memory: files read and written in slabs along the third axis.
 
-A slab is (C, X, Y, z): z consecutive planes of a volume in RAS+ order. In a file its voxels may lie anywhere, since axes
-are permuted and flipped there, so both ways work on whole planes of the file, a few megabytes at a time. Files are read
-and written rather than memory-mapped: a full disk is then an error and no crash, and no page of a file counts as memory.
+A slab is (C, X, Y, z): z consecutive planes of a volume in RAS+ order. In a file its voxels may lie anywhere, since
+axes are permuted and flipped there, so both ways work on whole planes of the file, a few megabytes at a time. Files are
+read and written rather than memory-mapped: a full disk is then an error and no crash, and no page of a file counts as
+memory.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def write_slabs(
         dtype: of the voxels in the file.
         description: for the header, at most 79 bytes.
 
-    Raises: ValueError for slabs that do not fill the grid, VoxelError for values that are not finite or that `dtype` cannot hold, and
-    OSError (a full disk); no file is left then.
+    Raises: ValueError for slabs that do not fill the grid, VoxelError for values that are not finite or that `dtype`
+    cannot hold, and OSError (a full disk); no file is left then.
     """
     path = nifti_path(path)
     with atomic_file(path) as unfinished:
@@ -91,7 +92,8 @@ def _write_plain(
             file.truncate(voxels.end(channels))
         if slab.shape[:3] != (channels, x, y) or done + slab.shape[3] > depth:
             raise ValueError(
-                f"{path}: a slab of shape {slab.shape} after {done} planes does not fit a grid of {(channels, x, y, depth)}"
+                f"{path}: a slab of shape {slab.shape} after {done} planes does not fit a grid of "
+                f"{(channels, x, y, depth)}"
             )
         voxels.put(slab, done)
         done += slab.shape[3]
@@ -149,8 +151,8 @@ def _slabs(
                 if bad:
                     low, high = start + first, start + first + slab.shape[3] - 1
                     raise VolumeError(
-                        f"{name}: {bad} of {slab.size} values in planes {low} to {high} are not finite (NaN or infinite); "
-                        "replace them first"
+                        f"{name}: {bad} of {slab.size} values in planes {low} to {high} are not finite (NaN or "
+                        "infinite); replace them first"
                     )
                 yield slab
 

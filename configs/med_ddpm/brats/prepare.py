@@ -2,10 +2,11 @@
 
     python configs/med_ddpm/brats/prepare.py --source BraTS2021_Training_Data --output data/brats2021_med_ddpm
 
-Reads {subject}/{subject}_{t1,t1ce,t2,flair,seg}.nii.gz and writes t1/{subject}_t1.nii.gz and so on, in their own units (the
-training scales them), and seg/: labels 1 and 2 as they are, enhancing tumor (4) as 3, and 4 where there is brain (a voxel
-that is not zero in all modalities) and no tumor. Med-DDPM's own script looks for the brain where the *scaled* T1 exceeds 0,
-which leaves out its dark half. The box is the middle one; where it would cut tumor, the volume is named and left out.
+Reads {subject}/{subject}_{t1,t1ce,t2,flair,seg}.nii.gz and writes t1/{subject}_t1.nii.gz and so on, in their own units
+(the training scales them), and seg/: labels 1 and 2 as they are, enhancing tumor (4) as 3, and 4 where there is brain
+(a voxel that is not zero in all modalities) and no tumor. Med-DDPM's own script looks for the brain where the *scaled*
+T1 exceeds 0, which leaves out its dark half. The box is the middle one; where it would cut tumor, the volume is named
+and left out.
 """
 
 import argparse

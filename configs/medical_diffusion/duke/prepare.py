@@ -3,8 +3,8 @@
     python configs/medical_diffusion/duke/prepare.py --source Duke-nifti --output data/duke
 
 Reads {patient}/Dyn_0.nii.gz (the series before contrast; DICOM series are converted first) and writes
-breasts/{patient}_left.nii.gz and breasts/{patient}_right.nii.gz: the halves on both sides of the volume's middle plane, by
-the file's own geometry, each where it was.
+breasts/{patient}_left.nii.gz and breasts/{patient}_right.nii.gz: the halves on both sides of the volume's middle plane,
+by the file's own geometry, each where it was.
 """
 
 import argparse

@@ -2,12 +2,12 @@
 
     python configs/medical_diffusion/mrnet/prepare.py --source MRNet-v1.0 --output data/mrnet
 
-Reads {train,valid}/sagittal/NNNN.npy (uint8: slices, rows, columns) and writes images/NNNN.nii.gz and exams.csv with exam
-and split. MRNet's own validation set is the test split; a tenth of the training exams is for validation. MRNet does not say
-whose the exams are, so a few patients of two exams may be on both sides of that.
+Reads {train,valid}/sagittal/NNNN.npy (uint8: slices, rows, columns) and writes images/NNNN.nii.gz and exams.csv with
+exam and split. MRNet's own validation set is the test split; a tenth of the training exams is for validation. MRNet
+does not say whose the exams are, so a few patients of two exams may be on both sides of that.
 
-The arrays have no geometry. Slices are taken to go from left to right, rows from top to bottom, columns from front to back,
-and voxels to measure `--spacing` mm: sizes of what is generated mean no more than that.
+The arrays have no geometry. Slices are taken to go from left to right, rows from top to bottom, columns from front to
+back, and voxels to measure `--spacing` mm: sizes of what is generated mean no more than that.
 """
 
 import argparse
