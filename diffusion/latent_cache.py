@@ -74,6 +74,7 @@ def cache_key(dataset: VolumeDataset, vae: VolumeAutoencoder, config: LatentCach
     cases = [[c.name, *(_file_stamp(p) for p in c.images.values()), _file_stamp(c.mask)] for c in dataset.cases]
     data = {k: v for k, v in asdict(dataset.config).items() if k not in NOT_CACHED}
     data = {k: v for k, v in data.items() if k not in LATER or v is not None}
+    data["label_map"] = {str(value): target for value, target in dataset.config.label_map.items()}  # names among them
     parts = [FORMAT, weights_hash(vae.encoder), deciding(vae.config), data, cases, augmentation]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -22,6 +22,7 @@ from pipelines.inputs.masks import (
     MaskLike,
     index_labels,
     is_placed,
+    known_labels,
     load_mask,
 )
 from pipelines.inputs.prepared import PreparedGrid
@@ -40,6 +41,7 @@ from volumes import (
 )
 from volumes.description import DataDescription
 from volumes.formats.raw import memory_bytes
+from volumes.labels import segment_values
 from volumes.map_checks import MAX_SIDE
 from volumes.plausible import resampling_oddities
 
@@ -77,7 +79,8 @@ class VolumeProcessor:
         Warns: background alone; another spacing than the model's; a size outside the training range; odd geometry.
         """
         label_map = translation(label_map)
-        volume, name = load_mask(mask, self.affine, self.reading)
+        names = segment_values(self.labels, known_labels(self.labels, label_map))
+        volume, name = load_mask(mask, self.affine, self.reading, names)
         target = volume.replace(index_labels(volume.array, self.labels, label_map, name))
         grid = self._resampled(target, name, "mask")
         return self._padded(grid, target, name, grid.array[0])

@@ -33,7 +33,7 @@ class SourceGrid:
 
     shape: (I, J, K) as stored; affine: (4, 4) float64 in mm; qform: (4, 4) in mm, or None when qform_code is 0 or it is
     broken; unit: of length, that the header names ("mm", "m", "cm", "um", or "unknown"), unless the reader was told
-    another.
+    another; frame: DICOM's FrameOfReferenceUID, where it is known: what differs in it was not scanned in one go.
     """
 
     shape: tuple[int, int, int]
@@ -42,6 +42,7 @@ class SourceGrid:
     qform_code: int
     sform_code: int
     unit: str = "mm"
+    frame: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -167,7 +167,7 @@ WRONG = {
     ],
     "batch_size": [None, "8", 0, 1.5, True],
     "num_volumes_per_mask": [None, "1", 0, 1.5, False],
-    "label_map": [[(2, 5)], "2=5", {2: None}, {2: 1.5}, {2: 5, "2": 0}, {"²": 5}],
+    "label_map": [[(2, 5)], "2=5", {2: None}, {2: 1.5}, {2: 5, "2": 0}, {"": 5}],
     "residual_noise": [None, "no", 1],
     "return_dict": [None, "no", 0],
     "output_type": [None, ["pt"], 3, "pil", np.array(["pt", "np"])],
