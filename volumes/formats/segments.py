@@ -30,6 +30,7 @@ SegmentValues = Mapping[str | int, int]
 OFF_GRID = 0.1  # voxels that a frame or a contour may be away from those of its series: positions are rounded in files
 MOST_FOLDERS = 4096  # searched for a series
 LOOKED_AT = 8  # files of a folder, to tell which series it holds
+FAR = 1e6  # mm: no scan is as large
 LISTED = 12  # segments in a message
 
 
@@ -246,12 +247,15 @@ def text(item: Any, keyword: str) -> str:
 
 
 def finite(name: str, what: str, values: Any, count: int | None = None) -> np.ndarray:
-    """Decimal numbers of a DICOM attribute. Raises: VolumeError unless they are finite, and as many as expected."""
+    """Decimal numbers of a DICOM attribute. Raises: VolumeError unless they are finite, of a length that a scan has,
+    and as many as expected."""
+    if isinstance(values, bytes):  # too long for its VR in an explicit syntax, so that it was written as UN
+        values = values.decode("ascii", "replace").split("\\")
     try:
         numbers = np.array([float(value) for value in ([] if values is None else values)])
     except (TypeError, ValueError) as error:
         raise VolumeError(f"{name}: {what} is no list of numbers: {error}") from error
-    if not len(numbers) or (count is not None and len(numbers) != count) or not np.isfinite(numbers).all():
+    if not len(numbers) or (count is not None and len(numbers) != count) or not (np.abs(numbers) < FAR).all():
         expected = "finite numbers" if count is None else f"{count} finite numbers"
         raise VolumeError(f"{name}: {what} is {str(numbers.tolist())[:80]}; expected {expected}")
     return numbers
