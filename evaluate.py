@@ -1,6 +1,7 @@
 r"""Evaluate a model or the volumes that it generated:
 
-    python evaluate.py reconstruction --config configs/hippocampus/vae.yaml --vae weights/hippocampus --output out/r.json
+    python evaluate.py reconstruction --config configs/hippocampus/vae.yaml --vae weights/hippocampus \
+        --output out/reconstruction.json
     python evaluate.py realism --config configs/hippocampus/ldm.yaml --synthetic out/generated --output out/realism.json
     python evaluate.py privacy --config configs/hippocampus/ldm.yaml --synthetic out/generated --output out/privacy.json
     python evaluate.py dice --config configs/hippocampus/ldm.yaml --synthetic out/generated --output out/dice.json
