@@ -42,9 +42,10 @@ class Codebook(nn.Module):
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents (B, C, h, w, d) -> their nearest codes, the same shape, and the codes' indices (B, h, w, d).
+        """Map latents (B, C, h, w, d) to their nearest codes, of the same shape, and the codes' indices (B, h, w, d).
 
-        The gradient of the codes goes to the latents as it is (straight-through, van den Oord et al. 2017, sec. 3.2).
+        The gradient of the codes is passed to the latents unchanged (straight-through, van den Oord et al. 2017, sec.
+        3.2).
         """
         cells = latents.movedim(1, -1)
         indices = self.nearest(cells.reshape(-1, cells.shape[-1])).view(cells.shape[:-1])
@@ -53,7 +54,9 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def nearest(self, cells: Tensor) -> Tensor:
-        """Index of the nearest code of each cell, (N, C) -> (N,). Cells are searched in parts, so memory stays flat."""
+        """Return the index of the nearest code of each latent, (N, C) to (N,). Latents are searched in parts, so memory
+        stays flat.
+        """
         with torch.autocast(cells.device.type, enabled=False):
             codes = self.codes.float()
             offset = 0.5 * (codes**2).sum(1)  # |z - e|^2 / 2 = z^2 / 2 - z e + e^2 / 2, of which the first is common
@@ -98,7 +101,9 @@ class Codebook(nn.Module):
 
     @staticmethod
     def _draw(cells: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """`count` cells, none twice as long as there are enough; repeated ones are set a little apart."""
+        """Return `count` latents chosen at random, none twice if there are enough; repeated ones are moved apart a
+        little.
+        """
         order = torch.cat([torch.randperm(len(cells), generator=generator) for _ in range(-(-count // len(cells)))])
         drawn = cells[order[:count].to(cells.device)]
         apart = torch.randn(drawn.shape, generator=generator).to(drawn) * 1e-2 * cells.std(0, correction=0)
@@ -107,8 +112,9 @@ class Codebook(nn.Module):
 
 
 def code_statistics(indices: Tensor, num_codes: int) -> dict[str, Tensor]:
-    """How codes are used, as scalars: "perplexity" (effective number of codes), "usage" (part that occurs at all) and
-    "bits_per_cell" (entropy: what an ideal coder without context would need)."""
+    """Measure how codes are used, as scalars: "perplexity" (effective number of codes), "usage" (the fraction that
+    occurs at all) and "bits_per_cell" (entropy: what an ideal coder without context would need).
+    """
     p = torch.bincount(indices.flatten(), minlength=num_codes).float()
     p = p / p.sum().clamp_min(1)
     entropy = -torch.xlogy(p, p).sum()

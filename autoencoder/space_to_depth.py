@@ -71,7 +71,7 @@ class SpaceToDepth3D(VolumeAutoencoder[LatentDistribution]):
         return LIVE_ACTIVATIONS * math.prod(shape) * batch * self.config["in_channels"] * self.dtype.itemsize
 
     def latent_bound(self) -> float:
-        """Voxels are in [-1, 1]."""
+        """Return the largest absolute value of a standardized latent of voxels in [-1, 1]."""
         ends = [(end - m) / s for m, s in self._channel_statistics() for end in (-1.0, 1.0)]
         return max(map(abs, ends))
 

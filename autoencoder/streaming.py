@@ -78,7 +78,7 @@ class Stream:
         return made
 
     def take(self, key: Hashable, new: Tensor) -> tuple[Tensor, bool]:
-        """What `key` kept before the planes of `new`, and whether these are its first."""
+        """Return what `key` kept, followed by the planes of `new`, and whether these are its first planes."""
         kept = self._kept.pop(key, None)
         return (new, True) if kept is None else (torch.cat([kept, new], dim=4) if kept.shape[4] else new, False)
 
@@ -87,7 +87,8 @@ class Stream:
 
 
 def stream_slabs(network: Callable[[Tensor], Tensor], slabs: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The planes of `network` of the whole tensor, as they are finished, from consecutive slabs of any thickness.
+    """Yield the planes of `network` applied to the whole tensor, as they are finished, from consecutive slabs of any
+    thickness.
 
     Raises: ValueError if there are no slabs.
     """
@@ -103,13 +104,13 @@ def stream_slabs(network: Callable[[Tensor], Tensor], slabs: Iterable[Tensor]) -
 
 
 def streaming() -> bool:
-    """Whether the current call is part of a stream."""
+    """Return whether the current call is part of a stream."""
     return _current.stream is not None
 
 
 def window(key: Hashable, x: Tensor, kernel: int, stride: int = 1, padding: int = 0) -> Tensor:
-    """The planes that a convolution along the third axis can use now, zeros added where the volume begins and ends:
-    convolve them without padding. May be fewer than `kernel`, which makes no plane.
+    """Return the planes that a convolution along the third axis can use now, with zeros where the volume begins and
+    ends. Convolve them without padding. There may be fewer than `kernel`, which give no output plane.
 
     Args:
         key: the layer; kernel, stride, padding: its own along the third axis (`kernel` with dilation counted).
@@ -128,7 +129,7 @@ def window(key: Hashable, x: Tensor, kernel: int, stride: int = 1, padding: int 
 
 
 def delayed(key: Hashable, x: Tensor, like: Tensor) -> Tensor:
-    """The planes of `x` that lie where those of `like` lie, which a slower branch has made."""
+    """Return the planes of `x` at the positions of the planes of `like`, which come from a slower branch."""
     stream = _current.stream
     if stream is None:
         return x
@@ -139,9 +140,9 @@ def delayed(key: Hashable, x: Tensor, like: Tensor) -> Tensor:
 
 
 def whole_cells(key: Hashable, x: Tensor, size: int) -> Tensor:
-    """The planes of `x` that fill cells of `size` planes; the rest waits for the next slab.
+    """Return the planes of `x` that fill groups of `size` planes; the rest waits for the next slab.
 
-    Raises: ValueError if the stream ends inside a cell.
+    Raises: ValueError if the stream ends inside a group.
     """
     stream = _current.stream
     if size == 1:

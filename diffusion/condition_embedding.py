@@ -14,8 +14,9 @@ TAKEN = ("mask", "image")  # names of conditions on the latents' grid
 
 
 def fourier_features(numbers: Tensor, mean: float, std: float) -> Tensor:
-    """Numbers (B,) to (B, 2 * len(PERIODS) + 1): sines and cosines (Tancik et al. 2020) of (number - mean) / std, and a
-    1 where the number is NaN and all the others are 0."""
+    """Map numbers (B,) to (B, 2 * len(PERIODS) + 1): sines and cosines (Tancik et al. 2020) of (number - mean) / std,
+    then a flag. Where the number is NaN, the flag is 1 and everything else 0.
+    """
     absent = numbers.isnan()
     standardized = (numbers.float().nan_to_num(mean) - mean) / std
     angles = torch.stack([standardized * (2 * math.pi / period) for period in PERIODS], dim=1)
@@ -58,9 +59,10 @@ class ConditionEmbedding(nn.Module):
             nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, classes: Tensor | None, numbers: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """None where the model has no classes, or no numbers. The result is of `dtype`.
+        """Embed classes and numbers as one tensor of `dtype`. None if the model has neither.
 
-        Raises: ValueError for what the model does not know, lacks, or has another number of columns of.
+        Raises: ValueError for a condition that the model does not know or that is missing, and for a wrong number of
+        columns.
         """
         vectors = []
         for table, column in zip(self.classes, _columns("classes", classes, len(self.classes)), strict=True):
@@ -72,12 +74,12 @@ class ConditionEmbedding(nn.Module):
 
 
 def moved_embeddings(trained: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, str | None]:
-    """Where the layers of a trained U-Net's `condition_embedding` belong in another one's: they are counted in
-    alphabetical order of names, so that a name that is added moves others. None for a class whose values are others.
+    """Map the layers of a trained U-Net's `condition_embedding` to those of another U-Net. Layers are numbered in
+    alphabetical order of names, so a new name moves others. None for a class whose values changed.
 
     Args:
         trained, own: the configs of both, with "classes" and "numbers".
-    Raises: ValueError for conditions of the trained one that the other lacks.
+    Raises: ValueError for conditions of the trained U-Net that the other one lacks.
     """
     moved: dict[str, str | None] = {}
     for kind in ("classes", "numbers"):
@@ -93,7 +95,7 @@ def moved_embeddings(trained: Mapping[str, Any], own: Mapping[str, Any]) -> dict
 
 
 def _columns(name: str, given: Tensor | None, count: int) -> Sequence[Tensor]:
-    """The columns of `given`. Raises: ValueError if they are not `count`."""
+    """Return the columns of `given`. Raises: ValueError unless there are `count`."""
     if given is None and not count:
         return ()
     if given is None or given.ndim != 2 or given.shape[1] != count:

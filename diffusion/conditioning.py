@@ -36,10 +36,11 @@ class ConditionSchema:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """The schema of a U-Net with this config.
+        """Read the schema from a U-Net's config.
 
         Raises: ValueError for a name used twice, for dropout of unknown conditions or rates outside [0, 1), for images
-        whose channels do not fit into the latents, and for a model that would always be given all that it generates.
+        whose channels do not fit into the latents, and for a model whose condition channels would always be all of its
+        channels.
         """
         classes, numbers, images = (config[key] or {} for key in ("classes", "numbers", "images"))
         schema = cls(
@@ -104,7 +105,9 @@ class Conditions:
     image: Tensor | None = None
 
     def as_kwargs(self) -> dict[str, Tensor]:
-        """Keyword arguments of the U-Net. Their order decides in which order `drop_conditions` takes random numbers."""
+        """Return the keyword arguments of the U-Net. Their order is the order in which `drop_conditions` draws random
+        numbers.
+        """
         tensors = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: tensor for name, tensor in tensors if tensor is not None}
 
@@ -113,19 +116,19 @@ class Conditions:
         return Conditions(**{name: function(tensor) for name, tensor in self.as_kwargs().items()})
 
     def to(self, *args: Any, **kwargs: Any) -> "Conditions":
-        """As `Tensor.to`; Accelerate moves batches by it."""
+        """Move all tensors, as `Tensor.to` does; Accelerate moves batches by it."""
         return self.map(lambda tensor: tensor.to(*args, **kwargs))
 
     def pin_memory(self) -> "Conditions":
-        """As `Tensor.pin_memory`; the data loader pins batches by it."""
+        """Pin all tensors, as `Tensor.pin_memory` does; the data loader pins batches by it."""
         return self.map(Tensor.pin_memory)
 
     def names(self, schema: ConditionSchema) -> list[str]:
-        """The names of the conditions that are given."""
+        """Return the names of the conditions that are present."""
         return list(dict.fromkeys(name for key in self.as_kwargs() for name in schema.columns.get(key, (key,))))
 
     def drop(self, names: Collection[str], schema: ConditionSchema) -> "Conditions":
-        """The same, with the conditions of `names` absent."""
+        """Return a copy without the conditions of `names`."""
         kept: dict[str, Tensor] = {}
         for key, tensor in self.as_kwargs().items():
             columns = schema.columns.get(key)
@@ -138,7 +141,9 @@ class Conditions:
         return Conditions(**kept)
 
     def where(self, rows: Tensor, others: "Conditions") -> "Conditions":
-        """These samples where `rows` (B,) is True, those of `others`, which has the same conditions, elsewhere."""
+        """Take these samples where `rows` (B,) is True, and those of `others`, which has the same conditions,
+        elsewhere.
+        """
         mine = self.as_kwargs()
         chosen = {
             key: torch.where(rows.to(tensor.device).view(-1, *[1] * (tensor.ndim - 1)), mine[key], tensor)
@@ -148,7 +153,7 @@ class Conditions:
 
     @staticmethod
     def stack(batches: Sequence["Conditions"]) -> "Conditions":
-        """One batch of several, which have the same conditions."""
+        """Join several, which have the same conditions, into one batch."""
         kwargs = [batch.as_kwargs() for batch in batches]
         return Conditions(**{key: torch.cat([tensors[key] for tensors in kwargs]) for key in kwargs[0]})
 
@@ -183,7 +188,7 @@ def drop_conditions(
 
 
 def _all_images_given(image: Tensor, schema: ConditionSchema) -> Tensor:
-    """Boolean (B,): the samples that are given every image."""
+    """Return a boolean (B,): True for samples whose images are all present."""
     columns = schema.image_columns
     flags = [i for i, name in enumerate(columns) if i + 1 == len(columns) or columns[i + 1] != name]
     return (image[:, flags].flatten(2) != 0).any(2).all(1)

@@ -17,7 +17,7 @@ DENSE_ELEMENTS = 1 << 24  # up to 64 MiB of ones and zeros are built to embed a 
 
 
 def fold_mask(labels: Tensor, stride: Stride, num_labels: int) -> Tensor:
-    """Label indices (B, X, Y, Z), `PADDING` outside the field of view -> ids (B, X/sx, Y/sy, Z/sz, r), int32.
+    """Map label indices (B, X, Y, Z), `PADDING` outside the field of view, to ids (B, X/sx, Y/sy, Z/sz, r), int32.
 
     id 0 is padding (its embedding is zero, like an all-zero one-hot); `label * r + place + 1` is a label at one place
     of its cell.
@@ -42,7 +42,7 @@ def fold_mask(labels: Tensor, stride: Stride, num_labels: int) -> Tensor:
 
 
 def unfold_mask(ids: Tensor, stride: Stride) -> Tensor:
-    """The inverse of `fold_mask`: ids (B, h, w, d, r) -> label indices (B, X, Y, Z), int32."""
+    """Invert `fold_mask`: map ids (B, h, w, d, r) to label indices (B, X, Y, Z), int32."""
     b, nx, ny, nz, places = ids.shape
     labels = torch.where(ids == 0, PADDING, (ids - 1) // places)
     labels = labels.reshape(b, nx, ny, nz, *stride).permute(0, 1, 4, 2, 5, 3, 6)
@@ -50,7 +50,9 @@ def unfold_mask(ids: Tensor, stride: Stride) -> Tensor:
 
 
 def cells_inside(ids: Tensor) -> Tensor:
-    """ids (B, h, w, d, r) -> boolean (B, 1, h, w, d): the cells with at least one voxel inside the field of view."""
+    """Map ids (B, h, w, d, r) to boolean (B, 1, h, w, d): True for latent voxels with at least one voxel inside the
+    field of view.
+    """
     return (ids != 0).any(-1).unsqueeze(1)
 
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def image_columns(images: Mapping[str, int]) -> list[str]:
-    """The image that each channel of `fold_images` belongs to."""
+    """Return the image that each channel of `fold_images` belongs to."""
     return [name for name in sorted(images) for _ in range(images[name] + 1)]
 
 
 def fold_images(
     given: Mapping[str, Tensor], images: Mapping[str, int], cells: Sequence[int], inside: Tensor | None = None
 ) -> Tensor:
-    """Clean, standardized latents of the images that are given -> the U-Net's condition "image".
+    """Map clean, standardized latents of the images that are present to the U-Net's condition "image".
 
     Args:
         given: (B, C, h, w, d) for each image that is given.
@@ -47,7 +47,7 @@ def fold_images(
 
 
 def image_condition(latents: Tensor, images: Mapping[str, slice], inside: Tensor | None = None) -> Tensor:
-    """Clean latents of all channels (B, C, h, w, d) -> the condition "image", all of `images` given.
+    """Map clean latents of all channels (B, C, h, w, d) to the condition "image", with all of `images` present.
 
     Args:
         images: channels of the latents of each image; inside: as of `fold_images`.

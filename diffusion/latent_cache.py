@@ -51,7 +51,7 @@ FORMAT = 2  # part of the key: raise it when entries are made differently
 
 
 def weights_hash(model: torch.nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of a model's state."""
+    """Compute the SHA-256 over the names, dtypes, shapes and bytes of a model's state."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -60,7 +60,7 @@ def weights_hash(model: torch.nn.Module) -> str:
 
 
 def _file_stamp(path: Path | None) -> list[object]:
-    """Name of a volume, size and time of each of its files: slices, voxels beside their header."""
+    """Return the name of a volume, and size and time of each of its files (slices, voxels beside their header)."""
     if path is None or not path.exists():
         return [str(path)]
     stats = [part.stat() for part in volume_parts(path)]
@@ -116,8 +116,9 @@ def deformed(
 def _version(
     item: Sample, stride: Sequence[int], config: LatentCacheConfig, seed: int, index: int, version: int, order: int
 ) -> dict[str, Tensor]:
-    """One version of a volume, padded to multiples of the stride: image (1, C, X, Y, Z), fov (1, 1, X, Y, Z), mask
-    (X, Y, Z) if there is one. `order` is that of the splines by which images are deformed."""
+    """Return one version of a volume, padded to multiples of the stride: image (1, C, X, Y, Z), fov (1, 1, X, Y, Z),
+    and mask (X, Y, Z) if there is one. `order` is the order of the splines that deform images.
+    """
     image, mask = item["image"], item.get("mask")
     shape = tuple(image.shape[1:])
     fov = torch.ones(shape, dtype=torch.bool)
@@ -215,13 +216,14 @@ def _described(dataset: VolumeDataset, index: int, version: int) -> str:
 
 
 def entry_name(file: Path) -> str:
-    """What an entry's digest is bound to: the cache's key and the entry."""
+    """Return the name that an entry's digest covers: the cache's key and the entry."""
     return f"{file.parent.name}/{file.name}"
 
 
 def _is_there(file: Path, reader: EntryReader, store: LatentStore | None) -> bool:
-    """Whether an entry need not be made: a whole file, or an object of the store, whose copy here is checked when it is
-    read."""
+    """Return whether an entry exists already: a complete file, or an object in the store, whose local copy is checked
+    when it is read.
+    """
     if store:
         return file.name in store.known
     if not file.exists():
@@ -264,7 +266,7 @@ class LatentDataset(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
-        """Raises: ValueError for a damaged entry, naming it and its volume."""
+        """Read an entry. Raises: ValueError for a damaged entry, naming it and its volume."""
         file = self.files[index]
         if self.store and not file.exists():
             self.store.fetch(file)
@@ -305,14 +307,14 @@ class LatentBatch(TypedDict):
 def collate_latents(
     items: Sequence[dict], stride: Sequence[int], num_labels: int, images: Mapping[str, slice] | None = None
 ) -> LatentBatch:
-    """A batch of entries of any shapes, each cropped or padded to the shape of the first, at a random place.
+    """Batch entries of any shapes, each cropped or padded at a random position to the shape of the first.
 
-    Volumes have their own shapes; a batch needs one. It is another one each time, so the model sees whole volumes,
-    parts and borders. The place is drawn from a hash of the batch's names, so a resumed run sees the same batches.
-    Padding has zero latents, no labels and no weight.
+    Volumes have their own shapes; a batch needs one. The shape changes from batch to batch, so the model sees whole
+    volumes, parts and borders. The position comes from a hash of the batch's names, so a resumed run sees the same
+    batches. Padding has zero latents, no labels and no weight.
 
     Args:
-        images: channels of the latents of each image that the model may be given.
+        images: for each image condition, the channels of its latents.
     Returns: "mean", "std" (B, C, h, w, d), "weight" (B, 1, h, w, d), and "conditions", a `Conditions` with folded masks
     unless `num_labels` is 0, classes and numbers if entries have them, and all of `images`, if there are any.
     Raises: ValueError if labels are wanted and an entry has no mask.

@@ -171,10 +171,11 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         self.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
 
     def set_attention_backend(self, backend: str) -> None:
-        """As diffusers' own, for this model alone; diffusers also makes it the default of the whole process.
+        """Set the attention backend as diffusers does, but for this model alone; diffusers also makes it the default of
+        the whole process.
 
-        Raises: ValueError for a backend that is unknown or not installed. One that has no kernel for the device is
-        named when the model is called: it may be moved until then.
+        Raises: ValueError for a backend that is unknown or not installed. A backend without a kernel for the device is
+        reported when the model is called, as the model may be moved until then.
         """
         default = _AttentionBackendRegistry.get_active_backend()[0]
         try:
@@ -196,14 +197,15 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
 
     @apply_forward_hook
     def embed_mask(self, ids: Tensor) -> Tensor:
-        """Folded ids (B, h, w, d, r) -> the mask's channels (B, mask_width, h, w, d). Raises: ValueError for a model
-        without masks."""
+        """Embed folded ids (B, h, w, d, r) as the mask's channels (B, mask_width, h, w, d). Raises: ValueError for a
+        model without masks.
+        """
         if self.mask_embedding is None:
             raise ValueError("this model was trained without a mask condition; omit `mask`")
         return self.mask_embedding(ids)
 
     def _mask_channels(self, mask: Tensor | None, sample: Tensor) -> list[Tensor]:
-        """The embedded mask, or zeros where it may be absent; nothing for a model without masks."""
+        """Return the embedded mask, or zeros if it is absent; nothing for a model without masks."""
         if self.mask_embedding is None:
             if mask is not None:
                 raise ValueError("this model was trained without a mask condition; omit `mask`")
@@ -220,7 +222,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         return [embedded.to(sample.dtype)]
 
     def _image_channels(self, image: Tensor | None, sample: Tensor) -> list[Tensor]:
-        """The images, or zeros where they may be absent; nothing for a model without images."""
+        """Return the images, or zeros if they are absent; nothing for a model without images."""
         images, rates = self.config["images"] or {}, self.config["condition_dropout"] or {}
         if not images:
             if image is not None:
