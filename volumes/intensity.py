@@ -25,11 +25,11 @@ class LinearScale:
     high: float
 
     def apply(self, values: Array) -> Array:
-        """File units to [-1, 1]; what lies outside low..high is clipped."""
+        """Map file units to [-1, 1]; values outside low..high are clipped."""
         return ((values - self.low) * (2 / (self.high - self.low)) - 1).clip(-1, 1)
 
     def invert(self, values: Array) -> Array:
-        """[-1, 1] to file units."""
+        """Map [-1, 1] to file units."""
         return (values + 1) * ((self.high - self.low) / 2) + self.low
 
 
@@ -58,7 +58,7 @@ class IntensityScaling:
             raise ValueError(f"percentiles lie in 0-100, got {self.low} and {self.high}")
 
     def fit(self, array: np.ndarray) -> LinearScale:
-        """The scale of one whole volume (one channel, any shape, file units).
+        """Fit the scale to one whole volume (one channel, any shape, file units).
 
         Raises: VolumeError for a volume without contrast: one that is constant, whose percentiles coincide, or
         whose voxels all lie on one side of the window.

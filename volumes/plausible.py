@@ -81,7 +81,7 @@ def resampling_oddities(before: Sequence[int], after: Sequence[int]) -> list[Odd
 
 
 def gathered(found: Iterable[tuple[str, Oddity]]) -> list[tuple[Oddity, dict[str, str]]]:
-    """Each oddity once, with the files that have it: {file: file and detail}."""
+    """List each oddity once, with the files that have it: {file: file and detail}."""
     by_kind: dict[tuple[str, str, str], tuple[Oddity, dict[str, str]]] = {}
     for file, oddity in found:
         _, files = by_kind.setdefault((oddity.check, oddity.what, oddity.remedy), (oddity, {}))
@@ -90,14 +90,14 @@ def gathered(found: Iterable[tuple[str, Oddity]]) -> list[tuple[Oddity, dict[str
 
 
 def obliqueness(affine: np.ndarray) -> float:
-    """The largest angle, in degrees, between a voxel axis and the patient's nearest."""
+    """Compute the largest angle, in degrees, between a voxel axis and the patient's nearest axis."""
     axes = np.asarray(affine, np.float64)[:3, :3]
     axes = np.abs(axes / np.linalg.norm(axes, axis=0))
     return float(np.degrees(np.arccos(np.clip(axes.max(axis=0).min(), 0, 1))))
 
 
 def contradiction(grid: SourceGrid) -> str:
-    """In what the qform differs from the sform, which is `grid.affine`, by more than rounding; "" if it does not."""
+    """Describe how the qform differs from the sform (`grid.affine`) by more than rounding; "" if it does not."""
     if not grid.qform_code:
         return ""
     if grid.qform is None:

@@ -62,17 +62,18 @@ class Row(dict[str, Any]):
 
 
 def read_table(path: Path, used: Collection[str] | None = None) -> list[Row]:
-    """Rows of a CSV file with a header, or of a JSON list of objects, also as .gz.
+    """Read the rows of a CSV file with a header, or of a JSON list of objects, also as .gz.
 
-    CSV: separated by commas, semicolons, tabs or bars, as the header is, or as a line `sep=;` says; UTF-8, or UTF-16
-    with its mark. Rows without a value are skipped, and columns without a name: empty ones, and a first one (row names
-    of R and pandas). Of a JSON object with a list called `training`, as in the dataset.json of the Decathlon, that list
-    is the table. Names and values are in NFC, without space around them; null and NaN are empty cells.
+    CSV: separated by commas, semicolons, tabs or bars, which the header shows, or a line `sep=;` states. UTF-8, or
+    UTF-16 with a byte order mark. Rows without a value are skipped, and columns without a name: empty ones, and a first
+    one (row names of R and pandas). In a JSON object with a list called `training`, as in the dataset.json of the
+    Decathlon, that list is the table. Names and values are in NFC, without space around them; null and NaN are empty
+    cells.
 
     Args:
-        used: columns that are read; all, if it is not given. In these a formula, a spreadsheet's error (#N/A), a line
+        used: columns that are read; by default all. In these a formula, a spreadsheet's error (#N/A), a line
             break, a list, and curly quotation marks around a value are refused.
-    Raises: ValueError naming the file, the line and the remedy for whatever cannot be read right.
+    Raises: ValueError naming the file, the line and the remedy for anything that cannot be read reliably.
     """
     refuse_special(path)
     if not path.is_file():
@@ -96,8 +97,8 @@ def read_table(path: Path, used: Collection[str] | None = None) -> list[Row]:
 
 
 def read_number(cell: Any) -> float:
-    """The number in a cell: 1.5, "1.5", or "1,5" where commas are decimal. May be NaN or infinite where the cell is a
-    number.
+    """Read the number in a cell: 1.5, "1.5", or "1,5" where commas are decimal. It may be NaN or infinite if the cell
+    is a number.
 
     Raises: ValueError for other text, and for "1,500", which may be 1.5 or 1500.
     """
@@ -165,7 +166,7 @@ def _decoded(data: bytes) -> str:
 
 
 def _line(before: str) -> int:
-    """The line of the character behind this text."""
+    """Return the line number of the character after this text."""
     return len(re.findall(r"\r\n|\r|\n", before)) + 1
 
 
@@ -211,7 +212,7 @@ def _csv_rows(text: str) -> list[Row]:
 
 
 def _check_lines(text: str) -> None:
-    """Raises: ValueError for more lines, or a longer one, than tables of volumes have, which would take minutes."""
+    """Raise ValueError for more lines, or a longer line, than tables of volumes have, which would take minutes."""
     if text.count("\n") + text.count("\r") > 4 * MOST_ROWS:
         raise ValueError(f"has more than {4 * MOST_ROWS} lines; {MOST_ROWS} rows at most are read")
     longest = max(map(len, text.replace("\r", "\n").split("\n")))
@@ -220,7 +221,7 @@ def _check_lines(text: str) -> None:
 
 
 def _separator(text: str) -> str:
-    """What the header's names are separated by. Raises: ValueError if two separators would make a table of it."""
+    """Return the separator of the header's names. Raises: ValueError if two separators would give a table."""
     header = next((line for line in re.split(r"[\r\n]+", text) if line.strip(f'{"".join(SEPARATORS)} "')), "")
     bare = re.sub(r'"[^"]*"', "", header)
     there = [one for one in SEPARATORS if one in bare]
@@ -236,7 +237,7 @@ def _separator(text: str) -> str:
 
 
 def _fits(text: str, separator: str) -> bool:
-    """Whether all rows have as many values as the header."""
+    """Return whether all rows have as many values as the header."""
     try:
         return len({len(values) for _, values in _records(text, separator) if any(map(_clean, values))}) == 1
     except ValueError:
@@ -244,7 +245,7 @@ def _fits(text: str, separator: str) -> bool:
 
 
 def _records(text: str, separator: str, after_sep_line: bool = False) -> Iterator[tuple[str, list[str]]]:
-    """Rows, empty ones too, each with its place."""
+    """Yield the rows, empty ones too, each with its place in the file."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     number = 0
     while True:
@@ -265,7 +266,7 @@ def _records(text: str, separator: str, after_sep_line: bool = False) -> Iterato
 
 
 def _swallowed(value: str, separator: str, columns: int) -> str:
-    """The first line within a value that has as many separators as a row; "" if none has."""
+    """Return the first line within a value that has as many separators as a row; "" if there is none."""
     if "\n" not in value and "\r" not in value:
         return ""
     lines = re.split(r"[\r\n]+", value)[1:]
@@ -286,7 +287,7 @@ def _check_header(columns: list[str]) -> None:
 
 
 def _twice(names: Collection[str]) -> str:
-    """Those that are there more than once, the first few of them."""
+    """List the first few names that occur more than once."""
     return ", ".join(sorted(name for name, count in Counter(names).items() if count > 1)[:4])
 
 
@@ -350,7 +351,7 @@ def _constant(text: str) -> None:
 
 
 def _clean(value: str) -> str:
-    """Without space around it: "A" and "A " are one subject."""
+    """Remove the space around a value: "A" and "A " are one subject."""
     if value.isascii() and value.isalnum():
         return value
     value = nfc(value).strip().strip(INVISIBLE).strip()
@@ -359,14 +360,16 @@ def _clean(value: str) -> str:
 
 
 def _cleaned(value: Any) -> Any:
-    """1.0, which pandas writes of a column with an empty cell, is 1: as a subject or in a path they are one."""
+    """Turn 1.0, which pandas writes in a column with an empty cell, into 1: as a subject or in a path they are the
+    same.
+    """
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return _clean(value) if isinstance(value, str) else "" if value is None else value
 
 
 def _check_cells(rows: list[Row], used: Collection[str] | None) -> None:
-    """Raises: ValueError for cells of used columns that are not plain values."""
+    """Raise ValueError for cells of used columns that are not plain values."""
     for row in rows:
         for column, value in row.items():
             if used is not None and column not in used:

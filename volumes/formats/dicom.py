@@ -72,13 +72,14 @@ class Slice:
 
 
 def read_dicom(path: Path, units: str | None = None) -> RawVolume:
-    """The volume of a folder that holds one DICOM series (subfolders do not count). Voxels are (column, row, slice).
+    """Read the volume of a folder that holds one DICOM series (subfolders do not count). Voxels are (column, row,
+    slice).
 
-    Lengths are in mm, or in `units` where the slices are wrong.
+    Lengths are in mm, or in `units` if the slices are wrong.
 
-    Raises: VolumeError unless it is a regular stack of scalar slices: several series, localizers, multi-frame and
-    color images, compression other than RLE, missing or unevenly spaced slices, several at one place, a tilted gantry,
-    truncated files, files that are no DICOM.
+    Raises: VolumeError unless it is a regular stack of scalar slices: several series, localizers, multi-frame and color
+    images, compression other than RLE, missing or unevenly spaced slices, several at one place, a tilted gantry,
+    truncated files, files that are not DICOM.
     """
     files = series_files(path) if path.is_dir() else [path]
     if path.is_dir() and not any(map(is_dicom, files)):
@@ -95,12 +96,12 @@ def read_dicom(path: Path, units: str | None = None) -> RawVolume:
 
 
 def is_series(path: Path) -> bool:
-    """Whether a folder holds DICOM files."""
+    """Return whether a folder holds DICOM files."""
     return path.is_dir() and any(is_dicom(file) for file in series_files(path)[:LOOKED_AT])
 
 
 def series_files(folder: Path) -> list[Path]:
-    """The files that make up a series: all in the folder but hidden ones, its index (DICOMDIR) and notes beside it.
+    """List the files of a series: all in the folder, except hidden ones, its index (DICOMDIR) and notes beside it.
 
     Raises: VolumeError for a pipe, socket or device among them.
     """
@@ -118,13 +119,15 @@ def series_files(folder: Path) -> list[Path]:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file says that it is DICOM. Old files without a preamble do not, and are refused."""
+    """Return whether a file begins as DICOM does. Old files without a preamble do not, and are refused."""
     with open_regular(path) as file:
         return file.read(132)[128:] == b"DICM"
 
 
 def _read_slice(path: Path) -> Slice:
-    """Header of one file. pydicom raises errors of many kinds on damaged files; all mean that it cannot be read."""
+    """Read the header of one file. pydicom raises errors of many kinds on damaged files; all mean that it cannot be
+    read.
+    """
     try:
         if not is_dicom(path):
             raise VolumeError(
@@ -218,7 +221,7 @@ def _floats(path: Path, header: Any, tag: str, count: int) -> tuple[float, ...]:
 
 
 def _check_one_series(path: Path, slices: Sequence[Slice]) -> None:
-    """Raises: VolumeError if these are slices of several volumes, or too few."""
+    """Raise VolumeError if these are slices of several volumes, or too few."""
     series = Counter(one.series for one in slices)
     if len(series) > 1:
         found = ", ".join(f"{count} files of {uid}" for uid, count in series.most_common(3))
@@ -241,8 +244,9 @@ def _check_one_series(path: Path, slices: Sequence[Slice]) -> None:
 
 
 def _stack(path: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.ndarray]:
-    """The slices in the order of their positions along the normal, and the affine (column, row, slice) to RAS+ in
-    mm."""
+    """Sort the slices by their position along the normal, and return them with the affine (column, row, slice) to RAS+
+    in mm.
+    """
     first = slices[0]
     along_row, along_column = np.array(first.axes[:3]), np.array(first.axes[3:])
     normal = np.cross(along_row, along_column)
@@ -280,14 +284,14 @@ def _stack(path: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.ndarray
 
 
 def _tilt(positions: np.ndarray, normal: np.ndarray) -> str:
-    """In how far the stack leans, as a phrase; nothing where it stands upright."""
+    """Describe how far the stack leans, as a phrase; empty if it stands upright."""
     along = positions[-1] - positions[0]
     angle = float(np.degrees(np.arccos(np.clip(abs(along @ normal) / np.linalg.norm(along), 0, 1))))
     return f", and the gantry was tilted by {angle:.1f} degrees" if angle > 1 else ""
 
 
 def _read_pixels(one: Slice, *, rescale: bool) -> np.ndarray:
-    """The pixels of a slice (column, row), in its units."""
+    """Read the pixels of a slice (column, row), in its units."""
     try:
         found = pydicom.dcmread(one.path, specific_tags=[*TAGS, "PixelData"])
         if "PixelData" not in found:

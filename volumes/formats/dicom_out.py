@@ -96,8 +96,7 @@ def write_dicom(
 
 
 def _check_right_angles(affine: np.ndarray) -> None:
-    """Raises: ValueError for axes that no ImageOrientationPatient describes: readers disagree on what to make of
-    them."""
+    """Raise ValueError for axes that no ImageOrientationPatient describes: readers interpret them differently."""
     check_grid(affine)
     axes = affine[:3, :3] / affine_spacing(affine)
     cosine = float(np.abs(np.triu(axes.T @ axes, 1)).max())
@@ -112,7 +111,7 @@ def _check_right_angles(affine: np.ndarray) -> None:
 def _common(
     affine: np.ndarray, array: np.ndarray, modality: str, software: str, model: str, seed: int | None
 ) -> Dataset:
-    """What all slices of the series share."""
+    """Build the attributes that all slices of the series share."""
     one = Dataset()
     made = f"{software}, model {model}" + ("" if seed is None else f", seed {seed}")
     sop_class, own = CLASSES.get(modality, SECONDARY_CAPTURE)
@@ -159,7 +158,7 @@ def _common(
 
 
 def _slice(common: Dataset, pixels: np.ndarray, slope: float, intercept: float, k: int, affine: np.ndarray) -> Dataset:
-    """Slice `k`, pixels (column, row)."""
+    """Build slice `k`, pixels (column, row)."""
     one = Dataset()
     one.update(common)
     one.SOPInstanceUID, one.InstanceNumber = generate_uid(None), k + 1
@@ -177,7 +176,7 @@ def _slice(common: Dataset, pixels: np.ndarray, slope: float, intercept: float, 
 
 
 def _stored(array: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """16-bit integers, slope and intercept: the voxels are slope times them plus intercept."""
+    """Return 16-bit integers, slope and intercept: the voxels are slope times the integers plus intercept."""
     values = array.astype(np.float64)
     low, high = float(values.min()), float(values.max())
     whole = bool((values == np.rint(values)).all())
@@ -190,5 +189,5 @@ def _stored(array: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 
 def _decimal(value: float) -> str:
-    """A number as DICOM writes it, in 16 characters at most."""
+    """Format a number as DICOM writes it, in 16 characters at most."""
     return format_number_as_ds(float(value))

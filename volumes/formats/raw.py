@@ -56,7 +56,7 @@ class RawVolume:
 
 
 def refuse_special_volume(path: Path) -> None:
-    """Raises: VolumeError for a pipe, socket or device, which would keep its reader waiting."""
+    """Raise VolumeError for a pipe, socket or device, which would keep its reader waiting."""
     try:
         refuse_special(path)
     except ValueError as error:
@@ -66,12 +66,12 @@ def refuse_special_volume(path: Path) -> None:
 def make_grid(
     name: str, shape: Sequence[int], affine: np.ndarray, unit: str = "mm", units: str | None = None
 ) -> SourceGrid:
-    """The grid (I, J, K) of a file that is not NIfTI. Raises: VolumeError if its geometry is broken.
+    """Build the grid (I, J, K) of a file that is not NIfTI. Raises: VolumeError if its geometry is broken.
 
     Args:
         affine: (4, 4) in the header's numbers.
-        unit: of `UNITS`, that the header names.
-        units: what its numbers are in, if the header is wrong.
+        unit: the one of `UNITS` that the header names.
+        units: the unit of its numbers, if the header is wrong.
     """
     try:
         check_affine(affine)
@@ -84,14 +84,15 @@ def make_grid(
 
 
 def in_millimeters(affine: np.ndarray, unit: str) -> np.ndarray:
-    """An affine whose lengths are in a unit of `UNITS`, or an unknown one, which is taken as mm."""
+    """Convert an affine to mm whose lengths are in a unit of `UNITS`, or in an unknown one, which is taken as mm."""
     scale = UNITS.get(unit, 1.0)
     return np.diag([scale, scale, scale, 1.0]) @ np.asarray(affine, dtype=np.float64)
 
 
 def check_grid(affine: np.ndarray, unit: str = "mm") -> None:
-    """Raises: ValueError unless `affine` is that of a grid: finite, not singular, its axes at right angles, of voxels
-    that a scan can have (`SPACINGS`). `unit` is that of the header, for the message."""
+    """Raise ValueError unless `affine` is that of a grid: finite, not singular, with axes at right angles and voxel
+    sizes that a scan can have (`SPACINGS`). `unit` is the header's, for the message.
+    """
     check_affine(affine)
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if lengths.max() > SPACINGS[1] or lengths.min() < SPACINGS[0]:
@@ -112,9 +113,9 @@ def check_grid(affine: np.ndarray, unit: str = "mm") -> None:
 
 
 def check_room(name: str, shape: Sequence[int], itemsize: int) -> int:
-    """Bytes of the voxels of a file, by its header. Nothing has been allocated for them yet.
+    """Compute the bytes of a file's voxels from its header, before anything is allocated.
 
-    Raises: VolumeError if they and what reading them takes are more than the memory of this process.
+    Raises: VolumeError if reading them takes more than the memory of this process.
     """
     voxels = math.prod(int(n) for n in shape)
     needed, room = voxels * (itemsize + WORKING_BYTES), memory_bytes()
@@ -127,7 +128,9 @@ def check_room(name: str, shape: Sequence[int], itemsize: int) -> int:
 
 
 def memory_bytes() -> int:
-    """The memory that this process may have: the machine's, or the limit that is set on it (ulimit -v, ulimit -d)."""
+    """Return the memory that this process may use: the machine's, or the limit that is set on it (ulimit -v, ulimit
+    -d).
+    """
     machine = psutil.virtual_memory().total
     if resource is None:
         return machine
@@ -136,7 +139,7 @@ def memory_bytes() -> int:
 
 
 def read_packed(name: str, file: BinaryIO, nbytes: int, *, compressed: bool) -> bytes | bytearray:
-    """The rest of a file, which holds exactly `nbytes` bytes of voxels, as they are or compressed (zlib or gzip).
+    """Read the rest of a file, which holds exactly `nbytes` bytes of voxels, uncompressed or compressed (zlib or gzip).
 
     Raises: VolumeError if there are fewer or more, or if compressed data are damaged.
     """
@@ -161,9 +164,9 @@ def read_packed(name: str, file: BinaryIO, nbytes: int, *, compressed: bool) -> 
 
 
 def file_beside(header: Path, named: str) -> Path:
-    """The file of voxels that a header names: in the header's folder, or below it.
+    """Return the file of voxels that a header names: in the header's folder, or below it.
 
-    Raises: VolumeError for a name that leads out of that folder, links included, and if there is no such file.
+    Raises: VolumeError for a name that leads out of that folder, links included, and for a missing file.
     """
     home = header.parent.resolve()
     try:
@@ -175,7 +178,7 @@ def file_beside(header: Path, named: str) -> Path:
 
 
 def numbers(name: str, field: str, text: str, count: int | None = None) -> list[float]:
-    """The numbers in a field of a text header. Raises: VolumeError for anything else, or another count of them."""
+    """Parse the numbers in a field of a text header. Raises: VolumeError for anything else, or another count."""
     try:
         values = [float(word) for word in text.split()]
     except ValueError as error:
@@ -186,7 +189,7 @@ def numbers(name: str, field: str, text: str, count: int | None = None) -> list[
 
 
 def whole_numbers(name: str, field: str, text: str, count: int | None = None) -> list[int]:
-    """As `numbers`, of whole numbers from 1 on."""
+    """Parse as `numbers`, for whole numbers from 1 on."""
     values = numbers(name, field, text, count)
     if any(value != int(value) or not 1 <= value < 2**53 for value in values):
         raise VolumeError(f"{name}: its {field!r} is {text[:80]!r}; expected whole numbers, 1 or more")

@@ -171,7 +171,7 @@ class StoredVoxels:
         self.file, self.offset, self.grid, self.dtype = file, offset, grid, dtype
 
     def end(self, channels: int) -> int:
-        """Where the last voxel of so many channels ends, in bytes."""
+        """Return the position in bytes after the last voxel of so many channels."""
         return self._place(channels, 0)
 
     def put(self, slab: np.ndarray, start: int) -> None:
@@ -187,7 +187,7 @@ class StoredVoxels:
             self.file.write(block.T.data)
 
     def get(self, start: int, planes: int, channels: int, slope: float, inter: float) -> np.ndarray:
-        """`planes` planes from `start` on, (C, X, Y, z) float32: slope times the stored values, plus inter."""
+        """Read `planes` planes from `start` on, (C, X, Y, z) float32: slope times the stored values, plus inter."""
         (x, y, _), _ = canonical_grid(self.grid)
         slab = np.empty((channels, x, y, planes), dtype=np.float32)
         stored = stored_order(slab, self.grid)
@@ -200,8 +200,9 @@ class StoredVoxels:
     def _blocks(
         self, start: int, planes: int, channels: int
     ) -> Iterator[tuple[int, slice, int, tuple[slice, slice, slice]]]:
-        """Piece by piece, where a slab's voxels are: the channel, which stored planes of the slab, the first of these
-        in the file, and what part of the planes of the file they fill."""
+        """Yield where the parts of a slab are: the channel, which stored planes of the slab, the first of these in the
+        file, and what part of the file's planes they fill.
+        """
         axis, flipped = _third_axis(self.grid)
         low = self.grid.shape[axis] - start - planes if flipped else start
         first, depth = (0, self.grid.shape[2]) if _scattered(self.grid) else (low, planes)
@@ -214,7 +215,7 @@ class StoredVoxels:
                 yield channel, slice(k, min(k + step, depth)), first + k, (window[0], window[1], window[2])
 
     def _read(self, channel: int, first: int, planes: int) -> np.ndarray:
-        """`planes` whole planes of the file, (I, J, k)."""
+        """Read `planes` whole planes of the file, (I, J, k)."""
         block = np.empty((*self.grid.shape[:2], planes), self.dtype, order="F")
         self.file.seek(self._place(channel, first))
         self.file.readinto(block.T.data)  # pyright: ignore[reportAttributeAccessIssue]
@@ -229,19 +230,19 @@ class StoredVoxels:
 
 
 def _third_axis(grid: SourceGrid) -> tuple[int, bool]:
-    """The stored axis that RAS+ has third, and whether it runs the other way."""
+    """Return the stored axis that is the third one in RAS+, and whether it runs the other way."""
     orientation = io_orientation(grid.affine)
     axis = orientation[:, 0].tolist().index(2)
     return axis, bool(orientation[axis, 1] < 0)
 
 
 def _scattered(grid: SourceGrid) -> bool:
-    """Whether a slab has voxels in every plane of the file."""
+    """Return whether a slab has voxels in every plane of the file."""
     return _third_axis(grid)[0] != 2
 
 
 def _gathered(slabs: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same planes in slabs of `GATHERED_BYTES` or more."""
+    """Yield the same planes in slabs of `GATHERED_BYTES` or more."""
     waiting: list[np.ndarray] = []
     for slab in slabs:
         waiting.append(slab)
