@@ -161,7 +161,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         self.register_to_config(latents_mean=[float(v) for v in mean], latents_std=[float(v) for v in std])
 
     def check_channels(self, names: Sequence[str]) -> None:
-        """Raise ValueError unless the image channels `names` are those that this autoencoder learned, in their order."""
+        """Raise ValueError unless `names` are the image channels that this autoencoder learned, in their order."""
         own = self.config.get("channel_names")
         own = list(own) if isinstance(own, list | tuple) else own  # else a damaged config's
         if own and own != list(names):

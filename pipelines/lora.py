@@ -31,14 +31,15 @@ logger = logging.getLogger(__name__)
 
 
 def require_peft() -> None:
-    """Raises: ValueError if peft is not installed."""
+    """Raise ValueError if peft is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise ValueError('LoRA needs peft, which is not installed: pip install -e ".[lora]" -c constraints.txt')
 
 
 def target_weights(unet: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights that can have a LoRA, by layer: of linear layers and of convolutions. Not of pointwise ones, which
-    peft up to 0.21 cannot fuse (its issue 3768)."""
+    """Return the weights that can have a LoRA, by layer: of linear layers and of convolutions. Pointwise ones are
+    excluded, as peft up to 0.21 cannot fuse them (its issue 3768).
+    """
     layers = {name: getattr(layer, "base_layer", layer) for name, layer in unet.named_modules()}
     weights = {name: layer.weight for name, layer in layers.items() if isinstance(layer, nn.Linear | nn.Conv3d)}
     return {name: weight for name, weight in weights.items() if weight.shape[2:4] != (1, 1)}
@@ -112,7 +113,7 @@ def check_lora(unet: LatentUNet3D, tensors: Mapping[str, torch.Tensor], path: ob
 
 
 def check_scales(scales: Any) -> None:
-    """Raises: ValueError unless these are scales of LoRAs: a finite number, None, or lists and dicts of them."""
+    """Raise ValueError unless these are scales of LoRAs: a finite number, None, or lists and dicts of them."""
     if isinstance(scales, Mapping | list | tuple):
         for one in scales.values() if isinstance(scales, Mapping) else scales:
             check_scales(one)
@@ -158,9 +159,10 @@ class LoraMixin(LoraBaseMixin):
     def lora_state_dict(
         cls, pretrained_model_name_or_path_or_dict: Any, *, return_lora_metadata: bool = False, **source: Any
     ) -> Any:
-        """The tensors of a LoRA by their names in its file ("unet.<layer>.lora_A.weight"); with `return_lora_metadata`
-        also peft's settings ("unet.r", ...), None in a file without any. Arguments and errors: as
-        `load_lora_weights`."""
+        """Read the tensors of a LoRA by their names in its file ("unet.<layer>.lora_A.weight"). With
+        `return_lora_metadata` also return peft's settings ("unet.r", ...), None for a file without any. Arguments and
+        errors: as `load_lora_weights`.
+        """
         found = find_lora(pretrained_model_name_or_path_or_dict, **source)
         named = {f"unet.{key}": tensor for key, tensor in found.tensors.items()}
         metadata = None if found.settings is None else {f"unet.{key}": value for key, value in found.settings.items()}
@@ -328,15 +330,16 @@ class LoraMixin(LoraBaseMixin):
         keep_record(self.unet)
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
-        """Which LoRAs act, and at which scale: one number for all, or a list of a number (None: 1) or a dict of
-        diffusers' by block for each. Raises: ValueError while they are fused, and for scales that are no finite
-        numbers."""
+        """Choose which LoRAs act, and at which scale: one number for all, or a list with a number (None: 1) or a dict
+        of diffusers' by block for each. Raises: ValueError while they are fused, and for scales that are not finite
+        numbers.
+        """
         self._check_not_fused("set_adapters")
         check_scales(adapter_weights)
         super().set_adapters(adapter_names, adapter_weights)
 
     def disable_lora(self) -> None:
-        """No LoRA acts until `enable_lora`. Raises: ValueError while one is fused."""
+        """Switch off all LoRAs until `enable_lora`. Raises: ValueError while one is fused."""
         self._check_not_fused("disable_lora")
         super().disable_lora()
 
@@ -368,7 +371,7 @@ class LoraMixin(LoraBaseMixin):
             self._merged_adapters = set()
 
     def _lora_subjects(self) -> dict[str, Sequence[Any] | None]:
-        """Records of the training subjects of each attached LoRA; None for one that has none."""
+        """Return records of the training subjects of each attached LoRA; None for one without a record."""
         known = getattr(self.unet, "lora_subjects", {})
         return {name: known.get(name) for name in getattr(self.unet, "peft_config", None) or {}}
 
@@ -380,7 +383,7 @@ class LoraMixin(LoraBaseMixin):
         return join_records(*parts, *self._lora_subjects().values())
 
     def _check_not_compiled(self, what: str) -> None:
-        """Raises: ValueError where diffusers would do nothing."""
+        """Raise ValueError for a compiled U-Net, where diffusers would do nothing."""
         if not isinstance(self.unet, LatentUNet3D):
             raise ValueError(f"{what} before torch.compile, or with pipe.unet set to the U-Net that was compiled")
 
@@ -390,7 +393,7 @@ class LoraMixin(LoraBaseMixin):
             raise ValueError(f"{what}: {sorted(self.fused_loras)} are fused into the weights; unfuse_lora() first")
 
     def _check_changeable(self, what: str) -> None:
-        """Raises: ValueError where diffusers would do nothing, or leave the weights in pieces."""
+        """Raise ValueError where diffusers would do nothing, or leave the weights in pieces."""
         self._check_not_compiled(what)
         if hasattr(self.unet, "offloaded_to_disk"):
             raise ValueError(f"{what} before offloading to disk: the files there are not written again")

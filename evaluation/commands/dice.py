@@ -60,7 +60,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
 
 
 def check_options(options: Namespace) -> None:
-    """Raises: ValueError for training sets that need an option which is missing."""
+    """Raise ValueError for training sets whose option is missing."""
     if not options.synthetic and set(options.train_on) != {REAL}:
         raise ValueError("--synthetic is missing: give a folder of generated volumes, or --train_on real")
     if options.judge_synthetic and REAL not in options.train_on:
@@ -132,7 +132,7 @@ def print_summary(report: Mapping[str, Any]) -> None:
 
 
 def _without_job(result: TrainingResult) -> dict[str, object]:
-    """The row of a report that lists results by source, all of one budget."""
+    """Return the row of a report that lists results by source, all of one budget."""
     return {key: value for key, value in result.as_json().items() if key not in ("arm", "labels")}
 
 

@@ -24,7 +24,7 @@ from evaluation.report import config_parser
 
 
 def parse(args: list[str] | None) -> Namespace:
-    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    """Parse the command line, with the data section of `--config` as the defaults of `--data.*`."""
     parser = config_parser("evaluation.data.label_budget", __doc__, args)
     parser.add_argument("--k", type=Number(PositiveInt), required=True, help="labeled volumes")
     parser.add_argument("--seed", type=Number(Seed), default=0, help="another number draws other subjects")
@@ -46,11 +46,11 @@ from .pairs import learning_cases, test_cases
 
 
 def draw_labeled(cases: Sequence[Case], k: int, seed: int) -> list[int]:
-    """Indices into `cases` of the k volumes that count as labeled.
+    """Choose the k volumes that count as labeled. Returns indices into `cases`.
 
-    Subjects come in the order of a hash of (seed, name), each with all its volumes, until there are k: of the last
-    subject some volumes may be left out. So the first 8 are among the 16 of the same seed, and neither files nor
-    machines change the draw.
+    Subjects come in the order of a hash of (seed, name), each with all its volumes, until there are k; some volumes of
+    the last subject may be omitted. So the first 8 are among the 16 of the same seed, and the choice is the same on
+    every machine.
 
     Raises: ValueError unless there are k volumes, at least 1.
     """
@@ -65,8 +65,9 @@ def draw_labeled(cases: Sequence[Case], k: int, seed: int) -> list[int]:
 
 
 def budget(text: str, available: int) -> int:
-    """How many labeled volumes `8` or `all` asks for. Raises: ValueError for other texts, and for more than are
-    available."""
+    """Return how many labeled volumes `8` or `all` asks for. Raises: ValueError for other texts, and for more than are
+    available.
+    """
     if text == "all":
         return available
     if not text.isdecimal() or not 1 <= int(text) <= available:

@@ -94,7 +94,7 @@ def refuse_seen_cases(
 def check_pipeline(
     pipe: Any, config: DataConfig, test_cases: Sequence[Case], model: str, *, accepted: bool = False
 ) -> None:
-    """As `check_models`, for a loaded pipeline with its LoRAs."""
+    """Check a loaded pipeline with its LoRAs, as `check_models`."""
     records = pipe.training_subjects
     voxels, spacings = read_test_cases(test_cases, config)
     recorded = {**(pipe.vae.config["data"] or {}), **described_preprocessing(pipe.data)}

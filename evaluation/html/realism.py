@@ -118,7 +118,7 @@ def consistent_claim(report: Mapping[str, Any] | None) -> Claim:
 
 
 def _plain(name: str) -> str:
-    """The name of a statistic in words."""
+    """Return the name of a statistic in words."""
     return name.replace("_", " ")
 
 

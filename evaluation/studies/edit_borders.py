@@ -29,7 +29,7 @@ REGION_NAMES = ("box", "labeled")
 
 
 def parse(args: Sequence[str] | None) -> Namespace:
-    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    """Parse the command line, with the data section of `--config` as the defaults of `--data.*`."""
     parser = config_parser("evaluation.studies.edit_borders", __doc__, args)
     parser.add_argument("--pipeline", type=str, required=True, help="pipeline folder")
     parser.add_argument("--output", type=str, required=True, help="report to write, a JSON file")

@@ -31,7 +31,7 @@ from evaluation.report import add_overlap_argument, add_wait_argument, config_pa
 
 
 def parse(args: Sequence[str] | None) -> Namespace:
-    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    """Parse the command line, with the data section of `--config` as the defaults of `--data.*`."""
     parser = config_parser("evaluation.studies.samplers", __doc__, args)
     parser.add_argument("--pipeline", type=str, required=True, help="pipeline folder or Hub repository")
     parser.add_argument("--output", type=str, required=True, help="report to write, a JSON file")

@@ -48,7 +48,7 @@ class TrainingResult:
         return self.arm, self.labels, self.seed
 
     def as_json(self) -> dict[str, object]:
-        """The row of a report; fields without a value are left out."""
+        """Return the row of a report, without fields that have no value."""
         row = _present(self)
         return row if self.on_synthetic is None else {**row, "on_synthetic": _present(self.on_synthetic)}
 

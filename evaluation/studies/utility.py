@@ -23,7 +23,7 @@ from .training_result import Scores, TrainingResult
 
 
 def check_shape(shape: Sequence[int]) -> None:
-    """Raises: ValueError for a shape that the segmenter cannot halve three times."""
+    """Raise ValueError for a shape that the segmenter cannot halve three times."""
     if any(n % 8 or n < 16 for n in shape):
         raise ValueError(f"shape {tuple(shape)}: every side must be a multiple of 8, and at least 16")
 

@@ -29,7 +29,7 @@ BACKGROUND = 0  # the label value whose being alone in a mask is worth a warning
 
 
 def as_list(mask: MaskLike | Sequence[MaskLike]) -> list[MaskLike]:
-    """One mask or several (a list, a tuple, or an array or tensor (B, 1, X, Y, Z)) as a list.
+    """Return one mask or several (a list, a tuple, or an array or tensor (B, 1, X, Y, Z)) as a list.
 
     Raises: ValueError on an empty list.
     """
@@ -84,7 +84,7 @@ def warn_of_header(volume: Volume, name: str) -> Volume:
 def index_labels(
     values: np.ndarray, labels: Mapping[int, str], label_map: LabelMap | None = None, name: str = "the mask"
 ) -> np.ndarray:
-    """Label values, as files hold them, to the model's label indices (int16, same shape).
+    """Map label values, as files hold them, to the model's label indices (int16, same shape).
 
     PADDING stays PADDING, unless it is a label of this model or is mapped to one.
 
@@ -142,19 +142,19 @@ def identity(source: object) -> str | int:
 
 
 def is_placed(given: Any) -> bool:
-    """Whether a mask or an image has a position: all but plain arrays and tensors have."""
+    """Return whether a mask or an image has a position: all but plain arrays and tensors have one."""
     return isinstance(given, (str, os.PathLike, Volume)) or carries_geometry(given)
 
 
 def check_axes(volume: Volume, name: str) -> None:
-    """Raises: ValueError for a Volume whose axes are not in RAS+ order; what was read from a file is."""
+    """Raise ValueError for a Volume whose axes are not in RAS+ order; a volume that was read from a file is."""
     codes = "".join(map(str, aff2axcodes(volume.affine)))
     if volume.source is None and codes != "RAS":
         raise ValueError(f"{name}: its axes run {codes}, a Volume's run RAS; give it as a nibabel image instead")
 
 
 def _translation(labels: Mapping[int, str], label_map: LabelMap) -> dict[int, int]:
-    """`label_map` with names replaced by values. Raises: ValueError on a target that the model does not know."""
+    """Replace names in `label_map` by values. Raises: ValueError for a target that the model does not know."""
     values = {name: int(value) for value, name in labels.items()} | {int(value): int(value) for value in labels}
     unknown = [target for target in label_map.values() if target not in values]
     if unknown:
@@ -164,7 +164,7 @@ def _translation(labels: Mapping[int, str], label_map: LabelMap) -> dict[int, in
 
 
 def _whole_numbers(array: np.ndarray, name: str) -> np.ndarray:
-    """The array as int16. Raises: ValueError if that would change a value."""
+    """Return the array as int16. Raises: ValueError if that would change a value."""
     with np.errstate(invalid="ignore"):
         whole = array.astype(np.int16)
     if not np.array_equal(whole, array):

@@ -66,9 +66,9 @@ def call_requests(
     images: Images | Sequence[Images] | None,
     label_map: LabelMap | None,
 ) -> list[VolumeRequest]:
-    """One request per mask; without masks one per dict of a list, or a single one.
+    """Build one request per mask; without masks one per dict of a list, or a single one.
 
-    Raises: ValueError for lists of another length than there are masks, and for what is not a dict.
+    Raises: ValueError for lists of another length than the masks, and for entries that are not dicts.
     """
     masks = None if mask is None else as_list(mask)
     for conditions in (classes, numbers, images):
@@ -100,7 +100,7 @@ def call_requests(
 
 
 def _of_volume(conditions: Mapping[str, V] | Sequence[Mapping[str, V]] | None, number: int) -> Mapping[str, V]:
-    """The conditions of one volume of a call."""
+    """Return the conditions of one volume of a call."""
     if conditions is None:
         return {}
     return conditions[number] if isinstance(conditions, Sequence) else conditions

@@ -34,12 +34,12 @@ FOLDER_SUFFIXES = tuple(suffix for suffix in SUFFIXES if not suffix.startswith("
 
 
 def mask_requests(patterns: Sequence[str], output: Path) -> list[VolumeRequest]:
-    """One request per mask: `find_masks`."""
+    """Build one request per mask of `find_masks`."""
     return [VolumeRequest(mask, name=volume_stem(mask)) for mask in find_masks(patterns, output)]
 
 
 def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
-    """Mask files in folders, or matching patterns, sorted by stem; for URLs, local copies.
+    """Find mask files in folders, or matching patterns, sorted by stem; for URLs, local copies.
 
     Raises: ValueError if there are none, if two have the same stem (their volumes would have one name), or if masks lie
     in the output folder (volumes would become masks in the next run).
@@ -79,14 +79,15 @@ def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
 
 
 def refuse_masks_in(output: Path, masks: Sequence[Path]) -> None:
-    """Raises: ValueError for a mask, or an image, in the output folder."""
+    """Raise ValueError for a mask or an image in the output folder."""
     for mask in masks:
         if mask.parent.resolve() == output.resolve():
             raise ValueError(f"{mask}: lies in --output {output}; write volumes to another folder")
 
 
 def read_requests(source: str | Path, pipe: VolumePipeline, output: Path) -> list[VolumeRequest]:
-    """The rows of a table of conditions, in order. For a table at a URL, local copies of the files below its folder.
+    """Read the rows of a table of conditions, in order. For a table at a URL, the files below its folder are copied
+    first.
 
     Raises: ValueError for columns that the model does not know, for names used twice or unfit for a file, for masks and
     images in the output folder, and if some rows have a mask (or, without any, an image) and others do not.
@@ -122,8 +123,9 @@ def read_requests(source: str | Path, pipe: VolumePipeline, output: Path) -> lis
 def _row_request(
     row: Row, unnamed: str, schema: ConditionSchema, folder: Path, disk: Disk, source: str
 ) -> VolumeRequest:
-    """The request of one row of a table in `folder`; empty cells are left out. Raises: ValueError for files that are
-    not there, and for a name that is unfit for a file."""
+    """Build the request of one row of a table in `folder`, without empty cells. Raises: ValueError for missing files,
+    and for a name that is unfit for a file.
+    """
     cells = {column: value for column, value in row.items() if value != ""}
     paths = {}
     for column in ["mask", *(name for name, _ in schema.images)]:

@@ -102,8 +102,9 @@ def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
 
 
 def _check_inside(folder: Path, names: Iterable[str]) -> None:
-    """Raises: ValueError for a link that leads out of the folder, among these of its files and folders. The cache of
-    the Hub keeps files in `blobs`, beside the `snapshots` that link to them."""
+    """Raise ValueError for a link that leads out of the folder, among these of its files and folders. The Hub's cache
+    keeps files in `blobs`, beside the `snapshots` that link to them.
+    """
     homes = [folder.resolve()]
     homes += [place.parent / "blobs" for place in homes[0].parents if place.name == "snapshots"]
     parts = [folder / name for name in names]
@@ -139,11 +140,10 @@ def _check_scheduler(folder: Path, scheduler_class: type) -> None:
 
 
 def load_autoencoder(folder: str | Path) -> AutoencoderKL3D | VQGAN3D | SpaceToDepth3D:
-    """The trained autoencoder in `folder`, or in its subfolder vae/ (a run or a pipeline), for inference: of the class
-    that its config names.
+    """Load the trained autoencoder in `folder`, or in its subfolder vae/ (a run or a pipeline), for inference, as the
+    class that its config names.
 
-    Raises: FileError where there is none; ValueError where its weights do not fit, or where its latents were never
-    measured.
+    Raises: FileError if there is none; ValueError if its weights do not fit, or if its latents were never measured.
     """
     found = find_autoencoder(folder)
     _check_inside(found, ["config.json", *(path.name for path in found.glob("*.safetensors*"))])
@@ -160,7 +160,7 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL3D | VQGAN3D | SpaceToD
 
 
 def find_autoencoder(folder: str | Path) -> Path:
-    """The folder itself, or its subfolder vae/, whichever holds a model's config. Raises: FileError if neither does."""
+    """Return the folder or its subfolder vae/, whichever holds a model's config. Raises: FileError if neither does."""
     folder = Path(folder).expanduser()
     for path in (folder, folder / "vae"):
         if (path / "config.json").is_file():
@@ -171,7 +171,7 @@ def find_autoencoder(folder: str | Path) -> Path:
 
 
 def check_components(components: Mapping[str, Any]) -> None:
-    """Raises: ValueError for a component {name: object} of another kind."""
+    """Raise ValueError for a component {name: object} of another kind."""
     for name, (_, kind) in COMPONENTS.items():
         given = getattr(components[name], "_orig_mod", components[name])  # beneath torch.compile
         if not isinstance(given, kind):
@@ -179,7 +179,7 @@ def check_components(components: Mapping[str, Any]) -> None:
 
 
 def check_fit(vae: VolumeAutoencoder, unet: LatentUNet3D, data: DataDescription) -> None:
-    """Raises: ValueError if autoencoder, U-Net and data do not belong together."""
+    """Raise ValueError if autoencoder, U-Net and data do not belong together."""
     if unet.config["in_channels"] != vae.config["latent_channels"]:
         raise ValueError(
             f"the U-Net takes {unet.config['in_channels']} channels, the autoencoder gives "

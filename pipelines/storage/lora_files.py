@@ -107,10 +107,10 @@ def read_lora(path: Path) -> LoraFile:
 
 
 def unet_tensors(state: Mapping[str, torch.Tensor], source: object) -> dict[str, torch.Tensor]:
-    """Tensors by layer from a state dict as diffusers has it: its names begin with `unet.` and end in peft's
+    """Return tensors by layer from a state dict of diffusers: its names begin with `unet.` and end in peft's
     `lora_A.weight` or diffusers' older `lora.down.weight`.
 
-    Raises: ValueError naming tensors that are none of a LoRA of a U-Net, and as `check_tensors`.
+    Raises: ValueError naming tensors that do not belong to a LoRA of a U-Net, and as `check_tensors`.
     """
     tensors = dict(state)
     if tensors and not any(".lora_A." in key for key in tensors):
@@ -133,10 +133,10 @@ def find_lora(
     use_safetensors: bool | None = None,
     **download: Any,
 ) -> LoraFile:
-    """What `read_lora` reads, of a file, of a folder, of a Hub repository, or from a state dict in memory.
+    """Read a LoRA, as `read_lora`, from a file, a folder, a Hub repository, or a state dict in memory.
 
     Args:
-        weight_name, subfolder: of a folder or repository, the file and the folder in it.
+        weight_name, subfolder: the file, and the folder that it is in, of a folder or repository.
         download: revision, token, cache_dir, force_download, local_files_only of `huggingface_hub.hf_hub_download`.
     Raises: FileError if there is none; ValueError as `read_lora` and `unet_tensors`; TypeError for other keywords.
     """

@@ -47,8 +47,9 @@ def check_paths(
     output_type: str,
     inputs: Sequence[object],
 ) -> list[Path] | list[None]:
-    """One path per volume; None for each without `paths`. Raises: ValueError for what cannot be written there, and for
-    the file of a mask or an image among the inputs."""
+    """Return one path per volume; None for each without `paths`. Raises: ValueError for what cannot be written there,
+    and for the file of a mask or an image among the inputs.
+    """
     count = len(records)
     if paths is None:
         return [None] * count

@@ -36,8 +36,8 @@ class TrainedOn:
 
 
 def read_model(source: str | Path) -> TrainedOn:
-    """Of a pipeline's folder, an autoencoder's or its run's, a LoRA's file or folder, or a repository of the Hub that
-    holds one.
+    """Read the records of a pipeline's folder, an autoencoder's or its run's, a LoRA's file or folder, or a Hub
+    repository that holds one of these.
 
     Raises: ValueError for none of these, and for a damaged file.
     """
@@ -68,8 +68,9 @@ def read_model(source: str | Path) -> TrainedOn:
 
 
 def described_on_the_hub(name: str) -> Path:
-    """The folder of what a repository of the Hub says of its models, without their weights. Raises: FileError if it
-    cannot be had."""
+    """Download what a repository of the Hub says of its models, without their weights, and return the folder. Raises:
+    FileError if that fails.
+    """
     try:
         return Path(
             snapshot_download(
@@ -81,8 +82,8 @@ def described_on_the_hub(name: str) -> Path:
 
 
 def read_generated(folder: Path) -> Sequence[Mapping[str, Any]]:
-    """The records of the models that made the volumes in a folder, and the masks in its masks/, as generate.py writes
-    them there.
+    """Read the records of the models that generated the volumes in a folder, and the masks in its masks/, as
+    generate.py writes them there.
 
     Raises: ValueError for a damaged file.
     """
@@ -116,7 +117,7 @@ def write_generated_by(pipe: LoraMixin, output: Path) -> None:
 
 
 def made_by(folder: Path) -> list[str]:
-    """Hashes of the models that made the volumes in a folder, by their sidecars."""
+    """Return hashes of the models that generated the volumes in a folder, by their sidecars."""
     hashes = set()
     for path in folder.glob("*.json"):
         try:
@@ -129,7 +130,7 @@ def made_by(folder: Path) -> list[str]:
 
 
 def _config(folder: Path) -> tuple[Any, Any]:
-    """Records and facts in a component's config.json. Raises: ValueError if they are damaged."""
+    """Read records and facts in a component's config.json. Raises: ValueError if they are damaged."""
     path = folder / "config.json"
     config = read_object(path) if path.is_file() else {}
     try:
