@@ -32,11 +32,10 @@ Distribution = TypeVar("Distribution", bound=LatentDistribution)
 
 
 class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
-    """An encoder, a decoder and the statistics of what lies between them.
+    """An encoder, a decoder and the statistics of the latents between them.
 
-    A subclass calls `_build` in its constructor (or sets `patch_size`, `stride`, `encoder` and `decoder` itself), says
-    in `_distribution` what the encoder's output means, and may say in `_decodable` what becomes of latents before they
-    are decoded.
+    A subclass calls `_build` in its constructor, or sets `patch_size`, `stride`, `encoder` and `decoder`. It interprets
+    the encoder's output in `_distribution`, and may change latents before they are decoded in `_decodable`.
     """
 
     _supports_gradient_checkpointing = True
@@ -58,7 +57,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         if not len(channels) == len(strides) + 1 == len(encoder_blocks) == len(decoder_blocks):
             raise ValueError(
                 f"channels {channels}, encoder_blocks {encoder_blocks} and decoder_blocks {decoder_blocks} need one "
-                f"entry a level, strides {strides} one fewer"
+                f"entry per level, strides {strides} one fewer"
             )
         self.patch_size = as_stride(config["patch_size"])
         level_strides = [as_stride(s) for s in strides]

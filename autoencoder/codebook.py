@@ -1,8 +1,8 @@
 """A codebook learned by moving averages (van den Oord et al. 2017, appendix A.1; Razavi et al. 2019).
 
 It is float32 under autocast, and in a model that is loaded in another type (`torch_dtype`); `.to(dtype)` casts it too,
-of which diffusers warns. `forward` changes nothing: the training step calls `update` once an optimizer step that was
-taken, with what all its batches and processes saw.
+and diffusers warns of that. `forward` changes nothing: the training step calls `update` once per optimizer step, with
+the latents of all its batches and processes.
 """
 
 import math
@@ -19,8 +19,8 @@ class Codebook(nn.Module):
 
     Args:
         decay: weight of the past in the moving averages.
-        dead_below: a code that fewer than this many cells chose, on the moving average of an update, is moved to a
-            cell drawn at random.
+        dead_below: a code that fewer latents than this chose, on the moving average of an update, is moved to a latent
+            chosen at random.
     """
 
     codes: Tensor

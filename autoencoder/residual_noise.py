@@ -1,10 +1,10 @@
 """Residual noise: the texture that an autoencoder loses, added back as strong, as coarse, and as variable between
 volumes as in the volumes that it was fitted on.
 
-Fine noise does not fit into latents, so decoded volumes are all equally smooth. A model of what is missing, fitted on
-real volumes and their reconstructions: Gaussian noise whose spectrum is the power that reconstructions lack, whose
-strength follows the decoded intensity (none where intensities are clipped), and whose level is drawn from those of the
-real volumes. What it adds is not information. Axes: (C, X, Y, Z); intensities in [-1, 1].
+Fine noise does not fit into latents, so decoded volumes are all equally smooth. The model of the missing noise is
+fitted on real volumes and their reconstructions. It is Gaussian noise whose spectrum is the power that reconstructions
+lack. Its strength follows the decoded intensity (none where intensities are clipped), and its level is sampled from
+those of the real volumes. It adds no information. Axes: (C, X, Y, Z); intensities in [-1, 1].
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +30,7 @@ def measure_noise(dataset: VolumeDataset, vae: VolumeAutoencoder, *, progress: b
     Raises: ValueError for label maps, and as `fit_noise` does.
     """
     if dataset.config.image_labels:
-        raise ValueError("noise: label maps have none; leave it out")
+        raise ValueError("noise: label maps have no residual noise; omit it")
     sides = [min(one) for one in zip(*dataset.shapes, strict=True)]
     return fit_noise(_reconstructions(dataset, vae, progress), sides)
 
@@ -52,7 +52,8 @@ def check_noise_shape(shape: Sequence[int]) -> None:
     """Raise ValueError for volumes (X, Y, Z) smaller than the noise kernel on any side."""
     if min(shape) < 2 * NOISE_RADIUS + 1:
         raise ValueError(
-            f"volumes of {tuple(shape)} voxels are too small for a noise model: {2 * NOISE_RADIUS + 1} a side"
+            f"volumes of {tuple(shape)} voxels are too small for a noise model: "
+            f"give {2 * NOISE_RADIUS + 1} or more per side"
         )
 
 
@@ -143,10 +144,10 @@ def _channel(
 
 
 class ResidualNoiseModel:
-    """Adds noise as `fit_noise` found it.
+    """Adds the noise that `fit_noise` fitted.
 
     Args:
-        channels: what `fit_noise` returned.
+        channels: the result of `fit_noise`.
     """
 
     def __init__(self, channels: Sequence[ChannelNoise]):

@@ -1,9 +1,9 @@
 """Exact streaming: a network with a finite receptive field, run over consecutive slabs of the third axis.
 
-A slab goes through the whole network before the next one is read. What a layer will need again, it keeps: a
-convolution its last planes, a sum the planes of its faster branch, a fold the planes of an unfinished cell. So every
-plane of every layer is computed once, from the same neighbors as in the whole volume: no halo, no blending, no seam,
-and memory that does not grow with the third axis.
+A slab goes through the whole network before the next one is read. A layer keeps what it will need again: a convolution
+its last planes, a sum the planes of its faster branch, a fold the planes of an unfinished group. So every plane of
+every layer is computed once, from the same neighbors as in the whole volume: no halo, no blending, no seam, and memory
+that does not grow with the third axis.
 
 Only layers that look along the third axis know of it, by one call each: `window` (convolutions), `delayed` (sums and
 concatenations of branches), `whole_cells` (folds). Outside a stream the three return their input. A layer
@@ -27,8 +27,9 @@ _current = _Current()  # a thread's own: two volumes may be coded at once
 
 
 class _Eager:
-    """While it is entered no compiled code runs: that was traced outside a stream. torch has one switch for all
-    threads, so the first stream to begin turns it and the last to end turns it back."""
+    """Runs no compiled code while it is entered: that was traced outside a stream. torch has one switch for all
+    threads, so the first stream to begin sets it and the last to end resets it.
+    """
 
     def __init__(self):
         self.lock, self.running = threading.Lock(), 0
@@ -52,9 +53,9 @@ _eager = _Eager()
 class Stream:
     """One pass of `network` over the slabs of one tensor; a new pass needs a new `Stream`.
 
-    Call it with slab after slab, `last=True` at the final one. The results, put one after the other along the third
-    axis, are `network` of the slabs put one after the other. The first results may have no planes at all: a
-    convolution cannot finish a plane before it has seen the next.
+    Call it with slab after slab, `last=True` at the final one. The results, joined along the third axis, equal
+    `network` of the joined slabs. The first results may have no planes at all: a convolution cannot finish a plane
+    before it has seen the next.
     """
 
     def __init__(self, network: Callable[[Tensor], Tensor]):
@@ -150,7 +151,7 @@ def whole_cells(key: Hashable, x: Tensor, size: int) -> Tensor:
     planes, last = (x, True) if stream is None else (stream.take(key, x)[0], stream.last)
     ready = planes.shape[4] - planes.shape[4] % size
     if last and ready < planes.shape[4]:
-        raise ValueError(f"the slabs end {planes.shape[4] - ready} planes into a cell of {size}: pad the volume first")
+        raise ValueError(f"the slabs end {planes.shape[4] - ready} planes into a group of {size}: pad the volume first")
     if stream is not None:
         stream.keep(key, planes[..., ready:])
     return planes[..., :ready]

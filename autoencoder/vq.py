@@ -22,7 +22,7 @@ from .posterior import LatentDistribution
 
 
 class QuantisedLatents(LatentDistribution):
-    """Latents before quantization, certain; `indices` (B, h, w, d) are their nearest codes."""
+    """Latents before quantization, without uncertainty; `indices` (B, h, w, d) are their nearest codes."""
 
     def __init__(self, raw: Tensor, codebook: Codebook, latents_mean: Tensor, latents_std: Tensor):
         super().__init__(raw, torch.zeros_like(raw), latents_mean, latents_std)
@@ -48,7 +48,7 @@ class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
     """Vector-quantized autoencoder for volumes, without GroupNorm or attention.
 
     `encode` gives the latents before quantization, as the diffusion model of Medical Diffusion learns them; `decode`
-    quantizes, then decodes. So all that works on latents works on these.
+    quantizes, then decodes. So everything that works on latents works here too.
 
     Args:
         in_channels, out_channels: channels of the volume.

@@ -62,7 +62,7 @@ def not_on_the_hub(source: str, error: Exception) -> FileError:
     """Return the error for a name that is neither a folder nor on the Hub, which answered `error`."""
     reason = str(error).strip().partition("\n")[0]
     return FileError(
-        f"{source}: no such folder here, nor is it found on the Hub ({type(error).__name__}: {reason}); give the path "
+        f"{source}: is neither a folder here nor found on the Hub ({type(error).__name__}: {reason}); give the path "
         "of a folder, or user/name of a repository that you can reach"
     )
 
@@ -108,7 +108,7 @@ def check_weights(folder: Path, model_class: Any, variant: str | None = None) ->
         with torch.device("meta"):
             described = model_class.from_config(config).state_dict()
     except Exception as error:  # of any kind: a constructor that is given nonsense
-        raise ValueError(f"{folder}: config.json describes no {model_class.__name__}: {error}") from error
+        raise ValueError(f"{folder}: config.json does not describe a {model_class.__name__}: {error}") from error
     expected = {key: tuple(value.shape) for key, value in described.items()}
     problems = {
         "missing": sorted(expected.keys() - stored.keys()),

@@ -51,8 +51,9 @@ class SelfAttentionProcessor:
 
 
 class SelfAttention(nn.Module, AttentionModuleMixin):
-    """x + attention(norm(x)) over the h * w * d cells of (B, C, h, w, d); queries and keys are RMS-normalized (Henry
-    et al. 2020)."""
+    """x + attention(norm(x)) over the h * w * d positions of (B, C, h, w, d); queries and keys are RMS-normalized
+    (Henry et al. 2020).
+    """
 
     _default_processor_cls = SelfAttentionProcessor
     _available_processors = [SelfAttentionProcessor]

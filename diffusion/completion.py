@@ -8,7 +8,7 @@ from volumes.description import NumberStats
 
 
 class DataFacts(Protocol):
-    """What decides a U-Net's config of a training set, see `volumes.description.DataDescription`."""
+    """The facts of a training set that decide a U-Net's config, see `volumes.description.DataDescription`."""
 
     @property
     def channels(self) -> Sequence[str]: ...

@@ -1,5 +1,6 @@
-"""Classes and numbers as a vector beside the time embedding. Axes: classes (B, n) and numbers (B, m), a column each in
-alphabetical order of their names (saved configs are sorted)."""
+"""Classes and numbers as a vector beside the time embedding. Axes: classes (B, n) and numbers (B, m), one column for
+each, in alphabetical order of their names (saved configs are sorted).
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ def fourier_features(numbers: Tensor, mean: float, std: float) -> Tensor:
 
 
 class ConditionEmbedding(nn.Module):
-    """classes (B, n) and numbers (B, m) -> (B, width): the sum of a vector for each.
+    """Maps classes (B, n) and numbers (B, m) to (B, width): the sum of one vector for each.
 
     Vectors of classes start at random, as in ADM (Dhariwal & Nichol 2021): from zero they grow so slowly that short
     runs ignore them. Where they are added to a trained model, `training.initialize_from` zeroes them, so that it begins
@@ -33,8 +34,8 @@ class ConditionEmbedding(nn.Module):
 
     Args:
         classes: the values of each class; index i has row i + 1 of its table, and -1 (absent) has row 0.
-        numbers: {"mean", "std"} of each number, which standardize it; NaN (absent) has a vector of its own.
-        width: of the result.
+        numbers: {"mean", "std"} of each number, which standardize it; NaN (absent) has its own vector.
+        width: number of channels of the result.
     Raises: ValueError for a name used twice, a class without values and a number that no std standardizes.
     """
 
@@ -103,6 +104,6 @@ def _columns(name: str, given: Tensor | None, count: int) -> Sequence[Tensor]:
         raise ValueError(
             f"this model is conditioned on {count} {name}: pass {name} (B, {count}), -1 or NaN where absent; got {got}"
             if count
-            else f"this model knows no {name}: pass none"
+            else f"this model was trained without {name}; omit `{name}`"
         )
     return given.unbind(1)

@@ -23,7 +23,7 @@ class ConditionSchema:
         mask: whether a mask conditions it.
         classes, numbers: names, one per column of the tensors, in alphabetical order.
         images: name and number of latent channels of each condition channel, in alphabetical order.
-        images_are_all: whether the images are all channels that the model generates, so that they cannot all be given.
+        images_are_all: whether the images are all channels of the model, so at least one must be absent.
         dropout: how often training drops each condition.
     """
 
@@ -66,7 +66,7 @@ class ConditionSchema:
         images = dict(self.images)
         if twice := sorted(set(images) & {*self.classes, *self.numbers, "mask"}):
             raise ValueError(
-                f"{twice} name two conditions; call the image's channel, the class or the number otherwise"
+                f"{twice} name two conditions; call the image's channel, the class or the number something else"
             )
         if min(images.values(), default=1) < 1 or sum(images.values()) > latent_channels:
             raise ValueError(f"images {images} are latent channels of each image, {latent_channels} or fewer together")
@@ -90,7 +90,7 @@ class ConditionSchema:
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """The conditions of one batch, as keyword arguments of the U-Net; None for those that it is not given.
+    """The conditions of one batch, as keyword arguments of the U-Net; None for those that are not used.
 
     Attributes:
         classes: int64 (B, n), the index of each class's value; -1 where absent.

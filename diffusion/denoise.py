@@ -22,7 +22,7 @@ MIN_SPAN = 0.9  # of the schedule, that the steps must cover
 
 @dataclass(frozen=True)
 class StepChange:
-    """What a callback changes for the steps that follow; None leaves it as it is. `stop` ends them."""
+    """What a callback changes for the following steps; None changes nothing. `stop` ends the loop."""
 
     latents: Tensor | None = None
     guidance_scale: float | Mapping[str, float] | None = None
@@ -113,7 +113,8 @@ def steps_of(strength: float, num_inference_steps: int) -> int:
     steps = math.floor(num_inference_steps * strength + 1e-6)  # 100 * 0.29 is 28.999999999999996
     if steps < 1:
         raise ValueError(
-            f"strength {strength} of {num_inference_steps} steps is less than one step; raise either, to a product of 1"
+            f"strength {strength} of {num_inference_steps} steps is less than one step; raise either until their "
+            "product is at least 1"
         )
     return steps
 

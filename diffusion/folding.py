@@ -1,10 +1,10 @@
-"""A label map folded to the latent grid, losslessly, and its embedding. Axes: labels (B, X, Y, Z), ids (B, h, w, d,
-r) with r = sx * sy * sz.
+"""A label map folded to the latent grid, losslessly, and its embedding. Axes: labels (B, X, Y, Z), ids (B, h, w, d, r)
+with r = sx * sy * sz.
 
-Space-to-depth of the one-hot mask followed by a 1x1x1 convolution is a linear map of a vector with one 1 per voxel.
-The same map is the sum of one embedding per voxel, indexed by (label, place in the cell): an `EmbeddingBag` on
-integers, and the one-hot is never built. Med-DDPM's channel concatenation (Dorjsembe et al. 2024), lifted into latent
-space.
+Space-to-depth of the one-hot mask followed by a 1x1x1 convolution is a linear map of a vector with one 1 per voxel. The
+same map is the sum of one embedding per voxel, indexed by (label, position in the latent voxel): an `EmbeddingBag` on
+integers. So the one-hot mask is never built. Med-DDPM's channel concatenation (Dorjsembe et al. 2024), lifted into
+latent space.
 """
 
 import torch
@@ -21,7 +21,7 @@ def fold_mask(labels: Tensor, stride: Stride, num_labels: int) -> Tensor:
 
     id 0 is padding (its embedding is zero, like an all-zero one-hot); `label * r + place + 1` is a label at one place
     of its cell.
-    Raises: ValueError for labels outside 0..num_labels-1 and for sides that are no multiples of the stride.
+    Raises: ValueError for labels outside 0..num_labels-1 and for sides that are not multiples of the stride.
     """
     if any(n % s for n, s in zip(labels.shape[1:], stride, strict=True)):
         raise ValueError(
@@ -57,7 +57,7 @@ def cells_inside(ids: Tensor) -> Tensor:
 
 
 class _Bag(nn.EmbeddingBag):
-    """nn.EmbeddingBag in sum mode; ids (N, r), of which 0 is padding and any other occurs at most once a row."""
+    """nn.EmbeddingBag in sum mode. In ids (N, r), 0 is padding and any other id occurs at most once per row."""
 
     def forward(self, ids: Tensor) -> Tensor:
         if len(ids) * len(self.weight) > DENSE_ELEMENTS:
@@ -69,7 +69,9 @@ class _Bag(nn.EmbeddingBag):
 
 
 class FoldedMaskEmbedding(nn.Module):
-    """ids (B, h, w, d, r) -> (B, width, h, w, d): the sum over a cell of one learned vector per (label, place)."""
+    """Maps ids (B, h, w, d, r) to (B, width, h, w, d): the sum over a latent voxel of one learned vector per (label,
+    position).
+    """
 
     def __init__(self, num_labels: int, places: int, width: int):
         super().__init__()

@@ -30,7 +30,7 @@ def fold_images(
     Raises: ValueError for an image that the model does not know, and for latents of other channels or cells.
     """
     if unknown := sorted(set(given) - set(images)):
-        raise ValueError(f"images {unknown} are given; this model can be given {sorted(images) or 'none'}")
+        raise ValueError(f"images {unknown} are not known; the images of this model are {sorted(images) or 'none'}")
     like = next(iter(given.values()), torch.zeros(1))
     folded = like.new_zeros(len(like), len(image_columns(images)), *cells)
     start = 0

@@ -1,10 +1,10 @@
-"""Latents of a whole data set on disk: mean and standard deviation of each volume's posterior, so that training draws
-z again each time.
+"""Latents of a whole data set on disk: mean and standard deviation of each volume's posterior, so that training draws z
+again each time.
 
-One safetensors file an entry, in a folder named by a hash of the autoencoder, the data and the augmentation: a stale
-cache is never read, another one is built beside it. Latents (C, h, w, d); masks (X, Y, Z) int16 label indices, padded
-to the stride with `PADDING`. Each entry holds a digest of its name and tensors (`latent_entry`): a damaged one is made
-again.
+Each entry is a safetensors file, in a folder named by a hash of the autoencoder, the data and the augmentation. So a
+stale cache is never read; another one is built beside it. Latents (C, h, w, d); masks (X, Y, Z) int16 label indices,
+padded to the stride with `PADDING`. Each entry holds a digest of its name and tensors (`latent_entry`): a damaged one
+is made again.
 """
 
 import hashlib
@@ -237,15 +237,15 @@ def _is_there(file: Path, reader: EntryReader, store: LatentStore | None) -> boo
 
 
 class LatentDataset(Dataset):
-    """Entries of a latent cache: [i] -> {"mean", "std" (C, h, w, d), "inside" (1, h, w, d) boolean, "mask" (X, Y, Z)
+    """Entries of a latent cache. Item i is {"mean", "std" (C, h, w, d), "inside" (1, h, w, d) boolean, "mask" (X, Y, Z)
     int16 if any, "name", and the "classes" and "numbers" of its case if any}.
 
     The tensors are views of the file in memory (safetensors maps it): only what is read is loaded, the system may drop
-    it again, and a cache may be larger than memory. Files that are not there yet are copied from `store`; so are those
-    whose copy is damaged. Each process checks an entry's digest once (`EntryReader`).
+    it again, and a cache may be larger than memory. Missing files, and those whose copy is damaged, are copied from
+    `store`. Each process checks an entry's digest once (`EntryReader`).
 
     Args:
-        names: of the volume of each entry, for messages.
+        names: name of the volume of each entry, for messages.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """One entry of a latent cache on disk: tensors in safetensors, with a digest of its name and of them in the header.
 
-The digest detects an entry that is truncated, zeroed or flipped, and one with the content of another. It is
-compared the first time that a process opens the file, and again only when the file has been touched since.
+The digest detects an entry that is truncated, zeroed or has flipped bits, and one with the content of another. It is
+compared when a process first opens the file, and again only if the file has changed since.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ def check_latents(posterior: LatentDistribution, volume: str) -> None:
     if not bool(posterior.mean.isfinite().all() and posterior.std.isfinite().all()):
         raise ValueError(
             f"{volume}: its latents are not finite. The autoencoder is not trained well, or overflows in its "
-            "precision; look at its reconstruction (python evaluate.py reconstruction), or leave the volume out"
+            "precision; look at its reconstruction (python evaluate.py reconstruction), or exclude the volume"
         )
 
 

@@ -58,7 +58,7 @@ def check_objective(objective: str) -> None:
 def check_train_steps(objective: str, train_steps: int | None) -> None:
     """Raise ValueError for a number of steps that the objective cannot have."""
     if train_steps is not None and objective == RECTIFIED_FLOW:
-        raise ValueError(f"train_steps {train_steps}: rectified flow's time is continuous; leave it out")
+        raise ValueError(f"train_steps {train_steps}: rectified flow's time is continuous; omit it")
     if train_steps is not None and train_steps < 2:
         raise ValueError(f"train_steps must be 2 or more, got {train_steps}")
 

@@ -1,8 +1,8 @@
 """Options of diffusers' schedulers: which of them act for a model, which are refused, and which nothing reads.
 
-diffusers checks few of its own options: many that do not fit a model, or each other, give NaN, noise that stays, or
-what would have come without them. Each refusal here was measured: tests/diffusion/test_scheduler_options.py tries every
-option of every class that is let through.
+diffusers checks few of its own options: many that do not fit a model, or each other, give NaN or remaining noise, or
+have no effect. Each refusal here was measured: tests/diffusion/test_scheduler_options.py tries every option of every
+accepted class.
 """
 
 import inspect

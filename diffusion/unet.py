@@ -1,4 +1,6 @@
-"""LatentUNet3D: the denoiser. Axes: latents (B, C, h, w, d); any size of three cells or more, odd ones included."""
+"""LatentUNet3D: the denoiser. Axes: latents (B, C, h, w, d); any size of three latent voxels or more, odd ones
+included.
+"""
 
 import math
 from collections.abc import Sequence
@@ -72,8 +74,8 @@ def pad_at_end(x: Tensor, stride: Stride) -> Tensor:
 
 
 class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
-    """3-D U-Net (Ronneberger et al. 2015; Ho et al. 2020) over latents, conditioned on a mask folded to the latent
-    grid, on classes, on numbers and on images (channels that are given), or on some of these.
+    """3-D U-Net (Ronneberger et al. 2015; Ho et al. 2020) over latents. It is conditioned on any of these: a mask
+    folded to the latent grid, classes, numbers, and images (condition channels).
 
     Odd sizes are padded on the way down and cropped to the skip's size on the way up.
 
@@ -92,10 +94,11 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         numbers: mean and std of each number that conditions the model, e.g. {"age": {"mean": 50.0, "std": 18.0}}.
         images: latent channels of each image that conditions the model, e.g. {"ct": 6, "pet": 6}; see
             `diffusion.images`.
-        train_steps: of the schedule that v or eps is trained with; 1000 if absent. Stored here for the same reason.
+        train_steps: length of the schedule that v or eps is trained with; 1000 if absent. Stored here for the same
+            reason.
         condition_dropout: how often training drops each condition, such as {"mask": 0.1, "sex": 0.2}; those that were
             never dropped cannot be guided (Ho & Salimans 2022).
-        subjects: records of whose volumes it was trained on (`volumes.data.subjects`); train_ldm.py sets it.
+        subjects: records of the training subjects (`volumes.data.subjects`); train_ldm.py sets it.
     """
 
     lora_subjects: dict[str, Sequence[SubjectRecord] | None]  # of each attached LoRA; set when one is loaded
@@ -131,7 +134,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         super().__init__()
         if not len(channels) == len(strides) + 1 == len(blocks) == len(attention):
             raise ValueError(
-                f"channels {channels}, blocks {blocks} and attention {attention} need one entry a level, strides "
+                f"channels {channels}, blocks {blocks} and attention {attention} need one entry per level, strides "
                 f"{strides} one fewer"
             )
         check_objective(objective)
@@ -187,7 +190,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
 
     @property
     def train_steps(self) -> int:
-        """Steps of the schedule that it was trained with."""
+        """Number of steps of the schedule that it was trained with."""
         return self.config["train_steps"] or TRAIN_STEPS
 
     @property

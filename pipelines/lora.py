@@ -122,7 +122,7 @@ def check_scales(scales: Any) -> None:
 
 
 class _OfPipelineOrClass:
-    """A classmethod, as diffusers has it, that is also given the pipeline where it is called on one."""
+    """A classmethod, as in diffusers, that also receives the pipeline when it is called on one."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -191,7 +191,7 @@ class LoraMixin(LoraBaseMixin):
         Raises: ValueError if peft is not installed, or if it belongs to another architecture; FileError, which is one
         and an OSError too, if it is not found or no safetensors file; TypeError for keywords that it does not read. One
         that was trained on other weights of the same architecture is loaded with a warning, and so is one without
-        settings, of which alpha is taken to be the rank, as in diffusers.
+        settings; alpha is then taken to be the rank, as in diffusers.
         """
         require_peft()
         if adapter_name is not None and not (
@@ -216,7 +216,7 @@ class LoraMixin(LoraBaseMixin):
                 f"adapter_name: a LoRA {adapter_name!r} is attached already; give another name, or hotswap=True"
             )
         if settings is None:
-            logger.warning("%s: says nothing of its alpha, which is taken to be its rank, as diffusers does", name)
+            logger.warning("%s: does not state its alpha, which is taken to be its rank, as in diffusers", name)
         if base is None and not in_memory:
             logger.warning("%s: does not say which U-Net it was trained on", name)
         elif base is not None and base != self.unet_hash:
@@ -377,8 +377,7 @@ class LoraMixin(LoraBaseMixin):
 
     @property
     def training_subjects(self) -> Sequence[Mapping[str, Any]]:
-        """Records of whose volumes autoencoder, U-Net and attached LoRAs were trained on, see
-        `volumes.data.subjects`."""
+        """Records of the training subjects of autoencoder, U-Net and attached LoRAs, see `volumes.data.subjects`."""
         parts = [self.vae.config.get("subjects"), self.unet.config.get("subjects")]
         return join_records(*parts, *self._lora_subjects().values())
 
@@ -398,4 +397,4 @@ class LoraMixin(LoraBaseMixin):
         if hasattr(self.unet, "offloaded_to_disk"):
             raise ValueError(f"{what} before offloading to disk: the files there are not written again")
         if any(parameter.dtype.itemsize == 1 for parameter in self.unet.parameters()):
-            raise ValueError(f"{what} before enable_layerwise_casting: there is no arithmetic in eight bits")
+            raise ValueError(f"{what} before enable_layerwise_casting: eight-bit weights cannot be changed")

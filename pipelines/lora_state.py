@@ -1,4 +1,4 @@
-"""LoRAs that are attached to a U-Net: their tensors, their settings, and the fingerprint of those that act."""
+"""LoRAs that are attached to a U-Net: their tensors, their settings, and the fingerprint of the active ones."""
 
 import hashlib
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""The description of a training set: what a pipeline must know of it to prepare masks and to restore volumes.
+"""The description of a training set: what a pipeline needs to prepare masks and to restore volumes.
 
 `volumes.describe` measures it. It is stored as JSON in a pipeline's model_index.json, and checked strictly when it is
 read.
@@ -97,8 +97,8 @@ class ChannelNoise:
     """The residual noise of one channel, see `autoencoder.residual_noise`.
 
     Attributes:
-        kernel: filter of white noise, nested list of 2 `NOISE_RADIUS` + 1 values a side, whose squares sum to 1.
-        std: of the noise at level 1, in the model's units; 0 if no power is missing.
+        kernel: filter of white noise, a nested list with sides of 2 `NOISE_RADIUS` + 1, whose squares sum to 1.
+        std: standard deviation of the noise at level 1, in the model's units; 0 if no power is missing.
         curve: factor of the noise by decoded intensity, `NOISE_BINS` values over [-1, 1].
         levels: `NOISE_LEVELS` quantiles of the level over the training volumes.
     """

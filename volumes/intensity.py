@@ -39,10 +39,9 @@ class IntensityScaling:
     """How a channel is scaled.
 
     Args:
-        kind: "window" takes low and high as they are, for values that are a quantity (CT in HU, PET in SUV, maps of T1
-            in ms): what lies outside is cut off, the same in every volume. "percentile" fits them to every whole
-            volume, for values in no unit (most MR): it cuts off the brightest of each volume, and SUV loses its
-            meaning.
+        kind: "window" uses low and high unchanged, for quantities (CT in HU, PET in SUV, maps of T1 in ms): values
+            outside are cut off, the same in every volume. "percentile" fits them to every whole volume, for values
+            without a unit (most MR): it cuts off the brightest voxels of each volume, and SUV loses its meaning.
         low: lower percentile (0-100), or lower value in file units.
         high: upper percentile, or upper value.
     """
@@ -65,7 +64,7 @@ class IntensityScaling:
         """
         lowest, highest = float(array.min()), float(array.max())
         if lowest == highest:
-            raise VolumeError(f"every voxel is {lowest:g}: it is constant; leave it out")
+            raise VolumeError(f"every voxel is {lowest:g}: it is constant; exclude it")
         if self.kind == "window":
             for side, beyond in (("at or below", highest <= self.low), ("at or above", lowest >= self.high)):
                 if beyond:

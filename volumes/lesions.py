@@ -1,5 +1,5 @@
-"""Insert lesions into label maps, and remove them. Each function gives the edited mask and the region that it takes to
-make the image match, for `editor(mask=edited, image=image, region=region)`.
+"""Insert lesions into label maps, and remove them. Each function returns the edited mask and the region to generate
+again so that the image matches, for `editor(mask=edited, image=image, region=region)`.
 
 Masks are volumes (1, X, Y, Z) of label values in RAS+ order, as `volumes.read_mask` reads them; positions are voxels of
 that grid, counted from 0; lengths are in mm.

@@ -1,5 +1,6 @@
-"""What label maps of a training set have in common, and whether a generated one has it too: which labels, in how many
-pieces of what size, how near the edge, on grids of which shapes."""
+"""What label maps of a training set have in common, and whether a generated one has it too: the labels, their pieces
+and sizes, their voxels at the edge, and the shapes of the grids.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -34,8 +35,8 @@ class LabelStats:
 
     Attributes:
         mm3: smallest and largest volume in mm^3, of the maps that have the label.
-        pieces: most connected pieces in one map.
-        edge: most voxels in the outer planes of one map.
+        pieces: largest number of connected pieces in one map.
+        edge: largest number of voxels in the outer planes of one map.
         always: whether every map has the label.
     """
 
@@ -47,11 +48,11 @@ class LabelStats:
 
 @dataclass(frozen=True)
 class LabelMapStats:
-    """What holds of all label maps of a training set, for `label_map_fault`.
+    """What all label maps of a training set have in common, for `label_map_fault`.
 
     Attributes:
-        labels: by name; a label that no map has is absent.
-        pieces: most connected pieces of the foreground in one map.
+        labels: statistics by name; a label that no map has is absent.
+        pieces: largest number of connected pieces of the foreground in one map.
         shapes: voxels (X, Y, Z) of the maps' grids: one if all are equal, else at most `MAX_SHAPES`, evenly chosen.
     """
 

@@ -32,8 +32,7 @@ class SourceGrid:
     """The grid on which a volume was stored before it was brought to RAS+, so that results can be written back onto it.
 
     shape: (I, J, K) as stored; affine: (4, 4) float64 in mm; qform: (4, 4) in mm, or None when qform_code is 0 or it is
-    broken; unit: of length, that the header names ("mm", "m", "cm", "um", or "unknown"), unless the reader was told
-    another.
+    broken; unit: the header's unit of length ("mm", "m", "cm", "um", or "unknown"), unless the reader was told another.
     """
 
     shape: tuple[int, int, int]

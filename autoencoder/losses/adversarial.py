@@ -1,7 +1,7 @@
 """Adversarial training: discriminators of slices and of volumes, and their losses. Axes: (B, C, X, Y, Z).
 
-Medical Diffusion (Khader et al. 2023) and VQGAN (Esser et al. 2021) sharpen an autoencoder so: a discriminator of 2-D
-slices sees fine texture, one of 3-D patches sees that slices belong together.
+Medical Diffusion (Khader et al. 2023) and VQGAN (Esser et al. 2021) sharpen an autoencoder this way: a discriminator of
+2-D slices sees fine texture; one of 3-D patches sees whether slices fit together.
 """
 
 from collections.abc import Sequence
@@ -45,9 +45,9 @@ class VolumeDiscriminator(nn.Module):
 
     Args:
         in_channels: channels of the volume.
-        channels: width of the first layer; doubled by each next one.
+        channels: width of the first layer; each further layer doubles it.
         layers: layers after the first; each but the last halves the sides.
-        slices, volume: whether to judge slices, and whole crops.
+        slices, volume: use the discriminator of slices, and that of whole patches.
     Raises: ValueError if both are False.
     """
 

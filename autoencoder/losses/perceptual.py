@@ -1,7 +1,7 @@
 """Perceptual losses: the distance between a frozen network's features of a reconstruction and of its volume.
 
 Axes: volumes (B, C, X, Y, Z) in [-1, 1], slices (B, C, ., .). Nothing is downloaded: the network is an autoencoder of
-ours, or VGG-16 in a local file.
+this package, or VGG-16 in a local file.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ class EncoderFeatures(nn.Module):
     """Features of volumes: activations of a trained autoencoder's encoder at the end of each level.
 
     Args:
-        vae: frozen here. One that takes a single channel, or codes each separately, sees one channel at a time.
+        vae: frozen here. An autoencoder of a single channel, or with per_channel, sees one channel at a time.
     """
 
     dims: int = 3

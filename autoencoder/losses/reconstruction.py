@@ -1,8 +1,8 @@
 """Reconstruction losses, each averaged over the voxels inside the field of view only. Axes: (B, C, X, Y, Z).
 
-`fov` is boolean, (B, 1, X, Y, Z): False where a volume was padded. Padding has no truth, so it must not pull on the
-model. Each volume counts the same, however much of it is padding: a batch has then the mean loss of its parts, and it
-makes no difference over how many processes, or accumulated parts, it is divided.
+`fov` is boolean, (B, 1, X, Y, Z): False where a volume was padded. Padding has no true values, so it must not influence
+the model. Each volume counts the same, however much of it is padding. So the loss of a batch is the mean loss of its
+parts, over however many processes or accumulated parts it is divided.
 """
 
 import torch

@@ -198,7 +198,7 @@ class CopyCheck:
         Raises: ValueError for blocks of one voxel, which would be the scans themselves.
         """
         if self.block < 2:
-            raise ValueError("fingerprints of single voxels are the scans; take a larger block")
+            raise ValueError("fingerprints of single voxels are the scans themselves; take a larger block")
         entries = {name: getattr(self, name) for name in ("crop", "block", "flips", "shift", "threshold")}
         entries["subjects"] = {
             split: [{kind: sorted(values) for kind, values in of_volume.items()} for of_volume in marks]

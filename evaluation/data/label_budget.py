@@ -27,7 +27,7 @@ def parse(args: list[str] | None) -> Namespace:
     """Parse the command line, with the data section of `--config` as the defaults of `--data.*`."""
     parser = config_parser("evaluation.data.label_budget", __doc__, args)
     parser.add_argument("--k", type=Number(PositiveInt), required=True, help="labeled volumes")
-    parser.add_argument("--seed", type=Number(Seed), default=0, help="another number draws other subjects")
+    parser.add_argument("--seed", type=Number(Seed), default=0, help="another number chooses other subjects")
     parser.add_argument("--output", type=str, required=True, help="table to write, a CSV file")
     parsed = parser.instantiate(parser.parse_args(args))
     assert isinstance(parsed, Namespace)
@@ -55,7 +55,7 @@ def draw_labeled(cases: Sequence[Case], k: int, seed: int) -> list[int]:
     Raises: ValueError unless there are k volumes, at least 1.
     """
     if not 1 <= k <= len(cases):
-        raise ValueError(f"{k} labeled volumes cannot be drawn from {len(cases)}; take 1 to {len(cases)}")
+        raise ValueError(f"{k} labeled volumes cannot be chosen from {len(cases)}; take 1 to {len(cases)}")
 
     def order(index: int) -> tuple[str, str]:
         subject = cases[index].subject
@@ -95,7 +95,7 @@ def restrict(config: DataConfig, k: int, seed: int, table: Path) -> DataConfig:
     named = str(place) if is_url(config.root) else os.path.relpath(place, Path(plain_path(config.root)).resolve())
     found = replace(config, table=named, split=split, test_fraction=0.0)
     if {case.name for case in load_cases(found) if case.split != "test"} != {case.name for case in chosen}:
-        raise ValueError(f"{table}: names other volumes than were drawn; name the pieces of the files with {{braces}}")
+        raise ValueError(f"{table}: names other volumes than were chosen; name the pieces of the files with {{braces}}")
     return found
 
 
@@ -123,7 +123,7 @@ def main(args: list[str] | None = None) -> None:
     print(f"{len(learn)} volumes of {len({case.subject for case in learn})} subjects: {names}")
     cleared = " --data.test_fraction 0" if options.data.test_fraction else ""
     print(f"train and evaluate with: --data.table {config.table} --data.split {config.split}{cleared}")
-    print(f"generate with: --conditions {masks}, or {test_masks} for volumes to be judged")
+    print(f"generate with: --conditions {masks}, or {test_masks} for test volumes")
 
 
 def _write(table: Path, rows: Iterable[Mapping[str, Any]]) -> None:

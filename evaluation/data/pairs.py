@@ -1,4 +1,4 @@
-"""What the segmenter learns from and is judged on: pairs of volume and mask, real or generated, at one size.
+"""Pairs of volume and mask, real or generated, at one size, to train and test the segmenter.
 
 Volumes generated from a mask are found by its file name, as generate.py writes them: `<mask>_000.nii.gz`, or
 `<mask>.nii.gz`, on the mask's grid; of several channels `<mask>_000_<channel>.nii.gz` each.
@@ -39,8 +39,9 @@ NAMES = {"train": "training", "test": "test"}  # of the splits, in messages
 
 @dataclass(frozen=True)
 class Pair:
-    """One volume to learn from or be judged on: the case whose mask it has, and its files, one per channel, if they are
-    not the case's own."""
+    """One volume to train or test on: the case whose mask it has, and its files, one per channel, if they are not the
+    case's own.
+    """
 
     case: Case
     generated: tuple[Path, ...] | None = None
@@ -71,7 +72,7 @@ def generated_pairs(cases: Sequence[Case], folder: Path, split: Literal["train",
     """
     if not folder.is_dir():
         raise ValueError(
-            f"{folder}: no such folder; make it with generate.py from the masks of the {NAMES[split]} split"
+            f"{folder}: no such folder; generate it with generate.py from the masks of the {NAMES[split]} split"
         )
     files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES) and path.name[0] != ".")
     masks = {_stem(case.mask): case for case in cases if case.mask is not None}
@@ -115,7 +116,7 @@ def _of_generated_masks(
         if read_sidecar(mask) is None:  # somebody's own, of whom nothing is known
             continue
         if describe_mask(mask)["sha256"] != record.get("sha256"):
-            raise ValueError(f"{path}: was made from another mask than {mask}; generate it again")
+            raise ValueError(f"{path}: was generated from another mask than {mask}; generate it again")
         if missing := [channel for channel in channels if channel not in parts]:
             raise ValueError(f"{path}: has no file of channel {', '.join(missing)}; generate all channels")
         case = Case(volume, f"generated {_stem(mask)}", "train", dict(parts), mask)
@@ -256,7 +257,7 @@ def _given(path: Path, channel: str, case: Case) -> Path:
     given = (record.get("images") or {}).get(channel)
     if given is None or given.get("sha256") != describe_mask(case.images[channel])["sha256"]:
         raise ValueError(
-            f"{path}: has no file of channel {channel!r}, nor was it given that of {case.name}; "
+            f"{path}: has no file of channel {channel!r}, and was not conditioned on that of {case.name}; "
             "generate all channels, or give the case's own"
         )
     return case.images[channel]

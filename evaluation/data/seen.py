@@ -48,7 +48,7 @@ def check_models(
     Args:
         models: folders, LoRA files or repositories of the Hub. Both their training subjects and their preprocessing are
             checked.
-        others: folders of models of which only the training subjects are checked.
+        others: folders of models; only their training subjects are checked.
         generated: folders of generate.py. The training subjects of the models that generated the volumes are checked.
         accepted: whether equal names of subjects (not equal voxels) are other people; they are logged.
     Raises: ValueError naming the subjects, or the differences.

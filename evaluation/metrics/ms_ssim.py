@@ -80,7 +80,9 @@ def random_pairs(count: int, pairs: int, seed: int, subjects: Units | None = Non
 def check_pairs(subjects: Units, name: str = "") -> None:
     """Raise ValueError for volumes of a single subject, which give no pair."""
     if len(set(subjects)) < 2:
-        raise ValueError(f"{len(subjects)} {name + ' ' if name else ''}volumes make no pair of different subjects")
+        raise ValueError(
+            f"{len(subjects)} {name + ' ' if name else ''}volumes do not contain a pair of different subjects"
+        )
 
 
 def pair_similarity(

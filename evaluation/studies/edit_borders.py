@@ -5,9 +5,9 @@ python -m evaluation.studies.edit_borders --config configs/hippocampus/ldm.yaml 
 out/editing.json
 
 The jump is the mean |difference| between the two voxels on either side of the region's border (they share a face), over
-that between voxels next to them, just inside and just outside, across faces parallel to these. 1 is no edge; the figure
-of the untouched volume is reported beside it. Regions: a box in the middle, half of each side, and the labels of the
-mask with 3 mm more on each side. Intervals are of 95 %, over subjects.
+that between voxels next to them, just inside and just outside, across faces parallel to these. A jump of 1 means no
+edge; the figure of the untouched volume is reported beside it. Regions: a box in the middle, half of each side, and the
+labels of the mask with 3 mm more on each side. Intervals are of 95 %, over subjects.
 """
 
 from collections.abc import Callable, Sequence

@@ -65,7 +65,7 @@ def parse(args: Sequence[str] | None) -> Namespace:
         type=Number(NonNegativeFloat),
         nargs="+",
         default=[1.0],
-        help="guidance scales; 0 to 1 is no guidance (1)",
+        help="guidance scales; 0 to 1 means no guidance (1)",
     )
     parser.add_argument("--seed", type=Number(Seed), default=0, help="seed of the first volume (0)")
     parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")

@@ -1,4 +1,4 @@
-"""Broken label maps: a label missing, in pieces, or cut off at the edge, as in no map of the training set."""
+"""Broken label maps: a label that is missing, in pieces, or cut off at the edge as in no map of the training set."""
 
 from collections.abc import Mapping
 from typing import Any

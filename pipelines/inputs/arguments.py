@@ -1,5 +1,6 @@
-"""Arguments of calls (numbers of numpy and torch, any sequence, paths with ~), made plain and checked before any
-work. Every function names the argument in its ValueError."""
+"""Convert and check arguments of calls (numbers of numpy and torch, any sequence, paths with ~) before any work. Every
+function names the argument in its ValueError.
+"""
 
 import math
 import os

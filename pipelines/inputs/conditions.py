@@ -34,7 +34,9 @@ def check_described(vae: VolumeAutoencoder, unet: LatentUNet3D, data: DataDescri
             raise ValueError(f"the U-Net knows the {kind} {known or 'none'}, data describes {described or 'none'}")
     for name, channels in (unet.config["images"] or {}).items():
         if name not in data.channels:
-            raise ValueError(f"the U-Net can be given {name!r}, data describes the channels {list(data.channels)}")
+            raise ValueError(
+                f"the U-Net has the image condition {name!r}, data describes the channels {list(data.channels)}"
+            )
         own = vae.latents_of(data.channels.index(name))
         if own.stop - own.start != channels:
             raise ValueError(
@@ -123,7 +125,7 @@ def _finite(name: str, value: Any) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"numbers: {name} is {value!r}; give a finite number, or leave {name} out")
+        raise ValueError(f"numbers: {name} is {value!r}; give a finite number, or omit {name}")
     return number
 
 

@@ -54,9 +54,7 @@ def check_images(unet: LatentUNet3D, data: DataDescription, images: Images) -> N
             f"image names {_listing(untrained)}, which this model was not trained to take as a condition; {knows}"
         )
     if images and set(data.channels) <= set(images):
-        raise ValueError(
-            f"image gives all channels ({_listing(images)}), so nothing is left to generate; leave one out"
-        )
+        raise ValueError(f"image gives all channels ({_listing(images)}), so nothing is left to generate; omit one")
     rates = unet.config["condition_dropout"] or {}
     if needed := [name for name in known if name not in images and not rates.get(name)]:
         raise ValueError(f"image must give {_listing(needed)}, as training never dropped it; {knows}")

@@ -33,9 +33,9 @@ class EditRequest:
 
     Args:
         images: {channel: image} of every channel that the model generates.
-        keep_channels: those of them that stay as they are and condition the others.
+        keep_channels: channels that stay unchanged and condition the others.
         region: label map on the images' grid, not 0 where voxels are generated; None: everywhere.
-        strength: in (0, 1], the share of the denoising that the image goes through; 1 leaves nothing of it.
+        strength: in (0, 1], the fraction of the denoising that the image goes through; 1 leaves nothing of it.
         blend_margin: mm inside the region in which the generated voxels are blended with their surroundings, see
             `harmonic_blend`.
     """
@@ -48,7 +48,7 @@ class EditRequest:
 
     @property
     def replaces_all(self) -> bool:
-        """Whether nothing of the image is left but its grid."""
+        """Whether only the grid of the image is left."""
         return self.strength == 1 and self.region is None
 
     @property
@@ -58,7 +58,7 @@ class EditRequest:
 
     @property
     def identity(self) -> Hashable:
-        """Equal for the same edit of the same images in the same region."""
+        """A key that is equal for the same edit of the same images in the same region."""
         images = sorted((str(channel), identity(image)) for channel, image in self.images.items())
         return tuple(images), identity(self.region), self.keep_channels, self.strength, self.blend_margin
 
@@ -101,8 +101,7 @@ def edit_requests(
         )
     if set(keep_channels) >= set(channels):
         raise ValueError(
-            f"keep_channels names all channels ({', '.join(keep_channels)}), so nothing is left to change; leave one "
-            "out"
+            f"keep_channels names all channels ({', '.join(keep_channels)}), so nothing is left to change; omit one"
         )
     if blend_margin < 0:
         raise ValueError(f"blend_margin is a length in mm, 0 or more, got {blend_margin}")
@@ -155,7 +154,7 @@ class PreparedEdit:
 
     Attributes:
         images: its channels, scaled as in training.
-        originals: {channel: (X, Y, Z)} their voxels as they are, see `volumes.read_volume(exact=True)`.
+        originals: {channel: (X, Y, Z)} the unchanged voxels, see `volumes.read_volume(exact=True)`.
         region: bool (X, Y, Z), True where voxels are generated; None: everywhere.
         spacing, blend_margin: mm.
         unseen: bool (X, Y, Z), True outside the mask's field of view: nothing there is continued into the region.

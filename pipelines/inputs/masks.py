@@ -1,4 +1,6 @@
-"""Load and check masks from any supported input type. Label values are those of files, label indices the model's."""
+"""Load and check masks from any supported input type. Label values are those of files, label indices those of the
+model.
+"""
 
 import hashlib
 import os

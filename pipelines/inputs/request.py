@@ -25,7 +25,7 @@ class VolumeRequest:
         images: {channel: image} of the channels that condition the others.
         label_map: label values of the mask that are read as others.
         edit: the image that is changed, for `MedVolumeEditPipeline`.
-        name: of the volume's files, for `batch_generation`.
+        name: name of the volume's files, for `batch_generation`.
     Raises: ValueError for a shape or a label map that cannot be used.
     """
 
@@ -51,7 +51,7 @@ class VolumeRequest:
 
     @property
     def grid_key(self) -> Hashable:
-        """Equal for requests of the same files, which have one grid."""
+        """A key that is equal for requests of the same files, which have the same grid."""
         images = sorted((str(channel), identity(image)) for channel, image in self.images.items())
         edit = None if self.edit is None else self.edit.identity
         label_map = tuple((self.label_map or {}).items())

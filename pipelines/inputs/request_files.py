@@ -66,13 +66,13 @@ def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
         )
     masks = sorted(found, key=lambda path: (volume_stem(path), str(path)))
     if forks := resource_forks(masks):
-        warnings.warn(f"{len(forks)} files of macOS beside the masks are passed over, such as {forks[0]}", stacklevel=2)
+        warnings.warn(f"{len(forks)} files of macOS beside the masks are ignored, such as {forks[0]}", stacklevel=2)
     for mask in masks:
         check_name(volume_stem(mask), f"the mask {str(mask)!r}, for its volumes")
     for first, second in itertools.pairwise(sorted(masks, key=lambda path: same_name(volume_stem(path)))):
         if same_name(volume_stem(first)) == same_name(volume_stem(second)):
             both = with_urls(f"{first} and {second}")
-            alike = "" if volume_stem(first) == volume_stem(second) else ", but for upper and lower case"
+            alike = "" if volume_stem(first) == volume_stem(second) else ", apart from upper and lower case"
             raise ValueError(f"{both} have the same stem{alike}, so their volumes would too; rename one")
     refuse_masks_in(output, masks)
     return masks
@@ -106,7 +106,7 @@ def read_requests(source: str | Path, pipe: VolumePipeline, output: Path) -> lis
         if name in places:
             raise ValueError(
                 f"{source}: several rows are called {request.name}: {places[name]} and {row.place}"
-                " (upper and lower case are one on some disks); tell them apart in a column `name`"
+                " (upper and lower case count as equal on some disks); tell them apart in a column `name`"
             )
         places[name] = row.place
         requests.append(request)

@@ -1,4 +1,6 @@
-"""Saving and loading through diffusers, made strict: packages registered, safetensors only, every key accounted for."""
+"""Strict saving and loading through diffusers: packages are registered, only safetensors are read, and every key must
+fit.
+"""
 
 import importlib
 from collections.abc import Collection, Iterable, Mapping
@@ -83,7 +85,7 @@ def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
                 f"{folder}: model_index.json asks for {entry[1]} as {name}, which is not a {kind.__name__}"
             )
         if not (folder / name).is_dir() and name not in given:  # diffusers would look for its files beside the index
-            raise FileError(f"{folder}: has no folder {name}, which model_index.json speaks of; is it whole?")
+            raise FileError(f"{folder}: has no folder {name}, which model_index.json names; is the download complete?")
         if (folder / name / f"{package}.py").exists():  # which diffusers would take in the place of the package
             raise ValueError(
                 f"{folder / name}: holds {package}.py; code of a pipeline's folder is never run, remove it"

@@ -1,7 +1,7 @@
-"""Files of LoRAs: diffusers' `pytorch_lora_weights.safetensors`, as they are written, found and read.
+"""Files of LoRAs: diffusers' `pytorch_lora_weights.safetensors`, written, found and read.
 
-Tensors `unet.<layer>.lora_A.weight` (rank, in, ...) and `lora_B.weight` (out, rank, ...), and in the header, as JSON,
-peft's settings and the hash of the U-Net that it was trained on.
+Tensors `unet.<layer>.lora_A.weight` (rank, in, ...) and `lora_B.weight` (out, rank, ...). The header holds, as JSON,
+peft's settings and the hash of the U-Net that the LoRA was trained on.
 """
 
 import json
@@ -68,9 +68,10 @@ def write_lora(
 
 
 class LoraFile(NamedTuple):
-    """A LoRA: its tensors by layer ("down_blocks.0.0.conv1.lora_A.weight"), and what its file says of it, None where it
-    does not: peft's settings, the hash of the base U-Net, how its training volumes were prepared
-    (`volumes.data.preprocessing`), and records of whose they were (`volumes.data.subjects`)."""
+    """A LoRA: its tensors by layer ("down_blocks.0.0.conv1.lora_A.weight"), and what its file records, or None: peft's
+    settings, the hash of the base U-Net, how its training volumes were prepared (`volumes.data.preprocessing`), and its
+    training subjects (`volumes.data.subjects`).
+    """
 
     tensors: dict[str, torch.Tensor]
     settings: Mapping[str, Any] | None = None
@@ -80,13 +81,14 @@ class LoraFile(NamedTuple):
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read a LoRA's file. Raises: FileError if it is no safetensors file, ValueError if it holds no LoRA of a U-Net,
-    and as `check_tensors` and `check_settings`."""
+    """Read a LoRA's file. Raises: FileError if it is not a safetensors file, ValueError if it does not hold a LoRA of a
+    U-Net, and as `check_tensors` and `check_settings`.
+    """
     try:
         with open_safetensors(path) as file:
             text = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}")
             if len(text) > MOST_HEADER:
-                raise FileError(f"its settings are {len(text)} letters; {MOST_HEADER} at most are read")
+                raise FileError(f"its settings are {len(text)} characters; {MOST_HEADER} at most are read")
             header = parse_json(text)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:

@@ -1,8 +1,8 @@
 """The settings in the file of a LoRA: an allow-list of peft's settings with their types and ranges, checked before peft
 sees them.
 
-peft takes names of layers in a file for regular expressions, which can run for ever, allocates what a rank asks for,
-and computes with an alpha of any kind. Here names are plain, they and the ranks must be those of the tensors, and peft
+peft treats names of layers in a file as regular expressions, which can run forever. It allocates what a rank asks for,
+and computes with an alpha of any kind. Here names are plain, names and ranks must be those of the tensors, and peft
 gets exact settings.
 """
 
@@ -66,7 +66,7 @@ def check_settings(
         tensors: the LoRA's, by layer ("down_blocks.0.0.conv1.lora_A.weight").
     Returns: r, lora_alpha, lora_dropout, use_rslora, target_modules as they are; patterns by whole names of layers, as
         far as these differ from r and lora_alpha.
-    Raises: ValueError naming a setting that is missing, is of another type or out of range, is none of `SETTINGS` and
+    Raises: ValueError naming a setting that is missing, is of another type or out of range, is not in `SETTINGS` and
         would change the model, names layers by anything but plain names, or does not fit the tensors.
     """
     settings = {name: header[name] for name in SETTINGS if header.get(name) is not None}

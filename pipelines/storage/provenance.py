@@ -1,5 +1,6 @@
-"""A generated volume is marked as synthetic, with the record of its generation: in its NIfTI header and a JSON file
-beside it."""
+"""Mark a generated volume as synthetic, with the record of its generation, in its NIfTI header and in a JSON file
+beside it.
+"""
 
 import hashlib
 import json

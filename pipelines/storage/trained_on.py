@@ -1,5 +1,6 @@
-"""What a saved model says of its training, without loading it: records of whose volumes it learned from, and how they
-were prepared."""
+"""Read what a saved model says of its training, without loading it: its training subjects, and how their volumes were
+prepared.
+"""
 
 import json
 from collections.abc import Mapping, Sequence

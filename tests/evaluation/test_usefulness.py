@@ -115,7 +115,7 @@ def test_drawn_subjects_are_nested_and_ignore_the_file_order():
     assert [backwards[i].name for i in draw_labeled(backwards, 8, 0)] == draws[8]
     assert [cases[i].name for i in draw_labeled(cases, 8, 1)] != draws[8]
     for k in (0, 17):
-        with pytest.raises(ValueError, match=f"{k} labeled volumes cannot be drawn from 16"):
+        with pytest.raises(ValueError, match=f"{k} labeled volumes cannot be chosen from 16"):
             draw_labeled(cases, k, 0)
 
 

@@ -45,7 +45,7 @@ SPLITS = ("train", "validation", "test")
 class Case:
     """One volume of the data set: its files by channel, its mask, its subject and split, and the table's other columns.
 
-    A phantom has no files but the number of its drawing.
+    A phantom has no files, only its number.
     """
 
     name: str
@@ -180,7 +180,7 @@ def _from_patterns(config: DataConfig) -> list[Case]:
         if not found[channel]:
             raise ValueError(f"no file matches {' or '.join(map(str, patterns))} in {root.resolve()}")
     if forks := resource_forks([path for files in found.values() for path in files.values()]):
-        logger.warning("%d files of macOS beside the volumes are passed over, such as %s", len(forks), forks[0])
+        logger.warning("%d files of macOS beside the volumes are ignored, such as %s", len(forks), forks[0])
     channels = list(config.patterns)
     keys = set(found[channels[0]])
     for channel, files in found.items():

@@ -55,10 +55,11 @@ READERS = 4  # threads: decompression runs outside the interpreter's lock
 
 @dataclass(frozen=True)
 class PreparedCase:
-    """A case in the model's terms: image in [-1, 1], label indices (1, X, Y, Z) if it has a mask, each channel's scale,
-    its classes (-1 where unknown) and numbers (NaN where unknown), digests of the image as it was read
-    (`voxel_digests`), and what is odd in the geometry of its files, and the share of each channel's voxels that its
-    window does not cut off."""
+    """A case in the model's terms: image in [-1, 1]; label indices (1, X, Y, Z) if it has a mask; each channel's scale;
+    its classes (-1 where unknown) and numbers (NaN where unknown); digests of the image as it was read
+    (`voxel_digests`); oddities in the geometry of its files; and the fraction of each channel's voxels inside its
+    window.
+    """
 
     image: Volume
     mask: Volume | None
@@ -102,7 +103,7 @@ class PaddedSample(Sample):
 
 
 class VolumeDataset(Dataset[Sample]):
-    """The given cases, prepared as the config says. Item i is a `Sample`.
+    """Cases, prepared as the config says. Item i is a `Sample`.
 
     A case that is refused raises VolumeError, or with `on_error: skip` is skipped and listed in `skipped` as (name,
     reason).

@@ -1,5 +1,6 @@
-"""File patterns with named pieces: `sub-{subject}/*_T1w.nii.gz` finds files and says what `{subject}` and `*` stood
-for."""
+"""File patterns with named pieces: `sub-{subject}/*_T1w.nii.gz` finds files and returns what `{subject}` and `*`
+matched.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Record how volumes were prepared before training. An autoencoder stores it, so that other volumes are prepared in the
-same way."""
+"""Record how volumes were prepared before training. An autoencoder stores this record, so that other volumes are
+prepared in the same way.
+"""
 
 from __future__ import annotations
 
@@ -172,7 +173,7 @@ def refuse_differences(
     """Raise ValueError naming the differences, on both sides. Without `learned`, nothing is compared."""
     if learned is not None and (found := differences(learned, given)):
         raise ValueError(
-            f"{model}: learned from volumes that were prepared in another way:\n  " + "\n  ".join(found) + f"\n{remedy}"
+            f"{model}: learned from volumes that were prepared differently:\n  " + "\n  ".join(found) + f"\n{remedy}"
         )
 
 

@@ -1,8 +1,8 @@
 """Salted digests of a model's training subjects: they reveal a test set that overlaps them, and weights carry no names.
 
-A record is {"salt": hex, "train": {kind: digests}, "validation": {kind: digests}}, the digests of a kind in one string
-with spaces between. A model carries a list of records: its own training's, and those of the weights that it started
-from. `UNRECORDED` among them says that some of those came without a record.
+A record is {"salt": hex, "train": {kind: digests}, "validation": {kind: digests}}, with the digests of a kind in one
+string, separated by spaces. A model carries a list of records: that of its own training, and those of the weights that
+it started from. `UNRECORDED` means that some of these had no record.
 
 docs/security.md explains how far a record hides names.
 """
@@ -246,7 +246,7 @@ def describe_overlap(found: Sequence[Overlap], model: str) -> str:
 
 REMEDY = (
     "use the split of its training: data.split, or data.test_fraction, data.validation_fraction and data.split_seed, "
-    "with data.subject or data.group_by, as in the config.yaml of its run; or take these subjects out of the held-out "
+    "with data.subject or data.group_by, as in the config.yaml of its run; or remove these subjects from the held-out "
     "splits"
 )
 

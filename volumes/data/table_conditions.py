@@ -1,7 +1,7 @@
-"""Classes and numbers of cases: what the table's cells say, and what a model is told of the training volumes.
+"""Classes and numbers of cases: the table's cells, and their statistics over the training volumes.
 
-Columns are in alphabetical order everywhere: saved configs are sorted. Numbers that are called as in `GRID_NUMBERS`
-need no column: they are those of the volume's own grid.
+Columns are in alphabetical order everywhere: saved configs are sorted. Numbers with a name in `GRID_NUMBERS` need no
+column: they are those of the volume's own grid.
 """
 
 from __future__ import annotations
@@ -67,6 +67,6 @@ def describe_numbers(names: Sequence[str], values: Sequence[Sequence[float]]) ->
         known = column[~np.isnan(column)]
         if not len(known) or np.ptp(known) <= ROUNDING * abs(known).max():
             found = f"is {known[0]:g} for all" if len(known) else "is empty for all"
-            raise ValueError(f"data: the number {name!r} {found} training volumes; take it out of data.numbers")
+            raise ValueError(f"data: the number {name!r} {found} training volumes; remove it from data.numbers")
         described[name] = NumberStats(float(known.mean()), float(known.std()), float(known.min()), float(known.max()))
     return described

@@ -1,7 +1,7 @@
 """Tables that people keep: CSV as spreadsheets write it, JSON lists of objects, the dataset.json of the Decathlon.
 
-Every table of this project is read here. What cannot be read right is refused by its line, as a spreadsheet counts: its
-rows, empty ones too; a cell that holds line breaks is part of one row.
+Every table of this project is read here. What cannot be read reliably is refused, with its line as a spreadsheet
+counts: rows, empty ones too. A cell with line breaks is part of one row.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def read_number(cell: Any) -> float:
     text = cell.strip().replace("\u2212", "-")
     if THOUSANDS.fullmatch(text):
         raise ValueError(
-            f"{cell!r} may have a decimal comma or one of thousands; write it with a point, or without commas"
+            f"{cell!r} may have a decimal comma or a thousands separator; write it with a point, or without commas"
         )
     if DECIMAL_COMMA.fullmatch(text):
         text = text.replace(",", ".")
@@ -123,7 +123,7 @@ def _content(path: Path) -> bytes:
         data = file.read(MAX_BYTES + 1)
     packed = data.startswith(GZIP)
     if packed and path.suffix.lower() != ".gz":
-        raise ValueError(f"is gzip, though its name does not say so; rename it to {path.name}.gz, or unpack it")
+        raise ValueError(f"is gzip, though its name does not end in .gz; rename it to {path.name}.gz, or unpack it")
     if path.suffix.lower() == ".gz" and not packed:
         raise ValueError(f"is not gzip, though its name ends in .gz; rename it to {path.name[:-3]}")
     if packed:
@@ -217,7 +217,9 @@ def _check_lines(text: str) -> None:
         raise ValueError(f"has more than {4 * MOST_ROWS} lines; {MOST_ROWS} rows at most are read")
     longest = max(map(len, text.replace("\r", "\n").split("\n")))
     if longest > MOST_LINE:
-        raise ValueError(f"has a line of {longest} letters; {MOST_LINE} at most are read: are its line breaks missing?")
+        raise ValueError(
+            f"has a line of {longest} characters; {MOST_LINE} at most are read: are its line breaks missing?"
+        )
 
 
 def _separator(text: str) -> str:
@@ -280,7 +282,7 @@ def _check_header(columns: list[str]) -> None:
     if len(named) == 1 and any(one in named[0] for one in SEPARATORS):
         raise ValueError(
             f"its only column is called {named[0]!r}: whole lines are in quotation marks, or it is separated by "
-            "something else; say by what in a line before the header, such as sep=;"
+            "something else; state the separator in a line before the header, such as sep=;"
         )
     if odd := [name for name in named if CURLY.fullmatch(name)]:
         raise ValueError(f'the column {odd[0]} is in curly quotation marks; write straight ones (")')
@@ -387,7 +389,7 @@ def _check_cells(rows: list[Row], used: Collection[str] | None) -> None:
                 raise ValueError(f"{row.place}: {column} is a formula, {text[:40]!r}; save its value")
             if any(ord(character) < 32 for character in text):
                 raise ValueError(
-                    f"{row.place}: {column} holds a line break or control character: {text[:40]!r}; take it out"
+                    f"{row.place}: {column} holds a line break or control character: {text[:40]!r}; remove it"
                 )
             if CURLY.fullmatch(text):
                 raise ValueError(

@@ -1,7 +1,7 @@
 """Images of other libraries, in memory, that carry their geometry: nibabel, SimpleITK, MONAI and torchio.
 
-None of these libraries is imported here but nibabel: an object tells by its class where it is from. What is known to
-carry geometry and cannot be read right is refused by name; an array without geometry is none of this file's business.
+None of these libraries is imported here but nibabel: an object's class tells which library it is from. An object that
+is known to carry geometry and cannot be read is refused by name; arrays without geometry are not handled here.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def as_array(array: Any, name: str = "the array") -> np.ndarray:
         try:
             array = array.astype(np.float64)
         except (TypeError, ValueError) as error:
-            raise VolumeError(f"{name}: holds objects that are no numbers; give numbers") from error
+            raise VolumeError(f"{name}: holds objects that are not numbers; give numbers") from error
     if array.dtype.kind not in "biuf":
         raise VolumeError(f"{name}: holds {array.dtype}; give real numbers")
     return array

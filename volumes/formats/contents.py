@@ -44,17 +44,17 @@ def check_content(path: Path) -> None:
         raise VolumeError(f"{path}: is a Git LFS pointer, not the volume itself; fetch it with `git lfs pull`")
     if start.startswith(RESOURCE_FORK):
         raise VolumeError(
-            f"{path}: is a resource fork that macOS left beside a file, no volume; take {path.name.removeprefix('._')}"
+            f"{path}: is a resource fork that macOS left beside a file; give {path.name.removeprefix('._')}"
         )
     if WEB_PAGE.match(start):
         raise VolumeError(
-            f"{path}: is a web page by its content, no volume; fetch the file itself, perhaps with a login"
+            f"{path}: is a web page by its content, not a volume; fetch the file itself, perhaps with a login"
         )
     stem, zipped = re.sub(r"\.gz$", "", path.name, flags=re.IGNORECASE), path.name.lower().endswith(".gz")
     expected = stem.lower().endswith(tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes))
     archive = next((what for mark, what in ARCHIVES.items() if start.startswith(mark)), None)
     if archive and expected and not stem.lower().endswith(".img"):
-        raise VolumeError(f"{path}: is {archive} by its content; unpack it, and give the volume within")
+        raise VolumeError(f"{path}: is {archive} by its content; unpack it, and give the volume inside")
     if zipped and not start.startswith(GZIP):
         named = content_kind(start)
         rename = (

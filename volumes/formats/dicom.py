@@ -1,8 +1,8 @@
 """DICOM series to volumes: a folder of slices, ordered and placed by their own positions, in rescaled units (HU for
 CT).
 
-Names, instance numbers and slice thickness are never used for geometry: they are wrong too often. What is no regular
-stack of slices is refused with a VolumeError that names the reason; nothing is resampled behind one's back.
+Names, instance numbers and slice thickness are never used for geometry: they are wrong too often. Anything but a
+regular stack of slices is refused with a VolumeError that names the reason; nothing is resampled silently.
 """
 
 from __future__ import annotations
@@ -148,14 +148,14 @@ def _read_slice(path: Path) -> Slice:
 
 def _check_kind(path: Path, header: Any) -> None:
     if header.get("Rows") is None or header.get("Columns") is None:
-        raise VolumeError(f"{path}: holds no image (modality {header.get('Modality', 'unknown')}); take it out")
+        raise VolumeError(f"{path}: holds no image (modality {header.get('Modality', 'unknown')}); remove it")
     if int(header.get("NumberOfFrames") or 1) != 1:
         raise VolumeError(
             f"{path}: holds {header.NumberOfFrames} frames (an enhanced or multi-frame object); convert it to NIfTI "
-            "(dcm2niix), or to one file a slice"
+            "(dcm2niix), or to one file per slice"
         )
     if "LOCALIZER" in (header.get("ImageType") or []):
-        raise VolumeError(f"{path}: is a localizer, no slice of a volume; take it out of the folder")
+        raise VolumeError(f"{path}: is a localizer, not a slice of a volume; remove it from the folder")
     if int(header.get("SamplesPerPixel", 1)) != 1 or "MONOCHROME" not in str(header.get("PhotometricInterpretation")):
         raise VolumeError(
             f"{path}: is a color image ({header.get('PhotometricInterpretation')}); only scalar images are supported"
@@ -187,7 +187,7 @@ def _described(path: Path, header: Any, *, compressed: bool) -> Slice:
         raise VolumeError(f"{path}: its geometry is broken: orientation {axes}, pixel spacing {spacing}")
     bits, rows, columns = int(header.BitsAllocated), int(header.Rows), int(header.Columns)
     if bits not in (8, 16, 32):
-        raise VolumeError(f"{path}: has {bits} bits a pixel; 8, 16 and 32 are supported")
+        raise VolumeError(f"{path}: has {bits} bits per pixel; 8, 16 and 32 are supported")
     promised, there = rows * columns * bits // 8, path.stat().st_size * (RLE_RATIO if compressed else 1)
     if not 0 < promised <= there:
         raise VolumeError(
@@ -295,7 +295,7 @@ def _read_pixels(one: Slice, *, rescale: bool) -> np.ndarray:
     try:
         found = pydicom.dcmread(one.path, specific_tags=[*TAGS, "PixelData"])
         if "PixelData" not in found:
-            raise VolumeError(f"{one.path}: has no pixels; it is truncated, or no image")
+            raise VolumeError(f"{one.path}: has no pixels; it is truncated, or not an image")
         pixels = found.pixel_array.T
     except VolumeError:
         raise

@@ -103,7 +103,7 @@ def _check_right_angles(affine: np.ndarray) -> None:
     if cosine > MAX_SHEAR:
         angle = np.degrees(np.arccos(cosine))
         raise ValueError(
-            f"two axes of the volume are {angle:.2f} degrees apart instead of 90, which DICOM has no words for; "
+            f"two axes of the volume are {angle:.2f} degrees apart instead of 90, which DICOM cannot describe; "
             "resample it onto a grid with right angles first"
         )
 

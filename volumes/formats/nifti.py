@@ -2,8 +2,8 @@
 
 That is .nii, .nii.gz and .hdr/.img pairs, NIfTI-1 and -2, either byte order, slope and intercept, qform or sform.
 
-Every file that cannot be read right is refused with a `VolumeError` that names it and says why; nothing is guessed. No
-header is believed before the file was seen to hold as many bytes as it promises.
+A file that cannot be read reliably is refused with a `VolumeError` that names it and says why; nothing is guessed. A
+header is only trusted once the file is known to hold as many bytes as it promises.
 """
 
 from __future__ import annotations
@@ -279,7 +279,7 @@ def gunzip(path: Path, to: BinaryIO | None = None, *, most: int | None = None) -
             while piece := file.read(COPY_BYTES):
                 size += len(piece)
                 if most is not None and size > most:
-                    raise VolumeError(f"{path}: holds far more than the {most} bytes that its header speaks of")
+                    raise VolumeError(f"{path}: holds far more than the {most} bytes that its header states")
                 if to is not None:
                     to.write(piece)
     except (OSError, EOFError, zlib.error) as error:

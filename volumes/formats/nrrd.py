@@ -1,7 +1,7 @@
 """NRRD files (.nrrd, and .nhdr with its voxels beside it): three spatial axes, and one of channels or none.
 
 The format: https://teem.sourceforge.net/nrrd/format.html. Raw and gzip encodings; a patient space (RAS, LAS or LPS)
-with space directions is required, since nothing else says where the voxels lie.
+with space directions is required, as nothing else says where the voxels lie.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _fields(name: str, file: BinaryIO) -> dict[str, str]:
             continue
         field, value = field.strip().lower(), value.strip()
         if not colon or field in fields:
-            raise VolumeError(f"{name}: its header has a line that says nothing, or a second time: {line[:80]!r}")
+            raise VolumeError(f"{name}: its header has an empty or repeated line: {line[:80]!r}")
         fields[field] = value if field in ("data file", "datafile") else value.lower()
     return fields
 

@@ -38,7 +38,7 @@ class Reading(TypedDict, total=False):
     """Keywords of the readers that correct wrong headers.
 
     Attributes:
-        units: what lengths are in, one of `UNITS`.
+        units: unit of lengths, one of `UNITS`.
         axes: the order of a NIfTI file's axes, one of `AXES`.
     """
 
@@ -48,7 +48,7 @@ class Reading(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class RawVolume:
-    """Voxels as a file has them: its name for messages, values (I, J, K, C) in its units, and the grid they lie on."""
+    """Voxels as a file holds them: its name for messages, values (I, J, K, C) in its units, and their grid."""
 
     name: str
     values: np.ndarray
@@ -98,8 +98,8 @@ def check_grid(affine: np.ndarray, unit: str = "mm") -> None:
     if lengths.max() > SPACINGS[1] or lengths.min() < SPACINGS[0]:
         likely = "mm" if unit not in ("mm", "unknown") else "um" if lengths.max() > SPACINGS[1] else "m"
         raise ValueError(
-            f"its voxels are {' x '.join(f'{mm:.4g}' for mm in lengths)} mm, which no scan's are (the header's unit "
-            f"of length is {unit}); correct the header, or say in the training's config what its numbers are in, such "
+            f"its voxels are {' x '.join(f'{mm:.4g}' for mm in lengths)} mm, which no scan has (the header's unit "
+            f"of length is {unit}); correct the header, or set the unit of its numbers in the training's config, such "
             f"as data.units: {likely}"
         )
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
@@ -122,7 +122,7 @@ def check_room(name: str, shape: Sequence[int], itemsize: int) -> int:
     if needed > room:
         raise VolumeError(
             f"{name}: says that it holds {' x '.join(map(str, shape))} voxels; reading them takes "
-            f"{needed / 2**30:.3g} GiB of memory, {room / 2**30:.3g} GiB is what there is"
+            f"{needed / 2**30:.3g} GiB of memory, {room / 2**30:.3g} GiB are available"
         )
     return voxels * itemsize
 
@@ -146,7 +146,7 @@ def read_packed(name: str, file: BinaryIO, nbytes: int, *, compressed: bool) -> 
     if not compressed:
         there = os.fstat(file.fileno()).st_size - file.tell()
         if there != nbytes:
-            raise VolumeError(f"{name}: holds {there} bytes of voxels, its header says {nbytes}; is it whole?")
+            raise VolumeError(f"{name}: holds {there} bytes of voxels, its header says {nbytes}; is it complete?")
         return file.read(nbytes)
     inflater, data = zlib.decompressobj(47), bytearray()  # 47: zlib or gzip, whichever it is
     try:
@@ -182,7 +182,7 @@ def numbers(name: str, field: str, text: str, count: int | None = None) -> list[
     try:
         values = [float(word) for word in text.split()]
     except ValueError as error:
-        raise VolumeError(f"{name}: its {field!r} is {text[:80]!r}, which are no numbers") from error
+        raise VolumeError(f"{name}: its {field!r} is {text[:80]!r}, which are not numbers") from error
     if (count is not None and len(values) != count) or not all(map(math.isfinite, values)):
         raise VolumeError(f"{name}: its {field!r} is {text[:80]!r}; expected {count or 'finite'} numbers")
     return values

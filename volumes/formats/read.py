@@ -1,6 +1,6 @@
 """Read volumes from files of any supported kind, by their names: NIfTI, DICOM series (folders), NRRD and MetaImage.
 
-Every file that cannot be read right is refused with a `VolumeError` that names it and says why; nothing is guessed.
+A file that cannot be read reliably is refused with a `VolumeError` that names it and says why; nothing is guessed.
 """
 
 from __future__ import annotations

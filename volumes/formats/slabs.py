@@ -2,8 +2,8 @@
 
 A slab is (C, X, Y, z): z consecutive planes of a volume in RAS+ order. In a file its voxels may lie anywhere, since
 axes are permuted and flipped there, so both ways work on whole planes of the file, a few megabytes at a time. Files are
-read and written rather than memory-mapped: a full disk is then an error and no crash, and no page of a file counts as
-memory.
+read and written rather than memory-mapped: a full disk is then an error and not a crash, and pages of a file do not
+count as memory.
 """
 
 from __future__ import annotations
@@ -162,9 +162,9 @@ class StoredVoxels:
 
     Args:
         file: open for reading; for `put`, also for writing.
-        offset: of the first voxel, in bytes.
+        offset: position of the first voxel, in bytes.
         grid: shape (I, J, K) and orientation in which the file stores each channel, one after the other.
-        dtype: of the voxels in the file.
+        dtype: type of the voxels in the file.
     """
 
     def __init__(self, file: BinaryIO, offset: int, grid: SourceGrid, dtype: np.dtype):
