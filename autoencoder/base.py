@@ -25,7 +25,7 @@ SLAB_BYTES = 1 << 28  # of a slab's activations; thicker slabs are not faster
 WHOLE_BYTES = 1 << 29  # of a volume's activations, up to which it is coded in one piece unless tiling is asked for
 LIVE_ACTIVATIONS = 4  # a residual block in inference: its input, and norm, activation and convolution one after another
 
-LatentMean = Annotated[float, Range(-1e6, 1e6)]  # of raw latents, of which the usual size is 1
+LatentMean = Annotated[float, Range(-1e6, 1e6)]  # of raw latents, which are usually about 1
 LatentStd = Annotated[float, Range(1e-6, 1e6)]
 
 Distribution = TypeVar("Distribution", bound=LatentDistribution)

@@ -59,7 +59,9 @@ class Codebook(nn.Module):
         """
         with torch.autocast(cells.device.type, enabled=False):
             codes = self.codes.float()
-            offset = 0.5 * (codes**2).sum(1)  # |z - e|^2 / 2 = z^2 / 2 - z e + e^2 / 2, of which the first is common
+            offset = 0.5 * (codes**2).sum(
+                1
+            )  # |z - e|^2 / 2 = z^2 / 2 - z e + e^2 / 2; the first term is common to all codes
             part = max(DISTANCE_BYTES // (4 * len(codes)), 1)
             found = [(offset - some.float() @ codes.T).argmin(1) for some in cells.split(part)]
         return torch.cat(found) if found else torch.empty(0, dtype=torch.long, device=cells.device)
@@ -71,13 +73,13 @@ class Codebook(nn.Module):
         generator: torch.Generator,
         gather: Callable[[Tensor], Tensor] = lambda cells: cells,
     ) -> None:
-        """Move the codes toward the cells that chose them; the first call puts them on cells drawn at random.
+        """Move the codes toward the latents that chose them; the first call sets them to latents chosen at random.
 
         Args:
             cells: (N, C) latents inside the field of view.
             generator: on the CPU, the same on every process.
-            gather: cells of all processes from those of one, in the same order everywhere; so all processes make the
-                same codebook.
+            gather: returns the latents of all processes from those of one, in the same order everywhere, so that all
+                processes have the same codebook.
         """
         cells = gather(cells.float())
         if not len(cells):

@@ -92,7 +92,7 @@ class VolumeModel(ModelMixin, ConfigMixin):
         Raises: ValueError on missing, unexpected or misshapen tensors, and on `use_safetensors=False`; FileError (a
         ValueError and an OSError) for a missing folder and for damaged files; TypeError for unknown keywords.
         """
-        if not kwargs.get("use_flashpack"):  # a pipeline of diffusers says so
+        if not kwargs.get("use_flashpack"):  # set by diffusers' pipelines
             kwargs.pop("use_flashpack", None)
         check_keywords("from_pretrained", kwargs, (*HUB, *LOADING, "output_loading_info", "subfolder"))
         kwargs = loading_keywords(kwargs)
@@ -125,7 +125,7 @@ class VolumeModel(ModelMixin, ConfigMixin):
         """Apply `fn` as PyTorch does for `.to()`. Weights that are cast or moved stay the same weights (`identity`)."""
         recorded = RECORD in self.__dict__
         if recorded:
-            weights_record(self)  # what was changed before is noticed before
+            weights_record(self)  # detects earlier changes first
         result = super()._apply(fn, recurse)
         if recorded:
             weights_record(self)

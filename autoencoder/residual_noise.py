@@ -75,7 +75,7 @@ def fit_noise(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: Sequence[in
     missing, errors, squares, counts, weights = [], [], 0.0, 0.0, 0.0
     window = _window(sides).ravel() ** 2
     for real, made in pairs:
-        made = made.clip(-1, 1)  # as the pipeline does: what exceeds the range is no lack of noise
+        made = made.clip(-1, 1)  # as the pipeline does: values outside the range are not missing noise
         missing.append(_power(real, sides) - _power(made, sides))
         bins = np.minimum((made + 1) / 2 * NOISE_BINS, NOISE_BINS - 1).astype(int)
         residual = (np.asarray(real, np.float64) - made) ** 2

@@ -107,7 +107,7 @@ def check_weights(folder: Path, model_class: Any, variant: str | None = None) ->
     try:
         with torch.device("meta"):
             described = model_class.from_config(config).state_dict()
-    except Exception as error:  # of any kind: a constructor that is given nonsense
+    except Exception as error:  # of any kind: the constructor got nonsense
         raise ValueError(f"{folder}: config.json does not describe a {model_class.__name__}: {error}") from error
     expected = {key: tuple(value.shape) for key, value in described.items()}
     problems = {

@@ -179,9 +179,8 @@ def denoise(
         steps = -(-len(timesteps) // stages)
         first = (steps - steps_of(strength, steps)) * stages
         timesteps = timesteps[first:]
-    if hasattr(
-        scheduler, "set_begin_index"
-    ):  # by itself it looks for the timestep, and starts at the second that equals it
+    if hasattr(scheduler, "set_begin_index"):
+        # otherwise it searches the timestep, and starts at the second one that equals it
         scheduler.set_begin_index(first)
     if image is not None:
         known = noised(scheduler, image, noise, timesteps[0])

@@ -20,7 +20,7 @@ def fold_mask(labels: Tensor, stride: Stride, num_labels: int) -> Tensor:
     """Map label indices (B, X, Y, Z), `PADDING` outside the field of view, to ids (B, X/sx, Y/sy, Z/sz, r), int32.
 
     id 0 is padding (its embedding is zero, like an all-zero one-hot); `label * r + place + 1` is a label at one place
-    of its cell.
+    in its latent voxel.
     Raises: ValueError for labels outside 0..num_labels-1 and for sides that are not multiples of the stride.
     """
     if any(n % s for n, s in zip(labels.shape[1:], stride, strict=True)):

@@ -23,11 +23,10 @@ def fold_images(
     Args:
         given: (B, C, h, w, d) for each image that is given.
         images: the U-Net's `config.images`, the number of latent channels C of each image that it knows.
-        cells: (h, w, d).
-        inside: (B, 1, h, w, d), 0 in cells of padding alone, where the latents are 0 as well; None means that there are
-            none.
+        cells: sides (h, w, d) of the latent grid.
+        inside: (B, 1, h, w, d), 0 where there is only padding (and the latents are 0); None: no padding.
     Returns: (B, the sum of C + 1, h, w, d); of a batch of one if nothing is given.
-    Raises: ValueError for an image that the model does not know, and for latents of other channels or cells.
+    Raises: ValueError for an image that the model does not know, and for latents with other channels or sides.
     """
     if unknown := sorted(set(given) - set(images)):
         raise ValueError(f"images {unknown} are not known; the images of this model are {sorted(images) or 'none'}")

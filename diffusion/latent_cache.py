@@ -290,7 +290,7 @@ class LatentDataset(Dataset):
             self.store.fetch(file)
         try:
             return self.reader.read(file, entry_name(file))
-        except DamagedEntry as error:  # it was written so, or put in the place of another
+        except DamagedEntry as error:  # it was written damaged, or swapped with another
             file.unlink(missing_ok=True)
             raise self.store.damaged(file.name, str(error)) from error
 

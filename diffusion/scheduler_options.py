@@ -23,11 +23,13 @@ from cli.settings import (
     faults_of,
 )
 
-Scheduler: TypeAlias = Any  # any of diffusers' schedulers; their common base class declares none of what they share
+Scheduler: TypeAlias = (
+    Any  # any of diffusers' schedulers; their common base class does not declare their common methods
+)
 DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
 SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 SHIFTS = ("shift", "flow_shift")  # one thing under two names: of FlowMatch schedulers, and of the others on flows
-MAX_TIMESTEPS = 100_000  # of a schedule, of which tables are made; the usual number is 1,000
+MAX_TIMESTEPS = 100_000  # of a schedule, which become tables; usually 1,000
 Size: Any = Annotated[float, Range(0, 1e6, above=True)]
 VALUES: dict[str, Hint] = {  # what an option may be, but for True and False, lambda_min_clipped and solver_p
     "num_train_timesteps": Annotated[int, Range(1, MAX_TIMESTEPS)],
@@ -219,7 +221,7 @@ def without_effect(name: str, options: Mapping[str, Any], flow: bool) -> set[str
         "time_shift_type",
     }  # dynamic shifting
     if not (flow and spaced):
-        unread |= {"beta_start", "beta_end"}  # of other schedules than the model's cosine
+        unread |= {"beta_start", "beta_end"}  # of schedules other than the model's cosine
     if flow and not spaced:
         unread |= {"beta_schedule", "rescale_betas_zero_snr"}
     if name == DPM:

@@ -87,7 +87,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         attention: whether each level's blocks end in self-attention over the whole grid.
         head_dim: width of an attention head.
         num_labels: labels of the conditioning mask, background included; 0 means no mask.
-        mask_stride: voxels per latent cell and axis (the autoencoder's stride).
+        mask_stride: voxels per latent voxel along each axis (the autoencoder's stride).
         mask_width: channels of the embedded mask.
         objective: what the output means, see `diffusion.objectives`; stored here because a scheduler must fit it.
         classes: values of each class that conditions the model, e.g. {"sex": ["F", "M"]}.
@@ -105,7 +105,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TimeResidualBlock"]
     _repeated_blocks = ["TimeResidualBlock"]  # of `compile_repeated_blocks`
-    # diffusers hooks only modules that are called; these are lists of lists, and what `embed_mask` calls by itself
+    # diffusers hooks only modules that are called; these are lists of lists, and a module that `embed_mask` calls
     _group_offload_block_modules = ["down_blocks", "up_blocks", "mask_embedding"]
     # in float8 these two cost half of the whole error, and hold a twentieth of the weights (norms are never cast)
     _skip_layerwise_casting_patterns = ["conv_in", "conv_out"]

@@ -226,7 +226,7 @@ class LoraMixin(LoraBaseMixin):
         self.unet.load_lora_adapter(
             {
                 key: tensor.detach().clone() for key, tensor in tensors.items()
-            },  # some of which peft swaps for the old ones
+            },  # peft swaps some of them for the old ones
             prefix=None,  # pyright: ignore[reportArgumentType]
             metadata=settings,
             adapter_name=adapter_name,

@@ -13,7 +13,7 @@ from .volume import VolumeError
 if TYPE_CHECKING:  # jsonargparse would run this block, were annotations postponed (from __future__) in this file
     import torch
 
-FEW_INSIDE = 0.05  # share of a volume's voxels within the window, below which that is said
+FEW_INSIDE = 0.05  # warn if a smaller fraction of a volume's voxels is within the window
 Array = TypeVar("Array", np.ndarray, "torch.Tensor")
 
 

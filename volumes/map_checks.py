@@ -18,7 +18,7 @@ SHAPE = r"\d{1,5}x\d{1,5}x\d{1,5}"
 
 def count_pieces(mask: np.ndarray) -> int:
     """Count the connected pieces (26 neighbors) of a boolean array (X, Y, Z)."""
-    from scipy import ndimage  # here: a command line that only checks a description answers before it is imported
+    from scipy import ndimage  # here: a command line that only checks a description need not import it
 
     _, count = ndimage.label(mask, TOUCHING)  # pyright: ignore[reportGeneralTypeIssues]
     return count

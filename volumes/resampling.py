@@ -17,7 +17,7 @@ from volumes.formats.raw import check_room
 from .volume import Volume, VolumeError
 
 SLAB_VOXELS = 1 << 21
-MIN_COUNT = 4  # voxels along an axis of which one must not become a single plane
+MIN_COUNT = 4  # an axis with as many voxels must not become a single plane
 MAX_OLD_VOXELS = 1000  # along an axis of a new one; a header with more is wrong
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from monai.networks.nets.patchgan_discriminator import PatchDiscriminator
 from torch import Tensor, nn
 
-Features = list[Tensor]  # of one discriminator, layer by layer; the last are its logits, one a patch
+Features = list[Tensor]  # of one discriminator, layer by layer; the last are its logits, one per patch
 
 
 @dataclass(frozen=True)

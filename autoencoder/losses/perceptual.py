@@ -119,7 +119,7 @@ def perceptual_loss(
 
     Args:
         reconstruction, image: volumes (B, C, X, Y, Z), or slices (B, C, H, W) for a network with `dims` 2.
-        fov: boolean, the same with one channel. A feature is inside if one of its cell's voxels is.
+        fov: boolean, the same with one channel. A feature is inside if one of the voxels that it covers is.
     """
     with torch.no_grad():
         real = network(image)

@@ -113,7 +113,7 @@ def _of_generated_masks(
             mask = path_inside(folder / "masks", record.get("file"), f"the sidecar of {path}: mask")
         except ValueError:  # not there, without a name, or elsewhere
             continue
-        if read_sidecar(mask) is None:  # somebody's own, of whom nothing is known
+        if read_sidecar(mask) is None:  # the user's own, of an unknown subject
             continue
         if describe_mask(mask)["sha256"] != record.get("sha256"):
             raise ValueError(f"{path}: was generated from another mask than {mask}; generate it again")

@@ -188,7 +188,7 @@ def inherited(folder: str | Path | None, section: Mapping[str, Any]) -> dict[str
     images = section.get("images")
     own = list(images) if isinstance(images, Mapping) else ["image"]
     if facts is None or facts.get("image_labels") or section.get("image_labels") or len(own) != len(facts["channels"]):
-        return {}  # they do not fit, which is said when they are compared
+        return {}  # they do not fit, which the comparison reports
     scalings = [dict(entry) for entry in facts["intensity"]]
     alike = all(one == scalings[0] for one in scalings)
     entries: dict[str, object] = {}

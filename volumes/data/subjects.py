@@ -28,7 +28,7 @@ FORBIDDEN = {
     "train": (),
     "validation": ("train",),
     "test": ROLES,
-}  # what a case of a split must not have been to the model
+}  # the roles that a case of a split must not have had for the model
 DIGITS = 16  # of a stored digest: 64 bits, so that a million volumes share one by chance once in 40 million times
 MAX_NAMED = 6  # of the overlapping subjects in a message
 
@@ -200,9 +200,7 @@ def _digests(record: Mapping[str, Any], role: str, kind: str) -> frozenset[str]:
     return _SPLIT[text]
 
 
-_SPLIT: dict[
-    str, frozenset[str]
-] = {}  # texts of records as sets, for thousands of cases are asked for one after another
+_SPLIT: dict[str, frozenset[str]] = {}  # texts of records as sets: thousands of cases are looked up one after another
 
 
 def find_overlap(

@@ -35,7 +35,7 @@ SAVE = 'save it as "CSV UTF-8"'
 MAX_BYTES = 1 << 26  # of a table, unpacked
 MOST_LINE = 1 << 20  # letters of a line of CSV
 MOST_ROWS, MOST_COLUMNS, MOST_CELLS = 100_000, 10_000, 10_000_000
-PLAIN = re.compile(r"[\w .+/-]*", re.ASCII)  # a cell that nothing can be wrong with
+PLAIN = re.compile(r"[\w .+/-]*", re.ASCII)  # a cell that needs no further check
 MARKS = (  # longest first where one begins with another
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),

@@ -67,14 +67,14 @@ def check_content(path: Path) -> None:
             f"{rename}fetch it again"
         )
     if start.startswith(GZIP) and stem.lower().endswith(SUFFIXES["NIfTI"][2]) and not zipped:
-        return  # of voxels alone, which may be anything
+        return  # of voxels only, which may begin with anything
     if start.startswith(GZIP):
         start = _unpacked(path)
         named = content_kind(start)
         if start.startswith(GZIP):
             raise VolumeError(f"{path}: is gzip within gzip; unpack it once (gunzip)")
         if named is None and not expected:
-            return  # of a kind that is not known, such as .mgz, which its reader says
+            return  # of an unknown kind, such as .mgz, which its reader reports
         if not stem.lower().endswith(SUFFIXES["NIfTI"]) and named != "NIfTI":
             raise VolumeError(
                 f"{path}: is gzip by its content; unpack it (gunzip), the format compresses its voxels itself"

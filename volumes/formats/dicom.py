@@ -33,7 +33,7 @@ UNCOMPRESSED = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEnd
 RLE_RATIO = 64  # at most: two bytes stand for up to 128
 OTHER_FILES = (".txt", ".json", ".xml", ".csv", ".md", ".pdf", ".html", ".ini", ".db")  # may lie beside the slices
 LOOKED_AT = 8  # files, to tell whether a folder holds a series
-IRREGULAR = 0.05  # voxels that a slice may be away from where a regular stack has it: positions are rounded in files
+IRREGULAR = 0.05  # voxels that a slice may be off its place in a regular stack: positions are rounded in files
 TAGS = [
     "ImageType",
     "Modality",

@@ -29,7 +29,7 @@ from .raw import LPS_TO_RAS, check_grid
 
 MAX_SHEAR = 1e-3  # cosine between axes: what files that were rounded have, and a fifth of a voxel over 200
 MAX_VALUE = 1e30  # of a voxel: the difference of two is a finite number, and one of 16 characters
-LEVELS = 65000  # of a volume that is no whole numbers: fewer than 16 bits hold, so that rounding never leaves them
+LEVELS = 65000  # of a volume of fractions: fewer than 16 bits hold, so that rounding stays within them
 # Of the standard, by modality, with what they ask for beside the geometry; all others are secondary captures.
 CLASSES = {
     "CT": (CTImageStorage, {"KVP": None, "AcquisitionNumber": None, "RescaleType": "HU"}),

@@ -25,7 +25,7 @@ from .raw import (
     whole_numbers,
 )
 
-LINE_BYTES, LINES = 4096, 1000  # more is no header
+LINE_BYTES, LINES = 4096, 1000  # more is not a header
 TYPES = {
     "MET_CHAR": "i1",
     "MET_UCHAR": "u1",

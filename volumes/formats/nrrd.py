@@ -26,7 +26,7 @@ from .raw import (
     whole_numbers,
 )
 
-HEADER_BYTES = 1 << 20  # more is no header
+HEADER_BYTES = 1 << 20  # more is not a header
 SPACES = {  # signs that lead to RAS
     "right-anterior-superior": (1, 1, 1),
     "left-anterior-superior": (-1, 1, 1),

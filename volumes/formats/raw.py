@@ -27,7 +27,7 @@ except ImportError:  # Windows, where a process has no such limits
 
 COPY_BYTES = 1 << 22  # at a time, through a compressed file
 WORKING_BYTES = 16  # a voxel, beside the stored one: scaled in float64, as float32, and its copy in RAS+ order
-SPACINGS = (1e-4, 100.0)  # mm: voxels that are smaller or larger are no scan's
+SPACINGS = (1e-4, 100.0)  # mm: no scan has smaller or larger voxels
 UNITS = {"mm": 1.0, "m": 1000.0, "cm": 10.0, "um": 0.001}  # of length, in mm
 AXES = ("XYZC", "CXYZ")  # orders of a NIfTI file's axes
 MAX_COSINE = 0.1  # between voxel axes: 5.7 degrees from a right angle; less stays in the affine, where it is right

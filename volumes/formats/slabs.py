@@ -40,7 +40,7 @@ from .nifti import (
 from .raw import COPY_BYTES
 
 BLOCK_BYTES = 1 << 24  # of the file in memory at once
-GATHERED_BYTES = 1 << 26  # of slabs that touch every plane of the file: fewer ways through it
+GATHERED_BYTES = 1 << 26  # of slabs that touch every plane of the file: fewer passes over it
 
 
 def write_slabs(
@@ -73,7 +73,7 @@ def write_slabs(
         if plain != unfinished:
             with open(plain, "rb") as source, Opener(str(unfinished), "wb") as compressed:  # at nibabel's own level
                 shutil.copyfileobj(source, compressed, COPY_BYTES)
-            plain.unlink()  # before all that is there is put on the disk
+            plain.unlink()  # now, so that it is not flushed to the disk as well
 
 
 def _write_plain(
