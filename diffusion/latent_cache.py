@@ -44,7 +44,6 @@ from .latent_store import LatentStore
 
 logger = logging.getLogger(__name__)
 NOT_CACHED = ("classes", "numbers", "condition_channels")  # entries of the data section that latents do not depend on
-LATER = ("units", "axes")  # settings that came after caches were made: a cache without them keeps its key
 SMOOTHNESS = 6.0  # voxels: standard deviation of the Gaussian that smooths random displacements
 AS_THEY_ARE = LatentCacheConfig()  # one version of each volume
 FORMAT = 2  # part of the key: raise it when entries are made differently
@@ -73,7 +72,6 @@ def cache_key(dataset: VolumeDataset, vae: VolumeAutoencoder, config: LatentCach
     augmentation = {name: value for name, value in asdict(config).items() if name != "folder"} | {"seed": seed}
     cases = [[c.name, *(_file_stamp(p) for p in c.images.values()), _file_stamp(c.mask)] for c in dataset.cases]
     data = {k: v for k, v in asdict(dataset.config).items() if k not in NOT_CACHED}
-    data = {k: v for k, v in data.items() if k not in LATER or v is not None}
     parts = [FORMAT, weights_hash(vae.encoder), deciding(vae.config), data, cases, augmentation]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -118,7 +118,7 @@ def print_summary(report: Mapping[str, Any]) -> None:
         dice = [result["dice"] for result in results]
         print(f"{name}: {sum(dice) / len(dice):.4f}  {[round(value, 4) for value in dice]}")
     for name, ratio in report["ratios"].items():
-        interval = ratio.get("interval_subjects")  # missing where an earlier report has no Dice per volume
+        interval = ratio.get("interval_subjects")  # missing if an earlier report does not record the Dice per volume
         over = f" ({interval[0]:.4f} to {interval[1]:.4f} over subjects)" if interval else ""
         print(f"{name}: {ratio['of_means']:.4f}{over}  {[round(value, 4) for value in ratio['per_seed'].values()]}")
     if adherence := report.get("adherence"):
