@@ -120,8 +120,8 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         exceed 512 MiB.
 
         Args:
-            slab_bytes: what the activations of one slab may take. At least one plane of latents is coded at a time; the
-                first and the last slab also hold the few planes by which layers wait for each other.
+            slab_bytes: bytes that the activations of one slab may take. At least one plane of latents is coded at a
+                time. The first and the last slab also hold the few planes by which layers wait for each other.
         """
         super().enable_tiling()
         self.slab_bytes = slab_bytes

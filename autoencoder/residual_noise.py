@@ -103,7 +103,7 @@ def _window(sides: Sequence[int]) -> np.ndarray:
     """Return Hann's window, (*sides), without its two zeros.
 
     This is not the periodic window of `evaluation.metrics.spectrum` and `spectrum_loss`: the weight of a voxel in the
-    spectrum is also its weight in the curve, and noise models that were shipped were fitted with this one.
+    spectrum is also its weight in the curve, and shipped noise models were fitted with this one.
     """
     return np.einsum("x,y,z->xyz", *(np.hanning(side + 2)[1:-1] for side in sides))
 

@@ -189,7 +189,7 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
     They are the shards that an index names, or else the one file; of `variant` (such as "fp16") if the folder has it.
 
-    Raises: FileError if there is none, naming the pickle that is there in its place.
+    Raises: FileError if there is none, naming a pickle in its place.
     """
     for middle in ([f".{variant}"] if variant else []) + [""]:
         index, single = folder / f"{WEIGHTS}.safetensors.index{middle}.json", folder / f"{WEIGHTS}{middle}.safetensors"

@@ -31,7 +31,7 @@ def complete_model(
 
     Args:
         data: the description of the training volumes (`volumes.describe`), or its facts alone.
-        images: channels of the latents of each image that the model may be given.
+        images: for each image condition of the model, the channels of its latents.
     Raises: ValueError if the section says something else, and if the autoencoder learned other channels than the data
     has.
     """

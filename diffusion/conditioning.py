@@ -170,7 +170,8 @@ def drop_conditions(
     """Drop each condition of each sample with its own probability, independently, for training.
 
     Conditions that `rates` lacks are never dropped. With several generators, there is one per sample. If a sample would
-    be given all channels that the model generates, all its images are dropped; otherwise nothing is left to predict.
+    keep all channels of the model as conditions, all its images are dropped; otherwise nothing would be left to
+    predict.
     """
     dropped = conditions
     for name in conditions.names(schema):

@@ -37,10 +37,10 @@ def set_timesteps(
 ) -> Tensor:
     """Prepare the scheduler and return its timesteps.
 
-    A FlowMatch scheduler that takes sigmas and is given none gets 1, 1 - 1/N, ..., 1/N: its own default ends at 0.001
-    and so spends a step on nothing.
+    Without `sigmas`, a FlowMatch scheduler that takes them gets 1, 1 - 1/N, ..., 1/N: its own default ends at 0.001 and
+    so wastes a step.
     Raises: ValueError if the scheduler takes no sigmas, they do not fall, options would move them, the number of steps
-    is not positive, or so many of them do not span the schedule (`_check_span`, `check_levels`).
+    is not positive, or these steps do not span the schedule (`_check_span`, `check_levels`).
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
@@ -157,7 +157,7 @@ def denoise(
         latents: standard normal noise (B, C, h, w, d); scaled here to what the scheduler starts from.
         scheduler: one that fits the U-Net's objective (`fit_scheduler`).
         conditions: the batch's.
-        guidance_scale: classifier-free guidance, one scale or one per condition (`guidance_terms`); up to 1 is none.
+        guidance_scale: classifier-free guidance, one scale or one per condition (`guidance_terms`); up to 1 means none.
         schema: the U-Net's `condition_schema`, by which conditions are guided by name.
         sigmas: noise levels to visit, descending from 1, instead of `num_inference_steps` even ones (FlowMatch
         schedulers only).

@@ -69,9 +69,10 @@ def guidance_terms(conditions: Conditions, schema: ConditionSchema, scale: Guida
     """Return the predictions to add up, as (weight, conditions); the weights sum to 1. See `guidance_in_effect` for
     scales up to 1.
 
-    One scale s (Ho & Salimans 2022, Eq. 6, with s = 1 + w): s e(all) + (1 - s) e(none). A scale per condition: e(all) +
-    sum_i (s_i - 1) (e(all) - e(all but i)), so a scale of 1 leaves a condition as it is. A condition that is not named
-    has scale 1 (after Liu et al. 2022, who combine conditions as a sum of such differences).
+    One scale s (Ho & Salimans 2022, Eq. 6, with s = 1 + w): s e(all) + (1 - s) e(none).
+    A scale per condition: e(all) + sum_i (s_i - 1) (e(all) - e(all but i)). So a scale of 1 leaves a condition as it
+    is, and a condition that is not named has scale 1 (after Liu et al. 2022, who combine conditions as a sum of such
+    differences).
 
     Raises: ValueError for an invalid scale, and for a name that is not a condition of this call.
     """

@@ -21,11 +21,11 @@ def fold_images(
     """Map clean, standardized latents of the images that are present to the U-Net's condition "image".
 
     Args:
-        given: (B, C, h, w, d) for each image that is given.
+        given: (B, C, h, w, d) for each image that is present.
         images: the U-Net's `config.images`, the number of latent channels C of each image that it knows.
         cells: sides (h, w, d) of the latent grid.
         inside: (B, 1, h, w, d), 0 where there is only padding (and the latents are 0); None: no padding.
-    Returns: (B, the sum of C + 1, h, w, d); of a batch of one if nothing is given.
+    Returns: (B, the sum of C + 1, h, w, d); a batch of one if no image is present.
     Raises: ValueError for an image that the model does not know, and for latents with other channels or sides.
     """
     if unknown := sorted(set(given) - set(images)):

@@ -85,10 +85,10 @@ def deformed(
     order: int = 3,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Rotate, scale and bend a volume about its center, at random: image (C, X, Y, Z) by splines of `order`, mask (X,
-    Y, Z) by the nearest voxel, and fov (X, Y, Z), False where the result shows what lay outside of the volume.
+    Y, Z) by the nearest voxel, and fov (X, Y, Z), False where the result shows voxels from outside the volume.
 
-    Rotations are of mm, voxels being `spacing` apart. Image and mask are -1 and `PADDING` there. The displacement is
-    white noise smoothed by a Gaussian (Simard et al. 2003).
+    Rotations are in mm space, with voxels `spacing` apart. Outside, the image is -1 and the mask `PADDING`. The
+    displacement is white noise smoothed by a Gaussian (Simard et al. 2003).
     """
     random = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
     shape = np.array(image.shape[1:])[:, None, None, None]

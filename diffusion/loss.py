@@ -33,7 +33,7 @@ def training_loss(
         as outside the grid.
         generator: source of timesteps and noise, on the CPU or on the latents' device; or one for each sample of the
             batch.
-        train_steps: of the schedule, the U-Net's `train_steps`.
+        train_steps: length of the schedule, the U-Net's `train_steps`.
         absolute: use the absolute error.
         each: return the loss of each latent channel, (C,); their mean is the loss.
     """

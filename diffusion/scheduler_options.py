@@ -90,11 +90,11 @@ def check_values(kind: type, options: Mapping[str, Any]) -> None:
 
 
 def check_options(kind: type, options: Mapping[str, Any], flow: bool) -> None:
-    """Check that the options of a scheduler go with the model and with each other.
+    """Check that the options of a scheduler fit the model and each other.
 
     Args:
         kind: its class.
-        options: those that the class has, with the values in effect.
+        options: options of the class, with the values in effect.
         flow: whether the model predicts rectified flow.
     Raises: ValueError naming the option, its value, and what to set instead.
     """
@@ -250,7 +250,7 @@ def check_levels(scheduler: Scheduler, num_inference_steps: int, *, begins_anywh
     """Check the steps that a scheduler has set, before the first is taken.
 
     Args:
-        begins_anywhere: whether it may begin at less than pure noise: where sigmas were given.
+        begins_anywhere: whether it may begin at less than pure noise, as with explicit sigmas.
     Raises: ValueError naming the number of steps and the options that space them.
     """
     config, flow = scheduler.config, is_flow(scheduler)

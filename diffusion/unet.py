@@ -263,16 +263,14 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         Args:
             sample: noisy latents (B, in_channels, h, w, d).
             timestep: (B,) or a scalar, in the scheduler's units, 0 to `train_steps`.
-            mask: folded ids (B, h, w, d, r) from `fold_mask`, or what `embed_mask` made of them, (B, mask_width, h,
-            w, d), so that a sampler
-                embeds once and not at every step; for a model that was built with labels, which can do without only if
-                training left the mask out at times.
+            mask: folded ids (B, h, w, d, r) from `fold_mask`, or the result of `embed_mask`, (B, mask_width, h, w, d),
+                so that a sampler embeds once and not at every step. Only for models with labels; optional if training
+                dropped the mask at times.
             classes: int64 (B, n), the index of each class's value, -1 where absent; columns as in `condition_schema`.
             numbers: (B, m) in the units of `mean` and `std`, NaN where absent; columns as in `condition_schema`.
-            image: the images that are given, from `fold_images`; a model can do without if training left each out at
-            times.
-        Raises: ValueError if the mask is missing, not wanted, or on another grid than the latents; the same of images;
-        if classes or numbers are missing, not wanted, or of other columns.
+            image: the result of `fold_images`; optional if training dropped each image at times.
+        Raises: ValueError if the mask is missing, not wanted, or on another grid than the latents; the same for images;
+            if classes or numbers are missing, not wanted, or have other columns.
         """
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         time = self._time(timestep, classes, numbers, sample.dtype)

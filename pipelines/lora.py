@@ -52,10 +52,11 @@ def add_lora(
 
     Args:
         rank, alpha: each layer W becomes W + alpha / rank * B A (Hu et al. 2022, section 4.1).
-        target_modules: last names of the layers that get one (`target_weights`): qkv, out, time, conv1, ...
-        dropout: of the LoRA's input, in training.
-    Raises: ValueError if peft is not installed, or if there is no layer of one of these names (those that there are,
-    are listed).
+        target_modules: last parts of the names of the layers that get a LoRA (`target_weights`): qkv, out, time, conv1,
+            ...
+        dropout: dropout of the LoRA's input, in training.
+    Raises: ValueError if peft is not installed, or if no layer has one of these names (the error lists the existing
+        ones).
     """
     require_peft()
     from peft import LoraConfig
@@ -81,8 +82,8 @@ def save_lora(
 
     Args:
         base: `unet_hash` of the U-Net without it.
-        trained_on: {"data": how its volumes were prepared (`volumes.data.preprocessing`), "subjects": records of whose
-            they were (`volumes.data.subjects`), those of the base among them}.
+        trained_on: {"data": how its volumes were prepared (`volumes.data.preprocessing`), "subjects": records of the
+            training subjects (`volumes.data.subjects`), including those of the base}.
     """
     return write_lora(*attached_lora(unet, adapter_name), base, folder, trained_on=trained_on)
 
@@ -177,21 +178,21 @@ class LoraMixin(LoraBaseMixin):
         low_cpu_mem_usage: bool = False,
         **source: Any,
     ) -> None:
-        """Attach a LoRA; it acts at once, beside those that act already.
+        """Attach a LoRA. It is active at once, beside the active ones.
 
         Args:
             pretrained_model_name_or_path_or_dict: its file, its folder, a Hub repository, or a state dict as diffusers
                 has it.
             adapter_name: for `set_adapters` and others; default: default_0, default_1, ...
-            hotswap: put it in the place of the attached LoRA `adapter_name`, of the same layers: nothing is compiled
+            hotswap: replace the attached LoRA `adapter_name`, which must have the same layers; nothing is compiled
                 again.
             low_cpu_mem_usage: do not initialize what is then overwritten.
             source: of a folder or repository weight_name (the file) and subfolder; of a repository revision, cache_dir,
                 token, force_download and local_files_only: see `find_lora`.
-        Raises: ValueError if peft is not installed, or if it belongs to another architecture; FileError, which is one
-        and an OSError too, if it is not found or no safetensors file; TypeError for keywords that it does not read. One
-        that was trained on other weights of the same architecture is loaded with a warning, and so is one without
-        settings; alpha is then taken to be the rank, as in diffusers.
+        Raises: ValueError if peft is not installed, or if it belongs to another architecture; FileError (a ValueError
+            and an OSError) if it is not found or not a safetensors file; TypeError for unknown keywords. A LoRA that
+            was trained on other weights of the same architecture is loaded with a warning. So is one without settings;
+            alpha is then taken to be the rank, as in diffusers.
         """
         require_peft()
         if adapter_name is not None and not (
@@ -256,18 +257,18 @@ class LoraMixin(LoraBaseMixin):
         *,
         adapter_name: str | None = None,
     ) -> Path:
-        """Write a LoRA: one that is attached, where it is called on a pipeline, or the state dict that is given, as
-        diffusers does.
+        """Write a LoRA, as diffusers does: an attached one if it is called on a pipeline, or a state dict.
 
         Args:
-            save_directory: the file's folder, which is made.
+            save_directory: the file's folder, which is created.
             unet_lora_layers: peft's state dict (`get_peft_model_state_dict`); without it, an attached LoRA is written.
             is_main_process: False writes nothing.
             weight_name: the file's name.
             unet_lora_adapter_metadata: peft's settings of `unet_lora_layers` (`unet.peft_config[name].to_dict()`).
-                Without them whoever loads the file takes alpha to be the rank.
-            adapter_name: the attached LoRA; may be left out where there is one.
-        Returns: the file. Raises: ValueError if it is not clear which LoRA, and on what would be a pickle.
+                Without them alpha is taken to be the rank when the file is loaded.
+            adapter_name: the attached LoRA; optional if there is only one.
+        Returns: the file. Raises: ValueError if it is unclear which LoRA to write, and for options that would write a
+            pickle.
         """
         if not safe_serialization or save_function is not None:
             raise ValueError("safe_serialization=False and save_function are refused: a LoRA is saved as safetensors")
@@ -307,7 +308,7 @@ class LoraMixin(LoraBaseMixin):
         safe_fusing: bool = False,
         adapter_names: Sequence[str] | None = None,
     ) -> None:
-        """Add the acting LoRAs to the weights: the same result to rounding, without their cost. As diffusers' own.
+        """Add the active LoRAs to the weights, as diffusers does: the same result up to rounding, without their cost.
 
         Raises: ValueError without a LoRA, if one is fused already, and on `lora_scale`: diffusers would keep that scale
         after unfusing.

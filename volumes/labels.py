@@ -47,8 +47,8 @@ def label_channels(indices: np.ndarray, num_labels: int) -> np.ndarray:
 
 
 def merge_channels(channels: np.ndarray, values: Sequence[int], threshold: float = 0.0) -> np.ndarray:
-    """Merge channels (C, X, Y, Z), one for each label but the background, to their label map (1, X, Y, Z) int16: the
-    background where no channel exceeds `threshold`, else the label of the largest.
+    """Merge channels (C, X, Y, Z), one for each label but the background, into a label map (1, X, Y, Z) int16. A voxel
+    gets the label of its largest channel, or the background if no channel exceeds `threshold`.
 
     Args:
         values: label values of background and channels, C + 1 of them.

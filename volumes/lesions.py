@@ -48,7 +48,7 @@ def insert_lesion(
         within: labels that the lesion may replace, such as the organ's, so that it stays there; None: all.
         margin: mm by which the region exceeds the voxels that changed.
 
-    Voxels outside the field of view (-1) stay so. Raises: ValueError if no voxel changes.
+    Voxels outside the field of view (-1) stay unchanged. Raises: ValueError if no voxel changes.
     """
     values = _values(mask).copy()
     if shape.ndim != 3 or len(position) != 3:

@@ -76,7 +76,7 @@ def load_images(
     reading: Reading | None = None,
 ) -> dict[str, Volume]:
     """Read images, all on the grid of `target`, or without one on that of the first: as float32, or with `exact` in a
-    type that holds their values as they are (`read_volume`).
+    type that holds their values without loss (`read_volume`).
 
     A plain array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: its voxels are in the order of the target's
     file, as those of "np" results are; without a target it lies on `affine`, the model's template. `reading` is how

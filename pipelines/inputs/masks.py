@@ -45,7 +45,7 @@ def as_list(mask: MaskLike | Sequence[MaskLike]) -> list[MaskLike]:
 def load_mask(mask: MaskLike, affine: np.ndarray, reading: Reading | None = None) -> tuple[Volume, str]:
     """Read one mask: (1, X, Y, Z) int16 label values in RAS+ order, and its name for messages.
 
-    A plain array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: it is taken to lie on `affine`, the model's
+    A plain array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: it is placed on `affine`, the model's
     template. `reading` is how headers are read, see `volumes.DataConfig.reading`.
 
     Raises: ValueError for an empty mask, for values that are not labels, and for other types.
@@ -93,10 +93,10 @@ def index_labels(
     Args:
         values: integers of any shape.
         labels: the model's label values and names; the index is the rank of the value.
-        label_map: what to read as which known label, by value or by name, e.g. `{3: 1}` or `{3: "anterior"}`.
+        label_map: values to read as a known label, given by value or name, e.g. `{3: 1}` or `{3: "anterior"}`.
 
     Raises: ValueError naming the unknown values and the known ones; or on a mask that is PADDING everywhere.
-    Warns: when the mask is background alone.
+    Warns: if the mask is background only.
     """
     known = sorted(labels)
     translation = _translation(labels, label_map or {})
@@ -120,7 +120,7 @@ def describe_mask(mask: MaskLike) -> SourceRecord:
     """Describe a mask for the sidecar: file name (None without a file) and sha256.
 
     The hash is of the file's bytes (those of all its files: a .hdr/.img pair, the slices of a DICOM series, in the
-    order of their names); without a file, of the voxels as they were given.
+    order of their names); without a file, of the voxels.
     """
     if isinstance(mask, (str, os.PathLike)):
         digest = hashlib.sha256()

@@ -61,8 +61,8 @@ def left_to_generate(tasks: Sequence[Task]) -> list[Task]:
     """Return the tasks whose volumes are not finished. Prints which volumes were incomplete or damaged, and why.
 
     Raises: ValueError naming the volumes of other settings or another model, volumes without a sidecar that this
-    package did not write, and sidecars that are damaged or somebody else's. Only files that are known to be worthless
-    are replaced.
+    package did not write, and sidecars that are damaged or from other software. Only files that are known to be
+    worthless are replaced.
     """
     todo, refused = [], []
     for task in tasks:

@@ -51,12 +51,12 @@ def register_pipeline(pipeline_class: type) -> None:
 
 
 def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
-    """Check that a folder is a pipeline's, of our classes and diffusers' schedulers, and that it leads nowhere else;
-    each model checks its own config and weights when it is loaded. No module is imported for a folder, and no file of
-    it run. Components that are `given` to the pipeline need no folder of their own.
+    """Check that a folder is a pipeline's, of our classes and diffusers' schedulers, and that no link leads out of it.
+    Each model checks its own config and weights when it is loaded. The check imports no module and runs no file of the
+    folder. Components that are `given` to the pipeline need no folder.
 
     Raises: ValueError naming the folder and what is wrong with its model_index.json, its links, or its scheduler;
-    FileError where one of them is not there.
+    FileError if one of them is missing.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
@@ -120,9 +120,10 @@ def _check_inside(folder: Path, names: Iterable[str]) -> None:
 
 
 def _check_scheduler(folder: Path, scheduler_class: type) -> None:
-    """Build it, so that an unfit config is refused by name; whether it fits the model is seen when the pipeline is
-    whole. Only options of its own class are given to it, each checked before (`scheduler_options.VALUES`).
-    Raises: ValueError."""
+    """Build the scheduler, so that an unfit config is refused by name; whether it fits the model is checked when the
+    pipeline is complete. It only gets options of its own class, each checked before (`scheduler_options.VALUES`).
+    Raises: ValueError.
+    """
     path = folder / "scheduler_config.json"
     if not path.is_file():
         raise FileError(f"{folder}: no scheduler_config.json there")

@@ -101,10 +101,10 @@ def read_generated(folder: Path) -> Sequence[Mapping[str, Any]]:
 
 def write_generated_by(pipe: LoraMixin, output: Path) -> None:
     """Add the pipeline's model to provenance/training_subjects.json, {hash: records of the training subjects} of each
-    model that generated volumes in the folder, by which evaluate.py refuses to evaluate them on such subjects. Nothing
-    is written for a model without any record.
+    model that generated volumes in the folder. By this file, evaluate.py refuses to evaluate the volumes on such
+    subjects. Nothing is written for a model without any record.
 
-    Raises: ValueError for a damaged file, and for a link in the place of its folder.
+    Raises: ValueError for a damaged file, and for a link in place of its folder.
     """
     if all("salt" not in record for record in pipe.training_subjects):
         return

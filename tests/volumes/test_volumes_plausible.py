@@ -311,7 +311,7 @@ OTHERS = {
         ("a.nrrd", "gzip .nrrd", "is gzip by its content; unpack it"),
         ("a.mha.gz", "gzip .mha", "is gzip by its content; unpack it"),
         ("a.nii.gz", "gzip .nii.gz", "is gzip within gzip"),
-        ("._a.nii.gz", "fork", "is a resource fork .* take a.nii.gz"),
+        ("._a.nii.gz", "fork", "is a resource fork .* give a.nii.gz"),
         ("a.nii.gz", "zip", "is a zip archive by its content; unpack it"),
         ("a.nii", "zip", "is a zip archive by its content; unpack it"),
         ("a.nii.gz", "bzip2", "is bzip2 by its content; unpack it"),

@@ -179,8 +179,8 @@ def refuse_differences(
 
 def inherited(folder: str | Path | None, section: Mapping[str, Any]) -> dict[str, object]:
     """Return the entries that a data `section` lacks, as the autoencoder in `folder` (or its vae/) learned them:
-    intensity, and spacing if it was trained on resampled volumes. {} where there is none, one without facts, or one of
-    other channels.
+    intensity, and spacing if it was trained on resampled volumes. {} if the folder holds no autoencoder, or one without
+    facts or with other channels.
 
     Raises: ValueError for a damaged config.json.
     """

@@ -92,8 +92,8 @@ def _salted(salt: str, mark: str) -> str:
 
 
 def record_subjects(roles: Mapping[str, Iterable[Marks]]) -> SubjectRecord:
-    """Make the record of one training. Its salt is a digest of all its marks, so the same training gives the same
-    record, bit for bit, and no table of digests made beforehand fits two data sets.
+    """Make the record of one training. Its salt is a digest of all its marks. So the same training gives the same
+    record, bit for bit, and a precomputed table of digests fits one data set at most.
 
     Args:
         roles: `marks_of` the cases that were "train" and "validation".

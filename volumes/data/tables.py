@@ -65,10 +65,10 @@ def read_table(path: Path, used: Collection[str] | None = None) -> list[Row]:
     """Read the rows of a CSV file with a header, or of a JSON list of objects, also as .gz.
 
     CSV: separated by commas, semicolons, tabs or bars, which the header shows, or a line `sep=;` states. UTF-8, or
-    UTF-16 with a byte order mark. Rows without a value are skipped, and columns without a name: empty ones, and a first
-    one (row names of R and pandas). In a JSON object with a list called `training`, as in the dataset.json of the
-    Decathlon, that list is the table. Names and values are in NFC, without space around them; null and NaN are empty
-    cells.
+    UTF-16 with a byte order mark. Rows without a value are skipped, and so are columns without a name if they are empty
+    or the first (row names of R and pandas). In a JSON object with a list called `training`, as in the dataset.json of
+    the Decathlon, that list is the table. Names and values are in NFC, without space around them; null and NaN are
+    empty cells.
 
     Args:
         used: columns that are read; by default all. In these a formula, a spreadsheet's error (#N/A), a line

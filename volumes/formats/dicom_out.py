@@ -53,17 +53,17 @@ SECONDARY_CAPTURE = (SecondaryCaptureImageStorage, {"ConversionType": "SYN", "Re
 def write_dicom(
     volume: Volume, folder: str | os.PathLike, *, modality: str, software: str, model: str, seed: int | None = None
 ) -> list[Path]:
-    """Write a generated volume as one DICOM series, a file a slice, in one step. Slices run from feet to head or
-    nearest.
+    """Write a generated volume as one DICOM series with one file per slice, all files or none. Slices run from feet to
+    head, or along the nearest axis.
 
-    Voxels that are whole numbers of 16 bits are stored as they are, all others in 65,000 steps with slope and
-    intercept: read again, none is off by more than a 130,000th of the range.
+    Voxels that are whole numbers of 16 bits are stored unchanged, all others in 65,000 steps with slope and intercept:
+    the error is at most a 130,000th of the range.
 
     Args:
-        volume: of one channel (1, X, Y, Z), in the units of its modality (HU for CT).
-        folder: new, or empty.
-        modality: CT, MR, or another one's code, such as PT, which becomes a secondary capture.
-        software, model, seed: what made it (the sidecar's); they stand in every slice.
+        volume: one channel (1, X, Y, Z), in the units of its modality (HU for CT).
+        folder: a new or empty folder.
+        modality: CT, MR, or another code, such as PT, which becomes a secondary capture.
+        software, model, seed: those of the sidecar; they are written to every slice.
 
     Returns: the files. Raises: ValueError for several channels, sheared axes, and a folder that holds files.
     """

@@ -190,8 +190,8 @@ def nifti_path(path: str | os.PathLike) -> Path:
 
 
 def open_nifti(source: Readable, *, check: bool = True) -> tuple[str, Nifti1Pair]:
-    """Return name (for messages) and header of a NIfTI file or image; voxels are not read yet, but with `check` they
-    were seen to be there, and whole where they are gzip.
+    """Return name (for messages) and header of a NIfTI file or image; voxels are not read yet. With `check`, the file
+    is checked to hold all voxels, and gzip data to be intact.
 
     Raises: VolumeError unless it is an intact NIfTI file that holds as much as its header says.
     """
@@ -268,10 +268,11 @@ def _header_path(path: Path) -> Path:
 
 
 def gunzip(path: Path, to: BinaryIO | None = None, *, most: int | None = None) -> int:
-    """Decompress a .gz file to the end, into `to` or only to find a wrong checksum or trailing data: nibabel stops at
-    the last voxel.
+    """Decompress a .gz file to the end, into `to`, or only to detect a wrong checksum or trailing data: nibabel stops
+    at the last voxel.
 
-    Returns: how many bytes it holds. Raises: VolumeError for a damaged file, and where it holds more than `most` bytes.
+    Returns: how many bytes it holds. Raises: VolumeError for a damaged file, and for one that holds more than `most`
+    bytes.
     """
     size = 0
     try:

@@ -48,16 +48,16 @@ def read_volume(
     """Read a scalar image as float32 (C, X, Y, Z), in RAS+ order, in the file's units: slope and intercept applied.
 
     A 3-D file has one channel; the fourth axis of a 4-D file becomes the channels, or `time_point` picks one of them.
-    With `exact`, in a type that NIfTI has and that holds the same values: the file's own integers, float32, or float64.
+    With `exact`, the type is one of NIfTI's that holds the same values: the file's own integers, float32, or float64.
 
     Args:
         source: a NIfTI, NRRD or MetaImage file, the folder of a DICOM series, or an image in memory that carries its
             geometry: of nibabel, SimpleITK or torchio, or a MetaTensor of MONAI.
-        units: what lengths in the file's header are in, where it says so wrongly: "mm", "cm", "m" or "um".
-        axes: "CXYZ" for NIfTI whose channels come first, "XYZC" for such as only looks so.
+        units: the unit of lengths in the file's header, if the header is wrong: "mm", "cm", "m" or "um".
+        axes: "CXYZ" for NIfTI whose channels come first, "XYZC" for a file that only looks like that.
 
     Raises: VolumeError for files that are broken, truncated, in color, complex, sheared, or hold values that are not
-    finite, and for kinds of files that are not known.
+    finite, and for unsupported kinds of files.
     """
     stored = read_stored(source, units=units, axes=axes)
     values = stored.values

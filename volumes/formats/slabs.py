@@ -51,15 +51,15 @@ def write_slabs(
     *,
     description: str = "",
 ) -> None:
-    """Write a .nii or .nii.gz file from consecutive slabs (C, X, Y, z) in RAS+ order: byte by byte the file that
-    `write_volume` makes of the whole volume, which is never held. In one step: nobody ever finds it half written.
+    """Write a .nii or .nii.gz file from consecutive slabs (C, X, Y, z) in RAS+ order. The file is byte by byte that of
+    `write_volume`, but the whole volume is never in memory. The file appears complete or not at all.
 
     A .nii.gz file passes through an uncompressed one beside it, so the folder needs room for both.
 
     Args:
-        slabs: of any thickness, and of any type; rounded, where `dtype` is one of integers.
+        slabs: of any thickness and type; rounded if `dtype` is an integer type.
         grid: the grid that the file stores, in any orientation, see `stored_grid`.
-        dtype: of the voxels in the file.
+        dtype: type of the voxels in the file.
         description: for the header, at most 79 bytes.
 
     Raises: ValueError for slabs that do not fill the grid, VoxelError for values that are not finite or that `dtype`
@@ -103,11 +103,12 @@ def _write_plain(
 
 def read_slabs(path: str | os.PathLike, planes: int) -> Iterator[np.ndarray]:
     """Read a scalar image as consecutive slabs (C, X, Y, z) float32 of `planes` planes (the last may have fewer), in
-    RAS+ order, slope and intercept applied: together what `read_volume` reads, which is never held.
+    RAS+ order, slope and intercept applied. Together they are what `read_volume` reads, but the whole volume is never
+    in memory.
 
     A compressed file is decompressed once, into a temporary file (in $TMPDIR).
 
-    Raises: VolumeError as `read_volume`; at once, but for values that are not finite, which are named by their slab.
+    Raises: VolumeError as `read_volume`, at once; only values that are not finite are reported with their slab.
     """
     if planes < 1:
         raise ValueError(f"a slab has 1 plane or more, not {planes}")
