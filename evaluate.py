@@ -1,16 +1,18 @@
-"""Evaluate a model or the volumes that it generated:
+r"""Evaluate a model or the volumes that it generated:
 
-python evaluate.py reconstruction --config configs/hippocampus/vae.yaml --vae weights/hippocampus --output
-out/reconstruction.json python evaluate.py realism --config configs/hippocampus/ldm.yaml --synthetic out/generated
---output out/realism.json python evaluate.py privacy --config configs/hippocampus/ldm.yaml --synthetic out/generated
---output out/privacy.json python evaluate.py dice --config configs/hippocampus/ldm.yaml --synthetic out/generated
---output out/dice.json python evaluate.py conditions --config configs/adrenal_shapes/ldm.yaml --column diagnosis
---synthetic out/generated \
-    --output out/conditions.json
-python evaluate.py report out/realism.json out/privacy.json out/dice.json --output out/page python evaluate.py all
---config configs/hippocampus/ldm.yaml --synthetic out/generated --parts realism privacy dice --output out/page python
-evaluate.py all --config configs/hippocampus/ldm.yaml --pipeline weights/hippocampus --output out/page   # generates
-first torchrun --nproc_per_node 2 evaluate.py dice ...    # `accelerate launch` works too
+    python evaluate.py reconstruction --config configs/hippocampus/vae.yaml --vae weights/hippocampus \
+        --output out/reconstruction.json
+    python evaluate.py realism --config configs/hippocampus/ldm.yaml --synthetic out/generated --output out/realism.json
+    python evaluate.py privacy --config configs/hippocampus/ldm.yaml --synthetic out/generated --output out/privacy.json
+    python evaluate.py dice --config configs/hippocampus/ldm.yaml --synthetic out/generated --output out/dice.json
+    python evaluate.py conditions --config configs/adrenal_shapes/ldm.yaml --column diagnosis \
+        --synthetic out/generated --output out/conditions.json
+    python evaluate.py report out/realism.json out/privacy.json out/dice.json --output out/page
+    python evaluate.py all --config configs/hippocampus/ldm.yaml --synthetic out/generated \
+        --parts realism privacy dice --output out/page
+    python evaluate.py all --config configs/hippocampus/ldm.yaml --pipeline weights/hippocampus \
+        --output out/page                               # generates the volumes first
+    torchrun --nproc_per_node 2 evaluate.py dice ...    # `accelerate launch` works too
 
 `--config` is a training config; only its section `data` is read. Options such as `--data.root DIR` override it. `python
 evaluate.py COMMAND --help` lists the options of a command. Reports are JSON and record the data and the machine;

@@ -1,7 +1,7 @@
-"""Add the record of training subjects and preprocessing to pipelines that were trained before records existed.
+r"""Add the record of training subjects and preprocessing to pipelines that were trained before records existed.
 
-    python -m tools.record weights/hippocampus --config configs/hippocampus/ldm.yaml --vae_config
-    configs/hippocampus/vae.yaml
+    python -m tools.record weights/hippocampus --config configs/hippocampus/ldm.yaml \
+        --vae_config configs/hippocampus/vae.yaml
 
 The configs are those of the trainings. Their data must be present and unchanged: the volumes are read for digests of
 their voxels. Only vae/config.json and unet/config.json are written, in diffusers' format; tensors and the model's hash
