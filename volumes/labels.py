@@ -18,8 +18,8 @@ VALUES = 1 << 16  # of int16; numpy's negative indices wrap, so a table of this 
 def label_indices(
     labels: np.ndarray, known: Iterable[int], label_map: Mapping[Any, int] | None = None, *, name: str = "mask"
 ) -> np.ndarray:
-    """Label values (int16, any shape) to int16 indices of the sorted `known` values, after `label_map` {value: known}
-    (names of segments in it have been read: `segment_values`).
+    """Map label values (int16, any shape) to int16 indices of the sorted `known` values, after `label_map` {value:
+    known}. Names of segments in it were read with the file, see `segment_values`.
 
     Raises VolumeError, which names the mask and the values, for labels that are neither known nor mapped.
     """
@@ -43,15 +43,16 @@ def label_indices(
 
 
 def label_channels(indices: np.ndarray, num_labels: int) -> np.ndarray:
-    """Label indices (X, Y, Z) to float32 (num_labels - 1, X, Y, Z): 1 where each label but the background (0) is, else
-    0."""
+    """Map label indices (X, Y, Z) to float32 (num_labels - 1, X, Y, Z): 1 where each label but the background (0) is,
+    else 0.
+    """
     foreground = np.arange(1, num_labels, dtype=indices.dtype).reshape(-1, 1, 1, 1)
     return (indices[None] == foreground).astype(np.float32)
 
 
 def merge_channels(channels: np.ndarray, values: Sequence[int], threshold: float = 0.0) -> np.ndarray:
-    """A channel for each label but the background, (C, X, Y, Z), to the label map (1, X, Y, Z) int16 that they mean:
-    the background where none exceeds `threshold`, else the label of the largest.
+    """Merge channels (C, X, Y, Z), one for each label but the background, into a label map (1, X, Y, Z) int16. A voxel
+    gets the label of its largest channel, or the background if no channel exceeds `threshold`.
 
     Args:
         values: label values of background and channels, C + 1 of them.
@@ -61,7 +62,7 @@ def merge_channels(channels: np.ndarray, values: Sequence[int], threshold: float
 
 
 def segment_values(names: Mapping[int, str], label_map: Mapping[Any, int] | None = None) -> dict[str | int, int]:
-    """How segments of DICOM-SEG and RTSTRUCT are read: {name (see `segment_key`) or number: label value}.
+    """Decide how segments of DICOM-SEG and RTSTRUCT are read: {name (see `segment_key`) or number: label value}.
 
     A segment is read as the label to which its name leads in `label_map`, or that is called as it is, or to which its
     number leads in `label_map`. Labels whose names differ in upper and lower case alone are not found by name.
@@ -87,5 +88,5 @@ def segment_values(names: Mapping[int, str], label_map: Mapping[Any, int] | None
 
 
 def segment_key(name: str) -> str:
-    """The name of a segment as it is compared: without white space at its ends, in lower case."""
+    """Return the name of a segment as it is compared: without white space at its ends, in lower case."""
     return nfc(name).strip().casefold()

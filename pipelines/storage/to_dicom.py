@@ -18,7 +18,7 @@ SEG = "SEG"
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "volumes", nargs="+", type=Path, help="generated .nii.gz or .nii files, their sidecars beside them"
@@ -53,9 +53,10 @@ from .provenance import read_sidecar, volume_files
 
 
 def find_record(path: str | os.PathLike) -> Mapping[str, Any]:
-    """The sidecar of a generated volume, or of one channel of it (case_000_ct.nii.gz has its record in case_000.json).
+    """Find the sidecar of a generated volume, or of one channel of it (case_000_ct.nii.gz has its record in
+    case_000.json).
 
-    Raises: ValueError where there is none: only what is known to be synthetic is marked so.
+    Raises: ValueError if there is none: only a volume that is known to be synthetic is marked as such.
     """
     path, words = local_path("path", path), volume_stem(path).split("_")
     for count in range(len(words), 0, -1):
@@ -107,8 +108,9 @@ def export_mask(
 
 
 def label_names(pipeline: Path) -> Mapping[int, str]:
-    """The names of the labels that a saved pipeline generates, or is conditioned on. Raises: ValueError if it has
-    none."""
+    """Read the names of the labels that a saved pipeline generates, or is conditioned on. Raises: ValueError if it has
+    none.
+    """
     index = pipeline / "model_index.json"
     if not index.is_file():
         raise ValueError(f"--pipeline {pipeline}: holds no model_index.json; give the folder of a pipeline")

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from cli.settings import (
     NonNegativeInt,
+    PathBelowRoot,
     PositiveFloat,
     PositiveInt,
     Range,
@@ -91,9 +92,9 @@ class DataConfig:
     """
 
     root: UserPath = "."
-    table: UserPath | None = None
-    images: UserPath | list[UserPath] | dict[str, UserPath] = field(default_factory=list)
-    masks: UserPath | None = None
+    table: PathBelowRoot | None = None
+    images: PathBelowRoot | list[PathBelowRoot] | dict[str, PathBelowRoot] = field(default_factory=list)
+    masks: PathBelowRoot | None = None
     time_point: NonNegativeInt | dict[str, NonNegativeInt] | None = None
     units: Literal["mm", "cm", "m", "um"] | None = None
     axes: Literal["XYZC", "CXYZ"] | None = None
@@ -223,8 +224,9 @@ class DataConfig:
 
     @property
     def class_names(self) -> dict[str, list[str]]:
-        """What a model knows of each class: its values in the order of the list, or their names in alphabetical
-        order."""
+        """Return what a model knows of each class: its values in the order of the list, or their names in alphabetical
+        order.
+        """
         return {
             column: sorted(set(values.values())) if isinstance(values, dict) else list(values)
             for column, values in self.classes.items()
@@ -257,7 +259,7 @@ class DataConfig:
 
     @property
     def mask_reading(self) -> MaskReading:
-        """How label maps are read, as keywords of `read_mask`."""
+        """Return how label maps are read, as keywords of `read_mask`."""
         named = {**self.label_names, **self.image_labels}
         return {**self.reading, "names": segment_values(named, self.label_map)}
 

@@ -61,7 +61,7 @@ class SegHeader:
 def read_seg(
     path: Path, names: SegmentValues | None = None, like: Volume | None = None, units: str | None = None
 ) -> Volume:
-    """The label map (1, X, Y, Z) int16 of a SEG, on the grid of `segments.grid_for`.
+    """Read the label map (1, X, Y, Z) int16 of a SEG, on the grid of `segments.grid_for`.
 
     Without the image and its series, a SEG lies on the grid of its own frames, if there is one for each slice.
 
@@ -157,7 +157,7 @@ def _frame(path: Path, number: int, own: Any, shared: Any, kind: str, scale: flo
 
 
 def _misfit(header: SegHeader, grid: Volume) -> str | None:
-    """Why the frames do not lie on a grid; None where they do."""
+    """Say why the frames do not lie on a grid; None if they do."""
     for number, frame in enumerate(header.frames, start=1):
         if _plane(frame, header.shape, grid) is None:
             return f"frame {number} of {header.shape[0]} x {header.shape[1]} pixels lies on no plane of its voxels"
@@ -165,8 +165,10 @@ def _misfit(header: SegHeader, grid: Volume) -> str | None:
 
 
 def _plane(frame: Frame, shape: tuple[int, int], grid: Volume) -> tuple[tuple[slice | int, ...], bool] | None:
-    """The part of the grid that a frame lies on, and whether its rows come before its columns there; None where it does
-    not lie on voxels."""
+    """Find the part of the grid that a frame lies on, and whether its rows come before its columns there.
+
+    Returns: None if it does not lie on voxels.
+    """
     to_voxels = np.linalg.inv(grid.affine) @ frame.affine
     steps = np.rint(to_voxels[:3, :2])
     if (np.abs(steps).sum(axis=0) != 1).any() or (np.abs(steps).sum(axis=1) > 1).any():

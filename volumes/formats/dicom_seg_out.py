@@ -120,7 +120,8 @@ def _series(folder: Path, mask: Volume) -> list[Dataset]:
             f"{folder}: the series lies on another grid than the label map ({describe_grid(grid)} against "
             f"{describe_grid(mask)}); give the series that was generated from it"
         )
-    found = [pydicom.dcmread(f, stop_before_pixels=True) for f in series_files(folder) if segmentation_kind(f) is None]
+    images = [file for file in series_files(folder) if segmentation_kind(file) is None]
+    found: list[Dataset] = [pydicom.dcmread(file, stop_before_pixels=True) for file in images]
     if real := [one for one in found if one.get("SyntheticData") != "YES"]:
         raise ValueError(
             f"{folder}: slice {real[0].get('InstanceNumber')} is not marked as synthetic (SyntheticData), so a "

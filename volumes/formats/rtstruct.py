@@ -64,7 +64,7 @@ class Placed:
 def read_rtstruct(
     path: Path, names: SegmentValues | None = None, like: Volume | None = None, units: str | None = None
 ) -> Volume:
-    """The label map (1, X, Y, Z) int16 of an RTSTRUCT, on the grid of `segments.grid_for`.
+    """Read the label map (1, X, Y, Z) int16 of an RTSTRUCT, on the grid of `segments.grid_for`.
 
     Args:
         names: label values of the ROIs, see `segments.chosen_values`; None keeps their numbers.
@@ -227,7 +227,7 @@ def _filled(name: str, contours: list[Placed], sides: tuple[int, int]) -> np.nda
 
 
 def fill(points: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
-    """The voxels whose centers are inside one closed contour, bool of `sides`.
+    """Mark the voxels whose centers are inside one closed contour, bool of `sides`.
 
     Each border of the contour changes the side of all voxels of a line from where it crosses the line on.
 

@@ -75,7 +75,7 @@ class LabelGrid:
             self._segments[value].append(segment)
 
     def volume(self) -> Volume:
-        """The label map (1, X, Y, Z). Raises: VolumeError for segments of different labels that overlap."""
+        """Return the label map (1, X, Y, Z). Raises: VolumeError for segments of different labels that overlap."""
         if self._overlaps:
             (first, second), count = max(self._overlaps.items(), key=lambda item: item[1])
             raise VolumeError(
@@ -87,7 +87,7 @@ class LabelGrid:
 
 
 def chosen_values(name: str, segments: Mapping[int, str], names: SegmentValues | None) -> dict[int, int]:
-    """The label value of each segment that is read.
+    """Choose the label value of each segment that is read.
 
     Args:
         segments: {number: name} of all segments of the file.
@@ -125,7 +125,7 @@ def chosen_values(name: str, segments: Mapping[int, str], names: SegmentValues |
 
 
 def listed(segments: Mapping[int, str]) -> str:
-    """Segments by number and name, for messages."""
+    """Write segments by number and name, for messages."""
     text = ", ".join(f"{number} {name!r}" for number, name in [*segments.items()][:LISTED])
     return text + (f" and {len(segments) - LISTED} more" if len(segments) > LISTED else "")
 
@@ -138,7 +138,7 @@ def grid_for(
     units: str | None = None,
     own: Callable[[], SourceGrid] | None = None,
 ) -> Volume:
-    """The grid that a segmentation object lies on: that of `like` where it fits; else that of the series that it names,
+    """Find the grid that a segmentation object lies on: that of `like` where it fits; else that of the series that it names,
     which is looked for in its folder, the folder above, and below these; else its own.
 
     Args:
@@ -184,7 +184,7 @@ def _other_frame(reference: Reference, grid: Volume) -> str | None:
 
 
 def grid_volume(source: SourceGrid) -> Volume:
-    """A volume of zeros, which take no memory, on a grid."""
+    """Return a volume of zeros, which take no memory, on a grid."""
     shape, affine = canonical_grid(source)
     return Volume(_nothing(shape), affine, source)
 
@@ -194,7 +194,7 @@ def _nothing(shape: Sequence[int]) -> np.ndarray:
 
 
 def find_series(path: Path, series: Sequence[str]) -> list[Path]:
-    """The folders of these series near a file: in its own folder and below it; if there are none, in the folder above
+    """Find the folders of these series near a file: in its own folder and below it; if there are none, in the folder above
     and below that. At most `MOST_FOLDERS` folders are looked at."""
     if not series:
         return []
@@ -208,14 +208,14 @@ def find_series(path: Path, series: Sequence[str]) -> list[Path]:
 
 
 def _folders(top: Path) -> Iterator[Path]:
-    """`top` and all folders below it, without hidden ones and links."""
+    """Yield `top` and all folders below it, without hidden ones and links."""
     for place, names, _ in os.walk(top):
         names[:] = sorted(name for name in names if not name.startswith("."))
         yield Path(place)
 
 
 def series_of(folder: Path) -> frozenset[str]:
-    """SeriesInstanceUIDs of the first images in a folder, which holds one series as a rule."""
+    """Read the SeriesInstanceUIDs of the first images in a folder, which holds one series as a rule."""
     try:
         return _series_of(folder, folder.stat().st_mtime_ns)
     except (OSError, VolumeError):  # a folder that cannot be read, or that holds a pipe, is not that of a series
@@ -224,7 +224,7 @@ def series_of(folder: Path) -> frozenset[str]:
 
 @lru_cache(MOST_FOLDERS)
 def _series_of(folder: Path, changed: int) -> frozenset[str]:
-    """`series_of` a folder at a time."""
+    """Read `series_of` a folder as it is at a time."""
     found: set[str] = set()
     images = (file for file in series_files(folder) if is_dicom(file) and segmentation_kind(file) is None)
     for file in itertools.islice(images, LOOKED_AT):
@@ -237,17 +237,17 @@ def _series_of(folder: Path, changed: int) -> frozenset[str]:
 
 
 def sequence(item: Any, keyword: str) -> list[Any]:
-    """The items of a DICOM sequence; none where it is absent."""
+    """Return the items of a DICOM sequence, none if it is absent."""
     return list(item.get(keyword) or [])
 
 
 def text(item: Any, keyword: str) -> str:
-    """A DICOM text without white space at its ends; empty where it is absent."""
+    """Return a DICOM text without white space at its ends, empty if it is absent."""
     return str(item.get(keyword) or "").strip()
 
 
 def finite(name: str, what: str, values: Any, count: int | None = None) -> np.ndarray:
-    """Decimal numbers of a DICOM attribute. Raises: VolumeError unless they are finite, of a length that a scan has,
+    """Read the decimal numbers of a DICOM attribute. Raises: VolumeError unless they are finite, of a length that a scan has,
     and as many as expected."""
     if isinstance(values, bytes):  # too long for its VR in an explicit syntax, so that it was written as UN
         values = values.decode("ascii", "replace").split("\\")
