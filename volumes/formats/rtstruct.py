@@ -178,7 +178,7 @@ def _placed(rois: dict[int, Roi], grid: Volume) -> tuple[int, dict[int, dict[int
 
 
 def _misfit(rois: dict[int, Roi], grid: Volume) -> str | None:
-    """Why the contours do not lie on slices of a grid; None where they do."""
+    """Say why the contours do not lie on slices of a grid; None if they do."""
     placed = _placed(rois, grid)
     return placed if isinstance(placed, str) else None
 

@@ -138,8 +138,9 @@ def grid_for(
     units: str | None = None,
     own: Callable[[], SourceGrid] | None = None,
 ) -> Volume:
-    """Find the grid that a segmentation object lies on: that of `like` where it fits; else that of the series that it names,
-    which is looked for in its folder, the folder above, and below these; else its own.
+    """Find the grid that a segmentation object lies on.
+
+    That of `like` if it fits; else that of the series that it names, see `find_series`; else its own.
 
     Args:
         misfit: says why the object does not lie on a grid; None where it does.
@@ -194,8 +195,9 @@ def _nothing(shape: Sequence[int]) -> np.ndarray:
 
 
 def find_series(path: Path, series: Sequence[str]) -> list[Path]:
-    """Find the folders of these series near a file: in its own folder and below it; if there are none, in the folder above
-    and below that. At most `MOST_FOLDERS` folders are looked at."""
+    """Find the folders of these series near a file: in its own folder and below it; if there are none, in the folder
+    above and below that. At most `MOST_FOLDERS` folders are looked at.
+    """
     if not series:
         return []
     home = path.resolve().parent
@@ -247,8 +249,9 @@ def text(item: Any, keyword: str) -> str:
 
 
 def finite(name: str, what: str, values: Any, count: int | None = None) -> np.ndarray:
-    """Read the decimal numbers of a DICOM attribute. Raises: VolumeError unless they are finite, of a length that a scan has,
-    and as many as expected."""
+    """Read the decimal numbers of a DICOM attribute. Raises: VolumeError unless they are finite, below `FAR`, and as
+    many as expected.
+    """
     if isinstance(values, bytes):  # too long for its VR in an explicit syntax, so that it was written as UN
         values = values.decode("ascii", "replace").split("\\")
     try:
