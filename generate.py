@@ -1,11 +1,11 @@
 """Generate volumes from masks, from a table of conditions, or from nothing, in one process or many:
 
-python generate.py --pipeline weights/hippocampus --masks 'masks/*.nii.gz' --output out/generated --count 2 --steps 20
-python generate.py --pipeline DIR --conditions table.csv --output out/generated     # a model with classes, numbers,
-images python generate.py --pipeline DIR --output out/generated --count 100        # a model that needs neither masks
-nor conditions python generate.py --pipeline weights/hippocampus --masks generate:weights/hippocampus-masks --count 100
---output out/pairs accelerate launch generate.py ...       # divides masks, rows or volumes over the processes (on a
-CPU: torchrun)
+    python generate.py --pipeline weights/hippocampus --masks 'masks/*.nii.gz' --output out/generated --count 2
+    python generate.py --pipeline DIR --conditions table.csv --output out/generated  # for classes, numbers, images
+    python generate.py --pipeline DIR --output out/generated --count 100  # a model that needs no masks or conditions
+    python generate.py --pipeline weights/hippocampus --masks generate:weights/hippocampus-masks --count 100 \
+        --output out/pairs
+    accelerate launch generate.py ...  # divides masks, rows or volumes over the processes (on a CPU: torchrun)
 
 Writes <name>_<k:03d>.nii.gz on the mask's grid, a JSON sidecar that records how it was generated, and at the end
 manifest.csv. A model of several channels writes <name>_<k:03d>_<channel>.nii.gz for each channel that it generates, and
@@ -27,17 +27,24 @@ volume is not written, but generated again from the next seed; sidecars and mani
 import argparse
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cli.command import ArgumentParser, run_command
 from cli.settings import NonNegativeFloat, NonNegativeInt, Number, PositiveInt, show_ranges
+
+if TYPE_CHECKING:
+    from pipelines.base import VolumePipeline
+    from pipelines.batch_generation import BatchConfig
+    from pipelines.rejection import Check
 
 GENERATE = "generate:"
 PRECISIONS = ("no", "bf16", "fp16")
 
 
-def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    """The command line. Exits with a message if it cannot be used."""
+def make_parser() -> ArgumentParser:
+    """Describe the options."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--pipeline", required=True, help="pipeline folder or Hub repository")
     parser.add_argument("--lora", help="LoRA for the pipeline, a file or folder of train_ldm.py")
@@ -69,56 +76,20 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--wait_minutes", type=Number(NonNegativeFloat), default=0.0, help=wait_help)
     parser.add_argument("--precision", choices=PRECISIONS, default="no", help="no is float32 (no)")
     show_ranges(parser)
+    return parser
+
+
+def parse(args: Sequence[str] | None) -> "BatchConfig":
+    """Parse the command line. Exits with a message if it cannot be used."""
+    parser = make_parser()
     options = parser.parse_args(args)
-    if len(options.masks) > 1 and any(pattern.startswith(GENERATE) for pattern in options.masks):
-        parser.error(f"--masks {' '.join(options.masks)}: {GENERATE}PIPELINE stands alone")
-    return options
-
-
-def label_pair(text: str) -> tuple[int, int | str]:
-    """VALUE=LABEL, the label by value or by name."""
-    value, _, label = text.partition("=")
-    if not label:
-        raise argparse.ArgumentTypeError(f"{text!r} is not VALUE=LABEL, e.g. 3=1")
-    return int(value), int(label) if label.lstrip("-").isdigit() else label
-
-
-if __name__ == "__main__":  # arguments first: the other imports take seconds
-    run_command(lambda: parse(None))
-
-from cli.stopping import stoppable
-from pipelines import SamplingConfig
-from pipelines.base import VolumePipeline
-from pipelines.batch_generation import BatchConfig, generate_to_disk
-from pipelines.rejection import Check
-from training import join_processes, report_peer_failure
-
-MAX_RUN_TIME = timedelta(days=30)  # processes wait this long for each other at the end
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Generate the volumes that are not there yet."""
-    config = make_config(parse(args))
-    state = join_processes(MAX_RUN_TIME)
-    again = "run the same command again: it resumes"
-    with report_peer_failure(state, again), stoppable(again):
-        missing = generate_to_disk(config, state)
-    state.destroy_process_group()
-    if missing:
-        raise ValueError("not written (all others are finished):\n" + "\n".join(missing))
-
-
-def make_config(options: argparse.Namespace) -> BatchConfig:
-    """The command that the options describe."""
     masks: list[str] = options.masks
-    generated = bool(masks) and masks[0].startswith(GENERATE)
-    fingerprints: Path | None = options.reject_copies
+    generated = any(pattern.startswith(GENERATE) for pattern in masks)
+    if generated and len(masks) > 1:
+        parser.error(f"--masks {' '.join(masks)}: {GENERATE}PIPELINE stands alone")
 
-    def copy_check(pipe: VolumePipeline) -> Check:
-        from evaluation.copies.fingerprints import copy_check  # here, for it imports what only evaluation needs
-
-        assert fingerprints is not None
-        return copy_check(fingerprints, pipe.data, pipe.training_subjects)
+    from pipelines.batch_generation import BatchConfig  # after the arguments: these imports take seconds
+    from pipelines.sampling import SamplingConfig
 
     return BatchConfig(
         pipeline=options.pipeline,
@@ -132,8 +103,45 @@ def make_config(options: argparse.Namespace) -> BatchConfig:
         seed=options.seed,
         label_map=dict(options.label_map),
         lora=options.lora,
-        copy_check=None if fingerprints is None else copy_check,
+        copy_check=None if options.reject_copies is None else partial(copy_check, options.reject_copies),
         max_attempts=options.max_attempts,
         wait_minutes=options.wait_minutes,
         precision=options.precision,
     )
+
+
+def label_pair(text: str) -> tuple[int, int | str]:
+    """VALUE=LABEL, the label by value or by name."""
+    value, _, label = text.partition("=")
+    if not label:
+        raise argparse.ArgumentTypeError(f"{text!r} is not VALUE=LABEL, e.g. 3=1")
+    return int(value), int(label) if label.lstrip("-").isdigit() else label
+
+
+def copy_check(fingerprints: Path, pipe: "VolumePipeline") -> "Check":
+    """Return the check of --reject_copies, for this pipeline."""
+    from evaluation.copies import fingerprints as copies  # here, for it imports what only evaluation needs
+
+    return copies.copy_check(fingerprints, pipe.data, pipe.training_subjects)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
+from cli.stopping import stoppable
+from pipelines.batch_generation import generate_to_disk
+from training import join_processes, report_peer_failure
+
+MAX_RUN_TIME = timedelta(days=30)  # processes wait this long for each other at the end
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Generate the volumes that are not there yet."""
+    config = parse(args)
+    state = join_processes(MAX_RUN_TIME)
+    again = "run the same command again: it resumes"
+    with report_peer_failure(state, again), stoppable(again):
+        missing = generate_to_disk(config, state)
+    state.destroy_process_group()
+    if missing:
+        raise ValueError("not written (all others are finished):\n" + "\n".join(missing))

@@ -381,7 +381,7 @@ def test_more_volumes_than_a_folder_should_hold_are_refused(pipeline, unconditio
 
 
 def test_many_volumes_are_planned_within_seconds(unconditional, tmp_path, monkeypatch):
-    monkeypatch.setattr(batch_generation, "generate_tasks", lambda _, tasks, *rest: planned.extend(tasks) or [])
+    monkeypatch.setattr(batch_generation, "left_to_generate", lambda tasks: planned.extend(tasks) or [])
     planned: list[PlannedVolume] = []
     with at_once(60):
         run(unconditional, tmp_path, "--count", "20000", "--shape", "8", "8", "8")

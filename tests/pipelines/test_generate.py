@@ -17,7 +17,7 @@ from benchmarks import forked
 from pipelines import MedVolumePipeline, VolumeProcessor, describe_mask, sidecar_path
 from pipelines.inputs.request_files import find_masks
 from pipelines.planning import volume_seed
-from pipelines.storage.manifest import write_manifest
+from pipelines.storage.finished import write_manifest
 from volumes import volume_stem
 
 ROOT = Path(__file__).resolve().parents[2]
