@@ -12,8 +12,10 @@ manifest.csv. A model of several channels writes <name>_<k:03d>_<channel>.nii.gz
 one sidecar. The name is the mask's stem. The columns of a table are: mask (a path, relative to the table's folder;
 without masks and images, give --shape), the model's classes and numbers (an empty cell leaves one out), its condition
 channels (paths too; the other channels are generated to match), and name, where the mask's stem should not be the name.
-Each volume's seed is computed from --seed, its name and k, so batch size, order, processes and interruptions change
-nothing. The same command resumes where it stopped.
+
+Steps and guidance are those of the pipeline's sampling.json, unless --steps and --guidance_scale say otherwise. Each
+volume's seed is computed from --seed, its name and k, so batch size, order, processes and interruptions change nothing.
+The same command resumes where it stopped.
 
 With `--masks generate:PIPELINE` that pipeline generates --count label maps first, into OUTPUT/masks; each gets one
 volume. Without masks and conditions volumes are called volume_000, label maps map_000. Their grid is --shape, or has
@@ -58,9 +60,11 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--shape", nargs=3, type=Number(PositiveInt), metavar=("X", "Y", "Z"), help=shape_help)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
     parser.add_argument("--count", type=Number(PositiveInt), default=1, help="volumes per mask or row, or in all (1)")
-    parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps (20)")
-    guidance_help = "how closely conditions are followed, for models trained for it; 0 to 1 is no guidance (1)"
-    parser.add_argument("--guidance_scale", type=Number(NonNegativeFloat), default=1.0, help=guidance_help)
+    parser.add_argument("--steps", type=Number(PositiveInt), help="denoising steps (the pipeline's, or 20)")
+    guidance_help = (
+        "how closely conditions are followed, for models trained for it; 0 to 1 is no guidance (the pipeline's, or 1)"
+    )
+    parser.add_argument("--guidance_scale", type=Number(NonNegativeFloat), help=guidance_help)
     parser.add_argument("--seed", type=Number(NonNegativeInt), default=0, help="(0)")
     parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")
     label_help = "read a label value as one that the model knows, by value or name: 3=1 4=tumor"

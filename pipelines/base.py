@@ -32,6 +32,7 @@ from pipelines.storage.provenance import (
     synthetic_files,
 )
 from pipelines.storage.record import GenerationRecord
+from pipelines.storage.sampling_settings import SamplingSettings
 from pipelines.storage.serialization import PipelineIOMixin
 from volumes import VoxelError
 from volumes.description import DataDescription
@@ -95,18 +96,21 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         self.volume_processor = VolumeProcessor(self._data, vae.stride)
         residual_noise = self._data.residual_noise
         self.noise_model = None if residual_noise is None else ResidualNoiseModel(residual_noise)
+        self.sampling_settings = SamplingSettings()
         self._running, self._last = [], CallState()
 
     # Requests -> prepared volumes
 
     def prepare(self, requests: Sequence[VolumeRequest], sampling: SamplingConfig) -> list[PreparedVolume]:
         """Read and check what volumes are generated from, and write the record of each. Requests of the same files are
-        read, hashed and held once.
+        read, hashed and held once. Where `sampling` has no steps or guidance, it is the pipeline's own that count
+        (`sampling_settings`).
 
         Raises: ValueError naming what cannot be used, and the remedy: a mask, its labels, a class, a number, an image,
         the number of steps, the sigmas. Warns: of numbers far outside the training range.
         """
         self._check_requests(requests)
+        sampling = sampling.filled(self.sampling_settings)
         self._timed_scheduler(sampling)
         read: dict[Any, tuple[PreparedGrid, GenerationRecord]] = {}
         volumes = []
@@ -170,6 +174,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
     def record(self, request: VolumeRequest, sampling: SamplingConfig, seed: int | None = None) -> GenerationRecord:
         """The record of a request's volumes, but for the classes and numbers in effect, which `prepare` adds;
         everything but `software` decides the voxels. The files of the request are read and hashed."""
+        sampling = sampling.filled(self.sampling_settings)
         fitted = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
         scheduler = json.loads(fitted.to_json_string(), parse_constant=str)  # -Infinity, which JSON lacks, as text
         label_map = {str(value): target for value, target in (request.label_map or {}).items()}
@@ -180,6 +185,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             num_inference_steps=sampling.steps,
             sigmas=sampling.sigmas,
             guidance_scale=recorded_guidance(sampling.guidance_scale),
+            settings_from=sampling.settings_from,
             scheduler={"class": scheduler["_class_name"]} | {k: v for k, v in scheduler.items() if k[0] != "_"},
             dtype=self._dtypes(),
             mask=None if request.mask is None else describe_mask(request.mask),
@@ -218,6 +224,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         Returns: the volumes; one whose voxels no file can hold has a `fault`.
         Raises: ValueError for what cannot be used, before the first step, but for what a callback returns.
         """
+        sampling = sampling.filled(self.sampling_settings)
         if any(volume.sampling.recorded != sampling.recorded for volume in volumes):
             raise ValueError(
                 "the volumes were prepared for other sampling settings, which their records name; prepare them again"
@@ -250,7 +257,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                     condition_tensors(self.unet, [sample.prepared for sample in batch], device, images),
                     guidance_scale=sampling.guidance_scale,
                     schema=self.unet.condition_schema,
-                    num_inference_steps=sampling.num_inference_steps,
+                    num_inference_steps=sampling.steps,
                     sigmas=sampling.sigmas,
                     generator=[sample.generator for sample in batch],
                     callback=callback,
@@ -295,7 +302,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         """A copy of the scheduler that speaks the model's objective, with its timesteps. Raises: ValueError for steps
         or sigmas that it does not take."""
         scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
-        set_timesteps(scheduler, sampling.num_inference_steps, sampling.sigmas, self._execution_device)
+        set_timesteps(scheduler, sampling.steps, sampling.sigmas, self._execution_device)
         return scheduler
 
     def _latent_shape(self, grid: PreparedGrid) -> tuple[int, int, int, int]:

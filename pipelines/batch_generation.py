@@ -126,7 +126,7 @@ def generate_with_masks(config: BatchConfig, state: PartialState) -> list[str]:
         pipeline=config.mask_pipeline,
         mask_pipeline=None,
         output=folder,
-        sampling=replace(config.sampling, guidance_scale=1.0),
+        sampling=replace(config.sampling, guidance_scale=None),  # that of the volumes
         label_map={},
         lora=None,
         copy_check=None,
