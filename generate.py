@@ -9,9 +9,12 @@
 
 Writes <name>_<k:03d>.nii.gz on the mask's grid, a JSON sidecar that records how it was generated, and at the end
 manifest.csv. A model of several channels writes <name>_<k:03d>_<channel>.nii.gz for each channel that it generates, and
-one sidecar. The name is the mask's stem. The columns of a table are: mask (a path, relative to the table's folder;
-without masks and images, give --shape), the model's classes and numbers (an empty cell leaves one out), its condition
-channels (paths too; the other channels are generated to match), and name, where the mask's stem should not be the name.
+one sidecar. The name is the mask's stem; where masks have one stem, as of 'DIR/*/tumour.nii.gz', it is what differs in
+their paths (p01, p02).
+
+The columns of a table are: mask (a path, relative to the table's folder; without masks and images, give --shape), the
+model's classes and numbers (an empty cell leaves one out), its condition channels (paths too; the other channels are
+generated to match), and name, where the mask's stem should not be the name. Other columns are listed and not read.
 
 Steps and guidance are those of the pipeline's sampling.json, unless --steps and --guidance_scale say otherwise. Each
 volume's seed is computed from --seed, its name and k, so batch size, order, processes and interruptions change nothing.

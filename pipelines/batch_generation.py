@@ -76,7 +76,7 @@ def generate_to_disk(config: BatchConfig, state: PartialState, *, held: bool = F
     requests = mask_requests(config.masks, config.output) if config.masks else []
     pipe = load_pipeline(config, state.device)
     if config.conditions:
-        requests = read_requests(config.conditions, pipe, config.output)
+        requests = read_requests(config.conditions, pipe, config.output, state.print)
     elif not config.masks:
         requests = [VolumeRequest(name="map" if pipe.data.image_labels else "volume")]
     check_requests(requests, config)

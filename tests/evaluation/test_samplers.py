@@ -171,7 +171,7 @@ def test_a_choice_is_written_into_the_pipeline(tmp_path):
     assert loaded.scheduler is scheduler and loaded.sampling_settings == SamplingSettings(6, 1.0)
 
 
-def test_a_choice_of_test_volumes_or_of_another_model_is_refused(tmp_path):
+def test_choices_of_test_volumes_or_other_models_are_refused(tmp_path):
     pipe, path = tiny_pipeline(), tmp_path / "samplers.json"
     for entries, settings, said in (
         ([entry_of("euler", 20, *GOOD)], {"model": "m", "split": "test"}, "was measured on test volumes"),

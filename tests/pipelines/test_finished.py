@@ -424,7 +424,7 @@ def test_masks_that_change_during_a_run_end_it_with_a_manifest(inputs, tmp_path,
     assert f"stopped: 1 volumes are in {tmp_path / 'out'}" in capsys.readouterr().out
 
 
-def test_a_manifest_that_cannot_be_written_does_not_hide_the_error(inputs, output, monkeypatch):
+def test_a_manifest_that_fails_does_not_hide_the_error(inputs, output, monkeypatch):
     flip(output / "a_000.nii.gz")
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(MedVolumePipeline, "generate", lambda *_, **__: (_ for _ in ()).throw(full))

@@ -91,7 +91,7 @@ def test_arguments_of_a_call_win_and_the_record_says_so(pipe, call, used, places
     assert found["settings_from"] == dict(zip(("num_inference_steps", "guidance_scale"), places, strict=True))
 
 
-def test_a_pipeline_without_settings_takes_20_steps_without_guidance(tmp_path):
+def test_without_settings_20_steps_are_made_unguided(tmp_path):
     pipe = tiny_pipeline(condition_dropout={"mask": 0.1})
     found = record(pipe)
     assert (found["num_inference_steps"], found["guidance_scale"]) == (20, None)
@@ -208,7 +208,7 @@ def test_settings_that_do_not_fit_the_model_are_refused(tmp_path, dropout, setti
         )
 
 
-def test_volumes_are_prepared_and_generated_by_the_same_settings(pipe):
+def test_prepared_volumes_are_generated_by_the_same_settings(pipe):
     prepared = pipe.prepare([VolumeRequest(MASK)], SamplingConfig())
     assert prepared[0].record.num_inference_steps == 3
     pipe.generate(prepared, SamplingConfig(3, guidance_scale=2.5), seeded(1), output_type="latent")
@@ -229,7 +229,7 @@ def test_a_download_brings_the_settings(folder, monkeypatch):
     assert asked == [("somebody/volumes", {"allow_patterns": ["sampling.json"], "revision": "v1"})]
 
 
-def test_finished_volumes_are_found_wherever_equal_settings_came_from(folder, tmp_path, monkeypatch, capsys):
+def test_finished_volumes_are_found_if_settings_are_equal(folder, tmp_path, monkeypatch, capsys):
     nib.save(MASK, tmp_path / "a.nii.gz")
     command = ["--pipeline", str(folder), "--masks", str(tmp_path / "a.nii.gz"), "--output", str(tmp_path / "out")]
     generate.main(command)
