@@ -1,8 +1,8 @@
-"""Generate volumes from masks, from a table of conditions, or from nothing, in one process or many:
+r"""Generate volumes from masks, from a table of conditions, or from nothing, in one process or many:
 
     python generate.py --pipeline weights/hippocampus --masks 'masks/*.nii.gz' --output out/generated --count 2
-    python generate.py --pipeline DIR --conditions table.csv --output out/generated  # for classes, numbers, images
-    python generate.py --pipeline DIR --output out/generated --count 100  # a model that needs no masks or conditions
+    python generate.py --pipeline DIR --conditions table.csv --output out/generated  # classes, numbers, images
+    python generate.py --pipeline DIR --output out/generated --count 100             # a model without conditions
     python generate.py --pipeline weights/hippocampus --masks generate:weights/hippocampus-masks --count 100 \
         --output out/pairs
     accelerate launch generate.py ...  # divides masks, rows or volumes over the processes (on a CPU: torchrun)

@@ -36,7 +36,7 @@ FOLDER_SUFFIXES = tuple(suffix for suffix in SUFFIXES if not suffix.startswith("
 
 
 def mask_requests(patterns: Sequence[str], output: Path) -> list[VolumeRequest]:
-    """One request per mask of `find_masks`, called as `mask_names` says.
+    """Build one request per mask of `find_masks`, called as `mask_names` says.
 
     Raises: ValueError as `find_masks`, and for two masks whose volumes would have one name.
     """
@@ -50,14 +50,14 @@ def mask_requests(patterns: Sequence[str], output: Path) -> list[VolumeRequest]:
             both, stems = with_urls(f"{other} and {mask}"), (volume_stem(other), volume_stem(mask))
             if other.parent != mask.parent:
                 raise ValueError(f"{both}: their volumes would both be called {name}; rename one")
-            alike = "" if stems[0] == stems[1] else ", but for upper and lower case"
+            alike = "" if stems[0] == stems[1] else ", apart from upper and lower case"
             raise ValueError(f"{both} have the same stem{alike}, so their volumes would too; rename one")
     return [VolumeRequest(mask, name=name) for mask, name in zip(masks, names, strict=True)]
 
 
 def mask_names(masks: Sequence[Path]) -> list[str]:
-    """Names for the volumes of masks: their stems; where stems are equal, the parts of all paths that differ, from
-    folders to stem: p01/tumour.nii.gz and p02/tumour.nii.gz are p01 and p02."""
+    """Return names for the volumes of masks: their stems, or where stems are equal, the parts of all paths that differ:
+    p01/tumour.nii.gz and p02/tumour.nii.gz are p01 and p02."""
     stems = [volume_stem(mask) for mask in masks]
     if len({same_name(stem) for stem in stems}) == len(stems):
         return stems
@@ -74,7 +74,7 @@ def mask_names(masks: Sequence[Path]) -> list[str]:
 
 
 def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
-    """Mask files in folders, or matching patterns, sorted by stem; for URLs, local copies.
+    """Find mask files in folders, or matching patterns, sorted by stem; for URLs, local copies.
 
     Raises: ValueError if there are none, or if masks lie in the output folder (volumes would become masks in the next
     run).
@@ -101,13 +101,13 @@ def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
         )
     masks = sorted(found, key=lambda path: (volume_stem(path), str(path)))
     if forks := resource_forks(masks):
-        warnings.warn(f"{len(forks)} files of macOS beside the masks are passed over, such as {forks[0]}", stacklevel=2)
+        warnings.warn(f"{len(forks)} files of macOS beside the masks are ignored, such as {forks[0]}", stacklevel=2)
     refuse_masks_in(output, masks)
     return masks
 
 
 def refuse_masks_in(output: Path, masks: Sequence[Path]) -> None:
-    """Raises: ValueError for a mask, or an image, in the output folder."""
+    """Raise ValueError for a mask or an image in the output folder."""
     for mask in masks:
         if mask.parent.resolve() == output.resolve():
             raise ValueError(f"{mask}: lies in --output {output}; write volumes to another folder")
@@ -116,7 +116,8 @@ def refuse_masks_in(output: Path, masks: Sequence[Path]) -> None:
 def read_requests(
     source: str | Path, pipe: VolumePipeline, output: Path, say: Callable[[str], object] = print
 ) -> list[VolumeRequest]:
-    """The rows of a table of conditions, in order. For a table at a URL, local copies of the files below its folder.
+    """Read the rows of a table of conditions, in order. For a table at a URL, the files below its folder are copied
+    first.
 
     Args:
         say: is told in one line which columns the model does not know, and which are not read.
@@ -145,7 +146,7 @@ def read_requests(
         if name in places:
             raise ValueError(
                 f"{source}: several rows are called {request.name}: {places[name]} and {row.place}"
-                " (upper and lower case are one on some disks); tell them apart in a column `name`"
+                " (upper and lower case count as equal on some disks); tell them apart in a column `name`"
             )
         places[name] = row.place
         requests.append(request)
@@ -169,8 +170,9 @@ def _mistyped(column: str, known: Sequence[str]) -> str | None:
 def _row_request(
     row: Row, unnamed: str, schema: ConditionSchema, folder: Path, disk: Disk, source: str
 ) -> VolumeRequest:
-    """The request of one row of a table in `folder`; empty cells are left out. Raises: ValueError for files that are
-    not there, and for a name that is unfit for a file."""
+    """Build the request of one row of a table in `folder`, without empty cells. Raises: ValueError for missing files,
+    and for a name that is unfit for a file.
+    """
     cells = {column: value for column, value in row.items() if value != ""}
     paths = {}
     for column in ["mask", *(name for name, _ in schema.images)]:
