@@ -26,6 +26,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 import time
 import zipfile
@@ -38,6 +39,7 @@ from typing import Any, NoReturn
 from files.paths import printable
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended: 128 + SIGINT
+WRONG_ARGUMENTS = 2  # the exit status of a command whose arguments cannot be used
 TRACEBACK = "--traceback"
 ROOMS = (
     "files",
@@ -174,8 +176,10 @@ def run_command(parse: Callable[[], object]) -> NoReturn:
     program = program_name()
     if logging.lastResort is not None:  # shows warnings if logging is not set up
         logging.lastResort.setFormatter(VisibleFormatter())
+    parsed = False
     try:
         parse()
+        parsed = True
         status = imported_main()()
     except KeyboardInterrupt:
         if TRACEBACK in sys.argv:
@@ -188,8 +192,24 @@ def run_command(parse: Callable[[], object]) -> NoReturn:
             raise
         if first_to_say(message):
             print(f"{program}: error: {printable(message)} ({TRACEBACK} shows where)", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.exit(WRONG_ARGUMENTS if not parsed and isinstance(error, ValueError) else 1)
     sys.exit(status if type(status) is int else 0)
+
+
+def next_step(*words: str | Path) -> None:
+    """Print the command that usually comes next to standard error, quoted for a shell; on rank 0 only.
+
+    Args:
+        words: program and arguments. A `Path` inside the working directory is shown relative to it.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        shown = [_from_here(word) if isinstance(word, Path) else word for word in words]
+        print(f"next: {printable(shlex.join(shown))}", file=sys.stderr, flush=True)
+
+
+def _from_here(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def program_name() -> str:
