@@ -16,6 +16,7 @@ from cli.command import (
     error_line,
     first_to_say,
     nearest,
+    next_step,
     unknown_options,
     users_message,
 )
@@ -135,6 +136,33 @@ def test_help_and_mistyped_arguments_need_no_import_of_torch(tmp_path):
             assert "usage:" not in err and "Traceback" not in err and len(err.splitlines()) <= 2, what
     assert len(found) == len(commands)
     assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_mistakes_in_files_of_settings_are_wrong_arguments(tmp_path):
+    """They end with the same status as a mistyped option; a mistake that is found later does not."""
+    config = tmp_path / "vae.yaml"
+    config.write_text("loop: {max_steps: many}\n")
+    found = run_all([["", str(ROOT / "train_vae.py"), "--config", str(config)]], tmp_path)
+    assert found[0][3] == 2 and "loop.max_steps: got 'many'" in found[0][5]
+
+
+def test_an_interrupt_while_arguments_are_imported_is_one_line(tmp_path):
+    """Of the scripts that train: their settings take 0.3 s to import."""
+    (tmp_path / "jsonargparse.py").write_text("raise KeyboardInterrupt\n")
+    for name in ("train_vae.py", "train_ldm.py"):
+        done = run_script(ROOT / name, "--help", PYTHONPATH=str(tmp_path))
+        assert (done.returncode, done.stderr) == (INTERRUPTED, f"{name}: interrupted\n"), done.stderr
+
+
+def test_the_next_command_is_quoted_and_said_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["python", tmp_path / "train_ldm.py", "--config", Path("/else/my ldm.yaml"), "--vae", Path("a\x1bb")]
+    next_step(*words)
+    found = capsys.readouterr()
+    assert found.err == "next: python train_ldm.py --config '/else/my ldm.yaml' --vae 'a\\x1bb'\n" and not found.out
+    monkeypatch.setenv("RANK", "1")
+    next_step(*words)
+    assert not capsys.readouterr().err
 
 
 def script(folder, body):
