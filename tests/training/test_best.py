@@ -19,6 +19,7 @@ import train_vae
 from autoencoder import AutoencoderKL3D
 from training import list_checkpoints
 from training.encoder_distance import EncoderDistance, box
+from training.engine.checkpoints import digest_files
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +150,17 @@ def test_a_damaged_best_file_makes_a_checkpoint_damaged(tmp_path, caplog):
     (tmp_path / "run/checkpoints/step_000012/best.safetensors").unlink()
     assert loop_of(tmp_path, "--resume=latest").state.step == 9
     assert "best.safetensors: differs from what was written" in caplog.text
+
+
+@pytest.mark.parametrize("value", [None, "low"])
+def test_a_state_that_does_not_fit_its_best_file_is_damaged(tmp_path, caplog, value):
+    """Also where the digests are those of the damage."""
+    loop_of(tmp_path).run()
+    checkpoint = tmp_path / "run/checkpoints/step_000012"
+    (checkpoint / "state.json").write_text(json.dumps(state_of(tmp_path / "run", 12) | {"best_value": value}))
+    (checkpoint / "digests.json").write_text(json.dumps(digest_files(checkpoint)))
+    assert loop_of(tmp_path, "--resume=latest").state.step == 9
+    assert "state.json and best.safetensors do not fit" in caplog.text
 
 
 # Early stop

@@ -308,7 +308,8 @@ class Checkpointer:
         state = TrainState(**_read_json(path / "state.json"))
         if not all(type(count) is int and count >= 0 for count in state.counts()):
             raise DamagedCheckpoint(f"{path}: state.json holds counters that are not counts: {state.counts()}")
-        if (state.best_value is not None) is not (path / BEST_WEIGHTS).is_file():
+        is_best = isinstance(state.best_value, float | int)
+        if is_best is not (path / BEST_WEIGHTS).is_file() or is_best is (state.best_value is None):
             raise DamagedCheckpoint(f"{path}: state.json and {BEST_WEIGHTS} do not fit; was the copy complete?")
         if state.processes not in (0, self.accelerator.num_processes):
             raise ValueError(
