@@ -31,7 +31,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     validation."""
     config = parse(args)
     metrics = run_training(config, build, "train_ldm.py", args)
-    next_step("python", Path(__file__).with_name("generate.py"), *generation(config))
+    next_step("generate.py", *generation(config))
     return metrics
 
 

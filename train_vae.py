@@ -31,8 +31,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     validation."""
     config = parse(args)
     metrics = run_training(config, build, "train_vae.py", args)
-    for file in config_files(args)[-1:]:
-        if (following := file.with_name("ldm.yaml")).is_file():
-            script, vae = Path(__file__).with_name("train_ldm.py"), Path(config.output) / "vae"
-            next_step("python", script, "--config", following, "--vae", vae)
+    for file in config_files(args, TrainVaeConfig)[-1:]:
+        if (following := file.path.with_name("ldm.yaml")).is_file():
+            next_step("train_ldm.py", "--config", following, "--vae", Path(config.output) / "vae")
     return metrics

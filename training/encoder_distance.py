@@ -86,7 +86,7 @@ class EncoderStatistics(nn.Module):
 
     @torch.inference_mode()
     def forward(self, volumes: Tensor) -> Tensor:
-        """(B, C, X, Y, Z) in [0, 1] -> (B, F)."""
+        """Map (B, C, X, Y, Z) in [0, 1] to (B, F)."""
         placement = pad_to_multiple(tuple(volumes.shape[2:]), self.network.stride)
         levels = self.network(placement.apply(2 * volumes - 1, -1.0))
         inside = placement.apply(torch.ones_like(volumes[:1, :1]), 0.0)
@@ -107,7 +107,8 @@ def standardize(sets: Mapping[str, np.ndarray], by: str, least: float = 0.0) -> 
 
 
 def kernel_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Unbiased squared maximum mean discrepancy under the kernel `(x y / F + 1)^3` (Binkowski et al. 2018, section 4).
+    """Compute the unbiased squared maximum mean discrepancy under the kernel `(x y / F + 1)^3` (Binkowski et al. 2018,
+    section 4).
 
     It is 0 on average for samples of one distribution, whatever their counts, so it may be negative.
 

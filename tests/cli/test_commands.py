@@ -47,6 +47,7 @@ SCRIPTS = [
     "generate.py",
     "evaluate.py",
     "demo.py",
+    "medvolume.py",
 ]
 SCRIPTS += [
     "tests/helpers/fuzz.py",
@@ -155,13 +156,22 @@ def test_an_interrupt_while_arguments_are_imported_is_one_line(tmp_path):
 
 
 def test_the_next_command_is_quoted_and_said_once(tmp_path, monkeypatch, capsys):
+    """As a script, or as the console command if that runs."""
     monkeypatch.chdir(tmp_path)
-    words = ["python", tmp_path / "train_ldm.py", "--config", Path("/else/my ldm.yaml"), "--vae", Path("a\x1bb")]
-    next_step(*words)
+    words = ["--config", tmp_path / "my ldm.yaml", "--vae", Path("/else/a\x1bb")]
+    shown = "--config 'my ldm.yaml' --vae '/else/a\\x1bb'\n"
+    next_step("train_ldm.py", *words)
     found = capsys.readouterr()
-    assert found.err == "next: python train_ldm.py --config '/else/my ldm.yaml' --vae 'a\\x1bb'\n" and not found.out
+    assert found.err == f"next: python {ROOT / 'train_ldm.py'} {shown}" and not found.out
+    monkeypatch.chdir(ROOT)
+    next_step("train_ldm.py")
+    assert capsys.readouterr().err == "next: python train_ldm.py\n"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cli.command._console", ["medvolume train-vae", "train_vae"])
+    next_step("train_ldm.py", *words)
+    assert capsys.readouterr().err == f"next: medvolume train-ldm {shown}"
     monkeypatch.setenv("RANK", "1")
-    next_step(*words)
+    next_step("train_ldm.py", *words)
     assert not capsys.readouterr().err
 
 
@@ -353,10 +363,11 @@ def test_config_files_that_cannot_be_are_refused_by_name(tmp_path):
     empty.write_text("# nothing\n")
     text.write_text("only text\n")
     syntax.write_text("a: [1\n")
-    assert config_files(["--config", str(whole), f"--config={whole}", "--other"]) == [whole, whole]
+    found = config_files(["--config", str(whole), f"--config={whole}", "--other"])
+    assert [(file.path, file.settings) for file in found] == [(whole, {"a": 1})] * 2
     for path, said in (
         (tmp_path / "nowhere.yaml", "no such file; check the path"),
-        (tmp_path, "no such file; give a YAML file"),
+        (tmp_path, "is not a file; give a YAML file"),
         (empty, "is empty; give a config"),
         (text, "holds str, not settings by name"),
         (syntax, "is not readable YAML"),
