@@ -64,6 +64,9 @@ class VaeTrainingStep:
         self.channels, self.label_maps = channels, label_maps
         self.vae, self.weights, self.adversary, self.perception = learner, weights, adversary, perception
         self.learners = (learner,) if adversary is None else (learner, adversary.learner)
+        several = channels if len(channels) > 1 else ()
+        self.metrics = {"psnr": True, "l1": False}
+        self.metrics |= {f"{name}/{channel}": more for channel in several for name, more in self.metrics.items()}
         self._latents: list[Tensor] = []  # inside the field of view, since the last update: for the codebook
 
     def __call__(self, batch: dict[str, Tensor], generators: list[torch.Generator]) -> dict[str, Tensor]:
