@@ -101,7 +101,7 @@ def check_latents(summary: LatentSummary) -> list[Finding]:
     mean, std, informed = (np.array(summary[key]) for key in ("mean", "std", "informed"))
     text = (
         f"standardized, mean {np.abs(mean).max():.2f} at most and std {std.min():.2f} to {std.max():.2f} (0 and 1 are "
-        "right)"
+        f"right), the posterior's noise is up to {1 - informed.min():.0%} of the variance"
     )
     drifted = np.flatnonzero((np.abs(mean) > DRIFT) | (np.abs(std - 1) > DRIFT)).tolist()
     if drifted:

@@ -169,6 +169,7 @@ def test_latents_that_are_mostly_noise_are_named(signal, expected):
     summary = LatentSummary(mean=[0.0, 0.0], std=[1.0, 1.0], informed=[1.0, signal], rms={}, codes={})
     found = check_latents(summary)
     assert [one.level for one in found] == expected
+    assert f"noise is up to {1 - signal:.0%} of the variance" in found[0].message
     if signal == 0.4:
         assert "channels [1] are noisy: 60% of their variance" in found[1].message and "losses.kl" in found[1].remedy
     if signal == 0.05:
