@@ -36,7 +36,7 @@ from volumes.data.config_parser import ConfigParser, config_files
 def parse(args: list[str] | None) -> Namespace:
     """Parse the command line. The section `data` of `--config` gives the defaults of `--data.*`."""
     files = config_files(args)
-    data = read_config(files[-1])["data"] if files else None
+    data = read_config(files[-1].path)["data"] if files else None
     parser = ConfigParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subcommands()
     for name, command in COMMANDS.items():

@@ -137,8 +137,9 @@ def find_cases(config: DataConfig) -> tuple[list[Case], list[Finding]]:
 def examine_cases(
     cases: Sequence[Case], config: DataConfig, on_case: Callable[[str], object] = lambda name: None
 ) -> tuple[list[Examined], list[tuple[Case, str]]]:
-    """All cases examined, and those that training would refuse with the reason. `on_case(name)` is called after
-    each."""
+    """Examine all cases. Returns them, and those that training would refuse with the reason. `on_case(name)` is called
+    after each.
+    """
     examined, refused = [], []
     for case in cases:
         try:
@@ -185,8 +186,10 @@ def examine(case: Case, config: DataConfig) -> Examined:
 
 
 def thumbnail_of(image: np.ndarray) -> np.ndarray:
-    """(C, X, Y, Z) -> (2, C * THUMBNAIL ** 3) float32: the volume and its mirror image along the first axis, averaged
-    to `THUMBNAIL` per side, with mean 0 and length 1, so that products are correlations. All zero for a constant."""
+    """Map (C, X, Y, Z) to (2, C * THUMBNAIL ** 3) float32: the volume and its mirror image along the first axis,
+    averaged to `THUMBNAIL` per side, with mean 0 and length 1, so that products are correlations. A constant volume
+    gives 0.
+    """
     small = F.adaptive_avg_pool3d(torch.from_numpy(np.ascontiguousarray(image, np.float32))[None], THUMBNAIL)[0]
     rows = torch.stack([small.flatten(), small.flip(1).flatten()])
     rows = rows - rows.mean(1, keepdim=True)

@@ -332,7 +332,7 @@ def test_a_model_that_is_nowhere_is_refused_before_the_work(trained, tmp_path, m
     for named, said in (
         (["reconstruction", "--vae", str(tmp_path / "gone")], "gone: no autoencoder there"),
         (["dice", "--models", str(tmp_path / "gone")], "gone: no such folder"),
-        (["dice", "--models", "user/gone"], "user/gone: no such folder here, nor is it found on the Hub"),
+        (["dice", "--models", "user/gone"], "user/gone: is neither a folder here nor found on the Hub"),
         (["realism", "--synthetic", "x", "--extractor", f"own={tmp_path / 'gone'}"], "gone: no such file or folder"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -524,7 +524,7 @@ def test_a_lora_brings_its_subjects_along(trained, tmp_path):
 @pytest.mark.parametrize("name", ["hippocampus", "hippocampus-masks"])
 def test_shipped_weights_know_their_subjects(name, hippocampus):
     root = Path(__file__).resolve().parents[2]
-    section = yaml.safe_load((root / f"configs/{name.replace('-', '_')}/ldm.yaml").read_text())["data"]
+    section = yaml.safe_load((root / f"configs/{name.replace('-', '_')}/data.yaml").read_text())
     config = DataConfig(**{**{k: v for k, v in section.items() if k != "intensity"}, "root": str(hippocampus)})
     records = read_model(root / "weights" / name).subjects
     cases = load_cases(config)

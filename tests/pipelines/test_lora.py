@@ -488,7 +488,7 @@ def test_files_that_do_not_fit_are_refused(saved, tmp_path):
             "its settings lack lora_alpha, target_modules",
         ),
         (tmp_path / "nowhere", "nowhere: no such folder"),
-        ("user/nowhere", "user/nowhere: no such folder here, nor is it found on the Hub"),
+        ("user/nowhere", "user/nowhere: is neither a folder here nor found on the Hub"),
     ):
         with pytest.raises(ValueError, match=message):
             pipe.load_lora_weights(source)
@@ -653,7 +653,7 @@ def test_what_a_lora_cannot_start_from(tmp_path, base):
 def test_the_recipe_fits_the_weights_that_ship():
     config = parse_config(TrainLdmConfig, ["--config", str(ROOT / "configs/hippocampus/lora.yaml")])
     assert config.lora is not None and config.lora.rank == 16
-    stored = json.loads((ROOT / config.init_from / "config.json").read_text())
+    stored = json.loads((Path(config.init_from) / "config.json").read_text())
     for name, value in config.model.items():
         assert name == "class" or stored[name] == value
     parent = yaml.safe_load((ROOT / "configs/hippocampus/ldm.yaml").read_text())
