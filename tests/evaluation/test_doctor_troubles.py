@@ -1,6 +1,7 @@
 """The doctor on the troubles of docs/troubleshooting.md: each is planted, and named."""
 
 import json
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -14,6 +15,7 @@ from evaluation.doctor.after_training import LatentSummary, check_latents, laten
 from evaluation.doctor.run_checks import check_output
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases, pad_sample
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (12, 12, 12)
 NAMES = {0: "background", 1: "organ", 2: "lesion", 3: "stone", 4: "cyst"}
 VAE = {
@@ -104,7 +106,7 @@ DATA = {"phantom": {"count": 10, "shape": [16, 16, 16]}, "test_fraction": 0.25, 
         (False, 500, {}, "OK", "500 steps"),
         (True, 1499, {}, "WARN", "too few steps for random weights"),
         (True, 1500, {}, "OK", "1,500 steps"),
-        (False, 39, {"init_from": "weights/hippocampus/vae"}, "OK", "see 9.8"),
+        (False, 39, {"init_from": str(ROOT / "weights/hippocampus/vae")}, "OK", "see 9.8"),
     ],
 )
 def test_a_run_that_is_too_short_is_named(latent, steps, more, level, words, tmp_path):
