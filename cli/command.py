@@ -26,6 +26,8 @@ import json
 import logging
 import os
 import re
+import runpy
+import shlex
 import sys
 import time
 import zipfile
@@ -192,10 +194,41 @@ def run_command(parse: Callable[[], object]) -> NoReturn:
     sys.exit(status if type(status) is int else 0)
 
 
+def run_module(program: str, module: str, args: Sequence[str]) -> None:
+    """Run a module as `python -m` would, under another name: "medvolume doctor" for `evaluation.doctor`.
+
+    The working directory is not searched for modules, so a `volumes.py` of the user's does no harm.
+    """
+    sys.argv = [program, *args]
+    _console[:] = [program, module]
+    runpy.run_module(module, run_name="__main__")
+
+
+_console: list[str] = []  # what `run_module` runs: its name, and its module
+
+
+def console_program() -> str | None:
+    """Return the name that `run_module` gave to the program, such as "medvolume doctor", or None for a script."""
+    return _console[0] if _console else None
+
+
 def program_name() -> str:
-    """Return the program as it is typed: `train_vae.py`, or `python -m evaluation.doctor`."""
+    """Return the program as it is typed: `train_vae.py`, `python -m evaluation.doctor` or `medvolume doctor`."""
+    if _console:
+        return _console[0]
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return Path(sys.argv[0]).name if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+def typed_command(script: str | None, args: Sequence[str]) -> str:
+    """Return a command line for the shell: `medvolume train-vae ...` if the console command runs, else `python ...`.
+
+    Args:
+        script: path of the script; None for the one that runs.
+        args: its arguments, which are quoted where the shell needs it.
+    """
+    program = _console[0] if _console else f"python {shlex.quote(script or sys.argv[0])}"
+    return " ".join([program, shlex.join(args)]).strip()
 
 
 def imported_main() -> Callable[[], object]:
@@ -203,6 +236,8 @@ def imported_main() -> Callable[[], object]:
 
     Its classes are then the same objects that other modules import.
     """
+    if _console:
+        return _main_of(importlib.import_module(_console[1]))
     running: ModuleType = sys.modules["__main__"]
     if (spec := getattr(running, "__spec__", None)) is not None:
         return importlib.import_module(spec.name).main
@@ -213,6 +248,11 @@ def imported_main() -> Callable[[], object]:
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module.main
+
+
+def _main_of(module: ModuleType) -> Callable[[], object]:
+    """Return the `main` of a module, or of a package's `__main__`."""
+    return (importlib.import_module(f"{module.__name__}.__main__") if hasattr(module, "__path__") else module).main
 
 
 def users_message(error: BaseException) -> str | None:

@@ -1,4 +1,4 @@
-"""The description of a training set: what a pipeline must know of it to prepare masks and to restore volumes.
+"""The description of a training set: what a pipeline needs to prepare masks and to restore volumes.
 
 `volumes.describe` measures it. It is stored as JSON in a pipeline's model_index.json, and checked strictly when it is
 read.
@@ -52,7 +52,7 @@ class ChannelScale:
 
     @classmethod
     def from_json(cls, value: object) -> Self:
-        """Raises: ValueError unless `value` is as `to_json` writes it."""
+        """Read what `to_json` wrote. Raises: ValueError for anything else."""
         entry = _entries("intensity", value, ("kind", "low", "high"), ("percentiles",))
         low, high, kind = entry["low"], entry["high"], entry["kind"]
         _expect(
@@ -67,7 +67,7 @@ class ChannelScale:
         return cls(kind, low, high, tuple(ends) if "percentiles" in entry else None)
 
     def to_json(self) -> dict[str, object]:
-        """As it is stored."""
+        """Return the object as it is stored."""
         percentiles = {} if self.percentiles is None else {"percentiles": list(self.percentiles)}
         return {"kind": self.kind, "low": self.low, "high": self.high, **percentiles}
 
@@ -83,7 +83,7 @@ class NumberStats:
 
     @classmethod
     def from_json(cls, value: object, name: str) -> Self:
-        """Raises: ValueError naming the number unless `value` is as `dataclasses.asdict` writes it."""
+        """Read what `dataclasses.asdict` wrote. Raises: ValueError naming the number for anything else."""
         keys = [field.name for field in fields(cls)]
         entry = _entries(name, value, keys)
         _expect(_numbers(list(entry.values()), len(keys)), name, entry, "mean, std, low and high")
@@ -97,8 +97,8 @@ class ChannelNoise:
     """The residual noise of one channel, see `autoencoder.residual_noise`.
 
     Attributes:
-        kernel: filter of white noise, nested list of 2 `NOISE_RADIUS` + 1 values a side, whose squares sum to 1.
-        std: of the noise at level 1, in the model's units; 0 if no power is missing.
+        kernel: filter of white noise, a nested list with sides of 2 `NOISE_RADIUS` + 1, whose squares sum to 1.
+        std: standard deviation of the noise at level 1, in the model's units; 0 if no power is missing.
         curve: factor of the noise by decoded intensity, `NOISE_BINS` values over [-1, 1].
         levels: `NOISE_LEVELS` quantiles of the level over the training volumes.
     """
@@ -110,7 +110,7 @@ class ChannelNoise:
 
     @classmethod
     def from_json(cls, value: object) -> Self:
-        """Raises: ValueError naming the entry unless `value` is as `dataclasses.asdict` writes it."""
+        """Read what `dataclasses.asdict` wrote. Raises: ValueError naming the entry for anything else."""
         side = 2 * NOISE_RADIUS + 1
         shapes = {"kernel": (side,) * 3, "std": (), "curve": (NOISE_BINS,), "levels": (NOISE_LEVELS,)}
         entry, arrays = _entries("residual_noise", value, shapes), {}
@@ -162,7 +162,7 @@ class DataDescription:
 
     @classmethod
     def from_json(cls, value: object) -> Self:
-        """Raises: ValueError naming the first entry that is not as `to_json` writes it."""
+        """Read what `to_json` wrote. Raises: ValueError naming the first entry that is anything else."""
         if not isinstance(value, Mapping):
             raise ValueError(
                 f"data is {type(value).__name__}; the description of a training set (volumes.describe) is needed"
@@ -194,7 +194,7 @@ class DataDescription:
         return description
 
     def to_json(self) -> dict[str, object]:
-        """As it is stored: `from_json` returns an equal description."""
+        """Return the description as it is stored: `from_json` returns an equal one."""
         stored: dict[str, object] = {
             "channels": list(self.channels),
             "labels": {str(value): name for value, name in self.labels.items()},
@@ -327,5 +327,5 @@ def _numbers(value: object, count: int) -> bool:
 
 
 def _whole(text: str) -> bool:
-    """Whether a text is an integer as Python writes it."""
+    """Return whether a text is an integer as Python writes it."""
     return text.removeprefix("-").isdecimal() and len(text) < 10 and str(int(text)) == text

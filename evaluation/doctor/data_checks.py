@@ -159,7 +159,8 @@ def _check_headers(examined: Sequence[Examined]) -> list[Finding]:
 
 def check_intensity(examined: Sequence[Examined], config: DataConfig) -> list[Finding]:
     """Check by channel how much scaling cuts off, whether volumes use their window, and whether scales differ between
-    volumes. Volumes of which scaling leaves nothing are refused earlier (`IntensityScaling.fit`)."""
+    volumes. Volumes without contrast after scaling are refused earlier (`IntensityScaling.fit`).
+    """
     if config.image_labels:
         return []
     check = {"window": _check_window, "percentile": _check_percentiles}

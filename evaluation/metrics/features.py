@@ -42,7 +42,7 @@ class EncoderStatistics(nn.Module):
 
     @torch.inference_mode()
     def forward(self, volumes: Tensor) -> Tensor:
-        """(B, C, X, Y, Z) in [0, 1] -> (B, F)."""
+        """Map (B, C, X, Y, Z) in [0, 1] to (B, F)."""
         placement = pad_to_multiple(tuple(volumes.shape[2:]), self.network.stride)
         levels = self.network(placement.apply(2 * volumes - 1, -1.0))
         inside = placement.apply(torch.ones_like(volumes[:1, :1]), 0.0)
@@ -75,7 +75,7 @@ class RandomStatistics(nn.Module):
 
     @torch.inference_mode()
     def forward(self, volumes: Tensor) -> Tensor:
-        """(B, C, X, Y, Z) in [0, 1] -> (B, C * 112). Raises: ValueError for a side below `smallest`."""
+        """Map (B, C, X, Y, Z) in [0, 1] to (B, C * 112). Raises: ValueError for a side below `smallest`."""
         _large_enough(volumes.shape[2:], self.smallest)
         x, levels = volumes.reshape(-1, 1, *volumes.shape[2:]), []
         for weight in self.weights:
@@ -101,9 +101,9 @@ class SliceStatistics(nn.Module):
 
     @torch.inference_mode()
     def forward(self, volumes: Tensor) -> Tensor:
-        """(B, C, X, Y, Z) in [0, 1] -> (B, C * features of the last block).
+        """Map (B, C, X, Y, Z) in [0, 1] to (B, C * features of the last block).
 
-        Raises: ValueError for slices with a side that the network cannot take.
+        Raises: ValueError for slices with a side that is too short for the network.
         """
         batch, channels = volumes.shape[:2]
         slices = (2 * volumes - 1).movedim(2 + self.axis, 1).flatten(0, 1)  # (B * slices, C, H, W)

@@ -68,8 +68,8 @@ class Closeness(TypedDict):
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Squared Frechet distance of the Gaussians with the means and covariances of two samples (Heusel et al. 2017, Eq.
-    6).
+    """Compute the squared Frechet distance of the Gaussians with the means and covariances of two samples (Heusel et
+    al. 2017, Eq. 6).
 
     `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))` in squared units of the features, covariances divided by N - 1. With
     C = A^T A, the trace of the root is the sum of the singular values of `A1 A2^T`, which needs no root of a singular
@@ -96,7 +96,8 @@ def frechet_caveat(samples: int, features: int) -> str | None:
 
 
 def kernel_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Unbiased squared maximum mean discrepancy under the kernel `(x y / F + 1)^3` (Binkowski et al. 2018, section 4).
+    """Compute the unbiased squared maximum mean discrepancy under the kernel `(x y / F + 1)^3` (Binkowski et al. 2018,
+    section 4).
 
     It is 0 on average for samples of one distribution, whatever their counts, so it may be negative.
 
@@ -115,8 +116,8 @@ def kernel_distance(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def wasserstein1(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Wasserstein-1 distance of two samples of numbers, column by column: the area between their distribution
-    functions.
+    """Compute the Wasserstein-1 distance of two samples of numbers, column by column: the area between their
+    distribution functions.
 
     (N, S) and (M, S) -> (S,), in the columns' units.
 
@@ -206,7 +207,7 @@ def compare_sets(
 
 
 def check_counts(counts: Mapping[str, int]) -> None:
-    """Raises: ValueError for sets of too few volumes to compare, by name."""
+    """Raise ValueError for sets of too few volumes to compare, by name."""
     if few := [f"{count} {name} volumes" for name, count in counts.items() if count < MIN_SIZE]:
         raise ValueError(f"{' and '.join(few)} are too few to compare; give {MIN_SIZE} or more")
 

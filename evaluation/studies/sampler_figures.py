@@ -256,7 +256,7 @@ class SamplerScorer:
         }
 
     def _powers(self, volumes: Sequence[np.ndarray]) -> np.ndarray:
-        """(N, channels * bands)."""
+        """Compute band powers, (N, channels * bands)."""
         return np.stack([np.concatenate([power(channel, self.shape) for channel in volume]) for volume in volumes])
 
     def _prepared(self, volume: np.ndarray) -> torch.Tensor:

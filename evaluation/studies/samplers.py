@@ -31,7 +31,7 @@ from evaluation.report import add_overlap_argument, add_wait_argument, config_pa
 
 
 def parse(args: Sequence[str] | None) -> Namespace:
-    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    """Parse the command line, with the data section of `--config` as the defaults of `--data.*`."""
     parser = config_parser("evaluation.studies.samplers", __doc__, args)
     parser.add_argument("--pipeline", type=str, required=True, help="pipeline folder or Hub repository")
     parser.add_argument("--output", type=str, required=True, help="report to write, a JSON file")
@@ -65,7 +65,7 @@ def parse(args: Sequence[str] | None) -> Namespace:
         type=Number(NonNegativeFloat),
         nargs="+",
         default=[1.0],
-        help="guidance scales; 0 to 1 is no guidance (1)",
+        help="guidance scales; 0 to 1 means no guidance (1)",
     )
     parser.add_argument("--seed", type=Number(Seed), default=0, help="seed of the first volume (0)")
     parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")

@@ -34,12 +34,12 @@ FOLDER_SUFFIXES = tuple(suffix for suffix in SUFFIXES if not suffix.startswith("
 
 
 def mask_requests(patterns: Sequence[str], output: Path) -> list[VolumeRequest]:
-    """One request per mask: `find_masks`."""
+    """Build one request per mask of `find_masks`."""
     return [VolumeRequest(mask, name=volume_stem(mask)) for mask in find_masks(patterns, output)]
 
 
 def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
-    """Mask files in folders, or matching patterns, sorted by stem; for URLs, local copies.
+    """Find mask files in folders, or matching patterns, sorted by stem; for URLs, local copies.
 
     Raises: ValueError if there are none, if two have the same stem (their volumes would have one name), or if masks lie
     in the output folder (volumes would become masks in the next run).
@@ -66,27 +66,28 @@ def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
         )
     masks = sorted(found, key=lambda path: (volume_stem(path), str(path)))
     if forks := resource_forks(masks):
-        warnings.warn(f"{len(forks)} files of macOS beside the masks are passed over, such as {forks[0]}", stacklevel=2)
+        warnings.warn(f"{len(forks)} files of macOS beside the masks are ignored, such as {forks[0]}", stacklevel=2)
     for mask in masks:
         check_name(volume_stem(mask), f"the mask {str(mask)!r}, for its volumes")
     for first, second in itertools.pairwise(sorted(masks, key=lambda path: same_name(volume_stem(path)))):
         if same_name(volume_stem(first)) == same_name(volume_stem(second)):
             both = with_urls(f"{first} and {second}")
-            alike = "" if volume_stem(first) == volume_stem(second) else ", but for upper and lower case"
+            alike = "" if volume_stem(first) == volume_stem(second) else ", apart from upper and lower case"
             raise ValueError(f"{both} have the same stem{alike}, so their volumes would too; rename one")
     refuse_masks_in(output, masks)
     return masks
 
 
 def refuse_masks_in(output: Path, masks: Sequence[Path]) -> None:
-    """Raises: ValueError for a mask, or an image, in the output folder."""
+    """Raise ValueError for a mask or an image in the output folder."""
     for mask in masks:
         if mask.parent.resolve() == output.resolve():
             raise ValueError(f"{mask}: lies in --output {output}; write volumes to another folder")
 
 
 def read_requests(source: str | Path, pipe: VolumePipeline, output: Path) -> list[VolumeRequest]:
-    """The rows of a table of conditions, in order. For a table at a URL, local copies of the files below its folder.
+    """Read the rows of a table of conditions, in order. For a table at a URL, the files below its folder are copied
+    first.
 
     Raises: ValueError for columns that the model does not know, for names used twice or unfit for a file, for masks and
     images in the output folder, and if some rows have a mask (or, without any, an image) and others do not.
@@ -105,7 +106,7 @@ def read_requests(source: str | Path, pipe: VolumePipeline, output: Path) -> lis
         if name in places:
             raise ValueError(
                 f"{source}: several rows are called {request.name}: {places[name]} and {row.place}"
-                " (upper and lower case are one on some disks); tell them apart in a column `name`"
+                " (upper and lower case count as equal on some disks); tell them apart in a column `name`"
             )
         places[name] = row.place
         requests.append(request)
@@ -122,8 +123,9 @@ def read_requests(source: str | Path, pipe: VolumePipeline, output: Path) -> lis
 def _row_request(
     row: Row, unnamed: str, schema: ConditionSchema, folder: Path, disk: Disk, source: str
 ) -> VolumeRequest:
-    """The request of one row of a table in `folder`; empty cells are left out. Raises: ValueError for files that are
-    not there, and for a name that is unfit for a file."""
+    """Build the request of one row of a table in `folder`, without empty cells. Raises: ValueError for missing files,
+    and for a name that is unfit for a file.
+    """
     cells = {column: value for column, value in row.items() if value != ""}
     paths = {}
     for column in ["mask", *(name for name, _ in schema.images)]:

@@ -33,7 +33,7 @@ Task = TypeVar("Task", bound=Planned)
 
 
 def file_fault(path: Path, content: Mapping[str, Any], *, known: Collection[Path] = ()) -> str | None:
-    """Why the files of the volume at `path` are not those that its sidecar records; None if they are.
+    """Explain why the files of the volume at `path` are not those that its sidecar records; None if they are.
 
     Args:
         content: see `provenance.sidecar_content`.
@@ -58,10 +58,11 @@ def file_fault(path: Path, content: Mapping[str, Any], *, known: Collection[Path
 
 
 def left_to_generate(tasks: Sequence[Task]) -> list[Task]:
-    """The tasks whose volumes are not finished. Prints which of them were there in part, or damaged, and why.
+    """Return the tasks whose volumes are not finished. Prints which volumes were incomplete or damaged, and why.
 
-    Raises: ValueError naming the volumes of other settings or another model, those without a sidecar that are not of
-    this package, and sidecars that are damaged or somebody else's: only what is known to be worthless is replaced.
+    Raises: ValueError naming the volumes of other settings or another model, volumes without a sidecar that this
+    package did not write, and sidecars that are damaged or from other software. Only files that are known to be
+    worthless are replaced.
     """
     todo, refused = [], []
     for task in tasks:
@@ -80,8 +81,9 @@ def left_to_generate(tasks: Sequence[Task]) -> list[Task]:
 
 
 def _fault(task: Planned) -> str | None:
-    """None if the task's volume is finished, "" if nothing of it is there. Raises: ValueError for what must not be
-    replaced."""
+    """Return None if the task's volume is finished, "" if nothing of it exists, else the fault. Raises: ValueError for
+    files that must not be replaced.
+    """
     content = sidecar_content(task.path)
     files = dict.fromkeys([*channel_files(task.path, task.record.channels), *volume_files(task.path, content or {})])
     there = [file for file in files if os.path.lexists(file)]
@@ -103,7 +105,7 @@ def _fault(task: Planned) -> str | None:
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether a file holds nothing, or its header says that this package generated it."""
+    """Return whether a file is empty, or its header says that this package generated it."""
     if not file.exists() or not file.stat().st_size:
         return True
     try:
@@ -114,8 +116,8 @@ def _is_ours(file: Path) -> bool:
 
 
 def finished_volumes(folder: Path, *, known: Collection[Path] = ()) -> Iterator[tuple[Path, GenerationRecord]]:
-    """(path, record) of each finished volume (.nii.gz) in a folder, by name. Logs a warning for those that are not
-    finished.
+    """Return (path, record) of each finished volume (.nii.gz) in a folder, by name. Logs a warning for those that are
+    not finished.
 
     A sidecar without digests counts if its volume's files are there: it is from before there were any.
 

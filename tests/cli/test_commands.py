@@ -46,6 +46,7 @@ SCRIPTS = [
     "generate.py",
     "evaluate.py",
     "demo.py",
+    "medvolume.py",
 ]
 SCRIPTS += [
     "tests/helpers/fuzz.py",

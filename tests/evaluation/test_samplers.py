@@ -138,9 +138,7 @@ def test_the_command_resumes_and_refuses_other_settings(data, tmp_path):
         samplers.main([*own, "--seed", "1"])
     with pytest.raises(ValueError, match="was measured with another data; choose another --output"):
         samplers.main([*own, "--data.label_map", "{9: 2}"])
-    with pytest.raises(
-        ValueError, match=r"prepared in another way:\n  spacing: it learned .*, the data has 2 x 2 x 2 mm"
-    ):
+    with pytest.raises(ValueError, match=r"prepared differently:\n  spacing: it learned .*, the data has 2 x 2 x 2 mm"):
         samplers.main([*own, "--data.spacing", "[2, 2, 2]"])
     with pytest.raises(ValueError, match=r"is a segmenter of .*spacing.*choose another --segmenter"):
         new = str(tmp_path / "c.json")

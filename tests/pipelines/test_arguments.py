@@ -295,7 +295,7 @@ def test_unreadable_masks_and_images_are_refused_by_name(pipe, monkeypatch):
         "is sparse": labels.to_sparse(),
         "holds complex64": labels.to(torch.complex64),
         "holds <U1; give real numbers": labels.numpy().astype("U1"),
-        "holds objects that are no numbers": np.full((7, 8, 6), "x", object),
+        "holds objects that are not numbers": np.full((7, 8, 6), "x", object),
         "is bytes; give os.fsdecode": BytesPath(),
         "File name too long": "a" * 5000 + ".nii",
     }

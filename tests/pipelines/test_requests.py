@@ -74,7 +74,7 @@ def test_mask_patterns_match_every_spelling(tmp_path):
 def test_masks_that_differ_in_case_alone_are_refused(tmp_path):
     (tmp_path / "a.nii").touch()
     (tmp_path / "A.nii").touch()
-    with pytest.raises(ValueError, match="have the same stem, but for upper and lower case"):
+    with pytest.raises(ValueError, match="have the same stem, apart from upper and lower case"):
         find_masks([str(tmp_path)], tmp_path / "out")
 
 
