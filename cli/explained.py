@@ -55,12 +55,13 @@ def explain_options(parser: argparse.ArgumentParser, owner: Callable[..., Any], 
         prefix: text before the names of all options, such as "data.".
     """
     texts, options = argument_texts(owner), parser._option_string_actions
+    if prefix and (whole := options.get(f"--{prefix[:-1]}")) is not None:
+        whole.help = "YAML file that holds this section"
     for name, hint in hints_of(owner).items():
         if (action := options.get(f"--{prefix}{name}")) is None:
             continue
         action.help, section = texts.get(name, ""), section_class(hint)
         if section and any(option.startswith(f"--{prefix}{name}.") and option[-5:] != ".help" for option in options):
-            action.help = "YAML file that holds this section"
             explain_options(parser, section, f"{prefix}{name}.")
             if (group := (getattr(parser, "groups", None) or {}).get(f"{prefix}{name}")) is not None:
                 group.title = f"{name}: {first_sentence(section)}"
