@@ -40,7 +40,7 @@ MODULES += [
         "survival",
     )
 ]
-MODULES += [f"tools.{name}" for name in ("evidence", "mutants", "pictures", "record", "ship")]
+MODULES += [f"tools.{name}" for name in ("evidence", "mutants", "pictures", "record", "settings_page", "ship")]
 SCRIPTS = [
     "train_vae.py",
     "train_ldm.py",

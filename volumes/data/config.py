@@ -52,7 +52,7 @@ class DataConfig:
 
     Args:
         root: folder that the patterns and the table are relative to, or its fsspec URL (s3://bucket/folder): see
-            `remote`.
+            `files.remote`. Default: the folder of the file that holds this section, or the working directory.
         table: CSV file with a header, or JSON list of objects; one row a volume. Its columns ride along as metadata.
             Also a URL of its own.
         images: pattern of the image files (NIfTI, NRRD, MetaImage), or of folders that hold a DICOM series each; a list
