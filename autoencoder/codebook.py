@@ -59,9 +59,7 @@ class Codebook(nn.Module):
         """
         with torch.autocast(cells.device.type, enabled=False):
             codes = self.codes.float()
-            offset = 0.5 * (codes**2).sum(
-                1
-            )  # |z - e|^2 / 2 = z^2 / 2 - z e + e^2 / 2; the first term is common to all codes
+            offset = 0.5 * (codes**2).sum(1)  # |z - e|^2 / 2 = z^2 / 2 - z e + e^2 / 2, without z^2 / 2
             part = max(DISTANCE_BYTES // (4 * len(codes)), 1)
             found = [(offset - some.float() @ codes.T).argmin(1) for some in cells.split(part)]
         return torch.cat(found) if found else torch.empty(0, dtype=torch.long, device=cells.device)

@@ -40,7 +40,7 @@ from diffusion.latent_cache import weights_hash
 from diffusion.latent_entry import check_latents
 from diffusion.objectives import Scheduler
 from files.documents import read_object
-from pipelines import MedVolumePipeline
+from pipelines import MedVolumePipeline, SamplingSettings
 from pipelines.lora import add_lora, save_lora
 from pipelines.storage.loading import load_autoencoder
 from pipelines.storage.provenance import content_hash, stored_tensors
@@ -225,7 +225,9 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
         noise = tuple(measure_noise(train, vae)) if config.residual_noise else data.residual_noise
         average.register_to_config(subjects=records)
         described = dataclasses.replace(data, residual_noise=noise)
-        save_model(MedVolumePipeline(vae, average, step.make_scheduler(), data=described), output / "pipeline")
+        pipe = MedVolumePipeline(vae, average, step.make_scheduler(), data=described)
+        pipe.sampling_settings = SamplingSettings(num_inference_steps=config.inference_steps)  # those of the previews
+        save_model(pipe, output / "pipeline")
         logger.info("saved %s", output / "pipeline")
 
     return Training(

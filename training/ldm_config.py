@@ -55,7 +55,8 @@ class TrainLdmConfig:
         residual_noise: measure the texture that the autoencoder removes from the training volumes, so that the pipeline
             can add it.
         gradient_checkpointing: recompute the U-Net's activations in the backward pass instead of keeping them.
-        inference_steps: denoising steps of the previews, and of the volumes that `loop.sample_every` compares.
+        inference_steps: denoising steps of the previews, of the volumes that `loop.sample_every` compares, and of the
+            pipeline where a call does not say.
         optimizer: optimizer and learning rate.
         loop: length, precision and rhythm.
         resume: "latest", or a checkpoint folder of this run, to continue exactly from there.

@@ -119,14 +119,18 @@ class VaeTrainingStep:
             average.codebook.load_state_dict(network.codebook.state_dict())  # it was copied before this update
 
     def review(self, values: dict[str, float]) -> list[str]:
-        """Return a warning if the codebook has collapsed: nearly all latent voxels have the same code."""
-        if values.get("perplexity", MIN_CODES) >= MIN_CODES:
-            return []
-        return [
-            f"the codebook has collapsed: latent voxels use {values['perplexity']:.2f} codes (perplexity). Lower "
-            "optimizer.learning_rate or raise losses.commitment, and start again, or resume from an earlier checkpoint "
-            "(--resume FOLDER --accept_changes true)"
-        ]
+        """Return warnings: nearly all latent voxels have the same code, or the discriminator has nothing to teach."""
+        faults = []
+        if values.get("perplexity", MIN_CODES) < MIN_CODES:
+            faults.append(
+                f"the codebook has collapsed: latent voxels use {values['perplexity']:.2f} codes (perplexity). Lower "
+                "optimizer.learning_rate or raise losses.commitment, and start again, or resume from an earlier "
+                "checkpoint (--resume FOLDER --accept_changes true)"
+            )
+        if self.adversary is not None and "discriminator" in values:
+            fault = self.adversary.watch(values["discriminator"])
+            faults += [fault] if fault else []
+        return faults
 
     @torch.no_grad()
     def validate(self, item: WholeVolume, generator: torch.Generator) -> dict[str, float]:

@@ -83,8 +83,9 @@ class IntensityScaling:
         return LinearScale(low, high)
 
     def share_inside(self, array: np.ndarray) -> float:
-        """Share of the voxels (one channel, file units) that a window does not cut off; 1 of percentiles, and of a
-        volume of two values, of which a window shows all that there is to see."""
+        """Return the fraction of the voxels (one channel, file units) that a window does not cut off. It is 1 for
+        percentiles, and for a volume of two values if the window shows both.
+        """
         if self.kind != "window" or np.all((array == array.min()) | (array == array.max())):
             return 1.0
         return float(((self.low < array) & (array < self.high)).mean())

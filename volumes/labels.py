@@ -38,6 +38,14 @@ def label_indices(
     return table[labels]
 
 
+def labels_present(indices: np.ndarray, num_labels: int) -> np.ndarray:
+    """Return which of the label indices 0 to num_labels - 1 occur in int16 `indices` of any shape: bool (num_labels,).
+    Negative ones, such as PADDING, are passed over."""
+    present = np.zeros(VALUES, dtype=bool)
+    present[indices] = True
+    return present[:num_labels]
+
+
 def label_channels(indices: np.ndarray, num_labels: int) -> np.ndarray:
     """Map label indices (X, Y, Z) to float32 (num_labels - 1, X, Y, Z): 1 where each label but the background (0) is,
     else 0.

@@ -150,8 +150,8 @@ def load_pairs(pairs: Sequence[Pair], config: DataConfig, shape: tuple[int, int,
 
     Each channel of each volume is scaled by its own percentiles 0.5 and 99.5, whatever scaling the config names for the
     models, and each volume is center-cropped or zero-padded. A volume that cannot be read or is not on its mask's grid
-    raises VolumeError, which names the file, or with `on_error: skip` is left out and listed; nothing left to use
-    raises ValueError.
+    raises VolumeError, which names the file, or with `on_error: skip` is omitted and listed; if no volume is left,
+    ValueError is raised.
     """
     images, labels, used, skipped = [], [], [], []
     for pair in pairs:

@@ -197,8 +197,8 @@ def thumbnail_of(image: np.ndarray) -> np.ndarray:
 
 
 def quantization_step(array: np.ndarray) -> float | None:
-    """Find the step of which all intensities, from the lowest, are multiples, in file units; None if there is none, or
-    if there are fewer than `MIN_LEVELS` intensities.
+    """Find the step, in file units, whose multiples above the lowest intensity are all other intensities; None if there
+    is none, or if there are fewer than `MIN_LEVELS` intensities.
 
     Integers that were multiplied by a factor have that step: a fingerprint of a scan, which volumes that were scaled
     together share. The step is fitted to more and more levels, because rounding errors of float32 add up.

@@ -185,6 +185,7 @@ def measure(pipe: MedVolumeEditPipeline, cases: Sequence[Case], options: Namespa
                 strength=options.strength,
                 blend_margin=options.blend_margin,
                 num_inference_steps=options.steps,
+                guidance_scale=1.0,  # as the published figures, whatever the pipeline's own
                 generator=torch.Generator().manual_seed(options.seed),
             ).volumes[0]
             edited = read_volume(result, exact=True).array[0]

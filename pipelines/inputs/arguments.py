@@ -54,7 +54,10 @@ def grid_shape(shape: Any) -> tuple[int, int, int]:
 def noise_levels(sigmas: Any) -> list[float]:
     """Convert `sigmas` to floats; `diffusion.denoise.set_timesteps` checks that they fall. Raises: ValueError."""
     try:
-        return [real_number("sigmas", sigma) for sigma in listed("sigmas", sigmas)]
+        levels = [real_number("sigmas", sigma) for sigma in listed("sigmas", sigmas)]
+        if not levels:
+            raise ValueError("sigmas is empty")
+        return levels
     except ValueError as error:
         raise ValueError(
             f"sigmas are noise levels in (0, 1] that fall, such as 1, 0.75, 0.5, 0.25; got {_shown(sigmas)}"

@@ -227,7 +227,7 @@ def _named_split(case: Case, config: DataConfig) -> str:
 def _hold_out(cases: list[Case], split: str, fraction: float, seed: int) -> list[Case]:
     """Move a fraction of the training subjects (at least one, never all) to `split`.
 
-    Subjects are drawn in the order of a hash of their name, so a new subject hardly changes the fate of the others.
+    Subjects come in the order of a hash of their name, so a new subject hardly changes the splits of the others.
     """
 
     def draw(subject: str) -> str:

@@ -22,7 +22,7 @@ from volumes.description import ChannelScale, DataDescription
 from volumes.formats.raw import memory_bytes
 from volumes.formats.read import read_mask, read_volume
 from volumes.intensity import LinearScale, few_inside
-from volumes.labels import label_channels, label_indices, merge_channels
+from volumes.labels import label_channels, label_indices, labels_present, merge_channels
 from volumes.map_checks import LabelMapStats, describe_maps
 from volumes.phantom import PHANTOM_LABELS, make_phantom
 from volumes.placement import Placement, pad_to_multiple
@@ -318,6 +318,7 @@ def describe(dataset: VolumeDataset, description: str = "") -> DataDescription:
         numbers=describe_numbers(config.numbers, [prepared.numbers for prepared in dataset.prepared]),
         grid_numbers=tuple(n for n in sorted(config.numbers) if not any(n in case.metadata for case in dataset.cases)),
         reading=config.reading,
+        common_labels=_common_labels(dataset) if dataset.labels else None,
         maps=_describe_maps(dataset) if config.image_labels else None,
         description=description,
     )
@@ -329,6 +330,14 @@ def _median_scale(dataset: VolumeDataset, index: int) -> ChannelScale:
     limits = [[prepared.scales[index].low, prepared.scales[index].high] for prepared in dataset.prepared]
     low, high = np.median(limits, axis=0).tolist()
     return ChannelScale(scaling.kind, low, high, (scaling.low, scaling.high) if scaling.kind == "percentile" else None)
+
+
+def _common_labels(dataset: VolumeDataset) -> tuple[int, ...]:
+    """Return the values of the labels that every mask has."""
+    values = sorted(dataset.labels)
+    masks = [prepared.mask for prepared in dataset.prepared if prepared.mask is not None]
+    common = np.logical_and.reduce([labels_present(mask.array, len(values)) for mask in masks])
+    return tuple(value for value, in_all in zip(values, common.tolist(), strict=True) if in_all)
 
 
 def _describe_maps(dataset: VolumeDataset) -> LabelMapStats:

@@ -17,7 +17,7 @@ PIECE = re.compile(r"\{(\w+)\}|(\*\*/)|(\*)|(\?)")
 
 
 def fill_pattern(pattern: str, values: dict[str, object]) -> str:
-    """Put a table row's values in the place of `{column}`. Raises ValueError for a column that the row lacks."""
+    """Replace `{column}` by the table row's value. Raises ValueError for a column that the row lacks."""
     pattern = nfc(pattern)
     missing = sorted(set(placeholders(pattern)) - set(values))
     if missing:
