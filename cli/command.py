@@ -47,6 +47,7 @@ ROOMS = (
     "pipelines",
     "training",
     "evaluation",
+    "recipes",
     "benchmarks",
     "tools",
 )

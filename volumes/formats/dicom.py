@@ -19,7 +19,7 @@ from pydicom.filereader import read_file_meta_info
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
 from files.paths import open_regular
-from volumes.volume import VolumeError
+from volumes.volume import SourceGrid, VolumeError
 
 from .raw import (
     LPS_TO_RAS,
@@ -80,18 +80,28 @@ def read_dicom(path: Path, units: str | None = None) -> RawVolume:
     color images, compression other than RLE, missing or unevenly spaced slices, several at one place, a tilted gantry,
     truncated files, files that are no DICOM.
     """
+    ordered, shape, affine = _read_stack(path)
+    plain = all(one.slope == 1 and one.intercept == 0 for one in ordered)
+    check_room(str(path), shape, ordered[0].bytes_a_pixel)
+    pixels = [_read_pixels(one, rescale=not plain) for one in ordered]
+    return RawVolume(str(path), np.stack(pixels, axis=-1)[..., None], make_grid(str(path), shape, affine, units=units))
+
+
+def read_dicom_grid(path: Path, units: str | None = None) -> SourceGrid:
+    """The grid of a series, from its headers alone. Raises: VolumeError as `read_dicom`."""
+    _, shape, affine = _read_stack(path)
+    return make_grid(str(path), shape, affine, units=units)
+
+
+def _read_stack(path: Path) -> tuple[list[Slice], tuple[int, int, int], np.ndarray]:
+    """The slices of a folder in order, and shape and affine of their stack."""
     files = series_files(path) if path.is_dir() else [path]
     if path.is_dir() and not any(map(is_dicom, files)):
         raise VolumeError(f"{path}: is a folder without DICOM files; give a volume's file, or the folder of its series")
     slices = [_read_slice(file) for file in files]
     _check_one_series(path, slices)
-    first = slices[0]
     ordered, affine = _stack(path, slices)
-    shape = (*first.shape, len(ordered))
-    plain = all(one.slope == 1 and one.intercept == 0 for one in ordered)
-    check_room(str(path), shape, first.bytes_a_pixel)
-    pixels = [_read_pixels(one, rescale=not plain) for one in ordered]
-    return RawVolume(str(path), np.stack(pixels, axis=-1)[..., None], make_grid(str(path), shape, affine, units=units))
+    return ordered, (*slices[0].shape, len(ordered)), affine
 
 
 def is_series(path: Path) -> bool:
