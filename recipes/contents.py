@@ -116,7 +116,7 @@ def spread(items: Sequence[str], count: int) -> list[str]:
     """Return `count` items, evenly spread."""
     if len(items) <= count:
         return list(items)
-    return [items[round(index)] for index in np.linspace(0, len(items) - 1, count)]
+    return [items[round(float(index))] for index in np.linspace(0, len(items) - 1, count)]
 
 
 def label_counts(reader: Reader, paths: Iterable[str]) -> tuple[dict[int, int], int]:

@@ -88,7 +88,7 @@ def suffix_of(path: str) -> str:
 def _is_skipped(folder: Path, skip: Path | None) -> bool:
     if skip is not None and folder.resolve() == skip.resolve():
         return True
-    return {name for name in os.listdir(folder)} >= RECIPE_FILES if os.access(folder, os.R_OK) else True
+    return not os.access(folder, os.R_OK) or set(os.listdir(folder)) >= RECIPE_FILES
 
 
 def _without_twins(paths: list[str]) -> tuple[list[str], list[str]]:

@@ -22,7 +22,7 @@ PASSES = {"vae": 40, "ldm": 180}  # patches, or latents, of each volume in a tra
 GPU_PASSES = 5  # times as many on a GPU
 STEPS = {"vae": (600, 20_000), "ldm": (1_000, 40_000)}  # fewest and most on a CPU
 QUICK_STEPS = {"vae": (60, 400), "ldm": (120, 1_000)}
-QUICK_SECONDS = {"vae": 110.0, "ldm": 110.0}  # of the steps, as estimated
+QUICK_SECONDS = {"vae": 90.0, "ldm": 90.0}  # of the steps, as estimated
 SIDED = ("left", "right", "links", "rechts")
 
 
@@ -211,8 +211,8 @@ def _unet(
     if cells / 8 > 3_000 and len(layers["channels"]) == 2:
         layers["attention"] = [False, False]
         why += "; without attention, which the many latent voxels would make slow"
-    fits = weights is not None and not quick and facts.subjects < SMALL and "init_from" in plan.vae
-    if fits and weights.is_alike(facts.kinds, len(facts.labels), facts.spacing, facts.shapes):
+    fits = not quick and facts.subjects < SMALL and "init_from" in plan.vae
+    if weights is not None and fits and weights.is_alike(facts.kinds, len(facts.labels), facts.spacing, facts.shapes):
         plan.ldm["init_from"] = str(weights.folder / "unet")
         plan.vae["freeze_encoder"] = True
         plan.why["ldm.init_from"] = (

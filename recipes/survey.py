@@ -27,7 +27,7 @@ from .layouts.structures import find_structures
 from .listing import Listing, list_folder
 from .machine import Machine, this_machine
 from .people import People, conditions, find_people, read_tables, table_path
-from .section import LABELS, DataSection, find_section
+from .section import LABELS, DataSection, data_config, find_section
 from .sizing import Facts, Plan, propose, volume_limit
 from .structures import choose_structures, combine
 from .weights import find_weights
@@ -159,6 +159,10 @@ def look_over(options: Options, machine: Machine | None = None) -> Survey:
     section.why["intensity"] = next(iter(scalings.values())).why if len(scalings) == 1 else ""
     facts = _facts(choice, scalings, labels, shapes, spacings, spacing, section, [*classes, *numbers])
     plan = propose(facts, machine, find_weights(), quick=options.quick, mirror=options.mirror)
+    if not options.quick:  # whose models are tiny
+        from .memory import fit_memory  # imports all of training, which takes seconds
+
+        fit_memory(plan, facts, machine, data_config(section.settings, options.folder))
     unsure = [*choice.unsure, *people.unsure, *unsure_spacing, *plan.unsure]
     unsure += [proposal.unsure for proposal in scalings.values() if proposal.unsure]
     if choice.mask is not None and masks_read < len(choice.keys):

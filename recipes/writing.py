@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 WIDTH = 116
+LISTED = ("images", "label_names")  # settings of a line per entry
 NESTED = ("model", "loop", "optimizer")  # sections of a line per setting
 
 
@@ -45,7 +46,7 @@ def _settings(settings: Mapping[str, Any], why: Mapping[str, str], indent: str) 
         if name in NESTED and isinstance(value, Mapping):
             lines += ["", *_comment(reason), f"{indent}{name}:", *_settings(value, {}, f"{indent}  ")]
             continue
-        if isinstance(value, Mapping) and value and isinstance(next(iter(value.values())), Mapping | str):
+        if isinstance(value, Mapping) and (name in LISTED or any(isinstance(one, Mapping) for one in value.values())):
             lines += [*_comment(reason), f"{indent}{name}:"]
             lines += [
                 f"{indent}  {_plain(key)}: {_plain(one)}{_after(why.get(f'{name}.{key}', ''))}"
