@@ -1,16 +1,18 @@
-"""Evaluate a model or the volumes that it generated:
+r"""Evaluate a model or the volumes that it generated:
 
-python evaluate.py reconstruction --config configs/hippocampus/vae.yaml --vae weights/hippocampus --output
-out/reconstruction.json python evaluate.py realism --config configs/hippocampus/ldm.yaml --synthetic out/generated
---output out/realism.json python evaluate.py privacy --config configs/hippocampus/ldm.yaml --synthetic out/generated
---output out/privacy.json python evaluate.py dice --config configs/hippocampus/ldm.yaml --synthetic out/generated
---output out/dice.json python evaluate.py conditions --config configs/adrenal_shapes/ldm.yaml --column diagnosis
---synthetic out/generated \
-    --output out/conditions.json
-python evaluate.py report out/realism.json out/privacy.json out/dice.json --output out/page python evaluate.py all
---config configs/hippocampus/ldm.yaml --synthetic out/generated --parts realism privacy dice --output out/page python
-evaluate.py all --config configs/hippocampus/ldm.yaml --pipeline weights/hippocampus --output out/page   # generates
-first torchrun --nproc_per_node 2 evaluate.py dice ...    # `accelerate launch` works too
+    python evaluate.py reconstruction --config configs/hippocampus/vae.yaml --vae weights/hippocampus \
+        --output out/reconstruction.json
+    python evaluate.py realism --config configs/hippocampus/ldm.yaml --synthetic out/generated --output out/realism.json
+    python evaluate.py privacy --config configs/hippocampus/ldm.yaml --synthetic out/generated --output out/privacy.json
+    python evaluate.py dice --config configs/hippocampus/ldm.yaml --synthetic out/generated --output out/dice.json
+    python evaluate.py conditions --config configs/adrenal_shapes/ldm.yaml --column diagnosis \
+        --synthetic out/generated --output out/conditions.json
+    python evaluate.py report out/realism.json out/privacy.json out/dice.json --output out/page
+    python evaluate.py all --config configs/hippocampus/ldm.yaml --synthetic out/generated \
+        --parts realism privacy dice --output out/page
+    python evaluate.py all --config configs/hippocampus/ldm.yaml --pipeline weights/hippocampus \
+        --output out/page                               # generates the volumes first
+    torchrun --nproc_per_node 2 evaluate.py dice ...    # `accelerate launch` works too
 
 `--config` is a training config; only its section `data` is read. Options such as `--data.root DIR` override it. `python
 evaluate.py COMMAND --help` lists the options of a command. Reports are JSON and record the data and the machine;
@@ -34,7 +36,7 @@ from volumes.data.config_parser import ConfigParser, config_files
 def parse(args: list[str] | None) -> Namespace:
     """Parse the command line. The section `data` of `--config` gives the defaults of `--data.*`."""
     files = config_files(args)
-    data = read_config(files[-1])["data"] if files else None
+    data = read_config(files[-1].path)["data"] if files else None
     parser = ConfigParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subcommands()
     for name, command in COMMANDS.items():

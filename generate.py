@@ -1,11 +1,11 @@
-"""Generate volumes from masks, from a table of conditions, or from nothing, in one process or many:
+r"""Generate volumes from masks, from a table of conditions, or from nothing, in one process or many:
 
-python generate.py --pipeline weights/hippocampus --masks 'masks/*.nii.gz' --output out/generated --count 2 --steps 20
-python generate.py --pipeline DIR --conditions table.csv --output out/generated     # a model with classes, numbers,
-images python generate.py --pipeline DIR --output out/generated --count 100        # a model that needs neither masks
-nor conditions python generate.py --pipeline weights/hippocampus --masks generate:weights/hippocampus-masks --count 100
---output out/pairs accelerate launch generate.py ...       # divides masks, rows or volumes over the processes (on a
-CPU: torchrun)
+    python generate.py --pipeline weights/hippocampus --masks 'masks/*.nii.gz' --output out/generated --count 2
+    python generate.py --pipeline DIR --conditions table.csv --output out/generated  # classes, numbers, images
+    python generate.py --pipeline DIR --output out/generated --count 100             # a model without conditions
+    python generate.py --pipeline weights/hippocampus --masks generate:weights/hippocampus-masks --count 100 \
+        --output out/pairs
+    accelerate launch generate.py ...  # divides masks, rows or volumes over the processes (on a CPU: torchrun)
 
 Writes <name>_<k:03d>.nii.gz on the mask's grid, a JSON sidecar that records how it was generated, and at the end
 manifest.csv. A model of several channels writes <name>_<k:03d>_<channel>.nii.gz for each channel that it generates, and

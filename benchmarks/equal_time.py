@@ -27,6 +27,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="such as cpu or cuda")
     parser.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32")
     parser.add_argument("--output", type=Path, required=True, help="folder for the weights")
+    parser.add_argument("--data.root", dest="root", help="folder of the volumes; default: that of the config")
     return parser.parse_args(args)
 
 
@@ -61,12 +62,16 @@ PILOT = 0.25
 FINAL_RATE = 0.01  # part of the highest learning rate
 
 
-def load(phantoms: bool) -> tuple[VolumeDataset, VolumeDataset, CropConfig, AutoencoderLosses, int]:
+def load(
+    phantoms: bool, root: str | None = None
+) -> tuple[VolumeDataset, VolumeDataset, CropConfig, AutoencoderLosses, int]:
     """Load training and held-out volumes, patches, loss weights and batch size of configs/hippocampus/vae.yaml.
 
-    With `phantoms`, phantoms replace the volumes, for a quick test.
+    Args:
+        phantoms: use phantoms instead of the volumes, for a quick test.
+        root: folder of the volumes; default: that of the config.
     """
-    config = parse_config(TrainVaeConfig, ["--config", CONFIG])
+    config = parse_config(TrainVaeConfig, ["--config", CONFIG, *([f"--data.root={root}"] if root else [])])
     if phantoms:
         data = DataConfig(phantom=PhantomConfig(count=4, shape=(16, 16, 16)), validation_fraction=0.5)
         crops, config.loop.batch_size = CropConfig(shape=(16, 16, 16)), 1
@@ -77,14 +82,23 @@ def load(phantoms: bool) -> tuple[VolumeDataset, VolumeDataset, CropConfig, Auto
     return train, held_out, crops, config.losses, config.loop.batch_size
 
 
-def training(model: str, minutes: float, device: str, precision: str, folder: str, *, phantoms: bool = False) -> Work:
+def training(
+    model: str,
+    minutes: float,
+    device: str,
+    precision: str,
+    folder: str,
+    *,
+    root: str | None = None,
+    phantoms: bool = False,
+) -> Work:
     """Train `model` for `minutes`, save its weights to `folder`, and measure PSNR on validation volumes.
 
     Several learning rates each run for the first quarter of the time; the one with the higher PSNR continues to the
     end. Validation time does not count.
     """
     torch.manual_seed(0)
-    train, held_out, crops, weights, batch_size = load(phantoms)
+    train, held_out, crops, weights, batch_size = load(phantoms, root)
     dataset = CropDataset(train, crops.shape, seed=0, flip_axes=crops.flip_axes)
     volumes = PaddedVolumes(held_out, (STRIDE, STRIDE, STRIDE))
     first = build_autoencoder(model, device, "tf32" if device.startswith("cuda") else "float32", training=True)
@@ -198,5 +212,6 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parse(args)
     options.output.mkdir(parents=True, exist_ok=True)
     find_device(options.device)  # raises if unknown
-    work = training(options.model, options.minutes, options.device, options.precision, str(options.output))
+    sizes = (options.model, options.minutes, options.device, options.precision)
+    work = training(*sizes, str(options.output), root=options.root)
     print(json.dumps({**work.facts, **(work.run() or {})}, indent=2))

@@ -34,6 +34,9 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--iterations", type=Number(PositiveInt), default=600, help="training steps of each segmenter (600)"
     )
+    parser.add_argument(
+        "--data.root", dest="root", default="data/hippocampus", help="folder of the volumes (data/hippocampus)"
+    )
     return parser.parse_args(args)
 
 
@@ -94,15 +97,12 @@ def score(arm: str, seed: int, options: argparse.Namespace) -> float:
     config = ARMS["fine-tuned"][:2]
     table = folder / "table.csv"
     arm_folder = folder / arm.replace(" ", "_")
-    only = [
-        "--data.table",
-        os.path.relpath(table.resolve(), Path("../shared/data/hippocampus").resolve()),
-        "--data.split",
-        "split",
-    ]
+    root = ["--data.root", options.root]
+    named = os.path.relpath(table.resolve(), Path(options.root).resolve())
+    only = [*root, "--data.table", named, "--data.split", "split"]
     report = arm_folder / "dice.json"
     if not table.exists():
-        run("-m", "evaluation.data.label_budget", *config, "--k", options.k, "--seed", seed, "--output", table)
+        run("-m", "evaluation.data.label_budget", *config, *root, "--k", options.k, "--seed", seed, "--output", table)
     judge = ["evaluate.py", "dice", *config, *only, "--data.label_names", MERGED, "--seeds", 1, "--output", report]
     judge += ["--iterations", options.iterations]
     if arm == REAL:

@@ -6,23 +6,24 @@ jsonargparse reads and merges; cli/settings.py defines the valid values.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from files.documents import load_settings, read_yaml
+from files.documents import load_settings
 
+from .config_files import ConfigFile, check_config_file, section_words, sections_of
 from .settings import Hint, arms, base_of, construct, faults, faults_of, hints_of, refuse, unknown
 
 Owners = Mapping[str, Callable[..., Any]]  # section ("" for the top) -> its dataclass
 
 
 def parse_settings(
-    parser: ArgumentParser, args: Sequence[str] | None, owners: Owners, files: Sequence[Path] = ()
+    parser: ArgumentParser, args: Sequence[str] | None, owners: Owners, files: Sequence[ConfigFile] = ()
 ) -> Namespace:
     """Parse a command line, and build the dataclass of each section (that of "" in `settings`).
 
@@ -31,21 +32,22 @@ def parse_settings(
         args: the command line; None for the program's own.
         owners: {"": TrainVaeConfig} if the parser's arguments are that class's; {"data": DataConfig} if it has others
             too.
-        files: config files that the command line names.
+        files: the config files that the command line names, as they were read.
 
     Raises:
         ValueError: for unreadable config files and for invalid values, naming file, setting, value and what is
             expected.
     """
+    words = section_words(sys.argv[1:] if args is None else args, owners)
     try:
-        parsed = parser.parse_args(args if args is None else list(args))
+        parsed = parser.parse_args(words)
     except (ArgumentError, OverflowError) as error:  # the latter for numbers too large for a float
-        explain(owners, files, args or ())
+        explain(owners, files, words)
         raise ValueError(str(error)) from error
     try:
         return built(parsed, owners)
-    except ValueError:
-        explain(owners, files, args or ())  # names the file
+    except ValueError as error:
+        explain(owners, files, words, error)  # names the file
         raise
 
 
@@ -59,16 +61,29 @@ def built(parsed: Namespace, owners: Owners) -> Namespace:
     return parsed
 
 
-def explain(owners: Owners, files: Sequence[Path], args: Sequence[str]) -> None:
-    """Report invalid settings of the first config file that has any, else of the command line. Raises: ValueError."""
-    for file in filter(Path.is_file, files):
-        content = read_yaml(file)
-        content = content if isinstance(content, dict) else {}
-        for section, owner in owners.items():
-            values = content if section == "" else content.get(section)
-            if isinstance(values, Mapping):
-                refuse(faults(owner, values, f"{section}." if section else "", raw=True), f"{file}: ")
+def explain(owners: Owners, files: Sequence[ConfigFile], args: Sequence[str], error: Exception | None = None) -> None:
+    """Report invalid settings of the first config file that has any, else of the command line.
+
+    Args:
+        owners: see `parse_settings`.
+        files: the config files, the first one first.
+        args: the command line.
+        error: why the settings were refused. If a section of a file alone is refused for the same reason, the file is
+            named.
+
+    Raises:
+        ValueError: for invalid settings. Without any, nothing is raised.
+    """
+    for file in files:
+        check_config_file(file, owners)
     refuse(_on_command_line(owners, list(args)))
+    for file in files:
+        for section, owner in sections_of(owners).items():
+            try:
+                construct(owner, file.settings.get(section), section)
+            except (ValueError, TypeError, AttributeError) as alone:  # the latter for a section that is not there
+                if isinstance(alone, ValueError) and str(alone) == str(error):
+                    raise ValueError(f"{file.file_of(section)}: {error}") from error
 
 
 def _on_command_line(owners: Owners, args: list[str]) -> Iterator[str]:

@@ -62,10 +62,20 @@ class Range:
         return " and ".join(end for end in (low, high) if end)
 
 
-class HomePath:
-    """Mark a local path or URL, in which a leading `~` is the home folder."""
+@dataclass(frozen=True)
+class PathMark:
+    """Mark a local path or URL, in which a leading `~` is the home folder.
 
-    def __repr__(self) -> str:
+    Attributes:
+        moves: whether the path is relative to the place where it is written, see `config_files`. If not, it is relative
+            to another setting.
+        words: values that are not paths.
+    """
+
+    moves: bool = True
+    words: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:  # what `--help` prints
         return "path"
 
 
@@ -81,7 +91,9 @@ PositiveShare = Annotated[float, Range(0, 1, above=True)]
 InnerShare = Annotated[float, Range(0, 1, above=True, below=True)]
 TwoOrMore = Annotated[int, Range(2)]
 Axis = Annotated[int, Range(0, 2)]
-UserPath = Annotated[str, HomePath()]
+UserPath = Annotated[str, PathMark()]
+PathBelowRoot = Annotated[str, PathMark(moves=False)]
+Checkpoint = Annotated[str, PathMark(words=("latest",))]
 
 
 def checked(owner: type[Class]) -> type[Class]:
@@ -207,14 +219,14 @@ def describe(hint: Hint) -> str:
         Any: "anything",
         dict: "a mapping",
     }
-    name = "a path" if any(isinstance(mark, HomePath) for mark in _marks(hint)) else plain.get(base)
+    name = "a path" if any(isinstance(mark, PathMark) for mark in marks(hint)) else plain.get(base)
     return (name or getattr(base, "__name__", str(base))) + suffix
 
 
 def expand_home(hint: Hint, value: Any) -> Any:
     """Expand `~` in values annotated as `UserPath`; return the same object if nothing changes."""
     if isinstance(value, str):
-        is_path = any(isinstance(mark, HomePath) for mark in _marks(hint))
+        is_path = any(isinstance(mark, PathMark) for mark in marks(hint))
         return os.path.expanduser(value) if is_path and value.startswith("~") else value
     if isinstance(value, list) and any(isinstance(item, str) for item in value):
         expanded = [expand_home(hint, item) for item in value]
@@ -317,12 +329,12 @@ def base_of(hint: Hint) -> Hint:
     return split_hint(hint)[0]
 
 
-def _marks(hint: Hint) -> Iterator[Any]:
+def marks(hint: Hint) -> Iterator[Any]:
     """Yield the `Annotated` marks of an annotation and of all inner ones."""
     if get_origin(hint) is Annotated:
         yield from get_args(hint)[1:]
     for inner in get_args(hint):
-        yield from _marks(inner)
+        yield from marks(inner)
 
 
 def _arm(args: Sequence[Hint], value: Any) -> Hint:
@@ -374,7 +386,7 @@ def faults_of(hint: Hint, value: Any, name: str, raw: bool = False) -> Iterator[
         for key, item in value.items() if args else ():
             yield from faults_of(args[0], key, f"{name}: the key {key!r}", raw)
             yield from faults_of(args[1], item, f"{name}.{key}", raw)
-    elif value == "" and any(isinstance(mark, HomePath) for mark in _marks(hint)):
+    elif value == "" and any(isinstance(mark, PathMark) for mark in marks(hint)):
         yield f"{name}: is empty; expected {describe(hint)}"
     elif not _is_a(base, value, raw) or (limits is not None and _plain(base, value) not in limits):
         yield _wrong(name, value, hint)
@@ -416,7 +428,7 @@ def _plain(base: type, value: Any) -> Any:
 def _wrong(name: str, value: Any, hint: Hint) -> str:
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     kind = " (text)" if isinstance(value, str) else ""
-    home = value is None and any(isinstance(mark, HomePath) for mark in _marks(hint))
+    home = value is None and any(isinstance(mark, PathMark) for mark in marks(hint))
     quotes = "; put it in quotes" if isinstance(value, int | float) and str in arms(hint) else ""
     quotes = '; for the home folder write "~", in quotes' if home else quotes
     return f"{name}: got {shown[:80]}{kind}, expected {describe(hint)}{quotes}"

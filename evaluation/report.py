@@ -15,17 +15,14 @@ from typing import Any, NotRequired, TypedDict
 
 import jsonargparse
 
-from cli.settings import (
-    NonNegativeFloat,
-    Number,
-    faults,
-    refuse,
-)
+from cli.config_files import check_config_file
+from cli.settings import NonNegativeFloat, Number
 from files.atomic import remove_leftovers, write_text
-from files.documents import read_yaml
 from files.locks import only_writer
+from training.ldm_config import TrainLdmConfig
+from training.vae_config import TrainVaeConfig
 from volumes import DataConfig
-from volumes.data.config_parser import ConfigParser, config_files
+from volumes.data.config_parser import ConfigParser, config_files, data_of_run, read_training_config
 from volumes.data.preprocessing import inherited
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,20 +159,22 @@ def check_report(path: str | Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read all sections of a training config. Settings that `data` omits come from the autoencoder of `vae` or
-    `init_from` (`volumes.data.preprocessing.inherited`).
+    """Read all sections of a training config; paths are relative to the working directory (`cli.config_files`).
+    Settings that `data` omits come from the autoencoder of `vae` or `init_from`, and without `data` all of it comes
+    from the run of `vae`, as in training (`volumes.data.preprocessing`).
 
-    Raises: ValueError for a config without a section `data`, and as `read_yaml`.
+    Raises: ValueError for a config without a section `data`, and for unreadable files and invalid values, by name.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such config")
-    content = read_yaml(path)
-    if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
-        raise ValueError(f"{path}: has no section `data`; give a training config")
+    file = read_training_config(path, TrainVaeConfig, TrainLdmConfig)
+    content = file.settings
     for name in ("vae", "init_from", "output"):
         if isinstance(content.get(name), str):
             content[name] = os.path.expanduser(content[name])
-    refuse(faults(DataConfig, content["data"], "data.", raw=True), f"{path}: ")
+    if "data" not in content and isinstance(content.get("vae"), str):
+        content["data"] = data_of_run(content["vae"])
+    if not isinstance(content.get("data"), dict):
+        raise ValueError(f"{path}: has no section `data`; give a training config")
+    check_config_file(file, {"data": DataConfig})
     source = content.get("vae") or content.get("init_from")
     if isinstance(source, str):
         content["data"] |= inherited(source, content["data"])
@@ -199,7 +198,7 @@ def config_parser(program: str, description: str | None, args: Sequence[str] | N
     )
     parser.add_class_arguments(DataConfig, "data", help="overrides of the config's section `data`")
     if files:
-        parser.set_defaults({f"data.{key}": value for key, value in read_config(files[-1])["data"].items()})
+        parser.set_defaults({f"data.{key}": value for key, value in read_config(files[-1].path)["data"].items()})
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -62,6 +63,25 @@ for _kind, (_pattern, _first) in PLAIN.items():
     SettingsLoader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_pattern})\Z", re.X), list(_first)
     )
+
+
+class SettingsDumper(yaml.SafeDumper):
+    """Writes YAML in which text that this or YAML 1.1's readers would take for another type is in quotes."""
+
+
+SettingsDumper.yaml_implicit_resolvers = {
+    first: [
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+        *SettingsLoader.yaml_implicit_resolvers.get(first, []),
+    ]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *SettingsLoader.yaml_implicit_resolvers}
+}
+
+
+def dump_settings(values: Any, one_line: bool = False) -> str:
+    """Return plain values as YAML, which `load_settings` reads. `one_line` is for a word of a command line."""
+    style: dict[str, Any] = {"default_flow_style": True, "width": math.inf} if one_line else {}
+    return yaml.dump(values, Dumper=SettingsDumper, sort_keys=False, **style)
 
 
 def load_settings(text: str) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from cli.command import ArgumentParser, run_command
 
 NAMES = ("mask", "edits", "classes", "images", "numbers")
+OF_VOLUMES = ("edits", "images")  # pictures that need real volumes
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -19,7 +20,11 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("picture", choices=NAMES, help="picture to draw")
     parser.add_argument("--pipeline", type=Path, help="pipeline to use instead of the default one")
-    return parser.parse_args(args)
+    parser.add_argument("--data.root", dest="root", help="folder of the volumes; default: that of the config")
+    options = parser.parse_args(args)
+    if options.root and options.picture not in OF_VOLUMES:
+        parser.error(f"--data.root: the picture {options.picture} needs no volumes; remove it")
+    return options
 
 
 if __name__ == "__main__":  # arguments first: the other imports take seconds
@@ -36,6 +41,7 @@ from training import TrainLdmConfig, parse_config
 from volumes import (
     PHANTOM_CLASSES,
     Case,
+    DataConfig,
     FigureCase,
     load_cases,
     make_phantom,
@@ -152,9 +158,15 @@ def _beyond(volume: np.ndarray, threshold: float, organ: float = INTENSITY["orga
     return int(((middle - threshold) * (threshold - organ) > 0).sum())
 
 
-def images(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
+def _data(recipe: str, root: str | None) -> DataConfig:
+    """Return the data section of a recipe, with another root if it is given."""
+    config = ["--config", str(ROOT / "configs" / recipe / "ldm.yaml")]
+    return parse_config(TrainLdmConfig, [*config, *([f"--data.root={root}"] if root else [])]).data
+
+
+def images(pipe: MedVolumePipeline, root: str | None = None) -> tuple[Figure, Measured]:
     """Compare real CT and PET of test patients with PET from that CT, and with both from tumor mask and sex."""
-    config = parse_config(TrainLdmConfig, ["--config", str(ROOT / "configs" / "sarcoma" / "ldm.yaml")]).data
+    config = _data("sarcoma", root)
     cases = [case for case in load_cases(config) if case.split == "test"]
     windows = {
         name: (scale.low, scale.high) for name, scale in zip(pipe.data.channels, pipe.data.intensity, strict=True)
@@ -207,9 +219,9 @@ def images(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
     return slices_figure(columns), measured
 
 
-def edits(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
+def edits(pipe: MedVolumePipeline, root: str | None = None) -> tuple[Figure, Measured]:
     """Edit a real test volume: image to image, a regenerated hippocampus, no posterior part, a cavity."""
-    config = parse_config(TrainLdmConfig, ["--config", str(ROOT / "configs" / "hippocampus" / "ldm.yaml")]).data
+    config = _data("hippocampus", root)
     case = next(case for case in load_cases(config) if case.split == "test")
     assert case.mask is not None
     (path,), mask_volume = case.images.values(), read_mask(case.mask)
@@ -254,7 +266,7 @@ def _masked_means(case: Case) -> tuple[float, float]:
     return float(pet[inside].mean()), float(pet[~inside].mean())
 
 
-PICTURES: dict[str, tuple[Callable[[MedVolumePipeline], tuple[Figure, Measured]], Path]] = {
+PICTURES: dict[str, tuple[Callable[..., tuple[Figure, Measured]], Path]] = {
     "mask": (mask, HIPPOCAMPUS),
     "edits": (edits, HIPPOCAMPUS),
     "classes": (classes, ROOT / "weights" / "adrenal-shapes"),
@@ -271,7 +283,7 @@ def main(args: Sequence[str] | None = None) -> None:
     draw, folder = PICTURES[options.picture]
     pipe = MedVolumePipeline.from_pretrained(options.pipeline or folder)
     pipe.set_progress_bar_config(disable=True)
-    figure, measured = draw(pipe)
+    figure, measured = draw(pipe, options.root) if options.picture in OF_VOLUMES else draw(pipe)
     figure.savefig(FOLDER / f"{options.picture}.png", dpi=110)
     report = {"measured": measured, "model": pipe.model_hash, "seed": SEED, **provenance()}
     write_report(FOLDER / f"{options.picture}.json", report)

@@ -1,7 +1,7 @@
-"""Add the record of training subjects and preprocessing to pipelines that were trained before records existed.
+r"""Add the record of training subjects and preprocessing to pipelines that were trained before records existed.
 
-    python -m tools.record weights/hippocampus --config configs/hippocampus/ldm.yaml --vae_config
-    configs/hippocampus/vae.yaml
+    python -m tools.record weights/hippocampus --config configs/hippocampus/ldm.yaml \
+        --vae_config configs/hippocampus/vae.yaml
 
 The configs are those of the trainings. Their data must be present and unchanged: the volumes are read for digests of
 their voxels. Only vae/config.json and unet/config.json are written, in diffusers' format; tensors and the model's hash
@@ -22,6 +22,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("pipeline", type=Path, help="pipeline folder")
     parser.add_argument("--config", type=Path, required=True, help="config of train_ldm.py")
     parser.add_argument("--vae_config", type=Path, required=True, help="config of train_vae.py")
+    parser.add_argument("--data.root", dest="root", help="folder of the volumes; default: that of the config")
     return parser.parse_args(args)
 
 
@@ -44,8 +45,9 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parse(args)
     folder: Path = options.pipeline
     data = DataDescription.from_json(read_object(folder / "model_index.json").get("data"))
-    ldm = parse_config(TrainLdmConfig, ["--config", str(options.config)]).data
-    vae = parse_config(TrainVaeConfig, ["--config", str(options.vae_config)]).data
+    root = [f"--data.root={options.root}"] if options.root else []
+    ldm = parse_config(TrainLdmConfig, ["--config", str(options.config), *root]).data
+    vae = parse_config(TrainVaeConfig, ["--config", str(options.vae_config), *root]).data
     written: dict[Path, dict[str, object]] = {}
     for name, config in (("vae", vae), ("unet", ldm)):
         path = folder / name / "config.json"

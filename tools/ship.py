@@ -33,6 +33,7 @@ def parse(args: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="config of train_ldm.py: measure residual noise on its training volumes",
     )
+    parser.add_argument("--data.root", dest="root", help="folder of these volumes; default: that of the config")
     parser.add_argument("--examples", type=Path, required=True, help="table of the volumes that demo.py generates")
     parser.add_argument(
         "--results", type=Path, required=True, help="folder of JSON reports of evaluate.py and benchmarks"
@@ -81,7 +82,8 @@ def main(args: list[str] | None = None) -> None:
     if options.vae:
         pipe = with_decoder(pipe, load_autoencoder(options.vae))
     if options.residual_noise:
-        train = load_split(parse_config(TrainLdmConfig, ["--config", str(options.residual_noise)]).data)[0]
+        root = [f"--data.root={options.root}"] if options.root else []
+        train = load_split(parse_config(TrainLdmConfig, ["--config", str(options.residual_noise), *root]).data)[0]
         found = describe(train)
         if other := [name for name in MEASURED_ON if getattr(pipe.data, name) != getattr(found, name)]:
             raise ValueError(

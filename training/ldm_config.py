@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from autoencoder.cache_config import LatentCacheConfig
 from cli.settings import (
+    Checkpoint,
     PositiveFloat,
     PositiveInt,
     Range,
@@ -78,7 +79,7 @@ class TrainLdmConfig:
     inference_steps: PositiveInt = 20
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-    resume: UserPath | None = None
+    resume: Checkpoint | None = None
     accept_changes: bool = False
     wait_minutes: Annotated[float, Range(0, MAX_MINUTES)] = 0.0
     init_from: UserPath | None = None

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from cli.settings import (
     Axis,
+    Checkpoint,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
@@ -144,7 +145,7 @@ class TrainVaeConfig:
     gradient_checkpointing: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-    resume: UserPath | None = None
+    resume: Checkpoint | None = None
     accept_changes: bool = False
     wait_minutes: Annotated[float, Range(0, MAX_MINUTES)] = 0.0
     init_from: UserPath | None = None

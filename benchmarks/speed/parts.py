@@ -15,7 +15,6 @@ from .bench import Bench, Job
 from .models import STRIDE
 
 Shape = tuple[int, int, int]
-DATA = Path("../shared/data/hippocampus")  # what configs/hippocampus/vae.yaml reads
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Sizes:
     generation_steps: int = 20
     equal_time_minutes: float = 5.0
     phantoms: bool = False  # use phantoms instead of the data set
+    root: str = "data/hippocampus"  # of the data set
 
 
 QUICK = Sizes(
@@ -165,8 +165,8 @@ def sampling(bench: Bench, sizes: Sizes) -> None:
 
 def equal_time_training(bench: Bench, sizes: Sizes) -> None:
     """Compare reconstructions after equal training time."""
-    if not sizes.phantoms and not DATA.exists():
-        bench.skip("equal_time", f"no data at {DATA}")
+    if not sizes.phantoms and not Path(sizes.root).exists():
+        bench.skip("equal_time", f"no data at {sizes.root}")
         return
     todo = []
     for model, rates in equal_time.LEARNING_RATES.items():
@@ -176,6 +176,7 @@ def equal_time_training(bench: Bench, sizes: Sizes) -> None:
             "device": bench.device,
             "precision": "bf16" if "bf16" in bench.measured_precisions() else "float32",
             "folder": str(bench.output),
+            "root": sizes.root,
             "phantoms": sizes.phantoms,
         }
         longest = 60 * sizes.equal_time_minutes * (1 + equal_time.PILOT * (len(rates) - 1)) + 300

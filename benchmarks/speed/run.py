@@ -36,6 +36,12 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
         "--equal_time_minutes", type=Number(PositiveFloat), help="minutes of training per autoencoder (5)"
     )
     parser.add_argument(
+        "--data.root",
+        dest="root",
+        default="data/hippocampus",
+        help="folder of the volumes that equal_time trains on (data/hippocampus)",
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="tiny sizes, to test that everything runs; not for timings"
     )
     options = parser.parse_args(args)
@@ -64,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> Path:
     """Measure, and write JSON, plots and tables. Returns the path of the JSON."""
     options = parse(args)
     options.output.mkdir(parents=True, exist_ok=True)
-    sizes = QUICK if options.quick else Sizes()
+    sizes = replace(QUICK if options.quick else Sizes(), root=options.root)
     if options.equal_time_minutes is not None:
         sizes = replace(sizes, equal_time_minutes=options.equal_time_minutes)
     find_device(options.device)  # raises if unknown

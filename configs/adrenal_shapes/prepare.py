@@ -1,6 +1,6 @@
 """Adrenal glands of AdrenalMNIST3D as label maps and a table:
 
-    python configs/adrenal_shapes/prepare.py --npz ../shared/data/adrenal_shapes/adrenalmnist3d_64.npz
+    python configs/adrenal_shapes/prepare.py --npz adrenalmnist3d_64.npz
 
 Writes shapes/NAME.nii.gz (uint8, 1 in the gland, else 0) and shapes.csv with name, split (train, validation, test) and
 diagnosis (normal, hyperplasia); and, for generate.py, conditions.csv of 1,000 rows with the test split's share of each
@@ -24,7 +24,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--npz", type=Path, required=True, help="adrenalmnist3d_64.npz of MedMNIST+")
-    parser.add_argument("--output", type=Path, default=Path("output/adrenal_shapes/data"), help="folder to write to")
+    parser.add_argument("--output", type=Path, default=Path("data/adrenal_shapes"), help="folder to write to")
     return parser.parse_args(args)
 
 

@@ -1,7 +1,8 @@
-"""Check volumes for copies of training volumes while generating, without the training scans:
+r"""Check volumes for copies of training volumes while generating, without the training scans:
 
-python -m evaluation.copies.fingerprints --config configs/hippocampus/ldm.yaml --flips 0 --output
-out/fingerprints.safetensors python generate.py ... --reject_copies out/fingerprints.safetensors
+    python -m evaluation.copies.fingerprints --config configs/hippocampus/ldm.yaml --flips 0 \
+        --output out/fingerprints.safetensors
+    python generate.py ... --reject_copies out/fingerprints.safetensors
 
 A `CopyCheck` holds a fingerprint of each training volume: the means of blocks of `block` voxels in a crop about the
 center.

@@ -22,7 +22,7 @@ from cli.settings import construct, faults, refuse
 from diffusion import LatentUNet3D
 from diffusion.completion import complete_model
 from evaluation.report import read_config
-from files.documents import read_object
+from files.documents import read_object, read_yaml
 from pipelines import MedVolumePipeline
 from pipelines.lora import add_lora
 from training import LdmTrainingStep, TrainLdmConfig, TrainVaeConfig, VaeTrainingStep, build_model, ldm, vae
@@ -352,9 +352,11 @@ def _autoencoder_for(config: TrainLdmConfig, folder: Path) -> tuple[VolumeAutoen
             ok("model", f"autoencoder of {described}")
         ]
     for path in sorted(folder.glob("*.yaml")):
+        if not _trains_autoencoder(path):
+            continue
         other = read_config(path)
         output, section = Path(str(other.get("output"))), other.get("model")
-        if source in (output, output / "vae") and isinstance(section, dict) and "vae" not in other:
+        if source in (output, output / "vae") and isinstance(section, dict):
             message = f"vae: {source} does not exist yet; using the autoencoder of {path}, which writes it"
             return _build_autoencoder(section), [ok("model", message)]
     channels = len(config.data.channels)
@@ -362,6 +364,12 @@ def _autoencoder_for(config: TrainLdmConfig, folder: Path) -> tuple[VolumeAutoen
     separate = {"per_channel": True, "latent_channels": 4 * channels} if config.data.condition_channels else {}
     autoencoder = AutoencoderKL3D(in_channels=channels, out_channels=channels, **separate)
     return autoencoder, [warn("model", message, "run train_vae.py first, or correct `vae`")]
+
+
+def _trains_autoencoder(path: Path) -> bool:
+    """Return whether a file is the config of an autoencoder's training, by the names of its settings."""
+    content = read_yaml(path)
+    return isinstance(content, dict) and {"output", "model"} <= content.keys() and "vae" not in content
 
 
 def _build_autoencoder(section: Mapping[str, Any]) -> VolumeAutoencoder:

@@ -1,8 +1,8 @@
-"""Measure whether one can see where an image was edited: real volumes with a regenerated region, its border, and the
+r"""Measure whether one can see where an image was edited: real volumes with a regenerated region, its border, and the
 voxels outside:
 
-python -m evaluation.studies.edit_borders --config configs/hippocampus/ldm.yaml --pipeline weights/hippocampus --output
-out/editing.json
+    python -m evaluation.studies.edit_borders --config configs/hippocampus/ldm.yaml \
+        --pipeline weights/hippocampus --output out/editing.json
 
 The jump is the mean |difference| between the two voxels on either side of the region's border (they share a face), over
 that between voxels next to them, just inside and just outside, across faces parallel to these. 1 is no edge; the figure

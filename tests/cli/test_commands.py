@@ -324,10 +324,11 @@ def test_config_files_that_cannot_be_are_refused_by_name(tmp_path):
     empty.write_text("# nothing\n")
     text.write_text("only text\n")
     syntax.write_text("a: [1\n")
-    assert config_files(["--config", str(whole), f"--config={whole}", "--other"]) == [whole, whole]
+    found = config_files(["--config", str(whole), f"--config={whole}", "--other"])
+    assert [(file.path, file.settings) for file in found] == [(whole, {"a": 1})] * 2
     for path, said in (
         (tmp_path / "nowhere.yaml", "no such file; check the path"),
-        (tmp_path, "no such file; give a YAML file"),
+        (tmp_path, "is not a file; give a YAML file"),
         (empty, "is empty; give a config"),
         (text, "holds str, not settings by name"),
         (syntax, "is not readable YAML"),

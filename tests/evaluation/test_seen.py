@@ -524,7 +524,7 @@ def test_a_lora_brings_its_subjects_along(trained, tmp_path):
 @pytest.mark.parametrize("name", ["hippocampus", "hippocampus-masks"])
 def test_shipped_weights_know_their_subjects(name, hippocampus):
     root = Path(__file__).resolve().parents[2]
-    section = yaml.safe_load((root / f"configs/{name.replace('-', '_')}/ldm.yaml").read_text())["data"]
+    section = yaml.safe_load((root / f"configs/{name.replace('-', '_')}/data.yaml").read_text())
     config = DataConfig(**{**{k: v for k, v in section.items() if k != "intensity"}, "root": str(hippocampus)})
     records = read_model(root / "weights" / name).subjects
     cases = load_cases(config)

@@ -119,10 +119,11 @@ def config_target() -> Target:
     from training import TrainLdmConfig, TrainVaeConfig, parse_config
 
     root = Path(__file__).resolve().parents[2] / "configs" / "hippocampus"
-    variants = [{f"{name}.yaml": (root / f"{name}.yaml").read_bytes()} for name in ("vae", "ldm")]
+    data = {"data.yaml": (root / "data.yaml").read_bytes()}
+    variants = [{f"{name}.yaml": (root / f"{name}.yaml").read_bytes(), **data} for name in ("vae", "ldm")]
 
     def read(home: Path) -> None:
-        path = next(home.iterdir())
+        path = next(path for path in home.iterdir() if path.stem in ("vae", "ldm"))
         parse_config(TrainVaeConfig if path.stem == "vae" else TrainLdmConfig, ["--config", str(path)])
 
     return Target("config", variants, read, names=False, exits=True)

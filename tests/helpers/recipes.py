@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import yaml
 
+from evaluation.report import read_config
 from volumes import make_phantom
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,7 +121,7 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
 def reduced(path: Path, folder: Path, data: Path) -> tuple[list[str], dict[str, Any]]:
     """Arguments of a training script for the recipe in `path` on the fabricated `data`, and its sections: thin networks
     and two steps, with the recipe's own levels, losses, objective and preprocessing."""
-    recipe = yaml.safe_load(path.read_text())
+    recipe = read_config(path)
     model, loop = recipe["model"], recipe.get("loop", {})
     recipe["output"] = str(folder / path.stem)
     recipe["data"]["root"] = str(data)

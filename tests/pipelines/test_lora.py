@@ -653,7 +653,7 @@ def test_what_a_lora_cannot_start_from(tmp_path, base):
 def test_the_recipe_fits_the_weights_that_ship():
     config = parse_config(TrainLdmConfig, ["--config", str(ROOT / "configs/hippocampus/lora.yaml")])
     assert config.lora is not None and config.lora.rank == 16
-    stored = json.loads((ROOT / config.init_from / "config.json").read_text())
+    stored = json.loads((Path(config.init_from) / "config.json").read_text())
     for name, value in config.model.items():
         assert name == "class" or stored[name] == value
     parent = yaml.safe_load((ROOT / "configs/hippocampus/ldm.yaml").read_text())

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-import yaml
-
 from cli.command import ArgumentParser
+from cli.config_files import ConfigFile, paths_changed, resolved, section_words, written_in
 from cli.parsing import parse_settings
 from cli.settings import (
     NonNegativeFloat,
@@ -26,8 +25,8 @@ from cli.settings import (
     hints_of,
 )
 from files.atomic import write_text
-from files.documents import read_yaml
-from volumes.data.config_parser import ConfigParser, config_files
+from files.documents import dump_settings
+from volumes.data.config_parser import ConfigParser, config_files, data_of_run, read_training_config
 from volumes.data.preprocessing import inherited
 
 Config = TypeVar("Config")
@@ -150,32 +149,46 @@ class RunConfig(Protocol):
 def parse_config(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
     """Parse the run's config from `--config FILE.yaml` and overrides such as `--loop.max_steps 100`.
 
-    Later arguments override earlier ones, so `--config` comes first. Settings of the preprocessing that `data` does not
-    name are those of the autoencoder in `vae` or `init_from` (`volumes.data.preprocessing.inherited`). `--print_config`
-    shows the result.
+    Later arguments override earlier ones, so `--config` comes first. Paths are relative to the working directory, see
+    `cli.config_files`. Settings of the preprocessing that `data` omits are those of the autoencoder in `vae` or
+    `init_from` (`volumes.data.preprocessing.inherited`); without `data`, all of it is the section of the run that
+    trained `vae` (`volumes.data.config_parser.data_of_run`). `--print_config` shows the result.
 
     Args:
+        config_class: the dataclass of the config.
         args: default: the command line.
-    Raises: ValueError for a file that is missing or that `read_yaml` refuses, for unknown settings and for values
-        outside their declared range, by name.
+    Raises:
+        ValueError: for a file that is missing or unreadable, for unknown settings and for values outside their declared
+            range, by name.
     """
-    args = list(sys.argv[1:] if args is None else args)
-    files = config_files(args)
+    args = section_words(sys.argv[1:] if args is None else args, {"": config_class})
+    files = config_files(args, config_class)
+    parser = ConfigParser(description=config_class.__doc__, exit_on_error=False, owners=[config_class])
+    parser.add_argument("--config", action="config", help="YAML file with the arguments below")
+    parser.add_class_arguments(config_class, as_group=False)
+    parser.set_defaults({f"data.{key}": value for key, value in _learned(config_class, files, args).items()})
+    return parse_settings(parser, args, {"": config_class}, files).settings
+
+
+def _learned(config_class: type, files: Sequence[ConfigFile], args: Sequence[str]) -> dict[str, object]:
+    """Return the entries of `data` that the command line and its files leave to the autoencoder. Raises: ValueError."""
     source = "vae" if "vae" in hints_of(config_class) else "init_from"
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument(f"--{source}", dest="source")
-    folder, section = None, {}
-    for path in files:
-        settings = read_yaml(path)
-        folder = settings.get(source, folder)
-        section |= settings["data"] if isinstance(settings.get("data"), dict) else {}
+    folder, section = None, None
+    for file in files:
+        folder = file.settings.get(source, folder)
+        if "data" in file.settings:
+            own = file.settings["data"]
+            section = (section or {}) | (own if isinstance(own, dict) else {})
     folder = first.parse_known_args(args)[0].source or folder
-    learned = inherited(os.path.expanduser(folder), section) if isinstance(folder, str) else {}
-    parser = ConfigParser(description=config_class.__doc__, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with the arguments below")
-    parser.add_class_arguments(config_class, as_group=False)
-    parser.set_defaults({f"data.{key}": value for key, value in learned.items()})
-    return parse_settings(parser, args, {"": config_class}, files).settings
+    if not isinstance(folder, str) or {"-h", "--help"} & {*args}:
+        return {}
+    folder = os.path.expanduser(folder)
+    names = {word.partition("=")[0] for word in args if word.startswith("--data")} - {"--data.root"}
+    if source == "vae" and section is None and not names:
+        return data_of_run(folder)
+    return inherited(folder, section or {})
 
 
 def warn_of_long_warmup(optimizer: OptimizerConfig, loop: LoopConfig) -> None:
@@ -208,21 +221,24 @@ def _plain(value: object) -> object:
 
 
 def save_config(config: object, path: Path) -> None:
-    """Write `config` as YAML that `--config` reads, completely or not at all."""
-    write_text(path, yaml.safe_dump(to_plain(config), sort_keys=False))
+    """Write `config` as YAML that `--config` reads, completely or not at all.
+
+    Paths in it are relative to its folder, so the folders of a project can be moved together.
+    """
+    plain = paths_changed(type(config), to_plain(config), lambda named: written_in(named, path.parent))
+    if "output" in plain and resolved(getattr(config, "output")) == resolved(str(path.parent)):  # noqa: B009
+        plain["output"] = os.curdir  # also where it was an absolute path
+    write_text(path, dump_settings(plain))
 
 
-def read_config(path: Path) -> dict[str, object]:
+def read_config(path: Path, config_class: type) -> dict[str, object]:
     """Read what `save_config` wrote. Raises: ValueError for any other file."""
     try:
-        settings = read_yaml(path)
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
+        return read_training_config(path, config_class).settings
+    except ValueError as error:
         raise ValueError(
             f"{path}: is not the config of a run; restore it from a copy, or remove it to resume without this check"
-        )
-    return settings
+        ) from error
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -252,15 +268,18 @@ def defaults(config: Any) -> dict[str, object]:
 def config_changes(old: Mapping[str, object], config: object) -> dict[str, str]:
     """Return the settings that differ between the plain config `old` and `config`: {"optimizer.eps": "1e-08 -> 1e-07"}.
 
-    `resume`, `accept_changes` and `wait_minutes` do not count, nor do settings at their defaults that did not exist
-    when `old` was written.
+    Paths are compared by where they lead. `resume`, `accept_changes` and `wait_minutes` do not count, nor do settings
+    at their defaults that did not exist when `old` was written.
     """
-    before, after, usual, absent = flatten(old), flatten(to_plain(config)), flatten(defaults(config)), "(absent)"
+    new, owner = to_plain(config), type(config)
+    before, after, usual, absent = flatten(old), flatten(new), flatten(defaults(config)), "(absent)"
+    led_before, led_after = (flatten(paths_changed(owner, values, resolved)) for values in (old, new))
     changes = {}
     for name in {**before, **after}:
         was, now = before.get(name, absent), after.get(name, absent)
         is_new_setting = name not in before and name in usual and now == usual[name]
-        if was != now and not is_new_setting and name not in UNCOMPARED:
+        is_same = led_before.get(name, absent) == led_after.get(name, absent)
+        if not is_same and not is_new_setting and name not in UNCOMPARED:
             changes[name] = f"{was} -> {now}"
     return changes
 

@@ -90,7 +90,7 @@ class Loop:
         saved, described = self.output / "config.yaml", self.output / "volumes.json"
         state = TrainState()
         if self.config.resume and list_checkpoints(self.checkpoints.folder):
-            changes = config_changes(read_config(saved), self.config) if saved.is_file() else {}
+            changes = config_changes(read_config(saved, type(self.config)), self.config) if saved.is_file() else {}
             if described.is_file():
                 changes |= content_changes(read_object(described), self.contents)
             refuse_changes(changes, self.config.accept_changes)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from cli.settings import (
     NonNegativeInt,
+    PathBelowRoot,
     PositiveFloat,
     PositiveInt,
     Range,
@@ -87,9 +88,9 @@ class DataConfig:
     """
 
     root: UserPath = "."
-    table: UserPath | None = None
-    images: UserPath | list[UserPath] | dict[str, UserPath] = field(default_factory=list)
-    masks: UserPath | None = None
+    table: PathBelowRoot | None = None
+    images: PathBelowRoot | list[PathBelowRoot] | dict[str, PathBelowRoot] = field(default_factory=list)
+    masks: PathBelowRoot | None = None
     time_point: NonNegativeInt | dict[str, NonNegativeInt] | None = None
     units: Literal["mm", "cm", "m", "um"] | None = None
     axes: Literal["XYZC", "CXYZ"] | None = None

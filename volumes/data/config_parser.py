@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,27 +21,46 @@ from cli.command import (
     at_home,
     error_line,
 )
+from cli.config_files import ConfigFile, check_config_file, from_folder, read_config_file, section_words
 from cli.parsing import built, explain
-from files.documents import load_settings, read_yaml
+from files.documents import dump_settings, load_settings
 
 from .config import DataConfig
 
 set_loader("settings", load_settings, exceptions=(yaml.YAMLError, ValueError, KeyError))
 
 
-class ConfigParser(jsonargparse.ArgumentParser):
-    """With `--traceback`, and errors of one line: no page of usage, and the option that may have been meant. Options
-    are written out: what `config_files` looks for would be passed over otherwise."""
+@dataclass
+class WithData:
+    """Settings of which a program reads the section `data` alone."""
 
-    def __init__(self, *args: Any, **settings: Any):
+    data: DataConfig
+
+
+class ConfigParser(jsonargparse.ArgumentParser):
+    """Add `--traceback` and errors of one line, with the option that may have been meant and without a page of usage.
+    Options are not abbreviated, because `config_files` looks for the full name.
+
+    Args:
+        args, settings: as jsonargparse's.
+        owners: the classes of the settings in config files.
+    """
+
+    def __init__(self, *args: Any, owners: Sequence[Callable[..., Any]] = (), **settings: Any):
         super().__init__(*args, **{"parser_mode": "settings", "allow_abbrev": False, **settings})
+        self.owners = owners
         self.add_argument(TRACEBACK, action=ShowTraceback)
         self.typed: list[str] = []
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
-        """As jsonargparse's."""
-        self.typed = at_home(sys.argv[1:] if args is None else args)
+        """Parse as jsonargparse does; `--data FILE` names a file that holds the section."""
+        self.typed = section_words(at_home(sys.argv[1:] if args is None else args), {"data": DataConfig})
         return super().parse_args(self.typed, *others, **settings)
+
+    def parse_path(self, path: Any, *_: Any, **settings: Any) -> Any:
+        """Parse a config file: see `read_training_config`."""
+        file = read_training_config(Path(path), *self.owners)
+        return self.parse_string(dump_settings(file.settings), **settings)
 
     def instantiate(self, cfg: Namespace, *_: Any, **__: Any) -> Namespace:
         """Check `data` in a namespace, or in that of its subcommand, and make it a `DataConfig`. The rest stays as it
@@ -70,21 +90,52 @@ class ConfigParser(jsonargparse.ArgumentParser):
         self.exit(2, error_line(program, message, self.typed, options))
 
 
-def config_files(args: Sequence[str] | None) -> list[Path]:
-    """The files that a command line (None: the program's) names with `--config`.
+def config_files(args: Sequence[str] | None, *owners: Callable[..., Any]) -> list[ConfigFile]:
+    """Read the files that a command line (None: the program's) names with `--config`.
 
-    Raises: ValueError for one that is not there, or does not hold settings by name.
+    Args:
+        args: the command line.
+        owners: the classes of the files' settings.
+    Raises:
+        ValueError: as `read_training_config`.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=lambda text: Path(os.path.expanduser(text)), action="append", default=[])
-    files = parser.parse_known_args(args)[0].config
-    for file in files:
-        if not file.exists():
-            raise ValueError(f"--config {file}: no such file; check the path (the project's own are in configs/)")
-        if not file.is_file():
-            raise ValueError(f"--config {file}: no such file; give a YAML file, such as configs/hippocampus/vae.yaml")
-        content = read_yaml(file)
-        if not isinstance(content, dict):
-            found = "is empty" if content is None else f"holds {type(content).__name__}, not settings by name"
-            raise ValueError(f"--config {file}: {found}; give a config such as configs/hippocampus/vae.yaml")
-    return files
+    return [read_training_config(file, *owners) for file in parser.parse_known_args(args)[0].config]
+
+
+def read_training_config(path: Path, *owners: Callable[..., Any]) -> ConfigFile:
+    """Read a config with a section `data`, as all programs do. A section with `images` and without `root` means files
+    in the folder of the file that holds the section.
+
+    Args:
+        path: the file.
+        owners: the classes of the file's settings.
+    Raises:
+        ValueError: as `read_config_file`.
+    """
+    file = read_config_file(path, *(owners or (WithData,)))
+    section = file.settings.get("data")
+    if isinstance(section, dict) and section.get("images") and not section.get("phantom"):
+        section.setdefault("root", from_folder(".", file.file_of("data").parent))
+    return file
+
+
+def data_of_run(folder: str | Path) -> dict[str, object]:
+    """Return the data section of the run that trained the autoencoder in `folder` (or in its vae/), from the run's
+    config.yaml.
+
+    Raises:
+        ValueError: if there is no such run.
+    """
+    home = Path(folder)
+    for path in (home / "config.yaml", home.parent / "config.yaml"):
+        if path.is_file():
+            file = read_training_config(path)
+            check_config_file(file, {"data": DataConfig})
+            if isinstance(section := file.settings.get("data"), dict):
+                return section
+    raise ValueError(
+        f"data: is not set, and there is no config.yaml of a run in {home} or beside it to take it from; write "
+        "`data: data.yaml` in the config, a file that names the volumes"
+    )

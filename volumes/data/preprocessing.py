@@ -17,8 +17,8 @@ from .config import DataConfig
 
 SAME_SPACING = 0.01  # relative
 REMEDY = (
-    "Set `data` as for the autoencoder (entries absent from the config are taken from it), or train an autoencoder on "
-    "these volumes (train_vae.py)"
+    "Set `data` as for the autoencoder (what the section omits is taken from it; with `data: data.yaml` both configs "
+    "share one section), or train an autoencoder on these volumes (train_vae.py)"
 )
 
 
