@@ -169,7 +169,7 @@ def _subject_column(people: People, keys: Sequence[Key], columns: Sequence[str],
     coarser = {g: column for g, column in groups.items() if len(set(g)) < len(keys)} or groups
     if len(coarser) > 1:
         raise Ambiguous(
-            f"{len(coarser)} columns could be the subject: {', '.join(coarser.values())}; say --subject {named[0]}"
+            f"{len(coarser)} columns could be the subject: {', '.join(coarser.values())}; say --subject {next(iter(coarser.values()))}"
         )
     if coarser:
         return next(iter(coarser.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -82,8 +83,7 @@ class Layout:
 
     def shown(self, role: str) -> str:
         """Return how a role's files are called, for messages: `tumour.nii.gz`, `labels/{case}.nii.gz`."""
-        files = [file for file in self.files if file.role == role]
-        pattern = files[0].pattern or files[0].path
+        pattern = Counter(file.pattern or file.path for file in self.files if file.role == role).most_common(1)[0][0]
         while re.match(r"\{\w+\}/", pattern):
             pattern = pattern.partition("/")[2]
         return pattern

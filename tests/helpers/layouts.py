@@ -124,7 +124,9 @@ def bids(root: Path, count: int = 5) -> Path:
             name = f"sub-{n:02d}_ses-{session}"
             save(image(n), root / f"sub-{n:02d}/ses-{session}/anat/{name}_T1w.nii.gz")
             save(mask(n), root / f"derivatives/manual/sub-{n:02d}/ses-{session}/anat/{name}_label-lesion_mask.nii.gz")
-        save(np.zeros((*SHAPE, 12), np.float32), root / f"sub-{n:02d}/ses-1/func/sub-{n:02d}_ses-1_task-rest_bold.nii.gz")
+        save(
+            np.zeros((*SHAPE, 12), np.float32), root / f"sub-{n:02d}/ses-1/func/sub-{n:02d}_ses-1_task-rest_bold.nii.gz"
+        )
         rows.append(f"sub-{n:02d}\t{30 + n}\t{'MF'[n % 2]}")
     (root / "participants.tsv").write_text("\n".join(rows) + "\n")
     (root / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.9.0"}')
