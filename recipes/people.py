@@ -168,9 +168,8 @@ def _subject_column(people: People, keys: Sequence[Key], columns: Sequence[str],
         groups.setdefault(tuple(values.index(value) for value in values), column)
     coarser = {g: column for g, column in groups.items() if len(set(g)) < len(keys)} or groups
     if len(coarser) > 1:
-        raise Ambiguous(
-            f"{len(coarser)} columns could be the subject: {', '.join(coarser.values())}; say --subject {next(iter(coarser.values()))}"
-        )
+        named = list(coarser.values())
+        raise Ambiguous(f"{len(named)} columns could be the subject: {', '.join(named)}; say --subject {named[0]}")
     if coarser:
         return next(iter(coarser.values()))
     return next((name for name in SUBJECT_FIELDS if name in fields), "")

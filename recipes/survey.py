@@ -43,7 +43,7 @@ class Options:
         folder: of the scans.
         output: folder of the recipe.
         quick: a tiny model and few steps.
-        channels, mask, subject, group_by, table, classes, numbers, structures, label_names: see `recipes.__main__`.
+        channels, mask, subject, group_by, table, classes, numbers, structures, label_names: see `python -m recipes --help`.
         time_point: which volume of 4-D files is the image.
         spacing: mm; () to propose one, or ("keep",).
         mirror: whether volumes may be mirrored from left to right.
