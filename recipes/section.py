@@ -21,14 +21,13 @@ from .layouts.layout import Key, Layout
 from .layouts.structures import ROLE as STRUCTURES
 from .listing import Listing
 from .people import People, is_plain_split
+from .proposals.sizing import Settings
 
 CASES = "cases.csv"
 LABELS = "labels"  # folder of label maps that were made of binary files
 MOST_UP = 4  # folders that a relative path may climb
 TEST, VALIDATION = 0.2, 0.1  # of the subjects
 FEWEST = 5  # subjects, with which some can be held out for both
-
-Settings = dict[str, Any]
 
 
 @dataclass

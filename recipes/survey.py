@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cli.live_bar import LiveBar
 from volumes.data.preprocessing import common_spacing
+from volumes.data.tables import Row
 from volumes.volume import VolumeError
 
 from .choice import Choice, choose
 from .contents import SAMPLED, Look, Reader, label_counts, masks_to_read, spread
-from .intensity import Proposal, propose_intensity
 from .layouts.bids import find_bids
 from .layouts.described import find_described
 from .layouts.folders import find_folders
@@ -25,12 +24,13 @@ from .layouts.series import find_series
 from .layouts.structures import ROLE as STRUCTURES
 from .layouts.structures import find_structures
 from .listing import Listing, list_folder
-from .machine import Machine, this_machine
 from .people import People, conditions, find_people, read_tables, table_path
+from .proposals.intensity import Proposal, propose_intensity
+from .proposals.machine import Machine, this_machine
+from .proposals.sizing import Facts, Plan, Settings, propose, volume_limit
+from .proposals.weights import find_weights
 from .section import LABELS, DataSection, data_config, find_section
-from .sizing import Facts, Plan, propose, volume_limit
 from .structures import choose_structures, combine
-from .weights import find_weights
 
 KEEP = "keep"
 
@@ -43,7 +43,7 @@ class Options:
         folder: of the scans.
         output: folder of the recipe.
         quick: a tiny model and few steps.
-        channels, mask, subject, group_by, table, classes, numbers, structures, label_names: see `python -m recipes --help`.
+        channels, mask, subject, group_by, table, classes, numbers, structures, label_names: see `parse` of the command.
         time_point: which volume of 4-D files is the image.
         spacing: mm; () to propose one, or ("keep",).
         mirror: whether volumes may be mirrored from left to right.
@@ -103,7 +103,7 @@ class Survey:
     unsure: list[str]
 
 
-def find_layout(listing: Listing, table: str | None) -> tuple[Layout, dict[str, Any], list[str]]:
+def find_layout(listing: Listing, table: str | None) -> tuple[Layout, dict[str, list[Row]], list[str]]:
     """Return the layout of a folder, the tables beside the files, and notes on tables that cannot be read.
 
     Raises:
@@ -160,7 +160,7 @@ def look_over(options: Options, machine: Machine | None = None) -> Survey:
     facts = _facts(choice, scalings, labels, shapes, spacings, spacing, section, [*classes, *numbers])
     plan = propose(facts, machine, find_weights(), quick=options.quick, mirror=options.mirror)
     if not options.quick:  # whose models are tiny
-        from .memory import fit_memory  # imports all of training, which takes seconds
+        from .proposals.memory import fit_memory  # imports all of training, which takes seconds
 
         fit_memory(plan, facts, machine, data_config(section.settings, options.folder))
     unsure = [*choice.unsure, *people.unsure, *unsure_spacing, *plan.unsure]
@@ -276,14 +276,14 @@ def _spacing(
 def _others(
     choice: Choice, scalings: dict[str, Proposal], labels: dict[int, tuple[str, int]], spacing: list[float] | None,
     classes: dict[str, list[str]], numbers: list[str],
-) -> dict[str, Any]:  # fmt: skip
+) -> Settings:  # fmt: skip
     """Return the settings of data.yaml that do not depend on the names of files."""
     single = len(scalings) == 1
     written = {
         name: {"kind": one.scaling.kind, "low": one.scaling.low, "high": one.scaling.high}
         for name, one in scalings.items()
     }
-    settings: dict[str, Any] = {}
+    settings: Settings = {}
     if choice.mask is not None:
         settings["label_names"] = {value: name for value, (name, _) in labels.items()}
     settings["spacing"] = spacing

@@ -24,7 +24,8 @@ DEEPEST = 3  # folders of a case
 MOST_ROLES = 60
 RARE = 0.05  # of the cases: files of a role in fewer are extras
 FULL_ENOUGH = 0.3  # of all combinations of case and role
-SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)  # of the files of a folder, that an ending must have to be a role
+SHARED = 1.5  # cases that have a role, on average
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8, 1.0)  # of the files of a folder, that an ending must have to be a role
 DIGITS = re.compile(r"\d[\d.\-]*")
 
 
@@ -85,8 +86,12 @@ def _guesses(paths: Sequence[str], by_split: bool) -> list[Guess]:
 
 
 def _is_possible(guess: Guess) -> bool:
-    roles = {file.role for file in guess.files}
+    roles = {same_name(file.role) for file in guess.files}
+    if len(guess.files) < SHARED * len(roles):
+        return False
     once = Counter((file.key, same_name(file.role)) for file in guess.files)
+    if len(guess.extras) > len(guess.files) or len({file.key for file in guess.files}) < 2:
+        return False
     return len(roles) <= MOST_ROLES and max(once.values()) == 1 and guess.rank[1] >= FULL_ENOUGH
 
 
@@ -144,7 +149,7 @@ def _merged_dates(found: list[FoundFile]) -> list[FoundFile]:
     """Read digits in a role as `*` if each role is that of one file: CT_20190301.nii.gz."""
     if len({file.role for file in found}) * 2 <= len(found) or len(found) < 2:
         return found
-    return [
+    merged = [
         FoundFile(
             file.path,
             file.key,
@@ -153,6 +158,7 @@ def _merged_dates(found: list[FoundFile]) -> list[FoundFile]:
         )
         for file in found
     ]
+    return merged if 2 * len({file.role for file in merged}) <= len(found) else found
 
 
 def _starred(name: str, role: str) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from recipes.__main__ import main
 from recipes.choice import Ambiguous, channel_name
-from recipes.machine import Machine
+from recipes.proposals.machine import Machine
 from recipes.survey import Options, look_over
 
 CPU = Machine(2, 16 * 2**30)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import yaml
 
-from recipes.machine import Machine
+from recipes.proposals.machine import Machine
 from recipes.recipe import write_recipe
 from recipes.survey import Options, look_over
 from volumes import load_cases, read_mask

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from recipes.contents import _look
-from recipes.intensity import propose_intensity
-from recipes.machine import Machine, autoencoder_flops, unet_flops
-from recipes.sizing import Facts, patch_shape, propose
-from recipes.weights import Weights, find_weights
+from recipes.proposals.intensity import propose_intensity
+from recipes.proposals.machine import Machine, autoencoder_flops, unet_flops
+from recipes.proposals.sizing import Facts, patch_shape, propose
+from recipes.proposals.weights import Weights, find_weights
 
 CPU = Machine(2, 16 * 2**30)
 GPU = Machine(16, 64 * 2**30, "a GPU", 24 * 2**30)

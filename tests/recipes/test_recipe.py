@@ -12,11 +12,11 @@ import generate
 import train_ldm
 import train_vae
 from recipes.__main__ import main
-from recipes.machine import Machine
-from recipes.memory import fit_memory, step_bytes
+from recipes.proposals.machine import Machine
+from recipes.proposals.memory import fit_memory, step_bytes
+from recipes.proposals.sizing import Facts, propose
 from recipes.recipe import write_recipe
 from recipes.report import next_commands, report, written
-from recipes.sizing import Facts, propose
 from recipes.survey import Options, look_over
 from recipes.writing import data_yaml
 from training.engine.config import parse_config

@@ -16,7 +16,7 @@ from volumes.data.config import DataConfig
 from volumes.description import NumberStats
 
 from .machine import Machine
-from .sizing import LEAST_CELLS, Facts, Plan
+from .sizing import LEAST_CELLS, Facts, Plan, Settings
 
 SHARE = 0.6  # of the memory that a training may take
 MOST_CHANGES = 12
@@ -69,7 +69,7 @@ def step_bytes(plan: Plan, facts: Facts, data: DataConfig, stage: str) -> int:
     return training_bytes(models.step, models.work(latent_shape, torch.device("cpu")))["total"]
 
 
-def _smaller(sections: dict[str, Any]) -> str:
+def _smaller(sections: Settings) -> str:
     """Make a training smaller by one change, and say which; "" if there is none left."""
     loop = sections["loop"]
     if loop["batch_size"] > 1:

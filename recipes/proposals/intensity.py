@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recipes.contents import Look
+from recipes.layouts.layout import has_word
 from volumes.intensity import IntensityScaling
-
-from .contents import Look
-from .layouts.layout import has_word
 
 CT, PET = re.compile(r"ct|cbct|hu", re.IGNORECASE), re.compile(r"pet|pt|suv|fdg|psma", re.IGNORECASE)
 AIR = -300.0  # HU: what is darker is air or lung

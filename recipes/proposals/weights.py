@@ -11,7 +11,7 @@ import numpy as np
 
 from files.documents import read_object
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 NAME = "hippocampus"  # one MR channel; the others' images are label maps
 LAYERS = ("latent_channels", "patch_size", "channels", "strides", "encoder_blocks", "decoder_blocks")
 UNET_LAYERS = ("channels", "strides", "blocks", "attention", "mask_width")

@@ -11,6 +11,8 @@ import numpy as np
 from .machine import STARTUP, Machine, autoencoder_flops, unet_flops
 from .weights import Weights
 
+Settings = dict[str, Any]  # of a section, as YAML has them
+
 SMALL = 20  # training subjects, below which training starts from shipped weights
 THICK = 2.5  # ratio of voxel sizes, from which the long axis is not folded
 LEAST_CELLS = 3  # latent voxels of a patch along an axis
@@ -61,8 +63,8 @@ class Plan:
         unsure: what the user should look at.
     """
 
-    vae: dict[str, Any] = field(default_factory=dict)
-    ldm: dict[str, Any] = field(default_factory=dict)
+    vae: Settings = field(default_factory=dict)
+    ldm: Settings = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float | None] = field(default_factory=dict)
     unsure: list[str] = field(default_factory=list)
@@ -147,7 +149,7 @@ def _start(plan: Plan, facts: Facts, weights: Weights | None, patch_size: list[i
 
 def _autoencoder(
     plan: Plan, facts: Facts, machine: Machine, start: Weights | None, patch_size: list[int], quick: bool
-) -> dict[str, Any]:
+) -> Settings:
     count = len(facts.channels)
     if start is not None:
         layers = dict(start.vae)
@@ -163,7 +165,7 @@ def _autoencoder(
         why = "small enough for a CPU, as configs/hippocampus"
     layers["strides"], layers["patch_size"] = [2], patch_size if len(set(patch_size)) > 1 else patch_size[0]
     layers["latent_channels"] *= count
-    model: dict[str, Any] = {"class": "autoencoder.AutoencoderKL3D"}
+    model: Settings = {"class": "autoencoder.AutoencoderKL3D"}
     if count > 1:
         model |= {"in_channels": count, "out_channels": count, "per_channel": True}
         why += "; each channel is coded by itself, so one may be missing, or be generated from another"
@@ -174,9 +176,7 @@ def _autoencoder(
     return plan.vae["model"]
 
 
-def _vae_training(
-    plan: Plan, facts: Facts, machine: Machine, model: dict[str, Any], patch: list[int], quick: bool
-) -> None:
+def _vae_training(plan: Plan, facts: Facts, machine: Machine, model: Settings, patch: list[int], quick: bool) -> None:
     count, batch = len(facts.channels), 4 if machine.accelerator else 2
     size = model["patch_size"]
     flops = count * autoencoder_flops(
