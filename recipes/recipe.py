@@ -12,13 +12,12 @@ from files.paths import printable
 from files.writable import check_output_folder
 
 from .layouts.structures import ROLE as STRUCTURES
-from .report import next_commands, report, written
+from .report import TEST_CASES, has_conditions, next_commands, report, written
 from .section import CASES, LABELS, structures_name
 from .survey import Options, Survey, look_over
 from .writing import data_yaml, training_yaml
 
 FILES = ("data.yaml", "vae.yaml", "ldm.yaml")
-TEST_CASES = "test.csv"
 
 
 def make_recipe(options: Options, command: str, *, overwrite: bool = False) -> Survey:
@@ -52,7 +51,7 @@ def write_recipe(survey: Survey, command: str) -> None:
         (output / name).unlink(missing_ok=True)
     if section.table:
         write_text(output / CASES, section.table)
-    if survey.choice.mask is not None:
+    if has_conditions(survey):
         write_text(output / TEST_CASES, test_cases(survey))
     write_text(output / "data.yaml", data_yaml(section.settings, section.why, command))
     _, vae, ldm, _ = next_commands(survey)
@@ -66,27 +65,30 @@ def test_cases(survey: Survey) -> str:
     Masks are relative to the recipe; classes and numbers follow. Without test cases, the rows are of other splits.
     """
     cases, settings = survey.section.cases, survey.section.settings
-    chosen = next(
-        (found for split in ("test", "validation", "train") if (found := [c for c in cases if c.split == split])), []
-    )
-    columns = [
-        *settings.get("classes", {}),
-        *(n for n in settings.get("numbers", []) if n in (chosen[0].metadata if chosen else {})),
-    ]
-    names = {
-        file: key for key in survey.choice.keys for file in [survey.layout.of_role(survey.choice.roles[0])[key].path]
-    }
+    splits = ("test", "validation", "train")
+    chosen = next((found for split in splits if (found := [case for case in cases if case.split == split])), [])
+    known = chosen[0].metadata if chosen else {}
+    columns = [name for name in (*settings.get("classes", {}), *settings.get("numbers", [])) if name in known]
+    with_mask = survey.choice.mask is not None
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["name", "mask", *columns])
+    writer.writerow(["name", *(["mask"] if with_mask else []), *columns])
+    masks = _masks(survey) if with_mask else {}
     output = survey.options.output.resolve()
     for case in chosen:
-        if survey.choice.mask == STRUCTURES:
-            first = Path(os.path.relpath(next(iter(case.images.values())), survey.options.folder.resolve())).as_posix()
-            mask = output / LABELS / structures_name(names[first])
-        else:
-            assert case.mask is not None
-            mask = case.mask
-        path = Path(os.path.relpath(mask.resolve(), output)).as_posix()
-        writer.writerow([case.name, path, *(case.metadata.get(column, "") for column in columns)])
+        first = next(iter(case.images.values())).resolve()
+        paths = [Path(os.path.relpath(masks[first], output)).as_posix()] if with_mask else []
+        writer.writerow([case.name, *paths, *(case.metadata.get(column, "") for column in columns)])
     return text.getvalue()
+
+
+def _masks(survey: Survey) -> dict[Path, Path]:
+    """Return the mask of each case, by the file of its first channel."""
+    root, output, mask = survey.options.folder.resolve(), survey.options.output.resolve(), survey.choice.mask
+    first = survey.layout.of_role(survey.choice.channels[0].role)
+    files = survey.layout.of_role(mask) if mask is not None and mask != STRUCTURES else {}
+    made = {key: output / LABELS / structures_name(key) for key in survey.choice.keys}
+    return {
+        (root / first[key].path).resolve(): (root / files[key].path).resolve() if files else made[key]
+        for key in survey.choice.keys
+    }

@@ -15,6 +15,7 @@ from .survey import Survey
 
 WIDTH = 79
 MOST_LABELS = 20
+TEST_CASES = "test.csv"
 
 
 def report(survey: Survey) -> str:
@@ -112,14 +113,26 @@ def _conditions(survey: Survey) -> list[str]:
     return ["", *_wrapped(f"could condition the model, if you say so ({' '.join(say)}): {', '.join(found)}")]
 
 
+def has_conditions(survey: Survey) -> bool:
+    """Return whether volumes are generated from masks, classes or numbers."""
+    settings = survey.section.settings
+    return survey.choice.mask is not None or bool(settings.get("classes") or settings.get("numbers"))
+
+
+def median_shape(survey: Survey) -> list[int]:
+    """Return the median size of the volumes in voxels, as the model sees them."""
+    spacing = survey.spacings if survey.spacing is None else np.array(survey.spacing)
+    return np.maximum(np.rint(np.median(survey.shapes * survey.spacings / spacing, axis=0)), 1).astype(int).tolist()
+
+
 def next_commands(survey: Survey) -> list[str]:
     """Return the commands to type next, in their order. The only place where they are written."""
     recipe, pipeline = survey.options.output, survey.options.output / "ldm/pipeline"
     generate = ["python", "generate.py", "--pipeline", str(pipeline), "--output", str(recipe / "generated")]
-    if survey.choice.mask is not None:
-        generate += ["--conditions", str(recipe / "test.csv"), "--guidance_scale", "2"]
-    else:
-        generate += ["--count", "4"]
+    guided = ["--conditions", str(recipe / TEST_CASES), "--guidance_scale", "2"]
+    generate += guided if has_conditions(survey) else ["--count", "4"]
+    if survey.choice.mask is None:
+        generate += ["--shape", *map(str, median_shape(survey))]
     commands = [
         ["python", "-m", "evaluation.doctor", "--config", str(recipe / "ldm.yaml")],
         ["python", "train_vae.py", "--config", str(recipe / "vae.yaml")],

@@ -1,6 +1,8 @@
 """What a recipe's files hold: settings that training accepts, from any working directory, and that train."""
 
 import csv
+import shlex
+from pathlib import Path
 
 import layouts as made
 import numpy as np
@@ -47,24 +49,25 @@ def test_training_accepts_every_recipe(tmp_path, monkeypatch, make):
     assert ldm.loop.max_steps == survey.plan.ldm["loop"]["max_steps"]
 
 
-def test_a_recipe_trains_and_generates(tmp_path, monkeypatch):
-    """From scans to volumes by the files that init writes, from another folder than the recipe's."""
+@pytest.mark.parametrize("options", [["--classes", "sex"], ["--mask", "none", "--channels", "CT", "--numbers", "age"]])
+def test_a_recipe_trains_and_generates(tmp_path, monkeypatch, capsys, options):
+    """From scans to volumes by the files that init writes and the commands that it prints."""
     made.patients(tmp_path / "scans")
     monkeypatch.chdir(tmp_path)
-    assert main(["scans", "--quick", "--classes", "sex"]) == 0
+    assert main(["scans", "--quick", *options]) == 0
+    commands = [shlex.split(line) for line in capsys.readouterr().out.partition("next, in this order:")[2].splitlines()]
+    _, _, vae, ldm, generation = commands
     short = ["--loop.max_steps", "2", "--loop.trackers", "[]", "--optimizer.warmup_steps", "0", "--loop.previews", "0"]
-    for script, name in ((train_vae, "vae"), (train_ldm, "ldm")):
+    for script, command in ((train_vae, vae), (train_ldm, ldm), (generate, generation)):
+        assert command[:2] == ["python", f"{script.__name__}.py"]
         AcceleratorState._reset_state(reset_partial_state=True)
-        script.main(["--config", f"recipe/{name}.yaml", *short])
-    assert (tmp_path / "recipe/ldm/pipeline/model_index.json").is_file()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    arguments = ["--pipeline", "recipe/ldm/pipeline", "--conditions", "recipe/test.csv", "--output", "recipe/generated"]
-    generate.main([*arguments, "--steps", "2"])
+        script.main([*command[2:], *(["--steps", "2"] if script is generate else short)])
     rows = list(csv.DictReader(open("recipe/test.csv", encoding="utf-8")))
-    assert rows and all(row["sex"] in "FM" for row in rows)
+    assert rows and all(row.get("sex", "F") in "FM" for row in rows)
     for row in rows:
-        for channel in ("ct", "pet"):
-            assert list((tmp_path / "recipe/generated").glob(f"{row['name']}_000_{channel}.nii.gz")), row
+        endings = ("_ct", "_pet") if "mask" in row else ("",)
+        for ending in endings:
+            assert Path(f"recipe/generated/{row['name']}_000{ending}.nii.gz").is_file(), row
 
 
 def test_a_recipe_is_not_replaced_unasked(tmp_path, capsys):
