@@ -25,18 +25,17 @@ SLAB_BYTES = 1 << 28  # of a slab's activations; thicker slabs are not faster
 WHOLE_BYTES = 1 << 29  # of a volume's activations, up to which it is coded in one piece unless tiling is asked for
 LIVE_ACTIVATIONS = 4  # a residual block in inference: its input, and norm, activation and convolution one after another
 
-LatentMean = Annotated[float, Range(-1e6, 1e6)]  # of raw latents, of which the usual size is 1
+LatentMean = Annotated[float, Range(-1e6, 1e6)]  # of raw latents, which are usually about 1
 LatentStd = Annotated[float, Range(1e-6, 1e6)]
 
 Distribution = TypeVar("Distribution", bound=LatentDistribution)
 
 
 class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
-    """An encoder, a decoder and the statistics of what lies between them.
+    """An encoder, a decoder and the statistics of the latents between them.
 
-    A subclass calls `_build` in its constructor (or sets `patch_size`, `stride`, `encoder` and `decoder` itself), says
-    in `_distribution` what the encoder's output means, and may say in `_decodable` what becomes of latents before they
-    are decoded.
+    A subclass calls `_build` in its constructor, or sets `patch_size`, `stride`, `encoder` and `decoder`. It interprets
+    the encoder's output in `_distribution`, and may change latents before they are decoded in `_decodable`.
     """
 
     _supports_gradient_checkpointing = True
@@ -58,7 +57,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         if not len(channels) == len(strides) + 1 == len(encoder_blocks) == len(decoder_blocks):
             raise ValueError(
                 f"channels {channels}, encoder_blocks {encoder_blocks} and decoder_blocks {decoder_blocks} need one "
-                f"entry a level, strides {strides} one fewer"
+                f"entry per level, strides {strides} one fewer"
             )
         self.patch_size = as_stride(config["patch_size"])
         level_strides = [as_stride(s) for s in strides]
@@ -75,7 +74,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         self._check_statistics(config["latents_mean"], config["latents_std"])
 
     def _check_statistics(self, mean: Any, std: Any) -> None:
-        """Raises: ValueError unless both are None, or there is one of each for every latent channel, in its range."""
+        """Raise ValueError unless both are None, or there is one of each for every latent channel, in its range."""
         channels = self.config["latent_channels"]
         for name, values, hint in (("latents_mean", mean, LatentMean), ("latents_std", std, LatentStd)):
             if (mean is None) != (std is None):
@@ -91,9 +90,9 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         return self.config["in_channels"] if self.config.get("per_channel") else 1
 
     def latents_of(self, channel: int) -> slice:
-        """Where the latents of image channel number `channel` are among the latents' channels.
+        """Return the slice of latent channels that encodes image channel number `channel`.
 
-        Raises: ValueError if channels share their latents, and for a channel that there is not.
+        Raises: ValueError if channels share their latents, and for a channel that does not exist.
         """
         channels, apart = self.config["in_channels"], self.num_channel_groups
         if apart != channels:
@@ -106,30 +105,31 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         return slice(channel * width, (channel + 1) * width)
 
     def _distribution(self, encoded: Tensor) -> Distribution:
-        """What the encoder gave, as a distribution of standardized latents."""
+        """Return the encoder's output as a distribution of standardized latents."""
         raise NotImplementedError
 
     def _decodable(self, raw: Tensor) -> Tensor:
-        """Raw latents to what the decoder takes: themselves, unless a codebook lies between."""
+        """Return what the decoder takes for raw latents: the latents themselves, unless there is a codebook."""
         return raw
 
     def enable_tiling(self, slab_bytes: int = SLAB_BYTES) -> None:
-        """Encode and decode in slabs along the third axis, with the same result as in one piece to rounding: see
-        `autoencoder.streaming`. Memory then does not grow with the third axis, but for the result itself.
+        """Encode and decode in slabs along the third axis. The result is the same as in one piece, up to rounding: see
+        `autoencoder.streaming`. Apart from the result, memory then does not grow with the third axis.
 
-        Without this call, and without `disable_tiling`, volumes whose `activation_bytes` exceed 512 MiB are coded so
-        in inference.
+        Without this call, and without `disable_tiling`, inference uses slabs for volumes whose `activation_bytes`
+        exceed 512 MiB.
 
         Args:
-            slab_bytes: what the activations of one slab may take. At least one plane of latents is coded at a time; the
-                first and the last slab also hold the few planes by which layers wait for each other.
+            slab_bytes: bytes that the activations of one slab may take. At least one plane of latents is coded at a
+                time. The first and the last slab also hold the few planes by which layers wait for each other.
         """
         super().enable_tiling()
         self.slab_bytes = slab_bytes
 
     def activation_bytes(self, shape: Sequence[int], batch: int = 1) -> int:
-        """About how much memory encoding or decoding `shape` (X, Y, Z) voxels in one piece takes, in bytes, besides
-        weights, volume and latents: the largest level's channels, for the tensors that live at once."""
+        """Estimate the bytes that encoding or decoding `shape` (X, Y, Z) voxels in one piece takes, besides weights,
+        volume and latents. It counts the largest level's channels, once for each tensor that is alive at the same time.
+        """
         strides, widths = [self.patch_size, *map(as_stride, self.config["strides"])], self.config["channels"]
         elements, voxels = 0, math.prod(shape) * batch * self.num_channel_groups
         for width, stride in zip(widths, strides, strict=True):
@@ -138,12 +138,14 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         return LIVE_ACTIVATIONS * elements * self.dtype.itemsize
 
     def slab_planes(self, shape: Sequence[int], batch: int = 1) -> int:
-        """How many planes of latents a slab of a volume of `shape` (X, Y, Z) voxels holds, by `slab_bytes`."""
+        """Return how many planes of latents fit into one slab of a volume of `shape` (X, Y, Z) voxels."""
         plane = self.activation_bytes((*shape[:2], self.stride[2]), batch)
         return max(self.slab_bytes // plane, 1)
 
     def tiles(self, shape: Sequence[int], batch: int = 1) -> bool:
-        """Whether `encode` and `decode` of `shape` (X, Y, Z) voxels go slab by slab, by `use_tiling` and by size."""
+        """Return whether `encode` and `decode` of `shape` (X, Y, Z) voxels work slab by slab, by `use_tiling` and by
+        size.
+        """
         if self.use_tiling is None:
             return not torch.is_grad_enabled() and self.activation_bytes(shape, batch) > WHOLE_BYTES
         return self.use_tiling
@@ -158,8 +160,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         self.register_to_config(latents_mean=[float(v) for v in mean], latents_std=[float(v) for v in std])
 
     def check_channels(self, names: Sequence[str]) -> None:
-        """Raises: ValueError if the image channels `names` are not those that this autoencoder learned, in their
-        order."""
+        """Raise ValueError unless `names` are the image channels that this autoencoder learned, in their order."""
         own = self.config.get("channel_names")
         own = list(own) if isinstance(own, list | tuple) else own  # else a damaged config's
         if own and own != list(names):
@@ -168,23 +169,25 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
             )
 
     def latent_bound(self) -> float | None:
-        """What no standardized latent that means something exceeds in size, by which samplers may clip (`clip_sample`);
-        None where there is no such bound."""
+        """Return the largest absolute value that a valid standardized latent can have, for samplers that clip
+        (`clip_sample`). None if there is no such bound.
+        """
         return None
 
     def _channel_statistics(self) -> list[tuple[float, float]]:
-        """Mean and std of each channel of the raw latents; 0 and 1 before they were measured."""
+        """Return mean and std of each channel of the raw latents; 0 and 1 before they are measured."""
         n = self.config["latent_channels"]
         return list(zip(self.config["latents_mean"] or [0.0] * n, self.config["latents_std"] or [1.0] * n, strict=True))
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """`_channel_statistics` as (C,) tensors."""
+        """Return `_channel_statistics` as (C,) tensors."""
         mean, std = zip(*self._channel_statistics(), strict=True)
         return like.new_tensor(mean), like.new_tensor(std)
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[Distribution]:
-        """Volumes (B, C, X, Y, Z) in [-1, 1] -> posterior over standardized latents (B, latent_channels, h, w, d).
+        """Encode volumes (B, C, X, Y, Z) in [-1, 1] to a posterior over standardized latents (B, latent_channels, h, w,
+        d).
 
         Raises: ValueError for another number of channels, and if a side is not a multiple of the stride (pad first:
         `volumes.pad_to_multiple`).
@@ -201,7 +204,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
 
     @apply_forward_hook
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Standardized latents (B, latent_channels, h, w, d) -> volumes (B, C, X, Y, Z), not clamped."""
+        """Decode standardized latents (B, latent_channels, h, w, d) to volumes (B, C, X, Y, Z), not clamped."""
         voxels = [n * s for n, s in zip(z.shape[2:], self.stride, strict=True)]
         if self.tiles(voxels, len(z)):
             sample = _assemble(self.decode_slabs(z), voxels)
@@ -211,11 +214,11 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
 
     @apply_forward_hook
     def encode_slabs(self, slabs: Iterable[Tensor]) -> Iterator[Distribution]:
-        """Encode a volume that is read piece by piece: consecutive slabs (B, C, X, Y, z) along the third axis, of any
-        thickness -> posteriors (B, latent_channels, h, w, d), which together are the volume's.
+        """Encode a volume that is read piece by piece. Takes consecutive slabs (B, C, X, Y, z) along the third axis, of
+        any thickness, and yields posteriors (B, latent_channels, h, w, d), which together cover the volume.
 
-        Raises: ValueError if there are no slabs, for another number of channels, and if together they are no multiple
-        of the stride.
+        Raises: ValueError if there are no slabs, for another number of channels, and if their total thickness is not a
+        multiple of the stride.
         """
         for encoded in stream_slabs(self._encode, (self._checked(slab, sides=2) for slab in slabs)):
             yield self._distribution(encoded)
@@ -227,7 +230,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         return stream_slabs(self._decode, z.split(self.slab_planes(voxels, len(z)), dim=4))
 
     def _checked(self, x: Tensor, sides: int) -> Tensor:
-        """`x` itself, if its channels and the first so many of its sides can be encoded."""
+        """Return `x`, after a check that its channels and its first `sides` sides can be encoded."""
         if x.shape[1] != self.config["in_channels"]:
             raise ValueError(
                 f"volume of {x.shape[1]} channels: this autoencoder takes {self.config['in_channels']} (its "
@@ -240,12 +243,12 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         return x
 
     def _encode(self, x: Tensor) -> Tensor:
-        """Volumes -> what the encoder gives."""
+        """Map volumes to the encoder's output."""
         parts = _split_groups(whole_cells(self, x, self.patch_size[2]), self.num_channel_groups)
         return _merge_groups(self.encoder(space_to_depth(parts, self.patch_size)), self.num_channel_groups)
 
     def _decode(self, z: Tensor) -> Tensor:
-        """Standardized latents -> volumes."""
+        """Map standardized latents to volumes."""
         mean, std = (v.view(1, -1, 1, 1, 1) for v in self._statistics(z))
         parts = self.decoder(_split_groups(self._decodable(z * std + mean), self.num_channel_groups))
         return _merge_groups(depth_to_space(parts, self.patch_size), self.num_channel_groups)
@@ -257,7 +260,7 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
         return_dict: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> DecoderOutput | tuple[Tensor, Distribution]:
-        """Reconstruction of `sample` (B, C, X, Y, Z). With `return_dict=False` also the posterior, for the losses."""
+        """Reconstruct `sample` (B, C, X, Y, Z). With `return_dict=False`, also return the posterior, for the losses."""
         posterior: Distribution = self.encode(sample, return_dict=False)[0]
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
         reconstruction: Tensor = self.decode(latents, return_dict=False)[0]
@@ -265,17 +268,19 @@ class VolumeAutoencoder(VolumeModel, AutoencoderMixin, Generic[Distribution]):
 
 
 def _split_groups(x: Tensor, parts: int) -> Tensor:
-    """(B, parts * C, ...) -> (B * parts, C, ...)."""
+    """Map (B, parts * C, ...) to (B * parts, C, ...)."""
     return x if parts == 1 else x.unflatten(1, (parts, x.shape[1] // parts)).flatten(0, 1)
 
 
 def _merge_groups(x: Tensor, parts: int) -> Tensor:
-    """The inverse of `_split_groups`."""
+    """Invert `_split_groups`."""
     return x if parts == 1 else x.unflatten(0, (len(x) // parts, parts)).flatten(1, 2)
 
 
 def _assemble(slabs: Iterator[Tensor], sides: Sequence[int]) -> Tensor:
-    """Slabs (B, C, X, Y, z) along the third axis into one tensor of `sides` (X, Y, Z), without holding both."""
+    """Join slabs (B, C, X, Y, z) along the third axis into one tensor of `sides` (X, Y, Z), without a second copy in
+    memory.
+    """
     whole, done = torch.empty(0), 0
     for slab in slabs:
         if not done:

@@ -14,12 +14,12 @@ class LatentCacheConfig:
     Versions are augmented before encoding, because an autoencoder does not commute with flips and shifts.
 
     Args:
-        folder: where they are kept, a folder or its fsspec URL; default: latents/ in the output folder.
+        folder: where latents are stored, a folder or an fsspec URL; default: latents/ in the output folder.
         versions: entries per volume; the first is the volume as it is, the others are augmented.
         flip_axes: axes (0, 1, 2) along which the other versions are mirrored with probability 1/2 (0 is left-right).
         shift: whether the other versions are shifted at random by less than the autoencoder's stride.
         rotate: largest rotation of the other versions about each axis, in degrees.
-        scale: largest change of each side of the other versions, as a fraction.
+        scale: largest relative change of each side of the other versions.
         deform: standard deviation in voxels of a smooth random displacement of the other versions.
     Raises: ValueError for values outside the ranges below.
     """

@@ -1,8 +1,8 @@
 """A codebook learned by moving averages (van den Oord et al. 2017, appendix A.1; Razavi et al. 2019).
 
 It is float32 under autocast, and in a model that is loaded in another type (`torch_dtype`); `.to(dtype)` casts it too,
-of which diffusers warns. `forward` changes nothing: the training step calls `update` once an optimizer step that was
-taken, with what all its batches and processes saw.
+and diffusers warns of that. `forward` changes nothing: the training step calls `update` once per optimizer step, with
+the latents of all its batches and processes.
 """
 
 import math
@@ -19,8 +19,8 @@ class Codebook(nn.Module):
 
     Args:
         decay: weight of the past in the moving averages.
-        dead_below: a code that fewer than this many cells chose, on the moving average of an update, is moved to a
-            cell drawn at random.
+        dead_below: a code that fewer latents than this chose, on the moving average of an update, is moved to a latent
+            chosen at random.
     """
 
     codes: Tensor
@@ -42,9 +42,10 @@ class Codebook(nn.Module):
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents (B, C, h, w, d) -> their nearest codes, the same shape, and the codes' indices (B, h, w, d).
+        """Map latents (B, C, h, w, d) to their nearest codes, of the same shape, and the codes' indices (B, h, w, d).
 
-        The gradient of the codes goes to the latents as it is (straight-through, van den Oord et al. 2017, sec. 3.2).
+        The gradient of the codes is passed to the latents unchanged (straight-through, van den Oord et al. 2017, sec.
+        3.2).
         """
         cells = latents.movedim(1, -1)
         indices = self.nearest(cells.reshape(-1, cells.shape[-1])).view(cells.shape[:-1])
@@ -53,10 +54,12 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def nearest(self, cells: Tensor) -> Tensor:
-        """Index of the nearest code of each cell, (N, C) -> (N,). Cells are searched in parts, so memory stays flat."""
+        """Return the index of the nearest code of each latent, (N, C) to (N,). Latents are searched in parts, so memory
+        stays flat.
+        """
         with torch.autocast(cells.device.type, enabled=False):
             codes = self.codes.float()
-            offset = 0.5 * (codes**2).sum(1)  # |z - e|^2 / 2 = z^2 / 2 - z e + e^2 / 2, of which the first is common
+            offset = 0.5 * (codes**2).sum(1)  # |z - e|^2 / 2 = z^2 / 2 - z e + e^2 / 2, without z^2 / 2
             part = max(DISTANCE_BYTES // (4 * len(codes)), 1)
             found = [(offset - some.float() @ codes.T).argmin(1) for some in cells.split(part)]
         return torch.cat(found) if found else torch.empty(0, dtype=torch.long, device=cells.device)
@@ -68,13 +71,13 @@ class Codebook(nn.Module):
         generator: torch.Generator,
         gather: Callable[[Tensor], Tensor] = lambda cells: cells,
     ) -> None:
-        """Move the codes toward the cells that chose them; the first call puts them on cells drawn at random.
+        """Move the codes toward the latents that chose them; the first call sets them to latents chosen at random.
 
         Args:
             cells: (N, C) latents inside the field of view.
             generator: on the CPU, the same on every process.
-            gather: cells of all processes from those of one, in the same order everywhere; so all processes make the
-                same codebook.
+            gather: returns the latents of all processes from those of one, in the same order everywhere, so that all
+                processes have the same codebook.
         """
         cells = gather(cells.float())
         if not len(cells):
@@ -98,7 +101,9 @@ class Codebook(nn.Module):
 
     @staticmethod
     def _draw(cells: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """`count` cells, none twice as long as there are enough; repeated ones are set a little apart."""
+        """Return `count` latents chosen at random, none twice if there are enough; repeated ones are moved apart a
+        little.
+        """
         order = torch.cat([torch.randperm(len(cells), generator=generator) for _ in range(-(-count // len(cells)))])
         drawn = cells[order[:count].to(cells.device)]
         apart = torch.randn(drawn.shape, generator=generator).to(drawn) * 1e-2 * cells.std(0, correction=0)
@@ -107,8 +112,9 @@ class Codebook(nn.Module):
 
 
 def code_statistics(indices: Tensor, num_codes: int) -> dict[str, Tensor]:
-    """How codes are used, as scalars: "perplexity" (effective number of codes), "usage" (part that occurs at all) and
-    "bits_per_cell" (entropy: what an ideal coder without context would need)."""
+    """Measure how codes are used, as scalars: "perplexity" (effective number of codes), "usage" (the fraction that
+    occurs at all) and "bits_per_cell" (entropy: what an ideal coder without context would need).
+    """
     p = torch.bincount(indices.flatten(), minlength=num_codes).float()
     p = p / p.sum().clamp_min(1)
     entropy = -torch.xlogy(p, p).sum()

@@ -1,11 +1,11 @@
 """Identify the weights that a model holds. The record belongs to the model, so all pipelines that share it agree on it.
 
 A model that was loaded keeps the files that it was loaded from. Casts and moves (`.to()`) change nothing; weights that
-were changed in place afterwards are other weights. Noticed are: operations that PyTorch counts (`Tensor._version`:
-unfused optimizers, `load_state_dict`, `copy_`), and whatever changes one of `SAMPLES` values of each tensor (fused
-optimizers, edits of `.data`, merged LoRAs). Not noticed is an edit through `.data` of single elements of large tensors.
-While weights are offloaded or cast by hooks, or a LoRA is fused into them, they cannot be looked at, and count as they
-were before.
+were changed in place afterwards are other weights. Detected changes: operations that PyTorch counts (`Tensor._version`:
+unfused optimizers, `load_state_dict`, `copy_`), and all that change one of `SAMPLES` values of each tensor (fused
+optimizers, edits of `.data`, merged LoRAs). An edit of single elements of large tensors through `.data` is not
+detected. While weights are offloaded or cast by hooks, or a LoRA is fused into them, they cannot be read, and count as
+unchanged.
 """
 
 import threading
@@ -39,9 +39,9 @@ class WeightsRecord:
     """The identity of a model's weights.
 
     Attributes:
-        key: another one whenever the weights have changed; equal for copies.
-        files: the safetensors files that hold them, with size and time of change when they were read; none for weights
-            that were created in memory, or changed since.
+        key: changes whenever the weights change; equal for copies.
+        files: the safetensors files that hold them, with size and modification time when they were read; empty for
+            weights that were created in memory, or changed since.
     """
 
     key: str = field(default_factory=lambda: uuid.uuid4().hex)  # a number could be another process's, through a pickle

@@ -17,18 +17,17 @@ class AutoencoderKL3D(VolumeAutoencoder[DiagonalGaussian3D]):
 
     Args:
         in_channels, out_channels: channels of the volume.
-        latent_channels: channels of the latents, of all image channels together.
+        latent_channels: channels of the latents, for all image channels together.
         patch_size: space-to-depth before the first convolution, one integer or one per axis.
         channels: width of each level, finest first.
         strides: of each level but the first, one integer or one per axis; (2,) after patch_size 2 gives 4 per axis.
         encoder_blocks, decoder_blocks: residual blocks per level, finest first.
-        per_channel: code each image channel separately, all with the same weights: those of an autoencoder of one
-            channel with latent_channels / in_channels. So a channel that is missing leaves the latents of the others
-            alone.
+        per_channel: code each image channel separately, with shared weights: those of an autoencoder of one channel
+            with latent_channels / in_channels. A missing channel then does not change the latents of the others.
         latents_mean, latents_std: statistics of the raw latents over the training set, set by `set_latent_statistics`.
-        channel_names: of several image channels, in their order; train_vae.py sets them.
+        channel_names: names of several image channels, in order; train_vae.py sets them.
         data: how its training volumes were prepared (`volumes.data.preprocessing`); train_vae.py sets it.
-        subjects: records of whose volumes those were (`volumes.data.subjects`); train_vae.py sets it.
+        subjects: records of the training subjects (`volumes.data.subjects`); train_vae.py sets it.
     """
 
     @register_to_config

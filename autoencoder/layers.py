@@ -16,8 +16,9 @@ Stride = tuple[int, int, int]
 
 
 def as_stride(value: int | Sequence[int]) -> Stride:
-    """One stride per axis: `2` means (2, 2, 2), `(4, 4, 1)` stays. Raises ValueError for anything but positive
-    integers."""
+    """Return one stride per axis: `2` means (2, 2, 2), `(4, 4, 1)` stays. Raises: ValueError for anything but positive
+    integers.
+    """
     axes = (value,) * 3 if isinstance(value, int) else tuple(int(v) for v in value)
     if len(axes) != 3 or min(axes) < 1:
         raise ValueError(f"a stride is one positive integer or three, got {value!r}")
@@ -25,8 +26,9 @@ def as_stride(value: int | Sequence[int]) -> Stride:
 
 
 def space_to_depth(x: Tensor, stride: Stride) -> Tensor:
-    """(B, C, X, Y, Z) -> (B, C * sx * sy * sz, X / sx, Y / sy, Z / sz); no voxel is lost. Shapes must be multiples of
-    the stride."""
+    """Map (B, C, X, Y, Z) to (B, C * sx * sy * sz, X / sx, Y / sy, Z / sz); no voxel is lost. Sides must be multiples
+    of the stride.
+    """
     b, c, *_ = x.shape
     (sx, sy, sz), (nx, ny, nz) = stride, (n // s for n, s in zip(x.shape[2:], stride, strict=True))
     x = x.reshape(b, c, nx, sx, ny, sy, nz, sz).permute(0, 2, 4, 6, 1, 3, 5, 7)
@@ -34,7 +36,7 @@ def space_to_depth(x: Tensor, stride: Stride) -> Tensor:
 
 
 def depth_to_space(x: Tensor, stride: Stride) -> Tensor:
-    """The inverse of `space_to_depth`."""
+    """Invert `space_to_depth`."""
     b, folded, nx, ny, nz = x.shape
     sx, sy, sz = stride
     c = folded // (sx * sy * sz)

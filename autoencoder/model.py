@@ -42,8 +42,9 @@ def deciding(config: Mapping[str, Any]) -> dict[str, object]:
 
 
 def check_finite(model: torch.nn.Module, source: object) -> None:
-    """Raises: ValueError naming the tensors of a model in memory that hold NaN or infinity: of a file that was damaged,
-    or of numbers too large for the type that they were loaded in. Only `model_hash` detects other damage."""
+    """Raise ValueError naming the tensors of a model in memory that hold NaN or infinity. The cause is a damaged file,
+    or numbers too large for the type that they were loaded in. Only `model_hash` detects other damage.
+    """
     state = model.state_dict()
     wrong = [
         name
@@ -73,10 +74,10 @@ class VolumeModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As diffusers' own: a model of a config, with arguments of the constructor in `kwargs` in the place of the
+        """Build a model from a config, as diffusers does. Arguments of the constructor in `kwargs` replace the
         config's.
 
-        Raises: TypeError for other keywords, unless those that are not used are to be returned.
+        Raises: TypeError for other keywords, unless `return_unused_kwargs` is set.
         """
         if not return_unused_kwargs:
             check_keywords("from_config", kwargs, {*inspect.signature(cls.__init__).parameters} - {"self"})
@@ -84,14 +85,14 @@ class VolumeModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As diffusers' own, but strict: diffusers only warns of a missing key and leaves the parameter unset.
+        """Load a model, as diffusers does, but strictly: diffusers only warns of a missing key and leaves the parameter
+        unset.
 
         Loading also drops the memory format that the constructor chose; it is restored here.
-        Raises: ValueError on missing, unexpected or misshapen tensors, and on `use_safetensors=False`; FileError, which
-        is one and an OSError too, where there is no such folder and for damaged files; TypeError for keywords that it
-        does not read.
+        Raises: ValueError on missing, unexpected or misshapen tensors, and on `use_safetensors=False`; FileError (a
+        ValueError and an OSError) for a missing folder and for damaged files; TypeError for unknown keywords.
         """
-        if not kwargs.get("use_flashpack"):  # a pipeline of diffusers says so
+        if not kwargs.get("use_flashpack"):  # set by diffusers' pipelines
             kwargs.pop("use_flashpack", None)
         check_keywords("from_pretrained", kwargs, (*HUB, *LOADING, "output_loading_info", "subfolder"))
         kwargs = loading_keywords(kwargs)
@@ -121,10 +122,10 @@ class VolumeModel(ModelMixin, ConfigMixin):
         return (model, info) if with_info else model
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As PyTorch's own, which `.to()` calls: weights that are cast or moved are the same weights (`identity`)."""
+        """Apply `fn` as PyTorch does for `.to()`. Weights that are cast or moved stay the same weights (`identity`)."""
         recorded = RECORD in self.__dict__
         if recorded:
-            weights_record(self)  # what was changed before is noticed before
+            weights_record(self)  # detects earlier changes first
         result = super()._apply(fn, recurse)
         if recorded:
             weights_record(self)
@@ -140,11 +141,10 @@ class VolumeModel(ModelMixin, ConfigMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """As diffusers' own: safetensors only, and not the path that the model came from.
+        """Save as diffusers does, but as safetensors only, and without the path that the model came from.
 
         Raises: ValueError on `safe_serialization=False`, and while a LoRA is attached, which would be mixed into the
-        weights; FileError, which is one and an OSError too, if `save_directory` is a file; TypeError for keywords that
-        it does not read.
+        weights; FileError (a ValueError and an OSError) if `save_directory` is a file; TypeError for unknown keywords.
         """
         check_keywords("save_pretrained", kwargs, UPLOAD if push_to_hub else ())
         if not safe_serialization:
@@ -162,7 +162,7 @@ class VolumeModel(ModelMixin, ConfigMixin):
         )
 
     def check_no_lora(self) -> None:
-        """Raises: ValueError while a layer is wrapped for LoRAs, whose weights would be saved under other names."""
+        """Raise ValueError while a layer is wrapped for LoRAs, whose weights would be saved under other names."""
         if any(hasattr(module, "base_layer") for module in self.modules()):
             raise ValueError(
                 "a LoRA is attached: save it separately (save_lora_weights), or unload it first (unload_lora_weights); "
@@ -170,8 +170,8 @@ class VolumeModel(ModelMixin, ConfigMixin):
             )
 
     def enable_group_offload(self, onload_device: torch.device, **kwargs: Any) -> None:
-        """As diffusers' own. On disk (`offload_to_disk_path`) each model has a folder of its own in that one, and its
-        weights lose the memory format, which safetensors cannot hold: a little slower on CPUs.
+        """Offload as diffusers does. On disk (`offload_to_disk_path`) each model has its own subfolder, and its weights
+        lose the memory format, which safetensors cannot hold: a little slower on CPUs.
 
         Raises: ValueError if that folder holds files already: diffusers would load those in place of these weights.
         """
@@ -189,7 +189,7 @@ class VolumeModel(ModelMixin, ConfigMixin):
 
 
 def _loaded_files(source: Any, options: Mapping[str, Any]) -> list[Path]:
-    """The files from which diffusers has loaded a model: in a folder, or of a Hub repository in its cache."""
+    """Return the files from which diffusers loaded a model: in a folder, or in the cache of a Hub repository."""
     folder = Path(source, options.get("subfolder") or "")
     if not folder.is_dir():
         name = str(Path(options.get("subfolder") or "", "config.json"))

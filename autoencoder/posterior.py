@@ -25,12 +25,12 @@ class LatentDistribution:
         self.std = raw_std / scale
 
     def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
-        """One draw, (B, C, h, w, d), standardized."""
+        """Sample once: (B, C, h, w, d), standardized."""
         noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + self.std * noise
 
     def mode(self) -> Tensor:
-        """The mean, (B, C, h, w, d), standardized."""
+        """Return the mean, (B, C, h, w, d), standardized."""
         return self.mean
 
 
@@ -50,11 +50,12 @@ class DiagonalGaussian3D(LatentDistribution):
         super().__init__(raw_mean, torch.exp(0.5 * self.raw_logvar), latents_mean, latents_std)
 
     def kl_map(self) -> Tensor:
-        """KL(q || N(0, 1)) of the raw posterior in nats for every element, (B, C, h, w, d) (Kingma & Welling 2014,
-        appendix B)."""
+        """Compute KL(q || N(0, 1)) of the raw posterior in nats for every element, (B, C, h, w, d) (Kingma & Welling
+        2014, appendix B).
+        """
         mean, logvar = self.raw_mean.float(), self.raw_logvar.float()  # autocast may have left them in bfloat16
         return 0.5 * (mean**2 + logvar.exp() - 1.0 - logvar)
 
     def kl(self) -> Tensor:
-        """KL of the raw posterior in nats, summed over channels and space: (B,)."""
+        """Compute the KL of the raw posterior in nats, summed over channels and space: (B,)."""
         return self.kl_map().sum(dim=(1, 2, 3, 4))

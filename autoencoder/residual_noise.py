@@ -1,10 +1,10 @@
 """Residual noise: the texture that an autoencoder loses, added back as strong, as coarse, and as variable between
 volumes as in the volumes that it was fitted on.
 
-Fine noise does not fit into latents, so decoded volumes are all equally smooth. A model of what is missing, fitted on
-real volumes and their reconstructions: Gaussian noise whose spectrum is the power that reconstructions lack, whose
-strength follows the decoded intensity (none where intensities are clipped), and whose level is drawn from those of the
-real volumes. What it adds is not information. Axes: (C, X, Y, Z); intensities in [-1, 1].
+Fine noise does not fit into latents, so decoded volumes are all equally smooth. The model of the missing noise is
+fitted on real volumes and their reconstructions. It is Gaussian noise whose spectrum is the power that reconstructions
+lack. Its strength follows the decoded intensity (none where intensities are clipped), and its level is sampled from
+those of the real volumes. It adds no information. Axes: (C, X, Y, Z); intensities in [-1, 1].
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,12 +25,12 @@ MAX_SIDE = 48  # voxels a side of the center crops whose spectra are compared
 
 
 def measure_noise(dataset: VolumeDataset, vae: VolumeAutoencoder, *, progress: bool = True) -> list[ChannelNoise]:
-    """`fit_noise` of a data set and its reconstructions from the posterior's mean, on the autoencoder's device.
+    """Run `fit_noise` on a data set and its reconstructions from the posterior's mean, on the autoencoder's device.
 
     Raises: ValueError for label maps, and as `fit_noise` does.
     """
     if dataset.config.image_labels:
-        raise ValueError("noise: label maps have none; leave it out")
+        raise ValueError("noise: label maps have no residual noise; omit it")
     sides = [min(one) for one in zip(*dataset.shapes, strict=True)]
     return fit_noise(_reconstructions(dataset, vae, progress), sides)
 
@@ -49,32 +49,33 @@ def _reconstructions(
 
 
 def check_noise_shape(shape: Sequence[int]) -> None:
-    """Raises: ValueError for volumes (X, Y, Z) smaller than the kernel of the noise, on any side."""
+    """Raise ValueError for volumes (X, Y, Z) smaller than the noise kernel on any side."""
     if min(shape) < 2 * NOISE_RADIUS + 1:
         raise ValueError(
-            f"volumes of {tuple(shape)} voxels are too small for a noise model: {2 * NOISE_RADIUS + 1} a side"
+            f"volumes of {tuple(shape)} voxels are too small for a noise model: "
+            f"give {2 * NOISE_RADIUS + 1} or more per side"
         )
 
 
 def fit_noise(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: Sequence[int]) -> list[ChannelNoise]:
-    """The noise that reconstructions lack, channel by channel.
+    """Fit the noise that reconstructions lack, channel by channel.
 
-    Of the power spectra of Hann-windowed center crops, the mean of real less reconstructed, where positive, is the
-    noise's spectrum; its root is the transfer function of a filter (zero phase), cut to `NOISE_RADIUS`. A volume's
-    level is the root of its mean squared error over that of all volumes.
+    Power spectra are those of Hann-windowed center crops. The noise's spectrum is the mean of real minus reconstructed,
+    where positive. Its root is the transfer function of a filter (zero phase), cut to `NOISE_RADIUS`. A volume's level
+    is the root of its mean squared error over that of all volumes.
 
     Args:
         pairs: real volumes and their reconstructions, (C, X, Y, Z) float in [-1, 1] on one grid.
-        shape: (X, Y, Z) of the smallest volume; crops are of it or of `MAX_SIDE`, whichever is smaller.
+        shape: (X, Y, Z) of the smallest volume; crops have this shape, or `MAX_SIDE` where a side is longer.
     Returns: the noise of each channel; its std is 0 if no power is missing.
-    Raises: ValueError for no pairs, and crops smaller than the kernel.
+    Raises: ValueError without pairs, and for crops smaller than the kernel.
     """
     sides = tuple(min(int(n), MAX_SIDE) for n in shape)
     check_noise_shape(shape)
     missing, errors, squares, counts, weights = [], [], 0.0, 0.0, 0.0
     window = _window(sides).ravel() ** 2
     for real, made in pairs:
-        made = made.clip(-1, 1)  # as the pipeline does: what exceeds the range is no lack of noise
+        made = made.clip(-1, 1)  # as the pipeline does: values outside the range are not missing noise
         missing.append(_power(real, sides) - _power(made, sides))
         bins = np.minimum((made + 1) / 2 * NOISE_BINS, NOISE_BINS - 1).astype(int)
         residual = (np.asarray(real, np.float64) - made) ** 2
@@ -99,16 +100,16 @@ def fit_noise(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: Sequence[in
 
 
 def _window(sides: Sequence[int]) -> np.ndarray:
-    """Hann's, (*sides), without its two zeros.
+    """Return Hann's window, (*sides), without its two zeros.
 
-    Not the periodic window of `evaluation.metrics.spectrum` and `spectrum_loss`: the weight of a voxel in the spectrum
-    is also its weight in the curve, and noise models that were shipped were fitted with this one.
+    This is not the periodic window of `evaluation.metrics.spectrum` and `spectrum_loss`: the weight of a voxel in the
+    spectrum is also its weight in the curve, and shipped noise models were fitted with this one.
     """
     return np.einsum("x,y,z->xyz", *(np.hanning(side + 2)[1:-1] for side in sides))
 
 
 def _power(volume: np.ndarray, sides: tuple[int, ...]) -> np.ndarray:
-    """Power spectra (C, *sides) of windowed center crops; their mean is the variance of what varies."""
+    """Compute power spectra (C, *sides) of windowed center crops; their mean is the variance of what varies."""
     crop, window = np.asarray(center_crop(volume, sides), np.float64), _window(sides)
     crop = (crop - (crop * window).sum((1, 2, 3), keepdims=True) / window.sum()) * window
     return np.abs(np.fft.fftn(crop, axes=(1, 2, 3))) ** 2 / (window**2).sum()
@@ -117,8 +118,10 @@ def _power(volume: np.ndarray, sides: tuple[int, ...]) -> np.ndarray:
 def _channel(
     missing: np.ndarray, errors: np.ndarray, squares: np.ndarray, counts: np.ndarray, weights: np.ndarray
 ) -> ChannelNoise:
-    """The noise of one channel: mean missing power (*sides), mean squared error (N,) of each volume, and by bin of
-    intensity squared residuals and voxels of whole volumes, and the weight of those from which the power comes."""
+    """Fit the noise of one channel from `missing` mean power (*sides), `errors` (N,), the mean squared error of each
+    volume, and, by bin of intensity, the squared residuals and voxel counts of whole volumes and the weight of the
+    voxels that the power was measured in.
+    """
     mean = missing.clip(0)
     if not mean.any():
         kernel = np.zeros((2 * NOISE_RADIUS + 1,) * 3)
@@ -141,10 +144,10 @@ def _channel(
 
 
 class ResidualNoiseModel:
-    """Adds noise as `fit_noise` found it.
+    """Adds the noise that `fit_noise` fitted.
 
     Args:
-        channels: what `fit_noise` returned.
+        channels: the result of `fit_noise`.
     """
 
     def __init__(self, channels: Sequence[ChannelNoise]):
@@ -154,9 +157,9 @@ class ResidualNoiseModel:
         self.levels = [np.array(channel.levels) for channel in channels]
 
     def add(self, slabs: Iterable[Tensor], seed: int) -> Iterator[Tensor]:
-        """Consecutive slabs (C, X, Y, z) along the third axis, with the noise of one volume: float32, unclipped.
+        """Add the noise of one volume to consecutive slabs (C, X, Y, z) along the third axis: float32, unclipped.
 
-        The noise depends on the seed and on the place alone, so that slabs of any thickness give the same volume.
+        The noise depends only on the seed and the position, so slabs of any thickness give the same volume.
         Raises: ValueError for another number of channels.
         """
         random = np.random.default_rng([seed])
@@ -181,7 +184,7 @@ class ResidualNoiseModel:
 
 
 def _at(curve: np.ndarray, intensities: Tensor) -> Tensor:
-    """The curve over [-1, 1], given at the centers of its bins, at intensities of any shape."""
+    """Evaluate the curve over [-1, 1], which has a value at the center of each bin, at intensities of any shape."""
     values = torch.from_numpy(curve).to(intensities.device)
     places = ((intensities.clamp(-1, 1) + 1) / 2 * len(curve) - 0.5).clamp(0, len(curve) - 1)
     below = places.floor().long().clamp(max=len(curve) - 2)

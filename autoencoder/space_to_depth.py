@@ -2,7 +2,8 @@
 diffusion: the same training, cache, pipeline and files.
 
 Med-DDPM (Dorjsembe et al. 2024) diffuses voxels themselves; that is `patch_size: 1`. `patch_size: 2` has eight times
-fewer cells of eight times as many channels (as in Hoogeboom et al. 2023, "simple diffusion"), and still loses nothing.
+fewer latent voxels with eight times as many channels (as in Hoogeboom et al. 2023, "simple diffusion"), and still loses
+nothing.
 """
 
 import math
@@ -21,16 +22,17 @@ from .posterior import LatentDistribution
 
 
 class SpaceToDepth3D(VolumeAutoencoder[LatentDistribution]):
-    """Latents are the voxels, `patch_size` cells of them as channels: each image channel's own, one after the other.
+    """Latents are the voxels, with blocks of `patch_size` voxels as channels: those of the first image channel, then of
+    the next.
 
-    There is nothing to train: train_vae.py measures the latents' mean and standard deviation, as of any autoencoder,
+    There is nothing to train: train_vae.py measures the latents' mean and standard deviation, as for any autoencoder,
     and saves it.
 
     Args:
         in_channels: channels of the volume.
-        out_channels, latent_channels: decided by the others (in_channels, and in_channels times the voxels of a cell);
-            what is given must agree.
-        patch_size: voxels of a cell along each axis, one integer or one per axis; 1 leaves the volume as it is.
+        out_channels, latent_channels: follow from the others (in_channels, and in_channels times the voxels of a
+            block); a given value must agree.
+        patch_size: voxels of a block along each axis, one integer or one per axis; 1 leaves the volume as it is.
         latents_mean, latents_std, channel_names, data, subjects: as `AutoencoderKL3D`.
     Raises: ValueError for other `out_channels` or `latent_channels`.
     """
@@ -71,7 +73,7 @@ class SpaceToDepth3D(VolumeAutoencoder[LatentDistribution]):
         return LIVE_ACTIVATIONS * math.prod(shape) * batch * self.config["in_channels"] * self.dtype.itemsize
 
     def latent_bound(self) -> float:
-        """Voxels are in [-1, 1]."""
+        """Return the largest absolute value of a standardized latent of voxels in [-1, 1]."""
         ends = [(end - m) / s for m, s in self._channel_statistics() for end in (-1.0, 1.0)]
         return max(map(abs, ends))
 

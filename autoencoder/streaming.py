@@ -1,9 +1,9 @@
 """Exact streaming: a network with a finite receptive field, run over consecutive slabs of the third axis.
 
-A slab goes through the whole network before the next one is read. What a layer will need again, it keeps: a
-convolution its last planes, a sum the planes of its faster branch, a fold the planes of an unfinished cell. So every
-plane of every layer is computed once, from the same neighbors as in the whole volume: no halo, no blending, no seam,
-and memory that does not grow with the third axis.
+A slab goes through the whole network before the next one is read. A layer keeps what it will need again: a convolution
+its last planes, a sum the planes of its faster branch, a fold the planes of an unfinished group. So every plane of
+every layer is computed once, from the same neighbors as in the whole volume: no halo, no blending, no seam, and memory
+that does not grow with the third axis.
 
 Only layers that look along the third axis know of it, by one call each: `window` (convolutions), `delayed` (sums and
 concatenations of branches), `whole_cells` (folds). Outside a stream the three return their input. A layer
@@ -27,8 +27,9 @@ _current = _Current()  # a thread's own: two volumes may be coded at once
 
 
 class _Eager:
-    """While it is entered no compiled code runs: that was traced outside a stream. torch has one switch for all
-    threads, so the first stream to begin turns it and the last to end turns it back."""
+    """Runs no compiled code while it is entered: that was traced outside a stream. torch has one switch for all
+    threads, so the first stream to begin sets it and the last to end resets it.
+    """
 
     def __init__(self):
         self.lock, self.running = threading.Lock(), 0
@@ -52,9 +53,9 @@ _eager = _Eager()
 class Stream:
     """One pass of `network` over the slabs of one tensor; a new pass needs a new `Stream`.
 
-    Call it with slab after slab, `last=True` at the final one. The results, put one after the other along the third
-    axis, are `network` of the slabs put one after the other. The first results may have no planes at all: a
-    convolution cannot finish a plane before it has seen the next.
+    Call it with slab after slab, `last=True` at the final one. The results, joined along the third axis, equal
+    `network` of the joined slabs. The first results may have no planes at all: a convolution cannot finish a plane
+    before it has seen the next.
     """
 
     def __init__(self, network: Callable[[Tensor], Tensor]):
@@ -78,7 +79,7 @@ class Stream:
         return made
 
     def take(self, key: Hashable, new: Tensor) -> tuple[Tensor, bool]:
-        """What `key` kept before the planes of `new`, and whether these are its first."""
+        """Return what `key` kept, followed by the planes of `new`, and whether these are its first planes."""
         kept = self._kept.pop(key, None)
         return (new, True) if kept is None else (torch.cat([kept, new], dim=4) if kept.shape[4] else new, False)
 
@@ -87,7 +88,8 @@ class Stream:
 
 
 def stream_slabs(network: Callable[[Tensor], Tensor], slabs: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The planes of `network` of the whole tensor, as they are finished, from consecutive slabs of any thickness.
+    """Yield the planes of `network` applied to the whole tensor, as they are finished, from consecutive slabs of any
+    thickness.
 
     Raises: ValueError if there are no slabs.
     """
@@ -103,13 +105,13 @@ def stream_slabs(network: Callable[[Tensor], Tensor], slabs: Iterable[Tensor]) -
 
 
 def streaming() -> bool:
-    """Whether the current call is part of a stream."""
+    """Return whether the current call is part of a stream."""
     return _current.stream is not None
 
 
 def window(key: Hashable, x: Tensor, kernel: int, stride: int = 1, padding: int = 0) -> Tensor:
-    """The planes that a convolution along the third axis can use now, zeros added where the volume begins and ends:
-    convolve them without padding. May be fewer than `kernel`, which makes no plane.
+    """Return the planes that a convolution along the third axis can use now, with zeros where the volume begins and
+    ends. Convolve them without padding. There may be fewer than `kernel`, which give no output plane.
 
     Args:
         key: the layer; kernel, stride, padding: its own along the third axis (`kernel` with dilation counted).
@@ -128,7 +130,7 @@ def window(key: Hashable, x: Tensor, kernel: int, stride: int = 1, padding: int 
 
 
 def delayed(key: Hashable, x: Tensor, like: Tensor) -> Tensor:
-    """The planes of `x` that lie where those of `like` lie, which a slower branch has made."""
+    """Return the planes of `x` at the positions of the planes of `like`, which come from a slower branch."""
     stream = _current.stream
     if stream is None:
         return x
@@ -139,9 +141,9 @@ def delayed(key: Hashable, x: Tensor, like: Tensor) -> Tensor:
 
 
 def whole_cells(key: Hashable, x: Tensor, size: int) -> Tensor:
-    """The planes of `x` that fill cells of `size` planes; the rest waits for the next slab.
+    """Return the planes of `x` that fill groups of `size` planes; the rest waits for the next slab.
 
-    Raises: ValueError if the stream ends inside a cell.
+    Raises: ValueError if the stream ends inside a group.
     """
     stream = _current.stream
     if size == 1:
@@ -149,7 +151,7 @@ def whole_cells(key: Hashable, x: Tensor, size: int) -> Tensor:
     planes, last = (x, True) if stream is None else (stream.take(key, x)[0], stream.last)
     ready = planes.shape[4] - planes.shape[4] % size
     if last and ready < planes.shape[4]:
-        raise ValueError(f"the slabs end {planes.shape[4] - ready} planes into a cell of {size}: pad the volume first")
+        raise ValueError(f"the slabs end {planes.shape[4] - ready} planes into a group of {size}: pad the volume first")
     if stream is not None:
         stream.keep(key, planes[..., ready:])
     return planes[..., :ready]

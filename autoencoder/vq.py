@@ -22,7 +22,7 @@ from .posterior import LatentDistribution
 
 
 class QuantisedLatents(LatentDistribution):
-    """Latents before quantization, certain; `indices` (B, h, w, d) are their nearest codes."""
+    """Latents before quantization, without uncertainty; `indices` (B, h, w, d) are their nearest codes."""
 
     def __init__(self, raw: Tensor, codebook: Codebook, latents_mean: Tensor, latents_std: Tensor):
         super().__init__(raw, torch.zeros_like(raw), latents_mean, latents_std)
@@ -33,12 +33,13 @@ class QuantisedLatents(LatentDistribution):
         return self.codebook(self.raw_mean)[1]
 
     def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
-        """The latents themselves: nothing is random."""
+        """Return the latents: nothing is random."""
         return self.mean
 
     def distance_map(self) -> Tensor:
-        """Squared distance of each cell to its code, averaged over channels, (B, 1, h, w, d). The code is taken as
-        given (van den Oord et al. 2017, Eq. 3, last term)."""
+        """Compute the squared distance of each latent voxel to its code, averaged over channels, (B, 1, h, w, d). The
+        code is treated as a constant (van den Oord et al. 2017, Eq. 3, last term).
+        """
         codes = self.codebook.codes[self.indices].movedim(-1, 1)
         return ((self.raw_mean.float() - codes.detach()) ** 2).mean(1, keepdim=True)
 
@@ -47,7 +48,7 @@ class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
     """Vector-quantized autoencoder for volumes, without GroupNorm or attention.
 
     `encode` gives the latents before quantization, as the diffusion model of Medical Diffusion learns them; `decode`
-    quantizes, then decodes. So all that works on latents works on these.
+    quantizes, then decodes. So everything that works on latents works here too.
 
     Args:
         in_channels, out_channels: channels of the volume.
@@ -86,7 +87,9 @@ class VQGAN3D(VolumeAutoencoder[QuantisedLatents]):
         return QuantisedLatents(encoded, self.codebook, *self._statistics(encoded))
 
     def latent_bound(self) -> float:
-        """Latents are quantized when they are decoded: nothing beyond the codes means anything."""
+        """Return the largest absolute value of the standardized codes. Decoding quantizes latents, so nothing beyond
+        the codes has a meaning.
+        """
         codes = self.codebook.codes.float()
         mean, std = self._statistics(codes)
         return float(((codes - mean) / std).abs().max())

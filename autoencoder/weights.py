@@ -32,7 +32,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def find_folder(source: str | os.PathLike) -> Path | None:
-    """The folder of a model on this machine, `~` expanded; None where `source` can only be a repository of the Hub
+    """Return the folder of a model on this machine, `~` expanded. None if `source` can only be a repository of the Hub
     (user/name).
 
     Raises: FileError for a path that is not a folder.
@@ -49,8 +49,9 @@ def find_folder(source: str | os.PathLike) -> Path | None:
 
 
 def folder_to_save(place: str | os.PathLike) -> str:
-    """The folder to save to, `~` expanded. Raises: FileError for a file, where diffusers would continue without
-    saving."""
+    """Return the folder to save to, `~` expanded. Raises: FileError for a file, where diffusers would return without
+    saving.
+    """
     folder = os.path.expanduser(os.fspath(place))
     if os.path.isfile(folder):
         raise FileError(f"{folder}: is a file; give a folder to save to")
@@ -58,20 +59,21 @@ def folder_to_save(place: str | os.PathLike) -> str:
 
 
 def not_on_the_hub(source: str, error: Exception) -> FileError:
-    """The error for a name that is neither a folder nor found on the Hub, which said `error`."""
+    """Return the error for a name that is neither a folder nor on the Hub, which answered `error`."""
     reason = str(error).strip().partition("\n")[0]
     return FileError(
-        f"{source}: no such folder here, nor is it found on the Hub ({type(error).__name__}: {reason}); give the path "
+        f"{source}: is neither a folder here nor found on the Hub ({type(error).__name__}: {reason}); give the path "
         "of a folder, or user/name of a repository that you can reach"
     )
 
 
 def loading_keywords(given: Mapping[str, Any], *, parts: Collection[str] = ()) -> dict[str, Any]:
-    """The keywords of `from_pretrained` as diffusers wants them: without those that are None, `~` expanded in folders.
+    """Return the keywords of `from_pretrained` as diffusers wants them: without those that are None, `~` expanded in
+    folders.
 
     Args:
-        parts: of a pipeline, whose `dtype` may be a dict of theirs.
-    Raises: ValueError for `use_safetensors=False` and for a dtype that is none, which diffusers would load as float32.
+        parts: a pipeline's components; its `dtype` may be a dict with an entry per component.
+    Raises: ValueError for `use_safetensors=False` and for an invalid dtype, which diffusers would load as float32.
     """
     if given.get("use_safetensors") not in (None, True):
         raise ValueError("use_safetensors=False is refused: a pickle can run any code when it is read")
@@ -87,7 +89,7 @@ def loading_keywords(given: Mapping[str, Any], *, parts: Collection[str] = ()) -
 
 
 def check_keywords(function: str, given: Iterable[str], known: Collection[str]) -> None:
-    """Raises: TypeError, as Python does, for keywords that the function does not read."""
+    """Raise TypeError, as Python does, for keywords that the function does not accept."""
     if unknown := sorted(set(given) - set(known)):
         raise TypeError(
             f"{function}() got unexpected keyword arguments: {', '.join(unknown)}; it takes {', '.join(sorted(known))}"
@@ -105,8 +107,8 @@ def check_weights(folder: Path, model_class: Any, variant: str | None = None) ->
     try:
         with torch.device("meta"):
             described = model_class.from_config(config).state_dict()
-    except Exception as error:  # of any kind: a constructor that is given nonsense
-        raise ValueError(f"{folder}: config.json describes no {model_class.__name__}: {error}") from error
+    except Exception as error:  # of any kind: the constructor got nonsense
+        raise ValueError(f"{folder}: config.json does not describe a {model_class.__name__}: {error}") from error
     expected = {key: tuple(value.shape) for key, value in described.items()}
     problems = {
         "missing": sorted(expected.keys() - stored.keys()),
@@ -151,8 +153,9 @@ def check_config(folder: Path, config: Mapping[str, Any], model_class: Any, tens
 
 
 def _check_values(folder: Path, config: Any) -> None:
-    """Raises: ValueError for numbers that are not finite or that no model has, and for too many values: before any are
-    used."""
+    """Raise ValueError for numbers that are not finite or that no model has, and for too many values, before any are
+    used.
+    """
     left, count = [("", config)], 0
     while left:
         name, value = left.pop()
@@ -171,7 +174,7 @@ def _check_values(folder: Path, config: Any) -> None:
 
 
 def _other_types(files: Iterable[Path], described: Mapping[str, torch.Tensor]) -> list[str]:
-    """Tensors that are stored in whole numbers where the model has floating point, or the other way round."""
+    """Return the tensors that are stored as integers where the model has floating point, or the other way round."""
     found = []
     for path in files:
         with open_safetensors(path) as file:
@@ -186,7 +189,7 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
     They are the shards that an index names, or else the one file; of `variant` (such as "fp16") if the folder has it.
 
-    Raises: FileError if there is none, naming the pickle that is there in its place.
+    Raises: FileError if there is none, naming a pickle in its place.
     """
     for middle in ([f".{variant}"] if variant else []) + [""]:
         index, single = folder / f"{WEIGHTS}.safetensors.index{middle}.json", folder / f"{WEIGHTS}{middle}.safetensors"
@@ -206,7 +209,9 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index names. Raises: FileError if it is damaged, or if it leads out of its folder or wrong."""
+    """Return the files that an index names. Raises: FileError if it is damaged, names a file outside its folder, or is
+    inconsistent.
+    """
     try:
         places: dict[str, str] = read_object(index)["weight_map"]
         names = sorted(set(places.values()))
@@ -227,8 +232,10 @@ def _shards(index: Path) -> list[Path]:
 
 
 def open_safetensors(path: Path) -> Any:
-    """`safe_open` for torch, which checks that the tensors fill the file without gaps or overlaps, of a regular file (a
-    pipe would wait for ever) whose header names each tensor once. Raises: SafetensorError, OSError, ValueError."""
+    """Open a safetensors file for torch, with `safe_open`, which checks that the tensors fill the file without gaps or
+    overlaps. Raises: SafetensorError, OSError; ValueError unless it is a regular file (a pipe would wait forever) whose
+    header names each tensor once.
+    """
     with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(MOST_HEADER, os.fstat(file.fileno()).st_size - 8):
@@ -239,7 +246,7 @@ def open_safetensors(path: Path) -> Any:
 
 
 def stored_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in safetensors files, read from the headers alone.
+    """Return name and shape of every tensor in safetensors files, read from the headers alone.
 
     Raises: FileError naming a file that is damaged or missing.
     """

@@ -30,7 +30,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
         "--guidance_scale",
         type=Number(NonNegativeFloat),
         default=1.0,
-        help="guidance scale of all conditions; 1 is no guidance (1)",
+        help="guidance scale of all conditions; 1 means no guidance (1)",
     )
     parser.add_argument("--repeats", type=Number(PositiveInt), default=3, help="timed runs over all masks (3)")
     parser.add_argument(

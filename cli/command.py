@@ -26,6 +26,8 @@ import json
 import logging
 import os
 import re
+import runpy
+import shlex
 import sys
 import time
 import zipfile
@@ -38,6 +40,7 @@ from typing import Any, NoReturn
 from files.paths import printable
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended: 128 + SIGINT
+WRONG_ARGUMENTS = 2  # the exit status of a command whose arguments cannot be used
 TRACEBACK = "--traceback"
 ROOMS = (
     "files",
@@ -175,8 +178,10 @@ def run_command(parse: Callable[[], object]) -> NoReturn:
     program = program_name()
     if logging.lastResort is not None:  # shows warnings if logging is not set up
         logging.lastResort.setFormatter(VisibleFormatter())
+    parsed = False
     try:
         parse()
+        parsed = True
         status = imported_main()()
     except KeyboardInterrupt:
         if TRACEBACK in sys.argv:
@@ -189,14 +194,66 @@ def run_command(parse: Callable[[], object]) -> NoReturn:
             raise
         if first_to_say(message):
             print(f"{program}: error: {printable(message)} ({TRACEBACK} shows where)", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.exit(WRONG_ARGUMENTS if not parsed and isinstance(error, ValueError) else 1)
     sys.exit(status if type(status) is int else 0)
 
 
+def run_module(program: str, module: str, args: Sequence[str]) -> None:
+    """Run a module as `python -m` would, under another name: "medvolume doctor" for `evaluation.doctor`.
+
+    The working directory is not searched for modules, so a `volumes.py` of the user's does no harm.
+    """
+    sys.argv = [program, *args]
+    _console[:] = [program, module]
+    runpy.run_module(module, run_name="__main__")
+
+
+_console: list[str] = []  # what `run_module` runs: its name, and its module
+
+
+def console_program() -> str | None:
+    """Return the name that `run_module` gave to the program, such as "medvolume doctor", or None for a script."""
+    return _console[0] if _console else None
+
+
 def program_name() -> str:
-    """Return the program as it is typed: `train_vae.py`, or `python -m evaluation.doctor`."""
+    """Return the program as it is typed: `train_vae.py`, `python -m evaluation.doctor` or `medvolume doctor`."""
+    if _console:
+        return _console[0]
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return Path(sys.argv[0]).name if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+def typed_command(script: str | None, args: Sequence[str]) -> str:
+    """Return a command line for the shell: `medvolume train-vae ...` if the console command runs, else `python ...`.
+
+    Args:
+        script: path of the script; None for the one that runs.
+        args: its arguments, which are quoted where the shell needs it.
+    """
+    program = _console[0] if _console else f"python {shlex.quote(script or sys.argv[0])}"
+    return " ".join([program, shlex.join(args)]).strip()
+
+
+def next_step(script: str, *words: str | Path) -> None:
+    """Print the command that usually comes next to standard error, on rank 0 only.
+
+    Args:
+        script: a script at the root of the clone, such as "train_ldm.py"; the console command is shown as such.
+        words: its arguments, which are quoted where the shell needs it. A `Path` inside the working directory is shown
+            relative to it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    path = _from_here(Path(__file__).resolve().parents[1] / script)
+    program = ["medvolume", Path(script).stem.replace("_", "-")] if _console else ["python", path]
+    shown = [_from_here(word) if isinstance(word, Path) else word for word in words]
+    print(f"next: {printable(shlex.join([*program, *shown]))}", file=sys.stderr, flush=True)
+
+
+def _from_here(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def imported_main() -> Callable[[], object]:
@@ -204,6 +261,8 @@ def imported_main() -> Callable[[], object]:
 
     Its classes are then the same objects that other modules import.
     """
+    if _console:
+        return _main_of(importlib.import_module(_console[1]))
     running: ModuleType = sys.modules["__main__"]
     if (spec := getattr(running, "__spec__", None)) is not None:
         return importlib.import_module(spec.name).main
@@ -214,6 +273,11 @@ def imported_main() -> Callable[[], object]:
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module.main
+
+
+def _main_of(module: ModuleType) -> Callable[[], object]:
+    """Return the `main` of a module, or of a package's `__main__`."""
+    return (importlib.import_module(f"{module.__name__}.__main__") if hasattr(module, "__path__") else module).main
 
 
 def users_message(error: BaseException) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 REFRESH = 2.0  # seconds after which a bar on a terminal is redrawn, so that its clock runs
-QUIET = 60.0  # seconds without news after which a line is written where there is no terminal
+QUIET = 60.0  # seconds without news before a line is written if there is no terminal
 
 
 class LiveBar(tqdm):

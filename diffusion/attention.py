@@ -16,7 +16,7 @@ CPU_BACKENDS = ("native", "_native_flash", "_native_math", "flex")  # of diffuse
 
 
 def check_attention_backend(model: nn.Module, device: torch.device) -> None:
-    """Raises: ValueError if the attention backend of `model`, or that of the process, has no kernel for `device`."""
+    """Raise ValueError if the attention backend of `model`, or that of the process, has no kernel for `device`."""
     if device.type != "cpu":
         return
     for module in model.modules():
@@ -31,7 +31,7 @@ class SelfAttentionProcessor:
     _parallel_config = None
 
     def check(self, device: torch.device) -> None:
-        """Raises: ValueError if the backend, the module's own or that of the process, has no kernel for `device`."""
+        """Raise ValueError if the attention backend, the module's own or the process's, has no kernel for `device`."""
         name = AttentionBackendName(self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]).value
         if device.type == "cpu" and name not in CPU_BACKENDS:
             raise ValueError(
@@ -51,8 +51,9 @@ class SelfAttentionProcessor:
 
 
 class SelfAttention(nn.Module, AttentionModuleMixin):
-    """x + attention(norm(x)) over the h * w * d cells of (B, C, h, w, d); queries and keys are RMS-normalized (Henry
-    et al. 2020)."""
+    """x + attention(norm(x)) over the h * w * d positions of (B, C, h, w, d); queries and keys are RMS-normalized
+    (Henry et al. 2020).
+    """
 
     _default_processor_cls = SelfAttentionProcessor
     _available_processors = [SelfAttentionProcessor]

@@ -8,7 +8,7 @@ from volumes.description import NumberStats
 
 
 class DataFacts(Protocol):
-    """What decides a U-Net's config of a training set, see `volumes.description.DataDescription`."""
+    """The facts of a training set that decide a U-Net's config, see `volumes.description.DataDescription`."""
 
     @property
     def channels(self) -> Sequence[str]: ...
@@ -31,7 +31,7 @@ def complete_model(
 
     Args:
         data: the description of the training volumes (`volumes.describe`), or its facts alone.
-        images: channels of the latents of each image that the model may be given.
+        images: for each image condition of the model, the channels of its latents.
     Raises: ValueError if the section says something else, and if the autoencoder learned other channels than the data
     has.
     """

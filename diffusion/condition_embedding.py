@@ -1,5 +1,6 @@
-"""Classes and numbers as a vector beside the time embedding. Axes: classes (B, n) and numbers (B, m), a column each in
-alphabetical order of their names (saved configs are sorted)."""
+"""Classes and numbers as a vector beside the time embedding. Axes: classes (B, n) and numbers (B, m), one column for
+each, in alphabetical order of their names (saved configs are sorted).
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,9 @@ TAKEN = ("mask", "image")  # names of conditions on the latents' grid
 
 
 def fourier_features(numbers: Tensor, mean: float, std: float) -> Tensor:
-    """Numbers (B,) to (B, 2 * len(PERIODS) + 1): sines and cosines (Tancik et al. 2020) of (number - mean) / std, and a
-    1 where the number is NaN and all the others are 0."""
+    """Map numbers (B,) to (B, 2 * len(PERIODS) + 1): sines and cosines (Tancik et al. 2020) of (number - mean) / std,
+    then a flag. Where the number is NaN, the flag is 1 and everything else 0.
+    """
     absent = numbers.isnan()
     standardized = (numbers.float().nan_to_num(mean) - mean) / std
     angles = torch.stack([standardized * (2 * math.pi / period) for period in PERIODS], dim=1)
@@ -24,7 +26,7 @@ def fourier_features(numbers: Tensor, mean: float, std: float) -> Tensor:
 
 
 class ConditionEmbedding(nn.Module):
-    """classes (B, n) and numbers (B, m) -> (B, width): the sum of a vector for each.
+    """Maps classes (B, n) and numbers (B, m) to (B, width): the sum of one vector for each.
 
     Vectors of classes start at random, as in ADM (Dhariwal & Nichol 2021): from zero they grow so slowly that short
     runs ignore them. Where they are added to a trained model, `training.initialize_from` zeroes them, so that it begins
@@ -32,8 +34,8 @@ class ConditionEmbedding(nn.Module):
 
     Args:
         classes: the values of each class; index i has row i + 1 of its table, and -1 (absent) has row 0.
-        numbers: {"mean", "std"} of each number, which standardize it; NaN (absent) has a vector of its own.
-        width: of the result.
+        numbers: {"mean", "std"} of each number, which standardize it; NaN (absent) has its own vector.
+        width: number of channels of the result.
     Raises: ValueError for a name used twice, a class without values and a number that no std standardizes.
     """
 
@@ -58,9 +60,10 @@ class ConditionEmbedding(nn.Module):
             nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, classes: Tensor | None, numbers: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """None where the model has no classes, or no numbers. The result is of `dtype`.
+        """Embed classes and numbers as one tensor of `dtype`. None if the model has neither.
 
-        Raises: ValueError for what the model does not know, lacks, or has another number of columns of.
+        Raises: ValueError for a condition that the model does not know or that is missing, and for a wrong number of
+        columns.
         """
         vectors = []
         for table, column in zip(self.classes, _columns("classes", classes, len(self.classes)), strict=True):
@@ -72,12 +75,12 @@ class ConditionEmbedding(nn.Module):
 
 
 def moved_embeddings(trained: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, str | None]:
-    """Where the layers of a trained U-Net's `condition_embedding` belong in another one's: they are counted in
-    alphabetical order of names, so that a name that is added moves others. None for a class whose values are others.
+    """Map the layers of a trained U-Net's `condition_embedding` to those of another U-Net. Layers are numbered in
+    alphabetical order of names, so a new name moves others. None for a class whose values changed.
 
     Args:
         trained, own: the configs of both, with "classes" and "numbers".
-    Raises: ValueError for conditions of the trained one that the other lacks.
+    Raises: ValueError for conditions of the trained U-Net that the other one lacks.
     """
     moved: dict[str, str | None] = {}
     for kind in ("classes", "numbers"):
@@ -93,7 +96,7 @@ def moved_embeddings(trained: Mapping[str, Any], own: Mapping[str, Any]) -> dict
 
 
 def _columns(name: str, given: Tensor | None, count: int) -> Sequence[Tensor]:
-    """The columns of `given`. Raises: ValueError if they are not `count`."""
+    """Return the columns of `given`. Raises: ValueError unless there are `count`."""
     if given is None and not count:
         return ()
     if given is None or given.ndim != 2 or given.shape[1] != count:
@@ -101,6 +104,6 @@ def _columns(name: str, given: Tensor | None, count: int) -> Sequence[Tensor]:
         raise ValueError(
             f"this model is conditioned on {count} {name}: pass {name} (B, {count}), -1 or NaN where absent; got {got}"
             if count
-            else f"this model knows no {name}: pass none"
+            else f"this model was trained without {name}; omit `{name}`"
         )
     return given.unbind(1)

@@ -23,7 +23,7 @@ class ConditionSchema:
         mask: whether a mask conditions it.
         classes, numbers: names, one per column of the tensors, in alphabetical order.
         images: name and number of latent channels of each condition channel, in alphabetical order.
-        images_are_all: whether the images are all channels that the model generates, so that they cannot all be given.
+        images_are_all: whether the images are all channels of the model, so at least one must be absent.
         dropout: how often training drops each condition.
     """
 
@@ -36,10 +36,11 @@ class ConditionSchema:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """The schema of a U-Net with this config.
+        """Read the schema from a U-Net's config.
 
         Raises: ValueError for a name used twice, for dropout of unknown conditions or rates outside [0, 1), for images
-        whose channels do not fit into the latents, and for a model that would always be given all that it generates.
+        whose channels do not fit into the latents, and for a model whose condition channels would always be all of its
+        channels.
         """
         classes, numbers, images = (config[key] or {} for key in ("classes", "numbers", "images"))
         schema = cls(
@@ -65,7 +66,7 @@ class ConditionSchema:
         images = dict(self.images)
         if twice := sorted(set(images) & {*self.classes, *self.numbers, "mask"}):
             raise ValueError(
-                f"{twice} name two conditions; call the image's channel, the class or the number otherwise"
+                f"{twice} name two conditions; call the image's channel, the class or the number something else"
             )
         if min(images.values(), default=1) < 1 or sum(images.values()) > latent_channels:
             raise ValueError(f"images {images} are latent channels of each image, {latent_channels} or fewer together")
@@ -89,7 +90,7 @@ class ConditionSchema:
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """The conditions of one batch, as keyword arguments of the U-Net; None for those that it is not given.
+    """The conditions of one batch, as keyword arguments of the U-Net; None for those that are not used.
 
     Attributes:
         classes: int64 (B, n), the index of each class's value; -1 where absent.
@@ -104,7 +105,9 @@ class Conditions:
     image: Tensor | None = None
 
     def as_kwargs(self) -> dict[str, Tensor]:
-        """Keyword arguments of the U-Net. Their order decides in which order `drop_conditions` takes random numbers."""
+        """Return the keyword arguments of the U-Net. Their order is the order in which `drop_conditions` draws random
+        numbers.
+        """
         tensors = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: tensor for name, tensor in tensors if tensor is not None}
 
@@ -113,19 +116,19 @@ class Conditions:
         return Conditions(**{name: function(tensor) for name, tensor in self.as_kwargs().items()})
 
     def to(self, *args: Any, **kwargs: Any) -> "Conditions":
-        """As `Tensor.to`; Accelerate moves batches by it."""
+        """Move all tensors, as `Tensor.to` does; Accelerate moves batches by it."""
         return self.map(lambda tensor: tensor.to(*args, **kwargs))
 
     def pin_memory(self) -> "Conditions":
-        """As `Tensor.pin_memory`; the data loader pins batches by it."""
+        """Pin all tensors, as `Tensor.pin_memory` does; the data loader pins batches by it."""
         return self.map(Tensor.pin_memory)
 
     def names(self, schema: ConditionSchema) -> list[str]:
-        """The names of the conditions that are given."""
+        """Return the names of the conditions that are present."""
         return list(dict.fromkeys(name for key in self.as_kwargs() for name in schema.columns.get(key, (key,))))
 
     def drop(self, names: Collection[str], schema: ConditionSchema) -> "Conditions":
-        """The same, with the conditions of `names` absent."""
+        """Return a copy without the conditions of `names`."""
         kept: dict[str, Tensor] = {}
         for key, tensor in self.as_kwargs().items():
             columns = schema.columns.get(key)
@@ -138,7 +141,9 @@ class Conditions:
         return Conditions(**kept)
 
     def where(self, rows: Tensor, others: "Conditions") -> "Conditions":
-        """These samples where `rows` (B,) is True, those of `others`, which has the same conditions, elsewhere."""
+        """Take these samples where `rows` (B,) is True, and those of `others`, which has the same conditions,
+        elsewhere.
+        """
         mine = self.as_kwargs()
         chosen = {
             key: torch.where(rows.to(tensor.device).view(-1, *[1] * (tensor.ndim - 1)), mine[key], tensor)
@@ -148,7 +153,7 @@ class Conditions:
 
     @staticmethod
     def stack(batches: Sequence["Conditions"]) -> "Conditions":
-        """One batch of several, which have the same conditions."""
+        """Join several, which have the same conditions, into one batch."""
         kwargs = [batch.as_kwargs() for batch in batches]
         return Conditions(**{key: torch.cat([tensors[key] for tensors in kwargs]) for key in kwargs[0]})
 
@@ -165,7 +170,8 @@ def drop_conditions(
     """Drop each condition of each sample with its own probability, independently, for training.
 
     Conditions that `rates` lacks are never dropped. With several generators, there is one per sample. If a sample would
-    be given all channels that the model generates, all its images are dropped; otherwise nothing is left to predict.
+    keep all channels of the model as conditions, all its images are dropped; otherwise nothing would be left to
+    predict.
     """
     dropped = conditions
     for name in conditions.names(schema):
@@ -183,7 +189,7 @@ def drop_conditions(
 
 
 def _all_images_given(image: Tensor, schema: ConditionSchema) -> Tensor:
-    """Boolean (B,): the samples that are given every image."""
+    """Return a boolean (B,): True for samples whose images are all present."""
     columns = schema.image_columns
     flags = [i for i, name in enumerate(columns) if i + 1 == len(columns) or columns[i + 1] != name]
     return (image[:, flags].flatten(2) != 0).any(2).all(1)

@@ -22,7 +22,7 @@ MIN_SPAN = 0.9  # of the schedule, that the steps must cover
 
 @dataclass(frozen=True)
 class StepChange:
-    """What a callback changes for the steps that follow; None leaves it as it is. `stop` ends them."""
+    """What a callback changes for the following steps; None changes nothing. `stop` ends the loop."""
 
     latents: Tensor | None = None
     guidance_scale: float | Mapping[str, float] | None = None
@@ -37,10 +37,10 @@ def set_timesteps(
 ) -> Tensor:
     """Prepare the scheduler and return its timesteps.
 
-    A FlowMatch scheduler that takes sigmas and is given none gets 1, 1 - 1/N, ..., 1/N: its own default ends at 0.001
-    and so spends a step on nothing.
+    Without `sigmas`, a FlowMatch scheduler that takes them gets 1, 1 - 1/N, ..., 1/N: its own default ends at 0.001 and
+    so wastes a step.
     Raises: ValueError if the scheduler takes no sigmas, they do not fall, options would move them, the number of steps
-    is not positive, or so many of them do not span the schedule (`_check_span`, `check_levels`).
+    is not positive, or these steps do not span the schedule (`_check_span`, `check_levels`).
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
@@ -70,9 +70,9 @@ def set_timesteps(
 
 
 def _check_span(scheduler: Scheduler, num_inference_steps: int) -> None:
-    """Diffusers' steps of v and eps, and those of its solvers on flows, are whole numbers of training steps, rounded
-    down: 200 steps of a schedule of 300 are one long, begin at 199, and take what is pure noise for half an image
-    (DDIM: or step where they do not say).
+    """Check that the steps cover the schedule. Steps of v and eps, and those of diffusers' solvers on flows, are whole
+    numbers of training steps, rounded down. So 200 steps of a schedule of 300 are one training step long and begin at
+    199, where the sampler takes pure noise for half an image (DDIM: or step where they do not say).
 
     Raises: ValueError for more steps than were trained, and where rounding skips more than a tenth of the schedule,
     naming numbers of steps that fit.
@@ -103,23 +103,26 @@ def _check_span(scheduler: Scheduler, num_inference_steps: int) -> None:
 
 
 def steps_of(strength: float, num_inference_steps: int) -> int:
-    """How many of the last steps an image of this strength goes through: strength * num_inference_steps, rounded down.
+    """Return how many of the last steps an image of this strength goes through: strength * num_inference_steps, rounded
+    down.
 
-    Raises: ValueError for a strength outside (0, 1], and for one that is less than a step.
+    Raises: ValueError for a strength outside (0, 1], and for one that gives no whole step.
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength is above 0 and at most 1 (1 leaves nothing of the image), got {strength}")
     steps = math.floor(num_inference_steps * strength + 1e-6)  # 100 * 0.29 is 28.999999999999996
     if steps < 1:
         raise ValueError(
-            f"strength {strength} of {num_inference_steps} steps is less than one step; raise either, to a product of 1"
+            f"strength {strength} of {num_inference_steps} steps is less than one step; raise either until their "
+            "product is at least 1"
         )
     return steps
 
 
 def noised(scheduler: Scheduler, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-    """Clean latents (B, C, h, w, d) at the noise level at which the scheduler's next step begins, by its own
-    formula."""
+    """Add noise to clean latents (B, C, h, w, d), to the level at which the scheduler's next step begins, by the
+    scheduler's formula.
+    """
     add = scheduler.scale_noise if hasattr(scheduler, "scale_noise") else scheduler.add_noise
     return add(
         latents, noise=noise, **{"timestep" if hasattr(scheduler, "scale_noise") else "timesteps": timestep[None]}
@@ -144,25 +147,27 @@ def denoise(
     strength: float = 1.0,
     region: Tensor | None = None,
 ) -> Tensor:
-    """From noise to latents, deterministic but for schedulers that draw noise (they draw it from `generator`).
+    """Turn noise into latents. Deterministic, except for schedulers that add noise (they draw it from `generator`).
 
-    With `image`, from that image noised to `strength` of the way (SDEdit, Meng et al. 2022). With `region` too,
-    everything outside of it is put back after each step, noised to the level reached by the same noise (Lugmayr et al.
-    2022, Eq. 8a; Avrahami et al. 2023, section 4.1).
+    With `image`, start from that image, noised to `strength` of the way (SDEdit, Meng et al. 2022). With `region` too,
+    everything outside the region is replaced after each step by the image, noised with the same noise to the current
+    level (Lugmayr et al. 2022, Eq. 8a; Avrahami et al. 2023, section 4.1).
 
     Args:
         latents: standard normal noise (B, C, h, w, d); scaled here to what the scheduler starts from.
         scheduler: one that fits the U-Net's objective (`fit_scheduler`).
-        conditions: of the batch.
-        guidance_scale: classifier-free guidance, one scale or one per condition (`guidance_terms`); up to 1 is none.
+        conditions: the batch's.
+        guidance_scale: classifier-free guidance, one scale or one per condition (`guidance_terms`); up to 1 means none.
         schema: the U-Net's `condition_schema`, by which conditions are guided by name.
         sigmas: noise levels to visit, descending from 1, instead of `num_inference_steps` even ones (FlowMatch
         schedulers only).
-        progress: makes a tqdm bar, or what has its `update`, of so many timesteps; called before the first.
-        callback: called after each step with (step, timestep, latents); says what changes, if anything.
+        progress: called once, before the first step, with the number of timesteps; returns a tqdm bar or anything with
+            its `update`.
+        callback: called after each step with (step, timestep, latents); returns a `StepChange` for the following steps,
+            or None.
         image: clean latents (B, C, h, w, d).
-        strength: in (0, 1], the share of the steps that is made, the last ones; at 1 it begins from noise alone.
-        region: bool (B, 1, h, w, d), True where latents are made; elsewhere they are those of `image`.
+        strength: in (0, 1], the fraction of the steps that is run, counted from the end; 1 starts from pure noise.
+        region: bool (B, 1, h, w, d), True where latents are generated; elsewhere they are those of `image`.
     Returns: latents (B, C, h, w, d).
     Raises: ValueError as `set_timesteps` and `steps_of`.
     """
@@ -174,9 +179,8 @@ def denoise(
         steps = -(-len(timesteps) // stages)
         first = (steps - steps_of(strength, steps)) * stages
         timesteps = timesteps[first:]
-    if hasattr(
-        scheduler, "set_begin_index"
-    ):  # by itself it looks for the timestep, and starts at the second that equals it
+    if hasattr(scheduler, "set_begin_index"):
+        # otherwise it searches the timestep, and starts at the second one that equals it
         scheduler.set_begin_index(first)
     if image is not None:
         known = noised(scheduler, image, noise, timesteps[0])

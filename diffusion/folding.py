@@ -1,10 +1,10 @@
-"""A label map folded to the latent grid, losslessly, and its embedding. Axes: labels (B, X, Y, Z), ids (B, h, w, d,
-r) with r = sx * sy * sz.
+"""A label map folded to the latent grid, losslessly, and its embedding. Axes: labels (B, X, Y, Z), ids (B, h, w, d, r)
+with r = sx * sy * sz.
 
-Space-to-depth of the one-hot mask followed by a 1x1x1 convolution is a linear map of a vector with one 1 per voxel.
-The same map is the sum of one embedding per voxel, indexed by (label, place in the cell): an `EmbeddingBag` on
-integers, and the one-hot is never built. Med-DDPM's channel concatenation (Dorjsembe et al. 2024), lifted into latent
-space.
+Space-to-depth of the one-hot mask followed by a 1x1x1 convolution is a linear map of a vector with one 1 per voxel. The
+same map is the sum of one embedding per voxel, indexed by (label, position in the latent voxel): an `EmbeddingBag` on
+integers. So the one-hot mask is never built. Med-DDPM's channel concatenation (Dorjsembe et al. 2024), lifted into
+latent space.
 """
 
 import torch
@@ -17,11 +17,11 @@ DENSE_ELEMENTS = 1 << 24  # up to 64 MiB of ones and zeros are built to embed a 
 
 
 def fold_mask(labels: Tensor, stride: Stride, num_labels: int) -> Tensor:
-    """Label indices (B, X, Y, Z), `PADDING` outside the field of view -> ids (B, X/sx, Y/sy, Z/sz, r), int32.
+    """Map label indices (B, X, Y, Z), `PADDING` outside the field of view, to ids (B, X/sx, Y/sy, Z/sz, r), int32.
 
     id 0 is padding (its embedding is zero, like an all-zero one-hot); `label * r + place + 1` is a label at one place
-    of its cell.
-    Raises: ValueError for labels outside 0..num_labels-1 and for sides that are no multiples of the stride.
+    in its latent voxel.
+    Raises: ValueError for labels outside 0..num_labels-1 and for sides that are not multiples of the stride.
     """
     if any(n % s for n, s in zip(labels.shape[1:], stride, strict=True)):
         raise ValueError(
@@ -42,7 +42,7 @@ def fold_mask(labels: Tensor, stride: Stride, num_labels: int) -> Tensor:
 
 
 def unfold_mask(ids: Tensor, stride: Stride) -> Tensor:
-    """The inverse of `fold_mask`: ids (B, h, w, d, r) -> label indices (B, X, Y, Z), int32."""
+    """Invert `fold_mask`: map ids (B, h, w, d, r) to label indices (B, X, Y, Z), int32."""
     b, nx, ny, nz, places = ids.shape
     labels = torch.where(ids == 0, PADDING, (ids - 1) // places)
     labels = labels.reshape(b, nx, ny, nz, *stride).permute(0, 1, 4, 2, 5, 3, 6)
@@ -50,12 +50,14 @@ def unfold_mask(ids: Tensor, stride: Stride) -> Tensor:
 
 
 def cells_inside(ids: Tensor) -> Tensor:
-    """ids (B, h, w, d, r) -> boolean (B, 1, h, w, d): the cells with at least one voxel inside the field of view."""
+    """Map ids (B, h, w, d, r) to boolean (B, 1, h, w, d): True for latent voxels with at least one voxel inside the
+    field of view.
+    """
     return (ids != 0).any(-1).unsqueeze(1)
 
 
 class _Bag(nn.EmbeddingBag):
-    """nn.EmbeddingBag in sum mode; ids (N, r), of which 0 is padding and any other occurs at most once a row."""
+    """nn.EmbeddingBag in sum mode. In ids (N, r), 0 is padding and any other id occurs at most once per row."""
 
     def forward(self, ids: Tensor) -> Tensor:
         if len(ids) * len(self.weight) > DENSE_ELEMENTS:
@@ -67,7 +69,9 @@ class _Bag(nn.EmbeddingBag):
 
 
 class FoldedMaskEmbedding(nn.Module):
-    """ids (B, h, w, d, r) -> (B, width, h, w, d): the sum over a cell of one learned vector per (label, place)."""
+    """Maps ids (B, h, w, d, r) to (B, width, h, w, d): the sum over a latent voxel of one learned vector per (label,
+    position).
+    """
 
     def __init__(self, num_labels: int, places: int, width: int):
         super().__init__()

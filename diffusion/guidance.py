@@ -17,12 +17,12 @@ Predict = Callable[[Tensor, Tensor, Conditions], Tensor]
 
 
 def guidance_in_effect(scale: Guidance, name: str = "guidance_scale") -> float | dict[str, float]:
-    """What a scale of classifier-free guidance does: as in diffusers, None and all from 0 to 1 are no guidance, that is
-    1.0: the prediction under the conditions, alone (a model's card may ask for 0.0). So a value below 1 neither weakens
-    a condition nor takes it away; to do without a condition, leave it out. Of a mapping, the conditions that are
-    guided.
+    """Return the guidance scale that takes effect. As in diffusers, None and all scales from 0 to 1 mean no guidance,
+    which is 1.0: the prediction under the conditions alone (a model's card may ask for 0.0). So a value below 1 neither
+    weakens a condition nor removes it; to do without a condition, omit it. For a mapping, return the conditions that
+    are guided.
 
-    Raises: ValueError with `name` for a value that is not a finite number of at least 0.
+    Raises: ValueError naming `name` for a value that is not a finite number of at least 0.
     """
     if isinstance(scale, Mapping):
         scales = {one: _effective(value, f"{name} of {one}") for one, value in scale.items()}
@@ -45,8 +45,9 @@ def _effective(scale: Any, name: str) -> float:
 
 
 def check_guidance(scale: Guidance, rates: Mapping[str, float], given: Collection[str]) -> None:
-    """Raises: ValueError as `guidance_in_effect`, if `scale` names a condition that is not given, or guides a condition
-    that training never dropped: there is no prediction without it to guide from."""
+    """Raise ValueError as `guidance_in_effect` does, if `scale` names a condition that is not present, or if it guides
+    a condition that training never dropped: there is no prediction without it to guide from.
+    """
     effect = guidance_in_effect(scale)
     if isinstance(scale, Mapping):
         _check_names(scale, given)
@@ -65,12 +66,13 @@ def _check_names(scale: Mapping[str, Any], given: Collection[str]) -> None:
 
 
 def guidance_terms(conditions: Conditions, schema: ConditionSchema, scale: Guidance) -> list[tuple[float, Conditions]]:
-    """Predictions to add up, as (weight, conditions): the weights sum to 1. See `guidance_in_effect` for scales up to
-    1.
+    """Return the predictions to add up, as (weight, conditions); the weights sum to 1. See `guidance_in_effect` for
+    scales up to 1.
 
     One scale s (Ho & Salimans 2022, Eq. 6, with s = 1 + w): s e(all) + (1 - s) e(none).
-    A scale per condition: e(all) + sum_i (s_i - 1) (e(all) - e(all but i)), so 1 leaves a condition as it is, and a
-    condition that is not named has 1 (after Liu et al. 2022, who combine conditions as a sum of such differences).
+    A scale per condition: e(all) + sum_i (s_i - 1) (e(all) - e(all but i)). So a scale of 1 leaves a condition as it
+    is, and a condition that is not named has scale 1 (after Liu et al. 2022, who combine conditions as a sum of such
+    differences).
 
     Raises: ValueError for an invalid scale, and for a name that is not a condition of this call.
     """
@@ -86,7 +88,9 @@ def guidance_terms(conditions: Conditions, schema: ConditionSchema, scale: Guida
 
 
 def guided(predict: Predict, terms: Sequence[tuple[float, Conditions]]) -> Callable[[Tensor, Tensor], Tensor]:
-    """(noisy latents, timestep) -> the weighted sum of the predictions of all terms, from one call of `predict`."""
+    """Return a function that maps (noisy latents, timestep) to the weighted sum of the predictions of all terms, from
+    one call of `predict`.
+    """
     weights = [weight for weight, _ in terms]
     if len(terms) == 1:
         return lambda latents, timestep: predict(latents, timestep, terms[0][1])

@@ -11,26 +11,25 @@ from torch import Tensor
 
 
 def image_columns(images: Mapping[str, int]) -> list[str]:
-    """The image that each channel of `fold_images` belongs to."""
+    """Return the image that each channel of `fold_images` belongs to."""
     return [name for name in sorted(images) for _ in range(images[name] + 1)]
 
 
 def fold_images(
     given: Mapping[str, Tensor], images: Mapping[str, int], cells: Sequence[int], inside: Tensor | None = None
 ) -> Tensor:
-    """Clean, standardized latents of the images that are given -> the U-Net's condition "image".
+    """Map clean, standardized latents of the images that are present to the U-Net's condition "image".
 
     Args:
-        given: (B, C, h, w, d) for each image that is given.
+        given: (B, C, h, w, d) for each image that is present.
         images: the U-Net's `config.images`, the number of latent channels C of each image that it knows.
-        cells: (h, w, d).
-        inside: (B, 1, h, w, d), 0 in cells of padding alone, where the latents are 0 as well; None means that there are
-            none.
-    Returns: (B, the sum of C + 1, h, w, d); of a batch of one if nothing is given.
-    Raises: ValueError for an image that the model does not know, and for latents of other channels or cells.
+        cells: sides (h, w, d) of the latent grid.
+        inside: (B, 1, h, w, d), 0 where there is only padding (and the latents are 0); None: no padding.
+    Returns: (B, the sum of C + 1, h, w, d); a batch of one if no image is present.
+    Raises: ValueError for an image that the model does not know, and for latents with other channels or sides.
     """
     if unknown := sorted(set(given) - set(images)):
-        raise ValueError(f"images {unknown} are given; this model can be given {sorted(images) or 'none'}")
+        raise ValueError(f"images {unknown} are not known; the images of this model are {sorted(images) or 'none'}")
     like = next(iter(given.values()), torch.zeros(1))
     folded = like.new_zeros(len(like), len(image_columns(images)), *cells)
     start = 0
@@ -47,7 +46,7 @@ def fold_images(
 
 
 def image_condition(latents: Tensor, images: Mapping[str, slice], inside: Tensor | None = None) -> Tensor:
-    """Clean latents of all channels (B, C, h, w, d) -> the condition "image", all of `images` given.
+    """Map clean latents of all channels (B, C, h, w, d) to the condition "image", with all of `images` present.
 
     Args:
         images: channels of the latents of each image; inside: as of `fold_images`.

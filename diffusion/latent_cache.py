@@ -1,10 +1,10 @@
-"""Latents of a whole data set on disk: mean and standard deviation of each volume's posterior, so that training draws
-z again each time.
+"""Latents of a whole data set on disk: mean and standard deviation of each volume's posterior, so that training draws z
+again each time.
 
-One safetensors file an entry, in a folder named by a hash of the autoencoder, the data and the augmentation: a stale
-cache is never read, another one is built beside it. Latents (C, h, w, d); masks (X, Y, Z) int16 label indices, padded
-to the stride with `PADDING`. Each entry holds a digest of its name and tensors (`latent_entry`): a damaged one is made
-again.
+Each entry is a safetensors file, in a folder named by a hash of the autoencoder, the data and the augmentation. So a
+stale cache is never read; another one is built beside it. Latents (C, h, w, d); masks (X, Y, Z) int16 label indices,
+padded to the stride with `PADDING`. Each entry holds a digest of its name and tensors (`latent_entry`): a damaged one
+is made again.
 """
 
 import hashlib
@@ -44,14 +44,13 @@ from .latent_store import LatentStore
 
 logger = logging.getLogger(__name__)
 NOT_CACHED = ("classes", "numbers", "condition_channels")  # entries of the data section that latents do not depend on
-LATER = ("units", "axes")  # settings that came after caches were made: a cache without them keeps its key
 SMOOTHNESS = 6.0  # voxels: standard deviation of the Gaussian that smooths random displacements
 AS_THEY_ARE = LatentCacheConfig()  # one version of each volume
 FORMAT = 2  # part of the key: raise it when entries are made differently
 
 
 def weights_hash(model: torch.nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of a model's state."""
+    """Compute the SHA-256 over the names, dtypes, shapes and bytes of a model's state."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -60,7 +59,7 @@ def weights_hash(model: torch.nn.Module) -> str:
 
 
 def _file_stamp(path: Path | None) -> list[object]:
-    """Name of a volume, size and time of each of its files: slices, voxels beside their header."""
+    """Return the name of a volume, and size and time of each of its files (slices, voxels beside their header)."""
     if path is None or not path.exists():
         return [str(path)]
     stats = [part.stat() for part in volume_parts(path)]
@@ -73,7 +72,6 @@ def cache_key(dataset: VolumeDataset, vae: VolumeAutoencoder, config: LatentCach
     augmentation = {name: value for name, value in asdict(config).items() if name != "folder"} | {"seed": seed}
     cases = [[c.name, *(_file_stamp(p) for p in c.images.values()), _file_stamp(c.mask)] for c in dataset.cases]
     data = {k: v for k, v in asdict(dataset.config).items() if k not in NOT_CACHED}
-    data = {k: v for k, v in data.items() if k not in LATER or v is not None}
     parts = [FORMAT, weights_hash(vae.encoder), deciding(vae.config), data, cases, augmentation]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -87,10 +85,10 @@ def deformed(
     order: int = 3,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Rotate, scale and bend a volume about its center, at random: image (C, X, Y, Z) by splines of `order`, mask (X,
-    Y, Z) by the nearest voxel, and fov (X, Y, Z), False where the result shows what lay outside of the volume.
+    Y, Z) by the nearest voxel, and fov (X, Y, Z), False where the result shows voxels from outside the volume.
 
-    Rotations are of mm, voxels being `spacing` apart. Image and mask are -1 and `PADDING` there. The displacement is
-    white noise smoothed by a Gaussian (Simard et al. 2003).
+    Rotations are in mm space, with voxels `spacing` apart. Outside, the image is -1 and the mask `PADDING`. The
+    displacement is white noise smoothed by a Gaussian (Simard et al. 2003).
     """
     random = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
     shape = np.array(image.shape[1:])[:, None, None, None]
@@ -116,8 +114,9 @@ def deformed(
 def _version(
     item: Sample, stride: Sequence[int], config: LatentCacheConfig, seed: int, index: int, version: int, order: int
 ) -> dict[str, Tensor]:
-    """One version of a volume, padded to multiples of the stride: image (1, C, X, Y, Z), fov (1, 1, X, Y, Z), mask
-    (X, Y, Z) if there is one. `order` is that of the splines by which images are deformed."""
+    """Return one version of a volume, padded to multiples of the stride: image (1, C, X, Y, Z), fov (1, 1, X, Y, Z),
+    and mask (X, Y, Z) if there is one. `order` is the order of the splines that deform images.
+    """
     image, mask = item["image"], item.get("mask")
     shape = tuple(image.shape[1:])
     fov = torch.ones(shape, dtype=torch.bool)
@@ -215,13 +214,14 @@ def _described(dataset: VolumeDataset, index: int, version: int) -> str:
 
 
 def entry_name(file: Path) -> str:
-    """What an entry's digest is bound to: the cache's key and the entry."""
+    """Return the name that an entry's digest covers: the cache's key and the entry."""
     return f"{file.parent.name}/{file.name}"
 
 
 def _is_there(file: Path, reader: EntryReader, store: LatentStore | None) -> bool:
-    """Whether an entry need not be made: a whole file, or an object of the store, whose copy here is checked when it is
-    read."""
+    """Return whether an entry exists already: a complete file, or an object in the store, whose local copy is checked
+    when it is read.
+    """
     if store:
         return file.name in store.known
     if not file.exists():
@@ -235,15 +235,15 @@ def _is_there(file: Path, reader: EntryReader, store: LatentStore | None) -> boo
 
 
 class LatentDataset(Dataset):
-    """Entries of a latent cache: [i] -> {"mean", "std" (C, h, w, d), "inside" (1, h, w, d) boolean, "mask" (X, Y, Z)
+    """Entries of a latent cache. Item i is {"mean", "std" (C, h, w, d), "inside" (1, h, w, d) boolean, "mask" (X, Y, Z)
     int16 if any, "name", and the "classes" and "numbers" of its case if any}.
 
     The tensors are views of the file in memory (safetensors maps it): only what is read is loaded, the system may drop
-    it again, and a cache may be larger than memory. Files that are not there yet are copied from `store`; so are those
-    whose copy is damaged. Each process checks an entry's digest once (`EntryReader`).
+    it again, and a cache may be larger than memory. Missing files, and those whose copy is damaged, are copied from
+    `store`. Each process checks an entry's digest once (`EntryReader`).
 
     Args:
-        names: of the volume of each entry, for messages.
+        names: name of the volume of each entry, for messages.
     """
 
     def __init__(
@@ -264,7 +264,7 @@ class LatentDataset(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
-        """Raises: ValueError for a damaged entry, naming it and its volume."""
+        """Read an entry. Raises: ValueError for a damaged entry, naming it and its volume."""
         file = self.files[index]
         if self.store and not file.exists():
             self.store.fetch(file)
@@ -288,7 +288,7 @@ class LatentDataset(Dataset):
             self.store.fetch(file)
         try:
             return self.reader.read(file, entry_name(file))
-        except DamagedEntry as error:  # it was written so, or put in the place of another
+        except DamagedEntry as error:  # it was written damaged, or swapped with another
             file.unlink(missing_ok=True)
             raise self.store.damaged(file.name, str(error)) from error
 
@@ -305,14 +305,14 @@ class LatentBatch(TypedDict):
 def collate_latents(
     items: Sequence[dict], stride: Sequence[int], num_labels: int, images: Mapping[str, slice] | None = None
 ) -> LatentBatch:
-    """A batch of entries of any shapes, each cropped or padded to the shape of the first, at a random place.
+    """Batch entries of any shapes, each cropped or padded at a random position to the shape of the first.
 
-    Volumes have their own shapes; a batch needs one. It is another one each time, so the model sees whole volumes,
-    parts and borders. The place is drawn from a hash of the batch's names, so a resumed run sees the same batches.
-    Padding has zero latents, no labels and no weight.
+    Volumes have their own shapes; a batch needs one. The shape changes from batch to batch, so the model sees whole
+    volumes, parts and borders. The position comes from a hash of the batch's names, so a resumed run sees the same
+    batches. Padding has zero latents, no labels and no weight.
 
     Args:
-        images: channels of the latents of each image that the model may be given.
+        images: for each image condition, the channels of its latents.
     Returns: "mean", "std" (B, C, h, w, d), "weight" (B, 1, h, w, d), and "conditions", a `Conditions` with folded masks
     unless `num_labels` is 0, classes and numbers if entries have them, and all of `images`, if there are any.
     Raises: ValueError if labels are wanted and an entry has no mask.

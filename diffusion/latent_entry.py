@@ -1,7 +1,7 @@
 """One entry of a latent cache on disk: tensors in safetensors, with a digest of its name and of them in the header.
 
-The digest detects an entry that is truncated, zeroed or flipped, and one with the content of another. It is
-compared the first time that a process opens the file, and again only when the file has been touched since.
+The digest detects an entry that is truncated, zeroed or has flipped bits, and one with the content of another. It is
+compared when a process first opens the file, and again only if the file has changed since.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ class DamagedEntry(ValueError):
 
 
 def entry_digest(name: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over an entry's name, and the names, dtypes, shapes and bytes of its tensors."""
+    """Compute the SHA-256 over an entry's name, and the names, dtypes, shapes and bytes of its tensors."""
     digest = hashlib.sha256(name.encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -40,11 +40,11 @@ def write_entry(tensors: dict[str, Tensor], path: Path, *, name: str) -> None:
 
 
 def check_latents(posterior: LatentDistribution, volume: str) -> None:
-    """Raises: ValueError naming the volume whose latents are not finite."""
+    """Raise ValueError naming the volume if its latents are not finite."""
     if not bool(posterior.mean.isfinite().all() and posterior.std.isfinite().all()):
         raise ValueError(
             f"{volume}: its latents are not finite. The autoencoder is not trained well, or overflows in its "
-            "precision; look at its reconstruction (python evaluate.py reconstruction), or leave the volume out"
+            "precision; look at its reconstruction (python evaluate.py reconstruction), or exclude the volume"
         )
 
 
@@ -56,7 +56,9 @@ class EntryReader:
         self.checked: dict[Path, tuple[int, ...]] = {}
 
     def read(self, path: Path, name: str) -> dict[str, Tensor]:
-        """The tensors of an entry that was written under `name`. Raises: DamagedEntry if the file is anything else."""
+        """Read the tensors of an entry that was written under `name`. Raises: DamagedEntry if the file is anything
+        else.
+        """
         try:
             stamp = _stamp(path)
             with safe_open(path, framework="pt") as file:
@@ -78,7 +80,7 @@ class EntryReader:
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Changes with the file. Raises: OSError unless it is a regular file: a pipe would block."""
+    """Return a value that changes with the file. Raises: OSError unless it is a regular file: a pipe would block."""
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
         raise OSError("it is not a regular file")

@@ -1,8 +1,9 @@
 """A latent cache at an fsspec URL, which machines share: objects that are written once and never changed.
 
-An entry's object is called by its entry, length and content, `00012_00-58824-2c26b46b68ffc68f.safetensors`. So one that
-is cut short does not count as there, one that is damaged is told from its name, and processes that make the same entry
-at the same time write the same object, or two of which either will do. There is nothing to lock and no index to tear.
+An entry's object is named after its entry, length and content, `00012_00-58824-2c26b46b68ffc68f.safetensors`. So a
+truncated object does not count as present, and a damaged one is recognized by its name. Processes that create the same
+entry at the same time write the same object, or two that are both valid. Nothing needs a lock, and there is no index
+that could be damaged.
 """
 
 import hashlib

@@ -20,21 +20,22 @@ def training_loss(
     absolute: bool = False,
     each: bool = False,
 ) -> Tensor:
-    """Mean squared error of the prediction over the latent cells inside the field of view (Ho et al. 2020, Eq. 14), or
-    its mean absolute error (as WaveGrad's, Chen et al. 2021); each volume counts the same, as in
+    """Compute the mean squared error of the prediction over the latent voxels inside the field of view (Ho et al. 2020,
+    Eq. 14), or its mean absolute error (as WaveGrad's, Chen et al. 2021). Each volume counts the same, as in
     autoencoder/losses/reconstruction.py.
 
     Args:
         unet: the model, wrapped by Accelerate or not.
         objective: the U-Net's `config.objective`.
         latents: clean, standardized latents (B, C, h, w, d).
-        conditions: of the batch, masks folded.
-        weight: (B, 1, h, w, d), zero where a cell is padding. Padding is no data: its latents and its noise are zero,
+        conditions: the batch's, with folded masks.
+        weight: (B, 1, h, w, d), zero in the padding. Padding is not data: its latents and its noise are zero,
         as outside the grid.
-        generator: source of timesteps and noise, on the CPU or on the latents' device; or one for each of the batch.
-        train_steps: of the schedule, the U-Net's `train_steps`.
-        absolute: whether the error is the absolute one.
-        each: whether the loss of each latent channel is returned, (C,), whose mean is the loss.
+        generator: source of timesteps and noise, on the CPU or on the latents' device; or one for each sample of the
+            batch.
+        train_steps: length of the schedule, the U-Net's `train_steps`.
+        absolute: use the absolute error.
+        each: return the loss of each latent channel, (C,); their mean is the loss.
     """
     timesteps = sample_timesteps(objective, len(latents), generator, train_steps).to(latents.device)
     noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)

@@ -50,15 +50,15 @@ TRAINED_WITH = ("beta_schedule", "prediction_type", "rescale_betas_zero_snr", "t
 
 
 def check_objective(objective: str) -> None:
-    """Raises: ValueError naming the known objectives."""
+    """Raise ValueError naming the known objectives."""
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}; expected one of {', '.join(OBJECTIVES)}")
 
 
 def check_train_steps(objective: str, train_steps: int | None) -> None:
-    """Raises: ValueError for a number of steps that the objective cannot have."""
+    """Raise ValueError for a number of steps that the objective cannot have."""
     if train_steps is not None and objective == RECTIFIED_FLOW:
-        raise ValueError(f"train_steps {train_steps}: rectified flow's time is continuous; leave it out")
+        raise ValueError(f"train_steps {train_steps}: rectified flow's time is continuous; omit it")
     if train_steps is not None and train_steps < 2:
         raise ValueError(f"train_steps must be 2 or more, got {train_steps}")
 
@@ -66,7 +66,7 @@ def check_train_steps(objective: str, train_steps: int | None) -> None:
 def make_scheduler(
     objective: str, train_steps: int = TRAIN_STEPS, *, name: str | None = None, bound: float | None = None
 ) -> Scheduler:
-    """The default scheduler for sampling: Euler for rectified flow, DDIM on a cosine schedule (Nichol & Dhariwal
+    """Build the default scheduler for sampling: Euler for rectified flow, DDIM on a cosine schedule (Nichol & Dhariwal
     2021) for v and eps.
 
     v starts at pure noise (Lin et al. 2024, section 3.3). eps must not: there the cosine schedule leaves 5e-5 of the
@@ -74,11 +74,10 @@ def make_scheduler(
     t = 950, where 0.08 of the image is left. A sampler that visits all steps (DDPM) needs a `bound`.
 
     Args:
-        train_steps: of the schedule of v and eps.
-        name: another class of diffusers', such as DDPMScheduler, whose samples are drawn by Algorithm 2 of Ho et al.
-            2020.
-        bound: largest absolute value of a sample (`VolumeAutoencoder.latent_bound`); samplers that can clip x0 to it
-            do.
+        train_steps: length of the schedule of v and eps.
+        name: another scheduler class of diffusers, such as DDPMScheduler (Ho et al. 2020, Algorithm 2).
+        bound: largest absolute value of a sample (`VolumeAutoencoder.latent_bound`), to which samplers clip x0 if they
+            can.
     Raises: ValueError for a class that does not fit the objective.
     """
     check_objective(objective)
@@ -106,23 +105,24 @@ def make_scheduler(
 
 
 def fit_scheduler(scheduler: Scheduler, objective: str, train_steps: int = TRAIN_STEPS) -> Scheduler:
-    """A scheduler of its own, never the one given, that speaks the model's objective: a copy if that does, converted if
-    it can, refused if not. So a call's steps and history stay out of the pipeline, and calls may run side by side.
+    """Return a new scheduler, never the same object, that fits the model's objective: a copy if the given one fits, a
+    converted copy if it can be converted; otherwise it is refused. So a call's steps and history stay out of the
+    pipeline, and calls may run side by side.
 
-    `DPMSolverMultistepScheduler.from_config(flow_match.config)` gives an eps scheduler without a word, and samples of
-    noise; this is the guard. DPM-Solver++ and UniPC are converted to flows by `use_flow_sigmas`; schedulers of v and
-    eps take on the noise schedule and the prediction type that the model was trained with. Only the classes in
-    `FLOW_SCHEDULERS` and `DIFFUSION_SCHEDULERS` are let through: tests/diffusion/test_denoise.py shows that each
-    recovers x0 from a perfect denoiser, and others do not (DEIS and SA stop short of a flow's end, PNDM by default
-    diverges, inverse schedulers run the other way). Clipping to [-1, 1] is undone, as latents exceed it; to a wider
-    range that `make_scheduler` was told of it stays.
+    `DPMSolverMultistepScheduler.from_config(flow_match.config)` silently gives an eps scheduler, and its samples are
+    noise; this function prevents that. DPM-Solver++ and UniPC are converted to flows by `use_flow_sigmas`; schedulers
+    of v and eps take on the noise schedule and the prediction type that the model was trained with. Only the classes in
+    `FLOW_SCHEDULERS` and `DIFFUSION_SCHEDULERS` are accepted: tests/diffusion/test_denoise.py shows that each recovers
+    x0 from a perfect denoiser, and others do not (DEIS and SA stop short of a flow's end, PNDM by default diverges,
+    inverse schedulers run the other way). Clipping to [-1, 1] is switched off, as latents exceed it; clipping to a
+    wider range, which `make_scheduler` sets from `bound`, stays.
 
-    Every other option acts, is refused (`scheduler_options.check_options`), or is named in a warning. The shift of a
-    flow is one under both its names: UniPC made from the config of a shifted Euler has Euler's. `timestep_spacing` is
-    the model's where nobody set it; eps models keep theirs, see `make_scheduler`.
+    Every other option takes effect, is refused (`scheduler_options.check_options`), or is named in a warning. The shift
+    of a flow has two names and is carried over: UniPC built from the config of a shifted Euler has Euler's shift.
+    `timestep_spacing` is the model's unless it was set explicitly; eps models keep theirs, see `make_scheduler`.
 
     Raises: ValueError naming scheduler, objective and the ones that fit, or the option and its remedy.
-    Warns: of options that somebody set and that do not act.
+    Warns: of options that were set explicitly and have no effect.
     """
     check_objective(objective)
     name = type(scheduler).__name__
@@ -167,7 +167,7 @@ def fit_scheduler(scheduler: Scheduler, objective: str, train_steps: int = TRAIN
 
 
 def _wanted(scheduler: Scheduler, objective: str, train_steps: int, by_hand: set[str]) -> dict[str, object]:
-    """The options that the model decides, of those that the scheduler's class has."""
+    """Return the options that the model decides, as far as the scheduler's class has them."""
     name, config = type(scheduler).__name__, scheduler.config
     mine, other = SHIFTS if name.startswith("FlowMatch") else SHIFTS[::-1]
     if objective == RECTIFIED_FLOW:
@@ -193,7 +193,7 @@ def _broadcast(values: Tensor, like: Tensor) -> Tensor:
 def sample_timesteps(
     objective: str, batch: int, generator: torch.Generator | Sequence[torch.Generator], train_steps: int = TRAIN_STEPS
 ) -> Tensor:
-    """Random timesteps (B,) for training, drawn on the generator's device; of several generators, each draws one.
+    """Sample random timesteps (B,) for training, on the generator's device; of several generators, each gives one.
 
     Rectified flow: sigma = sigmoid(n), n ~ N(0, 1), the logit-normal of Esser et al. 2024 (Eq. 19 with m = 0, s = 1).
     Else uniform integers.
@@ -208,7 +208,7 @@ def sample_timesteps(
 def noisy_and_target(
     objective: str, latents: Tensor, noise: Tensor, timesteps: Tensor, train_steps: int = TRAIN_STEPS
 ) -> tuple[Tensor, Tensor]:
-    """Noisy latents at `timesteps` (B,) and what the model should predict from them.
+    """Return the noisy latents at `timesteps` (B,) and what the model should predict from them.
 
     Rectified flow (Liu et al. 2023, Eq. 1): x_t = (1 - sigma) x + sigma n, target n - x, sigma = t / 1000.
     eps (Ho et al. 2020, Eq. 4 and 14): x_t = sqrt(a) x + sqrt(1 - a) n, target n.

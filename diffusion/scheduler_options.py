@@ -1,8 +1,8 @@
 """Options of diffusers' schedulers: which of them act for a model, which are refused, and which nothing reads.
 
-diffusers checks few of its own options: many that do not fit a model, or each other, give NaN, noise that stays, or
-what would have come without them. Each refusal here was measured: tests/diffusion/test_scheduler_options.py tries every
-option of every class that is let through.
+diffusers checks few of its own options: many that do not fit a model, or each other, give NaN or remaining noise, or
+have no effect. Each refusal here was measured: tests/diffusion/test_scheduler_options.py tries every option of every
+accepted class.
 """
 
 import inspect
@@ -23,11 +23,13 @@ from cli.settings import (
     faults_of,
 )
 
-Scheduler: TypeAlias = Any  # any of diffusers' schedulers; their common base class declares none of what they share
+Scheduler: TypeAlias = (
+    Any  # any of diffusers' schedulers; their common base class does not declare their common methods
+)
 DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
 SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 SHIFTS = ("shift", "flow_shift")  # one thing under two names: of FlowMatch schedulers, and of the others on flows
-MAX_TIMESTEPS = 100_000  # of a schedule, of which tables are made; the usual number is 1,000
+MAX_TIMESTEPS = 100_000  # of a schedule, which become tables; usually 1,000
 Size: Any = Annotated[float, Range(0, 1e6, above=True)]
 VALUES: dict[str, Hint] = {  # what an option may be, but for True and False, lambda_min_clipped and solver_p
     "num_train_timesteps": Annotated[int, Range(1, MAX_TIMESTEPS)],
@@ -70,29 +72,29 @@ BLUR = (5.0, 0.2)  # levels (noise over signal) that one step may not lie betwee
 
 
 def parameters(kind: type) -> dict[str, object]:
-    """The options of a class of schedulers, and their defaults."""
+    """Return the options of a scheduler class, with their defaults."""
     return {name: one.default for name, one in inspect.signature(kind.__init__).parameters.items() if name != "self"}
 
 
 def chosen(scheduler: Scheduler) -> set[str]:
-    """The options that somebody set: those that did not come to be by default. Of a stored config that is all of
-    them."""
+    """Return the options that were set explicitly, not by default. For a stored config these are all options."""
     return set(scheduler.config) - set(scheduler.config.get("_use_default_values", ())) - {"_use_default_values"}
 
 
 def check_values(kind: type, options: Mapping[str, Any]) -> None:
-    """Raises: ValueError for an option of this class that is of another type or out of range, which diffusers takes
-    without a look."""
+    """Raise ValueError for an option of this class of a wrong type or out of range, which diffusers accepts without a
+    check.
+    """
     for option, why in _malformed(options, parameters(kind)):
         raise ValueError(f"{kind.__name__} with {option}={repr(options[option])[:80]}: {why}")
 
 
 def check_options(kind: type, options: Mapping[str, Any], flow: bool) -> None:
-    """Check that the options of a scheduler go with the model and with each other.
+    """Check that the options of a scheduler fit the model and each other.
 
     Args:
         kind: its class.
-        options: those that the class has, with the values in effect.
+        options: options of the class, with the values in effect.
         flow: whether the model predicts rectified flow.
     Raises: ValueError naming the option, its value, and what to set instead.
     """
@@ -121,13 +123,13 @@ def _malformed(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Itera
 
 
 def _unfit(name: str, options: Mapping[str, Any], flow: bool) -> Iterator[tuple[str, str]]:
-    """(option, the reason and what to set instead) of options that would go wrong silently."""
+    """Yield (option, the reason and what to set instead) for options that would go wrong silently."""
     yield from _unfit_levels(name, options, flow)
     yield from _unfit_solver(name, options, flow)
 
 
 def _unfit_levels(name: str, options: Mapping[str, Any], flow: bool) -> Iterator[tuple[str, str]]:
-    """`_unfit`, of options of the noise levels."""
+    """Yield `_unfit` for the options of the noise levels."""
     spaced, last = spacing(options), options.get("final_sigmas_type")
     if options.get("use_dynamic_shifting"):
         shift = next(one for one in SHIFTS if one in options)
@@ -151,7 +153,7 @@ def _unfit_levels(name: str, options: Mapping[str, Any], flow: bool) -> Iterator
 
 
 def _unfit_solver(name: str, options: Mapping[str, Any], flow: bool) -> Iterator[tuple[str, str]]:
-    """`_unfit`, of options of the solver and its timesteps."""
+    """Yield `_unfit` for the options of the solver and its timesteps."""
 
     def has(option: str, *values: Any) -> bool:
         return option in options and options[option] in values
@@ -202,12 +204,12 @@ def _unfit_solver(name: str, options: Mapping[str, Any], flow: bool) -> Iterator
 
 
 def spacing(options: Mapping[str, Any]) -> list[str]:
-    """The options in effect that space noise levels otherwise than timesteps are spaced."""
+    """Return the options in effect that space noise levels differently from timesteps."""
     return [option for option in SPACINGS if options.get(option)]
 
 
 def without_effect(name: str, options: Mapping[str, Any], flow: bool) -> set[str]:
-    """The options that nothing reads, given the others."""
+    """Return the options that nothing reads, given the others."""
     spaced = bool(spacing(options))
     solver = name in (DPM, UNIPC)
     unread = {"dynamic_thresholding_ratio", "sample_max_value"}  # thresholding is never done
@@ -219,7 +221,7 @@ def without_effect(name: str, options: Mapping[str, Any], flow: bool) -> set[str
         "time_shift_type",
     }  # dynamic shifting
     if not (flow and spaced):
-        unread |= {"beta_start", "beta_end"}  # of other schedules than the model's cosine
+        unread |= {"beta_start", "beta_end"}  # of schedules other than the model's cosine
     if flow and not spaced:
         unread |= {"beta_schedule", "rescale_betas_zero_snr"}
     if name == DPM:
@@ -248,7 +250,7 @@ def check_levels(scheduler: Scheduler, num_inference_steps: int, *, begins_anywh
     """Check the steps that a scheduler has set, before the first is taken.
 
     Args:
-        begins_anywhere: whether it may begin at less than pure noise: where sigmas were given.
+        begins_anywhere: whether it may begin at less than pure noise, as with explicit sigmas.
     Raises: ValueError naming the number of steps and the options that space them.
     """
     config, flow = scheduler.config, is_flow(scheduler)
@@ -291,12 +293,14 @@ def check_levels(scheduler: Scheduler, num_inference_steps: int, *, begins_anywh
 
 
 def is_flow(scheduler: Scheduler) -> bool:
-    """Whether it samples rectified flow."""
+    """Return whether it samples rectified flow."""
     return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def _levels(scheduler: Scheduler) -> Tensor:
-    """The levels of noise that are visited, and the one at the end: of flows its share, else noise over signal."""
+    """Return the noise levels that are visited, and the final one: for flows the fraction of noise, else noise over
+    signal.
+    """
     if hasattr(scheduler, "sigmas"):
         sigmas = scheduler.sigmas.double().cpu()
         return torch.cat([sigmas[:-1][:: scheduler.order], sigmas[-1:]])

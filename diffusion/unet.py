@@ -1,4 +1,6 @@
-"""LatentUNet3D: the denoiser. Axes: latents (B, C, h, w, d); any size of three cells or more, odd ones included."""
+"""LatentUNet3D: the denoiser. Axes: latents (B, C, h, w, d); any size of three latent voxels or more, odd ones
+included.
+"""
 
 import math
 from collections.abc import Sequence
@@ -72,8 +74,8 @@ def pad_at_end(x: Tensor, stride: Stride) -> Tensor:
 
 
 class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
-    """3-D U-Net (Ronneberger et al. 2015; Ho et al. 2020) over latents, conditioned on a mask folded to the latent
-    grid, on classes, on numbers and on images (channels that are given), or on some of these.
+    """3-D U-Net (Ronneberger et al. 2015; Ho et al. 2020) over latents. It is conditioned on any of these: a mask
+    folded to the latent grid, classes, numbers, and images (condition channels).
 
     Odd sizes are padded on the way down and cropped to the skip's size on the way up.
 
@@ -85,24 +87,25 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         attention: whether each level's blocks end in self-attention over the whole grid.
         head_dim: width of an attention head.
         num_labels: labels of the conditioning mask, background included; 0 means no mask.
-        mask_stride: voxels per latent cell and axis (the autoencoder's stride).
+        mask_stride: voxels per latent voxel along each axis (the autoencoder's stride).
         mask_width: channels of the embedded mask.
         objective: what the output means, see `diffusion.objectives`; stored here because a scheduler must fit it.
         classes: values of each class that conditions the model, e.g. {"sex": ["F", "M"]}.
         numbers: mean and std of each number that conditions the model, e.g. {"age": {"mean": 50.0, "std": 18.0}}.
         images: latent channels of each image that conditions the model, e.g. {"ct": 6, "pet": 6}; see
             `diffusion.images`.
-        train_steps: of the schedule that v or eps is trained with; 1000 if absent. Stored here for the same reason.
+        train_steps: length of the schedule that v or eps is trained with; 1000 if absent. Stored here for the same
+            reason.
         condition_dropout: how often training drops each condition, such as {"mask": 0.1, "sex": 0.2}; those that were
             never dropped cannot be guided (Ho & Salimans 2022).
-        subjects: records of whose volumes it was trained on (`volumes.data.subjects`); train_ldm.py sets it.
+        subjects: records of the training subjects (`volumes.data.subjects`); train_ldm.py sets it.
     """
 
     lora_subjects: dict[str, Sequence[SubjectRecord] | None]  # of each attached LoRA; set when one is loaded
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TimeResidualBlock"]
     _repeated_blocks = ["TimeResidualBlock"]  # of `compile_repeated_blocks`
-    # diffusers hooks only modules that are called; these are lists of lists, and what `embed_mask` calls by itself
+    # diffusers hooks only modules that are called; these are lists of lists, and a module that `embed_mask` calls
     _group_offload_block_modules = ["down_blocks", "up_blocks", "mask_embedding"]
     # in float8 these two cost half of the whole error, and hold a twentieth of the weights (norms are never cast)
     _skip_layerwise_casting_patterns = ["conv_in", "conv_out"]
@@ -131,7 +134,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         super().__init__()
         if not len(channels) == len(strides) + 1 == len(blocks) == len(attention):
             raise ValueError(
-                f"channels {channels}, blocks {blocks} and attention {attention} need one entry a level, strides "
+                f"channels {channels}, blocks {blocks} and attention {attention} need one entry per level, strides "
                 f"{strides} one fewer"
             )
         check_objective(objective)
@@ -171,10 +174,11 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         self.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
 
     def set_attention_backend(self, backend: str) -> None:
-        """As diffusers' own, for this model alone; diffusers also makes it the default of the whole process.
+        """Set the attention backend as diffusers does, but for this model alone; diffusers also makes it the default of
+        the whole process.
 
-        Raises: ValueError for a backend that is unknown or not installed. One that has no kernel for the device is
-        named when the model is called: it may be moved until then.
+        Raises: ValueError for a backend that is unknown or not installed. A backend without a kernel for the device is
+        reported when the model is called, as the model may be moved until then.
         """
         default = _AttentionBackendRegistry.get_active_backend()[0]
         try:
@@ -186,7 +190,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
 
     @property
     def train_steps(self) -> int:
-        """Steps of the schedule that it was trained with."""
+        """Number of steps of the schedule that it was trained with."""
         return self.config["train_steps"] or TRAIN_STEPS
 
     @property
@@ -196,14 +200,15 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
 
     @apply_forward_hook
     def embed_mask(self, ids: Tensor) -> Tensor:
-        """Folded ids (B, h, w, d, r) -> the mask's channels (B, mask_width, h, w, d). Raises: ValueError for a model
-        without masks."""
+        """Embed folded ids (B, h, w, d, r) as the mask's channels (B, mask_width, h, w, d). Raises: ValueError for a
+        model without masks.
+        """
         if self.mask_embedding is None:
             raise ValueError("this model was trained without a mask condition; omit `mask`")
         return self.mask_embedding(ids)
 
     def _mask_channels(self, mask: Tensor | None, sample: Tensor) -> list[Tensor]:
-        """The embedded mask, or zeros where it may be absent; nothing for a model without masks."""
+        """Return the embedded mask, or zeros if it is absent; nothing for a model without masks."""
         if self.mask_embedding is None:
             if mask is not None:
                 raise ValueError("this model was trained without a mask condition; omit `mask`")
@@ -220,7 +225,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         return [embedded.to(sample.dtype)]
 
     def _image_channels(self, image: Tensor | None, sample: Tensor) -> list[Tensor]:
-        """The images, or zeros where they may be absent; nothing for a model without images."""
+        """Return the images, or zeros if they are absent; nothing for a model without images."""
         images, rates = self.config["images"] or {}, self.config["condition_dropout"] or {}
         if not images:
             if image is not None:
@@ -258,16 +263,14 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         Args:
             sample: noisy latents (B, in_channels, h, w, d).
             timestep: (B,) or a scalar, in the scheduler's units, 0 to `train_steps`.
-            mask: folded ids (B, h, w, d, r) from `fold_mask`, or what `embed_mask` made of them, (B, mask_width, h,
-            w, d), so that a sampler
-                embeds once and not at every step; for a model that was built with labels, which can do without only if
-                training left the mask out at times.
+            mask: folded ids (B, h, w, d, r) from `fold_mask`, or the result of `embed_mask`, (B, mask_width, h, w, d),
+                so that a sampler embeds once and not at every step. Only for models with labels; optional if training
+                dropped the mask at times.
             classes: int64 (B, n), the index of each class's value, -1 where absent; columns as in `condition_schema`.
             numbers: (B, m) in the units of `mean` and `std`, NaN where absent; columns as in `condition_schema`.
-            image: the images that are given, from `fold_images`; a model can do without if training left each out at
-            times.
-        Raises: ValueError if the mask is missing, not wanted, or on another grid than the latents; the same of images;
-        if classes or numbers are missing, not wanted, or of other columns.
+            image: the result of `fold_images`; optional if training dropped each image at times.
+        Raises: ValueError if the mask is missing, not wanted, or on another grid than the latents; the same for images;
+            if classes or numbers are missing, not wanted, or have other columns.
         """
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         time = self._time(timestep, classes, numbers, sample.dtype)

@@ -1,4 +1,4 @@
-"""Metrics as pure functions, and the tests of usefulness that are made of them."""
+"""Metrics as pure functions, and the studies of utility that are built on them."""
 
 from typing import TYPE_CHECKING
 

@@ -15,6 +15,7 @@ from typing import Any, NotRequired, TypedDict
 
 import jsonargparse
 
+from cli.command import console_program
 from cli.config_files import check_config_file
 from cli.settings import NonNegativeFloat, Number
 from files.atomic import remove_leftovers, write_text
@@ -191,7 +192,9 @@ def config_parser(program: str, description: str | None, args: Sequence[str] | N
     """
     files = config_files(args)
     parser = ConfigParser(
-        prog=f"python -m {program}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=console_program() or f"python -m {program}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--config", type=str, required=True, help="training config; its section `data` names the volumes"

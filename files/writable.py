@@ -46,7 +46,7 @@ def _try(folder: Path) -> None:
 
 @contextmanager
 def explain_disk_full(output: Path) -> Iterator[None]:
-    """Raises: ValueError with a remedy in the place of a full disk's error."""
+    """Raise ValueError with a remedy in place of a full disk's error."""
     try:
         yield
     except OSError as error:

@@ -31,14 +31,15 @@ logger = logging.getLogger(__name__)
 
 
 def require_peft() -> None:
-    """Raises: ValueError if peft is not installed."""
+    """Raise ValueError if peft is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise ValueError('LoRA needs peft, which is not installed: pip install -e ".[lora]" -c constraints.txt')
 
 
 def target_weights(unet: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights that can have a LoRA, by layer: of linear layers and of convolutions. Not of pointwise ones, which
-    peft up to 0.21 cannot fuse (its issue 3768)."""
+    """Return the weights that can have a LoRA, by layer: of linear layers and of convolutions. Pointwise ones are
+    excluded, as peft up to 0.21 cannot fuse them (its issue 3768).
+    """
     layers = {name: getattr(layer, "base_layer", layer) for name, layer in unet.named_modules()}
     weights = {name: layer.weight for name, layer in layers.items() if isinstance(layer, nn.Linear | nn.Conv3d)}
     return {name: weight for name, weight in weights.items() if weight.shape[2:4] != (1, 1)}
@@ -51,10 +52,11 @@ def add_lora(
 
     Args:
         rank, alpha: each layer W becomes W + alpha / rank * B A (Hu et al. 2022, section 4.1).
-        target_modules: last names of the layers that get one (`target_weights`): qkv, out, time, conv1, ...
-        dropout: of the LoRA's input, in training.
-    Raises: ValueError if peft is not installed, or if there is no layer of one of these names (those that there are,
-    are listed).
+        target_modules: last parts of the names of the layers that get a LoRA (`target_weights`): qkv, out, time, conv1,
+            ...
+        dropout: dropout of the LoRA's input, in training.
+    Raises: ValueError if peft is not installed, or if no layer has one of these names (the error lists the existing
+        ones).
     """
     require_peft()
     from peft import LoraConfig
@@ -80,8 +82,8 @@ def save_lora(
 
     Args:
         base: `unet_hash` of the U-Net without it.
-        trained_on: {"data": how its volumes were prepared (`volumes.data.preprocessing`), "subjects": records of whose
-            they were (`volumes.data.subjects`), those of the base among them}.
+        trained_on: {"data": how its volumes were prepared (`volumes.data.preprocessing`), "subjects": records of the
+            training subjects (`volumes.data.subjects`), including those of the base}.
     """
     return write_lora(*attached_lora(unet, adapter_name), base, folder, trained_on=trained_on)
 
@@ -112,7 +114,7 @@ def check_lora(unet: LatentUNet3D, tensors: Mapping[str, torch.Tensor], path: ob
 
 
 def check_scales(scales: Any) -> None:
-    """Raises: ValueError unless these are scales of LoRAs: a finite number, None, or lists and dicts of them."""
+    """Raise ValueError unless these are scales of LoRAs: a finite number, None, or lists and dicts of them."""
     if isinstance(scales, Mapping | list | tuple):
         for one in scales.values() if isinstance(scales, Mapping) else scales:
             check_scales(one)
@@ -121,7 +123,7 @@ def check_scales(scales: Any) -> None:
 
 
 class _OfPipelineOrClass:
-    """A classmethod, as diffusers has it, that is also given the pipeline where it is called on one."""
+    """A classmethod, as in diffusers, that also receives the pipeline when it is called on one."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -158,9 +160,10 @@ class LoraMixin(LoraBaseMixin):
     def lora_state_dict(
         cls, pretrained_model_name_or_path_or_dict: Any, *, return_lora_metadata: bool = False, **source: Any
     ) -> Any:
-        """The tensors of a LoRA by their names in its file ("unet.<layer>.lora_A.weight"); with `return_lora_metadata`
-        also peft's settings ("unet.r", ...), None in a file without any. Arguments and errors: as
-        `load_lora_weights`."""
+        """Read the tensors of a LoRA by their names in its file ("unet.<layer>.lora_A.weight"). With
+        `return_lora_metadata` also return peft's settings ("unet.r", ...), None for a file without any. Arguments and
+        errors: as `load_lora_weights`.
+        """
         found = find_lora(pretrained_model_name_or_path_or_dict, **source)
         named = {f"unet.{key}": tensor for key, tensor in found.tensors.items()}
         metadata = None if found.settings is None else {f"unet.{key}": value for key, value in found.settings.items()}
@@ -175,21 +178,21 @@ class LoraMixin(LoraBaseMixin):
         low_cpu_mem_usage: bool = False,
         **source: Any,
     ) -> None:
-        """Attach a LoRA; it acts at once, beside those that act already.
+        """Attach a LoRA. It is active at once, beside the active ones.
 
         Args:
             pretrained_model_name_or_path_or_dict: its file, its folder, a Hub repository, or a state dict as diffusers
                 has it.
             adapter_name: for `set_adapters` and others; default: default_0, default_1, ...
-            hotswap: put it in the place of the attached LoRA `adapter_name`, of the same layers: nothing is compiled
+            hotswap: replace the attached LoRA `adapter_name`, which must have the same layers; nothing is compiled
                 again.
             low_cpu_mem_usage: do not initialize what is then overwritten.
             source: of a folder or repository weight_name (the file) and subfolder; of a repository revision, cache_dir,
                 token, force_download and local_files_only: see `find_lora`.
-        Raises: ValueError if peft is not installed, or if it belongs to another architecture; FileError, which is one
-        and an OSError too, if it is not found or no safetensors file; TypeError for keywords that it does not read. One
-        that was trained on other weights of the same architecture is loaded with a warning, and so is one without
-        settings, of which alpha is taken to be the rank, as in diffusers.
+        Raises: ValueError if peft is not installed, or if it belongs to another architecture; FileError (a ValueError
+            and an OSError) if it is not found or not a safetensors file; TypeError for unknown keywords. A LoRA that
+            was trained on other weights of the same architecture is loaded with a warning. So is one without settings;
+            alpha is then taken to be the rank, as in diffusers.
         """
         require_peft()
         if adapter_name is not None and not (
@@ -214,7 +217,7 @@ class LoraMixin(LoraBaseMixin):
                 f"adapter_name: a LoRA {adapter_name!r} is attached already; give another name, or hotswap=True"
             )
         if settings is None:
-            logger.warning("%s: says nothing of its alpha, which is taken to be its rank, as diffusers does", name)
+            logger.warning("%s: does not state its alpha, which is taken to be its rank, as in diffusers", name)
         if base is None and not in_memory:
             logger.warning("%s: does not say which U-Net it was trained on", name)
         elif base is not None and base != self.unet_hash:
@@ -224,7 +227,7 @@ class LoraMixin(LoraBaseMixin):
         self.unet.load_lora_adapter(
             {
                 key: tensor.detach().clone() for key, tensor in tensors.items()
-            },  # some of which peft swaps for the old ones
+            },  # peft swaps some of them for the old ones
             prefix=None,  # pyright: ignore[reportArgumentType]
             metadata=settings,
             adapter_name=adapter_name,
@@ -254,18 +257,18 @@ class LoraMixin(LoraBaseMixin):
         *,
         adapter_name: str | None = None,
     ) -> Path:
-        """Write a LoRA: one that is attached, where it is called on a pipeline, or the state dict that is given, as
-        diffusers does.
+        """Write a LoRA, as diffusers does: an attached one if it is called on a pipeline, or a state dict.
 
         Args:
-            save_directory: the file's folder, which is made.
+            save_directory: the file's folder, which is created.
             unet_lora_layers: peft's state dict (`get_peft_model_state_dict`); without it, an attached LoRA is written.
             is_main_process: False writes nothing.
             weight_name: the file's name.
             unet_lora_adapter_metadata: peft's settings of `unet_lora_layers` (`unet.peft_config[name].to_dict()`).
-                Without them whoever loads the file takes alpha to be the rank.
-            adapter_name: the attached LoRA; may be left out where there is one.
-        Returns: the file. Raises: ValueError if it is not clear which LoRA, and on what would be a pickle.
+                Without them alpha is taken to be the rank when the file is loaded.
+            adapter_name: the attached LoRA; optional if there is only one.
+        Returns: the file. Raises: ValueError if it is unclear which LoRA to write, and for options that would write a
+            pickle.
         """
         if not safe_serialization or save_function is not None:
             raise ValueError("safe_serialization=False and save_function are refused: a LoRA is saved as safetensors")
@@ -305,7 +308,7 @@ class LoraMixin(LoraBaseMixin):
         safe_fusing: bool = False,
         adapter_names: Sequence[str] | None = None,
     ) -> None:
-        """Add the acting LoRAs to the weights: the same result to rounding, without their cost. As diffusers' own.
+        """Add the active LoRAs to the weights, as diffusers does: the same result up to rounding, without their cost.
 
         Raises: ValueError without a LoRA, if one is fused already, and on `lora_scale`: diffusers would keep that scale
         after unfusing.
@@ -328,15 +331,16 @@ class LoraMixin(LoraBaseMixin):
         keep_record(self.unet)
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
-        """Which LoRAs act, and at which scale: one number for all, or a list of a number (None: 1) or a dict of
-        diffusers' by block for each. Raises: ValueError while they are fused, and for scales that are no finite
-        numbers."""
+        """Choose which LoRAs act, and at which scale: one number for all, or a list with a number (None: 1) or a dict
+        of diffusers' by block for each. Raises: ValueError while they are fused, and for scales that are not finite
+        numbers.
+        """
         self._check_not_fused("set_adapters")
         check_scales(adapter_weights)
         super().set_adapters(adapter_names, adapter_weights)
 
     def disable_lora(self) -> None:
-        """No LoRA acts until `enable_lora`. Raises: ValueError while one is fused."""
+        """Switch off all LoRAs until `enable_lora`. Raises: ValueError while one is fused."""
         self._check_not_fused("disable_lora")
         super().disable_lora()
 
@@ -368,19 +372,18 @@ class LoraMixin(LoraBaseMixin):
             self._merged_adapters = set()
 
     def _lora_subjects(self) -> dict[str, Sequence[Any] | None]:
-        """Records of the training subjects of each attached LoRA; None for one that has none."""
+        """Return records of the training subjects of each attached LoRA; None for one without a record."""
         known = getattr(self.unet, "lora_subjects", {})
         return {name: known.get(name) for name in getattr(self.unet, "peft_config", None) or {}}
 
     @property
     def training_subjects(self) -> Sequence[Mapping[str, Any]]:
-        """Records of whose volumes autoencoder, U-Net and attached LoRAs were trained on, see
-        `volumes.data.subjects`."""
+        """Records of the training subjects of autoencoder, U-Net and attached LoRAs, see `volumes.data.subjects`."""
         parts = [self.vae.config.get("subjects"), self.unet.config.get("subjects")]
         return join_records(*parts, *self._lora_subjects().values())
 
     def _check_not_compiled(self, what: str) -> None:
-        """Raises: ValueError where diffusers would do nothing."""
+        """Raise ValueError for a compiled U-Net, where diffusers would do nothing."""
         if not isinstance(self.unet, LatentUNet3D):
             raise ValueError(f"{what} before torch.compile, or with pipe.unet set to the U-Net that was compiled")
 
@@ -390,9 +393,9 @@ class LoraMixin(LoraBaseMixin):
             raise ValueError(f"{what}: {sorted(self.fused_loras)} are fused into the weights; unfuse_lora() first")
 
     def _check_changeable(self, what: str) -> None:
-        """Raises: ValueError where diffusers would do nothing, or leave the weights in pieces."""
+        """Raise ValueError where diffusers would do nothing, or leave the weights in pieces."""
         self._check_not_compiled(what)
         if hasattr(self.unet, "offloaded_to_disk"):
             raise ValueError(f"{what} before offloading to disk: the files there are not written again")
         if any(parameter.dtype.itemsize == 1 for parameter in self.unet.parameters()):
-            raise ValueError(f"{what} before enable_layerwise_casting: there is no arithmetic in eight bits")
+            raise ValueError(f"{what} before enable_layerwise_casting: eight-bit weights cannot be changed")

@@ -1,4 +1,4 @@
-"""LoRAs that are attached to a U-Net: their tensors, their settings, and the fingerprint of those that act."""
+"""LoRAs that are attached to a U-Net: their tensors, their settings, and the fingerprint of the active ones."""
 
 import hashlib
 from collections import defaultdict
@@ -15,8 +15,9 @@ from pipelines.storage.provenance import tensor_digest
 
 
 def attached_lora(unet: LatentUNet3D, adapter_name: str) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
-    """Tensors by layer and peft's settings of the LoRA `adapter_name` of `unet`. Raises: ValueError if there is
-    none."""
+    """Return the tensors by layer and peft's settings of the LoRA `adapter_name` of `unet`. Raises: ValueError if there
+    is none.
+    """
     from peft import get_peft_model_state_dict
 
     attached = getattr(unet, "peft_config", {})
@@ -48,7 +49,7 @@ def lora_digest(unet: nn.Module) -> str | None:
 
 
 def lora_factors(unet: nn.Module, adapter_name: str) -> list[tuple[str, torch.Tensor]]:
-    """The tensors of an attached LoRA, by the names that they have in its file."""
+    """Return the tensors of an attached LoRA, by the names that they have in its file."""
     layers: list[Any] = [(name, layer) for name, layer in unet.named_modules() if hasattr(layer, "lora_A")]
     return [
         (name + end, factors[adapter_name].weight)
@@ -59,7 +60,7 @@ def lora_factors(unet: nn.Module, adapter_name: str) -> list[tuple[str, torch.Te
 
 
 def check_hotswap(unet: LatentUNet3D, tensors: Mapping[str, torch.Tensor], adapter_name: str | None) -> None:
-    """Raises: ValueError unless a LoRA of this name is attached to the same layers: diffusers would lose it."""
+    """Raise ValueError unless a LoRA of this name is attached to the same layers: diffusers would lose it."""
     attached = list(getattr(unet, "peft_config", {}))
     if adapter_name is None or adapter_name not in attached:
         raise ValueError(f"hotswap: no LoRA {adapter_name!r} is attached; adapter_name is one of {attached}")

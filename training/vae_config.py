@@ -115,7 +115,8 @@ class TrainVaeConfig:
     """Train an autoencoder on volumes.
 
     Args:
-        output: folder of the run: config.yaml, checkpoints/, logs/, previews/, and at the end vae/ and metrics.json.
+        output: folder of the run: config.yaml, metrics.jsonl, checkpoints/, best/, logs/, previews/, and at the end
+            vae/ and metrics.json.
         data: the volumes.
         model: `class:` and that class's constructor arguments.
         crops: patches, the training samples.

@@ -1,4 +1,4 @@
-"""The description of a training set: what a pipeline must know of it to prepare masks and to restore volumes.
+"""The description of a training set: what a pipeline needs to prepare masks and to restore volumes.
 
 `volumes.describe` measures it. It is stored as JSON in a pipeline's model_index.json, and checked strictly when it is
 read.
@@ -52,7 +52,7 @@ class ChannelScale:
 
     @classmethod
     def from_json(cls, value: object) -> Self:
-        """Raises: ValueError unless `value` is as `to_json` writes it."""
+        """Read what `to_json` wrote. Raises: ValueError for anything else."""
         entry = _entries("intensity", value, ("kind", "low", "high"), ("percentiles",))
         low, high, kind = entry["low"], entry["high"], entry["kind"]
         _expect(
@@ -67,7 +67,7 @@ class ChannelScale:
         return cls(kind, low, high, tuple(ends) if "percentiles" in entry else None)
 
     def to_json(self) -> dict[str, object]:
-        """As it is stored."""
+        """Return the object as it is stored."""
         percentiles = {} if self.percentiles is None else {"percentiles": list(self.percentiles)}
         return {"kind": self.kind, "low": self.low, "high": self.high, **percentiles}
 
@@ -83,7 +83,7 @@ class NumberStats:
 
     @classmethod
     def from_json(cls, value: object, name: str) -> Self:
-        """Raises: ValueError naming the number unless `value` is as `dataclasses.asdict` writes it."""
+        """Read what `dataclasses.asdict` wrote. Raises: ValueError naming the number for anything else."""
         keys = [field.name for field in fields(cls)]
         entry = _entries(name, value, keys)
         _expect(_numbers(list(entry.values()), len(keys)), name, entry, "mean, std, low and high")
@@ -97,8 +97,8 @@ class ChannelNoise:
     """The residual noise of one channel, see `autoencoder.residual_noise`.
 
     Attributes:
-        kernel: filter of white noise, nested list of 2 `NOISE_RADIUS` + 1 values a side, whose squares sum to 1.
-        std: of the noise at level 1, in the model's units; 0 if no power is missing.
+        kernel: filter of white noise, a nested list with sides of 2 `NOISE_RADIUS` + 1, whose squares sum to 1.
+        std: standard deviation of the noise at level 1, in the model's units; 0 if no power is missing.
         curve: factor of the noise by decoded intensity, `NOISE_BINS` values over [-1, 1].
         levels: `NOISE_LEVELS` quantiles of the level over the training volumes.
     """
@@ -110,7 +110,7 @@ class ChannelNoise:
 
     @classmethod
     def from_json(cls, value: object) -> Self:
-        """Raises: ValueError naming the entry unless `value` is as `dataclasses.asdict` writes it."""
+        """Read what `dataclasses.asdict` wrote. Raises: ValueError naming the entry for anything else."""
         side = 2 * NOISE_RADIUS + 1
         shapes = {"kernel": (side,) * 3, "std": (), "curve": (NOISE_BINS,), "levels": (NOISE_LEVELS,)}
         entry, arrays = _entries("residual_noise", value, shapes), {}
@@ -140,6 +140,7 @@ class DataDescription:
         numbers: {name: statistics} of the numbers that condition a model.
         grid_numbers: those of the numbers that were taken from the volumes' grids.
         reading: how wrong headers are read, see `DataConfig.reading`.
+        common_labels: values of the labels that every training mask has; None if they were not recorded.
         maps: what the training set's label maps have in common; None for images that are not label maps.
         residual_noise: a model of the residual noise per channel; None if it was not measured.
         description: free text.
@@ -156,13 +157,14 @@ class DataDescription:
     numbers: dict[str, NumberStats] = field(default_factory=dict)
     grid_numbers: tuple[str, ...] = ()
     reading: Reading = field(default_factory=Reading)
+    common_labels: tuple[int, ...] | None = None
     maps: LabelMapStats | None = None
     residual_noise: tuple[ChannelNoise, ...] | None = None
     description: str = ""
 
     @classmethod
     def from_json(cls, value: object) -> Self:
-        """Raises: ValueError naming the first entry that is not as `to_json` writes it."""
+        """Read what `to_json` wrote. Raises: ValueError naming the first entry that is anything else."""
         if not isinstance(value, Mapping):
             raise ValueError(
                 f"data is {type(value).__name__}; the description of a training set (volumes.describe) is needed"
@@ -173,9 +175,10 @@ class DataDescription:
         data = dict(value)
         image_labels = _labels("image_labels", data.pop("image_labels", {}))
         channels = _channels(data.pop("channels"), are_files=not image_labels)
+        labels = _labels("labels", data.pop("labels"))
         description = cls(
             channels=channels,
-            labels=_labels("labels", data.pop("labels")),
+            labels=labels,
             spacing=_spacing(data.pop("spacing")),
             intensity=tuple(map(ChannelScale.from_json, _list("intensity", data.pop("intensity")))),
             shape_range=_shape_range(data.pop("shape_range")),
@@ -185,6 +188,7 @@ class DataDescription:
             numbers=_number_stats(data.pop("numbers", {})),
             grid_numbers=_names("grid_numbers", data.pop("grid_numbers", [])),
             reading=_reading(data.pop("reading", {})),
+            common_labels=_common(data.pop("common_labels"), labels) if "common_labels" in data else None,
             maps=_maps(data.pop("maps"), image_labels) if "maps" in data else None,
             residual_noise=_noise(data.pop("residual_noise", None), len(channels)),
             description=data.pop("description", ""),
@@ -194,7 +198,7 @@ class DataDescription:
         return description
 
     def to_json(self) -> dict[str, object]:
-        """As it is stored: `from_json` returns an equal description."""
+        """Return the description as it is stored: `from_json` returns an equal one."""
         stored: dict[str, object] = {
             "channels": list(self.channels),
             "labels": {str(value): name for value, name in self.labels.items()},
@@ -210,6 +214,8 @@ class DataDescription:
         }
         if self.reading:
             stored["reading"] = dict(self.reading)
+        if self.common_labels is not None:
+            stored["common_labels"] = list(self.common_labels)
         if self.maps is not None:
             stored["maps"] = self.maps.to_json()
         if self.residual_noise is not None:
@@ -228,6 +234,12 @@ def _labels(name: str, value: Any) -> dict[int, str]:
     _expect(_mapping(value) and _texts(list(value.values())), name, value, "{value: name}")
     _expect(all(_whole(label) for label in value), name, value, "whole numbers as values")
     return {int(label): value[label] for label in sorted(value, key=int)}
+
+
+def _common(value: Any, labels: Mapping[int, str]) -> tuple[int, ...]:
+    fits = isinstance(value, list | tuple) and all(type(label) is int and label in labels for label in value)
+    _expect(fits and list(value) == sorted(set(value)), "common_labels", value, "values among the labels, in order")
+    return tuple(value)
 
 
 def _spacing(value: Any) -> tuple[float, float, float] | None:
@@ -327,5 +339,5 @@ def _numbers(value: object, count: int) -> bool:
 
 
 def _whole(text: str) -> bool:
-    """Whether a text is an integer as Python writes it."""
+    """Return whether a text is an integer as Python writes it."""
     return text.removeprefix("-").isdecimal() and len(text) < 10 and str(int(text)) == text

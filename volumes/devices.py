@@ -6,8 +6,9 @@ import torch
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name; None is the GPU if there is one, else the CPU. Raises: ValueError for one that is not
-    there."""
+    """Return the device of that name; None is the GPU if there is one, else the CPU. Raises: ValueError for a device
+    that does not exist.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -52,13 +52,13 @@ class FigureCase(TypedDict, total=False):
 
 
 def slices_figure(cases: Sequence[FigureCase]) -> Figure:
-    """Three orthogonal slices of every image of every case: a row for each channel of a case, and for each plane the
-    mask and the images side by side, in the proportions of the body.
+    """Draw three orthogonal slices of every image of every case. There is a row for each channel of a case. For each
+    plane it shows the mask and the images side by side, in the proportions of the body.
 
-    Slices go through the center voxel, or the center of what the mask marks (label > 0), or of the volume. The outline
-    of the mask is drawn on the images. Without a window, a row has percentiles 0.5 and 99.5 of its first image; which
-    gray scale a row has is written beside it. Axes that point to R, A and S give pictures with the patient's right on
-    the right (neurological convention), anterior or superior up; L and R are marked.
+    Slices go through the center voxel, or the center of the mask (label > 0), or of the volume. The outline of the mask
+    is drawn on the images. Without a window, a row's gray scale goes from percentile 0.5 to 99.5 of its first image; it
+    is written beside the row. With axes that point to R, A and S, the patient's right is on the right (neurological
+    convention), and anterior or superior is up; L and R are marked.
 
     Raises: ValueError for no cases, and arrays of other dimensions.
     """
@@ -131,8 +131,9 @@ def _rows_of(case: FigureCase) -> list[_Row]:
 
 
 def _inches_per_mm(widths: Sequence[float], heights: Sequence[float]) -> float:
-    """The longest side of a panel is `PANEL_INCHES`, more where that would leave a narrow one, less where a page would
-    not hold all."""
+    """Return the scale at which the longest side of a panel is `PANEL_INCHES`: more if a panel would be too narrow,
+    less if the page would be too large.
+    """
     longest, narrowest = max(*widths, *heights), min(widths)
     inches = PANEL_INCHES / longest
     if narrowest * inches < NARROWEST_INCHES:
@@ -141,15 +142,16 @@ def _inches_per_mm(widths: Sequence[float], heights: Sequence[float]) -> float:
 
 
 def _across(axis: int) -> tuple[int, int]:
-    """The axes that a plane shows: to the right, and up."""
+    """Return the axes that a plane shows: to the right, and up."""
     across, up = (a for a in range(3) if a != axis)
     return across, up
 
 
 def shapes_figure(rows: Mapping[str, Sequence[Any]]) -> Figure:
-    """Shapes (X, Y, Z), label > 0, as lit surfaces: one row per name. Anterior faces the viewer, superior is up, and
-    the patient's right is on the right, as in `slices_figure`: the picture is the mirror image of a view from the
-    front."""
+    """Draw shapes (X, Y, Z), label > 0, as lit surfaces: one row per name. Anterior faces the viewer, superior is up,
+    and the patient's right is on the right, as in `slices_figure`: the picture is the mirror image of a view from the
+    front.
+    """
     names, count = list(rows), max(map(len, rows.values()), default=0)
     if not count:
         raise ValueError("shapes_figure needs at least one shape")
@@ -165,8 +167,9 @@ def shapes_figure(rows: Mapping[str, Sequence[Any]]) -> Figure:
 
 
 def _lit(shape: np.ndarray) -> np.ndarray:
-    """(X, Z) brightness in [0, 1] of a shape's surface as seen from the front (anterior, +Y), lit from above: Lambert's
-    law on the normals of the smoothed shape. Background is 0."""
+    """Return the brightness (X, Z) in [0, 1] of a shape's surface seen from the front (anterior, +Y) and lit from
+    above: Lambert's law on the normals of the smoothed shape. Background is 0.
+    """
     inside = shape > 0
     smooth = torch.from_numpy(inside.astype(np.float32))[None]
     for _ in range(3):
@@ -226,7 +229,7 @@ def _center(mask: np.ndarray | None, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _channels(values: Any) -> np.ndarray:
-    """(C, X, Y, Z) numpy array from an array or tensor, further leading axes of length 1 dropped."""
+    """Return a (C, X, Y, Z) numpy array of an array or tensor, without further leading axes of length 1."""
     array = np.asarray(values.detach().cpu().float() if hasattr(values, "detach") else values)
     while array.ndim > 4 and len(array) == 1:
         array = array[0]
@@ -237,7 +240,7 @@ def _channels(values: Any) -> np.ndarray:
 
 
 def _array(values: Any) -> np.ndarray:
-    """(X, Y, Z) numpy array of one channel."""
+    """Return a (X, Y, Z) numpy array of one channel."""
     array = _channels(values)
     if len(array) != 1:
         raise ValueError(f"a picture shows (X, Y, Z) volumes, got shape {array.shape}")

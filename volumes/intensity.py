@@ -13,7 +13,7 @@ from .volume import VolumeError
 if TYPE_CHECKING:  # jsonargparse would run this block, were annotations postponed (from __future__) in this file
     import torch
 
-FEW_INSIDE = 0.05  # share of a volume's voxels within the window, below which that is said
+FEW_INSIDE = 0.05  # warn if a smaller fraction of a volume's voxels is within the window
 Array = TypeVar("Array", np.ndarray, "torch.Tensor")
 
 
@@ -25,11 +25,11 @@ class LinearScale:
     high: float
 
     def apply(self, values: Array) -> Array:
-        """File units to [-1, 1]; what lies outside low..high is clipped."""
+        """Map file units to [-1, 1]; values outside low..high are clipped."""
         return ((values - self.low) * (2 / (self.high - self.low)) - 1).clip(-1, 1)
 
     def invert(self, values: Array) -> Array:
-        """[-1, 1] to file units."""
+        """Map [-1, 1] to file units."""
         return (values + 1) * ((self.high - self.low) / 2) + self.low
 
 
@@ -39,10 +39,9 @@ class IntensityScaling:
     """How a channel is scaled.
 
     Args:
-        kind: "window" takes low and high as they are, for values that are a quantity (CT in HU, PET in SUV, maps of T1
-            in ms): what lies outside is cut off, the same in every volume. "percentile" fits them to every whole
-            volume, for values in no unit (most MR): it cuts off the brightest of each volume, and SUV loses its
-            meaning.
+        kind: "window" uses low and high unchanged, for quantities (CT in HU, PET in SUV, maps of T1 in ms): values
+            outside are cut off, the same in every volume. "percentile" fits them to every whole volume, for values
+            without a unit (most MR): it cuts off the brightest voxels of each volume, and SUV loses its meaning.
         low: lower percentile (0-100), or lower value in file units.
         high: upper percentile, or upper value.
     """
@@ -58,14 +57,14 @@ class IntensityScaling:
             raise ValueError(f"percentiles lie in 0-100, got {self.low} and {self.high}")
 
     def fit(self, array: np.ndarray) -> LinearScale:
-        """The scale of one whole volume (one channel, any shape, file units).
+        """Fit the scale to one whole volume (one channel, any shape, file units).
 
         Raises: VolumeError for a volume without contrast: one that is constant, whose percentiles coincide, or
         whose voxels all lie on one side of the window.
         """
         lowest, highest = float(array.min()), float(array.max())
         if lowest == highest:
-            raise VolumeError(f"every voxel is {lowest:g}: it is constant; leave it out")
+            raise VolumeError(f"every voxel is {lowest:g}: it is constant; exclude it")
         if self.kind == "window":
             for side, beyond in (("at or below", highest <= self.low), ("at or above", lowest >= self.high)):
                 if beyond:
@@ -84,8 +83,9 @@ class IntensityScaling:
         return LinearScale(low, high)
 
     def share_inside(self, array: np.ndarray) -> float:
-        """Share of the voxels (one channel, file units) that a window does not cut off; 1 of percentiles, and of a
-        volume of two values, of which a window shows all that there is to see."""
+        """Return the fraction of the voxels (one channel, file units) that a window does not cut off. It is 1 for
+        percentiles, and for a volume of two values if the window shows both.
+        """
         if self.kind != "window" or np.all((array == array.min()) | (array == array.max())):
             return 1.0
         return float(((self.low < array) & (array < self.high)).mean())

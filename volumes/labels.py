@@ -14,7 +14,8 @@ VALUES = 1 << 16  # of int16; numpy's negative indices wrap, so a table of this 
 def label_indices(
     labels: np.ndarray, known: Iterable[int], label_map: Mapping[int, int] | None = None, *, name: str = "mask"
 ) -> np.ndarray:
-    """Label values (int16, any shape) to int16 indices of the sorted `known` values, after `label_map` {value: known}.
+    """Map label values (int16, any shape) to int16 indices of the sorted `known` values, after `label_map` {value:
+    known}.
 
     Raises VolumeError, which names the mask and the values, for labels that are neither known nor mapped.
     """
@@ -37,16 +38,25 @@ def label_indices(
     return table[labels]
 
 
+def labels_present(indices: np.ndarray, num_labels: int) -> np.ndarray:
+    """Return which of the label indices 0 to num_labels - 1 occur in int16 `indices` of any shape: bool (num_labels,).
+    Negative ones, such as PADDING, are passed over."""
+    present = np.zeros(VALUES, dtype=bool)
+    present[indices] = True
+    return present[:num_labels]
+
+
 def label_channels(indices: np.ndarray, num_labels: int) -> np.ndarray:
-    """Label indices (X, Y, Z) to float32 (num_labels - 1, X, Y, Z): 1 where each label but the background (0) is, else
-    0."""
+    """Map label indices (X, Y, Z) to float32 (num_labels - 1, X, Y, Z): 1 where each label but the background (0) is,
+    else 0.
+    """
     foreground = np.arange(1, num_labels, dtype=indices.dtype).reshape(-1, 1, 1, 1)
     return (indices[None] == foreground).astype(np.float32)
 
 
 def merge_channels(channels: np.ndarray, values: Sequence[int], threshold: float = 0.0) -> np.ndarray:
-    """A channel for each label but the background, (C, X, Y, Z), to the label map (1, X, Y, Z) int16 that they mean:
-    the background where none exceeds `threshold`, else the label of the largest.
+    """Merge channels (C, X, Y, Z), one for each label but the background, into a label map (1, X, Y, Z) int16. A voxel
+    gets the label of its largest channel, or the background if no channel exceeds `threshold`.
 
     Args:
         values: label values of background and channels, C + 1 of them.

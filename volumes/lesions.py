@@ -1,5 +1,5 @@
-"""Insert lesions into label maps, and remove them. Each function gives the edited mask and the region that it takes to
-make the image match, for `editor(mask=edited, image=image, region=region)`.
+"""Insert lesions into label maps, and remove them. Each function returns the edited mask and the region to generate
+again so that the image matches, for `editor(mask=edited, image=image, region=region)`.
 
 Masks are volumes (1, X, Y, Z) of label values in RAS+ order, as `volumes.read_mask` reads them; positions are voxels of
 that grid, counted from 0; lengths are in mm.
@@ -18,7 +18,7 @@ REGION_MARGIN_MM = 6.0
 
 
 def ellipsoid(diameters: float | Sequence[float], spacing: Sequence[float]) -> np.ndarray:
-    """A lesion's shape: bool (x, y, z), odd sides, of an ellipsoid with these diameters in mm (one: of a ball).
+    """Make a lesion's shape: bool (x, y, z), odd sides, an ellipsoid with these diameters in mm (one number: a ball).
 
     Raises: ValueError for a diameter that is not positive.
     """
@@ -40,15 +40,15 @@ def insert_lesion(
     within: Collection[int] | None = None,
     margin: float = REGION_MARGIN_MM,
 ) -> tuple[Volume, Volume]:
-    """The mask with `label` where the lesion is, and the region to generate again.
+    """Insert a lesion into a mask. Returns the mask with `label` where the lesion is, and the region to generate again.
 
     Args:
-        shape: of the lesion, not 0 (x, y, z) where it is, on the mask's voxels; its center goes to `position`.
-        label: the lesion's, one that the model knows.
+        shape: the lesion's (x, y, z) on the mask's voxels, not 0 inside; its center goes to `position`.
+        label: the lesion's label, which the model must know.
         within: labels that the lesion may replace, such as the organ's, so that it stays there; None: all.
         margin: mm by which the region exceeds the voxels that changed.
 
-    Voxels outside the field of view (-1) stay so. Raises: ValueError if no voxel changes.
+    Voxels outside the field of view (-1) stay unchanged. Raises: ValueError if no voxel changes.
     """
     values = _values(mask).copy()
     if shape.ndim != 3 or len(position) != 3:
@@ -78,7 +78,8 @@ def remove_lesion(
     position: Sequence[int] | None = None,
     margin: float = REGION_MARGIN_MM,
 ) -> tuple[Volume, Volume]:
-    """The mask with `replacement` in place of `label`, and the region to generate again.
+    """Remove a lesion from a mask. Returns the mask with `replacement` in place of `label`, and the region to generate
+    again.
 
     Args:
         position: a voxel of the lesion that is removed, the connected component (26 neighbors) of `label` that holds
@@ -104,7 +105,7 @@ def remove_lesion(
 
 
 def grown(inside: np.ndarray, margin: float, spacing: Sequence[float]) -> np.ndarray:
-    """bool (X, Y, Z): the voxels whose center is at most `margin` mm from that of a voxel of `inside`."""
+    """Grow a region: bool (X, Y, Z), the voxels whose center is at most `margin` mm from that of one of `inside`."""
     if margin < 0:
         raise ValueError(f"margin is a length in mm, 0 or more, got {margin}")
     return np.asarray(ndimage.distance_transform_edt(~inside, sampling=spacing)) <= margin + 1e-6

@@ -1,5 +1,6 @@
-"""What label maps of a training set have in common, and whether a generated one has it too: which labels, in how many
-pieces of what size, how near the edge, on grids of which shapes."""
+"""What label maps of a training set have in common, and whether a generated one has it too: the labels, their pieces
+and sizes, their voxels at the edge, and the shapes of the grids.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,15 +17,15 @@ SHAPE = r"\d{1,5}x\d{1,5}x\d{1,5}"
 
 
 def count_pieces(mask: np.ndarray) -> int:
-    """Connected pieces (26 neighbors) of a boolean array (X, Y, Z)."""
-    from scipy import ndimage  # here: a command line that only checks a description answers before it is imported
+    """Count the connected pieces (26 neighbors) of a boolean array (X, Y, Z)."""
+    from scipy import ndimage  # here: a command line that only checks a description need not import it
 
     _, count = ndimage.label(mask, TOUCHING)  # pyright: ignore[reportGeneralTypeIssues]
     return count
 
 
 def count_at_edge(mask: np.ndarray) -> int:
-    """Voxels of a boolean array (X, Y, Z) that lie in one of its six outer planes."""
+    """Count the voxels of a boolean array (X, Y, Z) that lie in one of its six outer planes."""
     return int(mask.sum() - mask[1:-1, 1:-1, 1:-1].sum())
 
 
@@ -34,8 +35,8 @@ class LabelStats:
 
     Attributes:
         mm3: smallest and largest volume in mm^3, of the maps that have the label.
-        pieces: most connected pieces in one map.
-        edge: most voxels in the outer planes of one map.
+        pieces: largest number of connected pieces in one map.
+        edge: largest number of voxels in the outer planes of one map.
         always: whether every map has the label.
     """
 
@@ -47,11 +48,11 @@ class LabelStats:
 
 @dataclass(frozen=True)
 class LabelMapStats:
-    """What holds of all label maps of a training set, for `label_map_fault`.
+    """What all label maps of a training set have in common, for `label_map_fault`.
 
     Attributes:
-        labels: by name; a label that no map has is absent.
-        pieces: most connected pieces of the foreground in one map.
+        labels: statistics by name; a label that no map has is absent.
+        pieces: largest number of connected pieces of the foreground in one map.
         shapes: voxels (X, Y, Z) of the maps' grids: one if all are equal, else at most `MAX_SHAPES`, evenly chosen.
     """
 
@@ -60,7 +61,7 @@ class LabelMapStats:
     shapes: tuple[tuple[int, int, int], ...]
 
     def to_json(self) -> dict[str, object]:
-        """As it is stored; shapes as text, "37x51x33 35x51x35 ..."."""
+        """Return the object as it is stored; shapes as text, "37x51x33 35x51x35 ..."."""
         labels = {
             name: {"mm3": list(stats.mm3), "pieces": stats.pieces, "edge": stats.edge, "always": stats.always}
             for name, stats in self.labels.items()
@@ -69,7 +70,7 @@ class LabelMapStats:
 
     @classmethod
     def from_json(cls, value: Any, names: Sequence[str]) -> Self:
-        """Raises: ValueError unless `value` is as `to_json` writes it, of labels among `names`."""
+        """Read what `to_json` wrote, with labels among `names`. Raises: ValueError for anything else."""
         _expect(isinstance(value, Mapping) and bool(names), "", value)
         text: Any = value.get("shapes")
         labels: Any = value.get("labels")
@@ -111,7 +112,7 @@ def describe_maps(maps: Sequence[tuple[np.ndarray, float]], names: Mapping[int, 
 
 
 def _label_stats(name: str, value: Any) -> LabelStats:
-    """Raises: ValueError naming the label unless `value` is as `LabelMapStats.to_json` writes it."""
+    """Read what `LabelMapStats.to_json` wrote for a label. Raises: ValueError naming the label for anything else."""
     counts = isinstance(value, Mapping) and _is_count(value.get("pieces")) and _is_count(value.get("edge"))
     _expect(counts and isinstance(value.get("always"), bool), f", labels, {name}", value)
     sizes: Any = value.get("mm3")
@@ -135,11 +136,11 @@ def _is_count(value: Any) -> bool:
 
 
 def label_map_fault(array: np.ndarray, voxel: float, names: Mapping[int, str], known: LabelMapStats) -> str | None:
-    """How a label map differs from all of the training set; None if it does not.
+    """Describe how a label map differs from all of the training set; None if it does not.
 
-    A label must be there if it always was, have no more pieces than it had, no more voxels at the edge, and a volume
-    between half the least and twice the most. Sizes in between say nothing against it: maps unlike all real ones in
-    size are wanted.
+    A label must be present if it always was. It must not have more pieces or more voxels at the edge than in training.
+    Its volume must be between half the smallest and twice the largest. Unusual sizes in between are accepted: maps
+    unlike all real ones in size are wanted.
 
     Args:
         array: label values (X, Y, Z).
@@ -170,5 +171,5 @@ def label_map_fault(array: np.ndarray, voxel: float, names: Mapping[int, str], k
 
 
 def draw_shape(known: LabelMapStats, seed: int) -> tuple[int, int, int]:
-    """The grid (X, Y, Z) of one of the training set's maps; the same seed gives the same grid."""
+    """Choose the grid (X, Y, Z) of one of the training set's maps; the same seed gives the same grid."""
     return known.shapes[int(np.random.default_rng(seed).integers(len(known.shapes)))]

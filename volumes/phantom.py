@@ -44,5 +44,5 @@ def make_phantom(
 
 
 def _ellipsoid(position: np.ndarray, center: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    """bool (X, Y, Z): inside the axis-aligned ellipsoid."""
+    """Return bool (X, Y, Z): True inside the axis-aligned ellipsoid."""
     return (((position - center[:, None, None, None]) / radii[:, None, None, None]) ** 2).sum(axis=0) <= 1

@@ -30,7 +30,7 @@ class Placement:
     start: tuple[int, int, int]
 
     def _slices(self) -> tuple[Window, Window]:
-        """Where the common voxels lie in the grid and in the window."""
+        """Return where the common voxels lie in the grid and in the window."""
         grid, window = [], []
         for size, width, start in zip(self.shape, self.target, self.start, strict=True):
             low = max(start, 0)
@@ -40,12 +40,12 @@ class Placement:
         return (..., *grid), (..., *window)
 
     def apply(self, array: Array, fill: float) -> Array:
-        """(..., *shape) -> (..., *target), `fill` where the window shows no voxel."""
+        """Map (..., *shape) to (..., *target), `fill` where the window shows no voxel."""
         grid, window = self._slices()
         return _moved(array, self.shape, grid, self.target, window, fill)
 
     def undo(self, array: Array, fill: float = 0) -> Array:
-        """(..., *target) -> (..., *shape), `fill` where voxels were cropped away. Exact after padding alone."""
+        """Map (..., *target) to (..., *shape), `fill` where voxels were cropped away. Exact after padding alone."""
         grid, window = self._slices()
         return _moved(array, self.target, window, self.shape, grid, fill)
 
@@ -57,7 +57,9 @@ class Placement:
         return seen
 
     def planes(self, start: int, stop: int) -> Placement:
-        """Of planes start..stop of the window's third axis alone, and the grid's planes that they show."""
+        """Return the placement of planes start..stop of the window's third axis alone, on the grid's planes that they
+        show.
+        """
         low = max(start + self.start[2], 0)
         high = max(min(stop + self.start[2], self.shape[2]), low)
         return Placement(
@@ -67,7 +69,7 @@ class Placement:
         )
 
     def shift(self, affine: np.ndarray) -> np.ndarray:
-        """The affine of the window, from the affine (4, 4) of the grid."""
+        """Return the affine of the window, from the affine (4, 4) of the grid."""
         moved = np.array(affine, dtype=np.float64)
         moved[:3, 3] += moved[:3, :3] @ np.array(self.start, dtype=np.float64)
         return moved
@@ -103,7 +105,7 @@ def _triple(values: tuple[int, ...]) -> tuple[int, int, int]:
 def _moved(
     array: Array, shape: tuple[int, int, int], source: Window, target: tuple[int, int, int], to: Window, fill: float
 ) -> Array:
-    """A new array of `target` voxels: `array[source]` at `to`, `fill` elsewhere."""
+    """Return a new array of `target` voxels: `array[source]` at `to`, `fill` elsewhere."""
     if tuple(array.shape[-3:]) != shape:
         raise ValueError(f"this placement takes arrays of {shape} voxels here, got {tuple(array.shape)}")
     size = (*array.shape[:-3], *target)

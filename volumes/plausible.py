@@ -1,6 +1,6 @@
 """Find oddities in a volume's geometry. The doctor, training and generation report them in the same words.
 
-A header that cannot be meant is refused when it is read (`stored.check_grid`), a resampling when it is asked for.
+An impossible header is refused when it is read (`raw.check_grid`), an impossible resampling when it is requested.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ MANY = 64.0  # times as many voxels
 
 @dataclass(frozen=True)
 class Oddity:
-    """An oddity: `check` is its subject, `what` and `remedy` are the same for all volumes that have it, `detail` is
-    this one's own."""
+    """An oddity: `check` is its subject, `what` and `remedy` are the same for all volumes that have it, `detail`
+    differs between them.
+    """
 
     check: str
     what: str
@@ -41,7 +42,7 @@ def header_oddities(grid: SourceGrid) -> list[Oddity]:
     found, spacing = [], affine_spacing(grid.affine)
     size = f"{' x '.join(f'{mm:.4g}' for mm in spacing)} mm"
     if not grid.qform_code and not grid.sform_code:
-        remedy = "write them with the scanner's orientation, or never trust sides"
+        remedy = "write them with the scanner's orientation, or do not rely on left and right"
         found.append(Oddity("orientation", "no qform and no sform, so left and right are unknown", remedy))
     elif grid.sform_code and (detail := contradiction(grid)):
         remedy = (
@@ -81,7 +82,7 @@ def resampling_oddities(before: Sequence[int], after: Sequence[int]) -> list[Odd
 
 
 def gathered(found: Iterable[tuple[str, Oddity]]) -> list[tuple[Oddity, dict[str, str]]]:
-    """Each oddity once, with the files that have it: {file: file and detail}."""
+    """List each oddity once, with the files that have it: {file: file and detail}."""
     by_kind: dict[tuple[str, str, str], tuple[Oddity, dict[str, str]]] = {}
     for file, oddity in found:
         _, files = by_kind.setdefault((oddity.check, oddity.what, oddity.remedy), (oddity, {}))
@@ -90,18 +91,18 @@ def gathered(found: Iterable[tuple[str, Oddity]]) -> list[tuple[Oddity, dict[str
 
 
 def obliqueness(affine: np.ndarray) -> float:
-    """The largest angle, in degrees, between a voxel axis and the patient's nearest."""
+    """Compute the largest angle, in degrees, between a voxel axis and the patient's nearest axis."""
     axes = np.asarray(affine, np.float64)[:3, :3]
     axes = np.abs(axes / np.linalg.norm(axes, axis=0))
     return float(np.degrees(np.arccos(np.clip(axes.max(axis=0).min(), 0, 1))))
 
 
 def contradiction(grid: SourceGrid) -> str:
-    """In what the qform differs from the sform, which is `grid.affine`, by more than rounding; "" if it does not."""
+    """Describe how the qform differs from the sform (`grid.affine`) by more than rounding; "" if it does not."""
     if not grid.qform_code:
         return ""
     if grid.qform is None:
-        return "the numbers of the qform make no transform"
+        return "the numbers of the qform do not make a transform"
     corners = np.array([(*one, 1) for one in itertools.product(*((0, n - 1) for n in grid.shape))]).T
     if np.abs(np.linalg.inv(grid.affine) @ (grid.qform @ corners) - corners).max() <= APART:
         return ""

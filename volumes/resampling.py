@@ -17,12 +17,14 @@ from volumes.formats.raw import check_room
 from .volume import Volume, VolumeError
 
 SLAB_VOXELS = 1 << 21
-MIN_COUNT = 4  # voxels along an axis of which one must not become a single plane
+MIN_COUNT = 4  # an axis with as many voxels must not become a single plane
 MAX_OLD_VOXELS = 1000  # along an axis of a new one; a header with more is wrong
 
 
 def resample(volume: Volume, spacing: tuple[float, float, float] | list[float], *, nearest: bool = False) -> Volume:
-    """The volume at another voxel size (mm), same orientation and center; its extent is kept to the nearest voxel."""
+    """Resample the volume to another voxel size (mm), with the same orientation and center; its extent is kept to the
+    nearest voxel.
+    """
     if len(spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"spacing is three positive lengths in mm, got {spacing}")
     old = np.array(volume.spacing)
@@ -50,11 +52,11 @@ def resample(volume: Volume, spacing: tuple[float, float, float] | list[float], 
 def resample_to(
     volume: Volume, shape: tuple[int, int, int], affine: np.ndarray, *, nearest: bool = False, fill: float | None = None
 ) -> Volume:
-    """The volume on the grid (shape, affine), by linear or nearest-neighbor interpolation.
+    """Resample the volume to the grid (shape, affine), by linear or nearest-neighbor interpolation.
 
     Where the new grid is coarser, linear interpolation is preceded by a Gaussian of the width that turns one voxel's
-    point spread into the other's (Cardoso et al. 2015, "Scale factor point spread function matching"), so nothing
-    aliases. Voxels of the new grid whose center lies outside the old field of view get `fill`: by default 0 for
+    point spread into the other's (Cardoso et al. 2015, "Scale factor point spread function matching"), to avoid
+    aliasing. Voxels of the new grid whose center lies outside the old field of view get `fill`: by default 0 for
     `nearest` and the lowest value otherwise. Raises: VolumeError for a grid that does not fit into memory.
     """
     check_room("resampling", (len(volume.array), *shape), 4)

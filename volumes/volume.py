@@ -32,8 +32,7 @@ class SourceGrid:
     """The grid on which a volume was stored before it was brought to RAS+, so that results can be written back onto it.
 
     shape: (I, J, K) as stored; affine: (4, 4) float64 in mm; qform: (4, 4) in mm, or None when qform_code is 0 or it is
-    broken; unit: of length, that the header names ("mm", "m", "cm", "um", or "unknown"), unless the reader was told
-    another.
+    broken; unit: the header's unit of length ("mm", "m", "cm", "um", or "unknown"), unless the reader was told another.
     """
 
     shape: tuple[int, int, int]
@@ -72,7 +71,7 @@ class Volume:
         return affine_spacing(self.affine)
 
     def replace(self, array: np.ndarray) -> Volume:
-        """Other voxels (any number of channels) on the same grid."""
+        """Return a volume with other voxels (any number of channels) on the same grid."""
         if array.shape[-3:] != self.shape:
             raise ValueError(
                 f"the array is {array.shape}, the volume's grid is {self.shape}; use resample_to or a Placement"
@@ -92,13 +91,13 @@ def check_affine(affine: np.ndarray) -> None:
 
 
 def affine_spacing(affine: np.ndarray) -> tuple[float, float, float]:
-    """Voxel size in mm: the lengths of the affine's columns."""
+    """Return the voxel size in mm: the lengths of the affine's columns."""
     x, y, z = np.linalg.norm(np.asarray(affine, dtype=np.float64)[:3, :3], axis=0).tolist()
     return x, y, z
 
 
 def same_grid(a: Volume, b: Volume, tolerance: float = 0.05) -> bool:
-    """True when shapes are equal and no corner is further apart than `tolerance` voxels (of a).
+    """Return whether shapes are equal and no corner is further apart than `tolerance` voxels (of a).
 
     The default allows for a qform and an sform of one grid, which differ by rounding: a float32 quaternion near half
     a turn is good to about 3e-4 rad.
@@ -111,7 +110,7 @@ def same_grid(a: Volume, b: Volume, tolerance: float = 0.05) -> bool:
 
 
 def describe_grid(volume: Volume) -> str:
-    """Shape, spacing and origin in one phrase, for error messages."""
+    """Describe shape, spacing and origin in one phrase, for error messages."""
     shape = " x ".join(map(str, volume.shape))
     spacing = " x ".join(f"{s:.4g}" for s in volume.spacing)
     origin = ", ".join(f"{o:.5g}" for o in volume.affine[:3, 3])
@@ -119,6 +118,6 @@ def describe_grid(volume: Volume) -> str:
 
 
 def grid_numbers(grid: Volume) -> dict[str, float]:
-    """{"spacing_x": mm between voxels, ..., "size_x": mm from end to end, ...} of a volume's grid, in RAS order."""
+    """Return {"spacing_x": mm between voxels, ..., "size_x": mm from end to end, ...} of a grid, in RAS order."""
     sizes = [n * mm for n, mm in zip(grid.shape, grid.spacing, strict=True)]
     return {name: float(value) for name, value in zip(GRID_NUMBERS, [*grid.spacing, *sizes], strict=True)}

@@ -1,7 +1,7 @@
 """Adversarial training: discriminators of slices and of volumes, and their losses. Axes: (B, C, X, Y, Z).
 
-Medical Diffusion (Khader et al. 2023) and VQGAN (Esser et al. 2021) sharpen an autoencoder so: a discriminator of 2-D
-slices sees fine texture, one of 3-D patches sees that slices belong together.
+Medical Diffusion (Khader et al. 2023) and VQGAN (Esser et al. 2021) sharpen an autoencoder this way: a discriminator of
+2-D slices sees fine texture; one of 3-D patches sees whether slices fit together.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from monai.networks.nets.patchgan_discriminator import PatchDiscriminator
 from torch import Tensor, nn
 
-Features = list[Tensor]  # of one discriminator, layer by layer; the last are its logits, one a patch
+Features = list[Tensor]  # of one discriminator, layer by layer; the last are its logits, one per patch
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Slices:
     positions: Tensor
 
     def of(self, volumes: Tensor) -> Tensor:
-        """(B, C, X, Y, Z) -> (B * n, C, ., .)."""
+        """Map (B, C, X, Y, Z) to (B * n, C, ., .)."""
         planes = volumes.movedim(self.axis + 2, 1)  # (B, side, C, ., .)
         rows = torch.arange(len(planes), device=planes.device)[:, None]
         return planes[rows, self.positions].flatten(0, 1)
@@ -45,9 +45,9 @@ class VolumeDiscriminator(nn.Module):
 
     Args:
         in_channels: channels of the volume.
-        channels: width of the first layer; doubled by each next one.
+        channels: width of the first layer; each further layer doubles it.
         layers: layers after the first; each but the last halves the sides.
-        slices, volume: whether to judge slices, and whole crops.
+        slices, volume: use the discriminator of slices, and that of whole patches.
     Raises: ValueError if both are False.
     """
 
@@ -71,20 +71,22 @@ class VolumeDiscriminator(nn.Module):
 
 
 def discriminator_loss(real: Sequence[Features], fake: Sequence[Features]) -> Tensor:
-    """Hinge loss (Lim & Ye 2017), averaged over discriminators: 0 when real logits exceed 1 and fake ones are below
-    -1."""
+    """Compute the hinge loss (Lim & Ye 2017), averaged over discriminators: 0 when real logits exceed 1 and fake ones
+    are below -1.
+    """
     losses = [0.5 * (F.relu(1 - r[-1]).mean() + F.relu(1 + f[-1]).mean()) for r, f in zip(real, fake, strict=True)]
     return torch.stack(losses).mean()
 
 
 def generator_loss(fake: Sequence[Features]) -> Tensor:
-    """Adversarial loss of the autoencoder: minus the mean logit, averaged over discriminators."""
+    """Compute the adversarial loss of the autoencoder: minus the mean logit, averaged over discriminators."""
     return torch.stack([-f[-1].mean() for f in fake]).mean()
 
 
 def feature_matching_loss(real: Sequence[Features], fake: Sequence[Features]) -> Tensor:
-    """Mean absolute difference of hidden features of real and reconstructed (Wang et al. 2018, Eq. 3), averaged over
-    layers and discriminators. The real ones receive no gradients."""
+    """Compute the mean absolute difference of hidden features of real and reconstructed volumes (Wang et al. 2018, Eq.
+    3), averaged over layers and discriminators. The real ones receive no gradients.
+    """
     pairs = [(r, f) for a, b in zip(real, fake, strict=True) for r, f in zip(a[:-1], b[:-1], strict=True)]
     return torch.stack([(r.detach() - f).abs().mean() for r, f in pairs]).mean()
 

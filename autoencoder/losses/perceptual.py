@@ -1,7 +1,7 @@
 """Perceptual losses: the distance between a frozen network's features of a reconstruction and of its volume.
 
 Axes: volumes (B, C, X, Y, Z) in [-1, 1], slices (B, C, ., .). Nothing is downloaded: the network is an autoencoder of
-ours, or VGG-16 in a local file.
+this package, or VGG-16 in a local file.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ class EncoderFeatures(nn.Module):
     """Features of volumes: activations of a trained autoencoder's encoder at the end of each level.
 
     Args:
-        vae: frozen here. One that takes a single channel, or codes each separately, sees one channel at a time.
+        vae: frozen here. An autoencoder of a single channel, or with per_channel, sees one channel at a time.
     """
 
     dims: int = 3
@@ -33,7 +33,7 @@ class EncoderFeatures(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, volumes: Tensor) -> list[Tensor]:
-        """(B, C, X, Y, Z) -> (B * C / in_channels, ., x, y, z), one per level, finest first."""
+        """Map (B, C, X, Y, Z) to (B * C / in_channels, ., x, y, z), one per level, finest first."""
         x, features = space_to_depth(volumes.reshape(-1, self.in_channels, *volumes.shape[2:]), self.patch_size), []
         for layer in self.encoder:
             if isinstance(layer, (Downsample, ChannelRMSNorm)):  # one follows each level
@@ -78,7 +78,7 @@ class VGG16Features(nn.Module):
         return nn.Sequential(*layers)
 
     def forward(self, slices: Tensor) -> list[Tensor]:
-        """(B, C, H, W) -> (B * C, ., h, w), one per block, finest first."""
+        """Map (B, C, H, W) to (B * C, ., h, w), one per block, finest first."""
         gray = slices.reshape(-1, 1, *slices.shape[2:])
         x, features = ((gray + 1) / 2 - self.mean) / self.std, []  # one channel becomes three
         for layer in list(self.features)[:-1]:
@@ -89,8 +89,9 @@ class VGG16Features(nn.Module):
 
 
 def _read_features(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors `expected` from a safetensors file, in float32. Raises: ValueError if it does not hold exactly
-    those."""
+    """Read the tensors `expected` from a safetensors file, in float32. Raises: ValueError unless it holds exactly
+    those.
+    """
     if path.suffix in PICKLES:
         raise ValueError(
             f"{path}: is a pickle, which can run any code when it is read; only safetensors are loaded. If you trust "
@@ -111,14 +112,14 @@ def _read_features(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]
 def perceptual_loss(
     network: EncoderFeatures | VGG16Features, reconstruction: Tensor, image: Tensor, fov: Tensor
 ) -> Tensor:
-    """Squared distance of unit-normalized features, averaged inside the field of view and summed over levels (Zhang et
-    al. 2018, Eq. 1, with all weights 1).
+    """Compute the squared distance of unit-normalized features, averaged inside the field of view and summed over
+    levels (Zhang et al. 2018, Eq. 1, with all weights 1).
 
     Gradients reach the reconstruction only.
 
     Args:
         reconstruction, image: volumes (B, C, X, Y, Z), or slices (B, C, H, W) for a network with `dims` 2.
-        fov: boolean, the same with one channel. A feature is inside if one of its cell's voxels is.
+        fov: boolean, the same with one channel. A feature is inside if one of the voxels that it covers is.
     """
     with torch.no_grad():
         real = network(image)
@@ -133,6 +134,6 @@ def perceptual_loss(
 
 
 def _unit(features: Tensor, eps: float = 1e-6) -> Tensor:
-    """Features of length 1 over their channels (nearly 0 where there are none), in float32."""
+    """Scale features to length 1 over their channels (to nearly 0 where all are 0), in float32."""
     features = features.float()
     return features * torch.rsqrt((features**2).sum(1, keepdim=True) + eps)

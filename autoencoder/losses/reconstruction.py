@@ -1,8 +1,8 @@
 """Reconstruction losses, each averaged over the voxels inside the field of view only. Axes: (B, C, X, Y, Z).
 
-`fov` is boolean, (B, 1, X, Y, Z): False where a volume was padded. Padding has no truth, so it must not pull on the
-model. Each volume counts the same, however much of it is padding: a batch has then the mean loss of its parts, and it
-makes no difference over how many processes, or accumulated parts, it is divided.
+`fov` is boolean, (B, 1, X, Y, Z): False where a volume was padded. Padding has no true values, so it must not influence
+the model. Each volume counts the same, however much of it is padding. So the loss of a batch is the mean loss of its
+parts, over however many processes or accumulated parts it is divided.
 """
 
 import torch
@@ -14,14 +14,17 @@ from ..vq import QuantisedLatents
 
 
 def masked_mean(values: Tensor, fov: Tensor) -> Tensor:
-    """Mean over volumes of the mean of `values` (B, C, X, Y, Z) over the True voxels of `fov` (B, 1, X, Y, Z), zero
-    where there are none."""
+    """Average `values` (B, C, X, Y, Z) over the True voxels of `fov` (B, 1, X, Y, Z), then over volumes; a volume
+    without any counts as 0.
+    """
     weight = fov.to(values.dtype).expand_as(values)
     return ((values * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1.0)).mean()
 
 
 def difference(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """reconstruction - target. Raises: ValueError for other shapes, which would broadcast: one channel against all."""
+    """Return reconstruction - target. Raises: ValueError for different shapes, which would broadcast: one channel
+    against all.
+    """
     if reconstruction.shape != target.shape:
         raise ValueError(
             f"reconstruction is {tuple(reconstruction.shape)}, its target {tuple(target.shape)}: do the autoencoder's "
@@ -31,18 +34,18 @@ def difference(reconstruction: Tensor, target: Tensor) -> Tensor:
 
 
 def l1_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor:
-    """Mean absolute error inside the field of view."""
+    """Compute the mean absolute error inside the field of view."""
     return masked_mean(difference(reconstruction, target).abs(), fov)
 
 
 def mse_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor:
-    """Mean squared error inside the field of view."""
+    """Compute the mean squared error inside the field of view."""
     return masked_mean(difference(reconstruction, target) ** 2, fov)
 
 
 def gradient_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor:
-    """Mean absolute error of the forward differences along each axis, where both voxels are inside (Mathieu et al.
-    2016, Eq. 6, alpha = 1).
+    """Compute the mean absolute error of the forward differences along each axis, where both voxels are inside (Mathieu
+    et al. 2016, Eq. 6, alpha = 1).
 
     It rewards sharp edges, where an absolute error alone accepts a blur.
     """
@@ -55,10 +58,10 @@ def gradient_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor
 
 
 def spectrum_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor:
-    """Mean squared logarithm of the ratio of powers, over bands of spatial frequency from 0.1 to 0.5 cycles a voxel (a
-    ratio of 2 costs 0.48), each the batch's mean under a Hann window. Both have the power of white noise of standard
-    deviation 0.003 (about the steps of 8 bits) added; otherwise flat regions, such as air, would cost more than all the
-    rest.
+    """Compute the mean squared logarithm of the ratio of powers, over bands of spatial frequency from 0.1 to 0.5 cycles
+    per voxel. A ratio of 2 costs 0.48. The power of a band is the batch's mean under a Hann window. White noise of
+    standard deviation 0.003 (about the steps of 8 bits) is added to both powers; otherwise flat regions, such as air,
+    would cost more than everything else.
 
     A decoder that is trained for the mean of all possible volumes loses the fine detail that it cannot know, and the
     power there. This loss restores the power, whatever its phase; the other losses put it in the right places.
@@ -82,20 +85,23 @@ def spectrum_loss(reconstruction: Tensor, target: Tensor, fov: Tensor) -> Tensor
 
 
 def cells_inside(fov: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(B, 1, X, Y, Z) boolean -> (B, 1, h, w, d) boolean: True for latent voxels that contain at least one voxel of
-    the field of view."""
+    """Map (B, 1, X, Y, Z) boolean to (B, 1, h, w, d) boolean: True for latent voxels that contain at least one voxel of
+    the field of view.
+    """
     return F.adaptive_max_pool3d(fov.float(), shape) > 0
 
 
 def kl_loss(posterior: DiagonalGaussian3D, fov: Tensor) -> Tensor:
-    """Mean KL per latent element in nats, over the latent cells inside the field of view."""
+    """Compute the mean KL per latent element in nats, over the latent voxels inside the field of view."""
     values = posterior.kl_map()
     return masked_mean(values, cells_inside(fov, values.shape[2:]))
 
 
 def commitment_loss(latents: QuantisedLatents, fov: Tensor) -> Tensor:
-    """Mean squared distance between latents and their codes over the cells inside the field of view (van den Oord et
-    al. 2017, Eq. 3, last term): the encoder stays near the codes, which follow by moving averages."""
+    """Compute the mean squared distance between latents and their codes, over the latent voxels inside the field of
+    view (van den Oord et al. 2017, Eq. 3, last term). It keeps the encoder near the codes, which follow by moving
+    averages.
+    """
     values = latents.distance_map()
     return masked_mean(values, cells_inside(fov, values.shape[2:]))
 

@@ -39,10 +39,6 @@ def rows(records: list[Record]) -> Iterator[tuple[str, str, str, str]]:
         peer = find(records, "coding", "decoding", model=model, **same)
         if ours and peer:
             yield _pair(f"decode 128³, against {name}", ours[0], peer[0])
-    disk = [r for r in find(records, "long_axis", "decoding_to_disk") if r["shape"][2] == 768]
-    if disk:
-        resident = f"{disk[0]['memory']['peak'] / 2**30:.1f} GiB resident"
-        yield "decode 512 x 512 x 768 to a file", f"{short(disk[0]['seconds']['median'])} s, {resident}", "", ""
     for job, name in (("training_autoencoder", "autoencoder"), ("training_unet", "U-Net")):
         for ours in find(records, "training", job, model="ours", checkpointing=False, **FLOAT32)[-1:]:
             same = FLOAT32 | {"shape": ours["shape"], "batch": ours["batch"]}
@@ -51,18 +47,11 @@ def rows(records: list[Record]) -> Iterator[tuple[str, str, str, str]]:
                 sides = " x ".join(map(str, [ours["batch"], *ours["shape"]]))
                 yield _pair(f"train the {name} one step, {sides}, against MONAI's", ours, peer[0])
     for ours in find(records, "sampling", "sampling", model="ours", **FLOAT32)[-1:]:
-        for model, scale, name in (
-            ("monai", 1, "50 DDIM steps of MONAI's"),
-            ("monai voxels", 4, "250 steps in voxels"),
-        ):
-            peer = find(
-                records, "sampling", "sampling", model=model, shape=[scale * n for n in ours["shape"]], **FLOAT32
-            )
-            if peer:
-                times = [whole_sample(r) for r in (ours, peer[0])]
-                cells = " x ".join(map(str, ours["shape"]))
-                what = f"sample in 20 steps, {cells} latents, against {name}"
-                yield what, f"{short(times[0])} s", f"{short(times[1])} s", f"{times[1] / times[0]:.1f} x"
+        if peer := find(records, "sampling", "sampling", model="monai", shape=ours["shape"], **FLOAT32):
+            times = [whole_sample(r) for r in (ours, peer[0])]
+            cells = " x ".join(map(str, ours["shape"]))
+            what = f"sample in 20 steps, {cells} latents, against 50 DDIM steps of MONAI's"
+            yield what, f"{short(times[0])} s", f"{short(times[1])} s", f"{times[1] / times[0]:.1f} x"
     ours, peer = (find(records, "equal_time", "training", model=m) for m in ("ours", "maisi"))
     if ours and peer:
         decibels = [r[0]["values"]["psnr_db"] for r in (ours, peer)]

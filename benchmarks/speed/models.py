@@ -72,7 +72,7 @@ def _monai() -> nn.Module:
 
 
 def _maisi(num_splits: int) -> nn.Module:
-    """MAISI's autoencoder as published (Guo et al. 2024; MONAI model zoo, maisi_ct_generative), but in float32."""
+    """Build MAISI's autoencoder as published (Guo et al. 2024; MONAI's maisi_ct_generative), but in float32."""
     return AutoencoderKlMaisi(
         spatial_dims=3,
         in_channels=1,
@@ -105,7 +105,7 @@ def _our_unet() -> nn.Module:
 def _diffusion_model_unet(
     image_channels: int, channels: tuple[int, ...], blocks: tuple[int, ...], groups: int, head_channels: int
 ) -> nn.Module:
-    """Attention on the coarsest level only, as ours."""
+    """Build MONAI's U-Net with attention on the coarsest level only, as ours."""
     return DiffusionModelUNet(
         spatial_dims=3,
         in_channels=image_channels,
@@ -119,7 +119,7 @@ def _diffusion_model_unet(
 
 
 def _monai_unet() -> nn.Module:
-    """MONAI's DiffusionModelUNet over the same latents, with levels and blocks as ours."""
+    """Build MONAI's DiffusionModelUNet over the same latents, with levels and blocks as ours."""
 
     def build(last: int) -> nn.Module:
         return _diffusion_model_unet(LATENT_CHANNELS, (48, last), (1, 2), groups=8, head_channels=16)
@@ -128,7 +128,7 @@ def _monai_unet() -> nn.Module:
 
 
 def _monai_voxel_unet() -> nn.Module:
-    """MONAI's DiffusionModelUNet over voxels: narrow and four levels deep, so that full resolution costs little."""
+    """Build MONAI's DiffusionModelUNet over voxels: narrow and four levels deep, so full resolution costs little."""
 
     def build(last: int) -> nn.Module:
         return _diffusion_model_unet(1, (16, 32, 64, last), (1, 1, 1, 1), groups=4, head_channels=last)

@@ -60,7 +60,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
 
 
 def check_options(options: Namespace) -> None:
-    """Raises: ValueError for training sets that need an option which is missing."""
+    """Raise ValueError for training sets whose option is missing."""
     if not options.synthetic and set(options.train_on) != {REAL}:
         raise ValueError("--synthetic is missing: give a folder of generated volumes, or --train_on real")
     if options.judge_synthetic and REAL not in options.train_on:
@@ -118,7 +118,7 @@ def print_summary(report: Mapping[str, Any]) -> None:
         dice = [result["dice"] for result in results]
         print(f"{name}: {sum(dice) / len(dice):.4f}  {[round(value, 4) for value in dice]}")
     for name, ratio in report["ratios"].items():
-        interval = ratio.get("interval_subjects")  # missing where an earlier report has no Dice per volume
+        interval = ratio.get("interval_subjects")  # missing if an earlier report does not record the Dice per volume
         over = f" ({interval[0]:.4f} to {interval[1]:.4f} over subjects)" if interval else ""
         print(f"{name}: {ratio['of_means']:.4f}{over}  {[round(value, 4) for value in ratio['per_seed'].values()]}")
     if adherence := report.get("adherence"):
@@ -132,7 +132,7 @@ def print_summary(report: Mapping[str, Any]) -> None:
 
 
 def _without_job(result: TrainingResult) -> dict[str, object]:
-    """The row of a report that lists results by source, all of one budget."""
+    """Return the row of a report that lists results by source, all of one budget."""
     return {key: value for key, value in result.as_json().items() if key not in ("arm", "labels")}
 
 

@@ -82,9 +82,6 @@ class Ledger:
             earlier, expected = read_object(path), json.loads(json.dumps(self.report))
         except ValueError as error:
             raise ValueError(f"{error}; choose another --output, or delete it") from error
-        if "content" not in earlier and "rows" in earlier:  # in reports of early versions
-            print(f"note: {path} does not record its volumes; they are assumed to be the same")
-            earlier["content"] = expected.get("content")
         if changed := [key for key in SAME if earlier.get(key) != expected.get(key)]:
             raise ValueError(
                 f"{path}: holds figures of another {', '.join(changed)}; choose another --output, or delete it"

@@ -101,8 +101,9 @@ def run_part(name: str, part: Part, progress: LiveBar, device: torch.device, dty
 
 
 def is_measured(part: Part) -> bool:
-    """Whether there is a report of a part that ended, from the same inputs. A damaged report does not count: its part
-    is measured again, or refuses the report itself."""
+    """Return whether there is a report of a finished part with the same inputs. A damaged report does not count: its
+    part is measured again, or refuses the report.
+    """
     try:
         return part.path.is_file() and read_object(part.path).get("inputs") == part.digest
     except ValueError:
@@ -220,7 +221,7 @@ def stamp(file: Path) -> tuple[str, int, int]:
 
 
 def _split(entry: str) -> tuple[str, str, str]:
-    """ "dice.seeds=5" -> ("dice", "seeds", "5"). Raises: ValueError for anything else."""
+    """Split "dice.seeds=5" into ("dice", "seeds", "5"). Raises: ValueError for anything else."""
     left, equals, value = entry.partition("=")
     part, dot, option = left.partition(".")
     if not (equals and dot and option and value):

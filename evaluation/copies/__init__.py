@@ -1,1 +1,1 @@
-"""Fingerprints of training volumes, and masks of nobody."""
+"""Fingerprints of training volumes, and volumes that show no patient."""

@@ -43,7 +43,7 @@ from evaluation.report import add_overlap_argument, check_report, config_parser
 
 
 def parse(args: Sequence[str] | None) -> Namespace:
-    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    """Parse the command line, with the data section of `--config` as the defaults of `--data.*`."""
     parser = config_parser("evaluation.copies.fingerprints", __doc__, args)
     parser.add_argument("--output", type=str, required=True, help="fingerprints to write, a .safetensors file")
     parser.add_argument(
@@ -199,7 +199,7 @@ class CopyCheck:
         Raises: ValueError for blocks of one voxel, which would be the scans themselves.
         """
         if self.block < 2:
-            raise ValueError("fingerprints of single voxels are the scans; take a larger block")
+            raise ValueError("fingerprints of single voxels are the scans themselves; take a larger block")
         entries = {name: getattr(self, name) for name in ("crop", "block", "flips", "shift", "threshold")}
         entries["subjects"] = {
             split: [{kind: sorted(values) for kind, values in of_volume.items()} for of_volume in marks]
@@ -240,7 +240,7 @@ class CopyCheck:
         return check
 
     def _check_settings(self) -> None:
-        """Raises: ValueError or TypeError for settings with which no copy could be found."""
+        """Raise ValueError or TypeError for settings with which no copy could be found."""
         for part, marks in self.subjects.items():
             if part not in SPLITS:
                 raise ValueError(f"subjects {part!r}")

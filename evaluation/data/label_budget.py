@@ -24,10 +24,10 @@ from evaluation.report import config_parser
 
 
 def parse(args: list[str] | None) -> Namespace:
-    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    """Parse the command line, with the data section of `--config` as the defaults of `--data.*`."""
     parser = config_parser("evaluation.data.label_budget", __doc__, args)
     parser.add_argument("--k", type=Number(PositiveInt), required=True, help="labeled volumes")
-    parser.add_argument("--seed", type=Number(Seed), default=0, help="another number draws other subjects")
+    parser.add_argument("--seed", type=Number(Seed), default=0, help="another number chooses other subjects")
     parser.add_argument("--output", type=str, required=True, help="table to write, a CSV file")
     parsed = parser.instantiate(parser.parse_args(args))
     assert isinstance(parsed, Namespace)
@@ -46,16 +46,16 @@ from .pairs import learning_cases, test_cases
 
 
 def draw_labeled(cases: Sequence[Case], k: int, seed: int) -> list[int]:
-    """Indices into `cases` of the k volumes that count as labeled.
+    """Choose the k volumes that count as labeled. Returns indices into `cases`.
 
-    Subjects come in the order of a hash of (seed, name), each with all its volumes, until there are k: of the last
-    subject some volumes may be left out. So the first 8 are among the 16 of the same seed, and neither files nor
-    machines change the draw.
+    Subjects come in the order of a hash of (seed, name), each with all its volumes, until there are k; some volumes of
+    the last subject may be omitted. So the first 8 are among the 16 of the same seed, and the choice is the same on
+    every machine.
 
     Raises: ValueError unless there are k volumes, at least 1.
     """
     if not 1 <= k <= len(cases):
-        raise ValueError(f"{k} labeled volumes cannot be drawn from {len(cases)}; take 1 to {len(cases)}")
+        raise ValueError(f"{k} labeled volumes cannot be chosen from {len(cases)}; take 1 to {len(cases)}")
 
     def order(index: int) -> tuple[str, str]:
         subject = cases[index].subject
@@ -65,8 +65,9 @@ def draw_labeled(cases: Sequence[Case], k: int, seed: int) -> list[int]:
 
 
 def budget(text: str, available: int) -> int:
-    """How many labeled volumes `8` or `all` asks for. Raises: ValueError for other texts, and for more than are
-    available."""
+    """Return how many labeled volumes `8` or `all` asks for. Raises: ValueError for other texts, and for more than are
+    available.
+    """
     if text == "all":
         return available
     if not text.isdecimal() or not 1 <= int(text) <= available:
@@ -94,7 +95,7 @@ def restrict(config: DataConfig, k: int, seed: int, table: Path) -> DataConfig:
     named = str(place) if is_url(config.root) else os.path.relpath(place, Path(plain_path(config.root)).resolve())
     found = replace(config, table=named, split=split, test_fraction=0.0)
     if {case.name for case in load_cases(found) if case.split != "test"} != {case.name for case in chosen}:
-        raise ValueError(f"{table}: names other volumes than were drawn; name the pieces of the files with {{braces}}")
+        raise ValueError(f"{table}: names other volumes than were chosen; name the pieces of the files with {{braces}}")
     return found
 
 
@@ -122,7 +123,7 @@ def main(args: list[str] | None = None) -> None:
     print(f"{len(learn)} volumes of {len({case.subject for case in learn})} subjects: {names}")
     cleared = " --data.test_fraction 0" if options.data.test_fraction else ""
     print(f"train and evaluate with: --data.table {config.table} --data.split {config.split}{cleared}")
-    print(f"generate with: --conditions {masks}, or {test_masks} for volumes to be judged")
+    print(f"generate with: --conditions {masks}, or {test_masks} for test volumes")
 
 
 def _write(table: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -11,10 +11,10 @@ from volumes.description import DataDescription
 
 
 def in_model_units(image: Any, data: DataDescription) -> np.ndarray:
-    """(C, X, Y, Z) float32 in [0, 1] of what the pipeline returns or writes.
+    """Scale what the pipeline returns or writes to (C, X, Y, Z) float32 in [0, 1].
 
-    Channels are scaled back by the scales that `data` names (of kind percentile the medians over the training set), by
-    which the pipeline brought them to the units of files: no statistics of the volume itself are taken.
+    Channels are scaled back by the scales in `data` (for kind percentile the medians over the training set), by which
+    the pipeline converted them to file units. Statistics of the volume itself are not used.
 
     Args:
         image: a NIfTI image or path, or {channel: image} of all channels of the data.

@@ -1,4 +1,4 @@
-"""What the segmenter learns from and is judged on: pairs of volume and mask, real or generated, at one size.
+"""Pairs of volume and mask, real or generated, at one size, to train and test the segmenter.
 
 Volumes generated from a mask are found by its file name, as generate.py writes them: `<mask>_000.nii.gz`, or
 `<mask>.nii.gz`, on the mask's grid; of several channels `<mask>_000_<channel>.nii.gz` each.
@@ -39,37 +39,40 @@ NAMES = {"train": "training", "test": "test"}  # of the splits, in messages
 
 @dataclass(frozen=True)
 class Pair:
-    """One volume to learn from or be judged on: the case whose mask it has, and its files, one per channel, if they are
-    not the case's own."""
+    """One volume to train or test on: the case whose mask it has, and its files, one per channel, if they are not the
+    case's own.
+    """
 
     case: Case
     generated: tuple[Path, ...] | None = None
 
 
 def learning_cases(cases: Sequence[Case]) -> list[Case]:
-    """Cases that a model may have learned from: all but the test split, sorted by name. Raises ValueError if there is
-    none."""
+    """Return the cases that a model may have learned from: all but the test split, sorted by name. Raises ValueError if
+    there is none.
+    """
     return _with_masks([case for case in cases if case.split != "test"], "train")
 
 
 def test_cases(cases: Sequence[Case]) -> list[Case]:
-    """Cases that judge, sorted by name. Raises ValueError if there is none."""
+    """Return the test cases, sorted by name. Raises ValueError if there is none."""
     return _with_masks([case for case in cases if case.split == "test"], "test")
 
 
 def generated_pairs(cases: Sequence[Case], folder: Path, split: Literal["train", "test"] = "train") -> list[Pair]:
-    """The volumes in `folder` that were generated from the masks of `learning_cases(cases)`, in the order of the cases;
-    with `split="test"` those from the masks of `test_cases(cases)`, to be judged and never to be learned from.
+    """Return the volumes in `folder` that were generated from the masks of `learning_cases(cases)`, in the order of the
+    cases. With `split="test"`, return those from the masks of `test_cases(cases)`, which are for testing and never for
+    training.
 
-    A volume made from a mask of the other split, or from an unknown mask, is left out: learning from it would be
-    cheating. With `split="train"` those follow whose mask was generated too, and lies in the folder's `masks/`, as
-    `generate.py --masks generate:...` writes it; their case is a subject of its own. A channel that was given, and not
-    generated, is the case's own file, if the sidecar says that it was given that one. Raises ValueError for a missing
-    folder, for one without a volume to learn from, and for a volume that lacks a channel.
+    A volume generated from a mask of the other split, or from an unknown mask, is omitted: learning from it would be
+    cheating. With `split="train"`, volumes whose mask was generated too follow, if the mask is in the folder's
+    `masks/`, as `generate.py --masks generate:...` writes it; each counts as a subject. A condition channel is the
+    case's own file, if the sidecar names that file. Raises ValueError for a missing folder, for one without a volume to
+    learn from, and for a volume that lacks a channel.
     """
     if not folder.is_dir():
         raise ValueError(
-            f"{folder}: no such folder; make it with generate.py from the masks of the {NAMES[split]} split"
+            f"{folder}: no such folder; generate it with generate.py from the masks of the {NAMES[split]} split"
         )
     files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES) and path.name[0] != ".")
     masks = {_stem(case.mask): case for case in cases if case.mask is not None}
@@ -97,8 +100,9 @@ def generated_pairs(cases: Sequence[Case], folder: Path, split: Literal["train",
 def _of_generated_masks(
     folder: Path, files: Sequence[Path], channels: Sequence[str], known: dict[str, Case]
 ) -> list[Pair]:
-    """The volumes whose mask, by their sidecar, is in `folder`/masks. Raises: ValueError if that is not the mask that
-    they were made from."""
+    """Return the volumes whose mask, by their sidecar, is in `folder`/masks. Raises: ValueError if that is not the mask
+    that they were generated from.
+    """
     pairs = []
     for volume, parts in _volumes(files, channels):
         path = folder / f"{volume}.nii.gz"
@@ -109,10 +113,10 @@ def _of_generated_masks(
             mask = path_inside(folder / "masks", record.get("file"), f"the sidecar of {path}: mask")
         except ValueError:  # not there, without a name, or elsewhere
             continue
-        if read_sidecar(mask) is None:  # somebody's own, of whom nothing is known
+        if read_sidecar(mask) is None:  # the user's own, of an unknown subject
             continue
         if describe_mask(mask)["sha256"] != record.get("sha256"):
-            raise ValueError(f"{path}: was made from another mask than {mask}; generate it again")
+            raise ValueError(f"{path}: was generated from another mask than {mask}; generate it again")
         if missing := [channel for channel in channels if channel not in parts]:
             raise ValueError(f"{path}: has no file of channel {', '.join(missing)}; generate all channels")
         case = Case(volume, f"generated {_stem(mask)}", "train", dict(parts), mask)
@@ -131,12 +135,12 @@ class LoadedPairs:
     skipped: list[tuple[str, str]]
 
     def take(self, rows: Sequence[int]) -> "LoadedPairs":
-        """These rows, in this order; a row may be taken more than once."""
+        """Take these rows, in this order; a row may be taken more than once."""
         index = torch.as_tensor(rows, dtype=torch.long)
         return LoadedPairs(self.images[index], self.labels[index], [self.cases[i] for i in rows], self.skipped)
 
     def join(self, other: "LoadedPairs") -> "LoadedPairs":
-        """These rows and then those of `other`."""
+        """Join these rows with those of `other`, in this order."""
         images, labels = torch.cat([self.images, other.images]), torch.cat([self.labels, other.labels])
         return LoadedPairs(images, labels, self.cases + other.cases, self.skipped + other.skipped)
 
@@ -146,8 +150,8 @@ def load_pairs(pairs: Sequence[Pair], config: DataConfig, shape: tuple[int, int,
 
     Each channel of each volume is scaled by its own percentiles 0.5 and 99.5, whatever scaling the config names for the
     models, and each volume is center-cropped or zero-padded. A volume that cannot be read or is not on its mask's grid
-    raises VolumeError, which names the file, or with `on_error: skip` is left out and listed; nothing left to use
-    raises ValueError.
+    raises VolumeError, which names the file, or with `on_error: skip` is omitted and listed; if no volume is left,
+    ValueError is raised.
     """
     images, labels, used, skipped = [], [], [], []
     for pair in pairs:
@@ -168,8 +172,9 @@ def load_pairs(pairs: Sequence[Pair], config: DataConfig, shape: tuple[int, int,
 
 
 def label_values(config: DataConfig) -> list[int]:
-    """Label values of the data in the order of their indices; the first is the background. Raises ValueError unless
-    there are two."""
+    """Return label values of the data in the order of their indices; the first is the background. Raises ValueError
+    unless there are two.
+    """
     values = sorted(config.label_names or (PHANTOM_LABELS if config.phantom else {}))
     if len(values) < 2:
         raise ValueError(f"data: label_names has {len(values)} labels; a segmenter needs the background and one more")
@@ -177,13 +182,13 @@ def label_values(config: DataConfig) -> list[int]:
 
 
 def unit_range(array: np.ndarray) -> np.ndarray:
-    """Float32 array of any shape with its percentiles 0.5 and 99.5 at 0 and 1, clipped there."""
+    """Scale an array of any shape so that its percentiles 0.5 and 99.5 are 0 and 1, clipped there, as float32."""
     low, high = np.percentile(array, PERCENTILES).astype(np.float32)
     return np.clip((array - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
 
 
 def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
-    """Image in the units of its file, and label indices, both at the config's spacing."""
+    """Read image, in the units of its file, and label indices, both at the config's spacing."""
     case = pair.case
     if case.phantom is not None:
         assert config.phantom is not None
@@ -224,14 +229,16 @@ def _with_masks(cases: list[Case], split: str) -> list[Case]:
 
 
 def _mask_of(stem: str, masks: dict[str, Case]) -> Case | None:
-    """The case with the longest mask name that `stem` is or continues with an underscore."""
+    """Return the case with the longest mask name that equals `stem` or begins it, followed by an underscore."""
     while stem not in masks and "_" in stem:
         stem = stem.rpartition("_")[0]
     return masks.get(stem)
 
 
 def _volumes(files: Sequence[Path], channels: Sequence[str]) -> list[tuple[str, dict[str, Path]]]:
-    """The names of the volumes that the files hold, each with its files by channel: one, or `<name>_<channel>` each."""
+    """Return the names of the volumes that the files hold, each with its files by channel: one, or `<name>_<channel>`
+    each.
+    """
     if len(channels) == 1:
         return [(_stem(path), {channels[0]: path}) for path in files]
     found: dict[str, dict[str, Path]] = {}
@@ -243,18 +250,19 @@ def _volumes(files: Sequence[Path], channels: Sequence[str]) -> list[tuple[str, 
 
 
 def _given(path: Path, channel: str, case: Case) -> Path:
-    """The case's own file of a channel that the volume at `path` was given. Raises: ValueError if its sidecar does not
-    say so."""
+    """Return the case's own file of a channel that conditioned the volume at `path`. Raises: ValueError if its sidecar
+    does not say so.
+    """
     record = read_sidecar(path) or {}
     given = (record.get("images") or {}).get(channel)
     if given is None or given.get("sha256") != describe_mask(case.images[channel])["sha256"]:
         raise ValueError(
-            f"{path}: has no file of channel {channel!r}, nor was it given that of {case.name}; "
+            f"{path}: has no file of channel {channel!r}, and was not conditioned on that of {case.name}; "
             "generate all channels, or give the case's own"
         )
     return case.images[channel]
 
 
 def _stem(path: Path | None) -> str:
-    """File name without its suffix, see `volume_stem`."""
+    """Return a file name without its suffix, see `volume_stem`."""
     return "" if path is None else volume_stem(path)

@@ -48,7 +48,7 @@ def check_models(
     Args:
         models: folders, LoRA files or repositories of the Hub. Both their training subjects and their preprocessing are
             checked.
-        others: folders of models of which only the training subjects are checked.
+        others: folders of models; only their training subjects are checked.
         generated: folders of generate.py. The training subjects of the models that generated the volumes are checked.
         accepted: whether equal names of subjects (not equal voxels) are other people; they are logged.
     Raises: ValueError naming the subjects, or the differences.
@@ -94,7 +94,7 @@ def refuse_seen_cases(
 def check_pipeline(
     pipe: Any, config: DataConfig, test_cases: Sequence[Case], model: str, *, accepted: bool = False
 ) -> None:
-    """As `check_models`, for a loaded pipeline with its LoRAs."""
+    """Check a loaded pipeline with its LoRAs, as `check_models`."""
     records = pipe.training_subjects
     voxels, spacings = read_test_cases(test_cases, config)
     recorded = {**(pipe.vae.config["data"] or {}), **described_preprocessing(pipe.data)}

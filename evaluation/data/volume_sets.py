@@ -87,7 +87,7 @@ def generated_set(
     generated: list[Case] = []
     for folder in folders:
         if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder; make it with generate.py")
+            raise ValueError(f"{folder}: no such folder; generate it with generate.py")
         for case in generated_cases(folder, config):
             record = read_sidecar(folder / f"{case.name}.nii.gz") or {}
             owner = owners.get((record.get("mask") or {}).get("sha256", ""))

@@ -137,8 +137,9 @@ def find_cases(config: DataConfig) -> tuple[list[Case], list[Finding]]:
 def examine_cases(
     cases: Sequence[Case], config: DataConfig, on_case: Callable[[str], object] = lambda name: None
 ) -> tuple[list[Examined], list[tuple[Case, str]]]:
-    """All cases examined, and those that training would refuse with the reason. `on_case(name)` is called after
-    each."""
+    """Examine all cases. Returns them, and those that training would refuse with the reason. `on_case(name)` is called
+    after each.
+    """
     examined, refused = [], []
     for case in cases:
         try:
@@ -185,8 +186,10 @@ def examine(case: Case, config: DataConfig) -> Examined:
 
 
 def thumbnail_of(image: np.ndarray) -> np.ndarray:
-    """(C, X, Y, Z) -> (2, C * THUMBNAIL ** 3) float32: the volume and its mirror image along the first axis, averaged
-    to `THUMBNAIL` per side, with mean 0 and length 1, so that products are correlations. All zero for a constant."""
+    """Map (C, X, Y, Z) to (2, C * THUMBNAIL ** 3) float32: the volume and its mirror image along the first axis,
+    averaged to `THUMBNAIL` per side, with mean 0 and length 1, so that products are correlations. A constant volume
+    gives 0.
+    """
     small = F.adaptive_avg_pool3d(torch.from_numpy(np.ascontiguousarray(image, np.float32))[None], THUMBNAIL)[0]
     rows = torch.stack([small.flatten(), small.flip(1).flatten()])
     rows = rows - rows.mean(1, keepdim=True)
@@ -194,8 +197,8 @@ def thumbnail_of(image: np.ndarray) -> np.ndarray:
 
 
 def quantization_step(array: np.ndarray) -> float | None:
-    """Find the step of which all intensities, from the lowest, are multiples, in file units; None if there is none, or
-    if there are fewer than `MIN_LEVELS` intensities.
+    """Find the step, in file units, whose multiples above the lowest intensity are all other intensities; None if there
+    is none, or if there are fewer than `MIN_LEVELS` intensities.
 
     Integers that were multiplied by a factor have that step: a fingerprint of a scan, which volumes that were scaled
     together share. The step is fitted to more and more levels, because rounding errors of float32 add up.

@@ -145,7 +145,7 @@ def count_volumes(volumes: object) -> str:
 
 
 def overlap(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether two intervals share a value."""
+    """Return whether two intervals share a value."""
     return first[0] <= second[1] and second[0] <= first[1]
 
 

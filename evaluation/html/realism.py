@@ -92,7 +92,7 @@ def realistic_claim(report: Mapping[str, Any] | None) -> Claim:
         return Claim("Realistic", question, None, "Not measured: run evaluate.py realism.")
     name = "encoder" if "encoder" in report["features"] else next(iter(report["features"]))
     row = distance_row(f"kernel distance, {name} features", report["features"][name]["kernel"])
-    relation = "cannot be told apart from" if row.within else "is larger than"
+    relation = "cannot be distinguished from" if row.within else "is larger than"
     sentence = f"Their distance from held-out real volumes {relation} the distance of real training volumes."
     return Claim("Realistic", question, row, sentence)
 
@@ -118,7 +118,7 @@ def consistent_claim(report: Mapping[str, Any] | None) -> Claim:
 
 
 def _plain(name: str) -> str:
-    """The name of a statistic in words."""
+    """Return the name of a statistic in words."""
     return name.replace("_", " ")
 
 

@@ -37,7 +37,8 @@ def weights_of(scales: int) -> list[float]:
 
 @torch.inference_mode()
 def ms_ssim(first: Tensor, second: Tensor) -> Tensor:
-    """Multi-scale structural similarity in 3-D (Wang et al. 2003, Eq. 7), of (B, C, X, Y, Z) in [0, 1]: (B,) in [0, 1].
+    """Compute the multi-scale structural similarity in 3-D (Wang et al. 2003, Eq. 7) of (B, C, X, Y, Z) in [0, 1]: (B,)
+    in [0, 1].
 
     A Gaussian window of `WINDOW` voxels per side, `scales_of` scales, contrast and structure at each, luminance at the
     coarsest; negative means count as 0. Channels are averaged. 1 for equal volumes.
@@ -77,9 +78,11 @@ def random_pairs(count: int, pairs: int, seed: int, subjects: Units | None = Non
 
 
 def check_pairs(subjects: Units, name: str = "") -> None:
-    """Raises: ValueError for volumes of a single subject, which make no pair."""
+    """Raise ValueError for volumes of a single subject, which give no pair."""
     if len(set(subjects)) < 2:
-        raise ValueError(f"{len(subjects)} {name + ' ' if name else ''}volumes make no pair of different subjects")
+        raise ValueError(
+            f"{len(subjects)} {name + ' ' if name else ''}volumes do not contain a pair of different subjects"
+        )
 
 
 def pair_similarity(

@@ -221,7 +221,7 @@ def _first(references: Volumes, space: Space) -> tuple[Tensor, int]:
 
 
 def check_shift(shift: int, sides: Sequence[int]) -> None:
-    """Raises: ValueError for a shift of half a side or more, which leaves too little to compare."""
+    """Raise ValueError for a shift of half a side or more, which leaves too little to compare."""
     if shift < 0 or 2 * shift >= min(sides) > 1:
         raise ValueError(f"shift {shift} for sides {tuple(sides)}: take less than half of a side")
 
@@ -257,19 +257,20 @@ def _window_sums(maps: Tensor, windows: Sequence[Tensor]) -> Tensor:
 
 
 def _windows(side: int, shift: int) -> Tensor:
-    """(2 shift + 1, side): 1 for each voxel of a query that, moved by -shift to shift, lies on one of the
-    reference's."""
+    """Return (2 shift + 1, side): 1 for each voxel of a query that, moved by -shift to shift, lies on a voxel of the
+    reference.
+    """
     moved = torch.arange(side) - torch.arange(-shift, shift + 1)[:, None]
     return (moved >= 0) & (moved < side)
 
 
 def _padded(sides: Sequence[int], shift: int) -> list[int]:
-    """The next sides that have no prime factor above 5, with room for the shift."""
+    """Return the next sides that have no prime factor above 5, with room for the shift."""
     return [next(n for n in itertools.count(side + shift) if 30**12 % n == 0) for side in sides]
 
 
 def _correlate(queries: _Prepared, references: _Prepared) -> Tensor:
-    """(A, B, S^3) similarities for each shift."""
+    """Compute (A, B, S^3) similarities for each shift."""
     shift = queries.shift
     if queries.spectrum is None or references.spectrum is None:
         products = torch.einsum("acn,bcn->abc", queries.maps.flatten(2), references.maps.flatten(2))
@@ -288,8 +289,9 @@ def _correlate(queries: _Prepared, references: _Prepared) -> Tensor:
 
 
 def _at_shifts(spectrum: Tensor, sides: Sequence[int], shift: int) -> Tensor:
-    """The inverse of `rfftn` at -shift to shift along each axis alone, (..., X, Y, Z // 2 + 1) -> (..., S, S, S): axis
-    by axis it takes a fifth of the time of the whole inverse."""
+    """Invert `rfftn` at -shift to shift along each axis alone, (..., X, Y, Z // 2 + 1) to (..., S, S, S). Axis by axis
+    it takes a fifth of the time of the whole inverse.
+    """
     shifts = torch.arange(-shift, shift + 1, device=spectrum.device)
     for axis, side in ((-1, sides[2]), (-2, sides[1]), (-3, sides[0])):
         frequencies = torch.arange(spectrum.shape[axis], device=spectrum.device)

@@ -20,7 +20,7 @@ def names() -> list[str]:
 
 
 def check_slices(shape: Sequence[int]) -> None:
-    """Raises: ValueError for an axis of fewer than 3 slices."""
+    """Raise ValueError for an axis of fewer than 3 slices."""
     if min(shape) < 3:
         raise ValueError(
             f"a volume of {tuple(shape)} voxels: an axis of fewer than 3 slices has no second difference (consistency)"

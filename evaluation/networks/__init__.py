@@ -1,1 +1,1 @@
-"""Small networks that judge volumes: a segmenter, a classifier."""
+"""Small networks that score volumes: a segmenter, a classifier."""

@@ -30,7 +30,7 @@ class VolumeClassifier(nn.Module):
         self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(2 * in_channels, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, X, Y, Z) -> logits (B, num_classes)."""
+        """Map (B, C, X, Y, Z) to logits (B, num_classes)."""
         features = self.features(images)
         return self.head(torch.cat([features.mean((2, 3, 4)), features.amax((2, 3, 4))], dim=1))
 

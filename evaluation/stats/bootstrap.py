@@ -42,7 +42,7 @@ def resample_subjects(subjects: Units, random: np.random.Generator, *, one_by_on
 
 
 def resample_weights(subjects: Units, random: np.random.Generator) -> np.ndarray:
-    """As `resample_subjects`, times `subject_weights`: every picked subject weighs 1."""
+    """Resample as `resample_subjects`, times `subject_weights`: every picked subject weighs 1."""
     return resample_subjects(subjects, random) * subject_weights(subjects)
 
 

@@ -26,7 +26,7 @@ def conformal_threshold(scores: np.ndarray, units: Units, alpha: float) -> float
 
 
 def conformal_quantile(scores: np.ndarray, weights: np.ndarray, alpha: float) -> float:
-    """As `conformal_threshold`, with the weight of each score; where units are too few, the lowest score."""
+    """Compute `conformal_threshold` with a weight for each score; with too few units it is the lowest score."""
     order = np.argsort(scores, kind="stable")
     reached = np.cumsum(weights[order]) >= (round(weights.sum()) + 1) * (1 - alpha) - 1e-9
     return float(scores[order][reached.argmax()])

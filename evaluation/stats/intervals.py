@@ -28,7 +28,7 @@ def student_t(freedom: int) -> float:
 
 
 def over_seeds(values: Sequence[float] | np.ndarray) -> list[float] | None:
-    """95 % interval of the mean of (S,) values, one per seed, by Student's t; None for a single seed."""
+    """Compute the 95 % interval of the mean of (S,) values, one per seed, by Student's t; None for a single seed."""
     values = np.asarray(values, float)
     if len(values) < 2:
         return None
@@ -37,7 +37,7 @@ def over_seeds(values: Sequence[float] | np.ndarray) -> list[float] | None:
 
 
 def wilson(rate: float, count: int) -> list[float]:
-    """95 % interval of a rate that was measured on `count` independent units (Wilson 1927)."""
+    """Compute the 95 % interval of a rate that was measured on `count` independent units (Wilson 1927)."""
     center = rate + Z**2 / (2 * count)
     reach = Z * np.sqrt(rate * (1 - rate) / count + Z**2 / (4 * count**2))
     return [float(max(center - reach, 0) / (1 + Z**2 / count)), float(min((center + reach) / (1 + Z**2 / count), 1))]

@@ -5,9 +5,9 @@ voxels outside:
         --pipeline weights/hippocampus --output out/editing.json
 
 The jump is the mean |difference| between the two voxels on either side of the region's border (they share a face), over
-that between voxels next to them, just inside and just outside, across faces parallel to these. 1 is no edge; the figure
-of the untouched volume is reported beside it. Regions: a box in the middle, half of each side, and the labels of the
-mask with 3 mm more on each side. Intervals are of 95 %, over subjects.
+that between voxels next to them, just inside and just outside, across faces parallel to these. A jump of 1 means no
+edge; the figure of the untouched volume is reported beside it. Regions: a box in the middle, half of each side, and the
+labels of the mask with 3 mm more on each side. Intervals are of 95 %, over subjects.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ REGION_NAMES = ("box", "labeled")
 
 
 def parse(args: Sequence[str] | None) -> Namespace:
-    """The command line, with the data section of `--config` as the defaults of `--data.*`."""
+    """Parse the command line, with the data section of `--config` as the defaults of `--data.*`."""
     parser = config_parser("evaluation.studies.edit_borders", __doc__, args)
     parser.add_argument("--pipeline", type=str, required=True, help="pipeline folder")
     parser.add_argument("--output", type=str, required=True, help="report to write, a JSON file")
@@ -185,6 +185,7 @@ def measure(pipe: MedVolumeEditPipeline, cases: Sequence[Case], options: Namespa
                 strength=options.strength,
                 blend_margin=options.blend_margin,
                 num_inference_steps=options.steps,
+                guidance_scale=1.0,  # as the published figures, whatever the pipeline's own
                 generator=torch.Generator().manual_seed(options.seed),
             ).volumes[0]
             edited = read_volume(result, exact=True).array[0]

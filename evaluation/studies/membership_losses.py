@@ -25,10 +25,11 @@ def denoising_losses(
     seed: int = 0,
     on_volume: Callable[[], object] | None = None,
 ) -> np.ndarray:
-    """(N,) mean squared error of the model's prediction for each volume's latents, under the volume's own conditions.
+    """Compute the (N,) mean squared error of the model's prediction for each volume's latents, under the volume's own
+    conditions.
 
-    The mean over `times` (in thousandths of the schedule) and over `draws` of noise, the same for every volume of a
-    shape, inside the field of view and without augmentation (Matsumoto et al. 2023, section 3).
+    It is the mean over `times` (in thousandths of the schedule) and over `draws` of noise, the same for every volume of
+    a shape, inside the field of view and without augmentation (Matsumoto et al. 2023, section 3).
 
     Raises: ValueError for a pipeline with masks and a data set without.
     """

@@ -153,7 +153,7 @@ class PrivacyReport(TypedDict):
 
 
 def check_references(units: Units) -> None:
-    """Raises: ValueError for references of one subject, which have no second nearest."""
+    """Raise ValueError for references of one subject, which have no second nearest."""
     if len(set(units)) < 2:
         raise ValueError("a ratio of distances needs references of two subjects or more")
 

@@ -1,6 +1,5 @@
 """Score one way of sampling: volumes from real test masks, the time they take, and their distance from real volumes."""
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -33,11 +32,10 @@ from volumes import Volume, VolumeDataset, pad_or_crop
 
 from .realism import MIN_SPREAD, common_shape
 
-OWN = "own"  # the scheduler of the pipeline, with the default number of steps
+OWN = "own"  # the scheduler of the pipeline
 SOLVERS = {"dpmsolver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
 OF_FLOWS = {"euler": FlowMatchEulerDiscreteScheduler, "heun": FlowMatchHeunDiscreteScheduler, **SOLVERS}
 OF_DIFFUSION = {"euler": EulerDiscreteScheduler, "ddim": DDIMScheduler, "ddpm": DDPMScheduler, **SOLVERS}
-DEFAULT_STEPS = inspect.signature(MedVolumePipeline.__call__).parameters["num_inference_steps"].default
 
 
 @dataclass(frozen=True)
@@ -256,7 +254,7 @@ class SamplerScorer:
         }
 
     def _powers(self, volumes: Sequence[np.ndarray]) -> np.ndarray:
-        """(N, channels * bands)."""
+        """Compute band powers, (N, channels * bands)."""
         return np.stack([np.concatenate([power(channel, self.shape) for channel in volume]) for volume in volumes])
 
     def _prepared(self, volume: np.ndarray) -> torch.Tensor:

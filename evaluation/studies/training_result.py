@@ -11,8 +11,8 @@ class Scores:
 
     Args:
         dice: mean over the labels, without the background, of the mean over the volumes.
-        per_label: mean over the volumes of each label; empty in reports of early versions.
-        per_volume: mean over the labels of each volume; empty in reports of early versions.
+        per_label: mean over the volumes of each label; empty in reports that do not record it.
+        per_volume: mean over the labels of each volume; empty in reports that do not record it.
     """
 
     dice: float
@@ -48,13 +48,13 @@ class TrainingResult:
         return self.arm, self.labels, self.seed
 
     def as_json(self) -> dict[str, object]:
-        """The row of a report; fields without a value are left out."""
+        """Return the row of a report, without fields that have no value."""
         row = _present(self)
         return row if self.on_synthetic is None else {**row, "on_synthetic": _present(self.on_synthetic)}
 
     @classmethod
     def from_json(cls, row: object, **more: object) -> "TrainingResult":
-        """Read `as_json`, of this or an earlier version; keys of `more` are added to the row.
+        """Read what `as_json` wrote; keys of `more` are added to the row.
 
         Raises: ValueError for anything else, such as a damaged row.
         """

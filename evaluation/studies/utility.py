@@ -23,7 +23,7 @@ from .training_result import Scores, TrainingResult
 
 
 def check_shape(shape: Sequence[int]) -> None:
-    """Raises: ValueError for a shape that the segmenter cannot halve three times."""
+    """Raise ValueError for a shape that the segmenter cannot halve three times."""
     if any(n % 8 or n < 16 for n in shape):
         raise ValueError(f"shape {tuple(shape)}: every side must be a multiple of 8, and at least 16")
 
@@ -131,7 +131,7 @@ def ratios(scores: Mapping[str, Sequence[TrainingResult]], subjects: Sequence[st
             "per_seed": per_seed,
             "interval_seeds": over_seeds(list(per_seed.values())),
         }
-        if all(result.per_volume for pair in pairs for result in pair):  # reports of early versions have none
+        if all(result.per_volume for pair in pairs for result in pair):  # absent from some shipped reports
             values, reference = (np.array([result.per_volume for result in side]) for side in zip(*pairs, strict=True))
             compared = compare_paired(values, reference, subjects, "ratio")
             report[f"{source}/real"]["interval_subjects"] = compared["interval_subjects"]

@@ -1,4 +1,4 @@
-"""Broken label maps: a label missing, in pieces, or cut off at the edge, as in no map of the training set."""
+"""Broken label maps: a label that is missing, in pieces, or cut off at the edge as in no map of the training set."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +11,9 @@ from volumes.map_checks import LabelMapStats
 
 
 def map_check(known: LabelMapStats, names: Mapping[int, str]) -> Check:
-    """The check of generated label maps, of labels with these names, against the training maps:
-    `volumes.label_map_fault`."""
+    """Build the check of generated label maps, of labels with these names, against the training maps:
+    `volumes.label_map_fault`.
+    """
 
     def judge(image: Any) -> Verdict:
         voxel = float(np.prod(image.header.get_zooms()[:3]))

@@ -1,1 +1,1 @@
-"""What people give a pipeline: masks, images, conditions, regions, requests."""
+"""Inputs of a pipeline: masks, images, conditions, regions, requests."""

@@ -1,5 +1,6 @@
-"""Arguments of calls (numbers of numpy and torch, any sequence, paths with ~), made plain and checked before any
-work. Every function names the argument in its ValueError."""
+"""Convert and check arguments of calls (numbers of numpy and torch, any sequence, paths with ~) before any work. Every
+function names the argument in its ValueError.
+"""
 
 import math
 import os
@@ -16,7 +17,7 @@ SHOWN = 120  # characters of a value in a message
 
 
 def whole_number(name: str, value: Any, least: int | None = 1) -> int:
-    """An int, from any whole number (3, 3.0, numpy's, an array or tensor of no dimension). Raises: ValueError."""
+    """Convert any whole number (3, 3.0, numpy's, an array or tensor of no dimension) to an int. Raises: ValueError."""
     number: Any = _scalar(value)
     whole = isinstance(number, Integral) or (_is_finite(number) and float(number).is_integer())
     if isinstance(number, bool) or not whole or (least is not None and number < least):
@@ -26,7 +27,7 @@ def whole_number(name: str, value: Any, least: int | None = 1) -> int:
 
 
 def real_number(name: str, value: Any) -> float:
-    """A float, from any finite number. Raises: ValueError."""
+    """Convert any finite number to a float. Raises: ValueError."""
     number = _scalar(value)
     if isinstance(number, bool) or not _is_finite(number):
         raise ValueError(f"{name} is a finite number; got {_shown(value)}")
@@ -34,7 +35,7 @@ def real_number(name: str, value: Any) -> float:
 
 
 def flag(name: str, value: Any) -> bool:
-    """A bool, from one of Python or numpy. Raises: ValueError for all else: "no" would count as yes."""
+    """Convert a bool of Python or numpy to a bool. Raises: ValueError for all else: "no" would count as yes."""
     truth = _scalar(value)
     if not isinstance(truth, bool):
         raise ValueError(f"{name} is True or False; got {_shown(value)}")
@@ -42,7 +43,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def grid_shape(shape: Any) -> tuple[int, int, int]:
-    """`shape` as (X, Y, Z) ints. Raises: ValueError."""
+    """Convert `shape` to (X, Y, Z) ints. Raises: ValueError."""
     try:
         x, y, z = (whole_number("shape", side) for side in listed("shape", shape))
     except ValueError as error:
@@ -51,9 +52,12 @@ def grid_shape(shape: Any) -> tuple[int, int, int]:
 
 
 def noise_levels(sigmas: Any) -> list[float]:
-    """`sigmas` as floats; whether they fall, `diffusion.denoise.set_timesteps` checks. Raises: ValueError."""
+    """Convert `sigmas` to floats; `diffusion.denoise.set_timesteps` checks that they fall. Raises: ValueError."""
     try:
-        return [real_number("sigmas", sigma) for sigma in listed("sigmas", sigmas)]
+        levels = [real_number("sigmas", sigma) for sigma in listed("sigmas", sigmas)]
+        if not levels:
+            raise ValueError("sigmas is empty")
+        return levels
     except ValueError as error:
         raise ValueError(
             f"sigmas are noise levels in (0, 1] that fall, such as 1, 0.75, 0.5, 0.25; got {_shown(sigmas)}"
@@ -61,7 +65,7 @@ def noise_levels(sigmas: Any) -> list[float]:
 
 
 def names(name: str, values: Any) -> list[str]:
-    """A sequence of texts as a list. Raises: ValueError, also for a single text."""
+    """Convert a sequence of texts to a list. Raises: ValueError, also for a single text."""
     found = listed(name, values)
     if not all(isinstance(one, str) for one in found):
         raise ValueError(f"{name} is a list of names; got {_shown(values)}")
@@ -69,8 +73,9 @@ def names(name: str, values: Any) -> list[str]:
 
 
 def translation(label_map: Any) -> dict[int, int | str] | None:
-    """`label_map` with ints of Python: {value of the mask: value or name of the model}. Raises: ValueError, also for a
-    value that is translated twice, such as 3 and "3"."""
+    """Convert `label_map` to ints of Python: {value of the mask: value or name of the model}. Raises: ValueError, also
+    for a value that occurs twice, such as 3 and "3".
+    """
     if label_map is None:
         return None
     if not isinstance(label_map, Mapping):
@@ -91,7 +96,7 @@ def translation(label_map: Any) -> dict[int, int | str] | None:
 
 
 def local_path(name: str, value: Any) -> Path:
-    """A path, ~ standing for the home folder. Raises: ValueError for what is not a path."""
+    """Convert to a path, with ~ as the home folder. Raises: ValueError for what is not a path."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text:
         raise ValueError(f"{name} is a path, as text or a Path; got {_shown(value)}")
@@ -99,8 +104,9 @@ def local_path(name: str, value: Any) -> Path:
 
 
 def listed(name: str, values: Any) -> list[Any]:
-    """The values of any sequence: list, tuple, range, array, tensor, generator. Raises: ValueError for what has no
-    order, for text, and for a single value."""
+    """List the values of any sequence: list, tuple, range, array, tensor, generator. Raises: ValueError for what has no
+    order, for text, and for a single value.
+    """
     if (
         isinstance(values, str | bytes | Mapping | Set)
         or not isinstance(values, Iterable)
@@ -111,7 +117,7 @@ def listed(name: str, values: Any) -> list[Any]:
 
 
 def plain(value: Any, where: str) -> Any:
-    """The same as JSON has it: numbers, texts, lists and dicts of Python. `where` names it in messages.
+    """Convert to what JSON can hold: numbers, texts, lists and dicts of Python. `where` names it in messages.
 
     Raises: ValueError naming the entry for what JSON cannot hold, NaN and infinity included.
     """
@@ -138,7 +144,7 @@ def plain(value: Any, where: str) -> Any:
 
 
 def _scalar(value: Any) -> Any:
-    """A number of numpy or torch, or an array or tensor of no dimension, as Python's; all else as it is."""
+    """Convert a number of numpy or torch, or an array or tensor of no dimension, to Python's; keep all else."""
     if isinstance(value, torch.Tensor) and value.is_meta:  # which holds no number
         return value
     if isinstance(value, np.generic | np.ndarray | torch.Tensor) and value.ndim == 0:
@@ -147,7 +153,7 @@ def _scalar(value: Any) -> Any:
 
 
 def _is_finite(number: Any) -> TypeGuard[float]:
-    """Whether it is a real number that a float can hold."""
+    """Return whether it is a real number that a float can hold."""
     try:
         return isinstance(number, Real) and math.isfinite(number)
     except OverflowError:  # of an int with more than 308 digits
@@ -155,7 +161,7 @@ def _is_finite(number: Any) -> TypeGuard[float]:
 
 
 def _number(text: Any) -> Any:
-    """The number that a text is, as tables and JSON have it."""
+    """Return the number that a text stands for in tables and JSON."""
     return int(text) if isinstance(text, str) and re.fullmatch(r"\s*-?[0-9]+\s*", text) else text
 
 

@@ -25,15 +25,18 @@ FAR = 0.1  # of the training range, beyond which a number is worth a warning
 
 
 def check_described(vae: VolumeAutoencoder, unet: LatentUNet3D, data: DataDescription) -> None:
-    """Raises: ValueError if `data` describes other classes, numbers or channels than the U-Net knows, and if the
-    autoencoder cannot code the images that the U-Net can be given."""
+    """Raise ValueError if `data` describes other classes, numbers or channels than the U-Net knows, or if the
+    autoencoder cannot encode the images that condition the U-Net.
+    """
     for kind in ("classes", "numbers"):
         known, described = unet.config[kind] or {}, getattr(data, kind)
         if set(known) != set(described) or (kind == "classes" and known != described):
             raise ValueError(f"the U-Net knows the {kind} {known or 'none'}, data describes {described or 'none'}")
     for name, channels in (unet.config["images"] or {}).items():
         if name not in data.channels:
-            raise ValueError(f"the U-Net can be given {name!r}, data describes the channels {list(data.channels)}")
+            raise ValueError(
+                f"the U-Net has the image condition {name!r}, data describes the channels {list(data.channels)}"
+            )
         own = vae.latents_of(data.channels.index(name))
         if own.stop - own.start != channels:
             raise ValueError(
@@ -44,8 +47,8 @@ def check_described(vae: VolumeAutoencoder, unet: LatentUNet3D, data: DataDescri
 def check_conditions(
     unet: LatentUNet3D, data: DataDescription, classes: Classes, numbers: Numbers, grid: Volume
 ) -> tuple[dict[str, str], dict[str, float]]:
-    """Classes and numbers of one volume, as its sidecar records them. Numbers that describe the grid, if the model
-    learned any (spacing_x, size_z, ...), are those of `grid` where the request has none.
+    """Check classes and numbers of one volume, and return them as its sidecar records them. Numbers that describe the
+    grid, if the model learned any (spacing_x, size_z, ...), default to those of `grid`.
 
     Raises: ValueError for names and values that the model does not know, for numbers that are not finite, and for a
     condition that is missing though training never dropped it. Warns: of numbers far outside the training range.
@@ -73,11 +76,22 @@ def check_conditions(
     return chosen, values
 
 
-def condition_tensors(unet: LatentUNet3D, volumes: Sequence[PreparedVolume], device: torch.device) -> Conditions:
-    """The conditions of one batch of equal grids, those that the model knows and the volumes have; masks are
-    embedded."""
+def condition_tensors(
+    unet: LatentUNet3D,
+    volumes: Sequence[PreparedVolume],
+    device: torch.device,
+    images: Sequence[torch.Tensor | None] = (),
+) -> Conditions:
+    """Build the conditions of one batch of equal grids: those that the model knows and the volumes have. Masks are
+    embedded.
+
+    Args:
+        images: of each volume its `image_condition`; None for a model without images.
+    """
     schema, classes = unet.condition_schema, unet.config["classes"]
     tensors = {}
+    if known := [image for image in images if image is not None]:
+        tensors["image"] = torch.cat(known)
     if schema.classes:
         indices = [
             [classes[n].index(volume.classes[n]) if n in volume.classes else -1 for n in schema.classes]
@@ -104,8 +118,9 @@ def image_condition(
     prepared: PreparedGrid,
     device: torch.device,
 ) -> torch.Tensor:
-    """The U-Net's "image" (1, sum of C + 1, h, w, d) of one grid: its condition channels, encoded (the posterior's
-    mode)."""
+    """Build the U-Net's "image" (1, sum of C + 1, h, w, d) of one grid: its condition channels, encoded (the
+    posterior's mode).
+    """
     latents: dict[str, torch.Tensor] = {}
     if prepared.images:
         latents_of_all = encoded(vae, processor.standardized_images(prepared, prepared.images), device)
@@ -120,12 +135,12 @@ def _finite(name: str, value: Any) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"numbers: {name} is {value!r}; give a finite number, or leave {name} out")
+        raise ValueError(f"numbers: {name} is {value!r}; give a finite number, or omit {name}")
     return number
 
 
 def _listing(classes: Mapping[str, Sequence[str]], ranges: Mapping[str, NumberStats]) -> str:
-    """What a model knows, in words."""
+    """Describe in words what a model knows."""
     labels = [f"{name} ({', '.join(values)})" for name, values in sorted(classes.items())]
     numbers = [f"{name} ({stats.low:g} to {stats.high:g})" for name, stats in sorted(ranges.items())]
     return f"the classes {', '.join(labels) or 'none'} and the numbers {', '.join(numbers) or 'none'}"

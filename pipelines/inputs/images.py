@@ -37,8 +37,9 @@ class GivenImage:
 
 
 def check_images(unet: LatentUNet3D, data: DataDescription, images: Images) -> None:
-    """Raises: ValueError for channels that are unknown or not condition channels, for one that is missing though
-    training never dropped it, and if none is left to generate."""
+    """Raise ValueError for channels that are unknown or are not condition channels, for a missing one that training
+    never dropped, and if no channel is left to generate.
+    """
     known = sorted(unet.config["images"] or {})
     if images and not known:
         raise ValueError(
@@ -53,17 +54,16 @@ def check_images(unet: LatentUNet3D, data: DataDescription, images: Images) -> N
             f"image names {_listing(untrained)}, which this model was not trained to take as a condition; {knows}"
         )
     if images and set(data.channels) <= set(images):
-        raise ValueError(
-            f"image gives all channels ({_listing(images)}), so nothing is left to generate; leave one out"
-        )
+        raise ValueError(f"image gives all channels ({_listing(images)}), so nothing is left to generate; omit one")
     rates = unet.config["condition_dropout"] or {}
     if needed := [name for name in known if name not in images and not rates.get(name)]:
         raise ValueError(f"image must give {_listing(needed)}, as training never dropped it; {knows}")
 
 
 def describe_images(images: Images) -> dict[str, SourceRecord]:
-    """The images that a volume is generated from, for its sidecar: {channel: file name and sha256}, see
-    `describe_mask`."""
+    """Describe the images that a volume is generated from, for its sidecar: {channel: file name and sha256}, see
+    `describe_mask`.
+    """
     return {channel: describe_mask(image) for channel, image in images.items()}
 
 
@@ -76,7 +76,7 @@ def load_images(
     reading: Reading | None = None,
 ) -> dict[str, Volume]:
     """Read images, all on the grid of `target`, or without one on that of the first: as float32, or with `exact` in a
-    type that holds their values as they are (`read_volume`).
+    type that holds their values without loss (`read_volume`).
 
     A plain array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: its voxels are in the order of the target's
     file, as those of "np" results are; without a target it lies on `affine`, the model's template. `reading` is how
@@ -109,7 +109,7 @@ def _load(
     exact: bool,
     reading: Reading,
 ) -> tuple[Volume, str]:
-    """One image and its name for messages."""
+    """Load one image and its name for messages."""
     if isinstance(image, (str, os.PathLike)):
         return warn_of_header(read_volume(image, exact=exact, **reading), str(image)), str(image)
     name = f"the image {channel!r}"
@@ -139,7 +139,9 @@ def _load(
 
 
 def _finite(array: np.ndarray, name: str, exact: bool) -> np.ndarray:
-    """As float32, or with `exact` as `exact_values`. Raises: ValueError for values that are not finite in float32."""
+    """Convert to float32, or with `exact` as `exact_values` does. Raises: ValueError for values that are not finite in
+    float32.
+    """
     with np.errstate(over="ignore"):
         single = array.astype(np.float32)
     if bad := array.size - int(np.isfinite(single).sum()):

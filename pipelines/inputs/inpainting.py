@@ -33,9 +33,9 @@ class EditRequest:
 
     Args:
         images: {channel: image} of every channel that the model generates.
-        keep_channels: those of them that stay as they are and condition the others.
+        keep_channels: channels that stay unchanged and condition the others.
         region: label map on the images' grid, not 0 where voxels are generated; None: everywhere.
-        strength: in (0, 1], the share of the denoising that the image goes through; 1 leaves nothing of it.
+        strength: in (0, 1], the fraction of the denoising that the image goes through; 1 leaves nothing of it.
         blend_margin: mm inside the region in which the generated voxels are blended with their surroundings, see
             `harmonic_blend`.
     """
@@ -48,7 +48,7 @@ class EditRequest:
 
     @property
     def replaces_all(self) -> bool:
-        """Whether nothing of the image is left but its grid."""
+        """Whether only the grid of the image is left."""
         return self.strength == 1 and self.region is None
 
     @property
@@ -58,7 +58,7 @@ class EditRequest:
 
     @property
     def identity(self) -> Hashable:
-        """Equal for the same edit of the same images in the same region."""
+        """A key that is equal for the same edit of the same images in the same region."""
         images = sorted((str(channel), identity(image)) for channel, image in self.images.items())
         return tuple(images), identity(self.region), self.keep_channels, self.strength, self.blend_margin
 
@@ -68,7 +68,7 @@ class EditRequest:
         return [*self.images.values(), *([] if self.region is None else [self.region])]
 
     def record(self) -> EditRecord:
-        """For the record of the volume: the images that are changed, and how."""
+        """Describe for the volume's record which images are changed, and how."""
         changed = {channel: image for channel, image in self.images.items() if channel not in self.keep_channels}
         record: EditRecord = {"image": describe_images(changed), "strength": float(self.strength)}
         if self.region is not None:
@@ -87,10 +87,10 @@ def edit_requests(
     keep_channels: Sequence[str],
     num_inference_steps: int,
 ) -> list[EditRequest]:
-    """One edit per volume, from the images of each.
+    """Build one edit per volume, from the images of each.
 
     Raises: ValueError naming what cannot be edited: a model of label maps, missing channels, another number of regions,
-    a strength or margin out of range, nothing left to change.
+    a strength or margin out of range, or nothing to change.
     """
     channels = data.channels
     if data.image_labels:
@@ -101,8 +101,7 @@ def edit_requests(
         )
     if set(keep_channels) >= set(channels):
         raise ValueError(
-            f"keep_channels names all channels ({', '.join(keep_channels)}), so nothing is left to change; leave one "
-            "out"
+            f"keep_channels names all channels ({', '.join(keep_channels)}), so nothing is left to change; omit one"
         )
     if blend_margin < 0:
         raise ValueError(f"blend_margin is a length in mm, 0 or more, got {blend_margin}")
@@ -125,10 +124,10 @@ def edit_requests(
 
 
 def load_region(region: MaskLike, target: Volume, reading: Reading | None = None) -> np.ndarray:
-    """bool (X, Y, Z) on the grid of the image `target`: where the region is not 0. A plain array is in the order of its
-    file. `reading` is how headers are read, see `volumes.DataConfig.reading`.
+    """Load a region on the grid of the image `target`, bool (X, Y, Z): True where it is not 0. A plain array is in the
+    order of the image's file. `reading` is how headers are read, see `volumes.DataConfig.reading`.
 
-    Raises: ValueError for another grid, and for a region without a voxel.
+    Raises: ValueError for another grid, and for an empty region.
     """
     if is_placed(region):
         volume, name = load_mask(region, target.affine, reading)
@@ -155,7 +154,7 @@ class PreparedEdit:
 
     Attributes:
         images: its channels, scaled as in training.
-        originals: {channel: (X, Y, Z)} their voxels as they are, see `volumes.read_volume(exact=True)`.
+        originals: {channel: (X, Y, Z)} the unchanged voxels, see `volumes.read_volume(exact=True)`.
         region: bool (X, Y, Z), True where voxels are generated; None: everywhere.
         spacing, blend_margin: mm.
         unseen: bool (X, Y, Z), True outside the mask's field of view: nothing there is continued into the region.
@@ -179,15 +178,15 @@ class PreparedEdit:
             self.limits[channel] = float(low), float(high)
 
     def dtype(self, channels: Iterable[str]) -> np.dtype:
-        """A floating type that holds these channels' own voxels without loss."""
+        """Return a floating type that holds these channels' own voxels without loss."""
         return np.result_type(np.float32, *(self.originals[channel].dtype for channel in channels))
 
     def composited(self, slabs: Iterable[np.ndarray], channels: Sequence[str]) -> Iterator[np.ndarray]:
-        """Generated slabs (C, X, Y, z) of `channels` in file units to those of the edited image: outside the region its
-        own voxels, bit for bit; inside, the generated ones and the blend. Values stay within the range of the image and
-        of its scale, and of its type.
+        """Map generated slabs (C, X, Y, z) of `channels` in file units to slabs of the edited image. Outside the region
+        are its own voxels, bit for bit; inside, the generated ones plus the blend. Values stay within the range of the
+        image, of its scale and of its type.
 
-        Planes that the region reaches are held until all of them are there, others pass.
+        Planes that the region reaches are held until all of them are there; others are passed on at once.
         """
         if self.region is None:
             for slab in slabs:
@@ -210,7 +209,7 @@ class PreparedEdit:
             done = stop
 
     def _joined(self, generated: np.ndarray, channels: Sequence[str], box: Box) -> np.ndarray:
-        """The planes of the box, whole, from the generated voxels of the box (C, x, y, z)."""
+        """Return the planes of the box, whole, from the generated voxels of the box (C, x, y, z)."""
         assert self.region is not None
         x, y, z = box
         planes, inside = self._original(channels, z), self.region[box]
@@ -228,13 +227,13 @@ class PreparedEdit:
 
 
 def harmonic_blend(missing: np.ndarray, region: np.ndarray, spacing: Sequence[float], margin: float) -> np.ndarray:
-    """The values to add inside a region so that it meets its surroundings: float32, the shape of `missing`.
+    """Compute the values to add inside a region so that it meets its surroundings: float32, the shape of `missing`.
 
     Across the border it is `missing`, the surroundings minus the generated voxels there; `margin` mm inside it is 0;
-    between, it solves Laplace's equation, the smoothest way from one to the other (Perez et al. 2003, Eq. 4). That
-    loses fine texture at once, but neighbors in a real volume are alike even there: so in the first voxel
-    `DETAIL_CARRYOVER` of the loss is added, and less in the next (docs/editing.md shows its effect on the border).
-    Nothing that the region covers enters it. The edge of the volume is not a border.
+    between, it solves Laplace's equation, the smoothest way from one to the other (Perez et al. 2003, Eq. 4). This
+    alone loses fine texture at once, but neighbors in a real volume are alike even there. So in the first voxel
+    `DETAIL_CARRYOVER` of the loss is added, and less in the next (docs/editing.md shows its effect on the border). The
+    original voxels inside the region have no influence. The edge of the volume is not a border.
 
     Args:
         missing: (C, X, Y, Z); voxels inside the region are not read.
@@ -267,7 +266,7 @@ def harmonic_blend(missing: np.ndarray, region: np.ndarray, spacing: Sequence[fl
 
 
 def _box(region: np.ndarray) -> Box:
-    """The region's bounding box and a voxel around it, where there is one."""
+    """Return the region's bounding box, enlarged by one voxel where there is room."""
     x, y, z = (
         slice(max(part.start - 1, 0), min(part.stop + 1, side))
         for part, side in zip(ndimage.find_objects(region.astype(np.uint8))[0], region.shape, strict=True)
@@ -276,12 +275,12 @@ def _box(region: np.ndarray) -> Box:
 
 
 def downsample_region(region: np.ndarray, stride: Sequence[int]) -> torch.Tensor:
-    """bool (X, Y, Z) on a padded grid -> bool (1, 1, h, w, d): the latent voxels that the region reaches."""
+    """Map bool (X, Y, Z) on a padded grid to bool (1, 1, h, w, d): the latent voxels that the region reaches."""
     x, y, z = (n // s for n, s in zip(region.shape, stride, strict=True))
     cells = region.reshape(x, stride[0], y, stride[1], z, stride[2]).any(axis=(1, 3, 5))
     return torch.from_numpy(cells)[None, None]
 
 
 def encoded(vae: VolumeAutoencoder, voxels: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Standardized latents (1, C, h, w, d) of one volume (C, X, Y, Z) in [-1, 1]: the posterior's mode."""
+    """Encode one volume (C, X, Y, Z) in [-1, 1] to standardized latents (1, C, h, w, d): the posterior's mode."""
     return vae.encode(torch.from_numpy(voxels)[None].to(device, vae.dtype), return_dict=False)[0].mode()

@@ -1,4 +1,6 @@
-"""Load and check masks from any supported input type. Label values are those of files, label indices the model's."""
+"""Load and check masks from any supported input type. Label values are those of files, label indices those of the
+model.
+"""
 
 import hashlib
 import os
@@ -29,7 +31,7 @@ BACKGROUND = 0  # the label value whose being alone in a mask is worth a warning
 
 
 def as_list(mask: MaskLike | Sequence[MaskLike]) -> list[MaskLike]:
-    """One mask or several (a list, a tuple, or an array or tensor (B, 1, X, Y, Z)) as a list.
+    """Return one mask or several (a list, a tuple, or an array or tensor (B, 1, X, Y, Z)) as a list.
 
     Raises: ValueError on an empty list.
     """
@@ -43,7 +45,7 @@ def as_list(mask: MaskLike | Sequence[MaskLike]) -> list[MaskLike]:
 def load_mask(mask: MaskLike, affine: np.ndarray, reading: Reading | None = None) -> tuple[Volume, str]:
     """Read one mask: (1, X, Y, Z) int16 label values in RAS+ order, and its name for messages.
 
-    A plain array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: it is taken to lie on `affine`, the model's
+    A plain array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: it is placed on `affine`, the model's
     template. `reading` is how headers are read, see `volumes.DataConfig.reading`.
 
     Raises: ValueError for an empty mask, for values that are not labels, and for other types.
@@ -84,17 +86,17 @@ def warn_of_header(volume: Volume, name: str) -> Volume:
 def index_labels(
     values: np.ndarray, labels: Mapping[int, str], label_map: LabelMap | None = None, name: str = "the mask"
 ) -> np.ndarray:
-    """Label values, as files hold them, to the model's label indices (int16, same shape).
+    """Map label values, as files hold them, to the model's label indices (int16, same shape).
 
     PADDING stays PADDING, unless it is a label of this model or is mapped to one.
 
     Args:
         values: integers of any shape.
         labels: the model's label values and names; the index is the rank of the value.
-        label_map: what to read as which known label, by value or by name, e.g. `{3: 1}` or `{3: "anterior"}`.
+        label_map: values to read as a known label, given by value or name, e.g. `{3: 1}` or `{3: "anterior"}`.
 
     Raises: ValueError naming the unknown values and the known ones; or on a mask that is PADDING everywhere.
-    Warns: when the mask is background alone.
+    Warns: if the mask is background only.
     """
     known = sorted(labels)
     translation = _translation(labels, label_map or {})
@@ -118,7 +120,7 @@ def describe_mask(mask: MaskLike) -> SourceRecord:
     """Describe a mask for the sidecar: file name (None without a file) and sha256.
 
     The hash is of the file's bytes (those of all its files: a .hdr/.img pair, the slices of a DICOM series, in the
-    order of their names); without a file, of the voxels as they were given.
+    order of their names); without a file, of the voxels.
     """
     if isinstance(mask, (str, os.PathLike)):
         digest = hashlib.sha256()
@@ -142,19 +144,19 @@ def identity(source: object) -> str | int:
 
 
 def is_placed(given: Any) -> bool:
-    """Whether a mask or an image has a position: all but plain arrays and tensors have."""
+    """Return whether a mask or an image has a position: all but plain arrays and tensors have one."""
     return isinstance(given, (str, os.PathLike, Volume)) or carries_geometry(given)
 
 
 def check_axes(volume: Volume, name: str) -> None:
-    """Raises: ValueError for a Volume whose axes are not in RAS+ order; what was read from a file is."""
+    """Raise ValueError for a Volume whose axes are not in RAS+ order; a volume that was read from a file is."""
     codes = "".join(map(str, aff2axcodes(volume.affine)))
     if volume.source is None and codes != "RAS":
         raise ValueError(f"{name}: its axes run {codes}, a Volume's run RAS; give it as a nibabel image instead")
 
 
 def _translation(labels: Mapping[int, str], label_map: LabelMap) -> dict[int, int]:
-    """`label_map` with names replaced by values. Raises: ValueError on a target that the model does not know."""
+    """Replace names in `label_map` by values. Raises: ValueError for a target that the model does not know."""
     values = {name: int(value) for value, name in labels.items()} | {int(value): int(value) for value in labels}
     unknown = [target for target in label_map.values() if target not in values]
     if unknown:
@@ -164,7 +166,7 @@ def _translation(labels: Mapping[int, str], label_map: LabelMap) -> dict[int, in
 
 
 def _whole_numbers(array: np.ndarray, name: str) -> np.ndarray:
-    """The array as int16. Raises: ValueError if that would change a value."""
+    """Return the array as int16. Raises: ValueError if that would change a value."""
     with np.errstate(invalid="ignore"):
         whole = array.astype(np.int16)
     if not np.array_equal(whole, array):

@@ -1,4 +1,5 @@
-"""Requests that were read and checked: the grid of a volume with what lies on it, and all that its generation takes.
+"""Requests that were read and checked: the grid of a volume with its mask and images, and everything that its
+generation needs.
 
 Axes: (C, X, Y, Z) in RAS+ order.
 """
@@ -64,13 +65,13 @@ class PreparedGrid:
 
 @dataclass(frozen=True, eq=False)
 class PreparedVolume:
-    """One request, prepared: all that the generation of a volume takes beside a seed.
+    """One request, prepared: all that the generation of a volume needs except a seed.
 
     Attributes:
         grid: shared by the requests of the same files.
         classes, numbers: conditions of the volume, as the model names them.
-        sampling: how it is to be sampled, as the record says.
-        record: without a seed.
+        sampling: the sampling settings, as in the record.
+        record: the record, without a seed.
     """
 
     request: VolumeRequest

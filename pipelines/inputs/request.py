@@ -25,7 +25,7 @@ class VolumeRequest:
         images: {channel: image} of the channels that condition the others.
         label_map: label values of the mask that are read as others.
         edit: the image that is changed, for `MedVolumeEditPipeline`.
-        name: of the volume's files, for `batch_generation`.
+        name: name of the volume's files, for `batch_generation`.
     Raises: ValueError for a shape or a label map that cannot be used.
     """
 
@@ -51,7 +51,7 @@ class VolumeRequest:
 
     @property
     def grid_key(self) -> Hashable:
-        """Equal for requests of the same files, which have one grid."""
+        """A key that is equal for requests of the same files, which have the same grid."""
         images = sorted((str(channel), identity(image)) for channel, image in self.images.items())
         edit = None if self.edit is None else self.edit.identity
         label_map = tuple((self.label_map or {}).items())
@@ -66,9 +66,9 @@ def call_requests(
     images: Images | Sequence[Images] | None,
     label_map: LabelMap | None,
 ) -> list[VolumeRequest]:
-    """One request per mask; without masks one per dict of a list, or a single one.
+    """Build one request per mask; without masks one per dict of a list, or a single one.
 
-    Raises: ValueError for lists of another length than there are masks, and for what is not a dict.
+    Raises: ValueError for lists of another length than the masks, and for entries that are not dicts.
     """
     masks = None if mask is None else as_list(mask)
     for conditions in (classes, numbers, images):
@@ -100,7 +100,7 @@ def call_requests(
 
 
 def _of_volume(conditions: Mapping[str, V] | Sequence[Mapping[str, V]] | None, number: int) -> Mapping[str, V]:
-    """The conditions of one volume of a call."""
+    """Return the conditions of one volume of a call."""
     if conditions is None:
         return {}
     return conditions[number] if isinstance(conditions, Sequence) else conditions

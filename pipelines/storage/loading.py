@@ -1,4 +1,6 @@
-"""Saving and loading through diffusers, made strict: packages registered, safetensors only, every key accounted for."""
+"""Strict saving and loading through diffusers: packages are registered, only safetensors are read, and every key must
+fit.
+"""
 
 import importlib
 from collections.abc import Collection, Iterable, Mapping
@@ -18,6 +20,8 @@ from files.documents import FileError, read_object
 from pipelines.inputs.conditions import check_described
 from volumes.data.preprocessing import described_preprocessing, refuse_differences
 from volumes.description import DataDescription
+
+from .sampling_settings import SAMPLING
 
 # Top-level packages that hold components of a pipeline.
 PACKAGES = ("autoencoder", "diffusion")
@@ -49,17 +53,17 @@ def register_pipeline(pipeline_class: type) -> None:
 
 
 def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
-    """Check that a folder is a pipeline's, of our classes and diffusers' schedulers, and that it leads nowhere else;
-    each model checks its own config and weights when it is loaded. No module is imported for a folder, and no file of
-    it run. Components that are `given` to the pipeline need no folder of their own.
+    """Check that a folder is a pipeline's, of our classes and diffusers' schedulers, and that no link leads out of it.
+    Each model checks its own config and weights when it is loaded. The check imports no module and runs no file of the
+    folder. Components that are `given` to the pipeline need no folder.
 
     Raises: ValueError naming the folder and what is wrong with its model_index.json, its links, or its scheduler;
-    FileError where one of them is not there.
+    FileError if one of them is missing.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         raise FileError(f"{folder}: no model_index.json, so this is not a pipeline folder (train_ldm.py writes one)")
-    _check_inside(folder, ["model_index.json", *COMPONENTS])
+    _check_inside(folder, ["model_index.json", SAMPLING, *COMPONENTS])
     index = read_object(folder / "model_index.json")
     named = index.get("_class_name")
     if not isinstance(named, str) or not (
@@ -83,7 +87,7 @@ def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
                 f"{folder}: model_index.json asks for {entry[1]} as {name}, which is not a {kind.__name__}"
             )
         if not (folder / name).is_dir() and name not in given:  # diffusers would look for its files beside the index
-            raise FileError(f"{folder}: has no folder {name}, which model_index.json speaks of; is it whole?")
+            raise FileError(f"{folder}: has no folder {name}, which model_index.json names; is the download complete?")
         if (folder / name / f"{package}.py").exists():  # which diffusers would take in the place of the package
             raise ValueError(
                 f"{folder / name}: holds {package}.py; code of a pipeline's folder is never run, remove it"
@@ -102,8 +106,9 @@ def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
 
 
 def _check_inside(folder: Path, names: Iterable[str]) -> None:
-    """Raises: ValueError for a link that leads out of the folder, among these of its files and folders. The cache of
-    the Hub keeps files in `blobs`, beside the `snapshots` that link to them."""
+    """Raise ValueError for a link that leads out of the folder, among these of its files and folders. The Hub's cache
+    keeps files in `blobs`, beside the `snapshots` that link to them.
+    """
     homes = [folder.resolve()]
     homes += [place.parent / "blobs" for place in homes[0].parents if place.name == "snapshots"]
     parts = [folder / name for name in names]
@@ -117,9 +122,10 @@ def _check_inside(folder: Path, names: Iterable[str]) -> None:
 
 
 def _check_scheduler(folder: Path, scheduler_class: type) -> None:
-    """Build it, so that an unfit config is refused by name; whether it fits the model is seen when the pipeline is
-    whole. Only options of its own class are given to it, each checked before (`scheduler_options.VALUES`).
-    Raises: ValueError."""
+    """Build the scheduler, so that an unfit config is refused by name; whether it fits the model is checked when the
+    pipeline is complete. It only gets options of its own class, each checked before (`scheduler_options.VALUES`).
+    Raises: ValueError.
+    """
     path = folder / "scheduler_config.json"
     if not path.is_file():
         raise FileError(f"{folder}: no scheduler_config.json there")
@@ -139,11 +145,10 @@ def _check_scheduler(folder: Path, scheduler_class: type) -> None:
 
 
 def load_autoencoder(folder: str | Path) -> AutoencoderKL3D | VQGAN3D | SpaceToDepth3D:
-    """The trained autoencoder in `folder`, or in its subfolder vae/ (a run or a pipeline), for inference: of the class
-    that its config names.
+    """Load the trained autoencoder in `folder`, or in its subfolder vae/ (a run or a pipeline), for inference, as the
+    class that its config names.
 
-    Raises: FileError where there is none; ValueError where its weights do not fit, or where its latents were never
-    measured.
+    Raises: FileError if there is none; ValueError if its weights do not fit, or if its latents were never measured.
     """
     found = find_autoencoder(folder)
     _check_inside(found, ["config.json", *(path.name for path in found.glob("*.safetensors*"))])
@@ -160,7 +165,7 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL3D | VQGAN3D | SpaceToD
 
 
 def find_autoencoder(folder: str | Path) -> Path:
-    """The folder itself, or its subfolder vae/, whichever holds a model's config. Raises: FileError if neither does."""
+    """Return the folder or its subfolder vae/, whichever holds a model's config. Raises: FileError if neither does."""
     folder = Path(folder).expanduser()
     for path in (folder, folder / "vae"):
         if (path / "config.json").is_file():
@@ -171,7 +176,7 @@ def find_autoencoder(folder: str | Path) -> Path:
 
 
 def check_components(components: Mapping[str, Any]) -> None:
-    """Raises: ValueError for a component {name: object} of another kind."""
+    """Raise ValueError for a component {name: object} of another kind."""
     for name, (_, kind) in COMPONENTS.items():
         given = getattr(components[name], "_orig_mod", components[name])  # beneath torch.compile
         if not isinstance(given, kind):
@@ -179,7 +184,7 @@ def check_components(components: Mapping[str, Any]) -> None:
 
 
 def check_fit(vae: VolumeAutoencoder, unet: LatentUNet3D, data: DataDescription) -> None:
-    """Raises: ValueError if autoencoder, U-Net and data do not belong together."""
+    """Raise ValueError if autoencoder, U-Net and data do not belong together."""
     if unet.config["in_channels"] != vae.config["latent_channels"]:
         raise ValueError(
             f"the U-Net takes {unet.config['in_channels']} channels, the autoencoder gives "

@@ -1,7 +1,7 @@
-"""Files of LoRAs: diffusers' `pytorch_lora_weights.safetensors`, as they are written, found and read.
+"""Files of LoRAs: diffusers' `pytorch_lora_weights.safetensors`, written, found and read.
 
-Tensors `unet.<layer>.lora_A.weight` (rank, in, ...) and `lora_B.weight` (out, rank, ...), and in the header, as JSON,
-peft's settings and the hash of the U-Net that it was trained on.
+Tensors `unet.<layer>.lora_A.weight` (rank, in, ...) and `lora_B.weight` (out, rank, ...). The header holds, as JSON,
+peft's settings and the hash of the U-Net that the LoRA was trained on.
 """
 
 import json
@@ -68,9 +68,10 @@ def write_lora(
 
 
 class LoraFile(NamedTuple):
-    """A LoRA: its tensors by layer ("down_blocks.0.0.conv1.lora_A.weight"), and what its file says of it, None where it
-    does not: peft's settings, the hash of the base U-Net, how its training volumes were prepared
-    (`volumes.data.preprocessing`), and records of whose they were (`volumes.data.subjects`)."""
+    """A LoRA: its tensors by layer ("down_blocks.0.0.conv1.lora_A.weight"), and what its file records, or None: peft's
+    settings, the hash of the base U-Net, how its training volumes were prepared (`volumes.data.preprocessing`), and its
+    training subjects (`volumes.data.subjects`).
+    """
 
     tensors: dict[str, torch.Tensor]
     settings: Mapping[str, Any] | None = None
@@ -80,13 +81,14 @@ class LoraFile(NamedTuple):
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read a LoRA's file. Raises: FileError if it is no safetensors file, ValueError if it holds no LoRA of a U-Net,
-    and as `check_tensors` and `check_settings`."""
+    """Read a LoRA's file. Raises: FileError if it is not a safetensors file, ValueError if it does not hold a LoRA of a
+    U-Net, and as `check_tensors` and `check_settings`.
+    """
     try:
         with open_safetensors(path) as file:
             text = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}")
             if len(text) > MOST_HEADER:
-                raise FileError(f"its settings are {len(text)} letters; {MOST_HEADER} at most are read")
+                raise FileError(f"its settings are {len(text)} characters; {MOST_HEADER} at most are read")
             header = parse_json(text)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
@@ -107,10 +109,10 @@ def read_lora(path: Path) -> LoraFile:
 
 
 def unet_tensors(state: Mapping[str, torch.Tensor], source: object) -> dict[str, torch.Tensor]:
-    """Tensors by layer from a state dict as diffusers has it: its names begin with `unet.` and end in peft's
+    """Return tensors by layer from a state dict of diffusers: its names begin with `unet.` and end in peft's
     `lora_A.weight` or diffusers' older `lora.down.weight`.
 
-    Raises: ValueError naming tensors that are none of a LoRA of a U-Net, and as `check_tensors`.
+    Raises: ValueError naming tensors that do not belong to a LoRA of a U-Net, and as `check_tensors`.
     """
     tensors = dict(state)
     if tensors and not any(".lora_A." in key for key in tensors):
@@ -133,10 +135,10 @@ def find_lora(
     use_safetensors: bool | None = None,
     **download: Any,
 ) -> LoraFile:
-    """What `read_lora` reads, of a file, of a folder, of a Hub repository, or from a state dict in memory.
+    """Read a LoRA, as `read_lora`, from a file, a folder, a Hub repository, or a state dict in memory.
 
     Args:
-        weight_name, subfolder: of a folder or repository, the file and the folder in it.
+        weight_name, subfolder: the file, and the folder that it is in, of a folder or repository.
         download: revision, token, cache_dir, force_download, local_files_only of `huggingface_hub.hf_hub_download`.
     Raises: FileError if there is none; ValueError as `read_lora` and `unet_tensors`; TypeError for other keywords.
     """

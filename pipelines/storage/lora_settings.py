@@ -1,8 +1,8 @@
 """The settings in the file of a LoRA: an allow-list of peft's settings with their types and ranges, checked before peft
 sees them.
 
-peft takes names of layers in a file for regular expressions, which can run for ever, allocates what a rank asks for,
-and computes with an alpha of any kind. Here names are plain, they and the ranks must be those of the tensors, and peft
+peft treats names of layers in a file as regular expressions, which can run forever. It allocates what a rank asks for,
+and computes with an alpha of any kind. Here names are plain, names and ranks must be those of the tensors, and peft
 gets exact settings.
 """
 
@@ -59,14 +59,14 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], source: object) -> None:
 def check_settings(
     header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], source: object
 ) -> Mapping[str, Any] | None:
-    """Peft's settings of a LoRA as peft may have them; None for a header without any.
+    """Check peft's settings of a LoRA, and return them as peft accepts them; None for a header without any.
 
     Args:
-        header: peft's settings by name, as a file has them; what peft does not compute with is left out.
+        header: peft's settings by name, as a file has them; settings without effect on the result are omitted.
         tensors: the LoRA's, by layer ("down_blocks.0.0.conv1.lora_A.weight").
     Returns: r, lora_alpha, lora_dropout, use_rslora, target_modules as they are; patterns by whole names of layers, as
         far as these differ from r and lora_alpha.
-    Raises: ValueError naming a setting that is missing, is of another type or out of range, is none of `SETTINGS` and
+    Raises: ValueError naming a setting that is missing, is of another type or out of range, is not in `SETTINGS` and
         would change the model, names layers by anything but plain names, or does not fit the tensors.
     """
     settings = {name: header[name] for name in SETTINGS if header.get(name) is not None}
@@ -91,7 +91,9 @@ def check_settings(
 
 
 def _exact(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], source: object) -> Mapping[str, Any]:
-    """The settings by whole names of layers. Raises: ValueError unless layers and ranks are those of the tensors."""
+    """Return the settings by whole names of layers. Raises: ValueError unless layers and ranks are those of the
+    tensors.
+    """
     ranks = {
         key.removesuffix(".lora_A.weight"): len(one) for key, one in tensors.items() if key.endswith(".lora_A.weight")
     }
@@ -116,14 +118,15 @@ def _exact(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], sou
 
 
 def _names(layer: str) -> list[str]:
-    """What settings may call a layer: by its whole name, with peft's mark for that or without, or by its last parts."""
+    """Return a layer's names in settings: its whole name, with or without peft's mark for that, or its last parts."""
     parts = layer.split(".", 16)
     return [f"^{layer}", *(".".join(parts[start:]) for start in range(len(parts)))]
 
 
 def plain_settings(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
-    """Settings of an attached LoRA, or of a user's, as a file may have them: peft's regular expressions are written out
-    as names of layers."""
+    """Return settings of an attached LoRA, or of a user's, as a file may have them: peft's regular expressions are
+    written out as names of layers.
+    """
     plain = {name: settings[name] for name in (*SETTINGS, *OTHERS) if settings.get(name) is not None}
     layers = sorted({key.rpartition(".lora_")[0] for key in tensors})
     if isinstance(targets := plain.get("target_modules"), str | set | tuple):

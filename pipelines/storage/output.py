@@ -32,9 +32,9 @@ class MedVolumePipelineOutput(BaseOutput):
             "latent"  standardized latents (latent_channels, h, w, d) of the padded mask, on the model's device.
             With `paths`: the files that were written, as `Path`, or {channel: path}.
             None for volumes that were not begun when `pipe._interrupt` was set.
-        provenance: one JSON-ready dict a volume: model hash, seed, steps, scheduler, mask; what its sidecar says, but
-            for the digests of the files (`files`). With what a callback changed, if it did (`call.StepCallback`): such
-            volumes the seed alone does not make again.
+        provenance: one JSON-ready dict per volume: model hash, seed, steps, scheduler, mask. It equals the sidecar,
+            apart from the digests of the files (`files`). It records what a callback changed (`call.StepCallback`), as
+            the seed alone cannot reproduce such volumes.
     """
 
     volumes: list[Any]
@@ -47,8 +47,9 @@ def check_paths(
     output_type: str,
     inputs: Sequence[object],
 ) -> list[Path] | list[None]:
-    """One path per volume; None for each without `paths`. Raises: ValueError for what cannot be written there, and for
-    the file of a mask or an image among the inputs."""
+    """Return one path per volume; None for each without `paths`. Raises: ValueError for what cannot be written there,
+    and for the file of a mask or an image among the inputs.
+    """
     count = len(records)
     if paths is None:
         return [None] * count

@@ -1,5 +1,6 @@
-"""A generated volume is marked as synthetic, with the record of its generation: in its NIfTI header and a JSON file
-beside it."""
+"""Mark a generated volume as synthetic, with the record of its generation, in its NIfTI header and in a JSON file
+beside it.
+"""
 
 import hashlib
 import json
@@ -46,7 +47,7 @@ _taking_places = threading.Lock()
 
 
 def software() -> str:
-    """Name and version of this package; "unknown" where it runs from a clone that was not installed."""
+    """Return name and version of this package; "unknown" where it runs from a clone that was not installed."""
     try:
         return f"medvolume {version('medvolume')}"
     except PackageNotFoundError:
@@ -54,9 +55,10 @@ def software() -> str:
 
 
 def content_hash(components: Mapping[str, tuple[Mapping[str, Any], Tensors]]) -> str:
-    """sha256 over each component's config and tensors (name, type, shape, bytes), whatever file or memory they are in.
+    """Compute the sha256 over each component's config and tensors (name, type, shape, bytes), in whatever file or
+    memory they are.
 
-    Of a config what decides the result counts, see `autoencoder.model.deciding`: not the record of the training
+    Of a config only what decides the result counts (`autoencoder.model.deciding`): not the record of the training
     subjects.
     """
     digest = hashlib.sha256()
@@ -74,7 +76,7 @@ def tensor_digest(digest: Any, key: str, tensor: torch.Tensor) -> None:
 
 
 def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in safetensors files, by name, one at a time."""
+    """Yield every tensor in safetensors files, by name, one at a time."""
     places: dict[str, Path] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
@@ -85,9 +87,9 @@ def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def memory_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a module's own state, by name; without LoRAs that peft attached.
+    """Yield every tensor of a module's own state, by name, without LoRAs that peft attached.
 
-    Raises: ValueError if they are offloaded out of reach.
+    Raises: ValueError if they are offloaded to where they cannot be read.
     """
     if out_of_reach(module):
         raise ValueError(
@@ -98,43 +100,44 @@ def memory_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
 
 
 def recorded_guidance(scale: Guidance) -> float | dict[str, float] | None:
-    """The guidance in effect, as a sidecar has it; None for none (a scale of 1 or less), as sidecars from before there
-    was any."""
+    """Return the guidance in effect as a sidecar records it; None for no guidance (a scale of 1 or less)."""
     effect = guidance_in_effect(scale)
     return None if effect in (1.0, {}) else effect
 
 
 def header_description(record: GenerationRecord) -> str:
-    """The NIfTI `descrip` field, 79 bytes at most: synthetic, the model, the seed."""
+    """Format the NIfTI `descrip` field, 79 bytes at most: synthetic, the model, the seed."""
     seed = "" if record.seed is None else f" seed {record.seed}"
     return f"synthetic; {record.software[:20]}; model {record.model[:12]}{seed}"
 
 
 def sidecar_path(path: str | os.PathLike) -> Path:
-    """The JSON file beside a volume: case_000.nii.gz -> case_000.json."""
+    """Return the JSON file beside a volume: case_000.json for case_000.nii.gz."""
     path = local_path("path", path)
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
 
 
 def sidecars(folder: Path) -> list[Path]:
-    """The JSON files in a folder that may be sidecars, sorted; not what macOS leaves beside them
-    (`._case_000.json`)."""
+    """List the JSON files in a folder that may be sidecars, sorted, without what macOS leaves beside them
+    (`._case_000.json`).
+    """
     return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
 
 
 def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The record beside the volume at `path`; None if there is none. The digests of its files are left out: see
-    `sidecar_content`.
+    """Read the record beside the volume at `path`, without the digests of its files (`sidecar_content`); None if there
+    is none.
 
-    Raises: ValueError on what is not a sidecar of ours, and at once on what is not a file.
+    Raises: ValueError for what is not a sidecar of this package, or not a regular file.
     """
     content = sidecar_content(path)
     return None if content is None else {key: value for key, value in content.items() if key != FILES}
 
 
 def sidecar_content(path: str | os.PathLike) -> Mapping[str, Any] | None:
-    """The content of the file beside the volume at `path`: the record, and `files`, [{"file", "bytes", "sha256"}] of
-    the volume's files. None and errors as `read_sidecar`."""
+    """Read the file beside the volume at `path`: the record, and `files`, [{"file", "bytes", "sha256"}] of the volume's
+    files. None and errors as `read_sidecar`.
+    """
     sidecar = Disk().find(sidecar_path(path))
     if not os.path.lexists(sidecar):
         return None
@@ -168,7 +171,7 @@ def sidecar_content(path: str | os.PathLike) -> Mapping[str, Any] | None:
 
 
 def _sources(name: str, found: Mapping[str, Any] | None) -> list[Any]:
-    """The files of an entry that a volume was generated from."""
+    """Return the files of an entry that a volume was generated from."""
     return [found] if name == "mask" and found else list(found.values()) if name == "images" and found else []
 
 
@@ -181,8 +184,9 @@ def _is_name(value: Any) -> bool:
 
 
 def describe_file(path: Path) -> FileRecord:
-    """{"file": its name, "bytes", "sha256"}. Raises: ValueError for what is not a regular file, OSError if it cannot be
-    read."""
+    """Return {"file": its name, "bytes", "sha256"}. Raises: ValueError for what is not a regular file, OSError if it
+    cannot be read.
+    """
     digest, size = hashlib.sha256(), 0
     with open_regular(path) as file:
         while piece := file.read(READ_BYTES):
@@ -192,24 +196,26 @@ def describe_file(path: Path) -> FileRecord:
 
 
 def volume_files(path: str | os.PathLike, record: Mapping[str, Any]) -> list[Path]:
-    """The files of the volume at `path`: that one, or one for each of the record's channels: case_000.nii.gz ->
-    case_000_ct.nii.gz, case_000_pet.nii.gz. Raises: ValueError unless it ends in .nii.gz or .nii."""
+    """Return the files of the volume at `path`: the path itself, or one for each of the record's channels
+    (case_000_ct.nii.gz and case_000_pet.nii.gz for case_000.nii.gz). Raises: ValueError unless it ends in .nii.gz or
+    .nii.
+    """
     return channel_files(path, record.get("channels"))
 
 
 def channel_files(path: str | os.PathLike, channels: Sequence[str] | None) -> list[Path]:
-    """`volume_files` of a volume with these channels."""
+    """Return the `volume_files` of a volume with these channels."""
     path, stem = nifti_path(local_path("path", path)), sidecar_path(path).stem
     return [path.with_name(f"{stem}_{one}{path.name.removeprefix(stem)}") for one in channels] if channels else [path]
 
 
 @contextmanager
 def synthetic_files(record: Mapping[str, Any], path: str | os.PathLike) -> Iterator[list[Path]]:
-    """The files to write a generated volume (.nii or .nii.gz) to: when the block ends, they take their places (see
-    `volume_files`), with `record` beside them.
+    """Open the files to write a generated volume (.nii or .nii.gz) to. When the block ends, they are moved to their
+    places (see `volume_files`), with `record` beside them.
 
-    Each appears whole or not at all, the sidecar first and after older files of the volume were removed: a volume on
-    disk always has its record. The sidecar says how many bytes and which sha256 each file has: see
+    Each file appears whole or not at all. Older files of the volume are removed first, then the sidecar appears, then
+    the volume: a volume on disk always has its record. The sidecar holds the size and sha256 of each file: see
     `finished.file_fault`.
 
     Raises: ValueError if a JSON that is not a sidecar is in the way, see `read_sidecar`, and for a record that JSON

@@ -13,7 +13,7 @@ from cli.command import ArgumentParser, run_command
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "volumes", nargs="+", type=Path, help="generated .nii.gz or .nii files, their sidecars beside them"
@@ -37,9 +37,10 @@ from .provenance import read_sidecar, volume_files
 
 
 def find_record(path: str | os.PathLike) -> Mapping[str, Any]:
-    """The sidecar of a generated volume, or of one channel of it (case_000_ct.nii.gz has its record in case_000.json).
+    """Find the sidecar of a generated volume, or of one channel of it (case_000_ct.nii.gz has its record in
+    case_000.json).
 
-    Raises: ValueError where there is none: only what is known to be synthetic is marked so.
+    Raises: ValueError if there is none: only a volume that is known to be synthetic is marked as such.
     """
     path, words = local_path("path", path), volume_stem(path).split("_")
     for count in range(len(words), 0, -1):

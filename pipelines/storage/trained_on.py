@@ -1,5 +1,6 @@
-"""What a saved model says of its training, without loading it: records of whose volumes it learned from, and how they
-were prepared."""
+"""Read what a saved model says of its training, without loading it: its training subjects, and how their volumes were
+prepared.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -36,8 +37,8 @@ class TrainedOn:
 
 
 def read_model(source: str | Path) -> TrainedOn:
-    """Of a pipeline's folder, an autoencoder's or its run's, a LoRA's file or folder, or a repository of the Hub that
-    holds one.
+    """Read the records of a pipeline's folder, an autoencoder's or its run's, a LoRA's file or folder, or a Hub
+    repository that holds one of these.
 
     Raises: ValueError for none of these, and for a damaged file.
     """
@@ -68,8 +69,9 @@ def read_model(source: str | Path) -> TrainedOn:
 
 
 def described_on_the_hub(name: str) -> Path:
-    """The folder of what a repository of the Hub says of its models, without their weights. Raises: FileError if it
-    cannot be had."""
+    """Download what a repository of the Hub says of its models, without their weights, and return the folder. Raises:
+    FileError if that fails.
+    """
     try:
         return Path(
             snapshot_download(
@@ -81,8 +83,8 @@ def described_on_the_hub(name: str) -> Path:
 
 
 def read_generated(folder: Path) -> Sequence[Mapping[str, Any]]:
-    """The records of the models that made the volumes in a folder, and the masks in its masks/, as generate.py writes
-    them there.
+    """Read the records of the models that generated the volumes in a folder, and the masks in its masks/, as
+    generate.py writes them there.
 
     Raises: ValueError for a damaged file.
     """
@@ -99,10 +101,10 @@ def read_generated(folder: Path) -> Sequence[Mapping[str, Any]]:
 
 def write_generated_by(pipe: LoraMixin, output: Path) -> None:
     """Add the pipeline's model to provenance/training_subjects.json, {hash: records of the training subjects} of each
-    model that generated volumes in the folder, by which evaluate.py refuses to evaluate them on such subjects. Nothing
-    is written for a model without any record.
+    model that generated volumes in the folder. By this file, evaluate.py refuses to evaluate the volumes on such
+    subjects. Nothing is written for a model without any record.
 
-    Raises: ValueError for a damaged file, and for a link in the place of its folder.
+    Raises: ValueError for a damaged file, and for a link in place of its folder.
     """
     if all("salt" not in record for record in pipe.training_subjects):
         return
@@ -116,7 +118,7 @@ def write_generated_by(pipe: LoraMixin, output: Path) -> None:
 
 
 def made_by(folder: Path) -> list[str]:
-    """Hashes of the models that made the volumes in a folder, by their sidecars."""
+    """Return hashes of the models that generated the volumes in a folder, by their sidecars."""
     hashes = set()
     for path in folder.glob("*.json"):
         try:
@@ -129,7 +131,7 @@ def made_by(folder: Path) -> list[str]:
 
 
 def _config(folder: Path) -> tuple[Any, Any]:
-    """Records and facts in a component's config.json. Raises: ValueError if they are damaged."""
+    """Read records and facts in a component's config.json. Raises: ValueError if they are damaged."""
     path = folder / "config.json"
     config = read_object(path) if path.is_file() else {}
     try:

@@ -129,7 +129,7 @@ def test_kl_of_half_precision_moments_does_not_overflow():
 
 
 def test_levels_that_do_not_match_are_refused():
-    with pytest.raises(ValueError, match="one entry a level"):
+    with pytest.raises(ValueError, match="one entry per level"):
         AutoencoderKL3D(channels=(8, 16, 32), strides=(2,), encoder_blocks=(1, 1), decoder_blocks=(1, 1))
 
 

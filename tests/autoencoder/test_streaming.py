@@ -224,9 +224,9 @@ def test_streams_that_overlap_leave_compilation_as_it_was():
 @torch.no_grad()
 def test_misuse_is_named():
     vae = autoencoder()
-    with pytest.raises(ValueError, match="2 planes into a cell of 4|1 planes into a cell of 2"):
+    with pytest.raises(ValueError, match="2 planes into a group of 4|1 planes into a group of 2"):
         list(vae.encode_slabs(torch.zeros(1, 1, 8, 8, 6).split(4, dim=4)))
-    with pytest.raises(ValueError, match="1 planes into a cell of 2"):
+    with pytest.raises(ValueError, match="1 planes into a group of 2"):
         list(vae.encode_slabs([torch.zeros(1, 1, 8, 8, 6)]))
     with pytest.raises(ValueError, match="must be a multiple of"):
         list(vae.encode_slabs([torch.zeros(1, 1, 7, 8, 8)]))

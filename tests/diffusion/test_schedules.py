@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_refused():
         make_scheduler(EPS, name="PNDMScheduler")
     with pytest.raises(ValueError, match="'DDPMScheduler' does not fit rectified_flow"):
         make_scheduler("rectified_flow", name="DDPMScheduler")
-    with pytest.raises(ValueError, match="continuous; leave it out"):
+    with pytest.raises(ValueError, match="continuous; omit it"):
         LatentUNet3D(channels=(8, 8), train_steps=250)
     with pytest.raises(ValueError, match="train_steps.*from 2 to"):
         LatentUNet3D(channels=(8, 8), objective=EPS, train_steps=1)

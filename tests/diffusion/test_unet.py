@@ -71,7 +71,7 @@ def test_missing_unwanted_and_misplaced_masks_are_refused():
 
 
 def test_wrong_settings_are_refused():
-    with pytest.raises(ValueError, match="one entry a level"):
+    with pytest.raises(ValueError, match="one entry per level"):
         LatentUNet3D(channels=(8, 16), strides=(2,), blocks=(1,), attention=(False, True))
     with pytest.raises(ValueError, match="unknown objective 'x0'.*rectified_flow"):
         LatentUNet3D(**SMALL, objective="x0")

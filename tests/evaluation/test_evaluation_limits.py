@@ -36,7 +36,7 @@ CONFIG = DataConfig(root="nowhere", images="{name}.nii.gz", classes={"sex": ["F"
     [
         ("realism", 10, 3, {}, "3 test volumes are too few to compare; give 4 or more"),
         ("realism", 3, 3, {}, "3 training volumes and 3 test volumes are too few"),
-        ("realism", 10, 1, {"parts": ["diversity"]}, "1 test volumes make no pair of different subjects"),
+        ("realism", 10, 1, {"parts": ["diversity"]}, "1 test volumes do not contain a pair of different subjects"),
         ("realism", 10, 0, {}, "no case is in split test"),
         ("realism", 10, 4, {}, None),
         ("realism", 10, 2, {"parts": ["diversity"]}, None),

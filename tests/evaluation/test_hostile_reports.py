@@ -369,8 +369,8 @@ def test_json_is_read_of_regular_files_alone(tmp_path):
         ("a.csv", lambda: "\n" * 1_000_000, "more than 400000 lines"),
         ("a.csv", lambda: "\r" * 1_000_000, "more than 400000 lines"),
         ("a.csv", lambda: ",".join(f"c{n}" for n in range(20_000)) + "\n", "line 1 has 20000 columns"),
-        ("a.csv", lambda: "a,b\n" + "x" * 2_000_000 + ",1\n", "a line of 2000002 letters"),
-        ("a.csv", lambda: "a," * 10_000_000, "a line of 20000000 letters"),
+        ("a.csv", lambda: "a,b\n" + "x" * 2_000_000 + ",1\n", "a line of 2000002 characters"),
+        ("a.csv", lambda: "a," * 10_000_000, "a line of 20000000 characters"),
         ("a.csv", lambda: "x" * (1 << 26) + "\n", "larger than 64 MiB"),
     ],
 )

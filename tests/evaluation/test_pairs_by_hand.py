@@ -81,7 +81,9 @@ def test_a_kept_channel_must_match_the_hash_in_the_sidecar(tmp_path, monkeypatch
             (pair,) = generated_pairs([case], tmp_path / "made")
             assert pair.generated == (made, real["post_t1"])
         else:
-            with pytest.raises(ValueError, match="no file of channel 'post_t1', nor was it given that of case"):
+            with pytest.raises(
+                ValueError, match="no file of channel 'post_t1', and was not conditioned on that of case"
+            ):
                 generated_pairs([case], tmp_path / "made")
 
 

@@ -332,7 +332,7 @@ def test_a_model_that_is_nowhere_is_refused_before_the_work(trained, tmp_path, m
     for named, said in (
         (["reconstruction", "--vae", str(tmp_path / "gone")], "gone: no autoencoder there"),
         (["dice", "--models", str(tmp_path / "gone")], "gone: no such folder"),
-        (["dice", "--models", "user/gone"], "user/gone: no such folder here, nor is it found on the Hub"),
+        (["dice", "--models", "user/gone"], "user/gone: is neither a folder here nor found on the Hub"),
         (["realism", "--synthetic", "x", "--extractor", f"own={tmp_path / 'gone'}"], "gone: no such file or folder"),
     ):
         with pytest.raises(ValueError, match=said):

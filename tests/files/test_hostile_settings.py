@@ -123,7 +123,7 @@ def test_settings_of_a_lora_are_checked(lora, tmp_path, name, value):
         ),
         (
             {"target_modules": [f"layer_{n}" for n in range(10**6)]},
-            "its settings are .* letters; 4194304 at most are read",
+            "its settings are .* characters; 4194304 at most are read",
         ),
         ({"alpha_pattern": {f"layer_{n}": 1 for n in range(10**5)}}, "alpha_pattern names 100000 layers"),
         ({"target_modules": ["qkv"] * 10**5}, "target_modules names 100000 layers"),

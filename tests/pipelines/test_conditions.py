@@ -176,7 +176,7 @@ def test_missing_unwanted_and_unknown_conditions_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             unet_of()(x, 1, **given)
-    with pytest.raises(ValueError, match="knows no numbers"):
+    with pytest.raises(ValueError, match="trained without numbers"):
         unet_of(numbers=None)(x, 1, classes=classes, numbers=numbers)
     with pytest.raises(ValueError, match="without classes and numbers"):
         unet_of(classes=None, numbers=None)(x, 1, classes=classes)

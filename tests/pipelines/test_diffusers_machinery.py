@@ -363,7 +363,7 @@ def test_a_pushed_pipeline_comes_back(hub, tmp_path, way):
     loaded.set_progress_bar_config(disable=True)
     assert loaded.model_hash == pipe.model_hash
     assert torch.equal(generate(loaded), generate(pipe))
-    with pytest.raises(ValueError, match="nor is it found on the Hub"):
+    with pytest.raises(ValueError, match="nor found on the Hub"):
         MedVolumePipeline.from_pretrained("user/absent", cache_dir=tmp_path / "hub")
 
 

@@ -401,7 +401,7 @@ def test_what_cannot_be_edited_is_named(pipe, two):
         ({"image": resampled, "strength": 0.5}, "was resampled from its file's grid; give the file, or a new Volume"),
         ({"image": nan, "strength": 0.5}, "the image 'MR': 1 of 1080 values are not finite"),
         ({"image": np.ones(SHAPE), "strength": 0.5}, "the image 'MR': every voxel is 1: it is constant"),
-        ({"strength": 0.5, "keep_channels": ["MR"]}, "nothing is left to change; leave one out"),
+        ({"strength": 0.5, "keep_channels": ["MR"]}, "nothing is left to change; omit one"),
         (
             {"strength": 0.5, "keep_channels": ["ct"]},
             r"keep_channels is \['ct'\]; it lists channels that are kept, of MR",

@@ -201,8 +201,8 @@ def test_code_in_the_folder_is_not_run(folder, planted):
         ("unet", {"blocks": "many"}, "a list of numbers of blocks"),
         ("unet", {"quantization_config": {"quant_method": "torchao"}}, "names quantization_config"),
         ("unet", {"auto_map": {"AutoModel": "planted.X"}}, "names auto_map"),
-        ("unet", {"channels": [-1, 16]}, "describes no LatentUNet3D|do not fit"),
-        ("unet", {"head_dim": "x"}, "describes no LatentUNet3D"),
+        ("unet", {"channels": [-1, 16]}, "does not describe a LatentUNet3D|do not fit"),
+        ("unet", {"head_dim": "x"}, "does not describe a LatentUNet3D"),
     ],
 )
 def test_configs_of_components_that_are_refused(folder, part, values, reason):

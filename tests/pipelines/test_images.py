@@ -61,7 +61,7 @@ def test_latents_come_in_alphabetical_order_each_with_its_flag():
 
 def test_latents_that_do_not_fit_are_refused():
     ct = torch.zeros(1, 2, 1, 1, 2)
-    with pytest.raises(ValueError, match=r"images \['mr'\].*can be given \['ct'\]"):
+    with pytest.raises(ValueError, match=r"images \['mr'\].*images of this model are \['ct'\]"):
         fold_images({"mr": ct}, {"ct": 2}, (1, 1, 2))
     with pytest.raises(ValueError, match=r"image ct: .*\(1, 2, 1, 1, 2\), expected \(1, 3, 1, 1, 2\)"):
         fold_images({"ct": ct}, {"ct": 3}, (1, 1, 2))

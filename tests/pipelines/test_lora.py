@@ -488,7 +488,7 @@ def test_files_that_do_not_fit_are_refused(saved, tmp_path):
             "its settings lack lora_alpha, target_modules",
         ),
         (tmp_path / "nowhere", "nowhere: no such folder"),
-        ("user/nowhere", "user/nowhere: no such folder here, nor is it found on the Hub"),
+        ("user/nowhere", "user/nowhere: is neither a folder here nor found on the Hub"),
     ):
         with pytest.raises(ValueError, match=message):
             pipe.load_lora_weights(source)

@@ -200,7 +200,7 @@ def test_what_cannot_be_given_is_named(pipe, tmp_path):
             {"mr": image_of()},
             "image names mr, which is not a channel of this model; its condition channels are ct, pet",
         ),
-        ({"ct": image_of(), "pet": image_of()}, r"image gives all channels \(ct, pet\).*leave one out"),
+        ({"ct": image_of(), "pet": image_of()}, r"image gives all channels \(ct, pet\).*omit one"),
         ({"ct": image_of(affine=shifted)}, "the image 'ct': lies on another grid than the mask .*resample one"),
         ({"ct": nan}, "the image 'ct': 1 of 378 values are not finite"),
         ({"ct": tmp_path / "nan.nii"}, "nan.nii: 1 of 378 values are not finite"),
@@ -359,7 +359,9 @@ def test_a_table_names_the_images_that_are_given(inputs, tmp_path):
     found = [[path.name for path in pair.generated] for pair in generated_pairs(cases, tmp_path)]
     assert found == [["one_ct_scan.nii.gz", "one_000_pet.nii.gz"], ["two_000_ct.nii.gz", "two_000_pet.nii.gz"]]
     (tmp_path / "two_000_pet.nii.gz").unlink()
-    with pytest.raises(ValueError, match="two_000.nii.gz: has no file of channel 'pet', nor was it given that of two"):
+    with pytest.raises(
+        ValueError, match="two_000.nii.gz: has no file of channel 'pet', and was not conditioned on that of two"
+    ):
         generated_pairs(cases, tmp_path)
 
 
@@ -385,7 +387,11 @@ def test_a_volume_that_lost_one_of_its_files_is_made_again(inputs, tmp_path):
 
 def test_unknown_columns_and_mixed_rows_are_refused(inputs, tmp_path):
     for name, text, message in (
-        ("unknown", "mask,mr\none.nii.gz,one_ct_scan.nii.gz\n", r"unknown columns \['mr'\]; .* mask, name, ct, pet"),
+        (
+            "unknown",
+            "mask,CT\none.nii.gz,one_ct_scan.nii.gz\n",
+            r"unknown columns 'CT' \(did you mean ct\?\); .* ct, pet",
+        ),
         ("mixed", "name,ct\na,one_ct_scan.nii.gz\nb,\n", "1 of 2 rows have an image; split it into two tables"),
         ("both", "mask,ct,pet\none.nii.gz,one_ct_scan.nii.gz,one_ct_scan.nii.gz\n", "one: image gives all channels"),
     ):

@@ -140,7 +140,7 @@ def test_names_that_are_nowhere(folder, monkeypatch):
             with pytest.raises(OSError, match=f"^{Path(name)}: no such folder$"):
                 load(name)
         for name in ("user/gone", "gone"):
-            with pytest.raises(OSError, match=f"^{name}: no such folder here, nor is it found on the Hub \\("):
+            with pytest.raises(OSError, match=f"^{name}: is neither a folder here nor found on the Hub \\("):
                 load(name)
         with pytest.raises(OSError, match="model_index.json: is a file; give the folder"):
             load(folder / "model_index.json")

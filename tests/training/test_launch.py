@@ -45,6 +45,7 @@ def test_train_vae(vae_run):
         "config.yaml",
         "logs",
         "metrics.json",
+        "metrics.jsonl",
         "volumes.json",
         "previews",
         "vae",

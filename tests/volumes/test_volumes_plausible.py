@@ -191,7 +191,7 @@ def test_a_broken_qform_beside_a_sform_is_told_of(field, value, tmp_path):
     (tmp_path / "a.nii").write_bytes(header.binaryblock + data[348:])
     volume = read_volume(tmp_path / "a.nii")
     assert volume.source is not None
-    assert contradiction(volume.source) == "the numbers of the qform make no transform"
+    assert contradiction(volume.source) == "the numbers of the qform do not make a transform"
     np.testing.assert_array_equal(to_nibabel(volume).get_qform(coded=True)[0], np.eye(4))
 
 
@@ -311,7 +311,7 @@ OTHERS = {
         ("a.nrrd", "gzip .nrrd", "is gzip by its content; unpack it"),
         ("a.mha.gz", "gzip .mha", "is gzip by its content; unpack it"),
         ("a.nii.gz", "gzip .nii.gz", "is gzip within gzip"),
-        ("._a.nii.gz", "fork", "is a resource fork .* take a.nii.gz"),
+        ("._a.nii.gz", "fork", "is a resource fork .* give a.nii.gz"),
         ("a.nii.gz", "zip", "is a zip archive by its content; unpack it"),
         ("a.nii", "zip", "is a zip archive by its content; unpack it"),
         ("a.nii.gz", "bzip2", "is bzip2 by its content; unpack it"),

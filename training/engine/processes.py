@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from torch.distributed import DistError
 
-from cli.command import CannotContinue
+from cli.command import CannotContinue, typed_command
 from cli.stopping import stop_came
 
 
@@ -67,9 +66,11 @@ def how_to_resume(script: str, args: Sequence[str] | None) -> str:
             del words[:1]
         elif not word.startswith("--resume="):
             kept.append(word)
-    command = shlex.join([script if args is not None else sys.argv[0], *kept, "--resume", "latest"])
+    command = typed_command(script if args is not None else None, [*kept, "--resume", "latest"])
     launched = {"WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()  # by torchrun or `accelerate launch`
-    return f"continue with the same launcher and: {command}" if launched else f"continue with: python {command}"
+    if launched:
+        return f"continue with the same launcher and: {command.removeprefix('python ')}"
+    return f"continue with: {command}"
 
 
 def is_peer_failure(error: BaseException) -> bool:

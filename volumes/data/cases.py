@@ -45,7 +45,7 @@ SPLITS = ("train", "validation", "test")
 class Case:
     """One volume of the data set: its files by channel, its mask, its subject and split, and the table's other columns.
 
-    A phantom has no files but the number of its drawing.
+    A phantom has no files, only its number.
     """
 
     name: str
@@ -58,14 +58,13 @@ class Case:
 
 
 def load_cases(config: DataConfig) -> list[Case]:
-    """All cases of the data set, sorted by name, each in split "train", "validation" or "test".
+    """List all cases of the data set, sorted by name, each in split "train", "validation" or "test".
 
-    The same config and files give the same splits on every machine. Raises ValueError for missing files (but not
-    those of a table with `on_error: skip`), names used twice, columns that no case has, unknown splits, and subjects
-    that a table puts into two splits. Whether files can be read shows when they are (`VolumeDataset`).
+    The same config and files give the same splits on every machine. Raises ValueError for missing files (but not those
+    of a table with `on_error: skip`), names used twice, columns that no case has, unknown splits, and subjects that a
+    table puts into two splits. Files are not read here: a damaged one is found later (`VolumeDataset`).
 
-    Where root or table are URLs, the cases' files are local copies of the present files, and their paths those of the
-    copies.
+    If root or table are URLs, the files are copied first, and the paths are those of the local copies.
     """
     if is_url(config.root) or is_url(config.table):
         try:
@@ -92,7 +91,7 @@ def load_cases(config: DataConfig) -> list[Case]:
 
 
 def _copied(config: DataConfig) -> DataConfig:
-    """The config with local copies of the files that its URLs name."""
+    """Return the config with local copies of the files that its URLs name."""
     root, table, names = config.root, config.table, set()
     if table and (is_url(table) or not Path(plain_path(table)).is_absolute()):
         url = table if is_url(table) else f"{root.rstrip('/')}/{table}"
@@ -121,7 +120,7 @@ def _phantoms(config: PhantomConfig) -> list[Case]:
 
 
 def _used(config: DataConfig) -> set[str]:
-    """The table's columns that say something."""
+    """Return the table's columns that the config uses."""
     patterns = [one for channel in config.patterns.values() for one in channel] + [config.masks or ""]
     named = {name for pattern in patterns for name in placeholders(pattern)}
     return named | {*config.classes, *config.numbers} | {one for one in (config.subject, config.split) if one}
@@ -145,7 +144,7 @@ def _from_table(config: DataConfig) -> list[Case]:
 
 
 def _file_of(pattern: str, row: Row, root: Path, config: DataConfig, disk: Disk) -> Path:
-    """The file that a row names. One that is not there is refused, or with `on_error: skip` when it is read.
+    """Return the file that a row names. A missing file is refused, or with `on_error: skip` when it is read.
 
     Raises: ValueError naming the row.
     """
@@ -181,7 +180,7 @@ def _from_patterns(config: DataConfig) -> list[Case]:
         if not found[channel]:
             raise ValueError(f"no file matches {' or '.join(map(str, patterns))} in {root.resolve()}")
     if forks := resource_forks([path for files in found.values() for path in files.values()]):
-        logger.warning("%d files of macOS beside the volumes are passed over, such as %s", len(forks), forks[0])
+        logger.warning("%d files of macOS beside the volumes are ignored, such as %s", len(forks), forks[0])
     channels = list(config.patterns)
     keys = set(found[channels[0]])
     for channel, files in found.items():
@@ -228,7 +227,7 @@ def _named_split(case: Case, config: DataConfig) -> str:
 def _hold_out(cases: list[Case], split: str, fraction: float, seed: int) -> list[Case]:
     """Move a fraction of the training subjects (at least one, never all) to `split`.
 
-    Subjects are drawn in the order of a hash of their name, so a new subject hardly changes the fate of the others.
+    Subjects come in the order of a hash of their name, so a new subject hardly changes the splits of the others.
     """
 
     def draw(subject: str) -> str:

@@ -38,16 +38,16 @@ class Crop(TypedDict):
 class CropDataset(Dataset[Crop]):
     """Crops of one shape, at random places, from a `VolumeDataset`.
 
-    Item i is a `Crop`. Where the volume is smaller than the crop it lies at a random place in it, with image -1, mask
-    PADDING and fov False around it.
+    Item i is a `Crop`. A volume smaller than the crop lies at a random position in it, with image -1, mask PADDING and
+    fov False around it.
 
-    Everything random is drawn from (seed, epoch, i) alone, so a resumed run sees the same crops. Call `set_epoch`
-    before each epoch's iterator is made; DataLoader workers that do not persist then see it.
+    All random numbers depend only on (seed, epoch, i), so a resumed run sees the same crops. Call `set_epoch` before
+    creating each epoch's iterator; DataLoader workers that do not persist then see it.
 
     Args:
         dataset: whole volumes.
         shape: voxels along X, Y and Z of a crop.
-        seed: of everything random.
+        seed: seed of all random numbers.
         flip_axes: spatial axes (0, 1, 2) that are each flipped half of the time.
         samples_per_volume: crops of each volume in an epoch; items i * n to i * n + n - 1 are of volume i.
     """
@@ -75,7 +75,7 @@ class CropDataset(Dataset[Crop]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other crops from now on."""
+        """Change the crops to those of another epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -83,7 +83,7 @@ class CropDataset(Dataset[Crop]):
 
     @property
     def names(self) -> list[str]:
-        """Of the volume of each item."""
+        """The name of the volume of each item."""
         return [case.name for case in self.dataset.cases for _ in range(self.samples_per_volume)]
 
     def __getitem__(self, index: int) -> Crop:

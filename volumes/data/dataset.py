@@ -22,7 +22,7 @@ from volumes.description import ChannelScale, DataDescription
 from volumes.formats.raw import memory_bytes
 from volumes.formats.read import read_mask, read_volume
 from volumes.intensity import LinearScale, few_inside
-from volumes.labels import label_channels, label_indices, merge_channels
+from volumes.labels import label_channels, label_indices, labels_present, merge_channels
 from volumes.map_checks import LabelMapStats, describe_maps
 from volumes.phantom import PHANTOM_LABELS, make_phantom
 from volumes.placement import Placement, pad_to_multiple
@@ -55,10 +55,11 @@ READERS = 4  # threads: decompression runs outside the interpreter's lock
 
 @dataclass(frozen=True)
 class PreparedCase:
-    """A case in the model's terms: image in [-1, 1], label indices (1, X, Y, Z) if it has a mask, each channel's scale,
-    its classes (-1 where unknown) and numbers (NaN where unknown), digests of the image as it was read
-    (`voxel_digests`), and what is odd in the geometry of its files, and the share of each channel's voxels that its
-    window does not cut off."""
+    """A case in the model's terms: image in [-1, 1]; label indices (1, X, Y, Z) if it has a mask; each channel's scale;
+    its classes (-1 where unknown) and numbers (NaN where unknown); digests of the image as it was read
+    (`voxel_digests`); oddities in the geometry of its files; and the fraction of each channel's voxels inside its
+    window.
+    """
 
     image: Volume
     mask: Volume | None
@@ -102,7 +103,7 @@ class PaddedSample(Sample):
 
 
 class VolumeDataset(Dataset[Sample]):
-    """The given cases, prepared as the config says. Item i is a `Sample`.
+    """Cases, prepared as the config says. Item i is a `Sample`.
 
     A case that is refused raises VolumeError, or with `on_error: skip` is skipped and listed in `skipped` as (name,
     reason).
@@ -270,16 +271,17 @@ def prepare(case: Case, config: DataConfig) -> PreparedCase:
 
 
 def read_image(case: Case, config: DataConfig) -> Volume:
-    """The image of a case as it is stored, in file units (of label maps, a channel of 0 and 1 a label). Raises
-    VolumeError."""
+    """Read the image of a case as it is stored, in file units (for label maps, a channel of 0 and 1 per label). Raises
+    VolumeError.
+    """
     return _phantom(case, config)[0] if case.phantom is not None else _image(case, config)
 
 
 def pad_sample(item: Sample, stride: int | Sequence[int]) -> PaddedSample:
-    """A whole volume of a `VolumeDataset`, padded on both sides to a multiple of `stride` (one, or one for each axis).
+    """Pad a whole volume of a `VolumeDataset` on both sides to a multiple of `stride` (one, or one for each axis).
 
-    Adds "fov" bool (1, X, Y, Z), True inside the volume, and "placement", which undoes the padding; image is -1 and
-    mask PADDING in the padding; "affine" is that of the padded grid.
+    Adds "fov" bool (1, X, Y, Z), True inside the volume, and "placement", which undoes the padding. In the padding the
+    image is -1 and the mask PADDING. "affine" is that of the padded grid.
     """
     placement = pad_to_multiple(tuple(item["image"].shape[1:]), stride if isinstance(stride, int) else tuple(stride))
     padded: PaddedSample = {
@@ -316,6 +318,7 @@ def describe(dataset: VolumeDataset, description: str = "") -> DataDescription:
         numbers=describe_numbers(config.numbers, [prepared.numbers for prepared in dataset.prepared]),
         grid_numbers=tuple(n for n in sorted(config.numbers) if not any(n in case.metadata for case in dataset.cases)),
         reading=config.reading,
+        common_labels=_common_labels(dataset) if dataset.labels else None,
         maps=_describe_maps(dataset) if config.image_labels else None,
         description=description,
     )
@@ -329,6 +332,14 @@ def _median_scale(dataset: VolumeDataset, index: int) -> ChannelScale:
     return ChannelScale(scaling.kind, low, high, (scaling.low, scaling.high) if scaling.kind == "percentile" else None)
 
 
+def _common_labels(dataset: VolumeDataset) -> tuple[int, ...]:
+    """Return the values of the labels that every mask has."""
+    values = sorted(dataset.labels)
+    masks = [prepared.mask for prepared in dataset.prepared if prepared.mask is not None]
+    common = np.logical_and.reduce([labels_present(mask.array, len(values)) for mask in masks])
+    return tuple(value for value, in_all in zip(values, common.tolist(), strict=True) if in_all)
+
+
 def _describe_maps(dataset: VolumeDataset) -> LabelMapStats:
     names = dataset.config.image_labels
     images = [prepared.image for prepared in dataset.prepared]
@@ -337,7 +348,7 @@ def _describe_maps(dataset: VolumeDataset) -> LabelMapStats:
 
 
 def _labels(config: DataConfig) -> dict[int, str]:
-    """Label values and names, {} when there are no masks."""
+    """Return label values and names, {} if there are no masks."""
     if config.phantom is not None:
         return config.label_names or PHANTOM_LABELS
     if config.masks and not config.label_names:
@@ -348,7 +359,7 @@ def _labels(config: DataConfig) -> dict[int, str]:
 
 
 def _files(case: Case, config: DataConfig) -> tuple[Volume, Volume | None]:
-    """Image with all channels, and mask, from a case's files; they must lie on one grid."""
+    """Read image, with all channels, and mask from a case's files; they must lie on one grid."""
     image = _image(case, config)
     mask = read_mask(case.mask, **config.reading) if case.mask is not None else None
     if mask is not None:
@@ -357,7 +368,7 @@ def _files(case: Case, config: DataConfig) -> tuple[Volume, Volume | None]:
 
 
 def _image(case: Case, config: DataConfig) -> Volume:
-    """Image with all channels, from a case's files; they must lie on one grid."""
+    """Read the image, with all channels, from a case's files; they must lie on one grid."""
     volumes: dict[str, Volume] = {}
     for channel in config.patterns:
         if config.image_labels:
@@ -377,7 +388,7 @@ def _image(case: Case, config: DataConfig) -> Volume:
 
 
 def _file(case: Case) -> str:
-    """Its first image file, for messages; of a phantom its name."""
+    """Return the case's first image file, for messages; for a phantom its name."""
     return str(next(iter(case.images.values()), case.name))
 
 
@@ -390,7 +401,7 @@ def _oddities(case: Case, image: Volume, mask: Volume | None) -> list[tuple[str,
 
 
 def _label_map(path: Path, config: DataConfig) -> Volume:
-    """An image file that is a label map, as channels of 0 and 1."""
+    """Read an image file that is a label map, as channels of 0 and 1."""
     image = read_mask(path, **config.reading)
     indices = label_indices(image.array[0], config.image_labels, config.label_map, name=str(path))
     return image.replace(label_channels(indices, len(config.image_labels)))

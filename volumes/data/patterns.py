@@ -1,5 +1,6 @@
-"""File patterns with named pieces: `sub-{subject}/*_T1w.nii.gz` finds files and says what `{subject}` and `*` stood
-for."""
+"""File patterns with named pieces: `sub-{subject}/*_T1w.nii.gz` finds files and returns what `{subject}` and `*`
+matched.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ PIECE = re.compile(r"\{(\w+)\}|(\*\*/)|(\*)|(\?)")
 
 
 def fill_pattern(pattern: str, values: dict[str, object]) -> str:
-    """Put a table row's values in the place of `{column}`. Raises ValueError for a column that the row lacks."""
+    """Replace `{column}` by the table row's value. Raises ValueError for a column that the row lacks."""
     pattern = nfc(pattern)
     missing = sorted(set(placeholders(pattern)) - set(values))
     if missing:
@@ -25,13 +26,14 @@ def fill_pattern(pattern: str, values: dict[str, object]) -> str:
 
 
 def placeholders(pattern: str) -> list[str]:
-    """The names in braces, in order, each once."""
+    """Return the names in braces, in order, each once."""
     return list(dict.fromkeys(piece[1] for piece in PIECE.finditer(nfc(pattern)) if piece[1]))
 
 
 def find_files(root: Path, pattern: str) -> dict[Path, dict[str, str]]:
-    """Files, and folders of DICOM files, under `root` that match, sorted, each with what its pieces stood for
-    (wildcards are called "1", "2", ...), in NFC. Raises: ValueError for two files whose names are one in NFC."""
+    """Find files, and folders of DICOM files, under `root` that match, sorted, each with what its pieces matched
+    (wildcards are called "1", "2", ...), in NFC. Raises: ValueError for two files whose names are the same in NFC.
+    """
     matcher, glob_pattern = _matcher(pattern)
     found, spelled = {}, {}
     for path in sorted(glob.glob(glob_pattern, root_dir=root, recursive=True)):
@@ -44,20 +46,24 @@ def find_files(root: Path, pattern: str) -> dict[Path, dict[str, str]]:
 
 
 def is_wanted(pattern: str) -> Callable[[str], bool]:
-    """Whether `find_files` would take a file of this relative path, or may take the folder that it is in."""
+    """Return a function that tells whether `find_files` would take a file of this relative path, or the folder that it
+    is in.
+    """
     matcher, _ = _matcher(pattern)
     return lambda path: bool(matcher.fullmatch(nfc(path)) or matcher.fullmatch(nfc(path).rpartition("/")[0]))
 
 
 def first_folder(pattern: str) -> str:
-    """The folder below which everything lies that may match."""
+    """Return the folder that contains every possible match."""
     pattern = tidy(pattern)
     piece = PIECE.search(pattern)
     return pattern[: piece.start() if piece else len(pattern)].rpartition("/")[0]
 
 
 def _matcher(pattern: str) -> tuple[re.Pattern[str], str]:
-    """What finds pieces in a relative path, and the `glob` pattern of all paths that may match."""
+    """Return a regular expression that finds pieces in a relative path, and the `glob` pattern of all paths that may
+    match.
+    """
     pattern, expression, glob_pattern, last = tidy(pattern), "", "", 0
     names: list[str] = []
     for piece in PIECE.finditer(pattern):
@@ -85,7 +91,7 @@ def _as_stored(literal: str) -> str:
 
 
 def case_name(pieces: list[str], path: Path) -> str:
-    """A case's name from the pieces of its first image's path, or from the file itself when the pattern has none."""
+    """Return a case's name from the pieces of its first image's path, or from the file if the pattern has none."""
     parts = [part for piece in pieces for part in tidy(piece).split("/") if part not in ("", ".", "..", "~")]
     text = "_".join(parts) or nfc(path.name)
     for suffix in SUFFIXES:

@@ -1,5 +1,6 @@
-"""Record how volumes were prepared before training. An autoencoder stores it, so that other volumes are prepared in the
-same way."""
+"""Record how volumes were prepared before training. An autoencoder stores this record, so that other volumes are
+prepared in the same way.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ class PreprocessingFacts(TypedDict):
 
 
 def common_spacing(spacings: Sequence[Sequence[float]]) -> tuple[float, float, float] | None:
-    """Voxel size in mm if all of these agree on it within 1 %, else None."""
+    """Return the voxel size in mm if all of these agree on it within 1 %, else None."""
     middle = np.median(np.array(spacings), axis=0)
     if not np.allclose(spacings, middle, rtol=SAME_SPACING, atol=0):
         return None
@@ -62,7 +63,7 @@ def common_spacing(spacings: Sequence[Sequence[float]]) -> tuple[float, float, f
 
 
 def preprocessing(config: DataConfig, spacings: Sequence[Sequence[float]] | None = None) -> PreprocessingFacts:
-    """The facts of a data section.
+    """Return the preprocessing facts of a data section.
 
     Args:
         spacings: mm between voxels of each volume, once they are read.
@@ -88,7 +89,7 @@ def _scaling_facts(scaling: IntensityScaling) -> ScalingFacts:
 
 
 def described_preprocessing(data: DataDescription) -> PreprocessingFacts:
-    """The facts in a pipeline's description of its training set (`volumes.describe`)."""
+    """Return the facts in a pipeline's description of its training set (`volumes.describe`)."""
     intensity: list[ScalingFacts] = []
     for scale in data.intensity:
         if scale.kind == "window":
@@ -107,7 +108,7 @@ def described_preprocessing(data: DataDescription) -> PreprocessingFacts:
 
 
 def check_preprocessing(facts: Any) -> None:
-    """Raises: ValueError unless `facts` is None or facts as `preprocessing` gives them."""
+    """Raise ValueError unless `facts` is None or facts as `preprocessing` returns them."""
     if facts is None:
         return
     try:
@@ -169,17 +170,17 @@ def differences(learned: Mapping[str, Any], given: Mapping[str, Any]) -> list[st
 def refuse_differences(
     learned: Mapping[str, Any] | None, given: Mapping[str, Any], model: str, remedy: str = REMEDY
 ) -> None:
-    """Raises: ValueError naming the differences, on both sides. Without `learned` there is no comparison."""
+    """Raise ValueError naming the differences, on both sides. Without `learned`, nothing is compared."""
     if learned is not None and (found := differences(learned, given)):
         raise ValueError(
-            f"{model}: learned from volumes that were prepared in another way:\n  " + "\n  ".join(found) + f"\n{remedy}"
+            f"{model}: learned from volumes that were prepared differently:\n  " + "\n  ".join(found) + f"\n{remedy}"
         )
 
 
 def inherited(folder: str | Path | None, section: Mapping[str, Any]) -> dict[str, object]:
     """Return the entries that a data `section` lacks, as the autoencoder in `folder` (or its vae/) learned them:
-    intensity, and spacing if it was trained on resampled volumes. {} where there is none, one without facts, or one of
-    other channels.
+    intensity, and spacing if it was trained on resampled volumes. {} if the folder holds no autoencoder, or one without
+    facts or with other channels.
 
     Raises: ValueError for a damaged config.json.
     """
@@ -187,7 +188,7 @@ def inherited(folder: str | Path | None, section: Mapping[str, Any]) -> dict[str
     images = section.get("images")
     own = list(images) if isinstance(images, Mapping) else ["image"]
     if facts is None or facts.get("image_labels") or section.get("image_labels") or len(own) != len(facts["channels"]):
-        return {}  # they do not fit, which is said when they are compared
+        return {}  # they do not fit, which the comparison reports
     scalings = [dict(entry) for entry in facts["intensity"]]
     alike = all(one == scalings[0] for one in scalings)
     entries: dict[str, object] = {}
@@ -199,7 +200,7 @@ def inherited(folder: str | Path | None, section: Mapping[str, Any]) -> dict[str
 
 
 def read_preprocessing(folder: str | Path) -> PreprocessingFacts | None:
-    """The facts in the config.json of an autoencoder's folder, or of its subfolder vae/; None where there are none."""
+    """Read the facts in the config.json of an autoencoder's folder or its subfolder vae/; None if there are none."""
     for path in (Path(folder) / "config.json", Path(folder) / "vae" / "config.json"):
         if path.is_file():
             facts = read_object(path).get("data")
@@ -225,7 +226,7 @@ def _in_order(labels: Mapping[str, str]) -> list[str]:
 
 
 def _targets(label_map: Mapping[str, int], labels: Mapping[str, str]) -> dict[int, str]:
-    """Name of the label that each value in a file becomes, of those that are known."""
+    """Return the name of the label that each value in a file becomes, for the known ones."""
     known = {int(value): name for value, name in labels.items()}
     values = {*known, *map(int, label_map)}
     targets = {value: label_map.get(str(value), value) for value in values}

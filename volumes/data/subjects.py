@@ -1,8 +1,8 @@
 """Salted digests of a model's training subjects: they reveal a test set that overlaps them, and weights carry no names.
 
-A record is {"salt": hex, "train": {kind: digests}, "validation": {kind: digests}}, the digests of a kind in one string
-with spaces between. A model carries a list of records: its own training's, and those of the weights that it started
-from. `UNRECORDED` among them says that some of those came without a record.
+A record is {"salt": hex, "train": {kind: digests}, "validation": {kind: digests}}, with the digests of a kind in one
+string, separated by spaces. A model carries a list of records: that of its own training, and those of the weights that
+it started from. `UNRECORDED` means that some of these had no record.
 
 docs/security.md explains how far a record hides names.
 """
@@ -28,7 +28,7 @@ FORBIDDEN = {
     "train": (),
     "validation": ("train",),
     "test": ROLES,
-}  # what a case of a split must not have been to the model
+}  # the roles that a case of a split must not have had for the model
 DIGITS = 16  # of a stored digest: 64 bits, so that a million volumes share one by chance once in 40 million times
 MAX_NAMED = 6  # of the overlapping subjects in a message
 
@@ -62,7 +62,7 @@ class Overlap:
 
 
 def voxel_digests(array: np.ndarray, *, apart: bool = True) -> tuple[str, ...]:
-    """Digests of the voxels (C, X, Y, Z) in file units: one per channel, or one of all. Constant ones are skipped."""
+    """Hash the voxels (C, X, Y, Z) in file units: one digest per channel, or one of all. Skips constant channels."""
     parts = [one[None] for one in array] if apart else [array]
     return tuple(_digest_voxels(part) for part in parts if part.size and part.min() < part.max())
 
@@ -92,8 +92,8 @@ def _salted(salt: str, mark: str) -> str:
 
 
 def record_subjects(roles: Mapping[str, Iterable[Marks]]) -> SubjectRecord:
-    """Make the record of one training. Its salt is a digest of all its marks, so the same training gives the same
-    record, bit for bit, and no table of digests made beforehand fits two data sets.
+    """Make the record of one training. Its salt is a digest of all its marks. So the same training gives the same
+    record, bit for bit, and a precomputed table of digests fits one data set at most.
 
     Args:
         roles: `marks_of` the cases that were "train" and "validation".
@@ -110,7 +110,7 @@ def record_subjects(roles: Mapping[str, Iterable[Marks]]) -> SubjectRecord:
 
 
 def join_records(*records: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    """The records of several parts, each once; `UNRECORDED` for a part without any."""
+    """Join the records of several parts, each once; `UNRECORDED` for a part without any."""
     joined = []
     for part in records:
         for record in part if part else [UNRECORDED]:
@@ -124,7 +124,7 @@ def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_subjects(records: Any) -> None:
-    """Raises: ValueError unless `records` is None or a list of records."""
+    """Raise ValueError unless `records` is None or a list of records."""
     if records is None:
         return
     if not isinstance(records, list | tuple) or not all(map(_is_record, records)):
@@ -134,7 +134,7 @@ def check_subjects(records: Any) -> None:
 
 
 def check_marks(marks: Any) -> None:
-    """Raises: ValueError unless `marks` is a list of `marks_of`, as JSON holds them."""
+    """Raise ValueError unless `marks` is a list from `marks_of`, as JSON holds it."""
     fit = isinstance(marks, list | tuple) and all(
         isinstance(one, Mapping)
         and set(one) <= set(KINDS)
@@ -160,7 +160,7 @@ def _is_record(record: Any) -> bool:
 
 
 def is_complete(records: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the records name everything that the model learned from."""
+    """Return whether the records name everything that the model learned from."""
     return bool(records) and UNRECORDED not in [dict(record) for record in records]
 
 
@@ -177,7 +177,9 @@ def seen(records: Sequence[Mapping[str, Any]], marks: Marks, roles: Sequence[str
 
 
 def unknown_volumes(records: Sequence[Mapping[str, Any]], marks: Sequence[Marks]) -> int:
-    """How many training volumes of the records are not among those with these marks, neither by name nor by voxels."""
+    """Count the training volumes of the records that are not among those with these marks, neither by name nor by
+    voxels.
+    """
     missing = 0
     for record in records:
         if "salt" in record:
@@ -198,9 +200,7 @@ def _digests(record: Mapping[str, Any], role: str, kind: str) -> frozenset[str]:
     return _SPLIT[text]
 
 
-_SPLIT: dict[
-    str, frozenset[str]
-] = {}  # texts of records as sets, for thousands of cases are asked for one after another
+_SPLIT: dict[str, frozenset[str]] = {}  # texts of records as sets: thousands of cases are looked up one after another
 
 
 def find_overlap(
@@ -209,11 +209,11 @@ def find_overlap(
     config: DataConfig,
     voxels: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Overlap]:
-    """The cases that a model with these records must not be judged by: those of the test split that it learned from or
-    that watched its training, and those of the validation split that it learned from.
+    """Find the cases that a model with these records must not be evaluated on: test cases that it learned from or that
+    were used to monitor its training, and validation cases that it learned from.
 
     Args:
-        voxels: `voxel_digests` of cases, by name, as far as they were read.
+        voxels: `voxel_digests` of the cases that were read, by name.
     """
     found = []
     for case in cases:
@@ -244,13 +244,13 @@ def describe_overlap(found: Sequence[Overlap], model: str) -> str:
 
 REMEDY = (
     "use the split of its training: data.split, or data.test_fraction, data.validation_fraction and data.split_seed, "
-    "with data.subject or data.group_by, as in the config.yaml of its run; or take these subjects out of the held-out "
+    "with data.subject or data.group_by, as in the config.yaml of its run; or remove these subjects from the held-out "
     "splits"
 )
 
 
 def refuse_overlap(found: Sequence[Overlap], model: str, accept: str) -> None:
-    """Raises: ValueError if there is any overlap. `accept` says what to type where it is none, but for the names."""
+    """Raise ValueError if there is any overlap. `accept` says what to type if only the names are the same."""
     if found:
         raise ValueError(
             f"{describe_overlap(found, model)}. Measurements on them do not hold for new subjects: {REMEDY}. If they "

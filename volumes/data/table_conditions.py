@@ -1,7 +1,7 @@
-"""Classes and numbers of cases: what the table's cells say, and what a model is told of the training volumes.
+"""Classes and numbers of cases: the table's cells, and their statistics over the training volumes.
 
-Columns are in alphabetical order everywhere: saved configs are sorted. Numbers that are called as in `GRID_NUMBERS`
-need no column: they are those of the volume's own grid.
+Columns are in alphabetical order everywhere: saved configs are sorted. Numbers with a name in `GRID_NUMBERS` need no
+column: they are those of the volume's own grid.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ REMEDY = "leave the cell empty where it is not known"
 
 
 def read_classes(case: Case, classes: Mapping[str, Sequence[str]]) -> list[int]:
-    """The index of the case's value among those of each class, -1 for an empty cell. Raises: VolumeError for others."""
+    """Read the index of the case's value among those of each class, -1 for an empty cell. Raises: VolumeError for other
+    values.
+    """
     indices = []
     for column in sorted(classes):
         value, known = case.metadata.get(column), list(classes[column])
@@ -34,9 +36,9 @@ def read_classes(case: Case, classes: Mapping[str, Sequence[str]]) -> list[int]:
 
 
 def read_numbers(case: Case, numbers: Sequence[str], grid: Volume) -> list[float]:
-    """The case's numbers, NaN for an empty cell; those of `GRID_NUMBERS` that the case has no column of are the grid's.
+    """Read the case's numbers, NaN for an empty cell. Numbers of `GRID_NUMBERS` without a column are those of the grid.
 
-    Raises: VolumeError unless it is a finite number.
+    Raises: VolumeError unless each is a finite number.
     """
     values, cells = [], {**grid_numbers(grid), **case.metadata}
     for column in sorted(numbers):
@@ -56,15 +58,15 @@ def read_numbers(case: Case, numbers: Sequence[str], grid: Volume) -> list[float
 
 
 def describe_numbers(names: Sequence[str], values: Sequence[Sequence[float]]) -> dict[str, NumberStats]:
-    """Statistics of each number over the volumes that have it, from one row of `values` per volume.
+    """Compute statistics of each number over the volumes that have it, from one row of `values` per volume.
 
-    Raises: ValueError for a number that says nothing: no volume has it, or all have the same.
+    Raises: ValueError for a number that no volume has, or that is the same for all.
     """
     described = {}
     for name, column in zip(sorted(names), np.array(values, dtype=np.float64).T, strict=True):
         known = column[~np.isnan(column)]
         if not len(known) or np.ptp(known) <= ROUNDING * abs(known).max():
             found = f"is {known[0]:g} for all" if len(known) else "is empty for all"
-            raise ValueError(f"data: the number {name!r} {found} training volumes; take it out of data.numbers")
+            raise ValueError(f"data: the number {name!r} {found} training volumes; remove it from data.numbers")
         described[name] = NumberStats(float(known.mean()), float(known.std()), float(known.min()), float(known.max()))
     return described

@@ -1,7 +1,7 @@
 """Tables that people keep: CSV as spreadsheets write it, JSON lists of objects, the dataset.json of the Decathlon.
 
-Every table of this project is read here. What cannot be read right is refused by its line, as a spreadsheet counts: its
-rows, empty ones too; a cell that holds line breaks is part of one row.
+Every table of this project is read here. What cannot be read reliably is refused, with its line as a spreadsheet
+counts: rows, empty ones too. A cell with line breaks is part of one row.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SAVE = 'save it as "CSV UTF-8"'
 MAX_BYTES = 1 << 26  # of a table, unpacked
 MOST_LINE = 1 << 20  # letters of a line of CSV
 MOST_ROWS, MOST_COLUMNS, MOST_CELLS = 100_000, 10_000, 10_000_000
-PLAIN = re.compile(r"[\w .+/-]*", re.ASCII)  # a cell that nothing can be wrong with
+PLAIN = re.compile(r"[\w .+/-]*", re.ASCII)  # a cell that needs no further check
 MARKS = (  # longest first where one begins with another
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -62,17 +62,18 @@ class Row(dict[str, Any]):
 
 
 def read_table(path: Path, used: Collection[str] | None = None) -> list[Row]:
-    """Rows of a CSV file with a header, or of a JSON list of objects, also as .gz.
+    """Read the rows of a CSV file with a header, or of a JSON list of objects, also as .gz.
 
-    CSV: separated by commas, semicolons, tabs or bars, as the header is, or as a line `sep=;` says; UTF-8, or UTF-16
-    with its mark. Rows without a value are skipped, and columns without a name: empty ones, and a first one (row names
-    of R and pandas). Of a JSON object with a list called `training`, as in the dataset.json of the Decathlon, that list
-    is the table. Names and values are in NFC, without space around them; null and NaN are empty cells.
+    CSV: separated by commas, semicolons, tabs or bars, which the header shows, or a line `sep=;` states. UTF-8, or
+    UTF-16 with a byte order mark. Rows without a value are skipped, and so are columns without a name if they are empty
+    or the first (row names of R and pandas). In a JSON object with a list called `training`, as in the dataset.json of
+    the Decathlon, that list is the table. Names and values are in NFC, without space around them; null and NaN are
+    empty cells.
 
     Args:
-        used: columns that are read; all, if it is not given. In these a formula, a spreadsheet's error (#N/A), a line
+        used: columns that are read; by default all. In these a formula, a spreadsheet's error (#N/A), a line
             break, a list, and curly quotation marks around a value are refused.
-    Raises: ValueError naming the file, the line and the remedy for whatever cannot be read right.
+    Raises: ValueError naming the file, the line and the remedy for anything that cannot be read reliably.
     """
     refuse_special(path)
     if not path.is_file():
@@ -96,8 +97,8 @@ def read_table(path: Path, used: Collection[str] | None = None) -> list[Row]:
 
 
 def read_number(cell: Any) -> float:
-    """The number in a cell: 1.5, "1.5", or "1,5" where commas are decimal. May be NaN or infinite where the cell is a
-    number.
+    """Read the number in a cell: 1.5, "1.5", or "1,5" where commas are decimal. It may be NaN or infinite if the cell
+    is a number.
 
     Raises: ValueError for other text, and for "1,500", which may be 1.5 or 1500.
     """
@@ -108,7 +109,7 @@ def read_number(cell: Any) -> float:
     text = cell.strip().replace("\u2212", "-")
     if THOUSANDS.fullmatch(text):
         raise ValueError(
-            f"{cell!r} may have a decimal comma or one of thousands; write it with a point, or without commas"
+            f"{cell!r} may have a decimal comma or a thousands separator; write it with a point, or without commas"
         )
     if DECIMAL_COMMA.fullmatch(text):
         text = text.replace(",", ".")
@@ -122,7 +123,7 @@ def _content(path: Path) -> bytes:
         data = file.read(MAX_BYTES + 1)
     packed = data.startswith(GZIP)
     if packed and path.suffix.lower() != ".gz":
-        raise ValueError(f"is gzip, though its name does not say so; rename it to {path.name}.gz, or unpack it")
+        raise ValueError(f"is gzip, though its name does not end in .gz; rename it to {path.name}.gz, or unpack it")
     if path.suffix.lower() == ".gz" and not packed:
         raise ValueError(f"is not gzip, though its name ends in .gz; rename it to {path.name[:-3]}")
     if packed:
@@ -165,7 +166,7 @@ def _decoded(data: bytes) -> str:
 
 
 def _line(before: str) -> int:
-    """The line of the character behind this text."""
+    """Return the line number of the character after this text."""
     return len(re.findall(r"\r\n|\r|\n", before)) + 1
 
 
@@ -211,16 +212,18 @@ def _csv_rows(text: str) -> list[Row]:
 
 
 def _check_lines(text: str) -> None:
-    """Raises: ValueError for more lines, or a longer one, than tables of volumes have, which would take minutes."""
+    """Raise ValueError for more lines, or a longer line, than tables of volumes have, which would take minutes."""
     if text.count("\n") + text.count("\r") > 4 * MOST_ROWS:
         raise ValueError(f"has more than {4 * MOST_ROWS} lines; {MOST_ROWS} rows at most are read")
     longest = max(map(len, text.replace("\r", "\n").split("\n")))
     if longest > MOST_LINE:
-        raise ValueError(f"has a line of {longest} letters; {MOST_LINE} at most are read: are its line breaks missing?")
+        raise ValueError(
+            f"has a line of {longest} characters; {MOST_LINE} at most are read: are its line breaks missing?"
+        )
 
 
 def _separator(text: str) -> str:
-    """What the header's names are separated by. Raises: ValueError if two separators would make a table of it."""
+    """Return the separator of the header's names. Raises: ValueError if two separators would give a table."""
     header = next((line for line in re.split(r"[\r\n]+", text) if line.strip(f'{"".join(SEPARATORS)} "')), "")
     bare = re.sub(r'"[^"]*"', "", header)
     there = [one for one in SEPARATORS if one in bare]
@@ -236,7 +239,7 @@ def _separator(text: str) -> str:
 
 
 def _fits(text: str, separator: str) -> bool:
-    """Whether all rows have as many values as the header."""
+    """Return whether all rows have as many values as the header."""
     try:
         return len({len(values) for _, values in _records(text, separator) if any(map(_clean, values))}) == 1
     except ValueError:
@@ -244,7 +247,7 @@ def _fits(text: str, separator: str) -> bool:
 
 
 def _records(text: str, separator: str, after_sep_line: bool = False) -> Iterator[tuple[str, list[str]]]:
-    """Rows, empty ones too, each with its place."""
+    """Yield the rows, empty ones too, each with its place in the file."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     number = 0
     while True:
@@ -265,7 +268,7 @@ def _records(text: str, separator: str, after_sep_line: bool = False) -> Iterato
 
 
 def _swallowed(value: str, separator: str, columns: int) -> str:
-    """The first line within a value that has as many separators as a row; "" if none has."""
+    """Return the first line within a value that has as many separators as a row; "" if there is none."""
     if "\n" not in value and "\r" not in value:
         return ""
     lines = re.split(r"[\r\n]+", value)[1:]
@@ -279,14 +282,14 @@ def _check_header(columns: list[str]) -> None:
     if len(named) == 1 and any(one in named[0] for one in SEPARATORS):
         raise ValueError(
             f"its only column is called {named[0]!r}: whole lines are in quotation marks, or it is separated by "
-            "something else; say by what in a line before the header, such as sep=;"
+            "something else; state the separator in a line before the header, such as sep=;"
         )
     if odd := [name for name in named if CURLY.fullmatch(name)]:
         raise ValueError(f'the column {odd[0]} is in curly quotation marks; write straight ones (")')
 
 
 def _twice(names: Collection[str]) -> str:
-    """Those that are there more than once, the first few of them."""
+    """List the first few names that occur more than once."""
     return ", ".join(sorted(name for name, count in Counter(names).items() if count > 1)[:4])
 
 
@@ -350,7 +353,7 @@ def _constant(text: str) -> None:
 
 
 def _clean(value: str) -> str:
-    """Without space around it: "A" and "A " are one subject."""
+    """Remove the space around a value: "A" and "A " are one subject."""
     if value.isascii() and value.isalnum():
         return value
     value = nfc(value).strip().strip(INVISIBLE).strip()
@@ -359,14 +362,16 @@ def _clean(value: str) -> str:
 
 
 def _cleaned(value: Any) -> Any:
-    """1.0, which pandas writes of a column with an empty cell, is 1: as a subject or in a path they are one."""
+    """Turn 1.0, which pandas writes in a column with an empty cell, into 1: as a subject or in a path they are the
+    same.
+    """
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return _clean(value) if isinstance(value, str) else "" if value is None else value
 
 
 def _check_cells(rows: list[Row], used: Collection[str] | None) -> None:
-    """Raises: ValueError for cells of used columns that are not plain values."""
+    """Raise ValueError for cells of used columns that are not plain values."""
     for row in rows:
         for column, value in row.items():
             if used is not None and column not in used:
@@ -384,7 +389,7 @@ def _check_cells(rows: list[Row], used: Collection[str] | None) -> None:
                 raise ValueError(f"{row.place}: {column} is a formula, {text[:40]!r}; save its value")
             if any(ord(character) < 32 for character in text):
                 raise ValueError(
-                    f"{row.place}: {column} holds a line break or control character: {text[:40]!r}; take it out"
+                    f"{row.place}: {column} holds a line break or control character: {text[:40]!r}; remove it"
                 )
             if CURLY.fullmatch(text):
                 raise ValueError(

@@ -1,7 +1,7 @@
 """Images of other libraries, in memory, that carry their geometry: nibabel, SimpleITK, MONAI and torchio.
 
-None of these libraries is imported here but nibabel: an object tells by its class where it is from. What is known to
-carry geometry and cannot be read right is refused by name; an array without geometry is none of this file's business.
+None of these libraries is imported here but nibabel: an object's class tells which library it is from. An object that
+is known to carry geometry and cannot be read is refused by name; arrays without geometry are not handled here.
 """
 
 from __future__ import annotations
@@ -37,18 +37,19 @@ REMEDIES = {
 
 
 def carries_geometry(source: Any) -> bool:
-    """Whether an object is an image of a library whose images know where they lie: an array or a tensor with an
-    `affine` (MONAI's MetaTensor), or anything of nibabel, SimpleITK, torchio and the libraries of `REMEDIES`."""
+    """Return whether an object is an image of a library whose images know their position: an array or a tensor with an
+    `affine` (MONAI's MetaTensor), or any object of nibabel, SimpleITK, torchio and the libraries of `REMEDIES`.
+    """
     return _has_affine(source) or _library(source) is not None
 
 
 def read_carrier(source: Any) -> RawVolume:
-    """The voxels of such an object, in its own order of axes, and their grid.
+    """Return the voxels of such an object, in its own order of axes, and their grid.
 
     Arrays and tensors with an `affine`, and torchio's images, are (X, Y, Z) or (C, X, Y, Z).
 
-    Raises: VolumeError for an object whose geometry is not read, naming the remedy, and for images that are broken, in
-    color, complex or sheared.
+    Raises: VolumeError for an object whose geometry cannot be read, naming the remedy, and for images that are broken,
+    in color, complex or sheared.
     """
     if isinstance(source, Nifti1Pair):
         return read_nifti(source)
@@ -69,7 +70,7 @@ def read_carrier(source: Any) -> RawVolume:
 
 
 def source_file(source: Any) -> str | None:
-    """The file that an image in memory was read from; None if it does not say."""
+    """Return the file that an image in memory was read from; None if it does not say."""
     if isinstance(source, SpatialImage):
         found = source.get_filename()
     else:
@@ -80,11 +81,11 @@ def source_file(source: Any) -> str | None:
 
 
 def as_array(array: Any, name: str = "the array") -> np.ndarray:
-    """An array or tensor, on whatever device, as an array of real numbers; what numpy lacks (bfloat16, eight bits) as
-    float32. Messages call it `name`.
+    """Convert an array or tensor, on any device, to an array of real numbers; types that numpy lacks (bfloat16, eight
+    bits) become float32. Messages call it `name`.
 
-    Raises: VolumeError for a masked array, whose mask would be lost, a tensor without values or not dense, and for what
-    is no real number.
+    Raises: VolumeError for a masked array, whose mask would be lost, a tensor without values or not dense, and for
+    anything but real numbers.
     """
     if isinstance(array, np.ma.MaskedArray):
         raise VolumeError(f"{name}: is a masked array, whose mask would be lost; fill it first (array.filled(value))")
@@ -103,19 +104,19 @@ def as_array(array: Any, name: str = "the array") -> np.ndarray:
         try:
             array = array.astype(np.float64)
         except (TypeError, ValueError) as error:
-            raise VolumeError(f"{name}: holds objects that are no numbers; give numbers") from error
+            raise VolumeError(f"{name}: holds objects that are not numbers; give numbers") from error
     if array.dtype.kind not in "biuf":
         raise VolumeError(f"{name}: holds {array.dtype}; give real numbers")
     return array
 
 
 def plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers as a torch.Tensor and nothing more: what is computed from a subclass is of that subclass."""
+    """Return the same numbers as a plain torch.Tensor: results computed from a subclass would have that subclass."""
     return tensor if type(tensor) is torch.Tensor else tensor.as_subclass(torch.Tensor)
 
 
 def _library(source: Any) -> str | None:
-    """The library of `REMEDIES` that an object's class, or one that it inherits from, is of."""
+    """Return the library of `REMEDIES` that defines an object's class, or a class that it inherits from."""
     roots = (one.__module__.partition(".")[0] for one in type(source).__mro__)
     return next((root for root in roots if root in REMEDIES), None)
 
@@ -140,7 +141,7 @@ def _reader(source: Any) -> Callable[[Any, str], tuple[np.ndarray, np.ndarray]] 
 
 
 def _read_tensor(tensor: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of a MetaTensor, or another array with an affine."""
+    """Read a MetaTensor, or another array with an affine."""
     if getattr(tensor, "has_pending_operations", False):
         raise VolumeError(
             f"{name}: has transforms that are still pending; apply them first (monai.transforms.apply_pending)"

@@ -32,9 +32,10 @@ SUFFIXES = {
 
 
 def check_content(path: Path) -> None:
-    """Raises: VolumeError for a file that is empty, a Git LFS pointer, a resource fork of macOS, and where the name
-    belies the content: gzip that is none or is not said, or another format than its suffix; with the name to give
-    it."""
+    """Raise VolumeError for a file that is empty, a Git LFS pointer or a resource fork of macOS, and if the name does
+    not fit the content: a .gz file that is not gzip, a gzip file without .gz, or another format than its suffix says.
+    The error names the right suffix.
+    """
     with open_regular(path) as file:
         start = file.read(START_BYTES)
     if not start:
@@ -43,17 +44,17 @@ def check_content(path: Path) -> None:
         raise VolumeError(f"{path}: is a Git LFS pointer, not the volume itself; fetch it with `git lfs pull`")
     if start.startswith(RESOURCE_FORK):
         raise VolumeError(
-            f"{path}: is a resource fork that macOS left beside a file, no volume; take {path.name.removeprefix('._')}"
+            f"{path}: is a resource fork that macOS left beside a file; give {path.name.removeprefix('._')}"
         )
     if WEB_PAGE.match(start):
         raise VolumeError(
-            f"{path}: is a web page by its content, no volume; fetch the file itself, perhaps with a login"
+            f"{path}: is a web page by its content, not a volume; fetch the file itself, perhaps with a login"
         )
     stem, zipped = re.sub(r"\.gz$", "", path.name, flags=re.IGNORECASE), path.name.lower().endswith(".gz")
     expected = stem.lower().endswith(tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes))
     archive = next((what for mark, what in ARCHIVES.items() if start.startswith(mark)), None)
     if archive and expected and not stem.lower().endswith(".img"):
-        raise VolumeError(f"{path}: is {archive} by its content; unpack it, and give the volume within")
+        raise VolumeError(f"{path}: is {archive} by its content; unpack it, and give the volume inside")
     if zipped and not start.startswith(GZIP):
         named = content_kind(start)
         rename = (
@@ -66,14 +67,14 @@ def check_content(path: Path) -> None:
             f"{rename}fetch it again"
         )
     if start.startswith(GZIP) and stem.lower().endswith(SUFFIXES["NIfTI"][2]) and not zipped:
-        return  # of voxels alone, which may be anything
+        return  # of voxels only, which may begin with anything
     if start.startswith(GZIP):
         start = _unpacked(path)
         named = content_kind(start)
         if start.startswith(GZIP):
             raise VolumeError(f"{path}: is gzip within gzip; unpack it once (gunzip)")
         if named is None and not expected:
-            return  # of a kind that is not known, such as .mgz, which its reader says
+            return  # of an unknown kind, such as .mgz, which its reader reports
         if not stem.lower().endswith(SUFFIXES["NIfTI"]) and named != "NIfTI":
             raise VolumeError(
                 f"{path}: is gzip by its content; unpack it (gunzip), the format compresses its voxels itself"
@@ -93,7 +94,7 @@ def check_content(path: Path) -> None:
 
 
 def content_kind(start: bytes) -> str | None:
-    """The format of a file that begins so; None if it is none of `SUFFIXES`."""
+    """Return the format of a file that begins with these bytes; None if it is not in `SUFFIXES`."""
     if start[344:348] in (b"n+1\0", b"ni1\0") or start[4:8] in (b"n+2\0", b"ni2\0"):
         return "NIfTI"
     if re.match(rb"NRRD000[1-5]", start):
@@ -104,7 +105,7 @@ def content_kind(start: bytes) -> str | None:
 
 
 def _renamed(stem: str, kind: str | None) -> str:
-    """The name with a suffix of the kind."""
+    """Return the name with a suffix of the kind."""
     if kind is None or stem.lower().endswith(SUFFIXES[kind]):
         return stem
     every = [suffix for suffixes in SUFFIXES.values() for suffix in suffixes]
@@ -113,7 +114,7 @@ def _renamed(stem: str, kind: str | None) -> str:
 
 
 def _unpacked(path: Path) -> bytes:
-    """The first bytes within a gzip file; b"" where it is damaged, which its reader says better."""
+    """Return the first bytes within a gzip file; b"" if it is damaged, which its reader reports better."""
     try:
         with gzip.open(path) as file:
             return file.read(START_BYTES)

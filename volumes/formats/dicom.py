@@ -1,8 +1,8 @@
 """DICOM series to volumes: a folder of slices, ordered and placed by their own positions, in rescaled units (HU for
 CT).
 
-Names, instance numbers and slice thickness are never used for geometry: they are wrong too often. What is no regular
-stack of slices is refused with a VolumeError that names the reason; nothing is resampled behind one's back.
+Names, instance numbers and slice thickness are never used for geometry: they are wrong too often. Anything but a
+regular stack of slices is refused with a VolumeError that names the reason; nothing is resampled silently.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ UNCOMPRESSED = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEnd
 RLE_RATIO = 64  # at most: two bytes stand for up to 128
 OTHER_FILES = (".txt", ".json", ".xml", ".csv", ".md", ".pdf", ".html", ".ini", ".db")  # may lie beside the slices
 LOOKED_AT = 8  # files, to tell whether a folder holds a series
-IRREGULAR = 0.05  # voxels that a slice may be away from where a regular stack has it: positions are rounded in files
+IRREGULAR = 0.05  # voxels that a slice may be off its place in a regular stack: positions are rounded in files
 TAGS = [
     "ImageType",
     "Modality",
@@ -72,13 +72,14 @@ class Slice:
 
 
 def read_dicom(path: Path, units: str | None = None) -> RawVolume:
-    """The volume of a folder that holds one DICOM series (subfolders do not count). Voxels are (column, row, slice).
+    """Read the volume of a folder that holds one DICOM series (subfolders do not count). Voxels are (column, row,
+    slice).
 
-    Lengths are in mm, or in `units` where the slices are wrong.
+    Lengths are in mm, or in `units` if the slices are wrong.
 
-    Raises: VolumeError unless it is a regular stack of scalar slices: several series, localizers, multi-frame and
-    color images, compression other than RLE, missing or unevenly spaced slices, several at one place, a tilted gantry,
-    truncated files, files that are no DICOM.
+    Raises: VolumeError unless it is a regular stack of scalar slices: several series, localizers, multi-frame and color
+    images, compression other than RLE, missing or unevenly spaced slices, several at one place, a tilted gantry,
+    truncated files, files that are not DICOM.
     """
     ordered, shape, affine = _read_stack(path)
     plain = all(one.slope == 1 and one.intercept == 0 for one in ordered)
@@ -105,12 +106,12 @@ def _read_stack(path: Path) -> tuple[list[Slice], tuple[int, int, int], np.ndarr
 
 
 def is_series(path: Path) -> bool:
-    """Whether a folder holds DICOM files."""
+    """Return whether a folder holds DICOM files."""
     return path.is_dir() and any(is_dicom(file) for file in series_files(path)[:LOOKED_AT])
 
 
 def series_files(folder: Path) -> list[Path]:
-    """The files that make up a series: all in the folder but hidden ones, its index (DICOMDIR) and notes beside it.
+    """List the files of a series: all in the folder, except hidden ones, its index (DICOMDIR) and notes beside it.
 
     Raises: VolumeError for a pipe, socket or device among them.
     """
@@ -128,13 +129,15 @@ def series_files(folder: Path) -> list[Path]:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file says that it is DICOM. Old files without a preamble do not, and are refused."""
+    """Return whether a file begins as DICOM does. Old files without a preamble do not, and are refused."""
     with open_regular(path) as file:
         return file.read(132)[128:] == b"DICM"
 
 
 def _read_slice(path: Path) -> Slice:
-    """Header of one file. pydicom raises errors of many kinds on damaged files; all mean that it cannot be read."""
+    """Read the header of one file. pydicom raises errors of many kinds on damaged files; all mean that it cannot be
+    read.
+    """
     try:
         if not is_dicom(path):
             raise VolumeError(
@@ -155,14 +158,14 @@ def _read_slice(path: Path) -> Slice:
 
 def _check_kind(path: Path, header: Any) -> None:
     if header.get("Rows") is None or header.get("Columns") is None:
-        raise VolumeError(f"{path}: holds no image (modality {header.get('Modality', 'unknown')}); take it out")
+        raise VolumeError(f"{path}: holds no image (modality {header.get('Modality', 'unknown')}); remove it")
     if int(header.get("NumberOfFrames") or 1) != 1:
         raise VolumeError(
             f"{path}: holds {header.NumberOfFrames} frames (an enhanced or multi-frame object); convert it to NIfTI "
-            "(dcm2niix), or to one file a slice"
+            "(dcm2niix), or to one file per slice"
         )
     if "LOCALIZER" in (header.get("ImageType") or []):
-        raise VolumeError(f"{path}: is a localizer, no slice of a volume; take it out of the folder")
+        raise VolumeError(f"{path}: is a localizer, not a slice of a volume; remove it from the folder")
     if int(header.get("SamplesPerPixel", 1)) != 1 or "MONOCHROME" not in str(header.get("PhotometricInterpretation")):
         raise VolumeError(
             f"{path}: is a color image ({header.get('PhotometricInterpretation')}); only scalar images are supported"
@@ -194,7 +197,7 @@ def _described(path: Path, header: Any, *, compressed: bool) -> Slice:
         raise VolumeError(f"{path}: its geometry is broken: orientation {axes}, pixel spacing {spacing}")
     bits, rows, columns = int(header.BitsAllocated), int(header.Rows), int(header.Columns)
     if bits not in (8, 16, 32):
-        raise VolumeError(f"{path}: has {bits} bits a pixel; 8, 16 and 32 are supported")
+        raise VolumeError(f"{path}: has {bits} bits per pixel; 8, 16 and 32 are supported")
     promised, there = rows * columns * bits // 8, path.stat().st_size * (RLE_RATIO if compressed else 1)
     if not 0 < promised <= there:
         raise VolumeError(
@@ -228,7 +231,7 @@ def _floats(path: Path, header: Any, tag: str, count: int) -> tuple[float, ...]:
 
 
 def _check_one_series(path: Path, slices: Sequence[Slice]) -> None:
-    """Raises: VolumeError if these are slices of several volumes, or too few."""
+    """Raise VolumeError if these are slices of several volumes, or too few."""
     series = Counter(one.series for one in slices)
     if len(series) > 1:
         found = ", ".join(f"{count} files of {uid}" for uid, count in series.most_common(3))
@@ -251,8 +254,9 @@ def _check_one_series(path: Path, slices: Sequence[Slice]) -> None:
 
 
 def _stack(path: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.ndarray]:
-    """The slices in the order of their positions along the normal, and the affine (column, row, slice) to RAS+ in
-    mm."""
+    """Sort the slices by their position along the normal, and return them with the affine (column, row, slice) to RAS+
+    in mm.
+    """
     first = slices[0]
     along_row, along_column = np.array(first.axes[:3]), np.array(first.axes[3:])
     normal = np.cross(along_row, along_column)
@@ -290,18 +294,18 @@ def _stack(path: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.ndarray
 
 
 def _tilt(positions: np.ndarray, normal: np.ndarray) -> str:
-    """In how far the stack leans, as a phrase; nothing where it stands upright."""
+    """Describe how far the stack leans, as a phrase; empty if it stands upright."""
     along = positions[-1] - positions[0]
     angle = float(np.degrees(np.arccos(np.clip(abs(along @ normal) / np.linalg.norm(along), 0, 1))))
     return f", and the gantry was tilted by {angle:.1f} degrees" if angle > 1 else ""
 
 
 def _read_pixels(one: Slice, *, rescale: bool) -> np.ndarray:
-    """The pixels of a slice (column, row), in its units."""
+    """Read the pixels of a slice (column, row), in its units."""
     try:
         found = pydicom.dcmread(one.path, specific_tags=[*TAGS, "PixelData"])
         if "PixelData" not in found:
-            raise VolumeError(f"{one.path}: has no pixels; it is truncated, or no image")
+            raise VolumeError(f"{one.path}: has no pixels; it is truncated, or not an image")
         pixels = found.pixel_array.T
     except VolumeError:
         raise

@@ -29,7 +29,7 @@ from .raw import LPS_TO_RAS, check_grid
 
 MAX_SHEAR = 1e-3  # cosine between axes: what files that were rounded have, and a fifth of a voxel over 200
 MAX_VALUE = 1e30  # of a voxel: the difference of two is a finite number, and one of 16 characters
-LEVELS = 65000  # of a volume that is no whole numbers: fewer than 16 bits hold, so that rounding never leaves them
+LEVELS = 65000  # of a volume of fractions: fewer than 16 bits hold, so that rounding stays within them
 # Of the standard, by modality, with what they ask for beside the geometry; all others are secondary captures.
 CLASSES = {
     "CT": (CTImageStorage, {"KVP": None, "AcquisitionNumber": None, "RescaleType": "HU"}),
@@ -53,17 +53,17 @@ SECONDARY_CAPTURE = (SecondaryCaptureImageStorage, {"ConversionType": "SYN", "Re
 def write_dicom(
     volume: Volume, folder: str | os.PathLike, *, modality: str, software: str, model: str, seed: int | None = None
 ) -> list[Path]:
-    """Write a generated volume as one DICOM series, a file a slice, in one step. Slices run from feet to head or
-    nearest.
+    """Write a generated volume as one DICOM series with one file per slice, all files or none. Slices run from feet to
+    head, or along the nearest axis.
 
-    Voxels that are whole numbers of 16 bits are stored as they are, all others in 65,000 steps with slope and
-    intercept: read again, none is off by more than a 130,000th of the range.
+    Voxels that are whole numbers of 16 bits are stored unchanged, all others in 65,000 steps with slope and intercept:
+    the error is at most a 130,000th of the range.
 
     Args:
-        volume: of one channel (1, X, Y, Z), in the units of its modality (HU for CT).
-        folder: new, or empty.
-        modality: CT, MR, or another one's code, such as PT, which becomes a secondary capture.
-        software, model, seed: what made it (the sidecar's); they stand in every slice.
+        volume: one channel (1, X, Y, Z), in the units of its modality (HU for CT).
+        folder: a new or empty folder.
+        modality: CT, MR, or another code, such as PT, which becomes a secondary capture.
+        software, model, seed: those of the sidecar; they are written to every slice.
 
     Returns: the files. Raises: ValueError for several channels, sheared axes, and a folder that holds files.
     """
@@ -96,15 +96,14 @@ def write_dicom(
 
 
 def _check_right_angles(affine: np.ndarray) -> None:
-    """Raises: ValueError for axes that no ImageOrientationPatient describes: readers disagree on what to make of
-    them."""
+    """Raise ValueError for axes that no ImageOrientationPatient describes: readers interpret them differently."""
     check_grid(affine)
     axes = affine[:3, :3] / affine_spacing(affine)
     cosine = float(np.abs(np.triu(axes.T @ axes, 1)).max())
     if cosine > MAX_SHEAR:
         angle = np.degrees(np.arccos(cosine))
         raise ValueError(
-            f"two axes of the volume are {angle:.2f} degrees apart instead of 90, which DICOM has no words for; "
+            f"two axes of the volume are {angle:.2f} degrees apart instead of 90, which DICOM cannot describe; "
             "resample it onto a grid with right angles first"
         )
 
@@ -112,7 +111,7 @@ def _check_right_angles(affine: np.ndarray) -> None:
 def _common(
     affine: np.ndarray, array: np.ndarray, modality: str, software: str, model: str, seed: int | None
 ) -> Dataset:
-    """What all slices of the series share."""
+    """Build the attributes that all slices of the series share."""
     one = Dataset()
     made = f"{software}, model {model}" + ("" if seed is None else f", seed {seed}")
     sop_class, own = CLASSES.get(modality, SECONDARY_CAPTURE)
@@ -159,7 +158,7 @@ def _common(
 
 
 def _slice(common: Dataset, pixels: np.ndarray, slope: float, intercept: float, k: int, affine: np.ndarray) -> Dataset:
-    """Slice `k`, pixels (column, row)."""
+    """Build slice `k`, pixels (column, row)."""
     one = Dataset()
     one.update(common)
     one.SOPInstanceUID, one.InstanceNumber = generate_uid(None), k + 1
@@ -177,7 +176,7 @@ def _slice(common: Dataset, pixels: np.ndarray, slope: float, intercept: float, 
 
 
 def _stored(array: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """16-bit integers, slope and intercept: the voxels are slope times them plus intercept."""
+    """Return 16-bit integers, slope and intercept: the voxels are slope times the integers plus intercept."""
     values = array.astype(np.float64)
     low, high = float(values.min()), float(values.max())
     whole = bool((values == np.rint(values)).all())
@@ -190,5 +189,5 @@ def _stored(array: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 
 def _decimal(value: float) -> str:
-    """A number as DICOM writes it, in 16 characters at most."""
+    """Format a number as DICOM writes it, in 16 characters at most."""
     return format_number_as_ds(float(value))

@@ -25,7 +25,7 @@ from .raw import (
     whole_numbers,
 )
 
-LINE_BYTES, LINES = 4096, 1000  # more is no header
+LINE_BYTES, LINES = 4096, 1000  # more is not a header
 TYPES = {
     "MET_CHAR": "i1",
     "MET_UCHAR": "u1",
@@ -49,9 +49,9 @@ SYNONYMS = {  # MetaIO knows several names of one thing
 
 
 def read_metaimage(path: Path, units: str | None = None) -> RawVolume:
-    """Voxels and grid of a MetaImage file, its lengths being in `units` where its header is wrong.
+    """Read voxels and grid of a MetaImage file. `units` replaces the unit of its lengths if the header is wrong.
 
-    Raises: VolumeError for files that are broken, or not of the kind described above.
+    Raises: VolumeError for files that are broken, or of a kind that this module does not read.
     """
     name = str(path)
     with open_regular(path) as file:
@@ -91,14 +91,16 @@ def read_metaimage(path: Path, units: str | None = None) -> RawVolume:
 
 
 def detached_file(path: Path) -> Path | None:
-    """The file beside the header that holds the voxels; None if it holds them itself."""
+    """Return the file beside the header that holds the voxels; None if the header's file holds them."""
     with open_regular(path) as file:
         named = _fields(str(path), file)["elementdatafile"]
     return None if named.upper() == "LOCAL" else file_beside(path, named)
 
 
 def _fields(name: str, file: BinaryIO) -> dict[str, str]:
-    """The header's fields, names in lower case, up to ElementDataFile; the file is left behind that line."""
+    """Read the header's fields, names in lower case, up to ElementDataFile. The file's position is then after that
+    line.
+    """
     fields: dict[str, str] = {}
     for _ in range(LINES):
         line = file.readline(LINE_BYTES).decode("latin-1")
@@ -114,7 +116,7 @@ def _fields(name: str, file: BinaryIO) -> dict[str, str]:
 
 
 def _affine(name: str, fields: dict[str, str]) -> np.ndarray:
-    """To RAS+ in mm. Without a TransformMatrix the axes are those of LPS, as ITK has it."""
+    """Return the affine to RAS+ in mm. Without a TransformMatrix the axes are those of LPS, as in ITK."""
     spacing = numbers(name, "ElementSpacing", _required(name, fields, "elementspacing"), 3)
     if min(spacing) <= 0:
         raise VolumeError(f"{name}: its geometry is broken: its ElementSpacing is {fields['elementspacing'][:80]!r}")

@@ -2,8 +2,8 @@
 
 That is .nii, .nii.gz and .hdr/.img pairs, NIfTI-1 and -2, either byte order, slope and intercept, qform or sform.
 
-Every file that cannot be read right is refused with a `VolumeError` that names it and says why; nothing is guessed. No
-header is believed before the file was seen to hold as many bytes as it promises.
+A file that cannot be read reliably is refused with a `VolumeError` that names it and says why; nothing is guessed. A
+header is only trusted once the file is known to hold as many bytes as it promises.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ MAX_HEADER_BYTES = 1 << 26  # of a header with its extensions, and of what may f
 
 
 def read_nifti(source: Readable, *, units: str | None = None, axes: str | None = None) -> RawVolume:
-    """Voxels, slope and intercept applied, and grid of a NIfTI file (or image).
+    """Read voxels, slope and intercept applied, and grid of a NIfTI file (or image).
 
     Args:
-        units: what the header's lengths are in, if it is wrong: of `stored.UNITS`. Not asked of generated files.
-        axes: of `AXES`; by default X, Y, Z and then channels, and an order that looks otherwise is refused.
+        units: unit of the header's lengths if the header is wrong, one of `raw.UNITS`. Ignored for generated files.
+        axes: one of `AXES`; by default X, Y, Z and then channels. A file that seems to have another order is refused.
     Raises: VolumeError for a file that is broken, truncated, in color, complex or sheared.
     """
     name, image = open_nifti(source)
@@ -78,19 +78,18 @@ def read_nifti(source: Readable, *, units: str | None = None, axes: str | None =
 
 
 def stored_grid(volume: Volume) -> SourceGrid:
-    """The grid on which a volume is written: that of the file that it came from, or its own."""
+    """Return the grid on which a volume is written: that of its source file, or its own."""
     return volume.source or SourceGrid(volume.shape, volume.affine, volume.affine, qform_code=1, sform_code=1)
 
 
 def on_stored_grid(volume: Volume) -> bool:
-    """Whether its voxels are those of `stored_grid`, up to the order of the axes: not so once it was resampled."""
+    """Return whether its voxels are those of `stored_grid`, up to the order of the axes: not after resampling."""
     shape, affine = canonical_grid(stored_grid(volume))
     return same_grid(volume, Volume(np.broadcast_to(False, (1, *shape)), affine))
 
 
 def to_stored_grid(volume: Volume) -> Volume:
-    """The volume resampled to `stored_grid` (linearly, or to the nearest voxel when it holds integers) if it is not on
-    it."""
+    """Resample the volume to `stored_grid` if necessary: linearly, or to the nearest voxel if it holds integers."""
     if on_stored_grid(volume):
         return volume
     return resample_to(volume, *canonical_grid(stored_grid(volume)), nearest=volume.array.dtype.kind in "biu")
@@ -99,11 +98,11 @@ def to_stored_grid(volume: Volume) -> Volume:
 def to_nibabel(
     volume: Volume, *, dtype: type[np.number] | np.dtype | None = None, description: str = ""
 ) -> nib.Nifti1Image:
-    """The volume as a NIfTI image on the grid of the file that it came from: shape, orientation, affine, form codes.
+    """Convert the volume to a NIfTI image on the grid of its source file: shape, orientation, affine, form codes.
 
-    A volume that was resampled meanwhile is resampled back (`to_stored_grid`). A volume without a source is written as
-    it is. Channels become the fourth axis. `dtype` is that of the voxels (rounded, where it is one of integers); by
-    default float32, or the smallest that holds the integers. `description` goes to the header (at most 79 bytes).
+    A volume that was resampled is resampled back (`to_stored_grid`). A volume without a source is written as it is.
+    Channels become the fourth axis. `dtype` is that of the voxels (integers are rounded); by default float32, or the
+    smallest type that holds the integers. `description` goes to the header (at most 79 bytes).
     """
     source = stored_grid(volume)
     array = stored_order(to_stored_grid(volume).array, source)
@@ -117,13 +116,13 @@ def to_nibabel(
 
 
 def stored_order(array: np.ndarray, grid: SourceGrid) -> np.ndarray:
-    """(C, X, Y, Z) in RAS+ order as a view (I, J, K, C) in the order of a stored grid."""
+    """View (C, X, Y, Z) in RAS+ order as (I, J, K, C) in the order of a stored grid."""
     orientation = ornt_transform(io_orientation(np.eye(4)), io_orientation(grid.affine))
     return apply_orientation(np.moveaxis(array, 0, -1), orientation)
 
 
 def rounded(array: np.ndarray, dtype: type[np.number] | np.dtype) -> np.ndarray:
-    """The array as `dtype`, rounded where it is one of integers; plane by plane, in the order of a NIfTI file.
+    """Convert the array to `dtype`, rounded for integers; plane by plane, in the order of a NIfTI file.
 
     Raises: VoxelError for values that are not finite, or that `dtype` cannot hold: they would wrap around, or become
     infinite.
@@ -137,8 +136,7 @@ def rounded(array: np.ndarray, dtype: type[np.number] | np.dtype) -> np.ndarray:
 
 
 def check_voxels(array: np.ndarray, dtype: np.dtype) -> None:
-    """Raises: VoxelError for values that are not finite, or that `dtype`, in which they are to be stored, cannot
-    hold."""
+    """Raise VoxelError for values that are not finite, or that `dtype`, the type to store them in, cannot hold."""
     if not array.size or (array.dtype == dtype and dtype.kind in "biu"):
         return
     low, high = array.min().item(), array.max().item()  # NaN, if there is any
@@ -158,7 +156,7 @@ def check_voxels(array: np.ndarray, dtype: np.dtype) -> None:
 
 
 def image_on_grid(array: np.ndarray, source: SourceGrid, description: str = "") -> nib.Nifti1Image:
-    """Voxels (I, J, K) or (I, J, K, C) in stored order as an image with the header of their grid."""
+    """Return voxels (I, J, K) or (I, J, K, C) in stored order as an image with the header of their grid."""
     if len(description.encode()) > DESCRIPTION_BYTES:
         raise ValueError(
             f"a NIfTI description has at most {DESCRIPTION_BYTES} bytes, not {len(description.encode())}: "
@@ -184,7 +182,7 @@ def write_volume(volume: Volume, path: str | os.PathLike, *, description: str = 
 
 
 def nifti_path(path: str | os.PathLike) -> Path:
-    """The path of a file to write. Raises: ValueError unless it is a name that ends in .nii.gz or .nii."""
+    """Return the path of a file to write. Raises: ValueError unless it is a name that ends in .nii.gz or .nii."""
     path = Path(path)
     if not path.name.endswith((".nii.gz", ".nii")) or path.name in (".nii.gz", ".nii"):
         raise ValueError(f"{path}: name it .nii.gz or .nii")
@@ -192,8 +190,8 @@ def nifti_path(path: str | os.PathLike) -> Path:
 
 
 def open_nifti(source: Readable, *, check: bool = True) -> tuple[str, Nifti1Pair]:
-    """Name (for messages) and header of a NIfTI file or image; voxels are not read yet, but with `check` they were
-    seen to be there, and whole where they are gzip.
+    """Return name (for messages) and header of a NIfTI file or image; voxels are not read yet. With `check`, the file
+    is checked to hold all voxels, and gzip data to be intact.
 
     Raises: VolumeError unless it is an intact NIfTI file that holds as much as its header says.
     """
@@ -243,7 +241,7 @@ def open_nifti(source: Readable, *, check: bool = True) -> tuple[str, Nifti1Pair
 
 
 def _nifti_class(path: Path) -> type[Nifti1Pair]:
-    """By the magic number of the header: nibabel would also try formats that have nothing to do with ours."""
+    """Return the class for the magic number of the header: nibabel would also try unrelated formats."""
     single, header = path.name.lower().removesuffix(".gz").endswith(".nii"), _header_path(path)
     with gzip.open(header) if header.suffix.lower() == ".gz" else open(header, "rb") as file:
         start = file.read(348)
@@ -265,15 +263,16 @@ def _nifti_class(path: Path) -> type[Nifti1Pair]:
 
 
 def _header_path(path: Path) -> Path:
-    """The file with the header: of a .hdr/.img pair, the first."""
+    """Return the file with the header: of a .hdr/.img pair, the first."""
     return path.with_name(re.sub(r"\.img(\.gz)?$", r".hdr\1", path.name, flags=re.IGNORECASE))
 
 
 def gunzip(path: Path, to: BinaryIO | None = None, *, most: int | None = None) -> int:
-    """Decompress a .gz file to the end, into `to` or only to find a wrong checksum or trailing data: nibabel stops at
-    the last voxel.
+    """Decompress a .gz file to the end, into `to`, or only to detect a wrong checksum or trailing data: nibabel stops
+    at the last voxel.
 
-    Returns: how many bytes it holds. Raises: VolumeError for a damaged file, and where it holds more than `most` bytes.
+    Returns: how many bytes it holds. Raises: VolumeError for a damaged file, and for one that holds more than `most`
+    bytes.
     """
     size = 0
     try:
@@ -281,7 +280,7 @@ def gunzip(path: Path, to: BinaryIO | None = None, *, most: int | None = None) -
             while piece := file.read(COPY_BYTES):
                 size += len(piece)
                 if most is not None and size > most:
-                    raise VolumeError(f"{path}: holds far more than the {most} bytes that its header speaks of")
+                    raise VolumeError(f"{path}: holds far more than the {most} bytes that its header states")
                 if to is not None:
                     to.write(piece)
     except (OSError, EOFError, zlib.error) as error:
@@ -290,7 +289,7 @@ def gunzip(path: Path, to: BinaryIO | None = None, *, most: int | None = None) -
 
 
 def check_scalar(name: str, image: Nifti1Pair) -> None:
-    """Raises: VolumeError unless the voxels are real numbers."""
+    """Raise VolumeError unless the voxels are real numbers."""
     dtype = np.dtype(image.get_data_dtype())
     if dtype.names is not None:
         raise VolumeError(f"{name}: is a color image ({''.join(dtype.names)}); only scalar images are supported")
@@ -299,7 +298,7 @@ def check_scalar(name: str, image: Nifti1Pair) -> None:
 
 
 def _values(name: str, image: Nifti1Pair) -> np.ndarray:
-    """All voxels as stored on disk, slope and intercept applied."""
+    """Read all voxels as stored on disk, slope and intercept applied."""
     check_scalar(name, image)
     try:
         values = np.asanyarray(image.dataobj)
@@ -309,7 +308,7 @@ def _values(name: str, image: Nifti1Pair) -> np.ndarray:
 
 
 def exact_values(values: np.ndarray) -> np.ndarray:
-    """The same values as integers of up to 32 bits if they are integers, else as float32 or float64."""
+    """Return the same values as integers of up to 32 bits if they are integers, else as float32 or float64."""
     if values.dtype.kind in "biu":
         if values.dtype.kind != "b" and values.dtype.itemsize < 8:
             return values.astype(values.dtype.newbyteorder("="))
@@ -321,8 +320,9 @@ def exact_values(values: np.ndarray) -> np.ndarray:
 
 
 def _channels_last(values: np.ndarray, name: str, axes: str | None) -> np.ndarray:
-    """(X, Y, Z, C). Raises: VolumeError for a shape that is not a volume's, and one that may begin with channels unless
-    `axes` is set."""
+    """Return the array as (X, Y, Z, C). Raises: VolumeError for a shape that is not a volume's, and for one that may
+    begin with channels unless `axes` is set.
+    """
     if axes == "CXYZ":
         values = np.moveaxis(values.reshape(_channels_before(values.shape, name)), 0, -1)
     elif axes is None and _may_begin_with_channels(values.shape):
@@ -343,8 +343,7 @@ def _may_begin_with_channels(shape: tuple[int, ...]) -> bool:
 
 
 def _channels_before(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
-    """(C, X, Y, Z) of a shape that begins with channels, and before them axes of length 1; of (X, Y, Z), one
-    channel."""
+    """Return (C, X, Y, Z) for a shape that begins with channels, after axes of length 1; for (X, Y, Z), one channel."""
     given = shape
     while len(shape) > 4 and shape[-1] == 1:
         shape = shape[:-1]
@@ -357,7 +356,7 @@ def _channels_before(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
 
 
 def shape_with_channels(shape: tuple[int, ...], name: str) -> tuple[int, int, int, int]:
-    """(X, Y, Z), (X, Y, Z, C) or (X, Y, Z, 1, C), possibly with trailing axes of length 1, as (X, Y, Z, C)."""
+    """Return (X, Y, Z), (X, Y, Z, C) or (X, Y, Z, 1, C), possibly with trailing axes of length 1, as (X, Y, Z, C)."""
     if 0 in shape:
         raise VolumeError(f"{name}: holds no voxels (shape {shape})")
     if len(shape) < 3:
@@ -369,7 +368,7 @@ def shape_with_channels(shape: tuple[int, ...], name: str) -> tuple[int, int, in
 
 
 def grid_of(image: Nifti1Pair, shape: tuple[int, int, int], name: str, units: str | None = None) -> SourceGrid:
-    """The grid on which a file stores its voxels. Raises: VolumeError if its geometry is broken."""
+    """Return the grid on which a file stores its voxels. Raises: VolumeError if its geometry is broken."""
     unit = LENGTH_UNITS.get(int(image.header["xyzt_units"]) & 7, "unknown")
     try:
         if image.affine is None:
@@ -391,8 +390,9 @@ def grid_of(image: Nifti1Pair, shape: tuple[int, int, int], name: str, units: st
 
 
 def _qform(image: Nifti1Pair) -> np.ndarray | None:
-    """The header's second transform; None where it is none: it holds numbers that are not finite, or that make no
-    rotation."""
+    """Return the header's second transform; None if it is invalid: it holds numbers that are not finite, or that do not
+    make a rotation.
+    """
     try:
         qform = image.get_qform()
         check_affine(qform)
@@ -402,7 +402,7 @@ def _qform(image: Nifti1Pair) -> np.ndarray | None:
 
 
 def canonical_grid(source: SourceGrid) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Shape and affine of a stored grid after its axes are permuted and flipped to RAS+."""
+    """Return shape and affine of a stored grid after its axes are permuted and flipped to RAS+."""
     orientation = io_orientation(source.affine)
     shape = [0, 0, 0]
     for stored_axis, axis in enumerate(orientation[:, 0].astype(int)):
@@ -411,8 +411,9 @@ def canonical_grid(source: SourceGrid) -> tuple[tuple[int, int, int], np.ndarray
 
 
 def _storable(array: np.ndarray) -> np.ndarray:
-    """In a type that every NIfTI reader knows: float32, or the smallest of uint8, int16 and int32 that holds the
-    integers."""
+    """Convert to a type that every NIfTI reader knows: float32, or the smallest of uint8, int16 and int32 that holds
+    the integers.
+    """
     if array.dtype.kind == "f":
         check_voxels(array, np.dtype(np.float32))
         return np.asarray(array, dtype=np.float32)

@@ -1,7 +1,7 @@
 """NRRD files (.nrrd, and .nhdr with its voxels beside it): three spatial axes, and one of channels or none.
 
 The format: https://teem.sourceforge.net/nrrd/format.html. Raw and gzip encodings; a patient space (RAS, LAS or LPS)
-with space directions is required, since nothing else says where the voxels lie.
+with space directions is required, as nothing else says where the voxels lie.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .raw import (
     whole_numbers,
 )
 
-HEADER_BYTES = 1 << 20  # more is no header
+HEADER_BYTES = 1 << 20  # more is not a header
 SPACES = {  # signs that lead to RAS
     "right-anterior-superior": (1, 1, 1),
     "left-anterior-superior": (-1, 1, 1),
@@ -57,9 +57,9 @@ VECTOR = re.compile(r"\(([^()]*)\)|none", re.IGNORECASE)
 
 
 def read_nrrd(path: Path, units: str | None = None) -> RawVolume:
-    """Voxels and grid of a NRRD file, its lengths being in `units` where its header is wrong.
+    """Read voxels and grid of a NRRD file. `units` replaces the unit of its lengths if the header is wrong.
 
-    Raises: VolumeError for files that are broken, or not of the kind described above.
+    Raises: VolumeError for files that are broken, or of a kind that this module does not read.
     """
     name = str(path)
     with open_regular(path) as file:
@@ -92,7 +92,7 @@ def read_nrrd(path: Path, units: str | None = None) -> RawVolume:
 
 
 def detached_file(path: Path) -> Path | None:
-    """The file beside the header that holds the voxels; None if it holds them itself."""
+    """Return the file beside the header that holds the voxels; None if the header's file holds them."""
     with open_regular(path) as file:
         fields = _fields(str(path), file)
     named = fields.get("data file", fields.get("datafile"))
@@ -100,7 +100,9 @@ def detached_file(path: Path) -> Path | None:
 
 
 def _fields(name: str, file: BinaryIO) -> dict[str, str]:
-    """The header's fields, in lower case but for file names; the file is left where the voxels begin."""
+    """Read the header's fields, in lower case except for file names. The file's position is then where the voxels
+    begin.
+    """
     start = file.read(HEADER_BYTES)
     if not re.match(rb"NRRD000[1-5]\r?\n", start):
         raise VolumeError(f"{name}: is not an NRRD file (it does not begin with NRRD0001 to NRRD0005)")
@@ -115,13 +117,13 @@ def _fields(name: str, file: BinaryIO) -> dict[str, str]:
             continue
         field, value = field.strip().lower(), value.strip()
         if not colon or field in fields:
-            raise VolumeError(f"{name}: its header has a line that says nothing, or a second time: {line[:80]!r}")
+            raise VolumeError(f"{name}: its header has an empty or repeated line: {line[:80]!r}")
         fields[field] = value if field in ("data file", "datafile") else value.lower()
     return fields
 
 
 def _geometry(name: str, fields: dict[str, str]) -> tuple[tuple[int, ...], int | None, np.ndarray]:
-    """Shape as stored, which of its axes are the channels, and the affine to RAS+ in mm."""
+    """Return the shape as stored, which of its axes are the channels, and the affine to RAS+ in mm."""
     (dimension,) = whole_numbers(name, "dimension", _required(name, fields, "dimension"), 1)
     if dimension not in (3, 4):
         raise VolumeError(f"{name}: has {dimension} dimensions; a volume has three, and one more of channels at most")
@@ -150,8 +152,9 @@ def _geometry(name: str, fields: dict[str, str]) -> tuple[tuple[int, ...], int |
 
 
 def _unit(name: str, fields: dict[str, str], units: str | None) -> str:
-    """The unit of length that the header names, mm if it names none. Raises: VolumeError for several, and for an
-    unknown one, unless `units` is set."""
+    """Return the unit of length that the header names, mm if it names none. Raises: VolumeError for several units, and
+    for an unknown one, unless `units` is set.
+    """
     named = {NAMED_UNITS.get(one, one) for one in re.findall(r'"([^"]*)"', fields.get("space units", ""))} - {""}
     if units or not named:
         return "mm"

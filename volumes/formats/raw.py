@@ -27,7 +27,7 @@ except ImportError:  # Windows, where a process has no such limits
 
 COPY_BYTES = 1 << 22  # at a time, through a compressed file
 WORKING_BYTES = 16  # a voxel, beside the stored one: scaled in float64, as float32, and its copy in RAS+ order
-SPACINGS = (1e-4, 100.0)  # mm: voxels that are smaller or larger are no scan's
+SPACINGS = (1e-4, 100.0)  # mm: no scan has smaller or larger voxels
 UNITS = {"mm": 1.0, "m": 1000.0, "cm": 10.0, "um": 0.001}  # of length, in mm
 AXES = ("XYZC", "CXYZ")  # orders of a NIfTI file's axes
 MAX_COSINE = 0.1  # between voxel axes: 5.7 degrees from a right angle; less stays in the affine, where it is right
@@ -38,7 +38,7 @@ class Reading(TypedDict, total=False):
     """Keywords of the readers that correct wrong headers.
 
     Attributes:
-        units: what lengths are in, one of `UNITS`.
+        units: unit of lengths, one of `UNITS`.
         axes: the order of a NIfTI file's axes, one of `AXES`.
     """
 
@@ -48,7 +48,7 @@ class Reading(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class RawVolume:
-    """Voxels as a file has them: its name for messages, values (I, J, K, C) in its units, and the grid they lie on."""
+    """Voxels as a file holds them: its name for messages, values (I, J, K, C) in its units, and their grid."""
 
     name: str
     values: np.ndarray
@@ -56,7 +56,7 @@ class RawVolume:
 
 
 def refuse_special_volume(path: Path) -> None:
-    """Raises: VolumeError for a pipe, socket or device, which would keep its reader waiting."""
+    """Raise VolumeError for a pipe, socket or device, which would keep its reader waiting."""
     try:
         refuse_special(path)
     except ValueError as error:
@@ -66,12 +66,12 @@ def refuse_special_volume(path: Path) -> None:
 def make_grid(
     name: str, shape: Sequence[int], affine: np.ndarray, unit: str = "mm", units: str | None = None
 ) -> SourceGrid:
-    """The grid (I, J, K) of a file that is not NIfTI. Raises: VolumeError if its geometry is broken.
+    """Build the grid (I, J, K) of a file that is not NIfTI. Raises: VolumeError if its geometry is broken.
 
     Args:
         affine: (4, 4) in the header's numbers.
-        unit: of `UNITS`, that the header names.
-        units: what its numbers are in, if the header is wrong.
+        unit: the one of `UNITS` that the header names.
+        units: the unit of its numbers, if the header is wrong.
     """
     try:
         check_affine(affine)
@@ -84,21 +84,22 @@ def make_grid(
 
 
 def in_millimeters(affine: np.ndarray, unit: str) -> np.ndarray:
-    """An affine whose lengths are in a unit of `UNITS`, or an unknown one, which is taken as mm."""
+    """Convert an affine to mm whose lengths are in a unit of `UNITS`, or in an unknown one, which is taken as mm."""
     scale = UNITS.get(unit, 1.0)
     return np.diag([scale, scale, scale, 1.0]) @ np.asarray(affine, dtype=np.float64)
 
 
 def check_grid(affine: np.ndarray, unit: str = "mm") -> None:
-    """Raises: ValueError unless `affine` is that of a grid: finite, not singular, its axes at right angles, of voxels
-    that a scan can have (`SPACINGS`). `unit` is that of the header, for the message."""
+    """Raise ValueError unless `affine` is that of a grid: finite, not singular, with axes at right angles and voxel
+    sizes that a scan can have (`SPACINGS`). `unit` is the header's, for the message.
+    """
     check_affine(affine)
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if lengths.max() > SPACINGS[1] or lengths.min() < SPACINGS[0]:
         likely = "mm" if unit not in ("mm", "unknown") else "um" if lengths.max() > SPACINGS[1] else "m"
         raise ValueError(
-            f"its voxels are {' x '.join(f'{mm:.4g}' for mm in lengths)} mm, which no scan's are (the header's unit "
-            f"of length is {unit}); correct the header, or say in the training's config what its numbers are in, such "
+            f"its voxels are {' x '.join(f'{mm:.4g}' for mm in lengths)} mm, which no scan has (the header's unit "
+            f"of length is {unit}); correct the header, or set the unit of its numbers in the training's config, such "
             f"as data.units: {likely}"
         )
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
@@ -112,22 +113,24 @@ def check_grid(affine: np.ndarray, unit: str = "mm") -> None:
 
 
 def check_room(name: str, shape: Sequence[int], itemsize: int) -> int:
-    """Bytes of the voxels of a file, by its header. Nothing has been allocated for them yet.
+    """Compute the bytes of a file's voxels from its header, before anything is allocated.
 
-    Raises: VolumeError if they and what reading them takes are more than the memory of this process.
+    Raises: VolumeError if reading them takes more than the memory of this process.
     """
     voxels = math.prod(int(n) for n in shape)
     needed, room = voxels * (itemsize + WORKING_BYTES), memory_bytes()
     if needed > room:
         raise VolumeError(
             f"{name}: says that it holds {' x '.join(map(str, shape))} voxels; reading them takes "
-            f"{needed / 2**30:.3g} GiB of memory, {room / 2**30:.3g} GiB is what there is"
+            f"{needed / 2**30:.3g} GiB of memory, {room / 2**30:.3g} GiB are available"
         )
     return voxels * itemsize
 
 
 def memory_bytes() -> int:
-    """The memory that this process may have: the machine's, or the limit that is set on it (ulimit -v, ulimit -d)."""
+    """Return the memory that this process may use: the machine's, or the limit that is set on it (ulimit -v, ulimit
+    -d).
+    """
     machine = psutil.virtual_memory().total
     if resource is None:
         return machine
@@ -136,14 +139,14 @@ def memory_bytes() -> int:
 
 
 def read_packed(name: str, file: BinaryIO, nbytes: int, *, compressed: bool) -> bytes | bytearray:
-    """The rest of a file, which holds exactly `nbytes` bytes of voxels, as they are or compressed (zlib or gzip).
+    """Read the rest of a file, which holds exactly `nbytes` bytes of voxels, uncompressed or compressed (zlib or gzip).
 
     Raises: VolumeError if there are fewer or more, or if compressed data are damaged.
     """
     if not compressed:
         there = os.fstat(file.fileno()).st_size - file.tell()
         if there != nbytes:
-            raise VolumeError(f"{name}: holds {there} bytes of voxels, its header says {nbytes}; is it whole?")
+            raise VolumeError(f"{name}: holds {there} bytes of voxels, its header says {nbytes}; is it complete?")
         return file.read(nbytes)
     inflater, data = zlib.decompressobj(47), bytearray()  # 47: zlib or gzip, whichever it is
     try:
@@ -161,9 +164,9 @@ def read_packed(name: str, file: BinaryIO, nbytes: int, *, compressed: bool) -> 
 
 
 def file_beside(header: Path, named: str) -> Path:
-    """The file of voxels that a header names: in the header's folder, or below it.
+    """Return the file of voxels that a header names: in the header's folder, or below it.
 
-    Raises: VolumeError for a name that leads out of that folder, links included, and if there is no such file.
+    Raises: VolumeError for a name that leads out of that folder, links included, and for a missing file.
     """
     home = header.parent.resolve()
     try:
@@ -175,18 +178,18 @@ def file_beside(header: Path, named: str) -> Path:
 
 
 def numbers(name: str, field: str, text: str, count: int | None = None) -> list[float]:
-    """The numbers in a field of a text header. Raises: VolumeError for anything else, or another count of them."""
+    """Parse the numbers in a field of a text header. Raises: VolumeError for anything else, or another count."""
     try:
         values = [float(word) for word in text.split()]
     except ValueError as error:
-        raise VolumeError(f"{name}: its {field!r} is {text[:80]!r}, which are no numbers") from error
+        raise VolumeError(f"{name}: its {field!r} is {text[:80]!r}, which are not numbers") from error
     if (count is not None and len(values) != count) or not all(map(math.isfinite, values)):
         raise VolumeError(f"{name}: its {field!r} is {text[:80]!r}; expected {count or 'finite'} numbers")
     return values
 
 
 def whole_numbers(name: str, field: str, text: str, count: int | None = None) -> list[int]:
-    """As `numbers`, of whole numbers from 1 on."""
+    """Parse as `numbers`, for whole numbers from 1 on."""
     values = numbers(name, field, text, count)
     if any(value != int(value) or not 1 <= value < 2**53 for value in values):
         raise VolumeError(f"{name}: its {field!r} is {text[:80]!r}; expected whole numbers, 1 or more")

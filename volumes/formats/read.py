@@ -1,6 +1,6 @@
 """Read volumes from files of any supported kind, by their names: NIfTI, DICOM series (folders), NRRD and MetaImage.
 
-Every file that cannot be read right is refused with a `VolumeError` that names it and says why; nothing is guessed.
+A file that cannot be read reliably is refused with a `VolumeError` that names it and says why; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ def read_volume(
     """Read a scalar image as float32 (C, X, Y, Z), in RAS+ order, in the file's units: slope and intercept applied.
 
     A 3-D file has one channel; the fourth axis of a 4-D file becomes the channels, or `time_point` picks one of them.
-    With `exact`, in a type that NIfTI has and that holds the same values: the file's own integers, float32, or float64.
+    With `exact`, the type is one of NIfTI's that holds the same values: the file's own integers, float32, or float64.
 
     Args:
         source: a NIfTI, NRRD or MetaImage file, the folder of a DICOM series, or an image in memory that carries its
             geometry: of nibabel, SimpleITK or torchio, or a MetaTensor of MONAI.
-        units: what lengths in the file's header are in, where it says so wrongly: "mm", "cm", "m" or "um".
-        axes: "CXYZ" for NIfTI whose channels come first, "XYZC" for such as only looks so.
+        units: the unit of lengths in the file's header, if the header is wrong: "mm", "cm", "m" or "um".
+        axes: "CXYZ" for NIfTI whose channels come first, "XYZC" for a file that only looks like that.
 
     Raises: VolumeError for files that are broken, truncated, in color, complex, sheared, or hold values that are not
-    finite, and for kinds of files that are not known.
+    finite, and for unsupported kinds of files.
     """
     stored = read_stored(source, units=units, axes=axes)
     values = stored.values
@@ -99,7 +99,7 @@ def read_mask(source: Readable, *, units: str | None = None, axes: str | None = 
 
 
 def read_stored(source: Readable, *, units: str | None = None, axes: str | None = None) -> RawVolume:
-    """The voxels of a file as it has them, and their grid. Raises: VolumeError as `read_volume`."""
+    """Read the voxels of a file as stored, and their grid. Raises: VolumeError as `read_volume`."""
     for what, value, known in (("units", units, tuple(UNITS)), ("axes", axes, AXES)):
         if value is not None and value not in known:
             raise VolumeError(f"{what} {value!r}: expected one of {', '.join(known)}, or None")
@@ -141,12 +141,12 @@ def read_stored(source: Readable, *, units: str | None = None, axes: str | None 
 
 
 def is_nifti(path: str | os.PathLike) -> bool:
-    """Whether a path is named as a NIfTI file is."""
+    """Return whether a path has the name of a NIfTI file."""
     return str(path).lower().endswith(NIFTI_SUFFIXES)
 
 
 def is_volume(path: Path) -> bool:
-    """Whether a file or folder is there that may hold a volume: any file, and folders of DICOM files.
+    """Return whether there is a file or folder that may hold a volume: any file, and folders of DICOM files.
 
     Raises: VolumeError for a pipe, socket or device, which would keep its reader waiting.
     """
@@ -155,14 +155,16 @@ def is_volume(path: Path) -> bool:
 
 
 def volume_stem(path: str | os.PathLike) -> str:
-    """The name of a volume's file without its suffix (.nii.gz, .nrrd, ...), in NFC; that of a DICOM folder."""
+    """Return the name of a volume's file without its suffix (.nii.gz, .nrrd, ...), in NFC; for DICOM that of the
+    folder.
+    """
     name = nfc(Path(path).name)
     suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
     return name[: len(name) - len(suffix)]
 
 
 def volume_parts(path: str | os.PathLike) -> list[Path]:
-    """All files that make up one volume: itself, header and voxels where they are two, or the slices of a series."""
+    """List all files that make up one volume: itself, header and voxels if they are two, or the slices of a series."""
     path = Path(os.path.expanduser(path))
     if path.is_dir():
         return series_files(path)
@@ -175,6 +177,6 @@ def volume_parts(path: str | os.PathLike) -> list[Path]:
 
 
 def _canonical(values: np.ndarray, grid: SourceGrid) -> Volume:
-    """Voxels (I, J, K, C) in the order of the file to a Volume in RAS+."""
+    """Convert voxels (I, J, K, C) in the order of the file to a Volume in RAS+."""
     array = apply_orientation(values, io_orientation(grid.affine))
     return Volume(np.ascontiguousarray(np.moveaxis(array, -1, 0)), canonical_grid(grid)[1], grid)

@@ -2,8 +2,8 @@
 
 A slab is (C, X, Y, z): z consecutive planes of a volume in RAS+ order. In a file its voxels may lie anywhere, since
 axes are permuted and flipped there, so both ways work on whole planes of the file, a few megabytes at a time. Files are
-read and written rather than memory-mapped: a full disk is then an error and no crash, and no page of a file counts as
-memory.
+read and written rather than memory-mapped: a full disk is then an error and not a crash, and pages of a file do not
+count as memory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .nifti import (
 from .raw import COPY_BYTES
 
 BLOCK_BYTES = 1 << 24  # of the file in memory at once
-GATHERED_BYTES = 1 << 26  # of slabs that touch every plane of the file: fewer ways through it
+GATHERED_BYTES = 1 << 26  # of slabs that touch every plane of the file: fewer passes over it
 
 
 def write_slabs(
@@ -51,15 +51,15 @@ def write_slabs(
     *,
     description: str = "",
 ) -> None:
-    """Write a .nii or .nii.gz file from consecutive slabs (C, X, Y, z) in RAS+ order: byte by byte the file that
-    `write_volume` makes of the whole volume, which is never held. In one step: nobody ever finds it half written.
+    """Write a .nii or .nii.gz file from consecutive slabs (C, X, Y, z) in RAS+ order. The file is byte by byte that of
+    `write_volume`, but the whole volume is never in memory. The file appears complete or not at all.
 
     A .nii.gz file passes through an uncompressed one beside it, so the folder needs room for both.
 
     Args:
-        slabs: of any thickness, and of any type; rounded, where `dtype` is one of integers.
+        slabs: of any thickness and type; rounded if `dtype` is an integer type.
         grid: the grid that the file stores, in any orientation, see `stored_grid`.
-        dtype: of the voxels in the file.
+        dtype: type of the voxels in the file.
         description: for the header, at most 79 bytes.
 
     Raises: ValueError for slabs that do not fill the grid, VoxelError for values that are not finite or that `dtype`
@@ -73,7 +73,7 @@ def write_slabs(
         if plain != unfinished:
             with open(plain, "rb") as source, Opener(str(unfinished), "wb") as compressed:  # at nibabel's own level
                 shutil.copyfileobj(source, compressed, COPY_BYTES)
-            plain.unlink()  # before all that is there is put on the disk
+            plain.unlink()  # now, so that it is not flushed to the disk as well
 
 
 def _write_plain(
@@ -103,11 +103,12 @@ def _write_plain(
 
 def read_slabs(path: str | os.PathLike, planes: int) -> Iterator[np.ndarray]:
     """Read a scalar image as consecutive slabs (C, X, Y, z) float32 of `planes` planes (the last may have fewer), in
-    RAS+ order, slope and intercept applied: together what `read_volume` reads, which is never held.
+    RAS+ order, slope and intercept applied. Together they are what `read_volume` reads, but the whole volume is never
+    in memory.
 
     A compressed file is decompressed once, into a temporary file (in $TMPDIR).
 
-    Raises: VolumeError as `read_volume`; at once, but for values that are not finite, which are named by their slab.
+    Raises: VolumeError as `read_volume`, at once; only values that are not finite are reported with their slab.
     """
     if planes < 1:
         raise ValueError(f"a slab has 1 plane or more, not {planes}")
@@ -162,16 +163,16 @@ class StoredVoxels:
 
     Args:
         file: open for reading; for `put`, also for writing.
-        offset: of the first voxel, in bytes.
+        offset: position of the first voxel, in bytes.
         grid: shape (I, J, K) and orientation in which the file stores each channel, one after the other.
-        dtype: of the voxels in the file.
+        dtype: type of the voxels in the file.
     """
 
     def __init__(self, file: BinaryIO, offset: int, grid: SourceGrid, dtype: np.dtype):
         self.file, self.offset, self.grid, self.dtype = file, offset, grid, dtype
 
     def end(self, channels: int) -> int:
-        """Where the last voxel of so many channels ends, in bytes."""
+        """Return the position in bytes after the last voxel of so many channels."""
         return self._place(channels, 0)
 
     def put(self, slab: np.ndarray, start: int) -> None:
@@ -187,7 +188,7 @@ class StoredVoxels:
             self.file.write(block.T.data)
 
     def get(self, start: int, planes: int, channels: int, slope: float, inter: float) -> np.ndarray:
-        """`planes` planes from `start` on, (C, X, Y, z) float32: slope times the stored values, plus inter."""
+        """Read `planes` planes from `start` on, (C, X, Y, z) float32: slope times the stored values, plus inter."""
         (x, y, _), _ = canonical_grid(self.grid)
         slab = np.empty((channels, x, y, planes), dtype=np.float32)
         stored = stored_order(slab, self.grid)
@@ -200,8 +201,9 @@ class StoredVoxels:
     def _blocks(
         self, start: int, planes: int, channels: int
     ) -> Iterator[tuple[int, slice, int, tuple[slice, slice, slice]]]:
-        """Piece by piece, where a slab's voxels are: the channel, which stored planes of the slab, the first of these
-        in the file, and what part of the planes of the file they fill."""
+        """Yield where the parts of a slab are: the channel, which stored planes of the slab, the first of these in the
+        file, and what part of the file's planes they fill.
+        """
         axis, flipped = _third_axis(self.grid)
         low = self.grid.shape[axis] - start - planes if flipped else start
         first, depth = (0, self.grid.shape[2]) if _scattered(self.grid) else (low, planes)
@@ -214,7 +216,7 @@ class StoredVoxels:
                 yield channel, slice(k, min(k + step, depth)), first + k, (window[0], window[1], window[2])
 
     def _read(self, channel: int, first: int, planes: int) -> np.ndarray:
-        """`planes` whole planes of the file, (I, J, k)."""
+        """Read `planes` whole planes of the file, (I, J, k)."""
         block = np.empty((*self.grid.shape[:2], planes), self.dtype, order="F")
         self.file.seek(self._place(channel, first))
         self.file.readinto(block.T.data)  # pyright: ignore[reportAttributeAccessIssue]
@@ -229,19 +231,19 @@ class StoredVoxels:
 
 
 def _third_axis(grid: SourceGrid) -> tuple[int, bool]:
-    """The stored axis that RAS+ has third, and whether it runs the other way."""
+    """Return the stored axis that is the third one in RAS+, and whether it runs the other way."""
     orientation = io_orientation(grid.affine)
     axis = orientation[:, 0].tolist().index(2)
     return axis, bool(orientation[axis, 1] < 0)
 
 
 def _scattered(grid: SourceGrid) -> bool:
-    """Whether a slab has voxels in every plane of the file."""
+    """Return whether a slab has voxels in every plane of the file."""
     return _third_axis(grid)[0] != 2
 
 
 def _gathered(slabs: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same planes in slabs of `GATHERED_BYTES` or more."""
+    """Yield the same planes in slabs of `GATHERED_BYTES` or more."""
     waiting: list[np.ndarray] = []
     for slab in slabs:
         waiting.append(slab)

@@ -1,0 +1,115 @@
+"""Train 3-D latent diffusion models on CT, MR and PET scans, and generate volumes: the public API, and the command.
+
+    import medvolume
+
+    pipe = medvolume.MedVolumePipeline.from_pretrained("weights/hippocampus")
+
+    medvolume generate --help    # in a shell; `medvolume --help` lists the commands
+
+The command works from any folder. Each of its commands is one of the scripts or modules named in `COMMANDS`; the
+scripts are for `accelerate launch` and torchrun.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, NamedTuple
+
+from cli.command import ArgumentParser, run_module
+from cli.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
+    from diffusion import LatentUNet3D, make_scheduler
+    from pipelines import (
+        MedVolumeEditPipeline,
+        MedVolumePipeline,
+        MedVolumePipelineOutput,
+        SamplingConfig,
+        read_sidecar,
+        volume_files,
+    )
+    from volumes import (
+        DataConfig,
+        Volume,
+        VolumeDataset,
+        load_cases,
+        read_mask,
+        read_volume,
+        write_dicom,
+        write_volume,
+    )
+    from volumes.lesions import ellipsoid, insert_lesion, remove_lesion
+
+__all__ = [
+    "AutoencoderKL3D",
+    "DataConfig",
+    "LatentUNet3D",
+    "MedVolumeEditPipeline",
+    "MedVolumePipeline",
+    "MedVolumePipelineOutput",
+    "SamplingConfig",
+    "SpaceToDepth3D",
+    "VQGAN3D",
+    "Volume",
+    "VolumeDataset",
+    "ellipsoid",
+    "insert_lesion",
+    "load_cases",
+    "make_scheduler",
+    "read_mask",
+    "read_sidecar",
+    "read_volume",
+    "remove_lesion",
+    "volume_files",
+    "write_dicom",
+    "write_volume",
+]
+
+__getattr__, __dir__ = lazy_exports(__name__, __file__)
+
+
+class Command(NamedTuple):
+    """A command: the module that it runs as `__main__`, and what it does."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "doctor": Command("evaluation.doctor", "check the data and the memory before training, and the model after it"),
+    "train-vae": Command("train_vae", "train the autoencoder"),
+    "train-ldm": Command("train_ldm", "train the diffusion model on the autoencoder's latents"),
+    "generate": Command("generate", "generate volumes from masks, a table, or a seed"),
+    "evaluate": Command("evaluate", "measure realism, usefulness and privacy of generated volumes"),
+    "demo": Command("demo", "generate examples with the weights of the clone, with pictures"),
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command that the command line (None: the program's) names. It ends the program."""
+    words = list(sys.argv[1:] if args is None else args)
+    listing = "\n".join(f"  {name:<10} {command.help}" for name, command in COMMANDS.items())
+    parser = ArgumentParser(
+        prog="medvolume",
+        description=(__doc__ or "").partition(":")[0] + ".",
+        epilog=f"commands:\n{listing}\n\n`medvolume COMMAND --help` explains one.",
+    )
+    parser.add_argument("--version", action="version", version=f"medvolume {installed_version()}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the command")
+    options = parser.parse_args(words)
+    run_module(f"medvolume {options.command}", COMMANDS[options.command].module, options.arguments)
+
+
+def installed_version() -> str:
+    """Return the version that pip installed; "(not installed)" in a clone that it did not."""
+    try:
+        return version("medvolume")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    main()
