@@ -54,7 +54,7 @@ class Choice:
 
     @property
     def roles(self) -> list[str]:
-        """The roles that are read, each once; made masks are none."""
+        """The roles that are read, each once, without masks that are made."""
         mask = [self.mask] if self.mask not in (None, STRUCTURES) else []
         return list(dict.fromkeys([*(channel.role for channel in self.channels), *mask]))
 
@@ -178,7 +178,7 @@ def _find_role(layout: Layout, name: str, roles: Sequence[str]) -> str:
     exact = [role for role in found if same_name(role) == same_name(name)]
     if len(exact or found) == 1:
         return (exact or found)[0]
-    what = "may be several files" if found else "is none of the files"
+    what = "may be several files" if found else "matches none of the files"
     raise ValueError(f"{name} {what}; there are {', '.join(map(_quoted, found or layout.roles))}")
 
 

@@ -135,7 +135,9 @@ def label_counts(reader: Reader, paths: Iterable[str]) -> tuple[dict[int, int], 
         look, read = reader.looks(path)[0], read + 1
         if look.distinct is None:
             what = "more than 256 values" if look.whole else "numbers that are not whole"
-            raise VolumeError(f"{reader.root / path}: is no mask: it holds {what}; say which file is, by --mask NAME")
+            raise VolumeError(
+                f"{reader.root / path}: is not a mask: it holds {what}; say which file is, by --mask NAME"
+            )
         for value in look.distinct:
             counts[int(value)] = counts.get(int(value), 0) + 1
     return counts, read

@@ -18,7 +18,7 @@ from .contents import SAMPLED, Look, Reader, label_counts, masks_to_read, spread
 from .layouts.bids import find_bids
 from .layouts.described import find_described
 from .layouts.folders import find_folders
-from .layouts.layout import Layout, case_name
+from .layouts.layout import Layout
 from .layouts.listed import find_listed
 from .layouts.series import find_series
 from .layouts.structures import ROLE as STRUCTURES
@@ -311,8 +311,3 @@ def _facts(
         len(train),
         names,
     )
-
-
-def case_names(survey: Survey) -> list[str]:
-    """Return the names of all cases."""
-    return [case_name(key) for key in survey.choice.keys]

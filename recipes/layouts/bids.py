@@ -16,7 +16,7 @@ TABLE = "participants.tsv"
 
 
 def find_bids(listing: Listing) -> Layout | None:
-    """Read a BIDS folder; None if it is none: without a `sub-*` folder whose files are called `sub-*`."""
+    """Read a BIDS folder; None for other folders: those without a `sub-*` folder whose files are called `sub-*`."""
     files: list[FoundFile] = []
     skipped: Counter[str] = Counter()
     masks, secondary, others = set(), set(), 0

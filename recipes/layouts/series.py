@@ -78,7 +78,7 @@ def find_series(listing: Listing) -> Layout | None:
 
 
 def _read(root: Path, folder: str) -> Series | str:
-    """Return what a folder's series says of itself, or why it is no volume."""
+    """Return what a folder's series says of itself, or why it is not used."""
     slices = [file for file in series_files(root / folder) if is_dicom(file)]
     header = pydicom.dcmread(slices[0], stop_before_pixels=True, specific_tags=TAGS)
     modality = str(header.get("Modality", "") or "OT")

@@ -47,7 +47,7 @@ def test_no_mask_if_asked(two_masks):
 
 
 def test_an_unknown_name_lists_those_that_are_there(two_masks):
-    with pytest.raises(ValueError, match=r"lesion is none of the files; there are .*brain.*tumour"):
+    with pytest.raises(ValueError, match=r"lesion matches none of the files; there are .*brain.*tumour"):
         survey_of(two_masks, mask="lesion")
 
 
