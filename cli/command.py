@@ -50,6 +50,7 @@ ROOMS = (
     "pipelines",
     "training",
     "evaluation",
+    "recipes",
     "benchmarks",
     "tools",
 )

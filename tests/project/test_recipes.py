@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from recipes import CONFIGS, LAYOUTS, brats2021, drawn, prepare_script, reduced, save
+from published import CONFIGS, LAYOUTS, brats2021, drawn, prepare_script, reduced, save
 
 import train_ldm
 import train_vae
