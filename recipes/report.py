@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from cli.command import command_line
 
 from .section import CASES
 from .survey import Survey
@@ -128,18 +129,17 @@ def median_shape(survey: Survey) -> list[int]:
 def next_commands(survey: Survey) -> list[str]:
     """Return the commands to type next, in their order. The only place where they are written."""
     recipe, pipeline = survey.options.output, survey.options.output / "ldm/pipeline"
-    generate = ["python", "generate.py", "--pipeline", str(pipeline), "--output", str(recipe / "generated")]
+    generate = ["--pipeline", str(pipeline), "--output", str(recipe / "generated")]
     guided = ["--conditions", str(recipe / TEST_CASES), "--guidance_scale", "2"]
     generate += guided if has_conditions(survey) else ["--count", "4"]
     if survey.choice.mask is None:
         generate += ["--shape", *map(str, median_shape(survey))]
-    commands = [
-        ["python", "-m", "evaluation.doctor", "--config", str(recipe / "ldm.yaml")],
-        ["python", "train_vae.py", "--config", str(recipe / "vae.yaml")],
-        ["python", "train_ldm.py", "--config", str(recipe / "ldm.yaml")],
-        generate,
+    return [
+        command_line("evaluation.doctor", "--config", str(recipe / "ldm.yaml")),
+        command_line("train_vae.py", "--config", str(recipe / "vae.yaml")),
+        command_line("train_ldm.py", "--config", str(recipe / "ldm.yaml")),
+        command_line("generate.py", *generate),
     ]
-    return [shlex.join(command) for command in commands]
 
 
 def written(survey: Survey) -> str:
