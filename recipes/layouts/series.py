@@ -83,7 +83,7 @@ def _read(root: Path, folder: str) -> Series | str:
     header = pydicom.dcmread(slices[0], stop_before_pixels=True, specific_tags=TAGS)
     modality = str(header.get("Modality", "") or "OT")
     if modality in NO_VOLUMES:
-        return f"{modality} is not an image (convert masks to NIfTI)"
+        return f"{modality} is not a series of images"
     if "LOCALIZER" in (header.get("ImageType") or []):
         return "localizers"
     if len(slices) < 2:

@@ -19,12 +19,13 @@ LEAST_CELLS = 3  # latent voxels of a patch along an axis
 PATCH_VOXELS = {"quick": 40_000, "cpu": 70_000, "gpu": 2_200_000}  # of a patch: 34^3, 41^3, 130^3
 VOLUME_VOXELS = {"quick": 600_000, "cpu": 1_500_000, "gpu": 17_000_000}  # of a volume: 84^3, 114^3, 257^3
 BIG_GPU = 20 * 2**30  # bytes, for which the gpu's figures hold; others in proportion
+PADDED = 75  # percentile of the sizes that a batch of volumes of several sizes is padded to
 LONG = 0.5  # of the steps, after which the preview is drawn
 PASSES = {"vae": 40, "ldm": 180}  # patches, or latents, of each volume in a training on a CPU
 GPU_PASSES = 20  # times as many on a GPU, whose models are larger
 STEPS = {"vae": (600, 20_000), "ldm": (1_000, 40_000)}  # fewest and most on a CPU
 QUICK_STEPS = {"vae": (60, 400), "ldm": (120, 1_000)}
-QUICK_SECONDS = {"vae": 90.0, "ldm": 90.0}  # of the steps, as estimated
+QUICK_SECONDS = {"vae": 90.0, "ldm": 180.0}  # of the steps, as estimated
 SIDED = ("left", "right", "links", "rechts")
 
 
@@ -192,7 +193,7 @@ def _unet(
     plan: Plan, facts: Facts, machine: Machine, weights: Weights | None, stride: Sequence[int], latents: int,
     flips: list[int], quick: bool,
 ) -> None:  # fmt: skip
-    cells = float(np.median(np.ceil(facts.shapes / np.array(stride)).prod(axis=1)))
+    cells = float(np.percentile(np.ceil(facts.shapes / np.array(stride)), PADDED, axis=0).prod())
     if quick:
         layers = {"channels": [48, 96], "strides": [2], "blocks": [1, 1], "attention": [False, True], "mask_width": 16}
         why = "tiny, for a first picture (--quick)"

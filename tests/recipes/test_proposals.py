@@ -118,7 +118,7 @@ def test_plans_grow_with_the_machine_and_the_set():
     assert gpu.vae["loop"]["mixed_precision"] == "auto" and cpu.vae["loop"]["mixed_precision"] == "no"
     assert gpu.seconds["vae"] is None
     small = propose(facts(subjects=12, volumes=12), CPU, find_weights(), quick=True)
-    assert small.seconds["vae"] < 130 and small.seconds["ldm"] < 130  # of the ten minutes for all
+    assert small.seconds["vae"] < 130 and small.seconds["ldm"] < 220  # of the ten minutes for all
     more = propose(facts(subjects=500, volumes=500), CPU, None, quick=False)
     assert more.ldm["loop"]["max_steps"] > propose(facts(), CPU, None, quick=False).ldm["loop"]["max_steps"]
 
