@@ -8,7 +8,7 @@ from typing import Any, NotRequired, Self, TypedDict
 
 from pipelines.inputs.arguments import plain
 
-LEFT_OUT = ("residual_noise", "edit", "callback", "rejected")  # of the JSON, where they are None
+LEFT_OUT = ("resampled", "residual_noise", "edit", "callback", "rejected")  # of the JSON, where they are None
 TYPES: dict[str, type | tuple[type, ...]] = {  # of a sidecar's entries
     "software": str,
     "model": str,
@@ -51,6 +51,8 @@ class GenerationRecord:
         scheduler: its class and its options.
         dtype: the types in which the weights are stored and computed.
         mask, images: the files (or arrays) that were read.
+        resampled: the fraction of the grid that each image shows which lay on another grid and was resampled; the rest
+            of the volume is left empty.
         shape: voxels, where no file sets the grid.
         channels: those that have a file each; None where one file holds all.
         residual_noise: whether it is added; None for a model without it.
@@ -74,6 +76,7 @@ class GenerationRecord:
     classes: Mapping[str, str] | None = None
     numbers: Mapping[str, float] | None = None
     images: Mapping[str, SourceRecord] | None = None
+    resampled: Mapping[str, float] | None = None
     channels: Sequence[str] | None = None
     residual_noise: bool | None = None
     edit: EditRecord | None = None
