@@ -27,7 +27,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help=f"folder of pipelines with {EXAMPLES} (weights/)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write to (out/demo/)")
-    parser.add_argument("--steps", type=Number(PositiveInt), default=20, help="denoising steps (20)")
+    parser.add_argument("--steps", type=Number(PositiveInt), help="denoising steps; default: each pipeline's own")
     return parser.parse_args(args)
 
 
@@ -57,8 +57,13 @@ def main(args: Sequence[str] | None = None) -> None:
     run_demo(options.weights, options.output, options.steps)
 
 
-def run_demo(weights: Path, output: Path, num_inference_steps: int = 20) -> None:
-    """Generate every row of every `weights`/*/examples.csv, with a preview.png beside the volumes."""
+def run_demo(weights: Path, output: Path, num_inference_steps: int | None = None) -> None:
+    """Generate every row of every `weights`/*/examples.csv, with a preview.png beside the volumes.
+
+    Args:
+        num_inference_steps: denoising steps; None: each pipeline's own.
+    """
+    steps = [] if num_inference_steps is None else ["--steps", str(num_inference_steps)]
     tables = sorted(weights.glob(f"*/{EXAMPLES}"))
     if not tables:
         raise ValueError(f"{weights}: contains no pipeline with an {EXAMPLES}; is the clone complete?")
@@ -73,7 +78,7 @@ def run_demo(weights: Path, output: Path, num_inference_steps: int = 20) -> None
         generate.main(
             [
                 *("--pipeline", str(table.parent), "--conditions", str(table), "--output", str(folder), *shape),
-                *("--steps", str(num_inference_steps)),
+                *steps,
             ]
         )
         seconds = (time.perf_counter() - start) / len(rows)
@@ -82,24 +87,24 @@ def run_demo(weights: Path, output: Path, num_inference_steps: int = 20) -> None
     for maps, volumes in itertools.product(described, described):
         labels = described[maps].image_labels
         if labels and labels == described[volumes].labels:
-            pairs(maps, volumes, described[volumes], output / f"{volumes.name}-pairs", num_inference_steps)
+            pairs(maps, volumes, described[volumes], output / f"{volumes.name}-pairs", steps)
             edit(volumes, described[volumes], output, num_inference_steps)
 
 
-def pairs(maps: Path, volumes: Path, data: DataDescription, folder: Path, steps: int, count: int = 6) -> None:
-    """Generate masks that belong to no patient, and a volume for each."""
+def pairs(maps: Path, volumes: Path, data: DataDescription, folder: Path, steps: Sequence[str], count: int = 6) -> None:
+    """Generate masks that belong to no patient, and a volume for each, with these arguments of generate.py."""
     print(f"{volumes.name}: {count} masks from {maps.name}, and a volume for each ...")
     generate.main(
         [
             *("--pipeline", str(volumes), "--masks", f"{generate.GENERATE}{maps}", "--count", str(count)),
-            *("--output", str(folder), "--steps", str(steps)),
+            *("--output", str(folder), *steps),
         ]
     )
     save_figure(preview(folder, folder / "masks", data), folder / "preview.png")
     print(f"See {folder / 'preview.png'}\n")
 
 
-def edit(pipeline: Path, data: DataDescription, output: Path, steps: int) -> None:
+def edit(pipeline: Path, data: DataDescription, output: Path, num_inference_steps: int | None) -> None:
     """Remove the last label from the first generated volume; all other voxels stay the same."""
     pipe = MedVolumeEditPipeline.from_pretrained(pipeline)
     pipe.set_progress_bar_config(disable=True)
@@ -121,7 +126,7 @@ def edit(pipeline: Path, data: DataDescription, output: Path, steps: int) -> Non
         mask=folder / "mask.nii.gz",
         image=volume,
         region=folder / "region.nii.gz",
-        num_inference_steps=steps,
+        num_inference_steps=num_inference_steps,
         generator=torch.Generator().manual_seed(0),
         paths=after,
     )

@@ -5,17 +5,45 @@ training data, for `MedVolumePipeline.from_pretrained`. With a `lora:` section i
 `pipe.load_lora_weights`: --config configs/hippocampus/lora.yaml --init_from PIPELINE/unet --vae PIPELINE/vae
 """
 
-from cli.command import run_command
-from training.engine.config import parse_config
-from training.ldm_config import TrainLdmConfig
+from cli.command import next_step, run_command
+
+
+def parse(args: list[str] | None = None) -> "TrainLdmConfig":
+    """The settings of the command line; imported here, so that Ctrl-C ends with one line from the start."""
+    from training.engine.config import parse_config
+    from training.ldm_config import TrainLdmConfig
+
+    return parse_config(TrainLdmConfig, args)
+
 
 if __name__ == "__main__":  # arguments first: the other imports take seconds
-    run_command(lambda: parse_config(TrainLdmConfig))
+    run_command(parse)
+
+from pathlib import Path
 
 from training.engine.run import run_training
 from training.ldm import build
+from training.ldm_config import TrainLdmConfig
 
 
 def main(args: list[str] | None = None) -> dict[str, float]:
-    """Train as the command line says. Returns the metrics of the final validation."""
-    return run_training(parse_config(TrainLdmConfig, args), build, "train_ldm.py", args)
+    """Train as the command line says, and print the command that comes next. Returns the metrics of the final
+    validation."""
+    config = parse(args)
+    metrics = run_training(config, build, "train_ldm.py", args)
+    next_step("generate.py", *generation(config))
+    return metrics
+
+
+def generation(config: TrainLdmConfig) -> list[str | Path]:
+    """Return arguments of generate.py for the model of a finished run. Words in capitals are for the user to fill in:
+    masks, or a table of conditions."""
+    output, model = Path(config.output), config.model
+    words: list[str | Path] = ["--pipeline", output / "pipeline"]
+    if config.lora is not None:
+        words = ["--pipeline", Path(config.init_from or "").parent, "--lora", output / "lora"]
+    if model.get("num_labels"):
+        words += ["--masks", "MASKS"]
+    elif any(model.get(kind) for kind in ("classes", "numbers", "images")):
+        words += ["--conditions", "TABLE"]
+    return [*words, "--output", output / "generated"]

@@ -40,6 +40,7 @@ from typing import Any, NoReturn
 from files.paths import printable
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended: 128 + SIGINT
+WRONG_ARGUMENTS = 2  # the exit status of a command whose arguments cannot be used
 TRACEBACK = "--traceback"
 ROOMS = (
     "files",
@@ -49,6 +50,7 @@ ROOMS = (
     "pipelines",
     "training",
     "evaluation",
+    "recipes",
     "benchmarks",
     "tools",
 )
@@ -176,8 +178,10 @@ def run_command(parse: Callable[[], object]) -> NoReturn:
     program = program_name()
     if logging.lastResort is not None:  # shows warnings if logging is not set up
         logging.lastResort.setFormatter(VisibleFormatter())
+    parsed = False
     try:
         parse()
+        parsed = True
         status = imported_main()()
     except KeyboardInterrupt:
         if TRACEBACK in sys.argv:
@@ -190,7 +194,7 @@ def run_command(parse: Callable[[], object]) -> NoReturn:
             raise
         if first_to_say(message):
             print(f"{program}: error: {printable(message)} ({TRACEBACK} shows where)", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.exit(WRONG_ARGUMENTS if not parsed and isinstance(error, ValueError) else 1)
     sys.exit(status if type(status) is int else 0)
 
 
@@ -229,6 +233,36 @@ def typed_command(script: str | None, args: Sequence[str]) -> str:
     """
     program = _console[0] if _console else f"python {shlex.quote(script or sys.argv[0])}"
     return " ".join([program, shlex.join(args)]).strip()
+
+
+def next_step(script: str, *words: str | Path) -> None:
+    """Print the command that usually comes next to standard error, on rank 0 only. Arguments: as `command_line`."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"next: {printable(command_line(script, *words))}", file=sys.stderr, flush=True)
+
+
+def command_line(script: str, *words: str | Path) -> str:
+    """Return a command for the shell: `medvolume train-ldm ...` under the console command, else `python ...`.
+
+    Args:
+        script: a script at the root of the clone, such as "train_ldm.py", or a module, such as "evaluation.doctor".
+        words: its arguments, which are quoted where the shell needs it. A `Path` inside the working directory is shown
+            relative to it.
+    """
+    is_script = script.endswith(".py")
+    if _console:
+        name = script.removesuffix(".py").rpartition(".")[2]
+        program = ["medvolume", name.replace("_", "-")]
+    elif is_script:
+        program = ["python", _from_here(Path(__file__).resolve().parents[1] / script)]
+    else:
+        program = ["python", "-m", script]
+    return shlex.join([*program, *(_from_here(word) if isinstance(word, Path) else word for word in words)])
+
+
+def _from_here(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def imported_main() -> Callable[[], object]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         write_synthetic,
     )
     from .storage.record import GenerationRecord
+    from .storage.sampling_settings import SamplingSettings
     from .volume_processor import VolumeProcessor
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "PreparedVolume",
     "Rejection",
     "SamplingConfig",
+    "SamplingSettings",
     "VolumeProcessor",
     "VolumeRequest",
     "check_conditions",

@@ -32,6 +32,7 @@ from pipelines.storage.provenance import (
     synthetic_files,
 )
 from pipelines.storage.record import GenerationRecord
+from pipelines.storage.sampling_settings import SamplingSettings
 from pipelines.storage.serialization import PipelineIOMixin
 from volumes import VoxelError
 from volumes.description import DataDescription
@@ -95,18 +96,21 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         self.volume_processor = VolumeProcessor(self._data, vae.stride)
         residual_noise = self._data.residual_noise
         self.noise_model = None if residual_noise is None else ResidualNoiseModel(residual_noise)
+        self.sampling_settings = SamplingSettings()
         self._running, self._last = [], CallState()
 
     # Requests -> prepared volumes
 
     def prepare(self, requests: Sequence[VolumeRequest], sampling: SamplingConfig) -> list[PreparedVolume]:
         """Read and check what volumes are generated from, and write the record of each. Requests of the same files are
-        read, hashed and held once.
+        read, hashed and held once. Where `sampling` has no steps or guidance, it is the pipeline's own that count
+        (`sampling_settings`).
 
         Raises: ValueError naming what cannot be used, and the remedy: a mask, its labels, a class, a number, an image,
         the number of steps, the sigmas. Warns: of numbers far outside the training range.
         """
         self._check_requests(requests)
+        sampling = sampling.filled(self.sampling_settings)
         self._timed_scheduler(sampling)
         read: dict[Any, tuple[PreparedGrid, GenerationRecord]] = {}
         volumes = []
@@ -171,6 +175,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
     def record(self, request: VolumeRequest, sampling: SamplingConfig, seed: int | None = None) -> GenerationRecord:
         """The record of a request's volumes, but for the classes and numbers in effect, which `prepare` adds;
         everything but `software` decides the voxels. The files of the request are read and hashed."""
+        sampling = sampling.filled(self.sampling_settings)
         fitted = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
         scheduler = json.loads(fitted.to_json_string(), parse_constant=str)  # -Infinity, which JSON lacks, as text
         label_map = {str(value): target for value, target in (request.label_map or {}).items()}
@@ -181,6 +186,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             num_inference_steps=sampling.steps,
             sigmas=sampling.sigmas,
             guidance_scale=recorded_guidance(sampling.guidance_scale),
+            settings_from=sampling.settings_from,
             scheduler={"class": scheduler["_class_name"]} | {k: v for k, v in scheduler.items() if k[0] != "_"},
             dtype=self._dtypes(),
             mask=None if request.mask is None else describe_mask(request.mask),
@@ -219,16 +225,13 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         Returns: the volumes; one whose voxels no file can hold has a `fault`.
         Raises: ValueError for what cannot be used, before the first step, but for what a callback returns.
         """
-        if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
-            raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
-        if len(volumes) != len(generators):
-            raise ValueError(f"{len(volumes)} volumes and {len(generators)} generators; give one generator per volume")
+        sampling = sampling.filled(self.sampling_settings)
         if any(volume.sampling.recorded != sampling.recorded for volume in volumes):
             raise ValueError(
                 "the volumes were prepared for other sampling settings, which their records name; prepare them again"
             )
-        self._check_requests(volume.request for volume in volumes)
         check_attention_backend(self.unet, self._execution_device)
+        samples = self._samples(volumes, generators, latents, paths, output_type)
         scheduler = self._timed_scheduler(sampling)
 
         def in_effect(scale: Guidance) -> float | dict[str, float] | None:
@@ -236,8 +239,8 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             return recorded_guidance(scale)
 
         in_effect(sampling.guidance_scale)
-        samples = self._samples(volumes, generators, latents, paths, output_type)
         with self._call_state() as state, one_at_a_time(self.vae, self.unet):
+            device = self._execution_device
             encoded = {grid: self._encode(grid) for grid in dict.fromkeys(volume.grid for volume in volumes)}
             for numbers in equal_batches([sample.prepared.shape for sample in samples], sampling.batch_size):
                 batch = [samples[number] for number in numbers]
@@ -247,7 +250,21 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                     continue
                 state.guidance_scale = sampling.guidance_scale
                 callback = StepCallback(self, state, step_end or StepEnd(), in_effect)
-                denoised = self._denoise(batch, encoded, scheduler, sampling, callback)
+                images = [encoded[sample.prepared.grid].condition for sample in batch]
+                denoised = denoise(
+                    self.unet,
+                    initial_latents(batch, self._latent_shape(batch[0].prepared.grid), device, self.unet.dtype),
+                    scheduler,
+                    condition_tensors(self.unet, [sample.prepared for sample in batch], device, images),
+                    guidance_scale=sampling.guidance_scale,
+                    schema=self.unet.condition_schema,
+                    num_inference_steps=sampling.steps,
+                    sigmas=sampling.sigmas,
+                    generator=[sample.generator for sample in batch],
+                    callback=callback,
+                    progress=callback.bar,
+                    **self._start(batch, encoded),
+                )
                 for sample, latent in zip(batch, denoised, strict=True):
                     sample.record = replace(sample.record, callback=callback.changes or None)
                     self._finish(sample, latent, output_type, sampling.residual_noise)
@@ -262,7 +279,13 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         paths: str | PathLike | Sequence[str | PathLike] | None,
         output_type: str,
     ) -> list[Sample]:
-        """The volumes of a call before the first step. Raises: ValueError for latents and paths that cannot be used."""
+        """The volumes of a call before the first step. Raises: ValueError for generators, latents, paths, and a type of
+        output that cannot be used, and for requests of another pipeline."""
+        if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
+            raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
+        if len(volumes) != len(generators):
+            raise ValueError(f"{len(volumes)} volumes and {len(generators)} generators; give one generator per volume")
+        self._check_requests(volume.request for volume in volumes)
         noises: list[Any] = [None] * len(volumes)
         if latents is not None:
             noises = check_latents(latents, [self._latent_shape(volume.grid) for volume in volumes])
@@ -280,7 +303,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         """A copy of the scheduler that speaks the model's objective, with its timesteps. Raises: ValueError for steps
         or sigmas that it does not take."""
         scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
-        set_timesteps(scheduler, sampling.num_inference_steps, sampling.sigmas, self._execution_device)
+        set_timesteps(scheduler, sampling.steps, sampling.sigmas, self._execution_device)
         return scheduler
 
     def _latent_shape(self, grid: PreparedGrid) -> tuple[int, int, int, int]:
@@ -298,36 +321,6 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
     def _start(self, batch: Sequence[Sample], encoded: Mapping[PreparedGrid, EncodedGrid]) -> Start:
         """Where the steps of a batch begin: at noise."""
         return {}
-
-    def _denoise(
-        self,
-        batch: Sequence[Sample],
-        encoded: Mapping[PreparedGrid, EncodedGrid],
-        scheduler: Scheduler,
-        sampling: SamplingConfig,
-        callback: StepCallback,
-    ) -> torch.Tensor:
-        """Latents (B, C, h, w, d) of volumes of one shape."""
-        device = self._execution_device
-        conditions = condition_tensors(self.unet, [sample.prepared for sample in batch], device)
-        images = [encoded[sample.prepared.grid].condition for sample in batch]
-        images = [image for image in images if image is not None]
-        if images:
-            conditions = replace(conditions, image=torch.cat(images))
-        return denoise(
-            self.unet,
-            initial_latents(batch, self._latent_shape(batch[0].prepared.grid), device, self.unet.dtype),
-            scheduler,
-            conditions,
-            guidance_scale=sampling.guidance_scale,
-            schema=self.unet.condition_schema,
-            num_inference_steps=sampling.num_inference_steps,
-            sigmas=sampling.sigmas,
-            generator=[sample.generator for sample in batch],
-            callback=callback,
-            progress=callback.bar,
-            **self._start(batch, encoded),
-        )
 
     def _finish(self, sample: Sample, latent: torch.Tensor, output_type: str, residual_noise: bool) -> None:
         """Decode one volume, alone (memory does not grow with the batch), and write it if it has a path. Sets its

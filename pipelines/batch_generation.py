@@ -2,7 +2,7 @@
 all."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,14 +18,14 @@ from files.writable import check_output_folder, explain_disk_full
 from pipelines.base import VolumePipeline
 from pipelines.checks.label_map import map_check
 from pipelines.inputs.masks import LabelMap
+from pipelines.inputs.prepared import PreparedVolume
 from pipelines.inputs.request import VolumeRequest
 from pipelines.inputs.request_files import mask_requests, read_requests
 from pipelines.pipeline import MedVolumePipeline
 from pipelines.planning import PlannedVolume, check_memory, plan_volumes, prepared_volumes, volume_seed
 from pipelines.rejection import Attempt, Check, Rejection
 from pipelines.sampling import SamplingConfig, equal_batches
-from pipelines.storage.finished import left_to_generate
-from pipelines.storage.manifest import MANIFEST, check_manifest, write_manifest
+from pipelines.storage.finished import MANIFEST, check_manifest, left_to_generate, write_manifest
 from pipelines.storage.provenance import write_synthetic
 from pipelines.storage.trained_on import write_generated_by
 
@@ -61,56 +61,22 @@ class BatchConfig:
     precision: str = "no"
 
 
-def generate_to_disk(config: BatchConfig, state: PartialState) -> list[str]:
-    """Generate this process's share of the volumes of a command, and first the masks if a pipeline generates those.
-
-    Returns: one line per volume that was not written: rejected too often, or with voxels that no file can hold.
-    Raises: ValueError for what cannot be used, before the first step.
-    """
-    if config.mask_pipeline is None:
-        return generate_volumes(config, state)
-    folder = config.output / "masks"
-    of_masks = replace(
-        config,
-        pipeline=config.mask_pipeline,
-        mask_pipeline=None,
-        output=folder,
-        sampling=replace(config.sampling, guidance_scale=1.0),
-        label_map={},
-        lora=None,
-        copy_check=None,
-    )
-    check_same_labels(config)
-    check_output_folder(config.output)
-    refuse_link(folder)
-    with only_job(config, state):
-        missing = generate_volumes(of_masks, state)
-        files = [folder / f"map_{k:03d}.nii.gz" for k in range(config.count)]
-        masks = [str(file) for file in files if file.exists()]
-        if masks:  # at least one was accepted
-            of_volumes = replace(config, masks=masks, mask_pipeline=None, count=1, shape=None)  # the shape was theirs
-            missing += generate_volumes(of_volumes, state, held=True)
-    return missing
-
-
-@contextmanager
-def only_job(config: BatchConfig, state: PartialState) -> Iterator[None]:
-    """Hold the output folder, for all processes of this job. Raises: OutputInUse if another job writes there."""
-    with only_writer(config.output, config.wait_minutes) if state.is_main_process else nullcontext():
-        state.wait_for_everyone()
-        yield
-
-
-def generate_volumes(config: BatchConfig, state: PartialState, *, held: bool = False) -> list[str]:
-    """`generate_to_disk` from masks, a table or nothing.
+def generate_to_disk(config: BatchConfig, state: PartialState, *, held: bool = False) -> list[str]:
+    """Generate this process's share of the volumes of a command that are not finished, and list all that are in the
+    manifest.
 
     Args:
         held: whether this job holds the output folder already, see `only_job`.
+    Returns: one line per volume that was not written: rejected too often, or with voxels that no file can hold.
+    Raises: ValueError for what cannot be used, before the first step; for files that change later, once the manifest
+    is written.
     """
+    if config.mask_pipeline is not None:
+        return generate_with_masks(config, state)
     requests = mask_requests(config.masks, config.output) if config.masks else []
     pipe = load_pipeline(config, state.device)
     if config.conditions:
-        requests = read_requests(config.conditions, pipe, config.output)
+        requests = read_requests(config.conditions, pipe, config.output, state.print)
     elif not config.masks:
         requests = [VolumeRequest(name="map" if pipe.data.image_labels else "volume")]
     check_requests(requests, config)
@@ -120,12 +86,70 @@ def generate_volumes(config: BatchConfig, state: PartialState, *, held: bool = F
         requests = requests[share]
     else:
         ks = ks[share]
-    rejection = load_rejection(pipe, config)
-    tasks = plan_volumes(pipe, requests, ks, config.sampling, rejection, seed=config.seed, output=config.output)
-    check_memory(pipe, tasks, config.sampling.batch_size)
+    sampling, rejection = config.sampling, load_rejection(pipe, config)
+    tasks = plan_volumes(pipe, requests, ks, sampling, rejection, seed=config.seed, output=config.output)
+    check_memory(pipe, tasks, sampling.batch_size)
     check_output_folder(config.output)
     with nullcontext() if held else only_job(config, state):
-        return generate_tasks(pipe, tasks, config, rejection, state)
+        todo = left_to_generate(tasks)
+        prepare_folder(pipe, config.output, state)
+        waiting = {task.path for task in todo}
+        known = files_of(task for task in tasks if task.path not in waiting)  # read, or written by this process
+        missing: list[str] = []
+        with listing(config.output, known, state), volume_bar(len(tasks), len(todo), state) as bar:
+            for numbers in equal_batches([task.shape for task in todo], sampling.batch_size):
+                batch = [todo[number] for number in numbers]
+                names = batch[0].path.name + (f" and {len(batch) - 1} more" if len(batch) > 1 else "")
+                with finishing(names), explain_disk_full(config.output):
+                    volumes = prepared_volumes(pipe, batch, sampling)
+                    if rejection is None:
+                        generators, paths = generators_of(task.seed for task in batch), [task.path for task in batch]
+                        samples = pipe.generate(volumes, sampling, generators, paths=paths)
+                        faults = [sample.fault for sample in samples if sample.fault is not None]
+                    else:
+                        faults = generate_accepted(pipe, batch, volumes, rejection, config)
+                if faults:
+                    print("not written: " + "\n".join(faults), flush=True)
+                    missing += faults
+                else:  # of a volume that was not written, a damaged one may still be there
+                    known |= files_of(batch)
+                bar.update(len(batch))
+    return missing
+
+
+def generate_with_masks(config: BatchConfig, state: PartialState) -> list[str]:
+    """`generate_to_disk` of masks that a pipeline generates first, into OUTPUT/masks, and of their volumes."""
+    assert config.mask_pipeline is not None
+    folder = config.output / "masks"
+    of_masks = replace(
+        config,
+        pipeline=config.mask_pipeline,
+        mask_pipeline=None,
+        output=folder,
+        sampling=replace(config.sampling, guidance_scale=None),  # that of the volumes
+        label_map={},
+        lora=None,
+        copy_check=None,
+    )
+    check_same_labels(config)
+    check_output_folder(config.output)
+    refuse_link(folder)
+    with only_job(config, state):
+        missing = generate_to_disk(of_masks, state)
+        files = [folder / f"map_{k:03d}.nii.gz" for k in range(config.count)]
+        masks = [str(file) for file in files if file.exists()]
+        if masks:  # at least one was accepted
+            of_volumes = replace(config, masks=masks, mask_pipeline=None, count=1, shape=None)  # the shape was theirs
+            missing += generate_to_disk(of_volumes, state, held=True)
+    return missing
+
+
+@contextmanager
+def only_job(config: BatchConfig, state: PartialState) -> Iterator[None]:
+    """Hold the output folder, for all processes of this job. Raises: OutputInUse if another job writes there."""
+    with only_writer(config.output, config.wait_minutes) if state.is_main_process else nullcontext():
+        state.wait_for_everyone()
+        yield
 
 
 def load_pipeline(config: BatchConfig, device: torch.device | None) -> MedVolumePipeline:
@@ -175,46 +199,42 @@ def load_rejection(pipe: VolumePipeline, config: BatchConfig) -> Rejection | Non
     return Rejection(checks, config.max_attempts) if checks else None
 
 
-def generate_tasks(
-    pipe: VolumePipeline,
-    tasks: Sequence[PlannedVolume],
-    config: BatchConfig,
-    rejection: Rejection | None,
-    state: PartialState,
-) -> list[str]:
-    """Generate the volumes of this process that are not finished; then the main process writes the manifest. Returns:
-    one line per volume that was not written."""
-    todo = left_to_generate(tasks)
+def prepare_folder(pipe: VolumePipeline, output: Path, state: PartialState) -> None:
+    """Tidy the output folder, and record there whose volumes the model learned from; by the main process, for all.
+    Raises: ValueError for a manifest that is not ours."""
     if state.is_main_process:
-        check_manifest(config.output)
-        remove_leftovers(config.output)
-        write_generated_by(pipe, config.output)
+        check_manifest(output)
+        remove_leftovers(output)
+        write_generated_by(pipe, output)
     state.wait_for_everyone()  # what one refuses ends all before hours of work
-    waiting = {task.path for task in todo}
-    known = files_of(task for task in tasks if task.path not in waiting)  # read, or written by this process
-    missing: list[str] = []
-    quiet = None if state.is_main_process else True
-    try:
-        with LiveBar(total=len(tasks), initial=len(tasks) - len(todo), desc="volumes", disable=quiet) as bar:
-            for numbers in equal_batches([task.shape for task in todo], config.sampling.batch_size):
-                batch = [todo[number] for number in numbers]
-                names = batch[0].path.name + (f" and {len(batch) - 1} more" if len(batch) > 1 else "")
-                with finishing(names), explain_disk_full(config.output):
-                    lines = generate_batch(pipe, batch, config, rejection)
-                missing += lines
-                if not lines:  # of a volume that was not written, a damaged one may still be there
-                    known |= files_of(batch)
-                bar.update(len(batch))
-    except Stopped:
-        if state.is_main_process:
-            print(f"stopped: {write_manifest(config.output, known)} volumes are in {config.output}", flush=True)
-        raise
 
-    state.wait_for_everyone()
+
+def volume_bar(total: int, left: int, state: PartialState) -> LiveBar:
+    """The progress bar of this process's volumes; only the main process shows one."""
+    return LiveBar(total=total, initial=total - left, desc="volumes", disable=None if state.is_main_process else True)
+
+
+@contextmanager
+def listing(output: Path, known: Collection[Path], state: PartialState) -> Iterator[None]:
+    """Write the manifest when all processes have left the block; also when a signal or an error ended it, so that what
+    is finished is listed.
+
+    Args:
+        known: files whose digests need not be computed again; the block adds to them.
+    """
+    try:
+        yield
+        state.wait_for_everyone()
+    except (Stopped, Exception) as error:
+        if state.is_main_process:
+            try:
+                print(f"stopped: {write_manifest(output, known)} volumes are in {output}", flush=True)
+            except OSError as full:
+                error.add_note(f"{output / MANIFEST} could not be written: {full.strerror or full}")
+        raise
     if state.is_main_process:
-        count = write_manifest(config.output, known)
-        print(f"{count} volumes in {config.output}, listed in {config.output / MANIFEST}")
-    return missing
+        count = write_manifest(output, known)
+        print(f"{count} volumes in {output}, listed in {output / MANIFEST}")
 
 
 def files_of(tasks: Iterable[PlannedVolume]) -> set[Path]:
@@ -222,24 +242,21 @@ def files_of(tasks: Iterable[PlannedVolume]) -> set[Path]:
     return {file for task in tasks for file in task.files}
 
 
-def generate_batch(
-    pipe: VolumePipeline, batch: Sequence[PlannedVolume], config: BatchConfig, rejection: Rejection | None
+def generate_accepted(
+    pipe: VolumePipeline,
+    batch: Sequence[PlannedVolume],
+    volumes: Sequence[PreparedVolume],
+    rejection: Rejection,
+    config: BatchConfig,
 ) -> list[str]:
-    """Generate and write volumes of one shape. Returns: one line per volume that was not written."""
-    volumes = prepared_volumes(pipe, batch, config.sampling)
-    if rejection is None:
-        paths = [task.path for task in batch]
-        samples = pipe.generate(volumes, config.sampling, _generators(task.seed for task in batch), paths=paths)
-        faults = [sample.fault for sample in samples if sample.fault is not None]
-        if faults:
-            print("not written: " + "\n".join(faults), flush=True)
-        return faults
+    """Generate volumes of one shape until the checks accept them, and write them. Returns: one line per volume that was
+    not written."""
     rounds = itertools.count()
 
     def sample(numbers: Sequence[int], seeds: Sequence[int]) -> list[Attempt]:
         if next(rounds):
             check_stop()  # what was accepted is written; the same command generates the others, from the same seeds
-        samples = pipe.generate([volumes[number] for number in numbers], config.sampling, _generators(seeds))
+        samples = pipe.generate([volumes[number] for number in numbers], config.sampling, generators_of(seeds))
         return [Attempt(sample.output, sample.record, sample.fault) for sample in samples]
 
     def seed_of(number: int, rejections: int) -> int:
@@ -255,5 +272,6 @@ def generate_batch(
     return missing
 
 
-def _generators(seeds: Iterable[int]) -> list[torch.Generator]:
+def generators_of(seeds: Iterable[int]) -> list[torch.Generator]:
+    """A generator of each seed."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]

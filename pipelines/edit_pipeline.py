@@ -62,9 +62,9 @@ class MedVolumeEditPipeline(VolumePipeline):
         keep_channels: Sequence[str] = (),
         classes: Classes | Sequence[Classes] | None = None,
         numbers: Numbers | Sequence[Numbers] | None = None,
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: Guidance = 1.0,
+        guidance_scale: Guidance = None,
         num_volumes_per_mask: int = 1,
         generator: Generators = None,
         output_type: str = "nifti",
@@ -100,6 +100,7 @@ class MedVolumeEditPipeline(VolumePipeline):
         return_dict = flag("return_dict", return_dict)
         step_end = StepEnd(callback_on_step_end, callback_on_step_end_tensor_inputs)
         sampling = SamplingConfig(num_inference_steps, sigmas, guidance_scale, residual_noise, batch_size)
+        sampling = sampling.filled(self.sampling_settings)
         per_mask = whole_number("num_volumes_per_mask", num_volumes_per_mask)
         if image is None:
             raise ValueError("there is no image to edit: give image=...")

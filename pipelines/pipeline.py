@@ -49,9 +49,9 @@ class MedVolumePipeline(VolumePipeline):
         classes: Classes | Sequence[Classes] | None = None,
         numbers: Numbers | Sequence[Numbers] | None = None,
         image: Images | Sequence[Images] | None = None,
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: Guidance = 1.0,
+        guidance_scale: Guidance = None,
         num_volumes_per_mask: int = 1,
         generator: Generators = None,
         latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
@@ -79,12 +79,14 @@ class MedVolumePipeline(VolumePipeline):
             image: the condition channels, such as {"ct": "ct.nii.gz"}, in the units of the training files: one dict
                 for all masks, or a list of one per mask. Each may be whatever a mask may be, on the mask's grid (an
                 array: its voxels in the order of the mask's file); without mask and shape its grid is the volume's.
-            num_inference_steps: steps of the scheduler.
+            num_inference_steps: steps of the scheduler. Default: those of the pipeline (`pipe.sampling_settings`, from
+                sampling.json in its folder), or 20.
             sigmas: noise levels to visit instead, in (0, 1] and falling (FlowMatch schedulers); from 1, unless the
                 `latents` are less noisy.
             guidance_scale: classifier-free guidance: above 1, volumes follow their conditions more closely and differ
-                less from each other; from 0 to 1, or None, there is no guidance, as in diffusers. One number, or one
-                per condition such as {"sex": 3.0}. For conditions that training dropped at times (`condition_dropout`).
+                less from each other; from 0 to 1 there is no guidance, as in diffusers. One number, or one per
+                condition such as {"sex": 3.0}. For conditions that training dropped at times (`condition_dropout`).
+                Default: that of the pipeline, as for the steps, or 1.
             num_volumes_per_mask: volumes per mask (with `shape`, per dict).
             generator: one per volume (mask by mask), or a single one: for a single volume as `[generator]`, for several
                 volumes one seed each is taken from it, see `sampling.sample_generators`. A volume depends on its own

@@ -1,8 +1,8 @@
 """How volumes are sampled: the settings of a call, and each volume's own noise, from its own generator, so that its
 result depends on no other volume of the call."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from diffusion.scheduler_options import MIN_NOISE
 from pipelines.inputs.arguments import flag, listed, noise_levels, whole_number
 from pipelines.inputs.prepared import PreparedVolume
 from pipelines.storage.record import GenerationRecord
+from pipelines.storage.sampling_settings import SamplingSettings
 from volumes.formats.carriers import as_array
 
+DEFAULTS: Mapping[str, int | float] = {"num_inference_steps": 20, "guidance_scale": 1.0}  # of pipelines that have none
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -25,23 +27,27 @@ class SamplingConfig:
     """How volumes are sampled. All of it is recorded, but for the batch size, which changes no volume beyond rounding.
 
     Args:
-        num_inference_steps: denoising steps.
+        num_inference_steps: denoising steps; None for the pipeline's own, see `filled`.
         sigmas: noise levels of the steps in place of evenly spaced ones, for FlowMatch schedulers.
-        guidance_scale: of classifier-free guidance, one for all conditions or {name: scale}.
+        guidance_scale: of classifier-free guidance, one for all conditions or {name: scale}, 0 to 1 for none; None for
+            the pipeline's own.
         residual_noise: whether the residual noise of the autoencoder is added, for a model that measured it.
         batch_size: volumes of one shape that are denoised together.
+        settings_from: where steps and guidance came from, which `filled` notes.
     Raises: ValueError naming the argument.
     """
 
-    num_inference_steps: int = 20
+    num_inference_steps: int | None = None
     sigmas: Sequence[float] | None = None
-    guidance_scale: Guidance = 1.0
+    guidance_scale: Guidance = None
     residual_noise: bool = True
     batch_size: int = 8
+    settings_from: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
+        steps = self.num_inference_steps
         checked = {
-            "num_inference_steps": whole_number("num_inference_steps", self.num_inference_steps),
+            "num_inference_steps": None if steps is None else whole_number("num_inference_steps", steps),
             "sigmas": None if self.sigmas is None else noise_levels(self.sigmas),
             "residual_noise": flag("residual_noise", self.residual_noise),
             "batch_size": whole_number("batch_size", self.batch_size),
@@ -50,15 +56,34 @@ class SamplingConfig:
             object.__setattr__(self, name, value)
         guidance_in_effect(self.guidance_scale)  # its names are checked where the conditions are known
 
+    def filled(self, own: SamplingSettings) -> "SamplingConfig":
+        """The same with the pipeline's `own` settings, or else the defaults, where it has none; and where they came
+        from: {"num_inference_steps": "call", "guidance_scale": "pipeline" or "default"}."""
+        if self.settings_from is not None:
+            return self
+        asked = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        if self.sigmas is not None:
+            asked["num_inference_steps"] = len(self.sigmas)
+        values = {name: value for name, value in asked.items() if value is not None}
+        of_pipeline = own.to_json()
+        places = {
+            name: "call" if name in values else "pipeline" if name in of_pipeline else "default" for name in asked
+        }
+        return replace(self, **{**DEFAULTS, **of_pipeline, **values}, settings_from=places)
+
     @property
     def steps(self) -> int:
-        """Denoising steps."""
-        return self.num_inference_steps if self.sigmas is None else len(self.sigmas)
+        """Denoising steps. Raises: ValueError before it is `filled`."""
+        if self.sigmas is not None:
+            return len(self.sigmas)
+        if self.num_inference_steps is None:
+            raise ValueError("num_inference_steps is the pipeline's: use sampling.filled(pipe.sampling_settings)")
+        return self.num_inference_steps
 
     @property
     def recorded(self) -> tuple[object, ...]:
         """All settings that a volume depends on."""
-        return self.num_inference_steps, self.sigmas, self.guidance_scale, self.residual_noise
+        return self.steps, self.sigmas, self.guidance_scale, self.residual_noise
 
     def check_start(self) -> None:
         """Raises: ValueError if the steps begin at less noise than the pure noise from which a volume is generated."""

@@ -18,10 +18,12 @@ from pipelines.inputs.arguments import grid_shape, translation
 from pipelines.inputs.images import GivenImage, Images, load_images
 from pipelines.inputs.inpainting import EditRequest, PreparedEdit, load_region
 from pipelines.inputs.masks import (
+    BACKGROUND,
     LabelMap,
     MaskLike,
     index_labels,
     is_placed,
+    known_labels,
     load_mask,
 )
 from pipelines.inputs.prepared import PreparedGrid
@@ -41,6 +43,7 @@ from volumes import (
 from volumes.data.alignment import check_share, shown
 from volumes.description import DataDescription
 from volumes.formats.raw import memory_bytes
+from volumes.labels import labels_present, segment_values
 from volumes.map_checks import MAX_SIDE
 from volumes.plausible import resampling_oddities
 
@@ -59,7 +62,7 @@ class VolumeProcessor:
     """
 
     def __init__(self, data: DataDescription, stride: Sequence[int]):
-        self.labels = data.labels
+        self.labels, self.common_labels = data.labels, data.common_labels or ()
         self.spacing = data.spacing
         self.channels = list(data.channels)
         self.apart = len(self.channels) > 1 and not data.image_labels  # each channel has its own file
@@ -76,12 +79,15 @@ class VolumeProcessor:
         """Read, check, translate, resample and pad one mask.
 
         Raises: ValueError (or VolumeError) naming the mask for what cannot be used: unknown labels, no voxels, no mask.
-        Warns: background alone; another spacing than the model's; a size outside the training range; odd geometry.
+        Warns: background alone; a label missing that every training mask has, or lost by resampling; another spacing
+            than the model's; a size outside the training range; odd geometry.
         """
         label_map = translation(label_map)
-        volume, name = load_mask(mask, self.affine, self.reading)
+        names = segment_values(self.labels, known_labels(self.labels, label_map))
+        volume, name = load_mask(mask, self.affine, self.reading, names)
         target = volume.replace(index_labels(volume.array, self.labels, label_map, name))
         grid = self._resampled(target, name, "mask")
+        self._warn_of_labels(target, grid, name)
         return self._padded(grid, target, name, grid.array[0])
 
     def preprocess_shape(self, shape: Sequence[int]) -> PreparedGrid:
@@ -231,6 +237,30 @@ class VolumeProcessor:
                 warnings.warn(f"{name}: {oddity}", stacklevel=2)
             return grid
         return target
+
+    def _warn_of_labels(self, target: Volume, grid: Volume, name: str) -> None:
+        """Warn of labels that every training mask has and this one lacks, and of labels that resampling lost. A mask of
+        background alone has had its warning."""
+        present = labels_present(target.array, len(self.labels))
+        names = dict(zip(sorted(self.labels), present.tolist(), strict=True))
+        if not any(found for value, found in names.items() if value != BACKGROUND):
+            return
+        if missing := [self.labels[value] for value in self.common_labels if not names[value]]:
+            warnings.warn(
+                f"{name}: has no {', '.join(missing)}, which every training mask has; what the volume shows in its "
+                "place is invented",
+                stacklevel=3,
+            )
+        if grid is target:
+            return
+        lost = present & ~labels_present(grid.array, len(self.labels))
+        if lost.any():
+            listed = ", ".join(self.labels[value] for value, gone in zip(names, lost.tolist(), strict=True) if gone)
+            warnings.warn(
+                f"{name}: {listed} is too small for the model's spacing, and lost when the mask is resampled; enlarge "
+                "it",
+                stacklevel=3,
+            )
 
     def _padded(self, grid: Volume, target: Volume, name: str, labels: np.ndarray | None) -> PreparedGrid:
         placement = pad_to_multiple(grid.shape, self.stride)

@@ -34,7 +34,7 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 
 from evaluation.html import build_page, write_page
 from evaluation.html.render import ORDER
-from evaluation.studies.samplers import SamplerReport, markdown
+from evaluation.studies.sampler_report import SamplerReport, markdown
 from files.documents import read_object
 from tools.ship import fill, summaries
 

@@ -79,7 +79,7 @@ def mask(pipe: MedVolumePipeline) -> tuple[Figure, Measured]:
     cases = {f"as it is, seed {seed}": labels for seed in range(3)} | edits
     masks = [mask_volume.replace(case[None]) for case in cases.values()]
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1, 2, 0, 0, 0)]
-    out = pipe(mask=masks, generator=generators, output_type="np")
+    out = pipe(mask=masks, guidance_scale=1.0, generator=generators, output_type="np")
     columns, measured = [], {}
     for title, case, volume in zip(cases, cases.values(), out.volumes, strict=True):
         inside, around = volume[0][case > 0].mean(), volume[0][case == 0].mean()
@@ -241,7 +241,13 @@ def edits(pipe: MedVolumePipeline, root: str | None = None) -> tuple[Figure, Mea
     for title, (edited, region, strength) in requests.items():
         (generator,) = seeds(1)
         out = editor(
-            mask=edited, image=path, region=region, strength=strength, generator=generator, output_type="np"
+            mask=edited,
+            image=path,
+            region=region,
+            strength=strength,
+            guidance_scale=1.0,
+            generator=generator,
+            output_type="np",
         ).volumes[0][0]
         images[title] = out
         inside = np.ones(real.shape, bool) if region is None else region.array[0] > 0

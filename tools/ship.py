@@ -5,7 +5,9 @@
 
 `--examples` is a table for generate.py, which demo.py runs; its masks are copied to masks/. `--vae` replaces the
 pipeline's autoencoder by one with the same encoder and a further trained decoder. `--residual_noise CONFIG` measures
-residual noise on the training volumes of a config. Every `{name}` in the card is filled from the results:
+residual noise on the training volumes of a config. `--samplers REPORT` takes scheduler, steps and guidance that
+`evaluation.studies.samplers --split validation` chose for the pipeline; without it they stay as they are in its
+sampling.json. Every `{name}` in the card is filled from the results:
 `{reconstruction.psnr_db.mean:.2f}` is results/reconstruction.json ["psnr_db"]["mean"]; `{megabytes}`, `{bands}` and
 `{scores.SOURCE}` are computed here. A missing figure is an error, so a card cannot claim what was not measured.
 """
@@ -33,6 +35,9 @@ def parse(args: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="config of train_ldm.py: measure residual noise on its training volumes",
     )
+    parser.add_argument(
+        "--samplers", type=Path, help="report of evaluation.studies.samplers --split validation, for its choice"
+    )
     parser.add_argument("--data.root", dest="root", help="folder of these volumes; default: that of the config")
     parser.add_argument("--examples", type=Path, required=True, help="table of the volumes that demo.py generates")
     parser.add_argument(
@@ -51,6 +56,7 @@ from autoencoder import VolumeAutoencoder
 from autoencoder.model import deciding
 from autoencoder.residual_noise import measure_noise
 from diffusion.latent_cache import weights_hash
+from evaluation.studies.sampler_report import apply_choice
 from files.atomic import atomic_file, atomic_folder, remove_folder, remove_leftovers, write_text
 from files.documents import read_object
 from pipelines import MedVolumePipeline
@@ -79,6 +85,7 @@ def main(args: list[str] | None = None) -> None:
     results = {path.stem: read_object(path) for path in reports}
 
     pipe = MedVolumePipeline.from_pretrained(options.pipeline)
+    models = [pipe.model_hash]
     if options.vae:
         pipe = with_decoder(pipe, load_autoencoder(options.vae))
     if options.residual_noise:
@@ -91,7 +98,9 @@ def main(args: list[str] | None = None) -> None:
                 f"{', '.join(other)}"
             )
         noisy = replace(pipe.data, residual_noise=tuple(measure_noise(train, pipe.vae)))
-        pipe = MedVolumePipeline(pipe.vae, pipe.unet, pipe.scheduler, data=noisy)  # pyright: ignore[reportArgumentType]
+        pipe = MedVolumePipeline.from_pipe(pipe, data=noisy)
+    if options.samplers:
+        apply_choice(pipe, options.samplers, [*models, pipe.model_hash])
     pipe.to(torch.float16)
     remove_leftovers(target)
     pipe.save_pretrained(target)
@@ -129,7 +138,7 @@ def with_decoder(pipe: MedVolumePipeline, vae: VolumeAutoencoder) -> MedVolumePi
     if weights_hash(old.encoder) != weights_hash(vae.encoder) or public(old.config) != public(vae.config):
         raise ValueError("--vae: its encoder or latent statistics differ from those that the U-Net was trained on")
     data = replace(pipe.data, residual_noise=None)
-    return MedVolumePipeline(vae, pipe.unet, pipe.scheduler, data=data)  # pyright: ignore[reportArgumentType]
+    return MedVolumePipeline.from_pipe(pipe, vae=vae, data=data)
 
 
 def public(config: Mapping[str, object]) -> dict[str, object]:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -39,7 +40,7 @@ from diffusion.latent_cache import weights_hash
 from diffusion.latent_entry import check_latents
 from diffusion.objectives import Scheduler
 from files.documents import read_object
-from pipelines import MedVolumePipeline
+from pipelines import MedVolumePipeline, SamplingSettings
 from pipelines.lora import add_lora, save_lora
 from pipelines.storage.loading import load_autoencoder
 from pipelines.storage.provenance import content_hash, stored_tensors
@@ -48,6 +49,7 @@ from volumes.data.preprocessing import preprocessing, refuse_differences
 from volumes.data.subjects import join_records
 
 from .build import build_model, initialize_from
+from .encoder_distance import EncoderDistance
 from .engine.learner import Learner
 from .engine.output import save_model
 from .engine.step import Training
@@ -79,7 +81,13 @@ class EncodedVolume(WholeVolume):
 
 
 class LdmTrainingStep:
-    """The training step of a U-Net: latents sampled from their posterior, timesteps and noise, the objective's loss."""
+    """The training step of a U-Net: latents sampled from their posterior, timesteps and noise, the objective's loss.
+
+    Args:
+        realism: compares generated with held-out volumes, if `loop.sample_every` asks for it.
+    """
+
+    distance = "kernel_distance"
 
     def __init__(
         self,
@@ -90,8 +98,9 @@ class LdmTrainingStep:
         make_scheduler: Callable[[], Scheduler],
         loss: str = "mse",
         label_maps: bool = False,
+        realism: EncoderDistance | None = None,
     ):
-        self.label_maps = label_maps
+        self.label_maps, self.realism = label_maps, realism
         self.unet, self.learners, self.vae, self.inference_steps = learner, (learner,), vae, inference_steps
         self.channels = channels
         network = learner.network
@@ -100,6 +109,8 @@ class LdmTrainingStep:
         self.objective: str = network.config["objective"]
         self.schema = network.condition_schema
         self.dropout: dict[str, float] = network.config["condition_dropout"] or {}
+        self.coded_apart = len(channels) > 1 and vae.num_channel_groups == len(channels) and not label_maps
+        self.metrics = {"loss": False} | {f"loss/{name}": False for name in (channels if self.coded_apart else ())}
 
     def __call__(self, batch: LatentBatch, generators: list[torch.Generator]) -> dict[str, Tensor]:
         """Train on a batch of `collate_latents`."""
@@ -135,27 +146,47 @@ class LdmTrainingStep:
         with self.unet.accelerator.autocast():
             losses = self.loss(self.unet.average, self.objective, latents, conditions, weight, generator, each=True)
         metrics = {"loss": losses.mean().item()}
-        if len(self.channels) > 1 and self.vae.num_channel_groups == len(self.channels) and not self.label_maps:
-            for index, name in enumerate(self.channels):
-                metrics[f"loss/{name}"] = losses[self.vae.latents_of(index)].mean().item()
+        for index, name in enumerate(self.channels if self.coded_apart else ()):
+            metrics[f"loss/{name}"] = losses[self.vae.latents_of(index)].mean().item()
         return metrics
 
     @torch.no_grad()
     def preview(self, items: list[EncodedVolume]) -> "Figure":
         """Draw mask, real volume and the volume generated from its conditions side by side, one row per channel and
         case, always from the same noise, and without the images that training drops."""
-        cases, images = [], [name for name, _ in self.schema.images if self.dropout.get(name)]
+        cases = []
         for index, item in enumerate(items):
-            shape, device = item["latents"].shape, item["latents"].device
-            noise = randn_tensor(shape, generator=torch.Generator().manual_seed(index), device=device)
-            scheduler, steps = self.make_scheduler(), self.inference_steps
-            conditions = item["conditions"].drop(images, self.schema)
-            with self.unet.accelerator.autocast():
-                latents = denoise(self.unet.average, noise, scheduler, conditions, num_inference_steps=steps)
-                generated = self.vae.decode(latents, return_dict=False)[0][0].float().clamp(-1, 1)
+            generated = self._generate(item, torch.Generator().manual_seed(index))
             shown = {"real": item["image"], "generated": generated}
             cases.append(preview_case(item, shown, self.channels, self.label_maps))
         return slices_figure(cases)
+
+    @property
+    def max_samples(self) -> int:
+        """Volumes that can be compared: as many as there are training volumes."""
+        return 0 if self.realism is None else len(self.realism.training)
+
+    @torch.no_grad()
+    def sample(self, item: EncodedVolume, number: int, count: int, generator: torch.Generator) -> np.ndarray:
+        """Generate a volume as `preview` does, and return the features of `EncoderDistance.row`."""
+        assert self.realism is not None
+        return self.realism.row(self._generate(item, generator), item, number, count)
+
+    def compare(self, rows: Sequence[np.ndarray]) -> dict[str, float]:
+        """Return the kernel distance of generated from held-out volumes, and its floor."""
+        assert self.realism is not None
+        return self.realism.compare(rows)
+
+    def _generate(self, item: EncodedVolume, generator: torch.Generator) -> Tensor:
+        """Generate a volume (C, X, Y, Z) in [-1, 1] from an item's conditions, without the images that training
+        drops."""
+        images = [name for name, _ in self.schema.images if self.dropout.get(name)]
+        noise = randn_tensor(item["latents"].shape, generator=generator, device=item["latents"].device)
+        scheduler, steps = self.make_scheduler(), self.inference_steps
+        conditions = item["conditions"].drop(images, self.schema)
+        with self.unet.accelerator.autocast():
+            latents = denoise(self.unet.average, noise, scheduler, conditions, num_inference_steps=steps)
+            return self.vae.decode(latents, return_dict=False)[0][0].float().clamp(-1, 1)
 
 
 def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
@@ -175,7 +206,8 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
         fresh = init_unet(unet, config.init_from)
         logger.info("started from %s; layers that start fresh: %s", config.init_from, fresh or "none")
     base = attach_lora(unet, config) if config.lora else None
-    step = build_step(config, unet, vae)
+    realism = EncoderDistance(vae, PaddedVolumes(train, vae.stride)) if config.loop.sample_every else None
+    step = build_step(config, unet, vae, realism)
     # An unsupported scheduler is refused now, not at the first preview.
     set_timesteps(step.make_scheduler(), config.inference_steps, None, accelerator.device)
 
@@ -193,7 +225,9 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
         noise = tuple(measure_noise(train, vae)) if config.residual_noise else data.residual_noise
         average.register_to_config(subjects=records)
         described = dataclasses.replace(data, residual_noise=noise)
-        save_model(MedVolumePipeline(vae, average, step.make_scheduler(), data=described), output / "pipeline")
+        pipe = MedVolumePipeline(vae, average, step.make_scheduler(), data=described)
+        pipe.sampling_settings = SamplingSettings(num_inference_steps=config.inference_steps)  # those of the previews
+        save_model(pipe, output / "pipeline")
         logger.info("saved %s", output / "pipeline")
 
     return Training(
@@ -211,15 +245,17 @@ def image_latents(data: DataConfig, vae: VolumeAutoencoder) -> dict[str, slice]:
     return {name: vae.latents_of(data.channels.index(name)) for name in data.condition_channels}
 
 
-def build_step(config: TrainLdmConfig, unet: LatentUNet3D, vae: VolumeAutoencoder) -> LdmTrainingStep:
+def build_step(
+    config: TrainLdmConfig, unet: LatentUNet3D, vae: VolumeAutoencoder, realism: EncoderDistance | None = None
+) -> LdmTrainingStep:
     """Build the training step of `unet`, with its optimizer and average."""
     learner = Learner("unet", unet, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
     scheduler = partial(
         make_scheduler, unet.config["objective"], unet.train_steps, name=config.scheduler, bound=vae.latent_bound()
     )
     label_maps = bool(config.data.image_labels)
-    channels = config.data.channels
-    return LdmTrainingStep(learner, vae, config.inference_steps, channels, scheduler, config.loss, label_maps)
+    channels, steps = config.data.channels, config.inference_steps
+    return LdmTrainingStep(learner, vae, steps, channels, scheduler, config.loss, label_maps, realism)
 
 
 def check_prepared(config: TrainLdmConfig, vae: VolumeAutoencoder, facts: Mapping[str, object]) -> None:

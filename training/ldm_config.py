@@ -43,10 +43,10 @@ class TrainLdmConfig:
     """Train a latent diffusion model on the latents of a trained autoencoder.
 
     Args:
-        output: folder of the run: config.yaml, checkpoints/, logs/, previews/, and at the end metrics.json and
-            pipeline/ (lora/ if a LoRA is trained).
+        output: folder of the run: config.yaml, metrics.jsonl, checkpoints/, best/, logs/, previews/, and at the end
+            metrics.json and pipeline/ (lora/ if a LoRA is trained).
         vae: folder of the trained autoencoder (`vae/` of its run).
-        data: the volumes.
+        data: the volumes. It may be absent if the folder of the run that trained `vae` is there: its section is used.
         model: `class:` and that class's constructor arguments, except those that the autoencoder and the data decide.
         cache: latents of the training volumes.
         loss: mse, the mean squared error of the prediction, or l1, its mean absolute error.
@@ -55,7 +55,8 @@ class TrainLdmConfig:
         residual_noise: measure the texture that the autoencoder removes from the training volumes, so that the pipeline
             can add it.
         gradient_checkpointing: recompute the U-Net's activations in the backward pass instead of keeping them.
-        inference_steps: denoising steps of the previews.
+        inference_steps: denoising steps of the previews, of the volumes that `loop.sample_every` compares, and of the
+            pipeline where a call does not say.
         optimizer: optimizer and learning rate.
         loop: length, precision and rhythm.
         resume: "latest", or a checkpoint folder of this run, to continue exactly from there.

@@ -64,6 +64,9 @@ class VaeTrainingStep:
         self.channels, self.label_maps = channels, label_maps
         self.vae, self.weights, self.adversary, self.perception = learner, weights, adversary, perception
         self.learners = (learner,) if adversary is None else (learner, adversary.learner)
+        several = channels if len(channels) > 1 else ()
+        self.metrics = {"psnr": True, "l1": False}
+        self.metrics |= {f"{name}/{channel}": more for channel in several for name, more in self.metrics.items()}
         self._latents: list[Tensor] = []  # inside the field of view, since the last update: for the codebook
 
     def __call__(self, batch: dict[str, Tensor], generators: list[torch.Generator]) -> dict[str, Tensor]:
@@ -116,14 +119,18 @@ class VaeTrainingStep:
             average.codebook.load_state_dict(network.codebook.state_dict())  # it was copied before this update
 
     def review(self, values: dict[str, float]) -> list[str]:
-        """Return a warning if the codebook has collapsed: nearly all latent voxels have the same code."""
-        if values.get("perplexity", MIN_CODES) >= MIN_CODES:
-            return []
-        return [
-            f"the codebook has collapsed: latent voxels use {values['perplexity']:.2f} codes (perplexity). Lower "
-            "optimizer.learning_rate or raise losses.commitment, and start again, or resume from an earlier checkpoint "
-            "(--resume FOLDER --accept_changes true)"
-        ]
+        """Return warnings: nearly all latent voxels have the same code, or the discriminator has nothing to teach."""
+        faults = []
+        if values.get("perplexity", MIN_CODES) < MIN_CODES:
+            faults.append(
+                f"the codebook has collapsed: latent voxels use {values['perplexity']:.2f} codes (perplexity). Lower "
+                "optimizer.learning_rate or raise losses.commitment, and start again, or resume from an earlier "
+                "checkpoint (--resume FOLDER --accept_changes true)"
+            )
+        if self.adversary is not None and "discriminator" in values:
+            fault = self.adversary.watch(values["discriminator"])
+            faults += [fault] if fault else []
+        return faults
 
     @torch.no_grad()
     def validate(self, item: WholeVolume, generator: torch.Generator) -> dict[str, float]:

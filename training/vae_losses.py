@@ -1,5 +1,6 @@
 """Losses of the autoencoder that need another network: a discriminator that is trained with it, and a frozen one."""
 
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,12 +23,46 @@ from pipelines.storage.loading import load_autoencoder
 from .engine.learner import Learner
 from .vae_config import AdversarialConfig, PerceptualConfig, TrainVaeConfig
 
+WATCHED = 10  # reports that must agree before a warning
+WON = 0.05  # loss of a discriminator, of 0 at the least, that tells nearly all real volumes from reconstructions
+GUESS = 1e-3  # distance from 1, the hinge loss of logits that are 0 everywhere; useful ones stay near 1 too, but vary
+
+
+class DiscriminatorWatch:
+    """Watch whether a discriminator's reported loss stays where the autoencoder learns nothing from it."""
+
+    def __init__(self) -> None:
+        self.losses: deque[float] = deque(maxlen=WATCHED)
+
+    def __call__(self, loss: float) -> str | None:
+        """Return a warning if the last reports are all near 0 or all near 1, once in `WATCHED` reports."""
+        self.losses.append(loss)
+        if len(self.losses) < WATCHED:
+            return None
+        low, high = min(self.losses), max(self.losses)
+        if high <= WON:
+            fault = (
+                f"the discriminator wins: its loss was {high:.2g} or less in {WATCHED} reports, so it tells every "
+                "reconstruction from a real volume. Lower adversarial.optimizer.learning_rate, or let it start later "
+                "(adversarial.start_step)"
+            )
+        elif low >= 1 - GUESS and high <= 1 + GUESS:
+            fault = (
+                f"the discriminator guesses: its loss was {low:.4f} to {high:.4f} in {WATCHED} reports, and 1 means "
+                "that it tells nothing apart. Raise adversarial.optimizer.learning_rate, or remove the section "
+                "adversarial if reconstructions are sharp"
+            )
+        else:
+            return None
+        self.losses.clear()
+        return fault
+
 
 class AdversarialTrainer:
     """Discriminator training and the adversarial loss terms for the autoencoder."""
 
     def __init__(self, learner: Learner[VolumeDiscriminator], config: AdversarialConfig):
-        self.learner, self.config = learner, config
+        self.learner, self.config, self.watch = learner, config, DiscriminatorWatch()
 
     def strength(self, step: int) -> float | None:
         """Return the warm-up factor, which rises from 0 to 1; None before the start."""

@@ -141,6 +141,7 @@ class DataDescription:
         grid_numbers: those of the numbers that were taken from the volumes' grids.
         reading: how wrong headers are read, see `DataConfig.reading`.
         resample_to: the channel onto whose grid the others were resampled, see `DataConfig`; None if they were not.
+        common_labels: values of the labels that every training mask has; None if they were not recorded.
         maps: what the training set's label maps have in common; None for images that are not label maps.
         residual_noise: a model of the residual noise per channel; None if it was not measured.
         description: free text.
@@ -158,6 +159,7 @@ class DataDescription:
     grid_numbers: tuple[str, ...] = ()
     reading: Reading = field(default_factory=Reading)
     resample_to: str | None = None
+    common_labels: tuple[int, ...] | None = None
     maps: LabelMapStats | None = None
     residual_noise: tuple[ChannelNoise, ...] | None = None
     description: str = ""
@@ -175,9 +177,10 @@ class DataDescription:
         data = dict(value)
         image_labels = _labels("image_labels", data.pop("image_labels", {}))
         channels = _channels(data.pop("channels"), are_files=not image_labels)
+        labels = _labels("labels", data.pop("labels"))
         description = cls(
             channels=channels,
-            labels=_labels("labels", data.pop("labels")),
+            labels=labels,
             spacing=_spacing(data.pop("spacing")),
             intensity=tuple(map(ChannelScale.from_json, _list("intensity", data.pop("intensity")))),
             shape_range=_shape_range(data.pop("shape_range")),
@@ -188,6 +191,7 @@ class DataDescription:
             grid_numbers=_names("grid_numbers", data.pop("grid_numbers", [])),
             reading=_reading(data.pop("reading", {})),
             resample_to=data.pop("resample_to", None),
+            common_labels=_common(data.pop("common_labels"), labels) if "common_labels" in data else None,
             maps=_maps(data.pop("maps"), image_labels) if "maps" in data else None,
             residual_noise=_noise(data.pop("residual_noise", None), len(channels)),
             description=data.pop("description", ""),
@@ -218,6 +222,8 @@ class DataDescription:
             stored["reading"] = dict(self.reading)
         if self.resample_to is not None:
             stored["resample_to"] = self.resample_to
+        if self.common_labels is not None:
+            stored["common_labels"] = list(self.common_labels)
         if self.maps is not None:
             stored["maps"] = self.maps.to_json()
         if self.residual_noise is not None:
@@ -236,6 +242,12 @@ def _labels(name: str, value: Any) -> dict[int, str]:
     _expect(_mapping(value) and _texts(list(value.values())), name, value, "{value: name}")
     _expect(all(_whole(label) for label in value), name, value, "whole numbers as values")
     return {int(label): value[label] for label in sorted(value, key=int)}
+
+
+def _common(value: Any, labels: Mapping[int, str]) -> tuple[int, ...]:
+    fits = isinstance(value, list | tuple) and all(type(label) is int and label in labels for label in value)
+    _expect(fits and list(value) == sorted(set(value)), "common_labels", value, "values among the labels, in order")
+    return tuple(value)
 
 
 def _spacing(value: Any) -> tuple[float, float, float] | None:

@@ -315,7 +315,9 @@ def _all(parser: ArgumentParser) -> None:
         "--count", type=Number(PositiveInt), default=1, help="volumes per mask that --pipeline generates"
     )
     parser.add_argument(
-        "--guidance_scale", type=Number(NonNegativeFloat), default=1.0, help="guidance scale when --pipeline generates"
+        "--guidance_scale",
+        type=Number(NonNegativeFloat),
+        help="guidance scale when --pipeline generates; default: the pipeline's own",
     )
     parser.add_argument("--vae", type=str, help="autoencoder (or pipeline, or run), for parts that take one")
     parser.add_argument("--pipeline", type=str, help="generator, for parts that take one")

@@ -123,6 +123,7 @@ from .models import (
     with_precision,
 )
 from .overlap import overlap_findings
+from .run_checks import check_log, check_output, check_run
 from .start import advise_start
 
 Checks = tuple[list[Finding], Mapping[str, object]]  # findings, and values for the report
@@ -149,6 +150,8 @@ def main(args: list[str] | None = None) -> int:
             )
     else:
         findings, measured = before_training(config, sections, folder)
+        if not options.pipeline and isinstance(sections.get("output"), str):
+            findings += check_output(sections["output"])
     unusable = any(finding.level == "FAIL" and finding.check in ("files", "splits") for finding in findings)
     if options.pipeline and not unusable:
         try:
@@ -233,6 +236,8 @@ def check_model(examined: Sequence[Examined], config: DataConfig, sections: Mapp
     if not latent and not sections.get("init_from"):
         start = advise_start(vae, config, [item.spacing for item in examined])
     findings += check_size(examined, start, latent)
+    if models.step is not None:
+        findings += check_run(models.config, examined)
     if faults := check_fit(models):
         return [*findings, *faults], {}
     findings += check_padding(examined, vae.stride)
@@ -254,7 +259,7 @@ def after_training(config: DataConfig, folder: Path, volumes: int, steps: int, d
         summary = latent_summary(vae, train, lambda name: progress.update())
     voxels, spacings = read_test_cases(cases, config)
     findings = overlap_findings(folder, cases, config, voxels, spacings if config.spacing is None else None)
-    findings, measured = findings + check_latents(summary), {"latents": summary}
+    findings, measured = findings + check_latents(summary) + check_log(folder), {"latents": summary}
     if not (folder / "model_index.json").is_file():
         return findings, measured
     if not split["test"]:

@@ -2,13 +2,13 @@
 diffusion limits quality."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 
-from autoencoder import DiagonalGaussian3D, VolumeAutoencoder
+from autoencoder import DiagonalGaussian3D, QuantisedLatents, VolumeAutoencoder, code_statistics
 from autoencoder.losses.reconstruction import cells_inside
 from evaluation.data.pairs import unit_range
 from evaluation.metrics.fidelity import mean_gradient
@@ -27,6 +27,8 @@ from .data_checks import outliers
 
 DRIFT = 0.25  # standard deviations that the mean may be off, and fraction that the std may be off
 INFORMED = 0.1  # fraction of a channel's variance that is signal, below which the channel is dead
+CERTAIN = 0.5  # the same, below which the posterior's noise is most of what the U-Net is trained to predict
+USED = 0.1  # perplexity over the codes that could be used, below which a codebook has collapsed
 BANDS = (0.1, 0.2, 0.3, 0.4, 0.5)  # cycles/voxel; 16 voxels per side are enough for them
 LEVELS = np.linspace(0, 1, 101)
 # Fraction of the generated volumes' distance that reconstructions alone account for: above the first the autoencoder
@@ -46,6 +48,7 @@ class LatentSummary(TypedDict):
         float
     ]  # (C,): fraction of a channel's variance (posterior mean and noise) in the mean; 1 for a VQ-GAN
     rms: dict[str, float]  # of each volume's latents, by name
+    codes: dict[str, float]  # of a VQ-GAN: "perplexity", "usage", "codes" and "latent_voxels"; else empty
 
 
 Distances = dict[str, float]  # by metric
@@ -58,6 +61,7 @@ def latent_summary(
     """Summarize the latents of all volumes, standardized by the stored statistics, inside the field of view."""
     count = 0
     rms: dict[str, float] = {}
+    indices: list[torch.Tensor] = []
     total, squares, noise = (torch.zeros(vae.config["latent_channels"], dtype=torch.float64) for _ in range(3))
     for index in range(len(dataset)):
         sample = pad_sample(dataset[index], vae.stride)
@@ -68,21 +72,36 @@ def latent_summary(
         count, total, squares = count + len(latents), total + latents.sum(0), squares + (latents**2).sum(0)
         if isinstance(posterior, DiagonalGaussian3D):
             noise += (posterior.std.movedim(1, -1)[inside].double().cpu() ** 2).sum(0)
+        if isinstance(posterior, QuantisedLatents):
+            indices.append(posterior.indices[inside].cpu())
         rms[sample["name"]] = float(latents.square().mean().sqrt())
         on_volume(sample["name"])
     mean = total / count
     variance = (squares / count - mean**2).clamp_min(0)
     informed = variance / (variance + noise / count).clamp_min(1e-12)
-    return {"mean": mean.tolist(), "std": variance.sqrt().tolist(), "informed": informed.tolist(), "rms": rms}
+    codes: dict[str, float] = {}
+    if indices:
+        size = int(vae.config["num_codes"])
+        used = code_statistics(torch.cat(indices), size)
+        codes = {"perplexity": float(used["perplexity"]), "usage": float(used["usage"])}
+        codes |= {"codes": size, "latent_voxels": count}
+    return {
+        "mean": mean.tolist(),
+        "std": variance.sqrt().tolist(),
+        "informed": informed.tolist(),
+        "rms": rms,
+        "codes": codes,
+    }
 
 
 def check_latents(summary: LatentSummary) -> list[Finding]:
-    """Check a `latent_summary`: drift from the stored statistics, dead channels, outlying volumes."""
+    """Check a `latent_summary`: drift from the stored statistics, dead and noisy channels, unused codes, outlying
+    volumes."""
     findings = []
     mean, std, informed = (np.array(summary[key]) for key in ("mean", "std", "informed"))
     text = (
         f"standardized, mean {np.abs(mean).max():.2f} at most and std {std.min():.2f} to {std.max():.2f} (0 and 1 are "
-        "right)"
+        f"right), the posterior's noise is up to {1 - informed.min():.0%} of the variance"
     )
     drifted = np.flatnonzero((np.abs(mean) > DRIFT) | (np.abs(std - 1) > DRIFT)).tolist()
     if drifted:
@@ -98,11 +117,32 @@ def check_latents(summary: LatentSummary) -> list[Finding]:
         remedy = "lower losses.kl, or model.latent_channels: the U-Net learns noise there"
         shares = ", ".join(f"{informed[i]:.1%}" for i in dead)
         findings.append(warn("latents", f"channels {dead} are dead: {shares} of their variance is signal", remedy))
+    noisy = np.flatnonzero((informed >= INFORMED) & (informed < CERTAIN)).tolist()
+    if noisy:
+        remedy = "lower losses.kl: the U-Net is trained to predict the sampled noise too, which no condition explains"
+        shares = ", ".join(f"{1 - informed[i]:.0%}" for i in noisy)
+        findings.append(
+            warn("latents", f"channels {noisy} are noisy: {shares} of their variance is the posterior's noise", remedy)
+        )
+    if summary["codes"]:
+        findings.append(_check_codes(summary["codes"]))
     odd = [list(summary["rms"])[i] for i in outliers(list(summary["rms"].values()), 1.3)]
     if odd:
         listed = names([f"{name} ({summary['rms'][name]:.2f})" for name in odd])
         findings.append(warn("latents", f"unlike the others (RMS): {listed}", "check these volumes", odd))
     return findings
+
+
+def _check_codes(codes: Mapping[str, float]) -> Finding:
+    """Check how many codes the training volumes use."""
+    text = f"{codes['usage']:.1%} of {codes['codes']:.0f} codes are used, perplexity {codes['perplexity']:.1f}"
+    if codes["perplexity"] >= USED * min(codes["codes"], codes["latent_voxels"]):
+        return ok("codebook", text)
+    remedy = (
+        "lower model.num_codes to what is used, or train the autoencoder again with a lower optimizer.learning_rate or "
+        "a higher losses.commitment"
+    )
+    return warn("codebook", f"{text}: it has collapsed to few codes", remedy)
 
 
 def distances(volumes: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> Distances:
@@ -161,7 +201,8 @@ def _generate(pipe: MedVolumePipeline, dataset: VolumeDataset, index: int, steps
     """Generate (C, X, Y, Z) from the case's mask, classes and numbers, with the case's index as the seed."""
     config, prepared = dataset.config, dataset.prepared[index]
     mask = dataset.label_map(index) if pipe.unet.config["num_labels"] else None
-    classes = {c: config.classes[c][i] for c, i in zip(sorted(config.classes), prepared.classes, strict=True) if i >= 0}
+    names = config.class_names
+    classes = {c: names[c][i] for c, i in zip(sorted(names), prepared.classes, strict=True) if i >= 0}
     numbers = {c: v for c, v in zip(sorted(config.numbers), prepared.numbers, strict=True) if not math.isnan(v)}
     classes = {name: value for name, value in classes.items() if name in (pipe.unet.config["classes"] or {})}
     numbers = {name: value for name, value in numbers.items() if name in (pipe.unet.config["numbers"] or {})}

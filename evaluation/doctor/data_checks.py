@@ -27,6 +27,7 @@ THICK = 3.0  # voxels so many times longer than wide
 RARE = 10  # volumes of a class
 FLAT = 0.05  # fraction of a window that a volume should span
 KEPT = 0.8  # of the box of the channel that others are resampled onto, that all should show
+CLIPPED = 0.05  # fraction of a volume's voxels above its window, above which the window may be wrong
 CAPPED = 2.0  # ratio of the maximum to the upper percentile, above which a volume loses its peaks
 
 
@@ -202,6 +203,9 @@ def _check_window(examined: Sequence[Examined], index: int, channel: str, scalin
     if flat:
         remedy = "check their units (HU, SUV), or narrow the window"
         return warn("intensity", f"{text}; span less than {FLAT:.0%} of it: {names(flat)}", remedy, flat)
+    if (lost := float(np.median([item.above[index] for item in examined]))) > CLIPPED:
+        remedy = "raise `high` of data.intensity, unless nothing above it matters (bone in a soft-tissue window)"
+        return warn("intensity", f"{text}; a median of {lost:.0%} of a volume is clipped to the highest value", remedy)
     return ok("intensity", text)
 
 
@@ -239,17 +243,17 @@ def _round_up(value: float) -> float:
 
 
 def check_labels(examined: Sequence[Examined]) -> list[Finding]:
-    """Check the volume of each label in ml: labels that training never sees, cases that lack one, and odd sizes."""
+    """Check the volume of each label in ml: labels that no training or no test volume has, cases that lack one, and odd
+    sizes."""
     findings = []
-    train = [item for item in examined if item.case.split == "train"]
+    split = {name: [item for item in examined if item.case.split == name] for name in SPLITS}
     for label in sorted({label for item in examined for label in item.labels}):
-        volumes = [item.labels[label] for item in train]
-        if not any(volumes):
-            remedy = "remove it from data.label_names, or correct data.label_map"
-            findings.append(fail("labels", f"{label}: in no training volume, so a model cannot learn it", remedy))
-            continue
         having = [item for item in examined if item.labels[label] > 0]
-        lacking = [item.case.name for item in examined if item.labels[label] == 0]
+        learned = [item for item in split["train"] if item.labels[label] > 0]
+        if not learned:
+            findings.append(_unlearned(label, having))
+            continue
+        lacking = [item for item in examined if item.labels[label] == 0]
         sizes = [item.labels[label] for item in having]
         text = (
             f"{label}: mean {np.mean(sizes):.3g} ml, {min(sizes):.3g} to {max(sizes):.3g}, in {len(having)} of "
@@ -257,15 +261,37 @@ def check_labels(examined: Sequence[Examined]) -> list[Finding]:
         )
         odd = outliers(sizes, 3)
         if lacking:
+            who = [item.case.name for item in lacking]
             remedy = "right if the anatomy lacks it; otherwise the mask is unfinished"
-            findings.append(warn("labels", f"{text}; lacking in {names(lacking)}", remedy, lacking))
+            if len(learned) == len(split["train"]):
+                remedy += (
+                    ". All training volumes have it, so a model cannot know what a volume without it looks like: put "
+                    "some of these subjects into the training set"
+                )
+            findings.append(warn("labels", f"{text}; lacking in {names(who)}", remedy, who))
         if odd:
             remedy = "check these masks"
             who = _files(having, odd)
             findings.append(warn("labels", f"{text}; odd sizes: {names(who)}", remedy, who))
         if not lacking and not odd:
             findings.append(ok("labels", text))
+        if split["test"] and not any(item.labels[label] for item in split["test"]):
+            remedy = "hold out a subject with it (data.split, or another data.split_seed)"
+            findings.append(warn("labels", f"{label}: in no test volume, so nothing can be shown about it", remedy))
     return findings
+
+
+def _unlearned(label: str, having: Sequence[Examined]) -> Finding:
+    """Report a label that no training volume has."""
+    text = f"{label}: in no training volume, so a model cannot learn it"
+    if not having:
+        return fail("labels", text, "remove it from data.label_names, or correct data.label_map")
+    who = [f"{item.case.name} ({item.case.split})" for item in having]
+    remedy = (
+        "put some of these subjects into the training set (data.split, or another data.split_seed), or map the label "
+        "to another one (data.label_map)"
+    )
+    return fail("labels", f"{text}; only in {names(who)}", remedy, [item.case.name for item in having])
 
 
 def check_conditions(examined: Sequence[Examined], config: DataConfig, dropout: dict[str, float]) -> list[Finding]:
@@ -275,8 +301,7 @@ def check_conditions(examined: Sequence[Examined], config: DataConfig, dropout: 
     if not train:
         return findings
     columns: dict[str, list[bool]] = {}
-    for index, column in enumerate(sorted(config.classes)):
-        values = config.classes[column]
+    for index, (column, values) in enumerate(sorted(config.class_names.items())):
         counts = Counter(item.classes[index] for item in train)
         columns[column] = [item.classes[index] < 0 for item in train]
         text = f"{column}: " + ", ".join(f"{value} {counts[i]}" for i, value in enumerate(values))

@@ -18,35 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder import VolumeAutoencoder
-from autoencoder.losses.perceptual import EncoderFeatures, VGG16Features
-from volumes import pad_to_multiple
+from autoencoder.losses.perceptual import VGG16Features
+from training.encoder_distance import EncoderStatistics as EncoderStatistics
+from training.encoder_distance import level_statistics
 
 Extractor = Callable[[Tensor], Tensor]
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of volumes in RAS+: the axis across the slices
-
-
-class EncoderStatistics(nn.Module):
-    """Mean and standard deviation over space of every channel at the end of each level of an autoencoder's encoder.
-
-    Sides are padded to the stride with the lowest intensity; a latent voxel weighs as much as the share of it that is
-    not padding.
-
-    Args:
-        vae: frozen here. If it encodes channels separately, features are of each channel.
-    """
-
-    def __init__(self, vae: VolumeAutoencoder):
-        super().__init__()
-        self.network = EncoderFeatures(vae)
-
-    @torch.inference_mode()
-    def forward(self, volumes: Tensor) -> Tensor:
-        """Map (B, C, X, Y, Z) in [0, 1] to (B, F)."""
-        placement = pad_to_multiple(tuple(volumes.shape[2:]), self.network.stride)
-        levels = self.network(placement.apply(2 * volumes - 1, -1.0))
-        inside = placement.apply(torch.ones_like(volumes[:1, :1]), 0.0)
-        return _statistics(levels, inside, len(volumes))
 
 
 class RandomStatistics(nn.Module):
@@ -81,7 +58,7 @@ class RandomStatistics(nn.Module):
         for weight in self.weights:
             x = F.relu(F.conv3d(F.pad(x, (1,) * 6, mode="replicate"), weight, stride=2))
             levels.append(x)
-        return _statistics(levels, torch.ones_like(volumes[:1, :1]), len(volumes))
+        return level_statistics(levels, torch.ones_like(volumes[:1, :1]), len(volumes))
 
 
 class SliceStatistics(nn.Module):
@@ -133,19 +110,6 @@ def extract(
         if on_volume is not None:
             on_volume()
     return np.stack(rows)
-
-
-def _statistics(levels: list[Tensor], inside: Tensor, batch: int) -> Tensor:
-    """Take statistics of features (B * parts, ., x, y, z) of each level where `inside` (1, 1, X, Y, Z) is 1: (B, F)."""
-    statistics = []
-    for features in levels:
-        x, y, z = features.shape[2:]
-        weight = F.adaptive_avg_pool3d(inside, (x, y, z))
-        weight = weight / weight.sum()
-        mean = (weight * features).sum((2, 3, 4), keepdim=True)
-        std = (weight * (features - mean) ** 2).sum((2, 3, 4)).sqrt()
-        statistics += [mean.flatten(1).reshape(batch, -1), std.reshape(batch, -1)]
-    return torch.cat(statistics, 1)
 
 
 def _large_enough(shape: Iterable[int], smallest: int) -> None:

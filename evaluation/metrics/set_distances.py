@@ -20,6 +20,8 @@ from evaluation.stats.bootstrap import (
     resample_subjects,
     subjects_or_volumes,
 )
+from training.encoder_distance import checked_samples, standardize
+from training.encoder_distance import kernel_distance as kernel_distance
 
 SUBSETS = 200  # pairs of subsets that are compared
 MIN_SIZE = 4  # volumes in a set: halves of two
@@ -77,7 +79,7 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
 
     Raises: ValueError for samples of different features, of fewer than 2, or that are not finite.
     """
-    first, second = _checked(first, second)
+    first, second = checked_samples(first, second)
     shift = first.mean(0) - second.mean(0)
     centered = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (first, second)]
     factors = [np.asarray(np.linalg.qr(x, mode="r")) for x in centered]
@@ -95,26 +97,6 @@ def frechet_caveat(samples: int, features: int) -> str | None:
     )
 
 
-def kernel_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Compute the unbiased squared maximum mean discrepancy under the kernel `(x y / F + 1)^3` (Binkowski et al. 2018,
-    section 4).
-
-    It is 0 on average for samples of one distribution, whatever their counts, so it may be negative.
-
-    Raises: ValueError for samples of different features, of fewer than 2, or that are not finite.
-    """
-    first, second = _checked(first, second)
-
-    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def within(x: np.ndarray) -> float:
-        values = kernel(x, x)
-        return (values.sum() - np.trace(values)) / (len(x) * (len(x) - 1))
-
-    return float(within(first) + within(second) - 2 * kernel(first, second).mean())
-
-
 def wasserstein1(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Compute the Wasserstein-1 distance of two samples of numbers, column by column: the area between their
     distribution functions.
@@ -123,26 +105,13 @@ def wasserstein1(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
     Raises: ValueError for samples of different features, of fewer than 2, or that are not finite.
     """
-    first, second = _checked(first, second)
+    first, second = checked_samples(first, second)
     values = np.sort(np.concatenate([first, second]), axis=0)
     areas = []
     for ours, theirs, grid in zip(first.T, second.T, values.T, strict=True):
         below = [np.searchsorted(np.sort(x), grid[:-1], side="right") / len(x) for x in (ours, theirs)]
         areas.append(np.abs(below[0] - below[1]) @ np.diff(grid))
     return np.array(areas)
-
-
-def standardize(sets: Mapping[str, np.ndarray], by: str, least: float = 0.0) -> dict[str, np.ndarray]:
-    """Subtract the mean of every column in set `by`, and divide by its standard deviation there; a constant column
-    keeps its units.
-
-    No standard deviation counts as less than `least` times the root mean square of those of all columns. Else a column
-    that is nearly constant in `by`, such as a unit of a network that hardly ever fires, can outweigh all others.
-    """
-    mean, std = sets[by].mean(0), sets[by].std(0)
-    std = np.maximum(std, least * np.sqrt((std**2).mean()))
-    std = np.where(std == 0, 1.0, std)
-    return {name: (rows - mean) / std for name, rows in sets.items()}
 
 
 @overload
@@ -293,14 +262,3 @@ def _shuffled(groups: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Return a random order of the volumes that keeps those of one group together."""
     order = random.permutation(len(groups))
     return order[np.argsort(random.permutation(groups.max() + 1)[groups[order]], kind="stable")]
-
-
-def _checked(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        raise ValueError(f"samples of {first.shape} and {second.shape}: both must be (volumes, features)")
-    if min(len(first), len(second)) < 2:
-        raise ValueError(f"samples of {len(first)} and {len(second)} volumes: two of each are needed")
-    if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise ValueError("samples hold NaN or infinity: a volume or its features are broken")
-    return first, second

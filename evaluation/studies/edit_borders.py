@@ -174,8 +174,9 @@ def measure(pipe: MedVolumeEditPipeline, cases: Sequence[Case], options: Namespa
     rows: dict[str, list[EditedCase]] = {name: [] for name in options.regions}
     for case in LiveBar(cases, unit="volume", disable=None):
         assert case.mask is not None
-        mask, (path,) = read_mask(case.mask, **options.data.reading), case.images.values()
-        original = read_volume(path, exact=True, **options.data.reading).array[0]
+        (path,) = case.images.values()
+        image = read_volume(path, exact=True, **options.data.reading)
+        mask, original = read_mask(case.mask, like=image, **options.data.mask_reading), image.array[0]
         for name in options.regions:
             region = REGIONS[name](mask)
             result = pipe(
@@ -185,6 +186,7 @@ def measure(pipe: MedVolumeEditPipeline, cases: Sequence[Case], options: Namespa
                 strength=options.strength,
                 blend_margin=options.blend_margin,
                 num_inference_steps=options.steps,
+                guidance_scale=1.0,  # as the published figures, whatever the pipeline's own
                 generator=torch.Generator().manual_seed(options.seed),
             ).volumes[0]
             edited = read_volume(result, exact=True).array[0]

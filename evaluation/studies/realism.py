@@ -41,11 +41,10 @@ from evaluation.metrics.spectrum import band_names
 from evaluation.networks.defaults import REALISM_PARTS as PARTS
 from evaluation.networks.defaults import SIMILARITY_PAIRS as PAIRS
 from evaluation.stats.bootstrap import Estimate, Units
+from training.encoder_distance import MIN_SPREAD
 from volumes.placement import center_crop
 
-MIN_SPREAD = 0.1  # of features, see standardize: cubic kernels are drowned by rare features without it
 TOLERANCE = 1e-3  # by which intensities may leave [0, 1]
-
 
 Volumes = Mapping[str, Sequence[np.ndarray] | np.ndarray]  # by set
 Subjects = Mapping[str, Units]  # by set

@@ -1,6 +1,5 @@
 """Score one way of sampling: volumes from real test masks, the time they take, and their distance from real volumes."""
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -33,11 +32,10 @@ from volumes import Volume, VolumeDataset, pad_or_crop
 
 from .realism import MIN_SPREAD, common_shape
 
-OWN = "own"  # the scheduler of the pipeline, with the default number of steps
+OWN = "own"  # the scheduler of the pipeline
 SOLVERS = {"dpmsolver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
 OF_FLOWS = {"euler": FlowMatchEulerDiscreteScheduler, "heun": FlowMatchHeunDiscreteScheduler, **SOLVERS}
 OF_DIFFUSION = {"euler": EulerDiscreteScheduler, "ddim": DDIMScheduler, "ddpm": DDPMScheduler, **SOLVERS}
-DEFAULT_STEPS = inspect.signature(MedVolumePipeline.__call__).parameters["num_inference_steps"].default
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def inputs_from_dataset(dataset: VolumeDataset, unet: nn.Module) -> SamplingInpu
         assert mask is not None
         masks.append(mask)
         of_case = {
-            n: dataset.config.classes[n][i] for n, i in zip(class_names, prepared.classes, strict=True) if i >= 0
+            n: dataset.config.class_names[n][i] for n, i in zip(class_names, prepared.classes, strict=True) if i >= 0
         }
         classes.append({name: value for name, value in of_case.items() if name in (config["classes"] or {})})
         pairs = zip(number_names, prepared.numbers, strict=True)

@@ -1,21 +1,26 @@
 """Compare the quality of schedulers at several steps and guidance scales:
 
-python -m evaluation.studies.samplers --pipeline weights/hippocampus --config configs/hippocampus/ldm.yaml --masks 24 \
-    --schedulers euler heun dpmsolver++ unipc --steps 5 10 20 40 --output out/samplers.json
+    python -m evaluation.studies.samplers --pipeline weights/hippocampus --config configs/hippocampus/ldm.yaml \
+        --masks 24 --schedulers euler heun dpmsolver++ unipc --steps 5 10 20 40 --output out/samplers.json
 
 Every combination generates a volume from each of the same test masks and seeds, and so does the pipeline's own
-scheduler ("own"). The volumes are compared with real volumes of the masks' split, beside the distance of real training
-volumes from these. A segmenter trained on other real volumes measures mask adherence. `--split validation` chooses
-settings without using the test split. The report, and a table beside it (.md), are written after every combination; run
-the same command again to resume with the missing ones. Guidance needs a model that was trained for it
-(condition_dropout).
+scheduler, with the steps and guidance of its sampling.json ("own"). The volumes are compared with real volumes of the
+masks' split, beside the distance of real training volumes from these. A segmenter trained on other real volumes
+measures mask adherence.
+
+`--split validation` chooses settings without using the test split: the report then names the cheapest combination that
+is as good as the best in the kernel distance of the encoder's features, the spectrum and Dice (the rule is in
+evaluation/studies/sampler_report.py). `python -m tools.ship --samplers REPORT` writes it into a pipeline.
+
+The report, and a table beside it (.md), are written after every combination; run the same command again to resume with
+the missing ones. Guidance needs a model that was trained for it (condition_dropout).
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from jsonargparse import Namespace
 
@@ -115,65 +120,27 @@ from evaluation.data.volume_sets import unit_volumes
 from evaluation.metrics.features import EncoderStatistics, RandomStatistics
 from evaluation.networks.segmenter import make_segmenter, train_segmenter
 from evaluation.report import only_writer_of, provenance, write_report
-from evaluation.stats.bootstrap import Estimate
 from files.atomic import atomic_file, write_text
-from files.documents import read_object
 from files.paths import printable
-from pipelines import MedVolumePipeline
+from pipelines import MedVolumePipeline, SamplingConfig
 from volumes import Case, DataConfig, VolumeDataset, load_cases
 from volumes.devices import find_device
 
 from .limits import check_command
 from .sampler_figures import (
-    DEFAULT_STEPS,
     OF_DIFFUSION,
     OF_FLOWS,
     OWN,
     Combination,
-    Cost,
     SamplerScorer,
-    SamplerScores,
     inputs_from_dataset,
     make_named,
     sample,
 )
+from .sampler_report import Entry, SamplerReport, Settings, choose, combination_of, markdown, read_report
 from .utility import protocol
 
 assert {*SCHEDULERS} == {*OF_FLOWS, *OF_DIFFUSION}  # `--help` lists them
-COLUMNS = (
-    "sampler", "steps", "guidance", "evaluations", "s a volume", "kernel, random", "kernel, encoder", "spectrum, dB",
-    "Dice less real", "intensity bias",
-)  # fmt: skip
-
-
-class Settings(TypedDict, total=False):
-    """The settings that all combinations of a report have in common; `split` only if it is not the test split."""
-
-    model: str
-    masks: list[str]
-    seed: int
-    batch_size: int
-    segmenter: dict[str, object]
-    data: dict[str, object]
-    split: str
-
-
-class Entry(Cost, SamplerScores):
-    """Cost and scores of one combination."""
-
-    scheduler: str
-    steps: int
-    guidance: float
-    volumes: int
-    measured: Mapping[str, object]
-
-
-class SamplerReport(TypedDict):
-    """The report of all combinations."""
-
-    evaluation: str
-    settings: Settings
-    combinations: list[Entry]
 
 
 def main(args: Sequence[str] | None = None) -> SamplerReport:
@@ -231,6 +198,8 @@ def score_missing(options: Namespace) -> SamplerReport:
                     "measured": provenance(),
                 }
                 report["combinations"].append(entry)
+                if options.split == "validation":
+                    report["chosen"] = choose(report["combinations"])
                 write_report(options.output, report)
                 write_text(Path(options.output).with_suffix(".md"), markdown(report))
     print(markdown(report))
@@ -274,7 +243,7 @@ def prepare(
 
 
 def combinations(pipe: MedVolumePipeline, options: Namespace) -> list[Combination]:
-    """List the pipeline's own sampler with its default steps, and all requested combinations.
+    """List the pipeline's own sampler with its own steps and guidance, and all requested combinations.
 
     Raises: ValueError for schedulers, steps and guidance that the model does not support, before any work.
     """
@@ -288,39 +257,19 @@ def combinations(pipe: MedVolumePipeline, options: Namespace) -> list[Combinatio
         for steps in options.steps:
             set_timesteps(make_named(name, pipe), steps, None, torch.device("cpu"))
     every = [Combination(n, s, g) for n in options.schedulers for s in options.steps for g in scales]
-    return list(dict.fromkeys([Combination(OWN, DEFAULT_STEPS, 1.0), *every]))
+    own = SamplingConfig().filled(pipe.sampling_settings)
+    scale: Any = guidance_in_effect(own.guidance_scale)
+    return list(dict.fromkeys([Combination(OWN, own.steps, scale), *every]))
 
 
 def earlier_report(path: Path, settings: Settings) -> SamplerReport:
     """Read the report to resume. Raises: ValueError for one with other settings."""
     if not path.exists():
         return {"evaluation": "samplers", "settings": settings, "combinations": []}
-    content = read_object(path)
-    if content.get("evaluation") != "samplers":
-        raise ValueError(f"{path}: is not a report of evaluation.studies.samplers; choose another --output")
-    report = _checked(path, content)
+    report = read_report(path)
     if different := sorted(key for key, value in settings.items() if report["settings"].get(key) != value):
         raise ValueError(f"{path}: was measured with another {', another '.join(different)}; choose another --output")
     return report
-
-
-def _checked(path: Path, content: Any) -> SamplerReport:
-    """Return the content of a report. Raises: ValueError for a damaged one."""
-    try:
-        for entry in content["combinations"]:
-            combination_of(entry)
-        markdown(content)
-        content["settings"].get("model")
-        return content
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: is damaged ({type(error).__name__}: {error}); delete it, or choose another --output"
-        ) from error
-
-
-def combination_of(entry: Entry) -> Combination:
-    """Return the combination of an entry of a report."""
-    return Combination(entry["scheduler"], entry["steps"], entry["guidance"])
 
 
 def data_as_json(config: DataConfig) -> dict[str, object]:
@@ -393,32 +342,3 @@ def real_segmenter(train_set: Sequence[Case], options: Namespace, device: torch.
 def evenly_spread(items: int, count: int) -> list[int]:
     """Choose `count` of the numbers from 0 to items - 1 (all, if there are fewer), evenly spread."""
     return np.unique(np.linspace(0, items - 1, min(count, items)).round().astype(int)).tolist()
-
-
-def markdown(report: SamplerReport) -> str:
-    """Format the report as a table, with the real-against-real floor as its last row and 95 % intervals in brackets."""
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
-    entries = report["combinations"]
-    for entry in entries:
-        scheduler = entry["scheduler"]
-        name = f"{scheduler} ({entry['scheduler_class']})" if scheduler == OWN else scheduler
-        cells = [name, str(entry["steps"]), f"{entry['guidance']:g}", f"{entry['evaluations_per_volume']:g}"]
-        cells.append(f"{entry['seconds_per_volume']['median']:.2f}")
-        cells += [_cell(entry["kernel"][name]["generated_to_test"]) for name in ("random", "encoder")]
-        cells.append(_cell(entry["spectrum"]["difference_db"]["generated_to_test"], "{:.2f}"))
-        for paired in (entry["dice"]["difference"], entry["intensity_bias"]):
-            cells.append(_cell({"mean": paired["of_means"], "interval": paired["interval_subjects"]}, "{:+.4f}"))
-        lines.append(f"| {' | '.join(cells)} |")
-    if entries:
-        floor = entries[0]
-        cells = ["real training volumes", "", "", "", ""]
-        cells += [_cell(floor["kernel"][name]["training_to_test"]) for name in ("random", "encoder")]
-        cells += [_cell(floor["spectrum"]["difference_db"]["training_to_test"], "{:.2f}")]
-        cells += [f"Dice of real {floor['dice']['real']:.4f}", ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(value: Estimate[float], form: str = "{:.4f}") -> str:
-    low, high = value["interval"]
-    return f"{form.format(value['mean'])} ({form.format(low)} to {form.format(high)})"

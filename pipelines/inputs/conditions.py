@@ -77,12 +77,22 @@ def check_conditions(
     return chosen, values
 
 
-def condition_tensors(unet: LatentUNet3D, volumes: Sequence[PreparedVolume], device: torch.device) -> Conditions:
+def condition_tensors(
+    unet: LatentUNet3D,
+    volumes: Sequence[PreparedVolume],
+    device: torch.device,
+    images: Sequence[torch.Tensor | None] = (),
+) -> Conditions:
     """Build the conditions of one batch of equal grids: those that the model knows and the volumes have. Masks are
     embedded.
+
+    Args:
+        images: of each volume its `image_condition`; None for a model without images.
     """
     schema, classes = unet.condition_schema, unet.config["classes"]
     tensors = {}
+    if known := [image for image in images if image is not None]:
+        tensors["image"] = torch.cat(known)
     if schema.classes:
         indices = [
             [classes[n].index(volume.classes[n]) if n in volume.classes else -1 for n in schema.classes]

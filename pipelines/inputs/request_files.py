@@ -1,8 +1,8 @@
 """Requests from files: one per mask, or one per row of a table with masks, classes, numbers and images."""
 
-import itertools
+import difflib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from diffusion import ConditionSchema
@@ -10,6 +10,7 @@ from files.names import (
     Disk,
     cell_path,
     glob_names,
+    nfc,
     resource_forks,
     same_name,
     windows_hint,
@@ -30,19 +31,53 @@ from volumes.formats.read import SUFFIXES, is_volume
 
 from .request import VolumeRequest
 
+NEAR = 0.8  # of 1: how alike names of columns are of which one is probably mistyped (difflib's ratio)
 FOLDER_SUFFIXES = tuple(suffix for suffix in SUFFIXES if not suffix.startswith(".img"))  # of a pair, the .hdr
 
 
 def mask_requests(patterns: Sequence[str], output: Path) -> list[VolumeRequest]:
-    """Build one request per mask of `find_masks`."""
-    return [VolumeRequest(mask, name=volume_stem(mask)) for mask in find_masks(patterns, output)]
+    """Build one request per mask of `find_masks`, called as `mask_names` says.
+
+    Raises: ValueError as `find_masks`, and for two masks whose volumes would have one name.
+    """
+    masks = find_masks(patterns, output)
+    names = mask_names(masks)
+    for mask, name in zip(masks, names, strict=True):
+        check_name(name, f"the mask {str(mask)!r}, for its volumes")
+    places: dict[str, Path] = {}  # of each name
+    for mask, name in zip(masks, names, strict=True):
+        if (other := places.setdefault(same_name(name), mask)) is not mask:
+            both, stems = with_urls(f"{other} and {mask}"), (volume_stem(other), volume_stem(mask))
+            if other.parent != mask.parent:
+                raise ValueError(f"{both}: their volumes would both be called {name}; rename one")
+            alike = "" if stems[0] == stems[1] else ", apart from upper and lower case"
+            raise ValueError(f"{both} have the same stem{alike}, so their volumes would too; rename one")
+    return [VolumeRequest(mask, name=name) for mask, name in zip(masks, names, strict=True)]
+
+
+def mask_names(masks: Sequence[Path]) -> list[str]:
+    """Return names for the volumes of masks: their stems, or where stems are equal, the parts of all paths that differ:
+    p01/tumour.nii.gz and p02/tumour.nii.gz are p01 and p02."""
+    stems = [volume_stem(mask) for mask in masks]
+    if len({same_name(stem) for stem in stems}) == len(stems):
+        return stems
+    paths = [[*map(nfc, mask.absolute().parent.parts), stem] for mask, stem in zip(masks, stems, strict=True)]
+    shortest = min(map(len, paths))
+    common = next((i for i in range(shortest) if len({path[i] for path in paths}) > 1), shortest)
+    paths = [path[common:] for path in paths]
+    if len({len(path) for path in paths}) == 1:  # the parts at each depth are of one kind: patients, sessions, stems
+        kept = [i for i in range(len(paths[0])) if len({path[i] for path in paths}) > 1]
+        paths = [[path[i] for i in kept] for path in paths]
+    elif len(set(stems)) == 1:
+        paths = [path[:-1] for path in paths]
+    return ["_".join(path) or stem for path, stem in zip(paths, stems, strict=True)]
 
 
 def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
     """Find mask files in folders, or matching patterns, sorted by stem; for URLs, local copies.
 
-    Raises: ValueError if there are none, if two have the same stem (their volumes would have one name), or if masks lie
-    in the output folder (volumes would become masks in the next run).
+    Raises: ValueError if there are none, or if masks lie in the output folder (volumes would become masks in the next
+    run).
     """
     found: set[Path] = set()
     disk = Disk()
@@ -67,13 +102,6 @@ def find_masks(patterns: Sequence[str], output: Path) -> list[Path]:
     masks = sorted(found, key=lambda path: (volume_stem(path), str(path)))
     if forks := resource_forks(masks):
         warnings.warn(f"{len(forks)} files of macOS beside the masks are ignored, such as {forks[0]}", stacklevel=2)
-    for mask in masks:
-        check_name(volume_stem(mask), f"the mask {str(mask)!r}, for its volumes")
-    for first, second in itertools.pairwise(sorted(masks, key=lambda path: same_name(volume_stem(path)))):
-        if same_name(volume_stem(first)) == same_name(volume_stem(second)):
-            both = with_urls(f"{first} and {second}")
-            alike = "" if volume_stem(first) == volume_stem(second) else ", apart from upper and lower case"
-            raise ValueError(f"{both} have the same stem{alike}, so their volumes would too; rename one")
     refuse_masks_in(output, masks)
     return masks
 
@@ -85,19 +113,31 @@ def refuse_masks_in(output: Path, masks: Sequence[Path]) -> None:
             raise ValueError(f"{mask}: lies in --output {output}; write volumes to another folder")
 
 
-def read_requests(source: str | Path, pipe: VolumePipeline, output: Path) -> list[VolumeRequest]:
+def read_requests(
+    source: str | Path, pipe: VolumePipeline, output: Path, say: Callable[[str], object] = print
+) -> list[VolumeRequest]:
     """Read the rows of a table of conditions, in order. For a table at a URL, the files below its folder are copied
     first.
 
-    Raises: ValueError for columns that the model does not know, for names used twice or unfit for a file, for masks and
-    images in the output folder, and if some rows have a mask (or, without any, an image) and others do not.
+    Args:
+        say: is told in one line which columns the model does not know, and which are not read.
+    Raises: ValueError for a table without a column that is read, for columns whose names are nearly those of such, for
+    names used twice or unfit for a file, for masks and images in the output folder, and if some rows have a mask (or,
+    without any, an image) and others do not.
     """
     disk = Disk()
     table = copy_table(source, read_table) if is_url(source) else disk.find(plain_path(str(source)))
-    schema, rows = pipe.unet.condition_schema, read_table(table)
+    schema = pipe.unet.condition_schema
     known = ["mask", "name", *schema.classes, *schema.numbers, *(name for name, _ in schema.images)]
-    if unknown := sorted({column for row in rows for column in row} - set(known)):
-        raise ValueError(f"{source}: unknown columns {unknown}; for this model a table has {', '.join(known)}")
+    rows = read_table(table, known)
+    unread = sorted({column for row in rows for column in row} - set(known))
+    if rows and not {column for row in rows for column in row} & set(known):
+        raise ValueError(f"{source}: unknown columns {unread}; for this model a table has {', '.join(known)}")
+    if meant := {column: near for column in unread if (near := _mistyped(column, known))}:
+        listing = ", ".join(f"{column!r} (did you mean {near}?)" for column, near in meant.items())
+        raise ValueError(f"{source}: unknown columns {listing}; for this model a table has {', '.join(known)}")
+    if unread:
+        say(f"{source}: columns that this model does not know are not read: {', '.join(unread)}")
     requests: list[VolumeRequest] = []
     places: dict[str, str] = {}  # of each name
     for number, row in enumerate(rows, start=1):
@@ -118,6 +158,13 @@ def read_requests(source: str | Path, pipe: VolumePipeline, output: Path) -> lis
         )
     refuse_masks_in(output, [file for request in requests for file in request.files if isinstance(file, Path)])
     return requests
+
+
+def _mistyped(column: str, known: Sequence[str]) -> str | None:
+    """The known column that an unknown one is probably meant to be: of nearly the same letters, or of other case."""
+    by_key = {same_name(name): name for name in reversed(known)}
+    near = difflib.get_close_matches(same_name(column).strip(), by_key, n=1, cutoff=NEAR)
+    return by_key[near[0]] if near else None
 
 
 def _row_request(

@@ -21,6 +21,8 @@ from pipelines.inputs.conditions import check_described
 from volumes.data.preprocessing import described_preprocessing, refuse_differences
 from volumes.description import DataDescription
 
+from .sampling_settings import SAMPLING
+
 # Top-level packages that hold components of a pipeline.
 PACKAGES = ("autoencoder", "diffusion")
 # Components: the package, and the class that theirs is one of.
@@ -61,7 +63,7 @@ def check_folder(folder: str | Path, given: Collection[str] = ()) -> None:
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         raise FileError(f"{folder}: no model_index.json, so this is not a pipeline folder (train_ldm.py writes one)")
-    _check_inside(folder, ["model_index.json", *COMPONENTS])
+    _check_inside(folder, ["model_index.json", SAMPLING, *COMPONENTS])
     index = read_object(folder / "model_index.json")
     named = index.get("_class_name")
     if not isinstance(named, str) or not (

@@ -8,7 +8,8 @@ from typing import Any, NotRequired, Self, TypedDict
 
 from pipelines.inputs.arguments import plain
 
-LEFT_OUT = ("resampled", "residual_noise", "edit", "callback", "rejected")  # of the JSON, where they are None
+INFORMATIVE = ("software", "settings_from")  # entries that do not tell volumes apart
+LEFT_OUT = ("resampled", "settings_from", "residual_noise", "edit", "callback", "rejected")  # where they are None
 TYPES: dict[str, type | tuple[type, ...]] = {  # of a sidecar's entries
     "software": str,
     "model": str,
@@ -16,10 +17,10 @@ TYPES: dict[str, type | tuple[type, ...]] = {  # of a sidecar's entries
     "num_inference_steps": int,
     "dtype": str,
     "scheduler": dict,
-    **dict.fromkeys(("mask", "classes", "numbers", "images"), (dict, NoneType)),
+    **dict.fromkeys(("mask", "classes", "numbers", "images", "settings_from"), (dict, NoneType)),
     "channels": (list, NoneType),
 }
-OPTIONAL = ("classes", "numbers", "channels")  # of these: a sidecar may lack what its volume does not have
+OPTIONAL = ("classes", "numbers", "channels", "settings_from")  # a sidecar may lack those that its volume has not
 
 
 class SourceRecord(TypedDict):
@@ -48,6 +49,7 @@ class GenerationRecord:
         seed: of the volume's own generator; None if its noise came from elsewhere.
         sigmas: noise levels, where they were given; `num_inference_steps` is then their number.
         guidance_scale: in effect; None for none.
+        settings_from: {"num_inference_steps", "guidance_scale"}: "call", "pipeline" (its sampling.json) or "default".
         scheduler: its class and its options.
         dtype: the types in which the weights are stored and computed.
         mask, images: the files (or arrays) that were read.
@@ -68,6 +70,7 @@ class GenerationRecord:
     num_inference_steps: int
     sigmas: Sequence[float] | None = None
     guidance_scale: float | Mapping[str, float] | None = None
+    settings_from: Mapping[str, str] | None = None
     scheduler: Mapping[str, object] = field(default_factory=dict)
     dtype: str = ""
     mask: SourceRecord | None = None
@@ -103,9 +106,9 @@ class GenerationRecord:
 
     def differences(self, planned: "GenerationRecord") -> list[str]:
         """Names of the entries in which this record, of a finished volume, differs from that of a planned one. The
-        software may differ, and what the checks found."""
+        software may differ, where equal settings came from, and what the checks found."""
         ours, theirs = self._as_planned(planned).to_json(), planned.to_json()
-        return sorted(key for key in {*ours, *theirs} - {"software"} if ours.get(key) != theirs.get(key))
+        return sorted(key for key in {*ours, *theirs} - {*INFORMATIVE} if ours.get(key) != theirs.get(key))
 
     def same_settings(self, planned: "GenerationRecord") -> bool:
         """Whether the finished volume of this record is the planned one."""

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from autoencoder.identity import weights_record
@@ -25,7 +26,8 @@ from autoencoder.weights import (
     loading_keywords,
     not_on_the_hub,
 )
-from diffusion import fit_scheduler
+from diffusion import check_guidance, fit_scheduler
+from diffusion.denoise import set_timesteps
 from files.atomic import atomic_parts, refuse_link
 from files.paths import refuse_special
 from pipelines.lora_state import lora_digest
@@ -34,6 +36,7 @@ from volumes.description import DataDescription
 from .loading import COMPONENTS as PARTS
 from .loading import check_folder
 from .provenance import Tensors, content_hash, memory_tensors, stored_tensors
+from .sampling_settings import REMEDY, SAMPLING, SamplingSettings, read_sampling, write_sampling
 
 COMPONENTS = ("vae", "unet")
 INDEX = "model_index.json"
@@ -64,9 +67,12 @@ class PipelineIOMixin(DiffusionPipeline):
         if folder is None:
             try:
                 folder = Path(cls.download(str(pretrained_model_name_or_path), use_safetensors=True, **kwargs))
+                of_hub = {name: kwargs[name] for name in HUB if name in kwargs}  # diffusers leaves this file out
+                snapshot_download(str(pretrained_model_name_or_path), allow_patterns=[SAMPLING], **of_hub)
             except (OSError, HFValidationError) as error:
                 raise not_on_the_hub(str(pretrained_model_name_or_path), error) from error
         check_folder(folder, kwargs)
+        settings = read_sampling(folder)
         try:
             pipe = super().from_pretrained(folder, use_safetensors=True, **kwargs)
         except ValueError as error:
@@ -78,11 +84,17 @@ class PipelineIOMixin(DiffusionPipeline):
                 fit_scheduler(pipe.scheduler, pipe.unet.config["objective"], pipe.unet.train_steps)
             except ValueError as error:
                 raise ValueError(f"{folder / 'scheduler'}: {error}; or load it with scheduler=...") from error
+        pipe.sampling_settings = settings
+        try:
+            pipe._check_sampling(with_steps=kwargs.get("scheduler") is None)
+        except ValueError as error:
+            raise ValueError(f"{folder / SAMPLING}: {error}; {REMEDY}") from error
         return pipe
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
-        """A pipeline of the components of another one, which share their memory, as `DiffusionPipeline.from_pipe`.
+        """A pipeline of the components of another one, which share their memory, as `DiffusionPipeline.from_pipe`; it
+        has the same `sampling_settings`.
 
         Args:
             kwargs: vae, unet, scheduler or data in the place of the other's; dtype, to which the components are cast,
@@ -97,6 +109,7 @@ class PipelineIOMixin(DiffusionPipeline):
         dtypes = [kwargs.pop(name) for name in ("torch_dtype", "dtype") if name in kwargs]
         parts = {name: getattr(pipeline, name, None) for name in PARTS}
         pipe = cls(**{"data": pipeline.config.get("data"), **parts, **kwargs})
+        pipe.sampling_settings = getattr(pipeline, "sampling_settings", pipe.sampling_settings)
         return pipe.to(dtypes[-1]) if dtypes else pipe
 
     def save_pretrained(  # the order of diffusers' own
@@ -109,18 +122,19 @@ class PipelineIOMixin(DiffusionPipeline):
         **kwargs: Any,
     ) -> None:
         """Save as `DiffusionPipeline.save_pretrained` does: safetensors only, and not the path it came from; the
-        scheduler with the options in effect, for a file does not tell those that somebody set from a class's defaults.
-        A new folder appears in one step; in an older one other files stay, and killed in between it has no
-        model_index.json (`files.atomic.atomic_parts`).
+        scheduler with the options in effect, for a file does not tell those that somebody set from a class's defaults,
+        and `sampling_settings` as sampling.json. A new folder appears in one step; in an older one other files stay,
+        and killed in between it has no model_index.json (`files.atomic.atomic_parts`).
 
-        Raises: ValueError on `safe_serialization=False`, while a LoRA is attached, and for a scheduler that does not
-        fit the model, FileError if `save_directory` is a file, TypeError for keywords that it does not read, before
-        anything is written.
+        Raises: ValueError on `safe_serialization=False`, while a LoRA is attached, and for a scheduler or sampling
+        settings that do not fit the model, FileError if `save_directory` is a file, TypeError for keywords that it does
+        not read, before anything is written.
         """
         check_keywords("save_pretrained", kwargs, UPLOAD if push_to_hub else ())
         if not safe_serialization:
             raise ValueError("safe_serialization=False is refused: weights are saved as safetensors only")
         self.unet.check_no_lora()
+        self._check_sampling()
         folder = Path(folder_to_save(save_directory))
         for name in PARTS:
             refuse_link(folder / name)
@@ -132,6 +146,8 @@ class PipelineIOMixin(DiffusionPipeline):
             with atomic_parts(folder, INDEX) as unfinished:
                 for name in PARTS:  # what is there of another variant stays
                     _copy_files(folder / name, unfinished / name)
+                if self.sampling_settings != SamplingSettings() or (folder / SAMPLING).exists():
+                    write_sampling(self.sampling_settings, unfinished)
                 super().save_pretrained(
                     str(unfinished),
                     variant=variant,
@@ -152,6 +168,18 @@ class PipelineIOMixin(DiffusionPipeline):
         _ = self.model_hash
         super().enable_sequential_cpu_offload(*args, **kwargs)
 
+    def _check_sampling(self, *, with_steps: bool = True) -> None:
+        """Raises: ValueError for settings of its own by which the model cannot sample: a guidance scale of conditions
+        that training never dropped, and steps that the scheduler does not have."""
+        settings, schema = self.sampling_settings, self.unet.condition_schema
+        mask = ["mask"] if self.unet.config["num_labels"] else []
+        names = {*mask, *schema.classes, *schema.numbers, *(name for name, _ in schema.images)}
+        check_guidance(settings.guidance_scale, schema.dropout, names)
+        if with_steps and settings.num_inference_steps is not None:
+            scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
+            set_timesteps(scheduler, settings.num_inference_steps, None, torch.device("cpu"))
+
+    sampling_settings: SamplingSettings
     _data: DataDescription
 
     @property

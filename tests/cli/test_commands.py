@@ -16,6 +16,7 @@ from cli.command import (
     error_line,
     first_to_say,
     nearest,
+    next_step,
     unknown_options,
     users_message,
 )
@@ -23,7 +24,8 @@ from volumes.data.config_parser import ConfigParser, config_files
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "diffusers", "transformers", "monai", "accelerate", "matplotlib", "scipy", "nibabel", "pydicom")
-MODULES = ["evaluation.doctor", "evaluation.copies.fingerprints", "evaluation.data.label_budget"]
+MODULES = ["recipes", "evaluation.doctor", "evaluation.copies.fingerprints", "evaluation.data.label_budget"]
+PACKAGES = ("recipes", "evaluation.doctor")  # those of MODULES that are packages
 MODULES += ["evaluation.studies.edit_borders", "evaluation.studies.samplers", "pipelines.storage.to_dicom"]
 MODULES += [
     f"benchmarks.{name}"
@@ -39,7 +41,7 @@ MODULES += [
         "survival",
     )
 ]
-MODULES += [f"tools.{name}" for name in ("evidence", "mutants", "pictures", "record", "ship")]
+MODULES += [f"tools.{name}" for name in ("evidence", "mutants", "pictures", "record", "settings_page", "ship")]
 SCRIPTS = [
     "train_vae.py",
     "train_ldm.py",
@@ -112,10 +114,8 @@ def test_every_command_is_known_to_this_test():
         if "__main__" in path.read_text()
     }
     known = (
-        {f"{name.replace('.', '/')}.py" for name in MODULES if name != "evaluation.doctor"}
-        | {
-            "evaluation/doctor/__main__.py",
-        }
+        {f"{name.replace('.', '/')}.py" for name in MODULES if name not in PACKAGES}
+        | {f"{name.replace('.', '/')}/__main__.py" for name in PACKAGES}
         | {name for name in SCRIPTS if not name.startswith(("tests", "configs"))}
     )
     assert mains - {"cli/command.py"} == known
@@ -132,10 +132,46 @@ def test_help_and_mistyped_arguments_need_no_import_of_torch(tmp_path):
         if args[-1] == "--help":
             assert status == 0 and "--traceback" in out and not err, what
         else:
-            assert status in (1, 2) and "error: " in err and not out, what
+            assert status == 2 and "error: " in err and not out, what
             assert "usage:" not in err and "Traceback" not in err and len(err.splitlines()) <= 2, what
     assert len(found) == len(commands)
     assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_mistakes_in_files_of_settings_are_wrong_arguments(tmp_path):
+    """They end with the same status as a mistyped option; a mistake that is found later does not."""
+    config = tmp_path / "vae.yaml"
+    config.write_text("loop: {max_steps: many}\n")
+    found = run_all([["", str(ROOT / "train_vae.py"), "--config", str(config)]], tmp_path)
+    assert found[0][3] == 2 and "loop.max_steps: got 'many'" in found[0][5]
+
+
+def test_an_interrupt_while_arguments_are_imported_is_one_line(tmp_path):
+    """Of the scripts that train: their settings take 0.3 s to import."""
+    (tmp_path / "jsonargparse.py").write_text("raise KeyboardInterrupt\n")
+    for name in ("train_vae.py", "train_ldm.py"):
+        done = run_script(ROOT / name, "--help", PYTHONPATH=str(tmp_path))
+        assert (done.returncode, done.stderr) == (INTERRUPTED, f"{name}: interrupted\n"), done.stderr
+
+
+def test_the_next_command_is_quoted_and_said_once(tmp_path, monkeypatch, capsys):
+    """As a script, or as the console command if that runs."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--config", tmp_path / "my ldm.yaml", "--vae", Path("/else/a\x1bb")]
+    shown = "--config 'my ldm.yaml' --vae '/else/a\\x1bb'\n"
+    next_step("train_ldm.py", *words)
+    found = capsys.readouterr()
+    assert found.err == f"next: python {ROOT / 'train_ldm.py'} {shown}" and not found.out
+    monkeypatch.chdir(ROOT)
+    next_step("train_ldm.py")
+    assert capsys.readouterr().err == "next: python train_ldm.py\n"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cli.command._console", ["medvolume train-vae", "train_vae"])
+    next_step("train_ldm.py", *words)
+    assert capsys.readouterr().err == f"next: medvolume train-ldm {shown}"
+    monkeypatch.setenv("RANK", "1")
+    next_step("train_ldm.py", *words)
+    assert not capsys.readouterr().err
 
 
 def script(folder, body):

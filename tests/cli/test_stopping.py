@@ -35,7 +35,7 @@ from cli.stopping import (
 )
 from evaluation.commands import trainings
 from evaluation.commands.common import run_command
-from pipelines import Check, Rejection, batch_generation
+from pipelines import Check, MedVolumePipeline, Rejection, batch_generation
 from training import ResumableBatchSampler
 from training.engine.sampling_order import training_batches
 from volumes import DataConfig, VolumeDataset
@@ -253,15 +253,15 @@ def test_interrupted_generation_finishes_its_batch_and_resumes(tmp_path, monkeyp
     args = ["--pipeline", str(tmp_path / "pipeline"), "--masks", str(tmp_path / "masks"), "--steps", "1"]
     args += ["--batch_size", "2", "--output"]
     generate.main([*args, str(tmp_path / "whole")])
-    work, batches = batch_generation.generate_batch, []
+    work, batches = MedVolumePipeline.generate, []
 
-    def interrupted(*given):
+    def interrupted(*given, **options):
         batches.append(1)
         if len(batches) == 2:
             interrupt()
-        return work(*given)
+        return work(*given, **options)
 
-    monkeypatch.setattr(batch_generation, "generate_batch", interrupted)
+    monkeypatch.setattr(MedVolumePipeline, "generate", interrupted)
     with pytest.raises(SystemExit) as end:
         generate.main([*args, str(tmp_path / "out")])
     assert end.value.code == 130 and len(batches) == 2

@@ -95,7 +95,7 @@ def test_what_is_no_scale_is_refused_by_name(scale):
 
 def test_the_command_line_takes_the_same_scales(capsys):
     given = ["--pipeline", "p", "--output", "o", "--guidance_scale"]
-    assert [generate.parse([*given, text]).guidance_scale for text in ("0", "0.5", "2")] == [0, 0.5, 2]
+    assert [generate.parse([*given, text]).sampling.guidance_scale for text in ("0", "0.5", "2")] == [0, 0.5, 2]
     for text in ("-1", "nan", "inf", "two"):
         with pytest.raises(SystemExit):
             generate.parse([*given, text])

@@ -12,8 +12,8 @@ from evaluation.metrics.features import (
     EncoderStatistics,
     RandomStatistics,
     SliceStatistics,
-    _statistics,
     extract,
+    level_statistics,
 )
 
 
@@ -45,7 +45,9 @@ def tensor(count: int = 2, channels: int = 1, shape: tuple[int, int, int] = (16,
 def test_padding_counts_by_its_share_of_a_cell():
     features = torch.tensor([2.0, 5.0]).reshape(1, 1, 2, 1, 1)
     inside = torch.tensor([1.0, 1.0, 1.0, 0.0]).reshape(1, 1, 4, 1, 1)  # the second cell is half padding
-    assert _statistics([features], inside, 1)[0].tolist() == pytest.approx([3, (1 * 1 + 0.5 * 4) ** 0.5 / 1.5**0.5])
+    assert level_statistics([features], inside, 1)[0].tolist() == pytest.approx(
+        [3, (1 * 1 + 0.5 * 4) ** 0.5 / 1.5**0.5]
+    )
 
 
 def test_encoder_statistics_are_those_of_its_levels():

@@ -3,11 +3,13 @@ resumes."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from sampler_reports import GOOD, entry_of, write_choice
 from smooth import smooth_volumes
 from tiny import labels_of, tiny_pipeline
 
@@ -21,6 +23,8 @@ from evaluation.studies.sampler_figures import (
     make_named,
     sample,
 )
+from evaluation.studies.sampler_report import apply_choice, choose, markdown
+from pipelines import MedVolumePipeline, SamplingSettings
 from volumes import Case, DataConfig, Volume, VolumeDataset, load_cases, write_volume
 from volumes.data.cases import SPLITS
 
@@ -116,6 +120,85 @@ def test_figures_of_planted_volumes(data):
     assert quieter["kernel"]["random"]["whole"] > found["kernel"]["random"]["whole"]
     with pytest.raises(ValueError, match=r"v5: the real volume is .*set data.spacing"):
         scorer([volume[:, :8] for volume in same])
+
+
+CHOICES = {
+    "the fewest evaluations of those that are as good": (
+        [
+            entry_of("euler", 20, *GOOD),
+            entry_of("unipc", 8, (0.39, 0.2, 0.6), (0.9, 0.5, 1.2), (-0.015, -0.03, 0.0)),
+            entry_of("far", 4, (0.41, 0.2, 0.6), *GOOD[1:]),
+            entry_of("loud", 4, GOOD[0], (1.1, 0.6, 1.5), GOOD[2]),
+            entry_of("vague", 4, *GOOD[:2], (-0.03, -0.05, -0.02)),
+        ],
+        "unipc",
+    ),
+    "the lower distance of two that cost the same": (
+        [entry_of("euler", 20, (0.3, 0.2, 0.4), *GOOD[1:]), entry_of("heun", 20, *GOOD), entry_of("slow", 40, *GOOD)],
+        "heun",
+    ),
+    "guidance, where the volumes follow their masks only so": (
+        [entry_of("euler", 20, *GOOD[:2], (-0.05, -0.06, -0.04)), entry_of("guided", 40, *GOOD, guidance=2.0)],
+        "guided",
+    ),
+    "the best itself, whatever its interval": ([entry_of("euler", 20, *[(0.5, 0.6, 0.7)] * 3)], "euler"),
+    "none": (
+        [entry_of("euler", 20, *GOOD[:2], (-0.05, -0.06, -0.04)), entry_of("guided", 40, (2.0, 1.0, 3.0), *GOOD[1:])],
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_the_rule_chooses(case):
+    entries, expected = CHOICES[case]
+    for order in (entries, entries[::-1]):
+        chosen = choose(order)
+        assert (chosen and chosen["scheduler"]) == expected
+
+
+def test_a_choice_is_written_into_the_pipeline(tmp_path):
+    pipe = tiny_pipeline(condition_dropout={"mask": 0.1})
+    entries = [entry_of("unipc", 12, *GOOD, steps=6, guidance=2.0)]
+    path = write_choice(tmp_path / "samplers.json", entries, model=pipe.model_hash)
+    apply_choice(pipe, path, [pipe.model_hash])
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = MedVolumePipeline.from_pretrained(tmp_path / "saved")
+    assert loaded.sampling_settings == SamplingSettings(6, 2.0) and loaded.model_hash == pipe.model_hash
+    assert type(loaded.scheduler).__name__ == "UniPCMultistepScheduler"
+    scheduler = loaded.scheduler
+    apply_choice(loaded, write_choice(path, [entry_of("own", 6, *GOOD, steps=6)], model="m"), ["m"])
+    assert loaded.scheduler is scheduler and loaded.sampling_settings == SamplingSettings(6, 1.0)
+
+
+def test_choices_of_test_volumes_or_other_models_are_refused(tmp_path):
+    pipe, path = tiny_pipeline(), tmp_path / "samplers.json"
+    for entries, settings, said in (
+        ([entry_of("euler", 20, *GOOD)], {"model": "m", "split": "test"}, "was measured on test volumes"),
+        ([entry_of("euler", 20, *GOOD)], {"model": "other"}, "was measured with another model"),
+        ([], {"model": "m"}, "no combination qualifies"),
+        (CHOICES["none"][0], {"model": "m"}, "no combination qualifies"),
+        ([{"scheduler": "euler"}], {"model": "m"}, "is damaged"),
+    ):
+        with pytest.raises(ValueError, match=f"samplers.json: {said}"):
+            apply_choice(pipe, write_choice(path, entries, **settings), ["m"])
+    assert pipe.sampling_settings == SamplingSettings()
+
+
+def test_a_report_on_validation_volumes_says_what_it_chose():
+    report = {"evaluation": "samplers", "settings": {}, "combinations": CHOICES["none"][0]}
+    assert "Chosen" not in markdown(report)
+    said = markdown({**report, "chosen": {"scheduler": "unipc", "steps": 8, "guidance": 1.5}})
+    assert said.splitlines()[-1].startswith("Chosen: unipc in 8 steps, guidance 1.5: the fewest evaluations")
+    assert "No combination is as good as the best" in markdown({**report, "chosen": None})
+
+
+def test_own_settings_of_the_pipeline_are_one_combination(data):
+    pipe = tiny_pipeline(condition_dropout={"mask": 0.1})
+    options = SimpleNamespace(steps=[4], masks=1, batch_size=1, guidance=[1.0], schedulers=["euler"])
+    assert samplers.combinations(pipe, options) == [Combination("own", 20, 1.0), Combination("euler", 4, 1.0)]
+    pipe.sampling_settings = SamplingSettings(7, 2.0)
+    assert samplers.combinations(pipe, options)[0] == Combination("own", 7, 2.0)
 
 
 def test_the_command_resumes_and_refuses_other_settings(data, tmp_path):

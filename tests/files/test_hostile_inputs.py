@@ -19,7 +19,7 @@ from files.atomic import UNFINISHED
 from files.documents import read_json, read_yaml
 from files.paths import printable, refuse_special
 from pipelines import MedVolumePipeline, batch_generation, planning
-from pipelines.inputs.request_files import find_masks
+from pipelines.inputs.request_files import find_masks, mask_requests
 from pipelines.planning import PlannedVolume, volume_seed
 from training import initialize_from
 from volumes import (
@@ -306,7 +306,7 @@ def test_bad_file_names_of_masks_and_cases_are_refused(tmp_path, name):
     (tmp_path / f"{name}.nii").write_bytes(b"")
     if not name.startswith("."):
         with pytest.raises(ValueError, match=UNFIT[name]) as refused:
-            find_masks([f"{tmp_path}/*"], tmp_path / "out")
+            mask_requests([f"{tmp_path}/*"], tmp_path / "out")
         assert str(refused.value).isprintable()
     nib.save(mask_image((4, 4, 4)), tmp_path / "b.nii")
     table = tmp_path / "t.json"
@@ -381,7 +381,7 @@ def test_more_volumes_than_a_folder_should_hold_are_refused(pipeline, unconditio
 
 
 def test_many_volumes_are_planned_within_seconds(unconditional, tmp_path, monkeypatch):
-    monkeypatch.setattr(batch_generation, "generate_tasks", lambda _, tasks, *rest: planned.extend(tasks) or [])
+    monkeypatch.setattr(batch_generation, "left_to_generate", lambda tasks: planned.extend(tasks) or [])
     planned: list[PlannedVolume] = []
     with at_once(60):
         run(unconditional, tmp_path, "--count", "20000", "--shape", "8", "8", "8")

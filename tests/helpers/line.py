@@ -41,6 +41,8 @@ class LineData(Dataset):
 class LineStep:
     """Least squares; `poison` lists the calls whose loss is NaN."""
 
+    metrics = {"error": False}
+
     def __init__(self, learner, poison=(), noise=0.01):
         self.line, self.learners, self.poison, self.noise, self.calls = learner, (learner,), set(poison), noise, 0
         self.weights = []
@@ -82,7 +84,7 @@ def line_config(tmp_path, *args):
 
 def line_loop(config, **options):
     accelerator = make_accelerator(config)
-    start_trackers(accelerator, config.loop.trackers)
+    start_trackers(accelerator, config.loop)
     torch.manual_seed(0)
     learner = Learner(
         "line",

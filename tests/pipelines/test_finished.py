@@ -2,6 +2,7 @@
 through."""
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -23,11 +24,10 @@ from cli.stopping import Stopped
 from files import locks
 from files.atomic import UNFINISHED
 from files.locks import OutputInUse, only_writer
-from pipelines import MedVolumePipeline, Rejection, batch_generation, write_synthetic
+from pipelines import MedVolumePipeline, Rejection, batch_generation, planning, write_synthetic
 from pipelines.rejection import Check
 from pipelines.restore import Restorer
-from pipelines.storage.finished import finished_volumes
-from pipelines.storage.manifest import write_manifest
+from pipelines.storage.finished import finished_volumes, write_manifest
 from pipelines.storage.provenance import read_sidecar, sidecar_content
 from volumes import VoxelError
 
@@ -352,7 +352,7 @@ def test_generated_masks_and_their_volumes_are_one_job(tmp_path, monkeypatch):
 
     calls: list[tuple] = []
     monkeypatch.setattr(batch_generation, "check_same_labels", lambda _: None)
-    monkeypatch.setattr(batch_generation, "generate_volumes", one)
+    monkeypatch.setattr(batch_generation, "generate_to_disk", one)
     generate.main(["--pipeline", "p", "--masks", "generate:m", "--output", str(tmp_path / "out")])
     assert calls == [("masks", ["out"], None), ("out", ["out"], True)] and not held
 
@@ -395,10 +395,43 @@ def test_one_volume_that_is_not_finite_does_not_stop_others(inputs, made, tmp_pa
 def test_a_damaged_volume_that_is_not_made_again_is_not_listed(inputs, output, spoiled, monkeypatch, interrupted):
     flip(output / "a_000.nii.gz")
     if interrupted:
-        monkeypatch.setattr(batch_generation, "generate_batch", lambda *_: (_ for _ in ()).throw(Stopped(130)))
+        monkeypatch.setattr(MedVolumePipeline, "generate", lambda *_, **options: (_ for _ in ()).throw(Stopped(130)))
     with pytest.raises(Stopped if interrupted else ValueError):
         run(inputs, output)
     assert listed(output) == ["b_000.nii.gz"]
+
+
+@pytest.mark.parametrize("change", ["other", "unusable", "gone"])
+def test_masks_that_change_during_a_run_end_it_with_a_manifest(inputs, tmp_path, monkeypatch, capsys, change):
+    """Masks that are too much to hold are read again for their batch; what was finished before is listed."""
+    masks, work = tmp_path / "masks", MedVolumePipeline.generate
+    masks.mkdir()
+    for stem in "ab":
+        (masks / f"{stem}.nii.gz").write_bytes((inputs / "masks" / f"{stem}.nii.gz").read_bytes())
+
+    def changing(*given, **options):
+        if change == "gone":
+            (masks / "b.nii.gz").unlink()
+        else:
+            nib.save(mask_image((8, 8, 12), seed=9) if change == "other" else mask_image((8, 8)), masks / "b.nii.gz")
+        return work(*given, **options)
+
+    monkeypatch.setattr(planning, "HELD_BYTES", 0)
+    monkeypatch.setattr(MedVolumePipeline, "generate", changing)
+    with pytest.raises((ValueError, OSError), match=r"b(_000)?\.nii\.gz"):
+        run(inputs, tmp_path / "out", "--masks", str(masks))
+    assert listed(tmp_path / "out") == ["a_000.nii.gz"]
+    assert f"stopped: 1 volumes are in {tmp_path / 'out'}" in capsys.readouterr().out
+
+
+def test_a_manifest_that_fails_does_not_hide_the_error(inputs, output, monkeypatch):
+    flip(output / "a_000.nii.gz")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(MedVolumePipeline, "generate", lambda *_, **__: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(batch_generation, "write_manifest", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(ValueError, match="make room, and run the same command again") as found:
+        run(inputs, output)
+    assert found.value.__notes__ == [f"{output / 'manifest.csv'} could not be written: No space left on device"]
 
 
 def test_a_sidecar_with_unencodable_text_does_not_end_the_run(inputs, output):

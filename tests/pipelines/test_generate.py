@@ -15,9 +15,9 @@ import demo
 import generate
 from benchmarks import forked
 from pipelines import MedVolumePipeline, VolumeProcessor, describe_mask, sidecar_path
-from pipelines.inputs.request_files import find_masks
+from pipelines.inputs.request_files import find_masks, mask_requests
 from pipelines.planning import volume_seed
-from pipelines.storage.manifest import write_manifest
+from pipelines.storage.finished import write_manifest
 from volumes import volume_stem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,8 +153,9 @@ def test_masks_are_found_or_named(inputs, tmp_path):
     for half in ("hdr", "img"):
         (tmp_path / f"pair.{half}.gz").touch()
     assert volume_stem(*(p for p in find_masks([str(tmp_path)], masks) if "pair" in p.name)) == "pair"
-    with pytest.raises(ValueError, match="have the same stem"):
-        find_masks([str(masks), str(tmp_path)], tmp_path / "out")
+    nib.save(mask_image((8, 8, 8)), tmp_path / "a.nii.gz")
+    with pytest.raises(ValueError, match="a.nii and .*a.nii.gz have the same stem, so their volumes would too"):
+        mask_requests([str(tmp_path)], tmp_path / "out")
 
 
 def test_every_bad_mask_is_named_before_anything_is_made(inputs, tmp_path):

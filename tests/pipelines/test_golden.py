@@ -31,7 +31,9 @@ def generate(name: str, **conditions) -> np.ndarray:
     pipe = MedVolumePipeline.from_pretrained(WEIGHTS / name)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    return pipe(**conditions, num_inference_steps=4, generator=generator, output_type="np").volumes[0]
+    return pipe(**conditions, num_inference_steps=4, guidance_scale=1.0, generator=generator, output_type="np").volumes[
+        0
+    ]
 
 
 def test_hippocampus_from_a_mask():

@@ -387,7 +387,11 @@ def test_a_volume_that_lost_one_of_its_files_is_made_again(inputs, tmp_path):
 
 def test_unknown_columns_and_mixed_rows_are_refused(inputs, tmp_path):
     for name, text, message in (
-        ("unknown", "mask,mr\none.nii.gz,one_ct_scan.nii.gz\n", r"unknown columns \['mr'\]; .* mask, name, ct, pet"),
+        (
+            "unknown",
+            "mask,CT\none.nii.gz,one_ct_scan.nii.gz\n",
+            r"unknown columns 'CT' \(did you mean ct\?\); .* ct, pet",
+        ),
         ("mixed", "name,ct\na,one_ct_scan.nii.gz\nb,\n", "1 of 2 rows have an image; split it into two tables"),
         ("both", "mask,ct,pet\none.nii.gz,one_ct_scan.nii.gz,one_ct_scan.nii.gz\n", "one: image gives all channels"),
     ):

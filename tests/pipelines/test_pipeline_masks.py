@@ -1,13 +1,17 @@
 """Masks going in: what is refused, translated, resampled or warned of. No model runs here."""
 
+import warnings
+
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from structures import on_slice, rtstruct, series_of
 from tiny import labels_of, mask_image, tiny_data
 
+from generate import label_pair
 from pipelines import VolumeProcessor, describe_mask
-from volumes import PADDING, Volume
+from volumes import PADDING, Volume, VolumeError
 
 STRIDE = (4, 4, 4)
 
@@ -195,3 +199,57 @@ def test_an_array_lies_on_the_template(processor):
     np.testing.assert_array_equal(prepared.target.affine, tiny_data().affine)
     volume = Volume(labels_of((8, 8, 8))[None], np.diag([1.0, 1, 1, 1]))
     np.testing.assert_array_equal(processor.preprocess(volume).target.affine, np.eye(4))
+
+
+def test_a_structure_set_is_read_by_the_names_of_labels(processor, tmp_path):
+    """On the grid of its series; the command line has the same names."""
+    image = Volume(np.zeros((1, 20, 24, 16), np.int16), np.eye(4))
+    slices = series_of(image, tmp_path / "ct")
+    box = np.array([(2.5, 3.5), (11.5, 3.5), (11.5, 9.5), (2.5, 9.5)])
+    rois = {
+        "Anterior": [on_slice(box, k, np.eye(4)) for k in range(4, 8)],
+        "GTV=1": [on_slice(box, k, np.eye(4)) for k in range(8, 12)],
+        "Body": [on_slice(box, k, np.eye(4)) for k in range(16)],
+    }
+    path = tmp_path / "rt.dcm"
+    rtstruct(slices, rois).save_as(path, enforce_file_format=True)
+    assert label_pair("GTV=1=posterior") == ("GTV=1", "posterior") and label_pair("-3=2") == (-3, 2)
+    with pytest.warns(UserWarning, match="left out: 3 'Body'"):
+        prepared = processor.preprocess(path, {"GTV=1": "posterior"})
+    expected = np.zeros((20, 24, 16), np.int16)
+    expected[3:12, 4:10, 4:8], expected[3:12, 4:10, 8:12] = 1, 2
+    np.testing.assert_array_equal(prepared.target.array[0], expected)
+    rtstruct(slices, {"Body": rois["Body"]}).save_as(path, enforce_file_format=True)
+    with pytest.raises(VolumeError, match=r"none of which is called as a label \('background', 'anterior', 'post"):
+        processor.preprocess(path)
+
+
+def warned(processor, mask):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        processor.preprocess(mask)
+    return [str(one.message) for one in caught]
+
+
+def test_a_label_that_training_always_had_is_missed():
+    """Only labels that are recorded as common; not in a mask of background, which has its own warning."""
+    processor = VolumeProcessor(tiny_data(common_labels=[0, 2]), STRIDE)
+    labels = labels_of((8, 8, 8))
+    assert warned(processor, nib.Nifti1Image(labels, np.eye(4))) == []
+    assert warned(processor, nib.Nifti1Image(np.where(labels == 5, 0, labels), np.eye(4))) == []
+    without = nib.Nifti1Image(np.where(labels == 2, 5, labels), np.eye(4))
+    (message,) = warned(processor, without)
+    assert "has no anterior, which every training mask has" in message
+    (message,) = warned(processor, nib.Nifti1Image(np.zeros_like(labels), np.eye(4)))
+    assert "is background everywhere" in message
+    assert warned(VolumeProcessor(tiny_data(), STRIDE), without) == []
+
+
+def test_a_label_that_resampling_loses_is_told():
+    """One voxel of 0.5 mm between the points of the grid at 1 mm, and a label that is large enough."""
+    labels = np.zeros((16, 16, 16), np.int16)
+    labels[2:12, 2:12, 2:12] = 2
+    labels[14, 14, 13] = 5
+    spaced = nib.Nifti1Image(labels, np.diag([0.5, 0.5, 0.5, 1.0]))
+    lost = [message for message in warned(VolumeProcessor(tiny_data(), STRIDE), spaced) if "lost" in message]
+    assert len(lost) == 1 and "posterior is too small for the model's spacing" in lost[0]

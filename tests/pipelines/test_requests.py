@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from evaluation.data.pairs import generated_pairs
-from pipelines.inputs.request_files import find_masks, read_requests
+from pipelines.inputs.request_files import find_masks, mask_requests, read_requests
 from pipelines.storage.provenance import read_sidecar, sidecars
 from volumes import Case, volume_stem
 
@@ -19,12 +19,12 @@ def nfd(text):
     return unicodedata.normalize("NFD", text)
 
 
-def requested(tmp_path, text, *files):
+def requested(tmp_path, text, *files, say=print):
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).touch()
     (tmp_path / "c.csv").write_text(text, encoding="utf-8-sig")
-    return read_requests(tmp_path / "c.csv", PIPE, tmp_path / "out")
+    return read_requests(tmp_path / "c.csv", PIPE, tmp_path / "out", say)
 
 
 def test_empty_rows_ask_for_nothing(tmp_path):
@@ -68,14 +68,74 @@ def test_mask_patterns_match_every_spelling(tmp_path):
         assert [volume_stem(one) for one in find_masks([f"{tmp_path}/{pattern}"], tmp_path / "out")] == ["Müller"]
     (tmp_path / "Müller.nii.gz").touch()
     with pytest.raises(ValueError, match=r"M.*have the same stem|differ only in how Unicode"):
-        find_masks([str(tmp_path)], tmp_path / "out")
+        mask_requests([str(tmp_path)], tmp_path / "out")
 
 
 def test_masks_that_differ_in_case_alone_are_refused(tmp_path):
     (tmp_path / "a.nii").touch()
     (tmp_path / "A.nii").touch()
     with pytest.raises(ValueError, match="have the same stem, apart from upper and lower case"):
-        find_masks([str(tmp_path)], tmp_path / "out")
+        mask_requests([str(tmp_path)], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("files", "pattern", "names"),
+    [
+        (["p01/tumour.nii.gz", "p02/tumour.nii.gz"], "*/tumour.nii.gz", ["p01", "p02"]),
+        (["p01/seg/t.nii", "p02/seg/t.nii"], "**/*.nii", ["p01", "p02"]),
+        (["p01/pre/t.nii", "p01/post/t.nii", "p02/pre/t.nii"], "**/t.nii", ["p01_post", "p01_pre", "p02_pre"]),
+        (["p01/t.nii", "p02/t.nii", "p01/liver.nii"], "*/*.nii", ["p01_liver", "p01_t", "p02_t"]),
+        (["p01/t.nii", "p02/late/t.nii"], "**/t.nii", ["p01", "p02_late"]),
+        (["t.nii", "late/t.nii"], "**/t.nii", ["late", "t"]),
+        (["p01/a.nii", "p02/b.nii"], "*/*.nii", ["a", "b"]),  # stems that differ are names, as ever
+        (["p01/tumour.nii.gz"], "*/tumour.nii.gz", ["tumour"]),
+        ([nfd("Zoë/t.nii"), "p/t.nii"], "*/t.nii", ["Zoë", "p"]),
+    ],
+)
+def test_masks_of_one_name_are_called_by_what_differs(tmp_path, files, pattern, names, monkeypatch):
+    for name in files:
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).touch()
+    found = mask_requests([f"{tmp_path}/d/{pattern}"], tmp_path / "out")
+    assert sorted(request.name for request in found) == names
+    assert sorted(str(request.mask) for request in found) == sorted(str(tmp_path / "d" / name) for name in files)
+    monkeypatch.chdir(tmp_path)
+    again = mask_requests([f"d/{pattern}"], tmp_path / "out")  # however the pattern is written
+    assert [request.name for request in again] == [request.name for request in found]
+
+
+def test_names_that_still_collide_are_refused(tmp_path):
+    for name in ("a_b/c/t.nii", "a/b_c/t.nii"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"t.nii and .*t.nii: their volumes would both be called a_b_c; rename one"):
+        mask_requests([f"{tmp_path}/**/t.nii"], tmp_path / "out")
+
+
+def test_columns_that_the_model_does_not_know_are_not_read(tmp_path):
+    said: list[str] = []
+    text = "name,age,site,note\na,1,Bonn,=A1+1\nb,2,Kiel,#REF!\n"
+    found = requested(tmp_path, text, say=said.append)
+    assert [(one.name, one.numbers) for one in found] == [("a", {"age": "1"}), ("b", {"age": "2"})]
+    assert said == [f"{tmp_path / 'c.csv'}: columns that this model does not know are not read: note, site"]
+    assert requested(tmp_path, "name,age\na,1\n", say=said.append) and len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "meant"), [("Age", "age"), ("agee", "age"), ("names", "name"), ("Grösse", "größe"), ("CT", "ct")]
+)
+def test_a_column_that_is_nearly_known_is_refused(tmp_path, column, meant):
+    with pytest.raises(
+        ValueError, match=rf"unknown columns '{column}' \(did you mean {meant}\?\); .* mask, name, größe"
+    ):
+        requested(tmp_path, f"name,{column}\na,1\n" if meant != "name" else f"age,{column}\n1,a\n")
+
+
+def test_a_table_of_unknown_columns_alone_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"unknown columns \['gender', 'site'\]; for this model a table has mask, name"
+    ):
+        requested(tmp_path, "gender,site\nF,Bonn\n")
 
 
 def test_generated_volumes_match_masks_in_any_unicode_form(tmp_path):

@@ -14,9 +14,15 @@ import torch
 from tiny import tiny_json
 
 from pipelines import write_synthetic
-from pipelines.storage.finished import file_fault, finished_volumes, left_to_generate
+from pipelines.storage.finished import (
+    MANIFEST,
+    check_manifest,
+    file_fault,
+    finished_volumes,
+    left_to_generate,
+    write_manifest,
+)
 from pipelines.storage.lora_settings import check_settings, check_tensors
-from pipelines.storage.manifest import MANIFEST, check_manifest, write_manifest
 from pipelines.storage.provenance import FILES, sidecar_content
 from pipelines.storage.record import GenerationRecord
 from pipelines.storage.trained_on import GENERATED, made_by, read_generated, read_model

@@ -6,8 +6,10 @@ import nibabel as nib
 import pytest
 import torch
 from safetensors.torch import load_file
+from sampler_reports import GOOD, entry_of, write_choice
 from tiny import mask_image, tiny_pipeline
 
+from pipelines import MedVolumePipeline, SamplingSettings
 from tools.ship import fill, main, summaries, with_decoder
 
 
@@ -54,6 +56,37 @@ def test_noise_is_measured_on_the_pipelines_own_data(tmp_path):
     with pytest.raises(ValueError, match="other.yaml: its volumes differ from the pipeline's in channels, shape_range"):
         main([*command, f"--examples={tmp_path / 'examples.csv'}", f"--residual_noise={config}"])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_settings_that_were_chosen_are_shipped(tmp_path):
+    """Of a report on the pipeline that is shipped; without one those of the trained pipeline are."""
+    pipe = tiny_pipeline(condition_dropout={"mask": 0.1})
+    pipe.sampling_settings = SamplingSettings(30)
+    pipe.save_pretrained(tmp_path / "run")
+    model = MedVolumePipeline.from_pretrained(tmp_path / "run").model_hash
+    (tmp_path / "results").mkdir()
+    (tmp_path / "card.md").write_text("")
+    (tmp_path / "examples.csv").write_text("name\none\n")
+    command = [str(tmp_path / "run"), str(tmp_path / "out"), f"--results={tmp_path / 'results'}"]
+    command += [f"--card={tmp_path / 'card.md'}", f"--examples={tmp_path / 'examples.csv'}"]
+    main(command)
+    assert json.loads((tmp_path / "out" / "sampling.json").read_text()) == {"num_inference_steps": 30}
+    report = write_choice(
+        tmp_path / "samplers.json", [entry_of("unipc", 12, *GOOD, steps=6, guidance=2.0)], model=model
+    )
+    main([*command, f"--samplers={report}"])
+    shipped = MedVolumePipeline.from_pretrained(tmp_path / "out")
+    assert shipped.sampling_settings == SamplingSettings(6, 2.0)
+    assert type(shipped.scheduler).__name__ == "UniPCMultistepScheduler"
+    write_choice(report, [entry_of("unipc", 12, *GOOD)], model="other")
+    with pytest.raises(ValueError, match="samplers.json: was measured with another model"):
+        main([*command, f"--samplers={report}"])
+
+
+def test_settings_stay_with_another_decoder():
+    pipe = tiny_pipeline()
+    pipe.sampling_settings = SamplingSettings(30)
+    assert with_decoder(pipe, tiny_pipeline().vae).sampling_settings == SamplingSettings(30)
 
 
 def test_a_shipped_folder_is_complete_and_in_half_precision(tmp_path):

@@ -189,17 +189,21 @@ def test_linked_files_are_replaced_and_the_output_may_be_linked(tmp_path):
     disk.mkdir()
     (tmp_path / "run").symlink_to(disk)
     precious.write_text("precious")
-    names = ("config.yaml", "volumes.json", "metrics.csv", "metrics.json")
+    names = ("config.yaml", "volumes.json", "metrics.csv", "metrics.json", "metrics.jsonl")
     for name in names:
         (disk / name).symlink_to(precious)
     with begun(line_config(tmp_path, *SHORT)) as loop:
         loop.run()
-        (disk / "metrics.csv").unlink()
-        (disk / "metrics.csv").symlink_to(precious)  # planted while it runs
-        with pytest.raises(OSError, match="metrics.csv"):
-            loop.accelerator.log({"loss": 1.0}, step=5)
+        assert not [name for name in names if (disk / name).is_symlink()]
+        for name in ("metrics.csv", "metrics.jsonl"):
+            written = (disk / name).read_bytes()
+            (disk / name).unlink()
+            (disk / name).symlink_to(precious)  # planted while it runs
+            with pytest.raises(RuntimeError, match=f"{name}: could not be written"):
+                loop.accelerator.log({"train/loss": 1.0}, step=5)
+            (disk / name).unlink()
+            (disk / name).write_bytes(written)
     assert precious.read_text() == "precious"
-    assert not [name for name in names[:2] + names[3:] if (disk / name).is_symlink()]
     assert [path.name for path in list_checkpoints(disk / "checkpoints")] == ["step_000002", "step_000004"]
 
 

@@ -210,7 +210,7 @@ def test_trackers_that_cannot_work_are_refused_before_the_work(tmp_path, monkeyp
     def locked(*_, **__):
         raise RuntimeError("no login")
 
-    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.__init__", locked)
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.start", locked)
     match = "could not be started .RuntimeError: no login.; set it up, or remove it"
     with pytest.raises(ValueError, match=match), open_run(line_config(tmp_path), "train_vae.py", []):
         pytest.fail("began")

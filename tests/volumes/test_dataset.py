@@ -315,6 +315,7 @@ def test_describe(folder):
         "affine": median_affine.tolist(),
         "classes": {},
         "numbers": {},
+        "common_labels": [0],  # the mask of b is background alone
         "description": "numbers",
     }
 

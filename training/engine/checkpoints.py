@@ -5,7 +5,8 @@
         moving averages <learner>.safetensors, <learner>_optimizer.bin                instead of Accelerate's files if
         weights are sharded:
                                                                       full tensors, as large as without sharding
-        state.json                                                    step, data position, counters
+        best.safetensors                                              the best averaged weights so far, if any
+        state.json                                                    step, data position, counters, the best so far
         rng_0.txt                                                     digest of the random state (see `load`)
         digests.json                                                  sha256 of all of these
 
@@ -16,6 +17,7 @@ are pickles, so only checkpoints inside the run's own folder are ever read.
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -38,6 +40,7 @@ from .sharding import FullState, collect, restore
 
 logger = logging.getLogger("training")
 DIGESTS = "digests.json"
+BEST_WEIGHTS = "best.safetensors"
 MAX_NAMED = 8  # files in a message
 
 
@@ -57,6 +60,9 @@ class TrainState:
         skipped: steps without effect because a gradient was not finite.
         skipped_in_a_row: the most recent steps, if all of them were skipped.
         updates: steps that each learner took, by its name.
+        best_metric, best_step, best_value: the best validation so far: metric, step, and value; None if there is none.
+        stale: validations since then, all of them no better.
+        validated, sampled: step of the last validation, and of the last comparison of generated volumes.
     """
 
     step: int = 0
@@ -66,6 +72,18 @@ class TrainState:
     skipped: int = 0
     skipped_in_a_row: int = 0
     updates: dict[str, int] = field(default_factory=dict)
+    best_metric: str = ""
+    best_step: int = 0
+    best_value: float | None = None
+    stale: int = 0
+    validated: int = 0
+    sampled: int = 0
+
+    def counts(self) -> list[int]:
+        """Return all fields that are counts."""
+        steps = [self.step, self.best_step, self.validated, self.sampled]
+        skipped = [self.skipped, self.skipped_in_a_row, self.stale]
+        return [*steps, self.samples, self.processes, *skipped, *self.updates.values()]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -122,13 +140,23 @@ def rng_digest() -> str:
 
 
 class Checkpointer:
-    """Writes, reads and deletes the checkpoints of one run."""
+    """Writes, reads and deletes the checkpoints of one run.
+
+    Args:
+        best: file of the run's best weights, which is copied into checkpoints once the state has a best value.
+    """
 
     def __init__(
-        self, accelerator: Accelerator, learners: Sequence[Learner], folder: Path, keep: int, sharded: bool = False
+        self,
+        accelerator: Accelerator,
+        learners: Sequence[Learner],
+        folder: Path,
+        keep: int,
+        sharded: bool = False,
+        best: Path | None = None,
     ):
         self.accelerator, self.learners, self.folder, self.keep = accelerator, learners, folder, keep
-        self.sharded = sharded
+        self.sharded, self.best = sharded, best
 
     def save(self, state: TrainState) -> Path:
         """Write checkpoints/step_XXXXXX: a hidden folder, renamed once it is complete and on the disk. Called by every
@@ -180,6 +208,8 @@ class Checkpointer:
             state.updates[learner.name] = learner.updates
             self._write_learner(learner, folder)
         if accelerator.is_main_process:
+            if state.best_value is not None and self.best is not None:
+                shutil.copyfile(self.best, folder / BEST_WEIGHTS)
             (folder / "state.json").write_text(json.dumps(asdict(state), indent=1))
 
     def _write_learner(self, learner: Learner, folder: Path) -> None:
@@ -276,16 +306,11 @@ class Checkpointer:
                 f"{path}: {', '.join(named)}{more}: differs from what was written; truncated, or changed since"
             )
         state = TrainState(**_read_json(path / "state.json"))
-        counters = [
-            state.step,
-            state.samples,
-            state.processes,
-            state.skipped,
-            state.skipped_in_a_row,
-            *state.updates.values(),
-        ]
-        if not all(type(count) is int and count >= 0 for count in counters):
-            raise DamagedCheckpoint(f"{path}: state.json holds counters that are not counts: {counters}")
+        if not all(type(count) is int and count >= 0 for count in state.counts()):
+            raise DamagedCheckpoint(f"{path}: state.json holds counters that are not counts: {state.counts()}")
+        is_best = isinstance(state.best_value, float | int)
+        if is_best is not (path / BEST_WEIGHTS).is_file() or is_best is (state.best_value is None):
+            raise DamagedCheckpoint(f"{path}: state.json and {BEST_WEIGHTS} do not fit; was the copy complete?")
         if state.processes not in (0, self.accelerator.num_processes):
             raise ValueError(
                 f"{path}: was written by {state.processes} processes, but this run has "

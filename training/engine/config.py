@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from cli.command import ArgumentParser
 from cli.config_files import ConfigFile, paths_changed, resolved, section_words, written_in
+from cli.explained import summary
 from cli.parsing import parse_settings
 from cli.settings import (
     NonNegativeFloat,
@@ -33,16 +34,22 @@ Config = TypeVar("Config")
 logger = logging.getLogger("training")
 MAX_WORKERS = 1024
 MAX_MINUTES = 366 * 24 * 60
+MIN_SAMPLE = 4  # volumes in a set that is compared with another
 RHYTHM = (
     "log_every",
     "validate_every",
+    "sample_every",
     "preview_every",
     "previews",
     "checkpoint_every",
     "keep_checkpoints",
     "trackers",
+    "tracker_project",
+    "run_name",
+    "tracker_init",
+    "export",
 )
-LENGTH = ("max_steps", "max_skipped", "timeout_minutes", "workers", "compile")
+LENGTH = ("max_steps", "patience", "min_delta", "max_skipped", "timeout_minutes", "workers", "compile")
 # Settings that may change in a resumed run: they do not change what is learned.
 FREE = {
     "output",
@@ -104,7 +111,18 @@ class LoopConfig:
             2 on other devices. `data_wait` in the log is the fraction of the time spent waiting for data.
         ema_decay: decay of the moving average of the weights. The average is validated and saved.
         log_every: steps between reports of the losses; between them only one flag is fetched from the device.
-        validate_every: steps between validations on held-out subjects; 0 validates at the end only.
+        validate_every: steps between validations on held-out subjects; 0 validates at the end only, and keeps no best
+            weights.
+        sample_every: steps between comparisons of generated volumes with held-out ones, which a diffusion model logs as
+            validation/kernel_distance (see docs/autoencoders.md); 0 for none.
+        sample_volumes: volumes per comparison, 4 or more: so many are generated, from the conditions of held-out ones,
+            and always from the same noise.
+        best_by: the validation metric that chooses the best weights, which are kept in `best/` of the run's folder.
+            Default: psnr of an autoencoder, loss of a diffusion model.
+        patience: end the run after so many validations in a row without a better `best_by`; 0 trains to `max_steps`.
+        min_delta: smallest change of `best_by` that counts as better.
+        export: weights that the run leaves in its final folder: last, the averaged weights of the last step, or best,
+            those of `best/`. A finished run writes the other ones with --resume latest.
         preview_every: steps between previews; 0 draws one at the end only.
         previews: volumes per preview.
         checkpoint_every: steps between checkpoints; 0 writes one at the end only.
@@ -113,7 +131,12 @@ class LoopConfig:
         timeout_minutes: minutes that processes wait for each other before the job ends. They wait while the main
             process validates, draws previews and measures the training set, and while a dead process does not answer.
         trackers: names of trackers: csv (metrics.csv in the output folder), and Accelerate's own that are installed,
-            such as tensorboard or wandb; [] for none.
+            such as tensorboard or wandb; [] for none. metrics.jsonl is always written.
+        tracker_project: project, or experiment, of the trackers that have one.
+        run_name: name of the run in the trackers. Default: they choose one.
+        tracker_init: more arguments by tracker, for the function that starts its run: {wandb: {entity: lab, tags:
+            [ct]}} for wandb.init. They are saved in config.yaml: put keys and passwords into the tracker's environment
+            variables.
     """
 
     max_steps: PositiveInt = 10_000
@@ -126,6 +149,12 @@ class LoopConfig:
     ema_decay: ShareBelowOne = 0.999
     log_every: PositiveInt = 20
     validate_every: NonNegativeInt = 500
+    sample_every: NonNegativeInt = 0
+    sample_volumes: Annotated[int, Range(MIN_SAMPLE)] = 16
+    best_by: str | None = None
+    patience: NonNegativeInt = 0
+    min_delta: NonNegativeFloat = 0.0
+    export: Literal["last", "best"] = "last"
     preview_every: NonNegativeInt = 500
     previews: NonNegativeInt = 4
     checkpoint_every: NonNegativeInt = 500
@@ -133,6 +162,9 @@ class LoopConfig:
     max_skipped: PositiveInt = 20
     timeout_minutes: Annotated[float, Range(0, MAX_MINUTES, above=True)] = 120.0
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    tracker_project: str = "medvolume"
+    run_name: str | None = None
+    tracker_init: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class RunConfig(Protocol):
@@ -163,7 +195,7 @@ def parse_config(config_class: type[Config], args: Sequence[str] | None = None) 
     """
     args = section_words(sys.argv[1:] if args is None else args, {"": config_class})
     files = config_files(args, config_class)
-    parser = ConfigParser(description=config_class.__doc__, exit_on_error=False, owners=[config_class])
+    parser = ConfigParser(description=summary(config_class), exit_on_error=False, owners=[config_class])
     parser.add_argument("--config", action="config", help="YAML file with the arguments below")
     parser.add_class_arguments(config_class, as_group=False)
     parser.set_defaults({f"data.{key}": value for key, value in _learned(config_class, files, args).items()})
@@ -284,9 +316,14 @@ def config_changes(old: Mapping[str, object], config: object) -> dict[str, str]:
     return changes
 
 
+def is_free(name: str) -> bool:
+    """Return whether a setting may change in a resumed run: it, or the section that it is in, is in `FREE`."""
+    return name in FREE or any(name.startswith(f"{free}.") for free in FREE)
+
+
 def refuse_changes(changes: Mapping[str, str], accepted: bool) -> None:
     """Log changes that a resumed run may have, and those that were accepted. Raises: ValueError for all others."""
-    refused = [f"{name}: {change}" for name, change in changes.items() if name not in FREE]
+    refused = [f"{name}: {change}" for name, change in changes.items() if not is_free(name)]
     if refused and not accepted:
         raise ValueError(
             "--resume: the config or the data differ from those this run was started with:\n  "

@@ -27,18 +27,20 @@ from cli.stopping import (
 from files.atomic import write_text
 from files.documents import read_object
 
+from .best import BestWeights
 from .checkpoints import Checkpointer, TrainState, list_checkpoints
 from .config import LoopConfig, RunConfig, config_changes, read_config, refuse_changes, save_config, to_plain
 from .loss_spikes import SpikeWatch, StandstillWatch
 from .processes import report_peer_failure, stop_asked_anywhere
 from .sampling_order import ResumableBatchSampler, derive_seed, training_batches
-from .step import Items, TrainingStep
-from .tracking import CsvTracker, Progress, log_figure
+from .step import Generates, Items, TrainingStep
+from .tracking import Progress, RunFile, log_figure
 
 logger = logging.getLogger("training")
-# They keep the seeds of validation noise, training noise and data order apart.
+# They keep the seeds of validation noise, training noise, generated volumes and data order apart.
 _VALIDATION = 1 << 32
 _TRAINING = 1 << 33
+_SAMPLES = 1 << 34
 
 
 class Loop:
@@ -78,11 +80,13 @@ class Loop:
                 "again"
             )
         self.spikes, self.standstill = SpikeWatch(), StandstillWatch()
+        self.best = BestWeights(accelerator, self.options, step, self.output, len(validation))
+        self.measured: dict[str, dict[str, float]] = {}  # at this step
         for learner in step.learners:
             learner.prepare(accelerator, compile=self.options.compile, sharded=self.options.fsdp)
-        self.checkpoints = Checkpointer(
-            accelerator, step.learners, self.output / "checkpoints", self.options.keep_checkpoints, self.options.fsdp
-        )
+        folder, keep = self.output / "checkpoints", self.options.keep_checkpoints
+        best = self.best.weights
+        self.checkpoints = Checkpointer(accelerator, step.learners, folder, keep, self.options.fsdp, best)
         self.state = self._begin_or_resume()
         self.progress = Progress(self.options.max_steps, self.state.step, enabled=accelerator.is_main_process)
 
@@ -97,8 +101,11 @@ class Loop:
         restored = self.checkpoints.resume(self.config.resume) if self.config.resume else None
         if restored is not None:
             path, state = restored
+            self.best.begin(path, state)
             logger.info("resumed from %s at step %d", path, state.step)
-        elif self.config.resume:
+        else:
+            self.best.begin(None, state)
+        if restored is None and self.config.resume:
             logger.info("nothing to resume in %s yet: starting at step 0", self.checkpoints.folder)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -122,9 +129,9 @@ class Loop:
     def _run(self) -> dict[str, float]:
         accelerator, options, state = self.accelerator, self.options, self.state
         for tracker in accelerator.trackers:
-            if isinstance(tracker, CsvTracker):
+            if isinstance(tracker, RunFile):
                 tracker.keep_until(state.step)
-            if tracker.name != "tensorboard":  # it would add a folder per start, and config.yaml has it
+            elif tracker.name != "tensorboard":  # it would add a folder per start, and config.yaml has it
                 tracker.store_init_configuration(to_plain(self.config))
         stream = ResumableBatchSampler(
             len(self.data),
@@ -150,10 +157,14 @@ class Loop:
         finally:
             batches.close()  # ends the processes that load data
         self._warn_if_nothing_was_learned(state.step - state.skipped - taken, before)
-        metrics = self.validate()
+        metrics = self._measure(at_end=True)
         self.preview()
         if accelerator.is_main_process:
-            text = json.dumps({"step": state.step, "skipped": state.skipped, **metrics}, indent=1)
+            if options.export == "best":
+                self.best.load()
+            best = {"metric": state.best_metric, "step": state.best_step, "value": state.best_value}
+            kept = {} if state.best_value is None else {"best": best, "export": options.export}
+            text = json.dumps({"step": state.step, "skipped": state.skipped, **metrics, **kept}, indent=1)
             write_text(self.output / "metrics.json", text)
         return metrics
 
@@ -162,8 +173,10 @@ class Loop:
         accumulation = self.config.optimizer.gradient_accumulation
         totals: dict[str, Tensor] = {}
         counted: Counter[str] = Counter()
+        self._catch_up()
         waited, since = 0.0, time.perf_counter()
-        while state.step < options.max_steps:
+        early = self.best.out_of_patience(state) if state.step < options.max_steps else None
+        while state.step < options.max_steps and not early:
             now_finishing(f"step {state.step + 1}, then saving")
             losses: dict[str, Tensor] = {}
             parts: list[dict[str, Tensor]] = []
@@ -182,6 +195,7 @@ class Loop:
                 finite, losses[f"grad_norm/{learner.name}"] = finite and taken, norm
             self.step.after_update(finite)
             state.step += 1
+            self.measured = {}
             if not finite:
                 self._warn_of_skipped(parts)
             state.samples += accumulation * options.batch_size * accelerator.num_processes
@@ -195,12 +209,13 @@ class Loop:
                 totals, counted = {}, Counter()
                 waited, since = 0.0, time.perf_counter()
             last = state.step == options.max_steps
-            if not last and _due(state.step, options.validate_every):
-                self.validate()
-            if not last and _due(state.step, options.preview_every):
+            if not last:
+                self._measure()
+                early = self.best.out_of_patience(state)
+            if not last and not early and _due(state.step, options.preview_every):
                 self.preview()
             stopped = stop_asked_anywhere(accelerator)
-            if last or stopped or _due(state.step, options.checkpoint_every):
+            if last or early or stopped or _due(state.step, options.checkpoint_every):
                 now_finishing(f"the checkpoint of step {state.step}")
                 written = self.checkpoints.save(state)
                 # A signal that came meanwhile needs no second checkpoint.
@@ -209,6 +224,37 @@ class Loop:
                     logger.warning("%s: wrote %s; --resume latest continues from there", stopped.name, written)
                     accelerator.end_training()
                     raise Stopped(128 + stopped)
+        if early:
+            logger.info("%s", early)
+
+    def _catch_up(self) -> None:
+        """Make the validation that an uninterrupted run would have made at the step of the checkpoint: a signal may
+        have cut it short, or the run is longer now. Raises: Stopped if a signal comes again."""
+        if 0 < self.state.step < self.options.max_steps:
+            self._measure()
+            if stopped := stop_asked_anywhere(self.accelerator):
+                self.accelerator.end_training()
+                raise Stopped(128 + stopped)
+
+    def _measure(self, at_end: bool = False) -> dict[str, float]:
+        """Validate, and compare generated volumes, where due and not done at this step yet. Returns all of its
+        metrics."""
+        state, options = self.state, self.options
+        due = at_end or (_due(state.step, options.validate_every) and state.validated < state.step)
+        if due and "validation" not in self.measured and (metrics := self.validate()):
+            state.validated = state.step
+            self._judge("validation", metrics)
+        due = at_end or (_due(state.step, options.sample_every) and state.sampled < state.step)
+        if due and options.sample_every and "samples" not in self.measured and (metrics := self.sample()):
+            state.sampled = state.step
+            self._judge("samples", metrics)
+        return {name: value for metrics in self.measured.values() for name, value in metrics.items()}
+
+    def _judge(self, kind: str, metrics: dict[str, float]) -> None:
+        self.measured[kind] = metrics
+        self.best.judge(metrics, self.state)
+        if (shown := metrics.get(self.best.metric)) is not None:
+            self.progress.show(**{self.best.metric: shown})
 
     def _warn_if_nothing_was_learned(self, steps: int, before: Sequence[tuple[int, int]]) -> None:
         """Warn if weights or loss did not move. `before`: the learners' checksums at the start."""
@@ -294,7 +340,7 @@ class Loop:
         """Return the mean of every metric over the held-out items, which the processes share; empty without such items,
         and if a signal ended it."""
         accelerator, items = self.accelerator, self.validation
-        self._show_phase(f"the validation at step {self.state.step}")
+        self._show_phase("validation", f"the validation at step {self.state.step}")
         self._gather_averages()
         if not len(items):
             return {}
@@ -319,10 +365,38 @@ class Loop:
         for part in parts:
             for name, value in part.items():
                 metrics[name] = metrics.get(name, 0.0) + value / len(items)
-        accelerator.log({f"validation/{k}": v for k, v in metrics.items()}, step=self.state.step)
-        text = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
-        logger.info("step %d  validation (%d items): %s", self.state.step, len(items), text)
+        self._log_validation(metrics, f"{len(items)} items")
         return metrics
+
+    def sample(self) -> dict[str, float]:
+        """Generate volumes from the conditions of held-out items, always from the same noise, and return how far they
+        are from these. The processes share the volumes. Empty if a signal ended it."""
+        accelerator, items, step = self.accelerator, self.validation, self.step
+        assert isinstance(step, Generates)  # see `BestWeights`
+        self._show_phase("sampling", f"the comparison of generated volumes at step {self.state.step}")
+        self._gather_averages()
+        count = min(self.options.sample_volumes, len(items), step.max_samples)
+        rows = {}
+        for number in range(accelerator.process_index, count, accelerator.num_processes):
+            if stop_came():
+                break
+            generator = torch.Generator().manual_seed(derive_seed(self.options.seed, _SAMPLES, number))
+            item = send_to_device(items[number * len(items) // count], accelerator.device)
+            rows[number] = step.sample(item, number, count, generator)
+        self.progress.doing()
+        parts = gather_object([rows])
+        if stop_asked_anywhere(accelerator):
+            logger.warning("step %d: the comparison of generated volumes was cut short", self.state.step)
+            return {}
+        rows = {number: row for part in parts for number, row in part.items()}
+        metrics = step.compare([rows[number] for number in range(count)])
+        self._log_validation(metrics, f"{count} generated volumes")
+        return metrics
+
+    def _log_validation(self, metrics: Mapping[str, float], of: str) -> None:
+        self.accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=self.state.step)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        logger.info("step %d  validation (%s): %s", self.state.step, of, text)
 
     def _gather_averages(self) -> None:
         for learner in self.step.learners:
@@ -333,7 +407,7 @@ class Loop:
         count = min(self.options.previews, len(self.validation))
         if stop_asked_anywhere(self.accelerator):
             return
-        self._show_phase(f"the preview of step {self.state.step}")
+        self._show_phase("preview", f"the preview of step {self.state.step}")
         self._gather_averages()
         if count and self.accelerator.is_main_process:
             items = [send_to_device(self.validation[i], self.accelerator.device) for i in range(count)]
@@ -341,8 +415,8 @@ class Loop:
         self.progress.doing()
         self.accelerator.wait_for_everyone()
 
-    def _show_phase(self, phase: str) -> None:
-        self.progress.doing(phase)
+    def _show_phase(self, short: str, phase: str) -> None:
+        self.progress.doing(short)
         now_finishing(f"{phase}, then saving")  # no effect after the last checkpoint, when a signal ends at once
 
 

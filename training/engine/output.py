@@ -1,6 +1,7 @@
 """A run's output folder: check that it holds no links; write models into it atomically."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,27 @@ def refuse_links(paths: Iterable[Path]) -> None:
             )
 
 
-def save_model(model: Any, folder: Path) -> None:
-    """Call `model.save_pretrained`, and replace an older folder only once the new one is complete and on the disk.
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder that replaces `folder` once the block has ended and everything is on the disk.
 
     Raises: CannotContinue if it cannot be written (a full disk, a link in its place). Then nothing of the new one
     remains.
     """
     try:
         with atomic_folder(folder) as unfinished:
-            model.save_pretrained(str(unfinished), safe_serialization=True)
+            yield unfinished
     except (OSError, SafetensorError) as error:
         raise CannotContinue(
             f"{folder}: could not be written ({error}). Make room on the disk; the same command with --resume latest "
             "continues from the last checkpoint, and writes it"
         ) from error
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Call `model.save_pretrained`, and replace an older folder only once the new one is complete and on the disk.
+
+    Raises: as `replacing`.
+    """
+    with replacing(folder) as unfinished:
+        model.save_pretrained(str(unfinished), safe_serialization=True)

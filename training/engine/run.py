@@ -16,6 +16,7 @@ from files.atomic import remove_leftovers
 from files.locks import only_writer
 from files.writable import check_output_folder
 
+from .best import BEST
 from .checkpoints import list_checkpoints
 from .config import LoopConfig, RunConfig, save_config
 from .loop import Loop
@@ -24,13 +25,13 @@ from .precision import resolve_precision
 from .processes import check_together, how_to_resume, on_cpu, report_peer_failure
 from .sharding import check_sharding
 from .step import Training
-from .tracking import choose_trackers, start_trackers
+from .tracking import LOGS, choose_trackers, start_trackers
 
 Config = TypeVar("Config", bound=RunConfig)
 logger = logging.getLogger("training")
 CHECKPOINTS = "checkpoints"
 PREVIEWS = "previews"
-WRITTEN = (CHECKPOINTS, PREVIEWS, "logs", "latents", "vae", "pipeline", "lora")  # folders in a run's output
+WRITTEN = (CHECKPOINTS, PREVIEWS, LOGS, BEST, "latents", "vae", "pipeline", "lora")  # folders in a run's output
 
 
 def run_training(
@@ -75,7 +76,7 @@ def open_run(config: RunConfig, script: str, args: Sequence[str] | None) -> Iter
         stoppable(how_to_resume(script, args)),
         hold_output(accelerator, config),
     ):
-        start_trackers(accelerator, config.loop.trackers)
+        start_trackers(accelerator, config.loop)
         yield accelerator
 
 
@@ -125,7 +126,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     refuse_older_run(config)
     check_output_folder(Path(config.output))
     precision = resolve_precision(options.mixed_precision)
-    trackers = choose_trackers(options.trackers, config.output) or None
+    trackers = choose_trackers(options, config.output)
     timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=options.timeout_minutes))
     accelerator = Accelerator(
         cpu=on_cpu(),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,7 +27,13 @@ class TrainingStep(Protocol):
 
     @property
     def learners(self) -> Sequence[Learner]:
-        """The networks that are trained."""
+        """The networks that are trained; the first one is what the run leaves."""
+        ...
+
+    @property
+    def metrics(self) -> Mapping[str, bool]:
+        """Names of the metrics of `validate`, each with whether more is better; the first one chooses the best
+        weights."""
         ...
 
     def __call__(self, batch: Any, generators: list[torch.Generator]) -> dict[str, Tensor]:
@@ -52,6 +58,31 @@ class TrainingStep(Protocol):
 
     def preview(self, items: list[Any]) -> "Figure":
         """Draw a few held-out items, with the averaged weights."""
+        ...
+
+
+@runtime_checkable
+class Generates(TrainingStep, Protocol):
+    """A step whose model generates volumes, which are compared with held-out ones."""
+
+    distance: str  # name of what `compare` returns that chooses the best weights, if asked to; less is better
+
+    @property
+    def max_samples(self) -> int:
+        """Volumes that can be compared, at most."""
+        ...
+
+    def sample(self, item: Any, number: int, count: int, generator: torch.Generator) -> Any:
+        """Generate a volume from the conditions of a held-out item, with the averaged weights.
+
+        Args:
+            number: of the volume, from 0 to `count` - 1.
+        Returns: a row for `compare`, which can be sent to other processes.
+        """
+        ...
+
+    def compare(self, rows: Sequence[Any]) -> dict[str, float]:
+        """Return the distance of generated from held-out volumes, and figures to judge it by."""
         ...
 
 

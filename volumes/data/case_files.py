@@ -54,7 +54,10 @@ def read_case(case: Case, config: DataConfig, *, masks: bool = True) -> StoredCa
         image, mask, _ = make_phantom(case.phantom, config.phantom.shape)
         return StoredCase({"image": image}, mask if masks else None)
     images = {channel: _image(case, channel, config) for channel in config.patterns}
-    mask = read_mask(case.mask, **config.reading) if masks and case.mask is not None else None
+    mask = None
+    if masks and case.mask is not None:
+        like = images[config.resample_to or next(iter(images))]
+        mask = read_mask(case.mask, like=like, **config.mask_reading)
     return StoredCase(images, mask)
 
 
@@ -133,7 +136,7 @@ def _image(case: Case, channel: str, config: DataConfig) -> Volume:
 
 def _label_map(path: Path, config: DataConfig) -> Volume:
     """Read an image file that is a label map, as channels of 0 and 1."""
-    image = read_mask(path, **config.reading)
+    image = read_mask(path, **config.mask_reading)
     indices = label_indices(image.array[0], config.image_labels, config.label_map, name=str(path))
     return image.replace(label_channels(indices, len(config.image_labels)))
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from volumes.description import ChannelScale, DataDescription
 from volumes.formats.raw import memory_bytes
 from volumes.intensity import LinearScale, few_inside
-from volumes.labels import merge_channels
+from volumes.labels import labels_present, merge_channels
 from volumes.map_checks import LabelMapStats, describe_maps
 from volumes.placement import Placement, pad_to_multiple
 from volumes.plausible import (
@@ -251,7 +251,7 @@ class VolumeDataset(Dataset[Sample]):
 def prepare(case: Case, config: DataConfig) -> PreparedCase:
     """Read one case and bring it into the model's terms. Raises VolumeError, which names the file (or case and
     column)."""
-    classes = read_classes(case, config.classes)
+    classes = read_classes(case, config)
     stored = read_case(case, config)
     oddities = stored_oddities(case, stored, config)
     voxels = stored.digests(config)
@@ -331,11 +331,12 @@ def describe(dataset: VolumeDataset, description: str = "") -> DataDescription:
         intensity=tuple(_median_scale(dataset, index) for index in range(len(dataset.channels))),
         shape_range=(shapes.min(axis=0).tolist(), shapes.max(axis=0).tolist()),
         affine=dataset.prepared[median_case].image.affine.tolist(),
-        classes=dict(sorted(config.classes.items())),
+        classes=dict(sorted(config.class_names.items())),
         numbers=describe_numbers(config.numbers, [prepared.numbers for prepared in dataset.prepared]),
         grid_numbers=tuple(n for n in sorted(config.numbers) if not any(n in case.metadata for case in dataset.cases)),
         reading=config.reading,
         resample_to=config.resample_to,
+        common_labels=_common_labels(dataset) if dataset.labels else None,
         maps=_describe_maps(dataset) if config.image_labels else None,
         description=description,
     )
@@ -347,6 +348,14 @@ def _median_scale(dataset: VolumeDataset, index: int) -> ChannelScale:
     limits = [[prepared.scales[index].low, prepared.scales[index].high] for prepared in dataset.prepared]
     low, high = np.median(limits, axis=0).tolist()
     return ChannelScale(scaling.kind, low, high, (scaling.low, scaling.high) if scaling.kind == "percentile" else None)
+
+
+def _common_labels(dataset: VolumeDataset) -> tuple[int, ...]:
+    """Return the values of the labels that every mask has."""
+    values = sorted(dataset.labels)
+    masks = [prepared.mask for prepared in dataset.prepared if prepared.mask is not None]
+    common = np.logical_and.reduce([labels_present(mask.array, len(values)) for mask in masks])
+    return tuple(value for value, in_all in zip(values, common.tolist(), strict=True) if in_all)
 
 
 def _describe_maps(dataset: VolumeDataset) -> LabelMapStats:
