@@ -109,7 +109,8 @@ def deformed(
     if seen is not None:  # its edge is that of the volume: the nearest voxels are repeated beyond it
         nearest: Any = ndimage.distance_transform_edt(~seen.numpy(), return_distances=False, return_indices=True)
         image = image[:, *torch.from_numpy(nearest).long()]
-        fov &= torch.from_numpy(ndimage.map_coordinates(seen.numpy().astype(np.uint8), places, order=0)) > 0
+        inside = ndimage.map_coordinates(seen.numpy().astype(np.uint8), places, order=0, mode="nearest")
+        fov &= torch.from_numpy(inside) > 0
     moved = [ndimage.map_coordinates(channel, places, order=order, mode="nearest") for channel in image.numpy()]
     seen = torch.where(fov, torch.from_numpy(np.stack(moved)).clamp(image.min(), image.max()), -1.0)
     if mask is None:
