@@ -116,6 +116,24 @@ def index_labels(
     return np.where(outside, np.int16(PADDING), indices)
 
 
+def model_values(
+    mask: MaskLike,
+    labels: Mapping[int, str],
+    label_map: LabelMap | None,
+    affine: np.ndarray,
+    reading: Reading | None = None,
+) -> Volume:
+    """Read a mask as the model sees it: its label values (1, X, Y, Z) int16 after `label_map`, PADDING outside the
+    field of view.
+
+    Raises: ValueError as `load_mask` and `index_labels`.
+    """
+    volume, name = load_mask(mask, affine, reading)
+    indices = index_labels(volume.array, labels, label_map, name)
+    values = np.array(sorted(labels), np.int16)[np.maximum(indices, 0)]
+    return volume.replace(np.where(indices == PADDING, np.int16(PADDING), values))
+
+
 def describe_mask(mask: MaskLike) -> SourceRecord:
     """Describe a mask for the sidecar: file name (None without a file) and sha256.
 
