@@ -20,7 +20,6 @@ docs/evaluation.md explains the figures. Under torchrun, dice, few_labels and pr
 processes; other commands run in the main process.
 """
 
-import argparse
 from datetime import timedelta
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def parse(args: list[str] | None) -> Namespace:
     """Parse the command line. The section `data` of `--config` gives the defaults of `--data.*`."""
     files = config_files(args)
     data = read_config(files[-1].path)["data"] if files else None
-    parser = ConfigParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ConfigParser(description=__doc__)
     commands = parser.add_subcommands()
     for name, command in COMMANDS.items():
         commands.add_subcommand(name, make_parser(command, data), help=command.help)

@@ -4,7 +4,7 @@
 
     pipe = medvolume.MedVolumePipeline.from_pretrained("weights/hippocampus")
 
-    medvolume generate --help    # in a shell; `medvolume --help` lists the commands
+    medvolume init scans/        # in a shell; `medvolume --help` lists the commands
 
 The command works from any folder. Each of its commands is one of the scripts or modules named in `COMMANDS`; the
 scripts are for `accelerate launch` and torchrun.
@@ -78,6 +78,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "init": Command("recipes", "look a folder of scans over, and write a recipe for training on it"),
     "doctor": Command("evaluation.doctor", "check the data and the memory before training, and the model after it"),
     "train-vae": Command("train_vae", "train the autoencoder"),
     "train-ldm": Command("train_ldm", "train the diffusion model on the autoencoder's latents"),

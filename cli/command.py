@@ -50,6 +50,7 @@ ROOMS = (
     "pipelines",
     "training",
     "evaluation",
+    "recipes",
     "benchmarks",
     "tools",
 )
@@ -235,19 +236,28 @@ def typed_command(script: str | None, args: Sequence[str]) -> str:
 
 
 def next_step(script: str, *words: str | Path) -> None:
-    """Print the command that usually comes next to standard error, on rank 0 only.
+    """Print the command that usually comes next to standard error, on rank 0 only. Arguments: as `command_line`."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"next: {printable(command_line(script, *words))}", file=sys.stderr, flush=True)
+
+
+def command_line(script: str, *words: str | Path) -> str:
+    """Return a command for the shell: `medvolume train-ldm ...` under the console command, else `python ...`.
 
     Args:
-        script: a script at the root of the clone, such as "train_ldm.py"; the console command is shown as such.
+        script: a script at the root of the clone, such as "train_ldm.py", or a module, such as "evaluation.doctor".
         words: its arguments, which are quoted where the shell needs it. A `Path` inside the working directory is shown
             relative to it.
     """
-    if os.environ.get("RANK", "0") != "0":
-        return
-    path = _from_here(Path(__file__).resolve().parents[1] / script)
-    program = ["medvolume", Path(script).stem.replace("_", "-")] if _console else ["python", path]
-    shown = [_from_here(word) if isinstance(word, Path) else word for word in words]
-    print(f"next: {printable(shlex.join([*program, *shown]))}", file=sys.stderr, flush=True)
+    is_script = script.endswith(".py")
+    if _console:
+        name = script.removesuffix(".py").rpartition(".")[2]
+        program = ["medvolume", name.replace("_", "-")]
+    elif is_script:
+        program = ["python", _from_here(Path(__file__).resolve().parents[1] / script)]
+    else:
+        program = ["python", "-m", script]
+    return shlex.join([*program, *(_from_here(word) if isinstance(word, Path) else word for word in words)])
 
 
 def _from_here(path: Path) -> str:

@@ -25,16 +25,17 @@ def add_run_arguments(parser: ArgumentParser, per: str) -> None:
     parser.add_argument("--guidance_scale", type=Number(NonNegativeFloat), help=guidance_help)
     parser.add_argument("--seed", type=Number(NonNegativeInt), default=0, help="(0)")
     parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")
-    label_help = "read a label value as one that the model knows, by value or name: 3=1 4=tumor"
+    label_help = "read a label value, or a segment of this name, as a label of the model: 3=1 4=tumor GTV=tumor"
     parser.add_argument("--label_map", nargs="+", type=label_pair, default=[], metavar="VALUE=LABEL", help=label_help)
     wait_help = "how long to wait for another process that writes to --output; 0 refuses at once (0)"
     parser.add_argument("--wait_minutes", type=Number(NonNegativeFloat), default=0.0, help=wait_help)
     parser.add_argument("--precision", choices=PRECISIONS, default="no", help="no is float32 (no)")
 
 
-def label_pair(text: str) -> tuple[int, int | str]:
-    """Parse VALUE=LABEL, the label by value or by name."""
-    value, _, label = text.partition("=")
-    if not label:
+def label_pair(text: str) -> tuple[int | str, int | str]:
+    """Parse VALUE=LABEL, each by value or by name."""
+    value, _, label = text.rpartition("=")
+    if not label or not value:
         raise argparse.ArgumentTypeError(f"{text!r} is not VALUE=LABEL, e.g. 3=1")
-    return int(value), int(label) if label.lstrip("-").isdigit() else label
+    pair = [int(one) if one.lstrip("-").isdigit() else one for one in (value, label)]
+    return pair[0], pair[1]

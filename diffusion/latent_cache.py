@@ -72,6 +72,7 @@ def cache_key(dataset: VolumeDataset, vae: VolumeAutoencoder, config: LatentCach
     augmentation = {name: value for name, value in asdict(config).items() if name != "folder"} | {"seed": seed}
     cases = [[c.name, *(_file_stamp(p) for p in c.images.values()), _file_stamp(c.mask)] for c in dataset.cases]
     data = {k: v for k, v in asdict(dataset.config).items() if k not in NOT_CACHED}
+    data["label_map"] = {str(value): target for value, target in dataset.config.label_map.items()}  # names among them
     parts = [FORMAT, weights_hash(vae.encoder), deciding(vae.config), data, cases, augmentation]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

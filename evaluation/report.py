@@ -191,11 +191,7 @@ def config_parser(program: str, description: str | None, args: Sequence[str] | N
     Raises: ValueError as `read_config` does.
     """
     files = config_files(args)
-    parser = ConfigParser(
-        prog=console_program() or f"python -m {program}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ConfigParser(prog=console_program() or f"python -m {program}", description=description)
     parser.add_argument(
         "--config", type=str, required=True, help="training config; its section `data` names the volumes"
     )

@@ -23,6 +23,7 @@ from pipelines.inputs.masks import (
     MaskLike,
     index_labels,
     is_placed,
+    known_labels,
     load_mask,
 )
 from pipelines.inputs.prepared import PreparedGrid
@@ -41,7 +42,7 @@ from volumes import (
 )
 from volumes.description import DataDescription
 from volumes.formats.raw import memory_bytes
-from volumes.labels import labels_present
+from volumes.labels import labels_present, segment_values
 from volumes.map_checks import MAX_SIDE
 from volumes.plausible import resampling_oddities
 
@@ -80,7 +81,8 @@ class VolumeProcessor:
             than the model's; a size outside the training range; odd geometry.
         """
         label_map = translation(label_map)
-        volume, name = load_mask(mask, self.affine, self.reading)
+        names = segment_values(self.labels, known_labels(self.labels, label_map))
+        volume, name = load_mask(mask, self.affine, self.reading, names)
         target = volume.replace(index_labels(volume.array, self.labels, label_map, name))
         grid = self._resampled(target, name, "mask")
         self._warn_of_labels(target, grid, name)

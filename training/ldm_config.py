@@ -46,7 +46,7 @@ class TrainLdmConfig:
         output: folder of the run: config.yaml, metrics.jsonl, checkpoints/, best/, logs/, previews/, and at the end
             metrics.json and pipeline/ (lora/ if a LoRA is trained).
         vae: folder of the trained autoencoder (`vae/` of its run).
-        data: the volumes.
+        data: the volumes. It may be absent if the folder of the run that trained `vae` is there: its section is used.
         model: `class:` and that class's constructor arguments, except those that the autoencoder and the data decide.
         cache: latents of the training volumes.
         loss: mse, the mean squared error of the prediction, or l1, its mean absolute error.

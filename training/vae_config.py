@@ -40,8 +40,17 @@ class CropConfig:
 @dataclass
 @checked
 class AutoencoderLosses:
-    """Weights of the autoencoder's losses, each averaged inside the field of view; see
-    autoencoder/losses/reconstruction.py."""
+    """Weights of the autoencoder's losses, each averaged inside the field of view; see autoencoder/losses/.
+
+    Args:
+        l1: weight of the mean absolute error.
+        mse: weight of the mean squared error.
+        gradient: weight of the mean absolute error of the differences between neighboring voxels, which keeps edges.
+        spectrum: weight of the error of the power in each frequency band, which keeps fine detail.
+        kl: weight of the Kullback-Leibler divergence of the latents from a normal distribution; only KL autoencoders
+            have it.
+        commitment: weight of the distance of the latents from their codes; only autoencoders with a codebook have it.
+    """
 
     l1: NonNegativeFloat = 1.0
     mse: NonNegativeFloat = 0.0

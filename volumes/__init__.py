@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .data.dataset import VolumeDataset, describe, pad_sample
     from .figures import FigureCase, shapes_figure, slices_figure
     from .formats.dicom_out import write_dicom
+    from .formats.dicom_seg_out import write_seg
     from .formats.nifti import (
         VoxelError,
         nifti_path,
@@ -81,6 +82,7 @@ __all__ = [
     "volume_parts",
     "volume_stem",
     "write_dicom",
+    "write_seg",
     "write_slabs",
     "write_volume",
 ]

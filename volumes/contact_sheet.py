@@ -71,9 +71,10 @@ def contact_sheet(cases: Iterable[FigureCase], label_names: Mapping[int, str] | 
     """Draw volumes side by side: a column per case, its title below it, all at one scale.
 
     The rows are the planes (axial, coronal, sagittal) through the center of the region of an edit, or else of the
-    largest label, or through the middle of a volume without a mask. Each plane shows the last image with the outlines of the labels and of the region, then
-    each image alone. Several channels have a block of rows each. Label maps are drawn in colors, and as lit surfaces.
-    Windows are in the images' units. Directions are as in `slices_figure`, for axes that point to R, A and S.
+    largest label, or through the middle of a volume without a mask. Each plane shows the last image with the outlines
+    of the labels and of the region, then each image alone. Several channels have a block of rows each. Label maps are
+    drawn in colors, and as lit surfaces. Windows are in the images' units. Directions are as in `slices_figure`, for
+    axes that point to R, A and S.
 
     Args:
         cases: taken one after the other; of each, only the slices are held.
@@ -93,7 +94,9 @@ def contact_sheet(cases: Iterable[FigureCase], label_names: Mapping[int, str] | 
     titles = [_lines(_title(column, shared), letters) for column in columns]
     page = LEFT_INCHES + len(columns) * (width * inches + GAP_INCHES)
     white = WHITE if any(cell.region is not None for cell in cells) else ""
-    footer = textwrap.wrap(f"{RIGHT} Windows are in the units of the files. {white}", max(30, int(LETTERS_PER_INCH * page)))
+    footer = textwrap.wrap(
+        f"{RIGHT} Windows are in the units of the files. {white}", max(30, int(LETTERS_PER_INCH * page))
+    )
     below = LINE_INCHES * (max(map(len, titles)) + len(footer) + 1)
     values = sorted({value for column in columns for value in column.labels})[:MOST_LABELS]
     legend = 0.0 if not values else LINE_INCHES * (-(-len(values) // _legend_columns(page)) + 1.5)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+
+from files.names import nfc
 
 from .volume import VolumeError
 
@@ -12,10 +16,10 @@ VALUES = 1 << 16  # of int16; numpy's negative indices wrap, so a table of this 
 
 
 def label_indices(
-    labels: np.ndarray, known: Iterable[int], label_map: Mapping[int, int] | None = None, *, name: str = "mask"
+    labels: np.ndarray, known: Iterable[int], label_map: Mapping[Any, int] | None = None, *, name: str = "mask"
 ) -> np.ndarray:
     """Map label values (int16, any shape) to int16 indices of the sorted `known` values, after `label_map` {value:
-    known}.
+    known}. Names of segments in it were read with the file, see `segment_values`.
 
     Raises VolumeError, which names the mask and the values, for labels that are neither known nor mapped.
     """
@@ -63,3 +67,34 @@ def merge_channels(channels: np.ndarray, values: Sequence[int], threshold: float
     """
     indices = np.where(channels.max(axis=0) > threshold, channels.argmax(axis=0) + 1, 0)
     return np.asarray(values, dtype=np.int16)[indices][None]
+
+
+def segment_values(names: Mapping[int, str], label_map: Mapping[Any, int] | None = None) -> dict[str | int, int]:
+    """Decide how segments of DICOM-SEG and RTSTRUCT are read: {name (see `segment_key`) or number: label value}.
+
+    A segment is read as the label to which its name leads in `label_map`, or that is called as it is, or to which its
+    number leads in `label_map`. Labels whose names differ in upper and lower case alone are not found by name.
+
+    Args:
+        names: label values and their names.
+        label_map: {value or name of a segment: label value}.
+
+    Raises: ValueError for a name in `label_map` that leads to two labels, or to a value that `label_map` changes.
+    """
+    label_map = label_map or {}
+    found: dict[str | int, int] = {}
+    for text, value in label_map.items():
+        if not isinstance(text, str):
+            found[text] = text  # `label_indices` maps it, as that of any other file
+        elif label_map.get(value, value) != value:
+            raise ValueError(f"label_map leads from {text!r} to {value}, and from {value} to {label_map[value]}")
+        elif found.setdefault(segment_key(text), value) != value:
+            raise ValueError(f"label_map leads from {text!r} to {value} and to {found[segment_key(text)]}")
+    own = [(segment_key(text), value) for value, text in names.items() if label_map.get(value, value) == value]
+    keys = Counter(key for key, _ in own)
+    return {key: value for key, value in own if keys[key] == 1} | found
+
+
+def segment_key(name: str) -> str:
+    """Return the name of a segment as it is compared: without white space at its ends, in lower case."""
+    return nfc(name).strip().casefold()

@@ -32,7 +32,8 @@ class SourceGrid:
     """The grid on which a volume was stored before it was brought to RAS+, so that results can be written back onto it.
 
     shape: (I, J, K) as stored; affine: (4, 4) float64 in mm; qform: (4, 4) in mm, or None when qform_code is 0 or it is
-    broken; unit: the header's unit of length ("mm", "m", "cm", "um", or "unknown"), unless the reader was told another.
+    broken; unit: the header's unit of length ("mm", "m", "cm", "um", or "unknown"), unless the reader was told another;
+    frame: DICOM's FrameOfReferenceUID, None if it is not known. Volumes that differ in it are of different scans.
     """
 
     shape: tuple[int, int, int]
@@ -41,6 +42,7 @@ class SourceGrid:
     qform_code: int
     sform_code: int
     unit: str = "mm"
+    frame: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

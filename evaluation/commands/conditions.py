@@ -26,7 +26,7 @@ def run(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> 
     """Train classifiers on real volumes, and score them on held-out real and on generated volumes."""
     config = options.data
     sources = load_sources(options)
-    names = config.classes[options.column]
+    names = config.class_names[options.column]
     result = measure_class_adherence(
         sources["train"],
         sources["test"],

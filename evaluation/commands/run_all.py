@@ -207,7 +207,7 @@ def digest_inputs(args: Sequence[str], options: Namespace, paths: Sequence[Path]
         files += [*case.images.values(), *([case.mask] if case.mask else [])]
     content = {
         "arguments": args,
-        "data": dataclasses.asdict(options.data),
+        "data": {**dataclasses.asdict(options.data), "label_map": [*map(str, options.data.label_map.items())]},
         "cases": [(case.name, case.subject, case.split, case.metadata) for case in cases],  # the content of a table
         "files": [stamp(file) for file in files if file.is_file() and file.name != MANIFEST],
     }

@@ -202,10 +202,10 @@ def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
         else:
             files = [case.images[channel] for channel in config.patterns]
             numbers = [config.volume_number(channel) for channel in config.patterns]
-        name, mask = str(files[0]), read_mask(case.mask, **config.reading)
         parts = [
             read_volume(path, time_point=number, **config.reading) for path, number in zip(files, numbers, strict=True)
         ]
+        name, mask = str(files[0]), read_mask(case.mask, like=parts[0], **config.mask_reading)
         for path, part in zip(files, parts, strict=True):
             if not same_grid(part, mask):
                 raise VolumeError(

@@ -204,7 +204,8 @@ def _generate(pipe: MedVolumePipeline, dataset: VolumeDataset, index: int, steps
     if pipe.unet.config["num_labels"] and prepared.mask is not None:
         values = np.array(sorted(dataset.labels), np.int16)[prepared.mask.array]
         mask = Volume(values, prepared.image.affine)
-    classes = {c: config.classes[c][i] for c, i in zip(sorted(config.classes), prepared.classes, strict=True) if i >= 0}
+    names = config.class_names
+    classes = {c: names[c][i] for c, i in zip(sorted(names), prepared.classes, strict=True) if i >= 0}
     numbers = {c: v for c, v in zip(sorted(config.numbers), prepared.numbers, strict=True) if not math.isnan(v)}
     classes = {name: value for name, value in classes.items() if name in (pipe.unet.config["classes"] or {})}
     numbers = {name: value for name, value in numbers.items() if name in (pipe.unet.config["numbers"] or {})}

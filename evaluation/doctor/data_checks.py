@@ -279,8 +279,7 @@ def check_conditions(examined: Sequence[Examined], config: DataConfig, dropout: 
     if not train:
         return findings
     columns: dict[str, list[bool]] = {}
-    for index, column in enumerate(sorted(config.classes)):
-        values = config.classes[column]
+    for index, (column, values) in enumerate(sorted(config.class_names.items())):
         counts = Counter(item.classes[index] for item in train)
         columns[column] = [item.classes[index] < 0 for item in train]
         text = f"{column}: " + ", ".join(f"{value} {counts[i]}" for i, value in enumerate(values))

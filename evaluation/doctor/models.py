@@ -76,7 +76,7 @@ class PlannedData:
     def of(data: DataConfig, numbers: Mapping[str, NumberStats]) -> "PlannedData":
         """Collect the facts of a data section; `numbers` are the statistics of its numbers."""
         labels = data.label_names or (PHANTOM_LABELS if data.phantom else {})
-        return PlannedData(data.channels, labels if data.masks or data.phantom else {}, data.classes, numbers)
+        return PlannedData(data.channels, labels if data.masks or data.phantom else {}, data.class_names, numbers)
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""Check a run's settings before it starts: its length, its precision, and what its output folder already holds."""
+"""Check a run's settings before it starts (its length, its precision, and what its output folder already holds), and
+what it reported (metrics.jsonl) after it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +7,8 @@ from pathlib import Path
 from training import TrainLdmConfig, TrainVaeConfig
 from training.engine.checkpoints import list_checkpoints
 from training.engine.run import CHECKPOINTS
+from training.engine.tracking import JsonTracker
+from training.vae_losses import WATCHED, DiscriminatorWatch
 
 from .cases import Examined, Finding, fail, ok, warn
 
@@ -13,6 +16,7 @@ from .cases import Examined, Finding, fail, ok, warn
 # (configs/sarcoma), and the shipped ones took 3,600 to 6,000; the shipped autoencoders took 800 to 2,600.
 FEW_STEPS = {TrainVaeConfig: 500, TrainLdmConfig: 1500}
 PASSES = 10  # times that a run should see each training volume
+SKIPPED = 0.02  # fraction of the steps; fp16 skips a few while it finds its loss scale
 
 
 def check_run(config: TrainVaeConfig | TrainLdmConfig, examined: Sequence[Examined]) -> list[Finding]:
@@ -30,6 +34,37 @@ def check_output(output: str) -> list[Finding]:
         "--init_from to start from its weights"
     )
     return [warn("output", f"{output} already holds a run, up to {checkpoints[-1].name}", remedy)]
+
+
+def check_log(folder: Path) -> list[Finding]:
+    """Check what the run that wrote `folder` reported: skipped steps, and the discriminator's loss at the end. No
+    finding for a folder without its run's metrics.jsonl, such as shipped weights."""
+    log = folder.resolve().parent / JsonTracker.file
+    if not log.is_file():
+        return []
+    reported: dict[str, list[tuple[int, float]]] = {"skipped_steps": [], "discriminator": []}
+    for step, key, value in JsonTracker(log.parent).parse(log.read_text("utf-8", "replace")):
+        kind, _, name = key.partition("/")
+        if kind == "train" and name in reported and isinstance(value, int | float):
+            reported[name].append((step, float(value)))
+    findings = []
+    if reported["skipped_steps"]:
+        step, skipped = reported["skipped_steps"][-1]
+        text = f"{skipped:.0f} of {step:,} steps were skipped, because a loss or gradient was not finite"
+        remedy = "set loop.mixed_precision: no, or lower optimizer.learning_rate; the run's messages name the samples"
+        findings.append(warn("skipped", text, remedy) if skipped > SKIPPED * step else ok("skipped", text))
+    if losses := [loss for _, loss in reported["discriminator"][-WATCHED:]]:
+        watch = DiscriminatorWatch()
+        fault = next((told for told in map(watch, losses) if told), None)
+        text = f"its loss was {min(losses):.3g} to {max(losses):.3g} in the last {len(losses)} reports"
+        findings.append(ok("discriminator", text) if fault is None else _told("discriminator", fault))
+    return findings
+
+
+def _told(check: str, warning: str) -> Finding:
+    """Return a warning of the training as a finding: what is wrong, and what to do."""
+    message, _, remedy = warning.partition(". ")
+    return warn(check, message, remedy[0].lower() + remedy[1:])
 
 
 def _length(config: TrainVaeConfig | TrainLdmConfig, volumes: int) -> list[Finding]:

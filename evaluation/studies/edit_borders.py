@@ -174,8 +174,9 @@ def measure(pipe: MedVolumeEditPipeline, cases: Sequence[Case], options: Namespa
     rows: dict[str, list[EditedCase]] = {name: [] for name in options.regions}
     for case in LiveBar(cases, unit="volume", disable=None):
         assert case.mask is not None
-        mask, (path,) = read_mask(case.mask, **options.data.reading), case.images.values()
-        original = read_volume(path, exact=True, **options.data.reading).array[0]
+        (path,) = case.images.values()
+        image = read_volume(path, exact=True, **options.data.reading)
+        mask, original = read_mask(case.mask, like=image, **options.data.mask_reading), image.array[0]
         for name in options.regions:
             region = REGIONS[name](mask)
             result = pipe(

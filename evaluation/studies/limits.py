@@ -167,7 +167,7 @@ def _classes(data: Data, options: Options) -> None:
             split: Counter(str(case.metadata.get(column) or "") for case in data.cases if case.split == split)
             for split in ("train", "test")
         }
-        names = [str(name) for name in data.config.classes[column]]
+        names = [str(name) for name in data.config.class_names[column]]
         if lost := [name for name in names if not counts["train"][name]]:
             raise ValueError(
                 f"no volume of split train is of {column} {', '.join(lost)}: the classifier needs all classes"

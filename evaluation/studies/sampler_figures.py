@@ -127,7 +127,7 @@ def inputs_from_dataset(dataset: VolumeDataset, unet: nn.Module) -> SamplingInpu
         assert prepared.mask is not None
         masks.append(Volume(values[prepared.mask.array], prepared.image.affine))
         of_case = {
-            n: dataset.config.classes[n][i] for n, i in zip(class_names, prepared.classes, strict=True) if i >= 0
+            n: dataset.config.class_names[n][i] for n, i in zip(class_names, prepared.classes, strict=True) if i >= 0
         }
         classes.append({name: value for name, value in of_case.items() if name in (config["classes"] or {})})
         pairs = zip(number_names, prepared.numbers, strict=True)

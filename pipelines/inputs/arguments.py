@@ -72,9 +72,10 @@ def names(name: str, values: Any) -> list[str]:
     return [str(one) for one in found]
 
 
-def translation(label_map: Any) -> dict[int, int | str] | None:
-    """Convert `label_map` to ints of Python: {value of the mask: value or name of the model}. Raises: ValueError, also
-    for a value that occurs twice, such as 3 and "3".
+def translation(label_map: Any) -> dict[int | str, int | str] | None:
+    """Convert `label_map` to ints of Python: {value of the mask, or name of its segment: value or name of the model}.
+
+    Raises: ValueError, also for a value that occurs twice, such as 3 and "3".
     """
     if label_map is None:
         return None
@@ -89,7 +90,13 @@ def translation(label_map: Any) -> dict[int, int | str] | None:
         else whole_number(f"label_map, which leads from {key!r}, ", target, None)
         for key, target in label_map.items()
     }
-    values = [whole_number("each value that label_map translates", _number(key), None) for key in targets]
+    if "" in targets:
+        raise ValueError(f"label_map translates an empty name; got {_shown(label_map)}")
+    numbers = [_number(key) for key in targets]
+    values = [
+        one if isinstance(one, str) else whole_number("each value that label_map translates", one, None)
+        for one in numbers
+    ]
     if len(set(values)) < len(values):
         raise ValueError(f"label_map translates {max(values, key=values.count)} twice; got {_shown(label_map)}")
     return dict(zip(values, targets.values(), strict=True))

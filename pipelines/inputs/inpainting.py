@@ -130,7 +130,7 @@ def load_region(region: MaskLike, target: Volume, reading: Reading | None = None
     Raises: ValueError for another grid, and for an empty region.
     """
     if is_placed(region):
-        volume, name = load_mask(region, target.affine, reading)
+        volume, name = load_mask(region, target.affine, reading, like=target)
     else:
         array, grid, name = as_array(region, "the region"), stored_grid(target), "the region"
         array = array[0] if array.ndim == 4 and len(array) == 1 else array

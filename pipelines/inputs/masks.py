@@ -19,13 +19,13 @@ from volumes import PADDING, Volume, VolumeError, read_mask, volume_parts
 from volumes.formats.carriers import as_array, carries_geometry, source_file
 from volumes.formats.raw import Reading
 from volumes.formats.read import read_stored
-from volumes.labels import label_indices
+from volumes.labels import label_indices, segment_values
 from volumes.plausible import header_oddities
 
 # An image in memory of nibabel, SimpleITK or torchio, or a MetaTensor of MONAI, is read with its geometry:
 # `volumes.formats.carriers`.
 MaskLike = str | os.PathLike | SpatialImage | Volume | np.ndarray | torch.Tensor
-LabelMap = Mapping[int, int | str]
+LabelMap = Mapping[int, int | str] | Mapping[str, int | str] | Mapping[int | str, int | str]
 
 BACKGROUND = 0  # the label value whose being alone in a mask is worth a warning
 
@@ -42,16 +42,23 @@ def as_list(mask: MaskLike | Sequence[MaskLike]) -> list[MaskLike]:
     return masks
 
 
-def load_mask(mask: MaskLike, affine: np.ndarray, reading: Reading | None = None) -> tuple[Volume, str]:
+def load_mask(
+    mask: MaskLike,
+    affine: np.ndarray,
+    reading: Reading | None = None,
+    names: Mapping[str | int, int] | None = None,
+    like: Volume | None = None,
+) -> tuple[Volume, str]:
     """Read one mask: (1, X, Y, Z) int16 label values in RAS+ order, and its name for messages.
 
     A plain array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: it is placed on `affine`, the model's
-    template. `reading` is how headers are read, see `volumes.DataConfig.reading`.
+    template. `reading` is how headers are read, see `volumes.DataConfig.reading`; `names` and `like` are for DICOM-SEG
+    and RTSTRUCT, see `volumes.read_mask`.
 
     Raises: ValueError for an empty mask, for values that are not labels, and for other types.
     """
     if isinstance(mask, (str, os.PathLike)):
-        return warn_of_header(read_mask(mask, **(reading or {})), str(mask)), str(mask)
+        return warn_of_header(read_mask(mask, names=names, like=like, **(reading or {})), str(mask)), str(mask)
     if carries_geometry(mask):
         name = source_file(mask) or "the mask"
         return warn_of_header(read_mask(mask, **(reading or {})), name), name
@@ -93,13 +100,14 @@ def index_labels(
     Args:
         values: integers of any shape.
         labels: the model's label values and names; the index is the rank of the value.
-        label_map: values to read as a known label, given by value or name, e.g. `{3: 1}` or `{3: "anterior"}`.
+        label_map: values to read as a known label, given by value or name, e.g. `{3: 1}` or `{3: "anterior"}`. Names of
+            segments were read with the file.
 
     Raises: ValueError naming the unknown values and the known ones; or on a mask that is PADDING everywhere.
     Warns: if the mask is background only.
     """
     known = sorted(labels)
-    translation = _translation(labels, label_map or {})
+    translation = known_labels(labels, label_map)
     outside = (values == PADDING) & (PADDING not in translation) & (PADDING not in known)
     if outside.all():
         raise ValueError(f"{name}: is empty, all its voxels are marked as missing ({PADDING})")
@@ -128,7 +136,7 @@ def model_values(
 
     Raises: ValueError as `load_mask` and `index_labels`.
     """
-    volume, name = load_mask(mask, affine, reading)
+    volume, name = load_mask(mask, affine, reading, segment_values(labels, known_labels(labels, label_map)))
     indices = index_labels(volume.array, labels, label_map, name)
     values = np.array(sorted(labels), np.int16)[np.maximum(indices, 0)]
     return volume.replace(np.where(indices == PADDING, np.int16(PADDING), values))
@@ -173,14 +181,17 @@ def check_axes(volume: Volume, name: str) -> None:
         raise ValueError(f"{name}: its axes run {codes}, a Volume's run RAS; give it as a nibabel image instead")
 
 
-def _translation(labels: Mapping[int, str], label_map: LabelMap) -> dict[int, int]:
-    """Replace names in `label_map` by values. Raises: ValueError for a target that the model does not know."""
+def known_labels(labels: Mapping[int, str], label_map: LabelMap | None) -> dict[int | str, int]:
+    """Replace the model's names in `label_map` by values. Raises: ValueError for a target that the model does not
+    know.
+    """
+    label_map = label_map or {}
     values = {name: int(value) for value, name in labels.items()} | {int(value): int(value) for value in labels}
     unknown = [target for target in label_map.values() if target not in values]
     if unknown:
         listing = ", ".join(f"{value} ({name})" for value, name in labels.items())
         raise ValueError(f"label_map leads to {unknown}, which the model does not know; it knows {listing}")
-    return {int(value): values[target] for value, target in label_map.items()}
+    return {key if isinstance(key, str) else int(key): values[target] for key, target in label_map.items()}
 
 
 def _whole_numbers(array: np.ndarray, name: str) -> np.ndarray:

@@ -24,7 +24,8 @@ from volumes.data.config_parser import ConfigParser, config_files
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "diffusers", "transformers", "monai", "accelerate", "matplotlib", "scipy", "nibabel", "pydicom")
-MODULES = ["evaluation.doctor", "evaluation.copies.fingerprints", "evaluation.data.label_budget"]
+MODULES = ["recipes", "evaluation.doctor", "evaluation.copies.fingerprints", "evaluation.data.label_budget"]
+PACKAGES = ("recipes", "evaluation.doctor")  # those of MODULES that are packages
 MODULES += ["evaluation.studies.edit_borders", "evaluation.studies.samplers", "pipelines.storage.to_dicom"]
 MODULES += [
     f"benchmarks.{name}"
@@ -40,7 +41,7 @@ MODULES += [
         "survival",
     )
 ]
-MODULES += [f"tools.{name}" for name in ("evidence", "mutants", "pictures", "record", "ship")]
+MODULES += [f"tools.{name}" for name in ("evidence", "mutants", "pictures", "record", "settings_page", "ship")]
 SCRIPTS = [
     "train_vae.py",
     "train_ldm.py",
@@ -114,10 +115,8 @@ def test_every_command_is_known_to_this_test():
         if "__main__" in path.read_text()
     }
     known = (
-        {f"{name.replace('.', '/')}.py" for name in MODULES if name != "evaluation.doctor"}
-        | {
-            "evaluation/doctor/__main__.py",
-        }
+        {f"{name.replace('.', '/')}.py" for name in MODULES if name not in PACKAGES}
+        | {f"{name.replace('.', '/')}/__main__.py" for name in PACKAGES}
         | {name for name in SCRIPTS if not name.startswith(("tests", "configs"))}
     )
     assert mains - {"cli/command.py"} == known

@@ -44,7 +44,7 @@ def paths(config: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("start", [".", "recipe", "recipe/vae", "elsewhere"])
-def test_paths_start_at_the_folder_of_the_file_that_names_them(start, tmp_path, monkeypatch):
+def test_paths_start_at_the_folder_of_their_file(start, tmp_path, monkeypatch):
     recipe, home = project(tmp_path), tmp_path / start
     home.mkdir(exist_ok=True)
     monkeypatch.chdir(home)
@@ -68,7 +68,7 @@ def test_paths_start_at_the_folder_of_the_file_that_names_them(start, tmp_path, 
         assert ldm.resume == "latest"
 
 
-def test_paths_of_the_command_line_start_at_the_working_directory(tmp_path, monkeypatch):
+def test_options_start_at_the_working_directory(tmp_path, monkeypatch):
     recipe = project(tmp_path)
     monkeypatch.chdir(tmp_path)
     words = ["--config", "recipe/ldm.yaml", "--output", "out", "--data.root=here", "--cache.folder", "s3://b/latents"]
@@ -143,7 +143,7 @@ def test_a_saved_config_moves_with_its_project(given, tmp_path, monkeypatch):
     assert changes == {"data.root": "second/deeper/scans -> scans"}
 
 
-def test_the_printed_config_means_the_same_in_the_working_directory(tmp_path, monkeypatch, capsys):
+def test_the_printed_config_means_the_same(tmp_path, monkeypatch, capsys):
     project(tmp_path)
     monkeypatch.chdir(tmp_path)
     words = ["--config", "recipe/ldm.yaml", "--loop.max_steps=7"]
@@ -211,7 +211,7 @@ def test_an_error_of_the_config_does_not_blame_the_section(tmp_path, monkeypatch
         parse_config(TrainVaeConfig, ["--config", "recipe/vae.yaml", "--data.test_fraction=0.1", "--data.split=s"])
 
 
-def test_without_data_the_section_is_that_of_the_autoencoders_run(tmp_path, monkeypatch):
+def test_without_data_the_run_of_the_autoencoder_has_it(tmp_path, monkeypatch):
     recipe = project(tmp_path)
     monkeypatch.chdir(tmp_path)
     (recipe / "ldm.yaml").write_text(f"output: ldm\nvae: vae/vae\n{LDM}")
@@ -230,7 +230,7 @@ def test_without_data_the_section_is_that_of_the_autoencoders_run(tmp_path, monk
     assert read_config(recipe / "ldm.yaml")["data"]["split_seed"] == 9
 
 
-def test_what_differs_from_the_autoencoder_is_refused_with_both_sides(tmp_path, monkeypatch):
+def test_what_differs_is_refused_with_both_sides(tmp_path, monkeypatch):
     import train_ldm
 
     monkeypatch.chdir(tmp_path)
@@ -251,7 +251,7 @@ def test_what_differs_from_the_autoencoder_is_refused_with_both_sides(tmp_path, 
 # Words and text
 
 
-def test_section_files_on_a_command_line_become_their_settings(tmp_path, monkeypatch):
+def test_section_files_become_their_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/d.yaml").write_text("images: x\nroot: y\n")

@@ -392,8 +392,8 @@ def test_help_shows_the_ranges(capsys):
         parse_config(TrainVaeConfig, ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for said in (
-        "--losses.kl KL (type: Annotated[float, 0 or more]",
-        "EMA_DECAY (type: Annotated[float, 0 or more and below 1]",
+        "from a normal distribution; only KL autoencoders have it. [a number, 0 or more; default: 0.0001]",
+        "The average is validated and saved. [a number, 0 or more and below 1; default: 0.999]",
     ):
         assert said in shown
 

@@ -163,11 +163,12 @@ def test_the_whole_report_after_training(tmp_path, capsys):
     data = {"phantom": {"count": 8, "shape": [16, 16, 16]}, "test_fraction": 0.25, "validation_fraction": 0.0}
     names = {"0": "background", "1": "body", "2": "organ", "3": "lesion"}
     tiny_pipeline(num_labels=4, labels=names).save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 20, "kind": "train", "skipped_steps": 7}')
     model = {"class": "diffusion.LatentUNet3D", "channels": [16, 16], "blocks": [1, 1], "head_dim": 8}
     config = config_file(tmp_path, data, model=model, vae=str(tmp_path / "pipeline"), loop={"batch_size": 2})
     more = ["--pipeline", str(tmp_path / "pipeline"), "--volumes", "2", "--steps", "1", "--device", "cpu"]
     status, report, _ = run(tmp_path, config, capsys, *more)
-    assert status == 0 and about(report, "latents", "WARN", "are off")
+    assert status == 0 and about(report, "latents", "WARN", "are off") and about(report, "skipped", "WARN", "7 of 20")
     assert {"reconstructed", "generated", "floor"} == set(report["quality"])
     assert len([one for one in report["findings"] if one["check"] == "quality"]) == 3
 

@@ -12,7 +12,7 @@ import yaml
 from autoencoder import VQGAN3D, AutoencoderKL3D, latent_statistics
 from evaluation.doctor.__main__ import main
 from evaluation.doctor.after_training import LatentSummary, check_latents, latent_summary
-from evaluation.doctor.run_checks import check_output
+from evaluation.doctor.run_checks import check_log, check_output
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases, pad_sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,3 +176,37 @@ def test_latents_that_are_mostly_noise_are_named(signal, expected):
         assert "channels [1] are noisy: 60% of their variance" in found[1].message and "losses.kl" in found[1].remedy
     if signal == 0.05:
         assert "channels [1] are dead" in found[1].message
+
+
+def run_log(folder, discriminator, skipped=0):
+    """A run's folder whose metrics.jsonl has these losses, 20 steps apart, and a line that was not finished."""
+    folder.mkdir()
+    reports = [{"step": 20 * number, "kind": "train", "loss": 0.1, "skipped_steps": skipped, **more}
+               for number, more in enumerate(discriminator, start=1)]  # fmt: skip
+    reports.append({"step": 400, "kind": "validation", "psnr": 20.0})
+    (folder / "metrics.jsonl").write_text("\n".join([*map(json.dumps, reports), '{"step": 420, "ki']))
+    return folder / "vae"
+
+
+@pytest.mark.parametrize(
+    ("losses", "level", "words"),
+    [
+        ([0.9] * 10 + [0.01] * 10, "WARN", "the discriminator wins"),
+        ([0.01] * 10 + [0.9] * 10, "OK", "its loss was 0.9 to 0.9 in the last 10 reports"),
+        ([0.9] * 10 + [1.0] * 10, "WARN", "the discriminator guesses"),
+        ([0.01] * 3, "OK", "in the last 3 reports"),
+    ],
+)
+def test_a_discriminator_is_judged_by_its_last_reports(losses, level, words, tmp_path):
+    skipped, found = check_log(run_log(tmp_path / "run", [{"discriminator": loss} for loss in losses]))
+    assert (skipped.check, skipped.level) == ("skipped", "OK")
+    assert (found.check, found.level) == ("discriminator", level) and words in found.message
+    assert level == "OK" or "adversarial.optimizer.learning_rate" in found.remedy
+
+
+@pytest.mark.parametrize(("skipped", "level"), [(8, "OK"), (9, "WARN")])
+def test_skipped_steps_are_counted(skipped, level, tmp_path):
+    """Of 400 steps. A run without a discriminator has no finding about one, and shipped weights have none."""
+    (found,) = check_log(run_log(tmp_path / "run", [{}] * 20, skipped))
+    assert found.level == level and f"{skipped} of 400 steps were skipped" in found.message
+    assert check_log(ROOT / "weights/hippocampus") == []

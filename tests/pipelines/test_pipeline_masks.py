@@ -6,10 +6,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from structures import on_slice, rtstruct, series_of
 from tiny import labels_of, mask_image, tiny_data
 
+from cli.generation import label_pair
 from pipelines import VolumeProcessor, describe_mask
-from volumes import PADDING, Volume
+from volumes import PADDING, Volume, VolumeError
 
 STRIDE = (4, 4, 4)
 
@@ -197,6 +199,29 @@ def test_an_array_lies_on_the_template(processor):
     np.testing.assert_array_equal(prepared.target.affine, tiny_data().affine)
     volume = Volume(labels_of((8, 8, 8))[None], np.diag([1.0, 1, 1, 1]))
     np.testing.assert_array_equal(processor.preprocess(volume).target.affine, np.eye(4))
+
+
+def test_a_structure_set_is_read_by_the_names_of_labels(processor, tmp_path):
+    """On the grid of its series; the command line has the same names."""
+    image = Volume(np.zeros((1, 20, 24, 16), np.int16), np.eye(4))
+    slices = series_of(image, tmp_path / "ct")
+    box = np.array([(2.5, 3.5), (11.5, 3.5), (11.5, 9.5), (2.5, 9.5)])
+    rois = {
+        "Anterior": [on_slice(box, k, np.eye(4)) for k in range(4, 8)],
+        "GTV=1": [on_slice(box, k, np.eye(4)) for k in range(8, 12)],
+        "Body": [on_slice(box, k, np.eye(4)) for k in range(16)],
+    }
+    path = tmp_path / "rt.dcm"
+    rtstruct(slices, rois).save_as(path, enforce_file_format=True)
+    assert label_pair("GTV=1=posterior") == ("GTV=1", "posterior") and label_pair("-3=2") == (-3, 2)
+    with pytest.warns(UserWarning, match="left out: 3 'Body'"):
+        prepared = processor.preprocess(path, {"GTV=1": "posterior"})
+    expected = np.zeros((20, 24, 16), np.int16)
+    expected[3:12, 4:10, 4:8], expected[3:12, 4:10, 8:12] = 1, 2
+    np.testing.assert_array_equal(prepared.target.array[0], expected)
+    rtstruct(slices, {"Body": rois["Body"]}).save_as(path, enforce_file_format=True)
+    with pytest.raises(VolumeError, match=r"none of which is called as a label \('background', 'anterior', 'post"):
+        processor.preprocess(path)
 
 
 def warned(processor, mask):

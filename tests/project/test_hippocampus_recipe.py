@@ -7,7 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from recipes import CONFIGS, prepare_script, save
+from published import CONFIGS, prepare_script, save
 
 from training import TrainLdmConfig, parse_config
 from volumes import load_cases, read_mask

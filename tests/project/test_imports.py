@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERS = ("files", "cli", "volumes", "autoencoder", "diffusion", "pipelines", "training", "evaluation")
+LAYERS = ("files", "cli", "volumes", "autoencoder", "diffusion", "pipelines", "training", "evaluation", "recipes")
 ALLOWED: dict[str, set[str]] = {room: set(LAYERS[: i + 1]) for i, room in enumerate(LAYERS)}
 ENGINE = ROOT / "training/engine"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -162,7 +162,8 @@ def test_every_room_is_installed():
 
 
 def test_every_third_party_import_is_a_dependency():
-    lines = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["lora"]
+    extras = PROJECT["project"]["optional-dependencies"]
+    lines = PROJECT["project"]["dependencies"] + extras["lora"] + extras["dicomseg"]
     declared = {re.split(r"[<>=!\[ ]", line)[0].lower() for line in lines}
     declared = {IMPORT_NAMES.get(name, name) for name in declared}
     files = [path for room in ALLOWED for path in (ROOT / room).rglob("*.py")] + list(ROOT.glob("*.py"))

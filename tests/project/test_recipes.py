@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from recipes import CONFIGS, LAYOUTS, brats2021, drawn, prepare_script, reduced, save
+from published import CONFIGS, LAYOUTS, brats2021, drawn, prepare_script, reduced, save
 
 import train_ldm
 import train_vae
@@ -43,7 +43,7 @@ def test_all_recipes_are_there():
 def test_a_recipe_parses_and_its_model_is_built(path):
     diffusion = path.stem.startswith("ldm")
     config = parse_config(TrainLdmConfig if diffusion else TrainVaeConfig, ["--config", str(path)])
-    decided = {"num_labels": len(config.data.label_names), "classes": config.data.classes} if diffusion else {}
+    decided = {"num_labels": len(config.data.label_names), "classes": config.data.class_names} if diffusion else {}
     with torch.device("meta"):
         model = build_model({**decided, **config.model})
     assert isinstance(model, LatentUNet3D if diffusion else VolumeAutoencoder)

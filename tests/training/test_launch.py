@@ -41,6 +41,7 @@ def test_train_vae(vae_run):
     assert losses[-1] < 0.8 * losses[0]
     assert {p.name for p in output.iterdir()} == {
         ".medvolume.lock",
+        "best",
         "checkpoints",
         "config.yaml",
         "logs",

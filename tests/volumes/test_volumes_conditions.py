@@ -77,6 +77,39 @@ def test_values_that_cannot_be_are_refused_or_skipped(table, cell, message):
     assert [case.name for case in dataset.cases] == ["b", "c"] and message in dataset.skipped[0][1]
 
 
+def test_values_are_called_by_their_names(table):
+    """Records, sidecars and the pipeline's description know the names alone; a second table may have them already."""
+    rows = ["name,sex,age", "a,F,20", "b,W,60", "c,M,70", "d,female,80", "e,,90"]
+    (table / "table.csv").write_text("\n".join(rows) + "\n")
+    for name in "de":
+        (table / f"{name}.nii").write_bytes((table / "a.nii").read_bytes())
+    sex = {"M": "male", "F": "female", "W": "female"}
+    dataset = dataset_of(table, classes={"sex": sex}, numbers=[])
+    assert [item["classes"].tolist() for item in dataset] == [[0], [0], [1], [0], [-1]]
+    assert [case.metadata["sex"] for case in dataset.cases] == ["female", "female", "male", "female", ""]
+    assert [case.metadata["age"] for case in dataset.cases] == ["20", "60", "70", "80", "90"]
+    assert describe(dataset).classes == {"sex": ["female", "male"]}
+    turned = dict(reversed(sex.items()))  # saved configs are sorted: their order decides nothing
+    assert dataset_of(table, classes={"sex": turned}, numbers=[]).config.class_names == {"sex": ["female", "male"]}
+    (table / "table.csv").write_text((table / "table.csv").read_text().replace("c,M", "c,X"))
+    with pytest.raises(
+        VolumeError,
+        match=r"c: sex is 'X', expected one of M, F, W, female, male; .* such as data.classes.sex: \{X: female\}",
+    ):
+        dataset_of(table, classes={"sex": sex}, numbers=[])
+
+
+def test_names_of_values_that_contradict_are_refused(table):
+    with pytest.raises(ValueError, match="classes.sex calls other values 'M', and 'M' itself 'male'"):
+        dataset_of(table, classes={"sex": {"F": "M", "M": "male"}})
+    with pytest.raises(ValueError, match="classes.sex has an empty value or name"):
+        dataset_of(table, classes={"sex": {"F": "female", "": "male"}})
+    with pytest.raises(ValueError, match="classes.sex lists the values"):
+        dataset_of(table, classes={"sex": {}})
+    kept = dataset_of(table, classes={"sex": {"F": "F", "M": "male"}}, numbers=[])
+    assert describe(kept).classes == {"sex": ["F", "male"]}
+
+
 def test_columns_and_values_that_say_nothing_are_refused(table):
     with pytest.raises(
         ValueError, match=r"name the columns \['size'\]; the cases have \['age', 'name', 'sex', 'weight'\]"

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from cli.command import ArgumentParser
 from cli.config_files import ConfigFile, paths_changed, resolved, section_words, written_in
+from cli.explained import summary
 from cli.parsing import parse_settings
 from cli.settings import (
     NonNegativeFloat,
@@ -194,7 +195,7 @@ def parse_config(config_class: type[Config], args: Sequence[str] | None = None) 
     """
     args = section_words(sys.argv[1:] if args is None else args, {"": config_class})
     files = config_files(args, config_class)
-    parser = ConfigParser(description=config_class.__doc__, exit_on_error=False, owners=[config_class])
+    parser = ConfigParser(description=summary(config_class), exit_on_error=False, owners=[config_class])
     parser.add_argument("--config", action="config", help="YAML file with the arguments below")
     parser.add_class_arguments(config_class, as_group=False)
     parser.set_defaults({f"data.{key}": value for key, value in _learned(config_class, files, args).items()})

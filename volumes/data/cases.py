@@ -43,7 +43,8 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Case:
-    """One volume of the data set: its files by channel, its mask, its subject and split, and the table's other columns.
+    """One volume of the data set: its files by channel, its mask, its subject and split, and the table's other columns
+    (classes by their names).
 
     A phantom has no files, only its number.
     """
@@ -76,6 +77,7 @@ def load_cases(config: DataConfig) -> list[Case]:
     else:
         cases = _from_table(config) if config.table else _from_patterns(config)
         cases = [replace(case, subject=_subject(case, config)) for case in cases]
+        cases = [replace(case, metadata=_named_classes(case.metadata, config)) for case in cases]
     _check_names(cases)
     _mention_case(cases)
     _check_columns(cases, config)
@@ -196,6 +198,16 @@ def _from_patterns(config: DataConfig) -> list[Case]:
         metadata = {piece: value for piece, value in key if not piece.isdigit()}
         cases.append(Case(names[key], subject=names[key], images=images, mask=mask, metadata=metadata))
     return cases
+
+
+def _named_classes(cells: dict[str, Any], config: DataConfig) -> dict[str, Any]:
+    """The cells of a case, with the names of `data.classes` in place of the table's values; others stay."""
+    named = {
+        column: values[str(cells[column])]
+        for column, values in config.classes.items()
+        if isinstance(values, dict) and str(cells.get(column)) in values
+    }
+    return {**cells, **named}
 
 
 def _subject(case: Case, config: DataConfig) -> str:

@@ -18,8 +18,9 @@ from cli.settings import (
 )
 from files.names import nfc
 from files.paths import check_name
-from volumes.formats.raw import Reading
+from volumes.formats.raw import MaskReading, Reading
 from volumes.intensity import IntensityScaling
+from volumes.labels import segment_values
 
 Label = Annotated[int, Range(-(2**15), 2**15 - 1)]  # masks are int16
 
@@ -51,12 +52,12 @@ class DataConfig:
 
     Args:
         root: folder that the patterns and the table are relative to, or its fsspec URL (s3://bucket/folder): see
-            `remote`.
+            `files.remote`. Default: the folder of the file that holds this section, or the working directory.
         table: CSV file with a header, or JSON list of objects; one row a volume. Its columns ride along as metadata.
             Also a URL of its own.
         images: pattern of the image files (NIfTI, NRRD, MetaImage), or of folders that hold a DICOM series each; a list
             of patterns adds them up; {channel: pattern} makes several channels.
-        masks: pattern of the label maps.
+        masks: pattern of the label maps; of DICOM-SEG and RTSTRUCT files, or folders with one, too: see `label_map`.
         time_point: which volume of 4-D image files is taken, counted from 0: one number, or {channel: number}, with
             which one 4-D file can fill several channels.
         units: what lengths in the files' headers are in, where these say so wrongly: mm, cm, m or um. null believes
@@ -70,15 +71,18 @@ class DataConfig:
         test_fraction: without `split`, the fraction of all subjects that is held out as the test split.
         validation_fraction: fraction of the training subjects held out for validation, unless `split` names some.
         split_seed: another number draws other subjects.
-        label_map: label values of the files to label values of the model, before anything else, e.g. {3: 1}.
+        label_map: label values of the files to label values of the model, before anything else, e.g. {3: 1}. Of
+            DICOM-SEG and RTSTRUCT also the names of segments, e.g. {GTV_Mass: 1}: a segment is read that is called as
+            a label, or whose name or number is here; others are left out.
         label_names: every label value and its name, e.g. {0: background, 1: tumor}.
         image_labels: says that the image files are label maps: every value and its name, the lowest being the
             background. A model sees a channel for each other label, called by its name: 1 inside, -1 outside.
         spacing: voxel size in mm to which everything is resampled; null keeps each volume's own.
         intensity: scaling of intensities, one for all channels or a mapping {channel: scaling}.
         classes: columns that condition a model, each with the values it may have, e.g. {sex: [F, M], grade: ['1',
-            '2']}. Cells may be empty. A class that a mirrored volume would belie, such as the body's side, forbids
-            flip_axes.
+            '2']}, or with what its values are called, e.g. {sex: {F: female, W: female, M: male}}. A model, its
+            records and `pipe(classes=...)` know the names alone. Cells may be empty. A class that a mirrored volume
+            would belie, such as the body's side, forbids flip_axes.
         numbers: columns of numbers that condition a model, e.g. [age, weight]. Cells may be empty. spacing_x,
             spacing_y, spacing_z, size_x, size_y and size_z need no column: mm between voxels, and from end to end, of
             the volume.
@@ -100,12 +104,12 @@ class DataConfig:
     test_fraction: ShareBelowOne = 0.0
     validation_fraction: ShareBelowOne = 0.1
     split_seed: NonNegativeInt = 0
-    label_map: dict[Label, Label] = field(default_factory=dict)
+    label_map: dict[Label | str, Label] = field(default_factory=dict)
     label_names: dict[Label, str] = field(default_factory=dict)
     image_labels: dict[Label, str] = field(default_factory=dict)
     spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     intensity: IntensityScaling | dict[str, IntensityScaling] = field(default_factory=IntensityScaling)
-    classes: dict[str, list[str]] = field(default_factory=dict)
+    classes: dict[str, list[str] | dict[str, str]] = field(default_factory=dict)
     numbers: list[str] = field(default_factory=list)
     condition_channels: list[str] = field(default_factory=list)
     on_error: Literal["raise", "skip"] = "raise"
@@ -148,10 +152,12 @@ class DataConfig:
         lost = sorted(set(self.label_map.values()) - set(named)) if named else []
         if lost:
             raise ValueError(f"data: label_map leads to {lost}, which is not among the labels' names: {named}")
+        try:
+            segment_values(named, self.label_map)
+        except ValueError as error:
+            raise ValueError(f"data: {error}") from error
         self._check_image_labels()
-        for name, values in self.classes.items():
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"data: classes.{name} lists the values it may have, each once; got {values}")
+        self._check_classes()
         if twice := sorted(set(self.classes) & set(self.numbers)):
             raise ValueError(f"data: {twice} are both classes and numbers; remove them from one")
         self._check_given()
@@ -172,7 +178,26 @@ class DataConfig:
         self.condition_channels = [nfc(name) for name in self.condition_channels]
         self.subject, self.split = (name and nfc(name) for name in (self.subject, self.split))
         self.numbers = [nfc(name) for name in self.numbers]
-        self.classes = {nfc(name): [nfc(value) for value in values] for name, values in self.classes.items()}
+        self.classes = {
+            nfc(column): {nfc(value): nfc(name) for value, name in values.items()}
+            if isinstance(values, dict)
+            else [nfc(value) for value in values]
+            for column, values in self.classes.items()
+        }
+
+    def _check_classes(self) -> None:
+        for column, values in self.classes.items():
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"data: classes.{column} lists the values it may have, each once; got {values}")
+            if not isinstance(values, dict):
+                continue
+            if "" in values or "" in values.values():
+                raise ValueError(f"data: classes.{column} has an empty value or name; an empty cell is left empty")
+            if moved := sorted(name for name in values.values() if values.get(name, name) != name):
+                raise ValueError(
+                    f"data: classes.{column} calls other values {moved[0]!r}, and {moved[0]!r} itself "
+                    f"{values[moved[0]]!r}; choose a name that is not a value of the table"
+                )
 
     def _check_image_labels(self) -> None:
         names = list(self.image_labels.values())
@@ -198,6 +223,16 @@ class DataConfig:
             )
 
     @property
+    def class_names(self) -> dict[str, list[str]]:
+        """Return what a model knows of each class: its values in the order of the list, or their names in alphabetical
+        order.
+        """
+        return {
+            column: sorted(set(values.values())) if isinstance(values, dict) else list(values)
+            for column, values in self.classes.items()
+        }
+
+    @property
     def channels(self) -> list[str]:
         """Names of the channels, in the order of the model's input."""
         if self.image_labels:
@@ -221,6 +256,12 @@ class DataConfig:
         if self.axes is not None:
             reading["axes"] = self.axes
         return reading
+
+    @property
+    def mask_reading(self) -> MaskReading:
+        """Return how label maps are read, as keywords of `read_mask`."""
+        named = {**self.label_names, **self.image_labels}
+        return {**self.reading, "names": segment_values(named, self.label_map)}
 
     def volume_number(self, channel: str) -> int | None:
         """Which volume of this channel's 4-D files is taken; None where they are 3-D."""

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import jsonargparse
 import yaml
-from jsonargparse import Namespace, set_loader
+from jsonargparse import Namespace, set_dumper, set_loader
 
 from cli.command import (
     TRACEBACK,
@@ -22,12 +22,14 @@ from cli.command import (
     error_line,
 )
 from cli.config_files import ConfigFile, check_config_file, from_folder, read_config_file, section_words
+from cli.explained import SettingsHelpFormatter, commented, explain_options
 from cli.parsing import built, explain
 from files.documents import dump_settings, load_settings
 
 from .config import DataConfig
 
 set_loader("settings", load_settings, exceptions=(yaml.YAMLError, ValueError, KeyError))
+set_dumper("settings", dump_settings)
 
 
 @dataclass
@@ -47,10 +49,24 @@ class ConfigParser(jsonargparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, owners: Sequence[Callable[..., Any]] = (), **settings: Any):
-        super().__init__(*args, **{"parser_mode": "settings", "allow_abbrev": False, **settings})
+        usual = {"parser_mode": "settings", "allow_abbrev": False, "formatter_class": SettingsHelpFormatter}
+        super().__init__(*args, **{**usual, **settings})
         self.owners = owners
         self.add_argument(TRACEBACK, action=ShowTraceback)
         self.typed: list[str] = []
+
+    def add_class_arguments(
+        self, theclass: Any, nested_key: str | None = None, *args: Any, **settings: Any
+    ) -> list[str]:
+        """Add the settings of a class as jsonargparse does, with the texts of its docstring."""
+        added = super().add_class_arguments(theclass, nested_key, *args, **settings)
+        explain_options(self, theclass, f"{nested_key}." if nested_key else "")
+        return added
+
+    def dump(self, namespace: Namespace, *args: Any, **settings: Any) -> str:
+        """Write settings as YAML; those of a config file each below a comment."""
+        text = super().dump(namespace, *args, **settings)
+        return commented(load_settings(text), self.owners[0]) if len(self.owners) == 1 else text
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
         """Parse as jsonargparse does; `--data FILE` names a file that holds the section."""

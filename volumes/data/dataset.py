@@ -230,7 +230,7 @@ class VolumeDataset(Dataset[Sample]):
 def prepare(case: Case, config: DataConfig) -> PreparedCase:
     """Read one case and bring it into the model's terms. Raises VolumeError, which names the file (or case and
     column)."""
-    classes = read_classes(case, config.classes)
+    classes = read_classes(case, config)
     image, mask = _phantom(case, config) if case.phantom is not None else _files(case, config)
     oddities = _oddities(case, image, mask)
     voxels = voxel_digests(image.array, apart=not config.image_labels)
@@ -314,7 +314,7 @@ def describe(dataset: VolumeDataset, description: str = "") -> DataDescription:
         intensity=tuple(_median_scale(dataset, index) for index in range(len(dataset.channels))),
         shape_range=(shapes.min(axis=0).tolist(), shapes.max(axis=0).tolist()),
         affine=dataset.prepared[median_case].image.affine.tolist(),
-        classes=dict(sorted(config.classes.items())),
+        classes=dict(sorted(config.class_names.items())),
         numbers=describe_numbers(config.numbers, [prepared.numbers for prepared in dataset.prepared]),
         grid_numbers=tuple(n for n in sorted(config.numbers) if not any(n in case.metadata for case in dataset.cases)),
         reading=config.reading,
@@ -361,7 +361,7 @@ def _labels(config: DataConfig) -> dict[int, str]:
 def _files(case: Case, config: DataConfig) -> tuple[Volume, Volume | None]:
     """Read image, with all channels, and mask from a case's files; they must lie on one grid."""
     image = _image(case, config)
-    mask = read_mask(case.mask, **config.reading) if case.mask is not None else None
+    mask = read_mask(case.mask, like=image, **config.mask_reading) if case.mask is not None else None
     if mask is not None:
         _check_grid(case, case.mask, mask, image, config)
     return image, mask
@@ -402,7 +402,7 @@ def _oddities(case: Case, image: Volume, mask: Volume | None) -> list[tuple[str,
 
 def _label_map(path: Path, config: DataConfig) -> Volume:
     """Read an image file that is a label map, as channels of 0 and 1."""
-    image = read_mask(path, **config.reading)
+    image = read_mask(path, **config.mask_reading)
     indices = label_indices(image.array[0], config.image_labels, config.label_map, name=str(path))
     return image.replace(label_channels(indices, len(config.image_labels)))
 

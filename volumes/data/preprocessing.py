@@ -53,6 +53,11 @@ class PreprocessingFacts(TypedDict):
     time_point: NotRequired[dict[str, int]]
 
 
+def _values(label_map: Mapping[int | str, int]) -> dict[str, int]:
+    """The values that a label map leads from, as JSON; names of segments lead to labels that have the same names."""
+    return {str(value): label_map[value] for value in sorted(one for one in label_map if isinstance(one, int))}
+
+
 def common_spacing(spacings: Sequence[Sequence[float]]) -> tuple[float, float, float] | None:
     """Return the voxel size in mm if all of these agree on it within 1 %, else None."""
     middle = np.median(np.array(spacings), axis=0)
@@ -73,7 +78,7 @@ def preprocessing(config: DataConfig, spacings: Sequence[Sequence[float]] | None
         "intensity": [_scaling_facts(config.scaling(channel)) for channel in config.channels],
         "resampled": config.spacing is not None,
         "image_labels": {str(value): name for value, name in sorted(config.image_labels.items())},
-        "label_map": {str(v): target for v, target in sorted(config.label_map.items())} if config.image_labels else {},
+        "label_map": _values(config.label_map) if config.image_labels else {},
         "time_point": {c: n for c in config.patterns if (n := config.volume_number(c)) is not None},
     }
     if config.spacing is not None:

@@ -7,7 +7,7 @@ column: they are those of the volume's own grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from volumes.description import NumberStats
 from volumes.volume import Volume, VolumeError, grid_numbers
 
 from .cases import Case
+from .config import DataConfig
 from .tables import read_number
 
 NO_CLASS = -1  # an empty cell; of a number it is NaN
@@ -22,15 +23,19 @@ ROUNDING = 1e-6  # relative: oblique grids of one spacing differ by as much
 REMEDY = "leave the cell empty where it is not known"
 
 
-def read_classes(case: Case, classes: Mapping[str, Sequence[str]]) -> list[int]:
-    """Read the index of the case's value among those of each class, -1 for an empty cell. Raises: VolumeError for other
-    values.
+def read_classes(case: Case, config: DataConfig) -> list[int]:
+    """Read the index of the case's value among the names of each class, -1 for an empty cell. Raises: VolumeError for
+    other values.
     """
     indices = []
-    for column in sorted(classes):
-        value, known = case.metadata.get(column), list(classes[column])
+    for column, known in sorted(config.class_names.items()):
+        value, values = case.metadata.get(column), config.classes[column]
         if value not in (None, "") and str(value) not in known:
-            raise VolumeError(f"{case.name}: {column} is {value!r}, expected one of {', '.join(known)}; {REMEDY}")
+            expected, remedy = ", ".join(known), REMEDY
+            if isinstance(values, dict):
+                expected = ", ".join(dict.fromkeys([*values, *known]))
+                remedy += f", or say what it is called, such as data.classes.{column}: {{{value}: {known[0]}}}"
+            raise VolumeError(f"{case.name}: {column} is {value!r}, expected one of {expected}; {remedy}")
         indices.append(NO_CLASS if value in (None, "") else known.index(str(value)))
     return indices
 

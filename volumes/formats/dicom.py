@@ -16,10 +16,18 @@ from typing import Any
 import numpy as np
 import pydicom
 from pydicom.filereader import read_file_meta_info
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+from pydicom.uid import (
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+    RTStructureSetStorage,
+    SegmentationStorage,
+    SurfaceSegmentationStorage,
+)
 
 from files.paths import open_regular
-from volumes.volume import VolumeError
+from volumes.volume import SourceGrid, VolumeError
 
 from .raw import (
     LPS_TO_RAS,
@@ -30,6 +38,13 @@ from .raw import (
 )
 
 UNCOMPRESSED = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
+LABEL_MAP_SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.7"  # pydicom 3.0 does not have it yet
+SEGMENTATIONS = {
+    SegmentationStorage: "SEG",
+    LABEL_MAP_SEGMENTATION: "SEG",
+    RTStructureSetStorage: "RTSTRUCT",
+    SurfaceSegmentationStorage: "surface",
+}
 RLE_RATIO = 64  # at most: two bytes stand for up to 128
 OTHER_FILES = (".txt", ".json", ".xml", ".csv", ".md", ".pdf", ".html", ".ini", ".db")  # may lie beside the slices
 LOOKED_AT = 8  # files, to tell whether a folder holds a series
@@ -38,6 +53,7 @@ TAGS = [
     "ImageType",
     "Modality",
     "SeriesInstanceUID",
+    "FrameOfReferenceUID",
     "SamplesPerPixel",
     "PhotometricInterpretation",
     "NumberOfFrames",
@@ -62,6 +78,7 @@ class Slice:
 
     path: Path
     series: str
+    frame: str | None  # of reference
     shape: tuple[int, int]  # columns, rows
     spacing: tuple[float, float]  # between columns, between rows
     axes: tuple[float, ...]  # direction along a row, and along a column
@@ -81,18 +98,36 @@ def read_dicom(path: Path, units: str | None = None) -> RawVolume:
     images, compression other than RLE, missing or unevenly spaced slices, several at one place, a tilted gantry,
     truncated files, files that are not DICOM.
     """
+    ordered, grid = _read_headers(path, units)
+    plain = all(one.slope == 1 and one.intercept == 0 for one in ordered)
+    check_room(str(path), grid.shape, ordered[0].bytes_a_pixel)
+    pixels = [_read_pixels(one, rescale=not plain) for one in ordered]
+    return RawVolume(str(path), np.stack(pixels, axis=-1)[..., None], grid)
+
+
+def series_grid(path: Path, units: str | None = None) -> SourceGrid:
+    """Read the grid of a series from the headers of its slices alone. Raises: VolumeError as `read_dicom`."""
+    return _read_headers(path, units)[1]
+
+
+def _read_headers(path: Path, units: str | None) -> tuple[list[Slice], SourceGrid]:
+    """Read the slices of a series in the order of their positions, and their grid (column, row, slice). Segmentation
+    objects in its folder are passed over.
+    """
     files = series_files(path) if path.is_dir() else [path]
     if path.is_dir() and not any(map(is_dicom, files)):
         raise VolumeError(f"{path}: is a folder without DICOM files; give a volume's file, or the folder of its series")
-    slices = [_read_slice(file) for file in files]
+    images = [file for file in files if segmentation_kind(file) is None]
+    if not images:
+        raise VolumeError(
+            f"{files[0]}: is a DICOM {segmentation_kind(files[0])} object, not an image; read it as a mask (read_mask, "
+            "data.masks, mask=)"
+        )
+    slices = [_read_slice(file) for file in images]
     _check_one_series(path, slices)
-    first = slices[0]
-    ordered, affine = _stack(path, slices)
-    shape = (*first.shape, len(ordered))
-    plain = all(one.slope == 1 and one.intercept == 0 for one in ordered)
-    check_room(str(path), shape, first.bytes_a_pixel)
-    pixels = [_read_pixels(one, rescale=not plain) for one in ordered]
-    return RawVolume(str(path), np.stack(pixels, axis=-1)[..., None], make_grid(str(path), shape, affine, units=units))
+    ordered, affine = stack(path, slices)
+    shape = (*slices[0].shape, len(ordered))
+    return ordered, make_grid(str(path), shape, affine, units=units, frame=slices[0].frame)
 
 
 def is_series(path: Path) -> bool:
@@ -124,22 +159,38 @@ def is_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
+def segmentation_kind(path: Path) -> str | None:
+    """Return SEG, RTSTRUCT or surface if a file says that it is such an object; None for all others."""
+    if not is_dicom(path):
+        return None
+    try:
+        return SEGMENTATIONS.get(read_file_meta_info(path).get("MediaStorageSOPClassUID"))
+    except Exception:  # of many kinds: what it is, its reader finds out
+        return None
+
+
+def check_syntax(path: Path) -> bool:
+    """Return whether a file is compressed (RLE). Raises: VolumeError for other compressions, in which a bomb could
+    hide, and for what is not DICOM.
+    """
+    if not is_dicom(path):
+        raise VolumeError(f"{path}: is not a DICOM file; move it out of the folder of the series, or fetch it again")
+    syntax = read_file_meta_info(path).get("TransferSyntaxUID")
+    if syntax not in (*UNCOMPRESSED, RLELossless):
+        named = getattr(syntax, "name", None) or "an unknown transfer syntax"
+        raise VolumeError(f"{path}: is stored as {named}; decompress it first (gdcmconv --raw, dcmdjpeg)")
+    return syntax == RLELossless
+
+
 def _read_slice(path: Path) -> Slice:
     """Read the header of one file. pydicom raises errors of many kinds on damaged files; all mean that it cannot be
     read.
     """
     try:
-        if not is_dicom(path):
-            raise VolumeError(
-                f"{path}: is not a DICOM file; move it out of the folder of the series, or fetch it again"
-            )
-        syntax = read_file_meta_info(path).get("TransferSyntaxUID")
-        if syntax not in (*UNCOMPRESSED, RLELossless):
-            named = getattr(syntax, "name", None) or "an unknown transfer syntax"
-            raise VolumeError(f"{path}: is stored as {named}; decompress it first (gdcmconv --raw, dcmdjpeg)")
+        compressed = check_syntax(path)
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
         _check_kind(path, header)
-        return _described(path, header, compressed=syntax == RLELossless)
+        return _described(path, header, compressed=compressed)
     except VolumeError:
         raise
     except Exception as error:
@@ -202,6 +253,7 @@ def _described(path: Path, header: Any, *, compressed: bool) -> Slice:
     return Slice(
         path=path,
         series=str(header.get("SeriesInstanceUID")),
+        frame=str(header.FrameOfReferenceUID) if header.get("FrameOfReferenceUID") else None,
         shape=(columns, rows),
         spacing=(spacing[1], spacing[0]),
         axes=axes,
@@ -243,7 +295,7 @@ def _check_one_series(path: Path, slices: Sequence[Slice]) -> None:
                 )
 
 
-def _stack(path: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.ndarray]:
+def stack(path: Path, slices: Sequence[Slice]) -> tuple[list[Slice], np.ndarray]:
     """Sort the slices by their position along the normal, and return them with the affine (column, row, slice) to RAS+
     in mm.
     """

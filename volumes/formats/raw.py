@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypedDict
@@ -46,6 +46,16 @@ class Reading(TypedDict, total=False):
     axes: str
 
 
+class MaskReading(Reading, total=False):
+    """Keywords of `read_mask` beside those of all readers.
+
+    Attributes:
+        names: label values of the segments of DICOM-SEG and RTSTRUCT, see `volumes.labels.segment_values`.
+    """
+
+    names: Mapping[str | int, int]
+
+
 @dataclass(frozen=True, eq=False)
 class RawVolume:
     """Voxels as a file holds them: its name for messages, values (I, J, K, C) in its units, and their grid."""
@@ -64,7 +74,12 @@ def refuse_special_volume(path: Path) -> None:
 
 
 def make_grid(
-    name: str, shape: Sequence[int], affine: np.ndarray, unit: str = "mm", units: str | None = None
+    name: str,
+    shape: Sequence[int],
+    affine: np.ndarray,
+    unit: str = "mm",
+    units: str | None = None,
+    frame: str | None = None,
 ) -> SourceGrid:
     """Build the grid (I, J, K) of a file that is not NIfTI. Raises: VolumeError if its geometry is broken.
 
@@ -72,6 +87,7 @@ def make_grid(
         affine: (4, 4) in the header's numbers.
         unit: the one of `UNITS` that the header names.
         units: the unit of its numbers, if the header is wrong.
+        frame: DICOM's FrameOfReferenceUID.
     """
     try:
         check_affine(affine)
@@ -80,7 +96,7 @@ def make_grid(
     except ValueError as error:
         raise VolumeError(f"{name}: its geometry is broken: {error}") from error
     i, j, k = shape
-    return SourceGrid((i, j, k), affine, qform=affine, qform_code=1, sform_code=1, unit="mm" if units else unit)
+    return SourceGrid((i, j, k), affine, affine, qform_code=1, sform_code=1, unit="mm" if units else unit, frame=frame)
 
 
 def in_millimeters(affine: np.ndarray, unit: str) -> np.ndarray:

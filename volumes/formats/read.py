@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from volumes.volume import SourceGrid, Volume, VolumeError
 from . import metaimage, nrrd
 from .carriers import carries_geometry, read_carrier
 from .contents import check_content
-from .dicom import is_dicom, is_series, read_dicom, series_files
+from .dicom import is_dicom, is_series, read_dicom, segmentation_kind, series_files
+from .dicom_seg import read_seg
 from .nifti import NIFTI_SUFFIXES, canonical_grid, exact_values, read_nifti
 from .raw import AXES, UNITS, RawVolume, refuse_special_volume
+from .rtstruct import read_rtstruct
 
 Readable = str | os.PathLike | Any  # an image in memory, see `carriers`
 
@@ -77,9 +80,29 @@ def read_volume(
     return _canonical(exact_values(values) if exact else array, stored.grid)
 
 
-def read_mask(source: Readable, *, units: str | None = None, axes: str | None = None) -> Volume:
-    """Read a label map as int16 (1, X, Y, Z), in RAS+ order, from anything that `read_volume` reads. Float files are
-    fine if they hold whole numbers."""
+def read_mask(
+    source: Readable,
+    *,
+    units: str | None = None,
+    axes: str | None = None,
+    names: Mapping[str | int, int] | None = None,
+    like: Volume | None = None,
+) -> Volume:
+    """Read a label map as int16 (1, X, Y, Z), in RAS+ order, from anything that `read_volume` reads, and from DICOM-SEG
+    and RTSTRUCT. Float files are fine if they hold whole numbers.
+
+    Args:
+        source: see `read_volume`; also the file of a SEG or RTSTRUCT, or the folder that holds one.
+        units, axes: see `read_volume`.
+        names: of SEG and RTSTRUCT, the label value of each segment, by its name or number; segments that it does not
+            name are left out. None reads all, by their numbers.
+        like: of SEG and RTSTRUCT, the image that they were drawn on; without it, they lie on the grid of the series
+            that they name, see `segments.grid_for`.
+
+    Raises: VolumeError as `read_volume`, for values that are no labels, and see `read_seg` and `read_rtstruct`.
+    """
+    if (drawn := segmentation_file(source)) is not None:
+        return _read_segmentation(*drawn, names, like, units)
     stored = read_stored(source, units=units, axes=axes)
     name, values = stored.name, stored.values
     if values.shape[3] != 1:
@@ -134,6 +157,45 @@ def read_stored(source: Readable, *, units: str | None = None, axes: str | None 
                 f"{path}: is not of a supported kind; supported are {', '.join(SUFFIXES)}, and DICOM folders"
             )
         return reader(path, units)
+    except OSError as error:
+        raise VolumeError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise VolumeError(f"{path}: does not fit into the memory of this process") from error
+
+
+def segmentation_file(source: Readable) -> tuple[Path, str] | None:
+    """Find the file of a DICOM-SEG or RTSTRUCT, or the one in a folder, and its kind; None for all else.
+
+    Raises: VolumeError for a folder that holds several.
+    """
+    if not isinstance(source, str | os.PathLike) or isinstance(os.fspath(source), bytes):
+        return None
+    path = Path(os.path.expanduser(source))
+    refuse_special_volume(path)
+    try:
+        if not path.is_dir():
+            known = is_nifti(path) or path.suffix.lower() in set(READERS) - {".dcm"}
+            kind = segmentation_kind(path) if path.is_file() and not known else None
+            return None if kind is None else (path, kind)
+        kinds = {file: kind for file in series_files(path) if (kind := segmentation_kind(file)) is not None}
+    except OSError as error:
+        raise VolumeError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if len(kinds) > 1:
+        names = ", ".join(f"{file.name} ({kind})" for file, kind in kinds.items())
+        raise VolumeError(f"{path}: holds {len(kinds)} segmentation objects, {names}; give the file of one")
+    return next(iter(kinds.items()), None)
+
+
+def _read_segmentation(
+    path: Path, kind: str, names: Mapping[str | int, int] | None, like: Volume | None, units: str | None
+) -> Volume:
+    if units is not None and units not in UNITS:
+        raise VolumeError(f"units {units!r}: expected one of {', '.join(UNITS)}, or None")
+    readers = {"SEG": read_seg, "RTSTRUCT": read_rtstruct}
+    if kind not in readers:
+        raise VolumeError(f"{path}: holds surfaces, not voxels; save it as DICOM-SEG with binary segments, or as NIfTI")
+    try:
+        return readers[kind](path, names, like, units)
     except OSError as error:
         raise VolumeError(f"{path}: cannot be read: {error.strerror or error}") from error
     except MemoryError as error:

@@ -1,0 +1,1 @@
+"""Look a folder of scans over and write a recipe: data.yaml, vae.yaml and ldm.yaml (`python -m recipes DIR`)."""

@@ -1,0 +1,310 @@
+"""Choose channels and mask among the roles of a layout. What may be one thing or another is asked about."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from files.names import same_name
+from volumes.volume import VolumeError
+
+from .contents import Look, Reader, spread
+from .layouts.layout import MASK_WORD, Key, Layout, case_name, has_word
+from .layouts.structures import ROLE as STRUCTURES
+
+LOOKED_AT = 2  # files of a role, to tell masks from images
+FEW_VALUES = 32  # distinct whole numbers, up to which a file is taken for a mask whatever its name
+MOSTLY_THERE = 0.9  # of the cases, that must have a channel for it to be used unasked
+HALF = 0.5  # of the cases, that must have a mask for the others to be left out unasked
+MOST_VOLUMES = 8  # of a 4-D file that become channels unasked
+NONE = "none"
+
+
+class Ambiguous(ValueError):
+    """The files may be read in several ways; the message says what to type."""
+
+
+@dataclass(frozen=True)
+class Channel:
+    """A channel: its name, its role in the layout, and which volume of 4-D files it is."""
+
+    name: str
+    role: str
+    volume: int | None = None
+
+
+@dataclass
+class Choice:
+    """What a recipe is made of.
+
+    Attributes:
+        channels: in the order of the model's channels.
+        mask: its role; `STRUCTURES` for one that is made of binary files; None without masks.
+        keys: the cases that have all of them.
+        sure: what was left out, and why.
+        unsure: what the user should look at.
+    """
+
+    channels: list[Channel]
+    mask: str | None
+    keys: list[Key]
+    sure: list[str] = field(default_factory=list)
+    unsure: list[str] = field(default_factory=list)
+
+    @property
+    def roles(self) -> list[str]:
+        """The roles that are read, each once, without masks that are made."""
+        mask = [self.mask] if self.mask not in (None, STRUCTURES) else []
+        return list(dict.fromkeys([*(channel.role for channel in self.channels), *mask]))
+
+
+def choose(
+    layout: Layout, reader: Reader, channels: Sequence[str] = (), mask: str | None = None, volume: int | None = None
+) -> Choice:
+    """Choose channels and mask.
+
+    Args:
+        layout: of the files.
+        reader: of the folder.
+        channels: names that the user gave; empty to choose.
+        mask: the name that the user gave, "none" for no mask; None to choose.
+        volume: which volume of 4-D files is the image; None makes each a channel.
+
+    Raises:
+        Ambiguous: if the files may be read in several ways.
+        ValueError: for names that are not there.
+    """
+    masks = {role for role in layout.roles if _is_mask(layout, reader, role)}
+    choice = Choice([], None, layout.keys, sure=list(layout.notes))
+    choice.mask = _chosen_mask(layout, reader, masks, mask)
+    images = [role for role in layout.roles if role not in masks and role != choice.mask]
+    if channels:
+        roles = [_find_role(layout, name, [role for role in layout.roles if role != choice.mask]) for name in channels]
+    else:
+        roles = [role for role in images if role not in layout.secondary] or images
+    if not roles:
+        raise ValueError(
+            f"no image was found beside {_listed(layout, sorted(masks))}; name the images by --channels NAME, or learn "
+            "label maps alone by data.image_labels (docs/from_nothing.md)"
+        )
+    roles = _on_grid(layout, reader, choice, roles, asked=bool(channels), mask_asked=mask is not None)
+    choice.channels = _channels(layout, reader, roles, volume)
+    _keep_complete(layout, reader, choice, asked=bool(channels), mask_asked=mask is not None)
+    for role in sorted({*layout.roles} - {*choice.roles}):
+        choice.sure.append(f"{layout.shown(role)} is not used; --channels or --mask would")
+    return choice
+
+
+def channel_name(role: str) -> str:
+    """Return a channel's name for a role: `CT_image` -> ct."""
+    words = [word for word in re.split(r"[^\w]+|_", role) if word]
+    kept = [word for word in words if not re.fullmatch(r"images?|imgs?|vols?|volumes?|scans?", word, re.IGNORECASE)]
+    return "_".join(kept or words).lower() or "image"
+
+
+def _is_mask(layout: Layout, reader: Reader, role: str) -> bool:
+    if layout.masks is not None:
+        return role in layout.masks
+    files = layout.of_role(role)
+    looks = [
+        look for path in spread([files[key].path for key in sorted(files)], LOOKED_AT) for look in _look(reader, path)
+    ]
+    if not looks:
+        return has_word(MASK_WORD, role)
+    most = max(len(look.distinct) if look.distinct is not None else 10**9 for look in looks)
+    return most <= FEW_VALUES or (has_word(MASK_WORD, role) and most < 10**9)
+
+
+def _look(reader: Reader, path: str) -> list[Look]:
+    try:
+        return reader.looks(path)
+    except VolumeError:  # named when the cases are checked
+        return []
+
+
+def _chosen_mask(layout: Layout, reader: Reader, masks: set[str], asked: str | None) -> str | None:
+    if asked is not None:
+        if same_name(asked) == NONE:
+            return None
+        if layout.structures and same_name(asked) == STRUCTURES:
+            return STRUCTURES
+        return _find_role(layout, asked, layout.roles)
+    if layout.structures:
+        return STRUCTURES
+    if len(masks) > 1:
+        raise Ambiguous(
+            f"{len(masks)} files could be the mask: {_listed(layout, sorted(masks))}; "
+            f"say {_ways(layout, reader, masks)}, or --mask none"
+        )
+    return next(iter(masks), None)
+
+
+def _ways(layout: Layout, reader: Reader, masks: set[str]) -> str:
+    """Return `--mask NAME` for each mask, with the images on its grid if they differ."""
+    images = [role for role in layout.roles if role not in masks]
+    near = {mask: [role for role in images if _same_grid(layout, reader, mask, role)] for mask in sorted(masks)}
+    if len({tuple(roles) for roles in near.values()}) == 1:
+        return " or ".join(f"--mask {_quoted(mask)}" for mask in near)
+    return " or ".join(
+        f"--mask {_quoted(mask)} (on the grid of {', '.join(roles) or 'no image'})" for mask, roles in near.items()
+    )
+
+
+def _same_grid(layout: Layout, reader: Reader, one: str, other: str) -> bool:
+    """Return whether two roles share the grid in most of a few cases that have both."""
+    ours, theirs = layout.of_role(one), layout.of_role(other)
+    both = [key for key in layout.keys if key in ours and key in theirs][: 2 * LOOKED_AT + 1]
+    fitting = [key for key in both if _fits(reader, ours[key].path, theirs[key].path)]
+    return bool(both) and 2 * len(fitting) > len(both)
+
+
+def _fits(reader: Reader, one: str, other: str) -> bool:
+    try:
+        return reader.grid(one).fits(reader.grid(other))
+    except VolumeError:
+        return False
+
+
+def _find_role(layout: Layout, name: str, roles: Sequence[str]) -> str:
+    """Return the role that a user means. Raises: ValueError listing the roles."""
+
+    def names(role: str) -> set[str]:
+        shown = layout.shown(role)
+        given = layout.channel_names.get(role, [])
+        return {same_name(one) for one in (role, role.rpartition("/")[2], channel_name(role), shown, *given)}
+
+    found = [role for role in roles if same_name(name) in names(role)]
+    exact = [role for role in found if same_name(role) == same_name(name)]
+    if len(exact or found) == 1:
+        return (exact or found)[0]
+    what = "may be several files" if found else "matches none of the files"
+    raise ValueError(f"{name} {what}; there are {', '.join(map(_quoted, found or layout.roles))}")
+
+
+def _on_grid(
+    layout: Layout, reader: Reader, choice: Choice, roles: list[str], *, asked: bool, mask_asked: bool
+) -> list[str]:
+    """Return the channels that lie on the mask's grid, or else on the first channel's.
+
+    Raises:
+        Ambiguous: if that leaves channels out that nobody decided about.
+    """
+    has_mask = choice.mask not in (None, STRUCTURES)
+    first = choice.mask if choice.mask is not None and has_mask else roles[0]
+    on = [role for role in roles if role == first or _same_grid(layout, reader, first, role)]
+    off = [role for role in roles if role not in on]
+    if not off:
+        return roles
+    grids = f"{', '.join(map(layout.shown, off))} lies on another grid than {layout.shown(first)}"
+    if not on:
+        raise Ambiguous(f"{grids}; resample it, or say --mask none")
+    if mask_asked and not asked:
+        choice.unsure.append(f"{grids}, and is left out")
+        return on
+    say = f"--channels {','.join(map(_quoted, on))}"
+    other = "" if has_mask else f" or --channels {','.join(map(_quoted, off))}"
+    raise Ambiguous(f"{grids}, so they cannot be channels of one volume; say {say}{other}")
+
+
+def _channels(layout: Layout, reader: Reader, roles: Sequence[str], volume: int | None) -> list[Channel]:
+    """Return the channels of these roles: one each, or one per volume of 4-D files."""
+    channels: list[Channel] = []
+    for role in roles:
+        files = layout.of_role(role)
+        count = max((_volumes(reader, files[key].path) for key in files), default=1)
+        names = [channel_name(name) for name in layout.channel_names.get(role, [])]
+        plain = names[0] if len(names) == 1 else "image" if len(roles) == 1 and not names else channel_name(role)
+        if count == 1:
+            channels.append(Channel(plain, role))
+        elif volume is not None:
+            channels.append(Channel(plain, role, volume))
+        elif len(names) != count and count > MOST_VOLUMES:
+            raise Ambiguous(
+                f"{layout.shown(role)} holds {count} volumes (4-D); say which one is the image: --time_point 0"
+            )
+        else:
+            names = names if len(names) == count else [f"{plain}_{index}" for index in range(count)]
+            channels += [Channel(name, role, index) for index, name in enumerate(names)]
+    twice = {channel.name for channel in channels if [c.name for c in channels].count(channel.name) > 1}
+    return [Channel(same_role(c), c.role, c.volume) if c.name in twice else c for c in channels]
+
+
+def same_role(channel: Channel) -> str:
+    """Return a name that no other role's channel has."""
+    return re.sub(r"\W+", "_", channel.role) + ("" if channel.volume is None else f"_{channel.volume}")
+
+
+def _volumes(reader: Reader, path: str) -> int:
+    try:
+        return reader.grid(path).volumes
+    except VolumeError:  # named when the cases are checked
+        return 1
+
+
+def _keep_complete(layout: Layout, reader: Reader, choice: Choice, *, asked: bool, mask_asked: bool) -> None:
+    """Keep the cases that have every file, on one grid.
+
+    Raises:
+        Ambiguous: if many cases lack a channel or the mask.
+    """
+    files = {role: layout.of_role(role) for role in choice.roles}
+    keys = layout.keys
+    for role in dict.fromkeys(channel.role for channel in choice.channels):
+        share = len(files[role]) / len(keys)
+        if share < MOSTLY_THERE and not asked and len(choice.channels) > 1:
+            others = [one for one in choice.roles if one not in (role, choice.mask)]
+            raise Ambiguous(
+                f"{layout.shown(role)} is there for {len(files[role])} of {len(keys)} cases; say --channels "
+                f"{','.join(map(_quoted, others))} to leave it out, or --channels "
+                f"{','.join(map(_quoted, [*others, role]))} to use the cases that have it"
+            )
+    mask = choice.mask
+    there = set(layout.structures) if mask == STRUCTURES else set(files[mask]) if mask is not None else set(keys)
+    if mask is not None and not mask_asked and len(there & set(keys)) < HALF * len(keys):
+        raise Ambiguous(
+            f"{len(there)} of {len(keys)} cases have a mask ({mask}); say --mask none to use all without masks, or "
+            f"--mask {_quoted(mask)} to use those that have one"
+        )
+    kept, lacking, refused = [], [], []
+    for key in keys:
+        if any(key not in files[role] for role in choice.roles) or key not in there:
+            lacking.append(case_name(key))
+            continue
+        reason = _fault(reader, [files[role][key].path for role in choice.roles])
+        if reason:
+            refused.append(reason)
+        else:
+            kept.append(key)
+    if lacking:
+        choice.unsure.append(f"{len(lacking)} cases lack a file and are left out: {_some(lacking)}")
+    if refused:
+        choice.unsure.append(f"{len(refused)} cases cannot be used and are left out: {_some(refused, 3, '; ')}")
+    if not kept:
+        raise ValueError(f"no case has all of {_listed(layout, choice.roles)}: {_some(refused or lacking, 3, '; ')}")
+    choice.keys = kept
+
+
+def _fault(reader: Reader, paths: Sequence[str]) -> str:
+    """Return why the files of a case cannot be used together; "" if they can."""
+    try:
+        first = reader.grid(paths[0])
+        for path in paths[1:]:
+            if not first.fits(reader.grid(path)):
+                return f"{paths[0]} and {path} have different grids"
+    except VolumeError as error:
+        return str(error)
+    return ""
+
+
+def _listed(layout: Layout, roles: Sequence[str]) -> str:
+    return ", ".join(layout.shown(role) for role in roles)
+
+
+def _some(names: Sequence[str], most: int = 5, between: str = ", ") -> str:
+    return between.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _quoted(name: str) -> str:
+    """Return a name as it is typed in a shell."""
+    return name if re.fullmatch(r"[\w./-]+", name) else f"'{name}'"

@@ -1,0 +1,131 @@
+"""DICOM trees: a folder per series. Patients, modalities and descriptions come from the headers."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pydicom
+
+from files.names import nfc
+from recipes.listing import Listing, stem_of
+from volumes.formats.dicom import is_dicom, series_files
+
+from .layout import FoundFile, Key, Layout, tokens
+
+TAGS = [
+    "PatientID", "PatientName", "PatientSex", "PatientAge", "Modality", "SeriesDescription", "SeriesInstanceUID",
+    "StudyInstanceUID", "StudyDate", "ImageType",
+]  # fmt: skip
+NO_VOLUMES = {"SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG", "DOC"}
+NAMES = {"PT": "PET"}
+AGE = re.compile(r"(\d{3})([DWMY])")
+YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
+
+
+@dataclass(frozen=True)
+class Series:
+    """What the first slice of a series says."""
+
+    folder: str
+    patient: str
+    study: str
+    modality: str
+    description: str
+    metadata: tuple[tuple[str, str], ...]
+
+
+def find_series(listing: Listing) -> Layout | None:
+    """Read a DICOM tree; None if there is no DICOM folder, or if volume files are the most."""
+    if len(listing.series) <= len(listing.volumes) // 4:
+        return None
+    series, notes = [], []
+    skipped: Counter[str] = Counter()
+    for folder in listing.series:
+        found = _read(listing.root, folder)
+        if isinstance(found, Series):
+            series.append(found)
+        else:
+            skipped[found] += 1
+    notes += [f"{count} DICOM folders are left out: {why}" for why, count in sorted(skipped.items())]
+    if not series:
+        return None
+    studies: dict[str, list[str]] = {}
+    for one in series:
+        if one.study not in studies.setdefault(one.patient, []):
+            studies[one.patient].append(one.study)
+    files: dict[tuple[Key, str], FoundFile] = {}
+    keys: dict[str, Key] = {}
+    for one in series:
+        key: Key = (("subject", one.patient),)
+        if len(studies[one.patient]) > 1:
+            key = (*key, ("session", str(studies[one.patient].index(one.study) + 1)))
+        keys[one.folder] = key
+    roles = _roles(series, keys)
+    for one in series:
+        place = (keys[one.folder], roles[one.folder])
+        if place in files:
+            notes.append(
+                f"{one.folder} and {files[place].path} are both {place[1]} of one study; the first is left out"
+            )
+        files[place] = FoundFile(one.folder, place[0], place[1])
+    found = [*files.values(), *_beside(listing, series, keys)]
+    metadata = {keys[one.folder]: dict(one.metadata) for one in series}
+    notes.append("patients are grouped by the PatientID in the headers, which is written to cases.csv")
+    return Layout("a DICOM tree", found, metadata=metadata, notes=notes)
+
+
+def _read(root: Path, folder: str) -> Series | str:
+    """Return what a folder's series says of itself, or why it is not used."""
+    slices = [file for file in series_files(root / folder) if is_dicom(file)]
+    header = pydicom.dcmread(slices[0], stop_before_pixels=True, specific_tags=TAGS)
+    modality = str(header.get("Modality", "") or "OT")
+    if modality in NO_VOLUMES:
+        return f"{modality} is not a series of images"
+    if "LOCALIZER" in (header.get("ImageType") or []):
+        return "localizers"
+    if len(slices) < 2:
+        return "a single slice"
+    patient = str(header.get("PatientID", "") or header.get("PatientName", "") or folder.split("/")[0])
+    metadata = {}
+    if sex := str(header.get("PatientSex", "") or ""):
+        metadata["sex"] = sex
+    if age := AGE.fullmatch(str(header.get("PatientAge", "") or "")):
+        metadata["age"] = f"{int(age[1]) * YEARS[age[2]]:g}"
+    description = "_".join(tokens(str(header.get("SeriesDescription", "") or "")))
+    study = str(header.get("StudyInstanceUID", ""))
+    return Series(folder, nfc(patient.strip()), study, modality, nfc(description), tuple(metadata.items()))
+
+
+def _roles(series: list[Series], keys: dict[str, Key]) -> dict[str, str]:
+    """Return the role of each series: its modality, with the description where a study has several of a modality."""
+    several = {
+        modality
+        for (_, modality), count in Counter((keys[one.folder], one.modality) for one in series).items()
+        if count > 1
+    }
+    roles = {}
+    for one in series:
+        name = NAMES.get(one.modality, one.modality)
+        described = one.modality in several and one.description
+        roles[one.folder] = f"{name}_{one.description}" if described else name
+    return roles
+
+
+def _beside(listing: Listing, series: list[Series], keys: dict[str, Key]) -> list[FoundFile]:
+    """Return volume files that lie in or below a patient's folder: masks beside the series."""
+    found = []
+    for path in listing.volumes:
+        folder = path.rpartition("/")[0]
+        while folder:
+            near = {keys[one.folder] for one in series if f"{one.folder}/".startswith(f"{folder}/")}
+            if near:
+                break
+            folder = folder.rpartition("/")[0]
+        else:
+            near = set()
+        if len(near) == 1:
+            found.append(FoundFile(path, near.pop(), stem_of(path)))
+    return found
