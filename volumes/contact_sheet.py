@@ -81,7 +81,7 @@ def contact_sheet(cases: Iterable[FigureCase], label_names: Mapping[int, str] | 
         label_names: names for the legend.
     Raises: ValueError for no cases, and arrays of other dimensions.
     """
-    columns = [_column(case) for case in cases]
+    columns = list(map(_column, cases))  # which keeps no case while the next is read
     if not columns:
         raise ValueError("contact_sheet needs at least one case")
     keys = _in_order(list(dict.fromkeys(key for column in columns for key in column.cells)))

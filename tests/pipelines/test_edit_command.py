@@ -204,9 +204,10 @@ def test_edits_that_cannot_be_are_refused_before_any_work(place, tmp_path, monke
     monkeypatch.setattr(MedVolumeEditPipeline, "generate", None)
     image = ["--image", place / "p0/scan.nii.gz", "--mask", place / "p0/labels.nii.gz"]
     part = ["--region", place / "p0/part.nii.gz"]
-    table = tmp_path / "table.csv"
+    tables = iter(tmp_path / f"table{number}.csv" for number in range(9))
 
     def rows(*lines):
+        table = next(tables)
         table.write_text("\n".join(line.replace("P/", f"{place}/") for line in lines) + "\n")
         return ["--edits", table]
 

@@ -15,6 +15,8 @@ from pipelines import MedVolumePipeline
 from pipelines.export import folder as export_folder
 from pipelines.export.bids import place_of, subjects
 from pipelines.export.nnunet import label_values
+from recipes.proposals.machine import Machine
+from recipes.survey import Options, look_over
 from volumes import DataConfig, VolumeDataset, load_cases, read_mask, read_volume
 
 SHAPES = {"a": (8, 8, 8), "b": (7, 8, 5)}
@@ -102,6 +104,20 @@ def test_our_own_loader_reads_the_sets_back(place, generated):
     cases = load_cases(config)
     assert [case.metadata["volume"] for case in cases] == ["a_000", "a_001", "b_000", "b_001"]
     assert len(VolumeDataset(cases, config)) == 4
+
+
+def test_init_recognizes_the_sets(place, generated, tmp_path):
+    """`medvolume init` finds channels, masks and labels in both."""
+    options = Options(place / "Dataset501_Tiny", tmp_path / "nnunet", quick=True)
+    survey = look_over(options, Machine(2, 16 * 2**30))
+    assert survey.layout.name == "nnU-Net"
+    assert survey.section.settings["label_names"] == {0: "background", 1: "anterior", 2: "posterior"}
+    assert len(survey.choice.keys) == 4
+    survey = look_over(Options(place / "bids", tmp_path / "bids", quick=True), Machine(2, 16 * 2**30))
+    assert survey.layout.name == "BIDS" and len(survey.choice.keys) == 4
+    assert {channel.name for channel in survey.choice.channels} == {"ct", "t1w"} and survey.section.settings.get(
+        "masks"
+    )
 
 
 def test_bids_gets_what_it_asks_for(place, generated):

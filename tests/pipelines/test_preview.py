@@ -47,7 +47,7 @@ def run(place, output, *words, pipeline="pipeline", masks="masks"):
     generate.main([*settings, "--output", str(output), *map(str, words)])
 
 
-def test_the_first_volumes_with_their_masks_in_the_models_labels(place, tmp_path, drawn, capsys):
+def test_the_first_volumes_with_the_masks_the_model_saw(place, tmp_path, drawn, capsys):
     run(place, tmp_path, "--count", "2", "--label_map", "2=5")
     [(cases, names)] = drawn
     assert [case["title"] for case in cases] == ["a_000", "a_001", "b_000", "b_001", "c_000", "c_001"]
