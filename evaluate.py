@@ -55,16 +55,14 @@ from cli.stopping import stoppable
 from evaluation.commands import run_all
 from evaluation.commands.common import check_first, lock_folder
 from evaluation.commands.common import run_command as run_evaluation
-from evaluation.data.label_budget import write_masks
-from evaluation.data.pairs import learning_cases
 from pipelines import SamplingConfig
 from pipelines.batch_generation import BatchConfig, generate_to_disk
 from training import join_processes, report_peer_failure, resolve_precision
-from volumes import load_cases
 from volumes.devices import find_device
 
 # How long processes wait for each other: for the longest training, or for work of the main process alone.
 MAX_WAIT = timedelta(days=2)
+LEARNING = ("train", "validation")  # the splits that a model may have learned from
 
 
 def main(args: list[str] | None = None) -> dict[str, object]:
@@ -92,27 +90,19 @@ def main(args: list[str] | None = None) -> dict[str, object]:
 
 
 def generate_volumes(options: Namespace, precision: str, state: PartialState) -> Path:
-    """Generate volumes from the masks of the training set, in the folder `generated` of the report. Finished volumes
-    are kept.
+    """Generate volumes from the masks and conditions of all cases but the test split's, in the folder `generated` of
+    the report. Finished volumes are kept.
 
     Raises: ValueError for data whose masks are not files, and for volumes that were rejected too often.
     """
     folder = Path(options.output) / "generated"
-    config = options.data
-    cases = learning_cases(load_cases(config))
-    if missing := [case.name for case in cases if case.mask is None]:
-        raise ValueError(f"--pipeline: {missing[0]} has no mask in a file to generate from; give --synthetic instead")
-    table = folder.with_name("generated_masks.csv")
-    if state.is_main_process:
-        write_masks(cases, config, table)
-    state.wait_for_everyone()
     batch = BatchConfig(
         pipeline=options.pipeline,
-        conditions=table,
+        data=options.data,
+        splits=LEARNING,
         output=folder,
         count=options.count,
         sampling=SamplingConfig(guidance_scale=options.guidance_scale),
-        label_map=config.label_map,
         precision=precision,
     )
     rejected = generate_to_disk(batch, state)

@@ -1,16 +1,20 @@
-r"""Generate volumes from masks, from a table of conditions, or from nothing, in one process or many:
+r"""Generate volumes from masks, from a data set, from a table, or from nothing, in one process or many:
 
     python generate.py --pipeline weights/hippocampus --masks 'masks/*.nii.gz' --output out/generated --count 2
+    python generate.py --config configs/mine/ldm.yaml --split test --output out/generated  # the cases of a data set
     python generate.py --pipeline DIR --conditions table.csv --output out/generated  # classes, numbers, images
     python generate.py --pipeline DIR --output out/generated --count 100             # a model without conditions
     python generate.py --pipeline weights/hippocampus --masks generate:weights/hippocampus-masks --count 100 \
-        --output out/pairs
+        --output out/pairs --export nnunet nnUNet_raw/Dataset501_Synthetic
     accelerate launch generate.py ...  # divides masks, rows or volumes over the processes (on a CPU: torchrun)
 
 Writes <name>_<k:03d>.nii.gz on the mask's grid, a JSON sidecar that records how it was generated, and at the end
-manifest.csv. A model of several channels writes <name>_<k:03d>_<channel>.nii.gz for each channel that it generates, and
-one sidecar. The name is the mask's stem; where masks have one stem, as of 'DIR/*/tumour.nii.gz', it is what differs in
-their paths (p01, p02).
+manifest.csv and preview.png, the first volumes side by side. A model of several channels writes
+<name>_<k:03d>_<channel>.nii.gz for each channel that it generates, and one sidecar. The name is the mask's stem; where
+masks have one stem, as of 'DIR/*/tumour.nii.gz', it is what differs in their paths (p01, p02).
+
+--split takes the masks, classes, numbers and condition channels of the cases of a split, under their names, and applies
+the data's label_map. The pipeline is then that of the config's training, unless --pipeline names another.
 
 The columns of a table are: mask (a path, relative to the table's folder; without masks and images, give --shape), the
 model's classes and numbers (an empty cell leaves one out), its condition channels (paths too; the other channels are
@@ -27,51 +31,51 @@ map) is generated again from the next seed; its sidecar records that.
 
 With --reject_copies (a file of `python -m evaluation.copies.fingerprints`) a volume that is too similar to a training
 volume is not written, but generated again from the next seed; sidecars and manifest record that.
+
+--export writes the finished volumes as a data set too, marked as synthetic: `nnunet DIR` pairs of volume and mask for
+nnU-Net (DIR is called Dataset501_Name), `bids DIR` in BIDS' layout. Files are hard links where the disk has them, else
+copies. With a run that is finished nothing is generated again. docs/export.md has the layouts.
 """
 
-import argparse
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli.command import ArgumentParser, run_command
-from cli.settings import NonNegativeFloat, NonNegativeInt, Number, PositiveInt, show_ranges
+from cli.command import ArgumentParser, next_step, run_command
+from cli.generation import add_run_arguments
+from cli.settings import Number, PositiveInt, show_ranges
 
 if TYPE_CHECKING:
     from pipelines.base import VolumePipeline
     from pipelines.batch_generation import BatchConfig
     from pipelines.rejection import Check
+    from volumes.data.config import DataConfig
 
 GENERATE = "generate:"
-PRECISIONS = ("no", "bf16", "fp16")
+SPLITS = ("train", "validation", "test")
+PIPELINE = "pipeline"  # of a run of train_ldm.py
 
 
 def make_parser() -> ArgumentParser:
     """Describe the options."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--pipeline", required=True, help="pipeline folder or Hub repository")
-    parser.add_argument("--lora", help="LoRA for the pipeline, a file or folder of train_ldm.py")
+    pipeline_help = "pipeline folder or Hub repository (with --config: the pipeline of that training)"
+    parser.add_argument("--pipeline", help=pipeline_help)
+    config_help = "training config of the pipeline, whose section `data` names the cases of --split"
+    parser.add_argument("--config", type=Path, metavar="FILE", help=config_help)
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="folder of the data, if not the config's")
     source = parser.add_mutually_exclusive_group()
     masks_help = f"label maps, or {GENERATE}PIPELINE to generate them first"
     source.add_argument("--masks", nargs="+", default=[], metavar="DIR_OR_GLOB", help=masks_help)
     source.add_argument(
         "--conditions", metavar="TABLE", help="CSV (or JSON), or its URL: one row per volume, see above"
     )
+    source.add_argument("--split", choices=SPLITS, help="masks and conditions of the config's cases of this split")
     shape_help = "voxels, where no mask or image sets them"
     parser.add_argument("--shape", nargs=3, type=Number(PositiveInt), metavar=("X", "Y", "Z"), help=shape_help)
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--count", type=Number(PositiveInt), default=1, help="volumes per mask or row, or in all (1)")
-    parser.add_argument("--steps", type=Number(PositiveInt), help="denoising steps (the pipeline's, or 20)")
-    guidance_help = (
-        "how closely conditions are followed, for models trained for it; 0 to 1 is no guidance (the pipeline's, or 1)"
-    )
-    parser.add_argument("--guidance_scale", type=Number(NonNegativeFloat), help=guidance_help)
-    parser.add_argument("--seed", type=Number(NonNegativeInt), default=0, help="(0)")
-    parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")
-    label_help = "read a label value, or a segment of this name, as a label of the model: 3=1 4=tumor GTV=tumor"
-    parser.add_argument("--label_map", nargs="+", type=label_pair, default=[], metavar="VALUE=LABEL", help=label_help)
+    add_run_arguments(parser, "mask, row or case, or in all")
     copies_help = (
         "generate copies of training volumes again, by this file of `python -m evaluation.copies.fingerprints`"
     )
@@ -79,9 +83,8 @@ def make_parser() -> ArgumentParser:
     parser.add_argument(
         "--max_attempts", type=Number(PositiveInt), default=10, help="attempts at a volume that checks refuse (10)"
     )
-    wait_help = "how long to wait for another process that writes to --output; 0 refuses at once (0)"
-    parser.add_argument("--wait_minutes", type=Number(NonNegativeFloat), default=0.0, help=wait_help)
-    parser.add_argument("--precision", choices=PRECISIONS, default="no", help="no is float32 (no)")
+    export_help = "export the finished volumes and their masks as a data set: nnunet or bids, and its folder"
+    parser.add_argument("--export", nargs=2, action="append", default=[], metavar=("FORMAT", "DIR"), help=export_help)
     show_ranges(parser)
     return parser
 
@@ -95,15 +98,22 @@ def parse(args: Sequence[str] | None) -> "BatchConfig":
     if generated and len(masks) > 1:
         parser.error(f"--masks {' '.join(masks)}: {GENERATE}PIPELINE stands alone")
 
+    if options.split is not None and options.config is None:
+        parser.error(f"--split {options.split}: is of a data set; name it with --config FILE")
+    if options.root is not None and options.split is None:
+        parser.error("--data.root: is for --split; leave it out")
+
     from pipelines.batch_generation import BatchConfig  # after the arguments: these imports take seconds
     from pipelines.sampling import SamplingConfig
 
     return BatchConfig(
-        pipeline=options.pipeline,
+        pipeline=options.pipeline or default_pipeline(parser, options.config),
         output=options.output,
         masks=[] if generated else masks,
         mask_pipeline=masks[0].removeprefix(GENERATE) if generated else None,
         conditions=options.conditions,
+        data=None if options.split is None else data_section(options.config, options.root),
+        splits=[] if options.split is None else [options.split],
         shape=options.shape,
         count=options.count,
         sampling=SamplingConfig(options.steps, guidance_scale=options.guidance_scale, batch_size=options.batch_size),
@@ -114,16 +124,45 @@ def parse(args: Sequence[str] | None) -> "BatchConfig":
         max_attempts=options.max_attempts,
         wait_minutes=options.wait_minutes,
         precision=options.precision,
+        exports=[(kind, Path(folder)) for kind, folder in options.export],
     )
 
 
-def label_pair(text: str) -> tuple[int | str, int | str]:
-    """Parse VALUE=LABEL, each by value or by name."""
-    value, _, label = text.rpartition("=")
-    if not label or not value:
-        raise argparse.ArgumentTypeError(f"{text!r} is not VALUE=LABEL, e.g. 3=1")
-    pair = [int(one) if one.lstrip("-").isdigit() else one for one in (value, label)]
-    return pair[0], pair[1]
+def default_pipeline(parser: ArgumentParser, config: Path | None) -> Path:
+    """The pipeline of a config's training: the folder `pipeline` of its output. Exits with a message if there is
+    none."""
+    if config is None:
+        parser.error("the following arguments are required: --pipeline")
+    from evaluation.report import read_config
+
+    output = read_config(config).get("output")
+    folder = Path(str(output)) / PIPELINE
+    if output is None or not folder.is_dir():
+        where = "it sets no output" if output is None else f"there is no {folder}"
+        parser.error(
+            f"--config {config}: {where}; run train_ldm.py --config {config} first, or name a pipeline with --pipeline"
+        )
+    return folder
+
+
+def data_section(config: Path, root: str | None) -> "DataConfig":
+    """The section `data` of a training config; its files are in `root`, if given. Raises: ValueError as
+    `evaluation.report.read_config`."""
+    from jsonargparse import Namespace
+
+    from cli.parsing import built
+    from evaluation.report import read_config
+    from volumes.data.config import DataConfig
+
+    section = read_config(config)["data"] | ({} if root is None else {"root": root})
+    return built(Namespace(data=Namespace(section)), {"data": DataConfig}).data
+
+
+def config_of(args: Sequence[str] | None, pipeline: str | Path) -> Path | None:
+    """The training config that the command line names, or that the run of the pipeline left; None without any."""
+    named = make_parser().parse_args(args).config
+    of_run = Path(pipeline).parent / "config.yaml"
+    return named or (of_run if of_run.is_file() else None)
 
 
 def copy_check(fingerprints: Path, pipe: "VolumePipeline") -> "Check":
@@ -153,3 +192,7 @@ def main(args: Sequence[str] | None = None) -> None:
     state.destroy_process_group()
     if missing:
         raise ValueError("not written (all others are finished):\n" + "\n".join(missing))
+    folder = config.output.absolute()
+    report = folder.with_name(f"{folder.name}-report")
+    training = config_of(args, config.pipeline) or "CONFIG"
+    next_step("evaluate.py", "all", "--config", training, "--synthetic", folder, "--output", report)

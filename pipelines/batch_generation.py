@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -17,48 +18,77 @@ from files.locks import only_writer
 from files.writable import check_output_folder, explain_disk_full
 from pipelines.base import VolumePipeline
 from pipelines.checks.label_map import map_check
+from pipelines.export.formats import check_exports, export
+from pipelines.inputs.case_requests import case_requests
 from pipelines.inputs.masks import LabelMap
 from pipelines.inputs.prepared import PreparedVolume
 from pipelines.inputs.request import VolumeRequest
 from pipelines.inputs.request_files import mask_requests, read_requests
 from pipelines.pipeline import MedVolumePipeline
-from pipelines.planning import PlannedVolume, check_memory, plan_volumes, prepared_volumes, volume_seed
+from pipelines.planning import PlannedVolume, check_memory, plan_volumes, prepared_volumes, volume_path, volume_seed
+from pipelines.preview import write_preview
 from pipelines.rejection import Attempt, Check, Rejection
 from pipelines.sampling import SamplingConfig, equal_batches
-from pipelines.storage.finished import MANIFEST, check_manifest, left_to_generate, write_manifest
+from pipelines.storage.finished import (
+    MANIFEST,
+    FinishedVolume,
+    check_manifest,
+    finished_volumes,
+    left_to_generate,
+    write_manifest,
+)
 from pipelines.storage.provenance import write_synthetic
+from pipelines.storage.record import GenerationRecord
 from pipelines.storage.trained_on import write_generated_by
+from volumes import DataConfig
 
 MAX_VOLUMES = 100_000  # of one command; file systems and manifests of more are no longer of use
 TOO_MANY = f"one command generates {MAX_VOLUMES} volumes at most; use several, each with its own --seed and --output"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+P = TypeVar("P", bound=VolumePipeline)
 
 
 @dataclass(frozen=True)
-class BatchConfig:
-    """One generation command, see `generate.py --help`.
+class RunConfig:
+    """What all commands that generate have in common, see `generate.py --help`.
 
     Attributes:
-        masks: folders, patterns or files; without them and without `conditions`, `count` volumes are generated.
-        mask_pipeline: a pipeline that generates `count` masks first.
-        copy_check: makes the check for copies of training volumes, for the pipeline that it is given.
+        count: volumes per request.
+        exports: (format, folder) of each data set that the volumes are exported to, see `pipelines.export`.
     """
 
     pipeline: str | Path
     output: Path
-    masks: Sequence[str] = ()
-    mask_pipeline: str | None = None
-    conditions: str | Path | None = None
-    shape: Sequence[int] | None = None
     count: int = 1
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seed: int = 0
     label_map: LabelMap = field(default_factory=dict)
     lora: str | None = None
-    copy_check: Callable[[VolumePipeline], Check] | None = None
     max_attempts: int = 10
     wait_minutes: float = 0.0
     precision: str = "no"
+    exports: Sequence[tuple[str, Path]] = ()
+
+
+@dataclass(frozen=True)
+class BatchConfig(RunConfig):
+    """One generation command.
+
+    Attributes:
+        masks: folders, patterns or files; without them, `conditions` and `data`, `count` volumes are generated.
+        mask_pipeline: a pipeline that generates `count` masks first.
+        conditions: a table.
+        data: a data set, of whose cases in `splits` the masks and conditions are taken.
+        copy_check: makes the check for copies of training volumes, for the pipeline that it is given.
+    """
+
+    masks: Sequence[str] = ()
+    mask_pipeline: str | None = None
+    conditions: str | Path | None = None
+    data: DataConfig | None = None
+    splits: Sequence[str] = ()
+    shape: Sequence[int] | None = None
+    copy_check: Callable[[VolumePipeline], Check] | None = None
 
 
 def generate_to_disk(config: BatchConfig, state: PartialState, *, held: bool = False) -> list[str]:
@@ -74,19 +104,43 @@ def generate_to_disk(config: BatchConfig, state: PartialState, *, held: bool = F
     if config.mask_pipeline is not None:
         return generate_with_masks(config, state)
     requests = mask_requests(config.masks, config.output) if config.masks else []
-    pipe = load_pipeline(config, state.device)
+    pipe = load_pipeline(MedVolumePipeline, config, state.device)
     if config.conditions:
         requests = read_requests(config.conditions, pipe, config.output, state.print)
+    elif config.data is not None:
+        requests = case_requests(config.data, config.splits, pipe, config.output)
     elif not config.masks:
         requests = [VolumeRequest(name="map" if pipe.data.image_labels else "volume")]
     check_requests(requests, config)
-    requests = [replace(request, shape=config.shape, label_map=config.label_map) for request in requests]
+    requests = [
+        replace(request, shape=config.shape, label_map={**(request.label_map or {}), **config.label_map})
+        for request in requests
+    ]
+    return write_volumes(pipe, requests, config, state, load_rejection(pipe, config), held=held)
+
+
+def write_volumes(
+    pipe: VolumePipeline,
+    requests: Sequence[VolumeRequest],
+    config: RunConfig,
+    state: PartialState,
+    rejection: Rejection | None = None,
+    *,
+    held: bool = False,
+) -> list[str]:
+    """Generate this process's share of `count` volumes of each request, those that are not finished. The main process
+    then writes the manifest, the preview and the exports, of the finished volumes of all processes.
+
+    Args, Returns, Raises: as `generate_to_disk`.
+    """
+    check_exports(config.exports, config.output, pipe.data, requests, config.count)
+    sources = {volume_path(config.output, one.name, k): one for one in requests for k in range(config.count)}
     share, ks = slice(state.process_index, None, state.num_processes), range(config.count)
-    if config.conditions or config.masks:
+    if len(requests) > 1:
         requests = requests[share]
     else:
         ks = ks[share]
-    sampling, rejection = config.sampling, load_rejection(pipe, config)
+    sampling = config.sampling
     tasks = plan_volumes(pipe, requests, ks, sampling, rejection, seed=config.seed, output=config.output)
     check_memory(pipe, tasks, sampling.batch_size)
     check_output_folder(config.output)
@@ -95,25 +149,45 @@ def generate_to_disk(config: BatchConfig, state: PartialState, *, held: bool = F
         prepare_folder(pipe, config.output, state)
         waiting = {task.path for task in todo}
         known = files_of(task for task in tasks if task.path not in waiting)  # read, or written by this process
-        missing: list[str] = []
-        with listing(config.output, known, state), volume_bar(len(tasks), len(todo), state) as bar:
-            for numbers in equal_batches([task.shape for task in todo], sampling.batch_size):
-                batch = [todo[number] for number in numbers]
-                names = batch[0].path.name + (f" and {len(batch) - 1} more" if len(batch) > 1 else "")
-                with finishing(names), explain_disk_full(config.output):
-                    volumes = prepared_volumes(pipe, batch, sampling)
-                    if rejection is None:
-                        generators, paths = generators_of(task.seed for task in batch), [task.path for task in batch]
-                        samples = pipe.generate(volumes, sampling, generators, paths=paths)
-                        faults = [sample.fault for sample in samples if sample.fault is not None]
-                    else:
-                        faults = generate_accepted(pipe, batch, volumes, rejection, config)
-                if faults:
-                    print("not written: " + "\n".join(faults), flush=True)
-                    missing += faults
-                else:  # of a volume that was not written, a damaged one may still be there
-                    known |= files_of(batch)
-                bar.update(len(batch))
+        with listing(config.output, known, state) as finished, volume_bar(len(tasks), len(todo), state) as bar:
+            missing = generate_batches(pipe, todo, config, rejection, known, bar)
+        ours = [FinishedVolume(path, record, sources[path]) for path, record in finished if path in sources]
+        if state.is_main_process:
+            write_preview(ours, pipe.data, config.output)
+            for kind, folder in config.exports:
+                export(kind, folder, ours, pipe.data)
+    return missing
+
+
+def generate_batches(
+    pipe: VolumePipeline,
+    todo: Sequence[PlannedVolume],
+    config: RunConfig,
+    rejection: Rejection | None,
+    known: set[Path],
+    bar: LiveBar,
+) -> list[str]:
+    """Generate volumes and write them, in batches; adds their files to `known`. Returns: one line per volume that was
+    not written."""
+    missing: list[str] = []
+    sampling = config.sampling
+    for numbers in equal_batches([task.batch_key for task in todo], sampling.batch_size):
+        batch = [todo[number] for number in numbers]
+        names = batch[0].path.name + (f" and {len(batch) - 1} more" if len(batch) > 1 else "")
+        with finishing(names), explain_disk_full(config.output):
+            volumes = prepared_volumes(pipe, batch, sampling)
+            if rejection is None:
+                generators, paths = generators_of(task.seed for task in batch), [task.path for task in batch]
+                samples = pipe.generate(volumes, sampling, generators, paths=paths)
+                faults = [sample.fault for sample in samples if sample.fault is not None]
+            else:
+                faults = generate_accepted(pipe, batch, volumes, rejection, config)
+        if faults:
+            print("not written: " + "\n".join(faults), flush=True)
+            missing += faults
+        else:  # of a volume that was not written, a damaged one may still be there
+            known |= files_of(batch)
+        bar.update(len(batch))
     return missing
 
 
@@ -130,6 +204,7 @@ def generate_with_masks(config: BatchConfig, state: PartialState) -> list[str]:
         label_map={},
         lora=None,
         copy_check=None,
+        exports=(),
     )
     check_same_labels(config)
     check_output_folder(config.output)
@@ -145,16 +220,16 @@ def generate_with_masks(config: BatchConfig, state: PartialState) -> list[str]:
 
 
 @contextmanager
-def only_job(config: BatchConfig, state: PartialState) -> Iterator[None]:
+def only_job(config: RunConfig, state: PartialState) -> Iterator[None]:
     """Hold the output folder, for all processes of this job. Raises: OutputInUse if another job writes there."""
     with only_writer(config.output, config.wait_minutes) if state.is_main_process else nullcontext():
         state.wait_for_everyone()
         yield
 
 
-def load_pipeline(config: BatchConfig, device: torch.device | None) -> MedVolumePipeline:
+def load_pipeline(kind: type[P], config: RunConfig, device: torch.device | None) -> P:
     """The pipeline of a command, with its LoRA, ready to generate."""
-    pipe = MedVolumePipeline.from_pretrained(config.pipeline, dtype=DTYPES[config.precision]).to(device)
+    pipe = kind.from_pretrained(config.pipeline, dtype=DTYPES[config.precision]).to(device)
     pipe.set_progress_bar_config(disable=True)
     if config.lora:
         pipe.load_lora_weights(config.lora)
@@ -163,15 +238,18 @@ def load_pipeline(config: BatchConfig, device: torch.device | None) -> MedVolume
 
 def check_requests(requests: Sequence[VolumeRequest], config: BatchConfig) -> None:
     """Raises: ValueError for too many volumes, and for options that do not fit what they are generated from."""
-    total = len(requests) * config.count
-    if total > MAX_VOLUMES:
-        raise ValueError(
-            f"--count {config.count}, for {len(requests)} masks or rows: these are {total} volumes; {TOO_MANY}"
-        )
+    check_count(requests, config.count)
     if config.shape and any(request.files for request in requests):
         raise ValueError("--shape has no use beside masks and images, which have their own; leave it out")
     if config.copy_check is not None and any(request.images for request in requests):
         raise ValueError("--reject_copies is for volumes whose channels are all generated: leave it out")
+
+
+def check_count(requests: Sequence[object], count: int) -> None:
+    """Raises: ValueError for more volumes than one command generates."""
+    total = len(requests) * count
+    if total > MAX_VOLUMES:
+        raise ValueError(f"--count {count}, for {len(requests)} masks or rows: these are {total} volumes; {TOO_MANY}")
 
 
 def check_same_labels(config: BatchConfig) -> None:
@@ -215,15 +293,19 @@ def volume_bar(total: int, left: int, state: PartialState) -> LiveBar:
 
 
 @contextmanager
-def listing(output: Path, known: Collection[Path], state: PartialState) -> Iterator[None]:
+def listing(
+    output: Path, known: Collection[Path], state: PartialState
+) -> Iterator[list[tuple[Path, GenerationRecord]]]:
     """Write the manifest when all processes have left the block; also when a signal or an error ended it, so that what
-    is finished is listed.
+    is finished is listed. Yields a list that holds the finished volumes of the folder after the block, in the main
+    process.
 
     Args:
         known: files whose digests need not be computed again; the block adds to them.
     """
+    finished: list[tuple[Path, GenerationRecord]] = []
     try:
-        yield
+        yield finished
         state.wait_for_everyone()
     except (Stopped, Exception) as error:
         if state.is_main_process:
@@ -233,7 +315,8 @@ def listing(output: Path, known: Collection[Path], state: PartialState) -> Itera
                 error.add_note(f"{output / MANIFEST} could not be written: {full.strerror or full}")
         raise
     if state.is_main_process:
-        count = write_manifest(output, known)
+        finished += finished_volumes(output, known=known)
+        count = write_manifest(output, known, finished)
         print(f"{count} volumes in {output}, listed in {output / MANIFEST}")
 
 
@@ -247,7 +330,7 @@ def generate_accepted(
     batch: Sequence[PlannedVolume],
     volumes: Sequence[PreparedVolume],
     rejection: Rejection,
-    config: BatchConfig,
+    config: RunConfig,
 ) -> list[str]:
     """Generate volumes of one shape until the checks accept them, and write them. Returns: one line per volume that was
     not written."""

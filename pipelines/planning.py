@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class PlannedVolume:
     Attributes:
         request: with the shape of this volume, where no file sets one.
         path: its file.
-        shape: volumes that agree in it share a batch: that of the request, or of the padded grid.
+        shape: that of the request, or of the padded grid.
         unseeded: the record that all volumes of the request and shape share.
         prepared: shared likewise; None where it was too much to hold.
     """
@@ -53,9 +53,20 @@ class PlannedVolume:
         return replace(self.unseeded, seed=self.seed)
 
     @property
+    def batch_key(self) -> Hashable:
+        """Volumes that agree in it can share a batch: the shape, and the kind of edit."""
+        edit = self.request.edit
+        return self.shape, None if edit is None else (edit.strength, edit.region is None)
+
+    @property
     def files(self) -> list[Path]:
         """The files that hold the volume."""
         return channel_files(self.path, self.unseeded.channels)
+
+
+def volume_path(output: Path, name: str, k: int) -> Path:
+    """The file of volume k of a request of that name."""
+    return output / f"{name}_{k:03d}.nii.gz"
 
 
 def volume_seed(seed: int, name: str, k: int, rejections: int = 0) -> int:
@@ -89,13 +100,13 @@ def plan_volumes(
         for k in ks:
             own_seed = volume_seed(seed, request.name, k)
             sized = _with_shape(pipe, request, own_seed)
-            path = output / f"{request.name}_{k:03d}.nii.gz"
+            path = volume_path(output, request.name, k)
             try:
                 if prepared is None or prepared.request.shape != sized.shape:
                     [prepared] = pipe.prepare([sized], sampling)
                     record = prepared.record if rejection is None else rejection.plan(prepared.record)
                     held += prepared.grid.held_bytes
-                    check_file_names(output / f"{request.name}_{ks[-1]:03d}.nii.gz", record)
+                    check_file_names(volume_path(output, request.name, ks[-1]), record)
             except ValueError as error:
                 refused.append(f"{request.name}: {error}")
                 break

@@ -1,7 +1,7 @@
 """How volumes are sampled: the settings of a call, and each volume's own noise, from its own generator, so that its
 result depends on no other volume of the call."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -159,10 +159,11 @@ def sample_seed(generator: torch.Generator) -> int | None:
     return seed if torch.equal(fresh.get_state(), generator.get_state()) else None
 
 
-def equal_batches(shapes: Sequence[tuple[int, int, int]], batch_size: int) -> Iterator[list[int]]:
-    """Indices in groups of at most `batch_size` whose shapes are equal, shapes in order of first appearance."""
+def equal_batches(shapes: Sequence[Hashable], batch_size: int) -> Iterator[list[int]]:
+    """Indices in groups of at most `batch_size` whose shapes (or other keys) are equal, in order of first
+    appearance."""
     batch_size = whole_number("batch_size", batch_size)
-    groups: dict[tuple[int, int, int], list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for index, shape in enumerate(shapes):
         groups.setdefault(shape, []).append(index)
     for group in groups.values():

@@ -11,8 +11,10 @@ from typing import Any, Required, TypedDict
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))
 LABEL_COLORS = ("#000000", "#e8743b", "#3b8ee8", "#6fbf4a", "#c94fb5", "#e8c53b", "#4fc9c0", "#9b7ae0", "#d9d9d9")
@@ -33,6 +35,7 @@ class FigureCase(TypedDict, total=False):
         images: {name: (X, Y, Z) or (C, X, Y, Z) array or tensor}.
         channels: names of the C channels.
         mask: (X, Y, Z) of labels.
+        region: (X, Y, Z), not 0 in the part that an edit changed; `contact_sheet` outlines it.
         spacing: (x, y, z) in mm; 1 mm if absent.
         windows: {channel or image name: (black, white)} in the images' units.
         center: voxel.
@@ -44,6 +47,7 @@ class FigureCase(TypedDict, total=False):
     images: Required[Mapping[str, Any]]
     channels: Sequence[str]
     mask: Any
+    region: Any
     spacing: Sequence[float] | None
     windows: Mapping[str, tuple[float, float]]
     center: Sequence[int] | None
@@ -183,43 +187,78 @@ def _lit(shape: np.ndarray) -> np.ndarray:
     return np.where(seen.any(axis=1), np.take_along_axis(from_front, first, axis=1)[:, 0], 0)
 
 
+@dataclass(frozen=True)
+class _Slice:
+    """A slice, to be drawn; arrays are (up, across).
+
+    Attributes:
+        window: black and white; None for a picture of labels.
+        outlines: labels whose outlines are drawn.
+        ends: letters of the patient's sides, at the left and at the right.
+    """
+
+    picture: np.ndarray
+    window: tuple[float, float] | None
+    outlines: np.ndarray | None
+    aspect: float
+    ends: tuple[str, str]
+
+
+def _slice_of(row: _Row, part: str, axis: int) -> _Slice | None:
+    """Return the slice of a row's mask or image across an axis; None if the row has no such part."""
+    picture = row.mask if part == "mask" else row.images.get(part)
+    if picture is None:
+        return None
+    across, up = _across(axis)
+    flat = part == "mask" or row.labels
+    outlined = None if flat or row.mask is None else row.mask.take(row.center[axis], axis=axis).T
+    drawn = picture.take(row.center[axis], axis=axis).T
+    window, end = None if flat else row.windows[part], row.axes[across]
+    return _Slice(drawn, window, outlined, row.spacing[up] / row.spacing[across], (OPPOSITE[end], end))
+
+
 def _draw_row(panels: np.ndarray, row: _Row, parts: Sequence[str]) -> None:
     for x, (panel, part) in enumerate(zip(panels, list(parts) * len(PLANES), strict=True)):
-        axis = PLANES[x // len(parts)][1]
-        panel.set(xticks=[], yticks=[], anchor="N")
-        picture = row.mask if part == "mask" else row.images.get(part)
-        if picture is None:
-            for side in panel.spines.values():
-                side.set_visible(False)
-            continue
-        across, up = _across(axis)
-        drawn = picture.take(row.center[axis], axis=axis).T
-        aspect = row.spacing[up] / row.spacing[across]
-        if part == "mask" or row.labels:
-            # labels beyond the palette start again after the background's black
-            wrapped = np.where(drawn > 0, (drawn - 1) % (len(LABEL_COLORS) - 1) + 1, 0)
-            colors = ListedColormap(LABEL_COLORS)
-            top = len(LABEL_COLORS) - 1
-            panel.imshow(wrapped, colors, vmin=0, vmax=top, interpolation="nearest", origin="lower", aspect=aspect)
-        else:
-            low, high = row.windows[part]
-            panel.imshow(drawn, "gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower", aspect=aspect)
-            if row.mask is not None:
-                limits = panel.get_xlim(), panel.get_ylim()
-                _outline(panel, row.mask.take(row.center[axis], axis=axis).T)
-                panel.set(xlim=limits[0], ylim=limits[1])
-        end = row.axes[across]
-        for place, letter in ((0.02, OPPOSITE[end]), (0.98, end)):
-            side = "left" if place < 0.5 else "right"
-            panel.text(place, 0.02, letter, transform=panel.transAxes, ha=side, va="bottom", fontsize=6, color=MARK)
+        panel.set(anchor="N")
+        _draw_slice(panel, _slice_of(row, part, PLANES[x // len(parts)][1]))
 
 
-def _outline(panel: Any, labels: np.ndarray) -> None:
+def _draw_slice(panel: Axes, drawn: _Slice | None) -> None:
+    panel.set(xticks=[], yticks=[])
+    if drawn is None:
+        panel.spines[:].set_visible(False)
+        return
+    picture, aspect = drawn.picture, drawn.aspect
+    if drawn.window is None:
+        # labels beyond the palette start again after the background's black
+        wrapped = np.where(picture > 0, (picture - 1) % (len(LABEL_COLORS) - 1) + 1, 0)
+        colors = ListedColormap(LABEL_COLORS)
+        top = len(LABEL_COLORS) - 1
+        panel.imshow(wrapped, colors, vmin=0, vmax=top, interpolation="nearest", origin="lower", aspect=aspect)
+    else:
+        low, high = drawn.window
+        panel.imshow(picture, "gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower", aspect=aspect)
+        if drawn.outlines is not None:
+            _outline(panel, drawn.outlines)
+    for place, letter in zip((0.02, 0.98), drawn.ends, strict=True):
+        side = "left" if place < 0.5 else "right"
+        mark = panel.text(place, 0.02, letter, transform=panel.transAxes, ha=side, va="bottom", fontsize=6, color=MARK)
+        mark.set_path_effects([withStroke(linewidth=1, foreground="black")])  # readable on white too
+
+
+def label_color(label: int) -> str:
+    """Return the color of a label above 0; colors beyond the palette start again."""
+    return LABEL_COLORS[(label - 1) % (len(LABEL_COLORS) - 1) + 1]
+
+
+def _outline(panel: Axes, labels: np.ndarray, color: str | None = None) -> None:
+    """Draw the outline of each label above 0, in its own color or in `color`."""
+    limits = panel.get_xlim(), panel.get_ylim()
     for label in np.unique(labels[labels > 0]):
         inside = np.pad(labels == label, 1).astype(float)
         lines = np.arange(-1, inside.shape[1] - 1), np.arange(-1, inside.shape[0] - 1)
-        color = LABEL_COLORS[(int(label) - 1) % (len(LABEL_COLORS) - 1) + 1]
-        panel.contour(*lines, inside, levels=[0.5], colors=[color], linewidths=0.6)
+        panel.contour(*lines, inside, levels=[0.5], colors=[color or label_color(int(label))], linewidths=0.6)
+    panel.set(xlim=limits[0], ylim=limits[1])
 
 
 def _center(mask: np.ndarray | None, shape: tuple[int, ...]) -> tuple[int, ...]:

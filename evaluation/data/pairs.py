@@ -1,9 +1,10 @@
 """Pairs of volume and mask, real or generated, at one size, to train and test the segmenter.
 
-Volumes generated from a mask are found by its file name, as generate.py writes them: `<mask>_000.nii.gz`, or
-`<mask>.nii.gz`, on the mask's grid; of several channels `<mask>_000_<channel>.nii.gz` each.
+Volumes generated from a mask are found by the name of its case, or by its file name, as generate.py writes them:
+`<name>_000.nii.gz`, or `<name>.nii.gz`, on the mask's grid; of several channels `<name>_000_<channel>.nii.gz` each.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def generated_pairs(cases: Sequence[Case], folder: Path, split: Literal["train",
             f"{folder}: no such folder; generate it with generate.py from the masks of the {NAMES[split]} split"
         )
     files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES) and path.name[0] != ".")
-    masks = {_stem(case.mask): case for case in cases if case.mask is not None}
+    masks = _by_name(cases)
     channels = next((list(case.images) for case in cases if case.images), ["image"])
     made: dict[str, list[tuple[str, dict[str, Path]]]] = {}
     for volume, parts in _volumes(files, channels):
@@ -240,6 +241,16 @@ def _with_masks(cases: list[Case], split: str) -> list[Case]:
         if case.mask is None and case.phantom is None:
             raise ValueError(f"{case.name}: has no mask, and a segmenter needs one; give `masks` in the data's config")
     return sorted(cases, key=lambda case: case.name)
+
+
+def _by_name(cases: Sequence[Case]) -> dict[str, Case]:
+    """Return the cases that have a mask, by the name of the case, and by that of the mask's file where it is no other
+    case's.
+    """
+    masked = [case for case in cases if case.mask is not None]
+    stems = Counter(_stem(case.mask) for case in masked if case.mask is not None)
+    own = {_stem(case.mask): case for case in masked if case.mask is not None and stems[_stem(case.mask)] == 1}
+    return own | {case.name: case for case in masked}
 
 
 def _mask_of(stem: str, masks: dict[str, Case]) -> Case | None:

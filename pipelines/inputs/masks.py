@@ -19,7 +19,7 @@ from volumes import PADDING, Volume, VolumeError, read_mask, volume_parts
 from volumes.formats.carriers import as_array, carries_geometry, source_file
 from volumes.formats.raw import Reading
 from volumes.formats.read import read_stored
-from volumes.labels import label_indices
+from volumes.labels import label_indices, segment_values
 from volumes.plausible import header_oddities
 
 # An image in memory of nibabel, SimpleITK or torchio, or a MetaTensor of MONAI, is read with its geometry:
@@ -122,6 +122,24 @@ def index_labels(
     if BACKGROUND in known and (indices[~outside] == known.index(BACKGROUND)).all():
         warnings.warn(f"{name}: is background everywhere; the volume will show no labeled structure", stacklevel=2)
     return np.where(outside, np.int16(PADDING), indices)
+
+
+def model_values(
+    mask: MaskLike,
+    labels: Mapping[int, str],
+    label_map: LabelMap | None,
+    affine: np.ndarray,
+    reading: Reading | None = None,
+) -> Volume:
+    """Read a mask as the model sees it: its label values (1, X, Y, Z) int16 after `label_map`, PADDING outside the
+    field of view.
+
+    Raises: ValueError as `load_mask` and `index_labels`.
+    """
+    volume, name = load_mask(mask, affine, reading, segment_values(labels, known_labels(labels, label_map)))
+    indices = index_labels(volume.array, labels, label_map, name)
+    values = np.array(sorted(labels), np.int16)[np.maximum(indices, 0)]
+    return volume.replace(np.where(indices == PADDING, np.int16(PADDING), values))
 
 
 def describe_mask(mask: MaskLike) -> SourceRecord:

@@ -54,11 +54,14 @@ class PreparedGrid:
     @property
     def held_bytes(self) -> int:
         """Memory that the voxels take."""
-        if self.labels is None and not self.images:
-            return 0  # the zeros of a shape take none
         volumes = {id(volume): volume for volume in (self.grid, self.target)}
+        # the zeros of a shape take none
         labels = 0 if self.labels is None else self.labels.nbytes + sum(one.array.nbytes for one in volumes.values())
-        return labels + sum(image.volume.array.nbytes for image in self.images.values())
+        images = [image.volume.array for image in self.images.values()]
+        if self.edit is not None:
+            images += [image.volume.array for image in self.edit.images.values()]
+            images += [*self.edit.originals.values(), *([] if self.edit.region is None else [self.edit.region])]
+        return labels + sum(array.nbytes for array in {id(array): array for array in images}.values())
 
     @property
     def needs_resampling(self) -> bool:

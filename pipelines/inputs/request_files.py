@@ -130,14 +130,7 @@ def read_requests(
     schema = pipe.unet.condition_schema
     known = ["mask", "name", *schema.classes, *schema.numbers, *(name for name, _ in schema.images)]
     rows = read_table(table, known)
-    unread = sorted({column for row in rows for column in row} - set(known))
-    if rows and not {column for row in rows for column in row} & set(known):
-        raise ValueError(f"{source}: unknown columns {unread}; for this model a table has {', '.join(known)}")
-    if meant := {column: near for column in unread if (near := _mistyped(column, known))}:
-        listing = ", ".join(f"{column!r} (did you mean {near}?)" for column, near in meant.items())
-        raise ValueError(f"{source}: unknown columns {listing}; for this model a table has {', '.join(known)}")
-    if unread:
-        say(f"{source}: columns that this model does not know are not read: {', '.join(unread)}")
+    check_columns(rows, known, source, say)
     requests: list[VolumeRequest] = []
     places: dict[str, str] = {}  # of each name
     for number, row in enumerate(rows, start=1):
@@ -160,11 +153,44 @@ def read_requests(
     return requests
 
 
+def check_columns(rows: Sequence[Row], known: Sequence[str], source: str | Path, say: Callable[[str], object]) -> None:
+    """Compare the columns of a table with those that are read. Says which are not.
+
+    Raises: ValueError if none is, and for columns whose names are nearly those of such.
+    """
+    unread = sorted({column for row in rows for column in row} - set(known))
+    if rows and not {column for row in rows for column in row} & set(known):
+        raise ValueError(f"{source}: unknown columns {unread}; for this model a table has {', '.join(known)}")
+    if meant := {column: near for column in unread if (near := _mistyped(column, known))}:
+        listing = ", ".join(f"{column!r} (did you mean {near}?)" for column, near in meant.items())
+        raise ValueError(f"{source}: unknown columns {listing}; for this model a table has {', '.join(known)}")
+    if unread:
+        say(f"{source}: columns that this model does not know are not read: {', '.join(unread)}")
+
+
 def _mistyped(column: str, known: Sequence[str]) -> str | None:
     """The known column that an unknown one is probably meant to be: of nearly the same letters, or of other case."""
     by_key = {same_name(name): name for name in reversed(known)}
     near = difflib.get_close_matches(same_name(column).strip(), by_key, n=1, cutoff=NEAR)
     return by_key[near[0]] if near else None
+
+
+def row_files(row: Row, columns: Sequence[str], folder: Path, disk: Disk, source: str) -> dict[str, Path]:
+    """Return the files that a row of a table in `folder` names in these columns, without empty cells.
+
+    Raises: ValueError for missing files.
+    """
+    paths = {}
+    for column in columns:
+        if row.get(column, "") == "":
+            continue
+        cell = str(row[column])
+        paths[column] = cell_path(folder, cell, disk)
+        if not paths[column].exists():
+            raise ValueError(
+                f"{source}: {row.place}: {with_urls(str(paths[column]))}: no such file{windows_hint(cell)}"
+            )
+    return paths
 
 
 def _row_request(
@@ -174,16 +200,7 @@ def _row_request(
     and for a name that is unfit for a file.
     """
     cells = {column: value for column, value in row.items() if value != ""}
-    paths = {}
-    for column in ["mask", *(name for name, _ in schema.images)]:
-        if column not in cells:
-            continue
-        cell = str(cells[column])
-        paths[column] = cell_path(folder, cell, disk)
-        if not paths[column].exists():
-            raise ValueError(
-                f"{source}: {row.place}: {with_urls(str(paths[column]))}: no such file{windows_hint(cell)}"
-            )
+    paths = row_files(row, ["mask", *(name for name, _ in schema.images)], folder, disk, source)
     mask = paths.pop("mask", None)
     name = str(cells.get("name", volume_stem(mask) if mask else unnamed))
     check_name(name, f"{source}: {row.place}, for its volumes")

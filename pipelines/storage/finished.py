@@ -8,11 +8,13 @@ import csv
 import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from files.atomic import atomic_file
 from files.paths import open_regular, printable
+from pipelines.inputs.request import VolumeRequest
 from pipelines.rejection import rejection_columns
 from volumes import VolumeError
 from volumes.formats.nifti import SYNTHETIC, open_nifti
@@ -37,6 +39,25 @@ class Planned(Protocol):
 
 
 Task = TypeVar("Task", bound=Planned)
+
+
+@dataclass(frozen=True, eq=False)
+class FinishedVolume:
+    """A finished volume of a command: its file, its record, and what it was generated from."""
+
+    path: Path
+    record: GenerationRecord
+    request: VolumeRequest
+
+    @property
+    def name(self) -> str:
+        """The name that its files have in common: case_000."""
+        return sidecar_path(self.path).stem
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the volume."""
+        return channel_files(self.path, self.record.channels)
 
 
 def file_fault(path: Path, content: Mapping[str, Any], *, known: Collection[Path] = ()) -> str | None:
@@ -163,18 +184,33 @@ def check_manifest(output: Path) -> None:
             raise ValueError(f"{path}: is not a manifest of generate.py; move it away, or choose another --output")
 
 
-def write_manifest(output: Path, known: Collection[Path] = ()) -> int:
+def edit_columns(record: GenerationRecord) -> dict[str, object]:
+    """The manifest's columns of an edited volume: the files of its image, with semicolons between, and of its region,
+    and the strength; none of others."""
+    if record.edit is None:
+        return {}
+    image = ";".join(str(source["file"]) for source in record.edit["image"].values())
+    region = record.edit["region"]["file"] if "region" in record.edit else None
+    return {"edited_image": image, "region": region, "strength": record.edit["strength"]}
+
+
+def write_manifest(
+    output: Path,
+    known: Collection[Path] = (),
+    finished: Sequence[tuple[Path, GenerationRecord]] | None = None,
+) -> int:
     """manifest.csv: a row for every finished volume in the folder, from its sidecar, with a column for each class,
     number and condition channel, and `rejection_columns` of checked ones. Files of several channels share one cell,
     with semicolons between. Returns the number of rows.
 
     Args:
         known: files whose digests need not be computed again.
+        finished: the finished volumes; None: those that `finished_volumes` finds.
     """
     columns = ("file", "mask", "mask_sha256", "seed", "num_inference_steps", "scheduler", "dtype", "model", "software")
     rows: list[dict[str, object]] = []
     names: dict[str, None] = {}  # in order
-    for path, record in finished_volumes(output, known=known):
+    for path, record in finished_volumes(output, known=known) if finished is None else finished:
         row: dict[str, object] = {
             "file": ";".join(file.name for file in channel_files(path, record.channels)),
             "mask": record.mask and record.mask.get("file"),
@@ -184,6 +220,7 @@ def write_manifest(output: Path, known: Collection[Path] = ()) -> int:
         row |= {name: getattr(record, name) for name in columns if name not in row}
         images = {channel: image.get("file") for channel, image in (record.images or {}).items()}
         conditions = {**(record.classes or {}), **(record.numbers or {}), **images, **rejection_columns(record)}
+        conditions |= edit_columns(record)
         names |= dict.fromkeys(conditions)
         rows.append(conditions | row)
     with (

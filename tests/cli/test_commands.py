@@ -46,6 +46,7 @@ SCRIPTS = [
     "train_vae.py",
     "train_ldm.py",
     "generate.py",
+    "edit.py",
     "evaluate.py",
     "demo.py",
     "medvolume.py",

@@ -15,6 +15,8 @@ from pipelines import MedVolumePipeline
 from pipelines.export import folder as export_folder
 from pipelines.export.bids import place_of, subjects
 from pipelines.export.nnunet import label_values
+from recipes.proposals.machine import Machine
+from recipes.survey import Options, look_over
 from volumes import DataConfig, VolumeDataset, load_cases, read_mask, read_volume
 
 SHAPES = {"a": (8, 8, 8), "b": (7, 8, 5)}
@@ -74,7 +76,9 @@ def test_nnunet_gets_what_it_asks_for(place, generated):
         mask = np.asarray(nib.load(place / "masks" / f"{case[0]}.nii.gz").dataobj)
         expected = np.select([mask == 2, mask == 5], [1, 2], 0)  # and background outside the field of view
         np.testing.assert_array_equal(np.asarray(label.dataobj), expected)
-        sidecar, record = (json.loads(p.read_text()) for p in (folder / f"sidecars/{case}.json", generated / f"{case}.json"))
+        sidecar, record = (
+            json.loads(p.read_text()) for p in (folder / f"sidecars/{case}.json", generated / f"{case}.json")
+        )
         assert sidecar == {key: value for key, value in record.items() if key != "files"}
         assert sidecar["synthetic"] is True and sidecar["model"] == content["models"][0]
 
@@ -102,6 +106,20 @@ def test_our_own_loader_reads_the_sets_back(place, generated):
     assert len(VolumeDataset(cases, config)) == 4
 
 
+def test_init_recognizes_the_sets(place, generated, tmp_path):
+    """`medvolume init` finds channels, masks and labels in both."""
+    options = Options(place / "Dataset501_Tiny", tmp_path / "nnunet", quick=True)
+    survey = look_over(options, Machine(2, 16 * 2**30))
+    assert survey.layout.name == "nnU-Net"
+    assert survey.section.settings["label_names"] == {0: "background", 1: "anterior", 2: "posterior"}
+    assert len(survey.choice.keys) == 4
+    survey = look_over(Options(place / "bids", tmp_path / "bids", quick=True), Machine(2, 16 * 2**30))
+    assert survey.layout.name == "BIDS" and len(survey.choice.keys) == 4
+    assert {channel.name for channel in survey.choice.channels} == {"ct", "t1w"} and survey.section.settings.get(
+        "masks"
+    )
+
+
 def test_bids_gets_what_it_asks_for(place, generated):
     folder = place / "bids"
     for home, kind in ((folder, "raw"), (folder / "derivatives/labels", "derivative")):
@@ -116,7 +134,9 @@ def test_bids_gets_what_it_asks_for(place, generated):
     assert [row["seed"] for row in rows] == list(map(str, seeds))
     for row in rows:
         subject = row["participant_id"]
-        assert os.path.samefile(folder / f"{subject}/anat/{subject}_T1w.nii.gz", generated / f"{row['volume']}_t1.nii.gz")
+        assert os.path.samefile(
+            folder / f"{subject}/anat/{subject}_T1w.nii.gz", generated / f"{row['volume']}_t1.nii.gz"
+        )
         sidecar = json.loads((folder / f"{subject}/anat/{subject}_T1w.json").read_text())
         assert sidecar["synthetic"] is True and sidecar["seed"] == int(row["seed"]) and sidecar["channel"] == "t1"
         image = read_volume(folder / f"{subject}/ct/{subject}_ct.nii.gz")
@@ -126,7 +146,9 @@ def test_bids_gets_what_it_asks_for(place, generated):
     assert (folder / "derivatives/labels/dseg.tsv").read_text().split() == [
         *("index", "name", "0", "background", "2", "anterior", "5", "posterior")
     ]
-    assert "*_ct.*" in (folder / ".bidsignore").read_text().split() and (folder / "README").read_text().startswith("Synthetic")
+    assert "*_ct.*" in (folder / ".bidsignore").read_text().split() and (folder / "README").read_text().startswith(
+        "Synthetic"
+    )
 
 
 def test_an_export_of_a_finished_run_generates_nothing(place, generated, monkeypatch, tmp_path):
@@ -193,9 +215,9 @@ def test_other_folders_are_refused_before_any_work(place, generated, tmp_path, m
 
 def test_a_mask_that_changed_is_refused(place, generated, tmp_path):
     """The label map beside a volume is the one that it was generated from."""
-    from pipelines.storage.finished import FinishedVolume, finished_volumes
-    from pipelines.inputs.request import VolumeRequest
     from pipelines.export.folder import mask_of
+    from pipelines.inputs.request import VolumeRequest
+    from pipelines.storage.finished import FinishedVolume, finished_volumes
 
     mask = tmp_path / "a.nii.gz"
     nib.save(mask_image((8, 8, 8), seed=5), mask)

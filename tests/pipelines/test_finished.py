@@ -387,7 +387,12 @@ def test_one_volume_that_is_not_finite_does_not_stop_others(inputs, made, tmp_pa
         ValueError, match=r"(?s)all others are finished.*a_000.nii.gz: the volume of seed \d+: voxels are not finite"
     ):
         run(inputs, tmp_path, "--batch_size", batch)
-    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["b_000.json", "b_000.nii.gz", "manifest.csv"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == [
+        "b_000.json",
+        "b_000.nii.gz",
+        "manifest.csv",
+        "preview.png",
+    ]
     assert listed(tmp_path) == ["b_000.nii.gz"]
 
 
@@ -451,7 +456,7 @@ def test_a_checked_volume_that_is_not_finite_is_refused_alone(inputs, tmp_path, 
     with pytest.raises(ValueError, match=expected):
         run(inputs, tmp_path / "out", "--masks", str(tmp_path / "masks"))
     names = sorted(path.name for path in (tmp_path / "out").glob("[!.]*"))
-    assert names == ["c_000.json", "c_000.nii.gz", "manifest.csv"]
+    assert names == ["c_000.json", "c_000.nii.gz", "manifest.csv", "preview.png"]
 
 
 def test_the_pipeline_writes_all_others_of_a_call_too(inputs, tmp_path, spoiled):

@@ -51,7 +51,7 @@ def generated(inputs, tmp_path_factory):
 
 def test_volumes_sidecars_and_manifest(inputs, generated):
     assert sorted(path.name for path in generated.glob("[!.]*")) == sorted(
-        ["manifest.csv", *(f"{name}{suffix}" for name in NAMES for suffix in (".json", ".nii.gz"))]
+        ["manifest.csv", "preview.png", *(f"{name}{suffix}" for name in NAMES for suffix in (".json", ".nii.gz"))]
     )
     for name in NAMES:
         mask, volume = nib.load(inputs / "masks" / f"{name[0]}.nii.gz"), nib.load(generated / f"{name}.nii.gz")

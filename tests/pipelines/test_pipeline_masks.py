@@ -9,7 +9,7 @@ import torch
 from structures import on_slice, rtstruct, series_of
 from tiny import labels_of, mask_image, tiny_data
 
-from generate import label_pair
+from cli.generation import label_pair
 from pipelines import VolumeProcessor, describe_mask
 from volumes import PADDING, Volume, VolumeError
 

@@ -47,12 +47,12 @@ def test_planes_go_through_the_center_of_the_largest_label():
 
 
 def test_all_panels_have_one_scale_and_voxels_their_proportions():
-    figure = contact_sheet([case(), case("b", (3, 8, 10))])
+    figure = contact_sheet([case(), case("b", (5, 8, 10))])
     rows = panels(figure)
     width, height = figure.get_size_inches()
     sizes = [[(box.width * width, box.height * height) for box in (p.get_position() for p in row)] for row in rows]
     (wide, tall), (narrow, _) = sizes[0]
-    assert wide / narrow == pytest.approx(2) and tall / wide == pytest.approx(16 / 6)  # 6 x 16 mm, and 3 mm wide
+    assert wide / narrow == pytest.approx(6 / 5) and tall / wide == pytest.approx(16 / 6)  # 6 x 16 mm, and 5 mm wide
     assert sizes[2][0][1] / wide == pytest.approx(30 / 6)  # 30 mm up
     assert rows[0][0].get_aspect() == 2
 

@@ -307,10 +307,11 @@ def test_the_demo_makes_pairs_from_nothing_and_an_edit(pairs, tmp_path, capsys):
     pictures = sorted(path.parent.name for path in (tmp_path / "out").glob("*/preview.png"))
     assert pictures == [*("maps", "others", "volumes", "volumes-edit", "volumes-pairs")]
     assert len(list((tmp_path / "out" / "volumes-pairs" / "masks").glob("*.nii.gz"))) == 6
-    before, after = (nib.load(tmp_path / "out" / name / "a_000.nii.gz") for name in ("volumes", "volumes-edit"))
-    region = np.asarray(nib.load(tmp_path / "out" / "volumes-edit" / "region.nii.gz").dataobj) != 0
+    folder = tmp_path / "out" / "volumes-edit"
+    before, after = (nib.load(path) for path in (tmp_path / "out/volumes/a_000.nii.gz", folder / "a_000_000.nii.gz"))
+    region = np.asarray(nib.load(folder / "regions" / "a_000.nii.gz").dataobj) != 0
     same = np.asarray(before.dataobj) == np.asarray(after.dataobj)
     assert same[~region].all() and not same[region].all() and 0 < region.mean() < 1
-    edited = read_mask(tmp_path / "out" / "volumes-edit" / "mask.nii.gz").array[0]
+    edited = read_mask(folder / "masks" / "a_000.nii.gz").array[0]
     assert not edited.any()
     assert "volumes-edit/preview.png" in capsys.readouterr().out

@@ -1,0 +1,41 @@
+"""The arguments that `generate.py` and `edit.py` have in common."""
+
+import argparse
+from pathlib import Path
+
+from .command import ArgumentParser
+from .settings import NonNegativeFloat, NonNegativeInt, Number, PositiveInt
+
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+def add_run_arguments(parser: ArgumentParser, per: str) -> None:
+    """Add what every run needs: output, count, seed, sampling, batches, precision and the like.
+
+    Args:
+        per: what `--count` volumes are generated for, such as "mask or row".
+    """
+    parser.add_argument("--lora", help="LoRA for the pipeline, a file or folder of train_ldm.py")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--count", type=Number(PositiveInt), default=1, help=f"volumes per {per} (1)")
+    parser.add_argument("--steps", type=Number(PositiveInt), help="denoising steps (the pipeline's, or 20)")
+    guidance_help = (
+        "how closely conditions are followed, for models trained for it; 0 to 1 is no guidance (the pipeline's, or 1)"
+    )
+    parser.add_argument("--guidance_scale", type=Number(NonNegativeFloat), help=guidance_help)
+    parser.add_argument("--seed", type=Number(NonNegativeInt), default=0, help="(0)")
+    parser.add_argument("--batch_size", type=Number(PositiveInt), default=8, help="volumes denoised together (8)")
+    label_help = "read a label value, or a segment of this name, as a label of the model: 3=1 4=tumor GTV=tumor"
+    parser.add_argument("--label_map", nargs="+", type=label_pair, default=[], metavar="VALUE=LABEL", help=label_help)
+    wait_help = "how long to wait for another process that writes to --output; 0 refuses at once (0)"
+    parser.add_argument("--wait_minutes", type=Number(NonNegativeFloat), default=0.0, help=wait_help)
+    parser.add_argument("--precision", choices=PRECISIONS, default="no", help="no is float32 (no)")
+
+
+def label_pair(text: str) -> tuple[int | str, int | str]:
+    """Parse VALUE=LABEL, each by value or by name."""
+    value, _, label = text.rpartition("=")
+    if not label or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not VALUE=LABEL, e.g. 3=1")
+    pair = [int(one) if one.lstrip("-").isdigit() else one for one in (value, label)]
+    return pair[0], pair[1]

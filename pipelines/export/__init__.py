@@ -1,0 +1,1 @@
+"""Generated volumes as data sets in the layouts of other tools."""

@@ -1,0 +1,158 @@
+"""generate.py --config FILE --split S: the cases of a data set, under their names."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import yaml
+from tiny import mask_image, tiny_data, tiny_pipeline
+
+import generate
+from diffusion import LatentUNet3D
+from pipelines import MedVolumePipeline, VolumeRequest, describe_mask
+from pipelines.inputs.case_requests import case_requests
+from volumes import DataConfig, PhantomConfig, Volume, write_volume
+
+SHAPE = (8, 8, 8)
+CLASSES = {"sex": ["F", "M"]}
+NUMBERS = {"age": {"mean": 50.0, "std": 10.0, "low": 20.0, "high": 80.0}}
+SPLITS = {"p0": "train", "p1": "train", "p2": "validation", "p3": "test", "p4": "test"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Five patients in folders, whose masks have one name and values 0, 2 and 9; a config, and its pipeline."""
+    folder = tmp_path_factory.mktemp("split")
+    rows = ["patient,sex,age,group"]
+    for number, (name, split) in enumerate(SPLITS.items()):
+        (folder / f"data/{name}").mkdir(parents=True)
+        mask = mask_image(SHAPE, seed=number)
+        array = np.asarray(mask.dataobj)
+        nib.save(nib.Nifti1Image(np.where(array == 5, 9, array), mask.affine), folder / f"data/{name}/labels.nii.gz")
+        image = np.random.default_rng(number).uniform(100, 300, (1, *SHAPE)).astype(np.float32)
+        write_volume(Volume(image, np.eye(4)), folder / f"data/{name}/scan.nii.gz")
+        rows.append(f"{name},{'FM'[number % 2]},{'' if number == 3 else 40 + number},{split}")
+    (folder / "data/table.csv").write_text("\n".join(rows) + "\n")
+    data = {
+        "root": "data",
+        "table": "table.csv",
+        "images": "{patient}/scan.nii.gz",
+        "masks": "{patient}/labels.nii.gz",
+        "split": "group",
+        "label_map": {9: 5},
+        "label_names": {0: "background", 2: "anterior", 5: "posterior"},
+        "classes": CLASSES,
+        "numbers": ["age"],
+    }
+    write_config(folder, data)
+    tiny_with_conditions().save_pretrained(folder / "run/pipeline")
+    return folder
+
+
+def write_config(folder, data, **more):
+    (folder / "data.yaml").write_text(yaml.safe_dump(data))
+    config = {"output": "run", "vae": "vae", "data": "data.yaml", "model": {}, **more}
+    (folder / "ldm.yaml").write_text(yaml.safe_dump(config))
+
+
+def tiny_with_conditions() -> MedVolumePipeline:
+    """A tiny pipeline that knows sex and age, which may be left out."""
+    base = tiny_pipeline()
+    statistics = {name: {key: of[key] for key in ("mean", "std")} for name, of in NUMBERS.items()}
+    rates = {"sex": 0.5, "age": 0.5}
+    config = {key: value for key, value in base.unet.config.items() if not key.startswith("_")}
+    unet = LatentUNet3D(**config | {"classes": CLASSES, "numbers": statistics, "condition_dropout": rates})
+    data = tiny_data(classes=CLASSES, numbers=NUMBERS)
+    return MedVolumePipeline(base.vae, unet.eval(), base.scheduler, data)
+
+
+def run(place, output, *words, split="test"):
+    config = ["--config", str(place / "ldm.yaml"), "--split", split]
+    generate.main([*config, "--output", str(output), "--steps", "1", *map(str, words)])
+
+
+def test_the_cases_of_a_split_are_generated(place, tmp_path, monkeypatch, capsys):
+    """By the pipeline of the config's training, from any working directory."""
+    monkeypatch.chdir(tmp_path)
+    run(place, tmp_path / "out", "--count", "2")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == [
+        f"{name}_{k:03d}.nii.gz" for name in ("p3", "p4") for k in range(2)
+    ]
+    record = json.loads((tmp_path / "out/p4_001.json").read_text())
+    assert record["mask"] == describe_mask(place / "data/p4/labels.nii.gz")
+    assert record["classes"] == {"sex": "F"} and record["numbers"] == {"age": 44.0}
+    assert record["label_map"] == {"9": 5}
+    other = json.loads((tmp_path / "out/p3_000.json").read_text())
+    assert other["classes"] == {"sex": "M"} and not other["numbers"]  # an empty cell leaves it out
+    assert record["model"] == MedVolumePipeline.from_pretrained(place / "run/pipeline").model_hash
+    said = capsys.readouterr().err
+    assert "evaluate.py all --config" in said and "--synthetic out --output out-report" in said
+
+
+def test_a_command_line_overrides_the_config(place, tmp_path):
+    """Another pipeline, another root, and a label map beside the data's."""
+    tiny_with_conditions().save_pretrained(tmp_path / "other")
+    (tmp_path / "moved").symlink_to(place / "data")
+    words = ["--pipeline", tmp_path / "other", "--data.root", tmp_path / "moved", "--label_map", "2=posterior"]
+    run(place, tmp_path / "out", *words, split="validation")
+    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["p2_000.nii.gz"]
+    record = json.loads((tmp_path / "out/p2_000.json").read_text())
+    assert record["label_map"] == {"9": 5, "2": "posterior"}
+
+
+def test_what_does_not_fit_is_refused(place, tmp_path, capsys):
+    for words, message in (
+        (["--split", "test"], "--split test: is of a data set; name it with --config FILE"),
+        ([], "the following arguments are required: --pipeline"),
+        (["--pipeline", "p", "--data.root", "d"], "--data.root: is for --split; leave it out"),
+        (["--split", "test", "--masks", "m"], "not allowed with argument"),
+        (["--split", "all"], "invalid choice"),
+    ):
+        with pytest.raises(SystemExit):
+            generate.parse(["--output", "o", *words])
+        assert message in capsys.readouterr().err
+    (tmp_path / "ldm.yaml").write_text((place / "ldm.yaml").read_text())
+    (tmp_path / "data.yaml").write_text((place / "data.yaml").read_text())
+    with pytest.raises(SystemExit):
+        generate.parse(["--config", str(tmp_path / "ldm.yaml"), "--split", "test", "--output", "o"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "run/pipeline; run train_ldm.py --config" in said and "or name a pipeline with --pipeline" in said
+    tiny_pipeline().save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="the pipeline was not trained on age, sex, which the config names"):
+        run(place, tmp_path / "out", "--pipeline", tmp_path / "plain")
+    with pytest.raises(ValueError, match="lies in --output"):
+        run(place, place / "data/p4")
+    assert not (tmp_path / "out").exists()
+
+
+def data_of(place, **changes) -> DataConfig:
+    section = yaml.safe_load((place / "data.yaml").read_text())
+    return DataConfig(**{**section, "root": str(place / "data"), **changes})
+
+
+def test_cases_that_cannot_be_generated_are_named(place, tmp_path):
+    pipe = tiny_with_conditions()
+    requests = case_requests(data_of(place), ["train", "validation"], pipe, tmp_path)
+    assert [request.name for request in requests] == ["p0", "p1", "p2"]
+    assert isinstance(requests[0], VolumeRequest) and requests[0].mask == place / "data/p0/labels.nii.gz"
+    with pytest.raises(ValueError, match="p3: has no mask in a file to generate from; set data.masks"):
+        case_requests(data_of(place, masks=None), ["test"], pipe, tmp_path)
+    with pytest.raises(ValueError, match="--split test: the data has no such case; it has train, validation"):
+        plain = data_of(place, split=None, classes={}, numbers=[], validation_fraction=0.2)
+        case_requests(plain, ["test"], tiny_pipeline(), tmp_path)
+    with pytest.raises(ValueError, match="phantom_0000: is a phantom, which has no files"):
+        phantoms = DataConfig(phantom=PhantomConfig(count=3, shape=(8, 8, 8)), validation_fraction=0)
+        case_requests(phantoms, ["train"], tiny_pipeline(), tmp_path)
+
+
+def test_condition_channels_are_those_of_the_case(place, tmp_path):
+    given = {"images": {"ct": 4}}
+    scale = {"kind": "percentile", "low": 100.0, "high": 300.0, "percentiles": [0.5, 99.5]}
+    pipe = tiny_pipeline(channels=["ct", "pet"], intensity=[scale, scale], **given)
+    channels = {"ct": "{patient}/scan.nii.gz", "pet": "{patient}/scan.nii.gz"}
+    data = data_of(place, images=channels, classes={}, numbers=[])
+    [request, _] = case_requests(data, ["test"], pipe, tmp_path)
+    assert request.images == {"ct": place / "data/p3/scan.nii.gz"}
+    with pytest.raises(ValueError, match="the pipeline is given ct, a channel that the config lacks"):
+        case_requests(data_of(place, classes={}, numbers=[]), ["test"], pipe, tmp_path)
