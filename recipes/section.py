@@ -239,8 +239,9 @@ def _held_out(people: People, settings: Settings) -> Settings:
 
 
 def test_fraction(subjects: int) -> float:
-    """Return the share of the subjects to hold out for testing: a fifth, or what makes enough for `evaluate.py realism`
-    if that is a third at most.
+    """Return the share of the subjects to hold out for testing.
+
+    It is a fifth, or what makes enough for `evaluate.py realism`, if that is a third at most.
     """
     if round(TEST * subjects) >= MIN_TEST or subjects / 3 < MIN_TEST:
         return TEST
