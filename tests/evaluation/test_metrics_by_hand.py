@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.copies.fingerprints import CopyCheck, default_crop
-from evaluation.metrics import features
 from evaluation.metrics.label_shapes import shape_figures, shape_names
 from evaluation.metrics.nearest import standardized
+from training import encoder_distance
 
 
 def test_a_small_volume_of_odd_size_repeats_its_last_voxel():
@@ -49,8 +49,8 @@ class _Itself(nn.Module):
 
 def test_padding_is_no_part_of_the_encoders_statistics(monkeypatch):
     """Three planes of 1 and one of padding, at -1: the mean is 1 and the deviation 0."""
-    monkeypatch.setattr(features, "EncoderFeatures", _Itself)
-    extractor = features.EncoderStatistics(None)  # type: ignore[arg-type]
+    monkeypatch.setattr(encoder_distance, "EncoderFeatures", _Itself)
+    extractor = encoder_distance.EncoderStatistics(None)  # type: ignore[arg-type]
     assert extractor(torch.ones(1, 1, 3, 2, 2))[0].tolist() == pytest.approx([1, 0], abs=1e-6)
 
 

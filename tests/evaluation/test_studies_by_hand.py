@@ -105,7 +105,8 @@ def test_a_class_that_is_not_known_is_not_asked_for():
     dataset = SimpleNamespace(
         labels={0: "background", 2: "anterior"},
         prepared=[prepared(0), prepared(-1)],
-        config=SimpleNamespace(classes={"sex": ["f", "m"]}, numbers=[]),
+        label_map=lambda index: Volume(np.zeros((1, 2, 2, 2), np.int16), np.eye(4)),
+        config=SimpleNamespace(classes={"sex": ["f", "m"]}, class_names={"sex": ["f", "m"]}, numbers=[]),
         cases=[SimpleNamespace(name=name, subject=name) for name in "ab"],
     )
     unet = SimpleNamespace(config={"num_labels": 2, "classes": {"sex": ["f", "m"]}, "numbers": {}})
