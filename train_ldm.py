@@ -19,6 +19,7 @@ def parse(args: list[str] | None = None) -> "TrainLdmConfig":
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(parse)
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from training.engine.run import run_training
@@ -36,14 +37,25 @@ def main(args: list[str] | None = None) -> dict[str, float]:
 
 
 def generation(config: TrainLdmConfig) -> list[str | Path]:
-    """Return arguments of generate.py for the model of a finished run. Words in capitals are for the user to fill in:
-    masks, or a table of conditions."""
-    output, model = Path(config.output), config.model
-    words: list[str | Path] = ["--pipeline", output / "pipeline"]
+    """Return arguments of generate.py for the model of a finished run: the held-out cases of its data. MASKS, in
+    capitals, is for the user to fill in: phantoms have no files."""
+    output, model, data = Path(config.output), config.model, config.data
+    words: list[str | Path] = []
     if config.lora is not None:
         words = ["--pipeline", Path(config.init_from or "").parent, "--lora", output / "lora"]
-    if model.get("num_labels"):
+    elif data.phantom is not None or not is_conditional(model):
+        words = ["--pipeline", output / "pipeline"]
+    if is_conditional(model) and data.phantom is None:
+        held_out = data.split or data.test_fraction
+        split = "test" if held_out else "validation" if data.validation_fraction else "train"
+        words += ["--config", output / "config.yaml", "--split", split]
+    elif model.get("num_labels"):
         words += ["--masks", "MASKS"]
-    elif any(model.get(kind) for kind in ("classes", "numbers", "images")):
+    elif is_conditional(model):
         words += ["--conditions", "TABLE"]
     return [*words, "--output", output / "generated"]
+
+
+def is_conditional(model: Mapping[str, object]) -> bool:
+    """Return whether a U-Net with these arguments is conditioned on masks, classes, numbers or images."""
+    return any(model.get(kind) for kind in ("num_labels", "classes", "numbers", "images"))

@@ -40,12 +40,16 @@ def _reconstructions(
     dataset: VolumeDataset, vae: VolumeAutoencoder, progress: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for index in LiveBar(range(len(dataset)), desc="measure noise", unit="volume", disable=None if progress else True):
-        image = dataset[index]["image"]
+        sample = dataset[index]
+        image = sample["image"]
         placement = pad_to_multiple(tuple(image.shape[1:]), vae.stride)
         padded = placement.apply(image, -1.0)[None].to(vae.device, vae.dtype)
         mean = vae.encode(padded, return_dict=False)[0].mean
         made = vae.decode(mean, return_dict=False)[0][0].float().cpu()
-        yield image.numpy(), placement.undo(made).numpy()
+        made = placement.undo(made)
+        if "seen" in sample:  # outside the field of view nothing is missing
+            made = torch.where(sample["seen"], made, image)
+        yield image.numpy(), made.numpy()
 
 
 def check_noise_shape(shape: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -84,9 +84,11 @@ def deformed(
     generator: torch.Generator,
     spacing: Sequence[float] = (1, 1, 1),
     order: int = 3,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Rotate, scale and bend a volume about its center, at random: image (C, X, Y, Z) by splines of `order`, mask (X,
-    Y, Z) by the nearest voxel, and fov (X, Y, Z), False where the result shows voxels from outside the volume.
+    Y, Z) by the nearest voxel, and fov (X, Y, Z), False where the result shows voxels from outside the volume, or from
+    outside its field of view `seen` (X, Y, Z).
 
     Rotations are in mm space, with voxels `spacing` apart. Outside, the image is -1 and the mask `PADDING`. The
     displacement is white noise smoothed by a Gaussian (Simard et al. 2003).
@@ -104,6 +106,11 @@ def deformed(
         bent = [ndimage.gaussian_filter(axis, SMOOTHNESS, mode="wrap", truncate=3) for axis in noise]
         places += config.deform / smoothed * np.stack(bent)
     fov = torch.from_numpy(((places > -0.5) & (places < shape - 0.5)).all(0))
+    if seen is not None:  # its edge is that of the volume: the nearest voxels are repeated beyond it
+        nearest: Any = ndimage.distance_transform_edt(~seen.numpy(), return_distances=False, return_indices=True)
+        image = image[:, *torch.from_numpy(nearest).long()]
+        inside = ndimage.map_coordinates(seen.numpy().astype(np.uint8), places, order=0, mode="nearest")
+        fov &= torch.from_numpy(inside) > 0
     moved = [ndimage.map_coordinates(channel, places, order=order, mode="nearest") for channel in image.numpy()]
     seen = torch.where(fov, torch.from_numpy(np.stack(moved)).clamp(image.min(), image.max()), -1.0)
     if mask is None:
@@ -120,16 +127,17 @@ def _version(
     """
     image, mask = item["image"], item.get("mask")
     shape = tuple(image.shape[1:])
-    fov = torch.ones(shape, dtype=torch.bool)
+    fov = item["seen"][0] if "seen" in item else torch.ones(shape, dtype=torch.bool)
     placement = pad_to_multiple(shape, tuple(stride))
     if version:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {index} {version}".encode()))
         for axis in config.flip_axes:
             if torch.rand((), generator=generator) < 0.5:
                 image, mask = image.flip(axis + 1), mask.flip(axis) if mask is not None else None
+                fov = fov.flip(axis)
         if config.rotate or config.scale or config.deform:
             spacing = item["affine"][:3, :3].norm(dim=0).tolist()
-            image, mask, fov = deformed(image, mask, config, generator, spacing, order)
+            image, mask, fov = deformed(image, mask, config, generator, spacing, order, None if fov.all() else fov)
         if config.shift:
             low = [int(torch.randint(0, s, (), generator=generator)) for s in stride]
             sides = tuple(-(-(n + a) // s) * s for n, a, s in zip(shape, low, stride, strict=True))

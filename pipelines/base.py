@@ -121,6 +121,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             grid, record = read[key]
             classes, numbers = check_conditions(self.unet, self.data, request.classes, request.numbers, grid.grid)
             record = replace(record, classes=classes or None, numbers=numbers or None)
+            record = replace(record, resampled=dict(grid.resampled) or None)
             volumes.append(PreparedVolume(request, grid, classes, numbers, sampling, record))
         return volumes
 

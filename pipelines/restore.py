@@ -98,7 +98,7 @@ class Restorer:
                 array = placement.undo(planes.float().clamp(-1, 1).cpu().numpy())
                 start += planes.shape[3]
                 here = slice(done, done + array.shape[3])
-                if prepared.labels is not None:
+                if prepared.labels is not None or prepared.resampled:
                     array[:, prepared.grid.array[0, ..., here] == PADDING] = -1
                 array = self.to_original_units(array)
                 yield self._merged(array) if self.merges_slabs else array

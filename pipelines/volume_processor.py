@@ -40,6 +40,7 @@ from volumes import (
     resample,
     same_grid,
 )
+from volumes.data.alignment import check_share, shown
 from volumes.description import DataDescription
 from volumes.formats.raw import memory_bytes
 from volumes.labels import labels_present, segment_values
@@ -71,6 +72,7 @@ class VolumeProcessor:
         self.shape_range = data.shape_range
         self.affine = np.array(data.affine, dtype=np.float64)
         self.reading = data.reading
+        self.reference = data.resample_to
         self.stride = tuple(stride)
 
     def preprocess(self, mask: MaskLike, label_map: LabelMap | None = None) -> PreparedGrid:
@@ -101,9 +103,36 @@ class VolumeProcessor:
         Raises: ValueError naming the channel and the file for what cannot be used, see `load_images`.
         Warns: without `prepared` as `preprocess` does.
         """
-        volumes = load_images(images, None if prepared is None else prepared.target, self.affine, reading=self.reading)
+        target = None if prepared is None else prepared.target
+        volumes, shares = load_images(images, target, self.affine, reading=self.reading, reference=self.reference)
         prepared = prepared or self._image_grid(*next(iter(volumes.items())))
+        if shares:
+            prepared = self._without_unseen(prepared, volumes, shares)
         return replace(prepared, images=self._scaled_images(volumes, prepared))
+
+    def _without_unseen(
+        self, prepared: PreparedGrid, volumes: dict[str, Volume], shares: Mapping[str, float]
+    ) -> PreparedGrid:
+        """Mark as PADDING what resampled images do not show (NaN), and give it their lowest values in `volumes`.
+
+        Raises: ValueError if the images and the mask together show too little.
+        """
+        outside = prepared.target.array[0] == PADDING
+        for channel in shares:
+            volume = volumes[channel]
+            here = ~shown(volume)
+            outside = outside | here
+            lowest = np.where(here, np.nanmin(volume.array), volume.array)
+            volumes[channel] = volume.replace(lowest.astype(np.float32))
+        least = min(shares, key=lambda channel: shares[channel])
+        check_share(float(1 - outside.mean()), f"the image {least!r}, with the other inputs,", "the volume")
+        target = prepared.target.replace(np.where(outside, np.int16(PADDING), prepared.target.array))
+        grid = target
+        if prepared.grid is not prepared.target:
+            assert self.spacing is not None
+            grid = resample(target, self.spacing, nearest=True)
+        labels = None if prepared.labels is None else prepared.placement.apply(grid.array[0], PADDING)
+        return replace(prepared, target=target, grid=grid, labels=labels, resampled=dict(shares))
 
     def preprocess_edit(self, request: EditRequest, prepared: PreparedGrid | None) -> PreparedGrid:
         """Read the image that is edited. The grid of its file is the target; a mask that was prepared must lie on it.
@@ -113,7 +142,7 @@ class VolumeProcessor:
         """
         placed = {name: image for name, image in request.images.items() if is_placed(image)}
         target = prepared.target if prepared is not None and not placed else None  # arrays are in the order of a file
-        exact = load_images(placed | dict(request.images), target, self.affine, exact=True, reading=self.reading)
+        exact, _ = load_images(placed | dict(request.images), target, self.affine, exact=True, reading=self.reading)
         channel, first = next(iter(exact.items()))
         if not on_stored_grid(first):
             raise ValueError(
@@ -139,9 +168,10 @@ class VolumeProcessor:
     def _scaled_images(self, volumes: Mapping[str, Volume], prepared: PreparedGrid) -> dict[str, GivenImage]:
         """Images on the target of `prepared`, with their scales. Raises: ValueError for one that is constant."""
         scaled = {}
+        inside = prepared.grid.array[0] != PADDING if prepared.resampled else ...
         for channel, volume in volumes.items():
             try:
-                scale = self._scaling(channel).fit(self._on_grid(volume, prepared).array)
+                scale = self._scaling(channel).fit(self._on_grid(volume, prepared).array[0][inside])
             except VolumeError as error:
                 raise ValueError(f"the image {channel!r}: {error}") from error
             scaled[channel] = GivenImage(volume, scale)
@@ -153,7 +183,7 @@ class VolumeProcessor:
         voxels = np.full((len(self.channels), *prepared.shape), -1, np.float32)
         for channel, image in images.items():
             scaled = image.scale.apply(self._on_grid(image.volume, prepared).array[0])
-            if prepared.labels is not None:
+            if prepared.labels is not None or prepared.resampled:
                 scaled[prepared.grid.array[0] == PADDING] = -1
             voxels[self.channels.index(channel)] = prepared.placement.apply(scaled, -1)
         return voxels

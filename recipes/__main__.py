@@ -1,7 +1,7 @@
 """Look a folder of scans over and write a recipe for it: data.yaml, vae.yaml and ldm.yaml, with comments.
 
-python -m recipes scans
-python -m recipes scans --quick --output recipe --mask tumour --channels ct,pet --classes sex --numbers age
+    medvolume init scans
+    medvolume init scans --quick --output recipe --mask tumour --channels ct,pet --classes sex --numbers age
 
 Recognized are flat folders, a folder per patient, nnU-Net, the Medical Segmentation Decathlon, BIDS, DICOM trees,
 TotalSegmentator's folders, and tables that name files (docs/init.md). Prints what was found, what is unsure, and the
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli.command import ArgumentParser, run_command
+from cli.command import ArgumentParser, console_program, run_command
 from cli.settings import NonNegativeInt, Number
 
 
@@ -81,11 +81,12 @@ def main(args: Sequence[str] | None = None) -> int:
     """Write a recipe as the command line says. Returns 2 if the files may be read in several ways, else 0."""
     options = parse(args)
     words = sys.argv[1:] if args is None else list(args)
+    program = console_program() or "python -m recipes"
     own = {**vars(options), "label_names": dict(options.label_names), "mirror": not options.no_mirror}
     del own["no_mirror"], own["overwrite"]
     try:
-        make_recipe(Options(**own), shlex.join(["python", "-m", "recipes", *words]), overwrite=options.overwrite)
+        make_recipe(Options(**own), f"{program} {shlex.join(words)}", overwrite=options.overwrite)
     except Ambiguous as error:
-        print(f"python -m recipes: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -16,7 +16,6 @@ from .survey import Survey
 
 WIDTH = 79
 MOST_LABELS = 20
-TEST_CASES = "test.csv"
 
 
 def report(survey: Survey) -> str:
@@ -129,9 +128,13 @@ def median_shape(survey: Survey) -> list[int]:
 def next_commands(survey: Survey) -> list[str]:
     """Return the commands to type next, in their order. The only place where they are written."""
     recipe, pipeline = survey.options.output, survey.options.output / "ldm/pipeline"
-    generate = ["--pipeline", str(pipeline), "--output", str(recipe / "generated")]
-    guided = ["--conditions", str(recipe / TEST_CASES), "--guidance_scale", "2"]
-    generate += guided if has_conditions(survey) else ["--count", "4"]
+    if has_conditions(survey):
+        splits = [case.split for case in survey.section.cases]
+        split = next(name for name in ("test", "validation", "train") if name in splits)
+        generate = ["--config", str(recipe / "ldm.yaml"), "--split", split, "--guidance_scale", "2"]
+    else:
+        generate = ["--pipeline", str(pipeline), "--count", "4"]
+    generate += ["--output", str(recipe / "generated")]
     if survey.choice.mask is None:
         generate += ["--shape", *map(str, median_shape(survey))]
     return [

@@ -140,6 +140,7 @@ class DataDescription:
         numbers: {name: statistics} of the numbers that condition a model.
         grid_numbers: those of the numbers that were taken from the volumes' grids.
         reading: how wrong headers are read, see `DataConfig.reading`.
+        resample_to: the channel onto whose grid the others were resampled, see `DataConfig`; None if they were not.
         common_labels: values of the labels that every training mask has; None if they were not recorded.
         maps: what the training set's label maps have in common; None for images that are not label maps.
         residual_noise: a model of the residual noise per channel; None if it was not measured.
@@ -157,6 +158,7 @@ class DataDescription:
     numbers: dict[str, NumberStats] = field(default_factory=dict)
     grid_numbers: tuple[str, ...] = ()
     reading: Reading = field(default_factory=Reading)
+    resample_to: str | None = None
     common_labels: tuple[int, ...] | None = None
     maps: LabelMapStats | None = None
     residual_noise: tuple[ChannelNoise, ...] | None = None
@@ -188,12 +190,16 @@ class DataDescription:
             numbers=_number_stats(data.pop("numbers", {})),
             grid_numbers=_names("grid_numbers", data.pop("grid_numbers", [])),
             reading=_reading(data.pop("reading", {})),
+            resample_to=data.pop("resample_to", None),
             common_labels=_common(data.pop("common_labels"), labels) if "common_labels" in data else None,
             maps=_maps(data.pop("maps"), image_labels) if "maps" in data else None,
             residual_noise=_noise(data.pop("residual_noise", None), len(channels)),
             description=data.pop("description", ""),
         )
         _expect(isinstance(description.description, str), "description", description.description, "text")
+        reference = description.resample_to
+        known = reference is None or isinstance(reference, str)
+        _expect(known, "resample_to", reference, "the name of a channel")
         _expect(not data, "unknown entries", sorted(map(str, data)), "none")
         return description
 
@@ -214,6 +220,8 @@ class DataDescription:
         }
         if self.reading:
             stored["reading"] = dict(self.reading)
+        if self.resample_to is not None:
+            stored["resample_to"] = self.resample_to
         if self.common_labels is not None:
             stored["common_labels"] = list(self.common_labels)
         if self.maps is not None:

@@ -32,6 +32,7 @@ from volumes import (
     same_grid,
     volume_stem,
 )
+from volumes.data.case_files import one_grid, read_case
 
 PERCENTILES = (0.5, 99.5)
 SUFFIXES = (".nii.gz", ".nii")
@@ -191,6 +192,8 @@ def unit_range(array: np.ndarray) -> np.ndarray:
 def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
     """Read image, in the units of its file, and label indices, both at the config's spacing."""
     case = pair.case
+    if config.resample_to is not None and pair.generated is None:
+        return _read_resampled(case, config)
     if case.phantom is not None:
         assert config.phantom is not None
         image, mask, _ = make_phantom(case.phantom, config.phantom.shape)
@@ -218,6 +221,17 @@ def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
     if config.spacing is not None:
         image, mask = resample(image, config.spacing), resample(mask, config.spacing, nearest=True)
     return image, mask
+
+
+def _read_resampled(case: Case, config: DataConfig) -> tuple[Volume, Volume]:
+    """Read a real pair whose volumes lie on other grids. Outside the field of view each channel has its lowest value,
+    and the mask the first label, as in the padding.
+    """
+    aligned = one_grid(case, read_case(case, config), config)
+    assert aligned.mask is not None
+    lowest = np.nanmin(aligned.image.array, axis=(1, 2, 3), keepdims=True)
+    image = aligned.image.replace(np.where(np.isnan(aligned.image.array), lowest, aligned.image.array))
+    return image, aligned.mask.replace(np.maximum(aligned.mask.array, 0))
 
 
 def _with_masks(cases: list[Case], split: str) -> list[Case]:

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from pipelines.storage.trained_on import TrainedOn, read_generated, read_model
 from volumes import Case, DataConfig, VolumeError, load_cases, volume_parts
-from volumes.data.dataset import READERS, read_image
+from volumes.data.case_files import read_case
+from volumes.data.dataset import READERS
 from volumes.data.preprocessing import (
     described_preprocessing,
     preprocessing,
@@ -22,7 +23,6 @@ from volumes.data.subjects import (
     find_overlap,
     is_complete,
     refuse_overlap,
-    voxel_digests,
 )
 
 logger = logging.getLogger(__name__)
@@ -131,8 +131,9 @@ def _read(case: Case, config: DataConfig) -> Voxels | None:
     try:
         key = (case.name, case.phantom, repr(config), *_stamps(case.images.values()))
         if key not in _READ:
-            image = read_image(case, config)
-            _READ[key] = voxel_digests(image.array, apart=not config.image_labels), image.spacing
+            stored = read_case(case, config, masks=False)
+            grid = stored.images[config.resample_to or next(iter(stored.images))]
+            _READ[key] = stored.digests(config), grid.spacing
     except (VolumeError, OSError):
         return None
     return _READ[key]

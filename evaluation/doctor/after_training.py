@@ -15,7 +15,7 @@ from evaluation.metrics.fidelity import mean_gradient
 from evaluation.metrics.spectrum import mean_band_power, ratio_db
 from evaluation.studies.reconstruction import reconstruct
 from pipelines import MedVolumePipeline
-from volumes import Volume, VolumeDataset, pad_sample
+from volumes import VolumeDataset, pad_sample
 
 from .cases import (
     Finding,
@@ -200,10 +200,7 @@ def compare_limits(
 def _generate(pipe: MedVolumePipeline, dataset: VolumeDataset, index: int, steps: int) -> np.ndarray:
     """Generate (C, X, Y, Z) from the case's mask, classes and numbers, with the case's index as the seed."""
     config, prepared = dataset.config, dataset.prepared[index]
-    mask = None
-    if pipe.unet.config["num_labels"] and prepared.mask is not None:
-        values = np.array(sorted(dataset.labels), np.int16)[prepared.mask.array]
-        mask = Volume(values, prepared.image.affine)
+    mask = dataset.label_map(index) if pipe.unet.config["num_labels"] else None
     names = config.class_names
     classes = {c: names[c][i] for c, i in zip(sorted(names), prepared.classes, strict=True) if i >= 0}
     numbers = {c: v for c, v in zip(sorted(config.numbers), prepared.numbers, strict=True) if not math.isnan(v)}

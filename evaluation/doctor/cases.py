@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from volumes import (
+    PADDING,
     PHANTOM_LABELS,
     Case,
     DataConfig,
@@ -20,9 +21,9 @@ from volumes import (
     Volume,
     VolumeError,
     load_cases,
-    make_phantom,
-    read_volume,
 )
+from volumes.data.alignment import Resampled
+from volumes.data.case_files import read_case
 from volumes.data.dataset import PreparedCase, prepare
 from volumes.plausible import Oddity
 
@@ -70,8 +71,8 @@ class Examined:
     `high`, the scale in file units; `highest`, the largest intensity; `clipped`, the fraction of voxels outside the
     scale, and `above`, the fraction above it; `covered`, the fraction of the scale that percentiles 1 to 99 span;
     `step`, see `quantization_step`. `labels` are volumes in ml by name (0 if the case lacks the label); `digest` is of
-    the stored voxels; `voxels`, see `volumes.data.subjects`; `thumbnail`, see `thumbnail_of`. `orientation` of phantoms
-    is "".
+    the stored voxels; `voxels`, see `volumes.data.subjects`; `thumbnail`, see `thumbnail_of`; `resampled` and `share`,
+    see `volumes.data.alignment.Aligned`. `orientation` of phantoms is "".
     """
 
     case: Case
@@ -94,6 +95,8 @@ class Examined:
     orientation: str = ""
     unit: str = "mm"
     oddities: tuple[tuple[str, Oddity], ...] = ()
+    resampled: tuple[Resampled, ...] = ()
+    share: float = 1.0
 
     @property
     def file(self) -> str:
@@ -153,10 +156,10 @@ def examine_cases(
 def examine(case: Case, config: DataConfig) -> Examined:
     """Read a case as training does, and its voxels as they are stored. Raises: VolumeError naming the file."""
     prepared = prepare(case, config)
-    raw = _stored(case, config, prepared)
-    count = len(raw.array)
+    raw, grid = _stored(case, config, prepared)
+    count = len(raw)
     clipped, above, covered = [], [], []
-    for channel, scale in zip(raw.array, prepared.scales, strict=True):
+    for channel, scale in zip(raw, prepared.scales, strict=True):
         above.append(float((channel > scale.high).mean()))
         clipped.append(above[-1] + float((channel < scale.low).mean()))
         low, high = np.clip(np.percentile(channel, (1, 99)), scale.low, scale.high)
@@ -164,23 +167,25 @@ def examine(case: Case, config: DataConfig) -> Examined:
     is_map = bool(config.image_labels)
     return Examined(
         case=case,
-        shape=raw.shape,
-        spacing=raw.spacing,
+        shape=grid.shape,
+        spacing=grid.spacing,
         model_shape=prepared.image.shape,
         low=tuple(float(scale.low) for scale in prepared.scales),
         high=tuple(float(scale.high) for scale in prepared.scales),
-        highest=tuple(float(channel.max()) for channel in raw.array),
+        highest=tuple(float(channel.max()) for channel in raw),
         clipped=tuple(clipped),
         above=tuple(above),
         covered=tuple(covered),
-        step=(None,) * count if is_map else tuple(quantization_step(channel) for channel in raw.array),
+        step=(None,) * count if is_map else tuple(map(quantization_step, raw)),
         voxels=prepared.voxels,
-        digest=hashlib.sha256(str(raw.array.shape).encode() + np.ascontiguousarray(raw.array).tobytes()).hexdigest(),
+        digest=_digest(raw),
         thumbnail=thumbnail_of(prepared.image.array),
         labels=_label_volumes(prepared, config),
         numbers=prepared.numbers,
         classes=prepared.classes,
         oddities=prepared.oddities,
+        resampled=prepared.resampled,
+        share=prepared.share,
         **_header(prepared.image.source),
     )
 
@@ -219,18 +224,20 @@ def quantization_step(array: np.ndarray) -> float | None:
         count = min(2 * count, len(levels))
 
 
-def _stored(case: Case, config: DataConfig, prepared: PreparedCase) -> Volume:
-    """Read the image in the units of its files, before resampling."""
-    if case.phantom is not None:
-        assert config.phantom is not None
-        return make_phantom(case.phantom, config.phantom.shape)[0]
+def _stored(case: Case, config: DataConfig, prepared: PreparedCase) -> tuple[list[np.ndarray], Volume]:
+    """Read each channel (X, Y, Z) in the units of its file, before resampling, and the volume whose grid is kept."""
     if config.image_labels:
-        return prepared.image
-    parts = [
-        read_volume(case.images[name], time_point=config.volume_number(name), **config.reading)
-        for name in config.patterns
-    ]
-    return parts[0].replace(np.concatenate([part.array for part in parts]))
+        return list(prepared.image.array), prepared.image
+    stored = read_case(case, config, masks=False)
+    return stored.channels, stored.images[config.resample_to or next(iter(stored.images))]
+
+
+def _digest(channels: Sequence[np.ndarray]) -> str:
+    """Hash voxels as they are stored."""
+    digest = hashlib.sha256()
+    for channel in channels:
+        digest.update(str(channel.shape).encode() + np.ascontiguousarray(channel).tobytes())
+    return digest.hexdigest()
 
 
 def _label_volumes(prepared: PreparedCase, config: DataConfig) -> dict[str, float]:
@@ -238,7 +245,7 @@ def _label_volumes(prepared: PreparedCase, config: DataConfig) -> dict[str, floa
     milliliters = float(np.prod(prepared.image.spacing)) / 1000
     if prepared.mask is not None:
         labels = sorted((config.label_names or PHANTOM_LABELS).items())
-        counts = np.bincount(prepared.mask.array.ravel(), minlength=len(labels))
+        counts = np.bincount(prepared.mask.array[prepared.mask.array != PADDING], minlength=len(labels))
         return {name: float(counts[i] * milliliters) for i, (_, name) in enumerate(labels) if i}
     if config.image_labels:
         sizes = (prepared.image.array > 0).sum((1, 2, 3)) * milliliters

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from volumes import Case, DataConfig, IntensityScaling
+from volumes.data.alignment import describe_resampling
 from volumes.plausible import gathered
 from volumes.volume import GRID_NUMBERS
 
@@ -25,6 +26,7 @@ SMALL_SET = 50  # subjects
 THICK = 3.0  # voxels so many times longer than wide
 RARE = 10  # volumes of a class
 FLAT = 0.05  # fraction of a window that a volume should span
+KEPT = 0.8  # of the box of the channel that others are resampled onto, that all should show
 CLIPPED = 0.05  # fraction of a volume's voxels above its window, above which the window may be wrong
 CAPPED = 2.0  # ratio of the maximum to the upper percentile, above which a volume loses its peaks
 
@@ -136,7 +138,27 @@ def check_geometry(examined: Sequence[Examined], config: DataConfig) -> list[Fin
         findings.append(warn("shape", f"{text}; unlike the others: {names(who)}", remedy, _files(examined, odd)))
     else:
         findings.append(ok("shape", text))
-    return findings + _check_headers(examined)
+    return findings + _check_grids(examined, config) + _check_headers(examined)
+
+
+def _check_grids(examined: Sequence[Examined], config: DataConfig) -> list[Finding]:
+    """Check how much is lost where volumes are resampled onto one grid."""
+    said = describe_resampling(
+        [item.resampled for item in examined], [item.share for item in examined], str(config.resample_to)
+    )
+    if said is None:
+        return []
+    files = [item.file for item in examined if item.share < KEPT]
+    if not files:
+        return [ok("grids", said)]
+    shares: dict[str, list[float]] = {}
+    for one in (one for item in examined for one in item.resampled):
+        shares.setdefault(one.name, []).append(one.share)
+    least = min(shares, key=lambda name: float(np.mean(shares[name])))
+    remedy = f"the least is shown by {least}; check its geometry"
+    if least in config.patterns:
+        remedy += f", or set data.resample_to: {least}, whose grid the others may show whole"
+    return [warn("grids", f"{said}; less than {KEPT:.0%}: {names(files)}", remedy, files)]
 
 
 def _check_headers(examined: Sequence[Examined]) -> list[Finding]:

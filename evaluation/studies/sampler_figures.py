@@ -120,12 +120,12 @@ def inputs_from_dataset(dataset: VolumeDataset, unet: nn.Module) -> SamplingInpu
     config: Any = unet.config
     if not config["num_labels"] or any(prepared.mask is None for prepared in dataset.prepared):
         raise ValueError("samplers are compared on masks: the model or the data has none")
-    values = np.array(sorted(dataset.labels), np.int16)
     class_names, number_names = sorted(dataset.config.classes), sorted(dataset.config.numbers)
     masks, classes, numbers = [], [], []
-    for prepared in dataset.prepared:
-        assert prepared.mask is not None
-        masks.append(Volume(values[prepared.mask.array], prepared.image.affine))
+    for index, prepared in enumerate(dataset.prepared):
+        mask = dataset.label_map(index)
+        assert mask is not None
+        masks.append(mask)
         of_case = {
             n: dataset.config.class_names[n][i] for n, i in zip(class_names, prepared.classes, strict=True) if i >= 0
         }

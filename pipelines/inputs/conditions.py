@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from autoencoder import VolumeAutoencoder
+from autoencoder.losses.reconstruction import cells_inside
 from diffusion import Conditions, LatentUNet3D, fold_images, fold_mask
 from pipelines.volume_processor import VolumeProcessor
-from volumes import Volume, grid_numbers
+from volumes import PADDING, Volume, grid_numbers
 from volumes.data.tables import read_number
 from volumes.description import DataDescription, NumberStats
 
@@ -125,8 +126,12 @@ def image_condition(
     if prepared.images:
         latents_of_all = encoded(vae, processor.standardized_images(prepared, prepared.images), device)
         latents = {name: latents_of_all[:, vae.latents_of(processor.channels.index(name))] for name in prepared.images}
-    sides = [n // s for n, s in zip(prepared.shape, vae.stride, strict=True)]
-    return fold_images(latents, unet.config["images"], sides).to(device, unet.dtype)
+    sides = tuple(n // s for n, s in zip(prepared.shape, vae.stride, strict=True))
+    inside = None
+    if prepared.resampled:  # as in training: an image is given where there is a field of view
+        seen = torch.from_numpy(prepared.placement.apply(prepared.grid.array[0] != PADDING, False))
+        inside = cells_inside(seen[None, None].to(device), sides)
+    return fold_images(latents, unet.config["images"], sides, inside).to(device, unet.dtype)
 
 
 def _finite(name: str, value: Any) -> float:

@@ -1,6 +1,7 @@
 """Images as conditions: condition channels, read and checked. Axes: (1, X, Y, Z) in RAS+ order, in the files' units."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,13 @@ import torch
 from diffusion import LatentUNet3D
 from pipelines.storage.record import SourceRecord
 from volumes import LinearScale, Volume, describe_grid, read_volume, same_grid, stored_grid
+from volumes.data.alignment import check_share, onto_grid, shown
 from volumes.description import DataDescription
 from volumes.formats.carriers import as_array, carries_geometry, source_file
 from volumes.formats.nifti import exact_values
 from volumes.formats.raw import Reading
 
-from .masks import MaskLike, check_axes, describe_mask, warn_of_header
+from .masks import MaskLike, check_axes, describe_mask, is_placed, warn_of_header
 
 ImageLike = MaskLike
 Images = Mapping[str, ImageLike]  # {channel: image}
@@ -74,31 +76,61 @@ def load_images(
     *,
     exact: bool = False,
     reading: Reading | None = None,
-) -> dict[str, Volume]:
+    reference: str | None = None,
+) -> tuple[dict[str, Volume], dict[str, float]]:
     """Read images, all on the grid of `target`, or without one on that of the first: as float32, or with `exact` in a
     type that holds their values without loss (`read_volume`).
+
+    Where the training set was brought onto one grid, `reference` is the channel whose grid that was. Then images on
+    other grids are resampled in the same way, with NaN where they show nothing, unless they are `exact`; and without a
+    target, the grid is that of the reference, if it is given.
 
     A plain array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: its voxels are in the order of the target's
     file, as those of "np" results are; without a target it lies on `affine`, the model's template. `reading` is how
     headers are read, see `volumes.DataConfig.reading`.
 
+    Returns: the images, and the fraction of the grid that each of those shows that were resampled.
     Raises: ValueError naming the channel and the file for another grid, several volumes, values that are not finite,
     and for what is not an image.
     """
     volumes: dict[str, Volume] = {}
-    for channel, image in images.items():
+    shares: dict[str, float] = {}
+    first = [channel for channel in images if channel == reference and target is None and is_placed(images[channel])]
+    for channel in dict.fromkeys([*first, *images]):
+        image = images[channel]
         volume, name = _load(channel, image, target, affine, exact, reading or {})
         if len(volume.array) != 1:
             raise ValueError(f"{name}: holds {len(volume.array)} volumes; give the one that shows {channel!r} alone")
         if target is None:
             target = volume
         if not same_grid(volume, target):
-            raise ValueError(
-                f"{name}: lies on another grid than {_other(volumes)} ({describe_grid(volume)} against "
-                f"{describe_grid(target)}); resample one onto the other first"
-            )
+            if reference is None or exact:
+                remedy = "; an edit keeps each file's voxels" if exact else ""
+                remedy = remedy or ", or train a model with data.resample_to, which resamples them"
+                raise ValueError(
+                    f"{name}: lies on another grid than {_other(volumes)} ({describe_grid(volume)} against "
+                    f"{describe_grid(target)}); resample one onto the other first{remedy}"
+                )
+            volume = _resampled(volume, target, name, _other(volumes))
+            shares[channel] = float(shown(volume).mean())
         volumes[channel] = target.replace(volume.array)
-    return volumes
+    return {channel: volumes[channel] for channel in images}, shares
+
+
+def _resampled(volume: Volume, target: Volume, name: str, other: str) -> Volume:
+    """Resample an image onto the grid of another. Warns: that it does, and of what the image does not show.
+
+    Raises: ValueError if it shows too little.
+    """
+    resampled = onto_grid(volume, target)
+    share = float(shown(resampled).mean())
+    check_share(share, name, other)
+    rest = f"; it shows {share:.0%} of it, and the rest is left empty" if share < 1 else ""
+    warnings.warn(
+        f"{name}: lies on another grid than {other}, and is resampled onto it, as the training set was{rest}",
+        stacklevel=4,
+    )
+    return resampled
 
 
 def _load(

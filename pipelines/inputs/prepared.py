@@ -34,6 +34,8 @@ class PreparedGrid:
             mask.
         images: the channels that condition the others.
         edit: the image that is changed, if there is one.
+        resampled: the fraction of the target that each image shows which lay on another grid, see
+            `DataDescription.resample_to`. What one of them does not show is PADDING in `grid` and `target`.
     """
 
     grid: Volume
@@ -42,6 +44,7 @@ class PreparedGrid:
     labels: np.ndarray | None
     images: Mapping[str, GivenImage] = field(default_factory=dict)
     edit: PreparedEdit | None = None
+    resampled: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from typing import Any, NotRequired, Self, TypedDict
 from pipelines.inputs.arguments import plain
 
 INFORMATIVE = ("software", "settings_from")  # entries that do not tell volumes apart
-LEFT_OUT = ("settings_from", "residual_noise", "edit", "callback", "rejected")  # of the JSON, where they are None
+LEFT_OUT = ("resampled", "settings_from", "residual_noise", "edit", "callback", "rejected")  # where they are None
 TYPES: dict[str, type | tuple[type, ...]] = {  # of a sidecar's entries
     "software": str,
     "model": str,
@@ -53,6 +53,8 @@ class GenerationRecord:
         scheduler: its class and its options.
         dtype: the types in which the weights are stored and computed.
         mask, images: the files (or arrays) that were read.
+        resampled: the fraction of the grid that each image shows which lay on another grid and was resampled; the rest
+            of the volume is left empty.
         shape: voxels, where no file sets the grid.
         channels: those that have a file each; None where one file holds all.
         residual_noise: whether it is added; None for a model without it.
@@ -77,6 +79,7 @@ class GenerationRecord:
     classes: Mapping[str, str] | None = None
     numbers: Mapping[str, float] | None = None
     images: Mapping[str, SourceRecord] | None = None
+    resampled: Mapping[str, float] | None = None
     channels: Sequence[str] | None = None
     residual_noise: bool | None = None
     edit: EditRecord | None = None

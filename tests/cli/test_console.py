@@ -59,7 +59,7 @@ def test_users_modules_do_no_harm(console, name):
     """Each command says its own name, also where the working directory has a `volumes` and a `training`."""
     done = console(name, "--help")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"usage: medvolume {name} ") and "wrong module" not in done.stderr
+    assert done.stdout.split()[:3] == ["usage:", "medvolume", name] and "wrong module" not in done.stderr
 
 
 def test_mistakes_name_the_command(console):

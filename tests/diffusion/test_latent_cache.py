@@ -344,9 +344,9 @@ def test_volumes_are_rotated_in_mm():
 def test_label_maps_stay_label_maps_and_spacing_is_per_volume(tmp_path, vae, dataset, monkeypatch):
     asked = []
 
-    def deformed(image, mask, augmentation, generator, spacing, order):
+    def deformed(image, mask, augmentation, generator, spacing, order, seen):
         asked.append((spacing, order))
-        moved = original(image, mask, augmentation, generator, spacing, order)
+        moved = original(image, mask, augmentation, generator, spacing, order, seen)
         assert order or set(moved[0].unique().tolist()) <= {-1.0, 1.0}
         return moved
 

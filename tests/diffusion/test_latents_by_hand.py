@@ -201,6 +201,7 @@ CHANGED: dict[str, Any] = {
     "label_map": {3: 1},
     "label_names": {0: "background", 1: "organ"},
     "image_labels": {0: "background", 1: "organ"},
+    "resample_to": "ct",
     "spacing": (1.0, 1.0, 2.0),
     "intensity": IntensityScaling("window", -160, 240),
     "on_error": "skip",

@@ -146,7 +146,7 @@ def table_target() -> Target:
         )  # fmt: skip
         for case in load_cases(config):
             assert case.images["image"].exists()
-            read_classes(case, config.classes)
+            read_classes(case, config)
             read_numbers(case, config.numbers, Volume(ARRAY[None], AFFINE))
 
     return Target("table", variants, read, mutable=lambda name: name.startswith("t."), names=False)

@@ -56,6 +56,21 @@ def test_a_diffusion_model_is_followed_by_generation(model, words, lora):
     generate.parse(found)
 
 
+@pytest.mark.parametrize(
+    ("data", "split"),
+    [(["--data.test_fraction=0.2"], "test"), ([], "validation"), (["--data.validation_fraction=0"], "train")],
+)
+def test_files_are_generated_for_a_split(data, split):
+    files = [
+        "--data.images=images/{case}.nii.gz",
+        "--data.masks=labels/{case}.nii.gz",
+        "--data.label_names={0: a, 1: b}",
+    ]
+    args = ["--output=run", "--vae=x", *files, *data, "--model={class: diffusion.LatentUNet3D, num_labels: 2}"]
+    found = [str(word) for word in train_ldm.generation(parse_config(TrainLdmConfig, args))]
+    assert found == ["--config", "run/config.yaml", "--split", split, "--output", "run/generated"]
+
+
 def test_a_finished_training_says_it(tmp_path, capsys, monkeypatch):
     vae = AutoencoderKL3D(channels=(4, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1))
     vae.set_latent_statistics([0.1] * 4, [0.5] * 4)

@@ -77,6 +77,10 @@ class DataConfig:
         label_names: every label value and its name, e.g. {0: background, 1: tumor}.
         image_labels: says that the image files are label maps: every value and its name, the lowest being the
             background. A model sees a channel for each other label, called by its name: 1 inside, -1 outside.
+        resample_to: channel onto whose grid the other channels and the mask of a case are resampled when it is read,
+            e.g. ct (`image` where images are one pattern): images linearly, masks by the nearest voxel. A case is then
+            the box of that grid that all of them show; choose the channel that shows the least. A case is refused where
+            they show less than a twentieth of it. null refuses cases whose volumes lie on different grids.
         spacing: voxel size in mm to which everything is resampled; null keeps each volume's own.
         intensity: scaling of intensities, one for all channels or a mapping {channel: scaling}.
         classes: columns that condition a model, each with the values it may have, e.g. {sex: [F, M], grade: ['1',
@@ -107,6 +111,7 @@ class DataConfig:
     label_map: dict[Label | str, Label] = field(default_factory=dict)
     label_names: dict[Label, str] = field(default_factory=dict)
     image_labels: dict[Label, str] = field(default_factory=dict)
+    resample_to: str | None = None
     spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     intensity: IntensityScaling | dict[str, IntensityScaling] = field(default_factory=IntensityScaling)
     classes: dict[str, list[str] | dict[str, str]] = field(default_factory=dict)
@@ -130,6 +135,7 @@ class DataConfig:
                     "split",
                     "subject",
                     "group_by",
+                    "resample_to",
                 )
                 if getattr(self, name)
             ]
@@ -161,6 +167,11 @@ class DataConfig:
         if twice := sorted(set(self.classes) & set(self.numbers)):
             raise ValueError(f"data: {twice} are both classes and numbers; remove them from one")
         self._check_given()
+        if self.resample_to is not None and self.resample_to not in self.patterns:
+            raise ValueError(
+                f"data: resample_to is {self.resample_to!r}, the image channels are {', '.join(self.patterns)}; name "
+                "the one whose grid the others are resampled onto"
+            )
         if isinstance(self.intensity, dict) and set(self.intensity) != set(self.channels):
             raise ValueError(
                 f"data: intensity names the channels {sorted(self.intensity)}, images has {sorted(self.channels)}"
@@ -177,6 +188,7 @@ class DataConfig:
                 setattr(self, name, {nfc(channel): value for channel, value in found.items()})
         self.condition_channels = [nfc(name) for name in self.condition_channels]
         self.subject, self.split = (name and nfc(name) for name in (self.subject, self.split))
+        self.resample_to = self.resample_to and nfc(self.resample_to)
         self.numbers = [nfc(name) for name in self.numbers]
         self.classes = {
             nfc(column): {nfc(value): nfc(name) for value, name in values.items()}

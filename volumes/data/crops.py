@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from volumes.placement import pad_or_crop
 from volumes.volume import PADDING
 
-from .dataset import VolumeDataset
+from .dataset import VolumeDataset, field_of_view
 
 
 class Crop(TypedDict):
@@ -100,7 +100,7 @@ class CropDataset(Dataset[Crop]):
         placement = pad_or_crop(size, self.shape, offset=offset)
         item: Crop = {
             "image": placement.apply(whole["image"], -1.0).flip(flipped),
-            "fov": torch.from_numpy(placement.field_of_view)[None].flip(flipped),
+            "fov": field_of_view(whole, placement).flip(flipped),
             "name": whole["name"],
             "index": whole["index"],
         }

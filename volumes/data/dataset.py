@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
@@ -20,31 +19,28 @@ from tqdm import tqdm
 
 from volumes.description import ChannelScale, DataDescription
 from volumes.formats.raw import memory_bytes
-from volumes.formats.read import read_mask, read_volume
 from volumes.intensity import LinearScale, few_inside
-from volumes.labels import label_channels, label_indices, labels_present, merge_channels
+from volumes.labels import labels_present, merge_channels
 from volumes.map_checks import LabelMapStats, describe_maps
-from volumes.phantom import PHANTOM_LABELS, make_phantom
 from volumes.placement import Placement, pad_to_multiple
 from volumes.plausible import (
     Oddity,
     gathered,
-    header_oddities,
     resampling_oddities,
 )
-from volumes.resampling import resample
 from volumes.volume import (
     PADDING,
     Volume,
     VolumeError,
     describe_grid,
-    same_grid,
 )
 
+from .alignment import Resampled, describe_resampling
+from .case_files import first_file, known_labels, one_grid, read_case, stored_oddities
 from .cases import Case
 from .config import DataConfig
 from .preprocessing import PreprocessingFacts, common_spacing, preprocessing
-from .subjects import marks_of, voxel_digests
+from .subjects import marks_of
 from .table_conditions import describe_numbers, read_classes, read_numbers
 
 logger = logging.getLogger(__name__)
@@ -57,8 +53,9 @@ READERS = 4  # threads: decompression runs outside the interpreter's lock
 class PreparedCase:
     """A case in the model's terms: image in [-1, 1]; label indices (1, X, Y, Z) if it has a mask; each channel's scale;
     its classes (-1 where unknown) and numbers (NaN where unknown); digests of the image as it was read
-    (`voxel_digests`); oddities in the geometry of its files; and the fraction of each channel's voxels inside its
-    window.
+    (`voxel_digests`); oddities in the geometry of its files; the fraction of each channel's voxels inside its window;
+    and, where `resample_to` brought volumes onto one grid, their field of view, bool (X, Y, Z) (None: all of the box),
+    and what was resampled, see `Aligned`. Outside the field of view the image is -1 and the mask PADDING.
     """
 
     image: Volume
@@ -69,6 +66,9 @@ class PreparedCase:
     voxels: tuple[str, ...] = ()
     oddities: tuple[tuple[str, Oddity], ...] = ()
     inside: tuple[float, ...] = ()
+    seen: np.ndarray | None = None
+    resampled: tuple[Resampled, ...] = ()
+    share: float = 1.0
 
 
 class Sample(TypedDict):
@@ -77,6 +77,7 @@ class Sample(TypedDict):
     Attributes:
         image: float32 (C, X, Y, Z).
         mask: int16 (X, Y, Z) of label indices; absent without masks.
+        seen: bool (1, X, Y, Z), True inside the field of view; absent where that is the whole volume.
         affine: float64 (4, 4) in mm.
         scale: float64 (C, 2) of low and high in file units.
         metadata: the other columns of the table.
@@ -85,6 +86,7 @@ class Sample(TypedDict):
 
     image: torch.Tensor
     mask: NotRequired[torch.Tensor]
+    seen: NotRequired[torch.Tensor]
     name: str
     subject: str
     index: int
@@ -111,7 +113,7 @@ class VolumeDataset(Dataset[Sample]):
 
     def __init__(self, cases: Sequence[Case], config: DataConfig) -> None:
         self.config = config
-        self.labels = _labels(config)
+        self.labels = known_labels(config)
         self.cases: list[Case] = []
         self.skipped: list[tuple[str, str]] = []
         self.prepared: list[PreparedCase] = []
@@ -127,6 +129,8 @@ class VolumeDataset(Dataset[Sample]):
             lines = "\n".join(f"  {name}: {reason}" for name, reason in self.skipped)
             logger.warning("%d of %d cases were skipped:\n%s", len(self.skipped), len(cases), lines)
         self._warn_of_windows()
+        if said := self.resampling:
+            logger.warning("data.resample_to: %s", said)
         for oddity, files in gathered(one for prepared in self.prepared for one in prepared.oddities):
             named = ", ".join([*files.values()][:NAMED])
             named += f" and {len(files) - NAMED} more" if len(files) > NAMED else ""
@@ -153,7 +157,7 @@ class VolumeDataset(Dataset[Sample]):
             held += prepared.image.array.nbytes + (prepared.mask.array.nbytes if prepared.mask is not None else 0)
             if held > memory_bytes():
                 raise ValueError(
-                    f"{len(self.cases)} of {count} volumes, such as {_file(case)} with "
+                    f"{len(self.cases)} of {count} volumes, such as {first_file(case)} with "
                     f"{describe_grid(prepared.image)}, take more than the memory of this process; set a coarser "
                     "data.spacing, or crop them (are their units right?)"
                 )
@@ -192,6 +196,12 @@ class VolumeDataset(Dataset[Sample]):
         """How the volumes were prepared, see `volumes.data.preprocessing`."""
         return preprocessing(self.config, [prepared.image.spacing for prepared in self.prepared])
 
+    @property
+    def resampling(self) -> str | None:
+        """What `resample_to` changed, in one sentence; None if nothing."""
+        resampled, shares = [one.resampled for one in self.prepared], [one.share for one in self.prepared]
+        return describe_resampling(resampled, shares, str(self.config.resample_to))
+
     def conditions(self, index: int) -> dict[str, torch.Tensor]:
         """Return "classes", int64 (n,) of indices, -1 where unknown, and "numbers", float32 (m,) in the table's units,
         NaN where unknown. Each is in alphabetical order of its columns, and absent if the config names none."""
@@ -202,6 +212,15 @@ class VolumeDataset(Dataset[Sample]):
         if prepared.numbers:
             conditions["numbers"] = torch.tensor(prepared.numbers, dtype=torch.float32)
         return conditions
+
+    def label_map(self, index: int) -> Volume | None:
+        """Return the mask of a volume as label values, as files and pipelines have them; PADDING outside the field of
+        view. None without a mask.
+        """
+        mask, values = self.prepared[index].mask, np.array(sorted(self.labels), np.int16)
+        if mask is None:
+            return None
+        return Volume(np.where(mask.array == PADDING, np.int16(PADDING), values[mask.array]), mask.affine)
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -224,6 +243,8 @@ class VolumeDataset(Dataset[Sample]):
             item["numbers"] = conditions["numbers"]
         if prepared.mask is not None:
             item["mask"] = torch.from_numpy(prepared.mask.array[0])
+        if prepared.seen is not None:
+            item["seen"] = torch.from_numpy(prepared.seen[None])
         return item
 
 
@@ -231,50 +252,39 @@ def prepare(case: Case, config: DataConfig) -> PreparedCase:
     """Read one case and bring it into the model's terms. Raises VolumeError, which names the file (or case and
     column)."""
     classes = read_classes(case, config)
-    image, mask = _phantom(case, config) if case.phantom is not None else _files(case, config)
-    oddities = _oddities(case, image, mask)
-    voxels = voxel_digests(image.array, apart=not config.image_labels)
-    before = image.shape
-    if config.spacing is not None:
-        try:
-            image = resample(image, config.spacing)
-            mask = resample(mask, config.spacing, nearest=True) if mask is not None else None
-        except VolumeError as error:
-            raise VolumeError(f"{_file(case)}: {error}") from error
-    oddities += [(_file(case), oddity) for oddity in resampling_oddities(before, image.shape)]
+    stored = read_case(case, config)
+    oddities = stored_oddities(case, stored, config)
+    voxels = stored.digests(config)
+    aligned = one_grid(case, stored, config)
+    del stored
+    image, seen = aligned.image, aligned.seen
+    oddities += [(first_file(case), oddity) for oddity in resampling_oddities(*aligned.shapes)]
     numbers = read_numbers(case, config.numbers, image)
     scales, inside = [], []
-    scaled = np.empty_like(image.array)
+    scaled = np.full_like(image.array, -1)
     for index, channel in enumerate(config.channels):
+        shown = image.array[index] if seen is None else image.array[index][seen]
         try:
-            scale = MAP_SCALE if config.image_labels else config.scaling(channel).fit(image.array[index])
+            scale = MAP_SCALE if config.image_labels else config.scaling(channel).fit(shown)
         except VolumeError as error:
             which = f"channel {channel}: " if len(config.channels) > 1 else ""
             raise VolumeError(f"{case.images.get(channel, case.name)}: {which}{error}") from error
-        scaled[index] = scale.apply(image.array[index])
+        scaled[index][... if seen is None else seen] = scale.apply(shown)
         scales.append(scale)
-        inside.append(config.scaling(channel).share_inside(image.array[index]))
-    if mask is not None:
-        mask = mask.replace(
-            label_indices(mask.array, _labels(config), config.label_map, name=str(case.mask or case.name))
-        )
+        inside.append(config.scaling(channel).share_inside(shown))
     return PreparedCase(
         image.replace(scaled),
-        mask,
+        aligned.mask,
         tuple(scales),
         tuple(classes),
         tuple(numbers),
         voxels,
         tuple(oddities),
         tuple(inside),
+        seen,
+        aligned.resampled,
+        aligned.share,
     )
-
-
-def read_image(case: Case, config: DataConfig) -> Volume:
-    """Read the image of a case as it is stored, in file units (for label maps, a channel of 0 and 1 per label). Raises
-    VolumeError.
-    """
-    return _phantom(case, config)[0] if case.phantom is not None else _image(case, config)
 
 
 def pad_sample(item: Sample, stride: int | Sequence[int]) -> PaddedSample:
@@ -287,13 +297,20 @@ def pad_sample(item: Sample, stride: int | Sequence[int]) -> PaddedSample:
     padded: PaddedSample = {
         **item,
         "image": placement.apply(item["image"], -1.0),
-        "fov": torch.from_numpy(placement.field_of_view)[None],
+        "fov": field_of_view(item, placement),
         "affine": torch.from_numpy(placement.shift(item["affine"].numpy())),
         "placement": placement,
     }
     if "mask" in item:
         padded["mask"] = placement.apply(item["mask"], PADDING)
     return padded
+
+
+def field_of_view(item: Sample, placement: Placement) -> torch.Tensor:
+    """Return the field of view of a placed sample, bool (1, *placement.target)."""
+    if "seen" in item:
+        return placement.apply(item["seen"], False)
+    return torch.from_numpy(placement.field_of_view)[None]
 
 
 def describe(dataset: VolumeDataset, description: str = "") -> DataDescription:
@@ -318,6 +335,7 @@ def describe(dataset: VolumeDataset, description: str = "") -> DataDescription:
         numbers=describe_numbers(config.numbers, [prepared.numbers for prepared in dataset.prepared]),
         grid_numbers=tuple(n for n in sorted(config.numbers) if not any(n in case.metadata for case in dataset.cases)),
         reading=config.reading,
+        resample_to=config.resample_to,
         common_labels=_common_labels(dataset) if dataset.labels else None,
         maps=_describe_maps(dataset) if config.image_labels else None,
         description=description,
@@ -345,77 +363,3 @@ def _describe_maps(dataset: VolumeDataset) -> LabelMapStats:
     images = [prepared.image for prepared in dataset.prepared]
     maps = [(merge_channels(image.array, sorted(names))[0], float(np.prod(image.spacing))) for image in images]
     return describe_maps(maps, names)
-
-
-def _labels(config: DataConfig) -> dict[int, str]:
-    """Return label values and names, {} if there are no masks."""
-    if config.phantom is not None:
-        return config.label_names or PHANTOM_LABELS
-    if config.masks and not config.label_names:
-        raise ValueError(
-            "data: masks are given but label_names is not; name every label, e.g. {0: background, 1: tumor}"
-        )
-    return config.label_names if config.masks else {}
-
-
-def _files(case: Case, config: DataConfig) -> tuple[Volume, Volume | None]:
-    """Read image, with all channels, and mask from a case's files; they must lie on one grid."""
-    image = _image(case, config)
-    mask = read_mask(case.mask, like=image, **config.mask_reading) if case.mask is not None else None
-    if mask is not None:
-        _check_grid(case, case.mask, mask, image, config)
-    return image, mask
-
-
-def _image(case: Case, config: DataConfig) -> Volume:
-    """Read the image, with all channels, from a case's files; they must lie on one grid."""
-    volumes: dict[str, Volume] = {}
-    for channel in config.patterns:
-        if config.image_labels:
-            volumes[channel] = _label_map(case.images[channel], config)
-            continue
-        volumes[channel] = read_volume(case.images[channel], time_point=config.volume_number(channel), **config.reading)
-        if len(volumes[channel].array) != 1:
-            count = len(volumes[channel].array)
-            raise VolumeError(
-                f"{case.images[channel]}: holds {count} volumes, expected one for channel {channel!r}; choose it with "
-                "time_point, one number or {channel: number}"
-            )
-    first = next(iter(volumes.values()))
-    for channel, volume in volumes.items():
-        _check_grid(case, case.images[channel], volume, first, config)
-    return first.replace(np.concatenate([volume.array for volume in volumes.values()]))
-
-
-def _file(case: Case) -> str:
-    """Return the case's first image file, for messages; for a phantom its name."""
-    return str(next(iter(case.images.values()), case.name))
-
-
-def _oddities(case: Case, image: Volume, mask: Volume | None) -> list[tuple[str, Oddity]]:
-    """Return the oddities in the headers of the first image file and of the mask."""
-    found = [(_file(case), oddity) for oddity in header_oddities(image.source)] if image.source else []
-    known = {oddity.what for _, oddity in found}
-    of_mask = header_oddities(mask.source) if mask is not None and mask.source else []
-    return found + [(str(case.mask), oddity) for oddity in of_mask if oddity.what not in known]
-
-
-def _label_map(path: Path, config: DataConfig) -> Volume:
-    """Read an image file that is a label map, as channels of 0 and 1."""
-    image = read_mask(path, **config.mask_reading)
-    indices = label_indices(image.array[0], config.image_labels, config.label_map, name=str(path))
-    return image.replace(label_channels(indices, len(config.image_labels)))
-
-
-def _check_grid(case: Case, path: Path | None, volume: Volume, first: Volume, config: DataConfig) -> None:
-    if not same_grid(first, volume):
-        raise VolumeError(
-            f"{path}: is not on the grid of {next(iter(case.images.values()))} "
-            f"({describe_grid(volume)}, against {describe_grid(first)}); resample one onto the other first"
-        )
-
-
-def _phantom(case: Case, config: DataConfig) -> tuple[Volume, Volume]:
-    assert config.phantom is not None and case.phantom is not None
-    image, mask, _ = make_phantom(case.phantom, config.phantom.shape)
-    return image, mask

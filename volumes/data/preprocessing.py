@@ -42,6 +42,7 @@ class PreprocessingFacts(TypedDict):
         image_labels: {value: name} of images that are label maps, {} otherwise.
         label_map: {value: value} of images that are label maps, {} otherwise.
         time_point: {channel: number} of 4-D files.
+        resample_to: the channel onto whose grid the others were resampled; None: they lay on one grid.
     """
 
     channels: list[str]
@@ -51,6 +52,7 @@ class PreprocessingFacts(TypedDict):
     image_labels: NotRequired[dict[str, str]]
     label_map: NotRequired[dict[str, int]]
     time_point: NotRequired[dict[str, int]]
+    resample_to: NotRequired[str | None]
 
 
 def _values(label_map: Mapping[int | str, int]) -> dict[str, int]:
@@ -80,6 +82,7 @@ def preprocessing(config: DataConfig, spacings: Sequence[Sequence[float]] | None
         "image_labels": {str(value): name for value, name in sorted(config.image_labels.items())},
         "label_map": _values(config.label_map) if config.image_labels else {},
         "time_point": {c: n for c in config.patterns if (n := config.volume_number(c)) is not None},
+        "resample_to": config.resample_to,
     }
     if config.spacing is not None:
         facts["spacing"] = list(config.spacing)
@@ -109,6 +112,7 @@ def described_preprocessing(data: DataDescription) -> PreprocessingFacts:
         "intensity": intensity,
         "spacing": None if data.spacing is None else list(data.spacing),
         "image_labels": {str(value): name for value, name in data.image_labels.items()},
+        "resample_to": data.resample_to,
     }
 
 
@@ -126,6 +130,7 @@ def check_preprocessing(facts: Any) -> None:
         fit = fit and all(isinstance(one, Mapping) for one in maps)
         fit = fit and all(isinstance(name, str) for name in maps[0].values())
         fit = fit and all(isinstance(value, int) for one in maps[1:] for value in one.values())
+        fit = fit and isinstance(facts.get("resample_to"), str | None)
         fit = fit and all(key.removeprefix("-").isdecimal() for one in maps[:2] for key in one)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         fit = False
@@ -154,6 +159,12 @@ def differences(learned: Mapping[str, Any], given: Mapping[str, Any]) -> list[st
             of = "voxels of several sizes" if new is None else _millimeters(new)
             remedy = f"data.spacing: {[float(f'{mm:g}') for mm in old]} resamples"
             found.append(f"spacing: it learned {_millimeters(old)}, the data has {of} ({remedy})")
+    if "resample_to" in learned and "resample_to" in given and learned["resample_to"] != given["resample_to"]:
+        old, new = (
+            f"channels resampled onto {name}'s grid" if name else "channels on one grid"
+            for name in (learned["resample_to"], given["resample_to"])
+        )
+        found.append(f"resample_to: it learned {old}, the data has {new}")
     old, new = learned.get("image_labels") or {}, given.get("image_labels") or {}
     if _in_order(old) != _in_order(new):
         found.append(f"image_labels: it learned {old or 'no label maps'}, the data has {new or 'no label maps'}")
@@ -184,7 +195,8 @@ def refuse_differences(
 
 def inherited(folder: str | Path | None, section: Mapping[str, Any]) -> dict[str, object]:
     """Return the entries that a data `section` lacks, as the autoencoder in `folder` (or its vae/) learned them:
-    intensity, and spacing if it was trained on resampled volumes. {} if the folder holds no autoencoder, or one without
+    intensity, and spacing and resample_to if it was trained on resampled volumes. {} if the folder holds no
+    autoencoder, or one without
     facts or with other channels.
 
     Raises: ValueError for a damaged config.json.
@@ -201,6 +213,8 @@ def inherited(folder: str | Path | None, section: Mapping[str, Any]) -> dict[str
         entries["intensity"] = scalings[0] if alike else dict(zip(own, scalings, strict=True))
     if facts.get("resampled") and (spacing := facts.get("spacing")):
         entries["spacing"] = list(spacing)
+    if (reference := facts.get("resample_to")) in own:
+        entries["resample_to"] = reference
     return {key: value for key, value in entries.items() if key not in section}
 
 
