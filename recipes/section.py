@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ CASES = "cases.csv"
 LABELS = "labels"  # folder of label maps that were made of binary files
 MOST_UP = 4  # folders that a relative path may climb
 TEST, VALIDATION = 0.2, 0.1  # of the subjects
+MIN_TEST = 4  # `evaluation.metrics.set_distances.MIN_SIZE`, which takes seconds to import
 FEWEST = 5  # subjects, with which some can be held out for both
 
 
@@ -233,7 +235,17 @@ def _held_out(people: People, settings: Settings) -> Settings:
         return {"validation_fraction": 0.0 if given or trained < 2 else VALIDATION}
     if count < FEWEST:
         return {"test_fraction": 0.0, "validation_fraction": 0.0}
-    return {"test_fraction": TEST, "validation_fraction": VALIDATION}
+    return {"test_fraction": test_fraction(count), "validation_fraction": VALIDATION}
+
+
+def test_fraction(subjects: int) -> float:
+    """Return the share of the subjects to hold out for testing.
+
+    It is a fifth, or what makes enough for `evaluate.py realism`, if that is a third at most.
+    """
+    if round(TEST * subjects) >= MIN_TEST or subjects / 3 < MIN_TEST:
+        return TEST
+    return math.ceil(100 * MIN_TEST / subjects) / 100
 
 
 def _reasons(people: People, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -244,7 +256,7 @@ def _reasons(people: People, settings: Mapping[str, Any]) -> dict[str, str]:
         "subject": "splits are by subject: no one is in two of them",
         "group_by": "finds the subject in a case's name; splits are by subject",
         "split": f"as {people.split} says",
-        "test_fraction": "of the subjects, held out for testing",
+        "test_fraction": "of the subjects, held out for testing; evaluate.py realism needs 4 volumes",
         "validation_fraction": "of the training subjects, held out to watch the training",
     }
     if count < FEWEST:

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 
+from evaluation.metrics.set_distances import MIN_SIZE
 from recipes.contents import _look
 from recipes.proposals.intensity import propose_intensity
 from recipes.proposals.machine import Machine, autoencoder_flops, unet_flops
 from recipes.proposals.sizing import Facts, patch_shape, propose
 from recipes.proposals.weights import Weights, find_weights
+from recipes.section import MIN_TEST, TEST
+from recipes.section import test_fraction as fraction_held_out
 
 CPU = Machine(2, 16 * 2**30)
 GPU = Machine(16, 64 * 2**30, "a GPU", 24 * 2**30)
@@ -137,3 +140,11 @@ def test_weights_know_what_is_alike():
     shapes = np.full((5, 3), 50)
     assert weights.is_alike(["percentile"], 3, [1.2, 1, 1], shapes)
     assert not weights.is_alike(["window"], 3, [1, 1, 1], shapes)
+
+
+@pytest.mark.parametrize("subjects", range(5, 200))
+def test_enough_subjects_are_held_out_for_realism(subjects):
+    """As many as the smallest set that it compares, if these are a third of all at most."""
+    fraction = fraction_held_out(subjects)
+    assert MIN_SIZE == MIN_TEST and TEST <= fraction <= 0.34
+    assert (round(fraction * subjects) >= MIN_SIZE) == (subjects >= 3 * MIN_SIZE)
