@@ -133,7 +133,9 @@ def lesion_of(parser: ArgumentParser, options: argparse.Namespace) -> "Lesion | 
 
     from pipelines.inputs.edit_files import Lesion
 
-    label, position = insert if remove is None else remove
+    chosen = insert if remove is None else remove
+    assert chosen is not None
+    label, position = chosen
     return Lesion(label, position, tuple(diameters), options.within, options.replacement)
 
 

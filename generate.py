@@ -54,7 +54,8 @@ if TYPE_CHECKING:
     from volumes.data.config import DataConfig
 
 GENERATE = "generate:"
-SPLITS = ("train", "validation", "test")
+HELD_OUT = ("validation", "test")
+SPLITS = ("train", *HELD_OUT)
 PIPELINE = "pipeline"  # of a run of train_ldm.py
 
 
@@ -158,11 +159,20 @@ def data_section(config: Path, root: str | None) -> "DataConfig":
     return built(Namespace(data=Namespace(section)), {"data": DataConfig}).data
 
 
-def config_of(args: Sequence[str] | None, pipeline: str | Path) -> Path | None:
-    """The training config that the command line names, or that the run of the pipeline left; None without any."""
-    named = make_parser().parse_args(args).config
-    of_run = Path(pipeline).parent / "config.yaml"
-    return named or (of_run if of_run.is_file() else None)
+def report_arguments(args: Sequence[str] | None, config: "BatchConfig") -> list[str | Path]:
+    """Arguments of evaluate.py for a finished run. The config is that of the command line, or of the pipeline's run;
+    CONFIG is for the user to fill in. Volumes of held-out masks are for realism; privacy and utility need those of the
+    training set."""
+    options = make_parser().parse_args(args)
+    of_run = Path(config.pipeline).parent / "config.yaml"
+    words: list[str | Path] = ["all", "--config", options.config or (of_run if of_run.is_file() else "CONFIG")]
+    if options.root is not None:
+        words += ["--data.root", options.root]
+    folder = config.output.absolute()
+    words += ["--synthetic", folder]
+    if options.split in HELD_OUT:
+        words += ["--parts", "realism"]
+    return [*words, "--output", folder.with_name(f"{folder.name}-report")]
 
 
 def copy_check(fingerprints: Path, pipe: "VolumePipeline") -> "Check":
@@ -192,7 +202,4 @@ def main(args: Sequence[str] | None = None) -> None:
     state.destroy_process_group()
     if missing:
         raise ValueError("not written (all others are finished):\n" + "\n".join(missing))
-    folder = config.output.absolute()
-    report = folder.with_name(f"{folder.name}-report")
-    training = config_of(args, config.pipeline) or "CONFIG"
-    next_step("evaluate.py", "all", "--config", training, "--synthetic", folder, "--output", report)
+    next_step("evaluate.py", *report_arguments(args, config))

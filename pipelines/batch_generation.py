@@ -113,10 +113,15 @@ def generate_to_disk(config: BatchConfig, state: PartialState, *, held: bool = F
         requests = [VolumeRequest(name="map" if pipe.data.image_labels else "volume")]
     check_requests(requests, config)
     requests = [
-        replace(request, shape=config.shape, label_map={**(request.label_map or {}), **config.label_map})
+        replace(request, shape=config.shape, label_map=dict([*pairs(request.label_map), *pairs(config.label_map)]))
         for request in requests
     ]
     return write_volumes(pipe, requests, config, state, load_rejection(pipe, config), held=held)
+
+
+def pairs(label_map: LabelMap | None) -> list[tuple[int | str, int | str]]:
+    """The entries of a label map."""
+    return [] if label_map is None else [*label_map.items()]
 
 
 def write_volumes(

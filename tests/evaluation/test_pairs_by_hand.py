@@ -54,6 +54,20 @@ def test_each_channel_is_scaled_by_itself(tmp_path):
     torch.testing.assert_close(images[0], images[1])
 
 
+def test_volumes_are_found_by_the_name_of_their_case(tmp_path):
+    """As generate.py --split names them; masks of one stem, as of patients' folders, say nothing."""
+    cases = []
+    for name in ("p0", "p1", "labels"):
+        (tmp_path / name).mkdir()
+        cases.append(Case(name, name, mask=stored(np.zeros(SHAPE, np.uint8), tmp_path / name / "labels.nii.gz")))
+    for name in ("p0_000", "p1_000", "labels_000"):
+        stored(ramp(1), tmp_path / "made" / f"{name}.nii.gz")
+    found = {pair.case.name: pair.generated[0].name for pair in generated_pairs(cases, tmp_path / "made")}
+    assert found == {"p0": "p0_000.nii.gz", "p1": "p1_000.nii.gz", "labels": "labels_000.nii.gz"}
+    with pytest.raises(ValueError, match="named after a mask"):
+        generated_pairs(cases[:2], tmp_path / "p0")
+
+
 def test_a_generated_file_is_read_without_the_data_time_point(tmp_path):
     made = (stored(ramp(1), tmp_path / "case_000.nii.gz"),)
     data = config(images="{volume}.nii.gz", time_point=1)

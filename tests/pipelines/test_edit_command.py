@@ -166,6 +166,30 @@ def test_a_lesion_in_a_mask_of_other_values(place, tmp_path):
     np.testing.assert_array_equal(edited, remove_lesion(read_mask(home / "labels.nii.gz"), 5, 0)[0].array)
 
 
+def test_a_lesion_in_a_mask_of_swapped_values(place, tmp_path):
+    """A label map is not applied a second time, to the new mask."""
+    home = place / "p0"
+    words = ["--image", home / "scan.nii.gz", "--mask", home / "labels.nii.gz", "--label_map", "2=5", "5=2"]
+    run(place, tmp_path / "out", *words, "--insert", "2@4,4,4", "--diameter", "3")
+    record = json.loads((tmp_path / "out/scan_000.json").read_text())
+    assert record["label_map"] is None
+    swapped = np.array([0, 0, 5, 0, 0, 2])[read_mask(home / "labels.nii.gz").array]
+    edited, region = (read_mask(tmp_path / f"out/{name}/scan.nii.gz").array for name in ("masks", "regions"))
+    assert (edited == swapped)[region == 0].all() and edited[0, 4, 4, 4] == 2
+
+
+def test_edits_of_several_kinds_share_no_batch(place, tmp_path):
+    """Equal grids, other strengths, with a region and without: one command, a batch for each kind."""
+    names = ["strength", "0.5", "1", "0.5"]
+    rows = ["image,mask,region,strength,name"]
+    rows += [f"p0/scan.nii.gz,p0/labels.nii.gz,{'' if n == 1 else 'p0/part.nii.gz'},{names[n]},e{n}" for n in (1, 2, 3)]
+    table = place / "kinds.csv"
+    table.write_text("\n".join(rows) + "\n")
+    run(place, tmp_path / "together", "--edits", table)
+    run(place, tmp_path / "apart", "--edits", table, "--batch_size", "1")
+    assert_same(tmp_path / "together", tmp_path / "apart")
+
+
 def test_several_channels_and_a_kept_one(tmp_path):
     scales = [SCALE, {**SCALE, "low": 0.0, "high": 20.0}]
     tiny_pipeline(channels=["ct", "pet"], intensity=scales, images={"ct": 4}).save_pretrained(tmp_path / "pipeline")

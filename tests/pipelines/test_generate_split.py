@@ -87,7 +87,7 @@ def test_the_cases_of_a_split_are_generated(place, tmp_path, monkeypatch, capsys
     assert other["classes"] == {"sex": "M"} and not other["numbers"]  # an empty cell leaves it out
     assert record["model"] == MedVolumePipeline.from_pretrained(place / "run/pipeline").model_hash
     said = capsys.readouterr().err
-    assert "evaluate.py all --config" in said and "--synthetic out --output out-report" in said
+    assert "evaluate.py all --config" in said and "--synthetic out --parts realism --output out-report" in said
 
 
 def test_a_command_line_overrides_the_config(place, tmp_path):

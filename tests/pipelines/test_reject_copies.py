@@ -122,7 +122,12 @@ def test_a_volume_that_is_always_a_copy_is_dropped_alone(inputs, fingerprints, t
         ValueError, match=r"(?s)not written.*a_000.nii.gz: each of 1 volumes was refused.*is a copy.*threshold 0.990"
     ):
         generate.main(arguments(inputs, tmp_path, *more))
-    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["b_000.json", "b_000.nii.gz", "manifest.csv"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == [
+        "b_000.json",
+        "b_000.nii.gz",
+        "manifest.csv",
+        "preview.png",
+    ]
 
 
 def test_rejections_of_one_volume_change_no_other():

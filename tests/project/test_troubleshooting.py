@@ -107,7 +107,7 @@ def test_what_the_page_for_others_calls_ours_exists():
     scripts = set(re.findall(r"\b[a-z_]+\.py\b", ours))
     assert len(scripts) >= 4 and [name for name in scripts if not (ROOT / name).exists()] == []
     options = set(re.findall(r"`--(\w+)", ours))
-    generating = (ROOT / "generate.py").read_text()
+    generating = (ROOT / "generate.py").read_text() + (ROOT / "cli/generation.py").read_text()
     known = settings(TrainVaeConfig) | set(re.findall(r'"--(\w+)"', generating)) | {"config"}
     assert len(options) >= 5 and sorted(options - known) == []
     arguments = set(re.findall(r"`(\w+)=", ours))
