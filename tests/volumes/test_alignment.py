@@ -119,6 +119,16 @@ def test_the_voxels_of_the_reference_stay():
     assert one.shift == pytest.approx(np.linalg.norm(centers[0] - centers[1]))
 
 
+def test_the_field_of_view_is_what_image_and_mask_share():
+    """An oblique MR cuts the mask that lies on CT's grid, and an oblique mask cuts both images."""
+    cut = align({"ct": ramp(*CT), "mr": ramp(*OBLIQUE)}, ball(*CT), "ct")
+    assert cut.seen is not None and not cut.seen.all() and [one.name for one in cut.resampled] == ["mr"]
+    np.testing.assert_array_equal(cut.mask.array[0] == PADDING, ~cut.seen)
+    other = align({"ct": ramp(*CT), "mr": ramp(*CT)}, ball(*OBLIQUE), "ct")
+    np.testing.assert_array_equal(other.seen, cut.seen)
+    assert (np.isnan(other.image.array) == ~other.seen).all() and [one.name for one in other.resampled] == [MASK]
+
+
 def test_volumes_on_one_grid_stay_as_they_are():
     first, mask = ramp(*CT), ball(*CT)
     aligned = align({"ct": first, "pet": ramp(*CT)}, mask, "ct")
