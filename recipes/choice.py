@@ -137,6 +137,12 @@ def _chosen_mask(layout: Layout, reader: Reader, masks: set[str], asked: str | N
             f"{len(masks)} files could be the mask: {_listed(layout, sorted(masks))}; "
             f"say {_ways(layout, reader, masks)}, or --mask none"
         )
+    if not masks and layout.contours:
+        raise Ambiguous(
+            f"{len(layout.contours)} DICOM folders hold masks (SEG, RTSTRUCT), such as {layout.contours[0]}, which are "
+            "not matched to the series here; say --mask none for a model without masks, or write masks, label_names "
+            "and label_map of the data section by hand, as docs/formats.md shows"
+        )
     return next(iter(masks), None)
 
 

@@ -35,7 +35,7 @@ class Listing:
 
 
 def list_folder(root: Path, skip: Path | None = None) -> Listing:
-    """List a folder. Hidden files and folders, and recipes, are passed over.
+    """List a folder. Hidden files and folders, and recipes, are passed over. Linked folders are followed once.
 
     Args:
         root: the folder.
@@ -48,10 +48,14 @@ def list_folder(root: Path, skip: Path | None = None) -> Listing:
         raise ValueError(f"{root}: no such folder; give the folder of the scans")
     volumes: list[str] = []
     series: list[str] = []
-    count = 0
-    for folder, folders, names in os.walk(root):
+    count, linked = 0, {root.resolve()}
+    for folder, folders, names in os.walk(root, followlinks=True):
         here = Path(folder)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _is_skipped(here / name, skip))
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if not name.startswith(".") and not _is_skipped(here / name, skip) and not _is_known(here / name, linked)
+        ]
         count += len(names)
         if count > MOST_FILES:
             raise ValueError(f"{root}: holds more than {MOST_FILES} files; give the folder of one data set")
@@ -83,6 +87,19 @@ def suffix_of(path: str) -> str:
     """Return a file's suffix as it is spelled: `.nii.gz`, `.NRRD`; "" for a DICOM folder."""
     name = nfc(Path(path).name)
     return name[len(volume_stem(name)) :]
+
+
+def _is_known(folder: Path, linked: set[Path]) -> bool:
+    """Return whether a linked folder is listed at another place, or holds one that is (a loop); remember it if not."""
+    if not folder.is_symlink():
+        return False
+    real = folder.resolve()
+    for other in linked:
+        hidden = real.is_relative_to(other) and any(part.startswith(".") for part in real.relative_to(other).parts)
+        if other.is_relative_to(real) or (real.is_relative_to(other) and not hidden):
+            return True
+    linked.add(real)
+    return False
 
 
 def _is_skipped(folder: Path, skip: Path | None) -> bool:

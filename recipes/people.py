@@ -17,10 +17,19 @@ from volumes.volume import GRID_NUMBERS
 from .choice import Ambiguous
 from .layouts.folders import SPLIT_FOLDERS
 from .layouts.layout import Key, case_name
+from .layouts.listed import ROW, ROW_NUMBER
 from .listing import Listing
 
 JOINED = 0.5  # of the cases, that a table's column must name for the table to be of this data set
-SUBJECT_NAMES = re.compile(r"(?:subject|patient|participant|person|case)(?:[_ ]?(?:id|number|no|name))?", re.IGNORECASE)
+SUBJECT_NAMES = re.compile(
+    r"(?:subj(?:ect)?|pat(?:ient)?|participant|person|case|volunteer|donor)(?:[-_. ]?(?:id|number|no|nr|name))?|"
+    r"id|pid|mrn",
+    re.IGNORECASE,
+)
+ID_NAMES = re.compile(r"(?:.*[-_. ])?(?:id|pid|mrn|pseudonym|accession)", re.IGNORECASE)
+IDENTIFIER = re.compile(r"[^\W\d_]+[-_ ]?\d{2,}|\d{5,}", re.IGNORECASE)  # P017, 0034512
+TIMES = re.compile(r"date|time|year|day", re.IGNORECASE)
+EMPTY = ("", "n/a", "N/A")  # cells without a value; NA, too, in a TSV
 SPLIT_NAMES = re.compile(r"split|subset|partition|set|fold|group", re.IGNORECASE)
 SUBJECT_FIELDS = ("subject", "participant_id")
 MOST_CLASSES = 8
@@ -40,7 +49,8 @@ class People:
         split: the column or field that says so.
         table: the table that was joined, relative to the root.
         join: (field of the key, column of the table).
-        metadata: {case: {column: value}} of the table and the headers.
+        metadata: {case: {column: value}} of the table and the headers; "" for n/a.
+        rewritten: whether cells of the table had to be changed, so that the table itself cannot serve.
         classes, numbers: columns that could condition a model, with their values and ranges.
         unsure: what the user should look at.
     """
@@ -53,6 +63,7 @@ class People:
     table: str | None = None
     join: tuple[str, str] = ("", "")
     metadata: dict[Key, dict[str, str]] = field(default_factory=dict)
+    rewritten: bool = False
     classes: dict[str, list[str]] = field(default_factory=dict)
     numbers: dict[str, tuple[float, float]] = field(default_factory=dict)
     unsure: list[str] = field(default_factory=list)
@@ -76,18 +87,20 @@ def find_people(
         group_by: regular expression that the user gave.
 
     Raises:
-        Ambiguous: if several tables, or several columns of subjects, fit.
+        Ambiguous: if several tables, several columns of names or of subjects, fit, or a subject's cell is empty.
         ValueError: for a subject column that is not there.
     """
     people = People({key: case_name(key) for key in keys})
-    people.metadata = {key: dict(known.get(key, {})) for key in keys}
-    joined = {name: join for name, rows in tables.items() if (join := _join(keys, rows)) is not None}
+    people.metadata = {key: _cells(known.get(key, {}), "") for key in keys}
+    people.rewritten = any(people.metadata[key] != known.get(key, {}) for key in keys)
+    joined = {name: join for name, rows in tables.items() if (join := _join(keys, name, rows)) is not None}
     if len(joined) > 1:
         raise Ambiguous(f"{len(joined)} tables name the cases: {', '.join(joined)}; say --table {next(iter(joined))}")
     for name, (field_name, column, rows) in joined.items():
         people.table, people.join = name, (field_name, column)
         for key, row in rows.items():
-            people.metadata[key] |= {str(k): str(v) for k, v in row.items()}
+            people.metadata[key] |= (cells := _cells(row, name))
+            people.rewritten |= cells != {str(k): str(v) for k, v in row.items()}
         if without := [case_name(key) for key in keys if key not in rows]:
             people.unsure.append(f"{len(without)} cases have no row in {name}: {', '.join(without[:3])}")
     for name in tables.keys() - joined.keys():
@@ -117,9 +130,20 @@ def read_tables(listing: Listing, names: Sequence[str], asked: bool) -> tuple[di
     return tables, notes
 
 
-def _join(keys: Sequence[Key], rows: Sequence[Row]) -> tuple[str, str, dict[Key, Row]] | None:
-    """Return the (field, column) whose values are equal for most cases, and the row of each case; None if none are."""
-    best: tuple[int, str, str, dict[Key, Row]] | None = None
+def _cells(row: Mapping[str, object], table: str) -> dict[str, str]:
+    """Return the cells of a row as text, and "" for those that say that there is no value."""
+    empty = (*EMPTY, "NA") if ".tsv" in table.lower() else EMPTY
+    return {str(column): "" if str(cell) in empty else str(cell) for column, cell in row.items()}
+
+
+def _join(keys: Sequence[Key], table: str, rows: Sequence[Row]) -> tuple[str, str, dict[Key, Row]] | None:
+    """Return the (field, column) whose values are equal for most cases, and the row of each case; None if none are.
+
+    Raises:
+        Ambiguous: if two columns name as many cases, and give them different rows.
+    """
+    best: tuple[str, str, dict[Key, Row]] | None = None
+    rival = ""
     fields = list(dict.fromkeys(["", *(name for key in keys for name, _ in key)]))
     for column in rows[0]:
         by_value = {same_name(str(row[column])): row for row in rows if row[column] != ""}
@@ -127,9 +151,18 @@ def _join(keys: Sequence[Key], rows: Sequence[Row]) -> tuple[str, str, dict[Key,
             continue
         for name in fields:
             found = {key: by_value[value] for key in keys if (value := same_name(_value(key, name))) in by_value}
-            if len(found) >= JOINED * len(keys) and (best is None or len(found) > best[0]):
-                best = len(found), name, column, found
-    return None if best is None else best[1:]
+            if len(found) < max(JOINED * len(keys), 1 if best is None else len(best[2])):
+                continue
+            if best is None or len(found) > len(best[2]):
+                best, rival = (name, column, found), ""
+            elif any(found.get(key) is not row for key, row in best[2].items()):
+                rival = rival or column
+    if best is not None and rival:
+        raise Ambiguous(
+            f"{table}: the columns {best[1]} and {rival} both name the cases, and give them different rows; remove or "
+            "rename the one that does not name files, or give another table by --table FILE"
+        )
+    return best
 
 
 def _value(key: Key, name: str) -> str:
@@ -159,41 +192,80 @@ def _find_subjects(people: People, keys: Sequence[Key], asked: str | None, group
 
 
 def _subject_column(people: People, keys: Sequence[Key], columns: Sequence[str], fields: Sequence[str]) -> str:
-    """Return the column or field that says whose volume a case is. Raises: Ambiguous if several disagree."""
-    named = [column for column in columns if SUBJECT_NAMES.fullmatch(column)]
-    named = [column for column in named if all(people.metadata[key].get(column) for key in keys)]
+    """Return the column or field that says whose volume a case is.
+
+    Raises:
+        Ambiguous: if several disagree, if a cell is empty, and for a column of identifiers with another name.
+    """
     groups: dict[tuple[int, ...], str] = {}
-    for column in named:
-        values = [people.metadata[key][column] for key in keys]
+    for column in columns:
+        if not SUBJECT_NAMES.fullmatch(column):
+            continue
+        values = [people.metadata[key].get(column, "") for key in keys]
+        if not any(values) or (column == people.join[1] and not all(values)):  # the files' own names say it, too
+            continue
+        if "" in values:
+            where = f"{people.table}: " if people.table else ""
+            raise Ambiguous(
+                f"{where}the case {case_name(keys[values.index('')])} has no value in the column {column}, so it is "
+                f"not known whose it is; fill the cell, or say --subject {column} to count each such case as a "
+                "subject of its own"
+            )
         groups.setdefault(tuple(values.index(value) for value in values), column)
-    coarser = {g: column for g, column in groups.items() if len(set(g)) < len(keys)} or groups
+    coarser = {g: column for g, column in groups.items() if len(set(g)) < len(keys)}
+    coarser = coarser or {g: column for g, column in groups.items() if column.lower() != "id"}
     if len(coarser) > 1:
         named = list(coarser.values())
         raise Ambiguous(f"{len(named)} columns could be the subject: {', '.join(named)}; say --subject {named[0]}")
     if coarser:
         return next(iter(coarser.values()))
-    return next((name for name in SUBJECT_FIELDS if name in fields), "")
+    if found := next((name for name in SUBJECT_FIELDS if name in fields), ""):
+        return found
+    if column := next((column for column in columns if _is_identifier(people, keys, column)), ""):
+        raise Ambiguous(
+            f"the column {column} repeats values that look like identifiers, such as "
+            f"{next(cell for key in keys if (cell := people.metadata[key].get(column)))}; say --subject {column} if it "
+            "says whose the scans are, or --group_by '.+' if each scan is of another subject"
+        )
+    return ""
+
+
+def _is_identifier(people: People, keys: Sequence[Key], column: str) -> bool:
+    """Return whether a column repeats values that look as if they name people: many, and called or formed so."""
+    cells = [cell for key in keys if (cell := people.metadata[key].get(column, ""))]
+    values = set(cells)
+    if column == people.join[1] or SPLIT_NAMES.fullmatch(column) or TIMES.search(column):
+        return False
+    if len(values) == len(cells) or len(values) < max(3, len(cells) / 6) or len(cells) < len(keys) / 2:
+        return False
+    return ID_NAMES.fullmatch(column) is not None or all(IDENTIFIER.fullmatch(cell) for cell in values)
 
 
 def _group_names(people: People, keys: Sequence[Key]) -> None:
     """Group names that differ in a visit or side alone: p01_visit1, p01_visit2."""
-    names = {key: case_name(key) for key in keys}
+    names = {key: _plain_name(key) for key in keys}
     groups = {key: match[1] for key, name in names.items() if (match := re.match(ENDING, name, re.IGNORECASE))}
     shared = [subject for subject, count in Counter(groups.values()).items() if count > 1]
     if shared and len(groups) == len(keys):
         people.group_by = f"(?i){ENDING.replace('(.+?)', '^(.+?)', 1)}"
         people.subjects = groups
-        example = [name for key, name in names.items() if groups[key] == shared[0]][:2]
+        example = [case_name(key) for key in keys if groups[key] == shared[0]][:2]
         people.unsure.append(f"{' and '.join(example)} count as one subject; --group_by REGEX changes that")
         return
     heads = Counter(re.split(r"[\W_]+(?=[^\W_]+$)", name)[0] for name in names.values())
     several = [head for head, count in heads.items() if count > 1]
-    if several and len(heads) > len(keys) / 4 and max(heads.values()) <= 4:
-        alike = [name for name in names.values() if name.startswith(several[0])][:2]
+    if len(several) > 1 or (several and len(heads) > len(keys) / 4 and max(heads.values()) <= 4):
+        alike = [case_name(key) for key, name in names.items() if name.startswith(several[0])][:2]
         people.unsure.append(
             f"every case counts as its own subject, though {' and '.join(alike)} have similar names; if they are one "
             "person, say --subject COLUMN or --group_by REGEX, or the splits leak"
         )
+
+
+def _plain_name(key: Key) -> str:
+    """Return a case's name without what is not of the patient: the folder of its split, and the number of a row."""
+    plain = case_name(tuple(item for item in key if item[0] != "split"))
+    return ROW_NUMBER.sub("", plain) if key[0][0] == ROW else plain
 
 
 def _grouped(expression: str, name: str) -> str:
@@ -212,7 +284,7 @@ def _find_splits(people: People, keys: Sequence[Key]) -> None:
     for column, values in candidates.items():
         if all(value.lower() in SPLIT_FOLDERS for value in values.values()):
             splits = {key: SPLIT_FOLDERS[value.lower()] for key, value in values.items()}
-            torn = Counter(subject for subject, _ in {(people.subjects[key], splits[key]) for key in keys})
+            torn = Counter(subject for subject, _ in sorted({(people.subjects[key], splits[key]) for key in keys}))
             if "train" not in splits.values():
                 continue
             if both := [subject for subject, count in torn.items() if count > 1]:
@@ -233,7 +305,9 @@ def _find_conditions(people: People, keys: Sequence[Key]) -> None:
     taken = {people.subject, people.split, people.join[1], "subject", "split", "mask"}
     for column in dict.fromkeys(column for key in keys for column in people.metadata[key]):
         cells = [people.metadata[key].get(column, "") for key in keys]
-        filled = [cell for cell in cells if cell not in ("", "n/a")]
+        filled = [cell for cell in cells if cell != ""]
+        if _is_identifier(people, keys, column) or SUBJECT_NAMES.fullmatch(column):
+            continue
         if column in taken or len(filled) < len(cells) / 2 or not all(cell.isprintable() for cell in filled):
             continue
         counts = Counter(filled)
@@ -273,6 +347,13 @@ def conditions(
     for name in numbers:
         if name not in GRID_NUMBERS and same_name(name) not in columns:
             raise ValueError(f"--numbers {name}: there is no such column; {known}")
+        for key in keys if name not in GRID_NUMBERS else ():
+            cell = people.metadata[key].get(columns[same_name(name)], "")
+            if cell != "" and _numbers([cell]) is None:
+                raise ValueError(
+                    f"--numbers {name}: the case {case_name(key)} has {cell!r}, which is not a number; correct the "
+                    f"cell, or say --classes {name}"
+                )
     return chosen, [name if name in GRID_NUMBERS else columns[same_name(name)] for name in numbers]
 
 

@@ -134,7 +134,7 @@ def _with_patterns(
         plain[STRUCTURES] = f"{_labels_folder(recipe, listing.root)}/{{case}}.nii.gz"
     base: Settings = {"root": relative(listing.root, recipe)}
     split = {"split": people.split} if people.splits and is_plain_split(people) else {}
-    if people.splits and not split:
+    if (people.splits and not split) or people.rewritten:
         return
     name, column = people.join
     own = next(iter(fields)) if len(fields) == 1 else name

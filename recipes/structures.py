@@ -32,6 +32,11 @@ def choose_structures(structures: Mapping[Key, Mapping[str, str]], asked: Sequen
     return sorted(set(chosen)) or names
 
 
+def without_structures(structures: Mapping[Key, Mapping[str, str]], names: Sequence[str]) -> list[Key]:
+    """Return the cases that have none of these structures."""
+    return [key for key, files in structures.items() if not files.keys() & set(names)]
+
+
 def combine(
     root: Path,
     structures: Mapping[Key, Mapping[str, str]],

@@ -18,7 +18,7 @@ from .contents import SAMPLED, Look, Reader, label_counts, masks_to_read, spread
 from .layouts.bids import find_bids
 from .layouts.described import find_described
 from .layouts.folders import find_folders
-from .layouts.layout import Layout
+from .layouts.layout import Layout, case_name
 from .layouts.listed import find_listed
 from .layouts.series import find_series
 from .layouts.structures import ROLE as STRUCTURES
@@ -30,7 +30,8 @@ from .proposals.machine import Machine, this_machine
 from .proposals.sizing import Facts, Plan, Settings, propose, volume_limit
 from .proposals.weights import find_weights
 from .section import LABELS, DataSection, data_config, find_section
-from .structures import choose_structures, combine
+from .structures import choose_structures, combine, without_structures
+from .synthetic import find_synthetic
 
 KEEP = "keep"
 
@@ -143,6 +144,7 @@ def look_over(options: Options, machine: Machine | None = None) -> Survey:
         )
     reader = Reader(options.folder)
     choice = choose(layout, reader, options.channels, options.mask, options.time_point)
+    _keep_structures(options, layout, choice)
     people = find_people(choice.keys, layout.metadata, tables, subject=options.subject, group_by=options.group_by)
     classes, numbers = conditions(people, choice.keys, options.classes, options.numbers)
     scalings, ranges = _intensities(layout, choice, reader)
@@ -163,7 +165,7 @@ def look_over(options: Options, machine: Machine | None = None) -> Survey:
         from .proposals.memory import fit_memory  # imports all of training, which takes seconds
 
         fit_memory(plan, facts, machine, data_config(section.settings, options.folder))
-    unsure = [*choice.unsure, *people.unsure, *unsure_spacing, *plan.unsure]
+    unsure = [*find_synthetic(listing), *choice.unsure, *people.unsure, *unsure_spacing, *plan.unsure]
     unsure += [proposal.unsure for proposal in scalings.values() if proposal.unsure]
     if choice.mask is not None and masks_read < len(choice.keys):
         unsure.append(f"labels were read from {masks_read} of {len(choice.keys)} masks; others may hold more values")
@@ -230,6 +232,20 @@ def _role_name(role: str) -> str:
     plain = name.lower() in ("mask", "masks", "label", "labels", "seg", "segmentation", "labelstr", "gt")
     words = [word for word in name.split("_") if word.lower() not in ("mask", "seg", "label", "ct", "mr", "pet")]
     return "foreground" if plain or not words else "_".join(words).lower()
+
+
+def _keep_structures(options: Options, layout: Layout, choice: Choice) -> None:
+    """Leave cases out that have none of the structures that the user named."""
+    if choice.mask != STRUCTURES or not options.structures:
+        return
+    structures = {key: layout.structures[key] for key in choice.keys}
+    without = without_structures(structures, choose_structures(structures, options.structures))
+    if without:
+        choice.unsure.append(
+            f"{len(without)} cases have none of {', '.join(options.structures)} and are left out: "
+            f"{', '.join(case_name(key) for key in without[:5])}"
+        )
+        choice.keys = [key for key in choice.keys if key not in without]
 
 
 def _combined(options: Options, layout: Layout, choice: Choice) -> tuple[dict[int, tuple[str, int]], int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from files.documents import read_object
@@ -35,7 +35,7 @@ def find_described(listing: Listing) -> Layout | None:
     said = read_object(own) if own.is_file() else {}
     images = [path for path in listing.volumes if path.startswith(f"{IMAGES}/")]
     labels = [path for path in listing.volumes if path.startswith(f"{LABELS}/")]
-    numbered = all(CHANNEL.fullmatch(stem_of(path)) for path in images)
+    numbered = _is_numbered([stem_of(path) for path in images], {stem_of(path) for path in labels})
     files, roles = [], {}
     for path in images:
         stem = stem_of(path)
@@ -65,6 +65,13 @@ def find_described(listing: Listing) -> Layout | None:
         kind, files, masks={LABELS} if labels else set(), channel_names=by_role, label_names=label_names,
         notes=notes + more,
     )  # fmt: skip
+
+
+def _is_numbered(images: Sequence[str], labels: Set[str]) -> bool:
+    """Return whether the digits at the end of all names are a channel's: labels are named without them."""
+    matches = [CHANNEL.fullmatch(stem) for stem in images]
+    cases = {match[1] for match in matches if match}
+    return all(matches) and (not labels or len(labels & cases) > len(labels & set(images)))
 
 
 def _channel_names(said: Mapping[str, Any]) -> list[str]:

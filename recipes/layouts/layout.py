@@ -53,6 +53,7 @@ class Layout:
         table: a table that belongs to the layout.
         metadata: what files say of each case: {key: {column: value}}.
         structures: {key: {structure: path}} of binary files that make up the mask.
+        contours: DICOM folders of masks (SEG, RTSTRUCT), which init does not match to series.
         notes: what was left out, and why.
     """
 
@@ -65,6 +66,7 @@ class Layout:
     table: str | None = None
     metadata: dict[Key, dict[str, str]] = field(default_factory=dict)
     structures: dict[Key, dict[str, str]] = field(default_factory=dict)
+    contours: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property

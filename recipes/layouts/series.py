@@ -20,6 +20,8 @@ TAGS = [
     "StudyInstanceUID", "StudyDate", "ImageType",
 ]  # fmt: skip
 NO_VOLUMES = {"SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG", "DOC"}
+NO_SERIES = "{} is not a series of images"
+CONTOURS = {NO_SERIES.format(modality) for modality in ("SEG", "RTSTRUCT")}
 NAMES = {"PT": "PET"}
 AGE = re.compile(r"(\d{3})([DWMY])")
 YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
@@ -41,7 +43,7 @@ def find_series(listing: Listing) -> Layout | None:
     """Read a DICOM tree; None if there is no DICOM folder, or if volume files are the most."""
     if len(listing.series) <= len(listing.volumes) // 4:
         return None
-    series, notes = [], []
+    series, notes, contours = [], [], []
     skipped: Counter[str] = Counter()
     for folder in listing.series:
         found = _read(listing.root, folder)
@@ -49,6 +51,7 @@ def find_series(listing: Listing) -> Layout | None:
             series.append(found)
         else:
             skipped[found] += 1
+            contours += [folder] if found in CONTOURS else []
     notes += [f"{count} DICOM folders are left out: {why}" for why, count in sorted(skipped.items())]
     if not series:
         return None
@@ -74,7 +77,7 @@ def find_series(listing: Listing) -> Layout | None:
     found = [*files.values(), *_beside(listing, series, keys)]
     metadata = {keys[one.folder]: dict(one.metadata) for one in series}
     notes.append("patients are grouped by the PatientID in the headers, which is written to cases.csv")
-    return Layout("a DICOM tree", found, metadata=metadata, notes=notes)
+    return Layout("a DICOM tree", found, metadata=metadata, contours=contours, notes=notes)
 
 
 def _read(root: Path, folder: str) -> Series | str:
@@ -83,7 +86,7 @@ def _read(root: Path, folder: str) -> Series | str:
     header = pydicom.dcmread(slices[0], stop_before_pixels=True, specific_tags=TAGS)
     modality = str(header.get("Modality", "") or "OT")
     if modality in NO_VOLUMES:
-        return f"{modality} is not a series of images"
+        return NO_SERIES.format(modality)
     if "LOCALIZER" in (header.get("ImageType") or []):
         return "localizers"
     if len(slices) < 2:

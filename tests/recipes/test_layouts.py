@@ -1,10 +1,15 @@
 """Each layout, fabricated with awkward names: what init finds, and that training lists the same cases."""
 
+import json
+
 import layouts as made
 import numpy as np
+import pydicom
 import pytest
 import yaml
 
+from recipes.choice import Ambiguous
+from recipes.listing import list_folder
 from recipes.proposals.machine import Machine
 from recipes.recipe import write_recipe
 from recipes.survey import Options, look_over
@@ -177,3 +182,65 @@ def test_a_recipe_among_the_scans_is_passed_over(tmp_path):
 def test_a_folder_without_volumes_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no volumes"):
         survey_of(tmp_path, tmp_path / "recipe")
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    folder = made.patients(tmp_path / "disk")
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for patient in sorted(path for path in folder.iterdir() if path.is_dir()):
+        (scans / patient.name).symlink_to(patient, target_is_directory=True)
+    (scans / "again").symlink_to(scans, target_is_directory=True)  # a loop
+    (scans / "twice").symlink_to(scans / "Patient 01ö", target_is_directory=True)
+    assert list_folder(scans).volumes == list_folder(folder).volumes
+    _, cases = written(survey_of(scans, tmp_path / "recipe"))
+    assert len(cases) == 6
+
+
+def test_linked_folders_that_are_hidden_are_followed(tmp_path):
+    folder = made.pairs(tmp_path / "scans/.store/images").parent.parent
+    (folder / "images").symlink_to(folder / ".store/images", target_is_directory=True)
+    assert len(list_folder(folder).volumes) == 10
+
+
+@pytest.mark.parametrize("modality", ["SEG", "RTSTRUCT"])
+def test_masks_in_dicom_are_asked_about(tmp_path, modality):
+    folder = made.dicom(tmp_path / "export")
+    for patient in sorted(folder.iterdir()):
+        (patient / "tumour.nii.gz").unlink()
+        one = pydicom.dcmread(next(patient.glob("*/CT_*/IM0")))
+        one.Modality = modality
+        place = patient / f"study/{modality}"
+        place.mkdir(parents=True)
+        one.save_as(place / "mask.dcm")
+    with pytest.raises(Ambiguous, match=rf"3 DICOM folders hold masks .*{modality}, which .*say --mask none"):
+        survey_of(folder, tmp_path / "recipe")
+    assert survey_of(folder, tmp_path / "recipe", mask="none").choice.mask is None
+
+
+def test_the_decathlons_names_may_end_in_four_digits(tmp_path):
+    for n in range(4):
+        made.save(made.image(n, kind="ct"), tmp_path / f"scans/imagesTr/liver_{n:04d}.nii.gz")
+        made.save(made.mask(n), tmp_path / f"scans/labelsTr/liver_{n:04d}.nii.gz")
+    said = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "liver", "2": "cancer"}}
+    (tmp_path / "scans/dataset.json").write_text(json.dumps(said))
+    survey = survey_of(tmp_path / "scans", tmp_path / "recipe")
+    assert survey.layout.name == "Medical Segmentation Decathlon" and len(survey.choice.keys) == 4
+    assert [channel.name for channel in survey.choice.channels] == ["ct"]
+
+
+def test_cases_without_the_structures_are_left_out(tmp_path):
+    folder = made.totalsegmentator(tmp_path / "cases")  # the first has no spleen
+    survey = survey_of(folder, tmp_path / "recipe", structures=["spleen"])
+    assert survey.labels == {0: ("background", 3), 1: ("spleen", 3)}
+    assert any("1 cases have none of spleen and are left out: s0000" in text for text in survey.unsure)
+    assert sorted(case.mask.name for case in written(survey)[1]) == [f"s000{n}.nii.gz" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("place", ["synthetic.json", "dataset.json", "study-0_image.json"])
+def test_synthetic_volumes_are_pointed_out(tmp_path, place):
+    folder = made.pairs(tmp_path / "scans")
+    (folder / place).write_text(json.dumps({"synthetic": False}))
+    assert not any("SYNTHETIC" in text for text in survey_of(folder, tmp_path / "recipe").unsure)
+    (folder / place).write_text(json.dumps({"synthetic": True}))
+    assert f"THESE VOLUMES ARE SYNTHETIC: {place}" in survey_of(folder, tmp_path / "recipe").unsure[0]
