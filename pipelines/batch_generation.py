@@ -108,7 +108,7 @@ def generate_to_disk(config: BatchConfig, state: PartialState, *, held: bool = F
     if config.conditions:
         requests = read_requests(config.conditions, pipe, config.output, state.print)
     elif config.data is not None:
-        requests = case_requests(config.data, config.splits, pipe, config.output)
+        requests = case_requests(config.data, config.splits, pipe, config.output, config.label_map)
     elif not config.masks:
         requests = [VolumeRequest(name="map" if pipe.data.image_labels else "volume")]
     check_requests(requests, config)
