@@ -238,6 +238,7 @@ def test_exports_of_generated_masks_are_checked_first(place, tmp_path):
     scale = {"kind": "window", "low": 0.0, "high": 1.0}
     tiny_pipeline(num_labels=0, labels={}, intensity=[scale, scale], **names).save_pretrained(tmp_path / "maps")
     command = ["--pipeline", str(place / "pipeline"), "--masks", f"generate:{tmp_path / 'maps'}"]
+    command += ["--shape", "8", "8", "8", "--steps", "1"]
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/notes.txt").write_text("mine")
     for export, said in (
