@@ -3,7 +3,7 @@
 A path is relative to the place where it is written: on a command line to the working directory, in a file to the folder
 of that file. A section may be in a file of its own: `data: data.yaml`. `read_config_file` reads both, and returns paths
 relative to the working directory; `written_in` is the inverse for a file that is written. Absolute paths, URLs and `~`
-stay as they are.
+stay as they are; `~` of a section's file is the home folder.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def read_config_file(path: Path, *owners: Callable[..., Any]) -> ConfigFile:
     settings, sections = _read_mapping(path, str(path)), {}
     for name, value in settings.items():
         if (owner := section_class(hints.get(name))) and isinstance(value, str):
-            sections[name] = Path(from_folder(value, path.parent))
+            sections[name] = Path(os.path.expanduser(from_folder(value, path.parent)))
             section = _read_mapping(sections[name], f"{path}: {name}: {value}")
             settings[name] = paths_changed(owner, section, _mover(sections[name].parent))
         elif name in hints:

@@ -41,6 +41,7 @@ from pipelines.storage.provenance import write_synthetic
 from pipelines.storage.record import GenerationRecord
 from pipelines.storage.trained_on import write_generated_by
 from volumes import DataConfig
+from volumes.description import DataDescription
 
 MAX_VOLUMES = 100_000  # of one command; file systems and manifests of more are no longer of use
 TOO_MANY = f"one command generates {MAX_VOLUMES} volumes at most; use several, each with its own --seed and --output"
@@ -108,7 +109,7 @@ def generate_to_disk(config: BatchConfig, state: PartialState, *, held: bool = F
     if config.conditions:
         requests = read_requests(config.conditions, pipe, config.output, state.print)
     elif config.data is not None:
-        requests = case_requests(config.data, config.splits, pipe, config.output)
+        requests = case_requests(config.data, config.splits, pipe, config.output, config.label_map)
     elif not config.masks:
         requests = [VolumeRequest(name="map" if pipe.data.image_labels else "volume")]
     check_requests(requests, config)
@@ -211,12 +212,16 @@ def generate_with_masks(config: BatchConfig, state: PartialState) -> list[str]:
         copy_check=None,
         exports=(),
     )
-    check_same_labels(config)
+    check_count([config.mask_pipeline], config.count)
+    data = check_same_labels(config)
+    names = [f"map_{k:03d}" for k in range(config.count)]
+    masks_to_be = [VolumeRequest(folder / f"{name}.nii.gz", name=name) for name in names]
+    check_exports(config.exports, folder, data, masks_to_be, 1)
     check_output_folder(config.output)
     refuse_link(folder)
     with only_job(config, state):
         missing = generate_to_disk(of_masks, state)
-        files = [folder / f"map_{k:03d}.nii.gz" for k in range(config.count)]
+        files = [folder / f"{name}.nii.gz" for name in names]
         masks = [str(file) for file in files if file.exists()]
         if masks:  # at least one was accepted
             of_volumes = replace(config, masks=masks, mask_pipeline=None, count=1, shape=None)  # the shape was theirs
@@ -257,8 +262,9 @@ def check_count(requests: Sequence[object], count: int) -> None:
         raise ValueError(f"--count {count}, for {len(requests)} masks or rows: these are {total} volumes; {TOO_MANY}")
 
 
-def check_same_labels(config: BatchConfig) -> None:
-    """Raises: ValueError unless the mask pipeline generates label maps, of labels that the other pipeline knows."""
+def check_same_labels(config: BatchConfig) -> DataDescription:
+    """Return the description of what the pipeline of the volumes was trained on. Raises: ValueError unless the mask
+    pipeline generates label maps, of labels that the other pipeline knows."""
     assert config.mask_pipeline is not None
     sources = (config.mask_pipeline, config.pipeline)
     of_masks, of_volumes = (MedVolumePipeline.from_pretrained(source).data for source in sources)
@@ -270,6 +276,7 @@ def check_same_labels(config: BatchConfig) -> None:
             f"--masks generate:{config.mask_pipeline}: generates {labels}, and {config.pipeline} knows "
             f"{of_volumes.labels}; take one trained on the same labels, or translate with --label_map"
         )
+    return of_volumes
 
 
 def load_rejection(pipe: VolumePipeline, config: BatchConfig) -> Rejection | None:

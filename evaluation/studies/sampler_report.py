@@ -122,7 +122,8 @@ def apply_choice(pipe: MedVolumePipeline, path: Path, models: Sequence[str]) -> 
 
     Args:
         models: the hashes by which the report may name the model.
-    Raises: ValueError for a report on test volumes, on another model, or in which no combination qualifies.
+    Raises: ValueError for a report on test volumes, on another model or another scheduler of its own, or in which no
+    combination qualifies.
     """
     report = read_report(path)
     if report["settings"].get("split") != "validation":
@@ -132,7 +133,14 @@ def apply_choice(pipe: MedVolumePipeline, path: Path, models: Sequence[str]) -> 
     chosen = choose(report["combinations"]) if report["combinations"] else None
     if chosen is None:
         raise ValueError(f"{path}: no combination qualifies; measure more of them, or on more --masks")
-    if chosen["scheduler"] != OWN:
+    if chosen["scheduler"] == OWN:
+        measured = {entry["scheduler_class"] for entry in report["combinations"] if entry["scheduler"] == OWN}
+        if measured != {own := type(pipe.scheduler).__name__}:
+            raise ValueError(
+                f"{path}: chose the pipeline's own scheduler, then {', '.join(sorted(measured))}; now it is {own}; run "
+                "evaluation.studies.samplers on this pipeline"
+            )
+    else:
         pipe.scheduler = make_named(chosen["scheduler"], pipe)
     pipe.sampling_settings = SamplingSettings(chosen["steps"], chosen["guidance"])
 

@@ -26,14 +26,16 @@ def check_exports(
     Args:
         exports: (format, folder) of each.
         output: the folder of the volumes.
-    Raises: ValueError for unknown formats, folders that hold something else, and volumes that the format cannot hold.
+    Raises: ValueError for unknown formats, folders that hold something else or lie in one another, and volumes that the
+    format cannot hold.
     """
-    for kind, folder in exports:
+    for number, (kind, folder) in enumerate(exports):
         if kind not in FORMATS:
             raise ValueError(f"--export {kind}: is not a format; give {' or '.join(FORMATS)}, and a folder")
         refuse_url(folder, f"--export {kind}")
         if output.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"--export {kind} {folder}: the output {output} lies in it; give another folder")
+        _check_place(kind, folder, [other for _, other in exports[:number]])
         if data.image_labels:
             raise ValueError(f"--export {kind}: this pipeline generates label maps; export the volumes of such masks")
         names = [f"{request.name}_{k:03d}" for request in requests for k in range(count)]
@@ -42,6 +44,20 @@ def check_exports(
         else:
             bids.subjects(names)
         check_folder(folder, names, kind)
+
+
+def _check_place(kind: str, folder: Path, others: Sequence[Path]) -> None:
+    """Raises: ValueError for a folder that a file is in the way of, and for one that is, holds or lies in another."""
+    place = folder.resolve()
+    for parent in (place, *place.parents):
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"--export {kind} {folder}: {parent} is a file, not a folder; give another folder")
+    for other in others:
+        if place.is_relative_to(other.resolve()) or other.resolve().is_relative_to(place):
+            raise ValueError(
+                f"--export {kind} {folder}: is, holds or lies in {other}, the folder of another --export; give each a "
+                "folder of its own, side by side"
+            )
 
 
 def export(kind: str, folder: Path, volumes: Sequence[FinishedVolume], data: DataDescription) -> None:

@@ -1,22 +1,31 @@
 """Requests from a data set: one per case of a split, of its mask, classes, numbers and condition channels."""
 
+import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from files.names import same_name
 from pipelines.base import VolumePipeline
-from volumes import Case, DataConfig, load_cases
+from volumes import Case, DataConfig, describe_grid, load_cases, read_mask, read_volume, same_grid
+from volumes.formats.read import segmentation_file
 
+from .masks import DrawnMask, LabelMap
 from .request import VolumeRequest
 from .request_files import refuse_masks_in
 
 
-def case_requests(data: DataConfig, splits: Sequence[str], pipe: VolumePipeline, output: Path) -> list[VolumeRequest]:
+def case_requests(
+    data: DataConfig, splits: Sequence[str], pipe: VolumePipeline, output: Path, label_map: LabelMap | None = None
+) -> list[VolumeRequest]:
     """Build one request per case of these splits, in the order of their names, which are those of the cases. Masks are
-    read with the data's `label_map`.
+    read with the data's `label_map`; those of DICOM-SEG and RTSTRUCT on the grid of the case's image.
 
-    Raises: ValueError as `load_cases`; for splits without a case, a pipeline that was trained on other conditions than
-    the data has, cases without a mask that the model needs, and files in the output folder.
+    Args:
+        label_map: of the command, which comes after the data's, see `check_label_names`.
+    Raises: ValueError as `load_cases` and `check_label_names`; for splits without a case, a pipeline that was trained
+    on other conditions than the data has, cases without a mask that the model needs, masks that training resampled onto
+    another grid, condition channels in 4-D files, and files in the output folder.
     """
     cases = load_cases(data)
     chosen = [case for case in cases if case.split in splits]
@@ -24,13 +33,36 @@ def case_requests(data: DataConfig, splits: Sequence[str], pipe: VolumePipeline,
         found = ", ".join(sorted({case.split for case in cases})) or "nothing"
         raise ValueError(f"--split {' '.join(splits)}: the data has no such case; it has {found}")
     _check_conditions(data, pipe)
+    check_label_names(data, pipe, label_map or {})
     requests = [_case_request(case, data, pipe) for case in chosen]
     names: dict[str, str] = {}
     for case in chosen:
         if (other := names.setdefault(same_name(case.name), case.name)) != case.name:
             raise ValueError(f"the cases {other} and {case.name} are one name on some disks; rename one")
-    refuse_masks_in(output, [file for request in requests for file in request.files if isinstance(file, Path)])
+    files = [file for request in requests for file in request.files]
+    refuse_masks_in(output, [Path(file) for file in files if isinstance(file, str | os.PathLike)])
     return requests
+
+
+def check_label_names(data: DataConfig, pipe: VolumePipeline, label_map: LabelMap) -> None:
+    """Raises: ValueError if a label of the data has another name in the pipeline, unless `label_map` translates each
+    value of the files that is read as this label."""
+    wrong, remedies = [], []
+    values = {name: value for value, name in pipe.data.labels.items()}
+    for value, name in sorted(data.label_names.items()):
+        own = [] if value in data.label_map else [value]
+        stored = [key for key, target in data.label_map.items() if target == value] + own
+        left = [key for key in stored if key not in label_map]
+        if left and pipe.data.labels.get(value, name) != name:
+            wrong.append(f"{value} is {name} in the config and {pipe.data.labels[value]} in the pipeline")
+            remedies += [f"{key}={values[name]}" for key in left if name in values]
+            remedies += [f"{key}={value}" for key in left if name not in values]
+    if wrong:
+        words = " ".join(map(shlex.quote, remedies))
+        raise ValueError(
+            f"the labels differ: {'; '.join(wrong)}; take the pipeline that was trained with this config, or, if "
+            f"these translations are right, add --label_map {words}"
+        )
 
 
 def _case_request(case: Case, data: DataConfig, pipe: VolumePipeline) -> VolumeRequest:
@@ -41,13 +73,46 @@ def _case_request(case: Case, data: DataConfig, pipe: VolumePipeline) -> VolumeR
         raise ValueError(f"{case.name}: has no mask in a file to generate from; set data.masks in the config")
     cells = {name: case.metadata[name] for name in case.metadata if case.metadata[name] not in ("", None)}
     return VolumeRequest(
-        case.mask if unet["num_labels"] else None,
+        _mask(case, case.mask, data) if unet["num_labels"] and case.mask is not None else None,
         classes={name: cells[name] for name in schema.classes if name in cells},
         numbers={name: cells[name] for name in schema.numbers if name in cells},
-        images={name: case.images[name] for name, _ in schema.images},
+        images={name: _image(case, name, data) for name, _ in schema.images},
         label_map=data.label_map,
         name=case.name,
     )
+
+
+def _mask(case: Case, path: Path, data: DataConfig) -> Path | DrawnMask:
+    """The mask of a case, with the image that training reads it with, if it is drawn on one.
+
+    Raises: ValueError if training resampled it onto the grid of that image.
+    """
+    channel = data.resample_to or next(iter(data.patterns))
+    image, time_point = case.images[channel], data.volume_number(channel)
+    if data.resample_to is not None:
+        like = read_volume(image, time_point=time_point, **data.reading)
+        mask = read_mask(path, like=like, **data.mask_reading)
+        if not same_grid(mask, like):
+            raise ValueError(
+                f"{path}: lies on another grid than {image} ({describe_grid(mask)}, against {describe_grid(like)}), "
+                f"onto which data.resample_to: {channel} resampled it for the training; --split does not resample "
+                f"masks: resample them onto the grid of {channel}, and give them with --masks (or, with classes, "
+                "numbers or images, with --conditions) in the place of --split"
+            )
+    return path if segmentation_file(path) is None else DrawnMask(path, image, time_point)
+
+
+def _image(case: Case, channel: str, data: DataConfig) -> Path:
+    """The file of a condition channel. Raises: ValueError if it holds several volumes, of which `time_point` takes
+    one."""
+    path, number = case.images[channel], data.volume_number(channel)
+    if number is not None and (count := len(read_volume(path, **data.reading).array)) > 1:
+        raise ValueError(
+            f"{path}: holds {count} volumes, of which data.time_point takes number {number} for channel {channel!r}; "
+            "--split reads 3-D files: save that volume as a file of its own, name it in data.images, and remove the "
+            "channel from data.time_point"
+        )
+    return path
 
 
 def _check_conditions(data: DataConfig, pipe: VolumePipeline) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from nibabel.orientations import aff2axcodes
 from nibabel.spatialimages import SpatialImage
 
 from pipelines.storage.record import SourceRecord
-from volumes import PADDING, Volume, VolumeError, read_mask, volume_parts
+from volumes import PADDING, Volume, VolumeError, read_mask, read_volume, volume_parts
 from volumes.formats.carriers import as_array, carries_geometry, source_file
 from volumes.formats.raw import Reading
 from volumes.formats.read import read_stored
@@ -28,6 +29,26 @@ MaskLike = str | os.PathLike | SpatialImage | Volume | np.ndarray | torch.Tensor
 LabelMap = Mapping[int, int | str] | Mapping[str, int | str] | Mapping[int | str, int | str]
 
 BACKGROUND = 0  # the label value whose being alone in a mask is worth a warning
+
+
+@dataclass(frozen=True)
+class DrawnMask(os.PathLike[str]):
+    """The file of a DICOM-SEG or RTSTRUCT, with the image that it was drawn on, whose grid is the mask's. Elsewhere it
+    is the path of the mask.
+
+    Attributes:
+        time_point: which volume of a 4-D image file; None for a 3-D file.
+    """
+
+    file: Path
+    image: Path
+    time_point: int | None = None
+
+    def __fspath__(self) -> str:
+        return str(self.file)
+
+    def __str__(self) -> str:
+        return str(self.file)
 
 
 def as_list(mask: MaskLike | Sequence[MaskLike]) -> list[MaskLike]:
@@ -57,6 +78,8 @@ def load_mask(
 
     Raises: ValueError for an empty mask, for values that are not labels, and for other types.
     """
+    if isinstance(mask, DrawnMask) and like is None:
+        like = read_volume(mask.image, time_point=mask.time_point, **(reading or {}))
     if isinstance(mask, (str, os.PathLike)):
         return warn_of_header(read_mask(mask, names=names, like=like, **(reading or {})), str(mask)), str(mask)
     if carries_geometry(mask):
@@ -166,6 +189,8 @@ def describe_mask(mask: MaskLike) -> SourceRecord:
 
 def identity(source: object) -> str | int:
     """Identify a mask or an image: equal for the same path, and for the same object."""
+    if isinstance(source, DrawnMask):
+        return repr(source)
     return str(source) if isinstance(source, (str, os.PathLike)) else id(source)
 
 

@@ -98,6 +98,17 @@ def test_absolute_paths_home_and_urls_stay(tmp_path):
     assert written_in(from_folder("../c", "a/b"), "a/b") == "../c" and from_folder("../c", "a/b") == "a/c"
 
 
+def test_a_section_in_the_home_folder(tmp_path, monkeypatch):
+    """Its own paths start there too."""
+    recipe = project(tmp_path / "home/project")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))  # of Windows
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vae.yaml").write_text(f"output: vae\ndata: ~/project/recipe/data.yaml\n{VAE}")
+    config = parse_config(TrainVaeConfig, ["--config", "vae.yaml"])
+    assert Path(config.data.root).resolve() == (recipe.parent / "scans").resolve()
+
+
 def test_every_program_reads_a_config_in_the_same_way(tmp_path, monkeypatch):
     """The configs of the project, from another directory: training, evaluate.py and doctor find the same paths."""
     monkeypatch.chdir(tmp_path)

@@ -167,7 +167,8 @@ def test_a_choice_is_written_into_the_pipeline(tmp_path):
     assert loaded.sampling_settings == SamplingSettings(6, 2.0) and loaded.model_hash == pipe.model_hash
     assert type(loaded.scheduler).__name__ == "UniPCMultistepScheduler"
     scheduler = loaded.scheduler
-    apply_choice(loaded, write_choice(path, [entry_of("own", 6, *GOOD, steps=6)], model="m"), ["m"])
+    own = entry_of("own", 6, *GOOD, steps=6, scheduler_class="UniPCMultistepScheduler")
+    apply_choice(loaded, write_choice(path, [own], model="m"), ["m"])
     assert loaded.scheduler is scheduler and loaded.sampling_settings == SamplingSettings(6, 1.0)
 
 
@@ -182,6 +183,17 @@ def test_choices_of_test_volumes_or_other_models_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"samplers.json: {said}"):
             apply_choice(pipe, write_choice(path, entries, **settings), ["m"])
+    assert pipe.sampling_settings == SamplingSettings()
+
+
+def test_a_choice_of_a_replaced_scheduler_is_refused(tmp_path):
+    """The hash of a model does not depend on its scheduler."""
+    pipe = tiny_pipeline()
+    own = entry_of("own", 6, *GOOD, steps=6, scheduler_class="UniPCMultistepScheduler")
+    path = write_choice(tmp_path / "samplers.json", [own, entry_of("euler", 20, *GOOD)], model="m")
+    said = "own scheduler, then UniPCMultistepScheduler; now it is FlowMatchEulerDiscreteScheduler"
+    with pytest.raises(ValueError, match=said):
+        apply_choice(pipe, path, ["m"])
     assert pipe.sampling_settings == SamplingSettings()
 
 

@@ -8,7 +8,15 @@ GOOD = ((0.2, 0.1, 0.4), (0.5, 0.2, 1.0), (-0.01, -0.02, 0.01))  # kernel, spect
 
 
 def entry_of(
-    scheduler: str, evaluations: float, kernel, spectrum, dice, *, steps: int = 10, guidance: float = 1.0
+    scheduler: str,
+    evaluations: float,
+    kernel,
+    spectrum,
+    dice,
+    *,
+    steps: int = 10,
+    guidance: float = 1.0,
+    scheduler_class: str = "X",
 ) -> Any:
     """An entry of a report, from the mean, low and high of each figure."""
 
@@ -18,7 +26,7 @@ def entry_of(
 
     return {
         "scheduler": scheduler,
-        "scheduler_class": "X",
+        "scheduler_class": scheduler_class,
         "steps": steps,
         "guidance": guidance,
         "evaluations_per_volume": evaluations,

@@ -213,6 +213,45 @@ def test_other_folders_are_refused_before_any_work(place, generated, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
+def test_exports_in_the_way_of_each_other_are_refused(place, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    bids, nnunet = ("--export", "bids"), ("--export", "nnunet")
+    one = tmp_path / "sets/Dataset501_A"
+    for words, said in (
+        ([*bids, one, *nnunet, one], "Dataset501_A: is, holds or lies in .*Dataset501_A, the folder of another"),
+        ([*bids, tmp_path / "bids", *nnunet, tmp_path / "bids/Dataset501_A"], "lies in .*bids, the folder of another"),
+        ([*nnunet, one, *bids, tmp_path / "x/../sets"], "is, holds or lies in .*Dataset501_A, the folder of another"),
+        ([*bids, tmp_path / "file/sets/bids"], "file is a file, not a folder; give another folder"),
+        ([*bids, tmp_path / "file"], "file is a file, not a folder; give another folder"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(place, tmp_path / "runs/out", *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_exports_of_generated_masks_are_checked_first(place, tmp_path):
+    """Before the masks are generated, which may take hours."""
+    names = {
+        "image_labels": {"0": "background", "2": "anterior", "5": "posterior"},
+        "channels": ["anterior", "posterior"],
+    }
+    scale = {"kind": "window", "low": 0.0, "high": 1.0}
+    tiny_pipeline(num_labels=0, labels={}, intensity=[scale, scale], **names).save_pretrained(tmp_path / "maps")
+    command = ["--pipeline", str(place / "pipeline"), "--masks", f"generate:{tmp_path / 'maps'}"]
+    command += ["--shape", "8", "8", "8", "--steps", "1"]
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/notes.txt").write_text("mine")
+    for export, said in (
+        (("nifti", tmp_path / "set"), "nifti: is not a format"),
+        (("nnunet", tmp_path / "set"), "names such as Dataset501_Synthetic"),
+        (("bids", tmp_path / "theirs"), "holds something else than an exported data set"),
+        (("bids", tmp_path / "out/masks"), "the output .* lies in it"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            generate.main([*command, "--output", str(tmp_path / "out"), "--export", *map(str, export)])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_mask_that_changed_is_refused(place, generated, tmp_path):
     """The label map beside a volume is the one that it was generated from."""
     from pipelines.export.folder import mask_of

@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import yaml
+from structures import on_slice, rtstruct, series_of
 from tiny import mask_image, tiny_data, tiny_pipeline
 
 import generate
@@ -156,3 +157,76 @@ def test_condition_channels_are_those_of_the_case(place, tmp_path):
     assert request.images == {"ct": place / "data/p3/scan.nii.gz"}
     with pytest.raises(ValueError, match="the pipeline is given ct, a channel that the config lacks"):
         case_requests(data_of(place, classes={}, numbers=[]), ["test"], pipe, tmp_path)
+    data = data_of(place, images=channels, classes={}, numbers=[], time_point={"ct": 0})  # of a 3-D file
+    assert len(case_requests(data, ["test"], pipe, tmp_path)) == 2
+    both = np.random.default_rng(0).uniform(100, 300, (2, *SHAPE)).astype(np.float32)
+    for name in SPLITS:
+        write_volume(Volume(both, np.eye(4)), place / f"data/{name}/both.nii.gz")
+    channels = dict.fromkeys(("ct", "pet"), "{patient}/both.nii.gz")
+    data = data_of(place, images=channels, classes={}, numbers=[], time_point={"ct": 1, "pet": 0})
+    said = "both.nii.gz: holds 2 volumes, of which data.time_point takes number 1 for channel 'ct'; .* save that volume"
+    with pytest.raises(ValueError, match=said):
+        case_requests(data, ["test"], pipe, tmp_path / "out")
+
+
+def test_labels_of_other_names_are_refused(place, tmp_path):
+    """Anatomy would be swapped; a translation of every value of the files is a remedy."""
+    names = {0: "background", 2: "posterior", 5: "anterior"}
+    swapped, pipe = data_of(place, label_names=names), tiny_with_conditions()
+    said = r"2 is posterior in the config and anterior in the pipeline; 5 is .*--label_map 2=5 9=2 5=2$"
+    for partly, left in (({}, said), ({2: 5}, "--label_map 9=2 5=2$"), ({2: 5, 5: 2}, "--label_map 9=2$")):
+        with pytest.raises(ValueError, match=left):
+            case_requests(swapped, ["test"], pipe, tmp_path, partly)
+    assert len(case_requests(swapped, ["test"], pipe, tmp_path, {2: "posterior", 9: 2, 5: 2})) == 2
+    other = data_of(place, label_names={0: "background", 2: "anterior", 5: "tail"})
+    with pytest.raises(ValueError, match=r"5 is tail in the config and posterior in the pipeline.*9=5 5=5$"):
+        case_requests(other, ["test"], pipe, tmp_path)
+    section = yaml.safe_load((place / "data.yaml").read_text())
+    write_config(tmp_path, section | {"root": str(place / "data"), "label_names": names})
+    words = ["--config", str(tmp_path / "ldm.yaml"), "--split", "test", "--pipeline", str(place / "run/pipeline")]
+    words += ["--output", str(tmp_path / "out"), "--steps", "1"]
+    with pytest.raises(ValueError, match=said):
+        generate.main(words)
+    assert not (tmp_path / "out").exists()
+    generate.main([*words, "--label_map", "2=5", "9=2", "5=2"])
+    assert json.loads((tmp_path / "out/p3_000.json").read_text())["label_map"] == {"9": 2, "2": 5, "5": 2}
+
+
+def test_structure_sets_are_read_with_the_image_of_the_case(tmp_path):
+    """As training reads them: their own series is nowhere near. The preview and the export show them too."""
+    for folder in ("data/rt", "data/ct", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    image = Volume(np.zeros((1, 12, 16, 8), np.int16), np.eye(4))
+    slices = series_of(image, tmp_path / "elsewhere/ct")
+    box = np.array([(2.5, 3.5), (9.5, 3.5), (9.5, 9.5), (2.5, 9.5)])
+    rois = {name: [on_slice(box, k, np.eye(4)) for k in ks] for name, ks in (("Anterior", (2, 3)), ("GTV", (4, 5)))}
+    rtstruct(slices, rois).save_as(tmp_path / "data/rt/p.dcm", enforce_file_format=True)
+    write_volume(image.replace(np.stack([image.array[0]] * 2)), tmp_path / "data/ct/p.nii.gz")
+    data = {"root": "data", "images": "ct/{p}.nii.gz", "masks": "rt/{p}.dcm", "time_point": 1}
+    data |= {"label_map": {"GTV": 5}, "label_names": {0: "background", 2: "anterior", 5: "posterior"}}
+    write_config(tmp_path, data | {"validation_fraction": 0})
+    tiny_pipeline().save_pretrained(tmp_path / "run/pipeline")
+    export = tmp_path / "Dataset501_A"
+    run(tmp_path, tmp_path / "out", "--export", "nnunet", export, split="train")
+    record = json.loads((tmp_path / "out/p_000.json").read_text())
+    assert record["mask"] == describe_mask(tmp_path / "data/rt/p.dcm") and record["mask"]["file"] == "p.dcm"
+    expected = np.zeros((12, 16, 8), np.int16)
+    expected[3:10, 4:10, 2:4], expected[3:10, 4:10, 4:6] = 1, 2
+    found = nib.load(export / "labelsTr/p_000.nii.gz")
+    np.testing.assert_array_equal(np.asarray(found.dataobj), expected)
+    assert (tmp_path / "out/preview.png").is_file()
+    with pytest.raises(ValueError, match="lies in --output"):
+        run(tmp_path, tmp_path / "data/rt", split="train")
+
+
+def test_masks_of_other_grids_than_the_training_resampled_to(place, tmp_path):
+    """What lies on the grid is generated; the rest is refused, as its volumes would lie elsewhere than in training."""
+    data, pipe = data_of(place, resample_to="image"), tiny_with_conditions()
+    assert len(case_requests(data, ["test"], pipe, tmp_path)) == 2
+    for name in SPLITS:
+        nib.save(mask_image((8, 8, 16), np.diag([1.0, 1, 0.5, 1])), place / f"data/{name}/fine.nii.gz")
+    data = data_of(place, resample_to="image", masks="{patient}/fine.nii.gz")
+    with pytest.raises(
+        ValueError, match=r"fine.nii.gz: lies on another grid than .*scan.nii.gz.* give them with --masks"
+    ):
+        case_requests(data, ["test"], pipe, tmp_path)
