@@ -28,7 +28,7 @@ from .trainings import progress_disabled
 
 NAME = "all"
 PARTS = {name: COMMANDS[name] for name in arguments.PARTS}
-MANIFEST = "manifest.csv"  # generate.py writes it again each time, from the sidecars
+REWRITTEN = ("manifest.csv", "preview.png")  # generate.py writes them again each time, from the volumes
 # These options are given once, and hold for every part.
 FOR_ALL = (
     "config",
@@ -209,7 +209,7 @@ def digest_inputs(args: Sequence[str], options: Namespace, paths: Sequence[Path]
         "arguments": args,
         "data": {**dataclasses.asdict(options.data), "label_map": [*map(str, options.data.label_map.items())]},
         "cases": [(case.name, case.subject, case.split, case.metadata) for case in cases],  # the content of a table
-        "files": [stamp(file) for file in files if file.is_file() and file.name != MANIFEST],
+        "files": [stamp(file) for file in files if file.is_file() and file.name not in REWRITTEN],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
