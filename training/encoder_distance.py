@@ -41,7 +41,10 @@ class EncoderDistance:
 
     def row(self, generated: Tensor, item: WholeVolume, number: int, count: int) -> np.ndarray:
         """Return the features (3, F) of a generated volume (C, X, Y, Z) in [-1, 1], of the held-out volume `item` whose
-        conditions it has, and of training volume `number` of `count` that are spread over all."""
+        conditions it has, and of training volume `number` of `count` that are spread over all. Outside the field of
+        view the generated volume counts as -1, as the others are."""
+        shown = item["fov"].to(generated.device)
+        generated = torch.where(shown, generated, torch.full_like(generated, -1))
         other = self.training[number * len(self.training) // count]
         volumes = ((generated, item["fov"]), (item["image"], item["fov"]), (other["image"], other["fov"]))
         return np.stack([self._features(image, fov) for image, fov in volumes])

@@ -17,6 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from autoencoder import LatentDistribution, VolumeAutoencoder
+from autoencoder.losses.reconstruction import cells_inside
 from autoencoder.model import RECORDS
 from autoencoder.residual_noise import check_noise_shape, measure_noise
 from autoencoder.weights import weight_files
@@ -74,9 +75,11 @@ class LatentBatch(TypedDict):
 
 
 class EncodedVolume(WholeVolume):
-    """A held-out volume with its latents (1, C, h, w, d) and its conditions, a batch of one."""
+    """A held-out volume with its latents (1, C, h, w, d), which of them are inside the field of view (1, 1, h, w, d)
+    bool, and its conditions, a batch of one."""
 
     latents: Tensor
+    inside: Tensor
     conditions: Conditions
 
 
@@ -141,8 +144,8 @@ class LdmTrainingStep:
         latents = repeat(item["latents"])
         conditions = item["conditions"].map(repeat)
         conditions = drop_conditions(conditions, self.schema, self.dropout, generator)
-        # Padding is thinner than a latent voxel, so each latent voxel holds some of the volume.
-        weight = torch.ones_like(latents[:, :1])
+        # Padding is thinner than a latent voxel, so without `data.resample_to` all latent voxels are inside.
+        weight = repeat(item["inside"]).to(latents)
         with self.unet.accelerator.autocast():
             losses = self.loss(self.unet.average, self.objective, latents, conditions, weight, generator, each=True)
         metrics = {"loss": losses.mean().item()}
@@ -349,9 +352,10 @@ def encode_held_out(
             assert "mask" in item
             tensors["mask"] = fold_mask(item["mask"][None], vae.stride, num_labels)
         latents = posterior.mode().cpu()
+        inside = cells_inside(item["fov"][None], tuple(latents.shape[2:]))
         if images:
-            tensors["image"] = image_condition(latents, images)
-        items.append(EncodedVolume(**item, latents=latents, conditions=Conditions(**tensors)))
+            tensors["image"] = image_condition(latents, images, inside)
+        items.append(EncodedVolume(**item, latents=latents, inside=inside, conditions=Conditions(**tensors)))
     return items
 
 

@@ -226,7 +226,13 @@ def check_model(examined: Sequence[Examined], config: DataConfig, sections: Mapp
         missing = "the config has no section `model`, so memory is not estimated"
         return [*check_size(examined, None, latent), warn("model", missing, "give a training config")], {}
     train = [item.numbers for item in examined if item.case.split == "train"]
-    numbers = describe_numbers(config.numbers, train) if config.numbers else {}
+    try:
+        numbers = describe_numbers(config.numbers, train) if config.numbers else {}
+    except ValueError as error:
+        return [
+            *check_size(examined, None, latent),
+            fail("model", f"cannot be built: {error}", "correct data.numbers"),
+        ], {}
     try:
         models, findings = build_models(with_precision(config_from_sections(sections, config)), numbers, folder)
     except (TypeError, ValueError, KeyError) as error:

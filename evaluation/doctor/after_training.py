@@ -184,17 +184,26 @@ def compare_limits(
     decoded: list[np.ndarray] = []
     generated: list[np.ndarray] = []
     for index in range(len(dataset)):
-        sample = pad_sample(dataset[index], pipe.vae.stride)
+        item = dataset[index]
+        sample = pad_sample(item, pipe.vae.stride)
         coded = sample["placement"].undo(reconstruct(pipe.vae, sample["image"]).numpy())
-        real += [unit_range(channel) for channel in dataset[index]["image"].numpy()]
-        decoded += [unit_range(channel) for channel in coded]
-        generated += [unit_range(channel) for channel in _generate(pipe, dataset, index, steps)]
+        seen = item["seen"].numpy() if "seen" in item else None
+        real += [unit_range(channel) for channel in item["image"].numpy()]
+        decoded += [unit_range(channel) for channel in _darkened(coded, seen)]
+        generated += [unit_range(channel) for channel in _darkened(_generate(pipe, dataset, index, steps), seen)]
         on_volume(sample["name"])
     result = {"reconstructed": distances(decoded, real), "generated": distances(generated, real)}
     if floor is not None:
         others = [unit_range(c) for i in range(len(floor)) for c in floor[i]["image"].numpy()]
         result["floor"] = distances(others, real)
     return result
+
+
+def _darkened(volume: np.ndarray, seen: np.ndarray | None) -> np.ndarray:
+    """Give voxels (C, X, Y, Z) outside the field of view the lowest value inside it, as a real volume has there."""
+    if seen is None:
+        return volume
+    return np.where(seen, volume, volume.min(axis=(1, 2, 3), where=seen, initial=np.inf, keepdims=True))
 
 
 def _generate(pipe: MedVolumePipeline, dataset: VolumeDataset, index: int, steps: int) -> np.ndarray:

@@ -148,6 +148,15 @@ def test_refused_files_only_warn_where_they_are_skipped(tmp_path, capsys):
     assert not about(report, "files", "FAIL") and len(about(report, "files", "WARN")) == 3
 
 
+def test_a_constant_number_costs_no_other_finding(tmp_path, capsys):
+    """It is named, and so is what else was found."""
+    data = {"phantom": {"count": 8, "shape": [12, 12, 12]}, "test_fraction": 0.2, "numbers": ["spacing_x"]}
+    config = config_file(tmp_path, data, model=VAE, crops={"shape": [12, 12, 12]})
+    status, report, _ = run(tmp_path, config, capsys)
+    assert status == 1 and about(report, "model", "FAIL", "cannot be built", "'spacing_x' is 1 for all")
+    assert about(report, "numbers", "FAIL", "spacing_x") and about(report, "size", "WARN", "subjects to train on")
+
+
 def test_a_clean_set_passes(tmp_path, capsys):
     data = {"phantom": {"count": 12, "shape": [16, 16, 16]}, "test_fraction": 0.25}
     config = config_file(tmp_path, data, model=VAE, crops={"shape": [16, 16, 16]}, loop={"batch_size": 2})

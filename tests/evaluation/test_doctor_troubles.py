@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -10,8 +12,9 @@ import torch
 import yaml
 
 from autoencoder import VQGAN3D, AutoencoderKL3D, latent_statistics
+from evaluation.doctor import after_training
 from evaluation.doctor.__main__ import main
-from evaluation.doctor.after_training import LatentSummary, check_latents, latent_summary
+from evaluation.doctor.after_training import LatentSummary, check_latents, compare_limits, latent_summary
 from evaluation.doctor.run_checks import check_log, check_output
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases, pad_sample
 
@@ -210,3 +213,19 @@ def test_skipped_steps_are_counted(skipped, level, tmp_path):
     (found,) = check_log(run_log(tmp_path / "run", [{}] * 20, skipped))
     assert found.level == level and f"{skipped} of 400 steps were skipped" in found.message
     assert check_log(ROOT / "weights/hippocampus") == []
+
+
+def test_what_is_outside_the_field_of_view_is_not_judged(monkeypatch):
+    """A perfect model, but for what it decodes and generates where the real volume shows nothing."""
+    seen = torch.zeros(1, *SHAPE, dtype=torch.bool)
+    seen[:, 3:] = True
+    inside = torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    inside.view(-1)[-1] = -1
+    real, painted = torch.where(seen, inside, torch.tensor(-1.0)), torch.where(seen, inside, torch.tensor(1.0))
+    dataset: Any = [{"name": "a", "image": real, "seen": seen, "affine": torch.eye(4)}]
+    pipe: Any = SimpleNamespace(vae=SimpleNamespace(stride=(1, 1, 1)))
+    monkeypatch.setattr(after_training, "reconstruct", lambda vae, image: painted)
+    monkeypatch.setattr(after_training, "_generate", lambda *_: 500 * painted.numpy())
+    found = compare_limits(pipe, dataset, None, steps=1)
+    for kind in ("reconstructed", "generated"):
+        assert found[kind] == pytest.approx(dict.fromkeys(found[kind], 0.0), abs=1e-5)

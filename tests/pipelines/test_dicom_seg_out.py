@@ -10,7 +10,7 @@ from structures import oblique
 
 from pipelines import MedVolumePipeline, write_synthetic
 from pipelines.storage import to_dicom
-from volumes import Volume, read_mask, read_volume, to_nibabel, write_dicom, write_seg, write_volume
+from volumes import PADDING, Volume, read_mask, read_volume, to_nibabel, write_dicom, write_seg, write_volume
 from volumes.formats import dicom_seg_out
 
 RECORD = {"synthetic": True, "software": "medvolume 1", "model": "ab" * 32, "seed": 5, "mask": None}
@@ -111,6 +111,20 @@ class TestWithHighdicom:
         write_seg(mask, out, labels=LABELS, **MADE)
         with pytest.raises(ValueError, match="is there already"):
             write_seg(mask, out, labels=LABELS, **MADE)
+
+    def test_what_is_outside_the_field_of_view_is_background(self, tmp_path):
+        mask = label_map()
+        mask.array[0, 4, 5] = PADDING
+        path = write_seg(mask, tmp_path / "seg", labels=LABELS, **MADE)
+        found = read_mask(path, names={"anterior": 2, "hippocampus": 5, "absent": 7})
+        np.testing.assert_array_equal(found.array, mask.array.clip(0))
+
+    def test_names_that_are_one_when_cut_are_refused(self, tmp_path):
+        labels = {0: "background", 2: "x" * 64 + "a", 5: "x" * 64 + "b"}
+        with pytest.raises(ValueError, match=r"the names of the labels 2 .* and 5 .* are one in the 64 characters"):
+            write_seg(label_map(), tmp_path / "seg", labels=labels, **MADE)
+        labels[5] = "y" * 70
+        assert write_seg(label_map(), tmp_path / "seg", labels=labels, **MADE).is_file()
 
     def test_the_command_takes_names_from_the_pipeline(self, tmp_path, capsys):
         """Of the shipped pipeline of label maps; only maps with a sidecar."""

@@ -333,5 +333,17 @@ def test_the_distance_of_real_volumes_is_near_its_floor(vae):
     assert np.isnan(distance.compare(rows)["kernel_distance"])
 
 
+def test_what_is_generated_outside_the_field_of_view_does_not_count(vae):
+    """Not in a corner of the box either, which a volume on another grid does not show."""
+    volumes = Volumes([0.0, 0.2])
+    fov = volumes[0]["fov"].clone()
+    fov[:, :6, :6] = False
+    item = {"image": torch.where(fov, volumes[0]["image"], torch.tensor(-1.0)), "fov": fov}
+    distance = EncoderDistance(AutoencoderKL3D.from_pretrained(vae), volumes)
+    painted = torch.where(fov, item["image"], torch.tensor(1.0))
+    rows = [distance.row(one, item, 0, 2) for one in (item["image"], painted)]
+    assert np.array_equal(*rows) and np.array_equal(rows[1][0], rows[1][1])
+
+
 def test_the_box_is_what_is_not_padding():
     assert box(Volumes([0.0])[0]["fov"]) == (slice(1, 11), slice(0, 12), slice(2, 12))

@@ -276,6 +276,7 @@ def test_a_unet_is_validated_by_its_average_without_its_padding():
     step = diffusion_step()
     unlike(step.unet)
     item = {"latents": latent_batch()["mean"][:1], "conditions": Conditions(numbers=torch.tensor([[40.0]]))}
+    item["inside"] = torch.ones(1, 1, 3, 3, 3, dtype=torch.bool)
     found = step.validate(item, torch.Generator().manual_seed(5))
     assert found == step.validate(item, torch.Generator().manual_seed(5))
     assert found != step.validate(item, torch.Generator().manual_seed(6))
@@ -289,6 +290,29 @@ def test_a_unet_is_validated_by_its_average_without_its_padding():
     assert step.validate(item, torch.Generator().manual_seed(5))["loss"] == pytest.approx(expected, rel=0.1)
 
 
+def test_a_validation_counts_the_field_of_view_alone():
+    """What predicts nothing is wrong by noise minus latents: huge latents outside do not count."""
+    step = diffusion_step()
+    step.unet.average.conv_out.weight.data.zero_()
+    inside = torch.zeros(1, 1, 3, 3, 3, dtype=torch.bool)
+    inside[..., :2] = True
+    latents = torch.where(inside, torch.zeros(1, CHANNELS, 3, 3, 3), torch.full((), 1e3))
+    item: Any = {"latents": latents, "inside": inside, "conditions": Conditions(numbers=torch.tensor([[40.0]]))}
+    assert step.validate(item, torch.Generator().manual_seed(5))["loss"] == pytest.approx(1, rel=0.1)
+
+
+def test_held_out_images_are_given_where_they_are_seen():
+    """Cells without a voxel of the field of view have no weight, and the flag of the image is 0 there."""
+    vae = SpaceToDepth3D(patch_size=2)
+    fov = torch.zeros(1, 4, 4, 8, dtype=torch.bool)
+    fov[..., :3] = True  # ends within the second cell
+    items: Any = [{"name": "a", "image": torch.zeros(1, 4, 4, 8), "fov": fov}]
+    (found,) = encode_held_out(items, vae, 0, {"mr": slice(0, 8)})
+    expected = torch.tensor([1.0, 1, 0, 0]).expand(1, 1, 2, 2, 4)
+    assert torch.equal(found["inside"].float(), expected)
+    assert found["conditions"].image is not None and torch.equal(found["conditions"].image[:, -1:], expected)
+
+
 def test_a_unet_is_trained_with_its_own_steps_and_loss():
     """Of 7 steps all occur, and no other. What predicts nothing is wrong by the noise: E n^2 = 1, E |n| = sqrt(2 /
     pi)."""
@@ -297,6 +321,7 @@ def test_a_unet_is_trained_with_its_own_steps_and_loss():
         step.unet.average.conv_out.weight.data.zero_()
         step.unet.average.register_forward_pre_hook(lambda module, given, seen=seen: seen.update(given[1].tolist()))
         item = {"latents": latent_batch()["mean"][:1], "conditions": Conditions(numbers=torch.tensor([[40.0]]))}
+        item["inside"] = torch.ones(1, 1, 3, 3, 3, dtype=torch.bool)
         found = [step.validate(item, torch.Generator().manual_seed(seed))["loss"] for seed in range(8)]
         assert sum(found) / 8 == pytest.approx(expected, rel=0.02)
         assert seen == set(range(7))
@@ -596,7 +621,7 @@ def test_held_out_volumes_are_their_mean_latents():
             one = torch.ones(1)
             return (LatentDistribution(torch.full_like(image, 5.0), torch.full_like(image, 3.0), 0 * one, one),)
 
-    items: Any = [{"name": "a", "image": torch.zeros(1, 2, 2, 2)}]
+    items: Any = [{"name": "a", "image": torch.zeros(1, 2, 2, 2), "fov": torch.ones(1, 2, 2, 2, dtype=torch.bool)}]
     encoder: Any = Unsure()
     (found,) = encode_held_out(items, encoder, 0, {})
     assert torch.equal(found["latents"], torch.full((1, 1, 2, 2, 2), 5.0)) and found["conditions"].as_kwargs() == {}

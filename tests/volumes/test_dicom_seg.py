@@ -269,3 +269,39 @@ def test_a_seg_is_no_image(plain):
     path.rename(plain.folder / "ct" / "seg.dcm")
     np.testing.assert_array_equal(read_volume(plain.folder / "ct").array, plain.image.array)
     np.testing.assert_array_equal(read_mask(plain.folder / "ct").array[0], labels())
+
+
+def thick(folder: Path, planes: list[int]) -> tuple[Volume, Path]:
+    """A SEG of some planes beside its series of 3 mm. Returns: its label map and file."""
+    affine, mask = np.diag([1.0, 1.0, 3.0, 1.0]), np.zeros((6, 6, 6), np.int16)
+    mask[2:5, 1:4, planes] = 1
+    slices = series_of(Volume(np.zeros((1, 6, 6, 6), np.int16), affine), folder / "ct")
+    return Volume(mask[None], affine), written(folder / "seg" / "1.dcm", stored(mask), slices, names=["tumor"])
+
+
+@pytest.mark.parametrize("planes", [[1, 2, 3, 4], [1, 4], [2]])
+def test_frames_of_3_mm_are_no_stripes_at_1_mm(tmp_path, planes):
+    """They lie on planes of an image of 1 mm, but were drawn on their own series; away from it they are refused."""
+    mask, path = thick(tmp_path, planes)
+    fine = Volume(np.zeros((1, 6, 6, 18), np.float32), np.eye(4))
+    found = read_mask(path, like=fine)
+    np.testing.assert_array_equal(found.array, mask.array)
+    np.testing.assert_allclose(found.affine, mask.affine, atol=1e-6)
+    alone = tmp_path / "elsewhere" / "deep" / "1.dcm"
+    alone.parent.mkdir(parents=True)
+    path.rename(alone)
+    np.testing.assert_array_equal(read_mask(alone, like=mask).array, mask.array)  # as many slices as its series
+    if len(planes) > 1:
+        step = 3 * min(np.diff(planes))
+        with pytest.raises(VolumeError, match=f"put the folder of that series .*frames are at least {step} planes"):
+            read_mask(alone, like=fine)
+
+
+def test_left_out_segments_are_named_with_each_file(plain):
+    path = plain.write()
+    (copy := path.parent.parent / "seg2.dcm").write_bytes(path.read_bytes())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for one in (path, copy):
+            read_mask(one, names={"edema": 2})
+    assert [str(one.message).split(": ")[0] for one in caught] == [str(path), str(copy)]

@@ -274,6 +274,63 @@ def test_contours_that_are_refused(drawn, contours, reason):
         read_mask(drawn.write({"GTV": contours}, "CLOSEDPLANAR_XOR"))
 
 
+def finer(volume: Volume) -> Volume:
+    """A grid with three slices for each."""
+    affine = volume.affine.copy()
+    affine[:3, 2] /= 3
+    return Volume(np.zeros((*volume.array.shape[:3], 3 * SHAPE[2]), np.int16), affine)
+
+
+@pytest.mark.parametrize("slices", [(1, 2), (1, 2, 3, 4), (2,)])
+def test_contours_of_thick_slices_are_no_stripes(drawn, slices):
+    """They lie on slices of a finer image, but were drawn on their own series."""
+    path = drawn.write({"GTV": [(box(2.5, 9.5), k) for k in slices]})
+    fine = finer(drawn.image)
+    found = read_mask(path, like=fine)
+    np.testing.assert_array_equal(found.array, read_mask(path).array)
+    assert found.array.any(axis=(0, 1, 2)).nonzero()[0].tolist() == list(slices)
+    if len(slices) > 1:
+        alone = drawn.folder / "elsewhere" / "deep" / "rt.dcm"
+        alone.parent.mkdir(parents=True)
+        path.rename(alone)
+        with pytest.raises(VolumeError, match="usually 3 slices apart.*put the folder of that series beside it"):
+            read_mask(alone, like=fine)
+        drawn.write({str(k): [(box(2.5, 9.5), k)] for k in slices})  # a region on each
+        np.testing.assert_array_equal(read_mask(path, like=fine).array > 0, found.array)
+
+
+def test_slices_without_a_contour_are_named(plain):
+    """Inner ones; where they are the rule the region is refused, whatever pair is adjacent."""
+    path = plain.write({"GTV": [(box(2.5, 9.5), k) for k in (2, 3, 4, 6, 7)]})
+    with pytest.warns(UserWarning, match=rf"{path}: 'GTV' has no contour on slices 5 between others") as caught:
+        assert not read_mask(path).array[..., 5].any()
+    assert len(caught) == 1
+    plain.write({"GTV": [(box(2.5, 9.5), k) for k in (1, 4, 7, 8, 11, 14)]})
+    with pytest.raises(VolumeError, match="'GTV' is drawn on every 3th slice"):
+        read_mask(path)
+
+
+def test_contours_beside_an_image_are_not_cut_in_silence(plain):
+    """On another part of the scan they lie on no voxels; on their own series what is beyond its edge is named."""
+    path = plain.write({"GTV": [(box(2.5, 9.5), k) for k in (3, 4)]})
+    for away, reason in ((6.0, "'GTV' reaches 3 voxels beyond its edge"), (1000.0, "'GTV' lies beside its voxels")):
+        affine = plain.affine.copy()
+        affine[0, 3] += away
+        part = Volume(plain.image.array, affine)
+        np.testing.assert_array_equal(read_mask(path, like=part).affine, read_mask(path).affine)  # that of its series
+        alone = plain.folder / "elsewhere" / "deep" / "rt.dcm"
+        alone.parent.mkdir(parents=True, exist_ok=True)
+        alone.write_bytes(path.read_bytes())
+        with pytest.raises(VolumeError, match=reason):
+            read_mask(alone, like=part)
+    plain.write({"couch": [(box(2.5, 30.5), k) for k in (3, 4)]})
+    with pytest.warns(UserWarning, match=r"'couch' reaches 11 voxels beyond its images, and is cut there"):
+        assert read_mask(path).array.any()
+    plain.write({"seed": [(box(2.2, 2.4), k) for k in (3, 4)]})
+    with pytest.warns(UserWarning, match="'seed' holds the center of no voxel"):
+        assert not read_mask(path).array.any()
+
+
 def test_a_series_that_is_there_twice_and_two_objects(plain):
     path = plain.write({"GTV": BALL})
     (plain.folder / "rt" / "2.dcm").write_bytes(path.read_bytes())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def read_seg(
     try:
         header = _read_header(path, units)
         values = chosen_values(str(path), header.segments, names)
-        grid = grid_for(path, header.reference, like, lambda grid: _misfit(header, grid), units, lambda: _own(header))
+        single = len({tuple(np.round(frame.affine[:3, 3], 3)) for frame in header.frames}) == 1
+        grid = grid_for(path, header.reference, like, partial(_misfit, header), units, partial(_own, header), single)
         return _painted(header, values, grid).volume()
     except (VolumeError, OSError, MemoryError):
         raise
@@ -156,11 +158,25 @@ def _frame(path: Path, number: int, own: Any, shared: Any, kind: str, scale: flo
     return Frame(segment, LPS_TO_RAS @ affine)
 
 
-def _misfit(header: SegHeader, grid: Volume) -> str | None:
-    """Say why the frames do not lie on a grid; None if they do."""
+def _misfit(header: SegHeader, grid: Volume, series: bool) -> str | None:
+    """Say why the frames do not lie on a grid; None if they do.
+
+    On a grid that is not that of its series, neighboring frames must be one plane apart: frames of 3 mm would be
+    stripes among planes of 1 mm. A grid with as many planes as the series has slices is taken as it is.
+    """
+    planes: dict[int, set[int]] = {}  # by axis
     for number, frame in enumerate(header.frames, start=1):
-        if _plane(frame, header.shape, grid) is None:
+        found = _plane(frame, header.shape, grid)
+        if found is None:
             return f"frame {number} of {header.shape[0]} x {header.shape[1]} pixels lies on no plane of its voxels"
+        for axis, place in enumerate(found[0]):
+            if not isinstance(place, slice):
+                planes.setdefault(axis, set()).add(place)
+    for axis, places in planes.items():
+        if series or len(places) == 1 or header.instances == grid.shape[axis]:
+            continue
+        if (step := min(np.diff(sorted(places)))) > 1:
+            return f"its frames are at least {step} planes apart, so the slices that it was drawn on are thicker"
     return None
 
 

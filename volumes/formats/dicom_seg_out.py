@@ -15,13 +15,15 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
 from files.atomic import atomic_folder
-from volumes.volume import Volume, describe_grid, same_grid
+from volumes.labels import segment_key
+from volumes.volume import PADDING, Volume, describe_grid, same_grid
 
 from .dicom import segmentation_kind, series_files, series_grid
 from .dicom_out import check_new_folder, in_patient_order, slice_headers, statement
 from .segments import grid_volume
 
 NAME = "seg.dcm"
+LABEL_LENGTH = 64  # of a SegmentLabel
 REFERENCES = ("ReferencedSeriesSequence", "StudiesContainingOtherReferencedInstancesSequence")
 
 
@@ -50,9 +52,10 @@ def write_seg(
     elsewhere.
 
     Args:
-        mask: of one channel (1, X, Y, Z) of label values; 0, or the lowest named value, is the background.
+        mask: of one channel (1, X, Y, Z) of label values; 0, or the lowest named value, is the background, and so is
+            PADDING, which is outside the field of view.
         folder: new, or empty.
-        labels: name of every value.
+        labels: name of every value. DICOM keeps 64 characters, which must differ.
         software, model, seed: what made it (the sidecar's).
         series: the folder of the generated series that it belongs to, see `write_dicom`: the SEG refers to it. None:
             it stands alone, in a study of its own, and has a frame for every slice.
@@ -103,13 +106,22 @@ def _segments(mask: Volume, labels: Mapping[int, str]) -> list[int]:
         raise ValueError(
             f"a segmentation is one label map of whole numbers, got {mask.array.shape} of {mask.array.dtype}"
         )
-    present = set(np.unique(mask.array).tolist())
-    background = 0 if 0 in labels or 0 in present else min(labels, default=0)
+    present = set(np.unique(mask.array).tolist()) - {PADDING}
+    background = 0 if 0 in labels or 0 in present else min(set(labels) - {PADDING}, default=0)
     if unknown := sorted(present - set(labels) - {background}):
         raise ValueError(f"the label map holds {unknown}, which have no name (named are {sorted(labels)}); name them")
     if present <= {background}:
         raise ValueError("the label map is background everywhere, and a DICOM-SEG of it would hold nothing")
-    return sorted(set(labels) - {background})
+    values = sorted(set(labels) - {background, PADDING})
+    short: dict[str, int] = {}
+    for value in values:
+        other = short.setdefault(segment_key(labels[value][:LABEL_LENGTH]), value)
+        if other != value:
+            raise ValueError(
+                f"the names of the labels {other} ({labels[other]!r}) and {value} ({labels[value]!r}) are one in the "
+                f"{LABEL_LENGTH} characters that DICOM-SEG keeps, or in upper and lower case; change one"
+            )
+    return values
 
 
 def _series(folder: Path, mask: Volume) -> list[Dataset]:
@@ -159,7 +171,7 @@ def _descriptions(names: Sequence[str], software: str) -> list[Any]:
         found.append(
             SegmentDescription(
                 segment_number=number,
-                segment_label=name[:64],
+                segment_label=name[:LABEL_LENGTH],
                 segmented_property_category=category,
                 segmented_property_type=codes.SCT.Tissue if structure is None else getattr(codes.cid7192, structure),
                 algorithm_type="AUTOMATIC",

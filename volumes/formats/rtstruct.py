@@ -9,8 +9,11 @@ PS3.3, section C.8.8.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ from volumes.volume import Volume, VolumeError
 from .dicom import check_syntax
 from .raw import LPS_TO_RAS, UNITS
 from .segments import (
+    LISTED,
     OFF_GRID,
     LabelGrid,
     Reference,
@@ -33,6 +37,7 @@ from .segments import (
 )
 
 CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+THIN = 0.5  # mm: contours that are no farther apart lie on one slice
 CROSSINGS = 1 << 22  # of borders with lines of voxels, at once
 
 
@@ -71,8 +76,9 @@ def read_rtstruct(
         like: the image that it was drawn on.
         units: what lengths in it are in, if not mm.
 
-    Raises: VolumeError for contours that are not closed, not finite, or not on the slices, for ROIs that overlap or
-    lie on every other slice alone, where the series is not found, and for damaged files.
+    Raises: VolumeError for contours that are not closed, not finite, or not on the slices, for ROIs that overlap, lie
+    beside the images or on every other slice alone, where the series is not found, and for damaged files.
+    Warns: of slices without a contour between others, of ROIs that are cut, and of those that hold no voxel.
     """
     try:
         check_syntax(path)
@@ -89,7 +95,8 @@ def read_rtstruct(
         _add_contours(path, found, rois, UNITS[units or "mm"])
         if not any(roi.contours for roi in rois.values()):
             raise VolumeError(f"{path}: has no contours of {' and '.join(roi.name for roi in rois.values())}")
-        grid = grid_for(path, _reference(path, found, rois), like, lambda grid: _misfit(rois, grid), units)
+        reference = _reference(path, found, rois)
+        grid = grid_for(path, reference, like, partial(_misfit, rois), units, single=_flat(rois))
         return _painted(path, rois, values, grid).volume()
     except (VolumeError, OSError, MemoryError):
         raise
@@ -177,32 +184,93 @@ def _placed(rois: dict[int, Roi], grid: Volume) -> tuple[int, dict[int, dict[int
     return reason
 
 
-def _misfit(rois: dict[int, Roi], grid: Volume) -> str | None:
-    """Say why the contours do not lie on slices of a grid; None if they do."""
+def _flat(rois: dict[int, Roi]) -> bool:
+    """Whether all contours lie on one slice."""
+    points = np.concatenate([contour.points for roi in rois.values() for contour in roi.contours])
+    points = points - points.mean(axis=0)
+    normal = np.linalg.eigh(points.T @ points)[1][:, 0]
+    return bool(np.ptp(points @ normal) < THIN)
+
+
+def _misfit(rois: dict[int, Roi], grid: Volume, series: bool) -> str | None:
+    """Say why the contours do not lie on a grid; None if they do.
+
+    On a grid that is not that of its series, most neighboring contours must be one slice apart, and none is cut.
+    """
     placed = _placed(rois, grid)
-    return placed if isinstance(placed, str) else None
+    if isinstance(placed, str):
+        return placed
+    axis, slices = placed
+    for number, roi in rois.items():
+        if not roi.contours:
+            continue
+        beyond, beside = _beyond(slices[number], _sides(grid, axis))
+        if beside:
+            return f"{roi.name!r} lies beside its voxels"
+        if beyond > 0.5 and not series:
+            return f"{roi.name!r} reaches {beyond:.3g} voxels beyond its edge"
+    step = _usual_step(slices.values())
+    if step > 1 and not series:
+        return f"its contours are usually {step} slices apart, so the slices that they were drawn on are thicker"
+    return None
+
+
+def _sides(grid: Volume, axis: int) -> tuple[int, int]:
+    first, second = (side for other, side in enumerate(grid.shape) if other != axis)
+    return first, second
+
+
+def _beyond(contours: dict[int, list[Placed]], sides: tuple[int, int]) -> tuple[float, bool]:
+    """How many voxels an ROI reaches beyond the outer edge of the voxels, and whether it lies there as a whole."""
+    points = np.concatenate([one.points for on_slice in contours.values() for one in on_slice])
+    low, high, edge = points.min(axis=0), points.max(axis=0), np.array(sides) - 0.5
+    return float(max((-0.5 - low).max(), (high - edge).max(), 0)), bool(((high < -0.5) | (low > edge)).any())
+
+
+def _usual_step(rois: Iterable[Mapping[int, object]]) -> int:
+    """The median distance of neighboring contours of an ROI in slices, the lower one of two; where all ROIs are on one
+    slice, that of neighboring ROIs; 1 if they are on the same."""
+    drawn = [sorted(slices) for slices in rois]
+    steps = sorted(int(step) for one in drawn for step in np.diff(one))
+    steps = steps or sorted(int(step) for step in np.diff(sorted(set().union(*drawn))))
+    return steps[(len(steps) - 1) // 2] if steps else 1
 
 
 def _painted(path: Path, rois: dict[int, Roi], values: dict[int, int], grid: Volume) -> LabelGrid:
     placed = _placed(rois, grid)
     assert not isinstance(placed, str), path
     axis, slices = placed
-    labels = LabelGrid(str(path), grid)
+    labels, sides = LabelGrid(str(path), grid), _sides(grid, axis)
     for number, roi in rois.items():
         drawn = sorted(slices[number])
-        if len(drawn) > 2 and min(np.diff(drawn)) > 1:
+        if len(drawn) > 2 and (step := _usual_step([slices[number]])) > 1:
             raise VolumeError(
-                f"{path}: {roi.name!r} is drawn on every {min(np.diff(drawn))}th slice of its series at most; fill in "
-                "the slices between in the program that drew it"
+                f"{path}: {roi.name!r} is drawn on every {step}th slice of its series as a rule; fill in the slices "
+                "between in the program that drew it"
             )
+        voxels = 0
         for place in drawn:
             name = f"{path}: {roi.name!r} on slice {place}"
-            sides = [side for other, side in enumerate(grid.shape) if other != axis]
-            inside = _filled(name, slices[number][place], (sides[0], sides[1]))
+            inside = _filled(name, slices[number][place], sides)
+            voxels += int(inside.sum())
             index: list[slice | int] = [slice(None)] * 3
             index[axis] = place
             labels.paint(tuple(index), inside, values[number], repr(roi.name))
+        if drawn:
+            _warn(f"{path}: {roi.name!r}", drawn, _beyond(slices[number], sides)[0], voxels)
     return labels
+
+
+def _warn(name: str, drawn: list[int], beyond: float, voxels: int) -> None:
+    """Warn of what the label map of an ROI lacks."""
+    if missing := sorted(set(range(drawn[0], drawn[-1])) - set(drawn)):
+        more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+        between = ", ".join(map(str, missing[:LISTED])) + more
+        warnings.warn(f"{name} has no contour on slices {between} between others, so it is absent there", stacklevel=2)
+    if beyond > 0.5:
+        warnings.warn(f"{name} reaches {beyond:.3g} voxels beyond its images, and is cut there", stacklevel=2)
+    if not voxels:
+        warnings.warn(f"{name} holds the center of no voxel, so it is absent from the label map", stacklevel=2)
 
 
 def _filled(name: str, contours: list[Placed], sides: tuple[int, int]) -> np.ndarray:

@@ -120,7 +120,7 @@ def chosen_values(name: str, segments: Mapping[int, str], names: SegmentValues |
             f"label_map, such as data.label_map: {{{first}: 1}}"
         )
     if left := {number: text for number, text in segments.items() if number not in found}:
-        warnings.warn(f"segments that no label is called as are left out: {listed(left)}", stacklevel=2)
+        warnings.warn(f"{name}: segments that no label is called as are left out: {listed(left)}", stacklevel=2)
     return found
 
 
@@ -134,28 +134,36 @@ def grid_for(
     path: Path,
     reference: Reference,
     like: Volume | None,
-    misfit: Callable[[Volume], str | None],
+    misfit: Callable[[Volume, bool], str | None],
     units: str | None = None,
     own: Callable[[], SourceGrid] | None = None,
+    single: bool = False,
 ) -> Volume:
     """Find the grid that a segmentation object lies on.
 
-    That of `like` if it fits; else that of the series that it names, see `find_series`; else its own.
+    That of `like` if it fits; else that of the series that it names, see `find_series`; else its own. An object on one
+    slice does not tell how far slices are apart, so the series that it names comes first if it is there once.
 
     Args:
-        misfit: says why the object does not lie on a grid; None where it does.
+        misfit: says why the object does not lie on a grid; None where it does. Its second argument is true for the
+            object's own series, whose spacing is right.
         own: the object's own grid.
+        single: the object lies on one slice.
 
     Returns: a volume of one channel of zeros that take no memory.
     Raises: VolumeError if there is none, or if the series does not fit.
     """
-    why = ""
+    why, fitting = "", None
     if like is not None:
-        reason = _other_frame(reference, like) or misfit(like)
+        reason = _other_frame(reference, like) or misfit(like, False)
         if reason is None:
-            return like.replace(_nothing(like.shape))
-        why = f"; on the image's grid ({describe_grid(like)}) it does not lie: {reason}"
+            fitting = like.replace(_nothing(like.shape))
+            if not single:
+                return fitting
+        why = "" if reason is None else f"; on the image's grid ({describe_grid(like)}) it does not lie: {reason}"
     folders = find_series(path, reference.series)
+    if fitting is not None and len(folders) != 1:
+        return fitting
     if len(folders) > 1:
         raise VolumeError(
             f"{path}: the series that it was drawn on is there {len(folders)} times: {folders[0]} and {folders[1]}; "
@@ -163,12 +171,15 @@ def grid_for(
         )
     if folders:
         grid = grid_volume(series_grid(folders[0], units))
-        if reason := _other_frame(reference, grid) or misfit(grid):
+        if reason := _other_frame(reference, grid) or misfit(grid, True):
             raise VolumeError(f"{path}: does not lie on its series {folders[0]}: {reason}")
         return grid
     if own is not None:
-        grid = grid_volume(own())
-        assert misfit(grid) is None, path
+        try:
+            grid = grid_volume(own())
+        except VolumeError as error:
+            raise VolumeError(f"{error}{why}") from error
+        assert misfit(grid, True) is None, path
         return grid
     named = f"the series {reference.series[0]}" if reference.series else "no series"
     raise VolumeError(
