@@ -333,7 +333,7 @@ def test_the_distance_of_real_volumes_is_near_its_floor(vae):
     assert np.isnan(distance.compare(rows)["kernel_distance"])
 
 
-def test_what_is_generated_outside_the_field_of_view_does_not_count(vae):
+def test_what_is_outside_the_field_of_view_does_not_count(vae):
     """Not in a corner of the box either, which a volume on another grid does not show."""
     volumes = Volumes([0.0, 0.2])
     fov = volumes[0]["fov"].clone()
