@@ -502,7 +502,7 @@ def test_generate_from_a_table(folder):
 
     (folder / "out" / "one_000.nii.gz").unlink()
     finished = two.stat().st_mtime_ns
-    make(folder, table)  # goes on where it stopped
+    make(folder, table)  # resumes where it stopped
     assert (folder / "out" / "one_000.nii.gz").exists() and two.stat().st_mtime_ns == finished
     with pytest.raises(ValueError, match="two_000.nii.gz: was generated with another classes"):
         make(folder, table.replace("two,M", "two,F"))

@@ -1,4 +1,4 @@
-"""Lesions in label maps, and the regions to make anew."""
+"""Lesions in label maps, and the regions to generate again."""
 
 import numpy as np
 import pytest
