@@ -238,7 +238,7 @@ def test_few_labels_is_taken_up_where_it_stopped(data, monkeypatch):
         evaluate.main([*args, "--labels", "2", "--mix", "plain"])
     with pytest.raises(ValueError, match="--labels 7: .*1 to 6"):
         evaluate.main([*args, "--labels", "7"])
-    image, _, _ = make_phantom(50, SHAPE)  # the generator was trained again: the folder is the same, its volumes are not
+    image, _, _ = make_phantom(50, SHAPE)  # the generator was retrained: the folder is the same, its volumes are not
     write_volume(image, folder / "made/case_0_000.nii.gz")
     with pytest.raises(ValueError, match="few.json: holds figures of another content; .*delete it"):
         evaluate.main([*args, "--labels", "2"])
