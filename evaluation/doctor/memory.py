@@ -1,15 +1,16 @@
 """Memory that training and generation take, found by running them without values.
 
 Tensors are fake (shapes and types, no data; PyTorch's FakeTensorMode), so a step of any size runs in seconds, and every
-operation's result counts as long as it lives. Not counted: scratch space inside a kernel, the allocator's fragments,
-and the program itself (some 0.5 GB; on CUDA another 0.5 GB for its context).
+operation's result counts as long as it lives. On a CPU, the workspace of convolutions and the memory that the allocator
+keeps count too (`cpu_memory`). Not counted: on CUDA scratch space inside a kernel and the allocator's fragments, and
+the program itself (some 0.5 GB; on CUDA another 0.5 GB for its context).
 """
 
 import ctypes
 import gc
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from autoencoder import VolumeAutoencoder
 from diffusion import Conditions, LatentUNet3D
 from training import LdmTrainingStep, Learner, VaeTrainingStep
 
+from .cpu_memory import Heap, workspace
+
 WEIGHT_BYTES = 4  # float32
+NODE_BYTES = 512
 CONDITIONS = ("mask", "classes", "numbers", "image")
 GIB = 2**30
 
@@ -33,14 +37,24 @@ class LiveTensors(TorchDispatchMode):
     """Count the bytes of tensors that are made under it, as long as they live; `peak` is the highest sum. A view, and
     an operation in place, count once.
 
-    Fake tensors have no values. Where a step reads one, it is 0 here; and a boolean mask selects everything, the
-    largest case.
+    Fake tensors have no values. Where a step reads one, it is 0 here, or True; and a boolean mask selects everything,
+    the largest case.
+
+    Args:
+        held: tensors from before, which do not count.
+        heap: counts what a process on a CPU holds for them; None counts the tensors alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, held: Iterable[Tensor] = (), heap: Heap | None = None) -> None:
         super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
+        self.live = self._highest = 0
+        self.heap = heap
+        self._known: set[int] = {tensor.untyped_storage()._cdata for tensor in held}
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak."""
+        return self._highest if self.heap is None else self.heap.peak
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.mkldnn_convolution.default:  # has no fake kernel
@@ -50,7 +64,7 @@ class LiveTensors(TorchDispatchMode):
         if args and isinstance(args[0], FakeTensor):
             aten = torch.ops.aten
             if func is aten._local_scalar_dense.default:
-                return 0.0 if args[0].is_floating_point() else 0
+                return True if args[0].dtype is torch.bool else 0.0 if args[0].is_floating_point() else 0
             if func is aten.bincount.default:
                 length = (kwargs or {}).get("minlength", args[-1])
                 func, args, kwargs = aten.zeros.default, ([length],), {"dtype": torch.int64}
@@ -60,6 +74,8 @@ class LiveTensors(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor)
+        if self.heap is not None and (extra := workspace(func, args)):
+            self.heap.free(self.heap.allocate(extra), extra)
         return result
 
     def _count(self, tensor: Tensor) -> None:
@@ -69,23 +85,31 @@ class LiveTensors(TorchDispatchMode):
             return
         self._known.add(key)
         self.live += size
-        self.peak = max(self.peak, self.live)
+        self._highest = max(self._highest, self.live)
+        blocks = [] if self.heap is None else [(self.heap.allocate(n), n) for n in (size, NODE_BYTES)]
 
         def gone() -> None:
             self._known.discard(key)
             self.live -= size
+            for block, n in blocks:
+                self.heap.free(block, n)  # pyright: ignore[reportOptionalMemberAccess]
 
         weakref.finalize(storage, gone)
 
 
-def peak_of(model: nn.Module, work: Callable[[], object], *, training: bool = False) -> int:
+def peak_of(model: nn.Module, work: Callable[[], object], *, training: bool = False, cpu: bool = False) -> int:
     """Return the peak bytes of what `work` makes with `model`. The weights do not count, their gradients do.
 
     The weights become fake, so the model is of no use afterwards.
+
+    Args:
+        training: whether gradients are computed.
+        cpu: whether to count what a process on this machine's CPU holds for them.
     """
     mode = FakeTensorMode()
     _make_fake(model, mode)
-    with mode, torch.set_grad_enabled(training), LiveTensors() as live:
+    held = [*model.parameters(), *model.buffers()]
+    with mode, torch.set_grad_enabled(training), LiveTensors(held, Heap() if cpu else None) as live:
         work()
     return live.peak
 
@@ -167,19 +191,22 @@ def training_work(
     return work
 
 
-def training_bytes(step: VaeTrainingStep | LdmTrainingStep, work: Callable[[], object]) -> dict[str, int]:
+def training_bytes(
+    step: VaeTrainingStep | LdmTrainingStep, work: Callable[[], object], *, cpu: bool = False
+) -> dict[str, int]:
     """Return {"weights", "average" (of the weights), "optimizer", "step" (activations and gradients at their peak),
     "total"} in bytes, weights in float32. The step's weights are of no use afterwards.
 
     Args:
         work: `training_work` of the step.
+        cpu: as in `peak_of`.
     """
     networks = networks_of(step)
     parts = {
         "weights": WEIGHT_BYTES * sum(p.numel() for p in networks.parameters()),
         "average": WEIGHT_BYTES * sum(p.numel() for learner in step.learners for p in learner.network.parameters()),
         "optimizer": sum(optimizer_bytes(learner) for learner in step.learners),
-        "step": peak_of(networks, work, training=True),
+        "step": peak_of(networks, work, training=True, cpu=cpu),
     }
     return {**parts, "total": sum(parts.values())}
 
@@ -210,19 +237,30 @@ def unet_inputs(unet: LatentUNet3D, shape: Sequence[int], batch: int) -> dict[st
 
 
 def generation_bytes(
-    vae: VolumeAutoencoder, unet: LatentUNet3D | None, shape: Sequence[int], batch: int
+    vae: VolumeAutoencoder, unet: LatentUNet3D | None, shape: Sequence[int], batch: int, *, cpu: bool = False
 ) -> dict[str, int]:
     """Return {"weights", "denoising" (`batch` volumes at once, one step), "decoding" (one volume), "total"} in bytes,
     in float32, for volumes padded to `shape`. Guidance doubles the denoising. Encoding for the latent cache takes as
     much as decoding.
+
+    Args:
+        cpu: as in `peak_of`.
     """
     latents = vae.config["latent_channels"]
     latent_shape = [n // s for n, s in zip(shape, vae.stride, strict=True)]
     models = [vae] if unet is None else [vae, unet]
     parts = {"weights": WEIGHT_BYTES * sum(p.numel() for model in models for p in model.parameters())}
     if unet is not None:
-        parts["denoising"] = peak_of(unet, lambda: unet(**unet_inputs(unet, latent_shape, batch), return_dict=False))
-    parts["decoding"] = peak_of(vae, lambda: vae.decode(torch.zeros(1, latents, *latent_shape), return_dict=False))
+
+        def denoise() -> None:
+            unet(**unet_inputs(unet, latent_shape, batch), return_dict=False)
+
+        parts["denoising"] = peak_of(unet, denoise, cpu=cpu)
+
+    def decode() -> None:
+        vae.decode(torch.zeros(1, latents, *latent_shape), return_dict=False)
+
+    parts["decoding"] = peak_of(vae, decode, cpu=cpu)
     return {**parts, "total": parts["weights"] + max(parts.get("denoising", 0), parts["decoding"])}
 
 
