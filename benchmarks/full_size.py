@@ -1,4 +1,4 @@
-"""Build the recipes of configs/real_sizes, take one training step and generate one volume at their full size, on a CPU.
+"""Compute a training step and generate a volume with the recipes of configs/real_sizes, at full size, on a CPU.
 
     OMP_NUM_THREADS=1 python -m benchmarks.full_size --output docs/full_size.json [--parts ct/vae_24gb/training,...]
 
@@ -156,8 +156,7 @@ def training(recipe: str, shape: Sequence[int], small: bool) -> Work:
 
 
 def generation(recipe: str, shape: Sequence[int], small: bool, folder: str) -> Work:
-    """Build the pipeline of a recipe with random weights, and generate a volume in one step, decoded in slabs to a
-    file."""
+    """Generate a volume with a recipe's pipeline of random weights, in one step, decoded in slabs to a file."""
     mask = None
     if recipe.startswith("brats"):
         body = make_phantom(0, tuple(shape))[1]  # pyright: ignore[reportArgumentType]

@@ -1,93 +1,16 @@
-"""What a process on a CPU holds besides live tensors: the workspace of convolutions, and freed memory that glibc keeps.
+"""The workspace of convolutions on a CPU: what a kernel holds besides its inputs and outputs.
 
-The workspace is that of PyTorch 2.13 with oneDNN 3.12, as counted by PyTorch's own allocator on a machine with AVX2
+It is that of PyTorch 2.13 with oneDNN 3.12 in float32, as PyTorch's own allocator counted it on a machine with AVX2
 (`torch.profiler` with `profile_memory`, beside `ONEDNN_VERBOSE=1`). Processors with AVX-512 or AMX have other kernels
-for the gradients of weights, which were not measured. The heap follows glibc's malloc; other systems keep less or more.
+for the gradients of weights, which were not measured.
 """
 
-import bisect
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-MAPPED = 32 << 20  # bytes from which glibc maps a block of its own and returns it when freed (DEFAULT_MMAP_THRESHOLD_MAX)
-TRIM = 2 * MAPPED  # free bytes at the heap's end from which glibc returns them
-ALIGNMENT = 64  # of PyTorch's blocks
-HEADER = 16  # before a block, and the unit of its size
-LEAST = 32  # bytes of the smallest block
-
-
-class Heap:
-    """The resident bytes of a process whose blocks come and go, by glibc's rules.
-
-    Blocks below 32 MiB are cut from the smallest free block that holds them, or from the heap's end. Freed neighbors
-    join, and stay resident until they reach the end. (glibc's limit of 32 MiB is reached as soon as a block of that
-    size was freed; it starts at 128 KiB.)
-    """
-
-    def __init__(self) -> None:
-        self.mapped = self.end = self.peak = 0
-        self._free: list[tuple[int, int]] = []  # (bytes, address), sorted
-        self._at: dict[int, int] = {}  # address of a free block: its bytes
-        self._ending: dict[int, int] = {}  # end of a free block: its address
-
-    def allocate(self, size: int) -> tuple[int, int] | None:
-        """Return (address, bytes) of a block in the heap, None for one that is mapped."""
-        if size >= MAPPED:
-            self.mapped += size
-            self.peak = max(self.peak, self.mapped + self.end)
-            return None
-        size = -(-(size + HEADER // 2) // HEADER) * HEADER
-        wanted = size + ALIGNMENT + LEAST
-        place = bisect.bisect_left(self._free, (wanted, 0))
-        if place < len(self._free):
-            address = self._free[place][1]
-            length = self._take(address)
-        else:
-            address = self._ending.get(self.end, self.end)  # a free block at the end grows
-            length = self._take(address) if address < self.end else 0
-            length = wanted
-            self.end = address + wanted
-        lead = -(address + HEADER) % ALIGNMENT
-        lead += ALIGNMENT if 0 < lead < LEAST else 0
-        if lead:
-            self._put(address, lead)
-        if length - lead - size >= LEAST:
-            self.free((address + lead + size, length - lead - size), 0)
-        else:
-            size = length - lead
-        self.peak = max(self.peak, self.mapped + self.end)
-        return address + lead, size
-
-    def free(self, block: tuple[int, int] | None, size: int) -> None:
-        """Free a block of `allocate(size)`."""
-        if block is None:
-            self.mapped -= size
-            return
-        address, length = block
-        if address in self._ending:  # the block before it
-            before = self._ending[address]
-            length += self._take(before)
-            address = before
-        if address + length in self._at:
-            length += self._take(address + length)
-        if address + length == self.end and length > TRIM:
-            self.end = address
-        else:
-            self._put(address, length)
-
-    def _take(self, address: int) -> int:
-        size = self._at.pop(address)
-        del self._ending[address + size]
-        self._free.pop(bisect.bisect_left(self._free, (size, address)))
-        return size
-
-    def _put(self, address: int, size: int) -> None:
-        self._at[address], self._ending[address + size] = size, address
-        bisect.insort(self._free, (size, address))
 
 
 def workspace(func: Any, args: Sequence[Any]) -> int:
@@ -99,8 +22,10 @@ def workspace(func: Any, args: Sequence[Any]) -> int:
     holds the input once more, and the columns of all its planes, unless the kernel is 1.
     """
     aten = torch.ops.aten
+    if func is aten.mkldnn_convolution.default:
+        return _bytes(args[1])
     if func is aten.convolution.default:
-        x, weight, bias, stride, padding, dilation = args[:6]
+        x, weight, _, stride, padding, dilation = args[:6]
         own = _backend(args) == "Slow3d"
         return columns_bytes(x, weight, stride, padding, dilation) if own else _bytes(weight)
     if func is aten.convolution_backward.default:

@@ -1,9 +1,10 @@
 """Memory that training and generation take, found by running them without values.
 
 Tensors are fake (shapes and types, no data; PyTorch's FakeTensorMode), so a step of any size runs in seconds, and every
-operation's result counts as long as it lives. On a CPU, the workspace of convolutions and the memory that the allocator
-keeps count too (`cpu_memory`). Not counted: on CUDA scratch space inside a kernel and the allocator's fragments, and
-the program itself (some 0.5 GB; on CUDA another 0.5 GB for its context).
+operation's result counts as long as it lives. On a CPU, the workspace of convolutions counts too (`cpu_memory`).
+
+Not counted: on CUDA, scratch space inside a kernel; memory that an allocator keeps after it was freed (glibc's, of
+blocks below 32 MiB); and the program itself (some 0.5 GB; on CUDA another 0.5 GB for its context).
 """
 
 import ctypes
@@ -25,10 +26,9 @@ from autoencoder import VolumeAutoencoder
 from diffusion import Conditions, LatentUNet3D
 from training import LdmTrainingStep, Learner, VaeTrainingStep
 
-from .cpu_memory import Heap, workspace
+from .cpu_memory import workspace
 
 WEIGHT_BYTES = 4  # float32
-NODE_BYTES = 512
 CONDITIONS = ("mask", "classes", "numbers", "image")
 GIB = 2**30
 
@@ -37,26 +37,22 @@ class LiveTensors(TorchDispatchMode):
     """Count the bytes of tensors that are made under it, as long as they live; `peak` is the highest sum. A view, and
     an operation in place, count once.
 
-    Fake tensors have no values. Where a step reads one, it is 0 here, or True; and a boolean mask selects everything,
-    the largest case.
+    Fake tensors have no values. Where a step reads one, it is 0 here; and a boolean mask selects everything, the
+    largest case.
 
     Args:
         held: tensors from before, which do not count.
-        heap: counts what a process on a CPU holds for them; None counts the tensors alone.
+        cpu: whether the workspace of this machine's CPU counts.
     """
 
-    def __init__(self, held: Iterable[Tensor] = (), heap: Heap | None = None) -> None:
+    def __init__(self, held: Iterable[Tensor] = (), cpu: bool = False) -> None:
         super().__init__()
-        self.live = self._highest = 0
-        self.heap = heap
+        self.live = self.peak = 0
+        self.cpu = cpu
         self._known: set[int] = {tensor.untyped_storage()._cdata for tensor in held}
 
-    @property
-    def peak(self) -> int:
-        """Bytes at the peak."""
-        return self._highest if self.heap is None else self.heap.peak
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        extra = workspace(func, args) if self.cpu else 0
         if func is torch.ops.aten.mkldnn_convolution.default:  # has no fake kernel
             x, weight, bias, padding, stride, dilation, groups = args
             func = torch.ops.aten.convolution.default
@@ -64,7 +60,7 @@ class LiveTensors(TorchDispatchMode):
         if args and isinstance(args[0], FakeTensor):
             aten = torch.ops.aten
             if func is aten._local_scalar_dense.default:
-                return True if args[0].dtype is torch.bool else 0.0 if args[0].is_floating_point() else 0
+                return 0.0 if args[0].is_floating_point() else 0
             if func is aten.bincount.default:
                 length = (kwargs or {}).get("minlength", args[-1])
                 func, args, kwargs = aten.zeros.default, ([length],), {"dtype": torch.int64}
@@ -74,8 +70,8 @@ class LiveTensors(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor)
-        if self.heap is not None and (extra := workspace(func, args)):
-            self.heap.free(self.heap.allocate(extra), extra)
+        if self.cpu:
+            self.peak = max(self.peak, self.live + extra)
         return result
 
     def _count(self, tensor: Tensor) -> None:
@@ -85,14 +81,11 @@ class LiveTensors(TorchDispatchMode):
             return
         self._known.add(key)
         self.live += size
-        self._highest = max(self._highest, self.live)
-        blocks = [] if self.heap is None else [(self.heap.allocate(n), n) for n in (size, NODE_BYTES)]
+        self.peak = max(self.peak, self.live)
 
         def gone() -> None:
             self._known.discard(key)
             self.live -= size
-            for block, n in blocks:
-                self.heap.free(block, n)  # pyright: ignore[reportOptionalMemberAccess]
 
         weakref.finalize(storage, gone)
 
@@ -104,12 +97,12 @@ def peak_of(model: nn.Module, work: Callable[[], object], *, training: bool = Fa
 
     Args:
         training: whether gradients are computed.
-        cpu: whether to count what a process on this machine's CPU holds for them.
+        cpu: whether to count the workspace of this machine's CPU.
     """
     mode = FakeTensorMode()
     _make_fake(model, mode)
     held = [*model.parameters(), *model.buffers()]
-    with mode, torch.set_grad_enabled(training), LiveTensors(held, Heap() if cpu else None) as live:
+    with mode, torch.set_grad_enabled(training), LiveTensors(held, cpu) as live:
         work()
     return live.peak
 
