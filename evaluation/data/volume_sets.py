@@ -194,8 +194,8 @@ def _images(cases: Sequence[Case], config: DataConfig) -> VolumeDataset:
 
 def unit_volumes(dataset: VolumeDataset) -> list[np.ndarray]:
     """Return the volumes (C, X, Y, Z) of a data set in [0, 1]."""
-    return [(prepared.image.array + 1) / 2 for prepared in dataset.prepared]
+    return [(dataset.load(index).image.array + 1) / 2 for index in range(len(dataset))]
 
 
 def _spacings(dataset: VolumeDataset) -> list[tuple[float, float, float]]:
-    return [prepared.image.spacing for prepared in dataset.prepared]
+    return [facts.spacing for facts in dataset.facts]
