@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from files.cache import cache_root
 from volumes import (
@@ -31,6 +33,7 @@ from volumes import (
 )
 from volumes.data.case_files import one_grid, read_case
 from volumes.prepared import preparation
+from volumes.prepared.case import prepare_unscaled
 from volumes.prepared.entry import smallest
 from volumes.prepared.keys import case_key
 from volumes.prepared.preparation import prepare_cases
@@ -274,6 +277,18 @@ def test_keys_follow_all_files_of_a_volume(tmp_path):
     assert keys_of(detached) != [first]
 
 
+def test_a_change_that_hides_its_time_is_noticed(tmp_path, monkeypatch):
+    """Even after the digest was remembered: a copy over the file that keeps its size and time of change."""
+    monkeypatch.setattr("volumes.prepared.keys.SETTLED", -1.0)
+    config = saved(tmp_path / "data", 1)
+    first, path = keys_of(config), tmp_path / "data/c0_image.nii"
+    data, times = bytearray(path.read_bytes()), path.stat()
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_mtime_ns == times.st_mtime_ns and keys_of(config) != first
+
+
 def test_digests_of_settled_files_are_remembered(tmp_path, monkeypatch):
     config = saved(tmp_path / "data")
     read: list[str] = []
@@ -392,6 +407,27 @@ def test_a_source_that_changed_meanwhile_is_refused(tmp_path):
     (tmp_path / "data/c2_mask.nii").unlink()
     with pytest.raises(VolumeError, match="c2_mask.nii"):
         dataset[2]
+
+
+def test_voxels_that_come_back_otherwise_are_refused(tmp_path, monkeypatch):
+    dataset = dataset_of(saved(tmp_path / "data"))
+    entries()[0].unlink()
+    index = dataset._keys.index(entries(".json")[0].stem)
+    other = dataset.cases[(index + 1) % 3]
+    monkeypatch.setattr(preparation, "prepare_unscaled", lambda case, config: prepare_unscaled(other, config))
+    with pytest.raises(VolumeError, match="has changed since this process began"):
+        dataset[index]
+
+
+def test_an_equal_checksum_under_another_key(tmp_path, caplog):
+    """A copy of a file under another name is not read, whatever it holds."""
+    dataset = dataset_of(saved(tmp_path / "data"))
+    path = entries()[0]
+    index = dataset._keys.index(path.stem)
+    with safe_open(path, framework="np") as file:
+        arrays, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(arrays, path, metadata={**header, "key": "0" * 40})
+    assert dataset[index]["name"] and "it is another volume" in caplog.text
 
 
 # Processes
