@@ -34,6 +34,7 @@ MODULES += [
         "equal_time",
         "finetuning",
         "generation",
+        "prepared",
         "speed.headline",
         "processes",
         "speed.report",

@@ -21,7 +21,7 @@ from vae_steps import generators as two_generators
 import train_ldm
 import train_vae
 from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
-from autoencoder.posterior import LatentDistribution
+from autoencoder.losses.reconstruction import cells_inside
 from diffusion import Conditions, LatentUNet3D, make_scheduler
 from training import (
     AdversarialConfig,
@@ -36,7 +36,8 @@ from training.engine import precision
 from training.engine.loss_spikes import SpikeWatch, StandstillWatch
 from training.engine.muon import Muon
 from training.engine.tracking import Progress
-from training.ldm import LdmTrainingStep, encode_held_out
+from training.held_out import EncodedVolumes
+from training.ldm import LdmTrainingStep
 from training.splits import PaddedVolumes, digests, load_split
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
 
@@ -303,13 +304,23 @@ def test_a_validation_counts_the_field_of_view_alone():
     assert step.validate(item, torch.Generator().manual_seed(5))["loss"] == pytest.approx(1, rel=0.1)
 
 
+class Held(list):
+    """Padded volumes, with their stride."""
+
+    def __init__(self, items: list, stride: tuple[int, int, int]) -> None:
+        super().__init__(items)
+        self.stride = stride
+
+
 def test_held_out_images_are_given_where_they_are_seen():
     """Cells without a voxel of the field of view have no weight, and the flag of the image is 0 there."""
     vae = SpaceToDepth3D(patch_size=2)
     fov = torch.zeros(1, 4, 4, 8, dtype=torch.bool)
     fov[..., :3] = True  # ends within the second cell
-    items: Any = [{"name": "a", "image": torch.zeros(1, 4, 4, 8), "fov": fov}]
-    (found,) = encode_held_out(items, vae, 0, {"mr": slice(0, 8)})
+    volumes: Any = Held([{"name": "a", "image": torch.zeros(1, 4, 4, 8), "fov": fov}], (2, 2, 2))
+    mean = vae.encode(torch.zeros(1, 1, 4, 4, 8), return_dict=False)[0].mean[0]
+    entries: Any = [{"mean": mean, "inside": cells_inside(fov[None], mean.shape[1:])[0]}]
+    (found,) = EncodedVolumes(volumes, entries, 0, {"mr": slice(0, 8)})
     expected = torch.tensor([1.0, 1, 0, 0]).expand(1, 1, 2, 2, 4)
     assert torch.equal(found["inside"].float(), expected)
     assert found["conditions"].image is not None and torch.equal(found["conditions"].image[:, -1:], expected)
@@ -617,19 +628,10 @@ def test_time_left_uses_the_steps_and_rate_of_this_start(monkeypatch, caplog):
 def test_held_out_volumes_are_their_mean_latents():
     """An encoder that is unsure by 3 gives latents of 5, not a sample around them: a validation is the same each
     time."""
-
-    class Unsure:
-        device, stride = torch.device("cpu"), (1, 1, 1)
-
-        @staticmethod
-        def encode(image: Tensor, return_dict: bool) -> tuple[LatentDistribution]:
-            assert not return_dict
-            one = torch.ones(1)
-            return (LatentDistribution(torch.full_like(image, 5.0), torch.full_like(image, 3.0), 0 * one, one),)
-
-    items: Any = [{"name": "a", "image": torch.zeros(1, 2, 2, 2), "fov": torch.ones(1, 2, 2, 2, dtype=torch.bool)}]
-    encoder: Any = Unsure()
-    (found,) = encode_held_out(items, encoder, 0, {})
+    volumes: Any = Held([{"name": "a", "image": torch.zeros(1, 2, 2, 2), "fov": torch.ones(1, 2, 2, 2)}], (1, 1, 1))
+    inside = torch.ones(1, 2, 2, 2, dtype=torch.bool)
+    entries: Any = [{"mean": torch.full((1, 2, 2, 2), 5.0), "std": torch.full((1, 2, 2, 2), 3.0), "inside": inside}]
+    (found,) = EncodedVolumes(volumes, entries, 0, {})
     assert torch.equal(found["latents"], torch.full((1, 1, 2, 2, 2), 5.0)) and found["conditions"].as_kwargs() == {}
 
 

@@ -415,8 +415,9 @@ def test_voxels_that_come_back_otherwise_are_refused(tmp_path, monkeypatch):
     index = dataset._keys.index(entries(".json")[0].stem)
     other = dataset.cases[(index + 1) % 3]
     monkeypatch.setattr(preparation, "prepare_unscaled", lambda case, config: prepare_unscaled(other, config))
-    with pytest.raises(VolumeError, match="has changed since this process began"):
+    with pytest.raises(VolumeError, match="gives other voxels than before"):
         dataset[index]
+    assert len(entries()) == 2
 
 
 def test_an_equal_checksum_under_another_key(tmp_path, caplog):
@@ -451,6 +452,8 @@ def prepare_unscaled(case, config):
     return made
 
 preparation.prepare_unscaled = prepare_unscaled
+print("ready", flush=True)
+input()
 dataset = VolumeDataset(load_cases(config), config)
 print(*sorted(prepared))
 print(*(name for name, _ in dataset.skipped))
@@ -460,13 +463,26 @@ print(*(case.name for case in dataset.cases))
 
 def started(folder: Path, kill_at: int = 0) -> subprocess.Popen:
     command = [sys.executable, "-c", PREPARE, str(folder), str(kill_at)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
+
+
+def together(processes: list[subprocess.Popen]) -> list[list[str]]:
+    """Let them begin once all have started, and return the lines that each printed."""
+    for process in processes:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return [process.communicate()[0].splitlines() for process in processes]
 
 
 def test_a_killed_preparation_continues(tmp_path, monkeypatch):
     config = saved(tmp_path / "data", 12)
     process = started(tmp_path / "data", kill_at=7)
-    assert process.wait() == -signal.SIGKILL
+    together([process])
+    assert process.returncode == -signal.SIGKILL
     there, again = len(entries(".json")), []
     assert 1 <= there <= 7
     original = preparation.prepare_unscaled
@@ -480,8 +496,7 @@ def test_two_processes_share_the_work(tmp_path):
     """Each volume is prepared once, by one of them; a refused one is skipped by both."""
     saved(tmp_path / "data", 12)
     (tmp_path / "data/c5_image.nii").write_bytes(b"no volume")
-    processes = [started(tmp_path / "data") for _ in range(2)]
-    said = [process.communicate()[0].splitlines() for process in processes]
+    said = together([started(tmp_path / "data") for _ in range(2)])
     prepared = [lines[0].split() for lines in said]
     assert sorted(prepared[0] + prepared[1]) == sorted(f"c{number}" for number in range(12) if number != 5)
     assert min(map(len, prepared)) >= 2
