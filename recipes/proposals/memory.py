@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from diffusion.completion import complete_model
-from evaluation.doctor.memory import dataset_bytes, training_bytes
+from evaluation.doctor.memory import training_bytes
 from evaluation.doctor.models import Models, PlannedData, config_from_sections, with_precision
 from training import build_model, ldm, vae
 from volumes.data.config import DataConfig
@@ -31,8 +31,7 @@ def fit_memory(plan: Plan, facts: Facts, machine: Machine, data: DataConfig) -> 
         machine: that trains.
         data: the data section.
     """
-    volumes = dataset_bytes(facts.shapes.tolist(), len(facts.channels), bool(facts.labels))
-    room = SHARE * (machine.accelerator_memory or machine.memory - volumes)
+    room = SHARE * (machine.accelerator_memory or machine.memory)
     for stage, sections in (("vae", plan.vae), ("ldm", plan.ldm)):
         changes = []
         for _ in range(MOST_CHANGES):

@@ -84,6 +84,7 @@ SHARES = {  # of all cases
     "ledger": 3,
     "holder": 1,
     "entry": 3,
+    "prepared": 6,
 }
 
 

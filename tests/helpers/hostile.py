@@ -14,7 +14,7 @@ import pydicom
 from fuzz import Files, Target
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
-from volumes import Case, DataConfig, Volume, load_cases, read_slabs, read_volume, write_dicom
+from volumes import Case, DataConfig, Volume, load_cases, read_slabs, read_volume, write_dicom, write_volume
 from volumes.prepared.case import prepare
 
 ARRAY = np.random.default_rng(0).integers(0, 500, (5, 6, 7)).astype(np.int16)
@@ -390,6 +390,30 @@ def entry_target() -> Target:
     return Target("entry", [files], read, names=False)  # its name is added by the cache
 
 
+def prepared_target() -> Target:
+    from volumes.prepared.case import prepare_unscaled
+    from volumes.prepared.entry import facts_from, facts_of, facts_text, pack, read_part, write_arrays
+
+    config, case = DataConfig(images="*", validation_fraction=0), Case("case", "case")
+    with tempfile.TemporaryDirectory() as name:
+        write_volume(Volume(ARRAY[None], AFFINE), Path(name) / "a.nii")
+        made = prepare_unscaled(Case("case", "case", images={"image": Path(name) / "a.nii"}), config)
+    arrays = pack(made)
+    facts = facts_of(made, arrays, config, 0)
+
+    def write(folder: Path) -> None:
+        write_arrays(folder / "key.safetensors", "key", facts, arrays)
+        (folder / "key.json").write_text(facts_text(facts, "key", case))
+
+    def read(home: Path) -> None:
+        found = facts_from((home / "key.json").read_bytes().decode(), "key", case)
+        assert found.details().keys() == facts.details().keys() and found.scales == facts.scales
+        part = read_part(home / "key.safetensors", "key", found, check=True)
+        np.testing.assert_array_equal(part.image, made.scaled().image.array)
+
+    return Target("prepared", [collected(write)], read, names=False)  # its name is added by the store
+
+
 def make_target(name: str, folder: Path) -> Target:
     """The target of that name; `folder` is for what it needs while it runs."""
     if name == "checkpoint":
@@ -411,5 +435,6 @@ def make_target(name: str, folder: Path) -> Target:
         "ledger": ledger_target,
         "holder": holder_target,
         "entry": entry_target,
+        "prepared": prepared_target,
     }
     return others[name]()

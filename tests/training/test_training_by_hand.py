@@ -555,11 +555,11 @@ def test_a_volumes_digest_is_of_all_that_training_learns_from():
     assert list(first) == [case.name for case in dataset.cases] and len(set(first.values())) == 2
     plant(dataset, 0, lambda case: None)
     planted = digests(dataset)
-    for name in ("image", "mask"):
+    for name, total in (("image", 1), ("mask", 3)):
 
-        def change(case, name=name):
+        def change(case, name=name, total=total):
             voxel = getattr(case, name).array[..., 3, 4, 5]
-            voxel[:] = 1 - voxel
+            voxel[:] = total - voxel
 
         plant(dataset, 0, change)
         changed = digests(dataset)

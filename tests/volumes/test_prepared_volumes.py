@@ -1,5 +1,6 @@
 """Prepared volumes on disk: the bits that memory would hold, once per content, whatever happens to their files."""
 
+import hashlib
 import json
 import os
 import signal
@@ -373,12 +374,23 @@ def test_damaged_facts_are_prepared_again(text, tmp_path, caplog):
     assert sum("damaged" in record.message for record in caplog.records) == 3
 
 
+def test_a_changed_number_in_the_facts_is_noticed(tmp_path, caplog):
+    config = saved(tmp_path / "data")
+    expected = [facts.scales for facts in dataset_of(config).facts]
+    for path in entries(".json"):
+        path.write_text(path.read_text().replace('"scales": [{"low": ', '"scales": [{"low": 1'))
+    assert [facts.scales for facts in dataset_of(config).facts] == expected
+    assert caplog.text.count("its content has changed") == 3
+
+
 def test_facts_of_another_version_are_prepared_again(tmp_path):
     config = saved(tmp_path / "data")
     dataset_of(config)
     for path in entries(".json"):
         facts = json.loads(path.read_text())
-        path.write_text(json.dumps({**facts, "scales": [{"low": "0", "high": 1.0}]}))
+        kept = {**facts["facts"], "scales": [{"low": "0", "high": 1.0}]}
+        digest = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+        path.write_text(json.dumps({**facts, "facts": kept, "sha256": digest}))
     assert all(isinstance(facts.scales[0].low, float) for facts in dataset_of(config).facts)
 
 
