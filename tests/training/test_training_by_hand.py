@@ -1,8 +1,10 @@
 """The training step in numbers: optimizer, clipping, averages, noise, and which weights are validated and saved."""
 
+import contextlib
 import itertools
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,7 @@ from training.engine.tracking import Progress
 from training.held_out import EncodedVolumes
 from training.ldm import LdmTrainingStep
 from training.splits import PaddedVolumes, digests, load_split
+from training.vae import measure_latents
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
 
 VALIDATION, TRAINING = 1 << 32, 1 << 33  # what keeps their seeds apart (training/engine/loop.py)
@@ -633,6 +636,22 @@ def test_held_out_volumes_are_their_mean_latents():
     entries: Any = [{"mean": torch.full((1, 2, 2, 2), 5.0), "std": torch.full((1, 2, 2, 2), 3.0), "inside": inside}]
     (found,) = EncodedVolumes(volumes, entries, 0, {})
     assert torch.equal(found["latents"], torch.full((1, 1, 2, 2, 2), 5.0)) and found["conditions"].as_kwargs() == {}
+
+
+def test_all_processes_measure_latents_with_the_bits_of_one(monkeypatch):
+    config = DataConfig(phantom=PhantomConfig(count=5, shape=(8, 9, 10)), validation_fraction=0)
+    dataset = VolumeDataset(load_cases(config), config)
+    vae, parts, found = SpaceToDepth3D(patch_size=4), [], []
+    monkeypatch.setattr("training.vae.gather_object", lambda rows: parts.extend(rows) or [{**parts[0]}, *parts])
+    for rank, processes in ((0, 2), (1, 2), (0, 1)):
+        process: Any = SimpleNamespace(process_index=rank, num_processes=processes)
+        if processes == 1:
+            parts.clear()
+        with contextlib.suppress(KeyError):  # the first has not heard of the second yet
+            measure_latents(vae, dataset, process)
+            found.append((vae.config["latents_mean"], vae.config["latents_std"]))
+        assert len(parts[-1]) == (5 if processes == 1 else 3 - rank)
+    assert len(found) == 2 and found[0] == found[1]
 
 
 # the samples of a step
