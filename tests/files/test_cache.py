@@ -71,7 +71,7 @@ def test_what_never_fits_removes_nothing(limited):
         assert not fits and path.exists()
 
 
-def test_a_touch_counts_as_use_and_changes_no_time_of_the_content(limited, monkeypatch):
+def test_a_touch_is_a_use_and_no_change(limited, monkeypatch):
     path = entry("a", 10, 1e9)
     touch(path)
     assert path.stat().st_mtime == 1e9 and path.stat().st_atime > 1.5e9
