@@ -36,7 +36,7 @@ from volumes.data.case_files import one_grid, read_case
 from volumes.prepared import preparation
 from volumes.prepared.case import prepare_unscaled
 from volumes.prepared.entry import smallest
-from volumes.prepared.keys import case_key
+from volumes.prepared.keys import case_key, settings_key
 from volumes.prepared.preparation import prepare_cases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,7 +229,7 @@ def test_the_smallest_type_that_is_exact(values, kind):
 
 
 def keys_of(config: DataConfig) -> list[str]:
-    return [case_key(case, config) for case in load_cases(config)]
+    return [case_key(case, settings_key(config)) for case in load_cases(config)]
 
 
 def test_keys_follow_contents_and_settings(tmp_path):
