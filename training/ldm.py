@@ -29,6 +29,7 @@ from diffusion import (
     collate_latents,
     denoise,
     drop_conditions,
+    fit_scheduler,
     fold_mask,
     image_condition,
     make_scheduler,
@@ -108,7 +109,12 @@ class LdmTrainingStep:
         self.channels = channels
         network = learner.network
         self.make_scheduler = make_scheduler
-        self.loss = partial(training_loss, train_steps=network.train_steps, absolute=loss == "l1")
+        self.loss = partial(
+            training_loss,
+            train_steps=network.train_steps,
+            shift_voxels=network.config["shift_voxels"],
+            absolute=loss == "l1",
+        )
         self.objective: str = network.config["objective"]
         self.schema = network.condition_schema
         self.dropout: dict[str, float] = network.config["condition_dropout"] or {}
@@ -185,7 +191,9 @@ class LdmTrainingStep:
         drops."""
         images = [name for name, _ in self.schema.images if self.dropout.get(name)]
         noise = randn_tensor(item["latents"].shape, generator=generator, device=item["latents"].device)
-        scheduler, steps = self.make_scheduler(), self.inference_steps
+        average, steps = self.unet.average, self.inference_steps
+        shift = average.timestep_shift(noise.shape[2:])
+        scheduler = fit_scheduler(self.make_scheduler(), self.objective, average.train_steps, shift=shift)
         conditions = item["conditions"].drop(images, self.schema)
         with self.unet.accelerator.autocast():
             latents = denoise(self.unet.average, noise, scheduler, conditions, num_inference_steps=steps)
