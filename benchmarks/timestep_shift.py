@@ -1,12 +1,11 @@
-"""Train a tiny diffusion model on phantoms at two latent sizes, with and without the timestep shift, and compare the
-losses by timestep and the samples.
+"""Train a tiny diffusion model at two latent sizes, with and without the timestep shift, and compare losses and samples.
 
     OMP_NUM_THREADS=1 python -m benchmarks.timestep_shift --output docs/timestep_shift.json
 
-The phantoms of both sizes show the same structures on grids of SIDES^3 latent voxels; the latents are the standardized
-voxels, so that no autoencoder has a part in it. Networks, steps, batches and seeds are equal. The shift is 1 at the
-smaller size (`shift_voxels`), so what differs there is nothing; at the larger one each model samples with and without
-the shift, so that its parts in training and in sampling can be told apart.
+Phantoms of both sizes show the same structures. The latents are the standardized voxels, so that no autoencoder has a
+part in it. Networks, steps, batches and seeds are equal. At the smaller size the shift is 1 (it is `shift_voxels`), so
+there is one model. At the larger size there is one with and one without the shift, and each samples both ways, so that
+the effects in training and in sampling can be told apart.
 
 Losses are on phantoms that were not trained on, at fixed timesteps. Samples are compared with such phantoms by the
 kernel distance of their means over 4 x 4 x 4 blocks (`coarse`: where the structures are) and of a random network's
@@ -101,9 +100,7 @@ def train(side: int, seed: int, base: int | None, steps: int) -> LatentUNet3D:
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         batch = data[torch.randint(len(data), (BATCH,), generator=generator)]
-        loss = training_loss(
-            learner.model, RECTIFIED_FLOW, batch, Conditions(), weight, generator, shift_voxels=base
-        )
+        loss = training_loss(learner.model, RECTIFIED_FLOW, batch, Conditions(), weight, generator, shift_voxels=base)
         learner.backward(loss)
         learner.update(step)
     return learner.average

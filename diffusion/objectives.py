@@ -215,8 +215,8 @@ def _shift(name: str, options: Mapping[str, Any], shift: float) -> dict[str, obj
         return {option: shift}
     given = ", ".join(f"{one}={options[one]!r}" for one in own)
     warnings.warn(
-        f"{name}: {given} is taken for grids of all sizes, in place of the model's shift by the number of latent voxels "
-        f"(shift_voxels), which is {shift:.3g} here",
+        f"{name}: {given} is taken for grids of all sizes, in place of the model's shift by the number of latent "
+        f"voxels (shift_voxels), which is {shift:.3g} here",
         stacklevel=3,
     )
     return {}

@@ -95,8 +95,8 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         numbers: mean and std of each number that conditions the model, e.g. {"age": {"mean": 50.0, "std": 18.0}}.
         images: latent channels of each image that conditions the model, e.g. {"ct": 6, "pet": 6}; see
             `diffusion.images`.
-        shift_voxels: number of latent voxels at which timesteps are not shifted. Training and sampling shift them toward
-            noise on larger grids, and toward the image on smaller ones (Esser et al. 2024, Eq. 23; see
+        shift_voxels: number of latent voxels at which timesteps are not shifted. Training and sampling shift them
+            toward noise on larger grids, and toward the image on smaller ones (Esser et al. 2024, Eq. 23; see
             docs/large_latents.md). Default: no shift. For rectified_flow only; stored here for the same reason.
         train_steps: length of the schedule that v or eps is trained with; 1000 if absent. Stored here for the same
             reason.
