@@ -1,4 +1,4 @@
-"""Train a tiny diffusion model at two latent sizes, with and without the timestep shift, and compare losses and samples.
+"""Train a tiny diffusion model at two latent sizes, with and without the timestep shift, and compare the results.
 
     OMP_NUM_THREADS=1 python -m benchmarks.timestep_shift --output docs/timestep_shift.json
 

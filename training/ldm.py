@@ -260,7 +260,10 @@ def build_step(
     config: TrainLdmConfig, unet: LatentUNet3D, vae: VolumeAutoencoder, realism: EncoderDistance | None = None
 ) -> LdmTrainingStep:
     """Build the training step of `unet`, with its optimizer and average."""
-    learner = Learner("unet", unet, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
+    loop = config.loop
+    learner = Learner(
+        "unet", unet, config.optimizer, ema_decay=loop.ema_decay, ema_length=loop.ema_length, max_steps=loop.max_steps
+    )
     scheduler = partial(
         make_scheduler, unet.config["objective"], unet.train_steps, name=config.scheduler, bound=vae.latent_bound()
     )

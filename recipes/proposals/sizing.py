@@ -20,6 +20,7 @@ PATCH_VOXELS = {"quick": 40_000, "cpu": 70_000, "gpu": 2_200_000}  # of a patch:
 VOLUME_VOXELS = {"quick": 600_000, "cpu": 1_500_000, "gpu": 17_000_000}  # of a volume: 84^3, 114^3, 257^3
 BIG_GPU = 20 * 2**30  # bytes, for which the gpu's figures hold; others in proportion
 PADDED = 75  # percentile of the sizes that a batch of volumes of several sizes is padded to
+SHIFT_VOXELS = 32**3  # latent voxels above which timesteps are shifted: the base size of MAISI's rectified flow
 LONG = 0.5  # of the steps, after which the preview is drawn
 PASSES = {"vae": 40, "ldm": 180}  # patches, or latents, of each volume in a training on a CPU
 GPU_PASSES = 20  # times as many on a GPU, whose models are larger
@@ -230,6 +231,9 @@ def _unet(
         plan.ldm["residual_noise"] = True
         plan.why["ldm.residual_noise"] = "the texture that the autoencoder leaves out is added to generated volumes"
     model = {"class": "diffusion.LatentUNet3D", **layers, "objective": "rectified_flow"}
+    if cells > SHIFT_VOXELS and "ldm.init_from" not in plan.why:
+        model["shift_voxels"] = SHIFT_VOXELS
+        why += f"; timesteps shifted toward noise, as {cells:.0f} latent voxels are many (docs/large_latents.md)"
     if dropped:
         model["condition_dropout"] = dict.fromkeys(dropped, 0.1)
     if not facts.labels:

@@ -41,7 +41,7 @@ def generate(pipe, shapes, **how):
 
 
 def test_each_grid_has_its_own_shift(pipe):
-    volumes, records, asked = generate(pipe, SHAPES)
+    _, records, asked = generate(pipe, SHAPES)
     even = [1000 * (1 - i / STEPS) for i in range(STEPS)]
     assert asked[4, 4, 4] == pytest.approx([shifted(t, 2.0, 1000) for t in even], rel=1e-5)
     assert asked[2, 2, 4] == pytest.approx(even, rel=1e-6)

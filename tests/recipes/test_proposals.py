@@ -126,6 +126,13 @@ def test_plans_grow_with_the_machine_and_the_set():
     assert more.ldm["loop"]["max_steps"] > propose(facts(), CPU, None, quick=False).ldm["loop"]["max_steps"]
 
 
+def test_large_latents_have_shifted_timesteps():
+    """128 voxels and a stride of 4 are 32 latent voxels a side, at which nothing shifts."""
+    small, large = (propose(facts(shapes=np.full((60, 3), n)), GPU, None, quick=False) for n in (128, 132))
+    assert "shift_voxels" not in small.ldm["model"] and "shifted" not in small.why["ldm.model"]
+    assert large.ldm["model"]["shift_voxels"] == 32**3 and "35937 latent voxels" in large.why["ldm.model"]
+
+
 def test_estimates_agree_with_the_measured_work():
     """docs/performance.md: 114 GFLOP for a training step of 64^3, and 66 for 8 latents of 10 x 14 x 10."""
     vae = 3 * autoencoder_flops(64**3, [32, 128], [1, 1], [1, 3], [2, 2, 2], 6)
