@@ -7,6 +7,9 @@ part in it. Networks, steps, batches and seeds are equal. At the smaller size th
 there is one model. At the larger size there is one with and one without the shift, and each samples both ways, so that
 the effects in training and in sampling can be told apart.
 
+`unknown` needs no training: what noisy latents leave open of which of 64 phantoms they show, as a fraction of log 64,
+by Bayes' rule; this decides the structures that an ideal denoiser has to choose. `--seeds` alone measures only that.
+
 Losses are on phantoms that were not trained on, at fixed timesteps. Samples are compared with such phantoms by the
 kernel distance of their means over 4 x 4 x 4 blocks (`coarse`: where the structures are) and of a random network's
 statistics (`local`: textures and edges), each beside the distance of training phantoms (`floor`).
@@ -32,7 +35,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
     parser.add_argument("--steps", type=Number(PositiveInt), default=400, help="training steps of each model (400)")
     parser.add_argument("--samples", type=Number(PositiveInt), default=48, help="volumes of each set (48)")
-    parser.add_argument("--seeds", type=Number(NonNegativeInt), nargs="+", default=[0, 1], help="of trainings (0 1)")
+    parser.add_argument("--seeds", type=Number(NonNegativeInt), nargs="*", default=[0, 1], help="of trainings (0 1)")
     parser.add_argument("--sides", type=Number(PositiveInt), nargs=2, default=list(SIDES), help="8 or more (8 20)")
     return parser.parse_args(args)
 
@@ -48,7 +51,7 @@ from torch import Tensor
 
 from diffusion import Conditions, LatentUNet3D, denoise, fit_scheduler, make_scheduler, training_loss
 from diffusion.objectives import RECTIFIED_FLOW, TRAIN_STEPS, noisy_and_target
-from diffusion.timestep_shift import shift_of
+from diffusion.timestep_shift import shift_of, shifted
 from evaluation.metrics.features import RandomStatistics
 from evaluation.report import check_report, provenance, write_report
 from training import OptimizerConfig
@@ -85,6 +88,19 @@ def latents(first: int, count: int, side: int) -> Tensor:
     images = [make_phantom(first + number, (side, side, side))[0].array for number in range(count)]
     values = torch.from_numpy(np.stack(images)).float()
     return (values - 132) / 223  # the mean and the std of phantoms of all sizes
+
+
+@torch.no_grad()
+def unknown(side: int, shift: float) -> dict[str, float]:
+    """Return the entropy of which phantom noisy latents show, over log `TRAINING`, by the timestep before the shift."""
+    data, found = latents(0, TRAINING, side).flatten(1).double(), {}
+    noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(0)).double()
+    for timestep in TIMES:
+        t = shifted(timestep / TRAIN_STEPS, shift, 1)
+        distance = torch.cdist((1 - t) * data + t * noise, (1 - t) * data)
+        chance = torch.softmax(-(distance**2) / (2 * t**2), 1)
+        found[str(timestep)] = float(torch.special.entr(chance).sum(1).mean() / math.log(TRAINING))
+    return found
 
 
 def train(side: int, seed: int, base: int | None, steps: int) -> LatentUNet3D:
@@ -150,17 +166,17 @@ def distances(generated: Tensor, training: Tensor, unseen: Tensor) -> dict[str, 
     return found
 
 
-def measure(side: int, seed: int, base: int, shifted: bool, steps: int, count: int) -> Row:
+def measure(side: int, seed: int, base: int, shifting: bool, steps: int, count: int) -> Row:
     """Train one model, and measure it."""
     begin = time.perf_counter()
-    unet = train(side, seed, base if shifted else None, steps)
+    unet = train(side, seed, base if shifting else None, steps)
     seconds = time.perf_counter() - begin
     shift, unseen = shift_of([side] * 3, base), latents(1000, count, side)
     training = latents(0, min(count, TRAINING), side)
     return {
         "side": side,
         "seed": seed,
-        "trained_with_shift": shifted,
+        "trained_with_shift": shifting,
         "shift": shift,
         "seconds_of_training": round(seconds, 1),
         "loss_by_timestep": losses(unet, unseen),
@@ -178,11 +194,16 @@ def main(args: Sequence[str] | None = None) -> None:
     small, large = options.sides
     rows: list[Row] = []
     runs = [(large, False), (large, True), (small, False)]
-    for seed in options.seeds:
-        for side, shifted in runs:
-            row = measure(side, seed, small**3, shifted, options.steps, options.samples)
-            rows.append(row)
-            print(row, flush=True)
-            settings = {"steps": options.steps, "samples": options.samples, "shift_voxels": small**3, "batch": BATCH}
-            report = {**settings, "models": rows, "load": os.getloadavg()[0], **provenance()}
-            write_report(options.output, report)
+    settings = {"steps": options.steps, "samples": options.samples, "shift_voxels": small**3, "batch": BATCH}
+    shifts = {side: shift_of([side] * 3, small**3) for side in options.sides}
+    powers = {"even": 0, "shifted": 1, "cube_root": 2 / 3}  # MAISI's is the cube root of the ratio of latent voxels
+    exact = {
+        str(side): {name: unknown(side, shift**power) for name, power in powers.items()}
+        for side, shift in shifts.items()
+    }
+    for seed, (side, shifting) in [(None, (small, False)), *((seed, run) for seed in options.seeds for run in runs)]:
+        if seed is not None:
+            rows.append(measure(side, seed, small**3, shifting, options.steps, options.samples))
+            print(rows[-1], flush=True)
+        report = {**settings, "unknown": exact, "models": rows, "load": os.getloadavg()[0], **provenance()}
+        write_report(options.output, report)
