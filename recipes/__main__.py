@@ -41,6 +41,8 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--numbers", type=names, default=[], metavar="A,B", help="columns of numbers as conditions")
     parser.add_argument("--time_point", type=Number(NonNegativeInt), help="of 4-D files, the volume that is the image")
     parser.add_argument("--spacing", nargs="+", default=[], metavar="MM", help="X Y Z in mm to resample to, or keep")
+    start_help = "none, or shipped weights to start from, such as hippocampus; hippocampus:lora trains a LoRA of them"
+    parser.add_argument("--from", dest="start", metavar="WEIGHTS", help=start_help)
     parser.add_argument("--no_mirror", action="store_true", help="never mirror volumes from left to right in training")
     parser.add_argument("--overwrite", action="store_true", help="replace the recipe in --output; its runs stay")
     options = parser.parse_args(args)

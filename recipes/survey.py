@@ -28,7 +28,7 @@ from .people import People, conditions, find_people, read_tables, table_path
 from .proposals.intensity import Proposal, propose_intensity
 from .proposals.machine import Machine, this_machine
 from .proposals.sizing import Facts, Plan, Settings, propose, volume_limit
-from .proposals.weights import find_weights
+from .proposals.starts import Start, choose_start
 from .section import LABELS, DataSection, data_config, find_section
 from .structures import choose_structures, combine, without_structures
 from .synthetic import find_synthetic
@@ -48,6 +48,7 @@ class Options:
         time_point: which volume of 4-D files is the image.
         spacing: mm; () to propose one, or ("keep",).
         mirror: whether volumes may be mirrored from left to right.
+        start: "none", or the shipped weights to start from; None to propose, see `choose_start`.
     """
 
     folder: Path
@@ -65,6 +66,7 @@ class Options:
     time_point: int | None = None
     spacing: Sequence[str | float] = ()
     mirror: bool = True
+    start: str | None = None
 
 
 @dataclass
@@ -160,7 +162,12 @@ def look_over(options: Options, machine: Machine | None = None) -> Survey:
     section.why |= {"spacing": why_spacing, "classes": "conditions of the model", "numbers": "conditions of the model"}
     section.why["intensity"] = next(iter(scalings.values())).why if len(scalings) == 1 else ""
     facts = _facts(choice, scalings, labels, shapes, spacings, spacing, section, [*classes, *numbers])
-    plan = propose(facts, machine, find_weights(), quick=options.quick, mirror=options.mirror)
+    start = choose_start(options.start, facts, quick=options.quick, exactly=bool(options.spacing))
+    if (common := _weights_spacing(start, facts)) is not None:
+        spacing, unsure_spacing = common, []
+        section.settings["spacing"], section.why["spacing"] = common, "that of the weights to start from"
+        facts = _facts(choice, scalings, labels, shapes, spacings, spacing, section, [*classes, *numbers])
+    plan = propose(facts, machine, start, quick=options.quick, mirror=options.mirror)
     if not options.quick:  # whose models are tiny
         from .proposals.memory import fit_memory  # imports all of training, which takes seconds
 
@@ -287,6 +294,13 @@ def _spacing(
     told = " x ".join(f"{mm:.3g}" for mm in middle)
     unsure = f"voxels differ in size; volumes are resampled to the median, {told} mm (--spacing keep does not)"
     return middle.round(3).tolist(), "the median: voxels differ in size", [unsure]
+
+
+def _weights_spacing(start: Start, facts: Facts) -> list[float] | None:
+    """Return the spacing that a U-Net to start from knows, if volumes would have another one."""
+    if start.weights is None or not start.unet or common_spacing([facts.spacing, start.weights.spacing]):
+        return None
+    return list(start.weights.spacing)
 
 
 def _others(

@@ -51,12 +51,12 @@ def fork(path: Path) -> None:
     path.with_name(f"._{path.name}").write_bytes(b"\0\x05\x16\x07" + bytes(100))
 
 
-def flat(root: Path, count: int = 6, masks: str = "labels") -> Path:
+def flat(root: Path, count: int = 6, masks: str = "labels", spacing=SPACING) -> Path:
     """images/ and labels/, a name with a space and an umlaut, an upper-case suffix, a twin, an atlas."""
     for n in range(count):
         name = f"Fall {n:02d} Mü" if n % 2 else f"case_{n:02d}"
-        file = save(image(n), root / f"images/{name}.nii.gz")
-        save(mask(n), root / f"{masks}/{name}.nii.gz")
+        file = save(image(n), root / f"images/{name}.nii.gz", spacing)
+        save(mask(n), root / f"{masks}/{name}.nii.gz", spacing)
         fork(file)
     save(image(0), root / "images/case_00.nii")
     return root
@@ -148,13 +148,13 @@ def totalsegmentator(root: Path, count: int = 4) -> Path:
     return root
 
 
-def listed(root: Path, count: int = 4) -> Path:
-    """A table that names files, in folders that say nothing."""
+def listed(root: Path, count: int = 4, tests: int = 1) -> Path:
+    """A table that names files, in folders that say nothing, and the last rows' split: test."""
     rows = ["subject,set,scan,contour,grade"]
     for n in range(count):
         save(image(n), root / f"a/{n * 7919 % 97}.nii.gz")
         save(mask(n), root / f"b/x{n * 31 % 11}.nii.gz")
-        split = "test" if n == count - 1 else "train"
+        split = "test" if n >= count - tests else "train"
         rows.append(f"S{n // 2},{split},a/{n * 7919 % 97}.nii.gz,b\\x{n * 31 % 11}.nii.gz,{n % 2 + 1}")
     (root / "scans.csv").write_text("\n".join(rows))
     return root
