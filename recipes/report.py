@@ -10,6 +10,7 @@ import numpy as np
 
 from cli.command import command_line
 
+from .proposals.weights import Weights
 from .section import CASES
 from .survey import Survey
 
@@ -131,7 +132,8 @@ def next_commands(survey: Survey) -> list[str]:
     recipe, start, scale = survey.options.output, survey.plan.start, ["--guidance_scale", "2"]
     own = ["--pipeline", str(recipe / "ldm/pipeline")]
     if start.lora and start.weights is not None:
-        own, scale = ["--pipeline", str(start.weights.folder), "--lora", str(recipe / "ldm/lora")], []
+        own = ["--pipeline", str(start.weights.folder), "--lora", str(recipe / "ldm/lora")]
+        scale = _translated(survey, start.weights)
     if has_conditions(survey):
         splits = [case.split for case in survey.section.cases]
         split = next(name for name in ("test", "validation", "train") if name in splits)
@@ -150,6 +152,15 @@ def next_commands(survey: Survey) -> list[str]:
         ),
         command_line("generate.py", *generate),
     ]
+
+
+def _translated(survey: Survey, weights: Weights) -> list[str]:
+    """Return --label_map from the labels to those of a LoRA's base, which call the same channel otherwise."""
+    own = {value: name for value, (name, _) in sorted(survey.labels.items())}
+    if own == weights.labels:
+        return []
+    pairs = zip(own, sorted(weights.labels), strict=True)
+    return ["--label_map", *(f"{value}={base}" for value, base in pairs if value or base)]
 
 
 def written(survey: Survey) -> str:

@@ -25,7 +25,7 @@ class Weights:
 
     Attributes:
         vae, unet: the arguments that decide the layers' shapes.
-        labels: of the masks that its U-Net knows.
+        labels: {value: name} of the masks that its U-Net knows, with the background.
         spacing: in mm.
         largest: voxels along each axis of its largest training volume.
     """
@@ -33,7 +33,7 @@ class Weights:
     folder: Path
     vae: dict[str, Any]
     unet: dict[str, Any]
-    labels: int
+    labels: dict[int, str]
     spacing: tuple[float, ...]
     largest: tuple[int, ...]
 
@@ -50,7 +50,7 @@ class Weights:
     def described(self) -> str:
         """What its U-Net knows, in words."""
         spacing = " x ".join(f"{mm:g}" for mm in self.spacing)
-        return f"one channel without a unit, {self.labels - 1} labels, voxels of about {spacing} mm"
+        return f"one channel without a unit, {len(self.labels) - 1} labels, voxels of about {spacing} mm"
 
     def misfits(
         self, kinds: Sequence[str], labels: int, spacing: Sequence[float], shapes: np.ndarray, exactly: bool = False
@@ -67,8 +67,8 @@ class Weights:
         found = []
         if list(kinds) != ["percentile"]:
             found.append(f"it knows one channel without a unit, these are {len(kinds)} ({', '.join(kinds)})")
-        if labels != self.labels:
-            found.append(f"it knows {self.labels - 1} labels, the masks have {max(labels - 1, 0)}")
+        if labels != len(self.labels):
+            found.append(f"it knows {len(self.labels) - 1} labels, the masks have {max(labels - 1, 0)}")
         ratios, most = np.array(spacing) / np.array(self.spacing), 1 + SAME_SPACING if exactly else NEAR
         if (np.abs(np.log(ratios)) > np.log(most)).any():
             told = (" x ".join(f"{mm:.3g}" for mm in one) for one in (self.spacing, spacing))
@@ -89,7 +89,7 @@ def find_weights(name: str = NAME, folder: Path = WEIGHTS) -> Weights | None:
         pipeline,
         {name: vae[name] for name in LAYERS},
         {name: unet[name] for name in UNET_LAYERS},
-        unet["num_labels"],
+        {int(value): label for value, label in data["labels"].items()},
         tuple(data["spacing"]),
         tuple(data["shape_range"][1]),
     )

@@ -160,6 +160,61 @@ def listed(root: Path, count: int = 4, tests: int = 1) -> Path:
     return root
 
 
+def outlined(root: Path, count: int = 5, kind: str = "RTSTRUCT") -> Path:
+    """A DICOM tree with masks beside the series: two regions, one of which has another case in a patient, and a PET
+    that shows more, in voxels of another size."""
+    from structures import on_slice, rtstruct, series_of
+
+    from volumes import Volume
+
+    for n in range(count):
+        grid, wide = affine((1.5, 1.5, 2.0)), affine((3.0, 3.0, 2.0))
+        wide[:3, 3] = [-6, -6, -4]
+        drawn = None
+        for name, values, place in (
+            ("CT", image(n, kind="ct"), grid),
+            ("PT", 100 * image(n, (20, 20, 20), "pet"), wide),
+        ):
+            slices = series_of(Volume(values.astype(np.int16)[None], place), root / f"P {n}/{name} ü")
+            for one in slices:
+                one.PatientID, one.Modality = f"ID{n}", name
+                one.StudyInstanceUID = f"1.2.{n + 1}"
+                one.save_as(str(one.filename), enforce_file_format=True)
+            drawn = drawn or slices
+        assert drawn is not None
+        labels, rois = mask(n), {}
+        for value, name in ((1, "GTV-1" if n else "gtv-1"), (2, "Node left")):
+            x, y, z = (np.flatnonzero((labels == value).any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3))
+            (a, b), (c, d) = ((side[0] - 0.4, side[-1] + 0.4) for side in (x, y))
+            rois[name] = [on_slice([(a, c), (b, c), (b, d), (a, d)], k, grid) for k in z]
+        place = root / f"P {n}/{kind}"
+        place.mkdir()
+        if kind == "RTSTRUCT":
+            rtstruct(drawn, rois).save_as(place / "RS.dcm", enforce_file_format=True)
+        else:
+            segmentation(drawn, labels, list(rois)).save_as(place / "SEG.dcm")
+    return root
+
+
+def segmentation(slices, labels: np.ndarray, names: list[str]):
+    """A DICOM-SEG of a label map, by highdicom."""
+    import highdicom as hd
+    from pydicom.sr.codedict import codes
+
+    code = hd.AlgorithmIdentificationSequence(name="drawn", version="1", family=codes.DCM.ArtificialIntelligence)
+    described = [
+        hd.seg.SegmentDescription(
+            number, name, codes.SCT.Tissue, codes.SCT.Mass, hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC, code
+        )
+        for number, name in enumerate(names, 1)
+    ]
+    # frames in the order of the slices: rows are y from front to back, columns x from right to left
+    pixels = np.stack([labels[::-1, ::-1, k].T for k in range(labels.shape[2])])
+    return hd.seg.Segmentation(
+        slices, pixels, hd.seg.SegmentationTypeValues.BINARY, described, hd.UID(), 1, hd.UID(), 1, "x", "y", "1", "2"
+    )
+
+
 def dicom(root: Path, patients: int = 3, slices: int = 5) -> Path:
     """A tree as an archive packs it: patient, study, series; with a localizer, and a mask beside the series."""
     from pydicom.dataset import FileDataset, FileMetaDataset

@@ -40,6 +40,7 @@ LAYOUTS = {
     "totalsegmentator": (made.totalsegmentator, []),
     "listed": (partial(made.listed, tests=4), ["--classes", "grade"]),
     "dicom": (partial(made.dicom, slices=9), []),
+    "outlined": (made.outlined, []),
 }
 QUICK = ("nnunet",)  # in every run; the others with `make test-slow`
 
