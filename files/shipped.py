@@ -17,11 +17,6 @@ def expand_path(path: str) -> str:
     return shipped_folder(path) if is_shipped(path) else os.path.expanduser(path)
 
 
-def shipped_name(path: Path) -> str:
-    """Return the name of a folder of the shipped weights."""
-    return PREFIX + path.relative_to(WEIGHTS).as_posix()
-
-
 def shipped_folder(name: str, weights: Path = WEIGHTS) -> str:
     """Return the folder that a name such as `shipped:hippocampus/vae` stands for.
 

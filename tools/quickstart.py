@@ -22,9 +22,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of the sarcoma set")
     parser.add_argument("--patients", type=positive, default=16, help="how many (16)")
-    parser.add_argument(
-        "--output", type=Path, help="folder of the report and the picture (docs)"
-    )
+    parser.add_argument("--output", type=Path, help="folder of the report and the picture (docs)")
     parser.add_argument("--steps", type=positive, help="steps of training and denoising, to try this script")
     options = parser.parse_args(args)
     if options.steps and options.output is None:
@@ -98,7 +96,8 @@ class Run:
                 if self.picture is None and (self.folder / "recipe/generated/preview.png").is_file():
                     self.picture = sum(self.seconds.values()) + time.perf_counter() - began
             self.seconds[name] = time.perf_counter() - began
-            out.seek(0), err.seek(0)
+            out.seek(0)
+            err.seek(0)
             self.printed[name], said = out.read(), err.read()
         if running.returncode:
             raise ValueError(f"{line}: ended with {running.returncode}:\n{said[-2000:]}")
