@@ -27,6 +27,7 @@ from cli.settings import (
 )
 from files.atomic import write_text
 from files.documents import dump_settings
+from files.shipped import expand_path
 from volumes.data.config_parser import ConfigParser, config_files, data_of_run, read_training_config
 from volumes.data.preprocessing import inherited
 
@@ -220,7 +221,7 @@ def _learned(config_class: type, files: Sequence[ConfigFile], args: Sequence[str
     folder = first.parse_known_args(args)[0].source or folder
     if not isinstance(folder, str) or {"-h", "--help"} & {*args}:
         return {}
-    folder = os.path.expanduser(folder)
+    folder = expand_path(folder)
     names = {word.partition("=")[0] for word in args if word.startswith("--data")} - {"--data.root"}
     if source == "vae" and section is None and not names:
         return data_of_run(folder)
