@@ -157,9 +157,7 @@ def test_an_empty_foreground_is_refused_by_name(folder):
     with pytest.raises(VolumeError, match=r"a_pet.nii: data.crop finds nothing above 5000 in channel pet.*lower, or"):
         dataset_of(folder, crop=ForegroundCrop(5000, "pet"), **BOTH)
     save(np.zeros(SHAPE, np.uint8), folder / "a_mask.nii")
-    with pytest.raises(
-        VolumeError, match=r"a_mask.nii: is background alone, so data.crop \(above: mask\) finds"
-    ):
+    with pytest.raises(VolumeError, match=r"a_mask.nii: is background alone, so data.crop \(above: mask\) finds"):
         dataset_of(folder, crop=ForegroundCrop("mask"), **MASKED)
 
 
