@@ -6,10 +6,11 @@ Axes: (C, X, Y, Z) in RAS+ order.
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from volumes import ForegroundCrop, Placement, Volume
+from volumes import ForegroundCrop, Placement, Volume, read_volume, to_nibabel
 from volumes.foreground import cut, image_box, mask_box
 
 PLANES = 16  # outside the box, at a time
@@ -108,6 +109,14 @@ def filled(image: Volume) -> Volume:
 def cut_images(cropped: Cropped, images: Mapping[str, Volume]) -> dict[str, Volume]:
     """Images on the whole grid, cut to the box."""
     return {channel: cut(image, cropped.box) for channel, image in images.items()}
+
+
+def cut_output(image: Any, box: Placement) -> Any:
+    """What a pipeline returned for "nifti", an image or {channel: image} on the whole grid, cut to its box."""
+    if isinstance(image, Mapping):
+        return {channel: cut_output(one, box) for channel, one in image.items()}
+    part = cut(read_volume(image, exact=True), box)
+    return to_nibabel(Volume(part.array, part.affine), dtype=part.array.dtype)
 
 
 def cut_region(cropped: Cropped, region: np.ndarray) -> np.ndarray:
