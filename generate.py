@@ -17,7 +17,7 @@ masks have one stem, as of 'DIR/*/tumour.nii.gz', it is what differs in their pa
 the data's label_map. The pipeline is then that of the config's training, unless --pipeline names another; labels that
 it calls by other names are refused, unless --label_map translates them. Masks of DICOM-SEG and RTSTRUCT are read with
 the image of their case, as in training. Masks that training resampled to another grid (data.resample_to) are refused.
-Where training cut its cases to a box (data.crop), the case's image sets it, and the volume is written on the whole grid.
+Where training cut its cases to a box (data.crop), the case's image sets it, and the whole grid is written.
 
 The columns of a table are: mask (a path, relative to the table's folder; without masks and images, give --shape), the
 model's classes and numbers (an empty cell leaves one out), its condition channels (paths too; the other channels are
@@ -41,7 +41,6 @@ copies. With a run that is finished nothing is generated again. docs/export.md h
 """
 
 from collections.abc import Sequence
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -188,21 +187,13 @@ def copy_check(fingerprints: Path, pipe: "VolumePipeline") -> "Check":
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
-from cli.stopping import stoppable
-from pipelines.batch_generation import generate_to_disk
-from training import join_processes, report_peer_failure
-
-MAX_RUN_TIME = timedelta(days=30)  # processes wait this long for each other at the end
+from pipelines.batch_generation import generate_to_disk, generate_with_masks
+from training import run_together
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Generate the volumes that are not there yet."""
     config = parse(args)
-    state = join_processes(MAX_RUN_TIME)
-    again = "run the same command again: it resumes"
-    with report_peer_failure(state, again), stoppable(again):
-        missing = generate_to_disk(config, state)
-    state.destroy_process_group()
-    if missing:
-        raise ValueError("not written (all others are finished):\n" + "\n".join(missing))
+    generate = generate_to_disk if config.mask_pipeline is None else generate_with_masks
+    run_together(lambda state: generate(config, state))
     next_step("evaluate.py", *report_arguments(args, config))

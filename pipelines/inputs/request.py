@@ -4,6 +4,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from volumes import ForegroundCrop
+
 from .arguments import grid_shape, translation
 from .images import ImageLike, Images
 from .inpainting import EditRequest
@@ -61,12 +63,12 @@ class VolumeRequest:
         label_map = tuple((self.label_map or {}).items())
         return identity(self.mask), self.shape, tuple(images), label_map, edit, identity(self.box_image)
 
-    def image_of_box(self, channel: str | None) -> ImageLike | None:
-        """The image whose foreground sets the box of `data.crop`, which is of this channel; None if there is none."""
-        if channel is None:
+    def image_of_box(self, crop: ForegroundCrop | None) -> ImageLike | None:
+        """The image whose foreground sets the box of a model's `data.crop`; None if there is none."""
+        if crop is None or crop.channel is None:
             return None
         edited = {} if self.edit is None else self.edit.images
-        return edited.get(channel, self.images.get(channel, self.box_image))
+        return edited.get(crop.channel, self.images.get(crop.channel, self.box_image))
 
 
 def call_requests(
