@@ -36,6 +36,7 @@ from pipelines.storage.sampling_settings import SamplingSettings
 from pipelines.storage.serialization import PipelineIOMixin
 from volumes import VoxelError
 from volumes.description import DataDescription
+from volumes.foreground import box_to_json
 
 from .call import CallState, PipelineCalls, StepCallback, StepEnd, one_at_a_time
 from .lora import LoraMixin
@@ -121,7 +122,8 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                 self._check_grid_source(request)
                 grid = None
                 if request.mask is not None:
-                    grid = self.volume_processor.preprocess(request.mask, request.label_map)
+                    of_box = request.image_of_box(self.data.crop)
+                    grid = self.volume_processor.preprocess(request.mask, request.label_map, of_box)
                 elif request.shape is not None:
                     grid = self.volume_processor.preprocess_shape(request.shape)
                 grid = self._add_images(request, grid)
@@ -130,7 +132,8 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             grid, record = read[key]
             classes, numbers = check_conditions(self.unet, self.data, request.classes, request.numbers, grid.grid)
             record = replace(record, classes=classes or None, numbers=numbers or None)
-            record = replace(record, resampled=dict(grid.resampled) or None)
+            box = None if grid.cropped is None else box_to_json(grid.cropped.box)
+            record = replace(record, resampled=dict(grid.resampled) or None, box=box)
             volumes.append(PreparedVolume(request, grid, classes, numbers, sampling, record))
         return volumes
 

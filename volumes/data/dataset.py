@@ -55,7 +55,8 @@ class PreparedCase:
     its classes (-1 where unknown) and numbers (NaN where unknown); digests of the image as it was read
     (`voxel_digests`); oddities in the geometry of its files; the fraction of each channel's voxels inside its window;
     and, where `resample_to` brought volumes onto one grid, their field of view, bool (X, Y, Z) (None: all of the box),
-    and what was resampled, see `Aligned`. Outside the field of view the image is -1 and the mask PADDING.
+    and what was resampled, see `Aligned`. Outside the field of view the image is -1 and the mask PADDING. `box` is the
+    part of the stored grid to which `crop` cut the case, before `spacing`.
     """
 
     image: Volume
@@ -69,6 +70,7 @@ class PreparedCase:
     seen: np.ndarray | None = None
     resampled: tuple[Resampled, ...] = ()
     share: float = 1.0
+    box: Placement | None = None
 
 
 class Sample(TypedDict):
@@ -284,6 +286,7 @@ def prepare(case: Case, config: DataConfig) -> PreparedCase:
         seen,
         aligned.resampled,
         aligned.share,
+        aligned.box,
     )
 
 
@@ -336,6 +339,7 @@ def describe(dataset: VolumeDataset, description: str = "") -> DataDescription:
         grid_numbers=tuple(n for n in sorted(config.numbers) if not any(n in case.metadata for case in dataset.cases)),
         reading=config.reading,
         resample_to=config.resample_to,
+        crop=None if config.crop is None else config.crop.named(config.channels),
         common_labels=_common_labels(dataset) if dataset.labels else None,
         maps=_describe_maps(dataset) if config.image_labels else None,
         description=description,
