@@ -26,6 +26,7 @@ from diffusion import (
     collate_latents,
     denoise,
     drop_conditions,
+    fit_scheduler,
     make_scheduler,
     moved_embeddings,
     training_loss,
@@ -94,7 +95,12 @@ class LdmTrainingStep:
         self.channels = channels
         network = learner.network
         self.make_scheduler = make_scheduler
-        self.loss = partial(training_loss, train_steps=network.train_steps, absolute=loss == "l1")
+        self.loss = partial(
+            training_loss,
+            train_steps=network.train_steps,
+            shift_voxels=network.config["shift_voxels"],
+            absolute=loss == "l1",
+        )
         self.objective: str = network.config["objective"]
         self.schema = network.condition_schema
         self.dropout: dict[str, float] = network.config["condition_dropout"] or {}
@@ -171,7 +177,9 @@ class LdmTrainingStep:
         drops."""
         images = [name for name, _ in self.schema.images if self.dropout.get(name)]
         noise = randn_tensor(item["latents"].shape, generator=generator, device=item["latents"].device)
-        scheduler, steps = self.make_scheduler(), self.inference_steps
+        average, steps = self.unet.average, self.inference_steps
+        shift = average.timestep_shift(noise.shape[2:])
+        scheduler = fit_scheduler(self.make_scheduler(), self.objective, average.train_steps, shift=shift)
         conditions = item["conditions"].drop(images, self.schema)
         with self.unet.accelerator.autocast():
             latents = denoise(self.unet.average, noise, scheduler, conditions, num_inference_steps=steps)
@@ -238,7 +246,10 @@ def build_step(
     config: TrainLdmConfig, unet: LatentUNet3D, vae: VolumeAutoencoder, realism: EncoderDistance | None = None
 ) -> LdmTrainingStep:
     """Build the training step of `unet`, with its optimizer and average."""
-    learner = Learner("unet", unet, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
+    loop = config.loop
+    learner = Learner(
+        "unet", unet, config.optimizer, ema_decay=loop.ema_decay, ema_length=loop.ema_length, max_steps=loop.max_steps
+    )
     scheduler = partial(
         make_scheduler, unet.config["objective"], unet.train_steps, name=config.scheduler, bound=vae.latent_bound()
     )

@@ -217,7 +217,10 @@ def build(config: TrainVaeConfig, accelerator: Accelerator) -> Training:
 def build_step(config: TrainVaeConfig, vae: VolumeAutoencoder) -> VaeTrainingStep:
     """Build the training step of `vae`, with optimizers, averages, and the discriminator and perceptual network of the
     config."""
-    learner = Learner("vae", vae, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
+    loop = config.loop
+    learner = Learner(
+        "vae", vae, config.optimizer, ema_decay=loop.ema_decay, ema_length=loop.ema_length, max_steps=loop.max_steps
+    )
     perception = make_perception(config.perceptual, config, vae) if config.perceptual else None
     adversary = make_adversary(config.adversarial, config, vae) if config.adversarial else None
     label_maps = bool(config.data.image_labels)

@@ -32,7 +32,7 @@ def fit_memory(plan: Plan, facts: Facts, machine: Machine, data: DataConfig) -> 
         data: the data section.
     """
     room = SHARE * (machine.accelerator_memory or machine.memory)
-    for stage, sections in (("vae", plan.vae), ("ldm", plan.ldm)):
+    for stage, sections in plan.trainings:
         changes = []
         for _ in range(MOST_CHANGES):
             needed = step_bytes(plan, facts, data, stage)
@@ -54,7 +54,7 @@ def step_bytes(plan: Plan, facts: Facts, data: DataConfig, stage: str) -> int:
     largest = facts.shapes[facts.shapes.prod(axis=1).argmax()]
     latent_shape = np.ceil(largest / np.array(autoencoder.stride)).astype(int).tolist()
     planned: Mapping[str, Any] = plan.vae if stage == "vae" else plan.ldm
-    sections = {name: value for name, value in planned.items() if name != "init_from"}
+    sections = {name: value for name, value in planned.items() if name not in ("init_from", "lora")}
     if stage == "vae":
         config: Any = with_precision(config_from_sections(sections, data))
         models = Models(config, autoencoder, None, vae.build_step(config, autoencoder))

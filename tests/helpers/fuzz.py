@@ -68,6 +68,8 @@ TEXTS = (
 SHARES = {  # of all cases
     "nifti": 30,
     "dicom": 15,
+    "dicom_seg": 6,
+    "rtstruct": 6,
     "nrrd": 12,
     "metaimage": 12,
     "config": 4,

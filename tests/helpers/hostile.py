@@ -3,6 +3,7 @@
 import gzip
 import json
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,44 @@ def metaimage_files() -> list[Files]:
         {"a.mhd": head.format("False", "a.raw").encode(), "a.raw": raw},
         {"a.mhd": head.format("True", "a.zraw").encode(), "a.zraw": zlib.compress(raw)},
     ]
+
+
+def outlined_target(kind: str) -> Target:
+    """A DICOM-SEG or RTSTRUCT beside its series, of which it alone is damaged; it is read with the image and without,
+    by numbers and by names, and as `medvolume init` looks at it."""
+    from layouts import segmentation
+    from structures import on_slice, rtstruct, series_of
+
+    from recipes.layouts.outlines import read_outline
+    from volumes import read_mask
+
+    def write(folder: Path) -> None:
+        slices = series_of(Volume(ARRAY[None], np.diag([1.5, 2, 2.5, 1])), folder / "ct")
+        (folder / "mask").mkdir()
+        if kind == "SEG":
+            labels = np.zeros(ARRAY.shape, np.uint8)
+            labels[1:3, 1:4, 2:5], labels[3:, 4:, 1:3] = 1, 2
+            segmentation(slices, labels, ["tumor", "node"]).save_as(folder / "mask/a.dcm")
+        else:
+            square = [(0.6, 0.6), (3.4, 0.6), (3.4, 3.4), (0.6, 3.4)]
+            contours = [on_slice(square, k, np.diag([1.5, 2, 2.5, 1])) for k in (2, 3, 4)]
+            far = [on_slice(np.add(square, (0, 3.5)), 3, np.diag([1.5, 2, 2.5, 1]))]
+            drawn = rtstruct(slices, {"tumor": contours, "node": far})
+            drawn.save_as(folder / "mask/a.dcm", enforce_file_format=True)
+
+    def read(home: Path) -> None:
+        path, image = home / "mask/a.dcm", read_volume(home / "ct")
+        found = read_outline("mask", path, kind)
+        assert isinstance(found, str) or all(isinstance(name, str) for name in found.segments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of regions that are cut, or hold no voxel
+            whole = read_mask(path)
+            named = read_mask(path, names={"tumor": 1, "node": 2}, like=image)
+        for mask in (whole, named):
+            assert mask.array.dtype == np.int16 and np.isfinite(mask.affine).all()
+        assert set(np.unique(named.array)) <= {0, 1, 2}
+
+    return Target("dicom_seg" if kind == "SEG" else "rtstruct", [collected(write)], read, mutable="mask/a.dcm".__eq__)
 
 
 def config_target() -> Target:
@@ -423,6 +462,8 @@ def make_target(name: str, folder: Path) -> Target:
     volumes = {"nifti": nifti_files, "dicom": dicom_files, "nrrd": nrrd_files, "metaimage": metaimage_files}
     if name in volumes:
         return Target(name, volumes[name](), read_any)
+    if name in ("dicom_seg", "rtstruct"):
+        return outlined_target("SEG" if name == "dicom_seg" else "RTSTRUCT")
     others = {
         "config": config_target,
         "table": table_target,

@@ -48,7 +48,8 @@ def case_key(case: Case, settings: str) -> str:
 
     Raises: OSError or VolumeError for files that cannot be read.
     """
-    parts = [settings, case.phantom, _digests(case)]
+    box = None if case.box is None else asdict(case.box)
+    parts = [settings, case.phantom, box, _digests(case)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
 
