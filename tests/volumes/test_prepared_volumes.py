@@ -33,6 +33,7 @@ from volumes import (
     write_volume,
 )
 from volumes.data.case_files import one_grid, read_case
+from volumes.foreground import ForegroundCrop
 from volumes.prepared import preparation
 from volumes.prepared.case import prepare_unscaled
 from volumes.prepared.entry import smallest
@@ -119,7 +120,11 @@ def phantoms(folder: Path) -> DataConfig:
     return DataConfig(phantom=PhantomConfig(count=3, shape=SHAPE, seed=4), validation_fraction=0, numbers=["size_x"])
 
 
-KINDS = [saved, slope, fractions, resampled, aligned, maps, series, phantoms]
+def cropped(folder: Path) -> DataConfig:
+    return replace(saved(folder), crop=ForegroundCrop("mask", margin=1), spacing=(1.5, 1.5, 1.5))
+
+
+KINDS = [saved, slope, fractions, resampled, aligned, maps, series, phantoms, cropped]
 
 
 def in_memory(case, config):
@@ -181,14 +186,14 @@ def test_crops_are_those_of_whole_volumes(kind, tmp_path):
 
 def test_whole_cases_come_back(tmp_path):
     """Grids of the files, oddities with the file's name, and what was resampled."""
-    config = aligned(tmp_path / "data")
+    config = replace(aligned(tmp_path / "data"), crop=ForegroundCrop(100.0, channel="a"))
     first, again = dataset_of(config), dataset_of(config)
     for index, case in enumerate(first.cases):
         facts, other, whole = first.facts[index], again.facts[index], again.load(index)
         assert facts.source is not None and other.source is not None and whole.image.source is other.source
         np.testing.assert_array_equal(facts.source.affine, other.source.affine)
         assert (facts.source.shape, facts.source.unit) == (other.source.shape, other.source.unit)
-        assert facts.details() == other.details() and facts.resampled[0].name == "b"
+        assert facts.details() == other.details() and facts.resampled[0].name == "b" and facts.box is not None
         np.testing.assert_array_equal(facts.affine, other.affine)
         assert whole.mask is not None and whole.mask.source is not None
         counts = [int((whole.mask.array == label).sum()) for label in range(4)]
@@ -241,6 +246,7 @@ def test_keys_follow_contents_and_settings(tmp_path):
         {"intensity": IntensityScaling("percentile", 1, 99)},
         {"label_map": {3: 2}},
         {"units": "cm"},
+        {"crop": ForegroundCrop(300.0)},
         {"masks": None, "label_names": {}},
         {"images": {"t1": "{name}_image.nii"}},
         {"image_labels": LABELS, "images": "{name}_mask.nii", "masks": None, "label_names": {}},
@@ -449,6 +455,7 @@ def test_an_equal_checksum_under_another_key(tmp_path, caplog):
 PREPARE = """
 import os, signal, sys, time
 from volumes import DataConfig, VolumeDataset, load_cases
+from volumes.foreground import ForegroundCrop
 from volumes.prepared import preparation
 
 config = DataConfig(root=sys.argv[1], images="{name}_image.nii", masks="{name}_mask.nii", validation_fraction=0,
