@@ -384,7 +384,7 @@ def test_a_changed_number_in_the_facts_is_noticed(tmp_path, caplog):
     config = saved(tmp_path / "data")
     expected = [facts.scales for facts in dataset_of(config).facts]
     for path in entries(".json"):
-        path.write_text(path.read_text().replace('"scales": [{"low": ', '"scales": [{"low": 1'))
+        path.write_text(path.read_text().replace('"high": ', '"high": 1'))
     assert [facts.scales for facts in dataset_of(config).facts] == expected
     assert caplog.text.count("its content has changed") == 3
 
