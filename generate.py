@@ -74,9 +74,7 @@ def make_parser() -> ArgumentParser:
     source.add_argument(
         "--conditions", metavar="TABLE", help="CSV (or JSON), or its URL: one row per volume, see above"
     )
-    split_help = (
-        "masks and conditions of the config's cases of these splits; `evaluate.py dice` learns from all but test"
-    )
+    split_help = "masks and conditions of the cases of these splits; `evaluate.py dice` learns from all but test"
     source.add_argument("--split", nargs="+", choices=SPLITS, help=split_help)
     shape_help = "voxels, where no mask or image sets them"
     parser.add_argument("--shape", nargs=3, type=Number(PositiveInt), metavar=("X", "Y", "Z"), help=shape_help)
