@@ -317,7 +317,7 @@ def copy_check(path: str | Path, data: DataDescription, records: Sequence[Mappin
     check_unseen_subjects(known, records, str(path))
 
     def judge(image: Any) -> tuple[bool, dict[str, float]]:
-        result = known.check(in_model_units(image, data))
+        result = known.check(in_model_units(image, data, crop=True))
         return result.copy, {"similarity": result.similarity}
 
     def reason(record: Mapping[str, Any]) -> str:
@@ -341,7 +341,7 @@ def main(args: Sequence[str] | None = None) -> CopyCheck:
     if shared := sorted(seen & set(subjects)):
         raise ValueError(f"subjects {shared[:5]} are unseen and in training: split by subject")
     # [-1, 1] here and [0, 1] in generate.py are the same to a correlation
-    known, others = ([prepared.image.array for prepared in dataset.prepared] for dataset in (training, unseen))
+    known, others = ([data.load(index).image.array for index in range(len(data))] for data in (training, unseen))
     crop = tuple(options.crop) if options.crop else default_crop(known, options.block, options.shift)
     check = CopyCheck.of(known, crop, block=options.block, flips=tuple(sorted(set(options.flips))), shift=options.shift)
     with LiveBar(others, unit="volume", disable=None, desc="comparing unseen volumes") as progress:

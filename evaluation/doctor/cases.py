@@ -17,6 +17,7 @@ from volumes import (
     PHANTOM_LABELS,
     Case,
     DataConfig,
+    Placement,
     SourceGrid,
     Volume,
     VolumeError,
@@ -24,8 +25,8 @@ from volumes import (
 )
 from volumes.data.alignment import Resampled
 from volumes.data.case_files import read_case
-from volumes.data.dataset import PreparedCase, prepare
 from volumes.plausible import Oddity
+from volumes.prepared.case import PreparedCase, prepare
 
 THUMBNAIL = 16  # elements per side
 MIN_LEVELS = 16  # different intensities, below which the step between them means nothing
@@ -72,7 +73,7 @@ class Examined:
     scale, and `above`, the fraction above it; `covered`, the fraction of the scale that percentiles 1 to 99 span;
     `step`, see `quantization_step`. `labels` are volumes in ml by name (0 if the case lacks the label); `digest` is of
     the stored voxels; `voxels`, see `volumes.data.subjects`; `thumbnail`, see `thumbnail_of`; `resampled` and `share`,
-    see `volumes.data.alignment.Aligned`. `orientation` of phantoms is "".
+    and `box`, see `volumes.data.alignment.Aligned`. `orientation` of phantoms is "".
     """
 
     case: Case
@@ -97,6 +98,7 @@ class Examined:
     oddities: tuple[tuple[str, Oddity], ...] = ()
     resampled: tuple[Resampled, ...] = ()
     share: float = 1.0
+    box: Placement | None = None
 
     @property
     def file(self) -> str:
@@ -157,7 +159,9 @@ def examine(case: Case, config: DataConfig) -> Examined:
     """Read a case as training does, and its voxels as they are stored. Raises: VolumeError naming the file."""
     prepared = prepare(case, config)
     raw, grid = _stored(case, config, prepared)
-    count = len(raw)
+    count, digest, box = len(raw), _digest(raw), prepared.box
+    if box is not None:
+        raw = [box.apply(channel, 0) if channel.shape == box.shape else channel for channel in raw]
     clipped, above, covered = [], [], []
     for channel, scale in zip(raw, prepared.scales, strict=True):
         above.append(float((channel > scale.high).mean()))
@@ -178,7 +182,7 @@ def examine(case: Case, config: DataConfig) -> Examined:
         covered=tuple(covered),
         step=(None,) * count if is_map else tuple(map(quantization_step, raw)),
         voxels=prepared.voxels,
-        digest=_digest(raw),
+        digest=digest,
         thumbnail=thumbnail_of(prepared.image.array),
         labels=_label_volumes(prepared, config),
         numbers=prepared.numbers,
@@ -186,6 +190,7 @@ def examine(case: Case, config: DataConfig) -> Examined:
         oddities=prepared.oddities,
         resampled=prepared.resampled,
         share=prepared.share,
+        box=prepared.box,
         **_header(prepared.image.source),
     )
 

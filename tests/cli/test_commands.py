@@ -34,14 +34,16 @@ MODULES += [
         "equal_time",
         "finetuning",
         "generation",
+        "prepared",
         "speed.headline",
         "processes",
         "speed.report",
         "speed.run",
         "survival",
+        "timestep_shift",
     )
 ]
-MODULES += [f"tools.{name}" for name in ("evidence", "mutants", "pictures", "record", "settings_page", "ship")]
+MODULES += [f"tools.{name}" for name in ("evidence", "mutants", "pictures", "quickstart", "settings_page", "ship")]
 SCRIPTS = [
     "train_vae.py",
     "train_ldm.py",
@@ -50,6 +52,7 @@ SCRIPTS = [
     "evaluate.py",
     "demo.py",
     "medvolume.py",
+    "prepare.py",
 ]
 SCRIPTS += [
     "tests/helpers/fuzz.py",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from planted_volumes import loaded
 from tiny import peak_bytes, tiny_pipeline
 
 from autoencoder import VQGAN3D, AutoencoderKL3D, latent_statistics
@@ -223,7 +224,7 @@ def test_near_duplicates_are_other_subjects_unusually_close():
 def test_outliers_are_far_in_both_senses():
     assert outliers([1.0, 1.01, 0.99, 1.0, 3.0], 1.25) == [4]
     assert outliers([1.0, 1.0, 1.0, 1.1], 1.25) == []  # many deviations, but only 10 %
-    assert outliers([1.0, 2.0, 4.0, 8.0, 16.0], 1.25) == []  # a wide spread is no outlier
+    assert outliers([1.0, 2.0, 4.0, 8.0, 16.0], 1.25) == []  # a wide spread is not an outlier
 
 
 CPU = OneProcess(torch.device("cpu"))
@@ -268,7 +269,7 @@ def test_a_unets_memory_is_estimated():
 def test_volumes_in_memory():
     config = DataConfig(phantom=PhantomConfig(count=3, shape=(16, 18, 20)), validation_fraction=0.0)
     dataset = VolumeDataset(load_cases(config), config)
-    held = sum(v.array.nbytes for one in dataset.prepared for v in (one.image, one.mask) if v is not None)
+    held = sum(v.array.nbytes for one in loaded(dataset) for v in (one.image, one.mask) if v is not None)
     assert dataset_bytes(dataset.shapes, 1, masks=True) == held
 
 

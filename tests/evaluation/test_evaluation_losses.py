@@ -5,8 +5,8 @@ import pytest
 import torch
 from tiny import tiny_pipeline
 
+from evaluation.metrics.memorization import loss_attack
 from evaluation.studies.membership_losses import denoising_losses
-from evaluation.studies.privacy import loss_attack
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases, pad_sample
 
 COUNT = 6
@@ -58,6 +58,15 @@ def test_times_are_thousandths_of_the_schedule(monkeypatch):
     asked = predicting(pipe, monkeypatch, lambda noisy, at: torch.zeros_like(noisy))
     denoising_losses(pipe, phantoms(0), times=(100.0, 701.0), draws=1)
     assert asked == [50, 350] * COUNT
+
+
+def test_times_are_shifted_as_in_training(monkeypatch):
+    """Volumes of 12 x 12 x 16 voxels are 3 x 3 x 4 latent voxels: 36, and sqrt(36 / 9) = 2."""
+    pipe = tiny_pipeline(num_labels=0, labels={}, channels=["image"])
+    pipe.unet.register_to_config(shift_voxels=9)
+    asked = predicting(pipe, monkeypatch, lambda noisy, at: torch.zeros_like(noisy))
+    denoising_losses(pipe, phantoms(0), times=(250.0, 500.0), draws=1)
+    assert asked == pytest.approx([400, 2000 / 3] * COUNT, rel=1e-5)
 
 
 def test_a_model_that_memorized_reveals_its_training_volumes(pipe, monkeypatch):

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from planted_volumes import plant
 from shifted_coder import ShiftedCoder
 from torch import nn
 
 from evaluation import evaluate_reconstruction
 from evaluation.metrics.fidelity import mean_gradient
+from evaluation.metrics.memorization import distance_ratio
 from evaluation.metrics.nearest import (
     Space,
     crop_of,
@@ -24,7 +26,6 @@ from evaluation.metrics.set_distances import compare_sets
 from evaluation.networks import classifier as classifier_module
 from evaluation.networks.segmenter import volume_dice
 from evaluation.stats.bootstrap import resample_weights
-from evaluation.studies.privacy import distance_ratio
 from evaluation.studies.training_result import Scores
 from evaluation.studies.utility import score_segmenter
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
@@ -118,7 +119,7 @@ def test_sharpness_is_a_ratio_of_sums_over_all_volumes():
     would."""
     config = DataConfig(phantom=PhantomConfig(count=3, shape=(28, 36, 28)), validation_fraction=0)
     dataset = VolumeDataset(load_cases(config), config)
-    dataset.prepared[0].image.array[...] *= 0.1
+    plant(dataset, 0, lambda case: np.multiply(case.image.array, 0.1, out=case.image.array))
 
     class Forgetful(ShiftedCoder):
         def decode(self, latents):

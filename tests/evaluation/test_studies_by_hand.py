@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from planted_volumes import plant
 from shifted_coder import ShiftedCoder
 
 from evaluation import evaluate_reconstruction
@@ -63,8 +64,8 @@ def test_psnr_spreads_by_its_standard_deviation():
     """Errors of 0.01 and 0.1 in [0, 1] are 40 and 20 dB: 30 with a standard deviation of 10."""
     config = DataConfig(phantom=PhantomConfig(count=2, shape=(SIDE, SIDE, SIDE)), validation_fraction=0)
     dataset = VolumeDataset(load_cases(config), config)
-    for prepared in dataset.prepared:
-        np.clip(prepared.image.array, -0.7, 0.7, out=prepared.image.array)  # so that nothing is clamped
+    for index in range(2):  # clipped, so that nothing is clamped
+        plant(dataset, index, lambda case: np.clip(case.image.array, -0.7, 0.7, out=case.image.array))
     found = evaluate_reconstruction(PerVolume(lambda image, before: image - (0.02, 0.2)[before]), dataset)["psnr_db"]
     assert (found["mean"], found["std"]) == (pytest.approx(30, abs=1e-3), pytest.approx(10, abs=1e-3))
 
@@ -98,13 +99,12 @@ def test_a_feature_that_hardly_varies_does_not_drown_the_others():
 
 
 def test_a_class_that_is_not_known_is_not_asked_for():
-    def prepared(index: int) -> SimpleNamespace:
-        mask = Volume(np.zeros((1, 2, 2, 2), np.int16), np.eye(4))
-        return SimpleNamespace(mask=mask, image=mask, classes=[index], numbers=[])
+    def facts(index: int) -> SimpleNamespace:
+        return SimpleNamespace(mask=True, classes=[index], numbers=[])
 
     dataset = SimpleNamespace(
         labels={0: "background", 2: "anterior"},
-        prepared=[prepared(0), prepared(-1)],
+        facts=[facts(0), facts(-1)],
         label_map=lambda index: Volume(np.zeros((1, 2, 2, 2), np.int16), np.eye(4)),
         config=SimpleNamespace(classes={"sex": ["f", "m"]}, class_names={"sex": ["f", "m"]}, numbers=[]),
         cases=[SimpleNamespace(name=name, subject=name) for name in "ab"],

@@ -68,6 +68,8 @@ TEXTS = (
 SHARES = {  # of all cases
     "nifti": 30,
     "dicom": 15,
+    "dicom_seg": 6,
+    "rtstruct": 6,
     "nrrd": 12,
     "metaimage": 12,
     "config": 4,
@@ -84,6 +86,7 @@ SHARES = {  # of all cases
     "ledger": 3,
     "holder": 1,
     "entry": 3,
+    "prepared": 6,
 }
 
 
@@ -216,7 +219,7 @@ class Target:
 
 
 def worker(target: str, seed: int, start: int, stop: int, folder: Path) -> None:
-    """Cases start..stop-1, one line of JSON each for what is no plain outcome, and the counts at the end."""
+    """Cases start..stop-1, one line of JSON each for what is not a plain outcome, and the counts at the end."""
     from hostile import make_target
 
     (folder / "outside").mkdir(exist_ok=True)
