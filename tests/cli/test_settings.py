@@ -183,7 +183,7 @@ def test_a_wrong_setting_of_a_file_is_named_with_the_file(text, said, tmp_path):
             "data.intensity: intensity low (5.0) must be below high (1.0)",
         ),
         ({"intensity": {"kind": "percentile", "low": 5, "high": 101}}, "percentiles lie in 0-100, got 5.0 and 101.0"),
-        ({"intensity": {"kind": "window", "low": math.nan}}, "data.intensity.low: got nan, expected a number, finite"),
+        ({"intensity": {"kind": "window", "low": math.nan}}, "data.intensity.low: got nan, expected a finite number"),
         (
             {"intensity": {"image": {"kind": "window", "lo": 1}}},
             "data.intensity.image.lo: is not a setting; did you mean",
