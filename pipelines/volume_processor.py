@@ -180,7 +180,7 @@ class VolumeProcessor:
         for channel in shares:
             outside = outside | ~shown(volumes[channel])
         least = min(shares, key=lambda channel: shares[channel])
-        check_share(float(1 - outside.mean()), f"the image {least!r}, with the other inputs,", "the volume")
+        check_share(float(1 - outside.mean()), f"the image {least!r}, with the other inputs", "the volume")
         volumes |= {channel: filled(volumes[channel]) for channel in shares}
         target = prepared.target.replace(np.where(outside, np.int16(PADDING), prepared.target.array))
         grid = target

@@ -188,6 +188,7 @@ def test_a_wrong_setting_of_a_file_is_named_with_the_file(text, said, tmp_path):
             {"intensity": {"image": {"kind": "window", "lo": 1}}},
             "data.intensity.image.lo: is not a setting; did you mean",
         ),
+        ({"crop": {"above": "Mask"}}, """data.crop.above: got 'Mask' (text), expected a finite number, or "mask\""""),
         ({"root": None}, 'data.root: got null, expected a path; for the home folder write "~", in quotes'),
         ({"spacing": [1, 1, 0]}, "data.spacing[2]: got 0, expected a number, above 0"),
         ({"label_names": {"a": "b"}}, "data.label_names: the key 'a': got 'a' (text), expected a whole number"),

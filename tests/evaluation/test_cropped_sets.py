@@ -223,3 +223,19 @@ def test_the_doctor_says_what_the_box_saves(folder):
     little = findings(crop=ForegroundCrop(50, margin=0))["WARN"]
     assert "little is left of" in little.message and little.files == (str(folder / "images/a.nii.gz"),)
     assert findings() == {}
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (10, 8, 6)], ids=["equal", "smaller"])
+def test_the_doctor_cuts_channels_of_other_grids(folder, shape):
+    """Where the box lies in the patient: in it, each voxel of the PET is its place along x in mm."""
+    affine = np.diag([2.0, 2, 2, 1])
+    affine[:3, 3] = [1, 0, 1]
+    places = np.broadcast_to(1 + 2 * np.arange(shape[0], dtype=np.float32)[:, None, None], shape)
+    for name in "ab":
+        write_volume(Volume(np.ascontiguousarray(places)[None], affine), folder / f"pet/{name}.nii.gz")
+    images = {"ct": "images/{case}.nii.gz", "pet": "pet/{case}.nii.gz"}
+    config = config_of(folder, images=images, masks=None, label_names={}, resample_to="ct", crop=CROP)
+    examined = examine(load_cases(config)[0], config)
+    assert examined.box.start[0] == 3 and examined.box.target[0] == 10
+    assert examined.highest == pytest.approx((scan("a").array.max(), 11))  # of 3 to 12 mm
+    assert examined.above[0] == 0 and examined.box.shape == SHAPE

@@ -140,7 +140,7 @@ def test_rejections_of_one_volume_change_no_other():
     def judge(image, in_box):
         return image in copied, {"similarity": image / 100}
 
-    def broken(image):
+    def broken(image, in_box):
         return image == 30, {"fault": "no liver"} if image == 30 else {}
 
     checks = [

@@ -187,9 +187,9 @@ def differences(learned: Mapping[str, Any], given: Mapping[str, Any]) -> list[st
 
 def _crop_difference(learned: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """Channels have names only where there are several. Facts without the entry are of whole volumes."""
-    settings = [crop and dict(crop) for crop in (facts.get("crop") for facts in (learned, given))]
-    if all(settings) and len(given["channels"]) == 1:
-        settings = [one | {"channel": None} for one in settings]
+    settings = [dict(facts["crop"]) if facts.get("crop") else None for facts in (learned, given)]
+    if len(given["channels"]) == 1:
+        settings = [one and one | {"channel": None} for one in settings]
     if settings[0] == settings[1]:
         return []
     old, new = (f"{ForegroundCrop.from_json(one)}" if one else "whole volumes" for one in settings)
