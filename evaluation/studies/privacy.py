@@ -8,6 +8,7 @@ per volume.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -19,6 +20,7 @@ from evaluation.metrics.nearest import (
     Space,
     aligned,
     best_match,
+    maps_of,
     similarity_matrix,
 )
 from evaluation.stats.bootstrap import Units, interval_of, resample_weights, subject_mean, subject_weights
@@ -308,7 +310,8 @@ def reidentification(similarity: np.ndarray, sources: Units, units: Units) -> Re
         raise ValueError(f"no real volume of patients {lost[:5]} to find them by: give real volumes of every source")
     patients = np.asarray(units)
     nearest = np.stack([similarity[:, patients == name].max(1) for name in names], axis=1)
-    of_source = nearest[np.arange(len(nearest)), [names.index(source) for source in sources]]
+    columns = {name: column for column, name in enumerate(names)}
+    of_source = nearest[np.arange(len(nearest)), [columns[source] for source in sources]]
     rank = (nearest >= of_source[:, None]).sum(1)
 
     def top(count: int) -> TopRate:
@@ -397,10 +400,12 @@ def privacy_report(
     }
     patients = dict(zip([*training.names, *unseen.names], [*training.subjects, *unseen.subjects], strict=True))
     for name, space in spaces.items():
-        to_training, baseline, to_unseen = (
-            similarity_matrix(queries.volumes, references.volumes, space, on_pairs=on_pairs)
-            for queries, references in ((generated, training), (unseen, training), (generated, unseen))
-        )
+        with ExitStack() as opened:  # the maps of a set serve two comparisons
+            maps = [opened.enter_context(maps_of(one.volumes, space)) for one in (training, unseen, generated)]
+            to_training, baseline, to_unseen = (
+                similarity_matrix(maps[queries], maps[references], space, on_pairs=on_pairs)
+                for queries, references in ((2, 0), (1, 0), (2, 1))
+            )
         of_space = _compare(to_training, baseline, to_unseen, training, unseen, generated, alpha=alpha, seed=seed)
         of_space["closest"] = closest_pairs(to_training, generated, training, space, pairs)
         report["spaces"][name] = of_space
