@@ -80,6 +80,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "init": Command("recipes", "look a folder of scans over, and write a recipe for training on it"),
     "doctor": Command("evaluation.doctor", "check the data and the memory before training, and the model after it"),
+    "prepare": Command("prepare", "read, check and store the volumes before training, in several processes"),
     "train-vae": Command("train_vae", "train the autoencoder"),
     "train-ldm": Command("train_ldm", "train the diffusion model on the autoencoder's latents"),
     "generate": Command("generate", "generate volumes from masks, a table, or a seed"),

@@ -5,8 +5,9 @@ both. Copies are in $MEDVOLUME_CACHE (default: ~/.cache/medvolume):
 
     files/<digest>                  one version (URL, size, etag or time) of one remote file; fetched once
     digests/<digest>                sha256 of its content when fetched, compared once per process; a damaged copy is
-    fetched again s3/bucket/folder/@<digest>/...  the folder as it was listed, as hard links to these files; it never
-    changes
+                                    fetched again
+    s3/bucket/folder/@<digest>/...  the folder as it was listed, as hard links to these files; it never changes, and is
+                                    not removed while a job uses it (see `files.cache`)
 
 Credentials, endpoints and options come from fsspec (environment, ~/.config/fsspec, ~/.aws, ...), never from a URL or
 config.
@@ -37,6 +38,7 @@ from .atomic import (
     remove_leftovers,
     write_text,
 )
+from .cache import LIMIT, cache_root, copying, pin, room_for
 from .locks import one_at_a_time
 from .names import nfc, tidy
 
@@ -81,12 +83,6 @@ def refuse_url(path: str | os.PathLike, what: str) -> None:
         raise ValueError(
             f"{what} {path}: is a URL, but {what} must be local; write to this machine and copy it with other tools"
         )
-
-
-def cache_root() -> Path:
-    """Return the folder of copies."""
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "medvolume"
-    return Path(os.environ.get("MEDVOLUME_CACHE") or usual).expanduser().resolve()
 
 
 def copy_place(url: str) -> Path:
@@ -142,8 +138,6 @@ def copy_here(url: str, selects: Callable[[str], bool], starts: Iterable[str] = 
         ValueError: naming the URL, if it cannot be listed or read, if a file changes meanwhile or differs from its
             listed length, or if the copies cannot be stored here.
     """
-    from tqdm import tqdm
-
     place, starts = copy_place(url), sorted({start.strip("/") for start in starts})
     listed = list_files(url, [_inside(url, start) if start else start for start in starts])
     needed = {name: listed[name] for name in sorted(_with_parts(filter(selects, listed), listed))}
@@ -156,33 +150,44 @@ def copy_here(url: str, selects: Callable[[str], bool], starts: Iterable[str] = 
         place.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(CONNECTIONS) as threads:  # not under the lock: each process checks the copies itself
             list(threads.map(lambda version: _is_whole(files / version, sizes[version]), sizes))
+        pin(folder)
         with one_at_a_time(place / ".lock"):  # one process fetches, the others find it there
             for parent in (files, cache_root() / "digests", place):
                 remove_leftovers(parent)
-            missing = [name for name in needed if not _is_whole(files / versions[name], sizes[versions[name]])]
-            for name in missing:
-                if (files / versions[name]).exists():
-                    logger.warning("%s/%s: its copy in %s is damaged; fetched again", url, name, cache_root())
-            _check_room(url, files, sum(sizes[versions[name]] for name in missing))
-            with ThreadPoolExecutor(CONNECTIONS) as threads:
-                jobs = [
-                    threads.submit(_fetch, url, name, sizes[versions[name]], files / versions[name]) for name in missing
-                ]
-                try:
-                    for job in tqdm(jobs, desc=f"copying from {url}", unit="file", delay=2, leave=False, disable=None):
-                        job.result()
-                except BaseException:
-                    threads.shutdown(cancel_futures=True)
-                    raise
-            if missing:
-                _check_unchanged(url, versions, missing, files, list_files(url, starts))
-            _link_all({folder / _inside(url, name): files / version for name, version in versions.items()}, folder)
+            absent = [size for version, size in sizes.items() if not (files / version).exists()]
+            with room_for(sum(absent)) as fits:
+                if not fits:
+                    logger.warning("%s: its copies exceed the limit of the cache (see $%s)", url, LIMIT)
+            with copying():
+                missing = [name for name in needed if not _is_whole(files / versions[name], sizes[versions[name]])]
+                _fetch_all(url, {name: files / versions[name] for name in missing}, sizes)
+                if missing:
+                    _check_unchanged(url, versions, missing, files, list_files(url, starts))
+                _link_all({folder / _inside(url, name): files / version for name, version in versions.items()}, folder)
     except OSError as error:
         raise ValueError(
             f"{url}: its files cannot be copied to {cache_root()} ({error.strerror or error}); set MEDVOLUME_CACHE to "
             "a folder with room, on a disk that has hard links"
         ) from error
     return folder
+
+
+def _fetch_all(url: str, copies: Mapping[str, Path], sizes: Mapping[str, int]) -> None:
+    """Fetch files, {name: its copy}, whose copies are missing or damaged."""
+    from tqdm import tqdm
+
+    for name, copy in copies.items():
+        if copy.exists():
+            logger.warning("%s/%s: its copy in %s is damaged; fetched again", url, name, cache_root())
+    _check_room(url, cache_root() / "files", sum(sizes[copy.name] for copy in copies.values()))
+    with ThreadPoolExecutor(CONNECTIONS) as threads:
+        jobs = [threads.submit(_fetch, url, name, sizes[copy.name], copy) for name, copy in copies.items()]
+        try:
+            for job in tqdm(jobs, desc=f"copying from {url}", unit="file", delay=2, leave=False, disable=None):
+                job.result()
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
 
 
 def copy_pattern(pattern: str) -> str:

@@ -18,6 +18,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory):
+    """All tests share a cache of prepared volumes that ends with them: nothing is written to ~/.cache."""
+    if not os.environ.get("MEDVOLUME_CACHE"):
+        os.environ["MEDVOLUME_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Each test starts from the same global seed, whatever ran before it."""

@@ -38,13 +38,11 @@ def load_split(config: DataConfig) -> tuple[VolumeDataset, VolumeDataset | None]
 def digests(dataset: VolumeDataset) -> dict[str, str]:
     """Return a short digest of image, mask and conditions of each volume, by name."""
     found = {}
-    for index, (case, prepared) in enumerate(zip(dataset.cases, dataset.prepared, strict=True)):
-        crc = zlib.crc32(np.ascontiguousarray(prepared.image.array).data)
-        if prepared.mask is not None:
-            crc = zlib.crc32(np.ascontiguousarray(prepared.mask.array).data, crc)
+    for index, (case, facts) in enumerate(zip(dataset.cases, dataset.facts, strict=True)):
+        crc = facts.digest
         for values in dataset.conditions(index).values():
             crc = zlib.crc32(values.numpy().data, crc)
-        found[case.name] = f"{'x'.join(map(str, prepared.image.shape))}-{crc:08x}"
+        found[case.name] = f"{'x'.join(map(str, facts.shape))}-{crc:08x}"
     return found
 
 
@@ -77,7 +75,7 @@ def refuse_seen(
             "out here",
             model,
         )
-    voxels = {c.name: p.voxels for c, p in zip(held_out.cases, held_out.prepared, strict=True)} if held_out else {}
+    voxels = {c.name: f.voxels for c, f in zip(held_out.cases, held_out.facts, strict=True)} if held_out else {}
     overlap = find_overlap(records, load_cases(config), config, voxels)
     equal = [entry for entry in overlap if entry.kind == "voxels"]
     refuse_overlap(equal if accepted else overlap, model, "add --accept_overlap true")

@@ -84,31 +84,49 @@ class LabelMapStats:
         return cls({name: _label_stats(name, stats) for name, stats in labels.items()}, pieces, tuple(shapes))
 
 
-def describe_maps(maps: Sequence[tuple[np.ndarray, float]], names: Mapping[int, str]) -> LabelMapStats:
-    """Measure what holds of all `maps`.
+@dataclass(frozen=True)
+class MapFacts:
+    """What is measured of one label map, for `describe_maps`.
+
+    Attributes:
+        shape: voxels (X, Y, Z).
+        labels: name, volume in mm^3, connected pieces, and voxels in the outer planes of each label that it has.
+        pieces: connected pieces of the foreground.
+    """
+
+    shape: tuple[int, int, int]
+    labels: tuple[tuple[str, float, int, int], ...]
+    pieces: int
+
+
+def measure_map(array: np.ndarray, voxel: float, names: Mapping[int, str]) -> MapFacts:
+    """Measure one map.
 
     Args:
-        maps: label values (X, Y, Z) and the volume of a voxel in mm^3, of each.
+        array: label values (X, Y, Z).
+        voxel: mm^3.
         names: of all label values; the lowest is the background.
     """
-    values = sorted(names)
+    background, *values = sorted(names)
+    x, y, z = array.shape
+    masks = ((names[value], array == value) for value in values)
+    present = ((name, float(m.sum() * voxel), count_pieces(m), count_at_edge(m)) for name, m in masks if m.any())
+    return MapFacts((x, y, z), tuple(present), count_pieces(array != background))
+
+
+def describe_maps(maps: Sequence[MapFacts], names: Mapping[int, str]) -> LabelMapStats:
+    """Join what was measured of each of `maps`, with labels `names`, to what holds of all."""
     labels: dict[str, LabelStats] = {}
-    for value in values[1:]:
-        masks = [(array == value, voxel) for array, voxel in maps]
-        present = [(mask, voxel) for mask, voxel in masks if mask.any()]
+    for value in sorted(names)[1:]:
+        present = [row for one in maps for row in one.labels if row[0] == names[value]]
         if present:
-            sizes = [float(mask.sum() * voxel) for mask, voxel in present]
-            labels[names[value]] = LabelStats(
-                mm3=(round(min(sizes), 3), round(max(sizes), 3)),
-                pieces=max(count_pieces(mask) for mask, _ in present),
-                edge=max(count_at_edge(mask) for mask, _ in present),
-                always=len(present) == len(masks),
-            )
-    shapes = sorted("x".join(map(str, array.shape)) for array, _ in maps)
+            _, sizes, pieces, edges = zip(*present, strict=True)
+            mm3 = (round(min(sizes), 3), round(max(sizes), 3))
+            labels[names[value]] = LabelStats(mm3, max(pieces), max(edges), always=len(present) == len(maps))
+    shapes = sorted("x".join(map(str, one.shape)) for one in maps)
     shapes = shapes[:1] if len(set(shapes)) == 1 else shapes
     chosen = np.linspace(0, len(shapes) - 1, min(len(shapes), MAX_SHAPES)).round().astype(int)
-    pieces = max(count_pieces(array != values[0]) for array, _ in maps)
-    return LabelMapStats(labels, pieces, tuple(_shape(shapes[i]) for i in chosen))
+    return LabelMapStats(labels, max(one.pieces for one in maps), tuple(_shape(shapes[i]) for i in chosen))
 
 
 def _label_stats(name: str, value: Any) -> LabelStats:

@@ -56,6 +56,15 @@ class Placement:
         seen[self._slices()[1]] = True
         return seen
 
+    def inside(self) -> tuple[tuple[slice, slice, slice], Placement]:
+        """Return the box of the grid that the window shows, and the placement of that box alone in the window."""
+        low = [max(start, 0) for start in self.start]
+        ends = zip(self.start, self.target, self.shape, low, strict=True)
+        high = [max(min(start + width, size), first) for start, width, size, first in ends]
+        x, y, z = (slice(*pair) for pair in zip(low, high, strict=True))
+        sides = tuple(np.subtract(high, low).tolist())
+        return (x, y, z), Placement(sides, self.target, tuple(np.subtract(self.start, low).tolist()))
+
     def planes(self, start: int, stop: int) -> Placement:
         """Return the placement of planes start..stop of the window's third axis alone, on the grid's planes that they
         show.

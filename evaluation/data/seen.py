@@ -12,7 +12,6 @@ from tqdm import tqdm
 from pipelines.storage.trained_on import TrainedOn, read_generated, read_model
 from volumes import Case, DataConfig, VolumeError, load_cases, volume_parts
 from volumes.data.case_files import read_case
-from volumes.data.dataset import READERS
 from volumes.data.preprocessing import (
     described_preprocessing,
     preprocessing,
@@ -24,6 +23,7 @@ from volumes.data.subjects import (
     is_complete,
     refuse_overlap,
 )
+from volumes.prepared.preparation import READERS
 
 logger = logging.getLogger(__name__)
 ACCEPT = "add --accept_overlap"

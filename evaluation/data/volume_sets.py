@@ -84,7 +84,7 @@ class UnitVolumes(Sequence[np.ndarray]):
             return [self[number] for number in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        return (self.dataset.prepared[index].image.array + 1) / 2
+        return (self.dataset.load(index).image.array + 1) / 2
 
 
 def volume_shapes(volumes: Sequence[Any] | np.ndarray) -> list[tuple[int, ...]]:
@@ -232,4 +232,4 @@ def _images(cases: Sequence[Case], config: DataConfig) -> VolumeDataset:
 
 
 def _spacings(dataset: VolumeDataset) -> list[tuple[float, float, float]]:
-    return [prepared.image.spacing for prepared in dataset.prepared]
+    return [facts.spacing for facts in dataset.facts]

@@ -208,17 +208,17 @@ def _darkened(volume: np.ndarray, seen: np.ndarray | None) -> np.ndarray:
 
 def _generate(pipe: MedVolumePipeline, dataset: VolumeDataset, index: int, steps: int) -> np.ndarray:
     """Generate (C, X, Y, Z) from the case's mask, classes and numbers, with the case's index as the seed."""
-    config, prepared = dataset.config, dataset.prepared[index]
+    config, facts = dataset.config, dataset.facts[index]
     mask = dataset.label_map(index) if pipe.unet.config["num_labels"] else None
     names = config.class_names
-    classes = {c: names[c][i] for c, i in zip(sorted(names), prepared.classes, strict=True) if i >= 0}
-    numbers = {c: v for c, v in zip(sorted(config.numbers), prepared.numbers, strict=True) if not math.isnan(v)}
+    classes = {c: names[c][i] for c, i in zip(sorted(names), facts.classes, strict=True) if i >= 0}
+    numbers = {c: v for c, v in zip(sorted(config.numbers), facts.numbers, strict=True) if not math.isnan(v)}
     classes = {name: value for name, value in classes.items() if name in (pipe.unet.config["classes"] or {})}
     numbers = {name: value for name, value in numbers.items() if name in (pipe.unet.config["numbers"] or {})}
     generator = torch.Generator().manual_seed(index)
     volume: Any = pipe(
         mask=mask,
-        shape=prepared.image.shape if mask is None else None,
+        shape=facts.shape if mask is None else None,
         classes=classes or None,
         numbers=numbers or None,
         num_inference_steps=steps,

@@ -24,8 +24,8 @@ from volumes import (
 )
 from volumes.data.alignment import Resampled
 from volumes.data.case_files import read_case
-from volumes.data.dataset import PreparedCase, prepare
 from volumes.plausible import Oddity
+from volumes.prepared.case import PreparedCase, prepare
 
 THUMBNAIL = 16  # elements per side
 MIN_LEVELS = 16  # different intensities, below which the step between them means nothing

@@ -120,19 +120,19 @@ class SamplerScores(TypedDict):
 def inputs_from_dataset(dataset: VolumeDataset, unet: nn.Module) -> SamplingInputs:
     """Collect the masks and conditions of real volumes. Raises: ValueError for a model, or data, without masks."""
     config: Any = unet.config
-    if not config["num_labels"] or any(prepared.mask is None for prepared in dataset.prepared):
+    if not config["num_labels"] or any(facts.mask is None for facts in dataset.facts):
         raise ValueError("samplers are compared on masks: the model or the data has none")
     class_names, number_names = sorted(dataset.config.classes), sorted(dataset.config.numbers)
     masks, classes, numbers = [], [], []
-    for index, prepared in enumerate(dataset.prepared):
+    for index, facts in enumerate(dataset.facts):
         mask = dataset.label_map(index)
         assert mask is not None
         masks.append(mask)
         of_case = {
-            n: dataset.config.class_names[n][i] for n, i in zip(class_names, prepared.classes, strict=True) if i >= 0
+            n: dataset.config.class_names[n][i] for n, i in zip(class_names, facts.classes, strict=True) if i >= 0
         }
         classes.append({name: value for name, value in of_case.items() if name in (config["classes"] or {})})
-        pairs = zip(number_names, prepared.numbers, strict=True)
+        pairs = zip(number_names, facts.numbers, strict=True)
         numbers.append({n: value for n, value in pairs if n in (config["numbers"] or {}) and not math.isnan(value)})
     names = [case.name for case in dataset.cases]
     return SamplingInputs(masks, classes, numbers, names, [case.subject for case in dataset.cases])

@@ -50,6 +50,7 @@ SCRIPTS = [
     "evaluate.py",
     "demo.py",
     "medvolume.py",
+    "prepare.py",
 ]
 SCRIPTS += [
     "tests/helpers/fuzz.py",

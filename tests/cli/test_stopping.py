@@ -39,8 +39,8 @@ from pipelines import Check, MedVolumePipeline, Rejection, batch_generation
 from training import ResumableBatchSampler
 from training.engine.sampling_order import training_batches
 from volumes import DataConfig, VolumeDataset
-from volumes.data import dataset
 from volumes.data.cases import Case
+from volumes.prepared import preparation
 from volumes.volume import VolumeError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -236,7 +236,7 @@ def test_ctrl_c_ends_the_reading_of_a_set_that_was_begun(monkeypatch):
         time.sleep(0.2)
         raise VolumeError("no volume")
 
-    monkeypatch.setattr(dataset, "prepare", slow)
+    monkeypatch.setattr(preparation, "prepare_unscaled", slow)
     config = DataConfig(images="x", on_error="skip")
     cases = [Case(f"c{number}", f"c{number}") for number in range(40)]
     with pytest.raises(Stopped), stoppable():

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from planted_volumes import plant
 from safetensors.torch import load_file, save_file
 
 from autoencoder import AutoencoderKL3D, latent_statistics
@@ -353,8 +354,12 @@ def test_label_maps_stay_label_maps_and_spacing_is_per_volume(tmp_path, vae, dat
     original = latent_cache.deformed
     monkeypatch.setattr(latent_cache, "deformed", deformed)
     how = LatentCacheConfig(versions=2, rotate=10)
-    for one in dataset.prepared:
-        one.image.affine[2, 2], one.image.array[:] = 3.0, 2.0 * (one.image.array > 0) - 1
+
+    def change(case):
+        case.image.affine[2, 2], case.image.array[:] = 3.0, 2.0 * (case.image.array > 0) - 1
+
+    for index in range(len(dataset)):
+        plant(dataset, index, change)
     for labels, order in (({}, 3), ({0: "background", 1: "organ"}, 0)):
         dataset.config.image_labels = labels
         build_latent_cache(dataset, vae, tmp_path / str(order), how, progress=False)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from planted_volumes import plant
 from safetensors.torch import load_file
 
 from autoencoder import SpaceToDepth3D
@@ -34,10 +35,13 @@ def dataset() -> VolumeDataset:
     config = DataConfig(phantom=PhantomConfig(count=2, shape=SHAPE))
     made = VolumeDataset(load_cases(config), config)
     random = np.random.default_rng(0)
-    for one in made.prepared:
-        assert one.mask is not None
-        one.mask.array[:] = random.integers(0, 3, SHAPE)
-        one.image.array[:] = one.mask.array / 2 - 0.75
+
+    def change(case):
+        case.mask.array[:] = random.integers(0, 3, SHAPE)
+        case.image.array[:] = case.mask.array / 2 - 0.75
+
+    for index in range(2):
+        plant(made, index, change)
     return made
 
 
@@ -97,7 +101,8 @@ def test_volumes_versions_and_seeds_are_augmented_differently(tmp_path, vae, dat
         latents = build_latent_cache(dataset, vae, tmp_path / folder, how, seed=seed, progress=False)
         return [latents[index]["mask"] for index in range(len(latents))]
 
-    dataset.prepared[1].mask.array[:] = dataset.prepared[0].mask.array  # equal volumes
+    mask = dataset.load(0).mask.array
+    plant(dataset, 1, lambda case: np.copyto(case.mask.array, mask))  # equal volumes
     first, other = masks("a", 0), masks("b", 1)
     assert torch.equal(first[0], first[3]) and torch.equal(first[0], other[0])
     moved = [one for index, one in enumerate(first) if index % 3] + [

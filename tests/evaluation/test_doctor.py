@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from planted_volumes import loaded
 from tiny import peak_bytes, tiny_pipeline
 
 from autoencoder import VQGAN3D, AutoencoderKL3D, latent_statistics
@@ -268,7 +269,7 @@ def test_a_unets_memory_is_estimated():
 def test_volumes_in_memory():
     config = DataConfig(phantom=PhantomConfig(count=3, shape=(16, 18, 20)), validation_fraction=0.0)
     dataset = VolumeDataset(load_cases(config), config)
-    held = sum(v.array.nbytes for one in dataset.prepared for v in (one.image, one.mask) if v is not None)
+    held = sum(v.array.nbytes for one in loaded(dataset) for v in (one.image, one.mask) if v is not None)
     assert dataset_bytes(dataset.shapes, 1, masks=True) == held
 
 

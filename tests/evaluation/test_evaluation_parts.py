@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from planted_volumes import plant
 from shifted_coder import ShiftedCoder
 from torch import nn
 
@@ -118,7 +119,7 @@ def test_sharpness_is_a_ratio_of_sums_over_all_volumes():
     would."""
     config = DataConfig(phantom=PhantomConfig(count=3, shape=(28, 36, 28)), validation_fraction=0)
     dataset = VolumeDataset(load_cases(config), config)
-    dataset.prepared[0].image.array[...] *= 0.1
+    plant(dataset, 0, lambda case: np.multiply(case.image.array, 0.1, out=case.image.array))
 
     class Forgetful(ShiftedCoder):
         def decode(self, latents):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from planted_volumes import loaded
 from sampler_reports import GOOD, entry_of, write_choice
 from smooth import smooth_volumes
 from tiny import labels_of, tiny_pipeline
@@ -94,11 +95,11 @@ class Threshold(torch.nn.Module):
 
 def test_figures_of_planted_volumes(data):
     train, test = datasets(data[1])
-    labels = [prepared.mask.array for prepared in test.prepared]
+    labels = [one.mask.array for one in loaded(test)]
     same = [(indices / 2).astype(np.float32) for indices in labels]  # volumes that obey their masks
     inputs, sets = (
         inputs_from_dataset(test, tiny_pipeline().unet),
-        ([(one.image.array + 1) / 2 for one in train.prepared], list("abcde")),
+        ([(one.image.array + 1) / 2 for one in loaded(train)], list("abcde")),
     )
     assert [mask.array.max() for mask in inputs.masks] == [5] * 5
     pairs = load_pairs([Pair(case) for case in test.cases], data[1], SHAPE)

@@ -40,7 +40,7 @@ from volumes import (
     write_volume,
 )
 from volumes.data.tables import read_table
-from volumes.map_checks import LabelMapStats, describe_maps
+from volumes.map_checks import LabelMapStats, describe_maps, measure_map
 
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX pipes, links and limits")
 
@@ -170,7 +170,10 @@ def test_descriptions_that_are_plausible_are_taken():
     tiny_data(image_labels={"0": "none", "1": "L/R lung"}, channels=["L/R lung"])  # all labels are in one file
     array = np.zeros((4, 5, 6), np.int16)
     array[1:3, 1:3, 1:3] = 1
-    maps = describe_maps([(array, 1.0), (array[:, :4], 1.5)], {0: "background", 1: "a"})
+    maps = describe_maps(
+        [measure_map(one, voxel, {0: "background", 1: "a"}) for one, voxel in ((array, 1.0), (array[:, :4], 1.5))],
+        {0: "background", 1: "a"},
+    )
     assert LabelMapStats.from_json(maps.to_json(), ["background", "a"]) == maps
 
 

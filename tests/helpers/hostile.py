@@ -15,7 +15,7 @@ from fuzz import Files, Target
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
 from volumes import Case, DataConfig, Volume, load_cases, read_slabs, read_volume, write_dicom
-from volumes.data.dataset import prepare
+from volumes.prepared.case import prepare
 
 ARRAY = np.random.default_rng(0).integers(0, 500, (5, 6, 7)).astype(np.int16)
 AFFINE = np.array([[-1.5, 0.1, 0, 3], [0.1, 2, 0, 4], [0, 0, 2.5, -5], [0, 0, 0, 1]])

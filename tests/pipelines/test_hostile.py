@@ -38,8 +38,8 @@ from volumes import (
     resample,
     write_volume,
 )
-from volumes.data.dataset import prepare
 from volumes.formats import raw as stored
+from volumes.prepared.case import prepare
 
 EXAMPLES = {name: max(6, 2 * share) for name, share in SHARES.items()}  # some 210 together
 

@@ -5,11 +5,13 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from line import LineStep, line_config, line_loop
+from planted_volumes import plant
 from safetensors.torch import load_file
 from short_runs import run
 from torch import Tensor, nn
@@ -540,14 +542,19 @@ def test_a_volumes_digest_is_of_all_that_training_learns_from():
     dataset = VolumeDataset(load_cases(config), config)
     first = digests(dataset)
     assert list(first) == [case.name for case in dataset.cases] and len(set(first.values())) == 2
-    image, mask = dataset.prepared[0].image.array, dataset.prepared[0].mask.array
-    for array in (image, mask):
-        old = array[..., 3, 4, 5].copy()
-        array[..., 3, 4, 5] = 1 - old
+    plant(dataset, 0, lambda case: None)
+    planted = digests(dataset)
+    for name in ("image", "mask"):
+
+        def change(case, name=name):
+            voxel = getattr(case, name).array[..., 3, 4, 5]
+            voxel[:] = 1 - voxel
+
+        plant(dataset, 0, change)
         changed = digests(dataset)
-        assert [changed[name] == first[name] for name in first] == [False, True]
-        array[..., 3, 4, 5] = old
-    assert digests(dataset) == first
+        assert [changed[name] == planted[name] for name in first] == [False, True]
+        plant(dataset, 0, change)
+    assert digests(dataset) == planted
     conditions = dataset.conditions
     dataset.conditions = lambda index: {"numbers": conditions(index)["numbers"] + index}
     assert [digests(dataset)[name] == first[name] for name in first] == [True, False]
@@ -578,9 +585,8 @@ def test_padded_volumes_tell_their_spacing_axes_and_scale():
     """Padding is outside of the field of view, is -1 in the image, and no label in the mask."""
     config = DataConfig(phantom=PhantomConfig(count=1, shape=(9, 8, 10)), validation_fraction=0)
     dataset = VolumeDataset(load_cases(config), config)
-    dataset.prepared[0].image.affine[:] = torch.tensor(
-        [[0.0, 3, 0, 0], [-2, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-    ).numpy()
+    affine = np.array([[0.0, 3, 0, 0], [-2, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    plant(dataset, 0, lambda case: np.copyto(case.image.affine, affine))
     item = PaddedVolumes(dataset, (4, 2, 4))[0]
     assert item["image"].shape == (1, 12, 8, 12) and item["fov"].sum() == 9 * 8 * 10
     assert item["spacing"] == (2.0, 3.0, 1.0) and item["axes"] == ("P", "R", "S")

@@ -242,8 +242,8 @@ def test_the_field_of_view_reaches_padded_volumes_and_crops(folder):
 def test_percentiles_are_of_the_field_of_view(folder):
     """Not of what fills the rest."""
     dataset = dataset_of(folder, intensity=IntensityScaling("percentile", 0, 100))
-    seen = dataset.prepared[1].seen
-    for channel, scale in zip(dataset[1]["image"].numpy(), dataset.prepared[1].scales, strict=True):
+    seen = dataset.load(1).seen
+    for channel, scale in zip(dataset[1]["image"].numpy(), dataset.facts[1].scales, strict=True):
         assert channel[seen].min() == -1 and channel[seen].max() == pytest.approx(1)
         assert scale.low > -50
 
@@ -279,14 +279,14 @@ def test_digests_are_of_the_voxels_in_the_files(folder):
     """So a subject is known again, however its volumes are brought onto one grid."""
     dataset = dataset_of(folder)
     stored = [voxel_digests(ramp(*of).array)[0] for of in (SHIFTED, CT)]
-    assert dataset.prepared[0].voxels == tuple(stored)
+    assert dataset.facts[0].voxels == tuple(stored)
     assert dataset_of(folder, resample_to="mr").marks[0] == dataset.marks[0]
 
 
 def test_the_numbers_of_a_grid_are_those_of_the_box(folder):
     dataset = dataset_of(folder, numbers=["size_x", "spacing_y"])
     sizes = [item["image"].shape[1] * 1.0 for item in (dataset[0], dataset[1])]
-    assert [one.numbers for one in dataset.prepared] == [pytest.approx((size, 1.0)) for size in sizes]
+    assert [one.numbers for one in dataset.facts] == [pytest.approx((size, 1.0)) for size in sizes]
 
 
 def test_a_misplaced_case_is_skipped_by_name(folder):
@@ -351,7 +351,7 @@ def test_a_segmenters_real_pairs_are_on_one_grid(folder):
     cases = load_cases(config)
     loaded = load_pairs([Pair(case) for case in cases], config, (24, 24, 24))
     for index in range(2):
-        mask = VolumeDataset(cases, config).prepared[index].mask
+        mask = VolumeDataset(cases, config).load(index).mask
         expected = pad_or_crop(mask.shape, (24, 24, 24)).apply(np.maximum(mask.array[0], 0), 0)
         np.testing.assert_array_equal(loaded.labels[index].numpy(), expected)
     assert loaded.images.shape == (2, 2, 24, 24, 24) and bool(loaded.images.isfinite().all())

@@ -16,7 +16,7 @@ from evaluation.data.pairs import generated_pairs, load_pairs
 from evaluation.data.volume_sets import VolumeSet
 from evaluation.metrics.label_shapes import compare_shapes, shape_figures, shape_names
 from volumes import Case, DataConfig, Volume, draw_shape, label_map_fault, read_mask, write_volume
-from volumes.map_checks import LabelMapStats, LabelStats, describe_maps
+from volumes.map_checks import LabelMapStats, LabelStats, describe_maps, measure_map
 
 NAMES = {0: "none", 1: "left", 4: "right"}
 
@@ -82,7 +82,8 @@ def test_other_shapes_are_outside_and_copies_are_nearer():
 
 
 def known() -> LabelMapStats:
-    return describe_maps([(boxes(), 2.0), (boxes(right=((8, 11), (4, 8), (4, 8)), shape=(16, 16, 20)), 2.0)], NAMES)
+    maps = (boxes(), boxes(right=((8, 11), (4, 8), (4, 8)), shape=(16, 16, 20)))
+    return describe_maps([measure_map(array, 2.0, NAMES) for array in maps], NAMES)
 
 
 def test_what_maps_have_in_common():
@@ -92,8 +93,8 @@ def test_what_maps_have_in_common():
     assert found.labels["right"].mm3 == (96, 128) and found.pieces == 1
     assert {draw_shape(found, seed) for seed in range(20)} == {(16, 16, 16), (16, 16, 20)}
     assert draw_shape(found, 3) == draw_shape(found, 3)
-    assert describe_maps([(boxes(), 1.0)] * 5, NAMES).to_json()["shapes"] == "16x16x16"
-    some = describe_maps([(boxes(), 1.0), (boxes(right=None), 1.0)], NAMES)
+    assert describe_maps([measure_map(boxes(), 1.0, NAMES)] * 5, NAMES).to_json()["shapes"] == "16x16x16"
+    some = describe_maps([measure_map(one, 1.0, NAMES) for one in (boxes(), boxes(right=None))], NAMES)
     assert not some.labels["right"].always and label_map_fault(boxes(right=None), 1.0, NAMES, some) is None
 
 

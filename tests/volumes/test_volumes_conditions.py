@@ -129,7 +129,7 @@ def test_columns_and_values_that_say_nothing_are_refused(table):
         affine[:3, :3] = euler2mat(0.1 * angle) * 1.1
         nib.save(nib.Nifti1Image(np.arange(512.0, dtype=np.float32).reshape(8, 8, 8), affine), table / f"{name}.nii")
     oblique = dataset_of(table, numbers=["spacing_x"])
-    assert len({prepared.numbers for prepared in oblique.prepared}) > 1
+    assert len({facts.numbers for facts in oblique.facts}) > 1
     with pytest.raises(ValueError, match="'spacing_x' is 1.1 for all training volumes"):
         describe(oblique)
 

@@ -59,7 +59,7 @@ def test_meters_that_are_none_are_refused_and_units_cures_it(tmp_path):
     with pytest.raises(VolumeError, match=r"1000 x 1000 x 1000 mm, .*unit of length is m\).*data.units: mm"):
         dataset_of(config_of(folder))
     dataset = dataset_of(config_of(folder, units="mm", spacing=(1, 1, 1)))
-    np.testing.assert_array_equal(dataset.prepared[0].image.affine, np.eye(4))
+    np.testing.assert_array_equal(dataset.facts[0].affine, np.eye(4))
     data = describe(dataset)
     assert data.reading == {"units": "mm"} and not describe(dataset_of(config_of(saved(tmp_path)))).reading
     processor = VolumeProcessor(tiny_data(reading=data.reading), (4, 4, 4))
@@ -269,12 +269,6 @@ def test_voxels_of_no_size_are_not_taken_as_1_mm(qform_code, tmp_path):
     (tmp_path / "a.nii").write_bytes(data)
     with pytest.raises(VolumeError, match=r"a.nii: its geometry is broken: its voxels are 1 x 1 x 0 \(pixdim\)"):
         read_volume(tmp_path / "a.nii")
-
-
-def test_a_set_that_takes_more_than_the_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("volumes.data.dataset.memory_bytes", lambda: 40_000)  # a volume takes 19,584 bytes
-    with pytest.raises(ValueError, match="3 of 4 volumes, .*take more than the memory of this process.*data.spacing"):
-        dataset_of(config_of(saved(tmp_path, count=4)))
 
 
 def other_names(tmp_path):

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from volumes.placement import pad_or_crop
 from volumes.volume import PADDING
 
-from .dataset import VolumeDataset, field_of_view
+from .dataset import VolumeDataset
 
 
 class Crop(TypedDict):
@@ -90,20 +90,22 @@ class CropDataset(Dataset[Crop]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         random = np.random.default_rng((self.seed, self.epoch, index))
-        whole = self.dataset[index // self.samples_per_volume]
-        size = tuple(whole["image"].shape[1:])
+        volume = index // self.samples_per_volume
+        size = self.dataset.shapes[volume]
         room = [
             n - width for n, width in zip(size, self.shape, strict=True)
         ]  # negative: the volume is smaller than the crop
         offset = tuple(int(random.integers(min(0, r), max(0, r), endpoint=True)) for r in room)
         flipped = [axis - 3 for axis in self.flip_axes if random.random() < 0.5]
-        placement = pad_or_crop(size, self.shape, offset=offset)
+        box, placement = pad_or_crop(size, self.shape, offset=offset).inside()
+        part = self.dataset.part(volume, box)
+        fov = part.seen[None] if part.seen is not None else np.ones((1, *placement.shape), bool)
         item: Crop = {
-            "image": placement.apply(whole["image"], -1.0).flip(flipped),
-            "fov": field_of_view(whole, placement).flip(flipped),
-            "name": whole["name"],
-            "index": whole["index"],
+            "image": placement.apply(torch.from_numpy(part.image), -1.0).flip(flipped),
+            "fov": placement.apply(torch.from_numpy(fov), False).flip(flipped),
+            "name": self.dataset.cases[volume].name,
+            "index": volume,
         }
-        if "mask" in whole:
-            item["mask"] = placement.apply(whole["mask"], PADDING).flip(flipped)
+        if part.mask is not None:
+            item["mask"] = placement.apply(torch.from_numpy(part.mask), PADDING).flip(flipped)
         return item

@@ -1,0 +1,1 @@
+"""Prepared volumes on disk: what training reads, made once from the files of each case."""

@@ -1,0 +1,108 @@
+"""Keys of prepared volumes: a digest of everything that they depend on.
+
+That is the content of a case's files, the settings of `DataConfig` that change what is prepared, and the version of
+the preparation. Names, places and conditions (classes, numbers) do not matter, so a data set that is moved, or given
+other columns, is not prepared again. The content of a file is read once: its digest is remembered with its path, size,
+times and inode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from files.atomic import write_text
+from files.cache import cache_root
+from volumes.data.alignment import MASK
+from volumes.data.cases import Case
+from volumes.data.config import DataConfig
+from volumes.formats.read import volume_parts
+
+FORMAT = 1  # raise it when the same files are prepared otherwise
+# Settings that change which cases there are, or what goes with them, but not their voxels.
+UNRELATED = (
+    *("root", "table", "images", "masks", "subject", "group_by", "split", "test_fraction", "validation_fraction"),
+    *("split_seed", "classes", "numbers", "condition_channels", "on_error", "phantom"),
+)
+SETTLED = 2.0  # seconds: a file that changed later may change again without another time
+
+Stamps = list[list[object]]
+
+
+def case_key(case: Case, config: DataConfig) -> str:
+    """Return the key of a prepared case. Raises: OSError or VolumeError for files that cannot be read."""
+    settings = {name: value for name, value in asdict(config).items() if name not in UNRELATED}
+    phantom = None if config.phantom is None else [case.phantom, config.phantom.shape]
+    content = {name: [digest for _, digest in files] for name, files in _digests(case).items()}
+    parts = [FORMAT, _plain(settings), list(config.patterns), phantom, content]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def case_stamps(case: Case) -> dict[str, Stamps]:
+    """Return path, size, times and inode of each file of a case, by channel; the mask's under `MASK`."""
+    volumes = {**case.images, **({} if case.mask is None else {MASK: case.mask})}
+    return {name: [_stamp(part) for part in volume_parts(path)] for name, path in volumes.items()}
+
+
+def _stamp(path: Path) -> list[object]:
+    found = os.stat(path)
+    return [os.path.abspath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def content_stamps(case: Case) -> list[object]:
+    """Return path, size, time of change and inode of each file of a case, which differ after another one was written
+    in its place."""
+    return [
+        [path, size, changed, inode] for files in case_stamps(case).values() for path, size, changed, _, inode in files
+    ]
+
+
+def _digests(case: Case) -> dict[str, list[tuple[str, str]]]:
+    """Return the suffix and the SHA-256 of each file of a case, by channel."""
+    stamps, now = case_stamps(case), time.time_ns()
+    if not stamps:
+        return {}
+    memory = cache_root() / "sources" / hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:40]
+    try:
+        digests = json.loads(memory.read_text())
+        if _fits(digests, stamps):
+            return digests
+    except (OSError, ValueError):
+        pass
+    digests = {name: [(_suffix(one[0]), _digest(str(one[0]))) for one in files] for name, files in stamps.items()}
+    newest = max(int(str(time)) for files in stamps.values() for one in files for time in one[2:4])
+    if newest < now - SETTLED * 1e9:
+        with contextlib.suppress(OSError):  # a cache that cannot be written to is reported where volumes are written
+            write_text(memory, json.dumps(digests))
+    return digests
+
+
+def _fits(digests: object, stamps: Mapping[str, Stamps]) -> bool:
+    return (
+        isinstance(digests, dict)
+        and digests.keys() == stamps.keys()
+        and all(len(digests[name]) == len(files) for name, files in stamps.items())
+        and all(len(one) == 2 and all(isinstance(text, str) for text in one) for f in digests.values() for one in f)
+    )
+
+
+def _suffix(path: object) -> str:
+    return Path(str(path)).suffix.lower()  # readers are chosen by it
+
+
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _plain(value: object) -> object:
+    """Convert settings to JSON; keys of mappings, which may be numbers and words, to pairs in a fixed order."""
+    if isinstance(value, Mapping):
+        return sorted(([repr(key), _plain(one)] for key, one in value.items()), key=lambda pair: str(pair[0]))
+    return [_plain(one) for one in value] if isinstance(value, tuple | list) else value

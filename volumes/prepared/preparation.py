@@ -1,0 +1,184 @@
+"""Prepare the cases of a data set that are not prepared yet, in threads, beside other processes that do the same."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from tqdm import tqdm
+
+from files.cache import LIMIT, cache_limit, cache_root, contents
+from volumes.data.case_files import first_file, known_labels
+from volumes.data.cases import Case
+from volumes.data.config import DataConfig
+from volumes.data.table_conditions import read_classes, read_numbers
+from volumes.volume import VolumeError
+
+from .case import CaseFacts, prepare_unscaled
+from .entry import Arrays, DamagedEntry, facts_of, pack
+from .keys import case_key, content_stamps
+from .store import PreparedStore
+
+logger = logging.getLogger(__name__)
+READERS = 4  # threads: decompression runs outside the interpreter's lock
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A prepared case: its key in the store, what is known of it, and its voxels if they could not be stored."""
+
+    key: str
+    facts: CaseFacts
+    held: Arrays | None = None
+
+
+class Preparation:
+    """Prepares cases as a config says, and stores them."""
+
+    def __init__(self, config: DataConfig, store: PreparedStore, *, quiet: bool = False) -> None:
+        self.config, self.store = config, store
+        self.quiet = quiet or os.environ.get("RANK", "0") != "0"
+
+    def run(self, cases: Sequence[Case]) -> list[Ready | VolumeError]:
+        """Prepare all cases. Returns each with its facts, or with the reason why it is refused.
+
+        Raises: VolumeError for the first case that is refused, unless `on_error` is "skip".
+        """
+        cache_limit(cache_root(), 0)  # a wrong limit is refused before the work
+        self.store.clean()
+        outcomes = self._pass(cases, self._facts)
+        ready = [one for one in outcomes if isinstance(one, Ready)]
+        missing = [one for one in ready if one.held is None and not self.store.has_voxels(one.key, one.facts)]
+        if not missing:
+            return outcomes
+        needed = sum(one.facts.nbytes for one in ready)
+        limit = cache_limit(cache_root(), contents(cache_root())[0])
+        if needed <= limit:
+            keys = {one.key for one in missing}
+            lost = [isinstance(one, Ready) and one.key in keys for one in outcomes]
+            again = iter(self._pass([c for c, is_lost in zip(cases, lost, strict=True) if is_lost], self._voxels))
+            return [next(again) if is_lost else one for one, is_lost in zip(outcomes, lost, strict=True)]
+        logger.warning(
+            "the %d volumes take %.3g GiB, more than the %.3g GiB that the cache may hold: some are prepared again "
+            "when they are read, which takes time. Raise $%s, or set MEDVOLUME_CACHE to a larger disk",
+            *(len(ready), needed / 2**30, limit / 2**30, LIMIT),
+        )
+        return outcomes
+
+    def again(self, case: Case, key: str, facts: CaseFacts) -> Arrays:
+        """Prepare a case whose voxels are no longer stored, and store them.
+
+        Raises: VolumeError if its files are gone, or hold something else now.
+        """
+        if self._key(case) == key:
+            made, arrays, _ = self._prepare(case, key)
+            if made.checksum == facts.checksum:
+                return arrays
+        raise VolumeError(f"{first_file(case)}: has changed since this process began; start again")
+
+    def _pass(self, cases: Sequence[Case], work: Callable[[Case, bool], Ready | None]) -> list[Ready | VolumeError]:
+        """Do some work on each case: first on those that no other process works on, then on the others."""
+        outcomes: dict[int, Ready | VolumeError] = {}
+        for wait in (False, True):
+            todo = [index for index in range(len(cases)) if index not in outcomes]
+            with ThreadPoolExecutor(READERS) as readers:
+                jobs = [readers.submit(work, cases[index], wait) for index in todo]
+                quiet = True if self.quiet else None
+                shown = tqdm(jobs, desc="preparing volumes", unit="volume", delay=2, leave=False, disable=quiet)
+                try:
+                    for index, job in zip(todo, shown, strict=True):
+                        try:
+                            if (outcome := job.result()) is not None:
+                                outcomes[index] = outcome
+                        except VolumeError as error:
+                            if self.config.on_error == "raise":
+                                raise
+                            outcomes[index] = error
+                except BaseException:  # Ctrl-C too: what was not begun is not read
+                    readers.shutdown(cancel_futures=True)
+                    raise
+        return [outcomes[index] for index in range(len(cases))]
+
+    def _facts(self, case: Case, wait: bool) -> Ready | None:
+        return self._ready(case, wait, lambda key, facts: True)
+
+    def _voxels(self, case: Case, wait: bool) -> Ready | None:
+        return self._ready(case, wait, self.store.has_voxels)
+
+    def _ready(self, case: Case, wait: bool, suffices: Callable[[str, CaseFacts], bool]) -> Ready | None:
+        """Prepare a case unless what is there `suffices`; None if another process does and this one shall not wait."""
+        classes = tuple(read_classes(case, self.config))
+        key = self._key(case)
+        found, held = self.store.find(key, case), None
+        if found is None or not suffices(key, found):
+            with self.store.claim(key, wait=wait) as mine:
+                if not mine:
+                    return None
+                found = self.store.find(key, case)  # another process may have just prepared it
+                if found is None or not suffices(key, found):
+                    found, arrays, stored = self._prepare(case, key)
+                    held = None if stored else arrays
+        numbers = tuple(read_numbers(case, self.config.numbers, found.grid))
+        return Ready(key, replace(found, classes=classes, numbers=numbers), held)
+
+    def _key(self, case: Case) -> str:
+        try:
+            return case_key(case, self.config)
+        except (OSError, VolumeError) as error:
+            prepare_unscaled(case, self.config)  # it says best what is wrong with a file
+            raise VolumeError(f"{first_file(case)}: cannot be read: {error}") from error
+
+    def _prepare(self, case: Case, key: str) -> tuple[CaseFacts, Arrays, bool]:
+        """Prepare and store a case. Returns its facts, its voxels, and whether these are stored."""
+        before = content_stamps(case)
+        unscaled = prepare_unscaled(case, self.config)
+        arrays = pack(unscaled)
+        facts = facts_of(unscaled, arrays, self.config, len(known_labels(self.config)))
+        if content_stamps(case) != before or case_key(case, self.config) != key:
+            raise VolumeError(f"{first_file(case)}: changed while it was read; start again when nobody writes to it")
+        return facts, arrays, self.store.put(key, case, facts, arrays)
+
+
+def prepare_cases(
+    cases: Sequence[Case], config: DataConfig, *, processes: int = 1, verify: bool = False
+) -> list[Ready | VolumeError]:
+    """Prepare all cases, for trainings that come later.
+
+    Args:
+        processes: how many share the work. If one of them dies, the others do its part.
+        verify: whether to compare the voxels of volumes that are there already with their checksums; damaged ones are
+            prepared again.
+    Returns: each case, or the reason why it is refused. Raises: as `Preparation.run`.
+    """
+    store = PreparedStore()
+    spawned = multiprocessing.get_context("spawn")
+    helpers = [spawned.Process(target=_help, args=(cases, config), daemon=True) for _ in range(processes - 1)]
+    for helper in helpers:
+        helper.start()
+    try:
+        preparation = Preparation(config, store)
+        outcomes = preparation.run(cases)
+    finally:
+        for helper in helpers:
+            helper.terminate()
+            helper.join()
+    for case, one in zip(cases, outcomes, strict=True):
+        if verify and isinstance(one, Ready) and one.held is None:
+            try:
+                store.read(one.key, one.facts)
+            except (DamagedEntry, FileNotFoundError) as error:
+                logger.warning("%s: damaged (%s); prepared again", store.voxels(one.key), error)
+                preparation.again(case, one.key, one.facts)
+    return outcomes
+
+
+def _help(cases: Sequence[Case], config: DataConfig) -> None:
+    """Prepare cases in a process of its own. The first process reports what is refused, because it meets it too."""
+    logging.disable(logging.WARNING)
+    with contextlib.suppress(ValueError, KeyboardInterrupt):
+        Preparation(config, PreparedStore(), quiet=True).run(cases)
