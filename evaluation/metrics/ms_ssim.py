@@ -104,7 +104,7 @@ def check_pairs(subjects: Units, name: str = "") -> None:
 
 
 def pair_similarity(
-    volumes: Sequence[np.ndarray],
+    volumes: Sequence[np.ndarray] | np.ndarray,
     pairs: np.ndarray,
     device: torch.device | str = "cpu",
     on_pair: Callable[[], None] | None = None,

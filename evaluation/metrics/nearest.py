@@ -124,7 +124,7 @@ class MapsOf:
 
     def __init__(self, volumes: Volumes, space: Space):
         self.volumes, self.space = volumes, space
-        self._files: dict[tuple[int, ...], tuple[IO[bytes], Sides, set[int]]] = {}
+        self._files: dict[tuple[int, ...], tuple[IO[bytes], tuple[int, ...], set[int]]] = {}
 
     def __len__(self) -> int:
         return len(self.volumes)
