@@ -26,7 +26,6 @@ patient's right, y to the front, z up), counted from 0; labels are the model's, 
 import argparse
 import re
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,20 +141,11 @@ def lesion_of(parser: ArgumentParser, options: argparse.Namespace) -> "Lesion | 
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
-from cli.stopping import stoppable
 from pipelines.batch_edits import edit_to_disk
-from training import join_processes, report_peer_failure
-
-MAX_RUN_TIME = timedelta(days=30)  # processes wait this long for each other at the end
+from training import run_together
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Generate the edited volumes that are not there yet."""
     config = parse(args)
-    state = join_processes(MAX_RUN_TIME)
-    again = "run the same command again: it resumes"
-    with report_peer_failure(state, again), stoppable(again):
-        missing = edit_to_disk(config, state)
-    state.destroy_process_group()
-    if missing:
-        raise ValueError("not written (all others are finished):\n" + "\n".join(missing))
+    run_together(lambda state: edit_to_disk(config, state))

@@ -40,7 +40,6 @@ copies. With a run that is finished nothing is generated again. docs/export.md h
 """
 
 from collections.abc import Sequence
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -187,21 +186,13 @@ def copy_check(fingerprints: Path, pipe: "VolumePipeline") -> "Check":
 if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
-from cli.stopping import stoppable
-from pipelines.batch_generation import generate_to_disk
-from training import join_processes, report_peer_failure
-
-MAX_RUN_TIME = timedelta(days=30)  # processes wait this long for each other at the end
+from pipelines.batch_generation import generate_to_disk, generate_with_masks
+from training import run_together
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Generate the volumes that are not there yet."""
     config = parse(args)
-    state = join_processes(MAX_RUN_TIME)
-    again = "run the same command again: it resumes"
-    with report_peer_failure(state, again), stoppable(again):
-        missing = generate_to_disk(config, state)
-    state.destroy_process_group()
-    if missing:
-        raise ValueError("not written (all others are finished):\n" + "\n".join(missing))
+    generate = generate_to_disk if config.mask_pipeline is None else generate_with_masks
+    run_together(lambda state: generate(config, state))
     next_step("evaluate.py", *report_arguments(args, config))

@@ -83,8 +83,10 @@ def write_sets(folder: Path, count: int, side: int) -> None:
 
 
 def cost(command: str, folder: Path, options: Sequence[str] = ()) -> Cost:
-    """Run a command of evaluate.py on the volumes of `write_sets`. Raises: RuntimeError with the end of its output if
-    it fails."""
+    """Run a command of evaluate.py on the volumes of `write_sets`.
+
+    Raises: RuntimeError with the end of its output if it fails.
+    """
     log = folder / f"{command}.log"
     inputs = ["--config", str(folder / "config.yaml"), "--synthetic", str(folder / "generated")]
     line = [sys.executable, str(ROOT / "evaluate.py"), command, *inputs, "--output", str(folder / f"{command}.json")]

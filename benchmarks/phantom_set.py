@@ -1,6 +1,7 @@
 """Write a phantom data set with a "generated" volume per mask, for benchmarks and tests."""
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,32 @@ def write_phantoms(
     Returns:
         The section `data`.
     """
-    rows = ["volume,subject,split"]
+    rows = []
     for number, subject in enumerate(subjects):
         (image, mask, _), name = make_phantom(number, SHAPE), f"case_{first + number}"
         write_volume(image, folder / f"images/{name}.nii.gz")
         write_volume(mask, folder / f"labels/{name}.nii.gz")
         write_volume(image.replace(image.array * 2 + 1), folder / f"made/{name}_000.nii.gz")
-        rows.append(f"{name},S{subject},{'test' if number >= len(subjects) - tests else 'train'}")
-    (folder / "subjects.csv").write_text("\n".join(rows) + "\n")
+        rows.append((name, f"S{subject}", "test" if number >= len(subjects) - tests else "train"))
+    labels = {0: "background", 1: "body", 2: "organ", 3: "lesion"}
+    return write_section(folder, rows, **{"label_names": labels, **options})
+
+
+def write_section(
+    folder: Path, rows: Iterable[tuple[str, str, str]], *, config: str = "config.yaml", **options: Any
+) -> dict[str, object]:
+    """Write the table and the config of the images and labels in a folder.
+
+    Args:
+        rows: volume, subject and split of each.
+        config: name of the YAML file.
+        options: further settings of the section `data`; None leaves out the setting of that name.
+
+    Returns:
+        The section `data`.
+    """
+    with open(folder / "subjects.csv", "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("volume", "subject", "split"), *rows])
     section = {
         "root": str(folder),
         "table": "subjects.csv",
@@ -41,8 +60,8 @@ def write_phantoms(
         "masks": "labels/{volume}.nii.gz",
         "subject": "subject",
         "split": "split",
-        "label_names": {0: "background", 1: "body", 2: "organ", 3: "lesion"},
         **options,
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump({"data": section}))
+    section = {name: value for name, value in section.items() if value is not None}
+    (folder / config).write_text(yaml.safe_dump({"data": section}))
     return section

@@ -224,17 +224,6 @@ def program_name() -> str:
     return Path(sys.argv[0]).name if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
 
 
-def typed_command(script: str | None, args: Sequence[str]) -> str:
-    """Return a command line for the shell: `medvolume train-vae ...` if the console command runs, else `python ...`.
-
-    Args:
-        script: path of the script; None for the one that runs.
-        args: its arguments, which are quoted where the shell needs it.
-    """
-    program = _console[0] if _console else f"python {shlex.quote(script or sys.argv[0])}"
-    return " ".join([program, shlex.join(args)]).strip()
-
-
 def next_step(script: str, *words: str | Path) -> None:
     """Print the command that usually comes next to standard error, on rank 0 only. Arguments: as `command_line`."""
     if os.environ.get("RANK", "0") == "0":

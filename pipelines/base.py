@@ -117,7 +117,14 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         for request in requests:
             key = request.grid_key
             if key not in read:
-                read[key] = self._prepare_grid(request), self.record(request, sampling)
+                check_images(self.unet, self.data, request.images)
+                self._check_grid_source(request)
+                grid = None
+                if request.mask is not None:
+                    grid = self.volume_processor.preprocess(request.mask, request.label_map)
+                elif request.shape is not None:
+                    grid = self.volume_processor.preprocess_shape(request.shape)
+                read[key] = self._add_images(request, grid), self.record(request, sampling)
             grid, record = read[key]
             classes, numbers = check_conditions(self.unet, self.data, request.classes, request.numbers, grid.grid)
             record = replace(record, classes=classes or None, numbers=numbers or None)
@@ -131,21 +138,6 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             raise ValueError(
                 "a request with an edit is for MedVolumeEditPipeline: use MedVolumeEditPipeline.from_pipe(pipe)"
             )
-
-    def _prepare_grid(self, request: VolumeRequest) -> PreparedGrid:
-        """The grid of a mask, of images where the model does without a mask, or of a shape, with the images on it.
-
-        Raises: ValueError if the model needs a mask or a shape that is missing, and for files that cannot be used.
-        """
-        mask, shape = request.mask, request.shape
-        check_images(self.unet, self.data, request.images)
-        self._check_grid_source(request)
-        grid = None
-        if mask is not None:
-            grid = self.volume_processor.preprocess(mask, request.label_map)
-        elif shape is not None:
-            grid = self.volume_processor.preprocess_shape(shape)
-        return self._add_images(request, grid)
 
     def _check_grid_source(self, request: VolumeRequest) -> None:
         """Raises: ValueError unless exactly one of mask, shape and images sets the grid, and it is one that the model

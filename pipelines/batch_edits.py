@@ -1,14 +1,16 @@
 """Many edits to disk, with the guarantees of `batch_generation`: resumable, recorded, and the same in any batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from accelerate import PartialState
 
 from files.atomic import refuse_link
 from files.writable import check_output_folder
-from pipelines.batch_generation import RunConfig, check_count, load_pipeline, only_job, write_volumes
+from pipelines.base import VolumePipeline
+from pipelines.batch_generation import RunConfig, check_count, generate_to_disk, load_pipeline, only_job
 from pipelines.edit_pipeline import MedVolumeEditPipeline
 from pipelines.inputs.edit_files import (
     EditRow,
@@ -36,6 +38,7 @@ class EditConfig(RunConfig):
         edits: a table in the place of images, mask, region and name.
         strength: None: 1, for edits with a region.
         lesion: changes the mask, and sets the region.
+        rows: the edits themselves, in the place of all these.
     """
 
     images: Sequence[str] = ()
@@ -47,27 +50,50 @@ class EditConfig(RunConfig):
     blend_margin: float = BLEND_MARGIN_MM
     keep_channels: Sequence[str] = ()
     lesion: Lesion | None = None
+    rows: Sequence[EditRow] = ()
+    pipeline_class: ClassVar[type[VolumePipeline]] = MedVolumeEditPipeline
+
+    def read_rows(self, pipe: VolumePipeline, say: Callable[[str], object] = print) -> Sequence[EditRow]:
+        """Return the edits, each with its name. Raises: ValueError as `read_edits` and `named_images`."""
+        if self.rows:
+            return self.rows
+        if self.edits is not None:
+            return named_rows(read_edits(self.edits, pipe, say))
+        images = named_images(self.images, list(pipe.data.channels))
+        return named_rows([EditRow(images, self.mask, self.region, name=self.name)])
+
+    def requests(
+        self, load: Callable[[], VolumePipeline], say: Callable[[str], object] = print
+    ) -> Sequence[VolumeRequest]:
+        """Return the requests of the edits."""
+        pipe = load()
+        requests = [
+            row_request(
+                row,
+                pipe.data,
+                steps=self.sampling.filled(pipe.sampling_settings).steps,
+                strength=self.strength,
+                blend_margin=self.blend_margin,
+                keep_channels=self.keep_channels,
+                label_map=self.label_map,
+            )
+            for row in self.read_rows(pipe, say)
+        ]
+        refuse_inputs_in(self.output, requests)
+        return requests
 
 
 def edit_to_disk(config: EditConfig, state: PartialState) -> list[str]:
-    """Generate this process's share of the edited volumes of a command that are not finished, and list all that are in
-    the manifest.
+    """Generate this process's share of the edited volumes of a command that are not finished. Where there is a lesion,
+    the masks with it or without it are written to OUTPUT/masks first, and the regions that change to OUTPUT/regions.
 
     Returns: one line per volume that was not written, for voxels that no file can hold.
     Raises: ValueError for what cannot be used, before the first step.
     """
-    pipe = load_pipeline(MedVolumeEditPipeline, config, state.device)
-    if config.edits is not None:
-        rows = read_edits(config.edits, pipe, state.print)
-    else:
-        images = named_images(config.images, list(pipe.data.channels))
-        rows = [EditRow(images, config.mask, config.region, name=config.name)]
-    rows = named_rows(rows)
     if config.lesion is None:
-        requests = _requests(rows, pipe, config)
-        refuse_inputs_in(config.output, requests)
-        check_count(requests, config.count)
-        return write_volumes(pipe, requests, config, state)
+        return generate_to_disk(config, state)
+    pipe = load_pipeline(config, state.device)
+    rows = config.read_rows(pipe, state.print)
     check_count(rows, config.count)
     changed = edited_rows(rows, config.lesion, pipe.data, config.label_map)
     check_output_folder(config.output)
@@ -81,21 +107,5 @@ def edit_to_disk(config: EditConfig, state: PartialState) -> list[str]:
                     keep_or_write(volume, file)
             rows.append(replace(row, mask=files[0], region=files[1]))
         state.wait_for_everyone()
-        config = replace(config, label_map={})  # the new masks hold the model's labels
-        return write_volumes(pipe, _requests(rows, pipe, config), config, state, held=True)
-
-
-def _requests(rows: Sequence[EditRow], pipe: MedVolumeEditPipeline, config: EditConfig) -> list[VolumeRequest]:
-    steps = config.sampling.filled(pipe.sampling_settings).steps
-    return [
-        row_request(
-            row,
-            pipe.data,
-            steps=steps,
-            strength=config.strength,
-            blend_margin=config.blend_margin,
-            keep_channels=config.keep_channels,
-            label_map=config.label_map,
-        )
-        for row in rows
-    ]
+        # The new masks hold the model's labels.
+        return generate_to_disk(replace(config, rows=rows, label_map={}), state, loaded=pipe, held=True)

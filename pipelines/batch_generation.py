@@ -1,12 +1,13 @@
 """Many volumes to disk, in one process or many: what is finished stays, the rest is generated, and a manifest lists
 all."""
 
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar
 
 import torch
 from accelerate import PartialState
@@ -46,7 +47,6 @@ from volumes.description import DataDescription
 MAX_VOLUMES = 100_000  # of one command; file systems and manifests of more are no longer of use
 TOO_MANY = f"one command generates {MAX_VOLUMES} volumes at most; use several, each with its own --seed and --output"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-P = TypeVar("P", bound=VolumePipeline)
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,14 @@ class RunConfig:
 
     Attributes:
         count: volumes per request.
+        shape: of the volumes, where no file sets it.
         exports: (format, folder) of each data set that the volumes are exported to, see `pipelines.export`.
     """
 
     pipeline: str | Path
     output: Path
     count: int = 1
+    shape: Sequence[int] | None = None
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seed: int = 0
     label_map: LabelMap = field(default_factory=dict)
@@ -69,6 +71,22 @@ class RunConfig:
     wait_minutes: float = 0.0
     precision: str = "no"
     exports: Sequence[tuple[str, Path]] = ()
+    pipeline_class: ClassVar[type[VolumePipeline]] = MedVolumePipeline
+
+    def requests(
+        self, load: Callable[[], VolumePipeline], say: Callable[[str], object] = print
+    ) -> Sequence[VolumeRequest]:
+        """Return what volumes are generated from.
+
+        Args:
+            load: returns the pipeline, which is loaded when it is first needed: it may be a download.
+            say: prints a line, once for all processes.
+        """
+        raise NotImplementedError
+
+    def rejection(self, pipe: VolumePipeline, requests: Sequence[VolumeRequest]) -> Rejection | None:
+        """Return the checks that volumes must pass, if there are any."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -88,65 +106,55 @@ class BatchConfig(RunConfig):
     conditions: str | Path | None = None
     data: DataConfig | None = None
     splits: Sequence[str] = ()
-    shape: Sequence[int] | None = None
     copy_check: Callable[[VolumePipeline], Check] | None = None
 
+    def requests(
+        self, load: Callable[[], VolumePipeline], say: Callable[[str], object] = print
+    ) -> Sequence[VolumeRequest]:
+        """Return the requests of the masks, the table or the cases, or one that names nothing."""
+        if self.mask_pipeline is not None:
+            raise ValueError("a config with a mask_pipeline is for generate_with_masks, which generates masks first")
+        if self.masks:
+            return mask_requests(self.masks, self.output)
+        if self.conditions:
+            return read_requests(self.conditions, load(), self.output, say)
+        if self.data is not None:
+            return case_requests(self.data, self.splits, load(), self.output, self.label_map)
+        return [VolumeRequest(name="map" if load().data.image_labels else "volume")]
 
-def generate_to_disk(config: BatchConfig, state: PartialState, *, held: bool = False) -> list[str]:
-    """Generate this process's share of the volumes of a command that are not finished, and list all that are in the
-    manifest.
+    def rejection(self, pipe: VolumePipeline, requests: Sequence[VolumeRequest]) -> Rejection | None:
+        """Return the checks for broken label maps, and for copies of training volumes.
+
+        Raises: ValueError for fingerprints that do not fit, or volumes that are not generated whole.
+        """
+        if self.copy_check is not None and any(request.images for request in requests):
+            raise ValueError("--reject_copies is for volumes whose channels are all generated: leave it out")
+        return load_rejection(pipe, self)
+
+
+def generate_to_disk(
+    config: RunConfig, state: PartialState, *, loaded: VolumePipeline | None = None, held: bool = False
+) -> list[str]:
+    """Generate this process's share of the volumes of a command that are not finished. The main process then writes the
+    manifest, the preview and the exports, of the finished volumes of all processes.
 
     Args:
+        loaded: the command's pipeline, if it is loaded already.
         held: whether this job holds the output folder already, see `only_job`.
     Returns: one line per volume that was not written: rejected too often, or with voxels that no file can hold.
     Raises: ValueError for what cannot be used, before the first step; for files that change later, once the manifest
     is written.
     """
-    if config.mask_pipeline is not None:
-        return generate_with_masks(config, state)
-    requests = mask_requests(config.masks, config.output) if config.masks else []
-    pipe = load_pipeline(MedVolumePipeline, config, state.device)
-    if config.conditions:
-        requests = read_requests(config.conditions, pipe, config.output, state.print)
-    elif config.data is not None:
-        requests = case_requests(config.data, config.splits, pipe, config.output, config.label_map)
-    elif not config.masks:
-        requests = [VolumeRequest(name="map" if pipe.data.image_labels else "volume")]
+    load = functools.cache(lambda: loaded or load_pipeline(config, state.device))
+    requests = config.requests(load, state.print)
+    pipe = load()
     check_requests(requests, config)
-    requests = [
-        replace(request, shape=config.shape, label_map=dict([*pairs(request.label_map), *pairs(config.label_map)]))
-        for request in requests
-    ]
-    return write_volumes(pipe, requests, config, state, load_rejection(pipe, config), held=held)
-
-
-def pairs(label_map: LabelMap | None) -> list[tuple[int | str, int | str]]:
-    """The entries of a label map."""
-    return [] if label_map is None else [*label_map.items()]
-
-
-def write_volumes(
-    pipe: VolumePipeline,
-    requests: Sequence[VolumeRequest],
-    config: RunConfig,
-    state: PartialState,
-    rejection: Rejection | None = None,
-    *,
-    held: bool = False,
-) -> list[str]:
-    """Generate this process's share of `count` volumes of each request, those that are not finished. The main process
-    then writes the manifest, the preview and the exports, of the finished volumes of all processes.
-
-    Args, Returns, Raises: as `generate_to_disk`.
-    """
+    rejection = config.rejection(pipe, requests)
+    requests = [with_options(request, config) for request in requests]
     check_exports(config.exports, config.output, pipe.data, requests, config.count)
     sources = {volume_path(config.output, one.name, k): one for one in requests for k in range(config.count)}
-    share, ks = slice(state.process_index, None, state.num_processes), range(config.count)
-    if len(requests) > 1:
-        requests = requests[share]
-    else:
-        ks = ks[share]
-    sampling = config.sampling
+    requests, ks = share_of(requests, config.count, state)
+    sampling, missing = config.sampling, []
     tasks = plan_volumes(pipe, requests, ks, sampling, rejection, seed=config.seed, output=config.output)
     check_memory(pipe, tasks, sampling.batch_size)
     check_output_folder(config.output)
@@ -156,49 +164,32 @@ def write_volumes(
         waiting = {task.path for task in todo}
         known = files_of(task for task in tasks if task.path not in waiting)  # read, or written by this process
         with listing(config.output, known, state) as finished, volume_bar(len(tasks), len(todo), state) as bar:
-            missing = generate_batches(pipe, todo, config, rejection, known, bar)
-        ours = [FinishedVolume(path, record, sources[path]) for path, record in finished if path in sources]
+            for numbers in equal_batches([task.batch_key for task in todo], sampling.batch_size):
+                batch = [todo[number] for number in numbers]
+                with finishing(names_of(batch)), explain_disk_full(config.output):
+                    volumes = prepared_volumes(pipe, batch, sampling)
+                    if rejection is None:
+                        generators, paths = generators_of(task.seed for task in batch), [task.path for task in batch]
+                        samples = pipe.generate(volumes, sampling, generators, paths=paths)
+                        faults = [sample.fault for sample in samples if sample.fault is not None]
+                    else:
+                        faults = generate_accepted(pipe, batch, volumes, rejection, config)
+                missing += faults
+                if faults:
+                    print("not written: " + "\n".join(faults), flush=True)
+                else:  # of a volume that was not written, a damaged one may still be there
+                    known |= files_of(batch)
+                bar.update(len(batch))
         if state.is_main_process:
+            ours = [FinishedVolume(path, record, sources[path]) for path, record in finished if path in sources]
             write_preview(ours, pipe.data, config.output)
             for kind, folder in config.exports:
                 export(kind, folder, ours, pipe.data)
     return missing
 
 
-def generate_batches(
-    pipe: VolumePipeline,
-    todo: Sequence[PlannedVolume],
-    config: RunConfig,
-    rejection: Rejection | None,
-    known: set[Path],
-    bar: LiveBar,
-) -> list[str]:
-    """Generate volumes and write them, in batches; adds their files to `known`. Returns: one line per volume that was
-    not written."""
-    missing: list[str] = []
-    sampling = config.sampling
-    for numbers in equal_batches([task.batch_key for task in todo], sampling.batch_size):
-        batch = [todo[number] for number in numbers]
-        names = batch[0].path.name + (f" and {len(batch) - 1} more" if len(batch) > 1 else "")
-        with finishing(names), explain_disk_full(config.output):
-            volumes = prepared_volumes(pipe, batch, sampling)
-            if rejection is None:
-                generators, paths = generators_of(task.seed for task in batch), [task.path for task in batch]
-                samples = pipe.generate(volumes, sampling, generators, paths=paths)
-                faults = [sample.fault for sample in samples if sample.fault is not None]
-            else:
-                faults = generate_accepted(pipe, batch, volumes, rejection, config)
-        if faults:
-            print("not written: " + "\n".join(faults), flush=True)
-            missing += faults
-        else:  # of a volume that was not written, a damaged one may still be there
-            known |= files_of(batch)
-        bar.update(len(batch))
-    return missing
-
-
 def generate_with_masks(config: BatchConfig, state: PartialState) -> list[str]:
-    """`generate_to_disk` of masks that a pipeline generates first, into OUTPUT/masks, and of their volumes."""
+    """`generate_to_disk` of the masks of `config.mask_pipeline`, into OUTPUT/masks, and then of their volumes."""
     assert config.mask_pipeline is not None
     folder = config.output / "masks"
     of_masks = replace(
@@ -229,6 +220,17 @@ def generate_with_masks(config: BatchConfig, state: PartialState) -> list[str]:
     return missing
 
 
+def with_options(request: VolumeRequest, config: RunConfig) -> VolumeRequest:
+    """The request with the shape and the label map of the command."""
+    label_map = dict([*pairs(request.label_map), *pairs(config.label_map)])
+    return replace(request, shape=config.shape, label_map=label_map)
+
+
+def pairs(label_map: LabelMap | None) -> list[tuple[int | str, int | str]]:
+    """The entries of a label map."""
+    return [] if label_map is None else [*label_map.items()]
+
+
 @contextmanager
 def only_job(config: RunConfig, state: PartialState) -> Iterator[None]:
     """Hold the output folder, for all processes of this job. Raises: OutputInUse if another job writes there."""
@@ -237,22 +239,20 @@ def only_job(config: RunConfig, state: PartialState) -> Iterator[None]:
         yield
 
 
-def load_pipeline(kind: type[P], config: RunConfig, device: torch.device | None) -> P:
+def load_pipeline(config: RunConfig, device: torch.device | None) -> VolumePipeline:
     """The pipeline of a command, with its LoRA, ready to generate."""
-    pipe = kind.from_pretrained(config.pipeline, dtype=DTYPES[config.precision]).to(device)
+    pipe = config.pipeline_class.from_pretrained(config.pipeline, dtype=DTYPES[config.precision]).to(device)
     pipe.set_progress_bar_config(disable=True)
     if config.lora:
         pipe.load_lora_weights(config.lora)
     return pipe
 
 
-def check_requests(requests: Sequence[VolumeRequest], config: BatchConfig) -> None:
-    """Raises: ValueError for too many volumes, and for options that do not fit what they are generated from."""
+def check_requests(requests: Sequence[VolumeRequest], config: RunConfig) -> None:
+    """Raises: ValueError for too many volumes, and for a shape beside files that have their own."""
     check_count(requests, config.count)
     if config.shape and any(request.files for request in requests):
         raise ValueError("--shape has no use beside masks and images, which have their own; leave it out")
-    if config.copy_check is not None and any(request.images for request in requests):
-        raise ValueError("--reject_copies is for volumes whose channels are all generated: leave it out")
 
 
 def check_count(requests: Sequence[object], count: int) -> None:
@@ -330,6 +330,19 @@ def listing(
         finished += finished_volumes(output, known=known)
         count = write_manifest(output, known, finished)
         print(f"{count} volumes in {output}, listed in {output / MANIFEST}")
+
+
+def share_of(
+    requests: Sequence[VolumeRequest], count: int, state: PartialState
+) -> tuple[Sequence[VolumeRequest], Sequence[int]]:
+    """This process's requests and the numbers of their volumes: its share of the requests, or of the volumes of one."""
+    share = slice(state.process_index, None, state.num_processes)
+    return (requests[share], range(count)) if len(requests) > 1 else (requests, range(count)[share])
+
+
+def names_of(batch: Sequence[PlannedVolume]) -> str:
+    """The names of a batch, for messages."""
+    return batch[0].path.name + (f" and {len(batch) - 1} more" if len(batch) > 1 else "")
 
 
 def files_of(tasks: Iterable[PlannedVolume]) -> set[Path]:

@@ -30,7 +30,6 @@ from pipelines.inputs.prepared import PreparedGrid
 from pipelines.restore import make_restorer
 from volumes import (
     PADDING,
-    IntensityScaling,
     LinearScale,
     Volume,
     VolumeError,
@@ -66,7 +65,7 @@ class VolumeProcessor:
         self.spacing = data.spacing
         self.channels = list(data.channels)
         self.apart = len(self.channels) > 1 and not data.image_labels  # each channel has its own file
-        self.percentiles = [scale.percentiles for scale in data.intensity]
+        self.scalings = {channel: scale.scaling for channel, scale in zip(data.channels, data.intensity, strict=True)}
         self.intensity = [(scale.kind, scale.linear) for scale in data.intensity]
         self.image_labels = list(data.image_labels)
         self.shape_range = data.shape_range
@@ -171,7 +170,7 @@ class VolumeProcessor:
         inside = prepared.grid.array[0] != PADDING if prepared.resampled else ...
         for channel, volume in volumes.items():
             try:
-                scale = self._scaling(channel).fit(self._on_grid(volume, prepared).array[0][inside])
+                scale = self.scalings[channel].fit(self._on_grid(volume, prepared).array[0][inside])
             except VolumeError as error:
                 raise ValueError(f"the image {channel!r}: {error}") from error
             scaled[channel] = GivenImage(volume, scale)
@@ -203,19 +202,6 @@ class VolumeProcessor:
         if self.image_labels:
             return np.dtype(np.uint8 if self.image_labels[0] >= 0 and self.image_labels[-1] <= 255 else np.int16)
         return whole_or_float([self.intensity[self.channels.index(channel)] for channel in channels])
-
-    def _scaling(self, channel: str) -> IntensityScaling:
-        """How this channel was scaled in training."""
-        number = self.channels.index(channel)
-        (kind, scale), percentiles = self.intensity[number], self.percentiles[number]
-        if kind == "window":
-            return IntensityScaling("window", scale.low, scale.high)
-        if percentiles is None:
-            raise ValueError(
-                f"the image {channel!r}: this model's data does not say by which percentiles {channel} is scaled; it "
-                "was trained before that was kept: train it again, or add them to `data` in model_index.json"
-            )
-        return IntensityScaling("percentile", *percentiles)
 
     def _on_grid(self, volume: Volume, prepared: PreparedGrid) -> Volume:
         """A volume on the target of `prepared`, resampled to its grid."""

@@ -27,7 +27,7 @@ def find_synthetic(listing: Listing) -> list[str]:
     if not saying:
         return []
     return [
-        f"THESE VOLUMES ARE SYNTHETIC: {saying[0]} says that a model generated them. They are no patients: a model "
+        f"THESE VOLUMES ARE SYNTHETIC: {saying[0]} says that a model generated them. They are not patients: a model "
         "trained on them learns from another model, and tests on them say nothing about patients"
     ]
 

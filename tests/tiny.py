@@ -28,7 +28,7 @@ def tiny_json(**changes: Any) -> dict[str, Any]:
         "channels": ["MR"],
         "labels": LABELS,
         "spacing": [1.0, 1.0, 1.0],
-        "intensity": [{"kind": "percentile", "low": 100.0, "high": 300.0}],
+        "intensity": [{"kind": "percentile", "low": 100.0, "high": 300.0, "percentiles": [0.5, 99.5]}],
         "shape_range": [[5, 5, 5], [16, 16, 16]],
         "affine": [[1.0, 0.0, 0.0, -7.0], [0.0, 1.0, 0.0, 3.0], [0.0, 0.0, 1.0, 11.0], [0.0, 0.0, 0.0, 1.0]],
         "description": "tiny",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .engine.loop import Loop
     from .engine.output import save_model
     from .engine.precision import native_bf16, resolve_precision
-    from .engine.processes import how_to_resume, join_processes, report_peer_failure
+    from .engine.processes import how_to_resume, join_processes, report_peer_failure, run_together
     from .engine.run import make_accelerator, open_run, run_training
     from .engine.sampling_order import ResumableBatchSampler, derive_seed
     from .engine.step import Training, TrainingStep
@@ -66,6 +66,7 @@ __all__ = [
     "parse_config",
     "report_peer_failure",
     "resolve_precision",
+    "run_together",
     "run_training",
     "save_config",
     "save_model",

@@ -264,8 +264,8 @@ def build_step(
 def check_prepared(config: TrainLdmConfig, vae: VolumeAutoencoder, facts: Mapping[str, object]) -> None:
     """Check that the autoencoder was trained on volumes that were prepared as `facts` say.
 
-    Raises: ValueError if they were prepared otherwise. An older autoencoder that does not record it gives a warning,
-    once the spacing is known.
+    Raises: ValueError if they were prepared otherwise. An autoencoder that does not record it (it was
+    built in Python) gives a warning, once the spacing is known.
     """
     channels = facts["channels"]
     assert isinstance(channels, list)
@@ -274,7 +274,7 @@ def check_prepared(config: TrainLdmConfig, vae: VolumeAutoencoder, facts: Mappin
     refuse_differences(learned, facts, f"vae {config.vae}")
     if learned is None and "spacing" in facts:
         logger.warning(
-            "vae %s: does not record how its volumes were prepared (it is older), so this was not checked",
+            "vae %s: does not record how its volumes were prepared, so this was not checked",
             config.vae,
         )
 

@@ -71,8 +71,7 @@ def refuse_seen(
     records = records or []
     if not is_complete(records):
         logger.warning(
-            "%s: its record of training subjects is not complete (it is older); make sure that none of them is held "
-            "out here",
+            "%s: its record of training subjects is not complete; make sure that none of them is held out here",
             model,
         )
     voxels = {c.name: f.voxels for c, f in zip(held_out.cases, held_out.facts, strict=True)} if held_out else {}

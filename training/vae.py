@@ -255,7 +255,7 @@ def check_start(source: str, config: TrainVaeConfig, train: VolumeDataset, held_
     )
     learned = described.get("data")
     if learned is None:
-        logger.warning("--init_from %s: does not record how its volumes were prepared (it is older)", source)
+        logger.warning("--init_from %s: does not record how its volumes were prepared", source)
     elif config.freeze_encoder:
         refuse_differences(learned, train.preprocessing, f"--init_from {source}")
     elif changes := differences(learned, train.preprocessing):

@@ -15,7 +15,7 @@ import numpy as np
 from files.paths import check_name
 
 from .formats.raw import AXES, SPACINGS, UNITS, Reading, check_grid
-from .intensity import LinearScale
+from .intensity import IntensityScaling, LinearScale
 from .map_checks import MAX_SIDE, LabelMapStats
 
 KINDS = ("percentile", "window")  # of intensity scaling, see `volumes.IntensityScaling`
@@ -36,8 +36,7 @@ class ChannelScale:
     Attributes:
         kind: as in `IntensityScaling`.
         low, high: in file units; -1 and 1 inside the model.
-        percentiles: for kind "percentile", the percentiles that are fitted to each volume; None if they were not
-            recorded.
+        percentiles: for kind "percentile", the percentiles that are fitted to each volume; None for a window.
     """
 
     kind: Literal["percentile", "window"]
@@ -49,6 +48,12 @@ class ChannelScale:
     def linear(self) -> LinearScale:
         """The scale between file units and [-1, 1]."""
         return LinearScale(self.low, self.high)
+
+    @property
+    def scaling(self) -> IntensityScaling:
+        """How each volume was scaled in training."""
+        low, high = self.percentiles if self.kind == "percentile" and self.percentiles else (self.low, self.high)
+        return IntensityScaling(self.kind, low, high)
 
     @classmethod
     def from_json(cls, value: object) -> Self:
@@ -64,6 +69,7 @@ class ChannelScale:
         _expect(fits, "intensity", entry, expected)
         ends = entry.get("percentiles", [0, 100])
         _expect(_numbers(ends, 2) and 0 <= ends[0] < ends[1] <= 100, "percentiles", ends, "two")
+        _expect(kind == "window" or "percentiles" in entry, "intensity", entry, "percentiles, by which it is scaled")
         return cls(kind, low, high, tuple(ends) if "percentiles" in entry else None)
 
     def to_json(self) -> dict[str, object]:

@@ -46,7 +46,7 @@ def prepare(npz: Path, output: Path) -> list[dict[str, str]]:
     """Write the shapes and the tables; returns the rows of shapes.csv."""
     rows = []
     if not zipfile.is_zipfile(npz):
-        raise ValueError(f"{npz}: is no .npz file, or not whole; give adrenalmnist3d_64.npz of MedMNIST+")
+        raise ValueError(f"{npz}: is not a .npz file, or not a whole one; give adrenalmnist3d_64.npz of MedMNIST+")
     with np.load(npz) as file:
         for theirs, ours in SPLITS.items():
             shapes, labels = file[f"{theirs}_images"], file[f"{theirs}_labels"].ravel()

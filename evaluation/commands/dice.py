@@ -118,9 +118,9 @@ def print_summary(report: Mapping[str, Any]) -> None:
         dice = [result["dice"] for result in results]
         print(f"{name}: {sum(dice) / len(dice):.4f}  {[round(value, 4) for value in dice]}")
     for name, ratio in report["ratios"].items():
-        interval = ratio.get("interval_subjects")  # missing if an earlier report does not record the Dice per volume
-        over = f" ({interval[0]:.4f} to {interval[1]:.4f} over subjects)" if interval else ""
-        print(f"{name}: {ratio['of_means']:.4f}{over}  {[round(value, 4) for value in ratio['per_seed'].values()]}")
+        low, high = ratio["interval_subjects"]
+        per_seed = [round(value, 4) for value in ratio["per_seed"].values()]
+        print(f"{name}: {ratio['of_means']:.4f} ({low:.4f} to {high:.4f} over subjects)  {per_seed}")
     if adherence := report.get("adherence"):
         gap = adherence["synthetic-real"]
         low, high = gap["interval_subjects"]
@@ -153,10 +153,9 @@ def earlier_scores(path: Path, report: Mapping[str, Any]) -> dict[str, list[Trai
 
 def _check_same(path: Path, earlier: Mapping[str, Any], report: Mapping[str, Any]) -> None:
     for key in ("protocol", "data"):
-        expected, recorded = json.loads(json.dumps(report[key])), earlier.get(key)
-        if key == "data":  # settings that are newer than the report had their default then
-            recorded = {**{name: value for name, value in expected.items() if not value}, **(recorded or {})}
-        if expected != recorded:
+        expected, recorded = json.loads(json.dumps(report[key])), earlier.get(key) or {}
+        # What is not set changes nothing, and may be missing on either side.
+        if _values_set(expected) != _values_set(recorded):
             raise ValueError(f"{path}: was measured with another {key} ({recorded}); train again")
     if set(earlier["scores"]) != {REAL} and earlier["synthetic"] != report["synthetic"]:
         raise ValueError(f"{path}: trained on the volumes in {earlier['synthetic']}, not in {report['synthetic']}")
@@ -169,6 +168,10 @@ def _check_same(path: Path, earlier: Mapping[str, Any], report: Mapping[str, Any
         recorded, expected = earlier["volumes"][source], report["volumes"].get(source)
         if recorded != expected:
             raise ValueError(f"{path}: has {recorded} volumes ({source}), not {expected}")
+
+
+def _values_set(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value}
 
 
 def _results(path: Path, name: str, rows: Any) -> list[TrainingResult]:

@@ -244,7 +244,7 @@ def _with_masks(cases: list[Case], split: str) -> list[Case]:
 
 
 def _by_name(cases: Sequence[Case]) -> dict[str, Case]:
-    """Return the cases that have a mask, by the name of the case, and by that of the mask's file where it is no other
+    """Return the cases that have a mask, by the name of the case, and by that of the mask's file unless that is another
     case's.
     """
     masked = [case for case in cases if case.mask is not None]

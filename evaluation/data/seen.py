@@ -28,10 +28,8 @@ from volumes.prepared.preparation import READERS
 logger = logging.getLogger(__name__)
 ACCEPT = "add --accept_overlap"
 PREPARED = "Give `data` as in the model's training, or a model that was trained on volumes prepared like this"
-UNKNOWN = (
-    "its record of training subjects is not complete (it is older), so whether it has seen the test subjects was not "
-    "checked"
-)
+# A model that was built in Python, or trained by other code than ours, has no record or a part of one.
+UNKNOWN = "its record of training subjects is not complete, so whether it has seen the test subjects was not checked"
 
 
 def check_models(
@@ -65,7 +63,7 @@ def check_models(
         if path not in map(str, others):
             refuse_differences(model.data, prepared, path, PREPARED)
         if path in map(str, models) and model.data is None:
-            logger.warning("%s: does not record how its volumes were prepared (it is older)", path)
+            logger.warning("%s: does not record how its volumes were prepared", path)
         refuse_seen_cases(model.subjects, test_cases, config, voxels, path, accepted=accepted)
 
 

@@ -31,9 +31,9 @@ def overlap_findings(
     elif is_complete(model.subjects):
         findings.append(ok("subjects", f"{path} has seen none of the held-out subjects"))
     else:
-        findings.append(warn("subjects", f"{path}: {UNKNOWN}", "train it again, or add the record by tools/record.py"))
+        findings.append(warn("subjects", f"{path}: {UNKNOWN}", "train it with train_vae.py and train_ldm.py"))
     if model.data is None:
-        message = f"{path} does not record how its volumes were prepared (it is older)"
+        message = f"{path} does not record how its volumes were prepared"
         findings.append(
             warn("preprocessing", message, "check that intensity and spacing of `data` are those of its training")
         )

@@ -35,7 +35,7 @@ def conformal_quantile(scores: np.ndarray, weights: np.ndarray, alpha: float) ->
 def check_unseen(units: Units, alpha: float) -> None:
     """Check that unseen units are enough for alpha, before the work of comparing.
 
-    Raises: ValueError where `evaluation.studies.privacy.memorized` would.
+    Raises: ValueError where `evaluation.metrics.memorization.memorized` would.
     """
     others = len(set(units)) - 1  # each unit is compared with the threshold of the others
     try:

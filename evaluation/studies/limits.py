@@ -15,6 +15,7 @@ import numpy as np
 from evaluation.data.label_budget import budget
 from evaluation.data.pairs import label_values, learning_cases, test_cases
 from evaluation.data.volume_sets import VolumeSet
+from evaluation.metrics.memorization import check_references
 from evaluation.metrics.ms_ssim import check_pairs, scales_of
 from evaluation.metrics.nearest import check_shift
 from evaluation.metrics.set_distances import check_counts
@@ -30,7 +31,6 @@ from evaluation.networks.defaults import (
 from evaluation.stats.conformal import check_unseen, conformal_threshold
 from volumes import Case, DataConfig
 
-from .privacy import check_references
 from .realism import PARTS
 from .utility import check_shape
 

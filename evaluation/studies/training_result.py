@@ -11,13 +11,13 @@ class Scores:
 
     Args:
         dice: mean over the labels, without the background, of the mean over the volumes.
-        per_label: mean over the volumes of each label; empty in reports that do not record it.
-        per_volume: mean over the labels of each volume; empty in reports that do not record it.
+        per_label: mean over the volumes of each label.
+        per_volume: mean over the labels of each volume.
     """
 
     dice: float
-    per_label: Sequence[float] = ()
-    per_volume: Sequence[float] = ()
+    per_label: Sequence[float]
+    per_volume: Sequence[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,8 @@ class TrainingResult:
     drawn_from: int | None = None
     seed: int
     dice: float
-    per_label: Sequence[float] = ()
-    per_volume: Sequence[float] = ()
+    per_label: Sequence[float]
+    per_volume: Sequence[float]
     on_synthetic: Scores | None = None
     seconds: float | None = None
 
@@ -97,7 +97,7 @@ def _scores(row: object) -> Scores:
 
 
 def _numbers(row: Mapping[str, object], name: str) -> list[float]:
-    values = row.get(name, [])
+    values = row.get(name)
     if not isinstance(values, list):
         raise ValueError(f"{name} is a list, not {type(values).__name__}")
     return [_number(name, value, 1) for value in values]

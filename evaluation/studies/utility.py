@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NotRequired, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ class RatioToReal(TypedDict):
     of_means: float
     per_seed: dict[str, float]
     interval_seeds: list[float] | None  # of the mean of `per_seed`
-    interval_subjects: NotRequired[list[float]]  # of `of_means`; not for results without Dice per volume
+    interval_subjects: list[float]  # of `of_means`
 
 
 def ratios(scores: Mapping[str, Sequence[TrainingResult]], subjects: Sequence[str]) -> dict[str, RatioToReal]:
@@ -126,15 +126,13 @@ def ratios(scores: Mapping[str, Sequence[TrainingResult]], subjects: Sequence[st
             continue
         per_seed = {str(result.seed): result.dice / reference.dice for result, reference in pairs}
         of_means = float(np.mean([result.dice for result, _ in pairs]) / np.mean([other.dice for _, other in pairs]))
+        values, reference = (np.array([result.per_volume for result in side]) for side in zip(*pairs, strict=True))
         report[f"{source}/real"] = {
             "of_means": of_means,
             "per_seed": per_seed,
             "interval_seeds": over_seeds(list(per_seed.values())),
+            "interval_subjects": compare_paired(values, reference, subjects, "ratio")["interval_subjects"],
         }
-        if all(result.per_volume for pair in pairs for result in pair):  # absent from some shipped reports
-            values, reference = (np.array([result.per_volume for result in side]) for side in zip(*pairs, strict=True))
-            compared = compare_paired(values, reference, subjects, "ratio")
-            report[f"{source}/real"]["interval_subjects"] = compared["interval_subjects"]
     return report
 
 

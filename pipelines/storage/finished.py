@@ -174,8 +174,6 @@ def finished_volumes(folder: Path, *, known: Collection[Path] = ()) -> Iterator[
     """Return (path, record) of each finished volume (.nii.gz) in a folder, by name. Logs a warning for those that are
     not finished.
 
-    A sidecar without digests counts if its volume's files are there: it is from before there were any.
-
     Args:
         known: files whose digests need not be computed again.
     """
@@ -204,10 +202,8 @@ def _finished(sidecar: Path, known: Collection[Path]) -> tuple[GenerationRecord 
     files = volume_files(path, content or {})
     if content is None or not any(map(os.path.lexists, files)):
         return None, None
-    if record is not None and FILES in content:
+    if record is not None:
         fault = file_fault(path, content, known=known)
-    elif record is not None and (gone := [file for file in files if not file.is_file()]):
-        fault = f"{gone[0]}: is missing"
     if record is None:
         return None, fault or "its sidecar is damaged"
     return record, fault

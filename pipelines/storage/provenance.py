@@ -150,7 +150,7 @@ def sidecar_content(path: str | os.PathLike) -> Mapping[str, Any] | None:
     if len(data) > MOST_SIDECAR_BYTES:
         raise ValueError(f"{sidecar}: is larger than {MOST_SIDECAR_BYTES >> 20} MiB, so it is not a sidecar; {remedy}")
     try:
-        content = json.loads(data.decode("utf-8"), parse_constant=str)  # older ones have -Infinity, which JSON lacks
+        content = json.loads(data.decode("utf-8"), parse_constant=str)  # NaN as text, which no number is
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{sidecar}: is not JSON ({error}), so it is damaged or somebody else's; {remedy}") from error
     if not isinstance(content, dict) or content.get("synthetic") is not True:

@@ -70,20 +70,18 @@ def find_record(path: str | os.PathLike) -> Mapping[str, Any]:
     )
 
 
+def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a DICOM file says of the generation: the keywords of `write_dicom` and `write_seg`."""
+    return {"software": str(record["software"]), "model": str(record["model"]), "seed": record.get("seed")}
+
+
 def export(path: str | os.PathLike, folder: str | os.PathLike, modality: str) -> list[Path]:
     """Write the generated volume at `path` as a DICOM series into a new folder. Returns: its files.
 
     Raises: ValueError as `find_record` and `volumes.write_dicom`.
     """
-    record = find_record(path)
-    return write_dicom(
-        read_volume(path),
-        local_path("folder", folder),
-        modality=modality,
-        software=str(record["software"]),
-        model=str(record["model"]),
-        seed=record.get("seed"),
-    )
+    facts = _facts(find_record(path))
+    return write_dicom(read_volume(path), local_path("folder", folder), modality=modality, **facts)
 
 
 def export_mask(
@@ -96,16 +94,9 @@ def export_mask(
 
     Raises: ValueError as `find_record` and `volumes.write_seg`.
     """
-    record = find_record(path)
-    return write_seg(
-        read_mask(path),
-        local_path("folder", folder),
-        labels=labels,
-        software=str(record["software"]),
-        model=str(record["model"]),
-        seed=record.get("seed"),
-        series=None if series is None else local_path("series", series),
-    )
+    facts = _facts(find_record(path))
+    series = None if series is None else local_path("series", series)
+    return write_seg(read_mask(path), local_path("folder", folder), labels=labels, series=series, **facts)
 
 
 def check_model(path: str | os.PathLike, pipeline: Path, model: str) -> None:

@@ -73,10 +73,10 @@ def test_mistakes_name_the_command(console):
 
 
 def test_a_message_repeats_what_was_typed(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_vae.py"])
-    assert command.typed_command(None, ["--config", "a b.yaml"]) == "python train_vae.py --config 'a b.yaml'"
+    monkeypatch.chdir(ROOT)
+    assert command.command_line("train_vae.py", "--config", "a b.yaml") == "python train_vae.py --config 'a b.yaml'"
     monkeypatch.setattr(command, "_console", ["medvolume train-vae", "train_vae"])
-    assert command.typed_command("train_vae.py", ["--resume", "latest"]) == "medvolume train-vae --resume latest"
+    assert command.command_line("train_vae.py", "--resume", "latest") == "medvolume train-vae --resume latest"
 
 
 def test_the_public_names_are_there():

@@ -106,7 +106,7 @@ def test_every_number_has_a_range_and_is_refused_outside_of_it(owner, name, base
     assert limits is not None, f"{owner.__name__}.{name} has no range: Annotated[..., Range(...)]"
     for value in outside(limits):
         if base is int and not math.isfinite(value) and "key" in path:
-            continue  # NaN and infinity are no keys of YAML
+            continue  # NaN and infinity are not keys of YAML
         (said, *_) = list(faults(owner, {name: placed(value, path)}, "section.", raw=True))
         assert (
             said.startswith(f"section.{name}") and "expected" in said and repr(limits) in said.replace(", or null", "")

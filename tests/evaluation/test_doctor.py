@@ -224,7 +224,7 @@ def test_near_duplicates_are_other_subjects_unusually_close():
 def test_outliers_are_far_in_both_senses():
     assert outliers([1.0, 1.01, 0.99, 1.0, 3.0], 1.25) == [4]
     assert outliers([1.0, 1.0, 1.0, 1.1], 1.25) == []  # many deviations, but only 10 %
-    assert outliers([1.0, 2.0, 4.0, 8.0, 16.0], 1.25) == []  # a wide spread is no outlier
+    assert outliers([1.0, 2.0, 4.0, 8.0, 16.0], 1.25) == []  # a wide spread is not an outlier
 
 
 CPU = OneProcess(torch.device("cpu"))

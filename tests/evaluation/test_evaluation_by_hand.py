@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from evaluation.metrics.memorization import attack
 from evaluation.metrics.set_distances import frechet_caveat
 from evaluation.stats.bootstrap import subject_mean
-from evaluation.studies.privacy import attack
 
 
 def test_rates_are_means_over_subjects():

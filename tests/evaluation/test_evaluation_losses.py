@@ -5,8 +5,8 @@ import pytest
 import torch
 from tiny import tiny_pipeline
 
+from evaluation.metrics.memorization import loss_attack
 from evaluation.studies.membership_losses import denoising_losses
-from evaluation.studies.privacy import loss_attack
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases, pad_sample
 
 COUNT = 6

@@ -13,6 +13,7 @@ from torch import nn
 
 from evaluation import evaluate_reconstruction
 from evaluation.metrics.fidelity import mean_gradient
+from evaluation.metrics.memorization import distance_ratio
 from evaluation.metrics.nearest import (
     Space,
     crop_of,
@@ -25,7 +26,6 @@ from evaluation.metrics.set_distances import compare_sets
 from evaluation.networks import classifier as classifier_module
 from evaluation.networks.segmenter import volume_dice
 from evaluation.stats.bootstrap import resample_weights
-from evaluation.studies.privacy import distance_ratio
 from evaluation.studies.training_result import Scores
 from evaluation.studies.utility import score_segmenter
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases

@@ -19,8 +19,8 @@ from evaluation.data.volume_sets import (
     mask_owners,
     real_set,
 )
+from evaluation.metrics.memorization import loss_attack
 from evaluation.studies.membership_losses import denoising_losses
-from evaluation.studies.privacy import loss_attack
 from pipelines import MedVolumePipeline, describe_mask
 from volumes import DataConfig, VolumeDataset, load_cases
 

@@ -190,7 +190,15 @@ def test_a_figure_of_a_million_rows_is_refused(tmp_path):
 # Ledgers
 
 BASE = {"evaluation": "dice", "protocol": {}, "data": {}, "synthetic": None, "judge_synthetic": None, "content": "0"}
-ROW = {"arm": "real", "labels": "all", "seed": 0, "dice": 0.5, "seconds": 1}
+ROW = {
+    "arm": "real",
+    "labels": "all",
+    "seed": 0,
+    "dice": 0.5,
+    "per_label": [0.5],
+    "per_volume": [],
+    "seconds": 1,
+}
 
 
 @pytest.mark.parametrize(
@@ -207,6 +215,7 @@ ROW = {"arm": "real", "labels": "all", "seed": 0, "dice": 0.5, "seconds": 1}
             ("dice", True),
             ("arm", 3),
             ("labels", []),
+            ("per_volume", None),
             ("per_volume", 3),
             ("per_volume", ["1"]),
             ("on_synthetic", 1),

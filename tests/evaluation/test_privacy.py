@@ -11,6 +11,14 @@ from safetensors.torch import save_file
 
 from autoencoder import AutoencoderKL3D
 from evaluation.copies.fingerprints import CopyCheck
+from evaluation.metrics.memorization import (
+    attack,
+    distance_ratio,
+    loss_attack,
+    memorized,
+    own_mask,
+    reidentification,
+)
 from evaluation.metrics.nearest import (
     Match,
     Space,
@@ -23,17 +31,7 @@ from evaluation.metrics.nearest import (
 )
 from evaluation.stats.conformal import conformal_threshold
 from evaluation.stats.intervals import wilson
-from evaluation.studies.privacy import (
-    VolumeSet,
-    attack,
-    distance_ratio,
-    loss_attack,
-    memorized,
-    own_mask,
-    pairs_figure,
-    privacy_report,
-    reidentification,
-)
+from evaluation.studies.privacy import VolumeSet, pairs_figure, privacy_report
 
 CROP = (12, 12, 12)
 SPACE = Space(CROP, flips=(0,), shift=2)

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import yaml
 from planted_volumes import loaded
 from sampler_reports import GOOD, entry_of, write_choice
 from smooth import smooth_volumes
 from tiny import labels_of, tiny_pipeline
 
+from benchmarks.phantom_set import write_section
 from evaluation import Pair, label_values, load_pairs
 from evaluation.metrics.features import RandomStatistics
 from evaluation.studies import samplers
@@ -36,24 +36,14 @@ SHAPE = (16, 16, 16)
 def data(tmp_path_factory):
     """Ten volumes with masks as files, five of them for testing; and a pipeline that can be guided."""
     folder = tmp_path_factory.mktemp("data")
-    rows = ["volume,subject,split"]
+    rows = []
     for number, array in enumerate(smooth_volumes(10, 0, SHAPE)):
         labels = labels_of((4, 4, 4), number).repeat(4, 0).repeat(4, 1).repeat(4, 2)
         write_volume(Volume((1000 * array).astype(np.float32), np.eye(4)), folder / "images" / f"v{number}.nii.gz")
         write_volume(Volume(labels[None], np.eye(4)), folder / "labels" / f"v{number}.nii.gz")
-        rows.append(f"v{number},s{number},{'test' if number > 4 else 'train'}")
-    (folder / "table.csv").write_text("\n".join(rows) + "\n")
-    section = {
-        "root": str(folder),
-        "table": "table.csv",
-        "images": "images/{volume}.nii.gz",
-        "masks": "labels/{volume}.nii.gz",
-        "subject": "subject",
-        "split": "split",
-        "validation_fraction": 0.0,
-        "label_names": {0: "background", 2: "anterior", 5: "posterior"},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump({"data": section}))
+        rows.append((f"v{number}", f"s{number}", "test" if number > 4 else "train"))
+    labels = {0: "background", 2: "anterior", 5: "posterior"}
+    section = write_section(folder, rows, validation_fraction=0.0, label_names=labels)
     tiny_pipeline(condition_dropout={"mask": 0.1}).save_pretrained(folder / "pipeline")
     return folder, DataConfig(**section)
 

@@ -172,13 +172,13 @@ def test_no_name_leaves_with_the_weights(trained, generated):
 
 def test_the_record_changes_neither_model_hash_nor_latents_key(trained, tmp_path):
     pipe = MedVolumePipeline.from_pretrained(trained / "pipeline")
-    shutil.copytree(trained / "pipeline", tmp_path / "older")
+    shutil.copytree(trained / "pipeline", tmp_path / "bare")
     for name in ("vae", "unet"):
-        path = tmp_path / "older" / name / "config.json"
+        path = tmp_path / "bare" / name / "config.json"
         config = json.loads(path.read_text())
         assert config.pop("subjects") and (name == "unet" or config.pop("data"))
         path.write_text(json.dumps(config))
-    older = MedVolumePipeline.from_pretrained(tmp_path / "older")
+    older = MedVolumePipeline.from_pretrained(tmp_path / "bare")
     assert older.model_hash == pipe.model_hash and older.unet_hash == pipe.unet_hash
     assert deciding(older.vae.config) == deciding(pipe.vae.config)
     assert older.training_subjects == [UNRECORDED] and len(pipe.training_subjects) == 1
@@ -196,17 +196,17 @@ def test_fine_tuning_adds_its_subjects_to_the_base_s(trained, tmp_path):
     assert read_model(unet).subjects == tuned  # the base's is that of its autoencoder, for both had the same volumes
 
 
-def test_weights_that_start_from_older_ones_say_so(trained, tmp_path, caplog):
-    shutil.copytree(trained / "vae", tmp_path / "older")
-    config = json.loads((tmp_path / "older/config.json").read_text())
-    (tmp_path / "older/config.json").write_text(
+def test_weights_that_start_from_unrecorded_ones_say_so(trained, tmp_path, caplog):
+    shutil.copytree(trained / "vae", tmp_path / "bare")
+    config = json.loads((tmp_path / "bare/config.json").read_text())
+    (tmp_path / "bare/config.json").write_text(
         json.dumps({k: v for k, v in config.items() if k not in ("subjects", "data")})
     )
     with caplog.at_level(logging.WARNING):
-        vae = train(train_vae, trained / "data/config.yaml", tmp_path / "a", f"--init_from={tmp_path / 'older'}")
+        vae = train(train_vae, trained / "data/config.yaml", tmp_path / "a", f"--init_from={tmp_path / 'bare'}")
     assert (
-        "older: its record of training subjects" in caplog.text
-        and "older: does not record how its volumes were prepared" in caplog.text
+        "bare: its record of training subjects" in caplog.text
+        and "bare: does not record how its volumes were prepared" in caplog.text
     )
     records = read_model(vae).subjects
     assert records[0] == UNRECORDED and "salt" in records[1]
@@ -396,13 +396,13 @@ def test_no_disguise_hides_a_leak(trained, tmp_path):
 
 
 def test_older_models_have_a_warning(trained, tmp_path, caplog):
-    tiny_pipeline().save_pretrained(tmp_path / "older")
+    tiny_pipeline().save_pretrained(tmp_path / "bare")
     config = section(trained)
     with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="intensity"):
         check_models(config, ["test"], [trained / "pipeline"])  # percentiles, where it learned a window
     with caplog.at_level(logging.WARNING):
-        check_models(config, ["test"], [], others=[tmp_path / "older"])
-    assert "older: its record of training subjects is not complete" in caplog.text
+        check_models(config, ["test"], [], others=[tmp_path / "bare"])
+    assert "bare: its record of training subjects is not complete" in caplog.text
 
 
 def test_a_folder_of_generated_volumes_knows_its_models(generated, tmp_path):

@@ -198,7 +198,7 @@ def test_what_each_arm_learns_from():
 def test_comparisons_of_planted_scores():
     def row(arm, labels, seed, dice):
         per_volume = [dice - 0.1, dice + 0.1]
-        return TrainingResult(arm=arm, labels=labels, seed=seed, dice=dice, per_volume=per_volume)
+        return TrainingResult(arm=arm, labels=labels, seed=seed, dice=dice, per_label=[dice], per_volume=per_volume)
 
     rows = [row("real", "8", 0, 0.5), row("real", "8", 1, 0.7), row("real", "all", 0, 0.8)]
     rows += [row("both", "8", 0, 0.6), row("synthetic", "any", 0, 0.4), row("synthetic", "any", 1, 0.4)]
@@ -251,7 +251,7 @@ def test_a_ledger_is_of_the_same_volumes_names_and_subjects(tmp_path):
     assert len({content_of(real), *map(content_of, others)}) == 5
     report = {"evaluation": "few_labels", "protocol": {}, "data": {}, "synthetic": "made"}
     path = tmp_path / "few.json"
-    rows = [{"arm": "real", "labels": "8", "seed": 0, "dice": 0.5}]
+    rows = [{"arm": "real", "labels": "8", "seed": 0, "dice": 0.5, "per_label": [0.5], "per_volume": [0.5, 0.5]}]
     path.write_text(json.dumps({**report, "content": content_of(real), "rows": rows}))
     ledger = Ledger(path, {**report, "content": content_of(real)}, lambda rows: {})
     assert ledger.missing([("real", "8", 0), ("real", "8", 1)]) == [("real", "8", 1)]
@@ -317,7 +317,7 @@ def test_a_volume_that_is_beside_its_mask_is_found():
     assert result.on_synthetic is not None
     volumes = result.on_synthetic.per_volume
     same, moved = (
-        mask_adherence([replace(result, on_synthetic=Scores(0.5, per_volume=part))], real.cases, real.cases)
+        mask_adherence([replace(result, on_synthetic=Scores(0.5, [0.5], part))], real.cases, real.cases)
         for part in (volumes[:3], volumes[3:])
     )
     assert same["real"] > 0.8 and same["synthetic-real"]["interval_subjects"] == [0, 0]
@@ -327,9 +327,15 @@ def test_a_volume_that_is_beside_its_mask_is_found():
 
 def test_masks_count_once_and_those_without_a_volume_not_at_all():
     real = [Case("a", "S1"), Case("b", "S1"), Case("c", "S2")]
-    on_synthetic = Scores(0.5, per_volume=[0.4, 0.6, 0.5])
+    on_synthetic = Scores(0.5, [0.5], [0.4, 0.6, 0.5])
     result = TrainingResult(
-        arm="real", labels="any", seed=0, dice=0.5, per_volume=[0.8, 0.1, 0.6], on_synthetic=on_synthetic
+        arm="real",
+        labels="any",
+        seed=0,
+        dice=0.5,
+        per_label=[0.5],
+        per_volume=[0.8, 0.1, 0.6],
+        on_synthetic=on_synthetic,
     )
     found = mask_adherence([result], real, [real[0], real[0], real[2]])
     assert (found["masks"], found["subjects"]) == (2, 2)

@@ -214,7 +214,7 @@ def test_voxels_that_do_not_fit_the_file_are_refused(tmp_path, value, source, dt
     assert not list(tmp_path.iterdir())
 
 
-# what is no regular file
+# what is not a regular file
 
 
 def special(kind, path):

@@ -216,7 +216,7 @@ class Target:
 
 
 def worker(target: str, seed: int, start: int, stop: int, folder: Path) -> None:
-    """Cases start..stop-1, one line of JSON each for what is no plain outcome, and the counts at the end."""
+    """Cases start..stop-1, one line of JSON each for what is not a plain outcome, and the counts at the end."""
     from hostile import make_target
 
     (folder / "outside").mkdir(exist_ok=True)

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-import yaml
 from smooth import smooth, smooth_volumes
 
+from benchmarks.phantom_set import write_section
 from pipelines import describe_mask
 from pipelines.storage.provenance import sidecar_path
 from volumes import Volume, write_volume
@@ -32,7 +32,7 @@ def write_generated(folder, made: str, name: str, array: np.ndarray, *, factor: 
 def write_sets(root: Path) -> Path:
     """18 volumes, two a subject, and of every mask a generated one: "fresh" of the same distribution, "blurred",
     "copies"."""
-    rows = ["volume,subject,split"]
+    rows = []
     real, fresh = smooth_volumes(18, 1, SHAPE), smooth_volumes(18, 2, SHAPE)
     for number in range(18):
         split = "train" if number < COUNT["train"] else "test"
@@ -40,17 +40,7 @@ def write_sets(root: Path) -> Path:
         write_generated(root, "fresh", f"case_{number}", fresh[number])
         write_generated(root, "blurred", f"case_{number}", smooth(fresh[number], 1.0))
         write_generated(root, "copies", f"case_{number}", real[number % COUNT["train"]], factor=350.0)
-        rows.append(f"case_{number},S{number // 2},{split}")
-    (root / "subjects.csv").write_text("\n".join(rows) + "\n")
-    data = {
-        "root": str(root),
-        "table": "subjects.csv",
-        "images": "images/{volume}.nii.gz",
-        "masks": "labels/{volume}.nii.gz",
-        "subject": "subject",
-        "split": "split",
-        "validation_fraction": 0.0,
-        "label_names": {0: "background", 1: "organ"},
-    }
-    (root / "ldm.yaml").write_text(yaml.safe_dump({"data": data}))
+        rows.append((f"case_{number}", f"S{number // 2}", split))
+    labels = {0: "background", 1: "organ"}
+    write_section(root, rows, config="ldm.yaml", validation_fraction=0.0, label_names=labels)
     return root

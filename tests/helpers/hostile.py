@@ -348,10 +348,12 @@ def ledger_target() -> Target:
         "judge_synthetic": None,
     }
     rows = [
-        {"arm": "real", "labels": "all", "seed": n, "dice": 0.5 + n / 10, "per_volume": [0.5, 0.6]} for n in range(3)
+        {"arm": "real", "labels": "all", "seed": n, "dice": 0.5, "per_label": [0.5], "per_volume": [0.6]}
+        for n in range(3)
     ]
     report = shared | {"evaluation": "dice", "content": "00", "volumes": {"judge": 2, "real": 4}}
-    whole = report | {"rows": rows, "scores": {"real": [{"seed": row["seed"], "dice": row["dice"]} for row in rows]}}
+    scores = [{key: value for key, value in row.items() if key not in ("arm", "labels")} for row in rows]
+    whole = report | {"rows": rows, "scores": {"real": scores}}
 
     def read(home: Path) -> None:
         path = home / "dice.json"

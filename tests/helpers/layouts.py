@@ -117,7 +117,7 @@ def decathlon(root: Path, count: int = 4) -> Path:
 
 
 def bids(root: Path, count: int = 5) -> Path:
-    """Two sessions of each subject, masks in derivatives, functional series that are no anatomy."""
+    """Two sessions of each subject, masks in derivatives, functional series that are not anatomy."""
     rows = ["participant_id\tage\tsex"]
     for n in range(1, count + 1):
         for session in (1, 2):

@@ -219,9 +219,9 @@ def test_strength_1_is_generating_anew(objective):
     for seed in (0, 1):  # whatever the image
         assert np.array_equal(edited(pipe, image_of(seed=seed), strength=1.0)[0], plain(pipe)[0])
     whole = np.ones(SHAPE, bool)
-    (made,), (anew,) = edited(pipe, image_of(), whole), plain(pipe)
+    (made,), (again,) = edited(pipe, image_of(), whole), plain(pipe)
     scale = np.percentile(voxels_of(), [5, 95])  # a region is in the image's own units
-    np.testing.assert_allclose((made - scale[0]) / (scale[1] - scale[0]), (anew - 100) / 200, atol=1e-4)
+    np.testing.assert_allclose((made - scale[0]) / (scale[1] - scale[0]), (again - 100) / 200, atol=1e-4)
 
 
 def test_the_pipeline_is_as_before_after_an_edit(pipe):
@@ -273,8 +273,8 @@ def test_without_a_mask_the_image_sets_the_grid():
     free = editor_of(free)
     made = free(image=image, region=reordered(region_image(region), "LPS"), num_inference_steps=2).volumes[0]
     assert np.array_equal(read_volume(made).array[0][~region], voxels_of()[~region])
-    (anew,) = free(image=image, strength=1.0, num_inference_steps=2, generator=seeded(1)).volumes
-    np.testing.assert_allclose(anew.affine, image.affine)
+    (again,) = free(image=image, strength=1.0, num_inference_steps=2, generator=seeded(1)).volumes
+    np.testing.assert_allclose(again.affine, image.affine)
     array = free(image=voxels_of(), strength=0.5, num_inference_steps=2, output_type="np").volumes[0]
     assert array.shape == (1, *SHAPE)
 

@@ -31,7 +31,7 @@ def test_differences_are_those_across_the_faces_of_the_border():
         assert beside.size == across.size and not beside.any(), steps
     at_the_side = np.zeros((8, 8, 8), bool)
     at_the_side[:4] = True
-    assert face_differences(np.zeros((8, 8, 8)), at_the_side).size == 64  # the volume's edge is no border
+    assert face_differences(np.zeros((8, 8, 8)), at_the_side).size == 64  # the volume's edge is not a border
     ramp = np.broadcast_to(np.arange(8.0)[:, None, None] ** 2, (8, 8, 8))
     assert set(face_differences(ramp, at_the_side)) == {7.0}  # 16 - 9
     assert set(face_differences(ramp, at_the_side, 1)) == {5.0} and set(face_differences(ramp, at_the_side, -1)) == {

@@ -21,7 +21,7 @@ from volumes import DataConfig, VolumeDataset, load_cases, read_mask, read_volum
 
 SHAPES = {"a": (8, 8, 8), "b": (7, 8, 5)}
 CT = {"kind": "window", "low": -1000.0, "high": 1000.0}
-PET = {"kind": "percentile", "low": 0.0, "high": 20.0}
+PET = {"kind": "percentile", "low": 0.0, "high": 20.0, "percentiles": [0.0, 100.0]}
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-import yaml
 from blobs import SHAPE, blobs
 from compared import assert_same
 from safetensors.torch import save_file
 from tiny import mask_image, tiny_data, tiny_pipeline
 
 import generate
+from benchmarks.phantom_set import write_section
 from evaluation.copies import fingerprints as copies
 from evaluation.copies.fingerprints import CopyCheck, copy_check
 from evaluation.data.model_units import in_model_units
@@ -213,20 +213,12 @@ def test_model_units_undo_scale_orientation_and_spacing():
 @pytest.fixture
 def data(tmp_path):
     """6 training volumes, and 10 unseen ones of 5 subjects, as files."""
-    rows = ["volume,subject,split"]
+    rows = []
     for number, array in enumerate(blobs(16, 4, (16, 18, 16))):
         write_volume(Volume(1000 * array, np.eye(4)), tmp_path / "images" / f"v{number:02d}.nii.gz")
         subject = f"t{number}" if number < 6 else f"u{number // 2}"
-        rows.append(f"v{number:02d},{subject},{'train' if number < 6 else 'validation' if number < 10 else 'test'}")
-    (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
-    section = {
-        "root": str(tmp_path),
-        "table": "table.csv",
-        "images": "images/{volume}.nii.gz",
-        "subject": "subject",
-        "split": "split",
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": section}))
+        rows.append((f"v{number:02d}", subject, "train" if number < 6 else "validation" if number < 10 else "test"))
+    write_section(tmp_path, rows, masks=None)
     return tmp_path
 
 

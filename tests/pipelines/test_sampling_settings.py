@@ -238,7 +238,7 @@ def test_finished_volumes_are_found_if_settings_are_equal(folder, tmp_path, monk
     assert written["settings_from"] == {"num_inference_steps": "pipeline", "guidance_scale": "pipeline"}
     monkeypatch.setattr(MedVolumePipeline, "generate", lambda *_, **__: pytest.fail("generated again"))
     generate.main([*command, "--steps", "3", "--guidance_scale", "2.5"])
-    del written["settings_from"]  # of an earlier version
+    del written["settings_from"]  # which decides no voxel
     (tmp_path / "out" / "a_000.json").write_text(json.dumps(written))
     generate.main(command)
     with pytest.raises(ValueError, match="was generated with another guidance_scale$"):

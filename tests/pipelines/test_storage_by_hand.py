@@ -127,11 +127,13 @@ def test_a_rejection_has_a_seed_and_a_check():
             GenerationRecord.from_json(RECORD | {"rejected": [entry]})
 
 
-def test_an_older_sidecar_counts_while_all_its_files_are_there(tmp_path):
+def test_a_sidecar_without_digests_is_of_no_finished_volume(tmp_path, caplog):
     path = written(tmp_path, channels=["ct", "pet"])
     content = content_of(path)
-    (tmp_path / "a_000.json").write_text(json.dumps({key: value for key, value in content.items() if key != FILES}))
     assert [found for found, _ in finished_volumes(tmp_path)] == [path]
+    (tmp_path / "a_000.json").write_text(json.dumps({key: value for key, value in content.items() if key != FILES}))
+    assert list(finished_volumes(tmp_path)) == [] and "does not record the digests of its files" in caplog.text
+    (tmp_path / "a_000.json").write_text(json.dumps(content))
     (tmp_path / "a_000_pet.nii.gz").unlink()
     assert list(finished_volumes(tmp_path)) == []
 

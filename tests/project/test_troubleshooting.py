@@ -35,7 +35,7 @@ def texts():
     found = []
     for path in (path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))):
         nodes = list(ast.walk(ast.parse(path.read_text())))
-        described = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}  # docstrings are no messages
+        described = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}  # docstrings are not messages
         for node in nodes:
             if id(node) in described:
                 continue

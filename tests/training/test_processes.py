@@ -152,7 +152,9 @@ def test_trainings_are_shared_and_the_report_is_that_of_one(data, name):
 
 def test_work_finished_by_others_survives_the_main_process(tmp_path):
     def row(seed):
-        return TrainingResult(arm="real", labels="8", seed=seed, dice=0.5, seconds=1.0)
+        return TrainingResult(
+            arm="real", labels="8", seed=seed, dice=0.5, per_label=[0.5], per_volume=[0.5], seconds=1.0
+        )
 
     report = {"evaluation": "few_labels", "protocol": {}, "data": {}, "synthetic": "made", "content": "of these"}
     path, jobs = tmp_path / "few.json", [("real", "8", seed) for seed in range(4)]

@@ -146,7 +146,7 @@ def test_a_requeued_job_waits_for_the_ending_one_and_resumes(run, tmp_path, caps
 
 
 def test_wait_minutes_is_documented_checked_and_no_change(tmp_path, capsys, monkeypatch):
-    """It is no change of the run's config."""
+    """It does not change the run's config."""
     config = line_config(tmp_path, "--wait_minutes=2.5")
     assert config.wait_minutes == 2.5 and line_config(tmp_path).wait_minutes == 0
     assert config_changes(to_plain(line_config(tmp_path)), config) == {}

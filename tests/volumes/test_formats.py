@@ -35,7 +35,7 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def rotation() -> np.ndarray:
-    """Of some 20 degrees about an axis that is no axis of anything."""
+    """Of some 20 degrees about an axis that is not one of the grid."""
     axes = np.linalg.qr(np.array([[0.98, -0.2, 0.13], [0.2, 0.95, -0.17], [-0.1, 0.19, 0.98]]))[0]
     return axes * np.sign(np.diag(axes))
 

@@ -34,6 +34,7 @@ from volumes.data.preprocessing import (
     inherited,
     preprocessing,
 )
+from volumes.description import ChannelScale
 
 CT = {"kind": "window", "low": -1000.0, "high": 1000.0}
 
@@ -119,11 +120,19 @@ def test_time_points_differ():
     assert found == ["time_point of image: it learned [0], the data has [2]"]
 
 
-def test_facts_missing_from_an_early_pipeline_are_not_compared():
-    early = described_preprocessing(tiny_data())  # percentiles, nobody knows which
-    given = facts(intensity=IntensityScaling("percentile", 5, 95), spacing=(1, 1, 1))
-    assert differences(early, given) == [] and "kind" in early["intensity"][0]
-    assert "window" in differences(early, facts(spacing=(1, 1, 1)))[0]
+def test_a_scale_by_percentiles_names_them():
+    entry = tiny_data().intensity[0].to_json()
+    del entry["percentiles"]
+    with pytest.raises(ValueError, match="percentiles, by which it is scaled"):
+        ChannelScale.from_json(entry)
+
+
+def test_a_description_is_compared_by_its_percentiles():
+    described = described_preprocessing(tiny_data())  # percentiles 0.5 and 99.5
+    assert differences(described, facts(intensity=IntensityScaling(), spacing=(1, 1, 1))) == []
+    [found] = differences(described, facts(intensity=IntensityScaling("percentile", 5, 95), spacing=(1, 1, 1)))
+    assert "percentile 0.5 to 99.5" in found and "percentile 5 to 95" in found
+    assert "window" in differences(described, facts(spacing=(1, 1, 1)))[0]
 
 
 @pytest.mark.parametrize(
@@ -205,16 +214,16 @@ def test_fine_tuning_keeps_a_frozen_encoder_s_window(data, vae, tmp_path, caplog
     assert config.data.intensity == IntensityScaling(**WINDOW)
 
 
-def test_an_older_autoencoder_has_a_warning(data, vae, tmp_path, caplog):
-    shutil.copytree(vae, tmp_path / "older")
+def test_an_autoencoder_without_a_record_has_a_warning(data, vae, tmp_path, caplog):
+    shutil.copytree(vae, tmp_path / "bare")
     config = json.loads((vae / "config.json").read_text())
-    (tmp_path / "older/config.json").write_text(
+    (tmp_path / "bare/config.json").write_text(
         json.dumps({k: v for k, v in config.items() if k not in ("data", "subjects")})
     )
     with caplog.at_level(logging.WARNING):
-        train(train_ldm, data, tmp_path / "p", f"--vae={tmp_path / 'older'}")
-    assert "older: does not record how its volumes were prepared" in caplog.text
-    assert "older: its record of training subjects is not complete" in caplog.text
+        train(train_ldm, data, tmp_path / "p", f"--vae={tmp_path / 'bare'}")
+    assert "bare: does not record how its volumes were prepared" in caplog.text
+    assert "bare: its record of training subjects is not complete" in caplog.text
 
 
 # Elsewhere

@@ -55,7 +55,7 @@ class TrainState:
     Args:
         step: optimizer steps so far, skipped ones included.
         samples: training samples that all processes together have seen.
-        processes: number of processes that wrote this; 0 if older code wrote it.
+        processes: number of processes that wrote this; 0 before the first checkpoint.
         sharded: whether the weights were sharded.
         skipped: steps without effect because a gradient was not finite.
         skipped_in_a_row: the most recent steps, if all of them were skipped.
@@ -311,7 +311,7 @@ class Checkpointer:
         is_best = isinstance(state.best_value, float | int)
         if is_best is not (path / BEST_WEIGHTS).is_file() or is_best is (state.best_value is None):
             raise DamagedCheckpoint(f"{path}: state.json and {BEST_WEIGHTS} do not fit; was the copy complete?")
-        if state.processes not in (0, self.accelerator.num_processes):
+        if state.processes != self.accelerator.num_processes:
             raise ValueError(
                 f"{path}: was written by {state.processes} processes, but this run has "
                 f"{self.accelerator.num_processes}; launch as many as before"

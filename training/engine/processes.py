@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,8 +13,10 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from torch.distributed import DistError
 
-from cli.command import CannotContinue, typed_command
-from cli.stopping import stop_came
+from cli.command import CannotContinue, command_line
+from cli.stopping import stop_came, stoppable
+
+MAX_RUN_TIME = timedelta(days=30)  # processes that generate wait this long for each other at the end
 
 
 def on_cpu() -> bool:
@@ -66,7 +68,7 @@ def how_to_resume(script: str, args: Sequence[str] | None) -> str:
             del words[:1]
         elif not word.startswith("--resume="):
             kept.append(word)
-    command = typed_command(script if args is not None else None, [*kept, "--resume", "latest"])
+    command = command_line(script, *kept, "--resume", "latest")
     launched = {"WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()  # by torchrun or `accelerate launch`
     if launched:
         return f"continue with the same launcher and: {command.removeprefix('python ')}"
@@ -99,6 +101,23 @@ def report_peer_failure(
             f"({str(error).strip().splitlines()[0][:200]}). Its message, above or in its log, says why; fix that, and "
             f"{remedy}"
         ) from error
+
+
+def run_together(work: Callable[[PartialState], Sequence[str]]) -> None:
+    """Run `work` in all processes that were launched together, until it ends or a signal comes. The same command can
+    resume it.
+
+    Args:
+        work: called with the state of these processes; returns one line per volume that it did not write.
+    Raises: ValueError listing these volumes, PeerFailure.
+    """
+    state = join_processes(MAX_RUN_TIME)
+    again = "run the same command again: it resumes"
+    with report_peer_failure(state, again), stoppable(again):
+        missing = work(state)
+    state.destroy_process_group()
+    if missing:
+        raise ValueError("not written (all others are finished):\n" + "\n".join(missing))
 
 
 def stop_asked_anywhere(accelerator: Accelerator) -> signal.Signals | None:

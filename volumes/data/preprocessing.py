@@ -24,11 +24,11 @@ REMEDY = (
 
 
 class ScalingFacts(TypedDict):
-    """Intensity scaling of one channel, as the config says it. Early pipelines have no limits."""
+    """Intensity scaling of one channel, as the config says it."""
 
     kind: str
-    low: NotRequired[float]
-    high: NotRequired[float]
+    low: float
+    high: float
 
 
 class PreprocessingFacts(TypedDict):
@@ -98,18 +98,9 @@ def _scaling_facts(scaling: IntensityScaling) -> ScalingFacts:
 
 def described_preprocessing(data: DataDescription) -> PreprocessingFacts:
     """Return the facts in a pipeline's description of its training set (`volumes.describe`)."""
-    intensity: list[ScalingFacts] = []
-    for scale in data.intensity:
-        if scale.kind == "window":
-            intensity.append({"kind": "window", "low": scale.low, "high": scale.high})
-        elif scale.percentiles is not None:
-            low, high = scale.percentiles
-            intensity.append({"kind": "percentile", "low": low, "high": high})
-        else:  # of an early pipeline
-            intensity.append({"kind": "percentile"})
     return {
         "channels": list(data.channels),
-        "intensity": intensity,
+        "intensity": [_scaling_facts(scale.scaling) for scale in data.intensity],
         "spacing": None if data.spacing is None else list(data.spacing),
         "image_labels": {str(value): name for value, name in data.image_labels.items()},
         "resample_to": data.resample_to,
@@ -151,7 +142,7 @@ def differences(learned: Mapping[str, Any], given: Mapping[str, Any]) -> list[st
     if len(given["channels"]) > 1 and list(learned["channels"]) != list(given["channels"]):
         found.append(f"channels: it learned {list(learned['channels'])}, the data has {list(given['channels'])}")
     for name, old, new in zip(given["channels"], learned["intensity"], given["intensity"], strict=True):
-        if any(old[key] != new[key] for key in old.keys() & new.keys()):
+        if old != new:
             found.append(f"intensity of {name}: it learned {_told(old)}, the data has {_told(new)}")
     if learned.get("spacing") is not None and "spacing" in given:
         old, new = learned["spacing"], given["spacing"]
@@ -232,8 +223,7 @@ def read_preprocessing(folder: str | Path) -> PreprocessingFacts | None:
 
 
 def _told(scaling: Mapping[str, Any]) -> str:
-    ends = f" {scaling['low']:g} to {scaling['high']:g}" if "low" in scaling else ""
-    return f"{scaling['kind']}{ends}"
+    return f"{scaling['kind']} {scaling['low']:g} to {scaling['high']:g}"
 
 
 def _millimeters(spacing: Sequence[float]) -> str:

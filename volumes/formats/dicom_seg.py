@@ -206,8 +206,11 @@ def _plane(frame: Frame, shape: tuple[int, int], grid: Volume) -> tuple[tuple[sl
 
 
 def _own(header: SegHeader) -> SourceGrid:
-    """The grid of the frames. Raises: VolumeError for frames that are no regular stack, and where the file names more
-    slices than it has frames for: empty ones were left out, at an end too."""
+    """The grid of the frames.
+
+    Raises: VolumeError for frames that do not form a regular stack, and where the file names more slices than it has
+    frames for: empty ones were left out, at an end too.
+    """
     path = header.path
     first: dict[tuple[float, ...], Slice] = {}
     for number, frame in enumerate(header.frames, start=1):

@@ -99,7 +99,7 @@ def read_mask(
         like: of SEG and RTSTRUCT, the image that they were drawn on; without it, they lie on the grid of the series
             that they name, see `segments.grid_for`.
 
-    Raises: VolumeError as `read_volume`, for values that are no labels, and see `read_seg` and `read_rtstruct`.
+    Raises: VolumeError as `read_volume`, for values that are not labels, and see `read_seg` and `read_rtstruct`.
     """
     if (drawn := segmentation_file(source)) is not None:
         return _read_segmentation(*drawn, names, like, units)

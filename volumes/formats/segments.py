@@ -268,7 +268,7 @@ def finite(name: str, what: str, values: Any, count: int | None = None) -> np.nd
     try:
         numbers = np.array([float(value) for value in ([] if values is None else values)])
     except (TypeError, ValueError) as error:
-        raise VolumeError(f"{name}: {what} is no list of numbers: {error}") from error
+        raise VolumeError(f"{name}: {what} is not a list of numbers: {error}") from error
     if not len(numbers) or (count is not None and len(numbers) != count) or not (np.abs(numbers) < FAR).all():
         expected = "finite numbers" if count is None else f"{count} finite numbers"
         raise VolumeError(f"{name}: {what} is {str(numbers.tolist())[:80]}; expected {expected}")
