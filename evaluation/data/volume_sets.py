@@ -15,6 +15,8 @@ from pipelines import describe_mask, read_sidecar
 from pipelines.storage.provenance import sidecars, volume_files
 from volumes import Case, DataConfig, VolumeDataset, pad_or_crop
 
+from .large_arrays import large_zeros
+
 
 @dataclass(frozen=True)
 class VolumeSet:
@@ -183,7 +185,7 @@ class ClassVolumes:
     """Volumes and their classes.
 
     Args:
-        images: (N, C, X, Y, Z) float32 in [0, 1].
+        images: (N, C, X, Y, Z) float32 in [0, 1]; large ones lie in a file, see `large_zeros`.
         classes: (N,) indices.
         skipped: files that could not be read: (name, reason).
         sizes: for label maps, the size of each label (N, C) in milliliters.
@@ -214,7 +216,7 @@ def load_classes(cases: Sequence[Case], config: DataConfig, column: str, shape: 
         one_column = dataclasses.replace(one_column, label_map={}, time_point=None)
     known = [dataclasses.replace(case, mask=None) for case in known]
     dataset = VolumeDataset(known, one_column)
-    images = torch.empty(len(dataset), len(dataset.channels), *shape)
+    images = large_zeros((len(dataset), len(dataset.channels), *shape))
     sizes = torch.empty(len(dataset), len(dataset.channels))
     for index in range(len(dataset)):
         item = dataset[index]
