@@ -13,10 +13,11 @@ manifest.csv and preview.png, the first volumes side by side. A model of several
 <name>_<k:03d>_<channel>.nii.gz for each channel that it generates, and one sidecar. The name is the mask's stem; where
 masks have one stem, as of 'DIR/*/tumour.nii.gz', it is what differs in their paths (p01, p02).
 
---split takes the masks, classes, numbers and condition channels of the cases of a split, under their names, and applies
-the data's label_map. The pipeline is then that of the config's training, unless --pipeline names another; labels that
-it calls by other names are refused, unless --label_map translates them. Masks of DICOM-SEG and RTSTRUCT are read with
-the image of their case, as in training. Masks that training resampled to another grid (data.resample_to) are refused.
+--split takes the masks, classes, numbers and condition channels of the cases of one or more splits, under their names,
+and applies the data's label_map. The pipeline is then that of the config's training, unless --pipeline names another;
+labels that it calls by other names are refused, unless --label_map translates them. Masks of DICOM-SEG and RTSTRUCT are
+read with the image of their case, as in training. Masks that training resampled to another grid (data.resample_to) are
+refused. Where training cut its cases to a box (data.crop), the case's image sets it, and the whole grid is written.
 
 The columns of a table are: mask (a path, relative to the table's folder; without masks and images, give --shape), the
 model's classes and numbers (an empty cell leaves one out), its condition channels (paths too; the other channels are
@@ -55,8 +56,7 @@ if TYPE_CHECKING:
     from volumes.data.config import DataConfig
 
 GENERATE = "generate:"
-HELD_OUT = ("validation", "test")
-SPLITS = ("train", *HELD_OUT)
+SPLITS = ("train", "validation", "test")
 PIPELINE = "pipeline"  # of a run of train_ldm.py
 
 
@@ -74,7 +74,8 @@ def make_parser() -> ArgumentParser:
     source.add_argument(
         "--conditions", metavar="TABLE", help="CSV (or JSON), or its URL: one row per volume, see above"
     )
-    source.add_argument("--split", choices=SPLITS, help="masks and conditions of the config's cases of this split")
+    split_help = "masks and conditions of the cases of these splits; `evaluate.py dice` learns from all but test"
+    source.add_argument("--split", nargs="+", choices=SPLITS, help=split_help)
     shape_help = "voxels, where no mask or image sets them"
     parser.add_argument("--shape", nargs=3, type=Number(PositiveInt), metavar=("X", "Y", "Z"), help=shape_help)
     add_run_arguments(parser, "mask, row or case, or in all")
@@ -101,7 +102,7 @@ def parse(args: Sequence[str] | None) -> "BatchConfig":
         parser.error(f"--masks {' '.join(masks)}: {GENERATE}PIPELINE stands alone")
 
     if options.split is not None and options.config is None:
-        parser.error(f"--split {options.split}: is of a data set; name it with --config FILE")
+        parser.error(f"--split {' '.join(options.split)}: is of a data set; name it with --config FILE")
     if options.root is not None and options.split is None:
         parser.error("--data.root: is for --split; leave it out")
 
@@ -115,7 +116,7 @@ def parse(args: Sequence[str] | None) -> "BatchConfig":
         mask_pipeline=masks[0].removeprefix(GENERATE) if generated else None,
         conditions=options.conditions,
         data=None if options.split is None else data_section(options.config, options.root),
-        splits=[] if options.split is None else [options.split],
+        splits=options.split or [],
         shape=options.shape,
         count=options.count,
         sampling=SamplingConfig(options.steps, guidance_scale=options.guidance_scale, batch_size=options.batch_size),
@@ -171,7 +172,7 @@ def report_arguments(args: Sequence[str] | None, config: "BatchConfig") -> list[
         words += ["--data.root", options.root]
     folder = config.output.absolute()
     words += ["--synthetic", folder]
-    if options.split in HELD_OUT:
+    if options.split is not None and "train" not in options.split:
         words += ["--parts", "realism"]
     return [*words, "--output", folder.with_name(f"{folder.name}-report")]
 

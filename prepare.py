@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from jsonargparse import Namespace
 
-from cli.command import next_step, run_command
+from cli.command import console_program, next_step, run_command
 from cli.settings import Number, PositiveInt
 from evaluation.report import config_parser
 
@@ -21,6 +21,7 @@ from evaluation.report import config_parser
 def parse(args: Sequence[str] | None = None) -> Namespace:
     """Parse the command line; the data section of `--config` gives the defaults of `--data.*`."""
     parser = config_parser("prepare", __doc__, args)
+    parser.prog = console_program() or "prepare.py"
     parser.add_argument("--processes", type=Number(PositiveInt), default=1, help="processes that share the work (1)")
     parser.add_argument("--verify", action="store_true", help="compare stored volumes with their checksums")
     parsed = parser.instantiate(parser.parse_args(None if args is None else list(args)))

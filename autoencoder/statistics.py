@@ -11,30 +11,36 @@ if TYPE_CHECKING:
     from .base import VolumeAutoencoder
 
 
+Moments = tuple[int, torch.Tensor, torch.Tensor]  # number of latent voxels, and sum and sum of squares per channel
+
+
 @torch.no_grad()
-def latent_statistics(
-    vae: "VolumeAutoencoder", batches: Iterable[Mapping[str, Any]]
-) -> tuple[list[float], list[float]]:
-    """Measure mean and standard deviation per channel of the raw posterior mean, over all latent voxels inside the
-    field of view.
+def latent_moments(vae: "VolumeAutoencoder", batch: Mapping[str, Any]) -> Moments:
+    """Measure the raw posterior mean over the latent voxels inside the field of view: float64 of (latent_channels,).
 
     Args:
-        batches: of {"image": (B, C, X, Y, Z) in [-1, 1], "fov": (B, 1, X, Y, Z) boolean}, and a "name" for messages if
-        there is one; shapes may differ between batches.
-    Returns: two lists of `latent_channels` floats, for `vae.set_latent_statistics`.
-    Raises: ValueError if there is nothing to measure, a channel never varies, or latents are not finite.
+        batch: {"image": (B, C, X, Y, Z) in [-1, 1], "fov": (B, 1, X, Y, Z) boolean}, and a "name" for messages if there
+            is one.
+    Raises: ValueError if latents are not finite.
     """
-    count, total, squares = 0, torch.zeros(vae.config["latent_channels"], dtype=torch.float64), 0.0
-    for batch in batches:
-        raw = vae.encode(batch["image"].to(vae.device, vae.dtype), return_dict=False)[0].raw_mean
-        inside = cells_inside(batch["fov"].to(raw.device), raw.shape[2:])[:, 0]
-        cells = raw.movedim(1, -1)[inside].double().cpu()
-        if not bool(cells.isfinite().all()):
-            raise ValueError(
-                f"{batch.get('name', 'a volume')}: its latents are not finite; check its voxels, or exclude it"
-            )
-        count += len(cells)
-        total, squares = total + cells.sum(0), squares + (cells**2).sum(0)
+    raw = vae.encode(batch["image"].to(vae.device, vae.dtype), return_dict=False)[0].raw_mean
+    inside = cells_inside(batch["fov"].to(raw.device), raw.shape[2:])[:, 0]
+    cells = raw.movedim(1, -1)[inside].double().cpu()
+    if not bool(cells.isfinite().all()):
+        raise ValueError(
+            f"{batch.get('name', 'a volume')}: its latents are not finite; check its voxels, or exclude it"
+        )
+    return len(cells), cells.sum(0), (cells**2).sum(0)
+
+
+def join_moments(moments: Iterable[Moments]) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation per channel, for `vae.set_latent_statistics`.
+
+    Raises: ValueError if there is nothing to measure, or a channel never varies.
+    """
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for cells, added, added_squares in moments:
+        count, total, squares = count + cells, total + added, squares + added_squares
     if not count:
         raise ValueError("latent statistics need at least one volume with a field of view")
     mean = total / count
@@ -45,3 +51,17 @@ def latent_statistics(
             "autoencoder longer"
         )
     return mean.tolist(), variance.sqrt().tolist()
+
+
+def latent_statistics(
+    vae: "VolumeAutoencoder", batches: Iterable[Mapping[str, Any]]
+) -> tuple[list[float], list[float]]:
+    """Measure mean and standard deviation per channel of the raw posterior mean, over all latent voxels inside the
+    field of view.
+
+    Args:
+        batches: as `latent_moments` takes them; shapes may differ between batches.
+    Returns: two lists of `latent_channels` floats, for `vae.set_latent_statistics`.
+    Raises: ValueError if there is nothing to measure, a channel never varies, or latents are not finite.
+    """
+    return join_moments(latent_moments(vae, batch) for batch in batches)

@@ -6,7 +6,8 @@ Every job runs once undisturbed, then again with kills at uniformly random momen
 must be readable and no finished work may be missing. The result must equal that of the undisturbed run: every bit of a
 training, every voxel of a generation, every score of an evaluation. No unfinished work may be left. While a training
 runs, a second job on the same output must be refused; a killed one must release its output. After each kill an entry of
-the latent cache is zeroed and must be encoded again. The data are phantoms of a few MB; one core suffices.
+the latent cache is zeroed and must be encoded again, and a prepared volume is truncated or removed and must be prepared
+again. The data are phantoms of a few MB; one core suffices.
 """
 
 import argparse
@@ -47,6 +48,7 @@ from safetensors.numpy import load_file
 
 from evaluation.report import check_report, provenance, write_report
 from files.atomic import UNFINISHED
+from files.cache import cache_root
 from files.locks import HOLDER, OutputInUse, only_writer
 from training.engine.checkpoints import digest_files
 
@@ -118,7 +120,7 @@ def training(name: str, script: str, options: Sequence[str]) -> Job:
             tensors |= {f"{file.relative_to(folder)}:{key}": value.tobytes() for key, value in content.items()}
         return tensors | {"state": (last / "state.json").read_text(), "metrics": (folder / "metrics.json").read_text()}
 
-    return Job(name, script, args, finished, result, holds=True, damage=zero_an_entry)
+    return Job(name, script, args, finished, result, holds=True, damage=damage_caches)
 
 
 def zero_an_entry(folder: Path, chance: random.Random) -> Path | None:
@@ -132,6 +134,17 @@ def zero_an_entry(folder: Path, chance: random.Random) -> Path | None:
     path.write_bytes(content[:start] + bytes(len(content) - start))
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     return path
+
+
+def damage_caches(folder: Path, chance: random.Random) -> Path | None:
+    """Truncate or remove a random prepared volume, and zero an entry of the latent cache."""
+    if volumes := sorted((cache_root() / "prepared").glob("*.safetensors")):
+        path = chance.choice(volumes)
+        if chance.random() < 0.5:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[: chance.randrange(path.stat().st_size)])
+    return zero_an_entry(folder, chance)
 
 
 def generation(pipeline: Path, masks: Path) -> Job:
@@ -361,6 +374,7 @@ def main(args: Sequence[str] | None = None) -> None:
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="survive-") as name:
         work = Path(name)
+        os.environ["MEDVOLUME_CACHE"] = str(work / "cache")
         jobs = [job for job in make_jobs(work) if not options.jobs or job.name in options.jobs]
         for number, job in enumerate(jobs):
             share = options.kills // len(jobs) + (number < options.kills % len(jobs))

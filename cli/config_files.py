@@ -2,8 +2,8 @@
 
 A path is relative to the place where it is written: on a command line to the working directory, in a file to the folder
 of that file. A section may be in a file of its own: `data: data.yaml`. `read_config_file` reads both, and returns paths
-relative to the working directory; `written_in` is the inverse for a file that is written. Absolute paths, URLs and `~`
-stay as they are; `~` of a section's file is the home folder.
+relative to the working directory; `written_in` is the inverse for a file that is written. Absolute paths, URLs, names
+of shipped weights (`files.shipped`) and `~` stay as they are; `~` of a section's file is the home folder.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, get_args, get_origin
 
 from files.documents import dump_settings, read_yaml
 from files.remote import URL
+from files.shipped import expand_path, is_shipped
 
 from .settings import Hint, PathMark, arms, faults, hints_of, marks, refuse
 
@@ -164,11 +165,11 @@ def written_in(path: str, folder: str | Path) -> str:
 
 def resolved(path: str) -> str:
     """Return the absolute path without links that a path relative to the working directory leads to; URLs stay."""
-    return path if URL.match(path) else os.path.realpath(os.path.expanduser(path))
+    return path if URL.match(path) else os.path.realpath(expand_path(path))
 
 
 def _stays(path: str) -> bool:
-    return URL.match(path) is not None or os.path.isabs(os.path.expanduser(path))
+    return URL.match(path) is not None or is_shipped(path) or os.path.isabs(os.path.expanduser(path))
 
 
 def _relative(path: str, start: str | Path) -> str:

@@ -7,7 +7,7 @@
         workers: NonNegativeInt | None = None
 
 `--help`, config files and constructors all use the same annotation. No range contains NaN or infinity. This module
-imports the standard library only.
+imports the standard library only, by itself and by `files.shipped`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from files.shipped import expand_path, is_shipped
 
 Hint = Any  # a type annotation
 Class = TypeVar("Class")
@@ -99,8 +101,9 @@ Checkpoint = Annotated[str, PathMark(words=("latest",))]
 def checked(owner: type[Class]) -> type[Class]:
     """Check the values of a dataclass when it is constructed; use it below `@dataclass`.
 
-    It also converts numpy's numbers to Python's, which YAML can store, and expands `~` in paths. The class's own
-    `__post_init__` runs afterwards. (A base class would do, but jsonargparse reads one as a choice of subclasses.)
+    It also converts numpy's numbers to Python's, which YAML can store, and expands `~` and names of shipped weights in
+    paths. The class's own `__post_init__` runs afterwards. (A base class would do, but jsonargparse reads one as a
+    choice of subclasses.)
     """
     post_init = owner.__dict__.get("__post_init__")
 
@@ -108,7 +111,7 @@ def checked(owner: type[Class]) -> type[Class]:
         values = {name: getattr(self, name) for name in hints_of(type(self))}
         refuse(faults(type(self), values))
         for name, hint in hints_of(type(self)).items():
-            value = expand_home(hint, plain_numbers(values[name]))
+            value = expand_paths(hint, plain_numbers(values[name]))
             if value is not values[name]:
                 object.__setattr__(self, name, value)  # works for frozen classes too
         if post_init is not None:
@@ -223,16 +226,20 @@ def describe(hint: Hint) -> str:
     return (name or getattr(base, "__name__", str(base))) + suffix
 
 
-def expand_home(hint: Hint, value: Any) -> Any:
-    """Expand `~` in values annotated as `UserPath`; return the same object if nothing changes."""
+def expand_paths(hint: Hint, value: Any) -> Any:
+    """Expand `~` and names of shipped weights in values annotated as `UserPath`.
+
+    Returns: the same object if nothing changes.
+    Raises: ValueError for shipped weights that are not there.
+    """
     if isinstance(value, str):
         is_path = any(isinstance(mark, PathMark) for mark in marks(hint))
-        return os.path.expanduser(value) if is_path and value.startswith("~") else value
+        return expand_path(value) if is_path and (value.startswith("~") or is_shipped(value)) else value
     if isinstance(value, list) and any(isinstance(item, str) for item in value):
-        expanded = [expand_home(hint, item) for item in value]
+        expanded = [expand_paths(hint, item) for item in value]
         return expanded if expanded != value else value
     if isinstance(value, dict) and any(isinstance(item, str) for item in value.values()):
-        expanded = {key: expand_home(hint, item) for key, item in value.items()}
+        expanded = {key: expand_paths(hint, item) for key, item in value.items()}
         return expanded if expanded != value else value
     return value
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .conditioning import Conditions
 from .objectives import TRAIN_STEPS, noisy_and_target, sample_timesteps
+from .timestep_shift import shifted
 
 
 def training_loss(
@@ -17,6 +18,7 @@ def training_loss(
     generator: torch.Generator | list[torch.Generator],
     *,
     train_steps: int = TRAIN_STEPS,
+    shift_voxels: int | None = None,
     absolute: bool = False,
     each: bool = False,
 ) -> Tensor:
@@ -34,17 +36,21 @@ def training_loss(
         generator: source of timesteps and noise, on the CPU or on the latents' device; or one for each sample of the
             batch.
         train_steps: length of the schedule, the U-Net's `train_steps`.
+        shift_voxels: the U-Net's `shift_voxels`. Each sample's timestep is shifted by the number of its own latent
+            voxels inside the field of view: what the U-Net sees of it, whatever the batch pads or crops it to.
         absolute: use the absolute error.
         each: return the loss of each latent channel, (C,); their mean is the loss.
     """
     timesteps = sample_timesteps(objective, len(latents), generator, train_steps).to(latents.device)
+    inside = weight.expand(len(latents), *weight.shape[1:]).flatten(1).sum(1)
+    if shift_voxels is not None:
+        timesteps = shifted(timesteps, (inside.clamp_min(1.0) / shift_voxels).sqrt(), train_steps)
     noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
     noisy, target = noisy_and_target(objective, latents, noise, timesteps, train_steps)
     prediction = unet(noisy * weight, timesteps, **conditions.as_kwargs(), return_dict=False)[0]
     error = prediction.float() - target.float()
     error = (error.abs() if absolute else error**2) * weight
     if each:
-        inside = weight.expand(len(latents), *weight.shape[1:]).flatten(1).sum(1)[:, None]
-        return (error.flatten(2).sum(2) / inside.clamp_min(1.0)).mean(0)
-    cells = weight.expand(len(latents), *weight.shape[1:]).flatten(1).sum(1) * latents.shape[1]
+        return (error.flatten(2).sum(2) / inside[:, None].clamp_min(1.0)).mean(0)
+    cells = inside * latents.shape[1]
     return (error.flatten(1).sum(1) / cells.clamp_min(1.0)).mean()

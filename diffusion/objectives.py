@@ -8,7 +8,7 @@ another number of steps.
 import copy
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -26,6 +26,7 @@ from .scheduler_options import (
     check_values,
     chosen,
     parameters,
+    spacing,
     without_effect,
 )
 
@@ -61,6 +62,15 @@ def check_train_steps(objective: str, train_steps: int | None) -> None:
         raise ValueError(f"train_steps {train_steps}: rectified flow's time is continuous; omit it")
     if train_steps is not None and train_steps < 2:
         raise ValueError(f"train_steps must be 2 or more, got {train_steps}")
+
+
+def check_shift(objective: str, shift_voxels: int | None) -> None:
+    """Raise ValueError for a shift of timesteps with an objective that has none."""
+    if shift_voxels is not None and objective != RECTIFIED_FLOW:
+        raise ValueError(
+            f"shift_voxels {shift_voxels}: only {RECTIFIED_FLOW} shifts its timesteps by the number of latent voxels, "
+            f"the noise schedule of {objective} is fixed; omit it, or set objective: {RECTIFIED_FLOW}"
+        )
 
 
 def make_scheduler(
@@ -104,7 +114,9 @@ def make_scheduler(
     return fit_scheduler(kind.from_config(default.config, **clipping), objective, train_steps)
 
 
-def fit_scheduler(scheduler: Scheduler, objective: str, train_steps: int = TRAIN_STEPS) -> Scheduler:
+def fit_scheduler(
+    scheduler: Scheduler, objective: str, train_steps: int = TRAIN_STEPS, *, shift: float = 1.0
+) -> Scheduler:
     """Return a new scheduler, never the same object, that fits the model's objective: a copy if the given one fits, a
     converted copy if it can be converted; otherwise it is refused. So a call's steps and history stay out of the
     pipeline, and calls may run side by side.
@@ -121,8 +133,12 @@ def fit_scheduler(scheduler: Scheduler, objective: str, train_steps: int = TRAIN
     of a flow has two names and is carried over: UniPC built from the config of a shifted Euler has Euler's shift.
     `timestep_spacing` is the model's unless it was set explicitly; eps models keep theirs, see `make_scheduler`.
 
+    Args:
+        shift: of the timesteps on one grid, `LatentUNet3D.timestep_shift`. It becomes the scheduler's own shift, which
+            is Eq. 23 of Esser et al. 2024 in all four classes for flows. A scheduler that has a shift other than 1, or
+            spaces the levels otherwise (Karras, ...), keeps its levels, and a warning says so.
     Raises: ValueError naming scheduler, objective and the ones that fit, or the option and its remedy.
-    Warns: of options that were set explicitly and have no effect.
+    Warns: of options that were set explicitly and have no effect, and of a `shift` that has none.
     """
     check_objective(objective)
     name = type(scheduler).__name__
@@ -144,6 +160,8 @@ def fit_scheduler(scheduler: Scheduler, objective: str, train_steps: int = TRAIN
     defaults, by_hand = parameters(type(scheduler)), chosen(scheduler)
     check_values(type(scheduler), {key: config[key] for key in defaults})
     wanted = _wanted(scheduler, objective, train_steps, by_hand)
+    shifting = {} if shift == 1 else _shift(name, config | wanted, shift)
+    wanted |= shifting
     options = {key: config[key] for key in defaults} | wanted
     check_options(type(scheduler), options, flow)
     changed = {key for key, value in wanted.items() if type(config[key]) is not type(value) or config[key] != value}
@@ -163,7 +181,10 @@ def fit_scheduler(scheduler: Scheduler, objective: str, train_steps: int = TRAIN
     if not changed:
         return copy.deepcopy(scheduler)
     carried = set() if changed.isdisjoint(SHIFTS) else set(SHIFTS) - defaults.keys()  # under its other name
-    return type(scheduler).from_config({key: one for key, one in config.items() if key not in carried}, **wanted)
+    fitted = type(scheduler).from_config({key: one for key, one in config.items() if key not in carried}, **wanted)
+    if "shift" in shifting:  # Heun's last level is shifted by its __init__, and by its set_timesteps again
+        fitted.sigma_min = 1 / train_steps
+    return fitted
 
 
 def _wanted(scheduler: Scheduler, objective: str, train_steps: int, by_hand: set[str]) -> dict[str, object]:
@@ -184,6 +205,21 @@ def _wanted(scheduler: Scheduler, objective: str, train_steps: int, by_hand: set
     clips = bool(config.get("clip_sample")) and config["clip_sample_range"] > 1  # latents of unit variance exceed 1
     wanted |= {"trained_betas": None, "clip_sample": clips, "thresholding": False}
     return {key: value for key, value in wanted.items() if key in parameters(type(scheduler))}
+
+
+def _shift(name: str, options: Mapping[str, Any], shift: float) -> dict[str, object]:
+    """Return the option that shifts the levels of this class. Warns: where others space the levels already."""
+    option = SHIFTS[0] if name.startswith("FlowMatch") else SHIFTS[1]
+    own = [*spacing(options), *([option] if options[option] != 1 else [])]
+    if not own:
+        return {option: shift}
+    given = ", ".join(f"{one}={options[one]!r}" for one in own)
+    warnings.warn(
+        f"{name}: {given} is taken for grids of all sizes, in place of the model's shift by the number of latent "
+        f"voxels (shift_voxels), which is {shift:.3g} here",
+        stacklevel=3,
+    )
+    return {}
 
 
 def _broadcast(values: Tensor, like: Tensor) -> Tensor:

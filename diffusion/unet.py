@@ -33,8 +33,9 @@ from .condition_embedding import ConditionEmbedding
 from .conditioning import ConditionSchema
 from .folding import FoldedMaskEmbedding
 from .images import image_columns
-from .objectives import TRAIN_STEPS, check_objective, check_train_steps
+from .objectives import TRAIN_STEPS, check_objective, check_shift, check_train_steps
 from .scheduler_options import MAX_TIMESTEPS
+from .timestep_shift import MAX_SHIFT_VOXELS, shift_of
 
 
 @dataclass
@@ -94,6 +95,9 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         numbers: mean and std of each number that conditions the model, e.g. {"age": {"mean": 50.0, "std": 18.0}}.
         images: latent channels of each image that conditions the model, e.g. {"ct": 6, "pet": 6}; see
             `diffusion.images`.
+        shift_voxels: number of latent voxels at which timesteps are not shifted. Training and sampling shift them
+            toward noise on larger grids, and toward the image on smaller ones (Esser et al. 2024, Eq. 23; see
+            docs/large_latents.md). Default: no shift. For rectified_flow only; stored here for the same reason.
         train_steps: length of the schedule that v or eps is trained with; 1000 if absent. Stored here for the same
             reason.
         condition_dropout: how often training drops each condition, such as {"mask": 0.1, "sex": 0.2}; those that were
@@ -129,6 +133,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
         numbers: dict[str, dict[str, Annotated[float, Range(-1e12, 1e12)]]] | None = None,
         images: dict[str, PositiveInt] | None = None,
         train_steps: Annotated[int, Range(2, MAX_TIMESTEPS)] | None = None,
+        shift_voxels: Annotated[int, Range(1, MAX_SHIFT_VOXELS)] | None = None,
         subjects: Sequence[Any] | None = None,
     ):
         super().__init__()
@@ -139,6 +144,7 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
             )
         check_objective(objective)
         check_train_steps(objective, train_steps)
+        check_shift(objective, shift_voxels)
         schema = self.condition_schema
         self.gradient_checkpointing = False
         level_strides = [as_stride(s) for s in strides]
@@ -192,6 +198,10 @@ class LatentUNet3D(VolumeModel, AttentionMixin, PeftAdapterMixin):
     def train_steps(self) -> int:
         """Number of steps of the schedule that it was trained with."""
         return self.config["train_steps"] or TRAIN_STEPS
+
+    def timestep_shift(self, sides: Sequence[int]) -> float:
+        """Return the shift of timesteps on a grid of latents (h, w, d); 1 for a model without `shift_voxels`."""
+        return shift_of(sides, self.config["shift_voxels"])
 
     @property
     def condition_schema(self) -> ConditionSchema:

@@ -20,6 +20,7 @@ from cli.config_files import check_config_file
 from cli.settings import NonNegativeFloat, Number
 from files.atomic import remove_leftovers, write_text
 from files.locks import only_writer
+from files.shipped import expand_path
 from training.ldm_config import TrainLdmConfig
 from training.vae_config import TrainVaeConfig
 from volumes import DataConfig
@@ -170,7 +171,7 @@ def read_config(path: Path) -> dict[str, Any]:
     content = file.settings
     for name in ("vae", "init_from", "output"):
         if isinstance(content.get(name), str):
-            content[name] = os.path.expanduser(content[name])
+            content[name] = expand_path(content[name])
     if "data" not in content and isinstance(content.get("vae"), str):
         content["data"] = data_of_run(content["vae"])
     if not isinstance(content.get("data"), dict):

@@ -36,6 +36,7 @@ from pipelines.storage.sampling_settings import SamplingSettings
 from pipelines.storage.serialization import PipelineIOMixin
 from volumes import VoxelError
 from volumes.description import DataDescription
+from volumes.foreground import box_to_json
 
 from .call import CallState, PipelineCalls, StepCallback, StepEnd, one_at_a_time
 from .lora import LoraMixin
@@ -121,14 +122,18 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                 self._check_grid_source(request)
                 grid = None
                 if request.mask is not None:
-                    grid = self.volume_processor.preprocess(request.mask, request.label_map)
+                    of_box = request.image_of_box(self.data.crop)
+                    grid = self.volume_processor.preprocess(request.mask, request.label_map, of_box)
                 elif request.shape is not None:
                     grid = self.volume_processor.preprocess_shape(request.shape)
-                read[key] = self._add_images(request, grid), self.record(request, sampling)
+                grid = self._add_images(request, grid)
+                record = replace(self.record(request, sampling), scheduler=self._recorded_scheduler(sampling, grid))
+                read[key] = grid, record
             grid, record = read[key]
             classes, numbers = check_conditions(self.unet, self.data, request.classes, request.numbers, grid.grid)
             record = replace(record, classes=classes or None, numbers=numbers or None)
-            record = replace(record, resampled=dict(grid.resampled) or None)
+            box = None if grid.cropped is None else box_to_json(grid.cropped.box)
+            record = replace(record, resampled=dict(grid.resampled) or None, box=box)
             volumes.append(PreparedVolume(request, grid, classes, numbers, sampling, record))
         return volumes
 
@@ -165,11 +170,10 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         return grid
 
     def record(self, request: VolumeRequest, sampling: SamplingConfig, seed: int | None = None) -> GenerationRecord:
-        """The record of a request's volumes, but for the classes and numbers in effect, which `prepare` adds;
-        everything but `software` decides the voxels. The files of the request are read and hashed."""
+        """The record of a request's volumes, but for what `prepare` adds: the classes and numbers in effect, and the
+        shift of the timesteps on their grid. Everything but `software` decides the voxels. The files of the request are
+        read and hashed."""
         sampling = sampling.filled(self.sampling_settings)
-        fitted = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
-        scheduler = json.loads(fitted.to_json_string(), parse_constant=str)  # -Infinity, which JSON lacks, as text
         label_map = {str(value): target for value, target in (request.label_map or {}).items()}
         return GenerationRecord(
             software=software(),
@@ -179,7 +183,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             sigmas=sampling.sigmas,
             guidance_scale=recorded_guidance(sampling.guidance_scale),
             settings_from=sampling.settings_from,
-            scheduler={"class": scheduler["_class_name"]} | {k: v for k, v in scheduler.items() if k[0] != "_"},
+            scheduler=self._recorded_scheduler(sampling),
             dtype=self._dtypes(),
             mask=None if request.mask is None else describe_mask(request.mask),
             shape=request.shape,
@@ -224,7 +228,8 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             )
         check_attention_backend(self.unet, self._execution_device)
         samples = self._samples(volumes, generators, latents, paths, output_type)
-        scheduler = self._timed_scheduler(sampling)
+        grids = {sample.prepared.shape: sample.prepared.grid for sample in samples}
+        schedulers = {shape: self._timed_scheduler(sampling, grid) for shape, grid in grids.items()}
 
         def in_effect(scale: Guidance) -> float | dict[str, float] | None:
             self.check_guidance(scale, volumes)
@@ -246,7 +251,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                 denoised = denoise(
                     self.unet,
                     initial_latents(batch, self._latent_shape(batch[0].prepared.grid), device, self.unet.dtype),
-                    scheduler,
+                    schedulers[batch[0].prepared.shape],
                     condition_tensors(self.unet, [sample.prepared for sample in batch], device, images),
                     guidance_scale=sampling.guidance_scale,
                     schema=self.unet.condition_schema,
@@ -291,10 +296,22 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             sample.path = path
         return samples
 
-    def _timed_scheduler(self, sampling: SamplingConfig) -> Scheduler:
-        """A copy of the scheduler that speaks the model's objective, with its timesteps. Raises: ValueError for steps
-        or sigmas that it does not take."""
-        scheduler = fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps)
+    def _fitted_scheduler(self, sampling: SamplingConfig, grid: PreparedGrid | None) -> Scheduler:
+        """A copy of the scheduler that speaks the model's objective, with the model's shift on this grid. Sigmas that
+        the call gives are used unchanged, so they have no shift."""
+        sides = None if grid is None or sampling.sigmas is not None else self._latent_shape(grid)[1:]
+        shift = 1.0 if sides is None else self.unet.timestep_shift(sides)
+        return fit_scheduler(self.scheduler, self.unet.config["objective"], self.unet.train_steps, shift=shift)
+
+    def _recorded_scheduler(self, sampling: SamplingConfig, grid: PreparedGrid | None = None) -> dict[str, object]:
+        """The class and the options of the scheduler, as JSON."""
+        fitted = self._fitted_scheduler(sampling, grid)
+        options = json.loads(fitted.to_json_string(), parse_constant=str)  # -Infinity, which JSON lacks, as text
+        return {"class": options["_class_name"]} | {k: v for k, v in options.items() if k[0] != "_"}
+
+    def _timed_scheduler(self, sampling: SamplingConfig, grid: PreparedGrid | None = None) -> Scheduler:
+        """The scheduler with its timesteps. Raises: ValueError for steps or sigmas that it does not take."""
+        scheduler = self._fitted_scheduler(sampling, grid)
         set_timesteps(scheduler, sampling.steps, sampling.sigmas, self._execution_device)
         return scheduler
 

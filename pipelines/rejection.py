@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pipelines.inputs.crop import cut_output
 from pipelines.storage.record import GenerationRecord
+from volumes.foreground import box_from_json
 
 Verdict = tuple[bool, Mapping[str, Any]]  # whether a volume is refused, and the findings for its record
 
@@ -39,6 +41,11 @@ class Attempt:
     image: Any
     record: GenerationRecord
     fault: str | None = None
+
+    @property
+    def generated(self) -> Any:
+        """The image without what stands around the box in which it was generated."""
+        return self.image if self.record.box is None else cut_output(self.image, box_from_json(self.record.box))
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Rejection:
                 if attempt.fault is not None:
                     yield Outcome(number, None, rejected[number], attempt.fault)
                     continue
-                entries, refusal = self._judge(attempt.image)
+                entries, refusal = self._judge(attempt.generated)
                 if refusal is None:
                     record = replace(attempt.record, checks=entries, rejected=rejected[number])
                     yield Outcome(number, replace(attempt, record=record), rejected[number])

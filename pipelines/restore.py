@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from files.atomic import UNFINISHED
+from pipelines.inputs.crop import Constant, OfImages, Outside
 from pipelines.inputs.inpainting import PreparedEdit
 from pipelines.inputs.prepared import PreparedGrid
 from volumes import (
@@ -79,6 +80,11 @@ class Restorer:
         """A volume that was resampled to the grid of the output, to the one that is written."""
         return volume
 
+    def outside(self, channels: Sequence[str]) -> Outside:
+        """What stands outside the box of a crop: the lowest intensities."""
+        lowest = dict(zip(self.model.channels, (scale.low for scale in self.scales()), strict=True))
+        return Constant([lowest[channel] for channel in channels], self.prepared.output.shape)
+
     # Restoring
 
     def restored_slabs(self, slabs: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
@@ -120,6 +126,13 @@ class Restorer:
 
     # Output
 
+    def output_slabs(self, slabs: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
+        """Decoded slabs to those of the output's grid; of the model's grid, if they must be resampled first."""
+        finished, cropped = self.finished_slabs(slabs), self.prepared.cropped
+        if cropped is None or self.prepared.grid is not self.prepared.target:
+            return finished
+        return cropped.put_back(finished, self.outside(self.model.channels))
+
     def file_parts(self) -> list[FilePart]:
         """Which channels each file holds, and the type of its voxels."""
         names = self.model.channels
@@ -149,14 +162,15 @@ class Restorer:
         return images[0]
 
     def _whole(self, slabs: Iterable[torch.Tensor], parts: Sequence[FilePart]) -> Volume:
-        """All planes, on the model's grid: the channels of the files one after the other."""
-        grid = self.prepared.grid
+        """All planes of `output_slabs`: the channels of the files one after the other."""
+        prepared = self.prepared
+        grid = prepared.output if prepared.grid is prepared.target else prepared.grid
         channels = range(1 if self.merges_slabs else len(self.model.intensity))
         count = sum(len(channels[part]) for part, _ in parts)
         # rounded last: whole numbers would not be interpolated
-        dtype = self.held_dtype() if self.prepared.needs_resampling or len(parts) > 1 else parts[0][1]
+        dtype = self.held_dtype() if prepared.needs_resampling or len(parts) > 1 else parts[0][1]
         array, done = np.empty((count, *grid.shape), dtype), 0
-        for slab in self.finished_slabs(slabs):
+        for slab in self.output_slabs(slabs):
             slab = np.concatenate([slab[part] for part, _ in parts])
             planes = array[..., done : done + slab.shape[3]]
             check_voxels(slab, array.dtype)
@@ -170,6 +184,9 @@ class Restorer:
         if prepared.grid is not prepared.target:
             channels = [name for part, _ in parts for name in self.model.channels[part]]
             volume = self.finished_volume(_resample_back(volume, prepared.target), channels)
+            if (cropped := prepared.cropped) is not None:
+                planes = [*cropped.put_back([volume.array], self.outside(channels))]
+                volume = cropped.whole.replace(np.concatenate(planes, axis=3))
         if self.model.image_labels and prepared.needs_resampling:
             volume = to_stored_grid(volume)
             volume = volume.replace(self._merged(volume.array))
@@ -180,15 +197,17 @@ class Restorer:
         stored = np.asarray(image.dataobj)
         stored = np.ascontiguousarray(np.moveaxis(stored, -1, 0) if stored.ndim == 4 else stored[None])
         for channel, source in self.prepared.images.items():
-            stored[self.model.channels.index(channel)] = to_nibabel(source.volume, dtype=np.float32).dataobj
+            cropped = self.prepared.cropped
+            volume = source.volume if cropped is None else cropped.images[channel]
+            stored[self.model.channels.index(channel)] = to_nibabel(volume, dtype=np.float32).dataobj
         return stored
 
     def write(self, slabs: Iterable[torch.Tensor], paths: Sequence[Path], description: str) -> None:
         """Write the volume to one file, or to one per channel, see `VolumeProcessor.write`."""
         if not self.prepared.needs_resampling and (len(paths) == 1 or self.held_dtype() == np.float32):
-            self._write_slabs(self.finished_slabs(slabs), paths, description)
+            self._write_slabs(self.output_slabs(slabs), paths, description)
             return
-        shape = self.prepared.target.shape
+        shape = self.prepared.output.shape
         size = 4 * len(self.model.intensity) * math.prod(shape)
         if size > LARGE_BYTES:
             warnings.warn(
@@ -203,12 +222,13 @@ class Restorer:
 
     def _write_slabs(self, slabs: Iterable[np.ndarray], paths: Sequence[Path], description: str) -> None:
         """Slabs of all channels in original units to the files in which they belong."""
-        parts, grid = self.file_parts(), stored_grid(self.prepared.target)
+        parts, whole = self.file_parts(), self.prepared.output
+        grid = stored_grid(whole)
         if len(parts) == 1:
             [(part, dtype)], [path] = parts, paths
             write_slabs(path, (slab[part] for slab in slabs), grid, dtype, description=description)
             return
-        plain = Volume(np.broadcast_to(np.float32(0), (1, *self.prepared.grid.shape)), self.prepared.grid.affine)
+        plain = Volume(np.broadcast_to(np.float32(0), (1, *whole.shape)), whole.affine)
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=paths[0].parent) as hidden:
             together = Path(hidden) / "channels.nii"  # decoded once, read once per file
             write_slabs(together, slabs, stored_grid(plain), np.float32)
@@ -240,6 +260,11 @@ class EditRestorer(Restorer):
 
     def finished_volume(self, volume: Volume, channels: Sequence[str]) -> Volume:
         return volume.replace(np.concatenate([*self.edit.composited([volume.array], channels)], axis=3))
+
+    def outside(self, channels: Sequence[str]) -> Outside:
+        assert self.prepared.cropped is not None
+        images = self.prepared.cropped.images
+        return OfImages([images[channel] for channel in channels], self.edit.dtype(channels))
 
 
 def _resample_back(volume: Volume, target: Volume) -> Volume:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from pipelines.inputs.arguments import grid_shape, translation
-from pipelines.inputs.images import GivenImage, Images, load_images
+from pipelines.inputs.crop import Cropped, cropped_by_image, cropped_by_mask, cut_images, cut_region, filled
+from pipelines.inputs.images import GivenImage, ImageLike, Images, load_images
 from pipelines.inputs.inpainting import EditRequest, PreparedEdit, load_region
 from pipelines.inputs.masks import (
     BACKGROUND,
@@ -41,6 +42,7 @@ from volumes import (
 )
 from volumes.data.alignment import check_share, shown
 from volumes.description import DataDescription
+from volumes.foreground import cut
 from volumes.formats.raw import memory_bytes
 from volumes.labels import labels_present, segment_values
 from volumes.map_checks import MAX_SIDE
@@ -72,11 +74,17 @@ class VolumeProcessor:
         self.affine = np.array(data.affine, dtype=np.float64)
         self.reading = data.reading
         self.reference = data.resample_to
+        self.crop = data.crop
         self.stride = tuple(stride)
 
-    def preprocess(self, mask: MaskLike, label_map: LabelMap | None = None) -> PreparedGrid:
-        """Read, check, translate, resample and pad one mask.
+    def preprocess(
+        self, mask: MaskLike, label_map: LabelMap | None = None, box_image: ImageLike | None = None
+    ) -> PreparedGrid:
+        """Read, check, translate, crop, resample and pad one mask.
 
+        Args:
+            box_image: of `data.crop`'s channel, whose foreground sets the box; without it the whole grid is taken,
+                unless the box is that of the mask's labels.
         Raises: ValueError (or VolumeError) naming the mask for what cannot be used: unknown labels, no voxels, no mask.
         Warns: background alone; a label missing that every training mask has, or lost by resampling; another spacing
             than the model's; a size outside the training range; odd geometry.
@@ -84,10 +92,28 @@ class VolumeProcessor:
         label_map = translation(label_map)
         names = segment_values(self.labels, known_labels(self.labels, label_map))
         volume, name = load_mask(mask, self.affine, self.reading, names)
-        target = volume.replace(index_labels(volume.array, self.labels, label_map, name))
+        whole = volume.replace(index_labels(volume.array, self.labels, label_map, name))
+        cropped = self._cropped(whole, name, box_image)
+        target = whole if cropped is None else cut(whole, cropped.box)
         grid = self._resampled(target, name, "mask")
         self._warn_of_labels(target, grid, name)
-        return self._padded(grid, target, name, grid.array[0])
+        return self._padded(grid, target, name, grid.array[0], cropped)
+
+    def _cropped(self, whole: Volume, name: str, box_image: ImageLike | None) -> Cropped | None:
+        """The box of a mask (label indices). Raises: ValueError as `load_images`, and for a box that is not found."""
+        crop = self.crop
+        if crop is None:
+            return None
+        if crop.by_mask:
+            return cropped_by_mask(whole, name, crop, sorted(self.labels))
+        if box_image is None:
+            return None
+        assert crop.channel is not None
+        with warnings.catch_warnings():  # an image that conditions the volume, too, is read again, with its warnings
+            warnings.simplefilter("ignore")
+            given = {crop.channel: box_image}
+            images, _ = load_images(given, whole, self.affine, reading=self.reading, reference=self.reference)
+        return cropped_by_image(whole, images[crop.channel], crop)
 
     def preprocess_shape(self, shape: Sequence[int]) -> PreparedGrid:
         """A grid of `shape` (X, Y, Z) voxels on the template's affine, for a model that no mask conditions."""
@@ -102,9 +128,14 @@ class VolumeProcessor:
         Raises: ValueError naming the channel and the file for what cannot be used, see `load_images`.
         Warns: without `prepared` as `preprocess` does.
         """
-        target = None if prepared is None else prepared.target
+        target = None if prepared is None else prepared.output
         volumes, shares = load_images(images, target, self.affine, reading=self.reading, reference=self.reference)
-        prepared = prepared or self._image_grid(*next(iter(volumes.items())))
+        prepared = prepared or self._image_grid(volumes)
+        if prepared.cropped is not None:
+            whole, volumes = volumes, cut_images(prepared.cropped, volumes)
+            given = {channel: filled(image) if channel in shares else image for channel, image in whole.items()}
+            prepared = replace(prepared, cropped=replace(prepared.cropped, images=given))
+            shares = {channel: float(shown(volumes[channel]).mean()) for channel in shares}
         if shares:
             prepared = self._without_unseen(prepared, volumes, shares)
         return replace(prepared, images=self._scaled_images(volumes, prepared))
@@ -118,13 +149,10 @@ class VolumeProcessor:
         """
         outside = prepared.target.array[0] == PADDING
         for channel in shares:
-            volume = volumes[channel]
-            here = ~shown(volume)
-            outside = outside | here
-            lowest = np.where(here, np.nanmin(volume.array), volume.array)
-            volumes[channel] = volume.replace(lowest.astype(np.float32))
+            outside = outside | ~shown(volumes[channel])
         least = min(shares, key=lambda channel: shares[channel])
         check_share(float(1 - outside.mean()), f"the image {least!r}, with the other inputs,", "the volume")
+        volumes |= {channel: filled(volumes[channel]) for channel in shares}
         target = prepared.target.replace(np.where(outside, np.int16(PADDING), prepared.target.array))
         grid = target
         if prepared.grid is not prepared.target:
@@ -140,15 +168,19 @@ class VolumeProcessor:
         Warns: without `prepared` as `preprocess` does.
         """
         placed = {name: image for name, image in request.images.items() if is_placed(image)}
-        target = prepared.target if prepared is not None and not placed else None  # arrays are in the order of a file
+        target = prepared.output if prepared is not None and not placed else None  # arrays are in the order of a file
         exact, _ = load_images(placed | dict(request.images), target, self.affine, exact=True, reading=self.reading)
         channel, first = next(iter(exact.items()))
         if not on_stored_grid(first):
             raise ValueError(
                 f"the image {channel!r}: was resampled from its file's grid; give the file, or a new Volume"
             )
-        prepared = self._image_grid(channel, first) if prepared is None else _on_image(channel, first, prepared)
+        prepared = self._image_grid(exact) if prepared is None else _on_image(channel, first, prepared)
         region = None if request.region is None else load_region(request.region, first, self.reading)
+        if (cropped := prepared.cropped) is not None:
+            prepared = replace(prepared, cropped=replace(cropped, images=exact))
+            exact = cut_images(cropped, exact)
+            region = None if region is None else cut_region(cropped, region)
         images = self._scaled_images(
             {n: one.replace(one.array.astype(np.float32)) for n, one in exact.items()}, prepared
         )
@@ -160,9 +192,15 @@ class VolumeProcessor:
         edit = PreparedEdit(images, originals, region, first.spacing, request.blend_margin, unseen)
         return replace(prepared, images=kept, edit=edit)
 
-    def _image_grid(self, channel: str, image: Volume) -> PreparedGrid:
-        target, name = image.replace(_no_labels(image.shape)), f"the image {channel!r}"
-        return self._padded(self._resampled(target, name, "image"), target, name, None)
+    def _image_grid(self, images: Mapping[str, Volume]) -> PreparedGrid:
+        """The grid of images, without a mask. Raises: ValueError if their box is not found."""
+        channel, image = next(iter(images.items()))
+        whole, name = image.replace(_no_labels(image.shape)), f"the image {channel!r}"
+        cropped, of_box = None, None if self.crop is None else images.get(self.crop.channel or "")
+        if self.crop is not None and of_box is not None:
+            cropped = cropped_by_image(whole, of_box, self.crop)
+        target = whole if cropped is None else cut(whole, cropped.box)
+        return self._padded(self._resampled(target, name, "image"), target, name, None, cropped)
 
     def _scaled_images(self, volumes: Mapping[str, Volume], prepared: PreparedGrid) -> dict[str, GivenImage]:
         """Images on the target of `prepared`, with their scales. Raises: ValueError for one that is constant."""
@@ -248,11 +286,13 @@ class VolumeProcessor:
                 stacklevel=3,
             )
 
-    def _padded(self, grid: Volume, target: Volume, name: str, labels: np.ndarray | None) -> PreparedGrid:
+    def _padded(
+        self, grid: Volume, target: Volume, name: str, labels: np.ndarray | None, cropped: Cropped | None = None
+    ) -> PreparedGrid:
         placement = pad_to_multiple(grid.shape, self.stride)
         self._check_size(placement.target, name)
         padded = None if labels is None else placement.apply(labels, PADDING)
-        return PreparedGrid(grid=grid, target=target, placement=placement, labels=padded)
+        return PreparedGrid(grid=grid, target=target, placement=placement, labels=padded, cropped=cropped)
 
     def _check_size(self, shape: tuple[int, int, int], name: str) -> None:
         """Warn where the padded grid is smaller or larger than any padded grid in training."""
@@ -308,13 +348,17 @@ def _no_labels(shape: tuple[int, ...]) -> np.ndarray:
 
 def _on_image(channel: str, image: Volume, prepared: PreparedGrid) -> PreparedGrid:
     """A mask's grid on the grid of the image's file. Raises: ValueError if it is another grid."""
-    if not same_grid(image, prepared.target):
+    if not same_grid(image, prepared.output):
         raise ValueError(
             f"the image {channel!r}: lies on another grid than the mask ({describe_grid(image)} against "
-            f"{describe_grid(prepared.target)}); resample one onto the other first"
+            f"{describe_grid(prepared.output)}); resample one onto the other first"
         )
-    target = image.replace(prepared.target.array)
-    return replace(prepared, target=target, grid=target if prepared.grid is prepared.target else prepared.grid)
+    target, cropped = image.replace(prepared.output.array), prepared.cropped
+    if cropped is not None:
+        cropped = replace(cropped, whole=target)
+        target = cut(target, cropped.box)
+    grid = target if prepared.grid is prepared.target else prepared.grid
+    return replace(prepared, target=target, grid=grid, cropped=cropped)
 
 
 def whole_or_float(intensity: Sequence[tuple[str, LinearScale]]) -> np.dtype:

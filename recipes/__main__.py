@@ -28,9 +28,10 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tiny model and few steps: a first picture in minutes")
     parser.add_argument("--channels", type=names, default=[], metavar="A,B", help="files that are the image's channels")
     parser.add_argument("--mask", metavar="NAME", help="file that is the mask, or none")
-    parser.add_argument(
-        "--structures", type=names, default=[], metavar="A,B", help="of TotalSegmentator's files, these"
-    )
+    structures_help = "of TotalSegmentator's files, or of the segments of DICOM masks, these"
+    parser.add_argument("--structures", type=names, default=[], metavar="A,B", help=structures_help)
+    grid_help = "channel onto whose grid the others are resampled, if volumes lie on several grids"
+    parser.add_argument("--resample_to", metavar="CHANNEL", help=grid_help)
     parser.add_argument(
         "--label_names", nargs="+", type=label_name, default=[], metavar="VALUE=NAME", help="such as 1=tumor"
     )
@@ -41,6 +42,8 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--numbers", type=names, default=[], metavar="A,B", help="columns of numbers as conditions")
     parser.add_argument("--time_point", type=Number(NonNegativeInt), help="of 4-D files, the volume that is the image")
     parser.add_argument("--spacing", nargs="+", default=[], metavar="MM", help="X Y Z in mm to resample to, or keep")
+    start_help = "none, or shipped weights to start from, such as hippocampus; hippocampus:lora trains a LoRA of them"
+    parser.add_argument("--from", dest="start", metavar="WEIGHTS", help=start_help)
     parser.add_argument("--no_mirror", action="store_true", help="never mirror volumes from left to right in training")
     parser.add_argument("--overwrite", action="store_true", help="replace the recipe in --output; its runs stay")
     options = parser.parse_args(args)

@@ -10,6 +10,7 @@ from files.names import same_name
 from volumes.volume import VolumeError
 
 from .contents import Look, Reader, spread
+from .grids import case_fault, least_shown, same_grid
 from .layouts.layout import MASK_WORD, Key, Layout, case_name, has_word
 from .layouts.structures import ROLE as STRUCTURES
 
@@ -41,7 +42,9 @@ class Choice:
     Attributes:
         channels: in the order of the model's channels.
         mask: its role; `STRUCTURES` for one that is made of binary files; None without masks.
+        reference: the role onto whose grid the others are resampled; None if all lie on one grid.
         keys: the cases that have all of them.
+        segments: {name of a segment: label value} of DICOM masks, for labels that are called otherwise.
         sure: what was left out, and why.
         unsure: what the user should look at.
     """
@@ -49,6 +52,8 @@ class Choice:
     channels: list[Channel]
     mask: str | None
     keys: list[Key]
+    reference: str | None = None
+    segments: dict[str, int] = field(default_factory=dict)
     sure: list[str] = field(default_factory=list)
     unsure: list[str] = field(default_factory=list)
 
@@ -60,8 +65,9 @@ class Choice:
 
 
 def choose(
-    layout: Layout, reader: Reader, channels: Sequence[str] = (), mask: str | None = None, volume: int | None = None
-) -> Choice:
+    layout: Layout, reader: Reader, channels: Sequence[str] = (), mask: str | None = None, volume: int | None = None,
+    resample_to: str | None = None,
+) -> Choice:  # fmt: skip
     """Choose channels and mask.
 
     Args:
@@ -70,6 +76,7 @@ def choose(
         channels: names that the user gave; empty to choose.
         mask: the name that the user gave, "none" for no mask; None to choose.
         volume: which volume of 4-D files is the image; None makes each a channel.
+        resample_to: the channel onto whose grid the others are resampled; None to choose where they lie on several.
 
     Raises:
         Ambiguous: if the files may be read in several ways.
@@ -88,7 +95,7 @@ def choose(
             f"no image was found beside {_listed(layout, sorted(masks))}; name the images by --channels NAME, or learn "
             "label maps alone by data.image_labels (docs/from_nothing.md)"
         )
-    roles = _on_grid(layout, reader, choice, roles, asked=bool(channels), mask_asked=mask is not None)
+    choice.reference = _reference(layout, reader, choice, roles, resample_to)
     choice.channels = _channels(layout, reader, roles, volume)
     _keep_complete(layout, reader, choice, asked=bool(channels), mask_asked=mask is not None)
     for role in sorted({*layout.roles} - {*choice.roles}):
@@ -106,6 +113,8 @@ def channel_name(role: str) -> str:
 def _is_mask(layout: Layout, reader: Reader, role: str) -> bool:
     if layout.masks is not None:
         return role in layout.masks
+    if role in layout.outlined:
+        return True
     files = layout.of_role(role)
     looks = [
         look for path in spread([files[key].path for key in sorted(files)], LOOKED_AT) for look in _look(reader, path)
@@ -137,39 +146,18 @@ def _chosen_mask(layout: Layout, reader: Reader, masks: set[str], asked: str | N
             f"{len(masks)} files could be the mask: {_listed(layout, sorted(masks))}; "
             f"say {_ways(layout, reader, masks)}, or --mask none"
         )
-    if not masks and layout.contours:
-        raise Ambiguous(
-            f"{len(layout.contours)} DICOM folders hold masks (SEG, RTSTRUCT), such as {layout.contours[0]}, which are "
-            "not matched to the series here; say --mask none for a model without masks, or write masks, label_names "
-            "and label_map of the data section by hand, as docs/formats.md shows"
-        )
     return next(iter(masks), None)
 
 
 def _ways(layout: Layout, reader: Reader, masks: set[str]) -> str:
     """Return `--mask NAME` for each mask, with the images on its grid if they differ."""
     images = [role for role in layout.roles if role not in masks]
-    near = {mask: [role for role in images if _same_grid(layout, reader, mask, role)] for mask in sorted(masks)}
+    near = {mask: [role for role in images if same_grid(layout, reader, mask, role)] for mask in sorted(masks)}
     if len({tuple(roles) for roles in near.values()}) == 1:
         return " or ".join(f"--mask {_quoted(mask)}" for mask in near)
     return " or ".join(
         f"--mask {_quoted(mask)} (on the grid of {', '.join(roles) or 'no image'})" for mask, roles in near.items()
     )
-
-
-def _same_grid(layout: Layout, reader: Reader, one: str, other: str) -> bool:
-    """Return whether two roles share the grid in most of a few cases that have both."""
-    ours, theirs = layout.of_role(one), layout.of_role(other)
-    both = [key for key in layout.keys if key in ours and key in theirs][: 2 * LOOKED_AT + 1]
-    fitting = [key for key in both if _fits(reader, ours[key].path, theirs[key].path)]
-    return bool(both) and 2 * len(fitting) > len(both)
-
-
-def _fits(reader: Reader, one: str, other: str) -> bool:
-    try:
-        return reader.grid(one).fits(reader.grid(other))
-    except VolumeError:
-        return False
 
 
 def _find_role(layout: Layout, name: str, roles: Sequence[str]) -> str:
@@ -188,29 +176,25 @@ def _find_role(layout: Layout, name: str, roles: Sequence[str]) -> str:
     raise ValueError(f"{name} {what}; there are {', '.join(map(_quoted, found or layout.roles))}")
 
 
-def _on_grid(
-    layout: Layout, reader: Reader, choice: Choice, roles: list[str], *, asked: bool, mask_asked: bool
-) -> list[str]:
-    """Return the channels that lie on the mask's grid, or else on the first channel's.
-
-    Raises:
-        Ambiguous: if that leaves channels out that nobody decided about.
-    """
-    has_mask = choice.mask not in (None, STRUCTURES)
-    first = choice.mask if choice.mask is not None and has_mask else roles[0]
-    on = [role for role in roles if role == first or _same_grid(layout, reader, first, role)]
-    off = [role for role in roles if role not in on]
+def _reference(layout: Layout, reader: Reader, choice: Choice, roles: Sequence[str], asked: str | None) -> str | None:
+    """Return the channel onto whose grid the others and the mask are resampled; None if they lie on one grid."""
+    if asked is not None:
+        return roles[0] if len(roles) == 1 and same_name(asked) == "image" else _find_role(layout, asked, roles)
+    first = choice.mask or roles[0]
+    off = [role for role in roles if role != first and not same_grid(layout, reader, first, role)]
     if not off:
-        return roles
-    grids = f"{', '.join(map(layout.shown, off))} lies on another grid than {layout.shown(first)}"
-    if not on:
-        raise Ambiguous(f"{grids}; resample it, or say --mask none")
-    if mask_asked and not asked:
-        choice.unsure.append(f"{grids}, and is left out")
-        return on
-    say = f"--channels {','.join(map(_quoted, on))}"
-    other = "" if has_mask else f" or --channels {','.join(map(_quoted, off))}"
-    raise Ambiguous(f"{grids}, so they cannot be channels of one volume; say {say}{other}")
+        return None
+    reference = least_shown(layout, reader, roles, choice.mask)
+    others = [role for role in roles if role not in off]
+    ways = [f"--resample_to {_quoted(role)}" for role in roles if role != reference]
+    ways += [f"--channels {','.join(map(_quoted, others))} (without the others)"] if others else []
+    shown, grid = ("structures" if first == STRUCTURES else layout.shown(first)), layout.shown(reference)
+    choice.unsure.append(
+        f"{', '.join(map(layout.shown, off))} lies on another grid than {shown}; all are resampled onto the grid of "
+        f"{grid}, {'the channel that shows the least' if len(roles) > 1 else 'the channel'} (data.resample_to)"
+        + (f"; or say {' or '.join(ways)}" if ways else "")
+    )
+    return reference
 
 
 def _channels(layout: Layout, reader: Reader, roles: Sequence[str], volume: int | None) -> list[Channel]:
@@ -277,7 +261,10 @@ def _keep_complete(layout: Layout, reader: Reader, choice: Choice, *, asked: boo
         if any(key not in files[role] for role in choice.roles) or key not in there:
             lacking.append(case_name(key))
             continue
-        reason = _fault(reader, [files[role][key].path for role in choice.roles])
+        paths = {role: files[role][key].path for role in choice.roles}
+        if mask == STRUCTURES:
+            paths[STRUCTURES] = next(iter(layout.structures[key].values()))
+        reason = case_fault(reader, paths, choice.reference)
         if reason:
             refused.append(reason)
         else:
@@ -289,18 +276,6 @@ def _keep_complete(layout: Layout, reader: Reader, choice: Choice, *, asked: boo
     if not kept:
         raise ValueError(f"no case has all of {_listed(layout, choice.roles)}: {_some(refused or lacking, 3, '; ')}")
     choice.keys = kept
-
-
-def _fault(reader: Reader, paths: Sequence[str]) -> str:
-    """Return why the files of a case cannot be used together; "" if they can."""
-    try:
-        first = reader.grid(paths[0])
-        for path in paths[1:]:
-            if not first.fits(reader.grid(path)):
-                return f"{paths[0]} and {path} have different grids"
-    except VolumeError as error:
-        return str(error)
-    return ""
 
 
 def _listed(layout: Layout, roles: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,14 +62,20 @@ class Look:
 
 
 class Reader:
-    """Reads files of one folder; each header once."""
+    """Reads files of one folder; each header once.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    Args:
+        root: the folder.
+        drawn_on: {path: folder of the series} of masks whose grid is that of a series.
+    """
+
+    def __init__(self, root: Path, drawn_on: Mapping[str, str] | None = None) -> None:
+        self.root, self.drawn_on = root, drawn_on or {}
         self._grids: dict[str, Grid] = {}
 
     def grid(self, path: str) -> Grid:
         """Return the grid of a file. Raises: VolumeError naming the file."""
+        path = self.drawn_on.get(path, path)
         if path not in self._grids:
             self._grids[path] = _read_grid(self.root / path)
         return self._grids[path]

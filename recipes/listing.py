@@ -11,7 +11,7 @@ from volumes.formats.dicom import is_series
 from volumes.formats.read import SUFFIXES, volume_stem
 
 MOST_FILES = 200_000
-RECIPE_FILES = {"data.yaml", "vae.yaml", "ldm.yaml"}
+RECIPE_FILES = {"data.yaml", "ldm.yaml"}
 TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 
 

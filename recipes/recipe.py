@@ -39,12 +39,14 @@ def make_recipe(options: Options, command: str, *, overwrite: bool = False) -> S
 
 
 def write_recipe(survey: Survey, command: str) -> None:
-    """Write the files of a recipe, and remove the table of an earlier one."""
+    """Write the files of a recipe, and remove those of an earlier one that this one lacks."""
     output, section, plan = survey.options.output, survey.section, survey.plan
-    (output / CASES).unlink(missing_ok=True)
+    for name in (CASES, "vae.yaml"):
+        (output / name).unlink(missing_ok=True)
     if section.table:
         write_text(output / CASES, section.table)
     write_text(output / "data.yaml", data_yaml(section.settings, section.why, command))
-    _, vae, ldm, _ = next_commands(survey)
-    for stage, sections, training in (("vae", plan.vae, vae), ("ldm", plan.ldm, ldm)):
-        write_text(output / f"{stage}.yaml", training_yaml(stage, sections, plan.why, training, plan.why["flip"]))
+    autoencoder = plan.start.weights.part("vae") if plan.start.lora and plan.start.weights is not None else ""
+    for (stage, sections), training in zip(plan.trainings, next_commands(survey)[1:], strict=False):
+        text = training_yaml(stage, sections, plan.why, training, plan.why["flip"], autoencoder)
+        write_text(output / f"{stage}.yaml", text)

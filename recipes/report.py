@@ -5,12 +5,12 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from cli.command import command_line
 
+from .proposals.weights import Weights
 from .section import CASES
 from .survey import Survey
 
@@ -71,14 +71,16 @@ def _grids(survey: Survey) -> list[str]:
 
 def _plan(survey: Survey) -> list[str]:
     plan, lines = survey.plan, []
-    for stage, name in (("vae", "autoencoder"), ("ldm", "diffusion")):
-        sections = plan.vae if stage == "vae" else plan.ldm
+    for stage, sections in plan.trainings:
+        name = "autoencoder" if stage == "vae" else "LoRA" if plan.start.lora else "diffusion"
         model, loop = sections["model"], sections["loop"]
         patch = f", patches {_times(np.array(sections['crops']['shape']), 'g')}" if stage == "vae" else ""
-        start = f", from {Path(sections['init_from']).parent.name}'s weights" if "init_from" in sections else ""
+        weights = plan.start.weights
+        start = f", from {weights.name}'s weights" if weights is not None and "init_from" in sections else ""
         widths, steps = ", ".join(map(str, model["channels"])), f"{loop['max_steps']} steps of {loop['batch_size']}"
         text = f"{name}: widths {widths}{start}{patch}, {steps}"
         lines += _wrapped(f"{text}; {duration(plan.seconds[stage])}")
+    lines += _wrapped(f"start: {plan.start.line}")
     lines += _wrapped(f"planned for this machine: {survey.machine.described}")
     if survey.options.quick:
         lines += _wrapped(
@@ -127,27 +129,47 @@ def median_shape(survey: Survey) -> list[int]:
 
 def next_commands(survey: Survey) -> list[str]:
     """Return the commands to type next, in their order. The only place where they are written."""
-    recipe, pipeline = survey.options.output, survey.options.output / "ldm/pipeline"
+    recipe, start, scale = survey.options.output, survey.plan.start, ["--guidance_scale", "2"]
+    own = ["--pipeline", str(recipe / "ldm/pipeline")]
+    if start.lora and start.weights is not None:
+        own = ["--pipeline", str(start.weights.folder), "--lora", str(recipe / "ldm/lora")]
+        scale = _translated(survey, start.weights)
     if has_conditions(survey):
         splits = [case.split for case in survey.section.cases]
         split = next(name for name in ("test", "validation", "train") if name in splits)
-        generate = ["--config", str(recipe / "ldm.yaml"), "--split", split, "--guidance_scale", "2"]
+        generate = ["--config", str(recipe / "ldm.yaml"), "--split", split, *scale]
+        generate = [*(own if start.lora else []), *generate]
     else:
-        generate = ["--pipeline", str(pipeline), "--count", "4"]
+        generate = [*own, "--count", "4"]
     generate += ["--output", str(recipe / "generated")]
     if survey.choice.mask is None:
         generate += ["--shape", *map(str, median_shape(survey))]
     return [
         command_line("evaluation.doctor", "--config", str(recipe / "ldm.yaml")),
-        command_line("train_vae.py", "--config", str(recipe / "vae.yaml")),
-        command_line("train_ldm.py", "--config", str(recipe / "ldm.yaml")),
+        *(
+            command_line(f"train_{stage}.py", "--config", str(recipe / f"{stage}.yaml"))
+            for stage, _ in survey.plan.trainings
+        ),
         command_line("generate.py", *generate),
     ]
 
 
+def _translated(survey: Survey, weights: Weights) -> list[str]:
+    """Return --label_map from the labels to those of a LoRA's base, which call the same channel otherwise."""
+    own = {value: name for value, (name, _) in sorted(survey.labels.items())}
+    if own == weights.labels:
+        return []
+    pairs = zip(own, sorted(weights.labels), strict=True)
+    return ["--label_map", *(f"{value}={base}" for value, base in pairs if value or base)]
+
+
 def written(survey: Survey) -> str:
     """Return the last lines: what was written, and the next commands."""
-    files = ["data.yaml", "vae.yaml", "ldm.yaml", *([CASES] if survey.section.table else [])]
+    files = [
+        "data.yaml",
+        *(f"{stage}.yaml" for stage, _ in survey.plan.trainings),
+        *([CASES] if survey.section.table else []),
+    ]
     lines = ["", *_wrapped(f"wrote {survey.options.output}/: {', '.join(files)}"), "next, in this order:"]
     return "\n".join([*lines, *(f"  {command}" for command in next_commands(survey))])
 

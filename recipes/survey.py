@@ -8,17 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-from cli.live_bar import LiveBar
 from volumes.data.preprocessing import common_spacing
 from volumes.data.tables import Row
 from volumes.volume import VolumeError
 
 from .choice import Choice, choose
-from .contents import SAMPLED, Look, Reader, label_counts, masks_to_read, spread
+from .contents import SAMPLED, Look, Reader, spread
+from .grids import case_grids
+from .labels import find_labels, keep_asked
 from .layouts.bids import find_bids
 from .layouts.described import find_described
 from .layouts.folders import find_folders
-from .layouts.layout import Layout, case_name
+from .layouts.layout import Layout
 from .layouts.listed import find_listed
 from .layouts.series import find_series
 from .layouts.structures import ROLE as STRUCTURES
@@ -28,9 +29,8 @@ from .people import People, conditions, find_people, read_tables, table_path
 from .proposals.intensity import Proposal, propose_intensity
 from .proposals.machine import Machine, this_machine
 from .proposals.sizing import Facts, Plan, Settings, propose, volume_limit
-from .proposals.weights import find_weights
-from .section import LABELS, DataSection, data_config, find_section
-from .structures import choose_structures, combine, without_structures
+from .proposals.starts import Start, choose_start
+from .section import DataSection, data_config, find_section
 from .synthetic import find_synthetic
 
 KEEP = "keep"
@@ -44,10 +44,12 @@ class Options:
         folder: of the scans.
         output: folder of the recipe.
         quick: a tiny model and few steps.
-        channels, mask, subject, group_by, table, classes, numbers, structures, label_names: see `parse` of the command.
+        channels, mask, resample_to, subject, group_by, table, classes, numbers, structures, label_names: see `parse`
+            of the command.
         time_point: which volume of 4-D files is the image.
         spacing: mm; () to propose one, or ("keep",).
         mirror: whether volumes may be mirrored from left to right.
+        start: "none", or the shipped weights to start from; None to propose, see `choose_start`.
     """
 
     folder: Path
@@ -55,6 +57,7 @@ class Options:
     quick: bool = False
     channels: Sequence[str] = ()
     mask: str | None = None
+    resample_to: str | None = None
     subject: str | None = None
     group_by: str | None = None
     table: str | None = None
@@ -65,6 +68,7 @@ class Options:
     time_point: int | None = None
     spacing: Sequence[str | float] = ()
     mirror: bool = True
+    start: str | None = None
 
 
 @dataclass
@@ -142,25 +146,31 @@ def look_over(options: Options, machine: Machine | None = None) -> Survey:
         notes.append(
             f"{len(listing.twins)} files have a twin with another suffix and are left out: {listing.twins[0]}, ..."
         )
-    reader = Reader(options.folder)
-    choice = choose(layout, reader, options.channels, options.mask, options.time_point)
-    _keep_structures(options, layout, choice)
+    reader = Reader(options.folder, layout.drawn_on)
+    choice = choose(layout, reader, options.channels, options.mask, options.time_point, options.resample_to)
+    keep_asked(options.structures, layout, choice)
     people = find_people(choice.keys, layout.metadata, tables, subject=options.subject, group_by=options.group_by)
     classes, numbers = conditions(people, choice.keys, options.classes, options.numbers)
     scalings, ranges = _intensities(layout, choice, reader)
-    labels, masks_read = _labels(options, layout, choice, reader)
-    first = layout.of_role(choice.channels[0].role)
-    grids = [reader.grid(first[key].path) for key in choice.keys]
-    shapes, spacings = np.array([grid.shape for grid in grids]), np.array([grid.spacing for grid in grids])
+    labels, masks_read = find_labels(options, layout, choice, reader)
+    reference = choice.reference or choice.channels[0].role
+    shown = [*choice.roles, *([STRUCTURES] if choice.mask == STRUCTURES else [])]
+    shapes, spacings = case_grids(layout, reader, choice.keys, shown, reference)
     machine = machine or this_machine()
     spacing, why_spacing, unsure_spacing = _spacing(options, shapes, spacings, volume_limit(machine, options.quick))
     others = _others(choice, scalings, labels, spacing, classes, numbers)
     section = find_section(listing, layout, choice, people, options.output, others)
     section.why |= {f"intensity.{name}": proposal.why for name, proposal in scalings.items()}
+    section.why["resample_to"] = "volumes lie on several grids; this channel shows the least of a patient, or was asked"
     section.why |= {"spacing": why_spacing, "classes": "conditions of the model", "numbers": "conditions of the model"}
     section.why["intensity"] = next(iter(scalings.values())).why if len(scalings) == 1 else ""
     facts = _facts(choice, scalings, labels, shapes, spacings, spacing, section, [*classes, *numbers])
-    plan = propose(facts, machine, find_weights(), quick=options.quick, mirror=options.mirror)
+    start = choose_start(options.start, facts, quick=options.quick, exactly=bool(options.spacing))
+    if (common := _weights_spacing(start, facts)) is not None:
+        spacing, unsure_spacing = common, []
+        section.settings["spacing"], section.why["spacing"] = common, "that of the weights to start from"
+        facts = _facts(choice, scalings, labels, shapes, spacings, spacing, section, [*classes, *numbers])
+    plan = propose(facts, machine, start, quick=options.quick, mirror=options.mirror)
     if not options.quick:  # whose models are tiny
         from .proposals.memory import fit_memory  # imports all of training, which takes seconds
 
@@ -198,72 +208,6 @@ def _intensities(
     return scalings, {name: (min(s.low for s in seen), max(s.high for s in seen)) for name, seen in looks.items()}
 
 
-def _labels(options: Options, layout: Layout, choice: Choice, reader: Reader) -> tuple[dict[int, tuple[str, int]], int]:
-    """Return {value: (name, cases that have it)} of the masks, and how many masks that was read from."""
-    if choice.mask is None:
-        return {}, 0
-    if choice.mask == STRUCTURES:
-        return _combined(options, layout, choice)
-    files = layout.of_role(choice.mask)
-    paths = masks_to_read(reader, [files[key].path for key in choice.keys])
-    with LiveBar(paths, desc="reading masks", unit="mask", disable=None) as progress:
-        counts, read = label_counts(reader, progress)
-    named = {**layout.label_names, **options.label_names}
-    if len(counts) < 2:
-        raise ValueError(
-            f"{layout.shown(choice.mask)}: all masks hold one value alone, {next(iter(counts), 0)}; say --mask none"
-        )
-    foreground = [value for value in sorted(counts) if value != 0]
-    single = _role_name(choice.mask) if len(foreground) == 1 else ""
-    labels = {}
-    for value in sorted({0, *counts, *named}):
-        name = named.get(value) or ("background" if value == 0 else single or f"label_{value}")
-        labels[value] = (name, counts.get(value, 0))
-    missing = [name for value, (name, count) in labels.items() if value and not count]
-    if missing and read == len(choice.keys):
-        choice.unsure.append(f"no mask holds {', '.join(missing)}, so it is left out of the labels")
-        labels = {value: entry for value, entry in labels.items() if entry[1] or value == 0}
-    return labels, read
-
-
-def _role_name(role: str) -> str:
-    """Return a label's name for the role of its masks: `tumour`, but `label_1` for `labels` and `CT_mask`."""
-    name = role.rpartition("/")[2]
-    plain = name.lower() in ("mask", "masks", "label", "labels", "seg", "segmentation", "labelstr", "gt")
-    words = [word for word in name.split("_") if word.lower() not in ("mask", "seg", "label", "ct", "mr", "pet")]
-    return "foreground" if plain or not words else "_".join(words).lower()
-
-
-def _keep_structures(options: Options, layout: Layout, choice: Choice) -> None:
-    """Leave cases out that have none of the structures that the user named."""
-    if choice.mask != STRUCTURES or not options.structures:
-        return
-    structures = {key: layout.structures[key] for key in choice.keys}
-    without = without_structures(structures, choose_structures(structures, options.structures))
-    if without:
-        choice.unsure.append(
-            f"{len(without)} cases have none of {', '.join(options.structures)} and are left out: "
-            f"{', '.join(case_name(key) for key in without[:5])}"
-        )
-        choice.keys = [key for key in choice.keys if key not in without]
-
-
-def _combined(options: Options, layout: Layout, choice: Choice) -> tuple[dict[int, tuple[str, int]], int]:
-    """Make label maps of the structures, next to the recipe."""
-    structures = {key: layout.structures[key] for key in choice.keys}
-    names = choose_structures(structures, options.structures)
-    with LiveBar(total=len(structures), desc="combining structures", unit="case", disable=None) as progress:
-        counts, overlaps = combine(options.folder, structures, names, options.output / LABELS, progress.update)
-    if absent := [name for name in names if not counts[name]]:
-        names = [name for name in names if counts[name]]
-        counts, overlaps = combine(options.folder, structures, names, options.output / LABELS)
-        choice.sure.append(f"{len(absent)} structures are empty in all cases, and no labels: {', '.join(absent[:5])}")
-    if overlaps:
-        choice.unsure.append(f"structures overlap in {overlaps} voxels; the later one in the alphabet counts there")
-    choice.sure.append(f"{len(names)} structures were combined into a label map per case, in {options.output / LABELS}")
-    return {0: ("background", len(structures)), **{v: (n, counts[n]) for v, n in enumerate(names, 1)}}, len(structures)
-
-
 def _spacing(
     options: Options, shapes: np.ndarray, spacings: np.ndarray, most: int
 ) -> tuple[list[float] | None, str, list[str]]:
@@ -289,6 +233,13 @@ def _spacing(
     return middle.round(3).tolist(), "the median: voxels differ in size", [unsure]
 
 
+def _weights_spacing(start: Start, facts: Facts) -> list[float] | None:
+    """Return the spacing that a U-Net to start from knows, if volumes would have another one."""
+    if start.weights is None or not start.unet or common_spacing([facts.spacing, start.weights.spacing]):
+        return None
+    return list(start.weights.spacing)
+
+
 def _others(
     choice: Choice, scalings: dict[str, Proposal], labels: dict[int, tuple[str, int]], spacing: list[float] | None,
     classes: dict[str, list[str]], numbers: list[str],
@@ -302,6 +253,10 @@ def _others(
     settings: Settings = {}
     if choice.mask is not None:
         settings["label_names"] = {value: name for value, (name, _) in labels.items()}
+    if choice.segments:
+        settings["label_map"] = choice.segments
+    if choice.reference is not None:
+        settings["resample_to"] = next(one.name for one in choice.channels if one.role == choice.reference)
     settings["spacing"] = spacing
     settings["intensity"] = next(iter(written.values())) if single else written
     if classes:

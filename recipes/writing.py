@@ -19,7 +19,9 @@ def data_yaml(settings: Mapping[str, Any], why: Mapping[str, str], command: str)
     return "\n".join([*_comment(head), *_settings(settings, why, "")]) + "\n"
 
 
-def training_yaml(stage: str, sections: Mapping[str, Any], why: Mapping[str, str], command: str, flip_why: str) -> str:
+def training_yaml(
+    stage: str, sections: Mapping[str, Any], why: Mapping[str, str], command: str, flip_why: str, autoencoder: str = ""
+) -> str:
     """Return the text of vae.yaml or ldm.yaml.
 
     Args:
@@ -28,11 +30,13 @@ def training_yaml(stage: str, sections: Mapping[str, Any], why: Mapping[str, str
         why: {"vae.crops": reason, ...}.
         command: that trains.
         flip_why: why volumes are mirrored, or not.
+        autoencoder: a trained one that the diffusion model uses; by default the one that vae.yaml trains.
     """
-    what = "The autoencoder" if stage == "vae" else "The diffusion model, after vae.yaml"
+    what = "The autoencoder" if stage == "vae" else f"The diffusion model{'' if autoencoder else ', after vae.yaml'}"
     lines = [*_comment(f"{what}: {command}"), "data: data.yaml", f"output: {stage}  # beside this file"]
     if stage == "ldm":
-        lines.append("vae: vae/vae  # the autoencoder that vae.yaml trains")
+        used = f"{autoencoder}  # of the clone, as it is" if autoencoder else "vae/vae  # that vae.yaml trains"
+        lines.append(f"vae: {used}")
     own = {name.partition(".")[2]: reason for name, reason in why.items() if name.startswith(f"{stage}.")}
     place = "crops" if stage == "vae" else "cache"
     own[place] = f"{own.get(place, '')}; {flip_why}".lstrip("; ")

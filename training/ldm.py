@@ -16,21 +16,17 @@ from accelerate.utils import set_seed
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from autoencoder import LatentDistribution, VolumeAutoencoder
-from autoencoder.losses.reconstruction import cells_inside
+from autoencoder import VolumeAutoencoder
 from autoencoder.model import RECORDS
 from autoencoder.residual_noise import check_noise_shape, measure_noise
 from autoencoder.weights import weight_files
 from diffusion import (
     Conditions,
-    LatentDataset,
     LatentUNet3D,
-    build_latent_cache,
     collate_latents,
     denoise,
     drop_conditions,
-    fold_mask,
-    image_condition,
+    fit_scheduler,
     make_scheduler,
     moved_embeddings,
     training_loss,
@@ -38,7 +34,6 @@ from diffusion import (
 from diffusion.completion import complete_model
 from diffusion.denoise import set_timesteps
 from diffusion.latent_cache import weights_hash
-from diffusion.latent_entry import check_latents
 from diffusion.objectives import Scheduler
 from files.documents import read_object
 from pipelines import MedVolumePipeline, SamplingSettings
@@ -54,9 +49,10 @@ from .encoder_distance import EncoderDistance
 from .engine.learner import Learner
 from .engine.output import save_model
 from .engine.step import Training
+from .held_out import EncodedVolume, encode_held_out, latents_of
 from .ldm_config import TrainLdmConfig
 from .previews import preview_case
-from .splits import PaddedVolumes, WholeVolume, digests, load_split, own_record, refuse_seen
+from .splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,15 +67,6 @@ class LatentBatch(TypedDict):
     mean: Tensor  # (B, C, h, w, d)
     std: Tensor
     weight: Tensor  # (B, 1, h, w, d): zero in padding
-    conditions: Conditions
-
-
-class EncodedVolume(WholeVolume):
-    """A held-out volume with its latents (1, C, h, w, d), which of them are inside the field of view (1, 1, h, w, d)
-    bool, and its conditions, a batch of one."""
-
-    latents: Tensor
-    inside: Tensor
     conditions: Conditions
 
 
@@ -108,7 +95,12 @@ class LdmTrainingStep:
         self.channels = channels
         network = learner.network
         self.make_scheduler = make_scheduler
-        self.loss = partial(training_loss, train_steps=network.train_steps, absolute=loss == "l1")
+        self.loss = partial(
+            training_loss,
+            train_steps=network.train_steps,
+            shift_voxels=network.config["shift_voxels"],
+            absolute=loss == "l1",
+        )
         self.objective: str = network.config["objective"]
         self.schema = network.condition_schema
         self.dropout: dict[str, float] = network.config["condition_dropout"] or {}
@@ -185,7 +177,9 @@ class LdmTrainingStep:
         drops."""
         images = [name for name, _ in self.schema.images if self.dropout.get(name)]
         noise = randn_tensor(item["latents"].shape, generator=generator, device=item["latents"].device)
-        scheduler, steps = self.make_scheduler(), self.inference_steps
+        average, steps = self.unet.average, self.inference_steps
+        shift = average.timestep_shift(noise.shape[2:])
+        scheduler = fit_scheduler(self.make_scheduler(), self.objective, average.train_steps, shift=shift)
         conditions = item["conditions"].drop(images, self.schema)
         with self.unet.accelerator.autocast():
             latents = denoise(self.unet.average, noise, scheduler, conditions, num_inference_steps=steps)
@@ -215,8 +209,8 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     set_timesteps(step.make_scheduler(), config.inference_steps, None, accelerator.device)
 
     num_labels = unet.config["num_labels"]
-    latents = encode_training(train, vae, config, accelerator)
-    validation = encode_held_out(PaddedVolumes(held_out, vae.stride), vae, num_labels, images) if held_out else []
+    latents = latents_of(train, vae, config, config.cache, accelerator)
+    validation = encode_held_out(held_out, vae, config, accelerator, num_labels, images) if held_out else []
     records = join_records([*earlier, own_record(train, held_out)])
 
     def finish() -> None:
@@ -252,7 +246,10 @@ def build_step(
     config: TrainLdmConfig, unet: LatentUNet3D, vae: VolumeAutoencoder, realism: EncoderDistance | None = None
 ) -> LdmTrainingStep:
     """Build the training step of `unet`, with its optimizer and average."""
-    learner = Learner("unet", unet, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
+    loop = config.loop
+    learner = Learner(
+        "unet", unet, config.optimizer, ema_decay=loop.ema_decay, ema_length=loop.ema_length, max_steps=loop.max_steps
+    )
     scheduler = partial(
         make_scheduler, unet.config["objective"], unet.train_steps, name=config.scheduler, bound=vae.latent_bound()
     )
@@ -335,39 +332,3 @@ def attach_lora(unet: LatentUNet3D, config: TrainLdmConfig) -> str:
     stored = stored_tensors(weight_files(Path(config.init_from)))  # as the pipeline hashes them, in whatever precision
     add_lora(unet, **dataclasses.asdict(config.lora))
     return content_hash({"unet": (unet.config, stored)})
-
-
-@torch.no_grad()
-def encode_held_out(
-    volumes: PaddedVolumes, vae: VolumeAutoencoder, num_labels: int, images: Mapping[str, slice]
-) -> list[EncodedVolume]:
-    """Encode the held-out volumes."""
-    items = []
-    for item in volumes:
-        posterior: LatentDistribution = vae.encode(item["image"][None].to(vae.device), return_dict=False)[0]
-        check_latents(posterior, item["name"])
-        columns = {key: item.get(key) for key in ("classes", "numbers")}
-        tensors = {key: values[None] for key, values in columns.items() if values is not None}
-        if num_labels:
-            assert "mask" in item
-            tensors["mask"] = fold_mask(item["mask"][None], vae.stride, num_labels)
-        latents = posterior.mode().cpu()
-        inside = cells_inside(item["fov"][None], tuple(latents.shape[2:]))
-        if images:
-            tensors["image"] = image_condition(latents, images, inside)
-        items.append(EncodedVolume(**item, latents=latents, inside=inside, conditions=Conditions(**tensors)))
-    return items
-
-
-def encode_training(
-    dataset: VolumeDataset, vae: VolumeAutoencoder, config: TrainLdmConfig, accelerator: Accelerator
-) -> LatentDataset:
-    """Build the latent cache of the training volumes; each process encodes its share."""
-    folder = config.cache.folder or Path(config.output) / "latents"
-    shard = (accelerator.process_index, accelerator.num_processes)
-    progress = accelerator.is_main_process
-    latents = build_latent_cache(
-        dataset, vae, folder, config.cache, seed=config.loop.seed, shard=shard, progress=progress
-    )
-    accelerator.wait_for_everyone()
-    return latents

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
 from autoencoder import (
@@ -19,12 +19,12 @@ from autoencoder import (
     gradient_loss,
     l1_loss,
     latent_loss,
-    latent_statistics,
     mse_loss,
     spectrum_loss,
 )
 from autoencoder.losses.adversarial import draw_slices
 from autoencoder.losses.reconstruction import cells_inside
+from autoencoder.statistics import join_moments, latent_moments
 from cli.live_bar import LiveBar
 from files.documents import read_object
 from volumes import CropDataset, VolumeDataset, slices_figure
@@ -186,7 +186,9 @@ def build(config: TrainVaeConfig, accelerator: Accelerator) -> Training:
         unused = ("init_from", "freeze_encoder", "adversarial", "perceptual", "resume")
         if settings := [name for name in unused if getattr(config, name)]:
             raise ValueError(f"{type(vae).__name__} has nothing to train: remove {', '.join(settings)}")
-        return Training(None, lambda: finish(vae.to(accelerator.device), *load_split(config.data), output))
+        train, held_out = load_split(config.data)
+        measure = partial(measure_latents, vae.to(accelerator.device), train, accelerator)
+        return Training(None, lambda: finish(vae, train, held_out, output), measure=measure)
     if config.init_from:
         init_vae(vae, config)
     elif config.freeze_encoder:
@@ -203,16 +205,22 @@ def build(config: TrainVaeConfig, accelerator: Accelerator) -> Training:
     validation = PaddedVolumes(held_out, vae.stride) if held_out else []
 
     def save() -> None:
-        earlier = inherited_records(config)
-        finish(step.vae.average, train, held_out, output, earlier=earlier, measure=not config.freeze_encoder)
+        finish(step.vae.average, train, held_out, output, earlier=inherited_records(config))
 
-    return Training(step, save, crops, validation, contents=digests(train))
+    def measure() -> None:
+        if not config.freeze_encoder:  # its statistics are kept with it
+            measure_latents(step.vae.average, train, accelerator)
+
+    return Training(step, save, crops, validation, contents=digests(train), measure=measure)
 
 
 def build_step(config: TrainVaeConfig, vae: VolumeAutoencoder) -> VaeTrainingStep:
     """Build the training step of `vae`, with optimizers, averages, and the discriminator and perceptual network of the
     config."""
-    learner = Learner("vae", vae, config.optimizer, ema_decay=config.loop.ema_decay, max_steps=config.loop.max_steps)
+    loop = config.loop
+    learner = Learner(
+        "vae", vae, config.optimizer, ema_decay=loop.ema_decay, ema_length=loop.ema_length, max_steps=loop.max_steps
+    )
     perception = make_perception(config.perceptual, config, vae) if config.perceptual else None
     adversary = make_adversary(config.adversarial, config, vae) if config.adversarial else None
     label_maps = bool(config.data.image_labels)
@@ -275,6 +283,19 @@ def inherited_records(config: TrainVaeConfig) -> Sequence[Mapping[str, object]]:
     return join_records(*records)
 
 
+def measure_latents(vae: VolumeAutoencoder, train: VolumeDataset, accelerator: Accelerator) -> None:
+    """Measure the latents of the training volumes, of which each process takes its share, and set their statistics in
+    all processes. The sums are added in the order of the volumes, so they have the bits of one process."""
+    volumes, rank, moments = PaddedVolumes(train, vae.stride), accelerator.process_index, {}
+    share = range(rank, len(volumes), accelerator.num_processes)
+    for index in LiveBar(share, desc="measure latents", unit="volume", disable=True if rank else None):
+        item = volumes[index]
+        batch = {"name": item["name"], "image": item["image"][None], "fov": item["fov"][None]}
+        moments[index] = latent_moments(vae, batch)
+    gathered = {index: one for part in gather_object([moments]) for index, one in part.items()}
+    vae.set_latent_statistics(*join_moments(gathered[index] for index in range(len(volumes))))
+
+
 def finish(
     vae: VolumeAutoencoder,
     train: VolumeDataset,
@@ -282,19 +303,13 @@ def finish(
     output: Path,
     *,
     earlier: Sequence[Mapping[str, object]] = (),
-    measure: bool = True,
 ) -> None:
-    """Measure the latents of the training volumes and save the autoencoder to `output`/vae.
+    """Save the autoencoder to `output`/vae.
 
     Its config records how the volumes were prepared, and whose they are.
     Args:
         earlier: records of the subjects of what the training started from.
-        measure: whether to measure the latents; otherwise their statistics stay.
     """
-    if measure:
-        items = LiveBar(PaddedVolumes(train, vae.stride), desc="measure latents", unit="volume")
-        volumes = ({"name": item["name"], "image": item["image"][None], "fov": item["fov"][None]} for item in items)
-        vae.set_latent_statistics(*latent_statistics(vae, volumes))
     if len(train.channels) > 1:
         vae.register_to_config(channel_names=train.channels)
     vae.register_to_config(data=train.preprocessing, subjects=join_records([*earlier, own_record(train, held_out)]))

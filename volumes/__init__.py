@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .data.crops import CropDataset
     from .data.dataset import VolumeDataset, describe, pad_sample
     from .figures import FigureCase, shapes_figure, slices_figure
+    from .foreground import ForegroundCrop
     from .formats.dicom_out import write_dicom
     from .formats.dicom_seg_out import write_seg
     from .formats.nifti import (
@@ -44,6 +45,7 @@ __all__ = [
     "CropDataset",
     "DataConfig",
     "FigureCase",
+    "ForegroundCrop",
     "IntensityScaling",
     "LinearScale",
     "PhantomConfig",

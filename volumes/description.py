@@ -14,6 +14,7 @@ import numpy as np
 
 from files.paths import check_name
 
+from .foreground import ForegroundCrop
 from .formats.raw import AXES, SPACINGS, UNITS, Reading, check_grid
 from .intensity import IntensityScaling, LinearScale
 from .map_checks import MAX_SIDE, LabelMapStats
@@ -147,6 +148,7 @@ class DataDescription:
         grid_numbers: those of the numbers that were taken from the volumes' grids.
         reading: how wrong headers are read, see `DataConfig.reading`.
         resample_to: the channel onto whose grid the others were resampled, see `DataConfig`; None if they were not.
+        crop: how cases were cut to a box, see `DataConfig`, with the channel's name; None if they were not.
         common_labels: values of the labels that every training mask has; None if they were not recorded.
         maps: what the training set's label maps have in common; None for images that are not label maps.
         residual_noise: a model of the residual noise per channel; None if it was not measured.
@@ -165,6 +167,7 @@ class DataDescription:
     grid_numbers: tuple[str, ...] = ()
     reading: Reading = field(default_factory=Reading)
     resample_to: str | None = None
+    crop: ForegroundCrop | None = None
     common_labels: tuple[int, ...] | None = None
     maps: LabelMapStats | None = None
     residual_noise: tuple[ChannelNoise, ...] | None = None
@@ -197,6 +200,7 @@ class DataDescription:
             grid_numbers=_names("grid_numbers", data.pop("grid_numbers", [])),
             reading=_reading(data.pop("reading", {})),
             resample_to=data.pop("resample_to", None),
+            crop=_crop(data.pop("crop"), channels, labels) if "crop" in data else None,
             common_labels=_common(data.pop("common_labels"), labels) if "common_labels" in data else None,
             maps=_maps(data.pop("maps"), image_labels) if "maps" in data else None,
             residual_noise=_noise(data.pop("residual_noise", None), len(channels)),
@@ -228,6 +232,8 @@ class DataDescription:
             stored["reading"] = dict(self.reading)
         if self.resample_to is not None:
             stored["resample_to"] = self.resample_to
+        if self.crop is not None:
+            stored["crop"] = self.crop.to_json()
         if self.common_labels is not None:
             stored["common_labels"] = list(self.common_labels)
         if self.maps is not None:
@@ -304,6 +310,16 @@ def _reading(value: Any) -> Reading:
     fits = _mapping(value) and all(setting in READING.get(name, ()) for name, setting in value.items())
     _expect(fits, "reading", value, f"some of {READING}")
     return Reading(**value)
+
+
+def _crop(value: Any, channels: Sequence[str], labels: Mapping[int, str]) -> ForegroundCrop:
+    try:
+        crop = ForegroundCrop.from_json(value)
+    except ValueError as error:
+        raise ValueError(f"data: {error}") from error
+    known = bool(labels) if crop.by_mask else crop.channel in channels
+    _expect(known, "crop", value, "a channel of the data, or a mask")
+    return crop
 
 
 def _maps(value: Any, image_labels: Mapping[int, str]) -> LabelMapStats:

@@ -72,15 +72,21 @@ def anonymized(
 def copy_check_with(known: CopyCheck, image: Any, data: DataDescription) -> Check:
     """Refuse copies of the training volumes and of one more case, whose `image` is in file units.
 
-    Raises: ValueError for an image with other channels than the model's `data`.
+    Raises: ValueError for an image with other channels than the model's `data`, and for a model whose training cut its
+    volumes to the labels of their masks.
     """
+    if data.crop is not None and data.crop.by_mask:
+        raise ValueError(
+            "this model was trained on the boxes of its masks' labels (data.crop.above: mask), which the image alone "
+            "does not show, so copies of this patient would not be found; use a model whose data.crop.above is a value"
+        )
     patient = CopyCheck.of(
-        [in_model_units(image, data)], known.crop, block=known.block, flips=known.flips, shift=known.shift
+        [in_model_units(image, data, crop=True)], known.crop, block=known.block, flips=known.flips, shift=known.shift
     )
     patient = dataclasses.replace(patient, threshold=known.threshold)
 
     def judge(generated: Any) -> tuple[bool, dict[str, float]]:
-        volume = in_model_units(generated, data)
+        volume = in_model_units(generated, data, crop=True)
         of_training, of_patient = known.check(volume), patient.check(volume)
         nearest = max(of_training.similarity, of_patient.similarity)
         return of_training.copy or of_patient.copy, {"similarity": nearest, "patient_similarity": of_patient.similarity}

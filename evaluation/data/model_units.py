@@ -8,9 +8,10 @@ import numpy as np
 from pipelines.volume_processor import SPACING_TOLERANCE
 from volumes import VolumeError, label_channels, label_indices, read_mask, read_volume, resample
 from volumes.description import DataDescription
+from volumes.foreground import cut, image_box
 
 
-def in_model_units(image: Any, data: DataDescription) -> np.ndarray:
+def in_model_units(image: Any, data: DataDescription, *, crop: bool = False) -> np.ndarray:
     """Scale what the pipeline returns or writes to (C, X, Y, Z) float32 in [0, 1].
 
     Channels are scaled back by the scales in `data` (for kind percentile the medians over the training set), by which
@@ -19,6 +20,8 @@ def in_model_units(image: Any, data: DataDescription) -> np.ndarray:
     Args:
         image: a NIfTI image or path, or {channel: image} of all channels of the data.
         data: the pipeline's, see `volumes.describe`.
+        crop: whether to cut it to the box of its foreground as the training volumes were (`data.crop`), where it has
+            any; the box of a mask is not found in an image.
     Raises: ValueError for other channels than the data's.
     """
     known = list(data.image_labels)
@@ -33,6 +36,9 @@ def in_model_units(image: Any, data: DataDescription) -> np.ndarray:
     if names != list(data.channels) or len(channels) != len(names):
         raise VolumeError(f"a volume of {len(channels)} channels {names}, the model makes {list(data.channels)}")
     volume = volume.replace(channels)
+    if crop and data.crop is not None and data.crop.channel is not None:
+        box = image_box(volume.replace(channels[names.index(data.crop.channel)][None]), data.crop)
+        volume = volume if box is None else cut(volume, box)
     if data.spacing is not None and not np.allclose(volume.spacing, data.spacing, rtol=SPACING_TOLERANCE, atol=0):
         volume = resample(volume, data.spacing)
     scales = [scale.linear for scale in data.intensity]

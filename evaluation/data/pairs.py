@@ -20,6 +20,7 @@ from volumes import (
     PHANTOM_LABELS,
     Case,
     DataConfig,
+    Placement,
     Volume,
     VolumeError,
     describe_grid,
@@ -32,7 +33,8 @@ from volumes import (
     same_grid,
     volume_stem,
 )
-from volumes.data.case_files import one_grid, read_case
+from volumes.data.case_files import StoredCase, foreground_box, one_grid, read_case
+from volumes.foreground import box_from_json, cut
 
 from .large_arrays import large_zeros
 
@@ -44,11 +46,12 @@ NAMES = {"train": "training", "test": "test"}  # of the splits, in messages
 @dataclass(frozen=True)
 class Pair:
     """One volume to train or test on: the case whose mask it has, and its files, one per channel, if they are not the
-    case's own.
+    case's own; and the box of `data.crop` in which these were generated, if it is recorded.
     """
 
     case: Case
     generated: tuple[Path, ...] | None = None
+    box: Placement | None = None
 
 
 def learning_cases(cases: Sequence[Case]) -> list[Case]:
@@ -90,7 +93,8 @@ def generated_pairs(cases: Sequence[Case], folder: Path, split: Literal["train",
     for case in (test_cases if split == "test" else learning_cases)(cases):
         for volume, parts in made.get(case.name, []):
             path = folder / f"{volume}.nii.gz"
-            pairs.append(Pair(case, tuple(parts.get(channel) or _given(path, channel, case) for channel in channels)))
+            files_of = tuple(parts.get(channel) or _given(path, channel, case) for channel in channels)
+            pairs.append(Pair(case, files_of, _recorded_box(path)))
     if split == "train":
         pairs += _of_generated_masks(folder, files, channels, masks)
     if not pairs:
@@ -124,7 +128,7 @@ def _of_generated_masks(
         if missing := [channel for channel in channels if channel not in parts]:
             raise ValueError(f"{path}: has no file of channel {', '.join(missing)}; generate all channels")
         case = Case(volume, f"generated {_stem(mask)}", "train", dict(parts), mask)
-        pairs.append(Pair(case, tuple(parts[channel] for channel in channels)))
+        pairs.append(Pair(case, tuple(parts[channel] for channel in channels), _recorded_box(path)))
     return pairs
 
 
@@ -208,14 +212,14 @@ def unit_range(array: np.ndarray) -> np.ndarray:
 
 
 def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
-    """Read image, in the units of its file, and label indices, both at the config's spacing."""
+    """Read image, in the units of its file, and label indices, both in the config's box and at its spacing."""
     case = pair.case
     if config.resample_to is not None and pair.generated is None:
         return _read_resampled(case, config)
     if case.phantom is not None:
         assert config.phantom is not None
         image, mask, _ = make_phantom(case.phantom, config.phantom.shape)
-        name = case.name
+        name, parts = case.name, [image]
     else:
         assert case.mask is not None
         if pair.generated is not None:
@@ -235,10 +239,38 @@ def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
         image = parts[0].replace(np.concatenate([part.array for part in parts]))
     if len(image.array) != len(config.patterns):
         raise VolumeError(f"{name}: holds {len(image.array)} channels, the data has {list(config.patterns)}")
+    box = _box(pair, StoredCase(dict(zip(config.patterns, parts, strict=True)), mask), config)
     mask = mask.replace(label_indices(mask.array, label_values(config), config.label_map, name=str(case.mask or name)))
+    if box is not None:
+        image, mask = cut(image, box), cut(mask, box)
     if config.spacing is not None:
         image, mask = resample(image, config.spacing), resample(mask, config.spacing, nearest=True)
     return image, mask
+
+
+def _box(pair: Pair, read: StoredCase, config: DataConfig) -> Placement | None:
+    """The box of `data.crop`: that in which a volume was generated, or else that of its case. Raises: VolumeError for a
+    box of another grid.
+    """
+    if config.crop is None:
+        return None
+    if pair.generated is None:
+        return foreground_box(pair.case, read, config)
+    box = pair.box or foreground_box(pair.case, read_case(pair.case, config), config)
+    grid = next(iter(read.images.values()))
+    if box is not None and box.shape != grid.shape:
+        whole = " x ".join(map(str, box.shape))
+        raise VolumeError(
+            f"{pair.generated[0]}: the box of its case (data.crop) is of {whole} voxels, the volume has "
+            f"{describe_grid(grid)}; generate it from the mask on the grid of the case's image"
+        )
+    return box
+
+
+def _recorded_box(path: Path) -> Placement | None:
+    """The box in which the volume at `path` was generated, by its sidecar."""
+    box = (read_sidecar(path) or {}).get("box")
+    return None if box is None else box_from_json(box)
 
 
 def _read_resampled(case: Case, config: DataConfig) -> tuple[Volume, Volume]:

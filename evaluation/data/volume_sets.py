@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -14,6 +14,7 @@ from torch import Tensor
 from pipelines import describe_mask, read_sidecar
 from pipelines.storage.provenance import sidecars, volume_files
 from volumes import Case, DataConfig, VolumeDataset, pad_or_crop
+from volumes.foreground import box_from_json
 
 from .large_arrays import large_zeros
 
@@ -139,10 +140,7 @@ def generated_set(
             )
     if twice := sorted(name for name, count in Counter(case.name for case in generated).items() if count > 1):
         raise ValueError(f"{twice[:3]} are in two folders with the same name; rename one of the folders")
-    files = dataclasses.replace(
-        config, label_map={}, time_point=None
-    )  # they hold the model's own labels, one volume each
-    dataset = _images(generated, files)
+    dataset = _images(generated, _of_generated(config))
     names, subjects = ([getattr(case, key) for case in dataset.cases] for key in ("name", "subject"))
     masks = [case.metadata["mask"] for case in dataset.cases]
     return VolumeSet(UnitVolumes(dataset), names, subjects, masks, _spacings(dataset)), dict(dataset.skipped)
@@ -150,7 +148,7 @@ def generated_set(
 
 def generated_cases(folder: Path, config: DataConfig) -> list[Case]:
     """List the volumes in `folder` by their sidecars, sorted by name, with the requested classes and numbers as
-    metadata.
+    metadata. With `data.crop`, a volume that was generated in a box is cut to it again; of others the box is found.
 
     Raises: ValueError for a folder without volumes, and for a volume without a file for each channel of the data.
     """
@@ -161,8 +159,11 @@ def generated_cases(folder: Path, config: DataConfig) -> list[Case]:
         images = dict(zip(record.get("channels") or channels[:1], volume_files(path, record), strict=True))
         if missing := [channel for channel in channels if channel not in images or not images[channel].is_file()]:
             raise ValueError(f"{sidecar}: its volume has no file of {missing}; generate all channels of the data")
+        box = None if config.crop is None or record.get("box") is None else box_from_json(record["box"])
         requested = {**(record.get("classes") or {}), **(record.get("numbers") or {})}
-        cases.append(Case(sidecar.stem, subject=sidecar.stem, split="generated", images=images, metadata=requested))
+        cases.append(
+            Case(sidecar.stem, subject=sidecar.stem, split="generated", images=images, metadata=requested, box=box)
+        )
     if not cases:
         raise ValueError(f"{folder}: no volume with a sidecar; generate some with generate.py")
     return cases
@@ -209,13 +210,9 @@ def load_classes(cases: Sequence[Case], config: DataConfig, column: str, shape: 
         raise ValueError(
             f"none of the {len(cases)} volumes has a {column}, such as {cases[0].name if cases else 'none'}"
         )
-    one_column = dataclasses.replace(
-        config, masks=None, label_names={}, classes={column: config.classes[column]}, numbers=[]
-    )
-    if all(case.split == "generated" for case in known):  # files with the model's own labels, one volume each
-        one_column = dataclasses.replace(one_column, label_map={}, time_point=None)
-    known = [dataclasses.replace(case, mask=None) for case in known]
-    dataset = VolumeDataset(known, one_column)
+    if all(case.split == "generated" for case in known):
+        config = _of_generated(config)
+    dataset = _images(known, config, {column: config.classes[column]})
     images = large_zeros((len(dataset), len(dataset.channels), *shape))
     sizes = torch.empty(len(dataset), len(dataset.channels))
     for index in range(len(dataset)):
@@ -227,10 +224,25 @@ def load_classes(cases: Sequence[Case], config: DataConfig, column: str, shape: 
     return ClassVolumes(images, classes, dataset.skipped, sizes if config.image_labels else None)
 
 
-def _images(cases: Sequence[Case], config: DataConfig) -> VolumeDataset:
-    """Load only the images of the cases, without mask, classes and numbers."""
-    alone = dataclasses.replace(config, masks=None, label_names={}, classes={}, numbers=[])
-    return VolumeDataset([dataclasses.replace(case, mask=None) for case in cases], alone)
+def _of_generated(config: DataConfig) -> DataConfig:
+    """The data section for files of generate.py: they hold the model's own labels, one volume each. Where the box is
+    that of a mask, it is known wherever there was a mask.
+    """
+    crop = None if config.crop is not None and config.crop.by_mask else config.crop
+    return dataclasses.replace(config, label_map={}, time_point=None, crop=crop)
+
+
+def _images(
+    cases: Sequence[Case], config: DataConfig, classes: Mapping[str, list[str] | dict[str, str]] | None = None
+) -> VolumeDataset:
+    """Load only the images of the cases, with these classes: without numbers, and without masks, unless they set the
+    box.
+    """
+    alone = dataclasses.replace(config, classes=dict(classes or {}), numbers=[])
+    if config.crop is None or not config.crop.by_mask:
+        alone = dataclasses.replace(alone, masks=None, label_names={})
+        cases = [dataclasses.replace(case, mask=None) for case in cases]
+    return VolumeDataset(cases, alone)
 
 
 def _spacings(dataset: VolumeDataset) -> list[tuple[float, float, float]]:

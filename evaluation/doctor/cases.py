@@ -18,6 +18,7 @@ from volumes import (
     PHANTOM_LABELS,
     Case,
     DataConfig,
+    Placement,
     SourceGrid,
     Volume,
     VolumeError,
@@ -74,7 +75,7 @@ class Examined:
     scale, and `above`, the fraction above it; `covered`, the fraction of the scale that percentiles 1 to 99 span;
     `step`, see `quantization_step`. `labels` are volumes in ml by name (0 if the case lacks the label); `digest` is of
     the stored voxels; `voxels`, see `volumes.data.subjects`; `thumbnail`, see `thumbnail_of`; `resampled` and `share`,
-    see `volumes.data.alignment.Aligned`. `orientation` of phantoms is "".
+    and `box`, see `volumes.data.alignment.Aligned`. `orientation` of phantoms is "".
     """
 
     case: Case
@@ -99,6 +100,7 @@ class Examined:
     oddities: tuple[tuple[str, Oddity], ...] = ()
     resampled: tuple[Resampled, ...] = ()
     share: float = 1.0
+    box: Placement | None = None
 
     @property
     def file(self) -> str:
@@ -169,7 +171,9 @@ def examine(case: Case, config: DataConfig) -> Examined:
     """Read a case as training does, and its voxels as they are stored. Raises: VolumeError naming the file."""
     prepared = prepare(case, config)
     raw, grid = _stored(case, config, prepared)
-    count = len(raw)
+    count, digest, box = len(raw), _digest(raw), prepared.box
+    if box is not None:
+        raw = [box.apply(channel, 0) if channel.shape == box.shape else channel for channel in raw]
     clipped, above, covered = [], [], []
     for channel, scale in zip(raw, prepared.scales, strict=True):
         above.append(float((channel > scale.high).mean()))
@@ -190,7 +194,7 @@ def examine(case: Case, config: DataConfig) -> Examined:
         covered=tuple(covered),
         step=(None,) * count if is_map else tuple(map(quantization_step, raw)),
         voxels=prepared.voxels,
-        digest=_digest(raw),
+        digest=digest,
         thumbnail=thumbnail_of(prepared.image.array),
         labels=_label_volumes(prepared, config),
         numbers=prepared.numbers,
@@ -198,6 +202,7 @@ def examine(case: Case, config: DataConfig) -> Examined:
         oddities=prepared.oddities,
         resampled=prepared.resampled,
         share=prepared.share,
+        box=prepared.box,
         **_header(prepared.image.source),
     )
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from volumes import Case, DataConfig, IntensityScaling
 from volumes.data.alignment import describe_resampling
+from volumes.foreground import share_of
 from volumes.plausible import gathered
 from volumes.volume import GRID_NUMBERS
 
@@ -27,6 +28,7 @@ THICK = 3.0  # voxels so many times longer than wide
 RARE = 10  # volumes of a class
 FLAT = 0.05  # fraction of a window that a volume should span
 KEPT = 0.8  # of the box of the channel that others are resampled onto, that all should show
+ALMOST_ALL, ALMOST_NOTHING = 0.95, 0.02  # of a volume's voxels that a crop should leave less, and more than
 CLIPPED = 0.05  # fraction of a volume's voxels above its window, above which the window may be wrong
 CAPPED = 2.0  # ratio of the maximum to the upper percentile, above which a volume loses its peaks
 
@@ -138,7 +140,7 @@ def check_geometry(examined: Sequence[Examined], config: DataConfig) -> list[Fin
         findings.append(warn("shape", f"{text}; unlike the others: {names(who)}", remedy, _files(examined, odd)))
     else:
         findings.append(ok("shape", text))
-    return findings + _check_grids(examined, config) + _check_headers(examined)
+    return findings + _check_grids(examined, config) + _check_boxes(examined, config) + _check_headers(examined)
 
 
 def _check_grids(examined: Sequence[Examined], config: DataConfig) -> list[Finding]:
@@ -159,6 +161,29 @@ def _check_grids(examined: Sequence[Examined], config: DataConfig) -> list[Findi
     if least in config.patterns:
         remedy += f", or set data.resample_to: {least}, whose grid the others may show whole"
     return [warn("grids", f"{said}; less than {KEPT:.0%}: {names(files)}", remedy, files)]
+
+
+def _check_boxes(examined: Sequence[Examined], config: DataConfig) -> list[Finding]:
+    """Check how many voxels `data.crop` saves, and where it left almost all of a volume, or almost nothing."""
+    shares = np.array([1.0 if item.box is None else share_of(item.box) for item in examined])
+    if config.crop is None or not len(shares):
+        return []
+    ends = f"{shares.min():.0%} to {shares.max():.0%}"
+    text = f"boxes hold {np.median(shares):.0%} of a volume's voxels ({ends}), the rest is left out"
+    whole, little = np.flatnonzero(shares > ALMOST_ALL).tolist(), np.flatnonzero(shares < ALMOST_NOTHING).tolist()
+    if not whole and not little:
+        return [ok("crop", text)]
+    findings, rule = [], config.crop
+    if whole:
+        files = [f"{examined[i].file} ({shares[i]:.0%})" for i in whole]
+        remedy = "remove data.crop if the volumes are filled, or lower its margin"
+        remedy += "" if rule.by_mask else "; if there is air or noise around, raise data.crop.above"
+        findings.append(warn("crop", f"{text}; almost all is left of {names(files)}", remedy, _files(examined, whole)))
+    if little:
+        files = [f"{examined[i].file} ({shares[i]:.1%})" for i in little]
+        remedy = "check these masks" if rule.by_mask else "check the units of these files, or lower data.crop.above"
+        findings.append(warn("crop", f"{text}; little is left of {names(files)}", remedy, _files(examined, little)))
+    return findings
 
 
 def _check_headers(examined: Sequence[Examined]) -> list[Finding]:

@@ -227,7 +227,7 @@ def generation_bytes(
 
 
 def dataset_bytes(shapes: Sequence[Sequence[int]], channels: int, masks: bool) -> int:
-    """Return what `VolumeDataset` holds in memory, in each process: float32 images and int16 masks."""
+    """Return what prepared volumes take on the disk at most: float32 images and int16 masks."""
     voxels = sum(math.prod(shape) for shape in shapes)
     return voxels * (4 * channels + (2 if masks else 0))
 

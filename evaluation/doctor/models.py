@@ -243,11 +243,7 @@ def estimate(
         text = f"{stage} takes about {total / GIB:.2f} GiB of the {available / GIB:.1f} GiB of the {kind}"
         text += f" ({assumed}: {format_parts(parts)} GiB)"
         findings.append(warn("memory", text, REMEDIES[stage]) if total > FULL * available else ok("memory", text))
-    text = f"{len(shapes)} volumes in memory: {data / GIB:.2f} GiB in each process"
-    if kind == "machine" and data + training["total"] > FULL * available:
-        findings.append(warn("memory", text, "set a coarser data.spacing, or use a larger machine"))
-    else:
-        findings.append(ok("memory", text))
+    findings.append(ok("memory", f"{len(shapes)} prepared volumes take up to {data / GIB:.2f} GiB in $MEDVOLUME_CACHE"))
     return findings, {"memory_bytes": {"training": training, "generation": generation, "volumes": data}}
 
 

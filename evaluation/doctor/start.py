@@ -8,10 +8,10 @@ import numpy as np
 from autoencoder import VolumeAutoencoder
 from autoencoder.weights import open_safetensors
 from files.documents import read_object
+from files.shipped import PREFIX, WEIGHTS
 from volumes import DataConfig
 from volumes.description import DataDescription
 
-WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 NEAR = 1.5  # ratio of voxel sizes, up to which details look alike
 
 
@@ -40,8 +40,8 @@ def advise_start(
             continue
         path = index.parent / "vae"
         stored, described = _shapes(path), read_object(path / "config.json")
-        shown = path.relative_to(weights.parent)
-        same = f"if these are images of a similar kind (see {shown.parent}/README.md)"
+        shown = f"{PREFIX}{path.parent.name}/vae"
+        same = f"if these are images of a similar kind (see weights/{path.parent.name}/README.md)"
         if stored == shapes and len(data.channels) in (1, channels):
             each = " (each channel separately, per_channel)" if vae.num_channel_groups > 1 else ""
             return f"start from shipped weights{each}: --init_from {shown}, {same}"

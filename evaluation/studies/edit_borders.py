@@ -71,6 +71,7 @@ from pipelines import MedVolumeEditPipeline, MedVolumePipeline
 from pipelines.inputs.inpainting import BLEND_MARGIN_MM
 from volumes import Case, Volume, load_cases, read_mask, read_volume
 from volumes.devices import find_device
+from volumes.foreground import box_from_json
 from volumes.lesions import grown
 
 AROUND = 3.0  # mm by which the region exceeds the labels
@@ -179,7 +180,7 @@ def measure(pipe: MedVolumeEditPipeline, cases: Sequence[Case], options: Namespa
         mask, original = read_mask(case.mask, like=image, **options.data.mask_reading), image.array[0]
         for name in options.regions:
             region = REGIONS[name](mask)
-            result = pipe(
+            output = pipe(
                 mask=case.mask,
                 image=path,
                 region=mask.replace(region[None].astype(np.uint8)),
@@ -188,8 +189,11 @@ def measure(pipe: MedVolumeEditPipeline, cases: Sequence[Case], options: Namespa
                 num_inference_steps=options.steps,
                 guidance_scale=1.0,  # as the published figures, whatever the pipeline's own
                 generator=torch.Generator().manual_seed(options.seed),
-            ).volumes[0]
-            edited = read_volume(result, exact=True).array[0]
+            )
+            edited = read_volume(output.volumes[0], exact=True).array[0]
+            if box := output.provenance[0].get("box"):  # data.crop: what lies outside is not generated
+                placement = box_from_json(box)
+                region &= placement.undo(np.ones(placement.target, bool), False)
             rows[name].append(
                 {
                     "case": case.name,

@@ -8,6 +8,7 @@ import torch
 from autoencoder.losses.reconstruction import cells_inside
 from diffusion import Conditions, fold_mask, image_condition
 from diffusion.objectives import TRAIN_STEPS, noisy_and_target
+from diffusion.timestep_shift import shift_of, shifted
 from pipelines import MedVolumePipeline
 from volumes import VolumeDataset, pad_sample
 
@@ -28,8 +29,9 @@ def denoising_losses(
     """Compute the (N,) mean squared error of the model's prediction for each volume's latents, under the volume's own
     conditions.
 
-    It is the mean over `times` (in thousandths of the schedule) and over `draws` of noise, the same for every volume of
-    a shape, inside the field of view and without augmentation (Matsumoto et al. 2023, section 3).
+    It is the mean over `times` (in thousandths of the schedule, shifted as in training for a model with `shift_voxels`)
+    and over `draws` of noise, the same for every volume of a shape, inside the field of view and without augmentation
+    (Matsumoto et al. 2023, section 3).
 
     Raises: ValueError for a pipeline with masks and a data set without.
     """
@@ -51,10 +53,11 @@ def denoising_losses(
         conditions = Conditions(**tensors).to(latents.device)
         generator = torch.Generator().manual_seed(seed)
         errors = []
+        shift = shift_of([int(weight.sum())], config["shift_voxels"])
         for time in times:
             for _ in range(draws):
                 noise = torch.randn(latents.shape, generator=generator).to(latents)
-                step = time * unet.train_steps / TRAIN_STEPS
+                step = shifted(time * unet.train_steps / TRAIN_STEPS, shift, unet.train_steps)
                 at = torch.full(
                     (1,), step if config["objective"] == "rectified_flow" else int(step), device=latents.device
                 )

@@ -10,7 +10,7 @@ from pipelines.base import VolumePipeline
 from volumes import Case, DataConfig, describe_grid, load_cases, read_mask, read_volume, same_grid
 from volumes.formats.read import segmentation_file
 
-from .masks import DrawnMask, LabelMap
+from .masks import DrawnMask, LabelMap, TimePoint
 from .request import VolumeRequest
 from .request_files import refuse_masks_in
 
@@ -19,7 +19,8 @@ def case_requests(
     data: DataConfig, splits: Sequence[str], pipe: VolumePipeline, output: Path, label_map: LabelMap | None = None
 ) -> list[VolumeRequest]:
     """Build one request per case of these splits, in the order of their names, which are those of the cases. Masks are
-    read with the data's `label_map`; those of DICOM-SEG and RTSTRUCT on the grid of the case's image.
+    read with the data's `label_map`; those of DICOM-SEG and RTSTRUCT on the grid of the case's image. Where training
+    cut its cases to the foreground of an image (`data.crop`), that image of the case sets the box.
 
     Args:
         label_map: of the command, which comes after the data's, see `check_label_names`.
@@ -78,6 +79,7 @@ def _case_request(case: Case, data: DataConfig, pipe: VolumePipeline) -> VolumeR
         numbers={name: cells[name] for name in schema.numbers if name in cells},
         images={name: _image(case, name, data) for name, _ in schema.images},
         label_map=data.label_map,
+        box_image=_box_image(case, data, pipe),
         name=case.name,
     )
 
@@ -113,6 +115,24 @@ def _image(case: Case, channel: str, data: DataConfig) -> Path:
             "channel from data.time_point"
         )
     return path
+
+
+def _box_image(case: Case, data: DataConfig, pipe: VolumePipeline) -> Path | TimePoint | None:
+    """The file whose foreground sets the box; None where the pipeline's training cut nothing, or by the mask.
+
+    Raises: ValueError if the data has no such channel.
+    """
+    crop = pipe.data.crop
+    if crop is None or crop.channel is None:
+        return None
+    channel = next(iter(case.images)) if len(case.images) == len(pipe.data.channels) == 1 else crop.channel
+    if channel not in case.images:
+        raise ValueError(
+            f"{case.name}: the pipeline finds its box in the image {channel!r} (data.crop), which the config lacks; "
+            "take the pipeline that was trained with this config"
+        )
+    number = data.volume_number(channel)
+    return case.images[channel] if number is None else TimePoint(case.images[channel], number)
 
 
 def _check_conditions(data: DataConfig, pipe: VolumePipeline) -> None:

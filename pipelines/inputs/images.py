@@ -19,7 +19,7 @@ from volumes.formats.carriers import as_array, carries_geometry, source_file
 from volumes.formats.nifti import exact_values
 from volumes.formats.raw import Reading
 
-from .masks import MaskLike, check_axes, describe_mask, is_placed, warn_of_header
+from .masks import MaskLike, TimePoint, check_axes, describe_mask, is_placed, warn_of_header
 
 ImageLike = MaskLike
 Images = Mapping[str, ImageLike]  # {channel: image}
@@ -143,7 +143,8 @@ def _load(
 ) -> tuple[Volume, str]:
     """Load one image and its name for messages."""
     if isinstance(image, (str, os.PathLike)):
-        return warn_of_header(read_volume(image, exact=exact, **reading), str(image)), str(image)
+        number = image.number if isinstance(image, TimePoint) else None
+        return warn_of_header(read_volume(image, exact=exact, time_point=number, **reading), str(image)), str(image)
     name = f"the image {channel!r}"
     if carries_geometry(image):
         name = source_file(image) or name

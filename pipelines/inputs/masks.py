@@ -51,6 +51,20 @@ class DrawnMask(os.PathLike[str]):
         return str(self.file)
 
 
+@dataclass(frozen=True)
+class TimePoint(os.PathLike[str]):
+    """One volume of a 4-D image file, counted from 0. Elsewhere it is the path of the file."""
+
+    file: Path
+    number: int
+
+    def __fspath__(self) -> str:
+        return str(self.file)
+
+    def __str__(self) -> str:
+        return str(self.file)
+
+
 def as_list(mask: MaskLike | Sequence[MaskLike]) -> list[MaskLike]:
     """Return one mask or several (a list, a tuple, or an array or tensor (B, 1, X, Y, Z)) as a list.
 
@@ -189,7 +203,7 @@ def describe_mask(mask: MaskLike) -> SourceRecord:
 
 def identity(source: object) -> str | int:
     """Identify a mask or an image: equal for the same path, and for the same object."""
-    if isinstance(source, DrawnMask):
+    if isinstance(source, DrawnMask | TimePoint):
         return repr(source)
     return str(source) if isinstance(source, (str, os.PathLike)) else id(source)
 

@@ -13,6 +13,7 @@ import numpy as np
 from pipelines.storage.record import GenerationRecord
 from volumes import Placement, Volume, on_stored_grid
 
+from .crop import Cropped
 from .images import GivenImage
 from .inpainting import PreparedEdit
 from .request import VolumeRequest
@@ -28,7 +29,7 @@ class PreparedGrid:
     Attributes:
         grid: shape (X, Y, Z) and affine in the model's spacing, before padding; its array is the label indices or
             zeros.
-        target: the grid of the output: the mask's own, or that of the images.
+        target: the grid of the output: the mask's own, or that of the images; with a crop, its box of that grid.
         placement: pads `grid` to a multiple of the autoencoder's stride, and takes the padding off again.
         labels: label indices (X, Y, Z) int16 of the padded grid, PADDING outside the field of view; None without a
             mask.
@@ -36,6 +37,7 @@ class PreparedGrid:
         edit: the image that is changed, if there is one.
         resampled: the fraction of the target that each image shows which lay on another grid, see
             `DataDescription.resample_to`. What one of them does not show is PADDING in `grid` and `target`.
+        cropped: what the target was cut from, see `DataDescription.crop`; None if nothing was cut.
     """
 
     grid: Volume
@@ -45,6 +47,12 @@ class PreparedGrid:
     images: Mapping[str, GivenImage] = field(default_factory=dict)
     edit: PreparedEdit | None = None
     resampled: Mapping[str, float] = field(default_factory=dict)
+    cropped: Cropped | None = None
+
+    @property
+    def output(self) -> Volume:
+        """The grid of the output: `target`, or what it was cut from."""
+        return self.target if self.cropped is None else self.cropped.whole
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -54,19 +62,20 @@ class PreparedGrid:
     @property
     def held_bytes(self) -> int:
         """Memory that the voxels take."""
-        volumes = {id(volume): volume for volume in (self.grid, self.target)}
+        volumes = {id(volume): volume for volume in (self.grid, self.target, self.output)}
         # the zeros of a shape take none
         labels = 0 if self.labels is None else self.labels.nbytes + sum(one.array.nbytes for one in volumes.values())
         images = [image.volume.array for image in self.images.values()]
         if self.edit is not None:
             images += [image.volume.array for image in self.edit.images.values()]
             images += [*self.edit.originals.values(), *([] if self.edit.region is None else [self.edit.region])]
+        images += [] if self.cropped is None else [image.array for image in self.cropped.images.values()]
         return labels + sum(array.nbytes for array in {id(array): array for array in images}.values())
 
     @property
     def needs_resampling(self) -> bool:
         """Whether the result must be resampled to lie on the grid of the mask's file."""
-        return self.grid is not self.target or not on_stored_grid(self.target)
+        return self.grid is not self.target or not on_stored_grid(self.output)
 
 
 @dataclass(frozen=True, eq=False)

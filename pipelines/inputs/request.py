@@ -4,8 +4,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from volumes import ForegroundCrop
+
 from .arguments import grid_shape, translation
-from .images import Images
+from .images import ImageLike, Images
 from .inpainting import EditRequest
 from .masks import LabelMap, MaskLike, as_list, identity
 
@@ -25,6 +27,8 @@ class VolumeRequest:
         images: {channel: image} of the channels that condition the others.
         label_map: label values of the mask that are read as others.
         edit: the image that is changed, for `MedVolumeEditPipeline`.
+        box_image: image on the mask's grid whose foreground sets the box of `data.crop`, where no other image does. It
+            conditions nothing.
         name: name of the volume's files, for `batch_generation`.
     Raises: ValueError for a shape or a label map that cannot be used.
     """
@@ -36,6 +40,7 @@ class VolumeRequest:
     images: Images = field(default_factory=dict)
     label_map: LabelMap | None = None
     edit: EditRequest | None = None
+    box_image: ImageLike | None = None
     name: str = "volume"
 
     def __post_init__(self) -> None:
@@ -47,7 +52,8 @@ class VolumeRequest:
         """The mask and the images that are read: paths, or objects in memory."""
         masks: list[object] = [] if self.mask is None else [self.mask]
         edited = [] if self.edit is None else self.edit.files
-        return [*masks, *self.images.values(), *edited]
+        boxes = [] if self.box_image is None else [self.box_image]
+        return [*masks, *self.images.values(), *edited, *boxes]
 
     @property
     def grid_key(self) -> Hashable:
@@ -55,7 +61,14 @@ class VolumeRequest:
         images = sorted((str(channel), identity(image)) for channel, image in self.images.items())
         edit = None if self.edit is None else self.edit.identity
         label_map = tuple((self.label_map or {}).items())
-        return identity(self.mask), self.shape, tuple(images), label_map, edit
+        return identity(self.mask), self.shape, tuple(images), label_map, edit, identity(self.box_image)
+
+    def image_of_box(self, crop: ForegroundCrop | None) -> ImageLike | None:
+        """The image whose foreground sets the box of a model's `data.crop`; None if there is none."""
+        if crop is None or crop.channel is None:
+            return None
+        edited = {} if self.edit is None else self.edit.images
+        return edited.get(crop.channel, self.images.get(crop.channel, self.box_image))
 
 
 def call_requests(

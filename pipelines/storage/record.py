@@ -7,9 +7,18 @@ from types import NoneType
 from typing import Any, NotRequired, Self, TypedDict
 
 from pipelines.inputs.arguments import plain
+from volumes.foreground import box_from_json
 
 INFORMATIVE = ("software", "settings_from")  # entries that do not tell volumes apart
-LEFT_OUT = ("resampled", "settings_from", "residual_noise", "edit", "callback", "rejected")  # where they are None
+LEFT_OUT = (
+    "resampled",
+    "box",
+    "settings_from",
+    "residual_noise",
+    "edit",
+    "callback",
+    "rejected",
+)  # where they are None
 TYPES: dict[str, type | tuple[type, ...]] = {  # of a sidecar's entries
     "software": str,
     "model": str,
@@ -55,6 +64,7 @@ class GenerationRecord:
         mask, images: the files (or arrays) that were read.
         resampled: the fraction of the grid that each image shows which lay on another grid and was resampled; the rest
             of the volume is left empty.
+        box: the part of the grid that was generated, see `volumes.foreground.box_to_json`; None for all of it.
         shape: voxels, where no file sets the grid.
         channels: those that have a file each; None where one file holds all.
         residual_noise: whether it is added; None for a model without it.
@@ -80,6 +90,7 @@ class GenerationRecord:
     numbers: Mapping[str, float] | None = None
     images: Mapping[str, SourceRecord] | None = None
     resampled: Mapping[str, float] | None = None
+    box: Mapping[str, Sequence[int]] | None = None
     channels: Sequence[str] | None = None
     residual_noise: bool | None = None
     edit: EditRecord | None = None
@@ -141,6 +152,11 @@ def _fault(content: Mapping[str, Any]) -> str | None:
     for name, sources in files.items():
         if not all(isinstance(one, dict) and isinstance(one.get("file", 0), str | NoneType) for one in sources):
             return f"its {name} does not name its file"
+    if content.get("box") is not None:
+        try:
+            box_from_json(content["box"])
+        except ValueError as error:
+            return f"its {error}"
     rejected = content.get("rejected", [])
     if not isinstance(rejected, list) or not all(
         isinstance(attempt, dict) and {"seed", "check"} <= attempt.keys() for attempt in rejected

@@ -53,7 +53,8 @@ class Layout:
         table: a table that belongs to the layout.
         metadata: what files say of each case: {key: {column: value}}.
         structures: {key: {structure: path}} of binary files that make up the mask.
-        contours: DICOM folders of masks (SEG, RTSTRUCT), which init does not match to series.
+        segments: {path: names} of the segments of DICOM-SEG and RTSTRUCT.
+        drawn_on: {path: folder of the series} of these.
         notes: what was left out, and why.
     """
 
@@ -66,7 +67,8 @@ class Layout:
     table: str | None = None
     metadata: dict[Key, dict[str, str]] = field(default_factory=dict)
     structures: dict[Key, dict[str, str]] = field(default_factory=dict)
-    contours: list[str] = field(default_factory=list)
+    segments: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    drawn_on: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -82,6 +84,11 @@ class Layout:
     def roles(self) -> list[str]:
         """All roles, sorted."""
         return sorted({file.role for file in self.files})
+
+    @property
+    def outlined(self) -> set[str]:
+        """The roles whose files are DICOM-SEG or RTSTRUCT."""
+        return {file.role for file in self.files if file.path in self.segments}
 
     def shown(self, role: str) -> str:
         """Return how a role's files are called, for messages: `tumour.nii.gz`, `labels/{case}.nii.gz`."""

@@ -11,17 +11,17 @@ import pydicom
 
 from files.names import nfc
 from recipes.listing import Listing, stem_of
-from volumes.formats.dicom import is_dicom, series_files
+from volumes.formats.dicom import is_dicom, segmentation_kind, series_files
 
 from .layout import FoundFile, Key, Layout, tokens
+from .outlines import Outline, read_outline
 
 TAGS = [
     "PatientID", "PatientName", "PatientSex", "PatientAge", "Modality", "SeriesDescription", "SeriesInstanceUID",
     "StudyInstanceUID", "StudyDate", "ImageType",
 ]  # fmt: skip
 NO_VOLUMES = {"SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG", "DOC"}
-NO_SERIES = "{} is not a series of images"
-CONTOURS = {NO_SERIES.format(modality) for modality in ("SEG", "RTSTRUCT")}
+OUTLINES = ("SEG", "RTSTRUCT")  # that are read as masks
 NAMES = {"PT": "PET"}
 AGE = re.compile(r"(\d{3})([DWMY])")
 YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
@@ -32,6 +32,7 @@ class Series:
     """What the first slice of a series says."""
 
     folder: str
+    uid: str
     patient: str
     study: str
     modality: str
@@ -43,16 +44,17 @@ def find_series(listing: Listing) -> Layout | None:
     """Read a DICOM tree; None if there is no DICOM folder, or if volume files are the most."""
     if len(listing.series) <= len(listing.volumes) // 4:
         return None
-    series, notes, contours = [], [], []
+    series, outlines, notes = [], [], []
     skipped: Counter[str] = Counter()
     for folder in listing.series:
-        found = _read(listing.root, folder)
-        if isinstance(found, Series):
-            series.append(found)
-        else:
-            skipped[found] += 1
-            contours += [folder] if found in CONTOURS else []
-    notes += [f"{count} DICOM folders are left out: {why}" for why, count in sorted(skipped.items())]
+        for found in _read_folder(listing.root, folder):
+            if isinstance(found, Series):
+                series.append(found)
+            elif isinstance(found, Outline):
+                outlines.append(found)
+            else:
+                skipped[found] += 1
+    notes += [f"{count} in DICOM folders left out: {why}" for why, count in sorted(skipped.items())]
     if not series:
         return None
     studies: dict[str, list[str]] = {}
@@ -74,19 +76,60 @@ def find_series(listing: Listing) -> Layout | None:
                 f"{one.folder} and {files[place].path} are both {place[1]} of one study; the first is left out"
             )
         files[place] = FoundFile(one.folder, place[0], place[1])
-    found = [*files.values(), *_beside(listing, series, keys)]
+    masks, drawn_on, more = _outlined(outlines, series, keys)
+    notes += more
+    found = [*files.values(), *masks, *_beside(listing, series, keys)]
     metadata = {keys[one.folder]: dict(one.metadata) for one in series}
     notes.append("patients are grouped by the PatientID in the headers, which is written to cases.csv")
-    return Layout("a DICOM tree", found, metadata=metadata, contours=contours, notes=notes)
+    segments = {one.path: one.segments for one in outlines if one.path in drawn_on}
+    return Layout("a DICOM tree", found, metadata=metadata, segments=segments, drawn_on=drawn_on, notes=notes)
 
 
-def _read(root: Path, folder: str) -> Series | str:
-    """Return what a folder's series says of itself, or why it is not used."""
-    slices = [file for file in series_files(root / folder) if is_dicom(file)]
+def _outlined(
+    outlines: list[Outline], series: list[Series], keys: dict[str, Key]
+) -> tuple[list[FoundFile], dict[str, str], list[str]]:
+    """Match DICOM-SEG and RTSTRUCT to the series that they were drawn on.
+
+    Returns: their files, {path: folder of the series}, and notes on those that are left out.
+    """
+    folders = {one.uid: one.folder for one in series}
+    matched = [(one, next((folders[uid] for uid in one.drawn_on if uid in folders), None)) for one in outlines]
+    counts = Counter((keys[folder], one.kind) for one, folder in matched if folder is not None)
+    several = {kind for (_, kind), count in counts.items() if count > 1}
+    files: dict[tuple[Key, str], FoundFile] = {}
+    drawn_on, notes = {}, []
+    for one, folder in matched:
+        if folder is None:
+            notes.append(f"{one.path} is left out: the series that it was drawn on is not there")
+            continue
+        words = "_".join(tokens(one.description)) if one.kind in several else ""
+        place = (keys[folder], f"{one.kind}_{words}" if words else one.kind)
+        if place in files:
+            notes.append(f"{one.path} and {files[place].path} are both {place[1]} of one study; the first is left out")
+            continue
+        files[place] = FoundFile(one.path, *place)
+        drawn_on[one.path] = folder
+    return list(files.values()), drawn_on, notes
+
+
+def _read_folder(root: Path, folder: str) -> list[Series | Outline | str]:
+    """Return what a folder holds: a series, DICOM-SEG and RTSTRUCT, or why they are not used."""
+    files = [file for file in series_files(root / folder) if is_dicom(file)]
+    kinds = {file: kind for file in files if (kind := segmentation_kind(file)) is not None}
+    slices = [file for file in files if file not in kinds]
+    found: list[Series | Outline | str] = [_read_series(folder, slices)] if slices else []
+    for file, kind in kinds.items():
+        path = folder if len(files) == 1 else file.relative_to(root).as_posix()
+        found.append(read_outline(path, file, kind) if kind in OUTLINES else f"{kind} is not a mask of voxels")
+    return found
+
+
+def _read_series(folder: str, slices: list[Path]) -> Series | str:
+    """Return what a series says of itself, or why it is not used."""
     header = pydicom.dcmread(slices[0], stop_before_pixels=True, specific_tags=TAGS)
     modality = str(header.get("Modality", "") or "OT")
     if modality in NO_VOLUMES:
-        return NO_SERIES.format(modality)
+        return f"{modality} is not a series of images"
     if "LOCALIZER" in (header.get("ImageType") or []):
         return "localizers"
     if len(slices) < 2:
@@ -99,7 +142,8 @@ def _read(root: Path, folder: str) -> Series | str:
         metadata["age"] = f"{int(age[1]) * YEARS[age[2]]:g}"
     description = "_".join(tokens(str(header.get("SeriesDescription", "") or "")))
     study = str(header.get("StudyInstanceUID", ""))
-    return Series(folder, nfc(patient.strip()), study, modality, nfc(description), tuple(metadata.items()))
+    uid = str(header.get("SeriesInstanceUID", ""))
+    return Series(folder, uid, nfc(patient.strip()), study, modality, nfc(description), tuple(metadata.items()))
 
 
 def _roles(series: list[Series], keys: dict[str, Key]) -> dict[str, str]:

@@ -11,10 +11,16 @@ ROLE = "structures"  # the label map that is made of them
 
 
 def find_structures(listing: Listing) -> Layout | None:
-    """Read TotalSegmentator's folders; None if there are none. Deeper folders than `case/segmentations/` are fine."""
+    """Read TotalSegmentator's folders; None if there are none. Deeper folders than `case/segmentations/` are fine.
+
+    Raises: ValueError for the folder of a single case.
+    """
     inside = [path for path in listing.volumes if path.split("/")[-2:-1] == [FOLDER]]
     if not inside:
         return None
+    if all(path.startswith(f"{FOLDER}/") for path in inside):
+        above = listing.root.resolve().parent
+        raise ValueError(f"{listing.root}: is the folder of one case; give the folder that holds all cases: {above}")
     structures: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
     for path in inside:
         folder = "/".join(path.split("/")[:-2])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from diffusion.completion import complete_model
-from evaluation.doctor.memory import dataset_bytes, training_bytes
+from evaluation.doctor.memory import training_bytes
 from evaluation.doctor.models import Models, PlannedData, config_from_sections, with_precision
 from training import build_model, ldm, vae
 from volumes.data.config import DataConfig
@@ -31,9 +31,8 @@ def fit_memory(plan: Plan, facts: Facts, machine: Machine, data: DataConfig) -> 
         machine: that trains.
         data: the data section.
     """
-    volumes = dataset_bytes(facts.shapes.tolist(), len(facts.channels), bool(facts.labels))
-    room = SHARE * (machine.accelerator_memory or machine.memory - volumes)
-    for stage, sections in (("vae", plan.vae), ("ldm", plan.ldm)):
+    room = SHARE * (machine.accelerator_memory or machine.memory)
+    for stage, sections in plan.trainings:
         changes = []
         for _ in range(MOST_CHANGES):
             needed = step_bytes(plan, facts, data, stage)
@@ -55,7 +54,7 @@ def step_bytes(plan: Plan, facts: Facts, data: DataConfig, stage: str) -> int:
     largest = facts.shapes[facts.shapes.prod(axis=1).argmax()]
     latent_shape = np.ceil(largest / np.array(autoencoder.stride)).astype(int).tolist()
     planned: Mapping[str, Any] = plan.vae if stage == "vae" else plan.ldm
-    sections = {name: value for name, value in planned.items() if name != "init_from"}
+    sections = {name: value for name, value in planned.items() if name not in ("init_from", "lora")}
     if stage == "vae":
         config: Any = with_precision(config_from_sections(sections, data))
         models = Models(config, autoencoder, None, vae.build_step(config, autoencoder))

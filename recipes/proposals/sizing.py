@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 
 from .machine import STARTUP, Machine, autoencoder_flops, unet_flops
+from .starts import SMALL, THICK, Start
 from .weights import Weights
 
 Settings = dict[str, Any]  # of a section, as YAML has them
 
-SMALL = 20  # training subjects, below which training starts from shipped weights
-THICK = 2.5  # ratio of voxel sizes, from which the long axis is not folded
 LEAST_CELLS = 3  # latent voxels of a patch along an axis
 PATCH_VOXELS = {"quick": 40_000, "cpu": 70_000, "gpu": 2_200_000}  # of a patch: 34^3, 41^3, 130^3
 VOLUME_VOXELS = {"quick": 600_000, "cpu": 1_500_000, "gpu": 17_000_000}  # of a volume: 84^3, 114^3, 257^3
 BIG_GPU = 20 * 2**30  # bytes, for which the gpu's figures hold; others in proportion
 PADDED = 75  # percentile of the sizes that a batch of volumes of several sizes is padded to
+SHIFT_VOXELS = 32**3  # latent voxels above which timesteps are shifted: the base size of MAISI's rectified flow
 LONG = 0.5  # of the steps, after which the preview is drawn
 PASSES = {"vae": 40, "ldm": 180}  # patches, or latents, of each volume in a training on a CPU
 GPU_PASSES = 20  # times as many on a GPU, whose models are larger
@@ -59,6 +59,7 @@ class Plan:
 
     Attributes:
         vae, ldm: {section: settings}.
+        start: what they start from. With a LoRA, the autoencoder is not trained.
         why: {"vae.crops": reason, ...}.
         seconds: {"vae": estimate, "ldm": estimate}; None if nothing was measured on such a machine.
         unsure: what the user should look at.
@@ -66,9 +67,15 @@ class Plan:
 
     vae: Settings = field(default_factory=dict)
     ldm: Settings = field(default_factory=dict)
+    start: Start = field(default_factory=Start)
     why: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float | None] = field(default_factory=dict)
     unsure: list[str] = field(default_factory=list)
+
+    @property
+    def trainings(self) -> list[tuple[str, Settings]]:
+        """The trainings to run, in their order: ("vae", its sections), unless a LoRA is trained, and ("ldm", its)."""
+        return [*([] if self.start.lora else [("vae", self.vae)]), ("ldm", self.ldm)]
 
 
 def volume_limit(machine: Machine, quick: bool) -> int:
@@ -76,21 +83,22 @@ def volume_limit(machine: Machine, quick: bool) -> int:
     return int(VOLUME_VOXELS[_kind(machine, quick)] * _scale(machine))
 
 
-def propose(facts: Facts, machine: Machine, weights: Weights | None, *, quick: bool, mirror: bool = True) -> Plan:
+def propose(facts: Facts, machine: Machine, start: Start, *, quick: bool, mirror: bool = True) -> Plan:
     """Propose both trainings.
 
     Args:
         facts: of the data set.
         machine: that trains.
-        weights: shipped weights; None if there are none.
+        start: what they start from.
         quick: a tiny model and few steps, for a first picture.
         mirror: whether patches may be mirrored from left to right.
     """
-    plan = Plan()
+    plan = Plan(start=start)
     patch_size = [1 if ratio >= THICK else 2 for ratio in np.array(facts.spacing) / min(facts.spacing)]
     stride = [2 * size for size in patch_size]
-    start = _start(plan, facts, weights, patch_size, quick)
-    model = _autoencoder(plan, facts, machine, start, patch_size, quick)
+    if start.weights is not None:
+        plan.vae["init_from"], plan.why["vae.init_from"] = start.weights.part("vae"), start.line
+    model = _autoencoder(plan, facts, machine, start.weights, patch_size, quick)
     sided = [name for name in (*facts.labels, *facts.conditions) if any(word in name.lower() for word in SIDED)]
     flips = [0] if mirror and not sided else []
     if flips:
@@ -108,7 +116,7 @@ def propose(facts: Facts, machine: Machine, weights: Weights | None, *, quick: b
     )
     plan.vae["losses"] = {"l1": 0.25, "mse": 8.0, "gradient": 0.25, "kl": 1e-4}
     _vae_training(plan, facts, machine, model, patch, quick)
-    _unet(plan, facts, machine, weights, stride, model["latent_channels"], flips, quick)
+    _unet(plan, facts, machine, start, stride, model["latent_channels"], flips, quick)
     return plan
 
 
@@ -131,29 +139,12 @@ def _scale(machine: Machine) -> float:
     return min(machine.accelerator_memory / BIG_GPU, 4.0) if machine.accelerator else 1.0
 
 
-def _start(plan: Plan, facts: Facts, weights: Weights | None, patch_size: list[int], quick: bool) -> Weights | None:
-    """Return the weights to start the autoencoder from, if that is sensible."""
-    few = f"{facts.subjects} subjects to train on are few" if facts.subjects < SMALL else "--quick leaves little time"
-    if facts.subjects >= SMALL and not quick:
-        return None
-    if weights is None:
-        plan.unsure.append(f"{few}, and there are no shipped weights to start from here (weights/ of the clone)")
-        return None
-    if patch_size != [2, 2, 2]:
-        plan.unsure.append(f"{few}, but no shipped weights fit voxels that are much longer than wide")
-        return None
-    each = ", each channel coded by itself" if len(facts.channels) > 1 else ""
-    plan.vae["init_from"] = str(weights.folder / "vae")
-    plan.why["vae.init_from"] = f"{few}: the shipped autoencoder of MR is fine-tuned{each}"
-    return weights
-
-
 def _autoencoder(
-    plan: Plan, facts: Facts, machine: Machine, start: Weights | None, patch_size: list[int], quick: bool
+    plan: Plan, facts: Facts, machine: Machine, weights: Weights | None, patch_size: list[int], quick: bool
 ) -> Settings:
     count = len(facts.channels)
-    if start is not None:
-        layers = dict(start.vae)
+    if weights is not None:
+        layers = dict(weights.vae)
         why = "the layers of the shipped weights"
     elif quick:
         layers = {"latent_channels": 4, "channels": [16, 48], "encoder_blocks": [1, 1], "decoder_blocks": [1, 1]}
@@ -190,7 +181,7 @@ def _vae_training(plan: Plan, facts: Facts, machine: Machine, model: Settings, p
 
 
 def _unet(
-    plan: Plan, facts: Facts, machine: Machine, weights: Weights | None, stride: Sequence[int], latents: int,
+    plan: Plan, facts: Facts, machine: Machine, start: Start, stride: Sequence[int], latents: int,
     flips: list[int], quick: bool,
 ) -> None:  # fmt: skip
     cells = float(np.percentile(np.ceil(facts.shapes / np.array(stride)), PADDED, axis=0).prod())
@@ -212,24 +203,26 @@ def _unet(
     if cells / 8 > 3_000 and len(layers["channels"]) == 2:
         layers["attention"] = [False, False]
         why += "; without attention, which the many latent voxels would make slow"
-    fits = not quick and facts.subjects < SMALL and "init_from" in plan.vae
-    if weights is not None and fits and weights.is_alike(facts.kinds, len(facts.labels), facts.spacing, facts.shapes):
-        plan.ldm["init_from"] = str(weights.folder / "unet")
+    if start.weights is not None and start.unet:
+        plan.ldm["init_from"], plan.why["ldm.init_from"] = start.weights.part("unet"), start.line
         plan.vae["freeze_encoder"] = True
-        plan.why["ldm.init_from"] = (
-            "few subjects, and volumes like the shipped ones: its U-Net is fine-tuned (docs/finetuning.md)"
-        )
         plan.why["vae.freeze_encoder"] = "so that the latents stay those that the shipped U-Net knows"
-        layers, why = dict(weights.unet), "the layers of the shipped U-Net"
+        layers, why = dict(start.weights.unet), "the layers of the shipped U-Net"
+    if start.lora:
+        plan.ldm["lora"] = {"rank": 16, "alpha": 16}
+        plan.why["ldm.lora"] = "this alone is trained (docs/finetuning.md)"
     dropped = [*(["mask"] if facts.labels else []), *facts.conditions]
     plan.ldm["cache"] = {"versions": 4 if quick else 8 if facts.subjects < 50 else 4, "flip_axes": flips, "shift": True}
     plan.why["ldm.cache"] = "moved (and mirrored) versions of each volume, against learning them by heart"
     if not quick and facts.subjects < SMALL:
         plan.ldm["cache"] |= {"rotate": 8, "scale": 0.08, "deform": 1.2}
-    if not quick:
+    if not quick and not start.lora:
         plan.ldm["residual_noise"] = True
         plan.why["ldm.residual_noise"] = "the texture that the autoencoder leaves out is added to generated volumes"
     model = {"class": "diffusion.LatentUNet3D", **layers, "objective": "rectified_flow"}
+    if cells > SHIFT_VOXELS and "ldm.init_from" not in plan.why:
+        model["shift_voxels"] = SHIFT_VOXELS
+        why += f"; timesteps shifted toward noise, as {cells:.0f} latent voxels are many (docs/large_latents.md)"
     if dropped:
         model["condition_dropout"] = dict.fromkeys(dropped, 0.1)
     if not facts.labels:
@@ -258,7 +251,10 @@ def _training(
     steps = round(steps / 20) * 20
     section = plan.vae if stage == "vae" else plan.ldm
     fine = f"{stage}.init_from" in plan.why and stage == "ldm"
-    section["optimizer"] = {"learning_rate": 3e-4 if fine else 1e-3, "warmup_steps": min(100, steps // 10)}
+    rate = 3e-4 if fine and not plan.start.lora else 1e-3
+    section["optimizer"] = {"learning_rate": rate, "warmup_steps": min(100, steps // 10)}
+    if stage == "ldm" and plan.start.lora:
+        section["optimizer"]["algorithm"] = "adamw"
     section["loop"] = {
         "max_steps": steps,
         "batch_size": batch,

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from files.documents import read_object
+from files.shipped import PREFIX, WEIGHTS
+from volumes.data.preprocessing import SAME_SPACING
 
-WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
-NAME = "hippocampus"  # one MR channel; the others' images are label maps
+NAME = "hippocampus"  # that are proposed: one MR channel
 LAYERS = ("latent_channels", "patch_size", "channels", "strides", "encoder_blocks", "decoder_blocks")
 UNET_LAYERS = ("channels", "strides", "blocks", "attention", "mask_width")
 NEAR = 1.5  # ratio of voxel sizes, and of sizes in voxels, up to which images look alike
@@ -24,7 +25,7 @@ class Weights:
 
     Attributes:
         vae, unet: the arguments that decide the layers' shapes.
-        labels: of the masks that its U-Net knows.
+        labels: {value: name} of the masks that its U-Net knows, with the background.
         spacing: in mm.
         largest: voxels along each axis of its largest training volume.
     """
@@ -32,25 +33,55 @@ class Weights:
     folder: Path
     vae: dict[str, Any]
     unet: dict[str, Any]
-    labels: int
+    labels: dict[int, str]
     spacing: tuple[float, ...]
     largest: tuple[int, ...]
 
-    def is_alike(self, kinds: Sequence[str], labels: int, spacing: Sequence[float], shapes: np.ndarray) -> bool:
-        """Return whether volumes are of such a kind that the U-Net fits, too.
+    @property
+    def name(self) -> str:
+        """The name of the pipeline."""
+        return self.folder.name
 
-        That is one channel without a unit, voxels and volumes of about the same size, and as many labels.
+    def part(self, name: str) -> str:
+        """Return the name of the folder of its `vae` or `unet`, which holds on every machine."""
+        return f"{PREFIX}{self.name}/{name}"
+
+    @property
+    def described(self) -> str:
+        """What its U-Net knows, in words."""
+        spacing = " x ".join(f"{mm:g}" for mm in self.spacing)
+        return f"one channel without a unit, {len(self.labels) - 1} labels, voxels of about {spacing} mm"
+
+    def misfits(
+        self, kinds: Sequence[str], labels: int, spacing: Sequence[float], shapes: np.ndarray, exactly: bool = False
+    ) -> list[str]:
+        """Return why volumes are of another kind than those that the U-Net knows; empty if it fits.
+
+        Args:
+            kinds: of the channels' intensity scaling.
+            labels: of the masks, with the background.
+            spacing: mm as the model would see it.
+            shapes: (n, 3) voxels at that spacing.
+            exactly: the spacing stays as it is; else volumes can be resampled to that of the weights.
         """
-        ratios = np.abs(np.log(np.array(spacing) / np.array(self.spacing)))
-        near = bool((ratios <= np.log(NEAR)).all())
-        fits = bool((np.median(shapes, axis=0) <= NEAR * np.array(self.largest)).all())
-        return list(kinds) == ["percentile"] and labels == self.labels and near and fits
+        found = []
+        if list(kinds) != ["percentile"]:
+            found.append(f"it knows one channel without a unit, these are {len(kinds)} ({', '.join(kinds)})")
+        if labels != len(self.labels):
+            found.append(f"it knows {len(self.labels) - 1} labels, the masks have {max(labels - 1, 0)}")
+        ratios, most = np.array(spacing) / np.array(self.spacing), 1 + SAME_SPACING if exactly else NEAR
+        if (np.abs(np.log(ratios)) > np.log(most)).any():
+            told = (" x ".join(f"{mm:.3g}" for mm in one) for one in (self.spacing, spacing))
+            found.append("it knows voxels of {} mm, these are {}".format(*told))
+        elif (np.median(shapes, axis=0) * ratios > NEAR * np.array(self.largest)).any():
+            found.append(f"it knows volumes of up to {' x '.join(map(str, self.largest))} voxels")
+        return found
 
 
-def find_weights(folder: Path = WEIGHTS) -> Weights | None:
-    """Return the shipped weights for images; None in an installation without them."""
-    pipeline = folder / NAME
-    if not (pipeline / "model_index.json").is_file():
+def find_weights(name: str = NAME, folder: Path = WEIGHTS) -> Weights | None:
+    """Return shipped weights for images; None in an installation without them, and for those of label maps."""
+    pipeline = folder / name
+    if name not in image_weights(folder):
         return None
     vae, unet = read_object(pipeline / "vae/config.json"), read_object(pipeline / "unet/config.json")
     data = read_object(pipeline / "model_index.json")["data"]
@@ -58,7 +89,14 @@ def find_weights(folder: Path = WEIGHTS) -> Weights | None:
         pipeline,
         {name: vae[name] for name in LAYERS},
         {name: unet[name] for name in UNET_LAYERS},
-        unet["num_labels"],
+        {int(value): label for value, label in data["labels"].items()},
         tuple(data["spacing"]),
         tuple(data["shape_range"][1]),
     )
+
+
+def image_weights(folder: Path = WEIGHTS) -> list[str]:
+    """Return the names of the shipped pipelines that generate images of one channel, not label maps."""
+    indices = sorted(folder.glob("*/model_index.json"))
+    described = {path.parent.name: read_object(path)["data"] for path in indices}
+    return [name for name, data in described.items() if not data["image_labels"] and len(data["channels"]) == 1]

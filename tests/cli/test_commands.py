@@ -34,6 +34,7 @@ MODULES += [
         "equal_time",
         "finetuning",
         "generation",
+        "prepared",
         "speed.headline",
         "processes",
         "speed.report",
@@ -41,7 +42,7 @@ MODULES += [
         "survival",
     )
 ]
-MODULES += [f"tools.{name}" for name in ("evidence", "mutants", "pictures", "record", "settings_page", "ship")]
+MODULES += [f"tools.{name}" for name in ("evidence", "mutants", "pictures", "settings_page", "ship")]
 SCRIPTS = [
     "train_vae.py",
     "train_ldm.py",

@@ -15,6 +15,7 @@ from cli.settings import names_below
 from evaluation.doctor.models import config_class_of
 from evaluation.report import read_config
 from files.documents import dump_settings, load_settings
+from files.shipped import shipped_folder
 from training import TrainLdmConfig, TrainVaeConfig, config_changes, parse_config, save_config
 from training.engine.config import flatten, to_plain
 from training.engine.config import read_config as read_saved
@@ -286,3 +287,28 @@ def test_text_that_looks_like_a_number_survives(one_line):
     text = dump_settings(values, one_line=one_line)
     assert load_settings(text) == values and yaml.safe_load(text) == values
     assert resolved("s3://x") == "s3://x" and "output" in names_below(TrainVaeConfig)
+
+
+def test_names_of_shipped_weights_hold_everywhere(tmp_path, monkeypatch):
+    """In a file and on the command line, from any folder; a run's own config leads to the same weights."""
+    recipe = project(tmp_path)
+    (recipe / "ldm.yaml").write_text(f"output: ldm\nvae: shipped:hippocampus/vae\ndata: data.yaml\n{LDM}")
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(TrainLdmConfig, ["--config", "recipe/ldm.yaml", "--init_from", "shipped:hippocampus/unet"])
+    weights = ROOT / "weights/hippocampus"
+    assert (config.vae, config.init_from) == (str(weights / "vae"), str(weights / "unet"))
+    assert read_config(recipe / "ldm.yaml")["vae"] == str(weights / "vae")
+    Path("run").mkdir()
+    save_config(config, Path("run/config.yaml"))
+    assert resolved(parse_config(TrainLdmConfig, ["--config", "run/config.yaml"]).vae) == str(weights / "vae")
+
+
+@pytest.mark.parametrize("name", ["shipped:hippo/vae", "shipped:", "shipped:../autoencoder", "shipped:hippocampus/x"])
+def test_other_names_of_shipped_weights_are_refused(name):
+    with pytest.raises(ValueError, match=r"no such shipped weights .*shipped:hippocampus, .*each with /vae and /unet"):
+        shipped_folder(name)
+
+
+def test_without_shipped_weights_the_message_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r"no shipped weights.*weights/ of the clone.*or null to start from random"):
+        shipped_folder("shipped:hippocampus/vae", tmp_path / "weights")

@@ -17,6 +17,8 @@ from evaluation.doctor.headers import (
 )
 from volumes import DataConfig, Volume, load_cases, make_phantom, write_volume
 
+WHOLE = {"test_fraction": 0.0, "validation_fraction": 0.0}
+
 
 @pytest.fixture
 def config(tmp_path):
@@ -24,14 +26,14 @@ def config(tmp_path):
         write_volume(make_phantom(number, (8, 9, 10))[0], tmp_path / f"case_{number}.nii.gz")
     (tmp_path / "case_2.nii.gz").write_bytes(b"no volume")
     write_volume(Volume(np.zeros((2, 8, 8, 8), np.float32), np.eye(4)), tmp_path / "other.nii")
-    return DataConfig(root=str(tmp_path), images="case_*.nii.gz")
+    return DataConfig(root=str(tmp_path), images="case_*.nii.gz", **WHOLE)
 
 
 def test_headers_tell_the_voxels_and_files_their_bytes(config, tmp_path):
     found = read_sizes(cases := load_cases(config))
     assert [size.voxels for size in found] == [720, 720, 0, 720]  # reading case_2 says what is wrong
     assert [size.file_bytes for size in found] == [next(iter(case.images.values())).stat().st_size for case in cases]
-    several = read_sizes(load_cases(DataConfig(root=str(tmp_path), images="other.nii")))
+    several = read_sizes(load_cases(DataConfig(root=str(tmp_path), images="other.nii", **WHOLE)))
     assert several[0].voxels == 2 * 512
     gib = [CaseSize(2**30, 2**28)] * 3
     assert describe_sizes(gib) == "headers: 3 cases, 3 GiB in files, 3 GiB of voxels as float32"
@@ -59,12 +61,12 @@ def test_cases_are_examined_together_and_listed_in_order(config, monkeypatch):
     examine = examination.examine
 
     def meeting(case, config):
-        if case.name != "case_2":
+        if case.name != "2":
             together.wait()  # raises where they come one after another
         return examine(case, config)
 
     monkeypatch.setattr(examination, "examine", meeting)
     done: list[str] = []
     examined, refused = examine_cases(load_cases(config), config, done.append)
-    assert [item.case.name for item in examined] == ["case_0", "case_1", "case_3"]
-    assert [case.name for case, _ in refused] == ["case_2"] and done == [f"case_{n}" for n in range(4)]
+    assert [item.case.name for item in examined] == ["0", "1", "3"]
+    assert [case.name for case, _ in refused] == ["2"] and done == ["0", "1", "2", "3"]

@@ -60,6 +60,15 @@ def test_times_are_thousandths_of_the_schedule(monkeypatch):
     assert asked == [50, 350] * COUNT
 
 
+def test_times_are_shifted_as_in_training(monkeypatch):
+    """Volumes of 12 x 12 x 16 voxels are 3 x 3 x 4 latent voxels: 36, and sqrt(36 / 9) = 2."""
+    pipe = tiny_pipeline(num_labels=0, labels={}, channels=["image"])
+    pipe.unet.register_to_config(shift_voxels=9)
+    asked = predicting(pipe, monkeypatch, lambda noisy, at: torch.zeros_like(noisy))
+    denoising_losses(pipe, phantoms(0), times=(250.0, 500.0), draws=1)
+    assert asked == pytest.approx([400, 2000 / 3] * COUNT, rel=1e-5)
+
+
 def test_a_model_that_memorized_reveals_its_training_volumes(pipe, monkeypatch):
     """It takes the nearest volume that it knows for what is in the noise: x_t = (1 - t) x + t n, and predicts n - x."""
     training, unseen = phantoms(0), phantoms(100)

@@ -99,13 +99,12 @@ def test_a_feature_that_hardly_varies_does_not_drown_the_others():
 
 
 def test_a_class_that_is_not_known_is_not_asked_for():
-    def prepared(index: int) -> SimpleNamespace:
-        mask = Volume(np.zeros((1, 2, 2, 2), np.int16), np.eye(4))
-        return SimpleNamespace(mask=mask, image=mask, classes=[index], numbers=[])
+    def facts(index: int) -> SimpleNamespace:
+        return SimpleNamespace(mask=True, classes=[index], numbers=[])
 
     dataset = SimpleNamespace(
         labels={0: "background", 2: "anterior"},
-        prepared=[prepared(0), prepared(-1)],
+        facts=[facts(0), facts(-1)],
         label_map=lambda index: Volume(np.zeros((1, 2, 2, 2), np.int16), np.eye(4)),
         config=SimpleNamespace(classes={"sex": ["f", "m"]}, class_names={"sex": ["f", "m"]}, numbers=[]),
         cases=[SimpleNamespace(name=name, subject=name) for name in "ab"],

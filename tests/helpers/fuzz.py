@@ -68,6 +68,8 @@ TEXTS = (
 SHARES = {  # of all cases
     "nifti": 30,
     "dicom": 15,
+    "dicom_seg": 6,
+    "rtstruct": 6,
     "nrrd": 12,
     "metaimage": 12,
     "config": 4,
@@ -84,6 +86,7 @@ SHARES = {  # of all cases
     "ledger": 3,
     "holder": 1,
     "entry": 3,
+    "prepared": 6,
 }
 
 

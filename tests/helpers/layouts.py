@@ -51,12 +51,12 @@ def fork(path: Path) -> None:
     path.with_name(f"._{path.name}").write_bytes(b"\0\x05\x16\x07" + bytes(100))
 
 
-def flat(root: Path, count: int = 6, masks: str = "labels") -> Path:
+def flat(root: Path, count: int = 6, masks: str = "labels", spacing=SPACING) -> Path:
     """images/ and labels/, a name with a space and an umlaut, an upper-case suffix, a twin, an atlas."""
     for n in range(count):
         name = f"Fall {n:02d} Mü" if n % 2 else f"case_{n:02d}"
-        file = save(image(n), root / f"images/{name}.nii.gz")
-        save(mask(n), root / f"{masks}/{name}.nii.gz")
+        file = save(image(n), root / f"images/{name}.nii.gz", spacing)
+        save(mask(n), root / f"{masks}/{name}.nii.gz", spacing)
         fork(file)
     save(image(0), root / "images/case_00.nii")
     return root
@@ -148,16 +148,71 @@ def totalsegmentator(root: Path, count: int = 4) -> Path:
     return root
 
 
-def listed(root: Path, count: int = 4) -> Path:
-    """A table that names files, in folders that say nothing."""
+def listed(root: Path, count: int = 4, tests: int = 1) -> Path:
+    """A table that names files, in folders that say nothing, and the last rows' split: test."""
     rows = ["subject,set,scan,contour,grade"]
     for n in range(count):
         save(image(n), root / f"a/{n * 7919 % 97}.nii.gz")
         save(mask(n), root / f"b/x{n * 31 % 11}.nii.gz")
-        split = "test" if n == count - 1 else "train"
+        split = "test" if n >= count - tests else "train"
         rows.append(f"S{n // 2},{split},a/{n * 7919 % 97}.nii.gz,b\\x{n * 31 % 11}.nii.gz,{n % 2 + 1}")
     (root / "scans.csv").write_text("\n".join(rows))
     return root
+
+
+def outlined(root: Path, count: int = 5, kind: str = "RTSTRUCT") -> Path:
+    """A DICOM tree with masks beside the series: two regions, one of which has another case in a patient, and a PET
+    that shows more, in voxels of another size."""
+    from structures import on_slice, rtstruct, series_of
+
+    from volumes import Volume
+
+    for n in range(count):
+        grid, wide = affine((1.5, 1.5, 2.0)), affine((3.0, 3.0, 2.0))
+        wide[:3, 3] = [-6, -6, -4]
+        drawn = None
+        for name, values, place in (
+            ("CT", image(n, kind="ct"), grid),
+            ("PT", 100 * image(n, (20, 20, 20), "pet"), wide),
+        ):
+            slices = series_of(Volume(values.astype(np.int16)[None], place), root / f"P {n}/{name} ü")
+            for one in slices:
+                one.PatientID, one.Modality = f"ID{n}", name
+                one.StudyInstanceUID = f"1.2.{n + 1}"
+                one.save_as(str(one.filename), enforce_file_format=True)
+            drawn = drawn or slices
+        assert drawn is not None
+        labels, rois = mask(n), {}
+        for value, name in ((1, "GTV-1" if n else "gtv-1"), (2, "Node left")):
+            x, y, z = (np.flatnonzero((labels == value).any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3))
+            (a, b), (c, d) = ((side[0] - 0.4, side[-1] + 0.4) for side in (x, y))
+            rois[name] = [on_slice([(a, c), (b, c), (b, d), (a, d)], k, grid) for k in z]
+        place = root / f"P {n}/{kind}"
+        place.mkdir()
+        if kind == "RTSTRUCT":
+            rtstruct(drawn, rois).save_as(place / "RS.dcm", enforce_file_format=True)
+        else:
+            segmentation(drawn, labels, list(rois)).save_as(place / "SEG.dcm")
+    return root
+
+
+def segmentation(slices, labels: np.ndarray, names: list[str]):
+    """A DICOM-SEG of a label map, by highdicom."""
+    import highdicom as hd
+    from pydicom.sr.codedict import codes
+
+    code = hd.AlgorithmIdentificationSequence(name="drawn", version="1", family=codes.DCM.ArtificialIntelligence)
+    described = [
+        hd.seg.SegmentDescription(
+            number, name, codes.SCT.Tissue, codes.SCT.Mass, hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC, code
+        )
+        for number, name in enumerate(names, 1)
+    ]
+    # frames in the order of the slices: rows are y from front to back, columns x from right to left
+    pixels = np.stack([labels[::-1, ::-1, k].T for k in range(labels.shape[2])])
+    return hd.seg.Segmentation(
+        slices, pixels, hd.seg.SegmentationTypeValues.BINARY, described, hd.UID(), 1, hd.UID(), 1, "x", "y", "1", "2"
+    )
 
 
 def dicom(root: Path, patients: int = 3, slices: int = 5) -> Path:

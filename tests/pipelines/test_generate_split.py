@@ -69,7 +69,7 @@ def tiny_with_conditions() -> MedVolumePipeline:
 
 
 def run(place, output, *words, split="test"):
-    config = ["--config", str(place / "ldm.yaml"), "--split", split]
+    config = ["--config", str(place / "ldm.yaml"), "--split", *split.split()]
     generate.main([*config, "--output", str(output), "--steps", "1", *map(str, words)])
 
 
@@ -89,6 +89,14 @@ def test_the_cases_of_a_split_are_generated(place, tmp_path, monkeypatch, capsys
     assert record["model"] == MedVolumePipeline.from_pretrained(place / "run/pipeline").model_hash
     said = capsys.readouterr().err
     assert "evaluate.py all --config" in said and "--synthetic out --parts realism --output out-report" in said
+
+
+def test_the_cases_of_several_splits_are_generated(place, tmp_path, capsys):
+    """All but the test split: what `evaluate.py dice` learns from."""
+    run(place, tmp_path / "out", split="train validation")
+    names = [path.name for path in sorted((tmp_path / "out").glob("*.nii.gz"))]
+    assert names == ["p0_000.nii.gz", "p1_000.nii.gz", "p2_000.nii.gz"]
+    assert "--parts" not in capsys.readouterr().err
 
 
 def test_a_command_line_overrides_the_config(place, tmp_path):

@@ -51,18 +51,6 @@ def test_an_unknown_name_lists_those_that_are_there(two_masks):
         survey_of(two_masks, mask="lesion")
 
 
-def test_channels_on_other_grids_are_asked_about(tmp_path):
-    folder = made.patients(tmp_path / "scans")
-    for n, patient in enumerate(sorted(path for path in folder.iterdir() if path.is_dir())):
-        made.save(made.image(n, (10, 10, 10)), patient / "T1.nii.gz", (3, 3, 3))
-    with pytest.raises(Ambiguous, match=r"T1.nii.gz lies on another grid than tumour.nii.gz.*say --channels CT,PET"):
-        survey_of(folder)
-    assert [channel.name for channel in survey_of(folder, channels=["ct", "pet"]).choice.channels] == ["ct", "pet"]
-    survey = survey_of(folder, mask="tumour")  # which says on which grid
-    assert [channel.name for channel in survey.choice.channels] == ["ct", "pet"]
-    assert any("T1.nii.gz lies on another grid" in text for text in survey.unsure)
-
-
 def test_a_channel_that_many_lack_is_asked_about(tmp_path):
     folder = made.patients(tmp_path / "scans")
     for n in (1, 3):

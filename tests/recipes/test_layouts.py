@@ -4,11 +4,9 @@ import json
 
 import layouts as made
 import numpy as np
-import pydicom
 import pytest
 import yaml
 
-from recipes.choice import Ambiguous
 from recipes.listing import list_folder
 from recipes.proposals.machine import Machine
 from recipes.recipe import write_recipe
@@ -201,21 +199,6 @@ def test_linked_folders_that_are_hidden_are_followed(tmp_path):
     folder = made.pairs(tmp_path / "scans/.store/images").parent.parent
     (folder / "images").symlink_to(folder / ".store/images", target_is_directory=True)
     assert len(list_folder(folder).volumes) == 10
-
-
-@pytest.mark.parametrize("modality", ["SEG", "RTSTRUCT"])
-def test_masks_in_dicom_are_asked_about(tmp_path, modality):
-    folder = made.dicom(tmp_path / "export")
-    for patient in sorted(folder.iterdir()):
-        (patient / "tumour.nii.gz").unlink()
-        one = pydicom.dcmread(next(patient.glob("*/CT_*/IM0")))
-        one.Modality = modality
-        place = patient / f"study/{modality}"
-        place.mkdir(parents=True)
-        one.save_as(place / "mask.dcm")
-    with pytest.raises(Ambiguous, match=rf"3 DICOM folders hold masks .*{modality}, which .*say --mask none"):
-        survey_of(folder, tmp_path / "recipe")
-    assert survey_of(folder, tmp_path / "recipe", mask="none").choice.mask is None
 
 
 def test_the_decathlons_names_may_end_in_four_digits(tmp_path):

@@ -8,6 +8,7 @@ from recipes.contents import _look
 from recipes.proposals.intensity import propose_intensity
 from recipes.proposals.machine import Machine, autoencoder_flops, unet_flops
 from recipes.proposals.sizing import Facts, patch_shape, propose
+from recipes.proposals.starts import Start, choose_start
 from recipes.proposals.weights import Weights, find_weights
 from recipes.section import TEST
 from recipes.section import test_fraction as fraction_held_out
@@ -76,42 +77,79 @@ def facts(**others):
     return Facts(**{**values, **others})
 
 
+def planned(quick=False, asked=None, exactly=False, **others):
+    given = facts(**others)
+    return propose(given, CPU, choose_start(asked, given, quick=quick, exactly=exactly), quick=quick)
+
+
 def test_small_sets_start_from_shipped_weights():
     weights = find_weights()
     assert weights is not None and weights.vae["channels"] == [32, 128]
-    assert "init_from" not in propose(facts(), CPU, weights, quick=False).vae
-    few = propose(facts(subjects=12, volumes=12), CPU, weights, quick=False)
-    assert few.vae["init_from"] == str(weights.folder / "vae") and "12 subjects" in few.why["vae.init_from"]
-    assert few.ldm["init_from"] == str(weights.folder / "unet") and few.vae["freeze_encoder"]
-    two = propose(facts(subjects=12, channels=["ct", "pet"], kinds=["window"] * 2), CPU, weights, quick=False)
+    enough = planned()
+    assert "init_from" not in enough.vae and "50 subjects to train on; --from hippocampus takes" in enough.start.line
+    some = planned(subjects=49, volumes=49)
+    assert (some.vae["init_from"], some.ldm["init_from"]) == ("shipped:hippocampus/vae", "shipped:hippocampus/unet")
+    assert some.vae["freeze_encoder"] and "lora" not in some.ldm and some.ldm["optimizer"]["learning_rate"] == 3e-4
+    for said in ("49 subjects", "hippocampus fits", "2 labels", "--from hippocampus:lora", "--from none"):
+        assert said in some.start.line
+    few = planned(subjects=12, volumes=12)
+    assert few.ldm["lora"] and "residual_noise" not in few.ldm and [stage for stage, _ in few.trainings] == ["ldm"]
+    assert "a LoRA of its U-Net" in few.start.line and "--from hippocampus trains all weights" in few.start.line
+    known = planned(subjects=12, conditions=["sex"])  # that a LoRA's base does not know
+    assert known.ldm["init_from"] and "lora" not in known.ldm
+    two = planned(subjects=12, channels=["ct", "pet"], kinds=["window"] * 2)
     assert two.vae["init_from"] and two.vae["model"]["per_channel"] and two.vae["model"]["latent_channels"] == 12
     assert "init_from" not in two.ldm and "freeze_encoder" not in two.vae
+    assert "one channel without a unit, these are 2 (window, window)" in two.start.line
     for unlike in ({"labels": ["background", "a"]}, {"spacing": [2.0] * 3}, {"shapes": np.full((9, 3), 90)}):
-        assert "init_from" not in propose(facts(subjects=9, **unlike), CPU, weights, quick=False).ldm, unlike
+        plan = planned(subjects=9, **unlike)
+        assert "init_from" in plan.vae and "init_from" not in plan.ldm and "it knows" in plan.start.line, unlike
+    quick = planned(quick=True)
+    assert "init_from" in quick.vae and "init_from" not in quick.ldm and "--quick leaves" in quick.start.line
+
+
+def test_what_to_start_from_is_the_users_choice():
+    assert "init_from" not in planned(subjects=12, asked="none").vae
+    all_weights = planned(subjects=12, asked="hippocampus")
+    assert all_weights.ldm["init_from"] and all_weights.vae["freeze_encoder"] and "lora" not in all_weights.ldm
+    assert planned(asked="hippocampus:lora").ldm["lora"]
+    quick = planned(quick=True, asked="hippocampus")
+    assert quick.ldm["init_from"] and quick.ldm["model"]["channels"] == [64, 160]
+    with pytest.raises(ValueError, match=r"a LoRA needs .* it does not know the condition sex; say --from hippocampus"):
+        planned(asked="hippocampus:lora", conditions=["sex"])
+    with pytest.raises(ValueError, match=r"it knows voxels of 1 x 1 x 1 mm, these are 1.2 x 1.2 x 1.2"):
+        planned(asked="hippocampus:lora", spacing=[1.2] * 3, exactly=True)
+    for asked in ("hippocampus-masks", "brain", "hippocampus:all"):  # the first has label maps
+        with pytest.raises(ValueError, match=rf"--from {asked}: no shipped .* say --from hippocampus, --from hippo"):
+            planned(asked=asked)
 
 
 def test_without_shipped_weights_that_is_said(tmp_path):
-    plan = propose(facts(subjects=12), CPU, find_weights(tmp_path), quick=False)
-    assert "init_from" not in plan.vae and any("no shipped weights" in text for text in plan.unsure)
+    start = choose_start(None, facts(subjects=12), folder=tmp_path)
+    assert start.weights is None and "this installation has no shipped ones" in start.line
+    with pytest.raises(ValueError, match="say --from none"):
+        choose_start("hippocampus", facts(), folder=tmp_path)
 
 
 def test_thick_slices_are_folded_less():
-    plan = propose(facts(spacing=[0.8, 0.8, 5.0], subjects=12), CPU, find_weights(), quick=False)
+    plan = planned(spacing=[0.8, 0.8, 5.0], subjects=12)
     assert plan.vae["model"]["patch_size"] == [2, 2, 1] and "init_from" not in plan.vae
-    assert plan.vae["crops"]["shape"][2] % 2 == 0
+    assert plan.vae["crops"]["shape"][2] % 2 == 0 and "much longer than wide" in plan.start.line
+    with pytest.raises(ValueError, match="say --from none, or --spacing X Y Z"):
+        planned(spacing=[0.8, 0.8, 5.0], asked="hippocampus")
 
 
 def test_sides_forbid_mirroring():
-    assert propose(facts(), CPU, None, quick=True).vae["crops"]["flip_axes"] == [0]
-    assert propose(facts(), CPU, None, quick=True, mirror=False).vae["crops"]["flip_axes"] == []
-    plan = propose(facts(labels=["background", "kidney_left"]), CPU, None, quick=True)
+    assert propose(facts(), CPU, Start(), quick=True).vae["crops"]["flip_axes"] == [0]
+    assert propose(facts(), CPU, Start(), quick=True, mirror=False).vae["crops"]["flip_axes"] == []
+    plan = propose(facts(labels=["background", "kidney_left"]), CPU, Start(), quick=True)
     assert plan.vae["crops"]["flip_axes"] == [] and plan.ldm["cache"]["flip_axes"] == []
     assert "kidney_left" in plan.why["flip"]
 
 
 def test_plans_grow_with_the_machine_and_the_set():
     quick, cpu, gpu = (
-        propose(facts(shapes=np.full((60, 3), 160)), machine, None, quick=q)
+        propose(facts(shapes=np.full((60, 3), 160)), machine, Start(), quick=q)
         for machine, q in ((CPU, True), (CPU, False), (GPU, False))
     )
     sizes = [np.prod(plan.vae["crops"]["shape"]) for plan in (quick, cpu, gpu)]
@@ -120,10 +158,17 @@ def test_plans_grow_with_the_machine_and_the_set():
     assert steps == sorted(steps) and steps[0] < steps[2]
     assert gpu.vae["loop"]["mixed_precision"] == "auto" and cpu.vae["loop"]["mixed_precision"] == "no"
     assert gpu.seconds["vae"] is None
-    small = propose(facts(subjects=12, volumes=12), CPU, find_weights(), quick=True)
+    small = planned(subjects=12, volumes=12, quick=True)
     assert small.seconds["vae"] < 130 and small.seconds["ldm"] < 220  # of the ten minutes for all
-    more = propose(facts(subjects=500, volumes=500), CPU, None, quick=False)
-    assert more.ldm["loop"]["max_steps"] > propose(facts(), CPU, None, quick=False).ldm["loop"]["max_steps"]
+    more = propose(facts(subjects=500, volumes=500), CPU, Start(), quick=False)
+    assert more.ldm["loop"]["max_steps"] > propose(facts(), CPU, Start(), quick=False).ldm["loop"]["max_steps"]
+
+
+def test_large_latents_have_shifted_timesteps():
+    """128 voxels and a stride of 4 are 32 latent voxels a side, at which nothing shifts."""
+    small, large = (propose(facts(shapes=np.full((60, 3), n)), GPU, None, quick=False) for n in (128, 132))
+    assert "shift_voxels" not in small.ldm["model"] and "shifted" not in small.why["ldm.model"]
+    assert large.ldm["model"]["shift_voxels"] == 32**3 and "35937 latent voxels" in large.why["ldm.model"]
 
 
 def test_estimates_agree_with_the_measured_work():
@@ -138,8 +183,11 @@ def test_weights_know_what_is_alike():
     weights = find_weights()
     assert isinstance(weights, Weights)
     shapes = np.full((5, 3), 50)
-    assert weights.is_alike(["percentile"], 3, [1.2, 1, 1], shapes)
-    assert not weights.is_alike(["window"], 3, [1, 1, 1], shapes)
+    assert not weights.misfits(["percentile"], 3, [1.2, 1, 1], shapes)
+    assert weights.misfits(["percentile"], 3, [1.2, 1, 1], shapes, exactly=True)
+    assert weights.misfits(["window"], 3, [1, 1, 1], shapes)
+    assert not weights.misfits(["percentile"], 3, [1, 1, 1], np.full((5, 3), 64))
+    assert weights.misfits(["percentile"], 3, [1.4, 1.4, 1.4], np.full((5, 3), 64))  # 90 at 1 mm
 
 
 @pytest.mark.parametrize("subjects", range(5, 200))

@@ -16,6 +16,7 @@ from recipes.__main__ import main
 from recipes.proposals.machine import Machine
 from recipes.proposals.memory import fit_memory, step_bytes
 from recipes.proposals.sizing import Facts, propose
+from recipes.proposals.starts import Start
 from recipes.recipe import write_recipe
 from recipes.report import next_commands, report, written
 from recipes.survey import Options, look_over
@@ -104,7 +105,7 @@ def test_odd_names_cannot_break_the_yaml():
 def test_plans_are_made_smaller_until_they_fit():
     few = Facts(["image"], ["percentile"], ["background", "a"], np.full((20, 3), 64), [1.0] * 3, 30, 40)
     data = DataConfig(images="{case}.nii.gz", masks="{case}_m.nii.gz", label_names={0: "background", 1: "a"})
-    plan = propose(few, CPU, None, quick=False)
+    plan = propose(few, CPU, Start(), quick=False)
     needed = step_bytes(plan, few, data, "vae")
     patch, batch = list(plan.vae["crops"]["shape"]), plan.vae["loop"]["batch_size"]
     fit_memory(plan, few, CPU, data)

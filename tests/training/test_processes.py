@@ -9,6 +9,7 @@ from datetime import timedelta
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 import yaml
 from accelerate.state import AcceleratorState
 from jsonargparse import Namespace
@@ -16,6 +17,7 @@ from tiny import labels_of, tiny_pipeline
 from waiting import when
 
 import evaluate
+from autoencoder import AutoencoderKL3D
 from benchmarks import forked
 from benchmarks.phantom_set import write_phantoms
 from benchmarks.processes import DATA, LOOP, VAE, compare
@@ -44,6 +46,34 @@ def test_two_processes_have_the_losses_of_one_sharded_or_not(tmp_path):
         losses, differences = found[script]["losses"], found[script]["largest_relative_difference"]
         assert [len(values) for values in losses.values()] == [4, 4, 4] and len(set(losses["one"])) == 4
         assert max(differences.values()) < 1e-4, losses
+
+
+def test_two_processes_compare_generated_volumes_as_one(tmp_path):
+    """An odd number of volumes, which the processes share: the distances and their floor are those of one process."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL3D(channels=(4, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1))
+    vae.set_latent_statistics([0.1] * 4, [0.5] * 4)
+    vae.save_pretrained(tmp_path / "vae")
+    model = "{class: diffusion.LatentUNet3D, channels: [8, 16], blocks: [1, 1], head_dim: 8, mask_width: 4}"
+    args = [f"--model={model}", f"--vae={tmp_path / 'vae'}", "--data.phantom={count: 12, shape: [12, 12, 12]}"]
+    args += ["--data.validation_fraction=0.45", *LOOP, "--cache.versions=1", "--inference_steps=2"]
+    args += ["--loop.sample_every=2", "--loop.sample_volumes=5", "--loop.max_steps=4", "--optimizer.warmup_steps=0"]
+    forked.run("train_ldm", [*args, f"--output={tmp_path / 'one'}", "--loop.batch_size=2"], tmp_path / "one.txt")
+    two = forked.start_two(
+        "train_ldm", [*args, f"--output={tmp_path / 'two'}", "--loop.batch_size=1"], tmp_path / "two.txt"
+    )
+    assert [forked.ended(one) for one in two] == [0, 0], (tmp_path / "two.0").read_text()[-2000:]
+    one, both = (
+        [
+            (line["step"], line["kernel_distance"], line["kernel_distance/floor"])
+            for line in map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())
+            if "kernel_distance" in line
+        ]
+        for run in ("one", "two")
+    )
+    assert [step for step, _, _ in one] == [2, 4] and one[0][1] != one[1][1]
+    assert np.array(both) == pytest.approx(np.array(one), rel=1e-3, abs=1e-5)
+    assert "(5 generated volumes)" in (tmp_path / "two.0").read_text()
 
 
 def test_a_dead_process_ends_the_others_with_a_message(tmp_path):

@@ -1,8 +1,10 @@
 """The training step in numbers: optimizer, clipping, averages, noise, and which weights are validated and saved."""
 
+import contextlib
 import itertools
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from vae_steps import generators as two_generators
 import train_ldm
 import train_vae
 from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
-from autoencoder.posterior import LatentDistribution
+from autoencoder.losses.reconstruction import cells_inside
 from diffusion import Conditions, LatentUNet3D, make_scheduler
 from training import (
     AdversarialConfig,
@@ -36,8 +38,10 @@ from training.engine import precision
 from training.engine.loss_spikes import SpikeWatch, StandstillWatch
 from training.engine.muon import Muon
 from training.engine.tracking import Progress
-from training.ldm import LdmTrainingStep, encode_held_out
+from training.held_out import EncodedVolumes
+from training.ldm import LdmTrainingStep
 from training.splits import PaddedVolumes, digests, load_split
+from training.vae import measure_latents
 from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases
 
 VALIDATION, TRAINING = 1 << 32, 1 << 33  # what keeps their seeds apart (training/engine/loop.py)
@@ -303,13 +307,23 @@ def test_a_validation_counts_the_field_of_view_alone():
     assert step.validate(item, torch.Generator().manual_seed(5))["loss"] == pytest.approx(1, rel=0.1)
 
 
+class Held(list):
+    """Padded volumes, with their stride."""
+
+    def __init__(self, items: list, stride: tuple[int, int, int]) -> None:
+        super().__init__(items)
+        self.stride = stride
+
+
 def test_held_out_images_are_given_where_they_are_seen():
     """Cells without a voxel of the field of view have no weight, and the flag of the image is 0 there."""
     vae = SpaceToDepth3D(patch_size=2)
     fov = torch.zeros(1, 4, 4, 8, dtype=torch.bool)
     fov[..., :3] = True  # ends within the second cell
-    items: Any = [{"name": "a", "image": torch.zeros(1, 4, 4, 8), "fov": fov}]
-    (found,) = encode_held_out(items, vae, 0, {"mr": slice(0, 8)})
+    volumes: Any = Held([{"name": "a", "image": torch.zeros(1, 4, 4, 8), "fov": fov}], (2, 2, 2))
+    mean = vae.encode(torch.zeros(1, 1, 4, 4, 8), return_dict=False)[0].mean[0]
+    entries: Any = [{"mean": mean, "inside": cells_inside(fov[None], mean.shape[1:])[0]}]
+    (found,) = EncodedVolumes(volumes, entries, 0, {"mr": slice(0, 8)})
     expected = torch.tensor([1.0, 1, 0, 0]).expand(1, 1, 2, 2, 4)
     assert torch.equal(found["inside"].float(), expected)
     assert found["conditions"].image is not None and torch.equal(found["conditions"].image[:, -1:], expected)
@@ -544,11 +558,11 @@ def test_a_volumes_digest_is_of_all_that_training_learns_from():
     assert list(first) == [case.name for case in dataset.cases] and len(set(first.values())) == 2
     plant(dataset, 0, lambda case: None)
     planted = digests(dataset)
-    for name in ("image", "mask"):
+    for name, total in (("image", 1), ("mask", 3)):
 
-        def change(case, name=name):
+        def change(case, name=name, total=total):
             voxel = getattr(case, name).array[..., 3, 4, 5]
-            voxel[:] = 1 - voxel
+            voxel[:] = total - voxel
 
         plant(dataset, 0, change)
         changed = digests(dataset)
@@ -617,20 +631,27 @@ def test_time_left_uses_the_steps_and_rate_of_this_start(monkeypatch, caplog):
 def test_held_out_volumes_are_their_mean_latents():
     """An encoder that is unsure by 3 gives latents of 5, not a sample around them: a validation is the same each
     time."""
-
-    class Unsure:
-        device, stride = torch.device("cpu"), (1, 1, 1)
-
-        @staticmethod
-        def encode(image: Tensor, return_dict: bool) -> tuple[LatentDistribution]:
-            assert not return_dict
-            one = torch.ones(1)
-            return (LatentDistribution(torch.full_like(image, 5.0), torch.full_like(image, 3.0), 0 * one, one),)
-
-    items: Any = [{"name": "a", "image": torch.zeros(1, 2, 2, 2), "fov": torch.ones(1, 2, 2, 2, dtype=torch.bool)}]
-    encoder: Any = Unsure()
-    (found,) = encode_held_out(items, encoder, 0, {})
+    volumes: Any = Held([{"name": "a", "image": torch.zeros(1, 2, 2, 2), "fov": torch.ones(1, 2, 2, 2)}], (1, 1, 1))
+    inside = torch.ones(1, 2, 2, 2, dtype=torch.bool)
+    entries: Any = [{"mean": torch.full((1, 2, 2, 2), 5.0), "std": torch.full((1, 2, 2, 2), 3.0), "inside": inside}]
+    (found,) = EncodedVolumes(volumes, entries, 0, {})
     assert torch.equal(found["latents"], torch.full((1, 1, 2, 2, 2), 5.0)) and found["conditions"].as_kwargs() == {}
+
+
+def test_all_processes_measure_latents_with_the_bits_of_one(monkeypatch):
+    config = DataConfig(phantom=PhantomConfig(count=5, shape=(8, 9, 10)), validation_fraction=0)
+    dataset = VolumeDataset(load_cases(config), config)
+    vae, parts, found = SpaceToDepth3D(patch_size=4), [], []
+    monkeypatch.setattr("training.vae.gather_object", lambda rows: parts.extend(rows) or [{**parts[0]}, *parts])
+    for rank, processes in ((0, 2), (1, 2), (0, 1)):
+        process: Any = SimpleNamespace(process_index=rank, num_processes=processes)
+        if processes == 1:
+            parts.clear()
+        with contextlib.suppress(KeyError):  # the first has not heard of the second yet
+            measure_latents(vae, dataset, process)
+            found.append((vae.config["latents_mean"], vae.config["latents_std"]))
+        assert len(parts[-1]) == (5 if processes == 1 else 3 - rank)
+    assert len(found) == 2 and found[0] == found[1]
 
 
 # the samples of a step

@@ -1,5 +1,6 @@
 """Prepared volumes on disk: the bits that memory would hold, once per content, whatever happens to their files."""
 
+import hashlib
 import json
 import os
 import signal
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from files.cache import cache_root
 from volumes import (
@@ -30,9 +33,11 @@ from volumes import (
     write_volume,
 )
 from volumes.data.case_files import one_grid, read_case
+from volumes.foreground import ForegroundCrop
 from volumes.prepared import preparation
+from volumes.prepared.case import prepare_unscaled
 from volumes.prepared.entry import smallest
-from volumes.prepared.keys import case_key
+from volumes.prepared.keys import case_key, settings_key
 from volumes.prepared.preparation import prepare_cases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,7 +120,11 @@ def phantoms(folder: Path) -> DataConfig:
     return DataConfig(phantom=PhantomConfig(count=3, shape=SHAPE, seed=4), validation_fraction=0, numbers=["size_x"])
 
 
-KINDS = [saved, slope, fractions, resampled, aligned, maps, series, phantoms]
+def cropped(folder: Path) -> DataConfig:
+    return replace(saved(folder), crop=ForegroundCrop("mask", margin=1), spacing=(1.5, 1.5, 1.5))
+
+
+KINDS = [saved, slope, fractions, resampled, aligned, maps, series, phantoms, cropped]
 
 
 def in_memory(case, config):
@@ -177,14 +186,14 @@ def test_crops_are_those_of_whole_volumes(kind, tmp_path):
 
 def test_whole_cases_come_back(tmp_path):
     """Grids of the files, oddities with the file's name, and what was resampled."""
-    config = aligned(tmp_path / "data")
+    config = replace(aligned(tmp_path / "data"), crop=ForegroundCrop(100.0, channel="a"))
     first, again = dataset_of(config), dataset_of(config)
     for index, case in enumerate(first.cases):
         facts, other, whole = first.facts[index], again.facts[index], again.load(index)
         assert facts.source is not None and other.source is not None and whole.image.source is other.source
         np.testing.assert_array_equal(facts.source.affine, other.source.affine)
         assert (facts.source.shape, facts.source.unit) == (other.source.shape, other.source.unit)
-        assert facts.details() == other.details() and facts.resampled[0].name == "b"
+        assert facts.details() == other.details() and facts.resampled[0].name == "b" and facts.box is not None
         np.testing.assert_array_equal(facts.affine, other.affine)
         assert whole.mask is not None and whole.mask.source is not None
         counts = [int((whole.mask.array == label).sum()) for label in range(4)]
@@ -225,7 +234,7 @@ def test_the_smallest_type_that_is_exact(values, kind):
 
 
 def keys_of(config: DataConfig) -> list[str]:
-    return [case_key(case, config) for case in load_cases(config)]
+    return [case_key(case, settings_key(config)) for case in load_cases(config)]
 
 
 def test_keys_follow_contents_and_settings(tmp_path):
@@ -237,6 +246,7 @@ def test_keys_follow_contents_and_settings(tmp_path):
         {"intensity": IntensityScaling("percentile", 1, 99)},
         {"label_map": {3: 2}},
         {"units": "cm"},
+        {"crop": ForegroundCrop(300.0)},
         {"masks": None, "label_names": {}},
         {"images": {"t1": "{name}_image.nii"}},
         {"image_labels": LABELS, "images": "{name}_mask.nii", "masks": None, "label_names": {}},
@@ -272,6 +282,18 @@ def test_keys_follow_all_files_of_a_volume(tmp_path):
     raw[0] ^= 1
     (tmp_path / "a.raw").write_bytes(raw)
     assert keys_of(detached) != [first]
+
+
+def test_a_change_that_hides_its_time_is_noticed(tmp_path, monkeypatch):
+    """Even after the digest was remembered: a copy over the file that keeps its size and time of change."""
+    monkeypatch.setattr("volumes.prepared.keys.SETTLED", -1.0)
+    config = saved(tmp_path / "data", 1)
+    first, path = keys_of(config), tmp_path / "data/c0_image.nii"
+    data, times = bytearray(path.read_bytes()), path.stat()
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_mtime_ns == times.st_mtime_ns and keys_of(config) != first
 
 
 def test_digests_of_settled_files_are_remembered(tmp_path, monkeypatch):
@@ -358,12 +380,23 @@ def test_damaged_facts_are_prepared_again(text, tmp_path, caplog):
     assert sum("damaged" in record.message for record in caplog.records) == 3
 
 
+def test_a_changed_number_in_the_facts_is_noticed(tmp_path, caplog):
+    config = saved(tmp_path / "data")
+    expected = [facts.scales for facts in dataset_of(config).facts]
+    for path in entries(".json"):
+        path.write_text(path.read_text().replace('"high": ', '"high": 1'))
+    assert [facts.scales for facts in dataset_of(config).facts] == expected
+    assert caplog.text.count("its content has changed") == 3
+
+
 def test_facts_of_another_version_are_prepared_again(tmp_path):
     config = saved(tmp_path / "data")
     dataset_of(config)
     for path in entries(".json"):
         facts = json.loads(path.read_text())
-        path.write_text(json.dumps({**facts, "scales": [{"low": "0", "high": 1.0}]}))
+        kept = {**facts["facts"], "scales": [{"low": "0", "high": 1.0}]}
+        digest = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+        path.write_text(json.dumps({**facts, "facts": kept, "sha256": digest}))
     assert all(isinstance(facts.scales[0].low, float) for facts in dataset_of(config).facts)
 
 
@@ -394,12 +427,35 @@ def test_a_source_that_changed_meanwhile_is_refused(tmp_path):
         dataset[2]
 
 
+def test_voxels_that_come_back_otherwise_are_refused(tmp_path, monkeypatch):
+    dataset = dataset_of(saved(tmp_path / "data"))
+    entries()[0].unlink()
+    index = dataset._keys.index(entries(".json")[0].stem)
+    other = dataset.cases[(index + 1) % 3]
+    monkeypatch.setattr(preparation, "prepare_unscaled", lambda case, config: prepare_unscaled(other, config))
+    with pytest.raises(VolumeError, match="gives other voxels than before"):
+        dataset[index]
+    assert len(entries()) == 2
+
+
+def test_an_equal_checksum_under_another_key(tmp_path, caplog):
+    """A copy of a file under another name is not read, whatever it holds."""
+    dataset = dataset_of(saved(tmp_path / "data"))
+    path = entries()[0]
+    index = dataset._keys.index(path.stem)
+    with safe_open(path, framework="np") as file:
+        arrays, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(arrays, path, metadata={**header, "key": "0" * 40})
+    assert dataset[index]["name"] and "it is another volume" in caplog.text
+
+
 # Processes
 
 
 PREPARE = """
 import os, signal, sys, time
 from volumes import DataConfig, VolumeDataset, load_cases
+from volumes.foreground import ForegroundCrop
 from volumes.prepared import preparation
 
 config = DataConfig(root=sys.argv[1], images="{name}_image.nii", masks="{name}_mask.nii", validation_fraction=0,
@@ -415,6 +471,8 @@ def prepare_unscaled(case, config):
     return made
 
 preparation.prepare_unscaled = prepare_unscaled
+print("ready", flush=True)
+input()
 dataset = VolumeDataset(load_cases(config), config)
 print(*sorted(prepared))
 print(*(name for name, _ in dataset.skipped))
@@ -424,13 +482,26 @@ print(*(case.name for case in dataset.cases))
 
 def started(folder: Path, kill_at: int = 0) -> subprocess.Popen:
     command = [sys.executable, "-c", PREPARE, str(folder), str(kill_at)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
+
+
+def together(processes: list[subprocess.Popen]) -> list[list[str]]:
+    """Let them begin once all have started, and return the lines that each printed."""
+    for process in processes:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return [process.communicate()[0].splitlines() for process in processes]
 
 
 def test_a_killed_preparation_continues(tmp_path, monkeypatch):
     config = saved(tmp_path / "data", 12)
     process = started(tmp_path / "data", kill_at=7)
-    assert process.wait() == -signal.SIGKILL
+    together([process])
+    assert process.returncode == -signal.SIGKILL
     there, again = len(entries(".json")), []
     assert 1 <= there <= 7
     original = preparation.prepare_unscaled
@@ -444,8 +515,7 @@ def test_two_processes_share_the_work(tmp_path):
     """Each volume is prepared once, by one of them; a refused one is skipped by both."""
     saved(tmp_path / "data", 12)
     (tmp_path / "data/c5_image.nii").write_bytes(b"no volume")
-    processes = [started(tmp_path / "data") for _ in range(2)]
-    said = [process.communicate()[0].splitlines() for process in processes]
+    said = together([started(tmp_path / "data") for _ in range(2)])
     prepared = [lines[0].split() for lines in said]
     assert sorted(prepared[0] + prepared[1]) == sorted(f"c{number}" for number in range(12) if number != 5)
     assert min(map(len, prepared)) >= 2

@@ -198,7 +198,7 @@ def test_advice_to_start_from_weights_is_given_where_they_fit():
         )
         return advise_start(vae, config, [spacing])
 
-    assert "--init_from weights/hippocampus/vae" in str(advice(one))
+    assert "--init_from shipped:hippocampus/vae" in str(advice(one))
     assert advice(one, latent_channels=4) is None  # the last layers would stay fresh
     assert advice(one, spacing=(1.0, 1.0, 5.0)) is None
     assert advice(DataConfig(images="x", intensity=IntensityScaling(**CT))) is None  # HU are no MR
@@ -206,8 +206,8 @@ def test_advice_to_start_from_weights_is_given_where_they_fit():
     assert mixed is not None and mixed.startswith("no shipped weights fit an autoencoder that mixes 2 channels")
     assert "per_channel: true, latent_channels: 12, channels: [32, 128]" in mixed
     apart = advice(two, per_channel=True, latent_channels=12)
-    assert apart is not None and "each channel separately, per_channel): --init_from weights/hippocampus/vae" in apart
+    assert apart is not None and "each channel separately, per_channel): --init_from shipped:hippocampus/vae" in apart
     maps = DataConfig(images="x", image_labels={0: "background", 1: "gland"})
     assert advice(maps) is None
     gland = AutoencoderKL3D(channels=(32, 96), decoder_blocks=(1, 2), patch_size=4)
-    assert "--init_from weights/adrenal-shapes/vae" in str(advise_start(gland, maps, [(1.0, 1.0, 1.0)]))
+    assert "--init_from shipped:adrenal-shapes/vae" in str(advise_start(gland, maps, [(1.0, 1.0, 1.0)]))

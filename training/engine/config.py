@@ -27,6 +27,7 @@ from cli.settings import (
 )
 from files.atomic import write_text
 from files.documents import dump_settings
+from files.shipped import expand_path
 from volumes.data.config_parser import ConfigParser, config_files, data_of_run, read_training_config
 from volumes.data.preprocessing import inherited
 
@@ -110,6 +111,9 @@ class LoopConfig:
         workers: processes that load data, per training process; 0 loads in the training process. Default: 0 on a CPU,
             2 on other devices. `data_wait` in the log is the fraction of the time spent waiting for data.
         ema_decay: decay of the moving average of the weights. The average is validated and saved.
+        ema_length: length of that average relative to the steps so far, in place of `ema_decay`, so that it grows with
+            the run: the sigma_rel of a power function (Karras et al. 2024, section 3.1), where 0.05 to 0.15 are usual.
+            Default: the length that `ema_decay` has, the same at all steps.
         log_every: steps between reports of the losses; between them only one flag is fetched from the device.
         validate_every: steps between validations on held-out subjects; 0 validates at the end only, and keeps no best
             weights.
@@ -147,6 +151,7 @@ class LoopConfig:
     fsdp: bool = False
     workers: Annotated[int, Range(0, MAX_WORKERS)] | None = None
     ema_decay: ShareBelowOne = 0.999
+    ema_length: Annotated[float, Range(0, 0.28, above=True)] | None = None
     log_every: PositiveInt = 20
     validate_every: NonNegativeInt = 500
     sample_every: NonNegativeInt = 0
@@ -216,7 +221,7 @@ def _learned(config_class: type, files: Sequence[ConfigFile], args: Sequence[str
     folder = first.parse_known_args(args)[0].source or folder
     if not isinstance(folder, str) or {"-h", "--help"} & {*args}:
         return {}
-    folder = os.path.expanduser(folder)
+    folder = expand_path(folder)
     names = {word.partition("=")[0] for word in args if word.startswith("--data")} - {"--data.root"}
     if source == "vae" and section is None and not names:
         return data_of_run(folder)

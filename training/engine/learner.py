@@ -10,6 +10,7 @@ import zlib
 from functools import reduce
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
@@ -33,25 +34,36 @@ def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
     return config.learning_rate * (config.final_lr_ratio + (1.0 - config.final_lr_ratio) * cosine)
 
 
+def power_of(length: float) -> float:
+    """Return the power g of an average whose weights grow as t^g over the steps t, and whose standard deviation over t
+    is `length` times the steps: length^2 = (g + 1) / ((g + 2)^2 (g + 3)) (Karras et al. 2024, section 3.1)."""
+    inverse = length**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
 class MovingAverage:
     """A copy of `model` whose parameters follow it slowly. Buffers are copied (a codebook is already an average).
 
     The decay warms up as min(decay, (1 + n) / (10 + n)) with the number of updates n, so that a short run, too, forgets
-    the random start. It depends on n only: the weights are the only state.
+    the random start. With a `length` it is (1 - 1 / n)^(g + 1) (Karras et al. 2024, section 3.1), whose average spans
+    the same part of every run. Both depend on n only: the weights are the only state.
 
     Args:
         model: the bare network, before Accelerate wraps it.
         decay: weight of the past per update; 0 makes the average equal to the model.
+        length: relative length, in place of `decay`, see `power_of`.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float, length: float | None = None):
         self.module = copy.deepcopy(model).requires_grad_(False).eval()
-        self.decay = decay
+        self.decay, self.power = decay, None if length is None else power_of(length)
 
     @torch.no_grad()
     def update(self, model: nn.Module, updates: int) -> None:
         """Move toward `model`, whose `updates`-th optimizer step (counted from 1) was just taken."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
+        if self.power is not None:
+            decay = (1 - 1 / updates) ** (self.power + 1)
         torch._foreach_lerp_(local(self.module.parameters()), local(model.parameters()), 1.0 - decay)
         for average, current in zip(self.module.buffers(), model.buffers(), strict=True):
             average.copy_(current)
@@ -69,11 +81,20 @@ class Learner(Generic[Model]):
             sharded, a copy that `gather_average` fills.
     """
 
-    def __init__(self, name: str, model: Model, config: OptimizerConfig, *, ema_decay: float, max_steps: int):
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        config: OptimizerConfig,
+        *,
+        ema_decay: float,
+        max_steps: int,
+        ema_length: float | None = None,
+    ):
         self.name, self.config, self.max_steps = name, config, max_steps
         self.network = model
         self.model: Any = model
-        self.ema = MovingAverage(model, ema_decay)
+        self.ema = MovingAverage(model, ema_decay, ema_length)
         self.optimizer: Any = self._make_optimizer()
         self._full_average: nn.Module | None = None  # only if the average is sharded
         self._is_gathered = False

@@ -159,9 +159,9 @@ class Loop:
         self._warn_if_nothing_was_learned(state.step - state.skipped - taken, before)
         metrics = self._measure(at_end=True)
         self.preview()
+        if options.export == "best":
+            self.best.load()
         if accelerator.is_main_process:
-            if options.export == "best":
-                self.best.load()
             best = {"metric": state.best_metric, "step": state.best_step, "value": state.best_value}
             kept = {} if state.best_value is None else {"best": best, "export": options.export}
             text = json.dumps({"step": state.step, "skipped": state.skipped, **metrics, **kept}, indent=1)

@@ -52,6 +52,8 @@ def run_training(
             metrics = Loop(accelerator, config, training.step, *data).run()
         elif accelerator.is_main_process:
             save_config(config, Path(config.output) / "config.yaml")
+        if training.measure is not None:
+            training.measure()
         if accelerator.is_main_process:
             training.finish()
         accelerator.wait_for_everyone()

@@ -93,6 +93,7 @@ class Training:
     Args:
         step: losses and learners; None if the model has no parameters, so that there is only `finish` to do.
         finish: writes what the run leaves. Called by the main process, after the last step.
+        measure: what all processes do together before that.
         data: training samples; `collate` makes batches of them.
         validation: held-out items, whole, one at a time; may be empty.
         contents: a digest of each training volume, by name; a resumed run must have the same.
@@ -104,3 +105,4 @@ class Training:
     validation: Items = ()
     collate: Callable[[Any], Any] = default_collate
     contents: Mapping[str, str] = field(default_factory=dict)
+    measure: Callable[[], None] | None = None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from volumes.placement import pad_or_crop
+from volumes.placement import Placement, pad_or_crop
 from volumes.resampling import resample, resample_to
 from volumes.volume import PADDING, Volume, VolumeError, same_grid
 
@@ -47,6 +47,7 @@ class Aligned:
         resampled: the volumes that lay on another grid.
         share: the fraction of the reference's voxels that all of them show.
         shapes: (X, Y, Z) of the reference before and after `spacing`.
+        box: the box of the reference's grid, before `spacing`, to which `crop` cut the case.
     """
 
     image: Volume
@@ -55,6 +56,7 @@ class Aligned:
     resampled: tuple[Resampled, ...] = ()
     share: float = 1.0
     shapes: tuple[tuple[int, int, int], tuple[int, int, int]] = ((0, 0, 0), (0, 0, 0))
+    box: Placement | None = None
 
 
 def onto_grid(volume: Volume, grid: Volume, *, labels: bool = False) -> Volume:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from volumes.foreground import ForegroundCrop, cut, image_box, mask_box
 from volumes.formats.read import read_mask, read_volume
 from volumes.labels import label_channels, label_indices
 from volumes.phantom import PHANTOM_LABELS, make_phantom
+from volumes.placement import Placement
 from volumes.plausible import Oddity, header_oddities
 from volumes.resampling import resample
 from volumes.volume import Volume, VolumeError, describe_grid, same_grid
 
-from .alignment import MASK, Aligned, align
+from .alignment import MASK, Aligned, align, onto_grid
 from .cases import Case
 from .config import DataConfig
 from .subjects import voxel_digests
@@ -32,6 +34,10 @@ class StoredCase:
 
     images: dict[str, Volume]
     mask: Volume | None
+
+    def reference(self, config: DataConfig) -> Volume:
+        """The volume whose grid the case is brought to."""
+        return self.images[config.resample_to or next(iter(self.images))]
 
     @property
     def channels(self) -> list[np.ndarray]:
@@ -62,20 +68,76 @@ def read_case(case: Case, config: DataConfig, *, masks: bool = True) -> StoredCa
 
 
 def one_grid(case: Case, stored: StoredCase, config: DataConfig) -> Aligned:
-    """Bring the volumes of a case onto one grid, at the config's spacing, with label indices as its mask.
+    """Cut a case to its box (`crop`) and bring its volumes onto one grid, at the config's spacing, with label indices
+    as its mask.
 
-    Raises: VolumeError naming the file: for volumes on other grids, unless `resample_to` is set, and see `align`.
+    Raises: VolumeError naming the file: for volumes on other grids, unless `resample_to` is set, and see `align` and
+    `foreground_box`.
     """
+    if config.resample_to is None:
+        _check_grids(case, stored)
+    if (box := foreground_box(case, stored, config)) is None:
+        return _one_grid(case, stored, config)
+    grid = stored.reference(config)
+    images = {name: cut(one, box) if same_grid(grid, one) else one for name, one in stored.images.items()}
+    mask = stored.mask
+    mask = cut(mask, box) if mask is not None and same_grid(grid, mask) else mask
+    return replace(_one_grid(case, StoredCase(images, mask), config), box=box)
+
+
+def foreground_box(case: Case, stored: StoredCase, config: DataConfig) -> Placement | None:
+    """Return the box of `crop` on the grid that the case is brought to, before `spacing`; None without the setting. A
+    channel or mask on another grid is resampled onto it first.
+
+    Raises: VolumeError naming the file and what to type where all is background; for a known box of another volume.
+    """
+    grid = stored.reference(config)
+    if case.box is not None:
+        if case.box.shape != grid.shape:
+            whole = " x ".join(map(str, case.box.shape))
+            raise VolumeError(f"{first_file(case)}: its box is of {whole} voxels, the volume has {describe_grid(grid)}")
+        return case.box
+    crop = config.crop
+    if crop is None:
+        return None
+    if crop.by_mask:
+        file = str(case.mask or case.name)
+        if stored.mask is None:
+            raise VolumeError(f"{first_file(case)}: has no mask, and data.crop.above is mask; exclude the case")
+        mask = _indexed(stored.mask, file, config)
+        mask = mask if same_grid(grid, mask) else onto_grid(mask, grid, labels=True)
+        box = mask_box(mask, sorted(known_labels(config)), crop)
+    else:
+        channel = crop.channel_of(config.channels)
+        file, image = str(case.images.get(channel, case.name)), stored.images[channel]
+        box = image_box(image if same_grid(grid, image) else onto_grid(image, grid), crop)
+    if box is None:
+        raise VolumeError(f"{file}: {nothing_found(crop, None if crop.by_mask else stored.images[channel])}")
+    return box
+
+
+def nothing_found(crop: ForegroundCrop, image: Volume | None) -> str:
+    """The end of a message about a file that data.crop finds all background, with what to type.
+
+    Args:
+        image: the channel that was searched, None for a mask.
+    """
+    if image is None:
+        return "is background alone, so data.crop (above: mask) finds no box; correct the mask, or exclude the case"
+    highest, channel = float(np.nanmax(image.array)), f" in channel {crop.channel}" if crop.channel else ""
+    return (
+        f"data.crop finds nothing above {crop.above:g}{channel}, the highest value is {highest:g}; set data.crop.above "
+        "lower, or exclude the case"
+    )
+
+
+def _one_grid(case: Case, stored: StoredCase, config: DataConfig) -> Aligned:
     names = {channel: str(path) for channel, path in case.images.items()} | {MASK: str(case.mask or case.name)}
     if config.resample_to is not None:
         mask = None if stored.mask is None else _indexed(stored.mask, names[MASK], config)
         return align(stored.images, mask, config.resample_to, config.spacing, names)
     first = next(iter(stored.images.values()))
-    for channel, volume in stored.images.items():
-        _check_grid(case, case.images.get(channel), volume, first)
     image, mask = first.replace(np.concatenate([volume.array for volume in stored.images.values()])), stored.mask
-    if mask is not None:
-        _check_grid(case, case.mask, mask, image)
     if config.spacing is not None:
         try:
             image = resample(image, config.spacing)
@@ -141,10 +203,13 @@ def _label_map(path: Path, config: DataConfig) -> Volume:
     return image.replace(label_channels(indices, len(config.image_labels)))
 
 
-def _check_grid(case: Case, path: Path | None, volume: Volume, first: Volume) -> None:
-    if not same_grid(first, volume):
-        channel = next(iter(case.images))
-        raise VolumeError(
-            f"{path}: is not on the grid of {case.images[channel]} ({describe_grid(volume)}, against "
-            f"{describe_grid(first)}); set data.resample_to: {channel} (resamples the others onto {channel}'s grid)"
-        )
+def _check_grids(case: Case, stored: StoredCase) -> None:
+    channel, first = next(iter(stored.images.items()))
+    files = [(case.images.get(name), volume) for name, volume in stored.images.items()]
+    files += [] if stored.mask is None else [(case.mask, stored.mask)]
+    for path, volume in files:
+        if not same_grid(first, volume):
+            raise VolumeError(
+                f"{path}: is not on the grid of {case.images[channel]} ({describe_grid(volume)}, against "
+                f"{describe_grid(first)}); set data.resample_to: {channel} (resamples the others onto {channel}'s grid)"
+            )

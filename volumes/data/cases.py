@@ -31,6 +31,7 @@ from files.remote import (
     with_urls,
 )
 from volumes.phantom import LESION, PHANTOM_CLASSES, make_phantom
+from volumes.placement import Placement
 from volumes.volume import GRID_NUMBERS
 
 from .config import DataConfig, PhantomConfig
@@ -46,7 +47,7 @@ class Case:
     """One volume of the data set: its files by channel, its mask, its subject and split, and the table's other columns
     (classes by their names).
 
-    A phantom has no files, only its number.
+    A phantom has no files, only its number. `box` is the box of `data.crop`, where it is known and not to be found.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Case:
     mask: Path | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     phantom: int | None = None
+    box: Placement | None = None
 
 
 def load_cases(config: DataConfig) -> list[Case]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from cli.settings import (
@@ -18,6 +18,7 @@ from cli.settings import (
 )
 from files.names import nfc
 from files.paths import check_name
+from volumes.foreground import ForegroundCrop
 from volumes.formats.raw import MaskReading, Reading
 from volumes.intensity import IntensityScaling
 from volumes.labels import segment_values
@@ -81,6 +82,9 @@ class DataConfig:
             e.g. ct (`image` where images are one pattern): images linearly, masks by the nearest voxel. A case is then
             the box of that grid that all of them show; choose the channel that shows the least. A case is refused where
             they show less than a twentieth of it. null refuses cases whose volumes lie on different grids.
+        crop: cuts each case to the box of what is not background, before it is resampled to `spacing`: {above: -500}
+            (CT), {above: mask}. A pipeline finds the box in the same way, generates it, and writes the whole grid. null
+            keeps whole volumes.
         spacing: voxel size in mm to which everything is resampled; null keeps each volume's own.
         intensity: scaling of intensities, one for all channels or a mapping {channel: scaling}.
         classes: columns that condition a model, each with the values it may have, e.g. {sex: [F, M], grade: ['1',
@@ -112,6 +116,7 @@ class DataConfig:
     label_names: dict[Label, str] = field(default_factory=dict)
     image_labels: dict[Label, str] = field(default_factory=dict)
     resample_to: str | None = None
+    crop: ForegroundCrop | None = None
     spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     intensity: IntensityScaling | dict[str, IntensityScaling] = field(default_factory=IntensityScaling)
     classes: dict[str, list[str] | dict[str, str]] = field(default_factory=dict)
@@ -172,6 +177,7 @@ class DataConfig:
                 f"data: resample_to is {self.resample_to!r}, the image channels are {', '.join(self.patterns)}; name "
                 "the one whose grid the others are resampled onto"
             )
+        self._check_crop()
         if isinstance(self.intensity, dict) and set(self.intensity) != set(self.channels):
             raise ValueError(
                 f"data: intensity names the channels {sorted(self.intensity)}, images has {sorted(self.channels)}"
@@ -189,6 +195,8 @@ class DataConfig:
         self.condition_channels = [nfc(name) for name in self.condition_channels]
         self.subject, self.split = (name and nfc(name) for name in (self.subject, self.split))
         self.resample_to = self.resample_to and nfc(self.resample_to)
+        if self.crop is not None and self.crop.channel is not None:
+            self.crop = replace(self.crop, channel=nfc(self.crop.channel))
         self.numbers = [nfc(name) for name in self.numbers]
         self.classes = {
             nfc(column): {nfc(value): nfc(name) for value, name in values.items()}
@@ -196,6 +204,21 @@ class DataConfig:
             else [nfc(value) for value in values]
             for column, values in self.classes.items()
         }
+
+    def _check_crop(self) -> None:
+        crop = self.crop
+        if crop is None:
+            return
+        if self.image_labels:
+            raise ValueError("data: crop is for images with intensities, image_labels says that they are label maps")
+        if crop.by_mask and not (self.masks or self.phantom):
+            raise ValueError(
+                "data: crop.above is mask, and there are no masks; set data.masks, or a value of the images"
+            )
+        if crop.channel is not None and crop.channel not in self.patterns:
+            raise ValueError(
+                f"data: crop.channel is {crop.channel!r}, the image channels are {', '.join(self.patterns)}"
+            )
 
     def _check_classes(self) -> None:
         for column, values in self.classes.items():

@@ -276,6 +276,7 @@ def describe(dataset: VolumeDataset, description: str = "") -> DataDescription:
         grid_numbers=tuple(n for n in sorted(config.numbers) if not any(n in case.metadata for case in dataset.cases)),
         reading=config.reading,
         resample_to=config.resample_to,
+        crop=None if config.crop is None else config.crop.named(config.channels),
         common_labels=_common_labels(dataset) if dataset.labels else None,
         maps=_describe_maps(dataset) if config.image_labels else None,
         description=description,

@@ -12,6 +12,7 @@ import numpy as np
 
 from files.documents import read_object
 from volumes.description import DataDescription
+from volumes.foreground import MASK_LABELS, ForegroundCrop
 from volumes.intensity import IntensityScaling
 
 from .config import DataConfig
@@ -43,6 +44,7 @@ class PreprocessingFacts(TypedDict):
         label_map: {value: value} of images that are label maps, {} otherwise.
         time_point: {channel: number} of 4-D files.
         resample_to: the channel onto whose grid the others were resampled; None: they lay on one grid.
+        crop: see `ForegroundCrop`, with the channel's name; None: whole volumes.
     """
 
     channels: list[str]
@@ -53,6 +55,7 @@ class PreprocessingFacts(TypedDict):
     label_map: NotRequired[dict[str, int]]
     time_point: NotRequired[dict[str, int]]
     resample_to: NotRequired[str | None]
+    crop: NotRequired[Mapping[str, object] | None]
 
 
 def _values(label_map: Mapping[int | str, int]) -> dict[str, int]:
@@ -83,6 +86,7 @@ def preprocessing(config: DataConfig, spacings: Sequence[Sequence[float]] | None
         "label_map": _values(config.label_map) if config.image_labels else {},
         "time_point": {c: n for c in config.patterns if (n := config.volume_number(c)) is not None},
         "resample_to": config.resample_to,
+        "crop": _crop_facts(config.crop and config.crop.named(config.channels)),
     }
     if config.spacing is not None:
         facts["spacing"] = list(config.spacing)
@@ -96,6 +100,10 @@ def _scaling_facts(scaling: IntensityScaling) -> ScalingFacts:
     return {"kind": scaling.kind, "low": scaling.low, "high": scaling.high}
 
 
+def _crop_facts(crop: ForegroundCrop | None) -> dict[str, object] | None:
+    return None if crop is None else crop.to_json()
+
+
 def described_preprocessing(data: DataDescription) -> PreprocessingFacts:
     """Return the facts in a pipeline's description of its training set (`volumes.describe`)."""
     return {
@@ -104,6 +112,7 @@ def described_preprocessing(data: DataDescription) -> PreprocessingFacts:
         "spacing": None if data.spacing is None else list(data.spacing),
         "image_labels": {str(value): name for value, name in data.image_labels.items()},
         "resample_to": data.resample_to,
+        "crop": _crop_facts(data.crop),
     }
 
 
@@ -122,6 +131,7 @@ def check_preprocessing(facts: Any) -> None:
         fit = fit and all(isinstance(name, str) for name in maps[0].values())
         fit = fit and all(isinstance(value, int) for one in maps[1:] for value in one.values())
         fit = fit and isinstance(facts.get("resample_to"), str | None)
+        fit = fit and (facts.get("crop") is None or bool(ForegroundCrop.from_json(facts["crop"])))
         fit = fit and all(key.removeprefix("-").isdecimal() for one in maps[:2] for key in one)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         fit = False
@@ -156,6 +166,7 @@ def differences(learned: Mapping[str, Any], given: Mapping[str, Any]) -> list[st
             for name in (learned["resample_to"], given["resample_to"])
         )
         found.append(f"resample_to: it learned {old}, the data has {new}")
+    found += _crop_difference(learned, given)
     old, new = learned.get("image_labels") or {}, given.get("image_labels") or {}
     if _in_order(old) != _in_order(new):
         found.append(f"image_labels: it learned {old or 'no label maps'}, the data has {new or 'no label maps'}")
@@ -174,6 +185,19 @@ def differences(learned: Mapping[str, Any], given: Mapping[str, Any]) -> list[st
     return found
 
 
+def _crop_difference(learned: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Channels have names only where there are several."""
+    if "crop" not in learned or "crop" not in given:
+        return []
+    settings = [facts["crop"] and dict(facts["crop"]) for facts in (learned, given)]
+    if all(settings) and len(given["channels"]) == 1:
+        settings = [one | {"channel": None} for one in settings]
+    if settings[0] == settings[1]:
+        return []
+    old, new = (f"{ForegroundCrop.from_json(one)}" if one else "whole volumes" for one in settings)
+    return [f"crop: it learned {old}, the data has {new}"]
+
+
 def refuse_differences(
     learned: Mapping[str, Any] | None, given: Mapping[str, Any], model: str, remedy: str = REMEDY
 ) -> None:
@@ -186,9 +210,8 @@ def refuse_differences(
 
 def inherited(folder: str | Path | None, section: Mapping[str, Any]) -> dict[str, object]:
     """Return the entries that a data `section` lacks, as the autoencoder in `folder` (or its vae/) learned them:
-    intensity, and spacing and resample_to if it was trained on resampled volumes. {} if the folder holds no
-    autoencoder, or one without
-    facts or with other channels.
+    intensity, and spacing, resample_to and crop if it was trained on such volumes. {} if the folder holds no
+    autoencoder, or one without facts or with other channels.
 
     Raises: ValueError for a damaged config.json.
     """
@@ -206,7 +229,20 @@ def inherited(folder: str | Path | None, section: Mapping[str, Any]) -> dict[str
         entries["spacing"] = list(spacing)
     if (reference := facts.get("resample_to")) in own:
         entries["resample_to"] = reference
+    if crop := facts.get("crop"):
+        entries |= _inherited_crop(crop, own, section)
     return {key: value for key, value in entries.items() if key not in section}
+
+
+def _inherited_crop(
+    crop: Mapping[str, object], channels: Sequence[str], section: Mapping[str, Any]
+) -> dict[str, object]:
+    """The entry `crop` of a section, if it has the channel or the masks that are meant."""
+    if len(channels) == 1:
+        crop = {**crop, "channel": None}
+    known = ForegroundCrop.from_json(crop).channel in (None, *channels)
+    has_masks = bool(section.get("masks") or section.get("phantom"))
+    return {"crop": dict(crop)} if known and (has_masks or crop["above"] != MASK_LABELS) else {}
 
 
 def read_preprocessing(folder: str | Path) -> PreprocessingFacts | None:

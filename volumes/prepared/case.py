@@ -17,6 +17,7 @@ from volumes.data.config import DataConfig
 from volumes.data.table_conditions import read_classes, read_numbers
 from volumes.intensity import LinearScale
 from volumes.map_checks import MapFacts
+from volumes.placement import Placement
 from volumes.plausible import Oddity, resampling_oddities
 from volumes.volume import SourceGrid, Volume, VolumeError, affine_spacing
 
@@ -34,6 +35,7 @@ class CaseDetails:
         oddities: in the geometry of its files.
         inside: the fraction of each channel's voxels inside its window.
         resampled, share: what `resample_to` resampled, see `Aligned`.
+        box: the part of the stored grid to which `crop` cut the case, before `spacing`.
     """
 
     scales: tuple[LinearScale, ...]
@@ -44,6 +46,7 @@ class CaseDetails:
     inside: tuple[float, ...] = ()
     resampled: tuple[Resampled, ...] = ()
     share: float = 1.0
+    box: Placement | None = None
 
     def details(self) -> dict[str, object]:
         """Return these attributes alone, by name."""
@@ -160,6 +163,7 @@ def prepare_unscaled(case: Case, config: DataConfig) -> UnscaledCase:
         inside=tuple(inside),
         resampled=aligned.resampled,
         share=aligned.share,
+        box=aligned.box,
     )
 
 

@@ -33,11 +33,17 @@ def from_plain(kind: type[Kind], value: object) -> Kind:
 
 @cache
 def _hints(kind: type) -> dict[str, object]:
-    return get_type_hints(kind)
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+@cache
+def _form(kind: object) -> tuple[object, tuple[object, ...]]:
+    return get_origin(kind), get_args(kind)
 
 
 def _read(kind: object, value: object) -> object:
-    origin, parts = get_origin(kind), get_args(kind)
+    origin, parts = _form(kind)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in parts:
             return None
@@ -57,7 +63,7 @@ def _read(kind: object, value: object) -> object:
     if isinstance(kind, type) and is_dataclass(kind):
         _expect(isinstance(value, dict), value)
         named, hints = cast(dict[str, object], value), _hints(kind)
-        _expect(set(named) == {field.name for field in fields(kind)}, value)
+        _expect(named.keys() == hints.keys(), value)
         return kind(**{name: _read(hints[name], one) for name, one in named.items()})
     if kind is float:
         _expect(type(value) in (int, float), value)

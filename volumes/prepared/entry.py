@@ -7,6 +7,7 @@ if it had been kept in memory. Scans of integers take two bytes a voxel or one, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Callable, Mapping
@@ -31,6 +32,7 @@ Arrays = Mapping[str, np.ndarray]
 Box = tuple[slice, slice, slice]
 INTEGERS = (np.uint8, np.int8, np.uint16, np.int16)
 KEY, CHECKSUM = "key", "crc32"  # in the header
+DIGEST, FACTS = "sha256", "facts"  # in the JSON file, beside the key
 OF_CASE = ("classes", "numbers")  # facts of the table, which are not stored
 MAX_FACTS = 1 << 24  # bytes of a JSON file
 
@@ -169,17 +171,24 @@ def facts_text(facts: CaseFacts, key: str, case: Case) -> str:
     kept = replace(facts, oddities=tuple((names.get(file, file), oddity) for file, oddity in facts.oddities))
     plain = to_plain(kept)
     assert isinstance(plain, dict)
-    return json.dumps({KEY: key, **{name: value for name, value in plain.items() if name not in OF_CASE}})
+    stored = {name: value for name, value in plain.items() if name not in OF_CASE}
+    return json.dumps({KEY: key, DIGEST: _digest(stored), FACTS: stored})
 
 
 def facts_from(text: str, key: str, case: Case) -> CaseFacts:
     """Read what `facts_text` wrote, for a case whose files have the same content. Raises: ValueError."""
     plain = json.loads(text)
-    if not isinstance(plain, dict) or plain.pop(KEY, None) != key or set(OF_CASE) & set(plain):
+    if not isinstance(plain, dict) or plain.get(KEY) != key or not isinstance(plain.get(FACTS), dict):
         raise ValueError("it is of another volume")
-    facts = from_plain(CaseFacts, {**plain, **{name: [] for name in OF_CASE}})
+    if plain.get(DIGEST) != _digest(plain[FACTS]):
+        raise ValueError("its content has changed")
+    facts = from_plain(CaseFacts, {**plain[FACTS], **{name: [] for name in OF_CASE}})
     files = _files(case)
     return replace(facts, oddities=tuple((files.get(name, name), oddity) for name, oddity in facts.oddities))
+
+
+def _digest(stored: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(stored).encode()).hexdigest()
 
 
 def _files(case: Case) -> dict[str, str]:

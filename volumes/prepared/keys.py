@@ -35,12 +35,21 @@ SETTLED = 2.0  # seconds: a file that changed later may change again without ano
 Stamps = list[list[object]]
 
 
-def case_key(case: Case, config: DataConfig) -> str:
-    """Return the key of a prepared case. Raises: OSError or VolumeError for files that cannot be read."""
+def settings_key(config: DataConfig) -> str:
+    """Return a digest of the settings that change what is prepared of a case."""
     settings = {name: value for name, value in asdict(config).items() if name not in UNRELATED}
-    phantom = None if config.phantom is None else [case.phantom, config.phantom.shape]
-    content = {name: [digest for _, digest in files] for name, files in _digests(case).items()}
-    parts = [FORMAT, _plain(settings), list(config.patterns), phantom, content]
+    shape = None if config.phantom is None else config.phantom.shape
+    parts = [FORMAT, _plain(settings), list(config.patterns), shape]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def case_key(case: Case, settings: str) -> str:
+    """Return the key of a prepared case, from the digest of the settings.
+
+    Raises: OSError or VolumeError for files that cannot be read.
+    """
+    box = None if case.box is None else asdict(case.box)
+    parts = [settings, case.phantom, box, _digests(case)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
 

@@ -21,7 +21,7 @@ from volumes.volume import VolumeError
 
 from .case import CaseFacts, prepare_unscaled
 from .entry import Arrays, DamagedEntry, facts_of, pack
-from .keys import case_key, content_stamps
+from .keys import case_key, content_stamps, settings_key
 from .store import PreparedStore
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Preparation:
     """Prepares cases as a config says, and stores them."""
 
     def __init__(self, config: DataConfig, store: PreparedStore, *, quiet: bool = False) -> None:
-        self.config, self.store = config, store
+        self.config, self.store, self.settings = config, store, settings_key(config)
         self.quiet = quiet or os.environ.get("RANK", "0") != "0"
 
     def run(self, cases: Sequence[Case]) -> list[Ready | VolumeError]:
@@ -75,11 +75,9 @@ class Preparation:
 
         Raises: VolumeError if its files are gone, or hold something else now.
         """
-        if self._key(case) == key:
-            made, arrays, _ = self._prepare(case, key)
-            if made.checksum == facts.checksum:
-                return arrays
-        raise VolumeError(f"{first_file(case)}: has changed since this process began; start again")
+        if self._key(case) != key:
+            raise VolumeError(f"{first_file(case)}: has changed since this process began; start again")
+        return self._prepare(case, key, facts.checksum)[1]
 
     def _pass(self, cases: Sequence[Case], work: Callable[[Case, bool], Ready | None]) -> list[Ready | VolumeError]:
         """Do some work on each case: first on those that no other process works on, then on the others."""
@@ -128,19 +126,22 @@ class Preparation:
 
     def _key(self, case: Case) -> str:
         try:
-            return case_key(case, self.config)
+            return case_key(case, self.settings)
         except (OSError, VolumeError) as error:
             prepare_unscaled(case, self.config)  # it says best what is wrong with a file
             raise VolumeError(f"{first_file(case)}: cannot be read: {error}") from error
 
-    def _prepare(self, case: Case, key: str) -> tuple[CaseFacts, Arrays, bool]:
-        """Prepare and store a case. Returns its facts, its voxels, and whether these are stored."""
+    def _prepare(self, case: Case, key: str, expected: int | None = None) -> tuple[CaseFacts, Arrays, bool]:
+        """Prepare and store a case, whose voxels have the checksum `expected`. Returns its facts, its voxels, and
+        whether these are stored."""
         before = content_stamps(case)
         unscaled = prepare_unscaled(case, self.config)
         arrays = pack(unscaled)
         facts = facts_of(unscaled, arrays, self.config, len(known_labels(self.config)))
-        if content_stamps(case) != before or case_key(case, self.config) != key:
+        if content_stamps(case) != before or case_key(case, self.settings) != key:
             raise VolumeError(f"{first_file(case)}: changed while it was read; start again when nobody writes to it")
+        if expected not in (None, facts.checksum):
+            raise VolumeError(f"{first_file(case)}: gives other voxels than before; start again")
         return facts, arrays, self.store.put(key, case, facts, arrays)
 
 

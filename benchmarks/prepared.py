@@ -1,0 +1,162 @@
+"""Measure what prepared volumes cost and save, on files of phantoms.
+
+    python -m benchmarks.prepared --output out/prepared.json [--cases 100 2000] [--only preparation memory wait]
+
+- preparation: seconds to prepare volumes in one process and in two;
+- memory: peak resident memory of both training commands at few and at many volumes;
+- start: seconds from the second start of a training on many volumes to its first step;
+- wait: the share of a step that the training of an autoencoder waits for its patches (`data_wait`).
+
+Run it on a quiet machine with two cores or more. It takes about half an hour.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from cli.command import ArgumentParser, run_command
+from cli.settings import Number, PositiveInt
+
+PARTS = ("preparation", "memory", "wait")
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs=2, type=Number(PositiveInt), default=[100, 2000], help="few, many (100 2000)")
+    parser.add_argument("--side", type=Number(PositiveInt), default=48, help="voxels a side of these volumes (48)")
+    parser.add_argument("--large", type=Number(PositiveInt), default=192, help="voxels a side to prepare (192)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (all)")
+    parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # arguments first: the other imports take seconds
+    run_command(lambda: parse(None))
+
+from evaluation.report import check_report, provenance, write_report
+from volumes import Volume, make_phantom, write_volume
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = "{0: background, 1: body, 2: organ, 3: lesion}"
+STEPS = ["--loop.max_steps=8", "--loop.batch_size=2", "--loop.checkpoint_every=0", "--loop.validate_every=0"]
+STEPS += ["--loop.preview_every=0", "--loop.previews=0", "--loop.trackers=[]", "--loop.mixed_precision=no"]
+STEPS += ["--loop.log_every=4", "--loop.sample_every=0", "--resume=latest"]
+VAE = ["--crops.shape=[32, 32, 32]", "--model={class: autoencoder.AutoencoderKL3D, channels: [8, 16]}"]
+LDM = ["--inference_steps=2", "--model.channels=[16, 16]", "--model.mask_width=4", "--model.head_dim=8"]
+# Prints the peak of resident memory (KiB) and the seconds from the start of Python to each step.
+MEASURED = """
+import resource, sys, time
+began = time.time()
+import {script}
+from training.engine import tracking
+update = tracking.Progress.update
+times = []
+tracking.Progress.update = lambda self, *a: (times.append(time.time() - began), update(self, *a))[1]
+{script}.main(sys.argv[1:])
+print("measured", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, *times)
+"""
+
+
+def write_set(folder: Path, count: int, side: int) -> list[str]:
+    """Write phantoms as NIfTI files of integers, compressed, and return the options that name them."""
+    for number in range(count):
+        image, mask, _ = make_phantom(number, (side, side, side))
+        rounded = Volume(image.array.round().astype("int16"), image.affine)
+        write_volume(rounded, folder / f"images/{number:05d}.nii.gz")
+        write_volume(mask, folder / f"masks/{number:05d}.nii.gz")
+    images, masks = "images/{name}.nii.gz", "masks/{name}.nii.gz"
+    options = [f"--data.root={folder}", f"--data.images={images}", f"--data.masks={masks}", "--data.phantom=null"]
+    return [*options, f"--data.label_names={NAMES}", "--data.validation_fraction=0.1"]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """Return the environment of the measured processes."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "MEDVOLUME_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+
+
+def preparation(folder: Path, side: int) -> dict[str, float]:
+    """Return seconds to prepare 24 volumes in one process and in two; twice each, the faster one."""
+    write_set(folder / "large", 24, side)
+    code = (
+        "import sys, time; from volumes import DataConfig, load_cases; "
+        "from volumes.prepared.preparation import prepare_cases\n"
+        "if __name__ == '__main__':\n"
+        "    config = DataConfig(root=sys.argv[1], images='images/{name}.nii.gz', masks='masks/{name}.nii.gz', "
+        "label_names={0: 'background', 1: 'body', 2: 'organ', 3: 'lesion'}, validation_fraction=0)\n"
+        "    cases = load_cases(config); start = time.time()\n"
+        "    prepare_cases(cases, config, processes=int(sys.argv[2])); print(time.time() - start)\n"
+    )
+    (folder / "prepare_set.py").write_text(code)
+    taken: dict[str, float] = {}
+    for turn in range(2):
+        for processes in (1, 2):
+            command = [sys.executable, str(folder / "prepare_set.py"), str(folder / "large"), str(processes)]
+            done = subprocess.run(
+                command, env=environment(folder / f"cache_{turn}_{processes}"), check=True, stdout=-1, text=True
+            )
+            name = f"seconds_{processes}"
+            taken[name] = min(float(done.stdout), taken.get(name, float("inf")))
+    return {**taken, "speedup": taken["seconds_1"] / taken["seconds_2"]}
+
+
+def train(script: str, folder: Path, options: Sequence[str]) -> dict[str, float]:
+    """Train for a few steps, and return peak memory in MiB, seconds to the first step, and the share of waiting."""
+    config = ROOT / f"configs/phantom/{'vae' if script == 'train_vae' else 'ldm'}.yaml"
+    arguments = [f"--config={config}", f"--output={folder}", *options, *STEPS]
+    command = [sys.executable, "-c", MEASURED.format(script=script), *arguments]
+    start = time.time()
+    done = subprocess.run(command, env=environment(folder.parent / "cache"), check=True, stdout=-1, text=True)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("measured"))
+    peak, *steps = map(float, line.split()[1:])
+    waits = [row["data_wait"] for row in rows(folder) if "data_wait" in row]
+    found = {"peak_mib": peak / 1024, "first_step_s": steps[0], "whole_s": time.time() - start}
+    return found | ({"data_wait": waits[-1]} if waits else {})
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    """Return what the run logged."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def memory(folder: Path, counts: Sequence[int], side: int) -> dict[str, object]:
+    """Measure both trainings at each count of volumes, and the autoencoder's again, when all is prepared."""
+    found: dict[str, object] = {}
+    for count in counts:
+        place = folder / f"set_{count}"
+        data = write_set(place / "data", count, side)
+        found[f"vae_{count}"] = train("train_vae", place / "vae", [*data, *VAE])
+        found[f"second_start_{count}"] = train("train_vae", place / "again", [*data, *VAE])
+        found[f"ldm_{count}"] = train("train_ldm", place / "ldm", [*data, *LDM, f"--vae={place}/vae/vae"])
+    return found
+
+
+def wait(folder: Path, side: int) -> dict[str, float]:
+    """Measure the share of waiting with a network of the usual width and patches of 64 voxels."""
+    data = write_set(folder / "wait/data", 12, side)
+    model = "--model={class: autoencoder.AutoencoderKL3D, channels: [32, 64]}"
+    return train("train_vae", folder / "wait/vae", [*data, "--crops.shape=[64, 64, 64]", model])
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the parts that the command line names, and write the report."""
+    options = parse(args)
+    check_report(options.output)
+    report: dict[str, object] = dict(provenance())
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if "preparation" in options.only:
+            report["preparation"] = preparation(folder, options.large)
+        if "memory" in options.only:
+            report["trainings"] = memory(folder, options.cases, options.side)
+        if "wait" in options.only:
+            report["wait"] = wait(folder, options.large)
+    write_report(options.output, report)
+    print(json.dumps({name: report[name] for name in ("preparation", "trainings", "wait") if name in report}, indent=1))
