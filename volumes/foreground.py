@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy import ndimage
 
 from cli.settings import FiniteFloat, NonNegativeFloat, checked, faults
 
@@ -81,6 +80,8 @@ def above_value(array: np.ndarray, value: float) -> np.ndarray:
     not above it. Voxels belong to one piece that share a face. Shape and type: bool (X, Y, Z).
     """
     inside = array > value
+    from scipy import ndimage  # here: commands that only parse arguments import this module
+
     pieces, count = ndimage.label(inside)  # pyright: ignore[reportGeneralTypeIssues]
     if count < 2:
         return inside

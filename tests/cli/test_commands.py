@@ -40,9 +40,10 @@ MODULES += [
         "speed.report",
         "speed.run",
         "survival",
+        "timestep_shift",
     )
 ]
-MODULES += [f"tools.{name}" for name in ("evidence", "mutants", "pictures", "settings_page", "ship")]
+MODULES += [f"tools.{name}" for name in ("evidence", "mutants", "pictures", "quickstart", "settings_page", "ship")]
 SCRIPTS = [
     "train_vae.py",
     "train_ldm.py",
