@@ -4,6 +4,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,10 +15,23 @@ from benchmarks.fits import predict
 from evaluation import provenance, write_report
 from training import native_bf16
 
-from .measure import NOT_RUN, OK, Forecast, Result, Work, available_memory, measure, summary
-from .records import Record, find, line
+from .measure import (
+    CUT,
+    NOT_RUN,
+    OK,
+    OUT_OF_MEMORY,
+    TOO_LONG,
+    Forecast,
+    Result,
+    Work,
+    available_memory,
+    measure,
+    summary,
+)
+from .records import Record, find, line, same_job
 
 ROOT = Path(__file__).resolve().parents[2]
+DONE = (OK, OUT_OF_MEMORY, NOT_RUN)  # outcomes that measuring again would not change
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,7 @@ class Bench:
 
     def __init__(self, output: Path, device: str, memory: int):
         self.output, self.device, self.memory = output, device, memory
+        self.until = math.inf  # seconds of time.monotonic at which the current part is cut
         self.records: list[Record] = []
         self.precisions = {"float32": "measured", "bf16": "measured" if native_bf16() else "no bf16 hardware here"}
         if device.startswith("cuda"):
@@ -49,32 +64,53 @@ class Bench:
         return [name for name, state in self.precisions.items() if state == "measured"]
 
     def compare(self, part: str, todo: Sequence[Job], rounds: int = 1) -> None:
-        """Measure the jobs in turns, `rounds` times; jobs that failed or took long are not repeated."""
+        """Measure the jobs in turns, `rounds` times; jobs that failed or took long are not repeated.
+
+        Those that an earlier run measured are skipped (`keep`); what the part's time does not suffice for is recorded
+        as cut.
+        """
         records: dict[int, Record] = {}
+        earlier = list(self.records)
+        todo = [job for job in todo if not any(same_job(r, self._record(part, job)) for r in earlier)]
         for turn in range(rounds):
             for index, job in enumerate(todo):
                 if turn and not (
                     records[index]["status"] == OK and records[index]["seconds"]["median"] < 60 and job.repeats
                 ):
                     continue
-                result = self._forecast(part, job) or measure(
-                    job.setup,
-                    job.arguments,
-                    device=self.device,
-                    repeats=job.repeats,
-                    seconds=job.seconds,
-                    timeout=job.timeout,
-                    memory=self.memory,
-                )
+                left = self.until - time.monotonic()
+                if turn and left <= 0:
+                    return
+                result = self._forecast(part, job) or self._measured(job, left)
                 if turn:
                     records[index].update(cast(Record, joined(records[index], result)))
                 else:
-                    arguments = {k: _within_clone(v) for k, v in job.arguments.items()}
-                    record = {"part": part, "job": job.setup.__name__, **arguments, **result}
-                    records[index] = cast(Record, record)
+                    records[index] = cast(Record, self._record(part, job) | result)
                     self.records.append(records[index])
                 print(line(records[index]), flush=True)
                 self.write()
+
+    def _record(self, part: str, job: Job) -> Record:
+        """Return a job's entry without its outcome."""
+        arguments = {k: _within_clone(v) for k, v in job.arguments.items()}
+        return cast(Record, {"part": part, "job": job.setup.__name__, **arguments})
+
+    def _measured(self, job: Job, left: float) -> Result:
+        """Measure a job, for at most `left` seconds."""
+        if left <= 0:
+            return {"status": CUT, "detail": "the time of this part was spent"}
+        result = measure(
+            job.setup,
+            job.arguments,
+            device=self.device,
+            repeats=job.repeats,
+            seconds=min(job.seconds, left),
+            timeout=min(job.timeout, left),
+            memory=self.memory,
+        )
+        if result["status"] == TOO_LONG and left < job.timeout:
+            return {"status": CUT, "detail": f"the time of this part ended after {left:.0f} s of this measurement"}
+        return result
 
     def find(self, part: str, job: str, **arguments: object) -> list[Record]:
         """Return the successful records of a job, smallest shape first."""
@@ -107,8 +143,13 @@ class Bench:
         self.records.append({"part": part, "job": part, "status": NOT_RUN, "detail": reason})
         print(line(self.records[-1]), flush=True)
 
-    def keep(self, again: Sequence[str]) -> None:
+    def keep(self, again: Sequence[str], *, resume: bool = False) -> None:
         """Continue the output folder's bench.json, without the records of the parts that are measured again.
+
+        Args:
+            again: names of the parts.
+            resume: whether to keep what they have measured, and run only the jobs that are missing, failed, or were
+                cut.
 
         Raises:
             ValueError: if it is from another device or processor, whose figures cannot be compared with these.
@@ -120,7 +161,7 @@ class Bench:
         old, new = ((e["device"], e["machine"]["processor"]) for e in (before["environment"], self.environment))
         if old != new:
             raise ValueError(f"{path}: was measured on {old}, this is {new}; choose another --output")
-        self.records = [r for r in before["measurements"] if r["part"] not in again]
+        self.records = [r for r in before["measurements"] if r["part"] not in again or (resume and r["status"] in DONE)]
         self.environment["runs"] = before["environment"]["runs"] + self.environment["runs"]
 
     def write(self) -> Path:

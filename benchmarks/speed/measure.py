@@ -23,6 +23,7 @@ TOO_LONG = "too long"
 OUT_OF_MEMORY = "out of memory"
 FAILED = "failed"
 NOT_RUN = "not run"
+CUT = "cut"
 
 
 class Times(TypedDict):

@@ -22,6 +22,8 @@ class Sizes:
     """Sizes and repetitions. The defaults are those of the report; `QUICK` only shows that everything runs."""
 
     cubes: tuple[int, ...] = (64, 128, 256)
+    large: tuple[Shape, ...] = ((512, 512, 512), (512, 512, 768))
+    large_window: int = 80  # latent voxels of MAISI's sliding window, as its authors' inference
     plane: int = 512
     lengths: tuple[int, ...] = (192, 384, 768)
     crops: tuple[tuple[Shape, int], ...] = (((40, 56, 40), 2), ((64, 64, 64), 1))  # voxels, batch
@@ -42,6 +44,8 @@ class Sizes:
 
 QUICK = Sizes(
     cubes=(16, 32),
+    large=((32, 32, 32), (32, 32, 48)),
+    large_window=4,
     plane=16,
     lengths=(16, 32, 48),
     crops=(((16, 16, 16), 1),),
@@ -90,6 +94,21 @@ def coding(bench: Bench, sizes: Sizes) -> None:
                 todo.append(Job(jobs.sliding_window_decoding, {"model": "monai", "window": window, **where}))
         todo = [Job(j.setup, j.arguments, sizes.repeats, sizes.seconds) for j in todo]
         bench.compare("coding", todo, 1 if n == sizes.cubes[-1] else sizes.rounds)
+
+
+def large_decoding(bench: Bench, sizes: Sizes) -> None:
+    """Compare decoding of whole CT volumes with MAISI's autoencoder: at once, in splits, and by its sliding window."""
+    precision = next(p for p in ("bf16", "float32") if p in bench.measured_precisions())
+    for shape in sizes.large:
+        where = {"shape": shape, "device": bench.device, "precision": precision}
+        window = {"model": "maisi", "window": sizes.large_window}
+        todo = [
+            Job(jobs.decoding, {"model": "ours", "streamed": True, **where}, repeats=1),
+            Job(jobs.sliding_window_decoding, {**window, **where}, repeats=0),
+        ]
+        peers = ("maisi 4 splits", "maisi") if min(shape) >= 64 else ("maisi",)  # a split needs 4 latent voxels
+        todo += [Job(jobs.decoding, {"model": m, "streamed": False, **where}, repeats=0) for m in peers]
+        bench.compare("large_decoding", todo)
 
 
 def long_axis(bench: Bench, sizes: Sizes) -> None:
@@ -281,4 +300,7 @@ PARTS: dict[str, Callable[[Bench, Sizes], None]] = {
     "seam": seam,
     "generation": generation,
     "choices": choices,
+    "large_decoding": large_decoding,
 }
+# shares of the time that `--minutes` gives; 1 for parts that are not named
+SHARES = {"large_decoding": 4.0, "training": 3.0, "sampling": 1.5}

@@ -6,7 +6,7 @@ A record has figures if its `status` is "ok" (see `find`), and the arguments of 
 # pyright: reportTypedDictNotRequiredAccess=false
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Required
 
 from .measure import OK, Result
@@ -34,6 +34,11 @@ def find(records: Iterable[Record], part: str, job: str, **arguments: object) ->
     matches = [r for r in records if r["part"] == part and r["job"] == job and r["status"] == OK]
     matches = [r for r in matches if all(_plain(r.get(k)) == _plain(v) for k, v in arguments.items())]
     return sorted(matches, key=lambda r: math.prod(r.get("shape", ())))
+
+
+def same_job(record: Mapping[str, object], job: Mapping[str, object]) -> bool:
+    """Return whether a record is the outcome of `job`: its part, its name and all its arguments."""
+    return all(key in record and _plain(record[key]) == _plain(value) for key, value in job.items())
 
 
 def _plain(value: object) -> object:

@@ -94,6 +94,17 @@ def coding(records: list[Record]) -> str:
     )
 
 
+def large_decoding(records: list[Record]) -> str:
+    """Write decoding of whole CT volumes."""
+    rows = []
+    for r in (r for r in records if r["part"] == "large_decoding"):
+        same = {k: r[k] for k in ("shape", "precision")}
+        ours = median(find(records, "large_decoding", "decoding", model="ours", **same))
+        faster = ratio(r["seconds"]["median"], ours) if r["status"] == OK else "-"
+        rows.append([shape_text(r["shape"]), _coder(r), r["precision"], seconds(r), gigabytes(r), faster])
+    return table(["voxels", "", "precision", "time", "peak memory", "time / ours"], rows)
+
+
 def _coder(record: Record) -> str:
     name = NAMES[record["model"]] + (", streamed" if record.get("streamed") else "")
     return f"{name}, sliding window of {4 * record['window']}^3" if "window" in record else name
@@ -339,6 +350,7 @@ def choices(records: list[Record]) -> str:
 
 SECTIONS: tuple[tuple[str, str, Callable[[list[Record]], str]], ...] = (
     ("coding", "Encoding and decoding", coding),
+    ("large_decoding", "Decoding whole CT volumes", large_decoding),
     ("long_axis", "Growth along the third axis, to disk", long_axis),
     ("seam", "Seams", seam),
     ("equal_time", "Reconstruction after equal training time", equal_time),

@@ -17,8 +17,8 @@ from cli.command import ArgumentParser, run_command
 from cli.settings import Number, PositiveFloat
 
 NAMES = ("peak", "coding", "long_axis", "training", "sampling", "compile", "attention", "equal_time")
-NAMES += ("seam", "generation", "choices")
-ON_REQUEST = ("compile", "attention")  # run by default on a GPU only, and anywhere with `--parts`
+NAMES += ("seam", "generation", "choices", "large_decoding")
+ON_REQUEST = ("compile", "attention", "large_decoding")  # run by default on a GPU only, and anywhere with `--parts`
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -31,6 +31,14 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--keep", action="store_true", help="measure --parts again, and keep the other parts of the folder's bench.json"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="like --keep, but --parts keep what they have and run what is missing"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=Number(PositiveFloat),
+        help="time for all parts; a part that takes its share is cut (no limit)",
     )
     parser.add_argument(
         "--equal_time_minutes", type=Number(PositiveFloat), help="minutes of training per autoencoder (5)"
@@ -60,7 +68,7 @@ from volumes.devices import find_device
 from . import report
 from .bench import Bench
 from .measure import FAILED, available_memory
-from .parts import PARTS, QUICK, Sizes
+from .parts import PARTS, QUICK, SHARES, Sizes
 from .records import line
 
 assert tuple(PARTS) == NAMES  # --help lists them before they are imported
@@ -75,10 +83,12 @@ def main(args: Sequence[str] | None = None) -> Path:
         sizes = replace(sizes, equal_time_minutes=options.equal_time_minutes)
     find_device(options.device)  # raises if unknown
     bench = Bench(options.output, options.device, memory=int(0.85 * available_memory(options.device)))
-    if options.keep:
-        bench.keep(options.parts)
+    if options.keep or options.resume:
+        bench.keep(options.parts, resume=options.resume)
     start = time.monotonic()
-    for part in options.parts:
+    for index, part in enumerate(options.parts):
+        if options.minutes is not None:
+            bench.until = part_end(options.parts[index:], start + 60 * options.minutes)
         try:
             PARTS[part](bench, sizes)
         except Exception as error:  # the other parts still run; the report contains the error
@@ -90,3 +100,12 @@ def main(args: Sequence[str] | None = None) -> Path:
     path = bench.write()
     report.main([str(path), "--output", str(options.output / "performance.md")])
     return path
+
+
+def part_end(parts: Sequence[str], end: float) -> float:
+    """Return when the first of `parts` is cut, so that the others have their shares of the time until `end`.
+
+    Both are seconds of time.monotonic. What a part leaves is divided among those after it.
+    """
+    now, shares = time.monotonic(), [SHARES.get(part, 1.0) for part in parts]
+    return now + (end - now) * shares[0] / sum(shares)

@@ -1,15 +1,17 @@
 """Memory that training and generation take, found by running them without values.
 
 Tensors are fake (shapes and types, no data; PyTorch's FakeTensorMode), so a step of any size runs in seconds, and every
-operation's result counts as long as it lives. Not counted: scratch space inside a kernel, the allocator's fragments,
-and the program itself (some 0.5 GB; on CUDA another 0.5 GB for its context).
+operation's result counts as long as it lives. On a CPU, the workspace of convolutions counts too (`cpu_memory`).
+
+Not counted: on CUDA, scratch space inside a kernel; memory that an allocator keeps after it was freed (glibc's, of
+blocks below 32 MiB); and the program itself (some 0.5 GB; on CUDA another 0.5 GB for its context).
 """
 
 import ctypes
 import gc
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from autoencoder import VolumeAutoencoder
 from diffusion import Conditions, LatentUNet3D
 from training import LdmTrainingStep, Learner, VaeTrainingStep
 
+from .cpu_memory import workspace
+
 WEIGHT_BYTES = 4  # float32
 CONDITIONS = ("mask", "classes", "numbers", "image")
 GIB = 2**30
@@ -35,14 +39,20 @@ class LiveTensors(TorchDispatchMode):
 
     Fake tensors have no values. Where a step reads one, it is 0 here; and a boolean mask selects everything, the
     largest case.
+
+    Args:
+        held: tensors from before, which do not count.
+        cpu: whether the workspace of this machine's CPU counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, held: Iterable[Tensor] = (), cpu: bool = False) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known: set[int] = set()
+        self.cpu = cpu
+        self._known: set[int] = {tensor.untyped_storage()._cdata for tensor in held}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        extra = workspace(func, args) if self.cpu else 0
         if func is torch.ops.aten.mkldnn_convolution.default:  # has no fake kernel
             x, weight, bias, padding, stride, dilation, groups = args
             func = torch.ops.aten.convolution.default
@@ -60,6 +70,8 @@ class LiveTensors(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor)
+        if self.cpu:
+            self.peak = max(self.peak, self.live + extra)
         return result
 
     def _count(self, tensor: Tensor) -> None:
@@ -78,14 +90,19 @@ class LiveTensors(TorchDispatchMode):
         weakref.finalize(storage, gone)
 
 
-def peak_of(model: nn.Module, work: Callable[[], object], *, training: bool = False) -> int:
+def peak_of(model: nn.Module, work: Callable[[], object], *, training: bool = False, cpu: bool = False) -> int:
     """Return the peak bytes of what `work` makes with `model`. The weights do not count, their gradients do.
 
     The weights become fake, so the model is of no use afterwards.
+
+    Args:
+        training: whether gradients are computed.
+        cpu: whether to count the workspace of this machine's CPU.
     """
     mode = FakeTensorMode()
     _make_fake(model, mode)
-    with mode, torch.set_grad_enabled(training), LiveTensors() as live:
+    held = [*model.parameters(), *model.buffers()]
+    with mode, torch.set_grad_enabled(training), LiveTensors(held, cpu) as live:
         work()
     return live.peak
 
@@ -167,19 +184,22 @@ def training_work(
     return work
 
 
-def training_bytes(step: VaeTrainingStep | LdmTrainingStep, work: Callable[[], object]) -> dict[str, int]:
+def training_bytes(
+    step: VaeTrainingStep | LdmTrainingStep, work: Callable[[], object], *, cpu: bool = False
+) -> dict[str, int]:
     """Return {"weights", "average" (of the weights), "optimizer", "step" (activations and gradients at their peak),
     "total"} in bytes, weights in float32. The step's weights are of no use afterwards.
 
     Args:
         work: `training_work` of the step.
+        cpu: as in `peak_of`.
     """
     networks = networks_of(step)
     parts = {
         "weights": WEIGHT_BYTES * sum(p.numel() for p in networks.parameters()),
         "average": WEIGHT_BYTES * sum(p.numel() for learner in step.learners for p in learner.network.parameters()),
         "optimizer": sum(optimizer_bytes(learner) for learner in step.learners),
-        "step": peak_of(networks, work, training=True),
+        "step": peak_of(networks, work, training=True, cpu=cpu),
     }
     return {**parts, "total": sum(parts.values())}
 
@@ -210,19 +230,30 @@ def unet_inputs(unet: LatentUNet3D, shape: Sequence[int], batch: int) -> dict[st
 
 
 def generation_bytes(
-    vae: VolumeAutoencoder, unet: LatentUNet3D | None, shape: Sequence[int], batch: int
+    vae: VolumeAutoencoder, unet: LatentUNet3D | None, shape: Sequence[int], batch: int, *, cpu: bool = False
 ) -> dict[str, int]:
     """Return {"weights", "denoising" (`batch` volumes at once, one step), "decoding" (one volume), "total"} in bytes,
     in float32, for volumes padded to `shape`. Guidance doubles the denoising. Encoding for the latent cache takes as
     much as decoding.
+
+    Args:
+        cpu: as in `peak_of`.
     """
     latents = vae.config["latent_channels"]
     latent_shape = [n // s for n, s in zip(shape, vae.stride, strict=True)]
     models = [vae] if unet is None else [vae, unet]
     parts = {"weights": WEIGHT_BYTES * sum(p.numel() for model in models for p in model.parameters())}
     if unet is not None:
-        parts["denoising"] = peak_of(unet, lambda: unet(**unet_inputs(unet, latent_shape, batch), return_dict=False))
-    parts["decoding"] = peak_of(vae, lambda: vae.decode(torch.zeros(1, latents, *latent_shape), return_dict=False))
+
+        def denoise() -> None:
+            unet(**unet_inputs(unet, latent_shape, batch), return_dict=False)
+
+        parts["denoising"] = peak_of(unet, denoise, cpu=cpu)
+
+    def decode() -> None:
+        vae.decode(torch.zeros(1, latents, *latent_shape), return_dict=False)
+
+    parts["decoding"] = peak_of(vae, decode, cpu=cpu)
     return {**parts, "total": parts["weights"] + max(parts.get("denoising", 0), parts["decoding"])}
 
 

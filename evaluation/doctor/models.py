@@ -220,9 +220,10 @@ def estimate(
     latent_shapes = -(-np.array(shapes) // np.array(autoencoder.stride))
     largest = latent_shapes[latent_shapes.prod(axis=1).argmax()]
     whole = tuple((largest * autoencoder.stride).tolist())
-    training = {"total": 0}
+    available, kind = _memory() if memory is None else (memory * GIB, "accelerator")
+    cpu, training = kind == "machine", {"total": 0}
     if models.step is not None:
-        training = training_bytes(models.step, models.work(largest.tolist(), torch.device("cpu")))
+        training = training_bytes(models.step, models.work(largest.tolist(), torch.device("cpu")), cpu=cpu)
     checkpointing = "with" if config.gradient_checkpointing else "without"
     how = f"{PRECISIONS[config.loop.mixed_precision]}, {checkpointing} checkpointing"
     if isinstance(config, TrainVaeConfig):
@@ -230,9 +231,8 @@ def estimate(
         size = f"{config.loop.batch_size} patches of {list(config.crops.shape)}, {how}{discriminator}"
     else:
         size = f"{config.loop.batch_size} latents of {largest.tolist()}, the largest volume's, {how}"
-    generation = generation_bytes(autoencoder, unet, whole, batch)
+    generation = generation_bytes(autoencoder, unet, whole, batch, cpu=cpu)
     data = dataset_bytes(shapes, len(config.data.channels), bool(config.data.masks or config.data.phantom))
-    available, kind = _memory() if memory is None else (memory * GIB, "accelerator")
     several = f"{batch} volumes of {list(whole)}, decoded one by one" if batch > 1 else f"a volume of {list(whole)}"
     denoised = several if unet else f"a volume of {list(whole)}"
     estimates = {"training": (training, size)} if models.step is not None else {}

@@ -35,7 +35,7 @@ def fit_memory(plan: Plan, facts: Facts, machine: Machine, data: DataConfig) -> 
     for stage, sections in plan.trainings:
         changes = []
         for _ in range(MOST_CHANGES):
-            needed = step_bytes(plan, facts, data, stage)
+            needed = step_bytes(plan, facts, data, stage, cpu=not machine.accelerator_memory)
             if needed <= room or not (change := _smaller(sections)):
                 break
             changes.append(change)
@@ -48,8 +48,8 @@ def fit_memory(plan: Plan, facts: Facts, machine: Machine, data: DataConfig) -> 
             plan.why[f"{stage}.loop"] = f"{plan.why[f'{stage}.loop']}; to fit into memory: {', '.join(changes)}"
 
 
-def step_bytes(plan: Plan, facts: Facts, data: DataConfig, stage: str) -> int:
-    """Return the bytes of a training: weights, optimizer, and a step at its peak."""
+def step_bytes(plan: Plan, facts: Facts, data: DataConfig, stage: str, *, cpu: bool = False) -> int:
+    """Return the bytes of a training: weights, optimizer, and a step at its peak, on a CPU with its workspace."""
     autoencoder: Any = build_model(plan.vae["model"])
     largest = facts.shapes[facts.shapes.prod(axis=1).argmax()]
     latent_shape = np.ceil(largest / np.array(autoencoder.stride)).astype(int).tolist()
@@ -65,7 +65,7 @@ def step_bytes(plan: Plan, facts: Facts, data: DataConfig, stage: str) -> int:
         unet: Any = build_model(config.model, config.gradient_checkpointing)
         models = Models(config, autoencoder, unet, ldm.build_step(config, unet, autoencoder))
     assert models.step is not None
-    return training_bytes(models.step, models.work(latent_shape, torch.device("cpu")))["total"]
+    return training_bytes(models.step, models.work(latent_shape, torch.device("cpu")), cpu=cpu)["total"]
 
 
 def _smaller(sections: Settings) -> str:

@@ -9,7 +9,14 @@ from tiny import peak_bytes
 
 from evaluation.doctor import models as doctor_config
 from evaluation.doctor.__main__ import main, parse
-from evaluation.doctor.memory import GIB, measured_peak, networks_of, optimizer_bytes, training_bytes
+from evaluation.doctor.memory import (
+    GIB,
+    generation_bytes,
+    measured_peak,
+    networks_of,
+    optimizer_bytes,
+    training_bytes,
+)
 from evaluation.doctor.models import build_models, config_from_sections, with_precision
 from volumes import DataConfig
 
@@ -246,3 +253,35 @@ def test_options_that_would_do_nothing_are_refused(options, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--config", str(tmp_path / "ldm.yaml"), *options])
     assert "--shape" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["vae", "ldm", "decoding"])
+def test_the_workspace_of_a_cpu_is_estimated(stage, tmp_path):
+    """Wide layers on a small grid, where the copies of a kernel's weights and its columns are a large share."""
+    wide = {**UNET, "channels": [64, 64], "blocks": [1, 2]}
+    name = "ldm" if stage == "ldm" else "vae"
+    changes = (
+        {"model": wide} if name == "ldm" else {"model": {**VAE, "channels": [48, 96]}, "crops": {"shape": [32] * 3}}
+    )
+    models, work = trained(tmp_path, name, **changes)
+    networks = networks_of(models.step)
+    if stage == "decoding":
+        measured = peak_bytes(lambda: models.vae.decode(torch.zeros(1, 4, 8, 8, 8)))
+        found = {cpu: generation_bytes(models.vae, None, (32, 32, 32), 1, cpu=cpu)["decoding"] for cpu in (True, False)}
+    else:
+        work()
+        networks.zero_grad(set_to_none=True)
+        measured = peak_bytes(work)
+        networks.zero_grad(set_to_none=True)
+        found = {cpu: training_bytes(models.step, work, cpu=cpu)["step"] for cpu in (True, False)}
+    assert found[True] == pytest.approx(measured, rel=0.1) and found[False] < found[True]
+
+
+def test_weights_are_counted_once(tmp_path):
+    """A step detaches its weights when it recomputes activations; that is no second copy."""
+    models, work = trained(tmp_path, "ldm", model={**UNET, "channels": [64, 64]}, gradient_checkpointing=True)
+    networks = networks_of(models.step)
+    weights = 4 * sum(p.numel() for p in networks.parameters())
+    measured = peak_bytes(work)
+    networks.zero_grad(set_to_none=True)
+    assert abs(training_bytes(models.step, work, cpu=True)["step"] - measured) < 0.25 * weights

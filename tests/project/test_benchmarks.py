@@ -267,3 +267,24 @@ def test_the_readme_is_given_what_was_measured(tmp_path):
     readme.write_text("no place")
     with pytest.raises(ValueError, match="between which the table goes"):
         headline.main([str(tmp_path / "bench.json"), "--readme", str(readme)])
+
+
+def test_a_part_is_cut_and_resumed(tmp_path):
+    """What a part's time does not suffice for is recorded as cut; resuming runs that alone, and keeps the rest."""
+    todo = [Job(planted.allocate, {"megabytes": n}, repeats=1) for n in (10, 20)]
+    bench = Bench(tmp_path, "cpu", memory=1_000_000_000)
+    bench.compare("planted", todo[:1])
+    bench.until = 0.0
+    bench.compare("planted", todo)
+    assert [r["status"] for r in bench.records] == ["ok", "cut"]
+    again = Bench(tmp_path, "cpu", memory=1_000_000_000)
+    again.keep(["planted"], resume=True)
+    first = again.records[0]
+    again.compare("planted", todo)
+    assert [r["status"] for r in again.records] == ["ok", "ok"] and again.records[0] is first
+
+
+def test_a_part_leaves_the_others_their_time(monkeypatch):
+    monkeypatch.setattr(run.time, "monotonic", lambda: 100.0)
+    assert run.part_end(["large_decoding", "peak", "attention"], 700.0) == pytest.approx(100 + 600 * 4 / 6)
+    assert run.part_end(["attention"], 700.0) == 700.0
