@@ -5,6 +5,7 @@ No volume is kept, so a set of any size fits in memory.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import nibabel as nib
@@ -28,6 +29,7 @@ from volumes.data.alignment import Resampled
 from volumes.data.case_files import read_case
 from volumes.plausible import Oddity
 from volumes.prepared.case import PreparedCase, prepare
+from volumes.prepared.preparation import READERS
 
 THUMBNAIL = 16  # elements per side
 MIN_LEVELS = 16  # different intensities, below which the step between them means nothing
@@ -141,18 +143,28 @@ def find_cases(config: DataConfig) -> tuple[list[Case], list[Finding]]:
 
 
 def examine_cases(
-    cases: Sequence[Case], config: DataConfig, on_case: Callable[[str], object] = lambda name: None
+    cases: Sequence[Case],
+    config: DataConfig,
+    on_case: Callable[[str], object] = lambda name: None,
+    *,
+    at_once: int = READERS,
 ) -> tuple[list[Examined], list[tuple[Case, str]]]:
-    """Examine all cases. Returns them, and those that training would refuse with the reason. `on_case(name)` is called
-    after each.
+    """Examine all cases, `at_once` at a time. Returns them in order, and those that training would refuse with the
+    reason. `on_case(name)` is called after each.
     """
     examined, refused = [], []
-    for case in cases:
+    with ThreadPoolExecutor(at_once) as readers:  # reading and sorting run outside the interpreter's lock
+        jobs = [readers.submit(examine, case, config) for case in cases]
         try:
-            examined.append(examine(case, config))
-        except VolumeError as error:
-            refused.append((case, str(error)))
-        on_case(case.name)
+            for case, job in zip(cases, jobs, strict=True):
+                try:
+                    examined.append(job.result())
+                except VolumeError as error:
+                    refused.append((case, str(error)))
+                on_case(case.name)
+        except BaseException:  # Ctrl-C too: what was not begun is not read
+            readers.shutdown(cancel_futures=True)
+            raise
     return examined, refused
 
 

@@ -122,7 +122,8 @@ def _box_images(box_image: ImageLike | Sequence[ImageLike] | None, masks: int | 
         return ()
     if masks is None:
         raise ValueError("box_image sets the box on a mask's grid: give a mask, or leave it out")
-    images = as_list(box_image) if isinstance(box_image, list | tuple) else [box_image] * masks
+    images = as_list(box_image)
+    images = images if isinstance(box_image, list | tuple) or len(images) > 1 else images * masks
     if len(images) != masks:
         raise ValueError(f"box_image: {len(images)} images for {masks} masks; give one per mask, or one for all")
     return images

@@ -32,6 +32,7 @@ MODULES += [
     for name in (
         "speed.choices",
         "equal_time",
+        "full_size",
         "finetuning",
         "generation",
         "prepared",

@@ -166,7 +166,7 @@ def test_plans_grow_with_the_machine_and_the_set():
 
 def test_large_latents_have_shifted_timesteps():
     """128 voxels and a stride of 4 are 32 latent voxels a side, at which nothing shifts."""
-    small, large = (propose(facts(shapes=np.full((60, 3), n)), GPU, None, quick=False) for n in (128, 132))
+    small, large = (propose(facts(shapes=np.full((60, 3), n)), GPU, Start(), quick=False) for n in (128, 132))
     assert "shift_voxels" not in small.ldm["model"] and "shifted" not in small.why["ldm.model"]
     assert large.ldm["model"]["shift_voxels"] == 32**3 and "35937 latent voxels" in large.why["ldm.model"]
 
