@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     )
 
     from .base import VolumeAutoencoder
-    from .codebook import Codebook, code_statistics
+    from .codebook import Codebook, code_statistics, count_statistics
     from .kl import AutoencoderKL3D
     from .losses.reconstruction import (
         commitment_loss,
@@ -37,6 +37,7 @@ __all__ = [
     "VQGAN3D",
     "VolumeAutoencoder",
     "code_statistics",
+    "count_statistics",
     "commitment_loss",
     "gradient_loss",
     "kl_loss",

@@ -115,7 +115,12 @@ def code_statistics(indices: Tensor, num_codes: int) -> dict[str, Tensor]:
     """Measure how codes are used, as scalars: "perplexity" (effective number of codes), "usage" (the fraction that
     occurs at all) and "bits_per_cell" (entropy: what an ideal coder without context would need).
     """
-    p = torch.bincount(indices.flatten(), minlength=num_codes).float()
+    return count_statistics(torch.bincount(indices.flatten(), minlength=num_codes))
+
+
+def count_statistics(counts: Tensor) -> dict[str, Tensor]:
+    """Compute `code_statistics` from how often each code is used, (codes,)."""
+    p = counts.float()
     p = p / p.sum().clamp_min(1)
     entropy = -torch.xlogy(p, p).sum()
     return {"perplexity": entropy.exp(), "usage": (p > 0).float().mean(), "bits_per_cell": entropy / math.log(2)}

@@ -17,6 +17,7 @@ from volumes import pad_to_multiple
 
 from .splits import PaddedVolumes, WholeVolume
 
+BLOCK = 1024  # rows of a kernel matrix at a time
 MIN_SPREAD = 0.1  # of features, see `standardize`: cubic kernels are drowned by rare features without it
 
 
@@ -119,14 +120,20 @@ def kernel_distance(first: np.ndarray, second: np.ndarray) -> float:
     """
     first, second = checked_samples(first, second)
 
-    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return (x @ y.T / x.shape[1] + 1) ** 3
+    def kernel_sums(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+        """Sum all entries of the kernel matrix, and those of its diagonal; some rows are held at a time."""
+        total = diagonal = 0.0
+        for start in range(0, len(x), BLOCK):
+            values = (x[start : start + BLOCK] @ y.T / x.shape[1] + 1) ** 3
+            total, diagonal = total + values.sum(), diagonal + np.trace(values, offset=start)
+        return total, diagonal
 
     def within(x: np.ndarray) -> float:
-        values = kernel(x, x)
-        return (values.sum() - np.trace(values)) / (len(x) * (len(x) - 1))
+        total, diagonal = kernel_sums(x, x)
+        return (total - diagonal) / (len(x) * (len(x) - 1))
 
-    return float(within(first) + within(second) - 2 * kernel(first, second).mean())
+    between = kernel_sums(first, second)[0] / (len(first) * len(second))
+    return float(within(first) + within(second) - 2 * between)
 
 
 def checked_samples(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

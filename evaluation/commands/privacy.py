@@ -82,8 +82,8 @@ def with_autoencoder(options: Namespace) -> Namespace:
 
 def make_spaces(options: Namespace, sets: Mapping[str, VolumeSet], device: torch.device) -> dict[str, Space]:
     """Make the spaces of `--spaces`, on one crop. Features come from every 3-D extractor, as "features NAME"."""
-    volumes = [volume for volume_set in sets.values() for volume in volume_set.volumes]
-    crop = common_crop(volumes, tuple(options.crop) if options.crop else None)
+    shapes = [shape for volume_set in sets.values() for shape in volume_set.shapes]
+    crop = common_crop(shapes, tuple(options.crop) if options.crop else None)
     flips = tuple(options.flips)
     spaces: dict[str, Space] = {}
     if "image" in options.spaces:

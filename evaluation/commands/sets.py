@@ -69,5 +69,6 @@ def describe_sets(sets: dict[str, VolumeSet], splits: Sequence[str]) -> dict[str
     counts["test"]["splits"] = list(splits)
     masks = sets["generated"].masks or []
     for name in ("training", "test"):
-        counts["generated"][f"of_{name}_masks"] = sum(mask in set(sets[name].names) for mask in masks)
+        names = set(sets[name].names)
+        counts["generated"][f"of_{name}_masks"] = sum(mask in names for mask in masks)
     return counts

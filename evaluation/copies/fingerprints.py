@@ -23,7 +23,8 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,12 +84,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from autoencoder.weights import open_safetensors
 from cli.live_bar import LiveBar
+from evaluation.data.large_arrays import large_zeros
 from evaluation.data.model_units import in_model_units
+from evaluation.data.volume_sets import UnitVolumes
 from evaluation.metrics.nearest import (
     Sides,
     Space,
@@ -113,8 +115,11 @@ from volumes.data.subjects import (
 )
 from volumes.description import DataDescription
 
+from .print_files import write_blocks
+
 logger = logging.getLogger(__name__)
 FORMAT = "medvolume copy check 1"
+HELD_BYTES = 1 << 26  # of fingerprints and products at a time
 SPLITS = {"training": ("train",), "unseen": ("validation", "test")}
 
 
@@ -131,6 +136,7 @@ class CopyCheck:
     """Standardized fingerprints (R, C, h, w, d) of training volumes, and how to compare volumes with them.
 
     Args:
+        fingerprints: of any number of volumes: they may be a map of a file, and are read in blocks.
         shift, flips: a volume is moved by up to `shift` voxels along each axis and mirrored along every combination of
             `flips`. So a copy moved by whole voxels is found like one that was not, if it extends `shift` voxels beyond
             the crop; elsewhere its edge is repeated.
@@ -149,14 +155,30 @@ class CopyCheck:
 
     @classmethod
     def of(
-        cls, volumes: Volumes, crop: Sides, *, block: int = 4, flips: tuple[int, ...] = (), shift: int = 2
+        cls,
+        volumes: Volumes,
+        crop: Sides,
+        *,
+        block: int = 4,
+        flips: tuple[int, ...] = (),
+        shift: int = 2,
+        on_volume: Callable[[], object] | None = None,
     ) -> "CopyCheck":
-        """Make the fingerprints of training volumes (C, X, Y, Z). Raises: ValueError for a crop that is not a multiple
-        of the block."""
+        """Make the fingerprints of training volumes (C, X, Y, Z), one at a time; `on_volume` is called after each.
+
+        Raises: ValueError for a crop that is not a multiple of the block, and for different numbers of channels.
+        """
         if any(side % block for side in crop):
             raise ValueError(f"crop {crop}: each side must be a multiple of the block, {block} voxels")
-        prints = [_blocks(_with_edges(volume, crop), block) for volume in volumes]
-        maps = torch.stack([torch.from_numpy(standardized(blocks.numpy())) for blocks in prints])
+        maps = torch.empty(0)
+        for number, volume in enumerate(volumes):
+            blocks = torch.from_numpy(standardized(_blocks(_with_edges(volume, crop), block).numpy()))
+            maps = maps if number else large_zeros((len(volumes), *blocks.shape))
+            if len(blocks) != maps.shape[1]:
+                raise ValueError(f"volume {number} has {len(blocks)} channels, others {maps.shape[1]}")
+            maps[number] = blocks
+            if on_volume is not None:
+                on_volume()
         return cls(maps, crop, block, flips, shift)
 
     def calibrated(self, unseen: Volumes, units: Units, alpha: float = 0.05) -> "CopyCheck":
@@ -171,12 +193,25 @@ class CopyCheck:
             raise ValueError(
                 f"a volume of {placed.shape[1]} channels, against {self.fingerprints.shape[1]} of the fingerprints"
             )
-        ours, theirs = placed.flatten(2), self.fingerprints.flatten(2)
-        products = torch.einsum("pcn,rcn->pcr", ours, theirs) / ours.shape[2]
-        varies = (ours.any(2)[:, :, None] & theirs.any(2).T[None]).float()  # constant channels say nothing
-        similarity = (products.sum(1) / varies.sum(1).clamp_min(1)).amax(0).clamp(-1, 1)
-        nearest = int(similarity.argmax())
-        return CopyFound(bool(similarity[nearest] > self.threshold), float(similarity[nearest]), nearest)
+        ours = placed.flatten(2)
+        highest, nearest = -math.inf, 0
+        for start, block in self._parts(products=len(ours)):
+            theirs = block.flatten(2)
+            products = torch.einsum("pcn,rcn->pcr", ours, theirs) / ours.shape[2]
+            varies = (ours.any(2)[:, :, None] & theirs.any(2).T[None]).float()  # constant channels say nothing
+            similarity = (products.sum(1) / varies.sum(1).clamp_min(1)).amax(0).clamp(-1, 1)
+            most = int(similarity.argmax())
+            if similarity[most] > highest:
+                highest, nearest = float(similarity[most]), start + most
+        return CopyFound(highest > self.threshold, highest, nearest)
+
+    def _parts(self, products: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """Give the fingerprints in blocks of about `HELD_BYTES`, in float32, with the number of the first. With each
+        fingerprint `products` numbers are held, three times."""
+        channels, *sides = self.fingerprints.shape[1:]
+        rows = max(HELD_BYTES // (4 * channels * (math.prod(sides) + 3 * products)), 1)
+        for start in range(0, len(self.fingerprints), rows):
+            yield start, self.fingerprints[start : start + rows].float()
 
     def _placements(self, volume: Any) -> Tensor:
         """Compute standardized blocks (P, C, h, w, d) of the volume in every placement."""
@@ -206,11 +241,9 @@ class CopyCheck:
             for split, marks in self.subjects.items()
         }
         with atomic_file(Path(path)) as unfinished:
-            save_file(
-                {"fingerprints": self.fingerprints.half().contiguous()},
-                unfinished,
-                {"format": FORMAT, "settings": json.dumps(entries)},
-            )
+            blocks = (block for _, block in self._parts())
+            metadata = {"format": FORMAT, "settings": json.dumps(entries)}
+            write_blocks(unfinished, "fingerprints", blocks, self.fingerprints.shape, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "CopyCheck":
@@ -226,7 +259,7 @@ class CopyCheck:
                         "python -m evaluation.copies.fingerprints"
                     )
                 settings = parse_json(metadata["settings"])
-                fingerprints = file.get_tensor("fingerprints").float()
+                fingerprints = file.get_tensor("fingerprints")  # a map of the file: `_parts` reads it
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: is not a safetensors file ({error})") from error
         except (ValueError, KeyError) as error:
@@ -255,7 +288,8 @@ class CopyCheck:
             raise ValueError(f"threshold {self.threshold}")
         expected = (x // self.block, y // self.block, z // self.block)
         shape = tuple(self.fingerprints.shape)
-        if len(shape) != 5 or shape[2:] != expected or not min(shape) or not self.fingerprints.isfinite().all():
+        finite = len(shape) == 5 and min(shape) and all(bool(block.isfinite().all()) for _, block in self._parts())
+        if not finite or shape[2:] != expected:
             raise ValueError(f"fingerprints {shape}, or some that are not finite")
 
 
@@ -316,8 +350,8 @@ def copy_check(path: str | Path, data: DataDescription, records: Sequence[Mappin
 
     check_unseen_subjects(known, records, str(path))
 
-    def judge(image: Any) -> tuple[bool, dict[str, float]]:
-        result = known.check(in_model_units(image, data, crop=True))
+    def judge(image: Any, in_box: bool = False) -> tuple[bool, dict[str, float]]:
+        result = known.check(in_model_units(image, data, crop=not in_box))
         return result.copy, {"similarity": result.similarity}
 
     def reason(record: Mapping[str, Any]) -> str:
@@ -325,7 +359,8 @@ def copy_check(path: str | Path, data: DataDescription, records: Sequence[Mappin
             f"is a copy of a training volume (similarity {record['similarity']:.3f}, threshold {known.threshold:.3f})"
         )
 
-    settings = {"fingerprints": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "threshold": known.threshold}
+    with open(path, "rb") as file:
+        settings = {"fingerprints": hashlib.file_digest(file, "sha256").hexdigest(), "threshold": known.threshold}
     return Check("copy_check", judge, reason, settings)
 
 
@@ -340,10 +375,11 @@ def main(args: Sequence[str] | None = None) -> CopyCheck:
     subjects, seen = [case.subject for case in unseen.cases], {case.subject for case in training.cases}
     if shared := sorted(seen & set(subjects)):
         raise ValueError(f"subjects {shared[:5]} are unseen and in training: split by subject")
-    # [-1, 1] here and [0, 1] in generate.py are the same to a correlation
-    known, others = ([data.load(index).image.array for index in range(len(data))] for data in (training, unseen))
-    crop = tuple(options.crop) if options.crop else default_crop(known, options.block, options.shift)
-    check = CopyCheck.of(known, crop, block=options.block, flips=tuple(sorted(set(options.flips))), shift=options.shift)
+    known, others = UnitVolumes(training), UnitVolumes(unseen)
+    crop = tuple(options.crop) if options.crop else default_crop(known.shapes, options.block, options.shift)
+    settings = {"block": options.block, "flips": tuple(sorted(set(options.flips))), "shift": options.shift}
+    with LiveBar(total=len(known), unit="volume", disable=None, desc="making fingerprints") as progress:
+        check = CopyCheck.of(known, crop, **settings, on_volume=progress.update)
     with LiveBar(others, unit="volume", disable=None, desc="comparing unseen volumes") as progress:
         scores = np.array([check.check(volume).similarity for volume in progress])
     others_marks = [{"voxels": marks["voxels"]} for marks in unseen.marks] if options.accept_overlap else unseen.marks
@@ -361,10 +397,12 @@ def main(args: Sequence[str] | None = None) -> CopyCheck:
     return check
 
 
-def default_crop(volumes: Volumes, block: int, shift: int) -> Sides:
-    """Return the crop that all volumes contain wherever a copy was moved, in whole blocks. Raises: ValueError for less
-    than two blocks."""
-    sides = common_crop(volumes)
+def default_crop(shapes: Sequence[Sequence[int]], block: int, shift: int) -> Sides:
+    """Return the crop that all volumes of these shapes contain wherever a copy was moved, in whole blocks.
+
+    Raises: ValueError for less than two blocks.
+    """
+    sides = common_crop(shapes)
     x, y, z = ((side - 2 * shift) // block * block for side in sides)
     if min(x, y, z) < 2 * block:
         raise ValueError(

@@ -6,7 +6,7 @@ Volumes generated from a mask are found by the name of its case, or by its file 
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,9 @@ from volumes import (
 from volumes.data.case_files import StoredCase, foreground_box, one_grid, read_case
 from volumes.foreground import box_from_json, cut
 
+from .large_arrays import large_zeros
+from .volume_sets import of_generated
+
 PERCENTILES = (0.5, 99.5)
 SUFFIXES = (".nii.gz", ".nii")
 NAMES = {"train": "training", "test": "test"}  # of the splits, in messages
@@ -44,12 +47,14 @@ NAMES = {"train": "training", "test": "test"}  # of the splits, in messages
 @dataclass(frozen=True)
 class Pair:
     """One volume to train or test on: the case whose mask it has, and its files, one per channel, if they are not the
-    case's own; and the box of `data.crop` in which these were generated, if it is recorded.
+    case's own; the box of `data.crop` in which these were generated, if it is recorded; and whether the case itself,
+    with its mask, was generated.
     """
 
     case: Case
     generated: tuple[Path, ...] | None = None
     box: Placement | None = None
+    generated_mask: bool = False
 
 
 def learning_cases(cases: Sequence[Case]) -> list[Case]:
@@ -126,14 +131,16 @@ def _of_generated_masks(
         if missing := [channel for channel in channels if channel not in parts]:
             raise ValueError(f"{path}: has no file of channel {', '.join(missing)}; generate all channels")
         case = Case(volume, f"generated {_stem(mask)}", "train", dict(parts), mask)
-        pairs.append(Pair(case, tuple(parts[channel] for channel in channels), _recorded_box(path)))
+        pairs.append(
+            Pair(case, tuple(parts[channel] for channel in channels), _recorded_box(path), generated_mask=True)
+        )
     return pairs
 
 
 @dataclass(frozen=True)
 class LoadedPairs:
     """Images (N, C, X, Y, Z) float32 in [0, 1], label indices (N, X, Y, Z) uint8, the case of each, and the refused
-    files: (name of the case, reason)."""
+    files: (name of the case, reason). Large tensors lie in files, see `large_zeros`."""
 
     images: Tensor
     labels: Tensor
@@ -142,13 +149,26 @@ class LoadedPairs:
 
     def take(self, rows: Sequence[int]) -> "LoadedPairs":
         """Take these rows, in this order; a row may be taken more than once."""
-        index = torch.as_tensor(rows, dtype=torch.long)
-        return LoadedPairs(self.images[index], self.labels[index], [self.cases[i] for i in rows], self.skipped)
+        images, labels = (_rows([(tensor, rows)]) for tensor in (self.images, self.labels))
+        return LoadedPairs(images, labels, [self.cases[i] for i in rows], self.skipped)
 
     def join(self, other: "LoadedPairs") -> "LoadedPairs":
         """Join these rows with those of `other`, in this order."""
-        images, labels = torch.cat([self.images, other.images]), torch.cat([self.labels, other.labels])
+        every = range(len(self.images)), range(len(other.images))
+        images = _rows([(self.images, every[0]), (other.images, every[1])])
+        labels = _rows([(self.labels, every[0]), (other.labels, every[1])])
         return LoadedPairs(images, labels, self.cases + other.cases, self.skipped + other.skipped)
+
+
+def _rows(sources: Sequence[tuple[Tensor, Sequence[int]]]) -> Tensor:
+    """Take rows of tensors, one after another, into one that may lie in a file (`large_zeros`)."""
+    count = sum(len(rows) for _, rows in sources)
+    taken = large_zeros((count, *sources[0][0].shape[1:]), sources[0][0].dtype)
+    place = 0
+    for tensor, rows in sources:
+        for row in rows:
+            taken[place], place = tensor[row], place + 1
+    return taken
 
 
 def load_pairs(pairs: Sequence[Pair], config: DataConfig, shape: tuple[int, int, int]) -> LoadedPairs:
@@ -159,7 +179,9 @@ def load_pairs(pairs: Sequence[Pair], config: DataConfig, shape: tuple[int, int,
     raises VolumeError, which names the file, or with `on_error: skip` is omitted and listed; if no volume is left,
     ValueError is raised.
     """
-    images, labels, used, skipped = [], [], [], []
+    images = large_zeros((len(pairs), len(config.patterns), *shape))
+    labels = large_zeros((len(pairs), *shape), torch.uint8)
+    used, skipped = [], []
     for pair in pairs:
         try:
             image, mask = _read(pair, config)
@@ -169,12 +191,13 @@ def load_pairs(pairs: Sequence[Pair], config: DataConfig, shape: tuple[int, int,
             skipped.append((pair.case.name, str(error)))
             continue
         placement = pad_or_crop(image.shape, shape)
-        images.append(placement.apply(np.stack([unit_range(channel) for channel in image.array]), 0))
-        labels.append(placement.apply(mask.array[0], 0).astype(np.uint8))
+        scaled = np.stack([unit_range(channel) for channel in image.array])
+        images[len(used)] = torch.from_numpy(placement.apply(scaled, 0))
+        labels[len(used)] = torch.from_numpy(placement.apply(mask.array[0], 0).astype(np.uint8))
         used.append(pair.case)
-    if not images:
+    if not used:
         raise ValueError(f"all {len(pairs)} volumes were refused, the first because {skipped[0][1]}")
-    return LoadedPairs(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)), used, skipped)
+    return LoadedPairs(images[: len(used)], labels[: len(used)], used, skipped)
 
 
 def label_values(config: DataConfig) -> list[int]:
@@ -196,6 +219,8 @@ def unit_range(array: np.ndarray) -> np.ndarray:
 def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
     """Read image, in the units of its file, and label indices, both in the config's box and at its spacing."""
     case = pair.case
+    if pair.generated_mask:
+        config = replace(of_generated(config), crop=config.crop)  # there is a mask for a box of labels
     if config.resample_to is not None and pair.generated is None:
         return _read_resampled(case, config)
     if case.phantom is not None:

@@ -1,10 +1,11 @@
 """Sets of volumes to compare: real ones of a split, and generated ones, on one intensity scale."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from pipelines import describe_mask, read_sidecar
 from pipelines.storage.provenance import sidecars, volume_files
 from volumes import Case, DataConfig, VolumeDataset, pad_or_crop
 from volumes.foreground import box_from_json
+
+from .large_arrays import large_zeros
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,44 @@ class VolumeSet:
     def __len__(self) -> int:
         return len(self.volumes)
 
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each volume; volumes that are read on access are not read for it."""
+        return volume_shapes(self.volumes)
+
+
+class UnitVolumes(Sequence[np.ndarray]):
+    """The volumes (C, X, Y, Z) of a data set in [0, 1], read on access: none is kept."""
+
+    def __init__(self, dataset: VolumeDataset) -> None:
+        self.dataset = dataset
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """(X, Y, Z) of each volume, which is known without reading it."""
+        return [*self.dataset.shapes]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return (self.dataset.load(index).image.array + 1) / 2
+
+
+def volume_shapes(volumes: Sequence[Any] | np.ndarray) -> list[tuple[int, ...]]:
+    """Return the shape of each volume; those of a data set are not read for it."""
+    return volumes.shapes if isinstance(volumes, UnitVolumes) else [tuple(volume.shape) for volume in volumes]
+
 
 def real_set(cases: Sequence[Case], config: DataConfig, splits: Sequence[str]) -> tuple[VolumeSet, dict[str, str]]:
     """Load the real volumes of some splits, (C, X, Y, Z) float32 in [0, 1]: scaled as for a model, at the data's
@@ -69,7 +110,7 @@ def real_set(cases: Sequence[Case], config: DataConfig, splits: Sequence[str]) -
     dataset = _images(chosen, config)
     names = [case.name for case in dataset.cases]
     subjects = [case.subject for case in dataset.cases]
-    return VolumeSet(unit_volumes(dataset), names, subjects, spacings=_spacings(dataset)), dict(dataset.skipped)
+    return VolumeSet(UnitVolumes(dataset), names, subjects, spacings=_spacings(dataset)), dict(dataset.skipped)
 
 
 def generated_set(
@@ -97,12 +138,12 @@ def generated_set(
             generated.append(
                 dataclasses.replace(case, name=name, subject=subject, metadata={"mask": owner and owner.name})
             )
-    if twice := sorted({case.name for case in generated if sum(other.name == case.name for other in generated) > 1}):
+    if twice := sorted(name for name, count in Counter(case.name for case in generated).items() if count > 1):
         raise ValueError(f"{twice[:3]} are in two folders with the same name; rename one of the folders")
-    dataset = _images(generated, _of_generated(config))
+    dataset = _images(generated, of_generated(config))
     names, subjects = ([getattr(case, key) for case in dataset.cases] for key in ("name", "subject"))
     masks = [case.metadata["mask"] for case in dataset.cases]
-    return VolumeSet(unit_volumes(dataset), names, subjects, masks, _spacings(dataset)), dict(dataset.skipped)
+    return VolumeSet(UnitVolumes(dataset), names, subjects, masks, _spacings(dataset)), dict(dataset.skipped)
 
 
 def generated_cases(folder: Path, config: DataConfig) -> list[Case]:
@@ -145,7 +186,7 @@ class ClassVolumes:
     """Volumes and their classes.
 
     Args:
-        images: (N, C, X, Y, Z) float32 in [0, 1].
+        images: (N, C, X, Y, Z) float32 in [0, 1]; large ones lie in a file, see `large_zeros`.
         classes: (N,) indices.
         skipped: files that could not be read: (name, reason).
         sizes: for label maps, the size of each label (N, C) in milliliters.
@@ -170,9 +211,9 @@ def load_classes(cases: Sequence[Case], config: DataConfig, column: str, shape: 
             f"none of the {len(cases)} volumes has a {column}, such as {cases[0].name if cases else 'none'}"
         )
     if all(case.split == "generated" for case in known):
-        config = _of_generated(config)
+        config = of_generated(config)
     dataset = _images(known, config, {column: config.classes[column]})
-    images = torch.empty(len(dataset), len(dataset.channels), *shape)
+    images = large_zeros((len(dataset), len(dataset.channels), *shape))
     sizes = torch.empty(len(dataset), len(dataset.channels))
     for index in range(len(dataset)):
         item = dataset[index]
@@ -183,7 +224,7 @@ def load_classes(cases: Sequence[Case], config: DataConfig, column: str, shape: 
     return ClassVolumes(images, classes, dataset.skipped, sizes if config.image_labels else None)
 
 
-def _of_generated(config: DataConfig) -> DataConfig:
+def of_generated(config: DataConfig) -> DataConfig:
     """The data section for files of generate.py: they hold the model's own labels, one volume each. Where the box is
     that of a mask, it is known wherever there was a mask.
     """
@@ -202,11 +243,6 @@ def _images(
         alone = dataclasses.replace(alone, masks=None, label_names={})
         cases = [dataclasses.replace(case, mask=None) for case in cases]
     return VolumeDataset(cases, alone)
-
-
-def unit_volumes(dataset: VolumeDataset) -> list[np.ndarray]:
-    """Return the volumes (C, X, Y, Z) of a data set in [0, 1]."""
-    return [(dataset.load(index).image.array + 1) / 2 for index in range(len(dataset))]
 
 
 def _spacings(dataset: VolumeDataset) -> list[tuple[float, float, float]]:

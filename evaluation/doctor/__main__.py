@@ -13,6 +13,7 @@ estimates the memory of training and generation for volumes of that size, withou
 """
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -111,6 +112,13 @@ from .data_checks import (
     check_padding,
     check_size,
 )
+from .headers import (
+    CaseSize,
+    Forecast,
+    describe_sizes,
+    examined_at_once,
+    read_sizes,
+)
 from .leaks import check_leaks
 from .limits import check_evaluation
 from .models import (
@@ -181,8 +189,7 @@ def before_training(config: DataConfig, sections: Mapping[str, Any], folder: Pat
     cases, findings = find_cases(config)
     if not cases:
         return findings, {}
-    with LiveBar(total=len(cases), unit="volume", disable=None, desc="examining") as progress:
-        examined, refused = examine_cases(cases, config, lambda name: progress.update())
+    examined, refused = examine_all(cases, config)
     findings += check_found(cases, examined, refused, config)
     if not examined:
         return findings, {}
@@ -214,6 +221,23 @@ def before_training(config: DataConfig, sections: Mapping[str, Any], folder: Pat
         for item in examined
     ]
     return findings + found, {**measured, "volumes": rows}
+
+
+def examine_all(cases: Sequence[Case], config: DataConfig) -> tuple[list[Examined], list[tuple[Case, str]]]:
+    """Read the headers of all cases, say what reading the voxels takes, and examine them (`examine_cases`)."""
+    sizes: list[CaseSize] = []
+    if config.phantom is None:
+        with LiveBar(total=len(cases), unit="case", disable=None, delay=2, desc="reading headers") as progress:
+            sizes = read_sizes(cases, lambda name: progress.update())
+        print(describe_sizes(sizes), flush=True)
+    with LiveBar(total=len(cases), unit="volume", disable=None, desc="examining") as progress:
+        forecast = Forecast(sizes or [CaseSize(0, None)] * len(cases), progress.write, time.monotonic)
+
+        def on_case(name: str) -> None:
+            progress.update()
+            forecast.case_done()
+
+        return examine_cases(cases, config, on_case, at_once=examined_at_once(sizes))
 
 
 def check_model(examined: Sequence[Examined], config: DataConfig, sections: Mapping[str, Any], folder: Path) -> Checks:

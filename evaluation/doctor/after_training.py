@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 
-from autoencoder import DiagonalGaussian3D, QuantisedLatents, VolumeAutoencoder, code_statistics
+from autoencoder import DiagonalGaussian3D, QuantisedLatents, VolumeAutoencoder, count_statistics
 from autoencoder.losses.reconstruction import cells_inside
 from evaluation.data.pairs import unit_range
 from evaluation.metrics.fidelity import mean_gradient
@@ -61,7 +61,7 @@ def latent_summary(
     """Summarize the latents of all volumes, standardized by the stored statistics, inside the field of view."""
     count = 0
     rms: dict[str, float] = {}
-    indices: list[torch.Tensor] = []
+    used: torch.Tensor | None = None  # how often each code is
     total, squares, noise = (torch.zeros(vae.config["latent_channels"], dtype=torch.float64) for _ in range(3))
     for index in range(len(dataset)):
         sample = pad_sample(dataset[index], vae.stride)
@@ -73,18 +73,18 @@ def latent_summary(
         if isinstance(posterior, DiagonalGaussian3D):
             noise += (posterior.std.movedim(1, -1)[inside].double().cpu() ** 2).sum(0)
         if isinstance(posterior, QuantisedLatents):
-            indices.append(posterior.indices[inside].cpu())
+            counts = torch.bincount(posterior.indices[inside].cpu().flatten(), minlength=int(vae.config["num_codes"]))
+            used = counts if used is None else used + counts
         rms[sample["name"]] = float(latents.square().mean().sqrt())
         on_volume(sample["name"])
     mean = total / count
     variance = (squares / count - mean**2).clamp_min(0)
     informed = variance / (variance + noise / count).clamp_min(1e-12)
     codes: dict[str, float] = {}
-    if indices:
-        size = int(vae.config["num_codes"])
-        used = code_statistics(torch.cat(indices), size)
-        codes = {"perplexity": float(used["perplexity"]), "usage": float(used["usage"])}
-        codes |= {"codes": size, "latent_voxels": count}
+    if used is not None:
+        statistics = count_statistics(used)
+        codes = {"perplexity": float(statistics["perplexity"]), "usage": float(statistics["usage"])}
+        codes |= {"codes": len(used), "latent_voxels": count}
     return {
         "mean": mean.tolist(),
         "std": variance.sqrt().tolist(),
@@ -216,15 +216,16 @@ def _generate(pipe: MedVolumePipeline, dataset: VolumeDataset, index: int, steps
     classes = {name: value for name, value in classes.items() if name in (pipe.unet.config["classes"] or {})}
     numbers = {name: value for name, value in numbers.items() if name in (pipe.unet.config["numbers"] or {})}
     generator = torch.Generator().manual_seed(index)
-    volume: Any = pipe(
-        mask=mask,
-        shape=facts.shape if mask is None else None,
-        classes=classes or None,
-        numbers=numbers or None,
-        num_inference_steps=steps,
-        generator=generator,
-        output_type="np",
-    ).volumes[0]
+    with pipe.volume_processor.of_boxes():
+        volume: Any = pipe(
+            mask=mask,
+            shape=facts.shape if mask is None else None,
+            classes=classes or None,
+            numbers=numbers or None,
+            num_inference_steps=steps,
+            generator=generator,
+            output_type="np",
+        ).volumes[0]
     return volume
 
 

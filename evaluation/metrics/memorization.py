@@ -241,7 +241,8 @@ def reidentification(similarity: np.ndarray, sources: Units, units: Units) -> Re
         raise ValueError(f"no real volume of patients {lost[:5]} to find them by: give real volumes of every source")
     patients = np.asarray(units)
     nearest = np.stack([similarity[:, patients == name].max(1) for name in names], axis=1)
-    of_source = nearest[np.arange(len(nearest)), [names.index(source) for source in sources]]
+    columns = {name: column for column, name in enumerate(names)}
+    of_source = nearest[np.arange(len(nearest)), [columns[source] for source in sources]]
     rank = (nearest >= of_source[:, None]).sum(1)
 
     def top(count: int) -> TopRate:

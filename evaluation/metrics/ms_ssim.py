@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation.stats.bootstrap import Estimate, Units, interval_of, resample_subjects, subjects_or_volumes
+from volumes.placement import center_crop
 
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of scales, finest first (Wang et al. 2003, section 3.2)
 WINDOW, SIGMA = 7, 1.5  # voxels; Wang's window is 11, which small volumes hold at one scale or none
+MOST_LISTED = 10_000_000  # pairs, of some 4,500 volumes; of more, pairs are chosen without a list of all
 LUMINANCE, CONTRAST = 0.01**2, 0.03**2  # C1 and C2, of intensities that span 1
 
 
@@ -69,12 +71,28 @@ def random_pairs(count: int, pairs: int, seed: int, subjects: Units | None = Non
     Raises: ValueError if there is no pair.
     """
     check_pairs(list(range(count)) if subjects is None else subjects)
+    if count * (count - 1) // 2 > MOST_LISTED:
+        return _few_pairs(count, pairs, seed, subjects)
     every = np.stack(np.triu_indices(count, 1), 1)
     if subjects is not None:
         _, whose = np.unique(np.asarray(subjects), return_inverse=True)
         every = every[whose[every[:, 0]] != whose[every[:, 1]]]
     chosen = np.random.default_rng(seed).permutation(len(every))[:pairs]
     return every[np.sort(chosen)]
+
+
+def _few_pairs(count: int, pairs: int, seed: int, subjects: Units | None) -> np.ndarray:
+    """Choose as `random_pairs` does, without a list of all pairs."""
+    whose = np.arange(count) if subjects is None else np.unique(np.asarray(subjects), return_inverse=True)[1]
+    sizes = np.bincount(whose)
+    most = (count * (count - 1) - int((sizes * (sizes - 1)).sum())) // 2  # of different subjects
+    random = np.random.default_rng(seed)
+    chosen: dict[tuple[int, int], None] = {}  # in order
+    while len(chosen) < min(pairs, most):
+        for one, other in np.sort(random.integers(count, size=(pairs, 2)), axis=1).tolist():
+            if whose[one] != whose[other]:
+                chosen[one, other] = None
+    return np.array(sorted([*chosen][:pairs]))
 
 
 def check_pairs(subjects: Units, name: str = "") -> None:
@@ -86,15 +104,27 @@ def check_pairs(subjects: Units, name: str = "") -> None:
 
 
 def pair_similarity(
-    volumes: Sequence[np.ndarray],
+    volumes: Sequence[np.ndarray] | np.ndarray,
     pairs: np.ndarray,
     device: torch.device | str = "cpu",
     on_pair: Callable[[], None] | None = None,
+    crop: tuple[int, int, int] | None = None,
 ) -> np.ndarray:
-    """Compute `ms_ssim` of each pair, (P,), of volumes (C, X, Y, Z) of one shape."""
+    """Compute `ms_ssim` of each pair, (P,), of volumes (C, X, Y, Z).
+
+    Only the two volumes of a pair are held, of volumes that are read on access.
+
+    Args:
+        crop: voxels about the center to compare; by default all, of volumes of one shape.
+    """
+
+    def tensor(number: int) -> Tensor:
+        volume = volumes[number] if crop is None else center_crop(volumes[number], crop)
+        return torch.from_numpy(np.ascontiguousarray(volume, np.float32))[None].to(device)
+
     similarities = []
-    for pair in pairs:
-        first, second = (torch.from_numpy(np.asarray(volumes[i], np.float32))[None].to(device) for i in pair)
+    for one, other in pairs.tolist():
+        first, second = tensor(one), tensor(other)
         similarities.append(ms_ssim(first, second).item())
         if on_pair is not None:
             on_pair()

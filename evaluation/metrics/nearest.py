@@ -14,9 +14,11 @@ several channels is the mean of theirs.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ Sides = tuple[int, int, int]
 Volumes = Sequence[Any] | np.ndarray
 Embedding = Callable[[Tensor], Tensor]
 CHUNK_BYTES = 1 << 26  # of the products of spectra that are held at once
+HELD_BYTES = 1 << 29  # of the references that are held at once, with their spectra
 CONSTANT = 1e-5  # mean variance per voxel, of volumes of variance 1, below which a piece counts as constant
 
 
@@ -70,9 +73,10 @@ class Match(NamedTuple):
     shift: Sides
 
 
-def common_crop(volumes: Volumes, largest: Sides | None = None) -> Sides:
-    """Return the smallest side of all volumes along each axis, at most `largest`: no volume is padded."""
-    sides = np.min([volume.shape[-3:] for volume in volumes], axis=0)
+def common_crop(shapes: Sequence[Sequence[int]], largest: Sides | None = None) -> Sides:
+    """Return the smallest side of all volumes along each axis, at most `largest`: no volume is padded. `shapes` are
+    (X, Y, Z) or (C, X, Y, Z)."""
+    sides = np.min([shape[-3:] for shape in shapes], axis=0)
     x, y, z = (int(n) for n in (sides if largest is None else np.minimum(sides, largest)))
     return x, y, z
 
@@ -111,20 +115,74 @@ def feature_space(
     return Space(crop, flips, 0, embed, device)
 
 
+class MapsOf:
+    """The maps of volumes in a space, for comparisons with several sets. Close it to remove its files.
+
+    A network embeds each volume once for each flip, and the result stays in a temporary file (in $TMPDIR). Crops of
+    voxels are made on each access: that takes no longer than to read them.
+    """
+
+    def __init__(self, volumes: Volumes, space: Space):
+        self.volumes, self.space = volumes, space
+        self._files: dict[tuple[int, ...], tuple[IO[bytes], tuple[int, ...], set[int]]] = {}
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def read(self, numbers: range, flip: tuple[int, ...] = ()) -> Tensor:
+        """Return the maps of some adjacent volumes, (B, C, x, y, z) float32 on the space's device."""
+        if self.space.embed is None:
+            return torch.cat([_maps([self.volumes[number]], self.space, flip) for number in numbers])
+        if flip not in self._files:
+            shape = tuple(_maps([self.volumes[0]], self.space, flip).shape[1:])
+            self._files[flip] = (tempfile.TemporaryFile(), shape, set())
+        file, shape, done = self._files[flip]
+        size = math.prod(shape)
+        for number in numbers:
+            if number not in done:
+                file.seek(4 * size * number)
+                file.write(_maps([self.volumes[number]], self.space, flip).cpu().numpy().astype(np.float32).tobytes())
+                done.add(number)
+        file.seek(4 * size * numbers.start)
+        stored = np.frombuffer(bytearray(file.read(4 * size * len(numbers))), np.float32)
+        return torch.from_numpy(stored).reshape(len(numbers), *shape).to(self.space.device)
+
+    def close(self) -> None:
+        """Remove the temporary files."""
+        for file, _, _ in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+@contextmanager
+def maps_of(volumes: "Volumes | MapsOf", space: Space) -> Iterator[MapsOf]:
+    """Give the maps of volumes in a space, and close them after the block; maps that are given already stay open."""
+    if isinstance(volumes, MapsOf):
+        yield volumes
+        return
+    maps = MapsOf(volumes, space)
+    try:
+        yield maps
+    finally:
+        maps.close()
+
+
 @torch.inference_mode()
 def similarity_matrix(
-    queries: Volumes,
-    references: Volumes,
+    queries: Volumes | MapsOf,
+    references: Volumes | MapsOf,
     space: Space,
     *,
     chunk_bytes: int = CHUNK_BYTES,
+    held_bytes: int = HELD_BYTES,
     on_pairs: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """Compute the similarity of each query and each reference, (Q, R) float32 in [-1, 1].
 
-    Both are sequences of volumes, which may be read on access. Intermediate results take at most `chunk_bytes`,
-    whatever the number of volumes (a single pair may take more). Each row depends on its query alone, so that processes
-    can share the queries. `on_pairs(count)` is called with the number of pairs that were just compared.
+    Both are sequences of volumes, which may be read on access, or their `MapsOf`. References are read once, and the
+    queries once for every `held_bytes` of references. Products take at most `chunk_bytes`, whatever the number of
+    volumes (a single pair may take more of both). Each row depends on its query alone, so that processes can share the
+    queries. `on_pairs(count)` is called with the number of pairs that were just compared.
 
     Raises: ValueError for an empty set, volumes with values that are not finite or with another number of channels, a
         flip along an unknown axis and a shift of half a side or more.
@@ -133,22 +191,27 @@ def similarity_matrix(
         raise ValueError(
             f"{len(queries)} volumes cannot be compared with {len(references)}: give one or more in each set"
         )
-    probe, shift = _first(references, space)
-    pair_bytes = (
-        8 * probe.shape[1] * math.prod(_padded(probe.shape[2:], shift))
-    )  # half a spectrum, and what is made of it
-    rows = max(min(chunk_bytes // (4 * pair_bytes), len(references)), 1)
-    columns = max(chunk_bytes // (pair_bytes * rows), 1)
     result = np.empty((len(queries), len(references)), np.float32)
-    for start in range(0, len(references), rows):
-        block = [references[i] for i in range(start, min(start + rows, len(references)))]
-        prepared = _prepare(_maps(block, space), shift)
-        for first in range(0, len(queries), columns):
-            some = [queries[i] for i in range(first, min(first + columns, len(queries)))]
-            best = torch.stack([_correlate(q, prepared).amax(2) for q in _flipped(some, space, shift)]).amax(0)
-            result[first : first + len(some), start : start + len(block)] = best.cpu().numpy()
-            if on_pairs is not None:
-                on_pairs(len(some) * len(block))
+    with maps_of(queries, space) as asked, maps_of(references, space) as known:
+        probe, shift = _first(known.volumes, space)
+        pair_bytes = (
+            8 * probe.shape[1] * math.prod(_padded(probe.shape[2:], shift))
+        )  # half a spectrum, and what is made of it
+        rows = max(min(chunk_bytes // (4 * pair_bytes), len(known)), 1)
+        columns = max(chunk_bytes // (pair_bytes * rows), 1)
+        held = max(held_bytes // pair_bytes // rows, 1) * rows
+        for start in range(0, len(known), held):
+            block = _prepare(known.read(range(start, min(start + held, len(known)))), shift)
+            for first in range(0, len(asked), columns):
+                some = range(first, min(first + columns, len(asked)))
+                flipped = [_prepare(asked.read(some, flip), shift) for flip in space.flip_sets]
+                for low in range(0, len(block.maps), rows):
+                    part = block.part(low, low + rows)
+                    best = torch.stack([_correlate(one, part).amax(2) for one in flipped]).amax(0)
+                    column = start + low
+                    result[some.start : some.stop, column : column + len(part.maps)] = best.cpu().numpy()
+                    if on_pairs is not None:
+                        on_pairs(best.numel())
     return result
 
 
@@ -157,7 +220,8 @@ def best_match(query: Any, reference: Any, space: Space) -> Match:
     """Find the flip and the shift that make a query most similar to a reference."""
     _, shift = _first([reference], space)
     prepared = _prepare(_maps([reference], space), shift)
-    similarity = torch.stack([_correlate(q, prepared)[0, 0] for q in _flipped([query], space, shift)])
+    flipped = [_prepare(_maps([query], space, flip), shift) for flip in space.flip_sets]
+    similarity = torch.stack([_correlate(one, prepared)[0, 0] for one in flipped])
     flip, place = divmod(int(similarity.argmax()), similarity.shape[1])
     x, y, z = (int(i) - shift for i in np.unravel_index(place, (2 * shift + 1,) * 3))
     return Match(float(similarity.max()), space.flip_sets[flip], (x, y, z))
@@ -206,10 +270,6 @@ def _maps(volumes: Volumes, space: Space, flip: tuple[int, ...] = ()) -> Tensor:
     return maps[:, None, :, None, None] if maps.ndim == 2 else maps
 
 
-def _flipped(queries: Volumes, space: Space, shift: int) -> list["_Prepared"]:
-    return [_prepare(_maps(queries, space, flip), shift) for flip in space.flip_sets]
-
-
 def _first(references: Volumes, space: Space) -> tuple[Tensor, int]:
     """Return the maps of the first reference, and the shift to search. Raises: ValueError for an impossible space."""
     if not set(space.flips) <= {0, 1, 2}:
@@ -236,6 +296,14 @@ class _Prepared(NamedTuple):
     deviation: Tensor  # (B, C, S, S, S): root of the sum of their squares less the mean's; 0 where they are constant
     overlap: Tensor  # (S, S, S): their number
     shift: int
+
+    def part(self, start: int, stop: int) -> "_Prepared":
+        """Return those of maps start to stop - 1."""
+        rows = slice(start, stop)
+        spectrum = None if self.spectrum is None else self.spectrum[rows]
+        return self._replace(
+            maps=self.maps[rows], spectrum=spectrum, total=self.total[rows], deviation=self.deviation[rows]
+        )
 
 
 def _prepare(maps: Tensor, shift: int) -> _Prepared:

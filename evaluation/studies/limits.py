@@ -88,7 +88,7 @@ def check_sets(command: str, sets: Mapping[str, VolumeSet], config: DataConfig, 
             Case(name, subject=subject, split=split[set_name])
             for name, subject in zip(volumes.names, volumes.subjects, strict=True)
         ]
-        shapes += [tuple(volume.shape[1:]) for volume in volumes.volumes]
+        shapes += [shape[-3:] for shape in volumes.shapes]
     if reasons := problems(command, Data(cases, config, shapes), {**(options or {}), "unseen": ["test"]}):
         raise ValueError(f"{command}: " + "; ".join(reasons))
 

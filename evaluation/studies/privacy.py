@@ -2,6 +2,7 @@
 in which volumes are compared, and the pairs that are nearest to each other."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -25,6 +26,7 @@ from evaluation.metrics.nearest import (
     Space,
     aligned,
     best_match,
+    maps_of,
     similarity_matrix,
 )
 from evaluation.stats.bootstrap import subject_mean
@@ -168,10 +170,12 @@ def privacy_report(
     }
     patients = dict(zip([*training.names, *unseen.names], [*training.subjects, *unseen.subjects], strict=True))
     for name, space in spaces.items():
-        to_training, baseline, to_unseen = (
-            similarity_matrix(queries.volumes, references.volumes, space, on_pairs=on_pairs)
-            for queries, references in ((generated, training), (unseen, training), (generated, unseen))
-        )
+        with ExitStack() as opened:  # the maps of a set serve two comparisons
+            maps = [opened.enter_context(maps_of(one.volumes, space)) for one in (training, unseen, generated)]
+            to_training, baseline, to_unseen = (
+                similarity_matrix(maps[queries], maps[references], space, on_pairs=on_pairs)
+                for queries, references in ((2, 0), (1, 0), (2, 1))
+            )
         of_space = _compare(to_training, baseline, to_unseen, training, unseen, generated, alpha=alpha, seed=seed)
         of_space["closest"] = closest_pairs(to_training, generated, training, space, pairs)
         report["spaces"][name] = of_space

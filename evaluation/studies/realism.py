@@ -5,9 +5,9 @@ generated ones.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from evaluation.metrics.ms_ssim import (
     scales_of,
     weights_of,
 )
+from evaluation.metrics.nearest import common_crop
 from evaluation.metrics.set_distances import (
     SETS,
     SUBSETS,
@@ -42,12 +43,12 @@ from evaluation.networks.defaults import REALISM_PARTS as PARTS
 from evaluation.networks.defaults import SIMILARITY_PAIRS as PAIRS
 from evaluation.stats.bootstrap import Estimate, Units
 from training.encoder_distance import MIN_SPREAD
-from volumes.placement import center_crop
 
 TOLERANCE = 1e-3  # by which intensities may leave [0, 1]
 
 Volumes = Mapping[str, Sequence[np.ndarray] | np.ndarray]  # by set
 Subjects = Mapping[str, Units]  # by set
+Figures = TypeVar("Figures")
 
 
 class FeatureComparison(TypedDict):
@@ -120,17 +121,11 @@ def measure_realism(
         _check(name, sets[name], len(channels))
     volumes = {name: sets[name].volumes for name in SETS}
     subjects = {name: sets[name].subjects for name in SETS}
-    shape = common_shape([volume for name in SETS for volume in volumes[name]])
+    shape = common_crop([shape for name in SETS for shape in sets[name].shapes])
     report: Realism = {"volumes": {name: len(volumes[name]) for name in SETS}, "shape": list(shape)}
 
     def steps(part: str) -> Callable[[], None] | None:
         return None if on_step is None else partial(on_step, part)
-
-    def of_channels() -> dict[str, Volumes]:
-        return {
-            channel: {name: [volume[index] for volume in volumes[name]] for name in SETS}
-            for index, channel in enumerate(channels)
-        }
 
     if "features" in parts:
         report["features"] = {}
@@ -143,13 +138,13 @@ def measure_realism(
         report["diversity"] = _diversity(volumes, subjects, shape, pairs, seed, device, steps("diversity"))
     if "consistency" in parts:
         report["consistency"] = {
-            channel: _consistency(of_sets, subjects, seed, steps("consistency"))
-            for channel, of_sets in of_channels().items()
+            channel: _consistency(volumes, index, subjects, seed, steps("consistency"))
+            for index, channel in enumerate(channels)
         }
     if "intensity" in parts:
         report["intensity"] = {
-            channel: _intensity(of_sets, subjects, seed, shape, steps("intensity"))
-            for channel, of_sets in of_channels().items()
+            channel: _intensity(volumes, index, subjects, seed, shape, steps("intensity"))
+            for index, channel in enumerate(channels)
         }
     return report
 
@@ -192,12 +187,6 @@ def compare_features(
     }
 
 
-def common_shape(volumes: Sequence[np.ndarray]) -> tuple[int, int, int]:
-    """Return the smallest side of all volumes (C, X, Y, Z) along each axis: one small volume makes it small for all."""
-    x, y, z = np.min([volume.shape[1:] for volume in volumes], axis=0).tolist()
-    return x, y, z
-
-
 def _diversity(
     volumes: Volumes,
     subjects: Subjects,
@@ -210,8 +199,7 @@ def _diversity(
     chosen = {s: random_pairs(len(volumes[s]), pairs, seed, subjects[s]) for s in SETS}
     similarity = {}
     for name in SETS:
-        cropped = [np.ascontiguousarray(center_crop(volume, shape)) for volume in volumes[name]]
-        similarity[name] = pair_similarity(cropped, chosen[name], device, on_pair)
+        similarity[name] = pair_similarity(volumes[name], chosen[name], device, on_pair, crop=shape)
     report = compare_diversity(similarity, chosen, {s: len(volumes[s]) for s in SETS}, seed, subjects)
     report["scales"] = scales_of(shape)
     report["weights"] = weights_of(report["scales"])
@@ -219,22 +207,31 @@ def _diversity(
 
 
 def _consistency(
-    volumes: Volumes, subjects: Subjects, seed: int, on_volume: Callable[[], None] | None
+    volumes: Volumes, channel: int, subjects: Subjects, seed: int, on_volume: Callable[[], None] | None
 ) -> dict[str, ColumnComparison]:
-    statistics = {s: _table(slices.slice_statistics, volumes[s], on_volume) for s in SETS}
+    statistics = {s: np.stack([*_each(slices.slice_statistics, volumes[s], channel, on_volume)]) for s in SETS}
     return compare_columns(statistics, slices.names(), subjects=subjects, seed=seed)
 
 
 def _intensity(
     volumes: Volumes,
+    channel: int,
     subjects: Subjects,
     seed: int,
     shape: tuple[int, int, int],
     on_volume: Callable[[], None] | None,
 ) -> IntensityComparison:
-    statistics = {s: _table(histogram.intensity_statistics, volumes[s], on_volume) for s in SETS}
-    histograms = {s: _table(histogram.histogram, volumes[s]) for s in SETS}
-    powers = {s: _table(lambda volume: histogram.power(volume, shape), volumes[s]) for s in SETS}
+    def figures(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return (
+            histogram.intensity_statistics(volume),
+            histogram.histogram(volume),
+            histogram.power(volume, shape),
+        )
+
+    statistics, histograms, powers = {}, {}, {}
+    for name in SETS:  # in one pass, for volumes may be read on access
+        rows = zip(*_each(figures, volumes[name], channel, on_volume), strict=True)
+        statistics[name], histograms[name], powers[name] = (np.stack(column) for column in rows)
     ratios = compare_sets(histogram.power_ratio_db, powers, subjects=subjects, seed=seed)
     return {
         "statistics": compare_columns(statistics, histogram.names(), subjects=subjects, seed=seed),
@@ -247,18 +244,17 @@ def _intensity(
     }
 
 
-def _table(
-    statistics: Callable[[np.ndarray], np.ndarray],
+def _each(
+    figures: Callable[[np.ndarray], Figures],
     volumes: Sequence[np.ndarray] | np.ndarray,
+    channel: int,
     on_volume: Callable[[], None] | None = None,
-) -> np.ndarray:
-    """Compute statistics of each volume, one row per volume."""
-    rows = []
+) -> Iterator[Figures]:
+    """Compute figures of a channel (X, Y, Z) of each volume, one volume at a time."""
     for volume in volumes:
-        rows.append(statistics(volume))
+        yield figures(volume[channel])
         if on_volume is not None:
             on_volume()
-    return np.stack(rows)
 
 
 def _check(name: str, volumes: VolumeSet, channels: int) -> None:

@@ -7,14 +7,14 @@ from typing import NotRequired, TypedDict
 import numpy as np
 import torch
 
-from autoencoder import LatentDistribution, QuantisedLatents, VolumeAutoencoder, code_statistics
+from autoencoder import LatentDistribution, QuantisedLatents, VolumeAutoencoder, count_statistics
 from evaluation.metrics.dice import dice_per_volume
 from evaluation.metrics.fidelity import mean_gradient, psnr
 from evaluation.metrics.spectrum import (
     BAND_EDGES,
     CROP,
     band_names,
-    mean_band_power,
+    band_power,
     ratio_db,
 )
 from volumes import VolumeDataset, merge_channels, pad_sample
@@ -94,13 +94,13 @@ class ReconstructionReport(TypedDict):
     dice: dict[str, LabelDice]
 
 
-def codebook_report(indices: torch.Tensor, num_codes: int, stride: tuple[int, int, int]) -> CodebookReport:
-    """Measure how the codes of a VQ-GAN are used; `indices` are (latent voxels,)."""
-    statistics = {name: float(value) for name, value in code_statistics(indices, num_codes).items()}
-    bits = math.log2(num_codes)
+def codebook_report(counts: torch.Tensor, stride: tuple[int, int, int]) -> CodebookReport:
+    """Measure how the codes of a VQ-GAN are used; `counts` (codes,) say how often each is."""
+    statistics = {name: float(value) for name, value in count_statistics(counts).items()}
+    bits = math.log2(len(counts))
     return {
-        "codes": num_codes,
-        "cells": indices.numel(),
+        "codes": len(counts),
+        "cells": int(counts.sum()),
         "usage": statistics["usage"],
         "perplexity": statistics["perplexity"],
         "bits_per_cell": bits,
@@ -131,11 +131,11 @@ def evaluate_reconstruction(
         raise ValueError("the split is empty: there is no volume to reconstruct")
     names = [name for _, name in sorted(dataset.config.image_labels.items())]
     per_volume: dict[str, float] = {}
-    real: list[np.ndarray] = []
+    real: list[np.ndarray] = []  # powers of each channel
     decoded: list[np.ndarray] = []
     dice: dict[str, list[float]] = {name: [] for name in names[1:]}
     gradients: list[tuple[float, float]] = []  # of each reconstruction and its volume
-    indices: list[torch.Tensor] = []
+    codes: torch.Tensor | None = None  # how often each is used
     for index in range(count):
         sample = pad_sample(dataset[index], vae.stride)
         target = (sample["image"].numpy() + 1) / 2
@@ -145,17 +145,17 @@ def evaluate_reconstruction(
         per_volume[sample["name"]] = psnr(reconstruction, target, fov)
         gradients.append((mean_gradient(reconstruction, fov), mean_gradient(target, fov)))
         if isinstance(posterior, QuantisedLatents):
-            indices.append(
-                posterior.indices.cpu().flatten()
-            )  # padded to the stride, so each latent voxel holds a voxel
+            # padded to the stride, so each latent voxel holds a voxel
+            used = torch.bincount(posterior.indices.cpu().flatten(), minlength=vae.config["num_codes"])
+            codes = used if codes is None else codes + used
         target, reconstruction = (sample["placement"].undo(array) for array in (target, reconstruction))
-        real += list(target)
-        decoded += list(reconstruction)
+        real += [band_power(channel, crop) for channel in target]
+        decoded += [band_power(channel, crop) for channel in reconstruction]
         for name, score in _label_dice(reconstruction, target, names).items():
             dice[name].append(score)
         if on_volume is not None:
             on_volume(sample["name"], per_volume[sample["name"]])
-    decibels = ratio_db(mean_band_power(decoded, crop), mean_band_power(real, crop))
+    decibels = ratio_db(np.mean(decoded, axis=0), np.mean(real, axis=0))
     decoded_gradient, real_gradient = np.mean(gradients, axis=0)
     values = list(per_volume.values())
     report: ReconstructionReport = {
@@ -173,8 +173,8 @@ def evaluate_reconstruction(
             if scores
         },
     }
-    if indices:
-        report["codebook"] = codebook_report(torch.cat(indices), vae.config["num_codes"], vae.stride)
+    if codes is not None:
+        report["codebook"] = codebook_report(codes, vae.stride)
     return report
 
 

@@ -20,8 +20,10 @@ from torch import nn
 from diffusion.objectives import RECTIFIED_FLOW, Scheduler, fit_scheduler, make_scheduler
 from evaluation.data.model_units import in_model_units
 from evaluation.data.pairs import LoadedPairs, unit_range
+from evaluation.data.volume_sets import volume_shapes
 from evaluation.metrics.features import Extractor, extract
 from evaluation.metrics.histogram import band_edges_for, power, power_ratio_db
+from evaluation.metrics.nearest import common_crop
 from evaluation.metrics.set_distances import SetComparison, compare_sets, kernel_distance, standardize
 from evaluation.metrics.spectrum import band_names
 from evaluation.networks.segmenter import volume_dice
@@ -30,7 +32,7 @@ from evaluation.stats.intervals import PairedComparison, compare_paired
 from pipelines import MedVolumePipeline
 from volumes import Volume, VolumeDataset, pad_or_crop
 
-from .realism import MIN_SPREAD, common_shape
+from .realism import MIN_SPREAD
 
 OWN = "own"  # the scheduler of the pipeline
 SOLVERS = {"dpmsolver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
@@ -49,7 +51,9 @@ class Combination:
 
 @dataclass(frozen=True)
 class SamplingInputs:
-    """Masks of label values, classes and numbers, and the names and subjects of their cases."""
+    """Masks of label values in the boxes of their cases (`data.crop`), classes and numbers, and the names and subjects
+    of the cases.
+    """
 
     masks: Sequence[Volume]
     classes: Sequence[dict[str, str]]
@@ -155,15 +159,16 @@ def sample(
             batch = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed + i) for i in range(len(inputs.masks))[batch]]
             start_time = time.perf_counter()
-            output: Any = pipe(
-                mask=list(inputs.masks[batch]),
-                classes=list(inputs.classes[batch]),
-                numbers=list(inputs.numbers[batch]),
-                num_inference_steps=combination.steps,
-                guidance_scale=combination.guidance,
-                generator=generators,
-                batch_size=batch_size,
-            )
+            with pipe.volume_processor.of_boxes():
+                output: Any = pipe(
+                    mask=list(inputs.masks[batch]),
+                    classes=list(inputs.classes[batch]),
+                    numbers=list(inputs.numbers[batch]),
+                    num_inference_steps=combination.steps,
+                    guidance_scale=combination.guidance,
+                    generator=generators,
+                    batch_size=batch_size,
+                )
             seconds.append((time.perf_counter() - start_time) / len(generators))
             volumes += [in_model_units(image, pipe.data) for image in output.volumes]
         name = type(pipe.scheduler).__name__
@@ -212,7 +217,7 @@ class SamplerScorer:
         self.num_labels = num_labels
         self.subjects = {"training": training[1], "test": test[1], "generated": inputs.subjects}
         real = {"training": training[0], "test": test[0]}
-        self.shape = common_shape([volume for volumes in real.values() for volume in volumes])
+        self.shape = common_crop([shape for volumes in real.values() for shape in volume_shapes(volumes)])
         self.features = {
             name: {s: extract(extractor, volumes, device, on_volume) for s, volumes in real.items()}
             for name, extractor in extractors.items()

@@ -116,7 +116,7 @@ from evaluation.data.pairs import (
     test_cases,
 )
 from evaluation.data.seen import check_pipeline
-from evaluation.data.volume_sets import unit_volumes
+from evaluation.data.volume_sets import UnitVolumes
 from evaluation.metrics.features import EncoderStatistics, RandomStatistics
 from evaluation.networks.segmenter import make_segmenter, train_segmenter
 from evaluation.report import only_writer_of, provenance, write_report
@@ -230,9 +230,9 @@ def prepare(
 
         return SamplerScorer(
             inputs_from_dataset(of_masks, pipe.unet),
-            (unit_volumes(training), [case.subject for case in training.cases]),
-            (unit_volumes(test), [case.subject for case in test.cases]),
-            unit_volumes(of_masks),
+            (UnitVolumes(training), [case.subject for case in training.cases]),
+            (UnitVolumes(test), [case.subject for case in test.cases]),
+            UnitVolumes(of_masks),
             extractors,
             segmenter,
             pairs,

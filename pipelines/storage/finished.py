@@ -7,11 +7,14 @@ The record of a sidecar also decides whether a finished volume is the planned on
 import csv
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from cli.live_bar import LiveBar
 from files.atomic import atomic_file
 from files.paths import open_regular, printable
 from pipelines.inputs.request import VolumeRequest
@@ -26,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.csv"
 BEGINS = b"file,mask,"  # of a manifest of ours
+READERS = 4  # threads
+AT_ONCE = 1024  # volumes that wait for a thread
 
 
 class Planned(Protocol):
@@ -39,6 +44,8 @@ class Planned(Protocol):
 
 
 Task = TypeVar("Task", bound=Planned)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,19 +100,39 @@ def left_to_generate(tasks: Sequence[Task]) -> list[Task]:
     worthless are replaced.
     """
     todo, refused = [], []
-    for task in tasks:
-        try:
-            fault = _fault(task)
-        except ValueError as error:
-            refused.append(str(error))
-            continue
-        if fault is not None:
+    for task, (fault, refusal) in zip(tasks, in_threads(_checked, tasks, "checking finished volumes"), strict=True):
+        if refusal is not None:
+            refused.append(refusal)
+        elif fault is not None:
             todo.append(task)
             if fault:
                 print(printable(f"{fault}; the volume is generated again"), flush=True)
     if refused:
         raise ValueError("choose another --output, or remove these first:\n" + "\n".join(refused))
     return todo
+
+
+def in_threads(work: Callable[[Item], Result], items: Sequence[Item], title: str) -> Iterator[Result]:
+    """Do the work on each item in threads, and give the results in order, with a progress bar after two seconds.
+
+    Reading and hashing run outside the interpreter's lock, and network drives answer several requests at a time.
+    """
+    with (
+        ThreadPoolExecutor(READERS) as readers,
+        LiveBar(total=len(items), unit="volume", desc=title, delay=2, leave=False, disable=None) as bar,
+    ):
+        for start in range(0, len(items), AT_ONCE):
+            for result in readers.map(work, items[start : start + AT_ONCE]):
+                yield result
+                bar.update()
+
+
+def _checked(task: Planned) -> tuple[str | None, str | None]:
+    """Return the task's `_fault`, and None or why its files must not be replaced."""
+    try:
+        return _fault(task), None
+    except ValueError as error:
+        return None, str(error)
 
 
 def _fault(task: Planned) -> str | None:
@@ -150,24 +177,36 @@ def finished_volumes(folder: Path, *, known: Collection[Path] = ()) -> Iterator[
     Args:
         known: files whose digests need not be computed again.
     """
-    for sidecar in sidecars(folder):
+    listed = sidecars(folder)
+    read = partial(_finished, known=known)
+    for sidecar, (record, fault) in zip(listed, in_threads(read, listed, "listing volumes"), strict=True):
         path = sidecar.with_suffix(".nii.gz")
-        content: Mapping[str, Any] | None = {}
-        record = fault = None
-        try:
-            content = sidecar_content(path)
-            record = None if content is None else GenerationRecord.from_json(content)
-        except ValueError as error:
-            fault = str(error)
-        files = volume_files(path, content or {})
-        if content is None or not any(map(os.path.lexists, files)):
-            continue  # somebody else's JSON, or of a volume that is gone
-        if record is not None:
-            fault = file_fault(path, content, known=known)
-        if record is None or fault is not None:
-            logger.warning("%s: skipped: %s", printable(str(path)), printable(fault or "its sidecar is damaged"))
-            continue
-        yield path, record
+        if fault is not None:
+            logger.warning("%s: skipped: %s", printable(str(path)), printable(fault))
+        elif record is not None:
+            yield path, record
+
+
+def _finished(sidecar: Path, known: Collection[Path]) -> tuple[GenerationRecord | None, str | None]:
+    """Return the record of a finished volume, and None or why it is not finished; neither for JSON of somebody else,
+    and of a volume that is gone.
+    """
+    path = sidecar.with_suffix(".nii.gz")
+    content: Mapping[str, Any] | None = {}
+    record = fault = None
+    try:
+        content = sidecar_content(path)
+        record = None if content is None else GenerationRecord.from_json(content)
+    except ValueError as error:
+        fault = str(error)
+    files = volume_files(path, content or {})
+    if content is None or not any(map(os.path.lexists, files)):
+        return None, None
+    if record is not None:
+        fault = file_fault(path, content, known=known)
+    if record is None:
+        return None, fault or "its sidecar is damaged"
+    return record, fault
 
 
 def check_manifest(output: Path) -> None:

@@ -9,10 +9,10 @@ import pytest
 from smooth import blurred, collapsed, drifting, shuffled, smooth_volumes
 
 from evaluation.metrics.features import RandomStatistics
+from evaluation.metrics.nearest import common_crop
 from evaluation.studies.realism import (
     PARTS,
     VolumeSet,
-    common_shape,
     compare_features,
     measure_realism,
     steps_of,
@@ -108,7 +108,7 @@ def test_standardized_features_do_not_depend_on_their_units():
 
 
 def test_the_common_shape_is_of_the_smallest_sides():
-    assert common_shape([np.zeros((1, 9, 5, 7)), np.zeros((1, 4, 8, 7))]) == (4, 5, 7)
+    assert common_crop([(1, 9, 5, 7), (1, 4, 8, 7)]) == common_crop([(9, 5, 7), (4, 8, 7)]) == (4, 5, 7)
 
 
 def test_what_cannot_be_judged_is_refused():

@@ -49,7 +49,7 @@ def test_a_blur_is_less_sharp(phantoms):
 
 def test_codes_of_known_use():
     """Codes 0 and 1 in equal parts, of 8: 3 bits an index, 1 bit of entropy, two codes in effect."""
-    report = codebook_report(torch.tensor([0, 1, 1, 0]), 8, (4, 4, 2))
+    report = codebook_report(torch.tensor([2, 2, 0, 0, 0, 0, 0, 0]), (4, 4, 2))
     assert report == pytest.approx(
         {
             "codes": 8,

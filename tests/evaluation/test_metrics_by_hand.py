@@ -26,7 +26,7 @@ def test_a_shifted_copy_has_similarity_1_despite_a_flat_channel():
 
 
 def test_the_default_crop_leaves_the_shift_at_both_ends():
-    assert default_crop([np.zeros((1, 12, 13, 14))], block=2, shift=2) == (8, 8, 10)
+    assert default_crop([(1, 12, 13, 14)], block=2, shift=2) == (8, 8, 10)
 
 
 def test_what_varies_by_rounding_alone_is_constant():

@@ -92,7 +92,7 @@ def test_chunks_shapes_and_channels_change_nothing():
     assert np.allclose(similarity_matrix(wider, volumes, SPACE), whole[:2], atol=1e-5)
     constant = [np.concatenate([volume, np.full_like(volume, 7.3)]) for volume in volumes]
     assert np.allclose(similarity_matrix(constant[:1], constant, SPACE), whole[:1], atol=1e-5)
-    assert common_crop([volumes[0], wider[0]], (20, 12, 20)) == (16, 12, 16)
+    assert common_crop([volumes[0].shape, wider[0].shape], (20, 12, 20)) == (16, 12, 16)
 
 
 def test_what_cannot_be_compared_is_refused():
