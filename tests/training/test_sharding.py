@@ -53,7 +53,7 @@ def test_divided_weights_resume_exactly_and_are_saved_whole(tmp_path):
         for key in found:
             torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5)
 
-    resumed = tmp_path / "resumed"
+    resumed = tmp_path / "resumed/run"  # as deep as the run, for its config names the working directory from there
     shutil.copytree(two, resumed)
     shutil.rmtree(resumed / "checkpoints/step_000004")
     args = [*ldm, "--loop.fsdp=true", "--loop.batch_size=2", f"--output={resumed}", "--resume=latest"]
