@@ -31,7 +31,7 @@ def trained(script, args, folder, processes):
 def test_divided_weights_resume_exactly_and_are_saved_whole(tmp_path):
     """Checkpoints, the final folder and metrics are those of one process; the way back from a checkpoint is exact to
     the bit. Four volumes validate, and the first is drawn by one process alone."""
-    vae = ["--loop.max_steps=1", *VAE, *DATA, *LOOP]
+    vae = [*VAE, *DATA, *LOOP, "--loop.max_steps=1"]
     trained("train_vae", vae, tmp_path / "vae", 1)
     ldm = [*LDM, *DATA, *LOOP, *STEPS, f"--vae={tmp_path / 'vae/run/vae'}", "--data.validation_fraction=0.4"]
     ldm += ["--loop.previews=1"]
