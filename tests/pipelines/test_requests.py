@@ -12,7 +12,7 @@ from pipelines.storage.provenance import read_sidecar, sidecars
 from volumes import Case, volume_stem
 
 SCHEMA = SimpleNamespace(classes=["größe"], numbers=["age"], images=[("ct", 1)])
-PIPE = SimpleNamespace(unet=SimpleNamespace(condition_schema=SCHEMA))
+PIPE = SimpleNamespace(unet=SimpleNamespace(condition_schema=SCHEMA), data=SimpleNamespace(crop=None))
 
 
 def nfd(text):
