@@ -16,7 +16,8 @@ class StepCost(TypedDict):
     batch: int
     passes: float  # how often the recipe trains on each volume
     gradient_bytes: int
-    checkpoint_bytes: int  # weights, average and state of the optimizer
+    checkpoint_bytes: int  # weights, average, state of the optimizer, and the best weights
+    precision: str  # as `loop.mixed_precision`
 
 
 class Costs(TypedDict):

@@ -227,7 +227,14 @@ def training_step(
     models, _ = build_models(config, numbers, options.recipe)
     step, loop = models.step, config.loop
     if step is None:
-        return {"seconds": 0.0, "batch": 1, "passes": 0.0, "gradient_bytes": 0, "checkpoint_bytes": 0}
+        return {
+            "seconds": 0.0,
+            "batch": 1,
+            "passes": 0.0,
+            "gradient_bytes": 0,
+            "checkpoint_bytes": 0,
+            "precision": "no",
+        }
     nn.Module.to(networks_of(step), device)
     patch = config.crops.shape if isinstance(config, TrainVaeConfig) else latent_shape(shape, models.vae.stride)
     work = training_work(step, patch, loop.batch_size, OneTrainer(device, AUTOCAST[loop.mixed_precision]))
@@ -248,6 +255,7 @@ def training_step(
         "passes": loop.max_steps * batch / volumes,
         "gradient_bytes": sum(weight.numel() * weight.element_size() for weight in learned),
         "checkpoint_bytes": checkpoint_bytes(step, bool(loop.validate_every)),
+        "precision": loop.mixed_precision,
     }
 
 
