@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 from cli.command import ArgumentParser, run_command
 from cli.generation import add_run_arguments
 from cli.settings import NonNegativeFloat, Number, PositiveFloat, show_ranges
+from files.shipped import expand_path
 
 if TYPE_CHECKING:
     from pipelines.batch_edits import EditConfig
@@ -83,7 +84,7 @@ def parse(args: Sequence[str] | None) -> "EditConfig":
     from pipelines.sampling import SamplingConfig
 
     return EditConfig(
-        pipeline=options.pipeline,
+        pipeline=expand_path(options.pipeline),
         output=options.output,
         images=options.image,
         mask=options.mask,

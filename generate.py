@@ -48,6 +48,7 @@ from typing import TYPE_CHECKING
 from cli.command import ArgumentParser, next_step, run_command
 from cli.generation import add_run_arguments
 from cli.settings import Number, PositiveInt, show_ranges
+from files.shipped import expand_path
 
 if TYPE_CHECKING:
     from pipelines.base import VolumePipeline
@@ -63,7 +64,7 @@ PIPELINE = "pipeline"  # of a run of train_ldm.py
 def make_parser() -> ArgumentParser:
     """Describe the options."""
     parser = ArgumentParser(description=__doc__)
-    pipeline_help = "pipeline folder or Hub repository (with --config: the pipeline of that training)"
+    pipeline_help = "pipeline folder, shipped:NAME or Hub repository (with --config: the pipeline of that training)"
     parser.add_argument("--pipeline", help=pipeline_help)
     config_help = "training config of the pipeline, whose section `data` names the cases of --split"
     parser.add_argument("--config", type=Path, metavar="FILE", help=config_help)
@@ -110,10 +111,10 @@ def parse(args: Sequence[str] | None) -> "BatchConfig":
     from pipelines.sampling import SamplingConfig
 
     return BatchConfig(
-        pipeline=options.pipeline or default_pipeline(parser, options.config),
+        pipeline=expand_path(options.pipeline) if options.pipeline else default_pipeline(parser, options.config),
         output=options.output,
         masks=[] if generated else masks,
-        mask_pipeline=masks[0].removeprefix(GENERATE) if generated else None,
+        mask_pipeline=expand_path(masks[0].removeprefix(GENERATE)) if generated else None,
         conditions=options.conditions,
         data=None if options.split is None else data_section(options.config, options.root),
         splits=options.split or [],

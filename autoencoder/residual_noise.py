@@ -76,11 +76,11 @@ def fit_noise(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: Sequence[in
     """
     sides = tuple(min(int(n), MAX_SIDE) for n in shape)
     check_noise_shape(shape)
-    missing, errors, squares, counts, weights = [], [], 0.0, 0.0, 0.0
+    missing, errors, squares, counts, weights = 0.0, [], 0.0, 0.0, 0.0
     window = _window(sides).ravel() ** 2
     for real, made in pairs:
         made = made.clip(-1, 1)  # as the pipeline does: values outside the range are not missing noise
-        missing.append(_power(real, sides) - _power(made, sides))
+        missing += _power(real, sides) - _power(made, sides)
         bins = np.minimum((made + 1) / 2 * NOISE_BINS, NOISE_BINS - 1).astype(int)
         residual = (np.asarray(real, np.float64) - made) ** 2
         errors.append(residual.mean((1, 2, 3)))
@@ -89,17 +89,17 @@ def fit_noise(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: Sequence[in
         counts += np.stack([np.bincount(bins[c].ravel(), minlength=NOISE_BINS) for c in channels])
         seen = center_crop(bins, sides)
         weights += np.stack([np.bincount(seen[c].ravel(), window, NOISE_BINS) for c in channels])
-    if not missing:
+    if not errors:
         raise ValueError("no volumes to fit a noise model on")
     return [
         _channel(
-            np.mean([one[c] for one in missing], 0),
+            missing[c] / len(errors),  # type: ignore[index]
             np.array([one[c] for one in errors]),
             squares[c],  # type: ignore[index]
             counts[c],  # type: ignore[index]
             weights[c],  # type: ignore[index]
         )
-        for c in range(len(missing[0]))
+        for c in range(len(errors[0]))
     ]
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from files.documents import FileError, parse_json, read_object
 from files.paths import open_regular
+from files.shipped import expand_path
 from volumes.data.preprocessing import check_preprocessing
 from volumes.data.subjects import check_subjects
 
@@ -32,12 +33,15 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def find_folder(source: str | os.PathLike) -> Path | None:
-    """Return the folder of a model on this machine, `~` expanded. None if `source` can only be a repository of the Hub
-    (user/name).
+    """Return the folder of a model on this machine, `~` and names of shipped weights expanded. None if `source` can
+    only be a repository of the Hub (user/name).
 
-    Raises: FileError for a path that is not a folder.
+    Raises: FileError for a path that is not a folder, and for shipped weights that are not there.
     """
-    text = os.path.expanduser(os.fspath(source))
+    try:
+        text = expand_path(os.fspath(source))
+    except ValueError as error:
+        raise FileError(str(error)) from error
     folder = Path(text)
     if folder.is_dir():
         return folder

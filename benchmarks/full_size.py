@@ -188,7 +188,8 @@ def description(models: Models, shape: Sequence[int]) -> DataDescription:
             "channels": data.channels,
             "labels": {str(value): name for value, name in data.label_names.items()},
             "spacing": [1.0, 1.0, 1.0],
-            "intensity": [{"kind": "percentile", "low": 0.0, "high": 1000.0}] * len(data.channels),
+            "intensity": [{"kind": "percentile", "low": 0.0, "high": 1000.0, "percentiles": [0.5, 99.5]}]
+            * len(data.channels),
             "shape_range": [list(shape), list(shape)],
             "affine": [[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 1.0, 0], [0, 0, 0, 1.0]],
             "description": "fabricated",

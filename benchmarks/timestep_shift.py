@@ -1,6 +1,7 @@
 """Train a tiny diffusion model at two latent sizes, with and without the timestep shift, and compare the results.
 
     OMP_NUM_THREADS=1 python -m benchmarks.timestep_shift --output docs/timestep_shift.json
+    python -m benchmarks.shift_page docs/timestep_shift.json --page docs/large_latents.md
 
 Phantoms of both sizes show the same structures. The latents are the standardized voxels, so that no autoencoder has a
 part in it. Networks, steps, batches and seeds are equal. At the smaller size the shift is 1 (it is `shift_voxels`), so
@@ -26,7 +27,7 @@ from typing import TypedDict
 from cli.command import ArgumentParser, run_command
 from cli.settings import NonNegativeInt, Number, PositiveInt
 
-SIDES = (8, 20)
+SIDES = (8, 16)
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -36,7 +37,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=Number(PositiveInt), default=400, help="training steps of each model (400)")
     parser.add_argument("--samples", type=Number(PositiveInt), default=48, help="volumes of each set (48)")
     parser.add_argument("--seeds", type=Number(NonNegativeInt), nargs="*", default=[0, 1], help="of trainings (0 1)")
-    parser.add_argument("--sides", type=Number(PositiveInt), nargs=2, default=list(SIDES), help="8 or more (8 20)")
+    parser.add_argument("--sides", type=Number(PositiveInt), nargs=2, default=list(SIDES), help="8 or more (8 16)")
     return parser.parse_args(args)
 
 
@@ -50,8 +51,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffusion import Conditions, LatentUNet3D, denoise, fit_scheduler, make_scheduler, training_loss
-from diffusion.objectives import RECTIFIED_FLOW, TRAIN_STEPS, noisy_and_target
-from diffusion.timestep_shift import shift_of, shifted
+from diffusion.objectives import RECTIFIED_FLOW, TRAIN_STEPS, noisy_and_target, shift_of, shifted
 from evaluation.metrics.features import RandomStatistics
 from evaluation.report import check_report, provenance, write_report
 from training import OptimizerConfig
@@ -81,6 +81,21 @@ class Row(TypedDict):
     seconds_of_training: float
     loss_by_timestep: dict[str, float]
     samples: dict[str, dict[str, Distance]]
+
+
+class Report(TypedDict):
+    """The JSON file. `unknown` is by side, by how timesteps are shifted, and by timestep."""
+
+    steps: int
+    samples: int
+    shift_voxels: int
+    batch: int
+    unknown: dict[str, dict[str, dict[str, float]]]
+    models: list[Row]
+    load: float
+    command: str
+    date: str
+    machine: dict[str, str]
 
 
 def latents(first: int, count: int, side: int) -> Tensor:

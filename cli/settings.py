@@ -199,10 +199,15 @@ def describe(hint: Hint) -> str:
     base, limits = split_hint(hint)
     origin, args = get_origin(base), get_args(base)
     suffix = f", {limits!r}" if limits is not None else ""
+    if base is float and limits == Range():
+        return "a finite number"
     if origin in (Union, types.UnionType):
-        return " or ".join(describe(arm) for arm in args if arm is not type(None)) + (
+        words = any(get_origin(arm) is Literal for arm in args)
+        return (", or " if words else " or ").join(describe(arm) for arm in args if arm is not type(None)) + (
             ", or null" if type(None) in args else ""
         )
+    if origin is Literal and len(args) == 1:
+        return f'"{args[0]}"'
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if dataclasses.is_dataclass(base):

@@ -5,8 +5,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from .conditioning import Conditions
-from .objectives import TRAIN_STEPS, noisy_and_target, sample_timesteps
-from .timestep_shift import shifted
+from .objectives import TRAIN_STEPS, noisy_and_target, sample_timesteps, shifted
 
 
 def training_loss(

@@ -1,5 +1,6 @@
-"""Training objectives of the denoiser, and the schedulers that fit them. Latents: (B, C, h, w, d),
-unit variance.
+"""Training objectives of the denoiser, the shift of their timesteps, and the schedulers that fit them.
+
+Latents: (B, C, h, w, d), unit variance.
 
 Timesteps are in the scheduler's units, 0 (clean) to 1000 (noise), for every objective; v and eps may be trained with
 another number of steps.
@@ -7,9 +8,10 @@ another number of steps.
 
 import copy
 import inspect
+import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -47,6 +49,8 @@ DIFFUSION_SCHEDULERS = (
     "UniPCMultistepScheduler",
     "EulerDiscreteScheduler",
 )
+Values = TypeVar("Values", float, Tensor)
+MAX_SHIFT_VOXELS = 10**9
 TRAINED_WITH = ("beta_schedule", "prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
 
 
@@ -182,7 +186,7 @@ def fit_scheduler(
         return copy.deepcopy(scheduler)
     carried = set() if changed.isdisjoint(SHIFTS) else set(SHIFTS) - defaults.keys()  # under its other name
     fitted = type(scheduler).from_config({key: one for key, one in config.items() if key not in carried}, **wanted)
-    if "shift" in shifting:  # Heun's last level is shifted by its __init__, and by its set_timesteps again
+    if "shift" in shifting:  # Euler and Heun shift their last level in __init__, and again in set_timesteps
         fitted.sigma_min = 1 / train_steps
     return fitted
 
@@ -220,6 +224,38 @@ def _shift(name: str, options: Mapping[str, Any], shift: float) -> dict[str, obj
         stacklevel=3,
     )
     return {}
+
+
+# The shift of timesteps by the number of latent voxels.
+#
+# A fraction t of noise hides less of a large grid than of a small one, because neighbors that show the same structure
+# average the noise out. Of a constant image of n values, seen at noise t, the value is known up to
+# t / (1 - t) / sqrt(n). Equal uncertainty on grids of n and m values needs t_m = s t_n / (1 + (s - 1) t_n) with
+# s = sqrt(m / n) (Esser et al. 2024, "Scaling Rectified Flow Transformers", section 5.3.2, Eq. 23).
+#
+# That argument counts values, not sides. So in 3-D all latent voxels count, and s is the square root of their ratio.
+# MAISI takes the cube root instead (MONAI's `timestep_transform`, n = 32^3): the ratio of sides, which in 2-D is
+# Eq. 23, and shifts less in 3-D. Channels do not count: they are not observations of one value.
+#
+# In training the shift moves the density of t: sigmoid(N(0, 1)) becomes sigmoid(N(log s, 1)). The loss at each t keeps
+# its weight of 1, so this density is all of the weighting by t; a weight beside it would apply the shift twice.
+
+
+def shift_of(sides: Sequence[int], base: int | None) -> float:
+    """Return s = sqrt(m / n) of a grid of m = h w d latent voxels; 1 without a shift.
+
+    Args:
+        sides: (h, w, d).
+        base: n, the number of latent voxels at which timesteps are not shifted (the U-Net's `shift_voxels`); None: they
+            never are.
+    """
+    return 1.0 if base is None else math.sqrt(math.prod(sides) / base)
+
+
+def shifted(timesteps: Values, shift: float | Tensor, end: float) -> Values:
+    """Shift timesteps from 0 (clean) to `end` (noise), both of which stay (Esser et al. 2024, Eq. 23). A shift of 1
+    changes no bit."""
+    return shift * timesteps / (1 + (shift - 1) * (timesteps / end))  # pyright: ignore[reportReturnType]
 
 
 def _broadcast(values: Tensor, like: Tensor) -> Tensor:

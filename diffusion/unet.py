@@ -33,9 +33,8 @@ from .condition_embedding import ConditionEmbedding
 from .conditioning import ConditionSchema
 from .folding import FoldedMaskEmbedding
 from .images import image_columns
-from .objectives import TRAIN_STEPS, check_objective, check_shift, check_train_steps
+from .objectives import MAX_SHIFT_VOXELS, TRAIN_STEPS, check_objective, check_shift, check_train_steps, shift_of
 from .scheduler_options import MAX_TIMESTEPS
-from .timestep_shift import MAX_SHIFT_VOXELS, shift_of
 
 
 @dataclass

@@ -5,6 +5,7 @@ from pathlib import Path
 
 PREFIX = "shipped:"
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # of the clone; a package that pip built has none
+PARTS = ("vae", "unet")
 
 
 def is_shipped(path: str) -> bool:
@@ -18,22 +19,24 @@ def expand_path(path: str) -> str:
 
 
 def shipped_folder(name: str, weights: Path = WEIGHTS) -> str:
-    """Return the folder that a name such as `shipped:hippocampus/vae` stands for.
+    """Return the folder that `shipped:hippocampus`, `shipped:hippocampus/vae` or `shipped:hippocampus/unet` means.
 
     Args:
         name: with its prefix.
-        weights: folder of the shipped pipelines.
+        weights: folder of the shipped pipelines; it may be a link.
 
     Raises:
         ValueError: if it is not there.
     """
-    folder = (weights / name.removeprefix(PREFIX)).resolve()
-    if folder.is_relative_to(weights) and folder != weights and folder.is_dir():
-        return str(folder)
-    if not weights.is_dir():
+    pipelines = sorted(path.parent.name for path in weights.glob("*/model_index.json"))
+    known = {name for one in pipelines for name in (one, *(f"{one}/{part}" for part in PARTS))}
+    asked = name.removeprefix(PREFIX)
+    if asked in known:
+        return str(weights / asked)
+    if not pipelines:
         raise ValueError(
             f"{name}: this installation has no shipped weights, which are in the folder weights/ of the clone; install "
             "from the clone (pip install -e CLONE), give a folder of trained weights, or null to start from random ones"
         )
-    there = ", ".join(sorted(f"{PREFIX}{path.parent.name}" for path in weights.glob("*/model_index.json")))
+    there = ", ".join(f"{PREFIX}{one}" for one in pipelines)
     raise ValueError(f"{name}: no such shipped weights in {weights}; there are {there}, each with /vae and /unet")

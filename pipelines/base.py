@@ -175,6 +175,8 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         read and hashed."""
         sampling = sampling.filled(self.sampling_settings)
         label_map = {str(value): target for value, target in (request.label_map or {}).items()}
+        of_box = None if request.mask is None else request.image_of_box(self.data.crop)
+        of_box = of_box if of_box is request.box_image else None  # others are recorded as images
         return GenerationRecord(
             software=software(),
             model=self.model_hash,
@@ -189,6 +191,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             shape=request.shape,
             label_map=label_map or None,
             images=describe_images(request.images) or None,
+            box_image=None if of_box is None else describe_mask(of_box),
             channels=self.volume_processor.generated(request.images) or None,
             residual_noise=None if self.noise_model is None else sampling.residual_noise,
         )

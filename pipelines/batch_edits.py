@@ -20,11 +20,11 @@ from pipelines.inputs.edit_files import (
     named_images,
     named_rows,
     read_edits,
-    refuse_inputs_in,
     row_request,
 )
 from pipelines.inputs.inpainting import BLEND_MARGIN_MM
 from pipelines.inputs.request import VolumeRequest
+from pipelines.inputs.request_files import refuse_inputs_in
 
 MASKS, REGIONS = "masks", "regions"  # folders in the output, of masks with a lesion inserted or removed
 

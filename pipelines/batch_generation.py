@@ -55,14 +55,12 @@ class RunConfig:
 
     Attributes:
         count: volumes per request.
-        shape: of the volumes, where no file sets it.
         exports: (format, folder) of each data set that the volumes are exported to, see `pipelines.export`.
     """
 
     pipeline: str | Path
     output: Path
     count: int = 1
-    shape: Sequence[int] | None = None
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seed: int = 0
     label_map: LabelMap = field(default_factory=dict)
@@ -94,6 +92,7 @@ class BatchConfig(RunConfig):
     """One generation command.
 
     Attributes:
+        shape: of the volumes, where no file sets it.
         masks: folders, patterns or files; without them, `conditions` and `data`, `count` volumes are generated.
         mask_pipeline: a pipeline that generates `count` masks first.
         conditions: a table.
@@ -101,6 +100,7 @@ class BatchConfig(RunConfig):
         copy_check: makes the check for copies of training volumes, for the pipeline that it is given.
     """
 
+    shape: Sequence[int] | None = None
     masks: Sequence[str] = ()
     mask_pipeline: str | None = None
     conditions: str | Path | None = None
@@ -111,7 +111,16 @@ class BatchConfig(RunConfig):
     def requests(
         self, load: Callable[[], VolumePipeline], say: Callable[[str], object] = print
     ) -> Sequence[VolumeRequest]:
-        """Return the requests of the masks, the table or the cases, or one that names nothing."""
+        """Return the requests of the masks, the table or the cases, or one that names nothing.
+
+        Raises: ValueError for a shape beside files that have their own.
+        """
+        requests = self._sources(load, say)
+        if self.shape and any(request.files for request in requests):
+            raise ValueError("--shape has no use beside masks and images, which have their own; leave it out")
+        return [replace(request, shape=self.shape) for request in requests]
+
+    def _sources(self, load: Callable[[], VolumePipeline], say: Callable[[str], object]) -> Sequence[VolumeRequest]:
         if self.mask_pipeline is not None:
             raise ValueError("a config with a mask_pipeline is for generate_with_masks, which generates masks first")
         if self.masks:
@@ -148,7 +157,7 @@ def generate_to_disk(
     load = functools.cache(lambda: loaded or load_pipeline(config, state.device))
     requests = config.requests(load, state.print)
     pipe = load()
-    check_requests(requests, config)
+    check_count(requests, config.count)
     rejection = config.rejection(pipe, requests)
     requests = [with_options(request, config) for request in requests]
     check_exports(config.exports, config.output, pipe.data, requests, config.count)
@@ -221,9 +230,9 @@ def generate_with_masks(config: BatchConfig, state: PartialState) -> list[str]:
 
 
 def with_options(request: VolumeRequest, config: RunConfig) -> VolumeRequest:
-    """The request with the shape and the label map of the command."""
+    """The request with the label map of the command."""
     label_map = dict([*pairs(request.label_map), *pairs(config.label_map)])
-    return replace(request, shape=config.shape, label_map=label_map)
+    return replace(request, label_map=label_map)
 
 
 def pairs(label_map: LabelMap | None) -> list[tuple[int | str, int | str]]:
@@ -246,13 +255,6 @@ def load_pipeline(config: RunConfig, device: torch.device | None) -> VolumePipel
     if config.lora:
         pipe.load_lora_weights(config.lora)
     return pipe
-
-
-def check_requests(requests: Sequence[VolumeRequest], config: RunConfig) -> None:
-    """Raises: ValueError for too many volumes, and for a shape beside files that have their own."""
-    check_count(requests, config.count)
-    if config.shape and any(request.files for request in requests):
-        raise ValueError("--shape has no use beside masks and images, which have their own; leave it out")
 
 
 def check_count(requests: Sequence[object], count: int) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from diffusion.guidance import Guidance
 from pipelines.inputs.arguments import flag, whole_number
-from pipelines.inputs.images import Images
+from pipelines.inputs.images import ImageLike, Images
 from pipelines.inputs.masks import LabelMap, MaskLike
 from pipelines.inputs.request import Classes, Numbers, call_requests
 from pipelines.storage.loading import register_packages, register_pipeline
@@ -63,6 +63,7 @@ class MedVolumePipeline(VolumePipeline):
         batch_size: int = 8,
         paths: str | PathLike | Sequence[str | PathLike] | None = None,
         residual_noise: bool = True,
+        box_image: ImageLike | Sequence[ImageLike] | None = None,
     ) -> MedVolumePipelineOutput:
         """Generate volumes.
 
@@ -114,6 +115,9 @@ class MedVolumePipeline(VolumePipeline):
                 without `paths`. Volumes that must be resampled to their mask's spacing are held.
             residual_noise: add the texture that the autoencoder leaves out of real volumes, for a model that measured
                 it (`residual_noise: true` in the config of train_ldm.py): see `autoencoder.residual_noise`.
+            box_image: an image on the mask's grid whose foreground sets the box that is generated, for a model whose
+                training cut its cases to one (`data.crop` with a value): one, or a list of one per mask. It conditions
+                nothing. Without it the whole grid is generated, unless `image` has that channel.
 
         Raises: ValueError naming what cannot be used and the remedy: the mask, its labels, classes, numbers, images,
         the guidance, the generators, the sigmas, the output type, the scheduler, the paths; all of it before the first
@@ -124,7 +128,7 @@ class MedVolumePipeline(VolumePipeline):
         step_end = StepEnd(callback_on_step_end, callback_on_step_end_tensor_inputs)
         sampling = SamplingConfig(num_inference_steps, sigmas, guidance_scale, residual_noise, batch_size)
         per_mask = whole_number("num_volumes_per_mask", num_volumes_per_mask)
-        requests = call_requests(mask, shape, classes, numbers, image, label_map)
+        requests = call_requests(mask, shape, classes, numbers, image, label_map, box_image)
         volumes = [volume for volume in self.prepare(requests, sampling) for _ in range(per_mask)]
         if latents is None:
             sampling.check_start()

@@ -18,13 +18,14 @@ class Check:
 
     Args:
         name: its entry in the records, such as "copy_check".
-        judge: takes an image, as the pipeline returns it, and returns its verdict.
+        judge: takes an image, as the pipeline returns it, and whether it was cut to the box of its record; returns its
+            verdict.
         reason: the end of a sentence about a refused volume, from the findings: "is a copy of a training volume ...".
         settings: what decides, for the records.
     """
 
     name: str
-    judge: Callable[[Any], Verdict]
+    judge: Callable[[Any, bool], Verdict]
     reason: Callable[[Mapping[str, Any]], str]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -94,7 +95,7 @@ class Rejection:
                 if attempt.fault is not None:
                     yield Outcome(number, None, rejected[number], attempt.fault)
                     continue
-                entries, refusal = self._judge(attempt.generated)
+                entries, refusal = self._judge(attempt)
                 if refusal is None:
                     record = replace(attempt.record, checks=entries, rejected=rejected[number])
                     yield Outcome(number, replace(attempt, record=record), rejected[number])
@@ -106,11 +107,12 @@ class Rejection:
                     yield Outcome(number, None, rejected[number], self._why(refusal))
             waiting = again
 
-    def _judge(self, image: Any) -> tuple[Mapping[str, Mapping[str, Any]], Mapping[str, Any] | None]:
+    def _judge(self, attempt: Attempt) -> tuple[Mapping[str, Mapping[str, Any]], Mapping[str, Any] | None]:
         """The record's entry of each check; and the findings of the first that refuses the image, with its name."""
+        image, in_box = attempt.generated, attempt.record.box is not None
         entries: dict[str, Mapping[str, Any]] = {}
         for check in self.checks:
-            refused, findings = check.judge(image)
+            refused, findings = check.judge(image, in_box)
             if refused:
                 return entries, {"check": check.name, **findings}
             entries[check.name] = {**check.settings, **findings}

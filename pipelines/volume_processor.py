@@ -6,7 +6,8 @@ Axes: (C, X, Y, Z) in RAS+ order. Intensities are in [-1, 1] inside the model an
 import math
 import os
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,16 @@ import numpy as np
 import torch
 
 from pipelines.inputs.arguments import grid_shape, translation
-from pipelines.inputs.crop import Cropped, cropped_by_image, cropped_by_mask, cut_images, cut_region, filled
+from pipelines.inputs.crop import (
+    Cropped,
+    cropped_by_image,
+    cropped_by_mask,
+    cut_images,
+    cut_region,
+    filled,
+    warn_of_labels_outside,
+    warn_of_whole_grid,
+)
 from pipelines.inputs.images import GivenImage, ImageLike, Images, load_images
 from pipelines.inputs.inpainting import EditRequest, PreparedEdit, load_region
 from pipelines.inputs.masks import (
@@ -86,8 +96,9 @@ class VolumeProcessor:
             box_image: of `data.crop`'s channel, whose foreground sets the box; without it the whole grid is taken,
                 unless the box is that of the mask's labels.
         Raises: ValueError (or VolumeError) naming the mask for what cannot be used: unknown labels, no voxels, no mask.
-        Warns: background alone; a label missing that every training mask has, or lost by resampling; another spacing
-            than the model's; a size outside the training range; odd geometry.
+        Warns: background alone; a label missing that every training mask has, outside the box, or lost by resampling;
+            a box that is not found for want of an image; another spacing than the model's; a size outside the training
+            range; odd geometry.
         """
         label_map = translation(label_map)
         names = segment_values(self.labels, known_labels(self.labels, label_map))
@@ -96,7 +107,7 @@ class VolumeProcessor:
         cropped = self._cropped(whole, name, box_image)
         target = whole if cropped is None else cut(whole, cropped.box)
         grid = self._resampled(target, name, "mask")
-        self._warn_of_labels(target, grid, name)
+        self._warn_of_labels(whole, target, grid, name)
         return self._padded(grid, target, name, grid.array[0], cropped)
 
     def _cropped(self, whole: Volume, name: str, box_image: ImageLike | None) -> Cropped | None:
@@ -107,13 +118,29 @@ class VolumeProcessor:
         if crop.by_mask:
             return cropped_by_mask(whole, name, crop, sorted(self.labels))
         if box_image is None:
+            warn_of_whole_grid(crop)
             return None
         assert crop.channel is not None
         with warnings.catch_warnings():  # an image that conditions the volume, too, is read again, with its warnings
             warnings.simplefilter("ignore")
-            given = {crop.channel: box_image}
-            images, _ = load_images(given, whole, self.affine, reading=self.reading, reference=self.reference)
+            images, _ = self._load({crop.channel: box_image}, whole)
         return cropped_by_image(whole, images[crop.channel], crop)
+
+    def _load(self, images: Images, target: Volume | None) -> tuple[dict[str, Volume], dict[str, float]]:
+        """Read images, see `load_images`. Where there is a box, it is in the box that they must show enough."""
+        return load_images(
+            images, target, self.affine, reading=self.reading, reference=self.reference, partial=self.crop is not None
+        )
+
+    @contextmanager
+    def of_boxes(self) -> Iterator[None]:
+        """Take masks for the boxes of cases that were cut already, as those of a `VolumeDataset` are: none is cut
+        again."""
+        crop, self.crop = self.crop, None
+        try:
+            yield
+        finally:
+            self.crop = crop
 
     def preprocess_shape(self, shape: Sequence[int]) -> PreparedGrid:
         """A grid of `shape` (X, Y, Z) voxels on the template's affine, for a model that no mask conditions."""
@@ -129,15 +156,17 @@ class VolumeProcessor:
         Warns: without `prepared` as `preprocess` does.
         """
         target = None if prepared is None else prepared.output
-        volumes, shares = load_images(images, target, self.affine, reading=self.reading, reference=self.reference)
+        volumes, shares = self._load(images, target)
         prepared = prepared or self._image_grid(volumes)
-        if prepared.cropped is not None:
-            whole, volumes = volumes, cut_images(prepared.cropped, volumes)
-            given = {channel: filled(image) if channel in shares else image for channel, image in whole.items()}
-            prepared = replace(prepared, cropped=replace(prepared.cropped, images=given))
+        whole, cropped = volumes, prepared.cropped
+        if cropped is not None:
+            volumes = cut_images(cropped, whole)
             shares = {channel: float(shown(volumes[channel]).mean()) for channel in shares}
         if shares:
             prepared = self._without_unseen(prepared, volumes, shares)
+        if cropped is not None:
+            given = {channel: filled(image) if channel in shares else image for channel, image in whole.items()}
+            prepared = replace(prepared, cropped=replace(cropped, images=given))
         return replace(prepared, images=self._scaled_images(volumes, prepared))
 
     def _without_unseen(
@@ -151,7 +180,7 @@ class VolumeProcessor:
         for channel in shares:
             outside = outside | ~shown(volumes[channel])
         least = min(shares, key=lambda channel: shares[channel])
-        check_share(float(1 - outside.mean()), f"the image {least!r}, with the other inputs,", "the volume")
+        check_share(float(1 - outside.mean()), f"the image {least!r}, with the other inputs", "the volume")
         volumes |= {channel: filled(volumes[channel]) for channel in shares}
         target = prepared.target.replace(np.where(outside, np.int16(PADDING), prepared.target.array))
         grid = target
@@ -193,12 +222,14 @@ class VolumeProcessor:
         return replace(prepared, images=kept, edit=edit)
 
     def _image_grid(self, images: Mapping[str, Volume]) -> PreparedGrid:
-        """The grid of images, without a mask. Raises: ValueError if their box is not found."""
+        """The grid of images, without a mask. Raises: ValueError if their box is not found. Warns: if none sets it."""
         channel, image = next(iter(images.items()))
         whole, name = image.replace(_no_labels(image.shape)), f"the image {channel!r}"
         cropped, of_box = None, None if self.crop is None else images.get(self.crop.channel or "")
         if self.crop is not None and of_box is not None:
             cropped = cropped_by_image(whole, of_box, self.crop)
+        elif self.crop is not None:
+            warn_of_whole_grid(self.crop)
         target = whole if cropped is None else cut(whole, cropped.box)
         return self._padded(self._resampled(target, name, "image"), target, name, None, cropped)
 
@@ -262,10 +293,10 @@ class VolumeProcessor:
             return grid
         return target
 
-    def _warn_of_labels(self, target: Volume, grid: Volume, name: str) -> None:
-        """Warn of labels that every training mask has and this one lacks, and of labels that resampling lost. A mask of
-        background alone has had its warning."""
-        present = labels_present(target.array, len(self.labels))
+    def _warn_of_labels(self, whole: Volume, target: Volume, grid: Volume, name: str) -> None:
+        """Warn of labels that every training mask has and this one lacks, that lie outside the box, and that resampling
+        lost. A mask of background alone has had its warning."""
+        present = labels_present(whole.array, len(self.labels))
         names = dict(zip(sorted(self.labels), present.tolist(), strict=True))
         if not any(found for value, found in names.items() if value != BACKGROUND):
             return
@@ -275,6 +306,9 @@ class VolumeProcessor:
                 "place is invented",
                 stacklevel=3,
             )
+        if target is not whole:
+            warn_of_labels_outside(whole, target, self.labels, name)
+            present = labels_present(target.array, len(self.labels))
         if grid is target:
             return
         lost = present & ~labels_present(grid.array, len(self.labels))

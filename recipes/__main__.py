@@ -61,7 +61,10 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 
 def names(text: str) -> list[str]:
     """Parse names with commas between them."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} holds no name; give some with commas between them, or omit it")
+    return found
 
 
 def label_name(text: str) -> tuple[int, str]:

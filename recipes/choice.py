@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from files.names import same_name
+from volumes.data.alignment import MIN_SHARE
 from volumes.volume import VolumeError
 
 from .contents import Look, Reader, spread
-from .grids import case_fault, least_shown, same_grid
+from .grids import case_fault, least_shown, on_one_grid, remaining_share, same_grid
 from .layouts.layout import MASK_WORD, Key, Layout, case_name, has_word
 from .layouts.structures import ROLE as STRUCTURES
 
@@ -18,6 +19,7 @@ LOOKED_AT = 2  # files of a role, to tell masks from images
 FEW_VALUES = 32  # distinct whole numbers, up to which a file is taken for a mask whatever its name
 MOSTLY_THERE = 0.9  # of the cases, that must have a channel for it to be used unasked
 HALF = 0.5  # of the cases, that must have a mask for the others to be left out unasked
+MOST_OF_IT = 0.5  # of a scan, that must remain for the rest to be cut away unasked
 MOST_VOLUMES = 8  # of a 4-D file that become channels unasked
 NONE = "none"
 
@@ -43,6 +45,7 @@ class Choice:
         channels: in the order of the model's channels.
         mask: its role; `STRUCTURES` for one that is made of binary files; None without masks.
         reference: the role onto whose grid the others are resampled; None if all lie on one grid.
+        why_reference: its reason, for data.yaml.
         keys: the cases that have all of them.
         segments: {name of a segment: label value} of DICOM masks, for labels that are called otherwise.
         sure: what was left out, and why.
@@ -53,6 +56,7 @@ class Choice:
     mask: str | None
     keys: list[Key]
     reference: str | None = None
+    why_reference: str = ""
     segments: dict[str, int] = field(default_factory=dict)
     sure: list[str] = field(default_factory=list)
     unsure: list[str] = field(default_factory=list)
@@ -85,6 +89,8 @@ def choose(
     masks = {role for role in layout.roles if _is_mask(layout, reader, role)}
     choice = Choice([], None, layout.keys, sure=list(layout.notes))
     choice.mask = _chosen_mask(layout, reader, masks, mask)
+    if choice.mask in layout.doubtful:
+        raise Ambiguous(f"{layout.doubtful[choice.mask]}, or say --mask none")
     images = [role for role in layout.roles if role not in masks and role != choice.mask]
     if channels:
         roles = [_find_role(layout, name, [role for role in layout.roles if role != choice.mask]) for name in channels]
@@ -98,6 +104,9 @@ def choose(
     choice.reference = _reference(layout, reader, choice, roles, resample_to)
     choice.channels = _channels(layout, reader, roles, volume)
     _keep_complete(layout, reader, choice, asked=bool(channels), mask_asked=mask is not None)
+    if resample_to is not None and on_one_grid(layout, reader, choice.keys, [*roles, choice.mask or roles[0]]):
+        choice.why_reference = "as asked, without effect: the volumes of each case lie on one grid"
+        choice.sure.append(f"--resample_to {resample_to} has no effect: the volumes of each case lie on one grid")
     for role in sorted({*layout.roles} - {*choice.roles}):
         choice.sure.append(f"{layout.shown(role)} is not used; --channels or --mask would")
     return choice
@@ -162,6 +171,15 @@ def _ways(layout: Layout, reader: Reader, masks: set[str]) -> str:
 
 def _find_role(layout: Layout, name: str, roles: Sequence[str]) -> str:
     """Return the role that a user means. Raises: ValueError listing the roles."""
+    found = _named_roles(layout, name, roles)
+    if len(found) == 1:
+        return found[0]
+    what = "may be several files" if found else "matches none of the files"
+    raise ValueError(f"{name} {what}; there are {', '.join(map(_quoted, found or layout.roles))}")
+
+
+def _named_roles(layout: Layout, name: str, roles: Sequence[str]) -> list[str]:
+    """Return the roles that a name may mean; only the one that is called exactly so, if there is one."""
 
     def names(role: str) -> set[str]:
         shown = layout.shown(role)
@@ -170,31 +188,66 @@ def _find_role(layout: Layout, name: str, roles: Sequence[str]) -> str:
 
     found = [role for role in roles if same_name(name) in names(role)]
     exact = [role for role in found if same_name(role) == same_name(name)]
-    if len(exact or found) == 1:
-        return (exact or found)[0]
-    what = "may be several files" if found else "matches none of the files"
-    raise ValueError(f"{name} {what}; there are {', '.join(map(_quoted, found or layout.roles))}")
+    return exact if len(exact) == 1 else found
 
 
 def _reference(layout: Layout, reader: Reader, choice: Choice, roles: Sequence[str], asked: str | None) -> str | None:
-    """Return the channel onto whose grid the others and the mask are resampled; None if they lie on one grid."""
-    if asked is not None:
-        return roles[0] if len(roles) == 1 and same_name(asked) == "image" else _find_role(layout, asked, roles)
-    first = choice.mask or roles[0]
-    off = [role for role in roles if role != first and not same_grid(layout, reader, first, role)]
+    """Return the channel onto whose grid the others and the mask are resampled; None if they lie on one grid.
+
+    Raises:
+        Ambiguous: if most of that channel would be cut away, unless the user asked for it.
+        ValueError: if the user asked for another file than a channel.
+    """
+    reference = least_shown(layout, reader, roles, choice.mask) if asked is None else _asked_grid(layout, asked, roles)
+    shown = [*roles, *([choice.mask] if choice.mask is not None else [])]
+    others = [role for role in shown if role != reference]
+    off = [role for role in others if not same_grid(layout, reader, reference, role)]
     if not off:
-        return None
-    reference = least_shown(layout, reader, roles, choice.mask)
-    others = [role for role in roles if role not in off]
-    ways = [f"--resample_to {_quoted(role)}" for role in roles if role != reference]
-    ways += [f"--channels {','.join(map(_quoted, others))} (without the others)"] if others else []
-    shown, grid = ("structures" if first == STRUCTURES else layout.shown(first)), layout.shown(reference)
+        choice.why_reference = "as asked; the volumes of some cases lie on several grids"
+        return None if asked is None else reference
+    share = remaining_share(layout, reader, shown, reference)
+    grid, apart = layout.shown(reference), ", ".join(_shown(layout, role) for role in off)
+    ways = _other_ways(layout, reader, choice, roles, reference)
+    if asked is None and MIN_SHARE <= share < MOST_OF_IT:
+        name = "image" if len(roles) == 1 else _quoted(reference)
+        ways = [f"--resample_to {name} (which cuts it)", *ways, *(["--mask none"] if choice.mask in off else [])]
+        raise Ambiguous(
+            f"{apart} {'shows' if len(off) == 1 else 'show'} only {share:.0%} of the box of {grid}, and the rest of "
+            f"{grid} would be cut away; say {' or '.join(ways)}"
+        )
+    why = "as asked" if asked else "the channel that shows the least" if len(roles) > 1 else "the channel"
+    choice.why_reference = f"volumes lie on several grids; {'this one was asked for' if asked else why}"
     choice.unsure.append(
-        f"{', '.join(map(layout.shown, off))} lies on another grid than {shown}; all are resampled onto the grid of "
-        f"{grid}, {'the channel that shows the least' if len(roles) > 1 else 'the channel'} (data.resample_to)"
-        + (f"; or say {' or '.join(ways)}" if ways else "")
+        f"{apart} {'lies' if len(off) == 1 else 'lie'} on another grid than {grid}, {why}, and "
+        f"{'is' if len(off) == 1 else 'are'} resampled onto its grid (data.resample_to); {share:.0%} of its box remains"
+        + (f"; or say {' or '.join(ways)}" if ways and asked is None else "")
     )
     return reference
+
+
+def _asked_grid(layout: Layout, asked: str, roles: Sequence[str]) -> str:
+    """Return the channel that --resample_to names. Raises: ValueError for other names, listing the channels."""
+    if len(roles) == 1 and same_name(asked) == "image":
+        return roles[0]
+    found = _named_roles(layout, asked, roles)
+    if len(found) == 1:
+        return found[0]
+    known = _named_roles(layout, asked, layout.roles)
+    what = "may be several" if found else "is not a channel of this recipe" if known else "matches none of the channels"
+    raise ValueError(f"--resample_to {asked}: {what}; the channels are {', '.join(map(_quoted, found or roles))}")
+
+
+def _other_ways(layout: Layout, reader: Reader, choice: Choice, roles: Sequence[str], reference: str) -> list[str]:
+    """Return options that decide otherwise than to resample everything onto the reference."""
+    first = choice.mask or roles[0]
+    on_it = [role for role in roles if role == first or same_grid(layout, reader, first, role)]
+    ways = [f"--resample_to {_quoted(role)}" for role in roles if role != reference]
+    return ways + ([f"--channels {','.join(map(_quoted, on_it))} (without the others)"] if on_it else [])
+
+
+def _shown(layout: Layout, role: str) -> str:
+    """Return how a role is called in messages, that of structures included."""
+    return "structures" if role == STRUCTURES else layout.shown(role)
 
 
 def _channels(layout: Layout, reader: Reader, roles: Sequence[str], volume: int | None) -> list[Channel]:
@@ -216,6 +269,8 @@ def _channels(layout: Layout, reader: Reader, roles: Sequence[str], volume: int 
         else:
             names = names if len(names) == count else [f"{plain}_{index}" for index in range(count)]
             channels += [Channel(name, role, index) for index, name in enumerate(names)]
+    if volume is not None and all(channel.volume is None for channel in channels):
+        raise ValueError(f"--time_point {volume}: no channel is 4-D; leave it out")
     twice = {channel.name for channel in channels if [c.name for c in channels].count(channel.name) > 1}
     return [Channel(same_role(c), c.role, c.volume) if c.name in twice else c for c in channels]
 

@@ -33,6 +33,12 @@ def same_grid(layout: Layout, reader: Reader, one: str, other: str) -> bool:
     return bool(both) and 2 * len(fitting) > len(both)
 
 
+def on_one_grid(layout: Layout, reader: Reader, keys: Sequence[Key], roles: Sequence[str]) -> bool:
+    """Return whether, in each of these cases, all of these roles lie on the same grid."""
+    first, *others = (paths_of(layout, role) for role in roles)
+    return all(_fits(reader, first[key], files[key]) for files in others for key in keys)
+
+
 def _fits(reader: Reader, one: str, other: str) -> bool:
     try:
         return reader.grid(one).fits(reader.grid(other))
@@ -99,6 +105,17 @@ def case_grids(
         shapes.append(shape)
         spacings.append(first.spacing)
     return np.array(shapes), np.array(spacings)
+
+
+def remaining_share(layout: Layout, reader: Reader, roles: Sequence[str], reference: str) -> float:
+    """Return how much of the box of a role all roles show: the median of a few cases that have all of them."""
+    files = {role: paths_of(layout, role) for role in roles}
+    shares = []
+    for key in [key for key in layout.keys if all(key in files[role] for role in roles)][:COMPARED]:
+        grids = {role: grid for role in roles if (grid := _read(reader, files[role][key])) is not None}
+        if len(grids) == len(roles):
+            shares.append(shown_box(grids[reference], grids)[1])
+    return float(np.median(shares or [1.0]))
 
 
 def shown_box(reference: Grid, others: Mapping[str, Grid]) -> tuple[tuple[int, ...], float]:

@@ -11,7 +11,7 @@ import numpy as np
 from cli.live_bar import LiveBar
 from volumes.formats.dicom import series_grid
 from volumes.formats.read import read_mask
-from volumes.formats.segments import grid_volume
+from volumes.formats.segments import OverlapError, grid_volume
 from volumes.labels import segment_key
 from volumes.volume import VolumeError
 
@@ -28,19 +28,27 @@ if TYPE_CHECKING:
 Labels = dict[int, tuple[str, int]]  # {value: (name, cases that have it)}
 
 
-def find_labels(options: Options, layout: Layout, choice: Choice, reader: Reader) -> tuple[Labels, int]:
+def find_labels(
+    options: Options, layout: Layout, choice: Choice, reader: Reader, drawn: Mapping[str, set[str]]
+) -> tuple[Labels, int]:
     """Return the labels of the masks, and how many masks they were read from.
 
+    Args:
+        options: what the user said.
+        layout, choice: of the files.
+        reader: of the folder.
+        drawn: of DICOM masks, see `read_drawn`.
+
     Raises:
-        Ambiguous: for DICOM masks whose segments make no label map together.
-        ValueError: for masks without labels.
+        ValueError: for masks without labels, and for names of labels that there are not.
     """
     if choice.mask is None:
+        _check_values(options, [])
         return {}, 0
     if choice.mask == STRUCTURES:
         return _combined(options, layout, choice)
     if choice.mask in layout.outlined:
-        return _outlined(options, layout, choice, reader)
+        return _outlined(options, layout, choice, drawn)
     files = layout.of_role(choice.mask)
     paths = masks_to_read(reader, [files[key].path for key in choice.keys])
     with LiveBar(paths, desc="reading masks", unit="mask", disable=None) as progress:
@@ -72,12 +80,25 @@ def _role_name(role: str) -> str:
 
 
 def keep_asked(structures: Sequence[str], layout: Layout, choice: Choice) -> None:
-    """Leave cases out that have none of the structures, or segments of DICOM masks, that the user named."""
-    if not structures or choice.mask is None:
+    """Leave cases out that have none of the structures, or segments of DICOM masks, that the user named.
+
+    Raises:
+        ValueError: for masks that have neither.
+    """
+    if not structures:
         return
     there = _named(layout, choice)
-    without = without_structures(there, choose_structures(there, structures)) if there else []
-    if without:
+    if not there:
+        why = (
+            "there is no mask"
+            if choice.mask is None
+            else f"{layout.shown(choice.mask)} holds labels, which have values"
+        )
+        raise ValueError(
+            f"--structures {','.join(structures)}: takes some of TotalSegmentator's files, or of the segments of DICOM "
+            f"masks, and {why}; leave it out"
+        )
+    if without := without_structures(there, choose_structures(there, structures)):
         choice.unsure.append(
             f"{len(without)} cases have none of {', '.join(structures)} and are left out: "
             f"{', '.join(case_name(key) for key in without[:5])}"
@@ -95,49 +116,97 @@ def _named(layout: Layout, choice: Choice) -> dict[Key, Mapping[str, str]]:
     return {key: dict.fromkeys(layout.segments[files[key].path], files[key].path) for key in choice.keys}
 
 
-def _outlined(options: Options, layout: Layout, choice: Choice, reader: Reader) -> tuple[Labels, int]:
-    """Return the labels of DICOM-SEG or RTSTRUCT, which are called as the segments."""
-    there = _named(layout, choice)
-    chosen = choose_structures(there, options.structures)
-    spellings: dict[str, str] = {}
-    for name in chosen:
-        spellings.setdefault(segment_key(name), name)
-    names = list(spellings.values())
-    paths = [layout.of_role(str(choice.mask))[key].path for key in choice.keys]
-    counts = dict.fromkeys(range(1, len(names) + 1), 0)
-    values: dict[str | int, int] = {segment_key(name): value for value, name in enumerate(names, 1)}
-    read = masks_to_read(reader, paths)
-    with LiveBar(read, desc="reading masks", unit="mask", disable=None) as progress:
+def read_drawn(structures: Sequence[str], layout: Layout, choice: Choice, reader: Reader) -> Mapping[str, set[str]]:
+    """Read DICOM masks, and leave cases out whose mask cannot be read, such as an RTSTRUCT without contours.
+
+    Returns: {path: keys of the names (`segment_key`) of segments that have voxels} of the masks that were read, which
+    are all if that takes seconds; empty for other masks.
+
+    Raises:
+        Ambiguous: if segments overlap.
+        ValueError: if no mask can be read.
+    """
+    if choice.mask not in layout.outlined:
+        return {}
+    names = _spellings(layout, choice, structures)
+    files = layout.of_role(str(choice.mask))
+    paths = masks_to_read(reader, [files[key].path for key in choice.keys])
+    drawn: dict[str, set[str]] = {}
+    refused: dict[str, str] = {}
+    with LiveBar(paths, desc="reading masks", unit="mask", disable=None) as progress:
         for path in progress:
-            for value in _values(reader, path, values, names):
-                counts[value] += 1
-    if len(read) == len(paths) and (empty := [name for value, name in enumerate(names, 1) if not counts[value]]):
+            try:
+                drawn[path] = _drawn(reader, path, names)
+            except OverlapError as error:
+                raise Ambiguous(
+                    f"{error}; here that is to say --structures with some of '{','.join(names)}', or --mask none"
+                ) from error
+            except VolumeError as error:
+                refused[path] = str(error)
+    if not drawn:
+        raise ValueError(f"no {choice.mask} can be read, so say --mask none: {'; '.join([*refused.values()][:3])}")
+    if refused:
+        choice.unsure.append(
+            f"{len(refused)} cases have a mask that cannot be read and are left out: "
+            f"{'; '.join([*refused.values()][:3])}"
+        )
+        choice.keys = [key for key in choice.keys if files[key].path not in refused]
+    return drawn
+
+
+def _spellings(layout: Layout, choice: Choice, structures: Sequence[str]) -> list[str]:
+    """Return the names of the segments of DICOM masks that are used; of several spellings of a name, the first."""
+    spellings: dict[str, str] = {}
+    for name in choose_structures(_named(layout, choice), structures):
+        spellings.setdefault(segment_key(name), name)
+    return list(spellings.values())
+
+
+def _outlined(options: Options, layout: Layout, choice: Choice, drawn: Mapping[str, set[str]]) -> tuple[Labels, int]:
+    """Return the labels of DICOM-SEG or RTSTRUCT, which are called as the segments."""
+    names = _spellings(layout, choice, options.structures)
+    counts = {name: sum(segment_key(name) in held for held in drawn.values()) for name in names}
+    if len(drawn) == len(choice.keys) and (empty := [name for name in names if not counts[name]]):
         choice.unsure.append(f"no mask holds a voxel of {', '.join(empty)}; --structures leaves segments out")
-    renamed = {value: options.label_names.get(value, name) for value, name in enumerate(names, 1)}
+    _check_values(options, names)
+    renamed = _renamed(options, names)
     choice.segments = {name: value for value, name in enumerate(names, 1) if renamed[value] != name}
-    left = sorted({one for named in there.values() for one in named} - set(chosen))
+    used = {segment_key(name) for name in names}
+    left = sorted({one for named in _named(layout, choice).values() for one in named if segment_key(one) not in used})
     choice.sure += [f"segments that --structures does not name are left out: {', '.join(left[:8])}"] if left else []
-    return {0: ("background", 0), **{value: (name, counts[value]) for value, name in renamed.items()}}, len(read)
+    return {v: (name, counts[names[v - 1]] if v else 0) for v, name in renamed.items()}, len(drawn)
 
 
-def _values(reader: Reader, path: str, values: Mapping[str | int, int], names: Sequence[str]) -> list[int]:
-    """Return the label values that a DICOM mask holds. Raises: Ambiguous if its segments make no label map."""
+def _renamed(options: Options, names: Sequence[str]) -> dict[int, str]:
+    """Return {value: name}: 0 for the background, and 1, 2, ... for the names or what --label_names says instead."""
+    return {value: options.label_names.get(value, name) for value, name in enumerate(["background", *names])}
+
+
+def _check_values(options: Options, names: Sequence[str]) -> None:
+    """Raise ValueError if --label_names names a value that no label has. Labels are 1, 2, ... for `names`."""
+    values = range(len(names) + 1 if names else 0)
+    if wrong := [value for value in options.label_names if value not in values]:
+        there = ", ".join(f"{value}={name}" for value, name in enumerate(names, 1)) or "none, without a mask"
+        raise ValueError(
+            f"--label_names {wrong[0]}={options.label_names[wrong[0]]}: no label has this value; there are {there}"
+        )
+
+
+def _drawn(reader: Reader, path: str, names: Sequence[str]) -> set[str]:
+    """Return the keys of the names of the segments that have voxels in a DICOM mask. Raises: VolumeError."""
     grid = grid_volume(series_grid(reader.root / reader.drawn_on[path]))
-    try:
-        with warnings.catch_warnings():  # of segments that are left out, which is said for all masks together
-            warnings.filterwarnings("ignore", ".*segments that no label is called as")
-            mask = read_mask(reader.root / path, names=values, like=grid)
-    except VolumeError as error:
-        raise Ambiguous(
-            f"{error}; here that is to say --structures with some of '{','.join(names)}', or --mask none"
-        ) from error
-    return [int(value) for value in np.unique(mask.array) if value]
+    values: dict[str | int, int] = {segment_key(name): value for value, name in enumerate(names, 1)}
+    with warnings.catch_warnings():  # of segments that are left out, which is said for all masks together
+        warnings.filterwarnings("ignore", ".*segments that no label is called as")
+        mask = read_mask(reader.root / path, names=values, like=grid)
+    return {segment_key(names[int(value) - 1]) for value in np.unique(mask.array) if value}
 
 
 def _combined(options: Options, layout: Layout, choice: Choice) -> tuple[Labels, int]:
     """Make label maps of the structures, next to the recipe."""
     structures = _named(layout, choice)
     names = choose_structures(structures, options.structures)
+    _check_values(options, names)
     with LiveBar(total=len(structures), desc="combining structures", unit="case", disable=None) as progress:
         counts, overlaps = combine(options.folder, structures, names, options.output / LABELS, progress.update)
     if absent := [name for name in names if not counts[name]]:
@@ -147,4 +216,6 @@ def _combined(options: Options, layout: Layout, choice: Choice) -> tuple[Labels,
     if overlaps:
         choice.unsure.append(f"structures overlap in {overlaps} voxels; the later one in the alphabet counts there")
     choice.sure.append(f"{len(names)} structures were combined into a label map per case, in {options.output / LABELS}")
-    return {0: ("background", len(structures)), **{v: (n, counts[n]) for v, n in enumerate(names, 1)}}, len(structures)
+    _check_values(options, names)
+    held = [len(structures), *(counts[name] for name in names)]
+    return {value: (name, held[value]) for value, name in _renamed(options, names).items()}, len(structures)

@@ -132,7 +132,7 @@ def next_commands(survey: Survey) -> list[str]:
     recipe, start, scale = survey.options.output, survey.plan.start, ["--guidance_scale", "2"]
     own = ["--pipeline", str(recipe / "ldm/pipeline")]
     if start.lora and start.weights is not None:
-        own = ["--pipeline", str(start.weights.folder), "--lora", str(recipe / "ldm/lora")]
+        own = ["--pipeline", start.weights.shipped_name, "--lora", str(recipe / "ldm/lora")]
         scale = _translated(survey, start.weights)
     if has_conditions(survey):
         splits = [case.split for case in survey.section.cases]

@@ -15,7 +15,7 @@ from volumes.volume import VolumeError
 from .choice import Choice, choose
 from .contents import SAMPLED, Look, Reader, spread
 from .grids import case_grids
-from .labels import find_labels, keep_asked
+from .labels import find_labels, keep_asked, read_drawn
 from .layouts.bids import find_bids
 from .layouts.described import find_described
 from .layouts.folders import find_folders
@@ -149,10 +149,11 @@ def look_over(options: Options, machine: Machine | None = None) -> Survey:
     reader = Reader(options.folder, layout.drawn_on)
     choice = choose(layout, reader, options.channels, options.mask, options.time_point, options.resample_to)
     keep_asked(options.structures, layout, choice)
+    drawn = read_drawn(options.structures, layout, choice, reader)
     people = find_people(choice.keys, layout.metadata, tables, subject=options.subject, group_by=options.group_by)
     classes, numbers = conditions(people, choice.keys, options.classes, options.numbers)
     scalings, ranges = _intensities(layout, choice, reader)
-    labels, masks_read = find_labels(options, layout, choice, reader)
+    labels, masks_read = find_labels(options, layout, choice, reader, drawn)
     reference = choice.reference or choice.channels[0].role
     shown = [*choice.roles, *([STRUCTURES] if choice.mask == STRUCTURES else [])]
     shapes, spacings = case_grids(layout, reader, choice.keys, shown, reference)
@@ -161,7 +162,7 @@ def look_over(options: Options, machine: Machine | None = None) -> Survey:
     others = _others(choice, scalings, labels, spacing, classes, numbers)
     section = find_section(listing, layout, choice, people, options.output, others)
     section.why |= {f"intensity.{name}": proposal.why for name, proposal in scalings.items()}
-    section.why["resample_to"] = "volumes lie on several grids; this channel shows the least of a patient, or was asked"
+    section.why["resample_to"] = choice.why_reference
     section.why |= {"spacing": why_spacing, "classes": "conditions of the model", "numbers": "conditions of the model"}
     section.why["intensity"] = next(iter(scalings.values())).why if len(scalings) == 1 else ""
     facts = _facts(choice, scalings, labels, shapes, spacings, spacing, section, [*classes, *numbers])
@@ -256,7 +257,8 @@ def _others(
     if choice.segments:
         settings["label_map"] = choice.segments
     if choice.reference is not None:
-        settings["resample_to"] = next(one.name for one in choice.channels if one.role == choice.reference)
+        of_reference = next(one.name for one in choice.channels if one.role == choice.reference)
+        settings["resample_to"] = "image" if single else of_reference  # as `images` without names is called
     settings["spacing"] = spacing
     settings["intensity"] = next(iter(written.values())) if single else written
     if classes:

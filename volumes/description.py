@@ -38,12 +38,17 @@ class ChannelScale:
         kind: as in `IntensityScaling`.
         low, high: in file units; -1 and 1 inside the model.
         percentiles: for kind "percentile", the percentiles that are fitted to each volume; None for a window.
+    Raises: ValueError for kind "percentile" without percentiles.
     """
 
     kind: Literal["percentile", "window"]
     low: float
     high: float
     percentiles: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "percentile" and self.percentiles is None:
+            raise ValueError("intensity: kind percentile needs percentiles, such as (0.5, 99.5), by which it is scaled")
 
     @property
     def linear(self) -> LinearScale:
@@ -53,7 +58,7 @@ class ChannelScale:
     @property
     def scaling(self) -> IntensityScaling:
         """How each volume was scaled in training."""
-        low, high = self.percentiles if self.kind == "percentile" and self.percentiles else (self.low, self.high)
+        low, high = (self.low, self.high) if self.percentiles is None else self.percentiles
         return IntensityScaling(self.kind, low, high)
 
     @classmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .volume import Volume
@@ -22,27 +24,55 @@ def make_phantom(
     `PHANTOM_LABELS`), both (1, X, Y, Z) with the origin at the center, and the class of its lesion (index into
     `PHANTOM_CLASSES`).
     """
-    if min(shape) < 8:
-        raise ValueError(f"a phantom needs 8 voxels or more on every axis, got {shape}")
+    axes = _axes(shape)
     random = np.random.default_rng(seed)
-    axes = [(np.arange(n) + 0.5) / n * 2 - 1 for n in shape]
-    position = np.stack(np.meshgrid(*axes, indexing="ij"))  # (3, X, Y, Z), each in -1..1
-    body_center = random.uniform(-0.08, 0.08, 3)
-    organ_center = body_center + random.uniform(-0.06, 0.06, 3)
-    lesion_center = organ_center + random.uniform(-0.06, 0.06, 3)
-    lesion_class = int(random.integers(len(PHANTOM_CLASSES)))
+    lesion_class, ellipsoids = _draw_shapes(random)
     mask = np.zeros(shape, dtype=np.int16)
-    mask[_ellipsoid(position, body_center, random.uniform(0.75, 0.88, 3))] = 1
-    mask[_ellipsoid(position, organ_center, random.uniform(0.42, 0.56, 3))] = 2
-    mask[_ellipsoid(position, lesion_center, random.uniform(0.14, 0.24, 3))] = LESION
+    for label, (center, radii) in ellipsoids.items():
+        mask[_ellipsoid(axes, center, radii)] = label
     image = np.array([*INTENSITY.values(), LESION_INTENSITY[lesion_class]])[mask]
     tilt = random.uniform(-0.1, 0.1, 3)
-    image = image * (1 + np.tensordot(tilt, position, axes=1)) + random.normal(0, 20, shape)
+    position = np.empty((3, *shape))
+    for index, axis in enumerate(axes):
+        position[index] = axis.reshape([-1 if index == one else 1 for one in range(3)])
+    image *= 1 + np.tensordot(tilt, position, axes=1)
+    del position
+    image += random.normal(0, 20, shape)
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2)
     return Volume(image.astype(np.float32)[None], affine), Volume(mask[None], affine), lesion_class
 
 
-def _ellipsoid(position: np.ndarray, center: np.ndarray, radii: np.ndarray) -> np.ndarray:
+def phantom_lesion(seed: int, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Return the class of the lesion of phantom number `seed`, and its voxels, without drawing the phantom."""
+    lesion_class, ellipsoids = _draw_shapes(np.random.default_rng(seed))
+    center, radii = ellipsoids[LESION]
+    near = [
+        axis[abs(axis - middle) <= 1.01 * radius]
+        for axis, middle, radius in zip(_axes(shape), center, radii, strict=True)
+    ]
+    return lesion_class, int(_ellipsoid(near, center, radii).sum())
+
+
+def _axes(shape: tuple[int, int, int]) -> list[np.ndarray]:
+    """Return the positions of voxels along each axis, in -1..1."""
+    if min(shape) < 8:
+        raise ValueError(f"a phantom needs 8 voxels or more on every axis, got {shape}")
+    return [(np.arange(n) + 0.5) / n * 2 - 1 for n in shape]
+
+
+def _draw_shapes(random: np.random.Generator) -> tuple[int, dict[int, tuple[np.ndarray, np.ndarray]]]:
+    """Return the class of the lesion, and center and radii of the ellipsoid of each label; later ones lie on top."""
+    body_center = random.uniform(-0.08, 0.08, 3)
+    organ_center = body_center + random.uniform(-0.06, 0.06, 3)
+    lesion_center = organ_center + random.uniform(-0.06, 0.06, 3)
+    lesion_class = int(random.integers(len(PHANTOM_CLASSES)))
+    body = body_center, random.uniform(0.75, 0.88, 3)
+    organ = organ_center, random.uniform(0.42, 0.56, 3)
+    return lesion_class, {1: body, 2: organ, LESION: (lesion_center, random.uniform(0.14, 0.24, 3))}
+
+
+def _ellipsoid(axes: Sequence[np.ndarray], center: np.ndarray, radii: np.ndarray) -> np.ndarray:
     """Return bool (X, Y, Z): True inside the axis-aligned ellipsoid."""
-    return (((position - center[:, None, None, None]) / radii[:, None, None, None]) ** 2).sum(axis=0) <= 1
+    x, y, z = (((axis - middle) / radius) ** 2 for axis, middle, radius in zip(axes, center, radii, strict=True))
+    return (x[:, None, None] + y[:, None]) + z <= 1

@@ -19,6 +19,7 @@ from evaluation.html import build_page, write_page
 from evaluation.report import write_report
 from evaluation.studies.limits import Data, problems
 from files.documents import read_object
+from files.shipped import expand_path
 from volumes import load_cases
 
 from . import arguments, privacy, realism, shapes
@@ -167,7 +168,9 @@ def plan_part(name: str, options: Namespace, folder: Path) -> Part:
     parsed.data, parsed.wait_minutes = options.data, options.wait_minutes
     words = [word for _, values in settings for word in values]
     words += [word.partition("=")[2] for word in words]  # NAME=PATH
-    paths = [Path(path) for path in (*options.synthetic, options.vae, options.pipeline, *words) if path]
+    paths = [
+        Path(expand_path(str(path))) for path in (*options.synthetic, options.vae, options.pipeline, *words) if path
+    ]
     return Part(parsed, digest_inputs(args, options, paths))
 
 

@@ -33,8 +33,9 @@ def anonymized(
 
     Args:
         mask: of the case.
-        image: of the case, in file units: a path or a NIfTI image, or a dict of them for several channels. It is only
-            compared; the pipeline never sees it.
+        image: of the case, in file units: a path or a NIfTI image, or a dict of them for several channels. It is
+            compared, and sets the box that is generated, if the training cut its cases to one (`data.crop`). It does
+            not condition the volume.
         known: fingerprints of the training volumes, with the threshold that real patients set
             (`python -m evaluation.copies.fingerprints`); the case is added to them.
         seed: of the first attempt; it rises by one with each attempt.
@@ -43,8 +44,8 @@ def anonymized(
     Returns: the volume as the pipeline returns it ("nifti"), and its record, with "copy_check": {"threshold",
         "similarity" to the nearest of all, "patient_similarity" to the case}, and "rejected": the attempts that were
         copies.
-    Raises: ValueError if every attempt was a copy, for `paths`, and if the threshold of `known` was set with training
-        volumes of the pipeline.
+    Raises: ValueError if every attempt was a copy, for `paths`, if the threshold of `known` was set with training
+        volumes of the pipeline, and as `copy_check_with`.
     """
     if "paths" in settings:
         raise ValueError(
@@ -53,10 +54,11 @@ def anonymized(
     check_unseen_subjects(known, pipe.training_subjects, "known")
     check = copy_check_with(known, image, pipe.data)
     rejection = Rejection([check], most)
+    of_box = _box_image(image, pipe.data)
 
     def sample(_: Sequence[int], seeds: Sequence[int]) -> list[Attempt]:
         generators = [torch.Generator().manual_seed(own_seed) for own_seed in seeds]
-        made = pipe(mask=mask, generator=generators, **settings)
+        made = pipe(mask=mask, box_image=of_box, generator=generators, **settings)
         return [Attempt(made.volumes[0], GenerationRecord.from_json(made.provenance[0]))]
 
     (outcome,) = rejection.sample_until_accepted(1, sample, lambda number, rejections: seed + rejections)
@@ -77,16 +79,17 @@ def copy_check_with(known: CopyCheck, image: Any, data: DataDescription) -> Chec
     """
     if data.crop is not None and data.crop.by_mask:
         raise ValueError(
-            "this model was trained on the boxes of its masks' labels (data.crop.above: mask), which the image alone "
-            "does not show, so copies of this patient would not be found; use a model whose data.crop.above is a value"
+            "this model was trained on the boxes of its masks' labels (data.crop.above: mask), and this check compares "
+            "images without their masks: the patient's image would be compared whole, and copies not found; use a "
+            "model without data.crop, or one whose data.crop.above is a value"
         )
     patient = CopyCheck.of(
         [in_model_units(image, data, crop=True)], known.crop, block=known.block, flips=known.flips, shift=known.shift
     )
     patient = dataclasses.replace(patient, threshold=known.threshold)
 
-    def judge(generated: Any) -> tuple[bool, dict[str, float]]:
-        volume = in_model_units(generated, data, crop=True)
+    def judge(generated: Any, in_box: bool = False) -> tuple[bool, dict[str, float]]:
+        volume = in_model_units(generated, data, crop=not in_box)
         of_training, of_patient = known.check(volume), patient.check(volume)
         nearest = max(of_training.similarity, of_patient.similarity)
         return of_training.copy or of_patient.copy, {"similarity": nearest, "patient_similarity": of_patient.similarity}
@@ -95,3 +98,10 @@ def copy_check_with(known: CopyCheck, image: Any, data: DataDescription) -> Chec
         return f"is a copy (similarity {record['similarity']:.3f}, threshold {known.threshold:.3f})"
 
     return Check("copy_check", judge, reason, {"threshold": known.threshold})
+
+
+def _box_image(image: Any, data: DataDescription) -> Any:
+    """The image of a case whose foreground sets the box of `data.crop`; None if no image does."""
+    if data.crop is None or data.crop.channel is None:
+        return None
+    return image[data.crop.channel] if isinstance(image, Mapping) else image

@@ -350,8 +350,8 @@ def copy_check(path: str | Path, data: DataDescription, records: Sequence[Mappin
 
     check_unseen_subjects(known, records, str(path))
 
-    def judge(image: Any) -> tuple[bool, dict[str, float]]:
-        result = known.check(in_model_units(image, data, crop=True))
+    def judge(image: Any, in_box: bool = False) -> tuple[bool, dict[str, float]]:
+        result = known.check(in_model_units(image, data, crop=not in_box))
         return result.copy, {"similarity": result.similarity}
 
     def reason(record: Mapping[str, Any]) -> str:

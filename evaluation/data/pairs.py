@@ -6,7 +6,7 @@ Volumes generated from a mask are found by the name of its case, or by its file 
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +37,7 @@ from volumes.data.case_files import StoredCase, foreground_box, one_grid, read_c
 from volumes.foreground import box_from_json, cut
 
 from .large_arrays import large_zeros
+from .volume_sets import of_generated
 
 PERCENTILES = (0.5, 99.5)
 SUFFIXES = (".nii.gz", ".nii")
@@ -46,12 +47,14 @@ NAMES = {"train": "training", "test": "test"}  # of the splits, in messages
 @dataclass(frozen=True)
 class Pair:
     """One volume to train or test on: the case whose mask it has, and its files, one per channel, if they are not the
-    case's own; and the box of `data.crop` in which these were generated, if it is recorded.
+    case's own; the box of `data.crop` in which these were generated, if it is recorded; and whether the case itself,
+    with its mask, was generated.
     """
 
     case: Case
     generated: tuple[Path, ...] | None = None
     box: Placement | None = None
+    generated_mask: bool = False
 
 
 def learning_cases(cases: Sequence[Case]) -> list[Case]:
@@ -128,7 +131,9 @@ def _of_generated_masks(
         if missing := [channel for channel in channels if channel not in parts]:
             raise ValueError(f"{path}: has no file of channel {', '.join(missing)}; generate all channels")
         case = Case(volume, f"generated {_stem(mask)}", "train", dict(parts), mask)
-        pairs.append(Pair(case, tuple(parts[channel] for channel in channels), _recorded_box(path)))
+        pairs.append(
+            Pair(case, tuple(parts[channel] for channel in channels), _recorded_box(path), generated_mask=True)
+        )
     return pairs
 
 
@@ -214,6 +219,8 @@ def unit_range(array: np.ndarray) -> np.ndarray:
 def _read(pair: Pair, config: DataConfig) -> tuple[Volume, Volume]:
     """Read image, in the units of its file, and label indices, both in the config's box and at its spacing."""
     case = pair.case
+    if pair.generated_mask:
+        config = replace(of_generated(config), crop=config.crop)  # there is a mask for a box of labels
     if config.resample_to is not None and pair.generated is None:
         return _read_resampled(case, config)
     if case.phantom is not None:

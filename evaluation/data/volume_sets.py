@@ -140,7 +140,7 @@ def generated_set(
             )
     if twice := sorted(name for name, count in Counter(case.name for case in generated).items() if count > 1):
         raise ValueError(f"{twice[:3]} are in two folders with the same name; rename one of the folders")
-    dataset = _images(generated, _of_generated(config))
+    dataset = _images(generated, of_generated(config))
     names, subjects = ([getattr(case, key) for case in dataset.cases] for key in ("name", "subject"))
     masks = [case.metadata["mask"] for case in dataset.cases]
     return VolumeSet(UnitVolumes(dataset), names, subjects, masks, _spacings(dataset)), dict(dataset.skipped)
@@ -211,7 +211,7 @@ def load_classes(cases: Sequence[Case], config: DataConfig, column: str, shape: 
             f"none of the {len(cases)} volumes has a {column}, such as {cases[0].name if cases else 'none'}"
         )
     if all(case.split == "generated" for case in known):
-        config = _of_generated(config)
+        config = of_generated(config)
     dataset = _images(known, config, {column: config.classes[column]})
     images = large_zeros((len(dataset), len(dataset.channels), *shape))
     sizes = torch.empty(len(dataset), len(dataset.channels))
@@ -224,7 +224,7 @@ def load_classes(cases: Sequence[Case], config: DataConfig, column: str, shape: 
     return ClassVolumes(images, classes, dataset.skipped, sizes if config.image_labels else None)
 
 
-def _of_generated(config: DataConfig) -> DataConfig:
+def of_generated(config: DataConfig) -> DataConfig:
     """The data section for files of generate.py: they hold the model's own labels, one volume each. Where the box is
     that of a mask, it is known wherever there was a mask.
     """

@@ -216,15 +216,16 @@ def _generate(pipe: MedVolumePipeline, dataset: VolumeDataset, index: int, steps
     classes = {name: value for name, value in classes.items() if name in (pipe.unet.config["classes"] or {})}
     numbers = {name: value for name, value in numbers.items() if name in (pipe.unet.config["numbers"] or {})}
     generator = torch.Generator().manual_seed(index)
-    volume: Any = pipe(
-        mask=mask,
-        shape=facts.shape if mask is None else None,
-        classes=classes or None,
-        numbers=numbers or None,
-        num_inference_steps=steps,
-        generator=generator,
-        output_type="np",
-    ).volumes[0]
+    with pipe.volume_processor.of_boxes():
+        volume: Any = pipe(
+            mask=mask,
+            shape=facts.shape if mask is None else None,
+            classes=classes or None,
+            numbers=numbers or None,
+            num_inference_steps=steps,
+            generator=generator,
+            output_type="np",
+        ).volumes[0]
     return volume
 
 

@@ -23,6 +23,7 @@ from volumes import (
     Volume,
     VolumeError,
     load_cases,
+    same_grid,
 )
 from volumes.data.alignment import Resampled
 from volumes.data.case_files import read_case
@@ -170,10 +171,11 @@ def examine_cases(
 def examine(case: Case, config: DataConfig) -> Examined:
     """Read a case as training does, and its voxels as they are stored. Raises: VolumeError naming the file."""
     prepared = prepare(case, config)
-    raw, grid = _stored(case, config, prepared)
-    count, digest, box = len(raw), _digest(raw), prepared.box
-    if box is not None:
-        raw = [box.apply(channel, 0) if channel.shape == box.shape else channel for channel in raw]
+    stored, grid = _stored(case, config, prepared)
+    raw = [channel for volume in stored for channel in volume.array]
+    count, digest = len(raw), _digest(raw)
+    if prepared.box is not None and not config.image_labels:
+        raw = [channel for volume in stored for channel in _in_box(volume, grid, prepared.box)]
     clipped, above, covered = [], [], []
     for channel, scale in zip(raw, prepared.scales, strict=True):
         above.append(float((channel > scale.high).mean()))
@@ -241,12 +243,27 @@ def quantization_step(array: np.ndarray) -> float | None:
         count = min(2 * count, len(levels))
 
 
-def _stored(case: Case, config: DataConfig, prepared: PreparedCase) -> tuple[list[np.ndarray], Volume]:
-    """Read each channel (X, Y, Z) in the units of its file, before resampling, and the volume whose grid is kept."""
+def _stored(case: Case, config: DataConfig, prepared: PreparedCase) -> tuple[list[Volume], Volume]:
+    """Read the images in the units of their files, before resampling, and the volume whose grid is kept."""
     if config.image_labels:
-        return list(prepared.image.array), prepared.image
+        return [prepared.image], prepared.image
     stored = read_case(case, config, masks=False)
-    return stored.channels, stored.images[config.resample_to or next(iter(stored.images))]
+    return list(stored.images.values()), stored.reference(config)
+
+
+def _in_box(volume: Volume, grid: Volume, box: Placement) -> np.ndarray:
+    """The voxels of a volume that lie in a box of a grid: (C, x, y, z), or (C, N) where it is another grid than the
+    volume's own.
+    """
+    if same_grid(volume, grid):
+        return box.apply(volume.array, 0)
+    to_grid = np.linalg.inv(grid.affine) @ volume.affine
+    inside = np.ones(volume.shape, bool)
+    for row, low, size in zip(to_grid[:3], box.start, box.target, strict=True):
+        i, j, k = (factor * np.arange(n) for factor, n in zip(row[:3], volume.shape, strict=True))
+        place = i[:, None, None] + j[:, None] + k + row[3]
+        inside &= (place > low - 0.5) & (place < low + size - 0.5)
+    return volume.array[:, inside] if inside.any() else volume.array  # larger voxels than the box
 
 
 def _digest(channels: Sequence[np.ndarray]) -> str:

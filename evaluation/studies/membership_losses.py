@@ -7,8 +7,7 @@ import torch
 
 from autoencoder.losses.reconstruction import cells_inside
 from diffusion import Conditions, fold_mask, image_condition
-from diffusion.objectives import TRAIN_STEPS, noisy_and_target
-from diffusion.timestep_shift import shift_of, shifted
+from diffusion.objectives import TRAIN_STEPS, noisy_and_target, shift_of, shifted
 from pipelines import MedVolumePipeline
 from volumes import VolumeDataset, pad_sample
 

@@ -51,7 +51,9 @@ class Combination:
 
 @dataclass(frozen=True)
 class SamplingInputs:
-    """Masks of label values, classes and numbers, and the names and subjects of their cases."""
+    """Masks of label values in the boxes of their cases (`data.crop`), classes and numbers, and the names and subjects
+    of the cases.
+    """
 
     masks: Sequence[Volume]
     classes: Sequence[dict[str, str]]
@@ -157,15 +159,16 @@ def sample(
             batch = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed + i) for i in range(len(inputs.masks))[batch]]
             start_time = time.perf_counter()
-            output: Any = pipe(
-                mask=list(inputs.masks[batch]),
-                classes=list(inputs.classes[batch]),
-                numbers=list(inputs.numbers[batch]),
-                num_inference_steps=combination.steps,
-                guidance_scale=combination.guidance,
-                generator=generators,
-                batch_size=batch_size,
-            )
+            with pipe.volume_processor.of_boxes():
+                output: Any = pipe(
+                    mask=list(inputs.masks[batch]),
+                    classes=list(inputs.classes[batch]),
+                    numbers=list(inputs.numbers[batch]),
+                    num_inference_steps=combination.steps,
+                    guidance_scale=combination.guidance,
+                    generator=generators,
+                    batch_size=batch_size,
+                )
             seconds.append((time.perf_counter() - start_time) / len(generators))
             volumes += [in_model_units(image, pipe.data) for image in output.volumes]
         name = type(pipe.scheduler).__name__

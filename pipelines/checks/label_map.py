@@ -15,7 +15,7 @@ def map_check(known: LabelMapStats, names: Mapping[int, str]) -> Check:
     `volumes.label_map_fault`.
     """
 
-    def judge(image: Any) -> Verdict:
+    def judge(image: Any, in_box: bool = False) -> Verdict:
         voxel = float(np.prod(image.header.get_zooms()[:3]))
         fault = label_map_fault(np.asarray(image.dataobj), voxel, names, known)
         return fault is not None, {} if fault is None else {"fault": fault}

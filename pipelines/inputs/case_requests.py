@@ -1,6 +1,5 @@
 """Requests from a data set: one per case of a split, of its mask, classes, numbers and condition channels."""
 
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from volumes.formats.read import segmentation_file
 
 from .masks import DrawnMask, LabelMap, TimePoint
 from .request import VolumeRequest
-from .request_files import refuse_masks_in
+from .request_files import refuse_inputs_in
 
 
 def case_requests(
@@ -40,8 +39,7 @@ def case_requests(
     for case in chosen:
         if (other := names.setdefault(same_name(case.name), case.name)) != case.name:
             raise ValueError(f"the cases {other} and {case.name} are one name on some disks; rename one")
-    files = [file for request in requests for file in request.files]
-    refuse_masks_in(output, [Path(file) for file in files if isinstance(file, str | os.PathLike)])
+    refuse_inputs_in(output, requests)
     return requests
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from volumes import ForegroundCrop, Placement, Volume, read_volume, to_nibabel
-from volumes.foreground import cut, image_box, mask_box
+from volumes.foreground import cut, image_box, labeled, mask_box
+from volumes.labels import labels_present
 
 PLANES = 16  # outside the box, at a time
 
@@ -92,12 +93,47 @@ def cropped_by_mask(whole: Volume, name: str, crop: ForegroundCrop, labels: Sequ
 def cropped_by_image(whole: Volume, image: Volume, crop: ForegroundCrop) -> Cropped:
     """The box of the foreground of an image on the whole grid. Raises: ValueError if there is none."""
     box = image_box(image, crop)
+    if box is None and np.isnan(image.array).all():
+        raise ValueError(
+            f"the image {crop.channel!r}: shows nothing of the volume's grid, and this model finds the box that it "
+            "generates in it (data.crop); do both show the same patient in the same position? Correct its geometry"
+        )
     if box is None:
         raise ValueError(
             f"the image {crop.channel!r}: nothing is above {crop.above:g}, so this model (data.crop) finds no box in "
             f"it; its highest value is {np.nanmax(image.array):g}: is it in the units of the training images?"
         )
     return Cropped(whole, box)
+
+
+def warn_of_whole_grid(crop: ForegroundCrop) -> None:
+    """Warn, in the same words for every volume, that no box was found as nothing that was given sets it."""
+    if crop.by_mask:
+        source, remedy = "the labels of a mask, and there is no mask", "give the mask"
+    else:
+        source = f"an image of {crop.channel!r}, and there is none"
+        remedy = "generate from a data set (generate.py --config FILE --split test), or give that image as box_image"
+    warnings.warn(
+        f"this model was trained on boxes (data.crop) that are found in {source}: the whole grid is generated, which "
+        f"it has not seen; {remedy}",
+        stacklevel=5,
+    )
+
+
+def warn_of_labels_outside(whole: Volume, part: Volume, labels: Mapping[int, str], name: str) -> None:
+    """Warn of voxels of a mask (label indices) with a label that lie outside the box, and of labels that are nowhere
+    else."""
+    total, inside = (int(labeled(mask.array, sorted(labels)).sum()) for mask in (whole, part))
+    if inside == total:
+        return
+    everywhere, here = (labels_present(mask.array, len(labels)) for mask in (whole, part))
+    names = [labels[value] for value, gone in zip(sorted(labels), (everywhere & ~here).tolist(), strict=True) if gone]
+    gone = f", and all of {', '.join(names)}" if names else ""
+    warnings.warn(
+        f"{name}: {total - inside} of its {total} voxels with a label{gone} lie outside the box that this model sees "
+        "of the image (data.crop); nothing is generated there",
+        stacklevel=5,
+    )
 
 
 def filled(image: Volume) -> Volume:

@@ -10,15 +10,16 @@ from files.names import Disk, same_name
 from files.paths import check_name
 from files.remote import copy_table, is_url, plain_path
 from pipelines.base import VolumePipeline
-from volumes import Volume, VolumeError, read_mask, same_grid, write_volume
+from volumes import Volume, VolumeError, read_mask, read_volume, same_grid, write_volume
 from volumes.data.tables import Row, read_table
 from volumes.description import DataDescription
+from volumes.foreground import image_box, mask_box
 from volumes.lesions import ellipsoid, insert_lesion, remove_lesion
 
 from .inpainting import edit_requests
-from .masks import LabelMap, model_values
+from .masks import LabelMap, index_labels, model_values
 from .request import VolumeRequest
-from .request_files import check_columns, mask_names, refuse_masks_in, row_files
+from .request_files import check_columns, mask_names, row_files
 
 IMAGE = "image"  # the column, and the argument, of a model of one channel
 
@@ -150,7 +151,8 @@ def edited_rows(
 ) -> list[tuple[EditRow, Volume, Volume]]:
     """Insert or remove a lesion in the mask of each row. Returns the rows with their new masks and regions.
 
-    Raises: ValueError for rows without a mask, unknown labels, and lesions that change nothing.
+    Raises: ValueError for rows without a mask, unknown labels, lesions that change nothing, and lesions outside the box
+    that the model sees (`data.crop`).
     """
     changed = []
     for row in rows:
@@ -158,8 +160,27 @@ def edited_rows(
             raise ValueError(f"{row.name}: a lesion is inserted into a mask, or removed from it; give --mask")
         affine = np.array(data.affine, dtype=np.float64)
         mask = model_values(row.mask, data.labels, label_map, affine, data.reading)
-        changed.append((row, *changed_mask(mask, lesion, data.labels)))
+        after, region = changed_mask(mask, lesion, data.labels)
+        _check_in_box(row, after, mask.array != after.array, data)
+        changed.append((row, after, region))
     return changed
+
+
+def _check_in_box(row: EditRow, mask: Volume, changed: np.ndarray, data: DataDescription) -> None:
+    """Raises: ValueError if the model does not see any of the voxels that a lesion changes, bool (1, X, Y, Z), of an
+    edit with this mask: the region around them may still reach into the box.
+    """
+    if data.crop is None:
+        return
+    if data.crop.channel is None:
+        box = mask_box(mask.replace(index_labels(mask.array, data.labels)), sorted(data.labels), data.crop)
+    else:
+        box = image_box(read_volume(row.images[data.crop.channel], **data.reading), data.crop)
+    if box is not None and box.shape == mask.shape and not box.apply(changed, False).any():
+        raise ValueError(
+            f"{row.name}: the lesion lies outside the box that this model sees of the image (data.crop), so nothing "
+            "can be generated there; choose a position within what is not background"
+        )
 
 
 def changed_mask(mask: Volume, lesion: Lesion, labels: Mapping[int, str]) -> tuple[Volume, Volume]:
@@ -230,8 +251,3 @@ def row_request(
     except ValueError as error:
         raise ValueError(f"{row.name}: {error}") from error
     return VolumeRequest(row.mask, None, row.classes, row.numbers, edit.conditions, label_map, edit, name=str(row.name))
-
-
-def refuse_inputs_in(output: Path, requests: Sequence[VolumeRequest]) -> None:
-    """Raises: ValueError for an image, mask or region in the output folder."""
-    refuse_masks_in(output, [file for request in requests for file in request.files if isinstance(file, Path)])

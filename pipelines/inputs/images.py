@@ -77,13 +77,15 @@ def load_images(
     exact: bool = False,
     reading: Reading | None = None,
     reference: str | None = None,
+    partial: bool = False,
 ) -> tuple[dict[str, Volume], dict[str, float]]:
     """Read images, all on the grid of `target`, or without one on that of the first: as float32, or with `exact` in a
     type that holds their values without loss (`read_volume`).
 
     Where the training set was brought onto one grid, `reference` is the channel whose grid that was. Then images on
     other grids are resampled in the same way, with NaN where they show nothing, unless they are `exact`; and without a
-    target, the grid is that of the reference, if it is given.
+    target, the grid is that of the reference, if it is given. With `partial` they may show as little of the grid as
+    they like, as it is cut to a box before the check.
 
     A plain array or tensor, (X, Y, Z) or (1, X, Y, Z), carries no geometry: its voxels are in the order of the target's
     file, as those of "np" results are; without a target it lies on `affine`, the model's template. `reading` is how
@@ -111,21 +113,22 @@ def load_images(
                     f"{name}: lies on another grid than {_other(volumes)} ({describe_grid(volume)} against "
                     f"{describe_grid(target)}); resample one onto the other first{remedy}"
                 )
-            volume = _resampled(volume, target, name, _other(volumes))
+            volume = _resampled(volume, target, name, _other(volumes), partial)
             shares[channel] = float(shown(volume).mean())
         volumes[channel] = target.replace(volume.array)
     return {channel: volumes[channel] for channel in images}, shares
 
 
-def _resampled(volume: Volume, target: Volume, name: str, other: str) -> Volume:
+def _resampled(volume: Volume, target: Volume, name: str, other: str, partial: bool) -> Volume:
     """Resample an image onto the grid of another. Warns: that it does, and of what the image does not show.
 
-    Raises: ValueError if it shows too little.
+    Raises: ValueError if it shows too little, unless it may be `partial`.
     """
     resampled = onto_grid(volume, target)
     share = float(shown(resampled).mean())
-    check_share(share, name, other)
-    rest = f"; it shows {share:.0%} of it, and the rest is left empty" if share < 1 else ""
+    if not partial:
+        check_share(share, name, other)
+    rest = f"; it shows {share:.0%} of it, and the rest is left empty" if share < 1 and not partial else ""
     warnings.warn(
         f"{name}: lies on another grid than {other}, and is resampled onto it, as the training set was{rest}",
         stacklevel=4,

@@ -78,10 +78,12 @@ def call_requests(
     numbers: Numbers | Sequence[Numbers] | None,
     images: Images | Sequence[Images] | None,
     label_map: LabelMap | None,
+    box_image: ImageLike | Sequence[ImageLike] | None = None,
 ) -> list[VolumeRequest]:
     """Build one request per mask; without masks one per dict of a list, or a single one.
 
-    Raises: ValueError for lists of another length than the masks, and for entries that are not dicts.
+    Raises: ValueError for lists of another length than the masks, for entries that are not dicts, and for `box_image`
+    without a mask.
     """
     masks = None if mask is None else as_list(mask)
     for conditions in (classes, numbers, images):
@@ -99,6 +101,7 @@ def call_requests(
     if not count or any(length != count for length in lengths):
         volumes = f"{count} masks" if masks is not None else "as many volumes"
         raise ValueError(f"classes, numbers and image: lists of {lengths} dicts for {volumes}; give one per mask")
+    of_boxes = _box_images(box_image, None if masks is None else count)
     return [
         VolumeRequest(
             None if masks is None else masks[number],
@@ -107,9 +110,23 @@ def call_requests(
             _of_volume(numbers, number),
             _of_volume(images, number),
             label_map,
+            box_image=of_boxes[number] if of_boxes else None,
         )
         for number in range(count)
     ]
+
+
+def _box_images(box_image: ImageLike | Sequence[ImageLike] | None, masks: int | None) -> Sequence[ImageLike]:
+    """One image per mask; none if there is none. Raises: ValueError for another number, and without masks."""
+    if box_image is None:
+        return ()
+    if masks is None:
+        raise ValueError("box_image sets the box on a mask's grid: give a mask, or leave it out")
+    images = as_list(box_image)
+    images = images if isinstance(box_image, list | tuple) or len(images) > 1 else images * masks
+    if len(images) != masks:
+        raise ValueError(f"box_image: {len(images)} images for {masks} masks; give one per mask, or one for all")
+    return images
 
 
 def _of_volume(conditions: Mapping[str, V] | Sequence[Mapping[str, V]] | None, number: int) -> Mapping[str, V]:

@@ -1,6 +1,7 @@
 """Requests from files: one per mask, or one per row of a table with masks, classes, numbers and images."""
 
 import difflib
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from volumes.formats.read import SUFFIXES, is_volume
 
 from .request import VolumeRequest
 
+BOX_IMAGE = "box_image"  # the column of the images that set the boxes, for a model with `data.crop`
 NEAR = 0.8  # of 1: how alike names of columns are of which one is probably mistyped (difflib's ratio)
 FOLDER_SUFFIXES = tuple(suffix for suffix in SUFFIXES if not suffix.startswith(".img"))  # of a pair, the .hdr
 
@@ -113,6 +115,12 @@ def refuse_masks_in(output: Path, masks: Sequence[Path]) -> None:
             raise ValueError(f"{mask}: lies in --output {output}; write volumes to another folder")
 
 
+def refuse_inputs_in(output: Path, requests: Sequence[VolumeRequest]) -> None:
+    """Raises: ValueError for a file of the requests in the output folder."""
+    files = [file for request in requests for file in request.files]
+    refuse_masks_in(output, [Path(file) for file in files if isinstance(file, str | os.PathLike)])
+
+
 def read_requests(
     source: str | Path, pipe: VolumePipeline, output: Path, say: Callable[[str], object] = print
 ) -> list[VolumeRequest]:
@@ -128,13 +136,14 @@ def read_requests(
     disk = Disk()
     table = copy_table(source, read_table) if is_url(source) else disk.find(plain_path(str(source)))
     schema = pipe.unet.condition_schema
-    known = ["mask", "name", *schema.classes, *schema.numbers, *(name for name, _ in schema.images)]
+    boxes = [BOX_IMAGE] if pipe.data.crop is not None and pipe.data.crop.channel is not None else []
+    known = ["mask", *boxes, "name", *schema.classes, *schema.numbers, *(name for name, _ in schema.images)]
     rows = read_table(table, known)
     check_columns(rows, known, source, say)
     requests: list[VolumeRequest] = []
     places: dict[str, str] = {}  # of each name
     for number, row in enumerate(rows, start=1):
-        request = _row_request(row, f"row_{number:04d}", schema, table.parent, disk, str(source))
+        request = _row_request(row, f"row_{number:04d}", schema, boxes, table.parent, disk, str(source))
         name = same_name(request.name)
         if name in places:
             raise ValueError(
@@ -149,7 +158,7 @@ def read_requests(
         raise ValueError(
             f"{source}: {masks or files} of {len(requests)} rows have {source_name}; split it into two tables"
         )
-    refuse_masks_in(output, [file for request in requests for file in request.files if isinstance(file, Path)])
+    refuse_inputs_in(output, requests)
     return requests
 
 
@@ -194,17 +203,21 @@ def row_files(row: Row, columns: Sequence[str], folder: Path, disk: Disk, source
 
 
 def _row_request(
-    row: Row, unnamed: str, schema: ConditionSchema, folder: Path, disk: Disk, source: str
+    row: Row, unnamed: str, schema: ConditionSchema, boxes: Sequence[str], folder: Path, disk: Disk, source: str
 ) -> VolumeRequest:
     """Build the request of one row of a table in `folder`, without empty cells. Raises: ValueError for missing files,
     and for a name that is unfit for a file.
     """
     cells = {column: value for column, value in row.items() if value != ""}
-    paths = row_files(row, ["mask", *(name for name, _ in schema.images)], folder, disk, source)
-    mask = paths.pop("mask", None)
+    paths = row_files(row, ["mask", *boxes, *(name for name, _ in schema.images)], folder, disk, source)
+    mask, box_image = paths.pop("mask", None), paths.pop(BOX_IMAGE, None) if boxes else None
+    if box_image is not None and mask is None:
+        raise ValueError(
+            f"{source}: {row.place}: has a {BOX_IMAGE} without a mask, on whose grid it lies; give the mask"
+        )
     name = str(cells.get("name", volume_stem(mask) if mask else unnamed))
     check_name(name, f"{source}: {row.place}, for its volumes")
     classes, numbers = (
         {column: cells[column] for column in kind if column in cells} for kind in (schema.classes, schema.numbers)
     )
-    return VolumeRequest(mask, classes=classes, numbers=numbers, images=paths, name=name)
+    return VolumeRequest(mask, classes=classes, numbers=numbers, images=paths, box_image=box_image, name=name)

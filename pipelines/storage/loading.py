@@ -17,6 +17,7 @@ from diffusion import LatentUNet3D
 from diffusion.objectives import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
 from diffusion.scheduler_options import check_values, parameters
 from files.documents import FileError, read_object
+from files.shipped import expand_path
 from pipelines.inputs.conditions import check_described
 from volumes.data.preprocessing import described_preprocessing, refuse_differences
 from volumes.description import DataDescription
@@ -165,8 +166,9 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL3D | VQGAN3D | SpaceToD
 
 
 def find_autoencoder(folder: str | Path) -> Path:
-    """Return the folder or its subfolder vae/, whichever holds a model's config. Raises: FileError if neither does."""
-    folder = Path(folder).expanduser()
+    """Return the folder or its subfolder vae/, whichever holds a model's config. Raises: FileError if neither does;
+    ValueError for shipped weights that are not there."""
+    folder = Path(expand_path(str(folder)))
     for path in (folder, folder / "vae"):
         if (path / "config.json").is_file():
             return path

@@ -13,6 +13,7 @@ INFORMATIVE = ("software", "settings_from")  # entries that do not tell volumes 
 LEFT_OUT = (
     "resampled",
     "box",
+    "box_image",
     "settings_from",
     "residual_noise",
     "edit",
@@ -26,10 +27,16 @@ TYPES: dict[str, type | tuple[type, ...]] = {  # of a sidecar's entries
     "num_inference_steps": int,
     "dtype": str,
     "scheduler": dict,
-    **dict.fromkeys(("mask", "classes", "numbers", "images", "settings_from"), (dict, NoneType)),
+    **dict.fromkeys(("mask", "classes", "numbers", "images", "box_image", "settings_from"), (dict, NoneType)),
     "channels": (list, NoneType),
 }
-OPTIONAL = ("classes", "numbers", "channels", "settings_from")  # a sidecar may lack those that its volume has not
+OPTIONAL = (
+    "classes",
+    "numbers",
+    "channels",
+    "box_image",
+    "settings_from",
+)  # a sidecar may lack those that its volume has not
 
 
 class SourceRecord(TypedDict):
@@ -65,6 +72,7 @@ class GenerationRecord:
         resampled: the fraction of the grid that each image shows which lay on another grid and was resampled; the rest
             of the volume is left empty.
         box: the part of the grid that was generated, see `volumes.foreground.box_to_json`; None for all of it.
+        box_image: the file (or array) that sets the box, where it conditions nothing.
         shape: voxels, where no file sets the grid.
         channels: those that have a file each; None where one file holds all.
         residual_noise: whether it is added; None for a model without it.
@@ -91,6 +99,7 @@ class GenerationRecord:
     images: Mapping[str, SourceRecord] | None = None
     resampled: Mapping[str, float] | None = None
     box: Mapping[str, Sequence[int]] | None = None
+    box_image: SourceRecord | None = None
     channels: Sequence[str] | None = None
     residual_noise: bool | None = None
     edit: EditRecord | None = None
@@ -148,7 +157,8 @@ def _fault(content: Mapping[str, Any]) -> str | None:
             return f"its {name} is {str(content.get(name))[:40]!r}"
     if not isinstance(content["scheduler"].get("class", ""), str | NoneType):
         return "its scheduler does not name its class"
-    files = {"mask": [content["mask"] or {"file": None}], "images": list((content["images"] or {}).values())}
+    files = {name: [content.get(name) or {"file": None}] for name in ("mask", "box_image")}
+    files |= {"images": list((content["images"] or {}).values())}
     for name, sources in files.items():
         if not all(isinstance(one, dict) and isinstance(one.get("file", 0), str | NoneType) for one in sources):
             return f"its {name} does not name its file"

@@ -46,6 +46,7 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
     run_command(lambda: parse(None))
 
 from files.documents import read_object
+from files.shipped import expand_path
 from pipelines.inputs.arguments import local_path
 from volumes import read_mask, read_volume, volume_stem, write_dicom, write_seg
 from volumes.description import DataDescription
@@ -114,7 +115,7 @@ def label_names(pipeline: Path) -> Mapping[int, str]:
     """Read the names of the labels that a saved pipeline generates, or is conditioned on. Raises: ValueError if it has
     none.
     """
-    index = pipeline / "model_index.json"
+    index = Path(expand_path(str(pipeline))) / "model_index.json"
     if not index.is_file():
         raise ValueError(f"--pipeline {pipeline}: holds no model_index.json; give the folder of a pipeline")
     data = DataDescription.from_json(read_object(index).get("data"))

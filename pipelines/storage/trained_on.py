@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from autoencoder.weights import find_folder, not_on_the_hub
 from files.atomic import refuse_link, remove_leftovers, write_text
 from files.documents import read_object
+from files.shipped import expand_path
 from pipelines.lora import LoraMixin
 from volumes.data.preprocessing import check_preprocessing, described_preprocessing
 from volumes.data.subjects import check_subjects, join_records
@@ -42,7 +43,7 @@ def read_model(source: str | Path) -> TrainedOn:
 
     Raises: ValueError for none of these, and for a damaged file.
     """
-    path = Path(source).expanduser()
+    path = Path(expand_path(str(source)))
     if not path.exists() and find_folder(source) is None:
         path = described_on_the_hub(str(source))
     if path.suffix == ".safetensors" and path.is_file():

@@ -55,6 +55,7 @@ class Layout:
         structures: {key: {structure: path}} of binary files that make up the mask.
         segments: {path: names} of the segments of DICOM-SEG and RTSTRUCT.
         drawn_on: {path: folder of the series} of these.
+        doubtful: {role: why} of roles for which a case has several files, with what to do.
         notes: what was left out, and why.
     """
 
@@ -69,6 +70,7 @@ class Layout:
     structures: dict[Key, dict[str, str]] = field(default_factory=dict)
     segments: dict[str, tuple[str, ...]] = field(default_factory=dict)
     drawn_on: dict[str, str] = field(default_factory=dict)
+    doubtful: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -24,8 +24,8 @@ class Outline:
         path: its folder if it lies there alone, else the file; relative to the root.
         kind: SEG or RTSTRUCT.
         description: of its series.
-        drawn_on: SeriesInstanceUIDs of the images.
-        segments: names.
+        drawn_on: SeriesInstanceUIDs of the images; empty if it names none.
+        segments: names; `ROI 3` or `segment 3` for one without a name.
     """
 
     path: str
@@ -53,10 +53,11 @@ def read_outline(path: str, file: Path, kind: str) -> Outline | str:
             numbered = {int(one.SegmentNumber): one for one in sequence(header, "SegmentSequence")}
             names = [text(one, "SegmentLabel") or f"segment {n}" for n, one in numbered.items() if n]
         else:
-            names = [text(one, "ROIName") for one in sequence(header, "StructureSetROISequence")]
+            rois = sequence(header, "StructureSetROISequence")
+            names = [text(one, "ROIName") or f"ROI {int(one.ROINumber)}" for one in rois]
     except Exception as error:  # of many kinds, as in `volumes.formats.dicom`
         return f"{kind} that cannot be read ({path}: {type(error).__name__}: {error})"
-    if not any(names):
-        return f"{kind} without named segments"
-    drawn_on = tuple(text(one, "SeriesInstanceUID") for one in series)
+    if not names:
+        return f"{kind} without segments"
+    drawn_on = tuple(uid for one in series if (uid := text(one, "SeriesInstanceUID")))
     return Outline(path, kind, nfc(text(header, "SeriesDescription")), drawn_on, tuple(nfc(name) for name in names))

@@ -61,7 +61,6 @@ def find_series(listing: Listing) -> Layout | None:
     for one in series:
         if one.study not in studies.setdefault(one.patient, []):
             studies[one.patient].append(one.study)
-    files: dict[tuple[Key, str], FoundFile] = {}
     keys: dict[str, Key] = {}
     for one in series:
         key: Key = (("subject", one.patient),)
@@ -69,47 +68,78 @@ def find_series(listing: Listing) -> Layout | None:
             key = (*key, ("session", str(studies[one.patient].index(one.study) + 1)))
         keys[one.folder] = key
     roles = _roles(series, keys)
-    for one in series:
-        place = (keys[one.folder], roles[one.folder])
-        if place in files:
-            notes.append(
-                f"{one.folder} and {files[place].path} are both {place[1]} of one study; the first is left out"
-            )
-        files[place] = FoundFile(one.folder, place[0], place[1])
-    masks, drawn_on, more = _outlined(outlines, series, keys)
-    notes += more
-    found = [*files.values(), *masks, *_beside(listing, series, keys)]
+    kept, left, doubled = _one_each(series, keys, roles, {uid for one in outlines for uid in one.drawn_on})
+    masks, drawn_on, doubtful, unmatched = _outlined(outlines, kept, left, keys)
+    notes += [*doubled, *unmatched]
+    files = [FoundFile(one.folder, keys[one.folder], roles[one.folder]) for one in kept]
+    found = [*files, *masks, *_beside(listing, series, keys)]
     metadata = {keys[one.folder]: dict(one.metadata) for one in series}
     notes.append("patients are grouped by the PatientID in the headers, which is written to cases.csv")
     segments = {one.path: one.segments for one in outlines if one.path in drawn_on}
-    return Layout("a DICOM tree", found, metadata=metadata, segments=segments, drawn_on=drawn_on, notes=notes)
+    return Layout(
+        "a DICOM tree", found, metadata=metadata, segments=segments, drawn_on=drawn_on, doubtful=doubtful, notes=notes
+    )
+
+
+def _one_each(
+    series: list[Series], keys: dict[str, Key], roles: dict[str, str], outlined: set[str]
+) -> tuple[list[Series], list[Series], list[str]]:
+    """Keep one series of each role in a study: the last of those that a mask was drawn on, else the last.
+
+    Args:
+        series, keys, roles: all series, and what they are.
+        outlined: SeriesInstanceUIDs that masks were drawn on.
+
+    Returns: the series that are kept, those that are left out, and a note on each of these.
+    """
+    kept: dict[tuple[Key, str], Series] = {}
+    left, notes = [], []
+    for one in series:
+        place = (keys[one.folder], roles[one.folder])
+        other = kept.setdefault(place, one)
+        if other is one:
+            continue
+        stays, goes = (other, one) if other.uid in outlined and one.uid not in outlined else (one, other)
+        kept[place] = stays
+        left.append(goes)
+        why = ", which a mask was drawn on" if stays.uid in outlined and goes.uid not in outlined else ""
+        notes.append(f"{goes.folder} is left out: it is {place[1]} of the same study as {stays.folder}{why}")
+    return list(kept.values()), left, notes
 
 
 def _outlined(
-    outlines: list[Outline], series: list[Series], keys: dict[str, Key]
-) -> tuple[list[FoundFile], dict[str, str], list[str]]:
+    outlines: list[Outline], kept: list[Series], left: list[Series], keys: dict[str, Key]
+) -> tuple[list[FoundFile], dict[str, str], dict[str, str], list[str]]:
     """Match DICOM-SEG and RTSTRUCT to the series that they were drawn on.
 
-    Returns: their files, {path: folder of the series}, and notes on those that are left out.
+    Returns: their files, {path: folder of the series}, {role: why} of roles that two files of a study have, and notes
+    on the files that are left out.
     """
-    folders = {one.uid: one.folder for one in series}
+    folders = {one.uid: one.folder for one in kept}
+    without = {one.uid: one.folder for one in left}
     matched = [(one, next((folders[uid] for uid in one.drawn_on if uid in folders), None)) for one in outlines]
     counts = Counter((keys[folder], one.kind) for one, folder in matched if folder is not None)
     several = {kind for (_, kind), count in counts.items() if count > 1}
     files: dict[tuple[Key, str], FoundFile] = {}
-    drawn_on, notes = {}, []
+    drawn_on, doubtful, notes = {}, {}, []
     for one, folder in matched:
         if folder is None:
-            notes.append(f"{one.path} is left out: the series that it was drawn on is not there")
+            theirs = next((without[uid] for uid in one.drawn_on if uid in without), None)
+            why = f"so is {theirs}, which it was drawn on" if theirs else "the series that it was drawn on is not there"
+            notes.append(f"{one.path} is left out: {why if one.drawn_on else 'it does not name the series'}")
             continue
         words = "_".join(tokens(one.description)) if one.kind in several else ""
         place = (keys[folder], f"{one.kind}_{words}" if words else one.kind)
         if place in files:
-            notes.append(f"{one.path} and {files[place].path} are both {place[1]} of one study; the first is left out")
+            doubtful.setdefault(
+                place[1],
+                f"{files[place].path} and {one.path} are both {place[1]} of one study, and their SeriesDescription "
+                "does not tell them apart; move the one that is not wanted out of the folder",
+            )
             continue
         files[place] = FoundFile(one.path, *place)
         drawn_on[one.path] = folder
-    return list(files.values()), drawn_on, notes
+    return list(files.values()), drawn_on, doubtful, notes
 
 
 def _read_folder(root: Path, folder: str) -> list[Series | Outline | str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,13 +52,15 @@ def choose_start(
     Raises:
         ValueError: for a name that there is not, and for weights that do not fit.
     """
-    name, _, how = (asked or NAME).partition(":")
+    name, colon, how = (NAME if asked is None else asked).partition(":")
     if asked == NONE:
         return Start(line="random weights, as asked")
     there = image_weights(folder)
-    if asked and (name not in there or how not in ("", LORA)):
+    if asked is not None and (name not in there or (colon and how != LORA)):
         known = ", ".join(f"--from {one}, --from {one}:{LORA}" for one in there)
-        raise ValueError(f"--from {asked}: no shipped weights for images are called so; say {known or '--from none'}")
+        raise ValueError(
+            f"--from {shlex.quote(asked)}: no shipped weights for images are called so; say {known or '--from none'}"
+        )
     subjects = f"{facts.subjects} subjects to train on"
     few = f"{subjects} are few" if facts.subjects < FEW else "--quick leaves little time"
     weights = find_weights(name, folder)
@@ -75,13 +78,14 @@ def choose_start(
             f"--from {asked}: a LoRA needs a U-Net that fits as it is, and {'; '.join(for_lora)}; say --from {name}, "
             "which takes what fits, or --from none"
         )
+    paired = "" if misfits else weights.paired(facts.labels)
     if how or (not asked and not quick and not for_lora and facts.subjects < SMALL):
         why = "as asked" if asked else f"{few}, and {name} fits ({weights.described})"
-        line = f"{why}: a LoRA of its U-Net is trained, and its autoencoder is used as it is"
+        line = f"{why}: a LoRA of its U-Net is trained, and its autoencoder is used as it is; {paired}"
         return Start(weights, True, True, f"{line}; --from {name} trains all weights, --from none random ones")
     if not misfits and (asked or (not quick and facts.subjects < FEW)):
         why = "as asked" if asked else f"{few}, and {name} fits ({weights.described})"
-        line = f"{why}: its decoder and its U-Net are fine-tuned (docs/finetuning.md)"
+        line = f"{why}: its decoder and its U-Net are fine-tuned (docs/finetuning.md); {paired}"
         other = "" if for_lora else f"--from {name}:{LORA} trains a LoRA of a megabyte, "
         return Start(weights, True, False, f"{line}; {other}--from none starts from random ones")
     if asked or quick or facts.subjects < SMALL:

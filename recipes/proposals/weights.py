@@ -27,7 +27,7 @@ class Weights:
         vae, unet: the arguments that decide the layers' shapes.
         labels: {value: name} of the masks that its U-Net knows, with the background.
         spacing: in mm.
-        largest: voxels along each axis of its largest training volume.
+        smallest, largest: fewest and most voxels of its training volumes along each axis.
     """
 
     folder: Path
@@ -35,6 +35,7 @@ class Weights:
     unet: dict[str, Any]
     labels: dict[int, str]
     spacing: tuple[float, ...]
+    smallest: tuple[int, ...]
     largest: tuple[int, ...]
 
     @property
@@ -42,9 +43,14 @@ class Weights:
         """The name of the pipeline."""
         return self.folder.name
 
+    @property
+    def shipped_name(self) -> str:
+        """The name of its folder, which holds on every machine."""
+        return f"{PREFIX}{self.name}"
+
     def part(self, name: str) -> str:
         """Return the name of the folder of its `vae` or `unet`, which holds on every machine."""
-        return f"{PREFIX}{self.name}/{name}"
+        return f"{self.shipped_name}/{name}"
 
     @property
     def described(self) -> str:
@@ -66,16 +72,29 @@ class Weights:
         """
         found = []
         if list(kinds) != ["percentile"]:
-            found.append(f"it knows one channel without a unit, these are {len(kinds)} ({', '.join(kinds)})")
+            found.append(f"it knows one channel without a unit, the images have {len(kinds)} ({', '.join(kinds)})")
         if labels != len(self.labels):
             found.append(f"it knows {len(self.labels) - 1} labels, the masks have {max(labels - 1, 0)}")
         ratios, most = np.array(spacing) / np.array(self.spacing), 1 + SAME_SPACING if exactly else NEAR
         if (np.abs(np.log(ratios)) > np.log(most)).any():
             told = (" x ".join(f"{mm:.3g}" for mm in one) for one in (self.spacing, spacing))
             found.append("it knows voxels of {} mm, these are {}".format(*told))
-        elif (np.median(shapes, axis=0) * ratios > NEAR * np.array(self.largest)).any():
-            found.append(f"it knows volumes of up to {' x '.join(map(str, self.largest))} voxels")
+        else:
+            sides = np.median(shapes, axis=0) * ratios
+            if (sides > NEAR * np.array(self.largest)).any() or (NEAR * sides < np.array(self.smallest)).any():
+                ends = (" x ".join(f"{side:.0f}" for side in one) for one in (self.smallest, self.largest, sides))
+                found.append("it knows volumes of {} to {} voxels, the median here is {}".format(*ends))
         return found
+
+    def paired(self, labels: Sequence[str]) -> str:
+        """Return which of its labels stands for which of these names, in the order of their values, for messages.
+
+        Args:
+            labels: of the masks, with the background; as many as its U-Net knows.
+        """
+        own = [self.labels[value] for value in sorted(self.labels)]
+        pairs = [f"{ours} for {theirs}" for ours, theirs in zip(own[1:], labels[1:], strict=True)]
+        return "anatomy was not compared" + (f", and its labels stand {', '.join(pairs)}" if pairs else "")
 
 
 def find_weights(name: str = NAME, folder: Path = WEIGHTS) -> Weights | None:
@@ -91,6 +110,7 @@ def find_weights(name: str = NAME, folder: Path = WEIGHTS) -> Weights | None:
         {name: unet[name] for name in UNET_LAYERS},
         {int(value): label for value, label in data["labels"].items()},
         tuple(data["spacing"]),
+        tuple(data["shape_range"][0]),
         tuple(data["shape_range"][1]),
     )
 

@@ -41,6 +41,7 @@ MODULES += [
         "speed.report",
         "speed.run",
         "survival",
+        "shift_page",
         "timestep_shift",
     )
 ]

@@ -9,13 +9,18 @@ import pytest
 import yaml
 
 import evaluate
+import generate
 from autoencoder import AutoencoderKL3D
+from autoencoder.weights import find_folder
 from cli.config_files import from_folder, paths_changed, resolved, section_words, written_in
 from cli.settings import names_below
 from evaluation.doctor.models import config_class_of
 from evaluation.report import read_config
-from files.documents import dump_settings, load_settings
+from files.documents import FileError, dump_settings, load_settings
 from files.shipped import shipped_folder
+from pipelines.storage.loading import find_autoencoder
+from pipelines.storage.to_dicom import label_names
+from pipelines.storage.trained_on import read_model
 from training import TrainLdmConfig, TrainVaeConfig, config_changes, parse_config, save_config
 from training.engine.config import flatten, to_plain
 from training.engine.config import read_config as read_saved
@@ -303,10 +308,32 @@ def test_names_of_shipped_weights_hold_everywhere(tmp_path, monkeypatch):
     assert resolved(parse_config(TrainLdmConfig, ["--config", "run/config.yaml"]).vae) == str(weights / "vae")
 
 
-@pytest.mark.parametrize("name", ["shipped:hippo/vae", "shipped:", "shipped:../autoencoder", "shipped:hippocampus/x"])
+OTHERS = ["hippo/vae", "", "../autoencoder", "hippocampus/x", "hippocampus/results", "hippocampus/", "a\0b"]
+
+
+@pytest.mark.parametrize("name", [f"shipped:{name}" for name in OTHERS])
 def test_other_names_of_shipped_weights_are_refused(name):
     with pytest.raises(ValueError, match=r"no such shipped weights .*shipped:hippocampus, .*each with /vae and /unet"):
         shipped_folder(name)
+
+
+def test_shipped_weights_may_be_a_link(tmp_path):
+    (tmp_path / "weights").symlink_to(ROOT / "weights", target_is_directory=True)
+    for name in ("hippocampus", "hippocampus/vae"):
+        assert shipped_folder(f"shipped:{name}", tmp_path / "weights") == str(tmp_path / "weights" / name)
+
+
+def test_every_reader_of_models_knows_shipped_names(monkeypatch, tmp_path):
+    """From any folder; the config beside it is no pipeline's."""
+    monkeypatch.chdir(tmp_path)
+    folder, name = ROOT / "weights/hippocampus", "shipped:hippocampus"
+    assert find_folder(name) == folder and find_autoencoder(name) == folder / "vae"
+    assert read_model(name).subjects == read_model(folder).subjects and label_names(Path(name)) == label_names(folder)
+    assert generate.parse(["--pipeline", name, "--count", "2", "--output", "out"]).pipeline == str(folder)
+    masks = ["--masks", "generate:shipped:hippocampus-masks", "--count", "2", "--output", "out"]
+    assert generate.parse(["--pipeline", name, *masks]).mask_pipeline == f"{folder}-masks"
+    with pytest.raises(FileError, match=r"shipped:hippo: no such shipped weights"):
+        find_folder("shipped:hippo")
 
 
 def test_without_shipped_weights_the_message_says_what_to_do(tmp_path):

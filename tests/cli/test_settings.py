@@ -183,11 +183,12 @@ def test_a_wrong_setting_of_a_file_is_named_with_the_file(text, said, tmp_path):
             "data.intensity: intensity low (5.0) must be below high (1.0)",
         ),
         ({"intensity": {"kind": "percentile", "low": 5, "high": 101}}, "percentiles lie in 0-100, got 5.0 and 101.0"),
-        ({"intensity": {"kind": "window", "low": math.nan}}, "data.intensity.low: got nan, expected a number, finite"),
+        ({"intensity": {"kind": "window", "low": math.nan}}, "data.intensity.low: got nan, expected a finite number"),
         (
             {"intensity": {"image": {"kind": "window", "lo": 1}}},
             "data.intensity.image.lo: is not a setting; did you mean",
         ),
+        ({"crop": {"above": "Mask"}}, """data.crop.above: got 'Mask' (text), expected a finite number, or "mask\""""),
         ({"root": None}, 'data.root: got null, expected a path; for the home folder write "~", in quotes'),
         ({"spacing": [1, 1, 0]}, "data.spacing[2]: got 0, expected a number, above 0"),
         ({"label_names": {"a": "b"}}, "data.label_names: the key 'a': got 'a' (text), expected a whole number"),

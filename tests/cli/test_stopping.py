@@ -283,7 +283,7 @@ def test_accepted_volumes_of_an_interrupted_batch_are_kept(tmp_path, monkeypatch
     nib.save(mask_image((8, 8, 8)), tmp_path / "case.nii.gz")
     judged = []
 
-    def judge(image):
+    def judge(image, in_box):
         judged.append(1)
         if len(judged) == 2:
             interrupt()

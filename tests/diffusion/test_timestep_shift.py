@@ -9,8 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from diffusion import Conditions, LatentUNet3D, denoise, fit_scheduler, make_scheduler, training_loss
 from diffusion.denoise import set_timesteps
-from diffusion.objectives import FLOW_SCHEDULERS, sample_timesteps
-from diffusion.timestep_shift import shift_of, shifted
+from diffusion.objectives import FLOW_SCHEDULERS, sample_timesteps, shift_of, shifted
 
 FLOW, CPU = "rectified_flow", torch.device("cpu")
 

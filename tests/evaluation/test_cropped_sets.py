@@ -5,6 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from tiny import tiny_data
@@ -17,7 +18,7 @@ from evaluation.data.volume_sets import generated_cases, generated_set, load_cla
 from evaluation.doctor.cases import examine
 from evaluation.doctor.data_checks import check_geometry
 from pipelines import describe_mask
-from pipelines.rejection import Attempt
+from pipelines.rejection import Attempt, Rejection
 from pipelines.storage.provenance import sidecar_path
 from pipelines.storage.record import GenerationRecord
 from volumes import (
@@ -147,15 +148,60 @@ def test_a_copy_is_found_wherever_its_box_lies(folder, tmp_path):
     record = GenerationRecord("software", "model", 0, 1, box=box_to_json(box("a")))
     attempt = Attempt(to_nibabel(scan("a")), record)
     assert attempt.generated.shape == box("a").target
-    for image in (attempt.generated, attempt.image):
-        refused, findings = check.judge(image)
+    for image, in_box in ((attempt.generated, True), (attempt.image, False)):
+        refused, findings = check.judge(image, in_box)
         assert findings["similarity"] == pytest.approx(1, abs=1e-3) and refused
     assert check.judge(to_nibabel(scan("b", 7)))[1]["similarity"] < 0.9
     patient = copy_check_with(CopyCheck.load(tmp_path / "prints.safetensors"), to_nibabel(scan("b", 7)), data_of())
     assert patient.judge(to_nibabel(scan("b", 7)))[1]["patient_similarity"] == pytest.approx(1, abs=1e-3)
-    with pytest.raises(ValueError, match="which the image alone does not show"):
+    with pytest.raises(ValueError, match="this check compares images without their masks"):
         copy_check_with(CopyCheck.load(tmp_path / "prints.safetensors"), None, data_of(above="mask", channel=None))
     assert in_model_units(to_nibabel(scan("a")), data_of()).shape[1:] == SHAPE
+
+
+def test_a_copy_is_compared_in_its_recorded_box(folder, tmp_path):
+    """Though its foreground is smaller: the box of what is left would be another."""
+    config = config_of(folder, crop=CROP)
+    real, _ = real_set(load_cases(config), config, ["train"])
+    known = dataclasses.replace(CopyCheck.of(real.volumes, (8, 6, 6), block=2, flips=(), shift=0), threshold=0.9)
+    known.save(tmp_path / "prints.safetensors")
+    dark = scan("a")
+    dark.array[0][:6] = 5  # two planes of the body
+    assert image_box(dark, CROP).target != box("a").target
+    attempt = Attempt(to_nibabel(dark), GenerationRecord("software", "model", 0, 1, box=box_to_json(box("a"))))
+    patient = dataclasses.replace(known, fingerprints=known.fingerprints[1:])
+    for check in (
+        copy_check(tmp_path / "prints.safetensors", data_of()),
+        copy_check_with(patient, to_nibabel(scan("a")), data_of()),
+    ):
+        [outcome] = Rejection([check], 1).sample_until_accepted(1, lambda *_: [attempt], lambda *_: 0)
+        assert outcome.accepted is None and outcome.rejected[0]["similarity"] > 0.9
+
+
+@pytest.mark.parametrize("rule", [None, *RULES], ids=["whole", "value", "mask"])
+def test_volumes_of_generated_masks_are_3d(folder, rule):
+    """They hold the model's labels, though the data are 4-D files of other label values."""
+    for name in "ab":
+        path = folder / f"images/{name}.nii.gz"
+        array = scan(name).array[0]
+        nib.save(nib.Nifti1Image(np.stack([array * 0, array], axis=-1), np.eye(4)), path)
+        mask = np.zeros((1, *SHAPE), np.int16)
+        mask[0][BODIES[name]] = 7
+        write_volume(Volume(mask, np.eye(4)), folder / f"labels/{name}.nii.gz")
+    mask[mask == 7] = 1
+    made = folder / "made"
+    write_volume(Volume(mask, np.eye(4)), made / "masks/map_000.nii.gz")
+    sidecar_path(made / "masks/map_000.nii.gz").write_text(json.dumps({"synthetic": True}))
+    write_volume(scan("b"), made / "map_000_000.nii.gz")
+    source = describe_mask(made / "masks/map_000.nii.gz")
+    sidecar_path(made / "map_000_000.nii.gz").write_text(json.dumps({"synthetic": True, "mask": source}))
+    config = config_of(folder, crop=rule, time_point=1, label_map={7: 1, 1: 0})
+    cases = load_cases(config)
+    real = load_pairs([Pair(case) for case in learning_cases(cases)], config, (10, 10, 10))
+    pairs = load_pairs(generated_pairs(cases, made), config, (10, 10, 10))
+    np.testing.assert_array_equal(pairs.images[0], real.images[1])
+    np.testing.assert_array_equal(pairs.labels[0], real.labels[1])
+    assert pairs.labels.any()
 
 
 def test_the_doctor_says_what_the_box_saves(folder):
@@ -177,3 +223,19 @@ def test_the_doctor_says_what_the_box_saves(folder):
     little = findings(crop=ForegroundCrop(50, margin=0))["WARN"]
     assert "little is left of" in little.message and little.files == (str(folder / "images/a.nii.gz"),)
     assert findings() == {}
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (10, 8, 6)], ids=["equal", "smaller"])
+def test_the_doctor_cuts_channels_of_other_grids(folder, shape):
+    """Where the box lies in the patient: in it, each voxel of the PET is its place along x in mm."""
+    affine = np.diag([2.0, 2, 2, 1])
+    affine[:3, 3] = [1, 0, 1]
+    places = np.broadcast_to(1 + 2 * np.arange(shape[0], dtype=np.float32)[:, None, None], shape)
+    for name in "ab":
+        write_volume(Volume(np.ascontiguousarray(places)[None], affine), folder / f"pet/{name}.nii.gz")
+    images = {"ct": "images/{case}.nii.gz", "pet": "pet/{case}.nii.gz"}
+    config = config_of(folder, images=images, masks=None, label_names={}, resample_to="ct", crop=CROP)
+    examined = examine(load_cases(config)[0], config)
+    assert examined.box.start[0] == 3 and examined.box.target[0] == 10
+    assert examined.highest == pytest.approx((scan("a").array.max(), 11))  # of 3 to 12 mm
+    assert examined.above[0] == 0 and examined.box.shape == SHAPE

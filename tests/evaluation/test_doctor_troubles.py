@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tiny import tiny_pipeline
 
 from autoencoder import VQGAN3D, AutoencoderKL3D, latent_statistics
 from evaluation.doctor import after_training
 from evaluation.doctor.__main__ import main
 from evaluation.doctor.after_training import LatentSummary, check_latents, compare_limits, latent_summary
 from evaluation.doctor.run_checks import check_log, check_output
-from volumes import DataConfig, PhantomConfig, VolumeDataset, load_cases, pad_sample
+from volumes import DataConfig, PhantomConfig, Volume, VolumeDataset, load_cases, pad_sample
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (12, 12, 12)
@@ -229,3 +230,15 @@ def test_what_is_outside_the_field_of_view_is_not_judged(monkeypatch):
     found = compare_limits(pipe, dataset, None, steps=1)
     for kind in ("reconstructed", "generated"):
         assert found[kind] == pytest.approx(dict.fromkeys(found[kind], 0.0), abs=1e-5)
+
+
+def test_the_doctor_generates_in_boxes_that_were_cut():
+    """The mask of a case in its box is not cut again, with its margin."""
+    array = np.zeros((1, 12, 10, 8), np.int16)
+    array[0, 4:8, 3:6, 2:5] = 2
+    facts: Any = SimpleNamespace(classes=(), numbers=(), shape=array.shape[1:])
+    config: Any = SimpleNamespace(class_names={}, numbers=[])
+    dataset: Any = SimpleNamespace(config=config, facts=[facts], label_map=lambda index: Volume(array, np.eye(4)))
+    cropped = tiny_pipeline(crop={"above": "mask", "channel": None, "margin": 1.0})
+    found, expected = (after_training._generate(pipe, dataset, 0, 1) for pipe in (cropped, tiny_pipeline()))
+    np.testing.assert_array_equal(found, expected)

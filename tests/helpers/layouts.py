@@ -51,14 +51,14 @@ def fork(path: Path) -> None:
     path.with_name(f"._{path.name}").write_bytes(b"\0\x05\x16\x07" + bytes(100))
 
 
-def flat(root: Path, count: int = 6, masks: str = "labels", spacing=SPACING) -> Path:
+def flat(root: Path, count: int = 6, masks: str = "labels", spacing=SPACING, shape=SHAPE) -> Path:
     """images/ and labels/, a name with a space and an umlaut, an upper-case suffix, a twin, an atlas."""
     for n in range(count):
         name = f"Fall {n:02d} Mü" if n % 2 else f"case_{n:02d}"
-        file = save(image(n), root / f"images/{name}.nii.gz", spacing)
-        save(mask(n), root / f"{masks}/{name}.nii.gz", spacing)
+        file = save(image(n, shape), root / f"images/{name}.nii.gz", spacing)
+        save(mask(n, shape), root / f"{masks}/{name}.nii.gz", spacing)
         fork(file)
-    save(image(0), root / "images/case_00.nii")
+    save(image(0, shape), root / "images/case_00.nii")
     return root
 
 

@@ -43,6 +43,13 @@ def mask_array():
     return labels_of(SHAPE)
 
 
+def body_mask():
+    """Labels in the body alone."""
+    array = np.zeros(SHAPE, np.int16)
+    array[BODY] = np.maximum(mask_array()[BODY], 2)
+    return image_of(array)
+
+
 def cut(image, box=BOX):
     """A part of an image in RAS+ order, by nibabel."""
     return image.slicer[box]
@@ -104,15 +111,13 @@ def test_a_bare_mask_is_taken_whole(pipe, plain):
         warnings.simplefilter("error")
         made(
             tiny_pipeline(crop=MR, shape_range=[[5, 5, 5], [8, 8, 10]]),
-            VolumeRequest(mask, box_image=image_of(mr_array())),
+            VolumeRequest(body_mask(), box_image=image_of(mr_array())),
         )
 
 
 def test_the_box_of_the_masks_labels(plain):
     pipe = tiny_pipeline(crop={"above": "mask", "channel": None, "margin": 1.0})
-    array = np.zeros(SHAPE, np.int16)
-    array[BODY] = np.maximum(mask_array()[BODY], 2)
-    mask = image_of(array)
+    mask = body_mask()
     first = pipe(mask, num_inference_steps=1, generator=seeded(3))
     by_hand = plain(cut(mask), num_inference_steps=1, generator=seeded(3))
     np.testing.assert_array_equal(cut(first.volumes[0]).dataobj, by_hand.volumes[0].dataobj)

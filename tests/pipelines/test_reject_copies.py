@@ -137,10 +137,10 @@ def test_rejections_of_one_volume_change_no_other():
     def sample(numbers, seeds):
         return [Attempt(seed, GenerationRecord("medvolume", "m", seed, 1)) for seed in seeds]
 
-    def judge(image):
+    def judge(image, in_box):
         return image in copied, {"similarity": image / 100}
 
-    def broken(image):
+    def broken(image, in_box):
         return image == 30, {"fault": "no liver"} if image == 30 else {}
 
     checks = [

@@ -5,7 +5,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from tiny import tiny_pipeline
 
-from diffusion.timestep_shift import shifted
+from diffusion.objectives import shifted
 from pipelines import MedVolumePipeline
 from pipelines.inputs.request import VolumeRequest
 from pipelines.sampling import SamplingConfig

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import planted
 import pytest
@@ -14,7 +15,9 @@ from benchmarks import (
     finetuning,
     generation,
     processes,
+    shift_page,
     survival,
+    timestep_shift,
 )
 from benchmarks.equal_time import schedule
 from benchmarks.fits import deviation_from_proportional, power_law, predict, rise
@@ -42,6 +45,7 @@ from benchmarks.speed.measure import measure
         (processes, "--steps 0"),
         (run, "--equal_time_minutes 0"),
         (survival, "--kills 0"),
+        (timestep_shift, "--steps 0"),
         (equal_time, "--model ours --minutes inf"),
     ],
 )
@@ -288,3 +292,37 @@ def test_a_part_leaves_the_others_their_time(monkeypatch):
     monkeypatch.setattr(run.time, "monotonic", lambda: 100.0)
     assert run.part_end(["large_decoding", "peak", "attention"], 700.0) == pytest.approx(100 + 600 * 4 / 6)
     assert run.part_end(["attention"], 700.0) == 700.0
+
+
+def test_a_tiny_run_with_and_without_the_shift(tmp_path):
+    """Both models of the larger size are sampled both ways; the smaller one is `shift_voxels`, so it has no shift."""
+    report, page = tmp_path / "shift.json", tmp_path / "page.md"
+    sizes = ["--steps", "1", "--samples", "4", "--seeds", "0", "--sides", "8", "12"]
+    timestep_shift.main(["--output", str(report), *sizes])
+    found = json.loads(report.read_text())
+    assert found["shift_voxels"] == 512 and found["unknown"]["8"]["even"] == found["unknown"]["8"]["shifted"]
+    even, shifted, small = ([found["unknown"][side][way]["900"] for side, way in (("12", "even"), ("12", "shifted"),
+                            ("8", "even"))])  # fmt: skip
+    assert even < shifted and abs(shifted - small) < abs(even - small)
+    ways = [(row["side"], row["trained_with_shift"], row["shift"], list(row["samples"])) for row in found["models"]]
+    both, s = ["even", "shifted"], pytest.approx((12 / 8) ** 1.5)
+    assert ways == [(12, False, s, both), (12, True, s, both), (8, False, 1.0, ["even"])]
+    assert all(math.isfinite(loss) for row in found["models"] for loss in row["loss_by_timestep"].values())
+    page.write_text(f"before\n{shift_page.BEGIN}\nold\n{shift_page.END}\nafter\n")
+    shift_page.main([str(report), "--page", str(page)])
+    text = page.read_text()
+    assert text.startswith("before") and text.endswith("after\n") and "\nold" not in text
+    assert f"| 12 x 12 x 12, s = 1.84 | {found['unknown']['12']['shifted']['600']:.3f} |" in text
+    assert f"| 8 x 8 x 8, trained without a shift | {found['models'][2]['loss_by_timestep']['600']:.3f} |" in text
+    distance = found["models"][1]["samples"]["shifted"]["coarse"]
+    cells = f"{distance['generated']:.3f} ({distance['floor']:.3f})"
+    assert f"| 12 x 12 x 12, trained with the shift | shifted | {cells} |" in text
+
+
+def test_the_page_on_large_latents_holds_the_report():
+    """Else run python -m benchmarks.shift_page docs/timestep_shift.json --page docs/large_latents.md."""
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    report = json.loads((docs / "timestep_shift.json").read_text())
+    text = (docs / "large_latents.md").read_text()
+    assert list(map(int, report["unknown"])) == list(timestep_shift.SIDES)
+    assert text.partition(shift_page.BEGIN)[2].partition(shift_page.END)[0] == f"\n{shift_page.page_text(report)}"

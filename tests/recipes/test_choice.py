@@ -107,6 +107,29 @@ def test_damaged_files_are_named_and_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("make", "options", "says"),
+    [
+        (made.pairs, {"structures": ["foo"]}, "--structures foo: .* holds labels, which have values; leave"),
+        (made.pairs, {"structures": ["a", "b"], "mask": "none"}, "--structures a,b: .*there is no mask; leave it out"),
+        (made.pairs, {"label_names": {1: "a"}, "mask": "none"}, "--label_names 1=a: .*there are none, without a mask"),
+        (made.outlined, {"label_names": {9: "foo"}}, "--label_names 9=foo: .*there are 1=GTV-1, 2=Node left"),
+        (made.totalsegmentator, {"label_names": {3: "x"}}, "--label_names 3=x: .*there are 1=liver, 2=spleen$"),
+        (made.pairs, {"time_point": 3}, "--time_point 3: no channel is 4-D; leave it out"),
+        (made.pairs, {"start": ""}, "--from '': no shipped weights for images are called so; say --from hippocampus,"),
+        (made.pairs, {"start": "hippocampus:"}, "--from hippocampus:: no shipped weights"),
+    ],
+)  # fmt: skip
+def test_options_without_effect_are_refused(tmp_path, make, options, says):
+    with pytest.raises(ValueError, match=says):
+        survey_of(make(tmp_path / "scans"), **options)
+
+
+def test_labels_of_structures_may_be_renamed(tmp_path):
+    survey = survey_of(made.totalsegmentator(tmp_path / "scans"), label_names={1: "leber"})
+    assert survey.section.settings["label_names"] == {0: "background", 1: "leber", 2: "spleen"}
+
+
+@pytest.mark.parametrize(
     ("role", "name"),
     [("CT_image", "ct"), ("images", "images"), ("imagesTr_0000", "imagestr_0000"), ("anat/T1w", "anat_t1w")],
 )
@@ -115,7 +138,8 @@ def test_names_of_channels(role, name):
 
 
 @pytest.mark.parametrize(
-    "args", [["--spacing", "1", "2"], ["--label_names", "tumor"], ["--subject", "a", "--group_by", "b"]]
+    "args",
+    [["--spacing", "1", "2"], ["--label_names", "tumor"], ["--subject", "a", "--group_by", "b"], ["--channels", " ,"]],
 )
 def test_wrong_options_end_with_status_2(args, capsys):
     with pytest.raises(SystemExit) as end:

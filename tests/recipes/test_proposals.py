@@ -90,18 +90,24 @@ def test_small_sets_start_from_shipped_weights():
     some = planned(subjects=49, volumes=49)
     assert (some.vae["init_from"], some.ldm["init_from"]) == ("shipped:hippocampus/vae", "shipped:hippocampus/unet")
     assert some.vae["freeze_encoder"] and "lora" not in some.ldm and some.ldm["optimizer"]["learning_rate"] == 3e-4
-    for said in ("49 subjects", "hippocampus fits", "2 labels", "--from hippocampus:lora", "--from none"):
+    for said in ("49 subjects", "hippocampus fits", "2 labels", "--from hippocampus:lora", "--from none",
+                 "anatomy was not compared, and its labels stand anterior for a, posterior for b"):  # fmt: skip
         assert said in some.start.line
     few = planned(subjects=12, volumes=12)
     assert few.ldm["lora"] and "residual_noise" not in few.ldm and [stage for stage, _ in few.trainings] == ["ldm"]
-    assert "a LoRA of its U-Net" in few.start.line and "--from hippocampus trains all weights" in few.start.line
+    assert (
+        "anatomy was not compared" in few.start.line
+        and "a LoRA of its U-Net" in few.start.line
+        and "--from hippocampus trains all weights" in few.start.line
+    )
     known = planned(subjects=12, conditions=["sex"])  # that a LoRA's base does not know
     assert known.ldm["init_from"] and "lora" not in known.ldm
     two = planned(subjects=12, channels=["ct", "pet"], kinds=["window"] * 2)
     assert two.vae["init_from"] and two.vae["model"]["per_channel"] and two.vae["model"]["latent_channels"] == 12
     assert "init_from" not in two.ldm and "freeze_encoder" not in two.vae
-    assert "one channel without a unit, these are 2 (window, window)" in two.start.line
-    for unlike in ({"labels": ["background", "a"]}, {"spacing": [2.0] * 3}, {"shapes": np.full((9, 3), 90)}):
+    assert "one channel without a unit, the images have 2 (window, window)" in two.start.line
+    for unlike in ({"labels": ["background", "a"]}, {"spacing": [2.0] * 3}, {"shapes": np.full((9, 3), 90)},
+                   {"shapes": np.full((9, 3), 20)}):  # fmt: skip
         plan = planned(subjects=9, **unlike)
         assert "init_from" in plan.vae and "init_from" not in plan.ldm and "it knows" in plan.start.line, unlike
     quick = planned(quick=True)
@@ -187,6 +193,10 @@ def test_weights_know_what_is_alike():
     assert weights.misfits(["percentile"], 3, [1.2, 1, 1], shapes, exactly=True)
     assert weights.misfits(["window"], 3, [1, 1, 1], shapes)
     assert not weights.misfits(["percentile"], 3, [1, 1, 1], np.full((5, 3), 64))
+    assert weights.smallest == (32, 40, 26)
+    assert not weights.misfits(["percentile"], 3, [1, 1, 1], np.full((5, 3), 27))  # 40 / 1.5
+    (said,) = weights.misfits(["percentile"], 3, [1, 1, 1], np.full((5, 3), 26))
+    assert said == "it knows volumes of 32 x 40 x 26 to 43 x 59 x 47 voxels, the median here is 26 x 26 x 26"
     assert weights.misfits(["percentile"], 3, [1.4, 1.4, 1.4], np.full((5, 3), 64))  # 90 at 1 mm
 
 

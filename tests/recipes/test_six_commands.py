@@ -107,7 +107,7 @@ def test_six_commands_for_every_layout(name, tmp_path, monkeypatch, capsys):
 def test_small_sets_like_the_shipped_ones(asked, tmp_path, monkeypatch, capsys):
     """By default a LoRA, whose base the generation uses; all weights, or none of them, if asked."""
     monkeypatch.chdir(tmp_path)
-    made.flat(tmp_path / "scans", SUBJECTS, spacing=(1.1, 1.1, 1.1))
+    made.flat(tmp_path / "scans", SUBJECTS, spacing=(1.1, 1.1, 1.1), shape=(24, 28, 24))
     commands = run_all(Path("scans"), capsys, asked, quick=False)
     data = yaml.safe_load((tmp_path / "recipe/data.yaml").read_text())
     assert data["spacing"] == (None if "none" in asked else [1, 1, 1])

@@ -130,7 +130,8 @@ def test_an_interrupt_of_all_processes_stops_them_at_one_step(tmp_path):
     assert [forked.ended(one) for one in two] == [130, 130]
     (checkpoint,) = list_checkpoints(run / "checkpoints")
     said = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
-    assert f"SIGINT: wrote {checkpoint}" in said[0] and "continue with the same launcher and: train_vae.py" in said[0]
+    assert f"SIGINT: wrote {checkpoint}" in said[0]
+    assert f"continue with the same launcher and: {forked.ROOT / 'train_vae.py'} --config=" in said[0]
     assert [text.count("Ctrl-C: finishing step") for text in said] == [1, 0] and "Traceback" not in "".join(said)
 
 

@@ -31,7 +31,7 @@ def trained(script, args, folder, processes):
 def test_divided_weights_resume_exactly_and_are_saved_whole(tmp_path):
     """Checkpoints, the final folder and metrics are those of one process; the way back from a checkpoint is exact to
     the bit. Four volumes validate, and the first is drawn by one process alone."""
-    vae = ["--loop.max_steps=1", *VAE, *DATA, *LOOP]
+    vae = [*VAE, *DATA, *LOOP, "--loop.max_steps=1"]
     trained("train_vae", vae, tmp_path / "vae", 1)
     ldm = [*LDM, *DATA, *LOOP, *STEPS, f"--vae={tmp_path / 'vae/run/vae'}", "--data.validation_fraction=0.4"]
     ldm += ["--loop.previews=1"]
@@ -94,7 +94,7 @@ def test_what_else_is_trained_has_the_same_losses_when_divided(tmp_path, what):
 
 def test_a_checkpoint_of_divided_weights_is_not_resumed_without(tmp_path):
     (tmp_path / "step_000003").mkdir()
-    (tmp_path / "step_000003/state.json").write_text(json.dumps({"step": 3, "sharded": True}))
+    (tmp_path / "step_000003/state.json").write_text(json.dumps({"step": 3, "sharded": True, "processes": 1}))
     (tmp_path / "step_000003/digests.json").write_text(json.dumps(checkpoints.digest_files(tmp_path / "step_000003")))
     alone: Any = SimpleNamespace(num_processes=1, is_main_process=False)
     with pytest.raises(ValueError, match="step_000003: was written with loop.fsdp True; resume with the same"):

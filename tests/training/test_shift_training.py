@@ -12,7 +12,7 @@ from torch import nn
 import train_ldm
 from autoencoder import SpaceToDepth3D
 from diffusion import Conditions, LatentUNet3D, make_scheduler
-from diffusion.timestep_shift import shifted
+from diffusion.objectives import shifted
 from training import LdmTrainingStep, OptimizerConfig
 from training.engine.learner import Learner
 

@@ -329,6 +329,9 @@ def test_percentiles_are_medians_and_mixed_spacings_are_none(folder):
     assert described.spacing is None
     medians = ChannelScale("percentile", low=0.0, high=575.0, percentiles=(0, 100))  # of 342, 575 and 989
     assert described.intensity == (medians,)
+    assert medians.scaling == IntensityScaling("percentile", 0, 100)
+    with pytest.raises(ValueError, match="kind percentile needs percentiles"):  # 575 is none
+        ChannelScale("percentile", low=0.0, high=575.0)
 
 
 def test_the_config_in_yaml(folder):

@@ -243,6 +243,9 @@ def test_the_setting_is_recorded_and_compared(folder):
         "pet, and 4 mm"
     ]
     assert "the data has whole volumes" in differences(facts, preprocessing(dataset_of(folder, **BOTH).config))[0]
+    older = {key: value for key, value in facts.items() if key != "crop"}  # of whole volumes
+    assert "crop: it learned whole volumes, the data has the box" in differences(older, facts)[0]
+    assert differences(older, older | {"crop": None}) == [] == differences(older, older)
     plain = dataclasses.replace(described, crop=None)
     assert "crop" not in plain.to_json() and DataDescription.from_json(plain.to_json()) == plain
     for wrong in (3, {"above": 1}, {"above": 1, "channel": "mr", "margin": 1}, {"above": "mask"}):

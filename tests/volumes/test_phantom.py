@@ -1,9 +1,13 @@
 """The phantom: drawn from its seed alone, nested, with a class that can be seen."""
 
+import time
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from volumes import PHANTOM_LABELS, DataConfig, PhantomConfig, VolumeDataset, load_cases, make_phantom
+from volumes.phantom import phantom_lesion
 
 
 def test_the_seed_alone_decides():
@@ -65,6 +69,44 @@ def test_a_data_set_without_files():
     _, mask, lesion_class = make_phantom(102, (12, 12, 16))
     np.testing.assert_array_equal(item["mask"], mask.array[0])
     assert item["metadata"]["class"] == ("dark lesion", "bright lesion")[lesion_class]
+
+
+def test_voxels_are_those_of_the_formula():
+    """Of three ellipsoids on a grid of positions, drawn in this order from the seed."""
+    for seed, shape in ((0, (32, 32, 32)), (5, (17, 24, 21)), (9, (40, 9, 30))):
+        random = np.random.default_rng(seed)
+        grid = np.stack(np.meshgrid(*[(np.arange(n) + 0.5) / n * 2 - 1 for n in shape], indexing="ij"))
+        body = random.uniform(-0.08, 0.08, 3)
+        organ = body + random.uniform(-0.06, 0.06, 3)
+        lesion = organ + random.uniform(-0.06, 0.06, 3)
+        kind, mask = int(random.integers(2)), np.zeros(shape, np.int16)
+        for label, center, limits in ((1, body, (0.75, 0.88)), (2, organ, (0.42, 0.56)), (3, lesion, (0.14, 0.24))):
+            radii = random.uniform(*limits, 3)[:, None, None, None]
+            mask[(((grid - center[:, None, None, None]) / radii) ** 2).sum(0) <= 1] = label
+        image = np.array([0.0, 400.0, 700.0, (150.0, 1000.0)[kind]])[mask]
+        image = image * (1 + np.tensordot(random.uniform(-0.1, 0.1, 3), grid, axes=1)) + random.normal(0, 20, shape)
+        drawn, labels, found = make_phantom(seed, shape)
+        np.testing.assert_array_equal(drawn.array[0], image.astype(np.float32))
+        np.testing.assert_array_equal(labels.array[0], mask)
+        assert found == kind
+
+
+def test_the_lesion_is_known_without_drawing_it():
+    random = np.random.default_rng(0)
+    for seed in range(60):
+        x, y, z = random.integers(8, 40, 3).tolist()
+        _, mask, kind = make_phantom(seed, (x, y, z))
+        assert phantom_lesion(seed, (x, y, z)) == (kind, int((mask.array == 3).sum()))
+
+
+def test_a_cohort_of_full_size_is_listed_at_once():
+    """Drawing it takes an hour."""
+    start = time.process_time()
+    cases = load_cases(DataConfig(phantom=PhantomConfig(count=1251, shape=(240, 240, 155)), validation_fraction=0.1))
+    assert time.process_time() - start < 60
+    assert Counter(case.split for case in cases) == {"train": 1126, "validation": 125}
+    volumes = [case.metadata["lesion_volume"] for case in cases]
+    assert len(set(volumes)) > 1200 and 10_000 < min(volumes) < max(volumes) < 70_000
 
 
 def test_too_small():

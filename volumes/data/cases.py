@@ -30,7 +30,7 @@ from files.remote import (
     plain_path,
     with_urls,
 )
-from volumes.phantom import LESION, PHANTOM_CLASSES, make_phantom
+from volumes.phantom import PHANTOM_CLASSES, phantom_lesion
 from volumes.placement import Placement
 from volumes.volume import GRID_NUMBERS
 
@@ -117,8 +117,8 @@ def _copied(config: DataConfig) -> DataConfig:
 def _phantoms(config: PhantomConfig) -> list[Case]:
     cases = []
     for number in range(config.seed, config.seed + config.count):
-        _, mask, kind = make_phantom(number, config.shape)
-        metadata = {"class": PHANTOM_CLASSES[kind], "lesion_volume": int((mask.array == LESION).sum())}  # 1 mm voxels
+        kind, voxels = phantom_lesion(number, config.shape)
+        metadata = {"class": PHANTOM_CLASSES[kind], "lesion_volume": voxels}  # of 1 mm
         cases.append(Case(f"phantom_{number:04d}", subject=f"P{number:04d}", metadata=metadata, phantom=number))
     return cases
 

@@ -33,7 +33,7 @@ class ScalingFacts(TypedDict):
 
 
 class PreprocessingFacts(TypedDict):
-    """How volumes were prepared, as JSON. Unknown facts are absent.
+    """How volumes were prepared, as JSON. Unknown facts are absent; without `crop` the volumes were whole.
 
     Attributes:
         channels: names of the image channels.
@@ -145,7 +145,7 @@ def _scaling(entry: Mapping[str, Any]) -> IntensityScaling:
 
 def differences(learned: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """List how volumes with the facts `given` differ from those that a model `learned` from: one line per fact that
-    both have."""
+    both have, and for `crop`."""
     if len(learned["channels"]) != len(given["channels"]):
         return [f"channels: it learned {list(learned['channels'])}, the data has {list(given['channels'])}"]
     found = []
@@ -186,12 +186,10 @@ def differences(learned: Mapping[str, Any], given: Mapping[str, Any]) -> list[st
 
 
 def _crop_difference(learned: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Channels have names only where there are several."""
-    if "crop" not in learned or "crop" not in given:
-        return []
-    settings = [facts["crop"] and dict(facts["crop"]) for facts in (learned, given)]
-    if all(settings) and len(given["channels"]) == 1:
-        settings = [one | {"channel": None} for one in settings]
+    """Channels have names only where there are several. Facts without the entry are of whole volumes."""
+    settings = [dict(facts["crop"]) if facts.get("crop") else None for facts in (learned, given)]
+    if len(given["channels"]) == 1:
+        settings = [one and one | {"channel": None} for one in settings]
     if settings[0] == settings[1]:
         return []
     old, new = (f"{ForegroundCrop.from_json(one)}" if one else "whole volumes" for one in settings)

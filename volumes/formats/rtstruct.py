@@ -89,7 +89,8 @@ def read_rtstruct(
             number = int(one.ROINumber)
             if number in segments:
                 raise VolumeError(f"{path}: two of its ROIs have the number {number}")
-            segments[number], frames[number] = text(one, "ROIName"), text(one, "ReferencedFrameOfReferenceUID")
+            segments[number] = text(one, "ROIName") or f"ROI {number}"
+            frames[number] = text(one, "ReferencedFrameOfReferenceUID")
         values = chosen_values(str(path), segments, names)
         rois = {number: Roi(segments[number], frames[number], []) for number in values}
         _add_contours(path, found, rois, UNITS[units or "mm"])

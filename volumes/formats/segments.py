@@ -47,6 +47,10 @@ class Reference:
     frame: str | None
 
 
+class OverlapError(VolumeError):
+    """Segments of different labels overlap. Reading fewer of them may help."""
+
+
 class LabelGrid:
     """A label map on the grid of a series, which segments are painted into.
 
@@ -75,10 +79,10 @@ class LabelGrid:
             self._segments[value].append(segment)
 
     def volume(self) -> Volume:
-        """Return the label map (1, X, Y, Z). Raises: VolumeError for segments of different labels that overlap."""
+        """Return the label map (1, X, Y, Z). Raises: OverlapError for segments of different labels that overlap."""
         if self._overlaps:
             (first, second), count = max(self._overlaps.items(), key=lambda item: item[1])
-            raise VolumeError(
+            raise OverlapError(
                 f"{self.name}: {first} and {second} overlap in {count} voxels, and a voxel of a label map has one "
                 "label; read them as one label with label_map, leave one out of the names, or cut one out of the other "
                 "in the program that drew them"
