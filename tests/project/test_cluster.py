@@ -172,7 +172,7 @@ def recipe(tmp_path):
     for name, sections in settings.items():
         whole = {"output": "out", "data": {**section, "validation_fraction": 0.0}, "loop": loop, **sections}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(whole))
-    config = DataConfig(**{**section, "validation_fraction": 0.0})  # pyright: ignore[reportArgumentType]
+    config = DataConfig(**{**section, "validation_fraction": 0.0})
     dataset = VolumeDataset([case for case in load_cases(config) if case.split == "train"], config)
     coder = AutoencoderKL3D(**vae)
     coder.set_latent_statistics([0.0] * 2, [1.0] * 2)
