@@ -32,14 +32,21 @@ def start(script: str, args: Sequence[str], log: Path, *, losses: Path | None = 
     return process
 
 
-def start_two(script: str, args: Sequence[str], log: Path, *, losses: Path | None = None) -> list[Any]:
-    """Run a script in two processes of one group; their logs end in .0 and .1."""
+def start_group(
+    script: str, args: Sequence[str], log: Path, count: int, *, losses: Path | None = None, **environment: str
+) -> list[Any]:
+    """Run a script in `count` processes of one group, as torchrun starts them; their logs end in .0, .1, ..."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    return [start(script, args, log.with_suffix(f".{rank['RANK']}"), losses=losses, **shared, **rank) for rank in ranks]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared, **environment} for rank in range(count)]
+    return [start(script, args, log.with_suffix(f".{rank['RANK']}"), losses=losses, **rank) for rank in ranks]
+
+
+def start_two(script: str, args: Sequence[str], log: Path, *, losses: Path | None = None) -> list[Any]:
+    """Run a script in two processes of one group."""
+    return start_group(script, args, log, 2, losses=losses)
 
 
 def run(script: str, args: Sequence[str], log: Path, **options: Any) -> str:

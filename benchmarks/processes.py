@@ -1,9 +1,10 @@
-"""Compare losses and speed of two processes, with whole and with sharded weights, to one of the same global batch.
+"""Compare losses and speed of two and four processes to one of the same global batch.
 
     python -m benchmarks.processes --steps 50 --output out/processes.json
 
-Trains the autoencoder on phantoms, then a U-Net on its latents. Each process uses one thread, so two processes can use
-twice the cores.
+Trains the autoencoder on phantoms, then a U-Net on its latents: in one process, in two, in two with sharded weights,
+and in four. The processes of a run prepare the volumes together, in an empty cache. Each process uses one thread, so
+several can use several cores.
 """
 
 import argparse
@@ -42,6 +43,8 @@ LOOP += ["--loop.validate_every=0", "--loop.workers=0", "--loop.trackers=[]", "-
 VAE = [f"--config={ROOT / 'configs/phantom/vae.yaml'}", "--crops.shape=[16, 16, 16]", "--crops.flip_axes=[0]"]
 LDM = [f"--config={ROOT / 'configs/phantom/ldm.yaml'}", "--cache.versions=1", "--cache.shift=false"]
 
+RUNS = {"one": (1, False), "two": (2, False), "sharded": (2, True), "four": (4, False)}  # processes, with loop.fsdp
+
 
 def losses_of(
     script: str, args: list[str], folder: Path, processes: int, global_batch: int
@@ -50,8 +53,12 @@ def losses_of(
     log, lines = folder / "log.txt", folder / "losses.jsonl"
     args = [*args, f"--output={folder / 'run'}", f"--loop.batch_size={global_batch // processes}"]
     folder.mkdir(parents=True)
-    started = forked.start_two if processes == 2 else lambda *a, **k: [forked.start(*a, **k)]
-    running, times = started(script, args, log, losses=lines), []
+    cache = {"MEDVOLUME_CACHE": str(folder / "cache")}
+    if processes == 1:
+        running = [forked.start(script, args, log, losses=lines, **cache)]
+    else:
+        running = forked.start_group(script, args, log, processes, losses=lines, **cache)
+    times: list[float] = []
     while any(process.is_alive() for process in running):
         time.sleep(0.01)
         times += [time.perf_counter()] * (lines.is_file() and len(lines.read_text().splitlines()) > len(times))
@@ -65,7 +72,7 @@ def losses_of(
 
 
 class Comparison(TypedDict):
-    """Figures of the runs "one", "two" and "sharded" (two processes with `loop.fsdp`)."""
+    """Figures of each run of `RUNS`."""
 
     losses: dict[str, list[float]]
     largest_relative_difference: dict[str, float]  # from the losses of one process
@@ -74,14 +81,14 @@ class Comparison(TypedDict):
 
 
 def compare(steps: int, folder: Path, scripts: tuple[str, ...] = ("train_vae", "train_ldm")) -> dict[str, Comparison]:
-    """Run each script in one process, in two, and in two with sharded weights."""
+    """Train with each script as `RUNS` says."""
     comparisons: dict[str, Comparison] = {}
     global_batch = 4
     length = [f"--loop.max_steps={steps}", "--optimizer.warmup_steps=5"]
     for script in scripts:
         options = VAE if script == "train_vae" else [*LDM, f"--vae={folder / 'train_vae/one/run/vae'}"]
         losses, seconds = {}, {}
-        for run, processes, sharded in (("one", 1, False), ("two", 2, False), ("sharded", 2, True)):
+        for run, (processes, sharded) in RUNS.items():
             args = [*options, *DATA, *LOOP, *length, *["--loop.fsdp=true"] * sharded]
             losses[run], seconds[run] = losses_of(script, args, folder / script / run, processes, global_batch)
         pairs = {run: zip(losses["one"], values, strict=True) for run, values in losses.items()}

@@ -40,12 +40,16 @@ def data(tmp_path):
     return tmp_path
 
 
-def test_two_processes_have_the_losses_of_one_sharded_or_not(tmp_path):
+def test_several_processes_have_the_losses_of_one(tmp_path):
+    """Two, with whole and with sharded weights, and four. Those of a run prepare the volumes together."""
     found = compare(4, tmp_path)
     for script in ("train_vae", "train_ldm"):
         losses, differences = found[script]["losses"], found[script]["largest_relative_difference"]
-        assert [len(values) for values in losses.values()] == [4, 4, 4] and len(set(losses["one"])) == 4
+        assert list(losses) == ["one", "two", "sharded", "four"]
+        assert [len(values) for values in losses.values()] == [4] * 4 and len(set(losses["one"])) == 4
         assert max(differences.values()) < 1e-4, losses
+        stored = [len([*(tmp_path / script / run / "cache/prepared").glob("*.safetensors")]) for run in losses]
+        assert stored == [10] * 4
 
 
 def test_two_processes_compare_generated_volumes_as_one(tmp_path):
