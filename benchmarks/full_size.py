@@ -169,8 +169,9 @@ def generation(recipe: str, shape: Sequence[int], small: bool, folder: str) -> W
         assert models.unet is not None
         channels = models.vae.config["latent_channels"]
         models.vae.set_latent_statistics([0.0] * channels, [1.0] * channels)
+        vae: Any = models.vae.eval()
         pipe: Any = MedVolumePipeline(
-            models.vae.eval(), models.unet.eval(), make_scheduler("rectified_flow"), description(models, shape)
+            vae, models.unet.eval(), make_scheduler("rectified_flow"), description(models, shape)
         )
         conditions: Any = {"shape": tuple(shape)} if mask is None else {"mask": mask}
         start = time.perf_counter()

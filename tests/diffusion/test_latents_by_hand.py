@@ -16,6 +16,7 @@ from diffusion.folding import cells_inside
 from diffusion.latent_cache import cache_key, deformed
 from diffusion.objectives import noisy_and_target, sample_timesteps
 from volumes import PADDING, Case, DataConfig, IntensityScaling, PhantomConfig, VolumeDataset, load_cases
+from volumes.foreground import ForegroundCrop
 
 STRIDE = (4, 2, 2)
 SHAPE = (13, 10, 12)
@@ -207,6 +208,7 @@ CHANGED: dict[str, Any] = {
     "label_names": {0: "background", 1: "organ"},
     "image_labels": {0: "background", 1: "organ"},
     "resample_to": "ct",
+    "crop": ForegroundCrop(100),
     "spacing": (1.0, 1.0, 2.0),
     "intensity": IntensityScaling("window", -160, 240),
     "on_error": "skip",
