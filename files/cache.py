@@ -35,6 +35,8 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[KMGTP]?i?B)", re.IGNORECASE)
 WRITERS = 64  # processes that may write to one cache between two looks at its size, without exceeding its limit
 TOUCHED_AGAIN = 60.0  # seconds
 VIEW = re.compile(r"@[0-9a-f]{16}")  # the name of a folder of links to copies of remote files
+# Only files of these names are removed: people put other things into the folder, such as their runs.
+VOXELS, COPY = re.compile(r"[0-9a-f]{40}\.safetensors"), re.compile(r"[0-9a-f]{32}")
 OWN = ("files", "digests", "prepared", "sources")  # folders that are no protocol's
 COPYING = ".copying"  # the file that a process locks while it copies remote files
 PINNED = ".in-use"  # suffix of the file beside a folder of links that its jobs lock
@@ -200,27 +202,24 @@ def _make_room(root: Path, nbytes: int) -> int:
 
 def contents(root: Path) -> tuple[int, list[Removable]]:
     """Return the bytes that the cache holds, and what may be removed of it."""
-    prepared = [one for one in _files(root / "prepared") if one.path.suffix == ".safetensors"]
-    used = sum(one.size for one in [*prepared, *_files(root / "files")])
+    prepared = _files(root / "prepared", VOXELS)
+    used = sum(one.size for one in [*prepared, *_files(root / "files", COPY)])
     if root.is_dir():
         for place in (one for one in root.iterdir() if one.name not in OWN and one.is_dir() and not one.is_symlink()):
-            for folder, folders, names in os.walk(place):
+            for folder, folders, _ in os.walk(place):
                 views = [name for name in folders if VIEW.fullmatch(name)]
                 folders[:] = [name for name in folders if not VIEW.fullmatch(name) and not name.startswith(".")]
                 prepared += [Removable(_last_use(Path(folder, name)), Path(folder, name), 0) for name in views]
-                if any(name.endswith(".safetensors") for name in names):  # copies of a latent cache
-                    copies = [one for one in _files(Path(folder)) if one.path.suffix == ".safetensors"]
-                    used += sum(one.size for one in copies)
-                    prepared += copies
     return used, prepared
 
 
-def _files(folder: Path) -> list[Removable]:
+def _files(folder: Path, name: re.Pattern[str]) -> list[Removable]:
+    """Return the files of a folder that have such a name."""
     found = []
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):  # another process removed it meanwhile
-                if entry.is_file(follow_symlinks=False):
+                if name.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                     status = entry.stat(follow_symlinks=False)
                     found.append(Removable(max(status.st_atime, status.st_mtime), Path(entry.path), status.st_size))
     return found
@@ -247,7 +246,7 @@ def _remove(root: Path, one: Removable) -> int:
         remove_folder(one.path)
         lock.unlink(missing_ok=True)
         freed = 0
-        for copy in _files(root / "files"):
+        for copy in _files(root / "files", COPY):
             if copy.path.stat().st_nlink == 1:
                 copy.path.unlink(missing_ok=True)
                 (root / "digests" / copy.path.name).unlink(missing_ok=True)

@@ -39,7 +39,7 @@ def test_the_default_is_half_of_what_the_disk_would_have(copies, monkeypatch):
 
 
 def entry(name: str, size: int, used: float) -> Path:
-    path = cache_root() / f"prepared/{name}.safetensors"
+    path = cache_root() / f"prepared/{name * 40}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(bytes(size))
     os.utime(path, (used, used))
@@ -63,6 +63,18 @@ def test_the_least_recently_used_is_removed_first(limited):
     os.utime(old, (4e9, 2e9))  # read later
     with room_for(700) as fits:
         assert fits and [path.exists() for path in (old, oldest, new)] == [True, False, False]
+
+
+def test_files_of_others_are_never_removed(limited):
+    """People put their runs into the folder of the cache, too."""
+    ours = entry("a", 900, 1e9)
+    theirs = [limited / name for name in ("recipe/vae/model.safetensors", "prepared/model.safetensors", "files/a.txt")]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(900))
+        os.utime(path, (1e8, 1e8))
+    with room_for(500) as fits:
+        assert fits and not ours.exists() and all(path.exists() for path in theirs)
 
 
 def test_what_never_fits_removes_nothing(limited):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -282,6 +283,17 @@ def test_keys_follow_all_files_of_a_volume(tmp_path):
     raw[0] ^= 1
     (tmp_path / "a.raw").write_bytes(raw)
     assert keys_of(detached) != [first]
+
+
+def test_keys_follow_voxels_beside_a_header_in_capitals(tmp_path):
+    """Two scans with equal headers are two scans."""
+    for number in range(2):
+        pair = nib.Nifti1Pair(np.full((4, 5, 6), number, np.int16), np.eye(4))
+        nib.save(pair, tmp_path / f"c{number}.hdr")
+        for suffix in ("hdr", "img"):
+            (tmp_path / f"c{number}.{suffix}").rename(tmp_path / f"C{number}.{suffix.upper()}")
+    first, second = keys_of(config_of(tmp_path, images="{name}.HDR", masks=None, label_names={}))
+    assert first != second
 
 
 def test_a_change_that_hides_its_time_is_noticed(tmp_path, monkeypatch):
@@ -595,7 +607,7 @@ def test_a_cache_that_cannot_be_written_to(memory, tmp_path, monkeypatch, caplog
     expected = [dataset_of(config)[index]["image"] for index in range(3)]
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "file/cache"))
-    monkeypatch.setattr("volumes.data.dataset.memory_bytes", lambda: memory)
+    monkeypatch.setattr("volumes.prepared.preparation.memory_bytes", lambda: memory)
     dataset = dataset_of(config)
     assert len(dataset.held) == (3 if memory else 0)
     assert all(torch.equal(dataset[index]["image"], expected[index]) for index in range(3))
@@ -606,6 +618,33 @@ def test_a_cache_that_cannot_be_written_to(memory, tmp_path, monkeypatch, caplog
         record.message for record in caplog.records if "set MEDVOLUME_CACHE to a folder with room" in record.message
     ]
     assert len(said) == 1
+
+
+def test_volumes_that_are_not_stored_are_held_up_to_a_bound(tmp_path, monkeypatch):
+    """While they are prepared, too, and not only afterwards."""
+    config = saved(tmp_path / "data", 6)
+    size = dataset_of(config).facts[0].nbytes
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "file/cache"))
+    monkeypatch.setattr(preparation, "memory_bytes", lambda: 5 * size)
+    outcomes = preparation.Preparation(config, preparation.PreparedStore()).run(load_cases(config))
+    assert sum(one.held is not None for one in outcomes) == 2
+
+
+def test_a_full_disk_is_said_and_ends_nothing(tmp_path, monkeypatch, caplog):
+    """The system refuses files above 1,000 bytes, as a quota does."""
+    config = saved(tmp_path / "data")
+    expected = [dataset_of(config)[index]["image"] for index in range(3)]
+    monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "full"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        dataset = dataset_of(config)
+        assert all(torch.equal(dataset[index]["image"], expected[index]) for index in range(3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(dataset.held) == 3 and not entries()
+    assert caplog.text.count("set MEDVOLUME_CACHE to a folder with room") == 1
 
 
 def test_a_volume_above_the_limit_is_not_stored(tmp_path, monkeypatch, caplog):

@@ -15,7 +15,6 @@ import torch
 from torch.utils.data import Dataset
 
 from volumes.description import ChannelScale, DataDescription
-from volumes.formats.raw import memory_bytes
 from volumes.intensity import few_inside
 from volumes.map_checks import LabelMapStats, describe_maps
 from volumes.placement import Placement, pad_to_multiple
@@ -36,7 +35,6 @@ from .table_conditions import describe_numbers
 
 logger = logging.getLogger(__name__)
 NAMED = 5  # files in a message
-HELD = 0.5  # of the memory of this process: volumes that cannot be stored are kept in it
 
 
 class Sample(TypedDict):
@@ -115,9 +113,7 @@ class VolumeDataset(Dataset[Sample]):
 
     def _take(self, case: Case, ready: Ready) -> None:
         if ready.held is not None:
-            held = sum(array.nbytes for arrays in self.held.values() for array in arrays.values())
-            if held + ready.facts.nbytes <= HELD * memory_bytes():
-                self.held[len(self.cases)] = ready.held
+            self.held[len(self.cases)] = ready.held
         self.cases.append(case)
         self.facts.append(ready.facts)
         self._keys.append(ready.key)

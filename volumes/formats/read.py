@@ -230,8 +230,9 @@ def volume_parts(path: str | os.PathLike) -> list[Path]:
     path = Path(os.path.expanduser(path))
     if path.is_dir():
         return series_files(path)
-    if half := re.fullmatch(r"(.*)\.(?:hdr|img)(\.gz)?", path.name):
-        return [path.with_name(f"{half[1]}.{part}{half[2] or ''}") for part in ("hdr", "img")]
+    if half := re.fullmatch(r"(.*)\.(hdr|img)(\.gz)?", path.name, re.IGNORECASE):
+        parts = ("HDR", "IMG") if half[2].isupper() else ("hdr", "img")  # as nibabel finds the other one
+        return [path.with_name(f"{half[1]}.{part}{half[3] or ''}") for part in parts]
     suffix = path.suffix.lower()
     detached = {".nhdr": nrrd.detached_file, ".nrrd": nrrd.detached_file, ".mhd": metaimage.detached_file}.get(suffix)
     voxels = detached(path) if detached else None

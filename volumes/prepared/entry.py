@@ -129,9 +129,12 @@ def whole_case(facts: CaseFacts, part: Part) -> PreparedCase:
 
 
 def write_arrays(path: Path, key: str, facts: CaseFacts, arrays: Arrays) -> None:
-    """Write the voxels; only this user may read them."""
+    """Write the voxels; only this user may read them. Raises: OSError, of a full disk too."""
     path.touch(0o600)
-    save_file(dict(arrays), path, metadata={KEY: key, CHECKSUM: str(facts.checksum)})
+    try:
+        save_file(dict(arrays), path, metadata={KEY: key, CHECKSUM: str(facts.checksum)})
+    except SafetensorError as error:  # its own exception for a full disk
+        raise OSError(str(error)) from error
     path.chmod(0o600)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from volumes.data.case_files import first_file, known_labels
 from volumes.data.cases import Case
 from volumes.data.config import DataConfig
 from volumes.data.table_conditions import read_classes, read_numbers
+from volumes.formats.raw import memory_bytes
 from volumes.volume import VolumeError
 
 from .case import CaseFacts, prepare_unscaled
@@ -26,11 +28,13 @@ from .store import PreparedStore
 
 logger = logging.getLogger(__name__)
 READERS = 4  # threads: decompression runs outside the interpreter's lock
+HELD = 0.5  # of the memory of this process: volumes that cannot be stored are kept in it
 
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """A prepared case: its key in the store, what is known of it, and its voxels if they could not be stored."""
+    """A prepared case: its key in the store, what is known of it, and its voxels if they could not be stored and memory
+    has room for them."""
 
     key: str
     facts: CaseFacts
@@ -43,6 +47,8 @@ class Preparation:
     def __init__(self, config: DataConfig, store: PreparedStore, *, quiet: bool = False) -> None:
         self.config, self.store, self.settings = config, store, settings_key(config)
         self.quiet = quiet or os.environ.get("RANK", "0") != "0"
+        self._room, self._guard = HELD * memory_bytes(), threading.Lock()
+        self._full = False  # whether a volume could not be stored, which a message said
 
     def run(self, cases: Sequence[Case]) -> list[Ready | VolumeError]:
         """Prepare all cases. Returns each with its facts, or with the reason why it is refused.
@@ -54,7 +60,7 @@ class Preparation:
         outcomes = self._pass(cases, self._facts)
         ready = [one for one in outcomes if isinstance(one, Ready)]
         missing = [one for one in ready if one.held is None and not self.store.has_voxels(one.key, one.facts)]
-        if not missing:
+        if not missing or self._full:
             return outcomes
         needed = sum(one.facts.nbytes for one in ready)
         limit = cache_limit(cache_root(), contents(cache_root())[0])
@@ -120,9 +126,18 @@ class Preparation:
                 found = self.store.find(key, case)  # another process may have just prepared it
                 if found is None or not suffices(key, found):
                     found, arrays, stored = self._prepare(case, key)
-                    held = None if stored else arrays
+                    held = None if stored else self._kept(arrays, found.nbytes)
         numbers = tuple(read_numbers(case, self.config.numbers, found.grid))
         return Ready(key, replace(found, classes=classes, numbers=numbers), held)
+
+    def _kept(self, arrays: Arrays, nbytes: int) -> Arrays | None:
+        """Return arrays that are not stored, or None where all of them together would take too much memory."""
+        with self._guard:
+            self._full = True
+            if nbytes > self._room:
+                return None
+            self._room -= nbytes
+            return arrays
 
     def _key(self, case: Case) -> str:
         try:
