@@ -5,7 +5,8 @@
 
 Trainings prepare what is missing themselves; this command does it without a GPU, or on another machine that sees the
 same cache. Several may run at once, and a killed one continues. With `--verify` it also compares every stored volume
-with its checksum. The exit status is 1 if volumes are refused, which `data.on_error: skip` lists.
+with its checksum. The exit status is 1 if volumes are refused, which `data.on_error: skip` lists, or could
+not be stored.
 """
 
 import logging
@@ -35,10 +36,11 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 from files.cache import cache_root
 from volumes import VolumeError, load_cases
 from volumes.prepared.preparation import Ready, prepare_cases
+from volumes.prepared.store import PreparedStore
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Prepare the volumes that the command line names. Returns 1 if some are refused, else 0."""
+    """Prepare the volumes that the command line names. Returns 1 if some are refused or not stored, else 0."""
     options = parse(args)
     logging.basicConfig(format="%(message)s")
     cases = load_cases(options.data)
@@ -47,7 +49,9 @@ def main(args: Sequence[str] | None = None) -> int:
     for case, one in zip(cases, outcomes, strict=True):
         if isinstance(one, VolumeError):
             print(f"  {case.name}: {one}")
-    size = sum(one.facts.nbytes for one in ready) / 2**30
-    print(f"{len(ready)} of {len(cases)} volumes are prepared, {size:.3g} GiB in {cache_root()}")
+    store = PreparedStore()
+    stored = [one for one in ready if store.has_voxels(one.key, one.facts)]
+    size = sum(one.facts.nbytes for one in stored) / 2**30
+    print(f"{len(stored)} of {len(cases)} volumes are prepared, {size:.3g} GiB in {cache_root()}")
     next_step("train_vae.py", "--config", options.config)
-    return int(len(ready) < len(outcomes))
+    return int(len(stored) < len(outcomes))

@@ -187,7 +187,9 @@ def prepare_cases(
         if verify and isinstance(one, Ready) and one.held is None:
             try:
                 store.read(one.key, one.facts)
-            except (DamagedEntry, FileNotFoundError) as error:
+            except FileNotFoundError:  # removed, for the cache is full
+                continue
+            except DamagedEntry as error:
                 logger.warning("%s: damaged (%s); prepared again", store.voxels(one.key), error)
                 preparation.again(case, one.key, one.facts)
     return outcomes
