@@ -31,7 +31,9 @@ MODULES += [
     f"benchmarks.{name}"
     for name in (
         "speed.choices",
+        "cohort",
         "equal_time",
+        "evaluation_size",
         "full_size",
         "finetuning",
         "generation",
@@ -40,12 +42,16 @@ MODULES += [
         "processes",
         "speed.report",
         "speed.run",
+        "stages",
         "survival",
         "shift_page",
         "timestep_shift",
     )
 ]
-MODULES += [f"tools.{name}" for name in ("evidence", "mutants", "pictures", "quickstart", "settings_page", "ship")]
+MODULES += [
+    f"tools.{name}"
+    for name in ("cluster_page", "evidence", "mutants", "pictures", "quickstart", "settings_page", "ship")
+]
 SCRIPTS = [
     "train_vae.py",
     "train_ldm.py",

@@ -447,7 +447,7 @@ def test_a_sidecar_with_unencodable_text_does_not_end_the_run(inputs, output):
 
 def test_a_checked_volume_that_is_not_finite_is_refused_alone(inputs, tmp_path, spoiled, monkeypatch):
     """Both masks have one padded grid, so they share a batch."""
-    passing = Rejection([Check("copy_check", lambda image: (False, {}), lambda found: "")], 3)
+    passing = Rejection([Check("copy_check", lambda image, in_box: (False, {}), lambda found: "")], 3)
     monkeypatch.setattr(batch_generation, "load_rejection", lambda *_: passing)
     (tmp_path / "masks").mkdir()
     for stem, planes in {"a": 5, "c": 8}.items():

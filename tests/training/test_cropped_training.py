@@ -36,6 +36,6 @@ def test_a_step_of_both_trainings_and_a_volume(tmp_path):
     values = np.asarray(sample.output.dataobj)
     assert outside.any() and np.ptp(values[outside]) == 0 and np.ptp(values[~outside]) > 0
     with pytest.raises(
-        ValueError, match="crop: it learned the box of what is above 200 in image, and 1 mm, the data has"
+        ValueError, match="crop: it learned the box of what is above 200, and 1 mm, the data has whole volumes"
     ):
         run(train_ldm, tmp_path / "other", f"--vae={tmp_path / 'vae/vae'}", *DATA, "--data.crop=null")

@@ -3,6 +3,7 @@ gloo."""
 
 import json
 import os
+import re
 import signal
 from datetime import timedelta
 
@@ -131,7 +132,7 @@ def test_an_interrupt_of_all_processes_stops_them_at_one_step(tmp_path):
     (checkpoint,) = list_checkpoints(run / "checkpoints")
     said = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
     assert f"SIGINT: wrote {checkpoint}" in said[0]
-    assert f"continue with the same launcher and: {forked.ROOT / 'train_vae.py'} --config=" in said[0]
+    assert re.search(r"continue with the same launcher and: \S*train_vae\.py --config=", said[0])
     assert [text.count("Ctrl-C: finishing step") for text in said] == [1, 0] and "Traceback" not in "".join(said)
 
 
