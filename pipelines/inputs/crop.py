@@ -4,7 +4,7 @@ Axes: (C, X, Y, Z) in RAS+ order.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,8 @@ from volumes.foreground import cut, image_box, labeled, mask_box
 from volumes.labels import labels_present
 
 PLANES = 16  # outside the box, at a time
+# What stands outside a box: for planes of the third axis, a new array (C, X, Y, z).
+Outside = Callable[[slice], np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +33,7 @@ class Cropped:
     box: Placement
     images: Mapping[str, Volume] = field(default_factory=dict)
 
-    def put_back(self, slabs: Iterable[np.ndarray], outside: "Outside") -> Iterator[np.ndarray]:
+    def put_back(self, slabs: Iterable[np.ndarray], outside: Outside) -> Iterator[np.ndarray]:
         """Slabs (C, x, y, z) of the box, along its third axis, to slabs of the whole grid."""
         x, y = (slice(low, low + n) for low, n in zip(self.box.start[:2], self.box.target[:2], strict=True))
         done = self.box.start[2]
@@ -44,15 +46,8 @@ class Cropped:
         yield from _planes(outside, done, self.box.shape[2])
 
 
-class Outside:
-    """What stands outside a box: called with planes of the third axis, it returns a new array (C, X, Y, z)."""
-
-    def __call__(self, planes: slice) -> np.ndarray:
-        raise NotImplementedError
-
-
 @dataclass(frozen=True, eq=False)
-class Constant(Outside):
+class Constant:
     """One value of each channel, on a grid of `shape` (X, Y, Z)."""
 
     values: Sequence[float]
@@ -64,7 +59,7 @@ class Constant(Outside):
 
 
 @dataclass(frozen=True, eq=False)
-class OfImages(Outside):
+class OfImages:
     """The voxels of images (1, X, Y, Z), in a type that holds those of all."""
 
     images: Sequence[Volume]

@@ -322,7 +322,7 @@ def test_digests_of_settled_files_are_remembered(tmp_path, monkeypatch):
 
 
 def test_conditions_are_not_stored(tmp_path):
-    """Another table of the same files prepares nothing, and is read anew."""
+    """Another table of the same files prepares nothing, and is read again."""
     saved(tmp_path / "data")
     for value in ("1", "2"):
         rows = "".join(f"c{n},{value if n else ''},{'MF'[n % 2]}\n" for n in range(3))
