@@ -95,9 +95,12 @@ class Cohort:
             (folder / f"{script}.yaml").write_text(yaml.safe_dump(section))
 
     def prepare(self) -> float:
-        """Prepare all volumes, and return the seconds."""
+        """Prepare all volumes, and return the seconds. A cache that cannot hold them all ends the command with 1."""
         script = [str(ROOT / "prepare.py"), f"--config={self.folder}/train_vae.yaml", f"--processes={self.processes}"]
-        return self._run([sys.executable, *script], "prepare")
+        taken = self._run([sys.executable, *script], "prepare", passing=(0, 1))
+        if "volumes are prepared" not in (log := (self.folder / "prepare.log").read_text()):
+            raise RuntimeError(f"prepare failed:\n{log[-3000:]}")
+        return taken
 
     def train(self, script: str) -> dict[str, object]:
         """Train, and return losses, the largest peak of a process in MiB, and seconds: of a step, and of all."""
@@ -121,11 +124,11 @@ class Cohort:
             "seconds": seconds,
         }
 
-    def _run(self, command: Sequence[str], name: str) -> float:
+    def _run(self, command: Sequence[str], name: str, passing: Sequence[int] = (0,)) -> float:
         start, log = time.time(), self.folder / f"{name}.log"
         with self._watched(), log.open("w") as file:
             ended = subprocess.run(command, env=self.environment, stdout=file, stderr=file, check=False).returncode
-        if ended:
+        if ended not in passing:
             raise RuntimeError(f"{name} ended with {ended}:\n{log.read_text()[-3000:]}")
         return time.time() - start
 

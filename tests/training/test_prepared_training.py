@@ -73,6 +73,7 @@ def test_a_training_in_a_limited_cache_is_the_same(tmp_path, monkeypatch, caplog
     assert configs[0]["latents_std"] == configs[1]["latents_std"]
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun_prepare_a_share_each(tmp_path):
     """And have the losses of one process, which prepared all."""
     data = [*DATA, "--data.phantom={count: 20, shape: [16, 16, 16]}", *LOOP, "--loop.max_steps=4"]
