@@ -22,7 +22,7 @@ class SamplingSettings:
 
     Args:
         num_inference_steps: denoising steps, with the scheduler of the pipeline's folder.
-        guidance_scale: of classifier-free guidance, for all conditions; 0 to 1 is none.
+        guidance_scale: of classifier-free guidance, for all conditions; 0 to 1 means none.
     Raises: ValueError naming the setting.
     """
 
