@@ -46,6 +46,7 @@ from volumes.data.subjects import join_records
 
 from .build import build_model, initialize_from
 from .encoder_distance import EncoderDistance
+from .engine.averages.power import STORED
 from .engine.learner import Learner
 from .engine.output import save_model
 from .engine.step import Training
@@ -248,7 +249,13 @@ def build_step(
     """Build the training step of `unet`, with its optimizer and average."""
     loop = config.loop
     learner = Learner(
-        "unet", unet, config.optimizer, ema_decay=loop.ema_decay, ema_length=loop.ema_length, max_steps=loop.max_steps
+        "unet",
+        unet,
+        config.optimizer,
+        ema_decay=loop.ema_decay,
+        ema_length=loop.ema_length,
+        max_steps=loop.max_steps,
+        tracked=STORED if loop.ema_snapshots else (),
     )
     scheduler = partial(
         make_scheduler, unet.config["objective"], unet.train_steps, name=config.scheduler, bound=vae.latent_bound()
