@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from line import fresh_accelerate, line_config, line_loop  # noqa: F401
+from line import LineStep, fresh_accelerate, line_config, line_loop  # noqa: F401
 from torch import nn
 
 from cli.command import CannotContinue
@@ -156,3 +156,25 @@ def test_a_run_without_snapshots_writes_no_more_than_before(tmp_path):
     loop.run()
     assert not step.line.tracked and not (tmp_path / "run" / "snapshots").exists()
     assert not list((tmp_path / "run").rglob("*power*"))
+
+
+def test_the_kernel_distance_chooses_if_it_is_asked_for(tmp_path, monkeypatch):
+    """A step that generates is asked for samples; the length whose samples are nearest is left."""
+    generates = {
+        "distance": "kernel_distance",
+        "max_samples": 4,
+        "sample": lambda step, item, number, count, generator: step.line.average.weight.item(),
+        "compare": lambda step, rows: {"kernel_distance": abs(sum(rows) / len(rows) - 1.0)},
+    }
+    for name, value in generates.items():
+        monkeypatch.setattr(LineStep, name, value, raising=False)
+    words = ["--loop.ema_snapshots=6", "--loop.export=posthoc", "--loop.ema_lengths=[0.05, 0.25]", "--loop.previews=0"]
+    words += ["--loop.best_by=kernel_distance", "--loop.sample_every=30", "--loop.sample_volumes=4"]
+    config = line_config(tmp_path, *words)
+    loop, step = line_loop(config, items=4)
+    loop.run()
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())["lengths"]
+    assert found.pop("chosen") == 0.25  # the weight goes from below 1 to 3, so the older it is the nearer
+    weights = {length: loop.snapshots.average_of(length)["weight"].item() for length in (0.05, 0.25)}
+    assert found == {f"{length:g}": pytest.approx(abs(weight - 1)) for length, weight in weights.items()}
+    assert step.line.average.weight.item() == pytest.approx(weights[0.25])
