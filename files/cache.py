@@ -37,7 +37,7 @@ TOUCHED_AGAIN = 60.0  # seconds
 VIEW = re.compile(r"@[0-9a-f]{16}")  # the name of a folder of links to copies of remote files
 # Only files of these names are removed: people put other things into the folder, such as their runs.
 VOXELS, COPY = re.compile(r"[0-9a-f]{40}\.safetensors"), re.compile(r"[0-9a-f]{32}")
-OWN = ("files", "digests", "prepared", "sources")  # folders that are no protocol's
+OWN = ("files", "digests", "prepared", "sources")  # folders of no protocol
 COPYING = ".copying"  # the file that a process locks while it copies remote files
 PINNED = ".in-use"  # suffix of the file beside a folder of links that its jobs lock
 
@@ -67,7 +67,7 @@ def parse_size(text: str, disk: int) -> int:
 def cache_limit(root: Path, used: int) -> int:
     """Return how many bytes the cache in `root`, which holds `used` bytes, may hold.
 
-    Raises: ValueError if $MEDVOLUME_CACHE_LIMIT is no size.
+    Raises: ValueError if $MEDVOLUME_CACHE_LIMIT is not a size.
     """
     there = next(folder for folder in (root, *root.parents) if folder.exists())
     disk = shutil.disk_usage(there)
@@ -155,7 +155,7 @@ def room_for(nbytes: int) -> Iterator[bool]:
 
     While the cache is nearly full, one process writes at a time, so that all of them together stay below the limit.
 
-    Raises: ValueError if $MEDVOLUME_CACHE_LIMIT is no size; OSError if the cache cannot be written to.
+    Raises: ValueError if $MEDVOLUME_CACHE_LIMIT is not a size; OSError if the cache cannot be written to.
     """
     root, limit = cache_root(), os.environ.get(LIMIT)
     with _guard:

@@ -23,9 +23,9 @@ class SamplingSettings:
 
     Args:
         num_inference_steps: denoising steps, with the scheduler of the pipeline's folder.
-        guidance_scale: of classifier-free guidance, for all conditions; 0 to 1 is none.
+        guidance_scale: of classifier-free guidance, for all conditions; 0 to 1 means none.
         guidance_interval: noise levels (lo, hi] in which guidance acts, see `diffusion.guidance.interval_in_effect`.
-        autoguidance_scale: of the guidance by the pipeline's weaker U-Net (`unet_weak`); 0 to 1 is none.
+        autoguidance_scale: of the guidance by the pipeline's weaker U-Net (`unet_weak`); 0 to 1 means none.
     Raises: ValueError naming the setting.
     """
 
