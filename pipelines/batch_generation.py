@@ -56,6 +56,7 @@ class RunConfig(ABC):
 
     Attributes:
         count: volumes per request.
+        unet_weak: folder of the weaker U-Net of autoguidance; None for the pipeline's own.
         exports: (format, folder) of each data set that the volumes are exported to, see `pipelines.export`.
     """
 
@@ -66,6 +67,7 @@ class RunConfig(ABC):
     seed: int = 0
     label_map: LabelMap = field(default_factory=dict)
     lora: str | None = None
+    unet_weak: str | None = None
     max_attempts: int = 10
     wait_minutes: float = 0.0
     precision: str = "no"
@@ -207,9 +209,12 @@ def generate_with_masks(config: BatchConfig, state: PartialState) -> list[str]:
         pipeline=config.mask_pipeline,
         mask_pipeline=None,
         output=folder,
-        sampling=replace(config.sampling, guidance_scale=None),  # that of the volumes
+        sampling=replace(  # guidance is that of the volumes
+            config.sampling, guidance_scale=None, guidance_interval=None, autoguidance_scale=None
+        ),
         label_map={},
         lora=None,
+        unet_weak=None,
         copy_check=None,
         exports=(),
     )
@@ -255,6 +260,8 @@ def load_pipeline(config: RunConfig, device: torch.device | None) -> VolumePipel
     pipe.set_progress_bar_config(disable=True)
     if config.lora:
         pipe.load_lora_weights(config.lora)
+    if config.unet_weak:
+        pipe.load_unet_weak(config.unet_weak)
     return pipe
 
 

@@ -115,7 +115,7 @@ def plan_table(columns: Sequence[Plan]) -> str:
         "cache of each node (copies, prepared volumes, latents)": [one["node"]["total"] for one in columns],
         "checkpoints of the autoencoder's run": [one["run"]["vae_checkpoints"] for one in columns],
         "checkpoints of the diffusion model's run": [one["run"]["ldm_checkpoints"] for one in columns],
-        "network: each node downloads, in all": [one["network"]["download"] for one in columns],
+        "network: each node of the trainings downloads, in all": [one["network"]["download"] for one in columns],
         "network: each node uploads, in all": [one["network"]["upload"] for one in columns],
     }
     rows += [(text, *map(size, values)) for text, values in sizes.items()]

@@ -20,6 +20,7 @@ from diffusion import LatentCacheConfig, build_latent_cache
 from diffusion.latents import store as latent_store
 from diffusion.latents.cache import cache_key
 from diffusion.latents.store import LatentStore
+from files.cache import OF_URL, cache_root, contents
 from volumes import VolumeDataset, load_cases
 
 pytestmark = pytest.mark.usefixtures("copies")
@@ -93,7 +94,35 @@ def test_processes_of_one_machine_may_fetch_the_same_entry(vae, dataset, tmp_pat
 
     monkeypatch.setattr(latent_store, "download", with_another)
     assert latents[0]["name"] == "00000_00"
-    assert [path.name for path in latents.files[0].parent.iterdir()] == ["00000_00.safetensors"]
+    assert {path.name for path in latents.files[0].parent.iterdir()} == {"00000_00.safetensors", OF_URL}
+
+
+def test_copies_of_latents_stay_below_the_limit(vae, dataset, tmp_path, monkeypatch, caplog):
+    """Of which one fits at a time; only this user may read them."""
+    expected = build_latent_cache(dataset, vae, "memory://latents", progress=False)
+    size = max(file.stat().st_size for file in expected.files)
+    monkeypatch.setenv("MEDVOLUME_CACHE", str(tmp_path / "another"))
+    monkeypatch.setenv("MEDVOLUME_CACHE_LIMIT", f"{int(1.5 * size) + 1024} B")
+    latents = build_latent_cache(dataset, vae, "memory://latents", progress=False)
+    for _ in range(2):
+        for index in range(len(dataset)):
+            assert torch.equal(latents[index]["mean"], expected[index]["mean"])
+            assert 0 < contents(cache_root())[0] <= 1.5 * size + 1024
+    assert not caplog.records and latents.files[-1].stat().st_mode & 0o777 == 0o600
+    original = latents.reader.read
+
+    def removed(path, name):  # by another process, after this one saw it
+        monkeypatch.setattr(latents.reader, "read", original)
+        path.unlink()
+        return original(path, name)
+
+    monkeypatch.setattr(latents.reader, "read", removed)
+    assert torch.equal(latents[len(dataset) - 1]["mean"], expected[len(dataset) - 1]["mean"])
+    assert not caplog.records
+    monkeypatch.setenv("MEDVOLUME_CACHE_LIMIT", f"{size // 2} B")
+    for index in (0, 1):
+        assert torch.equal(latents[index]["mean"], expected[index]["mean"])
+    assert caplog.text.count("copies of its latents exceed the limit of the cache") == 1
 
 
 @pytest.mark.parametrize("images", ["meta/{name}.mhd", "series/{name}"])
