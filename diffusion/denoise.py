@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .conditioning import UNCONDITIONED, Conditions, ConditionSchema
-from .guidance import Guidance, guidance_terms, guided
+from .guidance import Guidance, contrasted, guidance_terms, guided
 from .scheduler_options import DPM, UNIPC, Scheduler, check_levels, is_flow, spacing
 
 MAX_STEPS = 100_000
@@ -146,6 +146,7 @@ def denoise(
     image: Tensor | None = None,
     strength: float = 1.0,
     region: Tensor | None = None,
+    contrasts: Sequence[tuple[float, Conditions]] = (),
 ) -> Tensor:
     """Turn noise into latents. Deterministic, except for schedulers that add noise (they draw it from `generator`).
 
@@ -168,6 +169,7 @@ def denoise(
         image: clean latents (B, C, h, w, d).
         strength: in (0, 1], the fraction of the steps that is run, counted from the end; 1 starts from pure noise.
         region: bool (B, 1, h, w, d), True where latents are generated; elsewhere they are those of `image`.
+        contrasts: (scale, conditions) from which the prediction is guided away, see `guidance.contrasted`.
     Returns: latents (B, C, h, w, d).
     Raises: ValueError as `set_timesteps` and `steps_of`.
     """
@@ -191,7 +193,7 @@ def denoise(
     def predict(noisy: Tensor, timestep: Tensor, given: Conditions) -> Tensor:
         return unet(noisy, timestep, **given.as_kwargs(), return_dict=False)[0]
 
-    prediction_of = guided(predict, guidance_terms(conditions, schema, guidance_scale))
+    prediction_of = guided(predict, contrasted(guidance_terms(conditions, schema, guidance_scale), contrasts))
     with nullcontext() if progress is None else progress(len(timesteps)) as bar:
         for step, timestep in enumerate(timesteps):
             scales = hasattr(scheduler, "scale_model_input")
@@ -208,7 +210,8 @@ def denoise(
                 continue
             latents = latents if change.latents is None else change.latents
             if change.guidance_scale is not None:
-                prediction_of = guided(predict, guidance_terms(conditions, schema, change.guidance_scale))
+                terms = guidance_terms(conditions, schema, change.guidance_scale)
+                prediction_of = guided(predict, contrasted(terms, contrasts))
             if change.stop:
                 break
     return latents

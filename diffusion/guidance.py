@@ -87,6 +87,20 @@ def guidance_terms(conditions: Conditions, schema: ConditionSchema, scale: Guida
     return [(effect, conditions), (1 - effect, conditions.drop(given, schema))]
 
 
+def contrasted(
+    terms: Sequence[tuple[float, Conditions]], contrasts: Sequence[tuple[float, Conditions]]
+) -> list[tuple[float, Conditions]]:
+    """Add guidance away from other conditions, such as the same mask without its lesion, to `guidance_terms`: for each
+    contrast (s, other), (s - 1) (e(all) - e(other)). The weights still sum to 1. Unlike guidance by a condition, it
+    needs no training without the condition, and a scale below 1 is not raised to it.
+    """
+    if not contrasts:
+        return list(terms)
+    (weight, conditions), *rest = terms
+    weight += sum(scale - 1 for scale, _ in contrasts)
+    return [(weight, conditions), *rest, *((1 - scale, other) for scale, other in contrasts)]
+
+
 def guided(predict: Predict, terms: Sequence[tuple[float, Conditions]]) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a function that maps (noisy latents, timestep) to the weighted sum of the predictions of all terms, from
     one call of `predict`.

@@ -12,14 +12,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from autoencoder import VQGAN3D, AutoencoderKL3D, SpaceToDepth3D
 from autoencoder.residual_noise import ResidualNoiseModel
-from diffusion import LatentUNet3D, check_guidance, denoise, fit_scheduler
+from diffusion import Conditions, LatentUNet3D, check_guidance, denoise, fit_scheduler
 from diffusion.attention import check_attention_backend
 from diffusion.denoise import set_timesteps
 from diffusion.guidance import Guidance
 from diffusion.scheduler_options import Scheduler
-from pipelines.inputs.conditions import check_conditions, condition_tensors, image_condition
+from pipelines.inputs.conditions import check_conditions, condition_tensors, image_condition, without_labels
 from pipelines.inputs.images import check_images, describe_images
-from pipelines.inputs.masks import describe_mask
+from pipelines.inputs.masks import check_whole, describe_mask, replaced_labels, source_name
 from pipelines.inputs.prepared import PreparedGrid, PreparedVolume
 from pipelines.inputs.request import VolumeRequest
 from pipelines.storage.loading import check_components, check_fit
@@ -34,7 +34,7 @@ from pipelines.storage.provenance import (
 from pipelines.storage.record import GenerationRecord
 from pipelines.storage.sampling_settings import SamplingSettings
 from pipelines.storage.serialization import PipelineIOMixin
-from volumes import VoxelError
+from volumes import UNKNOWN, VoxelError
 from volumes.description import DataDescription
 from volumes.foreground import box_to_json
 
@@ -113,6 +113,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
         self._check_requests(requests)
         sampling = sampling.filled(self.sampling_settings)
         self._timed_scheduler(sampling)
+        self._replaced(sampling)
         read: dict[Any, tuple[PreparedGrid, GenerationRecord]] = {}
         volumes = []
         for request in requests:
@@ -124,6 +125,8 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                 if request.mask is not None:
                     of_box = request.image_of_box(self.data.crop)
                     grid = self.volume_processor.preprocess(request.mask, request.label_map, of_box)
+                    if grid.labels is not None and not self.unet.takes_partial_masks:
+                        check_whole(grid.labels, source_name(request.mask))
                 elif request.shape is not None:
                     grid = self.volume_processor.preprocess_shape(request.shape)
                 grid = self._add_images(request, grid)
@@ -184,6 +187,7 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
             num_inference_steps=sampling.steps,
             sigmas=sampling.sigmas,
             guidance_scale=recorded_guidance(sampling.guidance_scale),
+            guidance_without=sampling.without,
             settings_from=sampling.settings_from,
             scheduler=self._recorded_scheduler(sampling),
             dtype=self._dtypes(),
@@ -251,12 +255,15 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                 state.guidance_scale = sampling.guidance_scale
                 callback = StepCallback(self, state, step_end or StepEnd(), in_effect)
                 images = [encoded[sample.prepared.grid].condition for sample in batch]
+                volumes_of_batch = [sample.prepared for sample in batch]
+                conditions = condition_tensors(self.unet, volumes_of_batch, device, images)
                 denoised = denoise(
                     self.unet,
                     initial_latents(batch, self._latent_shape(batch[0].prepared.grid), device, self.unet.dtype),
                     schedulers[batch[0].prepared.shape],
-                    condition_tensors(self.unet, [sample.prepared for sample in batch], device, images),
+                    conditions,
                     guidance_scale=sampling.guidance_scale,
+                    contrasts=self._contrasts(sampling, volumes_of_batch, conditions),
                     schema=self.unet.condition_schema,
                     num_inference_steps=sampling.steps,
                     sigmas=sampling.sigmas,
@@ -270,6 +277,26 @@ class VolumePipeline(PipelineCalls, PipelineIOMixin, LoraMixin):
                     self._finish(sample, latent, output_type, sampling.residual_noise)
             self.maybe_free_model_hooks()
         return samples
+
+    def _replaced(self, sampling: SamplingConfig) -> dict[int, int]:
+        """The label indices that `guidance_without` replaces, and by what. Raises: ValueError for what the model does
+        not know."""
+        if sampling.without is None:
+            return {}
+        replaced = replaced_labels(self.data.labels, sampling.without["labels"])
+        if UNKNOWN in replaced.values() and not self.unet.takes_partial_masks:
+            raise ValueError("guidance_without: this model knows no unknown label; name the label around it instead")
+        return replaced
+
+    def _contrasts(
+        self, sampling: SamplingConfig, volumes: Sequence[PreparedVolume], conditions: Conditions
+    ) -> list[tuple[float, Conditions]]:
+        """The conditions from which a batch is guided away, with their scale."""
+        replaced = self._replaced(sampling)
+        if sampling.without is None or conditions.mask is None:
+            return []
+        other = without_labels(self.unet, volumes, conditions, replaced, self._execution_device)
+        return [] if other is None else [(sampling.without["scale"], other)]
 
     def _samples(
         self,

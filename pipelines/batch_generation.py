@@ -206,7 +206,9 @@ def generate_with_masks(config: BatchConfig, state: PartialState) -> list[str]:
         pipeline=config.mask_pipeline,
         mask_pipeline=None,
         output=folder,
-        sampling=replace(config.sampling, guidance_scale=None),  # that of the volumes
+        sampling=replace(  # these are of the volumes
+            config.sampling, guidance_scale=None, guidance_without=None, without_scale=None
+        ),
         label_map={},
         lora=None,
         copy_check=None,

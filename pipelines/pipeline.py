@@ -1,7 +1,8 @@
 """MedVolumePipeline: masks to volumes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
+from typing import Any
 
 import torch
 
@@ -52,6 +53,8 @@ class MedVolumePipeline(VolumePipeline):
         num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         guidance_scale: Guidance = None,
+        guidance_without: Mapping[str | int, str | int] | None = None,
+        without_scale: float | None = None,
         num_volumes_per_mask: int = 1,
         generator: Generators = None,
         latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
@@ -88,6 +91,12 @@ class MedVolumePipeline(VolumePipeline):
                 less from each other; from 0 to 1 there is no guidance, as in diffusers. One number, or one per
                 condition such as {"sex": 3.0}. For conditions that training dropped at times (`condition_dropout`).
                 Default: that of the pipeline, as for the steps, or 1.
+            guidance_without: guidance away from the same mask without some labels, so that small structures show more
+                clearly: {label: label in its place}, by name or value, such as {"lesion": "organ"}. It needs no
+                training without the mask. It adds to `guidance_scale`, and one network call to each step of volumes
+                with such labels. {} is none. Default: that of the pipeline, or none.
+            without_scale: of `guidance_without`: 1 is none, 2 doubles the difference that the labels make. Default:
+                that of the pipeline, or 2.
             num_volumes_per_mask: volumes per mask (with `shape`, per dict).
             generator: one per volume (mask by mask), or a single one: for a single volume as `[generator]`, for several
                 volumes one seed each is taken from it, see `sampling.sample_generators`. A volume depends on its own
@@ -126,7 +135,8 @@ class MedVolumePipeline(VolumePipeline):
         """
         return_dict = flag("return_dict", return_dict)
         step_end = StepEnd(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        sampling = SamplingConfig(num_inference_steps, sigmas, guidance_scale, residual_noise, batch_size)
+        without: Any = {"guidance_without": guidance_without, "without_scale": without_scale}
+        sampling = SamplingConfig(num_inference_steps, sigmas, guidance_scale, residual_noise, batch_size, **without)
         per_mask = whole_number("num_volumes_per_mask", num_volumes_per_mask)
         requests = call_requests(mask, shape, classes, numbers, image, label_map, box_image)
         volumes = [volume for volume in self.prepare(requests, sampling) for _ in range(per_mask)]

@@ -14,11 +14,13 @@ from diffusion.guidance import Guidance, guidance_in_effect
 from diffusion.scheduler_options import MIN_NOISE
 from pipelines.inputs.arguments import flag, listed, noise_levels, whole_number
 from pipelines.inputs.prepared import PreparedVolume
-from pipelines.storage.record import GenerationRecord
-from pipelines.storage.sampling_settings import SamplingSettings
+from pipelines.storage.record import GenerationRecord, WithoutRecord
+from pipelines.storage.sampling_settings import SamplingSettings, replaced_names, scale_without
 from volumes.formats.carriers import as_array
 
 DEFAULTS: Mapping[str, int | float] = {"num_inference_steps": 20, "guidance_scale": 1.0}  # of pipelines that have none
+OF_PIPELINE = ("num_inference_steps", "guidance_scale", "guidance_without", "without_scale")  # in sampling.json
+WITHOUT_SCALE = 2.0  # of `guidance_without`
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -34,6 +36,9 @@ class SamplingConfig:
         residual_noise: whether the residual noise of the autoencoder is added, for a model that measured it.
         batch_size: volumes of one shape that are denoised together.
         settings_from: where steps and guidance came from, which `filled` notes.
+        guidance_without: {label: label in its place} of the masks that volumes are guided away from, by value or name,
+            such as {"lesion": "organ"}; empty for none, None for the pipeline's own.
+        without_scale: of that guidance, 1 for none; None for the pipeline's own.
     Raises: ValueError naming the argument.
     """
 
@@ -43,6 +48,8 @@ class SamplingConfig:
     residual_noise: bool = True
     batch_size: int = 8
     settings_from: Mapping[str, str] | None = None
+    guidance_without: Mapping[str | int, str | int] | None = None
+    without_scale: float | None = None
 
     def __post_init__(self) -> None:
         steps = self.num_inference_steps
@@ -51,6 +58,8 @@ class SamplingConfig:
             "sigmas": None if self.sigmas is None else noise_levels(self.sigmas),
             "residual_noise": flag("residual_noise", self.residual_noise),
             "batch_size": whole_number("batch_size", self.batch_size),
+            "guidance_without": None if self.guidance_without is None else replaced_names(self.guidance_without),
+            "without_scale": None if self.without_scale is None else scale_without(self.without_scale),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -61,13 +70,15 @@ class SamplingConfig:
         from: {"num_inference_steps": "call", "guidance_scale": "pipeline" or "default"}."""
         if self.settings_from is not None:
             return self
-        asked = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        asked: dict[str, Any] = {name: getattr(self, name) for name in OF_PIPELINE}
         if self.sigmas is not None:
             asked["num_inference_steps"] = len(self.sigmas)
         values = {name: value for name, value in asked.items() if value is not None}
         of_pipeline = own.to_json()
         places = {
-            name: "call" if name in values else "pipeline" if name in of_pipeline else "default" for name in asked
+            name: "call" if name in values else "pipeline" if name in of_pipeline else "default"
+            for name in asked
+            if name in {**DEFAULTS, **of_pipeline, **values}
         }
         return replace(self, **{**DEFAULTS, **of_pipeline, **values}, settings_from=places)
 
@@ -83,7 +94,15 @@ class SamplingConfig:
     @property
     def recorded(self) -> tuple[object, ...]:
         """All settings that a volume depends on."""
-        return self.steps, self.sigmas, self.guidance_scale, self.residual_noise
+        return self.steps, self.sigmas, self.guidance_scale, self.residual_noise, self.without
+
+    @property
+    def without(self) -> WithoutRecord | None:
+        """The guidance away from masks without some labels, as it is recorded; None for none."""
+        scale = WITHOUT_SCALE if self.without_scale is None else self.without_scale
+        if not self.guidance_without or scale == 1:
+            return None
+        return {"labels": {str(one): other for one, other in self.guidance_without.items()}, "scale": scale}
 
     def check_start(self) -> None:
         """Raises: ValueError if the steps begin at less noise than the pure noise from which a volume is generated."""

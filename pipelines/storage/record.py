@@ -11,6 +11,7 @@ from volumes.foreground import box_from_json
 
 INFORMATIVE = ("software", "settings_from")  # entries that do not tell volumes apart
 LEFT_OUT = (
+    "guidance_without",
     "resampled",
     "box",
     "box_image",
@@ -46,6 +47,14 @@ class SourceRecord(TypedDict):
     sha256: str
 
 
+class WithoutRecord(TypedDict):
+    """Guidance away from masks in which other labels take the place of some: {label: label in its place}, by name or
+    value, and its scale."""
+
+    labels: dict[str, str | int]
+    scale: float
+
+
 class EditRecord(TypedDict):
     """An edit: the channels that are changed, and how. `region` and `blend_margin` (mm) only where there is a
     region."""
@@ -65,6 +74,7 @@ class GenerationRecord:
         seed: of the volume's own generator; None if its noise came from elsewhere.
         sigmas: noise levels, where they were given; `num_inference_steps` is then their number.
         guidance_scale: in effect; None for none.
+        guidance_without: labels without which the mask was what the volume was guided away from; None for none.
         settings_from: {"num_inference_steps", "guidance_scale"}: "call", "pipeline" (its sampling.json) or "default".
         scheduler: its class and its options.
         dtype: the types in which the weights are stored and computed.
@@ -88,6 +98,7 @@ class GenerationRecord:
     num_inference_steps: int
     sigmas: Sequence[float] | None = None
     guidance_scale: float | Mapping[str, float] | None = None
+    guidance_without: WithoutRecord | None = None
     settings_from: Mapping[str, str] | None = None
     scheduler: Mapping[str, object] = field(default_factory=dict)
     dtype: str = ""
