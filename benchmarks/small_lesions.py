@@ -29,10 +29,10 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="trained models, kept for the next run")
-    parser.add_argument("--vae_steps", type=Number(PositiveInt), default=600, help="of each autoencoder (600)")
-    parser.add_argument("--steps", type=Number(PositiveInt), default=1200, help="of each diffusion model (1200)")
-    parser.add_argument("--iterations", type=Number(PositiveInt), default=600, help="of the segmenter (600)")
-    parser.add_argument("--count", type=Number(PositiveInt), default=96, help="phantoms of the test (96)")
+    parser.add_argument("--vae_steps", type=Number(PositiveInt), default=300, help="of each autoencoder (300)")
+    parser.add_argument("--steps", type=Number(PositiveInt), default=600, help="of each diffusion model (600)")
+    parser.add_argument("--iterations", type=Number(PositiveInt), default=400, help="of the segmenter (400)")
+    parser.add_argument("--count", type=Number(PositiveInt), default=64, help="phantoms of the test (64)")
     return parser.parse_args(args)
 
 
@@ -66,12 +66,12 @@ DATA = (
 )
 QUIET = ["--loop.preview_every=0", "--loop.checkpoint_every=0", "--loop.workers=0", "--loop.trackers=[]"]
 AUTOENCODERS = {  # by stride: 4 is the default
-    2: "{class: autoencoder.AutoencoderKL3D, channels: [48], strides: [], encoder_blocks: [1], decoder_blocks: [2]}",
+    2: "{class: autoencoder.AutoencoderKL3D, channels: [32], strides: [], encoder_blocks: [1], decoder_blocks: [1]}",
     4: "{class: autoencoder.AutoencoderKL3D, channels: [32, 64], encoder_blocks: [1, 1], decoder_blocks: [1, 1]}",
 }
 UNET = (
-    "class: diffusion.LatentUNet3D, channels: [32, 64], blocks: [1, 1], attention: [false, true], mask_width: 32, "
-    "objective: rectified_flow"
+    "class: diffusion.LatentUNet3D, channels: [24, 48], head_dim: 24, blocks: [1, 1], attention: [false, true], "
+    "mask_width: 32, objective: rectified_flow"
 )
 WEIGHTS = {"vae": "{lesion: 30}", "ldm": "{lesion: 100}"}
 MODELS = {"plain": ("{}", ""), "weighted": (WEIGHTS["ldm"], ""), "partial": (WEIGHTS["ldm"], ", partial_masks: 0.5")}

@@ -244,7 +244,8 @@ def replaced_labels(labels: Mapping[int, str], replaced: Mapping[str, str | int]
     """
     values: dict[str | int, int] = {"unknown": UNKNOWN} | {str(value): value for value in labels}
     values |= {name: value for value, name in labels.items()} | {value: value for value in labels}
-    if unknown := [one for pair in replaced.items() for one in pair if one not in values or values[pair[0]] == UNKNOWN]:
+    lacking = [one for pair in replaced.items() for one in pair if one not in values]
+    if unknown := lacking + [one for one in replaced if values.get(one) == UNKNOWN]:
         listing = ", ".join(f"{value} ({name})" for value, name in labels.items()) or "none"
         raise ValueError(f"guidance_without names {unknown}; the labels of this model are {listing}")
     if same := [one for one, other in replaced.items() if values[one] == values[other]]:
