@@ -35,7 +35,7 @@ from diffusion import (
 from diffusion.completion import complete_model
 from diffusion.denoise import set_timesteps
 from diffusion.folding import cells_with, emphasis_of, hide_parts
-from diffusion.latent_cache import weights_hash
+from diffusion.latents.cache import weights_hash
 from diffusion.objectives import Scheduler
 from files.documents import read_object
 from pipelines import MedVolumePipeline, SamplingSettings

@@ -20,11 +20,11 @@ from diffusion import (
     build_latent_cache,
     collate_latents,
     fold_mask,
-    latent_cache,
-    latent_entry,
 )
-from diffusion.latent_cache import cache_key, weights_hash
-from diffusion.latent_entry import entry_digest, write_entry
+from diffusion.latents import cache as latent_cache
+from diffusion.latents import entry as latent_entry
+from diffusion.latents.cache import cache_key, weights_hash
+from diffusion.latents.entry import entry_digest, write_entry
 from volumes import PADDING, Case, DataConfig, IntensityScaling, PhantomConfig, VolumeDataset, load_cases
 
 

@@ -13,7 +13,7 @@ from autoencoder import SpaceToDepth3D
 from autoencoder.layers import depth_to_space
 from diffusion import Conditions, LatentCacheConfig, build_latent_cache, collate_latents, fold_mask, training_loss
 from diffusion.folding import cells_inside
-from diffusion.latent_cache import cache_key, deformed
+from diffusion.latents.cache import cache_key, deformed
 from diffusion.objectives import noisy_and_target, sample_timesteps
 from volumes import PADDING, Case, DataConfig, IntensityScaling, PhantomConfig, VolumeDataset, load_cases
 from volumes.foreground import ForegroundCrop

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 import train_ldm
 from autoencoder import AutoencoderKL3D
-from diffusion import LatentCacheConfig, build_latent_cache, latent_store
-from diffusion.latent_cache import cache_key
-from diffusion.latent_store import LatentStore
+from diffusion import LatentCacheConfig, build_latent_cache
+from diffusion.latents import store as latent_store
+from diffusion.latents.cache import cache_key
+from diffusion.latents.store import LatentStore
 from volumes import VolumeDataset, load_cases
 
 ROOT = Path(__file__).parents[2]

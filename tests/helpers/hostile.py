@@ -419,7 +419,7 @@ def holder_target() -> Target:
 def entry_target() -> Target:
     import torch
 
-    from diffusion.latent_entry import EntryReader, write_entry
+    from diffusion.latents.entry import EntryReader, write_entry
 
     tensors = {"mean": torch.rand(4, 2, 2, 2), "std": torch.rand(4, 2, 2, 2), "inside": torch.ones(1, 2, 2, 2)}
     files = collected(lambda folder: write_entry(tensors, folder / "00000_00.safetensors", name="00000_00"))

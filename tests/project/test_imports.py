@@ -130,6 +130,15 @@ def test_a_wrong_import_of_the_engine_is_found(tmp_path):
     assert names_outside(engine, tmp_path) == {"files", "training.vae", "training.", "diffusion"}
 
 
+def test_the_latent_cache_is_above_the_networks():
+    latents = ROOT / "diffusion/latents"
+    below = {"diffusion.conditioning", "diffusion.folding", "diffusion.images"}
+    assert names_outside(latents) == {"files", "cli", "volumes", "autoencoder"} | below
+    modules = set((ROOT / "diffusion").glob("*.py")) - {ROOT / "diffusion/__init__.py"}
+    imports = re.compile(r"^\s*(from \.|from diffusion|import diffusion).*\blatents\b", re.MULTILINE)
+    assert [module.name for module in modules if imports.search(module.read_text(encoding="utf-8"))] == []
+
+
 def test_packages_of_evaluation_import_one_way():
     assert wrong_levels(ROOT / "evaluation", EVALUATION_LEVELS) == []
     named = set().union(*EVALUATION_LEVELS)

@@ -3,7 +3,7 @@ again each time.
 
 Each entry is a safetensors file, in a folder named by a hash of the autoencoder, the data and the augmentation. So a
 stale cache is never read; another one is built beside it. Latents (C, h, w, d); masks (X, Y, Z) int16 label indices,
-padded to the stride with `PADDING`. Each entry holds a digest of its name and tensors (`latent_entry`): a damaged one
+padded to the stride with `PADDING`. Each entry holds a digest of its name and tensors (`entry`): a damaged one
 is made again.
 """
 
@@ -36,11 +36,11 @@ from files.remote import is_url, plain_path
 from volumes import PADDING, Placement, VolumeDataset, pad_or_crop, pad_to_multiple, volume_parts
 from volumes.data.dataset import Sample
 
-from .conditioning import Conditions
-from .folding import fold_mask
-from .images import image_condition
-from .latent_entry import DamagedEntry, EntryReader, check_latents, write_entry
-from .latent_store import LatentStore
+from ..conditioning import Conditions
+from ..folding import fold_mask
+from ..images import image_condition
+from .entry import DamagedEntry, EntryReader, check_latents, write_entry
+from .store import LatentStore
 
 logger = logging.getLogger(__name__)
 NOT_CACHED = ("classes", "numbers", "condition_channels")  # entries of the data section that latents do not depend on
