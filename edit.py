@@ -81,7 +81,7 @@ def parse(args: Sequence[str] | None) -> "EditConfig":
     lesion = lesion_of(parser, options)
 
     from pipelines.batch_edits import EditConfig  # after the arguments: these imports take seconds
-    from pipelines.sampling import SamplingConfig
+    from pipelines.sampling import sampling_of
 
     return EditConfig(
         pipeline=expand_path(options.pipeline),
@@ -96,13 +96,8 @@ def parse(args: Sequence[str] | None) -> "EditConfig":
         keep_channels=options.keep_channels,
         lesion=lesion,
         count=options.count,
-        sampling=SamplingConfig(
-            options.steps,
-            guidance_scale=options.guidance_scale,
-            batch_size=options.batch_size,
-            guidance_without=None if options.guidance_without is None else dict(options.guidance_without),
-            without_scale=options.without_scale,
-        ),
+        sampling=sampling_of(options),
+        unet_weak=options.unet_weak,
         seed=options.seed,
         label_map=dict(options.label_map),
         lora=options.lora,

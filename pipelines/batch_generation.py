@@ -55,6 +55,7 @@ class RunConfig:
 
     Attributes:
         count: volumes per request.
+        unet_weak: folder of the weaker U-Net of autoguidance; None for the pipeline's own.
         exports: (format, folder) of each data set that the volumes are exported to, see `pipelines.export`.
     """
 
@@ -65,6 +66,7 @@ class RunConfig:
     seed: int = 0
     label_map: LabelMap = field(default_factory=dict)
     lora: str | None = None
+    unet_weak: str | None = None
     max_attempts: int = 10
     wait_minutes: float = 0.0
     precision: str = "no"
@@ -206,11 +208,17 @@ def generate_with_masks(config: BatchConfig, state: PartialState) -> list[str]:
         pipeline=config.mask_pipeline,
         mask_pipeline=None,
         output=folder,
-        sampling=replace(  # these are of the volumes
-            config.sampling, guidance_scale=None, guidance_without=None, without_scale=None
+        sampling=replace(  # guidance is that of the volumes
+            config.sampling,
+            guidance_scale=None,
+            guidance_interval=None,
+            autoguidance_scale=None,
+            guidance_without=None,
+            without_scale=None,
         ),
         label_map={},
         lora=None,
+        unet_weak=None,
         copy_check=None,
         exports=(),
     )
@@ -256,6 +264,8 @@ def load_pipeline(config: RunConfig, device: torch.device | None) -> VolumePipel
     pipe.set_progress_bar_config(disable=True)
     if config.lora:
         pipe.load_lora_weights(config.lora)
+    if config.unet_weak:
+        pipe.load_unet_weak(config.unet_weak)
     return pipe
 
 

@@ -40,6 +40,8 @@ class MedVolumePipeline(VolumePipeline):
         unet: trained latent U-Net; its config holds objective and number of labels.
         scheduler: any of diffusers' that speaks the objective, see `diffusion.fit_scheduler`.
         data: the description of the training set (`volumes.describe`), or its JSON, which model_index.json keeps.
+        unet_weak: a weaker version of the U-Net for `autoguidance_scale`, such as a smaller one, or an earlier
+            checkpoint.
     """
 
     @torch.no_grad()
@@ -53,6 +55,8 @@ class MedVolumePipeline(VolumePipeline):
         num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         guidance_scale: Guidance = None,
+        guidance_interval: Sequence[float] | None = None,
+        autoguidance_scale: float | None = None,
         guidance_without: Mapping[str | int, str | int] | None = None,
         without_scale: float | None = None,
         num_volumes_per_mask: int = 1,
@@ -91,6 +95,12 @@ class MedVolumePipeline(VolumePipeline):
                 less from each other; from 0 to 1 there is no guidance, as in diffusers. One number, or one per
                 condition such as {"sex": 3.0}. For conditions that training dropped at times (`condition_dropout`).
                 Default: that of the pipeline, as for the steps, or 1.
+            guidance_interval: noise levels (lo, hi] in which guidance acts, such as (0.2, 0.8), 1 being pure noise and
+                0 clean; a step elsewhere is one network call (Kynkaanniemi et al. 2024). (0, 1) is all. Default: that
+                of the pipeline, or all.
+            autoguidance_scale: above 1, guidance away from the pipeline's weaker U-Net (`unet_weak`), under the same
+                conditions (Karras et al. 2024); it adds to `guidance_scale`, and one network call to a step. Default:
+                that of the pipeline, or 1, which is none.
             guidance_without: guidance away from the same mask without some labels, so that small structures show more
                 clearly: {label: label in its place}, by name or value, such as {"lesion": "organ"}. It needs no
                 training without the mask. It adds to `guidance_scale`, and one network call to each step of volumes
@@ -135,8 +145,9 @@ class MedVolumePipeline(VolumePipeline):
         """
         return_dict = flag("return_dict", return_dict)
         step_end = StepEnd(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        without: Any = {"guidance_without": guidance_without, "without_scale": without_scale}
-        sampling = SamplingConfig(num_inference_steps, sigmas, guidance_scale, residual_noise, batch_size, **without)
+        guidance: Any = {"guidance_interval": guidance_interval, "autoguidance_scale": autoguidance_scale}
+        guidance |= {"guidance_without": guidance_without, "without_scale": without_scale}
+        sampling = SamplingConfig(num_inference_steps, sigmas, guidance_scale, residual_noise, batch_size, **guidance)
         per_mask = whole_number("num_volumes_per_mask", num_volumes_per_mask)
         requests = call_requests(mask, shape, classes, numbers, image, label_map, box_image)
         volumes = [volume for volume in self.prepare(requests, sampling) for _ in range(per_mask)]

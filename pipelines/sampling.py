@@ -1,6 +1,7 @@
 """How volumes are sampled: the settings of a call, and each volume's own noise, from its own generator, so that its
 result depends on no other volume of the call."""
 
+from argparse import Namespace
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,13 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusion.guidance import Guidance, guidance_in_effect
+from diffusion.guidance import (
+    Guidance,
+    Interval,
+    autoguidance_in_effect,
+    guidance_in_effect,
+    interval_in_effect,
+)
 from diffusion.scheduler_options import MIN_NOISE
 from pipelines.inputs.arguments import flag, listed, noise_levels, whole_number
 from pipelines.inputs.prepared import PreparedVolume
@@ -19,7 +26,10 @@ from pipelines.storage.sampling_settings import SamplingSettings, replaced_names
 from volumes.formats.carriers import as_array
 
 DEFAULTS: Mapping[str, int | float] = {"num_inference_steps": 20, "guidance_scale": 1.0}  # of pipelines that have none
-OF_PIPELINE = ("num_inference_steps", "guidance_scale", "guidance_without", "without_scale")  # in sampling.json
+OF_PIPELINE = (  # in sampling.json
+    *("num_inference_steps", "guidance_scale", "guidance_interval", "autoguidance_scale"),
+    *("guidance_without", "without_scale"),
+)
 WITHOUT_SCALE = 2.0  # of `guidance_without`
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -35,6 +45,9 @@ class SamplingConfig:
             the pipeline's own.
         residual_noise: whether the residual noise of the autoencoder is added, for a model that measured it.
         batch_size: volumes of one shape that are denoised together.
+        guidance_interval: noise levels (lo, hi] in which guidance acts, (0, 1) for all; None for the pipeline's own.
+        autoguidance_scale: of the guidance by the pipeline's weaker U-Net, 0 to 1 for none; None for the pipeline's
+            own.
         settings_from: where steps and guidance came from, which `filled` notes.
         guidance_without: {label: label in its place} of the masks that volumes are guided away from, by value or name,
             such as {"lesion": "organ"}; empty for none, None for the pipeline's own.
@@ -47,6 +60,8 @@ class SamplingConfig:
     guidance_scale: Guidance = None
     residual_noise: bool = True
     batch_size: int = 8
+    guidance_interval: Interval | None = None
+    autoguidance_scale: float | None = None
     settings_from: Mapping[str, str] | None = None
     guidance_without: Mapping[str | int, str | int] | None = None
     without_scale: float | None = None
@@ -64,10 +79,15 @@ class SamplingConfig:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         guidance_in_effect(self.guidance_scale)  # its names are checked where the conditions are known
+        autoguidance_in_effect(self.autoguidance_scale)
+        if self.guidance_interval is not None:
+            interval = interval_in_effect(self.guidance_interval) or (0.0, 1.0)
+            object.__setattr__(self, "guidance_interval", interval)
 
     def filled(self, own: SamplingSettings) -> "SamplingConfig":
         """The same with the pipeline's `own` settings, or else the defaults, where it has none; and where they came
-        from: {"num_inference_steps": "call", "guidance_scale": "pipeline" or "default"}."""
+        from: {"num_inference_steps": "call", "guidance_scale": "pipeline" or "default"}, and the same for the interval
+        and autoguidance where either has them."""
         if self.settings_from is not None:
             return self
         asked: dict[str, Any] = {name: getattr(self, name) for name in OF_PIPELINE}
@@ -94,7 +114,16 @@ class SamplingConfig:
     @property
     def recorded(self) -> tuple[object, ...]:
         """All settings that a volume depends on."""
-        return self.steps, self.sigmas, self.guidance_scale, self.residual_noise, self.without
+        guidance = self.guidance_scale, self.interval, autoguidance_in_effect(self.autoguidance_scale)
+        return self.steps, self.sigmas, *guidance, self.without, self.residual_noise
+
+    @property
+    def interval(self) -> Interval | None:
+        """The noise levels in which guidance acts; None for all, and where there is no guidance."""
+        unguided = guidance_in_effect(self.guidance_scale) in (1.0, {})
+        if unguided and autoguidance_in_effect(self.autoguidance_scale) == 1 and self.without is None:
+            return None
+        return interval_in_effect(self.guidance_interval)
 
     @property
     def without(self) -> WithoutRecord | None:
@@ -111,6 +140,19 @@ class SamplingConfig:
                 f"sigmas begin at {self.sigmas[0]:g}, which treats pure noise as an image; begin at 1, or give the "
                 "`latents` (or an image and strength) that have so little noise"
             )
+
+
+def sampling_of(options: Namespace) -> SamplingConfig:
+    """The settings of a command line, see `cli.generation`. Raises: ValueError for an interval that is none."""
+    return SamplingConfig(
+        options.steps,
+        guidance_scale=options.guidance_scale,
+        batch_size=options.batch_size,
+        guidance_interval=None if options.guidance_interval is None else tuple(options.guidance_interval),
+        autoguidance_scale=options.autoguidance_scale,
+        guidance_without=None if options.guidance_without is None else dict(options.guidance_without),
+        without_scale=options.without_scale,
+    )
 
 
 @dataclass(eq=False)

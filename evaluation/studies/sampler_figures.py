@@ -17,6 +17,7 @@ from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHe
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import nn
 
+from diffusion.guidance import Interval, interval_in_effect
 from diffusion.objectives import RECTIFIED_FLOW, Scheduler, fit_scheduler, make_scheduler
 from evaluation.data.model_units import in_model_units
 from evaluation.data.pairs import LoadedPairs, unit_range
@@ -42,11 +43,25 @@ OF_DIFFUSION = {"euler": EulerDiscreteScheduler, "ddim": DDIMScheduler, "ddpm": 
 
 @dataclass(frozen=True)
 class Combination:
-    """A scheduler by name, its steps, and the guidance scale."""
+    """A scheduler by name, its steps, the guidance scale, the noise levels (lo, hi] in which guidance acts (None: all,
+    or no guidance), and the scale of autoguidance (1: none)."""
 
     scheduler: str
     steps: int
     guidance: float
+    interval: Interval | None = None
+    autoguidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        guided = max(self.guidance, self.autoguidance) > 1
+        object.__setattr__(self, "interval", interval_in_effect(self.interval) if guided else None)
+
+    @property
+    def guidance_in_words(self) -> str:
+        """Such as "2 in (0.2, 0.8], weak 1.5"."""
+        interval = "" if self.interval is None else f" in ({self.interval[0]:g}, {self.interval[1]:g}]"
+        weak = "" if self.autoguidance == 1 else f", weak {self.autoguidance:g}"
+        return f"{self.guidance:g}{interval}{weak}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,7 @@ class Seconds(TypedDict):
 
 
 class Cost(TypedDict):
-    """The cost of sampling; `evaluations_per_volume` counts calls of the network, both of guidance's."""
+    """The cost of sampling; `evaluations_per_volume` counts calls of networks, all of guidance's."""
 
     scheduler_class: str
     evaluations_per_volume: float
@@ -152,7 +167,8 @@ def sample(
         evaluations += len(args[0])
 
     volumes, seconds = [], []
-    handle = pipe.unet.register_forward_pre_hook(count)
+    networks = [pipe.unet, *([] if pipe.unet_weak is None else [pipe.unet_weak])]
+    handles = [network.register_forward_pre_hook(count) for network in networks]
     pipe.scheduler = make_named(combination.scheduler, pipe)
     try:
         for start in range(0, len(inputs.masks), batch_size):
@@ -166,6 +182,8 @@ def sample(
                     numbers=list(inputs.numbers[batch]),
                     num_inference_steps=combination.steps,
                     guidance_scale=combination.guidance,
+                    guidance_interval=combination.interval or (0.0, 1.0),
+                    autoguidance_scale=combination.autoguidance,
                     generator=generators,
                     batch_size=batch_size,
                 )
@@ -174,7 +192,8 @@ def sample(
         name = type(pipe.scheduler).__name__
     finally:
         pipe.scheduler = original_scheduler
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return volumes, {
         "scheduler_class": name,
         "evaluations_per_volume": evaluations / len(volumes),
