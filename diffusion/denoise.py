@@ -221,7 +221,8 @@ def denoise(
         return unet(noisy, timestep, **given.as_kwargs(), return_dict=False)[0]
 
     levels = noise_shares(scheduler)[first:]
-    guide = Guide(predict, conditions, schema, guidance_scale, interval_in_effect(guidance_interval), contrasts)
+    guide = Guide(predict, conditions, schema, guidance_scale, interval_in_effect(guidance_interval))
+    guide.contrasts = contrasts
     if autoguidance is not None:
         guide.weak, guide.autoguidance = _weak_prediction(autoguidance), autoguidance.scale
     with nullcontext() if progress is None else progress(len(timesteps)) as bar:

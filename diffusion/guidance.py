@@ -183,9 +183,9 @@ class Guide:
         predict: the network.
         conditions, schema, scale: as in `guidance_terms`.
         interval: noise levels in which guidance acts, see `interval_in_effect`; None: all.
-        contrasts: (scale, conditions) from which predictions are guided away, see `contrasted`.
         weak: predictions of a weaker network under all conditions; None for none.
         autoguidance: scale of the guidance by `weak`, see `autoguided`.
+        contrasts: (scale, conditions) from which predictions are guided away, see `contrasted`.
         calls: network calls so far for each sample, those of `weak` included.
     """
 
@@ -194,9 +194,9 @@ class Guide:
     schema: ConditionSchema
     scale: Guidance = 1.0
     interval: Interval | None = None
-    contrasts: Sequence[tuple[float, Conditions]] = ()
     weak: Prediction | None = None
     autoguidance: float = 1.0
+    contrasts: Sequence[tuple[float, Conditions]] = ()
     calls: int = 0
     _made: dict[bool, tuple[Prediction, int]] = field(default_factory=dict)
 

@@ -27,7 +27,8 @@ def latent(pipe, mask=None, **how) -> torch.Tensor:
 def partial_pipeline() -> MedVolumePipeline:
     pipe = tiny_pipeline()
     torch.manual_seed(0)
-    unet = LatentUNet3D.from_config({**pipe.unet.config, "partial_masks": 0.2})
+    settings = {name: value for name, value in pipe.unet.config.items() if name[0] != "_"}
+    unet = LatentUNet3D(**{**settings, "partial_masks": 0.2})
     for parameter in (unet.conv_out.weight, *(block.conv2.weight for level in unet.down_blocks for block in level)):
         torch.nn.init.normal_(parameter, std=0.1)
     pipe = MedVolumePipeline(pipe.vae, unet.eval(), make_scheduler("rectified_flow"), pipe.data)
