@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import ndimage
 
 from .volume import Volume
 
@@ -12,7 +13,6 @@ PHANTOM_LABELS = {0: "background", 1: "body", 2: "organ", 3: "lesion"}
 ORGAN, LESION = 2, 3
 PHANTOM_CLASSES = ("dark lesion", "bright lesion")
 INTENSITY = {"background": 0.0, "body": 400.0, "organ": 700.0}
-AROUND = np.stack(np.meshgrid(*[[-1, 0, 1]] * 3, indexing="ij"), -1).reshape(-1, 3)  # a voxel and its neighbors
 APART = 3  # voxels between small lesions, at least
 ATTEMPTS = 50  # at a place for each small lesion
 LESION_INTENSITY = (150.0, 1000.0)  # by class
@@ -75,21 +75,18 @@ def phantom_lesion(
 
 
 def _small_lesions(seed: int, organ: np.ndarray, voxels: tuple[int, int], count: int) -> list[np.ndarray]:
-    """Return the voxels (n, 3) of up to `count` compact lesions inside the organ, bool (X, Y, Z): of each the n voxels
-    that are nearest to a random point, with n from `voxels`."""
+    """Return the voxels (n, 3) of up to `count` compact lesions that are surrounded by the organ, bool (X, Y, Z): of
+    each the n voxels that are nearest to a random point, with n from `voxels`."""
     random = np.random.default_rng((seed, LESION))  # of its own: the rest of a phantom stays as it is
-    inside = np.argwhere(organ)
+    inside = np.argwhere(ndimage.binary_erosion(organ, np.ones((3, 3, 3))))
     found: list[np.ndarray] = []
-    for _ in range(count * ATTEMPTS):
+    for _ in range(count * ATTEMPTS if len(inside) else 0):
         if len(found) == count:
             break
         size = int(random.integers(*voxels, endpoint=True))
         point = inside[random.integers(len(inside))] + random.uniform(-0.5, 0.5, 3)
-        nearest = np.argsort(((inside - point) ** 2).sum(1), kind="stable")[:size]
-        lesion = inside[nearest]
-        near = (lesion[:, None] + AROUND).reshape(-1, 3)  # a lesion touches no tissue but the organ
-        within = ((near >= 0) & (near < organ.shape)).all() and organ[tuple(near.T)].all()
-        if within and all(np.abs(lesion[:, None] - other).max(-1).min() > APART for other in found):
+        lesion = inside[np.argsort(((inside - point) ** 2).sum(1), kind="stable")[:size]]
+        if all(np.abs(lesion[:, None] - other).max(-1).min() > APART for other in found):
             found.append(lesion)
     return found
 

@@ -131,3 +131,15 @@ def test_partial_masks_are_for_models_of_them():
         assert torch.equal(again, given)
     changed = latent(pipe, guidance_without={5: "unknown"})
     assert not torch.equal(changed, whole)
+
+
+def test_outside_of_the_interval_there_is_none():
+    """The only step begins at pure noise, which is outside (0, 0.5]; and inside (0.5, 1]."""
+    pipe = tiny_pipeline()
+    how = {"guidance_without": {5: 2}, "without_scale": 3.0}
+    outside = pipe(mask_image(SHAPE), num_inference_steps=1, generator=seeded(0), guidance_interval=(0, 0.5), **how)
+    inside = pipe(mask_image(SHAPE), num_inference_steps=1, generator=seeded(0), guidance_interval=(0.5, 1), **how)
+    plain = pipe(mask_image(SHAPE), num_inference_steps=1, generator=seeded(0))
+    voxels = [np.asarray(one.volumes[0].dataobj) for one in (outside, inside, plain)]
+    assert np.array_equal(voxels[0], voxels[2]) and not np.array_equal(voxels[1], voxels[2])
+    assert [one.provenance[0]["network_calls"] for one in (outside, inside, plain)] == [1, 2, 1]
