@@ -120,8 +120,10 @@ def phantoms(first: int, count: int) -> Phantoms:
 
 
 class Segmenter(nn.Module):
-    """Convolutions without strides: images (N, 1, X, Y, Z) in [0, 1] to a score of each label. The segmenter of
-    `evaluate.py` sees volumes at half their resolution first, and found half of these lesions on real phantoms.
+    """Convolutions without strides, which map images (N, 1, X, Y, Z) in [0, 1] to scores (N, LABELS, X, Y, Z).
+
+    The segmenter of `evaluate.py` sees volumes at half their resolution first, and found half of these lesions on real
+    phantoms.
     """
 
     def __init__(self) -> None:
@@ -132,6 +134,7 @@ class Segmenter(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv3d(WIDTHS[-1], LABELS, 1))
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the scores."""
         return self.layers(4 * images - 2)
 
 
