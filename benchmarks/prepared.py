@@ -2,12 +2,14 @@
 
     python -m benchmarks.prepared --output out/prepared.json [--cases 100 2000] [--only preparation memory wait]
 
-- preparation: seconds to prepare volumes in one process and in two;
+- preparation: seconds to prepare volumes in one process on one core, in two on two, and in one on two: its threads
+  use both;
 - memory: peak resident memory of both training commands at few and at many volumes;
 - start: seconds from the second start of a training on many volumes to its first step;
 - wait: the share of a step that the training of an autoencoder waits for its patches (`data_wait`).
 
-Run it on a quiet machine with two cores or more. It takes about half an hour.
+A report that is there already keeps the parts that are not run. Run it on a quiet Linux machine with two cores or more.
+It takes about half an hour.
 """
 
 import argparse
@@ -17,13 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from cli.command import ArgumentParser, run_command
 from cli.settings import Number, PositiveInt
 
 PARTS = ("preparation", "memory", "wait")
+RUNS = (("one_on_one_core", 1, 1), ("two_on_two_cores", 2, 2), ("one_on_two_cores", 1, 2))  # name, processes, cores
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -82,12 +85,13 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def preparation(folder: Path, side: int) -> dict[str, float]:
-    """Return seconds to prepare 24 volumes in one process and in two; twice each, the faster one."""
+    """Return seconds to prepare 24 volumes by processes and cores; twice each, the faster one."""
     write_set(folder / "large", 24, side)
     code = (
-        "import sys, time; from volumes import DataConfig, load_cases; "
+        "import os, sys, time; from volumes import DataConfig, load_cases; "
         "from volumes.prepared.preparation import prepare_cases\n"
         "if __name__ == '__main__':\n"
+        "    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv[3])])\n"
         "    config = DataConfig(root=sys.argv[1], images='images/{name}.nii.gz', masks='masks/{name}.nii.gz', "
         "label_names={0: 'background', 1: 'body', 2: 'organ', 3: 'lesion'}, validation_fraction=0)\n"
         "    cases = load_cases(config); start = time.time()\n"
@@ -96,14 +100,12 @@ def preparation(folder: Path, side: int) -> dict[str, float]:
     (folder / "prepare_set.py").write_text(code)
     taken: dict[str, float] = {}
     for turn in range(2):
-        for processes in (1, 2):
-            command = [sys.executable, str(folder / "prepare_set.py"), str(folder / "large"), str(processes)]
-            done = subprocess.run(
-                command, env=environment(folder / f"cache_{turn}_{processes}"), check=True, stdout=-1, text=True
-            )
-            name = f"seconds_{processes}"
+        for name, processes, cores in RUNS:
+            arguments = [str(folder / "prepare_set.py"), str(folder / "large"), str(processes), str(cores)]
+            cache = environment(folder / f"cache_{turn}_{name}")
+            done = subprocess.run([sys.executable, *arguments], env=cache, check=True, stdout=-1, text=True)
             taken[name] = min(float(done.stdout), taken.get(name, float("inf")))
-    return {**taken, "speedup": taken["seconds_1"] / taken["seconds_2"]}
+    return {**taken, "speedup": taken["one_on_one_core"] / taken["two_on_two_cores"]}
 
 
 def train(script: str, folder: Path, options: Sequence[str]) -> dict[str, float]:
@@ -149,14 +151,15 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the parts that the command line names, and write the report."""
     options = parse(args)
     check_report(options.output)
-    report: dict[str, object] = dict(provenance())
+    report: dict[str, object] = json.loads(options.output.read_text()) if options.output.is_file() else {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if "preparation" in options.only:
-            report["preparation"] = preparation(folder, options.large)
-        if "memory" in options.only:
-            report["trainings"] = memory(folder, options.cases, options.side)
-        if "wait" in options.only:
-            report["wait"] = wait(folder, options.large)
-    write_report(options.output, report)
-    print(json.dumps({name: report[name] for name in ("preparation", "trainings", "wait") if name in report}, indent=1))
+        parts: dict[str, Callable[[], Mapping[str, object]]] = {
+            "preparation": lambda: preparation(folder, options.large),
+            "memory": lambda: memory(folder, options.cases, options.side),
+            "wait": lambda: wait(folder, options.large),
+        }
+        for part in options.only:
+            report[part] = {**parts[part](), **provenance()}
+            print(part, json.dumps(report[part], indent=1))
+            write_report(options.output, report)

@@ -64,17 +64,22 @@ def set_timesteps(
     if sigmas is not None and not (len(sigmas) and all(1 >= a > b for a, b in pairwise([*sigmas, 0]))):
         raise ValueError(f"sigmas are noise levels in (0, 1] that fall, such as 1, 0.75, 0.5, 0.25; got {sigmas}")
     name = type(scheduler).__name__
-    takes_sigmas = name.startswith("FlowMatch") and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+    takes_sigmas = is_flow(scheduler) and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
     if sigmas is not None and not takes_sigmas:
         raise ValueError(f"{name} does not take sigmas: omit them, or use FlowMatchEulerDiscreteScheduler")
     if sigmas is not None:
         moved = spacing(scheduler.config) + [one for one in ("shift_terminal",) if scheduler.config[one] is not None]
-        if moved or scheduler.shift != 1:
-            moving = ", ".join([*moved, *(["shift"] if scheduler.shift != 1 else [])])
-            raise ValueError(f"sigmas are used unchanged, but {name}'s {moving} would change them; omit either")
-    if takes_sigmas:
-        even = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
-        schedule: dict[str, int] | dict[str, list[float]] = {"sigmas": even if sigmas is None else list(sigmas)}
+        moved += ["shift"] if getattr(scheduler, "shift", 1) != 1 else []
+        moved += ["flow_shift"] if scheduler.config.get("flow_shift", 1) != 1 else []
+        if moved:
+            raise ValueError(
+                f"sigmas are used unchanged, but {name}'s {', '.join(moved)} would change them; omit either"
+            )
+    schedule: dict[str, int] | dict[str, np.ndarray] | dict[str, list[float]]
+    if sigmas is not None:
+        schedule = {"sigmas": np.array(sigmas, np.float64) if name == UNIPC else list(sigmas)}
+    elif takes_sigmas and name != UNIPC:
+        schedule = {"sigmas": np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()}
     else:
         _check_span(scheduler, num_inference_steps)
         schedule = {"num_inference_steps": num_inference_steps}
@@ -186,8 +191,8 @@ def denoise(
             network call. Default: all.
         autoguidance: guidance by a weaker U-Net, beside `guidance_scale` and in the same interval.
         schema: the U-Net's `condition_schema`, by which conditions are guided by name.
-        sigmas: noise levels to visit, descending from 1, instead of `num_inference_steps` even ones (FlowMatch
-        schedulers only).
+        sigmas: noise levels to visit, descending from 1, instead of `num_inference_steps` even ones (Euler and UniPC of
+            flows only).
         progress: called once, before the first step, with the number of timesteps; returns a tqdm bar or anything with
             its `update`.
         count_calls: called at the end with the number of network calls for each sample.

@@ -19,6 +19,9 @@ Guidance = float | Mapping[str, float] | None
 Interval = tuple[float, float]
 Prediction = Callable[[Tensor, Tensor], Tensor]
 Predict = Callable[[Tensor, Tensor, Conditions], Tensor]
+OF_CONDITIONS = (
+    "(up to 1 means no guidance, 2 to 5 are usual), or one per condition such as {'mask': 2.0}"  # in messages
+)
 LEVEL_ROUNDING = 1e-6  # of noise levels in float32
 
 
@@ -36,23 +39,20 @@ def guidance_in_effect(scale: Guidance, name: str = "guidance_scale") -> float |
     return _effective(scale, name)
 
 
-def _effective(scale: Any, name: str) -> float:
+def _effective(scale: Any, name: str, usual: str = OF_CONDITIONS) -> float:
     if scale is None:
         return 1.0
     value = _number(scale)
     if value is None or not 0 <= value <= sys.float_info.max:
-        raise ValueError(
-            f"{name} must be a number of 0 or more (up to 1 means no guidance, 2 to 5 are usual), or one per "
-            f"condition such as {{'mask': 2.0}}; got {scale!r:.120}"
-        )
-    return max(value, 1.0)
+        raise ValueError(f"{name} must be a number of 0 or more {usual}; got {scale!r:.120}")
+    return max(float(value), 1.0)
 
 
-def _number(value: Any) -> float | None:
-    """Convert a number of Python, numpy or torch to a float; None for anything else."""
+def _number(value: Any) -> Any:
+    """Return a number of Python, numpy or torch as Python's; None for anything else."""
     holds_one = getattr(value, "ndim", None) == 0 and not getattr(value, "is_meta", False)
     value = value.item() if holds_one else value
-    return float(value) if issubclass(type(value), Real) and not isinstance(value, bool) else None
+    return value if issubclass(type(value), Real) and not isinstance(value, bool) else None
 
 
 def autoguidance_in_effect(scale: Any) -> float:
@@ -60,13 +60,7 @@ def autoguidance_in_effect(scale: Any) -> float:
 
     Raises: ValueError for a value that is not a finite number of at least 0.
     """
-    value = 1.0 if scale is None else _number(scale)
-    if value is None or not 0 <= value <= sys.float_info.max:
-        raise ValueError(
-            "autoguidance_scale must be a number of 0 or more (up to 1 means no autoguidance, 1.5 to 3 are usual); got "
-            f"{scale!r:.120}"
-        )
-    return max(value, 1.0)
+    return _effective(scale, "autoguidance_scale", "(up to 1 means no autoguidance, 1.5 to 3 are usual)")
 
 
 def interval_in_effect(interval: Any) -> Interval | None:
@@ -80,14 +74,15 @@ def interval_in_effect(interval: Any) -> Interval | None:
     """
     if interval is None:
         return None
-    is_list = not isinstance(interval, str | Mapping) and hasattr(interval, "__len__") and hasattr(interval, "__iter__")
+    is_list = not isinstance(interval, str | Mapping) and hasattr(interval, "__len__")
+    is_list = is_list and getattr(interval, "ndim", 1) == 1
     ends = [_number(end) for end in interval] if is_list else []
     if len(ends) != 2 or ends[0] is None or ends[1] is None or not 0 <= ends[0] < ends[1] <= 1:
         raise ValueError(
             "guidance_interval must be two noise levels (lo, hi) with 0 <= lo < hi <= 1, such as (0.2, 0.8), between "
             f"which guidance acts (1 is pure noise); got {interval!r:.120}"
         )
-    return None if (ends[0], ends[1]) == (0, 1) else (ends[0], ends[1])
+    return None if (ends[0], ends[1]) == (0, 1) else (float(ends[0]), float(ends[1]))
 
 
 def check_guidance(scale: Guidance, rates: Mapping[str, float], given: Collection[str]) -> None:

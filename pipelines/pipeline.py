@@ -89,7 +89,7 @@ class MedVolumePipeline(VolumePipeline):
                 array: its voxels in the order of the mask's file); without mask and shape its grid is the volume's.
             num_inference_steps: steps of the scheduler. Default: those of the pipeline (`pipe.sampling_settings`, from
                 sampling.json in its folder), or 20.
-            sigmas: noise levels to visit instead, in (0, 1] and falling (FlowMatch schedulers); from 1, unless the
+            sigmas: noise levels to visit instead, in (0, 1] and falling (Euler or UniPC of a flow); from 1, unless the
                 `latents` are less noisy.
             guidance_scale: classifier-free guidance: above 1, volumes follow their conditions more closely and differ
                 less from each other; from 0 to 1 there is no guidance, as in diffusers. One number, or one per

@@ -40,7 +40,7 @@ class SamplingConfig:
 
     Args:
         num_inference_steps: denoising steps; None for the pipeline's own, see `filled`.
-        sigmas: noise levels of the steps in place of evenly spaced ones, for FlowMatch schedulers.
+        sigmas: noise levels of the steps in place of evenly spaced ones, for Euler and UniPC of flows.
         guidance_scale: of classifier-free guidance, one for all conditions or {name: scale}, 0 to 1 for none; None for
             the pipeline's own.
         residual_noise: whether the residual noise of the autoencoder is added, for a model that measured it.

@@ -55,12 +55,12 @@ class TrainLdmConfig:
             weighted mean of each volume. Validations log the plain loss, and beside it loss/lesion, that of the latent
             voxels of the label.
         scheduler: class of a diffusers scheduler for previews and for the pipeline, such as DDPMScheduler; default:
-            Euler for rectified flow, DDIM for the other objectives (`diffusion.make_scheduler`).
+            UniPC for rectified flow, DDIM for the other objectives (`diffusion.objectives.default_sampler`).
         residual_noise: measure the texture that the autoencoder removes from the training volumes, so that the pipeline
             can add it.
         gradient_checkpointing: recompute the U-Net's activations in the backward pass instead of keeping them.
         inference_steps: denoising steps of the previews, of the volumes that `loop.sample_every` compares, and of the
-            pipeline where a call does not say.
+            pipeline where a call does not say. Default: 10 of UniPC or DPM-Solver++ for rectified flow, otherwise 20.
         optimizer: optimizer and learning rate.
         loop: length, precision and rhythm.
         resume: "latest", or a checkpoint folder of this run, to continue exactly from there.
@@ -82,7 +82,7 @@ class TrainLdmConfig:
     scheduler: str | None = None
     residual_noise: bool = False
     gradient_checkpointing: bool = False
-    inference_steps: PositiveInt = 20
+    inference_steps: PositiveInt | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     resume: Checkpoint | None = None

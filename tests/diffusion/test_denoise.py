@@ -123,6 +123,15 @@ def test_sigmas_are_visited_as_given():
     denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("rectified_flow"), Conditions(), sigmas=[1.0, 0.7, 0.2])
     denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("rectified_flow"), Conditions(), num_inference_steps=4)
     assert visited == [1000, 700, 200, 1000, 750, 500, 250]
+    unipc = make_scheduler("rectified_flow", name="UniPCMultistepScheduler")
+    denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), unipc, Conditions(), sigmas=[1.0, 0.7, 0.2])
+    assert visited[7:] == [1000, 700, 200]
+    model, noise = KnowsTheAnswer(clean(), "rectified_flow"), torch.ones(SHAPE, dtype=torch.float64)
+    out = denoise(model, noise, unipc, Conditions(), sigmas=[1.0, 0.7, 0.2])
+    torch.testing.assert_close(out, clean(), atol=2e-6, rtol=0)
+    shifted = fit_scheduler(unipc, "rectified_flow", shift=2.0)
+    with pytest.raises(ValueError, match="UniPCMultistepScheduler's flow_shift would change them"):
+        denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), shifted, Conditions(), sigmas=[1.0, 0.5])
     with pytest.raises(ValueError, match="DDIMScheduler does not take sigmas"):
         denoise(Spy(), torch.zeros(1, 1, 2, 2, 2), make_scheduler("epsilon"), Conditions(), sigmas=[1.0, 0.5])
     with pytest.raises(ValueError, match="at least 1"):

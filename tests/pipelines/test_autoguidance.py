@@ -170,7 +170,7 @@ def test_a_unet_of_another_kind_is_refused(tmp_path, changes, said):
         pipe.load_unet_weak(tmp_path / "vae")
 
 
-def test_settings_without_their_network_or_with_a_wrong_interval_are_refused(pipe, tmp_path):
+def test_settings_that_do_not_fit_are_refused(pipe, tmp_path):
     plain = tiny_pipeline(condition_dropout=DROPPED)
     plain.save_pretrained(tmp_path)
     for content, said in (

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -532,6 +533,15 @@ def test_two_processes_share_the_work(tmp_path):
     assert sorted(prepared[0] + prepared[1]) == sorted(f"c{number}" for number in range(12) if number != 5)
     assert min(map(len, prepared)) >= 2
     assert [lines[1] for lines in said] == ["c5"] * 2 and said[0][2] == said[1][2]
+
+
+def test_a_helping_process_has_no_semaphore(tmp_path, monkeypatch):
+    """It is terminated, and one of tqdm's lock would stay behind, of which Python warns."""
+    monkeypatch.setattr(preparation.logging, "disable", lambda level: None)
+    monkeypatch.setattr(preparation.tqdm, "_lock", None, raising=False)
+    config = saved(tmp_path / "data", 2)
+    preparation._help(load_cases(config), config)
+    assert isinstance(preparation.tqdm.get_lock(), type(threading.RLock())) and len(entries()) == 2
 
 
 MEMORY = """

@@ -198,5 +198,6 @@ def prepare_cases(
 def _help(cases: Sequence[Case], config: DataConfig) -> None:
     """Prepare cases in a process of its own. The first process reports what is refused, because it meets it too."""
     logging.disable(logging.WARNING)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a terminated process leaves behind
     with contextlib.suppress(ValueError, KeyboardInterrupt):
         Preparation(config, PreparedStore(), quiet=True).run(cases)
