@@ -42,7 +42,7 @@ from pipelines import MedVolumePipeline, SamplingSettings
 from pipelines.lora import add_lora, save_lora
 from pipelines.storage.loading import load_autoencoder
 from pipelines.storage.provenance import content_hash, stored_tensors
-from volumes import UNKNOWN, DataConfig, VolumeDataset, describe, slices_figure
+from volumes import DataConfig, VolumeDataset, describe, slices_figure
 from volumes.data.preprocessing import preprocessing, refuse_differences
 from volumes.data.subjects import join_records
 
@@ -53,7 +53,7 @@ from .engine.learner import Learner
 from .engine.output import save_model
 from .engine.step import Training
 from .held_out import EncodedVolume, encode_held_out, latents_of
-from .label_weights import weights_by_index
+from .label_weights import check_partial_masks, label_weights
 from .ldm_config import TrainLdmConfig
 from .previews import preview_case
 from .splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
@@ -311,36 +311,6 @@ def build_step(
     label_maps = bool(config.data.image_labels)
     channels, steps = config.data.channels, config.inference_steps or usual
     return LdmTrainingStep(learner, vae, steps, channels, scheduler, config.loss, label_maps, realism, label_weights)
-
-
-def label_weights(
-    config: TrainLdmConfig, labels: Mapping[int, str], unet: LatentUNet3D
-) -> dict[str, tuple[int, float]]:
-    """Return {label name: (label index, weight)} of `config.loss_weights`.
-
-    Raises: ValueError for labels that the masks do not have, and for a model without masks.
-    """
-    if config.loss_weights and not unet.config["num_labels"]:
-        raise ValueError(
-            f"loss_weights {config.loss_weights}: the model is trained without a mask (model.num_labels: 0), which "
-            "says where a label is; remove one of them"
-        )
-    names = [labels[value] for value in sorted(labels)]
-    weights = weights_by_index(config.loss_weights, labels)
-    if twice := sorted({names[index] for index in weights} & set(config.data.channels)):
-        raise ValueError(f"loss_weights: {twice} names a label and a channel; call one of them something else")
-    return {names[index]: (index, weight) for index, weight in weights.items()}
-
-
-def check_partial_masks(config: TrainLdmConfig) -> None:
-    """Raises: ValueError for training masks that are known in part, and a model that takes whole masks only."""
-    hidden = sorted(str(value) for value, target in config.data.label_map.items() if target == UNKNOWN)
-    takes = config.model.get("partial_masks") is not None or config.model.get("num_labels") == 0
-    if hidden and not takes:
-        raise ValueError(
-            f"data.label_map says that the label is unknown where masks hold {', '.join(hidden)} ({UNKNOWN}); set "
-            "model.partial_masks (0.3 hides a part of every third mask besides, 0 hides nothing more)"
-        )
 
 
 def check_prepared(config: TrainLdmConfig, vae: VolumeAutoencoder, facts: Mapping[str, object]) -> None:
