@@ -30,8 +30,8 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="trained models, kept for the next run")
     parser.add_argument("--vae_steps", type=Number(PositiveInt), default=300, help="of each autoencoder (300)")
-    parser.add_argument("--steps", type=Number(PositiveInt), default=500, help="of each diffusion model (500)")
-    parser.add_argument("--iterations", type=Number(PositiveInt), default=600, help="of the segmenter (600)")
+    parser.add_argument("--steps", type=Number(PositiveInt), default=1000, help="of each diffusion model (1000)")
+    parser.add_argument("--iterations", type=Number(PositiveInt), default=1500, help="of the segmenter (1500)")
     parser.add_argument("--count", type=Number(PositiveInt), default=96, help="phantoms of the test (96)")
     return parser.parse_args(args)
 
