@@ -66,7 +66,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--diameter", nargs="+", type=Number(PositiveFloat), metavar="MM", help=diameter_help)
     within_help = "labels that an inserted lesion may replace, such as the organ's (all)"
     parser.add_argument("--within", nargs="+", default=[], metavar="LABEL", help=within_help)
-    parser.add_argument("--replacement", metavar="LABEL", help="label in the place of a lesion that is removed")
+    parser.add_argument("--replacement", metavar="LABEL", help="label that replaces a lesion that is removed")
     add_run_arguments(parser, "edit")
     show_ranges(parser)
     return parser

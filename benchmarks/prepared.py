@@ -14,7 +14,6 @@ It takes about half an hour.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -46,25 +45,12 @@ if __name__ == "__main__":  # arguments first: the other imports take seconds
 from evaluation.report import check_report, provenance, write_report
 from volumes import Volume, make_phantom, write_volume
 
-ROOT = Path(__file__).resolve().parents[1]
+from .short_training import ROOT, environment, logged, loop_options, measured_command, read_measured
+
 NAMES = "{0: background, 1: body, 2: organ, 3: lesion}"
-STEPS = ["--loop.max_steps=8", "--loop.batch_size=2", "--loop.checkpoint_every=0", "--loop.validate_every=0"]
-STEPS += ["--loop.preview_every=0", "--loop.previews=0", "--loop.trackers=[]", "--loop.mixed_precision=no"]
-STEPS += ["--loop.log_every=4", "--loop.sample_every=0", "--resume=latest"]
+STEPS = [*loop_options(max_steps=8, batch_size=2, log_every=4, sample_every=0), "--resume=latest"]
 VAE = ["--crops.shape=[32, 32, 32]", "--model={class: autoencoder.AutoencoderKL3D, channels: [8, 16]}"]
 LDM = ["--inference_steps=2", "--model.channels=[16, 16]", "--model.mask_width=4", "--model.head_dim=8"]
-# Prints the peak of resident memory (KiB) and the seconds from the start of Python to each step.
-MEASURED = """
-import resource, sys, time
-began = time.time()
-import {script}
-from training.engine import tracking
-update = tracking.Progress.update
-times = []
-tracking.Progress.update = lambda self, *a: (times.append(time.time() - began), update(self, *a))[1]
-{script}.main(sys.argv[1:])
-print("measured", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, *times)
-"""
 
 
 def write_set(folder: Path, count: int, side: int) -> list[str]:
@@ -77,11 +63,6 @@ def write_set(folder: Path, count: int, side: int) -> list[str]:
     images, masks = "images/{name}.nii.gz", "masks/{name}.nii.gz"
     options = [f"--data.root={folder}", f"--data.images={images}", f"--data.masks={masks}", "--data.phantom=null"]
     return [*options, f"--data.label_names={NAMES}", "--data.validation_fraction=0.1"]
-
-
-def environment(cache: Path) -> dict[str, str]:
-    """Return the environment of the measured processes."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "MEDVOLUME_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
 
 
 def preparation(folder: Path, side: int) -> dict[str, float]:
@@ -112,20 +93,14 @@ def train(script: str, folder: Path, options: Sequence[str]) -> dict[str, float]
     """Train for a few steps, and return peak memory in MiB, seconds to the first step, and the share of waiting."""
     config = ROOT / f"configs/phantom/{'vae' if script == 'train_vae' else 'ldm'}.yaml"
     arguments = [f"--config={config}", f"--output={folder}", *options, *STEPS]
-    command = [sys.executable, "-c", MEASURED.format(script=script), *arguments]
+    command = measured_command(script, folder.parent / f"measured_{folder.name}", arguments)
     start = time.time()
-    done = subprocess.run(command, env=environment(folder.parent / "cache"), check=True, stdout=-1, text=True)
-    line = next(line for line in done.stdout.splitlines() if line.startswith("measured"))
-    peak, *steps = map(float, line.split()[1:])
-    waits = [row["data_wait"] for row in rows(folder) if "data_wait" in row]
-    found = {"peak_mib": peak / 1024, "first_step_s": steps[0], "whole_s": time.time() - start}
+    subprocess.run(command, env=environment(folder.parent / "cache"), check=True, stdout=subprocess.DEVNULL)
+    whole = time.time() - start
+    (one,) = read_measured(folder.parent / f"measured_{folder.name}")
+    waits = [row["data_wait"] for row in logged(folder) if "data_wait" in row]
+    found = {"peak_mib": one["kib"] / 1024, "first_step_s": one["times"][0] - one["began"], "whole_s": whole}
     return found | ({"data_wait": waits[-1]} if waits else {})
-
-
-def rows(folder: Path) -> list[dict[str, float]]:
-    """Return what the run logged."""
-    file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def memory(folder: Path, counts: Sequence[int], side: int) -> dict[str, object]:

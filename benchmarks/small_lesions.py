@@ -9,7 +9,8 @@ models that were trained with and without `loss_weights`, with and without `guid
 
 For each lesion, `dice` is that of the segmenter's lesion voxels within two voxels of it, and `contrast` is how far its
 mean differs from that of the organ around it, as a fraction of the same on the real phantom. Partial masks know one
-half of the volume; lesions in that half are counted. About ten minutes on one free core; models are kept in --work.
+half of the volume; lesions in that half are counted. About a quarter of an hour on one free core; models are kept in
+--work.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="trained models, kept for the next run")
-    parser.add_argument("--vae_steps", type=Number(PositiveInt), default=300, help="of each autoencoder (300)")
+    parser.add_argument("--vae_steps", type=Number(PositiveInt), default=1000, help="of each autoencoder (1000)")
     parser.add_argument("--steps", type=Number(PositiveInt), default=1000, help="of each diffusion model (1000)")
     parser.add_argument("--iterations", type=Number(PositiveInt), default=1500, help="of the segmenter (1500)")
     parser.add_argument("--count", type=Number(PositiveInt), default=96, help="phantoms of the test (96)")

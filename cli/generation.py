@@ -20,7 +20,7 @@ def add_run_arguments(parser: ArgumentParser, per: str) -> None:
     parser.add_argument("--count", type=Number(PositiveInt), default=1, help=f"volumes per {per} (1)")
     parser.add_argument("--steps", type=Number(PositiveInt), help="denoising steps (the pipeline's, or 20)")
     guidance_help = (
-        "how closely conditions are followed, for models trained for it; 0 to 1 is no guidance (the pipeline's, or 1)"
+        "how closely conditions are followed, for models trained for it; 0 to 1: no guidance (the pipeline's, or 1)"
     )
     parser.add_argument("--guidance_scale", type=Number(NonNegativeFloat), help=guidance_help)
     interval_help = (

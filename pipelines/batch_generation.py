@@ -3,6 +3,7 @@ all."""
 
 import functools
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -50,7 +51,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(ABC):
     """What all commands that generate have in common, see `generate.py --help`.
 
     Attributes:
@@ -73,6 +74,7 @@ class RunConfig:
     exports: Sequence[tuple[str, Path]] = ()
     pipeline_class: ClassVar[type[VolumePipeline]] = MedVolumePipeline
 
+    @abstractmethod
     def requests(
         self, load: Callable[[], VolumePipeline], say: Callable[[str], object] = print
     ) -> Sequence[VolumeRequest]:
@@ -82,7 +84,6 @@ class RunConfig:
             load: returns the pipeline, which is loaded when it is first needed: it may be a download.
             say: prints a line, once for all processes.
         """
-        raise NotImplementedError
 
     def rejection(self, pipe: VolumePipeline, requests: Sequence[VolumeRequest]) -> Rejection | None:
         """Return the checks that volumes must pass, if there are any."""
@@ -98,7 +99,7 @@ class BatchConfig(RunConfig):
         masks: folders, patterns or files; without them, `conditions` and `data`, `count` volumes are generated.
         mask_pipeline: a pipeline that generates `count` masks first.
         conditions: a table.
-        data: a data set, of whose cases in `splits` the masks and conditions are taken.
+        data: a data set; the masks and conditions of its cases in `splits` are taken.
         copy_check: makes the check for copies of training volumes, for the pipeline that it is given.
     """
 

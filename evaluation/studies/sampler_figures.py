@@ -19,7 +19,7 @@ from torch import nn
 
 from diffusion.guidance import Interval, interval_in_effect
 from diffusion.objectives import RECTIFIED_FLOW, Scheduler, fit_scheduler, make_scheduler
-from evaluation.data.model_units import in_model_units
+from evaluation.data.model_units import in_model_units, pipeline_of_boxes
 from evaluation.data.pairs import LoadedPairs, unit_range
 from evaluation.data.volume_sets import volume_shapes
 from evaluation.metrics.features import Extractor, extract
@@ -160,7 +160,8 @@ def sample(
 ) -> tuple[list[np.ndarray], Cost]:
     """Generate a volume (C, X, Y, Z) in [0, 1] for each mask, volume i from seed + i whatever the combination, and
     measure the cost."""
-    original_scheduler, evaluations = pipe.scheduler, 0
+    boxes, evaluations = pipeline_of_boxes(pipe), 0
+    boxes.scheduler = make_named(combination.scheduler, pipe)
 
     def count(_: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal evaluations
@@ -169,33 +170,29 @@ def sample(
     volumes, seconds = [], []
     networks = [pipe.unet, *([] if pipe.unet_weak is None else [pipe.unet_weak])]
     handles = [network.register_forward_pre_hook(count) for network in networks]
-    pipe.scheduler = make_named(combination.scheduler, pipe)
     try:
         for start in range(0, len(inputs.masks), batch_size):
             batch = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed + i) for i in range(len(inputs.masks))[batch]]
             start_time = time.perf_counter()
-            with pipe.volume_processor.of_boxes():
-                output: Any = pipe(
-                    mask=list(inputs.masks[batch]),
-                    classes=list(inputs.classes[batch]),
-                    numbers=list(inputs.numbers[batch]),
-                    num_inference_steps=combination.steps,
-                    guidance_scale=combination.guidance,
-                    guidance_interval=combination.interval or (0.0, 1.0),
-                    autoguidance_scale=combination.autoguidance,
-                    generator=generators,
-                    batch_size=batch_size,
-                )
+            output: Any = boxes(
+                mask=list(inputs.masks[batch]),
+                classes=list(inputs.classes[batch]),
+                numbers=list(inputs.numbers[batch]),
+                num_inference_steps=combination.steps,
+                guidance_scale=combination.guidance,
+                guidance_interval=combination.interval or (0.0, 1.0),
+                autoguidance_scale=combination.autoguidance,
+                generator=generators,
+                batch_size=batch_size,
+            )
             seconds.append((time.perf_counter() - start_time) / len(generators))
             volumes += [in_model_units(image, pipe.data) for image in output.volumes]
-        name = type(pipe.scheduler).__name__
     finally:
-        pipe.scheduler = original_scheduler
         for handle in handles:
             handle.remove()
     return volumes, {
-        "scheduler_class": name,
+        "scheduler_class": type(boxes.scheduler).__name__,
         "evaluations_per_volume": evaluations / len(volumes),
         "seconds_per_volume": {"median": float(np.median(seconds)), "lowest": min(seconds), "highest": max(seconds)},
     }

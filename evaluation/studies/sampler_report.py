@@ -72,7 +72,7 @@ class SamplerReport(TypedDict):
 
 
 def read_report(path: Path) -> SamplerReport:
-    """Read a report. Raises: ValueError for a file that is none, or damaged."""
+    """Read a report. Raises: ValueError for another file, or a damaged one."""
     content = read_object(path)
     if content.get("evaluation") != "samplers":
         raise ValueError(f"{path}: is not a report of evaluation.studies.samplers; choose another file")

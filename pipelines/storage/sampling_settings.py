@@ -25,12 +25,12 @@ class SamplingSettings:
 
     Args:
         num_inference_steps: denoising steps, with the scheduler of the pipeline's folder.
-        guidance_scale: of classifier-free guidance, for all conditions; 0 to 1 is none.
+        guidance_scale: of classifier-free guidance, for all conditions; 0 to 1 means none.
         guidance_interval: noise levels (lo, hi] in which guidance acts, see `diffusion.guidance.interval_in_effect`.
-        autoguidance_scale: of the guidance by the pipeline's weaker U-Net (`unet_weak`); 0 to 1 is none.
+        autoguidance_scale: of the guidance by the pipeline's weaker U-Net (`unet_weak`); 0 to 1 means none.
         guidance_without: {label: label in its place}, by name or value: volumes are guided away from their mask without
             these labels.
-        without_scale: of that guidance; 1 is none.
+        without_scale: of that guidance; 1 means none.
     Raises: ValueError naming the setting.
     """
 

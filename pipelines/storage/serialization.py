@@ -54,7 +54,7 @@ class PipelineIOMixin(DiffusionPipeline):
         """Load a pipeline folder or a Hub repository as `DiffusionPipeline.from_pretrained` does, safetensors only.
 
         Args:
-            kwargs: components in the place of the folder's (vae, unet, scheduler, unet_weak; None: the folder's),
+            kwargs: components instead of the folder's (vae, unet, scheduler, unet_weak; None: the folder's),
                 `data`, and those of diffusers' keywords that are about reading weights (`autoencoder.weights.LOADING`)
                 or downloading them.
         Raises: ValueError on a missing, extra or misshapen tensor, on a folder that is not a pipeline; FileError, which
@@ -99,10 +99,10 @@ class PipelineIOMixin(DiffusionPipeline):
         has the same `sampling_settings`.
 
         Args:
-            kwargs: vae, unet, scheduler or data in the place of the other's; dtype, to which the components are cast,
+            kwargs: vae, unet, scheduler or data instead of the other's; dtype, to which the components are cast,
                 also in the other pipeline. Without it they stay as they are; diffusers would cast them to float32.
-        Raises: ValueError if they do not fit each other, or if the other pipeline lacks one, or is none; TypeError for
-        other keywords.
+        Raises: ValueError if they do not fit each other, or if `pipeline` lacks one, or is not a pipeline; TypeError
+        for other keywords.
         """
         check_keywords("from_pipe", kwargs, (*PARTS, "data", "dtype", "torch_dtype"))
         if not isinstance(pipeline, DiffusionPipeline):

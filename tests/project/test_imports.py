@@ -188,10 +188,9 @@ def test_tests_are_flat():
 def test_names_of_tests_are_short():
     """A name says what is checked in fewer than 60 characters; the rest belongs in a docstring of one line."""
     names = {
-        f"{path.relative_to(ROOT)}::{node.name}": len(node.name)
+        f"{path.relative_to(ROOT)}::{name}": len(name)
         for path in (ROOT / "tests").glob("**/*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test")
+        for name in re.findall(r"^ *def (test\w*)", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert len(names) > 1000
     assert [name for name, length in names.items() if length >= 60] == []
