@@ -20,6 +20,7 @@ def training_loss(
     shift_voxels: int | None = None,
     absolute: bool = False,
     each: bool = False,
+    emphasis: Tensor | None = None,
 ) -> Tensor:
     """Compute the mean squared error of the prediction over the latent voxels inside the field of view (Ho et al. 2020,
     Eq. 14), or its mean absolute error (as WaveGrad's, Chen et al. 2021). Each volume counts the same, as in
@@ -39,6 +40,9 @@ def training_loss(
             voxels inside the field of view: what the U-Net sees of it, whatever the batch pads or crops it to.
         absolute: use the absolute error.
         each: return the loss of each latent channel, (C,); their mean is the loss.
+        emphasis: (B, 1, h, w, d), how much each latent voxel counts beside the others of its volume
+            (`folding.emphasis_of`). The loss is then their weighted mean, so its scale stays. Volumes whose weights are
+            all zero count as 0.
     """
     timesteps = sample_timesteps(objective, len(latents), generator, train_steps).to(latents.device)
     inside = weight.expand(len(latents), *weight.shape[1:]).flatten(1).sum(1)
@@ -49,6 +53,9 @@ def training_loss(
     prediction = unet(noisy * weight, timesteps, **conditions.as_kwargs(), return_dict=False)[0]
     error = prediction.float() - target.float()
     error = (error.abs() if absolute else error**2) * weight
+    if emphasis is not None:  # of the error alone: the U-Net and the shift see the field of view as it is
+        error = error * emphasis
+        inside = (weight * emphasis).flatten(1).sum(1)
     if each:
         return (error.flatten(2).sum(2) / inside[:, None].clamp_min(1.0)).mean(0)
     cells = inside * latents.shape[1]

@@ -67,7 +67,11 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def initialize_from(
-    model: nn.Module, folder: str | Path, new: str | None = None, moved: Mapping[str, str | None] | None = None
+    model: nn.Module,
+    folder: str | Path,
+    new: str | None = None,
+    moved: Mapping[str, str | None] | None = None,
+    longer: str | None = None,
 ) -> list[str]:
     """Load a trained model's weights into `model`, for fine-tuning. Layers of another shape stay as initialized.
 
@@ -77,6 +81,7 @@ def initialize_from(
     Args:
         new: a submodule that the trained model may lack, entirely or in part; parameters that it lacks start at zero.
         moved: layers of the trained model that have another name in this one, or None for layers to skip.
+        longer: a parameter that has more rows than the trained model's; those that it lacks start at zero.
     Returns: names of the layers that stay fresh, such as "encoder.0", sorted.
     Raises: ValueError if keys are missing or unexpected, or if no layer fits.
     """
@@ -85,6 +90,11 @@ def initialize_from(
         layer, _, name = key.rpartition(".")
         if (target := (moved or {}).get(layer, layer)) is not None:
             weights[f"{target}.{name}" if target else name] = tensor
+    if longer in weights and longer in current:
+        missing_rows = len(current[longer]) - len(weights[longer])
+        if missing_rows > 0 and weights[longer].shape[1:] == current[longer].shape[1:]:
+            zeros = weights[longer].new_zeros((missing_rows, *weights[longer].shape[1:]))
+            weights[longer] = torch.cat([weights[longer], zeros])
     added = {key for key in current.keys() - weights.keys() if new and key.startswith(f"{new}.")}
     missing, unexpected = sorted(current.keys() - weights.keys() - added), sorted(weights.keys() - current.keys())
     if missing or unexpected:
