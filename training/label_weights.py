@@ -63,7 +63,7 @@ def check_best_by(best_by: str | None, weights: Mapping[str, tuple[int, float]],
         return
     raise ValueError(
         f"loop.best_by {best_by}: no held-out mask has this label, so there would be nothing to judge by; hold out "
-        "subjects that have it (data.splits, data.validation_fraction), or judge by loss"
+        "subjects that have it (data.validation_fraction, or a split in the table), or judge by loss"
     )
 
 
