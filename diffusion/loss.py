@@ -53,11 +53,10 @@ def training_loss(
     prediction = unet(noisy * weight, timesteps, **conditions.as_kwargs(), return_dict=False)[0]
     error = prediction.float() - target.float()
     error = (error.abs() if absolute else error**2) * weight
-    least = 1.0
     if emphasis is not None:  # of the error alone: the U-Net and the shift see the field of view as it is
         error = error * emphasis
         inside = (weight * emphasis).flatten(1).sum(1)
-        least = torch.finfo(inside.dtype).tiny  # the weights of a volume may sum to less than 1
+    least = 1.0 if emphasis is None else torch.finfo(inside.dtype).tiny  # weights may sum to less than 1
     if each:
         return (error.flatten(2).sum(2) / inside[:, None].clamp_min(least)).mean(0)
     cells = inside * latents.shape[1]

@@ -104,7 +104,7 @@ class Snapshots:
                 found.append(Snapshot(path, int(facts["step"]), int(facts["updates"]), float(facts["length"])))
             except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
                 raise CannotContinue(
-                    f"{path}: is not a snapshot, or damaged ({error!r}); put a copy of it back, or use --loop.export last"
+                    f"{path}: is not a snapshot, or damaged ({error!r}); put a copy back, or use --loop.export last"
                 ) from error
         return sorted(found, key=lambda one: (one.step, one.length))
 
