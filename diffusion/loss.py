@@ -56,7 +56,8 @@ def training_loss(
     if emphasis is not None:  # of the error alone: the U-Net and the shift see the field of view as it is
         error = error * emphasis
         inside = (weight * emphasis).flatten(1).sum(1)
+    least = 1.0 if emphasis is None else torch.finfo(inside.dtype).tiny  # weights may sum to less than 1
     if each:
-        return (error.flatten(2).sum(2) / inside[:, None].clamp_min(1.0)).mean(0)
+        return (error.flatten(2).sum(2) / inside[:, None].clamp_min(least)).mean(0)
     cells = inside * latents.shape[1]
-    return (error.flatten(1).sum(1) / cells.clamp_min(1.0)).mean()
+    return (error.flatten(1).sum(1) / cells.clamp_min(least)).mean()

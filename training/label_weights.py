@@ -7,6 +7,7 @@ from volumes import UNKNOWN
 
 if TYPE_CHECKING:
     from diffusion import LatentUNet3D
+    from volumes import VolumeDataset
 
     from .ldm_config import TrainLdmConfig
 
@@ -48,6 +49,22 @@ def label_weights(
     if twice := sorted({names[index] for index in weights} & set(config.data.channels)):
         raise ValueError(f"loss_weights: {twice} names a label and a channel; call one of them something else")
     return {names[index]: (index, weight) for index, weight in weights.items()}
+
+
+def check_best_by(best_by: str | None, weights: Mapping[str, tuple[int, float]], held_out: "VolumeDataset") -> None:
+    """Raises: ValueError if the best weights are to be chosen by the loss in a label that no held-out mask has.
+
+    Args:
+        best_by: of the loop, such as "loss/lesion".
+        weights: `label_weights`.
+    """
+    label, _ = weights.get((best_by or "").removeprefix("loss/"), (None, 0.0))
+    if label is None or any(facts.mask is not None and facts.mask.counts[label] for facts in held_out.facts):
+        return
+    raise ValueError(
+        f"loop.best_by {best_by}: no held-out mask has this label, so there would be nothing to judge by; hold out "
+        "subjects that have it (data.validation_fraction, or a split in the table), or judge by loss"
+    )
 
 
 def check_partial_masks(config: "TrainLdmConfig") -> None:

@@ -53,7 +53,7 @@ from .engine.learner import Learner
 from .engine.output import save_model
 from .engine.step import Training
 from .held_out import EncodedVolume, encode_held_out, latents_of
-from .label_weights import check_partial_masks, label_weights
+from .label_weights import check_best_by, check_partial_masks, label_weights
 from .ldm_config import TrainLdmConfig
 from .previews import preview_case
 from .splits import PaddedVolumes, digests, load_split, own_record, refuse_seen
@@ -245,6 +245,8 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     base = attach_lora(unet, config) if config.lora else None
     realism = EncoderDistance(vae, PaddedVolumes(train, vae.stride)) if config.loop.sample_every else None
     step = build_step(config, unet, vae, realism, label_weights(config, train.labels, unet))
+    if held_out:
+        check_best_by(config.loop.best_by, step.label_weights, held_out)
     # An unsupported scheduler is refused now, not at the first preview.
     set_timesteps(step.make_scheduler(), step.inference_steps, None, accelerator.device)
 

@@ -44,16 +44,17 @@ OF_DIFFUSION = {"euler": EulerDiscreteScheduler, "ddim": DDIMScheduler, "ddpm": 
 @dataclass(frozen=True)
 class Combination:
     """A scheduler by name, its steps, the guidance scale, the noise levels (lo, hi] in which guidance acts (None: all,
-    or no guidance), and the scale of autoguidance (1: none)."""
+    or no guidance), the scale of autoguidance (1: none), and whether the pipeline's `guidance_without` acts too."""
 
     scheduler: str
     steps: int
     guidance: float
     interval: Interval | None = None
     autoguidance: float = 1.0
+    without: bool = False
 
     def __post_init__(self) -> None:
-        guided = max(self.guidance, self.autoguidance) > 1
+        guided = self.without or max(self.guidance, self.autoguidance) > 1
         object.__setattr__(self, "interval", interval_in_effect(self.interval) if guided else None)
 
     @property
@@ -61,7 +62,7 @@ class Combination:
         """Such as "2 in (0.2, 0.8], weak 1.5"."""
         interval = "" if self.interval is None else f" in ({self.interval[0]:g}, {self.interval[1]:g}]"
         weak = "" if self.autoguidance == 1 else f", weak {self.autoguidance:g}"
-        return f"{self.guidance:g}{interval}{weak}"
+        return f"{self.guidance:g}{interval}{weak}{', without labels' if self.without else ''}"
 
 
 @dataclass(frozen=True)

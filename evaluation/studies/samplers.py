@@ -209,6 +209,9 @@ def score_missing(options: Namespace) -> SamplerReport:
     }
     if pipe.unet_weak is not None:
         settings["unet_weak"] = pipe.unet_weak_hash
+    without = SamplingConfig().filled(pipe.sampling_settings).without
+    if without is not None:
+        settings["guidance_without"] = without
     if options.split != "test":
         settings["split"] = options.split
     report = earlier_report(Path(options.output), settings)
@@ -294,13 +297,15 @@ def combinations(pipe: MedVolumePipeline, options: Namespace) -> list[Combinatio
     for name in options.schedulers:
         for steps in options.steps:
             set_timesteps(make_named(name, pipe), steps, None, torch.device("cpu"))
+    own = SamplingConfig().filled(pipe.sampling_settings)
+    without = own.without is not None  # the same in all combinations
     every = [
-        Combination(*one)
+        Combination(*one, without)
         for one in product(options.schedulers, options.steps, scales, options.guidance_intervals, weak)
     ]
-    own = SamplingConfig().filled(pipe.sampling_settings)
     scale: Any = guidance_in_effect(own.guidance_scale)
-    of_pipeline = Combination(OWN, own.steps, scale, own.interval, autoguidance_in_effect(own.autoguidance_scale))
+    weaker = autoguidance_in_effect(own.autoguidance_scale)
+    of_pipeline = Combination(OWN, own.steps, scale, own.interval, weaker, without)
     return list(dict.fromkeys([of_pipeline, *every]))
 
 
@@ -309,7 +314,9 @@ def earlier_report(path: Path, settings: Settings) -> SamplerReport:
     if not path.exists():
         return {"evaluation": "samplers", "settings": settings, "combinations": []}
     report = read_report(path)
-    if different := sorted(key for key, value in settings.items() if report["settings"].get(key) != value):
+    known: Any = settings
+    keys = {*settings, "guidance_without"}  # which a pipeline may have had, and not now
+    if different := sorted(key for key in keys if report["settings"].get(key) != known.get(key)):
         raise ValueError(f"{path}: was measured with another {', another '.join(different)}; choose another --output")
     return report
 

@@ -15,6 +15,7 @@ import torch
 from nibabel.orientations import aff2axcodes
 from nibabel.spatialimages import SpatialImage
 
+from diffusion import LatentUNet3D
 from diffusion.folding import UNKNOWN_REFUSED
 from pipelines.storage.record import SourceRecord
 from volumes import PADDING, UNKNOWN, Volume, VolumeError, read_mask, read_volume, volume_parts
@@ -237,11 +238,16 @@ def source_name(mask: MaskLike) -> str:
     return str((carries_geometry(mask) and source_file(mask)) or "the mask")
 
 
-def replaced_labels(labels: Mapping[int, str], replaced: Mapping[str, str | int]) -> dict[int, int]:
+def replaced_labels(unet: LatentUNet3D, labels: Mapping[int, str], replaced: Mapping[str, str | int]) -> dict[int, int]:
     """Translate `guidance_without` {label: label in its place}, by value or name, to label indices.
 
-    Raises: ValueError for a label that the model does not know, and for one in its own place.
+    Args:
+        labels: of the data that `unet` was trained on.
+    Raises: ValueError for a model without masks, for a label that the model does not know (the unknown one, if it takes
+    whole masks only), and for one in its own place.
     """
+    if replaced and not unet.config["num_labels"]:
+        raise ValueError("guidance_without: this model was trained without a mask condition; leave it out")
     values: dict[str | int, int] = {"unknown": UNKNOWN} | {str(value): value for value in labels}
     values |= {name: value for value, name in labels.items()} | {value: value for value in labels}
     lacking = [one for pair in replaced.items() for one in pair if one not in values]
@@ -250,6 +256,8 @@ def replaced_labels(labels: Mapping[int, str], replaced: Mapping[str, str | int]
         raise ValueError(f"guidance_without names {unknown}; the labels of this model are {listing}")
     if same := [one for one, other in replaced.items() if values[one] == values[other]]:
         raise ValueError(f"guidance_without puts {same} in its own place; name the label that is around it")
+    if any(values[other] == UNKNOWN for other in replaced.values()) and not unet.takes_partial_masks:
+        raise ValueError("guidance_without: this model knows no unknown label; name the label around it instead")
     order = {value: index for index, value in enumerate(sorted(labels))} | {UNKNOWN: UNKNOWN}
     return {order[values[one]]: order[values[other]] for one, other in replaced.items()}
 

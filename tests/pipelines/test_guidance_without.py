@@ -1,6 +1,7 @@
 """Guidance away from the same mask without a label, and masks that are known in part, in calls of a pipeline."""
 
 import json
+import warnings
 
 import nibabel as nib
 import numpy as np
@@ -13,6 +14,8 @@ from diffusion import LatentUNet3D, make_scheduler
 from diffusion.conditioning import Conditions
 from diffusion.guidance import contrasted
 from pipelines import MedVolumePipeline, SamplingSettings
+from pipelines.storage.finished import guidance_columns
+from pipelines.storage.record import GenerationRecord
 from volumes import UNKNOWN
 
 SHAPE = (8, 8, 8)
@@ -99,6 +102,49 @@ def test_it_is_recorded_and_travels_with_the_pipeline(tmp_path):
     assert record["settings_from"]["guidance_without"] == "pipeline"
     record = pipe(mask_image(SHAPE), generator=seeded(0), guidance_without={}).provenance[0]
     assert "guidance_without" not in record and record["settings_from"]["guidance_without"] == "call"
+
+
+def test_a_model_without_masks_refuses_it():
+    pipe = tiny_pipeline(num_labels=0)
+    with pytest.raises(ValueError, match="guidance_without: this model was trained without a mask condition"):
+        pipe(shape=SHAPE, num_inference_steps=1, guidance_without={5: 2})
+
+
+def test_settings_that_no_call_could_use_are_refused_at_loading(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    (tmp_path / "sampling.json").write_text('{"guidance_without": {"posterior": "unknown"}}')
+    with pytest.raises(ValueError, match=r"sampling.json: guidance_without: this model knows no unknown label"):
+        MedVolumePipeline.from_pretrained(tmp_path)
+
+
+def test_volumes_without_the_label_take_no_call_and_record_none(tmp_path):
+    """In one call with a volume that has it. The interval, which limits nothing else, is not recorded either."""
+    labels = labels_of(SHAPE)
+    without = nib.Nifti1Image(np.where(labels == 5, 2, labels).astype(np.int16), np.eye(4))
+    pipe = tiny_pipeline()
+    how = {"num_inference_steps": 2, "guidance_without": {5: 2}, "guidance_interval": (0.2, 1)}
+    records = pipe([mask_image(SHAPE), without, mask_image(SHAPE)], generator=seeded(0, 1, 2), **how).provenance
+    assert [record["network_calls"] for record in records] == [4, 2, 4]
+    assert ["guidance_without" in record for record in records] == [True, False, True]
+    assert ["guidance_interval" in record for record in records] == [True, False, True]
+
+
+def test_the_manifest_names_it():
+    record = GenerationRecord("s", "m", 0, 1, guidance_without={"labels": {"lesion": "organ", "5": 2}, "scale": 3.0})
+    assert guidance_columns(record) == {"guidance_without": "lesion=organ;5=2", "without_scale": 3.0}
+
+
+def test_settings_that_nothing_reads_are_named():
+    pipe = tiny_pipeline()
+    with pytest.warns(UserWarning, match="without_scale is of guidance_without, and there is none; it is not used"):
+        latent(pipe, without_scale=3.0)
+    with pytest.warns(UserWarning, match="guidance_interval acts on guidance, and there is none"):
+        latent(pipe, guidance_interval=(0.2, 0.8))
+    pipe.sampling_settings = SamplingSettings(guidance_interval=(0.2, 0.8), without_scale=2.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        latent(pipe)  # they are the pipeline's, for calls with guidance
+        latent(pipe, guidance_interval=(0, 1))
 
 
 def test_the_command_line_has_it(tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,11 @@ from vae_steps import batch, generators, make_step
 
 import train_ldm
 from autoencoder import SpaceToDepth3D
-from autoencoder.losses.reconstruction import gradient_loss, l1_loss, mse_loss
+from autoencoder.losses.reconstruction import gradient_loss, l1_loss, masked_mean, mse_loss
 from diffusion import Conditions, LatentUNet3D, fold_mask, make_scheduler, unfold_mask
 from training import LdmTrainingStep, OptimizerConfig
 from training.engine.learner import Learner
-from training.label_weights import weights_by_index
+from training.label_weights import check_best_by, weights_by_index
 from training.ldm import init_unet
 from volumes import UNKNOWN
 
@@ -62,6 +64,24 @@ def test_settings_that_cannot_be_used_are_named(tmp_path, vae_folder):  # noqa: 
         run(train_ldm, tmp_path / "b", *args, "--loss_weights={lesion: 2}", "--model.num_labels=0")
     with pytest.raises(ValueError, match=r"unknown where masks hold 3 \(-2\); set model.partial_masks"):
         run(train_ldm, tmp_path / "c", *args, "--data.label_map={3: -2}")
+
+
+def test_the_label_to_judge_by_is_in_a_held_out_mask():
+    def held_out(*counts) -> Any:
+        return SimpleNamespace(facts=[SimpleNamespace(mask=SimpleNamespace(counts=one)) for one in counts])
+
+    weights = {"lesion": (2, 100.0)}
+    check_best_by("loss/lesion", weights, held_out((9, 1, 0), (9, 0, 1)))
+    for best_by in (None, "loss", "kernel_distance"):
+        check_best_by(best_by, weights, held_out((9, 1, 0)))
+    with pytest.raises(ValueError, match="loop.best_by loss/lesion: no held-out mask has this label"):
+        check_best_by("loss/lesion", weights, held_out((9, 1, 0), (9, 2, 0)))
+
+
+def test_weights_below_1_keep_the_scale_of_the_autoencoder_losses():
+    made, fov = torch.full((1, 1, 2, 2, 2), 3.0), torch.ones(1, 1, 2, 2, 2, dtype=torch.bool)
+    assert masked_mean(made, fov, torch.full_like(made, 0.01)).item() == pytest.approx(3.0)
+    assert masked_mean(made, fov, torch.zeros_like(made)).item() == 0
 
 
 def step_of(**changes) -> LdmTrainingStep:
