@@ -1,6 +1,6 @@
 """Labels in a training's config: their weights in a loss, as people write them ({lesion: 100}), and unknown ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from volumes import UNKNOWN
@@ -17,7 +17,7 @@ def weights_by_index(weights: Mapping[int | str, float], labels: Mapping[int, st
 
     Args:
         labels: label values and names of the training masks; empty without masks.
-    Raises: ValueError for a label that the masks do not have, and for one that is named twice.
+    Raises: ValueError for a label that the masks do not have, for one that is named twice, and for a name of several.
     """
     if weights and not labels:
         raise ValueError(f"loss_weights {dict(weights)}: the data has no masks that say where a label is; remove it")
@@ -25,6 +25,7 @@ def weights_by_index(weights: Mapping[int | str, float], labels: Mapping[int, st
     if unknown := [label for label in weights if label not in values]:
         listing = ", ".join(f"{value} ({name})" for value, name in sorted(labels.items()))
         raise ValueError(f"loss_weights names {unknown}; the labels of the masks are {listing}")
+    _refuse_shared([label for label in weights if isinstance(label, str)], labels)
     order = sorted(labels)
     found = {order.index(values[label]): float(weight) for label, weight in weights.items()}
     if len(found) < len(weights):
@@ -37,7 +38,7 @@ def label_weights(
 ) -> dict[str, tuple[int, float]]:
     """Return {label name: (label index, weight)} of `config.loss_weights`.
 
-    Raises: ValueError for labels that the masks do not have, and for a model without masks.
+    Raises: ValueError for labels that the masks do not have or whose name others have, and for a model without masks.
     """
     if config.loss_weights and not unet.config["num_labels"]:
         raise ValueError(
@@ -46,6 +47,7 @@ def label_weights(
         )
     names = [labels[value] for value in sorted(labels)]
     weights = weights_by_index(config.loss_weights, labels)
+    _refuse_shared([names[index] for index in weights], labels)
     if twice := sorted({names[index] for index in weights} & set(config.data.channels)):
         raise ValueError(f"loss_weights: {twice} names a label and a channel; call one of them something else")
     return {names[index]: (index, weight) for index, weight in weights.items()}
@@ -67,9 +69,20 @@ def check_best_by(best_by: str | None, weights: Mapping[str, tuple[int, float]],
     )
 
 
+def _refuse_shared(names: Sequence[str], labels: Mapping[int, str]) -> None:
+    """Raises: ValueError for a name that several labels have."""
+    for name in names:
+        if len(values := sorted(value for value, other in labels.items() if other == name)) > 1:
+            raise ValueError(
+                f"loss_weights: the labels {', '.join(map(str, values))} are all called {name!r}; give each a name of "
+                "its own in data.label_names"
+            )
+
+
 def check_partial_masks(config: "TrainLdmConfig") -> None:
     """Raises: ValueError for training masks that are known in part, and a model that takes whole masks only."""
-    hidden = sorted(str(value) for value, target in config.data.label_map.items() if target == UNKNOWN)
+    called = UNKNOWN in config.data.label_names  # then it is a label like others
+    hidden = [] if called else sorted(str(one) for one, target in config.data.label_map.items() if target == UNKNOWN)
     takes = config.model.get("partial_masks") is not None or config.model.get("num_labels") == 0
     if hidden and not takes:
         raise ValueError(

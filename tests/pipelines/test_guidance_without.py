@@ -10,10 +10,10 @@ import torch
 from tiny import labels_of, mask_image, seeded, tiny_pipeline
 
 import generate
-from diffusion import LatentUNet3D, make_scheduler
 from diffusion.conditioning import Conditions
 from diffusion.guidance import contrasted
 from pipelines import MedVolumePipeline, SamplingSettings
+from pipelines.inputs.masks import index_labels, known_labels, replacement_indices
 from pipelines.storage.finished import guidance_columns
 from pipelines.storage.record import GenerationRecord
 from volumes import UNKNOWN
@@ -25,18 +25,6 @@ def latent(pipe, mask=None, **how) -> torch.Tensor:
     mask = mask_image(SHAPE) if mask is None else mask
     output = pipe(mask, num_inference_steps=1, generator=seeded(0), output_type="latent", **how)
     return output.volumes[0]
-
-
-def partial_pipeline() -> MedVolumePipeline:
-    pipe = tiny_pipeline()
-    torch.manual_seed(0)
-    settings = {name: value for name, value in pipe.unet.config.items() if name[0] != "_"}
-    unet = LatentUNet3D(**{**settings, "partial_masks": 0.2})
-    for parameter in (unet.conv_out.weight, *(block.conv2.weight for level in unet.down_blocks for block in level)):
-        torch.nn.init.normal_(parameter, std=0.1)
-    pipe = MedVolumePipeline(pipe.vae, unet.eval(), make_scheduler("rectified_flow"), pipe.data)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def test_weights_sum_to_1():
@@ -78,6 +66,9 @@ def test_it_adds_to_guidance_by_conditions():
 @pytest.mark.parametrize(
     ("how", "message"),
     [
+        ({"guidance_without": {5: 2, "5": 0}}, "names a label twice; remove one"),
+        ({"guidance_without": {5: 2, "posterior": 0}}, "names a label twice, by value and by name; remove one"),
+        ({"guidance_without": {5: -2}}, "this model knows no unknown label"),
         ({"guidance_without": {"tumor": 2}}, r"names \['tumor'\]; the labels of this model are 0 \(background\)"),
         ({"guidance_without": {5: 5}}, "in its own place"),
         ({"guidance_without": {5: "unknown"}}, "this model knows no unknown label"),
@@ -147,12 +138,37 @@ def test_settings_that_nothing_reads_are_named():
         latent(pipe, guidance_interval=(0, 1))
 
 
-def test_the_command_line_has_it(tmp_path):
+def test_the_command_line_has_it(tmp_path, capsys):
     args = ["--pipeline", str(tmp_path), "--masks", "m.nii.gz", "--output", str(tmp_path / "out")]
     assert generate.parse(args).sampling.without is None
     sampling = generate.parse([*args, "--guidance_without", "lesion=organ", "--without_scale", "3"]).sampling
     assert sampling.without == {"labels": {"lesion": "organ"}, "scale": 3.0}
     json.dumps(sampling.without)
+    for option in ("--guidance_without", "--label_map"):
+        with pytest.raises(SystemExit):
+            generate.parse([*args, option, "lesion=organ", "3=1", "lesion=body"])
+        assert f"{option}: names lesion twice; remove one" in capsys.readouterr().err
+
+
+def test_what_a_label_means():
+    """Names of several labels mean none of them; nothing is unknown where -2 is a label."""
+    labels = {0: "background", 1: "tumor", 2: "tumor", 4: "3", 3: "organ", 7: "unknown"}
+    assert replacement_indices(labels, {"7": "organ", 1: "background"}) == {5: 3, 1: 0}
+    assert replacement_indices(labels, {"unknown": -2, "2": "-2"}) == {5: UNKNOWN, 2: UNKNOWN}
+    assert known_labels(labels, {9: "organ", "GTV": 2, 255: -2, 8: "3"}) == {9: 3, "GTV": 2, 255: UNKNOWN, 8: 4}
+    for what, replaced in (("'tumor' may mean any of the labels 1, 2", {"tumor": 0}), ("'3' .* 3, 4", {1: "3"})):
+        with pytest.raises(ValueError, match=f"guidance_without: {what}"):
+            replacement_indices(labels, replaced)
+    with pytest.raises(ValueError, match="label_map: 'tumor' may mean any of the labels 1, 2; name the one by its"):
+        known_labels(labels, {9: "tumor"})
+    for one, other in ((UNKNOWN, UNKNOWN), ("-2", 3)):
+        with pytest.raises(ValueError, match="replaces a label of the model, not what is unknown"):
+            replacement_indices(labels, {one: other})
+    air = {-2: "air", 3: "organ"}
+    assert replacement_indices(air, {"organ": -2}) == {1: 0} and replacement_indices(air, {-2: 3}) == {0: 1}
+    assert index_labels(np.array([-2, 3, 255]), air, {255: -2}).tolist() == [0, 1, 0]
+    with pytest.raises(ValueError, match=r"label_map leads to \['unknown'\], which the model does not know"):
+        known_labels(air, {255: "unknown"})
 
 
 def test_partial_masks_are_for_models_of_them():
@@ -165,14 +181,15 @@ def test_partial_masks_are_for_models_of_them():
         ValueError, match=r"the mask: the mask holds voxels whose label is unknown \(-2\).*partial_masks"
     ):
         latent(tiny_pipeline(), image)
-    pipe = partial_pipeline()
+    pipe = tiny_pipeline(partial_masks=0.2)
     given, whole = latent(pipe, image), latent(pipe)
     assert not torch.equal(given, whole)
     other = half.copy()
     other[0] = 0
     assert not torch.equal(latent(pipe, nib.Nifti1Image(other, np.eye(4))), given)
     mapped = np.where(half == UNKNOWN, 255, half).astype(np.int16)
-    for target in ("unknown", UNKNOWN):
+    for target in ("unknown", UNKNOWN):  # a label map and guidance take the same
+        assert replacement_indices(pipe.data.labels, {"posterior": target}) == {2: UNKNOWN}
         again = latent(pipe, nib.Nifti1Image(mapped, np.eye(4)), label_map={255: target})
         assert torch.equal(again, given)
     changed = latent(pipe, guidance_without={5: "unknown"})
