@@ -112,7 +112,7 @@ class Figures(TypedDict):
 
 def phantoms(first: int, count: int) -> Phantoms:
     """Draw phantoms."""
-    drawn = [make_phantom(first + number, (SIDE, SIDE, SIDE), **LESIONS) for number in range(count)]  # pyright: ignore[reportArgumentType]
+    drawn = [make_phantom(first + number, (SIDE, SIDE, SIDE), **LESIONS) for number in range(count)]
     return {
         "images": torch.from_numpy(np.stack([image.array for image, _, _ in drawn]) / TOP).float().clamp(0, 1),
         "labels": torch.from_numpy(np.stack([mask.array[0] for _, mask, _ in drawn])),

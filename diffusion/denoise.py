@@ -75,7 +75,7 @@ def set_timesteps(
             raise ValueError(
                 f"sigmas are used unchanged, but {name}'s {', '.join(moved)} would change them; omit either"
             )
-    schedule: dict[str, int] | dict[str, np.ndarray] | dict[str, list[float]]
+    schedule: dict[str, Any]
     if sigmas is not None:
         schedule = {"sigmas": np.array(sigmas, np.float64) if name == UNIPC else list(sigmas)}
     elif takes_sigmas and name != UNIPC:

@@ -124,8 +124,10 @@ class LdmTrainingStep:
         torch.manual_seed(generators[0].initial_seed())
         hidden = self._hide(batch["conditions"], generators)
         conditions = drop_conditions(hidden, self.schema, self.dropout, generators)
-        weighted = {"emphasis": self._emphasis(batch["conditions"])} if self.label_weights else {}
-        loss = self.loss(self.unet.model, self.objective, latents, conditions, batch["weight"], generators, **weighted)
+        emphasis = self._emphasis(batch["conditions"]) if self.label_weights else None
+        loss = self.loss(
+            self.unet.model, self.objective, latents, conditions, batch["weight"], generators, emphasis=emphasis
+        )
         self.unet.backward(loss)
         return {"loss": loss.detach()}
 
