@@ -15,6 +15,7 @@ from diffusion.objectives import FLOW_MAP
 from files.documents import FileError
 from pipelines import MedVolumePipeline
 from pipelines.sampling import DEFAULTS
+from volumes.description import DataDescription
 
 from .ldm_config import TrainLdmConfig
 
@@ -22,10 +23,13 @@ logger = logging.getLogger("training")
 OWN = ("subjects", "train_steps", "objective")  # of a U-Net's arguments, those that a student does not take over
 
 
-def load_teacher(config: TrainLdmConfig, vae: VolumeAutoencoder, accelerator: Accelerator) -> Teacher:
+def load_teacher(
+    config: TrainLdmConfig, vae: VolumeAutoencoder, accelerator: Accelerator
+) -> tuple[Teacher, DataDescription]:
     """Load the teacher of `config.distill`, and complete the config: the student has the teacher's layers and
     conditions, and begins as the teacher, unless `init_from` names another U-Net.
 
+    Returns: the teacher, and the description of its training data.
     Raises: ValueError if the autoencoder or the model section is not the teacher's, and as `Teacher`; FileError for a
     folder that is not a pipeline's.
     """
@@ -59,7 +63,7 @@ def load_teacher(config: TrainLdmConfig, vae: VolumeAutoencoder, accelerator: Ac
         "the teacher %s samples with %s in %d steps, guidance scale %g",
         folder, type(scheduler).__name__, teacher.steps, teacher.guidance,
     )  # fmt: skip
-    return teacher
+    return teacher, pipe.data
 
 
 def student_model(section: dict[str, Any], teacher: LatentUNet3D) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     check_prepared(config, vae, preprocessing(config.data))  # before anything is read
     train, held_out = load_split(config.data)
     check_prepared(config, vae, train.preprocessing)
-    teacher = load_teacher(config, vae, accelerator) if config.distill else None
+    teacher, taught = load_teacher(config, vae, accelerator) if config.distill else (None, None)
     earlier = check_unseen(config, vae, held_out)
     data = describe(train)
     images = image_latents(config.data, vae)
@@ -214,6 +214,7 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
     base = attach_lora(unet, config) if config.lora else None
     realism = EncoderDistance(vae, PaddedVolumes(train, vae.stride)) if config.loop.sample_every else None
     step = build_step(config, unet, vae, realism, teacher)
+    known_noise = data.residual_noise if taught is None else taught.residual_noise
     # An unsupported scheduler is refused now, not at the first preview.
     set_timesteps(step.make_scheduler(), config.inference_steps, None, accelerator.device)
 
@@ -228,7 +229,7 @@ def build(config: TrainLdmConfig, accelerator: Accelerator) -> Training:
             trained_on = {"data": train.preprocessing, "subjects": records}
             logger.info("saved %s", save_lora(average, output / "lora", base, trained_on=trained_on))
             return
-        noise = tuple(measure_noise(train, vae)) if config.residual_noise else data.residual_noise
+        noise = tuple(measure_noise(train, vae)) if config.residual_noise else known_noise
         average.register_to_config(subjects=records)
         described = dataclasses.replace(data, residual_noise=noise)
         pipe = MedVolumePipeline(vae, average, step.make_scheduler(), data=described)

@@ -82,7 +82,7 @@ class TrainLdmConfig:
         scheduler: class of a diffusers scheduler for previews and for the pipeline, such as DDPMScheduler; default:
             Euler for rectified flow, DDIM for the other objectives (`diffusion.make_scheduler`).
         residual_noise: measure the texture that the autoencoder removes from the training volumes, so that the pipeline
-            can add it.
+            can add it. A student has its teacher's without.
         gradient_checkpointing: recompute the U-Net's activations in the backward pass instead of keeping them.
         inference_steps: denoising steps of the previews, of the volumes that `loop.sample_every` compares, and of the
             pipeline where a call does not say.
