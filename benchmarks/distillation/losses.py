@@ -64,7 +64,7 @@ def _noise(latents: Tensor, generators: Generators, count: int) -> tuple[Tensor,
 
 
 def shortcut_loss(
-    unet: Any, latents: Tensor, conditions: Conditions, weight: Tensor, generators: Generators, *,
+    unet: Any, *, latents: Tensor, conditions: Conditions, weight: Tensor, generator: Generators,
     teacher: Teacher, average: nn.Module,
 ) -> Tensor:  # fmt: skip
     """Ask for one step where the average of the student's weights takes two (Frans et al. 2024, Eq. 4).
@@ -72,7 +72,7 @@ def shortcut_loss(
     The finest steps are the teacher's, by the midpoint rule.
     """
     ask = Question(unet, latents, conditions, weight, teacher)
-    noise, chances = _noise(latents, generators, 2)
+    noise, chances = _noise(latents, generator, 2)
     levels = [1, 2, 4, FINEST]
     counts = torch.tensor([levels[int(chance * len(levels))] for chance in chances[:, 0].tolist()])
     t = 1 - (chances[:, 1] * counts).floor() / counts
@@ -88,7 +88,7 @@ def shortcut_loss(
 
 
 def meanflow_loss(
-    unet: Any, latents: Tensor, conditions: Conditions, weight: Tensor, generators: Generators, *,
+    unet: Any, *, latents: Tensor, conditions: Conditions, weight: Tensor, generator: Generators,
     teacher: Teacher, average: nn.Module,
 ) -> Tensor:  # fmt: skip
     """Ask for v - (t - s) du/dt, the identity of MeanFlow (Geng et al. 2025, Eq. 6).
@@ -96,7 +96,7 @@ def meanflow_loss(
     v is the teacher's velocity; du/dt is a finite difference along it. In a quarter of the samples s is t.
     """
     ask = Question(unet, latents, conditions, weight, teacher)
-    noise, chances = _noise(latents, generators, 3)
+    noise, chances = _noise(latents, generator, 3)
     t = torch.maximum(chances[:, 0], chances[:, 1]).clamp_min(EPS)
     t = torch.where(chances[:, 0] < 0.25, torch.ones_like(t), t)  # noise, where all sampling begins
     s = torch.where(chances[:, 2] < 0.25, t, torch.where(chances[:, 2] < 0.5, 0 * t, chances[:, 1] * t))
