@@ -35,7 +35,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="report to write, a JSON file")
     parser.add_argument("--teacher_steps", type=Number(PositiveInt), default=800, help="training steps (800)")
-    parser.add_argument("--seconds", type=Number(PositiveFloat), nargs="*", default=[30.0, 120.0], help="(30 120)")
+    parser.add_argument("--seconds", type=Number(PositiveFloat), nargs="*", default=[15.0, 60.0], help="(15 60)")
     parser.add_argument("--samples", type=Number(PositiveInt), default=48, help="volumes of each set (48)")
     parser.add_argument("--seeds", type=Number(NonNegativeInt), nargs="*", default=[0], help="of the students (0)")
     parser.add_argument("--losses", nargs="*", choices=LOSSES, default=list(LOSSES), help="losses to compare (all)")
@@ -50,7 +50,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffusion import Conditions, LatentUNet3D, denoise, drop_conditions, fit_scheduler, make_scheduler, training_loss
+from diffusion import (
+    Conditions,
+    LatentUNet3D,
+    denoise,
+    drop_conditions,
+    fit_scheduler,
+    fold_mask,
+    make_scheduler,
+    training_loss,
+)
 from diffusion.distillation import Teacher
 from diffusion.objectives import FLOW_MAP, RECTIFIED_FLOW
 from evaluation.metrics.features import RandomStatistics
@@ -102,7 +111,8 @@ def phantoms(first: int, count: int) -> tuple[Tensor, Conditions]:
     """Return standardized phantoms (count, 1, 8, 8, 8), and their masks."""
     pairs = [make_phantom(first + number, (SIDE,) * 3)[:2] for number in range(count)]
     values, masks = (torch.from_numpy(np.stack([pair[i].array for pair in pairs])) for i in (0, 1))
-    return (values.float() - 132) / 223, Conditions(mask=masks[:, 0, ..., None].long())  # of phantoms of all sizes
+    standardized = (values.float() - 132) / 223  # as phantoms of all sizes
+    return standardized, Conditions(mask=fold_mask(masks[:, 0], (1, 1, 1), LAYERS["num_labels"]))
 
 
 def sample(unet: LatentUNet3D, conditions: Conditions, name: str | None, steps: int, guidance: float) -> Tensor:
