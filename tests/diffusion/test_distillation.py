@@ -165,6 +165,21 @@ def test_student_is_its_teacher_at_first(tmp_path):
     assert student.next_embedding.linear_2.weight.grad.any()  # it can leave zero
 
 
+def test_gradient_checkpointing_changes_nothing():
+    teacher = Teacher(conditioned(), make_scheduler(RECTIFIED_FLOW), steps=4, guidance=2.0, pairs=3)
+    gradients = []
+    for on in (False, True):
+        student = conditioned(objective=FLOW_MAP)
+        if on:
+            student.enable_gradient_checkpointing()
+        latents, _, weight, generators = batch(2)
+        mask = torch.randint(0, 3, (2, *SHAPE[1:], 8), generator=torch.Generator().manual_seed(2))
+        training_loss(student, FLOW_MAP, latents, Conditions(mask=mask), weight, generators, teacher=teacher).backward()
+        gradients.append([weight.grad for weight in student.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    assert all(gradient.any() for gradient in gradients[0])
+
+
 def test_new_student_starts_with_a_silent_second_time():
     student = LatentUNet3D(1, 1, channels=(8,), strides=(), blocks=(1,), attention=(False,), objective=FLOW_MAP)
     assert not student.next_embedding.linear_2.weight.any() and not student.next_embedding.linear_2.bias.any()
